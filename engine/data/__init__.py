@@ -1,0 +1,1 @@
+"""Readers of training data, and the task the demo generates."""

@@ -1,0 +1,1 @@
+"""Generation from the paged KV cache: blocks, scheduler, sampler, the step loop."""

@@ -1,0 +1,1 @@
+"""Decoder-only transformers: configuration table, fused weights, training forward, heads."""

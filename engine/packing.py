@@ -1,0 +1,189 @@
+"""PackedBatch: the one batch type. Flat tokens, sequence boundaries, and columns that travel with them; no padding anywhere.
+
+Shapes    N tokens, B sequences. Sequence b owns the slots cu_seqlens[b] : cu_seqlens[b + 1].
+Alignment A per-token column at slot t speaks of token t given the tokens before it. What a model computes at slot t - 1 (the
+          prediction of token t, the value of the state before it) is moved to slot t by `to_next`. The first slot of a sequence
+          has no prediction: it is never an action and its columns are 0.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fusedrl.engine.generation.generator import Completion
+
+IGNORE = -100
+_PER_TOKEN = ("token_ids", "positions", "action_mask", "rollout_logp", "old_logp", "ref_logp", "values", "advantages", "returns", "weights", "weights_versions")
+_PER_SEQUENCE = ("scores",)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Sequences laid end to end.
+
+    token_ids [N] int64; cu_seqlens [B+1] int32; positions [N] int64, from 0 in every sequence; action_mask [N] bool, True where the
+    policy chose the token (the EOS that ended it included). The other columns are optional: float32 [N] log-probabilities, values,
+    advantages, returns and loss weights, int64 [N] weights_versions, float32 [B] scores. `lengths` are the host's copy of the sizes.
+    """
+
+    token_ids: Tensor
+    cu_seqlens: Tensor
+    positions: Tensor
+    action_mask: Tensor
+    lengths: tuple[int, ...]
+    rollout_logp: Tensor | None = None
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    weights: Tensor | None = None
+    weights_versions: Tensor | None = None
+    scores: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, b = sum(self.lengths), len(self.lengths)
+        if self.cu_seqlens.shape != (b + 1,):
+            raise ValueError(f"PackedBatch: expected cu_seqlens [{b + 1}] for {b} lengths, got {list(self.cu_seqlens.shape)}")
+        for names, size in ((_PER_TOKEN, n), (_PER_SEQUENCE, b)):
+            for name in names:
+                column = getattr(self, name)
+                if column is not None and column.shape != (size,):
+                    raise ValueError(f"PackedBatch: expected {name} [{size}], got {list(column.shape)}")
+
+    # ---- building -------------------------------------------------------------------------------------------------------
+    @classmethod
+    def from_sequences(cls, sequences: Iterable[tuple[Sequence[int], Sequence[int]]], *, device: torch.device | str | None = None) -> PackedBatch:
+        """Pack (prompt ids, completion ids) pairs; the completion tokens are the actions.
+
+        Raises:
+            ValueError: a sequence with no prompt token before its first action (its logprob would have no condition).
+        """
+        ids: list[int] = []
+        actions: list[bool] = []
+        lengths: list[int] = []
+        for index, (prompt, completion) in enumerate(sequences):
+            if not len(prompt) and len(completion):
+                raise ValueError(f"PackedBatch: sequence {index} has {len(completion)} completion tokens and no prompt token; give it at least a BOS")
+            ids += [*prompt, *completion]
+            actions += [False] * len(prompt) + [True] * len(completion)
+            lengths.append(len(prompt) + len(completion))
+        return cls._of(torch.tensor(ids, dtype=torch.int64), torch.tensor(actions, dtype=torch.bool), lengths, device)
+
+    @classmethod
+    def _of(cls, token_ids: Tensor, action_mask: Tensor, lengths: Sequence[int], device: torch.device | str | None) -> PackedBatch:
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        ends = sizes.cumsum(0)
+        cu_seqlens = torch.cat([ends.new_zeros(1), ends])
+        positions = torch.arange(int(sizes.sum())) - torch.repeat_interleave(cu_seqlens[:-1], sizes)
+        return cls(token_ids.to(device), cu_seqlens.int().to(device), positions.to(device), action_mask.to(device), tuple(int(n) for n in lengths))
+
+    @classmethod
+    def from_completions(cls, prompts: Sequence[Any], outs: Sequence[Sequence[Completion]], *, device: torch.device | str | None = None) -> PackedBatch:
+        """One sequence per completion, prompt by prompt, with the sampler's log-probabilities as `rollout_logp`.
+
+        The ids are those that were generated from (`Completion.prompt_ids`): nothing is tokenised again. `prompts` may be what was
+        given to `generate`; token-id prompts are checked against the completions.
+        """
+        if len(prompts) != len(outs):
+            raise ValueError(f"PackedBatch.from_completions: {len(prompts)} prompts and {len(outs)} lists of completions; expected one list per prompt")
+        flat = [completion for group in outs for completion in group]
+        for index, (prompt, group) in enumerate(zip(prompts, outs, strict=True)):
+            is_ids = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(token, int) for token in prompt)
+            if is_ids and any(list(completion.prompt_ids) != list(prompt) for completion in group):
+                raise ValueError(f"PackedBatch.from_completions: prompt {index} is not the one its completions were generated from")
+        batch = cls.from_sequences(((c.prompt_ids, c.token_ids) for c in flat), device=device)
+        rollout = torch.zeros(batch.num_tokens)
+        versions = torch.zeros(batch.num_tokens, dtype=torch.int64)
+        mask = batch.action_mask.cpu()
+        rollout[mask] = torch.tensor([x for c in flat for x in c.logprobs], dtype=torch.float32)
+        versions[mask] = torch.tensor([v for c in flat for v in c.weights_versions], dtype=torch.int64)
+        return replace(batch, rollout_logp=rollout.to(device), weights_versions=versions.to(device))
+
+    # ---- sizes ----------------------------------------------------------------------------------------------------------
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_ids.device
+
+    # ---- what a model computes at a slot, and what it says of the next one --------------------------------------------------
+    def labels(self) -> Tensor:
+        """[N] int64: at slot t the token at t + 1 where that is an action of the same sequence, else IGNORE."""
+        labels = torch.full_like(self.token_ids, IGNORE)
+        if self.num_tokens:
+            labels[:-1] = torch.where(self.action_mask[1:], self.token_ids[1:], IGNORE)
+        return labels  # a first slot is never an action, so nothing crosses a boundary
+
+    @staticmethod
+    def to_next(x_N: Tensor) -> Tensor:
+        """Move what was computed at slot t - 1 to slot t; slot 0 becomes 0. Differentiable. Mask the result: the first slot of every
+        later sequence receives the last value of the sequence before it."""
+        return torch.cat([x_N.new_zeros(min(1, x_N.shape[0])), x_N[:-1]])
+
+    # ---- parts ----------------------------------------------------------------------------------------------------------
+    def with_columns(self, **columns: Tensor | None) -> PackedBatch:
+        """The same batch with these columns set."""
+        return replace(self, **columns)
+
+    def select(self, sequences: Sequence[int]) -> PackedBatch:
+        """The batch of these sequences, in this order, with all their columns."""
+        starts = self.cu_seqlens.tolist()
+        slots = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in sequences]) if len(sequences) else torch.zeros(0, dtype=torch.int64)
+        slots, rows = slots.to(self.device), torch.tensor(list(sequences), dtype=torch.int64, device=self.device)
+        picked: dict[str, Any] = {name: column[slots] for name in _PER_TOKEN if (column := getattr(self, name)) is not None}
+        picked |= {name: column[rows] for name in _PER_SEQUENCE if (column := getattr(self, name)) is not None}
+        lengths = tuple(self.lengths[b] for b in sequences)
+        ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+        return PackedBatch(cu_seqlens=ends.int().to(self.device), lengths=lengths, **picked)
+
+    def split(self, tokens_per_microbatch: int) -> list[list[int]]:
+        """Sequence indices of micro-batches of at most `tokens_per_microbatch` tokens (a longer sequence stands alone), longest first, so that
+        the lengths within one are alike. The partition depends on the lengths alone."""
+        if tokens_per_microbatch < 1:
+            raise ValueError(f"PackedBatch.split: expected tokens_per_microbatch >= 1, got {tokens_per_microbatch}")
+        parts: list[list[int]] = []
+        room = 0
+        for b in sorted(range(self.num_sequences), key=lambda b: (-self.lengths[b], b)):
+            if not parts or self.lengths[b] > room:
+                parts.append([])
+                room = tokens_per_microbatch
+            parts[-1].append(b)
+            room -= self.lengths[b]
+        return parts
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on `device`."""
+        return replace(self, **{f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)})
+
+    # ---- padded views: only at the borders ----------------------------------------------------------------------------------
+    def to_padded(self, x_N: Tensor, *, fill: float | int | bool = 0) -> Tensor:
+        """[N, ...] -> [B, T, ...], sequences left-aligned, `fill` behind them."""
+        out = x_N.new_full((self.num_sequences, self.max_length, *x_N.shape[1:]), fill)
+        out[self._valid()] = x_N
+        return out
+
+    def from_padded(self, x_BT: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...]: the inverse of `to_padded`."""
+        if x_BT.shape[:2] != (self.num_sequences, self.max_length):
+            raise ValueError(f"PackedBatch.from_padded: expected [{self.num_sequences}, {self.max_length}, ...], got {list(x_BT.shape)}")
+        return x_BT[self._valid()]
+
+    def _valid(self) -> Tensor:
+        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1])[:, None]
+        return torch.arange(self.max_length, device=self.device)[None] < lengths

@@ -1,0 +1,63 @@
+"""Checks of tensor arguments: sizes are names, bound across the tensors of one call, and a mismatch prints the whole pattern.
+
+    N, H, V = check("linear_logprob", {"hidden": (hidden, "N H"), "weight": (weight, "V H"), "token_ids": (token_ids, "N")})
+
+Callers add what is special to them (dtype families, strides) with `check_dtype` and `check_last_contiguous`.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(tensor: object) -> str:
+    """A tensor as errors print it."""
+    if not isinstance(tensor, Tensor):
+        return f"{type(tensor).__name__} {tensor!r}"[:80]
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+
+
+def check(op: str, arguments: Mapping[str, tuple[Tensor | None, str]]) -> tuple[int, ...]:
+    """Bind the named sizes of every tensor; all tensors on one device. Returns the sizes in order of first appearance.
+
+    Args:
+        op: name for the message.
+        arguments: name -> (tensor or None to skip, pattern such as "N V"; a number in a pattern is that size).
+    Raises:
+        TypeError: not a tensor. ValueError: sizes or devices that do not agree; the message lists every argument with its pattern.
+    """
+    sizes: dict[str, int] = {}
+    device: torch.device | None = None
+    for name, (tensor, pattern) in arguments.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected a tensor for {name}, got {describe(tensor)}")
+        symbols = pattern.split()
+        device = device or tensor.device
+        agrees = tensor.ndim == len(symbols) and tensor.device == device
+        if agrees:
+            for symbol, size in zip(symbols, tensor.shape, strict=True):
+                agrees &= size == (int(symbol) if symbol.isdigit() else sizes.setdefault(symbol, size))
+        if not agrees:
+            found = ", ".join(f"{n} [{p.replace(' ', ', ')}] = {describe(t)}" for n, (t, p) in arguments.items() if t is not None)
+            raise ValueError(f"{op}: {name} does not fit its pattern [{pattern.replace(' ', ', ')}] with {sizes}; arguments: {found}")
+    return tuple(sizes.values())
+
+
+def check_dtype(op: str, name: str, tensor: Tensor | None, allowed: Iterable[torch.dtype]) -> None:
+    """Raises TypeError unless `tensor` (None passes) has one of the `allowed` dtypes."""
+    allowed = tuple(allowed)
+    if tensor is not None and tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: expected {name} of dtype {names}, got {describe(tensor)}; convert it before the call")
+
+
+def check_last_contiguous(op: str, name: str, tensor: Tensor | None) -> None:
+    """Raises ValueError unless the last dimension of `tensor` has stride 1 (or at most one element)."""
+    if tensor is not None and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{op}: expected {name} with a contiguous last dimension, got strides {tensor.stride()}; call .contiguous() on it")

@@ -1,0 +1,69 @@
+"""Builds the native CPU kernels once per vector capability; everything declarative is in pyproject.toml.
+
+Three extensions from the same sources, because one Extension cannot carry per-file flags and objects built with wider
+vectors must not share a library with those that are not: `fusedrl.kernels._C_default`, `_C_avx2`, `_C_avx512`.
+`kernels/native.py` imports the one that fits the processor. Without a C++ compiler the install succeeds and says what is slower.
+"""
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+CAPABILITIES = {"default": ("DEFAULT", [])}
+if platform.machine() in ("x86_64", "AMD64"):
+    CAPABILITIES["avx2"] = ("AVX2", ["-mavx2", "-mfma", "-mf16c"])
+    CAPABILITIES["avx512"] = ("AVX512", ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"])
+
+# Discovery with a package_dir map is not supported by setuptools in editable mode, so every package is listed. There is no
+# fusedrl/ folder: `fusedrl` is a namespace, and so is kernels/ (an __init__.py there would shadow the PyPI package `kernels`,
+# which transformers imports, for whoever runs Python in this directory).
+PACKAGES = {
+    "fusedrl.engine": "engine",
+    "fusedrl.engine.model": "engine/model",
+    "fusedrl.engine.generation": "engine/generation",
+    "fusedrl.engine.stages": "engine/stages",
+    "fusedrl.engine.data": "engine/data",
+    "fusedrl.kernels": "kernels",
+}
+
+
+def native_extensions() -> dict:
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print("fusedrl: torch is not installed in the build environment, so the C++ CPU kernels are not built and every op "
+              "runs on its torch reference (5x to 100x slower on CPU). Install torch, then: pip install --no-build-isolation -e .", file=sys.stderr)
+        return {}
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            wanted, built, build_temp = self.extensions, [], Path(self.build_temp)
+            for extension in wanted:
+                self.extensions = [extension]
+                self.build_temp = str(build_temp / extension.name)  # the same sources, other flags: objects of their own
+                try:
+                    super().build_extensions()
+                    built.append(extension)
+                except Exception as error:  # no compiler, no Python.h: the package still works, more slowly
+                    print(f"fusedrl: {extension.name} was not built ({error}). Ops run on their torch reference, which is 5x to 100x "
+                          "slower on CPU. On Debian: apt-get install g++ python3-dev; then reinstall.", file=sys.stderr)
+            self.extensions = built
+
+    sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+    extensions = [
+        CppExtension(
+            f"fusedrl.kernels._C_{name}",
+            sources,
+            include_dirs=[str(Path("csrc/cpu").resolve())],
+            extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", f"-DCPU_CAPABILITY={macro}",
+                                        f"-DCPU_CAPABILITY_{macro}", f"-DFUSEDRL_MODULE=_C_{name}", *flags]},
+            extra_link_args=["-fopenmp"],
+            py_limited_api=True,
+        )
+        for name, (macro, flags) in CAPABILITIES.items()
+    ]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}, "options": {"bdist_wheel": {"py_limited_api": "cp311"}}}
+
+
+setup(packages=list(PACKAGES), package_dir=PACKAGES, **native_extensions())
