@@ -22,6 +22,7 @@ from fusedrl.engine.config import PPOConfig
 from fusedrl.engine.control import KLController, data_order, learning_rate
 from fusedrl.engine.data.readers import load_prompts
 from fusedrl.engine.data.tokenize import encode_prompts
+from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.optim import Optimizer, make_optimizer
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.rewards import RewardSet, load_reward
@@ -56,7 +57,8 @@ def train_ppo(config: PPOConfig) -> PPOResult:
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True)
     reference = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
     rewards = RewardSet([load_reward(spec, device=actor.device) for spec in config.reward], config.reward_weights)
-    optimizer = make_optimizer(actor.named_parameters(), config.optim)
+    optim = config.optim
+    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     kl = KLController(config.kl)
 
     with Run(config, config.steps) as run:
@@ -80,18 +82,19 @@ def train_ppo(config: PPOConfig) -> PPOResult:
             run.log(step, metrics)
             run.samples(step, _samples(experience))
             run.save_if_due(step, model=actor, optimizer=optimizer, kl=kl)
-        return PPOResult(run.finish(actor), config.steps, run.last_metrics)
+        return PPOResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
 
 
 # ---- the batch, and how it is cut --------------------------------------------------------------------------------------------
 def _prompts(config: PPOConfig, actor: HybridActor, run: Run) -> list[Prompt]:
-    longest = actor.max_positions - config.generation.max_new_tokens
-    if config.max_prompt_length is not None:
-        longest = min(longest, config.max_prompt_length)
+    room = actor.decoder.config.max_positions - config.generation.max_new_tokens
+    if room < 1:
+        raise ConfigError(f"generation.max_new_tokens = {config.generation.max_new_tokens} leaves no room for a prompt in the model's "
+                          f"{actor.decoder.config.max_positions} positions; lower it")
     examples = load_prompts(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
-    ids, kept, dropped = encode_prompts(actor.tokenizer, [e.prompt for e in examples], max_length=longest)
-    run.note_dropped("prompts", dropped, len(examples), f"longer than {longest} tokens")
-    return [Prompt(examples[i].prompt, tokens, examples[i].columns) for i, tokens in zip(kept, ids, strict=True)]
+    encoded, dropped = encode_prompts(actor.tokenizer, examples, min(room, config.max_prompt_length or room))
+    run.message(f"prompts: {dropped}")
+    return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
 
 
 def _cuts(batch: PackedBatch, config: PPOConfig, step: int, epoch: int) -> Cuts:
@@ -140,7 +143,7 @@ def update(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, first_c
                 value.backward()
                 meter.add(policy_stats, value_stats, first=epoch == 0 and minibatch is first_cuts[0])
             optimizer.lr = learning_rate(config.optim, done, total_updates)
-            result = optimizer.step(max_grad_norm=config.optim.max_grad_norm)
+            result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
             run.check_update(result)
             actor.mark_updated()
             meter.grad_norms.append(result.grad_norm)

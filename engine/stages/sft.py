@@ -38,12 +38,13 @@ def train_sft(config: SFTConfig) -> SFTResult:
     """
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
-    optimizer = make_optimizer(actor.named_parameters(), config.optim)
+    optim = config.optim
+    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     with Run(config, None) as run:
         examples = load_demonstrations(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
-        longest = min(actor.max_positions, config.max_length or actor.max_positions)
-        sequences, dropped = encode_demonstrations(actor.tokenizer, examples, max_length=longest)
-        run.note_dropped("demonstrations", dropped, len(examples), f"longer than {longest} tokens")
+        trunk = actor.decoder.config
+        sequences, dropped = encode_demonstrations(actor.tokenizer, examples, trunk.eos_token_ids[0], min(trunk.max_positions, config.max_length or trunk.max_positions))
+        run.message(f"demonstrations: {dropped}")
         train, held = held_out(sequences, config.eval_fraction, config.run.seed)
         run.total = math.ceil(len(train) * config.epochs / config.sequences_per_step)
         run.restore(model=actor, optimizer=optimizer)
@@ -61,16 +62,17 @@ def train_sft(config: SFTConfig) -> SFTResult:
                     part = -logp.sum() / tokens  # logp is 0 off the completions; the denominator is the whole step's
                     part.backward()
                     loss += part.detach()
-                optimizer.lr = learning_rate(config.optim, step, run.total)
-                result = optimizer.step(max_grad_norm=config.optim.max_grad_norm)
+                optimizer.lr = learning_rate(optim, step, run.total)
+                result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
                 run.check_update(result)
                 actor.mark_updated()
-            metrics = {"loss": loss.item(), "perplexity": math.exp(min(80.0, loss.item())), "lr": optimizer.lr, "grad_norm": result.grad_norm, "num_tokens": float(batch.num_tokens)}
+            metrics = {"loss": loss.item(), "perplexity": math.exp(min(80.0, loss.item())), "lr": optimizer.lr, "grad_norm": result.grad_norm,
+                       "num_tokens": float(batch.num_tokens)}
             if held and step == run.total - 1:
                 metrics["eval_loss"] = cross_entropy(actor, held, config.tokens_per_microbatch)
             run.log(step, metrics)
             run.save_if_due(step, model=actor, optimizer=optimizer)
-        return SFTResult(run.finish(actor), run.total, run.last_metrics)
+        return SFTResult(run.finish(actor.save_pretrained), run.total, run.last_metrics)
 
 
 def cross_entropy(actor: HybridActor, sequences: list[Tokens], tokens_per_microbatch: int) -> float:
