@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fusedrl.engine.errors import ConfigError
+
 
 def _require(condition: bool, where: str, expected: str, found: object) -> None:
     if not condition:
-        raise ValueError(f"config: expected {where} {expected}, got {found!r}")
+        raise ConfigError(f"config: expected {where} {expected}, got {found!r}")
 
 
 @dataclass(frozen=True)
