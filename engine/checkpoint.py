@@ -14,9 +14,9 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -238,6 +238,12 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_digest(path: str | Path) -> str | None:
+    """SHA-256 over the digests of a directory's safetensors files, in the order of their names; None where none is local (an id)."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest() if files else None
+
+
 # ---- the run directory --------------------------------------------------------------------------------------------------------
 class RunLock:
     """Exclusive ownership of a run directory while this object (a context manager) lives; the system releases it when the process dies.
@@ -258,7 +264,7 @@ class RunLock:
             self._file.close()
             raise SetupError(f"{run_dir}: another run writes here ({holder}); wait for it, stop it, or choose another --run.dir") from None
         self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
+        self._file.write(f"pid {os.getpid()} on host {platform.node()}\n")
         self._file.flush()
 
     def release(self) -> None:
@@ -272,11 +278,11 @@ class RunLock:
         self.release()
 
 
-class Run:
+class RunDirectory:
     """A run directory that this process owns: `dir`, and `checkpoint` to continue from (None at the beginning). A context manager.
 
     A new run needs a directory without checkpoints. A resumed one must have the configuration that it was started with, except for what does
-    not change the result (`FREE_KEYS`), and the same bytes of data.
+    not change the result (`FREE_KEYS`), and the same bytes of data and of the model it starts from (which is the reference policy of PPO).
 
     Raises:
         ConfigError: the directory holds another run, or the configuration or the data changed; lists the differences.
@@ -285,7 +291,8 @@ class Run:
 
     def __init__(self, config: Any) -> None:
         self.dir = Path(config.run.dir)
-        current = {"stage": type(config).__name__, "data_sha256": file_digest(config.data), "config": config_to_dict(config)}
+        current = {"stage": type(config).__name__, "data_sha256": file_digest(config.data), "model_sha256": weights_digest(config.model),
+                   "config": config_to_dict(config)}
         self._lock = RunLock(self.dir)
         try:
             self.checkpoint = latest_checkpoint(self.dir)
@@ -305,13 +312,13 @@ class Run:
         try:
             saved = json.loads(path.read_bytes())
             differences = config_diff(saved["config"], current["config"])
-            differences += [f"{key}: {saved[key]} -> {current[key]}" for key in ("stage", "data_sha256") if saved[key] != current[key]]
+            differences += [f"{key}: {saved[key]} -> {current[key]}" for key in ("stage", "data_sha256", "model_sha256") if saved[key] != current[key]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}), so the run cannot be continued safely") from error
         if differences:
             raise ConfigError(f"{self.dir}: resumed with another configuration; undo these changes, or start in another --run.dir\n  " + "\n  ".join(differences))
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:

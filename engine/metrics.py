@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from fusedrl.engine.checkpoint import write_file
 
@@ -23,31 +23,53 @@ KEY_METRICS = ("loss", "reward", "kl", "entropy", "completions/mean_length", "co
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class Metrics:
-    """<run>/metrics.jsonl. A new run starts it afresh; a resumed one cuts a torn last line and every line after the checkpoint's step.
+class JsonLines:
+    """A file of one JSON object per line, each with its "step". A new run starts it afresh; a resumed one cuts a torn last line and every line after
+    the checkpoint's step.
 
     Args:
-        run_dir: the run directory; created if needed.
+        path: the file; its directory is created if needed.
         resume_step: the step of the checkpoint that the run continues from, or None for a new run.
     """
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None = None) -> None:
-        self.path = Path(run_dir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
         kept = b""
-        if resume_step is not None and self.path.exists():
-            kept = b"".join(line for line in self.path.read_bytes().splitlines(keepends=True) if _is_of(line, resume_step))
-        write_file(self.path, kept)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        if resume_step is not None and path.exists():
+            kept = b"".join(line for line in path.read_bytes().splitlines(keepends=True) if _is_of(line, resume_step))
+        write_file(path, kept)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line and flush it."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def last(self) -> dict[str, Any]:
+        """The last line of the file; empty where there is none."""
+        lines = self.path.read_bytes().splitlines()
+        return json.loads(lines[-1]) if lines else {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class Metrics(JsonLines):
+    """<run>/metrics.jsonl, with timers."""
+
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None = None) -> None:
+        super().__init__(Path(run_dir) / "metrics.jsonl", resume_step=resume_step)
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def log(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """Append one line: the step, `values` and the timings since the last line; returns what was written. NaN and infinity become null."""
         record = {name: float(value) for name, value in values.items()} | {f"timing/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        self.append({"step": step} | {name: value if math.isfinite(value) else None for name, value in record.items()})
         return record
 
     @contextmanager
@@ -58,15 +80,6 @@ class Metrics:
             yield
         finally:
             self._seconds[phase] += time.perf_counter() - start
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _is_of(line: bytes, last_step: int) -> bool:
