@@ -46,7 +46,8 @@ def policy_loss_reference(logp_N: Tensor, old_logp_N: Tensor | None, advantages_
     logp, advantages, weights = torch.where(live, logp_N, 0), torch.where(live, advantages_N.detach(), 0), weights_N.detach()
     old_logp = logp.detach() if old_logp_N is None else torch.where(live, old_logp_N.detach(), 0)
     d = logp - old_logp
-    ratio = d.clamp(-_CLAMP, _CLAMP).exp()
+    clamped = torch.where(d > _CLAMP, _CLAMP, torch.where(d < -_CLAMP, -_CLAMP, d))  # clamp() would give NaN a zero gradient
+    ratio = clamped.exp()
     lower, upper, dual = objective.bounds
     high, low, too_far = (advantages > 0) & (ratio > upper), (advantages < 0) & (ratio < lower), (advantages < 0) & (ratio > dual)
     bounded = torch.where(high, upper, torch.where(low, lower, torch.where(too_far, dual, ratio)))
@@ -59,7 +60,7 @@ def policy_loss_reference(logp_N: Tensor, old_logp_N: Tensor | None, advantages_
         tokens = live.sum().to(loss.dtype)
         seen, any_token = tokens.clamp(min=1), tokens > 0
         infinity = ratio.new_full((1,), math.inf)
-        k3 = (d.clamp(-_CLAMP, _CLAMP).expm1() - d).clamp(min=0)
+        k3 = (clamped.expm1() - d).clamp(min=0)
         live_ratio = torch.where(live, ratio, 0)
         stats = PolicyStats(
             loss=loss.detach(),
@@ -97,9 +98,8 @@ def value_loss_reference(values_N: Tensor, old_values_N: Tensor | None, returns_
     with torch.no_grad():
         tokens = live.sum().to(loss.dtype)
         seen = tokens.clamp(min=1)
-        residuals = returns - values
-        return_mean, residual_mean = returns.sum() / seen, residuals.sum() / seen
-        spread, unexplained = (torch.where(live, x - mean, 0).square().sum() for x, mean in ((returns, return_mean), (residuals, residual_mean)))
+        return_mean = returns.sum() / seen
+        spread, unexplained = (_squared_deviations(torch.where(live, x - x.sum() / seen, 0), seen) for x in (returns, returns - values))
         varies = spread > seen * (torch.finfo(torch.float32).eps * return_mean) ** 2
         stats = ValueStats(
             loss=loss.detach(),
@@ -110,6 +110,11 @@ def value_loss_reference(values_N: Tensor, old_values_N: Tensor | None, returns_
             tokens=tokens,
         )
     return loss, stats
+
+
+def _squared_deviations(deviations_N: Tensor, seen: Tensor) -> Tensor:
+    """Their sum, from deviations about a mean that was rounded."""
+    return deviations_N.square().sum() - deviations_N.sum() ** 2 / seen
 
 
 # ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
