@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
 
-_IMPLS = Implementations("decode_step", cpu=("torch",), cuda=("torch",))
+_IMPLS = Implementations("decode_step", cpu=("cpp", "torch"), cuda=("torch",))
 _GATHERED_TOKENS = 128  # the reference gathers the whole row of every token: so many tokens at a time bound its memory
 
 
@@ -120,6 +121,14 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
     return _rms_norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, eps)
 
 
+# ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
+if native.capability:
+    @torch.library.register_fake("fusedrl::decode_step")
+    def _(token_ids: Tensor, positions: Tensor, rows: Tensor, block_table: Tensor, k_cache: Tensor, v_cache: Tensor, out_slots: Tensor | None,
+          embedding: Tensor, norm: Tensor, inv_freq: Tensor, layers: list[Tensor | None], windows: list[int], rope_scale: float, eps: float) -> Tensor:
+        return embedding.new_empty((token_ids if out_slots is None else out_slots).shape[0], embedding.shape[1])
+
+
 # ---- public ------------------------------------------------------------------------------------------------------------
 def allocate_cache(weights: DecoderWeights, num_blocks: int, block_size: int = 16) -> tuple[Tensor, Tensor]:
     """An empty paged cache for a decoder, in its dtype and on its device: (k_cache, v_cache), 2 L Hkv D bytes-of-dtype a position.
@@ -149,7 +158,7 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
         block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot p % S. Entries that no token needs may hold anything.
         k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype (`allocate_cache`); written in place.
         out_slots: [R] int64, the tokens whose hidden state is wanted; None: all.
-        impl: "torch"; by default the best one for the device.
+        impl: "cpp" or "torch"; by default the best one for the device.
     Returns:
         [R, H] hidden states after the final norm, in the weights' dtype. The head is `weights.head`.
     Raises:
@@ -161,11 +170,15 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
     check(op, {"token_ids": (token_ids, "N"), "positions": (positions, "N"), "rows": (rows, "N"), "block_table": (block_table, "B M"),
                "k_cache": (k_cache, f"{L} blocks {Hkv} {D} S"), "v_cache": (v_cache, f"{L} blocks {Hkv} S {D}"), "out_slots": (out_slots, "R"),
                "weights.embedding": (weights.embedding, "V H")})
-    _IMPLS.choose(token_ids.device, impl)
+    chosen = _IMPLS.choose(token_ids.device, impl)
     for name, tensor in (("token_ids", token_ids), ("positions", positions), ("rows", rows), ("out_slots", out_slots)):
         check_dtype(op, name, tensor, (torch.int64,))
     check_dtype(op, "block_table", block_table, (torch.int32,))
-    check_dtype(op, "weights.embedding", weights.embedding, FLOATS)
+    check_dtype(op, "weights.embedding", weights.embedding, FLOATS if chosen == "torch" else (torch.float32, torch.bfloat16))
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_dtype(op, name, tensor, (weights.embedding.dtype,))
-    return decode_step_reference(weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
+    if chosen == "torch":
+        return decode_step_reference(weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
+    return torch.ops.fusedrl.decode_step(
+        token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, weights.embedding, weights.norm, weights.inv_freq,
+        [part for layer in weights.layers for part in layer[:-1]], [layer.window for layer in weights.layers], weights.rope_scale, weights.norm_eps)
