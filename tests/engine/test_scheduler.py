@@ -157,8 +157,10 @@ def runs(scheduler_type):
         prompt = draw.integers(0, 2, 9).tolist()
         sequences = simulator.submit([(prompt, 8, 3), (prompt, 11, 2), (draw.integers(0, 2, 6).tolist(), 12, 3)])
         simulator.drain()
-        sequences += simulator.submit([(simulator.done[3].tokens.tolist() + [1], 2, 2)])  # goes on from what was computed
-        simulator.drain()
+        for _ in range(2):  # then a prompt that goes on from the whole of the sequence before it, which ended with a full block
+            sequences += simulator.submit([(prompt, 11, 1)])
+            simulator.drain()
+            prompt = [*sequences[-1].tokens.tolist(), 1]
         simulator.check_done(sequences)
         simulator.check_empty()
 
