@@ -2,7 +2,7 @@
 //
 // Bytes    V s a row, read once; the exponentials of a row stay in cache between the sum and the draw.
 // Numerics float32 terms, sums in double by blocks of fixed size. A row depends on nothing but itself, whatever the number of threads.
-// Cost     rows that ask for no truncation need no order. top-k selects, top-p sorts only as much of the head of the distribution as it keeps.
+// Cost     rows that ask for no truncation need no order; for the others a few linear passes, and an order of the tokens next to the boundary.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -26,6 +26,9 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t VL = Vec::size();
 constexpr int64_t BLOCK = 128;       // the draw walks sums of blocks, then one block
 constexpr float SMALLEST = -87.0f;   // exp of less is not a normal float32: it counts as 0
+constexpr float BUCKETS_A_NAT = 16.0f;
+constexpr int64_t BUCKETS = 87 * 16 + 1;  // of -x in 0 to 87
+constexpr uint16_t NO_BUCKET = 0xFFFF;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 // ---- random numbers --------------------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ inline uint64_t rank_key(float z, int64_t id) {
 
 class Sampler {
  public:
-  explicit Sampler(int64_t V) : V_(V), weights_(V), candidates_(V), blocks_((V + BLOCK - 1) / BLOCK) {}
+  explicit Sampler(int64_t V) : V_(V), weights_(V), candidates_(V), blocks_((V + BLOCK - 1) / BLOCK), bucket_(V) {}
 
   // token -1: the row holds NaN or +inf, or nothing may be drawn.
   Drawn draw(const float* z, const bool* suppress, const Parameters& row, bool greedy, const int64_t* key) {
@@ -148,7 +151,7 @@ class Sampler {
     }
     const auto scaled = [&](int64_t v, float top) { return (z[v] - top) / row.temperature; };
     double total = sums.weights;
-    if (!greedy && truncate(candidates, row, total, [&](int64_t v) { return scaled(v, max) >= row.log_min_p; })) {
+    if (!greedy && truncate(candidates, row, [&](int64_t v) { return scaled(v, max); })) {
       total = 0.0;
       for (int64_t start = 0; start < V_; start += BLOCK) total += blocks_[start / BLOCK] = sum(&weights_[start], std::min(BLOCK, V_ - start));
     }
@@ -159,46 +162,63 @@ class Sampler {
   }
 
  private:
-  // Sets the weights that top-k, top-p and min-p drop to 0; false when nothing was asked.
-  template <typename MinP>
-  bool truncate(const float* z, const Parameters& row, double total, const MinP& above_min_p) {
-    const bool by_rank = (row.top_k > 0 && row.top_k < V_) || row.top_p < 1.0;
-    const bool by_share = row.log_min_p > -INFINITE;
-    if (by_rank) {
-      keys_.clear();
-      for (int64_t v = 0; v < V_; ++v)
-        if (weights_[v] > 0.0f) keys_.push_back(rank_key(z[v], v));
-      const auto weight = [&](uint64_t key) { return weights_[static_cast<uint32_t>(~static_cast<uint32_t>(key))]; };
-      size_t size = keys_.size();
-      if (row.top_k > 0 && static_cast<size_t>(row.top_k) < size) {
-        size = row.top_k;
-        std::nth_element(keys_.begin(), keys_.begin() + size, keys_.end(), std::greater<>());
-        total = 0.0;
-        for (size_t i = 0; i < size; ++i) total += weight(keys_[i]);
+  // Sets the weights that top-k, top-p and min-p drop to 0; false when nothing was asked. x(v) is the scaled logit of a token, at most 0.
+  template <typename X>
+  bool truncate(const float* z, const Parameters& row, const X& x) {
+    const bool by_k = row.top_k > 0 && row.top_k < V_, by_p = row.top_p < 1.0, by_share = row.log_min_p > -INFINITE;
+    if (by_k || by_p) {
+      // A ranking without sorting all: buckets of x are ranked among themselves, so only the bucket that a boundary falls into is put in order.
+      counts_.assign(BUCKETS, 0);
+      masses_.assign(BUCKETS, 0.0);
+      for (int64_t v = 0; v < V_; ++v) {
+        bucket_[v] = weights_[v] > 0.0f ? static_cast<uint16_t>(x(v) * -BUCKETS_A_NAT) : NO_BUCKET;
+        if (bucket_[v] == NO_BUCKET) continue;
+        ++counts_[bucket_[v]];
+        masses_[bucket_[v]] += weights_[v];
       }
-      if (row.top_p < 1.0) {
-        double before = 0.0;
-        size_t kept = 0, sorted = 0;
-        for (; kept < size && before < row.top_p * total; ++kept) {
-          if (kept == sorted) {  // the next stretch of the ranking: four times as long, so that the selections cost a linear pass or two in all
-            sorted = std::min(size, std::max<size_t>(64, 4 * sorted));
-            if (sorted < size) std::nth_element(keys_.begin() + kept, keys_.begin() + sorted, keys_.begin() + size, std::greater<>());
-            std::sort(keys_.begin() + kept, keys_.begin() + sorted, std::greater<>());
-          }
-          before += weight(keys_[kept]);
+      int64_t last = BUCKETS - 1;  // the last bucket that keeps something, and the lowest rank that it keeps
+      uint64_t lowest = 0;
+      if (by_k) {
+        int64_t left = row.top_k, b = 0;
+        while (b < BUCKETS && counts_[b] < left) left -= counts_[b++];
+        if (b < BUCKETS) {
+          collect(z, b, 0);
+          std::nth_element(keys_.begin(), keys_.begin() + (left - 1), keys_.end(), std::greater<>());
+          last = b;
+          lowest = keys_[left - 1];
+          masses_[b] = 0.0;
+          for (int64_t i = 0; i < left; ++i) masses_[b] += weights_[token_of(keys_[i])];
         }
-        size = kept;
       }
-      survivors_.clear();
-      for (size_t i = 0; i < size; ++i) survivors_.emplace_back(static_cast<uint32_t>(~static_cast<uint32_t>(keys_[i])), weight(keys_[i]));
-      std::fill(weights_.begin(), weights_.end(), 0.0f);
-      for (const auto& [v, w] : survivors_)
-        if (!by_share || above_min_p(v)) weights_[v] = w;
-    } else if (by_share) {
+      if (by_p) {
+        double total = 0.0, before = 0.0;
+        for (int64_t b = 0; b <= last; ++b) total += masses_[b];
+        int64_t b = 0;
+        while (b < last && before + masses_[b] < row.top_p * total) before += masses_[b++];
+        collect(z, b, b == last ? lowest : 0);
+        std::sort(keys_.begin(), keys_.end(), std::greater<>());
+        last = b;
+        for (const uint64_t key : keys_) {
+          if (before >= row.top_p * total) break;
+          lowest = key;
+          before += weights_[token_of(key)];
+        }
+      }
       for (int64_t v = 0; v < V_; ++v)
-        if (!above_min_p(v)) weights_[v] = 0.0f;
+        if (bucket_[v] > last || (bucket_[v] == last && rank_key(z[v], v) < lowest)) weights_[v] = 0.0f;
     }
-    return by_rank || by_share;
+    if (by_share)
+      for (int64_t v = 0; v < V_; ++v) weights_[v] = x(v) >= row.log_min_p ? weights_[v] : 0.0f;
+    return by_k || by_p || by_share;
+  }
+
+  static int64_t token_of(uint64_t key) { return static_cast<uint32_t>(~static_cast<uint32_t>(key)); }
+
+  // The ranks of a bucket's tokens, those of at least `lowest`.
+  void collect(const float* z, int64_t bucket, uint64_t lowest) {
+    keys_.clear();
+    for (int64_t v = 0; v < V_; ++v)
+      if (bucket_[v] == bucket && rank_key(z[v], v) >= lowest) keys_.push_back(rank_key(z[v], v));
   }
 
   // The first token in vocabulary order whose running sum exceeds `target`; the last drawable one where rounding leaves none.
@@ -222,7 +242,9 @@ class Sampler {
   std::vector<float> weights_, candidates_;
   std::vector<double> blocks_;
   std::vector<uint64_t> keys_;
-  std::vector<std::pair<uint32_t, float>> survivors_;
+  std::vector<uint16_t> bucket_;
+  std::vector<int64_t> counts_;
+  std::vector<double> masses_;
 };
 
 // ---- from tensors ------------------------------------------------------------------------------------------------------------
