@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-import torch  # noqa: F401  (the extension links against libtorch, which must be loaded first)
+import torch  # (the extension links against libtorch, which must be loaded first)
 
 _ORDER = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 

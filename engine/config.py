@@ -1,0 +1,297 @@
+"""What a run is: frozen dataclasses, one level deep per concern. The command line, YAML and Python construct the same objects.
+
+Sizes of a batch have four words and no others: `prompts_per_step`, `samples_per_prompt`, `minibatches`, `tokens_per_microbatch`.
+The split into micro-batches never changes the gradient, so `tokens_per_microbatch` is about memory alone.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fusedrl.engine.errors import ConfigError
+
+
+def _require(condition: bool, where: str, expected: str, found: object) -> None:
+    if not condition:
+        raise ConfigError(f"config: expected {where} {expected}, got {found!r}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. Epsilon 1e-5 rather than torch's 1e-8 is what PPO for language models uses (Huang et al., 2024, "The N+ implementation details").
+
+    Args:
+        lr: peak learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, on matrices only.
+        schedule: after the warm-up, constant, or linear to zero at the last step.
+        warmup_steps: optimizer steps of linear warm-up.
+        max_grad_norm: the global norm above which gradients are scaled down; 0 leaves them.
+    """
+
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear"] = "linear"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", "> 0", self.lr)
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", "two numbers in [0, 1)", self.betas)
+        _require(self.eps > 0, "optim.eps", "> 0", self.eps)
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
+        _require(self.max_grad_norm >= 0, "optim.max_grad_norm", ">= 0", self.max_grad_norm)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it keeps.
+
+    Args:
+        dir: run directory; metrics, checkpoints and the final model go there.
+        seed: of everything that draws.
+        resume: continue the run in `dir` from its newest complete checkpoint.
+        save_every: steps between checkpoints; 0 saves at the end only.
+        keep: complete checkpoints kept; the oldest go first.
+        progress: live progress on the terminal.
+    """
+
+    dir: str = "runs/latest"
+    seed: int = 0
+    resume: bool = False
+    save_every: int = 0
+    keep: int = 2
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dir), "run.dir", "a directory", self.dir)
+        _require(self.save_every >= 0, "run.save_every", ">= 0", self.save_every)
+        _require(self.keep >= 1, "run.keep", ">= 1", self.keep)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How rollouts are sampled. PPO scores the distribution it samples from, so it refuses settings that truncate it.
+
+    Args:
+        max_new_tokens: longest completion.
+        temperature: divides the logits, in sampling and in scoring alike.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of this probability; 1 keeps all.
+        min_p: keep tokens of at least this fraction of the likeliest one's probability; 0 keeps all.
+        stop_token_ids: ids that end a completion besides the model's own EOS.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "generation.max_new_tokens", ">= 1", self.max_new_tokens)
+        _require(self.temperature >= 0, "generation.temperature", ">= 0", self.temperature)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """The penalty that keeps the policy near its reference: -coef * k1 per token, inside the reward (Ziegler et al., 2019).
+
+    Args:
+        coef: the coefficient, or its initial value when it adapts.
+        target: KL per sequence, in nats, that the coefficient adapts to; None keeps it fixed.
+        horizon: episodes over which the coefficient adapts.
+    """
+
+    coef: float = 0.05
+    target: float | None = None
+    horizon: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        _require(self.coef >= 0, "kl.coef", ">= 0", self.coef)
+        _require(self.target is None or (self.target > 0 and self.coef > 0), "kl.target", "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0)",
+                 (self.target, self.coef))
+        _require(self.horizon > 0, "kl.horizon", "> 0", self.horizon)
+
+
+@dataclass(frozen=True)
+class PPOLossConfig:
+    """PPO's advantage and loss. Defaults: Ziegler et al. (2019) and Stiennon et al. (2020), as re-implemented by Huang et al. (2024).
+
+    Args:
+        gamma: discount per token.
+        lam: lambda of GAE.
+        whiten: advantages to mean 0 and variance 1 over the whole batch of a step.
+        clip_low: the ratio is clipped below at 1 - clip_low.
+        clip_high: the ratio is clipped above at 1 + clip_high.
+        dual_clip: bound on ratio x |A| for negative advantages; None is off.
+        value_clip: values move at most this far from the old ones; None is off.
+        value_coef: weight of the value loss.
+        entropy_coef: weight of the entropy bonus.
+        aggregation: how token losses become one number.
+    """
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    value_clip: float | None = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    aggregation: Literal["token_mean", "sequence_mean_token_mean"] = "token_mean"
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.gamma <= 1, "loss.gamma", "in [0, 1]", self.gamma)
+        _require(0 <= self.lam <= 1, "loss.lam", "in [0, 1]", self.lam)
+        _require(0 < self.clip_low < 1, "loss.clip_low", "in (0, 1)", self.clip_low)
+        _require(self.clip_high > 0, "loss.clip_high", "> 0", self.clip_high)
+        _require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "> 1", self.dual_clip)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning: cross-entropy of completions (or of whole texts), a mean over all their tokens.
+
+    Args:
+        model: directory or id of the model to train.
+        data: JSONL file (.gz too): {"prompt", "completion"}, {"text"}, {"messages"}, or preference pairs, whose chosen answers are used.
+        eval_fraction: part of the data held out and scored before and after.
+        epochs: passes over the data.
+        sequences_per_step: sequences of one optimizer step.
+        tokens_per_microbatch: tokens of one forward and backward.
+        max_length: longer examples are dropped and counted; None is the model's own limit.
+        skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
+        dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
+        device: cpu, cuda, or None for the best there is.
+    """
+
+    model: str
+    data: str
+    eval_fraction: float = 0.0
+    epochs: int = 1
+    sequences_per_step: int = 32
+    tokens_per_microbatch: int = 8192
+    max_length: int | None = None
+    skip_bad_lines: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _check_data(self)
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """A pairwise (Bradley-Terry) reward model on the trunk of a language model.
+
+    Args:
+        model: directory or id of the language model whose trunk is used (an SFT model, usually).
+        data: JSONL file (.gz too) of preference pairs: {"prompt", "chosen", "rejected"} or implicit {"chosen", "rejected"} such as HH-RLHF.
+        eval_fraction: part of the pairs held out for the accuracy.
+        epochs: passes over the pairs; one is usual, more over-fit.
+        pairs_per_step: pairs of one optimizer step.
+        tokens_per_microbatch: tokens of one forward and backward.
+        max_length: pairs with a longer side are dropped and counted; None is the model's own limit.
+        normalize: shift the scores so that the chosen answers of the training pairs score 0 on average.
+        skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
+        dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
+        device: cpu, cuda, or None for the best there is.
+    """
+
+    model: str
+    data: str
+    eval_fraction: float = 0.1
+    epochs: int = 1
+    pairs_per_step: int = 32
+    tokens_per_microbatch: int = 8192
+    max_length: int | None = None
+    normalize: bool = True
+    skip_bad_lines: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _check_data(self)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO with a value head on the policy's trunk, a frozen reference, and the KL inside the reward.
+
+    Args:
+        model: directory or id of the policy to train; its initial weights are the reference.
+        data: JSONL file (.gz too) with a "prompt" column, or preference pairs, whose common prefix is the prompt.
+        reward: rewards, each file.py:function, or a directory of a reward model.
+        reward_weights: one weight per reward; None weighs each 1.
+        steps: rollouts, each followed by epochs x minibatches optimizer steps.
+        prompts_per_step: prompts of one rollout.
+        samples_per_prompt: completions of each prompt.
+        epochs: passes over a rollout.
+        minibatches: optimizer steps of one pass.
+        tokens_per_microbatch: tokens of one forward and backward.
+        max_prompt_length: longer prompts are dropped before the first step and counted; None is what fits the model with max_new_tokens.
+        score_clip: scores are clipped to +- this; None leaves them.
+        missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+        max_invalid_fraction: of a rollout's rewards (raised, NaN, wrong type); above it the run stops, below it those samples are left out.
+        max_logp_diff: mean absolute difference between sampler and trainer log-probabilities above which the run stops.
+        skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
+        dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
+        device: cpu, cuda, or None for the best there is.
+    """
+
+    model: str
+    data: str
+    reward: tuple[str, ...]
+    reward_weights: tuple[float, ...] | None = None
+    steps: int = 100
+    prompts_per_step: int = 64
+    samples_per_prompt: int = 1
+    epochs: int = 4
+    minibatches: int = 1
+    tokens_per_microbatch: int = 8192
+    max_prompt_length: int | None = None
+    score_clip: float | None = None
+    missing_eos_penalty: float = 0.0
+    max_invalid_fraction: float = 0.1
+    max_logp_diff: float = 0.05
+    skip_bad_lines: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str | None = None
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    loss: PPOLossConfig = field(default_factory=PPOLossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "tokens_per_microbatch"):
+            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        _require(len(self.reward) >= 1, "reward", "at least one file.py:function or reward-model directory", self.reward)
+        _require(self.reward_weights is None or len(self.reward_weights) == len(self.reward), "reward_weights",
+                 f"{len(self.reward)} numbers, one per reward", self.reward_weights)
+        rollouts = self.prompts_per_step * self.samples_per_prompt
+        _require(self.minibatches <= rollouts, "minibatches", f"<= prompts_per_step x samples_per_prompt = {rollouts}", self.minibatches)
+        _require(not self.generation.truncates, "generation", "without top_k, top_p and min_p for PPO (the trainer scores the full distribution, "
+                 "so a truncated sampler biases every ratio; use temperature)", (self.generation.top_k, self.generation.top_p, self.generation.min_p))
+        _require(self.generation.temperature > 0, "generation.temperature", "> 0 for PPO (greedy rollouts do not explore)", self.generation.temperature)
+
+
+def _check_data(config: SFTConfig | RewardModelConfig) -> None:
+    _require(0 <= config.eval_fraction < 1, "eval_fraction", "in [0, 1)", config.eval_fraction)
+    for name in ("epochs", "tokens_per_microbatch"):
+        _require(getattr(config, name) >= 1, name, ">= 1", getattr(config, name))
