@@ -14,9 +14,9 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,8 +82,8 @@ def save_checkpoint(run_dir: str | Path, step: int, tensors: Mapping[str, Mappin
             shutil.rmtree(temporary)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             needed, free = sum(t.nbytes for named in tensors.values() for t in named.values()), shutil.disk_usage(root).free
-            raise OSError(error.errno, f"{os.strerror(error.errno)}: this checkpoint needs {needed:,} bytes and {free:,} are free; earlier checkpoints are intact. "
-                          "Free some space or lower run.keep, then resume", str(target)) from error
+            raise OSError(error.errno, f"{os.strerror(error.errno)}: this checkpoint needs {needed:,} bytes and {free:,} are free; "
+                          "earlier checkpoints are intact. Free some space or lower run.keep, then resume", str(target)) from error
         raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -238,6 +238,14 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def model_digest(model: str | Path) -> str | None:
+    """SHA-256 over names and bytes of a model directory's safetensors files; None for an id that is no directory here."""
+    if not Path(model).is_dir():
+        return None
+    parts = [f"{path.name} {file_digest(path)}" for path in sorted(Path(model).glob("*.safetensors"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 # ---- the run directory --------------------------------------------------------------------------------------------------------
 class RunLock:
     """Exclusive ownership of a run directory while this object (a context manager) lives; the system releases it when the process dies.
@@ -258,7 +266,7 @@ class RunLock:
             self._file.close()
             raise SetupError(f"{run_dir}: another run writes here ({holder}); wait for it, stop it, or choose another --run.dir") from None
         self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
+        self._file.write(f"pid {os.getpid()} on host {platform.node()}\n")
         self._file.flush()
 
     def release(self) -> None:
@@ -272,20 +280,21 @@ class RunLock:
         self.release()
 
 
-class Run:
+class RunDirectory:
     """A run directory that this process owns: `dir`, and `checkpoint` to continue from (None at the beginning). A context manager.
 
     A new run needs a directory without checkpoints. A resumed one must have the configuration that it was started with, except for what does
-    not change the result (`FREE_KEYS`), and the same bytes of data.
+    not change the result (`FREE_KEYS`), and the same bytes of data and of the initial model.
 
     Raises:
-        ConfigError: the directory holds another run, or the configuration or the data changed; lists the differences.
+        ConfigError: the directory holds another run, or the configuration, the data or the model changed; lists the differences.
         SetupError: another live process writes there.
     """
 
     def __init__(self, config: Any) -> None:
         self.dir = Path(config.run.dir)
-        current = {"stage": type(config).__name__, "data_sha256": file_digest(config.data), "config": config_to_dict(config)}
+        current = {"stage": type(config).__name__, "config": config_to_dict(config), "data_sha256": file_digest(config.data),
+                   "model_sha256": model_digest(config.model)}
         self._lock = RunLock(self.dir)
         try:
             self.checkpoint = latest_checkpoint(self.dir)
@@ -305,13 +314,13 @@ class Run:
         try:
             saved = json.loads(path.read_bytes())
             differences = config_diff(saved["config"], current["config"])
-            differences += [f"{key}: {saved[key]} -> {current[key]}" for key in ("stage", "data_sha256") if saved[key] != current[key]]
+            differences += [f"{key}: {saved[key]} -> {current[key]}" for key in current if key != "config" and saved[key] != current[key]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}), so the run cannot be continued safely") from error
+            raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}), so what the run was started with is not known") from error
         if differences:
-            raise ConfigError(f"{self.dir}: resumed with another configuration; undo these changes, or start in another --run.dir\n  " + "\n  ".join(differences))
+            raise ConfigError("\n  ".join([f"{self.dir}: resumed with another configuration; undo these changes, or start in another --run.dir", *differences]))
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
