@@ -4,7 +4,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test test-full lint types bench clean
+.PHONY: venv demo test test-full lint types bench tables clean
 
 venv: $(INSTALLED)
 
@@ -36,3 +36,6 @@ bench: venv
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so
+
+tables: venv
+	$(RUN) -m bench.tables

@@ -56,7 +56,7 @@ def train_ppo(config: PPOConfig) -> PPOResult:
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True)
     reference = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
-    rewards = RewardSet([load_reward(spec, device=actor.device) for spec in config.reward], config.reward_weights)
+    rewards = RewardSet([load_reward(spec, device=actor.decoder.device) for spec in config.reward], config.reward_weights)
     optim = config.optim
     optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     kl = KLController(config.kl)

@@ -51,11 +51,11 @@ def train_sft(config: SFTConfig) -> SFTResult:
         for step in range(run.start, run.total):
             start = step * config.sequences_per_step
             chosen = data_order(len(train), config.run.seed, start, min(start + config.sequences_per_step, len(train) * config.epochs))
-            batch = PackedBatch.from_sequences((train[i] for i in chosen), device=actor.device)
+            batch = PackedBatch.from_sequences((train[i] for i in chosen), device=actor.decoder.device)
             tokens = int(batch.action_mask.sum())
             with run.time("train"):
                 optimizer.zero_grad()
-                loss = torch.zeros((), device=actor.device)
+                loss = torch.zeros((), device=actor.decoder.device)
                 for group in batch.split(config.tokens_per_microbatch):
                     micro = batch.select(group)
                     logp, _ = actor.logprobs(micro, actor.forward(micro))
@@ -77,6 +77,6 @@ def train_sft(config: SFTConfig) -> SFTResult:
 
 def cross_entropy(actor: HybridActor, sequences: list[Tokens], tokens_per_microbatch: int) -> float:
     """Mean negative log-probability of the completion tokens, in nats."""
-    batch = PackedBatch.from_sequences(sequences, device=actor.device)
+    batch = PackedBatch.from_sequences(sequences, device=actor.decoder.device)
     logp = actor.score(batch, partition=batch.split(tokens_per_microbatch)).logp
     return -logp[batch.action_mask].double().mean().item()

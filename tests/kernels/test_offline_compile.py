@@ -1,0 +1,36 @@
+"""Every Triton kernel compiles for sm_80, sm_90, sm_100 and gfx942 with no GPU at hand, and spills on none of them."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).resolve().parents[1] / "offline_compile.py"
+
+
+def run(arguments, **environment):
+    # A process of its own: here triton was imported for its interpreter, which has no compiler behind @triton.jit.
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], env=kept | environment, capture_output=True, text=True)
+
+
+def test_every_kernel_compiles_and_none_spills(tmp_path):
+    done = run(["--json", tmp_path / "rows.json"])
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    print(done.stdout)
+    wrong = [row for row in rows if "error" in row or row["spills"]]
+    assert not wrong, "\n".join(map(str, wrong))
+    kernels = {row["kernel"] for row in rows}
+    assert len(rows) == 4 * len(kernels)
+    assert "logprob" in {name.split(".")[0] for name in kernels}
+
+
+def test_refuses_the_interpreter():
+    done = run([], TRITON_INTERPRET="1")
+    assert done.returncode != 0
+    assert "expected TRITON_INTERPRET unset" in done.stderr

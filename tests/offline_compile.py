@@ -1,0 +1,113 @@
+"""Compiles every Triton kernel of the package for four GPUs, on a machine with none, and reports what each one uses.
+
+    python tests/offline_compile.py [MODULE ...] [--json FILE]        (with TRITON_INTERPRET unset: the interpreter has nothing to compile)
+
+A module of kernels/ takes part by a table of its own, name -> what `triton.compile` needs to know:
+
+    OFFLINE_KERNELS = {
+        "forward_bf16": dict(
+            kernel=_forward_kernel,                                                    # the function under @triton.jit
+            signature={"logits_ptr": "*bf16", "logp_ptr": "*fp32", "V": "i32", "row_stride": "i64", "temperature": "fp32"},
+            constexprs={"BLOCK": 4096, "WITH_ENTROPY": True},                          # every tl.constexpr parameter, by name
+            num_warps=8,                                                               # optional, 4 by default
+            num_stages=3,                                                              # optional, Triton's own by default
+        ),
+    }
+
+The signature names every other parameter: "*fp32", "*bf16", "*fp16", "*i64", "*i32", "*i1" for pointers (16-byte aligned, as torch's are),
+"i32", "i64", "fp32", "i1" for scalars. A pointer argument that is None in some call is a constexpr None there. List each variant that runs
+in practice (dtype, tile, flags) as an entry of its own. A spill on any target fails.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+
+
+def kernels(only: list[str]) -> dict[str, dict]:
+    """"module.name" -> entry, of every module of fusedrl.kernels that has a table (or of those named)."""
+    import fusedrl.kernels
+
+    found = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(fusedrl.kernels.__path__) if not m.name.startswith("_C_")):
+        if only and module not in only:
+            continue
+        for name, entry in getattr(importlib.import_module(f"fusedrl.kernels.{module}"), "OFFLINE_KERNELS", {}).items():
+            found[f"{module}.{name}"] = entry
+    return found
+
+
+def compile_one(entry: dict, target: tuple) -> dict:
+    """Registers a thread, spills (bytes on NVIDIA, registers on AMD) and shared bytes of one kernel for one GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, constexprs = entry["kernel"], entry.get("constexprs", {})
+    missing = set(kernel.arg_names) ^ (set(entry["signature"]) | set(constexprs))
+    if missing:
+        raise ValueError(f"signature and constexprs do not cover the parameters of {kernel.__name__}: {sorted(missing)}")
+    signature = {name: "constexpr" if name in constexprs else entry["signature"][name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
+    source = ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constexprs.items()}, attrs=aligned)
+    # Fusion is named because its default changes between Triton versions.
+    options = {"num_warps": entry.get("num_warps", 4), "enable_fp_fusion": True}
+    if "num_stages" in entry:
+        options["num_stages"] = entry["num_stages"]
+    compiled = triton.compile(source, target=GPUTarget(*target), options=options)
+    usage = _nvidia_usage(compiled.asm["cubin"]) if target[0] == "cuda" else _amd_usage(compiled.asm["amdgcn"])
+    return {**usage, "shared": compiled.metadata.shared}
+
+
+def _nvidia_usage(cubin: bytes) -> dict:
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    use = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": use["REG"], "spills": use["STACK"] + use["LOCAL"]}
+
+
+def _amd_usage(assembly: str) -> dict:
+    def count(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
+
+    return {"registers": count("vgpr_count"), "spills": count("vgpr_spill_count") + count("sgpr_spill_count")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", help="modules of kernels/ (all that have a table)")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        sys.exit("offline_compile: expected TRITON_INTERPRET unset: under the interpreter there is nothing to compile")
+    rows = []
+    for name, entry in kernels(arguments.modules).items():
+        for target_name, target in TARGETS.items():
+            row = {"kernel": name, "target": target_name}
+            try:
+                row |= compile_one(entry, target)
+            except Exception as error:  # one broken kernel must not hide the others
+                row |= {"error": f"{type(error).__name__}: {error}"[:2000]}
+            rows.append(row)
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
