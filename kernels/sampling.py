@@ -14,16 +14,17 @@ Source    Salmon et al. (2011), Parallel random numbers: as easy as 1, 2, 3 (Phi
 """
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedrl.kernels.checks import FLOATS, check, check_dtype
+from fusedrl.kernels import native
+from fusedrl.kernels.checks import FLOATS, check, check_dtype, describe
 from fusedrl.kernels.dispatch import Implementations
 
-_IMPLS = Implementations("sample", cpu=("torch",), cuda=("torch",))
+_IMPLS = Implementations("sample", cpu=("cpp", "torch"), cuda=("torch",))
 _SMALLEST = -87.0  # exp of less is not a normal float32
 
 
@@ -64,8 +65,9 @@ def sample_reference(logits_BV: Tensor, temperature: Tensor, top_k: Tensor | Non
     """The definition, without a loop over rows or a look from the host. Parameters are [B] or [1]; a row with nothing to draw gets token -1."""
     z = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     B, V = z.shape
-    greedy = (temperature == 0).expand(B)
-    T = torch.where(temperature == 0, 1.0, temperature).to(z.dtype)[:, None]
+    T = temperature.to(z.dtype)[:, None]
+    greedy = (T == 0)[:, 0].expand(B)
+    T = torch.where(T == 0, 1.0, T)
     x = (z - z.amax(-1, keepdim=True)) / T
     log_sum = x.double().exp().sum(-1).log()
     p = (x.double() - log_sum[:, None]).exp()
@@ -102,58 +104,68 @@ def sample_reference(logits_BV: Tensor, temperature: Tensor, top_k: Tensor | Non
     return Sampled(token_ids, logp.to(z.dtype), logp_processed.to(z.dtype), entropy.to(z.dtype), kept.sum(-1))
 
 
+# ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
+if native.capability:
+    @torch.library.register_fake("fusedrl::sample")
+    def _(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, keys: Tensor,
+          suppress: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        ids, floats = keys.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0], dtype=torch.float32)
+        return ids, floats, torch.empty_like(floats), torch.empty_like(floats), torch.empty_like(ids)
+
+
 # ---- public ------------------------------------------------------------------------------------------------------------
-def _parameter(name: str, value: float | Tensor, B: int, device: torch.device, low: float, high: float, low_included: bool) -> Tensor:
-    """A number or [B] tensor as a float64 tensor [1] or [B], in its range (checked on CPU, where looking costs no synchronisation)."""
+def _parameter(name: str, value: float | Tensor, logits: Tensor, inside: Callable[..., Any], meaning: str, look: bool) -> Tensor:
+    """A number or [B] tensor as a float64 tensor [1] or [B]; a tensor's values are looked at only if `look`."""
     if isinstance(value, Tensor):
-        if value.shape != (B,) or value.device != device:
-            raise ValueError(f"sample: expected {name} as a number or [{B}] on {device}, got {list(value.shape)} on {value.device}")
-        inside = True
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            inside = bool(((value >= low if low_included else value > low) & (value <= high)).all())
-        tensor = value.double()
+        if value.shape != logits.shape[:1] or value.device != logits.device:
+            raise ValueError(f"sample: expected {name} as a number or [{logits.shape[0]}] on {logits.device}, got {describe(value)}")
+        fits, tensor = not look or bool(inside(value).all()), value.double()
     else:
-        inside = (low <= value if low_included else low < value) and value <= high
-        tensor = torch.full((1,), float(value), dtype=torch.float64, device=device)
-    if not inside:
-        raise ValueError(f"sample: expected {name} in {'[' if low_included else '('}{low}, {high}], got {value}")
+        fits, tensor = bool(inside(value)), torch.full((1,), float(value), dtype=torch.float64, device=logits.device)
+    if not fits:
+        raise ValueError(f"sample: expected {name} {meaning}, got {value}")
     return tensor
 
 
 @torch.no_grad()
-def sample(logits: Tensor, *, temperature: float | Tensor, top_k: int | Tensor = 0, top_p: float | Tensor = 1.0, min_p: float | Tensor = 0.0, keys: Tensor,
-           suppress: Tensor | None = None, impl: str | None = None) -> Sampled:
+def sample(logits: Tensor, *, temperature: float | Tensor, top_k: int | Tensor = 0, top_p: float | Tensor = 1.0, min_p: float | Tensor = 0.0,
+           keys: Tensor, suppress: Tensor | None = None, impl: str | None = None) -> Sampled:
     """Draw one token a row. The draw depends on the row's logits, parameters and key alone: not on its companions, nor on any state.
 
     Args:
-        logits: [B, V] float; rows may be strided.
+        logits: [B, V] float32, bfloat16 or float16 (torch also float64); rows may be strided.
         temperature: number or [B]; 0 takes the largest logit, with logp, entropy and kept_count of T = 1 and no truncation.
-        top_k: number or [B]; keep the k largest; 0: all. top_p: number or [B] in (0, 1]; then the most probable that together reach this share.
-            min_p: number or [B] in [0, 1]; then those of at least this share of the most probable one.
+        top_k: number or [B]; keep the k largest; 0: all.
+        top_p: number or [B] in (0, 1]; then the most probable ones that together reach this share.
+        min_p: number or [B] in [0, 1]; then those of at least this share of the most probable one.
         keys: [B, 4] int64 (seed, request id, sample index, position); of the last two the low 32 bits count.
         suppress: [B, V] bool, tokens that are never drawn (an EOS before min_new_tokens); they still count in logp and entropy.
-        impl: "torch"; by default the best one for the device.
+        impl: "cpp" or "torch"; by default the best one for the device.
     Returns:
         `Sampled`.
     Raises:
-        ValueError: sizes, devices or parameters; on CPU also a row with NaN or +inf, or with nothing to draw (on CUDA its token is -1).
+        ValueError: sizes, devices or parameters; on CPU also a row with NaN or +inf, or with nothing to draw. On CUDA, where looking would
+        synchronise, such a row's token is -1 and [B] parameters are not looked at.
         TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
     op = "sample"
-    B, V = check(op, {"logits": (logits, "B V"), "keys": (keys, "B 4"), "suppress": (suppress, "B V")})[:2]
-    check_dtype(op, "logits", logits, FLOATS)
+    _, V = check(op, {"logits": (logits, "B V"), "keys": (keys, "B 4"), "suppress": (suppress, "B V")})[:2]
+    chosen = _IMPLS.choose(logits.device, impl)
+    check_dtype(op, "logits", logits, FLOATS if chosen == "torch" else (torch.float32, torch.bfloat16, torch.float16))
     check_dtype(op, "keys", keys, (torch.int64,))
     check_dtype(op, "suppress", suppress, (torch.bool,))
     if V == 0:
         raise ValueError("sample: expected a vocabulary of at least one token, got logits [B, 0]")
-    _IMPLS.choose(logits.device, impl)
-    device = logits.device
-    T = _parameter("temperature", temperature, B, device, 0.0, math.inf, True)
-    k = None if not isinstance(top_k, Tensor) and top_k == 0 else _parameter("top_k", top_k, B, device, 0.0, math.inf, True)
-    p = None if not isinstance(top_p, Tensor) and top_p == 1 else _parameter("top_p", top_p, B, device, 0.0, 1.0, False)
-    m = None if not isinstance(min_p, Tensor) and min_p == 0 else _parameter("min_p", min_p, B, device, 0.0, 1.0, True)
+    look = chosen == "torch" and logits.device.type == "cpu" and not torch.compiler.is_compiling()  # the cpp op looks for itself
+    T = _parameter("temperature", temperature, logits, lambda x: x >= 0, "of 0 or more", look)
+    k = None if not isinstance(top_k, Tensor) and top_k == 0 else _parameter("top_k", top_k, logits, lambda x: x >= 0, "of 0 (all) or more", look)
+    p = None if not isinstance(top_p, Tensor) and top_p == 1 else _parameter("top_p", top_p, logits, lambda x: (x > 0) & (x <= 1), "in (0, 1]", look)
+    m = None if not isinstance(min_p, Tensor) and min_p == 0 else _parameter("min_p", min_p, logits, lambda x: (x >= 0) & (x <= 1), "in [0, 1]", look)
+    if chosen != "torch":
+        return Sampled(*torch.ops.fusedrl.sample(logits, T, k, p, m, keys, suppress))
     drawn = sample_reference(logits, T, k, p, m, keys, suppress)
-    if device.type == "cpu" and not torch.compiler.is_compiling() and bool((drawn.token_ids < 0).any()):
+    if look and bool((drawn.token_ids < 0).any()):
         row = int((drawn.token_ids < 0).nonzero()[0])
-        raise ValueError(f"sample: row {row} of {B} holds NaN or +inf, or no token that may be drawn; look at the logits of that row and at `suppress`")
+        raise ValueError(f"sample: row {row} of {len(drawn.token_ids)} holds NaN or +inf, or no token that may be drawn; look at the logits of "
+                         "that row and at `suppress`")
     return drawn
