@@ -178,7 +178,6 @@ Tensor logprob_backward(const MaybeTensor& logp_grad, const MaybeTensor& entropy
 void logprob_backward_(Tensor& logits, const MaybeTensor& logp_grad, const MaybeTensor& entropy_grad, const Tensor& token_ids, const Tensor& stats_N3, double temperature,
                        const MaybeTensor& temperatures, int64_t ignore_index) {
   const Rows rows(logits);
-  TORCH_CHECK_VALUE(rows.tensor.is_same(logits), "logprob_: expected logits with at most two independent leading strides, got ", logits.strides());
   gradient_rows<false>(rows, rows, logp_grad, entropy_grad, token_ids, stats_N3, temperature, temperatures, ignore_index);
 }
 
@@ -224,6 +223,8 @@ std::tuple<Tensor, Tensor> logprob(const Tensor& logits, const Tensor& token_ids
 // The backward overwrites the logits; the Python function has checked that it may.
 std::tuple<Tensor, Tensor> logprob_in_place(const Tensor& logits, const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, bool entropy,
                                             int64_t ignore_index) {
+  TORCH_CHECK_VALUE(Rows(logits).tensor.is_same(logits), "logprob_: expected at most two leading dimensions with strides of their own, got sizes ", logits.sizes(),
+                    " with strides ", logits.strides(), "; use logprob");
   const auto out = Logprob::apply(logits, token_ids, temperature, temperatures, entropy, ignore_index, true);
   return {out[0], out[1]};
 }
