@@ -125,7 +125,7 @@ def shaped_gae_reference(logp: Tensor, ref_logp: Tensor, values: Tensor, scores:
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 if triton is not None:
-    _CHUNK = 1024
+    _CHUNK, _WARPS = 1024, 8
 
     @triton.jit
     def _compose(a_right, b_right, a_left, b_left):
@@ -272,7 +272,7 @@ if triton is not None:
     def _offline(estimator: str, whiten: bool, *absent: str) -> dict:
         signature = {name: kind for name, kind in (_POINTERS | _SCALARS).items() if name not in absent}
         return dict(kernel=_shaped_gae_kernel, signature=signature,
-                    constexprs={"ESTIMATOR": estimator, "WHITEN": whiten, "CHUNK": _CHUNK} | dict.fromkeys(absent))
+                    constexprs={"ESTIMATOR": estimator, "WHITEN": whiten, "CHUNK": _CHUNK} | dict.fromkeys(absent), num_warps=_WARPS)
 
     OFFLINE_KERNELS = {
         "packed_k1": _offline("k1", True, "kl_coef_ptr", "token_rewards_ptr"),
@@ -299,7 +299,7 @@ if triton is not None:
                 logp.contiguous(), ref_logp.contiguous(), values.contiguous(), scores.contiguous(), mask, None if cu_seqlens is None else cu_seqlens.contiguous(),
                 kl_coef_tensor, None if token_rewards is None else token_rewards.contiguous(), advantages, returns, rewards, kl_B, score_B, moments,
                 logp.shape[-1], kl_coef, gamma, gamma * lam, math.inf if score_clip is None else score_clip,
-                ESTIMATOR=ESTIMATORS[kl_estimator], WHITEN=whiten, CHUNK=_CHUNK)
+                ESTIMATOR=ESTIMATORS[kl_estimator], WHITEN=whiten, CHUNK=_CHUNK, num_warps=_WARPS)
         if whiten and N:
             # At most 512 programs: each reads every sequence's moments.
             _whiten_kernel[(min(triton.cdiv(N, 1024), 512),)](advantages, mask, moments, N, B, int(whiten_unbiased), _WHITEN_EPS, BLOCK=1024, ROWS=256)
