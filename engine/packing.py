@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 IGNORE = -100
 _PER_TOKEN = ("token_ids", "positions", "action_mask", "rollout_logp", "old_logp", "ref_logp", "values", "advantages", "returns", "weights", "weights_versions")
 _PER_SEQUENCE = ("scores",)
+
+
+def split_by_tokens(sized: Iterable[tuple[int, int]], tokens_per_microbatch: int) -> list[list[int]]:
+    """Group (index, tokens) items into micro-batches of at most `tokens_per_microbatch` tokens, longest first, so that the lengths within one
+    are alike; an item above the limit stands alone. The partition depends on its arguments alone."""
+    if tokens_per_microbatch < 1:
+        raise ValueError(f"expected tokens_per_microbatch >= 1, got {tokens_per_microbatch}")
+    parts: list[list[int]] = []
+    room = 0
+    for index, tokens in sorted(sized, key=lambda item: (-item[1], item[0])):
+        if not parts or tokens > room:
+            parts.append([])
+            room = tokens_per_microbatch
+        parts[-1].append(index)
+        room -= tokens
+    return parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,31 +158,24 @@ class PackedBatch:
         """The same batch with these columns set."""
         return replace(self, **columns)
 
+    def slots(self, sequences: Sequence[int]) -> Tensor:
+        """[n] int64: the token slots of these sequences, in this order."""
+        starts = list(accumulate(self.lengths, initial=0))
+        parts = [torch.arange(starts[b], starts[b + 1]) for b in sequences]
+        return (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)).to(self.device)
+
     def select(self, sequences: Sequence[int]) -> PackedBatch:
         """The batch of these sequences, in this order, with all their columns."""
-        starts = self.cu_seqlens.tolist()
-        slots = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in sequences]) if len(sequences) else torch.zeros(0, dtype=torch.int64)
-        slots, rows = slots.to(self.device), torch.tensor(list(sequences), dtype=torch.int64, device=self.device)
+        slots, rows = self.slots(sequences), torch.tensor(list(sequences), dtype=torch.int64, device=self.device)
         picked: dict[str, Any] = {name: column[slots] for name in _PER_TOKEN if (column := getattr(self, name)) is not None}
         picked |= {name: column[rows] for name in _PER_SEQUENCE if (column := getattr(self, name)) is not None}
         lengths = tuple(self.lengths[b] for b in sequences)
-        ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-        return PackedBatch(cu_seqlens=ends.int().to(self.device), lengths=lengths, **picked)
+        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=self.device)
+        return PackedBatch(cu_seqlens=cu_seqlens, lengths=lengths, **picked)
 
-    def split(self, tokens_per_microbatch: int) -> list[list[int]]:
-        """Sequence indices of micro-batches of at most `tokens_per_microbatch` tokens (a longer sequence stands alone), longest first, so that
-        the lengths within one are alike. The partition depends on the lengths alone."""
-        if tokens_per_microbatch < 1:
-            raise ValueError(f"PackedBatch.split: expected tokens_per_microbatch >= 1, got {tokens_per_microbatch}")
-        parts: list[list[int]] = []
-        room = 0
-        for b in sorted(range(self.num_sequences), key=lambda b: (-self.lengths[b], b)):
-            if not parts or self.lengths[b] > room:
-                parts.append([])
-                room = tokens_per_microbatch
-            parts[-1].append(b)
-            room -= self.lengths[b]
-        return parts
+    def split(self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None) -> list[list[int]]:
+        """Partition `sequences` (by default all) into micro-batches: see `split_by_tokens`."""
+        return split_by_tokens([(b, self.lengths[b]) for b in (range(self.num_sequences) if sequences is None else sequences)], tokens_per_microbatch)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`."""
