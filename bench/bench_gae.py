@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import contest, one_thread, report  # noqa: E402
+from harness import Row, contest, one_thread, report
 
-from fusedrl.kernels.gae import gae, shaped_gae  # noqa: E402
+from fusedrl.kernels.gae import gae, shaped_gae
 
 GAMMA, LAM, KL_COEF = 1.0, 0.95, 0.05
 
@@ -44,25 +44,26 @@ def close(ours, theirs) -> None:
         torch.testing.assert_close(a, b, atol=5e-5, rtol=5e-5)
 
 
+def contests(B: int, T: int) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values, logp = (torch.randn(B, T, generator=generator) for _ in range(3))
+    # Two float32 read and two written a token.
+    rows = contest("gae", f"{B} x {T}", "float32",
+                   {"fusedrl": lambda: gae(rewards, values, gamma=GAMMA, lam=LAM), "python loop over T": lambda: python_loop(rewards, values)},
+                   bytes_moved=16 * B * T, same=close, rounds=11)
+    mask = torch.arange(T)[None] < torch.randint(T // 2, T + 1, (B, 1), generator=generator)
+    ref_logp, scores = logp + 0.1 * torch.randn(B, T, generator=generator), torch.randn(B, generator=generator)
+    # Three float32 and the mask read, three float32 written; whitening reads and writes the advantages and reads the mask once more.
+    rows += contest("shaped_gae, whitened", f"{B} x {T}", "float32",
+                    {"fusedrl": lambda: shaped_gae(logp, ref_logp, values, scores, mask=mask, cu_seqlens=None, kl_coef=KL_COEF, gamma=GAMMA, lam=LAM)[:2],
+                     "python loop over T": lambda: python_chain(logp, ref_logp, values, scores, mask)},
+                    bytes_moved=34 * B * T, same=close, rounds=11)
+    return rows
+
+
 def main() -> None:
     one_thread()
-    rows = []
-    for B, T in ((64, 2048), (512, 512), (1, 131072)):
-        generator = torch.Generator().manual_seed(0)
-        rewards, values, logp = (torch.randn(B, T, generator=generator) for _ in range(3))
-        # Two float32 read and two written a token.
-        rows += contest("gae", f"{B} x {T}", "float32", {"fusedrl": lambda: gae(rewards, values, gamma=GAMMA, lam=LAM), "python loop over T": lambda: python_loop(rewards, values)},
-                        bytes_moved=16 * B * T, same=close, rounds=11)
-        if B == 1:
-            continue
-        mask = torch.arange(T)[None] < torch.randint(T // 2, T + 1, (B, 1), generator=generator)
-        ref_logp, scores = logp + 0.1 * torch.randn(B, T, generator=generator), torch.randn(B, generator=generator)
-        # Three float32 and the mask read, three float32 written; whitening reads and writes the advantages and reads the mask once more.
-        rows += contest("shaped_gae, whitened", f"{B} x {T}", "float32",
-                        {"fusedrl": lambda: shaped_gae(logp, ref_logp, values, scores, mask=mask, cu_seqlens=None, kl_coef=KL_COEF, gamma=GAMMA, lam=LAM)[:2],
-                         "python loop over T": lambda: python_chain(logp, ref_logp, values, scores, mask)},
-                        bytes_moved=34 * B * T, same=close, rounds=11)
-    report("gae", rows)
+    report("gae", [row for B, T in ((64, 2048), (512, 512), (8, 16384)) for row in contests(B, T)])
 
 
 if __name__ == "__main__":
