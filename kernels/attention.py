@@ -97,8 +97,8 @@ def _varlen_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_lengt
     for group in groups:
         T, sequences = sizes[group[0]], torch.tensor(group)
         rows, slots = slots_of(sequences, T, sum(sizes[b] for b in group))
-        own = [x.index_select(0, rows) for x in (q, k, v)]
-        outs.append(_padded(*own, slots, None if causal else lengths[sequences], len(group), T, causal, window, scale))
+        own_q, own_k, own_v = (x.index_select(0, rows) for x in (q, k, v))
+        outs.append(_padded(own_q, own_k, own_v, slots, None if causal else lengths[sequences], len(group), T, causal, window, scale))
         order.append(rows)
     rows = torch.cat(order)
     return torch.cat(outs).index_select(0, torch.empty_like(rows).index_copy_(0, rows, torch.arange(N)))
