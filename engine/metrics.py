@@ -26,7 +26,8 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with a "step". Resumed, a torn last line and every line after `resume_step` are cut; None starts afresh."""
+    """A file of JSON objects, one a line, each with a "step". Resumed, a torn last line and every line after `resume_step` are cut; None starts
+    afresh. `last` is the newest line that was found and kept, or None."""
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
         self.path = Path(path)
