@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 KEY_METRICS = ("loss", "reward", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "policy/clipfrac_avg", "accuracy", "margin",
-               "grad_norm", "lr")
+               "eval_loss", "eval_accuracy", "grad_norm", "lr")
 SECONDS_BETWEEN_LINES = 5.0
 
 

@@ -45,7 +45,8 @@ def test_help_names_the_options_and_what_they_mean(capsys):
 def test_options_of_every_kind():
     config = parse_config("ppo", [*PPO, "--optim.lr=1e-6", "--optim.betas", "[0.9, 0.95]",
                                   "--loss.dual_clip", "3", "--loss.value_clip", "null",
-                                  "--missing_eos_penalty", "-1.5", "--run.resume", "true", "--generation.stop_token_ids", "[7, 8]", "--kl.target", "6", "--dtype", "float32"])
+                                  "--missing_eos_penalty", "-1.5", "--run.resume", "true",
+                                  "--generation.stop_token_ids", "[7, 8]", "--kl.target", "6", "--dtype", "float32"])
     assert isinstance(config, PPOConfig)
     assert (config.optim.lr, config.optim.betas, config.missing_eos_penalty) == (1e-6, (0.9, 0.95), -1.5)
     assert (config.loss.dual_clip, config.loss.value_clip) == (3.0, None)
