@@ -21,7 +21,8 @@ OBJECTIVE = PolicyObjective(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
 
 
 # ---- the opponents: what a careful author writes with tensor operations --------------------------------------------------
-def eager_policy(logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Tensor, mask: Tensor, metrics: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def eager_policy(logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Tensor, mask: Tensor,
+                 metrics: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss with a dual clip; with `metrics`, the statistics of PolicyStats (there is no entropy here)."""
     log_ratio = logp - old_logp
     ratio = torch.exp(log_ratio.clamp(-20, 20))
@@ -99,8 +100,8 @@ def main() -> None:
         "torch.compile": lambda: policy_only(compiled_policy, True),
     }, bytes_moved=policy_bytes, same=same)
     rows += contest("policy_value_loss forward + backward", f"{N} tokens", "float32", {
-        "fusedrl": lambda: backward(policy_value_loss(logp, old_logp, advantages, weights, values, old_values, returns, objective=OBJECTIVE, value_clip=0.2)[0],
-                                    logp, values),
+        "fusedrl": lambda: backward(policy_value_loss(logp, old_logp, advantages, weights, values, old_values, returns, objective=OBJECTIVE,
+                                                      value_clip=0.2)[0], logp, values),
         "eager": lambda: both(eager_policy, eager_value),
         "torch.compile": lambda: both(compiled_policy, compiled_value),
     }, bytes_moved=policy_bytes + value_bytes, same=same)

@@ -79,14 +79,14 @@ def _attend(q: Tensor, positions: Tensor, blocks: Tensor, k_cache: Tensor, v_cac
     """q [N, Hq, D] over the cached positions of each token's row; blocks [N, M]; one layer's caches. Returns [N, Hq D]."""
     N, heads, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    kv_heads, size = k_cache.shape[1], v_cache.shape[2]
-    slots = torch.arange(blocks.shape[1] * size, device=q.device)
+    kv_heads, size, M = k_cache.shape[1], v_cache.shape[2], blocks.shape[1]
+    slots = torch.arange(M * size, device=q.device)
     seen = slots <= positions[:, None]
     if window:
         seen &= slots > positions[:, None] - window
-    blocks = torch.where(seen.view(N, -1, size).any(-1), blocks, 0).long()  # entries that the token does not read may hold anything
-    keys = k_cache[blocks].permute(0, 2, 3, 1, 4).reshape(N, kv_heads, D, -1).to(wide)
-    values = v_cache[blocks].permute(0, 2, 1, 3, 4).reshape(N, kv_heads, -1, D).to(wide)
+    blocks = torch.where(seen.view(N, M, size).any(-1), blocks, 0).long()  # entries that the token does not read may hold anything
+    keys = k_cache[blocks].permute(0, 2, 3, 1, 4).reshape(N, kv_heads, D, M * size).to(wide)
+    values = v_cache[blocks].permute(0, 2, 1, 3, 4).reshape(N, kv_heads, M * size, D).to(wide)
     seen = seen[:, None, None]
     scores = torch.where(seen, q.view(N, kv_heads, heads // kv_heads, D).to(wide) @ keys * D**-0.5, -torch.inf)
     values = torch.where(seen.transpose(-1, -2), values, 0.0)  # 0 x what lies in an unwritten slot could be NaN
@@ -131,7 +131,7 @@ if native.capability:
 
 # ---- public ------------------------------------------------------------------------------------------------------------
 def allocate_cache(weights: DecoderWeights, num_blocks: int, block_size: int = 16) -> tuple[Tensor, Tensor]:
-    """An empty paged cache for a decoder, in its dtype and on its device: (k_cache, v_cache), 2 L Hkv D bytes-of-dtype a position.
+    """An empty paged cache for a decoder, in its dtype and on its device: (k_cache, v_cache), 2 L Hkv D elements a position.
 
     The memory is not initialised: nothing reads a slot before `decode_step` has written it.
     """
@@ -140,10 +140,28 @@ def allocate_cache(weights: DecoderWeights, num_blocks: int, block_size: int = 1
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor | Sequence[tuple[int, int]]) -> None:
-    """Copy whole blocks in all layers, in place: the copy of copy-on-write. `pairs` [P, 2] of (source, destination); all are read before any is written."""
+    """Copy whole blocks in all layers, in place: the copy of copy-on-write.
+
+    pairs: [P, 2] of (source, destination); all sources are read before any destination is written, and no destination comes twice.
+    """
     pairs = torch.as_tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(k_cache.device)
     for cache in (k_cache, v_cache):
         cache.index_copy_(1, pairs[:, 1], cache.index_select(1, pairs[:, 0]))
+
+
+def _check_ranges(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, blocks: int, size: int,
+                  out_slots_R: Tensor | None) -> None:
+    """What the cpp op checks itself: torch's indexing would take a negative index from the end."""
+    B, M = block_table_BM.shape
+    for name, values, end in (("token_ids", token_ids_N, weights.embedding.shape[0]), ("rows", rows_N, B), ("positions", positions_N, M * size),
+                              ("out_slots", out_slots_R, token_ids_N.shape[0])):
+        if values is not None and bool(((values < 0) | (values >= end)).any()):
+            raise IndexError(f"decode_step: expected {name} in [0, {end}), got {values.min()} to {values.max()}")
+    reach = max((layer.window or M * size for layer in weights.layers), default=1)
+    column, positions_N1 = torch.arange(M, device=rows_N.device), positions_N[:, None]
+    needed = block_table_BM[rows_N][(column <= positions_N1 // size) & (column >= (positions_N1 - reach + 1).clamp(min=0) // size)]
+    if bool(((needed < 0) | (needed >= blocks)).any()):
+        raise IndexError(f"decode_step: expected block_table entries in [0, {blocks}) for every position that a token needs, got {needed.min()} to {needed.max()}")
 
 
 @torch.no_grad()
@@ -155,7 +173,8 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
         weights: the live parameters, of one dtype; cpp takes float32 and bfloat16.
         token_ids, positions, rows: [N] int64. Token n is at `positions[n]` of the sequence whose blocks are `block_table[rows[n]]`. Every
             position before it in its window is in the cache or among the tokens of this call; no (row, position) comes twice.
-        block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot p % S. Entries that no token needs may hold anything.
+        block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot p % S. Entries that no token needs may
+            hold anything.
         k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype (`allocate_cache`); written in place.
         out_slots: [R] int64, the tokens whose hidden state is wanted; None: all.
         impl: "cpp" or "torch"; by default the best one for the device.
@@ -178,6 +197,8 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_dtype(op, name, tensor, (weights.embedding.dtype,))
     if chosen == "torch":
+        if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_ranges(weights, token_ids, positions, rows, block_table, k_cache.shape[1], v_cache.shape[3], out_slots)
         return decode_step_reference(weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
     return torch.ops.fusedrl.decode_step(
         token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, weights.embedding, weights.norm, weights.inv_freq,

@@ -36,8 +36,8 @@ def logprob_reference(logits: Tensor, token_ids: Tensor, temperature: float | Te
     ignored = token_ids == ignore_index
     in_range = (token_ids >= 0) & (token_ids < logits.shape[-1])
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(ignored[..., None], 0.0)  # an ignored row may hold anything
-    top = z.detach().amax(-1, keepdim=True)
-    d = (z - top.masked_fill(top == -torch.inf, 0.0)) / (temperature[..., None].to(z.dtype) if isinstance(temperature, Tensor) else temperature)
+    top = z.detach().amax(-1, keepdim=True).nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=0.0)
+    d = (z - top) / (temperature[..., None].to(z.dtype) if isinstance(temperature, Tensor) else temperature)
     missing = d == -torch.inf
     d = d.masked_fill(missing, 0.0)
     e = torch.exp(d).masked_fill(missing, 0.0)
@@ -113,7 +113,7 @@ if triton is not None:
             h = tl.load(entropy_grad_ptr + n)
         # A row that no gradient reaches is zero whatever it holds; it is not even read.
         live = (label != ignore_index) & ((g != 0.0) | (h != 0.0)) & (S != 0.0)
-        z = tl.load(logits_ptr + n * row_stride + v, mask=(v < V) & live, other=-float("inf")).to(tl.float32)
+        z = tl.load(logits_ptr + n * row_stride + v, mask=v < tl.where(live, V, 0), other=-float("inf")).to(tl.float32)
         d = (z - m) * (1.0 / T)
         p = tl.exp(d) / tl.where(live, S, 1.0)
         g = tl.where(in_range, g, float("nan"))
@@ -298,7 +298,8 @@ def logprob_(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor =
     Arguments, results and errors as `logprob`; in addition:
 
     Raises:
-        ValueError: logits that are a leaf requiring a gradient (its .grad would be the leaf itself), or whose rows overlap in memory.
+        ValueError: logits that are a leaf requiring a gradient (its .grad would be the leaf itself), whose rows overlap in memory,
+            or whose leading dimensions have more strides of their own than the implementation walks (cpp two, triton one).
     """
     return _logprob("logprob_", logits, token_ids, temperature, entropy, ignore_index, impl, in_place=True)
 
@@ -322,20 +323,23 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
         logp, entropies = (torch.ops.fusedrl.logprob_in_place if in_place else torch.ops.fusedrl.logprob)(logits, token_ids, value, per_row, entropy, ignore_index)
         return (logp, entropies) if entropy else logp
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_ids(op, token_ids, logits.shape[-1], ignore_index)
+        check_ids(op, token_ids, logits.shape[-1], ignore_index)
     if chosen == "torch":
         scale = value if per_row is None else per_row
         logp, entropies = (_InPlaceTorch.apply if in_place else logprob_reference)(logits, token_ids, scale, ignore_index)
     else:
         V = logits.shape[-1]
-        rows = logits.view(-1, V) if in_place else logits.reshape(-1, V)
+        rows = logits.reshape(-1, V)  # a copy where the leading dimensions do not merge
+        if in_place and rows.data_ptr() != logits.data_ptr():
+            raise ValueError(f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with strides {logits.stride()}; use logprob")
         temperature_N = None if per_row is None else per_row.reshape(-1).float()
         logp, entropies, _ = (_InPlaceTriton.apply if in_place else _logprob_triton)(rows, token_ids.reshape(-1), value, temperature_N, entropy, ignore_index)
         logp, entropies = logp.view(token_ids.shape), entropies.view(token_ids.shape) if entropy else entropies
     return (logp, entropies) if entropy else logp
 
 
-def _check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
+def check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
+    """Raises IndexError for an id that is neither in [0, V) nor `ignore_index`; it reads the ids, so on a GPU it would wait."""
     wrong = (token_ids != ignore_index) & ((token_ids < 0) | (token_ids >= V))
     if wrong.any():
         row = int(wrong.reshape(-1).nonzero()[0])

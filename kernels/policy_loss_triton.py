@@ -51,9 +51,9 @@ def _store_moments(out_ptr, blocks, x, live, count):
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
-def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_ptr, values_ptr, old_values_ptr, returns_ptr, logp_grad_ptr, values_grad_ptr,
-                  partials_ptr, N, blocks, lower, upper, dual, entropy_coef, value_clip, value_coef, POLICY: tl.constexpr, REINFORCE: tl.constexpr,
-                  HAS_ENTROPY: tl.constexpr, VALUE: tl.constexpr, VALUE_CLIP: tl.constexpr, BLOCK: tl.constexpr):
+def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_ptr, values_ptr, old_values_ptr, returns_ptr, logp_grad_ptr,
+                  values_grad_ptr, partials_ptr, N, blocks, lower, upper, dual, entropy_coef, value_clip, value_coef, POLICY: tl.constexpr,
+                  REINFORCE: tl.constexpr, HAS_ENTROPY: tl.constexpr, VALUE: tl.constexpr, VALUE_CLIP: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     n = block * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -125,27 +125,31 @@ def _row(x, rows, wanted: tl.constexpr):
 
 
 @triton.jit
+def _mean(ptr, blocks, inside):
+    return tl.load(ptr, mask=inside, other=0.0).to(tl.float64) + tl.load(ptr + blocks, mask=inside, other=0.0)
+
+
+@triton.jit
 def _merge_moments(counts_ptr, moments_ptr, blocks, seen, CHUNK: tl.constexpr):
     """Mean and sum of squared deviations of everything from those of the blocks (Chan's merge), chunks of blocks in order, in float64."""
     at = tl.arange(0, CHUNK)
     sums = tl.zeros([CHUNK], dtype=tl.float64)
     for start in range(0, blocks, CHUNK):
         inside = start + at < blocks
-        mean = tl.load(moments_ptr + start + at, mask=inside, other=0.0).to(tl.float64) + tl.load(moments_ptr + blocks + start + at, mask=inside, other=0.0)
-        sums += tl.load(counts_ptr + start + at, mask=inside, other=0.0) * mean
+        sums += tl.load(counts_ptr + start + at, mask=inside, other=0.0) * _mean(moments_ptr + start + at, blocks, inside)
     center = tl.sum(sums) / seen
     squares = tl.zeros([CHUNK], dtype=tl.float64)
     for start in range(0, blocks, CHUNK):
         inside = start + at < blocks
-        mean = tl.load(moments_ptr + start + at, mask=inside, other=0.0).to(tl.float64) + tl.load(moments_ptr + blocks + start + at, mask=inside, other=0.0)
-        difference = mean - center
+        difference = _mean(moments_ptr + start + at, blocks, inside) - center
         squares += tl.load(counts_ptr + start + at, mask=inside, other=0.0) * (difference * difference)
         squares += tl.load(moments_ptr + 2 * blocks + start + at, mask=inside, other=0.0)
     return center, tl.sum(squares)
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLICY: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLICY: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
+                    CHUNK: tl.constexpr):
     """Every statistic from the partials: one program, chunks of blocks in order, in float64."""
     rows = tl.arange(0, ROWS)
     at = tl.arange(0, CHUNK)
@@ -197,10 +201,13 @@ def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLIC
     tl.store(loss_ptr, loss)
 
 
-# ---- launcher: allocate, grid -----------------------------------------------------------------------------------------
-def _launch(logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None, values: Tensor | None,
-            old_values: Tensor | None, returns: Tensor | None, reinforce: bool, lower: float, upper: float, dual: float, entropy_coef: float,
-            value_clip: float, value_coef: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# ---- custom op and launcher: what torch.compile sees, allocate, grid ------------------------------------------------------
+@torch.library.custom_op("fusedrl::policy_value_loss_triton", mutates_args=())
+def _policy_value_loss(
+        logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None, values: Tensor | None,
+        old_values: Tensor | None, returns: Tensor | None, reinforce: bool, lower: float, upper: float, dual: float, entropy_coef: float,
+        value_clip: float, value_coef: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient (empty where that part is absent)."""
     loss, stats, logp_grad, values_grad = _outputs(logp, weights, values)
     N = weights.numel()
     blocks = triton.cdiv(N, _BLOCK)
@@ -208,8 +215,9 @@ def _launch(logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | N
     inputs = [None if t is None else t.contiguous() for t in (logp, old_logp, advantages, weights, entropy, values, old_values, returns)]
     policy, value = logp is not None, values is not None
     if blocks:
-        _block_kernel[(blocks,)](*inputs, logp_grad, values_grad, partials, N, blocks, lower, upper, dual, entropy_coef, value_clip, value_coef, POLICY=policy,
-                                 REINFORCE=reinforce, HAS_ENTROPY=entropy is not None, VALUE=value, VALUE_CLIP=old_values is not None, BLOCK=_BLOCK, num_warps=8)
+        _block_kernel[(blocks,)](
+            *inputs, logp_grad, values_grad, partials, N, blocks, lower, upper, dual, entropy_coef, value_clip, value_coef, POLICY=policy,
+            REINFORCE=reinforce, HAS_ENTROPY=entropy is not None, VALUE=value, VALUE_CLIP=old_values is not None, BLOCK=_BLOCK, num_warps=8)
     _combine_kernel[(1,)](partials, loss, stats, blocks, value_coef, POLICY=policy, VALUE=value, ROWS=_ROWS, CHUNK=_CHUNK, num_warps=8)
     return loss, stats, logp_grad, values_grad
 
@@ -221,16 +229,9 @@ def _outputs(logp: Tensor | None, weights: Tensor, values: Tensor | None) -> tup
     return loss, stats, logp_grad, values_grad
 
 
-# ---- custom op: what torch.compile sees -------------------------------------------------------------------------------
-@torch.library.custom_op("fusedrl::policy_value_loss_triton", mutates_args=())
-def _policy_value_loss(logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None,
-                       values: Tensor | None, old_values: Tensor | None, returns: Tensor | None, reinforce: bool, lower: float, upper: float, dual: float,
-                       entropy_coef: float, value_clip: float, value_coef: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _launch(logp, old_logp, advantages, weights, entropy, values, old_values, returns, reinforce, lower, upper, dual, entropy_coef, value_clip, value_coef)
-
-
 @_policy_value_loss.register_fake
-def _(logp, old_logp, advantages, weights, entropy, values, old_values, returns, reinforce, lower, upper, dual, entropy_coef, value_clip, value_coef):  # type: ignore[no-untyped-def]
+def _(logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None, values: Tensor | None,
+      *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs(logp, weights, values)
 
 

@@ -247,9 +247,9 @@ Tensor contiguous(const OptionalTensor& tensor) { return tensor ? tensor->contig
 
 // Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient (empty where that part is absent).
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights, const OptionalTensor& entropy,
-    const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns, bool reinforce, double lower, double upper,
-    double dual, double entropy_coef, double value_clip, double value_coef) {
+    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights,
+    const OptionalTensor& entropy, const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns,
+    bool reinforce, double lower, double upper, double dual, double entropy_coef, double value_clip, double value_coef) {
   const Tensor weights_N = weights.contiguous(), logp_N = contiguous(logp), old_logp_N = contiguous(old_logp), advantages_N = contiguous(advantages);
   const Tensor entropy_N = contiguous(entropy), values_N = contiguous(values), old_values_N = contiguous(old_values), returns_N = contiguous(returns);
   const int64_t N = weights_N.numel(), blocks = (N + kBlock - 1) / kBlock;
@@ -319,9 +319,9 @@ struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
 };
 
 std::tuple<Tensor, Tensor> policy_value_loss(
-    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights, const OptionalTensor& entropy,
-    const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns, bool reinforce, double lower, double upper,
-    double dual, double entropy_coef, double value_clip, double value_coef) {
+    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights,
+    const OptionalTensor& entropy, const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns,
+    bool reinforce, double lower, double upper, double dual, double entropy_coef, double value_clip, double value_coef) {
   const auto out = PolicyValueLoss::apply(logp, old_logp, advantages, weights, entropy, values, old_values, returns, reinforce, lower, upper, dual,
                                           entropy_coef, value_clip, value_coef);
   return {out[0], out[1]};

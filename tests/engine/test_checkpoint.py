@@ -204,6 +204,16 @@ def test_everything_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch):
     assert trace[4:] == [("fsync", MANIFEST), ("fsync", ".tmp_step_00000007"), ("rename", "step_00000007"), ("fsync", "checkpoints")]
 
 
+def test_older_ones_go_only_after_the_new_one_verifies(tmp_path, monkeypatch):
+    _save(tmp_path, 1, keep=1)
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (_flip(Path(a) / "model.safetensors", -1), rename(a, b)))  # a disk that lies
+    with pytest.raises(CheckpointError, match="damaged after it was written"):
+        _save(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    _same(latest_checkpoint(tmp_path), 1)
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------------------------
 def _flip(path, position):
     data = bytearray(path.read_bytes())

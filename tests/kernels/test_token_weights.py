@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -41,12 +43,12 @@ def test_sequence_mean_of_token_means():
     lengths = [5, 1, 0, 17, 3]
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     mask, loss = torch.rand(26, generator=generator) < 0.5, torch.randn(26, generator=generator, dtype=torch.float64)
-    means = [loss[a:b][mask[a:b]].mean() for a, b in zip(cu[:-1], cu[1:], strict=True) if mask[a:b].any()]
+    means = [loss[a:b][mask[a:b]].mean() for a, b in itertools.pairwise(cu) if mask[a:b].any()]
     torch.testing.assert_close((weights(mask, "sequence_mean_token_mean", cu).double() * loss).sum(), torch.stack(means).mean(), rtol=1e-6, atol=1e-7)
 
 
 def test_refuses_what_it_does_not_support():
-    with pytest.raises(ValueError, match="expected aggregation to be one of token_mean, .*, got 'mean'"):
+    with pytest.raises(ValueError, match=r"expected aggregation to be one of token_mean, .*, got 'mean'"):
         token_weights(MASK, "mean")
     with pytest.raises(ValueError, match="expected max_length with sequence_sum_norm and with nothing else"):
         token_weights(MASK, "sequence_sum_norm", cu_seqlens=CU)
