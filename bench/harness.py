@@ -53,12 +53,14 @@ def machine() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = subprocess.run(["git", "-C", str(Path(__file__).parent), "status", "--porcelain", "--", "..", ":!../bench/results"],
-                           capture_output=True, text=True, check=False).stdout.strip()
+    commit, dirty = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--", ".", ":!bench/results")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), "gpu": gpu, "threads": torch.get_num_threads(),
             **versions, "commit": commit + ("+changes" if dirty else ""), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(RESULTS.parents[1]), *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _read(path: str) -> str:
@@ -87,8 +89,8 @@ def copy_bandwidth(device: str = "cpu") -> float:
     return 2 * source.numel() * 4 / (sorted(times)[3] / 1e3)
 
 
-def contest(what: str, shape: str, dtype: str, contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2, bytes_moved: int | None = None,
-            flops: int | None = None, ceiling: float | None = None, same: Callable[[Any, Any], None] | None = None, note: str = "") -> list[Row]:
+def contest(what: str, shape: str, dtype: str, contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2,
+            bytes_moved: int | None = None, flops: int | None = None, ceiling: float | None = None, same: Callable[[Any, Any], None] | None = None, note: str = "") -> list[Row]:
     """Time the contestants in turn, `rounds` times.
 
     Args:
@@ -124,7 +126,8 @@ def report(name: str, rows: list[Row]) -> None:
     """Print the rows and write them with the machine to bench/results/<name>.json."""
     for row in rows:
         ceiling = f"  {row.percent_of_ceiling:6.1f}% of ceiling" if row.percent_of_ceiling is not None else ""
-        print(f"{row.what:32} {row.shape:18} {row.dtype:9} {row.contestant:24} {row.p50_ms:10.3f} ms [{row.p20_ms:.3f}, {row.p80_ms:.3f}]  x{row.ratio:.2f}{ceiling}")
+        times = f"{row.p50_ms:10.3f} ms [{row.p20_ms:.3f}, {row.p80_ms:.3f}]"
+        print(f"{row.what:32} {row.shape:18} {row.dtype:9} {row.contestant:24} {times}  x{row.ratio:.2f}{ceiling}")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 

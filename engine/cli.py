@@ -1,0 +1,251 @@
+"""The command line: fusedrl train sft|reward|ppo, fusedrl generate, fusedrl demo.
+
+Options of `train` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
+that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 130 interrupted. torch is imported only by what needs it.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fusedrl.engine import __version__
+from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.errors import ConfigError, SetupError, UserError
+
+STAGES: dict[str, tuple[type, str, str, str]] = {
+    "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
+    "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a pairwise reward model on preferences"),
+    "ppo": (PPOConfig, "fusedrl.engine.stages.policy", "train_ppo", "PPO against rewards, with a KL to the initial model"),
+}
+CONFIGURATION, ENVIRONMENT, INTERRUPTED = 2, 3, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors a user can mend are one message on standard error, others keep their traceback."""
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:  # --help, --version, and argparse's own errors
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        print("fusedrl: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        return _fail(error, CONFIGURATION)
+    except (OSError, SetupError) as error:
+        return _fail(error, ENVIRONMENT)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        return _fail(error, CONFIGURATION)
+    return 0
+
+
+def _fail(error: BaseException, code: int) -> int:
+    message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename is not None else str(error)
+    print(f"fusedrl: error: {message}", file=sys.stderr)
+    return code
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the engine itself raised it: its checks say what was expected, what came and what to do. One from a library is a fault to be traced."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, UserError) or frame.f_globals.get("__name__", "").startswith("fusedrl.engine.")
+
+
+def _run(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fusedrl", description="RLHF on one machine: train and generate from one copy of the weights.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fusedrl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a model: sft, reward or ppo", add_help=False)
+    train.add_argument("rest", nargs=argparse.REMAINDER)
+    _generate_options(commands.add_parser("generate", help="print completions of prompts", allow_abbrev=False))
+    demo = commands.add_parser("demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False)
+    demo.add_argument("--dir", default="runs/demo", help="where models, metrics and the report go (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of everything that draws (default: %(default)s)")
+    if argv[:1] == ["train"]:  # argparse's REMAINDER does not take options first
+        _train(argv[1:])
+        return
+    options = parser.parse_args(argv)
+    if options.command == "generate":
+        _generate(options)
+    else:
+        from fusedrl.engine.demo import run_demo
+
+        run_demo(options.dir, options.seed)
+
+
+# ---- train --------------------------------------------------------------------------------------------------------------------
+def _train(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        stages = "\n".join(f"  {name:8}{STAGES[name][3]}" for name in STAGES)
+        print(f"usage: fusedrl train STAGE [--config run.yaml] [--option value ...]\n\nstages:\n{stages}\n\nfusedrl train STAGE --help lists its options.",
+              file=sys.stdout if argv else sys.stderr)
+        raise SystemExit(0 if argv else CONFIGURATION)
+    if argv[0] not in STAGES:
+        raise ConfigError(f"train: unknown stage {argv[0]!r}{_nearest(argv[0], STAGES)}; expected one of {', '.join(STAGES)}")
+    _, module, function, _ = STAGES[argv[0]]
+    config = parse_config(argv[0], argv[1:])
+    getattr(importlib.import_module(module), function)(config)
+
+
+def parse_config(stage: str, argv: Sequence[str]) -> Any:
+    """The configuration of a stage ("sft", "reward", "ppo") from command-line options and, with --config FILE, YAML.
+
+    The command line beats the file wherever --config stands. Several --reward options make one list.
+
+    Raises:
+        ConfigError: an unknown key (names the nearest), a wrong type, a missing or contradictory value.
+        FileNotFoundError: no such configuration file.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    cls = STAGES[stage][0]
+    known = dict(_keys(cls))
+    files, options = _sort_options(list(argv), known)
+    parser = ArgumentParser(prog=f"fusedrl train {stage}", exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with these options; the command line beats it")
+    parser.add_class_arguments(cls)
+    for file in files:
+        _check_yaml(file, known)
+    try:
+        parsed = parser.parse_args([f"--config={file}" for file in files] + options)
+        parsed.pop("config", None)
+        return cls(**{name: value for name, value in vars(parser.instantiate(parsed)).items() if name in {field.name for field in dataclasses.fields(cls)}})
+    except (ArgumentError, TypeError) as error:
+        raise ConfigError(f"config: {_plain(str(error))}") from error
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """(dotted key, whether it is a group of keys) of a configuration class."""
+    for name, kind in get_type_hints(cls).items():
+        group = dataclasses.is_dataclass(kind)
+        yield f"{prefix}{name}", group
+        if group:
+            yield from _keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    """(configuration files, options): files apart, so that they can be read first, and all --reward as one list."""
+    import json
+
+    files: list[str] = []
+    rewards: list[str] = []
+    options: list[str] = []
+    index = 0
+    while index < len(argv):
+        key, equals, value = argv[index].partition("=")
+        name = key.removeprefix("--")
+        if key in ("-h", "--help") or name == "print_config":
+            options.append(argv[index])
+        elif not key.startswith("--") or (name not in known and name != "config"):
+            expected = "" if key.startswith("--") else "; options are written --key value"
+            raise ConfigError(f"config: unknown option {key!r}{_nearest(name, known, '--')}{expected}")
+        else:
+            if not equals:
+                index += 1
+                if index == len(argv) or (argv[index].startswith("--") and argv[index][2:3].isalpha()):
+                    raise ConfigError(f"config: expected a value after {key}")
+                value = argv[index]
+            if name == "config":
+                files.append(value)
+            elif name == "reward":
+                rewards += json.loads(value) if value.startswith("[") and _is_list(value) else [value]
+            else:
+                options.append(f"{key}={value}")
+        index += 1
+    return files, options + ([f"--reward={json.dumps(rewards)}"] if rewards else [])
+
+
+def _is_list(text: str) -> bool:
+    import json
+
+    try:
+        return isinstance(json.loads(text), list)
+    except ValueError:
+        return False
+
+
+def _check_yaml(path: str, known: Mapping[str, bool]) -> None:
+    """Refuse a file that is no YAML mapping, or has a key that the configuration has not. jsonargparse checks the types."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(2, "no such configuration file", path)
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of options to values, got {type(tree).__name__}")
+
+    def check(branch: Mapping[Any, Any], prefix: str) -> None:
+        for key, value in branch.items():
+            name = f"{prefix}{key}"
+            if name not in known:
+                raise ConfigError(f"{path}: unknown key {name!r}{_nearest(name, known)}")
+            if known[name]:
+                if not isinstance(value, dict):
+                    raise ConfigError(f"{path}: expected {name!r} to be a mapping of options, got {type(value).__name__}")
+                check(value, f"{name}.")
+
+    check(tree, "")
+
+
+def _nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
+    """A hint at the known name that looks most like this one, also where only its last part is meant (lr for optim.lr)."""
+    close = difflib.get_close_matches(name, known, 1, 0.6)
+    if not close:
+        leaves = {key.rpartition(".")[2]: key for key in known}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, 1, 0.6)]
+    return f", did you mean {dashes}{close[0]}?" if close else ""
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's words on one line, without Python's spelling of types."""
+    message = " ".join(message.split()).replace("Parser key ", "")
+    for kind in ("str", "int", "float", "bool", "tuple"):
+        message = message.replace(f"<class '{kind}'>", kind)
+    return message.replace("typing.Literal", "one of ")
+
+
+# ---- generate -----------------------------------------------------------------------------------------------------------------
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="directory or id of the model")
+    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="repeatable")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest completion (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token every time: temperature 0")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set of this probability (default: all)")
+    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (default: all)")
+    parser.add_argument("--min_p", type=float, default=0.0, help="keep tokens of at least this fraction of the likeliest one's probability (default: all)")
+    parser.add_argument("--n", type=int, default=1, help="completions of each prompt (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
+    parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from fusedrl.engine.actor import HybridActor
+    from fusedrl.engine.generation.sampler import SamplingParams
+
+    params = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=0.0 if options.greedy else options.temperature, top_p=options.top_p,
+                            top_k=options.top_k, min_p=options.min_p, n=options.n, seed=options.seed)
+    actor = HybridActor.from_pretrained(options.model, dtype=options.dtype, device=options.device)
+    for prompt, sample, completion in actor.stream(options.prompt, params):
+        label = f"[prompt {prompt + 1}, sample {sample + 1}, {completion.finish_reason}]\n" if len(options.prompt) * options.n > 1 else ""
+        print(f"{label}{options.prompt[prompt]}{completion.text}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fusedrl.engine.errors import ConfigError
+
 
 def _require(condition: bool, where: str, expected: str, found: object) -> None:
     if not condition:
-        raise ValueError(f"config: expected {where} {expected}, got {found!r}")
+        raise ConfigError(f"config: expected {where} {expected}, got {found!r}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         _require(self.coef >= 0, "kl.coef", ">= 0", self.coef)
-        _require(self.target is None or (self.target > 0 and self.coef > 0), "kl.target", "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0)", (self.target, self.coef))
+        _require(self.target is None or (self.target > 0 and self.coef > 0), "kl.target", "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0)",
+                 (self.target, self.coef))
         _require(self.horizon > 0, "kl.horizon", "> 0", self.horizon)
 
 
@@ -279,12 +282,12 @@ class PPOConfig:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "tokens_per_microbatch"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         _require(len(self.reward) >= 1, "reward", "at least one file.py:function or reward-model directory", self.reward)
-        _require(self.reward_weights is None or len(self.reward_weights) == len(self.reward), "reward_weights", f"{len(self.reward)} numbers, one per reward",
-                 self.reward_weights)
+        _require(self.reward_weights is None or len(self.reward_weights) == len(self.reward), "reward_weights",
+                 f"{len(self.reward)} numbers, one per reward", self.reward_weights)
         rollouts = self.prompts_per_step * self.samples_per_prompt
         _require(self.minibatches <= rollouts, "minibatches", f"<= prompts_per_step x samples_per_prompt = {rollouts}", self.minibatches)
-        _require(not self.generation.truncates, "generation", "without top_k, top_p and min_p for PPO (the trainer scores the full distribution, so a truncated sampler "
-                 "biases every ratio; use temperature)", (self.generation.top_k, self.generation.top_p, self.generation.min_p))
+        _require(not self.generation.truncates, "generation", "without top_k, top_p and min_p for PPO (the trainer scores the full distribution, "
+                 "so a truncated sampler biases every ratio; use temperature)", (self.generation.top_k, self.generation.top_p, self.generation.min_p))
         _require(self.generation.temperature > 0, "generation.temperature", "> 0 for PPO (greedy rollouts do not explore)", self.generation.temperature)
 
 

@@ -1,0 +1,41 @@
+# `make demo` and `make test` are all a newcomer needs; each builds .venv first if it is missing or older than its sources.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: venv demo test test-full lint types bench tables clean
+
+venv: $(INSTALLED)
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --upgrade setuptools wheel ninja
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	$(VENV)/bin/python -c "from fusedrl.kernels import native; print('native kernels:', native.capability or 'none: ' + native.reason)"
+	touch $@
+
+demo: venv
+	$(VENV)/bin/fusedrl demo
+
+test: venv
+	$(RUN) -m pytest -n 2 -m "not full" tests
+
+test-full: venv
+	$(RUN) -m pytest -n 2 tests
+
+lint: venv
+	$(VENV)/bin/ruff check .
+
+types: venv
+	$(VENV)/bin/mypy -p fusedrl.kernels -p fusedrl.engine
+
+bench: venv
+	for file in bench/bench_*.py; do $(RUN) -m bench.$$(basename $$file .py) || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/*.so
+
+tables: venv
+	$(RUN) -m bench.tables

@@ -1,0 +1,38 @@
+"""Render bench/results/*.json into the README, between its markers: `make tables`."""
+from __future__ import annotations
+
+import json
+import re
+
+from bench.harness import RESULTS
+
+README = RESULTS.parents[1] / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def render() -> str:
+    """One Markdown table of every row, and the machines they were measured on."""
+    lines = ["| what | shape | who | median ms (p20, p80) | ours is faster by | of the ceiling |", "|---|---|---|---|---|---|"]
+    machines: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        m = results["machine"]
+        where = f"{m['gpu'] or m['cpu']}, {m['capability']}, {m['threads']} thread; Python {m['python']}, torch {m['torch']}, transformers {m.get('transformers', '-')}"
+        machines.setdefault(f"{where}; {m['date']}", []).append(f"{path.stem} at `{m['commit']}`")
+        for row in results["rows"]:
+            ratio = "" if row["ratio"] == 1.0 else f"**{row['ratio']:.3g}x**"
+            ceiling = "" if row["percent_of_ceiling"] is None else f"{row['percent_of_ceiling']:.3g}%"
+            lines.append(f"| {row['what']} | {row['shape']} {row['dtype']} | {row['contestant']} | {row['p50_ms']:.4g} ({row['p20_ms']:.4g}, {row['p80_ms']:.4g}) "
+                         f"| {ratio} | {ceiling} |")
+    return "\n".join([*lines, "", *(f"Measured on {where}: {', '.join(names)}." for where, names in machines.items())])
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{README} has no {BEGIN} ... {END}")
+    README.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{render()}\n{END}", text, flags=re.DOTALL), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,499 @@
+// decode_step on CPU: a whole decoder over the paged KV cache in one call.
+//
+// Layout   Activations are float32 in panels of up to 64 tokens, [feature][token]: tokens are the vector lanes. A norm then needs no sum across
+//          lanes, RoPE and SwiGLU are plain vector code, and the weights, [out][in] as they are trained, are read in order without packing or copies.
+// Bytes    the weights once a 64 tokens, 2 L Hkv D s a cached position a row.
+// Numerics float32 from the embedding to the last norm, rounded only into the cache and the result. Every sum has one order, which depends on the
+//          sizes of the model alone (and for attention on the token's own position): not on companions, panel widths, or threads.
+// Checked  beforehand and in one place (`check_ranges`), so that no index leaves its tensor.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t VL = Vec::size();
+constexpr int64_t PANEL = 64;      // tokens: four AVX-512 vectors, so that a 4 x 4 tile of sums stays in registers
+constexpr int64_t ROW_BLOCK = 32;  // weight rows of one task
+constexpr int64_t K_BLOCK = 256;   // inputs of one partial sum: 64 KB of a panel, and shorter sums err less
+constexpr int64_t TASK_FLOPS = 1 << 20;  // below this a hand-over to another thread costs more than it saves
+
+// ---- panels ------------------------------------------------------------------------------------------------------------
+struct Panels {
+  int64_t tokens, count;
+  explicit Panels(int64_t n) : tokens(n), count((n + PANEL - 1) / PANEL) {}
+  int64_t width(int64_t p) const { return p + 1 < count ? PANEL : (tokens - p * PANEL + VL - 1) / VL * VL; }
+  int64_t used(int64_t p) const { return std::min(PANEL, tokens - p * PANEL); }
+  int64_t lanes() const { return count ? (count - 1) * PANEL + width(count - 1) : 0; }
+};
+
+float to_float(float x) { return x; }
+float to_float(at::BFloat16 x) { return static_cast<float>(x); }
+
+// ---- y (+)= W x + b ------------------------------------------------------------------------------------------------------
+template <int R, int C, typename T>
+inline void tile(const T* w, int64_t ld, const T* bias, const float* x, int64_t width, int64_t K, float* y, bool add) {
+  Vec sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sum[r][c] = Vec(bias ? to_float(bias[r]) : 0.0f);
+  for (int64_t k = 0; k < K; ++k) {
+    Vec column[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) column[c] = Vec::loadu(x + k * width + c * VL);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec weight(to_float(w[r * ld + k]));
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[r][c] = at::vec::fmadd(weight, column[c], sum[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      float* to = y + r * width + c * VL;
+      (add ? Vec::loadu(to) + sum[r][c] : sum[r][c]).store(to);
+    }
+}
+
+template <int C, typename T>
+inline void strip(const T* w, int64_t ld, const T* bias, int64_t rows, const float* x, int64_t width, int64_t K, float* y, bool add) {
+  constexpr int R = C >= 4 ? 4 : 8;  // at least eight sums in flight hide the latency of an FMA
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) tile<R, C>(w + r * ld, ld, bias ? bias + r : nullptr, x, width, K, y + r * width, add);
+  for (; r < rows; ++r) tile<1, C>(w + r * ld, ld, bias ? bias + r : nullptr, x, width, K, y + r * width, add);
+}
+
+// w [O, K], x panels of K rows, y panels of O rows.
+template <typename T>
+void linear(const T* w, const T* bias, int64_t O, int64_t K, const Panels& panels, const float* x, float* y, bool add) {
+  const int64_t blocks = (O + ROW_BLOCK - 1) / ROW_BLOCK;
+  const int64_t grain = std::max<int64_t>(1, TASK_FLOPS / (2 * ROW_BLOCK * K * std::min(PANEL, panels.lanes()) + 1));
+  at::parallel_for(0, blocks * panels.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t p = task % panels.count, row = task / panels.count * ROW_BLOCK, rows = std::min(ROW_BLOCK, O - row), width = panels.width(p);
+      const float* from = x + p * PANEL * K;
+      float* to = y + p * PANEL * O + row * width;
+      for (int64_t k = 0; k < K; k += K_BLOCK) {
+        const T* weights = w + row * K + k;
+        const T* start = bias && k == 0 ? bias + row : nullptr;
+        const int64_t length = std::min(K_BLOCK, K - k);
+        const bool onto = add || k > 0;
+        int64_t c = 0;
+        for (; c + 4 * VL <= width; c += 4 * VL) strip<4>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
+        for (; c + 2 * VL <= width; c += 2 * VL) strip<2>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
+        for (; c < width; c += VL) strip<1>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
+      }
+    }
+  });
+}
+
+// ---- what lies between the linear layers, on [rows][width] of one panel ---------------------------------------------------
+template <typename T>
+void rms_norm(const float* x, const T* weight, int64_t rows, int64_t width, float eps, float* y) {
+  for (int64_t c = 0; c < width; c += VL) {
+    Vec squares(0.0f);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec value = Vec::loadu(x + r * width + c);
+      squares = at::vec::fmadd(value, value, squares);
+    }
+    const Vec scale = Vec(1.0f) / (squares / Vec(static_cast<float>(rows)) + Vec(eps)).sqrt();
+    for (int64_t r = 0; r < rows; ++r) (Vec::loadu(x + r * width + c) * scale * Vec(to_float(weight[r]))).store(y + r * width + c);
+  }
+}
+
+// Rotate-half RoPE of one head, [D][width]; cos and sin [D / 2][width].
+void rotate(float* x, const float* cos, const float* sin, int64_t D, int64_t width) {
+  const int64_t half = D / 2 * width;
+  for (int64_t i = 0; i < half; i += VL) {
+    const Vec first = Vec::loadu(x + i), second = Vec::loadu(x + half + i), c = Vec::loadu(cos + i), s = Vec::loadu(sin + i);
+    (first * c - second * s).store(x + i);
+    (second * c + first * s).store(x + half + i);
+  }
+}
+
+// gate * sigmoid(gate) * up; gate and up of `size` values each, one after the other.
+void swiglu(const float* gate_up, int64_t size, float* y) {
+  for (int64_t i = 0; i < size; i += VL) {
+    const Vec gate = Vec::loadu(gate_up + i);
+    (gate / (Vec(1.0f) + gate.neg().exp()) * Vec::loadu(gate_up + size + i)).store(y + i);
+  }
+}
+
+// ---- attention of one token and one key/value head -------------------------------------------------------------------------
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+inline Eight eight(const float* p) { return *reinterpret_cast<const Eight*>(p); }
+inline Eight eight(const at::BFloat16* p) {
+  typedef uint16_t Half __attribute__((vector_size(16), aligned(2), may_alias));
+  typedef uint32_t Word __attribute__((vector_size(32)));
+  const Word bits = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16;
+  Eight value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline Vec load(const float* p, int64_t count) { return count == VL ? Vec::loadu(p) : Vec::loadu(p, count); }
+inline Vec load(const at::BFloat16* p, int64_t count) {
+  float wide[VL] = {};
+  for (int64_t i = 0; i < count; ++i) wide[i] = to_float(p[i]);
+  return Vec::loadu(wide);
+}
+
+// scores[g][s] = q[g] . k[:, s] of one block; k [D][S], q [G][D].
+template <int G, typename T>
+inline void block_scores(const T* k, const float* q, int64_t D, int64_t S, float* scores, int64_t ld) {
+  for (int64_t s = 0; s < S; s += VL) {
+    const int64_t count = std::min(VL, S - s);
+    Vec sum[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) sum[g] = Vec(0.0f);
+    for (int64_t d = 0; d < D; ++d) {
+      const Vec key = load(k + d * S + s, count);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sum[g] = at::vec::fmadd(Vec(q[g * D + d]), key, sum[g]);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) sum[g].store(scores + g * ld + s);
+  }
+}
+
+// out[g] += sum over `count` positions of weights[g][s] v[s]; v [count][D].
+template <int G, typename T>
+inline void block_values(const T* v, const float* weights, int64_t ld, int64_t count, int64_t D, float* out) {
+  constexpr int U = 8 / G;  // eight sums in flight
+  for (int64_t d = 0; d + 8 <= D; d += 8) {
+    Eight sum[G][U] = {};
+    int64_t s = 0;
+    for (; s + U <= count; s += U) {
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        const Eight value = eight(v + (s + u) * D + d);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) sum[g][u] += weights[g * ld + s + u] * value;
+      }
+    }
+    for (; s < count; ++s) {
+      const Eight value = eight(v + s * D + d);
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) sum[g][0] += weights[g * ld + s] * value;
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 8
+      for (int u = 1; u < U; ++u) sum[g][0] += sum[g][u];
+      *reinterpret_cast<Eight*>(out + g * D + d) += sum[g][0];
+    }
+  }
+  for (int64_t d = D / 8 * 8; d < D; ++d)
+    for (int g = 0; g < G; ++g)
+      for (int64_t s = 0; s < count; ++s) out[g * D + d] += weights[g * ld + s] * to_float(v[s * D + d]);
+}
+
+// exp(x - max) in place; the sum. Masked scores are -inf and come out as 0.
+float softmax_weights(float* scores, int64_t size) {
+  Vec top = Vec::loadu(scores);
+  for (int64_t i = VL; i < size; i += VL) top = at::vec::maximum(top, Vec::loadu(scores + i));
+  const Vec max(at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, top));
+  Vec sum(0.0f);
+  for (int64_t i = 0; i < size; i += VL) {
+    const Vec weight = (Vec::loadu(scores + i) - max).exp();
+    weight.store(scores + i);
+    sum = sum + weight;
+  }
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, sum);
+}
+
+struct Cache {
+  int64_t heads, D, S;  // one layer: k [blocks, heads, D, S], v [blocks, heads, S, D]
+};
+
+template <int G, typename T>
+void attend(const T* k, const T* v, const Cache& cache, int64_t head, const int32_t* blocks, int64_t first, int64_t last, const float* q, float* scores,
+            int64_t ld, float* out) {
+  const int64_t S = cache.S, D = cache.D, pitch = (S + VL - 1) / VL * VL, start = first / S, count = last / S - start + 1, size = count * pitch;
+  const auto offset = [&](int64_t b) { return (static_cast<int64_t>(blocks[start + b]) * cache.heads + head) * S * D; };
+  const auto mask = [&](int64_t from, int64_t to) {
+    for (int g = 0; g < G; ++g) std::fill(scores + g * ld + from, scores + g * ld + to, -std::numeric_limits<float>::infinity());
+  };
+  for (int64_t b = 0; b < count; ++b) {
+    block_scores<G>(k + offset(b), q, D, S, scores + b * pitch, ld);
+    if (pitch > S) mask(b * pitch + S, (b + 1) * pitch);
+  }
+  mask(0, first % S);
+  mask((count - 1) * pitch + last % S + 1, size);
+  float sums[G];
+  for (int g = 0; g < G; ++g) sums[g] = softmax_weights(scores + g * ld, size);
+  std::fill(out, out + G * D, 0.0f);
+  for (int64_t b = 0; b < count; ++b) {  // unseen slots are stepped over, never multiplied by 0: they may hold NaN
+    const int64_t from = b == 0 ? first % S : 0, to = b + 1 == count ? last % S + 1 : S;
+    block_values<G>(v + offset(b) + from * D, scores + b * pitch + from, ld, to - from, D, out);
+  }
+  for (int g = 0; g < G; ++g)
+    for (int64_t d = 0; d < D; ++d) out[g * D + d] /= sums[g];
+}
+
+// ---- the step ------------------------------------------------------------------------------------------------------------
+struct Tokens {
+  const int64_t *ids, *positions, *rows;
+  const int32_t* table;
+  int64_t N, B, M;
+};
+
+enum Part { INPUT_NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, O, O_BIAS, POST_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, PARTS };
+
+template <typename T>
+struct Layer {
+  const T* part[PARTS];
+  int64_t window;
+};
+
+struct Sizes {
+  int64_t H, F, heads, kv_heads, D, S;
+  float eps;
+  int64_t group() const { return heads / kv_heads; }
+  int64_t qkv() const { return (heads + 2 * kv_heads) * D; }
+};
+
+void check_ranges(const Tokens& tokens, int64_t vocabulary, int64_t blocks, int64_t S, int64_t reach, const int64_t* out, int64_t R) {
+  for (int64_t n = 0; n < tokens.N; ++n) {
+    const int64_t id = tokens.ids[n], position = tokens.positions[n], row = tokens.rows[n];
+    TORCH_CHECK_INDEX(id >= 0 && id < vocabulary, "decode_step: token_ids[", n, "] = ", id, " is outside the vocabulary of ", vocabulary);
+    TORCH_CHECK_INDEX(row >= 0 && row < tokens.B, "decode_step: rows[", n, "] = ", row, " is not a row of the block table of ", tokens.B);
+    TORCH_CHECK_INDEX(position >= 0 && position < tokens.M * S, "decode_step: positions[", n, "] = ", position, " is outside the ", tokens.M,
+                      " blocks of ", S, " in a row of the block table");
+    for (int64_t b = std::max<int64_t>(0, position - reach + 1) / S; b <= position / S; ++b) {
+      const int64_t block = tokens.table[row * tokens.M + b];
+      TORCH_CHECK_INDEX(block >= 0 && block < blocks, "decode_step: block_table[", row, ", ", b, "] = ", block, " is not one of the ", blocks,
+                        " blocks of the cache, and the token at position ", position, " needs it");
+    }
+  }
+  for (int64_t r = 0; r < R; ++r)
+    TORCH_CHECK_INDEX(out[r] >= 0 && out[r] < tokens.N, "decode_step: out_slots[", r, "] = ", out[r], " is not one of the ", tokens.N, " tokens");
+}
+
+// Rotates q and k, and writes k and v of every token into the layer's cache.
+template <typename T>
+void rope_and_cache(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, const Panels& panels, const float* cos, const float* sin, float* qkv,
+                    T* k_cache, T* v_cache) {
+  at::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t width = panels.width(p), angles = p * PANEL * (z.D / 2);
+      float* panel = qkv + p * PANEL * z.qkv();
+      for (int64_t h = 0; h < z.heads + z.kv_heads; ++h) {
+        float* head = panel + h * z.D * width;
+        const T* norm = layer.part[h < z.heads ? Q_NORM : K_NORM];
+        if (norm) rms_norm(head, norm, z.D, width, z.eps, head);
+        rotate(head, cos + angles, sin + angles, z.D, width);
+      }
+      for (int64_t c = 0; c < panels.used(p); ++c) {
+        const int64_t n = p * PANEL + c, position = tokens.positions[n], slot = position % z.S;
+        const int64_t block = tokens.table[tokens.rows[n] * tokens.M + position / z.S];
+        for (int64_t h = 0; h < z.kv_heads; ++h) {
+          T* k = k_cache + (block * z.kv_heads + h) * z.D * z.S + slot;
+          T* v = v_cache + ((block * z.kv_heads + h) * z.S + slot) * z.D;
+          const float* key = panel + (z.heads + h) * z.D * width + c;
+          const float* value = key + z.kv_heads * z.D * width;
+          for (int64_t d = 0; d < z.D; ++d) {
+            k[d * z.S] = static_cast<T>(key[d * width]);
+            v[d] = static_cast<T>(value[d * width]);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void attention(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, const Panels& panels, const float* qkv, const T* k_cache, const T* v_cache,
+               int64_t longest, float* out) {
+  const Cache cache{z.kv_heads, z.D, z.S};
+  const int64_t group = z.group(), ld = (longest / z.S + 1) * ((z.S + VL - 1) / VL * VL);
+  const int64_t grain = std::max<int64_t>(1, TASK_FLOPS / (4 * group * z.D * ld));
+  const float scale = 1.0f / std::sqrt(static_cast<float>(z.D));
+  at::parallel_for(0, tokens.N * z.kv_heads, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(4 * ld), q(group * z.D), result(group * z.D);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / z.kv_heads, head = task % z.kv_heads, p = n / PANEL, c = n % PANEL, width = panels.width(p);
+      const float* from = qkv + p * PANEL * z.qkv() + head * group * z.D * width + c;
+      for (int64_t i = 0; i < group * z.D; ++i) q[i] = from[i * width] * scale;
+      const int64_t last = tokens.positions[n], first = layer.window ? std::max<int64_t>(0, last - layer.window + 1) : 0;
+      const int32_t* blocks = tokens.table + tokens.rows[n] * tokens.M;
+      for (int64_t g = 0; g < group;) {  // query heads that share the reads of K and V
+        const auto run = [&](auto size) {
+          constexpr int G = decltype(size)::value;
+          attend<G>(k_cache, v_cache, cache, head, blocks, first, last, q.data() + g * z.D, scores.data(), ld, result.data() + g * z.D);
+          g += G;
+        };
+        if (group - g >= 4) run(std::integral_constant<int, 4>());
+        else if (group - g >= 2) run(std::integral_constant<int, 2>());
+        else run(std::integral_constant<int, 1>());
+      }
+      float* to = out + p * PANEL * z.heads * z.D + head * group * z.D * width + c;
+      for (int64_t i = 0; i < group * z.D; ++i) to[i * width] = result[i];
+    }
+  });
+}
+
+template <typename T>
+void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Tokens& tokens, const T* embedding, const T* norm, const float* inv_freq,
+         float rope_scale, T* k_cache, T* v_cache, int64_t layer_size, const int64_t* out_slots, int64_t R, T* out) {
+  const Panels panels(tokens.N), read(R);
+  const int64_t lanes = panels.lanes(), half = z.D / 2;
+  const int64_t input = std::max({z.H, z.heads * z.D, z.F}), output = std::max(z.qkv(), 2 * z.F);
+  // x the residual stream, a the input of a linear layer, b its output where that is not the residual stream
+  Tensor workspace = at::empty({lanes * (z.H + input + output + 2 * half) + read.lanes() * z.H}, at::kFloat);
+  float* x = workspace.mutable_data_ptr<float>();
+  float* a = x + lanes * z.H;
+  float* b = a + lanes * input;
+  float* cos = b + lanes * output;
+  float* sin = cos + lanes * half;
+  float* last = sin + lanes * half;
+  const auto each_panel = [](const Panels& of, auto&& body) {
+    at::parallel_for(0, of.count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) body(p, of.width(p));
+    });
+  };
+  const auto norm_into_a = [&](const T* weight) {
+    each_panel(panels, [&](int64_t p, int64_t width) { rms_norm(x + p * PANEL * z.H, weight, z.H, width, z.eps, a + p * PANEL * z.H); });
+  };
+
+  each_panel(panels, [&](int64_t p, int64_t width) {
+    for (int64_t c = 0; c < width; ++c) {
+      const bool used = c < panels.used(p);  // lanes beyond the tokens are zeros, so that nothing in them is slow or infinite
+      const T* row = embedding + (used ? tokens.ids[p * PANEL + c] : 0) * z.H;
+      for (int64_t h = 0; h < z.H; ++h) x[p * PANEL * z.H + h * width + c] = used ? to_float(row[h]) : 0.0f;
+      const float position = used ? static_cast<float>(tokens.positions[p * PANEL + c]) : 0.0f;
+      for (int64_t d = 0; d < half; ++d) cos[p * PANEL * half + d * width + c] = position * inv_freq[d];
+    }
+    for (int64_t i = p * PANEL * half; i < (p * PANEL + width) * half; i += VL) {
+      const Vec angle = Vec::loadu(cos + i);
+      (angle.cos() * Vec(rope_scale)).store(cos + i);
+      (angle.sin() * Vec(rope_scale)).store(sin + i);
+    }
+  });
+  int64_t longest = 0;
+  for (int64_t n = 0; n < tokens.N; ++n) longest = std::max(longest, tokens.positions[n]);
+
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Layer<T>& layer = layers[l];
+    T* k = k_cache + l * layer_size;
+    T* v = v_cache + l * layer_size;
+    norm_into_a(layer.part[INPUT_NORM]);
+    linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, a, b, false);
+    rope_and_cache(layer, z, tokens, panels, cos, sin, b, k, v);
+    if (lanes > tokens.N) std::fill(a, a + lanes * z.heads * z.D, 0.0f);
+    attention(layer, z, tokens, panels, b, k, v, longest, a);
+    linear(layer.part[O], layer.part[O_BIAS], z.H, z.heads * z.D, panels, a, x, true);
+    norm_into_a(layer.part[POST_NORM]);
+    linear(layer.part[GATE_UP], layer.part[GATE_UP_BIAS], 2 * z.F, z.H, panels, a, b, false);
+    each_panel(panels, [&](int64_t p, int64_t width) { swiglu(b + p * PANEL * 2 * z.F, z.F * width, a + p * PANEL * z.F); });
+    linear(layer.part[DOWN], layer.part[DOWN_BIAS], z.H, z.F, panels, a, x, true);
+  }
+
+  each_panel(read, [&](int64_t p, int64_t width) {
+    float* panel = last + p * PANEL * z.H;
+    for (int64_t c = 0; c < width; ++c) {
+      const bool used = c < read.used(p);
+      const int64_t n = used && out_slots ? out_slots[p * PANEL + c] : p * PANEL + c;
+      const float* from = used ? x + n / PANEL * PANEL * z.H + n % PANEL : nullptr;
+      const int64_t step = used ? panels.width(n / PANEL) : 0;
+      for (int64_t h = 0; h < z.H; ++h) panel[h * width + c] = used ? from[h * step] : 0.0f;
+    }
+    rms_norm(panel, norm, z.H, width, z.eps, panel);
+    for (int64_t c = 0; c < read.used(p); ++c)
+      for (int64_t h = 0; h < z.H; ++h) out[(p * PANEL + c) * z.H + h] = static_cast<T>(panel[h * width + c]);
+  });
+}
+
+// ---- from tensors ---------------------------------------------------------------------------------------------------------
+// A weight's data after checking its shape; nullptr for an optional one that is absent.
+template <typename T>
+const T* weight(const std::optional<Tensor>& tensor, const char* name, at::IntArrayRef shape, bool optional) {
+  if (optional && !tensor.has_value()) return nullptr;
+  TORCH_CHECK_VALUE(tensor.has_value() && tensor->sizes() == shape && tensor->is_contiguous() && tensor->device().is_cpu(), "decode_step: expected ", name,
+                    " contiguous on the CPU with shape ", shape, ", got ", tensor.has_value() ? c10::str(tensor->sizes(), " strides ", tensor->strides()) : "None");
+  TORCH_CHECK_TYPE(tensor->scalar_type() == c10::CppTypeToScalarType<T>::value, "decode_step: expected ", name, " in the embedding's dtype, got ",
+                   tensor->scalar_type());
+  return tensor->const_data_ptr<T>();
+}
+
+template <typename T>
+Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache, const Tensor& v_cache,
+             const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
+             const c10::List<std::optional<Tensor>>& parts, at::IntArrayRef windows, double rope_scale, double eps) {
+  const int64_t L = windows.size(), H = embedding.size(1), kv_heads = k_cache.size(2), D = k_cache.size(3), S = k_cache.size(4);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(parts.size()) == PARTS * L && k_cache.size(0) == L, "decode_step: expected ", int{PARTS}, " parts of each of ", L, " layers");
+  TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(), "decode_step: expected contiguous caches; use allocate_cache");
+  Sizes z{H, 0, 0, kv_heads, D, S, static_cast<float>(eps)};
+  std::vector<Layer<T>> layers(L);
+  int64_t reach = 1;
+  for (int64_t l = 0; l < L; ++l) {
+    const auto part = [&](Part i) -> std::optional<Tensor> { return parts.get(l * PARTS + i); };
+    const auto o = part(O), down = part(DOWN);
+    TORCH_CHECK_VALUE(o.has_value() && o->dim() == 2 && down.has_value() && down->dim() == 2, "decode_step: layer ", l, " lacks its o or down weight");
+    const int64_t heads = o->size(1) / D, F = down->size(1);
+    TORCH_CHECK_VALUE(D % 2 == 0 && heads % kv_heads == 0 && (l == 0 || (F == z.F && heads == z.heads)), "decode_step: expected layers of one shape, an even ",
+                      "head dim and query heads in equal groups, got head dim ", D, ", ", heads, " heads, ", kv_heads, " key/value heads, F ", F, " in layer ", l);
+    z.heads = heads;
+    z.F = F;
+    const auto set = [&](Part i, const char* name, at::IntArrayRef shape, bool optional) { layers[l].part[i] = weight<T>(part(i), name, shape, optional); };
+    set(INPUT_NORM, "input_norm", {H}, false);
+    set(QKV, "qkv", {z.qkv(), H}, false);
+    set(QKV_BIAS, "qkv_bias", {z.qkv()}, true);
+    set(Q_NORM, "q_norm", {D}, true);
+    set(K_NORM, "k_norm", {D}, true);
+    set(O, "o", {H, heads * D}, false);
+    set(O_BIAS, "o_bias", {H}, true);
+    set(POST_NORM, "post_norm", {H}, false);
+    set(GATE_UP, "gate_up", {2 * F, H}, false);
+    set(GATE_UP_BIAS, "gate_up_bias", {2 * F}, true);
+    set(DOWN, "down", {H, F}, false);
+    set(DOWN_BIAS, "down_bias", {H}, true);
+    TORCH_CHECK_VALUE(windows[l] >= 0, "decode_step: expected a window of 0 (all) or more, got ", windows[l], " in layer ", l);
+    layers[l].window = windows[l];
+    reach = std::max(reach, windows[l] ? windows[l] : std::numeric_limits<int32_t>::max());
+  }
+  const Tensor ids_N = token_ids.contiguous(), positions_N = positions.contiguous(), rows_N = rows.contiguous(), table_BM = block_table.contiguous();
+  const Tensor slots_R = out_slots ? out_slots->contiguous() : Tensor();
+  const int64_t N = ids_N.numel(), R = out_slots ? slots_R.numel() : N;
+  const int64_t* slots = out_slots ? slots_R.const_data_ptr<int64_t>() : nullptr;
+  const Tokens tokens{ids_N.const_data_ptr<int64_t>(), positions_N.const_data_ptr<int64_t>(), rows_N.const_data_ptr<int64_t>(),
+                      table_BM.const_data_ptr<int32_t>(), N, table_BM.size(0), table_BM.size(1)};
+  check_ranges(tokens, embedding.size(0), k_cache.size(1), S, reach, slots, out_slots ? R : 0);
+  Tensor out_RH = at::empty({R, H}, embedding.options().requires_grad(false));
+  if (N)
+    run<T>(layers, z, tokens, weight<T>(embedding, "embedding", embedding.sizes(), false), weight<T>(norm, "norm", {H}, false),
+           weight<float>(inv_freq, "inv_freq", {D / 2}, false), static_cast<float>(rope_scale), k_cache.mutable_data_ptr<T>(), v_cache.mutable_data_ptr<T>(),
+           k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
+  return out_RH;
+}
+
+Tensor decode_step(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache, const Tensor& v_cache,
+                   const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
+                   const c10::List<std::optional<Tensor>>& layers, at::IntArrayRef windows, double rope_scale, double eps) {
+  const auto call = embedding.scalar_type() == at::kBFloat16 ? &typed<at::BFloat16> : &typed<float>;
+  return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, norm, inv_freq, layers, windows, rope_scale, eps);
+}
+
+TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
+  m.def(
+      "decode_step(Tensor token_ids, Tensor positions, Tensor rows, Tensor block_table, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? out_slots, "
+      "Tensor embedding, Tensor norm, Tensor inv_freq, Tensor?[] layers, int[] windows, float rope_scale, float eps) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("decode_step", &decode_step); }
+
+}  // namespace

@@ -1,0 +1,244 @@
+// gae and shaped_gae on CPU: KL-shaped rewards, generalised advantages, returns and whitening, sequence by sequence.
+//
+// Shapes   N tokens in B sequences: packed ([N] with cu_seqlens [B + 1]) or [B, T].
+// Bytes    gae 8 read and 8 written a token, shaped_gae 12 and 12, plus the mask; the intermediate passes stay in cache.
+// Numerics The live (unmasked) tokens of a sequence are brought together, so the recurrence passes over gaps by construction and masked values
+//          are never read into arithmetic. A_t = delta_t + c A_{t+1} is unrolled to A_t = (16-term sum) + c^16 A_{t+16}: the same recurrence
+//          with 16 independent lanes, in float32, with a sixteenth of the chain of roundings. Sums over tokens and the moments are in double.
+//          A sequence is one thread's work and moments are merged in the order of sequences: results do not depend on the thread count.
+#include "kl.h"
+#include "moments.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const float* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+Tensor contiguous(const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); }
+
+// Where each sequence lies.
+struct Sequences {
+  int64_t B, T = 0;
+  Tensor cu;
+  const int32_t* starts = nullptr;
+
+  Sequences(const Tensor& like, const OptionalTensor& cu_seqlens) : B(cu_seqlens ? cu_seqlens->numel() - 1 : like.size(0)) {
+    if (!cu_seqlens) {
+      T = like.size(1);
+      return;
+    }
+    cu = cu_seqlens->contiguous();
+    starts = cu.const_data_ptr<int32_t>();
+    bool ascending = starts[0] == 0 && starts[B] == like.numel();
+    for (int64_t b = 0; b < B; ++b) ascending &= starts[b] <= starts[b + 1];
+    TORCH_CHECK_VALUE(ascending, "gae: expected cu_seqlens to ascend from 0 to the number of tokens, ", like.numel(), ", got ", starts[0], " to ", starts[B],
+                      "; give the cumulative lengths of the sequences");
+  }
+  int64_t begin(int64_t b) const { return starts ? starts[b] : b * T; }
+  int64_t length(int64_t b) const { return starts ? starts[b + 1] - starts[b] : T; }
+  // Sequences a task should have at least: about 16384 tokens.
+  int64_t grain(int64_t N) const { return std::max<int64_t>(1, 16384 * B / std::max<int64_t>(1, N)); }
+};
+
+// The live tokens of one sequence, and scratch for those that do not lie side by side.
+class Live {
+ public:
+  int64_t n = 0;  // how many
+  int64_t last() const { return gaps_ ? at_[n - 1] : first_ + n - 1; }
+
+  void find(const uint8_t* mask, int64_t length) {
+    length_ = length;
+    first_ = 0;
+    n = length;
+    gaps_ = false;
+    if (!mask) return;
+    int64_t end = length;
+    while (first_ < length && !mask[first_]) ++first_;
+    while (end > first_ && !mask[end - 1]) --end;
+    n = 0;
+    for (int64_t t = first_; t < end; ++t) n += mask[t] != 0;
+    gaps_ = n != end - first_;
+    if (!gaps_) return;
+    at_.resize(end - first_);
+    for (int64_t t = first_, i = 0; t < end; ++t) {
+      at_[i] = static_cast<int32_t>(t);
+      i += mask[t] != 0;
+    }
+  }
+  // The live elements of x side by side, in x itself where they lie so.
+  const float* gather(const float* x, std::vector<float>& scratch) const {
+    if (!gaps_) return x + first_;
+    scratch.resize(n);
+    for (int64_t i = 0; i < n; ++i) scratch[i] = x[at_[i]];
+    return scratch.data();
+  }
+  // Where to write n live elements of `out`, and (after writing) their way to their slots. The other slots become 0.
+  float* stage(float* out, std::vector<float>& scratch) const {
+    if (!gaps_) return out + first_;
+    scratch.resize(n);
+    return scratch.data();
+  }
+  void scatter(const float* staged, float* out) const {
+    if (!gaps_) {
+      std::memset(out, 0, first_ * sizeof(float));
+      std::memset(out + first_ + n, 0, (length_ - first_ - n) * sizeof(float));
+      return;
+    }
+    std::memset(out, 0, length_ * sizeof(float));
+    for (int64_t i = 0; i < n; ++i) out[at_[i]] = staged[i];
+  }
+
+ private:
+  int64_t length_ = 0, first_ = 0;
+  bool gaps_ = false;
+  std::vector<int32_t> at_;
+};
+
+constexpr int64_t kTile = 1024;  // tokens worked on at a time: rewards, values, advantages and returns of a tile stay in the first-level cache
+
+// x[i] += c x[i + 1] + c^2 x[i + 2] + ... + c^(n - i) carry
+void discounted_suffix_sums(float* x, int64_t n, double c, float carry) {
+  const int64_t tail = std::min(n, kLanes);
+  double power = c;
+  for (int64_t d = 1; d < kLanes; d *= 2, power *= power) {  // after it x[i] sums 2d terms; ascending i reads what is not yet updated
+    const float weight = static_cast<float>(power);
+    for (int64_t i = 0; i + d < n; ++i) x[i] += weight * x[i + d];
+  }
+  const float weight = static_cast<float>(power);  // c^16
+  double to_carry = c;
+  for (int64_t i = n - 1; i >= n - tail; --i, to_carry *= c) x[i] += static_cast<float>(to_carry) * carry;
+  int64_t i = n - kLanes;  // x[i ...] is complete
+  for (; i >= kLanes; i -= kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) x[i - kLanes + l] += weight * x[i + l];
+  for (i -= 1; i >= 0; --i) x[i] += weight * x[i + kLanes];
+}
+
+// Advantages and returns of n live tokens from their rewards and values.
+void advantages_of(const float* r, const float* v, float last_value, int64_t n, double gamma, double lam, float* advantages, float* returns) {
+  const float g = static_cast<float>(gamma);
+  float carry = 0.0f;
+  for (int64_t end = n; end > 0; end -= kTile) {
+    const int64_t begin = std::max<int64_t>(0, end - kTile);
+    for (int64_t i = begin; i + 1 < end; ++i) advantages[i] = r[i] + (g * v[i + 1] - v[i]);
+    advantages[end - 1] = r[end - 1] + (g * (end == n ? last_value : v[end]) - v[end - 1]);
+    discounted_suffix_sums(advantages + begin, end - begin, gamma * lam, carry);
+    for (int64_t i = begin; i < end; ++i) returns[i] = advantages[i] + v[i];
+    carry = advantages[begin];
+  }
+}
+
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double gamma,
+                               double lam, const OptionalTensor& last_values) {
+  const Tensor rewards_N = rewards.contiguous(), values_N = values.contiguous(), mask_N = contiguous(mask), last_B = contiguous(last_values);
+  const Sequences sequences(rewards_N, cu_seqlens);
+  Tensor advantages_N = at::empty(rewards_N.sizes(), rewards_N.options()), returns_N = at::empty(rewards_N.sizes(), rewards_N.options());
+  const float* r = rewards_N.const_data_ptr<float>();
+  const float* v = values_N.const_data_ptr<float>();
+  const float* last = data_or_null(last_B);
+  const uint8_t* m = mask_N.defined() ? static_cast<const uint8_t*>(mask_N.const_data_ptr()) : nullptr;
+  float* advantages = advantages_N.mutable_data_ptr<float>();
+  float* returns = returns_N.mutable_data_ptr<float>();
+  at::parallel_for(0, sequences.B, sequences.grain(rewards_N.numel()), [&](int64_t first, int64_t end) {
+    Live live;
+    std::vector<float> r_scratch, v_scratch, a_scratch, ret_scratch;
+    for (int64_t b = first; b < end; ++b) {
+      const int64_t at = sequences.begin(b);
+      live.find(m ? m + at : nullptr, sequences.length(b));
+      float* a = live.stage(advantages + at, a_scratch);
+      float* ret = live.stage(returns + at, ret_scratch);
+      advantages_of(live.gather(r + at, r_scratch), live.gather(v + at, v_scratch), last ? last[b] : 0.0f, live.n, gamma, lam, a, ret);
+      live.scatter(a, advantages + at);
+      live.scatter(ret, returns + at);
+    }
+  });
+  return {advantages_N, returns_N};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(const Tensor& logp, const Tensor& ref_logp, const Tensor& values, const Tensor& scores,
+                                                              const Tensor& mask, const OptionalTensor& cu_seqlens, double kl_coef,
+                                                              const OptionalTensor& kl_coef_tensor, int64_t kl_estimator, double gamma, double lam,
+                                                              const OptionalTensor& token_rewards, std::optional<double> score_clip, bool whitened,
+                                                              bool whiten_unbiased) {
+  const Tensor logp_N = logp.contiguous(), ref_N = ref_logp.contiguous(), values_N = values.contiguous(), scores_B = scores.contiguous();
+  const Tensor mask_N = mask.contiguous(), token_rewards_N = contiguous(token_rewards);
+  const Sequences sequences(logp_N, cu_seqlens);
+  const int64_t N = logp_N.numel();
+  Tensor advantages_N = at::empty(logp_N.sizes(), logp_N.options()), returns_N = at::empty(logp_N.sizes(), logp_N.options());
+  Tensor rewards_N = at::empty(logp_N.sizes(), logp_N.options());
+  Tensor kl_B = at::empty(scores_B.sizes(), scores_B.options()), score_B = at::empty(scores_B.sizes(), scores_B.options());
+  const float* lp = logp_N.const_data_ptr<float>();
+  const float* ref = ref_N.const_data_ptr<float>();
+  const float* v = values_N.const_data_ptr<float>();
+  const float* score_in = scores_B.const_data_ptr<float>();
+  const float* extra = data_or_null(token_rewards_N);
+  const uint8_t* m = static_cast<const uint8_t*>(mask_N.const_data_ptr());
+  float* advantages = advantages_N.mutable_data_ptr<float>();
+  float* returns = returns_N.mutable_data_ptr<float>();
+  float* rewards = rewards_N.mutable_data_ptr<float>();
+  float* kl_sum = kl_B.mutable_data_ptr<float>();
+  float* score_out = score_B.mutable_data_ptr<float>();
+  const float coef = kl_coef_tensor ? *kl_coef_tensor->const_data_ptr<float>() : static_cast<float>(kl_coef);
+  const float bound = score_clip ? static_cast<float>(*score_clip) : std::numeric_limits<float>::infinity();
+  std::vector<Moments> parts(sequences.B);
+  at::parallel_for(0, sequences.B, sequences.grain(N), [&](int64_t first, int64_t end) {
+    Live live;
+    std::vector<float> lp_scratch, ref_scratch, v_scratch, extra_scratch, r_scratch, a_scratch, ret_scratch, kl;
+    for (int64_t b = first; b < end; ++b) {
+      const int64_t at = sequences.begin(b);
+      live.find(m + at, sequences.length(b));
+      kl.resize(live.n);
+      token_kl(live.gather(lp + at, lp_scratch), live.gather(ref + at, ref_scratch), kl.data(), live.n, static_cast<KlEstimator>(kl_estimator));
+      kl_sum[b] = static_cast<float>(sum(live.n, [&](int64_t i) { return static_cast<double>(kl[i]); }));
+      score_out[b] = std::clamp(score_in[b], -bound, bound);
+
+      float* r = live.stage(rewards + at, r_scratch);
+      if (extra) {
+        const float* given = live.gather(extra + at, extra_scratch);
+        for (int64_t i = 0; i < live.n; ++i) r[i] = given[i] - coef * kl[i];
+      } else {
+        for (int64_t i = 0; i < live.n; ++i) r[i] = -coef * kl[i];
+      }
+      if (live.n) r[live.n - 1] += score_out[b];
+
+      float* a = live.stage(advantages + at, a_scratch);
+      float* ret = live.stage(returns + at, ret_scratch);
+      advantages_of(r, live.gather(v + at, v_scratch), 0.0f, live.n, gamma, lam, a, ret);
+      if (whitened) parts[b] = moments(a, live.n);
+      live.scatter(r, rewards + at);
+      live.scatter(a, advantages + at);
+      live.scatter(ret, returns + at);
+    }
+  });
+  if (whitened) {
+    Moments all;
+    for (const Moments& part : parts) all.merge(part);
+    at::parallel_for(0, N, 32768, [&](int64_t begin, int64_t end) {
+      whiten(advantages + begin, m + begin, advantages + begin, end - begin, all, whiten_unbiased, 1e-8, 0.0);
+    });
+  }
+  return {advantages_N, returns_N, rewards_N, kl_B, score_B};
+}
+
+TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
+  m.def("gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, float gamma, float lam, Tensor? last_values) -> (Tensor, Tensor)");
+  m.def(
+      "shaped_gae(Tensor logp, Tensor ref_logp, Tensor values, Tensor scores, Tensor mask, Tensor? cu_seqlens, float kl_coef, Tensor? kl_coef_tensor, "
+      "int kl_estimator, float gamma, float lam, Tensor? token_rewards, float? score_clip, bool whiten, bool whiten_unbiased) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(fusedrl, CPU, m) {
+  m.impl("gae", &gae);
+  m.impl("shaped_gae", &shaped_gae);
+}
+
+}  // namespace

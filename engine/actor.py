@@ -1,0 +1,189 @@
+"""HybridActor: one copy of the weights, and everything that reads it: generation, scoring, the training forward, the value head."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedrl.engine.generation.cache import CacheConfig
+from fusedrl.engine.generation.generator import Completion, Finished, Generator
+from fusedrl.engine.generation.sampler import SamplingParams
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
+from fusedrl.engine.model.weights import load_decoder, load_tokenizer, resolve_directory, save_pretrained
+from fusedrl.engine.packing import PackedBatch
+from fusedrl.kernels.linear_logprob import linear_logprob
+
+
+class Scored(NamedTuple):
+    """What the training forward says of a batch, per token slot; 0 where no action is (values: at the first slot of a sequence)."""
+
+    logp: Tensor  # [N] float32
+    entropy: Tensor  # [N] float32
+    values: Tensor | None  # [N] float32, read at the position before the token; None without a value head
+
+
+class HybridActor:
+    """A decoder that trains and generates from one copy of its weights.
+
+    An optimizer step on `parameters()` changes them in place; call `mark_updated()` after it, and the next `generate` uses them. The KV cache is allocated by
+    the first `generate`, and given back by `release_cache`.
+
+    Args:
+        decoder: the weights. tokenizer: a transformers tokenizer, or None where prompts are token ids. value_head: on the same trunk, or None.
+        cache: size of the KV cache and of the steps over it.
+    Raises:
+        ValueError: the tokenizer has ids that the model does not know.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Any = None, *, value_head: ValueHead | None = None, cache: CacheConfig | None = None) -> None:
+        if tokenizer is not None and len(tokenizer) > decoder.config.vocab_size:
+            raise ValueError(f"HybridActor: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {decoder.config.vocab_size}: ids from "
+                             f"{decoder.config.vocab_size} on have no embedding; use the tokenizer that belongs to the model")
+        self.decoder, self.tokenizer, self.value_head = decoder, tokenizer, value_head
+        self.weights_version = 0
+        self._cache = cache or CacheConfig()
+        self._generator: Generator | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None, value_head: bool = False,
+                        cache: CacheConfig | None = None) -> HybridActor:
+        """Load a directory or Hugging Face id: decoder, tokenizer, and with `value_head` the value head saved there, or one that says 0.
+
+        Args:
+            dtype: "auto" is float32 on CPU and bfloat16 on CUDA. device: None is the CPU.
+        Raises:
+            As `load_decoder`; ValueError where tokenizer and model vocabulary differ.
+        """
+        directory = resolve_directory(path)
+        decoder = load_decoder(directory, dtype=dtype, device=device)
+        head = None
+        if value_head:
+            saved = (directory / VALUE_HEAD_FILE).is_file()
+            head = (load_value_head(directory, decoder.config.hidden_size, device=decoder.device) if saved
+                    else ValueHead(decoder.config.hidden_size, device=decoder.device))
+        return cls(decoder, load_tokenizer(directory), value_head=head, cache=cache)
+
+    # ---- generating -------------------------------------------------------------------------------------------------------
+    def generate(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None = None,
+                 request_ids: Sequence[int] | None = None) -> list[list[Completion]]:
+        """Complete prompts.
+
+        Args:
+            prompts: strings (tokenised with the tokenizer's special tokens), token-id lists, or message lists (through the chat template).
+            params: one for all prompts, or one per prompt; None: the defaults of `SamplingParams`.
+            request_ids: one integer per prompt, by default its index. A draw depends on (seed, request id, sample index, position) and the logits alone.
+        Returns:
+            Per prompt the list of its n completions.
+        Raises:
+            TypeError, ValueError: before anything is generated: a prompt without tokens, ids outside the vocabulary, more tokens than the model has positions
+            or than the cache can ever hold (with the two numbers), numbers of prompts and params that differ.
+        """
+        found = sorted(self.stream(prompts, params, request_ids), key=lambda finished: finished[:2])
+        outs: list[list[Completion]] = [[] for _ in range(len(prompts))]
+        for finished in found:
+            outs[finished.prompt].append(finished.completion)
+        return outs
+
+    def stream(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None = None,
+               request_ids: Sequence[int] | None = None) -> Iterator[Finished]:
+        """`generate`, one completion at a time as it finishes: Finished(prompt, sample, completion), the first two counting from 0.
+
+        Closing the iterator takes what is unfinished out; `abort` has it delivered as it is.
+        """
+        return self._generation().run(prompts, params if params is not None else SamplingParams(), request_ids)
+
+    def abort(self) -> None:
+        """End every completion in flight with the tokens it has and finish_reason "aborted"; the streams deliver them."""
+        if self._generator is not None:
+            self._generator.abort()
+
+    def release_cache(self) -> None:
+        """Give the KV cache's memory back; the next `generate` allocates it again. Completions in flight are aborted."""
+        self.abort()
+        self._generator = None
+
+    def _generation(self) -> Generator:
+        if self._generator is None or self._generator.cache.k.device != self.decoder.device or self._generator.cache.k.dtype != self.decoder.dtype:
+            self._generator = Generator(self.decoder, self.tokenizer, self._cache, weights_version=self.weights_version)
+        return self._generator
+
+    # ---- the training forward -----------------------------------------------------------------------------------------------
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[N, H] hidden states of the training forward, with gradient; `logprobs` and `values` read them."""
+        return self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+
+    def logprobs(self, batch: PackedBatch, hidden_NH: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(logp, entropy), both [N] float32, of the batch's actions given the tokens before them; 0 elsewhere. Differentiable.
+
+        Training and `score` both come through here, so the same cut of a batch gives the same bits. At temperature 0: of T = 1, as `generate` reports it.
+        """
+        logp_N, entropy_N = linear_logprob(hidden_NH, self.decoder.head_weight, batch.labels(), temperature=temperature or 1.0, entropy=True)
+        return tuple(torch.where(batch.action_mask, batch.to_next(x_N), 0.0) for x_N in (logp_N, entropy_N))
+
+    def values(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
+        """[N] float32: the value of the state before each token; 0 at the first slot of a sequence. Differentiable.
+
+        Raises:
+            ValueError: the actor has no value head.
+        """
+        if self.value_head is None:
+            raise ValueError("HybridActor.values: this actor has no value head; load it with value_head=True")
+        return torch.where(batch.positions > 0, batch.to_next(self.value_head(hidden_NH)), 0.0)
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch, temperature: float = 1.0, tokens_per_microbatch: int | None = None,
+              partition: Sequence[Sequence[int]] | None = None) -> Scored:
+        """The training forward's log-probabilities, entropies and values of a batch, without gradient.
+
+        Args:
+            temperature: divides the logits, as in sampling.
+            tokens_per_microbatch: cut the batch by `batch.split`; None: one micro-batch. partition: the sequence indices of each micro-batch instead. The
+                same cuts in training reproduce these bits.
+        Raises:
+            ValueError: both given, or a partition that is none of the batch's sequences.
+        """
+        if partition is not None and tokens_per_microbatch is not None:
+            raise ValueError("HybridActor.score: tokens_per_microbatch and partition each cut the batch; give one of them")
+        if partition is None:
+            partition = batch.split(tokens_per_microbatch or max(1, batch.num_tokens))
+        if sorted(b for part in partition for b in part) != list(range(batch.num_sequences)):
+            raise ValueError(f"HybridActor.score: expected a partition of the batch's {batch.num_sequences} sequences, got {[list(part) for part in partition]}")
+        starts = batch.cu_seqlens.tolist()
+        columns = [torch.zeros(batch.num_tokens, device=batch.device) for _ in range(2 if self.value_head is None else 3)]
+        for part in partition:
+            if not len(part):
+                continue
+            micro = batch.select(part)
+            hidden_NH = self.forward(micro)
+            scored = [*self.logprobs(micro, hidden_NH, temperature), *([] if self.value_head is None else [self.values(micro, hidden_NH)])]
+            slots = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in part]).to(batch.device)
+            for column, x_N in zip(columns, scored, strict=True):
+                column[slots] = x_N
+        return Scored(columns[0], columns[1], columns[2] if self.value_head is not None else None)
+
+    # ---- the weights --------------------------------------------------------------------------------------------------------
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of the decoder, then of the value head."""
+        yield from self.decoder.named_parameters(prefix="decoder")
+        if self.value_head is not None:
+            yield from self.value_head.named_parameters(prefix="value_head")
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimizer trains: the decoder's parameters, then the value head's."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def mark_updated(self) -> None:
+        """The weights changed: a new version, for which no cached prefix is valid."""
+        self.weights_version += 1
+        if self._generator is not None:
+            self._generator.bump(self.weights_version)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a directory that transformers loads, with the tokenizer, and the value head beside it."""
+        save_pretrained(self.decoder, directory, tokenizer=self.tokenizer)
+        if self.value_head is not None:
+            save_value_head(self.value_head, directory)

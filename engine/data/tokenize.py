@@ -1,0 +1,127 @@
+"""Text to token ids, with the boundary between prompt and completion that generation has.
+
+A prompt and its completion are tokenised separately: the generator continues the ids of the prompt, so no token may span the boundary in
+training either. Lengths are limited here, before any device work, and what is dropped is counted.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fusedrl.engine.data.readers import Demonstration, PairExample, Prompt, PromptExample
+from fusedrl.engine.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """How many of `total` examples were longer than `limit` tokens."""
+
+    count: int
+    total: int
+    limit: int
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.total} ({100 * self.count / max(1, self.total):.1f}%) are longer than {self.limit} tokens and were dropped"
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Ids of a prompt: the special tokens that the tokenizer adds, but no EOS at the end; messages through the chat template.
+
+    An empty prompt is the BOS token alone.
+
+    Raises:
+        DataError: an empty prompt without a BOS token, or messages without a chat template.
+    """
+    if not isinstance(prompt, str):
+        if not tokenizer.chat_template:
+            raise DataError("the prompt is a list of messages, but the tokenizer has no chat template; use a chat model, or write the prompt as one string")
+        rendered: Any = tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False)
+        return list(rendered)
+    plain = _ids(tokenizer, prompt, special=False)
+    if not plain:
+        if tokenizer.bos_token_id is None:
+            raise DataError("an empty prompt needs a BOS token to start from, and the tokenizer has none; give the prompt at least one character")
+        return [tokenizer.bos_token_id]
+    ids = _ids(tokenizer, prompt, special=True)
+    return ids[:-1] if ids[-len(plain) - 1:] == [*plain, tokenizer.eos_token_id] else ids  # an EOS that the author of the prompt wrote stays
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, eos_id: int, *, first: bool = False) -> list[int]:
+    """Ids of a completion: no special tokens, then EOS.
+
+    Some tokenizers put a space in front of every text. That is right at the beginning (`first`, plain text after BOS) and wrong in the middle,
+    where it would make `prompt + completion` decode with two spaces; there the text is tokenised behind a line end, which is cut off again.
+    """
+    anchor = () if first else _anchor(tokenizer)
+    if anchor:
+        ids = _ids(tokenizer, "\n" + text, special=False)
+        if tuple(ids[:len(anchor)]) == anchor:
+            return ids[len(anchor):] + [eos_id]
+    return _ids(tokenizer, text, special=False) + [eos_id]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[PromptExample], limit: int
+                   ) -> tuple[list[tuple[PromptExample, list[int]]], Dropped]:
+    """(example, prompt ids) of the prompts of at most `limit` tokens.
+
+    Raises:
+        DataError: all of them are longer.
+    """
+    return drop_longer([(example, encode_prompt(tokenizer, example.prompt)) for example in examples], limit, lambda item: len(item[1]))
+
+
+def encode_demonstrations(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Demonstration], eos_id: int, limit: int
+                          ) -> tuple[list[tuple[list[int], list[int]]], Dropped]:
+    """(prompt ids, completion ids) of the demonstrations of at most `limit` tokens in all.
+
+    Raises:
+        DataError: all of them are longer.
+    """
+    items = [(encode_prompt(tokenizer, e.prompt), encode_completion(tokenizer, e.completion, eos_id, first=not e.prompt)) for e in examples]
+    return drop_longer(items, limit, lambda item: len(item[0]) + len(item[1]))
+
+
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample], eos_id: int, limit: int
+                 ) -> tuple[list[tuple[list[int], list[int], list[int]]], Dropped]:
+    """(prompt ids, chosen ids, rejected ids) of the pairs whose both sides have at most `limit` tokens, the prompt included.
+
+    Raises:
+        DataError: all of them are longer.
+    """
+    items = []
+    for example in examples:
+        chosen, rejected = (encode_completion(tokenizer, text, eos_id, first=not example.prompt) for text in (example.chosen, example.rejected))
+        items.append((encode_prompt(tokenizer, example.prompt), chosen, rejected))
+    return drop_longer(items, limit, lambda item: len(item[0]) + max(len(item[1]), len(item[2])))
+
+
+def drop_longer(items: Sequence[T], limit: int, length: Callable[[T], int]) -> tuple[list[T], Dropped]:
+    """The items of at most `limit` tokens, and the count of the others.
+
+    Raises:
+        DataError: none is left.
+    """
+    kept = [item for item in items if length(item) <= limit]
+    if items and not kept:
+        shortest = min(length(item) for item in items)
+        raise DataError(f"all {len(items)} examples are longer than {limit} tokens (the shortest has {shortest}); raise the limit or shorten the data")
+    return kept, Dropped(len(items) - len(kept), len(items), limit)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    encoded: Any = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+@lru_cache(maxsize=4)
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of a line end, for tokenizers that treat the beginning of a text differently; else nothing."""
+    end, behind = _ids(tokenizer, "\n", special=False), _ids(tokenizer, "\na", special=False)
+    return tuple(end) if end and behind[:len(end)] == end and behind[len(end):] != _ids(tokenizer, "a", special=False) else ()

@@ -1,0 +1,314 @@
+"""Generator: prompts in, completions out, through the paged cache. `step` reads schedule -> run -> sample -> hand out.
+
+Shapes    N tokens of a step, R sequences that draw one, V vocabulary.
+While the same sequences decode on, a step's inputs are the tensors of the step before, advanced on the device; the host reads the drawn tokens to see who ends.
+"""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedrl.engine.generation.blocks import BlockManager
+from fusedrl.engine.generation.cache import CacheConfig, KVCache
+from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
+from fusedrl.engine.generation.scheduler import Plan, Scheduler
+from fusedrl.engine.generation.scheduler import Sequence as Running
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.kernels.decode_step import copy_blocks, decode_step
+from fusedrl.kernels.sampling import Sampled, sample
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion of one prompt.
+
+    token_ids includes the token that ended it. logprobs are of the temperature-scaled full distribution (at temperature 0: of T = 1), weights_versions of
+    the weights that drew each token. finish_reason: "stop" (an EOS or stop token), "length" (max_new_tokens) or "aborted".
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: str
+    weights_versions: list[int]
+
+
+class Finished(NamedTuple):
+    """A completion and whose it is: `completion` is sample `sample` of prompt `prompt` of the call."""
+
+    prompt: int
+    sample: int
+    completion: Completion
+
+
+@dataclass(eq=False)
+class Ticket:
+    """What one call asked for: its sequences that are still on the way, and its completions that nobody has fetched."""
+
+    live: dict[int, Running] = field(default_factory=dict)
+    finished: deque[Finished] = field(default_factory=deque)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Request:
+    """One prompt of a call."""
+
+    ticket: Ticket
+    index: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    request_id: int
+    stop_ids: frozenset[int]
+
+
+@dataclass(eq=False, slots=True)
+class _Inputs:
+    """The tensors of a step in which every sequence draws; the next such step of the same sequences advances them in place."""
+
+    slots: np.ndarray
+    token_ids: Tensor
+    positions: Tensor
+    rows: Tensor
+    keys: Tensor
+    arguments: dict[str, Any]
+    early: bool = True  # some sequence may be too short to end
+
+
+class Generator:
+    """Continuous batching over one decoder's live weights. Not for use from several threads.
+
+    `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions arrive in the ticket's `finished`.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Any = None, config: CacheConfig | None = None, *, weights_version: int = 0) -> None:
+        config = config or CacheConfig()
+        self.decoder, self.tokenizer, self.weights_version = decoder, tokenizer, weights_version
+        self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions)
+        self.scheduler = Scheduler(BlockManager(self.cache.num_blocks, config.block_size), config.max_sequences, config.max_tokens_per_step)
+        self._table = SamplingTable(config.max_sequences)
+        eos = getattr(tokenizer, "eos_token_id", None)
+        self._eos_ids = frozenset(decoder.config.eos_token_ids) | (frozenset() if eos is None else {eos})
+        self._tickets: list[Ticket] = []
+        self._next_id = 0
+        self._inputs: _Inputs | None = None
+        self._block_table: Tensor | None = None  # the device's copy
+
+    # ---- asking -----------------------------------------------------------------------------------------------------------
+    def prepare(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams], request_ids: Sequence[int] | None = None) -> tuple[Ticket, list[Running]]:
+        """Check a call and make its sequences; nothing is queued yet.
+
+        Args and errors as `HybridActor.generate`.
+        """
+        if isinstance(prompts, str | bytes | Mapping):
+            raise TypeError(f"generate: expected a list of prompts, got one {type(prompts).__name__}; wrap it in a list")
+        ids = self._encode(prompts)
+        each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
+        keys = list(range(len(ids))) if request_ids is None else list(request_ids)
+        for name, given in (("SamplingParams", each), ("request_ids", keys)):
+            if len(given) != len(ids):
+                raise ValueError(f"generate: {len(ids)} prompts and {len(given)} {name}; expected one per prompt")
+        vocab, positions = self.decoder.config.vocab_size, self.decoder.config.max_positions
+        ticket, sequences = Ticket(), []
+        for index, (prompt, p, key) in enumerate(zip(ids, each, keys, strict=True)):
+            if not isinstance(p, SamplingParams):
+                raise TypeError(f"generate: expected SamplingParams for prompt {index}, got {type(p).__name__}")
+            if not isinstance(key, Integral) or not -(2**63) <= key < 2**63:
+                raise TypeError(f"generate: expected an integer of 64 bits as request id of prompt {index}, got {key!r}")
+            if bad := [t for t in (*prompt, *p.stop_token_ids) if not 0 <= t < vocab]:
+                raise ValueError(f"generate: token id {bad[0]} of prompt {index} or its stop_token_ids is outside the model's vocabulary [0, {vocab})")
+            if len(prompt) + p.max_new_tokens > positions:
+                raise ValueError(f"generate: prompt {index} has {len(prompt)} tokens, and with max_new_tokens={p.max_new_tokens} that exceeds the model's "
+                                 f"{positions} positions; shorten the prompt or lower max_new_tokens")
+            try:
+                self.scheduler.check_fits(len(prompt), p.max_new_tokens)
+            except ValueError as error:
+                raise ValueError(f"generate: prompt {index} can never run: {error}") from None
+            request = _Request(ticket, index, prompt, p, int(key), self._eos_ids | frozenset(p.stop_token_ids))
+            tokens = np.array(prompt, dtype=np.int64)
+            for number in range(p.n):
+                sequences.append(Running.start(self._next_id, request, number, tokens, len(prompt) + p.max_new_tokens))
+                self._next_id += 1
+        return ticket, sequences
+
+    def enqueue(self, ticket: Ticket, sequences: list[Running]) -> None:
+        """Queue what `prepare` made."""
+        ticket.live = {sequence.id: sequence for sequence in sequences}
+        self._tickets.append(ticket)
+        self.scheduler.submit(sequences)
+
+    def run(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams], request_ids: Sequence[int] | None = None) -> Iterator[Finished]:
+        """Completions as they finish. The call is checked at once; an iterator that is closed early takes its sequences out."""
+        ticket, sequences = self.prepare(prompts, params, request_ids)
+        return self._drive(ticket, sequences)
+
+    def _drive(self, ticket: Ticket, sequences: list[Running]) -> Iterator[Finished]:
+        self.enqueue(ticket, sequences)
+        try:
+            while ticket.live or ticket.finished:
+                while ticket.finished:
+                    yield ticket.finished.popleft()
+                if ticket.live:
+                    self.step()
+        finally:
+            self.abort(ticket)
+            self._tickets.remove(ticket)
+
+    def abort(self, ticket: Ticket | None = None) -> None:
+        """End the sequences of one call, or of all, with what they have: their finish_reason is "aborted"."""
+        for one in [ticket] if ticket is not None else self._tickets:
+            live = list(one.live.values())
+            self.scheduler.finish(live)
+            for sequence in live:
+                self._hand_out(sequence, "aborted")
+
+    def bump(self, weights_version: int) -> None:
+        """The weights changed: what is drawn from now on is theirs, and no cached prefix is found again. Running sequences keep their older keys and values."""
+        self.weights_version = weights_version
+        self.scheduler.blocks.bump()
+
+    # ---- a step -----------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def step(self) -> None:
+        """Compute one token of every decoding sequence and what fits of the prefills beside them.
+
+        Raises:
+            RuntimeError: no progress, or NaN in the logits; like any error on the way, it ends everything in flight as "aborted".
+        """
+        try:
+            plan = self.scheduler.schedule()
+            sampled = self._run(plan)
+            tokens, logp = (t.cpu().numpy() for t in (sampled.token_ids, sampled.logp)) if sampled is not None else (None, None)
+            if tokens is not None and (tokens < 0).any():
+                raise RuntimeError("Generator: the logits of a sequence hold NaN or infinity; look at the weights (a non-finite update?)")
+        except BaseException:
+            self.scheduler.blocks.bump()  # blocks of the step that failed may be half written
+            self._inputs = None
+            self.abort()
+            raise
+        self.scheduler.complete(plan)
+        if tokens is not None and logp is not None:
+            self._advance(plan.sampled, tokens, logp)
+
+    def _run(self, plan: Plan) -> Sampled | None:
+        """The model on the tokens of the plan, then the sampler on the rows that draw."""
+        slots, weights = self.scheduler.slots, self.decoder.weights()
+        inputs = self._inputs
+        if inputs is not None and inputs.slots is plan.sampled and not plan.chunks:  # the same sequences as in the step before, which drew for all of them
+            inputs.positions += 1
+            inputs.keys[:, 3] += 1
+            out_slots = None
+        else:
+            inputs, out_slots = self._gather(plan, weights.embedding.device)
+        hidden_RH = decode_step(weights, inputs.token_ids, inputs.positions, inputs.rows, self._device_table(), self.cache.k, self.cache.v, out_slots)
+        if plan.copies:
+            copy_blocks(self.cache.k, self.cache.v, plan.copies)
+        if not len(plan.sampled):
+            return None
+        logits_RV = _logits(hidden_RH, weights.head)
+        suppress = self._table.suppress(plan.sampled, slots.length[plan.sampled], logits_RV.shape[1], logits_RV.device) if inputs.early else None
+        sampled = sample(logits_RV, **inputs.arguments, keys=inputs.keys, suppress=suppress)
+        inputs.token_ids, inputs.early = sampled.token_ids, suppress is not None
+        self._inputs = inputs if not plan.chunks else None
+        return sampled
+
+    def _gather(self, plan: Plan, device: torch.device) -> tuple[_Inputs, Tensor | None]:
+        """The inputs of a step from the host's arrays, and which of its tokens draw (None: all)."""
+        slots, decode = self.scheduler.slots, plan.decode
+        for chunk in plan.chunks:
+            for sequence in (chunk.sequence, *chunk.forks) if chunk.final else ():
+                request: _Request = sequence.request
+                self._table.put(sequence.slot, request.params, request.request_id, sequence.sample, request.stop_ids, sequence.num_prompt)
+        last = slots.length[decode] - 1
+        parts = [np.stack([slots.tokens[decode, last], last, decode])]
+        out, count = [np.arange(len(decode))], len(decode)
+        for chunk in plan.chunks:
+            slot, size = chunk.sequence.slot, chunk.stop - chunk.start
+            parts.append(np.stack([slots.tokens[slot, chunk.start : chunk.stop], np.arange(chunk.start, chunk.stop), np.full(size, slot)]))
+            count += size
+            if chunk.final:
+                out.append(np.full(1 + len(chunk.forks), count - 1))
+        token_ids, positions, rows = torch.from_numpy(np.concatenate(parts, axis=1)).to(device).unbind(0)
+        arguments = self._table.arguments(plan.sampled, device) if len(plan.sampled) else {}
+        keys = self._table.keys(plan.sampled, slots.length[plan.sampled], device)
+        out_slots = torch.from_numpy(np.concatenate(out)).to(device) if plan.chunks else None
+        return _Inputs(plan.sampled, token_ids, positions, rows, keys, arguments), out_slots
+
+    def _device_table(self) -> Tensor:
+        """The block table where the model reads it: on CPU the array itself."""
+        slots, device = self.scheduler.slots, self.cache.k.device
+        if self._block_table is None or slots.table_changed or device.type == "cpu":
+            self._block_table = torch.from_numpy(slots.block_table).to(device)
+            slots.table_changed = False
+        return self._block_table
+
+    def _advance(self, drew: np.ndarray, tokens: np.ndarray, logp: np.ndarray) -> None:
+        """Append the drawn tokens and hand out the sequences that they end."""
+        slots = self.scheduler.slots
+        slots.append(drew, tokens, logp, self.weights_version)
+        stopped = self._table.is_stop(drew, tokens)
+        ended = stopped | (slots.length[drew] >= slots.limit[drew])
+        if not ended.any():
+            return
+        out = [(self.scheduler.at(slot), "stop" if stop else "length") for slot, stop in zip(drew[ended].tolist(), stopped[ended].tolist(), strict=True)]
+        self.scheduler.finish([sequence for sequence, _ in out])
+        for sequence, reason in out:
+            self._hand_out(sequence, reason)
+
+    def _hand_out(self, sequence: Running, reason: str) -> None:
+        request: _Request = sequence.request
+        start = sequence.num_prompt
+        token_ids = sequence.tokens[start:].tolist()
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True) if self.tokenizer is not None else ""
+        completion = Completion(request.prompt_ids, token_ids, sequence.logp[start:].tolist(), text, reason, sequence.versions[start:].tolist())
+        del request.ticket.live[sequence.id]
+        request.ticket.finished.append(Finished(request.index, sequence.sample, completion))
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------------
+    def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Token ids of strings, id lists and message lists."""
+        ids: list[list[int]] = []
+        strings = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(self._need_tokenizer("text")(strings)["input_ids"] if strings else [])
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, Tensor | np.ndarray):
+                prompt = prompt.tolist()
+            if isinstance(prompt, str):
+                ids.append(list(next(encoded)))
+            elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
+                ids.append(self._encode_messages(prompt, index))
+            elif isinstance(prompt, Sequence) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
+                ids.append([int(t) for t in prompt])
+            else:
+                raise TypeError(f"generate: expected prompt {index} to be a string, a list of token ids or a list of messages, got {repr(prompt)[:80]}")
+            if not ids[-1]:
+                raise ValueError(f"generate: prompt {index} has no token; a completion needs at least one to go on from, such as the BOS")
+        return ids
+
+    def _encode_messages(self, messages: Sequence[Any], index: int) -> list[int]:
+        tokenizer = self._need_tokenizer("messages")
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"generate: prompt {index} is a list of messages and the tokenizer has no chat template; give text or token ids, or set tokenizer.chat_template")
+        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False))
+
+    def _need_tokenizer(self, what: str) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(f"generate: prompts as {what} need a tokenizer, and this actor has none; give lists of token ids")
+        return self.tokenizer
+
+
+def _logits(hidden_RH: Tensor, head_VH: Tensor) -> Tensor:
+    """[R, V] in float32 at least: rounded to bfloat16, a logit of 10 would be off by 0.03, and so would its logprob."""
+    if hidden_RH.dtype in (torch.float32, torch.float64):
+        return F.linear(hidden_RH, head_VH)
+    if hidden_RH.device.type == "cuda":
+        return torch.mm(hidden_RH, head_VH.t(), out_dtype=torch.float32)
+    return F.linear(hidden_RH.float(), head_VH.float())

@@ -1,0 +1,113 @@
+"""What a caller asks of the sampler, and the same for all running sequences at once."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_INT64 = 2**63
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn.
+
+    max_new_tokens: tokens of a completion at the most, its EOS included. temperature: divides the logits; 0 is greedy. top_p in (0, 1], top_k (0: all) and
+    min_p in [0, 1] restrict the draw, in the order top-k, top-p, min-p. n: completions per prompt. seed: with the request id, the sample index and the
+    position it keys every draw. stop_token_ids end a completion, beside the EOS ids of tokenizer and model. min_new_tokens: none of these is drawn before.
+
+    Raises:
+        TypeError, ValueError: a field outside its range; the message names it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    n: int = 1
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("n", 1), ("seed", -_INT64), ("min_new_tokens", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise TypeError(f"SamplingParams: expected {name} to be an integer, got {value!r}")
+            if not low <= value < _INT64:
+                raise ValueError(f"SamplingParams: expected {name} >= {low}{'' if low >= 0 else ' and < 2**63'}, got {value}")
+        for name, rule, inside in (("temperature", ">= 0 and finite", lambda x: 0 <= x < math.inf), ("top_p", "in (0, 1]", lambda x: 0 < x <= 1),
+                                   ("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"SamplingParams: expected {name} to be a number, got {value!r}")
+            if not inside(value):
+                raise ValueError(f"SamplingParams: expected {name} {rule}, got {value}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"SamplingParams: expected min_new_tokens <= max_new_tokens, got {self.min_new_tokens} > {self.max_new_tokens}")
+        stops = self.stop_token_ids
+        if isinstance(stops, str | bytes) or not isinstance(stops, Sequence) or not all(isinstance(t, Integral) and not isinstance(t, bool) and t >= 0 for t in stops):
+            raise TypeError(f"SamplingParams: expected stop_token_ids to be token ids >= 0, got {stops!r}")
+        object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in stops))  # a list is taken as well, and the dataclass stays hashable
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some token that the model gives probability can never be drawn, so that `logprobs` are not those of the sampling distribution."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.min_new_tokens > 0)
+
+
+class SamplingTable:
+    """The parameters of the running sequences, one row a slot, in arrays, so that a step touches no Python object per sequence."""
+
+    def __init__(self, slots: int) -> None:
+        self._numbers = {name: np.zeros(slots) for name in ("temperature", "top_k", "top_p", "min_p")}
+        self._keys = np.zeros((slots, 4), dtype=np.int64)
+        self._stops = np.full((slots, 1), -1, dtype=np.int64)  # -1 is no token
+        self._first_stop = np.zeros(slots, dtype=np.int64)  # length from which on a stop token may be drawn
+
+    def put(self, slot: int, params: SamplingParams, request_id: int, sample: int, stop_ids: frozenset[int], num_prompt: int) -> None:
+        """Row `slot` now belongs to sample `sample` of request `request_id`, whose prompt has `num_prompt` tokens."""
+        for name, column in self._numbers.items():
+            column[slot] = getattr(params, name)
+        self._keys[slot] = (params.seed, request_id, sample, 0)
+        if len(stop_ids) > self._stops.shape[1]:
+            self._stops = np.pad(self._stops, ((0, 0), (0, len(stop_ids) - self._stops.shape[1])), constant_values=-1)
+        self._stops[slot] = -1
+        self._stops[slot, : len(stop_ids)] = sorted(stop_ids)
+        self._first_stop[slot] = num_prompt + params.min_new_tokens
+
+    def arguments(self, slots: np.ndarray, device: torch.device) -> dict[str, Any]:
+        """temperature, top_k, top_p, min_p for `sample`: a number where these slots agree, else a tensor."""
+        out: dict[str, Any] = {}
+        for name, column in self._numbers.items():
+            values = column[slots]
+            out[name] = float(values[0]) if (values == values[0]).all() else torch.from_numpy(values).to(device)
+        return out
+
+    def keys(self, slots: np.ndarray, positions: np.ndarray, device: torch.device) -> Tensor:
+        """[R, 4] int64: (seed, request id, sample index, position of the token to draw)."""
+        keys = self._keys[slots]
+        keys[:, 3] = positions
+        return torch.from_numpy(keys).to(device)
+
+    def suppress(self, slots: np.ndarray, lengths: np.ndarray, vocab_size: int, device: torch.device) -> Tensor | None:
+        """[R, V] bool: the stop tokens of the sequences that are too short to end; None where there is no such sequence."""
+        early = np.flatnonzero(lengths < self._first_stop[slots])
+        if not early.size:
+            return None
+        mask = np.zeros((len(slots), vocab_size), dtype=bool)
+        stops = self._stops[slots[early]]
+        rows, columns = np.nonzero(stops >= 0)
+        mask[early[rows], stops[rows, columns]] = True
+        return torch.from_numpy(mask).to(device)
+
+    def is_stop(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """[R] bool: whether the token ends the sequence."""
+        return (self._stops[slots] == tokens[:, None]).any(axis=1)

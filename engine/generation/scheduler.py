@@ -1,0 +1,301 @@
+"""Scheduler: which tokens the next step computes. Continuous batching over a fixed number of slots and of blocks.
+
+All requests are known up front in RL, so the longest are admitted first and the short ones fill the end. The samples of a prompt are admitted together: one
+prefills, the others wait on their slots and fork from it. Prefills are cut to what a step's token budget leaves beside decoding. When blocks run out, the
+newest sequence goes back to the queue with its tokens, and is computed again later (much of it is then found in the prefix cache).
+A sequence of `length` tokens that decodes has the keys and values of all but the last in the cache: a step computes that one and draws the next.
+"""
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fusedrl.engine.generation.blocks import BlockManager
+
+_STALLED_STEPS = 8
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One completion in the making. While it has a slot, its columns live in `Slots` and these are stale."""
+
+    id: int
+    request: Any  # the prompt it belongs to, an object of the caller; its samples share it
+    sample: int
+    num_prompt: int
+    limit: int  # tokens it has at the most: prompt and completion
+    tokens: np.ndarray  # [length] int64, the prompt first
+    logp: np.ndarray  # [length] float32
+    versions: np.ndarray  # [length] int64, the weights that drew the token
+    slot: int = -1
+    computed: int = 0  # while it prefills: leading tokens whose keys and values are in the cache
+    leader: Sequence | None = None  # whose prefill it waits for; it has no blocks of its own then
+    followers: list[Sequence] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, id: int, request: Any, sample: int, prompt: np.ndarray, limit: int) -> Sequence:
+        """A sequence that is all prompt."""
+        size = len(prompt)
+        return cls(id, request, sample, size, limit, prompt, np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.int64))
+
+
+class Slots:
+    """The running sequences in arrays, one row each, so that a step advances all of them at once."""
+
+    def __init__(self, count: int, block_size: int) -> None:
+        self.count, self.block_size = count, block_size
+        self.length = np.zeros(count, dtype=np.int64)
+        self.limit = np.zeros(count, dtype=np.int64)
+        self.held = np.zeros(count, dtype=np.int64)  # tokens that the blocks of its table hold
+        self.tokens = np.zeros((count, 0), dtype=np.int64)
+        self.logp = np.zeros((count, 0), dtype=np.float32)
+        self.versions = np.zeros((count, 0), dtype=np.int64)
+        self.block_table = np.zeros((count, 0), dtype=np.int32)
+        self.table_changed = True  # since whoever keeps a copy of it looked
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make the rows at least so long."""
+        more = num_tokens - self.tokens.shape[1]
+        if more > 0:
+            for name in ("tokens", "logp", "versions"):
+                setattr(self, name, np.pad(getattr(self, name), ((0, 0), (0, more))))
+            blocks = -(-num_tokens // self.block_size)
+            self.block_table = np.pad(self.block_table, ((0, 0), (0, blocks - self.block_table.shape[1])))
+            self.table_changed = True
+
+    def put(self, sequence: Sequence) -> None:
+        """Its columns into the row `sequence.slot`."""
+        slot, size = sequence.slot, len(sequence.tokens)
+        self.length[slot], self.limit[slot], self.held[slot] = size, sequence.limit, 0
+        self.tokens[slot, :size], self.logp[slot, :size], self.versions[slot, :size] = sequence.tokens, sequence.logp, sequence.versions
+
+    def take(self, sequence: Sequence) -> None:
+        """Its columns out of the row again."""
+        row = (sequence.slot, slice(0, self.length[sequence.slot]))
+        sequence.tokens, sequence.logp, sequence.versions = self.tokens[row].copy(), self.logp[row].copy(), self.versions[row].copy()
+
+    def append(self, slots: np.ndarray, tokens: np.ndarray, logp: np.ndarray, version: int) -> None:
+        """One more token each."""
+        at = self.length[slots]
+        self.tokens[slots, at], self.logp[slots, at], self.versions[slots, at] = tokens, logp, version
+        self.length[slots] = at + 1
+
+    def set_table(self, slot: int, blocks: list[int]) -> None:
+        """The blocks of the row; those it had stay the same."""
+        had = int(self.held[slot]) // self.block_size
+        self.block_table[slot, had : len(blocks)] = blocks[had:]
+        self.held[slot] = len(blocks) * self.block_size
+        self.table_changed = True
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens start to stop of a sequence that prefills; the last of its chunks is `final`, and tokens are drawn after it for it and its forks."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    final: bool
+    forks: tuple[Sequence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: `decode` slots compute their last token, `chunks` prefill; then `copies` (source, destination blocks) are made; `sampled` slots draw a token:
+    those of `decode`, then those of the final chunks, each with its forks."""
+
+    decode: np.ndarray
+    chunks: list[Chunk]
+    copies: list[tuple[int, int]]
+    sampled: np.ndarray
+
+
+class Scheduler:
+    """Owns the queue, the slots and the block manager. `submit`, then `schedule` and `complete` in turn; `finish` sequences between steps."""
+
+    def __init__(self, blocks: BlockManager, max_sequences: int, max_tokens_per_step: int) -> None:
+        self.blocks = blocks
+        self.slots = Slots(max_sequences, blocks.block_size)
+        self._budget = max_tokens_per_step
+        self._waiting: list[Sequence] = []  # the next one to admit is the last
+        self._running: dict[int, Sequence] = {}  # by id, in the order of admission
+        self._prefilling: list[Sequence] = []
+        self._decode = np.zeros(0, dtype=np.int64)  # slots, in the order of admission
+        self._by_slot: list[Sequence | None] = [None] * max_sequences
+        self._free_slots = list(range(max_sequences))[::-1]
+        self._blocked = False  # nothing has left since the head of the queue did not fit
+        self._stalled = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence waits or runs."""
+        return bool(self._waiting or self._running)
+
+    def at(self, slot: int) -> Sequence:
+        """The sequence that runs in `slot`."""
+        sequence = self._by_slot[slot]
+        if sequence is None:
+            raise RuntimeError(f"Scheduler: slot {slot} is empty; {self.describe()}")
+        return sequence
+
+    def check_fits(self, num_prompt: int, max_new_tokens: int) -> None:
+        """Raises ValueError for a sequence that would not fit an empty cache."""
+        need = self.blocks.blocks_for(num_prompt + max_new_tokens - 1)  # the last token drawn is never computed
+        if need > self.blocks.total:
+            raise ValueError(f"{num_prompt} prompt tokens and max_new_tokens={max_new_tokens} need {need} KV blocks of {self.blocks.block_size} tokens, and the cache "
+                             f"has {self.blocks.total}; shorten the request or enlarge the cache (CacheConfig)")
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Queue sequences that fit (`check_fits`); samples of one request have consecutive ids."""
+        self.slots.reserve(max((sequence.limit for sequence in sequences), default=0))
+        self._waiting.extend(sequences)
+        self._waiting.sort(key=_order)
+        self._blocked = False
+
+    # ---- a step -----------------------------------------------------------------------------------------------------------
+    def schedule(self) -> Plan:
+        """What to compute next. Every table it names holds what the step writes.
+
+        Raises:
+            RuntimeError: several steps in a row found nothing to do while sequences wait; the message describes the state.
+        """
+        preempted = self._make_room_to_decode()
+        budget = self._budget - len(self._decode)
+        chunks: list[Chunk] = []
+        copies: list[tuple[int, int]] = []
+        for sequence in self._prefilling:
+            if budget > 0:
+                budget -= self._add_chunk(sequence, budget, chunks, copies)
+        while budget > 0 and not preempted and (admitted := self._admit()):
+            budget -= self._add_chunk(admitted, budget, chunks, copies)
+        drawn = [member.slot for chunk in chunks if chunk.final for member in (chunk.sequence, *chunk.forks)]
+        plan = Plan(self._decode, chunks, copies, np.concatenate([self._decode, np.array(drawn, dtype=np.int64)]) if drawn else self._decode)
+        self._stalled = 0 if len(plan.decode) or chunks or not self.busy else self._stalled + 1
+        if self._stalled >= _STALLED_STEPS:
+            raise RuntimeError(f"Scheduler: no progress in {self._stalled} steps; {self.describe()}")
+        return plan
+
+    def complete(self, plan: Plan) -> None:
+        """The step ran: its keys and values are in the cache."""
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            sequence.computed = chunk.stop
+            self.blocks.commit(sequence.id, self.slots.tokens[sequence.slot, : chunk.stop].tolist())
+            if chunk.final:
+                self._prefilling.remove(sequence)
+        self._decode = plan.sampled
+
+    def finish(self, sequences: Iterable[Sequence]) -> None:
+        """Take sequences out, wherever they are; their columns hold what they have."""
+        leaving = set()
+        for sequence in sequences:
+            leaving.add(sequence.id)
+            if sequence.id in self._running:
+                self._release(sequence)
+        if any(sequence.id in leaving for sequence in self._waiting):
+            self._waiting = [sequence for sequence in self._waiting if sequence.id not in leaving]
+
+    def describe(self) -> str:
+        """The state in one line, for errors."""
+        head = self._waiting[-1] if self._waiting else None
+        queue = f"the next of {len(self._waiting)} waiting has {len(head.tokens)} tokens ({self.blocks.blocks_for(len(head.tokens))} blocks)" if head else "none waits"
+        running = ", ".join(f"#{s.id}: {self.slots.length[s.slot]} of {s.limit} tokens" for s in list(self._running.values())[:8])
+        return (f"{self.blocks.available} of {self.blocks.total} blocks and {len(self._free_slots)} of {self.slots.count} slots are free; {queue}; "
+                f"{len(self._running)} run ({running or 'none'}), {len(self._prefilling)} of them prefill")
+
+    # ---- parts ----------------------------------------------------------------------------------------------------------
+    def _make_room_to_decode(self) -> bool:
+        """Give a block to every decoding sequence whose next token starts one, preempting the newest where there is none. Whether it had to."""
+        slots, preempted = self.slots, False
+        due = self._decode[slots.length[self._decode] > slots.held[self._decode]]
+        for slot in due.tolist():
+            sequence = self._by_slot[slot]
+            while sequence is not None and not self.blocks.grow(sequence.id, int(slots.length[slot])):
+                self._requeue(next(reversed(self._running.values())))
+                sequence, preempted = self._by_slot[slot], True  # it may have been the newest itself
+            if sequence is not None:
+                slots.set_table(slot, self.blocks.table(sequence.id))
+        return preempted
+
+    def _admit(self) -> Sequence | None:
+        """The next waiting sequence with a slot and a table, and the fresh samples of its request behind it on slots of their own."""
+        if self._blocked or not self._waiting or not self._free_slots:
+            return None
+        head = self._waiting[-1]
+        members = [head]
+        while len(members) < min(len(self._free_slots), len(self._waiting)) and self._forks_from(head, self._waiting[-1 - len(members)]):
+            members.append(self._waiting[-1 - len(members)])
+        # a block to grow for each that runs and for each partial last block that will be forked, or preemption would follow at once
+        partial = len(head.tokens) % self.blocks.block_size > 0
+        keep = len(self._running) + (len(members) - 1) * partial if self._running else 0
+        cached = self.blocks.allocate(head.id, head.tokens.tolist(), keep=keep)
+        if cached is None:
+            self._blocked = True
+            return None
+        del self._waiting[-len(members) :]
+        for member in members:
+            member.slot = self._free_slots.pop()
+            self._by_slot[member.slot] = self._running[member.id] = member
+            self.slots.put(member)
+            member.leader = head if member is not head else None
+        head.followers, head.computed = members[1:], cached
+        self.slots.set_table(head.slot, self.blocks.table(head.id))
+        self._prefilling.append(head)
+        return head
+
+    @staticmethod
+    def _forks_from(head: Sequence, other: Sequence) -> bool:
+        return other.request is head.request and len(head.tokens) == len(other.tokens) == head.num_prompt
+
+    def _add_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk], copies: list[tuple[int, int]]) -> int:
+        length = len(sequence.tokens)
+        stop = min(length, sequence.computed + budget)
+        forks = []
+        if stop == length:
+            for follower in list(sequence.followers):
+                pairs = self.blocks.fork(sequence.id, follower.id, length)
+                if pairs is None:
+                    self._requeue(follower)
+                else:
+                    copies += pairs
+                    forks.append(follower)
+                    follower.leader = None
+                    self.slots.set_table(follower.slot, self.blocks.table(follower.id))
+            sequence.followers.clear()
+        chunks.append(Chunk(sequence, sequence.computed, stop, stop == length, tuple(forks)))
+        return stop - sequence.computed
+
+    def _requeue(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        insort(self._waiting, sequence, key=_order)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take a running sequence off its slot and its blocks."""
+        slots, slot = self.slots, sequence.slot
+        slots.take(sequence)
+        if sequence.leader is not None:
+            sequence.leader.followers.remove(sequence)
+            sequence.leader = None
+        else:
+            for follower in list(sequence.followers):
+                self._requeue(follower)
+            if sequence in self._prefilling:
+                self._prefilling.remove(sequence)
+            else:
+                self._decode = self._decode[self._decode != slot]
+                self.blocks.commit(sequence.id, sequence.tokens[:-1].tolist())
+            self.blocks.free(sequence.id)
+        del self._running[sequence.id]
+        self._by_slot[slot] = None
+        self._free_slots.append(slot)
+        sequence.slot, sequence.computed = -1, 0
+        self._blocked = False
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    """Longest expected last (the queue is popped from its end), then by id."""
+    return sequence.limit, -sequence.id

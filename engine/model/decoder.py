@@ -1,0 +1,198 @@
+"""The decoder: one set of fused parameters that training, scoring and generation all read.
+
+Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width, V vocabulary.
+Rounding  as in transformers: norms in float32, rounded before their weight; cos and sin in float32, rounded once.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedrl.engine.model.families import ModelConfig
+from fusedrl.kernels.attention import varlen_attention
+from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w * x / rms(x) over the last dimension; one saved statistic per row, and half the passes that autograd would make."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, rstd = ctx.saved_tensors
+        unit = x * rstd  # float32 at least: rstd is
+        dunit = dy * weight
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (dy * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        along = (dunit * unit).mean(-1, keepdim=True)
+        dx = torch.addcmul(dunit.to(unit.dtype), unit, along, value=-1).mul_(rstd)
+        return dx.to(x.dtype), dweight, None
+
+
+class _Rotate(torch.autograd.Function):
+    """Turn the pairs (x[i], x[i + D/2]) by the angles of their position; the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turn(dy, cos, sin, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """x [N, heads, D]; cos [N, 1, D], both halves alike; sin [N, 1, D/2]."""
+    half = x.shape[-1] // 2
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+    y[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    return y
+
+
+class Layer(nn.Module):
+    """One layer's parameters, fused: the rows of qkv_proj are q's heads, then k's, then v's; gate_up_proj's are gate, then up."""
+
+    qkv_bias: Tensor | None
+    o_bias: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        super().__init__()
+        c = config
+        self.config, self.window = c, c.windows[index]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+        def optional(present: bool, size: int) -> nn.Parameter | None:
+            return parameter(size) if present else None
+
+        qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        self.input_norm = parameter(c.hidden_size)
+        self.qkv_proj = parameter(qkv, c.hidden_size)
+        self.o_proj = parameter(c.hidden_size, c.num_heads * c.head_dim)
+        self.post_norm = parameter(c.hidden_size)
+        self.gate_up_proj = parameter(2 * c.intermediate_size, c.hidden_size)
+        self.down_proj = parameter(c.hidden_size, c.intermediate_size)
+        self.register_parameter("qkv_bias", optional(c.qkv_bias, qkv))
+        self.register_parameter("q_norm", optional(c.qk_norm, c.head_dim))
+        self.register_parameter("k_norm", optional(c.qk_norm, c.head_dim))
+        self.register_parameter("o_bias", optional(c.o_bias, c.hidden_size))
+        self.register_parameter("gate_up_bias", optional(c.mlp_bias, 2 * c.intermediate_size))
+        self.register_parameter("down_bias", optional(c.mlp_bias, c.hidden_size))
+
+    def forward(self, x_NH: Tensor, cos: Tensor, sin: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> Tensor:
+        c = self.config
+        h_NH = _RMSNorm.apply(x_NH, self.input_norm, c.norm_eps)
+        qkv = F.linear(h_NH, self.qkv_proj, self.qkv_bias).view(x_NH.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        if self.q_norm is not None:
+            q, k = _RMSNorm.apply(q, self.q_norm, c.norm_eps), _RMSNorm.apply(k, self.k_norm, c.norm_eps)
+        q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+        o = varlen_attention(q, k, v, cu_seqlens_B1, max_length=max_length, window=self.window or None)
+        x_NH = x_NH + F.linear(o.flatten(1), self.o_proj, self.o_bias)
+        h_NH = _RMSNorm.apply(x_NH, self.post_norm, c.norm_eps)
+        gate_NF, up_NF = F.linear(h_NH, self.gate_up_proj, self.gate_up_bias).chunk(2, dim=-1)
+        return x_NH + F.linear(F.silu(gate_NF) * up_NF, self.down_proj, self.down_bias)
+
+    def weights(self) -> LayerWeights:
+        """The parameters as the native ops take them."""
+        return LayerWeights(self.input_norm, self.qkv_proj, self.qkv_bias, self.q_norm, self.k_norm, self.o_proj, self.o_bias, self.post_norm,
+                            self.gate_up_proj, self.gate_up_bias, self.down_proj, self.down_bias, self.window)
+
+
+class Decoder(nn.Module):
+    """A Llama-shaped decoder of any family in `families.FAMILIES`, on packed sequences.
+
+    The parameters are allocated and not initialised: `load_decoder` fills them from a directory, `Decoder.random` at random.
+    Their storage never moves afterwards: an optimizer step changes it in place, and whoever holds `weights()` sees the change.
+    """
+
+    head: Tensor | None
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
+        self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
+        self.register_parameter("head", None if config.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding)))
+        self._settle()
+
+    @classmethod
+    def random(cls, config: ModelConfig, seed: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Decoder:
+        """A decoder with normal(0, initializer_range) matrices, norms 1 and biases 0; drawn on the CPU in float32, so alike everywhere."""
+        decoder = cls(config, dtype=dtype, device=device)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in decoder.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, config.initializer_range, generator=generator))
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return decoder
+
+    def _settle(self) -> None:
+        # Not a buffer: `.to(torch.bfloat16)` would round the frequencies.
+        self._inv_freq = torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.embedding.device)
+        self._weights: DecoderWeights | None = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Decoder:
+        super()._apply(*args, **kwargs)
+        self._settle()
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H]: what turns hidden states into logits; the embedding itself where they are tied."""
+        return self.embedding if self.head is None else self.head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def forward(self, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> Tensor:
+        """Hidden states of packed sequences, after the final norm.
+
+        Args:
+            token_ids_N: [N] int64. positions_N: [N] int64, from 0 in every sequence. cu_seqlens_B1: [B+1] int32.
+            max_length: the longest sequence.
+        Returns:
+            [N, H] in the parameters' dtype. Differentiable in the parameters.
+        """
+        x_NH = F.embedding(token_ids_N, self.embedding)
+        angles = positions_N[:, None, None].float() * self._inv_freq  # [N, 1, D/2]
+        cos, sin = ((f * self.config.rope_scale).to(x_NH.dtype) for f in (angles.cos(), angles.sin()))
+        cos = torch.cat([cos, cos], dim=-1)
+        for layer in self.layers:
+            x_NH = layer(x_NH, cos, sin, cu_seqlens_B1, max_length)
+        return _RMSNorm.apply(x_NH, self.norm, self.config.norm_eps)
+
+    def weights(self) -> DecoderWeights:
+        """The live parameters as `decode_step` takes them: the same tensors, never copies."""
+        if self._weights is None:
+            c = self.config
+            layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]
+            self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._inv_freq, c.rope_scale, c.num_heads,
+                                           c.num_kv_heads, c.head_dim, c.norm_eps)
+        return self._weights

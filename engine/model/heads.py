@@ -1,0 +1,131 @@
+"""Heads on a decoder's hidden states: a value per token, a score per sequence.
+
+Both compute in float32 whatever the trunk's dtype: values and scores are float32 everywhere.
+"""
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.weights import (
+    harmless,
+    hf_views,
+    load_config,
+    load_tensors,
+    opened,
+    replacing,
+    resolve_directory,
+    resolve_dtype,
+    write_model,
+)
+from fusedrl.engine.packing import PackedBatch
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+_SHIFT_KEY = "fusedrl_score_shift"
+
+
+class ValueHead(nn.Module):
+    """One linear on the trunk, zero at first: hidden [N, H] -> values [N] float32."""
+
+    def __init__(self, hidden_size: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, device=device))
+
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        return F.linear(hidden_NH.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
+
+
+def save_value_head(head: ValueHead, directory: str | Path) -> None:
+    """Write the head beside a saved actor, atomically."""
+    path = Path(directory) / VALUE_HEAD_FILE
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: p.detach().contiguous() for name, p in head.named_parameters()}, temporary)
+    os.replace(temporary, path)
+
+
+def load_value_head(directory: str | Path, hidden_size: int, *, device: torch.device | str | None = None) -> ValueHead:
+    """Read what `save_value_head` wrote. Raises FileNotFoundError without it and ValueError where its shapes differ."""
+    path = Path(directory) / VALUE_HEAD_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a value head at {path}")
+    head = ValueHead(hidden_size, device=device)
+    with opened(path) as file, torch.no_grad():
+        for name, p in head.named_parameters():
+            tensor = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (a safetensors handle is no dict)
+            if tensor is None or tensor.shape != p.shape:
+                raise ValueError(f"{path}: expected {name} {list(p.shape)}, got {'none' if tensor is None else list(tensor.shape)}")
+            p.copy_(tensor)
+    return head
+
+
+class RewardHead(nn.Module):
+    """hidden [B, H] -> scores [B] float32, no bias; normal(0, 1 / sqrt(H + 1)) at first (Stiennon et al., 2020)."""
+
+    def __init__(self, hidden_size: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        weight = torch.empty(1, hidden_size).normal_(0.0, (hidden_size + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+        self.weight = nn.Parameter(weight.to(device))
+
+    def forward(self, hidden_BH: Tensor) -> Tensor:
+        return F.linear(hidden_BH.to(self.weight.dtype), self.weight).squeeze(-1)
+
+
+class RewardModel(nn.Module):
+    """A decoder with a reward head, read at the last token of each sequence.
+
+    `shift` is subtracted from every score, so that a reference set can be made to score 0 on average; it is saved with the model.
+    transformers reads the same directory without it.
+    """
+
+    def __init__(self, decoder: Decoder, head: RewardHead, *, shift: float = 0.0) -> None:
+        super().__init__()
+        self.decoder, self.head, self.shift = decoder, head, shift
+
+    @classmethod
+    def from_decoder(cls, decoder: Decoder, *, seed: int = 0) -> RewardModel:
+        """A reward model on this trunk (shared, not copied), with a new head."""
+        return cls(decoder, RewardHead(decoder.config.hidden_size, seed=seed, device=decoder.device))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[B] float32 scores. Differentiable. Raises ValueError for an empty sequence, which has no last token."""
+        if not all(batch.lengths):
+            raise ValueError(f"RewardModel: sequence {batch.lengths.index(0)} is empty; a score is read at the last token, so give it one")
+        hidden_NH = self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+        return self.head(hidden_NH.index_select(0, batch.cu_seqlens[1:].long() - 1)) - self.shift
+
+
+def load_reward_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None) -> RewardModel:
+    """Load a `*ForSequenceClassification` directory or id with one label, ours or another's. Arguments and errors as `load_decoder`."""
+    directory = resolve_directory(path)
+    config = load_config(directory)
+    # A classifier has no language model head: the trunk is built as if it were tied, and `raw` keeps what the file said.
+    decoder = Decoder(replace(config, tie_embeddings=True), dtype=resolve_dtype(dtype, device), device=device or "cpu")
+    model = RewardModel.from_decoder(decoder)
+    shift = config.raw.get(_SHIFT_KEY, 0.0)
+    if not isinstance(shift, (int, float)) or isinstance(shift, bool):
+        raise ValueError(f"{directory / 'config.json'}: expected a number for {_SHIFT_KEY}, got {shift!r}")
+    model.shift = float(shift)
+    load_tensors(directory, hf_views(decoder) | {"score.weight": model.head.weight.detach()}, ignored=harmless(decoder.config))
+    return model
+
+
+def save_reward_model(model: RewardModel, directory: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write what `AutoModelForSequenceClassification.from_pretrained` loads; otherwise as `save_pretrained`. To score batches transformers
+    needs a pad_token_id in the configuration; where it has none, the tokenizer's is written."""
+    config = model.decoder.config
+    changes: dict[str, Any] = {"architectures": [f"{config.family.name}ForSequenceClassification"],
+                               "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, _SHIFT_KEY: model.shift}
+    if config.pad_token_id is None and getattr(tokenizer, "pad_token_id", None) is not None:
+        changes["pad_token_id"] = tokenizer.pad_token_id
+    tensors = {name: view for name, view in hf_views(model.decoder).items() if name != "lm_head.weight"}
+    with replacing(directory) as temporary:
+        write_model(temporary, config, tensors | {"score.weight": model.head.weight.detach()}, changes, tokenizer, max_shard_bytes)

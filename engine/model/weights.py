@@ -1,0 +1,271 @@
+"""Weights in and out: Hugging Face directories, with the Hugging Face names as views of the fused parameters.
+
+Loading copies one tensor at a time from the memory-mapped file into its view, so a load needs no second copy of the model.
+Saving writes a temporary sibling of the directory and renames it, so the final name never holds half a model.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fusedrl.engine.model.decoder import Decoder, Layer
+from fusedrl.engine.model.families import ModelConfig, model_config, read_json
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickles are ever fetched
+_OURS = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|generation_config|vocab|added_tokens|special_tokens_map)\.json"
+                   r"|tokenizer.*|merges\.txt|chat_template.*")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+# ---- names --------------------------------------------------------------------------------------------------------------
+def hf_views(decoder: Decoder) -> dict[str, Tensor]:
+    """Every parameter under its Hugging Face name, as a view of the fused storage without gradient. A tied head is not listed."""
+    c = decoder.config
+    rows = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim)
+    views: dict[str, Tensor] = {"model.embed_tokens.weight": decoder.embedding}
+    for index, layer in enumerate(cast(Iterable[Layer], decoder.layers)):
+        at = f"model.layers.{index}."
+        views[at + "input_layernorm.weight"], views[at + "post_attention_layernorm.weight"] = layer.input_norm, layer.post_norm
+        for kind, qkv, o, gate_up, down in (("weight", layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj),
+                                            ("bias", layer.qkv_bias, layer.o_bias, layer.gate_up_bias, layer.down_bias)):
+            if qkv is not None:
+                views |= {f"{at}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", qkv.split(rows), strict=True)}
+            if gate_up is not None:
+                views |= {f"{at}mlp.{n}_proj.{kind}": part for n, part in zip(("gate", "up"), gate_up.chunk(2), strict=True)}
+            views |= {f"{at}{n}.{kind}": x for n, x in (("self_attn.o_proj", o), ("mlp.down_proj", down)) if x is not None}
+        views |= {f"{at}self_attn.{n}.weight": x for n, x in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)) if x is not None}
+    views["model.norm.weight"] = decoder.norm
+    if decoder.head is not None:
+        views["lm_head.weight"] = decoder.head
+    return {name: view.detach() for name, view in views.items()}
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------------
+def resolve_directory(path_or_id: str | Path) -> Path:
+    """The local directory of a model: the path itself where it exists, else the hub's snapshot of that id (safetensors, JSON and tokenizer files).
+
+    Raises:
+        FileNotFoundError: neither a directory nor an id that could be fetched.
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_id)):
+        raise FileNotFoundError(f"expected a model directory or a Hugging Face id such as 'owner/name', got {str(path_or_id)!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise FileNotFoundError(f"{str(path_or_id)!r} is no directory here, and fetching it from the Hugging Face hub failed ({reason}); "
+                                "check the path, the id or the network") from error
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device | str | None) -> torch.dtype:
+    """"auto" is float32 on CPU and bfloat16 on CUDA; names such as "bfloat16" and dtypes stand for themselves."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if torch.device(device or "cpu").type == "cuda" else torch.float32
+    if dtype not in _DTYPES:
+        raise ValueError(f"expected dtype auto, {', '.join(_DTYPES)}, got {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def load_decoder(path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None) -> Decoder:
+    """Load a decoder from a Hugging Face directory or id.
+
+    Args:
+        dtype: of the parameters; "auto" is float32 on CPU and bfloat16 on CUDA, whatever the files hold.
+        device: of the parameters; None is the CPU.
+    Raises:
+        FileNotFoundError: no such directory, no weights, or a shard missing. ValueError: an unknown model_type, pickled weights only, a damaged
+        file, a weight_map that leaves the directory, or tensors that are missing, unexpected or of another shape (listed).
+    """
+    directory = resolve_directory(path)
+    decoder = Decoder(load_config(directory), dtype=resolve_dtype(dtype, device), device=device or "cpu")
+    load_tensors(directory, hf_views(decoder), ignored=harmless(decoder.config))
+    return decoder
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The transformers tokenizer of a directory or id; None where there is none."""
+    from transformers import AutoTokenizer
+
+    directory = resolve_directory(path)
+    has_one = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return AutoTokenizer.from_pretrained(directory) if has_one else None
+
+
+def load_config(directory: Path) -> ModelConfig:
+    """`model_config`, without the auto_map that would name code to run."""
+    config = model_config(directory)
+    if "auto_map" in config.raw:
+        warnings.warn(f"{directory / 'config.json'}: auto_map is ignored; code that comes with a model is never run", stacklevel=3)
+        config = replace(config, raw={key: value for key, value in config.raw.items() if key != "auto_map"})
+    return config
+
+
+def harmless(config: ModelConfig) -> Callable[[str], bool]:
+    """Names that other writers leave in a file and that carry nothing: rotary frequencies, a second copy of a tied head."""
+    return lambda name: name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+
+
+def load_tensors(directory: Path, views: Mapping[str, Tensor], *, ignored: Callable[[str], bool] = lambda name: False) -> None:
+    """Copy every tensor of a directory's safetensors into the view of its name, one at a time."""
+    files = _files(directory)
+    problems = [f"missing: {name}" for name in views if name not in files] + [f"unexpected: {n}" for n in files if n not in views and not ignored(n)]
+    for path in dict.fromkeys(files.values()):
+        with opened(path) as file:
+            for name in (n for n, where in files.items() if where == path and n in views):
+                shape = file.get_slice(name).get_shape()
+                if shape != list(views[name].shape):
+                    problems.append(f"shape of {name}: expected {list(views[name].shape)}, got {shape}")
+                elif not problems:
+                    views[name].copy_(file.get_tensor(name))
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ValueError(f"{directory}: the tensors do not fit its config.json:\n  {shown}")
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file."""
+    if not (directory / _INDEX).is_file():
+        path = directory / _SINGLE
+        if not path.is_file():
+            if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
+                raise ValueError(f"{directory} has pickled weights only, which can run code when they are read and are refused; convert them where "
+                                 "you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(directory) writes safetensors")
+            raise FileNotFoundError(f"{directory} has no weights: expected {_SINGLE} or {_INDEX}")
+        with opened(path) as file:
+            return dict.fromkeys(file.keys(), path)
+    weight_map = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{directory / _INDEX}: expected a weight_map of tensor names to file names")
+    present: dict[str, Collection[str]] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        path = _inside(directory, shard)
+        with opened(path) as file:
+            present[shard] = set(file.keys())
+    if absent := [name for name, shard in weight_map.items() if name not in present[shard]]:
+        raise ValueError(f"{directory / _INDEX}: tensors that their file does not hold: {', '.join(absent[:10])}")
+    return {name: directory / shard for name, shard in weight_map.items()}
+
+
+def _inside(directory: Path, shard: str) -> Path:
+    path = directory / shard
+    if Path(shard).name != shard or shard in ("", ".", ".."):
+        raise ValueError(f"{directory / _INDEX}: expected the name of a file in this directory, got {shard!r} in weight_map")
+    real = path.resolve()
+    # The hub's cache links snapshots/<revision>/<file> to blobs/<hash>; any other link out of the directory is refused.
+    if not path.exists():
+        raise FileNotFoundError(f"{directory / _INDEX} names {shard}, which is not there; the download or copy is incomplete")
+    if not path.is_file() or (path.is_symlink() and real.parent not in (directory.resolve(), directory.resolve().parents[1] / "blobs")):
+        raise ValueError(f"{path}: expected a regular file, got a link out of the directory or a special file")
+    return path
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open for reading; ValueError where it is damaged."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or download it again") from error
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------------
+def save_pretrained(decoder: Decoder, directory: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write what `AutoModelForCausalLM.from_pretrained` loads: config, generation config, weights in their dtype, and the tokenizer with
+    its chat template where one is given. A tied head is written once. A directory of an earlier save is replaced as a whole.
+
+    Raises:
+        FileExistsError: `directory` exists and holds something that is no part of a saved model.
+    """
+    architecture = f"{decoder.config.family.name}ForCausalLM"
+    with replacing(directory) as temporary:
+        write_model(temporary, decoder.config, hf_views(decoder), {"architectures": [architecture]}, tokenizer, max_shard_bytes)
+
+
+def write_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor], changes: Mapping[str, Any], tokenizer: Any,
+                max_shard_bytes: int) -> None:
+    """config.json (as it was read, with `changes` and the dtype), generation_config.json, shards and tokenizer, into an existing directory."""
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    raw = {key: value for key, value in config.raw.items() if key != "torch_dtype"} | {"dtype": dtype} | dict(changes)
+    write_json(directory / "config.json", raw)
+    if config.raw_generation is not None:
+        write_json(directory / "generation_config.json", config.raw_generation)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    names = [_SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for shard, file in zip(shards, names, strict=True):
+        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for shard, file in zip(shards, names, strict=True) for name in shard}
+        write_json(directory / _INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented JSON with a newline at its end."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(directory: str | Path) -> Iterator[Path]:
+    """A new directory beside `directory` to write into; it takes that name when the block ends well and vanishes when it does not."""
+    final = Path(directory).absolute()
+    foreign = sorted(p.name for p in final.iterdir() if not p.is_file() or not _OURS.fullmatch(p.name)) if final.is_dir() else []
+    if foreign or (final.exists() and not final.is_dir()):
+        raise FileExistsError(f"{final} exists and holds what no saved model holds ({', '.join(foreign[:5]) or 'it is a file'}); "
+                              "saving replaces the whole directory, so choose another or an empty one")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        if final.exists():  # a directory cannot be replaced in one step: for a moment the name is absent, never half-written
+            old = temporary.with_suffix(".old")
+            final.rename(old)
+            temporary.rename(final)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

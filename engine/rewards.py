@@ -1,0 +1,292 @@
+"""Rewards: Python functions with TRL's contract, reward-model directories, and weighted sums of several.
+
+    f(prompts, completions, completion_ids, **columns) -> list[float | None]        sync or async; None: does not apply to this sample
+
+A message-list prompt gets its completion as a message list too, as in TRL. A function without **kwargs is given those arguments that it names.
+A reward that raises, or returns something other than one value per completion, stops the run; a single value that is no finite number makes that
+sample invalid, never 0.
+"""
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import json
+import math
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from fusedrl.engine.data.readers import Prompt
+from fusedrl.engine.data.tokenize import encode_completion, encode_prompt
+from fusedrl.engine.errors import RewardError
+from fusedrl.engine.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENS_PER_FORWARD = 8192
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a reward sees, one entry per completion: prompts and completions as text (or messages) and as token ids, and the data's other columns."""
+
+    prompts: Sequence[Prompt]
+    completions: Sequence[str]
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    columns: Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """In place of a value: this sample cannot be scored, and why."""
+
+    reason: str
+
+
+class Reward(Protocol):
+    """Something with a name that gives one value per completion, or an awaitable of that."""
+
+    name: str
+
+    def __call__(self, rollout: Rollout) -> Any: ...
+
+
+@dataclass(frozen=True)
+class RewardScores:
+    """total [B]: the weighted sum, NaN where invalid. per_reward: {name: [B]}, None where a reward does not apply, NaN where it is invalid.
+    invalid: (index of the completion, name of the reward, reason)."""
+
+    total: list[float]
+    per_reward: dict[str, list[float | None]]
+    invalid: list[tuple[int, str, str]]
+
+
+# ---- several rewards ----------------------------------------------------------------------------------------------------------
+class RewardSet:
+    """A weighted sum of rewards. Names are made unique, since metrics are filed under them.
+
+    Raises:
+        RewardError: no reward, or another number of weights than rewards.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None) -> None:
+        self.weights = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+        if not rewards or len(self.weights) != len(rewards):
+            raise RewardError(f"expected at least one reward and one weight for each, got {len(rewards)} rewards and {len(self.weights)} weights")
+        self.rewards = list(rewards)
+        self.names: list[str] = []
+        for reward in rewards:
+            taken = sum(name == reward.name or name.startswith(f"{reward.name}#") for name in self.names)
+            self.names.append(f"{reward.name}#{taken + 1}" if taken else reward.name)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], prompt_ids: Sequence[Sequence[int]],
+              completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]] | None = None) -> RewardScores:
+        """Score B completions; every argument has one entry per completion (a prompt with n samples comes n times).
+
+        Raises:
+            RewardError: a reward raised, or did not return one value per completion; names the reward and the cause.
+        """
+        rollout = Rollout(prompts, completions, prompt_ids, completion_ids, columns or {})
+        for what, column in (("prompts", prompts), ("prompt_ids", prompt_ids), ("completion_ids", completion_ids), *rollout.columns.items()):
+            if len(column) != len(completions):
+                raise RewardError(f"rewards: expected {len(completions)} entries in {what}, one per completion, got {len(column)}")
+        per_reward: dict[str, list[float | None]] = {}
+        invalid: list[tuple[int, str, str]] = []
+        for name, returned in zip(self.names, self._call(rollout), strict=True):
+            per_reward[name] = []
+            for index, value in enumerate(_values(name, returned, len(completions))):
+                number, reason = _number(value)
+                per_reward[name].append(number)
+                if reason:
+                    invalid.append((index, name, reason))
+        total = []
+        for index in range(len(completions)):
+            parts = [weight * value for weight, name in zip(self.weights, self.names, strict=True) if (value := per_reward[name][index]) is not None]
+            total.append(math.fsum(parts) if parts else math.nan)
+            if not parts:
+                invalid.append((index, ", ".join(self.names), "no reward applies to this sample: all returned None"))
+        return RewardScores(total, per_reward, invalid)
+
+    def _call(self, rollout: Rollout) -> list[Any]:
+        returned = [_blame(name, partial(reward, rollout)) for name, reward in zip(self.names, self.rewards, strict=True)]
+        pending = [index for index, value in enumerate(returned) if inspect.isawaitable(value)]
+        if pending:
+            async def gather() -> list[Any]:
+                return await asyncio.gather(*(returned[index] for index in pending), return_exceptions=True)
+
+            with ThreadPoolExecutor(1) as thread:  # a thread of its own: the caller may be inside an event loop, as in a notebook
+                for index, value in zip(pending, thread.submit(asyncio.run, gather()).result(), strict=True):
+                    returned[index] = _blame(self.names[index], partial(_raise, value))
+        return returned
+
+
+def _raise(value: Any) -> Any:
+    if isinstance(value, BaseException):
+        raise value
+    return value
+
+
+def _blame(name: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except RewardError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+
+
+def _values(name: str, returned: Any, count: int) -> list[Any]:
+    if isinstance(returned, torch.Tensor) or type(returned).__module__ == "numpy":
+        returned = returned.tolist()
+    if not isinstance(returned, list | tuple):
+        raise RewardError(f"reward {name!r}: expected a list of {count} numbers, got {type(returned).__name__}; return one float or None per completion")
+    if len(returned) != count:
+        raise RewardError(f"reward {name!r}: expected {count} values, one per completion, got {len(returned)}")
+    return list(returned)
+
+
+def _number(value: Any) -> tuple[float | None, str]:
+    """(the number, why it is none)."""
+    if value is None:
+        return None, ""
+    if isinstance(value, Invalid):
+        return math.nan, value.reason
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan, f"expected a number or None, got {value!r:.80}"
+    return (number, "") if math.isfinite(number) else (math.nan, f"expected a finite number or None, got {value!r:.80}")
+
+
+# ---- one reward ---------------------------------------------------------------------------------------------------------------
+def load_reward(spec: str | Path | Callable[..., Any], *, device: torch.device | str | None = None,
+                tokenizer: PreTrainedTokenizerBase | None = None) -> Reward:
+    """A reward from `file.py:function`, a reward-model directory, or a function.
+
+    Args:
+        device: of a reward model.
+        tokenizer: the policy's. A reward model with the same one reads the policy's token ids; with another, or without this, it tokenises texts.
+
+    Raises:
+        RewardError: no such file, no such function, a failed import, neither a function nor a directory.
+        ValueError, FileNotFoundError: a directory that is no reward model.
+    """
+    if callable(spec):
+        return FunctionReward(spec)
+    path, colon, function = str(spec).rpartition(":")
+    if colon and path.endswith(".py"):
+        return FunctionReward(_import(Path(path), function))
+    if Path(spec).is_dir():
+        return ModelReward(Path(spec), device=device, policy_tokenizer=tokenizer)
+    raise RewardError(f"reward {str(spec)!r}: expected file.py:function or the directory of a reward model"
+                      + (f"; name the function, {spec}:NAME" if str(spec).endswith(".py") else "; there is no such directory"))
+
+
+def _import(path: Path, function: str) -> Callable[..., Any]:
+    if not path.is_file():
+        raise RewardError(f"reward {path}:{function}: there is no such file")
+    name = f"fusedrl_reward_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RewardError(f"reward {path}:{function}: Python cannot load this file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles of the file look themselves up here
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        line = error.lineno if isinstance(error, SyntaxError) else frame.lineno
+        raise RewardError(f"reward {path}:{function}: importing the file raised {type(error).__name__}: {error} (line {line})") from error
+    found = getattr(module, function, None)
+    if found is None:
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == name and not key.startswith("_")]
+        raise RewardError(f"reward {path}:{function}: the file has no {function!r}; its functions: {', '.join(known) or 'none'}")
+    if not callable(found):
+        raise RewardError(f"reward {path}:{function}: expected a function, got {type(found).__name__}")
+    return found
+
+
+class FunctionReward:
+    """A function with TRL's contract."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+        parameters = inspect.signature(function).parameters.values()
+        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self._takes = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else named
+
+    def __call__(self, rollout: Rollout) -> list[Any] | Awaitable[list[Any]]:
+        completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                       for prompt, text in zip(rollout.prompts, rollout.completions, strict=True)]
+        arguments = {"prompts": list(rollout.prompts), "completions": completions, "completion_ids": [list(ids) for ids in rollout.completion_ids]}
+        arguments |= {name: list(column) for name, column in rollout.columns.items() if name not in arguments}
+        return self.function(**{name: value for name, value in arguments.items() if self._takes is None or name in self._takes})
+
+
+class ModelReward:
+    """A reward model: its score at the last token of prompt and completion. Sequences longer than it can read are invalid.
+
+    Raises:
+        ValueError, FileNotFoundError: the directory is no reward model, or has no tokenizer with an EOS.
+    """
+
+    def __init__(self, directory: Path, *, device: torch.device | str | None = None, policy_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        from fusedrl.engine.model.heads import load_reward_model
+
+        self.name = directory.resolve().name
+        self.model = load_reward_model(directory, device=device).eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        self._policy_tokenizer = policy_tokenizer
+        self._same = policy_tokenizer is not None and _identity(policy_tokenizer) == _identity(self.tokenizer)
+        config = self.model.decoder.config
+        self._limit = config.max_positions
+        eos = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else next(iter(config.eos_token_ids), None)
+        if eos is None:
+            raise RewardError(f"reward {directory}: its tokenizer and configuration name no EOS token; a reward model reads its score at the end of an answer")
+        self._eos: int = eos
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> list[float | Invalid]:
+        pairs = list(zip(rollout.prompt_ids, rollout.completion_ids, strict=True)) if self._same else self._tokenize(rollout)
+        values: list[float | Invalid] = [Invalid(f"{len(prompt) + len(completion)} tokens, and the reward model {self.name!r} reads at most {self._limit}")
+                                         for prompt, completion in pairs]
+        fitting = [index for index, (prompt, completion) in enumerate(pairs) if 0 < len(prompt) + len(completion) <= self._limit]
+        batch = PackedBatch.from_sequences((pairs[index] for index in fitting), device=self.model.head.weight.device)
+        for part in batch.split(TOKENS_PER_FORWARD):
+            for row, value in zip(part, self.model(batch.select(part)).tolist(), strict=True):
+                values[fitting[row]] = value
+        return values
+
+    def _tokenize(self, rollout: Rollout) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """Another tokenizer than the policy's: from text, with an EOS where the policy ended its answer."""
+        ends = set(self._policy_tokenizer.all_special_ids) if self._policy_tokenizer is not None else None
+        pairs: list[tuple[Sequence[int], Sequence[int]]] = []
+        for prompt, text, ids in zip(rollout.prompts, rollout.completions, rollout.completion_ids, strict=True):
+            completion = encode_completion(self.tokenizer, text, self._eos, first=not prompt)
+            ended = ends is None or (len(ids) > 0 and ids[-1] in ends)
+            pairs.append((encode_prompt(self.tokenizer, prompt), completion if ended else completion[:-1]))
+        return pairs
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What decides the ids of a text; padding and truncation, which calls switch on and off, are left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab(), type(tokenizer)
+    return {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}

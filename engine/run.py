@@ -1,0 +1,162 @@
+"""One run directory: its lock, resolved configuration, metrics, samples, progress and checkpoints. What the three stages share.
+
+    <run>/config.json          the resolved configuration
+    <run>/metrics.jsonl        one line a step
+    <run>/samples.jsonl        some completions of every step (policy runs)
+    <run>/checkpoints/         complete, verified states to resume from
+    <run>/model/               the result, loadable by transformers
+"""
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from fusedrl.engine.checkpoint import RunDirectory, save_checkpoint
+from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.control import KLController
+from fusedrl.engine.errors import CheckpointError
+from fusedrl.engine.metrics import JsonLines, Metrics, Progress
+from fusedrl.engine.optim import Optimizer, StepResult
+
+T = TypeVar("T")
+_MAX_SKIPPED = 5
+
+
+class Model(Protocol):
+    """What a run trains."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+
+class Run(contextlib.AbstractContextManager["Run"]):
+    """Open the run directory of a configuration; `total` steps (None: set `run.total` before `restore`).
+
+    SIGINT and SIGTERM are honoured between steps: the state is saved and the process exits with 128 + the signal; a second one is immediate.
+
+    Raises:
+        ConfigError: the directory holds another run and `run.resume` is off, or a resumed run's configuration, model or data changed.
+    """
+
+    def __init__(self, config: SFTConfig | RewardModelConfig | PPOConfig, total: int | None) -> None:
+        self.settings = config.run
+        self.total = total or 0
+        self.last_metrics: dict[str, float] = {}
+        self._config = config
+        self._title = {SFTConfig: "sft", RewardModelConfig: "reward model", PPOConfig: "ppo"}[type(config)]
+        self._skipped_in_a_row = self._skipped = 0
+        self._signal: int | None = None
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            owned = stack.enter_context(RunDirectory(self._config))
+            self.directory, self._checkpoint = owned.dir, owned.checkpoint
+            self.start = self._checkpoint.step if self._checkpoint else 0
+            self.metrics = stack.enter_context(Metrics(self.directory, resume_step=self.start))
+            self._samples = stack.enter_context(JsonLines(self.directory / "samples.jsonl", resume_step=self.start))
+            self.last_metrics = self.metrics.last()
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._signal is not None:
+            raise SystemExit(128 + number)
+        self._signal = number
+        print(f"fusedrl: {signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
+
+    # ---- state ----------------------------------------------------------------------------------------------------------
+    def restore(self, *, model: Model, optimizer: Optimizer, kl: KLController | None = None) -> None:
+        """Load the newest complete checkpoint into these objects, in place; nothing happens on a fresh run."""
+        self._progress = self._stack.enter_context(Progress(self.total, self.settings.progress, start=self.start, title=self._title))
+        if self._checkpoint is None:
+            return
+        parameters = dict(model.named_parameters())
+        saved = self._checkpoint.tensors["model"]
+        if saved.keys() != parameters.keys():
+            raise CheckpointError(f"{self._checkpoint.path}: expected tensors {sorted(parameters)}, got {sorted(saved)}")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+        optimizer.load_state_dict(self._checkpoint.tensors["optimizer"])
+        if kl is not None:
+            kl.coef = float(self._checkpoint.state["kl_coef"])
+        self._skipped = int(self._checkpoint.state["skipped_updates"])
+        torch.set_rng_state(self._checkpoint.tensors["rng"]["torch_cpu"])
+        self._checkpoint = None
+        self.message(f"{self.directory}: " + (f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"))
+
+    def _save(self, step: int, model: Model, optimizer: Optimizer, kl: KLController | None = None) -> None:
+        tensors: dict[str, dict[str, Tensor]] = {"model": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": optimizer.state_dict(),
+                                                 "rng": {"torch_cpu": torch.get_rng_state()}}
+        state = {"skipped_updates": self._skipped} | ({"kl_coef": kl.coef} if kl is not None else {})
+        save_checkpoint(self.directory, step, tensors, state, keep=self.settings.keep)
+
+    def save_if_due(self, step: int, **parts: Any) -> None:
+        """After step `step`: save where `save_every` says so, at the end, or because a signal asked for it (which ends the process)."""
+        done = step + 1
+        if done == self.total or (self.settings.save_every and done % self.settings.save_every == 0) or self._signal is not None:
+            self._save(done, **parts)
+        if self._signal is not None:
+            raise SystemExit(128 + self._signal)
+
+    def finish(self, save: Callable[[Path], None]) -> str:
+        """Write <run>/model and return its path."""
+        target = self.directory / "model"
+        save(target)
+        self.message(f"saved {target}")
+        return str(target)
+
+    # ---- what is reported ---------------------------------------------------------------------------------------------------
+    def time(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Time a part of the step into `timing/<name>`."""
+        return self.metrics.time(name)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl, numbered by the steps done, and the progress display."""
+        if self._skipped:
+            metrics = metrics | {"skipped_updates": float(self._skipped)}
+        self.last_metrics = self.metrics.log(step + 1, metrics)
+        if self._progress is not None:
+            self._progress.update(step + 1, self.last_metrics)
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        """Completions of this step, into samples.jsonl."""
+        for row in rows:
+            self._samples.append({"step": step + 1, **row})
+
+    def message(self, text: str) -> None:
+        """A line on the terminal, where progress is shown."""
+        if self.settings.progress:
+            print(f"{self._title}: {text}", file=sys.stderr)
+
+    def check_update(self, result: StepResult) -> None:
+        """Count skipped updates. Raises RuntimeError at the fifth in a row."""
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if not result.applied else 0
+        self._skipped += int(not result.applied)
+        if self._skipped_in_a_row >= _MAX_SKIPPED:
+            raise RuntimeError(f"{_MAX_SKIPPED} updates in a row had a non-finite gradient norm; stopped. The weights are those of the last finite update. "
+                               "Lower optim.lr, or resume from the last checkpoint with clipped scores (score_clip)")
+
+
+def held_out(items: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """(train, held out): `fraction` of the items, drawn by `seed`, rounded to the nearest whole number; the order of the rest is kept."""
+    count = round(fraction * len(items))
+    chosen = set(random.Random(seed).sample(range(len(items)), count))
+    return [x for i, x in enumerate(items) if i not in chosen], [items[i] for i in sorted(chosen)]
+

@@ -1,0 +1,82 @@
+"""Supervised fine-tuning: cross-entropy of demonstrations, a mean over all the completion tokens of an optimizer step."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.config import SFTConfig
+from fusedrl.engine.control import data_order, learning_rate
+from fusedrl.engine.data.readers import load_demonstrations
+from fusedrl.engine.data.tokenize import encode_demonstrations
+from fusedrl.engine.optim import make_optimizer
+from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.run import Run, held_out
+
+Tokens = tuple[list[int], list[int]]  # prompt ids, completion ids
+
+
+@dataclass(frozen=True)
+class SFTResult:
+    """Where the trained model is, and the last step's metrics."""
+
+    model: str
+    steps: int
+    metrics: dict[str, float]
+
+
+def train_sft(config: SFTConfig) -> SFTResult:
+    """Fine-tune a language model on demonstrations.
+
+    The run directory receives config.json, metrics.jsonl, checkpoints and, at the end, model/ (loadable by transformers).
+
+    Raises:
+        DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
+        RuntimeError: five updates in a row had a non-finite gradient.
+    """
+    torch.manual_seed(config.run.seed)
+    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+    optim = config.optim
+    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    with Run(config, None) as run:
+        examples = load_demonstrations(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
+        trunk = actor.decoder.config
+        sequences, dropped = encode_demonstrations(actor.tokenizer, examples, trunk.eos_token_ids[0], min(trunk.max_positions, config.max_length or trunk.max_positions))
+        run.message(f"demonstrations: {dropped}")
+        train, held = held_out(sequences, config.eval_fraction, config.run.seed)
+        run.total = math.ceil(len(train) * config.epochs / config.sequences_per_step)
+        run.restore(model=actor, optimizer=optimizer)
+        for step in range(run.start, run.total):
+            start = step * config.sequences_per_step
+            chosen = data_order(len(train), config.run.seed, start, min(start + config.sequences_per_step, len(train) * config.epochs))
+            batch = PackedBatch.from_sequences((train[i] for i in chosen), device=actor.decoder.device)
+            tokens = int(batch.action_mask.sum())
+            with run.time("train"):
+                optimizer.zero_grad()
+                loss = torch.zeros((), device=actor.decoder.device)
+                for group in batch.split(config.tokens_per_microbatch):
+                    micro = batch.select(group)
+                    logp, _ = actor.logprobs(micro, actor.forward(micro))
+                    part = -logp.sum() / tokens  # logp is 0 off the completions; the denominator is the whole step's
+                    part.backward()
+                    loss += part.detach()
+                optimizer.lr = learning_rate(optim, step, run.total)
+                result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
+                run.check_update(result)
+                actor.mark_updated()
+            metrics = {"loss": loss.item(), "perplexity": math.exp(min(80.0, loss.item())), "lr": optimizer.lr, "grad_norm": result.grad_norm,
+                       "num_tokens": float(batch.num_tokens)}
+            if held and step == run.total - 1:
+                metrics["eval_loss"] = cross_entropy(actor, held, config.tokens_per_microbatch)
+            run.log(step, metrics)
+            run.save_if_due(step, model=actor, optimizer=optimizer)
+        return SFTResult(run.finish(actor.save_pretrained), run.total, run.last_metrics)
+
+
+def cross_entropy(actor: HybridActor, sequences: list[Tokens], tokens_per_microbatch: int) -> float:
+    """Mean negative log-probability of the completion tokens, in nats."""
+    batch = PackedBatch.from_sequences(sequences, device=actor.decoder.device)
+    logp = actor.score(batch, partition=batch.split(tokens_per_microbatch)).logp
+    return -logp[batch.action_mask].double().mean().item()

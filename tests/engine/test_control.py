@@ -1,0 +1,51 @@
+import pytest
+
+from fusedrl.engine.config import KLConfig, OptimConfig, PPOConfig
+from fusedrl.engine.control import KLController, data_order, learning_rate
+
+
+def test_kl_controller_follows_ziegler():
+    kl = KLController(KLConfig(coef=0.1, target=6.0, horizon=1000.0))
+    kl.update(6.6, 100)  # 10% above: e = 0.1
+    assert kl.coef == pytest.approx(0.1 * (1 + 0.1 * 100 / 1000))
+    before = kl.coef
+    kl.update(60.0, 100)  # far above: e is clipped to 0.2
+    assert kl.coef == pytest.approx(before * (1 + 0.2 * 0.1))
+    before = kl.coef
+    kl.update(0.0, 100)
+    assert kl.coef == pytest.approx(before * (1 - 0.2 * 0.1))
+    fixed = KLController(KLConfig(coef=0.1))
+    fixed.update(50.0, 100)
+    assert fixed.coef == 0.1
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimConfig(lr=1.0, warmup_steps=4, schedule="linear")
+    rates = [learning_rate(config, step, 12) for step in range(13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == 0.5
+    assert rates[12] == 0.0
+    assert learning_rate(OptimConfig(lr=2.0, schedule="constant"), 99, 100) == 2.0
+
+
+def test_data_order_is_a_stream_of_shuffled_passes():
+    whole = data_order(10, 3, 0, 40)
+    assert all(sorted(whole[i:i + 10]) == list(range(10)) for i in range(0, 40, 10))
+    assert whole[:10] != whole[10:20]
+    assert [x for start in range(0, 40, 7) for x in data_order(10, 3, start, min(start + 7, 40))] == whole
+    assert data_order(10, 4, 0, 10) != whole[:10]
+    assert data_order(10, 3, 5, 5) == []
+    assert data_order(10, 3 + 2**32, 0, 10) != whole[:10]
+
+
+def test_config_refuses_what_ppo_cannot_do():
+    def ppo(**kwargs):
+        return PPOConfig(model="m", data="d", reward=("r.py:f",), **kwargs)
+
+    from fusedrl.engine.config import GenerationConfig
+    with pytest.raises(ValueError, match="without top_k, top_p and min_p"):
+        ppo(generation=GenerationConfig(top_p=0.9))
+    with pytest.raises(ValueError, match=r"minibatches <= prompts_per_step x samples_per_prompt = 4"):
+        ppo(prompts_per_step=4, minibatches=5)
+    with pytest.raises(ValueError, match=r"kl.target > 0 with a coefficient > 0"):
+        KLConfig(coef=0.0, target=1.0)

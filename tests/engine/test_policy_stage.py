@@ -1,0 +1,154 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PPOConfig, PPOLossConfig, RunConfig
+from fusedrl.engine.model.weights import load_decoder
+from fusedrl.engine.rewards import RewardError
+from fusedrl.engine.stages import policy
+from fusedrl.engine.stages.policy import train_ppo
+
+REWARDS = '''
+def likes_w3(prompts, completions, completion_ids, **columns):
+    return [float(sum(word == "w3" for word in text.split())) for text in completions]
+
+def sometimes_nan(prompts, completions, completion_ids, **columns):
+    return [float("nan") if i == 0 else float(len(ids)) for i, ids in enumerate(completion_ids)]
+
+def mostly_nan(prompts, completions, completion_ids, **columns):
+    return [float("nan")] * len(completions)
+
+def raises(prompts, completions, completion_ids, **columns):
+    raise KeyError("no such thing")
+
+def short(prompts, completions, completion_ids, **columns):
+    return [0.0]
+'''
+
+
+@pytest.fixture
+def ppo(tiny_model, tmp_path, write_jsonl):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
+
+    def make(reward="likes_w3", name="run", **kwargs):
+        defaults = dict(
+            steps=3, prompts_per_step=6, samples_per_prompt=2, epochs=2, minibatches=2, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=8),
+            optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False))
+        return PPOConfig(model=str(tiny_model), data=data, reward=(f"{tmp_path / 'rewards.py'}:{reward}",), **(defaults | kwargs))
+
+    return make
+
+
+def _metrics(config):
+    return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _weights(config):
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model").named_parameters()}
+
+
+def test_ratio_is_exactly_one_before_the_first_update(ppo):
+    config = ppo()
+    train_ppo(config)
+    rows = _metrics(config)
+    assert len(rows) == 3
+    for row in rows:
+        assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
+        assert row["policy/first_approxkl"] == row["policy/first_clipfrac"] == 0.0
+        assert row["sampling/logp_diff_max"] <= 1e-4
+        assert row["sampling/ratio_outside_fraction"] == 0.0
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the policy is the reference
+    assert rows[2]["kl"] > 1e-4
+    assert rows[2]["policy/approxkl_avg"] > 0
+
+
+def test_the_micro_batch_split_does_not_change_the_update(ppo):
+    # One rollout, one epoch: the same samples, cut differently. Later steps may sample differently and are not compared.
+    results = []
+    for name, tokens in (("whole", 10_000), ("cut", 25)):
+        config = ppo(name=name, steps=1, epochs=1, minibatches=2, tokens_per_microbatch=tokens)
+        train_ppo(config)
+        results.append((_weights(config), _metrics(config)[0]))
+    (whole, row), (cut, other) = results
+    start = {name: p.detach() for name, p in load_decoder(config.model).named_parameters()}
+    moved = max((whole[n] - start[n]).abs().max().item() for n in whole)
+    assert moved > 1e-3
+    for name in whole:
+        torch.testing.assert_close(whole[name], cut[name], rtol=0, atol=2e-3 * moved)
+    assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_resume_continues_bitwise(ppo):
+    whole = ppo(name="whole", steps=4, run=RunConfig(dir=ppo(name="whole").run.dir, save_every=1, progress=False), kl=KLConfig(coef=0.1, target=0.5, horizon=50))
+    train_ppo(whole)
+    for stop in (1, 3):
+        parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + f"_parts{stop}"))
+        with pytest.MonkeyPatch.context() as patch:  # the process "dies" in the step after the last save
+            calls = iter(range(100))
+            original = policy.rollout
+            patch.setattr(policy, "rollout", lambda *a, **k: original(*a, **k) if next(calls) < stop else (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                train_ppo(parts)
+        train_ppo(replace(parts, run=replace(parts.run, resume=True)))
+        ours, theirs = _weights(whole), _weights(parts)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for a, b in zip(_metrics(whole), _metrics(parts), strict=True):
+            timing = {k for k in a if k.startswith(("timing/", "tokens_per_s", "time"))}
+            assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+
+def test_reward_rises_and_the_kl_penalty_holds_it(ppo):
+    common = dict(steps=15, prompts_per_step=12, samples_per_prompt=4, minibatches=1, epochs=4, tokens_per_microbatch=4000, optim=OptimConfig(lr=1e-2, schedule="constant"))
+    free = ppo(name="free", kl=KLConfig(coef=0.0), **common)
+    held = ppo(name="held", kl=KLConfig(coef=1.0), **common)
+    train_ppo(free)
+    train_ppo(held)
+    first, last, restrained = _metrics(free)[0], _metrics(free)[-1], _metrics(held)[-1]
+    assert last["reward"] > first["reward"] + 1.0
+    assert restrained["kl"] < 0.5 * last["kl"]
+
+
+def test_rewards_that_fail(ppo):
+    train_ppo(ppo(reward="sometimes_nan", name="some", steps=1))
+    assert _metrics(ppo(name="some"))[0]["completions/invalid"] == 1.0
+    for reward, message in (("mostly_nan", "12 of 12 samples have no valid reward"), ("raises", "KeyError"), ("short", "12")):
+        config = ppo(reward=reward, name=reward)
+        with pytest.raises(RewardError, match=message):
+            train_ppo(config)
+        assert not (Path(config.run.dir) / "model").exists()
+
+
+def test_what_comes_out_is_loadable(ppo):
+    from transformers import AutoModelForCausalLM
+    config = ppo(steps=1)
+    result = train_ppo(config)
+    actor = HybridActor.from_pretrained(result.model, value_head=True)
+    theirs = AutoModelForCausalLM.from_pretrained(result.model)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    from fusedrl.engine.packing import PackedBatch
+    batch = PackedBatch.from_sequences([([1, 5, 6, 7], [])])
+    ours = actor.forward(batch) @ actor.decoder.head_weight.T
+    torch.testing.assert_close(ours, theirs(ids).logits[0], rtol=1e-4, atol=1e-4)
+    assert actor.value_head.weight.abs().sum() > 0  # it was trained, saved and read back
+
+
+def test_a_run_directory_is_one_run(ppo):
+    from fusedrl.engine.errors import ConfigError
+    config = ppo(steps=1)
+    train_ppo(config)
+    with pytest.raises(ConfigError, match="holds a run"):
+        train_ppo(config)
+    changed = replace(config, loss=PPOLossConfig(lam=0.5), run=replace(config.run, resume=True))
+    with pytest.raises(ConfigError, match="lam"):
+        train_ppo(changed)
+    before = _weights(config)
+    train_ppo(replace(config, run=replace(config.run, resume=True)))  # finished already: nothing changes
+    assert all(torch.equal(before[name], p) for name, p in _weights(config).items())
+    assert len(_metrics(config)) == 1

@@ -1,0 +1,71 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusedrl.engine.config import OptimConfig, RunConfig, SFTConfig
+from fusedrl.engine.model.weights import load_decoder
+from fusedrl.engine.stages import sft
+from fusedrl.engine.stages.sft import train_sft
+
+ROWS = [{"prompt": f"w{i % 7} w{i % 5}", "completion": " ".join(f"w{(i + j) % 28}" for j in range(1 + i % 6))} for i in range(20)]
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path, write_jsonl):
+    return SFTConfig(model=str(tiny_model), data=write_jsonl("sft.jsonl", ROWS), epochs=2, sequences_per_step=8, tokens_per_microbatch=40,
+                     optim=OptimConfig(lr=1e-2, schedule="constant"), run=RunConfig(dir=str(tmp_path / "run"), progress=False))
+
+
+def _metrics(config):
+    return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_first_loss_is_the_cross_entropy_of_the_completions(config):
+    whole = replace(config, epochs=1, sequences_per_step=len(ROWS))
+    train_sft(whole)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(config.model), AutoTokenizer.from_pretrained(config.model)
+    total, count = 0.0, 0
+    for row in ROWS:
+        prompt, completion = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        logp = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+        total -= sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion))
+        count += len(completion)
+    assert _metrics(whole)[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_micro_batch_split_does_not_change_the_gradient(config):
+    norms = []
+    for name, tokens in (("a", 10_000), ("b", 12)):
+        one = replace(config, epochs=1, sequences_per_step=len(ROWS), tokens_per_microbatch=tokens, run=replace(config.run, dir=config.run.dir + name))
+        train_sft(one)
+        norms.append(_metrics(one)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_loss_falls_and_is_evaluated_on_what_was_held_out(config):
+    train_sft(replace(config, epochs=12, eval_fraction=0.2))
+    rows = _metrics(config)
+    assert len(rows) == 24  # 16 examples x 12 epochs / 8
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert "eval_loss" in rows[-1]
+    assert "eval_loss" not in rows[0]
+
+
+def test_resume_continues_bitwise(config, monkeypatch):
+    whole = replace(config, run=replace(config.run, save_every=2))
+    train_sft(whole)
+    parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
+    original, calls = sft.data_order, iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "data_order", lambda *a: original(*a) if next(calls) < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_sft(parts)
+    assert len(_metrics(parts)) == 3  # one step past the checkpoint: it is cut and done again
+    train_sft(replace(parts, run=replace(parts.run, resume=True)))
+    ours, theirs = (dict(load_decoder(Path(c.run.dir) / "model").named_parameters()) for c in (whole, parts))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [r["loss"] for r in _metrics(whole)] == [r["loss"] for r in _metrics(parts)]

@@ -1,0 +1,284 @@
+import math
+
+import pytest
+import torch
+
+from fusedrl.kernels import native
+from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, allocate_cache, copy_blocks, decode_step
+
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
+IMPLS = ["torch", CPP]
+
+# What the families differ in, with odd sizes: D below, at and beside a vector of 8; groups of 1, 2, 7 query heads; F and V off any multiple.
+KINDS = {
+    "plain": dict(heads=4, kv_heads=2, D=8, H=32, F=43),
+    "biased": dict(heads=7, kv_heads=1, D=16, H=40, F=33, bias=True),
+    "normed": dict(heads=3, kv_heads=3, D=12, H=24, F=17, qk_norm=True, rope_scale=1.25),
+    "windowed": dict(heads=4, kv_heads=2, D=6, H=300, F=270, windows=(3, 0, 17)),
+}
+
+
+def make(kind, dtype=torch.float32, V=37, seed=0):
+    k = {"bias": False, "qk_norm": False, "rope_scale": 1.0, "windows": (0, 0), **KINDS[kind]}
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape, scale=None):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * (scale or shape[-1] ** -0.5)).to(dtype)
+
+    def norm(size):
+        return (1 + 0.2 * torch.randn(size, generator=generator, dtype=torch.float64)).to(dtype)
+
+    heads, kv, D, H, F = (k[name] for name in ("heads", "kv_heads", "D", "H", "F"))
+    layers = []
+    for window in k["windows"]:
+        qkv, bias = (heads + 2 * kv) * D, (lambda size: rand(size, scale=0.3)) if k["bias"] else (lambda size: None)
+        head_norm = norm if k["qk_norm"] else lambda size: None
+        layers.append(LayerWeights(norm(H), rand(qkv, H, scale=2 * H**-0.5), bias(qkv), head_norm(D), head_norm(D), rand(H, heads * D), bias(H), norm(H),
+                                   rand(2 * F, H), bias(2 * F), rand(H, F), bias(H), window))
+    embedding = rand(V, H, scale=1.0)
+    inv_freq = 1.0 / 100.0 ** (torch.arange(D // 2, dtype=torch.float32) / (D // 2))
+    return DecoderWeights(embedding, tuple(layers), norm(H), embedding, inv_freq, k["rope_scale"], heads, kv, D, 1e-5)
+
+
+def convert(weights, dtype):
+    to = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) else t  # noqa: E731
+    layers = tuple(LayerWeights(*map(to, layer)) for layer in weights.layers)
+    return weights._replace(embedding=to(weights.embedding), layers=layers, norm=to(weights.norm), head=to(weights.head))
+
+
+def dense(weights, ids):
+    """One whole sequence in float64 with no cache, position by position: the definition, written independently."""
+    w, T, D = convert(weights, torch.float64), len(ids), weights.head_dim
+    group = w.num_heads // w.num_kv_heads
+
+    def norm(x, g):
+        return g * x / (x.square().mean(-1, keepdim=True) + w.norm_eps).sqrt()
+
+    def turn(x, t):
+        z = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.polar(torch.tensor(w.rope_scale).double(), t * w.inv_freq.double())
+        return torch.cat([z.real, z.imag], -1)
+
+    x = w.embedding[ids]
+    for layer in w.layers:
+        zero = lambda b: 0.0 if b is None else b  # noqa: E731
+        qkv = (norm(x, layer.input_norm) @ layer.qkv.T + zero(layer.qkv_bias)).view(T, -1, D)
+        q, k, v = qkv.split((w.num_heads, w.num_kv_heads, w.num_kv_heads), 1)
+        if layer.q_norm is not None:
+            q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
+        q, k = (torch.stack([turn(row, t) for t, row in enumerate(y)]) for y in (q, k))
+        rows = []
+        for t in range(T):
+            start = max(0, t - layer.window + 1) if layer.window else 0
+            for h in range(w.num_heads):
+                p = torch.softmax(k[start : t + 1, h // group] @ q[t, h] / math.sqrt(D), 0)
+                rows.append(p @ v[start : t + 1, h // group])
+        x = x + torch.stack(rows).view(T, -1) @ layer.o.T + zero(layer.o_bias)
+        gate, up = (norm(x, layer.post_norm) @ layer.gate_up.T + zero(layer.gate_up_bias)).chunk(2, -1)
+        x = x + (gate * torch.sigmoid(gate) * up) @ layer.down.T + zero(layer.down_bias)
+    return norm(x, w.norm)
+
+
+class Cache:
+    """A paged cache with the blocks of `lengths` sequences dealt out at random; what is not written is `fill`, and unused table entries are wild."""
+
+    def __init__(self, weights, lengths, size=16, fill=math.nan, seed=1):
+        need = [-(-n // size) for n in lengths]
+        self.k, self.v = allocate_cache(weights, sum(need) + 3, size)
+        self.k.fill_(fill)
+        self.v.fill_(fill)
+        blocks = torch.randperm(sum(need) + 3, generator=torch.Generator().manual_seed(seed)).int()
+        self.table = torch.full((len(lengths), max(need) + 1), 2**31 - 1, dtype=torch.int32)
+        for row, n in enumerate(need):
+            self.table[row, :n] = blocks[sum(need[:row]) :][:n]
+
+
+def step(weights, cache, tokens, impl, out_slots=None):
+    """tokens: (row, position, id) triples."""
+    rows, positions, ids = torch.tensor(tokens, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    return decode_step(weights, ids, positions, rows, cache.table, cache.k, cache.v, out_slots, impl=impl)
+
+
+def sequences(lengths, V=37, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, V, (n,), generator=generator).tolist() for n in lengths]
+
+
+def triples(ids, start=0, stop=None):
+    return [[(row, t, token) for t, token in enumerate(sequence)][start:stop] for row, sequence in enumerate(ids)]
+
+
+# Block sizes at, off and below the vector; lengths at one token, around a block, over several; a cache of NaN.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [16, 5, 1, 24])
+def test_matches_a_dense_decoder_in_float64(impl, kind, size):
+    weights, lengths = make(kind), [1, 16, 17, 41]
+    ids, cache = sequences(lengths), Cache(make(kind), lengths, size)
+    want = [dense(weights, sequence) for sequence in ids]
+    first = [chunk for row in triples(ids, 0, 15) for chunk in row]  # prompts in one call, the rest a token of each at a time
+    got = step(weights, cache, first, impl)
+    for (row, t, _), hidden in zip(first, got, strict=True):
+        torch.testing.assert_close(hidden.double(), want[row][t], rtol=2e-5, atol=2e-5)
+    for t in range(15, max(lengths)):
+        tokens = [(row, t, sequence[t]) for row, sequence in enumerate(ids) if t < len(sequence)]
+        for (row, _, _), hidden in zip(tokens, step(weights, cache, tokens, impl), strict=True):
+            torch.testing.assert_close(hidden.double(), want[row][t], rtol=2e-5, atol=2e-5)
+
+
+def test_reference_in_float64():
+    for kind in KINDS:
+        weights, (ids,) = make(kind, torch.float64), sequences([20])
+        torch.testing.assert_close(step(weights, Cache(weights, [20]), triples([ids])[0], "torch"), dense(weights, ids), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["plain", "windowed"])
+def test_what_was_not_written_changes_nothing(impl, kind):
+    weights, ids = make(kind), sequences([3, 21, 40])
+    tokens = [token for row in triples(ids) for token in row]
+    caches = [Cache(weights, [3, 21, 40], fill=fill) for fill in (math.nan, 0.0, 1e30)]
+    results = [step(weights, cache, tokens, impl) for cache in caches]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    written = ~caches[0].k.isnan()
+    assert torch.equal(written, caches[1].k != 0)  # the caches differ in nothing but the fill
+    assert torch.equal(caches[0].k[written], caches[1].k[written])
+    assert written.sum() == 64 * len(weights.layers) * weights.num_kv_heads * weights.head_dim
+    assert (~caches[0].v.isnan()).sum() == written.sum()
+
+
+# Widths of a panel: one lane, around a vector, around a panel, several panels; companions behind and before.
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("companions", [0, 14, 15, 16, 50, 63, 64, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_bits_do_not_depend_on_companions_or_chunks(companions, dtype):
+    weights, lengths = make("biased", dtype), [23, *[4] * companions]
+    ids = sequences(lengths)
+    rows = triples(ids)
+    whole = step(weights, Cache(weights, lengths), rows[0], "cpp")
+    cache, alone = Cache(weights, lengths), []
+    alone += step(weights, cache, rows[0][:9], "cpp")
+    alone += [step(weights, cache, [token], "cpp")[0] for token in rows[0][9:20]]
+    others = [token for row in rows[1:] for token in row]
+    alone += step(weights, cache, others[: len(others) // 2] + rows[0][20:] + others[len(others) // 2 :], "cpp")[len(others) // 2 :][:3]
+    assert torch.equal(whole, torch.stack(alone))
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_cpp_bits_do_not_depend_on_threads():
+    weights, lengths = make("windowed"), [150, 90]
+    tokens = [token for row in triples(sequences(lengths)) for token in row]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(step(weights, Cache(weights, lengths), tokens, "cpp"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_bfloat16_errs_no_more_than_torch(kind):
+    weights, (ids,) = make(kind, torch.bfloat16), sequences([40])
+    want = dense(weights, ids)
+    errors = {impl: (step(weights, Cache(weights, [40]), triples([ids])[0], impl).double() - want).square().mean().sqrt() for impl in ("torch", "cpp")}
+    assert errors["cpp"] <= errors["torch"] < 0.1 * want.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_out_slots(impl):
+    weights, ids = make("plain"), sequences([30, 60])
+    tokens = [token for row in triples(ids) for token in row]
+    every = step(weights, Cache(weights, [30, 60]), tokens, impl)
+    slots = torch.tensor([89, 0, 29, 64, 64])
+    assert torch.equal(step(weights, Cache(weights, [30, 60]), tokens, impl, slots), every[slots])
+    assert step(weights, Cache(weights, [30, 60]), tokens, impl, slots[:0]).shape == (0, 32)
+    assert step(weights, Cache(weights, [1]), [], impl).shape == (0, 32)
+    assert torch.equal(step(weights, Cache(weights, [30, 60]), tokens, impl), every)  # twice the same bits
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reads_the_weights_as_they_are_now(impl):
+    weights, (ids,) = make("plain"), sequences([5])
+    step(weights, Cache(weights, [5]), triples([ids])[0], impl)
+    weights.layers[0].gate_up.mul_(-1.5)
+    got = step(weights, Cache(weights, [5]), triples([ids])[0], impl)
+    torch.testing.assert_close(got.double(), dense(weights, ids), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_agrees_with_the_training_decoder(impl, shared):
+    from fusedrl.engine.model import load_decoder
+
+    decoder = load_decoder(shared / "models/stories260k")
+    weights, lengths = decoder.weights(), [5, 64, 130]
+    ids = sequences(lengths, V=512)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    want = decoder(torch.tensor(sum(ids, [])), positions, torch.tensor([0, 5, 69, 199], dtype=torch.int32), 130)
+    got = step(weights, Cache(weights, lengths), [token for row in triples(ids) for token in row], impl)
+    logp = [torch.log_softmax(hidden @ weights.head.T, -1) for hidden in (got, want)]
+    torch.testing.assert_close(*logp, rtol=0, atol=1e-4)
+
+
+def test_copy_blocks_reads_before_it_writes():
+    weights = make("plain")
+    k, v = allocate_cache(weights, 5, 4)
+    assert k.shape == (2, 5, 2, 8, 4)
+    assert v.shape == (2, 5, 2, 4, 8)
+    k.copy_(torch.randn(k.shape))
+    v.copy_(torch.randn(v.shape))
+    old_k, old_v = k.clone(), v.clone()
+    copy_blocks(k, v, [(0, 1), (1, 4)])
+    copy_blocks(k, v, [])
+    for new, old in ((k, old_k), (v, old_v)):
+        assert torch.equal(new, old[:, [0, 0, 2, 3, 1]])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_refuses_what_would_read_or_write_elsewhere(impl):
+    weights = make("plain")
+    cache = Cache(weights, [20])
+    good = dict(row=0, position=2, id=3)
+    for change, what in ((dict(id=37), "token_ids"), (dict(id=-1), "token_ids"), (dict(row=1), "rows"), (dict(row=-1), "rows"), (dict(position=-1), "positions"),
+                         (dict(position=48), "positions"), (dict(position=33), "block_table")):
+        with pytest.raises(IndexError, match=what):
+            step(weights, cache, [tuple({**good, **change}.values())], impl)
+    with pytest.raises(IndexError, match="out_slots"):
+        step(weights, cache, [(0, 0, 0)], impl, torch.tensor([1]))
+    with pytest.raises(ValueError, match="k_cache does not fit its pattern"):
+        decode_step(weights, *torch.zeros(3, 1, dtype=torch.int64), cache.table, cache.v, cache.v, impl=impl)
+    with pytest.raises(TypeError, match="expected block_table of dtype int32"):
+        decode_step(weights, *torch.zeros(3, 1, dtype=torch.int64), cache.table.long(), cache.k, cache.v, impl=impl)
+    with pytest.raises(TypeError, match="expected k_cache of dtype float32"):
+        decode_step(weights, *torch.zeros(3, 1, dtype=torch.int64), cache.table, cache.k.double(), cache.v, impl=impl)
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_cpp_refuses_weights_that_do_not_fit():
+    weights, cache = make("plain"), Cache(make("plain"), [20])
+    for change, error, what in ((dict(down=weights.layers[0].down.T.contiguous()), ValueError, "expected gate_up"), (dict(qkv_bias=torch.zeros(3)), ValueError, "qkv_bias"),
+                                (dict(o=weights.layers[0].o.double()), TypeError, "expected o in"), (dict(input_norm=None), ValueError, "input_norm"),
+                                (dict(qkv=weights.layers[0].qkv.T.contiguous().T), ValueError, "expected qkv contiguous")):
+        broken = weights._replace(layers=(weights.layers[0]._replace(**change), weights.layers[1]))
+        with pytest.raises(error, match=what):
+            step(broken, cache, [(0, 0, 0)], "cpp")
+    with pytest.raises(TypeError, match="float32, bfloat16"):
+        step(make("plain", torch.float64), Cache(make("plain", torch.float64), [20]), [(0, 0, 0)], "cpp")
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_opcheck_and_compile():
+    weights, cache = make("biased"), Cache(make("biased"), [20], fill=0.0)
+    ids, positions, rows = torch.tensor([3, 4, 5]), torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    parts = [part for layer in weights.layers for part in layer[:-1]]
+    arguments = (ids, positions, rows, cache.table, cache.k, cache.v, torch.tensor([2]), weights.embedding, weights.norm, weights.inv_freq, parts, [0, 0], 1.0, 1e-5)
+    torch.library.opcheck(torch.ops.fusedrl.decode_step.default, arguments)
+    compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
+    others = Cache(weights, [20])
+    assert torch.equal(compiled(weights, ids, positions, rows, cache.table, cache.k, cache.v),
+                       decode_step(weights, ids, positions, rows, others.table, others.k, others.v))
+    assert torch.equal(cache.k[~others.k.isnan()], others.k[~others.k.isnan()])  # the graph writes the cache too

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+
+from fusedrl.kernels import native
+from fusedrl.kernels.kl import ESTIMATORS, token_kl, token_kl_reference
+
+IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
+
+
+# Sizes around a vector; differences where expm1(-x) + x cancels, where it grows, and beyond the clamp.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("N", [0, 1, 15, 17, 1000])
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 8.0, 40.0])
+def test_matches_float64(impl, estimator, N, scale):
+    generator = torch.Generator().manual_seed(N)
+    logp = -torch.rand(N, generator=generator) * 20
+    ref_logp = (logp + torch.randn(N, generator=generator) * scale).clamp(max=0)
+    got = token_kl(logp, ref_logp, estimator=estimator, impl=impl)
+    want = token_kl_reference(logp.double(), ref_logp.double(), estimator)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    if estimator != "k1":
+        assert (got >= 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_by_hand_and_at_the_clamp(impl):
+    logp, ref_logp = torch.tensor([-1.0, -30.0, -0.5, -2.0]), torch.tensor([-1.5, -0.5, -float("inf"), -2.0])
+    k3 = token_kl(logp, ref_logp, estimator="k3", impl=impl)
+    torch.testing.assert_close(k3, torch.tensor([math.exp(-0.5) - 1 + 0.5, math.exp(20) - 1 - 29.5, float("inf"), 0.0]), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(token_kl(logp, ref_logp, estimator="k2", impl=impl)[:2], torch.tensor([0.125, 29.5**2 / 2]))
+    assert token_kl(logp, ref_logp, estimator="k1", impl=impl).tolist() == [0.5, -29.5, float("inf"), 0.0]
+    assert token_kl(logp, ref_logp, estimator="abs", impl=impl).tolist() == [0.5, 29.5, float("inf"), 0.0]
+    assert token_kl(torch.tensor(float("nan")), torch.tensor(0.0), estimator="k3", impl=impl).isnan()
+
+
+def test_expectations_over_the_policy():
+    """k1 and k3 are unbiased, k2 is not: by enumeration."""
+    generator = torch.Generator().manual_seed(0)
+    p, r = (torch.randn(7, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    exact = (p.exp() * (p - r)).sum()
+    mean = {e: (p.exp() * token_kl(p, r, estimator=e, impl="torch")).sum() for e in ESTIMATORS}
+    torch.testing.assert_close(mean["k1"], exact)
+    torch.testing.assert_close(mean["k3"], exact)
+    assert abs(mean["k2"] - exact) > 1e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shapes_layouts_and_no_gradient(impl):
+    logp, ref_logp = -torch.rand(5, 6), -torch.rand(5, 6)
+    want = token_kl(logp, ref_logp, estimator="k3", impl=impl)
+    got = token_kl(logp.t().contiguous().t().requires_grad_(), ref_logp[:1].expand(5, 6), estimator="k3", impl=impl)
+    assert not got.requires_grad
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
+    assert want.shape == (5, 6)
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_opcheck_and_compile():
+    logp, ref_logp = -torch.rand(5), -torch.rand(5)
+    torch.library.opcheck(torch.ops.fusedrl.token_kl.default, (logp, ref_logp, 2))
+    compiled = torch.compile(token_kl, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logp, ref_logp, estimator="k3"), token_kl(logp, ref_logp, estimator="k3"))
+
+
+def test_refuses_what_it_does_not_support():
+    with pytest.raises(ValueError, match="expected an estimator of k1, k2, k3, abs, got 'k4'"):
+        token_kl(torch.zeros(3), torch.zeros(3), estimator="k4")
+    with pytest.raises(ValueError, match=r"of one shape, dtype and device, got float32\[3\]"):
+        token_kl(torch.zeros(3), torch.zeros(4), estimator="k1")
+    with pytest.raises(TypeError, match="expected logp of dtype float32"):
+        token_kl(torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.bfloat16), estimator="k1")
+    with pytest.raises(RuntimeError, match="these can: torch"):
+        token_kl(torch.zeros(3), torch.zeros(3), estimator="k1", impl="triton")

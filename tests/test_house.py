@@ -1,0 +1,119 @@
+"""The rules of the house, read off the sources themselves."""
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglob("*.py"))
+# Inside the engine a module imports its own rank or lower ones. `run`, `stages` and what follows them may use everything before.
+RANKS = [
+    ("errors", "packing", "config", "control", "data", "checkpoint", "metrics", "optim"), ("model",), ("generation",), ("actor",), ("rewards",), ("rollout", "run"), ("stages",),
+    ("demo",), ("cli",),
+]
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules imported when the program runs: what stands under `if TYPE_CHECKING` names types only."""
+    names: set[str] = set()
+
+    def walk(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update({node.module} | {f"{node.module}.{alias.name}" for alias in node.names})
+        for child in ast.iter_child_nodes(node):
+            walk(child)
+
+    walk(_tree(path))
+    return names
+
+
+def _rank(module: str) -> int | None:
+    room = module.removeprefix("fusedrl.engine.").split(".")[0]
+    return next((i for i, rooms in enumerate(RANKS) if room in rooms), None)
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path in PRODUCT:
+        relative = path.relative_to(ROOT)
+        for name in _imports(path):
+            if relative.parts[0] == "kernels" and (name.startswith(("fusedrl.engine", "transformers")) or name.split(".")[0] in ("engine", "bench", "tests")):
+                wrong.append(f"{relative} imports {name}")
+            if relative.parts[0] == "engine" and name.startswith("fusedrl.engine."):
+                own, theirs = _rank(".".join(relative.with_suffix("").parts[1:])), _rank(name)
+                if own is not None and theirs is not None and theirs > own:
+                    wrong.append(f"{relative} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_engine_module_has_a_rank():
+    unranked = [str(p) for p in (ROOT / "engine").iterdir() if p.suffix == ".py" and p.stem != "__init__" and _rank(p.stem) is None]
+    assert not unranked, f"add to RANKS: {unranked}"
+
+
+FORBIDDEN_IMPORTS = {"pickle", "marshal", "shelve", "socket", "socketserver", "http.server", "cloudpickle", "dill"}
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "yaml.load", "pickle.load", "pickle.loads"}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_unsafe(path):
+    assert not _imports(path) & FORBIDDEN_IMPORTS
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, f"line {node.lineno}"
+            assert all(not (k.arg == "trust_remote_code" and not (isinstance(k.value, ast.Constant) and k.value.value is False)) for k in node.keywords), f"line {node.lineno}"
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: python -O removes asserts; raise instead"
+
+
+def test_one_environment_variable():
+    reads = {(p.relative_to(ROOT).as_posix(), name) for p in PRODUCT for name in re.findall(r"environ(?:\.get\(|\[)\"([A-Z_]+)\"", p.read_text(encoding="utf-8"))}
+    assert reads <= {("kernels/dispatch.py", "FUSEDRL_IMPL"), ("kernels/dispatch.py", "TRITON_INTERPRET")}, reads
+
+
+def test_kernels_is_a_namespace():
+    # A regular package of this name in the working directory would shadow Hugging Face's `kernels`, which transformers imports.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    subprocess.run([sys.executable, "-c", "import transformers.integrations.hub_kernels"], cwd=ROOT, check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_native_kernels_are_built():
+    from fusedrl.kernels import native
+    assert native.capability is not None, native.reason
+
+
+def test_packages_are_all_listed():
+    listed = set(re.findall(r"\"fusedrl\.[a-z.]+\": \"([a-z/]+)\"", (ROOT / "setup.py").read_text(encoding="utf-8")))
+    present = {p.parent.relative_to(ROOT).as_posix() for p in PRODUCT}
+    assert present == listed
+
+
+def test_readme_tree_is_the_tree():
+    block = re.search(r"```text\n(fusedrl/\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block, "README.md holds no ```text tree that starts with fusedrl/"
+    stack: list[str] = []
+    named = set()
+    for line in block[1].splitlines()[1:]:
+        indent = len(line) - len(line.lstrip())
+        entries = re.split(r"\s{2,}", line.strip())[0].split()
+        stack = stack[:indent // 2 - 1]
+        for entry in entries:
+            path = "/".join([*stack, entry.rstrip("/")])
+            assert (ROOT / path).exists(), f"README names {path}, which is not there"
+            named.add(path)
+        if len(entries) == 1 and entries[0].endswith("/"):
+            stack.append(entries[0].rstrip("/"))
+    missing = {p.relative_to(ROOT).as_posix() for p in PRODUCT if p.stem != "__init__"} - named
+    assert not missing, f"README's tree lacks {sorted(missing)}"
