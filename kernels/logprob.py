@@ -323,7 +323,7 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
         logp, entropies = (torch.ops.fusedrl.logprob_in_place if in_place else torch.ops.fusedrl.logprob)(logits, token_ids, value, per_row, entropy, ignore_index)
         return (logp, entropies) if entropy else logp
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_ids(op, token_ids, logits.shape[-1], ignore_index)
+        check_ids(op, token_ids, logits.shape[-1], ignore_index)
     if chosen == "torch":
         scale = value if per_row is None else per_row
         logp, entropies = (_InPlaceTorch.apply if in_place else logprob_reference)(logits, token_ids, scale, ignore_index)
@@ -338,7 +338,8 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
     return (logp, entropies) if entropy else logp
 
 
-def _check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
+def check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
+    """Raises IndexError for an id that is neither in [0, V) nor `ignore_index`; it reads the ids, so on a GPU it would wait."""
     wrong = (token_ids != ignore_index) & ((token_ids < 0) | (token_ids >= V))
     if wrong.any():
         row = int(wrong.reshape(-1).nonzero()[0])

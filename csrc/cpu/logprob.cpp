@@ -20,9 +20,6 @@
 
 namespace {
 
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
 // Where the rows of a tensor [..., V] lie: at most two leading dimensions with strides of their own; more are copied together.
 struct Rows {
   Tensor tensor;
@@ -63,30 +60,6 @@ struct Rows {
   }
 };
 
-struct Temperature {
-  double value;
-  Tensor per_row;  // float32 [rows], or undefined
-  Temperature(double value, const MaybeTensor& given) : value(value), per_row(given ? given->to(at::kFloat).contiguous().view(-1) : Tensor()) {
-    if (!per_row.defined()) return;
-    const float* t = per_row.const_data_ptr<float>();
-    for (int64_t n = 0; n < per_row.numel(); ++n) TORCH_CHECK_VALUE(t[n] > 0.0f, "logprob: expected temperatures above 0, got ", t[n], " in row ", n);
-    pointer = t;
-  }
-  double operator[](int64_t n) const { return pointer ? pointer[n] : value; }
-
- private:
-  const float* pointer = nullptr;
-};
-
-int64_t grain(int64_t V) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, V)); }
-
-void check_ids(const int64_t* ids, int64_t N, int64_t V, int64_t ignore_index) {
-  for (int64_t n = 0; n < N; ++n) {
-    TORCH_CHECK_INDEX(ids[n] == ignore_index || (ids[n] >= 0 && ids[n] < V), "logprob: expected token ids in [0, ", V, ") or ignore_index ", ignore_index, ", got ",
-                      ids[n], " in row ", n);
-  }
-}
-
 template <typename Function>
 void dispatch(at::ScalarType type, const Function& function) {
   switch (type) {
@@ -103,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> logprob_forward(const Tensor& logits, const T
   const int64_t N = rows.count, V = rows.columns;
   const Tensor ids_N = token_ids.to(at::kLong).contiguous();
   const int64_t* ids = ids_N.const_data_ptr<int64_t>();
-  check_ids(ids, N, V, ignore_index);
-  const Temperature t(temperature, temperatures);
+  check_ids("logprob", ids, N, V, ignore_index);
+  const Temperatures t("logprob", temperature, temperatures);
   const auto options = logits.options().dtype(at::kFloat);
   Tensor logp = at::empty(token_ids.sizes(), options), entropies = entropy ? at::empty(token_ids.sizes(), options) : at::empty({0}, options);
   Tensor stats_N3 = at::empty({N, 3}, options);
@@ -138,7 +111,7 @@ void gradient_rows(const Rows& rows, const Rows& out_rows, const MaybeTensor& lo
   const float* g = g_N.defined() ? g_N.const_data_ptr<float>() : nullptr;
   const float* h = h_N.defined() ? h_N.const_data_ptr<float>() : nullptr;
   const auto* stats = reinterpret_cast<const RowStats*>(stats_N3.const_data_ptr<float>());
-  const Temperature t(temperature, temperatures);
+  const Temperatures t("logprob", temperature, temperatures);
   dispatch(rows.tensor.scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     const scalar_t* z = rows.tensor.const_data_ptr<scalar_t>();
@@ -180,8 +153,6 @@ void logprob_backward_(Tensor& logits, const MaybeTensor& logp_grad, const Maybe
   const Rows rows(logits);
   gradient_rows<false>(rows, rows, logp_grad, entropy_grad, token_ids, stats_N3, temperature, temperatures, ignore_index);
 }
-
-MaybeTensor defined(const Tensor& tensor) { return tensor.defined() ? MaybeTensor(tensor) : std::nullopt; }
 
 struct Logprob : torch::autograd::Function<Logprob> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& logits, const Tensor& token_ids, double temperature,

@@ -8,18 +8,52 @@
 //          float32 before a sum becomes double; what belongs to the label alone is computed in double, where 1 - p_y does not cancel.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <type_traits>
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 #include <immintrin.h>
 #endif
 
 namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// The temperature of every row: one value, or float32 [rows].
+class Temperatures {
+ public:
+  Temperatures(const char* op, double value, const MaybeTensor& per_row) : value_(value) {
+    if (!per_row) return;
+    per_row_ = per_row->to(at::kFloat).contiguous().view(-1);
+    pointer_ = per_row_.const_data_ptr<float>();
+    for (int64_t n = 0; n < per_row_.numel(); ++n) TORCH_CHECK_VALUE(pointer_[n] > 0.0f, op, ": expected temperatures above 0, got ", pointer_[n], " in row ", n);
+  }
+  double operator[](int64_t n) const { return pointer_ ? pointer_[n] : value_; }
+
+ private:
+  double value_;
+  Tensor per_row_;
+  const float* pointer_ = nullptr;
+};
+
+inline int64_t grain(int64_t V) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, V)); }
+
+inline void check_ids(const char* op, const int64_t* ids, int64_t N, int64_t V, int64_t ignore_index) {
+  for (int64_t n = 0; n < N; ++n) {
+    TORCH_CHECK_INDEX(ids[n] == ignore_index || (ids[n] >= 0 && ids[n] < V), op, ": expected token ids in [0, ", V, ") or ignore_index ", ignore_index, ", got ",
+                      ids[n], " in row ", n);
+  }
+}
+
+inline MaybeTensor defined(const Tensor& tensor) { return tensor.defined() ? MaybeTensor(tensor) : std::nullopt; }
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
