@@ -65,7 +65,8 @@ def compile_one(entry: dict, target: tuple) -> dict:
     if "num_stages" in entry:
         options["num_stages"] = entry["num_stages"]
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
-    return _nvidia_usage(compiled.asm["cubin"]) if target[0] == "cuda" else _amd_usage(compiled.asm["amdgcn"], compiled.metadata.shared)
+    usage = _nvidia_usage(compiled.asm["cubin"]) if target[0] == "cuda" else _amd_usage(compiled.asm["amdgcn"])
+    return {**usage, "shared": compiled.metadata.shared}
 
 
 def _nvidia_usage(cubin: bytes) -> dict:
@@ -76,15 +77,15 @@ def _nvidia_usage(cubin: bytes) -> dict:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    use = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    return {"registers": use["REG"], "spills": use["STACK"] + use["LOCAL"], "shared": use["SHARED"]}
+    use = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": use["REG"], "spills": use["STACK"] + use["LOCAL"]}
 
 
-def _amd_usage(assembly: str, shared: int) -> dict:
+def _amd_usage(assembly: str) -> dict:
     def count(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
 
-    return {"registers": count("vgpr_count"), "spills": count("vgpr_spill_count") + count("sgpr_spill_count"), "shared": shared}
+    return {"registers": count("vgpr_count"), "spills": count("vgpr_spill_count") + count("sgpr_spill_count")}
 
 
 def main() -> None:

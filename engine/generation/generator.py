@@ -80,6 +80,7 @@ class _Inputs:
     rows: Tensor
     keys: Tensor
     arguments: dict[str, Any]
+    early: bool = True  # some sequence may be too short to end
 
 
 class Generator:
@@ -213,9 +214,9 @@ class Generator:
         if not len(plan.sampled):
             return None
         logits_RV = _logits(hidden_RH, weights.head)
-        suppress = self._table.suppress(plan.sampled, slots.length[plan.sampled], logits_RV.shape[1], logits_RV.device)
+        suppress = self._table.suppress(plan.sampled, slots.length[plan.sampled], logits_RV.shape[1], logits_RV.device) if inputs.early else None
         sampled = sample(logits_RV, **inputs.arguments, keys=inputs.keys, suppress=suppress)
-        inputs.token_ids = sampled.token_ids
+        inputs.token_ids, inputs.early = sampled.token_ids, suppress is not None
         self._inputs = inputs if not plan.chunks else None
         return sampled
 

@@ -100,7 +100,7 @@ class Layer(nn.Module):
     def forward(self, x_NH: Tensor, cos: Tensor, sin: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> Tensor:
         c = self.config
         h_NH = _RMSNorm.apply(x_NH, self.input_norm, c.norm_eps)
-        qkv = F.linear(h_NH, self.qkv_proj, self.qkv_bias).view(x_NH.shape[0], -1, c.head_dim)
+        qkv = F.linear(h_NH, self.qkv_proj, self.qkv_bias).view(x_NH.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if self.q_norm is not None:
             q, k = _RMSNorm.apply(q, self.q_norm, c.norm_eps), _RMSNorm.apply(k, self.k_norm, c.norm_eps)

@@ -1,0 +1,229 @@
+// linear_logprob on CPU: hidden states -> log-probabilities through the head, a chunk of rows at a time; N V logits never exist.
+//
+// Shapes   hidden [N, H], weight [V, H]; a chunk of R rows has R V float32 logits in the workspace, which backward overwrites with their gradient.
+// Flops    forward 2 N H V; backward 6 N H V (it computes the chunk's logits again, then two products); N counts the rows that matter:
+//          ignored rows, and in the backward rows without an upstream gradient, are compacted away before any product.
+// Numerics float32 products and logits whatever the dtype of the weight (lower ones are widened in tiles); the weight's gradient gathers in float32.
+//          Forward makes the same products whether or not a gradient will follow, so scoring and training agree in every bit.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "logprob_rows.h"
+
+namespace {
+
+constexpr int64_t kMebi = 1 << 20;
+
+struct Head {
+  Tensor weight, bias;  // [V, H], [V] or undefined
+  double softcap;       // 0: none
+
+  bool widen() const { return weight.scalar_type() != at::kFloat; }
+  int64_t V() const { return weight.size(0); }
+
+  // The weight in float32, in tiles of rows of about 4 MiB: function(first row, tile).
+  template <typename Function>
+  void tiles(const Function& function) const {
+    const int64_t step = std::max<int64_t>(1, 4 * kMebi / 4 / std::max<int64_t>(1, weight.size(1)));
+    for (int64_t v = 0; v < V(); v += step) function(v, weight.narrow(0, v, std::min(step, V() - v)).to(at::kFloat));
+  }
+
+  // Logits [R, V] before the cap.
+  void logits(Tensor z_RV, const Tensor& hidden_RH) const {
+    if (!widen()) {
+      if (bias.defined()) at::addmm_out(z_RV, bias, hidden_RH, weight.t()); else at::mm_out(z_RV, hidden_RH, weight.t());
+      return;
+    }
+    tiles([&](int64_t v, const Tensor& tile) {
+      Tensor part = z_RV.narrow(1, v, tile.size(0));
+      at::mm_out(part, hidden_RH, tile.t());
+    });
+    if (bias.defined()) z_RV.add_(bias);
+  }
+
+  Tensor hidden_grad(const Tensor& dz_RV) const {
+    if (!widen()) return at::mm(dz_RV, weight);
+    Tensor grad_RH = at::zeros({dz_RV.size(0), weight.size(1)}, dz_RV.options());
+    tiles([&](int64_t v, const Tensor& tile) { grad_RH.addmm_(dz_RV.narrow(1, v, tile.size(0)), tile); });
+    return grad_RH;
+  }
+};
+
+void cap_row(float* z, int64_t V, double softcap) {
+  const Vec cap(static_cast<float>(softcap)), inverse(static_cast<float>(1.0 / softcap));
+  for (int64_t j = 0; j < V; j += kLanes) {
+    const int64_t n = std::min(kLanes, V - j);
+    ((load_some(z + j, n) * inverse).tanh() * cap).store(z + j, static_cast<int>(n));
+  }
+}
+
+// The rows of one call that matter, cut into chunks that fit the workspace.
+class Chunks {
+ public:
+  Chunks(const Tensor& hidden, std::vector<int64_t> rows, int64_t V, int64_t workspace_bytes) : hidden_(hidden), rows_(std::move(rows)), all_(static_cast<int64_t>(rows_.size()) == hidden.size(0)) {
+    // By default the smaller of 256 MiB and an eighth of the full logits, but a small problem is not cut below 1 MiB.
+    if (workspace_bytes < 0) workspace_bytes = std::max(kMebi, std::min(256 * kMebi, hidden.size(0) * V * 4 / 8));
+    step_ = std::clamp<int64_t>(workspace_bytes / (4 * std::max<int64_t>(1, V)), 1, std::max<int64_t>(1, rows_.size()));
+    workspace_ = at::empty({step_, V}, hidden.options().dtype(at::kFloat));
+  }
+
+  // function(row numbers, hidden [R, H] float32, workspace [R, V]) for each chunk.
+  template <typename Function>
+  void each(const Function& function) const {
+    const int64_t count = rows_.size();
+    for (int64_t begin = 0; begin < count; begin += step_) {
+      const int64_t R = std::min(step_, count - begin);
+      Tensor hidden_RH = all_ ? hidden_.narrow(0, begin, R) : hidden_.index_select(0, index(begin, R));
+      function(begin, R, hidden_RH.to(at::kFloat), workspace_.narrow(0, 0, R));
+    }
+  }
+  int64_t row(int64_t i) const { return rows_[i]; }
+  // Copies a chunk's rows to their places in [N, ...].
+  void put(Tensor& target, int64_t begin, const Tensor& chunk) const {
+    if (all_) target.narrow(0, begin, chunk.size(0)).copy_(chunk);
+    else target.index_copy_(0, index(begin, chunk.size(0)), chunk.to(target.scalar_type()));
+  }
+  bool all() const { return all_; }
+
+ private:
+  Tensor index(int64_t begin, int64_t R) const { return at::from_blob(const_cast<int64_t*>(rows_.data()) + begin, {R}, at::kLong); }
+
+  Tensor hidden_, workspace_;
+  std::vector<int64_t> rows_;
+  bool all_;
+  int64_t step_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> linear_logprob_forward(const Tensor& hidden, const Tensor& weight, const Tensor& token_ids, const MaybeTensor& bias, double temperature,
+                                                          const MaybeTensor& temperatures, double softcap, bool entropy, int64_t ignore_index, int64_t workspace_bytes) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  const int64_t N = hidden.size(0), V = weight.size(0);
+  const Tensor ids_N = token_ids.to(at::kLong).contiguous();
+  const int64_t* ids = ids_N.const_data_ptr<int64_t>();
+  check_ids("linear_logprob", ids, N, V, ignore_index);
+  const Temperatures t("linear_logprob", temperature, temperatures);
+  const Head head{weight, bias ? bias->to(at::kFloat) : Tensor(), softcap};
+  const auto options = hidden.options().dtype(at::kFloat);
+  Tensor logp_N = at::zeros({N}, options), entropy_N = at::zeros({entropy ? N : 0}, options), stats_N3 = at::zeros({N, 3}, options);
+  float* logp_out = logp_N.mutable_data_ptr<float>();
+  float* entropy_out = entropy ? entropy_N.mutable_data_ptr<float>() : nullptr;
+  auto* stats = reinterpret_cast<RowStats*>(stats_N3.mutable_data_ptr<float>());
+  std::vector<int64_t> rows;
+  rows.reserve(N);
+  for (int64_t n = 0; n < N; ++n) if (ids[n] != ignore_index) rows.push_back(n);
+  const Chunks chunks(hidden, std::move(rows), V, workspace_bytes);
+  chunks.each([&](int64_t begin, int64_t R, const Tensor& hidden_RH, const Tensor& z_RV) {
+    head.logits(z_RV, hidden_RH);
+    float* z = z_RV.mutable_data_ptr<float>();
+    at::parallel_for(0, R, grain(V), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t n = chunks.row(begin + i);
+        float* row = z + i * V;
+        if (softcap > 0.0) cap_row(row, V, softcap);
+        stats[n] = entropy_out ? row_stats<true>(row, V, t[n]) : row_stats<false>(row, V, t[n]);
+        logp_out[n] = row_logp(stats[n], row[ids[n]], t[n]);
+        if (entropy_out) entropy_out[n] = row_entropy(stats[n]);
+      }
+    });
+  });
+  return {logp_N, entropy_N, stats_N3};
+}
+
+// Gradients of hidden, weight and bias; those not needed are empty.
+std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const MaybeTensor& logp_grad, const MaybeTensor& entropy_grad, const Tensor& hidden, const Tensor& weight,
+                                                           const Tensor& token_ids, const MaybeTensor& bias, const Tensor& stats_N3, double temperature,
+                                                           const MaybeTensor& temperatures, double softcap, int64_t ignore_index, int64_t workspace_bytes, bool for_hidden,
+                                                           bool for_weight, bool for_bias) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  const int64_t N = hidden.size(0), V = weight.size(0);
+  const Tensor ids_N = token_ids.to(at::kLong).contiguous();
+  const int64_t* ids = ids_N.const_data_ptr<int64_t>();
+  const Temperatures t("linear_logprob", temperature, temperatures);
+  const Head head{weight, bias ? bias->to(at::kFloat) : Tensor(), softcap};
+  const Tensor g_N = logp_grad ? logp_grad->contiguous() : Tensor(), h_N = entropy_grad ? entropy_grad->contiguous() : Tensor();
+  const float* g = g_N.defined() ? g_N.const_data_ptr<float>() : nullptr;
+  const float* h = h_N.defined() ? h_N.const_data_ptr<float>() : nullptr;
+  const auto* stats = reinterpret_cast<const RowStats*>(stats_N3.const_data_ptr<float>());
+  const auto wide = hidden.options().dtype(at::kFloat);
+
+  std::vector<int64_t> rows;
+  rows.reserve(N);
+  for (int64_t n = 0; n < N; ++n) if (ids[n] != ignore_index && ((g && g[n] != 0.0f) || (h && h[n] != 0.0f))) rows.push_back(n);
+  const Chunks chunks(hidden, std::move(rows), V, workspace_bytes);
+  Tensor hidden_grad = !for_hidden ? at::empty({0}, hidden.options()) : chunks.all() ? at::empty(hidden.sizes(), hidden.options()) : at::zeros(hidden.sizes(), hidden.options());
+  Tensor weight_grad = for_weight ? at::zeros(weight.sizes(), wide) : at::empty({0}, wide), bias_grad = at::zeros({for_bias ? V : 0}, wide);
+  chunks.each([&](int64_t begin, int64_t R, const Tensor& hidden_RH, const Tensor& z_RV) {
+    head.logits(z_RV, hidden_RH);
+    float* z = z_RV.mutable_data_ptr<float>();
+    at::parallel_for(0, R, grain(V), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t n = chunks.row(begin + i);
+        float* row = z + i * V;
+        if (softcap > 0.0) cap_row(row, V, softcap);
+        row_gradient<false>(row, row, V, ids[n], stats[n], g ? g[n] : 0.0, h ? h[n] : 0.0, t[n], softcap);
+      }
+    });
+    if (for_hidden) chunks.put(hidden_grad, begin, head.hidden_grad(z_RV));
+    if (for_weight) weight_grad.addmm_(z_RV.t(), hidden_RH);
+    if (for_bias) bias_grad.add_(z_RV.sum(0));
+  });
+  return {hidden_grad, weight_grad.to(weight.scalar_type()), for_bias ? bias_grad.to(bias->scalar_type()) : bias_grad};
+}
+
+struct LinearLogprob : torch::autograd::Function<LinearLogprob> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const Tensor& token_ids,
+                                                const MaybeTensor& bias, double temperature, const MaybeTensor& temperatures, double softcap, bool entropy,
+                                                int64_t ignore_index, int64_t workspace_bytes) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_logprob_forward", "").typed<decltype(linear_logprob_forward)>();
+    auto [logp_N, entropy_N, stats_N3] = op.call(hidden, weight, token_ids, bias, temperature, temperatures, softcap, entropy, ignore_index, workspace_bytes);
+    ctx->save_for_backward({hidden, weight, token_ids, bias ? *bias : Tensor(), stats_N3, temperatures ? *temperatures : Tensor()});
+    ctx->saved_data["temperature"] = temperature;
+    ctx->saved_data["softcap"] = softcap;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["workspace_bytes"] = workspace_bytes;
+    ctx->set_materialize_grads(false);
+    if (!entropy) ctx->mark_non_differentiable({entropy_N});
+    return {logp_N, entropy_N};
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_logprob_backward", "").typed<decltype(linear_logprob_backward)>();
+    const auto saved = ctx->get_saved_variables();
+    const MaybeTensor bias = defined(saved[3]);
+    // Edges are numbered over the tensors that were given: hidden, weight, token_ids, bias.
+    const bool for_hidden = ctx->needs_input_grad(0), for_weight = ctx->needs_input_grad(1), for_bias = bias && ctx->needs_input_grad(3);
+    auto [hidden_grad, weight_grad, bias_grad] =
+        op.call(defined(grads[0]), defined(grads[1]), saved[0], saved[1], saved[2], bias, saved[4], ctx->saved_data["temperature"].toDouble(), defined(saved[5]),
+                ctx->saved_data["softcap"].toDouble(), ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["workspace_bytes"].toInt(), for_hidden, for_weight, for_bias);
+    const Tensor none;
+    return {for_hidden ? hidden_grad : none, for_weight ? weight_grad : none, none, for_bias ? bias_grad : none, none, none, none, none, none, none};
+  }
+};
+
+std::tuple<Tensor, Tensor> linear_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& token_ids, const MaybeTensor& bias, double temperature,
+                                          const MaybeTensor& temperatures, double softcap, bool entropy, int64_t ignore_index, int64_t workspace_bytes) {
+  const auto out = LinearLogprob::apply(hidden, weight, token_ids, bias, temperature, temperatures, softcap, entropy, ignore_index, workspace_bytes);
+  return {out[0], out[1]};
+}
+
+TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
+  m.def("linear_logprob_forward(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, float temperature, Tensor? temperatures, float softcap, bool entropy, "
+        "int ignore_index, int workspace_bytes) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_logprob_backward(Tensor? logp_grad, Tensor? entropy_grad, Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, Tensor stats, float temperature, "
+        "Tensor? temperatures, float softcap, int ignore_index, int workspace_bytes, bool for_hidden, bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_logprob(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, float temperature, Tensor? temperatures, float softcap, bool entropy, "
+        "int ignore_index, int workspace_bytes) -> (Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(fusedrl, CPU, m) {
+  m.impl("linear_logprob_forward", &linear_logprob_forward);
+  m.impl("linear_logprob_backward", &linear_logprob_backward);
+}
+TORCH_LIBRARY_IMPL(fusedrl, CompositeImplicitAutograd, m) { m.impl("linear_logprob", &linear_logprob); }
+
+}  // namespace

@@ -1,0 +1,222 @@
+// logprob on CPU: logits -> log-probability of one token a row, and the entropy, without a log-softmax in memory.
+//
+// Shapes   rows of V logits behind any leading dimensions whose strides are free; stats [rows, 3] are max, S and W/S (logprob_rows.h).
+// Bytes    forward reads rows V s; backward reads and writes rows V s. A large fresh gradient is asked for in huge pages (page faults
+//          cost more than the arithmetic) and written past the caches.
+// Threads  rows are divided; a row is always computed by one thread in one order.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "logprob_rows.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+// Where the rows of a tensor [..., V] lie: at most two leading dimensions with strides of their own; more are copied together.
+struct Rows {
+  Tensor tensor;
+  int64_t count = 1, columns = 0, inner = 1, outer_stride = 0, inner_stride = 0;
+
+  explicit Rows(const Tensor& source) : tensor(source), columns(source.size(-1)) {
+    if (!fit()) {
+      tensor = source.contiguous();
+      fit();
+    }
+  }
+  int64_t offset(int64_t n) const { return n / inner * outer_stride + n % inner * inner_stride; }
+
+ private:
+  bool fit() {
+    count = inner = 1;
+    inner_stride = outer_stride = 0;
+    bool split = false;  // whether the outer of the two is in use
+    int64_t outer = 1;
+    for (int64_t i = tensor.dim() - 2; i >= 0; --i) {
+      const int64_t size = tensor.size(i), stride = tensor.stride(i);
+      count *= size;
+      if (size == 1) continue;
+      if (inner == 1) {
+        inner = size, inner_stride = stride;
+      } else if (!split && stride == inner * inner_stride) {
+        inner *= size;
+      } else if (!split) {
+        split = true, outer = size, outer_stride = stride;
+      } else if (stride == outer * outer_stride) {
+        outer *= size;
+      } else {
+        return false;
+      }
+    }
+    inner = std::max<int64_t>(inner, 1);
+    return true;
+  }
+};
+
+template <typename Function>
+void dispatch(at::ScalarType type, const Function& function) {
+  switch (type) {
+    case at::kFloat: return function(float{});
+    case at::kBFloat16: return function(at::BFloat16{});
+    case at::kHalf: return function(at::Half{});
+    default: TORCH_CHECK_TYPE(false, "logprob: expected logits of dtype float32, bfloat16 or float16, got ", type);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> logprob_forward(const Tensor& logits, const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, bool entropy,
+                                                   int64_t ignore_index) {
+  const Rows rows(logits);
+  const int64_t N = rows.count, V = rows.columns;
+  const Tensor ids_N = token_ids.to(at::kLong).contiguous();
+  const int64_t* ids = ids_N.const_data_ptr<int64_t>();
+  check_ids("logprob", ids, N, V, ignore_index);
+  const Temperatures t("logprob", temperature, temperatures);
+  const auto options = logits.options().dtype(at::kFloat);
+  Tensor logp = at::empty(token_ids.sizes(), options), entropies = entropy ? at::empty(token_ids.sizes(), options) : at::empty({0}, options);
+  Tensor stats_N3 = at::empty({N, 3}, options);
+  float* logp_out = logp.mutable_data_ptr<float>();
+  float* entropy_out = entropy ? entropies.mutable_data_ptr<float>() : nullptr;
+  auto* stats = reinterpret_cast<RowStats*>(stats_N3.mutable_data_ptr<float>());
+  dispatch(logits.scalar_type(), [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const scalar_t* z = rows.tensor.const_data_ptr<scalar_t>();
+    at::parallel_for(0, N, grain(V), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const bool ignored = ids[n] == ignore_index;
+        const scalar_t* row = z + rows.offset(n);
+        stats[n] = ignored ? RowStats{0.0f, 0.0f, 0.0f} : entropy_out ? row_stats<true>(row, V, t[n]) : row_stats<false>(row, V, t[n]);
+        logp_out[n] = ignored ? 0.0f : row_logp(stats[n], static_cast<float>(row[ids[n]]), t[n]);
+        if (entropy_out) entropy_out[n] = row_entropy(stats[n]);
+      }
+    });
+  });
+  return {logp, entropies, stats_N3};
+}
+
+// Row by row into `out`, which has the strides of `out_rows` and may be the logits themselves.
+template <bool kPastCache>
+void gradient_rows(const Rows& rows, const Rows& out_rows, const MaybeTensor& logp_grad, const MaybeTensor& entropy_grad, const Tensor& token_ids, const Tensor& stats_N3,
+                   double temperature, const MaybeTensor& temperatures, int64_t ignore_index) {
+  const int64_t N = rows.count, V = rows.columns;
+  const Tensor ids_N = token_ids.to(at::kLong).contiguous();
+  const Tensor g_N = logp_grad ? logp_grad->contiguous() : Tensor(), h_N = entropy_grad ? entropy_grad->contiguous() : Tensor();
+  const int64_t* ids = ids_N.const_data_ptr<int64_t>();
+  const float* g = g_N.defined() ? g_N.const_data_ptr<float>() : nullptr;
+  const float* h = h_N.defined() ? h_N.const_data_ptr<float>() : nullptr;
+  const auto* stats = reinterpret_cast<const RowStats*>(stats_N3.const_data_ptr<float>());
+  const Temperatures t("logprob", temperature, temperatures);
+  dispatch(rows.tensor.scalar_type(), [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const scalar_t* z = rows.tensor.const_data_ptr<scalar_t>();
+    scalar_t* out = out_rows.tensor.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, N, grain(V), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        scalar_t* to = out + out_rows.offset(n);
+        if (ids[n] == ignore_index) {
+          std::fill(to, to + V, zero);
+        } else {
+          row_gradient<kPastCache>(z + rows.offset(n), to, V, ids[n], stats[n], g ? g[n] : 0.0, h ? h[n] : 0.0, t[n], 0.0);
+        }
+      }
+      if constexpr (kPastCache) finish_stores_past_cache();
+    });
+  });
+}
+
+Tensor logprob_backward(const MaybeTensor& logp_grad, const MaybeTensor& entropy_grad, const Tensor& logits, const Tensor& token_ids, const Tensor& stats_N3,
+                        double temperature, const MaybeTensor& temperatures, int64_t ignore_index) {
+  Tensor grad = at::empty(logits.sizes(), logits.options());
+  constexpr size_t kLarge = 16 << 20, kHugePage = 2 << 20;
+  const bool large = grad.nbytes() >= kLarge;
+#if defined(MADV_HUGEPAGE)
+  if (large) {
+    const auto begin = (reinterpret_cast<uintptr_t>(grad.mutable_data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
+    const auto end = (reinterpret_cast<uintptr_t>(grad.mutable_data_ptr()) + grad.nbytes()) / kHugePage * kHugePage;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: refused, nothing is lost but time
+  }
+#endif
+  const auto run = large ? gradient_rows<true> : gradient_rows<false>;
+  run(Rows(logits), Rows(grad), logp_grad, entropy_grad, token_ids, stats_N3, temperature, temperatures, ignore_index);
+  return grad;
+}
+
+// The same, over the logits.
+void logprob_backward_(Tensor& logits, const MaybeTensor& logp_grad, const MaybeTensor& entropy_grad, const Tensor& token_ids, const Tensor& stats_N3, double temperature,
+                       const MaybeTensor& temperatures, int64_t ignore_index) {
+  const Rows rows(logits);
+  gradient_rows<false>(rows, rows, logp_grad, entropy_grad, token_ids, stats_N3, temperature, temperatures, ignore_index);
+}
+
+struct Logprob : torch::autograd::Function<Logprob> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& logits, const Tensor& token_ids, double temperature,
+                                                const MaybeTensor& temperatures, bool entropy, int64_t ignore_index, bool in_place) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::logprob_forward", "").typed<decltype(logprob_forward)>();
+    auto [logp, entropies, stats_N3] = op.call(logits, token_ids, temperature, temperatures, entropy, ignore_index);
+    ctx->save_for_backward({logits, token_ids, stats_N3, temperatures ? *temperatures : Tensor()});
+    ctx->saved_data["temperature"] = temperature;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["in_place"] = in_place;
+    ctx->set_materialize_grads(false);
+    if (!entropy) ctx->mark_non_differentiable({entropies});
+    return {logp, entropies};
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();  // raises when the logits were written to since
+    const double temperature = ctx->saved_data["temperature"].toDouble();
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    Tensor grad;
+    if (ctx->saved_data["in_place"].toBool()) {
+      static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::logprob_backward_", "").typed<decltype(logprob_backward_)>();
+      grad = saved[0].detach();  // shares the version counter: whoever else saved these logits is told
+      op.call(grad, defined(grads[0]), defined(grads[1]), saved[1], saved[2], temperature, defined(saved[3]), ignore_index);
+      grad.unsafeGetTensorImpl()->bump_version();
+    } else {
+      static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::logprob_backward", "").typed<decltype(logprob_backward)>();
+      grad = op.call(defined(grads[0]), defined(grads[1]), saved[0], saved[1], saved[2], temperature, defined(saved[3]), ignore_index);
+    }
+    return {grad, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> logprob(const Tensor& logits, const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, bool entropy, int64_t ignore_index) {
+  const auto out = Logprob::apply(logits, token_ids, temperature, temperatures, entropy, ignore_index, false);
+  return {out[0], out[1]};
+}
+
+// The backward overwrites the logits; the Python function has checked that it may.
+std::tuple<Tensor, Tensor> logprob_in_place(const Tensor& logits, const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, bool entropy,
+                                            int64_t ignore_index) {
+  TORCH_CHECK_VALUE(Rows(logits).tensor.is_same(logits), "logprob_: expected at most two leading dimensions with strides of their own, got sizes ", logits.sizes(),
+                    " with strides ", logits.strides(), "; use logprob");
+  const auto out = Logprob::apply(logits, token_ids, temperature, temperatures, entropy, ignore_index, true);
+  return {out[0], out[1]};
+}
+
+TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
+  m.def("logprob_forward(Tensor logits, Tensor token_ids, float temperature, Tensor? temperatures, bool entropy, int ignore_index) -> (Tensor, Tensor, Tensor)");
+  m.def("logprob_backward(Tensor? logp_grad, Tensor? entropy_grad, Tensor logits, Tensor token_ids, Tensor stats, float temperature, Tensor? temperatures, "
+        "int ignore_index) -> Tensor");
+  m.def("logprob_backward_(Tensor(a!) logits, Tensor? logp_grad, Tensor? entropy_grad, Tensor token_ids, Tensor stats, float temperature, Tensor? temperatures, "
+        "int ignore_index) -> ()");
+  m.def("logprob(Tensor logits, Tensor token_ids, float temperature, Tensor? temperatures, bool entropy, int ignore_index) -> (Tensor, Tensor)");
+  m.def("logprob_in_place(Tensor logits, Tensor token_ids, float temperature, Tensor? temperatures, bool entropy, int ignore_index) -> (Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(fusedrl, CPU, m) {
+  m.impl("logprob_forward", &logprob_forward);
+  m.impl("logprob_backward", &logprob_backward);
+  m.impl("logprob_backward_", &logprob_backward_);
+}
+TORCH_LIBRARY_IMPL(fusedrl, CompositeImplicitAutograd, m) {
+  m.impl("logprob", &logprob);
+  m.impl("logprob_in_place", &logprob_in_place);
+}
+
+}  // namespace

@@ -1,0 +1,157 @@
+"""linear_logprob: hidden states -> log-probability of one token a row through the head, without ever holding N V logits.
+
+    z = hidden weight^T + bias      z' = softcap tanh(z / softcap)      then logprob.py on z' row by row
+
+Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logits are the workspace.
+Flops     forward 2 N H V; backward 6 N H V, as it computes each chunk's logits again before the two products of the gradients. N counts the
+          rows that matter: ignored rows, and in the backward rows no gradient reaches, are compacted away before the products.
+Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtype of hidden and weight. The forward
+          does not depend on whether a gradient will follow: scoring and training the same rows agree in every bit.
+Source    chunked heads as in Wijmans et al. (2024), Cut your losses in large-vocabulary language models, without its approximation.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedrl.kernels import native
+from fusedrl.kernels.checks import FLOATS, check, check_dtype
+from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
+
+_IMPLS = Implementations("linear_logprob", cpu=("cpp", "torch"), cuda=("torch",))
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+def linear_logprob_reference(hidden_NH: Tensor, weight_VH: Tensor, token_ids_N: Tensor, bias_V: Tensor | None = None, temperature: float | Tensor = 1.0,
+                             softcap: float | None = None, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) by definition, with all N V logits; differentiable, on any device and in any float dtype (float64 is the oracle)."""
+    wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+    hidden = hidden_NH.to(wide).masked_fill((token_ids_N == ignore_index)[:, None], 0.0)  # an ignored row may hold anything
+    return logprob_reference(_finish(hidden @ weight_VH.to(wide).t(), bias_V, softcap), token_ids_N, temperature, ignore_index)
+
+
+def _finish(z_RV: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+    z_RV = z_RV if bias_V is None else z_RV + bias_V.to(z_RV.dtype)
+    return z_RV if softcap is None else softcap * torch.tanh(z_RV / softcap)
+
+
+# ---- torch, a chunk at a time ------------------------------------------------------------------------------------------
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in float32 at least."""
+    narrow = b if b.dtype.itemsize < a.dtype.itemsize else a
+    if a.is_cuda and narrow.dtype.itemsize == 2:
+        return torch.mm(a.to(narrow.dtype), b.to(narrow.dtype), out_dtype=torch.float32)
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(wide) @ b.to(wide)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None):
+        if workspace_bytes is None:
+            workspace_bytes = max(1 << 20, min(256 << 20, N * V * 4 // 8))
+        return rows.split(max(1, workspace_bytes // (4 * V))) if rows.numel() else ()
+
+    @staticmethod
+    def row_results(z_RV: Tensor, bias_V: Tensor | None, token_ids: Tensor, temperature: float | Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+        z_RV = _finish(z_RV, bias_V, softcap)
+        return logprob(z_RV, token_ids, temperature=temperature, entropy=True) if z_RV.is_cuda else logprob_reference(z_RV, token_ids, temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, token_ids, temperature, softcap, ignore_index, workspace_bytes):
+        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature if isinstance(temperature, Tensor) else None)
+        ctx.rest = (temperature, softcap, ignore_index, workspace_bytes)
+        logp, entropy = hidden.new_zeros(2, hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)).unbind()
+        for index in _Chunked.chunks((token_ids != ignore_index).nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes):
+            scale = temperature[index] if isinstance(temperature, Tensor) else temperature
+            logp[index], entropy[index] = _Chunked.row_results(_product(hidden[index], weight.t()), bias, token_ids[index], scale, softcap)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, logp_grad, entropy_grad):
+        hidden, weight, bias, token_ids, _ = ctx.saved_tensors
+        temperature, softcap, ignore_index, workspace_bytes = ctx.rest
+        hidden_grad = torch.zeros_like(hidden)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight_grad = torch.zeros_like(weight, dtype=wide)
+        bias_grad = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        active = (token_ids != ignore_index) & ((logp_grad != 0) | (entropy_grad != 0))
+        for index in _Chunked.chunks(active.nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes):
+            scale = temperature[index] if isinstance(temperature, Tensor) else temperature
+            with torch.enable_grad():
+                z_RV = _product(hidden[index], weight.t()).detach().requires_grad_()
+                results = _Chunked.row_results(z_RV, bias, token_ids[index], scale, softcap)
+                (dz_RV,) = torch.autograd.grad(results, z_RV, (logp_grad[index], entropy_grad[index]))
+            hidden_grad[index] = _product(dz_RV, weight).to(hidden.dtype)
+            weight_grad += _product(dz_RV.t(), hidden[index])
+            if bias_grad is not None:
+                bias_grad += dz_RV.sum(0)
+        return (hidden_grad, weight_grad.to(weight.dtype), None if bias is None or bias_grad is None else bias_grad.to(bias.dtype), *(None,) * 5)
+
+
+# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
+if native.capability:
+    @torch.library.register_fake("fusedrl::linear_logprob_forward")
+    def _(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float, entropy: bool,
+          ignore_index: int, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+        N = hidden.shape[0]
+        return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N if entropy else 0,), (N, 3)))
+
+    @torch.library.register_fake("fusedrl::linear_logprob_backward")
+    def _(logp_grad: Tensor | None, entropy_grad: Tensor | None, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, stats: Tensor, temperature: float,
+          temperatures: Tensor | None, softcap: float, ignore_index: int, workspace_bytes: int, for_hidden: bool, for_weight: bool,
+          for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return (hidden.new_empty(hidden.shape if for_hidden else (0,)), weight.new_empty(weight.shape if for_weight else (0,)),
+                bias.new_empty(bias.shape) if for_bias and bias is not None else hidden.new_empty(0, dtype=torch.float32))
+
+
+# ---- public ------------------------------------------------------------------------------------------------------------
+def linear_logprob(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0, softcap: float | None = None,
+                   entropy: bool = False, ignore_index: int = -100, workspace_bytes: int | None = None,
+                   impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """`logprob(hidden @ weight.T + bias, token_ids)` with a bounded workspace in place of the logits.
+
+    Args:
+        hidden, weight: [N, H] and [V, H], of one dtype: float32, bfloat16 or float16 (the torch implementation also float64).
+        token_ids: [N] int64 or int32.
+        bias: [V], of the same dtype.
+        temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the logits after the softcap.
+        softcap: logits become softcap * tanh(logits / softcap).
+        entropy: also return the entropy of each row.
+        ignore_index: rows with this id have logp 0, entropy 0 and no gradient; they take part in no product and may hold anything.
+        workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By default the smaller of 256 MiB and an eighth
+            of the full logits, but never less than 1 MiB, so that small problems are not cut into pieces that cost more than they save.
+        impl: "cpp" or "torch"; by default the best one for the device.
+    Returns:
+        logp [N], or (logp [N], entropy [N]); float32. Differentiable, once, in hidden, weight and bias.
+        Equal workspaces and equal rows give equal bits, with and without a gradient.
+    Raises:
+        IndexError: an id outside [0, V), on the CPU (on a GPU that row is NaN). ValueError: sizes, devices, or a number that does not fit.
+        TypeError: dtypes. RuntimeError: `impl` cannot run here.
+    """
+    op = "linear_logprob"
+    per_row = temperature if isinstance(temperature, Tensor) else None
+    check(op, {"hidden": (hidden, "N H"), "weight": (weight, "V H"), "token_ids": (token_ids, "N"), "bias": (bias, "V"), "temperature": (per_row, "N")})
+    chosen = _IMPLS.choose(hidden.device, impl)
+    check_dtype(op, "hidden", hidden, FLOATS if chosen == "torch" else FLOATS[:3])
+    check_dtype(op, "weight", weight, (hidden.dtype,))
+    check_dtype(op, "bias", bias, (hidden.dtype,))
+    check_dtype(op, "token_ids", token_ids, (torch.int64, torch.int32))
+    check_dtype(op, "temperature", per_row, FLOATS)
+    if per_row is None and not temperature > 0:
+        raise ValueError(f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use temperature=1.0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
+    if workspace_bytes is not None and workspace_bytes <= 0:
+        raise ValueError(f"{op}: expected workspace_bytes above 0 or None, got {workspace_bytes}")
+    if chosen == "cpp":
+        logp, entropies = torch.ops.fusedrl.linear_logprob(hidden, weight, token_ids, bias, 1.0 if per_row is not None else float(temperature),
+                                                           None if per_row is None else per_row.detach(), softcap or 0.0, entropy, ignore_index,
+                                                           -1 if workspace_bytes is None else workspace_bytes)
+        return (logp, entropies) if entropy else logp
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ids(op, token_ids, weight.shape[0], ignore_index)
+    scale = float(temperature) if per_row is None else per_row.detach()
+    logp, entropies = _Chunked.apply(hidden, weight, bias, token_ids, scale, softcap, ignore_index, workspace_bytes)
+    return (logp, entropies) if entropy else logp

@@ -1,0 +1,184 @@
+"""The decoder against transformers: random small models of every family, and a real one."""
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.weights import hf_views, load_decoder
+from fusedrl.engine.packing import PackedBatch
+
+SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3, "max_position_embeddings": 64, "pad_token_id": 0,
+         "initializer_range": 0.2}
+# Odd head counts, one and several queries per key, a head_dim that is not H / heads, every bias, tied and not, windows of 5 and of some layers only.
+MODELS = {
+    "llama": {"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "llama-biases": {"model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True,
+                     "head_dim": 6},
+    "llama3-rope": {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32}},
+    "linear-rope": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4,
+                    "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+    "mistral": {"model_type": "mistral", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5},
+    "mistral-full": {"model_type": "mistral", "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "qwen2-window": {"model_type": "qwen2", "num_attention_heads": 6, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5,
+                     "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3-bias": {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 10, "attention_bias": True},
+}
+LENGTH = 23
+
+
+def peer_and_ours(name, dtype=torch.float32):
+    """A random transformers model, every parameter non-trivial, and our decoder with the same weights."""
+    options = SIZES | MODELS[name]
+    torch.manual_seed(sum(map(ord, name)))
+    config = AutoConfig.for_model(**options)
+    config._attn_implementation = "eager"
+    peer = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for key, p in peer.named_parameters():
+            p.normal_(1.0 if "norm" in key else 0.0, 0.2)
+    peer = peer.to(dtype)
+    return peer, copy_of(peer, dtype)
+
+
+def copy_of(peer, dtype):
+    ours = Decoder(model_config(peer.config.to_dict()), dtype=dtype)
+    state = peer.state_dict()
+    views = hf_views(ours)
+    assert set(state) - set(views) <= {"lm_head.weight"}
+    for key, view in views.items():
+        view.copy_(state[key])
+    return ours
+
+
+def logits(decoder, ids):
+    """Of one sequence."""
+    hidden = decoder(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+    return hidden @ decoder.head_weight.T
+
+
+def some_ids(vocabulary=61, length=LENGTH, seed=0):
+    return torch.randint(1, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_as_transformers(name):
+    peer, ours = peer_and_ours(name)
+    ids = some_ids()
+    got, want = logits(ours, ids), peer(ids[None]).logits[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)) / got.numel()
+    (got * weight).sum().backward()
+    (want * weight).sum().backward()
+    grads = Decoder(ours.config)  # the same views, over our gradients
+    with torch.no_grad():
+        for p, q in zip(grads.parameters(), ours.parameters(), strict=True):
+            p.copy_(q.grad)
+    theirs = dict(peer.named_parameters())
+    for key, view in hf_views(grads).items():
+        torch.testing.assert_close(view, theirs[key].grad, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_errs_at_most_twice_as_much(name):
+    peer, ours = peer_and_ours(name, torch.bfloat16)
+    exact = copy_of(peer.to(torch.float32), torch.float64)  # of the rounded weights; its parity in float32 is tested above
+    peer = peer.to(torch.bfloat16)
+    errors = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for seed in range(4):
+            ids = some_ids(seed=seed)
+            want = logits(exact, ids)
+            errors += torch.stack([(x.double() - want).square().mean() for x in (logits(ours, ids), peer(ids[None]).logits[0])])
+    got, theirs = errors.sqrt().tolist()
+    assert got <= 2 * theirs, f"root mean square error {got}, transformers' {theirs}"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-window", "qwen3"])
+def test_packed_is_each_alone(name):
+    _, ours = peer_and_ours(name)
+    lengths = [1, 23, 0, 7, 2, 22, 64]
+    sequences = [some_ids(length=n, seed=n) for n in lengths]
+    batch = PackedBatch.from_sequences([(s.tolist(), []) for s in sequences])
+
+    def forward(batch):
+        return ours(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+
+    hidden = forward(batch)
+    for got, alone in zip(hidden.split(lengths), sequences, strict=True):
+        torch.testing.assert_close(got, forward(PackedBatch.from_sequences([(alone.tolist(), [])])), rtol=0, atol=1e-6 * hidden.abs().max().item())
+    # Two runs agree bitwise, forward and backward.
+    grads = []
+    for _ in range(2):
+        again = forward(batch)
+        assert torch.equal(again, hidden)
+        grads.append(torch.autograd.grad(again.square().sum(), [p for p in ours.parameters() if p is not ours.head]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_no_tokens():
+    ours = Decoder.random(model_config(SIZES | MODELS["qwen3"]), 0)
+    hidden = ours(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 0)
+    assert hidden.shape == (0, 24)
+    hidden.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
+
+
+def test_companions_with_nan_change_nothing():
+    _, ours = peer_and_ours("llama")
+    batch = PackedBatch.from_sequences([(some_ids(length=n, seed=n).tolist(), []) for n in (9, 5, 11)])
+    clean = ours(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+    poison = 60  # a token that only the second sequence has
+    ids = torch.where(batch.token_ids == poison, 1, batch.token_ids)
+    clean = ours(ids, batch.positions, batch.cu_seqlens, batch.max_length)
+    ids[10] = poison
+    with torch.no_grad():
+        ours.embedding[poison] = torch.nan
+    dirty = ours(ids, batch.positions, batch.cu_seqlens, batch.max_length)
+    assert dirty[9:14].isnan().any()
+    assert torch.equal(dirty[:9], clean[:9])
+    assert torch.equal(dirty[14:], clean[14:])
+
+
+def test_weights_are_live():
+    ours = Decoder.random(model_config(SIZES | MODELS["qwen3"]), 0)
+    weights = ours.weights()
+    assert weights is ours.weights()
+    assert weights.head is ours.embedding
+    assert weights.layers[1].qkv is ours.layers[1].qkv_proj
+    assert weights.layers[0].q_norm is ours.layers[0].q_norm
+    assert weights.layers[0].qkv_bias is None
+    with torch.no_grad():
+        ours.layers[2].down_proj.zero_()
+    assert not weights.layers[2].down.any()
+    ours.to(torch.bfloat16)
+    assert ours.weights().layers[0].o.dtype == torch.bfloat16
+    assert ours.weights().inv_freq.dtype == torch.float32
+    assert ours.weights().inv_freq.tolist() == list(ours.config.inv_freq)  # moving to bfloat16 rounds the parameters, not the frequencies
+
+
+def test_random_is_seeded():
+    config = model_config(SIZES | MODELS["llama-biases"])
+    one, same, other = Decoder.random(config, 1), Decoder.random(config, 1), Decoder.random(config, 2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.embedding, other.embedding)
+    assert 0.18 < one.layers[0].qkv_proj.std().item() < 0.22
+    assert (one.norm == 1).all()
+    assert not one.layers[0].gate_up_bias.any()
+    assert one.head is not None
+    assert torch.equal(Decoder.random(config, 1, dtype=torch.bfloat16).embedding, one.embedding.bfloat16())
+
+
+def test_a_real_model(shared):
+    path = shared / "models" / "stories260k"
+    ours, peer = load_decoder(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = some_ids(512, 300)
+    with torch.no_grad():
+        got, want = logits(ours, ids), peer(ids[None]).logits[0]
+        exact = logits(load_decoder(path, dtype=torch.float64), ids)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=3e-5)
+    assert (got - exact).abs().max() <= 2 * (want - exact).abs().max()

@@ -1,0 +1,107 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fusedrl.engine.model.families import FAMILIES, model_config
+
+LLAMA = {"model_type": "llama", "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_missing_keys_are_what_transformers_assumes(model_type):
+    small = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"num_key_value_heads": 2}
+    theirs, ours = AutoConfig.for_model(model_type, **small), model_config(small | {"model_type": model_type})
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8)
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.bos_token_id == theirs.bos_token_id
+    assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert set(ours.windows) == {getattr(theirs, "sliding_window", None) or 0}
+    # A file with all the keys says the same.
+    assert model_config(theirs.to_dict()) == ours
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 77.0},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+    "llama3": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_in_both_spellings(kind):
+    rope = ROPES[kind]
+    new = model_config(LLAMA | {"head_dim": 64, "rope_parameters": rope})
+    theirs = AutoConfig.for_model(**LLAMA | {"head_dim": 64, "rope_parameters": dict(rope)})
+    if kind == "default":
+        want = 77.0 ** -(torch.arange(0, 64, 2) / 64)
+    else:
+        want, _ = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
+    torch.testing.assert_close(torch.tensor(new.inv_freq), want, rtol=1e-6, atol=0)
+    for key in ("rope_type", "type"):  # transformers < 5, and before 4.43
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")} | {key: kind}
+        old = model_config(LLAMA | {"head_dim": 64, "rope_theta": rope["rope_theta"], "rope_scaling": None if kind == "default" else scaling})
+        assert old.inv_freq == new.inv_freq
+    if kind == "llama3":
+        plain = model_config(LLAMA | {"head_dim": 64, "rope_theta": 5e5})
+        assert len({round(a / b, 3) for a, b in zip(new.inv_freq, plain.inv_freq, strict=True)}) > 2  # kept, blended and divided waves
+
+
+@pytest.mark.parametrize("options, windows", [
+    ({"model_type": "mistral", "sliding_window": 7}, (7, 7, 7, 7)),
+    ({"model_type": "mistral", "sliding_window": None}, (0, 0, 0, 0)),
+    ({"model_type": "mistral"}, (4096,) * 4),
+    ({"model_type": "llama", "sliding_window": 7}, (0, 0, 0, 0)),
+    ({"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": False}, (0, 0, 0, 0)),
+    ({"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 3}, (0, 0, 0, 7)),
+    ({"model_type": "qwen3", "sliding_window": 7, "use_sliding_window": True,
+      "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}, (7, 0, 7, 0)),
+])
+def test_windows(options, windows):
+    assert model_config(LLAMA | {"num_key_value_heads": 2} | options).windows == windows
+
+
+def test_token_ids_come_from_both_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": [5, 6], "bos_token_id": None}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "bos_token_id": 4, "pad_token_id": 3}))
+    config = model_config(tmp_path)
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (4, (5, 6, 7), 3)
+    assert config.raw_generation == {"eos_token_id": 7, "bos_token_id": 4, "pad_token_id": 3}
+    assert model_config(LLAMA | {"architectures": ["LlamaForSequenceClassification"]}).family.name == "Llama"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "gpt2"}, "unknown model_type 'gpt2'; known: llama, mistral, qwen2, qwen3"),
+    ({"model_type": None}, "unknown model_type None"),
+    ({"vocab_size": None}, "expected a positive whole number for 'vocab_size', got None"),
+    ({"hidden_size": "32"}, "expected a positive whole number for 'hidden_size', got '32'"),
+    ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+    ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple"),
+    ({"head_dim": 7}, "expected an even head_dim"),
+    ({"hidden_act": "gelu"}, "expected hidden_act 'silu', got 'gelu'"),
+    ({"quantization_config": {"bits": 4}}, "quantised weights"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "supported kinds: default, linear, llama3"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
+    ({"partial_rotary_factor": 0.5}, "on whole heads"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "alike in all layers"),
+    ({"model_type": "qwen3", "num_key_value_heads": 2, "use_sliding_window": True, "layer_types": ["full_attention"]}, "expected 4 layer_types"),
+    ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": -1}, "expected a positive sliding_window"),
+])
+def test_refuses_what_it_does_not_support(change, message):
+    with pytest.raises(ValueError, match=message):
+        model_config(LLAMA | change)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a model directory with a config.json"):
+        model_config(tmp_path)
+    for text, message in (("{", "expected a JSON object: "), ("[1]", "expected a JSON object, got list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"config.json: {message}"):
+            model_config(tmp_path)

@@ -1,0 +1,163 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fusedrl.engine.optim import make_optimizer
+
+
+def parameters(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {"matrix": nn.Parameter(torch.randn(33, 17, generator=generator).mul_(0.02).to(dtype)), "norm": nn.Parameter(torch.ones(17, dtype=dtype))}
+
+
+def give_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params.values():
+        p.grad = (torch.randn(p.shape, generator=generator) + 0.5).to(p.dtype)
+
+
+def test_float32_is_adamw_by_its_definition():
+    params = parameters()
+    lr, b1, b2, eps, decay = 0.01, 0.9, 0.97, 1e-6, 0.3
+    optimizer = make_optimizer(params, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay)
+    want = {n: p.detach().double() for n, p in params.items()}
+    m, v = ({n: torch.zeros_like(w) for n, w in want.items()} for _ in range(2))
+    for t in range(1, 6):
+        optimizer.lr = lr_t = lr / t
+        give_gradients(params, t)
+        for n, p in params.items():
+            g = p.grad.double()
+            m[n], v[n] = b1 * m[n] + (1 - b1) * g, b2 * v[n] + (1 - b2) * g * g
+            want[n] = want[n] * (1 - lr_t * (decay if p.ndim > 1 else 0.0)) - lr_t * (m[n] / (1 - b1**t)) / ((v[n] / (1 - b2**t)).sqrt() + eps)
+        assert optimizer.step().applied
+    for n, p in params.items():
+        torch.testing.assert_close(p.double(), want[n], rtol=1e-5, atol=1e-7)
+
+
+def test_small_steps_move_low_precision_parameters():
+    exact, low = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    exact = {n: nn.Parameter(p.detach().float()) for n, p in exact.items()}
+    naive = parameters(torch.bfloat16)
+    optimizers = [make_optimizer(params, lr=1e-6) for params in (exact, low)]
+    plain = torch.optim.AdamW(naive.values(), lr=1e-6, weight_decay=0.0)
+    start = exact["matrix"].detach().clone()
+    for step in range(50):
+        for params in (exact, low, naive):
+            give_gradients(params, step)
+        for p in exact.values():  # the gradients that a bfloat16 parameter can have
+            p.grad = p.grad.bfloat16().float()
+        for optimizer in optimizers:
+            optimizer.step()
+        plain.step()
+    intended = exact["matrix"].detach() - start
+
+    def share(weights):
+        return ((weights.detach().float() - start) * intended).sum() / intended.square().sum()
+
+    master = optimizers[1].state_dict()["matrix.master"]
+    assert 0.9 <= share(master) <= 1.1
+    assert share(naive["matrix"]) < 0.5  # what the masters are for
+    assert torch.equal(low["matrix"], master.bfloat16())
+
+
+def test_low_precision_parameters_follow_in_the_long_run():
+    params = {"w": nn.Parameter(torch.full((64, 4), 0.02, dtype=torch.bfloat16))}
+    address = params["w"].data_ptr()
+    start = params["w"].detach().float().clone()
+    optimizer = make_optimizer(params, lr=1e-6)
+    for _ in range(1000):
+        params["w"].grad = torch.ones_like(params["w"])
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(params["w"].detach().float(), start - 1e-3, rtol=0, atol=2**-14)  # half a step of bfloat16 there
+    assert params["w"].data_ptr() == address
+    assert params["w"].dtype == torch.bfloat16
+
+
+def test_clipping():
+    params, same = parameters(), parameters()
+    optimizer, unclipped = make_optimizer(params, lr=0.1, eps=1.0), make_optimizer(same, lr=0.1, eps=1.0)
+    give_gradients(params, 0)
+    give_gradients(same, 0)
+    norm = torch.cat([p.grad.flatten() for p in same.values()]).double().norm().item()
+    assert unclipped.step(max_grad_norm=norm * 2).grad_norm == pytest.approx(norm, rel=1e-6)
+    assert torch.cat([p.grad.flatten() for p in same.values()]).norm().item() == pytest.approx(norm, rel=1e-6)
+    result = optimizer.step(max_grad_norm=0.5)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-6)
+    assert torch.cat([p.grad.flatten() for p in params.values()]).norm().item() == pytest.approx(0.5, rel=1e-5)
+    assert not torch.equal(params["matrix"], same["matrix"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
+    params = parameters(dtype)
+    optimizer = make_optimizer(params, lr=0.1, weight_decay=0.1)
+    give_gradients(params, 0)
+    optimizer.step()
+    weights = {n: p.detach().clone() for n, p in params.items()}
+    state = {n: t.clone() for n, t in optimizer.state_dict().items()}
+    give_gradients(params, 1)
+    params["norm"].grad[3] = poison
+    result = optimizer.step(max_grad_norm=1.0)
+    assert not result.applied
+    assert result.grad_norm != result.grad_norm or result.grad_norm == float("inf")
+    assert all(torch.equal(p, weights[n]) for n, p in params.items())
+    assert all(torch.equal(t, state[n]) for n, t in optimizer.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bitwise(tmp_path, dtype):
+    def run(params, optimizer, steps):
+        for step in steps:
+            give_gradients(params, step)
+            optimizer.step(max_grad_norm=1.0)
+
+    params = parameters(dtype)
+    optimizer = make_optimizer(params, lr=1e-3, weight_decay=0.1)
+    run(params, optimizer, range(3))
+    save_file(optimizer.state_dict(), tmp_path / "state.safetensors")
+    resumed = {n: nn.Parameter(p.detach().clone()) for n, p in params.items()}
+    other = make_optimizer(resumed, lr=1e-3, weight_decay=0.1)
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    run(params, optimizer, range(3, 6))
+    run(resumed, other, range(3, 6))
+    assert all(torch.equal(p, resumed[n]) for n, p in params.items())
+    assert all(torch.equal(t, other.state_dict()[n]) for n, t in optimizer.state_dict().items())
+
+
+def test_state_of_other_parameters_is_refused():
+    params = parameters(torch.bfloat16)
+    optimizer = make_optimizer(params, lr=0.1)
+    assert set(optimizer.state_dict()) == {"matrix.master", "norm.master"}  # no step yet
+    fresh = make_optimizer(parameters(torch.bfloat16), lr=0.1)
+    fresh.load_state_dict(optimizer.state_dict())
+    give_gradients(params, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    before = fresh.state_dict()["matrix.master"].clone()
+    cases = [({k: v for k, v in state.items() if k != "norm.step"}, "missing norm.step"), (state | {"x.step": torch.ones(())}, "unknown x.step"),
+             (state | {"norm.exp_avg": torch.ones(3)}, r"norm.exp_avg: expected \[17\], got \[3\]"), ({}, "missing matrix.master")]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message):
+            fresh.load_state_dict(wrong)
+    assert torch.equal(fresh.state_dict()["matrix.master"], before)
+    assert len(fresh.state_dict()) == 2
+
+
+def test_frozen_and_unused_parameters():
+    params = parameters()
+    params["norm"].requires_grad_(False)
+    params["unused"] = nn.Parameter(torch.ones(2, 2))
+    optimizer = make_optimizer(params, lr=0.1)
+    params["matrix"].grad = torch.ones_like(params["matrix"])
+    assert optimizer.step().applied
+    assert (params["norm"] == 1).all()
+    assert (params["unused"] == 1).all()
+    assert {name.split(".")[0] for name in optimizer.state_dict()} == {"matrix"}
+    optimizer.zero_grad()
+    assert params["matrix"].grad is None
+    assert optimizer.step().grad_norm == 0.0
+    with pytest.raises(ValueError, match="got none"):
+        make_optimizer({}, lr=0.1)

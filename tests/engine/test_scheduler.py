@@ -1,0 +1,222 @@
+import numpy as np
+import pytest
+from fusedrl.engine.generation.blocks import BlockManager
+from fusedrl.engine.generation.scheduler import Scheduler, Sequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SIZE = 4
+
+
+def next_token(tokens, sample):
+    """The "model": what follows depends on every token before it, and on the sample."""
+    return (hash(tuple(tokens)) + 31 * sample) % 3
+
+
+class Simulator:
+    """Runs a scheduler's plans on a cache that remembers what was written where, and checks that each token finds its whole prefix."""
+
+    def __init__(self, num_blocks, max_sequences, budget, scheduler_type=Scheduler):
+        self.scheduler = scheduler_type(BlockManager(num_blocks + 1, SIZE), max_sequences, budget)
+        self.budget, self.cache = budget, {}
+        self.done, self.next_id, self.steps, self.computed = {}, 0, 0, 0
+
+    def submit(self, prompts):
+        """prompts: (tokens, max_new, n). Returns the sequences."""
+        made = []
+        for tokens, max_new, n in prompts:
+            request = object()
+            for sample in range(n):
+                made.append(Sequence.start(self.next_id, request, sample, np.array(tokens, dtype=np.int64), len(tokens) + max_new))
+                self.next_id += 1
+        self.scheduler.submit(made)
+        return made
+
+    def compute(self, slot, position):
+        """One token: write it, and see that everything before it is there."""
+        s = self.scheduler.slots
+        tokens, table = s.tokens[slot, : position + 1].tolist(), s.block_table[slot]
+        self.cache[table[position // SIZE], position % SIZE] = tuple(tokens)
+        for p in range(position + 1):
+            assert table[p // SIZE] != 0
+            assert self.cache.get((table[p // SIZE], p % SIZE)) == tuple(tokens[: p + 1]), f"slot {slot} reads at {p} what is not its own"
+        self.computed += 1
+
+    def step(self):
+        scheduler = self.scheduler
+        plan, s = scheduler.schedule(), scheduler.slots
+        assert len(plan.decode) + sum(c.stop - c.start for c in plan.chunks) <= self.budget
+        assert len(set(plan.sampled.tolist())) == len(plan.sampled)
+        for slot in plan.decode.tolist():
+            self.compute(slot, int(s.length[slot]) - 1)
+        for chunk in plan.chunks:
+            assert chunk.start < chunk.stop
+            for position in range(chunk.start, chunk.stop):
+                self.compute(chunk.sequence.slot, position)
+        for source, destination in plan.copies:
+            for p in range(SIZE):
+                if (source, p) in self.cache:
+                    self.cache[destination, p] = self.cache[source, p]
+        scheduler.complete(plan)
+        drew = plan.sampled
+        if len(drew):
+            tokens = np.array([next_token(s.tokens[i, : s.length[i]].tolist(), scheduler.at(i).sample) for i in drew.tolist()])
+            s.append(drew, tokens, -tokens.astype(np.float32), 0)
+            ended = [scheduler.at(i) for i in drew[s.length[drew] >= s.limit[drew]].tolist()]
+            scheduler.finish(ended)
+            for sequence in ended:
+                assert sequence.id not in self.done
+                self.done[sequence.id] = sequence
+        self.steps += 1
+        self.balance()
+
+    def balance(self):
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        owners = [s for s in scheduler._running.values() if s.leader is None]
+        assert set(blocks._tables) == {s.id for s in owners}
+        assert len(scheduler._free_slots) + len(scheduler._running) == scheduler.slots.count
+        for sequence in owners:
+            table = blocks.table(sequence.id)
+            assert scheduler.slots.block_table[sequence.slot, : len(table)].tolist() == table
+            assert scheduler.slots.held[sequence.slot] == len(table) * SIZE
+
+    def drain(self):
+        while self.scheduler.busy:
+            self.step()
+            assert self.steps < 5000
+
+    def check_done(self, sequences):
+        for sequence in sequences:
+            tokens = sequence.tokens[: sequence.num_prompt].tolist()
+            while len(tokens) < sequence.limit:
+                tokens.append(next_token(tokens, sequence.sample))
+            assert self.done[sequence.id].tokens.tolist() == tokens
+            assert self.done[sequence.id].logp.tolist() == [0.0] * sequence.num_prompt + [-float(t) for t in tokens[sequence.num_prompt :]]
+
+    def check_empty(self):
+        assert self.scheduler.blocks.available == self.scheduler.blocks.total
+        assert len(self.scheduler._free_slots) == self.scheduler.slots.count
+        assert not self.scheduler.busy
+
+
+PROMPTS = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=14), st.integers(1, 14), st.integers(1, 4)), min_size=1, max_size=8)
+
+
+@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@given(prompts=PROMPTS, num_blocks=st.integers(7, 40), slots=st.integers(1, 9), budget=st.integers(0, 12), data=st.data())
+def test_every_plan_is_computable_and_every_sequence_ends_as_if_alone(prompts, num_blocks, slots, budget, data):
+    simulator = Simulator(num_blocks, slots, slots + budget)
+    sequences = simulator.submit(prompts)
+    for _ in range(data.draw(st.integers(0, 12))):
+        if simulator.scheduler.busy:
+            simulator.step()
+    late = simulator.submit([([1, 2, 0, 1, 2], 5, 2)])
+    aborted = data.draw(st.lists(st.sampled_from(sequences + late), unique_by=id, max_size=5))
+    aborted = [s for s in aborted if s.id not in simulator.done]
+    simulator.scheduler.finish(aborted)
+    simulator.balance()
+    gone = {s.id for s in aborted}
+    simulator.drain()
+    assert not gone & simulator.done.keys()
+    simulator.check_done([s for s in sequences + late if s.id not in gone])
+    simulator.check_empty()
+
+
+# ---- bugs that the simulator has to catch -----------------------------------------------------------------------------------------------------------------
+class ForgetsCopies(Scheduler):
+    def schedule(self):
+        plan = super().schedule()
+        plan.copies.clear()
+        return plan
+
+
+class CommitsTheTokenNotComputed(Scheduler):
+    def _release(self, sequence):
+        if sequence.leader is None and len(self.blocks.table(sequence.id)) * SIZE >= self.slots.length[sequence.slot]:
+            self.blocks.commit(sequence.id, self.slots.tokens[sequence.slot, : self.slots.length[sequence.slot]].tolist())
+        super()._release(sequence)
+
+
+class KeepsBlocksOfPreempted(Scheduler):
+    def _requeue(self, sequence):
+        free, self.blocks.free = self.blocks.free, lambda _: None
+        super()._requeue(sequence)
+        self.blocks.free = free
+
+
+class LosesTokensOfPreempted(Scheduler):
+    def _requeue(self, sequence):
+        super()._requeue(sequence)
+        sequence.tokens = sequence.tokens[: sequence.num_prompt]
+
+
+def runs(scheduler_type):
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        simulator = Simulator(8, 4, 5, scheduler_type)
+        prompt = draw.integers(0, 2, 9).tolist()
+        sequences = simulator.submit([(prompt, 8, 3), (prompt, 11, 2), (draw.integers(0, 2, 6).tolist(), 12, 3)])
+        simulator.drain()
+        for _ in range(2):  # then a prompt that goes on from the whole of the sequence before it, which ended with a full block
+            sequences += simulator.submit([(prompt, 11, 1)])
+            simulator.drain()
+            prompt = [*sequences[-1].tokens.tolist(), 1]
+        simulator.check_done(sequences)
+        simulator.check_empty()
+
+
+@pytest.mark.parametrize("bug", [ForgetsCopies, CommitsTheTokenNotComputed, KeepsBlocksOfPreempted, LosesTokensOfPreempted], ids=lambda bug: bug.__name__)
+def test_the_simulator_catches(bug):
+    runs(Scheduler)
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        runs(bug)
+
+
+# ---- policy ----------------------------------------------------------------------------------------------------------------------------------------------
+def test_longest_first_and_groups_together():
+    simulator = Simulator(40, 4, 64)
+    short, long, middle = simulator.submit([([1], 3, 1), ([1, 2], 30, 1), ([2, 1], 9, 1)])
+    group = simulator.submit([([0, 1, 2, 0, 1, 2], 12, 2)])
+    simulator.step()
+    assert list(simulator.scheduler._running) == [long.id, *(s.id for s in group), middle.id]
+    assert simulator.computed == 2 + 6 + 2  # the group's prompt once
+    assert short in simulator.scheduler._waiting
+    simulator.drain()
+
+
+def test_prefill_shares_a_step_with_decoding_under_the_budget():
+    simulator = Simulator(40, 4, 6)
+    first, second = simulator.submit([([1] * 4, 20, 1), ([2] * 13, 4, 1)])
+    simulator.step()
+    plan = simulator.scheduler.schedule()
+    assert [(c.sequence, c.stop - c.start) for c in plan.chunks] == [(second, 5)]
+    assert plan.decode.tolist() == [first.slot]
+
+
+def test_preempts_the_newest_and_recomputes_it():
+    simulator = Simulator(8, 3, 64)
+    sequences = simulator.submit([([1, 1, 1], 20, 1), ([2, 2, 2], 19, 1), ([0, 0, 0], 18, 1)])
+    preempted = []
+    requeue = simulator.scheduler._requeue
+    simulator.scheduler._requeue = lambda sequence: (preempted.append(sequence.id), requeue(sequence))
+    simulator.drain()
+    assert preempted[0] == sequences[2].id
+    assert sequences[0].id not in preempted
+    simulator.check_done(sequences)
+    simulator.check_empty()
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers():
+    scheduler = Scheduler(BlockManager(5, SIZE), 2, 8)
+    scheduler.check_fits(10, 7)  # the last of 17 tokens is never computed
+    with pytest.raises(ValueError, match=r"need 5 KV blocks of 4 tokens, and the cache has 4"):
+        scheduler.check_fits(10, 8)
+
+
+def test_no_progress_raises_with_a_dump():
+    simulator = Simulator(8, 2, 8)
+    simulator.scheduler.blocks.allocate(10**6, [7] * 32)  # somebody holds the whole cache
+    simulator.submit([([1, 2], 4, 1)])
+    with pytest.raises(RuntimeError, match=r"no progress in 8 steps; 0 of 8 blocks and 2 of 2 slots are free; the next of 1 waiting has 2 tokens \(1 blocks\)"):
+        while True:
+            simulator.scheduler.complete(simulator.scheduler.schedule())

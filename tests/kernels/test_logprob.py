@@ -1,0 +1,362 @@
+import math
+
+import pytest
+import torch
+
+from fusedrl.kernels import native
+from fusedrl.kernels.dispatch import unavailable
+from fusedrl.kernels.logprob import _InPlaceTriton, _logprob_triton, logprob, logprob_, logprob_reference  # noqa: F401
+
+EPS = torch.finfo(torch.float32).eps
+cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
+triton = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))))
+IMPLS = ["torch", cpp, triton]
+
+
+def oracle(logits, token_ids, temperature=1.0, g=None, h=None):
+    """float64, written from the definition, one row at a time; a second opinion beside the reference."""
+    logps, entropies, grads = [], [], []
+    for n in range(logits.shape[0]):
+        z, y = logits[n].double(), int(token_ids[n])
+        T = float(temperature[n]) if isinstance(temperature, torch.Tensor) else temperature
+        if y == -100 or bool((z == -math.inf).all()):
+            logps.append(0.0 if y == -100 else -math.inf)
+            entropies.append(0.0)
+            grads.append(torch.zeros_like(z))
+            continue
+        log_p = torch.log_softmax(z / T, 0)
+        p = log_p.exp()
+        H = -(p * log_p.masked_fill(p == 0, 0.0)).sum()
+        one = torch.zeros_like(z)
+        one[y] = 1.0
+        G = 0.0 if g is None or float(log_p[y]) == -math.inf else float(g[n])
+        grad = G * (one - p)
+        if h is not None:
+            grad = grad - float(h[n]) * p * (log_p.masked_fill(p == 0, 0.0) + H)
+        logps.append(float(log_p[y]))
+        entropies.append(float(H))
+        grads.append(grad / T)
+    return torch.tensor(logps, dtype=torch.float64), torch.tensor(entropies, dtype=torch.float64), torch.stack(grads)
+
+
+def assert_logp(got, want):
+    finite = want > -math.inf
+    assert torch.equal(got > -math.inf, finite)
+    error = (got.double() - want)[finite].abs() / want[finite].abs().clamp_min(1.0)
+    assert not finite.any() or error.max() <= 8 * EPS, f"{error.max() / EPS:.1f} eps"
+
+
+def compare(logits, token_ids, temperature, impl, function=logprob):
+    generator = torch.Generator().manual_seed(1)
+    g, h = (torch.randn(token_ids.shape, generator=generator) for _ in range(2))
+    leaf = logits.detach().clone().requires_grad_()
+    logp, entropy = function(leaf * 1 if function is logprob_ else leaf, token_ids, temperature=temperature, entropy=True, impl=impl)
+    want_logp, want_entropy, want_grad = oracle(logits, token_ids, temperature, g, h)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert_logp(logp.detach(), want_logp)
+    torch.testing.assert_close(entropy.double(), want_entropy, rtol=0, atol=1e-5 * max(1.0, math.log(logits.shape[-1])))
+    torch.where(logp > -math.inf, logp * g, 0.0).sum().add((entropy * h).sum()).backward()
+    assert leaf.grad.dtype == logits.dtype
+    if logits.dtype == torch.float32:
+        torch.testing.assert_close(leaf.grad.double(), want_grad, rtol=1e-5, atol=3e-6)
+    else:
+        rounded = want_grad.to(logits.dtype).double()
+        ulp = torch.finfo(logits.dtype).eps * rounded.abs()
+        assert ((leaf.grad.double() - rounded).abs() <= ulp + 3e-6).all()
+    return logp.detach(), entropy.detach(), leaf.grad
+
+
+def rows(V, N=5, seed=0, scale=3.0, offset=0.0):
+    generator = torch.Generator().manual_seed(seed + V)
+    logits = torch.randn(N, V, generator=generator) * scale + offset
+    ids = torch.randint(0, V, (N,), generator=generator)
+    ids[0], ids[N - 1] = 0, V - 1
+    if N > 3:
+        ids[2] = -100
+        logits[2] = torch.nan  # an ignored row may hold anything
+    return logits, ids
+
+
+# V: one or two columns; around a vector (16), around the C++ block (1024) and the Triton block (4096), which decides what a tail may see.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("V", [1, 2, 15, 16, 33, 1023, 1025, 4096, 4097, 9001])
+def test_matches_float64(impl, V):
+    logits, ids = rows(V)
+    compare(logits, ids, 1.0, impl)
+    compare(logits, ids, 0.7, impl, logprob_)
+    compare(logits, ids, torch.tensor([0.3, 1.0, 2.0, 0.7, 5.0]), impl)
+
+
+@pytest.mark.parametrize("V", [32000, 50257, 151936])
+def test_large_vocabularies(V):
+    logits, ids = rows(V, N=3)
+    for impl in ("torch", "cpp") if native.capability else ("torch",):
+        compare(logits, ids, 0.7, impl)
+
+
+# Offsets at which dividing before subtracting fails; spreads at which exp underflows; rows far below zero, where a phantom column of zeros
+# beyond V would take all the mass.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("scale,offset", [(1.0, 1e4), (1.0, -1e4), (100.0, 0.0), (0.0, 0.0), (0.01, -200.0), (3.0, 65504.0)])
+def test_offsets_and_spreads(impl, scale, offset):
+    for V in (1025, 4097):
+        logits, ids = rows(V, scale=scale, offset=offset)
+        compare(logits, ids, 0.7, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_many_equal_terms_do_not_drift(impl):
+    V = 32000 if impl != "triton" else 5000  # one peak and V - 1 equal columns: every rounding has the same sign
+    levels = torch.linspace(-1.0, -14.0, 24 if impl != "triton" else 6)
+    logits = levels[:, None].repeat(1, V)
+    logits[:, V // 2] = 0.0
+    logp = logprob(logits, torch.full((len(levels),), V // 2), impl=impl)
+    assert_logp(logp, -torch.log1p((V - 1) * torch.exp(logits[:, 0].double())))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits(impl, dtype):
+    for V in (33, 1025, 4100):
+        logits, ids = rows(V)
+        compare(logits.to(dtype), ids, 0.7, impl)
+        compare(logits.to(dtype), ids, 1.0, impl, logprob_)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("function", [logprob, logprob_])
+def test_minus_infinity(impl, function):
+    logits, ids = rows(4100, N=6)
+    logits[0, 1:] = -torch.inf  # only the label is left: logp 0
+    logits[1, :4000] = -torch.inf
+    logits[1, 0], ids[1] = -torch.inf, 0  # a label on -inf
+    logits[3] = -torch.inf
+    logits[4, ::2], ids[4] = -torch.inf, 1
+    logp, entropy, grad = compare(logits, ids, 0.7, impl, function)
+    assert (logp[0], entropy[0], logp[3], entropy[3]) == (0.0, 0.0, -math.inf, 0.0)
+    assert (grad[torch.isneginf(logits)] == 0).all()
+    leaf = logits.clone().requires_grad_()  # a gradient that does reach the label on -inf and the empty row
+    logprob(leaf, ids, impl=impl).nan_to_num(neginf=-1.0).backward(torch.ones(6))
+    assert (leaf.grad[[1, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_poison_stays_in_its_row(impl, poison):
+    clean, ids = rows(2100)
+    dirty = clean.clone()
+    dirty[1, 1500] = poison
+    outs = []
+    for logits in (clean, dirty):
+        leaf = logits.clone().requires_grad_()
+        logp, entropy = logprob(leaf, ids, entropy=True, impl=impl)
+        (logp.sum() + entropy.sum()).backward()
+        outs.append((logp.detach(), entropy.detach(), leaf.grad))
+    others = torch.tensor([0, 2, 3, 4])
+    for a, b in zip(*outs, strict=True):
+        assert torch.equal(a[others], b[others])
+        assert b[1].isnan().all()
+
+
+@pytest.mark.parametrize("impl", [cpp, triton])
+def test_a_row_without_upstream_gradient_is_zero(impl):
+    logits, ids = rows(2100)
+    logits[1] = torch.nan
+    leaf = logits.clone().requires_grad_()
+    logp = logprob(leaf, ids, impl=impl)
+    logp.backward(torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]))
+    assert (leaf.grad[1:4] == 0).all()
+    assert torch.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_depend_on_nothing_else(impl):
+    logits, ids = rows(1300, N=9)
+    together = logprob(logits, ids, temperature=0.7, entropy=True, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(together, logprob(logits, ids, temperature=0.7, entropy=True, impl=impl), strict=True))
+    for n in (0, 4, 8):
+        alone = logprob(logits[n : n + 1], ids[n : n + 1], temperature=0.7, entropy=True, impl=impl)
+        assert torch.equal(alone[0], together[0][n : n + 1])
+        assert torch.equal(alone[1], together[1][n : n + 1])
+    assert torch.equal(logprob(logits, ids, temperature=0.7, impl=impl), together[0])  # the entropy changes no bit of logp
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_thread_count_changes_nothing():
+    logits, ids = rows(3000, N=64)
+    outs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            leaf = logits.clone().requires_grad_()
+            logp, entropy = logprob(leaf, ids, entropy=True, impl="cpp")
+            (logp.sum() + entropy.sum()).backward()
+        finally:
+            torch.set_num_threads(1)
+        outs.append((logp.detach(), entropy.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for out in outs[1:] for a, b in zip(outs[0], out, strict=True))
+
+
+# Padded vocabulary, every other row, a shifted [B, T, V], rows of an expanded tensor, misaligned rows, no leading dimension at all.
+LAYOUTS = {
+    "padded": lambda t: t.new_zeros(4, 6, 70)[:, :, :67].copy_(t),
+    "skipped": lambda t: t.new_zeros(8, 6, 67)[::2].copy_(t),
+    "shifted": lambda t: t.new_zeros(4, 9, 67)[:, 1:7].copy_(t),
+    "swapped": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "misaligned": lambda t: t.new_zeros(t.numel() + 1)[1:].view(t.shape).copy_(t),
+    "four dimensions": lambda t: t.new_zeros(3, 5, 4, 70)[:2, :3, :, :67].copy_(t.view(2, 3, 4, 67)),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_row_strides(impl, layout):
+    plain = torch.randn(4, 6, 67, generator=torch.Generator().manual_seed(0))
+    strided = LAYOUTS[layout](plain)
+    plain = plain.view(strided.shape)
+    ids = torch.randint(0, 67, strided.shape[:-1], generator=torch.Generator().manual_seed(1))
+    results = []
+    for logits in (plain, strided):
+        leaf = logits.detach().requires_grad_()
+        before = leaf.detach().clone()
+        logp = logprob(leaf, ids, impl=impl)
+        logp.sum().backward()
+        assert torch.equal(leaf.detach(), before)
+        results.append((logp.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    computed = torch.empty_strided(strided.shape, strided.stride()).copy_(leaf)
+    assert computed.stride() == strided.stride()
+    leaf.grad = None
+    if impl == "triton" and layout not in ("padded", "misaligned"):
+        with pytest.raises(ValueError, match=r"expected logits that view as \[N, V\]"):
+            logprob_(computed, ids, impl=impl)
+        return
+    logprob_(computed, ids, impl=impl).sum().backward()
+    assert torch.equal(leaf.grad, results[0][1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_expanded_rows_and_no_rows(impl):
+    logits = torch.randn(1, 40).expand(3, 40)
+    assert torch.equal(logprob(logits, torch.tensor([5, 5, 6]), impl=impl)[0], logprob(logits[0], torch.tensor(5), impl=impl))
+    for shape in ((0,), (0, 3), (2, 0)):
+        leaf = torch.randn(*shape, 7).requires_grad_()
+        logp, entropy = logprob(leaf, torch.zeros(shape, dtype=torch.int64), entropy=True, impl=impl)
+        assert logp.shape == entropy.shape == shape
+        (logp.sum() + entropy.sum()).backward()
+        assert leaf.grad.shape == leaf.shape
+    ids = torch.tensor([3, -100], dtype=torch.int32)
+    assert torch.equal(logprob(logits[:2], ids, impl=impl), logprob(logits[:2], ids.long(), impl=impl))
+
+
+# Element offsets beyond 2^31, on memory that is barely touched.
+@pytest.mark.parametrize("impl", [cpp, triton])
+def test_offsets_beyond_int32(impl):
+    V, far = 40, 2**31
+    try:
+        storage = torch.empty(far + V)
+    except RuntimeError as error:
+        pytest.skip(f"no 8 GiB of address space: {error}")
+    logits = storage.as_strided((2, V), (far, 1)).copy_(torch.randn(2, V, generator=torch.Generator().manual_seed(0)))
+    ids = torch.tensor([1, 39])
+    assert torch.equal(logprob(logits, ids, impl=impl), logprob(logits.clone(), ids, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logprob_in_place_is_refused_where_it_would_be_wrong(impl):
+    logits, ids = torch.randn(3, 40), torch.tensor([0, 5, 39])
+    leaf = logits.clone().requires_grad_()
+    with pytest.raises(ValueError, match="got a leaf that requires a gradient"):
+        logprob_(leaf, ids, impl=impl)
+    with pytest.raises(ValueError, match="rows lie apart in memory"):
+        logprob_((leaf[:1] * 1).expand(3, 40), ids, impl=impl)
+    capped = torch.tanh(leaf)  # saved its own result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprob_(capped, ids, impl=impl).sum().backward()
+    computed = leaf * 1
+    loss = logprob_(computed, ids, impl=impl).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    computed = leaf * 1
+    both = logprob(computed, ids, impl=impl).sum() + logprob_(computed, ids, impl=impl).sum()
+    leaf.grad = None
+    try:
+        both.backward()  # correct when the reader goes first, refused when it comes second
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        _, _, want = oracle(logits, ids, 1.0, torch.full((3,), 2.0))
+        torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(logprob_(logits, ids, impl=impl), logprob(logits, ids, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_one_of_the_two_gradients(impl):
+    logits, ids = rows(1100)
+    for pick in (0, 1):
+        g = torch.randn(5, generator=torch.Generator().manual_seed(3))
+        leaf = logits.clone().requires_grad_()
+        (logprob(leaf, ids, entropy=True, impl=impl)[pick] * g).sum().backward()
+        zero = torch.zeros(5)
+        _, _, want = oracle(logits, ids, 1.0, g if pick == 0 else zero, g if pick == 1 else zero)
+        torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(leaf.grad.double().sum(-1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_reference_gradient():
+    logits = torch.randn(4, 6, dtype=torch.float64)
+    logits[0, 2] = -torch.inf
+    ids = torch.tensor([1, 5, -100, 0])
+    assert torch.autograd.gradcheck(lambda z: logprob_reference(z.masked_fill(torch.isneginf(logits), -torch.inf), ids, 0.7),
+                                    logits.nan_to_num(neginf=0.0).requires_grad_())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_refuses_what_it_does_not_support(impl):
+    logits = torch.zeros(3, 4)
+    with pytest.raises(IndexError, match=r"token ids in \[0, 4\) or ignore_index -100, got 4 in row 1"):
+        logprob(logits, torch.tensor([0, 4, 1]), impl=impl)
+    with pytest.raises(IndexError, match="got -1 in row 2"):
+        logprob(logits, torch.tensor([0, 3, -1]), impl=impl)
+    with pytest.raises(ValueError, match="token_ids does not fit its pattern"):
+        logprob(logits, torch.tensor([0, 1]), impl=impl)
+    with pytest.raises(ValueError, match="contiguous last dimension"):
+        logprob(torch.zeros(4, 3).t(), torch.tensor([0, 1, 2]), impl=impl)
+    with pytest.raises(TypeError, match="expected token_ids of dtype int64, int32"):
+        logprob(logits, torch.zeros(3), impl=impl)
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="temperature above 0"):
+            logprob(logits, torch.tensor([0, 1, 2]), temperature=wrong, impl=impl)
+    if impl != "torch":
+        with pytest.raises(TypeError, match="expected logits of dtype"):
+            logprob(logits.double(), torch.tensor([0, 1, 2]), impl=impl)
+    with pytest.raises(RuntimeError, match="this op has torch, cpp, triton"):
+        logprob(logits, torch.tensor([0, 1, 2]), impl="cuda")
+
+
+def test_opcheck_and_compile():
+    logits, ids = torch.randn(3, 40, requires_grad=True), torch.tensor([0, -100, 39])
+    stats, g, T = torch.ones(3, 3), torch.randn(3), torch.rand(3) + 0.5
+    if native.capability:
+        ops = torch.ops.fusedrl
+        for entropy in (False, True):
+            torch.library.opcheck(ops.logprob.default, (logits, ids, 0.7, None, entropy, -100))
+            torch.library.opcheck(ops.logprob_forward.default, (logits.detach(), ids, 1.0, T, entropy, -100))
+        torch.library.opcheck(ops.logprob_backward.default, (g, None, logits.detach(), ids, stats, 0.7, None, -100))
+        torch.library.opcheck(ops.logprob_backward_.default, (logits.detach().clone(), None, g, ids, stats, 0.7, None, -100))
+    if not unavailable("triton", "cpu"):
+        torch.library.opcheck(_logprob_triton, (logits, ids, 0.7, None, True, -100))
+    for impl in ("torch", "cpp", "triton"):
+        if unavailable(impl, "cpu"):
+            continue
+
+        def loss(z, impl=impl):
+            logp, entropy = logprob(z, ids, temperature=0.7, entropy=True, impl=impl)
+            return logp.sum() + 0.1 * entropy.sum()
+
+        leaf, compiled_leaf = logits.detach().clone().requires_grad_(), logits.detach().clone().requires_grad_()
+        loss(leaf).backward()
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled_leaf).backward()
+        torch.testing.assert_close(compiled_leaf.grad, leaf.grad)
