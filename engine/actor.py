@@ -13,7 +13,7 @@ from fusedrl.engine.generation.generator import Completion, Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
-from fusedrl.engine.model.weights import load_decoder, resolve_directory, save_pretrained
+from fusedrl.engine.model.weights import load_decoder, load_tokenizer, resolve_directory, save_pretrained
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.linear_logprob import linear_logprob
 
@@ -58,18 +58,14 @@ class HybridActor:
         Raises:
             As `load_decoder`; ValueError where tokenizer and model vocabulary differ.
         """
-        from transformers import AutoTokenizer
-
         directory = resolve_directory(path)
         decoder = load_decoder(directory, dtype=dtype, device=device)
-        has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-        tokenizer = AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
         head = None
         if value_head:
             saved = (directory / VALUE_HEAD_FILE).is_file()
             head = (load_value_head(directory, decoder.config.hidden_size, device=decoder.device) if saved
                     else ValueHead(decoder.config.hidden_size, device=decoder.device))
-        return cls(decoder, tokenizer, value_head=head, cache=cache)
+        return cls(decoder, load_tokenizer(directory), value_head=head, cache=cache)
 
     # ---- generating -------------------------------------------------------------------------------------------------------
     def generate(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None = None,

@@ -82,8 +82,8 @@ def save_checkpoint(run_dir: str | Path, step: int, tensors: Mapping[str, Mappin
             shutil.rmtree(temporary)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             needed, free = sum(t.nbytes for named in tensors.values() for t in named.values()), shutil.disk_usage(root).free
-            raise OSError(error.errno, f"{os.strerror(error.errno)}: this checkpoint needs {needed:,} bytes and {free:,} are free; earlier checkpoints are intact. "
-                          "Free some space or lower run.keep, then resume", str(target)) from error
+            raise OSError(error.errno, f"{os.strerror(error.errno)}: this checkpoint needs {needed:,} bytes and {free:,} are free; "
+                          "earlier checkpoints are intact. Free some space or lower run.keep, then resume", str(target)) from error
         raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -136,7 +136,7 @@ def _safetensors(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
         if tensor.numel():
-            yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _json(value: Any) -> bytes:
@@ -238,10 +238,12 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_digest(path: str | Path) -> str | None:
-    """SHA-256 over the digests of a directory's safetensors files, in the order of their names; None where none is local (an id)."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest() if files else None
+def model_digest(model: str | Path) -> str | None:
+    """SHA-256 over names and bytes of a model directory's safetensors files; None for an id that is no directory here."""
+    if not Path(model).is_dir():
+        return None
+    parts = [f"{path.name} {file_digest(path)}" for path in sorted(Path(model).glob("*.safetensors"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 # ---- the run directory --------------------------------------------------------------------------------------------------------
@@ -282,17 +284,17 @@ class RunDirectory:
     """A run directory that this process owns: `dir`, and `checkpoint` to continue from (None at the beginning). A context manager.
 
     A new run needs a directory without checkpoints. A resumed one must have the configuration that it was started with, except for what does
-    not change the result (`FREE_KEYS`), and the same bytes of data and of the model it starts from (which is the reference policy of PPO).
+    not change the result (`FREE_KEYS`), and the same bytes of data and of the initial model.
 
     Raises:
-        ConfigError: the directory holds another run, or the configuration or the data changed; lists the differences.
+        ConfigError: the directory holds another run, or the configuration, the data or the model changed; lists the differences.
         SetupError: another live process writes there.
     """
 
     def __init__(self, config: Any) -> None:
         self.dir = Path(config.run.dir)
-        current = {"stage": type(config).__name__, "data_sha256": file_digest(config.data), "model_sha256": weights_digest(config.model),
-                   "config": config_to_dict(config)}
+        current = {"stage": type(config).__name__, "config": config_to_dict(config), "data_sha256": file_digest(config.data),
+                   "model_sha256": model_digest(config.model)}
         self._lock = RunLock(self.dir)
         try:
             self.checkpoint = latest_checkpoint(self.dir)
@@ -312,11 +314,11 @@ class RunDirectory:
         try:
             saved = json.loads(path.read_bytes())
             differences = config_diff(saved["config"], current["config"])
-            differences += [f"{key}: {saved[key]} -> {current[key]}" for key in ("stage", "data_sha256", "model_sha256") if saved[key] != current[key]]
+            differences += [f"{key}: {saved[key]} -> {current[key]}" for key in current if key != "config" and saved[key] != current[key]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}), so the run cannot be continued safely") from error
+            raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}), so what the run was started with is not known") from error
         if differences:
-            raise ConfigError(f"{self.dir}: resumed with another configuration; undo these changes, or start in another --run.dir\n  " + "\n  ".join(differences))
+            raise ConfigError("\n  ".join([f"{self.dir}: resumed with another configuration; undo these changes, or start in another --run.dir", *differences]))
 
     def __enter__(self) -> RunDirectory:
         return self

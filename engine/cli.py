@@ -14,11 +14,11 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 from fusedrl.engine import __version__
 from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
-from fusedrl.engine.errors import ConfigError, SetupError
+from fusedrl.engine.errors import ConfigError, SetupError, UserError
 
 STAGES: dict[str, tuple[type, str, str, str]] = {
     "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
@@ -60,7 +60,7 @@ def _fail(error: BaseException, code: int) -> int:
 def _is_ours(error: BaseException) -> bool:
     """Whether the engine itself raised it: its checks say what was expected, what came and what to do. One from a library is a fault to be traced."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").startswith("fusedrl.engine.")
+    return isinstance(error, UserError) or frame.f_globals.get("__name__", "").startswith("fusedrl.engine.")
 
 
 def _run(argv: list[str]) -> None:
@@ -242,14 +242,10 @@ def _generate(options: argparse.Namespace) -> None:
     params = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=0.0 if options.greedy else options.temperature, top_p=options.top_p,
                             top_k=options.top_k, min_p=options.min_p, n=options.n, seed=options.seed)
     actor = HybridActor.from_pretrained(options.model, dtype=options.dtype, device=options.device)
-    for completion in actor.stream(options.prompt, params):
-        print(f"{completion.prompt}{completion.text}", flush=True)
-
-
-def entry() -> NoReturn:
-    """The console script."""
-    raise SystemExit(main())
+    for prompt, sample, completion in actor.stream(options.prompt, params):
+        label = f"[prompt {prompt + 1}, sample {sample + 1}, {completion.finish_reason}]\n" if len(options.prompt) * options.n > 1 else ""
+        print(f"{label}{options.prompt[prompt]}{completion.text}", flush=True)
 
 
 if __name__ == "__main__":
-    entry()
+    raise SystemExit(main())

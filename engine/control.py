@@ -1,7 +1,7 @@
 """What steers a run from step to step: the KL coefficient and the learning rate."""
 from __future__ import annotations
 
-import torch
+import random
 
 from fusedrl.engine.config import KLConfig, OptimConfig
 
@@ -41,7 +41,11 @@ def data_order(size: int, seed: int, start: int, stop: int) -> list[int]:
     run needs no cursor but its step."""
     order: list[int] = []
     for epoch in range(start // size, (stop - 1) // size + 1) if stop > start else ():
-        generator = torch.Generator().manual_seed((seed << 32) ^ epoch)
         first, last = max(start, epoch * size), min(stop, (epoch + 1) * size)
-        order += torch.randperm(size, generator=generator)[first - epoch * size:last - epoch * size].tolist()
+        order += shuffled(size, seed, "epoch", epoch)[first - epoch * size:last - epoch * size]
     return order
+
+
+def shuffled(size: int, *key: int | str) -> list[int]:
+    """0 .. size - 1 in an order that is a function of the key. (torch's CPU generator keeps 32 bits of a seed, too few for a key of several numbers.)"""
+    return random.Random(repr(key)).sample(range(size), size)

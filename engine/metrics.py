@@ -18,38 +18,29 @@ from fusedrl.engine.checkpoint import write_file
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.live import Live
 
-KEY_METRICS = ("loss", "reward", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "policy/clipfrac_avg", "accuracy", "margin", "grad_norm", "lr")
+KEY_METRICS = ("loss", "reward", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "policy/clipfrac_avg", "accuracy", "margin",
+               "grad_norm", "lr")
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class JsonLines:
-    """A file of one JSON object per line, each with its "step". A new run starts it afresh; a resumed one cuts a torn last line and every line after
-    the checkpoint's step.
+    """A file of JSON objects, one a line, each with a "step". Resumed, a torn last line and every line after `resume_step` are cut; None starts afresh."""
 
-    Args:
-        path: the file; its directory is created if needed.
-        resume_step: the step of the checkpoint that the run continues from, or None for a new run.
-    """
+    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_bytes().splitlines(keepends=True) if resume_step is not None and self.path.exists() else []
+        kept = [line for line in lines if _is_of(line, resume_step)]
+        write_file(self.path, b"".join(kept))
+        self.last: dict[str, Any] | None = json.loads(kept[-1]) if kept else None
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
-    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = b""
-        if resume_step is not None and path.exists():
-            kept = b"".join(line for line in path.read_bytes().splitlines(keepends=True) if _is_of(line, resume_step))
-        write_file(path, kept)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line and flush it."""
-        self._file.write(json.dumps(record) + "\n")
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one line and hand it to the system. Raises ValueError for NaN and infinity, which JSON has not."""
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-
-    def last(self) -> dict[str, Any]:
-        """The last line of the file; empty where there is none."""
-        lines = self.path.read_bytes().splitlines()
-        return json.loads(lines[-1]) if lines else {}
 
     def __enter__(self) -> Self:
         return self
@@ -58,19 +49,36 @@ class JsonLines:
         self._file.close()
 
 
-class Metrics(JsonLines):
-    """<run>/metrics.jsonl, with timers."""
+def _is_of(line: bytes, last_step: int | None) -> bool:
+    """Whether a line is whole and of a step up to `last_step`."""
+    try:
+        return line.endswith(b"\n") and last_step is not None and json.loads(line)["step"] <= last_step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+class Metrics:
+    """<run>/metrics.jsonl. A new run starts it afresh; a resumed one cuts a torn last line and every line after the checkpoint's step.
+
+    Args:
+        run_dir: the run directory; created if needed.
+        resume_step: the step of the checkpoint that the run continues from, or None for a new run.
+    """
 
     def __init__(self, run_dir: str | Path, *, resume_step: int | None = None) -> None:
-        super().__init__(Path(run_dir) / "metrics.jsonl", resume_step=resume_step)
+        self._lines = JsonLines(Path(run_dir) / "metrics.jsonl", resume_step=resume_step)
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def log(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """Append one line: the step, `values` and the timings since the last line; returns what was written. NaN and infinity become null."""
         record = {name: float(value) for name, value in values.items()} | {f"timing/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
-        self.append({"step": step} | {name: value if math.isfinite(value) else None for name, value in record.items()})
+        self._lines.append({"step": step} | {name: value if math.isfinite(value) else None for name, value in record.items()})
         return record
+
+    def last(self) -> dict[str, float]:
+        """The newest line that a resumed run found, without its step; empty for a new run."""
+        return {name: math.nan if value is None else value for name, value in (self._lines.last or {}).items() if name != "step"}
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -81,13 +89,11 @@ class Metrics(JsonLines):
         finally:
             self._seconds[phase] += time.perf_counter() - start
 
+    def __enter__(self) -> Self:
+        return self
 
-def _is_of(line: bytes, last_step: int) -> bool:
-    """Whether a line is whole and of a step up to `last_step`."""
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError, TypeError):
-        return False
+    def __exit__(self, *error: object) -> None:
+        self._lines.__exit__(*error)
 
 
 class Progress:
@@ -102,20 +108,22 @@ class Progress:
         stream: where to write; standard error by default, so that standard output stays for results.
     """
 
-    def __init__(self, total: int, enabled: bool = True, *, start: int = 0, title: str = "train", keys: Sequence[str] = KEY_METRICS, stream: TextIO | None = None) -> None:
-        self._total, self._title, self._keys = total, title, tuple(keys)
+    def __init__(self, total: int, enabled: bool = True, *, start: int = 0, title: str = "train", keys: Sequence[str] = KEY_METRICS,
+                 stream: TextIO | None = None) -> None:
+        self._total, self._title, self._keys, self._enabled = total, title, tuple(keys), enabled
         self._stream = stream if stream is not None else sys.stderr
-        self._enabled, self._live, self._last_line = enabled, None, -math.inf
+        self._live: Live | None = None
+        self._last_line = -math.inf
         if not enabled or not self._stream.isatty():
             return
+        from rich import live
         from rich.console import Console
-        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         self._bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._task = self._bar.add_task(title, total=total, completed=start)
-        self._live = Live(self._view({}), console=Console(file=self._stream), refresh_per_second=8)
+        self._live = live.Live(self._view({}), console=Console(file=self._stream), refresh_per_second=8)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """`step` steps are done, the last with these metrics."""

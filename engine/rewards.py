@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -117,7 +118,7 @@ class RewardSet:
         return RewardScores(total, per_reward, invalid)
 
     def _call(self, rollout: Rollout) -> list[Any]:
-        returned = [_blame(name, lambda reward=reward: reward(rollout)) for name, reward in zip(self.names, self.rewards, strict=True)]
+        returned = [_blame(name, partial(reward, rollout)) for name, reward in zip(self.names, self.rewards, strict=True)]
         pending = [index for index, value in enumerate(returned) if inspect.isawaitable(value)]
         if pending:
             async def gather() -> list[Any]:
@@ -125,7 +126,7 @@ class RewardSet:
 
             with ThreadPoolExecutor(1) as thread:  # a thread of its own: the caller may be inside an event loop, as in a notebook
                 for index, value in zip(pending, thread.submit(asyncio.run, gather()).result(), strict=True):
-                    returned[index] = _blame(self.names[index], lambda value=value: _raise(value))
+                    returned[index] = _blame(self.names[index], partial(_raise, value))
         return returned
 
 

@@ -29,7 +29,8 @@ ORDER = {0: ("embed", "norm1", "q", "k", "v", "o", "norm2", "gate", "down", "up"
          1: ("norm1", "norm2", "norm", "embed", "q", "k", "v", "o", "gate", "down", "up", "head")}
 NAMES = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight",
          "norm1": "model.layers.{}.input_layernorm.weight", "norm2": "model.layers.{}.post_attention_layernorm.weight",
-         **{n: f"model.layers.{{}}.self_attn.{n}_proj.weight" for n in "qkvo"}, **{n: f"model.layers.{{}}.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}}
+         **{n: f"model.layers.{{}}.self_attn.{n}_proj.weight" for n in "qkvo"},
+         **{n: f"model.layers.{{}}.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}}
 
 
 def read_header(path: Path) -> tuple[int, int, ModelConfig]:
@@ -44,8 +45,8 @@ def read_header(path: Path) -> tuple[int, int, ModelConfig]:
     tied = bool(head[36]) if version else vocabulary > 0
     least = 4 * (abs(vocabulary) * dim + layers * dim * (2 * dim + 3 * hidden))  # before anything is allocated for it
     if min(dim, hidden, layers, heads, kv_heads, abs(vocabulary), positions) < 1 or dim % (2 * heads) or least > path.stat().st_size:
-        raise ValueError(f"{path}: not a whole llama2.c checkpoint: its {path.stat().st_size} bytes begin with dim {dim}, hidden {hidden}, layers {layers}, heads {heads}, "
-                         f"kv_heads {kv_heads}, vocabulary {vocabulary}, positions {positions}")
+        raise ValueError(f"{path}: not a whole llama2.c checkpoint: its {path.stat().st_size} bytes begin with dim {dim}, hidden {hidden}, "
+                         f"layers {layers}, heads {heads}, kv_heads {kv_heads}, vocabulary {vocabulary}, positions {positions}")
     return version, offset, model_config({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": abs(vocabulary), "hidden_size": dim, "intermediate_size": hidden,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim // heads,

@@ -2,11 +2,12 @@
 
 Shapes    N tokens of B sequences laid end to end, Hq query heads, Hkv key/value heads (Hq / Hkv of the former share one of the latter),
           D head dim, T the longest sequence.
-Bytes     q, k, v and o once each, plus the padded copies of the torch implementation: sequences are sorted into groups of like length
-          (on CPU, where the lengths are at hand), each group right-padded and given to scaled_dot_product_attention in one call, so
-          that many short sequences cost a few calls. Right padding needs no mask under a causal rule: what is padded comes later.
-Numerics  scaled_dot_product_attention's: softmax and sums in float32 at least. A sequence is its own batch row, so nothing of a companion, NaN
-          included, reaches it. Bitwise reproducible, forward and backward (every index is unique, so nothing is summed in an open order).
+Bytes     q, k, v and o once each in C++, plus Hq floats a token for the backward. The torch implementation adds padded copies: sequences are
+          sorted into groups of like length (on CPU, where the lengths are at hand), each group right-padded and given to
+          scaled_dot_product_attention in one call, so that many short sequences cost a few calls. Right padding needs no mask under a
+          causal rule: what is padded comes later.
+Numerics  softmax and sums in float32 at least. Nothing of a companion, NaN included, reaches a sequence; in C++ its bits do not depend on
+          companions at all. Bitwise reproducible, forward and backward (every index is unique, so nothing is summed in an open order).
 Source    Vaswani et al. (2017), eq. 1; windows as in Mistral 7B (Jiang et al., 2023).
 """
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
 
-_IMPLS = Implementations("varlen_attention", cpu=("torch",), cuda=("torch",))
+_IMPLS = Implementations("varlen_attention", cpu=("cpp", "torch"), cuda=("torch",))
+_IMPLS_FLOAT64 = Implementations("varlen_attention of float64", cpu=("torch",), cuda=("torch",))
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -94,8 +97,8 @@ def _varlen_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_lengt
     for group in groups:
         T, sequences = sizes[group[0]], torch.tensor(group)
         rows, slots = slots_of(sequences, T, sum(sizes[b] for b in group))
-        own = [x.index_select(0, rows) for x in (q, k, v)]
-        outs.append(_padded(*own, slots, None if causal else lengths[sequences], len(group), T, causal, window, scale))
+        own_q, own_k, own_v = (x.index_select(0, rows) for x in (q, k, v))
+        outs.append(_padded(own_q, own_k, own_v, slots, None if causal else lengths[sequences], len(group), T, causal, window, scale))
         order.append(rows)
     rows = torch.cat(order)
     return torch.cat(outs).index_select(0, torch.empty_like(rows).index_copy_(0, rows, torch.arange(N)))
@@ -114,6 +117,18 @@ def _groups(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+# ---- custom ops: what torch.compile sees -------------------------------------------------------------------------------------
+if native.capability:
+    @torch.library.register_fake("fusedrl::varlen_attention_forward")
+    def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+    @torch.library.register_fake("fusedrl::varlen_attention_backward")
+    def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool, window: int,
+          scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 # ---- public ------------------------------------------------------------------------------------------------------------
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_length: int, causal: bool = True, window: int | None = None,
                      scale: float | None = None, impl: str | None = None) -> Tensor:
@@ -125,15 +140,15 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
         max_length: the longest sequence, or more; the host knows it.
         causal: a token sees itself and those before it. window: only those fewer than `window` away; None is no limit.
         scale: of the scores; D ** -0.5 by default.
-        impl: "torch"; the only one so far.
+        impl: "cpp" (CPU; not float64) or "torch"; by default the best one for the device.
     Returns:
         [N, Hq, D]. Differentiable in q, k and v.
     Raises:
         ValueError: sizes, devices or limits that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
     op = "varlen_attention"
-    N, Hq, _, Hkv, B1 = check(op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "v": (v, "N Hkv D"), "cu_seqlens": (cu_seqlens, "B+1")})
-    _IMPLS.choose(q.device, impl)
+    N, Hq, D, Hkv, B1 = check(op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "v": (v, "N Hkv D"), "cu_seqlens": (cu_seqlens, "B+1")})
+    chosen = (_IMPLS_FLOAT64 if q.dtype == torch.float64 else _IMPLS).choose(q.device, impl)
     check_dtype(op, "q", q, FLOATS)
     for name, x in (("k", k), ("v", v)):
         check_dtype(op, name, x, (q.dtype,))
@@ -147,6 +162,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
         if ends[0] != 0 or ends[-1] != N or any(b < a or b - a > max_length for a, b in pairwise(ends)):
             raise ValueError(f"{op}: expected cu_seqlens from 0 to N = {N}, not decreasing, in steps of at most max_length {max_length}, "
                              f"got {ends[:8]}{'...' if len(ends) > 8 else ''}")
+    if chosen == "cpp":
+        return torch.ops.fusedrl.varlen_attention(q, k, v, cu_seqlens, causal, window or 0, D**-0.5 if scale is None else scale)
     if N == 0:
         return q + (k.sum() + v.sum())  # empty too, and a part of the graph
     return _varlen_torch(q, k, v, cu_seqlens, max_length, causal, window, scale)

@@ -15,27 +15,22 @@ Source    Schulman et al. (2016), eq. 16; the reward Ziegler et al. (2019), eq. 
 """
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype, describe
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.kl import ESTIMATORS, check_estimator, token_kl_reference
-from fusedrl.kernels.normalize import masked_whiten_reference
+from fusedrl.kernels.normalize import WHITEN_EPS, masked_whiten_reference
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # dispatch says so to whoever asks for it
-    triton = None  # type: ignore[assignment]
+if unavailable("triton", "cuda") is None:
+    from fusedrl.kernels import gae_triton  # noqa: F401  (registers fusedrl::shaped_gae_triton)
 
 _GAE = Implementations("gae", cpu=("cpp", "torch"), cuda=("torch",))
 _SHAPED = Implementations("shaped_gae", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
-_WHITEN_EPS = 1e-8
 
 
 class ShapedGAE(NamedTuple):
@@ -85,7 +80,8 @@ class _Layout(NamedTuple):
         return b_N
 
 
-def _advantages(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Tensor, gamma: float, lam: float, last_values_B: Tensor) -> tuple[Tensor, Tensor]:
+def _advantages(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Tensor, gamma: float, lam: float,
+                last_values_B: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.cat([values_N, values_N.new_zeros(1)])
     next_values = torch.where(layout.has_next_N, padded[layout.next_N], last_values_B[layout.sequence_N])
     delta = torch.where(live_N, rewards_N + (gamma * next_values - values_N), 0)
@@ -119,214 +115,26 @@ def shaped_gae_reference(logp: Tensor, ref_logp: Tensor, values: Tensor, scores:
     ends = torch.cat([layout.starts[1:], layout.starts.new_full((min(1, len(layout.starts)),), kl.numel())])
     kl_B = torch.where(ends > layout.starts, sums[layout.starts], 0)
     if whiten:
-        advantages = masked_whiten_reference(advantages, live, unbiased=whiten_unbiased, eps=_WHITEN_EPS)
+        advantages = masked_whiten_reference(advantages, live, unbiased=whiten_unbiased, eps=WHITEN_EPS)
     return ShapedGAE(advantages.view(logp.shape), returns.view(logp.shape), rewards.view(logp.shape), kl_B, score_B)
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
-if triton is not None:
-    _CHUNK = 1024
-
-    @triton.jit
-    def _compose(a_right, b_right, a_left, b_left):
-        return a_left * a_right, b_left + a_left * b_right
-
-    @triton.jit
-    def _nearest(live_right, v_right, live_left, v_left):
-        return live_left | live_right, tl.where(live_left != 0, v_left, v_right)
-
-    @triton.jit
-    def _token_kl(logp, ref_logp, ESTIMATOR: tl.constexpr):
-        d = logp - ref_logp
-        if ESTIMATOR == "k1":
-            kl = d
-        elif ESTIMATOR == "k2":
-            kl = 0.5 * d * d
-        elif ESTIMATOR == "abs":
-            kl = tl.abs(d)
-        else:
-            x = tl.where(d < -20.0, 20.0, tl.where(d > 20.0, -20.0, -d))
-            # expm1(x) - x cancels for small x: there its series, up to x^9 / 9!
-            near = 1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0 * (1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0 * (1.0 + x / 9.0))))))
-            kl = tl.where(tl.abs(x) < 0.5, 0.5 * x * x * near, (tl.exp(x) - 1.0) + d)
-            kl = tl.where(kl < 0.0, 0.0, kl)
-        return kl
-
-    @triton.jit
-    def _merge(count, mean, m2, other_count, other_mean, other_m2):
-        # Chan's merge in float64; an empty side changes nothing.
-        total = count + other_count
-        share = other_count / tl.where(total > 0.0, total, 1.0)
-        shift = other_mean - mean
-        return total, mean + shift * share, m2 + other_m2 + shift * shift * count * share
-
-    @triton.jit(do_not_specialize=["T"])
-    def _shaped_gae_kernel(
-        logp_ptr, ref_logp_ptr, values_ptr, scores_ptr, mask_ptr, cu_seqlens_ptr, kl_coef_ptr, token_rewards_ptr,
-        advantages_ptr, returns_ptr, rewards_ptr, kl_ptr, score_ptr, moments_ptr,
-        T, kl_coef, gamma, decay, score_bound,
-        ESTIMATOR: tl.constexpr, WHITEN: tl.constexpr, CHUNK: tl.constexpr,
-    ):  # one program a sequence, chunks from the right
-        b = tl.program_id(0).to(tl.int64)
-        if cu_seqlens_ptr is None:
-            start, end = b * T, b * T + T
-        else:
-            start, end = tl.load(cu_seqlens_ptr + b).to(tl.int64), tl.load(cu_seqlens_ptr + b + 1).to(tl.int64)
-        if kl_coef_ptr is not None:
-            kl_coef = tl.load(kl_coef_ptr)
-        score = tl.load(scores_ptr + b).to(tl.float32)
-        score = tl.where(score > score_bound, score_bound, tl.where(score < -score_bound, -score_bound, score))
-
-        lane = tl.arange(0, CHUNK)
-        carry_advantage = tl.full([], 0.0, tl.float32)
-        carry_value = tl.full([], 0.0, tl.float32)  # the nearest live value behind the chunk, 0 while there is none
-        carry_live = tl.full([], 0, tl.int32)
-        kl_sum = tl.full([], 0.0, tl.float64)
-        count = tl.full([], 0.0, tl.float64)
-        mean = tl.full([], 0.0, tl.float64)
-        m2 = tl.full([], 0.0, tl.float64)
-        chunks = tl.cdiv(end - start, CHUNK)
-        for i in range(0, chunks):
-            t = start + (chunks - 1 - i) * CHUNK + lane
-            inside = t < end
-            live = tl.load(mask_ptr + t, mask=inside, other=0) != 0
-            v = tl.load(values_ptr + t, mask=live, other=0.0).to(tl.float32)
-            logp = tl.load(logp_ptr + t, mask=live, other=0.0).to(tl.float32)
-            ref_logp = tl.load(ref_logp_ptr + t, mask=live, other=0.0).to(tl.float32)
-            kl = tl.where(live, _token_kl(logp, ref_logp, ESTIMATOR), 0.0)
-
-            # The next live value of slot t is the nearest one at or behind slot t + 1.
-            live_1 = tl.load(mask_ptr + t + 1, mask=t + 1 < end, other=0) != 0
-            v_1 = tl.load(values_ptr + t + 1, mask=live_1, other=0.0).to(tl.float32)
-            has_next, next_v = tl.associative_scan((live_1.to(tl.int32), v_1), 0, _nearest, reverse=True)
-            next_v = tl.where(has_next != 0, next_v, carry_value)
-            has_next = has_next | carry_live
-
-            reward = -kl_coef * kl
-            if token_rewards_ptr is not None:
-                reward = tl.load(token_rewards_ptr + t, mask=live, other=0.0).to(tl.float32) - kl_coef * kl
-            reward = tl.where(has_next != 0, reward, reward + score)
-            reward = tl.where(live, reward, 0.0)
-
-            delta = tl.where(live, reward + (gamma * next_v - v), 0.0)
-            a, local = tl.associative_scan((tl.where(live, decay, 1.0), delta), 0, _compose, reverse=True)
-            running = local + a * carry_advantage
-            advantage = tl.where(live, running, 0.0)
-            tl.store(advantages_ptr + t, advantage, mask=inside)
-            tl.store(returns_ptr + t, tl.where(live, advantage + v, 0.0), mask=inside)
-            tl.store(rewards_ptr + t, reward, mask=inside)
-
-            first = lane == 0
-            carry_advantage = tl.sum(tl.where(first, running, 0.0))
-            carry_value = tl.sum(tl.where(first, next_v, 0.0))
-            carry_live = tl.sum(tl.where(first, has_next, 0))
-            kl_sum += tl.sum(kl).to(tl.float64)
-            if WHITEN:  # float32 deviations from a pivot near the mean, the rest in float64
-                n = tl.sum(live.to(tl.int32)).to(tl.float32)
-                some = tl.where(n > 0.0, n, 1.0)
-                pivot = tl.sum(advantage) / some
-                deviation = tl.where(live, advantage - pivot, 0.0)
-                residual = tl.sum(deviation).to(tl.float64) / some
-                chunk_m2 = tl.sum(deviation * deviation).to(tl.float64) - residual * residual * n
-                count, mean, m2 = _merge(count, mean, m2, n.to(tl.float64), pivot.to(tl.float64) + residual, chunk_m2)
-        tl.store(kl_ptr + b, kl_sum.to(tl.float32))
-        tl.store(score_ptr + b, score)
-        if WHITEN:
-            tl.store(moments_ptr + 3 * b, count)
-            tl.store(moments_ptr + 3 * b + 1, mean)
-            tl.store(moments_ptr + 3 * b + 2, m2)
-
-    @triton.jit(do_not_specialize=["N", "B", "unbiased"])
-    def _whiten_kernel(advantages_ptr, mask_ptr, moments_ptr, N, B, unbiased, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-        # Every program sums up all sequences' moments in the same order, then whitens its share.
-        row = tl.arange(0, ROWS)
-        count = tl.full([], 0.0, tl.float64)
-        total = tl.full([], 0.0, tl.float64)
-        m2 = tl.full([], 0.0, tl.float64)
-        for at in range(0, B, ROWS):
-            n = tl.load(moments_ptr + 3 * (at + row), mask=at + row < B, other=0.0)
-            total += tl.sum(n * tl.load(moments_ptr + 3 * (at + row) + 1, mask=at + row < B, other=0.0))
-            count += tl.sum(n)
-        mean = total / tl.where(count > 0.0, count, 1.0)
-        for at in range(0, B, ROWS):
-            n = tl.load(moments_ptr + 3 * (at + row), mask=at + row < B, other=0.0)
-            shift = tl.load(moments_ptr + 3 * (at + row) + 1, mask=at + row < B, other=0.0) - mean
-            m2 += tl.sum(tl.load(moments_ptr + 3 * (at + row) + 2, mask=at + row < B, other=0.0) + n * shift * shift)
-        divisor = count - unbiased
-        rstd = (1.0 / tl.sqrt(m2 / tl.where(divisor > 1.0, divisor, 1.0) + eps)).to(tl.float32)
-        high = mean.to(tl.float32)  # mean = high + low: the difference to a large mean stays exact
-        low = (mean - high.to(tl.float64)).to(tl.float32)
-        for block in range(tl.program_id(0), tl.cdiv(N, BLOCK), tl.num_programs(0)):
-            t = tl.arange(0, BLOCK).to(tl.int64) + block * BLOCK
-            live = tl.load(mask_ptr + t, mask=t < N, other=0) != 0
-            advantage = tl.load(advantages_ptr + t, mask=live, other=0.0)
-            tl.store(advantages_ptr + t, ((advantage - high) - low) * rstd, mask=live)
-
-    _POINTERS = {
-        "logp_ptr": "*fp32", "ref_logp_ptr": "*fp32", "values_ptr": "*fp32", "scores_ptr": "*fp32", "mask_ptr": "*i1", "cu_seqlens_ptr": "*i32",
-        "kl_coef_ptr": "*fp32", "token_rewards_ptr": "*fp32", "advantages_ptr": "*fp32", "returns_ptr": "*fp32", "rewards_ptr": "*fp32", "kl_ptr": "*fp32",
-        "score_ptr": "*fp32", "moments_ptr": "*fp64",
-    }
-    _SCALARS = {"T": "i32", "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32", "score_bound": "fp32"}
-
-    def _offline(estimator: str, whiten: bool, *absent: str) -> dict:
-        signature = {name: kind for name, kind in (_POINTERS | _SCALARS).items() if name not in absent}
-        return dict(kernel=_shaped_gae_kernel, signature=signature,
-                    constexprs={"ESTIMATOR": estimator, "WHITEN": whiten, "CHUNK": _CHUNK} | dict.fromkeys(absent))
-
-    OFFLINE_KERNELS = {
-        "packed_k1": _offline("k1", True, "kl_coef_ptr", "token_rewards_ptr"),
-        "packed_k1_device_coef": _offline("k1", True, "token_rewards_ptr"),
-        "padded_k1": _offline("k1", True, "kl_coef_ptr", "token_rewards_ptr", "cu_seqlens_ptr"),
-        "packed_k3_token_rewards": _offline("k3", False, "kl_coef_ptr", "moments_ptr"),
-        "whiten": dict(kernel=_whiten_kernel, constexprs={"BLOCK": 1024, "ROWS": 256},
-                       signature={"advantages_ptr": "*fp32", "mask_ptr": "*i1", "moments_ptr": "*fp64", "N": "i64", "B": "i32", "unbiased": "i32", "eps": "fp32"}),
-    }
-
-    # ---- launcher, and the op that torch.compile sees ------------------------------------------------------------------
-    @torch.library.custom_op("fusedrl::shaped_gae_triton", mutates_args=())
-    def _shaped_gae_triton(
-        logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None, kl_coef: float, kl_coef_tensor: Tensor | None,
-        kl_estimator: int, gamma: float, lam: float, token_rewards: Tensor | None, score_clip: float | None, whiten: bool, whiten_unbiased: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        advantages, returns, rewards = (torch.empty(logp.shape, dtype=torch.float32, device=logp.device) for _ in range(3))
-        N, B = logp.numel(), scores.shape[0]
-        kl_B, score_B = (torch.empty(B, dtype=torch.float32, device=logp.device) for _ in range(2))
-        mask = mask.contiguous()
-        moments = torch.empty(3 * B, dtype=torch.float64, device=logp.device) if whiten else None
-        if B:
-            _shaped_gae_kernel[(B,)](
-                logp.contiguous(), ref_logp.contiguous(), values.contiguous(), scores.contiguous(), mask, None if cu_seqlens is None else cu_seqlens.contiguous(),
-                kl_coef_tensor, None if token_rewards is None else token_rewards.contiguous(), advantages, returns, rewards, kl_B, score_B, moments,
-                logp.shape[-1], kl_coef, gamma, gamma * lam, math.inf if score_clip is None else score_clip,
-                ESTIMATOR=ESTIMATORS[kl_estimator], WHITEN=whiten, CHUNK=_CHUNK)
-        if whiten and N:
-            # At most 512 programs: each reads every sequence's moments.
-            _whiten_kernel[(min(triton.cdiv(N, 1024), 512),)](advantages, mask, moments, N, B, int(whiten_unbiased), _WHITEN_EPS, BLOCK=1024, ROWS=256)
-        return advantages, returns, rewards, kl_B, score_B
-
-    @_shaped_gae_triton.register_fake
-    def _(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef, kl_coef_tensor, kl_estimator, gamma, lam, token_rewards, score_clip, whiten, whiten_unbiased):
-        return _empty_outputs(logp, scores)
-
-
-def _empty_outputs(logp: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like, per_sequence = torch.empty(logp.shape, dtype=torch.float32, device=logp.device), torch.empty(scores.shape, dtype=torch.float32, device=logp.device)
-    return like, torch.empty_like(like), torch.empty_like(like), per_sequence, torch.empty_like(per_sequence)
-
-
+# ---- custom ops: what torch.compile sees -------------------------------------------------------------------------------
 if native.capability:
     @torch.library.register_fake("fusedrl::gae")
     def _(rewards, values, mask, cu_seqlens, gamma, lam, last_values):
-        return torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device), torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
+        like = torch.empty_like(rewards, memory_format=torch.contiguous_format)
+        return like, torch.empty_like(like)
 
     @torch.library.register_fake("fusedrl::shaped_gae")
-    def _(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef, kl_coef_tensor, kl_estimator, gamma, lam, token_rewards, score_clip, whiten, whiten_unbiased):
-        return _empty_outputs(logp, scores)
+    def _(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef, kl_coef_tensor, kl_estimator, gamma, lam, token_rewards, score_clip, whiten,
+          whiten_unbiased):
+        like = torch.empty_like(logp, memory_format=torch.contiguous_format)
+        return like, torch.empty_like(like), torch.empty_like(like), torch.empty_like(scores), torch.empty_like(scores)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
-def _prepare(op: str, impl: str, tensors: dict[str, Tensor | None]) -> list[Tensor | None]:
+def _prepare(op: str, impl: str, tensors: dict[str, Tensor | None]) -> list[Any]:
     """Detached, and in the one dtype that `impl` computes in: float64 if any is (torch only), else float32."""
     for name, tensor in tensors.items():
         check_dtype(op, name, tensor, FLOATS if impl == "torch" else FLOATS[:3])
@@ -368,7 +176,8 @@ def gae(rewards: Tensor, values: Tensor, *, mask: Tensor | None = None, cu_seqle
     """
     op, tokens = "gae", "N" if cu_seqlens is not None else "B T"
     _check_layout(op, "rewards", rewards, cu_seqlens, {"last_values": last_values}, gamma, lam)
-    check(op, {"rewards": (rewards, tokens), "values": (values, tokens), "mask": (mask, tokens), "cu_seqlens": (cu_seqlens, "B+1"), "last_values": (last_values, "B")})
+    check(op, {"rewards": (rewards, tokens), "values": (values, tokens), "mask": (mask, tokens), "cu_seqlens": (cu_seqlens, "B+1"),
+               "last_values": (last_values, "B")})
     check_dtype(op, "mask", mask, (torch.bool,))
     chosen_impl = _GAE.choose(rewards.device, impl)
     rewards, values, last_values = _prepare(op, chosen_impl, {"rewards": rewards, "values": values, "last_values": last_values})
@@ -417,6 +226,6 @@ def shaped_gae(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, *
     if chosen_impl == "torch":
         return shaped_gae_reference(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef if on_device is None else on_device, kl_estimator, gamma, lam,
                                     token_rewards, score_clip, whiten, whiten_unbiased)
-    call = _shaped_gae_triton if chosen_impl == "triton" else torch.ops.fusedrl.shaped_gae
-    return ShapedGAE(*call(logp, ref_logp, values, scores, mask, cu_seqlens, 0.0 if on_device is not None else kl_coef, on_device, ESTIMATORS.index(kl_estimator),
+    call = torch.ops.fusedrl.shaped_gae_triton if chosen_impl == "triton" else torch.ops.fusedrl.shaped_gae
+    return ShapedGAE(*call(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef if on_device is None else 0.0, on_device, ESTIMATORS.index(kl_estimator),
                            gamma, lam, token_rewards, score_clip, whiten, whiten_unbiased))

@@ -20,10 +20,11 @@ from fusedrl.kernels.checks import FLOATS, check_dtype, describe
 from fusedrl.kernels.dispatch import Implementations
 
 _IMPLS = Implementations("masked_whiten", cpu=("cpp", "torch"), cuda=("torch",))
+WHITEN_EPS = 1e-8  # added to the variance
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-def masked_whiten_reference(x: Tensor, mask: Tensor | None, shift_mean: bool = True, unbiased: bool = False, eps: float = 1e-8) -> Tensor:
+def masked_whiten_reference(x: Tensor, mask: Tensor | None, shift_mean: bool = True, unbiased: bool = False, eps: float = WHITEN_EPS) -> Tensor:
     """The definition, on any device and in any float dtype (float64 is the oracle)."""
     live = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     count = live.sum().to(x.dtype).clamp(min=1)
@@ -44,7 +45,7 @@ if native.capability:
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
-def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = False, eps: float = 1e-8,
+def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = False, eps: float = WHITEN_EPS,
                   impl: str | None = None) -> Tensor:
     """Mean 0 and variance 1 over the unmasked elements; masked elements become 0, whatever they held (NaN too).
 

@@ -43,10 +43,11 @@ class PolicyObjective:
             raise ValueError(f"PolicyObjective: expected kind to be one of {', '.join(_USES)}, got {self.kind!r}")
         for field in fields(self):
             if field.name != "kind" and field.name not in _USES[self.kind] and getattr(self, field.name) != field.default:
-                raise ValueError(f"PolicyObjective: kind {self.kind!r} does not use {field.name}; leave it at {field.default!r}, got {getattr(self, field.name)!r}")
+                raise ValueError(f"PolicyObjective: kind {self.kind!r} does not use {field.name}; leave it at {field.default!r}, "
+                                 f"got {getattr(self, field.name)!r}")
         if not 0 <= self.clip_low <= 1:
             raise ValueError(f"PolicyObjective: expected 0 <= clip_low <= 1, got {self.clip_low!r}")
-        if not 0 <= self.clip_high:
+        if not self.clip_high >= 0:
             raise ValueError(f"PolicyObjective: expected clip_high >= 0, got {self.clip_high!r}")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"PolicyObjective: expected dual_clip > 1 (3 is usual) or None, got {self.dual_clip!r}")
@@ -111,7 +112,8 @@ def token_weights(mask: Tensor | None, aggregation: str, *, cu_seqlens: Tensor |
     whole, so any split into micro-batches adds up to the same gradient, and nothing is divided again.
 
     Args:
-        mask: bool, [N] packed or [B, T] padded (each row a sequence), True where a token counts; None: every token of `cu_seqlens` does (one read by the host).
+        mask: bool, [N] packed or [B, T] padded (each row a sequence), True where a token counts; None: every token of
+            `cu_seqlens` does (one read by the host).
         aggregation: with n_b unmasked tokens in sequence b, and S sequences that have any, an unmasked token weighs
             "token_mean" 1 / sum_b n_b; "sequence_mean_token_mean" 1 / (S n_b); "sequence_mean_token_sum" 1 / S;
             "sequence_sum_norm" 1 / (S max_length); "token_sum" 1.
@@ -138,7 +140,7 @@ def token_weights(mask: Tensor | None, aggregation: str, *, cu_seqlens: Tensor |
     check_dtype(op, "mask", mask, (torch.bool,))
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
     if padded and cu_seqlens is not None:
-        raise ValueError(f"{op}: expected cu_seqlens with a packed mask [N] only, got one with a mask {list(mask.shape)}, whose rows are the sequences")
+        raise ValueError(f"{op}: expected cu_seqlens with a packed mask [N] only, got one with {list(mask.shape)}, whose rows are the sequences")
     if cu_seqlens is not None and cu_seqlens.numel() == 0:
         raise ValueError(f"{op}: expected cu_seqlens [B + 1], which is [0] for no sequences, got an empty tensor")
 

@@ -46,7 +46,8 @@ def policy_loss_reference(logp_N: Tensor, old_logp_N: Tensor | None, advantages_
     logp, advantages, weights = torch.where(live, logp_N, 0), torch.where(live, advantages_N.detach(), 0), weights_N.detach()
     old_logp = logp.detach() if old_logp_N is None else torch.where(live, old_logp_N.detach(), 0)
     d = logp - old_logp
-    ratio = d.clamp(-_CLAMP, _CLAMP).exp()
+    clamped = torch.where(d > _CLAMP, _CLAMP, torch.where(d < -_CLAMP, -_CLAMP, d))  # clamp() would give NaN a zero gradient
+    ratio = clamped.exp()
     lower, upper, dual = objective.bounds
     high, low, too_far = (advantages > 0) & (ratio > upper), (advantages < 0) & (ratio < lower), (advantages < 0) & (ratio > dual)
     bounded = torch.where(high, upper, torch.where(low, lower, torch.where(too_far, dual, ratio)))
@@ -59,7 +60,7 @@ def policy_loss_reference(logp_N: Tensor, old_logp_N: Tensor | None, advantages_
         tokens = live.sum().to(loss.dtype)
         seen, any_token = tokens.clamp(min=1), tokens > 0
         infinity = ratio.new_full((1,), math.inf)
-        k3 = (d.clamp(-_CLAMP, _CLAMP).expm1() - d).clamp(min=0)
+        k3 = (clamped.expm1() - d).clamp(min=0)
         live_ratio = torch.where(live, ratio, 0)
         stats = PolicyStats(
             loss=loss.detach(),
@@ -97,9 +98,8 @@ def value_loss_reference(values_N: Tensor, old_values_N: Tensor | None, returns_
     with torch.no_grad():
         tokens = live.sum().to(loss.dtype)
         seen = tokens.clamp(min=1)
-        residuals = returns - values
-        return_mean, residual_mean = returns.sum() / seen, residuals.sum() / seen
-        spread, unexplained = (torch.where(live, x - mean, 0).square().sum() for x, mean in ((returns, return_mean), (residuals, residual_mean)))
+        return_mean = returns.sum() / seen
+        spread, unexplained = (_squared_deviations(torch.where(live, x - x.sum() / seen, 0), seen) for x in (returns, returns - values))
         varies = spread > seen * (torch.finfo(torch.float32).eps * return_mean) ** 2
         stats = ValueStats(
             loss=loss.detach(),
@@ -112,10 +112,16 @@ def value_loss_reference(values_N: Tensor, old_values_N: Tensor | None, returns_
     return loss, stats
 
 
+def _squared_deviations(deviations_N: Tensor, seen: Tensor) -> Tensor:
+    """Their sum, from deviations about a mean that was rounded."""
+    return deviations_N.square().sum() - deviations_N.sum() ** 2 / seen
+
+
 # ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
 if native.capability:
     @torch.library.register_fake("fusedrl::policy_value_loss_forward")
-    def _(logp, old_logp, advantages, weights, entropy, values, old_values, returns, reinforce, lower, upper, dual, entropy_coef, value_clip, value_coef):  # type: ignore[no-untyped-def]
+    def _(logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None, values: Tensor | None,
+          *rest: object) -> tuple[Tensor, ...]:
         N = weights.numel()
         sizes = ((), (_POLICY_FIELDS + len(ValueStats._fields),), (0 if logp is None else N,), (0 if values is None else N,))
         return tuple(weights.new_empty(size) for size in sizes)
@@ -124,14 +130,11 @@ if native.capability:
 def _fused(impl: str, logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None,
            values: Tensor | None, old_values: Tensor | None, returns: Tensor | None, objective: PolicyObjective, entropy_coef: float,
            value_clip: float | None, value_coef: float) -> tuple[Tensor, PolicyStats, ValueStats]:
-    if impl == "triton":
-        loss, stats, _, _ = torch.ops.fusedrl.policy_value_loss_triton(
-            logp, old_logp, advantages, weights, entropy, values, old_values, returns, objective.kind == "reinforce", *objective.bounds,
-            entropy_coef, math.inf if value_clip is None else value_clip, value_coef)
-    else:
-        loss, stats = torch.ops.fusedrl.policy_value_loss(
-            logp, old_logp, advantages, weights, entropy, values, old_values, returns, objective.kind == "reinforce", *objective.bounds,
-            entropy_coef, math.inf if value_clip is None else value_clip, value_coef)
+    op = torch.ops.fusedrl.policy_value_loss_triton if impl == "triton" else torch.ops.fusedrl.policy_value_loss
+    old_logp = logp if old_logp is None else old_logp
+    clip, old_values = (math.inf, None) if value_clip is None else (value_clip, old_values)
+    loss, stats, *_ = op(logp, old_logp, advantages, weights, entropy, values, old_values, returns, objective.kind == "reinforce", *objective.bounds,
+                         entropy_coef, clip, value_coef)
     each = stats.unbind()
     return loss, PolicyStats(*each[:_POLICY_FIELDS]), ValueStats(*each[_POLICY_FIELDS:])
 
@@ -148,14 +151,14 @@ def policy_value_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor,
     Raises: as the two functions.
     """
     op = "policy_value_loss"
-    chosen = _checked(op, impl, objective, value_clip, entropy_coef, logp=logp, old_logp=old_logp, advantages=advantages, weights=weights, entropy=entropy,
-                      values=values, old_values=old_values, returns=returns)
+    chosen = _checked(op, impl, objective, value_clip, entropy_coef, logp=logp, old_logp=old_logp, advantages=advantages, weights=weights,
+                      entropy=entropy, values=values, old_values=old_values, returns=returns)
     if chosen == "torch":
-        policy, policy_stats = policy_loss_reference(logp, old_logp, advantages, weights, objective=objective, entropy_N=entropy, entropy_coef=entropy_coef)
+        policy, policy_stats = policy_loss_reference(logp, old_logp, advantages, weights, objective=objective, entropy_N=entropy,
+                                                     entropy_coef=entropy_coef)
         value, value_stats = value_loss_reference(values, old_values, returns, weights, clip=value_clip)
         return policy + value_coef * value, policy_stats, value_stats
-    return _fused(chosen, logp, logp if old_logp is None else old_logp, advantages, weights, entropy, values, None if value_clip is None else old_values,
-                  returns, objective, entropy_coef, value_clip, value_coef)
+    return _fused(chosen, logp, old_logp, advantages, weights, entropy, values, old_values, returns, objective, entropy_coef, value_clip, value_coef)
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor, *, objective: PolicyObjective = _CLIP,
@@ -182,7 +185,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weigh
     chosen = _checked(op, impl, objective, None, entropy_coef, logp=logp, old_logp=old_logp, advantages=advantages, weights=weights, entropy=entropy)
     if chosen == "torch":
         return policy_loss_reference(logp, old_logp, advantages, weights, objective=objective, entropy_N=entropy, entropy_coef=entropy_coef)
-    return _fused(chosen, logp, logp if old_logp is None else old_logp, advantages, weights, entropy, None, None, None, objective, entropy_coef, None, 0.0)[:2]
+    loss, stats, _ = _fused(chosen, logp, old_logp, advantages, weights, entropy, None, None, None, objective, entropy_coef, None, 0.0)
+    return loss, stats
 
 
 def value_loss(values: Tensor, old_values: Tensor | None, returns: Tensor, weights: Tensor, *, clip: float | None = None,
@@ -203,7 +207,7 @@ def value_loss(values: Tensor, old_values: Tensor | None, returns: Tensor, weigh
     chosen = _checked("value_loss", impl, _CLIP, clip, 0.0, values=values, old_values=old_values, returns=returns, weights=weights)
     if chosen == "torch":
         return value_loss_reference(values, old_values, returns, weights, clip=clip)
-    loss, _, stats = _fused(chosen, None, None, None, weights, None, values, None if clip is None else old_values, returns, _CLIP, 0.0, clip, 1.0)
+    loss, _, stats = _fused(chosen, None, None, None, weights, None, values, old_values, returns, _CLIP, 0.0, clip, 1.0)
     return loss, stats
 
 
@@ -218,7 +222,8 @@ def _checked(op: str, impl: str | None, objective: PolicyObjective, clip: float 
     if entropy_coef and tensors.get("entropy") is None:
         raise ValueError(f"{op}: expected entropy with entropy_coef {entropy_coef!r}, got None")
     if clip is not None and (not clip > 0 or tensors["old_values"] is None):
-        raise ValueError(f"{op}: expected a clip > 0 and old_values with it, or None, got clip {clip!r} and old_values {'None' if tensors['old_values'] is None else 'given'}")
+        given = "no old_values" if tensors["old_values"] is None else "old_values"
+        raise ValueError(f"{op}: expected a clip > 0 and old_values with it, or no clip, got clip {clip!r} and {given}")
     device = next(tensor.device for tensor in tensors.values() if tensor is not None)
     chosen = _IMPLS.choose(device, impl)
     for name, tensor in tensors.items():

@@ -71,7 +71,7 @@ class Live {
     if (!gaps_) return;
     at_.resize(end - first_);
     for (int64_t t = first_, i = 0; t < end; ++t) {
-      at_[i] = t;
+      at_[i] = static_cast<int32_t>(t);
       i += mask[t] != 0;
     }
   }
@@ -101,17 +101,23 @@ class Live {
  private:
   int64_t length_ = 0, first_ = 0;
   bool gaps_ = false;
-  std::vector<int64_t> at_;
+  std::vector<int32_t> at_;
 };
 
-// x[i] += c x[i + 1] + c^2 x[i + 2] + ...
-void discounted_suffix_sums(float* x, int64_t n, double c) {
-  for (int64_t d = 1; d < kLanes; d *= 2, c *= c) {  // after it x[i] sums 2d terms; ascending i reads what is not yet updated
-    const float weight = static_cast<float>(c);
+constexpr int64_t kTile = 1024;  // tokens worked on at a time: rewards, values, advantages and returns of a tile stay in the first-level cache
+
+// x[i] += c x[i + 1] + c^2 x[i + 2] + ... + c^(n - i) carry
+void discounted_suffix_sums(float* x, int64_t n, double c, float carry) {
+  const int64_t tail = std::min(n, kLanes);
+  double power = c;
+  for (int64_t d = 1; d < kLanes; d *= 2, power *= power) {  // after it x[i] sums 2d terms; ascending i reads what is not yet updated
+    const float weight = static_cast<float>(power);
     for (int64_t i = 0; i + d < n; ++i) x[i] += weight * x[i + d];
   }
-  const float weight = static_cast<float>(c);  // c^16
-  int64_t i = n - kLanes;                      // the last 16 are complete
+  const float weight = static_cast<float>(power);  // c^16
+  double to_carry = c;
+  for (int64_t i = n - 1; i >= n - tail; --i, to_carry *= c) x[i] += static_cast<float>(to_carry) * carry;
+  int64_t i = n - kLanes;  // x[i ...] is complete
   for (; i >= kLanes; i -= kLanes)
     for (int64_t l = 0; l < kLanes; ++l) x[i - kLanes + l] += weight * x[i + l];
   for (i -= 1; i >= 0; --i) x[i] += weight * x[i + kLanes];
@@ -119,12 +125,16 @@ void discounted_suffix_sums(float* x, int64_t n, double c) {
 
 // Advantages and returns of n live tokens from their rewards and values.
 void advantages_of(const float* r, const float* v, float last_value, int64_t n, double gamma, double lam, float* advantages, float* returns) {
-  if (!n) return;
   const float g = static_cast<float>(gamma);
-  for (int64_t i = 0; i + 1 < n; ++i) advantages[i] = r[i] + (g * v[i + 1] - v[i]);
-  advantages[n - 1] = r[n - 1] + (g * last_value - v[n - 1]);
-  discounted_suffix_sums(advantages, n, gamma * lam);
-  for (int64_t i = 0; i < n; ++i) returns[i] = advantages[i] + v[i];
+  float carry = 0.0f;
+  for (int64_t end = n; end > 0; end -= kTile) {
+    const int64_t begin = std::max<int64_t>(0, end - kTile);
+    for (int64_t i = begin; i + 1 < end; ++i) advantages[i] = r[i] + (g * v[i + 1] - v[i]);
+    advantages[end - 1] = r[end - 1] + (g * (end == n ? last_value : v[end]) - v[end - 1]);
+    discounted_suffix_sums(advantages + begin, end - begin, gamma * lam, carry);
+    for (int64_t i = begin; i < end; ++i) returns[i] = advantages[i] + v[i];
+    carry = advantages[begin];
+  }
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double gamma,
@@ -203,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(const Tensor& logp
       float* a = live.stage(advantages + at, a_scratch);
       float* ret = live.stage(returns + at, ret_scratch);
       advantages_of(r, live.gather(v + at, v_scratch), 0.0f, live.n, gamma, lam, a, ret);
-      if (whitened) parts[b] = moments(a, nullptr, live.n);
+      if (whitened) parts[b] = moments(a, live.n);
       live.scatter(r, rewards + at);
       live.scatter(a, advantages + at);
       live.scatter(ret, returns + at);

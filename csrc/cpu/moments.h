@@ -34,29 +34,41 @@ double sum(int64_t n, Term term) {
   return total;
 }
 
-// Of x[i] with mask[i] (every one where mask is null). What the mask hides is never used in arithmetic.
-inline Moments moments(const float* x, const uint8_t* mask, int64_t n) {
-  Moments result;
-  if (mask) {
-    result.count = sum(n, [&](int64_t i) { return mask[i] ? 1.0 : 0.0; });
-    if (result.count == 0.0) return result;
-    result.mean = sum(n, [&](int64_t i) { return mask[i] ? static_cast<double>(x[i]) : 0.0; }) / result.count;
-    result.m2 = sum(n, [&](int64_t i) { const double d = x[i] - result.mean; return mask[i] ? d * d : 0.0; });
-  } else if (n) {
-    result.count = static_cast<double>(n);
-    result.mean = sum(n, [&](int64_t i) { return static_cast<double>(x[i]); }) / result.count;
-    result.m2 = sum(n, [&](int64_t i) { const double d = x[i] - result.mean; return d * d; });
+inline Moments moments(const float* x, int64_t n) {
+  if (n == 0) return {};
+  const double mean = sum(n, [=](int64_t i) { return static_cast<double>(x[i]); }) / static_cast<double>(n);
+  return {static_cast<double>(n), mean, sum(n, [=](int64_t i) { const double d = x[i] - mean; return d * d; })};
+}
+
+// Of x[i] with mask[i]. `scratch` [n] holds what is summed, 0 where masked: a select in float32 vectorises, a masked sum in double does not.
+inline Moments moments(const float* x, const uint8_t* mask, float* scratch, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += mask[i] != 0;
+  if (count == 0) return {};
+  for (int64_t i = 0; i < n; ++i) scratch[i] = mask[i] ? x[i] : 0.0f;
+  const double mean = sum(n, [=](int64_t i) { return static_cast<double>(scratch[i]); }) / static_cast<double>(count);
+  const float high = static_cast<float>(mean), low = static_cast<float>(mean - high);
+  for (int64_t i = 0; i < n; ++i) {
+    const float d = (x[i] - high) - low;
+    scratch[i] = mask[i] ? d : 0.0f;
   }
-  return result;
+  return {static_cast<double>(count), mean, sum(n, [=](int64_t i) { const double d = scratch[i]; return d * d; })};
 }
 
 // out[i] = (x[i] - mean) / sqrt(variance + eps) + add where mask[i] (or mask is null), else 0; out may be x.
 inline void whiten(const float* x, const uint8_t* mask, float* out, int64_t n, const Moments& of, bool unbiased, double eps, double add) {
-  const double mean = of.mean, rstd = 1.0 / std::sqrt(of.variance(unbiased) + eps);
-  if (mask)
-    for (int64_t i = 0; i < n; ++i) out[i] = mask[i] ? static_cast<float>((x[i] - mean) * rstd + add) : 0.0f;
-  else
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>((x[i] - mean) * rstd + add);
+  const float rstd = static_cast<float>(1.0 / std::sqrt(of.variance(unbiased) + eps)), shift = static_cast<float>(add);
+  const float high = static_cast<float>(of.mean), low = static_cast<float>(of.mean - high);  // the difference to a large mean stays exact
+  if (mask) {
+#pragma omp simd  // element by element, so that out == x is no obstacle
+    for (int64_t i = 0; i < n; ++i) {
+      const float whitened = ((x[i] - high) - low) * rstd + shift;
+      out[i] = mask[i] ? whitened : 0.0f;
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = ((x[i] - high) - low) * rstd + shift;
+  }
 }
 
 }  // namespace

@@ -29,7 +29,10 @@ Tensor masked_whiten(const Tensor& x, const std::optional<Tensor>& mask, bool sh
       for (int64_t b = begin; b < end; ++b) body(b, b * kBlock, std::min(kBlock, N - b * kBlock));
     });
   };
-  each_block([&](int64_t b, int64_t at, int64_t n) { parts[b] = moments(in + at, live ? live + at : nullptr, n); });
+  each_block([&](int64_t b, int64_t at, int64_t n) {
+    float scratch[kBlock];
+    parts[b] = live ? moments(in + at, live + at, scratch, n) : moments(in + at, n);
+  });
   Moments all;
   for (const Moments& part : parts) all.merge(part);
   each_block([&](int64_t, int64_t at, int64_t n) {

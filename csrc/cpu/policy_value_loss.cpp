@@ -247,9 +247,9 @@ Tensor contiguous(const OptionalTensor& tensor) { return tensor ? tensor->contig
 
 // Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient (empty where that part is absent).
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights, const OptionalTensor& entropy,
-    const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns, bool reinforce, double lower, double upper,
-    double dual, double entropy_coef, double value_clip, double value_coef) {
+    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights,
+    const OptionalTensor& entropy, const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns,
+    bool reinforce, double lower, double upper, double dual, double entropy_coef, double value_clip, double value_coef) {
   const Tensor weights_N = weights.contiguous(), logp_N = contiguous(logp), old_logp_N = contiguous(old_logp), advantages_N = contiguous(advantages);
   const Tensor entropy_N = contiguous(entropy), values_N = contiguous(values), old_values_N = contiguous(old_values), returns_N = contiguous(returns);
   const int64_t N = weights_N.numel(), blocks = (N + kBlock - 1) / kBlock;
@@ -271,11 +271,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {loss, stats, logp_grad_N, values_grad_N};
 }
 
-// gradient * scale, once: the gradient was formed in the forward pass and its own dependence on the inputs is not known any more.
+// gradient * scale, once: the gradient was formed in the forward pass, and how it depends on the input is not known any more. `input` is there
+// to make a double backward arrive here, where it is refused, instead of taking the gradient for a constant.
 struct Scaled : torch::autograd::Function<Scaled> {
-  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& gradient, const Tensor& scale) { return gradient * scale; }
+  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& gradient, const Tensor& scale, const Tensor& /*input*/) {
+    return gradient * scale;
+  }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "policy_value_loss: expected one backward pass, got a double backward; use impl=\"torch\" for second derivatives");
+    TORCH_CHECK(false, "policy_value_loss: expected one backward pass, got a double backward; use impl=\"torch\" for second derivatives");
   }
 };
 
@@ -291,25 +294,34 @@ struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
                          .typed<decltype(::forward)>();
     auto [loss, stats, logp_grad_N, values_grad_N] = op.call(logp, old_logp, advantages, weights, entropy, values, old_values, returns, reinforce,
                                                              lower, upper, dual, entropy_coef, value_clip, value_coef);
-    ctx->save_for_backward({logp_grad_N, values_grad_N, entropy ? weights : Tensor()});
+    ctx->save_for_backward({logp_grad_N, entropy ? weights : Tensor(), values_grad_N, logp.value_or(Tensor()), entropy.value_or(Tensor()),
+                            values.value_or(Tensor())});
     ctx->saved_data["entropy_coef"] = entropy_coef;
+    // Edges count the tensors that were given: logp, old_logp, advantages, weights, entropy, values, ...
+    ctx->saved_data["logp_edge"] = logp ? 0 : -1;
+    ctx->saved_data["entropy_edge"] = entropy ? 4 : -1;
+    ctx->saved_data["values_edge"] = values ? (logp ? 4 : 1) + (entropy ? 1 : 0) : -1;
     ctx->mark_non_differentiable({stats});
     return {loss, stats};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     torch::autograd::variable_list out(15);
-    if (ctx->needs_input_grad(0)) out[0] = Scaled::apply(saved[0], grads[0]);
-    if (ctx->needs_input_grad(4)) out[4] = Scaled::apply(saved[2], grads[0] * -ctx->saved_data["entropy_coef"].toDouble());
-    if (ctx->needs_input_grad(5)) out[5] = Scaled::apply(saved[1], grads[0]);
+    const auto needed = [&](const char* edge) {
+      const int64_t index = ctx->saved_data[edge].toInt();
+      return index >= 0 && ctx->needs_input_grad(index);
+    };
+    if (needed("logp_edge")) out[0] = Scaled::apply(saved[0], grads[0], saved[3]);
+    if (needed("entropy_edge")) out[4] = Scaled::apply(saved[1], grads[0] * -ctx->saved_data["entropy_coef"].toDouble(), saved[4]);
+    if (needed("values_edge")) out[5] = Scaled::apply(saved[2], grads[0], saved[5]);
     return out;
   }
 };
 
 std::tuple<Tensor, Tensor> policy_value_loss(
-    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights, const OptionalTensor& entropy,
-    const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns, bool reinforce, double lower, double upper,
-    double dual, double entropy_coef, double value_clip, double value_coef) {
+    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights,
+    const OptionalTensor& entropy, const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns,
+    bool reinforce, double lower, double upper, double dual, double entropy_coef, double value_clip, double value_coef) {
   const auto out = PolicyValueLoss::apply(logp, old_logp, advantages, weights, entropy, values, old_values, returns, reinforce, lower, upper, dual,
                                           entropy_coef, value_clip, value_coef);
   return {out[0], out[1]};

@@ -13,7 +13,6 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -303,8 +302,9 @@ def _common_prompt(row: dict[str, Any]) -> Prompt:
         if not turns:
             raise _BadRow("the messages of the two answers share no prompt")
         return pair[0][:turns[-1]]
-    text = os.path.commonprefix([_text(row, "chosen"), _text(row, "rejected")])
-    end = text.rfind(ASSISTANT)
+    text, other = _text(row, "chosen"), _text(row, "rejected")
+    shared = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    end = text.rfind(ASSISTANT, 0, shared)
     if end < 0:
         raise _BadRow(f'expected a "prompt" column, or "chosen" and "rejected" to share a prompt up to {ASSISTANT!r}')
     return text[:end + len(ASSISTANT)]

@@ -50,8 +50,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
             raise DataError("an empty prompt needs a BOS token to start from, and the tokenizer has none; give the prompt at least one character")
         return [tokenizer.bos_token_id]
     ids = _ids(tokenizer, prompt, special=True)
-    added = ids[-1] == tokenizer.eos_token_id and plain[-1] != tokenizer.eos_token_id  # one that the author of the prompt wrote stays
-    return ids[:-1] if added else ids
+    return ids[:-1] if ids[-len(plain) - 1:] == [*plain, tokenizer.eos_token_id] else ids  # an EOS that the author of the prompt wrote stays
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, eos_id: int, *, first: bool = False) -> list[int]:

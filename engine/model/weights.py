@@ -104,6 +104,15 @@ def load_decoder(path: str | Path, *, dtype: str | torch.dtype = "auto", device:
     return decoder
 
 
+def load_tokenizer(path: str | Path) -> Any:
+    """The transformers tokenizer of a directory or id; None where there is none."""
+    from transformers import AutoTokenizer
+
+    directory = resolve_directory(path)
+    has_one = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return AutoTokenizer.from_pretrained(directory) if has_one else None
+
+
 def load_config(directory: Path) -> ModelConfig:
     """`model_config`, without the auto_map that would name code to run."""
     config = model_config(directory)

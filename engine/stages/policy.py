@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import PPOConfig
-from fusedrl.engine.control import KLController, data_order, learning_rate
+from fusedrl.engine.control import KLController, data_order, learning_rate, shuffled
 from fusedrl.engine.data.readers import load_prompts
 from fusedrl.engine.data.tokenize import encode_prompts
 from fusedrl.engine.errors import ConfigError
@@ -56,7 +56,7 @@ def train_ppo(config: PPOConfig) -> PPOResult:
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True)
     reference = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
-    rewards = RewardSet([load_reward(spec, device=actor.decoder.device) for spec in config.reward], config.reward_weights)
+    rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     optim = config.optim
     optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     kl = KLController(config.kl)
@@ -100,8 +100,7 @@ def _prompts(config: PPOConfig, actor: HybridActor, run: Run) -> list[Prompt]:
 def _cuts(batch: PackedBatch, config: PPOConfig, step: int, epoch: int) -> Cuts:
     """Sequences shuffled into minibatches, and each minibatch cut into micro-batches by tokens; a function of the seed, step and epoch."""
     B, M = batch.num_sequences, min(config.minibatches, batch.num_sequences)
-    generator = torch.Generator().manual_seed((config.run.seed << 32) ^ (step * config.epochs + epoch))
-    order = torch.randperm(B, generator=generator).tolist()
+    order = shuffled(B, config.run.seed, "minibatches", step, epoch)
     return [batch.split(config.tokens_per_microbatch, order[m * B // M:(m + 1) * B // M]) for m in range(M)]
 
 

@@ -98,7 +98,8 @@ def test_refuses_other_files(converter, weights, tmp_path):
     path = tmp_path / "model.bin"
     write(path, weights, 0, True)
     whole = path.read_bytes()
-    for data, message in ((whole[:-4], "expected .* bytes for its header"), (b"", "not a whole llama2.c checkpoint"), (b"PK\x03\x04" * 20, "80 bytes begin with"),
+    for data, message in ((whole[:-4], "expected .* bytes for its header"), (b"", "not a whole llama2.c checkpoint"),
+                          (b"PK\x03\x04" * 20, "80 bytes begin with"),
                           (struct.pack("<Ii", 0x616B3432, 2).ljust(300, b"\0"), "expected version 0 or 1")):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):

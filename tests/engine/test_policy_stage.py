@@ -140,7 +140,7 @@ def test_what_comes_out_is_loadable(ppo):
 
 
 def test_a_run_directory_is_one_run(ppo):
-    from fusedrl.engine.checkpoint import ConfigError
+    from fusedrl.engine.errors import ConfigError
     config = ppo(steps=1)
     train_ppo(config)
     with pytest.raises(ConfigError, match="already holds a run"):

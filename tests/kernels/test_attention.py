@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from fusedrl.kernels import native
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
 
+IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
 # Lengths: none, one token, empty sequences, alike, and so unlike that they are padded in several groups.
 LENGTHS = [[], [0], [1], [5, 5], [3, 0, 1, 7, 2], [33, 31, 1, 2, 3, 2, 1, 4, 65]]
 FORMS = [(True, None), (True, 1), (True, 4), (True, 100), (False, None), (False, 3)]
@@ -24,20 +26,22 @@ def run(q, k, v, cu_seqlens, upstream, attention=varlen_attention, **options):
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("causal", "window"), FORMS)
-@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (5, 1)])
-def test_matches_float64(lengths, causal, window, heads):
-    q, k, v, cu_seqlens = inputs(lengths, heads)
+@pytest.mark.parametrize("heads", [(6, 2, 8), (3, 3, 18), (5, 1, 1)], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_matches_float64(lengths, causal, window, heads, impl):
+    q, k, v, cu_seqlens = inputs(lengths, heads, heads[2])
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     options = {"causal": causal, "window": window}
-    got = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths, default=0), **options)
+    ours = {"impl": impl, **options}
+    got = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths, default=0), **ours)
     want = run(q.double(), k.double(), v.double(), cu_seqlens, upstream.double(), varlen_attention_reference, **options) if lengths else None
-    for ours, theirs in zip(got, want or got, strict=True):
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=5e-6)
-    again = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths, default=0) + 3, **options)
-    once_more = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths, default=0) + 3, **options)
-    for ours, same, theirs in zip(again, once_more, got, strict=True):
-        assert torch.equal(ours, same)
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
+    for mine, theirs in zip(got, want or got, strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=5e-6)
+    again = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths, default=0) + 3, **ours)
+    once_more = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths, default=0) + 3, **ours)
+    for mine, same, theirs in zip(again, once_more, got, strict=True):
+        assert torch.equal(mine, same)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=5e-6)
 
 
 def test_reference_against_the_definition():
@@ -53,38 +57,74 @@ def test_reference_against_the_definition():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_low_precision(dtype, impl):
     q, k, v, cu_seqlens = inputs([33, 31, 1, 2, 17], dtype=dtype)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = run(q.double(), k.double(), v.double(), cu_seqlens, upstream.double(), varlen_attention_reference)
     naive = run(q, k, v, cu_seqlens, upstream, varlen_attention_reference)
-    for ours, theirs, want in zip(run(q, k, v, cu_seqlens, upstream, max_length=33), naive, exact, strict=True):
+    for ours, theirs, want in zip(run(q, k, v, cu_seqlens, upstream, max_length=33, impl=impl), naive, exact, strict=True):
         assert (ours.double() - want).norm() <= 2 * (theirs.double() - want).norm() + 1e-5
 
 
 @pytest.mark.parametrize("lengths", [[7, 5, 6], [40, 3, 2, 5, 1, 1]])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_companions_are_not_seen(lengths, poison):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_companions_are_not_seen(lengths, poison, impl):
     q, k, v, cu_seqlens = inputs(lengths)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
-    clean = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths))
+    clean = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths), impl=impl)
     own = slice(lengths[0], lengths[0] + lengths[1])
     for x in (q, k, v, upstream):
         x[own] = poison
     keep = torch.ones(len(q), dtype=torch.bool)
     keep[own] = False
-    for dirty, want in zip(run(q, k, v, cu_seqlens, upstream, max_length=max(lengths)), clean, strict=True):
+    for dirty, want in zip(run(q, k, v, cu_seqlens, upstream, max_length=max(lengths), impl=impl), clean, strict=True):
         assert torch.equal(dirty[keep], want[keep])
 
 
-def test_compiles_and_takes_strided_views():
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("window", [None, 5])
+def test_bits_do_not_depend_on_companions(window):
+    lengths = [40, 3, 17, 1, 33]
+    q, k, v, cu_seqlens = inputs(lengths)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    packed = run(q, k, v, cu_seqlens, upstream, max_length=40, window=window, impl="cpp")
+    for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
+        at = slice(start, start + length)
+        alone = run(q[at], k[at], v[at], torch.tensor([0, length], dtype=torch.int32), upstream[at], max_length=length, window=window, impl="cpp")
+        assert all(torch.equal(x[at], y) for x, y in zip(packed, alone, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_scores(impl):
+    q, k, v, cu_seqlens = inputs([20, 3])
+    q, upstream = q * 1000, torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    want = run(q.double(), k.double(), v.double(), cu_seqlens, upstream.double(), varlen_attention_reference)
+    for got, exact in zip(run(q, k, v, cu_seqlens, upstream, max_length=20, impl=impl), want, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_and_takes_strided_views(impl):
     q, k, v, cu_seqlens = inputs([9, 4, 20])
     qkv = torch.cat([q, k, v], 1)
     views = qkv.split((6, 2, 2), 1)
-    want = varlen_attention(q, k, v, cu_seqlens, max_length=20)
-    assert torch.equal(varlen_attention(*views, cu_seqlens, max_length=20), want)
+    want = varlen_attention(q, k, v, cu_seqlens, max_length=20, impl=impl)
+    assert torch.equal(varlen_attention(*views, cu_seqlens, max_length=20, impl=impl), want)
     compiled = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q, k, v, cu_seqlens, max_length=20), want)
+    torch.testing.assert_close(compiled(q, k, v, cu_seqlens, max_length=20, impl=impl), want)
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_opcheck():
+    q, k, v, cu_seqlens = inputs([9, 0, 4])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.fusedrl.varlen_attention.default, (*leaves, cu_seqlens, True, 3, 0.5))
+    plain = [x.detach() for x in leaves]
+    o, lse = torch.ops.fusedrl.varlen_attention_forward(*plain, cu_seqlens, True, 3, 0.5)
+    torch.library.opcheck(torch.ops.fusedrl.varlen_attention_forward.default, (*plain, cu_seqlens, True, 3, 0.5))
+    torch.library.opcheck(torch.ops.fusedrl.varlen_attention_backward.default, (o, *plain, o, lse, cu_seqlens, True, 3, 0.5))
 
 
 def test_refuses_what_it_does_not_support():
@@ -104,5 +144,7 @@ def test_refuses_what_it_does_not_support():
         varlen_attention(q, k, v, cu_seqlens, max_length=3)
     with pytest.raises(ValueError, match="expected window >= 1"):
         varlen_attention(q, k, v, cu_seqlens, max_length=4, window=0)
-    with pytest.raises(RuntimeError, match="these can: torch"):
+    with pytest.raises(RuntimeError, match=r"these can: "):
         varlen_attention(q, k, v, cu_seqlens, max_length=4, impl="triton")
+    with pytest.raises(RuntimeError, match=r"of float64: implementation 'cpp' cannot run .* this op has torch"):
+        varlen_attention(q.double(), k.double(), v.double(), cu_seqlens, max_length=4, impl="cpp")
