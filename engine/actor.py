@@ -122,7 +122,8 @@ class HybridActor:
         Training and `score` both come through here, so the same cut of a batch gives the same bits. At temperature 0: of T = 1, as `generate` reports it.
         """
         logp_N, entropy_N = linear_logprob(hidden_NH, self.decoder.head_weight, batch.labels(), temperature=temperature or 1.0, entropy=True)
-        return tuple(torch.where(batch.action_mask, batch.to_next(x_N), 0.0) for x_N in (logp_N, entropy_N))
+        mask_N = batch.action_mask
+        return torch.where(mask_N, batch.to_next(logp_N), 0.0), torch.where(mask_N, batch.to_next(entropy_N), 0.0)
 
     def values(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
         """[N] float32: the value of the state before each token; 0 at the first slot of a sequence. Differentiable.
@@ -151,7 +152,8 @@ class HybridActor:
         if partition is None:
             partition = batch.split(tokens_per_microbatch or max(1, batch.num_tokens))
         if sorted(b for part in partition for b in part) != list(range(batch.num_sequences)):
-            raise ValueError(f"HybridActor.score: expected a partition of the batch's {batch.num_sequences} sequences, got {[list(part) for part in partition]}")
+            raise ValueError(f"HybridActor.score: expected a partition of the batch's {batch.num_sequences} sequences, "
+                             f"got {[list(part) for part in partition]}")
         starts = batch.cu_seqlens.tolist()
         columns = [torch.zeros(batch.num_tokens, device=batch.device) for _ in range(2 if self.value_head is None else 3)]
         for part in partition:

@@ -1,7 +1,6 @@
 // decode_step on CPU: a whole decoder over the paged KV cache in one call.
 //
-// Layout   Activations are float32 in panels of up to 64 tokens, [feature][token]: tokens are the vector lanes. A norm then needs no sum across
-//          lanes, RoPE and SwiGLU are plain vector code, and the weights, [out][in] as they are trained, are read in order without packing or copies.
+// Layout   Activations are float32 in panels of up to 64 tokens, [feature][token] (panels.h).
 // Bytes    the weights once a 64 tokens, 2 L Hkv D s a cached position a row.
 // Numerics float32 from the embedding to the last norm, rounded only into the cache and the result. Every sum has one order, which depends on the
 //          sizes of the model alone (and for attention on the token's own position): not on companions, panel widths, or threads.
@@ -19,155 +18,59 @@
 #include <optional>
 #include <vector>
 
+#include "panels.h"
+
 namespace {
 
 using at::Tensor;
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t VL = Vec::size();
-constexpr int64_t PANEL = 64;      // tokens: four AVX-512 vectors, so that a 4 x 4 tile of sums stays in registers
-constexpr int64_t ROW_BLOCK = 32;  // weight rows of one task
-constexpr int64_t K_BLOCK = 256;   // inputs of one partial sum: 64 KB of a panel, and shorter sums err less
-constexpr int64_t TASK_FLOPS = 1 << 20;  // below this a hand-over to another thread costs more than it saves
-
-// ---- panels ------------------------------------------------------------------------------------------------------------
-struct Panels {
-  int64_t tokens, count;
-  explicit Panels(int64_t n) : tokens(n), count((n + PANEL - 1) / PANEL) {}
-  int64_t width(int64_t p) const { return p + 1 < count ? PANEL : (tokens - p * PANEL + VL - 1) / VL * VL; }
-  int64_t used(int64_t p) const { return std::min(PANEL, tokens - p * PANEL); }
-  int64_t lanes() const { return count ? (count - 1) * PANEL + width(count - 1) : 0; }
-};
-
-float to_float(float x) { return x; }
-float to_float(at::BFloat16 x) { return static_cast<float>(x); }
-
-// ---- y (+)= W x + b ------------------------------------------------------------------------------------------------------
-template <int R, int C, typename T>
-inline void tile(const T* w, int64_t ld, const T* bias, const float* x, int64_t width, int64_t K, float* y, bool add) {
-  Vec sum[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) sum[r][c] = Vec(bias ? to_float(bias[r]) : 0.0f);
-  for (int64_t k = 0; k < K; ++k) {
-    Vec column[C];
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) column[c] = Vec::loadu(x + k * width + c * VL);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec weight(to_float(w[r * ld + k]));
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sum[r][c] = at::vec::fmadd(weight, column[c], sum[r][c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      float* to = y + r * width + c * VL;
-      (add ? Vec::loadu(to) + sum[r][c] : sum[r][c]).store(to);
-    }
-}
-
-template <int C, typename T>
-inline void strip(const T* w, int64_t ld, const T* bias, int64_t rows, const float* x, int64_t width, int64_t K, float* y, bool add) {
-  constexpr int R = C >= 4 ? 4 : 8;  // at least eight sums in flight hide the latency of an FMA
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) tile<R, C>(w + r * ld, ld, bias ? bias + r : nullptr, x, width, K, y + r * width, add);
-  for (; r < rows; ++r) tile<1, C>(w + r * ld, ld, bias ? bias + r : nullptr, x, width, K, y + r * width, add);
-}
-
-// w [O, K], x panels of K rows, y panels of O rows.
-template <typename T>
-void linear(const T* w, const T* bias, int64_t O, int64_t K, const Panels& panels, const float* x, float* y, bool add) {
-  const int64_t blocks = (O + ROW_BLOCK - 1) / ROW_BLOCK;
-  const int64_t grain = std::max<int64_t>(1, TASK_FLOPS / (2 * ROW_BLOCK * K * std::min(PANEL, panels.lanes()) + 1));
-  at::parallel_for(0, blocks * panels.count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t p = task % panels.count, row = task / panels.count * ROW_BLOCK, rows = std::min(ROW_BLOCK, O - row), width = panels.width(p);
-      const float* from = x + p * PANEL * K;
-      float* to = y + p * PANEL * O + row * width;
-      for (int64_t k = 0; k < K; k += K_BLOCK) {
-        const T* weights = w + row * K + k;
-        const T* start = bias && k == 0 ? bias + row : nullptr;
-        const int64_t length = std::min(K_BLOCK, K - k);
-        const bool onto = add || k > 0;
-        int64_t c = 0;
-        for (; c + 4 * VL <= width; c += 4 * VL) strip<4>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
-        for (; c + 2 * VL <= width; c += 2 * VL) strip<2>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
-        for (; c < width; c += VL) strip<1>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
-      }
-    }
-  });
-}
-
-// ---- what lies between the linear layers, on [rows][width] of one panel ---------------------------------------------------
-template <typename T>
-void rms_norm(const float* x, const T* weight, int64_t rows, int64_t width, float eps, float* y) {
-  for (int64_t c = 0; c < width; c += VL) {
-    Vec squares(0.0f);
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vec value = Vec::loadu(x + r * width + c);
-      squares = at::vec::fmadd(value, value, squares);
-    }
-    const Vec scale = Vec(1.0f) / (squares / Vec(static_cast<float>(rows)) + Vec(eps)).sqrt();
-    for (int64_t r = 0; r < rows; ++r) (Vec::loadu(x + r * width + c) * scale * Vec(to_float(weight[r]))).store(y + r * width + c);
-  }
-}
-
-// Rotate-half RoPE of one head, [D][width]; cos and sin [D / 2][width].
-void rotate(float* x, const float* cos, const float* sin, int64_t D, int64_t width) {
-  const int64_t half = D / 2 * width;
-  for (int64_t i = 0; i < half; i += VL) {
-    const Vec first = Vec::loadu(x + i), second = Vec::loadu(x + half + i), c = Vec::loadu(cos + i), s = Vec::loadu(sin + i);
-    (first * c - second * s).store(x + i);
-    (second * c + first * s).store(x + half + i);
-  }
-}
-
-// gate * sigmoid(gate) * up; gate and up of `size` values each, one after the other.
-void swiglu(const float* gate_up, int64_t size, float* y) {
-  for (int64_t i = 0; i < size; i += VL) {
-    const Vec gate = Vec::loadu(gate_up + i);
-    (gate / (Vec(1.0f) + gate.neg().exp()) * Vec::loadu(gate_up + size + i)).store(y + i);
-  }
-}
 
 // ---- attention of one token and one key/value head -------------------------------------------------------------------------
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
-inline Eight eight(const float* p) { return *reinterpret_cast<const Eight*>(p); }
-inline Eight eight(const at::BFloat16* p) {
-  typedef uint16_t Half __attribute__((vector_size(16), aligned(2), may_alias));
-  typedef uint32_t Word __attribute__((vector_size(32)));
-  const Word bits = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16;
-  Eight value;
-  std::memcpy(&value, &bits, sizeof value);
+// As many consecutive values as V has, widened to float. Through memcpy: a vector type loses its attributes as a template's argument.
+template <typename V>
+inline V load(const float* p) {
+  V value;
+  std::memcpy(&value, p, sizeof value);
   return value;
 }
-
-inline Vec load(const float* p, int64_t count) { return count == VL ? Vec::loadu(p) : Vec::loadu(p, count); }
-inline Vec load(const at::BFloat16* p, int64_t count) {
-  float wide[VL] = {};
-  for (int64_t i = 0; i < count; ++i) wide[i] = to_float(p[i]);
-  return Vec::loadu(wide);
+template <typename V, typename Word, typename Bits>
+inline V widen(const at::BFloat16* p) {
+  Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  const Word word = __builtin_convertvector(bits, Word) << 16;
+  V value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+template <typename V>
+inline V load(const at::BFloat16* p) {
+  typedef uint16_t LanesBits __attribute__((vector_size(2 * VL)));
+  typedef uint32_t LanesWord __attribute__((vector_size(4 * VL)));
+  typedef uint16_t EightBits __attribute__((vector_size(16)));
+  typedef uint32_t EightWord __attribute__((vector_size(32)));
+  if constexpr (sizeof(V) == sizeof(Lanes)) return widen<V, LanesWord, LanesBits>(p);
+  else return widen<V, EightWord, EightBits>(p);
+}
+template <typename V, typename T>
+inline V load(const T* p, int64_t count) {
+  float padded[sizeof(V) / sizeof(float)] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = to_float(p[i]);
+  return load<V>(padded);
 }
 
-// scores[g][s] = q[g] . k[:, s] of one block; k [D][S], q [G][D].
+// scores[g][s] = q[g] . k[:, s] of one block; k [D][S], q [G][D]. Writes whole vectors, so up to the next multiple of VL.
 template <int G, typename T>
 inline void block_scores(const T* k, const float* q, int64_t D, int64_t S, float* scores, int64_t ld) {
   for (int64_t s = 0; s < S; s += VL) {
-    const int64_t count = std::min(VL, S - s);
-    Vec sum[G];
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) sum[g] = Vec(0.0f);
+    Lanes sum[G] = {};
     for (int64_t d = 0; d < D; ++d) {
-      const Vec key = load(k + d * S + s, count);
+      const Lanes key = s + VL <= S ? load<Lanes>(k + d * S + s) : load<Lanes>(k + d * S + s, S - s);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[g] = at::vec::fmadd(Vec(q[g * D + d]), key, sum[g]);
+      for (int g = 0; g < G; ++g) sum[g] += q[g * D + d] * key;
     }
 #pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) sum[g].store(scores + g * ld + s);
+    for (int g = 0; g < G; ++g) *reinterpret_cast<Lanes*>(scores + g * ld + s) = sum[g];
   }
 }
 
@@ -181,13 +84,13 @@ inline void block_values(const T* v, const float* weights, int64_t ld, int64_t c
     for (; s + U <= count; s += U) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-        const Eight value = eight(v + (s + u) * D + d);
+        const Eight value = load<Eight>(v + (s + u) * D + d);
 #pragma GCC unroll 8
         for (int g = 0; g < G; ++g) sum[g][u] += weights[g * ld + s + u] * value;
       }
     }
     for (; s < count; ++s) {
-      const Eight value = eight(v + s * D + d);
+      const Eight value = load<Eight>(v + s * D + d);
 #pragma GCC unroll 8
       for (int g = 0; g < G; ++g) sum[g][0] += weights[g * ld + s] * value;
     }

@@ -66,8 +66,8 @@ def resolve_num_blocks(config: CacheConfig, weights: DecoderWeights, max_positio
     else:
         memory = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * (config.memory_fraction or _FRACTION["cpu"]))
     if memory < 2 * size:  # one more than sequences can hold: the null block
-        raise ValueError(f"CacheConfig: {memory} bytes of cache hold no sequence: a block of {config.block_size} tokens takes {size} bytes, and one is the null block; "
-                         "grant more memory or choose a smaller block_size")
+        raise ValueError(f"CacheConfig: {memory} bytes of cache hold no sequence: a block of {config.block_size} tokens takes {size} bytes, and one is "
+                         "the null block; grant more memory or choose a smaller block_size")
     fits = memory // size - 1
     if config.memory_bytes is None and config.memory_fraction is None:
         fits = min(fits, config.max_sequences * -(-max_positions // config.block_size))

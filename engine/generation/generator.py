@@ -103,7 +103,8 @@ class Generator:
         self._block_table: Tensor | None = None  # the device's copy
 
     # ---- asking -----------------------------------------------------------------------------------------------------------
-    def prepare(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams], request_ids: Sequence[int] | None = None) -> tuple[Ticket, list[Running]]:
+    def prepare(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams],
+                request_ids: Sequence[int] | None = None) -> tuple[Ticket, list[Running]]:
         """Check a call and make its sequences; nothing is queued yet.
 
         Args and errors as `HybridActor.generate`.
@@ -117,7 +118,8 @@ class Generator:
             if len(given) != len(ids):
                 raise ValueError(f"generate: {len(ids)} prompts and {len(given)} {name}; expected one per prompt")
         vocab, positions = self.decoder.config.vocab_size, self.decoder.config.max_positions
-        ticket, sequences = Ticket(), []
+        ticket = Ticket()
+        sequences: list[Running] = []
         for index, (prompt, p, key) in enumerate(zip(ids, each, keys, strict=True)):
             if not isinstance(p, SamplingParams):
                 raise TypeError(f"generate: expected SamplingParams for prompt {index}, got {type(p).__name__}")
@@ -145,7 +147,8 @@ class Generator:
         self._tickets.append(ticket)
         self.scheduler.submit(sequences)
 
-    def run(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams], request_ids: Sequence[int] | None = None) -> Iterator[Finished]:
+    def run(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams],
+            request_ids: Sequence[int] | None = None) -> Iterator[Finished]:
         """Completions as they finish. The call is checked at once; an iterator that is closed early takes its sequences out."""
         ticket, sequences = self.prepare(prompts, params, request_ids)
         return self._drive(ticket, sequences)
@@ -171,7 +174,8 @@ class Generator:
                 self._hand_out(sequence, "aborted")
 
     def bump(self, weights_version: int) -> None:
-        """The weights changed: what is drawn from now on is theirs, and no cached prefix is found again. Running sequences keep their older keys and values."""
+        """The weights changed: what is drawn from now on is theirs, and no cached prefix is found again. Running sequences keep their older
+        keys and values."""
         self.weights_version = weights_version
         self.scheduler.blocks.bump()
 
@@ -202,7 +206,7 @@ class Generator:
         """The model on the tokens of the plan, then the sampler on the rows that draw."""
         slots, weights = self.scheduler.slots, self.decoder.weights()
         inputs = self._inputs
-        if inputs is not None and inputs.slots is plan.sampled and not plan.chunks:  # the same sequences as in the step before, which drew for all of them
+        if inputs is not None and inputs.slots is plan.sampled and not plan.chunks:  # the sequences of the step before, which drew for all of them
             inputs.positions += 1
             inputs.keys[:, 3] += 1
             out_slots = None
@@ -214,7 +218,9 @@ class Generator:
         if not len(plan.sampled):
             return None
         logits_RV = _logits(hidden_RH, weights.head)
-        suppress = self._table.suppress(plan.sampled, slots.length[plan.sampled], logits_RV.shape[1], logits_RV.device) if inputs.early else None
+        suppress = None
+        if inputs.early:
+            suppress = self._table.suppress(plan.sampled, slots.length[plan.sampled], logits_RV.shape[1], logits_RV.device)
         sampled = sample(logits_RV, **inputs.arguments, keys=inputs.keys, suppress=suppress)
         inputs.token_ids, inputs.early = sampled.token_ids, suppress is not None
         self._inputs = inputs if not plan.chunks else None
@@ -296,7 +302,8 @@ class Generator:
     def _encode_messages(self, messages: Sequence[Any], index: int) -> list[int]:
         tokenizer = self._need_tokenizer("messages")
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"generate: prompt {index} is a list of messages and the tokenizer has no chat template; give text or token ids, or set tokenizer.chat_template")
+            raise ValueError(f"generate: prompt {index} is a list of messages and the tokenizer has no chat template; give text or token ids, "
+                             "or set tokenizer.chat_template")
         return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False))
 
     def _need_tokenizer(self, what: str) -> Any:

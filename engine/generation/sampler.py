@@ -5,13 +5,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _INT64 = 2**63
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("top_k", 0), ("n", 1), ("seed", -_INT64), ("min_new_tokens", 0)):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool):
+            if not _is_int(value):
                 raise TypeError(f"SamplingParams: expected {name} to be an integer, got {value!r}")
             if not low <= value < _INT64:
                 raise ValueError(f"SamplingParams: expected {name} >= {low}{'' if low >= 0 else ' and < 2**63'}, got {value}")
@@ -53,7 +57,7 @@ class SamplingParams:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"SamplingParams: expected min_new_tokens <= max_new_tokens, got {self.min_new_tokens} > {self.max_new_tokens}")
         stops = self.stop_token_ids
-        if isinstance(stops, str | bytes) or not isinstance(stops, Sequence) or not all(isinstance(t, Integral) and not isinstance(t, bool) and t >= 0 for t in stops):
+        if isinstance(stops, str | bytes) or not isinstance(stops, Sequence) or any(not _is_int(t) or t < 0 for t in stops):
             raise TypeError(f"SamplingParams: expected stop_token_ids to be token ids >= 0, got {stops!r}")
         object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in stops))  # a list is taken as well, and the dataclass stays hashable
 

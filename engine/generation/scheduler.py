@@ -146,8 +146,8 @@ class Scheduler:
         """Raises ValueError for a sequence that would not fit an empty cache."""
         need = self.blocks.blocks_for(num_prompt + max_new_tokens - 1)  # the last token drawn is never computed
         if need > self.blocks.total:
-            raise ValueError(f"{num_prompt} prompt tokens and max_new_tokens={max_new_tokens} need {need} KV blocks of {self.blocks.block_size} tokens, and the cache "
-                             f"has {self.blocks.total}; shorten the request or enlarge the cache (CacheConfig)")
+            raise ValueError(f"{num_prompt} prompt tokens and max_new_tokens={max_new_tokens} need {need} KV blocks of {self.blocks.block_size} tokens, "
+                             f"and the cache has {self.blocks.total}; shorten the request or enlarge the cache (CacheConfig)")
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Queue sequences that fit (`check_fits`); samples of one request have consecutive ids."""
@@ -202,7 +202,9 @@ class Scheduler:
     def describe(self) -> str:
         """The state in one line, for errors."""
         head = self._waiting[-1] if self._waiting else None
-        queue = f"the next of {len(self._waiting)} waiting has {len(head.tokens)} tokens ({self.blocks.blocks_for(len(head.tokens))} blocks)" if head else "none waits"
+        queue = "none waits"
+        if head is not None:
+            queue = f"the next of {len(self._waiting)} waiting has {len(head.tokens)} tokens ({self.blocks.blocks_for(len(head.tokens))} blocks)"
         running = ", ".join(f"#{s.id}: {self.slots.length[s.slot]} of {s.limit} tokens" for s in list(self._running.values())[:8])
         return (f"{self.blocks.available} of {self.blocks.total} blocks and {len(self._free_slots)} of {self.slots.count} slots are free; {queue}; "
                 f"{len(self._running)} run ({running or 'none'}), {len(self._prefilling)} of them prefill")

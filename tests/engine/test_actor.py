@@ -182,4 +182,5 @@ def test_real_model_with_its_tokenizer(shared, tmp_path):
     actor.save_pretrained(tmp_path / "saved")
     again = HybridActor.from_pretrained(tmp_path / "saved", value_head=True)
     assert again.tokenizer("The dog")["input_ids"] == actor.tokenizer("The dog")["input_ids"]
-    assert [[c.text for c in group] for group in again.generate(["Once upon a time", "The dog"], SamplingParams(max_new_tokens=40, n=4))] == [[c.text for c in group] for group in outs]
+    outs_again = again.generate(["Once upon a time", "The dog"], SamplingParams(max_new_tokens=40, n=4))
+    assert [[c.text for c in group] for group in outs_again] == [[c.text for c in group] for group in outs]

@@ -1,10 +1,11 @@
 import random
 
 import pytest
-from fusedrl.engine.generation.blocks import BlockManager
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from fusedrl.engine.generation.blocks import BlockManager
 
 SIZE = 2
 
@@ -41,8 +42,8 @@ class Machine(RuleBasedStateMachine):
             held = self.written.setdefault(table[t // SIZE], [None] * SIZE)
             held[t % SIZE] = (self.version, tuple(tokens[: t + 1]))
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), keep=st.integers(0, 3))
-    def allocate(self, tokens, keep):
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), keep=st.integers(0, 3), commit=st.booleans())
+    def allocate(self, tokens, keep, commit):
         tokens = [Collides(t) for t in tokens]
         before, available = self.snapshot(), self.manager.available
         self.next += 1
@@ -59,6 +60,8 @@ class Machine(RuleBasedStateMachine):
             assert self.written[table[t // SIZE]][t % SIZE] == (self.version, tuple(tokens[: t + 1]))
         self.tokens[self.next], self.birth[self.next] = tokens, self.version
         self.write(self.next, cached)
+        if commit:
+            self.manager.commit(self.next, tokens)
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=5))
@@ -132,6 +135,7 @@ class Machine(RuleBasedStateMachine):
         assert not any(counts[b] for b in m._free)
         for key, (block, _) in m._cache.items():
             assert m._keys[block] == key
+            assert [entry and (entry[0], entry[1][-1]) for entry in self.written[block]] == [(key[0], token) for token in key[2]]
         assert sum(key is not None for key in m._keys) == len(m._cache)
 
     @invariant()
@@ -159,7 +163,7 @@ def test_against_a_naive_model():
     run_state_machine_as_test(Machine, settings=RUN)
 
 
-# ---- bugs that the machine has to catch -----------------------------------------------------------------------------------------------------------------
+# ---- bugs that the machine has to catch ------------------------------------------------------------------------------
 class ForgetsVersion(BlockManager):
     def bump(self):
         pass
@@ -248,7 +252,7 @@ def test_the_machine_catches(bug):
         run_state_machine_as_test(machine, settings=settings(RUN, report_multiple_bugs=False, phases=RUN.phases[:3]))
 
 
-# ---- by hand -------------------------------------------------------------------------------------------------------------------------------------------
+# ---- by hand ---------------------------------------------------------------------------------------------------------
 def test_prefix_hit_leaves_one_token_and_survives_its_owner():
     manager = BlockManager(8, 4)
     manager.allocate(1, range(8))

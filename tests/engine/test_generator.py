@@ -77,7 +77,7 @@ def count_tokens(monkeypatch):
     return seen
 
 
-# ---- a real model -----------------------------------------------------------------------------------------------------------------------------------------
+# ---- a real model ----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def greedy_by_transformers():
     cached = {}
@@ -99,7 +99,8 @@ def greedy_by_transformers():
     return run
 
 
-@pytest.mark.parametrize("config,preempts", [(CacheConfig(), False), (CacheConfig(num_blocks=34), True), (CacheConfig(max_sequences=9, max_tokens_per_step=13), False)],
+@pytest.mark.parametrize("config,preempts", [(CacheConfig(), False), (CacheConfig(num_blocks=34), True),
+                                             (CacheConfig(max_sequences=9, max_tokens_per_step=13), False)],
                          ids=["roomy", "preempting", "few slots, small chunks"])
 def test_greedy_tokens_are_those_of_transformers(shared, config, preempts, count_preemptions, greedy_by_transformers):
     path = shared / "models" / "stories260k"
@@ -118,7 +119,7 @@ def test_greedy_tokens_are_those_of_transformers(shared, config, preempts, count
         assert abs(logits[len(completion.prompt_ids) + t - 1, token] - logp) <= 1e-4
 
 
-# ---- draws do not depend on the schedule --------------------------------------------------------------------------------------------------------------------
+# ---- draws do not depend on the schedule -----------------------------------------------------------------------------
 PARAMS = SamplingParams(max_new_tokens=30, temperature=0.8, n=3, seed=5)
 
 
@@ -161,10 +162,10 @@ def test_draws_are_keyed_by_seed_request_and_sample(plain, decoder):
 
 def test_logprobs_are_of_the_full_scaled_distribution(decoder, plain):
     check_logprobs(decoder, plain, temperature=0.8)
-    outs = generate(Generator(decoder), ragged_prompts(4, 10), [SamplingParams(max_new_tokens=20, temperature=0.8, top_k=4), SamplingParams(temperature=0.8, top_p=0.5, max_new_tokens=9),
-                                                               SamplingParams(temperature=0.8, min_p=0.2, max_new_tokens=9), SamplingParams(temperature=0.8, min_new_tokens=7, max_new_tokens=9)])
+    restrictions = ({"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.2}, {"min_new_tokens": 7})
+    outs = generate(Generator(decoder), ragged_prompts(4, 10), [SamplingParams(max_new_tokens=20, temperature=0.8, **r) for r in restrictions])
     check_logprobs(decoder, outs, temperature=0.8)
-    mixed = generate(Generator(decoder), ragged_prompts(2, 10), [SamplingParams(max_new_tokens=9, temperature=0.0), SamplingParams(max_new_tokens=9)])
+    mixed = generate(Generator(decoder), ragged_prompts(2, 10), [SamplingParams(max_new_tokens=9, temperature=t) for t in (0.0, 1.0)])
     check_logprobs(decoder, mixed)
 
 
@@ -187,7 +188,7 @@ def test_nan_in_blocks_that_nobody_wrote_changes_nothing(decoder, plain, config)
     same(generate(generator, ragged_prompts(9, 40), PARAMS), plain)
 
 
-# ---- the prefix cache -----------------------------------------------------------------------------------------------------------------------------------------
+# ---- the prefix cache ------------------------------------------------------------------------------------------------
 def test_a_prompt_is_prefilled_once_for_its_samples(decoder, count_tokens):
     generate(Generator(decoder), [list(range(3, 50))], SamplingParams(max_new_tokens=1, n=8))
     assert count_tokens == [47]
@@ -219,14 +220,14 @@ def test_a_bump_makes_cached_prefixes_unreachable(count_tokens):
 
 def test_weights_that_change_under_way_are_told_token_by_token(decoder):
     generator = Generator(decoder)
-    stream = generator.run([[1, 4], [1, 4, 5]], [SamplingParams(max_new_tokens=3, temperature=0.0, min_new_tokens=3), SamplingParams(max_new_tokens=9, temperature=0.0, min_new_tokens=9)])
+    stream = generator.run([[1, 4], [1, 4, 5]], [SamplingParams(max_new_tokens=n, temperature=0.0, min_new_tokens=n) for n in (3, 9)])
     next(stream)
     generator.bump(1)
     assert next(stream).completion.weights_versions == [0] * 3 + [1] * 6
     assert list(stream) == []
 
 
-# ---- how completions end -----------------------------------------------------------------------------------------------------------------------------------
+# ---- how completions end ---------------------------------------------------------------------------------------------
 def test_finish_reasons_and_stop_tokens(decoder):
     free = generate(Generator(decoder), [[1, 7, 9]], SamplingParams(max_new_tokens=40, temperature=0.0, min_new_tokens=40))[0][0]
     assert (free.finish_reason, len(free.token_ids)) == ("length", 40)
@@ -256,13 +257,13 @@ def test_eos_of_the_model_and_of_the_tokenizer_both_end(decoder):
 
 
 def test_min_new_tokens(decoder):
-    outs = generate(Generator(decoder), [[1, 5]] * 20, SamplingParams(max_new_tokens=30, temperature=3.0, min_new_tokens=6, stop_token_ids=tuple(range(20, 60))))
-    lengths = [len(group[0].token_ids) for group in outs]
-    assert min(lengths) == 7 or min(lengths) > 6
-    assert not any(t == 2 or t >= 20 and t < 60 for group in outs for t in group[0].token_ids[:6])
+    stops = tuple(range(20, 60))
+    outs = generate(Generator(decoder), [[1, 5]] * 20, SamplingParams(max_new_tokens=30, temperature=3.0, min_new_tokens=6, stop_token_ids=stops))
+    assert min(len(group[0].token_ids) for group in outs) == 7
+    assert not {2, *stops} & {t for group in outs for t in group[0].token_ids[:6]}
 
 
-# ---- streams and aborts -------------------------------------------------------------------------------------------------------------------------------------
+# ---- streams and aborts ----------------------------------------------------------------------------------------------
 LENGTHS = [SamplingParams(max_new_tokens=n, min_new_tokens=n, temperature=0.0) for n in (12, 3, 7, 1)]
 
 
@@ -304,16 +305,17 @@ def test_abort_delivers_what_there_is(decoder):
 
 def test_an_abort_storm_leaks_nothing(decoder):
     generator, draw = Generator(decoder, None, CacheConfig(max_sequences=4, num_blocks=9, max_tokens_per_step=11)), random.Random(0)
-    for round in range(30):
-        stream = generator.run(ragged_prompts(5, 40, seed=round), SamplingParams(max_new_tokens=draw.randrange(1, 25), n=draw.randrange(1, 4)))
-        generator.enqueue(*generator.prepare([[1, 2]], PARAMS))
-        for _ in range(draw.randrange(8)):
-            next(stream, None)
-        for _ in range(draw.randrange(8)):
-            generator.step()
-        generator.abort()
-        generator._tickets.pop(0 if len(generator._tickets) == 1 else [bool(t.finished) and t.finished[0].completion.prompt_ids == [1, 2] for t in generator._tickets].index(True))
-        stream.close()
+    for seed in range(30):
+        streams = [generator.run(ragged_prompts(3, 40, seed=seed), SamplingParams(max_new_tokens=draw.randrange(1, 25), n=draw.randrange(1, 4)))
+                   for _ in range(3)]
+        for _ in range(draw.randrange(12)):
+            next(draw.choice(streams), None)
+        draw.shuffle(streams)
+        streams[0].close()
+        if seed % 2:
+            generator.abort()
+        for stream in streams[1:]:
+            stream.close()
         is_empty(generator)
 
 
@@ -335,7 +337,7 @@ def test_no_prompts(decoder):
     assert generate(Generator(decoder), [], SamplingParams()) == []
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "prompts,params,ids,error,message",
     [
@@ -346,8 +348,10 @@ def test_no_prompts(decoder):
         ([[-1]], SamplingParams(max_new_tokens=4), None, ValueError, "token id -1"),
         ([[1]], SamplingParams(max_new_tokens=4, stop_token_ids=(99,)), None, ValueError, "token id 99"),
         ([[1.5]], SamplingParams(), None, TypeError, "expected prompt 0 to be a string, a list of token ids or a list of messages"),
-        ([[1] * 90], SamplingParams(max_new_tokens=7), None, ValueError, "prompt 0 has 90 tokens, and with max_new_tokens=7 that exceeds the model's 96 positions"),
-        ([[1] * 70], SamplingParams(max_new_tokens=20), None, ValueError, "prompt 0 can never run: 70 prompt tokens and max_new_tokens=20 need 6 KV blocks of 16 tokens, and the cache has 5"),
+        ([[1] * 90], SamplingParams(max_new_tokens=7), None, ValueError,
+         "prompt 0 has 90 tokens, and with max_new_tokens=7 that exceeds the model's 96 positions"),
+        ([[1] * 70], SamplingParams(max_new_tokens=20), None, ValueError,
+         "prompt 0 can never run: 70 prompt tokens and max_new_tokens=20 need 6 KV blocks of 16 tokens, and the cache has 5"),
         ([[1]], [SamplingParams()] * 2, None, ValueError, "1 prompts and 2 SamplingParams"),
         ([[1]], SamplingParams(max_new_tokens=4), [1, 2], ValueError, "1 prompts and 2 request_ids"),
         ([[1]], SamplingParams(max_new_tokens=4), ["a"], TypeError, "an integer of 64 bits as request id of prompt 0"),
@@ -379,7 +383,7 @@ def test_a_failure_in_a_step_ends_all_and_the_next_call_works():
     same(generate(generator, prompts, SamplingParams(max_new_tokens=20, temperature=0.0)), want)
 
 
-# ---- prompts by a tokenizer -----------------------------------------------------------------------------------------------------------------------------------
+# ---- prompts by a tokenizer ------------------------------------------------------------------------------------------
 def test_text_and_messages(shared):
     from transformers import AutoTokenizer
 
@@ -400,7 +404,7 @@ def test_text_and_messages(shared):
     assert outs[0][0].text == tokenizer.decode(outs[0][0].token_ids)
 
 
-# ---- the size of the cache ------------------------------------------------------------------------------------------------------------------------------------
+# ---- the size of the cache -------------------------------------------------------------------------------------------
 def test_cache_sizes(decoder):
     weights = decoder.weights()
     assert block_bytes(weights, 16) == 2 * 2 * 2 * 8 * 16 * 4
@@ -414,8 +418,12 @@ def test_cache_sizes(decoder):
         resolve_num_blocks(CacheConfig(memory_bytes=100), weights, 96)
 
 
-@pytest.mark.parametrize("fields,message", [({"block_size": 0}, "block_size >= 1"), ({"num_blocks": 3, "memory_bytes": 9}, "num_blocks and memory_bytes"),
-                                            ({"memory_fraction": 1.5}, r"memory_fraction in \(0, 1\]"), ({"max_sequences": 9, "max_tokens_per_step": 8}, "max_tokens_per_step >= max_sequences")])
+@pytest.mark.parametrize("fields,message", [
+    ({"block_size": 0}, "block_size >= 1"),
+    ({"num_blocks": 3, "memory_bytes": 9}, "num_blocks and memory_bytes"),
+    ({"memory_fraction": 1.5}, r"memory_fraction in \(0, 1\]"),
+    ({"max_sequences": 9, "max_tokens_per_step": 8}, "max_tokens_per_step >= max_sequences"),
+])
 def test_cache_config_is_checked(fields, message):
     with pytest.raises(ValueError, match=message):
         CacheConfig(**fields)

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
 
 CPU = torch.device("cpu")

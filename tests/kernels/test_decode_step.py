@@ -212,7 +212,7 @@ def test_reads_the_weights_as_they_are_now(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_agrees_with_the_training_decoder(impl, shared):
-    from fusedrl.engine.model import load_decoder
+    from fusedrl.engine.model.weights import load_decoder
 
     decoder = load_decoder(shared / "models/stories260k")
     weights, lengths = decoder.weights(), [5, 64, 130]

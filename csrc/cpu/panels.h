@@ -1,0 +1,130 @@
+// Activations of a decoder in panels of up to 64 tokens, [feature][token], and the operations on them.
+//
+// Tokens are the vector lanes: a norm needs no sum across lanes, RoPE and SwiGLU are plain vector code, and the weights, [out][in] as they are
+// trained, are read in order without packing or copies. Everything is float32; a sum has one order, whatever the panel's width or the threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t VL = Vec::size();
+constexpr int64_t PANEL = 64;      // tokens: four AVX-512 vectors, so that a 4 x 4 tile of sums stays in registers
+constexpr int64_t ROW_BLOCK = 32;  // weight rows of one task
+constexpr int64_t K_BLOCK = 256;   // inputs of one partial sum: 64 KB of a panel, and shorter sums err less
+constexpr int64_t TASK_FLOPS = 1 << 20;  // below this a hand-over to another thread costs more than it saves
+
+// ---- panels ------------------------------------------------------------------------------------------------------------
+struct Panels {
+  int64_t tokens, count;
+  explicit Panels(int64_t n) : tokens(n), count((n + PANEL - 1) / PANEL) {}
+  int64_t width(int64_t p) const { return p + 1 < count ? PANEL : (tokens - p * PANEL + VL - 1) / VL * VL; }
+  int64_t used(int64_t p) const { return std::min(PANEL, tokens - p * PANEL); }
+  int64_t lanes() const { return count ? (count - 1) * PANEL + width(count - 1) : 0; }
+};
+
+float to_float(float x) { return x; }
+float to_float(c10::BFloat16 x) { return static_cast<float>(x); }
+
+// ---- y (+)= W x + b ------------------------------------------------------------------------------------------------------
+// The compiler's own vectors, of the width of Vec: `a * b + c` becomes one FMA where there is one, and stays in registers where Vec is an array.
+typedef float Lanes __attribute__((vector_size(sizeof(float) * VL), aligned(4), may_alias));
+
+template <int R, int C, typename T>
+inline void tile(const T* w, int64_t ld, const T* bias, const float* x, int64_t width, int64_t K, float* y, bool add) {
+  Lanes sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sum[r][c] = Lanes{} + (bias ? to_float(bias[r]) : 0.0f);
+  for (int64_t k = 0; k < K; ++k) {
+    Lanes column[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) column[c] = *reinterpret_cast<const Lanes*>(x + k * width + c * VL);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const float weight = to_float(w[r * ld + k]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[r][c] += weight * column[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      Lanes* to = reinterpret_cast<Lanes*>(y + r * width + c * VL);
+      *to = add ? *to + sum[r][c] : sum[r][c];
+    }
+}
+
+template <int C, typename T>
+inline void strip(const T* w, int64_t ld, const T* bias, int64_t rows, const float* x, int64_t width, int64_t K, float* y, bool add) {
+  constexpr int R = C >= 4 ? 4 : 8;  // at least eight sums in flight hide the latency of an FMA
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) tile<R, C>(w + r * ld, ld, bias ? bias + r : nullptr, x, width, K, y + r * width, add);
+  for (; r < rows; ++r) tile<1, C>(w + r * ld, ld, bias ? bias + r : nullptr, x, width, K, y + r * width, add);
+}
+
+// w [O, K], x panels of K rows, y panels of O rows.
+template <typename T>
+void linear(const T* w, const T* bias, int64_t O, int64_t K, const Panels& panels, const float* x, float* y, bool add) {
+  const int64_t blocks = (O + ROW_BLOCK - 1) / ROW_BLOCK;
+  const int64_t grain = std::max<int64_t>(1, TASK_FLOPS / (2 * ROW_BLOCK * K * std::min(PANEL, panels.lanes()) + 1));
+  at::parallel_for(0, blocks * panels.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t p = task % panels.count, row = task / panels.count * ROW_BLOCK, rows = std::min(ROW_BLOCK, O - row), width = panels.width(p);
+      const float* from = x + p * PANEL * K;
+      float* to = y + p * PANEL * O + row * width;
+      for (int64_t k = 0; k < K; k += K_BLOCK) {
+        const T* weights = w + row * K + k;
+        const T* start = bias && k == 0 ? bias + row : nullptr;
+        const int64_t length = std::min(K_BLOCK, K - k);
+        const bool onto = add || k > 0;
+        int64_t c = 0;
+        for (; c + 4 * VL <= width; c += 4 * VL) strip<4>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
+        for (; c + 2 * VL <= width; c += 2 * VL) strip<2>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
+        for (; c < width; c += VL) strip<1>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
+      }
+    }
+  });
+}
+
+// ---- what lies between the linear layers, on [rows][width] of one panel ---------------------------------------------------
+template <typename T>
+void rms_norm(const float* x, const T* weight, int64_t rows, int64_t width, float eps, float* y) {
+  for (int64_t c = 0; c < width; c += VL) {
+    Vec squares(0.0f);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec value = Vec::loadu(x + r * width + c);
+      squares = at::vec::fmadd(value, value, squares);
+    }
+    const Vec scale = Vec(1.0f) / (squares / Vec(static_cast<float>(rows)) + Vec(eps)).sqrt();
+    for (int64_t r = 0; r < rows; ++r) (Vec::loadu(x + r * width + c) * scale * Vec(to_float(weight[r]))).store(y + r * width + c);
+  }
+}
+
+// Rotate-half RoPE of one head, [D][width]; cos and sin [D / 2][width].
+void rotate(float* x, const float* cos, const float* sin, int64_t D, int64_t width) {
+  const int64_t half = D / 2 * width;
+  for (int64_t i = 0; i < half; i += VL) {
+    const Vec first = Vec::loadu(x + i), second = Vec::loadu(x + half + i), c = Vec::loadu(cos + i), s = Vec::loadu(sin + i);
+    (first * c - second * s).store(x + i);
+    (second * c + first * s).store(x + half + i);
+  }
+}
+
+// gate * sigmoid(gate) * up; gate and up of `size` values each, one after the other.
+void swiglu(const float* gate_up, int64_t size, float* y) {
+  for (int64_t i = 0; i < size; i += VL) {
+    const Vec gate = Vec::loadu(gate_up + i);
+    (gate / (Vec(1.0f) + gate.neg().exp()) * Vec::loadu(gate_up + size + i)).store(y + i);
+  }
+}
+
+}  // namespace
