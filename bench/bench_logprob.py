@@ -1,10 +1,13 @@
-"""logprob and linear_logprob against eager log_softmax + gather and torch.compile of the same.    PYTHONPATH=... python bench/bench_logprob.py
+"""logprob and linear_logprob against eager log_softmax + gather and torch.compile of the same.
+
+    python bench/bench_logprob.py [--rounds 15] [--cases 2048x32000,head]      (cases: the start of a name printed below; all by default)
 
 "forward" runs under no_grad. "forward+backward" is one call and `torch.autograd.grad` of it with a random upstream gradient; the gradient is a
 fresh tensor, except for logprob_, whose gradient lands on the logits (each round reads what the round before left there).
 """
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -101,16 +104,27 @@ def through_head(N: int, H: int, V: int, rounds: int) -> list[Row]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cases", default="")
+    arguments = parser.parse_args()
     one_thread()
-    ceiling = copy_bandwidth()
-    rows = []
-    for entropy in (False, True):
-        rows += from_logits(2048, 32000, torch.float32, entropy, ceiling, rounds=15)
-    rows += from_logits(1024, 151936, torch.float32, False, ceiling, rounds=5)
-    rows += from_logits(2048, 32000, torch.bfloat16, False, ceiling, rounds=5)
-    for N, H, V in ((64, 64, 512), (2000, 64, 512), (512, 512, 8192)):
-        rows += through_head(N, H, V, rounds=15)
-    report("logprob", rows)
+    ceiling, rounds = copy_bandwidth(), arguments.rounds
+    cases = {
+        "2048x32000": lambda: from_logits(2048, 32000, torch.float32, False, ceiling, rounds),
+        "2048x32000 entropy": lambda: from_logits(2048, 32000, torch.float32, True, ceiling, rounds),
+        "512x151936": lambda: from_logits(512, 151936, torch.float32, False, ceiling, rounds),
+        "2048x32000 bfloat16": lambda: from_logits(2048, 32000, torch.bfloat16, False, ceiling, rounds),
+        "head 64x64x512": lambda: through_head(64, 64, 512, rounds),
+        "head 2000x64x512": lambda: through_head(2000, 64, 512, rounds),
+        "head 512x512x8192": lambda: through_head(512, 512, 8192, rounds),
+    }
+    rows: list[Row] = []
+    for name, case in cases.items():
+        if name.startswith(tuple(arguments.cases.split(","))):
+            print(name, flush=True)
+            rows += case()
+            report("logprob", rows)
 
 
 if __name__ == "__main__":

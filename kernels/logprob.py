@@ -325,8 +325,8 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
         _check_overwritable(op, logits)
     value, per_row = (1.0, per_row.detach()) if per_row is not None else (float(temperature), None)
     if chosen == "cpp":
-        function = torch.ops.fusedrl.logprob_in_place if in_place else torch.ops.fusedrl.logprob
-        logp, entropies = function(logits, token_ids, value, per_row, entropy, ignore_index)
+        native_op = torch.ops.fusedrl.logprob_in_place if in_place else torch.ops.fusedrl.logprob
+        logp, entropies = native_op(logits, token_ids, value, per_row, entropy, ignore_index)
         return (logp, entropies) if entropy else logp
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, logits.shape[-1], ignore_index)

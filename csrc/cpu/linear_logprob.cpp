@@ -67,8 +67,8 @@ void cap_row(float* z, int64_t V, double softcap) {
 class Chunks {
  public:
   Chunks(const Tensor& hidden, std::vector<int64_t> rows, int64_t V, int64_t workspace_bytes) : hidden_(hidden), rows_(std::move(rows)), all_(static_cast<int64_t>(rows_.size()) == hidden.size(0)) {
-    // By default the smaller of 256 MiB and an eighth of the full logits, but a small problem is not cut below 1 MiB.
-    if (workspace_bytes < 0) workspace_bytes = std::max(kMebi, std::min(256 * kMebi, hidden.size(0) * V * 4 / 8));
+    // By default the smaller of 256 MiB and an eighth of the full logits, but never below 4 MiB, where the products grow slow.
+    if (workspace_bytes < 0) workspace_bytes = std::max(4 * kMebi, std::min(256 * kMebi, hidden.size(0) * V * 4 / 8));
     step_ = std::clamp<int64_t>(workspace_bytes / (4 * std::max<int64_t>(1, V)), 1, std::max<int64_t>(1, rows_.size()));
     workspace_ = at::empty({step_, V}, hidden.options().dtype(at::kFloat));
   }
