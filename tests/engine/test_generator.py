@@ -133,7 +133,7 @@ def same(outs, want):
         assert [c.token_ids for c in group] == [c.token_ids for c in expected]
         for c, e in zip(group, expected, strict=True):
             assert (c.finish_reason, c.weights_versions) == (e.finish_reason, e.weights_versions)
-            assert np.abs(np.array(c.logprobs) - np.array(e.logprobs)).max() <= 1e-5
+            assert np.abs(np.array(c.logprobs) - np.array(e.logprobs)).max() <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,10 @@ def same(outs, want):
 )
 def test_schedule_changes_no_token(decoder, plain, config):
     same(generate(Generator(decoder, None, config), ragged_prompts(9, 40), PARAMS), plain)
+
+
+def test_two_runs_are_bitwise_alike(decoder, plain):
+    assert generate(Generator(decoder), ragged_prompts(9, 40), PARAMS) == plain
 
 
 def test_companions_and_order_change_no_token(decoder, plain):
