@@ -54,7 +54,7 @@ class HybridActor:
         """Load a directory or Hugging Face id: decoder, tokenizer, and with `value_head` the value head saved there, or one that says 0.
 
         Args:
-            dtype: "auto" is float32 on CPU and bfloat16 on CUDA. device: None is the CPU.
+            dtype: "auto" is float32 on CPU and bfloat16 on CUDA. device: None is the best there is (CUDA, else the CPU).
         Raises:
             As `load_decoder`; ValueError where tokenizer and model vocabulary differ.
         """

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedrl.engine.data.tokenize import encode_prompt
 from fusedrl.engine.generation.blocks import BlockManager
 from fusedrl.engine.generation.cache import CacheConfig, KVCache
 from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
@@ -25,6 +26,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.kernels.decode_step import copy_blocks, decode_step
 from fusedrl.kernels.sampling import Sampled, sample
 
+_CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
 
 @dataclass(frozen=True)
 class Completion:
@@ -273,24 +275,28 @@ class Generator:
         request: _Request = sequence.request
         start = sequence.num_prompt
         token_ids = sequence.tokens[start:].tolist()
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True) if self.tokenizer is not None else ""
+        text = self._text(request.prompt_ids, token_ids) if self.tokenizer is not None else ""
         completion = Completion(request.prompt_ids, token_ids, sequence.logp[start:].tolist(), text, reason, sequence.versions[start:].tolist())
         del request.ticket.live[sequence.id]
         request.ticket.finished.append(Finished(request.index, sequence.sample, completion))
 
     # ---- prompts ----------------------------------------------------------------------------------------------------------
+    def _text(self, prompt_ids: list[int], token_ids: list[int]) -> str:
+        """The text that the tokens add to the prompt's. Decoded behind the prompt's last tokens: alone, a sentencepiece tokenizer drops their first space."""
+        before = self.tokenizer.decode(prompt_ids[-_CONTEXT:], skip_special_tokens=True)
+        both = self.tokenizer.decode(prompt_ids[-_CONTEXT:] + token_ids, skip_special_tokens=True)
+        return both.removeprefix(before) if both.startswith(before) else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
     def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
         """Token ids of strings, id lists and message lists."""
         ids: list[list[int]] = []
-        strings = [prompt for prompt in prompts if isinstance(prompt, str)]
-        encoded = iter(self._need_tokenizer("text")(strings)["input_ids"] if strings else [])
         for index, prompt in enumerate(prompts):
             if isinstance(prompt, Tensor | np.ndarray):
                 prompt = prompt.tolist()
             if isinstance(prompt, str):
-                ids.append(list(next(encoded)))
+                ids.append(encode_prompt(self._need_tokenizer("text"), prompt))
             elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
-                ids.append(self._encode_messages(prompt, index))
+                ids.append(encode_prompt(self._need_tokenizer("messages"), [dict(message) for message in prompt]))
             elif isinstance(prompt, Sequence) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
                 ids.append([int(t) for t in prompt])
             else:
@@ -298,13 +304,6 @@ class Generator:
             if not ids[-1]:
                 raise ValueError(f"generate: prompt {index} has no token; a completion needs at least one to go on from, such as the BOS")
         return ids
-
-    def _encode_messages(self, messages: Sequence[Any], index: int) -> list[int]:
-        tokenizer = self._need_tokenizer("messages")
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"generate: prompt {index} is a list of messages and the tokenizer has no chat template; give text or token ids, "
-                             "or set tokenizer.chat_template")
-        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False))
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:

@@ -22,6 +22,7 @@ from fusedrl.engine.model.weights import (
     load_tensors,
     opened,
     replacing,
+    resolve_device,
     resolve_directory,
     resolve_dtype,
     write_model,
@@ -108,7 +109,7 @@ def load_reward_model(path: str | Path, *, dtype: str | torch.dtype = "auto", de
     directory = resolve_directory(path)
     config = load_config(directory)
     # A classifier has no language model head: the trunk is built as if it were tied, and `raw` keeps what the file said.
-    decoder = Decoder(replace(config, tie_embeddings=True), dtype=resolve_dtype(dtype, device), device=device or "cpu")
+    decoder = Decoder(replace(config, tie_embeddings=True), dtype=resolve_dtype(dtype, device), device=resolve_device(device))
     model = RewardModel.from_decoder(decoder)
     shift = config.raw.get(_SHIFT_KEY, 0.0)
     if not isinstance(shift, (int, float)) or isinstance(shift, bool):

@@ -77,12 +77,17 @@ def resolve_directory(path_or_id: str | Path) -> Path:
                                 "check the path, the id or the network") from error
 
 
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device itself, or the best there is: CUDA, else the CPU."""
+    return torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device | str | None) -> torch.dtype:
     """"auto" is float32 on CPU and bfloat16 on CUDA; names such as "bfloat16" and dtypes stand for themselves."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        return torch.bfloat16 if torch.device(device or "cpu").type == "cuda" else torch.float32
+        return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
     if dtype not in _DTYPES:
         raise ValueError(f"expected dtype auto, {', '.join(_DTYPES)}, got {dtype!r}")
     return _DTYPES[dtype]
@@ -93,13 +98,13 @@ def load_decoder(path: str | Path, *, dtype: str | torch.dtype = "auto", device:
 
     Args:
         dtype: of the parameters; "auto" is float32 on CPU and bfloat16 on CUDA, whatever the files hold.
-        device: of the parameters; None is the CPU.
+        device: of the parameters; None is the best there is (CUDA, else the CPU).
     Raises:
         FileNotFoundError: no such directory, no weights, or a shard missing. ValueError: an unknown model_type, pickled weights only, a damaged
         file, a weight_map that leaves the directory, or tensors that are missing, unexpected or of another shape (listed).
     """
     directory = resolve_directory(path)
-    decoder = Decoder(load_config(directory), dtype=resolve_dtype(dtype, device), device=device or "cpu")
+    decoder = Decoder(load_config(directory), dtype=resolve_dtype(dtype, device), device=resolve_device(device))
     load_tensors(directory, hf_views(decoder), ignored=harmless(decoder.config))
     return decoder
 

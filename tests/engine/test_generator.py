@@ -12,7 +12,7 @@ from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.generation.scheduler import Scheduler
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from fusedrl.engine.model.weights import load_decoder
+from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 
 CONFIG = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1, "tie_word_embeddings": True}
@@ -257,7 +257,7 @@ def test_eos_of_the_model_and_of_the_tokenizer_both_end(decoder):
     last = {group[0].token_ids[-1] for group in outs if group[0].finish_reason == "stop"}
     assert last == {2, 17}
     assert not any({2, 17} & set(group[0].token_ids[:-1]) for group in outs)
-    assert outs[0][0].text == " ".join(map(str, outs[0][0].token_ids))
+    assert outs[0][0].text == "".join(f" {token}" for token in outs[0][0].token_ids)  # what they add to the prompt's text
 
 
 def test_min_new_tokens(decoder):
@@ -431,3 +431,12 @@ def test_cache_sizes(decoder):
 def test_cache_config_is_checked(fields, message):
     with pytest.raises(ValueError, match=message):
         CacheConfig(**fields)
+
+
+def test_text_goes_on_from_the_prompt(shared):
+    # A sentencepiece tokenizer drops the first space of what it decodes: alone, " and" would become "and".
+    tokenizer = load_tokenizer(shared / "models/stories260k")
+    prompts = ["Once upon a time", "The cat", "Lily was so", "One day,"]
+    outs = generate(Generator(load_decoder(shared / "models/stories260k", device="cpu"), tokenizer), prompts, SamplingParams(max_new_tokens=24, temperature=0.0))
+    for prompt, (completion,) in zip(prompts, outs, strict=True):
+        assert prompt + completion.text == tokenizer.decode(completion.prompt_ids + completion.token_ids, skip_special_tokens=True).strip()
