@@ -113,8 +113,8 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         keys[written, :, :, slots] = k
         values[written, :, slots] = v
-        parts = [t.split(_GATHERED_TOKENS) for t in (q, positions_N, blocks_NM)]
-        attended = torch.cat([_attend(*part, keys, values, layer.window) for part in zip(*parts, strict=True)])
+        parts = zip(q.split(_GATHERED_TOKENS), positions_N.split(_GATHERED_TOKENS), blocks_NM.split(_GATHERED_TOKENS), strict=True)
+        attended = torch.cat([_attend(part, at, blocks, keys, values, layer.window) for part, at, blocks in parts])
         x_NH = x_NH + F.linear(attended, layer.o, layer.o_bias)
         gate, up = F.linear(_rms_norm(x_NH, layer.post_norm, eps), layer.gate_up, layer.gate_up_bias).to(wide).chunk(2, dim=-1)
         x_NH = x_NH + F.linear((F.silu(gate) * up).to(x_NH.dtype), layer.down, layer.down_bias)
@@ -161,7 +161,8 @@ def _check_ranges(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Ten
     column, positions_N1 = torch.arange(M, device=rows_N.device), positions_N[:, None]
     needed = block_table_BM[rows_N][(column <= positions_N1 // size) & (column >= (positions_N1 - reach + 1).clamp(min=0) // size)]
     if bool(((needed < 0) | (needed >= blocks)).any()):
-        raise IndexError(f"decode_step: expected block_table entries in [0, {blocks}) for every position that a token needs, got {needed.min()} to {needed.max()}")
+        raise IndexError(f"decode_step: expected block_table entries in [0, {blocks}) for every position that a token needs, got {needed.min()} "
+                         f"to {needed.max()}")
 
 
 @torch.no_grad()

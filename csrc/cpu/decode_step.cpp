@@ -125,8 +125,8 @@ struct Cache {
 };
 
 template <int G, typename T>
-void attend(const T* k, const T* v, const Cache& cache, int64_t head, const int32_t* blocks, int64_t first, int64_t last, const float* q, float* scores,
-            int64_t ld, float* out) {
+void attend(const T* k, const T* v, const Cache& cache, int64_t head, const int32_t* blocks, int64_t first, int64_t last, const float* q,
+            float* scores, int64_t ld, float* out) {
   const int64_t S = cache.S, D = cache.D, pitch = (S + VL - 1) / VL * VL, start = first / S, count = last / S - start + 1, size = count * pitch;
   const auto offset = [&](int64_t b) { return (static_cast<int64_t>(blocks[start + b]) * cache.heads + head) * S * D; };
   const auto mask = [&](int64_t from, int64_t to) {
@@ -221,8 +221,8 @@ void rope_and_cache(const Layer<T>& layer, const Sizes& z, const Tokens& tokens,
 }
 
 template <typename T>
-void attention(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, const Panels& panels, const float* qkv, const T* k_cache, const T* v_cache,
-               int64_t longest, float* out) {
+void attention(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, const Panels& panels, const float* qkv, const T* k_cache,
+               const T* v_cache, int64_t longest, float* out) {
   const Cache cache{z.kv_heads, z.D, z.S};
   const int64_t group = z.group(), ld = (longest / z.S + 1) * ((z.S + VL - 1) / VL * VL);
   const int64_t grain = std::max<int64_t>(1, TASK_FLOPS / (4 * group * z.D * ld));
@@ -327,19 +327,22 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Tokens& toke
 template <typename T>
 const T* weight(const std::optional<Tensor>& tensor, const char* name, at::IntArrayRef shape, bool optional) {
   if (optional && !tensor.has_value()) return nullptr;
-  TORCH_CHECK_VALUE(tensor.has_value() && tensor->sizes() == shape && tensor->is_contiguous() && tensor->device().is_cpu(), "decode_step: expected ", name,
-                    " contiguous on the CPU with shape ", shape, ", got ", tensor.has_value() ? c10::str(tensor->sizes(), " strides ", tensor->strides()) : "None");
+  TORCH_CHECK_VALUE(tensor.has_value() && tensor->sizes() == shape && tensor->is_contiguous() && tensor->device().is_cpu(),
+                    "decode_step: expected ", name, " contiguous on the CPU with shape ", shape, ", got ",
+                    tensor.has_value() ? c10::str(tensor->sizes(), " strides ", tensor->strides()) : "None");
   TORCH_CHECK_TYPE(tensor->scalar_type() == c10::CppTypeToScalarType<T>::value, "decode_step: expected ", name, " in the embedding's dtype, got ",
                    tensor->scalar_type());
   return tensor->const_data_ptr<T>();
 }
 
 template <typename T>
-Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache, const Tensor& v_cache,
-             const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
+Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache,
+             const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
              const c10::List<std::optional<Tensor>>& parts, at::IntArrayRef windows, double rope_scale, double eps) {
   const int64_t L = windows.size(), H = embedding.size(1), kv_heads = k_cache.size(2), D = k_cache.size(3), S = k_cache.size(4);
-  TORCH_CHECK_VALUE(static_cast<int64_t>(parts.size()) == PARTS * L && k_cache.size(0) == L, "decode_step: expected ", int{PARTS}, " parts of each of ", L, " layers");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(parts.size()) == PARTS * L && k_cache.size(0) == L, "decode_step: expected ", int{PARTS},
+                    " parts of each of ", L, " layers");
+  TORCH_CHECK_VALUE(kv_heads > 0 && D > 0 && S > 0, "decode_step: expected a cache with key/value heads, a head dim and slots, got ", k_cache.sizes());
   TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(), "decode_step: expected contiguous caches; use allocate_cache");
   Sizes z{H, 0, 0, kv_heads, D, S, static_cast<float>(eps)};
   std::vector<Layer<T>> layers(L);
@@ -347,13 +350,17 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
   for (int64_t l = 0; l < L; ++l) {
     const auto part = [&](Part i) -> std::optional<Tensor> { return parts.get(l * PARTS + i); };
     const auto o = part(O), down = part(DOWN);
-    TORCH_CHECK_VALUE(o.has_value() && o->dim() == 2 && down.has_value() && down->dim() == 2, "decode_step: layer ", l, " lacks its o or down weight");
+    TORCH_CHECK_VALUE(o.has_value() && o->dim() == 2 && down.has_value() && down->dim() == 2, "decode_step: layer ", l,
+                      " lacks its o or down weight");
     const int64_t heads = o->size(1) / D, F = down->size(1);
-    TORCH_CHECK_VALUE(D % 2 == 0 && heads % kv_heads == 0 && (l == 0 || (F == z.F && heads == z.heads)), "decode_step: expected layers of one shape, an even ",
-                      "head dim and query heads in equal groups, got head dim ", D, ", ", heads, " heads, ", kv_heads, " key/value heads, F ", F, " in layer ", l);
+    TORCH_CHECK_VALUE(D % 2 == 0 && heads % kv_heads == 0 && (l == 0 || (F == z.F && heads == z.heads)),
+                      "decode_step: expected layers of one shape, an even head dim and query heads in equal groups, got head dim ", D, ", ", heads,
+                      " heads, ", kv_heads, " key/value heads, F ", F, " in layer ", l);
     z.heads = heads;
     z.F = F;
-    const auto set = [&](Part i, const char* name, at::IntArrayRef shape, bool optional) { layers[l].part[i] = weight<T>(part(i), name, shape, optional); };
+    const auto set = [&](Part i, const char* name, at::IntArrayRef shape, bool optional) {
+      layers[l].part[i] = weight<T>(part(i), name, shape, optional);
+    };
     set(INPUT_NORM, "input_norm", {H}, false);
     set(QKV, "qkv", {z.qkv(), H}, false);
     set(QKV_BIAS, "qkv_bias", {z.qkv()}, true);
@@ -380,13 +387,13 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
   Tensor out_RH = at::empty({R, H}, embedding.options().requires_grad(false));
   if (N)
     run<T>(layers, z, tokens, weight<T>(embedding, "embedding", embedding.sizes(), false), weight<T>(norm, "norm", {H}, false),
-           weight<float>(inv_freq, "inv_freq", {D / 2}, false), static_cast<float>(rope_scale), k_cache.mutable_data_ptr<T>(), v_cache.mutable_data_ptr<T>(),
-           k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
+           weight<float>(inv_freq, "inv_freq", {D / 2}, false), static_cast<float>(rope_scale), k_cache.mutable_data_ptr<T>(),
+           v_cache.mutable_data_ptr<T>(), k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
   return out_RH;
 }
 
-Tensor decode_step(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache, const Tensor& v_cache,
-                   const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
+Tensor decode_step(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache,
+                   const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
                    const c10::List<std::optional<Tensor>>& layers, at::IntArrayRef windows, double rope_scale, double eps) {
   const auto call = embedding.scalar_type() == at::kBFloat16 ? &typed<at::BFloat16> : &typed<float>;
   return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, norm, inv_freq, layers, windows, rope_scale, eps);

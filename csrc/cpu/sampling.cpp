@@ -319,8 +319,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, 
     case at::kHalf: draw_rows(at::Half()); break;
     default: TORCH_CHECK_TYPE(false, "sample: expected logits in float32, bfloat16 or float16, got ", rows.scalar_type());
   }
-  TORCH_CHECK_VALUE(bad == B, "sample: row ", bad.load(), " of ", B, " holds NaN or +inf, or no token that may be drawn; look at the logits of that row and at ",
-                    "`suppress`");
+  TORCH_CHECK_VALUE(bad == B, "sample: row ", bad.load(), " of ", B,
+                    " holds NaN or +inf, or no token that may be drawn; look at the logits of that row and at `suppress`");
   return {token_ids, logp, logp_processed, entropy, kept_count};
 }
 

@@ -1,4 +1,6 @@
+import functools
 import math
+import operator
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ IMPLS = ["torch", CPP]
 
 # What the families differ in, with odd sizes: D below, at and beside a vector of 8; groups of 1, 2, 7 query heads; F and V off any multiple.
 KINDS = {
-    "plain": dict(heads=4, kv_heads=2, D=8, H=32, F=43),
-    "biased": dict(heads=7, kv_heads=1, D=16, H=40, F=33, bias=True),
-    "normed": dict(heads=3, kv_heads=3, D=12, H=24, F=17, qk_norm=True, rope_scale=1.25),
-    "windowed": dict(heads=4, kv_heads=2, D=6, H=300, F=270, windows=(3, 0, 17)),
+    "plain": {"heads": 4, "kv_heads": 2, "D": 8, "H": 32, "F": 43},
+    "biased": {"heads": 7, "kv_heads": 1, "D": 16, "H": 40, "F": 33, "bias": True},
+    "normed": {"heads": 3, "kv_heads": 3, "D": 12, "H": 24, "F": 17, "qk_norm": True, "rope_scale": 1.25},
+    "windowed": {"heads": 4, "kv_heads": 2, "D": 6, "H": 300, "F": 270, "windows": (3, 0, 17)},
 }
 
 
@@ -218,7 +220,7 @@ def test_agrees_with_the_training_decoder(impl, shared):
     weights, lengths = decoder.weights(), [5, 64, 130]
     ids = sequences(lengths, V=512)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    want = decoder(torch.tensor(sum(ids, [])), positions, torch.tensor([0, 5, 69, 199], dtype=torch.int32), 130)
+    want = decoder(torch.tensor(functools.reduce(operator.iadd, ids, [])), positions, torch.tensor([0, 5, 69, 199], dtype=torch.int32), 130)
     got = step(weights, Cache(weights, lengths), [token for row in triples(ids) for token in row], impl)
     logp = [torch.log_softmax(hidden @ weights.head.T, -1) for hidden in (got, want)]
     torch.testing.assert_close(*logp, rtol=0, atol=1e-4)
@@ -242,9 +244,9 @@ def test_copy_blocks_reads_before_it_writes():
 def test_refuses_what_would_read_or_write_elsewhere(impl):
     weights = make("plain")
     cache = Cache(weights, [20])
-    good = dict(row=0, position=2, id=3)
-    for change, what in ((dict(id=37), "token_ids"), (dict(id=-1), "token_ids"), (dict(row=1), "rows"), (dict(row=-1), "rows"), (dict(position=-1), "positions"),
-                         (dict(position=48), "positions"), (dict(position=33), "block_table")):
+    good = {"row": 0, "position": 2, "id": 3}
+    for change, what in (({"id": 37}, "token_ids"), ({"id": -1}, "token_ids"), ({"row": 1}, "rows"), ({"row": -1}, "rows"), ({"position": -1}, "positions"),
+                         ({"position": 48}, "positions"), ({"position": 33}, "block_table")):
         with pytest.raises(IndexError, match=what):
             step(weights, cache, [tuple({**good, **change}.values())], impl)
     with pytest.raises(IndexError, match="out_slots"):
@@ -260,9 +262,10 @@ def test_refuses_what_would_read_or_write_elsewhere(impl):
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 def test_cpp_refuses_weights_that_do_not_fit():
     weights, cache = make("plain"), Cache(make("plain"), [20])
-    for change, error, what in ((dict(down=weights.layers[0].down.T.contiguous()), ValueError, "expected gate_up"), (dict(qkv_bias=torch.zeros(3)), ValueError, "qkv_bias"),
-                                (dict(o=weights.layers[0].o.double()), TypeError, "expected o in"), (dict(input_norm=None), ValueError, "input_norm"),
-                                (dict(qkv=weights.layers[0].qkv.T.contiguous().T), ValueError, "expected qkv contiguous")):
+    for change, error, what in (({"down": weights.layers[0].down.T.contiguous()}, ValueError, "expected gate_up"),
+                                ({"qkv_bias": torch.zeros(3)}, ValueError, "qkv_bias"),
+                                ({"o": weights.layers[0].o.double()}, TypeError, "expected o in"), ({"input_norm": None}, ValueError, "input_norm"),
+                                ({"qkv": weights.layers[0].qkv.T.contiguous().T}, ValueError, "expected qkv contiguous")):
         broken = weights._replace(layers=(weights.layers[0]._replace(**change), weights.layers[1]))
         with pytest.raises(error, match=what):
             step(broken, cache, [(0, 0, 0)], "cpp")
@@ -275,7 +278,8 @@ def test_opcheck_and_compile():
     weights, cache = make("biased"), Cache(make("biased"), [20], fill=0.0)
     ids, positions, rows = torch.tensor([3, 4, 5]), torch.arange(3), torch.zeros(3, dtype=torch.int64)
     parts = [part for layer in weights.layers for part in layer[:-1]]
-    arguments = (ids, positions, rows, cache.table, cache.k, cache.v, torch.tensor([2]), weights.embedding, weights.norm, weights.inv_freq, parts, [0, 0], 1.0, 1e-5)
+    arguments = (ids, positions, rows, cache.table, cache.k, cache.v, torch.tensor([2]), weights.embedding, weights.norm, weights.inv_freq,
+                 parts, [0, 0], 1.0, 1e-5)
     torch.library.opcheck(torch.ops.fusedrl.decode_step.default, arguments)
     compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
     others = Cache(weights, [20])

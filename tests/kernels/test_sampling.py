@@ -9,8 +9,9 @@ from fusedrl.kernels.sampling import philox4x32, sample, uniform
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
 IMPLS = ["torch", CPP]
 INF = math.inf
-SETTINGS = [dict(temperature=1.0), dict(temperature=0.0), dict(temperature=0.7, top_k=5), dict(temperature=1.3, top_p=0.8), dict(temperature=1.0, min_p=0.1),
-            dict(temperature=0.9, top_k=40, top_p=0.9, min_p=0.02)]
+SETTINGS = [{"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8},
+            {"temperature": 1.0, "min_p": 0.1},
+            {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.02}]
 
 
 def keys_for(B, seed=0):
@@ -145,8 +146,9 @@ def test_draws_have_the_distribution(impl, setting):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_depends_on_nothing_but_itself(impl):
     logits, keys = torch.randn(9, 200, generator=torch.Generator().manual_seed(2)) * 2, keys_for(9)
-    parameters = dict(temperature=torch.tensor([1.0, 0.0, 0.5] * 3), top_k=torch.tensor([0, 7, 300, 3, 0, 0, 1, 2, 0]), top_p=torch.tensor([1.0, 0.5, 0.9] * 3),
-                      min_p=torch.tensor([0.0, 0.0, 0.05] * 3).double())
+    parameters = {"temperature": torch.tensor([1.0, 0.0, 0.5] * 3), "top_k": torch.tensor([0, 7, 300, 3, 0, 0, 1, 2, 0]),
+                  "top_p": torch.tensor([1.0, 0.5, 0.9] * 3),
+                      "min_p": torch.tensor([0.0, 0.0, 0.05] * 3).double()}
     suppress = torch.rand(9, 200, generator=torch.Generator().manual_seed(4)) < 0.5
     whole = sample(logits, keys=keys, suppress=suppress, impl=impl, **parameters)
     wide = torch.full((9, 400), math.nan)  # rows of a wider tensor, between columns of NaN
@@ -237,7 +239,7 @@ def test_rows_that_cannot_be_drawn_from_are_named(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_refuses_bad_parameters(impl):
     logits, keys = torch.zeros(2, 4), keys_for(2)
-    for bad in (dict(temperature=-1.0), dict(temperature=math.nan), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=-0.1), dict(min_p=2.0), dict(top_k=-1)):
+    for bad in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 2.0}, {"top_k": -1}):
         (name, value), = bad.items()
         for given in (value, torch.tensor([1, value])):
             with pytest.raises(ValueError, match=f"expected {name}"):
