@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PPOConfig, PPOLossConfig, RewardModelConfig, RunConfig, SFTConfig
 from fusedrl.engine.data.demo_task import gold_reward, noise_ceiling, write_demo_files
 from fusedrl.engine.data.readers import load_pairs, load_prompts
-from fusedrl.engine.evaluate import Estimate, Evaluation, evaluate
+from fusedrl.engine.evaluate import Estimate, Evaluation, comparison, evaluate, side_by_side
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import save_pretrained
@@ -34,9 +33,9 @@ KL_TARGET = 6.0
 class DemoSize:
     """How much of everything; the defaults are what `fusedrl demo` runs."""
 
-    stories: int = 4096
-    sft_epochs: int = 4
-    pairs: int = 4096
+    stories: int = 8192
+    sft_epochs: int = 5
+    pairs: int = 8192
     ppo_steps: int = 40
     prompts_per_step: int = 64
     held_out: int = 512
@@ -99,8 +98,8 @@ def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSi
 
     started = chapter(3, f"PPO against the reward model, KL target {KL_TARGET:g} nats per story")
     ppo = train_ppo(PPOConfig(
-        model=sft.model, data=str(files / "prompts.jsonl"), reward=(reward_model.model,), steps=size.ppo_steps, prompts_per_step=size.prompts_per_step,
-        epochs=4, missing_eos_penalty=1.0, generation=GENERATION, kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), loss=PPOLossConfig(),
+        model=sft.model, data=str(files / "prompts.jsonl"), reward=(reward_model.model,), steps=size.ppo_steps,
+        prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION, kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), loss=PPOLossConfig(),
         optim=OptimConfig(lr=5e-4), run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
     seconds["ppo"] = time.perf_counter() - started
 
@@ -136,32 +135,14 @@ def _initial_model(files: Path, directory: Path, seed: int) -> Path:
 
 # ---- the report ---------------------------------------------------------------------------------------------------------------
 def _report(console: Console, result: DemoResult, prompts: list[str], ceiling: float) -> None:
-    before, after, gain = result.before, result.after, result.gain
-    table = Table(title=f"{len(prompts)} held-out prompts, one fresh sample each (mean ± standard error)", title_justify="left")
-    for name in ("", "after SFT", "after PPO", "change"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, label in (("gold", "gold reward (nothing was trained on it)"), ("proxy", "proxy reward (the reward model's score)")):
-        table.add_row(label, *map(_shown, (before.rewards[name], after.rewards[name], after.rewards[name].minus(before.rewards[name]))))
-    table.add_row(f"KL to the SFT model, nats per story (target {KL_TARGET:g})", _shown(before.kl), _shown(after.kl), f"{after.kl.mean / KL_TARGET:.2f} x target")
-    table.add_row("perplexity of the text under the SFT model", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}", f"{after.perplexity - before.perplexity:+.2f}")
-    table.add_row("length, tokens", *map(_shown, (before.length, after.length, after.length.minus(before.length))))
-    table.add_row("ended by themselves", f"{before.ended:.1%}", f"{after.ended:.1%}", f"{100 * (after.ended - before.ended):+.1f} points")
-    console.print(table)
-
-    stories = Table(title="The same prompts before and after; the gold reward in front", title_justify="left", show_lines=True)
-    for name in ("prompt", "after SFT", "after PPO"):
-        stories.add_column(name, ratio=1)
-    for index in range(min(5, len(prompts))):
-        stories.add_row(prompts[index], *(f"[{e.scores['gold'][index]:+.0f}]".replace("[", "\\[") + e.completions[index] for e in (before, after)))
-    console.print(stories)
-
-    rm = result.reward_model
-    console.print(f"The reward model agrees with {rm.accuracy:.1%} of {rm.held_out} held-out labels (95% interval {rm.interval[0]:.1%} to {rm.interval[1]:.1%}); "
-                  f"the labels are so noisy that nobody can expect more than {ceiling:.1%}.")
-    console.print(f"The gold reward {'rose' if gain.mean > 0 else 'fell'} by {abs(gain.mean):.2f}, {abs(gain.mean) / gain.error:.0f} standard errors; "
-                  f"the KL is {after.kl.mean / KL_TARGET:.2f} times its target.")
-    console.print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()) + f". Models, metrics and samples: {result.directory}/")
-
-
-def _shown(estimate: Estimate) -> str:
-    return f"{estimate.mean:.2f} ± {estimate.error:.2f}"
+    before, after, gain, model = result.before, result.after, result.gain, result.reward_model
+    console.print("\nBefore PPO (the SFT model, which is also the reference) and after it, on prompts that no stage has seen:")
+    labels = {"gold": "gold reward (nothing was trained on it)", "proxy": "proxy reward (the reward model's score)"}
+    console.print(comparison(before, after, labels=labels, kl_target=KL_TARGET))
+    console.print(side_by_side(prompts, before, after, score="gold", count=5))
+    console.print(f"The reward model agrees with {model.accuracy:.1%} of {model.held_out} held-out labels (95% interval {model.interval[0]:.1%} to "
+                  f"{model.interval[1]:.1%}); the labels are so noisy that nobody can expect more than {ceiling:.1%}.")
+    console.print(f"The gold reward {'rose' if gain.mean > 0 else 'fell'} by {abs(gain.mean):.2f}, which is {abs(gain.mean) / gain.error:.0f} standard "
+                  f"errors; the KL is {after.kl.mean / KL_TARGET:.2f} times its target.")
+    console.print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
+                  + f". Models, metrics and samples are in {result.directory}/")

@@ -1,4 +1,4 @@
-"""How a policy does on given prompts, with fresh samples: rewards, KL to a reference, perplexity under the reference, length. Nothing is trained here."""
+"""How a policy does on given prompts, with fresh samples: rewards, KL to a reference, perplexity under the reference, length."""
 from __future__ import annotations
 
 import math
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
@@ -36,6 +38,9 @@ class Estimate:
         """The difference of two independent estimates."""
         return Estimate(self.mean - other.mean, math.hypot(self.error, other.error))
 
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.error:.2f}"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -55,13 +60,13 @@ class Evaluation:
     scores: dict[str, list[float]]
 
 
-def evaluate(policy: HybridActor, reference: HybridActor, prompts: Sequence[PromptExample], rewards: Mapping[str, RewardSet], generation: GenerationConfig,
-             *, seed: int) -> Evaluation:
+def evaluate(policy: HybridActor, reference: HybridActor, prompts: Sequence[PromptExample], rewards: Mapping[str, RewardSet],
+             generation: GenerationConfig, *, seed: int) -> Evaluation:
     """Sample one completion per prompt from the policy and measure it.
 
     Args:
         policy: what is measured. reference: what KL and perplexity refer to; may be the policy itself.
-        prompts: with their columns, which travel to the rewards.
+        prompts: with their columns, which travel to the rewards; one that comes several times gets as many different samples.
         rewards: by the name they are reported under.
         generation: how to sample; KL and perplexity are of the distributions at its temperature.
         seed: of the samples.
@@ -90,3 +95,32 @@ def evaluate(policy: HybridActor, reference: HybridActor, prompts: Sequence[Prom
 def _sums(values_N: Tensor, batch: PackedBatch) -> list[float]:
     """[B] sums of an action column over each sequence."""
     return [part.double().sum().item() for part in torch.where(batch.action_mask, values_N, 0.0).split(list(batch.lengths))]
+
+
+# ---- two policies side by side ------------------------------------------------------------------------------------------------
+def comparison(before: Evaluation, after: Evaluation, *, labels: Mapping[str, str] | None = None, kl_target: float | None = None) -> Table:
+    """A table of both and their difference. `labels`: what to call the rewards."""
+    table = Table(title=f"{len(before.completions)} fresh samples each (mean ± standard error)", title_justify="left")
+    table.add_column("")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for name in before.rewards:
+        old, new = before.rewards[name], after.rewards[name]
+        table.add_row((labels or {}).get(name, name), str(old), str(new), str(new.minus(old)))
+    aim = f"{after.kl.mean / kl_target:.2f} x target {kl_target:g}" if kl_target else ""
+    table.add_row("KL to the reference, nats per completion", str(before.kl), str(after.kl), aim)
+    perplexities = before.perplexity, after.perplexity
+    table.add_row("perplexity under the reference", *(f"{p:.2f}" for p in perplexities), f"{perplexities[1] - perplexities[0]:+.2f}")
+    table.add_row("length, tokens", str(before.length), str(after.length), str(after.length.minus(before.length)))
+    table.add_row("ended by themselves", f"{before.ended:.1%}", f"{after.ended:.1%}", f"{100 * (after.ended - before.ended):+.1f} points")
+    return table
+
+
+def side_by_side(prompts: Sequence[str], before: Evaluation, after: Evaluation, *, score: str, count: int) -> Table:
+    """The first `count` completions of both, the reward `score` in front."""
+    table = Table(title=f"The same prompts before and after; in front the {score} reward", title_justify="left", show_lines=True)
+    for name in ("prompt", "before", "after"):
+        table.add_column(name, ratio=1)
+    for index in range(min(count, len(prompts))):
+        table.add_row(Text(prompts[index].strip()), *(Text(f"{e.scores[score][index]:+.1f} {e.completions[index].strip()}") for e in (before, after)))
+    return table
