@@ -49,9 +49,9 @@ class Checkpoint:
 
 # ---- saving -------------------------------------------------------------------------------------------------------------------
 def save_checkpoint(run_dir: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Save `tensors` {group: {name: tensor}} (a file per group) and `state` (JSON values) as the checkpoint of `step`; then delete all but the `keep` newest.
+    """Save `tensors` {group: {name: tensor}} (a file per group) and `state` (JSON values) as the checkpoint of `step`.
 
-    A step that is already saved and verifies is left as it is.
+    When it verifies, all but the `keep` newest are deleted. A step that is already saved and verifies is left as it is.
 
     Raises:
         CheckpointError: a tensor that is not finite, a name that is no plain file name, a state that JSON would not give back, a failed verification.
@@ -124,7 +124,8 @@ def _check_state(value: Any, where: str) -> None:
 
 
 def _safetensors(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The file's bytes, a tensor at a time: neither views of shared storage nor the size of a group matter. Wide types first, so that all are aligned."""
+    """The file's bytes, a tensor at a time: neither views of shared storage nor the size of a group matter. Wide types come first, so that all
+    are aligned."""
     header: dict[str, Any] = {}
     end = 0
     ordered = sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -299,7 +300,8 @@ class RunDirectory:
         try:
             self.checkpoint = latest_checkpoint(self.dir)
             if self.checkpoint is not None and not config.run.resume:
-                raise ConfigError(f"{self.dir}: holds a run (step {self.checkpoint.step}); continue it with --run.resume true, or choose another --run.dir")
+                raise ConfigError(f"{self.dir}: holds a run (step {self.checkpoint.step}); continue it with --run.resume true, "
+                                  "or choose another --run.dir")
             if self.checkpoint is not None:
                 self._check_unchanged(current)
             elif config.run.resume:
@@ -316,9 +318,11 @@ class RunDirectory:
             differences = config_diff(saved["config"], current["config"])
             differences += [f"{key}: {saved[key]} -> {current[key]}" for key in current if key != "config" and saved[key] != current[key]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}), so what the run was started with is not known") from error
+            raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}), so what the run was started with is not known; "
+                                  "start in another --run.dir") from error
         if differences:
-            raise ConfigError("\n  ".join([f"{self.dir}: resumed with another configuration; undo these changes, or start in another --run.dir", *differences]))
+            heading = f"{self.dir}: resumed with another configuration; undo these changes, or start in another --run.dir"
+            raise ConfigError("\n  ".join([heading, *differences]))
 
     def __enter__(self) -> RunDirectory:
         return self

@@ -64,7 +64,8 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="fusedrl", description="RLHF on one machine: train and generate from one copy of the weights.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="fusedrl", allow_abbrev=False,
+                                     description="RLHF on one machine: train and generate from one copy of the weights.")
     parser.add_argument("--version", action="version", version=f"fusedrl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model: sft, reward or ppo", add_help=False)
@@ -85,17 +86,35 @@ def _run(argv: list[str]) -> None:
         run_demo(options.dir, options.seed)
 
 
+def _check_device(name: str | None) -> None:
+    """Raises ConfigError for what is no device, SetupError for one that this machine has not."""
+    if name is None:
+        return
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"config: expected device to be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        built = torch.version.cuda or torch.version.hip
+        remedy = "check the driver with nvidia-smi" if built else "this torch is a CPU build; install a CUDA build from pytorch.org"
+        raise SetupError(f"device {name!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; {remedy}, "
+                         "or use --device cpu")
+
+
 # ---- train --------------------------------------------------------------------------------------------------------------------
 def _train(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         stages = "\n".join(f"  {name:8}{STAGES[name][3]}" for name in STAGES)
-        print(f"usage: fusedrl train STAGE [--config run.yaml] [--option value ...]\n\nstages:\n{stages}\n\nfusedrl train STAGE --help lists its options.",
-              file=sys.stdout if argv else sys.stderr)
+        print(f"usage: fusedrl train STAGE [--config run.yaml] [--option value ...]\n\nstages:\n{stages}\n\n"
+              "fusedrl train STAGE --help lists its options.", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else CONFIGURATION)
     if argv[0] not in STAGES:
         raise ConfigError(f"train: unknown stage {argv[0]!r}{_nearest(argv[0], STAGES)}; expected one of {', '.join(STAGES)}")
     _, module, function, _ = STAGES[argv[0]]
     config = parse_config(argv[0], argv[1:])
+    _check_device(config.device)
     getattr(importlib.import_module(module), function)(config)
 
 
@@ -121,7 +140,8 @@ def parse_config(stage: str, argv: Sequence[str]) -> Any:
     try:
         parsed = parser.parse_args([f"--config={file}" for file in files] + options)
         parsed.pop("config", None)
-        return cls(**{name: value for name, value in vars(parser.instantiate(parsed)).items() if name in {field.name for field in dataclasses.fields(cls)}})
+        values = parser.instantiate(parsed)
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"config: {_plain(str(error))}") from error
 
@@ -216,7 +236,7 @@ def _plain(message: str) -> str:
     message = " ".join(message.split()).replace("Parser key ", "")
     for kind in ("str", "int", "float", "bool", "tuple"):
         message = message.replace(f"<class '{kind}'>", kind)
-    return message.replace("typing.Literal", "one of ")
+    return message.replace("Expected a typing.Literal", "expected one of ").replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
 
 
 # ---- generate -----------------------------------------------------------------------------------------------------------------
@@ -228,7 +248,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--greedy", action="store_true", help="the likeliest token every time: temperature 0")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set of this probability (default: all)")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (default: all)")
-    parser.add_argument("--min_p", type=float, default=0.0, help="keep tokens of at least this fraction of the likeliest one's probability (default: all)")
+    parser.add_argument("--min_p", type=float, default=0.0, help="keep tokens at least this fraction as probable as the likeliest (default: all)")
     parser.add_argument("--n", type=int, default=1, help="completions of each prompt (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
@@ -236,6 +256,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    _check_device(options.device)
     from fusedrl.engine.actor import HybridActor
     from fusedrl.engine.generation.sampler import SamplingParams
 
@@ -244,7 +265,8 @@ def _generate(options: argparse.Namespace) -> None:
     actor = HybridActor.from_pretrained(options.model, dtype=options.dtype, device=options.device)
     for prompt, sample, completion in actor.stream(options.prompt, params):
         label = f"[prompt {prompt + 1}, sample {sample + 1}, {completion.finish_reason}]\n" if len(options.prompt) * options.n > 1 else ""
-        print(f"{label}{options.prompt[prompt]}{completion.text}", flush=True)
+        text = actor.tokenizer.decode([*completion.prompt_ids, *completion.token_ids], skip_special_tokens=True)  # together: parts may lose a space
+        print(f"{label}{text}", flush=True)
 
 
 if __name__ == "__main__":

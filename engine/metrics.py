@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 KEY_METRICS = ("loss", "reward", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "policy/clipfrac_avg", "accuracy", "margin",
-               "grad_norm", "lr")
+               "eval_loss", "eval_accuracy", "grad_norm", "lr")
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with a "step". Resumed, a torn last line and every line after `resume_step` are cut; None starts afresh."""
+    """A file of JSON objects, one a line, each with a "step". Resumed, a torn last line and every line after `resume_step` are cut; None starts
+    afresh. `last` is the newest line that was found and kept, or None."""
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
         self.path = Path(path)

@@ -150,7 +150,8 @@ def _values(name: str, returned: Any, count: int) -> list[Any]:
     if isinstance(returned, torch.Tensor) or type(returned).__module__ == "numpy":
         returned = returned.tolist()
     if not isinstance(returned, list | tuple):
-        raise RewardError(f"reward {name!r}: expected a list of {count} numbers, got {type(returned).__name__}; return one float or None per completion")
+        raise RewardError(f"reward {name!r}: expected a list of {count} numbers, got {type(returned).__name__}; "
+                          "return one float or None per completion")
     if len(returned) != count:
         raise RewardError(f"reward {name!r}: expected {count} values, one per completion, got {len(returned)}")
     return list(returned)
@@ -258,14 +259,16 @@ class ModelReward:
         self._limit = config.max_positions
         eos = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else next(iter(config.eos_token_ids), None)
         if eos is None:
-            raise RewardError(f"reward {directory}: its tokenizer and configuration name no EOS token; a reward model reads its score at the end of an answer")
+            raise RewardError(f"reward {directory}: its tokenizer and configuration name no EOS token, and a score is read at the end of an answer; "
+                              "set eos_token in its tokenizer_config.json")
         self._eos: int = eos
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> list[float | Invalid]:
         pairs = list(zip(rollout.prompt_ids, rollout.completion_ids, strict=True)) if self._same else self._tokenize(rollout)
-        values: list[float | Invalid] = [Invalid(f"{len(prompt) + len(completion)} tokens, and the reward model {self.name!r} reads at most {self._limit}")
-                                         for prompt, completion in pairs]
+        values: list[float | Invalid] = [
+            Invalid(f"{len(prompt) + len(completion)} tokens, and the reward model {self.name!r} reads at most {self._limit}")
+            for prompt, completion in pairs]
         fitting = [index for index, (prompt, completion) in enumerate(pairs) if 0 < len(prompt) + len(completion) <= self._limit]
         batch = PackedBatch.from_sequences((pairs[index] for index in fitting), device=self.model.head.weight.device)
         for part in batch.split(TOKENS_PER_FORWARD):

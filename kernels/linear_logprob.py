@@ -23,8 +23,8 @@ _IMPLS = Implementations("linear_logprob", cpu=("cpp", "torch"), cuda=("torch",)
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-def linear_logprob_reference(hidden_NH: Tensor, weight_VH: Tensor, token_ids_N: Tensor, bias_V: Tensor | None = None, temperature: float | Tensor = 1.0,
-                             softcap: float | None = None, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def linear_logprob_reference(hidden_NH: Tensor, weight_VH: Tensor, token_ids_N: Tensor, bias_V: Tensor | None = None,
+                             temperature: float | Tensor = 1.0, softcap: float | None = None, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """(logp, entropy) by definition, with all N V logits; differentiable, on any device and in any float dtype (float64 is the oracle)."""
     wide = torch.promote_types(hidden_NH.dtype, torch.float32)
     hidden = hidden_NH.to(wide).masked_fill((token_ids_N == ignore_index)[:, None], 0.0)  # an ignored row may hold anything
@@ -54,9 +54,13 @@ class _Chunked(torch.autograd.Function):
         return rows.split(max(1, workspace_bytes // (4 * V))) if rows.numel() else ()
 
     @staticmethod
-    def row_results(z_RV: Tensor, bias_V: Tensor | None, token_ids: Tensor, temperature: float | Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def row_results(z_RV: Tensor, bias_V: Tensor | None, token_ids: Tensor, temperature: float | Tensor,
+                    softcap: float | None) -> tuple[Tensor, Tensor]:
         z_RV = _finish(z_RV, bias_V, softcap)
-        return logprob(z_RV, token_ids, temperature=temperature, entropy=True) if z_RV.is_cuda else logprob_reference(z_RV, token_ids, temperature)
+        if z_RV.is_cuda:
+            logp_R, entropy_R = logprob(z_RV, token_ids, temperature=temperature, entropy=True)
+            return logp_R, entropy_R
+        return logprob_reference(z_RV, token_ids, temperature)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, token_ids, temperature, softcap, ignore_index, workspace_bytes):
@@ -72,10 +76,10 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, logp_grad, entropy_grad):
         hidden, weight, bias, token_ids, _ = ctx.saved_tensors
         temperature, softcap, ignore_index, workspace_bytes = ctx.rest
-        hidden_grad = torch.zeros_like(hidden)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight_grad = torch.zeros_like(weight, dtype=wide)
-        bias_grad = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        hidden_grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        bias_grad = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         active = (token_ids != ignore_index) & ((logp_grad != 0) | (entropy_grad != 0))
         for index in _Chunked.chunks(active.nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes):
             scale = temperature[index] if isinstance(temperature, Tensor) else temperature
@@ -83,32 +87,35 @@ class _Chunked(torch.autograd.Function):
                 z_RV = _product(hidden[index], weight.t()).detach().requires_grad_()
                 results = _Chunked.row_results(z_RV, bias, token_ids[index], scale, softcap)
                 (dz_RV,) = torch.autograd.grad(results, z_RV, (logp_grad[index], entropy_grad[index]))
-            hidden_grad[index] = _product(dz_RV, weight).to(hidden.dtype)
-            weight_grad += _product(dz_RV.t(), hidden[index])
+            if hidden_grad is not None:
+                hidden_grad[index] = _product(dz_RV, weight).to(hidden.dtype)
+            if weight_grad is not None:
+                weight_grad += _product(dz_RV.t(), hidden[index])
             if bias_grad is not None:
                 bias_grad += dz_RV.sum(0)
-        return (hidden_grad, weight_grad.to(weight.dtype), None if bias is None or bias_grad is None else bias_grad.to(bias.dtype), *(None,) * 5)
+        return (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None if bias_grad is None else bias_grad.to(bias.dtype),
+                *(None,) * 5)
 
 
 # ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
 if native.capability:
     @torch.library.register_fake("fusedrl::linear_logprob_forward")
-    def _(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float, entropy: bool,
-          ignore_index: int, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
-        N = hidden.shape[0]
-        return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N if entropy else 0,), (N, 3)))
+    def _(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float,
+          entropy: bool, ignore_index: int, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+        logp_N = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        return logp_N, torch.empty_like(logp_N) if entropy else logp_N.new_empty(0), logp_N.new_empty(hidden.shape[0], 3)
 
     @torch.library.register_fake("fusedrl::linear_logprob_backward")
-    def _(logp_grad: Tensor | None, entropy_grad: Tensor | None, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, stats: Tensor, temperature: float,
-          temperatures: Tensor | None, softcap: float, ignore_index: int, workspace_bytes: int, for_hidden: bool, for_weight: bool,
-          for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _(logp_grad: Tensor | None, entropy_grad: Tensor | None, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None,
+          stats: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, ignore_index: int, workspace_bytes: int, for_hidden: bool,
+          for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
         return (hidden.new_empty(hidden.shape if for_hidden else (0,)), weight.new_empty(weight.shape if for_weight else (0,)),
                 bias.new_empty(bias.shape) if for_bias and bias is not None else hidden.new_empty(0, dtype=torch.float32))
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
-def linear_logprob(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0, softcap: float | None = None,
-                   entropy: bool = False, ignore_index: int = -100, workspace_bytes: int | None = None,
+def linear_logprob(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
+                   softcap: float | None = None, entropy: bool = False, ignore_index: int = -100, workspace_bytes: int | None = None,
                    impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """`logprob(hidden @ weight.T + bias, token_ids)` with a bounded workspace in place of the logits.
 
@@ -120,8 +127,8 @@ def linear_logprob(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: T
         softcap: logits become softcap * tanh(logits / softcap).
         entropy: also return the entropy of each row.
         ignore_index: rows with this id have logp 0, entropy 0 and no gradient; they take part in no product and may hold anything.
-        workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By default the smaller of 256 MiB and an eighth
-            of the full logits, but never less than 1 MiB, so that small problems are not cut into pieces that cost more than they save.
+        workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By default the smaller of 256 MiB and an
+            eighth of the full logits, but never less than 1 MiB, so that small problems are not cut into pieces that cost more than they save.
         impl: "cpp" or "torch"; by default the best one for the device.
     Returns:
         logp [N], or (logp [N], entropy [N]); float32. Differentiable, once, in hidden, weight and bias.

@@ -94,8 +94,8 @@ if triton is not None:
         tl.store(stats_ptr + n * 3 + 2, mean)
 
     @triton.jit
-    def _backward_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, ids_ptr, logp_ptr, stats_ptr, grad_ptr, temperatures_ptr, temperature, V, row_stride, grad_stride, ignore_index,
-                         ENTROPY: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    def _backward_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, ids_ptr, logp_ptr, stats_ptr, grad_ptr, temperatures_ptr, temperature, V,
+                         row_stride, grad_stride, ignore_index, ENTROPY: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
         n = tl.program_id(0).to(tl.int64)
         v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         label = tl.load(ids_ptr + n)
@@ -147,45 +147,50 @@ if triton is not None:
 
 
 # ---- launchers: allocate, grid ------------------------------------------------------------------------------------------
-def _forward_triton(logits_NV: Tensor, ids_N: Tensor, temperature: float, temperature_N: Tensor | None, entropy: bool, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_triton(logits_NV: Tensor, ids_N: Tensor, temperature: float, temperature_N: Tensor | None, entropy: bool,
+                    ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or [0], stats [N, 3] = max, S, W / S)."""
     N, V = logits_NV.shape
     logp_N, stats_N3 = logits_NV.new_empty(N, dtype=torch.float32), logits_NV.new_empty(N, 3, dtype=torch.float32)
     entropy_N = torch.empty_like(logp_N) if entropy else logp_N.new_empty(0)
     if N:
-        _forward_kernel[(N,)](logits_NV, ids_N.contiguous(), logp_N, entropy_N if entropy else logp_N, stats_N3, logp_N if temperature_N is None else temperature_N,
-                              temperature, V, logits_NV.stride(0), ignore_index, ENTROPY=entropy, PER_ROW=temperature_N is not None, BLOCK=_BLOCK, num_warps=_WARPS)
+        _forward_kernel[(N,)](logits_NV, ids_N.contiguous(), logp_N, entropy_N if entropy else logp_N, stats_N3,
+                              logp_N if temperature_N is None else temperature_N, temperature, V, logits_NV.stride(0), ignore_index,
+                              ENTROPY=entropy, PER_ROW=temperature_N is not None, BLOCK=_BLOCK, num_warps=_WARPS)
     return logp_N, entropy_N, stats_N3
 
 
-def _backward_triton(logp_grad_N: Tensor | None, entropy_grad_N: Tensor | None, logits_NV: Tensor, ids_N: Tensor, logp_N: Tensor, stats_N3: Tensor, temperature: float,
-                     temperature_N: Tensor | None, ignore_index: int, out_NV: Tensor) -> None:
+def _backward_triton(logp_grad_N: Tensor | None, entropy_grad_N: Tensor | None, logits_NV: Tensor, ids_N: Tensor, logp_N: Tensor, stats_N3: Tensor,
+                     temperature: float, temperature_N: Tensor | None, ignore_index: int, out_NV: Tensor) -> None:
     """The gradient into `out_NV`, which may be the logits."""
     N, V = logits_NV.shape
     if N == 0:
         return
     g_N = torch.zeros_like(logp_N) if logp_grad_N is None else logp_grad_N.contiguous()
     h_N = g_N if entropy_grad_N is None else entropy_grad_N.contiguous()
-    _backward_kernel[(N, triton.cdiv(V, _BLOCK))](g_N, h_N, logits_NV, ids_N.contiguous(), logp_N, stats_N3, out_NV, logp_N if temperature_N is None else temperature_N,
-                                                 temperature, V, logits_NV.stride(0), out_NV.stride(0), ignore_index, ENTROPY=entropy_grad_N is not None,
-                                                 PER_ROW=temperature_N is not None, BLOCK=_BLOCK, num_warps=_WARPS)
+    _backward_kernel[(N, triton.cdiv(V, _BLOCK))](
+        g_N, h_N, logits_NV, ids_N.contiguous(), logp_N, stats_N3, out_NV, logp_N if temperature_N is None else temperature_N, temperature, V,
+        logits_NV.stride(0), out_NV.stride(0), ignore_index, ENTROPY=entropy_grad_N is not None, PER_ROW=temperature_N is not None, BLOCK=_BLOCK,
+        num_warps=_WARPS)
 
 
 # ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
 @torch.library.custom_op("fusedrl::logprob_triton", mutates_args=())
-def _logprob_triton(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _logprob_triton(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool,
+                    ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     return _forward_triton(logits, token_ids, temperature, temperatures, entropy, ignore_index)
 
 
 @torch.library.custom_op("fusedrl::logprob_triton_backward", mutates_args=())
-def _logprob_triton_backward(logp_grad: Tensor | None, entropy_grad: Tensor | None, logits: Tensor, token_ids: Tensor, logp: Tensor, stats: Tensor, temperature: float,
-                             temperatures: Tensor | None, ignore_index: int) -> Tensor:
+def _logprob_triton_backward(logp_grad: Tensor | None, entropy_grad: Tensor | None, logits: Tensor, token_ids: Tensor, logp: Tensor, stats: Tensor,
+                             temperature: float, temperatures: Tensor | None, ignore_index: int) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _backward_triton(logp_grad, entropy_grad, logits, token_ids, logp, stats, temperature, temperatures, ignore_index, grad)
     return grad
 
 
-def _forward_fake(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool,
+                  ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     per_row = logits.new_empty(token_ids.shape, dtype=torch.float32)
     return per_row, torch.empty_like(per_row) if entropy else per_row.new_empty(0), per_row.new_empty(token_ids.numel(), 3)
 
@@ -283,8 +288,8 @@ def logprob(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor = 
     Returns:
         logp [...], or (logp [...], entropy [...]); float32. Differentiable, once, in the logits.
     Raises:
-        IndexError: an id outside [0, V), on the CPU (on a GPU that row is NaN). ValueError: sizes, devices, strides or a temperature that does not fit.
-        TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        IndexError: an id outside [0, V), on the CPU (on a GPU that row is NaN). ValueError: sizes, devices, strides or a
+        temperature that does not fit. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
     return _logprob("logprob", logits, token_ids, temperature, entropy, ignore_index, impl, in_place=False)
 
@@ -320,7 +325,8 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
         _check_overwritable(op, logits)
     value, per_row = (1.0, per_row.detach()) if per_row is not None else (float(temperature), None)
     if chosen == "cpp":
-        logp, entropies = (torch.ops.fusedrl.logprob_in_place if in_place else torch.ops.fusedrl.logprob)(logits, token_ids, value, per_row, entropy, ignore_index)
+        function = torch.ops.fusedrl.logprob_in_place if in_place else torch.ops.fusedrl.logprob
+        logp, entropies = function(logits, token_ids, value, per_row, entropy, ignore_index)
         return (logp, entropies) if entropy else logp
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, logits.shape[-1], ignore_index)
@@ -331,9 +337,11 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
         V = logits.shape[-1]
         rows = logits.reshape(-1, V)  # a copy where the leading dimensions do not merge
         if in_place and rows.data_ptr() != logits.data_ptr():
-            raise ValueError(f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with strides {logits.stride()}; use logprob")
+            raise ValueError(f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with strides {logits.stride()}; "
+                             "use logprob")
         temperature_N = None if per_row is None else per_row.reshape(-1).float()
-        logp, entropies, _ = (_InPlaceTriton.apply if in_place else _logprob_triton)(rows, token_ids.reshape(-1), value, temperature_N, entropy, ignore_index)
+        function = _InPlaceTriton.apply if in_place else _logprob_triton
+        logp, entropies, _ = function(rows, token_ids.reshape(-1), value, temperature_N, entropy, ignore_index)
         logp, entropies = logp.view(token_ids.shape), entropies.view(token_ids.shape) if entropy else entropies
     return (logp, entropies) if entropy else logp
 
@@ -348,10 +356,11 @@ def check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
 
 def _check_overwritable(op: str, logits: Tensor) -> None:
     if logits.is_leaf:
-        raise ValueError(f"{op}: expected logits that an operation computed, got a leaf that requires a gradient: its .grad would be the overwritten leaf itself; "
-                         "use logprob")
+        raise ValueError(f"{op}: expected logits that an operation computed, got a leaf that requires a gradient: its .grad would be the "
+                         "overwritten leaf itself; use logprob")
     needed = 1  # elements that one index of the dimension to the right spans
     for size, stride in sorted(zip(logits.shape, logits.stride(), strict=True), key=lambda pair: pair[1]):
         if size > 1 and stride < needed:
-            raise ValueError(f"{op}: expected logits whose rows lie apart in memory, got sizes {tuple(logits.shape)} with strides {logits.stride()}; use logprob")
+            raise ValueError(f"{op}: expected logits whose rows lie apart in memory, got sizes {tuple(logits.shape)} with strides "
+                             f"{logits.stride()}; use logprob")
         needed = max(needed, size * stride)

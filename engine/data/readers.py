@@ -126,7 +126,7 @@ def _load(path: str | Path, parse: Callable[[dict[str, Any]], T], skip: bool, re
     if bad and not skip:
         shown = "\n".join(f"{path}:{number}: {reason_}" for number, reason_, _ in bad[:SHOWN])
         more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DataError(f"{shown}{more}\n{len(bad)} bad line{'s'[:len(bad) != 1]}, {len(items)} good; mend the file, or set skip_bad_lines to leave them out")
+        raise DataError(f"{shown}{more}\n{len(bad)} bad line{'s'[:len(bad) != 1]}, {len(items)} good; mend the file, or set skip_bad_lines")
     if not items:
         found = [f"{len(bad)} bad"] * bool(bad) + [f"{count} dropped: {reason_}" for reason_, count in dropped.items()]
         raise DataError(f"{path}: no usable row ({'; '.join(found) or 'the file is empty'}); expected one JSON object per line")

@@ -41,7 +41,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """
     if not isinstance(prompt, str):
         if not tokenizer.chat_template:
-            raise DataError("the prompt is a list of messages, but the tokenizer has no chat template; use a chat model, or write the prompt as one string")
+            raise DataError("the prompt is a list of messages, but the tokenizer has no chat template; use a chat model, or write prompts as strings")
         rendered: Any = tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False)
         return list(rendered)
     plain = _ids(tokenizer, prompt, special=False)
@@ -111,7 +111,7 @@ def drop_longer(items: Sequence[T], limit: int, length: Callable[[T], int]) -> t
     kept = [item for item in items if length(item) <= limit]
     if items and not kept:
         shortest = min(length(item) for item in items)
-        raise DataError(f"all {len(items)} examples are longer than {limit} tokens (the shortest has {shortest}); raise the limit or shorten the data")
+        raise DataError(f"all {len(items)} examples are longer than {limit} tokens (the shortest has {shortest}); raise the limit, or shorten them")
     return kept, Dropped(len(items) - len(kept), len(items), limit)
 
 

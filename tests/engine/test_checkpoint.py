@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -38,14 +39,16 @@ def _save(run, step, keep=2):
 
 
 def _same(checkpoint, step):
-    assert checkpoint is not None and checkpoint.step == step
+    assert checkpoint is not None
+    assert checkpoint.step == step
     expected = _tensors(step)
     assert checkpoint.tensors.keys() == expected.keys()
     for group, named in expected.items():
         assert checkpoint.tensors[group].keys() == named.keys()
         for name, tensor in named.items():
             found = checkpoint.tensors[group][name]
-            assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+            assert found.dtype == tensor.dtype, name
+            assert torch.equal(found, tensor), name
     assert checkpoint.state == _state(step)
 
 
@@ -145,8 +148,10 @@ def test_killed_at_every_io_call_the_newest_complete_one_loads(tmp_path, event):
         shutil.rmtree(run)
         if not killed:
             break
-    assert outcomes[-1] == 3 and outcomes == sorted(outcomes)
-    assert len(outcomes) > 30 and outcomes.count(2) > 20
+    assert outcomes[-1] == 3
+    assert outcomes == sorted(outcomes)
+    assert len(outcomes) > 30
+    assert outcomes.count(2) > 20
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ENOSPC])
@@ -188,7 +193,8 @@ def test_a_full_disk_names_needed_and_free_bytes(tmp_path, limit):
         _save(tmp_path, 2)
 
     status, text = _in_child(work)
-    assert status and "this checkpoint needs" in text and "are free; earlier checkpoints are intact" in text, text
+    assert status != 0
+    assert re.search(r"this checkpoint needs [\d,]+ bytes and [\d,]+ are free; earlier checkpoints are intact", text), text
     assert _entries(tmp_path) == ["step_00000001"]
     _same(latest_checkpoint(tmp_path), 1)
 
@@ -244,7 +250,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, caplog, w
     _save(tmp_path, 1)
     damage(_save(tmp_path, 2))
     _same(latest_checkpoint(tmp_path), 1)
-    assert reason.replace("48", "") in caplog.text and "checkpoint skipped" in caplog.text
+    assert reason.replace("48", "") in caplog.text
+    assert "checkpoint skipped" in caplog.text
     _save(tmp_path, 2)  # the continued run reaches the step again
     _same(latest_checkpoint(tmp_path), 2)
 
@@ -319,7 +326,8 @@ HOLD = "import sys, time; from fusedrl.engine.checkpoint import RunLock; lock = 
 
 def test_a_second_writer_is_refused_until_the_first_dies(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
         with pytest.raises(SetupError, match=rf"another run writes here \(pid {holder.pid} on host {os.uname().nodename}\)"):
             RunLock(tmp_path)
         holder.kill()
@@ -339,7 +347,8 @@ def config(tmp_path):
 
 def test_a_run_is_continued_only_unchanged(config, tmp_path):
     with RunDirectory(config) as run:
-        assert run.checkpoint is None and run.dir == tmp_path / "run"
+        assert run.checkpoint is None
+        assert run.dir == tmp_path / "run"
         _save(run.dir, 5)
         with pytest.raises(SetupError):
             RunDirectory(config)

@@ -134,7 +134,7 @@ def test_what_comes_out_is_loadable(ppo):
     ids = torch.tensor([[1, 5, 6, 7]])
     from fusedrl.engine.packing import PackedBatch
     batch = PackedBatch.from_sequences([([1, 5, 6, 7], [])])
-    ours = actor.forward(batch) @ actor.head_weight.T
+    ours = actor.forward(batch) @ actor.decoder.head_weight.T
     torch.testing.assert_close(ours, theirs(ids).logits[0], rtol=1e-4, atol=1e-4)
     assert actor.value_head.weight.abs().sum() > 0  # it was trained, saved and read back
 
@@ -143,7 +143,7 @@ def test_a_run_directory_is_one_run(ppo):
     from fusedrl.engine.errors import ConfigError
     config = ppo(steps=1)
     train_ppo(config)
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="holds a run"):
         train_ppo(config)
     changed = replace(config, loss=PPOLossConfig(lam=0.5), run=replace(config.run, resume=True))
     with pytest.raises(ConfigError, match="lam"):

@@ -54,7 +54,8 @@ def test_pairs(tmp_path):
 
 def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path):
     other = "\n\nHuman: hello\n\nAssistant:"
-    path = _rows(tmp_path, {"chosen": HH + " a", "rejected": other + " b"}, {"chosen": HH + " a", "rejected": HH + " a "}, {"chosen": HH, "rejected": HH + " b"},
+    path = _rows(tmp_path, {"chosen": HH + " a", "rejected": other + " b"}, {"chosen": HH + " a", "rejected": HH + " a "},
+                 {"chosen": HH, "rejected": HH + " b"},
                  {"chosen": HH + " a\n\nHuman: go on\n\nAssistant: z", "rejected": HH + " b"}, {"chosen": HH + " a", "rejected": HH + " b"})
     pairs, dropped = load_pairs(path)
     assert pairs == [PairExample(HH, " a", " b")]
@@ -63,7 +64,9 @@ def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path):
 
 def test_demonstrations(tmp_path, caplog):
     path = _rows(tmp_path, {"prompt": "p", "completion": "c"}, {"text": "t"}, {"messages": [_user("q"), _assistant("a")]},
-                 {"instruction": "i", "input": "x", "output": "o"}, {"instruction": "i", "input": "", "output": "o"}, {"chosen": HH + " a", "rejected": HH + " b"},
+                 {"instruction": "i", "input": "x", "output": "o"},
+                 {"instruction": "i", "input": "", "output": "o"},
+                 {"chosen": HH + " a", "rejected": HH + " b"},
                  {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "completion": "  "})
     assert load_demonstrations(path) == [Demonstration("p", "c"), Demonstration("", "t"), Demonstration([_user("q")], "a"), Demonstration("i\n\nx\n\n", "o"),
                                          Demonstration("i\n\n", "o"), Demonstration(HH, " a"), Demonstration("p", "a")]
@@ -119,7 +122,8 @@ def test_all_bad_lines_are_reported_at_once(tmp_path):
     assert message.count("not JSON") == 20
     assert "... and 13 more" in message
     assert "33 bad lines, 1 good" in message
-    assert f"{path}:21: " in message and f"{path}:4: " not in message
+    assert f"{path}:21: " in message
+    assert f"{path}:4: " not in message
 
 
 @pytest.mark.parametrize("cut", [9, 30, 200, -9, -4, -1])

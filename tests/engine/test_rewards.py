@@ -42,12 +42,18 @@ def test_arguments_are_those_of_trl():
     scores = _score([reward], ["x", "y"], columns={"answer": [3, None]}, prompts=["p", chat])
     assert seen == {"prompts": ["p", chat], "completions": ["x", [{"role": "assistant", "content": "y"}]], "completion_ids": [[5, 6], [5, 6]],
                     "columns": {"answer": [3, None]}}
-    assert scores.total == [0.0, 1.0] and scores.per_reward == {"reward": [0.0, 1.0]} and scores.invalid == []
+    assert scores.total == [0.0, 1.0]
+    assert scores.per_reward == {"reward": [0.0, 1.0]}
+    assert scores.invalid == []
 
 
 def test_a_function_may_name_only_what_it_needs():
     assert _score([lambda completions: [len(c) for c in completions]], columns={"answer": [1, 2, 3]}).total == [2, 1, 4]
-    assert _score([lambda answer, *, completion_ids: [a * len(ids) for a, ids in zip(answer, completion_ids, strict=True)]], columns={"answer": [1, 2, 3]}).total == [2, 4, 6]
+
+    def reward(answer, *, completion_ids):
+        return [a * len(ids) for a, ids in zip(answer, completion_ids, strict=True)]
+
+    assert _score([reward], columns={"answer": [1, 2, 3]}).total == [2, 4, 6]
 
 
 def test_async_rewards_run_together_also_inside_an_event_loop():
@@ -75,7 +81,9 @@ def test_weights_none_and_names():
     assert scores.total == [-2.0, 0.0, -4.0]
     assert scores.per_reward == {"length": [2, 1, 4], "some": [None, 2, None], "length#2": [2, 1, 4]}
     alone = _score([some])
-    assert math.isnan(alone.total[0]) and alone.total[1] == 2 and [(i, name) for i, name, _ in alone.invalid] == [(0, "some"), (2, "some")]
+    assert math.isnan(alone.total[0])
+    assert alone.total[1] == 2
+    assert [(i, name) for i, name, _ in alone.invalid] == [(0, "some"), (2, "some")]
     assert "no reward applies" in alone.invalid[0][2]
 
 
@@ -86,14 +94,17 @@ def test_numbers_of_many_kinds(returned):
 
 def test_no_completions():
     scores = _score([length], [])
-    assert scores.total == [] and scores.per_reward == {"length": []}
+    assert scores.total == []
+    assert scores.per_reward == {"length": []}
 
 
 # ---- what misbehaves ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "1.0", [1.0], {}, object(), torch.zeros(2), 10**400, 1j])
 def test_a_value_that_is_no_finite_number_makes_the_sample_invalid(bad):
     scores = _score([length, lambda completions: [1.0, bad, 1.0]])
-    assert scores.total[0] == 3 and scores.total[2] == 5 and math.isnan(scores.total[1])
+    assert scores.total[0] == 3
+    assert scores.total[2] == 5
+    assert math.isnan(scores.total[1])
     assert [(i, name) for i, name, _ in scores.invalid] == [(1, "<lambda>")]
     assert "number or None, got" in scores.invalid[0][2]
 
@@ -144,7 +155,8 @@ def test_a_function_of_a_file(tmp_path):
     path.write_text("from dataclasses import dataclass\n@dataclass\nclass Config:\n    bonus: int = 3\n"
                     "def reward(completions, **kwargs):\n    return [len(c) + Config().bonus for c in completions]\n")
     reward = load_reward(f"{path}:reward")
-    assert reward.name == "reward" and _score(RewardSet([reward])).total == [5, 4, 7]
+    assert reward.name == "reward"
+    assert _score(RewardSet([reward])).total == [5, 4, 7]
 
 
 @pytest.mark.parametrize("code, function, message", [
@@ -215,6 +227,8 @@ def test_what_is_too_long_for_a_reward_model_is_invalid(tiny_model, reward_direc
     rewards = RewardSet([load_reward(str(reward_directory), tokenizer=AutoTokenizer.from_pretrained(tiny_model)), load_reward(length)])
     scores = rewards.score(["p"] * 3, ["aa"] * 3, [[1]] * 3, [[5] * 63, [5] * 64, [5]])
     assert scores.invalid == [(1, "judge", "65 tokens, and the reward model 'judge' reads at most 64")]
-    assert math.isfinite(scores.total[0]) and math.isnan(scores.total[1]) and math.isfinite(scores.total[2])
+    assert math.isfinite(scores.total[0])
+    assert math.isnan(scores.total[1])
+    assert math.isfinite(scores.total[2])
     nothing = rewards.score(["p"], ["aa"], [[1]], [[5] * 64])
     assert math.isnan(nothing.total[0])
