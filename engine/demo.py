@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PPOConfig, PPOLossConfig, RewardModelConfig, RunConfig, SFTConfig
+from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PPOConfig, RewardModelConfig, RunConfig, SFTConfig
 from fusedrl.engine.data.demo_task import gold_reward, noise_ceiling, write_demo_files
 from fusedrl.engine.data.readers import load_pairs, load_prompts
 from fusedrl.engine.evaluate import Estimate, Evaluation, comparison, evaluate, side_by_side
@@ -99,8 +99,8 @@ def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSi
     started = chapter(3, f"PPO against the reward model, KL target {KL_TARGET:g} nats per story")
     ppo = train_ppo(PPOConfig(
         model=sft.model, data=str(files / "prompts.jsonl"), reward=(reward_model.model,), steps=size.ppo_steps,
-        prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION, kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), loss=PPOLossConfig(),
-        optim=OptimConfig(lr=5e-4), run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
+        prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION,
+        kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), optim=OptimConfig(lr=5e-4), run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
     seconds["ppo"] = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -142,7 +142,7 @@ def _report(console: Console, result: DemoResult, prompts: list[str], ceiling: f
     console.print(side_by_side(prompts, before, after, score="gold", count=5))
     console.print(f"The reward model agrees with {model.accuracy:.1%} of {model.held_out} held-out labels (95% interval {model.interval[0]:.1%} to "
                   f"{model.interval[1]:.1%}); the labels are so noisy that nobody can expect more than {ceiling:.1%}.")
-    console.print(f"The gold reward {'rose' if gain.mean > 0 else 'fell'} by {abs(gain.mean):.2f}, which is {abs(gain.mean) / gain.error:.0f} standard "
-                  f"errors; the KL is {after.kl.mean / KL_TARGET:.2f} times its target.")
+    console.print(f"The gold reward {'rose' if gain.mean > 0 else 'fell'} by {abs(gain.mean):.2f}, which is {abs(gain.mean) / gain.error:.0f} "
+                  f"standard errors; the KL is {after.kl.mean / KL_TARGET:.2f} times its target.")
     console.print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
                   + f". Models, metrics and samples are in {result.directory}/")

@@ -32,7 +32,8 @@ class Estimate:
     def of(cls, values: Sequence[float]) -> Estimate:
         """Of independent values; those that are not finite are left out. The error of fewer than two is nan."""
         kept = torch.tensor([v for v in values if math.isfinite(v)], dtype=torch.float64)
-        return cls(kept.mean().item(), (kept.std() / math.sqrt(kept.numel())).item())
+        spread = kept.std().item() if kept.numel() > 1 else math.nan
+        return cls(kept.mean().item(), spread / math.sqrt(max(1, kept.numel())))
 
     def minus(self, other: Estimate) -> Estimate:
         """The difference of two independent estimates."""
