@@ -90,7 +90,8 @@ def copy_bandwidth(device: str = "cpu") -> float:
 
 
 def contest(what: str, shape: str, dtype: str, contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2,
-            bytes_moved: int | None = None, flops: int | None = None, ceiling: float | None = None, same: Callable[[Any, Any], None] | None = None, note: str = "") -> list[Row]:
+            bytes_moved: int | None = None, flops: int | None = None, ceiling: float | None = None, same: Callable[[Any, Any], None] | None = None,
+            note: str = "") -> list[Row]:
     """Time the contestants in turn, `rounds` times.
 
     Args:

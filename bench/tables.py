@@ -17,13 +17,14 @@ def render() -> str:
     for path in sorted(RESULTS.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         m = results["machine"]
-        where = f"{m['gpu'] or m['cpu']}, {m['capability']}, {m['threads']} thread; Python {m['python']}, torch {m['torch']}, transformers {m.get('transformers', '-')}"
+        versions = ", ".join(f"{name} {m[name]}" for name in ("python", "torch", "transformers") if name in m)
+        where = f"{m['gpu'] or m['cpu']}, {m['capability']}, {m['threads']} thread; {versions}"
         machines.setdefault(f"{where}; {m['date']}", []).append(f"{path.stem} at `{m['commit']}`")
         for row in results["rows"]:
             ratio = "" if row["ratio"] == 1.0 else f"**{row['ratio']:.3g}x**"
             ceiling = "" if row["percent_of_ceiling"] is None else f"{row['percent_of_ceiling']:.3g}%"
-            lines.append(f"| {row['what']} | {row['shape']} {row['dtype']} | {row['contestant']} | {row['p50_ms']:.4g} ({row['p20_ms']:.4g}, {row['p80_ms']:.4g}) "
-                         f"| {ratio} | {ceiling} |")
+            times = f"{row['p50_ms']:.4g} ({row['p20_ms']:.4g}, {row['p80_ms']:.4g})"
+            lines.append(f"| {row['what']} | {row['shape']} {row['dtype']} | {row['contestant']} | {times} | {ratio} | {ceiling} |")
     return "\n".join([*lines, "", *(f"Measured on {where}: {', '.join(names)}." for where, names in machines.items())])
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fusedrl.engine.generation.cache import CacheConfig
     from fusedrl.engine.generation.generator import Completion
     from fusedrl.engine.generation.sampler import SamplingParams
-
     from fusedrl.engine.packing import PackedBatch
 
 

@@ -6,6 +6,7 @@ Float32 parameters are their own masters.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -48,11 +49,11 @@ class Optimizer:
         """Clip the gradients to a global norm, and update.
 
         A parameter without a gradient stays. With a norm that is not finite nothing changes, the moments included. Reads the norm
-        back from the device. The gradients are left (scaled, where they were clipped); call `zero_grad` after it.
+        back from the device. Clipping may scale the gradients in place; call `zero_grad` afterwards.
         """
         grads = {name: p.grad if p.dtype == self._masters[name].dtype else p.grad.float() for name, p in self._params.items() if p.grad is not None}
         norm = grad_norm(grads.values())
-        if not torch.isfinite(torch.tensor(norm)):
+        if not math.isfinite(norm):
             return StepResult(norm, False)
         if max_grad_norm is not None and norm > max_grad_norm:
             torch._foreach_mul_(list(grads.values()), max_grad_norm / norm)

@@ -64,7 +64,8 @@ def rollout(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, c
     kept = [flat[i] for i in valid]
     cut = [completion.finish_reason != "stop" for _, completion in kept]
     scores = torch.tensor([scored.total[i] - (config.missing_eos_penalty if c else 0.0) for i, c in zip(valid, cut, strict=True)], dtype=torch.float32)
-    batch = PackedBatch.from_completions([p.ids for p, _ in kept], [[c] for _, c in kept], device=actor.decoder.device).with_columns(scores=scores.to(actor.decoder.device))
+    batch = PackedBatch.from_completions([p.ids for p, _ in kept], [[c] for _, c in kept], device=actor.decoder.device)
+    batch = batch.with_columns(scores=scores.to(batch.device))
     return Rollout(batch, [p for p, _ in kept], [c for _, c in kept], _describe(scores, cut, kept, scored.per_reward, len(flat) - len(kept), config))
 
 

@@ -99,7 +99,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._skipped = int(self._checkpoint.state["skipped_updates"])
         torch.set_rng_state(self._checkpoint.tensors["rng"]["torch_cpu"])
         self._checkpoint = None
-        self.message(f"{self.directory}: " + (f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"))
+        where = f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"
+        self.message(f"{self.directory}: {where}")
 
     def _save(self, step: int, model: Model, optimizer: Optimizer, kl: KLController | None = None) -> None:
         tensors: dict[str, dict[str, Tensor]] = {"model": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": optimizer.state_dict(),

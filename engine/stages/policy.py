@@ -72,8 +72,8 @@ def train_ppo(config: PPOConfig) -> PPOResult:
                 cuts = _cuts(experience.batch, config, step, epoch=0)
                 batch, entropy = score(actor, reference, experience.batch, cuts, config.generation.temperature)
             with run.time("advantage"):
-                shaped = shaped_gae(batch.old_logp, batch.ref_logp, batch.values, batch.scores, mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, kl_coef=kl.coef,
-                                    gamma=config.loss.gamma, lam=config.loss.lam, score_clip=config.score_clip, whiten=config.loss.whiten)
+                shaped = shaped_gae(batch.old_logp, batch.ref_logp, batch.values, batch.scores, mask=batch.action_mask, cu_seqlens=batch.cu_seqlens,
+                                    kl_coef=kl.coef, gamma=config.loss.gamma, lam=config.loss.lam, score_clip=config.score_clip, whiten=config.loss.whiten)
                 batch = batch.with_columns(advantages=shaped.advantages, returns=shaped.returns)
             metrics = experience.metrics | {"entropy": entropy} | _measure(batch, shaped, kl.coef, config)
             with run.time("train"):
@@ -209,8 +209,8 @@ def _measure(batch: PackedBatch, shaped: ShapedGAE, kl_coef: float, config: PPOC
         "num_tokens": float(batch.num_tokens),
     }
     if not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
-        raise RuntimeError(f"sampler and trainer disagree: mean |logp difference| {metrics['sampling/logp_diff_mean']:.3g} (max {metrics['sampling/logp_diff_max']:.3g}) over "
-                           f"{int(mask.sum())} tokens, above max_logp_diff = {config.max_logp_diff}; expected about 1e-6 in float32 and 1e-3 in bfloat16. "
+        raise RuntimeError(f"sampler and trainer disagree: mean |logp difference| {metrics['sampling/logp_diff_mean']:.3g} (max "
+                           f"{metrics['sampling/logp_diff_max']:.3g}) over {int(mask.sum())} tokens, above max_logp_diff = {config.max_logp_diff}; expected about 1e-6 in float32 and 1e-3 in bfloat16. "
                            "Every ratio would be wrong, so the run stops; train in float32, or raise max_logp_diff if you mean it")
     return metrics
 

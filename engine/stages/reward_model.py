@@ -76,7 +76,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
                 result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
                 run.check_update(result)
             margin = torch.cat(margins)
-            metrics = {"loss": loss.item(), "accuracy": (margin > 0).float().mean().item(), "margin": margin.mean().item(), "lr": optimizer.lr, "grad_norm": result.grad_norm}
+            metrics = {"loss": loss.item(), "accuracy": (margin > 0).float().mean().item(), "margin": margin.mean().item(), "lr": optimizer.lr,
+                       "grad_norm": result.grad_norm}
             if step == run.total - 1:
                 with run.time("evaluate"):
                     metrics |= evaluate(model, held, config.tokens_per_microbatch)
@@ -99,8 +100,8 @@ def evaluate(model: RewardModel, pairs: list[Pair], tokens_per_microbatch: int) 
     winners, losers = score_pairs(model, pairs, tokens_per_microbatch)
     right = int((winners > losers).sum())
     low, high = wilson_interval(right, len(pairs))
-    return {"eval_loss": pairwise_ranking_loss(winners, losers).item(), "eval_accuracy": right / len(pairs), "eval_accuracy_low": low, "eval_accuracy_high": high,
-            "eval_pairs": float(len(pairs))}
+    return {"eval_loss": pairwise_ranking_loss(winners, losers).item(), "eval_accuracy": right / len(pairs), "eval_accuracy_low": low,
+            "eval_accuracy_high": high, "eval_pairs": float(len(pairs))}
 
 
 def _split(pairs: list[Pair], tokens_per_microbatch: int) -> list[list[int]]:

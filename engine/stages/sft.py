@@ -43,7 +43,8 @@ def train_sft(config: SFTConfig) -> SFTResult:
     with Run(config, None) as run:
         examples = load_demonstrations(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
         trunk = actor.decoder.config
-        sequences, dropped = encode_demonstrations(actor.tokenizer, examples, trunk.eos_token_ids[0], min(trunk.max_positions, config.max_length or trunk.max_positions))
+        limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
+        sequences, dropped = encode_demonstrations(actor.tokenizer, examples, trunk.eos_token_ids[0], limit)
         run.message(f"demonstrations: {dropped}")
         train, held = held_out(sequences, config.eval_fraction, config.run.seed)
         run.total = math.ceil(len(train) * config.epochs / config.sequences_per_step)

@@ -1,4 +1,6 @@
 """The decoder against transformers: random small models of every family, and a real one."""
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -159,6 +161,21 @@ def test_weights_are_live():
     assert ours.weights().layers[0].o.dtype == torch.bfloat16
     assert ours.weights().inv_freq.dtype == torch.float32
     assert ours.weights().inv_freq.tolist() == list(ours.config.inv_freq)  # moving to bfloat16 rounds the parameters, not the frequencies
+
+
+def test_a_frozen_copy_stands_alone():
+    ours = Decoder.random(model_config(SIZES | MODELS["qwen3"]), 0)
+    ours.weights()
+    reference = copy.deepcopy(ours).requires_grad_(False)
+    ids = some_ids()
+    before = logits(reference, ids)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.5)
+    assert not before.requires_grad
+    assert torch.equal(logits(reference, ids), before)
+    assert reference.weights().head is reference.embedding
+    assert reference.weights().layers[0].qkv is reference.layers[0].qkv_proj
 
 
 def test_random_is_seeded():

@@ -58,7 +58,8 @@ def test_padded_round_trip():
 
 def test_from_completions_uses_the_ids_that_were_generated_from():
     def completion(prompt, tokens):
-        return Completion(prompt_ids=prompt, token_ids=tokens, logprobs=[-0.5 * t for t in tokens], text="", finish_reason="stop", weights_versions=[3] * len(tokens))
+        return Completion(prompt_ids=prompt, token_ids=tokens, logprobs=[-0.5 * t for t in tokens], text="", finish_reason="stop",
+                          weights_versions=[3] * len(tokens))
 
     outs = [[completion([1, 2], [3]), completion([1, 2], [4, 5])], [completion([9], [8])]]
     batch = PackedBatch.from_completions([[1, 2], "any text"], outs)

@@ -45,6 +45,18 @@ def ppo(tiny_model, tmp_path, write_jsonl):
     return make
 
 
+def _dies_after(calls, function):
+    """`function` for so many calls, then what Ctrl-C raises."""
+    remaining = iter(range(calls))
+
+    def wrapped(*args, **kwargs):
+        if next(remaining, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
 def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
@@ -86,14 +98,13 @@ def test_the_micro_batch_split_does_not_change_the_update(ppo):
 
 
 def test_resume_continues_bitwise(ppo):
-    whole = ppo(name="whole", steps=4, run=RunConfig(dir=ppo(name="whole").run.dir, save_every=1, progress=False), kl=KLConfig(coef=0.1, target=0.5, horizon=50))
+    whole = ppo(name="whole", steps=4, run=RunConfig(dir=ppo(name="whole").run.dir, save_every=1, progress=False),
+                kl=KLConfig(coef=0.1, target=0.5, horizon=50))
     train_ppo(whole)
     for stop in (1, 3):
         parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + f"_parts{stop}"))
         with pytest.MonkeyPatch.context() as patch:  # the process "dies" in the step after the last save
-            calls = iter(range(100))
-            original = policy.rollout
-            patch.setattr(policy, "rollout", lambda *a, **k: original(*a, **k) if next(calls) < stop else (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(policy, "rollout", _dies_after(stop, policy.rollout))
             with pytest.raises(KeyboardInterrupt):
                 train_ppo(parts)
         train_ppo(replace(parts, run=replace(parts.run, resume=True)))
@@ -105,7 +116,8 @@ def test_resume_continues_bitwise(ppo):
 
 
 def test_reward_rises_and_the_kl_penalty_holds_it(ppo):
-    common = dict(steps=15, prompts_per_step=12, samples_per_prompt=4, minibatches=1, epochs=4, tokens_per_microbatch=4000, optim=OptimConfig(lr=1e-2, schedule="constant"))
+    common = dict(steps=15, prompts_per_step=12, samples_per_prompt=4, minibatches=1, epochs=4, tokens_per_microbatch=4000,
+                  optim=OptimConfig(lr=1e-2, schedule="constant"))
     free = ppo(name="free", kl=KLConfig(coef=0.0), **common)
     held = ppo(name="held", kl=KLConfig(coef=1.0), **common)
     train_ppo(free)

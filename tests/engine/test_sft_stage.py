@@ -30,7 +30,8 @@ def test_first_loss_is_the_cross_entropy_of_the_completions(config):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(config.model), AutoTokenizer.from_pretrained(config.model)
     total, count = 0.0, 0
     for row in ROWS:
-        prompt, completion = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         logp = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
         total -= sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion))
         count += len(completion)

@@ -227,6 +227,18 @@ def test_same_bits_every_run_and_for_any_number_of_threads(impl):
     assert torch.equal(run(), first)
 
 
+# More blocks than one chunk of the kernel that adds them up holds: 524,288 tokens, or two blocks of a smaller chunk.
+@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+def test_blocks_are_added_up_chunk_by_chunk(monkeypatch):
+    logp, old_logp, advantages, weights, entropy = random_inputs(9000, seed=12)
+    outcomes = []
+    for chunk in (256, 2):
+        monkeypatch.setattr("fusedrl.kernels.policy_loss_triton._CHUNK", chunk)
+        loss, policy, value = policy_value_loss(logp, old_logp, advantages, weights, entropy, old_logp, advantages + 100, entropy=entropy, impl="triton")
+        outcomes.append(torch.stack([loss, *policy, *value]))
+    torch.testing.assert_close(*outcomes, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 def test_strided_inputs_and_untouched_inputs():
     wide = torch.stack(random_inputs(300, seed=5), dim=1)
