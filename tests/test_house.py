@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_readme_tree_is_the_tree():
     named = set()
     for line in block[1].splitlines()[1:]:
         indent = len(line) - len(line.lstrip())
-        entries = re.split(r"\s{2,}", line.strip())[0].split()
+        entries = list(takewhile(lambda word: re.fullmatch(r"\S+\.(py|toml|txt)|\S+/|Makefile", word), line.split()))
         stack = stack[:indent // 2 - 1]
         for entry in entries:
             path = "/".join([*stack, entry.rstrip("/")])
