@@ -100,7 +100,8 @@ def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSi
     ppo = train_ppo(PPOConfig(
         model=sft.model, data=str(files / "prompts.jsonl"), reward=(reward_model.model,), steps=size.ppo_steps,
         prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION,
-        kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), optim=OptimConfig(lr=5e-4), run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
+        kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), optim=OptimConfig(lr=5e-4),
+        run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
     seconds["ppo"] = time.perf_counter() - started
 
     started = time.perf_counter()

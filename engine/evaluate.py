@@ -119,7 +119,7 @@ def comparison(before: Evaluation, after: Evaluation, *, labels: Mapping[str, st
 
 def side_by_side(prompts: Sequence[str], before: Evaluation, after: Evaluation, *, score: str, count: int) -> Table:
     """The first `count` completions of both, the reward `score` in front."""
-    table = Table(title=f"The same prompts before and after; in front the {score} reward", title_justify="left", show_lines=True)
+    table = Table(title=f"The same prompts before and after; in front the score: {score}", title_justify="left", show_lines=True)
     for name in ("prompt", "before", "after"):
         table.add_column(name, ratio=1)
     for index in range(min(count, len(prompts))):

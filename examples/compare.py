@@ -44,7 +44,8 @@ def main() -> None:
     console = Console()
     console.print(f"{len(order)} prompts x {options.samples} samples ({dropped})")
     console.print(comparison(*measured, kl_target=options.kl_target))
-    console.print(side_by_side([str(example.prompt) for example in examples], *measured, score="reward", count=options.show))
+    if options.show:
+        console.print(side_by_side([str(example.prompt) for example in examples], *measured, score="reward", count=options.show))
 
 
 if __name__ == "__main__":
