@@ -154,9 +154,16 @@ class PackedBatch:
         return torch.cat([x_N.new_zeros(min(1, x_N.shape[0])), x_N[:-1]])
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
-    def with_columns(self, **columns: Tensor | None) -> PackedBatch:
+    def with_columns(self, **columns: Tensor) -> PackedBatch:
         """The same batch with these columns set."""
-        return replace(self, **columns)
+        return replace(self, **columns)  # type: ignore[arg-type]
+
+    def column(self, name: str) -> Tensor:
+        """An optional column that must be there. Raises ValueError where it was not filled."""
+        column = getattr(self, name)
+        if column is None:
+            raise ValueError(f"PackedBatch: the column {name} is not filled; set it by with_columns({name}=...)")
+        return column
 
     def slots(self, sequences: Sequence[int]) -> Tensor:
         """[n] int64: the token slots of these sequences, in this order."""
@@ -179,7 +186,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`."""
-        return replace(self, **{f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)})
+        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     # ---- padded views: only at the borders ----------------------------------------------------------------------------------
     def to_padded(self, x_N: Tensor, *, fill: float | int | bool = 0) -> Tensor:

@@ -72,8 +72,9 @@ def train_ppo(config: PPOConfig) -> PPOResult:
                 cuts = _cuts(experience.batch, config, step, epoch=0)
                 batch, entropy = score(actor, reference, experience.batch, cuts, config.generation.temperature)
             with run.time("advantage"):
-                shaped = shaped_gae(batch.old_logp, batch.ref_logp, batch.values, batch.scores, mask=batch.action_mask, cu_seqlens=batch.cu_seqlens,
-                                    kl_coef=kl.coef, gamma=config.loss.gamma, lam=config.loss.lam, score_clip=config.score_clip, whiten=config.loss.whiten)
+                shaped = shaped_gae(batch.column("old_logp"), batch.column("ref_logp"), batch.column("values"), batch.column("scores"),
+                                    mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, kl_coef=kl.coef, gamma=config.loss.gamma,
+                                    lam=config.loss.lam, score_clip=config.score_clip, whiten=config.loss.whiten)
                 batch = batch.with_columns(advantages=shaped.advantages, returns=shaped.returns)
             metrics = experience.metrics | {"entropy": entropy} | _measure(batch, shaped, kl.coef, config)
             with run.time("train"):
@@ -111,8 +112,10 @@ def score(actor: HybridActor, reference: HybridActor, batch: PackedBatch, cuts: 
     partition = [group for minibatch in cuts for group in minibatch]
     ours = actor.score(batch, temperature=temperature, partition=partition)
     theirs = reference.score(batch, temperature=temperature, partition=partition)
+    if ours.values is None:
+        raise ValueError("score: PPO needs an actor with a value head; load it with value_head=True")
     scored = batch.with_columns(old_logp=ours.logp, values=ours.values, ref_logp=theirs.logp)
-    return scored, _on(ours.entropy, batch.action_mask).double().mean().item()
+    return scored, ours.entropy[batch.action_mask].double().mean().item()
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------------
@@ -137,7 +140,8 @@ def update(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, first_c
                 hidden = actor.forward(micro)
                 logp, entropy = actor.logprobs(micro, hidden, temperature=config.generation.temperature)
                 value, policy_stats, value_stats = policy_value_loss(
-                    logp, micro.old_logp, micro.advantages, micro.weights, actor.values(micro, hidden), micro.values, micro.returns, objective=objective,
+                    logp, micro.column("old_logp"), micro.column("advantages"), micro.column("weights"),
+                    actor.values(micro, hidden), micro.column("values"), micro.column("returns"), objective=objective,
                     value_clip=loss.value_clip, value_coef=loss.value_coef, entropy=entropy, entropy_coef=loss.entropy_coef)
                 value.backward()
                 meter.add(policy_stats, value_stats, first=epoch == 0 and minibatch is first_cuts[0])
@@ -163,27 +167,27 @@ class _Meter:
     def metrics(self) -> dict[str, float]:
         policy = torch.stack([torch.stack([x.float() for x in p]) for p, _, _ in self.rows]).tolist()
         value = torch.stack([torch.stack([x.float() for x in v]) for _, v, _ in self.rows]).tolist()
-        rows = [(PolicyStats(*p), ValueStats(*v)) for p, v in zip(policy, value, strict=True)]
-        tokens = sum(p.tokens for p, _ in rows)
+        rows = [(dict(zip(PolicyStats._fields, p, strict=True)), dict(zip(ValueStats._fields, v, strict=True))) for p, v in zip(policy, value, strict=True)]
+        tokens = sum(p["tokens"] for p, _ in rows)
         mean: dict[str, float] = defaultdict(float)
         for p, v in rows:
-            share = p.tokens / max(1.0, tokens)
-            for name, number in (("policy/approxkl_avg", p.approx_kl_k3), ("policy/clipfrac_avg", p.clip_fraction_low + p.clip_fraction_high),
-                                 ("clip_ratio/low_mean", p.clip_fraction_low), ("clip_ratio/high_mean", p.clip_fraction_high), ("val/ratio", p.ratio_mean),
-                                 ("val/clipfrac_avg", v.clip_fraction), ("policy/clamped_fraction", p.clamped_fraction)):
+            share = p["tokens"] / max(1.0, tokens)
+            for name, number in (("policy/approxkl_avg", p["approx_kl_k3"]), ("policy/clipfrac_avg", p["clip_fraction_low"] + p["clip_fraction_high"]),
+                                 ("clip_ratio/low_mean", p["clip_fraction_low"]), ("clip_ratio/high_mean", p["clip_fraction_high"]),
+                                 ("val/ratio", p["ratio_mean"]), ("val/clipfrac_avg", v["clip_fraction"]), ("policy/clamped_fraction", p["clamped_fraction"])):
                 mean[name] += share * number
         updates = len(self.grad_norms)
-        live = [p for p, _ in rows if p.tokens]
-        first = [p for (p, _), (_, _, is_first) in zip(rows, self.rows, strict=True) if is_first and p.tokens]
+        live = [p for p, _ in rows if p["tokens"]]
+        first = [p for (p, _), (_, _, is_first) in zip(rows, self.rows, strict=True) if is_first and p["tokens"]]
         return dict(mean) | {
-            "loss/policy_avg": sum(p.loss for p, _ in rows) / updates,
-            "loss/value_avg": sum(v.loss for _, v in rows) / updates,
-            "val/ratio_min": min((p.ratio_min for p in live), default=1.0),
-            "val/ratio_max": max((p.ratio_max for p in live), default=1.0),
-            "policy/first_ratio_min": min((p.ratio_min for p in first), default=1.0),
-            "policy/first_ratio_max": max((p.ratio_max for p in first), default=1.0),
-            "policy/first_approxkl": max((p.approx_kl_k3 for p in first), default=0.0),
-            "policy/first_clipfrac": max((p.clip_fraction_low + p.clip_fraction_high for p in first), default=0.0),
+            "loss/policy_avg": sum(p["loss"] for p, _ in rows) / updates,
+            "loss/value_avg": sum(v["loss"] for _, v in rows) / updates,
+            "val/ratio_min": min((p["ratio_min"] for p in live), default=1.0),
+            "val/ratio_max": max((p["ratio_max"] for p in live), default=1.0),
+            "policy/first_ratio_min": min((p["ratio_min"] for p in first), default=1.0),
+            "policy/first_ratio_max": max((p["ratio_max"] for p in first), default=1.0),
+            "policy/first_approxkl": max((p["approx_kl_k3"] for p in first), default=0.0),
+            "policy/first_clipfrac": max((p["clip_fraction_low"] + p["clip_fraction_high"] for p in first), default=0.0),
             "grad_norm": sum(self.grad_norms) / updates,
         }
 
@@ -191,34 +195,29 @@ class _Meter:
 # ---- what is reported --------------------------------------------------------------------------------------------------------
 def _measure(batch: PackedBatch, shaped: ShapedGAE, kl_coef: float, config: PPOConfig) -> dict[str, float]:
     """Metrics of the rollout itself. Raises RuntimeError when sampler and trainer disagree."""
-    mask = batch.action_mask
-    old, ref, rolled, returns = (_on(x, mask).double() for x in (batch.old_logp, batch.ref_logp, batch.rollout_logp, shaped.returns))
+    names = ("old_logp", "ref_logp", "rollout_logp", "values", "returns")
+    old, ref, rolled, values, returns = (batch.column(name)[batch.action_mask].double() for name in names)
     difference = (rolled - old).abs()
     ratio = (old - rolled).exp()
-    metrics = {
-        "kl": shaped.kl_per_sequence.double().mean().item(),
+    kl = shaped.kl_per_sequence.double().mean().item()
+    mean, worst = difference.mean().item(), difference.max().item()
+    if not mean <= config.max_logp_diff:
+        raise RuntimeError(f"sampler and trainer disagree: mean |logp difference| {mean:.3g} (max {worst:.3g}) over {difference.numel()} tokens, above "
+                           f"max_logp_diff = {config.max_logp_diff}; expected about 1e-6 in float32 and 1e-3 in bfloat16. Every ratio would be wrong, so the "
+                           "run stops; train in float32, or raise max_logp_diff if you mean it")
+    return {
+        "kl": kl,
         "kl_coef": kl_coef,
-        "objective/non_score_reward": -kl_coef * shaped.kl_per_sequence.double().mean().item(),
-        "objective/rlhf_reward": (shaped.score_per_sequence - kl_coef * shaped.kl_per_sequence).double().mean().item(),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": shaped.score_per_sequence.double().mean().item() - kl_coef * kl,
         "perplexity": math.exp(min(80.0, -old.mean().item())),
         "perplexity_ref": math.exp(min(80.0, -ref.mean().item())),
-        "sampling/logp_diff_mean": difference.mean().item(),
-        "sampling/logp_diff_max": difference.max().item(),
+        "sampling/logp_diff_mean": mean,
+        "sampling/logp_diff_max": worst,
         "sampling/ratio_outside_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
-        "val/explained_variance": _explained_variance(_on(batch.values, mask).double(), returns),
+        "val/explained_variance": _explained_variance(values, returns),
         "num_tokens": float(batch.num_tokens),
     }
-    if not metrics["sampling/logp_diff_mean"] <= config.max_logp_diff:
-        raise RuntimeError(f"sampler and trainer disagree: mean |logp difference| {metrics['sampling/logp_diff_mean']:.3g} (max "
-                           f"{metrics['sampling/logp_diff_max']:.3g}) over {int(mask.sum())} tokens, above max_logp_diff = {config.max_logp_diff}; expected about 1e-6 in float32 and 1e-3 in bfloat16. "
-                           "Every ratio would be wrong, so the run stops; train in float32, or raise max_logp_diff if you mean it")
-    return metrics
-
-
-def _on(column: Tensor | None, mask: Tensor) -> Tensor:
-    if column is None:
-        raise RuntimeError("PackedBatch: a column that scoring fills is missing; call `score` first")
-    return column[mask]
 
 
 def _explained_variance(values: Tensor, returns: Tensor) -> float:
@@ -228,4 +227,4 @@ def _explained_variance(values: Tensor, returns: Tensor) -> float:
 
 def _samples(experience: Rollout, count: int = 4) -> list[dict]:
     return [{"prompt": p.prompt, "completion": c.text, "finish_reason": c.finish_reason, "score": s}
-            for p, c, s in zip(experience.prompts[:count], experience.completions[:count], experience.batch.scores[:count].tolist(), strict=True)]  # type: ignore[index]
+            for p, c, s in zip(experience.prompts[:count], experience.completions[:count], experience.batch.column("scores")[:count].tolist(), strict=True)]

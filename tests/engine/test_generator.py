@@ -437,6 +437,7 @@ def test_text_goes_on_from_the_prompt(shared):
     # A sentencepiece tokenizer drops the first space of what it decodes: alone, " and" would become "and".
     tokenizer = load_tokenizer(shared / "models/stories260k")
     prompts = ["Once upon a time", "The cat", "Lily was so", "One day,"]
-    outs = generate(Generator(load_decoder(shared / "models/stories260k", device="cpu"), tokenizer), prompts, SamplingParams(max_new_tokens=24, temperature=0.0))
+    generator = Generator(load_decoder(shared / "models/stories260k", device="cpu"), tokenizer)
+    outs = generate(generator, prompts, SamplingParams(max_new_tokens=24, temperature=0.0))
     for prompt, (completion,) in zip(prompts, outs, strict=True):
         assert prompt + completion.text == tokenizer.decode(completion.prompt_ids + completion.token_ids, skip_special_tokens=True).strip()
