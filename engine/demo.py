@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PPOConfig, RewardModelConfig, RunConfig, SFTConfig
+from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PPOConfig, PPOLossConfig, RewardModelConfig, RunConfig, SFTConfig
 from fusedrl.engine.data.demo_task import gold_reward, noise_ceiling, write_demo_files
 from fusedrl.engine.data.readers import load_pairs, load_prompts
 from fusedrl.engine.evaluate import Estimate, Evaluation, comparison, evaluate, side_by_side
@@ -36,7 +36,7 @@ class DemoSize:
     stories: int = 8192
     sft_epochs: int = 5
     pairs: int = 8192
-    ppo_steps: int = 40
+    ppo_steps: int = 80
     prompts_per_step: int = 64
     held_out: int = 512
 
@@ -87,7 +87,7 @@ def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSi
     started = chapter(1, f"SFT: a language model from random weights, {size.sft_epochs} passes over {size.stories} stories")
     sft = train_sft(SFTConfig(
         model=str(start_model), data=str(files / "sft.jsonl"), eval_fraction=0.05, epochs=size.sft_epochs, sequences_per_step=32,
-        optim=OptimConfig(lr=4e-3, warmup_steps=20), run=RunConfig(str(root / "sft"), seed=seed, progress=progress)))
+        optim=OptimConfig(lr=2e-3, warmup_steps=20), run=RunConfig(str(root / "sft"), seed=seed, progress=progress)))
     seconds["sft"] = time.perf_counter() - started
 
     started = chapter(2, f"Reward model: {size.pairs} preference pairs from a rater who is often wrong")
@@ -96,11 +96,13 @@ def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSi
         optim=OptimConfig(lr=2e-3, warmup_steps=10), run=RunConfig(str(root / "reward"), seed=seed, progress=progress)))
     seconds["reward"] = time.perf_counter() - started
 
+    # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token the whole credit that a value head which has hardly
+    # begun to learn would withhold from it, and a small value_coef keeps that head from bending the trunk that it shares with the policy.
     started = chapter(3, f"PPO against the reward model, KL target {KL_TARGET:g} nats per story")
     ppo = train_ppo(PPOConfig(
         model=sft.model, data=str(files / "prompts.jsonl"), reward=(reward_model.model,), steps=size.ppo_steps,
         prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION,
-        kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), optim=OptimConfig(lr=5e-4),
+        kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), loss=PPOLossConfig(lam=1.0, value_coef=0.02), optim=OptimConfig(lr=5e-4),
         run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
     seconds["ppo"] = time.perf_counter() - started
 
