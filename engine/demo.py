@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fusedrl.engine.actor import HybridActor
@@ -71,9 +72,16 @@ def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSi
     Returns:
         The stages' results and both evaluations.
     """
-    size = size or DemoSize()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for a model this small a second thread is all hand-over; beside busy neighbours it took 3 to 10 times as long
+    try:
+        return _run(_free(Path(directory)), seed, size or DemoSize(), progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(root: Path, seed: int, size: DemoSize, progress: bool) -> DemoResult:
     console = Console(quiet=not progress)
-    root = _free(Path(directory))
     seconds: dict[str, float] = {}
 
     def chapter(number: int, title: str) -> float:
