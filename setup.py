@@ -56,7 +56,7 @@ def native_extensions() -> dict:
             f"fusedrl.kernels._C_{name}",
             sources,
             include_dirs=[str(Path("csrc/cpu").resolve())],
-            extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", f"-DCPU_CAPABILITY={macro}",
+            extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", f"-DCPU_CAPABILITY={macro}",
                                         f"-DCPU_CAPABILITY_{macro}", f"-DFUSEDRL_MODULE=_C_{name}", *flags]},
             extra_link_args=["-fopenmp"],
             py_limited_api=True,

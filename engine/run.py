@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import random
+import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -83,6 +85,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
     # ---- state ----------------------------------------------------------------------------------------------------------
     def restore(self, *, model: Model, optimizer: Optimizer, kl: KLController | None = None) -> None:
         """Load the newest complete checkpoint into these objects, in place; nothing happens on a fresh run."""
+        self._step_began = time.perf_counter()
         self._progress = self._stack.enter_context(Progress(self.total, self.settings.progress, start=self.start, title=self._title))
         if self._checkpoint is None:
             return
@@ -129,7 +132,13 @@ class Run(contextlib.AbstractContextManager["Run"]):
         return self.metrics.time(name)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, numbered by the steps done, and the progress display."""
+        """One line of metrics.jsonl, numbered by the steps done, with the step's seconds, its tokens per second and the peak memory; and the progress
+        display."""
+        now = time.perf_counter()
+        seconds, self._step_began = now - self._step_began, now
+        metrics = metrics | {"timing/step": seconds, "mem/peak_gib": peak_memory()}
+        if "num_tokens" in metrics:
+            metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         if self._skipped:
             metrics = metrics | {"skipped_updates": float(self._skipped)}
         self.last_metrics = self.metrics.log(step + 1, metrics)
@@ -153,6 +162,14 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if self._skipped_in_a_row >= _MAX_SKIPPED:
             raise RuntimeError(f"{_MAX_SKIPPED} updates in a row had a non-finite gradient norm; stopped. The weights are those of the last finite update. "
                                "Lower optim.lr, or resume from the last checkpoint with clipped scores (score_clip)")
+
+
+def peak_memory() -> float:
+    """GiB: the most that torch held on the GPU, or that the process held on a CPU, so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def held_out(items: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:

@@ -20,6 +20,8 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
+
 namespace {
 
 using at::Tensor;
@@ -295,6 +297,7 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
     return o;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    refuse_double_backward("varlen_attention");
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fusedrl::varlen_attention_backward", "")
                          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,

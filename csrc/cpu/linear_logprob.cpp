@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
 #include "logprob_rows.h"
 
 namespace {
@@ -193,6 +194,7 @@ struct LinearLogprob : torch::autograd::Function<LinearLogprob> {
     return {logp_N, entropy_N};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    refuse_double_backward("linear_logprob");
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_logprob_backward", "").typed<decltype(linear_logprob_backward)>();
     const auto saved = ctx->get_saved_variables();
     const MaybeTensor bias = defined(saved[3]);

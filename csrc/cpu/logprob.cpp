@@ -13,6 +13,7 @@
 #include <optional>
 #include <tuple>
 
+#include "autograd.h"
 #include "logprob_rows.h"
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -169,6 +170,7 @@ struct Logprob : torch::autograd::Function<Logprob> {
     return {logp, entropies};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    refuse_double_backward("logprob");
     const auto saved = ctx->get_saved_variables();  // raises when the logits were written to since
     const double temperature = ctx->saved_data["temperature"].toDouble();
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
