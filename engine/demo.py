@@ -60,13 +60,15 @@ class DemoResult:
         return self.after.rewards["gold"].minus(self.before.rewards["gold"])
 
 
-def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSize | None = None, progress: bool = True) -> DemoResult:
+def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSize | None = None, device: str = "cpu",
+             progress: bool = True) -> DemoResult:
     """Write the task's files, train all three stages, measure, and print a table.
 
     Args:
         directory: where everything goes; where it holds something already, the first free of directory-2, directory-3, ... is used.
         seed: of the task, the initial weights and the runs.
         size: smaller for a quick look; None is the demo as it is meant.
+        device: of the models, in float32 on every one; the CPU unless asked, so that the demo is the same everywhere.
         progress: live progress and the table on the terminal.
 
     Returns:
@@ -75,12 +77,12 @@ def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSi
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for a model this small a second thread is all hand-over; beside busy neighbours it took 3 to 10 times as long
     try:
-        return _run(_free(Path(directory)), seed, size or DemoSize(), progress)
+        return _run(_free(Path(directory)), seed, size or DemoSize(), device, progress)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(root: Path, seed: int, size: DemoSize, progress: bool) -> DemoResult:
+def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> DemoResult:
     console = Console(quiet=not progress)
     seconds: dict[str, float] = {}
 
@@ -95,13 +97,15 @@ def _run(root: Path, seed: int, size: DemoSize, progress: bool) -> DemoResult:
     started = chapter(1, f"SFT: a language model from random weights, {size.sft_epochs} passes over {size.stories} stories")
     sft = train_sft(SFTConfig(
         model=str(start_model), data=str(files / "sft.jsonl"), eval_fraction=0.05, epochs=size.sft_epochs, sequences_per_step=32,
-        optim=OptimConfig(lr=2e-3, warmup_steps=20), run=RunConfig(str(root / "sft"), seed=seed, progress=progress)))
+        dtype="float32", device=device, optim=OptimConfig(lr=2e-3, warmup_steps=20),
+        run=RunConfig(str(root / "sft"), seed=seed, progress=progress)))
     seconds["sft"] = time.perf_counter() - started
 
     started = chapter(2, f"Reward model: {size.pairs} preference pairs from a rater who is often wrong")
     reward_model = train_reward_model(RewardModelConfig(
         model=sft.model, data=str(files / "pairs.jsonl"), eval_fraction=0.125, pairs_per_step=32,
-        optim=OptimConfig(lr=2e-3, warmup_steps=10), run=RunConfig(str(root / "reward"), seed=seed, progress=progress)))
+        dtype="float32", device=device, optim=OptimConfig(lr=2e-3, warmup_steps=10),
+        run=RunConfig(str(root / "reward"), seed=seed, progress=progress)))
     seconds["reward"] = time.perf_counter() - started
 
     # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token the whole credit that a value head which has hardly
@@ -109,14 +113,15 @@ def _run(root: Path, seed: int, size: DemoSize, progress: bool) -> DemoResult:
     started = chapter(3, f"PPO against the reward model, KL target {KL_TARGET:g} nats per story")
     ppo = train_ppo(PPOConfig(
         model=sft.model, data=str(files / "prompts.jsonl"), reward=(reward_model.model,), steps=size.ppo_steps,
-        prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION,
+        prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION, dtype="float32", device=device,
         kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), loss=PPOLossConfig(lam=1.0, value_coef=0.02), optim=OptimConfig(lr=5e-4),
         run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
     seconds["ppo"] = time.perf_counter() - started
 
     started = time.perf_counter()
-    reference, policy = HybridActor.from_pretrained(sft.model), HybridActor.from_pretrained(ppo.model)
-    rewards = {"gold": RewardSet([load_reward(gold_reward)]), "proxy": RewardSet([load_reward(reward_model.model, tokenizer=policy.tokenizer)])}
+    reference, policy = (HybridActor.from_pretrained(path, dtype="float32", device=device) for path in (sft.model, ppo.model))
+    proxy = load_reward(reward_model.model, device=device, tokenizer=policy.tokenizer)
+    rewards = {"gold": RewardSet([load_reward(gold_reward)]), "proxy": RewardSet([proxy])}
     prompts = load_prompts(str(files / "held_out.jsonl"))
     before, after = (evaluate(actor, reference, prompts, rewards, GENERATION, seed=seed + 1) for actor in (reference, policy))
     seconds["evaluation"] = time.perf_counter() - started
