@@ -20,6 +20,9 @@ def likes_w3(prompts, completions, completion_ids, **columns):
 def sometimes_nan(prompts, completions, completion_ids, **columns):
     return [float("nan") if i == 0 else float(len(ids)) for i, ids in enumerate(completion_ids)]
 
+def by_prompt(prompts, completions, completion_ids, **columns):
+    return [2.0 if prompt.split()[0] in ("w0", "w3", "w6", "w9") else -2.0 for prompt in prompts]
+
 def mostly_nan(prompts, completions, completion_ids, **columns):
     return [float("nan")] * len(completions)
 
@@ -125,6 +128,15 @@ def test_reward_rises_and_the_kl_penalty_holds_it(ppo):
     first, last, restrained = _metrics(free)[0], _metrics(free)[-1], _metrics(held)[-1]
     assert last["reward"] > first["reward"] + 1.0
     assert restrained["kl"] < 0.5 * last["kl"]
+
+
+def test_the_value_head_learns_what_the_prompt_tells(ppo):
+    config = ppo(reward="by_prompt", steps=25, prompts_per_step=24, samples_per_prompt=1, minibatches=1, epochs=4, tokens_per_microbatch=4000,
+                 kl=KLConfig(coef=0.0), loss=PPOLossConfig(value_coef=0.5), optim=OptimConfig(lr=3e-3, schedule="constant"))
+    train_ppo(config)
+    rows = _metrics(config)
+    assert rows[0]["val/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # a head of zeros
+    assert rows[-1]["val/explained_variance"] > 0.6
 
 
 def test_rewards_that_fail(ppo):
