@@ -28,9 +28,10 @@ except ImportError:  # dispatch then says that Triton cannot run here
 
 _IMPLS = Implementations("rms_norm", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _IMPLS_FLOAT64 = Implementations("rms_norm of float64", cpu=("torch",), cuda=("torch",))
-_TILE = 2048           # values of a tile of rows; a longer row is a tile of its own
-_LONGEST_ROW = 32768   # it stays in registers
-_PROGRAMS = 512        # of the backward, each with a sum of its own for the weight's gradient
+_LONGEST_ROW = 8192  # that Triton holds in registers: at 16384 the backward spills on sm_90
+_IMPLS_LONG_ROWS = Implementations(f"rms_norm of rows above {_LONGEST_ROW}", cpu=("cpp", "torch"), cuda=("torch",))
+_TILE = 2048         # values of a tile of rows; a longer row is a tile of its own
+_PROGRAMS = 512      # of the backward, each with a sum of its own for the weight's gradient
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def _tile(H: int) -> dict[str, int]:
 
 
 def _warps(H: int) -> int:
-    return 4 if H <= 2048 else 8 if H <= 8192 else 16
+    return 4 if H <= 2048 else 8 if H <= 4096 else 16
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -205,15 +206,17 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None =
         x: [N, H], or [N, heads, H] for a norm of every head; its last dimension is contiguous, the strides of the others are free.
         weight: [H], of x's dtype. eps: added to the mean of the squares.
         residual: as x; None is no residual.
-        impl: "cpp" (CPU; not float64), "triton" (not float64; H up to 32768) or "torch"; by default the best one for the device.
+        impl: "cpp" (CPU; not float64), "triton" (not float64; H up to 8192) or "torch"; by default the best one for the device.
     Returns:
         y, as x; with a residual (y, x + residual), the second for the next residual connection. Differentiable in x, weight and residual.
     Raises:
         ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
     op, pattern = "rms_norm", "N heads H" if getattr(x, "ndim", 2) == 3 else "N H"
-    check(op, {"x": (x, pattern), "weight": (weight, "H"), "residual": (residual, pattern)})
-    chosen = (_IMPLS_FLOAT64 if x.dtype == torch.float64 else _IMPLS).choose(x.device, impl)
+    H = check(op, {"x": (x, pattern), "weight": (weight, "H"), "residual": (residual, pattern)})[-1]
+    if H == 0:
+        raise ValueError(f"{op}: expected rows of at least one value, got x {tuple(x.shape)}")
+    chosen = (_IMPLS_FLOAT64 if x.dtype == torch.float64 else _IMPLS_LONG_ROWS if H > _LONGEST_ROW else _IMPLS).choose(x.device, impl)
     check_dtype(op, "x", x, FLOATS)
     for name, tensor in (("weight", weight), ("residual", residual)):
         check_dtype(op, name, tensor, (x.dtype,))
@@ -224,8 +227,6 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None =
     elif chosen == "cpp":
         y, added = torch.ops.fusedrl.rms_norm(x, weight, residual, eps)
     else:
-        if x.shape[-1] > _LONGEST_ROW:
-            raise ValueError(f"{op}: expected rows of at most {_LONGEST_ROW} values for impl 'triton', got {x.shape[-1]}; use impl='torch'")
         y, added, _ = _rms_norm_triton(x, weight, residual, eps)
     return y if residual is None else (y, added)
 
