@@ -123,7 +123,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str | None = N
     """
     op = "rope"
     _, _, D, _, half = check(op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "cos": (cos, "N D/2"), "sin": (sin, "N D/2")})
-    if D != 2 * half:
+    if 2 * half != D:
         raise ValueError(f"{op}: expected cos and sin [N, D/2], one angle for every pair of a head, got D {D} and {half} angles")
     chosen = (_IMPLS_FLOAT64 if q.dtype == torch.float64 else _IMPLS).choose(q.device, impl)
     check_dtype(op, "q", q, FLOATS)
@@ -143,7 +143,7 @@ if triton is not None:
     OFFLINE_KERNELS = {
         f"rope_{dtype}_{2 * half}{'_inverse' if inverse else ''}": {
             "kernel": _rope_kernel,
-            "signature": {name: f"*{dtype}" for name in ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr")} | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+            "signature": dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}") | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
             | dict.fromkeys(("q_token", "q_head", "k_token", "k_head"), "i64"),
             "constexprs": {"Q_HEADS": 12, "K_HEADS": 2, "HALF": half, "INVERSE": inverse, **_tile(12, half)},
         }

@@ -71,7 +71,7 @@ if triton is not None:
     OFFLINE_KERNELS = {
         f"{name}_{dtype}": {
             "kernel": kernel,
-            "signature": {pointer: f"*{dtype}" for pointer in pointers.split()} | {"row_stride": "i64"},
+            "signature": dict.fromkeys(pointers.split(), f"*{dtype}") | {"row_stride": "i64"},
             "constexprs": {"F": 8960, "BLOCK": _BLOCK},
         }
         for dtype in ("fp32", "bf16", "fp16")
