@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 
 namespace {
@@ -23,14 +24,9 @@ inline Vec load(const T* p, int64_t count = L) {
   if constexpr (std::is_same_v<T, float>) {
     return Vec::loadu(p, count);
   } else {
+    if (count < L) return std::get<0>(at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p, count)));
     Vec value;
-    if (count == L) {
-      at::vec::load_to_float<T>(p, value);
-    } else {
-      T padded[L] = {};
-      std::copy(p, p + count, padded);
-      at::vec::load_to_float<T>(padded, value);
-    }
+    at::vec::load_to_float<T>(p, value);
     return value;
   }
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "memory.h"
 
 namespace {
 
@@ -36,7 +37,7 @@ inline float sum_row(int64_t H, const Term& term) {
 // y, x + residual (or nothing), rstd
 std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, const MaybeTensor& residual, double eps) {
   const int64_t H = x.size(-1);
-  Tensor y = at::empty(x.sizes(), x.options()), sum = at::empty(residual ? x.sizes() : at::IntArrayRef({0}), x.options());
+  Tensor y = empty_in_huge_pages(x.sizes(), x.options()), sum = empty_in_huge_pages(residual ? x.sizes() : at::IntArrayRef({0}), x.options());
   const Tensor weight_H = weight.contiguous();
   Tensor rstd = at::empty({H ? x.numel() / H : 0}, x.options().dtype(at::kFloat));
   float* rstd_out = rstd.mutable_data_ptr<float>();
@@ -75,7 +76,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& y_grad, const MaybeTe
   const int64_t H = x.size(-1), N = rstd.numel();
   const int64_t chunk = std::max<int64_t>(64, (N + 127) / 128), chunks = (N + chunk - 1) / chunk;
   const Tensor dy = y_grad.contiguous(), dsum = sum_grad ? sum_grad->contiguous() : dy, weight_H = weight.contiguous();
-  Tensor dx = at::empty(x.sizes(), x.options()), dweight = at::empty({weight_wanted ? H : 0}, weight.options());
+  Tensor dx = empty_in_huge_pages(x.sizes(), x.options()), dweight = at::empty({weight_wanted ? H : 0}, weight.options());
   const Tensor parts_CH = at::zeros({weight_wanted ? chunks : 0, H}, x.options().dtype(at::kFloat));
   const bool adds = sum_grad.has_value();
   const float* rstd_in = rstd.const_data_ptr<float>();

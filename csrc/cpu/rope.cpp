@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "lanes.h"
+#include "memory.h"
 
 namespace {
 
@@ -30,7 +31,7 @@ void rotate(const T* from, int64_t heads, int64_t stride, const float* cos, cons
 
 std::tuple<Tensor, Tensor> rope_forward(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool inverse) {
   const int64_t N = q.size(0), Hq = q.size(1), Hkv = k.size(1), D = q.size(2);
-  Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
+  Tensor q_out = empty_in_huge_pages(q.sizes(), q.options()), k_out = empty_in_huge_pages(k.sizes(), k.options());
   const Tensor cos_ND = cos.to(at::kFloat).contiguous(), sin_ND = sin.to(at::kFloat).contiguous();
   const float *c = cos_ND.const_data_ptr<float>(), *s = sin_ND.const_data_ptr<float>();
   dispatch("rope", q.scalar_type(), [&](auto zero) {

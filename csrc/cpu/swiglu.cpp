@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "lanes.h"
+#include "memory.h"
 
 namespace {
 
@@ -21,7 +22,7 @@ inline std::pair<Vec, Vec> sigmoid(const Vec& x) {
 
 Tensor swiglu_forward(const Tensor& gate_up) {
   const int64_t N = gate_up.size(0), F = gate_up.size(1) / 2;
-  Tensor y_NF = at::empty({N, F}, gate_up.options());
+  Tensor y_NF = empty_in_huge_pages({N, F}, gate_up.options());
   dispatch("swiglu", gate_up.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Rows<const T> from(gate_up);
@@ -43,7 +44,7 @@ Tensor swiglu_forward(const Tensor& gate_up) {
 Tensor swiglu_backward(const Tensor& y_grad, const Tensor& gate_up) {
   const int64_t N = gate_up.size(0), F = gate_up.size(1) / 2;
   const Tensor dy_NF = y_grad.contiguous();
-  Tensor grad = at::empty({N, 2 * F}, gate_up.options());
+  Tensor grad = empty_in_huge_pages({N, 2 * F}, gate_up.options());
   dispatch("swiglu", gate_up.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Rows<const T> from(gate_up), grads(dy_NF);
