@@ -15,9 +15,7 @@
 
 #include "autograd.h"
 #include "logprob_rows.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "memory.h"
 
 namespace {
 
@@ -133,16 +131,8 @@ void gradient_rows(const Rows& rows, const Rows& out_rows, const MaybeTensor& lo
 
 Tensor logprob_backward(const MaybeTensor& logp_grad, const MaybeTensor& entropy_grad, const Tensor& logits, const Tensor& token_ids, const Tensor& stats_N3,
                         double temperature, const MaybeTensor& temperatures, int64_t ignore_index) {
-  Tensor grad = at::empty(logits.sizes(), logits.options());
-  constexpr size_t kLarge = 16 << 20, kHugePage = 2 << 20;
+  Tensor grad = empty_in_huge_pages(logits.sizes(), logits.options());
   const bool large = grad.nbytes() >= kLarge;
-#if defined(MADV_HUGEPAGE)
-  if (large) {
-    const auto begin = (reinterpret_cast<uintptr_t>(grad.mutable_data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
-    const auto end = (reinterpret_cast<uintptr_t>(grad.mutable_data_ptr()) + grad.nbytes()) / kHugePage * kHugePage;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: refused, nothing is lost but time
-  }
-#endif
   const auto run = large ? gradient_rows<true> : gradient_rows<false>;
   run(Rows(logits), Rows(grad), logp_grad, entropy_grad, token_ids, stats_N3, temperature, temperatures, ignore_index);
   return grad;

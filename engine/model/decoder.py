@@ -1,7 +1,7 @@
 """The decoder: one set of fused parameters that training, scoring and generation all read.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width, V vocabulary.
-Rounding  as in transformers: norms in float32, rounded before their weight; cos and sin in float32, rounded once.
+Rounding  norms as in transformers: in float32, rounded before their weight. RoPE and SwiGLU in float32, rounded once (transformers rounds each product).
 """
 from __future__ import annotations
 
@@ -14,52 +14,16 @@ from torch import Tensor, nn
 from fusedrl.engine.model.families import ModelConfig
 from fusedrl.kernels.attention import varlen_attention
 from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights
+from fusedrl.kernels.rms_norm import rms_norm
+from fusedrl.kernels.rope import rope
+from fusedrl.kernels.swiglu import swiglu
 
 
-class _RMSNorm(torch.autograd.Function):
-    """y = w * x / rms(x) over the last dimension; one saved statistic per row, and half the passes that autograd would make."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-        ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, rstd = ctx.saved_tensors
-        unit = x * rstd  # float32 at least: rstd is
-        dunit = dy * weight
-        dweight = None
-        if ctx.needs_input_grad[1]:
-            dweight = (dy * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        along = (dunit * unit).mean(-1, keepdim=True)
-        dx = torch.addcmul(dunit.to(unit.dtype), unit, along, value=-1).mul_(rstd)
-        return dx.to(x.dtype), dweight, None
-
-
-class _Rotate(torch.autograd.Function):
-    """Turn the pairs (x[i], x[i + D/2]) by the angles of their position; the gradient turns back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _turn(dy, cos, sin, -1), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """x [N, heads, D]; cos [N, 1, D], both halves alike; sin [N, 1, D/2]."""
-    half = x.shape[-1] // 2
-    y = x * cos
-    y[..., :half].addcmul_(x[..., half:], sin, value=-sign)
-    y[..., half:].addcmul_(x[..., :half], sin, value=sign)
-    return y
+def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of the sum, the sum); before the first layer there is nothing to add to."""
+    if residual_NH is None:
+        return rms_norm(delta_NH, weight, eps=eps), delta_NH
+    return rms_norm(delta_NH, weight, eps=eps, residual=residual_NH)
 
 
 class Layer(nn.Module):
@@ -97,19 +61,20 @@ class Layer(nn.Module):
         self.register_parameter("gate_up_bias", optional(c.mlp_bias, 2 * c.intermediate_size))
         self.register_parameter("down_bias", optional(c.mlp_bias, c.hidden_size))
 
-    def forward(self, x_NH: Tensor, cos: Tensor, sin: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> Tensor:
+    def forward(self, delta_NH: Tensor, residual_NH: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens_B1: Tensor,
+                max_length: int) -> tuple[Tensor, Tensor]:
+        """(what the layer adds, the residual stream to add it to); the addition is the next norm's. Likewise the first two arguments."""
         c = self.config
-        h_NH = _RMSNorm.apply(x_NH, self.input_norm, c.norm_eps)
-        qkv = F.linear(h_NH, self.qkv_proj, self.qkv_bias).view(x_NH.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.input_norm, c.norm_eps)
+        qkv = F.linear(h_NH, self.qkv_proj, self.qkv_bias).view(h_NH.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
-        if self.q_norm is not None:
-            q, k = _RMSNorm.apply(q, self.q_norm, c.norm_eps), _RMSNorm.apply(k, self.k_norm, c.norm_eps)
-        q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm, eps=c.norm_eps), rms_norm(k, self.k_norm, eps=c.norm_eps)
+        q, k = rope(q, k, cos, sin)
         o = varlen_attention(q, k, v, cu_seqlens_B1, max_length=max_length, window=self.window or None)
-        x_NH = x_NH + F.linear(o.flatten(1), self.o_proj, self.o_bias)
-        h_NH = _RMSNorm.apply(x_NH, self.post_norm, c.norm_eps)
-        gate_NF, up_NF = F.linear(h_NH, self.gate_up_proj, self.gate_up_bias).chunk(2, dim=-1)
-        return x_NH + F.linear(F.silu(gate_NF) * up_NF, self.down_proj, self.down_bias)
+        h_NH, residual_NH = rms_norm(F.linear(o.flatten(1), self.o_proj, self.o_bias), self.post_norm, eps=c.norm_eps, residual=residual_NH)
+        h_NF = swiglu(F.linear(h_NH, self.gate_up_proj, self.gate_up_bias))
+        return F.linear(h_NF, self.down_proj, self.down_bias), residual_NH
 
     def weights(self) -> LayerWeights:
         """The parameters as the native ops take them."""
@@ -180,13 +145,12 @@ class Decoder(nn.Module):
         Returns:
             [N, H] in the parameters' dtype. Differentiable in the parameters.
         """
-        x_NH = F.embedding(token_ids_N, self.embedding)
-        angles = positions_N[:, None, None].float() * self._inv_freq  # [N, 1, D/2]
-        cos, sin = ((f * self.config.rope_scale).to(x_NH.dtype) for f in (angles.cos(), angles.sin()))
-        cos = torch.cat([cos, cos], dim=-1)
+        x_NH, residual_NH = F.embedding(token_ids_N, self.embedding), None
+        angles = positions_N[:, None].float() * self._inv_freq  # [N, D/2]
+        cos, sin = angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
         for layer in self.layers:
-            x_NH = layer(x_NH, cos, sin, cu_seqlens_B1, max_length)
-        return _RMSNorm.apply(x_NH, self.norm, self.config.norm_eps)
+            x_NH, residual_NH = layer(x_NH, residual_NH, cos, sin, cu_seqlens_B1, max_length)
+        return _add_norm(x_NH, residual_NH, self.norm, self.config.norm_eps)[0]
 
     def weights(self) -> DecoderWeights:
         """The live parameters as `decode_step` takes them: the same tensors, never copies."""

@@ -1,0 +1,151 @@
+"""rope: rotary position embedding of queries and keys in one call, the halves of a head being the two coordinates.
+
+    y[i]       = x[i] cos[i] - x[i + D/2] sin[i]
+    y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]          the gradient is the inverse rotation: the same with -sin
+
+Shapes    N tokens, Hq query and Hkv key heads of D values; the angles' cos and sin [N, D/2].
+Bytes     2 N (Hq + Hkv) D s (read, write), either way. q and k may be slices of the fused projection's output: they are read where they lie.
+Numerics  float32 inside, rounded once to the dtype.
+Source    Su et al. (2021), RoFormer, eq. 34; the rotate-half layout is GPT-NeoX's.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedrl.kernels import native
+from fusedrl.kernels.checks import FLOATS, check, check_dtype, check_last_contiguous
+from fusedrl.kernels.dispatch import Implementations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # dispatch then says that Triton cannot run here
+    triton = None
+
+_IMPLS = Implementations("rope", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_IMPLS_FLOAT64 = Implementations("rope of float64", cpu=("torch",), cuda=("torch",))
+_TILE = 1024  # pairs
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, differentiable, on any device and in any float dtype (float64 is the oracle)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.to(wide).chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+if triton is not None:
+    @triton.jit
+    def _rotate(from_ptr, to_ptr, head_stride, cos, sin, COUNT: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)[None, :]
+        for start in range(0, COUNT, HEADS):
+            h = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+            inside = (h < COUNT) & (i < HALF)
+            x_ptr, y_ptr = from_ptr + h * head_stride + i, to_ptr + h * (2 * HALF) + i
+            first = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(x_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
+            tl.store(y_ptr, first * cos - second * sin, mask=inside)
+            tl.store(y_ptr + HALF, second * cos + first * sin, mask=inside)
+
+    @triton.jit
+    def _rope_kernel(q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, q_token, q_head, k_token, k_head, Q_HEADS: tl.constexpr,
+                     K_HEADS: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):  # a program a token
+        n = tl.program_id(0).to(tl.int64)
+        i = tl.arange(0, BLOCK)[None, :]
+        cos = tl.load(cos_ptr + n * HALF + i, mask=i < HALF, other=0.0)
+        sin = tl.load(sin_ptr + n * HALF + i, mask=i < HALF, other=0.0)
+        if INVERSE:
+            sin = -sin
+        _rotate(q_ptr + n * q_token, q_out_ptr + n * (2 * Q_HEADS * HALF), q_head, cos, sin, Q_HEADS, HALF, HEADS, BLOCK)
+        _rotate(k_ptr + n * k_token, k_out_ptr + n * (2 * K_HEADS * HALF), k_head, cos, sin, K_HEADS, HALF, HEADS, BLOCK)
+
+
+# ---- launcher, and the op that torch.compile sees ------------------------------------------------------------------------
+def _tile(heads: int, half: int) -> dict[str, int]:
+    block = triton.next_power_of_2(half)
+    return {"HEADS": min(max(1, _TILE // block), triton.next_power_of_2(heads)), "BLOCK": block}
+
+
+@torch.library.custom_op("fusedrl::rope_triton", mutates_args=())
+def _rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    N, Hq, D = q.shape
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    if N:
+        _rope_kernel[(N,)](
+            q, k, cos.float().contiguous(), sin.float().contiguous(), q_out, k_out, q.stride(0), q.stride(1), k.stride(0), k.stride(1), Q_HEADS=Hq,
+            K_HEADS=k.shape[1], HALF=D // 2, INVERSE=inverse, **_tile(max(Hq, k.shape[1]), D // 2))
+    return q_out, k_out
+
+
+def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+_rope_triton.register_fake(_fake)
+if native.capability:
+    torch.library.register_fake("fusedrl::rope_forward", _fake)
+
+
+# ---- autograd (that of the C++ implementation is in C++) ------------------------------------------------------------------
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[2:4])
+    ctx.inverse = inputs[4]
+
+
+def _backward(ctx, q_grad: Tensor, k_grad: Tensor):
+    cos, sin = ctx.saved_tensors
+    return *_rope_triton(q_grad.contiguous(), k_grad.contiguous(), cos, sin, not ctx.inverse), None, None, None
+
+
+_rope_triton.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- public ------------------------------------------------------------------------------------------------------------
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """Turn the pairs (x[i], x[i + D/2]) of every head by the angles of its token.
+
+    Args:
+        q: [N, Hq, D]. k: [N, Hkv, D], of the same dtype. Last dimensions are contiguous, the strides of the others are free.
+        cos, sin: [N, D/2] of the angles; float32, or q's dtype.
+        impl: "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one for the device.
+    Returns:
+        (q, k) rotated, contiguous. Differentiable in q and k; cos and sin are constants.
+    Raises:
+        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+    """
+    op = "rope"
+    _, _, D, _, half = check(op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "cos": (cos, "N D/2"), "sin": (sin, "N D/2")})
+    if 2 * half != D:
+        raise ValueError(f"{op}: expected cos and sin [N, D/2], one angle for every pair of a head, got D {D} and {half} angles")
+    chosen = (_IMPLS_FLOAT64 if q.dtype == torch.float64 else _IMPLS).choose(q.device, impl)
+    check_dtype(op, "q", q, FLOATS)
+    check_dtype(op, "k", k, (q.dtype,))
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        check_dtype(op, name, tensor, {q.dtype, torch.float32})
+    for name, tensor in (("q", q), ("k", k)):
+        check_last_contiguous(op, name, tensor)
+    cos, sin = cos.detach(), sin.detach()
+    if chosen == "torch":
+        return rope_reference(q, k, cos, sin)
+    return torch.ops.fusedrl.rope(q, k, cos, sin) if chosen == "cpp" else _rope_triton(q, k, cos, sin, False)
+
+
+# What tests/offline_compile.py compiles: 12 query and 2 key heads of 128, and heads of 80, which fill no power of two.
+if triton is not None:
+    OFFLINE_KERNELS = {
+        f"rope_{dtype}_{2 * half}{'_inverse' if inverse else ''}": {
+            "kernel": _rope_kernel,
+            "signature": dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}") | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+            | dict.fromkeys(("q_token", "q_head", "k_token", "k_head"), "i64"),
+            "constexprs": {"Q_HEADS": 12, "K_HEADS": 2, "HALF": half, "INVERSE": inverse, **_tile(12, half)},
+        }
+        for dtype in ("fp32", "bf16", "fp16") for half in (64, 40) for inverse in (False, True)
+    }

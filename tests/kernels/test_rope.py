@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+from fusedrl.kernels import native
+from fusedrl.kernels.dispatch import unavailable
+from fusedrl.kernels.rope import _rope_triton, rope, rope_reference
+
+cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
+triton = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))))
+IMPLS = ["torch", cpp, triton]
+
+
+def tensors(N, Hq, Hkv, D, dtype=torch.float32):
+    """q and k as slices of a fused projection's output, cos and sin, and upstream gradients of q and k."""
+    generator = torch.Generator().manual_seed(N + Hq + D)
+    qkv = torch.randn(N, Hq + 2 * Hkv, D, generator=generator).to(dtype)
+    angles = 100 * torch.rand(N, D // 2, generator=generator)
+    dq, dk = (torch.randn(N, h, D, generator=generator).to(dtype) for h in (Hq, Hkv))
+    return qkv[:, :Hq], qkv[:, Hq : Hq + Hkv], angles.cos(), angles.sin(), dq, dk
+
+
+def run(q, k, cos, sin, dq, dk, function=rope, **options):
+    leaves = [q.detach().requires_grad_(), k.detach().requires_grad_()]
+    out = function(*leaves, cos, sin, **options)
+    return *(t.detach() for t in out), *torch.autograd.grad(out, leaves, (dq, dk))
+
+
+def eager(q, k, cos, sin):
+    """As transformers computes it, every product rounded to the dtype."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    cos, sin = (torch.cat([t, t], dim=-1).to(q.dtype) for t in (cos, sin))
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
+
+
+# No token, one; a head of two values; halves around a vector of 8 or 16; more heads than Triton takes at a time (512 pairs of 64).
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N,Hq,Hkv,D", [(0, 2, 1, 8), (1, 1, 1, 2), (7, 3, 1, 6), (5, 8, 4, 8), (4, 5, 5, 34), (3, 2, 2, 80), (2, 20, 2, 128)])
+def test_against_float64(impl, dtype, N, Hq, Hkv, D):
+    q, k, cos, sin, dq, dk = tensors(N, Hq, Hkv, D, dtype)
+    exact = run(q.double(), k.double(), cos.double(), sin.double(), dq.double(), dk.double(), rope_reference)
+    for ours, theirs, want in zip(run(q, k, cos, sin, dq, dk, impl=impl), run(q, k, cos, sin, dq, dk, eager), exact, strict=True):
+        assert ours.dtype == dtype
+        assert ours.shape == want.shape
+        assert ours.is_contiguous()
+        if N == 0:
+            continue
+        eps = torch.finfo(dtype).eps * want.abs().max()
+        error, bound = (ours.double() - want).abs().max(), (theirs.double() - want).abs().max()
+        assert error <= bound + eps, f"{error / eps:.2f} eps, torch {bound / eps:.2f}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_is_a_rotation(impl):
+    q, k, cos, sin, *_ = tensors(6, 3, 1, 10)
+    rotated_q, rotated_k = rope(q, k, cos, sin, impl=impl)
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm(dim=-1))
+    back = rope(rotated_q, rotated_k, cos, -sin, impl=impl)
+    torch.testing.assert_close(back, (q.contiguous(), k.contiguous()))
+    # By definition: the halves are the parts of complex numbers, turned by e^(i angle).
+    turned = torch.complex(q[..., :5], q[..., 5:]) * torch.complex(cos, sin)[:, None]
+    torch.testing.assert_close(rotated_q, torch.cat([turned.real, turned.imag], dim=-1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strides_runs_and_poison(impl):
+    q, k, cos, sin, dq, dk = tensors(6, 3, 2, 10)
+    got = run(q, k, cos, sin, dq, dk, impl=impl)
+    again = run(q.contiguous(), k.clone(), torch.cat([cos, sin], -1)[:, :5], sin, dq.transpose(0, 1).contiguous().transpose(0, 1), dk, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    poisoned = q.clone()
+    poisoned[2, 1] = torch.nan
+    dirty_q, dirty_k, *_ = run(poisoned, k, cos, sin, dq, dk, impl=impl)
+    clean = torch.ones(6, 3, dtype=torch.bool).index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(False))
+    assert torch.equal(dirty_q[clean], got[0][clean])
+    assert dirty_q[~clean].isnan().all()
+    assert torch.equal(dirty_k, got[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_the_keys_learn(impl):
+    q, k, cos, sin, _, dk = tensors(4, 3, 2, 10)
+    leaf = k.clone().requires_grad_()
+    got = torch.autograd.grad(rope(q, leaf, cos, sin, impl=impl)[1], leaf, dk)[0]
+    torch.testing.assert_close(got, rope(q, dk, cos, -sin, impl="torch")[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rounded_angles(impl):
+    q, k, cos, sin, dq, dk = tensors(5, 2, 2, 12, torch.bfloat16)
+    rounded = cos.bfloat16(), sin.bfloat16()
+    got = run(q, k, *rounded, dq, dk, impl=impl)
+    want = run(q, k, *(t.float() for t in rounded), dq, dk, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_threads_change_nothing():
+    inputs = tensors(1500, 4, 2, 32)
+    one = run(*inputs, impl="cpp")
+    try:
+        torch.set_num_threads(3)
+        three = run(*inputs, impl="cpp")
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_reference_gradcheck():
+    q, k, cos, sin, *_ = (t.double() for t in tensors(3, 2, 1, 6))
+    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q.requires_grad_(), k.requires_grad_()))
+
+
+@pytest.mark.parametrize("impl", [cpp, triton])
+def test_opcheck_and_compile(impl):
+    q, k, cos, sin, dq, dk = tensors(3, 2, 1, 8)
+    leaves = q.detach().requires_grad_(), k.detach().requires_grad_()
+    if impl == "cpp":
+        torch.library.opcheck(torch.ops.fusedrl.rope, (*leaves, cos, sin))
+    else:
+        torch.library.opcheck(_rope_triton, (*leaves, cos, sin, False))
+    compiled = torch.compile(rope, fullgraph=True, backend="aot_eager")
+    got, want = (run(q, k, cos, sin, dq, dk, function, impl=impl) for function in (compiled, rope))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_refuses_what_it_does_not_support():
+    q, k, cos, sin, *_ = tensors(3, 2, 1, 8)
+    with pytest.raises(ValueError, match=r"one angle for every pair of a head, got D 8 and 8 angles"):
+        rope(q, k, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
+    with pytest.raises(ValueError, match="k does not fit its pattern"):
+        rope(q, k[:2], cos, sin)
+    with pytest.raises(TypeError, match="expected k of dtype float32"):
+        rope(q, k.half(), cos, sin)
+    with pytest.raises(TypeError, match="expected cos of dtype"):
+        rope(q.half(), k.half(), cos.double(), sin.double())
+    with pytest.raises(ValueError, match="contiguous last dimension"):
+        rope(q.transpose(1, 2).contiguous().transpose(1, 2), k, cos, sin)
+    with pytest.raises(RuntimeError, match="of float64: implementation 'triton' cannot run"):
+        rope(q.double(), k.double(), cos, sin, impl="triton")
