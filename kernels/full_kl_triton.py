@@ -34,7 +34,8 @@ def _against_mixture(u):
 
 
 @triton.jit
-def _forward_kernel(logits_ptr, ref_ptr, mask_ptr, kl_ptr, stats_ptr, temperature, V, row_stride, ref_stride, DIRECTION: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(logits_ptr, ref_ptr, mask_ptr, kl_ptr, stats_ptr, temperature, V, row_stride, ref_stride,
+                    DIRECTION: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     columns = V
     if mask_ptr is not None:
@@ -100,7 +101,8 @@ def _forward_kernel(logits_ptr, ref_ptr, mask_ptr, kl_ptr, stats_ptr, temperatur
 
 
 @triton.jit
-def _backward_kernel(kl_grad_ptr, logits_ptr, ref_ptr, stats_ptr, grad_ptr, temperature, V, row_stride, ref_stride, DIRECTION: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(kl_grad_ptr, logits_ptr, ref_ptr, stats_ptr, grad_ptr, temperature, V, row_stride, ref_stride,
+                     DIRECTION: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = tl.load(stats_ptr + n * 5)

@@ -31,7 +31,8 @@ def run(x, g, impl, function=None, **options):
 # No rows, one, several chunks with a short last one, a workspace below one row; another hidden size for the reference; with and without bias.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("N", "H", "V", "H_ref", "workspace"), [(0, 8, 33, None, None), (1, 5, 31, 7, 1), (7, 16, 130, 9, 3 * 8 * 130), (9, 16, 1025, None, None)])
+@pytest.mark.parametrize(("N", "H", "V", "H_ref", "workspace"),
+                         [(0, 8, 33, None, None), (1, 5, 31, 7, 1), (7, 16, 130, 9, 3 * 8 * 130), (9, 16, 1025, None, None)])
 def test_matches_float64(impl, direction, N, H, V, H_ref, workspace):
     x = make(N, H, V, H_ref)
     g = torch.randn(N)
