@@ -53,49 +53,27 @@ def token_kl_reference(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Te
     return (torch.expm1((-exact).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + exact).clamp(min=0.0).to(k1.dtype)
 
 
-def _slope(k1: Tensor, estimator: str) -> Tensor:
-    """d estimator / d k1, differentiable once more."""
-    if estimator == "k1":
-        return torch.ones_like(k1)
-    if estimator == "k2":
-        return k1
-    if estimator == "abs":
-        return k1.sign()
-    return torch.where(k1.abs() > MAX_LOG_RATIO, 0, -torch.expm1(-k1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)))
-
-
-class _WithSlope(torch.autograd.Function):
-    """A loss whose gradient is not that of its value."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, slope_N: Tensor, logp_N: Tensor) -> Tensor:
-        ctx.save_for_backward(slope_N)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, grad * ctx.saved_tensors[0]
+def _descended(k1: Tensor, estimator: str) -> Tensor:
+    """The estimator as autograd is to see it: k3 without the clip at 0, and constant beyond the clamp."""
+    if estimator != "k3":
+        return token_kl_reference(k1, torch.zeros_like(k1), estimator)
+    return torch.where(k1.abs() > MAX_LOG_RATIO, k1.detach(), torch.expm1(-k1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + k1)
 
 
 def kl_loss_reference(logp_N: Tensor, ref_logp_N: Tensor, weights_N: Tensor, estimator: str, gradient: str, cu_seqlens: Tensor | None) -> Tensor:
-    """The definition, on any device and in any float dtype (float64 is the oracle); cu_seqlens for the sequence level, None for tokens."""
+    """The definition, differentiable, on any device, in float64; cu_seqlens for the sequence level, None for tokens."""
     live = weights_N != 0
-    k1 = torch.where(live, logp_N.detach().double() - ref_logp_N.double(), 0)
-    if cu_seqlens is None:
-        values = token_kl_reference(k1, torch.zeros_like(k1), estimator)
-        loss, slope = (weights_N * values).sum(), weights_N * _slope(k1, gradient)
-    else:
+    k1 = torch.where(live, logp_N.double() - ref_logp_N.double(), 0)
+    weights = weights_N.double()
+    if cu_seqlens is not None:
         sequence_N = torch.searchsorted(cu_seqlens[1:], torch.arange(len(k1), device=k1.device), right=True)
-        ends = cu_seqlens.long()
-
-        def total(x: Tensor) -> Tensor:  # of each sequence
-            return torch.segment_reduce(x, "sum", offsets=ends, unsafe=True)
-
-        k1_B = total(k1)
-        weight_B = total(weights_N.double()) / total(live.double()).clamp(min=1)
-        loss = (weight_B * token_kl_reference(k1_B, torch.zeros_like(k1_B), estimator)).sum()
-        slope = torch.where(live, (weight_B * _slope(k1_B, gradient))[sequence_N], 0)
-    return _WithSlope.apply(loss.to(logp_N.dtype), slope.to(logp_N.dtype), logp_N)
+        offsets = cu_seqlens.long()
+        sums, weight_sums, counts = (torch.segment_reduce(x, "sum", offsets=offsets, unsafe=True) for x in (k1.detach(), weights, live.double()))
+        k1 = sums.index_add(0, sequence_N, k1 - k1.detach())  # the sums in a fixed order; what is added is 0 and brings the gradient
+        weights = weight_sums / counts.clamp(min=1)
+    descended = (weights * _descended(k1, gradient)).sum()
+    value = (weights * token_kl_reference(k1.detach(), torch.zeros_like(k1), estimator)).sum()
+    return (value + (descended - descended.detach())).to(logp_N.dtype)
 
 
 # ---- custom ops: what torch.compile sees -------------------------------------------------------------------------------
@@ -152,7 +130,7 @@ def kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, *, estimator: str, 
         cu_seqlens: [B + 1] int32, for the sequence level of packed [N]; without it rows of [B, T] are the sequences.
         impl: "cpp" or "torch"; by default the best one for the device.
     Returns:
-        A scalar; 0 without tokens. Differentiable, once, in logp.
+        A scalar; 0 without tokens. Differentiable in logp ("cpp" once: a double backward raises).
     Raises:
         ValueError: unknown estimators or level, shapes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
