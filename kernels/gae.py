@@ -1,17 +1,20 @@
-"""Generalised advantage estimation, alone and with the KL-shaped rewards before it and the whitening after it.
+"""Generalised advantage estimation, alone and with the KL-shaped rewards before it and the whitening after it; k-step, TD and plain returns.
 
     delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}          returns_t = A_t + V_t
+    A_t^k   = sum_{i < k} gamma^i delta_{t+i}: k rewards, then gamma^k V_{t+k}, less V_t      (k_step_advantages; lam = 0 is k = 1, lam = 1 every k >= n)
+    With n steps left GAE = (1 - lam) sum_{k < n} lam^(k-1) A^k + lam^(n-1) A^n.
     r_t     = token_rewards_t - kl_coef KL_t, plus the clipped score at the last unmasked token          (shaped_gae)
 
     t + 1 is the next *unmasked* token of the sequence: where mask is False (padding, observations, a tool's tokens) the next value and the running
     advantage pass over the gap, and the outputs are 0. Behind the last one V is 0, or last_values[b] for an episode that was cut off.
-    As a linear recurrence it is an associative scan from the right over (a, b): (gamma lam, delta) where live, the identity (1, 0) where not.
+    As a linear recurrence GAE is an associative scan from the right over (a, b): (gamma lam, delta) where live, the identity (1, 0) where not.
 
 Shapes    N tokens in B sequences: packed [N] with cu_seqlens [B + 1] int32, or [B, T].
 Bytes     gae 8 read, 8 written; shaped_gae 12 read, 12 written, plus the mask, whitening 8 more: launches dominate on a GPU, hence one (and one to whiten).
 Numerics  float32 recurrence whatever the input; sums over tokens and moments wider. Fixed order of summation everywhere: deterministic, and neither the
           thread count nor the other sequences change a sequence's advantages before whitening. What the mask hides never enters arithmetic.
-Source    Schulman et al. (2016), eq. 16; the reward Ziegler et al. (2019), eq. 2; gaps as in multi-turn rollouts.
+          k-step windows are summed by doubling, never as a difference of suffix sums, which cancels.
+Source    Schulman et al. (2016), eqs. 14 to 16; the reward Ziegler et al. (2019), eq. 2; gaps as in multi-turn rollouts.
 """
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ if unavailable("triton", "cuda") is None:
     from fusedrl.kernels import gae_triton  # noqa: F401  (registers fusedrl::shaped_gae_triton)
 
 _GAE = Implementations("gae", cpu=("cpp", "torch"), cuda=("torch",))
+_K_STEP = Implementations("k_step_advantages", cpu=("cpp", "torch"), cuda=("torch",))
 _SHAPED = Implementations("shaped_gae", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
 
@@ -80,11 +84,15 @@ class _Layout(NamedTuple):
         return b_N
 
 
-def _advantages(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Tensor, gamma: float, lam: float,
-                last_values_B: Tensor) -> tuple[Tensor, Tensor]:
+def _deltas(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Tensor, gamma: float, last_values_B: Tensor) -> Tensor:
     padded = torch.cat([values_N, values_N.new_zeros(1)])
     next_values = torch.where(layout.has_next_N, padded[layout.next_N], last_values_B[layout.sequence_N])
-    delta = torch.where(live_N, rewards_N + (gamma * next_values - values_N), 0)
+    return torch.where(live_N, rewards_N + (gamma * next_values - values_N), 0)
+
+
+def _advantages(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Tensor, gamma: float, lam: float,
+                last_values_B: Tensor) -> tuple[Tensor, Tensor]:
+    delta = _deltas(layout, live_N, rewards_N, values_N, gamma, last_values_B)
     decay = torch.where(live_N, gamma * lam, torch.ones_like(delta))
     advantages = torch.where(live_N, layout.suffix_scan(decay, delta), 0)
     return advantages, torch.where(live_N, advantages + values_N, 0)
@@ -98,6 +106,32 @@ def gae_reference(rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqle
     last = rewards.new_zeros(layout.starts.shape) if last_values is None else last_values
     advantages, returns = _advantages(layout, live.reshape(-1), rewards.reshape(-1), values.reshape(-1), gamma, lam, last)
     return advantages.view(rewards.shape), returns.view(rewards.shape)
+
+
+def k_step_advantages_reference(rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, k: int, gamma: float,
+                                last_values: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition, on any device and in any float dtype (float64 is the oracle)."""
+    live = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    layout, live_N, values_N = _Layout.of(live, cu_seqlens), live.reshape(-1), values.reshape(-1)
+    last = rewards.new_zeros(layout.starts.shape) if last_values is None else last_values
+    delta = _deltas(layout, live_N, rewards.reshape(-1), values_N, gamma, last)
+    # The live tokens side by side, the masked ones behind them all; of each, how many follow in its sequence.
+    place = torch.sort(~live_N, stable=True).indices
+    before = torch.cat([layout.end_N.new_zeros(1), live_N.cumsum(0)])
+    following = before[layout.end_N[place]] - torch.arange(len(place), device=place.device) - 1
+    window = delta[place]  # sums of `width` deltas
+    total, done, width = torch.zeros_like(window), 0, 1  # sums of `done` deltas
+    k = min(k, layout.longest)
+    while width <= k:
+        if k & width:
+            ahead = torch.cat([window[done:], window.new_zeros(min(done, len(window)))])
+            total = torch.where(following >= done, total + gamma**done * ahead, total)
+            done += width
+        ahead = torch.cat([window[width:], window.new_zeros(min(width, len(window)))])
+        window = torch.where(following >= width, window + gamma**width * ahead, window)
+        width *= 2
+    advantages = torch.where(live_N, torch.zeros_like(total).scatter(0, place, total), 0)
+    return advantages.view(rewards.shape), torch.where(live_N, advantages + values_N, 0).view(rewards.shape)
 
 
 def shaped_gae_reference(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None, kl_coef: float | Tensor,
@@ -123,6 +157,11 @@ def shaped_gae_reference(logp: Tensor, ref_logp: Tensor, values: Tensor, scores:
 if native.capability:
     @torch.library.register_fake("fusedrl::gae")
     def _(rewards, values, mask, cu_seqlens, gamma, lam, last_values):
+        like = torch.empty_like(rewards, memory_format=torch.contiguous_format)
+        return like, torch.empty_like(like)
+
+    @torch.library.register_fake("fusedrl::k_step_advantages")
+    def _(rewards, values, mask, cu_seqlens, k, gamma, last_values):
         like = torch.empty_like(rewards, memory_format=torch.contiguous_format)
         return like, torch.empty_like(like)
 
@@ -174,15 +213,52 @@ def gae(rewards: Tensor, values: Tensor, *, mask: Tensor | None = None, cu_seqle
     Raises:
         ValueError: sizes, devices or coefficients. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
-    op, tokens = "gae", "N" if cu_seqlens is not None else "B T"
+    rewards, values, last_values, chosen_impl = _prepare_gae("gae", _GAE, rewards, values, mask, cu_seqlens, gamma, lam, last_values, impl)
+    call = gae_reference if chosen_impl == "torch" else torch.ops.fusedrl.gae
+    return call(rewards, values, mask, cu_seqlens, gamma, lam, last_values)
+
+
+def _prepare_gae(op: str, table: Implementations, rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float,
+                 last_values: Tensor | None, impl: str | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """The checks that gae and its kin share: (rewards, values, last_values, implementation)."""
+    tokens = "N" if cu_seqlens is not None else "B T"
     _check_layout(op, "rewards", rewards, cu_seqlens, {"last_values": last_values}, gamma, lam)
     check(op, {"rewards": (rewards, tokens), "values": (values, tokens), "mask": (mask, tokens), "cu_seqlens": (cu_seqlens, "B+1"),
                "last_values": (last_values, "B")})
     check_dtype(op, "mask", mask, (torch.bool,))
-    chosen_impl = _GAE.choose(rewards.device, impl)
+    chosen_impl = table.choose(rewards.device, impl)
     rewards, values, last_values = _prepare(op, chosen_impl, {"rewards": rewards, "values": values, "last_values": last_values})
-    call = gae_reference if chosen_impl == "torch" else torch.ops.fusedrl.gae
-    return call(rewards, values, mask, cu_seqlens, gamma, lam, last_values)
+    return rewards, values, last_values, chosen_impl
+
+
+def td_advantages(rewards: Tensor, values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0,
+                  last_values: Tensor | None = None, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """The one-step temporal differences delta_t and their returns r_t + gamma V_{t+1}: `gae` with lam = 0. Arguments, results and errors as there."""
+    return gae(rewards, values, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, lam=0.0, last_values=last_values, impl=impl)
+
+
+def discounted_returns(rewards: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0,
+                       last_values: Tensor | None = None, impl: str | None = None) -> Tensor:
+    """Reward-to-go: sum_i gamma^i r_{t+i} over the live tokens from t on, plus gamma^n last_values. Arguments and errors as `gae`; like `rewards`, float32."""
+    return gae(rewards, torch.zeros_like(rewards), mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, lam=1.0, last_values=last_values, impl=impl)[0]
+
+
+def k_step_advantages(rewards: Tensor, values: Tensor, k: int, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0,
+                      last_values: Tensor | None = None, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """k discounted rewards, then the value of the state behind them, less values[t] (equations at the top of this file).
+
+    Args:
+        k: live tokens to look ahead, at least 1; fewer where the sequence ends, with `last_values` (or 0) behind the end.
+        others: as `gae`.
+    Returns:
+        (advantages, returns) like `rewards`, as `gae`. Errors as there.
+    """
+    op = "k_step_advantages"
+    if k < 1:
+        raise ValueError(f"{op}: expected k >= 1, got {k}")
+    rewards, values, last_values, chosen_impl = _prepare_gae(op, _K_STEP, rewards, values, mask, cu_seqlens, gamma, 1.0, last_values, impl)
+    call = k_step_advantages_reference if chosen_impl == "torch" else torch.ops.fusedrl.k_step_advantages
+    return call(rewards, values, mask, cu_seqlens, k, gamma, last_values)
 
 
 def shaped_gae(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, *, mask: Tensor, cu_seqlens: Tensor | None, kl_coef: float | Tensor,

@@ -1,4 +1,4 @@
-// gae and shaped_gae on CPU: KL-shaped rewards, generalised advantages, returns and whitening, sequence by sequence.
+// gae, k_step_advantages and shaped_gae on CPU: KL-shaped rewards, advantages, returns and whitening, sequence by sequence.
 //
 // Shapes   N tokens in B sequences: packed ([N] with cu_seqlens [B + 1]) or [B, T].
 // Bytes    gae 8 read and 8 written a token, shaped_gae 12 and 12, plus the mask; the intermediate passes stay in cache.
@@ -137,8 +137,31 @@ void advantages_of(const float* r, const float* v, float last_value, int64_t n, 
   }
 }
 
-std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double gamma,
-                               double lam, const OptionalTensor& last_values) {
+// The same, looking k tokens ahead: windows of `width` deltas by doubling, of which those that k is made of are added up.
+void k_step_advantages_of(const float* r, const float* v, float last_value, int64_t n, int64_t k, double gamma, float* advantages, float* returns) {
+  const float g = static_cast<float>(gamma);
+  k = std::min(k, n);
+  std::vector<float> window(n);
+  for (int64_t i = 0; i < n; ++i) {
+    window[i] = r[i] + (g * (i + 1 == n ? last_value : v[i + 1]) - v[i]);
+    advantages[i] = 0.0f;
+  }
+  for (int64_t width = 1, done = 0; width <= k; width *= 2) {
+    if (k & width) {
+      const float weight = static_cast<float>(std::pow(gamma, done));
+      for (int64_t i = 0; i + done < n; ++i) advantages[i] += weight * window[i + done];
+      done += width;
+    }
+    const float weight = static_cast<float>(std::pow(gamma, width));
+    for (int64_t i = 0; i + width < n; ++i) window[i] += weight * window[i + width];  // ascending i reads what is not yet updated
+  }
+  for (int64_t i = 0; i < n; ++i) returns[i] = advantages[i] + v[i];
+}
+
+// compute(rewards, values, last value, n, advantages, returns) for the live tokens of each sequence.
+template <typename Compute>
+std::tuple<Tensor, Tensor> by_sequence(const Tensor& rewards, const Tensor& values, const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+                                       const OptionalTensor& last_values, const Compute& compute) {
   const Tensor rewards_N = rewards.contiguous(), values_N = values.contiguous(), mask_N = contiguous(mask), last_B = contiguous(last_values);
   const Sequences sequences(rewards_N, cu_seqlens);
   Tensor advantages_N = at::empty(rewards_N.sizes(), rewards_N.options()), returns_N = at::empty(rewards_N.sizes(), rewards_N.options());
@@ -156,12 +179,26 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
       live.find(m ? m + at : nullptr, sequences.length(b));
       float* a = live.stage(advantages + at, a_scratch);
       float* ret = live.stage(returns + at, ret_scratch);
-      advantages_of(live.gather(r + at, r_scratch), live.gather(v + at, v_scratch), last ? last[b] : 0.0f, live.n, gamma, lam, a, ret);
+      compute(live.gather(r + at, r_scratch), live.gather(v + at, v_scratch), last ? last[b] : 0.0f, live.n, a, ret);
       live.scatter(a, advantages + at);
       live.scatter(ret, returns + at);
     }
   });
   return {advantages_N, returns_N};
+}
+
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double gamma,
+                               double lam, const OptionalTensor& last_values) {
+  return by_sequence(rewards, values, mask, cu_seqlens, last_values, [=](const float* r, const float* v, float last, int64_t n, float* a, float* ret) {
+    advantages_of(r, v, last, n, gamma, lam, a, ret);
+  });
+}
+
+std::tuple<Tensor, Tensor> k_step_advantages(const Tensor& rewards, const Tensor& values, const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+                                             int64_t k, double gamma, const OptionalTensor& last_values) {
+  return by_sequence(rewards, values, mask, cu_seqlens, last_values, [=](const float* r, const float* v, float last, int64_t n, float* a, float* ret) {
+    k_step_advantages_of(r, v, last, n, k, gamma, a, ret);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(const Tensor& logp, const Tensor& ref_logp, const Tensor& values, const Tensor& scores,
@@ -232,12 +269,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(const Tensor& logp
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
   m.def("gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, float gamma, float lam, Tensor? last_values) -> (Tensor, Tensor)");
   m.def(
+      "k_step_advantages(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, int k, float gamma, Tensor? last_values) -> (Tensor, Tensor)");
+  m.def(
       "shaped_gae(Tensor logp, Tensor ref_logp, Tensor values, Tensor scores, Tensor mask, Tensor? cu_seqlens, float kl_coef, Tensor? kl_coef_tensor, "
       "int kl_estimator, float gamma, float lam, Tensor? token_rewards, float? score_clip, bool whiten, bool whiten_unbiased) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) {
   m.impl("gae", &gae);
+  m.impl("k_step_advantages", &k_step_advantages);
   m.impl("shaped_gae", &shaped_gae);
 }
 

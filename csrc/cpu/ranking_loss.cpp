@@ -1,13 +1,16 @@
-// pairwise_ranking_loss on CPU: -mean log sigmoid(chosen - rejected - margin), value and derivative in one pass.
+// Ranking losses on CPU, value and derivative in one pass: pairwise, -mean log sigmoid(chosen - rejected - margin), and K-wise over groups.
 //
-// Shapes   B pairs. Bytes: 8 to 12 read and 4 written a pair.
-// Numerics float32 terms, summed in double in index order by one thread (B is a batch of sequences, never of tokens).
+// Shapes   B pairs, or M scores in groups. Bytes: 8 to 12 read and 4 written a pair.
+// Numerics float32 terms (double in groups), summed in double in index order by one thread (a batch of sequences, never of tokens).
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <tuple>
+#include <vector>
+
+#include "first_order.h"
 
 namespace {
 
@@ -41,13 +44,16 @@ struct PairwiseRankingLoss : torch::autograd::Function<PairwiseRankingLoss> {
                          .findSchemaOrThrow("fusedrl::pairwise_ranking_loss_forward", "")
                          .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&)>();
     auto [loss, slope_B] = op.call(chosen, rejected, margin);
-    ctx->save_for_backward({slope_B});
-    ctx->saved_data["margin"] = margin.has_value();
+    ctx->save_for_backward({slope_B, chosen, rejected, margin.value_or(Tensor())});
     return loss;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    const Tensor chosen_grad = grads[0] * ctx->get_saved_variables()[0];
-    return {chosen_grad, -chosen_grad, ctx->saved_data["margin"].toBool() ? -chosen_grad : Tensor()};
+    const auto saved = ctx->get_saved_variables();
+    const Tensor opposite = -grads[0];
+    const auto gradient = [&](int i, const Tensor& scale) {
+      return saved[i + 1].defined() && ctx->needs_input_grad(i) ? scaled_once("pairwise_ranking_loss", saved[0], scale, saved[i + 1]) : Tensor();
+    };
+    return {gradient(0, grads[0]), gradient(1, opposite), gradient(2, opposite)};
   }
 };
 
@@ -55,11 +61,75 @@ Tensor pairwise_ranking_loss(const Tensor& chosen, const Tensor& rejected, const
   return PairwiseRankingLoss::apply(chosen, rejected, margin);
 }
 
+// Loss and d loss / d scores for a unit upstream gradient.
+std::tuple<Tensor, Tensor> kwise_forward(const Tensor& scores, const Tensor& ranks, const Tensor& cu_groups) {
+  const Tensor scores_M = scores.contiguous(), ranks_M = ranks.to(at::kLong).contiguous(), cu = cu_groups.contiguous();
+  Tensor loss = at::empty({}, scores_M.options()), slope_M = at::empty_like(scores_M);
+  const int64_t M = scores_M.numel(), B = cu.numel() - 1;
+  const int32_t* starts = cu.const_data_ptr<int32_t>();
+  bool ascending = starts[0] == 0 && starts[B] == M;
+  for (int64_t b = 0; b < B; ++b) ascending &= starts[b] <= starts[b + 1];
+  TORCH_CHECK_VALUE(ascending, "kwise_ranking_loss: expected cu_groups to ascend from 0 to the number of scores, ", M, ", got ", starts[0], " to ", starts[B],
+                    "; give the cumulative sizes of the groups");
+  const float* score = scores_M.const_data_ptr<float>();
+  const int64_t* rank = ranks_M.const_data_ptr<int64_t>();
+  std::vector<double> slope(M, 0.0);
+  double sum = 0.0;
+  int64_t prompts = 0;  // that have a pair
+  for (int64_t b = 0; b < B; ++b) {
+    double of_group = 0.0;
+    int64_t pairs = 0;
+    for (int64_t w = starts[b]; w < starts[b + 1]; ++w) {
+      for (int64_t l = starts[b]; l < starts[b + 1]; ++l) {
+        if (rank[w] >= rank[l]) continue;
+        const double d = static_cast<double>(score[w]) - score[l], e = std::exp(-std::abs(d)), s = (d < 0 ? 1.0 : e) / (1.0 + e);  // s = sigmoid(-d)
+        of_group += std::log1p(e) + (d < 0 ? -d : 0.0);
+        slope[w] -= s;
+        slope[l] += s;
+        ++pairs;
+      }
+    }
+    if (pairs == 0) continue;
+    ++prompts;
+    sum += of_group / static_cast<double>(pairs);
+    for (int64_t i = starts[b]; i < starts[b + 1]; ++i) slope[i] /= static_cast<double>(pairs);
+  }
+  const double count = static_cast<double>(std::max<int64_t>(1, prompts));
+  float* out = slope_M.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < M; ++i) out[i] = static_cast<float>(slope[i] / count);
+  *loss.mutable_data_ptr<float>() = static_cast<float>(sum / count);
+  return {loss, slope_M};
+}
+
+struct KwiseRankingLoss : torch::autograd::Function<KwiseRankingLoss> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& scores, const Tensor& ranks, const Tensor& cu_groups) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::kwise_ranking_loss_forward", "").typed<decltype(kwise_forward)>();
+    auto [loss, slope_M] = op.call(scores, ranks, cu_groups);
+    ctx->save_for_backward({slope_M, scores});
+    return loss;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    return {scaled_once("kwise_ranking_loss", saved[0], grads[0], saved[1]), Tensor(), Tensor()};
+  }
+};
+
+Tensor kwise_ranking_loss(const Tensor& scores, const Tensor& ranks, const Tensor& cu_groups) { return KwiseRankingLoss::apply(scores, ranks, cu_groups); }
+
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
+  m.def("kwise_ranking_loss_forward(Tensor scores, Tensor ranks, Tensor cu_groups) -> (Tensor, Tensor)");
+  m.def("kwise_ranking_loss(Tensor scores, Tensor ranks, Tensor cu_groups) -> Tensor");
   m.def("pairwise_ranking_loss_forward(Tensor chosen, Tensor rejected, Tensor? margin) -> (Tensor, Tensor)");
   m.def("pairwise_ranking_loss(Tensor chosen, Tensor rejected, Tensor? margin) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("pairwise_ranking_loss_forward", &forward); }
-TORCH_LIBRARY_IMPL(fusedrl, CompositeImplicitAutograd, m) { m.impl("pairwise_ranking_loss", &pairwise_ranking_loss); }
+TORCH_LIBRARY_IMPL(fusedrl, CPU, m) {
+  m.impl("pairwise_ranking_loss_forward", &forward);
+  m.impl("kwise_ranking_loss_forward", &kwise_forward);
+}
+TORCH_LIBRARY_IMPL(fusedrl, CompositeImplicitAutograd, m) {
+  m.impl("pairwise_ranking_loss", &pairwise_ranking_loss);
+  m.impl("kwise_ranking_loss", &kwise_ranking_loss);
+}
 
 }  // namespace

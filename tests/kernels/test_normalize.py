@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
-from fusedrl.kernels.normalize import RunningMoments, masked_whiten
+from fusedrl.kernels.normalize import GROUP_METHODS, RunningMoments, group_normalize, masked_whiten
 
 IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
 
@@ -119,3 +119,93 @@ def test_running_moments_single_masked_and_resumed():
     with pytest.raises(ValueError, match="expected finite elements"):
         moments.update(torch.tensor([1.0, float("inf")]))
     assert moments.state_dict() == other.state_dict()  # a refused batch leaves no trace
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------------
+def groups_by_hand(scores, ids, method, eps, unbiased):
+    out, flat = [], []
+    for i, s in enumerate(scores):
+        group = [x for x, g in zip(scores, ids, strict=True) if g == ids[i]]
+        others = [x for j, (x, g) in enumerate(zip(scores, ids, strict=True)) if g == ids[i] and j != i]
+        flat.append(len(set(group)) == 1)
+        mean = math.fsum(group) / len(group)
+        spread = group if method == "grpo" else scores
+        centre = math.fsum(spread) / len(spread)
+        std = math.sqrt(math.fsum((x - centre) ** 2 for x in spread) / max(1, len(spread) - unbiased))
+        if method == "none":
+            out.append(s)
+        elif flat[-1]:
+            out.append(0.0)
+        elif method == "rloo":
+            out.append(s - math.fsum(others) / len(others))
+        else:
+            out.append(s - mean if method == "dr_grpo" else (s - mean) / (std + eps))
+    return out, flat
+
+
+# Groups of 1 to 40 that lie scattered, sparse and negative ids; an offset that cancels in E[x^2] - E[x]^2; equal scores whose mean rounds.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("method", GROUP_METHODS)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_groups_are_the_definition(impl, method, offset):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.tensor([-7] + [10**12] * 2 + [5] * 7 + [0] * 40 + [1, 2, 3] * 8)
+    scores = torch.randn(len(ids), generator=generator) + offset
+    scores[3:10] = 0.1 + offset
+    shuffle = torch.randperm(len(ids), generator=generator)
+    ids, scores = ids[shuffle], scores[shuffle]
+    for unbiased in (True, False):
+        got = group_normalize(scores, ids, method=method, eps=1e-4, unbiased=unbiased, impl=impl)
+        want, flat = groups_by_hand(scores.tolist(), ids.tolist(), method, 1e-4, unbiased)
+        torch.testing.assert_close(got.advantages, torch.tensor(want), atol=1e-6, rtol=1e-6)
+        assert got.zero_variance.tolist() == flat
+        assert int(got.zero_variance.sum()) == 8
+        if method != "none":
+            assert got.advantages[got.zero_variance].eq(0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("method", GROUP_METHODS)
+def test_group_size_is_consecutive_ids_and_companions_do_not_matter(impl, method):
+    scores = torch.randn(24, requires_grad=True)
+    got = group_normalize(scores, group_size=4, method=method, impl=impl)
+    for other in (group_normalize(scores, 4, method=method, impl=impl), group_normalize(scores, torch.arange(24).int() // 4, method=method, impl=impl)):
+        assert torch.equal(got.advantages, other.advantages)
+        assert torch.equal(got.zero_variance, other.zero_variance)
+    assert not got.advantages.requires_grad
+    if method != "batch":
+        changed = torch.cat([scores.detach()[:4], torch.full((20,), float("nan"))])
+        assert torch.equal(group_normalize(changed, group_size=4, method=method, impl=impl).advantages[:4], got.advantages[:4])
+        assert group_normalize(changed, group_size=4, method=method, impl=impl).advantages[4:].isnan().all()
+    for size in (1, 5):  # no scores
+        assert group_normalize(scores[:0], group_size=size, method=method, impl=impl).advantages.shape == (0,)
+    alone = group_normalize(torch.tensor([3.5, -1.0]), group_size=1, method=method, eps=0.0, impl=impl)
+    assert alone.zero_variance.all()
+    assert alone.advantages.tolist() == ([3.5, -1.0] if method == "none" else [0.0, 0.0])
+    half = torch.randn(8).bfloat16()
+    assert torch.equal(group_normalize(half, 4, method=method, impl=impl).advantages, group_normalize(half.float(), 4, method=method, impl=impl).advantages)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_group_normalize_opcheck_and_compile(impl):
+    scores, ids = torch.randn(6), torch.tensor([1, 1, 0, 0, 0, 4])
+    if impl == "cpp":
+        torch.library.opcheck(torch.ops.fusedrl.group_normalize.default, (scores, ids, 0, 0, 1e-6, True))
+    compiled = torch.compile(group_normalize, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(scores, ids, impl=impl).advantages, group_normalize(scores, ids, impl=impl).advantages)
+
+
+def test_group_normalize_refuses():
+    scores = torch.zeros(6)
+    with pytest.raises(ValueError, match="a method of grpo, dr_grpo, rloo, batch, none, got 'gae'"):
+        group_normalize(scores, group_size=2, method="gae")
+    with pytest.raises(ValueError, match="a group_size that divides the 6 scores, got 4"):
+        group_normalize(scores, group_size=4)
+    with pytest.raises(ValueError, match=r"either group_ids .* got neither"):
+        group_normalize(scores)
+    with pytest.raises(ValueError, match="got both"):
+        group_normalize(scores, torch.zeros(6, dtype=torch.int64), group_size=2)
+    with pytest.raises(ValueError, match=r"group_ids does not fit its pattern \[B\]"):
+        group_normalize(scores, torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(TypeError, match="expected group_ids of dtype int64, int32"):
+        group_normalize(scores, torch.zeros(6))

@@ -1,8 +1,16 @@
+import itertools
+import math
+
 import pytest
 import torch
 
 from fusedrl.kernels import native
-from fusedrl.kernels.ranking_loss import pairwise_ranking_loss, pairwise_ranking_loss_reference
+from fusedrl.kernels.ranking_loss import (
+    kwise_ranking_loss,
+    kwise_ranking_loss_reference,
+    pairwise_ranking_loss,
+    pairwise_ranking_loss_reference,
+)
 
 IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
 
@@ -50,3 +58,86 @@ def test_refuses_what_it_does_not_support():
         pairwise_ranking_loss(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="this op has torch, cpp; these can: torch"):
         pairwise_ranking_loss(torch.zeros(3), torch.zeros(3), impl="triton")
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_double_backward_is_refused_not_wrong(which):
+    inputs = [torch.randn(4) for _ in range(3)]
+    x = inputs[which].requires_grad_()
+    for loss in (pairwise_ranking_loss(*inputs, impl="cpp"), kwise_ranking_loss(x, torch.arange(4), torch.tensor([0, 4], dtype=torch.int32), impl="cpp")):
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="ranking_loss: expected one backward pass, got a double backward"):
+            torch.autograd.grad(slope.sum(), x)
+    (slope,) = torch.autograd.grad(pairwise_ranking_loss(*inputs, impl="torch"), x, create_graph=True)
+    assert torch.autograd.grad(slope.square().sum(), x)[0].abs().sum() > 0
+
+
+# ---- K-wise ------------------------------------------------------------------------------------------------------------
+def kwise_by_hand(scores, ranks, groups):
+    means = []
+    for first, end in itertools.pairwise(groups):
+        pairs = [math.log1p(math.exp(-abs(d))) + max(-d, 0.0) for i in range(first, end) for j in range(first, end) if ranks[i] < ranks[j]
+                 for d in [scores[i] - scores[j]]]
+        means += [math.fsum(pairs) / len(pairs)] if pairs else []
+    return math.fsum(means) / len(means) if means else 0.0
+
+
+# K = 0, 1, 2 ... 9 and 40; all ranks tied; some tied; ranks that are not 1 ... K; nothing at all; differences that overflow a naive exp.
+SIZES = [[], [0], [1], [2], [0, 1, 3, 0, 2, 4, 5, 6, 7, 8, 9, 1], [40, 2]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_kwise_is_the_definition(impl, sizes, scale):
+    generator = torch.Generator().manual_seed(len(sizes))
+    groups = torch.tensor([0, *sizes]).cumsum(0).int()
+    M = int(groups[-1])
+    scores = torch.randn(M, generator=generator) * scale
+    for ranks in (torch.rand(M, generator=generator).argsort() + 1, torch.randint(-2, 3, (M,), generator=generator).int(), torch.ones(M, dtype=torch.int64)):
+        ours, want = scores.clone().requires_grad_(), scores.double().requires_grad_()
+        loss = kwise_ranking_loss(ours, ranks, groups, impl=impl)
+        assert loss.item() == pytest.approx(kwise_by_hand(scores.tolist(), ranks.tolist(), groups.tolist()), rel=2e-6, abs=1e-6)
+        loss.backward()
+        kwise_ranking_loss_reference(want, ranks, groups).backward()
+        torch.testing.assert_close(ours.grad.double(), want.grad, rtol=1e-5, atol=1e-6)
+        again = kwise_ranking_loss(scores, ranks, groups, impl=impl)
+        assert torch.equal(again, loss)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_kwise_of_two_is_pairwise_and_prompts_count_alike(impl):
+    scores, two = torch.randn(10), torch.arange(0, 11, 2, dtype=torch.int32)
+    want = pairwise_ranking_loss(scores[1::2], scores[::2], impl=impl)
+    torch.testing.assert_close(kwise_ranking_loss(scores, torch.tensor([2, 1] * 5), two, impl=impl), want)
+    a, b = torch.randn(2), torch.randn(9)
+    alone = [kwise_ranking_loss(s, torch.arange(len(s)), torch.tensor([0, len(s)], dtype=torch.int32), impl=impl) for s in (a, b)]
+    ranks = torch.cat([torch.arange(2), torch.arange(9), torch.ones(3, dtype=torch.int64)])  # the third prompt has no pair, and may hold anything
+    together = kwise_ranking_loss(torch.cat([a, b, torch.full((3,), float("nan"))]), ranks, torch.tensor([0, 2, 11, 14], dtype=torch.int32), impl=impl)
+    torch.testing.assert_close(together, (alone[0] + alone[1]) / 2)
+
+
+def test_kwise_gradcheck_opcheck_and_compile():
+    ranks, groups = torch.tensor([1, 3, 3, 2, 1]), torch.tensor([0, 3, 5], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda s: kwise_ranking_loss_reference(s, ranks, groups), torch.randn(5, dtype=torch.float64, requires_grad=True))
+    scores = torch.randn(5, requires_grad=True)
+    for impl in ("torch", "cpp") if native.capability else ("torch",):
+        compiled = torch.compile(kwise_ranking_loss, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(scores, ranks, groups, impl=impl), kwise_ranking_loss(scores, ranks, groups, impl=impl))
+    if native.capability:
+        torch.library.opcheck(torch.ops.fusedrl.kwise_ranking_loss.default, (scores, ranks, groups))
+        torch.library.opcheck(torch.ops.fusedrl.kwise_ranking_loss_forward.default, (scores.detach(), ranks, groups))
+
+
+def test_kwise_refuses():
+    scores, ranks, groups = torch.zeros(3), torch.arange(3), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"ranks does not fit its pattern \[M\]"):
+        kwise_ranking_loss(scores, ranks[:2], groups)
+    with pytest.raises(TypeError, match="expected cu_groups of dtype int32"):
+        kwise_ranking_loss(scores, ranks, groups.long())
+    with pytest.raises(ValueError, match="no prompts are a single 0"):
+        kwise_ranking_loss(scores, ranks, groups[:0])
+    if native.capability:
+        with pytest.raises(ValueError, match="to ascend from 0 to the number of scores, 3, got 0 to 2"):
+            kwise_ranking_loss(scores, ranks, torch.tensor([0, 2], dtype=torch.int32), impl="cpp")

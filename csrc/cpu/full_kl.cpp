@@ -1,0 +1,110 @@
+// full_kl on CPU: the KL of softmax(logits / T) and softmax(ref_logits / T) over the whole vocabulary, row by row.
+//
+// Shapes   logits and ref_logits [N, V], row strides free; stats [N, 5] are those of KlRow (full_kl_rows.h).
+// Bytes    forward reads 2 N V s (jsd twice), backward reads 2 N V s and writes N V s. A row is one thread's work.
+#include <torch/csrc/autograd/custom_function.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "full_kl_rows.h"
+
+namespace {
+
+template <typename Function>
+void dispatch(at::ScalarType type, const Function& function) {
+  switch (type) {
+    case at::kFloat: return function(float{});
+    case at::kBFloat16: return function(at::BFloat16{});
+    case at::kHalf: return function(at::Half{});
+    default: TORCH_CHECK_TYPE(false, "full_kl: expected logits of dtype float32, bfloat16 or float16, got ", type);
+  }
+}
+
+std::tuple<Tensor, Tensor> full_kl_forward(const Tensor& logits, const Tensor& ref_logits, const MaybeTensor& mask, double temperature, int64_t direction) {
+  const int64_t N = logits.size(0), V = logits.size(1), stride = logits.stride(0), ref_stride = ref_logits.stride(0);
+  const Tensor mask_N = mask ? mask->contiguous() : Tensor();
+  const bool* live = mask_N.defined() ? mask_N.const_data_ptr<bool>() : nullptr;
+  Tensor kl_N = at::empty({N}, logits.options().dtype(at::kFloat)), stats_N5 = at::empty({N, 5}, kl_N.options());
+  float* kl = kl_N.mutable_data_ptr<float>();
+  auto* stats = reinterpret_cast<KlRow*>(stats_N5.mutable_data_ptr<float>());
+  dispatch(logits.scalar_type(), [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const scalar_t *z = logits.const_data_ptr<scalar_t>(), *ref = ref_logits.const_data_ptr<scalar_t>();
+    at::parallel_for(0, N, grain(V), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        stats[n] = {};
+        kl[n] = live && !live[n] ? 0.0f : row_kl(z + n * stride, ref + n * ref_stride, V, temperature, static_cast<Direction>(direction), stats[n]);
+      }
+    });
+  });
+  return {kl_N, stats_N5};
+}
+
+Tensor full_kl_backward(const Tensor& kl_grad, const Tensor& logits, const Tensor& ref_logits, const Tensor& stats_N5, double temperature, int64_t direction) {
+  const int64_t N = logits.size(0), V = logits.size(1), stride = logits.stride(0), ref_stride = ref_logits.stride(0);
+  const Tensor grad_N = kl_grad.contiguous();
+  Tensor grad_NV = at::empty({N, V}, logits.options());
+  const float* g = grad_N.const_data_ptr<float>();
+  const auto* stats = reinterpret_cast<const KlRow*>(stats_N5.const_data_ptr<float>());
+  dispatch(logits.scalar_type(), [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const scalar_t *z = logits.const_data_ptr<scalar_t>(), *ref = ref_logits.const_data_ptr<scalar_t>();
+    scalar_t* out = grad_NV.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, N, grain(V), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        row_kl_gradient(z + n * stride, ref + n * ref_stride, out + n * V, V, temperature, static_cast<Direction>(direction), stats[n], g[n]);
+    });
+  });
+  return grad_NV;
+}
+
+// The gradient, once: a double backward arrives here and is refused.
+struct FullKlBackward : torch::autograd::Function<FullKlBackward> {
+  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& kl_grad, const Tensor& logits, const Tensor& ref_logits, const Tensor& stats_N5,
+                        double temperature, int64_t direction) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::full_kl_backward", "").typed<decltype(full_kl_backward)>();
+    return op.call(kl_grad, logits, ref_logits, stats_N5, temperature, direction);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
+    TORCH_CHECK(false, "full_kl: expected one backward pass, got a double backward; use impl=\"torch\" for second derivatives");
+  }
+};
+
+struct FullKl : torch::autograd::Function<FullKl> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& logits, const Tensor& ref_logits, const MaybeTensor& mask, double temperature,
+                        int64_t direction) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::full_kl_forward", "").typed<decltype(full_kl_forward)>();
+    auto [kl_N, stats_N5] = op.call(logits, ref_logits, mask, temperature, direction);
+    ctx->save_for_backward({logits, ref_logits, stats_N5});
+    ctx->saved_data["temperature"] = temperature;
+    ctx->saved_data["direction"] = direction;
+    return kl_N;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor none;
+    return {FullKlBackward::apply(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["temperature"].toDouble(), ctx->saved_data["direction"].toInt()),
+            none, none, none, none};
+  }
+};
+
+Tensor full_kl(const Tensor& logits, const Tensor& ref_logits, const MaybeTensor& mask, double temperature, int64_t direction) {
+  return FullKl::apply(logits, ref_logits, mask, temperature, direction);
+}
+
+TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
+  m.def("full_kl_forward(Tensor logits, Tensor ref_logits, Tensor? mask, float temperature, int direction) -> (Tensor, Tensor)");
+  m.def("full_kl_backward(Tensor kl_grad, Tensor logits, Tensor ref_logits, Tensor stats, float temperature, int direction) -> Tensor");
+  m.def("full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, float temperature, int direction) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(fusedrl, CPU, m) {
+  m.impl("full_kl_forward", &full_kl_forward);
+  m.impl("full_kl_backward", &full_kl_backward);
+}
+TORCH_LIBRARY_IMPL(fusedrl, CompositeImplicitAutograd, m) { m.impl("full_kl", &full_kl); }
+
+}  // namespace

@@ -1,0 +1,155 @@
+// linear_full_kl on CPU: full_kl of two heads' logits, a chunk of rows at a time; N V logits never exist.
+//
+// Shapes   hidden [N, H], weight [V, H], and the reference's with an H of their own; a chunk of R rows has 2 R V float32 logits in the workspace, of
+//          which backward overwrites the first half with their gradient. stats [N, 5] are those of KlRow (full_kl_rows.h).
+// Flops    forward 2 N V (H + H_ref); backward the same again, and 4 N V H for the gradients; N counts the rows that matter: masked rows, and in
+//          the backward rows without a gradient, are compacted away before any product.
+// Numerics float32 products and logits whatever the dtype of the weights (lower ones are widened in tiles); the weight's gradient gathers in float32.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "full_kl_rows.h"
+#include "linear_head.h"
+
+namespace {
+
+// function(row numbers, rows, hidden [R, H], ref_hidden [R, H_ref], logits [R, V], ref logits [R, V]) for each chunk of `rows`.
+template <typename Function>
+void each_chunk(std::vector<int64_t>& rows, const Tensor& hidden, const Head& head, const Tensor& ref_hidden, const Head& ref_head, int64_t workspace_bytes,
+                const Function& function) {
+  const int64_t count = static_cast<int64_t>(rows.size()), step = workspace_rows(workspace_bytes, hidden.size(0), 2 * head.V(), count);
+  Tensor workspace = at::empty({2, step, head.V()}, hidden.options().dtype(at::kFloat));
+  for (int64_t begin = 0; begin < count; begin += step) {
+    const int64_t R = std::min(step, count - begin);
+    const Tensor index = at::from_blob(rows.data() + begin, {R}, at::kLong);
+    const auto some = [&](const Tensor& of) { return (count == of.size(0) ? of.narrow(0, begin, R) : of.index_select(0, index)).to(at::kFloat); };
+    const Tensor hidden_RH = some(hidden), z_RV = workspace[0].narrow(0, 0, R), ref_RV = workspace[1].narrow(0, 0, R);
+    head.logits(z_RV, hidden_RH);
+    ref_head.logits(ref_RV, some(ref_hidden));
+    function(index, R, hidden_RH, z_RV, ref_RV);
+  }
+}
+
+Head make_head(const Tensor& weight, const MaybeTensor& bias) { return {weight, bias ? bias->to(at::kFloat) : Tensor(), 0.0}; }
+
+std::tuple<Tensor, Tensor> linear_full_kl_forward(const Tensor& hidden, const Tensor& weight, const Tensor& ref_hidden, const Tensor& ref_weight, const MaybeTensor& bias,
+                                                  const MaybeTensor& ref_bias, const MaybeTensor& mask, double temperature, int64_t direction, int64_t workspace_bytes) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  const int64_t N = hidden.size(0), V = weight.size(0);
+  const Tensor mask_N = mask ? mask->contiguous() : Tensor();
+  const bool* live = mask_N.defined() ? mask_N.const_data_ptr<bool>() : nullptr;
+  Tensor kl_N = at::zeros({N}, hidden.options().dtype(at::kFloat)), stats_N5 = at::zeros({N, 5}, kl_N.options());
+  float* kl = kl_N.mutable_data_ptr<float>();
+  auto* stats = reinterpret_cast<KlRow*>(stats_N5.mutable_data_ptr<float>());
+  std::vector<int64_t> rows;
+  for (int64_t n = 0; n < N; ++n) if (!live || live[n]) rows.push_back(n);
+  each_chunk(rows, hidden, make_head(weight, bias), ref_hidden, make_head(ref_weight, ref_bias), workspace_bytes,
+             [&](const Tensor& index, int64_t R, const Tensor&, const Tensor& z_RV, const Tensor& ref_RV) {
+    const int64_t* row = index.const_data_ptr<int64_t>();
+    const float *z = z_RV.const_data_ptr<float>(), *ref = ref_RV.const_data_ptr<float>();
+    at::parallel_for(0, R, grain(V), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) kl[row[i]] = row_kl(z + i * V, ref + i * V, V, temperature, static_cast<Direction>(direction), stats[row[i]]);
+    });
+  });
+  return {kl_N, stats_N5};
+}
+
+// Gradients of hidden, weight and bias; those not needed are empty.
+std::tuple<Tensor, Tensor, Tensor> linear_full_kl_backward(const Tensor& kl_grad, const Tensor& hidden, const Tensor& weight, const Tensor& ref_hidden,
+                                                           const Tensor& ref_weight, const MaybeTensor& bias, const MaybeTensor& ref_bias, const Tensor& stats_N5,
+                                                           double temperature, int64_t direction, int64_t workspace_bytes, bool for_hidden, bool for_weight,
+                                                           bool for_bias) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  const int64_t N = hidden.size(0), V = weight.size(0);
+  const Tensor grad_N = kl_grad.contiguous();
+  const float* g = grad_N.const_data_ptr<float>();
+  const auto* stats = reinterpret_cast<const KlRow*>(stats_N5.const_data_ptr<float>());
+  const auto wide = hidden.options().dtype(at::kFloat);
+  const Head head = make_head(weight, bias);
+  Tensor hidden_grad = for_hidden ? at::zeros(hidden.sizes(), hidden.options()) : at::empty({0}, hidden.options());
+  Tensor weight_grad = for_weight ? at::zeros(weight.sizes(), wide) : at::empty({0}, wide), bias_grad = at::zeros({for_bias ? V : 0}, wide);
+  std::vector<int64_t> rows;
+  for (int64_t n = 0; n < N; ++n) if (g[n] != 0.0f && stats[n].sum != 0.0f && stats[n].centre != kInfinity) rows.push_back(n);
+  each_chunk(rows, hidden, head, ref_hidden, make_head(ref_weight, ref_bias), workspace_bytes,
+             [&](const Tensor& index, int64_t R, const Tensor& hidden_RH, const Tensor& z_RV, const Tensor& ref_RV) {
+    const int64_t* row = index.const_data_ptr<int64_t>();
+    float* z = z_RV.mutable_data_ptr<float>();
+    const float* ref = ref_RV.const_data_ptr<float>();
+    at::parallel_for(0, R, grain(V), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        row_kl_gradient(z + i * V, ref + i * V, z + i * V, V, temperature, static_cast<Direction>(direction), stats[row[i]], g[row[i]]);
+    });
+    if (for_hidden) hidden_grad.index_copy_(0, index, head.hidden_grad(z_RV).to(hidden.scalar_type()));
+    if (for_weight) weight_grad.addmm_(z_RV.t(), hidden_RH);
+    if (for_bias) bias_grad.add_(z_RV.sum(0));
+  });
+  return {hidden_grad, weight_grad.to(weight.scalar_type()), for_bias ? bias_grad.to(bias->scalar_type()) : bias_grad};
+}
+
+// The gradients, once: a double backward arrives here and is refused.
+struct LinearFullKlBackward : torch::autograd::Function<LinearFullKlBackward> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const Tensor& kl_grad, const Tensor& hidden, const Tensor& weight,
+                                                const Tensor& ref_hidden, const Tensor& ref_weight, const MaybeTensor& bias, const MaybeTensor& ref_bias,
+                                                const Tensor& stats_N5, double temperature, int64_t direction, int64_t workspace_bytes, bool for_hidden, bool for_weight,
+                                                bool for_bias) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_full_kl_backward", "").typed<decltype(linear_full_kl_backward)>();
+    auto [hidden_grad, weight_grad, bias_grad] = op.call(kl_grad, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, stats_N5, temperature, direction,
+                                                         workspace_bytes, for_hidden, for_weight, for_bias);
+    return {hidden_grad, weight_grad, bias_grad};
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
+    TORCH_CHECK(false, "linear_full_kl: expected one backward pass, got a double backward");
+  }
+};
+
+struct LinearFullKl : torch::autograd::Function<LinearFullKl> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const Tensor& ref_hidden, const Tensor& ref_weight,
+                        const MaybeTensor& bias, const MaybeTensor& ref_bias, const MaybeTensor& mask, double temperature, int64_t direction, int64_t workspace_bytes) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_full_kl_forward", "").typed<decltype(linear_full_kl_forward)>();
+    auto [kl_N, stats_N5] = op.call(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, temperature, direction, workspace_bytes);
+    ctx->save_for_backward({hidden, weight, ref_hidden, ref_weight, bias.value_or(Tensor()), ref_bias.value_or(Tensor()), stats_N5});
+    ctx->saved_data["temperature"] = temperature;
+    ctx->saved_data["direction"] = direction;
+    ctx->saved_data["workspace_bytes"] = workspace_bytes;
+    return kl_N;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const MaybeTensor bias = defined(saved[4]);
+    // Edges are numbered over the tensors that were given: hidden, weight, ref_hidden, ref_weight, bias.
+    const bool for_hidden = ctx->needs_input_grad(0), for_weight = ctx->needs_input_grad(1), for_bias = bias && ctx->needs_input_grad(4);
+    const auto out = LinearFullKlBackward::apply(grads[0], saved[0], saved[1], saved[2], saved[3], bias, defined(saved[5]), saved[6],
+                                                 ctx->saved_data["temperature"].toDouble(), ctx->saved_data["direction"].toInt(),
+                                                 ctx->saved_data["workspace_bytes"].toInt(), for_hidden, for_weight, for_bias);
+    const Tensor none;
+    return {for_hidden ? out[0] : none, for_weight ? out[1] : none, none, none, for_bias ? out[2] : none, none, none, none, none, none};
+  }
+};
+
+Tensor linear_full_kl(const Tensor& hidden, const Tensor& weight, const Tensor& ref_hidden, const Tensor& ref_weight, const MaybeTensor& bias, const MaybeTensor& ref_bias,
+                      const MaybeTensor& mask, double temperature, int64_t direction, int64_t workspace_bytes) {
+  return LinearFullKl::apply(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, temperature, direction, workspace_bytes);
+}
+
+#define FUSEDRL_HEADS "Tensor hidden, Tensor weight, Tensor ref_hidden, Tensor ref_weight, Tensor? bias, Tensor? ref_bias, "
+
+TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
+  m.def("linear_full_kl_forward(" FUSEDRL_HEADS "Tensor? mask, float temperature, int direction, int workspace_bytes) -> (Tensor, Tensor)");
+  m.def("linear_full_kl_backward(Tensor kl_grad, " FUSEDRL_HEADS "Tensor stats, float temperature, int direction, int workspace_bytes, bool for_hidden, "
+        "bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_full_kl(" FUSEDRL_HEADS "Tensor? mask, float temperature, int direction, int workspace_bytes) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(fusedrl, CPU, m) {
+  m.impl("linear_full_kl_forward", &linear_full_kl_forward);
+  m.impl("linear_full_kl_backward", &linear_full_kl_backward);
+}
+TORCH_LIBRARY_IMPL(fusedrl, CompositeImplicitAutograd, m) { m.impl("linear_full_kl", &linear_full_kl); }
+
+}  // namespace

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from fusedrl.kernels import native
+from fusedrl.kernels.full_kl import DIRECTIONS, full_kl
+from fusedrl.kernels.linear_full_kl import linear_full_kl, linear_full_kl_reference
+
+IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
+
+
+def make(N, H, V, H_ref=None, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + N)
+    H_ref = H_ref or H
+    shapes = {"hidden": (N, H), "weight": (V, H), "ref_hidden": (N, H_ref), "ref_weight": (V, H_ref), "bias": (V,), "ref_bias": (V,)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def run(x, g, impl, function=None, **options):
+    """kl and the gradients of hidden, weight and bias."""
+    x = {name: t.clone().requires_grad_() for name, t in x.items()}
+    if function is None:
+        kl = linear_full_kl(x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"], bias=x.get("bias"), ref_bias=x.get("ref_bias"), impl=impl, **options)
+    else:
+        kl = function(x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"], x.get("bias"), x.get("ref_bias"), **options)
+    kl.backward(g.to(kl.dtype))
+    assert x["ref_hidden"].grad is None
+    assert x["ref_weight"].grad is None
+    return [kl.detach(), *(x[name].grad for name in ("hidden", "weight", "bias") if name in x)]
+
+
+# No rows, one, several chunks with a short last one, a workspace below one row; another hidden size for the reference; with and without bias.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("N", "H", "V", "H_ref", "workspace"),
+                         [(0, 8, 33, None, None), (1, 5, 31, 7, 1), (7, 16, 130, 9, 3 * 8 * 130), (9, 16, 1025, None, None)])
+def test_matches_float64(impl, direction, N, H, V, H_ref, workspace):
+    x = make(N, H, V, H_ref)
+    g = torch.randn(N)
+    for T, names in ((1.0, x), (1.7, ("hidden", "weight", "ref_hidden", "ref_weight"))):
+        part = {name: x[name] for name in names}
+        got = run(part, g, impl, temperature=T, direction=direction, workspace_bytes=workspace)
+        want = run({name: t.double() for name, t in part.items()}, g, None, linear_full_kl_reference, temperature=T, direction=direction)
+        for ours, expected in zip(got, want, strict=True):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours.double(), expected, atol=2e-5 * max(1.0, H**0.5 / 4), rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_is_full_kl_of_the_logits(impl, direction):
+    x = make(6, 12, 77)
+    mask = torch.tensor([True, True, False, True, False, True])
+    g = torch.tensor([1.0, 0.0, 2.0, -1.0, 1.0, 0.5])
+    poisoned = x | {name: torch.where(mask[:, None], x[name], float("nan")) for name in ("hidden", "ref_hidden")}
+    got = run(poisoned, g, impl, mask=mask, direction=direction, workspace_bytes=1)
+
+    def materialised(hidden, weight, ref_hidden, ref_weight, bias, ref_bias):
+        return full_kl(hidden @ weight.t() + bias, ref_hidden @ ref_weight.t() + ref_bias, mask=mask, direction=direction, impl=impl)
+
+    for ours, expected in zip(got, run(x, g, impl, materialised), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert got[0][~mask].eq(0).all()
+    assert got[1][[1, 2, 4]].eq(0).all()
+    whole = run(x, g, impl, mask=mask, direction=direction)
+    for a, b in zip(whole, run(x, g, impl, mask=mask, direction=direction), strict=True):
+        assert torch.equal(a, b)
+    same = linear_full_kl(x["hidden"], x["weight"], x["hidden"], x["weight"], direction=direction, impl=impl)
+    assert same.eq(0).all()
+
+
+# Against torch with the logits of the same dtype: widened products are closer to float64 than they are.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes(impl, dtype):
+    x = make(5, 24, 90, dtype=dtype)
+    g = torch.ones(5)
+    got = run(x, g, impl)
+    want = run({name: t.double() for name, t in x.items()}, g, None, linear_full_kl_reference)
+    torch.testing.assert_close(got[0].double(), want[0], atol=1e-4, rtol=1e-5)
+    for ours, expected in zip(got[1:], want[1:], strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=torch.finfo(dtype).eps)
+    mixed = linear_full_kl(x["hidden"], x["weight"], x["ref_hidden"].float(), x["ref_weight"].float(), impl=impl)
+    torch.testing.assert_close(mixed, linear_full_kl(x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"], impl=impl), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_opcheck_compile_and_double_backward():
+    x = make(4, 6, 20)
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+    mask = torch.tensor([True, False, True, True])
+    heads = (hidden, weight, x["ref_hidden"], x["ref_weight"])
+    torch.library.opcheck(torch.ops.fusedrl.linear_full_kl.default, (*heads, None, None, mask, 0.8, 0, -1))
+    torch.library.opcheck(torch.ops.fusedrl.linear_full_kl.default, (*heads, x["bias"].requires_grad_(), x["ref_bias"], None, 0.8, 2, 100))
+    compiled = torch.compile(linear_full_kl, fullgraph=True, backend="aot_eager")(*heads, mask=mask)
+    assert torch.equal(compiled, linear_full_kl(*heads, mask=mask))
+    (grad,) = torch.autograd.grad(linear_full_kl(*heads).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="expected one backward pass, got a double backward"):
+        torch.autograd.grad(grad.sum(), hidden)
+
+
+def test_refuses_what_it_does_not_support():
+    x = make(3, 4, 5, 6)
+    heads = [x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"]]
+    with pytest.raises(ValueError, match=r"ref_weight does not fit its pattern \[V, H_ref\]"):
+        linear_full_kl(*heads[:3], x["weight"])
+    with pytest.raises(ValueError, match="a direction of"):
+        linear_full_kl(*heads, direction="backward")
+    with pytest.raises(ValueError, match="workspace_bytes above 0 or None, got 0"):
+        linear_full_kl(*heads, workspace_bytes=0)
+    with pytest.raises(TypeError, match="expected weight of dtype float32"):
+        linear_full_kl(heads[0], heads[1].bfloat16(), *heads[2:])

@@ -1,0 +1,121 @@
+"""k-step and TD advantages and discounted returns: their definition, and what binds them to gae."""
+import pytest
+import torch
+
+from fusedrl.kernels import native
+from fusedrl.kernels.gae import discounted_returns, gae, k_step_advantages, td_advantages
+
+IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
+LENGTHS = [[], [0], [1], [0, 1, 0, 2, 0], [7, 33, 0, 64]]
+
+
+def make(lengths, seed=0, dtype=torch.float32, share=0.6):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, sum(lengths), generator=generator, dtype=dtype)
+    mask = torch.rand(sum(lengths), generator=generator) < share
+    return rewards, values, mask, torch.tensor([0, *lengths]).cumsum(0).int(), torch.randn(len(lengths), generator=generator, dtype=dtype)
+
+
+def k_step_by_hand(rewards, values, mask, lengths, last_values, k, gamma):
+    out, at = [0.0] * len(rewards), 0
+    for b, length in enumerate(lengths):
+        live = [t for t in range(at, at + length) if mask[t]]
+        r, v = [rewards[t].item() for t in live], [values[t].item() for t in live] + [last_values[b].item()]
+        for i, t in enumerate(live):
+            n = min(k, len(live) - i)
+            out[t] = sum(gamma**j * r[i + j] for j in range(n)) + gamma**n * v[i + n] - v[i]
+        at += length
+    return torch.tensor(out, dtype=torch.float64)
+
+
+# k of one bit, of several, of all; k at and beyond the end; gamma 0 and 1.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 20, 63, 64, 1000])
+def test_k_step_is_the_definition(impl, lengths, k):
+    rewards, values, mask, cu, last = make(lengths, seed=k)
+    for gamma in (0.0, 0.9, 1.0):
+        want = k_step_by_hand(rewards, values, mask, lengths, last, k, gamma)
+        hidden = [torch.where(mask, x, float("nan")) for x in (rewards, values)]
+        advantages, returns = k_step_advantages(*hidden, k, mask=mask, cu_seqlens=cu, gamma=gamma, last_values=last, impl=impl)
+        assert advantages.dtype == returns.dtype == torch.float32
+        torch.testing.assert_close(advantages.double(), want, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(returns, torch.where(mask, advantages + values, 0))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_special_cases_of_gae(impl):
+    rewards, values, mask, cu, last = make([5, 40, 0, 3])
+    options = {"mask": mask, "cu_seqlens": cu, "gamma": 0.97, "last_values": last, "impl": impl}
+    for got, same in ((td_advantages(rewards, values, **options), gae(rewards, values, lam=0.0, **options)),
+                      (k_step_advantages(rewards, values, 1, **options), gae(rewards, values, lam=0.0, **options)),
+                      (k_step_advantages(rewards, values, 40, **options), gae(rewards, values, lam=1.0, **options))):
+        torch.testing.assert_close(got, same, atol=2e-6, rtol=2e-6)
+    to_go = discounted_returns(rewards, **options)
+    torch.testing.assert_close(gae(rewards, values, lam=1.0, **options)[0], torch.where(mask, to_go - values, 0), atol=5e-6, rtol=1e-5)
+    want = k_step_by_hand(rewards, torch.zeros_like(values), mask, [5, 40, 0, 3], last, 40, 0.97)
+    torch.testing.assert_close(to_go.double(), want, atol=2e-5, rtol=1e-5)
+    bootstrap = torch.where(mask, values, 0)  # one live token a sequence: r + gamma last - V
+    alone = torch.tensor([True, False, False])
+    (advantage, _, _), _ = td_advantages(rewards[:3], bootstrap[:3], mask=alone, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32), gamma=0.5,
+                                         last_values=last[:1], impl=impl)
+    torch.testing.assert_close(advantage, rewards[0] + 0.5 * last[0] - bootstrap[0])
+
+
+# For a finite episode with n steps left. The plain infinite sum, without the last term, is wrong at the end; lam = 1 is its limit.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])
+def test_gae_is_the_mixture_of_k_steps(impl, lam):
+    T = 23
+    rewards, values, mask, _, last = make([T] * 3, seed=5)
+    rewards, values, mask = (x.view(3, T) for x in (rewards, values, mask))
+    options = {"mask": mask, "gamma": 0.9, "last_values": last, "impl": impl}
+    steps = torch.stack([k_step_advantages(rewards, values, k, **options)[0].double() for k in range(1, T + 1)])
+    want = torch.zeros(3, T, dtype=torch.float64)
+    for b in range(3):
+        left = mask[b].flip(0).cumsum(0).flip(0)  # n
+        for t in range(T):
+            n = int(left[t])
+            if mask[b, t]:
+                want[b, t] = (1 - lam) * sum(lam ** (k - 1) * steps[k - 1, b, t] for k in range(1, n)) + lam ** (n - 1) * steps[n - 1, b, t]
+    torch.testing.assert_close(gae(rewards, values, lam=lam, **options)[0].double(), want, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padded_is_packed_and_nothing_leaks(impl):
+    rewards, values, mask, cu, last = make([16, 16, 16])
+    for call in (lambda r, v, **o: k_step_advantages(r, v, 5, **o), td_advantages, lambda r, v, **o: (discounted_returns(r, **o),)):
+        packed = call(rewards, values, mask=mask, cu_seqlens=cu, last_values=last, gamma=0.9, impl=impl)
+        padded = call(rewards.view(3, 16), values.view(3, 16), mask=mask.view(3, 16), last_values=last, gamma=0.9, impl=impl)
+        other, other_values = rewards.clone(), values.clone()
+        other[16:], other_values[16:] = 1e6, -1e6
+        changed = call(other, other_values, mask=mask, cu_seqlens=cu, last_values=last, gamma=0.9, impl=impl)
+        for a, b, c in zip(packed, padded, changed, strict=True):
+            assert torch.equal(a, b.reshape(-1))
+            assert torch.equal(a[:16], c[:16])
+            assert a[~mask].eq(0).all()
+
+
+# Windows are summed as windows: with gamma = 1 a difference of suffix sums over 131072 tokens loses five digits.
+@pytest.mark.parametrize("impl", IMPLS)
+def test_long_windows_do_not_cancel(impl):
+    rewards, values, _, cu, _ = make([131072], seed=1)
+    rewards += 1.0
+    got, _ = k_step_advantages(rewards, values, 100, cu_seqlens=cu, impl=impl)
+    want, _ = k_step_advantages(rewards.double(), values.double(), 100, cu_seqlens=cu, impl="torch")
+    torch.testing.assert_close(got.double(), want, atol=5e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_compile_and_refusals(impl):
+    rewards, values, mask, cu, last = make([4, 6])
+    if impl == "cpp":
+        torch.library.opcheck(torch.ops.fusedrl.k_step_advantages.default, (rewards, values, mask, cu, 3, 0.9, last))
+    for call in (lambda r, v: k_step_advantages(r, v, 3, mask=mask, cu_seqlens=cu, impl=impl), lambda r, v: discounted_returns(r, cu_seqlens=cu, impl=impl)):
+        torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(rewards, values), call(rewards, values), atol=0, rtol=0)
+    with pytest.raises(ValueError, match="expected k >= 1, got 0"):
+        k_step_advantages(rewards, values, 0, cu_seqlens=cu, impl=impl)
+    with pytest.raises(ValueError, match=r"values does not fit its pattern \[N\]"):
+        k_step_advantages(rewards, values[:4], 2, cu_seqlens=cu, impl=impl)
+    with pytest.raises(TypeError, match="k_step_advantages: expected mask of dtype bool"):
+        k_step_advantages(rewards, values, 2, mask=mask.int(), cu_seqlens=cu, impl=impl)
