@@ -75,7 +75,7 @@ struct Block {
     std::string error;
 };
 
-inline Block& block() {
+static Block& block() {  // not inline: libraries would share it
     static Block instance;
     return instance;
 }
