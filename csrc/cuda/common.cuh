@@ -55,3 +55,25 @@ __device__ __forceinline__ void store4(float* __restrict__ to, int64 t, const fl
         }
     }
 }
+
+// ---- 16-bit floats as their bits -----------------------------------------------------------------------------------------
+__device__ __forceinline__ float from_bf16(unsigned bits) { return __uint_as_float(bits << 16); }
+
+__device__ __forceinline__ unsigned to_bf16(float x) {  // to the nearest, ties to even
+    const unsigned bits = __float_as_uint(x);
+    return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+#ifndef FUSEDRL_SIMT  // csrc/simt/simt.h has its own
+__device__ __forceinline__ float from_half(unsigned bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)bits));
+    return x;
+}
+
+__device__ __forceinline__ unsigned to_half(float x) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#endif

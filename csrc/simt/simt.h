@@ -293,6 +293,8 @@ inline float __int_as_float(int x) { return simt_bits<float>(x); }
 inline int __float_as_int(float x) { return simt_bits<int>(x); }
 inline float __uint_as_float(unsigned x) { return simt_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return simt_bits<unsigned>(x); }
+inline float from_half(unsigned bits) { return float(simt_bits<_Float16>(uint16_t(bits))); }
+inline unsigned to_half(float x) { return simt_bits<uint16_t>(_Float16(x)); }
 template <class T>
 T min(T a, T b) {
     return b < a ? b : a;
