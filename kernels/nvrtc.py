@@ -65,15 +65,23 @@ def _bindings() -> tuple[ModuleType, ModuleType]:
     return importlib.import_module("cuda.bindings.nvrtc"), importlib.import_module("cuda.bindings.driver")
 
 
+def loading_fault() -> str | None:
+    """Why NVRTC does not load; None when it does. It needs no GPU."""
+    try:
+        _check("nvrtcVersion", _bindings()[0].nvrtcVersion())
+    except (ImportError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def why_not() -> str | None:
     """Why CUDA C++ kernels cannot run here; None when they can."""
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
-    major = torch.version.cuda.split(".")[0]
-    try:
-        _check("nvrtcVersion", _bindings()[0].nvrtcVersion())
-    except (ImportError, RuntimeError) as error:
-        return f"NVRTC is not usable ({error}); pip install 'cuda-bindings=={major}.*' 'nvidia-cuda-nvrtc{'-cu12' if major == '12' else ''}=={major}.*'"
+    fault = loading_fault()
+    if fault is not None:
+        major = torch.version.cuda.split(".")[0]
+        return f"NVRTC is not usable ({fault}); pip install 'cuda-bindings=={major}.*' 'nvidia-cuda-nvrtc{'-cu12' if major == '12' else ''}=={major}.*'"
     return None if (source_folder() / "common.cuh").is_file() else f"the CUDA sources are not in {source_folder()}; reinstall fusedrl"
 
 

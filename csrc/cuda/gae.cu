@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3) gae(
 }
 
 // Every block sums up all sequences' moments in the same order, then whitens its share of the tokens.
-extern "C" __global__ void __launch_bounds__(kThreads, 8) whiten(float* advantages, const unsigned char* mask, const double* moments, int64 N, int B, int unbiased,
+extern "C" __global__ void __launch_bounds__(kThreads, 6) whiten(float* advantages, const unsigned char* mask, const double* moments, int64 N, int B, int unbiased,
                                                               float eps) {
     __shared__ double partial[3][kWarps];
     double count = 0.0, total = 0.0, m2 = 0.0;
