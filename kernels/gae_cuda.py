@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from ctypes import c_float, c_int32, c_int64
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def _options(tokens: list[Tensor | None], mask: Tensor | None) -> tuple[str, ...
     return (f"-DALIGNED={int(nvrtc.aligned(tokens) and nvrtc.aligned([mask], 4))}",)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 

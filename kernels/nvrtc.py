@@ -34,7 +34,7 @@ class Launch:
 
     source: str  # a file of cuda_src
     kernel: str
-    arguments: tuple[Tensor | None | Scalar, ...]
+    arguments: tuple[Tensor | Scalar | None, ...]
     grid: tuple[int, int, int]
     block: int
     options: tuple[str, ...] = ()
@@ -111,7 +111,8 @@ def compile_cubin(source: str, options: tuple[str, ...], architecture: str) -> b
         if int(status) != 0:
             log = b" " * _check("nvrtcGetProgramLogSize", nvrtc.nvrtcGetProgramLogSize(program))[0]
             _check("nvrtcGetProgramLog", nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{source} {' '.join(options)}: expected NVRTC to compile it for {architecture}, got {status.name}:\n{log.rstrip(bytes(1)).decode()}")
+            raise RuntimeError(f"{source} {' '.join(options)}: expected NVRTC to compile it for {architecture}, got {status.name}:\n"
+                               f"{log.rstrip(bytes(1)).decode()}")
         cubin = b" " * _check("nvrtcGetCUBINSize", nvrtc.nvrtcGetCUBINSize(program))[0]
         _check("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
@@ -128,7 +129,7 @@ def cached_cubin(source: str, options: tuple[str, ...], architecture: str, cache
     path = (cache or Path.home() / ".cache" / "fusedrl" / "cuda") / f"{Path(source).stem}-{architecture}-{key[:32]}.cubin"
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         cubin = compile_cubin(source, options, architecture)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -158,7 +158,7 @@ def test_nothing_at_all(simt):
 
 def test_is_refused_on_cpu_tensors():
     x = make([4], "all")
-    with pytest.raises(RuntimeError, match="'cuda' cannot run on cpu.*CUDA tensors only"):
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot run on cpu.*CUDA tensors only"):
         gae(x["rewards"], x["values"], cu_seqlens=x["cu_seqlens"], impl="cuda")
     with pytest.raises(RuntimeError, match="'cuda' cannot run on cpu"):
         shaped_gae(x["logp"], x["ref_logp"], x["values"], x["scores"], mask=x["mask"], cu_seqlens=x["cu_seqlens"], kl_coef=0.1, impl="cuda")

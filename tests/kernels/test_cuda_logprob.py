@@ -139,7 +139,8 @@ def test_ops_as_torch_sees_them(simt):
     leaf = logits.clone().requires_grad_()
     torch.library.opcheck(torch.ops.fusedrl.logprob_cuda, (leaf, ids, 0.7, None, True, -100))
     want = by_reference(logits, ids, 0.7, g=g, h=h)[2]
-    for function in (logprob_cuda.logprob_cuda, logprob_cuda.InPlaceCuda.apply, torch.compile(torch.ops.fusedrl.logprob_cuda, fullgraph=True, backend="aot_eager")):
+    compiled = torch.compile(torch.ops.fusedrl.logprob_cuda, fullgraph=True, backend="aot_eager")
+    for function in (logprob_cuda.logprob_cuda, logprob_cuda.InPlaceCuda.apply, compiled):
         made = leaf * 1
         logp, entropy, _ = function(made, ids.int(), 0.7, None, True, -100)
         (grad,) = torch.autograd.grad((logp * g + entropy * h).sum(), made)
@@ -161,5 +162,5 @@ def test_no_rows(simt):
 
 
 def test_is_refused_on_cpu_tensors():
-    with pytest.raises(RuntimeError, match="'cuda' cannot run on cpu.*CUDA tensors only"):
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot run on cpu.*CUDA tensors only"):
         logprob(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), impl="cuda")

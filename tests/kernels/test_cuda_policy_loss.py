@@ -123,11 +123,14 @@ def test_policy_is_the_definition(simt, kind, kl, entropy_coef, extra):
         squares = ratio.square().sum() if len(d) else torch.tensor(1.0)
         k = d if "ref_logp" not in t else (t["logp"] - t["ref_logp"]).detach()
         kls = {K1: k, K2: k * k / 2, K3: torch.expm1(-k) + k, ABS: k.abs(), SEQUENCE: k * t.get("kl_sum", k) / 2}[kl[1]]
-        for i, expected in ((0, want), (4, -d.sum() / seen), (5, (d * d).sum() / 2 / seen), (6, (torch.expm1(d) - d).sum() / seen),
-                            (7, ratio.sum() / seen if len(d) else 1.0), (8, ratio.min() if len(d) else 1.0), (9, ratio.max() if len(d) else 1.0),
-                            (10, ratio.sum() ** 2 / squares), (11, 0.0), (12, kls.sum() / seen if "ref_logp" in t else 0.0),
-                            (13, t["entropy"].sum() / seen if "entropy" in t else 0.0), (14, t["correction"].sum() / seen if "correction" in t and len(d) else 1.0),
-                            (15, float(len(d)))):
+        some = len(d) > 0
+        correction = t["correction"].sum() / seen if "correction" in t and some else 1.0
+        for i, expected in (
+            (0, want), (4, -d.sum() / seen), (5, (d * d).sum() / 2 / seen), (6, (torch.expm1(d) - d).sum() / seen), (7, ratio.sum() / seen if some else 1.0),
+            (8, ratio.min() if some else 1.0), (9, ratio.max() if some else 1.0), (10, ratio.sum() ** 2 / squares), (11, 0.0),
+            (12, kls.sum() / seen if "ref_logp" in t else 0.0), (13, t["entropy"].sum() / seen if "entropy" in t else 0.0), (14, correction),
+            (15, float(len(d))),
+        ):
             close(stats[i], expected, scale if i in (0, 10) else 1.0)
 
 
@@ -213,7 +216,7 @@ def test_gradients_through_the_op(simt):
     x = make(37, seed=6)
     leaves = {name: x[name].clone().requires_grad_() for name in ("logp", "entropy", "values")}
     given = arguments(x | leaves, entropy_coef=0.1, value_coef=0.5)
-    loss, stats, logp_grad, values_grad = torch.ops.fusedrl.policy_value_loss_cuda(*given)
+    loss, _, logp_grad, values_grad = torch.ops.fusedrl.policy_value_loss_cuda(*given)
     grads = torch.autograd.grad(3.0 * loss, list(leaves.values()), create_graph=True)
     for got, want in zip(grads, (logp_grad, -0.1 * x["weights"], values_grad), strict=True):
         torch.testing.assert_close(got, 3.0 * want)
