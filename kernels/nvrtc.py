@@ -54,9 +54,10 @@ def aligned(tensors: Iterable[Tensor | None], bytes_: int = 16) -> bool:
 def source_folder() -> Path:
     """Where the .cu files are: in the installed package, or in the checkout that this file belongs to."""
     try:
-        return Path(next(iter(importlib.import_module("fusedrl.kernels.cuda_src").__path__)))
+        installed = [Path(path) for path in importlib.import_module("fusedrl.kernels.cuda_src").__path__]
     except ImportError:
-        return Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+        installed = []
+    return next((path for path in installed if path.is_dir()), Path(__file__).resolve().parent.parent / "csrc" / "cuda")
 
 
 # ---- what is available -------------------------------------------------------------------------------------------------
