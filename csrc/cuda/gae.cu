@@ -54,9 +54,9 @@ struct Sums {  // of one thread
     float pivot;  // an advantage of the sequence, from which deviations are counted
 };
 
-struct Shared {  // two of each, in turn: a chunk's barriers then keep the next one's writes apart from its reads
-    float value[2][kWarps], a[2][kWarps], b[2][kWarps];
-    int live[2][kWarps];
+struct Shared {  // of every warp. The two barriers of a chunk separate the writes of each half from the reads of it, of this chunk and the last.
+    float value[kWarps], a[kWarps], b[kWarps];
+    int live[kWarps];
 };
 
 template <bool kShaped>
@@ -68,7 +68,6 @@ __device__ __forceinline__ Sums scan(const Sequence sequence, const Tokens token
     bool carry_live = false;
     Sums sums{};
     for (int64 chunk = 0; chunk < chunks; ++chunk) {
-        const int turn = chunk & 1;
         const int64 t = base + (chunks - 1 - chunk) * kChunk + threadIdx.x * kItems;
         const bool whole = ALIGNED && t >= sequence.start && t + kItems <= sequence.end;
         bool inside[kItems], live[kItems];
@@ -107,14 +106,14 @@ __device__ __forceinline__ Sums scan(const Sequence sequence, const Tokens token
         float next_value = __shfl_sync(kAllLanes, first_value, to_the_right ? __ffs(to_the_right) - 1 : 31);
         const float value_of_warp = __shfl_sync(kAllLanes, first_value, lanes ? __ffs(lanes) - 1 : 0);
         bool has_next = to_the_right != 0;
-        if (lane == 0) shared.live[turn][warp] = lanes != 0, shared.value[turn][warp] = value_of_warp;
+        if (lane == 0) shared.live[warp] = lanes != 0, shared.value[warp] = value_of_warp;
         __syncthreads();
         float after_value = carry_value;
         bool after_live = carry_live;
 #pragma unroll
         for (int w = kWarps - 1; w >= 0; --w) {
             if (w == warp && !has_next) next_value = after_value, has_next = after_live;
-            if (shared.live[turn][w]) after_value = shared.value[turn][w], after_live = true;
+            if (shared.live[w]) after_value = shared.value[w], after_live = true;
         }
         carry_value = after_value, carry_live = after_live;
 
@@ -142,7 +141,7 @@ __device__ __forceinline__ Sums scan(const Sequence sequence, const Tokens token
             const float a_right = __shfl_down_sync(kAllLanes, total_a, distance), b_right = __shfl_down_sync(kAllLanes, total_b, distance);
             if (lane + distance < 32) total_b += total_a * b_right, total_a *= a_right;
         }
-        if (lane == 0) shared.a[turn][warp] = total_a, shared.b[turn][warp] = total_b;
+        if (lane == 0) shared.a[warp] = total_a, shared.b[warp] = total_b;
         float a_right = __shfl_down_sync(kAllLanes, total_a, 1), b_right = __shfl_down_sync(kAllLanes, total_b, 1);
         if (lane == 31) a_right = 1.0f, b_right = 0.0f;
         __syncthreads();
@@ -150,7 +149,7 @@ __device__ __forceinline__ Sums scan(const Sequence sequence, const Tokens token
 #pragma unroll
         for (int w = kWarps - 1; w >= 0; --w) {
             if (w == warp) behind_warp = running;
-            running = shared.b[turn][w] + shared.a[turn][w] * running;
+            running = shared.b[w] + shared.a[w] * running;
         }
         carry_advantage = running;
         if (chunk == 0) sums.pivot = running;

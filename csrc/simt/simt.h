@@ -2,8 +2,8 @@
 //
 // Every thread of a block is a fiber of this one OS thread; blocks run one after another. A fiber runs until it waits: at __syncthreads for its
 // block, at a warp operation for the lanes that the mask names. When nothing can run any more and somebody still waits, the barrier was
-// divergent (others left, or wait elsewhere), which a GPU answers with a hang or with garbage and this header with an error. Fibers run in
-// ascending or descending order, on request: a missing barrier shows as a difference between the two. Shared memory is poisoned before each block.
+// divergent (others left, or wait elsewhere), which a GPU answers with a hang or with garbage and this header with an error. A warp runs as far
+// ahead as it can, in ascending or descending order, on request: a missing barrier shows as a difference. Shared memory is poisoned before each block.
 //
 // A test builds     #include "simt.h"
 //                   #include "x.cu"
@@ -146,17 +146,24 @@ inline void run_block(bool descending) {
     unsigned done = 0;
     while (done < count && b.error.empty()) {
         bool moved = false;
-        unsigned waiting = 0, barrier = 0;
-        for (unsigned step = 0; step < count && b.error.empty(); ++step) {
-            const unsigned index = descending ? count - 1 - step : step;
-            Fiber& fiber = b.fibers[index];
-            if (fiber.state == Fiber::kNew || fiber.state == Fiber::kReady) {
-                resume(index);
-                moved = true;
-                done += fiber.state == Fiber::kDone;
-                if (fiber.state == Fiber::kWarp) finish_warp_operation(index);
+        for (unsigned w = 0, warps = (count + 31) / 32; w < warps; ++w) {
+            const unsigned first = 32 * (descending ? warps - 1 - w : w), lanes = first + 32 < count ? 32 : count - first;
+            for (bool again = true; again && b.error.empty();) {  // a warp runs as far ahead of the others as it can
+                again = false;
+                for (unsigned step = 0; step < lanes && b.error.empty(); ++step) {
+                    const unsigned index = first + (descending ? lanes - 1 - step : step);
+                    Fiber& fiber = b.fibers[index];
+                    if (fiber.state != Fiber::kNew && fiber.state != Fiber::kReady) continue;
+                    resume(index);
+                    moved = again = true;
+                    done += fiber.state == Fiber::kDone;
+                    if (fiber.state == Fiber::kWarp) finish_warp_operation(index);
+                }
             }
-            if (fiber.state == Fiber::kBarrier) barrier = index, ++waiting;
+        }
+        unsigned waiting = 0, barrier = 0;
+        for (unsigned index = 0; index < count; ++index) {
+            if (b.fibers[index].state == Fiber::kBarrier) barrier = index, ++waiting;
         }
         if (waiting == count) {
             for (unsigned index = 0; index < count; ++index) {
