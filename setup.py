@@ -25,7 +25,9 @@ PACKAGES = {
     "fusedrl.engine.stages": "engine/stages",
     "fusedrl.engine.data": "engine/data",
     "fusedrl.kernels": "kernels",
+    "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/nvrtc.py
 }
+PACKAGE_DATA = {"fusedrl.kernels.cuda_src": ["*.cu", "*.cuh"]}
 
 
 def native_extensions() -> dict:
@@ -66,4 +68,4 @@ def native_extensions() -> dict:
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}, "options": {"bdist_wheel": {"py_limited_api": "cp311"}}}
 
 
-setup(packages=list(PACKAGES), package_dir=PACKAGES, **native_extensions())
+setup(packages=list(PACKAGES), package_dir=PACKAGES, package_data=PACKAGE_DATA, **native_extensions())

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fusedrl.kernels import native
+from fusedrl.kernels import native, nvrtc
 
 NAMES = ("torch", "cpp", "triton", "cuda")
 _preferred = os.environ.get("FUSEDRL_IMPL") or None
@@ -43,6 +43,8 @@ _WHY_NOT: dict[tuple[str, str], str | None] = {
     ("cpp", "cuda"): "the C++ kernels serve CPU tensors only",
     ("triton", "cpu"): _why_not_triton("cpu"),
     ("triton", "cuda"): _why_not_triton("cuda"),
+    ("cuda", "cpu"): "the CUDA C++ kernels serve CUDA tensors only",
+    ("cuda", "cuda"): nvrtc.why_not(),
 }
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrl.kernels import native
+from fusedrl.kernels import gae_cuda, native  # noqa: F401  (gae_cuda registers fusedrl::gae_cuda and fusedrl::shaped_gae_cuda)
 from fusedrl.kernels.checks import FLOATS, check, check_dtype, describe
 from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.kl import ESTIMATORS, check_estimator, token_kl_reference
@@ -32,9 +32,9 @@ from fusedrl.kernels.normalize import WHITEN_EPS, masked_whiten_reference
 if unavailable("triton", "cuda") is None:
     from fusedrl.kernels import gae_triton  # noqa: F401  (registers fusedrl::shaped_gae_triton)
 
-_GAE = Implementations("gae", cpu=("cpp", "torch"), cuda=("torch",))
+_GAE = Implementations("gae", cpu=("cpp", "torch"), cuda=("torch", "cuda"))
 _K_STEP = Implementations("k_step_advantages", cpu=("cpp", "torch"), cuda=("torch",))
-_SHAPED = Implementations("shaped_gae", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_SHAPED = Implementations("shaped_gae", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
 
 
 class ShapedGAE(NamedTuple):
@@ -207,14 +207,14 @@ def gae(rewards: Tensor, values: Tensor, *, mask: Tensor | None = None, cu_seqle
         cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; on a GPU the caller answers for it).
         gamma, lam: discount and lambda, within [0, 1].
         last_values: [B] value of the state behind each sequence's last token, for truncated episodes; None is 0.
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "torch" or "cuda"; by default the best one for the device.
     Returns:
         (advantages, returns) like `rewards`, float32 (float64 for float64). They carry no gradient: the inputs are detached.
     Raises:
         ValueError: sizes, devices or coefficients. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
     rewards, values, last_values, chosen_impl = _prepare_gae("gae", _GAE, rewards, values, mask, cu_seqlens, gamma, lam, last_values, impl)
-    call = gae_reference if chosen_impl == "torch" else torch.ops.fusedrl.gae
+    call = gae_reference if chosen_impl == "torch" else torch.ops.fusedrl.gae_cuda if chosen_impl == "cuda" else torch.ops.fusedrl.gae
     return call(rewards, values, mask, cu_seqlens, gamma, lam, last_values)
 
 
@@ -278,7 +278,7 @@ def shaped_gae(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, *
         score_clip: scores are clipped to +-score_clip first.
         whiten: advantages get mean 0 and variance 1 over all unmasked tokens of the call (eps 1e-8); returns are computed before it.
         whiten_unbiased: variance over count - 1 instead of count.
-        impl: "cpp", "torch" or "triton"; by default the best one for the device.
+        impl: "cpp", "torch", "triton" or "cuda"; by default the best one for the device.
     Returns:
         ShapedGAE. Its tensors carry no gradient: the inputs are detached.
     Raises:
@@ -302,6 +302,6 @@ def shaped_gae(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, *
     if chosen_impl == "torch":
         return shaped_gae_reference(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef if on_device is None else on_device, kl_estimator, gamma, lam,
                                     token_rewards, score_clip, whiten, whiten_unbiased)
-    call = torch.ops.fusedrl.shaped_gae_triton if chosen_impl == "triton" else torch.ops.fusedrl.shaped_gae
+    call = getattr(torch.ops.fusedrl, "shaped_gae" if chosen_impl == "cpp" else f"shaped_gae_{chosen_impl}")
     return ShapedGAE(*call(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef if on_device is None else 0.0, on_device, ESTIMATORS.index(kl_estimator),
                            gamma, lam, token_rewards, score_clip, whiten, whiten_unbiased))

@@ -19,6 +19,7 @@ from torch import Tensor
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype, check_last_contiguous
 from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.logprob_cuda import InPlaceCuda, logprob_cuda
 
 try:
     import triton
@@ -26,7 +27,7 @@ try:
 except ImportError:  # dispatch then says that Triton cannot run here
     triton = None
 
-_IMPLS = Implementations("logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_IMPLS = Implementations("logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
 _BLOCK, _WARPS = 4096, 8
 
 
@@ -284,7 +285,7 @@ def logprob(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor = 
         temperature: above 0; a number, or a tensor [...] with one value a row (it receives no gradient).
         entropy: also return the entropy of each row.
         ignore_index: rows with this id have logp 0, entropy 0 and no gradient, and are not read.
-        impl: "cpp", "triton" or "torch"; by default the best one for the device.
+        impl: "cpp", "triton", "cuda" or "torch"; by default the best one for the device.
     Returns:
         logp [...], or (logp [...], entropy [...]); float32. Differentiable, once, in the logits.
     Raises:
@@ -304,7 +305,7 @@ def logprob_(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor =
 
     Raises:
         ValueError: logits that are a leaf requiring a gradient (its .grad would be the leaf itself), whose rows overlap in memory,
-            or whose leading dimensions have more strides of their own than the implementation walks (cpp two, triton one).
+            or whose leading dimensions have more strides of their own than the implementation walks (cpp two, the others one).
     """
     return _logprob("logprob_", logits, token_ids, temperature, entropy, ignore_index, impl, in_place=True)
 
@@ -340,7 +341,8 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
             raise ValueError(f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with strides {logits.stride()}; "
                              "use logprob")
         temperature_N = None if per_row is None else per_row.reshape(-1).float()
-        function = _InPlaceTriton.apply if in_place else _logprob_triton
+        functions = (logprob_cuda, InPlaceCuda.apply) if chosen == "cuda" else (_logprob_triton, _InPlaceTriton.apply)
+        function = functions[in_place]
         logp, entropies, _ = function(rows, token_ids.reshape(-1), value, temperature_N, entropy, ignore_index)
         logp, entropies = logp.view(token_ids.shape), entropies.view(token_ids.shape) if entropy else entropies
     return (logp, entropies) if entropy else logp

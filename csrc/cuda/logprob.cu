@@ -1,0 +1,183 @@
+// logprob: one block a row reads the logits once, 16 bytes at a time, with an online maximum; the backward reads and writes once, in place if asked.
+//
+// The mathematics and numerics are those of kernels/logprob.py. Rows may start anywhere: elements before the first 16-byte boundary, and behind the
+// last whole vector, are taken one by one. A row is summed in a fixed order, whatever its neighbours.
+//
+// Options   LOGITS=0: float32; 1: bfloat16; 2: float16.
+// Bytes     forward V s a row; backward 2 V s.
+#include "common.cuh"
+
+constexpr int kThreads = 256, kWarps = kThreads / 32, kTile = 8192;  // the backward's columns a block
+
+#if LOGITS == 0
+using Element = float;
+#else
+using Element = unsigned short;
+#endif
+constexpr int kWidth = 16 / sizeof(Element);
+
+__device__ __forceinline__ float widen(Element x) {
+#if LOGITS == 0
+    return x;
+#elif LOGITS == 1
+    return from_bf16(x);
+#else
+    return from_half(x);
+#endif
+}
+
+__device__ __forceinline__ Element narrow(float x) {
+#if LOGITS == 0
+    return x;
+#elif LOGITS == 1
+    return Element(to_bf16(x));
+#else
+    return Element(to_half(x));
+#endif
+}
+
+struct alignas(16) Vector {
+    Element at[kWidth];
+};
+
+// Elements of a row before its first 16-byte boundary.
+__device__ __forceinline__ int64 elements_to_boundary(const Element* row, int64 V) {
+    const int64 count = (16 - reinterpret_cast<unsigned long long>(row) % 16) % 16 / sizeof(Element);
+    return count < V ? count : V;
+}
+
+__device__ __forceinline__ void load_vector(const Element* row, int64 v, int64 V, float z[kWidth]) {
+    if (v + kWidth <= V) {
+        const Vector x = *reinterpret_cast<const Vector*>(row + v);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) z[i] = widen(x.at[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) z[i] = v + i < V ? widen(row[v + i]) : -infinity();
+    }
+}
+
+struct Sums {  // over some columns: the maximum m, sum of e^d, sum of d e^d, with d = (z - m) / T
+    float m = -infinity(), S = 0.0f, W = 0.0f;
+};
+
+// The factor that moves sums from maximum m to `base`, and the shift of their d. Beyond -200 the factor is 0.
+__device__ __forceinline__ float rescale(float m, float base, float inverse, float& shift) {
+    shift = m == -infinity() ? 0.0f : fmaxf((m - base) * inverse, -200.0f);
+    return __expf(shift);
+}
+
+template <int kCount>
+__device__ __forceinline__ void add(Sums& sums, const float* z, float inverse) {
+    float top = z[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) top = fmaxf(top, z[i]);
+    if (top > sums.m) {
+        float shift;
+        const float factor = rescale(sums.m, top, inverse, shift);
+        sums.W = factor * (sums.W + shift * sums.S);
+        sums.S *= factor;
+        sums.m = top;
+    }
+    const float base = sums.m == -infinity() ? 0.0f : sums.m;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const float d = (z[i] - base) * inverse, e = __expf(d);
+        sums.W += (e > 0.0f ? d : 0.0f) * e;
+        sums.S += e;
+    }
+}
+
+__device__ __forceinline__ Sums merge(const Sums a, const Sums b, float inverse) {
+    const float m = fmaxf(a.m, b.m), base = m == -infinity() ? 0.0f : m;
+    float shift_a, shift_b;
+    const float factor_a = rescale(a.m, base, inverse, shift_a), factor_b = rescale(b.m, base, inverse, shift_b);
+    return {m, factor_a * a.S + factor_b * b.S, factor_a * (a.W + shift_a * a.S) + factor_b * (b.W + shift_b * b.S)};
+}
+
+// stats: per row the maximum, S, and W / S. temperatures: one a row, or null. entropy may be null.
+extern "C" __global__ void __launch_bounds__(kThreads) logprob_forward(
+    const Element* logits, const int64* ids, float* logp, float* entropy, float* stats, const float* temperatures, float temperature, int64 V,
+    int64 row_stride, int64 ignore_index) {
+    __shared__ float of_warp[3][kWarps];
+    const int64 n = blockIdx.x, label = ids[n];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const Element* row = logits + n * row_stride;
+    const float T = temperatures == nullptr ? temperature : temperatures[n], inverse = 1.0f / T;
+    Sums sums;
+    if (label != ignore_index) {
+        const int64 head = elements_to_boundary(row, V);
+        if (threadIdx.x < head) {
+            const float z = widen(row[threadIdx.x]);
+            add<1>(sums, &z, inverse);
+        }
+#pragma unroll 4
+        for (int64 v = head + threadIdx.x * kWidth; v < V; v += kThreads * kWidth) {
+            float z[kWidth];
+            load_vector(row, v, V, z);
+            add<kWidth>(sums, z, inverse);
+        }
+    }
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) {
+        const Sums other = {__shfl_xor_sync(kAllLanes, sums.m, distance), __shfl_xor_sync(kAllLanes, sums.S, distance),
+                            __shfl_xor_sync(kAllLanes, sums.W, distance)};
+        sums = merge(sums, other, inverse);
+    }
+    if (lane == 0) of_warp[0][warp] = sums.m, of_warp[1][warp] = sums.S, of_warp[2][warp] = sums.W;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int w = 1; w < kWarps; ++w) sums = merge(sums, {of_warp[0][w], of_warp[1][w], of_warp[2][w]}, inverse);
+    const bool in_range = label >= 0 && label < V;
+    const float some = sums.S == 0.0f ? 1.0f : sums.S, log_S = logf(some), mean = sums.W / some;
+    float result = 0.0f;
+    if (label != ignore_index) {
+        const float z = in_range ? widen(row[label]) : not_a_number();
+        result = z == -infinity() && sums.S == sums.S ? z : (z - sums.m) / T - log_S;
+    }
+    logp[n] = result;
+    if (entropy != nullptr) entropy[n] = log_S - mean;
+    stats[3 * n] = sums.m, stats[3 * n + 1] = sums.S, stats[3 * n + 2] = mean;
+}
+
+// grad may be the logits. logp_grad or entropy_grad may be null. Block (n, tile).
+extern "C" __global__ void __launch_bounds__(kThreads) logprob_backward(
+    const float* logp_grad, const float* entropy_grad, const Element* logits, const int64* ids, const float* logp, const float* stats, Element* grad,
+    const float* temperatures, float temperature, int64 V, int64 row_stride, int64 grad_stride, int64 ignore_index) {
+    const int64 n = blockIdx.x, label = ids[n];
+    const Element* row = logits + n * row_stride;
+    Element* out = grad + n * grad_stride;
+    const float T = temperatures == nullptr ? temperature : temperatures[n], inverse = 1.0f / T;
+    const float m = stats[3 * n], S = stats[3 * n + 1], mean = stats[3 * n + 2], h = entropy_grad == nullptr ? 0.0f : entropy_grad[n];
+    // A label on -inf gets nothing from g. The logit itself may be gone: another block of an in-place call may have been here.
+    float g = logp_grad == nullptr || logp[n] == -infinity() ? 0.0f : logp_grad[n];
+    // A row that no gradient reaches is zero whatever it holds; it is not even read.
+    const bool live = label != ignore_index && (g != 0.0f || h != 0.0f) && S != 0.0f;
+    if (label < 0 || label >= V) g = not_a_number();
+    const float inverse_S = 1.0f / S;
+
+    const int64 head = elements_to_boundary(row, V), begin = head + int64(blockIdx.y) * kTile, end = begin + kTile < V ? begin + kTile : V;
+    const bool same_boundary = (reinterpret_cast<unsigned long long>(out) - reinterpret_cast<unsigned long long>(row)) % 16 == 0;
+    const auto gradient = [&](float z, int64 v) {
+        if (!live) return 0.0f;
+        const float d = (z - m) * inverse, p = __expf(d) * inverse_S;
+        return ((v == label ? g : 0.0f) - g * p - h * p * ((p > 0.0f ? d : 0.0f) - mean)) * inverse;
+    };
+    if (blockIdx.y == 0 && threadIdx.x < head) out[threadIdx.x] = narrow(gradient(live ? widen(row[threadIdx.x]) : 0.0f, threadIdx.x));
+#pragma unroll 2
+    for (int64 v = begin + threadIdx.x * kWidth; v < end; v += kThreads * kWidth) {
+        float z[kWidth] = {};
+        if (live) load_vector(row, v, V, z);
+        Vector x;
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) x.at[i] = narrow(gradient(z[i], v + i));
+        if (same_boundary && v + kWidth <= V) {
+            *reinterpret_cast<Vector*>(out + v) = x;
+        } else {
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) {
+                if (v + i < V) out[v + i] = x.at[i];
+            }
+        }
+    }
+}

@@ -1,0 +1,84 @@
+"""The CUDA C++ sources compile for every GPU with no GPU at hand, by nvcc and by NVRTC, where those are, and spill on none."""
+import importlib
+import pkgutil
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import fusedrl.kernels
+from fusedrl.kernels import nvrtc
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+def _sources():
+    found = []
+    for module in sorted(m.name for m in pkgutil.iter_modules(fusedrl.kernels.__path__) if m.name.endswith("_cuda")):
+        for source, sets in importlib.import_module(f"fusedrl.kernels.{module}").OFFLINE_SOURCES.items():
+            for i, options in enumerate(sets):  # the first one always, the others by `make test-full`
+                found.append(pytest.param(source, options, id=" ".join((source, *options)), marks=[pytest.mark.full] if i else []))
+    return found
+
+
+def _needs_nvrtc():
+    if nvrtc.loading_fault() is not None:
+        pytest.skip(f"{nvrtc.loading_fault()}: pip install cuda-bindings nvidia-cuda-nvrtc")
+
+
+def test_every_source_is_listed():
+    assert {parameter.values[0] for parameter in _sources()} == {path.name for path in nvrtc.source_folder().glob("*.cu")}
+
+
+def test_sources_hold_device_code_only():
+    for path in (*nvrtc.source_folder().glob("*.cu"), *nvrtc.source_folder().glob("*.cuh")):
+        text = path.read_text()
+        assert set(re.findall(r"#include (.*)", text)) <= {'"common.cuh"'}, path  # NVRTC needs nothing but itself
+        assert "<<<" not in text
+        assert not re.search(r"atomic\w*\(", text), "sums are in a fixed order"
+        assert text.count("__global__") == text.count('extern "C" __global__')
+
+
+@pytest.mark.parametrize("source, options", _sources())
+def test_nvcc(source, options, tmp_path, record_property):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc (users need none)")
+    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
+    done = subprocess.run(["nvcc", "-fatbin", "-std=c++17", "--resource-usage", *targets, *options, "-o", str(tmp_path / "x.fatbin"),
+                           str(nvrtc.source_folder() / source)], capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
+    rows = re.findall(r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+                      text, re.DOTALL)
+    assert {row[1] for row in rows} == set(ARCHITECTURES)
+    for kernel, target, stack, stores, loads, registers in rows:
+        record_property(f"{kernel} {target}", f"{registers} registers, {stack} bytes of stack")
+        print(f"{source} {' '.join(options)} {kernel} {target}: {registers} registers, {stack} stack, {stores} + {loads} spilled")
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{kernel} spills for {target}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source, options", _sources())
+def test_nvrtc(source, options, architecture):
+    _needs_nvrtc()
+    assert nvrtc.compile_cubin(source, options, architecture)[:4] == b"\x7fELF"
+
+
+def test_cache(tmp_path):
+    _needs_nvrtc()
+    arguments = ("logprob.cu", ("-DLOGITS=0",), "sm_90", tmp_path / "cache")
+    first = nvrtc.cached_cubin(*arguments)
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(b"kept")
+    assert nvrtc.cached_cubin(*arguments) == b"kept"
+    assert nvrtc.cached_cubin("logprob.cu", ("-DLOGITS=1",), "sm_90", tmp_path / "cache") != first
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="compiled again in every process"):
+        assert nvrtc.cached_cubin(*arguments[:3], tmp_path / "file" / "cache") == first
+
+
+def test_a_refusal_shows_the_log():
+    _needs_nvrtc()
+    with pytest.raises(RuntimeError, match=r"expected NVRTC to compile it for sm_90(.|\n)*#if LOGITS == 0"):
+        nvrtc.compile_cubin("logprob.cu", ("-DLOGITS=oops+",), "sm_90")
