@@ -105,8 +105,8 @@ class PolicyObjective:
     @property
     def bounds(self) -> tuple[float, float, float]:
         """(lower, upper, dual): where the ratio (geometric_mean: its logarithm) stops to count; infinite where there is no bound."""
-        if self.kind == "cispo":
-            return -math.inf, self.clip_max, math.inf  # type: ignore[return-value]  (filled in above)
+        if self.clip_max is not None:
+            return -math.inf, self.clip_max, math.inf
         if self.clip_low is None or self.clip_high is None:
             return -math.inf, math.inf, math.inf
         one = 0.0 if self.kind == "geometric_mean" else 1.0

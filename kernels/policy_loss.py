@@ -69,11 +69,18 @@ def policy_loss_reference(logp_N: Tensor, old_logp_N: Tensor | None, advantages_
                           kl_level: str = "token", entropy_N: Tensor | None = None, entropy_coef: float = 0.0, rollout_logp_N: Tensor | None = None,
                           rollout_correction: RolloutCorrection | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, PolicyStats]:
     """The definition, differentiable, on any device and in any float dtype (float64 is the oracle)."""
+    part = PolicyPart(logp_N, old_logp_N, advantages_N, objective, ref_logp_N, kl_coef, kl_estimator, kl_gradient, kl_level, entropy_N, entropy_coef,
+                      rollout_logp_N, rollout_correction, cu_seqlens)
+    return part.reference(weights_N, part.derived(weights_N))
+
+
+def _reference(logp_N: Tensor, old_logp_N: Tensor | None, advantages_N: Tensor, weights_N: Tensor, derived: Derived, objective: PolicyObjective,
+               ref_logp_N: Tensor | None, kl_coef: float, kl_estimator: str, kl_gradient: str | None, entropy_N: Tensor | None,
+               entropy_coef: float) -> tuple[Tensor, PolicyStats]:
     live = weights_N != 0
     logp, advantages, weights = torch.where(live, logp_N, 0), torch.where(live, advantages_N.detach(), 0), weights_N.detach()
     old_logp = logp.detach() if old_logp_N is None else torch.where(live, old_logp_N.detach(), 0)
     d = logp - old_logp
-    derived = _derived(objective, logp, old_logp, advantages, live, ref_logp_N, kl_level, rollout_logp_N, rollout_correction, cu_seqlens)
     clamped = _clamp(d)
     ratio = clamped.exp()
     terms, high, low, too_far = _policy_terms(objective, logp, d, ratio, advantages, derived.sequence_log_ratio)
@@ -130,19 +137,19 @@ def _cut(x: Tensor, d: Tensor) -> Tensor:
 def _policy_terms(objective: PolicyObjective, logp: Tensor, d: Tensor, ratio: Tensor, A: Tensor,
                   log_s: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The terms, and which tokens were bounded: high, low, dual."""
-    kind, (lower, upper, dual) = objective.kind, objective.bounds
+    kind, (_, lower, upper, dual, tau_positive, tau_negative, beta) = objective.kind, objective.scalars
     high = low = too_far = torch.zeros_like(A, dtype=torch.bool)
     if kind == "reinforce":
         return -A * logp, high, low, too_far
     if kind == "dro":
-        return -A * logp + objective.beta * d * d / 2, high, low, too_far
+        return -A * logp + beta * d * d / 2, high, low, too_far
     if kind == "kl_penalty":
-        return -A * ratio + objective.beta * _cut((_clamp(d).expm1() - d).clamp(min=0), d), high, low, too_far
+        return -A * ratio + beta * _cut((_clamp(d).expm1() - d).clamp(min=0), d), high, low, too_far
     if kind == "cispo":
         high = ratio > upper
         return -A * torch.where(high, upper, ratio).detach() * logp, high, low, too_far
     if kind == "sapo":
-        tau = torch.full_like(A, objective.tau_negative).masked_fill(A > 0, objective.tau_positive)
+        tau = torch.full_like(A, tau_negative).masked_fill(A > 0, tau_positive)
         return -A * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, high, low, too_far
     if log_s is not None:  # sg[s] exp(logp - sg[logp])
         ratio = _cut(_clamp(log_s).exp() * (logp - logp.detach()).exp(), log_s)
@@ -161,7 +168,7 @@ def _kl_term(k: Tensor, estimator: str, kl_sum: Tensor | None) -> Tensor:
     return {"k1": k, "k2": k * k / 2, "abs": k.abs()}[estimator]
 
 
-class _Derived(NamedTuple):
+class Derived(NamedTuple):
     """What tokens take from their sequences and from the rollout: constants [N], or None."""
 
     correction: Tensor | None
@@ -169,18 +176,53 @@ class _Derived(NamedTuple):
     kl_sum: Tensor | None
 
 
-@torch.no_grad()
-def _derived(objective: PolicyObjective, logp: Tensor, old_logp: Tensor, advantages: Tensor, live: Tensor, ref_logp: Tensor | None, kl_level: str,
-             rollout_logp: Tensor | None, correction: RolloutCorrection | None, cu_seqlens: Tensor | None) -> _Derived:
-    weights = log_s = kl_sum = None
-    if correction is not None and rollout_logp is not None:
-        weights = rollout_weights(correction, old_logp, rollout_logp, live, cu_seqlens)
-    if cu_seqlens is not None:
-        if objective.by_sequence:
-            log_s = sequence_log_ratio(objective, logp, old_logp, advantages, live, cu_seqlens)
-        if kl_level == "sequence" and ref_logp is not None:
-            kl_sum = sequence_sum(torch.where(live, logp - ref_logp, 0), cu_seqlens).to(logp.dtype)
-    return _Derived(weights, log_s, kl_sum)
+class PolicyPart(NamedTuple):
+    """The policy part of a call, as policy_loss documents it. `logp` None: there is none, or it is not known yet."""
+
+    logp: Tensor | None = None
+    old_logp: Tensor | None = None
+    advantages: Tensor | None = None
+    objective: PolicyObjective = _CLIP
+    ref_logp: Tensor | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    kl_gradient: str | None = None
+    kl_level: str = "token"
+    entropy: Tensor | None = None
+    entropy_coef: float = 0.0
+    rollout_logp: Tensor | None = None
+    rollout_correction: RolloutCorrection | None = None
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether a token's term depends on the logp of other tokens."""
+        return self.objective.by_sequence or self.kl_level == "sequence"
+
+    def derived(self, weights_N: Tensor) -> Derived:
+        """Constants of the loss; needs `logp` where the part is by sequence."""
+        correction = log_s = kl_sum = None
+        live = weights_N != 0
+        if self.rollout_correction is not None and self.rollout_logp is not None and self.old_logp is not None:
+            correction = rollout_weights(self.rollout_correction, self.old_logp, self.rollout_logp, live, self.cu_seqlens)
+        if self.logp is not None and self.cu_seqlens is not None:
+            if self.objective.by_sequence and self.old_logp is not None and self.advantages is not None:
+                log_s = sequence_log_ratio(self.objective, self.logp, self.old_logp, self.advantages, live, self.cu_seqlens)
+            if self.kl_level == "sequence" and self.ref_logp is not None:
+                kl_sum = sequence_sum(torch.where(live, self.logp.detach() - self.ref_logp.detach(), 0), self.cu_seqlens).to(self.logp.dtype)
+        return Derived(correction, log_s, kl_sum)
+
+    def reference(self, weights_N: Tensor, derived: Derived) -> tuple[Tensor, PolicyStats]:
+        if self.logp is None or self.advantages is None:
+            raise TypeError(f"policy_loss: expected tensors for logp and advantages, got {self.logp!r} and {self.advantages!r}")
+        return _reference(self.logp, self.old_logp, self.advantages, weights_N, derived, self.objective, self.ref_logp, self.kl_coef,
+                          self.kl_estimator, self.kl_gradient, self.entropy, self.entropy_coef)
+
+    def kl_scalars(self) -> tuple[float, int, int]:
+        """kl_coef and the numbers of the two estimators, as kernels take them."""
+        if self.kl_level == "sequence":
+            return self.kl_coef, len(KL_ESTIMATORS), len(KL_ESTIMATORS)
+        return self.kl_coef, KL_ESTIMATORS.index(self.kl_estimator), KL_ESTIMATORS.index(self.kl_gradient or self.kl_estimator)
 
 
 def value_loss_reference(values_N: Tensor, old_values_N: Tensor | None, returns_N: Tensor, weights_N: Tensor, *,
@@ -229,44 +271,7 @@ if native.capability:
         return tuple(weights.new_empty(size) for size in sizes)
 
 
-class _Policy(NamedTuple):
-    """The policy part of a call, as policy_loss documents it. `logp` None: there is none."""
-
-    logp: Tensor | None = None
-    old_logp: Tensor | None = None
-    advantages: Tensor | None = None
-    objective: PolicyObjective = _CLIP
-    ref_logp: Tensor | None = None
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    kl_gradient: str | None = None
-    kl_level: str = "token"
-    entropy: Tensor | None = None
-    entropy_coef: float = 0.0
-    rollout_logp: Tensor | None = None
-    rollout_correction: RolloutCorrection | None = None
-    cu_seqlens: Tensor | None = None
-
-    def reference(self, weights: Tensor) -> tuple[Tensor, PolicyStats]:
-        return policy_loss_reference(
-            self.logp, self.old_logp, self.advantages, weights, objective=self.objective, ref_logp_N=self.ref_logp, kl_coef=self.kl_coef,
-            kl_estimator=self.kl_estimator, kl_gradient=self.kl_gradient, kl_level=self.kl_level, entropy_N=self.entropy,
-            entropy_coef=self.entropy_coef, rollout_logp_N=self.rollout_logp, rollout_correction=self.rollout_correction, cu_seqlens=self.cu_seqlens)
-
-    def derived(self, weights: Tensor) -> _Derived:
-        if self.logp is None or self.advantages is None or (self.rollout_correction is None and self.cu_seqlens is None):
-            return _Derived(None, None, None)
-        return _derived(self.objective, self.logp, self.logp if self.old_logp is None else self.old_logp, self.advantages, weights != 0, self.ref_logp,
-                        self.kl_level, self.rollout_logp, self.rollout_correction, self.cu_seqlens)
-
-    def kl_scalars(self) -> tuple[float, int, int]:
-        """kl_coef and the numbers of the two estimators, as kernels take them."""
-        if self.kl_level == "sequence":
-            return self.kl_coef, len(KL_ESTIMATORS), len(KL_ESTIMATORS)
-        return self.kl_coef, KL_ESTIMATORS.index(self.kl_estimator), KL_ESTIMATORS.index(self.kl_gradient or self.kl_estimator)
-
-
-def _fused(impl: str, policy: _Policy, weights: Tensor, values: Tensor | None, old_values: Tensor | None, returns: Tensor | None,
+def _fused(impl: str, policy: PolicyPart, weights: Tensor, values: Tensor | None, old_values: Tensor | None, returns: Tensor | None,
            value_clip: float | None, value_coef: float) -> tuple[Tensor, PolicyStats, ValueStats]:
     op = torch.ops.fusedrl.policy_value_loss_triton if impl == "triton" else torch.ops.fusedrl.policy_value_loss
     old_logp = policy.logp if policy.old_logp is None else policy.old_logp
@@ -291,11 +296,11 @@ def policy_value_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor,
         (loss, PolicyStats, ValueStats); each statistics' `loss` is its own part, the value's without the coefficient.
     Raises: as the two functions.
     """
-    policy = _Policy(logp, old_logp, advantages, objective, ref_logp, kl_coef, kl_estimator, kl_gradient, kl_level, entropy, entropy_coef, rollout_logp,
+    policy = PolicyPart(logp, old_logp, advantages, objective, ref_logp, kl_coef, kl_estimator, kl_gradient, kl_level, entropy, entropy_coef, rollout_logp,
                      rollout_correction, cu_seqlens)
     chosen = _checked("policy_value_loss", impl, policy, value_clip, weights=weights, values=values, old_values=old_values, returns=returns)
     if chosen == "torch":
-        loss, policy_stats = policy.reference(weights)
+        loss, policy_stats = policy.reference(weights, policy.derived(weights))
         value, value_stats = value_loss_reference(values, old_values, returns, weights, clip=value_clip)
         return loss + value_coef * value, policy_stats, value_stats
     return _fused(chosen, policy, weights, values, old_values, returns, value_clip, value_coef)
@@ -332,11 +337,11 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weigh
         ValueError: sizes or devices that do not agree, a coefficient without its tensor, a missing old_logp or cu_seqlens, an unknown
         estimator or level. TypeError: dtypes. RuntimeError: `impl` cannot run here, or a double backward.
     """
-    policy = _Policy(logp, old_logp, advantages, objective, ref_logp, kl_coef, kl_estimator, kl_gradient, kl_level, entropy, entropy_coef, rollout_logp,
+    policy = PolicyPart(logp, old_logp, advantages, objective, ref_logp, kl_coef, kl_estimator, kl_gradient, kl_level, entropy, entropy_coef, rollout_logp,
                      rollout_correction, cu_seqlens)
     chosen = _checked("policy_loss", impl, policy, None, weights=weights)
     if chosen == "torch":
-        return policy.reference(weights)
+        return policy.reference(weights, policy.derived(weights))
     loss, stats, _ = _fused(chosen, policy, weights, None, None, None, None, 0.0)
     return loss, stats
 
@@ -356,14 +361,14 @@ def value_loss(values: Tensor, old_values: Tensor | None, returns: Tensor, weigh
         ValueError: sizes or devices that do not agree, a clip that is not positive or has no old_values. TypeError: dtypes.
         RuntimeError: `impl` cannot run here, or a double backward.
     """
-    chosen = _checked("value_loss", impl, _Policy(), clip, weights=weights, values=values, old_values=old_values, returns=returns)
+    chosen = _checked("value_loss", impl, PolicyPart(), clip, weights=weights, values=values, old_values=old_values, returns=returns)
     if chosen == "torch":
         return value_loss_reference(values, old_values, returns, weights, clip=clip)
-    loss, _, stats = _fused(chosen, _Policy(), weights, values, old_values, returns, clip, 1.0)
+    loss, _, stats = _fused(chosen, PolicyPart(), weights, values, old_values, returns, clip, 1.0)
     return loss, stats
 
 
-def _checked(op: str, impl: str | None, policy: _Policy, clip: float | None, **values: Tensor | None) -> str:
+def _checked(op: str, impl: str | None, policy: PolicyPart, clip: float | None, **values: Tensor | None) -> str:
     """Refuse what cannot be served; the name of the implementation that serves the rest."""
     tensors = dict(values)
     if op != "value_loss":
@@ -375,6 +380,8 @@ def _checked(op: str, impl: str | None, policy: _Policy, clip: float | None, **v
     (N, *_) = check(op, {name: (tensor, "N") for name, tensor in tensors.items()} | {"cu_seqlens": (policy.cu_seqlens, "E")})
     if op != "value_loss":
         check_policy(op, policy, N)
+        if policy.entropy_coef and policy.entropy is None:
+            raise ValueError(f"{op}: expected entropy with entropy_coef {policy.entropy_coef!r}, got None")
     if clip is not None and (not clip > 0 or tensors["old_values"] is None):
         given = "no old_values" if tensors["old_values"] is None else "old_values"
         raise ValueError(f"{op}: expected a clip > 0 and old_values with it, or no clip, got clip {clip!r} and {given}")
@@ -385,13 +392,11 @@ def _checked(op: str, impl: str | None, policy: _Policy, clip: float | None, **v
     return chosen
 
 
-def check_policy(op: str, policy: _Policy, N: int) -> None:
+def check_policy(op: str, policy: PolicyPart, N: int) -> None:
     """Raises unless the settings of the policy part fit together; tensors' sizes are checked before, their dtypes after."""
     objective, correction, cu_seqlens = policy.objective, policy.rollout_correction, policy.cu_seqlens
     if policy.old_logp is None and objective.kind != "reinforce":
         raise ValueError(f"{op}: expected old_logp for kind {objective.kind!r}, got None; on-policy, pass logp.detach()")
-    if policy.entropy_coef and policy.entropy is None:
-        raise ValueError(f"{op}: expected entropy with entropy_coef {policy.entropy_coef!r}, got None")
     if policy.kl_coef and policy.ref_logp is None:
         raise ValueError(f"{op}: expected ref_logp with kl_coef {policy.kl_coef!r}, got None")
     for name, estimator in (("kl_estimator", policy.kl_estimator), ("kl_gradient", policy.kl_gradient or "k1")):

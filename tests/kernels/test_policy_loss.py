@@ -316,7 +316,7 @@ def test_reinforce_needs_no_old_policy(impl):
 
 def test_refuses_what_it_does_not_support():
     x = torch.zeros(3)
-    with pytest.raises(ValueError, match="expected kind to be one of clip, ratio, reinforce, .*, got 'ppo'"):
+    with pytest.raises(ValueError, match=r"expected kind to be one of clip, ratio, reinforce, .*, got 'ppo'"):
         PolicyObjective(kind="ppo")
     with pytest.raises(ValueError, match=r"kind 'ratio' does not use clip_high; leave it at None, got 0.3"):
         PolicyObjective(kind="ratio", clip_high=0.3)

@@ -226,8 +226,8 @@ def test_which_kl_each_estimator_follows():
     value = (pi.exp() * (pi - ref)).sum()
 
     def of(estimator, gradient=None):
-        loss, stats = policy_loss_reference(pi, pi.detach(), torch.zeros(4), pi.detach().exp(), ref_logp_N=ref, kl_coef=1.0,
-                                            kl_estimator=estimator, kl_gradient=gradient)
+        loss, _ = policy_loss_reference(pi, pi.detach(), torch.zeros(4), pi.detach().exp(), ref_logp_N=ref, kl_coef=1.0,
+                                        kl_estimator=estimator, kl_gradient=gradient)
         return loss, torch.autograd.grad(loss, z, retain_graph=True)[0]
 
     zero = torch.zeros(4, dtype=torch.float64)
