@@ -15,9 +15,10 @@ The KL term, k = logp - ref_logp, tokens drawn from the policy:
 
 `kl_gradient` names the estimator whose slope is taken when it is not that of the value: kl_estimator="k3", kl_gradient="k2" reports and adds
 an unbiased KL and follows KL(pi || ref). The default k3 alone is what most systems do: it follows the forward KL. Over completions of several
-tokens every token-level loss drops the term by which a token changes the states that follow (at three tokens each of them misses the
-gradient of the KL between completions by half of its norm); exact are k1 in the reward with reward-to-go, and kl_level="sequence" with k2:
-K^2 / 2 for K = sum_t k_t, written per token as K k_t / 2 with the slope K. Beyond |k| = 20 k3 is cut inside the exponential and its slope is 0.
+tokens every token-level loss drops the term by which a token changes the states that follow, and with it part of the gradient of the KL
+between completions; exact are k1 in the reward with reward-to-go, and kl_level="sequence" with k2: K^2 / 2 for K = sum_t k_t, written per
+token as K k_t / 2 with the slope K (the weights have to be one number a sequence). Beyond |k| = 20 k3 is cut inside the exponential and its
+slope is 0. The tests establish each of these by enumeration.
 
 Shapes    N tokens. weights_N == 0 means masked: what the other inputs hold there is never read into anything.
 Bytes     policy 16 N read (4 N more for each of entropy, ref_logp, the correction and what a sequence kind adds) and 4 N written; value 8 N (12 N
