@@ -28,16 +28,17 @@ def linear_logprob_reference(hidden_NH: Tensor, weight_VH: Tensor, token_ids_N: 
     """(logp, entropy) by definition, with all N V logits; differentiable, on any device and in any float dtype (float64 is the oracle)."""
     wide = torch.promote_types(hidden_NH.dtype, torch.float32)
     hidden = hidden_NH.to(wide).masked_fill((token_ids_N == ignore_index)[:, None], 0.0)  # an ignored row may hold anything
-    return logprob_reference(_finish(hidden @ weight_VH.to(wide).t(), bias_V, softcap), token_ids_N, temperature, ignore_index)
+    return logprob_reference(finish(hidden @ weight_VH.to(wide).t(), bias_V, softcap), token_ids_N, temperature, ignore_index)
 
 
-def _finish(z_RV: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+def finish(z_RV: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+    """Logits from the product: the bias, then the softcap."""
     z_RV = z_RV if bias_V is None else z_RV + bias_V.to(z_RV.dtype)
     return z_RV if softcap is None else softcap * torch.tanh(z_RV / softcap)
 
 
 # ---- torch, a chunk at a time ------------------------------------------------------------------------------------------
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in float32 at least."""
     narrow = b if b.dtype.itemsize < a.dtype.itemsize else a
     if a.is_cuda and narrow.dtype.itemsize == 2:
@@ -56,7 +57,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def row_results(z_RV: Tensor, bias_V: Tensor | None, token_ids: Tensor, temperature: float | Tensor,
                     softcap: float | None) -> tuple[Tensor, Tensor]:
-        z_RV = _finish(z_RV, bias_V, softcap)
+        z_RV = finish(z_RV, bias_V, softcap)
         if z_RV.is_cuda:
             logp_R, entropy_R = logprob(z_RV, token_ids, temperature=temperature, entropy=True)
             return logp_R, entropy_R
@@ -69,7 +70,7 @@ class _Chunked(torch.autograd.Function):
         logp, entropy = hidden.new_zeros(2, hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)).unbind()
         for index in _Chunked.chunks((token_ids != ignore_index).nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes):
             scale = temperature[index] if isinstance(temperature, Tensor) else temperature
-            logp[index], entropy[index] = _Chunked.row_results(_product(hidden[index], weight.t()), bias, token_ids[index], scale, softcap)
+            logp[index], entropy[index] = _Chunked.row_results(product(hidden[index], weight.t()), bias, token_ids[index], scale, softcap)
         return logp, entropy
 
     @staticmethod
@@ -84,13 +85,13 @@ class _Chunked(torch.autograd.Function):
         for index in _Chunked.chunks(active.nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes):
             scale = temperature[index] if isinstance(temperature, Tensor) else temperature
             with torch.enable_grad():
-                z_RV = _product(hidden[index], weight.t()).detach().requires_grad_()
+                z_RV = product(hidden[index], weight.t()).detach().requires_grad_()
                 results = _Chunked.row_results(z_RV, bias, token_ids[index], scale, softcap)
                 (dz_RV,) = torch.autograd.grad(results, z_RV, (logp_grad[index], entropy_grad[index]))
             if hidden_grad is not None:
-                hidden_grad[index] = _product(dz_RV, weight).to(hidden.dtype)
+                hidden_grad[index] = product(dz_RV, weight).to(hidden.dtype)
             if weight_grad is not None:
-                weight_grad += _product(dz_RV.t(), hidden[index])
+                weight_grad += product(dz_RV.t(), hidden[index])
             if bias_grad is not None:
                 bias_grad += dz_RV.sum(0)
         return (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None if bias_grad is None else bias_grad.to(bias.dtype),

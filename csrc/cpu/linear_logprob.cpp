@@ -15,62 +15,15 @@
 #include <vector>
 
 #include "autograd.h"
-#include "logprob_rows.h"
+#include "linear_head.h"
 
 namespace {
-
-constexpr int64_t kMebi = 1 << 20;
-
-struct Head {
-  Tensor weight, bias;  // [V, H], [V] or undefined
-  double softcap;       // 0: none
-
-  bool widen() const { return weight.scalar_type() != at::kFloat; }
-  int64_t V() const { return weight.size(0); }
-
-  // The weight in float32, in tiles of rows of about 4 MiB: function(first row, tile).
-  template <typename Function>
-  void tiles(const Function& function) const {
-    const int64_t step = std::max<int64_t>(1, 4 * kMebi / 4 / std::max<int64_t>(1, weight.size(1)));
-    for (int64_t v = 0; v < V(); v += step) function(v, weight.narrow(0, v, std::min(step, V() - v)).to(at::kFloat));
-  }
-
-  // Logits [R, V] before the cap.
-  void logits(Tensor z_RV, const Tensor& hidden_RH) const {
-    if (!widen()) {
-      if (bias.defined()) at::addmm_out(z_RV, bias, hidden_RH, weight.t()); else at::mm_out(z_RV, hidden_RH, weight.t());
-      return;
-    }
-    tiles([&](int64_t v, const Tensor& tile) {
-      Tensor part = z_RV.narrow(1, v, tile.size(0));
-      at::mm_out(part, hidden_RH, tile.t());
-    });
-    if (bias.defined()) z_RV.add_(bias);
-  }
-
-  Tensor hidden_grad(const Tensor& dz_RV) const {
-    if (!widen()) return at::mm(dz_RV, weight);
-    Tensor grad_RH = at::zeros({dz_RV.size(0), weight.size(1)}, dz_RV.options());
-    tiles([&](int64_t v, const Tensor& tile) { grad_RH.addmm_(dz_RV.narrow(1, v, tile.size(0)), tile); });
-    return grad_RH;
-  }
-};
-
-void cap_row(float* z, int64_t V, double softcap) {
-  const Vec cap(static_cast<float>(softcap)), inverse(static_cast<float>(1.0 / softcap));
-  for (int64_t j = 0; j < V; j += kLanes) {
-    const int64_t n = std::min(kLanes, V - j);
-    ((load_some(z + j, n) * inverse).tanh() * cap).store(z + j, static_cast<int>(n));
-  }
-}
 
 // The rows of one call that matter, cut into chunks that fit the workspace.
 class Chunks {
  public:
   Chunks(const Tensor& hidden, std::vector<int64_t> rows, int64_t V, int64_t workspace_bytes) : hidden_(hidden), rows_(std::move(rows)), all_(static_cast<int64_t>(rows_.size()) == hidden.size(0)) {
-    // By default the smaller of 256 MiB and an eighth of the full logits, but never below 4 MiB, where the products grow slow.
-    if (workspace_bytes < 0) workspace_bytes = std::max(4 * kMebi, std::min(256 * kMebi, hidden.size(0) * V * 4 / 8));
-    step_ = std::clamp<int64_t>(workspace_bytes / (4 * std::max<int64_t>(1, V)), 1, std::max<int64_t>(1, rows_.size()));
+    step_ = workspace_rows(workspace_bytes, hidden.size(0), V, rows_.size());
     workspace_ = at::empty({step_, V}, hidden.options().dtype(at::kFloat));
   }
 

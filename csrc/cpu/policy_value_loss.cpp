@@ -1,42 +1,36 @@
-// policy_value_loss on CPU: the clipped surrogate and the value loss, their derivatives and every statistic, in one pass over the tokens.
+// policy_value_loss on CPU: the policy term of every kind and the value loss, their derivatives and every statistic, in one pass over the tokens.
 //
 // Shapes   N tokens; each input is [N] float32 and either part (policy, value) may be absent.
-// Bytes    policy 16 read (20 with entropy) and 4 written a token; value 8 (12 with a clip) and 4 more; the weights are read once for both.
+// Bytes    policy 16 read (4 more for each of entropy, ref_logp, correction, ...) and 4 written a token; value 8 (12 with a clip) and 4 more; the weights are read once for both.
 // Numerics a token's terms in float32; 16 vectors of them are added in float32, the rest in double. Blocks have a fixed size and their sums
 //          are combined in order, so nothing depends on the number of threads. Variances are taken about each block's mean and merged (Chan).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "policy_terms.h"
+
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kBlock = 4096;
-constexpr int64_t kTile = 16 * Vec::size();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kClamp = 20.0f;
-constexpr int64_t kStats = 20;  // the fields of PolicyStats, then those of ValueStats (kernels/objective.py)
+constexpr int64_t kStats = kPolicyStats + 6;  // then the fields of ValueStats (kernels/objective.py)
 
-struct Arguments {
-  const float *logp, *old_logp, *advantages, *weights, *entropy, *values, *old_values, *returns;  // null: absent
-  float *logp_grad, *values_grad;
-  bool reinforce;
-  float lower, upper, dual, entropy_coef, value_clip, value_coef;
+struct ValueArguments {
+  const float *values, *old_values, *returns, *weights;  // null: absent
+  float* values_grad;
+  float clip, coef;
 };
 
-enum PolicySum { LOSS, LOW, HIGH, DUAL, K1, K2, K3, RATIO, RATIO_SQUARED, CLAMPED, ENTROPY, TOKENS, POLICY_SUMS };
 enum ValueSum { VALUE_LOSS, VALUE_CLIPPED, VALUE, RETURN, RESIDUAL, VALUE_TOKENS, VALUE_SUMS };
 enum SpreadSum { RETURN_1, RETURN_2, RESIDUAL_1, RESIDUAL_2, SPREAD_SUMS };
 
@@ -52,112 +46,13 @@ struct Moments {
   }
 };
 
-struct Partial {
-  double policy[POLICY_SUMS] = {}, value[VALUE_SUMS] = {};
-  float ratio_min = kInfinity, ratio_max = -kInfinity;
+struct ValuePartial {
+  double sums[VALUE_SUMS] = {};
   Moments returns, residuals;
 };
 
-// S sums: float32 lanes for one tile, which then join lanes of doubles.
-template <int S>
-struct Sums {
-  double wide[S][Vec::size()] = {};
-  void join(const Vec (&lanes)[S]) {
-#pragma GCC unroll 16
-    for (int s = 0; s < S; ++s) {
-      float narrow[Vec::size()];
-      lanes[s].store(narrow);
-      for (int i = 0; i < Vec::size(); ++i) wide[s][i] += narrow[i];
-    }
-  }
-  void total(double (&out)[S]) const {
-    for (int s = 0; s < S; ++s)
-      for (int i = 0; i < Vec::size(); ++i) out[s] += wide[s][i];
-  }
-};
-
-inline Vec load(const float* from, int64_t count) { return count == Vec::size() ? Vec::loadu(from) : Vec::loadu(from, count); }
-
-// e^d for |d| <= 20, and e^d - 1 - d for the unclamped d. With d = k ln 2 + f, e^f - 1 - f = f^2 q(f) is free of cancellation, which matters
-// where d is small, and there k = 0. Within 1 ulp, and exactly 1 and 0 at d = 0.
-inline void exponential(const Vec& clamped, const Vec& d, Vec& ratio, Vec& excess) {
-  const Vec k = (clamped * Vec(1.44269504f)).round();
-  const Vec f = at::vec::fmadd(k, Vec(2.12194440e-4f), at::vec::fmadd(k, Vec(-0.693359375f), clamped));
-  Vec q = at::vec::fmadd(f, Vec(1.0f / 5040), Vec(1.0f / 720));
-  q = at::vec::fmadd(q, f, Vec(1.0f / 120));
-  q = at::vec::fmadd(q, f, Vec(1.0f / 24));
-  q = at::vec::fmadd(q, f, Vec(1.0f / 6));
-  q = at::vec::fmadd(q, f, Vec(0.5f));
-  const Vec small = f * f * q;
-  using Int = at::vec::Vectorized<int32_t>;
-  const Vec power = at::vec::cast<float, int32_t>((at::vec::convert_to_int_of_same_size<float>(k) + Int(127)) << Int(23));
-  ratio = at::vec::fmadd(power, f + small, power);
-  const Vec large = ratio - Vec(1.0f) - d;
-  excess = Vec::blendv(Vec::blendv(large, Vec(0.0f), large < Vec(0.0f)), small, k == Vec(0.0f));
-}
-
-void policy_block(const Arguments& a, int64_t begin, int64_t end, Partial& partial) {
-  const Vec zero(0.0f), one(1.0f), infinity(kInfinity), lower(a.lower), upper(a.upper), dual(a.dual);
-  Sums<POLICY_SUMS> sums;
-  Vec smallest(kInfinity), largest(-kInfinity);
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t tile_end = std::min(end, tile + kTile);
-    Vec sum[POLICY_SUMS];
-#pragma GCC unroll 16
-    for (Vec& s : sum) s = zero;
-    for (int64_t t = tile; t < tile_end; t += Vec::size()) {
-      const int64_t count = std::min<int64_t>(Vec::size(), tile_end - t);
-      const Vec weight = load(a.weights + t, count);  // 0 past the end: such lanes are masked
-      const Vec live = weight != zero;
-      const Vec logp = load(a.logp + t, count) & live, advantage = load(a.advantages + t, count) & live;
-      const Vec d = logp - (load(a.old_logp + t, count) & live);
-      const Vec beyond = d.abs() > Vec(kClamp);
-      Vec ratio, excess;
-      exponential(at::vec::clamp(d, Vec(-kClamp), Vec(kClamp)), d, ratio, excess);
-
-      const Vec gains = advantage > zero, loses = advantage < zero;
-      const Vec high = gains & (ratio > upper), too_far = loses & (ratio > dual), low = loses & (ratio < lower);
-      Vec bounded = Vec::blendv(Vec::blendv(Vec::blendv(ratio, upper, high), lower, low), dual, too_far);
-      Vec slope = Vec::blendv(ratio, zero, high | low | too_far | beyond);
-      if (a.reinforce) {
-        bounded = logp;
-        slope = one;
-      }
-      Vec term = (advantage * bounded).neg();
-      if (a.entropy) {
-        const Vec entropy = load(a.entropy + t, count) & live;
-        term = term - Vec(a.entropy_coef) * entropy;
-        sum[ENTROPY] = sum[ENTROPY] + entropy;
-      }
-      (weight * (advantage * slope).neg() & live).store(a.logp_grad + t, static_cast<int>(count));
-
-      const Vec live_ratio = ratio & live;
-      sum[LOSS] = sum[LOSS] + weight * term;
-      sum[LOW] = sum[LOW] + (one & low);
-      sum[HIGH] = sum[HIGH] + (one & high);
-      sum[DUAL] = sum[DUAL] + (one & too_far);
-      sum[K1] = sum[K1] - d;
-      sum[K2] = at::vec::fmadd(d, d * Vec(0.5f), sum[K2]);
-      sum[K3] = sum[K3] + excess;
-      sum[RATIO] = sum[RATIO] + live_ratio;
-      sum[RATIO_SQUARED] = at::vec::fmadd(live_ratio, live_ratio, sum[RATIO_SQUARED]);
-      sum[CLAMPED] = sum[CLAMPED] + (one & beyond);
-      sum[TOKENS] = sum[TOKENS] + (one & live);
-      smallest = at::vec::minimum(smallest, Vec::blendv(infinity, ratio, live));
-      largest = at::vec::maximum(largest, Vec::blendv(infinity.neg(), ratio, live));
-    }
-    sums.join(sum);
-  }
-  sums.total(partial.policy);
-  float lanes[Vec::size()];
-  smallest.store(lanes);
-  for (const float x : lanes) partial.ratio_min = std::isnan(x) || x < partial.ratio_min ? x : partial.ratio_min;
-  largest.store(lanes);
-  for (const float x : lanes) partial.ratio_max = std::isnan(x) || x > partial.ratio_max ? x : partial.ratio_max;
-}
-
-void value_block(const Arguments& a, int64_t begin, int64_t end, Partial& partial) {
-  const Vec zero(0.0f), one(1.0f), half(0.5f), clip(a.value_clip), coef(a.value_coef);
+void value_block(const ValueArguments& a, int64_t begin, int64_t end, ValuePartial& partial) {
+  const Vec zero(0.0f), one(1.0f), half(0.5f), clip(a.clip), coef(a.coef);
   Sums<VALUE_SUMS> sums;
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t tile_end = std::min(end, tile + kTile);
@@ -188,11 +83,11 @@ void value_block(const Arguments& a, int64_t begin, int64_t end, Partial& partia
     }
     sums.join(sum);
   }
-  sums.total(partial.value);
-  const double n = partial.value[VALUE_TOKENS];
+  sums.total(partial.sums);
+  const double n = partial.sums[VALUE_TOKENS];
   if (n == 0) return;
   // The block is still in cache: deviations from its mean, rounded, and from what the rounding left over.
-  const Vec return_mean(static_cast<float>(partial.value[RETURN] / n)), residual_mean(static_cast<float>(partial.value[RESIDUAL] / n));
+  const Vec return_mean(static_cast<float>(partial.sums[RETURN] / n)), residual_mean(static_cast<float>(partial.sums[RESIDUAL] / n));
   Sums<SPREAD_SUMS> spread;
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t tile_end = std::min(end, tile + kTile);
@@ -211,63 +106,74 @@ void value_block(const Arguments& a, int64_t begin, int64_t end, Partial& partia
   }
   double total[SPREAD_SUMS] = {};
   spread.total(total);
-  partial.returns = {n, static_cast<float>(partial.value[RETURN] / n) + total[RETURN_1] / n, total[RETURN_2] - total[RETURN_1] * total[RETURN_1] / n};
-  partial.residuals = {n, static_cast<float>(partial.value[RESIDUAL] / n) + total[RESIDUAL_1] / n,
+  partial.returns = {n, static_cast<float>(partial.sums[RETURN] / n) + total[RETURN_1] / n, total[RETURN_2] - total[RETURN_1] * total[RETURN_1] / n};
+  partial.residuals = {n, static_cast<float>(partial.sums[RESIDUAL] / n) + total[RESIDUAL_1] / n,
                        total[RESIDUAL_2] - total[RESIDUAL_1] * total[RESIDUAL_1] / n};
 }
 
-// Block results in order -> the loss and the statistics.
-void combine(const Arguments& a, const std::vector<Partial>& partials, float* loss, float* stats) {
-  Partial all;
-  for (const Partial& p : partials) {
-    for (int s = 0; s < POLICY_SUMS; ++s) all.policy[s] += p.policy[s];
-    for (int s = 0; s < VALUE_SUMS; ++s) all.value[s] += p.value[s];
-    all.ratio_min = std::isnan(p.ratio_min) || p.ratio_min < all.ratio_min ? p.ratio_min : all.ratio_min;
-    all.ratio_max = std::isnan(p.ratio_max) || p.ratio_max > all.ratio_max ? p.ratio_max : all.ratio_max;
-    all.returns.merge(p.returns);
-    all.residuals.merge(p.residuals);
-  }
-  const double *p = all.policy, *v = all.value;
-  const double tokens = std::max(1.0, p[TOKENS]), value_tokens = std::max(1.0, v[VALUE_TOKENS]);
-  const bool any = p[TOKENS] > 0;
+// Block results in order -> the fields of ValueStats.
+void value_stats(const ValuePartial& all, float* stats) {
+  const double *v = all.sums, tokens = std::max(1.0, v[VALUE_TOKENS]);
   const double resolution = std::numeric_limits<float>::epsilon() * all.returns.mean;
-  const bool varies = all.returns.squares > value_tokens * resolution * resolution;
-  const double out[kStats] = {
-      p[LOSS], p[LOW] / tokens, p[HIGH] / tokens, p[DUAL] / tokens, p[K1] / tokens, p[K2] / tokens, p[K3] / tokens,
-      any ? p[RATIO] / tokens : 1.0, any ? all.ratio_min : 1.0, any ? all.ratio_max : 1.0,
-      any ? p[RATIO] * p[RATIO] / p[RATIO_SQUARED] : 0.0, p[CLAMPED] / tokens, p[ENTROPY] / tokens, p[TOKENS],
-      v[VALUE_LOSS], v[VALUE_CLIPPED] / value_tokens, varies ? 1.0 - all.residuals.squares / all.returns.squares : 0.0,
-      v[VALUE] / value_tokens, all.returns.mean, v[VALUE_TOKENS]};
-  for (int64_t i = 0; i < kStats; ++i) stats[i] = static_cast<float>(out[i]);
-  *loss = static_cast<float>(p[LOSS] + a.value_coef * v[VALUE_LOSS]);
+  const bool varies = all.returns.squares > tokens * resolution * resolution;
+  const double out[] = {v[VALUE_LOSS], v[VALUE_CLIPPED] / tokens, varies ? 1.0 - all.residuals.squares / all.returns.squares : 0.0,
+                        v[VALUE] / tokens, all.returns.mean, v[VALUE_TOKENS]};
+  for (const double x : out) *stats++ = static_cast<float>(x);
 }
 
-const float* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
-Tensor contiguous(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
+const float* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
+OptionalTensor contiguous(const OptionalTensor& tensor) { return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt; }
+
+#define FUSEDRL_POLICY_VALUE_PARAMETERS                                                                                                              \
+  const OptionalTensor &logp, const OptionalTensor &old_logp, const OptionalTensor &advantages, const Tensor &weights,                               \
+      const OptionalTensor &entropy, const OptionalTensor &values, const OptionalTensor &old_values, const OptionalTensor &returns,                  \
+      const OptionalTensor &ref_logp, const OptionalTensor &correction, const OptionalTensor &sequence_log_ratio, const OptionalTensor &kl_sum,      \
+      int64_t kind, double lower, double upper, double dual, double tau_positive, double tau_negative, double beta, double kl_coef,                  \
+      int64_t kl_estimator, int64_t kl_gradient, double entropy_coef, double value_clip, double value_coef
+#define FUSEDRL_POLICY_VALUE_NAMES                                                                                                                   \
+  logp, old_logp, advantages, weights, entropy, values, old_values, returns, ref_logp, correction, sequence_log_ratio, kl_sum, kind, lower, upper,   \
+      dual, tau_positive, tau_negative, beta, kl_coef, kl_estimator, kl_gradient, entropy_coef, value_clip, value_coef
+constexpr int kParameters = 25;
 
 // Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient (empty where that part is absent).
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights,
-    const OptionalTensor& entropy, const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns,
-    bool reinforce, double lower, double upper, double dual, double entropy_coef, double value_clip, double value_coef) {
-  const Tensor weights_N = weights.contiguous(), logp_N = contiguous(logp), old_logp_N = contiguous(old_logp), advantages_N = contiguous(advantages);
-  const Tensor entropy_N = contiguous(entropy), values_N = contiguous(values), old_values_N = contiguous(old_values), returns_N = contiguous(returns);
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(FUSEDRL_POLICY_VALUE_PARAMETERS) {
+  const Tensor weights_N = weights.contiguous();
+  const OptionalTensor logp_N = contiguous(logp), old_logp_N = contiguous(old_logp), advantages_N = contiguous(advantages), entropy_N = contiguous(entropy),
+                       values_N = contiguous(values), old_values_N = contiguous(old_values), returns_N = contiguous(returns),
+                       ref_logp_N = contiguous(ref_logp), correction_N = contiguous(correction),
+                       sequence_log_ratio_N = contiguous(sequence_log_ratio), kl_sum_N = contiguous(kl_sum);
   const int64_t N = weights_N.numel(), blocks = (N + kBlock - 1) / kBlock;
   Tensor loss = at::empty({}, weights_N.options()), stats = at::empty({kStats}, weights_N.options());
   Tensor logp_grad_N = at::empty({logp ? N : 0}, weights_N.options()), values_grad_N = at::empty({values ? N : 0}, weights_N.options());
-  const Arguments a{data(logp_N), data(old_logp_N), data(advantages_N), data(weights_N), data(entropy_N), data(values_N), data(old_values_N),
-                    data(returns_N), logp_grad_N.mutable_data_ptr<float>(), values_grad_N.mutable_data_ptr<float>(), reinforce,
-                    static_cast<float>(lower), static_cast<float>(upper), static_cast<float>(dual), static_cast<float>(entropy_coef),
-                    static_cast<float>(value_clip), static_cast<float>(value_coef)};
-  std::vector<Partial> partials(blocks);
+  const PolicyArguments policy{data(logp_N), data(old_logp_N), data(advantages_N), data(weights_N), data(entropy_N), data(ref_logp_N),
+                               data(correction_N), data(sequence_log_ratio_N), data(kl_sum_N), logp_grad_N.mutable_data_ptr<float>(),
+                               static_cast<Kind>(kind), static_cast<float>(lower), static_cast<float>(upper), static_cast<float>(dual),
+                               static_cast<float>(tau_positive), static_cast<float>(tau_negative), static_cast<float>(beta),
+                               static_cast<float>(kl_coef), static_cast<Kl>(kl_estimator), static_cast<Kl>(kl_gradient),
+                               static_cast<float>(entropy_coef)};
+  const ValueArguments value{data(values_N), data(old_values_N), data(returns_N), data(weights_N), values_grad_N.mutable_data_ptr<float>(),
+                             static_cast<float>(value_clip), static_cast<float>(value_coef)};
+  std::vector<PolicyPartial> policy_partials(logp ? blocks : 0);
+  std::vector<ValuePartial> value_partials(values ? blocks : 0);
   at::parallel_for(0, blocks, 8, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * kBlock, end = std::min(N, begin + kBlock);
-      if (logp) policy_block(a, begin, end, partials[b]);
-      if (values) value_block(a, begin, end, partials[b]);
+      if (logp) policy_block(policy, begin, end, policy_partials[b]);
+      if (values) value_block(value, begin, end, value_partials[b]);
     }
   });
-  combine(a, partials, loss.mutable_data_ptr<float>(), stats.mutable_data_ptr<float>());
+  PolicyPartial of_policy;
+  for (const PolicyPartial& p : policy_partials) of_policy.add(p);
+  ValuePartial of_value;
+  for (const ValuePartial& p : value_partials) {
+    for (int s = 0; s < VALUE_SUMS; ++s) of_value.sums[s] += p.sums[s];
+    of_value.returns.merge(p.returns);
+    of_value.residuals.merge(p.residuals);
+  }
+  float* out = stats.mutable_data_ptr<float>();
+  policy_stats(of_policy, correction.has_value(), out);
+  value_stats(of_value, out + kPolicyStats);
+  *loss.mutable_data_ptr<float>() = static_cast<float>(of_policy.sums[LOSS] + value_coef * of_value.sums[VALUE_LOSS]);
   return {loss, stats, logp_grad_N, values_grad_N};
 }
 
@@ -283,17 +189,12 @@ struct Scaled : torch::autograd::Function<Scaled> {
 };
 
 struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx, const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages,
-      const Tensor& weights, const OptionalTensor& entropy, const OptionalTensor& values, const OptionalTensor& old_values,
-      const OptionalTensor& returns, bool reinforce, double lower, double upper, double dual, double entropy_coef, double value_clip,
-      double value_coef) {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, FUSEDRL_POLICY_VALUE_PARAMETERS) {
     at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fusedrl::policy_value_loss_forward", "")
                          .typed<decltype(::forward)>();
-    auto [loss, stats, logp_grad_N, values_grad_N] = op.call(logp, old_logp, advantages, weights, entropy, values, old_values, returns, reinforce,
-                                                             lower, upper, dual, entropy_coef, value_clip, value_coef);
+    auto [loss, stats, logp_grad_N, values_grad_N] = op.call(FUSEDRL_POLICY_VALUE_NAMES);
     ctx->save_for_backward({logp_grad_N, entropy ? weights : Tensor(), values_grad_N, logp.value_or(Tensor()), entropy.value_or(Tensor()),
                             values.value_or(Tensor())});
     ctx->saved_data["entropy_coef"] = entropy_coef;
@@ -306,7 +207,7 @@ struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    torch::autograd::variable_list out(15);
+    torch::autograd::variable_list out(kParameters);
     const auto needed = [&](const char* edge) {
       const int64_t index = ctx->saved_data[edge].toInt();
       return index >= 0 && ctx->needs_input_grad(index);
@@ -318,22 +219,20 @@ struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
   }
 };
 
-std::tuple<Tensor, Tensor> policy_value_loss(
-    const OptionalTensor& logp, const OptionalTensor& old_logp, const OptionalTensor& advantages, const Tensor& weights,
-    const OptionalTensor& entropy, const OptionalTensor& values, const OptionalTensor& old_values, const OptionalTensor& returns,
-    bool reinforce, double lower, double upper, double dual, double entropy_coef, double value_clip, double value_coef) {
-  const auto out = PolicyValueLoss::apply(logp, old_logp, advantages, weights, entropy, values, old_values, returns, reinforce, lower, upper, dual,
-                                          entropy_coef, value_clip, value_coef);
+std::tuple<Tensor, Tensor> policy_value_loss(FUSEDRL_POLICY_VALUE_PARAMETERS) {
+  const auto out = PolicyValueLoss::apply(FUSEDRL_POLICY_VALUE_NAMES);
   return {out[0], out[1]};
 }
 
-#define FUSEDRL_POLICY_VALUE_ARGUMENTS                                                                                                       \
-  "(Tensor? logp, Tensor? old_logp, Tensor? advantages, Tensor weights, Tensor? entropy, Tensor? values, Tensor? old_values, "               \
-  "Tensor? returns, bool reinforce, float lower, float upper, float dual, float entropy_coef, float value_clip, float value_coef)"
+#define FUSEDRL_POLICY_VALUE_SCHEMA                                                                                                                  \
+  "(Tensor? logp, Tensor? old_logp, Tensor? advantages, Tensor weights, Tensor? entropy, Tensor? values, Tensor? old_values, Tensor? returns, "      \
+  "Tensor? ref_logp, Tensor? correction, Tensor? sequence_log_ratio, Tensor? kl_sum, int kind, float lower, float upper, float dual, "               \
+  "float tau_positive, float tau_negative, float beta, float kl_coef, int kl_estimator, int kl_gradient, float entropy_coef, float value_clip, "     \
+  "float value_coef)"
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
-  m.def("policy_value_loss_forward" FUSEDRL_POLICY_VALUE_ARGUMENTS " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("policy_value_loss" FUSEDRL_POLICY_VALUE_ARGUMENTS " -> (Tensor, Tensor)");
+  m.def("policy_value_loss_forward" FUSEDRL_POLICY_VALUE_SCHEMA " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("policy_value_loss" FUSEDRL_POLICY_VALUE_SCHEMA " -> (Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("policy_value_loss_forward", &forward); }
 TORCH_LIBRARY_IMPL(fusedrl, CompositeImplicitAutograd, m) { m.impl("policy_value_loss", &policy_value_loss); }

@@ -1,0 +1,220 @@
+// linear_policy_loss on CPU: hidden states -> the policy loss and its gradients, through the head, with no logits kept and none computed twice.
+//
+//   chunk of rows -> logits -> row statistics -> coefficients g = d loss / d logp, h = d loss / d entropy -> logits overwritten by their gradient
+//   -> hidden's and weight's gradient
+//
+// Shapes   hidden [N, H], weight [V, H]; M unmasked rows; a workspace of C rows of V float32 holds logits, then gradients.
+// Flops    2 M H V and 4 A H V for the A rows whose g or h is not 0. Such rows collect at the front of the workspace over as many chunks as it
+//          takes to fill half of it, so that the last two products stay thick when few rows are active.
+// Numerics as logprob and policy_value_loss; the weight's gradient gathers in float32. An inactive row would add exact zeros: leaving it out
+//          changes only how the products group their rows.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "linear_head.h"
+#include "policy_terms.h"
+
+namespace {
+
+#define FUSEDRL_LINEAR_POLICY_PARAMETERS                                                                                                             \
+  const Tensor &hidden, const Tensor &weight, const MaybeTensor &bias, const Tensor &token_ids, const MaybeTensor &old_logp,                         \
+      const Tensor &advantages, const Tensor &weights, const MaybeTensor &ref_logp, const MaybeTensor &correction,                                   \
+      const MaybeTensor &sequence_log_ratio, const MaybeTensor &kl_sum, int64_t kind, double lower, double upper, double dual, double tau_positive,  \
+      double tau_negative, double beta, double kl_coef, int64_t kl_estimator, int64_t kl_gradient, double entropy_coef, double temperature,          \
+      const MaybeTensor &temperatures, double softcap, int64_t workspace_bytes
+#define FUSEDRL_LINEAR_POLICY_NAMES                                                                                                                  \
+  hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, correction, sequence_log_ratio, kl_sum, kind, lower, upper, dual,        \
+      tau_positive, tau_negative, beta, kl_coef, kl_estimator, kl_gradient, entropy_coef, temperature, temperatures, softcap, workspace_bytes
+constexpr int kParameters = 26;
+
+// What the loss says about the unmasked rows, in their order: inputs gathered once, results as chunks arrive.
+struct Rows {
+  Tensor index, ids, weights, advantages, old_logp, ref_logp, correction, sequence_log_ratio, kl_sum, logp, entropy, logp_grad;
+
+  Tensor gather(const MaybeTensor& from) const { return from ? from->index_select(0, index) : Tensor(); }
+};
+
+const float* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+
+// Loss, statistics, and the loss's gradients for a unit upstream gradient; those not asked for are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_forward(FUSEDRL_LINEAR_POLICY_PARAMETERS, bool for_hidden, bool for_weight,
+                                                                              bool for_bias) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  const int64_t N = hidden.size(0), V = weight.size(0);
+  const auto wide = hidden.options().dtype(at::kFloat);
+  Rows rows;
+  rows.index = weights.ne(0).nonzero().view(-1);
+  const int64_t M = rows.index.numel();
+  rows.ids = token_ids.index_select(0, rows.index).to(at::kLong);
+  rows.weights = rows.gather(weights);
+  rows.advantages = rows.gather(advantages);
+  rows.old_logp = rows.gather(old_logp);
+  rows.ref_logp = rows.gather(ref_logp);
+  rows.correction = rows.gather(correction);
+  rows.sequence_log_ratio = rows.gather(sequence_log_ratio);
+  rows.kl_sum = rows.gather(kl_sum);
+  for (Tensor* result : {&rows.logp, &rows.entropy, &rows.logp_grad}) *result = at::empty({M}, wide);
+  const int64_t* ids = rows.ids.const_data_ptr<int64_t>();
+  const int64_t* row_of = rows.index.const_data_ptr<int64_t>();
+  for (int64_t m = 0; m < M; ++m) {
+    TORCH_CHECK_INDEX(ids[m] >= 0 && ids[m] < V, "linear_policy_loss: expected token ids in [0, ", V, ") where the weight is not 0, got ", ids[m], " in row ", row_of[m]);
+  }
+  const Temperatures t("linear_policy_loss", temperature, temperatures ? MaybeTensor(temperatures->index_select(0, rows.index)) : std::nullopt);
+  const Head head{weight, bias ? bias->to(at::kFloat) : Tensor(), softcap};
+
+  float *logp = rows.logp.mutable_data_ptr<float>(), *entropy = rows.entropy.mutable_data_ptr<float>();
+  const float *w = data(rows.weights), *g = data(rows.logp_grad);
+  const PolicyArguments policy{logp, old_logp ? data(rows.old_logp) : logp, data(rows.advantages), w, entropy, data(rows.ref_logp),
+                               data(rows.correction), data(rows.sequence_log_ratio), data(rows.kl_sum), rows.logp_grad.mutable_data_ptr<float>(),
+                               static_cast<Kind>(kind), static_cast<float>(lower), static_cast<float>(upper), static_cast<float>(dual),
+                               static_cast<float>(tau_positive), static_cast<float>(tau_negative), static_cast<float>(beta),
+                               static_cast<float>(kl_coef), static_cast<Kl>(kl_estimator), static_cast<Kl>(kl_gradient),
+                               static_cast<float>(entropy_coef)};
+  const auto h = [&](int64_t m) { return -static_cast<double>(w[m]) * entropy_coef; };
+
+  const int64_t C = workspace_rows(workspace_bytes, N, V, M);
+  const Tensor workspace_CV = at::empty({M ? C : 0, V}, wide);
+  float* const workspace = workspace_CV.mutable_data_ptr<float>();
+  const bool backward = for_hidden || for_weight || for_bias, every_row = M == N;
+  Tensor hidden_grad = for_hidden ? at::zeros_like(hidden, at::MemoryFormat::Contiguous) : at::empty({0}, hidden.options());
+  Tensor weight_grad = at::empty(for_weight ? weight.sizes() : at::IntArrayRef({0}), wide), bias_grad = at::zeros({for_bias ? V : 0}, wide);
+  std::vector<RowStats> stats(C);
+  std::vector<std::pair<int64_t, int64_t>> moves;  // (row of the chunk, slot of its gradient)
+  std::vector<int64_t> members;                    // unmasked row of each gradient at the front of the workspace
+  bool first = true;
+
+  for (int64_t begin = 0; begin < M;) {
+    const int64_t pending = members.size(), R = std::min(C - pending, M - begin);
+    const Tensor z_RV = workspace_CV.narrow(0, pending, R);
+    const Tensor hidden_RH = every_row ? hidden.narrow(0, begin, R) : hidden.index_select(0, rows.index.narrow(0, begin, R));
+    head.logits(z_RV, hidden_RH.to(at::kFloat));
+    float* const z = workspace + pending * V;
+    at::parallel_for(0, R, grain(V), [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t m = begin + i;
+        float* row = z + i * V;
+        if (softcap > 0.0) cap_row(row, V, softcap);
+        stats[i] = row_stats<true>(row, V, t[m]);
+        logp[m] = row_logp(stats[i], row[ids[m]], t[m]);
+        entropy[m] = row_entropy(stats[i]);
+      }
+    });
+    if (backward) {
+      PolicyPartial unused;
+      policy_block(policy, begin, begin + R, unused);
+      const auto active = [&](int64_t i) { return g[begin + i] != 0.0f || h(begin + i) != 0.0; };
+      int64_t A = 0;
+      for (int64_t i = 0; i < R; ++i) A += active(i);
+      // Active rows among the first A stay; the others go to the slots of inactive ones there. No slot is read and written by two rows.
+      members.resize(pending + A);
+      moves.clear();
+      for (int64_t i = 0, hole = 0; i < R; ++i) {
+        if (!active(i)) continue;
+        int64_t slot = i;
+        if (i >= A) {
+          while (active(hole)) ++hole;
+          slot = hole++;
+        }
+        moves.emplace_back(i, slot);
+        members[pending + slot] = begin + i;
+      }
+      at::parallel_for(0, A, grain(V), [&](int64_t from, int64_t to) {
+        for (int64_t j = from; j < to; ++j) {
+          const auto [i, slot] = moves[j];
+          const int64_t m = begin + i;
+          row_gradient<false>(z + i * V, z + slot * V, V, ids[m], stats[i], g[m], h(m), t[m], softcap);
+        }
+      });
+    }
+    begin += R;
+    const int64_t full = members.size();
+    if (full && (2 * full >= C || begin == M)) {
+      const Tensor dz_AV = workspace_CV.narrow(0, 0, full);
+      const Tensor index_A = rows.index.index_select(0, at::from_blob(members.data(), {full}, at::kLong));
+      if (for_hidden) hidden_grad.index_copy_(0, index_A, head.hidden_grad(dz_AV).to(hidden.scalar_type()));
+      if (for_weight) {
+        const Tensor hidden_AH = hidden.index_select(0, index_A).to(at::kFloat);
+        if (first) at::mm_out(weight_grad, dz_AV.t(), hidden_AH); else weight_grad.addmm_(dz_AV.t(), hidden_AH);
+      }
+      if (for_bias) bias_grad.add_(dz_AV.sum(0));
+      first = false;
+      members.clear();
+    }
+  }
+  if (first && for_weight) weight_grad.zero_();
+
+  PolicyPartial all;
+  policy_block(policy, 0, M, all);
+  Tensor loss = at::empty({}, wide), out = at::empty({kPolicyStats}, wide);
+  *loss.mutable_data_ptr<float>() = static_cast<float>(all.sums[LOSS]);
+  policy_stats(all, correction.has_value(), out.mutable_data_ptr<float>());
+  return {loss, out, hidden_grad, weight_grad.to(weight.scalar_type()), for_bias ? bias_grad.to(bias->scalar_type()) : bias_grad};
+}
+
+// gradient * scale, once, as in policy_value_loss.cpp: a double backward arrives here through `input` and is refused.
+struct ScaledHead : torch::autograd::Function<ScaledHead> {
+  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& gradient, const Tensor& scale, const Tensor& /*input*/) {
+    return gradient * scale;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
+    TORCH_CHECK(false, "linear_policy_loss: expected one backward pass, got a double backward; use linear_policy_loss_reference for second derivatives");
+  }
+};
+
+// Whether the upstream gradient is 1, as it is after loss.backward(): the weight's gradient is then handed on as it is, not copied.
+bool is_one(const Tensor& scale) {
+  const auto keys = scale.key_set();
+  const bool traced = keys.has(c10::DispatchKey::Python) || keys.has(c10::DispatchKey::Functionalize) || !scale.device().is_cpu();
+  return !traced && !at::GradMode::is_enabled() && *scale.const_data_ptr<float>() == 1.0f;
+}
+
+struct LinearPolicyLoss : torch::autograd::Function<LinearPolicyLoss> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, FUSEDRL_LINEAR_POLICY_PARAMETERS, bool for_hidden, bool for_weight,
+                                                bool for_bias) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static auto op = c10::Dispatcher::singleton()
+                         .findSchemaOrThrow("fusedrl::linear_policy_loss_forward", "")
+                         .typed<decltype(linear_policy_loss_forward)>();
+    auto [loss, stats, hidden_grad, weight_grad, bias_grad] = op.call(FUSEDRL_LINEAR_POLICY_NAMES, for_hidden, for_weight, for_bias);
+    ctx->save_for_backward({hidden_grad, weight_grad, bias_grad, hidden, weight, bias.value_or(Tensor())});
+    ctx->mark_non_differentiable({stats});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    return {loss, stats};
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    torch::autograd::variable_list out(kParameters + 3);
+    const bool one = is_one(grads[0]);
+    for (int i = 0; i < (ctx->saved_data["has_bias"].toBool() ? 3 : 2); ++i) {
+      if (ctx->needs_input_grad(i)) out[i] = one ? saved[i] : ScaledHead::apply(saved[i], grads[0], saved[3 + i]);
+    }
+    return out;
+  }
+};
+
+std::tuple<Tensor, Tensor> linear_policy_loss(FUSEDRL_LINEAR_POLICY_PARAMETERS) {
+  const auto needed = [](const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); };
+  const auto out = LinearPolicyLoss::apply(FUSEDRL_LINEAR_POLICY_NAMES, needed(hidden), needed(weight), bias && needed(*bias));
+  return {out[0], out[1]};
+}
+
+#define FUSEDRL_LINEAR_POLICY_SCHEMA                                                                                                                 \
+  "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? old_logp, Tensor advantages, Tensor weights, Tensor? ref_logp, "            \
+  "Tensor? correction, Tensor? sequence_log_ratio, Tensor? kl_sum, int kind, float lower, float upper, float dual, float tau_positive, "             \
+  "float tau_negative, float beta, float kl_coef, int kl_estimator, int kl_gradient, float entropy_coef, float temperature, Tensor? temperatures, "  \
+  "float softcap, int workspace_bytes"
+
+TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
+  m.def("linear_policy_loss_forward(" FUSEDRL_LINEAR_POLICY_SCHEMA ", bool for_hidden, bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_policy_loss(" FUSEDRL_LINEAR_POLICY_SCHEMA ") -> (Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("linear_policy_loss_forward", &linear_policy_loss_forward); }
+TORCH_LIBRARY_IMPL(fusedrl, CompositeImplicitAutograd, m) { m.impl("linear_policy_loss", &linear_policy_loss); }
+
+}  // namespace

@@ -1,0 +1,255 @@
+import math
+
+import pytest
+import torch
+
+from fusedrl.kernels import native
+from fusedrl.kernels.linear_logprob import linear_logprob
+from fusedrl.kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
+from fusedrl.kernels.objective import KINDS, PolicyObjective, RolloutCorrection
+from fusedrl.kernels.policy_loss import policy_loss
+
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
+IMPLS = ["torch", CPP]
+OBJECTIVES = {kind: PolicyObjective(kind=kind) for kind in KINDS} | {
+    "clip": PolicyObjective(clip_low=0.05, clip_high=0.1, dual_clip=1.5), "gspo": PolicyObjective(kind="gspo", clip_low=0.02, clip_high=0.03)}
+EXTRAS = {
+    "plain": {}, "entropy": {"entropy_coef": 0.05}, "k3": {"kl_coef": 0.1}, "k2 under k3": {"kl_coef": 0.1, "kl_gradient": "k2", "entropy_coef": 0.05},
+    "sequence": {"kl_coef": 0.01, "kl_estimator": "k2", "kl_level": "sequence"},
+    "correction": {"rollout_correction": RolloutCorrection(kind="masked", level="sequence", cap=2.0)},
+}
+
+
+def problem(N, H, V, dtype=torch.float32, seed=0, masked=0.3):
+    """Weights of 0 at a third of the rows, where everything else is nonsense; old_logp near the policy, so that some ratios are clipped."""
+    generator = torch.Generator().manual_seed(seed + 7919 * N + V)
+    hidden, weight = torch.randn(N, H, generator=generator).to(dtype), (2 * torch.randn(V, H, generator=generator) / math.sqrt(H)).to(dtype)
+    ids, bias = torch.randint(0, V, (N,), generator=generator), torch.randn(V, generator=generator).to(dtype)
+    weights = torch.where(torch.rand(N, generator=generator) < masked, 0.0, 0.5 + torch.rand(N, generator=generator))
+    logp = linear_logprob(hidden, weight, ids, bias=bias, impl="torch")
+    columns = {name: logp + 0.2 * torch.randn(N, generator=generator) for name in ("old_logp", "ref_logp", "rollout_logp")}
+    advantages = torch.randn(N, generator=generator)
+    advantages[::7] = 0.0
+    gone = weights == 0
+    columns = {name: torch.where(gone, math.nan, column) for name, column in (columns | {"advantages": advantages}).items()}
+    hidden[gone], ids[gone] = math.nan, -7
+    return {"hidden": hidden, "weight": weight, "token_ids": ids, "bias": bias, "weights": weights, **columns}
+
+
+def run(function, p, dtype=None, **settings):
+    p = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in p.items()}
+    leaves = [p[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    N = len(p["weights"])
+    if "rollout_correction" in settings:
+        settings["rollout_logp"] = p["rollout_logp"]
+    loss, stats = function(leaves[0], leaves[1], leaves[2], p["token_ids"], p["old_logp"], p["advantages"], p["weights"], ref_logp=p["ref_logp"],
+                           cu_seqlens=torch.tensor([0, N // 3, N // 3, N]), **settings)
+    loss.backward()
+    return [loss.detach(), torch.stack([*stats]), *(leaf.grad for leaf in leaves)]
+
+
+def oracle(hidden, weight, bias, ids, old_logp, advantages, weights, *, ref_logp, rollout_logp=None, **rest):
+    return linear_policy_loss_reference(hidden, weight, ids, old_logp, advantages, weights, bias_V=bias, ref_logp_N=ref_logp,
+                                        rollout_logp_N=rollout_logp, **rest)
+
+
+def ours(impl, rows=None):
+    def function(hidden, weight, bias, ids, *columns, **settings):
+        return linear_policy_loss(hidden, weight, ids, *columns, bias=bias, impl=impl, workspace_bytes=rows and rows * weight.shape[0] * 4, **settings)
+    return function
+
+
+def two_steps(hidden, weight, bias, ids, old_logp, advantages, weights, *, temperature=1.0, softcap=None, **settings):
+    logp, entropy = linear_logprob(hidden, weight, torch.where(weights != 0, ids, -100), bias=bias, temperature=temperature, softcap=softcap, entropy=True)
+    return policy_loss(logp, old_logp, advantages, weights, entropy=entropy, **settings)
+
+
+def agree(got, want, rtol=1e-5, atol=2e-5):
+    for name, a, b in zip(("loss", "stats", "hidden", "weight", "bias"), got, want, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol * max(1.0, float(b.abs().max()) if b.numel() else 1.0),
+                                   msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- the values -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_matches_float64(impl, kind, extra):
+    p = problem(37, 12, 70)
+    settings = EXTRAS[extra] | {"objective": OBJECTIVES[kind], "temperature": 0.8}
+    want = run(oracle, p, torch.float64, **settings)
+    for rows in (5, None):
+        agree(run(ours(impl, rows), p, **settings), want)
+    agree(run(two_steps, p, **settings), want)
+
+
+# No rows, one, more than a workspace (1, 3 and 8 rows, and the default); V off the vector size and past one block.
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("N,H,V", [(0, 8, 33), (1, 8, 33), (7, 5, 2), (33, 16, 1025), (20, 64, 3000)])
+@pytest.mark.parametrize("masked", [0.0, 0.5, 1.0])
+def test_shapes(impl, N, H, V, masked):
+    p = problem(N, H, V, masked=masked)
+    options = {"temperature": torch.linspace(0.3, 3.0, N), "softcap": 8.0} if V > 100 else {}
+    want = run(oracle, p, torch.float64, **options)
+    for rows in (1, 3, 8, None):
+        got = run(ours(impl, rows), p, **options)
+        agree(got, want)
+        assert not got[2][p["weights"] == 0].any()
+        if masked == 1.0:
+            assert not any(t.any() for t in (got[0], *got[2:]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(impl, dtype):
+    p = problem(30, 64, 1500, dtype)
+    want = run(oracle, p, torch.float64, entropy_coef=0.1)
+    for rows in (1, 64):
+        got = run(ours(impl, rows), p, entropy_coef=0.1)
+        assert [t.dtype for t in got] == [torch.float32] * 2 + [dtype] * 3
+        agree(got[:2] + [t.to(dtype) for t in got[2:]], want[:2] + [t.to(dtype) for t in want[2:]], rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+# ---- rows that are left out --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_inactive_rows_add_exactly_nothing(impl, share):
+    p = problem(64, 8, 50, masked=0.0)
+    active = torch.rand(64, generator=torch.Generator().manual_seed(3)) < share
+    p["advantages"] = torch.where(active, 1.0 + torch.rand(64), 0.0)
+    for rows in (2, 7, 64):
+        got = run(ours(impl, rows), p, objective=PolicyObjective(kind="ratio"))
+        assert not got[2][~active].any()
+        assert got[2][active].any(1).all()
+        without = {name: t if name in ("weight", "bias") else t[active] for name, t in p.items()}
+        kept = run(ours(impl, rows), without, objective=PolicyObjective(kind="ratio"))
+        torch.testing.assert_close(got[2][active], kept[2], rtol=1e-5, atol=1e-6)
+        for a, b in zip(got[3:], kept[3:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [3, None])
+def test_same_bits_every_run_and_whatever_is_masked(impl, rows):
+    p = problem(50, 16, 333)
+    first = run(ours(impl, rows), p, **EXTRAS["k2 under k3"])
+    gone = p["weights"] == 0
+    other = {name: t.clone() for name, t in p.items()}
+    for name in ("hidden", "old_logp", "advantages", "ref_logp"):
+        other[name][gone] = 1e30
+    other["token_ids"][gone] = 2**40
+    for again in (p, other):
+        assert all(torch.equal(a, b) for a, b in zip(run(ours(impl, rows), again, **EXTRAS["k2 under k3"]), first, strict=True))
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_loss_and_statistics_are_those_of_the_two_steps_bit_for_bit():
+    p = problem(50, 16, 333, masked=0.0)
+    inputs = [p[name] for name in ("hidden", "weight", "bias", "token_ids", "old_logp", "advantages", "weights")]
+    settings = {"ref_logp": p["ref_logp"], "entropy_coef": 0.1, "kl_coef": 0.1}
+    (loss, stats), (want, want_stats) = ours("cpp")(*inputs, **settings), two_steps(*inputs, **settings)
+    assert loss == want
+    assert stats == want_stats
+
+
+# ---- gradients ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_upstream_gradient_any_number_of_times(impl):
+    p = problem(20, 8, 40)
+    leaves = [p[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    loss, stats = ours(impl)(*leaves, *(p[name] for name in ("token_ids", "old_logp", "advantages", "weights")))
+    unit = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for got, want in zip(torch.autograd.grad(-2.5 * loss, leaves, retain_graph=True), unit, strict=True):
+        torch.testing.assert_close(got, -2.5 * want, equal_nan=True)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    for leaf, want in zip(leaves, unit, strict=True):
+        torch.testing.assert_close(leaf.grad, 3 * want)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, leaves), unit, strict=True))  # accumulation wrote into none of them
+    assert not any(s.requires_grad for s in stats)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_what_needs_a_gradient_gets_one(impl):
+    p = problem(20, 8, 40)
+    columns = [p[name] for name in ("token_ids", "old_logp", "advantages", "weights")]
+    everything = run(ours(impl), p)
+    for needed in ((True, False, False), (False, True, False), (False, False, True)):
+        leaves = [p[name].clone().requires_grad_(n) for name, n in zip(("hidden", "weight", "bias"), needed, strict=True)]
+        loss, _ = ours(impl)(*leaves, *columns)
+        loss.backward()
+        for leaf, n, want in zip(leaves, needed, everything[2:], strict=True):
+            assert (leaf.grad is None) != n
+            assert not n or torch.equal(leaf.grad, want)
+    with torch.no_grad():
+        loss, _ = ours(impl)(*leaves, *columns)
+    assert not loss.requires_grad
+    assert loss == everything[0]
+    hidden, weight = (p[name].clone().requires_grad_() for name in ("hidden", "weight"))
+    linear_policy_loss(hidden, weight, *columns, impl=impl)[0].backward()
+    assert hidden.grad.shape == hidden.shape
+    assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_double_backward_is_refused(impl):
+    p = problem(20, 8, 40, masked=0.0)
+    weight = p["weight"].requires_grad_()
+    loss, _ = ours(impl)(p["hidden"], weight, p["bias"], *(p[name] for name in ("token_ids", "old_logp", "advantages", "weights")))
+    (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad((weight * grad).sum(), weight)
+
+
+# ---- refusals, torch's own checks ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("impl", IMPLS)
+def test_refuses_what_it_does_not_support(impl):
+    h, w, ids, x = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long), torch.ones(3)
+    for arguments, settings, error, message in (
+            ((h, torch.zeros(5, 3), ids, x, x, x), {}, ValueError, "weight does not fit its pattern"),
+            ((h, w.bfloat16(), ids, x, x, x), {}, TypeError, "expected weight of dtype float32"),
+            ((h, w, ids, x, x, x.double()), {}, TypeError, "expected weights of dtype float32"),
+            ((h, w, ids, None, x, x), {}, ValueError, "expected old_logp for kind 'clip'"),
+            ((h, w, ids, x, x, x), {"kl_coef": 1.0}, ValueError, "expected ref_logp"),
+            ((h, w, ids, x, x, x), {"objective": PolicyObjective(kind="gspo")}, ValueError, "expected cu_seqlens"),
+            ((h, w, ids, x, x, x), {"temperature": 0.0}, ValueError, "expected a temperature above 0"),
+            ((h, w, ids, x, x, x), {"softcap": 0.0}, ValueError, "expected a softcap above 0"),
+            ((h, w, ids, x, x, x), {"workspace_bytes": 0}, ValueError, "expected workspace_bytes above 0"),
+            ((h, w, ids + 5, x, x, x), {}, IndexError, "expected token ids in"),
+            ((h, w, ids - 1, x, x, x), {}, IndexError, "expected token ids in")):
+        with pytest.raises(error, match=message):
+            linear_policy_loss(*arguments, impl=impl, **settings)
+    with pytest.raises(RuntimeError, match="implementation 'triton' cannot run"):
+        linear_policy_loss(h, w, ids, x, x, x, impl="triton")
+    assert linear_policy_loss(h, w, ids, None, x, x, objective=PolicyObjective(kind="reinforce"), impl=impl)[1].ratio_max == 1
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_opcheck(with_bias):
+    p = problem(9, 4, 11, masked=0.0)
+    leaves = [p[name].requires_grad_() for name in ("hidden", "weight")] + [p["bias"].requires_grad_() if with_bias else None]
+    columns = [p[name] for name in ("token_ids", "old_logp", "advantages", "weights", "ref_logp")]
+    rest = (0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 2, 1, 0.05, 1.0, None, 0.0, -1)
+    arguments = (*leaves, *columns, torch.rand(9), None, None, *rest)
+    torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss.default, arguments)
+    constants = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
+    torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_forward.default, (*constants, True, True, with_bias))
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("kind", ["clip", "gspo"])
+def test_compiles_as_one_graph(kind):
+    p = problem(20, 8, 40)
+
+    def step(hidden, weight):
+        loss, stats = linear_policy_loss(hidden, weight, p["token_ids"], p["old_logp"], p["advantages"], p["weights"], objective=OBJECTIVES[kind],
+                                         cu_seqlens=torch.tensor([0, 20]), entropy_coef=0.1)
+        return 2 * loss, torch.stack([*stats])
+
+    outcomes = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [p[name].clone().requires_grad_() for name in ("hidden", "weight")]
+        loss, stats = function(*leaves)
+        outcomes.append([loss.detach(), stats, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
