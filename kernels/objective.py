@@ -4,10 +4,10 @@
     loss = sum_t weights_t * l_t (token_weights)
 
 Shapes    N tokens, B sequences, T steps. Sequence b owns the slots cu_seqlens[b] : cu_seqlens[b + 1] of N, or the row b of [B, T].
-Source    clip, kl_penalty: Schulman et al. (2017), eq. 7 and 8; the dual clip is Ye et al. (2020), eq. 5; gspo: Zheng et al. (2025), group sequence policy optimization;
-          cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025), soft adaptive policy optimization; geometric_mean: Zhao et al. (2025), GMPO;
-          dro: Richemond et al. (2024), offline regularised RL. Aggregations as in Shao et al. (2024), eq. 3 (sequence_mean_token_mean),
-          Yu et al. (2025), eq. 8 (token_mean) and Liu et al. (2025), Dr. GRPO (sequence_sum_norm).
+Source    clip, kl_penalty: Schulman et al. (2017), eq. 7 and 8; the dual clip is Ye et al. (2020), eq. 5; gspo: Zheng et al. (2025), group
+          sequence policy optimization; cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025), soft adaptive policy optimization;
+          geometric_mean: Zhao et al. (2025), GMPO; dro: Richemond et al. (2024), offline regularised RL. Aggregations as in Shao et al. (2024),
+          eq. 3 (sequence_mean_token_mean), Yu et al. (2025), eq. 8 (token_mean) and Liu et al. (2025), Dr. GRPO (sequence_sum_norm).
 """
 from __future__ import annotations
 
