@@ -15,7 +15,7 @@ from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
 from fusedrl.kernels.full_kl import DIRECTIONS, check_direction, full_kl, full_kl_reference
-from fusedrl.kernels.linear_logprob import _product
+from fusedrl.kernels.linear_logprob import product
 
 _IMPLS = Implementations("linear_full_kl", cpu=("cpp", "torch"), cuda=("torch",))
 
@@ -44,7 +44,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def logits(hidden_RH: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z_RV = _product(hidden_RH, weight.t())
+        z_RV = product(hidden_RH, weight.t())
         return z_RV if bias is None else z_RV + bias.to(z_RV.dtype)
 
     @staticmethod
@@ -80,9 +80,9 @@ class _Chunked(torch.autograd.Function):
                 z_RV = _Chunked.logits(hidden[index], weight, bias).detach().requires_grad_()
                 (dz_RV,) = torch.autograd.grad(_Chunked.row_results(z_RV, ref_RV, temperature, direction), z_RV, kl_grad[index])
             if hidden_grad is not None:
-                hidden_grad[index] = _product(dz_RV, weight).to(hidden.dtype)
+                hidden_grad[index] = product(dz_RV, weight).to(hidden.dtype)
             if weight_grad is not None:
-                weight_grad += _product(dz_RV.t(), hidden[index])
+                weight_grad += product(dz_RV.t(), hidden[index])
             if bias_grad is not None:
                 bias_grad += dz_RV.sum(0)
         return (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None,

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrl.kernels import native
+from fusedrl.kernels import native, policy_loss_cuda  # noqa: F401  (policy_loss_cuda registers fusedrl::policy_value_loss_cuda)
 from fusedrl.kernels.checks import check, check_dtype
 from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.objective import (
@@ -59,7 +59,7 @@ __all__ = ["KL_ESTIMATORS", "PolicyObjective", "PolicyStats", "RolloutCorrection
            "policy_value_loss", "token_weights", "value_loss", "value_loss_reference"]
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # the order of Kl in csrc/cpu/policy_terms.h, where sequence_k2 follows
-_IMPLS = Implementations("policy_value_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_IMPLS = Implementations("policy_value_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
 _CLIP = PolicyObjective()
 _POLICY_FIELDS = len(PolicyStats._fields)
 
@@ -274,7 +274,7 @@ if native.capability:
 
 def _fused(impl: str, policy: PolicyPart, weights: Tensor, values: Tensor | None, old_values: Tensor | None, returns: Tensor | None,
            value_clip: float | None, value_coef: float) -> tuple[Tensor, PolicyStats, ValueStats]:
-    op = torch.ops.fusedrl.policy_value_loss_triton if impl == "triton" else torch.ops.fusedrl.policy_value_loss
+    op = getattr(torch.ops.fusedrl, "policy_value_loss" if impl == "cpp" else f"policy_value_loss_{impl}")
     old_logp = policy.logp if policy.old_logp is None else policy.old_logp
     clip, old_values = (math.inf, None) if value_clip is None else (value_clip, old_values)
     loss, stats, *_ = op(policy.logp, old_logp, policy.advantages, weights, policy.entropy, values, old_values, returns, policy.ref_logp,

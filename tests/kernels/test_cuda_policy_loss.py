@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fusedrl.kernels import policy_loss_cuda
-from fusedrl.kernels.policy_loss import value_loss_reference
+from fusedrl.kernels.objective import KINDS, PolicyStats, ValueStats
+from fusedrl.kernels.policy_loss import KL_ESTIMATORS, value_loss_reference
 from fusedrl.kernels.policy_loss_cuda import plan_policy_value_loss
 
 CLIP, RATIO, REINFORCE, KL_PENALTY, GSPO, CISPO, SAPO, GEOMETRIC_MEAN, DRO = range(9)
@@ -233,3 +234,13 @@ def test_refuses_a_sequence_kind_without_its_input():
         plan_policy_value_loss(*arguments({name: t for name, t in x.items() if name != "sequence_log_ratio"}, kind=GSPO))
     with pytest.raises(ValueError, match="expected kl_sum"):
         plan_policy_value_loss(*arguments({name: t for name, t in x.items() if name != "kl_sum"}, kl=(0.1, SEQUENCE, SEQUENCE)))
+
+
+def test_numbers_are_those_of_the_other_implementations():
+    # csrc/cuda/policy_value_loss.cu numbers kinds, estimators and statistics by position.
+    assert KINDS == ("clip", "ratio", "reinforce", "kl_penalty", "gspo", "cispo", "sapo", "geometric_mean", "dro")
+    assert KL_ESTIMATORS == ("k1", "k2", "k3", "abs")
+    assert PolicyStats._fields == ("loss", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "approx_kl_k1", "approx_kl_k2", "approx_kl_k3",
+                                   "ratio_mean", "ratio_min", "ratio_max", "effective_sample_size", "clamped_fraction", "ref_kl", "entropy",
+                                   "correction_mean", "tokens")
+    assert ValueStats._fields == ("loss", "clip_fraction", "explained_variance", "value_mean", "return_mean", "tokens")
