@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import groupby
 
 from bench.harness import RESULTS
 
@@ -11,8 +12,8 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def render() -> str:
-    """One Markdown table of every row, and the machines they were measured on."""
-    lines = ["| what | shape | who | median ms (p20, p80) | ours is faster by | of the ceiling |", "|---|---|---|---|---|---|"]
+    """One Markdown row per contest, and the machines they were measured on."""
+    lines = ["| what | shape | ours, ms (p20, p80) | of the ceiling | others' median / ours |", "|---|---|---|---|---|"]
     machines: dict[str, list[str]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -20,11 +21,12 @@ def render() -> str:
         versions = ", ".join(f"{name} {m[name]}" for name in ("python", "torch", "transformers") if name in m)
         where = f"{m['gpu'] or m['cpu']}, {m['capability']}, {m['threads']} thread; {versions}"
         machines.setdefault(f"{where}; {m['date']}", []).append(f"{path.stem} at `{m['commit']}`")
-        for row in results["rows"]:
-            ratio = "" if row["ratio"] == 1.0 else f"**{row['ratio']:.3g}x**"
-            ceiling = "" if row["percent_of_ceiling"] is None else f"{row['percent_of_ceiling']:.3g}%"
-            times = f"{row['p50_ms']:.4g} ({row['p20_ms']:.4g}, {row['p80_ms']:.4g})"
-            lines.append(f"| {row['what']} | {row['shape']} {row['dtype']} | {row['contestant']} | {times} | {ratio} | {ceiling} |")
+        for _, rows in groupby(results["rows"], key=lambda row: (row["what"], row["shape"], row["dtype"])):
+            ours, *others = rows
+            times = f"{ours['p50_ms']:.3g} ({ours['p20_ms']:.3g}, {ours['p80_ms']:.3g})"
+            ceiling = "" if ours["percent_of_ceiling"] is None else f"{ours['percent_of_ceiling']:.3g}%"
+            ratios = ", ".join(f"{row['contestant']} **{row['ratio']:.3g}x**" for row in others)
+            lines.append(f"| {ours['what']} | {ours['shape']} {ours['dtype']} | {times} | {ceiling} | {ratios} |")
     return "\n".join([*lines, "", *(f"Measured on {where}: {', '.join(names)}." for where, names in machines.items())])
 
 
