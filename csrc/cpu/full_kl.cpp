@@ -8,6 +8,7 @@
 
 #include <tuple>
 
+#include "autograd.h"
 #include "full_kl_rows.h"
 
 namespace {
@@ -60,19 +61,6 @@ Tensor full_kl_backward(const Tensor& kl_grad, const Tensor& logits, const Tenso
   return grad_NV;
 }
 
-// The gradient, once: a double backward arrives here and is refused.
-struct FullKlBackward : torch::autograd::Function<FullKlBackward> {
-  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& kl_grad, const Tensor& logits, const Tensor& ref_logits, const Tensor& stats_N5,
-                        double temperature, int64_t direction) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::full_kl_backward", "").typed<decltype(full_kl_backward)>();
-    return op.call(kl_grad, logits, ref_logits, stats_N5, temperature, direction);
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
-    TORCH_CHECK(false, "full_kl: expected one backward pass, got a double backward; use impl=\"torch\" for second derivatives");
-  }
-};
-
 struct FullKl : torch::autograd::Function<FullKl> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& logits, const Tensor& ref_logits, const MaybeTensor& mask, double temperature,
                         int64_t direction) {
@@ -85,9 +73,11 @@ struct FullKl : torch::autograd::Function<FullKl> {
     return kl_N;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    refuse_double_backward("full_kl");
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::full_kl_backward", "").typed<decltype(full_kl_backward)>();
     const auto saved = ctx->get_saved_variables();
     const Tensor none;
-    return {FullKlBackward::apply(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["temperature"].toDouble(), ctx->saved_data["direction"].toInt()),
+    return {op.call(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["temperature"].toDouble(), ctx->saved_data["direction"].toInt()),
             none, none, none, none};
   }
 };

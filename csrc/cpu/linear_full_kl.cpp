@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
 #include "full_kl_rows.h"
 #include "linear_head.h"
 
@@ -91,23 +92,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_full_kl_backward(const Tensor& kl_grad
   return {hidden_grad, weight_grad.to(weight.scalar_type()), for_bias ? bias_grad.to(bias->scalar_type()) : bias_grad};
 }
 
-// The gradients, once: a double backward arrives here and is refused.
-struct LinearFullKlBackward : torch::autograd::Function<LinearFullKlBackward> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const Tensor& kl_grad, const Tensor& hidden, const Tensor& weight,
-                                                const Tensor& ref_hidden, const Tensor& ref_weight, const MaybeTensor& bias, const MaybeTensor& ref_bias,
-                                                const Tensor& stats_N5, double temperature, int64_t direction, int64_t workspace_bytes, bool for_hidden, bool for_weight,
-                                                bool for_bias) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_full_kl_backward", "").typed<decltype(linear_full_kl_backward)>();
-    auto [hidden_grad, weight_grad, bias_grad] = op.call(kl_grad, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, stats_N5, temperature, direction,
-                                                         workspace_bytes, for_hidden, for_weight, for_bias);
-    return {hidden_grad, weight_grad, bias_grad};
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
-    TORCH_CHECK(false, "linear_full_kl: expected one backward pass, got a double backward");
-  }
-};
-
 struct LinearFullKl : torch::autograd::Function<LinearFullKl> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const Tensor& ref_hidden, const Tensor& ref_weight,
                         const MaybeTensor& bias, const MaybeTensor& ref_bias, const MaybeTensor& mask, double temperature, int64_t direction, int64_t workspace_bytes) {
@@ -121,15 +105,18 @@ struct LinearFullKl : torch::autograd::Function<LinearFullKl> {
     return kl_N;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    refuse_double_backward("linear_full_kl");
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_full_kl_backward", "").typed<decltype(linear_full_kl_backward)>();
     const auto saved = ctx->get_saved_variables();
     const MaybeTensor bias = defined(saved[4]);
     // Edges are numbered over the tensors that were given: hidden, weight, ref_hidden, ref_weight, bias.
     const bool for_hidden = ctx->needs_input_grad(0), for_weight = ctx->needs_input_grad(1), for_bias = bias && ctx->needs_input_grad(4);
-    const auto out = LinearFullKlBackward::apply(grads[0], saved[0], saved[1], saved[2], saved[3], bias, defined(saved[5]), saved[6],
-                                                 ctx->saved_data["temperature"].toDouble(), ctx->saved_data["direction"].toInt(),
-                                                 ctx->saved_data["workspace_bytes"].toInt(), for_hidden, for_weight, for_bias);
+    auto [hidden_grad, weight_grad, bias_grad] =
+        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], bias, defined(saved[5]), saved[6],
+                ctx->saved_data["temperature"].toDouble(), ctx->saved_data["direction"].toInt(),
+                ctx->saved_data["workspace_bytes"].toInt(), for_hidden, for_weight, for_bias);
     const Tensor none;
-    return {for_hidden ? out[0] : none, for_weight ? out[1] : none, none, none, for_bias ? out[2] : none, none, none, none, none, none};
+    return {for_hidden ? hidden_grad : none, for_weight ? weight_grad : none, none, none, for_bias ? bias_grad : none, none, none, none, none, none};
   }
 };
 

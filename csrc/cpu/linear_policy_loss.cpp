@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
 #include "linear_head.h"
 #include "policy_terms.h"
 
@@ -157,21 +158,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_forward(FU
   return {loss, out, hidden_grad, weight_grad.to(weight.scalar_type()), for_bias ? bias_grad.to(bias->scalar_type()) : bias_grad};
 }
 
-// gradient * scale, once, as in policy_value_loss.cpp: a double backward arrives here through `input` and is refused.
-struct ScaledHead : torch::autograd::Function<ScaledHead> {
-  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& gradient, const Tensor& scale, const Tensor& /*input*/) {
-    return gradient * scale;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
-    TORCH_CHECK(false, "linear_policy_loss: expected one backward pass, got a double backward; use linear_policy_loss_reference for second derivatives");
-  }
-};
-
 // Whether the upstream gradient is 1, as it is after loss.backward(): the weight's gradient is then handed on as it is, not copied.
 bool is_one(const Tensor& scale) {
   const auto keys = scale.key_set();
   const bool traced = keys.has(c10::DispatchKey::Python) || keys.has(c10::DispatchKey::Functionalize) || !scale.device().is_cpu();
-  return !traced && !at::GradMode::is_enabled() && *scale.const_data_ptr<float>() == 1.0f;
+  return !traced && *scale.const_data_ptr<float>() == 1.0f;
 }
 
 struct LinearPolicyLoss : torch::autograd::Function<LinearPolicyLoss> {
@@ -182,17 +173,18 @@ struct LinearPolicyLoss : torch::autograd::Function<LinearPolicyLoss> {
                          .findSchemaOrThrow("fusedrl::linear_policy_loss_forward", "")
                          .typed<decltype(linear_policy_loss_forward)>();
     auto [loss, stats, hidden_grad, weight_grad, bias_grad] = op.call(FUSEDRL_LINEAR_POLICY_NAMES, for_hidden, for_weight, for_bias);
-    ctx->save_for_backward({hidden_grad, weight_grad, bias_grad, hidden, weight, bias.value_or(Tensor())});
+    ctx->save_for_backward({hidden_grad, weight_grad, bias_grad});
     ctx->mark_non_differentiable({stats});
     ctx->saved_data["has_bias"] = bias.has_value();
     return {loss, stats};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    refuse_double_backward("linear_policy_loss");
     const auto saved = ctx->get_saved_variables();
     torch::autograd::variable_list out(kParameters + 3);
     const bool one = is_one(grads[0]);
     for (int i = 0; i < (ctx->saved_data["has_bias"].toBool() ? 3 : 2); ++i) {
-      if (ctx->needs_input_grad(i)) out[i] = one ? saved[i] : ScaledHead::apply(saved[i], grads[0], saved[3 + i]);
+      if (ctx->needs_input_grad(i)) out[i] = one ? saved[i] : saved[i] * grads[0];
     }
     return out;
   }

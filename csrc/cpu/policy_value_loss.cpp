@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
 #include "policy_terms.h"
 
 namespace {
@@ -177,17 +178,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(FUSEDRL_POLICY_VALUE_PARAMETE
   return {loss, stats, logp_grad_N, values_grad_N};
 }
 
-// gradient * scale, once: the gradient was formed in the forward pass, and how it depends on the input is not known any more. `input` is there
-// to make a double backward arrive here, where it is refused, instead of taking the gradient for a constant.
-struct Scaled : torch::autograd::Function<Scaled> {
-  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& gradient, const Tensor& scale, const Tensor& /*input*/) {
-    return gradient * scale;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
-    TORCH_CHECK(false, "policy_value_loss: expected one backward pass, got a double backward; use impl=\"torch\" for second derivatives");
-  }
-};
-
 struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, FUSEDRL_POLICY_VALUE_PARAMETERS) {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -195,8 +185,7 @@ struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
                          .findSchemaOrThrow("fusedrl::policy_value_loss_forward", "")
                          .typed<decltype(::forward)>();
     auto [loss, stats, logp_grad_N, values_grad_N] = op.call(FUSEDRL_POLICY_VALUE_NAMES);
-    ctx->save_for_backward({logp_grad_N, entropy ? weights : Tensor(), values_grad_N, logp.value_or(Tensor()), entropy.value_or(Tensor()),
-                            values.value_or(Tensor())});
+    ctx->save_for_backward({logp_grad_N, entropy ? weights : Tensor(), values_grad_N});
     ctx->saved_data["entropy_coef"] = entropy_coef;
     // Edges count the tensors that were given: logp, old_logp, advantages, weights, entropy, values, ...
     ctx->saved_data["logp_edge"] = logp ? 0 : -1;
@@ -206,15 +195,16 @@ struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
     return {loss, stats};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    refuse_double_backward("policy_value_loss");
     const auto saved = ctx->get_saved_variables();
     torch::autograd::variable_list out(kParameters);
     const auto needed = [&](const char* edge) {
       const int64_t index = ctx->saved_data[edge].toInt();
       return index >= 0 && ctx->needs_input_grad(index);
     };
-    if (needed("logp_edge")) out[0] = Scaled::apply(saved[0], grads[0], saved[3]);
-    if (needed("entropy_edge")) out[4] = Scaled::apply(saved[1], grads[0] * -ctx->saved_data["entropy_coef"].toDouble(), saved[4]);
-    if (needed("values_edge")) out[5] = Scaled::apply(saved[2], grads[0], saved[5]);
+    if (needed("logp_edge")) out[0] = saved[0] * grads[0];
+    if (needed("entropy_edge")) out[4] = saved[1] * (grads[0] * -ctx->saved_data["entropy_coef"].toDouble());
+    if (needed("values_edge")) out[5] = saved[2] * grads[0];
     return out;
   }
 };

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "first_order.h"
+#include "autograd.h"
 
 namespace {
 
@@ -44,16 +44,14 @@ struct PairwiseRankingLoss : torch::autograd::Function<PairwiseRankingLoss> {
                          .findSchemaOrThrow("fusedrl::pairwise_ranking_loss_forward", "")
                          .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&)>();
     auto [loss, slope_B] = op.call(chosen, rejected, margin);
-    ctx->save_for_backward({slope_B, chosen, rejected, margin.value_or(Tensor())});
+    ctx->save_for_backward({slope_B});
+    ctx->saved_data["margin"] = margin.has_value();
     return loss;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor opposite = -grads[0];
-    const auto gradient = [&](int i, const Tensor& scale) {
-      return saved[i + 1].defined() && ctx->needs_input_grad(i) ? scaled_once("pairwise_ranking_loss", saved[0], scale, saved[i + 1]) : Tensor();
-    };
-    return {gradient(0, grads[0]), gradient(1, opposite), gradient(2, opposite)};
+    refuse_double_backward("pairwise_ranking_loss");
+    const Tensor chosen_grad = ctx->get_saved_variables()[0] * grads[0], opposite = -chosen_grad;
+    return {chosen_grad, opposite, ctx->saved_data["margin"].toBool() ? opposite : Tensor()};
   }
 };
 
@@ -106,12 +104,12 @@ struct KwiseRankingLoss : torch::autograd::Function<KwiseRankingLoss> {
     at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::kwise_ranking_loss_forward", "").typed<decltype(kwise_forward)>();
     auto [loss, slope_M] = op.call(scores, ranks, cu_groups);
-    ctx->save_for_backward({slope_M, scores});
+    ctx->save_for_backward({slope_M});
     return loss;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    return {scaled_once("kwise_ranking_loss", saved[0], grads[0], saved[1]), Tensor(), Tensor()};
+    refuse_double_backward("kwise_ranking_loss");
+    return {ctx->get_saved_variables()[0] * grads[0], Tensor(), Tensor()};
   }
 };
 
