@@ -10,11 +10,10 @@ from ctypes import c_float, c_int32, c_int64
 import torch
 from torch import Tensor
 
-from fusedrl.kernels import nvrtc
+from fusedrl.kernels import nvrtc, policy_loss_fused
 from fusedrl.kernels.nvrtc import Launch
 
 _THREADS, _BLOCK, _ROWS = 256, 2048, 25  # kThreads, kBlock and kRows of policy_value_loss.cu
-_STATS = 22  # the fields of PolicyStats, then those of ValueStats
 _SEQUENCE_KINDS = (4, 7)  # gspo and geometric_mean, which read sequence_log_ratio
 _SEQUENCE_KL = 4
 
@@ -41,7 +40,7 @@ def plan_policy_value_loss(
         raise ValueError(f"policy_value_loss: expected sequence_log_ratio [N] for kind {kind}, got None; pass cu_seqlens to the loss")
     if ref_logp is not None and _SEQUENCE_KL in (kl_estimator, kl_gradient) and kl_sum is None:
         raise ValueError("policy_value_loss: expected kl_sum [N] for the KL of sequences, got None; pass cu_seqlens to the loss")
-    outputs = loss, stats, logp_grad, values_grad = _outputs(logp, weights, values)
+    outputs = loss, stats, logp_grad, values_grad = policy_loss_fused.outputs(logp, weights, values)
     N = weights.numel()
     blocks = -(-N // _BLOCK)
     partials = weights.new_empty(_ROWS, blocks)
@@ -56,13 +55,6 @@ def plan_policy_value_loss(
     launches.append(Launch("policy_value_loss.cu", "combine", (
         partials, loss, stats, c_int32(blocks), c_int32(logp is not None), c_int32(values is not None), c_float(value_coef)), (1, 1, 1), _THREADS, options))
     return outputs, launches
-
-
-def _outputs(logp: Tensor | None, weights: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N = weights.numel()
-    sizes: tuple[tuple[int, ...], ...] = ((), (_STATS,), (0 if logp is None else N,), (0 if values is None else N,))
-    loss, stats, logp_grad, values_grad = (weights.new_empty(size) for size in sizes)
-    return loss, stats, logp_grad, values_grad
 
 
 # ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
@@ -80,46 +72,4 @@ def _policy_value_loss(
     return outputs
 
 
-@_policy_value_loss.register_fake
-def _(logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None, values: Tensor | None,
-      *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(logp, weights, values)
-
-
-@torch.library.custom_op("fusedrl::policy_value_loss_cuda_scale", mutates_args=())
-def _scale(gradient: Tensor, scale: Tensor, of: Tensor) -> Tensor:
-    """gradient * scale, once: how the gradient depends on the input `of` is not known any more, and a double backward is refused."""
-    return gradient * scale
-
-
-@_scale.register_fake
-def _(gradient: Tensor, scale: Tensor, of: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
-
-
-# ---- autograd ----------------------------------------------------------------------------------------------------------
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, stats, logp_grad, values_grad = output
-    ctx.mark_non_differentiable(stats, logp_grad, values_grad)
-    ctx.save_for_backward(logp_grad, inputs[3], values_grad, inputs[0], inputs[4], inputs[5])
-    ctx.entropy_coef = inputs[22]
-
-
-def _backward(ctx, loss_grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    logp_grad, weights, values_grad, logp, entropy, values = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 25
-    if ctx.needs_input_grad[0]:
-        grads[0] = _scale(logp_grad, loss_grad, logp)
-    if ctx.needs_input_grad[4]:
-        grads[4] = _scale(weights, loss_grad * -ctx.entropy_coef, entropy)
-    if ctx.needs_input_grad[5]:
-        grads[5] = _scale(values_grad, loss_grad, values)
-    return tuple(grads)
-
-
-def _refuse(ctx, *grads: Tensor) -> None:  # type: ignore[no-untyped-def]
-    raise RuntimeError('policy_value_loss: expected one backward pass, got a double backward; use impl="torch" for second derivatives')
-
-
-_policy_value_loss.register_autograd(_backward, setup_context=_setup)
-_scale.register_autograd(_refuse)
+policy_loss_fused.attach(_policy_value_loss)

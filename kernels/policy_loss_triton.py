@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedrl.kernels import policy_loss_fused
+
 _BLOCK = 2048
 _CHUNK = 256
 _ROWS = 32
-_STATS = 22  # the fields of PolicyStats, then those of ValueStats
 
 # Rows of the partials. 0 to 16 are sums over the tokens of a block; then two maxima; then the moments of a block, of count _TOKENS.
 _LOSS, _LOW, _HIGH, _DUAL, _K1, _K2, _K3, _RATIO, _SQUARED, _CLAMPED, _ENTROPY, _TOKENS, _REF_KL, _CORRECTION = (tl.constexpr(i) for i in range(14))
@@ -305,7 +306,7 @@ def _policy_value_loss(
         tau_negative: float, beta: float, kl_coef: float, kl_estimator: int, kl_gradient: int, entropy_coef: float, value_clip: float,
         value_coef: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient (empty where that part is absent)."""
-    loss, stats, logp_grad, values_grad = _outputs(logp, weights, values)
+    loss, stats, logp_grad, values_grad = policy_loss_fused.outputs(logp, weights, values)
     N = weights.numel()
     blocks = triton.cdiv(N, _BLOCK)
     partials = weights.new_empty(_ROWS, blocks)  # rows of an absent part stay unwritten and reach no statistic
@@ -321,56 +322,7 @@ def _policy_value_loss(
     return loss, stats, logp_grad, values_grad
 
 
-def _outputs(logp: Tensor | None, weights: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N = weights.numel()
-    sizes: tuple[tuple[int, ...], ...] = ((), (_STATS,), (0 if logp is None else N,), (0 if values is None else N,))
-    loss, stats, logp_grad, values_grad = (weights.new_empty(size) for size in sizes)
-    return loss, stats, logp_grad, values_grad
-
-
-@_policy_value_loss.register_fake
-def _(logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None, values: Tensor | None,
-      *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(logp, weights, values)
-
-
-@torch.library.custom_op("fusedrl::policy_value_loss_scale", mutates_args=())
-def _scale(gradient: Tensor, scale: Tensor, of: Tensor) -> Tensor:
-    """gradient * scale, once: how the gradient depends on the input `of` is not known any more, and a double backward is refused."""
-    return gradient * scale
-
-
-@_scale.register_fake
-def _(gradient: Tensor, scale: Tensor, of: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
-
-
-# ---- autograd ----------------------------------------------------------------------------------------------------------
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, stats, logp_grad, values_grad = output
-    ctx.mark_non_differentiable(stats, logp_grad, values_grad)
-    ctx.save_for_backward(logp_grad, inputs[3], values_grad, inputs[0], inputs[4], inputs[5])
-    ctx.entropy_coef = inputs[22]
-
-
-def _backward(ctx, loss_grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    logp_grad, weights, values_grad, logp, entropy, values = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 25
-    if ctx.needs_input_grad[0]:
-        grads[0] = _scale(logp_grad, loss_grad, logp)
-    if ctx.needs_input_grad[4]:
-        grads[4] = _scale(weights, loss_grad * -ctx.entropy_coef, entropy)
-    if ctx.needs_input_grad[5]:
-        grads[5] = _scale(values_grad, loss_grad, values)
-    return tuple(grads)
-
-
-def _refuse(ctx, *grads: Tensor) -> None:  # type: ignore[no-untyped-def]
-    raise RuntimeError('policy_value_loss: expected one backward pass, got a double backward; use impl="torch" for second derivatives')
-
-
-_policy_value_loss.register_autograd(_backward, setup_context=_setup)
-_scale.register_autograd(_refuse)
+policy_loss_fused.attach(_policy_value_loss)
 
 
 # ---- offline compilation: name -> what triton.compile needs (tests/offline_compile.py) ----------------------------------

@@ -218,11 +218,11 @@ def test_gradients_through_the_op(simt):
     leaves = {name: x[name].clone().requires_grad_() for name in ("logp", "entropy", "values")}
     given = arguments(x | leaves, entropy_coef=0.1, value_coef=0.5)
     loss, _, logp_grad, values_grad = torch.ops.fusedrl.policy_value_loss_cuda(*given)
-    grads = torch.autograd.grad(3.0 * loss, list(leaves.values()), create_graph=True)
+    grads = torch.autograd.grad(3.0 * loss, list(leaves.values()), retain_graph=True)
     for got, want in zip(grads, (logp_grad, -0.1 * x["weights"], values_grad), strict=True):
         torch.testing.assert_close(got, 3.0 * want)
     with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(grads[0].sum(), leaves["logp"])
+        torch.autograd.grad(loss, leaves["logp"], create_graph=True)
     torch.library.opcheck(torch.ops.fusedrl.policy_value_loss_cuda, given)
     compiled = torch.compile(torch.ops.fusedrl.policy_value_loss_cuda, fullgraph=True, backend="aot_eager")(*given)
     assert torch.equal(compiled[0], loss)
