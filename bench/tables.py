@@ -21,12 +21,13 @@ def render() -> str:
         versions = ", ".join(f"{name} {m[name]}" for name in ("python", "torch", "transformers") if name in m)
         where = f"{m['gpu'] or m['cpu']}, {m['capability']}, {m['threads']} thread; {versions}"
         machines.setdefault(f"{where}; {m['date']}", []).append(f"{path.stem} at `{m['commit']}`")
-        for _, rows in groupby(results["rows"], key=lambda row: (row["what"], row["shape"], row["dtype"])):
+        for _, rows in groupby(results["rows"], key=lambda row: (row["what"], row["shape"], row["dtype"], row["note"])):
             ours, *others = rows
-            times = f"{ours['p50_ms']:.3g} ({ours['p20_ms']:.3g}, {ours['p80_ms']:.3g})"
+            times = f"{ours['p50_ms']:.4g} ({ours['p20_ms']:.4g}, {ours['p80_ms']:.4g})"
             ceiling = "" if ours["percent_of_ceiling"] is None else f"{ours['percent_of_ceiling']:.3g}%"
             ratios = ", ".join(f"{row['contestant']} **{row['ratio']:.3g}x**" for row in others)
-            lines.append(f"| {ours['what']} | {ours['shape']} {ours['dtype']} | {times} | {ceiling} | {ratios} |")
+            what = ours["what"] + (f", {ours['note']}" if ours["note"] else "")
+            lines.append(f"| {what} | {ours['shape']} {ours['dtype']} | {times} | {ceiling} | {ratios} |")
     return "\n".join([*lines, "", *(f"Measured on {where}: {', '.join(names)}." for where, names in machines.items())])
 
 
