@@ -1,16 +1,11 @@
 """gae on CPU, one thread, against the textbook loop over T on torch tensors (a [B] vector a step), and shaped_gae against the same chain written in torch.
 
-    python bench/bench_gae.py
+    python -m bench.bench_gae
 """
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Row, contest, one_thread, report
+from bench.harness import Row, contest, one_thread, report
 
 from fusedrl.kernels.gae import gae, shaped_gae
 

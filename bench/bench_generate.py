@@ -1,6 +1,6 @@
 """Generation of 64 x 128 tokens of a real model, one thread: fusedrl against transformers' batched `generate`; and one draw against eager torch.
 
-    python bench/bench_generate.py [directory of a Llama-like model]
+    python -m bench.bench_generate [directory of a Llama-like model]
 
 Neither side stops at an EOS, so that both make the same tokens; greedy tokens are checked to be equal before anything is timed. fusedrl returns the
 logprob of every token beside it, transformers does not.
@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench.harness import Row, contest, one_thread, report
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Row, contest, one_thread, report
 
 from fusedrl.engine import HybridActor, SamplingParams
 from fusedrl.kernels.sampling import sample

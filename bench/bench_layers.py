@@ -1,21 +1,17 @@
 """rms_norm, swiglu and rope: ours, eager and torch.compile, forward and forward + backward, with bytes and percent of the copy ceiling.
 
-    python bench/bench_layers.py [--rounds N] [--cases tiny,large]
+    python -m bench.bench_layers [--rounds N] [--cases tiny,large]
 """
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench.harness import Row, contest, copy_bandwidth, one_thread, report
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Row, contest, copy_bandwidth, one_thread, report
 
 from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import rope

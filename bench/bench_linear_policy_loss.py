@@ -1,19 +1,15 @@
 """linear_policy_loss, forward and backward, against its bare products, our own two steps, eager PyTorch and torch.compile; by active rows.
 
-    OMP_NUM_THREADS=1 python bench/bench_linear_policy_loss.py          (writes bench/results/linear_policy_loss.json)
+    OMP_NUM_THREADS=1 python -m bench.bench_linear_policy_loss          (writes bench/results/linear_policy_loss.json)
 """
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from bench.harness import contest, one_thread, report
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import contest, one_thread, report
 
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import linear_policy_loss

@@ -1,6 +1,6 @@
 """logprob and linear_logprob against eager log_softmax + gather and torch.compile of the same.
 
-    python bench/bench_logprob.py [--rounds 15] [--cases 2048x32000,head]      (cases: the start of a name printed below; all by default)
+    python -m bench.bench_logprob [--rounds 15] [--cases 2048x32000,head]      (cases: the start of a name printed below; all by default)
 
 "forward" runs under no_grad. "forward+backward" is one call and `torch.autograd.grad` of it with a random upstream gradient; the gradient is a
 fresh tensor, except for logprob_, whose gradient lands on the logits (each round reads what the round before left there).
@@ -8,14 +8,10 @@ fresh tensor, except for logprob_, whose gradient lands on the logits (each roun
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
+from bench.harness import Row, contest, copy_bandwidth, one_thread, report
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import Row, contest, copy_bandwidth, one_thread, report
 
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.logprob import logprob, logprob_

@@ -1,17 +1,12 @@
 """The training forward and backward of a small Llama on packed sequences, against transformers on the same sequences padded; and attention alone.
 
-    python bench/bench_model.py
+    python -m bench.bench_model
 """
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
+from bench.harness import Row, contest, one_thread, report
 from transformers import AutoConfig, AutoModel
-
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Row, contest, one_thread, report
 
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config

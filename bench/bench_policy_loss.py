@@ -1,18 +1,14 @@
 """policy_loss, forward and backward with every statistic, against the same loss in eager PyTorch and under torch.compile.
 
-    OMP_NUM_THREADS=1 python bench/bench_policy_loss.py          (writes bench/results/policy_loss.json)
+    OMP_NUM_THREADS=1 python -m bench.bench_policy_loss          (writes bench/results/policy_loss.json)
 """
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from bench.harness import contest, report
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import contest, report
 
 from fusedrl.kernels.policy_loss import PolicyObjective, policy_loss, policy_value_loss
 

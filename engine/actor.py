@@ -154,7 +154,6 @@ class HybridActor:
         if sorted(b for part in partition for b in part) != list(range(batch.num_sequences)):
             raise ValueError(f"HybridActor.score: expected a partition of the batch's {batch.num_sequences} sequences, "
                              f"got {[list(part) for part in partition]}")
-        starts = batch.cu_seqlens.tolist()
         columns = [torch.zeros(batch.num_tokens, device=batch.device) for _ in range(2 if self.value_head is None else 3)]
         for part in partition:
             if not len(part):
@@ -162,7 +161,7 @@ class HybridActor:
             micro = batch.select(part)
             hidden_NH = self.forward(micro)
             scored = [*self.logprobs(micro, hidden_NH, temperature), *([] if self.value_head is None else [self.values(micro, hidden_NH)])]
-            slots = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in part]).to(batch.device)
+            slots = batch.slots(part)
             for column, x_N in zip(columns, scored, strict=True):
                 column[slots] = x_N
         return Scored(columns[0], columns[1], columns[2] if self.value_head is not None else None)

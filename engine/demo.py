@@ -19,7 +19,7 @@ from fusedrl.engine.data.readers import load_pairs, load_prompts
 from fusedrl.engine.evaluate import Estimate, Evaluation, comparison, evaluate, side_by_side
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from fusedrl.engine.model.weights import save_pretrained
+from fusedrl.engine.model.weights import load_tokenizer, save_pretrained
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.stages.policy import PPOResult, train_ppo
 from fusedrl.engine.stages.reward_model import RewardModelResult, train_reward_model
@@ -143,9 +143,7 @@ def _free(directory: Path) -> Path:
 
 def _initial_model(files: Path, directory: Path, seed: int) -> Path:
     """A model directory with random weights."""
-    from transformers import AutoTokenizer
-
-    save_pretrained(Decoder.random(model_config(files), seed), directory, tokenizer=AutoTokenizer.from_pretrained(files))
+    save_pretrained(Decoder.random(model_config(files), seed), directory, tokenizer=load_tokenizer(files))
     return directory
 
 

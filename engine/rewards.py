@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from fusedrl.engine.data.readers import Prompt
-from fusedrl.engine.data.tokenize import encode_completion, encode_prompt
+from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
 from fusedrl.engine.errors import RewardError
 from fusedrl.engine.packing import PackedBatch
 
@@ -246,22 +246,20 @@ class ModelReward:
     """
 
     def __init__(self, directory: Path, *, device: torch.device | str | None = None, policy_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        from transformers import AutoTokenizer
-
         from fusedrl.engine.model.heads import load_reward_model
+        from fusedrl.engine.model.weights import load_tokenizer
 
         self.name = directory.resolve().name
         self.model = load_reward_model(directory, device=device).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        self.tokenizer = load_tokenizer(directory)
+        if self.tokenizer is None:
+            raise RewardError(f"reward {directory}: expected a tokenizer beside the reward model, got none; copy its tokenizer.json and "
+                              "tokenizer_config.json there")
         self._policy_tokenizer = policy_tokenizer
         self._same = policy_tokenizer is not None and _identity(policy_tokenizer) == _identity(self.tokenizer)
         config = self.model.decoder.config
         self._limit = config.max_positions
-        eos = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else next(iter(config.eos_token_ids), None)
-        if eos is None:
-            raise RewardError(f"reward {directory}: its tokenizer and configuration name no EOS token, and a score is read at the end of an answer; "
-                              "set eos_token in its tokenizer_config.json")
-        self._eos: int = eos
+        self._eos = end_of_text(self.tokenizer, config.eos_token_ids)
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> list[float | Invalid]:

@@ -49,7 +49,7 @@ def rollout(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, c
     Samples whose reward is invalid (raised, NaN, of the wrong type) are left out of the batch.
 
     Raises:
-        RewardError: more than `max_invalid_fraction` of the samples were invalid.
+        RewardError: more than `max_invalid_fraction` of the samples were invalid, or all of them.
     """
     request_ids = list(range(first_request_id, first_request_id + len(prompts)))
     outs = actor.generate([p.ids for p in prompts], sampling_params(config), request_ids=request_ids)
@@ -61,6 +61,8 @@ def rollout(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, c
         raise RewardError(f"{len({i for i, _, _ in scored.invalid})} of {len(flat)} samples have no valid reward, more than max_invalid_fraction = "
                           f"{config.max_invalid_fraction}; the first, sample {index}, by {name}: {reason}")
     valid = [i for i, total in enumerate(scored.total) if math.isfinite(total)]
+    if not valid:
+        raise RewardError(f"none of the {len(flat)} samples has a valid reward; the first: {scored.invalid[0][2]}")
     kept = [flat[i] for i in valid]
     cut = [completion.finish_reason != "stop" for _, completion in kept]
     scores = torch.tensor([scored.total[i] - (config.missing_eos_penalty if c else 0.0) for i, c in zip(valid, cut, strict=True)], dtype=torch.float32)

@@ -26,7 +26,7 @@ from torch import Tensor
 from fusedrl.engine.checkpoint import RunDirectory, save_checkpoint
 from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.control import KLController
-from fusedrl.engine.errors import CheckpointError
+from fusedrl.engine.errors import CheckpointError, ConfigError
 from fusedrl.engine.metrics import JsonLines, Metrics, Progress
 from fusedrl.engine.optim import Optimizer, StepResult
 
@@ -173,8 +173,14 @@ def peak_memory() -> float:
 
 
 def held_out(items: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
-    """(train, held out): `fraction` of the items, drawn by `seed`, rounded to the nearest whole number; the order of the rest is kept."""
+    """(train, held out): `fraction` of the items, drawn by `seed`, rounded to the nearest whole number; the order of the rest is kept.
+
+    Raises:
+        ConfigError: nothing is left to train on.
+    """
     count = round(fraction * len(items))
+    if count == len(items):
+        raise ConfigError(f"eval_fraction = {fraction} holds out all of the {len(items)} examples and leaves none to train on; lower it or bring more data")
     chosen = set(random.Random(seed).sample(range(len(items)), count))
     return [x for i, x in enumerate(items) if i not in chosen], [items[i] for i in sorted(chosen)]
 

@@ -31,14 +31,16 @@ class Dropped:
         return f"{self.count} of {self.total} ({100 * self.count / max(1, self.total):.1f}%) are longer than {self.limit} tokens and were dropped"
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
     """Ids of a prompt: the special tokens that the tokenizer adds, but no EOS at the end; messages through the chat template.
 
     An empty prompt is the BOS token alone.
 
     Raises:
-        DataError: an empty prompt without a BOS token, or messages without a chat template.
+        DataError: no tokenizer, an empty prompt without a BOS token, or messages without a chat template.
     """
+    if tokenizer is None:
+        raise DataError("text needs a tokenizer, and the model's directory has none; put its tokenizer.json and tokenizer_config.json there")
     if not isinstance(prompt, str):
         if not tokenizer.chat_template:
             raise DataError("the prompt is a list of messages, but the tokenizer has no chat template; use a chat model, or write prompts as strings")
@@ -51,6 +53,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         return [tokenizer.bos_token_id]
     ids = _ids(tokenizer, prompt, special=True)
     return ids[:-1] if ids[-len(plain) - 1:] == [*plain, tokenizer.eos_token_id] else ids  # an EOS that the author of the prompt wrote stays
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase, model_ids: Sequence[int]) -> int:
+    """The id that ends a completion: the first of the model's EOS ids, else the tokenizer's.
+
+    Raises:
+        DataError: neither names one.
+    """
+    ids = [*model_ids, *([] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    if not ids:
+        raise DataError("expected an EOS token to end completions with, and neither the model's configuration nor its tokenizer names one; "
+                        "set eos_token_id in config.json")
+    return ids[0]
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, eos_id: int, *, first: bool = False) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedrl.engine.config import RewardModelConfig
 from fusedrl.engine.control import data_order, learning_rate
 from fusedrl.engine.data.readers import load_pairs
-from fusedrl.engine.data.tokenize import encode_pairs
+from fusedrl.engine.data.tokenize import encode_pairs, end_of_text
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 from fusedrl.engine.optim import make_optimizer
@@ -54,7 +54,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
         for reason, count in unusable.items():
             run.message(f"pairs: {count} of {len(examples) + sum(unusable.values())} are not used: {reason}")
         trunk = model.decoder.config
-        encoded, dropped = encode_pairs(tokenizer, examples, trunk.eos_token_ids[0], min(trunk.max_positions, config.max_length or trunk.max_positions))
+        limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
+        encoded, dropped = encode_pairs(tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit)
         run.message(f"pairs: {dropped}")
         pairs = [((prompt, chosen), (prompt, rejected)) for prompt, chosen, rejected in encoded]
         train, held = held_out(pairs, config.eval_fraction, config.run.seed)

@@ -10,7 +10,7 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import SFTConfig
 from fusedrl.engine.control import data_order, learning_rate
 from fusedrl.engine.data.readers import load_demonstrations
-from fusedrl.engine.data.tokenize import encode_demonstrations
+from fusedrl.engine.data.tokenize import encode_demonstrations, end_of_text
 from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.run import Run, held_out
@@ -44,7 +44,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
         examples = load_demonstrations(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
         trunk = actor.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
-        sequences, dropped = encode_demonstrations(actor.tokenizer, examples, trunk.eos_token_ids[0], limit)
+        sequences, dropped = encode_demonstrations(actor.tokenizer, examples, end_of_text(actor.tokenizer, trunk.eos_token_ids), limit)
         run.message(f"demonstrations: {dropped}")
         train, held = held_out(sequences, config.eval_fraction, config.run.seed)
         run.total = math.ceil(len(train) * config.epochs / config.sequences_per_step)

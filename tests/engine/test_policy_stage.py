@@ -142,6 +142,8 @@ def test_the_value_head_learns_what_the_prompt_tells(ppo):
 def test_rewards_that_fail(ppo):
     train_ppo(ppo(reward="sometimes_nan", name="some", steps=1))
     assert _metrics(ppo(name="some"))[0]["completions/invalid"] == 1.0
+    with pytest.raises(RewardError, match="none of the 12 samples has a valid reward"):
+        train_ppo(ppo(reward="mostly_nan", name="tolerant", max_invalid_fraction=1.0))
     for reward, message in (("mostly_nan", "12 of 12 samples have no valid reward"), ("raises", "KeyError"), ("short", "12")):
         config = ppo(reward=reward, name=reward)
         with pytest.raises(RewardError, match=message):

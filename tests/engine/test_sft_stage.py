@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusedrl.engine.config import OptimConfig, RunConfig, SFTConfig
+from fusedrl.engine.data.tokenize import end_of_text
+from fusedrl.engine.errors import ConfigError, DataError
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.stages import sft
 from fusedrl.engine.stages.sft import train_sft
@@ -70,3 +72,27 @@ def test_resume_continues_bitwise(config, monkeypatch):
     ours, theirs = (dict(load_decoder(Path(c.run.dir) / "model").named_parameters()) for c in (whole, parts))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [r["loss"] for r in _metrics(whole)] == [r["loss"] for r in _metrics(parts)]
+
+
+def test_holding_everything_out_is_refused(config):
+    # It used to save the untrained model and say nothing.
+    with pytest.raises(ConfigError, match="holds out all of the 20 examples"):
+        train_sft(replace(config, eval_fraction=0.99))
+    assert not (Path(config.run.dir) / "model").exists()
+
+
+def test_a_model_without_a_tokenizer_says_so(config, tiny_model, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((tiny_model / name).read_bytes())
+    with pytest.raises(DataError, match="the model's directory has none"):
+        train_sft(replace(config, model=str(bare)))
+
+
+def test_end_of_text_is_the_models_or_the_tokenizers(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert end_of_text(tokenizer, (7, 8)) == 7
+    assert end_of_text(tokenizer, ()) == tokenizer.eos_token_id
+    with pytest.raises(DataError, match="set eos_token_id"):
+        end_of_text(None, ())
