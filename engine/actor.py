@@ -13,6 +13,7 @@ from fusedrl.engine.generation.generator import Completion, Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
+from fusedrl.engine.model.sharing import Sharing, share
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, resolve_directory, save_pretrained
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.linear_logprob import linear_logprob
@@ -47,6 +48,7 @@ class HybridActor:
         self.weights_version = 0
         self._cache = cache or CacheConfig()
         self._generator: Generator | None = None
+        self._sharing: Sharing | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None, value_head: bool = False,
@@ -66,6 +68,27 @@ class HybridActor:
             head = (load_value_head(directory, decoder.config.hidden_size, device=decoder.device) if saved
                     else ValueHead(decoder.config.hidden_size, device=decoder.device))
         return cls(decoder, load_tokenizer(directory), value_head=head, cache=cache)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, tokenizer: Any = None, *, value_head: bool = False, cache: CacheConfig | None = None) -> HybridActor:
+        """An actor on the storage of a transformers model that someone else trains.
+
+        The weights are copied once, into fused storage, and the model's own parameters then lie in it: its optimizer's steps are the actor's, with nothing
+        to synchronise. Steps are noticed by themselves (a new `weights_version` at the next `generate`, `stream` or `score`), unless written through `.data`:
+        call `mark_updated` after those.
+
+        Args:
+            module: of a family in `families.FAMILIES`, parameters of one dtype on one device. It is not wrapped and keeps working.
+            tokenizer: a transformers tokenizer, or None where prompts are token ids. value_head: a fresh one, which says 0.
+        Raises:
+            TypeError, ValueError: a model that does not fit (`sharing.share`). Later, wherever the weights are read, RuntimeError: the model was cast, moved or
+            otherwise re-allocated, and no longer shares them.
+        """
+        decoder, sharing = share(module)
+        head = ValueHead(decoder.config.hidden_size, device=decoder.device) if value_head else None
+        actor = cls(decoder, tokenizer, value_head=head, cache=cache)
+        actor._sharing = sharing
+        return actor
 
     # ---- generating -------------------------------------------------------------------------------------------------------
     def generate(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -106,7 +129,13 @@ class HybridActor:
         self.abort()
         self._generator = None
 
+    def _notice_updates(self) -> None:
+        """Of a model whose weights someone else trains: a new version where they changed; RuntimeError where they are no longer shared."""
+        if self._sharing is not None and self._sharing.changed():
+            self.mark_updated()
+
     def _generation(self) -> Generator:
+        self._notice_updates()
         if self._generator is None or self._generator.cache.k.device != self.decoder.device or self._generator.cache.k.dtype != self.decoder.dtype:
             self._generator = Generator(self.decoder, self.tokenizer, self._cache, weights_version=self.weights_version)
         return self._generator
@@ -114,6 +143,7 @@ class HybridActor:
     # ---- the training forward -----------------------------------------------------------------------------------------------
     def forward(self, batch: PackedBatch) -> Tensor:
         """[N, H] hidden states of the training forward, with gradient; `logprobs` and `values` read them."""
+        self._notice_updates()
         return self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
 
     def logprobs(self, batch: PackedBatch, hidden_NH: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
