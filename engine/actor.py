@@ -96,7 +96,8 @@ class HybridActor:
         """Complete prompts.
 
         Args:
-            prompts: strings (tokenised with the tokenizer's special tokens), token-id lists, or message lists (through the chat template).
+            prompts: strings (tokenised with the tokenizer's special tokens), token-id lists, message lists (through the chat template), or completions
+                to continue: aborted ones, or such as `extend` returns. Under the same request id and the same weights one goes on as if it had never stopped.
             params: one for all prompts, or one per prompt; None: the defaults of `SamplingParams`.
             request_ids: one integer per prompt, by default its index. A draw depends on (seed, request id, sample index, position) and the logits alone.
         Returns:
@@ -118,6 +119,11 @@ class HybridActor:
         Closing the iterator takes what is unfinished out; `abort` has it delivered as it is.
         """
         return self._generation().run(prompts, params if params is not None else SamplingParams(), request_ids)
+
+    def extend(self, completion: Completion, token_ids: Sequence[int]) -> Completion:
+        """Append observation tokens (a tool's answer, the user's next turn) to a completion; they are not actions. `generate` continues it as a prompt,
+        and finds the keys and values of all its full blocks in the cache, as long as the weights have not changed and nothing else needed the memory."""
+        return completion.extend(token_ids, self.weights_version)
 
     def abort(self) -> None:
         """End every completion in flight with the tokens it has and finish_reason "aborted"; the streams deliver them."""
