@@ -6,7 +6,7 @@
 
 Shapes    N tokens; Hq query and Hkv key/value heads of D values, in this order in a row of the projection; the angles' cos and sin [N, D/2].
           k_cache [blocks, Hkv, D, S] holds K transposed inside a block, v_cache [blocks, Hkv, S, D]: one layer of decode_step.py's caches.
-Bytes     2 N (Hq + 2 Hkv) D s (read, write) + 4 N D of the angles. The three ops it replaces move 6 N (Hq + Hkv) D s + 2 N Hkv D s.
+Bytes     N (2 Hq + 4 Hkv) D s (read, write) and 4 N D of angles. Norms, rotation and copy one after the other: N (4 Hq + 8 Hkv) D s.
 Numerics  norm and rotation in float32 (float64 for float64), rounded once, when stored: the norm does not round before its weight as rms_norm
           alone does. v is copied. A row's results depend on nothing but that row.
 Source    rms_norm.py and rope.py, in the order of Qwen3 (norm, then rotation); Kwon et al. (2023), PagedAttention.
