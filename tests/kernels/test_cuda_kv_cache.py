@@ -95,6 +95,21 @@ def test_rows_stay_alone(simt):
         assert torch.equal(values[block, :, at], want[2][block, :, at])
 
 
+def test_offsets_beyond_two_to_the_31(simt):
+    small, cos, sin, keys, values, _, *rest = make(2, 2, 1, 8, 16)
+    far, small = 2**31 // (8 * 16), small.nan_to_num()
+    want = run(simt, (small, cos, sin, keys, values, torch.tensor([3, 40]), *rest))
+    qkv = torch.empty(2**31 + 32).as_strided((2, 32), (2**31, 1)).copy_(small)  # hardly any page of these is touched
+    k_cache, v_cache = (torch.empty(far + 3, *shape) for shape in ((1, 8, 16), (1, 16, 8)))
+    q, launches = plan_rope_and_cache(qkv, cos, sin, k_cache, v_cache, torch.tensor([3, 16 * far + 40]), *rest)
+    simt.run(launches)
+    assert torch.equal(q, want[0])
+    for block, at in ((0, 3), (2, 8)):
+        there = block and far + block
+        assert torch.equal(k_cache[there, :, :, at], want[1][block, :, :, at])
+        assert torch.equal(v_cache[there, :, at], want[2][block, :, at])
+
+
 def test_ops_as_torch_sees_them(simt):
     def on_cpu(*arguments):
         q, launches = plan_rope_and_cache(*arguments)

@@ -161,6 +161,21 @@ def test_the_cache_may_hold_anything(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_offsets_beyond_two_to_the_31(impl):
+    arguments, far = make(2, 2, 1, 8, 16, dtype=torch.float16), 2**31 // (8 * 16)
+    arguments |= {"qkv": arguments["qkv"].nan_to_num(), "slots": torch.tensor([3, 40])}
+    q, keys, values = run(arguments, impl=impl)
+    qkv = torch.empty(2**31 + 32, dtype=torch.float16).as_strided((2, 32), (2**31, 1)).copy_(arguments["qkv"])  # hardly any page of these is touched
+    k_cache, v_cache = (torch.empty(far + 3, *shape, dtype=torch.float16) for shape in ((1, 8, 16), (1, 16, 8)))
+    arguments |= {"qkv": qkv, "k_cache": k_cache, "v_cache": v_cache, "slots": torch.tensor([3, 16 * far + 40])}
+    assert torch.equal(rope_and_cache(**arguments, impl=impl), q)
+    for block, at in ((0, 3), (2, 8)):
+        there = block and far + block
+        assert torch.equal(k_cache[there, :, :, at], keys[block, :, :, at])
+        assert torch.equal(v_cache[there, :, at], values[block, :, at])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_only_padding(impl):
     arguments = make(4, 3, 2, 12, 4)
     arguments["slots"] = torch.full((4,), -1)
