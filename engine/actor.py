@@ -14,8 +14,10 @@ from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
 from fusedrl.engine.model.sharing import Sharing, share
+from fusedrl.engine.model.strict import strict_hidden, strict_logprob
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, resolve_directory, save_pretrained
 from fusedrl.engine.packing import PackedBatch
+from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.linear_logprob import linear_logprob
 
 
@@ -35,16 +37,22 @@ class HybridActor:
 
     Args:
         decoder: the weights. tokenizer: a transformers tokenizer, or None where prompts are token ids. value_head: on the same trunk, or None.
-        cache: size of the KV cache and of the steps over it.
+        cache: size of the KV cache and of the steps over it. strict: what the training forward says of a token is bitwise what the sampler said, whatever the
+            batch, at the cost of one more forward in training; on CPU, with the C++ kernels, in float32 and bfloat16.
     Raises:
-        ValueError: the tokenizer has ids that the model does not know.
+        ValueError: the tokenizer has ids that the model does not know, or `strict` where it cannot be kept.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Any = None, *, value_head: ValueHead | None = None, cache: CacheConfig | None = None) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: Any = None, *, value_head: ValueHead | None = None, cache: CacheConfig | None = None,
+                 strict: bool = False) -> None:
+        if strict and (decoder.device.type != "cpu" or decoder.dtype not in (torch.float32, torch.bfloat16) or unavailable("cpp", "cpu") is not None):
+            raise ValueError("HybridActor: strict=True needs the C++ kernels, whose sums have one order: a float32 or bfloat16 model on CPU, got "
+                             f"{decoder.dtype} on {decoder.device}, C++ kernels {unavailable('cpp', 'cpu') or 'present'}; use strict=False, and watch "
+                             "sampling/logp_diff_max")
         if tokenizer is not None and len(tokenizer) > decoder.config.vocab_size:
             raise ValueError(f"HybridActor: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {decoder.config.vocab_size}: ids from "
                              f"{decoder.config.vocab_size} on have no embedding; use the tokenizer that belongs to the model")
-        self.decoder, self.tokenizer, self.value_head = decoder, tokenizer, value_head
+        self.decoder, self.tokenizer, self.value_head, self.strict = decoder, tokenizer, value_head, strict
         self.weights_version = 0
         self._cache = cache or CacheConfig()
         self._generator: Generator | None = None
@@ -52,7 +60,7 @@ class HybridActor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None, value_head: bool = False,
-                        cache: CacheConfig | None = None) -> HybridActor:
+                        cache: CacheConfig | None = None, strict: bool = False) -> HybridActor:
         """Load a directory or Hugging Face id: decoder, tokenizer, and with `value_head` the value head saved there, or one that says 0.
 
         Args:
@@ -67,10 +75,11 @@ class HybridActor:
             saved = (directory / VALUE_HEAD_FILE).is_file()
             head = (load_value_head(directory, decoder.config.hidden_size, device=decoder.device) if saved
                     else ValueHead(decoder.config.hidden_size, device=decoder.device))
-        return cls(decoder, load_tokenizer(directory), value_head=head, cache=cache)
+        return cls(decoder, load_tokenizer(directory), value_head=head, cache=cache, strict=strict)
 
     @classmethod
-    def from_module(cls, module: nn.Module, tokenizer: Any = None, *, value_head: bool = False, cache: CacheConfig | None = None) -> HybridActor:
+    def from_module(cls, module: nn.Module, tokenizer: Any = None, *, value_head: bool = False, cache: CacheConfig | None = None,
+                    strict: bool = False) -> HybridActor:
         """An actor on the storage of a transformers model that someone else trains.
 
         The weights are copied once, into fused storage, and the model's own parameters then lie in it: its optimizer's steps are the actor's, with nothing
@@ -86,7 +95,7 @@ class HybridActor:
         """
         decoder, sharing = share(module)
         head = ValueHead(decoder.config.hidden_size, device=decoder.device) if value_head else None
-        actor = cls(decoder, tokenizer, value_head=head, cache=cache)
+        actor = cls(decoder, tokenizer, value_head=head, cache=cache, strict=strict)
         actor._sharing = sharing
         return actor
 
@@ -143,21 +152,26 @@ class HybridActor:
     def _generation(self) -> Generator:
         self._notice_updates()
         if self._generator is None or self._generator.cache.k.device != self.decoder.device or self._generator.cache.k.dtype != self.decoder.dtype:
-            self._generator = Generator(self.decoder, self.tokenizer, self._cache, weights_version=self.weights_version)
+            self._generator = Generator(self.decoder, self.tokenizer, self._cache, weights_version=self.weights_version, strict=self.strict)
         return self._generator
 
     # ---- the training forward -----------------------------------------------------------------------------------------------
     def forward(self, batch: PackedBatch) -> Tensor:
         """[N, H] hidden states of the training forward, with gradient; `logprobs` and `values` read them."""
         self._notice_updates()
-        return self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+        arguments = (batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+        return strict_hidden(self.decoder, *arguments, self._cache.block_size) if self.strict else self.decoder(*arguments)
 
     def logprobs(self, batch: PackedBatch, hidden_NH: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(logp, entropy), both [N] float32, of the batch's actions given the tokens before them; 0 elsewhere. Differentiable.
 
         Training and `score` both come through here, so the same cut of a batch gives the same bits. At temperature 0: of T = 1, as `generate` reports it.
         """
-        logp_N, entropy_N = linear_logprob(hidden_NH, self.decoder.head_weight, batch.labels(), temperature=temperature or 1.0, entropy=True)
+        head_VH, labels_N, T = self.decoder.head_weight, batch.labels(), temperature or 1.0
+        if self.strict:
+            logp_N, entropy_N = strict_logprob(hidden_NH, head_VH, labels_N, T)
+        else:
+            logp_N, entropy_N = linear_logprob(hidden_NH, head_VH, labels_N, temperature=T, entropy=True)
         mask_N = batch.action_mask
         return torch.where(mask_N, batch.to_next(logp_N), 0.0), torch.where(mask_N, batch.to_next(entropy_N), 0.0)
 

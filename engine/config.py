@@ -249,6 +249,7 @@ class PPOConfig:
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
         max_invalid_fraction: of a rollout's rewards (raised, NaN, wrong type); above it the run stops, below it those samples are left out.
         max_logp_diff: mean absolute difference between sampler and trainer log-probabilities above which the run stops.
+        strict: the trainer's log-probabilities are bitwise the sampler's, at the cost of one more forward in training (CPU).
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
         dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
         device: cpu, cuda, or None for the best there is.
@@ -269,6 +270,7 @@ class PPOConfig:
     missing_eos_penalty: float = 0.0
     max_invalid_fraction: float = 0.1
     max_logp_diff: float = 0.05
+    strict: bool = False
     skip_bad_lines: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str | None = None

@@ -23,6 +23,7 @@ from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
 from fusedrl.engine.generation.scheduler import Plan, Scheduler
 from fusedrl.engine.generation.scheduler import Sequence as Running
 from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.strict import strict_logits, strict_row_logprob
 from fusedrl.kernels.decode_step import copy_blocks, decode_step
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.sampling import Sampled, sample
@@ -105,9 +106,10 @@ class Generator:
     `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions arrive in the ticket's `finished`.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Any = None, config: CacheConfig | None = None, *, weights_version: int = 0) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: Any = None, config: CacheConfig | None = None, *, weights_version: int = 0,
+                 strict: bool = False) -> None:
         config = config or CacheConfig()
-        self.decoder, self.tokenizer, self.weights_version = decoder, tokenizer, weights_version
+        self.decoder, self.tokenizer, self.weights_version, self._strict = decoder, tokenizer, weights_version, strict
         self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions)
         self.scheduler = Scheduler(BlockManager(self.cache.num_blocks, config.block_size), config.max_sequences, config.max_tokens_per_step)
         self._table = SamplingTable(config.max_sequences)
@@ -237,12 +239,12 @@ class Generator:
             copy_blocks(self.cache.k, self.cache.v, plan.copies)
         if not len(plan.sampled):
             return None
-        logits_RV = _logits(hidden_RH, weights.head)
+        logits_RV = (strict_logits if self._strict else _logits)(hidden_RH, weights.head)
         if inputs.early:  # later the tokens that may not be drawn stay the same
             early = self._table.early(plan.sampled, slots.length[plan.sampled])
             inputs.suppress = self._table.suppress(plan.sampled, early, logits_RV.shape[1], logits_RV.device)
             inputs.early = bool(early.size)
-        sampled = _sample(logits_RV, inputs)
+        sampled = _sample(logits_RV, inputs, self._strict)
         inputs.token_ids = sampled.token_ids
         self._inputs = inputs if not plan.chunks else None
         return sampled
@@ -352,15 +354,18 @@ class Generator:
         return self.tokenizer
 
 
-def _sample(logits_RV: Tensor, inputs: _Inputs) -> Sampled:
-    """A draw from the biased logits; the log-probability and the entropy are the model's own."""
-    if inputs.bias is None:
+def _sample(logits_RV: Tensor, inputs: _Inputs, strict: bool) -> Sampled:
+    """A draw, from the biased logits where there is a bias; the log-probability and the entropy are the model's own. `strict`: with the scorer's bits."""
+    if inputs.bias is None and not strict:
         return sample(logits_RV, **inputs.arguments, keys=inputs.keys, suppress=inputs.suppress)
-    bias_RV, biased_R = inputs.bias
-    sampled = sample(logits_RV + bias_RV, **inputs.arguments, keys=inputs.keys, suppress=inputs.suppress)
-    T = inputs.arguments["temperature"]
+    biased_RV, biased_R = (logits_RV, None) if inputs.bias is None else (logits_RV + inputs.bias[0], inputs.bias[1])
+    sampled = sample(biased_RV, **inputs.arguments, keys=inputs.keys, suppress=inputs.suppress)
+    T, token_ids_R = inputs.arguments["temperature"], sampled.token_ids.clamp(min=0)  # -1: a row with NaN, which the caller sees
     T = torch.where(T > 0, T, 1.0).float() if isinstance(T, Tensor) else T or 1.0
-    logp_R, entropy_R = logprob(logits_RV, sampled.token_ids.clamp(min=0), temperature=T, entropy=True)
+    if biased_R is None or strict:
+        logp_R, entropy_R = strict_row_logprob(logits_RV, token_ids_R, T)
+        return sampled._replace(logp=logp_R, entropy=entropy_R)
+    logp_R, entropy_R = logprob(logits_RV, token_ids_R, temperature=T, entropy=True)
     return sampled._replace(logp=torch.where(biased_R, logp_R, sampled.logp), entropy=torch.where(biased_R, entropy_R, sampled.entropy))
 
 

@@ -54,7 +54,7 @@ def train_ppo(config: PPOConfig) -> PPOResult:
         RuntimeError: five updates in a row had a non-finite gradient, or sampler and trainer disagree by more than `max_logp_diff`.
     """
     torch.manual_seed(config.run.seed)
-    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True)
+    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True, strict=config.strict)
     reference = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     optim = config.optim

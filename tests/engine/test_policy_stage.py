@@ -84,6 +84,16 @@ def test_ratio_is_exactly_one_before_the_first_update(ppo):
     assert rows[2]["policy/approxkl_avg"] > 0
 
 
+def test_strict_runs_have_no_difference_at_all(ppo):
+    train_ppo(ppo(strict=True))
+    rows = _metrics(ppo())
+    assert len(rows) == 3
+    for row in rows:
+        assert row["sampling/logp_diff_max"] == row["sampling/logp_diff_mean"] == 0.0
+        assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
+    assert rows[2]["kl"] > 1e-4
+
+
 def test_the_micro_batch_split_does_not_change_the_update(ppo):
     # One rollout, one epoch: the same samples, cut differently. Later steps may sample differently and are not compared.
     results = []

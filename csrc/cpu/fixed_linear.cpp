@@ -1,0 +1,53 @@
+// fixed_linear on CPU: y = x W^T + b whose sums have one order, that of decode_step's own linear layers (panels.h).
+//
+// Bytes    the weights once a 64 rows; x and y once.
+// Numerics float32 sums over blocks of 256 inputs, then over blocks, in order: a row of y depends on its row of x, the weights and their sizes alone.
+#include "panels.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <optional>
+
+namespace {
+
+using at::Tensor;
+
+template <typename T>
+void run(const Tensor& x_NK, const Tensor& weight_OK, const std::optional<Tensor>& bias_O, Tensor& out_NO) {
+  const int64_t N = x_NK.size(0), K = x_NK.size(1), O = weight_OK.size(0);
+  const T* x = x_NK.const_data_ptr<T>();
+  const T* w = weight_OK.const_data_ptr<T>();
+  const T* bias = bias_O ? bias_O->const_data_ptr<T>() : nullptr;
+  float* out = out_NO.mutable_data_ptr<float>();
+  Tensor workspace = at::empty({PANEL * (K + O)}, at::kFloat);
+  float* from = workspace.mutable_data_ptr<float>();
+  float* to = from + PANEL * K;
+  for (int64_t first = 0; first < N; first += PANEL) {
+    const Panels panel(std::min(PANEL, N - first));
+    const int64_t used = panel.used(0), width = panel.width(0);
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t c = 0; c < width; ++c) from[k * width + c] = c < used ? to_float(x[(first + c) * K + k]) : 0.0f;
+    linear(w, bias, O, K, panel, from, to, false);
+    constexpr int64_t BLOCK = 64;  // of outputs: their lines stay in the cache while 64 rows are written
+    at::parallel_for(0, (O + BLOCK - 1) / BLOCK, std::max<int64_t>(1, 32768 / (BLOCK * used)), [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block)
+        for (int64_t c = 0; c < used; ++c)
+          for (int64_t o = block * BLOCK; o < std::min(O, (block + 1) * BLOCK); ++o) out[(first + c) * O + o] = to[o * width + c];
+    });
+  }
+}
+
+Tensor fixed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor x_NK = x.contiguous(), weight_OK = weight.contiguous();
+  const std::optional<Tensor> bias_O = bias ? std::optional<Tensor>(bias->contiguous()) : std::nullopt;
+  Tensor out_NO = at::empty({x.size(0), weight.size(0)}, x.options().dtype(at::kFloat).requires_grad(false));
+  if (x.size(1) == 0) return bias ? out_NO.copy_(*bias) : out_NO.zero_();
+  if (out_NO.numel()) (x.scalar_type() == at::kBFloat16 ? &run<at::BFloat16> : &run<float>)(x_NK, weight_OK, bias_O, out_NO);
+  return out_NO;
+}
+
+TORCH_LIBRARY_FRAGMENT(fusedrl, m) { m.def("fixed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
+TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("fixed_linear", &fixed_linear); }
+
+}  // namespace

@@ -1,0 +1,94 @@
+"""Strict numerics: what the trainer computes of a token is, bit for bit, what the sampler computed.
+
+The sampler runs `decode_step` and `fixed_linear`, whose sums have one order whatever stands in a batch. So the strict training forward runs the same
+two, over a cache of its own, and takes its gradient from the ordinary forward, recomputed in the backward pass:
+
+    values      decode_step, fixed_linear, logprob       bits that do not depend on companions, chunks, preemption or prefix hits
+    gradients   the ordinary forward at the same weights   equal up to rounding; nothing is kept between the passes, so it saves activations, too
+
+Shapes    N tokens, H hidden, V vocabulary, R rows that have a label.
+Cost      a forward more in every training pass.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.kernels.decode_step import allocate_cache, decode_step
+from fusedrl.kernels.fixed_linear import fixed_linear
+from fusedrl.kernels.linear_logprob import linear_logprob
+from fusedrl.kernels.logprob import logprob
+
+_WORKSPACE = 64 << 20  # bytes of logits held at a time
+
+
+class _Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, decoder: Decoder, block_size: int, batch: tuple[Tensor, Tensor, Tensor, int], *parameters: Tensor) -> Tensor:
+        ctx.decoder, ctx.batch, ctx.versions = decoder, batch, [p._version for p in parameters]
+        token_ids_N, positions_N, cu_seqlens_B1, max_length = batch
+        B, M = len(cu_seqlens_B1) - 1, -(-max_length // block_size)
+        weights = decoder.weights()
+        k, v = allocate_cache(weights, max(1, B * M), block_size)
+        table_BM = torch.arange(B * M, dtype=torch.int32, device=k.device).view(B, M)
+        rows_N = torch.repeat_interleave(torch.arange(B, device=k.device), cu_seqlens_B1.diff().long())
+        return decode_step(weights, token_ids_N, positions_N, rows_N, table_BM, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
+        parameters = [p for p in ctx.decoder.parameters() if p.requires_grad]
+        if [p._version for p in parameters] != ctx.versions:
+            raise RuntimeError("strict forward: the weights changed between the forward and the backward pass; call backward before the optimizer's step")
+        with torch.enable_grad():
+            hidden_NH = ctx.decoder(*ctx.batch)
+            grads = torch.autograd.grad(hidden_NH, parameters, grad_NH, allow_unused=True)
+        return (None, None, None, *grads)
+
+
+def strict_hidden(decoder: Decoder, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int, block_size: int) -> Tensor:
+    """`Decoder.forward` with the sampler's bits: [N, H], differentiable in the parameters. `block_size`: that of the sampler's cache."""
+    parameters = [p for p in decoder.parameters() if p.requires_grad]
+    return _Hidden.apply(decoder, block_size, (token_ids_N, positions_N, cu_seqlens_B1, max_length), *parameters)
+
+
+def strict_logits(hidden_RH: Tensor, head_VH: Tensor) -> Tensor:
+    """[R, V] float32, each row a function of its hidden state and the head alone. No gradient."""
+    return fixed_linear(hidden_RH, head_VH, impl="cpp")
+
+
+def strict_row_logprob(logits_RV: Tensor, token_ids_R: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(logp, entropy), [R] float32: of a row's bits, whatever the rest of the batch asks for."""
+    T_R = torch.as_tensor(temperature, dtype=torch.float32, device=logits_RV.device).expand(len(token_ids_R)).contiguous()
+    logp_R, entropy_R = logprob(logits_RV, token_ids_R, temperature=T_R, entropy=True, impl="cpp")
+    return logp_R, entropy_R
+
+
+class _Logprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, labels_N: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden_NH, head_VH, labels_N)
+        ctx.temperature, ctx.ignore_index = temperature, ignore_index
+        logp_N, entropy_N = (torch.zeros(len(labels_N), device=hidden_NH.device) for _ in range(2))
+        labelled = (labels_N != ignore_index).nonzero()[:, 0]
+        for rows_R in labelled.split(max(1, _WORKSPACE // (4 * len(head_VH)))):
+            logits_RV = strict_logits(hidden_NH[rows_R], head_VH)
+            logp_N[rows_R], entropy_N[rows_R] = strict_row_logprob(logits_RV, labels_N[rows_R], temperature)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, logp_grad_N: Tensor, entropy_grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NH, head_VH, labels_N = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_(needed) for x, needed in zip((hidden_NH, head_VH), ctx.needs_input_grad, strict=False)]
+            outs = linear_logprob(inputs[0], inputs[1], labels_N, temperature=ctx.temperature, entropy=True, ignore_index=ctx.ignore_index)
+            wanted = [x for x in inputs if x.requires_grad]
+            grads = iter(torch.autograd.grad(outs, wanted, (logp_grad_N, entropy_grad_N)))
+        return (*(next(grads) if x.requires_grad else None for x in inputs), None, None, None)
+
+
+def strict_logprob(hidden_NH: Tensor, head_VH: Tensor, labels_N: Tensor, temperature: float, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """`linear_logprob` with the sampler's bits: (logp, entropy), [N] float32, differentiable in the hidden states and the head."""
+    return _Logprob.apply(hidden_NH, head_VH, labels_N, temperature, ignore_index)

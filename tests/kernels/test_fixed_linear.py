@@ -1,0 +1,79 @@
+"""fixed_linear: right, and the same bits for a row whatever stands around it."""
+import pytest
+import torch
+
+from fusedrl.kernels import native
+from fusedrl.kernels.fixed_linear import fixed_linear
+
+pytestmark = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
+SIZES = [(1, 1, 1), (3, 257, 5), (64, 256, 32), (65, 300, 33), (130, 24, 100), (0, 8, 4), (5, 0, 3), (5, 8, 0)]
+
+
+def inputs(N, K, O, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in ((N, K), (O, K), (O,)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_against_float64(size, dtype, impl):
+    x, w, b = inputs(*size, dtype)
+    for bias in (b, None):
+        expected = x.double() @ w.double().T + (b.double() if bias is not None else 0.0)
+        ours = fixed_linear(x, w, bias, impl=impl)
+        assert ours.dtype == torch.float32
+        bound = 1e-6 * (x.double().abs() @ w.double().abs().T + 1.0)  # float32 sums of rounded inputs
+        assert bool(((ours.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_companions(dtype):
+    x, w, b = inputs(131, 300, 70, dtype)
+    whole = fixed_linear(x, w, b, impl="cpp")
+    assert torch.equal(whole, fixed_linear(x, w, b, impl="cpp"))
+    for n in (0, 1, 63, 64, 127, 130):
+        assert torch.equal(fixed_linear(x[n:n + 1], w, b, impl="cpp"), whole[n:n + 1])
+        assert torch.equal(fixed_linear(x[max(0, n - 32):n + 1], w, b, impl="cpp")[-1], whole[n])
+    strange = torch.cat([torch.full_like(x[:40], torch.nan), x])
+    assert torch.equal(fixed_linear(strange, w, b, impl="cpp")[40:], whole)
+
+
+def test_the_negative_control():
+    """The BLAS's rows do depend on their number, or the test above would show nothing."""
+    x, w, _ = inputs(131, 300, 70)
+    whole = x @ w.T
+    assert any(not torch.equal(x[n:n + 1] @ w.T, whole[n:n + 1]) for n in range(131))
+
+
+def test_threads_change_nothing():
+    x, w, b = inputs(70, 512, 3000)
+    one = fixed_linear(x, w, b, impl="cpp")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(fixed_linear(x, w, b, impl="cpp"), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_strides_compile_and_opcheck():
+    x, w, b = inputs(9, 20, 12)
+    wide = torch.randn(9, 40)
+    wide[:, ::2] = x
+    assert torch.equal(fixed_linear(wide[:, ::2], w.T.contiguous().T, b, impl="cpp"), fixed_linear(x, w, b, impl="cpp"))
+    torch.library.opcheck(torch.ops.fusedrl.fixed_linear.default, (x, w, b))
+    compiled = torch.compile(lambda x: fixed_linear(x, w, b), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), fixed_linear(x, w, b))
+
+
+def test_refuses():
+    x, w, _ = inputs(3, 4, 5)
+    with pytest.raises(ValueError, match=r"fixed_linear: weight does not fit its pattern \[O, K\]"):
+        fixed_linear(x, w[:, :3])
+    with pytest.raises(TypeError, match="expected weight of dtype float32"):
+        fixed_linear(x, w.double())
+    with pytest.raises(TypeError, match="expected x of dtype float32, bfloat16"):
+        fixed_linear(x.double(), w.double(), impl="cpp")
+    with pytest.raises(RuntimeError, match="these can: torch, cpp"):
+        fixed_linear(x, w, impl="triton")
