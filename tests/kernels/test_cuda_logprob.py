@@ -11,15 +11,15 @@ from fusedrl.kernels.logprob_cuda import plan_backward, plan_forward
 EPS = torch.finfo(torch.float32).eps
 
 
-def run(simt, logits, ids, temperature=1.0, ignore_index=-100, g=None, h=None, out=None):
+def run(simt, logits, ids, temperature=1.0, ignore_index=-100, g=None, h=None, out=None, kept=(None, None)):
     """(logp, entropy, gradient), twice: the same bits in whatever order threads run."""
     value, per_row = (1.0, temperature.float()) if isinstance(temperature, torch.Tensor) else (temperature, None)
     results = []
     for simt.descending in (False, True):
-        (logp, entropy, stats), launches = plan_forward(logits, ids, value, per_row, True, ignore_index)
+        (logp, entropy, stats), launches = plan_forward(logits, ids, value, per_row, True, ignore_index, *kept)
         simt.run(launches)
         grad = torch.empty_like(logits).contiguous().fill_(9.0) if out is None else out.copy_(logits)
-        simt.run(plan_backward(g, h, logits if out is None else grad, ids, logp, stats, value, per_row, ignore_index, grad))
+        simt.run(plan_backward(g, h, logits if out is None else grad, ids, logp, stats, value, per_row, ignore_index, *kept, grad))
         results.append((logp, entropy, grad.clone()))
     simt.descending = False
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(*results, strict=True))
@@ -130,25 +130,25 @@ def test_ops_as_torch_sees_them(simt):
         simt.run(launches)
         return outputs
 
-    def backward(g, h, logits, ids, logp, stats, temperature, temperatures, ignore_index, out):
-        simt.run(plan_backward(g, h, out if logits is None else logits, ids, logp, stats, temperature, temperatures, ignore_index, out))
+    def backward(g, h, logits, *rest):
+        simt.run(plan_backward(g, h, rest[-1] if logits is None else logits, *rest))
 
     logprob_cuda.logprob_cuda.register_kernel("cpu")(forward)
     logprob_cuda._logprob_cuda_backward.register_kernel("cpu")(backward)
     logits, ids, g, h = make(3, 41)
     leaf = logits.clone().requires_grad_()
-    torch.library.opcheck(torch.ops.fusedrl.logprob_cuda, (leaf, ids, 0.7, None, True, -100))
+    torch.library.opcheck(torch.ops.fusedrl.logprob_cuda, (leaf, ids, 0.7, None, True, -100, None, None))
     want = by_reference(logits, ids, 0.7, g=g, h=h)[2]
     compiled = torch.compile(torch.ops.fusedrl.logprob_cuda, fullgraph=True, backend="aot_eager")
     for function in (logprob_cuda.logprob_cuda, logprob_cuda.InPlaceCuda.apply, compiled):
         made = leaf * 1
-        logp, entropy, _ = function(made, ids.int(), 0.7, None, True, -100)
+        logp, entropy, _ = function(made, ids.int(), 0.7, None, True, -100, None, None)
         (grad,) = torch.autograd.grad((logp * g + entropy * h).sum(), made)
         torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=5e-6)
     # In place: the logits are the gradient now, and whoever saved them is told.
     made = leaf * 1
     saved = made.square()
-    logp, _, _ = logprob_cuda.InPlaceCuda.apply(made, ids, 0.7, None, False, -100)
+    logp, _, _ = logprob_cuda.InPlaceCuda.apply(made, ids, 0.7, None, False, -100, None, None)
     (grad,) = torch.autograd.grad(logp.sum(), made, retain_graph=True)
     assert torch.equal(grad, made)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

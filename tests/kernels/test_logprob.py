@@ -5,7 +5,7 @@ import torch
 
 from fusedrl.kernels import native
 from fusedrl.kernels.dispatch import unavailable
-from fusedrl.kernels.logprob import _logprob_triton, logprob, logprob_, logprob_reference
+from fusedrl.kernels.logprob import logprob, logprob_, logprob_reference
 
 EPS = torch.finfo(torch.float32).eps
 cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
@@ -350,7 +350,7 @@ def test_opcheck_and_compile():
         torch.library.opcheck(ops.logprob_backward.default, (g, None, logits.detach(), ids, stats, 0.7, None, -100))
         torch.library.opcheck(ops.logprob_backward_.default, (logits.detach().clone(), None, g, ids, stats, 0.7, None, -100))
     if not unavailable("triton", "cpu"):
-        torch.library.opcheck(_logprob_triton, (logits, ids, 0.7, None, True, -100))
+        torch.library.opcheck(torch.ops.fusedrl.logprob_triton.default, (logits, ids, 0.7, None, True, -100, None, None))
     for impl in ("torch", "cpp", "triton"):
         if unavailable(impl, "cpu"):
             continue
