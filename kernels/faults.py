@@ -38,5 +38,5 @@ def raise_faults(device: torch.device | None = None) -> None:
             names = [op for op, fault in zip(_OPS, found.tolist(), strict=True) if fault]
             if names:
                 found.zero_()
-                raise IndexError(f"{', '.join(names)}: expected token ids (and kept ids) in [0, V) or ignore_index, got one outside on {where}, in a call since "
-                                 "faults were last looked for; the results of its row are NaN. The same call on CPU tensors names the row")
+                raise IndexError(f"{', '.join(names)}: expected token ids (and kept ids) in [0, V) or ignore_index, got one outside on {where}, in a call since the "
+                                 "last look; the results of its row are NaN. The same call on CPU tensors names the row")

@@ -50,12 +50,12 @@ def _forward_kernel(logits_ptr, ids_ptr, logp_ptr, entropy_ptr, stats_ptr, tempe
     m = -float("inf")
     S = 0.0
     W = 0.0
-    seen = 0  # of the kept ids: 1, the label is among them; 2, one is out of range
+    seen = tl.full((), 0, tl.int32)  # of the kept ids: 1, the label is among them; 2, one is out of range
     for start in range(0, tl.where(label == ignore_index, 0, count), BLOCK):
         v = start + tl.arange(0, BLOCK)
         inside = v < count
         if KEPT:
-            v = tl.load(kept_ids_ptr + begin + v, mask=inside & (kept_count > 0), other=0) + tl.where(kept_count > 0, 0, v)
+            v = tl.load(kept_ids_ptr + begin + v, mask=v < kept_count, other=0) + tl.where(kept_count > 0, 0, v)
             seen = tl.maximum(seen, tl.max(tl.where(inside, tl.where((v < 0) | (v >= V), 2, tl.where(v == label, 1, 0)), 0), 0))
             inside = inside & (v >= 0) & (v < V)
         z = tl.load(row_ptr + v, mask=inside, other=-float("inf")).to(tl.float32)
