@@ -5,7 +5,8 @@ slot of the device's flag; `raise_faults` reads the flag, where the host waits f
 
 The flag is not among the arguments of the custom ops: torch.library differentiates only ops that mutate nothing. It may stay hidden from functionalization
 because kernels only ever raise it and no result is computed from it, so that what it says depends neither on the order nor on the number of the calls.
-Its memory stays where it is for as long as the process lives: CUDA graphs may hold it.
+(A call whose results nobody uses may be dropped from a compiled graph, and its report with it.) Its memory stays where it is for as long as the process
+lives: CUDA graphs may hold it.
 """
 from __future__ import annotations
 
@@ -38,5 +39,5 @@ def raise_faults(device: torch.device | None = None) -> None:
             names = [op for op, fault in zip(_OPS, found.tolist(), strict=True) if fault]
             if names:
                 found.zero_()
-                raise IndexError(f"{', '.join(names)}: expected token ids (and kept ids) in [0, V) or ignore_index, got one outside on {where}, in a call since the "
-                                 "last look; the results of its row are NaN. The same call on CPU tensors names the row")
+                raise IndexError(f"{', '.join(names)}: expected token ids (and kept ids) in [0, V) or ignore_index, got one outside on {where} since the last "
+                                 "look; the results of its row are NaN. The same call on CPU tensors names the row")
