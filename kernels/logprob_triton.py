@@ -12,12 +12,13 @@ from torch import Tensor
 from fusedrl.kernels import faults
 
 _BLOCK, _WARPS = 4096, 8
+_KEPT_BLOCK, _KEPT_WARPS = 1024, 4  # of the backward where rows list what they kept: a thread counts a 32nd of the columns, so more of them spill
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 @triton.jit
 def _kept_columns(ids_ptr, count, first, BLOCK: tl.constexpr):
-    # Which of the columns first .. first + BLOCK - 1 are among `count` ascending ids. Two loads find the first of them, however many there are.
+    # Which of the columns first .. first + BLOCK - 1 are among `count` ascending ids, at most BLOCK squared of them. Two loads find the first.
     lanes = tl.arange(0, BLOCK)
     step = tl.cdiv(count, BLOCK)
     below = tl.load(ids_ptr + lanes * step, mask=lanes < tl.cdiv(count, step), other=first) < first
@@ -155,11 +156,12 @@ def _backward_triton(logp_grad_N: Tensor | None, entropy_grad_N: Tensor | None, 
     g_N = torch.zeros_like(logp_N) if logp_grad_N is None else logp_grad_N.contiguous()
     h_N = g_N if entropy_grad_N is None else entropy_grad_N.contiguous()
     ids_N = ids_N.contiguous()
-    _backward_kernel[(N, triton.cdiv(V, _BLOCK))](
+    block, warps = (_BLOCK, _WARPS) if kept_ids_K is None else (_KEPT_BLOCK, _KEPT_WARPS)
+    _backward_kernel[(N, triton.cdiv(V, block))](
         g_N, h_N, logits_NV, ids_N, logp_N, stats_N3, out_NV, logp_N if temperature_N is None else temperature_N,
         ids_N if kept_ids_K is None else kept_ids_K.contiguous(), ids_N if kept_offsets is None else kept_offsets.contiguous(), temperature, V,
         logits_NV.stride(0), out_NV.stride(0), ignore_index, ENTROPY=entropy_grad_N is not None, PER_ROW=temperature_N is not None,
-        KEPT=kept_ids_K is not None, BLOCK=_BLOCK, num_warps=_WARPS)
+        KEPT=kept_ids_K is not None, BLOCK=block, num_warps=warps)
 
 
 # ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
@@ -239,9 +241,11 @@ OFFLINE_KERNELS = {
     f"{kernel.__name__.strip('_')}_{dtype}{'_entropy' if entropy else ''}{'_kept' if kept else ''}": {
         "kernel": kernel,
         "signature": {name: kind.replace("logits", dtype) for name, kind in {**arguments, **_KEPT, **_SCALARS}.items()},
-        "constexprs": {"ENTROPY": entropy, "PER_ROW": entropy, "KEPT": kept, "BLOCK": _BLOCK},
-        "num_warps": _WARPS,
+        "constexprs": {"ENTROPY": entropy, "PER_ROW": entropy, "KEPT": kept, "BLOCK": block},
+        "num_warps": warps,
     }
-    for kernel, arguments in ((_forward_kernel, _FORWARD), (_backward_kernel, _BACKWARD))
-    for dtype in ("fp32", "bf16", "fp16") for entropy, kept in ((False, False), (True, False), (True, True))
+    for kernel, arguments, kept, block, warps in (
+        (_forward_kernel, _FORWARD, False, _BLOCK, _WARPS), (_forward_kernel, _FORWARD, True, _BLOCK, _WARPS),
+        (_backward_kernel, _BACKWARD, False, _BLOCK, _WARPS), (_backward_kernel, _BACKWARD, True, _KEPT_BLOCK, _KEPT_WARPS))
+    for dtype in ("fp32", "bf16", "fp16") for entropy in (False, True) if entropy or not kept
 }
