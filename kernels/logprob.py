@@ -9,6 +9,7 @@ Numerics  float32 inside and out, whatever the logits. The maximum is subtracted
           and T = 0.7 costs 4e-4 nats) and the weighted sum is the shifted one (the unshifted one cancels at large logits).
           -inf logits contribute exactly nothing; a label on -inf gives -inf with a zero gradient from g; a row that is all -inf gives
           logp -inf, entropy 0, gradient 0; NaN or +inf in a row gives NaN in its results, and nothing else does.
+Kept      the sums, and j, run over the tokens that truncation left of the row: the others count as -inf, are not read, and get a gradient of exactly 0.
 Source    the log-softmax; online maximum as in Milakov and Gimelshein (2018), Online normalizer calculation for softmax.
 """
 from __future__ import annotations
@@ -18,25 +19,25 @@ from torch import Tensor
 
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype, check_last_contiguous
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.dispatch import Implementations, unavailable
+from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.logprob_cuda import InPlaceCuda, logprob_cuda
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # dispatch then says that Triton cannot run here
-    triton = None
+if unavailable("triton", "cuda") is None:
+    from fusedrl.kernels.logprob_triton import InPlaceTriton, logprob_triton
 
 _IMPLS = Implementations("logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
-_BLOCK, _WARPS = 4096, 8
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-def logprob_reference(logits: Tensor, token_ids: Tensor, temperature: float | Tensor = 1.0, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def logprob_reference(logits: Tensor, token_ids: Tensor, temperature: float | Tensor = 1.0, ignore_index: int = -100,
+                      kept: Kept | None = None) -> tuple[Tensor, Tensor]:
     """(logp, entropy) by definition, differentiable, on any device and in any float dtype (float64 is the oracle)."""
     ignored = token_ids == ignore_index
     in_range = (token_ids >= 0) & (token_ids < logits.shape[-1])
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(ignored[..., None], 0.0)  # an ignored row may hold anything
+    if kept is not None:
+        z = z.masked_fill(~_kept_mask(kept, logits.shape[-1]).view(logits.shape), -torch.inf)
     top = z.detach().amax(-1, keepdim=True).nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=0.0)
     d = (z - top) / (temperature[..., None].to(z.dtype) if isinstance(temperature, Tensor) else temperature)
     missing = d == -torch.inf
@@ -53,217 +54,42 @@ def logprob_reference(logits: Tensor, token_ids: Tensor, temperature: float | Te
     return logp, entropy
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
-if triton is not None:
-    @triton.jit
-    def _forward_kernel(logits_ptr, ids_ptr, logp_ptr, entropy_ptr, stats_ptr, temperatures_ptr, temperature, V, row_stride, ignore_index,
-                        ENTROPY: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
-        n = tl.program_id(0).to(tl.int64)
-        label = tl.load(ids_ptr + n)
-        row_ptr = logits_ptr + n * row_stride
-        T = temperature
-        if PER_ROW:
-            T = tl.load(temperatures_ptr + n)
-        inverse = 1.0 / T
-        m = -float("inf")
-        S = 0.0
-        W = 0.0
-        for start in range(0, tl.where(label == ignore_index, 0, V), BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            z = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
-            higher = tl.maximum(m, tl.max(z, 0))
-            base = tl.where(higher == -float("inf"), 0.0, higher)
-            d = (z - base) * inverse
-            e = tl.exp(d)
-            shift = tl.where(m == -float("inf"), 0.0, tl.maximum((m - base) * inverse, -200.0))
-            factor = tl.exp(shift)
-            if ENTROPY:
-                W = factor * (W + shift * S) + tl.sum(tl.where(e > 0.0, d, 0.0) * e, 0)
-            S = factor * S + tl.sum(e, 0)
-            m = higher
-        in_range = (label >= 0) & (label < V)
-        z_y = tl.load(row_ptr + tl.where(in_range, label, 0), mask=in_range, other=0.0).to(tl.float32)
-        log_S = tl.log(tl.where(S == 0.0, 1.0, S))
-        logp = tl.where((z_y == -float("inf")) & (S == S), -float("inf"), (z_y - m) / T - log_S)
-        logp = tl.where(label == ignore_index, 0.0, tl.where(in_range, logp, float("nan")))
-        mean = W / tl.where(S == 0.0, 1.0, S)
-        tl.store(logp_ptr + n, logp)
-        if ENTROPY:
-            tl.store(entropy_ptr + n, log_S - mean)
-        tl.store(stats_ptr + n * 3, m)
-        tl.store(stats_ptr + n * 3 + 1, S)
-        tl.store(stats_ptr + n * 3 + 2, mean)
-
-    @triton.jit
-    def _backward_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, ids_ptr, logp_ptr, stats_ptr, grad_ptr, temperatures_ptr, temperature, V,
-                         row_stride, grad_stride, ignore_index, ENTROPY: tl.constexpr, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
-        n = tl.program_id(0).to(tl.int64)
-        v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        label = tl.load(ids_ptr + n)
-        T = temperature
-        if PER_ROW:
-            T = tl.load(temperatures_ptr + n)
-        m = tl.load(stats_ptr + n * 3)
-        S = tl.load(stats_ptr + n * 3 + 1)
-        mean = tl.load(stats_ptr + n * 3 + 2)
-        in_range = (label >= 0) & (label < V)
-        # A label on -inf gets nothing from g. The logit itself may be gone: another block of an in-place call may have been here.
-        g = tl.where(tl.load(logp_ptr + n) == -float("inf"), 0.0, tl.load(logp_grad_ptr + n))
-        h = 0.0
-        if ENTROPY:
-            h = tl.load(entropy_grad_ptr + n)
-        # A row that no gradient reaches is zero whatever it holds; it is not even read.
-        live = (label != ignore_index) & ((g != 0.0) | (h != 0.0)) & (S != 0.0)
-        z = tl.load(logits_ptr + n * row_stride + v, mask=v < tl.where(live, V, 0), other=-float("inf")).to(tl.float32)
-        d = (z - m) * (1.0 / T)
-        p = tl.exp(d) / tl.where(live, S, 1.0)
-        g = tl.where(in_range, g, float("nan"))
-        grad = tl.where(v == label, g, 0.0) - g * p
-        if ENTROPY:
-            grad -= h * p * (tl.where(p > 0.0, d, 0.0) - mean)
-        tl.store(grad_ptr + n * grad_stride + v, tl.where(live, grad / T, 0.0), mask=v < V)
-
-    def _offline(kernel, pointers: dict[str, str], scalars: dict[str, str]) -> dict[str, dict]:
-        return {
-            f"{kernel.__name__.strip('_')}_{dtype}{'_entropy' if entropy else ''}": {
-                "kernel": kernel,
-                "signature": {name: kind.replace("logits", dtype) for name, kind in {**pointers, **scalars}.items()},
-                "constexprs": {"ENTROPY": entropy, "PER_ROW": entropy, "BLOCK": _BLOCK},
-                "num_warps": _WARPS,
-            }
-            for dtype in ("fp32", "bf16", "fp16") for entropy in (False, True)
-        }
-
-    # What tests/offline_compile.py compiles.
-    OFFLINE_KERNELS = _offline(
-        _forward_kernel,
-        {"logits_ptr": "*logits", "ids_ptr": "*i64", "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "stats_ptr": "*fp32", "temperatures_ptr": "*fp32"},
-        {"temperature": "fp32", "V": "i32", "row_stride": "i64", "ignore_index": "i32"},
-    ) | _offline(
-        _backward_kernel,
-        {"logp_grad_ptr": "*fp32", "entropy_grad_ptr": "*fp32", "logits_ptr": "*logits", "ids_ptr": "*i64", "logp_ptr": "*fp32", "stats_ptr": "*fp32",
-         "grad_ptr": "*logits", "temperatures_ptr": "*fp32"},
-        {"temperature": "fp32", "V": "i32", "row_stride": "i64", "grad_stride": "i64", "ignore_index": "i32"},
-    )
+def _kept_mask(kept: Kept, V: int) -> Tensor:
+    """[N, V] bool. Sizes follow from those of `kept` alone: nothing of it is read on the host."""
+    N = kept.offsets.numel() - 1
+    row_K = torch.searchsorted(kept.offsets[1:], torch.arange(kept.token_ids.numel(), device=kept.offsets.device), right=True)  # N behind the last row
+    mask = kept.token_ids.new_zeros(N + 1, V, dtype=torch.bool).index_put((row_K, kept.token_ids.long().clamp(0, V - 1)), row_K.new_ones((), dtype=torch.bool))
+    return mask[:N] | (kept.offsets.diff() == 0)[:, None]
 
 
-# ---- launchers: allocate, grid ------------------------------------------------------------------------------------------
-def _forward_triton(logits_NV: Tensor, ids_N: Tensor, temperature: float, temperature_N: Tensor | None, entropy: bool,
-                    ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], stats [N, 3] = max, S, W / S)."""
-    N, V = logits_NV.shape
-    logp_N, stats_N3 = logits_NV.new_empty(N, dtype=torch.float32), logits_NV.new_empty(N, 3, dtype=torch.float32)
-    entropy_N = torch.empty_like(logp_N) if entropy else logp_N.new_empty(0)
-    if N:
-        _forward_kernel[(N,)](logits_NV, ids_N.contiguous(), logp_N, entropy_N if entropy else logp_N, stats_N3,
-                              logp_N if temperature_N is None else temperature_N, temperature, V, logits_NV.stride(0), ignore_index,
-                              ENTROPY=entropy, PER_ROW=temperature_N is not None, BLOCK=_BLOCK, num_warps=_WARPS)
-    return logp_N, entropy_N, stats_N3
-
-
-def _backward_triton(logp_grad_N: Tensor | None, entropy_grad_N: Tensor | None, logits_NV: Tensor, ids_N: Tensor, logp_N: Tensor, stats_N3: Tensor,
-                     temperature: float, temperature_N: Tensor | None, ignore_index: int, out_NV: Tensor) -> None:
-    """The gradient into `out_NV`, which may be the logits."""
-    N, V = logits_NV.shape
-    if N == 0:
-        return
-    g_N = torch.zeros_like(logp_N) if logp_grad_N is None else logp_grad_N.contiguous()
-    h_N = g_N if entropy_grad_N is None else entropy_grad_N.contiguous()
-    _backward_kernel[(N, triton.cdiv(V, _BLOCK))](
-        g_N, h_N, logits_NV, ids_N.contiguous(), logp_N, stats_N3, out_NV, logp_N if temperature_N is None else temperature_N, temperature, V,
-        logits_NV.stride(0), out_NV.stride(0), ignore_index, ENTROPY=entropy_grad_N is not None, PER_ROW=temperature_N is not None, BLOCK=_BLOCK,
-        num_warps=_WARPS)
-
-
-# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
-@torch.library.custom_op("fusedrl::logprob_triton", mutates_args=())
-def _logprob_triton(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool,
-                    ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_triton(logits, token_ids, temperature, temperatures, entropy, ignore_index)
-
-
-@torch.library.custom_op("fusedrl::logprob_triton_backward", mutates_args=())
-def _logprob_triton_backward(logp_grad: Tensor | None, entropy_grad: Tensor | None, logits: Tensor, token_ids: Tensor, logp: Tensor, stats: Tensor,
-                             temperature: float, temperatures: Tensor | None, ignore_index: int) -> Tensor:
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _backward_triton(logp_grad, entropy_grad, logits, token_ids, logp, stats, temperature, temperatures, ignore_index, grad)
-    return grad
-
-
-def _forward_fake(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool,
-                  ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    per_row = logits.new_empty(token_ids.shape, dtype=torch.float32)
-    return per_row, torch.empty_like(per_row) if entropy else per_row.new_empty(0), per_row.new_empty(token_ids.numel(), 3)
-
-
-_logprob_triton.register_fake(_forward_fake)
-
-
-@_logprob_triton_backward.register_fake
-def _(logp_grad: Tensor | None, entropy_grad: Tensor | None, logits: Tensor, token_ids: Tensor, logp: Tensor, stats: Tensor, temperature: float,
-      temperatures: Tensor | None, ignore_index: int) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
+# ---- what torch.compile sees of the C++ ops -----------------------------------------------------------------------------
 if native.capability:
-    torch.library.register_fake("fusedrl::logprob_forward", _forward_fake)
+    @torch.library.register_fake("fusedrl::logprob_forward")
+    def _(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool, ignore_index: int,
+          kept_ids: Tensor | None = None, kept_offsets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        per_row = logits.new_empty(token_ids.shape, dtype=torch.float32)
+        return per_row, torch.empty_like(per_row) if entropy else per_row.new_empty(0), per_row.new_empty(token_ids.numel(), 3)
 
     @torch.library.register_fake("fusedrl::logprob_backward")
     def _(logp_grad: Tensor | None, entropy_grad: Tensor | None, logits: Tensor, token_ids: Tensor, stats: Tensor, temperature: float,
-          temperatures: Tensor | None, ignore_index: int) -> Tensor:
+          temperatures: Tensor | None, ignore_index: int, kept_ids: Tensor | None = None, kept_offsets: Tensor | None = None) -> Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("fusedrl::logprob_backward_")
     def _(logits: Tensor, logp_grad: Tensor | None, entropy_grad: Tensor | None, token_ids: Tensor, stats: Tensor, temperature: float,
-          temperatures: Tensor | None, ignore_index: int) -> None:
+          temperatures: Tensor | None, ignore_index: int, kept_ids: Tensor | None = None, kept_offsets: Tensor | None = None) -> None:
         return None
 
 
-# ---- autograd (that of the C++ implementation is in C++) ------------------------------------------------------------------
-def _setup_context(ctx, inputs, output) -> None:
-    logits, token_ids, temperature, temperatures, entropy, ignore_index = inputs
-    logp, entropies, stats = output
-    ctx.save_for_backward(logits, token_ids, logp, stats, temperatures)
-    ctx.temperature, ctx.entropy, ctx.ignore_index = temperature, entropy, ignore_index
-    ctx.mark_non_differentiable(*([stats] if entropy else [stats, entropies]))
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, logp_grad: Tensor | None, entropy_grad: Tensor | None, _stats_grad: None):
-    logits, token_ids, logp, stats, temperatures = ctx.saved_tensors
-    grad = _logprob_triton_backward(logp_grad, entropy_grad, logits, token_ids, logp, stats, ctx.temperature, temperatures, ctx.ignore_index)
-    return grad, None, None, None, None, None
-
-
-_logprob_triton.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _InPlaceTriton(torch.autograd.Function):
-    """As above, with the gradient written over the logits."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward_triton(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, logp_grad, entropy_grad, _stats_grad):
-        logits, token_ids, logp, stats, temperatures = ctx.saved_tensors  # raises when the logits were written to since
-        grad = logits.detach()  # shares the version counter: whoever else saved these logits is told
-        _backward_triton(logp_grad, entropy_grad, grad, token_ids, logp, stats, ctx.temperature, temperatures, ctx.ignore_index, grad)
-        torch.autograd.graph.increment_version(grad)
-        return grad, None, None, None, None, None
-
-
+# ---- autograd: the in-place reference (the other implementations bring their own) -----------------------------------------
 class _InPlaceTorch(torch.autograd.Function):
     """The reference, with its gradient copied over the logits."""
 
     @staticmethod
-    def forward(ctx, logits, token_ids, temperature, ignore_index):
+    def forward(ctx, logits, *rest):
         ctx.save_for_backward(logits)
-        ctx.rest = (token_ids, temperature, ignore_index)
-        return logprob_reference(logits, token_ids, temperature, ignore_index)
+        ctx.rest = rest
+        return logprob_reference(logits, *rest)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -271,12 +97,12 @@ class _InPlaceTorch(torch.autograd.Function):
         with torch.enable_grad():
             z = target.clone().requires_grad_()
             (grad,) = torch.autograd.grad(logprob_reference(z, *ctx.rest), z, grads)
-        return target.copy_(grad), None, None, None
+        return target.copy_(grad), *(None,) * len(ctx.rest)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
 def logprob(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor = 1.0, entropy: bool = False, ignore_index: int = -100,
-            impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+            kept: Kept | None = None, impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of one token a row under softmax(logits / temperature), in nats.
 
     Args:
@@ -285,18 +111,21 @@ def logprob(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor = 
         temperature: above 0; a number, or a tensor [...] with one value a row (it receives no gradient).
         entropy: also return the entropy of each row.
         ignore_index: rows with this id have logp 0, entropy 0 and no gradient, and are not read.
+        kept: the tokens that truncation left of each row, in the order of the rows (`sample` returns them). A row is then scored under the distribution
+            over its kept tokens alone: its logits outside are not read and get a gradient of exactly 0, a label outside has logp -inf.
         impl: "cpp", "triton", "cuda" or "torch"; by default the best one for the device.
     Returns:
         logp [...], or (logp [...], entropy [...]); float32. Differentiable, once, in the logits.
     Raises:
-        IndexError: an id outside [0, V), on the CPU (on a GPU that row is NaN). ValueError: sizes, devices, strides or a
-        temperature that does not fit. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        IndexError: an id outside [0, V), or kept ids that do not ascend, on CPU tensors. On a GPU a row with an id outside is NaN, and
+            `fusedrl.kernels.faults.raise_faults` raises it later (the torch implementation only has the NaN); whether kept ids ascend is not looked at.
+        ValueError: sizes, devices, strides or a temperature that does not fit. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
-    return _logprob("logprob", logits, token_ids, temperature, entropy, ignore_index, impl, in_place=False)
+    return _logprob("logprob", logits, token_ids, temperature, entropy, ignore_index, kept, impl, in_place=False)
 
 
 def logprob_(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor = 1.0, entropy: bool = False, ignore_index: int = -100,
-             impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+             kept: Kept | None = None, impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """`logprob` whose backward overwrites `logits` with their gradient: no second [..., V] tensor, and no page faults for one.
 
     Afterwards `logits` holds the gradient. Autograd refuses whatever would read the old values: a second backward through this call, or
@@ -307,19 +136,25 @@ def logprob_(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor =
         ValueError: logits that are a leaf requiring a gradient (its .grad would be the leaf itself), whose rows overlap in memory,
             or whose leading dimensions have more strides of their own than the implementation walks (cpp two, the others one).
     """
-    return _logprob("logprob_", logits, token_ids, temperature, entropy, ignore_index, impl, in_place=True)
+    return _logprob("logprob_", logits, token_ids, temperature, entropy, ignore_index, kept, impl, in_place=True)
 
 
-def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Tensor, entropy: bool, ignore_index: int, impl: str | None,
-             in_place: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Tensor, entropy: bool, ignore_index: int, kept: Kept | None,
+             impl: str | None, in_place: bool) -> Tensor | tuple[Tensor, Tensor]:
     leading = " ".join(f"d{i}" for i in range(logits.ndim - 1))
     per_row = temperature if isinstance(temperature, Tensor) else None
-    check(op, {"logits": (logits, f"{leading} V"), "token_ids": (token_ids, leading), "temperature": (per_row, leading)})
+    kept_ids, kept_offsets = (None, None) if kept is None else kept
+    check(op, {"logits": (logits, f"{leading} V"), "token_ids": (token_ids, leading), "temperature": (per_row, leading),
+               "kept.token_ids": (kept_ids, "K"), "kept.offsets": (kept_offsets, "M")})
     chosen = _IMPLS.choose(logits.device, impl)
     check_dtype(op, "logits", logits, FLOATS if chosen == "torch" else FLOATS[:3])
     check_dtype(op, "token_ids", token_ids, (torch.int64, torch.int32))
     check_dtype(op, "temperature", per_row, FLOATS)
+    check_dtype(op, "kept.token_ids", kept_ids, (torch.int32,))
+    check_dtype(op, "kept.offsets", kept_offsets, (torch.int64,))
     check_last_contiguous(op, "logits", logits)
+    if kept_offsets is not None and kept_offsets.shape[0] != token_ids.numel() + 1:
+        raise ValueError(f"{op}: expected {token_ids.numel() + 1} kept.offsets, one more than rows, got {kept_offsets.shape[0]}; keep what the same rows kept")
     if per_row is None and not temperature > 0:
         raise ValueError(f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use temperature=1.0")
     if in_place and logits.requires_grad and torch.is_grad_enabled():
@@ -327,13 +162,15 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
     value, per_row = (1.0, per_row.detach()) if per_row is not None else (float(temperature), None)
     if chosen == "cpp":
         native_op = torch.ops.fusedrl.logprob_in_place if in_place else torch.ops.fusedrl.logprob
-        logp, entropies = native_op(logits, token_ids, value, per_row, entropy, ignore_index)
+        logp, entropies = native_op(logits, token_ids, value, per_row, entropy, ignore_index, kept_ids, kept_offsets)
         return (logp, entropies) if entropy else logp
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, logits.shape[-1], ignore_index)
+        if kept is not None:
+            _check_kept(op, kept, logits.shape[-1])
     if chosen == "torch":
         scale = value if per_row is None else per_row
-        logp, entropies = (_InPlaceTorch.apply if in_place else logprob_reference)(logits, token_ids, scale, ignore_index)
+        logp, entropies = (_InPlaceTorch.apply if in_place else logprob_reference)(logits, token_ids, scale, ignore_index, kept)
     else:
         V = logits.shape[-1]
         rows = logits.reshape(-1, V)  # a copy where the leading dimensions do not merge
@@ -341,9 +178,9 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
             raise ValueError(f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with strides {logits.stride()}; "
                              "use logprob")
         temperature_N = None if per_row is None else per_row.reshape(-1).float()
-        functions = (logprob_cuda, InPlaceCuda.apply) if chosen == "cuda" else (_logprob_triton, _InPlaceTriton.apply)
+        functions = (logprob_cuda, InPlaceCuda.apply) if chosen == "cuda" else (logprob_triton, InPlaceTriton.apply)
         function = functions[in_place]
-        logp, entropies, _ = function(rows, token_ids.reshape(-1), value, temperature_N, entropy, ignore_index)
+        logp, entropies, _ = function(rows, token_ids.reshape(-1), value, temperature_N, entropy, ignore_index, kept_ids, kept_offsets)
         logp, entropies = logp.view(token_ids.shape), entropies.view(token_ids.shape) if entropy else entropies
     return (logp, entropies) if entropy else logp
 
@@ -354,6 +191,21 @@ def check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
     if wrong.any():
         row = int(wrong.reshape(-1).nonzero()[0])
         raise IndexError(f"{op}: expected token ids in [0, {V}) or ignore_index {ignore_index}, got {int(token_ids.reshape(-1)[row])} in row {row}")
+
+
+def _check_kept(op: str, kept: Kept, V: int) -> None:
+    """Raises ValueError for offsets and IndexError for ids that are not as Kept says; it reads them, so on a GPU it would wait."""
+    ids_K, offsets = kept
+    if offsets[0] != 0 or (offsets.diff() < 0).any() or offsets[-1] > len(ids_K):
+        raise ValueError(f"{op}: expected kept.offsets that ascend from 0 to at most {len(ids_K)}, the number of kept ids, got {offsets[0]} to {offsets[-1]}")
+    ids_K = ids_K[:int(offsets[-1])].long()
+    before_K = ids_K.roll(1)
+    before_K[offsets[:-1][offsets.diff() > 0]] = -1  # the first of a row
+    wrong = (ids_K >= V) | (ids_K <= before_K)
+    if wrong.any():
+        place = wrong.nonzero()[0]
+        row = int(torch.searchsorted(offsets[1:], place, right=True))
+        raise IndexError(f"{op}: expected kept ids that ascend in [0, {V}), got {int(ids_K[place])} after {int(before_K[place])} in row {row}")
 
 
 def _check_overwritable(op: str, logits: Tensor) -> None:

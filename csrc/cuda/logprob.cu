@@ -1,10 +1,11 @@
 // logprob: one block a row reads the logits once, 16 bytes at a time, with an online maximum; the backward reads and writes once, in place if asked.
 //
 // The mathematics and numerics are those of kernels/logprob.py. Rows may start anywhere: elements before the first 16-byte boundary, and behind the
-// last whole vector, are taken one by one. A row is summed in a fixed order, whatever its neighbours.
+// last whole vector, are taken one by one. A row is summed in a fixed order, whatever its neighbours. Of a row that lists what truncation kept, only those
+// columns are summed; the backward marks them in a map of its tile and writes zeros elsewhere.
 //
-// Options   LOGITS=0: float32; 1: bfloat16; 2: float16.
-// Bytes     forward V s a row; backward 2 V s.
+// Options   LOGITS=0: float32; 1: bfloat16; 2: float16. KEPT=1: rows may list what truncation kept; 0: none does.
+// Bytes     forward V s a row (the kept columns' alone if they are listed); backward 2 V s.
 #include "common.cuh"
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kTile = 8192;  // the backward's columns a block
@@ -15,6 +16,7 @@ using Element = float;
 using Element = unsigned short;
 #endif
 constexpr int kWidth = 16 / sizeof(Element);
+constexpr bool kKept = KEPT;
 
 __device__ __forceinline__ float widen(Element x) {
 #if LOGITS == 0
@@ -95,17 +97,44 @@ __device__ __forceinline__ Sums merge(const Sums a, const Sums b, float inverse)
     return {m, factor_a * a.S + factor_b * b.S, factor_a * (a.W + shift_a * a.S) + factor_b * (b.W + shift_b * b.S)};
 }
 
-// stats: per row the maximum, S, and W / S. temperatures: one a row, or null. entropy may be null.
+// What truncation kept of a row: `count` ascending columns, or 0 for all of them.
+struct Kept {
+    const int* columns = nullptr;
+    int64 count = 0;
+};
+
+__device__ __forceinline__ Kept kept_of(const int* ids, const int64* offsets, int64 n) {
+    return kKept ? Kept{ids + offsets[n], offsets[n + 1] - offsets[n]} : Kept{};
+}
+
+// stats: per row the maximum, S, and W / S. temperatures: one a row, or null. entropy may be null. An id out of range raises *fault.
 extern "C" __global__ void __launch_bounds__(kThreads) logprob_forward(
-    const Element* logits, const int64* ids, float* logp, float* entropy, float* stats, const float* temperatures, float temperature, int64 V,
-    int64 row_stride, int64 ignore_index) {
+    const Element* logits, const int64* ids, float* logp, float* entropy, float* stats, const float* temperatures, const int* kept_ids,
+    const int64* kept_offsets, int* fault, float temperature, int64 V, int64 row_stride, int64 ignore_index) {
     __shared__ float of_warp[3][kWarps];
+    __shared__ int label_is_kept, kept_is_wrong;
     const int64 n = blockIdx.x, label = ids[n];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const Element* row = logits + n * row_stride;
     const float T = temperatures == nullptr ? temperature : temperatures[n], inverse = 1.0f / T;
+    const Kept kept = kept_of(kept_ids, kept_offsets, n);
     Sums sums;
-    if (label != ignore_index) {
+    if (kKept) {
+        if (threadIdx.x == 0) label_is_kept = kept.count == 0, kept_is_wrong = 0;
+        __syncthreads();
+    }
+    if (label != ignore_index && kept.count) {
+        for (int64 k = threadIdx.x; k < kept.count; k += kThreads) {
+            const int64 v = kept.columns[k];
+            if (v < 0 || v >= V) {
+                kept_is_wrong = 1;
+                continue;
+            }
+            if (v == label) label_is_kept = 1;
+            const float z = widen(row[v]);
+            add<1>(sums, &z, inverse);
+        }
+    } else if (label != ignore_index) {
         const int64 head = elements_to_boundary(row, V);
         if (threadIdx.x < head) {
             const float z = widen(row[threadIdx.x]);
@@ -128,11 +157,13 @@ extern "C" __global__ void __launch_bounds__(kThreads) logprob_forward(
     __syncthreads();
     if (threadIdx.x != 0) return;
     for (int w = 1; w < kWarps; ++w) sums = merge(sums, {of_warp[0][w], of_warp[1][w], of_warp[2][w]}, inverse);
-    const bool in_range = label >= 0 && label < V;
+    const bool in_range = label >= 0 && label < V, wrong = kKept && kept_is_wrong;
+    if (wrong) sums.S = not_a_number();
+    if (label != ignore_index && (!in_range || wrong)) *fault = 1;
     const float some = sums.S == 0.0f ? 1.0f : sums.S, log_S = logf(some), mean = sums.W / some;
     float result = 0.0f;
     if (label != ignore_index) {
-        const float z = in_range ? widen(row[label]) : not_a_number();
+        const float z = !in_range ? not_a_number() : !kKept || label_is_kept ? widen(row[label]) : -infinity();
         result = z == -infinity() && sums.S == sums.S ? z : (z - sums.m) / T - log_S;
     }
     logp[n] = result;
@@ -140,10 +171,32 @@ extern "C" __global__ void __launch_bounds__(kThreads) logprob_forward(
     stats[3 * n] = sums.m, stats[3 * n + 1] = sums.S, stats[3 * n + 2] = mean;
 }
 
+// The place of the first kept column that is not before `column`.
+__device__ __forceinline__ int64 first_at_least(const Kept kept, int64 column) {
+    int64 low = 0, high = kept.count;
+    while (low < high) {
+        const int64 middle = (low + high) / 2;
+        if (kept.columns[middle] < column) low = middle + 1; else high = middle;
+    }
+    return low;
+}
+
+constexpr int kMapWords = (kTile + kWidth) / 4;
+union Map {
+    unsigned words[kMapWords];
+    unsigned char at[4 * kMapWords];
+};
+
+__device__ __forceinline__ bool any_kept(const Map& map, int64 i) {  // of a vector's columns, the first one at map.at[i]
+    return (map.words[i / 4] | map.words[(i + kWidth) / 4 - 1]) != 0;
+}
+
 // grad may be the logits. logp_grad or entropy_grad may be null. Block (n, tile).
 extern "C" __global__ void __launch_bounds__(kThreads) logprob_backward(
     const float* logp_grad, const float* entropy_grad, const Element* logits, const int64* ids, const float* logp, const float* stats, Element* grad,
-    const float* temperatures, float temperature, int64 V, int64 row_stride, int64 grad_stride, int64 ignore_index) {
+    const float* temperatures, const int* kept_ids, const int64* kept_offsets, float temperature, int64 V, int64 row_stride, int64 grad_stride,
+    int64 ignore_index) {
+    __shared__ Map map;
     const int64 n = blockIdx.x, label = ids[n];
     const Element* row = logits + n * row_stride;
     Element* out = grad + n * grad_stride;
@@ -155,19 +208,31 @@ extern "C" __global__ void __launch_bounds__(kThreads) logprob_backward(
     const bool live = label != ignore_index && (g != 0.0f || h != 0.0f) && S != 0.0f;
     if (label < 0 || label >= V) g = not_a_number();
     const float inverse_S = 1.0f / S;
+    const Kept kept = kept_of(kept_ids, kept_offsets, n);
+    const bool listed = live && kept.count;
 
     const int64 head = elements_to_boundary(row, V), begin = head + int64(blockIdx.y) * kTile, end = begin + kTile < V ? begin + kTile : V;
     const bool same_boundary = (reinterpret_cast<unsigned long long>(out) - reinterpret_cast<unsigned long long>(row)) % 16 == 0;
+    // map.at[v - begin + kWidth] of a listed row: whether column v was kept.
+    if (listed) {
+        for (int i = threadIdx.x; i < kMapWords; i += kThreads) map.words[i] = 0;
+        __syncthreads();
+        const int64 from = blockIdx.y == 0 ? 0 : begin;
+        for (int64 k = first_at_least(kept, from) + threadIdx.x; k < kept.count && kept.columns[k] < end; k += kThreads) {
+            if (kept.columns[k] >= from) map.at[kept.columns[k] - begin + kWidth] = 1;
+        }
+        __syncthreads();
+    }
     const auto gradient = [&](float z, int64 v) {
-        if (!live) return 0.0f;
+        if (!live || (listed && !map.at[v - begin + kWidth])) return 0.0f;
         const float d = (z - m) * inverse, p = __expf(d) * inverse_S;
         return ((v == label ? g : 0.0f) - g * p - h * p * ((p > 0.0f ? d : 0.0f) - mean)) * inverse;
     };
     if (blockIdx.y == 0 && threadIdx.x < head) out[threadIdx.x] = narrow(gradient(live ? widen(row[threadIdx.x]) : 0.0f, threadIdx.x));
-#pragma unroll 2
+#pragma unroll (kKept ? 1 : 2)  // twice spills on sm_100
     for (int64 v = begin + threadIdx.x * kWidth; v < end; v += kThreads * kWidth) {
         float z[kWidth] = {};
-        if (live) load_vector(row, v, V, z);
+        if (listed ? any_kept(map, v - begin + kWidth) : live) load_vector(row, v, V, z);
         Vector x;
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) x.at[i] = narrow(gradient(z[i], v + i));

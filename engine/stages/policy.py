@@ -28,6 +28,7 @@ from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
+from fusedrl.kernels.faults import raise_faults
 from fusedrl.kernels.gae import ShapedGAE, shaped_gae
 from fusedrl.kernels.policy_loss import PolicyObjective, PolicyStats, ValueStats, policy_value_loss, token_weights
 
@@ -194,7 +195,8 @@ class _Meter:
 
 # ---- what is reported --------------------------------------------------------------------------------------------------------
 def _measure(batch: PackedBatch, shaped: ShapedGAE, kl_coef: float, config: PPOConfig) -> dict[str, float]:
-    """Metrics of the rollout itself. Raises RuntimeError when sampler and trainer disagree."""
+    """Metrics of the rollout itself. Raises IndexError when a kernel was given ids outside the vocabulary, RuntimeError when sampler and trainer disagree."""
+    raise_faults(batch.device)  # the host waits here anyway; scores of ids outside the vocabulary are NaN, which would look like disagreement
     names = ("old_logp", "ref_logp", "rollout_logp", "values", "returns")
     old, ref, rolled, values, returns = (batch.column(name)[batch.action_mask].double() for name in names)
     difference = (rolled - old).abs()

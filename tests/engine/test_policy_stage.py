@@ -12,6 +12,7 @@ from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.rewards import RewardError
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_ppo
+from fusedrl.kernels import faults
 
 REWARDS = '''
 def likes_w3(prompts, completions, completion_ids, **columns):
@@ -159,6 +160,13 @@ def test_rewards_that_fail(ppo):
         with pytest.raises(RewardError, match=message):
             train_ppo(config)
         assert not (Path(config.run.dir) / "model").exists()
+
+
+def test_what_a_kernel_reported_stops_the_step(ppo):
+    faults.flag("logprob", torch.device("cpu")).fill_(1)
+    with pytest.raises(IndexError, match="logprob: expected token ids"):
+        train_ppo(ppo(steps=1))
+    faults.raise_faults()
 
 
 def test_what_comes_out_is_loadable(ppo):

@@ -4,22 +4,23 @@ import math
 import pytest
 import torch
 
-from fusedrl.kernels import logprob_cuda
+from fusedrl.kernels import faults, logprob_cuda
+from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.logprob import logprob, logprob_reference
 from fusedrl.kernels.logprob_cuda import plan_backward, plan_forward
 
 EPS = torch.finfo(torch.float32).eps
 
 
-def run(simt, logits, ids, temperature=1.0, ignore_index=-100, g=None, h=None, out=None):
+def run(simt, logits, ids, temperature=1.0, ignore_index=-100, g=None, h=None, out=None, kept=(None, None)):
     """(logp, entropy, gradient), twice: the same bits in whatever order threads run."""
     value, per_row = (1.0, temperature.float()) if isinstance(temperature, torch.Tensor) else (temperature, None)
     results = []
     for simt.descending in (False, True):
-        (logp, entropy, stats), launches = plan_forward(logits, ids, value, per_row, True, ignore_index)
+        (logp, entropy, stats), launches = plan_forward(logits, ids, value, per_row, True, ignore_index, *kept)
         simt.run(launches)
         grad = torch.empty_like(logits).contiguous().fill_(9.0) if out is None else out.copy_(logits)
-        simt.run(plan_backward(g, h, logits if out is None else grad, ids, logp, stats, value, per_row, ignore_index, grad))
+        simt.run(plan_backward(g, h, logits if out is None else grad, ids, logp, stats, value, per_row, ignore_index, *kept, grad))
         results.append((logp, entropy, grad.clone()))
     simt.descending = False
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(*results, strict=True))
@@ -34,9 +35,10 @@ def by_reference(logits, ids, temperature=1.0, ignore_index=-100, g=None, h=None
     return logp.detach(), entropy.detach(), grad
 
 
-def compare(simt, logits, ids, **options):
+def compare(simt, logits, ids, mask=None, **options):
     logp, entropy, grad = run(simt, logits, ids, **options)
-    options.pop("out", None)
+    options = {name: value for name, value in options.items() if name not in ("out", "kept")}
+    logits = logits if mask is None else logits.masked_fill(~mask, -math.inf)  # the definition of `kept`
     want_logp, want_entropy, want_grad = by_reference(logits, ids, **options)
     finite = want_logp > -math.inf
     assert torch.equal(logp > -math.inf, finite)
@@ -46,6 +48,7 @@ def compare(simt, logits, ids, **options):
     ulp = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[logits.dtype]
     upstream = sum(t.abs()[:, None].double() for t in (options.get("g"), options.get("h")) if t is not None)
     assert ((grad.double() - want_grad).abs() <= ulp * want_grad.abs() + 1e-6 * upstream.clamp(min=1.0) * (1 + want_entropy[:, None])).all()
+    return logp, entropy, grad
 
 
 def make(N, V, seed=0, dtype=torch.float32, sd=3.0):
@@ -101,10 +104,77 @@ def test_bad_rows_stay_alone(simt):
     logp, entropy, grad = run(simt, logits, ids, g=g, h=h)
     assert logp.isnan().tolist() == [False, True, True, True, False]
     assert entropy.isnan().tolist() == [False, True, True, False, False]
+    with pytest.raises(IndexError, match="logprob"):
+        faults.raise_faults()
     assert grad.isnan().any(1).tolist() == [False, True, True, True, False]
     alone = run(simt, logits[4:], ids[4:], g=g[4:], h=h[4:])
     assert torch.equal(alone[0], logp[4:])
     assert torch.equal(alone[2], grad[4:])
+
+
+# Rows: a tenth and the label, without the label, not listed, the label alone, every second one, all but one, both ends, ignored. What was not kept is NaN.
+def truncated(V, dtype=torch.float32):
+    logits, ids, g, h = make(8, V, dtype=dtype)
+    column = torch.arange(V)
+    mask = torch.rand(8, V, generator=torch.Generator().manual_seed(V)) < 0.1
+    mask[0, ids[0]] = True
+    mask[1] &= column != ids[1]
+    mask[2] = True
+    mask[3] = column == ids[3]
+    mask[4] = (column % 2 == 0) | (column == ids[4])
+    mask[5] = column != (ids[5] + 1) % V
+    mask[6] = (column == 0) | (column == V - 1)
+    mask[1, (ids[1] + 1) % V] = True
+    ids[7] = -100
+    listed = [row.nonzero().squeeze(1).int() if not row.all() else row.new_empty(0, dtype=torch.int32) for row in mask]
+    kept = Kept(torch.cat([*listed, torch.tensor([-3, 2**31 - 1], dtype=torch.int32)]), torch.tensor([0, *map(len, listed)]).cumsum(0))
+    return logits.masked_fill(~mask, math.nan), ids, g, h, mask, kept
+
+
+# Maps of tiles of 8192 columns; a search for each tile's first kept column; rows at every offset from 16 bytes.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("V", [2, 9, 1033, 8195, 16387])
+def test_kept(simt, dtype, V):
+    logits, ids, g, h, mask, kept = truncated(V, dtype)
+    mask[7] = True
+    logits[7] = 0.0  # by_reference looks at it
+    logp, entropy, grad = compare(simt, logits, ids, mask, kept=kept, temperature=torch.linspace(0.5, 2.0, 8), g=g, h=h)
+    assert (logp[1], logp[3], entropy[3]) == (-math.inf, 0.0, 0.0)
+    assert (grad[~mask] == 0).all()
+    in_place = compare(simt, logits, ids, mask, kept=kept, g=g, h=h, out=torch.empty_like(logits))
+    assert (in_place[2][~mask] == 0).all()
+    whole = run(simt, logits[2:3], ids[2:3], g=g[2:3], h=h[2:3])  # a row that lists nothing
+    assert all(torch.equal(a[2:3], b) for a, b in zip(in_place, whole, strict=True))
+
+
+def test_kept_that_is_wrong_or_holds_nan(simt):
+    logits, ids, g, h, mask, kept = truncated(1033)
+    logits[0, ids[0]] = math.nan
+    offsets = kept.offsets
+    token_ids = kept.token_ids.clone()
+    token_ids[offsets[5] - 1] = 1033  # of row 4
+    token_ids[offsets[6]] = -1
+    logp, entropy, grad = run(simt, logits, ids, g=g, h=h, kept=(token_ids, offsets))
+    assert logp.isnan().tolist() == entropy.isnan().tolist() == [True, False, False, False, True, False, True, False]
+    assert grad.isnan().any(1).tolist() == logp.isnan().tolist()
+    assert (grad[~mask] == 0).all()
+    with pytest.raises(IndexError, match="logprob: expected token ids"):
+        faults.raise_faults()
+
+
+def test_an_id_out_of_range_raises_the_flag(simt):
+    faults.raise_faults()
+    logits, ids, g, h = make(3, 10)
+    run(simt, logits, ids, g=g, h=h)
+    ids[0] = -100
+    run(simt, logits, ids, g=g, h=h)
+    faults.raise_faults()
+    for wrong in (10, -1):
+        ids[1] = wrong
+        run(simt, logits, ids, g=g, h=h)
+        with pytest.raises(IndexError, match="logprob: expected token ids"):
+            faults.raise_faults()
+        faults.raise_faults()
 
 
 def test_writes_nothing_else(simt):
@@ -117,6 +187,9 @@ def test_writes_nothing_else(simt):
     plain = run(simt, logits, ids, g=g, h=h)
     torch.testing.assert_close(logp, plain[0])
     torch.testing.assert_close(entropy, plain[1])
+    assert torch.equal(wide[:, 3:1004], logits)
+    assert wide[:, :3].isnan().all()
+    assert wide[:, 1004:].isnan().all()
     target = torch.full((4, 1013), 123.0)
     in_place = run(simt, logits, ids, g=g, h=h, out=target[:, 3:1004])[2]
     torch.testing.assert_close(in_place, grad, rtol=1e-5, atol=1e-6)
@@ -130,25 +203,27 @@ def test_ops_as_torch_sees_them(simt):
         simt.run(launches)
         return outputs
 
-    def backward(g, h, logits, ids, logp, stats, temperature, temperatures, ignore_index, out):
-        simt.run(plan_backward(g, h, out if logits is None else logits, ids, logp, stats, temperature, temperatures, ignore_index, out))
+    def backward(g, h, logits, *rest):
+        simt.run(plan_backward(g, h, rest[-1] if logits is None else logits, *rest))
 
     logprob_cuda.logprob_cuda.register_kernel("cpu")(forward)
     logprob_cuda._logprob_cuda_backward.register_kernel("cpu")(backward)
     logits, ids, g, h = make(3, 41)
     leaf = logits.clone().requires_grad_()
-    torch.library.opcheck(torch.ops.fusedrl.logprob_cuda, (leaf, ids, 0.7, None, True, -100))
+    kept = Kept(torch.tensor([0, 7, 8, 20, 40], dtype=torch.int32), torch.tensor([0, 3, 5, 5]))
+    for truncation in ((None, None), kept):
+        torch.library.opcheck(torch.ops.fusedrl.logprob_cuda, (leaf, ids, 0.7, None, True, -100, *truncation))
     want = by_reference(logits, ids, 0.7, g=g, h=h)[2]
     compiled = torch.compile(torch.ops.fusedrl.logprob_cuda, fullgraph=True, backend="aot_eager")
     for function in (logprob_cuda.logprob_cuda, logprob_cuda.InPlaceCuda.apply, compiled):
         made = leaf * 1
-        logp, entropy, _ = function(made, ids.int(), 0.7, None, True, -100)
+        logp, entropy, _ = function(made, ids.int(), 0.7, None, True, -100, None, None)
         (grad,) = torch.autograd.grad((logp * g + entropy * h).sum(), made)
         torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=5e-6)
     # In place: the logits are the gradient now, and whoever saved them is told.
     made = leaf * 1
     saved = made.square()
-    logp, _, _ = logprob_cuda.InPlaceCuda.apply(made, ids, 0.7, None, False, -100)
+    logp, _, _ = logprob_cuda.InPlaceCuda.apply(made, ids, 0.7, None, False, -100, None, None)
     (grad,) = torch.autograd.grad(logp.sum(), made, retain_graph=True)
     assert torch.equal(grad, made)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -5,7 +5,8 @@ import torch
 
 from fusedrl.kernels import native
 from fusedrl.kernels.dispatch import unavailable
-from fusedrl.kernels.logprob import _logprob_triton, logprob, logprob_, logprob_reference
+from fusedrl.kernels.kept import Kept
+from fusedrl.kernels.logprob import logprob, logprob_, logprob_reference
 
 EPS = torch.finfo(torch.float32).eps
 cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
@@ -46,12 +47,19 @@ def assert_logp(got, want):
     assert not finite.any() or error.max() <= 8 * EPS, f"{error.max() / EPS:.1f} eps"
 
 
-def compare(logits, token_ids, temperature, impl, function=logprob):
+def listed(mask):
+    """Kept of a bool mask [N, V]; a row that is all True is not listed. Nonsense lies behind the last id."""
+    rows = [row.nonzero().squeeze(1).int() if not row.all() else torch.empty(0, dtype=torch.int32) for row in mask]
+    return Kept(torch.cat([*rows, torch.tensor([-5, 2**31 - 1], dtype=torch.int32)]), torch.tensor([0, *(len(row) for row in rows)]).cumsum(0))
+
+
+def compare(logits, token_ids, temperature, impl, function=logprob, mask=None):
+    kept = None if mask is None else listed(mask)
     generator = torch.Generator().manual_seed(1)
     g, h = (torch.randn(token_ids.shape, generator=generator) for _ in range(2))
     leaf = logits.detach().clone().requires_grad_()
-    logp, entropy = function(leaf * 1 if function is logprob_ else leaf, token_ids, temperature=temperature, entropy=True, impl=impl)
-    want_logp, want_entropy, want_grad = oracle(logits, token_ids, temperature, g, h)
+    logp, entropy = function(leaf * 1 if function is logprob_ else leaf, token_ids, temperature=temperature, entropy=True, kept=kept, impl=impl)
+    want_logp, want_entropy, want_grad = oracle(logits if mask is None else logits.masked_fill(~mask, -math.inf), token_ids, temperature, g, h)
     assert logp.dtype == entropy.dtype == torch.float32
     assert_logp(logp.detach(), want_logp)
     torch.testing.assert_close(entropy.double(), want_entropy, rtol=0, atol=1e-5 * max(1.0, math.log(logits.shape[-1])))
@@ -308,11 +316,177 @@ def test_only_one_of_the_two_gradients(impl):
         torch.testing.assert_close(leaf.grad.double().sum(-1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
-def test_reference_gradient():
+# ---- kept: the definition is that of logits masked by -inf ------------------------------------------------------------------
+def truncated(V, seed=0, dtype=torch.float32):
+    """(logits, ids, mask) of 8 rows: some kept, label outside, ignored, not listed, only the label, half of them, nearly all, both ends. What was not
+    kept is NaN."""
+    logits, ids = rows(V, N=8, seed=seed)
+    mask = torch.rand(8, V, generator=torch.Generator().manual_seed(seed)) < 0.1
+    mask[torch.arange(8), ids.clamp(min=0)] = True
+    mask[1, ids[1]] = V == 1
+    mask[3] = True
+    mask[4] = torch.arange(V) == ids[4]
+    mask[5] |= torch.arange(V) % 2 == 0
+    mask[6] = torch.arange(V) != (ids[6] + 1) % V
+    mask[7] = (torch.arange(V) == 0) | (torch.arange(V) == V - 1)
+    if V == 1:
+        mask[:] = True
+    return logits.to(dtype).masked_fill(~mask, math.nan), ids, mask
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("V", [1, 2, 17, 1025, 4097, 9001])
+def test_kept_matches_float64(impl, V):
+    logits, ids, mask = truncated(V)
+    logp, entropy, grad = compare(logits, ids, 0.7, impl, logprob_, mask)
+    assert (grad[~mask] == 0).all()
+    if V > 1:
+        assert (logp[1], logp[4], entropy[4]) == (-math.inf, 0.0, 0.0)
+    compare(logits, ids, torch.tensor([0.3, 1.0, 2.0, 0.7, 5.0, 0.1, 1.5, 1.0]), impl, logprob, mask)
+    for dtype in (torch.bfloat16, torch.float16) if V in (17, 4097) else ():
+        for function in (logprob, logprob_):
+            _, _, grad = compare(*truncated(V, dtype=dtype)[:2], 0.7, impl, function, mask)
+            assert (grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_that_lists_nothing_is_the_whole_vocabulary(impl):
+    logits, ids = rows(4100)
+    results = []
+    for kept in (None, listed(torch.ones(5, 4100, dtype=torch.bool))):
+        leaf = logits.clone().requires_grad_()
+        logp, entropy = logprob(leaf, ids, temperature=0.7, entropy=True, kept=kept, impl=impl)
+        (logp.sum() + entropy.sum()).backward()
+        results.append((logp.detach(), entropy.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("function", [logprob, logprob_])
+def test_kept_and_minus_infinity(impl, function):
+    V = 1100
+    logits, ids = rows(V, N=4, scale=1.0)
+    mask = torch.zeros(4, V, dtype=torch.bool)
+    mask[:, 100:900] = True
+    ids[:] = torch.tensor([150, 200, 300, 400])
+    logits[0, 100:140] = -torch.inf
+    logits[1, 200] = -torch.inf  # the label itself
+    logits[2, 100:900] = -torch.inf  # nothing is left
+    logits[3, :100] = 50.0  # mass outside counts for nothing
+    logp, entropy, grad = compare(logits, ids, 0.7, impl, function, mask)
+    assert (logp[1], logp[2], entropy[2]) == (-math.inf, -math.inf, 0.0)
+    assert (grad[2] == 0).all()
+    assert (grad[torch.isneginf(logits) | ~mask] == 0).all()
+    with pytest.raises(AssertionError):  # known wrong: the gradient of the whole row, cut off afterwards
+        leaf = logits.nan_to_num(neginf=-50.0).requires_grad_()
+        logprob(leaf, ids, temperature=0.7, impl=impl).sum().backward()
+        torch.testing.assert_close(torch.where(mask, leaf.grad, 0)[3].double(), oracle(logits.masked_fill(~mask, -math.inf), ids, 0.7, torch.ones(4))[2][3])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_kept_poison_stays_in_its_row(impl):
+    logits, ids, mask = truncated(1030)
+    logits[6, ids[6]] = torch.nan  # a kept one
+    ids[1] = -100
+    leaf = logits.clone().requires_grad_()
+    logp, entropy = logprob(leaf, ids, entropy=True, kept=listed(mask), impl=impl)
+    (logp.sum() + entropy.sum()).backward()
+    others = torch.arange(8) != 6
+    assert logp[6].isnan()
+    assert entropy[6].isnan()
+    assert leaf.grad[6][mask[6]].isnan().all()
+    assert (leaf.grad[~mask] == 0).all()
+    assert torch.isfinite(logp[others]).all()
+    assert torch.isfinite(leaf.grad[others]).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_kept_rows_depend_on_nothing_else(impl):
+    logits, ids, mask = truncated(1300)
+    options = {"temperature": 0.7, "entropy": True, "impl": impl}
+    together = logprob(logits, ids, kept=listed(mask), **options)
+    assert all(torch.equal(a, b) for a, b in zip(together, logprob(logits, ids, kept=listed(mask), **options), strict=True))
+    for n in (0, 5, 7):
+        alone = logprob(logits[n:n + 1], ids[n:n + 1], kept=listed(mask[n:n + 1]), **options)
+        assert torch.equal(alone[0], together[0][n:n + 1])
+        assert torch.equal(alone[1], together[1][n:n + 1])
+    compact = logprob(logits[5][mask[5]], torch.tensor(int(mask[5][:ids[5]].sum())), **options)  # the same tokens as a vocabulary of their own
+    torch.testing.assert_close(compact[0], together[0][5], rtol=0, atol=2e-6)
+    shaped = torch.full((2, 5, 1400), torch.nan)[:, 1:, :1300].copy_(logits.view(2, 4, 1300))  # leading dimensions with strides of their own
+    for a, b in zip(logprob(shaped, ids.view(2, 4), kept=listed(mask), **options), together, strict=True):
+        assert torch.equal(a.flatten(), b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_kept_with_no_rows(impl):
+    kept = Kept(torch.empty(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+    leaf = torch.randn(0, 7, requires_grad=True)
+    logprob(leaf, torch.zeros(0, dtype=torch.int64), kept=kept, impl=impl).sum().backward()
+    assert leaf.grad.shape == (0, 7)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_refuses_kept_that_do_not_fit(impl):
+    logits, ids = torch.zeros(2, 6), torch.tensor([1, 2])
+
+    def score(token_ids, offsets, dtypes=(torch.int32, torch.int64)):
+        logprob(logits, ids, kept=Kept(torch.tensor(token_ids, dtype=dtypes[0]), torch.tensor(offsets, dtype=dtypes[1])), impl=impl)
+
+    score([1, 3, 2, 5], [0, 2, 4])
+    for token_ids, found in (([1, 3, 2, 6], "got 6 after 2 in row 1"), ([-1, 3, 2, 5], "got -1 after -1 in row 0"), ([1, 3, 5, 5], "got 5 after 5 in row 1"),
+                             ([3, 1, 2, 5], "got 1 after 3 in row 0")):
+        with pytest.raises(IndexError, match=r"expected kept ids that ascend in \[0, 6\), " + found):
+            score(token_ids, [0, 2, 4])
+    for offsets in ([1, 2, 4], [0, 5, 4], [0, 2, 5]):
+        with pytest.raises(ValueError, match=r"kept.offsets that ascend from 0 to at most 4"):
+            score([1, 3, 2, 5], offsets)
+    with pytest.raises(ValueError, match=r"expected 3 kept.offsets, one more than rows, got 2"):
+        score([1, 3, 2, 5], [0, 4])
+    with pytest.raises(TypeError, match=r"expected kept.token_ids of dtype int32"):
+        score([1, 3, 2, 5], [0, 2, 4], (torch.int64, torch.int64))
+    with pytest.raises(TypeError, match=r"expected kept.offsets of dtype int64"):
+        score([1, 3, 2, 5], [0, 2, 4], (torch.int32, torch.int32))
+
+
+# ---- what is not theirs stays as it is --------------------------------------------------------------------------------------
+def bits(tensor):
+    return tensor.contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16).clone()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("truncate", [False, True])
+def test_nothing_beside_the_logits_is_read_or_written(impl, dtype, truncate):
+    """Rows of a padded vocabulary inside a larger tensor of NaN: forward changes no bit of it, the backward in place none outside the view."""
+    logits, ids, mask = truncated(1027, dtype=dtype)
+    kept = listed(mask) if truncate else None
+    plain = logits if truncate else logits.nan_to_num(nan=0.5)
+    whole = torch.full((10, 1040), torch.nan, dtype=dtype)
+    view = whole[1:9, 5:1032]
+    view.copy_(plain)
+    inside = torch.zeros(whole.shape, dtype=torch.bool)
+    inside[1:9, 5:1032] = True
+    before = bits(whole)
+    leaf = view.detach().requires_grad_()
+    logp, entropy = logprob(leaf, ids, entropy=True, kept=kept, impl=impl)
+    (torch.where(logp > -math.inf, logp, 0.0).sum() + entropy.sum()).backward()
+    assert torch.equal(bits(whole), before)
+    assert torch.isfinite(leaf.grad).all()
+    source, target = plain.clone().requires_grad_(), whole.clone()
+    computed = target[1:9, 5:1032].copy_(source)
+    logp, entropy = logprob_(computed, ids, entropy=True, kept=kept, impl=impl)
+    assert torch.equal(bits(target.detach()), before)
+    (torch.where(logp > -math.inf, logp, 0.0).sum() + entropy.sum()).backward()
+    assert torch.equal(bits(target.detach())[~inside], before[~inside])
+    assert torch.equal(target.detach()[1:9, 5:1032], leaf.grad)
+
+
+@pytest.mark.parametrize("kept", [None, Kept(torch.tensor([1, 3, 4, 0, 3, 4, 5], dtype=torch.int32), torch.tensor([0, 3, 3, 4, 6]))])
+def test_reference_gradient(kept):
     logits = torch.randn(4, 6, dtype=torch.float64)
     logits[0, 2] = -torch.inf
-    ids = torch.tensor([1, 5, -100, 0])
-    assert torch.autograd.gradcheck(lambda z: logprob_reference(z.masked_fill(torch.isneginf(logits), -torch.inf), ids, 0.7),
+    ids = torch.tensor([1, 5, -100, 3])
+    assert torch.autograd.gradcheck(lambda z: logprob_reference(z.masked_fill(torch.isneginf(logits), -torch.inf), ids, 0.7, kept=kept),
                                     logits.nan_to_num(neginf=0.0).requires_grad_())
 
 
@@ -342,24 +516,41 @@ def test_refuses_what_it_does_not_support(impl):
 def test_opcheck_and_compile():
     logits, ids = torch.randn(3, 40, requires_grad=True), torch.tensor([0, -100, 39])
     stats, g, T = torch.ones(3, 3), torch.randn(3), torch.rand(3) + 0.5
+    kept = Kept(torch.tensor([0, 7, 8, 20, 39], dtype=torch.int32), torch.tensor([0, 3, 5, 5]))
     if native.capability:
         ops = torch.ops.fusedrl
         for entropy in (False, True):
             torch.library.opcheck(ops.logprob.default, (logits, ids, 0.7, None, entropy, -100))
+            torch.library.opcheck(ops.logprob.default, (logits, ids, 0.7, None, entropy, -100, *kept))
             torch.library.opcheck(ops.logprob_forward.default, (logits.detach(), ids, 1.0, T, entropy, -100))
         torch.library.opcheck(ops.logprob_backward.default, (g, None, logits.detach(), ids, stats, 0.7, None, -100))
         torch.library.opcheck(ops.logprob_backward_.default, (logits.detach().clone(), None, g, ids, stats, 0.7, None, -100))
+        torch.library.opcheck(ops.logprob_backward_.default, (logits.detach().clone(), None, g, ids, stats, 0.7, None, -100, *kept))
     if not unavailable("triton", "cpu"):
-        torch.library.opcheck(_logprob_triton, (logits, ids, 0.7, None, True, -100))
+        torch.library.opcheck(torch.ops.fusedrl.logprob_triton.default, (logits, ids, 0.7, None, True, -100, None, None))
+        torch.library.opcheck(torch.ops.fusedrl.logprob_triton.default, (logits, ids, 0.7, None, True, -100, *kept))
     for impl in ("torch", "cpp", "triton"):
         if unavailable(impl, "cpu"):
             continue
 
-        def loss(z, impl=impl):
-            logp, entropy = logprob(z, ids, temperature=0.7, entropy=True, impl=impl)
+        def loss(z, truncated, impl=impl):
+            logp, entropy = logprob(z, ids, temperature=0.7, entropy=True, kept=truncated, impl=impl)
             return logp.sum() + 0.1 * entropy.sum()
 
-        leaf, compiled_leaf = logits.detach().clone().requires_grad_(), logits.detach().clone().requires_grad_()
-        loss(leaf).backward()
-        torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled_leaf).backward()
-        torch.testing.assert_close(compiled_leaf.grad, leaf.grad)
+        for truncated in (None, kept):
+            leaf, compiled_leaf = logits.detach().clone().requires_grad_(), logits.detach().clone().requires_grad_()
+            loss(leaf, truncated).backward()
+            torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled_leaf, truncated).backward()
+            torch.testing.assert_close(compiled_leaf.grad, leaf.grad)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_new_lengths_do_not_recompile(impl):
+    compiled = torch.compile(lambda z, ids, kept: logprob(z, ids, kept=kept, impl=impl), fullgraph=True, backend="aot_eager", dynamic=True)
+    before, counts = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
+    for N in (3, 5, 9):
+        logits, ids = torch.randn(N, 40), torch.full((N,), 2)
+        kept = Kept(torch.tensor([2, 7] * N, dtype=torch.int32), torch.arange(N + 1) * 2)
+        torch.testing.assert_close(compiled(logits, ids, kept), torch.log_softmax(logits[:, [2, 7]], -1)[:, 0])
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert before < counts[0] == counts[-1]
