@@ -1,6 +1,7 @@
 """The fixture that runs a contest over pytest-benchmark. harness.py says how to call it and what a row is."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,8 @@ from bench.harness import Row, Times
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fusedrl")
     group.addoption("--results", type=Path, metavar="DIR", help="write the rows of each contest to DIR/<file>.json (by default they are only printed)")
+    group.addoption("--model", type=Path, metavar="DIR", default=harness.RESULTS.parents[2] / "shared/models/stories260k",
+                    help="the Llama-like model that bench_generate.py generates with")
     group.addoption("--rounds", type=int, metavar="N", help="time so many rounds, without a warm-up beyond the check of the answers (by default as many as "
                                                             f"fill {harness.SECONDS} seconds, {harness.FEWEST} to {harness.MOST})")
 
@@ -32,7 +35,8 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 def _alone():
     """One thread for all contestants: two shared cores make OpenMP's barriers spin. Nothing compiled for another contest's shapes."""
     torch.set_num_threads(1)
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled
+        torch.compiler.reset()
 
 
 @pytest.fixture

@@ -23,7 +23,11 @@ class Size(NamedTuple):
 SIZES = {"tiny": Size(4096, 64, 172, 8, 4, 8), "large": Size(2048, 1536, 8960, 12, 2, 128), "8b": Size(16384, 4096, 14336, 32, 8, 128)}
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = on(cpu=[(name, dtype) for name in ("tiny", "large") for dtype in (F32, BF16)], cuda=[("8b", BF16), ("large", BF16)])
-layer_cases = pytest.mark.parametrize("direction", ["forward", "forward+backward"])(pytest.mark.parametrize("size, dtype", CASES))
+
+
+def layer_cases(bench: Callable) -> Callable:
+    """Runs `bench` for every size, dtype and direction."""
+    return pytest.mark.parametrize("direction", ["forward", "forward+backward"])(pytest.mark.parametrize("size, dtype", CASES)(bench))
 
 
 def layer_contest(contest: Callable, name: str, shape: str, direction: str, ours: Mapping[str, Callable], eager: Callable, leaves: Sequence[Tensor],
