@@ -10,8 +10,12 @@ from torch import Tensor
 from fusedrl.kernels import attention as module
 from fusedrl.kernels.attention import varlen_attention
 
-RAGGED = torch.randint(100, 300, (20,), generator=torch.Generator().manual_seed(0)).tolist()
-LONG = torch.randint(512, 4097, (16,), generator=torch.Generator().manual_seed(0)).tolist()
+
+def some_lengths(sequences: int, low: int, high: int) -> list[int]:
+    return torch.randint(low, high, (sequences,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+LENGTHS = {"ragged": some_lengths(20, 100, 300), "one long": [2048], "ragged, long": some_lengths(16, 512, 4097), "equal, long": [2048] * 8}
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
@@ -22,9 +26,10 @@ def padded(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat([row[:n] for row, n in zip(out, lengths, strict=True)])
 
 
-@pytest.mark.parametrize("heads, lengths", on(cpu=[((8, 4, 8), RAGGED), ((8, 2, 64), RAGGED), ((4, 4, 64), [2048])],
-                                              cuda=[((32, 8, 128), LONG), ((32, 8, 128), [2048] * 8)]), ids=str)
-def bench_varlen_attention(contest, heads, lengths):
+@pytest.mark.parametrize("heads, sequences", on(cpu=[((8, 4, 8), "ragged"), ((8, 2, 64), "ragged"), ((4, 4, 64), "one long")],
+                                                cuda=[((32, 8, 128), "ragged, long"), ((32, 8, 128), "equal, long")]), ids=str)
+def bench_varlen_attention(contest, heads, sequences):
+    lengths = LENGTHS[sequences]
     Hq, Hkv, D = heads
     N, cu_seqlens, random = sum(lengths), torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), Random()
     q, k, v = (random.normal(N, h, D, dtype=DTYPE).requires_grad_() for h in (Hq, Hkv, Hkv))

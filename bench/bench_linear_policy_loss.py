@@ -78,9 +78,9 @@ same = agree(rtol=2e-2, of_max=2e-2) if torch.bfloat16 == DTYPE else agree(rtol=
 
 # ---- memory ----------------------------------------------------------------------------------------------------------------
 def memory_case() -> dict[str, Callable[[], object]]:
-    """Ours and eager with every row active; old_logp need not be right for it, and computing it would leave a peak."""
+    """Ours and eager with every row active: a ratio below 1 is not clipped at a positive advantage. Computing old_logp would leave a peak of its own."""
     leaves, ids, weights = head()
-    arguments = (ids, torch.full((N,), -11.0, device=DEVICE), torch.ones(N, device=DEVICE), weights)
+    arguments = (ids, torch.zeros(N, device=DEVICE), torch.ones(N, device=DEVICE), weights)
     return {"fusedrl": both(lambda *a: linear_policy_loss(*a)[0], leaves, arguments), "eager": both(eager, leaves, arguments)}
 
 

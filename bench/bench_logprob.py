@@ -43,7 +43,7 @@ def bench_forward(contest, N, V, dtype, entropy):
     random = Random()
     logits, token_ids = random.normal(N, V, dtype=dtype), random.integers(0, V, N)
     plain = eager_entropy if entropy else eager
-    contestants = {name: ours(impl, entropy) for name, impl in implementations(module, "logprob").items() if impl != "torch"}
+    contestants = {name: ours(impl, entropy) for name, impl in implementations(module, "logprob", reference=False).items()}
     contestants |= {"eager": plain, "torch.compile": compiled(plain)}
     peer = liger("transformers.functional.liger_cross_entropy")
     if peer is not None and not entropy:
@@ -73,7 +73,7 @@ def bench_forward_backward(contest, N, V, dtype, entropy):
     def fresh(function):
         return gradients(function, [leaf], upstream, token_ids)
 
-    contestants = {name: fresh(ours(impl, entropy)) for name, impl in implementations(module, "logprob").items() if impl != "torch"}
+    contestants = {name: fresh(ours(impl, entropy)) for name, impl in implementations(module, "logprob", reference=False).items()}
     contestants |= {"fusedrl logprob_": in_place(ours(None, entropy, logprob_)), "eager": fresh(plain), "torch.compile": fresh(compiled(plain))}
     peer = liger("transformers.functional.liger_cross_entropy")
     if peer is not None and not entropy:

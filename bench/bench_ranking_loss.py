@@ -27,8 +27,8 @@ def eager_kwise(scores_PK: Tensor, ranks_PK: Tensor) -> tuple[Tensor]:
 def bench_pairwise(contest, B):
     random = Random()
     leaves = [random.normal(B).requires_grad_(), random.normal(B).requires_grad_()]
-    contestants = {name: lambda a, b, impl=impl: (pairwise_ranking_loss(a, b, impl=impl),) for name, impl in implementations(module,
-                                                                                                                     "pairwise_ranking_loss").items()}
+    contestants = {name: lambda a, b, impl=impl: (pairwise_ranking_loss(a, b, impl=impl),)
+                   for name, impl in implementations(module, "pairwise_ranking_loss").items()}
     contestants |= {"eager": eager_pairwise, "torch.compile": compiled(eager_pairwise)}
     # Two float32 read and two gradients written a pair.
     contest("pairwise_ranking_loss fwd + bwd", f"{B} pairs", torch.float32,
@@ -44,7 +44,8 @@ def bench_kwise(contest, P, K):
     def ours(impl: str):
         return lambda scores, ranks: (kwise_ranking_loss(scores.view(-1), ranks.view(-1), cu_groups, impl=impl),)
 
-    contestants = {name: ours(impl) for name, impl in implementations(module, "kwise_ranking_loss").items()}
+    # The reference goes prompt by prompt: it is a definition and no contestant.
+    contestants = {name: ours(impl) for name, impl in implementations(module, "kwise_ranking_loss", reference=False).items()}
     contestants |= {"eager": eager_kwise, "torch.compile": compiled(eager_kwise)}
     # A float32 and an int64 read and a gradient written an answer.
     contest("kwise_ranking_loss fwd + bwd", f"{P} prompts x {K}", torch.float32,

@@ -33,10 +33,9 @@ def bench_rope(contest, size, dtype, direction):
             return rope(q, k, cos, sin, impl=impl)
         return call
 
+    contestants = {name: ours(impl) for name, impl in implementations(module, "rope", reference=False).items()}
     random = Random()
     leaves, angles = [random.normal(N, Hq + 2 * Hkv, D, dtype=dtype)], 100 * random.uniform(N, D // 2)
     # A read and a write of q and k each way. What puts their gradients back into one [N, Hq + 2 Hkv, D] is timed and not counted.
     moved = 2 * N * (Hq + Hkv) * D * dtype.itemsize
-    layer_contest(contest, "rope", f"{N} x {Hq}/{Hkv} x {D}", direction, {name: ours(impl) for name, impl in implementations(module, "rope").items()
-                                                                       if impl != "torch"}, eager, leaves, (angles.cos(), angles.sin(), (Hq, Hkv, Hkv)),
-                  moved, moved)
+    layer_contest(contest, "rope", f"{N} x {Hq}/{Hkv} x {D}", direction, contestants, eager, leaves, (angles.cos(), angles.sin(), (Hq, Hkv, Hkv)), moved, moved)

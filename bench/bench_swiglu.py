@@ -19,7 +19,7 @@ def eager(gate_up: Tensor) -> tuple[Tensor]:
 @layer_cases
 def bench_swiglu(contest, size, dtype, direction):
     N, width = SIZES[size].N, SIZES[size].F
-    ours = {name: lambda x, impl=impl: (swiglu(x, impl=impl),) for name, impl in implementations(module, "swiglu").items() if impl != "torch"}
+    ours = {name: lambda x, impl=impl: (swiglu(x, impl=impl),) for name, impl in implementations(module, "swiglu", reference=False).items()}
     peer = liger("ops.swiglu.LigerSiLUMulFunction")
     # Forward: gate and up in, their product out. Backward: its gradient, gate and up in, two gradients out.
     moved = N * width * dtype.itemsize

@@ -1,6 +1,7 @@
 """The bench harness: what a row says, what merging keeps, what is refused, and that every op has a bench."""
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench import conftest, harness, kernel_report, tables
+from tests import offline_compile
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"cpu": "a CPU", "capability": "AVX2", "gpu": None, "threads": 1, "python": "3.11", "torch": "2.11", "commit": "aaaa", "date": "2026-01-01"}
@@ -219,4 +221,14 @@ def test_kernel_report():
     broken = {"sm_90": {"error": "no"}, "gfx942": {"registers": 1, "spills": 0, "shared": 0}}
     assert kernel_report.table([("a.b", used), ("c", broken)]) == [
         "| kernel | sm_90 | gfx942 |", "|---|---|---|", "| `a.b` | 64 / 128 | 40 / 0, **8 spilled** |", "| `c` | **does not compile** | 1 / 0 |"]
-    tables.replace_between(kernel_report.REPORT.read_text(encoding="utf-8"), kernel_report.BEGIN, kernel_report.END, "")
+
+
+def test_the_kernel_report_names_every_kernel():
+    text = kernel_report.REPORT.read_text(encoding="utf-8")
+    tables.replace_between(text, kernel_report.BEGIN, kernel_report.END, "")
+    missing = [name for name in offline_compile.kernels([]) if f"`{name}`" not in text]
+    missing += [f"{source} {options}" for source, options, _ in offline_compile.cuda_sources() if not re.search(
+        rf"`{re.escape(source)}: \w+{''.join(' ' + re.escape(option) for option in options)}`", text)]
+    assert not missing, f"run `make kernel-report`; docs/kernel-report.md lacks {missing}"
+    spilled = re.findall(r"\| `.*(?:spilled|does not compile).*", text)
+    assert not spilled
