@@ -13,6 +13,7 @@ from fusedrl.engine.generation.generator import Completion, Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
+from fusedrl.engine.model.sharing import Sharing, share
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, resolve_directory, save_pretrained
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.linear_logprob import linear_logprob
@@ -47,6 +48,7 @@ class HybridActor:
         self.weights_version = 0
         self._cache = cache or CacheConfig()
         self._generator: Generator | None = None
+        self._sharing: Sharing | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None, value_head: bool = False,
@@ -67,13 +69,35 @@ class HybridActor:
                     else ValueHead(decoder.config.hidden_size, device=decoder.device))
         return cls(decoder, load_tokenizer(directory), value_head=head, cache=cache)
 
+    @classmethod
+    def from_module(cls, module: nn.Module, tokenizer: Any = None, *, value_head: bool = False, cache: CacheConfig | None = None) -> HybridActor:
+        """An actor on the storage of a transformers model that someone else trains.
+
+        The weights are copied once, into fused storage, and the model's own parameters then lie in it: its optimizer's steps are the actor's, with nothing
+        to synchronise. Steps are noticed by themselves (a new `weights_version` at the next `generate`, `stream` or `score`), unless written through `.data`:
+        call `mark_updated` after those.
+
+        Args:
+            module: of a family in `families.FAMILIES`, parameters of one dtype on one device. It is not wrapped and keeps working.
+            tokenizer: a transformers tokenizer, or None where prompts are token ids. value_head: a fresh one, which says 0.
+        Raises:
+            TypeError, ValueError: a model that does not fit (`sharing.share`). Later, wherever the weights are read, RuntimeError: the model was cast, moved or
+            otherwise re-allocated, and no longer shares them.
+        """
+        decoder, sharing = share(module)
+        head = ValueHead(decoder.config.hidden_size, device=decoder.device) if value_head else None
+        actor = cls(decoder, tokenizer, value_head=head, cache=cache)
+        actor._sharing = sharing
+        return actor
+
     # ---- generating -------------------------------------------------------------------------------------------------------
     def generate(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None = None,
                  request_ids: Sequence[int] | None = None) -> list[list[Completion]]:
         """Complete prompts.
 
         Args:
-            prompts: strings (tokenised with the tokenizer's special tokens), token-id lists, or message lists (through the chat template).
+            prompts: strings (tokenised with the tokenizer's special tokens), token-id lists, message lists (through the chat template), or completions
+                to continue: aborted ones, or such as `extend` returns. Under the same request id and the same weights one goes on as if it had never stopped.
             params: one for all prompts, or one per prompt; None: the defaults of `SamplingParams`.
             request_ids: one integer per prompt, by default its index. A draw depends on (seed, request id, sample index, position) and the logits alone.
         Returns:
@@ -96,6 +120,11 @@ class HybridActor:
         """
         return self._generation().run(prompts, params if params is not None else SamplingParams(), request_ids)
 
+    def extend(self, completion: Completion, token_ids: Sequence[int]) -> Completion:
+        """Append observation tokens (a tool's answer, the user's next turn) to a completion; they are not actions. `generate` continues it as a prompt,
+        and finds the keys and values of all its full blocks in the cache, as long as the weights have not changed and nothing else needed the memory."""
+        return completion.extend(token_ids, self.weights_version)
+
     def abort(self) -> None:
         """End every completion in flight with the tokens it has and finish_reason "aborted"; the streams deliver them."""
         if self._generator is not None:
@@ -106,7 +135,13 @@ class HybridActor:
         self.abort()
         self._generator = None
 
+    def _notice_updates(self) -> None:
+        """Of a model whose weights someone else trains: a new version where they changed; RuntimeError where they are no longer shared."""
+        if self._sharing is not None and self._sharing.changed():
+            self.mark_updated()
+
     def _generation(self) -> Generator:
+        self._notice_updates()
         if self._generator is None or self._generator.cache.k.device != self.decoder.device or self._generator.cache.k.dtype != self.decoder.dtype:
             self._generator = Generator(self.decoder, self.tokenizer, self._cache, weights_version=self.weights_version)
         return self._generator
@@ -114,6 +149,7 @@ class HybridActor:
     # ---- the training forward -----------------------------------------------------------------------------------------------
     def forward(self, batch: PackedBatch) -> Tensor:
         """[N, H] hidden states of the training forward, with gradient; `logprobs` and `values` read them."""
+        self._notice_updates()
         return self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
 
     def logprobs(self, batch: PackedBatch, hidden_NH: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -117,10 +117,13 @@ class PackedBatch:
         batch = cls.from_sequences(((c.prompt_ids, c.token_ids) for c in flat), device=device)
         rollout = torch.zeros(batch.num_tokens)
         versions = torch.zeros(batch.num_tokens, dtype=torch.int64)
-        mask = batch.action_mask.cpu()
-        rollout[mask] = torch.tensor([x for c in flat for x in c.logprobs], dtype=torch.float32)
-        versions[mask] = torch.tensor([v for c in flat for v in c.weights_versions], dtype=torch.int64)
-        return replace(batch, rollout_logp=rollout.to(device), weights_versions=versions.to(device))
+        completed = batch.action_mask.cpu()
+        rollout[completed] = torch.tensor([x for c in flat for x in c.logprobs], dtype=torch.float32)
+        versions[completed] = torch.tensor([v for c in flat for v in c.weights_versions], dtype=torch.int64)
+        actions = completed.clone()  # of a completion all tokens, but for those that it was extended by
+        actions[completed] = torch.tensor([x for c in flat for x in (c.action_mask if c.action_mask is not None else [True] * len(c.token_ids))],
+                                          dtype=torch.bool)
+        return replace(batch, action_mask=actions.to(device), rollout_logp=rollout.to(device), weights_versions=versions.to(device))
 
     # ---- sizes ----------------------------------------------------------------------------------------------------------
     @property

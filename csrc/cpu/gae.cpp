@@ -1,11 +1,12 @@
 // gae, k_step_advantages and shaped_gae on CPU: KL-shaped rewards, advantages, returns and whitening, sequence by sequence.
 //
 // Shapes   N tokens in B sequences: packed ([N] with cu_seqlens [B + 1]) or [B, T].
-// Bytes    gae 8 read and 8 written a token, shaped_gae 12 and 12, plus the mask; the intermediate passes stay in cache.
+// Bytes    gae 8 read and 8 written a token, shaped_gae 12 and 12, plus the mask, each once; whitening goes over the advantages again.
 // Numerics The live (unmasked) tokens of a sequence are brought together, so the recurrence passes over gaps by construction and masked values
-//          are never read into arithmetic. A_t = delta_t + c A_{t+1} is unrolled to A_t = (16-term sum) + c^16 A_{t+16}: the same recurrence
-//          with 16 independent lanes, in float32, with a sixteenth of the chain of roundings. Sums over tokens and the moments are in double.
-//          A sequence is one thread's work and moments are merged in the order of sequences: results do not depend on the thread count.
+//          are never read into arithmetic. A_t = delta_t + c A_{t+1} is unrolled to A_t = (sum over the rest of t's vector) + c^k A_{t+k}: the
+//          same recurrence, a vector of lanes at a time, in float32, with a fraction of the chain of roundings. Sums over tokens and the
+//          moments are in double. A sequence is one thread's work and moments are merged in the order of sequences: results do not depend on
+//          the thread count.
 #include "kl.h"
 #include "moments.h"
 
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -104,36 +106,71 @@ class Live {
   std::vector<int32_t> at_;
 };
 
-constexpr int64_t kTile = 1024;  // tokens worked on at a time: rewards, values, advantages and returns of a tile stay in the first-level cache
+typedef float Lanes __attribute__((vector_size(sizeof(float) * Vec::size()), aligned(4), may_alias));
+typedef double WideLanes __attribute__((vector_size(sizeof(double) * Vec::size())));
+constexpr int64_t VL = Vec::size();
+constexpr int64_t kAhead = 24 * VL;  // of the prefetches. Everything is walked downwards, so that they run into the sequence that comes next
 
-// x[i] += c x[i + 1] + c^2 x[i + 2] + ... + c^(n - i) carry
-void discounted_suffix_sums(float* x, int64_t n, double c, float carry) {
-  const int64_t tail = std::min(n, kLanes);
-  double power = c;
-  for (int64_t d = 1; d < kLanes; d *= 2, power *= power) {  // after it x[i] sums 2d terms; ascending i reads what is not yet updated
-    const float weight = static_cast<float>(power);
-    for (int64_t i = 0; i + d < n; ++i) x[i] += weight * x[i + d];
-  }
-  const float weight = static_cast<float>(power);  // c^16
-  double to_carry = c;
-  for (int64_t i = n - 1; i >= n - tail; --i, to_carry *= c) x[i] += static_cast<float>(to_carry) * carry;
-  int64_t i = n - kLanes;  // x[i ...] is complete
-  for (; i >= kLanes; i -= kLanes)
-    for (int64_t l = 0; l < kLanes; ++l) x[i - kLanes + l] += weight * x[i + l];
-  for (i -= 1; i >= 0; --i) x[i] += weight * x[i + kLanes];
+// The first `count` values; the other lanes are 0.
+inline Lanes load(const float* p, int64_t count = VL) {
+  Lanes x = {};
+  std::memcpy(&x, p, count == VL ? sizeof x : count * sizeof(float));
+  return x;
+}
+inline void store(const Lanes& x, float* p, int64_t count = VL) { std::memcpy(p, &x, count == VL ? sizeof x : count * sizeof(float)); }
+
+// Lane l of x moved to lane l - D; zeros come in.
+template <int D, int... L>
+inline Lanes shifted(Lanes x, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(x, Lanes{}, (L + D)...);
 }
 
-// Advantages and returns of n live tokens from their rewards and values.
-void advantages_of(const float* r, const float* v, float last_value, int64_t n, double gamma, double lam, float* advantages, float* returns) {
-  const float g = static_cast<float>(gamma);
-  float carry = 0.0f;
-  for (int64_t end = n; end > 0; end -= kTile) {
-    const int64_t begin = std::max<int64_t>(0, end - kTile);
-    for (int64_t i = begin; i + 1 < end; ++i) advantages[i] = r[i] + (g * v[i + 1] - v[i]);
-    advantages[end - 1] = r[end - 1] + (g * (end == n ? last_value : v[end]) - v[end - 1]);
-    discounted_suffix_sums(advantages + begin, end - begin, gamma * lam, carry);
-    for (int64_t i = begin; i < end; ++i) returns[i] = advantages[i] + v[i];
-    carry = advantages[begin];
+// Suffix sums of VL deltas by doubling, each one discounted, and the running advantage behind them.
+struct Scan {
+  float power[VL];  // c^1, c^2, ..., c^VL
+  Lanes to_carry;   // c^(VL - l)
+
+  explicit Scan(double c) {
+    double product = 1.0;
+    for (int64_t l = 0; l < VL; ++l) power[l] = static_cast<float>(product *= c);
+    for (int64_t l = 0; l < VL; ++l) to_carry[l] = power[VL - 1 - l];
+  }
+  inline Lanes operator()(Lanes x, float carry) const {
+    constexpr auto lanes = std::make_integer_sequence<int, VL>();
+    x += power[0] * shifted<1>(x, lanes);
+    x += power[1] * shifted<2>(x, lanes);
+    x += power[3] * shifted<4>(x, lanes);
+    if constexpr (VL > 8) x += power[7] * shifted<8>(x, lanes);
+    return x + to_carry * carry;
+  }
+};
+
+// Advantages and returns of n live tokens in one pass from the end. reward(i, count): the rewards from i on, zeros behind `count` of them.
+template <typename Reward>
+void advantages_of(const Reward& reward, const float* v, float last_value, int64_t n, float gamma, const Scan& scan, float* advantages, float* returns) {
+  if (n == 0) return;
+  int64_t i = (n - 1) / VL * VL;
+  float carry;
+  {
+    const int64_t count = n - i;  // the last tokens, 1 to VL of them
+    float value[VL + 1] = {};
+    std::memcpy(value, v + i, count * sizeof(float));
+    value[count] = last_value;
+    Lanes delta = reward(i, count) + (gamma * load(value + 1) - load(value));
+    for (int64_t l = count; l < VL; ++l) delta[l] = 0.0f;
+    const Lanes x = scan(delta, 0.0f);
+    store(x, advantages + i, count);
+    store(x + load(value), returns + i, count);
+    carry = x[0];
+  }
+  for (i -= VL; i >= 0; i -= VL) {
+    __builtin_prefetch(v + i - kAhead);
+    __builtin_prefetch(advantages + i - kAhead, 1);
+    __builtin_prefetch(returns + i - kAhead, 1);
+    const Lanes value = load(v + i), x = scan(reward(i, VL) + (gamma * load(v + i + 1) - value), carry);
+    store(x, advantages + i);
+    store(x + value, returns + i);
+    carry = x[0];
   }
 }
 
@@ -174,7 +211,7 @@ std::tuple<Tensor, Tensor> by_sequence(const Tensor& rewards, const Tensor& valu
   at::parallel_for(0, sequences.B, sequences.grain(rewards_N.numel()), [&](int64_t first, int64_t end) {
     Live live;
     std::vector<float> r_scratch, v_scratch, a_scratch, ret_scratch;
-    for (int64_t b = first; b < end; ++b) {
+    for (int64_t b = end - 1; b >= first; --b) {  // downwards, as within a sequence: one direction for the prefetcher
       const int64_t at = sequences.begin(b);
       live.find(m ? m + at : nullptr, sequences.length(b));
       float* a = live.stage(advantages + at, a_scratch);
@@ -189,8 +226,12 @@ std::tuple<Tensor, Tensor> by_sequence(const Tensor& rewards, const Tensor& valu
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double gamma,
                                double lam, const OptionalTensor& last_values) {
-  return by_sequence(rewards, values, mask, cu_seqlens, last_values, [=](const float* r, const float* v, float last, int64_t n, float* a, float* ret) {
-    advantages_of(r, v, last, n, gamma, lam, a, ret);
+  return by_sequence(rewards, values, mask, cu_seqlens, last_values, [g = static_cast<float>(gamma), scan = Scan(gamma * lam)](const float* r, const float* v, float last, int64_t n, float* a, float* ret) {
+    const auto reward = [=](int64_t i, int64_t count) {
+      __builtin_prefetch(r + i - kAhead);
+      return load(r + i, count);
+    };
+    advantages_of(reward, v, last, n, g, scan, a, ret);
   });
 }
 
@@ -226,30 +267,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(const Tensor& logp
   float* score_out = score_B.mutable_data_ptr<float>();
   const float coef = kl_coef_tensor ? *kl_coef_tensor->const_data_ptr<float>() : static_cast<float>(kl_coef);
   const float bound = score_clip ? static_cast<float>(*score_clip) : std::numeric_limits<float>::infinity();
+  const Scan scan(gamma * lam);
   std::vector<Moments> parts(sequences.B);
   at::parallel_for(0, sequences.B, sequences.grain(N), [&](int64_t first, int64_t end) {
     Live live;
-    std::vector<float> lp_scratch, ref_scratch, v_scratch, extra_scratch, r_scratch, a_scratch, ret_scratch, kl;
-    for (int64_t b = first; b < end; ++b) {
+    std::vector<float> lp_scratch, ref_scratch, v_scratch, extra_scratch, r_scratch, a_scratch, ret_scratch;
+    for (int64_t b = end - 1; b >= first; --b) {
       const int64_t at = sequences.begin(b);
       live.find(m + at, sequences.length(b));
-      kl.resize(live.n);
-      token_kl(live.gather(lp + at, lp_scratch), live.gather(ref + at, ref_scratch), kl.data(), live.n, static_cast<KlEstimator>(kl_estimator));
-      kl_sum[b] = static_cast<float>(sum(live.n, [&](int64_t i) { return static_cast<double>(kl[i]); }));
       score_out[b] = std::clamp(score_in[b], -bound, bound);
-
+      const float* l = live.gather(lp + at, lp_scratch);
+      const float* l_ref = live.gather(ref + at, ref_scratch);
+      const float* given = extra ? live.gather(extra + at, extra_scratch) : nullptr;
       float* r = live.stage(rewards + at, r_scratch);
-      if (extra) {
-        const float* given = live.gather(extra + at, extra_scratch);
-        for (int64_t i = 0; i < live.n; ++i) r[i] = given[i] - coef * kl[i];
-      } else {
-        for (int64_t i = 0; i < live.n; ++i) r[i] = -coef * kl[i];
-      }
-      if (live.n) r[live.n - 1] += score_out[b];
-
       float* a = live.stage(advantages + at, a_scratch);
       float* ret = live.stage(returns + at, ret_scratch);
-      advantages_of(r, live.gather(v + at, v_scratch), 0.0f, live.n, gamma, lam, a, ret);
+      WideLanes kl_lanes = {};
+      const auto reward = [&](int64_t i, int64_t count) {
+        __builtin_prefetch(l + i - kAhead);
+        __builtin_prefetch(l_ref + i - kAhead);
+        __builtin_prefetch(r + i - kAhead, 1);
+        float kl[VL];
+        token_kl(Vec::loadu(l + i, count), Vec::loadu(l_ref + i, count), static_cast<KlEstimator>(kl_estimator)).store(kl);
+        kl_lanes += __builtin_convertvector(load(kl), WideLanes);  // 0 behind the end: the estimate of 0 and 0
+        Lanes x = (given ? load(given + i, count) : Lanes{}) - coef * load(kl);
+        if (i + count == live.n) x[count - 1] += score_out[b];
+        store(x, r + i, count);
+        return x;
+      };
+      advantages_of(reward, live.gather(v + at, v_scratch), 0.0f, live.n, static_cast<float>(gamma), scan, a, ret);
+      double kl_total = 0.0;
+      for (int64_t lane = 0; lane < VL; ++lane) kl_total += kl_lanes[lane];
+      kl_sum[b] = static_cast<float>(kl_total);
       if (whitened) parts[b] = moments(a, live.n);
       live.scatter(r, rewards + at);
       live.scatter(a, advantages + at);

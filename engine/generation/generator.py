@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -24,16 +24,18 @@ from fusedrl.engine.generation.scheduler import Plan, Scheduler
 from fusedrl.engine.generation.scheduler import Sequence as Running
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.kernels.decode_step import copy_blocks, decode_step
+from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.sampling import Sampled, sample
 
 _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion of one prompt.
+    """One completion of one prompt. Given to `generate` as a prompt, it is continued.
 
     token_ids includes the token that ended it. logprobs are of the temperature-scaled full distribution (at temperature 0: of T = 1), weights_versions of
-    the weights that drew each token. finish_reason: "stop" (an EOS or stop token), "length" (max_new_tokens) or "aborted".
+    the weights that drew each token. finish_reason: "stop" (an EOS, a stop token, a stop string), "length" (max_new_tokens) or "aborted". sample: its index
+    among the completions of its prompt. action_mask: False for tokens that the policy did not choose (`extend`), with logprob 0; None: it chose all.
     """
 
     prompt_ids: list[int]
@@ -42,6 +44,15 @@ class Completion:
     text: str
     finish_reason: str
     weights_versions: list[int]
+    sample: int = 0
+    action_mask: list[bool] | None = None
+
+    def extend(self, token_ids: Sequence[int], weights_version: int = 0) -> Completion:
+        """The same with observation tokens behind it: a tool's answer, the user's next turn. They are no actions."""
+        added = [int(token) for token in token_ids]
+        mask = self.action_mask if self.action_mask is not None else [True] * len(self.token_ids)
+        return replace(self, token_ids=[*self.token_ids, *added], logprobs=[*self.logprobs, *([0.0] * len(added))], text="",
+                       weights_versions=[*self.weights_versions, *([weights_version] * len(added))], action_mask=[*mask, *([False] * len(added))])
 
 
 class Finished(NamedTuple):
@@ -70,6 +81,7 @@ class _Request:
     params: SamplingParams
     request_id: int
     stop_ids: frozenset[int]
+    before: Completion | None  # what it continues
 
 
 @dataclass(eq=False, slots=True)
@@ -82,7 +94,9 @@ class _Inputs:
     rows: Tensor
     keys: Tensor
     arguments: dict[str, Any]
+    bias: tuple[Tensor, Tensor] | None
     early: bool = True  # some sequence may be too short to end
+    suppress: Tensor | None = None
 
 
 class Generator:
@@ -127,8 +141,10 @@ class Generator:
                 raise TypeError(f"generate: expected SamplingParams for prompt {index}, got {type(p).__name__}")
             if not isinstance(key, Integral) or not -(2**63) <= key < 2**63:
                 raise TypeError(f"generate: expected an integer of 64 bits as request id of prompt {index}, got {key!r}")
-            if bad := [t for t in (*prompt, *p.stop_token_ids) if not 0 <= t < vocab]:
-                raise ValueError(f"generate: token id {bad[0]} of prompt {index} or its stop_token_ids is outside the model's vocabulary [0, {vocab})")
+            if bad := [t for t in (*prompt, *p.token_ids()) if not 0 <= t < vocab]:
+                raise ValueError(f"generate: token id {bad[0]} of prompt {index} or its SamplingParams is outside the model's vocabulary [0, {vocab})")
+            if p.stop:
+                self._need_tokenizer("stop strings")
             if len(prompt) + p.max_new_tokens > positions:
                 raise ValueError(f"generate: prompt {index} has {len(prompt)} tokens, and with max_new_tokens={p.max_new_tokens} that exceeds the model's "
                                  f"{positions} positions; shorten the prompt or lower max_new_tokens")
@@ -136,10 +152,12 @@ class Generator:
                 self.scheduler.check_fits(len(prompt), p.max_new_tokens)
             except ValueError as error:
                 raise ValueError(f"generate: prompt {index} can never run: {error}") from None
-            request = _Request(ticket, index, prompt, p, int(key), self._eos_ids | frozenset(p.stop_token_ids))
+            before = prompts[index] if isinstance(prompts[index], Completion) else None
+            request = _Request(ticket, index, prompt if before is None else before.prompt_ids, p, int(key), self._eos_ids | frozenset(p.stop_token_ids), before)
             tokens = np.array(prompt, dtype=np.int64)
             for number in range(p.n):
-                sequences.append(Running.start(self._next_id, request, number, tokens, len(prompt) + p.max_new_tokens))
+                sample = number if before is None else before.sample + number
+                sequences.append(Running.start(self._next_id, request, sample, tokens, len(prompt) + p.max_new_tokens))
                 self._next_id += 1
         return ticket, sequences
 
@@ -220,11 +238,12 @@ class Generator:
         if not len(plan.sampled):
             return None
         logits_RV = _logits(hidden_RH, weights.head)
-        suppress = None
-        if inputs.early:
-            suppress = self._table.suppress(plan.sampled, slots.length[plan.sampled], logits_RV.shape[1], logits_RV.device)
-        sampled = sample(logits_RV, **inputs.arguments, keys=inputs.keys, suppress=suppress)
-        inputs.token_ids, inputs.early = sampled.token_ids, suppress is not None
+        if inputs.early:  # later the tokens that may not be drawn stay the same
+            early = self._table.early(plan.sampled, slots.length[plan.sampled])
+            inputs.suppress = self._table.suppress(plan.sampled, early, logits_RV.shape[1], logits_RV.device)
+            inputs.early = bool(early.size)
+        sampled = _sample(logits_RV, inputs)
+        inputs.token_ids = sampled.token_ids
         self._inputs = inputs if not plan.chunks else None
         return sampled
 
@@ -247,8 +266,9 @@ class Generator:
         token_ids, positions, rows = torch.from_numpy(np.concatenate(parts, axis=1)).to(device).unbind(0)
         arguments = self._table.arguments(plan.sampled, device) if len(plan.sampled) else {}
         keys = self._table.keys(plan.sampled, slots.length[plan.sampled], device)
+        bias = self._table.bias(plan.sampled, self.decoder.config.vocab_size, device)
         out_slots = torch.from_numpy(np.concatenate(out)).to(device) if plan.chunks else None
-        return _Inputs(plan.sampled, token_ids, positions, rows, keys, arguments), out_slots
+        return _Inputs(plan.sampled, token_ids, positions, rows, keys, arguments, bias), out_slots
 
     def _device_table(self) -> Tensor:
         """The block table where the model reads it: on CPU the array itself."""
@@ -263,6 +283,10 @@ class Generator:
         slots = self.scheduler.slots
         slots.append(drew, tokens, logp, self.weights_version)
         stopped = self._table.is_stop(drew, tokens)
+        for row in np.flatnonzero(self._table.watched[drew] & ~stopped).tolist():
+            slot = int(drew[row])
+            sequence = self.scheduler.at(slot)
+            stopped[row] = self._stop_string(sequence.request, slots.tokens[slot, : slots.length[slot]], sequence.num_prompt) is not None
         ended = stopped | (slots.length[drew] >= slots.limit[drew])
         if not ended.any():
             return
@@ -273,12 +297,26 @@ class Generator:
 
     def _hand_out(self, sequence: Running, reason: str) -> None:
         request: _Request = sequence.request
-        start = sequence.num_prompt
-        token_ids = sequence.tokens[start:].tolist()
+        start, before = sequence.num_prompt, request.before
+        token_ids, logp, versions = (column[start:].tolist() for column in (sequence.tokens, sequence.logp, sequence.versions))
+        mask = None
+        if before is not None:
+            if before.action_mask is not None:
+                mask = [*before.action_mask, *([True] * len(token_ids))]
+            token_ids, logp, versions = [*before.token_ids, *token_ids], [*before.logprobs, *logp], [*before.weights_versions, *versions]
         text = self._text(request.prompt_ids, token_ids) if self.tokenizer is not None else ""
-        completion = Completion(request.prompt_ids, token_ids, sequence.logp[start:].tolist(), text, reason, sequence.versions[start:].tolist())
+        if request.params.stop and reason == "stop":
+            found = self._stop_string(request, sequence.tokens, start)
+            text = text[: text.rindex(found)] if found is not None and found in text else text
+        completion = Completion(request.prompt_ids, token_ids, logp, text, reason, versions, sequence.sample, mask)
         del request.ticket.live[sequence.id]
         request.ticket.finished.append(Finished(request.index, sequence.sample, completion))
+
+    def _stop_string(self, request: _Request, tokens: np.ndarray, start: int) -> str | None:
+        """The stop string that the text of tokens[start:] ends with, or holds since its last token. Only as much of it is decoded as can matter."""
+        tail = max(start, len(tokens) - 4 * max(map(len, request.params.stop)) - _CONTEXT)  # a character is four tokens at the most: its bytes
+        text = self._text(tokens[:tail].tolist(), tokens[tail:].tolist())
+        return next((stop for stop in request.params.stop if stop in text), None)
 
     # ---- prompts ----------------------------------------------------------------------------------------------------------
     def _text(self, prompt_ids: list[int], token_ids: list[int]) -> str:
@@ -291,7 +329,9 @@ class Generator:
         """Token ids of strings, id lists and message lists."""
         ids: list[list[int]] = []
         for index, prompt in enumerate(prompts):
-            if isinstance(prompt, Tensor | np.ndarray):
+            if isinstance(prompt, Completion):
+                prompt = [*prompt.prompt_ids, *prompt.token_ids]
+            elif isinstance(prompt, Tensor | np.ndarray):
                 prompt = prompt.tolist()
             if isinstance(prompt, str):
                 ids.append(encode_prompt(self._need_tokenizer("text"), prompt))
@@ -300,7 +340,8 @@ class Generator:
             elif isinstance(prompt, Sequence) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
                 ids.append([int(t) for t in prompt])
             else:
-                raise TypeError(f"generate: expected prompt {index} to be a string, a list of token ids or a list of messages, got {repr(prompt)[:80]}")
+                raise TypeError(f"generate: expected prompt {index} to be a string, a list of token ids, a list of messages or a Completion, "
+                                f"got {repr(prompt)[:80]}")
             if not ids[-1]:
                 raise ValueError(f"generate: prompt {index} has no token; a completion needs at least one to go on from, such as the BOS")
         return ids
@@ -309,6 +350,18 @@ class Generator:
         if self.tokenizer is None:
             raise ValueError(f"generate: prompts as {what} need a tokenizer, and this actor has none; give lists of token ids")
         return self.tokenizer
+
+
+def _sample(logits_RV: Tensor, inputs: _Inputs) -> Sampled:
+    """A draw from the biased logits; the log-probability and the entropy are the model's own."""
+    if inputs.bias is None:
+        return sample(logits_RV, **inputs.arguments, keys=inputs.keys, suppress=inputs.suppress)
+    bias_RV, biased_R = inputs.bias
+    sampled = sample(logits_RV + bias_RV, **inputs.arguments, keys=inputs.keys, suppress=inputs.suppress)
+    T = inputs.arguments["temperature"]
+    T = torch.where(T > 0, T, 1.0).float() if isinstance(T, Tensor) else T or 1.0
+    logp_R, entropy_R = logprob(logits_RV, sampled.token_ids.clamp(min=0), temperature=T, entropy=True)
+    return sampled._replace(logp=torch.where(biased_R, logp_R, sampled.logp), entropy=torch.where(biased_R, entropy_R, sampled.entropy))
 
 
 def _logits(hidden_RH: Tensor, head_VH: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ class SamplingParams:
     max_new_tokens: tokens of a completion at the most, its EOS included. temperature: divides the logits; 0 is greedy. top_p in (0, 1], top_k (0: all) and
     min_p in [0, 1] restrict the draw, in the order top-k, top-p, min-p. n: completions per prompt. seed: with the request id, the sample index and the
     position it keys every draw. stop_token_ids end a completion, beside the EOS ids of tokenizer and model. min_new_tokens: none of these is drawn before.
+    stop: strings that end a completion when its text comes to hold one; its text then ends before it, its tokens after. banned_token_ids are never drawn.
+    logit_bias: token id -> number added to that logit before the draw; `logprobs` stay those of the model's own distribution.
 
     Raises:
         TypeError, ValueError: a field outside its range; the message names it.
@@ -39,6 +41,9 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("top_k", 0), ("n", 1), ("seed", -_INT64), ("min_new_tokens", 0)):
@@ -56,15 +61,36 @@ class SamplingParams:
                 raise ValueError(f"SamplingParams: expected {name} {rule}, got {value}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"SamplingParams: expected min_new_tokens <= max_new_tokens, got {self.min_new_tokens} > {self.max_new_tokens}")
-        stops = self.stop_token_ids
-        if isinstance(stops, str | bytes) or not isinstance(stops, Sequence) or any(not _is_int(t) or t < 0 for t in stops):
-            raise TypeError(f"SamplingParams: expected stop_token_ids to be token ids >= 0, got {stops!r}")
-        object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in stops))  # a list is taken as well, and the dataclass stays hashable
+        # Lists are taken as well, one string for a tuple of one, a dict of biases; as tuples the dataclass stays hashable.
+        for name in ("stop_token_ids", "banned_token_ids"):
+            ids = getattr(self, name)
+            if isinstance(ids, str | bytes) or not isinstance(ids, Sequence) or any(not _is_int(t) or t < 0 for t in ids):
+                raise TypeError(f"SamplingParams: expected {name} to be token ids >= 0, got {ids!r}")
+            object.__setattr__(self, name, tuple(int(t) for t in ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or any(not isinstance(text, str) or not text for text in stop):
+            raise TypeError(f"SamplingParams: expected stop to be strings that are not empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(stop))
+        pairs = tuple(self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias)
+        for pair in pairs:
+            if len(pair) != 2 or not _is_int(pair[0]) or pair[0] < 0 or not isinstance(pair[1], Real) or not math.isfinite(pair[1]):
+                raise TypeError(f"SamplingParams: expected logit_bias to map token ids >= 0 to finite numbers, got {pair!r}; banned_token_ids bans a token")
+        object.__setattr__(self, "logit_bias", tuple(sorted((int(token), float(bias)) for token, bias in pairs)))
 
     @property
     def truncates(self) -> bool:
-        """Whether some token that the model gives probability can never be drawn, so that `logprobs` are not those of the sampling distribution."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.min_new_tokens > 0)
+        """Whether `logprobs` are not those of the sampling distribution: a token that the model gives probability can never be drawn, or is drawn more or
+        less often."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.min_new_tokens > 0 or bool(self.banned_token_ids)
+                                         or bool(self.logit_bias))
+
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as (token id, number), by id."""
+        return cast("tuple[tuple[int, float], ...]", self.logit_bias)  # a dict has become this when the object was made
+
+    def token_ids(self) -> tuple[int, ...]:
+        """Every token id that a field names."""
+        return (*self.stop_token_ids, *self.banned_token_ids, *(token for token, _ in self.biases()))
 
 
 class SamplingTable:
@@ -75,6 +101,9 @@ class SamplingTable:
         self._keys = np.zeros((slots, 4), dtype=np.int64)
         self._stops = np.full((slots, 1), -1, dtype=np.int64)  # -1 is no token
         self._first_stop = np.zeros(slots, dtype=np.int64)  # length from which on a stop token may be drawn
+        self.watched = np.zeros(slots, dtype=bool)  # for stop strings
+        self._banned: list[tuple[int, ...]] = [()] * slots
+        self._bias: list[tuple[tuple[int, float], ...]] = [()] * slots
 
     def put(self, slot: int, params: SamplingParams, request_id: int, sample: int, stop_ids: frozenset[int], num_prompt: int) -> None:
         """Row `slot` now belongs to sample `sample` of request `request_id`, whose prompt has `num_prompt` tokens."""
@@ -86,6 +115,8 @@ class SamplingTable:
         self._stops[slot] = -1
         self._stops[slot, : len(stop_ids)] = sorted(stop_ids)
         self._first_stop[slot] = num_prompt + params.min_new_tokens
+        self.watched[slot] = bool(params.stop)
+        self._banned[slot], self._bias[slot] = params.banned_token_ids, params.biases()
 
     def arguments(self, slots: np.ndarray, device: torch.device) -> dict[str, Any]:
         """temperature, top_k, top_p, min_p for `sample`: a number where these slots agree, else a tensor."""
@@ -101,16 +132,32 @@ class SamplingTable:
         keys[:, 3] = positions
         return torch.from_numpy(keys).to(device)
 
-    def suppress(self, slots: np.ndarray, lengths: np.ndarray, vocab_size: int, device: torch.device) -> Tensor | None:
-        """[R, V] bool: the stop tokens of the sequences that are too short to end; None where there is no such sequence."""
-        early = np.flatnonzero(lengths < self._first_stop[slots])
-        if not early.size:
+    def early(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Which of these are too short to end."""
+        return np.flatnonzero(lengths < self._first_stop[slots])
+
+    def suppress(self, slots: np.ndarray, early: np.ndarray, vocab_size: int, device: torch.device) -> Tensor | None:
+        """[R, V] bool: the tokens that may not be drawn: banned ones, and the stop tokens of the `early` rows; None where there is none."""
+        banned = [(row, token) for row, slot in enumerate(slots.tolist()) for token in self._banned[slot]]
+        if not early.size and not banned:
             return None
         mask = np.zeros((len(slots), vocab_size), dtype=bool)
         stops = self._stops[slots[early]]
         rows, columns = np.nonzero(stops >= 0)
         mask[early[rows], stops[rows, columns]] = True
+        for row, token in banned:
+            mask[row, token] = True
         return torch.from_numpy(mask).to(device)
+
+    def bias(self, slots: np.ndarray, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """([R, V] float32 to add to the logits, [R] bool: the rows that have any); None where there is none."""
+        if not any(self._bias[slot] for slot in slots.tolist()):
+            return None
+        add, rows = np.zeros((len(slots), vocab_size), dtype=np.float32), np.zeros(len(slots), dtype=bool)
+        for row, slot in enumerate(slots.tolist()):
+            for token, value in self._bias[slot]:
+                add[row, token], rows[row] = value, True
+        return torch.from_numpy(add).to(device), torch.from_numpy(rows).to(device)
 
     def is_stop(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """[R] bool: whether the token ends the sequence."""

@@ -87,20 +87,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def model_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
-    """Read the configuration of a model from its directory (config.json, generation_config.json) or from a dict.
+def model_config(source: str | Path | Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Read the configuration of a model from its directory (config.json, generation_config.json), or from a dict with the generation config beside it.
 
     Raises:
         FileNotFoundError: no config.json. ValueError: an unknown model_type, a missing key, a size that does not fit, or a feature
         that the decoder does not have; the message names it.
     """
     if isinstance(source, Mapping):
-        return _parse(dict(source), None, "the configuration")
+        return _parse(dict(source), None if generation is None else dict(generation), "the configuration")
     path = Path(source) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"expected a model directory with a config.json, found none at {path}")
-    generation = path.with_name("generation_config.json")
-    return _parse(read_json(path), read_json(generation) if generation.is_file() else None, str(path))
+    beside = path.with_name("generation_config.json")
+    return _parse(read_json(path), read_json(beside) if beside.is_file() else None, str(path))
 
 
 def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: str) -> ModelConfig:

@@ -351,7 +351,7 @@ def test_no_prompts(decoder):
         ([[1], [1, 61]], SamplingParams(max_new_tokens=4), None, ValueError, r"token id 61 of prompt 1 .* outside the model's vocabulary \[0, 61\)"),
         ([[-1]], SamplingParams(max_new_tokens=4), None, ValueError, "token id -1"),
         ([[1]], SamplingParams(max_new_tokens=4, stop_token_ids=(99,)), None, ValueError, "token id 99"),
-        ([[1.5]], SamplingParams(), None, TypeError, "expected prompt 0 to be a string, a list of token ids or a list of messages"),
+        ([[1.5]], SamplingParams(), None, TypeError, "expected prompt 0 to be a string, a list of token ids, a list of messages or a Completion"),
         ([[1] * 90], SamplingParams(max_new_tokens=7), None, ValueError,
          "prompt 0 has 90 tokens, and with max_new_tokens=7 that exceeds the model's 96 positions"),
         ([[1] * 70], SamplingParams(max_new_tokens=20), None, ValueError,

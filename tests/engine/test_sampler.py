@@ -69,8 +69,11 @@ def test_stop_tokens_are_suppressed_until_min_new_tokens():
     table.put(0, SamplingParams(min_new_tokens=2), 0, 0, frozenset({1, 3}), 4)
     table.put(1, SamplingParams(), 1, 0, frozenset({2}), 4)
     slots = np.array([1, 0])
-    assert table.suppress(slots, np.array([4, 6]), 5, CPU) is None
-    assert table.suppress(slots, np.array([4, 5]), 5, CPU).int().tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 1, 0]]
+    assert table.suppress(slots, table.early(slots, np.array([4, 6])), 5, CPU) is None
+    assert table.suppress(slots, table.early(slots, np.array([4, 5])), 5, CPU).int().tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 1, 0]]
+    table.put(1, SamplingParams(banned_token_ids=(4,)), 1, 0, frozenset({2}), 4)
+    assert table.suppress(slots, table.early(slots, np.array([4, 5])), 5, CPU).int().tolist() == [[0, 0, 0, 0, 1], [0, 1, 0, 1, 0]]
+    assert table.suppress(slots, table.early(slots, np.array([4, 6])), 5, CPU).int().tolist() == [[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
 
 
 def test_a_slot_forgets_the_stops_of_its_last_owner():
