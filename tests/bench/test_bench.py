@@ -168,7 +168,7 @@ def test_a_contest_through_the_fixture(tmp_path):
     (ours, run), (eager, _), *_ = found
     assert ours["rounds"] == 3
     assert ours["extra"] == {"rounds seen": 3}
-    assert ours["p50_ms"] >= 10
+    assert ours["p50_ms"] >= 5
     assert eager["ratio"] == pytest.approx(eager["p50_ms"] / ours["p50_ms"], abs=1e-3)
     assert run["threads"] == 1
     assert (run["copy_gb_per_s"], run["gemm_gflop_per_s"]) == (1.0, 1000.0)
