@@ -4,7 +4,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test test-full lint types bench tables clean
+.PHONY: venv demo test test-full lint types bench tables kernel-report clean
 
 venv: $(INSTALLED)
 
@@ -31,11 +31,16 @@ lint: venv
 types: venv
 	$(VENV)/bin/mypy -p fusedrl.kernels -p fusedrl.engine
 
+# `make bench BENCH="bench/bench_gae.py -k 2048"` runs some; the rows of the others stay as they are.
+BENCH := bench
 bench: venv
-	for file in bench/bench_*.py; do $(RUN) -m bench.$$(basename $$file .py) || exit 1; done
-
-clean:
-	rm -rf $(VENV) build *.egg-info kernels/*.so
+	$(RUN) -m pytest $(BENCH) --benchmark-enable --benchmark-columns=median,iqr,rounds --results bench/results -s
 
 tables: venv
 	$(RUN) -m bench.tables
+
+kernel-report: venv
+	$(RUN) -m bench.kernel_report
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/*.so

@@ -1,12 +1,11 @@
-"""gae on CPU, one thread, against the textbook loop over T on torch tensors (a [B] vector a step), and shaped_gae against the same chain written in torch.
-
-    python -m bench.bench_gae
-"""
+"""gae against the textbook loop over T on torch tensors (a [B] vector a step), and shaped_gae against the same chain written in torch."""
 from __future__ import annotations
 
+import pytest
 import torch
-from bench.harness import Row, contest, one_thread, report
+from bench.harness import DEVICE, Random, agree, implementations, on
 
+from fusedrl.kernels import gae as module
 from fusedrl.kernels.gae import gae, shaped_gae
 
 GAMMA, LAM, KL_COEF = 1.0, 0.95, 0.05
@@ -27,39 +26,34 @@ def python_loop(rewards_BT: torch.Tensor, values_BT: torch.Tensor) -> tuple[torc
 def python_chain(logp_BT, ref_logp_BT, values_BT, scores_B, mask_BT):
     """KL-shaped rewards, the loop, whitening; right-padded sequences, one eager op after the other."""
     rewards_BT = torch.where(mask_BT, -KL_COEF * (logp_BT - ref_logp_BT), 0)
-    rewards_BT[torch.arange(len(scores_B)), mask_BT.sum(1) - 1] += scores_B
+    rewards_BT[torch.arange(len(scores_B), device=DEVICE), mask_BT.sum(1) - 1] += scores_B
     advantages_BT, returns_BT = python_loop(rewards_BT, torch.where(mask_BT, values_BT, 0))
     chosen = advantages_BT[mask_BT]
     whitened = (advantages_BT - chosen.mean()) * torch.rsqrt(chosen.var(unbiased=False) + 1e-8)
     return torch.where(mask_BT, whitened, 0), torch.where(mask_BT, returns_BT, 0)
 
 
-def close(ours, theirs) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=5e-5, rtol=5e-5)
-
-
-def contests(B: int, T: int) -> list[Row]:
-    generator = torch.Generator().manual_seed(0)
-    rewards, values, logp = (torch.randn(B, T, generator=generator) for _ in range(3))
+@pytest.mark.parametrize("B, T", on(cpu=[(64, 2048), (512, 512), (8, 16384)], cuda=[(512, 4096), (64, 16384)]))
+def bench_gae(contest, B, T):
+    random = Random()
+    rewards, values = random.normal(B, T), random.normal(B, T)
+    contestants = {name: lambda impl=impl: gae(rewards, values, gamma=GAMMA, lam=LAM, impl=impl) for name, impl in implementations(module, "gae").items()}
     # Two float32 read and two written a token.
-    rows = contest("gae", f"{B} x {T}", "float32",
-                   {"fusedrl": lambda: gae(rewards, values, gamma=GAMMA, lam=LAM), "python loop over T": lambda: python_loop(rewards, values)},
-                   bytes_moved=16 * B * T, same=close, rounds=11)
-    mask = torch.arange(T)[None] < torch.randint(T // 2, T + 1, (B, 1), generator=generator)
-    ref_logp, scores = logp + 0.1 * torch.randn(B, T, generator=generator), torch.randn(B, generator=generator)
+    contest("gae", f"{B} x {T}", torch.float32, {**contestants, "python loop over T": lambda: python_loop(rewards, values)}, bytes_moved=16 * B * T,
+            same=agree(5e-5, 5e-5))
+
+
+@pytest.mark.parametrize("B, T", on(cpu=[(256, 1024), (64, 2048), (8, 16384)], cuda=[(256, 4096), (64, 16384)]))
+def bench_shaped_gae(contest, B, T):
+    random = Random()
+    values, logp = random.normal(B, T), random.normal(B, T)
+    ref_logp, scores = logp + 0.1 * random.normal(B, T), random.normal(B)
+    mask = torch.arange(T, device=DEVICE)[None] < random.integers(T // 2, T + 1, B, 1)
+
+    def ours(impl: str):
+        return lambda: shaped_gae(logp, ref_logp, values, scores, mask=mask, cu_seqlens=None, kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, impl=impl)[:2]
+
+    contestants = {name: ours(impl) for name, impl in implementations(module, "shaped_gae").items()}
     # Three float32 and the mask read, three float32 written; whitening reads and writes the advantages and reads the mask once more.
-    rows += contest("shaped_gae, whitened", f"{B} x {T}", "float32",
-                    {"fusedrl": lambda: shaped_gae(logp, ref_logp, values, scores, mask=mask, cu_seqlens=None, kl_coef=KL_COEF, gamma=GAMMA, lam=LAM)[:2],
-                     "python loop over T": lambda: python_chain(logp, ref_logp, values, scores, mask)},
-                    bytes_moved=34 * B * T, same=close, rounds=11)
-    return rows
-
-
-def main() -> None:
-    one_thread()
-    report("gae", [row for B, T in ((64, 2048), (512, 512), (8, 16384)) for row in contests(B, T)])
-
-
-if __name__ == "__main__":
-    main()
+    contest("shaped_gae, whitened", f"{B} x {T}", torch.float32, {**contestants, "python loop over T": lambda: python_chain(
+        logp, ref_logp, values, scores, mask)}, bytes_moved=34 * B * T, same=agree(5e-5, 5e-5))

@@ -1,19 +1,19 @@
-"""policy_loss, forward and backward with every statistic, against the same loss in eager PyTorch and under torch.compile.
-
-    OMP_NUM_THREADS=1 python -m bench.bench_policy_loss          (writes bench/results/policy_loss.json)
-"""
+"""policy_loss, value_loss and both in one, forward and backward with every statistic, against the same losses in eager PyTorch and torch.compile."""
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
-from bench.harness import contest, report
+from bench.harness import Random, agree, compiled, implementations, on
 from torch import Tensor
 
-from fusedrl.kernels.policy_loss import PolicyObjective, policy_loss, policy_value_loss
+from fusedrl.kernels import policy_loss as module
+from fusedrl.kernels.policy_loss import PolicyObjective, policy_loss, policy_value_loss, value_loss
 
-N = 262_144
+SIZES = on(cpu=[262_144], cuda=[1 << 20])
 OBJECTIVE = PolicyObjective(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+VALUE_CLIP = 0.2
 
 
 # ---- the opponents: what a careful author writes with tensor operations --------------------------------------------------
@@ -60,49 +60,73 @@ def eager_value(values: Tensor, old_values: Tensor, returns: Tensor, weights: Te
                       "value_mean": torch.where(mask, values, 0).sum() / tokens, "return_mean": return_mean, "tokens": tokens}
 
 
-# ---- the rows ------------------------------------------------------------------------------------------------------------
-def main() -> None:
-    torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    normal = [torch.randn(N, generator=generator) for _ in range(6)]
-    mask = torch.rand(N, generator=generator) < 0.8
-    weights = torch.where(mask, 1 / mask.sum(), 0)
-    old_logp, advantages = normal[0] - 2, normal[1]
-    logp = (old_logp + 0.2 * normal[2]).requires_grad_()
-    old_values, returns = normal[3], normal[3] + normal[4]
-    values = (old_values + 0.3 * normal[5]).requires_grad_()
-
-    def backward(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return loss.detach(), *torch.autograd.grad(loss, leaves)
-
-    def same(ours: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
-        for a, b in zip(ours, other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-    def policy_only(loss: Callable[..., tuple[Tensor, object]], metrics: bool) -> tuple[Tensor, ...]:
-        return backward(loss(logp, old_logp, advantages, weights, mask, metrics)[0], logp)
-
-    def both(policy: Callable, value: Callable) -> tuple[Tensor, ...]:
-        loss = policy(logp, old_logp, advantages, weights, mask, True)[0] + 0.1 * value(values, old_values, returns, weights, mask, 0.2)[0]
-        return backward(loss, logp, values)
-
-    compiled_policy, compiled_value = torch.compile(eager_policy, fullgraph=True), torch.compile(eager_value, fullgraph=True)
-    # Forward: four inputs read and a gradient written; backward: it is read and the scaled one written. The value part: the weights are shared.
-    policy_bytes, value_bytes = 7 * 4 * N, 6 * 4 * N
-    rows = contest("policy_loss forward + backward", f"{N} tokens", "float32", {
-        "fusedrl": lambda: backward(policy_loss(logp, old_logp, advantages, weights, objective=OBJECTIVE)[0], logp),
-        "eager": lambda: policy_only(eager_policy, True),
-        "eager without statistics": lambda: policy_only(eager_policy, False),
-        "torch.compile": lambda: policy_only(compiled_policy, True),
-    }, bytes_moved=policy_bytes, same=same)
-    rows += contest("policy_value_loss forward + backward", f"{N} tokens", "float32", {
-        "fusedrl": lambda: backward(policy_value_loss(logp, old_logp, advantages, weights, values, old_values, returns, objective=OBJECTIVE,
-                                                      value_clip=0.2)[0], logp, values),
-        "eager": lambda: both(eager_policy, eager_value),
-        "torch.compile": lambda: both(compiled_policy, compiled_value),
-    }, bytes_moved=policy_bytes + value_bytes, same=same)
-    report("policy_loss", rows)
+def backward(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
-if __name__ == "__main__":
-    main()
+same = agree(rtol=1e-5, atol=1e-6)
+
+
+# ---- the contests --------------------------------------------------------------------------------------------------------
+class Inputs:
+    def __init__(self, N: int) -> None:
+        random = Random()
+        self.mask = random.uniform(N) < 0.8
+        self.weights = torch.where(self.mask, 1 / self.mask.sum(), 0)
+        self.old_logp, self.advantages = random.normal(N) - 2, random.normal(N)
+        self.logp = (self.old_logp + 0.2 * random.normal(N)).requires_grad_()
+        self.old_values = random.normal(N)
+        self.returns = self.old_values + random.normal(N)
+        self.values = (self.old_values + 0.3 * random.normal(N)).requires_grad_()
+
+    def policy(self, loss: Callable, metrics: bool = True) -> Tensor:
+        return loss(self.logp, self.old_logp, self.advantages, self.weights, self.mask, metrics)[0]
+
+    def value(self, loss: Callable) -> Tensor:
+        return loss(self.values, self.old_values, self.returns, self.weights, self.mask, VALUE_CLIP)[0]
+
+
+# Forward: four inputs read and a gradient written; backward: it is read and the scaled one written.
+POLICY_BYTES, VALUE_BYTES = 7 * 4, 7 * 4
+
+
+@pytest.mark.parametrize("N", SIZES)
+def bench_policy_loss(contest, N):
+    x, fast = Inputs(N), compiled(eager_policy)
+    contestants = {name: lambda impl=impl: backward(policy_loss(x.logp, x.old_logp, x.advantages, x.weights, objective=OBJECTIVE, impl=impl)[0], x.logp)
+                   for name, impl in implementations(module, "policy_value_loss").items()}
+    contest("policy_loss forward + backward", f"{N} tokens", torch.float32, {
+        **contestants,
+        "eager": lambda: backward(x.policy(eager_policy), x.logp),
+        "eager without statistics": lambda: backward(x.policy(eager_policy, False), x.logp),
+        "torch.compile": lambda: backward(x.policy(fast), x.logp),
+    }, bytes_moved=POLICY_BYTES * N, same=same)
+
+
+@pytest.mark.parametrize("N", SIZES)
+def bench_value_loss(contest, N):
+    x, fast = Inputs(N), compiled(eager_value)
+    contestants = {name: lambda impl=impl: backward(value_loss(x.values, x.old_values, x.returns, x.weights, clip=VALUE_CLIP, impl=impl)[0], x.values)
+                   for name, impl in implementations(module, "policy_value_loss").items()}
+    contest("value_loss forward + backward", f"{N} tokens", torch.float32, {
+        **contestants,
+        "eager": lambda: backward(x.value(eager_value), x.values),
+        "torch.compile": lambda: backward(x.value(fast), x.values),
+    }, bytes_moved=VALUE_BYTES * N, same=same)
+
+
+@pytest.mark.parametrize("N", SIZES)
+def bench_policy_value_loss(contest, N):
+    x, fast_policy, fast_value = Inputs(N), compiled(eager_policy), compiled(eager_value)
+
+    def ours(impl: str) -> tuple[Tensor, ...]:
+        loss = policy_value_loss(x.logp, x.old_logp, x.advantages, x.weights, x.values, x.old_values, x.returns, objective=OBJECTIVE, value_clip=VALUE_CLIP,
+                                 value_coef=0.1, impl=impl)[0]
+        return backward(loss, x.logp, x.values)
+
+    contestants = {name: lambda impl=impl: ours(impl) for name, impl in implementations(module, "policy_value_loss").items()}
+    contest("policy_value_loss forward + backward", f"{N} tokens", torch.float32, {
+        **contestants,
+        "eager": lambda: backward(x.policy(eager_policy) + 0.1 * x.value(eager_value), x.logp, x.values),
+        "torch.compile": lambda: backward(x.policy(fast_policy) + 0.1 * x.value(fast_value), x.logp, x.values),
+    }, bytes_moved=(POLICY_BYTES + VALUE_BYTES - 4) * N, same=same)  # the weights are shared

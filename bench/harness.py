@@ -1,28 +1,45 @@
-"""How a figure is obtained: contestants interleaved in one process, one thread, medians with p20 and p80, the ceiling beside them.
+"""How a figure is obtained: contestants interleaved in one process, the same answer checked first, medians with p20 and p80, the ceiling beside them.
 
-    rows = contest("logprob forward", "2048 x 32000", "float32", {"fusedrl": ours, "eager": eager}, bytes_moved=4 * N * V,
-                   same=lambda a, b: torch.testing.assert_close(a, b))
-    report("logprob", rows)          # prints a table and writes bench/results/logprob.json
+    make bench                                                              everything, one thread; writes bench/results/*.json
+    python -m pytest bench -k "logprob and 32000" --benchmark-enable -s     some of it, printed only; pytest-benchmark's options work too:
+                                                                            --benchmark-save NAME, --benchmark-compare, --benchmark-json FILE
+    python -m pytest bench                                                  checks the answers and times nothing
 
-A contestant is a function of no arguments that does the whole piece of work and returns the answer. The first one is ours;
-ratios are of the others' median to ours. `bytes_moved` and `flops` are what the *problem* needs, derived in a comment where they are computed.
+A bench file is a pytest module, one test a contest. The fixture `contest` (conftest.py) runs it; this file is what it is made of. A contestant is
+a function of no arguments that does the whole piece of work and returns the answer. The first one is ours; ratios are of the others' median to ours.
+`bytes_moved` and `flops` are what the *problem* needs, derived in a comment where they are computed; `percent_of_ceiling` is the time in which this
+machine could move the bytes or do the flops, whichever takes longer, over the time that was taken. Both ceilings are measured in the same run.
+
+On a GPU a time is that of the device between two events. Before each call 256 MB are overwritten, so that nothing of its inputs is left in the
+L2 cache, and the device sleeps while the host enqueues the call, so that launches cost what they cost inside a full queue.
 """
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fusedrl.kernels.dispatch import Implementations, unavailable
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SECONDS, FEWEST, MOST = 2.0, 5, 31  # a contest is timed for about so long, in at least and at most so many rounds
+_AT_ONCE = 1 << 26  # numbers compared at once: a gradient of logits is large
+Times = Mapping[str, Sequence[float]]  # contestant -> milliseconds, a round each
 
 
 @dataclass(frozen=True)
@@ -42,25 +59,246 @@ class Row:
     flops: int | None = None
     percent_of_ceiling: float | None = None
     note: str = ""
+    extra: dict[str, float] = field(default_factory=dict)  # what else the contest measured, named with its unit; on our row
 
 
+# ---- the clock -----------------------------------------------------------------------------------------------------------
+_elapsed = 0.0
+
+
+def clock() -> float:
+    """Seconds that contestants have run: pytest-benchmark's timer, so that its statistics of ours are those of our row, on a GPU too."""
+    return _elapsed
+
+
+@functools.cache
+def _evictor() -> Tensor:
+    return torch.empty(64 << 20, dtype=torch.float32, device=DEVICE)
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Milliseconds of one call: of the device between two events on a GPU, else of the wall clock."""
+    global _elapsed
+    if DEVICE.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _evictor().zero_()
+        torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host enqueues the call
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        milliseconds = start.elapsed_time(end)
+    else:
+        before = time.perf_counter()
+        function()
+        milliseconds = (time.perf_counter() - before) * 1e3
+    _elapsed += milliseconds / 1e3
+    return milliseconds
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes per second of a copy far larger than the caches, bytes read plus bytes written: the fastest of some."""
+    source = torch.rand(1 << (28 if DEVICE.type == "cuda" else 25), device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / (min(timed(lambda: target.copy_(source)) for _ in range(11)) / 1e3)
+
+
+@functools.cache
+def gemm_rate() -> float:
+    """Flops per second of a large matrix product of random numbers, in float32 on a CPU and in bfloat16 on a GPU: the fastest of some."""
+    n, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (1536, torch.float32)
+    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
+    return 2 * n**3 / (min(timed(lambda: a @ b) for _ in range(7)) / 1e3)
+
+
+# ---- what bench files are written with -------------------------------------------------------------------------------------
+def on(*, cpu: list, cuda: list) -> list:
+    """The cases of the device of this run."""
+    return cuda if DEVICE.type == "cuda" else cpu
+
+
+class Random:
+    """Reproducible inputs on the device of this run."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=DEVICE).to(dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=DEVICE)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator, device=DEVICE)
+
+
+def implementations(module: ModuleType, op: str, reference: bool = True) -> dict[str, str]:
+    """Contestant -> name of an implementation that can run `op` of `module` on this device, the default first; Triton's interpreter is none.
+
+    Without `reference` the torch implementation is left out beside others: where it is what eager does, or slower by design.
+    """
+    table = next(value for value in vars(module).values() if isinstance(value, Implementations) and value.op == op)
+    default = table.choose(DEVICE)
+    others = [name for name in getattr(table, DEVICE.type) if name != default and unavailable(name, DEVICE.type) is None]
+    others = [name for name in others if (name != "triton" or DEVICE.type == "cuda") and (name != "torch" or reference)]
+    return {"fusedrl": default, **{f"fusedrl, {name}": name for name in others}}
+
+
+def liger(path: str) -> Any | None:
+    """A name of Liger ("ops.swiglu.LigerSiLUMulFunction") where there is a GPU and the package; else None."""
+    module, name = path.rsplit(".", 1)
+    try:
+        return getattr(importlib.import_module(f"liger_kernel.{module}"), name) if DEVICE.type == "cuda" else None
+    except (ImportError, AttributeError):
+        return None
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for the very shapes of this contest."""
+    return torch.compile(function, dynamic=False)
+
+
+def no_grad(function: Callable, *arguments: Any) -> Callable[[], Any]:
+    """The contestant that calls `function` without recording anything for a backward."""
+    def call() -> Any:
+        with torch.no_grad():
+            return function(*arguments)
+    return call
+
+
+def gradients(function: Callable, leaves: Sequence[Tensor], upstream: Sequence[Tensor], *arguments: Any) -> Callable[[], Any]:
+    """The contestant that calls `function(*leaves, *arguments)` and returns the gradients of its outputs in the leaves."""
+    return lambda: torch.autograd.grad(function(*leaves, *arguments), leaves, upstream)
+
+
+def agree(rtol: float, atol: float = 0.0, of_max: float = 0.0) -> Callable[[Any, Any], None]:
+    """Compares tuples of tensors; `of_max` adds a tolerance relative to the largest number of each."""
+    def same(ours: Any, other: Any) -> None:
+        for a, b in zip(ours, other, strict=True):
+            if a.shape != b.shape:
+                raise AssertionError(f"sizes {tuple(a.shape)} and {tuple(b.shape)}")
+            tolerance = atol + (of_max * b.abs().max().item() if of_max and b.numel() else 0.0)
+            for part, expected in zip(a.flatten().split(_AT_ONCE), b.flatten().split(_AT_ONCE), strict=True):
+                torch.testing.assert_close(part.float(), expected.float(), rtol=rtol, atol=tolerance)
+    return same
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- contests --------------------------------------------------------------------------------------------------------------
+def check_answers(what: str, contestants: Mapping[str, Callable[[], Any]], same: Callable[[Any, Any], None] | None, unchecked: Collection[str]) -> None:
+    """Calls everyone once; raises AssertionError where an answer is not ours."""
+    names = list(contestants)
+    ours = contestants[names[0]]()
+    for name in names[1:]:
+        other = contestants[name]()
+        if same is not None and name not in unchecked:
+            try:
+                same(ours, other)
+            except AssertionError as error:
+                raise AssertionError(f"{what}: expected the answers of {names[0]!r} and {name!r} to agree before they are timed, got {error}") from error
+
+
+def rounds_for(contestants: Mapping[str, Callable[[], Any]]) -> int:
+    """How many rounds fill SECONDS, from one turn of everyone; it is the second warm-up."""
+    turn = sum(timed(function) for function in contestants.values()) / 1e3
+    return max(FEWEST, min(MOST, int(SECONDS / turn)))
+
+
+def to_rows(what: str, shape: str, dtype: str, times: Times, *, bytes_moved: int | None = None, flops: int | None = None, note: str = "",
+            extra: Mapping[str, float] | None = None) -> list[Row]:
+    """A row for each contestant, ours first."""
+    floor_ms = 1e3 * max(bytes_moved / copy_bandwidth() if bytes_moved else 0.0, flops / gemm_rate() if flops else 0.0)
+    quantile = {name: torch.tensor(list(values), dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+                for name, values in times.items()}
+    ours = next(iter(times))
+    return [
+        Row(what, shape, dtype, name, *(round(t, 4) for t in (p20, p50, p80)), len(times[name]), round(p50 / quantile[ours][1], 3), bytes_moved, flops,
+            round(100 * floor_ms / p50, 2) if floor_ms else None, note, {k: round(v, 4) for k, v in (extra or {}).items()} if name == ours else {})
+        for name, (p20, p50, p80) in quantile.items()
+    ]
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        ceiling = f"  {row.percent_of_ceiling:6.1f}% of ceiling" if row.percent_of_ceiling is not None else ""
+        times = f"{row.p50_ms:10.3f} ms [{row.p20_ms:.3f}, {row.p80_ms:.3f}]"
+        extra = "".join(f"  {name} {value:g}" for name, value in row.extra.items())
+        lines.append(f"{row.what:36} {row.shape:22} {row.dtype:9} {row.contestant:28} {times}  x{row.ratio:.2f}{ceiling}  {row.note}{extra}".rstrip())
+    return "\n".join(lines)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------
+def peak_memory(module: str, builder: str, contestant: str) -> int:
+    """Bytes by which one call of a contestant raises the peak of memory over what stood there before, its answer included.
+
+    `builder` is a function of a bench module that makes the inputs and returns the contestants. On a CPU it is called in a fresh process, and what
+    is counted are resident pages (VmHWM, which a child does not inherit, as it does ru_maxrss): the buffers of a BLAS and code that is loaded in
+    the call count too. The inputs must be made in place, lest their own peak hide that of the call: it raises RuntimeError if they are not.
+    """
+    if DEVICE.type == "cuda":
+        call = getattr(importlib.import_module(module), builder)()[contestant]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    done = subprocess.run([sys.executable, "-c", f"from bench.harness import _measure_peak; _measure_peak({module!r}, {builder!r}, {contestant!r})"],
+                          capture_output=True, text=True, cwd=RESULTS.parents[1])
+    if done.returncode:
+        raise RuntimeError(f"{module}.{builder}, {contestant}: expected a peak of memory, got\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def _measure_peak(module: str, builder: str, contestant: str) -> None:
+    torch.set_num_threads(1)
+    call = getattr(importlib.import_module(module), builder)()[contestant]
+    now, peak = _resident("VmRSS"), _resident("VmHWM")
+    if peak - now > 8 << 20:
+        raise RuntimeError(f"expected the inputs to be made without a peak of their own, got one of {(peak - now) >> 20} MiB above what is left")
+    answer = call()
+    print(_resident("VmHWM") - now)
+    del answer
+
+
+def _resident(key: str) -> int:
+    return next(int(line.split()[1]) << 10 for line in _read("/proc/self/status").splitlines() if line.startswith(key))
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------------
+@functools.cache
 def machine() -> dict[str, Any]:
-    """The machine, versions and commit that every results file carries."""
+    """The machine, versions, commit and ceilings of this run."""
     cpu = next((line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")), platform.processor())
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers"):
+    for name in ("triton", "transformers", *(["liger-kernel"] if DEVICE.type == "cuda" else [])):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     commit, dirty = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--", ".", ":!bench/results")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), "gpu": gpu, "threads": torch.get_num_threads(),
-            **versions, "commit": commit + ("+changes" if dirty else ""), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    gpu: dict[str, Any] = {"gpu": None}
+    if DEVICE.type == "cuda":
+        asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader", "--id=0"]
+        gpu = {"gpu": torch.cuda.get_device_name(), "driver and clocks": _output(asked)}
+    return {"cpu": cpu, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), **gpu, "threads": torch.get_num_threads(), **versions,
+            "commit": commit + ("+changes" if dirty else ""), "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "copy_gb_per_s": round(copy_bandwidth() / 1e9, 2), "gemm_gflop_per_s": round(gemm_rate() / 1e9, 1)}
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(RESULTS.parents[1]), *arguments], capture_output=True, text=True, check=False).stdout.strip()
+    return _output(["git", "-C", str(RESULTS.parents[1]), *arguments])
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _read(path: str) -> str:
@@ -70,69 +308,37 @@ def _read(path: str) -> str:
         return ""
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Milliseconds of one call, the device's queue drained on both sides."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+Result = tuple[dict[str, Any], dict[str, Any]]  # a row and the run that measured it
 
 
-def copy_bandwidth(device: str = "cpu") -> float:
-    """Bytes per second of a copy far larger than the caches, bytes read plus bytes written; the ceiling of memory-bound work."""
-    source = torch.rand(32 << 20 if device == "cpu" else 1 << 28, device=device)
-    target = torch.empty_like(source)
-    times = [timed(lambda: target.copy_(source)) for _ in range(7)]
-    return 2 * source.numel() * 4 / (sorted(times)[3] / 1e3)
+def read_results(path: Path) -> list[Result]:
+    """Every row of a file with its run. A file whose one run is called "machine" is of the first format."""
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    runs = content["runs"] if "runs" in content else [content["machine"]]
+    return [({key: value for key, value in row.items() if key != "run"}, runs[row.get("run", 0)]) for row in content["rows"]]
 
 
-def contest(what: str, shape: str, dtype: str, contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2,
-            bytes_moved: int | None = None, flops: int | None = None, ceiling: float | None = None, same: Callable[[Any, Any], None] | None = None,
-            note: str = "") -> list[Row]:
-    """Time the contestants in turn, `rounds` times.
-
-    Args:
-        contestants: name -> function; the first is ours.
-        bytes_moved, flops: what the problem needs; `percent_of_ceiling` is bytes_moved (else flops) per second over `ceiling`.
-        ceiling: bytes (or flops) per second measured in this run; by default `copy_bandwidth()` when `bytes_moved` is given.
-        same: called with (ours, another's answer) before anything is timed; raises when they differ.
-    """
-    names = list(contestants)
-    answers = {name: contestants[name]() for name in names}
-    if same is not None:
-        for name in names[1:]:
-            same(answers[names[0]], answers[name])
-    del answers
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-warmup, rounds):
-        for name in names:
-            elapsed = timed(contestants[name])
-            if turn >= 0:
-                times[name].append(elapsed)
-    if bytes_moved is not None and ceiling is None:
-        ceiling = copy_bandwidth()
-    work = bytes_moved if bytes_moved is not None else flops
-    quantile = {name: torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist() for name, values in times.items()}
-    return [
-        Row(what, shape, dtype, name, *(round(t, 4) for t in quantile[name]), rounds, round(quantile[name][1] / quantile[names[0]][1], 3), bytes_moved, flops,
-            round(100 * work / (quantile[name][1] / 1e3) / ceiling, 2) if work and ceiling else None, note)
-        for name in names
-    ]
+def contest_of(result: Result) -> tuple:
+    """What tells contests apart: a contest that is run again replaces all its rows, since their ratios belong together."""
+    row, run = result
+    return row["what"], row["shape"], row["dtype"], row["note"], run["gpu"]
 
 
-def report(name: str, rows: list[Row]) -> None:
-    """Print the rows and write them with the machine to bench/results/<name>.json."""
-    for row in rows:
-        ceiling = f"  {row.percent_of_ceiling:6.1f}% of ceiling" if row.percent_of_ceiling is not None else ""
-        times = f"{row.p50_ms:10.3f} ms [{row.p20_ms:.3f}, {row.p80_ms:.3f}]"
-        print(f"{row.what:32} {row.shape:18} {row.dtype:9} {row.contestant:24} {times}  x{row.ratio:.2f}{ceiling}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-
-
-def one_thread() -> None:
-    """Both contestants on one thread: two shared cores make OpenMP's barriers spin."""
-    torch.set_num_threads(1)
+def merge_results(path: Path, rows: Sequence[Row], run: Mapping[str, Any]) -> None:
+    """Write the rows of one contest to a results file, in the place of those it had; all others stay, with the run that measured them."""
+    new: list[Result] = [(asdict(row), dict(run)) for row in rows]
+    old = read_results(path)
+    place = next((i for i, result in enumerate(old) if contest_of(result) == contest_of(new[0])), len(old))
+    kept = [result for result in old if contest_of(result) != contest_of(new[0])]
+    results = kept[:place] + new + kept[place:]
+    runs: list[dict[str, Any]] = []
+    for _, each in results:
+        if each not in runs:
+            runs.append(each)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"runs": runs, "rows": [{**row, "run": runs.index(each)} for row, each in results]}, indent=1) + "\n"
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel of the package for four GPUs, on a machine with none, and reports what each one uses.
+"""Compiles every Triton kernel of the package for four GPUs, on a machine with none, and reports what each one uses; and names the CUDA C++ sources.
 
     python tests/offline_compile.py [MODULE ...] [--json FILE]        (with TRITON_INTERPRET unset: the interpreter has nothing to compile)
 
@@ -17,6 +17,8 @@ A module of kernels/ takes part by a table of its own, name -> what `triton.comp
 The signature names every other parameter: "*fp32", "*bf16", "*fp16", "*i64", "*i32", "*i1" for pointers (16-byte aligned, as torch's are),
 "i32", "i64", "fp32", "i1" for scalars. A pointer argument that is None in some call is a constexpr None there. List each variant that runs
 in practice (dtype, tile, flags) as an entry of its own. A spill on any target fails.
+
+The launchers of CUDA C++ have a table of their own, `OFFLINE_SOURCES`: a file of csrc/cuda -> the sets of options that it is compiled with.
 """
 from __future__ import annotations
 
@@ -29,22 +31,29 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 
 
-def kernels(only: list[str]) -> dict[str, dict]:
-    """"module.name" -> entry, of every module of fusedrl.kernels that has a table (or of those named)."""
+def _tables(name: str, only: list[str]) -> Iterator[tuple[str, dict]]:
+    """(module, its table) of every module of fusedrl.kernels that has one of that name (or of those named)."""
     import fusedrl.kernels
 
-    found = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(fusedrl.kernels.__path__) if not m.name.startswith("_C_")):
-        if only and module not in only:
-            continue
-        for name, entry in getattr(importlib.import_module(f"fusedrl.kernels.{module}"), "OFFLINE_KERNELS", {}).items():
-            found[f"{module}.{name}"] = entry
-    return found
+        if not only or module in only:
+            yield module, getattr(importlib.import_module(f"fusedrl.kernels.{module}"), name, {})
+
+
+def kernels(only: list[str]) -> dict[str, dict]:
+    """"module.name" -> entry of every Triton kernel, of all modules or of those named."""
+    return {f"{module}.{name}": entry for module, table in _tables("OFFLINE_KERNELS", only) for name, entry in table.items()}
+
+
+def cuda_sources() -> list[tuple[str, tuple[str, ...], bool]]:
+    """(file of csrc/cuda, its options, whether they are the file's first) for every set of options that the launchers list."""
+    return [(source, options, i == 0) for _, table in _tables("OFFLINE_SOURCES", []) for source, sets in table.items() for i, options in enumerate(sets)]
 
 
 def compile_one(entry: dict, target: tuple) -> dict:
@@ -65,11 +74,15 @@ def compile_one(entry: dict, target: tuple) -> dict:
     if "num_stages" in entry:
         options["num_stages"] = entry["num_stages"]
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
-    usage = _nvidia_usage(compiled.asm["cubin"]) if target[0] == "cuda" else _amd_usage(compiled.asm["amdgcn"])
+    if target[0] == "cuda":
+        (usage,) = nvidia_usage(compiled.asm["cubin"]).values()
+    else:
+        usage = _amd_usage(compiled.asm["amdgcn"])
     return {**usage, "shared": compiled.metadata.shared}
 
 
-def _nvidia_usage(cubin: bytes) -> dict:
+def nvidia_usage(cubin: bytes) -> dict[str, dict]:
+    """Kernel -> registers a thread, spilled bytes a thread (stack and local memory) and static shared bytes, by the cuobjdump inside Triton."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -77,8 +90,8 @@ def _nvidia_usage(cubin: bytes) -> dict:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    use = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": use["REG"], "spills": use["STACK"] + use["LOCAL"]}
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    return {name: {"registers": int(registers), "spills": int(stack) + int(local), "shared": int(shared)} for name, registers, stack, shared, local in found}
 
 
 def _amd_usage(assembly: str) -> dict:

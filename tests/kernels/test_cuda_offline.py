@@ -1,25 +1,20 @@
 """The CUDA C++ sources compile for every GPU with no GPU at hand, by nvcc and by NVRTC, where those are, and spill on none."""
-import importlib
-import pkgutil
 import re
 import shutil
 import subprocess
 
 import pytest
+from tests.offline_compile import cuda_sources, nvidia_usage
 
-import fusedrl.kernels
 from fusedrl.kernels import nvrtc
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 def _sources():
-    found = []
-    for module in sorted(m.name for m in pkgutil.iter_modules(fusedrl.kernels.__path__) if m.name.endswith("_cuda")):
-        for source, sets in importlib.import_module(f"fusedrl.kernels.{module}").OFFLINE_SOURCES.items():
-            for i, options in enumerate(sets):  # the first one always, the others by `make test-full`
-                found.append(pytest.param(source, options, id=" ".join((source, *options)), marks=[pytest.mark.full] if i else []))
-    return found
+    """The first options of a file always, the others by `make test-full`."""
+    return [pytest.param(source, options, id=" ".join((source, *options)), marks=[] if first else [pytest.mark.full])
+            for source, options, first in cuda_sources()]
 
 
 def _needs_nvrtc():
@@ -62,7 +57,12 @@ def test_nvcc(source, options, tmp_path, record_property):
 @pytest.mark.parametrize("source, options", _sources())
 def test_nvrtc(source, options, architecture):
     _needs_nvrtc()
-    assert nvrtc.compile_cubin(source, options, architecture)[:4] == b"\x7fELF"
+    cubin = nvrtc.compile_cubin(source, options, architecture)
+    assert cubin[:4] == b"\x7fELF"
+    pytest.importorskip("triton")
+    used = nvidia_usage(cubin)
+    assert len(used) == (nvrtc.source_folder() / source).read_text().count("__global__")
+    assert not [name for name, usage in used.items() if usage["spills"]], used
 
 
 def test_cache(tmp_path):
