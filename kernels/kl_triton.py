@@ -189,9 +189,11 @@ def _kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, estimator: int, gr
     N = logp.numel()
     parts = triton.cdiv(N, _BLOCK) if cu_seqlens is None else cu_seqlens.numel() - 1
     partials = logp.new_empty(parts, dtype=torch.float64)
-    if parts and cu_seqlens is None:
+    if parts == 0:
+        pass
+    elif cu_seqlens is None:
         _token_loss_kernel[(parts,)](logp, ref_logp, weights, slope_N, partials, N, ESTIMATOR=estimator, GRADIENT=gradient, BLOCK=_BLOCK)
-    elif parts:
+    else:
         _sequence_loss_kernel[(parts,)](logp, ref_logp, weights, cu_seqlens.contiguous(), slope_N, partials, ESTIMATOR=estimator, GRADIENT=gradient,
                                         CHUNK=_CHUNK)
     _sum_kernel[(1,)](partials, loss, parts, CHUNK=_CHUNK)

@@ -111,10 +111,9 @@ def _group_kernel(scores_ptr, ids_ptr, out_ptr, equal_ptr, B, group_size, eps, u
     x = tl.load(scores_ptr + i, mask=i < B, other=0.0)
     group = _ids(ids_ptr, i, B, group_size)
     first, end = 0, B
-    if ids_ptr is None:  # only where the rows' groups lie, in the same tiles as with ids: the sums have the same bits
-        if METHOD != _OF_BATCH:
-            first = tl.program_id(0) * ROWS // group_size * group_size // COLUMNS * COLUMNS
-            end = tl.minimum(B, ((tl.program_id(0) + 1) * ROWS // group_size + 1) * group_size)
+    if ids_ptr is None and METHOD != _OF_BATCH:  # only where the rows' groups lie, in the same tiles as with ids: the sums have the same bits
+        first = tl.program_id(0) * ROWS // group_size * group_size // COLUMNS * COLUMNS
+        end = tl.minimum(B, ((tl.program_id(0) + 1) * ROWS // group_size + 1) * group_size)
     total = tl.zeros([ROWS], tl.float64)
     count = tl.zeros([ROWS], tl.int32)
     same_score = tl.zeros([ROWS], tl.int32)
@@ -131,18 +130,19 @@ def _group_kernel(scores_ptr, ids_ptr, out_ptr, equal_ptr, B, group_size, eps, u
     mean = total / tl.where(count > 0, count, 1)
     batch_mean = batch_total / B
     squares = tl.zeros([ROWS], tl.float64)
-    batch_squares = tl.full([], 0.0, tl.float64)
-    if METHOD == _GRPO or METHOD == _OF_BATCH:
+    if METHOD == _GRPO:
         for at in range(first, end, COLUMNS):
             j = at + tl.arange(0, COLUMNS)
-            y = tl.load(scores_ptr + j, mask=j < B, other=0.0).to(tl.float64)
-            if METHOD == _GRPO:
-                same = (_ids(ids_ptr, j, B, group_size)[None, :] == group[:, None]) & (j < B)[None, :]
-                deviation = tl.where(same, y[None, :] - mean[:, None], 0.0)
-                squares += tl.sum(deviation * deviation, axis=1)
-            else:
-                deviation = tl.where(j < B, y - batch_mean, 0.0)
-                batch_squares += tl.sum(deviation * deviation)
+            y = tl.load(scores_ptr + j, mask=j < B, other=0.0)
+            same = (_ids(ids_ptr, j, B, group_size)[None, :] == group[:, None]) & (j < B)[None, :]
+            deviation = tl.where(same, y[None, :].to(tl.float64) - mean[:, None], 0.0)
+            squares += tl.sum(deviation * deviation, axis=1)
+    batch_squares = tl.full([], 0.0, tl.float64)
+    if METHOD == _OF_BATCH:
+        for at in range(first, end, COLUMNS):
+            j = at + tl.arange(0, COLUMNS)
+            deviation = tl.where(j < B, tl.load(scores_ptr + j, mask=j < B, other=0.0).to(tl.float64) - batch_mean, 0.0)
+            batch_squares += tl.sum(deviation * deviation)
     centred = tl.where(equal, 0.0, x.to(tl.float64) - mean)
     others = tl.where(count > 1, count - 1, 1)
     divisor = tl.where(count - unbiased > 1, count - unbiased, 1)
