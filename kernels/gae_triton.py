@@ -57,17 +57,28 @@ def _to_end(ends_right, a_right, b_right, ends_left, a_left, b_left):
 
 
 @triton.jit
-def _bounds(cu_seqlens_ptr, b, T):
+def _place(cu_seqlens_ptr, b, T):
+    """Where a sequence begins among all tokens, and its length; within it 32 bits are enough."""
     if cu_seqlens_ptr is None:
-        start, end = b * T, b * T + T
+        start, length = b.to(tl.int64) * T, T
     else:
-        start, end = tl.load(cu_seqlens_ptr + b).to(tl.int64), tl.load(cu_seqlens_ptr + b + 1).to(tl.int64)
-    return start, end
+        first = tl.load(cu_seqlens_ptr + b)
+        start, length = first.to(tl.int64), tl.load(cu_seqlens_ptr + b + 1) - first
+    return start, length
 
 
 @triton.jit
-def _live(mask_ptr, t, end):
-    live = t < end
+def _from(ptr, start):
+    if ptr is None:
+        moved = None
+    else:
+        moved = ptr + start
+    return moved
+
+
+@triton.jit
+def _live(mask_ptr, t, length):
+    live = t < length
     if mask_ptr is not None:
         live = tl.load(mask_ptr + t, mask=live, other=0) != 0
     return live
@@ -79,14 +90,14 @@ def _at(x, lane, wanted):
 
 
 @triton.jit
-def _next_value(values_ptr, mask_ptr, t, end, carry_value, carry_live):
-    """Of each slot the nearest live value behind it, and whether there is one; carried: the nearest live value behind the chunk."""
-    live_1 = _live(mask_ptr, t + 1, end)
+def _next_value(values_ptr, mask_ptr, t, length, carry_value):
+    """Of each slot the nearest live value behind it, and whether that is of this chunk or the next slot; carried is the nearest behind those."""
+    live_1 = _live(mask_ptr, t + 1, length)
     v_1 = tl.load(values_ptr + t + 1, mask=live_1, other=0.0).to(tl.float32)
     has_next = live_1.to(tl.int32)
     if mask_ptr is not None:
         has_next, v_1 = tl.associative_scan((has_next, v_1), 0, _nearest, reverse=True)
-    return tl.where(has_next != 0, v_1, carry_value), has_next | carry_live
+    return tl.where(has_next != 0, v_1, carry_value), has_next
 
 
 @triton.jit
@@ -98,28 +109,31 @@ def _advantages(delta, live, decay, carry_advantage):
 
 @triton.jit(do_not_specialize=["T"])
 def _gae_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_values_ptr, advantages_ptr, returns_ptr, T, gamma, decay, CHUNK: tl.constexpr):
-    b = tl.program_id(0).to(tl.int64)
-    start, end = _bounds(cu_seqlens_ptr, b, T)
+    b = tl.program_id(0)
+    start, length = _place(cu_seqlens_ptr, b, T)
+    rewards_ptr += start
+    values_ptr += start
+    mask_ptr = _from(mask_ptr, start)
+    advantages_ptr += start
+    returns_ptr += start
     lane = tl.arange(0, CHUNK)
     carry_advantage = tl.full([], 0.0, tl.float32)
     carry_value = tl.full([], 0.0, tl.float32)
     if last_values_ptr is not None:
         carry_value = tl.load(last_values_ptr + b)
-    carry_live = tl.full([], 0, tl.int32)
-    chunks = tl.cdiv(end - start, CHUNK)
+    chunks = tl.cdiv(length, CHUNK)
     for i in range(0, chunks):
-        t = start + (chunks - 1 - i) * CHUNK + lane
-        live = _live(mask_ptr, t, end)
+        t = (chunks - 1 - i) * CHUNK + lane
+        live = _live(mask_ptr, t, length)
         v = tl.load(values_ptr + t, mask=live, other=0.0)
         reward = tl.load(rewards_ptr + t, mask=live, other=0.0)
-        next_v, has_next = _next_value(values_ptr, mask_ptr, t, end, carry_value, carry_live)
+        next_v, _ = _next_value(values_ptr, mask_ptr, t, length, carry_value)
         delta = tl.where(live, reward + (gamma * next_v - v), 0.0)
         running = _advantages(delta, live, decay, carry_advantage)
-        tl.store(advantages_ptr + t, tl.where(live, running, 0.0), mask=t < end)
-        tl.store(returns_ptr + t, tl.where(live, running + v, 0.0), mask=t < end)
+        tl.store(advantages_ptr + t, tl.where(live, running, 0.0), mask=t < length)
+        tl.store(returns_ptr + t, tl.where(live, running + v, 0.0), mask=t < length)
         carry_advantage = _at(running, lane, 0)
         carry_value = _at(next_v, lane, 0)
-        carry_live = _at(has_next, lane, 0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -129,8 +143,16 @@ def _shaped_gae_kernel(
     T, kl_coef, gamma, decay, score_bound,
     ESTIMATOR: tl.constexpr, WHITEN: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
-    start, end = _bounds(cu_seqlens_ptr, b, T)
+    b = tl.program_id(0)
+    start, length = _place(cu_seqlens_ptr, b, T)
+    logp_ptr += start
+    ref_logp_ptr += start
+    values_ptr += start
+    mask_ptr = _from(mask_ptr, start)
+    token_rewards_ptr = _from(token_rewards_ptr, start)
+    advantages_ptr += start
+    returns_ptr += start
+    rewards_ptr += start
     if kl_coef_ptr is not None:
         kl_coef = tl.load(kl_coef_ptr)
     score = tl.load(scores_ptr + b).to(tl.float32)
@@ -144,17 +166,18 @@ def _shaped_gae_kernel(
     count = tl.full([], 0.0, tl.float64)
     mean = tl.full([], 0.0, tl.float64)
     m2 = tl.full([], 0.0, tl.float64)
-    chunks = tl.cdiv(end - start, CHUNK)
+    chunks = tl.cdiv(length, CHUNK)
     for i in range(0, chunks):
-        t = start + (chunks - 1 - i) * CHUNK + lane
-        inside = t < end
-        live = _live(mask_ptr, t, end)
+        t = (chunks - 1 - i) * CHUNK + lane
+        inside = t < length
+        live = _live(mask_ptr, t, length)
         v = tl.load(values_ptr + t, mask=live, other=0.0).to(tl.float32)
         logp = tl.load(logp_ptr + t, mask=live, other=0.0).to(tl.float32)
         ref_logp = tl.load(ref_logp_ptr + t, mask=live, other=0.0).to(tl.float32)
         d, rest = difference(logp, ref_logp)
         kl = tl.where(live, kl_value(d, rest, ESTIMATOR), 0.0)
-        next_v, has_next = _next_value(values_ptr, mask_ptr, t, end, carry_value, carry_live)
+        next_v, has_next = _next_value(values_ptr, mask_ptr, t, length, carry_value)
+        has_next |= carry_live
 
         reward = -kl_coef * kl
         if token_rewards_ptr is not None:
@@ -187,39 +210,53 @@ def _beginnings_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_v
                        CHUNK: tl.constexpr):
     """Of the p-th live token the discounted rewards from the beginning of its block, and its value, at place p of its sequence; with the last token's
     also what is behind it (tails), and how many live tokens there are."""
-    b = tl.program_id(0).to(tl.int64)
-    start, end = _bounds(cu_seqlens_ptr, b, T)
+    b = tl.program_id(0)
+    start, length = _place(cu_seqlens_ptr, b, T)
+    rewards_ptr += start
+    values_ptr += start
+    mask_ptr = _from(mask_ptr, start)
+    sums_ptr += start
+    live_values_ptr += start
     lane = tl.arange(0, CHUNK)
     count = tl.full([], 0, tl.int32)
     carry_a = tl.full([], 1.0, tl.float32)
     carry = tl.full([], 0.0, tl.float32)
-    for at in range(start, end, CHUNK):
+    for at in range(0, length, CHUNK):
         t = at + lane
-        live = _live(mask_ptr, t, end)
+        live = _live(mask_ptr, t, length)
         reward = tl.load(rewards_ptr + t, mask=live, other=0.0)
-        p = count + tl.cumsum(live.to(tl.int32), 0) - 1
+        p = t
+        if mask_ptr is not None:
+            p = count + tl.cumsum(live.to(tl.int32), 0) - 1
         begins = live & (p % k == 0)
         seen, a, total = tl.associative_scan((begins.to(tl.int32), tl.where(live, gamma, 1.0), reward), 0, _from_beginning)
         total = tl.where(seen != 0, total, carry + carry_a * total)
         a = tl.where(seen != 0, a, carry_a * a)
-        tl.store(sums_ptr + start + p, total, mask=live)
+        tl.store(sums_ptr + p, total, mask=live)
         if mask_ptr is not None:
-            tl.store(live_values_ptr + start + p, tl.load(values_ptr + t, mask=live, other=0.0), mask=live)
-        count += tl.sum(live.to(tl.int32))
+            tl.store(live_values_ptr + p, tl.load(values_ptr + t, mask=live, other=0.0), mask=live)
+            count += tl.sum(live.to(tl.int32))
         carry_a = _at(a, lane, CHUNK - 1)
         carry = _at(total, lane, CHUNK - 1)
     last_value = tl.full([], 0.0, tl.float32)
     if last_values_ptr is not None:
         last_value = tl.load(last_values_ptr + b)
     tl.store(tails_ptr + b, carry + carry_a * last_value)
-    tl.store(counts_ptr + b, count)
+    tl.store(counts_ptr + b, length if mask_ptr is None else count)
 
 
 @triton.jit(do_not_specialize=["T", "k"])
 def _k_step_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_values_ptr, sums_ptr, live_values_ptr, tails_ptr, counts_ptr, advantages_ptr,
                    returns_ptr, T, k, gamma, gamma_k, CHUNK: tl.constexpr):
-    b = tl.program_id(0).to(tl.int64)
-    start, end = _bounds(cu_seqlens_ptr, b, T)
+    b = tl.program_id(0)
+    start, length = _place(cu_seqlens_ptr, b, T)
+    rewards_ptr += start
+    values_ptr += start
+    mask_ptr = _from(mask_ptr, start)
+    sums_ptr += start
+    live_values_ptr += start
+    advantages_ptr += start
+    returns_ptr += start
     last_value = tl.full([], 0.0, tl.float32)
     if last_values_ptr is not None:
         last_value = tl.load(last_values_ptr + b)
@@ -229,13 +266,16 @@ def _k_step_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_value
     lane = tl.arange(0, CHUNK)
     carry_a = tl.full([], 1.0, tl.float32)
     carry = tl.full([], 0.0, tl.float32)
-    chunks = tl.cdiv(end - start, CHUNK)
+    chunks = tl.cdiv(length, CHUNK)
     for i in range(0, chunks):
-        t = start + (chunks - 1 - i) * CHUNK + lane
-        live = _live(mask_ptr, t, end)
+        t = (chunks - 1 - i) * CHUNK + lane
+        live = _live(mask_ptr, t, length)
         v = tl.load(values_ptr + t, mask=live, other=0.0)
         reward = tl.load(rewards_ptr + t, mask=live, other=0.0)
-        p = left - tl.cumsum(live.to(tl.int32), 0, reverse=True)
+        p = t
+        if mask_ptr is not None:
+            p = left - tl.cumsum(live.to(tl.int32), 0, reverse=True)
+            left -= tl.sum(live.to(tl.int32))
         in_block = p % k
         reward = tl.where(live & (p == count - 1), reward + gamma * last_value, reward)
         ends = live & (in_block == k - 1)
@@ -244,18 +284,17 @@ def _k_step_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_value
         a = tl.where(seen != 0, a, a * carry_a)
         carry_a = _at(a, lane, 0)
         carry = _at(window, lane, 0)
-        left -= tl.sum(live.to(tl.int32))
 
         last = tl.minimum(p + k, count) - 1  # of the window; in the next block if that exists and this is not all of its own
         crosses = live & (in_block > 0) & (p - in_block + k < count)
-        beginning = tl.load(sums_ptr + start + last, mask=crosses & (last < count - 1), other=0.0)
+        beginning = tl.load(sums_ptr + last, mask=crosses & (last < count - 1), other=0.0)
         beginning = tl.where(last == count - 1, tail, beginning)
         window += tl.where(crosses, a * beginning, 0.0)
         goes_on = live & (p + k < count)
-        window += tl.where(goes_on, gamma_k * tl.load(live_values_ptr + start + p + k, mask=goes_on, other=0.0), 0.0)
+        window += tl.where(goes_on, gamma_k * tl.load(live_values_ptr + p + k, mask=goes_on, other=0.0), 0.0)
         advantage = tl.where(live, window - v, 0.0)
-        tl.store(advantages_ptr + t, advantage, mask=t < end)
-        tl.store(returns_ptr + t, tl.where(live, advantage + v, 0.0), mask=t < end)
+        tl.store(advantages_ptr + t, advantage, mask=t < length)
+        tl.store(returns_ptr + t, tl.where(live, advantage + v, 0.0), mask=t < length)
 
 
 # ---- launchers, and the ops that torch.compile sees ------------------------------------------------------------------

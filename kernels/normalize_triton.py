@@ -17,7 +17,7 @@ from torch import Tensor
 
 _BLOCK, _MERGED = 1024, 256  # whitening: elements, and moments, at a time
 _PROGRAMS = 512  # of either launch, at most: each of the second reads the moments of all of the first
-_ROWS, _COLUMNS = 32, 64  # groups: scores of a program, and scores they are compared with at a time
+_ROWS, _COLUMNS = 32, 32  # groups: scores of a program, and scores they are compared with at a time
 _GRPO, _DR_GRPO, _RLOO, _OF_BATCH, _NONE = (tl.constexpr(i) for i in range(5))  # the order of GROUP_METHODS in normalize.py
 
 
