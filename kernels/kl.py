@@ -10,8 +10,8 @@
 
 Shapes    any, the same for both; one estimate an element. A loss takes N tokens of B sequences.
 Bytes     8 B read and 4 B written an element; kl_loss 12 and 4, and 8 in its backward.
-Numerics  -k1 is clamped to +-20 inside the exponential (k3 stays finite up to 4.9e8). k3 carries the rounding of logp - ref_logp along (C++, Triton) or
-          works in float64 (torch): the exponential would turn it into a relative error of 1e-6.
+Numerics  -k1 is clamped to +-20 inside the exponential (k3 stays finite up to 4.9e8); clamped_count says how often. k3 carries the rounding of
+          logp - ref_logp along (C++, Triton) or works in float64 (torch): the exponential would turn it into a relative error of 1e-6.
           In a loss k3's slope is 0 beyond the clamp.
 Source    Schulman (2020), Approximating KL Divergence; Tang and Munos (2025), On a few pitfalls in KL divergence gradient estimation for RL.
 """
