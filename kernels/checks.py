@@ -61,3 +61,9 @@ def check_last_contiguous(op: str, name: str, tensor: Tensor | None) -> None:
     """Raises ValueError unless the last dimension of `tensor` has stride 1 (or at most one element)."""
     if tensor is not None and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{op}: expected {name} with a contiguous last dimension, got strides {tensor.stride()}; call .contiguous() on it")
+
+
+def refuse_double_backward(op: str) -> None:
+    """Called in a backward whose gradients were computed by hand and carry no graph: with create_graph they would pass for constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: expected one backward pass, got a double backward (create_graph=True), which this op does not have")

@@ -13,11 +13,12 @@ Shapes    N tokens in B sequences: packed [N] with cu_seqlens [B + 1] int32, or 
 Bytes     gae 8 read, 8 written; shaped_gae 12 read, 12 written, plus the mask, whitening 8 more: launches dominate on a GPU, hence one (and one to whiten).
 Numerics  float32 recurrence whatever the input; sums over tokens and moments wider. Fixed order of summation everywhere: deterministic, and neither the
           thread count nor the other sequences change a sequence's advantages before whitening. What the mask hides never enters arithmetic.
-          k-step windows are summed by doubling, never as a difference of suffix sums, which cancels.
+          k-step windows are summed by doubling (Triton: from two blocks), never as a difference of suffix sums, which cancels.
 Source    Schulman et al. (2016), eqs. 14 to 16; the reward Ziegler et al. (2019), eq. 2; gaps as in multi-turn rollouts.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +31,10 @@ from fusedrl.kernels.kl import ESTIMATORS, check_estimator, token_kl_reference
 from fusedrl.kernels.normalize import WHITEN_EPS, masked_whiten_reference
 
 if unavailable("triton", "cuda") is None:
-    from fusedrl.kernels import gae_triton  # noqa: F401  (registers fusedrl::shaped_gae_triton)
+    from fusedrl.kernels import gae_triton  # noqa: F401  (registers fusedrl::gae_triton, shaped_gae_triton and k_step_advantages_triton)
 
-_GAE = Implementations("gae", cpu=("cpp", "torch"), cuda=("torch", "cuda"))
-_K_STEP = Implementations("k_step_advantages", cpu=("cpp", "torch"), cuda=("torch",))
+_GAE = Implementations("gae", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
+_K_STEP = Implementations("k_step_advantages", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _SHAPED = Implementations("shaped_gae", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
 
 
@@ -207,15 +208,19 @@ def gae(rewards: Tensor, values: Tensor, *, mask: Tensor | None = None, cu_seqle
         cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; on a GPU the caller answers for it).
         gamma, lam: discount and lambda, within [0, 1].
         last_values: [B] value of the state behind each sequence's last token, for truncated episodes; None is 0.
-        impl: "cpp", "torch" or "cuda"; by default the best one for the device.
+        impl: "cpp", "torch", "triton" or "cuda"; by default the best one for the device.
     Returns:
         (advantages, returns) like `rewards`, float32 (float64 for float64). They carry no gradient: the inputs are detached.
     Raises:
         ValueError: sizes, devices or coefficients. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
     rewards, values, last_values, chosen_impl = _prepare_gae("gae", _GAE, rewards, values, mask, cu_seqlens, gamma, lam, last_values, impl)
-    call = gae_reference if chosen_impl == "torch" else torch.ops.fusedrl.gae_cuda if chosen_impl == "cuda" else torch.ops.fusedrl.gae
+    call = gae_reference if chosen_impl == "torch" else _native("gae", chosen_impl)
     return call(rewards, values, mask, cu_seqlens, gamma, lam, last_values)
+
+
+def _native(op: str, impl: str) -> Callable[..., Any]:
+    return getattr(torch.ops.fusedrl, op if impl == "cpp" else f"{op}_{impl}")
 
 
 def _prepare_gae(op: str, table: Implementations, rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float,
@@ -257,7 +262,7 @@ def k_step_advantages(rewards: Tensor, values: Tensor, k: int, *, mask: Tensor |
     if k < 1:
         raise ValueError(f"{op}: expected k >= 1, got {k}")
     rewards, values, last_values, chosen_impl = _prepare_gae(op, _K_STEP, rewards, values, mask, cu_seqlens, gamma, 1.0, last_values, impl)
-    call = k_step_advantages_reference if chosen_impl == "torch" else torch.ops.fusedrl.k_step_advantages
+    call = k_step_advantages_reference if chosen_impl == "torch" else _native(op, chosen_impl)
     return call(rewards, values, mask, cu_seqlens, k, gamma, last_values)
 
 
@@ -302,6 +307,6 @@ def shaped_gae(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, *
     if chosen_impl == "torch":
         return shaped_gae_reference(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef if on_device is None else on_device, kl_estimator, gamma, lam,
                                     token_rewards, score_clip, whiten, whiten_unbiased)
-    call = getattr(torch.ops.fusedrl, "shaped_gae" if chosen_impl == "cpp" else f"shaped_gae_{chosen_impl}")
-    return ShapedGAE(*call(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef if on_device is None else 0.0, on_device, ESTIMATORS.index(kl_estimator),
-                           gamma, lam, token_rewards, score_clip, whiten, whiten_unbiased))
+    return ShapedGAE(*_native(op, chosen_impl)(
+        logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef if on_device is None else 0.0, on_device, ESTIMATORS.index(kl_estimator), gamma, lam,
+        token_rewards, score_clip, whiten, whiten_unbiased))

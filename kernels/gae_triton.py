@@ -1,26 +1,34 @@
-"""shaped_gae in Triton: one launch shapes the rewards, scans and sums, one program a sequence; a second one applies the whitening.
+"""gae, shaped_gae and k_step_advantages in Triton, one program a sequence.
 
-The mathematics and shapes are those of gae.py. A sequence is walked in chunks from its end; the advantage, the value and "something live follows" are
-carried from chunk to chunk, so its length is a run-time argument. Within a chunk two associative scans from the right do the work: one finds the next live
-value, one composes the recurrence's (a, b).
+The mathematics and shapes are those of gae.py. A sequence is walked in chunks, and what a chunk leaves to the next is carried, so that its length is a
+run-time argument. gae and shaped_gae go from the end, in one launch: associative scans from the right find the next live value (where there are gaps)
+and compose the recurrence's (a, b). A second launch applies shaped_gae's whitening.
 
-Bytes     the values and the mask are read twice (the second time shifted by one, from the cache); the rest once.
-Numerics  float32 elements; what is summed over chunks and sequences is float64, a few scalars a program. Fixed order, no atomics.
+k_step_advantages is two launches and O(N) work, whatever k. The live tokens of a sequence are cut into blocks of k, and a window of k is the end of one
+block and the beginning of the next: the first launch goes from the left and leaves the sums from each block's beginning, side by side; the second goes
+from the right, sums to each block's end and puts the two together. Sums only, of k terms or fewer, so nothing cancels.
+
+Bytes     gae and shaped_gae read the values and the mask twice (the second time shifted by one, from the cache), the rest once. k-step 24 read and
+          16 written a token, and twice the mask; without one 20 and 12.
+Numerics  float32 elements; what shaped_gae sums over chunks and sequences is float64, a few scalars a program. Fixed order, no atomics.
+Source    blocks and windows: van Herk (1992), A fast algorithm for local minimum and maximum filters; Gil and Werman (1993), for any associative operation.
 """
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedrl.kernels.kl import ESTIMATORS
+from fusedrl.kernels.kl_triton import difference, kl_value
 from fusedrl.kernels.normalize import WHITEN_EPS
+from fusedrl.kernels.normalize_triton import merge, moments, store_moments, whiten_kernel
 
 _CHUNK, _WARPS = 1024, 8
-_BLOCK, _ROWS = 1024, 256  # whitening: tokens, and sequences' moments, at a time
+_BLOCK, _MERGED = 1024, 256  # whitening: tokens, and sequences' moments, at a time
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -35,30 +43,97 @@ def _nearest(live_right, v_right, live_left, v_left):
 
 
 @triton.jit
-def _token_kl(logp, ref_logp, ESTIMATOR: tl.constexpr):
-    d = logp - ref_logp
-    if ESTIMATOR == "k1":
-        kl = d
-    elif ESTIMATOR == "k2":
-        kl = 0.5 * d * d
-    elif ESTIMATOR == "abs":
-        kl = tl.abs(d)
-    else:
-        x = tl.where(d < -20.0, 20.0, tl.where(d > 20.0, -20.0, -d))
-        # expm1(x) - x cancels for small x: there its series, up to x^9 / 9!
-        near = 1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0 * (1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0 * (1.0 + x / 9.0))))))
-        kl = tl.where(tl.abs(x) < 0.5, 0.5 * x * x * near, (tl.exp(x) - 1.0) + d)
-        kl = tl.where(kl < 0.0, 0.0, kl)
-    return kl
+def _from_beginning(begins_left, a_left, b_left, begins_right, a_right, b_right):
+    # b = b_left + a_left b_right, but what lies left of a block's beginning is forgotten.
+    begins = begins_right != 0
+    return begins_left | begins_right, tl.where(begins, a_right, a_left * a_right), tl.where(begins, b_right, b_left + a_left * b_right)
 
 
 @triton.jit
-def _merge(count, mean, m2, other_count, other_mean, other_m2):
-    # Chan's merge in float64; an empty side changes nothing.
-    total = count + other_count
-    share = other_count / tl.where(total > 0.0, total, 1.0)
-    shift = other_mean - mean
-    return total, mean + shift * share, m2 + other_m2 + shift * shift * count * share
+def _to_end(ends_right, a_right, b_right, ends_left, a_left, b_left):
+    # The same from the right: what lies right of a block's end is forgotten.
+    ends = ends_left != 0
+    return ends_left | ends_right, tl.where(ends, a_left, a_left * a_right), tl.where(ends, b_left, b_left + a_left * b_right)
+
+
+@triton.jit
+def _place(cu_seqlens_ptr, b, T):
+    """Where a sequence begins among all tokens, and its length; within it 32 bits are enough."""
+    if cu_seqlens_ptr is None:
+        start, length = b.to(tl.int64) * T, T
+    else:
+        first = tl.load(cu_seqlens_ptr + b)
+        start, length = first.to(tl.int64), tl.load(cu_seqlens_ptr + b + 1) - first
+    return start, length
+
+
+@triton.jit
+def _from(ptr, start):
+    if ptr is None:
+        moved = None
+    else:
+        moved = ptr + start
+    return moved
+
+
+@triton.jit
+def _live(mask_ptr, t, length):
+    live = t < length
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + t, mask=live, other=0) != 0
+    return live
+
+
+@triton.jit
+def _at(x, lane, wanted):
+    return tl.sum(tl.where(lane == wanted, x, 0))
+
+
+@triton.jit
+def _next_value(values_ptr, mask_ptr, t, length, carry_value):
+    """Of each slot the nearest live value behind it, and whether that is of this chunk or the next slot; carried is the nearest behind those."""
+    live_1 = _live(mask_ptr, t + 1, length)
+    v_1 = tl.load(values_ptr + t + 1, mask=live_1, other=0.0).to(tl.float32)
+    has_next = live_1.to(tl.int32)
+    if mask_ptr is not None:
+        has_next, v_1 = tl.associative_scan((has_next, v_1), 0, _nearest, reverse=True)
+    return tl.where(has_next != 0, v_1, carry_value), has_next
+
+
+@triton.jit
+def _advantages(delta, live, decay, carry_advantage):
+    """The recurrence through the gaps: defined at every slot."""
+    a, local = tl.associative_scan((tl.where(live, decay, 1.0), delta), 0, _compose, reverse=True)
+    return local + a * carry_advantage
+
+
+@triton.jit(do_not_specialize=["T"])
+def _gae_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_values_ptr, advantages_ptr, returns_ptr, T, gamma, decay, CHUNK: tl.constexpr):
+    b = tl.program_id(0)
+    start, length = _place(cu_seqlens_ptr, b, T)
+    rewards_ptr += start
+    values_ptr += start
+    mask_ptr = _from(mask_ptr, start)
+    advantages_ptr += start
+    returns_ptr += start
+    lane = tl.arange(0, CHUNK)
+    carry_advantage = tl.full([], 0.0, tl.float32)
+    carry_value = tl.full([], 0.0, tl.float32)
+    if last_values_ptr is not None:
+        carry_value = tl.load(last_values_ptr + b)
+    chunks = tl.cdiv(length, CHUNK)
+    for i in range(0, chunks):
+        t = (chunks - 1 - i) * CHUNK + lane
+        live = _live(mask_ptr, t, length)
+        v = tl.load(values_ptr + t, mask=live, other=0.0)
+        reward = tl.load(rewards_ptr + t, mask=live, other=0.0)
+        next_v, _ = _next_value(values_ptr, mask_ptr, t, length, carry_value)
+        delta = tl.where(live, reward + (gamma * next_v - v), 0.0)
+        running = _advantages(delta, live, decay, carry_advantage)
+        tl.store(advantages_ptr + t, tl.where(live, running, 0.0), mask=t < length)
+        tl.store(returns_ptr + t, tl.where(live, running + v, 0.0), mask=t < length)
+        carry_advantage = _at(running, lane, 0)
+        carry_value = _at(next_v, lane, 0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -67,12 +142,17 @@ def _shaped_gae_kernel(
     advantages_ptr, returns_ptr, rewards_ptr, kl_ptr, score_ptr, moments_ptr,
     T, kl_coef, gamma, decay, score_bound,
     ESTIMATOR: tl.constexpr, WHITEN: tl.constexpr, CHUNK: tl.constexpr,
-):  # one program a sequence, chunks from the right
-    b = tl.program_id(0).to(tl.int64)
-    if cu_seqlens_ptr is None:
-        start, end = b * T, b * T + T
-    else:
-        start, end = tl.load(cu_seqlens_ptr + b).to(tl.int64), tl.load(cu_seqlens_ptr + b + 1).to(tl.int64)
+):
+    b = tl.program_id(0)
+    start, length = _place(cu_seqlens_ptr, b, T)
+    logp_ptr += start
+    ref_logp_ptr += start
+    values_ptr += start
+    mask_ptr = _from(mask_ptr, start)
+    token_rewards_ptr = _from(token_rewards_ptr, start)
+    advantages_ptr += start
+    returns_ptr += start
+    rewards_ptr += start
     if kl_coef_ptr is not None:
         kl_coef = tl.load(kl_coef_ptr)
     score = tl.load(scores_ptr + b).to(tl.float32)
@@ -80,28 +160,24 @@ def _shaped_gae_kernel(
 
     lane = tl.arange(0, CHUNK)
     carry_advantage = tl.full([], 0.0, tl.float32)
-    carry_value = tl.full([], 0.0, tl.float32)  # the nearest live value behind the chunk, 0 while there is none
+    carry_value = tl.full([], 0.0, tl.float32)
     carry_live = tl.full([], 0, tl.int32)
     kl_sum = tl.full([], 0.0, tl.float64)
     count = tl.full([], 0.0, tl.float64)
     mean = tl.full([], 0.0, tl.float64)
     m2 = tl.full([], 0.0, tl.float64)
-    chunks = tl.cdiv(end - start, CHUNK)
+    chunks = tl.cdiv(length, CHUNK)
     for i in range(0, chunks):
-        t = start + (chunks - 1 - i) * CHUNK + lane
-        inside = t < end
-        live = tl.load(mask_ptr + t, mask=inside, other=0) != 0
+        t = (chunks - 1 - i) * CHUNK + lane
+        inside = t < length
+        live = _live(mask_ptr, t, length)
         v = tl.load(values_ptr + t, mask=live, other=0.0).to(tl.float32)
         logp = tl.load(logp_ptr + t, mask=live, other=0.0).to(tl.float32)
         ref_logp = tl.load(ref_logp_ptr + t, mask=live, other=0.0).to(tl.float32)
-        kl = tl.where(live, _token_kl(logp, ref_logp, ESTIMATOR), 0.0)
-
-        # The next live value of slot t is the nearest one at or behind slot t + 1.
-        live_1 = tl.load(mask_ptr + t + 1, mask=t + 1 < end, other=0) != 0
-        v_1 = tl.load(values_ptr + t + 1, mask=live_1, other=0.0).to(tl.float32)
-        has_next, next_v = tl.associative_scan((live_1.to(tl.int32), v_1), 0, _nearest, reverse=True)
-        next_v = tl.where(has_next != 0, next_v, carry_value)
-        has_next = has_next | carry_live
+        d, rest = difference(logp, ref_logp)
+        kl = tl.where(live, kl_value(d, rest, ESTIMATOR), 0.0)
+        next_v, has_next = _next_value(values_ptr, mask_ptr, t, length, carry_value)
+        has_next |= carry_live
 
         reward = -kl_coef * kl
         if token_rewards_ptr is not None:
@@ -110,111 +186,215 @@ def _shaped_gae_kernel(
         reward = tl.where(live, reward, 0.0)
 
         delta = tl.where(live, reward + (gamma * next_v - v), 0.0)
-        a, local = tl.associative_scan((tl.where(live, decay, 1.0), delta), 0, _compose, reverse=True)
-        running = local + a * carry_advantage
+        running = _advantages(delta, live, decay, carry_advantage)
         advantage = tl.where(live, running, 0.0)
         tl.store(advantages_ptr + t, advantage, mask=inside)
         tl.store(returns_ptr + t, tl.where(live, advantage + v, 0.0), mask=inside)
         tl.store(rewards_ptr + t, reward, mask=inside)
 
-        first = lane == 0
-        carry_advantage = tl.sum(tl.where(first, running, 0.0))
-        carry_value = tl.sum(tl.where(first, next_v, 0.0))
-        carry_live = tl.sum(tl.where(first, has_next, 0))
+        carry_advantage = _at(running, lane, 0)
+        carry_value = _at(next_v, lane, 0)
+        carry_live = _at(has_next, lane, 0)
         kl_sum += tl.sum(kl).to(tl.float64)
-        if WHITEN:  # float32 deviations from a pivot near the mean, the rest in float64
-            n = tl.sum(live.to(tl.int32)).to(tl.float32)
-            some = tl.where(n > 0.0, n, 1.0)
-            pivot = tl.sum(advantage) / some
-            deviation = tl.where(live, advantage - pivot, 0.0)
-            residual = tl.sum(deviation).to(tl.float64) / some
-            chunk_m2 = tl.sum(deviation * deviation).to(tl.float64) - residual * residual * n
-            count, mean, m2 = _merge(count, mean, m2, n.to(tl.float64), pivot.to(tl.float64) + residual, chunk_m2)
+        if WHITEN:
+            n_c, mean_c, m2_c = moments(advantage, live)
+            count, mean, m2 = merge(count, mean, m2, n_c, mean_c, m2_c)
     tl.store(kl_ptr + b, kl_sum.to(tl.float32))
     tl.store(score_ptr + b, score)
     if WHITEN:
-        tl.store(moments_ptr + 3 * b, count)
-        tl.store(moments_ptr + 3 * b + 1, mean)
-        tl.store(moments_ptr + 3 * b + 2, m2)
+        store_moments(moments_ptr, b, count, mean, m2)
 
 
-@triton.jit(do_not_specialize=["N", "B", "unbiased"])
-def _whiten_kernel(advantages_ptr, mask_ptr, moments_ptr, N, B, unbiased, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    # Every program sums up all sequences' moments in the same order, then whitens its share.
-    row = tl.arange(0, ROWS)
-    count = tl.full([], 0.0, tl.float64)
-    total = tl.full([], 0.0, tl.float64)
-    m2 = tl.full([], 0.0, tl.float64)
-    for at in range(0, B, ROWS):
-        n = tl.load(moments_ptr + 3 * (at + row), mask=at + row < B, other=0.0)
-        total += tl.sum(n * tl.load(moments_ptr + 3 * (at + row) + 1, mask=at + row < B, other=0.0))
-        count += tl.sum(n)
-    mean = total / tl.where(count > 0.0, count, 1.0)
-    for at in range(0, B, ROWS):
-        n = tl.load(moments_ptr + 3 * (at + row), mask=at + row < B, other=0.0)
-        shift = tl.load(moments_ptr + 3 * (at + row) + 1, mask=at + row < B, other=0.0) - mean
-        m2 += tl.sum(tl.load(moments_ptr + 3 * (at + row) + 2, mask=at + row < B, other=0.0) + n * shift * shift)
-    divisor = count - unbiased
-    rstd = (1.0 / tl.sqrt(m2 / tl.where(divisor > 1.0, divisor, 1.0) + eps)).to(tl.float32)
-    high = mean.to(tl.float32)  # mean = high + low: the difference to a large mean stays exact
-    low = (mean - high.to(tl.float64)).to(tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(N, BLOCK), tl.num_programs(0)):
-        t = tl.arange(0, BLOCK).to(tl.int64) + block * BLOCK
-        live = tl.load(mask_ptr + t, mask=t < N, other=0) != 0
-        advantage = tl.load(advantages_ptr + t, mask=live, other=0.0)
-        tl.store(advantages_ptr + t, ((advantage - high) - low) * rstd, mask=live)
+@triton.jit(do_not_specialize=["T", "k"])
+def _beginnings_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_values_ptr, sums_ptr, live_values_ptr, tails_ptr, counts_ptr, T, k, gamma,
+                       CHUNK: tl.constexpr):
+    """Of the p-th live token the discounted rewards from the beginning of its block, and its value, at place p of its sequence; with the last token's
+    also what is behind it (tails), and how many live tokens there are."""
+    b = tl.program_id(0)
+    start, length = _place(cu_seqlens_ptr, b, T)
+    rewards_ptr += start
+    values_ptr += start
+    mask_ptr = _from(mask_ptr, start)
+    sums_ptr += start
+    live_values_ptr += start
+    lane = tl.arange(0, CHUNK)
+    count = tl.full([], 0, tl.int32)
+    carry_a = tl.full([], 1.0, tl.float32)
+    carry = tl.full([], 0.0, tl.float32)
+    for at in range(0, length, CHUNK):
+        t = at + lane
+        live = _live(mask_ptr, t, length)
+        reward = tl.load(rewards_ptr + t, mask=live, other=0.0)
+        p = t
+        if mask_ptr is not None:
+            p = count + tl.cumsum(live.to(tl.int32), 0) - 1
+        begins = live & (p % k == 0)
+        seen, a, total = tl.associative_scan((begins.to(tl.int32), tl.where(live, gamma, 1.0), reward), 0, _from_beginning)
+        total = tl.where(seen != 0, total, carry + carry_a * total)
+        a = tl.where(seen != 0, a, carry_a * a)
+        tl.store(sums_ptr + p, total, mask=live)
+        if mask_ptr is not None:
+            tl.store(live_values_ptr + p, tl.load(values_ptr + t, mask=live, other=0.0), mask=live)
+            count += tl.sum(live.to(tl.int32))
+        carry_a = _at(a, lane, CHUNK - 1)
+        carry = _at(total, lane, CHUNK - 1)
+    last_value = tl.full([], 0.0, tl.float32)
+    if last_values_ptr is not None:
+        last_value = tl.load(last_values_ptr + b)
+    tl.store(tails_ptr + b, carry + carry_a * last_value)
+    tl.store(counts_ptr + b, length if mask_ptr is None else count)
 
 
-# ---- launcher, and the op that torch.compile sees ------------------------------------------------------------------
+@triton.jit(do_not_specialize=["T", "k"])
+def _k_step_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_values_ptr, sums_ptr, live_values_ptr, tails_ptr, counts_ptr, advantages_ptr,
+                   returns_ptr, T, k, gamma, gamma_k, CHUNK: tl.constexpr):
+    b = tl.program_id(0)
+    start, length = _place(cu_seqlens_ptr, b, T)
+    rewards_ptr += start
+    values_ptr += start
+    mask_ptr = _from(mask_ptr, start)
+    sums_ptr += start
+    live_values_ptr += start
+    advantages_ptr += start
+    returns_ptr += start
+    last_value = tl.full([], 0.0, tl.float32)
+    if last_values_ptr is not None:
+        last_value = tl.load(last_values_ptr + b)
+    tail = tl.load(tails_ptr + b)
+    count = tl.load(counts_ptr + b)
+    left = count  # live tokens of this chunk and those left of it
+    lane = tl.arange(0, CHUNK)
+    carry_a = tl.full([], 1.0, tl.float32)
+    carry = tl.full([], 0.0, tl.float32)
+    chunks = tl.cdiv(length, CHUNK)
+    for i in range(0, chunks):
+        t = (chunks - 1 - i) * CHUNK + lane
+        live = _live(mask_ptr, t, length)
+        v = tl.load(values_ptr + t, mask=live, other=0.0)
+        reward = tl.load(rewards_ptr + t, mask=live, other=0.0)
+        p = t
+        if mask_ptr is not None:
+            p = left - tl.cumsum(live.to(tl.int32), 0, reverse=True)
+            left -= tl.sum(live.to(tl.int32))
+        in_block = p % k
+        reward = tl.where(live & (p == count - 1), reward + gamma * last_value, reward)
+        ends = live & (in_block == k - 1)
+        seen, a, window = tl.associative_scan((ends.to(tl.int32), tl.where(live, gamma, 1.0), reward), 0, _to_end, reverse=True)
+        window = tl.where(seen != 0, window, window + a * carry)
+        a = tl.where(seen != 0, a, a * carry_a)
+        carry_a = _at(a, lane, 0)
+        carry = _at(window, lane, 0)
+
+        last = tl.minimum(p + k, count) - 1  # of the window; in the next block if that exists and this is not all of its own
+        crosses = live & (in_block > 0) & (p - in_block + k < count)
+        beginning = tl.load(sums_ptr + last, mask=crosses & (last < count - 1), other=0.0)
+        beginning = tl.where(last == count - 1, tail, beginning)
+        window += tl.where(crosses, a * beginning, 0.0)
+        goes_on = live & (p + k < count)
+        window += tl.where(goes_on, gamma_k * tl.load(live_values_ptr + p + k, mask=goes_on, other=0.0), 0.0)
+        advantage = tl.where(live, window - v, 0.0)
+        tl.store(advantages_ptr + t, advantage, mask=t < length)
+        tl.store(returns_ptr + t, tl.where(live, advantage + v, 0.0), mask=t < length)
+
+
+# ---- launchers, and the ops that torch.compile sees ------------------------------------------------------------------
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _like(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, to be written."""
+    return torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device), torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
+
+
+@torch.library.custom_op("fusedrl::gae_triton", mutates_args=())
+def _gae_triton(rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float,
+                last_values: Tensor | None) -> tuple[Tensor, Tensor]:
+    advantages, returns = _like(rewards)
+    B = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if rewards.numel():
+        _gae_kernel[(B,)](*_contiguous(rewards, values, mask, cu_seqlens, last_values), advantages, returns, rewards.shape[-1], gamma, gamma * lam,
+                          CHUNK=_CHUNK, num_warps=_WARPS)
+    return advantages, returns
+
+
+@_gae_triton.register_fake
+def _(rewards, values, mask, cu_seqlens, gamma, lam, last_values):
+    return _like(rewards)
+
+
+@torch.library.custom_op("fusedrl::k_step_advantages_triton", mutates_args=())
+def _k_step_advantages_triton(rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, k: int, gamma: float,
+                              last_values: Tensor | None) -> tuple[Tensor, Tensor]:
+    advantages, returns = _like(rewards)
+    N, B = rewards.numel(), rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if N:
+        k = min(k, N)  # no window is longer; places and k add up in int32
+        rewards, values, mask, cu_seqlens, last_values = _contiguous(rewards, values, mask, cu_seqlens, last_values)
+        sums = torch.empty(N, dtype=torch.float32, device=rewards.device)
+        live_values = values if mask is None else torch.empty_like(sums)
+        tails, counts = torch.empty(B, dtype=torch.float32, device=rewards.device), torch.empty(B, dtype=torch.int32, device=rewards.device)
+        inputs, scratch, T = (rewards, values, mask, cu_seqlens, last_values), (sums, live_values, tails, counts), advantages.shape[-1]
+        _beginnings_kernel[(B,)](*inputs, *scratch, T, k, gamma, CHUNK=_CHUNK, num_warps=_WARPS)
+        _k_step_kernel[(B,)](*inputs, *scratch, advantages, returns, T, k, gamma, gamma**k, CHUNK=_CHUNK, num_warps=_WARPS)
+    return advantages, returns
+
+
+@_k_step_advantages_triton.register_fake
+def _(rewards, values, mask, cu_seqlens, k, gamma, last_values):
+    return _like(rewards)
+
+
 @torch.library.custom_op("fusedrl::shaped_gae_triton", mutates_args=())
 def _shaped_gae_triton(
     logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None, kl_coef: float, kl_coef_tensor: Tensor | None,
     kl_estimator: int, gamma: float, lam: float, token_rewards: Tensor | None, score_clip: float | None, whiten: bool, whiten_unbiased: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    advantages, returns, rewards = (torch.empty(logp.shape, dtype=torch.float32, device=logp.device) for _ in range(3))
+    (advantages, returns), rewards = _like(logp), torch.empty(logp.shape, dtype=torch.float32, device=logp.device)
     N, B = logp.numel(), scores.shape[0]
     kl_B, score_B = (torch.empty(B, dtype=torch.float32, device=logp.device) for _ in range(2))
-    mask = mask.contiguous()
-    moments = torch.empty(3 * B, dtype=torch.float64, device=logp.device) if whiten else None
+    logp, ref_logp, values, scores, mask, cu_seqlens, token_rewards = _contiguous(logp, ref_logp, values, scores, mask, cu_seqlens, token_rewards)
+    parts = torch.empty(3 * B, dtype=torch.float64, device=logp.device) if whiten else None
     if B:
         _shaped_gae_kernel[(B,)](
-            logp.contiguous(), ref_logp.contiguous(), values.contiguous(), scores.contiguous(), mask, None if cu_seqlens is None else cu_seqlens.contiguous(),
-            kl_coef_tensor, None if token_rewards is None else token_rewards.contiguous(), advantages, returns, rewards, kl_B, score_B, moments,
-            logp.shape[-1], kl_coef, gamma, gamma * lam, math.inf if score_clip is None else score_clip,
-            ESTIMATOR=ESTIMATORS[kl_estimator], WHITEN=whiten, CHUNK=_CHUNK, num_warps=_WARPS)
+            logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef_tensor, token_rewards, advantages, returns, rewards, kl_B, score_B, parts,
+            advantages.shape[-1], kl_coef, gamma, gamma * lam, math.inf if score_clip is None else score_clip,
+            ESTIMATOR=kl_estimator, WHITEN=whiten, CHUNK=_CHUNK, num_warps=_WARPS)
     if whiten and N:
-        # At most 512 programs: each reads every sequence's moments.
-        _whiten_kernel[(min(triton.cdiv(N, _BLOCK), 512),)](advantages, mask, moments, N, B, int(whiten_unbiased), WHITEN_EPS, BLOCK=_BLOCK, ROWS=_ROWS)
+        # In place, at most 512 programs: each reads every sequence's moments.
+        whiten_kernel[(min(triton.cdiv(N, _BLOCK), 512),)](advantages, mask, parts, advantages, N, B, int(whiten_unbiased), WHITEN_EPS, 0, BLOCK=_BLOCK,
+                                                           MERGED=_MERGED)
     return advantages, returns, rewards, kl_B, score_B
 
 
 @_shaped_gae_triton.register_fake
 def _(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef, kl_coef_tensor, kl_estimator, gamma, lam, token_rewards, score_clip, whiten,
       whiten_unbiased):
-    like, per_sequence = torch.empty(logp.shape, dtype=torch.float32, device=logp.device), torch.empty(scores.shape, dtype=torch.float32, device=logp.device)
-    return like, torch.empty_like(like), torch.empty_like(like), per_sequence, torch.empty_like(per_sequence)
+    per_sequence = torch.empty(scores.shape, dtype=torch.float32, device=logp.device)
+    return *_like(logp), _like(logp)[0], per_sequence, torch.empty_like(per_sequence)
 
 
 # ---- what is compiled offline -------------------------------------------------------------------------------------------
-_POINTERS = {
-    "logp_ptr": "*fp32", "ref_logp_ptr": "*fp32", "values_ptr": "*fp32", "scores_ptr": "*fp32", "mask_ptr": "*i1", "cu_seqlens_ptr": "*i32",
-    "kl_coef_ptr": "*fp32", "token_rewards_ptr": "*fp32", "advantages_ptr": "*fp32", "returns_ptr": "*fp32", "rewards_ptr": "*fp32", "kl_ptr": "*fp32",
-    "score_ptr": "*fp32", "moments_ptr": "*fp64",
-}
-_SCALARS = {"T": "i32", "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32", "score_bound": "fp32"}
+_SCALARS = {"T": "i32", "k": "i32", **dict.fromkeys(("kl_coef", "gamma", "gamma_k", "decay", "score_bound"), "fp32")}
+_POINTERS = {"mask_ptr": "*i1", "cu_seqlens_ptr": "*i32", "counts_ptr": "*i32", "moments_ptr": "*fp64"}  # the others float32
 
 
-def _offline(estimator: str, whiten: bool, *absent: str) -> dict:
-    signature = {name: kind for name, kind in (_POINTERS | _SCALARS).items() if name not in absent}
-    constexprs = {"ESTIMATOR": estimator, "WHITEN": whiten, "CHUNK": _CHUNK} | dict.fromkeys(absent)
-    return {"kernel": _shaped_gae_kernel, "signature": signature, "constexprs": constexprs, "num_warps": _WARPS}
+def _offline(kernel, *absent: str, **constexprs: int | bool) -> dict:
+    fixed = {"CHUNK": _CHUNK} | constexprs | dict.fromkeys(absent)
+    signature = {name: (_SCALARS | _POINTERS).get(name, "*fp32") for name in kernel.arg_names if name not in fixed}
+    return {"kernel": kernel, "signature": signature, "constexprs": fixed, "num_warps": _WARPS}
 
 
 OFFLINE_KERNELS = {
-    "packed_k1": _offline("k1", True, "kl_coef_ptr", "token_rewards_ptr"),
-    "packed_k1_device_coef": _offline("k1", True, "token_rewards_ptr"),
-    "padded_k1": _offline("k1", True, "kl_coef_ptr", "token_rewards_ptr", "cu_seqlens_ptr"),
-    "packed_k3_token_rewards": _offline("k3", False, "kl_coef_ptr", "moments_ptr"),
-    "whiten": {"kernel": _whiten_kernel, "constexprs": {"BLOCK": _BLOCK, "ROWS": _ROWS},
-               "signature": {"advantages_ptr": "*fp32", "mask_ptr": "*i1", "moments_ptr": "*fp64", "N": "i64", "B": "i32", "unbiased": "i32", "eps": "fp32"}},
+    "gae_packed": _offline(_gae_kernel, "last_values_ptr"),
+    "gae_packed_unmasked": _offline(_gae_kernel, "mask_ptr", "last_values_ptr"),
+    "gae_padded_last_values": _offline(_gae_kernel, "cu_seqlens_ptr"),
+    "beginnings_packed": _offline(_beginnings_kernel),
+    "beginnings_padded_unmasked": _offline(_beginnings_kernel, "mask_ptr", "cu_seqlens_ptr", "last_values_ptr"),
+    "k_step_packed": _offline(_k_step_kernel),
+    "k_step_padded_unmasked": _offline(_k_step_kernel, "mask_ptr", "cu_seqlens_ptr", "last_values_ptr"),
+    "shaped_packed_k1": _offline(_shaped_gae_kernel, "kl_coef_ptr", "token_rewards_ptr", ESTIMATOR=0, WHITEN=True),
+    "shaped_packed_k1_device_coef": _offline(_shaped_gae_kernel, "token_rewards_ptr", ESTIMATOR=0, WHITEN=True),
+    "shaped_padded_k1": _offline(_shaped_gae_kernel, "kl_coef_ptr", "token_rewards_ptr", "cu_seqlens_ptr", ESTIMATOR=0, WHITEN=True),
+    "shaped_packed_k3_token_rewards": _offline(_shaped_gae_kernel, "kl_coef_ptr", "moments_ptr", ESTIMATOR=2, WHITEN=False),
 }

@@ -10,8 +10,8 @@
 
 Shapes    any, the same for both; one estimate an element. A loss takes N tokens of B sequences.
 Bytes     8 B read and 4 B written an element; kl_loss 12 and 4, and 8 in its backward.
-Numerics  -k1 is clamped to +-20 inside the exponential (k3 stays finite up to 4.9e8). k3 carries the rounding of logp - ref_logp along (C++) or
-          works in float64 (torch): the exponential would turn it into a relative error of 1e-6.
+Numerics  -k1 is clamped to +-20 inside the exponential (k3 stays finite up to 4.9e8); clamped_count says how often. k3 carries the rounding of
+          logp - ref_logp along (C++, Triton) or works in float64 (torch): the exponential would turn it into a relative error of 1e-6.
           In a loss k3's slope is 0 beyond the clamp.
 Source    Schulman (2020), Approximating KL Divergence; Tang and Munos (2025), On a few pitfalls in KL divergence gradient estimation for RL.
 """
@@ -22,15 +22,19 @@ from torch import Tensor
 
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import check_dtype, describe
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.full_kl import full_kl
 from fusedrl.kernels.linear_full_kl import linear_full_kl
 
-__all__ = ["ESTIMATORS", "MAX_LOG_RATIO", "check_estimator", "full_kl", "kl_loss", "kl_loss_reference", "linear_full_kl", "token_kl", "token_kl_reference"]
+if unavailable("triton", "cuda") is None:
+    from fusedrl.kernels import kl_triton  # noqa: F401  (registers fusedrl::token_kl_triton and fusedrl::kl_loss_triton)
+
+__all__ = ["ESTIMATORS", "MAX_LOG_RATIO", "check_estimator", "clamped_count", "full_kl", "kl_loss", "kl_loss_reference", "linear_full_kl", "token_kl",
+           "token_kl_reference"]
 ESTIMATORS = ("k1", "k2", "k3", "abs")  # the order of KlEstimator in csrc/cpu/kl.h
 MAX_LOG_RATIO = 20.0
-_IMPLS = Implementations("token_kl", cpu=("cpp", "torch"), cuda=("torch",))
-_LOSS = Implementations("kl_loss", cpu=("cpp", "torch"), cuda=("torch",))
+_IMPLS = Implementations("token_kl", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_LOSS = Implementations("kl_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
 
 def check_estimator(op: str, estimator: str) -> None:
@@ -94,7 +98,7 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, estimator: str, impl: str | None
     Args:
         logp, ref_logp: log-probabilities of the sampled tokens, of one shape, float32 (the torch implementation also float64).
         estimator: "k1", "k2", "k3" or "abs" (formulas at the top of this file).
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         The estimates in the inputs' shape and dtype. A value only: it carries no gradient (which estimator to differentiate is another question).
     Raises:
@@ -109,7 +113,28 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, estimator: str, impl: str | None
     logp, ref_logp = logp.detach(), ref_logp.detach()
     if chosen_impl == "torch":
         return token_kl_reference(logp, ref_logp, estimator)
-    return torch.ops.fusedrl.token_kl(logp, ref_logp, ESTIMATORS.index(estimator))
+    call = torch.ops.fusedrl.token_kl if chosen_impl == "cpp" else torch.ops.fusedrl.token_kl_triton
+    return call(logp, ref_logp, ESTIMATORS.index(estimator))
+
+
+def clamped_count(logp: Tensor, ref_logp: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """How many log ratios are beyond +-20, where k3 clamps its exponential and, in a loss, has no gradient. A policy that drifts so far shows here first.
+
+    Args:
+        logp, ref_logp: as in `token_kl`, on any device and in any float dtype. For the sequence level of `kl_loss`, sums over the sequences.
+        mask: bool of their shape, False where a token does not count and may hold anything (weights != 0); None counts every token.
+    Returns:
+        An int64 scalar on the device of the inputs, not read on the host. NaN is no clamp.
+    Raises:
+        ValueError: shapes or devices that do not agree. TypeError: the mask's dtype.
+    """
+    op = "clamped_count"
+    for other, tensor in (("ref_logp", ref_logp), ("mask", mask)):
+        if tensor is not None and (tensor.shape != logp.shape or tensor.device != logp.device):
+            raise ValueError(f"{op}: expected logp and {other} of one shape and device, got {describe(logp)} and {describe(tensor)}")
+    check_dtype(op, "mask", mask, (torch.bool,))
+    beyond = (logp.detach() - ref_logp.detach()).abs() > MAX_LOG_RATIO
+    return (beyond if mask is None else beyond & mask).sum()
 
 
 def kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, *, estimator: str, gradient: str, level: str = "token", cu_seqlens: Tensor | None = None,
@@ -128,9 +153,9 @@ def kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, *, estimator: str, 
         estimator: "k1", "k2", "k3" or "abs", whose value the loss is. gradient: the one whose slope it has.
         level: "token", or "sequence": the estimators of the whole sequence's log ratio, weighted by the mean of its non-zero weights.
         cu_seqlens: [B + 1] int32, for the sequence level of packed [N]; without it rows of [B, T] are the sequences.
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
-        A scalar; 0 without tokens. Differentiable in logp ("cpp" once: a double backward raises).
+        A scalar; 0 without tokens. Differentiable in logp ("cpp" and "triton" once: a double backward raises).
     Raises:
         ValueError: unknown estimators or level, shapes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
@@ -157,4 +182,5 @@ def kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, *, estimator: str, 
     flat = (logp.reshape(-1), ref_logp.detach().reshape(-1), weights.detach().reshape(-1))
     if chosen_impl == "torch":
         return kl_loss_reference(*flat, estimator, gradient, cu_seqlens)
-    return torch.ops.fusedrl.kl_loss(*flat, ESTIMATORS.index(estimator), ESTIMATORS.index(gradient), cu_seqlens)
+    arguments = (*flat, ESTIMATORS.index(estimator), ESTIMATORS.index(gradient), cu_seqlens)
+    return torch.ops.fusedrl.kl_loss(*arguments) if chosen_impl == "cpp" else torch.ops.fusedrl.kl_loss_triton(*arguments)[0]

@@ -7,7 +7,7 @@
 Shapes    masked_whiten any; one mean and one variance over all unmasked elements. group_normalize B scores in groups g of G.
 Bytes     4 B read and 4 B written an element, the mask's byte, and another read for the moments.
 Numerics  two passes, never E[x^2] - E[x]^2, which cancels. torch subtracts the residual mean once more: with a mean of 1e4 the error falls from
-          9e-4 to 3e-7. C++ keeps the moments in double. Blocks are merged in a fixed order: no dependence on the thread count.
+          9e-4 to 3e-7. C++ and Triton keep the moments in double. Blocks are merged in a fixed order: no dependence on the thread count.
           Groups, a few scores each, are computed in double; one whose scores are all equal gets exact zeros, not the rounding of its mean.
 Source    Chan, Golub and LeVeque (1983), Algorithms for Computing the Sample Variance; whitening as in lm-human-preferences (Ziegler et al., 2019).
           Groups: Shao et al. (2024), GRPO; Liu et al. (2025), Dr. GRPO; Kool, van Hoof and Welling (2019) and Ahmadian et al. (2024), RLOO.
@@ -22,10 +22,13 @@ from torch import Tensor
 
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype, describe
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.dispatch import Implementations, unavailable
 
-_IMPLS = Implementations("masked_whiten", cpu=("cpp", "torch"), cuda=("torch",))
-_GROUP = Implementations("group_normalize", cpu=("cpp", "torch"), cuda=("torch",))
+if unavailable("triton", "cuda") is None:
+    from fusedrl.kernels import normalize_triton  # noqa: F401  (registers fusedrl::masked_whiten_triton and fusedrl::group_normalize_triton)
+
+_IMPLS = Implementations("masked_whiten", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_GROUP = Implementations("group_normalize", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 WHITEN_EPS = 1e-8  # added to the variance
 GROUP_METHODS = ("grpo", "dr_grpo", "rloo", "batch", "none")  # the order of GroupMethod in csrc/cpu/normalize.cpp
 
@@ -102,7 +105,7 @@ def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = T
         shift_mean: False keeps the mean and sets only the variance.
         unbiased: divide by count - 1 instead of count.
         eps: added to the variance.
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         Like `x`, in float32 (float64 for float64). One unmasked element becomes 0 (itself without shift_mean). Carries no gradient.
     Raises:
@@ -117,7 +120,8 @@ def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = T
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     if chosen_impl == "torch":
         return masked_whiten_reference(x, mask, shift_mean, unbiased, eps)
-    return torch.ops.fusedrl.masked_whiten(x, mask, shift_mean, unbiased, eps)
+    call = torch.ops.fusedrl.masked_whiten if chosen_impl == "cpp" else torch.ops.fusedrl.masked_whiten_triton
+    return call(x, mask, shift_mean, unbiased, eps)
 
 
 def group_normalize(scores: Tensor, group_ids: Tensor | int | None = None, *, group_size: int | None = None, method: str = "grpo", eps: float = 1e-6,
@@ -130,7 +134,7 @@ def group_normalize(scores: Tensor, group_ids: Tensor | int | None = None, *, gr
         group_size: in place of ids, groups of so many consecutive scores.
         method: "grpo", "dr_grpo", "rloo", "batch" or "none" (the scores as they are).
         eps: added to the standard deviation (grpo, batch). unbiased: that deviation over count - 1 (grpo, batch).
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         GroupNormalized(advantages [B], zero_variance [B]), float32 (float64 for float64), without a gradient. Where a group has a single value, as
         a group of one always does, its advantages are exactly 0 (unless "none"). A NaN score makes its group NaN ("batch": all).
@@ -156,7 +160,8 @@ def group_normalize(scores: Tensor, group_ids: Tensor | int | None = None, *, gr
     if chosen_impl == "torch":
         ids = torch.arange(B, device=scores.device) // (group_size or 1) if ids is None else ids
         return GroupNormalized(*group_normalize_reference(scores, ids, method, eps, unbiased))
-    return GroupNormalized(*torch.ops.fusedrl.group_normalize(scores, ids, group_size or 0, GROUP_METHODS.index(method), eps, unbiased))
+    call = torch.ops.fusedrl.group_normalize if chosen_impl == "cpp" else torch.ops.fusedrl.group_normalize_triton
+    return GroupNormalized(*call(scores, ids, group_size or 0, GROUP_METHODS.index(method), eps, unbiased))
 
 
 class RunningMoments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedrl.kernels.checks import refuse_double_backward
 from fusedrl.kernels.objective import PolicyStats, ValueStats
 
 STATS = len(PolicyStats._fields) + len(ValueStats._fields)
@@ -33,8 +34,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, loss_grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    if torch.is_grad_enabled():  # create_graph: the gradients would pass for constants
-        raise RuntimeError("policy_value_loss: expected one backward pass, got a double backward (create_graph=True), which this op does not have")
+    refuse_double_backward("policy_value_loss")
     logp_grad, weights, values_grad = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * _PARAMETERS
     if ctx.needs_input_grad[_LOGP]:

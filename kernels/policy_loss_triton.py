@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedrl.kernels import policy_loss_fused
+from fusedrl.kernels.kl_triton import clamp, exponential, kl_slope, kl_value
 
 _BLOCK = 2048
 _CHUNK = 256
@@ -24,59 +25,27 @@ _VALUE_LOSS, _VALUE_CLIPPED, _VALUE = (tl.constexpr(i) for i in range(14, 17))
 _NEGATED_MIN, _MAX = (tl.constexpr(i) for i in range(17, 19))
 _RETURN, _RESIDUAL = tl.constexpr(19), tl.constexpr(22)  # three rows each: a mean, what its rounding left over, squared deviations
 
-# The numbers of kinds and estimators (KINDS of objective.py, KL_ESTIMATORS of policy_loss.py).
+# The numbers of kinds (KINDS of objective.py), and of the estimator behind those of kl_triton.py (KL_ESTIMATORS of policy_loss.py).
 _CLIP, _PLAIN, _REINFORCE, _KL_PENALTY, _GSPO, _CISPO, _SAPO, _GEOMETRIC, _DRO = (tl.constexpr(i) for i in range(9))
-_KL_1, _KL_2, _KL_3, _KL_ABS, _KL_SEQUENCE = (tl.constexpr(i) for i in range(5))
+_KL_SEQUENCE = tl.constexpr(4)
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 @triton.jit
-def _exponential(clamped, d):
-    """e^clamped, and e^clamped - 1 - d. With d = k ln 2 + f, e^f - 1 - f = f^2 q(f) is free of cancellation, which matters where d is small,
-    and there k = 0. Exactly 1 and 0 at d = 0, which the hardware's approximate exp does not promise."""
-    k = tl.floor(clamped * 1.44269504 + 0.5)
-    f = clamped - k * 0.693359375 + k * 2.12194440e-4
-    q = ((((f * (1.0 / 5040) + 1.0 / 720) * f + 1.0 / 120) * f + 1.0 / 24) * f + 1.0 / 6) * f + 0.5
-    small = f * f * q
-    power = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    ratio = power * (f + small) + power
-    large = ratio - 1.0 - d
-    return ratio, tl.where(k == 0.0, small, tl.where(large < 0.0, 0.0, large))
-
-
-@triton.jit
-def _clamp(d):
-    return tl.where(d > 20.0, 20.0, tl.where(d < -20.0, -20.0, d))  # where, since minimum drops NaN
-
-
-@triton.jit
 def _kl_value(k, kl_sum, ESTIMATOR: tl.constexpr):
-    if ESTIMATOR == _KL_1:
-        value = k
-    elif ESTIMATOR == _KL_2:
-        value = 0.5 * k * k
-    elif ESTIMATOR == _KL_ABS:
-        value = tl.abs(k)
-    elif ESTIMATOR == _KL_SEQUENCE:
+    if ESTIMATOR == _KL_SEQUENCE:
         value = 0.5 * k * kl_sum
     else:
-        _, value = _exponential(_clamp(-k), -k)
+        value = kl_value(k, 0.0, ESTIMATOR)
     return value
 
 
 @triton.jit
 def _kl_slope(k, kl_sum, ESTIMATOR: tl.constexpr):
-    if ESTIMATOR == _KL_1:
-        slope = tl.full(k.shape, 1.0, tl.float32)
-    elif ESTIMATOR == _KL_2:
-        slope = k
-    elif ESTIMATOR == _KL_ABS:
-        slope = tl.where(k > 0.0, 1.0, tl.where(k < 0.0, -1.0, k))
-    elif ESTIMATOR == _KL_SEQUENCE:
+    if ESTIMATOR == _KL_SEQUENCE:
         slope = kl_sum
     else:
-        _, excess = _exponential(_clamp(-k), -k)
-        slope = tl.where(tl.abs(k) > 20.0, 0.0, k - excess)
+        slope = kl_slope(k, ESTIMATOR)
     return slope
 
 
@@ -109,7 +78,7 @@ def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_p
         advantages = tl.load(advantages_ptr + n, mask=live, other=0.0)
         d = logp - tl.load(old_logp_ptr + n, mask=live, other=0.0)
         beyond = tl.abs(d) > 20.0
-        ratio, excess = _exponential(_clamp(d), d)
+        ratio, excess = exponential(clamp(d), d)
         high = tl.zeros([BLOCK], dtype=tl.int1)
         low = high
         too_far = high
@@ -136,7 +105,7 @@ def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_p
             slope = tl.where(beyond, 0.0, -advantages * (4.0 * sigmoid * (e * sigmoid) * ratio))
         elif KIND == _GEOMETRIC:
             log_s = tl.load(log_s_ptr + n, mask=live, other=0.0)
-            s, _ = _exponential(_clamp(log_s), log_s)
+            s, _ = exponential(clamp(log_s), log_s)
             high = (advantages > 0.0) & (d > upper)
             low = (advantages < 0.0) & (d < lower)
             terms = -advantages * s
@@ -146,7 +115,7 @@ def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_p
             cut = beyond
             if KIND == _GSPO:
                 log_s = tl.load(log_s_ptr + n, mask=live, other=0.0)
-                r, _ = _exponential(_clamp(log_s), log_s)
+                r, _ = exponential(clamp(log_s), log_s)
                 cut = tl.abs(log_s) > 20.0
             high = (advantages > 0.0) & (r > upper)
             low = (advantages < 0.0) & (r < lower)

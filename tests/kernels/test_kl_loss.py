@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
+from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.full_kl import full_kl
 from fusedrl.kernels.kl import ESTIMATORS, kl_loss, token_kl
 
-IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=str(unavailable("triton", "cpu"))))
+IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason)), TRITON]
 VALUE = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: max(0.0, math.expm1(max(-20, min(20, -d))) + d), "abs": abs}
 SLOPE = {"k1": lambda d: 1.0, "k2": lambda d: d, "k3": lambda d: 0.0 if abs(d) > 20 else -math.expm1(-d), "abs": lambda d: math.copysign(1.0, d)}
 
@@ -109,6 +111,27 @@ def test_only_the_sequence_level_follows_the_sequence_kl(impl):
     assert (got["token"] - exact).norm() > 0.1 * exact.norm()
 
 
+# Sequences longer than a chunk of the Triton kernel; 40 nats over the whole, where float32 sums would show in the exponential of k3.
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, under the interpreter, where something is infinite
+@pytest.mark.parametrize("impl", IMPLS)
+def test_long_sequences_twice_the_same_and_companions_change_nothing(impl):
+    lengths = [1500, 3, 2100]
+    logp, ref_logp, weights = make(sum(lengths), 0.01)
+    ref_logp = ref_logp - 0.005
+    weights = weights * 1e-6
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    options = {"estimator": "k3", "gradient": "k3", "level": "sequence", "impl": impl}
+    loss, slope = run(logp, ref_logp, weights, cu_seqlens=cu, **options)
+    want, expected = run(logp.double(), ref_logp.double(), weights.double(), cu_seqlens=cu, **(options | {"impl": "torch"}))
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-5, atol=0)
+    assert all(map(torch.equal, (loss, slope), run(logp, ref_logp, weights, cu_seqlens=cu, **options)))
+    strided = torch.stack([logp, ref_logp, weights], 1).unbind(1)
+    assert all(map(torch.equal, (loss, slope), run(*strided, cu_seqlens=cu, **options)))
+    other = torch.where(torch.arange(len(logp)) < 1503, ref_logp, float("inf"))
+    assert torch.equal(run(logp, other, weights, cu_seqlens=cu, **options)[1][:1503], slope[:1503])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_value_opcheck_compile_and_refusals(impl):
     logp, ref_logp, weights = make(20, 0.3)
@@ -116,14 +139,16 @@ def test_value_opcheck_compile_and_refusals(impl):
     torch.testing.assert_close(loss, token_kl(logp, ref_logp, estimator="k3", impl=impl).mean())
     logp.requires_grad_()
     cu = torch.tensor([0, 5, 20], dtype=torch.int32)
-    if impl == "cpp":
+    if impl != "torch":
         for bounds in (None, cu):
-            torch.library.opcheck(torch.ops.fusedrl.kl_loss.default, (logp, ref_logp, weights, 2, 1, bounds))
-            torch.library.opcheck(torch.ops.fusedrl.kl_loss_forward.default, (logp.detach(), ref_logp, weights, 2, 1, bounds))
+            torch.library.opcheck(getattr(torch.ops.fusedrl, "kl_loss" if impl == "cpp" else "kl_loss_triton").default, (logp, ref_logp, weights, 2, 1, bounds))
+            if impl == "cpp":
+                torch.library.opcheck(torch.ops.fusedrl.kl_loss_forward.default, (logp.detach(), ref_logp, weights, 2, 1, bounds))
         with pytest.raises(RuntimeError, match="kl_loss: expected one backward pass, got a double backward"):
             torch.autograd.grad(kl_loss(logp, ref_logp, weights, estimator="k2", gradient="k2", impl=impl), logp, create_graph=True)
         (slope,) = torch.autograd.grad(kl_loss(logp, ref_logp, weights, estimator="k1", gradient="k2", impl="torch"), logp, create_graph=True)
         torch.testing.assert_close(torch.autograd.grad(slope.sum(), logp)[0], weights)
+    if impl == "cpp":
         with pytest.raises(ValueError, match="to ascend from 0 to the number of tokens, 20, got 0 to 5"):
             kl_loss(logp, ref_logp, weights, estimator="k2", gradient="k2", level="sequence", cu_seqlens=cu[:2], impl=impl)
     for options in ({"estimator": "k3", "gradient": "k2"}, {"estimator": "k1", "gradient": "k2", "level": "sequence", "cu_seqlens": cu}):

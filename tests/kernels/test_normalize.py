@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -5,9 +6,20 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
+from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.normalize import GROUP_METHODS, RunningMoments, group_normalize, masked_whiten
 
-IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=str(unavailable("triton", "cpu"))))
+IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason)), TRITON]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Triton's tiles cut down and its programs to two: several blocks a program, several moments a merge, at few elements."""
+    if unavailable("triton", "cpu") is None:
+        from fusedrl.kernels import normalize_triton
+        for name, size in (("_BLOCK", 32), ("_MERGED", 1), ("_PROGRAMS", 2)):
+            monkeypatch.setattr(normalize_triton, name, size)
 
 
 def definition(x, mask, shift_mean, unbiased, eps=1e-8):
@@ -29,20 +41,24 @@ def test_published_vector(impl):
     torch.testing.assert_close(masked_whiten(x, shift_mean=False, unbiased=True, impl=impl), bessel, atol=5e-5, rtol=0)
 
 
-# Around the lanes and the blocks of the C++ kernel; a mean that cancels in E[x^2] - E[x]^2; NaN under the mask.
+# Around the lanes and the blocks of the kernels; a mean that cancels in E[x^2] - E[x]^2; NaN under the mask.
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("N", [0, 1, 2, 15, 17, 8192, 30001])
+@pytest.mark.parametrize("N", [0, 1, 2, 15, 17, 100, 8192, 30001])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_matches_float64(impl, N, offset):
+def test_matches_float64(impl, N, offset, small_tiles):
+    settings = list(itertools.product((True, False), repeat=2))
+    if impl == "triton":  # the interpreter's time goes by programs; test_triton_tiles runs whole ones
+        settings = settings[1:2] if offset else settings[2:3]
+        if N in (2, 15, 8192, 30001):
+            pytest.skip("long under the interpreter, or as good as another size")
     generator = torch.Generator().manual_seed(N)
     x = torch.randn(N, generator=generator) + offset
     for mask in (torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool), torch.rand(N, generator=generator) < 0.3, torch.arange(N) == N - 1):
-        for shift_mean in (True, False):
-            for unbiased in (True, False):
-                hidden = torch.where(mask, x, float("nan"))
-                got = masked_whiten(hidden, mask, shift_mean=shift_mean, unbiased=unbiased, impl=impl)
-                torch.testing.assert_close(got.double(), definition(x, mask, shift_mean, unbiased), atol=1e-5, rtol=1e-5)
-                assert torch.equal(got, masked_whiten(torch.where(mask, x, -1e30), mask, shift_mean=shift_mean, unbiased=unbiased, impl=impl))
+        for shift_mean, unbiased in settings:
+            hidden = torch.where(mask, x, float("nan"))
+            got = masked_whiten(hidden, mask, shift_mean=shift_mean, unbiased=unbiased, impl=impl)
+            torch.testing.assert_close(got.double(), definition(x, mask, shift_mean, unbiased), atol=1e-5, rtol=1e-5)
+            assert torch.equal(got, masked_whiten(torch.where(mask, x, -1e30), mask, shift_mean=shift_mean, unbiased=unbiased, impl=impl))
     torch.testing.assert_close(masked_whiten(x, impl=impl), masked_whiten(x, torch.ones(N, dtype=torch.bool), impl=impl), atol=2e-7, rtol=0)
 
 
@@ -73,12 +89,28 @@ def test_threads_change_nothing():
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("impl", [TRITON])
+def test_triton_tiles(impl):
+    """The tiles as they are, with a mean that cancels. In float32 alone, E[x^2] - E[x]^2 is off by the variance, or more."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, generator=generator) + 1e4
+    mask = torch.rand(5000, generator=generator) < 0.5
+    torch.testing.assert_close(masked_whiten(x, mask, impl=impl).double(), definition(x, mask, True, False), atol=1e-5, rtol=1e-5)
+    assert (x.square().mean() - x.mean().square() - 1).abs() >= 1
+    scores, ids = torch.randn(150, generator=generator) + 1e4, torch.randint(0, 20, (150,), generator=generator)
+    want, _ = groups_by_hand(scores.tolist(), ids.tolist(), "grpo", 1e-6, True)
+    torch.testing.assert_close(group_normalize(scores, ids, impl=impl).advantages, torch.tensor(want), atol=1e-6, rtol=1e-6)
+    sized = group_normalize(scores, group_size=30, method="batch", impl=impl)
+    assert all(map(torch.equal, sized, group_normalize(scores, torch.arange(150) // 30, method="batch", impl=impl)))
+
+
+@pytest.mark.parametrize("impl", IMPLS[1:])
+def test_opcheck_and_compile(impl):
     x = torch.randn(3, 5)
-    torch.library.opcheck(torch.ops.fusedrl.masked_whiten.default, (x, x > 0, True, False, 1e-8))
+    op = torch.ops.fusedrl.masked_whiten if impl == "cpp" else torch.ops.fusedrl.masked_whiten_triton
+    torch.library.opcheck(op.default, (x, x > 0, True, False, 1e-8))
     compiled = torch.compile(masked_whiten, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, x > 0), masked_whiten(x, x > 0))
+    assert torch.equal(compiled(x, x > 0, impl=impl), masked_whiten(x, x > 0, impl=impl))
 
 
 def test_refuses_what_it_does_not_support():
@@ -89,7 +121,7 @@ def test_refuses_what_it_does_not_support():
     with pytest.raises(TypeError, match="expected x of dtype"):
         masked_whiten(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="these can: torch"):
-        masked_whiten(torch.zeros(3), impl="triton")
+        masked_whiten(torch.zeros(3), impl="cuda")
 
 
 def test_running_moments():
@@ -147,7 +179,7 @@ def groups_by_hand(scores, ids, method, eps, unbiased):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("method", GROUP_METHODS)
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_groups_are_the_definition(impl, method, offset):
+def test_groups_are_the_definition(impl, method, offset, small_tiles):
     generator = torch.Generator().manual_seed(3)
     ids = torch.tensor([-7] + [10**12] * 2 + [5] * 7 + [0] * 40 + [1, 2, 3] * 8)
     scores = torch.randn(len(ids), generator=generator) + offset
@@ -166,7 +198,7 @@ def test_groups_are_the_definition(impl, method, offset):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("method", GROUP_METHODS)
-def test_group_size_is_consecutive_ids_and_companions_do_not_matter(impl, method):
+def test_group_size_is_consecutive_ids_and_companions_do_not_matter(impl, method, small_tiles):
     scores = torch.randn(24, requires_grad=True)
     got = group_normalize(scores, group_size=4, method=method, impl=impl)
     for other in (group_normalize(scores, 4, method=method, impl=impl), group_normalize(scores, torch.arange(24).int() // 4, method=method, impl=impl)):
@@ -189,8 +221,9 @@ def test_group_size_is_consecutive_ids_and_companions_do_not_matter(impl, method
 @pytest.mark.parametrize("impl", IMPLS)
 def test_group_normalize_opcheck_and_compile(impl):
     scores, ids = torch.randn(6), torch.tensor([1, 1, 0, 0, 0, 4])
-    if impl == "cpp":
-        torch.library.opcheck(torch.ops.fusedrl.group_normalize.default, (scores, ids, 0, 0, 1e-6, True))
+    if impl != "torch":
+        op = torch.ops.fusedrl.group_normalize if impl == "cpp" else torch.ops.fusedrl.group_normalize_triton
+        torch.library.opcheck(op.default, (scores, ids, 0, 0, 1e-6, True))
     compiled = torch.compile(group_normalize, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(scores, ids, impl=impl).advantages, group_normalize(scores, ids, impl=impl).advantages)
 

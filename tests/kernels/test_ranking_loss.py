@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
+from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.ranking_loss import (
     kwise_ranking_loss,
     kwise_ranking_loss_reference,
@@ -12,12 +13,14 @@ from fusedrl.kernels.ranking_loss import (
     pairwise_ranking_loss_reference,
 )
 
-IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=str(unavailable("triton", "cpu"))))
+IMPLS = ["torch", CPP, TRITON]
 
 
-# 0 and 1 pairs; sizes around a vector; differences so large that exp overflows when written naively.
+# 0 and 1 pairs; sizes around a vector and Triton's chunk; differences so large that exp overflows when written naively.
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("B", [0, 1, 7, 16, 33])
+@pytest.mark.parametrize("B", [0, 1, 7, 16, 33, 1024, 1025])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
 @pytest.mark.parametrize("with_margin", [False, True])
 def test_matches_float64(impl, B, scale, with_margin):
@@ -42,13 +45,18 @@ def test_reference_against_the_definition():
     assert torch.autograd.gradcheck(pairwise_ranking_loss_reference, inputs)
 
 
-@pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("impl", IMPLS[1:])
+def test_opcheck_and_compile(impl):
     chosen, rejected = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
-    torch.library.opcheck(torch.ops.fusedrl.pairwise_ranking_loss.default, (chosen, rejected, None))
-    torch.library.opcheck(torch.ops.fusedrl.pairwise_ranking_loss_forward.default, (chosen.detach(), rejected.detach(), None))
+    for margin in (None, torch.randn(5)):
+        op = torch.ops.fusedrl.pairwise_ranking_loss if impl == "cpp" else torch.ops.fusedrl.pairwise_ranking_loss_triton
+        torch.library.opcheck(op.default, (chosen, rejected, margin))
+    if impl == "cpp":
+        torch.library.opcheck(torch.ops.fusedrl.pairwise_ranking_loss_forward.default, (chosen.detach(), rejected.detach(), None))
     compiled = torch.compile(pairwise_ranking_loss, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(chosen, rejected), pairwise_ranking_loss(chosen, rejected))
+    assert torch.equal(compiled(chosen, rejected, impl=impl), pairwise_ranking_loss(chosen, rejected, impl=impl))
+    strided = torch.stack([chosen, rejected], 1).unbind(1)
+    assert torch.equal(pairwise_ranking_loss(*strided, impl=impl), pairwise_ranking_loss(chosen, rejected, impl=impl))
 
 
 def test_refuses_what_it_does_not_support():
@@ -56,16 +64,16 @@ def test_refuses_what_it_does_not_support():
         pairwise_ranking_loss(torch.zeros(3), torch.zeros(4))
     with pytest.raises(TypeError, match="expected chosen of dtype"):
         pairwise_ranking_loss(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="this op has torch, cpp; these can: torch"):
-        pairwise_ranking_loss(torch.zeros(3), torch.zeros(3), impl="triton")
+    with pytest.raises(RuntimeError, match="this op has torch, cpp, triton; these can: torch"):
+        pairwise_ranking_loss(torch.zeros(3), torch.zeros(3), impl="cuda")
 
 
-@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("impl", IMPLS[1:])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_double_backward_is_refused_not_wrong(which):
+def test_a_double_backward_is_refused_not_wrong(impl, which):
     inputs = [torch.randn(4) for _ in range(3)]
     x = inputs[which].requires_grad_()
-    for loss in (pairwise_ranking_loss(*inputs, impl="cpp"), kwise_ranking_loss(x, torch.arange(4), torch.tensor([0, 4], dtype=torch.int32), impl="cpp")):
+    for loss in (pairwise_ranking_loss(*inputs, impl=impl), kwise_ranking_loss(x, torch.arange(4), torch.tensor([0, 4], dtype=torch.int32), impl=impl)):
         with pytest.raises(RuntimeError, match="ranking_loss: expected one backward pass, got a double backward"):
             torch.autograd.grad(loss, x, create_graph=True)
     (slope,) = torch.autograd.grad(pairwise_ranking_loss(*inputs, impl="torch"), x, create_graph=True)
@@ -121,12 +129,15 @@ def test_kwise_gradcheck_opcheck_and_compile():
     ranks, groups = torch.tensor([1, 3, 3, 2, 1]), torch.tensor([0, 3, 5], dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda s: kwise_ranking_loss_reference(s, ranks, groups), torch.randn(5, dtype=torch.float64, requires_grad=True))
     scores = torch.randn(5, requires_grad=True)
-    for impl in ("torch", "cpp") if native.capability else ("torch",):
-        compiled = torch.compile(kwise_ranking_loss, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(scores, ranks, groups, impl=impl), kwise_ranking_loss(scores, ranks, groups, impl=impl))
+    for impl in ("torch", "cpp", "triton"):
+        if unavailable(impl, "cpu") is None:
+            compiled = torch.compile(kwise_ranking_loss, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(scores, ranks, groups, impl=impl), kwise_ranking_loss(scores, ranks, groups, impl=impl))
     if native.capability:
         torch.library.opcheck(torch.ops.fusedrl.kwise_ranking_loss.default, (scores, ranks, groups))
         torch.library.opcheck(torch.ops.fusedrl.kwise_ranking_loss_forward.default, (scores.detach(), ranks, groups))
+    if unavailable("triton", "cpu") is None:
+        torch.library.opcheck(torch.ops.fusedrl.kwise_ranking_loss_triton.default, (scores, ranks, groups))
 
 
 def test_kwise_refuses():
