@@ -215,25 +215,30 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
                 t = tl.maximum(t_p, t)
         # The kept weights by groups, and the kept set as one key and one id: all above, and those of that key up to that id.
         sums = tl.zeros([GROUPS], tl.float64)
-        kept_N = tl.zeros([BLOCK], tl.int32)
-        dropped_N = tl.zeros([BLOCK], tl.int32)
+        kept_N = tl.zeros([SEARCH_BLOCK], tl.int32)
+        dropped_N = tl.zeros([SEARCH_BLOCK], tl.int32)
         equals = tl.zeros((), tl.int32)
-        low_N = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
-        last_N = tl.full([BLOCK], -1, tl.int32)
-        for start in range(0, V, BLOCK):
-            v, z, c = _tile(row_ptr, hidden_ptr, start, V, BLOCK)
-            x, w = _weights(c, top_c, inverse)
-            key = _keys(c, BITS)
-            equal = (key == t) & (w > 0.0)
-            rank = equals + tl.cumsum(equal.to(tl.int32), 0)
-            equals += tl.sum(equal.to(tl.int32), 0)
-            equal = equal & (rank <= quota)
-            keep = (w > 0.0) & (x >= cut) & ((key > t) | equal)
-            sums += tl.where(groups == start // span, tl.sum(tl.where(keep, w, 0.0).to(tl.float64), 0), 0.0)
-            kept_N += tl.where(keep, 1, 0)
-            dropped_N += tl.where(((z - top) * inverse >= _SMALLEST) & (keep == 0), 1, 0)
-            low_N = tl.minimum(low_N, tl.where(keep, key, 0x7FFFFFFF))
-            last_N = tl.maximum(last_N, tl.where(equal, v, -1))
+        low_N = tl.full([SEARCH_BLOCK], 0x7FFFFFFF, tl.int32)
+        last_N = tl.full([SEARCH_BLOCK], -1, tl.int32)
+        for group in range(0, tl.cdiv(V, span)):
+            of_group = tl.zeros([SEARCH_BLOCK], tl.float64)
+            for start in range(group * span, tl.minimum((group + 1) * span, V), SEARCH_BLOCK):
+                v, z, c = _tile(row_ptr, hidden_ptr, start, V, SEARCH_BLOCK)
+                x, w = _weights(c, top_c, inverse)
+                w = tl.where(x < cut, 0.0, w)
+                key = tl.where(w > 0.0, _keys(c, BITS), none)
+                equal = tl.where((key == t) & (key > none), 1, 0)
+                if quota < V:
+                    rank = equals + tl.cumsum(equal, 0)
+                    equals += tl.sum(equal, 0)
+                    equal = tl.where(rank <= quota, equal, 0)
+                keep = tl.where(key > t, 1, equal)
+                of_group += tl.where(keep == 1, w, 0.0).to(tl.float64)
+                kept_N += keep
+                dropped_N += tl.where((z - top) * inverse < _SMALLEST, 0, 1 - keep)
+                low_N = tl.minimum(low_N, tl.where(keep == 1, key, 0x7FFFFFFF))
+                last_N = tl.maximum(last_N, tl.where(equal == 1, v, -1))
+            sums += tl.where(groups == group, tl.sum(of_group, 0), 0.0)
         low = tl.min(low_N, 0)
         last = tl.where(low == t, tl.max(last_N, 0), V)  # what cuts by value cuts between keys
         t = low
@@ -251,7 +256,7 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
     token = V + tl.zeros((), tl.int32)
     fallback = tl.zeros((), tl.int32)
     while (start < end) & (token == V):
-        v, z, c = _tile(row_ptr, hidden_ptr, start, V, BLOCK)
+        v, z, c = _tile(row_ptr, hidden_ptr, start, V, SEARCH_BLOCK)
         x, w = _weights(c, top_c, inverse)
         key = _keys(c, BITS)
         w = tl.where((key > t) | ((key == t) & (v <= last)), w, 0.0)
@@ -260,7 +265,7 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
         token = tl.min(tl.where(drawn, v, V), 0)
         fallback = tl.maximum(fallback, tl.max(tl.where(w > 0.0, v, 0), 0))
         running += tl.sum(w.to(tl.float64), 0)
-        start += BLOCK
+        start += SEARCH_BLOCK
     token = tl.where(token == V, fallback, token)
 
     z_y = tl.load(row_ptr + token).to(tl.float64)
@@ -336,7 +341,7 @@ def sample_triton(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top
                          BITS=_BITS[logits.dtype], BLOCK=_BLOCK, SEARCH_BLOCK=_SEARCH_BLOCK, GROUPS=_GROUPS, num_warps=_WARPS)
     if kept_capacity is not None:
         _list_kernel[(B,)](logits, suppress, cuts_B3, per_row[0], kept_ids, offsets, B, V, logits.stride(0), kept_capacity, BITS=_BITS[logits.dtype],
-                           BLOCK=_BLOCK, ROWS=1024, num_warps=_WARPS)
+                           BLOCK=_SEARCH_BLOCK, ROWS=1024, num_warps=_WARPS)
     return outputs
 
 
@@ -360,13 +365,13 @@ OFFLINE_KERNELS = {
                        **{key: None for key in _ASKED if key not in asked}},
         "num_warps": _WARPS,
     }
-    for dtype in _SHORT for name, asked in (("", ()), ("_all", tuple(_ASKED)), ("_top_p", ("p_ptr",)), ("_top_k_top_p", ("k_ptr", "p_ptr", "cuts_ptr")))
+    for dtype in _SHORT for name, asked in (("", ()), ("_all", tuple(_ASKED)))
 } | {
     f"list_kernel_{dtype}": {
         "kernel": _list_kernel,
         "signature": {"logits_ptr": f"*{dtype}", "suppress_ptr": "*i1", "cuts_ptr": "*i32", "ids_ptr": "*i64", "kept_ids_ptr": "*i32", "offsets_ptr": "*i64",
                       "B": "i32", "capacity": "i64", **_SIZES},
-        "constexprs": {"BITS": _BITS[_SHORT[dtype]], "BLOCK": _BLOCK, "ROWS": 1024},
+        "constexprs": {"BITS": _BITS[_SHORT[dtype]], "BLOCK": _SEARCH_BLOCK, "ROWS": 1024},
         "num_warps": _WARPS,
     }
     for dtype in _SHORT
