@@ -214,7 +214,7 @@ def sample(logits: Tensor, *, temperature: float | Tensor, top_k: int | Tensor =
     if chosen == "torch":
         drawn = sample_reference(*arguments)
     else:
-        native_op = {"cpp": lambda *a: torch.ops.fusedrl.sample(*a), "triton": lambda *a: torch.ops.fusedrl.sample_triton(*a), "cuda": sample_cuda}[chosen]
+        native_op = sample_cuda if chosen == "cuda" else torch.ops.fusedrl.sample if chosen == "cpp" else torch.ops.fusedrl.sample_triton
         ids, logp, processed, entropy, count, kept_ids, offsets = native_op(*arguments)
         drawn = Sampled(ids, logp, processed, entropy, Kept(kept_ids, offsets) if return_kept else None, count)
     if look and bool((drawn.token_ids < 0).any()):

@@ -76,7 +76,7 @@ def _search(row_ptr, suppress_ptr, top, inverse, V, target, floor, MASS: tl.cons
             m3 = tl.zeros([BLOCK], tl.float64)
         for start in range(0, V, BLOCK):
             _, _, c = _tile(row_ptr, suppress_ptr, start, V, BLOCK)
-            x, w = _weights(c, top, inverse)
+            _, w = _weights(c, top, inverse)
             key = tl.where(w > 0.0, _keys(c, BITS), none)
             n1 += tl.where(key >= t1, 1, 0)
             n2 += tl.where(key >= t2, 1, 0)
@@ -113,7 +113,7 @@ def _mass(row_ptr, suppress_ptr, top, inverse, V, t, quota, BITS: tl.constexpr, 
     equal = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         _, _, c = _tile(row_ptr, suppress_ptr, start, V, BLOCK)
-        x, w = _weights(c, top, inverse)
+        _, w = _weights(c, top, inverse)
         key = tl.where(w > 0.0, _keys(c, BITS), none)
         m += tl.where(key > t, w, 0.0).to(tl.float64)
         equal += tl.where((key == t) & (w > 0.0), 1, 0)
@@ -143,7 +143,7 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
     T = tl.load(T_ptr + n * T_step).to(tl.float32)
     greedy = T == 0.0
     T = tl.where(greedy, 1.0, T)
-    inverse = 1.0 / T
+    inverse = tl.minimum(1.0 / T, 3e38)  # 0 times it stays 0
     groups = tl.arange(0, GROUPS)
     span = tl.cdiv(tl.cdiv(V, BLOCK), GROUPS) * BLOCK  # tokens of a group
 
@@ -200,11 +200,11 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
     last = V + tl.zeros((), tl.int32)
     if (plain | bad) == 0:
         quota = V + tl.zeros((), tl.int32)
-        if k_ptr is not None:
+        if k_ptr is not None:  # noqa: SIM102  (this one is decided when it is compiled)
             if k < V:
                 t, above, decided = _search(row_ptr, hidden_ptr, top_c, inverse, V, k, none, False, BITS, SEARCH_BLOCK)
                 quota = tl.where(decided == 1, V, k - above)
-        if p_ptr is not None:
+        if p_ptr is not None:  # noqa: SIM102
             if p < 1.0:
                 target = p * _mass(row_ptr, hidden_ptr, top_c, inverse, V, t, quota, BITS, SEARCH_BLOCK)
                 t_p, above_p, decided_p = _search(row_ptr, hidden_ptr, top_c, inverse, V, target, t, True, BITS, SEARCH_BLOCK)
@@ -256,8 +256,8 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
     token = V + tl.zeros((), tl.int32)
     fallback = tl.zeros((), tl.int32)
     while (start < end) & (token == V):
-        v, z, c = _tile(row_ptr, hidden_ptr, start, V, SEARCH_BLOCK)
-        x, w = _weights(c, top_c, inverse)
+        v, _, c = _tile(row_ptr, hidden_ptr, start, V, SEARCH_BLOCK)
+        _, w = _weights(c, top_c, inverse)
         key = _keys(c, BITS)
         w = tl.where((key > t) | ((key == t) & (v <= last)), w, 0.0)
         sum_N = running + tl.cumsum(w.to(tl.float64), 0)
@@ -315,7 +315,7 @@ def _list_kernel(logits_ptr, suppress_ptr, cuts_ptr, ids_ptr, kept_ids_ptr, offs
             last = tl.load(cuts_ptr + 3 * n.to(tl.int64) + 1)
             place = begin
             for start in range(0, V, BLOCK):
-                v, z, c = _tile(row_ptr, hidden_ptr, start, V, BLOCK)
+                v, _, c = _tile(row_ptr, hidden_ptr, start, V, BLOCK)
                 key = _keys(c, BITS)
                 keep = ((key > t) | ((key == t) & (v <= last))) & (v < V)
                 rank = tl.cumsum(keep.to(tl.int32), 0)

@@ -297,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sample(
     row.aligned = reinterpret_cast<unsigned long long>(row.z) % 16 == 0;
     const float given = float(temperature[n * T_step]), T = given == 0.0f ? 1.0f : given;
     const bool greedy = given == 0.0f;
-    row.inverse = 1.0f / T;
+    row.inverse = fminf(1.0f / T, 3e38f);  // 0 times it stays 0
 
     // One read: the full distribution, by segments.
     Sums sums;
