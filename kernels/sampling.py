@@ -5,8 +5,8 @@
     logp = x - ln sum exp x over all tokens;   logp_processed = ln w - ln sum w over the kept set;   entropy of softmax(x) over all tokens
 
 Shapes    B sequences, V vocabulary.
-Bytes     B V s read from memory; a row is then in cache for what follows: where nothing truncates, the block that holds the token; else the passes of
-          the search for the last token kept (at most 8 of 16-bit logits, 16 of float32, twice that where top-k and top-p are both asked for) and one sum.
+Bytes     B V s read from memory; a row is then in cache for what follows: where nothing truncates, the block that holds the token; else, on a GPU, the
+          search for the last token kept (at most 8 passes over bfloat16, 10 over float16, 16 over float32; for top-k and for top-p) and one sum.
 Numerics  float32 terms (float64 for float64), sums in double. Below exp(-87) of the largest a probability counts as 0: it is never drawn or kept.
           Implementations draw the same token unless u sum w falls within rounding of a boundary between two.
 Ties      top-k and top-p rank by logit, then by lower id, so the kept set is one definite set. top-p keeps the shortest prefix of that ranking that

@@ -76,8 +76,8 @@ def _search(row_ptr, suppress_ptr, top, inverse, V, target, floor, MASS: tl.cons
             m3 = tl.zeros([BLOCK], tl.float64)
         for start in range(0, V, BLOCK):
             _, _, c = _tile(row_ptr, suppress_ptr, start, V, BLOCK)
-            _, w = _weights(c, top, inverse)
-            key = tl.where(w > 0.0, _keys(c, BITS), none)
+            x, w = _weights(c, top, inverse)
+            key = tl.where(x >= _SMALLEST, _keys(c, BITS), none)
             n1 += tl.where(key >= t1, 1, 0)
             n2 += tl.where(key >= t2, 1, 0)
             n3 += tl.where(key >= t3, 1, 0)

@@ -240,12 +240,12 @@ __device__ __forceinline__ Threshold search(const Row& row, double target, int f
             float part[3] = {};
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) {
-                const float w = row.weight(c[i]);
-                const int key = w > 0.0f ? key_of(c[i]) : kNone;
+                const int key = row.scaled(c[i]) >= kSmallest ? key_of(c[i]) : kNone;
+                const float w = kMass ? row.weight(c[i]) : 0.0f;
 #pragma unroll
                 for (int j = 0; j < 3; ++j) {
                     n[j] += key >= t[j];
-                    if (kMass) part[j] += key >= t[j] ? w : 0.0f;
+                    part[j] += key >= t[j] ? w : 0.0f;
                 }
             }
 #pragma unroll
