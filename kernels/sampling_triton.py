@@ -218,8 +218,8 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
         kept_N = tl.zeros([SEARCH_BLOCK], tl.int32)
         dropped_N = tl.zeros([SEARCH_BLOCK], tl.int32)
         equals = tl.zeros((), tl.int32)
+        highest = tl.full((), -1, tl.int32)
         low_N = tl.full([SEARCH_BLOCK], 0x7FFFFFFF, tl.int32)
-        last_N = tl.full([SEARCH_BLOCK], -1, tl.int32)
         for group in range(0, tl.cdiv(V, span)):
             of_group = tl.zeros([SEARCH_BLOCK], tl.float64)
             for start in range(group * span, tl.minimum((group + 1) * span, V), SEARCH_BLOCK):
@@ -232,15 +232,15 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
                     rank = equals + tl.cumsum(equal, 0)
                     equals += tl.sum(equal, 0)
                     equal = tl.where(rank <= quota, equal, 0)
+                    highest = tl.maximum(highest, tl.max(tl.where(equal == 1, v, -1), 0))
                 keep = tl.where(key > t, 1, equal)
                 of_group += tl.where(keep == 1, w, 0.0).to(tl.float64)
                 kept_N += keep
                 dropped_N += tl.where((z - top) * inverse < _SMALLEST, 0, 1 - keep)
                 low_N = tl.minimum(low_N, tl.where(keep == 1, key, 0x7FFFFFFF))
-                last_N = tl.maximum(last_N, tl.where(equal == 1, v, -1))
             sums += tl.where(groups == group, tl.sum(of_group, 0), 0.0)
         low = tl.min(low_N, 0)
-        last = tl.where(low == t, tl.max(last_N, 0), V)  # what cuts by value cuts between keys
+        last = tl.where((low == t) & (quota < V), highest, V)  # what cuts by value cuts between keys
         t = low
         count = tl.sum(kept_N, 0)
         dropped = tl.sum(dropped_N, 0)
