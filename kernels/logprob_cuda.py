@@ -11,11 +11,11 @@ from fusedrl.kernels.nvrtc import Launch
 
 _THREADS, _TILE = 256, 8192  # kThreads and kTile of logprob.cu
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-OFFLINE_SOURCES = {"logprob.cu": [(f"-DLOGITS={number}", f"-DKEPT={kept}") for kept in (1, 0) for number in _DTYPES.values()]}  # what tests compile
+OFFLINE_SOURCES = {"logprob.cu": [(f"-DDTYPE={number}", f"-DKEPT={kept}") for kept in (1, 0) for number in _DTYPES.values()]}  # what tests compile
 
 
 def _options(logits: Tensor, kept: Tensor | None) -> tuple[str, str]:
-    return f"-DLOGITS={_DTYPES[logits.dtype]}", f"-DKEPT={int(kept is not None)}"
+    return f"-DDTYPE={_DTYPES[logits.dtype]}", f"-DKEPT={int(kept is not None)}"
 
 
 # ---- launchers: allocate, grid -----------------------------------------------------------------------------------------

@@ -133,8 +133,8 @@ class Sampler {
  public:
   explicit Sampler(int64_t V) : V_(V), weights_(V), candidates_(V), blocks_((V + BLOCK - 1) / BLOCK), bucket_(V) {}
 
-  // token -1: the row holds NaN or +inf, or nothing may be drawn.
-  Drawn draw(const float* z, const bool* suppress, const Parameters& row, bool greedy, const int64_t* key) {
+  // token -1: the row holds NaN or +inf, or nothing may be drawn. `list`, where given, receives the kept ids if some token of probability is not kept.
+  Drawn draw(const float* z, const bool* suppress, const Parameters& row, bool greedy, const int64_t* key, std::vector<int32_t>* list) {
     float max = largest(z, V_);
     if (!(std::abs(max) < INFINITE)) return {-1, 0, 0, 0, 0};
     Sums sums = exponentials(z, V_, max, row.temperature, weights_.data(), blocks_.data());
@@ -157,6 +157,13 @@ class Sampler {
     }
     int64_t kept = 0;
     for (const float w : weights_) kept += w > 0.0f;
+    if (list) {
+      int64_t dropped = 0;
+      for (int64_t v = 0; v < V_; ++v) dropped += !(weights_[v] > 0.0f) && scaled(v, max_all) >= SMALLEST;
+      if (dropped) list->reserve(kept);
+      for (int64_t v = 0; dropped && v < V_; ++v)
+        if (weights_[v] > 0.0f) list->push_back(static_cast<int32_t>(v));
+    }
     const int64_t token = greedy ? std::find(candidates, candidates + V_, max) - candidates : walk(uniform(key) * total);
     return {token, kept, scaled(token, max_all) - log_all, scaled(token, max) - std::log(total), entropy};
   }
@@ -269,9 +276,23 @@ const float* as_floats(const T* row, int64_t V, std::vector<float>& wide) {
   return wide.data();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperature, const std::optional<Tensor>& top_k,
-                                                          const std::optional<Tensor>& top_p, const std::optional<Tensor>& min_p, const Tensor& keys,
-                                                          const std::optional<Tensor>& suppress) {
+// The rows' lists one behind the other, in a buffer whose pages behind the last are never touched; and where each begins.
+std::tuple<Tensor, Tensor> csr(const std::vector<std::vector<int32_t>>& lists, int64_t capacity) {
+  const int64_t B = lists.size();
+  Tensor offsets = at::empty({B + 1}, at::kLong);
+  int64_t* at = offsets.mutable_data_ptr<int64_t>();
+  at[0] = 0;
+  for (int64_t b = 0; b < B; ++b) at[b + 1] = at[b] + static_cast<int64_t>(lists[b].size());
+  TORCH_CHECK_VALUE(at[B] <= capacity, "sample: expected the kept tokens to fit into kept_capacity ", capacity, ", got ", at[B],
+                    "; leave kept_capacity out, or make it larger");
+  Tensor ids = at::empty({capacity}, at::kInt);
+  for (int64_t b = 0; b < B; ++b) std::copy(lists[b].begin(), lists[b].end(), ids.mutable_data_ptr<int32_t>() + at[b]);
+  return {ids, offsets};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample(
+    const Tensor& logits, const Tensor& temperature, const std::optional<Tensor>& top_k, const std::optional<Tensor>& top_p,
+    const std::optional<Tensor>& min_p, const Tensor& keys, const std::optional<Tensor>& suppress, std::optional<int64_t> kept_capacity) {
   const int64_t B = logits.size(0), V = logits.size(1);
   TORCH_CHECK_VALUE(V > 0 && V <= std::numeric_limits<int32_t>::max(), "sample: expected a vocabulary of 1 to 2^31 - 1 tokens, got ", V);
   const Tensor rows = logits.stride(1) == 1 || V == 1 ? logits : logits.contiguous(), keys_B4 = keys.contiguous();
@@ -290,6 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, 
   float *full = logp.mutable_data_ptr<float>(), *processed = logp_processed.mutable_data_ptr<float>(), *entropies = entropy.mutable_data_ptr<float>();
   const int64_t* key = keys_B4.const_data_ptr<int64_t>();
   const bool* banned = suppress ? suppress_BV.const_data_ptr<bool>() : nullptr;
+  std::vector<std::vector<int32_t>> lists(kept_capacity ? B : 0);
   std::atomic<int64_t> bad{B};
   const auto draw_rows = [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -302,7 +324,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, 
         const float scale = static_cast<float>(T[b]);
         const Parameters parameters{scale == 0.0f ? 1.0f : scale, m[b] > 0.0 ? static_cast<float>(std::log(m[b])) : -INFINITE, p[b],
                                     static_cast<int64_t>(std::min(k[b], static_cast<double>(V)))};
-        const Drawn drawn = sampler.draw(z, banned ? banned + b * V : nullptr, parameters, scale == 0.0f, key + 4 * b);
+        const Drawn drawn =
+            sampler.draw(z, banned ? banned + b * V : nullptr, parameters, scale == 0.0f, key + 4 * b, kept_capacity ? &lists[b] : nullptr);
         ids[b] = drawn.token;
         counts[b] = drawn.kept;
         full[b] = static_cast<float>(drawn.logp);
@@ -321,12 +344,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, 
   }
   TORCH_CHECK_VALUE(bad == B, "sample: row ", bad.load(), " of ", B,
                     " holds NaN or +inf, or no token that may be drawn; look at the logits of that row and at `suppress`");
-  return {token_ids, logp, logp_processed, entropy, kept_count};
+  const auto [kept_ids, kept_offsets] = kept_capacity ? csr(lists, *kept_capacity) : std::make_tuple(at::empty({0}, at::kInt), at::empty({0}, at::kLong));
+  return {token_ids, logp, logp_processed, entropy, kept_count, kept_ids, kept_offsets};
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
-  m.def("sample(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor keys, Tensor? suppress) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("sample(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor keys, Tensor? suppress, "
+        "SymInt? kept_capacity) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("sample", &sample); }
 

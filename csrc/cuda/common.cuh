@@ -77,3 +77,32 @@ __device__ __forceinline__ unsigned to_half(float x) {
     return bits;
 }
 #endif
+
+// ---- the elements of a source that is compiled for one dtype: DTYPE=0: float32; 1: bfloat16; 2: float16 -------------------------------
+#ifdef DTYPE
+#if DTYPE == 0
+using Element = float;
+#else
+using Element = unsigned short;
+#endif
+
+__device__ __forceinline__ float widen(Element x) {
+#if DTYPE == 0
+    return x;
+#elif DTYPE == 1
+    return from_bf16(x);
+#else
+    return from_half(x);
+#endif
+}
+
+__device__ __forceinline__ Element narrow(float x) {
+#if DTYPE == 0
+    return x;
+#elif DTYPE == 1
+    return Element(to_bf16(x));
+#else
+    return Element(to_half(x));
+#endif
+}
+#endif

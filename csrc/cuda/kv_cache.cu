@@ -14,31 +14,6 @@ constexpr int kTokens = 16, kThreads = 32 * kTokens, kHeads = 4;
 constexpr int kDim = 2 * HALF, kStep = 32 * WIDTH, kSteps = (HALF + kStep - 1) / kStep;  // of the lanes along a half
 constexpr int kPitch = kDim + 2;  // of a key in shared memory: the 16 tokens of one d lie in 16 banks
 
-#if DTYPE == 0
-using Element = float;
-#else
-using Element = unsigned short;
-#endif
-
-__device__ __forceinline__ float widen(Element x) {
-#if DTYPE == 0
-    return x;
-#elif DTYPE == 1
-    return from_bf16(x);
-#else
-    return from_half(x);
-#endif
-}
-
-__device__ __forceinline__ Element narrow(float x) {
-#if DTYPE == 0
-    return x;
-#elif DTYPE == 1
-    return Element(to_bf16(x));
-#else
-    return Element(to_half(x));
-#endif
-}
 
 template <class T>
 struct alignas(WIDTH * sizeof(T)) Pack {

@@ -4,39 +4,14 @@
 // last whole vector, are taken one by one. A row is summed in a fixed order, whatever its neighbours. Of a row that lists what truncation kept, only those
 // columns are summed; the backward marks them in a map of its tile and writes zeros elsewhere.
 //
-// Options   LOGITS=0: float32; 1: bfloat16; 2: float16. KEPT=1: rows may list what truncation kept; 0: none does.
+// Options   DTYPE=0: float32; 1: bfloat16; 2: float16. KEPT=1: rows may list what truncation kept; 0: none does.
 // Bytes     forward V s a row (the kept columns' alone if they are listed); backward 2 V s.
 #include "common.cuh"
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kTile = 8192;  // the backward's columns a block
 
-#if LOGITS == 0
-using Element = float;
-#else
-using Element = unsigned short;
-#endif
 constexpr int kWidth = 16 / sizeof(Element);
 constexpr bool kKept = KEPT;
-
-__device__ __forceinline__ float widen(Element x) {
-#if LOGITS == 0
-    return x;
-#elif LOGITS == 1
-    return from_bf16(x);
-#else
-    return from_half(x);
-#endif
-}
-
-__device__ __forceinline__ Element narrow(float x) {
-#if LOGITS == 0
-    return x;
-#elif LOGITS == 1
-    return Element(to_bf16(x));
-#else
-    return Element(to_half(x));
-#endif
-}
 
 struct alignas(16) Vector {
     Element at[kWidth];

@@ -42,7 +42,8 @@ class Simt:
             while sizes()[len(expected)]:
                 expected.append(sizes()[len(expected)])
             assert [ctypes.sizeof(value) for value in kept] == expected, f"{each.kernel}: the sizes of the arguments"
-            assert all(a is None or not isinstance(a, Tensor) or a.is_contiguous() or each.source in ("kv_cache.cu", "logprob.cu") for a in each.arguments)
+            strided = each.source in ("kv_cache.cu", "logprob.cu", "sampling.cu")  # rows whose stride is an argument
+            assert all(a is None or not isinstance(a, Tensor) or a.is_contiguous() or strided for a in each.arguments)
             call = getattr(library, f"simt_{each.kernel}")
             call.restype = ctypes.c_char_p
             error = call(addresses, (ctypes.c_uint * 3)(*each.grid), ctypes.c_uint(each.block), int(self.descending))

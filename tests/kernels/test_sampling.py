@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
-from fusedrl.kernels.sampling import philox4x32, sample, uniform
+from fusedrl.kernels.dispatch import unavailable
+from fusedrl.kernels.sampling import Sampled, _capacity, philox4x32, sample, uniform
 
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no Triton"))
 IMPLS = ["torch", CPP]
+ALL = [*IMPLS, TRITON]  # the interpreter takes a tenth of a second a row
 INF = math.inf
 SETTINGS = [{"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8},
             {"temperature": 1.0, "min_p": 0.1},
@@ -25,7 +28,7 @@ def counting_keys(n, seed=5):
 
 
 def by_hand(z, u, temperature, top_k=0, top_p=1.0, min_p=0.0, suppress=()):
-    """One row in Python floats: sort, truncate in order, walk. Returns token, logp, logp_processed, entropy, kept."""
+    """One row in Python floats: sort, truncate in order, walk. Returns token, logp, logp_processed, entropy, kept ids, and those that are listed."""
     z = [float(x) for x in z]
     greedy = temperature == 0
     T = 1.0 if greedy else temperature
@@ -54,7 +57,42 @@ def by_hand(z, u, temperature, top_k=0, top_p=1.0, min_p=0.0, suppress=()):
             if running > u * total:
                 break
     entropy = -sum(math.exp(x / T - log_all) * (x / T - log_all) for x in z if x > -INF)
-    return token, z[token] / T - log_all, (z[token] - top) / T - math.log(total), entropy, len(kept)
+    dropped = [v for v in range(len(z)) if (z[v] - max(z)) / T >= -87 and v not in kept]
+    return token, z[token] / T - log_all, (z[token] - top) / T - math.log(total), entropy, sorted(kept), sorted(kept) if dropped else []
+
+
+def tensors(drawn: Sampled) -> list[torch.Tensor]:
+    return [*drawn._replace(kept=drawn.token_ids), *(drawn.kept or ())]
+
+
+def rows_of(kept):
+    return [kept.token_ids[begin:end].tolist() for begin, end in zip(kept.offsets.tolist(), kept.offsets.tolist()[1:], strict=False)]
+
+
+def compare(drawn, logits, keys, suppress, settings):
+    """Every row against `by_hand`, which truncates by sorting. settings: one a row."""
+    B = len(logits)
+    banned = [set() if suppress is None else set(suppress[b].nonzero().flatten().tolist()) for b in range(B)]
+    want = [by_hand(logits[b], float(uniform(keys)[b]), suppress=banned[b], **settings[b]) for b in range(B)]
+    tokens, logp, processed, entropy, kept, listed = (list(column) for column in zip(*want, strict=True))
+    assert drawn.token_ids.tolist() == tokens
+    assert drawn.kept_count.tolist() == [len(ids) for ids in kept]
+    assert rows_of(drawn.kept) == listed
+    assert drawn.kept.token_ids.dtype == torch.int32
+    assert len(drawn.kept.token_ids) == drawn.kept.offsets[-1]
+    for got, expected, slack in ((drawn.logp, logp, 1e-6), (drawn.logp_processed, processed, 1e-6), (drawn.entropy, entropy, 1e-5)):
+        expected = torch.tensor(expected, dtype=torch.float64)
+        assert got.dtype == torch.float32
+        assert ((got.double() - expected).abs() <= slack * expected.abs().clamp(min=1)).all()
+
+
+def tied_logits(B, V, generator):
+    logits = (torch.randn(B, V, generator=generator) * 3 * 4).round() / 4  # quarters: many ties
+    logits[::2] += torch.randn(logits[::2].shape, generator=generator) / 50
+    suppress = torch.rand(B, V, generator=generator) < 0.3
+    suppress[:, V // 2] = False
+    logits[:, : V // 3][torch.rand(B, V // 3, generator=generator) < 0.2] = -INF
+    return logits, suppress
 
 
 # ---- random numbers ------------------------------------------------------------------------------------------------------
@@ -77,12 +115,20 @@ def test_uniform_is_uniform_and_every_part_of_the_key_counts():
     assert uniform(torch.tensor(keys)).unique().numel() == len(keys)
 
 
-@pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_cpp_draws_from_the_same_numbers():
-    # equal logits over 2^20 tokens: the token is floor(u 2^20), so it shows the leading 20 bits of u
-    keys = keys_for(8)
-    tokens = sample(torch.zeros(1, 1 << 20).expand(8, -1), temperature=1.0, keys=keys, impl="cpp").token_ids
-    assert torch.equal(tokens, (uniform(keys) * 2**20).long())
+@pytest.mark.parametrize("impl", [CPP, TRITON])
+def test_draws_from_the_same_numbers(impl):
+    # equal logits over 2^20 tokens and some: the token is floor(u V), so it shows the leading 20 bits of u; Triton's groups are of two tiles
+    keys, V = keys_for(8 if impl == "cpp" else 2), 2**20 + 5000
+    tokens = sample(torch.zeros(1, V).expand(len(keys), -1), temperature=1.0, keys=keys, impl=impl).token_ids
+    assert torch.equal(tokens, (uniform(keys) * V).long())
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_tiny_temperatures(impl):
+    n = 100 if impl != "triton" else 12
+    drawn = sample(torch.tensor([[1.0, 3.0, 2.0, 3.0]]).expand(n, 4), temperature=1e-40, keys=counting_keys(n), impl=impl)
+    assert set(drawn.token_ids.tolist()) == {1, 3}
+    assert torch.allclose(drawn.logp, torch.tensor(0.5).log())
 
 
 # ---- the draw ------------------------------------------------------------------------------------------------------------
@@ -92,23 +138,46 @@ def test_cpp_draws_from_the_same_numbers():
 @pytest.mark.parametrize("V", [1, 2, 15, 16, 33, 127, 129, 300])
 @pytest.mark.parametrize("suppressed", [False, True])
 def test_matches_the_definition(impl, setting, V, suppressed):
-    generator, B = torch.Generator().manual_seed(V), 24
-    logits = (torch.randn(B, V, generator=generator) * 3 * 4).round() / 4  # quarters: many ties
-    logits[::2] += torch.randn(B // 2, V, generator=generator) / 50
-    suppress = (torch.rand(B, V, generator=generator) < 0.3) if suppressed else torch.zeros(B, V, dtype=torch.bool)
-    suppress[:, V // 2] = False
-    logits[:, : V // 3][torch.rand(B, V // 3, generator=generator) < 0.2] = -INF
-    keys = keys_for(B)
-    drawn = sample(logits, keys=keys, suppress=suppress if suppressed else None, impl=impl, **setting)
-    want = [by_hand(logits[b], float(uniform(keys)[b]), suppress=set(suppress[b].nonzero().flatten().tolist()), **setting) for b in range(B)]
-    tokens, logp, processed, entropy, kept = (list(column) for column in zip(*want, strict=True))
-    assert drawn.token_ids.tolist() == tokens
-    assert drawn.kept_count.tolist() == kept
-    for got, expected, slack in ((drawn.logp, logp, 1e-6), (drawn.logp_processed, processed, 1e-6), (drawn.entropy, entropy, 1e-5)):
-        expected = torch.tensor(expected, dtype=torch.float64)
-        assert got.dtype == torch.float32
-        assert ((got.double() - expected).abs() <= slack * expected.abs().clamp(min=1)).all()
-    assert not suppress.gather(1, drawn.token_ids[:, None]).any()
+    B = 24
+    logits, suppress = tied_logits(B, V, torch.Generator().manual_seed(V))
+    drawn = sample(logits, keys=keys_for(B), suppress=suppress if suppressed else None, return_kept=True, impl=impl, **setting)
+    compare(drawn, logits, keys_for(B), suppress if suppressed else None, [setting] * B)
+    if suppressed:
+        assert not suppress.gather(1, drawn.token_ids[:, None]).any()
+
+
+# A tile is 4096 tokens, that of the search 2048.
+@pytest.mark.parametrize("impl", [TRITON])
+@pytest.mark.parametrize("dtype, V, suppressed", [(torch.float32, 1, False), (torch.float32, 4097, False), (torch.float16, 2047, True),
+                                                  (torch.bfloat16, 33, True)], ids=str)
+def test_triton_matches_the_definition(impl, dtype, V, suppressed):
+    settings = [*SETTINGS, {"temperature": 0.04}, {"temperature": 1.0}]
+    B = len(settings)
+    logits, suppress = tied_logits(B, V, torch.Generator().manual_seed(V))
+    logits[-1], suppress = logits[-1].clamp(min=-20), suppress if suppressed else None  # the sums of the one read serve
+    logits, default = logits.to(dtype), {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    parameters = {name: torch.tensor([(default | setting)[name] for setting in settings]) for name in ("temperature", *default)}
+    drawn = sample(logits, keys=keys_for(B), suppress=suppress, return_kept=True, impl=impl, **parameters)
+    compare(drawn, logits, keys_for(B), suppress, settings)
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("setting", [{}, {"top_p": 0.9}, {"top_k": 50}], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_draws_the_token_of_float64(impl, setting, scale):
+    """Another token than in float64 only where u falls within rounding of the boundary between the two."""
+    B, V = (2 if setting else 20, 4500) if impl == "triton" else (500, 3000)
+    logits, keys = torch.randn(B, V, generator=torch.Generator().manual_seed(11)) * scale, keys_for(B, 3)
+    ours = sample(logits, temperature=0.9, keys=keys, impl=impl, **setting)
+    exact = sample(logits.double(), temperature=0.9, keys=keys, impl="torch", return_kept=True, **setting)
+    assert (ours.kept_count - exact.kept_count).abs().sum() <= 1
+    other = (ours.token_ids != exact.token_ids).nonzero().flatten().tolist()
+    assert len(other) <= 2
+    for b in other:
+        w, ids = ((logits[b] - logits[b].max()).double() / 0.9).exp(), exact.kept.token_ids[exact.kept.offsets[b] : exact.kept.offsets[b + 1]].long()
+        w = w if len(ids) == 0 else torch.zeros_like(w).index_put((ids,), w[ids])
+        boundary = w.cumsum(0)[min(int(ours.token_ids[b]), int(exact.token_ids[b]))]
+        assert abs(boundary / w.sum() - uniform(keys[b : b + 1])[0]) < 1e-6
 
 
 @pytest.mark.skipif(not native.capability, reason=native.reason)
@@ -118,10 +187,10 @@ def test_matches_the_definition(impl, setting, V, suppressed):
 def test_cpp_and_torch_draw_the_same(V, scale, dtype):
     logits = (torch.randn(6, V, generator=torch.Generator().manual_seed(V)) * scale).to(dtype)
     for setting in SETTINGS:
-        ours, torchs = (sample(logits, keys=keys_for(6), impl=impl, **setting) for impl in ("cpp", "torch"))
+        ours, torchs = (sample(logits, keys=keys_for(6), return_kept=True, impl=impl, **setting) for impl in ("cpp", "torch"))
         exact = sample(logits.double(), keys=keys_for(6), impl="torch", **setting)
         assert torch.equal(ours.token_ids, torchs.token_ids)
-        assert torch.equal(ours.kept_count, torchs.kept_count)
+        assert all(torch.equal(a, b) for a, b in zip((ours.kept_count, *ours.kept), (torchs.kept_count, *torchs.kept), strict=True))
         if torch.equal(ours.token_ids, exact.token_ids):  # (float32 x may put a token on the other side of a boundary)
             eps = torch.finfo(torch.float32).eps
             assert ((ours.logp - exact.logp).abs() <= 8 * eps * exact.logp.abs().clamp(min=1)).all()
@@ -143,65 +212,71 @@ def test_draws_have_the_distribution(impl, setting):
     assert ((counts - expected)[seen] ** 2 / expected[seen]).sum() < freedom + 4 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL)
 def test_a_row_depends_on_nothing_but_itself(impl):
     logits, keys = torch.randn(9, 200, generator=torch.Generator().manual_seed(2)) * 2, keys_for(9)
     parameters = {"temperature": torch.tensor([1.0, 0.0, 0.5] * 3), "top_k": torch.tensor([0, 7, 300, 3, 0, 0, 1, 2, 0]),
                   "top_p": torch.tensor([1.0, 0.5, 0.9] * 3),
-                      "min_p": torch.tensor([0.0, 0.0, 0.05] * 3).double()}
+                  "min_p": torch.tensor([0.0, 0.0, 0.05] * 3).double()}
     suppress = torch.rand(9, 200, generator=torch.Generator().manual_seed(4)) < 0.5
-    whole = sample(logits, keys=keys, suppress=suppress, impl=impl, **parameters)
+    whole = sample(logits, keys=keys, suppress=suppress, return_kept=True, impl=impl, **parameters)
     wide = torch.full((9, 400), math.nan)  # rows of a wider tensor, between columns of NaN
     wide[:, 100:300] = logits
-    strided = sample(wide[:, 100:300], keys=keys, suppress=suppress, impl=impl, **parameters)
-    assert all(torch.equal(a, b) for a, b in zip(whole, strided, strict=True))
-    transposed = sample(logits.T.contiguous().T, keys=keys, suppress=suppress, impl=impl, **parameters)
-    assert all(torch.equal(a, b) for a, b in zip(whole, transposed, strict=True))
-    for b in range(9):
+    strided = sample(wide[:, 100:300], keys=keys, suppress=suppress, return_kept=True, impl=impl, **parameters)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(strided), strict=True))
+    transposed = sample(logits.T.contiguous().T, keys=keys, suppress=suppress, return_kept=True, impl=impl, **parameters)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(transposed), strict=True))
+    for b in range(9) if impl != "triton" else (2, 3):
         numbers = {name: value[b].item() for name, value in parameters.items()}
-        alone = sample(logits[b : b + 1], keys=keys[b : b + 1], suppress=suppress[b : b + 1], impl=impl, **numbers)
-        assert all(torch.equal(x[b : b + 1], y) for x, y in zip(whole, alone, strict=True))
+        alone = sample(logits[b : b + 1], keys=keys[b : b + 1], suppress=suppress[b : b + 1], return_kept=True, impl=impl, **numbers)
+        assert all(torch.equal(x[b : b + 1], y) for x, y in zip(tensors(whole)[:6], tensors(alone)[:6], strict=True))
+        assert rows_of(alone.kept) == [rows_of(whole.kept)[b]]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL)
 def test_ties_keep_the_lower_ids(impl):
-    equal = torch.zeros(300, 8)
-    drawn = sample(equal, temperature=1.0, top_k=3, keys=counting_keys(300), impl=impl)
-    assert set(drawn.token_ids.tolist()) == {0, 1, 2}
-    drawn = sample(equal, temperature=1.0, top_p=0.5, keys=counting_keys(300), impl=impl)  # exactly half: four of eight
-    assert set(drawn.token_ids.tolist()) == {0, 1, 2, 3}
+    n = 300 if impl != "triton" else 1
+    equal = torch.zeros(n, 8)
+    for setting, ids in (({"top_k": 3}, [0, 1, 2]), ({"top_p": 0.5}, [0, 1, 2, 3]), ({"top_k": 7, "top_p": 3 / 7}, [0, 1, 2])):  # exactly half; three sevenths
+        drawn = sample(equal, temperature=1.0, keys=counting_keys(n), return_kept=True, impl=impl, **setting)
+        assert set(drawn.token_ids.tolist()) <= set(ids)
+        assert rows_of(drawn.kept) == [ids] * n
+        assert n < 300 or set(drawn.token_ids.tolist()) == set(ids)
     signed = torch.tensor([[-1.0, 0.0, -0.0, 0.0]])  # 0 and -0 are one value
-    assert sample(signed, temperature=1.0, top_k=2, keys=counting_keys(1), impl=impl).kept_count == 2
-    assert set(sample(signed.expand(200, 4), temperature=1.0, top_k=2, keys=counting_keys(200), impl=impl).token_ids.tolist()) == {1, 2}
+    assert rows_of(sample(signed, temperature=1.0, top_k=2, keys=counting_keys(1), return_kept=True, impl=impl).kept) == [[1, 2]]
     assert sample(signed, temperature=0.0, keys=counting_keys(1), impl=impl).token_ids == 1
 
 
 # Tokens of no probability at both ends and around, so that a walk that runs on, or starts at weight 0, would find them.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("low", [-INF, -1e9, -200.0])
 def test_never_draws_what_has_no_probability(impl, low):
-    logits = torch.full((5000, 400), low)
+    n = 5000 if impl != "triton" else 5
+    logits = torch.full((n, 400), low)
     logits[:, 130], logits[:, 131] = 0.0, -16.0
-    drawn = sample(logits, temperature=1.0, keys=counting_keys(5000), impl=impl)
+    drawn = sample(logits, temperature=1.0, keys=counting_keys(n), impl=impl)
     assert set(drawn.token_ids.tolist()) == {130}
     assert (drawn.kept_count == 2).all()
     assert torch.allclose(drawn.logp, torch.tensor(-math.log1p(math.exp(-16.0))))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL)
 def test_greedy_ignores_the_rest(impl):
-    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(8))
-    plain = sample(logits, temperature=1.0, keys=keys_for(20), impl=impl)
-    greedy = sample(logits, temperature=0.0, top_k=1, top_p=0.1, min_p=0.9, keys=keys_for(20), impl=impl)
+    n = 20 if impl != "triton" else 3
+    logits = torch.randn(n, 50, generator=torch.Generator().manual_seed(8))
+    plain = sample(logits, temperature=1.0, keys=keys_for(n), impl=impl)
+    greedy = sample(logits, temperature=0.0, top_k=1, top_p=0.1, min_p=0.9, keys=keys_for(n), return_kept=True, impl=impl)
     assert torch.equal(greedy.token_ids, logits.argmax(-1))
     torch.testing.assert_close(greedy.logp, torch.log_softmax(logits, -1).amax(-1), rtol=0, atol=1e-6)
     assert torch.equal(greedy.logp, greedy.logp_processed)
     assert torch.equal(greedy.entropy, plain.entropy)
     assert (greedy.kept_count == 50).all()
-    suppress = torch.zeros(20, 50, dtype=torch.bool).scatter(1, logits.argmax(-1, keepdim=True), True)
-    second = sample(logits, temperature=0.0, keys=keys_for(20), suppress=suppress, impl=impl)
+    assert (greedy.kept.offsets == 0).all()
+    suppress = torch.zeros(n, 50, dtype=torch.bool).scatter(1, logits.argmax(-1, keepdim=True), True)
+    second = sample(logits, temperature=0.0, keys=keys_for(n), suppress=suppress, return_kept=True, impl=impl)
     assert torch.equal(second.token_ids, logits.topk(2).indices[:, 1])
     torch.testing.assert_close(second.logp, torch.log_softmax(logits, -1).topk(2).values[:, 1], rtol=0, atol=1e-6)
+    assert rows_of(second.kept) == [[v for v in range(50) if v != best] for best in logits.argmax(-1).tolist()]
 
 
 @pytest.mark.skipif(not native.capability, reason=native.reason)
@@ -211,17 +286,18 @@ def test_cpp_bits_do_not_depend_on_threads():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(sample(logits, temperature=0.8, top_p=0.9, keys=keys_for(40), impl="cpp"))
+            results.append(sample(logits, temperature=0.8, top_p=0.9, keys=keys_for(40), return_kept=True, impl="cpp"))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*map(tensors, results), strict=True))
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # numpy's, within the interpreter
+@pytest.mark.parametrize("impl", ALL)
 def test_rows_that_cannot_be_drawn_from_are_named(impl):
     for value, where in ((math.nan, 7), (INF, 7), (-INF, slice(None)), (math.nan, slice(None))):
-        for V in (3, 40, 500):
+        for V in (3, 40, 500) if impl != "triton" else (3,):
             logits = torch.zeros(5, V)
             logits[3, where if isinstance(where, slice) else V - 1] = value
             with pytest.raises(ValueError, match="row 3 of 5"):
@@ -236,7 +312,7 @@ def test_rows_that_cannot_be_drawn_from_are_named(impl):
         sample(poisoned, temperature=1.0, keys=keys_for(5), suppress=poisoned.isnan(), impl=impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL)
 def test_refuses_bad_parameters(impl):
     logits, keys = torch.zeros(2, 4), keys_for(2)
     for bad in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 2.0}, {"top_k": -1}):
@@ -252,15 +328,79 @@ def test_refuses_bad_parameters(impl):
         sample(logits[:, :0], temperature=1.0, keys=keys, impl=impl)
     with pytest.raises(TypeError, match="suppress of dtype bool"):
         sample(logits, temperature=1.0, keys=keys, suppress=torch.zeros(2, 4), impl=impl)
-    assert [column.shape for column in sample(logits[:0], temperature=1.0, keys=keys[:0], impl=impl)] == [(0,)] * 5
+    with pytest.raises(ValueError, match="kept_capacity of 0 or more"):
+        sample(logits, temperature=1.0, top_k=1, keys=keys, return_kept=True, kept_capacity=-1, impl=impl)
+    drawn = sample(logits[:0], temperature=1.0, top_k=2, keys=keys[:0], return_kept=True, impl=impl)
+    assert [column.shape for column in tensors(drawn)] == [(0,)] * 7 + [(1,)]
+    assert drawn.kept.offsets == 0
 
 
-@pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("impl", [CPP, TRITON])
+def test_opcheck_and_compile(impl):
     logits, keys, one = torch.randn(3, 9), keys_for(3), torch.ones(1, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.fusedrl.sample.default, (logits, one, 4 * one, 0.5 * torch.ones(3, dtype=torch.float64), None, keys, logits > 5))
-    for impl in ("cpp", "torch"):
-        def call(logits, keys, impl=impl):
-            return sample(logits, temperature=0.7, top_k=3, keys=keys, impl=impl)
+    op = {"cpp": torch.ops.fusedrl.sample, "triton": torch.ops.fusedrl.sample_triton}[impl].default
+    torch.library.opcheck(op, (logits, one, 4 * one, 0.5 * torch.ones(3, dtype=torch.float64), None, keys, logits > 5, None))
+    torch.library.opcheck(op, (logits, one, 4 * one, None, None, keys, None, 12))  # (a buffer with room to spare has garbage in it)
+    for name in (impl, "torch"):
+        def call(logits, keys, name=name):
+            return sample(logits, temperature=0.7, top_k=3, keys=keys, return_kept=True, impl=name)
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(logits, keys).token_ids, call(logits, keys).token_ids)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(compiled(logits, keys)), tensors(call(logits, keys)), strict=True))
+
+
+# ---- the kept set --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("impl", ALL)
+def test_the_kept_set_is_the_distribution(impl):
+    """The trainer's log-probability over the kept ids is the sampler's; without them, top-p 0.8 biases the ratio of an unchanged policy."""
+    B, V = 6 if impl == "triton" else 200, 50
+    logits, keys = torch.randn(B, V, generator=torch.Generator().manual_seed(12)) * 2, keys_for(B)
+    drawn = sample(logits, temperature=0.8, top_p=0.8, keys=keys, return_kept=True, impl=impl)
+    full, means, means_kept = torch.log_softmax(logits.double() / 0.8, -1), [], []
+    for b, ids in enumerate(rows_of(drawn.kept)):
+        of_kept = torch.log_softmax(logits[b, ids].double() / 0.8, -1)  # the distribution that was sampled, token by token
+        scored = of_kept[ids.index(int(drawn.token_ids[b]))]
+        assert abs(scored - drawn.logp_processed[b]) < 1e-6
+        mass = full[b, ids].exp().sum()
+        assert abs((drawn.logp - drawn.logp_processed)[b].double() - mass.log()) < 1e-6
+        assert full[b, ids].exp().sum() >= 0.8
+        assert full[b, ids].exp().sum() - full[b, ids].exp().min() < 0.8
+        # E[ratio] over every token that can be drawn, of a policy that has not changed
+        means.append(float((of_kept.exp() * (full[b, ids] - of_kept).exp()).sum()))
+        means_kept.append(float((of_kept.exp() * (drawn.logp_processed[b].double() - scored).exp()).sum()))
+    assert 0.8 < sum(means) / B < 0.95
+    assert abs(sum(means_kept) / B - 1) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_kept_capacity(impl):
+    logits, keys = torch.arange(10.0).expand(3, 10), keys_for(3)
+    arguments = dict(temperature=1.0, top_k=torch.tensor([3, 0, 4]), keys=keys, return_kept=True, impl=impl)
+    assert rows_of(sample(logits, kept_capacity=7, **arguments).kept) == [[7, 8, 9], [], [6, 7, 8, 9]]
+    with pytest.raises(ValueError, match="to fit into kept_capacity 6"):
+        sample(logits, kept_capacity=6, **arguments)
+    assert sample(logits, **(arguments | {"return_kept": False})).kept is None
+
+
+@pytest.mark.parametrize("impl", [TRITON])
+def test_triton_marks_rows_beyond_the_capacity(impl):
+    """What a GPU answers, where nothing may raise: as tests/kernels/test_cuda_sampling.py has it."""
+    logits, keys = torch.arange(10.0).expand(4, 10), keys_for(4)
+    one, k = torch.ones(1, dtype=torch.float64), torch.tensor([3.0, 0.0, 4.0, 2.0], dtype=torch.float64)
+    for capacity, ends, lost in ((9, [3, 3, 7, 9], []), (8, [3, 3, 7, 7], [3]), (6, [3, 3, 3, 3], [2, 3]), (0, [0] * 4, [0, 2, 3])):
+        *drawn, kept, offsets = torch.ops.fusedrl.sample_triton(logits, one, k, None, None, keys, None, capacity)
+        assert offsets.tolist() == [0, *ends]
+        assert (drawn[0] < 0).nonzero().flatten().tolist() == lost
+        assert kept[: ends[-1]].tolist() == ([7, 8, 9] + [6, 7, 8, 9] + [8, 9])[: ends[-1]]
+
+
+def test_room_for_the_kept_set():
+    mixed, suppress = torch.tensor([0.0, 1.0, 1.0]), torch.zeros(3, 10, dtype=torch.bool)
+    cases = [(1.0, 0, False, None, 0), (1.0, 4, True, None, 12), (1.0, 40, True, None, 30), (1.0, 0, True, None, 30), (1.0, torch.ones(3), True, None, 30),
+             (mixed, 4, True, None, 12), (1.0, 4, True, suppress, 12), (0.0, 4, True, suppress, 30), (mixed, 4, True, suppress, 30),
+             (1.0, 0, False, suppress, 30)]
+    for temperature, top_k, truncates, hidden, expected in cases:
+        assert _capacity(3, 10, temperature, top_k, truncates, hidden) == expected
+    logits, arguments = torch.zeros(3, 10), dict(temperature=1.0, keys=keys_for(3), return_kept=True, impl="torch")
+    for setting, expected in (({"top_k": 4}, 12), ({"top_p": 0.5, "kept_capacity": 17}, 17)):
+        compiled = torch.compile(lambda z, setting=setting: sample(z, **arguments, **setting).kept.token_ids, fullgraph=True, backend="aot_eager")
+        assert len(compiled(logits)) == expected  # compiled code is not asked how many there are
