@@ -14,7 +14,6 @@ constexpr int kTokens = 16, kThreads = 32 * kTokens, kHeads = 4;
 constexpr int kDim = 2 * HALF, kStep = 32 * WIDTH, kSteps = (HALF + kStep - 1) / kStep;  // of the lanes along a half
 constexpr int kPitch = kDim + 2;  // of a key in shared memory: the 16 tokens of one d lie in 16 banks
 
-
 template <class T>
 struct alignas(WIDTH * sizeof(T)) Pack {
     T at[WIDTH];

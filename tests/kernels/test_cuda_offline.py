@@ -67,12 +67,12 @@ def test_nvrtc(source, options, architecture):
 
 def test_cache(tmp_path):
     _needs_nvrtc()
-    arguments = ("logprob.cu", ("-DLOGITS=0", "-DKEPT=0"), "sm_90", tmp_path / "cache")
+    arguments = ("logprob.cu", ("-DDTYPE=0", "-DKEPT=0"), "sm_90", tmp_path / "cache")
     first = nvrtc.cached_cubin(*arguments)
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(b"kept")
     assert nvrtc.cached_cubin(*arguments) == b"kept"
-    assert nvrtc.cached_cubin("logprob.cu", ("-DLOGITS=1", "-DKEPT=0"), "sm_90", tmp_path / "cache") != first
+    assert nvrtc.cached_cubin("logprob.cu", ("-DDTYPE=1", "-DKEPT=0"), "sm_90", tmp_path / "cache") != first
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="compiled again in every process"):
         assert nvrtc.cached_cubin(*arguments[:3], tmp_path / "file" / "cache") == first
@@ -80,5 +80,5 @@ def test_cache(tmp_path):
 
 def test_a_refusal_shows_the_log():
     _needs_nvrtc()
-    with pytest.raises(RuntimeError, match=r"expected NVRTC to compile it for sm_90(.|\n)*#if LOGITS == 0"):
-        nvrtc.compile_cubin("logprob.cu", ("-DLOGITS=oops+",), "sm_90")
+    with pytest.raises(RuntimeError, match=r"expected NVRTC to compile it for sm_90(.|\n)*#if DTYPE == 0"):
+        nvrtc.compile_cubin("logprob.cu", ("-DDTYPE=oops+",), "sm_90")
