@@ -21,6 +21,7 @@ from torch import Tensor
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.paged_attention import paged_attention as paged_attention  # a second address
 
 _IMPLS = Implementations("varlen_attention", cpu=("cpp", "torch"), cuda=("torch",))
 _IMPLS_FLOAT64 = Implementations("varlen_attention of float64", cpu=("torch",), cuda=("torch",))

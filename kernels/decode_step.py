@@ -25,6 +25,7 @@ from torch import Tensor
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.paged_attention import paged_attention_reference
 
 _IMPLS = Implementations("decode_step", cpu=("cpp", "torch"), cuda=("torch",))
 _GATHERED_TOKENS = 128  # the reference gathers the whole row of every token: so many tokens at a time bound its memory
@@ -75,24 +76,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _attend(q: Tensor, positions: Tensor, blocks: Tensor, k_cache: Tensor, v_cache: Tensor, window: int) -> Tensor:
-    """q [N, Hq, D] over the cached positions of each token's row; blocks [N, M]; one layer's caches. Returns [N, Hq D]."""
-    N, heads, D = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    kv_heads, size, M = k_cache.shape[1], v_cache.shape[2], blocks.shape[1]
-    slots = torch.arange(M * size, device=q.device)
-    seen = slots <= positions[:, None]
-    if window:
-        seen &= slots > positions[:, None] - window
-    blocks = torch.where(seen.view(N, M, size).any(-1), blocks, 0).long()  # entries that the token does not read may hold anything
-    keys = k_cache[blocks].permute(0, 2, 3, 1, 4).reshape(N, kv_heads, D, M * size).to(wide)
-    values = v_cache[blocks].permute(0, 2, 1, 3, 4).reshape(N, kv_heads, M * size, D).to(wide)
-    seen = seen[:, None, None]
-    scores = torch.where(seen, q.view(N, kv_heads, heads // kv_heads, D).to(wide) @ keys * D**-0.5, -torch.inf)
-    values = torch.where(seen.transpose(-1, -2), values, 0.0)  # 0 x what lies in an unwritten slot could be NaN
-    return (scores.softmax(-1) @ values).reshape(N, heads * D).to(q.dtype)
-
-
 def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor,
                           v_cache: Tensor, out_slots_R: Tensor | None = None) -> Tensor:
     """The definition, on any device and in any float dtype (float64 is the oracle). Writes the tokens' K and V into the caches."""
@@ -114,8 +97,8 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
         keys[written, :, :, slots] = k
         values[written, :, slots] = v
         parts = zip(q.split(_GATHERED_TOKENS), positions_N.split(_GATHERED_TOKENS), blocks_NM.split(_GATHERED_TOKENS), strict=True)
-        attended = torch.cat([_attend(part, at, blocks, keys, values, layer.window) for part, at, blocks in parts])
-        x_NH = x_NH + F.linear(attended, layer.o, layer.o_bias)
+        attended = torch.cat([paged_attention_reference(part, keys, values, blocks, at + 1, layer.window or None) for part, at, blocks in parts])
+        x_NH = x_NH + F.linear(attended.flatten(1), layer.o, layer.o_bias)
         gate, up = F.linear(_rms_norm(x_NH, layer.post_norm, eps), layer.gate_up, layer.gate_up_bias).to(wide).chunk(2, dim=-1)
         x_NH = x_NH + F.linear((F.silu(gate) * up).to(x_NH.dtype), layer.down, layer.down_bias)
     return _rms_norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, eps)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -76,16 +77,23 @@ class Implementations:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", frozenset(self.cpu) | frozenset(self.cuda))
 
-    def choose(self, device: torch.device, impl: str | None = None) -> str:
-        """Name of the implementation for tensors on `device`. Raises RuntimeError when the one asked for cannot run."""
+    def choose(self, device: torch.device, impl: str | None = None, refused: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Name of the implementation for tensors on `device`. Raises RuntimeError when the one asked for cannot run.
+
+        `refused`: implementations that do not serve this very call (its dtype, its sizes), and why.
+        """
         kind = "cuda" if device.type == "cuda" else "cpu"
         wanted = impl or _forced
+
+        def why_not(name: str) -> str | None:
+            return unavailable(name, kind) or refused.get(name)
+
         if wanted is None:
-            if _preferred in self.names and unavailable(_preferred, kind) is None:
+            if _preferred in self.names and why_not(_preferred) is None:
                 return _preferred
-            return next(name for name in (self.cuda if kind == "cuda" else self.cpu) if unavailable(name, kind) is None)
-        why = unavailable(wanted, kind) if wanted in self.names else f"this op has {', '.join(n for n in NAMES if n in self.names)}"
+            return next(name for name in (self.cuda if kind == "cuda" else self.cpu) if why_not(name) is None)
+        why = why_not(wanted) if wanted in self.names else f"this op has {', '.join(n for n in NAMES if n in self.names)}"
         if why is not None:
-            can = [name for name in NAMES if name in self.names and unavailable(name, kind) is None]
+            can = [name for name in NAMES if name in self.names and why_not(name) is None]
             raise RuntimeError(f"{self.op}: implementation {wanted!r} cannot run on {device.type}: {why}; these can: {', '.join(can)}")
         return wanted
