@@ -17,9 +17,9 @@ from types import MappingProxyType
 
 import torch
 
-from fusedrl.kernels import native, nvrtc
+from fusedrl.kernels import attention_flash, native, nvrtc
 
-NAMES = ("torch", "cpp", "triton", "cuda")
+NAMES = ("torch", "cpp", "triton", "cuda", "flash_attn", "torch_varlen")
 _preferred = os.environ.get("FUSEDRL_IMPL") or None
 if _preferred not in (None, *NAMES):
     raise ValueError(f"FUSEDRL_IMPL: expected one of {', '.join(NAMES)}, got {_preferred!r}; unset it for the default of each device")
@@ -46,6 +46,10 @@ _WHY_NOT: dict[tuple[str, str], str | None] = {
     ("triton", "cuda"): _why_not_triton("cuda"),
     ("cuda", "cpu"): "the CUDA C++ kernels serve CUDA tensors only",
     ("cuda", "cuda"): nvrtc.why_not(),
+    ("flash_attn", "cpu"): "FlashAttention serves CUDA tensors only",
+    ("flash_attn", "cuda"): attention_flash.why_not_flash_attn,
+    ("torch_varlen", "cpu"): "FlashAttention serves CUDA tensors only",
+    ("torch_varlen", "cuda"): attention_flash.why_not_torch_varlen,
 }
 
 

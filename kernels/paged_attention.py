@@ -36,7 +36,6 @@ _LARGEST_HEAD = 256    # that Triton holds in registers and shared memory
 _SPLIT = 256           # positions of a program; part of the arithmetic
 _HEADS = 16            # query heads of a program
 _TILE_BYTES = 1 << 13  # of K, and of V
-_STAGES = 5            # of the loop: the pipeliner spends some on looking the blocks up, and keeps two tiles of K and V in flight
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ if triton is not None:
                 "signature": {**tensors, **part, "M": "i32", "window": "i32", "splits": "i32", "scale": "fp32", "softcap": "fp32"},
                 "constexprs": {"CAPPED": capped, "WIDEN": False, "KV_HEADS": 8, "GROUP": group, "D": D, "S": S, "SPLIT": _SPLIT, "HEADS": _HEADS, **shape},
                 "num_warps": 4,
-                "num_stages": _STAGES,
+                "num_stages": _stages(D, 4 if dtype == "fp32" else 2),
             },
             f"merge_{dtype}_{D}": {
                 "kernel": _merge_kernel,
@@ -188,6 +187,11 @@ if triton is not None:
 def _shape(D: int, bytes_: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(D))
     return {"BLOCK_D": block, "TILE": min(128, max(16, _TILE_BYTES // (block * bytes_)))}
+
+
+def _stages(D: int, bytes_: int) -> int:
+    """Of the loop: the pipeliner spends some on looking blocks up, and of five keeps two tiles of K and V in flight. Float32 heads of 256 want 97 KB then."""
+    return 5 if D * bytes_ <= 512 else 3
 
 
 @torch.library.custom_op("fusedrl::paged_attention_triton", mutates_args=())
@@ -207,7 +211,8 @@ def _paged_attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_t
     widen = q.dtype == torch.bfloat16 and q.device.type == "cpu"  # exact; the interpreter would multiply the bits of bfloat16 as integers
     _split_kernel[(B * kv_heads * triton.cdiv(group, _HEADS), splits)](
         q.contiguous(), k_cache, v_cache, block_table.contiguous(), lens, out, tops, sums, accs, M, reach, splits, scale, softcap or 1.0,
-        CAPPED=softcap > 0, WIDEN=widen, KV_HEADS=kv_heads, GROUP=group, D=D, S=S, SPLIT=_SPLIT, HEADS=_HEADS, **shape, num_warps=4, num_stages=_STAGES)
+        CAPPED=softcap > 0, WIDEN=widen, KV_HEADS=kv_heads, GROUP=group, D=D, S=S, SPLIT=_SPLIT, HEADS=_HEADS, **shape, num_warps=4,
+        num_stages=_stages(D, q.element_size()))
     if splits > 1:
         _merge_kernel[(B * heads,)](lens, out, tops, sums, accs, reach, splits, Q_HEADS=heads, D=D, SPLIT=_SPLIT, BLOCK_D=shape["BLOCK_D"], num_warps=4)
     return out
