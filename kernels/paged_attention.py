@@ -35,7 +35,7 @@ _IMPLS = Implementations("paged_attention", cpu=("cpp", "torch", "triton"), cuda
 _LARGEST_HEAD = 256    # that Triton holds in registers and shared memory
 _SPLIT = 256           # positions of a program; part of the arithmetic
 _HEADS = 16            # query heads of a program
-_TILE_BYTES = 1 << 13  # of K, and of V
+_TILE = 32             # positions at a time (64 spill on gfx942), 16 where so many of K are above 8 KB
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ if triton is not None:
 # ---- launchers: allocate, grid ------------------------------------------------------------------------------------------
 def _shape(D: int, bytes_: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(D))
-    return {"BLOCK_D": block, "TILE": min(128, max(16, _TILE_BYTES // (block * bytes_)))}
+    return {"BLOCK_D": block, "TILE": _TILE if _TILE * block * bytes_ <= 8192 else 16}
 
 
 def _stages(D: int, bytes_: int) -> int:
@@ -298,7 +298,7 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
 if triton is not None:
     OFFLINE_KERNELS = {
         name: entry
-        for case in (("bf16", 4, 128, 16), ("bf16", 7, 128, 16, True), ("bf16", 4, 64, 64), ("bf16", 1, 256, 32), ("bf16", 5, 80, 24), ("fp16", 8, 128, 16),
-                     ("fp32", 4, 128, 16), ("fp32", 2, 256, 16, True), ("fp32", 4, 64, 32))
+        for case in (("bf16", 4, 128, 16), ("bf16", 7, 128, 16, True), ("bf16", 4, 64, 64), ("bf16", 2, 32, 16), ("bf16", 1, 256, 32), ("bf16", 5, 80, 24),
+                     ("fp16", 8, 128, 16), ("fp32", 4, 128, 16), ("fp32", 2, 256, 16, True), ("fp32", 4, 64, 32))
         for name, entry in _offline(*case).items()
     }

@@ -76,8 +76,7 @@ def test_reference_against_the_definition(shape, window, softcap, scale):
     torch.testing.assert_close(got, by_hand(q, *rest, window, softcap, scale), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [None, 1, 20, 1000])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "window"), [*((shape, window) for shape in SHAPES for window in (None, 20)), (SHAPES[1], 1), (SHAPES[1], 1000)], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_float32_matches_float64(shape, window, impl):
     q, k, v, table, lens = inputs(shape=shape, width=1)
