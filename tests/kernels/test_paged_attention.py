@@ -190,12 +190,12 @@ def test_large_scores(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_empty_inputs_views_and_gradients(impl):
-    q, k, v, table, lens = inputs()
+    q, k, v, table, lens = inputs([0, 5, 20])
     assert paged_attention(q[:0], k, v, table[:0], lens[:0], impl=impl).shape == (0, 4, 8)
     none = paged_attention(q[:1], k[:0], v[:0], table[:1, :0], lens[:1], impl=impl)  # no blocks, and no columns for them
     assert torch.equal(none, torch.zeros(1, 4, 8))
     want = paged_attention(q, k, v, table, lens, impl=impl)
-    qkv, columns = torch.randn(len(LENS), 12, 8), torch.full((len(LENS), 2 * table.shape[1]), -1, dtype=torch.int32)
+    qkv, columns = torch.randn(3, 12, 8), torch.full((3, 2 * table.shape[1]), -1, dtype=torch.int32)
     qkv[:, :4], columns[:, ::2] = q, table
     views = paged_attention(qkv[:, :4], k, v, columns[:, ::2], torch.stack([lens, -lens], 1)[:, 0], impl=impl)
     assert torch.equal(views, want)
