@@ -13,7 +13,7 @@ Source    Vaswani et al. (2017), eq. 1; Kwon et al. (2023), PagedAttention; spli
 
 Triton runs one program a (row, key/value head, split). The lengths are on the device, so the grid covers the table's width and a program beyond its
 row's length ends after one load; the table should be no wider than the longest row needs. `tl.dot` wants 16 rows: a group of fewer query heads is
-padded. The padding costs multiplications only, of which tensor cores have ten times what reading the cache leaves time for (16 heads x 4 flops an
+padded. The padding costs multiplications only, of which tensor cores have ten times what reading the cache leaves time for (16 heads x 2 flops an
 element at 2.4e12 elements/s is 77 TFLOP/s), and one code path serves every group size. A larger group takes several programs of 16 heads.
 """
 from __future__ import annotations
