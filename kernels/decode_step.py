@@ -9,6 +9,8 @@ Shapes    N tokens, R of them read out, B rows of the block table, M blocks a ro
           Hkv key/value heads, S positions a block. k_cache [L, blocks, Hkv, D, S] holds K transposed inside a block, so that the scores of a
           block are vector loads over its positions; v_cache [L, blocks, Hkv, S, D].
 Bytes     the weights once, and 2 L Hkv D s bytes a cached position a row: decoding reads, it does not compute.
+Triton    composed of the ops of this package: rms_norm, rope, paged_attention, swiglu, and torch's matrix products and cache writes between them. Every
+          token of a prompt walks the cached positions before it on its own; no row is gathered. Not run on a card in this project.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the weights' dtype; the RMSNorm rounds before it
           multiplies by its weight, as transformers' does. A slot that was not written, or a block of no row, is never read into a result.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form; Kwon et al. (2023), PagedAttention.
@@ -25,8 +27,12 @@ from torch import Tensor
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
+from fusedrl.kernels.rms_norm import rms_norm
+from fusedrl.kernels.rope import rope
+from fusedrl.kernels.swiglu import swiglu
 
-_IMPLS = Implementations("decode_step", cpu=("cpp", "torch"), cuda=("torch",))
+_IMPLS = Implementations("decode_step", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _GATHERED_TOKENS = 128  # the reference gathers the whole row of every token: so many tokens at a time bound its memory
 
 
@@ -75,50 +81,74 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _attend(q: Tensor, positions: Tensor, blocks: Tensor, k_cache: Tensor, v_cache: Tensor, window: int) -> Tensor:
-    """q [N, Hq, D] over the cached positions of each token's row; blocks [N, M]; one layer's caches. Returns [N, Hq D]."""
-    N, heads, D = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    kv_heads, size, M = k_cache.shape[1], v_cache.shape[2], blocks.shape[1]
-    slots = torch.arange(M * size, device=q.device)
-    seen = slots <= positions[:, None]
-    if window:
-        seen &= slots > positions[:, None] - window
-    blocks = torch.where(seen.view(N, M, size).any(-1), blocks, 0).long()  # entries that the token does not read may hold anything
-    keys = k_cache[blocks].permute(0, 2, 3, 1, 4).reshape(N, kv_heads, D, M * size).to(wide)
-    values = v_cache[blocks].permute(0, 2, 1, 3, 4).reshape(N, kv_heads, M * size, D).to(wide)
-    seen = seen[:, None, None]
-    scores = torch.where(seen, q.view(N, kv_heads, heads // kv_heads, D).to(wide) @ keys * D**-0.5, -torch.inf)
-    values = torch.where(seen.transpose(-1, -2), values, 0.0)  # 0 x what lies in an unwritten slot could be NaN
-    return (scores.softmax(-1) @ values).reshape(N, heads * D).to(q.dtype)
+def _angles(weights: DecoderWeights, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [N, D / 2]."""
+    angles = positions_N.to(dtype)[:, None] * weights.inv_freq.to(dtype)
+    return angles.cos() * weights.rope_scale, angles.sin() * weights.rope_scale
+
+
+def _slots(positions_N: Tensor, blocks_NM: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The block, and the slot in it, of every token."""
+    return blocks_NM.gather(1, positions_N[:, None] // size)[:, 0].long(), positions_N % size
+
+
+def _write(k: Tensor, v: Tensor, at: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
+    """The tokens' k and v [N, Hkv, D] into one layer's caches, in place."""
+    blocks_N, slots_N = at
+    keys[blocks_N, :, :, slots_N] = k
+    values[blocks_N, :, slots_N] = v
 
 
 def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor,
                           v_cache: Tensor, out_slots_R: Tensor | None = None) -> Tensor:
     """The definition, on any device and in any float dtype (float64 is the oracle). Writes the tokens' K and V into the caches."""
     heads, kv_heads, D, eps = weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.norm_eps
-    N, size = token_ids_N.shape[0], v_cache.shape[3]
+    N = token_ids_N.shape[0]
     x_NH = weights.embedding[token_ids_N]
     wide = torch.promote_types(x_NH.dtype, torch.float32)
-    angles = positions_N.to(wide)[:, None, None] * weights.inv_freq.to(wide)
-    cos, sin = angles.cos() * weights.rope_scale, angles.sin() * weights.rope_scale
+    cos, sin = (x_ND[:, None] for x_ND in _angles(weights, positions_N, wide))
     blocks_NM = block_table_BM[rows_N]
-    written = blocks_NM.gather(1, positions_N[:, None] // size)[:, 0].long()
-    slots = positions_N % size
+    written = _slots(positions_N, blocks_NM, v_cache.shape[3])
     for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
         qkv = F.linear(_rms_norm(x_NH, layer.input_norm, eps), layer.qkv, layer.qkv_bias).view(N, heads + 2 * kv_heads, D)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
         q = q if layer.q_norm is None else _rms_norm(q, layer.q_norm, eps)
         k = k if layer.k_norm is None else _rms_norm(k, layer.k_norm, eps)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        keys[written, :, :, slots] = k
-        values[written, :, slots] = v
+        _write(k, v, written, keys, values)
         parts = zip(q.split(_GATHERED_TOKENS), positions_N.split(_GATHERED_TOKENS), blocks_NM.split(_GATHERED_TOKENS), strict=True)
-        attended = torch.cat([_attend(part, at, blocks, keys, values, layer.window) for part, at, blocks in parts])
-        x_NH = x_NH + F.linear(attended, layer.o, layer.o_bias)
+        attended = torch.cat([paged_attention_reference(part, keys, values, blocks, at + 1, layer.window or None) for part, at, blocks in parts])
+        x_NH = x_NH + F.linear(attended.flatten(1), layer.o, layer.o_bias)
         gate, up = F.linear(_rms_norm(x_NH, layer.post_norm, eps), layer.gate_up, layer.gate_up_bias).to(wide).chunk(2, dim=-1)
         x_NH = x_NH + F.linear((F.silu(gate) * up).to(x_NH.dtype), layer.down, layer.down_bias)
     return _rms_norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, eps)
+
+
+# ---- Triton: the ops of this package, one after the other --------------------------------------------------------------------
+def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor,
+                        v_cache: Tensor, out_slots_R: Tensor | None) -> Tensor:
+    heads, kv_heads, eps = weights.num_heads, weights.num_kv_heads, weights.norm_eps
+    impl = "triton" if token_ids_N.device.type == "cpu" else None  # under the interpreter all of it; on a GPU each op has its own best
+    cos, sin = _angles(weights, positions_N, torch.float32)
+    blocks_NM, lens_N = block_table_BM[rows_N], positions_N + 1
+    written = _slots(positions_N, blocks_NM, v_cache.shape[3])
+    delta_NH, stream_NH = weights.embedding[token_ids_N], None  # what the layer before adds, and what it adds it to
+    for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
+        if stream_NH is None:
+            stream_NH, h_NH = delta_NH, rms_norm(delta_NH, layer.input_norm, eps=eps, impl=impl)
+        else:
+            h_NH, stream_NH = rms_norm(delta_NH, layer.input_norm, eps=eps, residual=stream_NH, impl=impl)
+        qkv = F.linear(h_NH, layer.qkv, layer.qkv_bias).unflatten(1, (heads + 2 * kv_heads, weights.head_dim))
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        q = q if layer.q_norm is None else rms_norm(q, layer.q_norm, eps=eps, impl=impl)
+        k = k if layer.k_norm is None else rms_norm(k, layer.k_norm, eps=eps, impl=impl)
+        q, k = rope(q, k, cos, sin, impl=impl)
+        _write(k, v, written, keys, values)
+        o = paged_attention(q, keys, values, blocks_NM, lens_N, window=layer.window or None, impl=impl)
+        h_NH, stream_NH = rms_norm(F.linear(o.flatten(1), layer.o, layer.o_bias), layer.post_norm, eps=eps, residual=stream_NH, impl=impl)
+        delta_NH = F.linear(swiglu(F.linear(h_NH, layer.gate_up, layer.gate_up_bias), impl=impl), layer.down, layer.down_bias)
+    x_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
+    return rms_norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, eps=eps, impl=impl)
 
 
 # ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
@@ -178,7 +208,7 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
             hold anything.
         k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype (`allocate_cache`); written in place.
         out_slots: [R] int64, the tokens whose hidden state is wanted; None: all.
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp" (CPU), "triton" (not float64) or "torch"; by default the best one for the device.
     Returns:
         [R, H] hidden states after the final norm, in the weights' dtype. The head is `weights.head`.
     Raises:
@@ -190,17 +220,19 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
     check(op, {"token_ids": (token_ids, "N"), "positions": (positions, "N"), "rows": (rows, "N"), "block_table": (block_table, "B M"),
                "k_cache": (k_cache, f"{L} blocks {Hkv} {D} S"), "v_cache": (v_cache, f"{L} blocks {Hkv} S {D}"), "out_slots": (out_slots, "R"),
                "weights.embedding": (weights.embedding, "V H")})
-    chosen = _IMPLS.choose(token_ids.device, impl)
+    refused = {"triton": "it computes in float32"} if weights.embedding.dtype == torch.float64 else {}
+    chosen = _IMPLS.choose(token_ids.device, impl, refused)
     for name, tensor in (("token_ids", token_ids), ("positions", positions), ("rows", rows), ("out_slots", out_slots)):
         check_dtype(op, name, tensor, (torch.int64,))
     check_dtype(op, "block_table", block_table, (torch.int32,))
-    check_dtype(op, "weights.embedding", weights.embedding, FLOATS if chosen == "torch" else (torch.float32, torch.bfloat16))
+    check_dtype(op, "weights.embedding", weights.embedding, (torch.float32, torch.bfloat16) if chosen == "cpp" else FLOATS)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_dtype(op, name, tensor, (weights.embedding.dtype,))
-    if chosen == "torch":
+    if chosen != "cpp":
         if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_ranges(weights, token_ids, positions, rows, block_table, k_cache.shape[1], v_cache.shape[3], out_slots)
-        return decode_step_reference(weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
+        function = decode_step_reference if chosen == "torch" else _decode_step_triton
+        return function(weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
     return torch.ops.fusedrl.decode_step(
         token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, weights.embedding, weights.norm, weights.inv_freq,
         [part for layer in weights.layers for part in layer[:-1]], [layer.window for layer in weights.layers], weights.rope_scale, weights.norm_eps)

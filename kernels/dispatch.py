@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
-from fusedrl.kernels import native, nvrtc
+from fusedrl.kernels import attention_flash, native, nvrtc
 
-NAMES = ("torch", "cpp", "triton", "cuda")
+NAMES = ("torch", "cpp", "triton", "cuda", "flash_attn", "torch_varlen")
 _preferred = os.environ.get("FUSEDRL_IMPL") or None
 if _preferred not in (None, *NAMES):
     raise ValueError(f"FUSEDRL_IMPL: expected one of {', '.join(NAMES)}, got {_preferred!r}; unset it for the default of each device")
@@ -45,6 +46,10 @@ _WHY_NOT: dict[tuple[str, str], str | None] = {
     ("triton", "cuda"): _why_not_triton("cuda"),
     ("cuda", "cpu"): "the CUDA C++ kernels serve CUDA tensors only",
     ("cuda", "cuda"): nvrtc.why_not(),
+    ("flash_attn", "cpu"): "FlashAttention serves CUDA tensors only",
+    ("flash_attn", "cuda"): attention_flash.why_not_flash_attn,
+    ("torch_varlen", "cpu"): "FlashAttention serves CUDA tensors only",
+    ("torch_varlen", "cuda"): attention_flash.why_not_torch_varlen,
 }
 
 
@@ -76,16 +81,23 @@ class Implementations:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", frozenset(self.cpu) | frozenset(self.cuda))
 
-    def choose(self, device: torch.device, impl: str | None = None) -> str:
-        """Name of the implementation for tensors on `device`. Raises RuntimeError when the one asked for cannot run."""
+    def choose(self, device: torch.device, impl: str | None = None, refused: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Name of the implementation for tensors on `device`. Raises RuntimeError when the one asked for cannot run.
+
+        `refused`: implementations that do not serve this very call (its dtype, its sizes), and why.
+        """
         kind = "cuda" if device.type == "cuda" else "cpu"
         wanted = impl or _forced
+
+        def why_not(name: str) -> str | None:
+            return unavailable(name, kind) or refused.get(name)
+
         if wanted is None:
-            if _preferred in self.names and unavailable(_preferred, kind) is None:
+            if _preferred in self.names and why_not(_preferred) is None:
                 return _preferred
-            return next(name for name in (self.cuda if kind == "cuda" else self.cpu) if unavailable(name, kind) is None)
-        why = unavailable(wanted, kind) if wanted in self.names else f"this op has {', '.join(n for n in NAMES if n in self.names)}"
+            return next(name for name in (self.cuda if kind == "cuda" else self.cpu) if why_not(name) is None)
+        why = why_not(wanted) if wanted in self.names else f"this op has {', '.join(n for n in NAMES if n in self.names)}"
         if why is not None:
-            can = [name for name in NAMES if name in self.names and unavailable(name, kind) is None]
+            can = [name for name in NAMES if name in self.names and why_not(name) is None]
             raise RuntimeError(f"{self.op}: implementation {wanted!r} cannot run on {device.type}: {why}; these can: {', '.join(can)}")
         return wanted

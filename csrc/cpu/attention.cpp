@@ -34,7 +34,7 @@ struct Shape {
   int64_t B, Hq, Hkv, D, Dp;  // Dp: D rounded up to whole vectors
   bool causal;
   int64_t window;  // 0: none
-  float scale;
+  float scale, softcap;  // 0: none
 };
 
 // The keys that some query of the block [first, last] may see, and the lanes that may see key j.
@@ -73,6 +73,13 @@ inline void scores(const float* columns, const float* rows, const Shape& s, Vec*
     const Vec column = Vec::loadu(columns + d * L);
     for (int64_t k = 0; k < n; ++k) out[k] = at::vec::fmadd(column, Vec(rows[k * s.Dp + d]), out[k]);
   }
+}
+
+// softcap tanh(z / softcap), and what it multiplies a gradient by, from its result.
+inline Vec cap(const Vec& z, const Shape& s) { return s.softcap > 0 ? (z * Vec(1.0f / s.softcap)).tanh() * Vec(s.softcap) : z; }
+inline Vec cap_slope(const Vec& capped, const Shape& s) {
+  const Vec t = capped * Vec(1.0f / s.softcap);
+  return Vec(1.0f) - t * t;
 }
 
 // columns[d][lane] += sum_k weights[k][lane] * rows[k][d].
@@ -120,10 +127,10 @@ inline void over_keys(const Block& block, F&& f) {
   for (; j < block.end(); ++j) f(j, std::integral_constant<int64_t, 1>());
 }
 
-Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, bool causal, int64_t window, double scale) {
+Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, bool causal, int64_t window, double scale, double softcap) {
   TORCH_CHECK_TYPE(q.scalar_type() != at::kDouble, "varlen_attention: the C++ implementation computes in float32; use the torch one for float64");
   const int64_t D = q.size(2);
-  return {cu_seqlens.size(0) - 1, q.size(1), k.size(1), D, (D + L - 1) / L * L, causal, window, static_cast<float>(scale)};
+  return {cu_seqlens.size(0) - 1, q.size(1), k.size(1), D, (D + L - 1) / L * L, causal, window, static_cast<float>(scale), static_cast<float>(softcap)};
 }
 
 void check_sequences(const Tensor& cu_seqlens, int64_t N) {
@@ -137,10 +144,11 @@ void check_sequences(const Tensor& cu_seqlens, int64_t N) {
 // Strides of the token and head dimensions are free; the last dimension is contiguous.
 Tensor dense_heads(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous(); }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& cu_seqlens_, bool causal, int64_t window, double scale) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& cu_seqlens_, bool causal, int64_t window, double scale,
+                                   double softcap) {
   const Tensor q = dense_heads(q_), k = dense_heads(k_), v = dense_heads(v_), cu_seqlens = cu_seqlens_.contiguous();
   check_sequences(cu_seqlens, q.size(0));
-  const Shape s = shape_of(q, k, cu_seqlens, causal, window, scale);
+  const Shape s = shape_of(q, k, cu_seqlens, causal, window, scale, softcap);
   Tensor o = at::empty(q.sizes(), q.options()), lse = at::empty({s.Hq, q.size(0)}, q.options().dtype(at::kFloat));
   const int32_t* ends = cu_seqlens.const_data_ptr<int32_t>();
   const int64_t N = q.size(0), group = s.Hq / s.Hkv;
@@ -170,7 +178,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_, const Ten
               scores<n>(query, keys.data() + j * s.Dp, s, z);
               for (int64_t c = 0; c < n; ++c) {
                 float* row = buffer.data() + (j + c) * L;
-                z[c].store(row);
+                cap(z[c], s).store(row);
                 if (block.lane_begin(j + c) > 0 || block.lane_end(j + c) < L) blank(block, j + c, -INF, row);
                 maximum = at::vec::maximum(maximum, Vec::loadu(row));
               }
@@ -202,11 +210,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_, const Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& do_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& o_, const Tensor& lse_,
-                                            const Tensor& cu_seqlens_, bool causal, int64_t window, double scale) {
+                                            const Tensor& cu_seqlens_, bool causal, int64_t window, double scale, double softcap) {
   const Tensor dout = dense_heads(do_), q = dense_heads(q_), k = dense_heads(k_), v = dense_heads(v_), o = o_.contiguous(), lse = lse_.contiguous();
   const Tensor cu_seqlens = cu_seqlens_.contiguous();
   check_sequences(cu_seqlens, q.size(0));
-  const Shape s = shape_of(q, k, cu_seqlens, causal, window, scale);
+  const Shape s = shape_of(q, k, cu_seqlens, causal, window, scale, softcap);
   Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
   const int32_t* ends = cu_seqlens.const_data_ptr<int32_t>();
   const int64_t N = q.size(0), group = s.Hq / s.Hkv;
@@ -251,9 +259,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& do_, const Tensor& q_,
               scores<n>(upstream, values.data() + j * s.Dp, s, dp);
               for (int64_t c = 0; c < n; ++c) {
                 float *p = weights.data() + (j + c) * L, *ds = slopes.data() + (j + c) * L;
-                const Vec weight = (z[c] - log_sum).exp();
+                const Vec score = cap(z[c], s), weight = (score - log_sum).exp(), slope = weight * (dp[c] - delta);
                 weight.store(p);
-                (weight * (dp[c] - delta)).store(ds);
+                (s.softcap > 0 ? slope * cap_slope(score, s) : slope).store(ds);
                 if (block.lane_begin(j + c) > 0 || block.lane_end(j + c) < L) {
                   blank(block, j + c, 0.0f, p);
                   blank(block, j + c, 0.0f, ds);
@@ -284,16 +292,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& do_, const Tensor& q_,
 
 struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, bool causal,
-                        int64_t window, double scale) {
+                        int64_t window, double scale, double softcap) {
     at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fusedrl::varlen_attention_forward", "")
-                         .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, int64_t, double)>();
-    auto [o, lse] = op.call(q, k, v, cu_seqlens, causal, window, scale);
+                         .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, int64_t, double, double)>();
+    auto [o, lse] = op.call(q, k, v, cu_seqlens, causal, window, scale, softcap);
     ctx->save_for_backward({q, k, v, o, lse, cu_seqlens});
     ctx->saved_data["causal"] = causal;
     ctx->saved_data["window"] = window;
     ctx->saved_data["scale"] = scale;
+    ctx->saved_data["softcap"] = softcap;
     return o;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
@@ -301,23 +310,26 @@ struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fusedrl::varlen_attention_backward", "")
                          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                                   const Tensor&, bool, int64_t, double)>();
+                                                                   const Tensor&, bool, int64_t, double, double)>();
     const auto saved = ctx->get_saved_variables();
     auto [dq, dk, dv] = op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], ctx->saved_data["causal"].toBool(),
-                                ctx->saved_data["window"].toInt(), ctx->saved_data["scale"].toDouble());
-    return {dq, dk, dv, Tensor(), Tensor(), Tensor(), Tensor()};
+                                ctx->saved_data["window"].toInt(), ctx->saved_data["scale"].toDouble(), ctx->saved_data["softcap"].toDouble());
+    return {dq, dk, dv, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
-Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, bool causal, int64_t window, double scale) {
-  return VarlenAttention::apply(q, k, v, cu_seqlens, causal, window, scale);
+Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, bool causal, int64_t window, double scale,
+                        double softcap) {
+  return VarlenAttention::apply(q, k, v, cu_seqlens, causal, window, scale, softcap);
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
-  m.def("varlen_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int window, float scale) -> (Tensor, Tensor)");
-  m.def("varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens, bool causal, int window, float scale) "
-        "-> (Tensor, Tensor, Tensor)");
-  m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int window, float scale) -> Tensor");
+  m.def(
+      "varlen_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int window, float scale, float softcap) -> (Tensor, Tensor)");
+  m.def(
+      "varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens, bool causal, int window, float scale, "
+      "float softcap) -> (Tensor, Tensor, Tensor)");
+  m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int window, float scale, float softcap) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) {
   m.impl("varlen_attention_forward", &forward);

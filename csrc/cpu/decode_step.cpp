@@ -7,147 +7,21 @@
 // Checked  beforehand and in one place (`check_ranges`), so that no index leaves its tensor.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <vector>
 
+#include "paged.h"
 #include "panels.h"
 
 namespace {
 
 using at::Tensor;
-
-// ---- attention of one token and one key/value head -------------------------------------------------------------------------
-typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
-
-// As many consecutive values as V has, widened to float. Through memcpy: a vector type loses its attributes as a template's argument.
-template <typename V>
-inline V load(const float* p) {
-  V value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-template <typename V, typename Word, typename Bits>
-inline V widen(const at::BFloat16* p) {
-  Bits bits;
-  std::memcpy(&bits, p, sizeof bits);
-  const Word word = __builtin_convertvector(bits, Word) << 16;
-  V value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-template <typename V>
-inline V load(const at::BFloat16* p) {
-  typedef uint16_t LanesBits __attribute__((vector_size(2 * VL)));
-  typedef uint32_t LanesWord __attribute__((vector_size(4 * VL)));
-  typedef uint16_t EightBits __attribute__((vector_size(16)));
-  typedef uint32_t EightWord __attribute__((vector_size(32)));
-  if constexpr (sizeof(V) == sizeof(Lanes)) return widen<V, LanesWord, LanesBits>(p);
-  else return widen<V, EightWord, EightBits>(p);
-}
-template <typename V, typename T>
-inline V load(const T* p, int64_t count) {
-  float padded[sizeof(V) / sizeof(float)] = {};
-  for (int64_t i = 0; i < count; ++i) padded[i] = to_float(p[i]);
-  return load<V>(padded);
-}
-
-// scores[g][s] = q[g] . k[:, s] of one block; k [D][S], q [G][D]. Writes whole vectors, so up to the next multiple of VL.
-template <int G, typename T>
-inline void block_scores(const T* k, const float* q, int64_t D, int64_t S, float* scores, int64_t ld) {
-  for (int64_t s = 0; s < S; s += VL) {
-    Lanes sum[G] = {};
-    for (int64_t d = 0; d < D; ++d) {
-      const Lanes key = s + VL <= S ? load<Lanes>(k + d * S + s) : load<Lanes>(k + d * S + s, S - s);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[g] += q[g * D + d] * key;
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) *reinterpret_cast<Lanes*>(scores + g * ld + s) = sum[g];
-  }
-}
-
-// out[g] += sum over `count` positions of weights[g][s] v[s]; v [count][D].
-template <int G, typename T>
-inline void block_values(const T* v, const float* weights, int64_t ld, int64_t count, int64_t D, float* out) {
-  constexpr int U = 8 / G;  // eight sums in flight
-  for (int64_t d = 0; d + 8 <= D; d += 8) {
-    Eight sum[G][U] = {};
-    int64_t s = 0;
-    for (; s + U <= count; s += U) {
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-        const Eight value = load<Eight>(v + (s + u) * D + d);
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) sum[g][u] += weights[g * ld + s + u] * value;
-      }
-    }
-    for (; s < count; ++s) {
-      const Eight value = load<Eight>(v + s * D + d);
-#pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) sum[g][0] += weights[g * ld + s] * value;
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 8
-      for (int u = 1; u < U; ++u) sum[g][0] += sum[g][u];
-      *reinterpret_cast<Eight*>(out + g * D + d) += sum[g][0];
-    }
-  }
-  for (int64_t d = D / 8 * 8; d < D; ++d)
-    for (int g = 0; g < G; ++g)
-      for (int64_t s = 0; s < count; ++s) out[g * D + d] += weights[g * ld + s] * to_float(v[s * D + d]);
-}
-
-// exp(x - max) in place; the sum. Masked scores are -inf and come out as 0.
-float softmax_weights(float* scores, int64_t size) {
-  Vec top = Vec::loadu(scores);
-  for (int64_t i = VL; i < size; i += VL) top = at::vec::maximum(top, Vec::loadu(scores + i));
-  const Vec max(at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, top));
-  Vec sum(0.0f);
-  for (int64_t i = 0; i < size; i += VL) {
-    const Vec weight = (Vec::loadu(scores + i) - max).exp();
-    weight.store(scores + i);
-    sum = sum + weight;
-  }
-  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, sum);
-}
-
-struct Cache {
-  int64_t heads, D, S;  // one layer: k [blocks, heads, D, S], v [blocks, heads, S, D]
-};
-
-template <int G, typename T>
-void attend(const T* k, const T* v, const Cache& cache, int64_t head, const int32_t* blocks, int64_t first, int64_t last, const float* q,
-            float* scores, int64_t ld, float* out) {
-  const int64_t S = cache.S, D = cache.D, pitch = (S + VL - 1) / VL * VL, start = first / S, count = last / S - start + 1, size = count * pitch;
-  const auto offset = [&](int64_t b) { return (static_cast<int64_t>(blocks[start + b]) * cache.heads + head) * S * D; };
-  const auto mask = [&](int64_t from, int64_t to) {
-    for (int g = 0; g < G; ++g) std::fill(scores + g * ld + from, scores + g * ld + to, -std::numeric_limits<float>::infinity());
-  };
-  for (int64_t b = 0; b < count; ++b) {
-    block_scores<G>(k + offset(b), q, D, S, scores + b * pitch, ld);
-    if (pitch > S) mask(b * pitch + S, (b + 1) * pitch);
-  }
-  mask(0, first % S);
-  mask((count - 1) * pitch + last % S + 1, size);
-  float sums[G];
-  for (int g = 0; g < G; ++g) sums[g] = softmax_weights(scores + g * ld, size);
-  std::fill(out, out + G * D, 0.0f);
-  for (int64_t b = 0; b < count; ++b) {  // unseen slots are stepped over, never multiplied by 0: they may hold NaN
-    const int64_t from = b == 0 ? first % S : 0, to = b + 1 == count ? last % S + 1 : S;
-    block_values<G>(v + offset(b) + from * D, scores + b * pitch + from, ld, to - from, D, out);
-  }
-  for (int g = 0; g < G; ++g)
-    for (int64_t d = 0; d < D; ++d) out[g * D + d] /= sums[g];
-}
 
 // ---- the step ------------------------------------------------------------------------------------------------------------
 struct Tokens {
@@ -224,8 +98,7 @@ template <typename T>
 void attention(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, const Panels& panels, const float* qkv, const T* k_cache,
                const T* v_cache, int64_t longest, float* out) {
   const Cache cache{z.kv_heads, z.D, z.S};
-  const int64_t group = z.group(), ld = (longest / z.S + 1) * ((z.S + VL - 1) / VL * VL);
-  const int64_t grain = std::max<int64_t>(1, TASK_FLOPS / (4 * group * z.D * ld));
+  const int64_t group = z.group(), ld = cache.scores(longest), grain = std::max<int64_t>(1, TASK_FLOPS / (4 * group * z.D * ld));
   const float scale = 1.0f / std::sqrt(static_cast<float>(z.D));
   at::parallel_for(0, tokens.N * z.kv_heads, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scores(4 * ld), q(group * z.D), result(group * z.D);
@@ -234,17 +107,8 @@ void attention(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, cons
       const float* from = qkv + p * PANEL * z.qkv() + head * group * z.D * width + c;
       for (int64_t i = 0; i < group * z.D; ++i) q[i] = from[i * width] * scale;
       const int64_t last = tokens.positions[n], first = layer.window ? std::max<int64_t>(0, last - layer.window + 1) : 0;
-      const int32_t* blocks = tokens.table + tokens.rows[n] * tokens.M;
-      for (int64_t g = 0; g < group;) {  // query heads that share the reads of K and V
-        const auto run = [&](auto size) {
-          constexpr int G = decltype(size)::value;
-          attend<G>(k_cache, v_cache, cache, head, blocks, first, last, q.data() + g * z.D, scores.data(), ld, result.data() + g * z.D);
-          g += G;
-        };
-        if (group - g >= 4) run(std::integral_constant<int, 4>());
-        else if (group - g >= 2) run(std::integral_constant<int, 2>());
-        else run(std::integral_constant<int, 1>());
-      }
+      const Span span{tokens.table + tokens.rows[n] * tokens.M, first, last, 0.0f};
+      attend_group(k_cache, v_cache, cache, head, span, group, q.data(), scores.data(), ld, result.data());
       float* to = out + p * PANEL * z.heads * z.D + head * group * z.D * width + c;
       for (int64_t i = 0; i < group * z.D; ++i) to[i * width] = result[i];
     }

@@ -29,8 +29,8 @@ struct Panels {
   int64_t lanes() const { return count ? (count - 1) * PANEL + width(count - 1) : 0; }
 };
 
-float to_float(float x) { return x; }
-float to_float(c10::BFloat16 x) { return static_cast<float>(x); }
+inline float to_float(float x) { return x; }
+inline float to_float(c10::BFloat16 x) { return static_cast<float>(x); }
 
 // ---- y (+)= W x + b ------------------------------------------------------------------------------------------------------
 // The compiler's own vectors, of the width of Vec: `a * b + c` becomes one FMA where there is one, and stays in registers where Vec is an array.
@@ -110,7 +110,7 @@ void rms_norm(const float* x, const T* weight, int64_t rows, int64_t width, floa
 }
 
 // Rotate-half RoPE of one head, [D][width]; cos and sin [D / 2][width].
-void rotate(float* x, const float* cos, const float* sin, int64_t D, int64_t width) {
+inline void rotate(float* x, const float* cos, const float* sin, int64_t D, int64_t width) {
   const int64_t half = D / 2 * width;
   for (int64_t i = 0; i < half; i += VL) {
     const Vec first = Vec::loadu(x + i), second = Vec::loadu(x + half + i), c = Vec::loadu(cos + i), s = Vec::loadu(sin + i);
@@ -120,7 +120,7 @@ void rotate(float* x, const float* cos, const float* sin, int64_t D, int64_t wid
 }
 
 // gate * sigmoid(gate) * up; gate and up of `size` values each, one after the other.
-void swiglu(const float* gate_up, int64_t size, float* y) {
+inline void swiglu(const float* gate_up, int64_t size, float* y) {
   for (int64_t i = 0; i < size; i += VL) {
     const Vec gate = Vec::loadu(gate_up + i);
     (gate / (Vec(1.0f) + gate.neg().exp()) * Vec::loadu(gate_up + size + i)).store(y + i);

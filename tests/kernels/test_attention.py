@@ -7,7 +7,8 @@ from fusedrl.kernels.attention import varlen_attention, varlen_attention_referen
 IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
 # Lengths: none, one token, empty sequences, alike, and so unlike that they are padded in several groups.
 LENGTHS = [[], [0], [1], [5, 5], [3, 0, 1, 7, 2], [33, 31, 1, 2, 3, 2, 1, 4, 65]]
-FORMS = [(True, None), (True, 1), (True, 4), (True, 100), (False, None), (False, 3)]
+FORMS = [(True, None, None), (True, 1, None), (True, 4, None), (True, 100, None), (False, None, None), (False, 3, None), (True, None, 0.7), (True, 4, 0.7),
+         (False, None, 3.0), (False, 3, 0.7)]
 
 
 def inputs(lengths, heads=(6, 2), D=8, dtype=torch.float32, seed=0):
@@ -25,13 +26,13 @@ def run(q, k, v, cu_seqlens, upstream, attention=varlen_attention, **options):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize(("causal", "window"), FORMS)
+@pytest.mark.parametrize(("causal", "window", "softcap"), FORMS)
 @pytest.mark.parametrize("heads", [(6, 2, 8), (3, 3, 18), (5, 1, 1)], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_matches_float64(lengths, causal, window, heads, impl):
+def test_matches_float64(lengths, causal, window, softcap, heads, impl):
     q, k, v, cu_seqlens = inputs(lengths, heads, heads[2])
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
-    options = {"causal": causal, "window": window}
+    options = {"causal": causal, "window": window, "softcap": softcap}
     ours = {"impl": impl, **options}
     got = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths, default=0), **ours)
     want = run(q.double(), k.double(), v.double(), cu_seqlens, upstream.double(), varlen_attention_reference, **options) if lengths else None
@@ -44,16 +45,34 @@ def test_matches_float64(lengths, causal, window, heads, impl):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=5e-6)
 
 
-def test_reference_against_the_definition():
+@pytest.mark.parametrize("softcap", [None, 0.4])
+def test_reference_against_the_definition(softcap):
     q, k, v, cu_seqlens = inputs([4, 3], (2, 1), dtype=torch.float64)
-    got = varlen_attention_reference(q, k, v, cu_seqlens, window=2, scale=0.7)
+    got = varlen_attention_reference(q, k, v, cu_seqlens, window=2, scale=0.7, softcap=softcap)
     for start, end in ((0, 4), (4, 7)):
         for i in range(start, end):
             seen = range(max(start, i - 1), i + 1)
             for head in range(2):
-                weights = torch.stack([torch.exp(0.7 * (q[i, head] @ k[j, 0])) for j in seen])
+                scores = [0.7 * (q[i, head] @ k[j, 0]) for j in seen]
+                weights = torch.stack([torch.exp(softcap * torch.tanh(z / softcap) if softcap else z) for z in scores])
                 by_hand = sum(w * v[j, 0] for w, j in zip(weights / weights.sum(), seen, strict=True))
                 torch.testing.assert_close(got[i, head], by_hand)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_softcap_gradients_against_finite_differences(impl):
+    if impl == "torch":
+        q, k, v, cu_seqlens = inputs([4, 3], dtype=torch.float64)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, cu_seqlens, max_length=4, softcap=0.5, impl=impl), leaves)
+    q, k, v, cu_seqlens = inputs([40, 5])
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    options = {"max_length": 40, "impl": impl}
+    capped, plain = (run(30 * q, k, v, cu_seqlens, upstream, softcap=cap, **options) for cap in (2.0, None))  # most scores beyond the softcap
+    want = run(30 * q.double(), k.double(), v.double(), cu_seqlens, upstream.double(), varlen_attention_reference, softcap=2.0)
+    for got, exact, wrong in zip(capped, want, plain, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+        assert (wrong - exact).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -114,17 +133,19 @@ def test_compiles_and_takes_strided_views(impl):
     assert torch.equal(varlen_attention(*views, cu_seqlens, max_length=20, impl=impl), want)
     compiled = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, cu_seqlens, max_length=20, impl=impl), want)
+    capped = varlen_attention(q, k, v, cu_seqlens, max_length=20, softcap=0.5, impl=impl)
+    torch.testing.assert_close(compiled(q, k, v, cu_seqlens, max_length=20, softcap=0.5, impl=impl), capped)
 
 
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 def test_opcheck():
     q, k, v, cu_seqlens = inputs([9, 0, 4])
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.fusedrl.varlen_attention.default, (*leaves, cu_seqlens, True, 3, 0.5))
+    torch.library.opcheck(torch.ops.fusedrl.varlen_attention.default, (*leaves, cu_seqlens, True, 3, 0.5, 2.0))
     plain = [x.detach() for x in leaves]
-    o, lse = torch.ops.fusedrl.varlen_attention_forward(*plain, cu_seqlens, True, 3, 0.5)
-    torch.library.opcheck(torch.ops.fusedrl.varlen_attention_forward.default, (*plain, cu_seqlens, True, 3, 0.5))
-    torch.library.opcheck(torch.ops.fusedrl.varlen_attention_backward.default, (o, *plain, o, lse, cu_seqlens, True, 3, 0.5))
+    o, lse = torch.ops.fusedrl.varlen_attention_forward(*plain, cu_seqlens, True, 3, 0.5, 2.0)
+    torch.library.opcheck(torch.ops.fusedrl.varlen_attention_forward.default, (*plain, cu_seqlens, True, 3, 0.5, 2.0))
+    torch.library.opcheck(torch.ops.fusedrl.varlen_attention_backward.default, (o, *plain, o, lse, cu_seqlens, True, 3, 0.5, 2.0))
 
 
 def test_refuses_what_it_does_not_support():
@@ -144,7 +165,9 @@ def test_refuses_what_it_does_not_support():
         varlen_attention(q, k, v, cu_seqlens, max_length=3)
     with pytest.raises(ValueError, match="expected window >= 1"):
         varlen_attention(q, k, v, cu_seqlens, max_length=4, window=0)
+    with pytest.raises(ValueError, match="expected a softcap above 0"):
+        varlen_attention(q, k, v, cu_seqlens, max_length=4, softcap=0.0)
     with pytest.raises(RuntimeError, match=r"these can: "):
         varlen_attention(q, k, v, cu_seqlens, max_length=4, impl="triton")
-    with pytest.raises(RuntimeError, match=r"of float64: implementation 'cpp' cannot run .* this op has torch"):
+    with pytest.raises(RuntimeError, match=r"'cpp' cannot run on cpu: it computes in float32; these can: torch"):
         varlen_attention(q.double(), k.double(), v.double(), cu_seqlens, max_length=4, impl="cpp")

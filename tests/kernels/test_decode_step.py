@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
+from fusedrl.kernels import paged_attention as paged_attention_module
 from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, allocate_cache, copy_blocks, decode_step
+from fusedrl.kernels.dispatch import unavailable
 
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
 IMPLS = ["torch", CPP]
@@ -131,6 +133,36 @@ def test_reference_in_float64():
     for kind in KINDS:
         weights, (ids,) = make(kind, torch.float64), sequences([20])
         torch.testing.assert_close(step(weights, Cache(weights, [20]), triples([ids])[0], "torch"), dense(weights, ids), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+@pytest.mark.parametrize(("kind", "size"), [("plain", 4), ("biased", 5), ("normed", 8), ("windowed", 4)])
+def test_triton_matches_a_dense_decoder_in_float64(kind, size, monkeypatch):
+    monkeypatch.setattr(paged_attention_module, "_SPLIT", 8)
+    weights, lengths = make(kind), [1, 10]
+    ids, cache = sequences(lengths), Cache(make(kind), lengths, size)
+    want = [dense(weights, sequence) for sequence in ids]
+    short, long = triples(ids)
+    for tokens in (long[:2], short + long[2:8], long[8:9], long[9:]):  # a chunk, a chunk beside a whole prompt, and one token at a time
+        for (row, t, _), hidden in zip(tokens, step(weights, cache, tokens, "triton"), strict=True):
+            torch.testing.assert_close(hidden.double(), want[row][t], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+def test_triton_reads_out_slots_and_compiles():
+    weights, (ids,) = make("biased"), sequences([4])
+    tokens, slots = triples([ids])[0], torch.tensor([3, 0, 3])
+    want = step(weights, Cache(weights, [4]), tokens, "torch", slots)
+    torch.testing.assert_close(step(weights, Cache(weights, [4]), tokens, "triton", slots), want, rtol=2e-5, atol=2e-5)
+    assert step(weights, Cache(weights, [4]), [], "triton").shape == (0, 40)
+    cache, n = Cache(weights, [4], fill=0.0), torch.arange(4)
+    compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
+    got = compiled(weights, torch.tensor(ids), n, torch.zeros(4, dtype=torch.int64), cache.table.clamp(max=3), cache.k, cache.v, slots, impl="triton")
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: it computes in float32"):
+        step(make("plain", torch.float64), Cache(make("plain", torch.float64), [4]), tokens, "triton")
+    with pytest.raises(IndexError, match="token_ids"):
+        step(weights, cache, [(0, 0, 37)], "triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
