@@ -15,7 +15,7 @@ from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
 from fusedrl.kernels.full_kl import DIRECTIONS, check_direction, full_kl, full_kl_reference
-from fusedrl.kernels.linear_logprob import product
+from fusedrl.kernels.linear_head import product, workspace
 
 _IMPLS = Implementations("linear_full_kl", cpu=("cpp", "torch"), cuda=("torch",))
 
@@ -38,9 +38,7 @@ def linear_full_kl_reference(hidden_NH: Tensor, weight_VH: Tensor, ref_hidden_NH
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None):
-        if workspace_bytes is None:
-            workspace_bytes = max(4 << 20, min(256 << 20, N * V))  # an eighth of 2 N V float32
-        return rows.split(max(1, workspace_bytes // (8 * V))) if rows.numel() else ()
+        return rows.split(max(1, workspace(workspace_bytes, 2 * N, V) // (8 * V))) if rows.numel() else ()
 
     @staticmethod
     def logits(hidden_RH: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

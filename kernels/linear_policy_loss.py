@@ -24,7 +24,8 @@ from torch import Tensor
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
-from fusedrl.kernels.linear_logprob import finish, linear_logprob, linear_logprob_reference, product
+from fusedrl.kernels.linear_head import product, workspace
+from fusedrl.kernels.linear_logprob import finish, linear_logprob, linear_logprob_reference
 from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
 from fusedrl.kernels.objective import PolicyObjective, PolicyStats, RolloutCorrection
 from fusedrl.kernels.policy_loss import Derived, PolicyPart, check_policy, policy_loss_reference
@@ -50,12 +51,10 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, token_ids, weights, temperature, softcap, part, derived, workspace_bytes):
         rows = (weights != 0).nonzero().squeeze(1)
         N, V, wide = hidden.shape[0], weight.shape[0], torch.promote_types(weight.dtype, torch.float32)
-        if workspace_bytes is None:
-            workspace_bytes = max(4 << 20, min(256 << 20, N * V * 4 // 8))
         logp_N, entropy_N = hidden.new_zeros(2, N, dtype=wide).unbind()
         grads = [torch.zeros_like(t, dtype=t.dtype if t is hidden else wide) if t is not None and needed else None
                  for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)]
-        for index in rows.split(max(1, workspace_bytes // (4 * V))) if rows.numel() else ():
+        for index in rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ():
             ids, scale = token_ids[index], temperature[index] if isinstance(temperature, Tensor) else temperature
             z_RV = product(hidden[index], weight.t())
             with torch.enable_grad():

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
+from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.linear_logprob import linear_logprob, linear_logprob_reference
 
-IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="needs the interpreter of triton"))
+IMPLS = ["torch", CPP, TRITON]
 
 
 def problem(N, H, V, dtype=torch.float32, seed=0):

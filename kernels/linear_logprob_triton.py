@@ -1,0 +1,371 @@
+"""linear_logprob in Triton: the forward is one product whose epilogue keeps three numbers a row and tile, so that no logit is ever written.
+
+The mathematics and numerics are those of linear_logprob.py.
+
+Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap), and leaves of each row the tile's maximum m, S = sum e^d and
+          W = sum d e^d with d = (z - m) / T, and the label's logit where the tile has it. A second kernel merges a row's tiles in the order of
+          the vocabulary. A row's arithmetic depends on V, H and the dtype alone: not on N, the other rows, the workspace, or a later backward.
+          Rows to skip are sorted to the end on the device, and programs that find only such rows stop: nothing is read by the host.
+Backward  the logits of R rows and C columns again by the library's product, overwritten by (float32; else narrowed to the dtype of hidden beside)
+          their gradient, then the two products of that tile. R = C = sqrt(workspace) moves the fewest bytes: 8 H (1 / R + 1 / C) a logit for what
+          is accumulated in float32; tall tiles (all rows, few columns) would add up hidden's gradient V / C times, wide ones weight's N / R.
+Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 24 N V / BLOCK_V for the partials; the logits would be 8 N V.
+Host      the forward never waits. The backward reads once which rows a gradient reaches.
+Source    linear_logprob.py; partial results a tile as in Wijmans et al. (2024), Cut your losses in large-vocabulary language models.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedrl.kernels.linear_head import add_product, product
+
+# dtype is narrow -> (BLOCK_R, BLOCK_V, BLOCK_H, warps, stages)
+_TILES = {True: (128, 128, 64, 8, 3), False: (64, 128, 16, 8, 3)}
+_GROUP = 16  # row tiles that share a tile of weight while it is in L2
+_COMBINE_ROWS, _COMBINE_TILES = 16, 64
+_GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_WARPS = 4, 1024, 8
+_INTERPRETED = triton.knobs.runtime.interpret  # whose tl.dot takes the bits of bfloat16 for integers: operands are widened there, exactly
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+@triton.jit
+def _cap(z, softcap):
+    # softcap tanh(z / softcap)
+    e = tl.exp(-2.0 * tl.abs(z) / softcap)
+    t = (1.0 - e) / (1.0 + e)
+    return softcap * tl.where(z < 0.0, -t, t)
+
+
+@triton.jit
+def _base(m):
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit(do_not_specialize=["begin", "end", "V", "H", "hidden_stride", "weight_stride"])
+def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, count_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature,
+                   softcap, begin, end, V, H, hidden_stride, weight_stride, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+                   BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr):
+    if EVEN:  # strides come in units of 16, which is how the compiler learns that rows are aligned
+        hidden_stride *= 16
+        weight_stride *= 16
+    tiles_R, tiles_V = tl.cdiv(end - begin, BLOCK_R), tl.cdiv(V, BLOCK_V)
+    pid = tl.program_id(0)
+    first = pid // (GROUP * tiles_V) * GROUP
+    height = tl.minimum(tiles_R - first, GROUP)
+    tile_R = first + pid % (GROUP * tiles_V) % height
+    tile_V = pid % (GROUP * tiles_V) // height
+    limit = end
+    if count_ptr is not None:
+        limit = tl.minimum(end, tl.load(count_ptr).to(tl.int32))
+    if begin + tile_R * BLOCK_R < limit:
+        i = begin + tile_R * BLOCK_R + tl.arange(0, BLOCK_R)
+        v = tile_V * BLOCK_V + tl.arange(0, BLOCK_V)
+        k = tl.arange(0, BLOCK_H)
+        inside = i < limit
+        # Rows and columns past the end repeat the first row and the last column; neither is stored.
+        row = tl.load(rows_ptr + tl.where(inside, i, begin)).to(tl.int64)
+        hidden_at = hidden_ptr + row[:, None] * hidden_stride + k[None, :]
+        weight_at = weight_ptr + tl.minimum(v, V - 1).to(tl.int64)[None, :] * weight_stride + k[:, None]
+        z = tl.zeros([BLOCK_R, BLOCK_V], dtype=tl.float32)
+        for start in range(0, H, BLOCK_H):
+            if EVEN:
+                x = tl.load(hidden_at)
+                w = tl.load(weight_at)
+            else:
+                x = tl.load(hidden_at, mask=(start + k < H)[None, :], other=0.0)
+                w = tl.load(weight_at, mask=(start + k < H)[:, None], other=0.0)
+            if WIDEN:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            z = tl.dot(x, w, z, input_precision="ieee")
+            hidden_at += BLOCK_H
+            weight_at += BLOCK_H
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + tl.minimum(v, V - 1)).to(tl.float32)[None, :]
+        if SOFTCAP:
+            z = _cap(z, softcap)
+        local = (i - begin).to(tl.int64)
+        if logits_ptr is not None:
+            tl.store(logits_ptr + local[:, None] * V + v[None, :], z, mask=inside[:, None] & (v < V)[None, :])
+        label = tl.load(ids_ptr + i, mask=inside, other=-1)
+        here = (label >= tile_V * BLOCK_V) & (label < tl.minimum(tile_V * BLOCK_V + BLOCK_V, V))
+        tl.store(label_ptr + i, tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1), mask=inside & here)
+        T = temperature
+        if temperatures_ptr is not None:
+            T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)[:, None]
+        z = tl.where((v < V)[None, :], z, -float("inf"))
+        m = tl.max(z, 1)
+        d = (z - _base(m)[:, None]) * (1.0 / T)
+        e = tl.exp(d)
+        partial_at = partials_ptr + tile_V.to(tl.int64) * (end - begin) + local
+        plane = tiles_V.to(tl.int64) * (end - begin)
+        tl.store(partial_at, m, mask=inside)
+        tl.store(partial_at + plane, tl.sum(e, 1), mask=inside)
+        tl.store(partial_at + 2 * plane, tl.sum(tl.where(e > 0.0, d, 0.0) * e, 1), mask=inside)
+
+
+@triton.jit(do_not_specialize=["begin", "end", "V", "tiles"])
+def _combine_kernel(partials_ptr, label_ptr, ids_ptr, count_ptr, temperatures_ptr, logp_ptr, entropy_ptr, stats_ptr, temperature, begin, end, V, tiles,
+                    ROWS: tl.constexpr, TILES: tl.constexpr):
+    i = begin + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = i < end
+    counted = inside
+    if count_ptr is not None:
+        counted = inside & (i < tl.load(count_ptr))
+    T = temperature
+    if temperatures_ptr is not None:
+        T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)
+    inverse = 1.0 / T
+    plane = tiles.to(tl.int64) * (end - begin)
+    at = partials_ptr + (i - begin)[None, :]
+    t = tl.arange(0, TILES)[:, None]
+    m = tl.full([ROWS], -float("inf"), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        wanted = (start + t < tiles) & counted[None, :]
+        m = tl.maximum(m, tl.max(tl.load(at + (start + t).to(tl.int64) * (end - begin), mask=wanted, other=-float("inf")), 0))
+    base = _base(m)
+    S = tl.zeros([ROWS], dtype=tl.float32)
+    W = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        wanted = (start + t < tiles) & counted[None, :]
+        part_at = at + (start + t).to(tl.int64) * (end - begin)
+        m_t = tl.load(part_at, mask=wanted, other=-float("inf"))
+        S_t = tl.load(part_at + plane, mask=wanted, other=0.0)
+        W_t = tl.load(part_at + 2 * plane, mask=wanted, other=0.0)
+        shift = tl.where(m_t == -float("inf"), 0.0, tl.maximum((m_t - base[None, :]) * inverse, -200.0))
+        factor = tl.exp(shift)
+        W += tl.sum(factor * (W_t + shift * S_t), 0)
+        S += tl.sum(factor * S_t, 0)
+    label = tl.load(ids_ptr + i, mask=inside, other=-1)
+    in_range = (label >= 0) & (label < V)
+    z_y = tl.load(label_ptr + i, mask=counted & in_range, other=0.0)
+    some = tl.where(S == 0.0, 1.0, S)
+    log_S = tl.log(some)
+    mean = W / some
+    logp = tl.where((z_y == -float("inf")) & (S == S), -float("inf"), (z_y - m) / T - log_S)
+    logp = tl.where(counted, tl.where(in_range, logp, float("nan")), 0.0)
+    tl.store(logp_ptr + i, logp, mask=inside)
+    tl.store(entropy_ptr + i, tl.where(counted, log_S - mean, 0.0), mask=inside)
+    tl.store(stats_ptr + i * 3, m, mask=inside)
+    tl.store(stats_ptr + i * 3 + 1, S, mask=inside)
+    tl.store(stats_ptr + i * 3 + 2, mean, mask=inside)
+
+
+@triton.jit(do_not_specialize=["A", "V", "first", "width"])
+def _gradient_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, bias_ptr, ids_ptr, logp_ptr, stats_ptr, source_ptr, temperatures_ptr, grad_ptr,
+                     temperature, softcap, A, V, first, width, SOFTCAP: tl.constexpr, FINISH: tl.constexpr, ROWS: tl.constexpr,
+                     COLUMNS: tl.constexpr):
+    """Row j of the gradient from row source[j] (else j) of columns [first, first + width) of the logits; FINISH: these are the bare product yet."""
+    j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = j < A
+    i = j.to(tl.int64)
+    if source_ptr is not None:
+        i = tl.load(source_ptr + j, mask=inside, other=0).to(tl.int64)
+    label = tl.load(ids_ptr + i, mask=inside, other=-1)
+    T = temperature
+    if temperatures_ptr is not None:
+        T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)[:, None]
+    m = tl.load(stats_ptr + i * 3, mask=inside, other=0.0)
+    S = tl.load(stats_ptr + i * 3 + 1, mask=inside, other=0.0)
+    mean = tl.load(stats_ptr + i * 3 + 2, mask=inside, other=0.0)
+    # A label on -inf gets nothing from g.
+    g = tl.where(tl.load(logp_ptr + i, mask=inside, other=0.0) == -float("inf"), 0.0, tl.load(logp_grad_ptr + i, mask=inside, other=0.0))
+    h = tl.load(entropy_grad_ptr + i, mask=inside, other=0.0)
+    live = inside & ((g != 0.0) | (h != 0.0)) & (S != 0.0)
+    g = tl.where((label >= 0) & (label < V), g, float("nan"))
+    wanted = live[:, None] & (c < width)[None, :]
+    z = tl.load(logits_ptr + i[:, None] * width + c[None, :], mask=wanted, other=0.0)
+    if FINISH:
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + first + c, mask=c < width, other=0.0).to(tl.float32)[None, :]
+        if SOFTCAP:
+            z = _cap(z, softcap)
+    d = (z - m[:, None]) * (1.0 / T)
+    p = tl.exp(d) / tl.where(live, S, 1.0)[:, None]
+    grad = tl.where((first + c)[None, :] == label[:, None], g[:, None], 0.0) - g[:, None] * p
+    grad = (grad - h[:, None] * p * (tl.where(p > 0.0, d, 0.0) - mean[:, None])) / T
+    if SOFTCAP:
+        t = z / softcap
+        grad *= 1.0 - t * t
+    tl.store(grad_ptr + j.to(tl.int64)[:, None] * width + c[None, :], tl.where(live[:, None], grad, 0.0), mask=inside[:, None] & (c < width)[None, :])
+
+
+# ---- launchers: allocate, grid ------------------------------------------------------------------------------------------
+class Rows(NamedTuple):
+    """Rows to score, and what is known of each: row i is row `index[i]` of hidden; from `count` (on the device; None: the end) on they are skipped."""
+
+    index: Tensor
+    ids: Tensor
+    temperatures: Tensor | None
+    count: Tensor | None = None
+
+
+class Scores(NamedTuple):
+    """Of each of the rows, 0 where skipped: logp, entropy, and (max z, S, W / S)."""
+
+    logp: Tensor
+    entropy: Tensor
+    stats: Tensor
+
+
+class HeadOf(NamedTuple):
+    """How hidden states become logits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    softcap: float  # 0: none
+
+
+def unscored(rows: Rows) -> Scores:
+    """Scores to be written."""
+    logp = rows.ids.new_empty(rows.ids.shape, dtype=torch.float32)
+    return Scores(logp, torch.empty_like(logp), logp.new_empty(*logp.shape, 3))
+
+
+def score(hidden: Tensor, head: HeadOf, rows: Rows, scores: Scores, begin: int, end: int, workspace_bytes: int, logits: Tensor | None = None) -> None:
+    """Write the scores of rows [begin, end), and their logits [end - begin, V] where they are asked for."""
+    weight, bias, temperature, softcap = head
+    hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
+    (V, H), narrow = weight.shape, hidden.dtype.itemsize == 2
+    block_R, block_V, block_H, warps, stages = _TILES[narrow]
+    tiles = triton.cdiv(V, block_V)
+    even = H % block_H == 0 and hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0
+    unit = 16 if even else 1
+    step = end - begin if logits is not None else max(1, workspace_bytes // (12 * tiles * block_R)) * block_R
+    label_z = torch.empty_like(scores.logp)
+    for first in range(begin, end, max(1, step)):
+        last = min(first + step, end)
+        partials = scores.logp.new_empty(3, tiles, last - first)
+        _logits_kernel[(tiles * triton.cdiv(last - first, block_R),)](
+            hidden, weight, bias, rows.ids, rows.index, rows.count, rows.temperatures, logits, partials, label_z, temperature, softcap, first, last,
+            V, H, hidden.stride(0) // unit, weight.stride(0) // unit, SOFTCAP=softcap > 0, EVEN=even, WIDEN=_INTERPRETED and narrow,
+            BLOCK_R=block_R, BLOCK_V=block_V, BLOCK_H=block_H, GROUP=_GROUP, num_warps=warps, num_stages=stages)
+        _combine_kernel[(triton.cdiv(last - first, _COMBINE_ROWS),)](
+            partials, label_z, rows.ids, rows.count, rows.temperatures, *scores, temperature, first, last, V, tiles, ROWS=_COMBINE_ROWS,
+            TILES=_COMBINE_TILES)
+
+
+def logits_gradient(logp_grad: Tensor, entropy_grad: Tensor, logits: Tensor, head: HeadOf, rows: Rows, scores: Scores, source: Tensor | None,
+                    out: Tensor, first: int = 0, finished: bool = False) -> None:
+    """The gradient of the product into `out` [A, width], which may be the logits where `source` is None."""
+    A, width = out.shape
+    if A and width:
+        _gradient_kernel[(triton.cdiv(A, _GRADIENT_ROWS), triton.cdiv(width, _GRADIENT_COLUMNS))](
+            logp_grad, entropy_grad, logits, head.bias, rows.ids, scores.logp, scores.stats, source, rows.temperatures, out, head.temperature,
+            head.softcap, A, head.weight.shape[0], first, width, SOFTCAP=head.softcap > 0, FINISH=not finished, ROWS=_GRADIENT_ROWS,
+            COLUMNS=_GRADIENT_COLUMNS, num_warps=_GRADIENT_WARPS)
+
+
+def tile_of(elements: int, A: int, V: int) -> tuple[int, int]:
+    """Rows and columns of a tile of at most that many logits (but at least one): as square as A and V allow, columns in whole cache lines."""
+    R = max(1, min(A, math.isqrt(elements)))
+    C = max(1, min(V, elements // R))
+    C -= C % 64 if 64 < C < V else 0
+    return max(1, min(A, elements // C)), C
+
+
+# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
+@torch.library.custom_op("fusedrl::linear_logprob_triton", mutates_args=())
+def _linear_logprob_triton(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None,
+                           softcap: float, ignore_index: int, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logp [N], entropy [N], stats [N, 3]."""
+    ignored = token_ids == ignore_index
+    order = ignored.to(torch.uint8).argsort(stable=True)
+    rows = Rows(order, token_ids[order], None if temperatures is None else temperatures[order].float(), (~ignored).sum())
+    scores = unscored(rows)
+    score(hidden, HeadOf(weight, bias, temperature, softcap), rows, scores, 0, hidden.shape[0], workspace_bytes)
+    logp, entropy, stats = (torch.empty_like(t).index_copy_(0, order, t) for t in scores)
+    return logp, entropy, stats
+
+
+@_linear_logprob_triton.register_fake
+def _(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float,
+      ignore_index: int, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+    logp = token_ids.new_empty(token_ids.shape, dtype=torch.float32)
+    return logp, torch.empty_like(logp), logp.new_empty(*logp.shape, 3)
+
+
+@torch.library.custom_op("fusedrl::linear_logprob_triton_backward", mutates_args=())
+def _linear_logprob_triton_backward(logp_grad: Tensor, entropy_grad: Tensor, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None,
+                                    logp: Tensor, stats: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, ignore_index: int,
+                                    workspace_bytes: int, for_hidden: bool, for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; those not asked for are empty."""
+    head = HeadOf(weight, bias, temperature, softcap)
+    index_A = ((token_ids != ignore_index) & ((logp_grad != 0) | (entropy_grad != 0))).nonzero().squeeze(1)  # the one read
+    (V, H), A = weight.shape, index_A.numel()
+    R, C = tile_of(workspace_bytes // (4 if hidden.dtype == torch.float32 else 4 + hidden.dtype.itemsize), A, V)
+    wide = torch.float32 if A > R else weight.dtype  # more than one block of rows adds up
+    hidden_grad = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
+    weight_grad, bias_grad = (like.new_empty(like.shape, dtype=wide) if needed and like is not None else hidden.new_empty(0)
+                              for like, needed in ((weight, for_weight), (bias, for_bias)))
+    if A == 0:
+        weight_grad.zero_()
+        bias_grad.zero_()
+
+    def tile(hidden_RH: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor, grad_RH: Tensor, first: int, top: bool) -> None:
+        columns = slice(first, min(first + C, V))
+        z = product(hidden_RH, weight[columns].t())
+        dz = z if hidden.dtype == z.dtype else torch.empty_like(z, dtype=hidden.dtype)
+        logits_gradient(g, h, z, head, rows, scores, None, dz, first)
+        del z
+        if for_hidden:
+            add_product(grad_RH, dz, weight[columns])
+        if for_weight and top:
+            weight_grad[columns] = product(dz.t(), hidden_RH)
+        elif for_weight:
+            add_product(weight_grad[columns], dz.t(), hidden_RH)
+        if for_bias and top:
+            bias_grad[columns] = dz.sum(0, dtype=torch.float32)
+        elif for_bias:
+            bias_grad[columns] += dz.sum(0, dtype=torch.float32)
+
+    for begin in range(0, A, R):
+        index = index_A[begin:begin + R]
+        rows = Rows(index, token_ids[index], None if temperatures is None else temperatures[index].float())
+        scores = Scores(logp[index], logp, stats[index])
+        hidden_RH = hidden[index]
+        grad_RH = hidden.new_zeros(hidden_RH.shape if for_hidden else 0, dtype=torch.float32)
+        for first in range(0, V, C):
+            tile(hidden_RH, rows, scores, logp_grad[index], entropy_grad[index], grad_RH, first, begin == 0)
+        if for_hidden:
+            hidden_grad[index] = grad_RH.to(hidden.dtype)
+    return hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype)
+
+
+@_linear_logprob_triton_backward.register_fake
+def _(logp_grad: Tensor, entropy_grad: Tensor, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, logp: Tensor, stats: Tensor,
+      temperature: float, temperatures: Tensor | None, softcap: float, ignore_index: int, workspace_bytes: int, for_hidden: bool, for_weight: bool,
+      for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return (hidden.new_empty(hidden.shape if for_hidden else 0), weight.new_empty(weight.shape if for_weight else 0),
+            weight.new_empty(weight.shape[0] if for_bias else 0))
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------------------
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, token_ids, bias, ctx.temperature, temperatures, ctx.softcap, ctx.ignore_index, ctx.workspace_bytes = inputs
+    logp, _, stats = output
+    ctx.save_for_backward(hidden, weight, token_ids, bias, logp, stats, temperatures)
+    ctx.mark_non_differentiable(stats)
+
+
+def _backward(ctx, logp_grad: Tensor, entropy_grad: Tensor, _stats_grad: None):
+    if torch.is_grad_enabled():  # create_graph: the gradients would pass for constants
+        raise RuntimeError("linear_logprob: expected one backward pass, got a double backward (create_graph=True), which this op does not have")
+    hidden, weight, token_ids, bias, logp, stats, temperatures = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    for_hidden, for_weight, for_bias = needed[0], needed[1], bias is not None and needed[3]
+    grads = _linear_logprob_triton_backward(logp_grad, entropy_grad, hidden, weight, token_ids, bias, logp, stats, ctx.temperature, temperatures,
+                                            ctx.softcap, ctx.ignore_index, ctx.workspace_bytes, for_hidden, for_weight, for_bias)
+    hidden_grad, weight_grad, bias_grad = (grad if wanted else None for grad, wanted in zip(grads, (for_hidden, for_weight, for_bias), strict=True))
+    return hidden_grad, weight_grad, None, bias_grad, None, None, None, None, None
+
+
+_linear_logprob_triton.register_autograd(_backward, setup_context=_setup_context)
