@@ -27,6 +27,7 @@ from fusedrl.kernels.linear_head import add_product, product
 
 # dtype is narrow -> (BLOCK_R, BLOCK_V, BLOCK_H, warps, stages)
 _TILES = {True: (128, 128, 64, 8, 3), False: (64, 128, 16, 8, 3)}
+BLOCK_ROWS = _TILES[True][0]
 _GROUP = 16  # row tiles that share a tile of weight while it is in L2
 _COMBINE_ROWS, _COMBINE_TILES = 16, 64
 _GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_WARPS = 4, 1024, 8

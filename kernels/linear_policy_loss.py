@@ -23,14 +23,17 @@ from torch import Tensor
 
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.linear_head import product, workspace
 from fusedrl.kernels.linear_logprob import finish, linear_logprob, linear_logprob_reference
 from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
 from fusedrl.kernels.objective import PolicyObjective, PolicyStats, RolloutCorrection
 from fusedrl.kernels.policy_loss import Derived, PolicyPart, check_policy, policy_loss_reference
 
-_IMPLS = Implementations("linear_policy_loss", cpu=("cpp", "torch"), cuda=("torch",))
+if unavailable("triton", "cuda") is None:
+    from fusedrl.kernels import linear_policy_loss_triton  # noqa: F401  (registers fusedrl::linear_policy_loss_triton)
+
+_IMPLS = Implementations("linear_policy_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _CLIP = PolicyObjective()
 _IGNORED = -100
 
@@ -138,7 +141,7 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
         softcap: logits become softcap * tanh(logits / softcap).
         workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By default the smaller of 256 MiB and an
             eighth of the full logits, but never less than 4 MiB.
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         (loss, PolicyStats): a scalar, differentiable once in hidden, weight and bias, whose gradients exist when it returns (no gradient is
         formed for what requires none); the statistics of `policy_loss`, entropy always among them.
@@ -182,8 +185,15 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
         loss, stats = torch.ops.fusedrl.linear_policy_loss(
             hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, *objective.scalars, *part.kl_scalars(), entropy_coef,
             1.0 if per_row is not None else scale, None if per_row is None else scale, softcap or 0.0, -1 if workspace_bytes is None else workspace_bytes)
+        return loss, PolicyStats(*stats.unbind())
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ids(op, ids, V, _IGNORED)
+    if chosen == "triton":
+        for_hidden, for_weight, for_bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
+        loss, stats, *_ = torch.ops.fusedrl.linear_policy_loss_triton(
+            hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, *objective.scalars, *part.kl_scalars(), entropy_coef,
+            1.0 if per_row is not None else scale, None if per_row is None else scale, softcap or 0.0, workspace(workspace_bytes, N, V), for_hidden,
+            for_weight, for_bias)
     else:
-        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_ids(op, ids, V, _IGNORED)
         loss, stats = _Chunked.apply(hidden, weight, bias, token_ids, weights, scale, softcap, part, derived, workspace_bytes)
     return loss, PolicyStats(*stats.unbind())

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
+from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fusedrl.kernels.objective import KINDS, PolicyObjective, RolloutCorrection
 from fusedrl.kernels.policy_loss import policy_loss
 
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
-IMPLS = ["torch", CPP]
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="needs the interpreter of triton"))
+IMPLS = ["torch", CPP, TRITON]
 OBJECTIVES = {kind: PolicyObjective(kind=kind) for kind in KINDS} | {
     "clip": PolicyObjective(clip_low=0.05, clip_high=0.1, dual_clip=1.5), "gspo": PolicyObjective(kind="gspo", clip_low=0.02, clip_high=0.03)}
 EXTRAS = {
