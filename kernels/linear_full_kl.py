@@ -13,11 +13,14 @@ from torch import Tensor
 
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.full_kl import DIRECTIONS, check_direction, full_kl, full_kl_reference
 from fusedrl.kernels.linear_head import product, workspace
 
-_IMPLS = Implementations("linear_full_kl", cpu=("cpp", "torch"), cuda=("torch",))
+if unavailable("triton", "cuda") is None:
+    from fusedrl.kernels import linear_full_kl_triton  # noqa: F401  (registers fusedrl::linear_full_kl_triton)
+
+_IMPLS = Implementations("linear_full_kl", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ def linear_full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weigh
         mask: [N] bool; rows that are False have KL 0 and no gradient, take part in no product and may hold anything.
         workspace_bytes: bound of a chunk's logits, both together; at least one row is always held. By default the smaller of 256 MiB and an
             eighth of the full logits, but never less than 4 MiB.
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         [N] float32. Differentiable, once, in hidden, weight and bias.
     Raises:
@@ -142,5 +145,7 @@ def linear_full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weigh
     ref_hidden, ref_weight, ref_bias = ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
     if chosen_impl == "torch":
         return _Chunked.apply(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, float(temperature), direction, workspace_bytes)
-    return torch.ops.fusedrl.linear_full_kl(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, float(temperature), DIRECTIONS.index(direction),
-                                            -1 if workspace_bytes is None else workspace_bytes)
+    inputs = (hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, float(temperature), DIRECTIONS.index(direction))
+    if chosen_impl == "triton":
+        return torch.ops.fusedrl.linear_full_kl_triton(*inputs, workspace(workspace_bytes, 2 * hidden.shape[0], weight.shape[0]))[0]
+    return torch.ops.fusedrl.linear_full_kl(*inputs, -1 if workspace_bytes is None else workspace_bytes)

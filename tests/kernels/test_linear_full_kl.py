@@ -2,10 +2,13 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
+from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.full_kl import DIRECTIONS, full_kl
 from fusedrl.kernels.linear_full_kl import linear_full_kl, linear_full_kl_reference
 
-IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))]
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="needs the interpreter of triton"))
+IMPLS = ["torch", CPP, TRITON]
 
 
 def make(N, H, V, H_ref=None, dtype=torch.float32, seed=0):
