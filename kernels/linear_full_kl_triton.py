@@ -10,12 +10,13 @@ Host       the forward reads the mask once, where there is one; the backward rea
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fusedrl.kernels.full_kl_triton import full_kl_backward, full_kl_forward, offline_backward
-from fusedrl.kernels.linear_head import add_product, product
-from fusedrl.kernels.linear_logprob_triton import tile_of
+from fusedrl.kernels.linear_head import head_gradients, product, tile_of
 
 
 def _logits(hidden_RH: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -55,34 +56,21 @@ def _linear_full_kl_triton_backward(kl_grad: Tensor, hidden: Tensor, weight: Ten
                                     workspace_bytes: int, for_hidden: bool, for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those not asked for are empty."""
     index_A = (kl_grad != 0 if mask is None else mask & (kl_grad != 0)).nonzero().squeeze(1)  # the one read
-    V, A = weight.shape[0], index_A.numel()
-    R, C = tile_of(workspace_bytes // (8 if hidden.dtype == torch.float32 else 8 + hidden.dtype.itemsize), A, V)
-    hidden_grad = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
-    weight_grad = weight.new_zeros(weight.shape if for_weight else 0, dtype=torch.float32)
-    bias_grad = weight.new_zeros(V if for_bias else 0, dtype=torch.float32)
+    per_logit = 8 if hidden.dtype == torch.float32 else 8 + hidden.dtype.itemsize
+    tile = tile_of(workspace_bytes // per_logit, index_A.numel(), weight.shape[0])
 
-    def tile(hidden_RH: Tensor, ref_hidden_RH: Tensor, g: Tensor, stats_R5: Tensor, grad_RH: Tensor, columns: slice) -> None:
-        z = _logits(hidden_RH, weight[columns], None if bias is None else bias[columns])
-        ref = _logits(ref_hidden_RH, ref_weight[columns], None if ref_bias is None else ref_bias[columns])
-        dz = z if hidden.dtype == z.dtype else torch.empty_like(z, dtype=hidden.dtype)
-        full_kl_backward(g, z, ref, stats_R5, dz, temperature, direction)
-        del z, ref
-        if for_hidden:
-            add_product(grad_RH, dz, weight[columns])
-        if for_weight:
-            add_product(weight_grad[columns], dz.t(), hidden_RH)
-        if for_bias:
-            bias_grad[columns] += dz.sum(0, dtype=torch.float32)
+    def of_rows(index: Tensor, hidden_RH: Tensor) -> Callable[[slice], Tensor]:
+        ref_hidden_RH, g, stats_R5 = ref_hidden[index], kl_grad[index], stats[index]
 
-    for begin in range(0, A, R):
-        index = index_A[begin:begin + R]
-        hidden_RH, ref_hidden_RH = hidden[index], ref_hidden[index]
-        grad_RH = hidden.new_zeros(hidden_RH.shape if for_hidden else 0, dtype=torch.float32)
-        for first in range(0, V, C):
-            tile(hidden_RH, ref_hidden_RH, kl_grad[index], stats[index], grad_RH, slice(first, min(first + C, V)))
-        if for_hidden:
-            hidden_grad[index] = grad_RH.to(hidden.dtype)
-    return hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype)
+        def gradient_of(columns: slice) -> Tensor:
+            z_RC = _logits(hidden_RH, weight[columns], None if bias is None else bias[columns])
+            ref_RC = _logits(ref_hidden_RH, ref_weight[columns], None if ref_bias is None else ref_bias[columns])
+            dz_RC = z_RC if hidden.dtype == z_RC.dtype else torch.empty_like(z_RC, dtype=hidden.dtype)
+            full_kl_backward(g, z_RC, ref_RC, stats_R5, dz_RC, temperature, direction)
+            return dz_RC
+        return gradient_of
+
+    return head_gradients(hidden, weight, index_A, tile, of_rows, for_hidden, for_weight, for_bias)
 
 
 @_linear_full_kl_triton_backward.register_fake

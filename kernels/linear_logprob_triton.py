@@ -7,15 +7,15 @@ Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap),
           the vocabulary. A row's arithmetic depends on V, H and the dtype alone: not on N, the other rows, the workspace, or a later backward.
           Rows to skip are sorted to the end on the device, and programs that find only such rows stop: nothing is read by the host.
 Backward  the logits of R rows and C columns again by the library's product, overwritten by (float32; else narrowed to the dtype of hidden beside)
-          their gradient, then the two products of that tile. R = C = sqrt(workspace) moves the fewest bytes: 8 H (1 / R + 1 / C) a logit for what
-          is accumulated in float32; tall tiles (all rows, few columns) would add up hidden's gradient V / C times, wide ones weight's N / R.
+          their gradient, then the two products of that tile. What is accumulated in float32 moves 8 H (1 / R + 1 / C) bytes a logit, so tiles are
+          square; chunks of whole rows would have weight's gradient pass through memory once for some 400 rows of 256 MiB.
 Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 24 N V / BLOCK_V for the partials; the logits would be 8 N V.
 Host      the forward never waits. The backward reads once which rows a gradient reaches.
 Source    linear_logprob.py; partial results a tile as in Wijmans et al. (2024), Cut your losses in large-vocabulary language models.
 """
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedrl.kernels.linear_head import add_product, product
+from fusedrl.kernels.linear_head import head_gradients, product, tile_of
 
 # dtype is narrow -> (BLOCK_R, BLOCK_V, BLOCK_H, warps, stages)
 _TILES = {True: (128, 128, 64, 8, 3), False: (64, 128, 16, 8, 3)}
@@ -49,7 +49,7 @@ def _base(m):
 
 
 @triton.jit(do_not_specialize=["begin", "end", "V", "H", "hidden_stride", "weight_stride"])
-def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, count_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature,
+def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, live_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature,
                    softcap, begin, end, V, H, hidden_stride, weight_stride, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
                    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr):
     if EVEN:  # strides come in units of 16, which is how the compiler learns that rows are aligned
@@ -62,8 +62,8 @@ def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, count_pt
     tile_R = first + pid % (GROUP * tiles_V) % height
     tile_V = pid % (GROUP * tiles_V) // height
     limit = end
-    if count_ptr is not None:
-        limit = tl.minimum(end, tl.load(count_ptr).to(tl.int32))
+    if live_ptr is not None:
+        limit = tl.minimum(end, tl.load(live_ptr).to(tl.int32))
     if begin + tile_R * BLOCK_R < limit:
         i = begin + tile_R * BLOCK_R + tl.arange(0, BLOCK_R)
         v = tile_V * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -112,13 +112,13 @@ def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, count_pt
 
 
 @triton.jit(do_not_specialize=["begin", "end", "V", "tiles"])
-def _combine_kernel(partials_ptr, label_ptr, ids_ptr, count_ptr, temperatures_ptr, logp_ptr, entropy_ptr, stats_ptr, temperature, begin, end, V, tiles,
+def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr, logp_ptr, entropy_ptr, stats_ptr, temperature, begin, end, V, tiles,
                     ROWS: tl.constexpr, TILES: tl.constexpr):
     i = begin + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < end
-    counted = inside
-    if count_ptr is not None:
-        counted = inside & (i < tl.load(count_ptr))
+    live = inside
+    if live_ptr is not None:
+        live = inside & (i < tl.load(live_ptr))
     T = temperature
     if temperatures_ptr is not None:
         T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)
@@ -128,13 +128,13 @@ def _combine_kernel(partials_ptr, label_ptr, ids_ptr, count_ptr, temperatures_pt
     t = tl.arange(0, TILES)[:, None]
     m = tl.full([ROWS], -float("inf"), dtype=tl.float32)
     for start in range(0, tiles, TILES):
-        wanted = (start + t < tiles) & counted[None, :]
+        wanted = (start + t < tiles) & live[None, :]
         m = tl.maximum(m, tl.max(tl.load(at + (start + t).to(tl.int64) * (end - begin), mask=wanted, other=-float("inf")), 0))
     base = _base(m)
     S = tl.zeros([ROWS], dtype=tl.float32)
     W = tl.zeros([ROWS], dtype=tl.float32)
     for start in range(0, tiles, TILES):
-        wanted = (start + t < tiles) & counted[None, :]
+        wanted = (start + t < tiles) & live[None, :]
         part_at = at + (start + t).to(tl.int64) * (end - begin)
         m_t = tl.load(part_at, mask=wanted, other=-float("inf"))
         S_t = tl.load(part_at + plane, mask=wanted, other=0.0)
@@ -145,14 +145,14 @@ def _combine_kernel(partials_ptr, label_ptr, ids_ptr, count_ptr, temperatures_pt
         S += tl.sum(factor * S_t, 0)
     label = tl.load(ids_ptr + i, mask=inside, other=-1)
     in_range = (label >= 0) & (label < V)
-    z_y = tl.load(label_ptr + i, mask=counted & in_range, other=0.0)
+    z_y = tl.load(label_ptr + i, mask=live & in_range, other=0.0)
     some = tl.where(S == 0.0, 1.0, S)
     log_S = tl.log(some)
     mean = W / some
     logp = tl.where((z_y == -float("inf")) & (S == S), -float("inf"), (z_y - m) / T - log_S)
-    logp = tl.where(counted, tl.where(in_range, logp, float("nan")), 0.0)
+    logp = tl.where(live, tl.where(in_range, logp, float("nan")), 0.0)
     tl.store(logp_ptr + i, logp, mask=inside)
-    tl.store(entropy_ptr + i, tl.where(counted, log_S - mean, 0.0), mask=inside)
+    tl.store(entropy_ptr + i, tl.where(live, log_S - mean, 0.0), mask=inside)
     tl.store(stats_ptr + i * 3, m, mask=inside)
     tl.store(stats_ptr + i * 3 + 1, S, mask=inside)
     tl.store(stats_ptr + i * 3 + 2, mean, mask=inside)
@@ -200,12 +200,12 @@ def _gradient_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, bias_ptr, ids_
 
 # ---- launchers: allocate, grid ------------------------------------------------------------------------------------------
 class Rows(NamedTuple):
-    """Rows to score, and what is known of each: row i is row `index[i]` of hidden; from `count` (on the device; None: the end) on they are skipped."""
+    """Rows to score, and what is known of each: row i is row `row[i]` of hidden. Rows from `live` on (a number on the device; None: none) are skipped."""
 
-    index: Tensor
+    row: Tensor
     ids: Tensor
     temperatures: Tensor | None
-    count: Tensor | None = None
+    live: Tensor | None = None
 
 
 class Scores(NamedTuple):
@@ -246,11 +246,11 @@ def score(hidden: Tensor, head: HeadOf, rows: Rows, scores: Scores, begin: int, 
         last = min(first + step, end)
         partials = scores.logp.new_empty(3, tiles, last - first)
         _logits_kernel[(tiles * triton.cdiv(last - first, block_R),)](
-            hidden, weight, bias, rows.ids, rows.index, rows.count, rows.temperatures, logits, partials, label_z, temperature, softcap, first, last,
+            hidden, weight, bias, rows.ids, rows.row, rows.live, rows.temperatures, logits, partials, label_z, temperature, softcap, first, last,
             V, H, hidden.stride(0) // unit, weight.stride(0) // unit, SOFTCAP=softcap > 0, EVEN=even, WIDEN=_INTERPRETED and narrow,
             BLOCK_R=block_R, BLOCK_V=block_V, BLOCK_H=block_H, GROUP=_GROUP, num_warps=warps, num_stages=stages)
         _combine_kernel[(triton.cdiv(last - first, _COMBINE_ROWS),)](
-            partials, label_z, rows.ids, rows.count, rows.temperatures, *scores, temperature, first, last, V, tiles, ROWS=_COMBINE_ROWS,
+            partials, label_z, rows.ids, rows.live, rows.temperatures, *scores, temperature, first, last, V, tiles, ROWS=_COMBINE_ROWS,
             TILES=_COMBINE_TILES)
 
 
@@ -263,14 +263,6 @@ def logits_gradient(logp_grad: Tensor, entropy_grad: Tensor, logits: Tensor, hea
             logp_grad, entropy_grad, logits, head.bias, rows.ids, scores.logp, scores.stats, source, rows.temperatures, out, head.temperature,
             head.softcap, A, head.weight.shape[0], first, width, SOFTCAP=head.softcap > 0, FINISH=not finished, ROWS=_GRADIENT_ROWS,
             COLUMNS=_GRADIENT_COLUMNS, num_warps=_GRADIENT_WARPS)
-
-
-def tile_of(elements: int, A: int, V: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most that many logits (but at least one): as square as A and V allow, columns in whole cache lines."""
-    R = max(1, min(A, math.isqrt(elements)))
-    C = max(1, min(V, elements // R))
-    C -= C % 64 if 64 < C < V else 0
-    return max(1, min(A, elements // C)), C
 
 
 # ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
@@ -301,44 +293,22 @@ def _linear_logprob_triton_backward(logp_grad: Tensor, entropy_grad: Tensor, hid
     """Gradients of hidden, weight and bias; those not asked for are empty."""
     head = HeadOf(weight, bias, temperature, softcap)
     index_A = ((token_ids != ignore_index) & ((logp_grad != 0) | (entropy_grad != 0))).nonzero().squeeze(1)  # the one read
-    (V, H), A = weight.shape, index_A.numel()
-    R, C = tile_of(workspace_bytes // (4 if hidden.dtype == torch.float32 else 4 + hidden.dtype.itemsize), A, V)
-    wide = torch.float32 if A > R else weight.dtype  # more than one block of rows adds up
-    hidden_grad = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
-    weight_grad, bias_grad = (like.new_empty(like.shape, dtype=wide) if needed and like is not None else hidden.new_empty(0)
-                              for like, needed in ((weight, for_weight), (bias, for_bias)))
-    if A == 0:
-        weight_grad.zero_()
-        bias_grad.zero_()
+    per_logit = 4 if hidden.dtype == torch.float32 else 4 + hidden.dtype.itemsize
+    tile = tile_of(workspace_bytes // per_logit, index_A.numel(), weight.shape[0])
 
-    def tile(hidden_RH: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor, grad_RH: Tensor, first: int, top: bool) -> None:
-        columns = slice(first, min(first + C, V))
-        z = product(hidden_RH, weight[columns].t())
-        dz = z if hidden.dtype == z.dtype else torch.empty_like(z, dtype=hidden.dtype)
-        logits_gradient(g, h, z, head, rows, scores, None, dz, first)
-        del z
-        if for_hidden:
-            add_product(grad_RH, dz, weight[columns])
-        if for_weight and top:
-            weight_grad[columns] = product(dz.t(), hidden_RH)
-        elif for_weight:
-            add_product(weight_grad[columns], dz.t(), hidden_RH)
-        if for_bias and top:
-            bias_grad[columns] = dz.sum(0, dtype=torch.float32)
-        elif for_bias:
-            bias_grad[columns] += dz.sum(0, dtype=torch.float32)
-
-    for begin in range(0, A, R):
-        index = index_A[begin:begin + R]
+    def of_rows(index: Tensor, hidden_RH: Tensor) -> Callable[[slice], Tensor]:
         rows = Rows(index, token_ids[index], None if temperatures is None else temperatures[index].float())
         scores = Scores(logp[index], logp, stats[index])
-        hidden_RH = hidden[index]
-        grad_RH = hidden.new_zeros(hidden_RH.shape if for_hidden else 0, dtype=torch.float32)
-        for first in range(0, V, C):
-            tile(hidden_RH, rows, scores, logp_grad[index], entropy_grad[index], grad_RH, first, begin == 0)
-        if for_hidden:
-            hidden_grad[index] = grad_RH.to(hidden.dtype)
-    return hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype)
+        g, h = logp_grad[index], entropy_grad[index]
+
+        def gradient_of(columns: slice) -> Tensor:
+            z_RC = product(hidden_RH, weight[columns].t())
+            dz_RC = z_RC if hidden.dtype == z_RC.dtype else torch.empty_like(z_RC, dtype=hidden.dtype)
+            logits_gradient(g, h, z_RC, head, rows, scores, None, dz_RC, columns.start)
+            return dz_RC
+        return gradient_of
+
+    return head_gradients(hidden, weight, index_A, tile, of_rows, for_hidden, for_weight, for_bias)
 
 
 @_linear_logprob_triton_backward.register_fake

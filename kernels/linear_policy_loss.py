@@ -192,8 +192,8 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
         for_hidden, for_weight, for_bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
         loss, stats, *_ = torch.ops.fusedrl.linear_policy_loss_triton(
             hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, *objective.scalars, *part.kl_scalars(), entropy_coef,
-            1.0 if per_row is not None else scale, None if per_row is None else scale, softcap or 0.0, workspace(workspace_bytes, N, V), for_hidden,
-            for_weight, for_bias)
+            1.0 if per_row is not None else float(temperature), None if per_row is None else per_row.detach(), softcap or 0.0,
+            workspace(workspace_bytes, N, V), for_hidden, for_weight, for_bias)
     else:
         loss, stats = _Chunked.apply(hidden, weight, bias, token_ids, weights, scale, softcap, part, derived, workspace_bytes)
     return loss, PolicyStats(*stats.unbind())

@@ -42,7 +42,7 @@ def _linear_policy_loss_triton(
         entropy_coef: float, temperature: float, temperatures: Tensor | None, softcap: float, workspace_bytes: int, for_hidden: bool,
         for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics, and the loss's gradients for a unit upstream gradient; those not asked for are empty."""
-    V, H = weight.shape
+    V = weight.shape[0]
     head = HeadOf(weight, bias, temperature, softcap)
     backward = for_hidden or for_weight or for_bias
     if backward:
@@ -50,17 +50,18 @@ def _linear_policy_loss_triton(
     else:  # nothing to read: rows without a weight go last, and the kernels stop at the first of them
         index, count = (weights == 0).to(torch.uint8).argsort(stable=True), (weights != 0).sum()
     M = index.numel()
-    columns = [None if t is None else t[index] for t in (old_logp, advantages, weights, ref_logp, correction, sequence_log_ratio, kl_sum)]
+    weights_M = weights[index]
+    columns = [None if t is None else t[index] for t in (old_logp, advantages, ref_logp, correction, sequence_log_ratio, kl_sum)]
     rows = Rows(index, token_ids[index], None if temperatures is None else temperatures[index].float(), count)
     scores = unscored(rows)
 
     def policy(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, statistics, d loss / d logp) of rows [begin, end)."""
         logp, entropy = scores.logp[begin:end], scores.entropy[begin:end]
-        old, advantage, w, ref, *derived = (None if t is None else t[begin:end] for t in columns)
+        old, advantage, ref, *derived = (None if t is None else t[begin:end] for t in columns)
         loss, stats, grad, _ = policy_value_loss_triton(
-            logp, logp if old is None else old, advantage, w, entropy, None, None, None, ref, *derived, kind, lower, upper, dual, tau_positive,
-            tau_negative, beta, kl_coef, kl_estimator, kl_gradient, entropy_coef, float("inf"), 0.0)
+            logp, logp if old is None else old, advantage, weights_M[begin:end], entropy, None, None, None, ref, *derived, kind, lower, upper, dual,
+            tau_positive, tau_negative, beta, kl_coef, kl_estimator, kl_gradient, entropy_coef, float("inf"), 0.0)
         return loss, stats[:_STATS], grad
 
     hidden_grad = hidden.new_zeros(hidden.shape if for_hidden else 0)
@@ -69,7 +70,7 @@ def _linear_policy_loss_triton(
     if not backward:
         score(hidden, head, rows, scores, 0, M, workspace_bytes)
     else:
-        entropy_grad = columns[2] * -entropy_coef
+        entropy_grad = weights_M * -entropy_coef
         R, C = rows_of(workspace_bytes, V, hidden.dtype.itemsize)
         R, C = min(R, M), min(C, M)
         logits_RV, dz_CV = hidden.new_empty(R, V, dtype=torch.float32), hidden.new_empty(C, V)
@@ -84,7 +85,7 @@ def _linear_policy_loss_triton(
             here = Rows(index[begin:end], rows.ids[begin:end], None if rows.temperatures is None else rows.temperatures[begin:end])
             scored = Scores(scores.logp[begin:end], scores.entropy[begin:end], scores.stats[begin:end])
             logits_gradient(g, h, logits_RV, head, here, scored, active, dz_CV[held:held + active.numel()], finished=True)
-            pending.append(here.index[active])
+            pending.append(here.row[active])
             held += active.numel()
             if held and (held + R > C or end == M):
                 dz, members = dz_CV[:held], torch.cat(pending)
