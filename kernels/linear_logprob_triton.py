@@ -25,11 +25,13 @@ from torch import Tensor
 
 from fusedrl.kernels.linear_head import head_gradients, product, tile_of
 
-# dtype is narrow -> (BLOCK_R, BLOCK_V, BLOCK_H, warps, stages)
-_TILES = {True: (128, 128, 64, 8, 3), False: (64, 128, 16, 8, 3)}
-BLOCK_ROWS = _TILES[True][0]
+# BLOCK_R, BLOCK_V, BLOCK_H, warps, stages. The wide tile has no registers left for the addresses of logits to be written, and its operands do not
+# fit the 64 KB that AMD's processors share.
+_WIDE, _NARROW, _FLOAT32 = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 16, 8, 3)
+BLOCK_ROWS = 128
+_PART = 32  # columns whose partial results are kept together; one number for all tiles, so that they agree in every bit
 _GROUP = 16  # row tiles that share a tile of weight while it is in L2
-_COMBINE_ROWS, _COMBINE_TILES = 16, 64
+_COMBINE_ROWS, _COMBINE_PARTS = 16, 64
 _GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_WARPS = 4, 1024, 8
 _INTERPRETED = triton.knobs.runtime.interpret  # whose tl.dot takes the bits of bfloat16 for integers: operands are widened there, exactly
 
@@ -48,10 +50,62 @@ def _base(m):
     return tl.where(m == -float("inf"), 0.0, m)
 
 
+@triton.jit
+def _halves(z):
+    return tl.split(tl.permute(tl.reshape(z, [z.shape[0], 2, z.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _keep(z, part, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
+          SOFTCAP: tl.constexpr):
+    """What is kept of rows i, up to `limit`, at the columns of one part of the vocabulary."""
+    WIDTH: tl.constexpr = z.shape[1]
+    inside = i < limit
+    v = part * WIDTH + tl.arange(0, WIDTH)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        z = _cap(z, softcap)
+    local = (i - begin).to(tl.int64)
+    if logits_ptr is not None:
+        tl.store(logits_ptr + local[:, None] * V + v[None, :], z, mask=inside[:, None] & (v < V)[None, :])
+    label = tl.load(ids_ptr + i, mask=inside, other=-1)
+    here = (label >= part * WIDTH) & (label < tl.minimum(part * WIDTH + WIDTH, V))
+    tl.store(label_ptr + i, tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1), mask=inside & here)
+    T = temperature
+    if temperatures_ptr is not None:
+        T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)[:, None]
+    z = tl.where((v < V)[None, :], z, -float("inf"))
+    m = tl.max(z, 1)
+    d = (z - _base(m)[:, None]) * (1.0 / T)
+    e = tl.exp(d)
+    at = partials_ptr + part.to(tl.int64) * (end - begin) + local
+    plane = tl.cdiv(V, WIDTH).to(tl.int64) * (end - begin)
+    kept = i < tl.where(part * WIDTH < V, limit, begin)
+    tl.store(at, m, mask=kept)
+    tl.store(at + plane, tl.sum(e, 1), mask=kept)
+    tl.store(at + 2 * plane, tl.sum(tl.where(e > 0.0, d, 0.0) * e, 1), mask=kept)
+
+
+@triton.jit
+def _keep_four(z, four, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
+               SOFTCAP: tl.constexpr):
+    left, right = _halves(z)
+    a, b = _halves(left)
+    _keep(a, 4 * four, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V, SOFTCAP)
+    _keep(b, 4 * four + 1, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
+          SOFTCAP)
+    c, d = _halves(right)
+    _keep(c, 4 * four + 2, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
+          SOFTCAP)
+    _keep(d, 4 * four + 3, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
+          SOFTCAP)
+
+
 @triton.jit(do_not_specialize=["begin", "end", "V", "H", "hidden_stride", "weight_stride"])
 def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, live_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature,
                    softcap, begin, end, V, H, hidden_stride, weight_stride, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
-                   BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr):
+                   BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr):
     if EVEN:  # strides come in units of 16, which is how the compiler learns that rows are aligned
         hidden_stride *= 16
         weight_stride *= 16
@@ -87,33 +141,21 @@ def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, live_ptr
             z = tl.dot(x, w, z, input_precision="ieee")
             hidden_at += BLOCK_H
             weight_at += BLOCK_H
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + tl.minimum(v, V - 1)).to(tl.float32)[None, :]
-        if SOFTCAP:
-            z = _cap(z, softcap)
-        local = (i - begin).to(tl.int64)
-        if logits_ptr is not None:
-            tl.store(logits_ptr + local[:, None] * V + v[None, :], z, mask=inside[:, None] & (v < V)[None, :])
-        label = tl.load(ids_ptr + i, mask=inside, other=-1)
-        here = (label >= tile_V * BLOCK_V) & (label < tl.minimum(tile_V * BLOCK_V + BLOCK_V, V))
-        tl.store(label_ptr + i, tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1), mask=inside & here)
-        T = temperature
-        if temperatures_ptr is not None:
-            T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)[:, None]
-        z = tl.where((v < V)[None, :], z, -float("inf"))
-        m = tl.max(z, 1)
-        d = (z - _base(m)[:, None]) * (1.0 / T)
-        e = tl.exp(d)
-        partial_at = partials_ptr + tile_V.to(tl.int64) * (end - begin) + local
-        plane = tiles_V.to(tl.int64) * (end - begin)
-        tl.store(partial_at, m, mask=inside)
-        tl.store(partial_at + plane, tl.sum(e, 1), mask=inside)
-        tl.store(partial_at + 2 * plane, tl.sum(tl.where(e > 0.0, d, 0.0) * e, 1), mask=inside)
+        # In parts: registers that hold a tile's logits do not hold what becomes of all of them as well.
+        if BLOCK_V == 4 * PART:
+            _keep_four(z, tile_V, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end,
+                      V, SOFTCAP)
+        else:
+            left, right = _halves(z)
+            _keep_four(left, 2 * tile_V, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap,
+                      begin, end, V, SOFTCAP)
+            _keep_four(right, 2 * tile_V + 1, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature,
+                      softcap, begin, end, V, SOFTCAP)
 
 
-@triton.jit(do_not_specialize=["begin", "end", "V", "tiles"])
-def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr, logp_ptr, entropy_ptr, stats_ptr, temperature, begin, end, V, tiles,
-                    ROWS: tl.constexpr, TILES: tl.constexpr):
+@triton.jit(do_not_specialize=["begin", "end", "V", "parts"])
+def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr, logp_ptr, entropy_ptr, stats_ptr, temperature, begin, end, V, parts,
+                    ROWS: tl.constexpr, PARTS: tl.constexpr):
     i = begin + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < end
     live = inside
@@ -123,18 +165,18 @@ def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr
     if temperatures_ptr is not None:
         T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)
     inverse = 1.0 / T
-    plane = tiles.to(tl.int64) * (end - begin)
+    plane = parts.to(tl.int64) * (end - begin)
     at = partials_ptr + (i - begin)[None, :]
-    t = tl.arange(0, TILES)[:, None]
+    t = tl.arange(0, PARTS)[:, None]
     m = tl.full([ROWS], -float("inf"), dtype=tl.float32)
-    for start in range(0, tiles, TILES):
-        wanted = (start + t < tiles) & live[None, :]
+    for start in range(0, parts, PARTS):
+        wanted = (start + t < parts) & live[None, :]
         m = tl.maximum(m, tl.max(tl.load(at + (start + t).to(tl.int64) * (end - begin), mask=wanted, other=-float("inf")), 0))
     base = _base(m)
     S = tl.zeros([ROWS], dtype=tl.float32)
     W = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, tiles, TILES):
-        wanted = (start + t < tiles) & live[None, :]
+    for start in range(0, parts, PARTS):
+        wanted = (start + t < parts) & live[None, :]
         part_at = at + (start + t).to(tl.int64) * (end - begin)
         m_t = tl.load(part_at, mask=wanted, other=-float("inf"))
         S_t = tl.load(part_at + plane, mask=wanted, other=0.0)
@@ -236,22 +278,22 @@ def score(hidden: Tensor, head: HeadOf, rows: Rows, scores: Scores, begin: int, 
     weight, bias, temperature, softcap = head
     hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     (V, H), narrow = weight.shape, hidden.dtype.itemsize == 2
-    block_R, block_V, block_H, warps, stages = _TILES[narrow]
-    tiles = triton.cdiv(V, block_V)
+    block_R, block_V, block_H, warps, stages = _FLOAT32 if not narrow else _NARROW if logits is not None or torch.version.hip else _WIDE
+    tiles, parts = triton.cdiv(V, block_V), triton.cdiv(V, _PART)
     even = H % block_H == 0 and hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0
     unit = 16 if even else 1
-    step = end - begin if logits is not None else max(1, workspace_bytes // (12 * tiles * block_R)) * block_R
+    step = end - begin if logits is not None else max(1, workspace_bytes // (12 * parts * block_R)) * block_R
     label_z = torch.empty_like(scores.logp)
     for first in range(begin, end, max(1, step)):
         last = min(first + step, end)
-        partials = scores.logp.new_empty(3, tiles, last - first)
+        partials = scores.logp.new_empty(3, parts, last - first)
         _logits_kernel[(tiles * triton.cdiv(last - first, block_R),)](
             hidden, weight, bias, rows.ids, rows.row, rows.live, rows.temperatures, logits, partials, label_z, temperature, softcap, first, last,
             V, H, hidden.stride(0) // unit, weight.stride(0) // unit, SOFTCAP=softcap > 0, EVEN=even, WIDEN=_INTERPRETED and narrow,
-            BLOCK_R=block_R, BLOCK_V=block_V, BLOCK_H=block_H, GROUP=_GROUP, num_warps=warps, num_stages=stages)
+            BLOCK_R=block_R, BLOCK_V=block_V, BLOCK_H=block_H, PART=_PART, GROUP=_GROUP, num_warps=warps, num_stages=stages)
         _combine_kernel[(triton.cdiv(last - first, _COMBINE_ROWS),)](
-            partials, label_z, rows.ids, rows.live, rows.temperatures, *scores, temperature, first, last, V, tiles, ROWS=_COMBINE_ROWS,
-            TILES=_COMBINE_TILES)
+            partials, label_z, rows.ids, rows.live, rows.temperatures, *scores, temperature, first, last, V, parts, ROWS=_COMBINE_ROWS,
+            PARTS=_COMBINE_PARTS)
 
 
 def logits_gradient(logp_grad: Tensor, entropy_grad: Tensor, logits: Tensor, head: HeadOf, rows: Rows, scores: Scores, source: Tensor | None,
@@ -340,3 +382,50 @@ def _backward(ctx, logp_grad: Tensor, entropy_grad: Tensor, _stats_grad: None):
 
 
 _linear_logprob_triton.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- what is compiled offline -------------------------------------------------------------------------------------------
+def _offline_logits(dtype: str, tile: tuple[int, ...], everything: bool, store: bool) -> dict:
+    """`everything`: each optional input and the softcap; `store`: the logits are written."""
+    optional = {"bias_ptr": (f"*{dtype}", everything), "live_ptr": ("*i64", not store), "temperatures_ptr": ("*fp32", everything),
+                "logits_ptr": ("*fp32", store)}
+    block_R, block_V, block_H, warps, stages = tile
+    return {
+        "kernel": _logits_kernel,
+        "signature": {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "ids_ptr": "*i64", "rows_ptr": "*i64", "partials_ptr": "*fp32",
+                      "label_ptr": "*fp32", "temperature": "fp32", "softcap": "fp32", "begin": "i32", "end": "i32", "V": "i32", "H": "i32",
+                      "hidden_stride": "i32", "weight_stride": "i32"} | {name: kind for name, (kind, used) in optional.items() if used},
+        "constexprs": {"SOFTCAP": everything, "EVEN": True, "WIDEN": False, "BLOCK_R": block_R, "BLOCK_V": block_V, "BLOCK_H": block_H, "PART": _PART,
+                       "GROUP": _GROUP} | {name: None for name, (_, used) in optional.items() if not used},
+        "num_warps": warps, "num_stages": stages,
+    }
+
+
+def _offline_gradient(dtype: str, finish: bool) -> dict:
+    """`finish`: as linear_logprob's backward has it, with everything; else as linear_policy_loss has it."""
+    pointers = {"logp_grad_ptr": "*fp32", "entropy_grad_ptr": "*fp32", "logits_ptr": "*fp32", "ids_ptr": "*i64", "logp_ptr": "*fp32",
+                "stats_ptr": "*fp32", "grad_ptr": f"*{dtype}"}
+    pointers |= {"bias_ptr": f"*{dtype}", "temperatures_ptr": "*fp32"} if finish else {"source_ptr": "*i64"}
+    return {
+        "kernel": _gradient_kernel,
+        "signature": pointers | {"temperature": "fp32", "softcap": "fp32", "A": "i32", "V": "i32", "first": "i32", "width": "i32"},
+        "constexprs": {"SOFTCAP": finish, "FINISH": finish, "ROWS": _GRADIENT_ROWS, "COLUMNS": _GRADIENT_COLUMNS}
+        | ({"source_ptr": None} if finish else {"bias_ptr": None, "temperatures_ptr": None}),
+        "num_warps": _GRADIENT_WARPS,
+    }
+
+
+OFFLINE_KERNELS = {
+    f"logits{'_store' if store else ''}{'_everything' if everything else ''}_{dtype}{'_wide' if tile is _WIDE else ''}":
+        _offline_logits(dtype, tile, everything, store) | ({"targets": ("sm_80", "sm_90", "sm_100")} if tile is _WIDE else {})
+    for dtype, tiles in (("fp32", (_FLOAT32,)), ("bf16", (_WIDE, _NARROW)), ("fp16", (_WIDE, _NARROW)))
+    for tile in tiles for everything in (False, True) for store in ((False,) if tile is _WIDE else (False, True))
+} | {
+    "combine": {
+        "kernel": _combine_kernel,
+        "signature": {"partials_ptr": "*fp32", "label_ptr": "*fp32", "ids_ptr": "*i64", "live_ptr": "*i64", "temperatures_ptr": "*fp32",
+                      "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "stats_ptr": "*fp32", "temperature": "fp32", "begin": "i32", "end": "i32",
+                      "V": "i32", "parts": "i32"},
+        "constexprs": {"ROWS": _COMBINE_ROWS, "PARTS": _COMBINE_PARTS},
+    },
+} | {f"gradient_{'finish_' if finish else ''}{dtype}": _offline_gradient(dtype, finish) for dtype in ("fp32", "bf16", "fp16") for finish in (False, True)}
