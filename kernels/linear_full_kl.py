@@ -4,6 +4,8 @@ Shapes    N rows; H hidden (the reference may have another); V vocabulary; R row
 Flops     forward 2 N V (H + H_ref); backward the same again, as it computes each chunk's logits anew, and 4 N V H for the gradients. N counts the
           rows that matter: masked rows, and in the backward rows no gradient reaches, are compacted away before the products.
 Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtypes. The rows are those of full_kl.py.
+          Narrow dtypes on a GPU: the gradient of the logits is rounded to them for its two products, as tensor cores take it.
+Host      which rows count is read on the host: forward where there is a mask, and backward; on a GPU that synchronises.
 Source    full_kl.py; chunked heads as in linear_logprob.py.
 """
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
     z = hidden weight^T + bias      z' = softcap tanh(z / softcap)      then logprob.py on z' row by row
 
-Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logits are the workspace.
+Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logits are the workspace. Triton holds none of them in its forward, and
+          tiles of them in its backward (linear_logprob_triton.py).
 Flops     forward 2 N H V; backward 6 N H V, as it computes each chunk's logits again before the two products of the gradients. N counts the
           rows that matter: ignored rows, and in the backward rows no gradient reaches, are compacted away before the products.
 Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtype of hidden and weight. The forward
           does not depend on whether a gradient will follow: scoring and training the same rows agree in every bit.
+          Narrow dtypes on a GPU: the gradient of the logits is rounded to them for its two products, as tensor cores take it.
 Source    chunked heads as in Wijmans et al. (2024), Cut your losses in large-vocabulary language models, without its approximation.
 """
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""linear_logprob in Triton: the forward is one product whose epilogue keeps three numbers a row and tile, so that no logit is ever written.
+"""linear_logprob in Triton: the forward is one product whose epilogue keeps three numbers of 32 logits, so that no logit is ever written.
 
 The mathematics and numerics are those of linear_logprob.py.
 
-Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap), and leaves of each row the tile's maximum m, S = sum e^d and
-          W = sum d e^d with d = (z - m) / T, and the label's logit where the tile has it. A second kernel merges a row's tiles in the order of
-          the vocabulary. A row's arithmetic depends on V, H and the dtype alone: not on N, the other rows, the workspace, or a later backward.
-          Rows to skip are sorted to the end on the device, and programs that find only such rows stop: nothing is read by the host.
+Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap), and leaves of each row and part of 32 columns the maximum m,
+          S = sum e^d and W = sum d e^d with d = (z - m) / T, and the label's logit where the part has it. A second kernel merges a row's parts in
+          the order of the vocabulary. A row's arithmetic depends on V, H and the dtype alone: not on N, the other rows, the workspace, or a later
+          backward. Rows to skip are sorted to the end on the device, and programs that find only such rows stop: nothing is read by the host.
 Backward  the logits of R rows and C columns again by the library's product, overwritten by (float32; else narrowed to the dtype of hidden beside)
           their gradient, then the two products of that tile. What is accumulated in float32 moves 8 H (1 / R + 1 / C) bytes a logit, so tiles are
           square; chunks of whole rows would have weight's gradient pass through memory once for some 400 rows of 256 MiB.
-Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 24 N V / BLOCK_V for the partials; the logits would be 8 N V.
+Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 3 N V / 4 for the parts, written and read; the logits would be 8 N V.
 Host      the forward never waits. The backward reads once which rows a gradient reaches.
 Source    linear_logprob.py; partial results a tile as in Wijmans et al. (2024), Cut your losses in large-vocabulary language models.
 """
@@ -29,7 +29,7 @@ from fusedrl.kernels.linear_head import head_gradients, product, tile_of
 # fit the 64 KB that AMD's processors share.
 _WIDE, _NARROW, _FLOAT32 = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 16, 8, 3)
 BLOCK_ROWS = 128
-_PART = 32  # columns whose partial results are kept together; one number for all tiles, so that they agree in every bit
+_PART = 32  # columns whose partial results are kept together; one number for all tiles, so that they merge in one order
 _GROUP = 16  # row tiles that share a tile of weight while it is in L2
 _COMBINE_ROWS, _COMBINE_PARTS = 16, 64
 _GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_WARPS = 4, 1024, 8

@@ -13,7 +13,8 @@ Flops     2 M H V + 4 A H V. Masked rows are left out of every product; rows tha
 Memory    the workspace of one chunk, the gradients, a few numbers a row.
 Numerics  those of logprob and policy_loss; products and weight gradient in float32 whatever the dtype of hidden and weight. A row left out would
           have added exact zeros: the result differs only by how the products group the other rows.
-Host      the count of active rows is read on the host, once a chunk; on a GPU (torch implementation) that synchronises.
+Host      the rows with a weight, then the active rows of each chunk, are read on the host; on a GPU that synchronises. Triton reads nothing where
+          no gradient is to be formed.
 Source    the losses and chunked heads of the files named above; rows with zero gradient are dropped as in cut cross-entropy, but exactly.
 """
 from __future__ import annotations

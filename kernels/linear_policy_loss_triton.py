@@ -1,13 +1,15 @@
 """linear_policy_loss in Triton: the scores come out of the product itself, the gradient is formed while the chunk's logits are there.
 
 The mathematics and numerics are those of linear_policy_loss.py. Rows are scored by linear_logprob_triton.py and their coefficients formed by
-policy_loss_triton.py: loss and statistics are in every bit those of the two ops one after the other on the rows that count.
+policy_loss_triton.py: loss and statistics are those of the two ops one after the other on the rows that count, up to the order in which the compiler
+adds 32 columns, which it chooses for each size of tile (under the interpreter: in every bit).
 
     R rows -> product, whose epilogue keeps the logits and the row statistics -> coefficients -> active rows appended to the gradients dz
     C - R pending rows of dz, or the end -> d hidden = dz weight, d weight += dz^T hidden
 
 Workspace  R V float32 logits and C V gradients of hidden's dtype, C >= 2 R: rows gather over several chunks, so that the last two products stay thick
-           when few rows are active. R is a whole number of the product's tiles where there is room for one.
+           when few rows are active. R is a whole number of the product's tiles where there is room for one. The row statistics take 3/8 of a
+           byte a logit besides.
 Bytes      a chunk reads weight (V H s), writes its logits and reads them once; dz is written once and read twice. Each flush reads and writes
            the float32 gradient of weight, 8 V H: with V = 151936 and H = 4096 that is 5 GB for some 600 rows of 256 MiB. Where memory allows,
            give more: with 2 GiB it is 5 GB for some 4,000 rows, and no longer counts.

@@ -286,7 +286,9 @@ def test_the_forward_reads_nothing_on_the_host():
     from fusedrl.kernels.linear_logprob_triton import _linear_logprob_triton
 
     class Seen(TorchDispatchMode):
-        names = set()
+        def __init__(self):
+            super().__init__()
+            self.names = set()
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             self.names.add(function.overloadpacket.__name__)
@@ -324,5 +326,6 @@ def test_tiles_fit_the_workspace(elements, A, V):
     R, C = tile_of(elements, A, V)
     assert 1 <= R <= max(A, 1)
     assert 1 <= C <= V
-    assert R * C <= elements
-    assert 4 * R * C >= min(elements, A * V)  # and use it
+    tile = R * C
+    assert tile <= elements
+    assert 4 * tile >= min(elements, A * V)  # and use it
