@@ -27,7 +27,7 @@ from fusedrl.kernels.linear_head import head_gradients, product, tile_of
 
 # BLOCK_R, BLOCK_V, BLOCK_H, warps, stages. The wide tile has no registers left for the addresses of logits to be written, and its operands do not
 # fit the 64 KB that AMD's processors share.
-_WIDE, _NARROW, _FLOAT32 = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 16, 8, 3)
+_WIDE, _NARROW, _FLOAT32 = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 16, 8, 2)
 BLOCK_ROWS = 128
 _PART = 32  # columns whose partial results are kept together; one number for all tiles, so that they merge in one order
 _GROUP = 16  # row tiles that share a tile of weight while it is in L2
