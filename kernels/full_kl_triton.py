@@ -137,14 +137,27 @@ def _backward_kernel(kl_grad_ptr, logits_ptr, ref_ptr, stats_ptr, grad_ptr, temp
 
 
 # ---- launchers, and the ops that torch.compile sees ------------------------------------------------------------------
-@torch.library.custom_op("fusedrl::full_kl_triton", mutates_args=())
-def _full_kl_triton(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int) -> tuple[Tensor, Tensor]:
+def full_kl_backward(kl_grad: Tensor, logits: Tensor, ref_logits: Tensor, stats: Tensor, grad: Tensor, temperature: float, direction: int) -> None:
+    """The gradient of rows that `full_kl_forward` gave `stats`, or of some of their columns, into the contiguous `grad`, which may be the logits."""
+    N, V = logits.shape
+    if N:
+        _backward_kernel[(N, triton.cdiv(V, _BLOCK))](kl_grad.contiguous(), logits, ref_logits, stats, grad, temperature, V, logits.stride(0),
+                                                      ref_logits.stride(0), DIRECTION=direction, BLOCK=_BLOCK, num_warps=_WARPS)
+
+
+def full_kl_forward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int) -> tuple[Tensor, Tensor]:
+    """(kl [N], stats [N, 5] = max and S of either row, and what the gradient is centred on)."""
     N, V = logits.shape
     kl_N, stats_N5 = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, 5, dtype=torch.float32)
     if N:
         _forward_kernel[(N,)](logits, ref_logits, None if mask is None else mask.contiguous(), kl_N, stats_N5, temperature, V, logits.stride(0),
                               ref_logits.stride(0), DIRECTION=direction, BLOCK=_BLOCK, num_warps=_WARPS)
     return kl_N, stats_N5
+
+
+@torch.library.custom_op("fusedrl::full_kl_triton", mutates_args=())
+def _full_kl_triton(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int) -> tuple[Tensor, Tensor]:
+    return full_kl_forward(logits, ref_logits, mask, temperature, direction)
 
 
 @_full_kl_triton.register_fake
@@ -154,11 +167,8 @@ def _(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: floa
 
 @torch.library.custom_op("fusedrl::full_kl_triton_backward", mutates_args=())
 def _full_kl_triton_backward(kl_grad: Tensor, logits: Tensor, ref_logits: Tensor, stats: Tensor, temperature: float, direction: int) -> Tensor:
-    N, V = logits.shape
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    if N:
-        _backward_kernel[(N, triton.cdiv(V, _BLOCK))](kl_grad.contiguous(), logits, ref_logits, stats, grad, temperature, V, logits.stride(0),
-                                                      ref_logits.stride(0), DIRECTION=direction, BLOCK=_BLOCK, num_warps=_WARPS)
+    full_kl_backward(kl_grad, logits, ref_logits, stats, grad, temperature, direction)
     return grad
 
 
@@ -183,16 +193,27 @@ _full_kl_triton.register_autograd(_backward, setup_context=_setup_context)
 
 # ---- what is compiled offline -------------------------------------------------------------------------------------------
 _SCALARS = {"temperature": "fp32", "V": "i32", "row_stride": "i64", "ref_stride": "i64"}
-OFFLINE_KERNELS = {
-    f"{kernel.__name__.strip('_')}_{name}_{dtype}": {
-        "kernel": kernel,
-        "signature": {key: kind.replace("logits", dtype) for key, kind in {**pointers, **_SCALARS}.items()},
-        "constexprs": {"DIRECTION": direction, "BLOCK": _BLOCK},
-        "num_warps": _WARPS,
+
+
+def _offline(kernel, pointers: dict[str, str], dtype: str) -> dict[str, dict]:
+    return {
+        f"{kernel.__name__.strip('_')}_{name}_{dtype}": {
+            "kernel": kernel,
+            "signature": {**pointers, **_SCALARS},
+            "constexprs": {"DIRECTION": direction, "BLOCK": _BLOCK},
+            "num_warps": _WARPS,
+        }
+        for direction, name in enumerate(("reverse", "forward", "jsd"))
     }
-    for kernel, pointers in (
-        (_forward_kernel, {"logits_ptr": "*logits", "ref_ptr": "*logits", "mask_ptr": "*i1", "kl_ptr": "*fp32", "stats_ptr": "*fp32"}),
-        (_backward_kernel, {"kl_grad_ptr": "*fp32", "logits_ptr": "*logits", "ref_ptr": "*logits", "stats_ptr": "*fp32", "grad_ptr": "*logits"}),
-    )
-    for direction, name in enumerate(("reverse", "forward", "jsd")) for dtype in ("fp32", "bf16")
+
+
+def offline_backward(dtype: str, grad_dtype: str) -> dict[str, dict]:
+    pointers = {"kl_grad_ptr": "*fp32", "logits_ptr": f"*{dtype}", "ref_ptr": f"*{dtype}", "stats_ptr": "*fp32", "grad_ptr": f"*{grad_dtype}"}
+    return _offline(_backward_kernel, pointers, dtype if dtype == grad_dtype else f"{dtype}_to_{grad_dtype}")
+
+
+OFFLINE_KERNELS = {
+    name: entry for dtype in ("fp32", "bf16") for name, entry in (_offline(
+        _forward_kernel, {"logits_ptr": f"*{dtype}", "ref_ptr": f"*{dtype}", "mask_ptr": "*i1", "kl_ptr": "*fp32", "stats_ptr": "*fp32"}, dtype)
+        | offline_backward(dtype, dtype)).items()
 }

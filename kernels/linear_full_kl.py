@@ -4,6 +4,8 @@ Shapes    N rows; H hidden (the reference may have another); V vocabulary; R row
 Flops     forward 2 N V (H + H_ref); backward the same again, as it computes each chunk's logits anew, and 4 N V H for the gradients. N counts the
           rows that matter: masked rows, and in the backward rows no gradient reaches, are compacted away before the products.
 Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtypes. The rows are those of full_kl.py.
+          Narrow dtypes on a GPU: the gradient of the logits is rounded to them for its two products, as tensor cores take it.
+Host      which rows count is read on the host: forward where there is a mask, and backward; on a GPU that synchronises.
 Source    full_kl.py; chunked heads as in linear_logprob.py.
 """
 from __future__ import annotations
@@ -13,11 +15,14 @@ from torch import Tensor
 
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.full_kl import DIRECTIONS, check_direction, full_kl, full_kl_reference
-from fusedrl.kernels.linear_logprob import product
+from fusedrl.kernels.linear_head import product, workspace
 
-_IMPLS = Implementations("linear_full_kl", cpu=("cpp", "torch"), cuda=("torch",))
+if unavailable("triton", "cuda") is None:
+    from fusedrl.kernels import linear_full_kl_triton  # noqa: F401  (registers fusedrl::linear_full_kl_triton)
+
+_IMPLS = Implementations("linear_full_kl", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -38,9 +43,7 @@ def linear_full_kl_reference(hidden_NH: Tensor, weight_VH: Tensor, ref_hidden_NH
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None):
-        if workspace_bytes is None:
-            workspace_bytes = max(4 << 20, min(256 << 20, N * V))  # an eighth of 2 N V float32
-        return rows.split(max(1, workspace_bytes // (8 * V))) if rows.numel() else ()
+        return rows.split(max(1, workspace(workspace_bytes, 2 * N, V) // (8 * V))) if rows.numel() else ()
 
     @staticmethod
     def logits(hidden_RH: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,7 +121,7 @@ def linear_full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weigh
         mask: [N] bool; rows that are False have KL 0 and no gradient, take part in no product and may hold anything.
         workspace_bytes: bound of a chunk's logits, both together; at least one row is always held. By default the smaller of 256 MiB and an
             eighth of the full logits, but never less than 4 MiB.
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         [N] float32. Differentiable, once, in hidden, weight and bias.
     Raises:
@@ -144,5 +147,7 @@ def linear_full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weigh
     ref_hidden, ref_weight, ref_bias = ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
     if chosen_impl == "torch":
         return _Chunked.apply(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, float(temperature), direction, workspace_bytes)
-    return torch.ops.fusedrl.linear_full_kl(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, float(temperature), DIRECTIONS.index(direction),
-                                            -1 if workspace_bytes is None else workspace_bytes)
+    inputs = (hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, float(temperature), DIRECTIONS.index(direction))
+    if chosen_impl == "triton":
+        return torch.ops.fusedrl.linear_full_kl_triton(*inputs, workspace(workspace_bytes, 2 * hidden.shape[0], weight.shape[0]))[0]
+    return torch.ops.fusedrl.linear_full_kl(*inputs, -1 if workspace_bytes is None else workspace_bytes)

@@ -2,11 +2,13 @@
 
     z = hidden weight^T + bias      z' = softcap tanh(z / softcap)      then logprob.py on z' row by row
 
-Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logits are the workspace.
+Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logits are the workspace. Triton holds none of them in its forward, and
+          tiles of them in its backward (linear_logprob_triton.py).
 Flops     forward 2 N H V; backward 6 N H V, as it computes each chunk's logits again before the two products of the gradients. N counts the
           rows that matter: ignored rows, and in the backward rows no gradient reaches, are compacted away before the products.
 Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtype of hidden and weight. The forward
           does not depend on whether a gradient will follow: scoring and training the same rows agree in every bit.
+          Narrow dtypes on a GPU: the gradient of the logits is rounded to them for its two products, as tensor cores take it.
 Source    chunked heads as in Wijmans et al. (2024), Cut your losses in large-vocabulary language models, without its approximation.
 """
 from __future__ import annotations
@@ -16,10 +18,14 @@ from torch import Tensor
 
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.dispatch import Implementations, unavailable
+from fusedrl.kernels.linear_head import product, workspace
 from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
 
-_IMPLS = Implementations("linear_logprob", cpu=("cpp", "torch"), cuda=("torch",))
+if unavailable("triton", "cuda") is None:
+    from fusedrl.kernels import linear_logprob_triton  # noqa: F401  (registers fusedrl::linear_logprob_triton)
+
+_IMPLS = Implementations("linear_logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -38,21 +44,10 @@ def finish(z_RV: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor
 
 
 # ---- torch, a chunk at a time ------------------------------------------------------------------------------------------
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 at least."""
-    narrow = b if b.dtype.itemsize < a.dtype.itemsize else a
-    if a.is_cuda and narrow.dtype.itemsize == 2:
-        return torch.mm(a.to(narrow.dtype), b.to(narrow.dtype), out_dtype=torch.float32)
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(wide) @ b.to(wide)
-
-
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None):
-        if workspace_bytes is None:
-            workspace_bytes = max(4 << 20, min(256 << 20, N * V * 4 // 8))
-        return rows.split(max(1, workspace_bytes // (4 * V))) if rows.numel() else ()
+        return rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ()
 
     @staticmethod
     def row_results(z_RV: Tensor, bias_V: Tensor | None, token_ids: Tensor, temperature: float | Tensor,
@@ -130,7 +125,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: T
         ignore_index: rows with this id have logp 0, entropy 0 and no gradient; they take part in no product and may hold anything.
         workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By default the smaller of 256 MiB and an
             eighth of the full logits, but never less than 4 MiB: small problems stay whole, and thinner chunks make slower products.
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         logp [N], or (logp [N], entropy [N]); float32. Differentiable, once, in hidden, weight and bias.
         Equal workspaces and equal rows give equal bits, with and without a gradient.
@@ -160,6 +155,11 @@ def linear_logprob(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: T
         return (logp, entropies) if entropy else logp
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, weight.shape[0], ignore_index)
+    if chosen == "triton":
+        logp, entropies, _ = torch.ops.fusedrl.linear_logprob_triton(
+            hidden, weight, token_ids, bias, 1.0 if per_row is not None else float(temperature), None if per_row is None else per_row.detach(),
+            softcap or 0.0, ignore_index, workspace(workspace_bytes, hidden.shape[0], weight.shape[0]))
+        return (logp, entropies) if entropy else logp
     scale = float(temperature) if per_row is None else per_row.detach()
     logp, entropies = _Chunked.apply(hidden, weight, bias, token_ids, scale, softcap, ignore_index, workspace_bytes)
     return (logp, entropies) if entropy else logp

@@ -13,7 +13,8 @@ Flops     2 M H V + 4 A H V. Masked rows are left out of every product; rows tha
 Memory    the workspace of one chunk, the gradients, a few numbers a row.
 Numerics  those of logprob and policy_loss; products and weight gradient in float32 whatever the dtype of hidden and weight. A row left out would
           have added exact zeros: the result differs only by how the products group the other rows.
-Host      the count of active rows is read on the host, once a chunk; on a GPU (torch implementation) that synchronises.
+Host      the rows with a weight, then the active rows of each chunk, are read on the host; on a GPU that synchronises. Triton reads nothing where
+          no gradient is to be formed.
 Source    the losses and chunked heads of the files named above; rows with zero gradient are dropped as in cut cross-entropy, but exactly.
 """
 from __future__ import annotations
@@ -23,13 +24,17 @@ from torch import Tensor
 
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
-from fusedrl.kernels.linear_logprob import finish, linear_logprob, linear_logprob_reference, product
+from fusedrl.kernels.dispatch import Implementations, unavailable
+from fusedrl.kernels.linear_head import product, workspace
+from fusedrl.kernels.linear_logprob import finish, linear_logprob, linear_logprob_reference
 from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
 from fusedrl.kernels.objective import PolicyObjective, PolicyStats, RolloutCorrection
 from fusedrl.kernels.policy_loss import Derived, PolicyPart, check_policy, policy_loss_reference
 
-_IMPLS = Implementations("linear_policy_loss", cpu=("cpp", "torch"), cuda=("torch",))
+if unavailable("triton", "cuda") is None:
+    from fusedrl.kernels import linear_policy_loss_triton  # noqa: F401  (registers fusedrl::linear_policy_loss_triton)
+
+_IMPLS = Implementations("linear_policy_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _CLIP = PolicyObjective()
 _IGNORED = -100
 
@@ -50,12 +55,10 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, token_ids, weights, temperature, softcap, part, derived, workspace_bytes):
         rows = (weights != 0).nonzero().squeeze(1)
         N, V, wide = hidden.shape[0], weight.shape[0], torch.promote_types(weight.dtype, torch.float32)
-        if workspace_bytes is None:
-            workspace_bytes = max(4 << 20, min(256 << 20, N * V * 4 // 8))
         logp_N, entropy_N = hidden.new_zeros(2, N, dtype=wide).unbind()
         grads = [torch.zeros_like(t, dtype=t.dtype if t is hidden else wide) if t is not None and needed else None
                  for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)]
-        for index in rows.split(max(1, workspace_bytes // (4 * V))) if rows.numel() else ():
+        for index in rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ():
             ids, scale = token_ids[index], temperature[index] if isinstance(temperature, Tensor) else temperature
             z_RV = product(hidden[index], weight.t())
             with torch.enable_grad():
@@ -139,7 +142,7 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
         softcap: logits become softcap * tanh(logits / softcap).
         workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By default the smaller of 256 MiB and an
             eighth of the full logits, but never less than 4 MiB.
-        impl: "cpp" or "torch"; by default the best one for the device.
+        impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         (loss, PolicyStats): a scalar, differentiable once in hidden, weight and bias, whose gradients exist when it returns (no gradient is
         formed for what requires none); the statistics of `policy_loss`, entropy always among them.
@@ -183,8 +186,15 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
         loss, stats = torch.ops.fusedrl.linear_policy_loss(
             hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, *objective.scalars, *part.kl_scalars(), entropy_coef,
             1.0 if per_row is not None else scale, None if per_row is None else scale, softcap or 0.0, -1 if workspace_bytes is None else workspace_bytes)
+        return loss, PolicyStats(*stats.unbind())
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ids(op, ids, V, _IGNORED)
+    if chosen == "triton":
+        for_hidden, for_weight, for_bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
+        loss, stats, *_ = torch.ops.fusedrl.linear_policy_loss_triton(
+            hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, *objective.scalars, *part.kl_scalars(), entropy_coef,
+            1.0 if per_row is not None else float(temperature), None if per_row is None else per_row.detach(), softcap or 0.0,
+            workspace(workspace_bytes, N, V), for_hidden, for_weight, for_bias)
     else:
-        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_ids(op, ids, V, _IGNORED)
         loss, stats = _Chunked.apply(hidden, weight, bias, token_ids, weights, scale, softcap, part, derived, workspace_bytes)
     return loss, PolicyStats(*stats.unbind())

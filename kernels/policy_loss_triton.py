@@ -268,7 +268,7 @@ def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLIC
 
 # ---- custom op and launcher: what torch.compile sees, allocate, grid ------------------------------------------------------
 @torch.library.custom_op("fusedrl::policy_value_loss_triton", mutates_args=())
-def _policy_value_loss(
+def policy_value_loss_triton(
         logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None, values: Tensor | None,
         old_values: Tensor | None, returns: Tensor | None, ref_logp: Tensor | None, correction: Tensor | None,
         sequence_log_ratio: Tensor | None, kl_sum: Tensor | None, kind: int, lower: float, upper: float, dual: float, tau_positive: float,
@@ -291,7 +291,7 @@ def _policy_value_loss(
     return loss, stats, logp_grad, values_grad
 
 
-policy_loss_fused.attach(_policy_value_loss)
+policy_loss_fused.attach(policy_value_loss_triton)
 
 
 # ---- offline compilation: name -> what triton.compile needs (tests/offline_compile.py) ----------------------------------

@@ -11,6 +11,7 @@ A module of kernels/ takes part by a table of its own, name -> what `triton.comp
             constexprs={"BLOCK": 4096, "WITH_ENTROPY": True},                          # every tl.constexpr parameter, by name
             num_warps=8,                                                               # optional, 4 by default
             num_stages=3,                                                              # optional, Triton's own by default
+            targets=("sm_90",),                                                        # optional, where it may run; everywhere by default
         ),
     }
 
@@ -110,7 +111,8 @@ def main() -> None:
         sys.exit("offline_compile: expected TRITON_INTERPRET unset: under the interpreter there is nothing to compile")
     rows = []
     for name, entry in kernels(arguments.modules).items():
-        for target_name, target in TARGETS.items():
+        for target_name in entry.get("targets", TARGETS):
+            target = TARGETS[target_name]
             row = {"kernel": name, "target": target_name}
             try:
                 row |= compile_one(entry, target)

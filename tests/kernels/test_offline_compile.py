@@ -26,7 +26,7 @@ def test_every_kernel_compiles_and_none_spills(tmp_path):
     wrong = [row for row in rows if "error" in row or row["spills"]]
     assert not wrong, "\n".join(map(str, wrong))
     kernels = {row["kernel"] for row in rows}
-    assert len(rows) == 4 * len(kernels)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert "logprob_triton" in {name.split(".")[0] for name in kernels}
 
 
