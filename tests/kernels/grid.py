@@ -125,14 +125,14 @@ def _grid(entry: Entry, triton: bool) -> list[Case]:
     return covering(entry.levels_of("triton" if triton else "cpp"), entry.fits)
 
 
-def grid(entry: Entry, impl: str) -> list[Case]:
-    """The whole grid of an op."""
-    return _grid(entry, impl == "triton")
+def grid(entry: Entry, impl: str, most: int) -> list[Case]:
+    """The whole grid of an op, but for cases of more than `most` elements."""
+    return [case for case in _grid(entry, impl == "triton") if entry.cost(SimpleNamespace(**case)) <= most]
 
 
 def sample_of_grid(entry: Entry, impl: str, count: int, most: int) -> list[Case]:
-    """A fixed draw of `count` of its cases, each of at most `most` elements."""
-    cases = [case for case in grid(entry, impl) if entry.cost(SimpleNamespace(**case)) <= most]
+    """A fixed draw of `count` of its cases."""
+    cases = grid(entry, impl, most)
     return random.Random(f"{entry.op} {impl}").sample(cases, min(count, len(cases)))
 
 
