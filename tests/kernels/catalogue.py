@@ -482,8 +482,12 @@ POLICY_LOSS = Entry("policy_loss", policy_loss._IMPLS, _TOKEN_LEVELS, _policy_pr
 
 def _value_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
     live = _token_mask(case.mask, [case.N], generator)
+    # Clear of the clip and of the point where both squares are alike: there rounding picks the branch.
+    moved, target = 0.4 * floats(generator, case.N), floats(generator, case.N)
+    moved = torch.where((moved.abs() - 0.2).abs() < 1e-3, moved * 1.02, moved)
+    target = torch.where(((moved + moved.clamp(-0.2, 0.2)) / 2 - target).abs() < 1e-3, target + 0.01, target)
     old = case.offset + floats(generator, case.N)
-    columns = {"values": old + 0.4 * floats(generator, case.N), "old_values": old, "returns": old + floats(generator, case.N)}
+    columns = {"values": old + moved, "old_values": old, "returns": old + target}
     x = {name: laid_out(torch.where(live, t, math.nan), case.layout) for name, t in columns.items()}
     x["weights"] = torch.where(live, 0.5 + uniform(generator, case.N), 0.0)
     return Problem(x, {"clip": case.clip}, {"loss": torch.tensor(-0.75)}, {name: ~live for name in columns})
