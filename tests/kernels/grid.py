@@ -122,11 +122,11 @@ def covering(levels: dict[str, tuple], fits: Callable[[SimpleNamespace], bool] =
 
 @functools.cache
 def _grid(entry: Entry, triton: bool) -> list[Case]:
-    return covering(entry.levels_of("triton" if triton else "cpp"), entry.fits)
+    return [case for seed in range(3) for case in covering(entry.levels_of("triton" if triton else "cpp"), entry.fits, seed)]
 
 
 def grid(entry: Entry, impl: str, most: int) -> list[Case]:
-    """The whole grid of an op, but for cases of more than `most` elements."""
+    """The whole grid of an op, three coverings, which pair the levels in different company, but for cases of more than `most` elements."""
     return [case for case in _grid(entry, impl == "triton") if entry.cost(SimpleNamespace(**case)) <= most]
 
 

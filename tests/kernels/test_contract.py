@@ -93,7 +93,7 @@ def registered():
     # Ops of CUDA tensors alone are run by test_cuda_*.py, their kernels through csrc/simt.
     return sorted(name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") or
                   torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd") or
-                  torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutogradCPU") and "_cuda" not in name)
+                  (torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutogradCPU") and "_cuda" not in name))
 
 
 def test_every_registered_op_is_exercised(recorded):
@@ -103,7 +103,7 @@ def test_every_registered_op_is_exercised(recorded):
 @pytest.mark.parametrize("name", registered())
 def test_opcheck(recorded, name):
     op, arguments = next(iter(recorded[name].values()))
-    if "backward" in name:  # autograd calls it outside of any graph
+    if "forward" in name or "backward" in name:  # autograd calls it outside of any graph
         arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     torch.library.opcheck(op, tuple(arguments))
 

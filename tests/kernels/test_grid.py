@@ -1,6 +1,7 @@
 """The accuracy grid: every op in every implementation against float64 of the same rounded inputs, within the bounds of the numerical contract.
 
-The whole grid (`make test-full`) is a covering: every pair of levels of two factors of an op occurs in a case. Every run draws a few of its cases.
+The whole grid (`make test-full`) is three coverings: in each, every pair of levels of two factors of an op occurs in a case. Every run draws a few cases
+from the same levels.
 What is too large for torch's reference (it holds several [N, V] in float32) or for Triton's interpreter (milliseconds a block) is left to "cpp".
 """
 import math

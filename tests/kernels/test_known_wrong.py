@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from catalogue import CATALOGUE
 from grid import judge, oracle, run
 
-from fusedrl.kernels import full_kl, gae, kl, linear_logprob, logprob, normalize, policy_loss, ranking_loss, rms_norm, sampling
+from fusedrl.kernels import full_kl, logprob, policy_loss, ranking_loss, sampling
 
 
 # ---- logprob ---------------------------------------------------------------------------------------------------------------

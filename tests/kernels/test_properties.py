@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from catalogue import CATALOGUE, LOGITS, logits_of, pairs
+from catalogue import CATALOGUE, pairs
+from catalogue.rows import LOGITS, logits_of
 from grid import run, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -97,7 +98,8 @@ def impls(op):
 @pytest.mark.parametrize("impl", impls("logprob"))
 def test_logprob(impl):
     @drawn(4 * examples_of(impl))
-    @given(st.sampled_from([k for k in LOGITS if "inf" not in k]), st.integers(1, 40 if impl == "triton" else 300), st.integers(0, 2**31), st.sampled_from([0.3, 1.0, 2.5]))
+    @given(st.sampled_from([k for k in LOGITS if "inf" not in k]), st.integers(1, 40 if impl == "triton" else 300), st.integers(0, 2**31),
+           st.sampled_from([0.3, 1.0, 2.5]))
     def check(kind, V, seed, T):
         generator = torch.Generator().manual_seed(seed)
         z = logits_of(kind, 4, V, torch.float32, generator)
