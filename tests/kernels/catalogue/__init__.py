@@ -22,11 +22,17 @@ contract, or that it does not name, say why where they stand, with the measured 
 """
 from __future__ import annotations
 
+import importlib
+import importlib.util
+
 from grid import Entry
 
 from . import advantages, heads, layers, losses, rows
 
-CATALOGUE = {entry.op: entry for module in (rows, heads, losses, advantages, layers) for entry in vars(module).values() if isinstance(entry, Entry)}
+MODULES = [rows, heads, losses, advantages, layers]
+if all(importlib.util.find_spec(f"fusedrl.kernels.{name}") for name in ("paged_attention", "kv_cache")):
+    MODULES.append(importlib.import_module("catalogue.cache"))
+CATALOGUE = {entry.op: entry for module in MODULES for entry in vars(module).values() if isinstance(entry, Entry)}
 
 
 def pairs(device: str = "cpu") -> list[tuple[str, str]]:

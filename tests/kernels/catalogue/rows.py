@@ -181,7 +181,8 @@ def _sample_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
 
 
 def _sample(x: dict, s: dict, impl: str | None) -> Tensors:
-    return sampling.sample(x["logits"], keys=x["keys"], suppress=x.get("suppress"), **s, impl=impl)._asdict()
+    drawn = sampling.sample(x["logits"], keys=x["keys"], suppress=x.get("suppress"), **s, impl=impl)._asdict()
+    return {name: t for name, t in drawn.items() if isinstance(t, Tensor)}
 
 
 _SETTINGS = ({"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8},
