@@ -143,8 +143,9 @@ def _full_kl_problem(case: SimpleNamespace, generator: torch.Generator) -> Probl
 
 
 def _full_kl_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
-    # The contract names no bound: these are what is measured, at most 6e-7 max(1, KL), doubled. p (l - KL) carries the rounding of l and KL.
-    bounds = {"kl": Bound(rtol=1e-6, atol=1e-6)}
+    # The contract names no bound. Measured: at most 2.8e-6 max(1, KL), where float16 logits around 1e4 lie 30 apart; elsewhere below 6e-7. In the gradient
+    # p (l - KL) carries the rounding of l and KL.
+    bounds = {"kl": Bound(rtol=4e-6, atol=2e-6)}
     if "d logits" in want:
         g = problem.upstream["kl"][: want["kl"].shape[0]].double().abs()
         large = want["kl"].nan_to_num(nan=1.0, posinf=1.0).clamp(min=1.0)
