@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from catalogue import CATALOGUE
 from grid import judge, oracle, run
 
-from fusedrl.kernels import full_kl, logprob, policy_loss, ranking_loss, sampling
+from fusedrl.kernels import full_kl, logprob, policy_loss, ranking_loss
 
 
 # ---- logprob ---------------------------------------------------------------------------------------------------------------
@@ -234,13 +234,12 @@ def naive_log_sigmoid(x, s, impl):
 
 
 def logp_of_the_kept(x, s, impl):
-    drawn = sampling.sample(x["logits"], keys=x["keys"], **s, impl="torch")
-    return drawn._replace(logp=drawn.logp_processed)._asdict()
+    drawn = CATALOGUE["sample"].forward(x, s, "torch")
+    return drawn | {"logp": drawn["logp_processed"]}
 
 
-def top_p_before_top_k(x, s, impl):
-    first = sampling.sample(x["logits"], keys=x["keys"], temperature=s["temperature"], top_p=s["top_p"], impl="torch")
-    return first._asdict()
+def no_top_k(x, s, impl):
+    return CATALOGUE["sample"].forward(x, {name: value for name, value in s.items() if name != "top_k"}, "torch")
 
 
 def variance_for_mean_square(x, s, impl):
@@ -288,7 +287,7 @@ WRONG = {
     "pairs weighted alike": ("kwise_ranking_loss", {}, pairs_weighted_alike, {"loss"}),
     "log of a sigmoid": ("pairwise_ranking_loss", {"size": 1e4}, naive_log_sigmoid, {"loss"}),
     "logp of the kept set": ("sample", {"setting": {"temperature": 0.7, "top_k": 5}}, logp_of_the_kept, {"logp"}),
-    "top-k left out": ("sample", {"V": 1023, "setting": {"temperature": 0.9, "top_k": 40, "top_p": 0.9}}, top_p_before_top_k, {"kept_count"}),
+    "top-k left out": ("sample", {"V": 1023, "setting": {"temperature": 0.9, "top_k": 40, "top_p": 0.9}}, no_top_k, {"kept_count"}),
     "variance for the mean square": ("rms_norm", {"offset": 100.0, "residual": False}, variance_for_mean_square, {"y"}),
 }
 
