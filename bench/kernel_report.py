@@ -27,6 +27,8 @@ def triton_kernels() -> Iterator[tuple[str, dict[str, Usage]]]:
     for name, entry in kernels([]).items():
         used: dict[str, Usage] = {}
         for target, spec in TARGETS.items():
+            if target not in entry.get("targets", TARGETS):
+                continue
             try:
                 used[target] = compile_one(entry, spec)
             except Exception as error:  # one broken kernel must not hide the others
@@ -45,12 +47,14 @@ def cuda_kernels() -> Iterator[tuple[str, dict[str, Usage]]]:
 
 def table(rows: list[tuple[str, dict[str, Usage]]]) -> list[str]:
     """A Markdown row a kernel: registers a thread / shared bytes a block, for each target."""
-    targets = list(rows[0][1])
+    targets = [target for target in TARGETS if any(target in used for _, used in rows)]
     lines = [f"| kernel | {' | '.join(targets)} |", "|---" * (len(targets) + 1) + "|"]
-    return lines + [f"| `{name}` | {' | '.join(_cell(usage) for usage in used.values())} |" for name, used in rows]
+    return lines + [f"| `{name}` | {' | '.join(_cell(used.get(target)) for target in targets)} |" for name, used in rows]
 
 
-def _cell(usage: Usage) -> str:
+def _cell(usage: Usage | None) -> str:
+    if usage is None:
+        return "not used there"
     if "error" in usage:
         return "**does not compile**"
     return f"{usage['registers']} / {usage['shared']}" + (f", **{usage['spills']} spilled**" if usage["spills"] else "")

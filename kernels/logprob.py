@@ -130,7 +130,7 @@ def logprob_(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor =
 
     Afterwards `logits` holds the gradient. Autograd refuses whatever would read the old values: a second backward through this call, or
     an operation that saved these logits (such as the tanh that made them), raises "modified by an inplace operation" when it is reached.
-    Arguments, results and errors as `logprob`; in addition:
+    Within torch.compile only "cpp" does so; the others are `logprob` there. Arguments, results and errors as `logprob`; in addition:
 
     Raises:
         ValueError: logits that are a leaf requiring a gradient (its .grad would be the leaf itself), whose rows overlap in memory,
@@ -164,6 +164,7 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
         native_op = torch.ops.fusedrl.logprob_in_place if in_place else torch.ops.fusedrl.logprob
         logp, entropies = native_op(logits, token_ids, value, per_row, entropy, ignore_index, kept_ids, kept_offsets)
         return (logp, entropies) if entropy else logp
+    in_place = in_place and not torch.compiler.is_compiling()  # in a graph these gradients would be opaque; the compiler plans its memory itself
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, logits.shape[-1], ignore_index)
         if kept is not None:

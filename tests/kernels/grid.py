@@ -1,0 +1,249 @@
+"""How the accuracy grid makes its cases, runs an op on them and judges what comes out. What the ops are stands in catalogue.py.
+
+An `Entry` names the factors of one public op and their levels. The whole grid is a covering of them: every pair of levels of two factors occurs in
+at least one case (`covering`), which finds what one or two settings cause together in a hundred cases in place of millions. A case becomes a `Problem`,
+its outputs and gradients are compared with those of a float64 `reference` of the same rounded inputs, within the entry's `bounds`.
+
+Problems with many rows repeat a few of them: rows n and n + period hold the same bits. The oracle sees one period, so that 4096 x 256000 costs it
+nothing, and the results of all other periods must equal the first bit for bit, which is what "independent of its companions" says.
+"""
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from fusedrl.kernels.dispatch import Implementations, unavailable
+
+EPS = torch.finfo(torch.float32).eps
+Case = dict[str, object]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """|got - want| <= atol + rtol |want|. `rounded`: of the oracle rounded to the dtype of what came out, as results in a narrow dtype are."""
+
+    rtol: float = 0.0
+    atol: float | Tensor = 0.0
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of one call, and what is known of them."""
+
+    x: dict[str, Tensor | None]  # tensors by argument name
+    settings: dict[str, object] = field(default_factory=dict)  # all other arguments
+    upstream: Tensors = field(default_factory=dict)  # gradient of each differentiable output
+    hidden: Tensors = field(default_factory=dict)  # bool, broadcastable to x[name]: slots that may hold anything
+    period: int = 0  # rows n and n + period of x and of the outputs are the same; 0: no repetition
+
+    def rows(self, count: int, names: set[str]) -> Problem:
+        """The first `count` rows of everything that has rows: `names` among x, and every upstream gradient."""
+        x = {name: t[:count] if t is not None and name in names else t for name, t in self.x.items()}
+        hidden = {name: t[:count] if name in names else t for name, t in self.hidden.items()}
+        return replace(self, x=x, upstream={name: t[:count] for name, t in self.upstream.items()}, hidden=hidden, period=0)
+
+    def wide(self) -> Problem:
+        """In float64."""
+        def widen(tensors: dict) -> dict:
+            return {name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in tensors.items()}
+
+        return replace(self, x=widen(self.x), settings=widen(self.settings), upstream=widen(self.upstream))
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One public op.
+
+    op: its name. table: the `Implementations` that serve it. levels: factor -> levels; the first of each make the plain case, small and ordinary.
+    make: (case as a namespace, generator) -> Problem. forward: (x, settings, impl) -> outputs by name; those of the problem's `upstream` are differentiated
+    by `wants`. reference: the same of (x, settings) in float64. bounds: (problem, want) -> Bound of every output ("d name" for a gradient).
+    triton: levels that replace others under the interpreter. fits: whether a case is to be run. cost: elements that it touches.
+    writes: arguments that the op writes to by contract. rows: arguments with a row for each row of the outputs, where rows are independent.
+    """
+
+    op: str
+    table: Implementations
+    levels: dict[str, tuple]
+    make: Callable[[SimpleNamespace, torch.Generator], Problem]
+    forward: Callable[[dict, dict, str | None], Tensors]
+    reference: Callable[[dict, dict], Tensors]
+    bounds: Callable[[Problem, Tensors], dict[str, Bound]]
+    wants: tuple[str, ...] = ()
+    triton: dict[str, tuple] = field(default_factory=dict)
+    fits: Callable[[SimpleNamespace], bool] = lambda case: True
+    cost: Callable[[SimpleNamespace], int] = lambda case: 1
+    writes: tuple[str, ...] = ()
+    rows: frozenset[str] = frozenset()
+
+    def implementations(self, device: str = "cpu") -> list[str]:
+        """Those that can run here."""
+        return [name for name in (self.table.cuda if device == "cuda" else self.table.cpu) if unavailable(name, device) is None]
+
+    def levels_of(self, impl: str) -> dict[str, tuple]:
+        return self.levels | (self.triton if impl == "triton" else {})
+
+    def plain(self, **changes: object) -> Case:
+        return {name: levels[0] for name, levels in self.levels.items()} | changes
+
+    def problem(self, case: Case, seed: int = 0) -> Problem:
+        return self.make(SimpleNamespace(**case), torch.Generator().manual_seed(seed))
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+def covering(levels: dict[str, tuple], fits: Callable[[SimpleNamespace], bool] = lambda case: True, seed: int = 0) -> list[Case]:
+    """Cases in which every pair of levels of two factors occurs that a fitting case is found for. Each starts from a pair that is still missing; of a
+    dozen random completions that fit, the one that brings most missing pairs is taken."""
+    chance, names = random.Random(seed), sorted(levels)
+    missing = {((a, i), (b, j)) for a, b in combinations(names, 2) for i in range(len(levels[a])) for j in range(len(levels[b]))}
+    cases = []
+    for pair in sorted(missing):
+        if pair not in missing:
+            continue
+        best: tuple[int, dict[str, int]] = (0, {})
+        for _ in range(12):
+            chosen = {name: chance.randrange(len(levels[name])) for name in names} | dict(pair)
+            if fits(SimpleNamespace(**{name: levels[name][i] for name, i in chosen.items()})):
+                best = max(best, (len(missing.intersection(combinations(sorted(chosen.items()), 2))), chosen), key=lambda b: b[0])
+        if best[0]:
+            missing.difference_update(combinations(sorted(best[1].items()), 2))
+            cases.append({name: levels[name][i] for name, i in best[1].items()})
+    return cases
+
+
+@functools.cache
+def _grid(entry: Entry, triton: bool) -> list[Case]:
+    return [case for seed in range(3) for case in covering(entry.levels_of("triton" if triton else "cpp"), entry.fits, seed)]
+
+
+def grid(entry: Entry, impl: str, most: int) -> list[Case]:
+    """The whole grid of an op, three coverings, which pair the levels in different company, but for cases of more than `most` elements."""
+    return [case for case in _grid(entry, impl == "triton") if entry.cost(SimpleNamespace(**case)) <= most]
+
+
+def sample_of_grid(entry: Entry, impl: str, count: int, most: int) -> list[Case]:
+    """A fixed draw of `count` cases from the same levels, each of at most `most` elements, one of them perhaps of none."""
+    chance, levels, cases, empty = random.Random(f"{entry.op} {impl}"), entry.levels_of(impl), [], 0
+    for _ in range(2000):
+        case = {name: chance.choice(of) for name, of in levels.items()}
+        cost = entry.cost(SimpleNamespace(**case))
+        if entry.fits(SimpleNamespace(**case)) and cost <= most and (cost or not empty):
+            empty += not cost
+            cases.append(case)
+        if len(cases) == count:
+            break
+    return cases
+
+
+def describe(case: Case) -> str:
+    return ", ".join(f"{name}={str(level).removeprefix('torch.')}" for name, level in case.items())
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+def run(entry: Entry, problem: Problem, impl: str | None, forward: Callable | None = None) -> Tensors:
+    """Outputs by name and gradients as "d name". Inputs are not copied, so that they keep their layout, unless the op writes to them."""
+    x = {name: copy_with_storage(t) if name in entry.writes and t is not None else t for name, t in problem.x.items()}
+    leaves = {name: x[name].detach().requires_grad_() for name in entry.wants if x.get(name) is not None and problem.upstream}
+    outputs = (forward or entry.forward)(x | leaves, problem.settings, impl)
+    return finished(outputs, leaves, problem, materialize=forward is not None)
+
+
+def oracle(entry: Entry, problem: Problem) -> Tensors:
+    """The reference's, in float64; of one period where the problem has one."""
+    if problem.period:
+        problem = problem.rows(problem.period, set(entry.rows))
+    wide = problem.wide()
+    leaves = {name: wide.x[name].detach().requires_grad_() for name in entry.wants if wide.x.get(name) is not None and problem.upstream}
+    return finished(entry.reference(wide.x | leaves, wide.settings), leaves, wide)
+
+
+def finished(outputs: Tensors, leaves: Tensors, problem: Problem, materialize: bool = False) -> Tensors:
+    got = {name: t.detach() for name, t in outputs.items()}
+    if leaves:
+        names = [name for name in problem.upstream if name in outputs and outputs[name].requires_grad]
+        grads = torch.autograd.grad([outputs[name] for name in names], list(leaves.values()), [problem.upstream[name] for name in names],
+                                    materialize_grads=materialize)
+        got |= {f"d {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return got
+
+
+def copy_with_storage(t: Tensor) -> Tensor:
+    """A copy that keeps strides, offset and what lies around the tensor."""
+    return torch.empty(0, dtype=t.dtype).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride())
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------------
+def excess(got: Tensor, want: Tensor, bound: Bound) -> float:
+    """Largest error in units of what is allowed; infinite where one is NaN or infinite and the other is not, or another infinity."""
+    if got.shape != want.shape:
+        return math.inf
+    if got.numel() == 0:
+        return 0.0
+    if not got.is_floating_point():
+        return 0.0 if torch.equal(got, want.to(got.dtype)) else math.inf
+    if bound.rounded:
+        want = want.to(got.dtype)
+    got, want = got.double(), want.double()
+    special = ~want.isfinite()
+    if not torch.equal(special, ~got.isfinite()) or not torch.equal(got[special].nan_to_num(nan=0.5), want[special].nan_to_num(nan=0.5)):
+        return math.inf
+    allowed = bound.atol + bound.rtol * want.abs()
+    error = (got - want).abs()
+    return float(torch.where(special | (error == 0), 0.0, error / torch.as_tensor(allowed, dtype=torch.float64)).max())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN to NaN."""
+    return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
+
+
+def judge(entry: Entry, problem: Problem, got: Tensors, want: Tensors, exact: bool = True) -> dict[str, float]:
+    """`excess` of every output: accepted where none is above 1. Repetitions of a row that differ from it count as infinite if `exact`, else by their error."""
+    bounds = entry.bounds(problem, want)
+    if missing := set(want) ^ set(got):
+        raise AssertionError(f"{entry.op}: outputs {sorted(missing)} on one side only")
+    worst = {}
+    for name, expected in want.items():
+        ours, period = got[name], problem.period
+        repeated = bool(period) and ours.ndim > 0 and ours.shape[0] > period
+        worst[name] = excess(ours[:period] if repeated else ours, expected, bounds[name])
+        for n in range(period, ours.shape[0], period) if repeated else ():
+            again = ours[n:n + period]
+            if not same_bits(again, ours[: len(again)]):
+                worst[name] = math.inf if exact or len(again) < period else max(worst[name], excess(again, expected, bounds[name]))
+    return worst
+
+
+def rejected(entry: Entry, problem: Problem, got: Tensors) -> set[str]:
+    """Names of the outputs that the checks refuse."""
+    return {name for name, value in judge(entry, problem, got, oracle(entry, problem)).items() if not value <= 1}
+
+
+def verify(entry: Entry, case: Case, impl: str) -> dict[str, float]:
+    """Run one case and raise unless every output is within its bounds and no input was written to. Returns the worst excess of each output."""
+    problem = entry.problem(case)
+    watched = {name: t for name, t in problem.x.items() if t is not None and name not in entry.writes and t.untyped_storage().nbytes() < 64 << 20}
+    before = {name: t.untyped_storage().clone() for name, t in watched.items()}
+    got = run(entry, problem, impl)
+    for name, t in watched.items():
+        if bytes_differ(t.untyped_storage(), before[name]):
+            raise AssertionError(f"{entry.op} [{impl}] wrote to its input {name}: {describe(case)}")
+    worst = judge(entry, problem, got, oracle(entry, problem), exact=impl != "torch")  # torch's own kernels take the ends of a tensor another way
+    if not all(value <= 1 for value in worst.values()):
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in worst.items())
+        raise AssertionError(f"{entry.op} [{impl}] {describe(case)}: error / bound = {numbers}")
+    return worst
+
+
+def bytes_differ(a: torch.UntypedStorage, b: torch.UntypedStorage) -> bool:
+    return not torch.equal(*(torch.empty(0, dtype=torch.uint8).set_(s, 0, (s.nbytes(),), (1,)) for s in (a, b)))
+
