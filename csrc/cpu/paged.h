@@ -112,11 +112,6 @@ inline void block_values(const T* v, const float* weights, int64_t ld, int64_t c
       for (int64_t s = 0; s < count; ++s) out[g * D + d] += weights[g * ld + s] * to_float(v[s * D + d]);
 }
 
-// cap tanh(x / cap) in place.
-inline void cap_scores(float* scores, int64_t size, float cap) {
-  for (int64_t i = 0; i < size; i += VL) ((Vec::loadu(scores + i) * Vec(1.0f / cap)).tanh() * Vec(cap)).store(scores + i);
-}
-
 // exp(x - max) in place; the sum. Masked scores are -inf and come out as 0.
 inline float softmax_weights(float* scores, int64_t size) {
   Vec top = Vec::loadu(scores);
@@ -154,7 +149,7 @@ void attend(const T* k, const T* v, const Cache& cache, int64_t head, const Span
   };
   for (int64_t b = 0; b < count; ++b) {
     block_scores<G>(k + offset(b), q, D, S, scores + b * pitch, ld);
-    for (int g = 0; g < G && span.cap > 0; ++g) cap_scores(scores + g * ld + b * pitch, pitch, span.cap);
+    for (int g = 0; g < G && span.cap > 0; ++g) cap_values(scores + g * ld + b * pitch, pitch, span.cap);
     if (pitch > S) mask(b * pitch + S, (b + 1) * pitch);
   }
   mask(0, span.first % S);
