@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_OPS = ("logprob",)  # the slots of a flag
+_OPS = ("logprob", "linear_logprob")  # the slots of a flag; linear_policy_loss scores through linear_logprob
 _flags: dict[torch.device, Tensor] = {}  # [len(_OPS)] int32 a device
 
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedrl.kernels import faults
 from fusedrl.kernels.linear_head import head_gradients, product, tile_of
 
 # BLOCK_R, BLOCK_V, BLOCK_H, warps, stages. The wide tile has no registers left for the addresses of logits to be written, and its operands do not
@@ -154,8 +155,8 @@ def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, live_ptr
 
 
 @triton.jit(do_not_specialize=["begin", "end", "V", "parts"])
-def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr, logp_ptr, entropy_ptr, stats_ptr, temperature, begin, end, V, parts,
-                    ROWS: tl.constexpr, PARTS: tl.constexpr):
+def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr, logp_ptr, entropy_ptr, stats_ptr, fault_ptr, temperature, begin, end, V,
+                    parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
     i = begin + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < end
     live = inside
@@ -193,6 +194,7 @@ def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr
     mean = W / some
     logp = tl.where((z_y == -float("inf")) & (S == S), -float("inf"), (z_y - m) / T - log_S)
     logp = tl.where(live, tl.where(in_range, logp, float("nan")), 0.0)
+    tl.store(fault_ptr + i * 0, 1, mask=live & ~in_range)
     tl.store(logp_ptr + i, logp, mask=inside)
     tl.store(entropy_ptr + i, tl.where(live, log_S - mean, 0.0), mask=inside)
     tl.store(stats_ptr + i * 3, m, mask=inside)
@@ -292,8 +294,8 @@ def score(hidden: Tensor, head: HeadOf, rows: Rows, scores: Scores, begin: int, 
             V, H, hidden.stride(0) // unit, weight.stride(0) // unit, SOFTCAP=softcap > 0, EVEN=even, WIDEN=_INTERPRETED and narrow,
             BLOCK_R=block_R, BLOCK_V=block_V, BLOCK_H=block_H, PART=_PART, GROUP=_GROUP, num_warps=warps, num_stages=stages)
         _combine_kernel[(triton.cdiv(last - first, _COMBINE_ROWS),)](
-            partials, label_z, rows.ids, rows.live, rows.temperatures, *scores, temperature, first, last, V, parts, ROWS=_COMBINE_ROWS,
-            PARTS=_COMBINE_PARTS)
+            partials, label_z, rows.ids, rows.live, rows.temperatures, *scores, faults.flag("linear_logprob", partials.device), temperature, first, last, V,
+            parts, ROWS=_COMBINE_ROWS, PARTS=_COMBINE_PARTS)
 
 
 def logits_gradient(logp_grad: Tensor, entropy_grad: Tensor, logits: Tensor, head: HeadOf, rows: Rows, scores: Scores, source: Tensor | None,
@@ -424,8 +426,8 @@ OFFLINE_KERNELS = {
     "combine": {
         "kernel": _combine_kernel,
         "signature": {"partials_ptr": "*fp32", "label_ptr": "*fp32", "ids_ptr": "*i64", "live_ptr": "*i64", "temperatures_ptr": "*fp32",
-                      "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "stats_ptr": "*fp32", "temperature": "fp32", "begin": "i32", "end": "i32",
-                      "V": "i32", "parts": "i32"},
+                      "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "stats_ptr": "*fp32", "fault_ptr": "*i32", "temperature": "fp32",
+                      "begin": "i32", "end": "i32", "V": "i32", "parts": "i32"},
         "constexprs": {"ROWS": _COMBINE_ROWS, "PARTS": _COMBINE_PARTS},
     },
 } | {f"gradient_{'finish_' if finish else ''}{dtype}": _offline_gradient(dtype, finish) for dtype in ("fp32", "bf16", "fp16") for finish in (False, True)}

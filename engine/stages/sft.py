@@ -14,6 +14,7 @@ from fusedrl.engine.data.tokenize import encode_demonstrations, end_of_text
 from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.run import Run, held_out
+from fusedrl.kernels.faults import raise_faults
 
 Tokens = tuple[list[int], list[int]]  # prompt ids, completion ids
 
@@ -67,6 +68,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
                 result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
                 run.check_update(result)
                 actor.mark_updated()
+            raise_faults(actor.decoder.device)  # where the host reads the loss anyway
             metrics = {"loss": loss.item(), "perplexity": math.exp(min(80.0, loss.item())), "lr": optimizer.lr, "grad_norm": result.grad_norm,
                        "num_tokens": float(batch.num_tokens)}
             if held and step == run.total - 1:

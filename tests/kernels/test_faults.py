@@ -59,6 +59,18 @@ def test_a_kept_id_out_of_range(wrong):
         faults.raise_faults()
 
 
+def test_the_heads_report_too():
+    from fusedrl.kernels.linear_logprob import linear_logprob
+
+    hidden, weight = torch.randn(4, 8), torch.randn(50, 8)
+    compiled = torch.compile(lambda ids: linear_logprob(hidden, weight, ids, impl="triton"), fullgraph=True, backend="aot_eager")
+    compiled(GOOD)
+    faults.raise_faults()
+    assert compiled(BAD).isnan().tolist() == [False, False, True, False]
+    with pytest.raises(IndexError, match=r"^linear_logprob: expected token ids"):
+        faults.raise_faults()
+
+
 def test_the_checks_on_cpu_tensors_come_first():
     for function in (logprob, logprob_):
         with pytest.raises(IndexError, match="got 50 in row 2"):

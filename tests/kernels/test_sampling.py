@@ -5,6 +5,7 @@ import torch
 
 from fusedrl.kernels import native
 from fusedrl.kernels.dispatch import unavailable
+from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.sampling import Sampled, _capacity, philox4x32, sample, uniform
 
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
@@ -404,3 +405,16 @@ def test_room_for_the_kept_set():
     for setting, expected in (({"top_k": 4}, 12), ({"top_p": 0.5, "kept_capacity": 17}, 17)):
         compiled = torch.compile(lambda z, setting=setting: sample(z, **arguments, **setting).kept.token_ids, fullgraph=True, backend="aot_eager")
         assert len(compiled(logits)) == expected  # compiled code is not asked how many there are
+
+
+@pytest.mark.parametrize("scorer", ["torch", "cpp"])
+def test_the_scorer_gives_what_was_sampled(scorer):
+    """From the sampler's kept set the trainer scores the very distribution that the token was drawn from."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(40, 300, generator=generator)
+    keys = torch.stack([torch.arange(40)] * 4, dim=1)
+    drawn = sample(logits, temperature=0.8, top_k=50, top_p=0.7, min_p=0.01, keys=keys, return_kept=True)
+    assert drawn.kept is not None
+    scored = logprob(logits, drawn.token_ids, temperature=0.8, kept=drawn.kept, impl=scorer)
+    torch.testing.assert_close(scored, drawn.logp_processed, atol=1e-6, rtol=1e-6)
+    assert (logprob(logits, drawn.token_ids, temperature=0.8, impl=scorer) < scored - 0.01).all(), "which the full distribution is not"

@@ -1,4 +1,4 @@
-"""Layers and the decoder: rms_norm, rope, swiglu, varlen_attention, decode_step."""
+"""Layers and the decoder: rms_norm, rope, swiglu, fixed_linear, varlen_attention, decode_step."""
 from __future__ import annotations
 
 import math
@@ -8,7 +8,7 @@ import torch
 from grid import EPS, Bound, Entry, Problem, Tensors
 from torch import Tensor
 
-from fusedrl.kernels import attention, decode_step, rms_norm, rope, swiglu
+from fusedrl.kernels import attention, decode_step, fixed_linear, rms_norm, rope, swiglu
 
 from .common import BF16, F16, F32, FLOATS, floats, laid_out, no_worse, peer_of, uniform
 
@@ -105,6 +105,20 @@ VARLEN_ATTENTION = Entry(
     cost=lambda case: sum(n * n for n in case.lengths))
 
 
+def _linear_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
+    x = {"x": laid_out(floats(generator, case.N, case.K, dtype=case.dtype), case.layout), "weight": floats(generator, case.O, case.K, dtype=case.dtype)}
+    return Problem(x | ({"bias": floats(generator, case.O, dtype=case.dtype)} if case.bias else {}), {})
+
+
+FIXED_LINEAR = Entry(
+    "fixed_linear", fixed_linear._IMPLS,
+    {"N": (33, 0, 1, 64, 130), "K": (70, 0, 1, 256, 257, 1100), "O": (37, 1, 32, 300), "bias": (True, False), "dtype": (F32, BF16),
+     "layout": ("plain", "padded", "misaligned")},
+    _linear_problem, forward=lambda x, s, impl: {"y": fixed_linear.fixed_linear(**x, impl=impl)},
+    reference=lambda x, s: {"y": fixed_linear.fixed_linear_reference(x["x"], x["weight"], x.get("bias"))},
+    bounds=lambda problem, want: no_worse(problem, want, peer_of(FIXED_LINEAR, problem), 4.0, 2.0, 2.0), cost=lambda case: case.N * case.K * case.O // 64)
+
+
 def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
     heads, kv_heads, D, H, F, V, L, S = 4, 2, 8, 20, 27, 31, 2, 16
 
@@ -155,4 +169,4 @@ DECODE_STEP = Entry(
     {"lengths": ((5, 1, 20), (), (1,), (33, 2), (1,) * 33), "bias": (True, False), "window": (0, 3, 17), "dtype": (F32, BF16)},
     _decode_problem, _decode, _decode_reference,
     lambda problem, want: no_worse(problem, want, _decode_reference(dict(problem.x.items()), problem.settings), 1.0, 4.0, 2.0),
-    writes=("k_cache", "v_cache"), cost=lambda case: sum(case.lengths) * 1000)
+    writes=("k_cache", "v_cache"), triton={"lengths": ((3, 1), (), (1,), (5,))}, cost=lambda case: sum(case.lengths) * 1000)

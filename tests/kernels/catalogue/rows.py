@@ -9,6 +9,7 @@ from grid import EPS, Bound, Entry, Problem, Tensors
 from torch import Tensor
 
 from fusedrl.kernels import full_kl, logprob, sampling
+from fusedrl.kernels.kept import Kept
 
 from .common import BF16, F32, FLOATS, PERIOD, floats, laid_out, repeat, uniform
 
@@ -75,8 +76,24 @@ def _logprob_problem(case: SimpleNamespace, generator: torch.Generator) -> Probl
     if isinstance(T, Tensor):
         x["temperature"] = T
     hidden = {"logits": (ids == -100)[:, None]}
+    if case.kept:  # as rows of a mask; the CSR is made where the op is called. Every fourth row lists nothing, and some labels were not kept
+        kept = uniform(generator, R, case.V) < 0.3
+        kept[:, case.V // 2] = True
+        kept[1:, :].scatter_(1, ids[1:R, None].clamp(min=0), True)
+        kept[::4] = False
+        x["kept"] = repeat(kept, N)
+        hidden["logits"] = hidden["logits"] | _not_kept(x["kept"])
     return Problem(x, {"entropy": case.entropy} | ({} if isinstance(T, Tensor) else {"temperature": T}),
                    {name: repeat(g, N) for name, g in upstream.items()} if case.grad else {}, hidden, period)
+
+
+def _not_kept(kept_NV: Tensor) -> Tensor:
+    """What truncation removed: nothing in rows that list nothing."""
+    return ~kept_NV & kept_NV.any(-1, keepdim=True)
+
+
+def _csr(kept_NV: Tensor) -> Kept:
+    return Kept(kept_NV.nonzero()[:, 1].int(), torch.nn.functional.pad(kept_NV.sum(-1).cumsum(0), (1, 0)))
 
 
 def _logprob_outputs(result: object, s: dict) -> Tensors:
@@ -84,7 +101,8 @@ def _logprob_outputs(result: object, s: dict) -> Tensors:
 
 
 def _logprob_reference(x: dict, s: dict) -> Tensors:
-    logp, entropy = logprob.logprob_reference(x["logits"], x["token_ids"], x["temperature"] if "temperature" in x else s["temperature"])
+    logits = x["logits"].masked_fill(_not_kept(x["kept"]), -math.inf) if "kept" in x else x["logits"]  # another definition of the same
+    logp, entropy = logprob.logprob_reference(logits, x["token_ids"], x["temperature"] if "temperature" in x else s["temperature"])
     return {"logp": logp, "entropy": entropy} if s["entropy"] else {"logp": logp}
 
 
@@ -107,14 +125,19 @@ _TRITON_ROWS = {"N": (5, 0, 1, 9), "V": (33, 2, 31, 1023, 1025, 4097, 32000, 655
 
 def _logprob_entry(function: object, **changes: object) -> Entry:
     levels = _ROW_LEVELS | {"logits": LOGITS, "labels": ("random", "-100", "first", "last"), "temperature": (1.0, 0.7, "by row"), "entropy": (True, False),
-                            "grad": (True, False)} | changes.pop("levels", {})
+                            "grad": (True, False), "kept": (False, True)} | changes.pop("levels", {})
 
     def forward(x: dict, s: dict, impl: str | None) -> Tensors:
         logits = x["logits"].view_as(x["logits"]) if function is logprob.logprob_ else x["logits"]  # in place: not a leaf
-        return _logprob_outputs(function(logits, x["token_ids"], temperature=x.get("temperature", s.get("temperature")), entropy=s["entropy"], impl=impl), s)
+        kept = _csr(x["kept"]) if "kept" in x else None
+        return _logprob_outputs(function(logits, x["token_ids"], temperature=x.get("temperature", s.get("temperature")), entropy=s["entropy"], kept=kept,
+                                         impl=impl), s)
+
+    def fits(case: SimpleNamespace) -> bool:
+        return _row_case(case) and not (case.kept and (case.N * case.V > 1 << 22 or case.layout == "expanded"))
 
     return Entry(function.__name__, logprob._IMPLS, levels, _logprob_problem, forward, _logprob_reference, _logprob_bounds, ("logits",), _TRITON_ROWS,
-                 fits=_row_case, cost=_elements, rows=frozenset({"logits", "token_ids", "temperature"}), **changes)
+                 fits=fits, cost=_elements, rows=frozenset({"logits", "token_ids", "temperature", "kept"}), **changes)
 
 
 LOGPROB, LOGPROB_ = _logprob_entry(logprob.logprob), _logprob_entry(logprob.logprob_, writes=("logits",), levels={"layout": ("plain", "padded", "misaligned")})
