@@ -32,7 +32,7 @@ void run(const Tensor& x_NK, const Tensor& weight_OK, const std::optional<Tensor
     constexpr int64_t BLOCK = 64;  // of outputs: their lines stay in the cache while 64 rows are written
     at::parallel_for(0, (O + BLOCK - 1) / BLOCK, std::max<int64_t>(1, 32768 / (BLOCK * used)), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        if (softcap > 0) cap_values(to + block * BLOCK * width, (std::min(O, (block + 1) * BLOCK) - block * BLOCK) * width, softcap);
+        if (softcap > 0) cap_scores(to + block * BLOCK * width, (std::min(O, (block + 1) * BLOCK) - block * BLOCK) * width, softcap);
         for (int64_t c = 0; c < used; ++c)
           for (int64_t o = block * BLOCK; o < std::min(O, (block + 1) * BLOCK); ++o) out[(first + c) * O + o] = to[o * width + c];
       }

@@ -149,7 +149,7 @@ void attend(const T* k, const T* v, const Cache& cache, int64_t head, const Span
   };
   for (int64_t b = 0; b < count; ++b) {
     block_scores<G>(k + offset(b), q, D, S, scores + b * pitch, ld);
-    for (int g = 0; g < G && span.cap > 0; ++g) cap_values(scores + g * ld + b * pitch, pitch, span.cap);
+    for (int g = 0; g < G && span.cap > 0; ++g) cap_scores(scores + g * ld + b * pitch, pitch, span.cap);
     if (pitch > S) mask(b * pitch + S, (b + 1) * pitch);
   }
   mask(0, span.first % S);

@@ -121,7 +121,7 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t D, int6
 }
 
 // cap tanh(x / cap) in place.
-inline void cap_values(float* x, int64_t size, float cap) {
+inline void cap_scores(float* x, int64_t size, float cap) {
   for (int64_t i = 0; i < size; i += VL) ((Vec::loadu(x + i) * Vec(1.0f / cap)).tanh() * Vec(cap)).store(x + i);
 }
 

@@ -26,7 +26,7 @@ class Family:
     qkv_bias: bool | str
     o_bias: bool | str
     mlp_bias: bool | str
-    qk_norm: str  # of q and k: "none"; "head": of each head; "projection": of all heads together
+    qk_norm: str | None  # of q and k: "head": of each head; "projection": of all heads together
     windows: str  # "none"; "every": sliding_window in all layers; else by layer_types, or "some": from max_window_layers on, "nope": in the layers without
     #               RoPE, "pattern": in all but every sliding_window_pattern-th
     defaults: Mapping[str, Any]  # what transformers assumes where a key is missing
@@ -43,21 +43,21 @@ _GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True
           "query_pre_attn_scalar": 256, "sliding_window": 4096}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama", "attention_bias", "attention_bias", "mlp_bias", "none", "none",
+    "llama": Family("Llama", "attention_bias", "attention_bias", "mlp_bias", None, "none",
                     {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}),
-    "mistral": Family("Mistral", False, False, False, "none", "every",
+    "mistral": Family("Mistral", False, False, False, None, "every",
                       {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2}),
-    "qwen2": Family("Qwen2", True, False, False, "none", "some", _QWEN),
+    "qwen2": Family("Qwen2", True, False, False, None, "some", _QWEN),
     "qwen3": Family("Qwen3", "attention_bias", "attention_bias", False, "head", "some", {**_QWEN, "head_dim": 128}),
-    "phi3": Family("Phi3", False, False, False, "none", "every",
+    "phi3": Family("Phi3", False, False, False, None, "every",
                    {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000},
                    fused=True, rope="partial", rope_kinds=("default",)),
-    "smollm3": Family("SmolLM3", "attention_bias", "attention_bias", "mlp_bias", "none", "nope",
+    "smollm3": Family("SmolLM3", "attention_bias", "attention_bias", "mlp_bias", None, "nope",
                       {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True, "bos_token_id": 128000,
                        "eos_token_id": 128001, "pad_token_id": 128004, "no_rope_layer_interval": 4}, rope="some"),
     "olmo2": Family("Olmo2", "attention_bias", "attention_bias", False, "projection", "none",
                     {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}, norms="post"),
-    "gemma2": Family("Gemma2", "attention_bias", "attention_bias", False, "none", "pattern",
+    "gemma2": Family("Gemma2", "attention_bias", "attention_bias", False, None, "pattern",
                      {**_GEMMA, "max_position_embeddings": 8192, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
                      norms="sandwich", gemma=True),
     "gemma3_text": Family("Gemma3", "attention_bias", "attention_bias", False, "head", "pattern",
@@ -84,7 +84,7 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: str  # "none", "head" or "projection"
+    qk_norm: str | None  # "head", "projection" or none
     norms: str  # "pre", "post" or "sandwich"
     norm_offset: float  # norms multiply by this + their weight
     windows: tuple[int, ...]  # per layer; a token sees itself and window - 1 tokens before it; 0: all
