@@ -167,11 +167,11 @@ class HybridActor:
 
         Training and `score` both come through here, so the same cut of a batch gives the same bits. At temperature 0: of T = 1, as `generate` reports it.
         """
-        head_VH, labels_N, T = self.decoder.head_weight, batch.labels(), temperature or 1.0
+        head_VH, labels_N, T, softcap = self.decoder.head_weight, batch.labels(), temperature or 1.0, self.decoder.config.logit_softcap
         if self.strict:
-            logp_N, entropy_N = strict_logprob(hidden_NH, head_VH, labels_N, T)
+            logp_N, entropy_N = strict_logprob(hidden_NH, head_VH, labels_N, T, softcap)
         else:
-            logp_N, entropy_N = linear_logprob(hidden_NH, head_VH, labels_N, temperature=T, entropy=True)
+            logp_N, entropy_N = linear_logprob(hidden_NH, head_VH, labels_N, temperature=T, softcap=softcap, entropy=True)
         mask_N = batch.action_mask
         return torch.where(mask_N, batch.to_next(logp_N), 0.0), torch.where(mask_N, batch.to_next(entropy_N), 0.0)
 

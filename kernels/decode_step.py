@@ -3,6 +3,8 @@
     a = norm(x);   q, k, v = a W_qkv + b;   q, k = rope(norm(q)), rope(norm(k));   k, v of every token -> cache
     x = x + attend(q, cache positions max(0, pos - window + 1) .. pos of the token's row) W_o;   x = x + swiglu(norm(x) W_gate_up) W_down
 
+Families differ: what attention and the MLP add may be normalised too, or instead; q and k may be left unturned, or turned in part; `Options` has the rest.
+
 One call serves decoding (one token a sequence) and chunks of prompts (many tokens of a row), mixed in any way.
 
 Shapes    N tokens, R of them read out, B rows of the block table, M blocks a row, L layers, H hidden, F feed-forward, D head dim, Hq query and
@@ -17,7 +19,7 @@ Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotat
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,8 +31,8 @@ from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
 from fusedrl.kernels.rms_norm import rms_norm
-from fusedrl.kernels.rope import rope
-from fusedrl.kernels.swiglu import swiglu
+from fusedrl.kernels.rope import rope, rope_reference
+from fusedrl.kernels.swiglu import geglu, swiglu
 
 _IMPLS = Implementations("decode_step", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _GATHERED_TOKENS = 128  # the reference gathers the whole row of every token: so many tokens at a time bound its memory
@@ -39,19 +41,37 @@ _GATHERED_TOKENS = 128  # the reference gathers the whole row of every token: so
 class LayerWeights(NamedTuple):
     """One layer's parameters, live (never copies). D head dim, Hq query heads, Hkv key/value heads, H hidden, F feed-forward width."""
 
-    input_norm: Tensor  # [H]
+    input_norm: Tensor | None  # [H]; None: attention reads the residual stream as it is
     qkv: Tensor  # [(Hq + 2 Hkv) D, H]
     qkv_bias: Tensor | None  # [(Hq + 2 Hkv) D]
-    q_norm: Tensor | None  # [D]
-    k_norm: Tensor | None  # [D]
+    q_norm: Tensor | None  # [D], of each head, or [Hq D], of all heads together
+    k_norm: Tensor | None  # [D] or [Hkv D]
     o: Tensor  # [H, Hq D]
     o_bias: Tensor | None  # [H]
-    post_norm: Tensor  # [H]
+    post_norm: Tensor | None  # [H]; None: the MLP reads the residual stream as it is
     gate_up: Tensor  # [2 F, H]
     gate_up_bias: Tensor | None  # [2 F]
     down: Tensor  # [H, F]
     down_bias: Tensor | None  # [H]
     window: int  # a token sees itself and window - 1 tokens before it; 0: all
+    attention_out_norm: Tensor | None = None  # [H], of what attention adds
+    mlp_out_norm: Tensor | None = None  # [H], of what the MLP adds
+    rope: int = 0  # the row of inv_freq that turns q and k; -1: none does
+
+    def parts(self) -> list[Tensor | None]:
+        """The tensors in the order of the C++ op."""
+        return [*self[:12], self.attention_out_norm, self.mlp_out_norm]
+
+
+class Options(NamedTuple):
+    """What the arithmetic of most families leaves at its default."""
+
+    attention_scale: float | None = None  # multiplies q . k; None: D ** -0.5
+    attention_softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    logit_softcap: float | None = None  # likewise the logits; for who applies the head
+    embedding_scale: float = 1.0  # multiplies the embedding, rounded to its dtype
+    norm_offset: float = 0.0  # norms multiply by this + their weight
+    gelu: bool = False  # the MLP gates with GELU in its tanh form, not with SiLU
 
 
 class DecoderWeights(NamedTuple):
@@ -61,30 +81,47 @@ class DecoderWeights(NamedTuple):
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [H]
     head: Tensor  # [V, H]; the embedding itself where they are tied
-    inv_freq: Tensor  # [D / 2] float32
+    inv_freq: Tensor  # [P] float32, or [tables, P] where layers differ; P <= D / 2 pairs: of each head the first 2 P values turn
     rope_scale: float  # multiplies cos and sin (1.0 but for some scaled RoPE kinds)
     num_heads: int
     num_kv_heads: int
     head_dim: int
     norm_eps: float
+    options: Options = Options()
+
+
+def head_norm(x_NHD: Tensor, weight: Tensor, norm: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`norm` of each head, or of all heads together where the weight is as long as they."""
+    return norm(x_NHD, weight) if weight.shape[0] == x_NHD.shape[2] else norm(x_NHD.flatten(1), weight).view(x_NHD.shape)
+
+
+def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+                 ) -> tuple[Tensor, Tensor]:
+    """`turn` of the first values of each head, as many as there are angles for; the rest of a head stays as it is."""
+    turned = 2 * cos.shape[-1]
+    if turned == q.shape[2]:
+        return turn(q, k, cos, sin)
+    q_turned, k_turned = turn(q[..., :turned], k[..., :turned], cos, sin)
+    return torch.cat((q_turned, q[..., turned:]), -1), torch.cat((k_turned, k[..., turned:]), -1)
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype) if offset == 0 else ((weight.to(wide.dtype) + offset) * normed).to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half RoPE. x [N, heads, D], cos and sin [N, 1, D / 2] in the wide dtype."""
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+def _angles(weights: DecoderWeights, positions_N: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """cos and sin, [N, P], of every table."""
+    tables = weights.inv_freq.to(dtype).reshape(-1, weights.inv_freq.shape[-1])
+    turns = [positions_N.to(dtype)[:, None] * inv_freq for inv_freq in tables]
+    return [(turn.cos() * weights.rope_scale, turn.sin() * weights.rope_scale) for turn in turns]
 
 
-def _angles(weights: DecoderWeights, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, [N, D / 2]."""
-    angles = positions_N.to(dtype)[:, None] * weights.inv_freq.to(dtype)
-    return angles.cos() * weights.rope_scale, angles.sin() * weights.rope_scale
+def _embed(weights: DecoderWeights, token_ids_N: Tensor) -> Tensor:
+    x_NH, scale = weights.embedding[token_ids_N], weights.options.embedding_scale
+    return x_NH if scale == 1 else x_NH * scale
 
 
 def _slots(positions_N: Tensor, blocks_NM: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -102,60 +139,90 @@ def _write(k: Tensor, v: Tensor, at: tuple[Tensor, Tensor], keys: Tensor, values
 def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor,
                           v_cache: Tensor, out_slots_R: Tensor | None = None) -> Tensor:
     """The definition, on any device and in any float dtype (float64 is the oracle). Writes the tokens' K and V into the caches."""
-    heads, kv_heads, D, eps = weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.norm_eps
+    heads, kv_heads, D, options = weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.options
     N = token_ids_N.shape[0]
-    x_NH = weights.embedding[token_ids_N]
+    x_NH = _embed(weights, token_ids_N)
     wide = torch.promote_types(x_NH.dtype, torch.float32)
-    cos, sin = (x_ND[:, None] for x_ND in _angles(weights, positions_N, wide))
+    angles = _angles(weights, positions_N, wide)
     blocks_NM = block_table_BM[rows_N]
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return _rms_norm(x, weight, weights.norm_eps, options.norm_offset)
+
+    def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else norm(x, weight)
+
     for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
-        qkv = F.linear(_rms_norm(x_NH, layer.input_norm, eps), layer.qkv, layer.qkv_bias).view(N, heads + 2 * kv_heads, D)
+        qkv = F.linear(normed(x_NH, layer.input_norm), layer.qkv, layer.qkv_bias).view(N, heads + 2 * kv_heads, D)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        q = q if layer.q_norm is None else _rms_norm(q, layer.q_norm, eps)
-        k = k if layer.k_norm is None else _rms_norm(k, layer.k_norm, eps)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q = q if layer.q_norm is None else head_norm(q, layer.q_norm, norm)
+        k = k if layer.k_norm is None else head_norm(k, layer.k_norm, norm)
+        if layer.rope >= 0:
+            q, k = partial_rope(q, k, *angles[layer.rope], rope_reference)
         _write(k, v, written, keys, values)
         parts = zip(q.split(_GATHERED_TOKENS), positions_N.split(_GATHERED_TOKENS), blocks_NM.split(_GATHERED_TOKENS), strict=True)
-        attended = torch.cat([paged_attention_reference(part, keys, values, blocks, at + 1, layer.window or None) for part, at, blocks in parts])
-        x_NH = x_NH + F.linear(attended.flatten(1), layer.o, layer.o_bias)
-        gate, up = F.linear(_rms_norm(x_NH, layer.post_norm, eps), layer.gate_up, layer.gate_up_bias).to(wide).chunk(2, dim=-1)
-        x_NH = x_NH + F.linear((F.silu(gate) * up).to(x_NH.dtype), layer.down, layer.down_bias)
-    return _rms_norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, eps)
+        attended = torch.cat([paged_attention_reference(part, keys, values, blocks, at + 1, layer.window or None, options.attention_softcap,
+                                                        options.attention_scale) for part, at, blocks in parts])
+        x_NH = x_NH + normed(F.linear(attended.flatten(1), layer.o, layer.o_bias), layer.attention_out_norm)
+        gate, up = F.linear(normed(x_NH, layer.post_norm), layer.gate_up, layer.gate_up_bias).to(wide).chunk(2, dim=-1)
+        gate = F.gelu(gate, approximate="tanh") if options.gelu else F.silu(gate)
+        x_NH = x_NH + normed(F.linear((gate * up).to(x_NH.dtype), layer.down, layer.down_bias), layer.mlp_out_norm)
+    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm)
 
 
 # ---- Triton: the ops of this package, one after the other --------------------------------------------------------------------
 def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor,
                         v_cache: Tensor, out_slots_R: Tensor | None) -> Tensor:
-    heads, kv_heads, eps = weights.num_heads, weights.num_kv_heads, weights.norm_eps
+    heads, kv_heads, eps, options = weights.num_heads, weights.num_kv_heads, weights.norm_eps, weights.options
     impl = "triton" if token_ids_N.device.type == "cpu" else None  # under the interpreter all of it; on a GPU each op has its own best
-    cos, sin = _angles(weights, positions_N, torch.float32)
+    angles = _angles(weights, positions_N, torch.float32)
     blocks_NM, lens_N = block_table_BM[rows_N], positions_N + 1
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
-    delta_NH, stream_NH = weights.embedding[token_ids_N], None  # what the layer before adds, and what it adds it to
+
+    def scaled(weight: Tensor) -> Tensor:
+        return weight + options.norm_offset if options.norm_offset else weight
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, scaled(weight), eps=eps, impl=impl)
+
+    def add_norm(delta_NH: Tensor, stream_NH: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        if weight is None or stream_NH is None:
+            sum_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
+            return sum_NH if weight is None else norm(sum_NH, weight), sum_NH
+        return rms_norm(delta_NH, scaled(weight), eps=eps, residual=stream_NH, impl=impl)
+
+    def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rope(q, k, cos, sin, impl=impl)
+
+    delta_NH, stream_NH = _embed(weights, token_ids_N), None  # what the layer before adds, and what it adds it to
     for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
-        if stream_NH is None:
-            stream_NH, h_NH = delta_NH, rms_norm(delta_NH, layer.input_norm, eps=eps, impl=impl)
-        else:
-            h_NH, stream_NH = rms_norm(delta_NH, layer.input_norm, eps=eps, residual=stream_NH, impl=impl)
+        h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.input_norm)
         qkv = F.linear(h_NH, layer.qkv, layer.qkv_bias).unflatten(1, (heads + 2 * kv_heads, weights.head_dim))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        q = q if layer.q_norm is None else rms_norm(q, layer.q_norm, eps=eps, impl=impl)
-        k = k if layer.k_norm is None else rms_norm(k, layer.k_norm, eps=eps, impl=impl)
-        q, k = rope(q, k, cos, sin, impl=impl)
+        q = q if layer.q_norm is None else head_norm(q, layer.q_norm, norm)
+        k = k if layer.k_norm is None else head_norm(k, layer.k_norm, norm)
+        if layer.rope >= 0:
+            q, k = partial_rope(q, k, *angles[layer.rope], turn)
         _write(k, v, written, keys, values)
-        o = paged_attention(q, keys, values, blocks_NM, lens_N, window=layer.window or None, impl=impl)
-        h_NH, stream_NH = rms_norm(F.linear(o.flatten(1), layer.o, layer.o_bias), layer.post_norm, eps=eps, residual=stream_NH, impl=impl)
-        delta_NH = F.linear(swiglu(F.linear(h_NH, layer.gate_up, layer.gate_up_bias), impl=impl), layer.down, layer.down_bias)
+        o = paged_attention(q, keys, values, blocks_NM, lens_N, window=layer.window or None, softcap=options.attention_softcap,
+                            scale=options.attention_scale, impl=impl)
+        delta_NH = F.linear(o.flatten(1), layer.o, layer.o_bias)
+        delta_NH = delta_NH if layer.attention_out_norm is None else norm(delta_NH, layer.attention_out_norm)
+        h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.post_norm)
+        gate_up = F.linear(h_NH, layer.gate_up, layer.gate_up_bias)
+        delta_NH = F.linear(geglu(gate_up) if options.gelu else swiglu(gate_up, impl=impl), layer.down, layer.down_bias)
+        delta_NH = delta_NH if layer.mlp_out_norm is None else norm(delta_NH, layer.mlp_out_norm)
     x_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
-    return rms_norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, eps=eps, impl=impl)
+    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm)
 
 
 # ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
 if native.capability:
     @torch.library.register_fake("fusedrl::decode_step")
     def _(token_ids: Tensor, positions: Tensor, rows: Tensor, block_table: Tensor, k_cache: Tensor, v_cache: Tensor, out_slots: Tensor | None,
-          embedding: Tensor, norm: Tensor, inv_freq: Tensor, layers: list[Tensor | None], windows: list[int], rope_scale: float, eps: float) -> Tensor:
+          embedding: Tensor, norm: Tensor, inv_freq: Tensor, layers: list[Tensor | None], windows: list[int], ropes: list[int], rope_scale: float, eps: float,
+          attention_scale: float, attention_softcap: float, embedding_scale: float, norm_offset: float, gelu: bool) -> Tensor:
         return embedding.new_empty((token_ids if out_slots is None else out_slots).shape[0], embedding.shape[1])
 
 
@@ -233,6 +300,9 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
             _check_ranges(weights, token_ids, positions, rows, block_table, k_cache.shape[1], v_cache.shape[3], out_slots)
         function = decode_step_reference if chosen == "torch" else _decode_step_triton
         return function(weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
+    options = weights.options
     return torch.ops.fusedrl.decode_step(
         token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, weights.embedding, weights.norm, weights.inv_freq,
-        [part for layer in weights.layers for part in layer[:-1]], [layer.window for layer in weights.layers], weights.rope_scale, weights.norm_eps)
+        [part for layer in weights.layers for part in layer.parts()], [layer.window for layer in weights.layers], [layer.rope for layer in weights.layers],
+        weights.rope_scale, weights.norm_eps, D**-0.5 if options.attention_scale is None else options.attention_scale, options.attention_softcap or 0.0,
+        options.embedding_scale, options.norm_offset, options.gelu)

@@ -1,6 +1,6 @@
 """fixed_linear: a linear layer whose rows do not depend on one another, to the last bit.
 
-    y[n] = x[n] W^T + b
+    y[n] = x[n] W^T + b      with a softcap then softcap tanh(y / softcap)
 
 A BLAS chooses the order of its sums by the number of rows, so the same row among others comes out with other bits. Here it has one order, which depends
 on the sizes of the weights alone; it is the order of `decode_step`'s own linear layers.
@@ -23,26 +23,28 @@ _IMPLS = Implementations("fixed_linear", cpu=("cpp", "torch"), cuda=("torch",))
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-def fixed_linear_reference(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def fixed_linear_reference(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None, softcap: float | None = None) -> Tensor:
     """The definition, on any device and in any float dtype (float64 is the oracle)."""
     wide = torch.promote_types(x_NK.dtype, torch.float32)
-    return torch.nn.functional.linear(x_NK.to(wide), weight_OK.to(wide), None if bias_O is None else bias_O.to(wide))
+    y_NO = torch.nn.functional.linear(x_NK.to(wide), weight_OK.to(wide), None if bias_O is None else bias_O.to(wide))
+    return y_NO if softcap is None else softcap * torch.tanh(y_NO / softcap)
 
 
 # ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
 if native.capability:
     @torch.library.register_fake("fusedrl::fixed_linear")
-    def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float = 0.0) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, softcap: float | None = None, impl: str | None = None) -> Tensor:
     """x W^T + b with one order of summation. No gradient.
 
     Args:
         x: [N, K]. weight: [O, K] and bias: [O] or None, in x's dtype; cpp takes float32 and bfloat16.
+        softcap: the results become softcap * tanh(results / softcap), by the same arithmetic wherever they lie.
         impl: "cpp" or "torch"; by default the best one for the device. Only "cpp" has the fixed order.
     Returns:
         [N, O] float32 (float64 for float64).
@@ -55,4 +57,6 @@ def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl:
     check_dtype(op, "x", x, FLOATS if chosen == "torch" else (torch.float32, torch.bfloat16))
     for name, tensor in (("weight", weight), ("bias", bias)):
         check_dtype(op, name, tensor, (x.dtype,))
-    return fixed_linear_reference(x, weight, bias) if chosen == "torch" else torch.ops.fusedrl.fixed_linear(x, weight, bias)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
+    return fixed_linear_reference(x, weight, bias, softcap) if chosen == "torch" else torch.ops.fusedrl.fixed_linear(x, weight, bias, softcap or 0.0)

@@ -142,3 +142,9 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     if chosen == "torch":
         return swiglu_reference(gate_up)
     return torch.ops.fusedrl.swiglu(gate_up) if chosen == "cpp" else _swiglu_triton(gate_up)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up, GELU in its tanh form, of [N, 2F] as `swiglu` takes it: torch's own kernels, each rounding to the dtype. Differentiable."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up

@@ -30,19 +30,26 @@ struct Tokens {
   int64_t N, B, M;
 };
 
-enum Part { INPUT_NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, O, O_BIAS, POST_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, PARTS };
+enum Part {
+  INPUT_NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, O, O_BIAS, POST_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_OUT_NORM, MLP_OUT_NORM, PARTS
+};
 
 template <typename T>
 struct Layer {
   const T* part[PARTS];
-  int64_t window;
+  int64_t window, rope;  // rope: the table of angles, or -1
+  bool heads_together;   // q's heads share one norm, and so do k's
 };
 
 struct Sizes {
-  int64_t H, F, heads, kv_heads, D, S;
-  float eps;
+  int64_t H, F, heads, kv_heads, D, S, pairs;  // pairs: of each head the first 2 pairs values turn
   int64_t group() const { return heads / kv_heads; }
   int64_t qkv() const { return (heads + 2 * kv_heads) * D; }
+};
+
+struct Options {
+  float rope_scale, eps, attention_scale, attention_softcap, embedding_scale, norm_offset;
+  bool gelu;
 };
 
 void check_ranges(const Tokens& tokens, int64_t vocabulary, int64_t blocks, int64_t S, int64_t reach, const int64_t* out, int64_t R) {
@@ -64,17 +71,23 @@ void check_ranges(const Tokens& tokens, int64_t vocabulary, int64_t blocks, int6
 
 // Rotates q and k, and writes k and v of every token into the layer's cache.
 template <typename T>
-void rope_and_cache(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, const Panels& panels, const float* cos, const float* sin, float* qkv,
-                    T* k_cache, T* v_cache) {
+void rope_and_cache(const Layer<T>& layer, const Sizes& z, const Options& options, const Tokens& tokens, const Panels& panels, const float* cos,
+                    const float* sin, float* qkv, T* k_cache, T* v_cache) {
   at::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t width = panels.width(p), angles = p * PANEL * (z.D / 2);
+      const int64_t width = panels.width(p), angles = layer.rope * panels.lanes() * z.pairs + p * PANEL * z.pairs;
       float* panel = qkv + p * PANEL * z.qkv();
+      const auto norm = [&](const T* weight, int64_t head, int64_t rows) {
+        float* from = panel + head * z.D * width;
+        if (weight) rms_norm(from, weight, rows, width, options.eps, options.norm_offset, from);
+      };
+      if (layer.heads_together) {
+        norm(layer.part[Q_NORM], 0, z.heads * z.D);
+        norm(layer.part[K_NORM], z.heads, z.kv_heads * z.D);
+      }
       for (int64_t h = 0; h < z.heads + z.kv_heads; ++h) {
-        float* head = panel + h * z.D * width;
-        const T* norm = layer.part[h < z.heads ? Q_NORM : K_NORM];
-        if (norm) rms_norm(head, norm, z.D, width, z.eps, head);
-        rotate(head, cos + angles, sin + angles, z.D, width);
+        if (!layer.heads_together) norm(layer.part[h < z.heads ? Q_NORM : K_NORM], h, z.D);
+        if (layer.rope >= 0) rotate(panel + h * z.D * width, cos + angles, sin + angles, 2 * z.pairs, width);
       }
       for (int64_t c = 0; c < panels.used(p); ++c) {
         const int64_t n = p * PANEL + c, position = tokens.positions[n], slot = position % z.S;
@@ -95,19 +108,18 @@ void rope_and_cache(const Layer<T>& layer, const Sizes& z, const Tokens& tokens,
 }
 
 template <typename T>
-void attention(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, const Panels& panels, const float* qkv, const T* k_cache,
-               const T* v_cache, int64_t longest, float* out) {
+void attention(const Layer<T>& layer, const Sizes& z, const Options& options, const Tokens& tokens, const Panels& panels, const float* qkv,
+               const T* k_cache, const T* v_cache, int64_t longest, float* out) {
   const Cache cache{z.kv_heads, z.D, z.S};
   const int64_t group = z.group(), ld = cache.scores(longest), grain = std::max<int64_t>(1, TASK_FLOPS / (4 * group * z.D * ld));
-  const float scale = 1.0f / std::sqrt(static_cast<float>(z.D));
   at::parallel_for(0, tokens.N * z.kv_heads, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scores(4 * ld), q(group * z.D), result(group * z.D);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / z.kv_heads, head = task % z.kv_heads, p = n / PANEL, c = n % PANEL, width = panels.width(p);
       const float* from = qkv + p * PANEL * z.qkv() + head * group * z.D * width + c;
-      for (int64_t i = 0; i < group * z.D; ++i) q[i] = from[i * width] * scale;
+      for (int64_t i = 0; i < group * z.D; ++i) q[i] = from[i * width] * options.attention_scale;
       const int64_t last = tokens.positions[n], first = layer.window ? std::max<int64_t>(0, last - layer.window + 1) : 0;
-      const Span span{tokens.table + tokens.rows[n] * tokens.M, first, last, 0.0f};
+      const Span span{tokens.table + tokens.rows[n] * tokens.M, first, last, options.attention_softcap};
       attend_group(k_cache, v_cache, cache, head, span, group, q.data(), scores.data(), ld, result.data());
       float* to = out + p * PANEL * z.heads * z.D + head * group * z.D * width + c;
       for (int64_t i = 0; i < group * z.D; ++i) to[i * width] = result[i];
@@ -116,41 +128,60 @@ void attention(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, cons
 }
 
 template <typename T>
-void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Tokens& tokens, const T* embedding, const T* norm, const float* inv_freq,
-         float rope_scale, T* k_cache, T* v_cache, int64_t layer_size, const int64_t* out_slots, int64_t R, T* out) {
+void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& options, const Tokens& tokens, const T* embedding, const T* norm,
+         const float* inv_freq, int64_t tables, T* k_cache, T* v_cache, int64_t layer_size, const int64_t* out_slots, int64_t R, T* out) {
   const Panels panels(tokens.N), read(R);
-  const int64_t lanes = panels.lanes(), half = z.D / 2;
-  const int64_t input = std::max({z.H, z.heads * z.D, z.F}), output = std::max(z.qkv(), 2 * z.F);
+  const int64_t lanes = panels.lanes(), angles = tables * z.pairs;
+  const int64_t input = std::max({z.H, z.heads * z.D, z.F}), output = std::max({z.qkv(), 2 * z.F, z.H});
   // x the residual stream, a the input of a linear layer, b its output where that is not the residual stream
-  Tensor workspace = at::empty({lanes * (z.H + input + output + 2 * half) + read.lanes() * z.H}, at::kFloat);
+  Tensor workspace = at::empty({lanes * (z.H + input + output + 2 * angles) + read.lanes() * z.H}, at::kFloat);
   float* x = workspace.mutable_data_ptr<float>();
   float* a = x + lanes * z.H;
   float* b = a + lanes * input;
   float* cos = b + lanes * output;
-  float* sin = cos + lanes * half;
-  float* last = sin + lanes * half;
+  float* sin = cos + lanes * angles;
+  float* last = sin + lanes * angles;
   const auto each_panel = [](const Panels& of, auto&& body) {
     at::parallel_for(0, of.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) body(p, of.width(p));
     });
   };
-  const auto norm_into_a = [&](const T* weight) {
-    each_panel(panels, [&](int64_t p, int64_t width) { rms_norm(x + p * PANEL * z.H, weight, z.H, width, z.eps, a + p * PANEL * z.H); });
+  // Where there is a weight, the norm of x in a; else x itself.
+  const auto normed = [&](const T* weight) {
+    if (!weight) return x;
+    each_panel(panels, [&](int64_t p, int64_t width) {
+      rms_norm(x + p * PANEL * z.H, weight, z.H, width, options.eps, options.norm_offset, a + p * PANEL * z.H);
+    });
+    return a;
+  };
+  // x += W a + bias, or the norm of that.
+  const auto add = [&](const Layer<T>& layer, Part w, Part bias, Part norm_behind, int64_t K) {
+    const T* behind = layer.part[norm_behind];
+    linear(layer.part[w], layer.part[bias], z.H, K, panels, a, behind ? b : x, !behind);
+    if (behind)
+      each_panel(panels, [&](int64_t p, int64_t width) {
+        float *delta = b + p * PANEL * z.H, *stream = x + p * PANEL * z.H;
+        rms_norm(delta, behind, z.H, width, options.eps, options.norm_offset, delta);
+        for (int64_t i = 0; i < z.H * width; i += VL) (Vec::loadu(stream + i) + Vec::loadu(delta + i)).store(stream + i);
+      });
   };
 
   each_panel(panels, [&](int64_t p, int64_t width) {
     for (int64_t c = 0; c < width; ++c) {
       const bool used = c < panels.used(p);  // lanes beyond the tokens are zeros, so that nothing in them is slow or infinite
       const T* row = embedding + (used ? tokens.ids[p * PANEL + c] : 0) * z.H;
-      for (int64_t h = 0; h < z.H; ++h) x[p * PANEL * z.H + h * width + c] = used ? to_float(row[h]) : 0.0f;
+      for (int64_t h = 0; h < z.H; ++h) x[p * PANEL * z.H + h * width + c] = used ? to_float(row[h]) * options.embedding_scale : 0.0f;
       const float position = used ? static_cast<float>(tokens.positions[p * PANEL + c]) : 0.0f;
-      for (int64_t d = 0; d < half; ++d) cos[p * PANEL * half + d * width + c] = position * inv_freq[d];
+      for (int64_t t = 0; t < tables; ++t)
+        for (int64_t d = 0; d < z.pairs; ++d)
+          cos[(t * lanes + p * PANEL) * z.pairs + d * width + c] = position * inv_freq[t * z.pairs + d];
     }
-    for (int64_t i = p * PANEL * half; i < (p * PANEL + width) * half; i += VL) {
-      const Vec angle = Vec::loadu(cos + i);
-      (angle.cos() * Vec(rope_scale)).store(cos + i);
-      (angle.sin() * Vec(rope_scale)).store(sin + i);
-    }
+    for (int64_t t = 0; t < tables; ++t)
+      for (int64_t i = (t * lanes + p * PANEL) * z.pairs; i < (t * lanes + p * PANEL + width) * z.pairs; i += VL) {
+        const Vec angle = Vec::loadu(cos + i);
+        (angle.cos() * Vec(options.rope_scale)).store(cos + i);
+        (angle.sin() * Vec(options.rope_scale)).store(sin + i);
+      }
   });
   int64_t longest = 0;
   for (int64_t n = 0; n < tokens.N; ++n) longest = std::max(longest, tokens.positions[n]);
@@ -159,16 +190,16 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Tokens& toke
     const Layer<T>& layer = layers[l];
     T* k = k_cache + l * layer_size;
     T* v = v_cache + l * layer_size;
-    norm_into_a(layer.part[INPUT_NORM]);
-    linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, a, b, false);
-    rope_and_cache(layer, z, tokens, panels, cos, sin, b, k, v);
+    linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, normed(layer.part[INPUT_NORM]), b, false);
+    rope_and_cache(layer, z, options, tokens, panels, cos, sin, b, k, v);
     if (lanes > tokens.N) std::fill(a, a + lanes * z.heads * z.D, 0.0f);
-    attention(layer, z, tokens, panels, b, k, v, longest, a);
-    linear(layer.part[O], layer.part[O_BIAS], z.H, z.heads * z.D, panels, a, x, true);
-    norm_into_a(layer.part[POST_NORM]);
-    linear(layer.part[GATE_UP], layer.part[GATE_UP_BIAS], 2 * z.F, z.H, panels, a, b, false);
-    each_panel(panels, [&](int64_t p, int64_t width) { swiglu(b + p * PANEL * 2 * z.F, z.F * width, a + p * PANEL * z.F); });
-    linear(layer.part[DOWN], layer.part[DOWN_BIAS], z.H, z.F, panels, a, x, true);
+    attention(layer, z, options, tokens, panels, b, k, v, longest, a);
+    add(layer, O, O_BIAS, ATTENTION_OUT_NORM, z.heads * z.D);
+    linear(layer.part[GATE_UP], layer.part[GATE_UP_BIAS], 2 * z.F, z.H, panels, normed(layer.part[POST_NORM]), b, false);
+    each_panel(panels, [&](int64_t p, int64_t width) {
+      (options.gelu ? geglu : swiglu)(b + p * PANEL * 2 * z.F, z.F * width, a + p * PANEL * z.F);
+    });
+    add(layer, DOWN, DOWN_BIAS, MLP_OUT_NORM, z.F);
   }
 
   each_panel(read, [&](int64_t p, int64_t width) {
@@ -180,7 +211,7 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Tokens& toke
       const int64_t step = used ? panels.width(n / PANEL) : 0;
       for (int64_t h = 0; h < z.H; ++h) panel[h * width + c] = used ? from[h * step] : 0.0f;
     }
-    rms_norm(panel, norm, z.H, width, z.eps, panel);
+    rms_norm(panel, norm, z.H, width, options.eps, options.norm_offset, panel);
     for (int64_t c = 0; c < read.used(p); ++c)
       for (int64_t h = 0; h < z.H; ++h) out[(p * PANEL + c) * z.H + h] = static_cast<T>(panel[h * width + c]);
   });
@@ -202,13 +233,15 @@ const T* weight(const std::optional<Tensor>& tensor, const char* name, at::IntAr
 template <typename T>
 Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache,
              const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
-             const c10::List<std::optional<Tensor>>& parts, at::IntArrayRef windows, double rope_scale, double eps) {
+             const c10::List<std::optional<Tensor>>& parts, at::IntArrayRef windows, at::IntArrayRef ropes, const Options& options) {
   const int64_t L = windows.size(), H = embedding.size(1), kv_heads = k_cache.size(2), D = k_cache.size(3), S = k_cache.size(4);
-  TORCH_CHECK_VALUE(static_cast<int64_t>(parts.size()) == PARTS * L && k_cache.size(0) == L, "decode_step: expected ", int{PARTS},
-                    " parts of each of ", L, " layers");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(parts.size()) == PARTS * L && k_cache.size(0) == L && static_cast<int64_t>(ropes.size()) == L,
+                    "decode_step: expected ", int{PARTS}, " parts and a rope of each of ", L, " layers");
   TORCH_CHECK_VALUE(kv_heads > 0 && D > 0 && S > 0, "decode_step: expected a cache with key/value heads, a head dim and slots, got ", k_cache.sizes());
   TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(), "decode_step: expected contiguous caches; use allocate_cache");
-  Sizes z{H, 0, 0, kv_heads, D, S, static_cast<float>(eps)};
+  const int64_t pairs = inv_freq.dim() ? inv_freq.size(-1) : 0, tables = inv_freq.dim() == 2 ? inv_freq.size(0) : 1;
+  TORCH_CHECK_VALUE(pairs > 0 && 2 * pairs <= D, "decode_step: expected inv_freq of at least one and at most ", D / 2, " pairs, got ", inv_freq.sizes());
+  Sizes z{H, 0, 0, kv_heads, D, S, pairs};
   std::vector<Layer<T>> layers(L);
   int64_t reach = 1;
   for (int64_t l = 0; l < L; ++l) {
@@ -225,18 +258,26 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
     const auto set = [&](Part i, const char* name, at::IntArrayRef shape, bool optional) {
       layers[l].part[i] = weight<T>(part(i), name, shape, optional);
     };
-    set(INPUT_NORM, "input_norm", {H}, false);
+    const auto q_norm = part(Q_NORM);
+    const bool together = q_norm && q_norm->numel() != D;
+    set(INPUT_NORM, "input_norm", {H}, true);
     set(QKV, "qkv", {z.qkv(), H}, false);
     set(QKV_BIAS, "qkv_bias", {z.qkv()}, true);
-    set(Q_NORM, "q_norm", {D}, true);
-    set(K_NORM, "k_norm", {D}, true);
+    set(Q_NORM, "q_norm", {together ? heads * D : D}, true);
+    set(K_NORM, "k_norm", {together ? kv_heads * D : D}, true);
     set(O, "o", {H, heads * D}, false);
     set(O_BIAS, "o_bias", {H}, true);
-    set(POST_NORM, "post_norm", {H}, false);
+    set(POST_NORM, "post_norm", {H}, true);
     set(GATE_UP, "gate_up", {2 * F, H}, false);
     set(GATE_UP_BIAS, "gate_up_bias", {2 * F}, true);
     set(DOWN, "down", {H, F}, false);
     set(DOWN_BIAS, "down_bias", {H}, true);
+    set(ATTENTION_OUT_NORM, "attention_out_norm", {H}, true);
+    set(MLP_OUT_NORM, "mlp_out_norm", {H}, true);
+    TORCH_CHECK_VALUE(ropes[l] >= -1 && ropes[l] < tables, "decode_step: expected a rope of -1 (none) or below the ", tables, " rows of inv_freq, got ",
+                      ropes[l], " in layer ", l);
+    layers[l].rope = ropes[l];
+    layers[l].heads_together = together;
     TORCH_CHECK_VALUE(windows[l] >= 0, "decode_step: expected a window of 0 (all) or more, got ", windows[l], " in layer ", l);
     layers[l].window = windows[l];
     reach = std::max(reach, windows[l] ? windows[l] : std::numeric_limits<int32_t>::max());
@@ -250,23 +291,28 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
   check_ranges(tokens, embedding.size(0), k_cache.size(1), S, reach, slots, out_slots ? R : 0);
   Tensor out_RH = at::empty({R, H}, embedding.options().requires_grad(false));
   if (N)
-    run<T>(layers, z, tokens, weight<T>(embedding, "embedding", embedding.sizes(), false), weight<T>(norm, "norm", {H}, false),
-           weight<float>(inv_freq, "inv_freq", {D / 2}, false), static_cast<float>(rope_scale), k_cache.mutable_data_ptr<T>(),
-           v_cache.mutable_data_ptr<T>(), k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
+    run<T>(layers, z, options, tokens, weight<T>(embedding, "embedding", embedding.sizes(), false), weight<T>(norm, "norm", {H}, false),
+           weight<float>(inv_freq, "inv_freq", inv_freq.sizes(), false), tables, k_cache.mutable_data_ptr<T>(), v_cache.mutable_data_ptr<T>(),
+           k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
   return out_RH;
 }
 
 Tensor decode_step(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache,
                    const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
-                   const c10::List<std::optional<Tensor>>& layers, at::IntArrayRef windows, double rope_scale, double eps) {
+                   const c10::List<std::optional<Tensor>>& layers, at::IntArrayRef windows, at::IntArrayRef ropes, double rope_scale, double eps,
+                   double attention_scale, double attention_softcap, double embedding_scale, double norm_offset, bool gelu) {
   const auto call = embedding.scalar_type() == at::kBFloat16 ? &typed<at::BFloat16> : &typed<float>;
-  return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, norm, inv_freq, layers, windows, rope_scale, eps);
+  const auto narrow = [](double x) { return static_cast<float>(x); };
+  const Options options{narrow(rope_scale),        narrow(eps),         narrow(attention_scale), narrow(attention_softcap),
+                        narrow(embedding_scale), narrow(norm_offset), gelu};
+  return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, norm, inv_freq, layers, windows, ropes, options);
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
   m.def(
       "decode_step(Tensor token_ids, Tensor positions, Tensor rows, Tensor block_table, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? out_slots, "
-      "Tensor embedding, Tensor norm, Tensor inv_freq, Tensor?[] layers, int[] windows, float rope_scale, float eps) -> Tensor");
+      "Tensor embedding, Tensor norm, Tensor inv_freq, Tensor?[] layers, int[] windows, int[] ropes, float rope_scale, float eps, "
+      "float attention_scale, float attention_softcap, float embedding_scale, float norm_offset, bool gelu) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("decode_step", &decode_step); }
 

@@ -1,4 +1,4 @@
-// fixed_linear on CPU: y = x W^T + b whose sums have one order, that of decode_step's own linear layers (panels.h).
+// fixed_linear on CPU: y = x W^T + b, softcap tanh(y / softcap) of it if asked, whose sums have one order, that of decode_step's own linear layers (panels.h).
 //
 // Bytes    the weights once a 64 rows; x and y once.
 // Numerics float32 sums over blocks of 256 inputs, then over blocks, in order: a row of y depends on its row of x, the weights and their sizes alone.
@@ -14,7 +14,7 @@ namespace {
 using at::Tensor;
 
 template <typename T>
-void run(const Tensor& x_NK, const Tensor& weight_OK, const std::optional<Tensor>& bias_O, Tensor& out_NO) {
+void run(const Tensor& x_NK, const Tensor& weight_OK, const std::optional<Tensor>& bias_O, float softcap, Tensor& out_NO) {
   const int64_t N = x_NK.size(0), K = x_NK.size(1), O = weight_OK.size(0);
   const T* x = x_NK.const_data_ptr<T>();
   const T* w = weight_OK.const_data_ptr<T>();
@@ -31,23 +31,28 @@ void run(const Tensor& x_NK, const Tensor& weight_OK, const std::optional<Tensor
     linear(w, bias, O, K, panel, from, to, false);
     constexpr int64_t BLOCK = 64;  // of outputs: their lines stay in the cache while 64 rows are written
     at::parallel_for(0, (O + BLOCK - 1) / BLOCK, std::max<int64_t>(1, 32768 / (BLOCK * used)), [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block)
+      for (int64_t block = begin; block < end; ++block) {
+        if (softcap > 0) cap_scores(to + block * BLOCK * width, (std::min(O, (block + 1) * BLOCK) - block * BLOCK) * width, softcap);
         for (int64_t c = 0; c < used; ++c)
           for (int64_t o = block * BLOCK; o < std::min(O, (block + 1) * BLOCK); ++o) out[(first + c) * O + o] = to[o * width + c];
+      }
     });
   }
 }
 
-Tensor fixed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor fixed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double softcap) {
   const Tensor x_NK = x.contiguous(), weight_OK = weight.contiguous();
   const std::optional<Tensor> bias_O = bias ? std::optional<Tensor>(bias->contiguous()) : std::nullopt;
   Tensor out_NO = at::empty({x.size(0), weight.size(0)}, x.options().dtype(at::kFloat).requires_grad(false));
-  if (x.size(1) == 0) return bias ? out_NO.copy_(*bias) : out_NO.zero_();
-  if (out_NO.numel()) (x.scalar_type() == at::kBFloat16 ? &run<at::BFloat16> : &run<float>)(x_NK, weight_OK, bias_O, out_NO);
+  if (x.size(1) == 0) {
+    bias ? out_NO.copy_(*bias) : out_NO.zero_();
+    return softcap > 0 ? out_NO.div_(softcap).tanh_().mul_(softcap) : out_NO;
+  }
+  if (out_NO.numel()) (x.scalar_type() == at::kBFloat16 ? &run<at::BFloat16> : &run<float>)(x_NK, weight_OK, bias_O, static_cast<float>(softcap), out_NO);
   return out_NO;
 }
 
-TORCH_LIBRARY_FRAGMENT(fusedrl, m) { m.def("fixed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(fusedrl, m) { m.def("fixed_linear(Tensor x, Tensor weight, Tensor? bias, float softcap=0.0) -> Tensor"); }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("fixed_linear", &fixed_linear); }
 
 }  // namespace

@@ -112,11 +112,6 @@ inline void block_values(const T* v, const float* weights, int64_t ld, int64_t c
       for (int64_t s = 0; s < count; ++s) out[g * D + d] += weights[g * ld + s] * to_float(v[s * D + d]);
 }
 
-// cap tanh(x / cap) in place.
-inline void cap_scores(float* scores, int64_t size, float cap) {
-  for (int64_t i = 0; i < size; i += VL) ((Vec::loadu(scores + i) * Vec(1.0f / cap)).tanh() * Vec(cap)).store(scores + i);
-}
-
 // exp(x - max) in place; the sum. Masked scores are -inf and come out as 0.
 inline float softmax_weights(float* scores, int64_t size) {
   Vec top = Vec::loadu(scores);

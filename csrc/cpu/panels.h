@@ -96,8 +96,9 @@ void linear(const T* w, const T* bias, int64_t O, int64_t K, const Panels& panel
 }
 
 // ---- what lies between the linear layers, on [rows][width] of one panel ---------------------------------------------------
+// Norm of `rows` values of every token, times offset + weight.
 template <typename T>
-void rms_norm(const float* x, const T* weight, int64_t rows, int64_t width, float eps, float* y) {
+void rms_norm(const float* x, const T* weight, int64_t rows, int64_t width, float eps, float offset, float* y) {
   for (int64_t c = 0; c < width; c += VL) {
     Vec squares(0.0f);
     for (int64_t r = 0; r < rows; ++r) {
@@ -105,7 +106,7 @@ void rms_norm(const float* x, const T* weight, int64_t rows, int64_t width, floa
       squares = at::vec::fmadd(value, value, squares);
     }
     const Vec scale = Vec(1.0f) / (squares / Vec(static_cast<float>(rows)) + Vec(eps)).sqrt();
-    for (int64_t r = 0; r < rows; ++r) (Vec::loadu(x + r * width + c) * scale * Vec(to_float(weight[r]))).store(y + r * width + c);
+    for (int64_t r = 0; r < rows; ++r) (Vec::loadu(x + r * width + c) * scale * Vec(to_float(weight[r]) + offset)).store(y + r * width + c);
   }
 }
 
@@ -119,11 +120,24 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t D, int6
   }
 }
 
+// cap tanh(x / cap) in place.
+inline void cap_scores(float* x, int64_t size, float cap) {
+  for (int64_t i = 0; i < size; i += VL) ((Vec::loadu(x + i) * Vec(1.0f / cap)).tanh() * Vec(cap)).store(x + i);
+}
+
 // gate * sigmoid(gate) * up; gate and up of `size` values each, one after the other.
 inline void swiglu(const float* gate_up, int64_t size, float* y) {
   for (int64_t i = 0; i < size; i += VL) {
     const Vec gate = Vec::loadu(gate_up + i);
     (gate / (Vec(1.0f) + gate.neg().exp()) * Vec::loadu(gate_up + size + i)).store(y + i);
+  }
+}
+
+// gelu(gate) * up, GELU by its tanh form.
+inline void geglu(const float* gate_up, int64_t size, float* y) {
+  for (int64_t i = 0; i < size; i += VL) {
+    const Vec gate = Vec::loadu(gate_up + i), inner = Vec(0.7978845608028654f) * (gate + Vec(0.044715f) * gate * gate * gate);
+    (Vec(0.5f) * gate * (Vec(1.0f) + inner.tanh()) * Vec::loadu(gate_up + size + i)).store(y + i);
   }
 }
 

@@ -239,7 +239,7 @@ class Generator:
             copy_blocks(self.cache.k, self.cache.v, plan.copies)
         if not len(plan.sampled):
             return None
-        logits_RV = (strict_logits if self._strict else _logits)(hidden_RH, weights.head)
+        logits_RV = (strict_logits if self._strict else _logits)(hidden_RH, weights.head, weights.options.logit_softcap)
         if inputs.early:  # later the tokens that may not be drawn stay the same
             early = self._table.early(plan.sampled, slots.length[plan.sampled])
             inputs.suppress = self._table.suppress(plan.sampled, early, logits_RV.shape[1], logits_RV.device)
@@ -369,10 +369,12 @@ def _sample(logits_RV: Tensor, inputs: _Inputs, strict: bool) -> Sampled:
     return sampled._replace(logp=torch.where(biased_R, logp_R, sampled.logp), entropy=torch.where(biased_R, entropy_R, sampled.entropy))
 
 
-def _logits(hidden_RH: Tensor, head_VH: Tensor) -> Tensor:
+def _logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None) -> Tensor:
     """[R, V] in float32 at least: rounded to bfloat16, a logit of 10 would be off by 0.03, and so would its logprob."""
     if hidden_RH.dtype in (torch.float32, torch.float64):
-        return F.linear(hidden_RH, head_VH)
-    if hidden_RH.device.type == "cuda":
-        return torch.mm(hidden_RH, head_VH.t(), out_dtype=torch.float32)
-    return F.linear(hidden_RH.float(), head_VH.float())
+        logits_RV = F.linear(hidden_RH, head_VH)
+    elif hidden_RH.device.type == "cuda":
+        logits_RV = torch.mm(hidden_RH, head_VH.t(), out_dtype=torch.float32)
+    else:
+        logits_RV = F.linear(hidden_RH.float(), head_VH.float())
+    return logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap)

@@ -1,7 +1,8 @@
 """The decoder: one set of fused parameters that training, scoring and generation all read.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width, V vocabulary.
-Rounding  norms as in transformers: in float32, rounded before their weight. RoPE and SwiGLU in float32, rounded once (transformers rounds each product).
+Rounding  norms as in transformers' Llama: in float32, rounded before their weight (1 + weight, rounded, where a family has it so). RoPE and SwiGLU in
+          float32, rounded once (transformers rounds each product).
 """
 from __future__ import annotations
 
@@ -13,21 +14,34 @@ from torch import Tensor, nn
 
 from fusedrl.engine.model.families import ModelConfig
 from fusedrl.kernels.attention import varlen_attention
-from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights
+from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, Options, head_norm, partial_rope
 from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import rope
-from fusedrl.kernels.swiglu import swiglu
+from fusedrl.kernels.swiglu import geglu, swiglu
 
 
-def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm of the sum, the sum); before the first layer there is nothing to add to."""
-    if residual_NH is None:
-        return rms_norm(delta_NH, weight, eps=eps), delta_NH
-    return rms_norm(delta_NH, weight, eps=eps, residual=residual_NH)
+def _norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
+    return rms_norm(x, weight + config.norm_offset if config.norm_offset else weight, eps=config.norm_eps)
+
+
+def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """(norm of the sum, the sum), or the sum twice without a weight; before the first layer there is nothing to add to."""
+    if weight is None or residual_NH is None:
+        sum_NH = delta_NH if residual_NH is None else delta_NH + residual_NH
+        return sum_NH if weight is None else _norm(sum_NH, weight, config), sum_NH
+    return rms_norm(delta_NH, weight + config.norm_offset if config.norm_offset else weight, eps=config.norm_eps, residual=residual_NH)
 
 
 class Layer(nn.Module):
-    """One layer's parameters, fused: the rows of qkv_proj are q's heads, then k's, then v's; gate_up_proj's are gate, then up."""
+    """One layer's parameters, fused: the rows of qkv_proj are q's heads, then k's, then v's; gate_up_proj's are gate, then up.
+
+    input_norm and post_norm stand before attention and MLP, attention_out_norm and mlp_out_norm behind them.
+    """
+
+    input_norm: Tensor | None
+    post_norm: Tensor | None
+    attention_out_norm: Tensor | None
+    mlp_out_norm: Tensor | None
 
     qkv_bias: Tensor | None
     o_bias: Tensor | None
@@ -39,7 +53,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
         c = config
-        self.config, self.window = c, c.windows[index]
+        self.config, self.window, self.rope = c, c.windows[index], c.ropes[index]
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
@@ -48,38 +62,47 @@ class Layer(nn.Module):
             return parameter(size) if present else None
 
         qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        self.input_norm = parameter(c.hidden_size)
+        before, behind = c.norms != "post", c.norms != "pre"
+        self.register_parameter("input_norm", optional(before, c.hidden_size))
         self.qkv_proj = parameter(qkv, c.hidden_size)
         self.o_proj = parameter(c.hidden_size, c.num_heads * c.head_dim)
-        self.post_norm = parameter(c.hidden_size)
+        self.register_parameter("post_norm", optional(before, c.hidden_size))
         self.gate_up_proj = parameter(2 * c.intermediate_size, c.hidden_size)
         self.down_proj = parameter(c.hidden_size, c.intermediate_size)
         self.register_parameter("qkv_bias", optional(c.qkv_bias, qkv))
-        self.register_parameter("q_norm", optional(c.qk_norm, c.head_dim))
-        self.register_parameter("k_norm", optional(c.qk_norm, c.head_dim))
+        q_heads, kv_heads = (c.num_heads, c.num_kv_heads) if c.qk_norm == "projection" else (1, 1)
+        self.register_parameter("q_norm", optional(c.qk_norm is not None, q_heads * c.head_dim))
+        self.register_parameter("k_norm", optional(c.qk_norm is not None, kv_heads * c.head_dim))
         self.register_parameter("o_bias", optional(c.o_bias, c.hidden_size))
         self.register_parameter("gate_up_bias", optional(c.mlp_bias, 2 * c.intermediate_size))
         self.register_parameter("down_bias", optional(c.mlp_bias, c.hidden_size))
+        self.register_parameter("attention_out_norm", optional(behind, c.hidden_size))
+        self.register_parameter("mlp_out_norm", optional(behind, c.hidden_size))
 
-    def forward(self, delta_NH: Tensor, residual_NH: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens_B1: Tensor,
+    def forward(self, delta_NH: Tensor, residual_NH: Tensor | None, angles: list[tuple[Tensor, Tensor]], cu_seqlens_B1: Tensor,
                 max_length: int) -> tuple[Tensor, Tensor]:
         """(what the layer adds, the residual stream to add it to); the addition is the next norm's. Likewise the first two arguments."""
         c = self.config
-        h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.input_norm, c.norm_eps)
+        h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.input_norm, c)
         qkv = F.linear(h_NH, self.qkv_proj, self.qkv_bias).view(h_NH.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm, eps=c.norm_eps), rms_norm(k, self.k_norm, eps=c.norm_eps)
-        q, k = rope(q, k, cos, sin)
-        o = varlen_attention(q, k, v, cu_seqlens_B1, max_length=max_length, window=self.window or None)
-        h_NH, residual_NH = rms_norm(F.linear(o.flatten(1), self.o_proj, self.o_bias), self.post_norm, eps=c.norm_eps, residual=residual_NH)
-        h_NF = swiglu(F.linear(h_NH, self.gate_up_proj, self.gate_up_bias))
-        return F.linear(h_NF, self.down_proj, self.down_bias), residual_NH
+            q, k = (head_norm(x, weight, lambda x, weight: _norm(x, weight, c)) for x, weight in ((q, self.q_norm), (k, self.k_norm)))
+        if self.rope >= 0:
+            q, k = partial_rope(q, k, *angles[self.rope], rope)
+        o = varlen_attention(q, k, v, cu_seqlens_B1, max_length=max_length, window=self.window or None, softcap=c.attention_softcap, scale=c.attention_scale)
+        delta_NH = F.linear(o.flatten(1), self.o_proj, self.o_bias)
+        delta_NH = delta_NH if self.attention_out_norm is None else _norm(delta_NH, self.attention_out_norm, c)
+        h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.post_norm, c)
+        h_NF = (geglu if c.gelu else swiglu)(F.linear(h_NH, self.gate_up_proj, self.gate_up_bias))
+        delta_NH = F.linear(h_NF, self.down_proj, self.down_bias)
+        return delta_NH if self.mlp_out_norm is None else _norm(delta_NH, self.mlp_out_norm, c), residual_NH
 
     def weights(self) -> LayerWeights:
         """The parameters as the native ops take them."""
         return LayerWeights(self.input_norm, self.qkv_proj, self.qkv_bias, self.q_norm, self.k_norm, self.o_proj, self.o_bias, self.post_norm,
-                            self.gate_up_proj, self.gate_up_bias, self.down_proj, self.down_bias, self.window)
+                            self.gate_up_proj, self.gate_up_bias, self.down_proj, self.down_bias, self.window, self.attention_out_norm, self.mlp_out_norm,
+                            self.rope)
 
 
 class Decoder(nn.Module):
@@ -102,7 +125,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def random(cls, config: ModelConfig, seed: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Decoder:
-        """A decoder with normal(0, initializer_range) matrices, norms 1 and biases 0; drawn on the CPU in float32, so alike everywhere."""
+        """A decoder with normal(0, initializer_range) matrices, norms that multiply by 1 and biases 0; drawn on the CPU in float32, so alike everywhere."""
         decoder = cls(config, dtype=dtype, device=device)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -110,12 +133,14 @@ class Decoder(nn.Module):
                 if parameter.ndim > 1:
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, config.initializer_range, generator=generator))
                 else:
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0 - config.norm_offset)
         return decoder
 
     def _settle(self) -> None:
         # Not a buffer: `.to(torch.bfloat16)` would round the frequencies.
-        self._inv_freq = torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.embedding.device)
+        tables = [self.config.inv_freq, *([self.config.local_inv_freq] if self.config.local_inv_freq else [])]
+        self._inv_freq = torch.tensor(tables, dtype=torch.float32, device=self.embedding.device)
+        self._embedding_scale = torch.tensor(self.config.embedding_scale).to(self.dtype).item()
         self._weights: DecoderWeights | None = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Decoder:
@@ -146,17 +171,20 @@ class Decoder(nn.Module):
             [N, H] in the parameters' dtype. Differentiable in the parameters.
         """
         x_NH, residual_NH = F.embedding(token_ids_N, self.embedding), None
-        angles = positions_N[:, None].float() * self._inv_freq  # [N, D/2]
-        cos, sin = angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
+        if self._embedding_scale != 1.0:
+            x_NH = x_NH * self._embedding_scale
+        turns = [positions_N[:, None].float() * inv_freq for inv_freq in self._inv_freq]  # [N, D/2] each
+        angles = [(turn.cos() * self.config.rope_scale, turn.sin() * self.config.rope_scale) for turn in turns]
         for layer in self.layers:
-            x_NH, residual_NH = layer(x_NH, residual_NH, cos, sin, cu_seqlens_B1, max_length)
-        return _add_norm(x_NH, residual_NH, self.norm, self.config.norm_eps)[0]
+            x_NH, residual_NH = layer(x_NH, residual_NH, angles, cu_seqlens_B1, max_length)
+        return _add_norm(x_NH, residual_NH, self.norm, self.config)[0]
 
     def weights(self) -> DecoderWeights:
         """The live parameters as `decode_step` takes them: the same tensors, never copies."""
         if self._weights is None:
             c = self.config
             layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]
+            options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, self._embedding_scale, c.norm_offset, c.gelu)
             self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._inv_freq, c.rope_scale, c.num_heads,
-                                           c.num_kv_heads, c.head_dim, c.norm_eps)
+                                           c.num_kv_heads, c.head_dim, c.norm_eps, options)
         return self._weights

@@ -1,7 +1,7 @@
 """The model families, one row each, and the configuration that the decoder reads.
 
-A family is what its `config.json` leaves unsaid: which projections carry a bias, whether q and k are normalised, which layers
-have a window, and the defaults of keys that older files omit. Everything else is the same decoder.
+A family is what its `config.json` leaves unsaid: which projections carry a bias, what is normalised, which layers have a window or
+turn q and k otherwise, and the defaults of keys that older files omit. Everything else is the same decoder.
 """
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-_ROPE_KINDS = ("default", "linear", "llama3")
+_ROPE_KINDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+_SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
 
 
 @dataclass(frozen=True)
@@ -25,26 +26,49 @@ class Family:
     qkv_bias: bool | str
     o_bias: bool | str
     mlp_bias: bool | str
-    qk_norm: bool
-    windows: str  # "none"; "every": sliding_window in all layers; "some": by layer_types, or from max_window_layers on
+    qk_norm: str | None  # of q and k: "head": of each head; "projection": of all heads together
+    windows: str  # "none"; "every": sliding_window in all layers; else by layer_types, or "some": from max_window_layers on, "nope": in the layers without
+    #               RoPE, "pattern": in all but every sliding_window_pattern-th
     defaults: Mapping[str, Any]  # what transformers assumes where a key is missing
+    norms: str = "pre"  # before attention and MLP; "post": of what they add instead; "sandwich": both
+    fused: bool = False  # q, k and v are one tensor in the files, and so are gate and up
+    rope: str = "all"  # "partial": turns a part of each head; "some": not in every layer; "two": layers with a window have frequencies of their own
+    rope_kinds: tuple[str, ...] = tuple(_ROPE_KINDS)
+    classifier: str = "{}ForSequenceClassification"  # transformers' class of a reward model, by the name
+    gemma: bool = False  # norms multiply by 1 + weight, the embedding is scaled, the MLP gates with GELU, scores and logits may be capped
 
 
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+_GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+          "query_pre_attn_scalar": 256, "sliding_window": 4096}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama", "attention_bias", "attention_bias", "mlp_bias", False, "none",
+    "llama": Family("Llama", "attention_bias", "attention_bias", "mlp_bias", None, "none",
                     {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}),
-    "mistral": Family("Mistral", False, False, False, False, "every",
+    "mistral": Family("Mistral", False, False, False, None, "every",
                       {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2}),
-    "qwen2": Family("Qwen2", True, False, False, False, "some", _QWEN),
-    "qwen3": Family("Qwen3", "attention_bias", "attention_bias", False, True, "some", {**_QWEN, "head_dim": 128}),
+    "qwen2": Family("Qwen2", True, False, False, None, "some", _QWEN),
+    "qwen3": Family("Qwen3", "attention_bias", "attention_bias", False, "head", "some", {**_QWEN, "head_dim": 128}),
+    "phi3": Family("Phi3", False, False, False, None, "every",
+                   {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000},
+                   fused=True, rope="partial", rope_kinds=("default",)),
+    "smollm3": Family("SmolLM3", "attention_bias", "attention_bias", "mlp_bias", None, "nope",
+                      {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True, "bos_token_id": 128000,
+                       "eos_token_id": 128001, "pad_token_id": 128004, "no_rope_layer_interval": 4}, rope="some"),
+    "olmo2": Family("Olmo2", "attention_bias", "attention_bias", False, "projection", "none",
+                    {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}, norms="post"),
+    "gemma2": Family("Gemma2", "attention_bias", "attention_bias", False, None, "pattern",
+                     {**_GEMMA, "max_position_embeddings": 8192, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+                     norms="sandwich", gemma=True),
+    "gemma3_text": Family("Gemma3", "attention_bias", "attention_bias", False, "head", "pattern",
+                          {**_GEMMA, "max_position_embeddings": 131072, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+                          norms="sandwich", rope="two", classifier="{}TextForSequenceClassification", gemma=True),
 }
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's sizes and numbers. `inv_freq` [head_dim / 2] are the float32 rotary frequencies, scaling included."""
+    """A decoder's sizes and numbers. `inv_freq`, one a pair of values that turns, are the float32 rotary frequencies, scaling included."""
 
     model_type: str
     vocab_size: int
@@ -60,10 +84,19 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    qk_norm: str | None  # "head", "projection" or none
+    norms: str  # "pre", "post" or "sandwich"
+    norm_offset: float  # norms multiply by this + their weight
     windows: tuple[int, ...]  # per layer; a token sees itself and window - 1 tokens before it; 0: all
     inv_freq: tuple[float, ...]
+    local_inv_freq: tuple[float, ...]  # of the layers that turn otherwise; empty: there are none
+    ropes: tuple[int, ...]  # per layer; 0: inv_freq, 1: local_inv_freq, -1: q and k stay as they are
     rope_scale: float  # multiplies cos and sin
+    attention_scale: float  # multiplies q . k
+    attention_softcap: float | None
+    logit_softcap: float | None
+    embedding_scale: float  # multiplies the embedding, rounded to its dtype
+    gelu: bool  # the MLP's gate is GELU (its tanh form) in place of SiLU
     initializer_range: float
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json together
@@ -121,8 +154,19 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
     def flag(rule: bool | str) -> bool:
         return bool(get(rule, False)) if isinstance(rule, str) else rule
 
-    if get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"{where}: expected hidden_act 'silu', got {raw['hidden_act']!r}; no other activation is implemented")
+    def number(key: str) -> float | None:
+        value = get(key)
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
+            raise ValueError(f"{where}: expected a number above 0 for {key!r}, got {value!r}")
+        return None if value is None else float(value)
+
+    key, known = ("hidden_activation", _GELU) if family.gemma else ("hidden_act", _SILU)
+    if (get(key) or known[0]) not in known:
+        raise ValueError(f"{where}: expected {key} {known[0]!r}, got {raw[key]!r}; no other activation is implemented for {family.name}")
+    if get("use_bidirectional_attention"):
+        raise ValueError(f"{where}: use_bidirectional_attention is not implemented: a decoder's tokens see those before them")
+    if model_type == "gemma3_text" and get("attn_logit_softcapping") is not None:
+        raise ValueError(f"{where}: attn_logit_softcapping is not implemented for Gemma 3 (transformers' ignores it); set it to null")
     if get("quantization_config") is not None:
         raise ValueError(f"{where}: quantised weights (quantization_config) are not supported; use the unquantised model")
     num_layers, num_heads, hidden_size, max_positions = (
@@ -135,6 +179,11 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
     head_dim = size("head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise ValueError(f"{where}: expected an even head_dim (rotary embeddings turn pairs), got {head_dim}")
+    ropes = _ropes(family, get, num_layers, where)
+    kinds = _layer_kinds(family, get, num_layers, ropes, where)
+    if family.rope == "two":
+        ropes = tuple(int(kind == "sliding_attention") for kind in kinds)
+    inv_freq, rope_scale, local_inv_freq = _rotations(family, get, head_dim, max_positions, where)
     generation = raw_generation or {}
     bos, pad = (raw_id if (raw_id := get(key)) is not None else generation.get(key) for key in ("bos_token_id", "pad_token_id"))
     return ModelConfig(
@@ -153,9 +202,18 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         o_bias=flag(family.o_bias),
         mlp_bias=flag(family.mlp_bias),
         qk_norm=family.qk_norm,
-        windows=_windows(family, get, num_layers, where),
-        inv_freq=_inv_freq(get, head_dim, max_positions, where),
-        rope_scale=1.0,
+        norms=family.norms,
+        norm_offset=float(family.gemma),
+        windows=_windows(family, get, kinds, where),
+        inv_freq=inv_freq,
+        local_inv_freq=local_inv_freq,
+        ropes=ropes,
+        rope_scale=rope_scale,
+        attention_scale=((number("query_pre_attn_scalar") if family.gemma else None) or head_dim) ** -0.5,
+        attention_softcap=number("attn_logit_softcapping") if family.gemma else None,
+        logit_softcap=number("final_logit_softcapping") if family.gemma else None,
+        embedding_scale=hidden_size**0.5 if family.gemma else 1.0,
+        gelu=family.gemma,
         initializer_range=float(get("initializer_range", 0.02)),
         bos_token_id=bos[0] if isinstance(bos, list) else bos,
         eos_token_ids=tuple(dict.fromkeys([*_ids(get("eos_token_id")), *_ids(generation.get("eos_token_id"))])),
@@ -169,42 +227,102 @@ def _ids(value: int | list[int] | None) -> list[int]:
     return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
-def _windows(family: Family, get: Any, num_layers: int, where: str) -> tuple[int, ...]:
-    window = get("sliding_window") if family.windows != "none" else None
-    if family.windows == "some" and not get("use_sliding_window", False):
-        window = None
-    if window is None:
+def _ropes(family: Family, get: Any, num_layers: int, where: str) -> tuple[int, ...]:
+    if family.rope != "some":
         return (0,) * num_layers
-    if not isinstance(window, int) or window < 1:
-        raise ValueError(f"{where}: expected a positive sliding_window, got {window!r}")
-    if family.windows == "every":
-        return (window,) * num_layers
-    kinds = get("layer_types") or ["sliding_attention" if i >= get("max_window_layers") else "full_attention" for i in range(num_layers)]
+    interval, turned = get("no_rope_layer_interval"), get("no_rope_layers")
+    if turned is None:
+        turned = [(i + 1) % interval for i in range(num_layers)]
+    if len(turned) < num_layers:
+        raise ValueError(f"{where}: expected no_rope_layers for {num_layers} layers, got {turned}")
+    return tuple(0 if kind else -1 for kind in turned[:num_layers])
+
+
+def _layer_kinds(family: Family, get: Any, num_layers: int, ropes: tuple[int, ...], where: str) -> list[str]:
+    if family.windows in ("none", "every"):
+        return [{"none": "full_attention", "every": "sliding_attention"}[family.windows]] * num_layers
+    if not (kinds := get("layer_types")):
+        rule = {"some": lambda i: i >= get("max_window_layers"), "nope": lambda i: ropes[i] < 0, "pattern": lambda i: (i + 1) % get("sliding_window_pattern")}
+        kinds = ["sliding_attention" if rule[family.windows](i) else "full_attention" for i in range(num_layers)]
     if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:
         raise ValueError(f"{where}: expected {num_layers} layer_types, each 'sliding_attention' or 'full_attention', got {kinds}")
+    return list(kinds)
+
+
+def _windows(family: Family, get: Any, kinds: list[str], where: str) -> tuple[int, ...]:
+    window = get("sliding_window") if family.windows != "none" else None
+    if family.windows in ("some", "nope") and not get("use_sliding_window", False):
+        window = None
+    if window is None:
+        return (0,) * len(kinds)
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"{where}: expected a positive sliding_window, got {window!r}")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _inv_freq(get: Any, head_dim: int, max_positions: int, where: str) -> tuple[float, ...]:
-    """theta^(-2i / D), then the scaling: linear divides by the factor; llama3 divides the long waves and blends into the short ones
-    (Llama 3.1's rule). Reads `rope_parameters` (transformers >= 5) and the older `rope_theta` with `rope_scaling`."""
+def _rotations(family: Family, get: Any, head_dim: int, max_positions: int, where: str) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+    """(inv_freq, rope_scale, local_inv_freq). Reads `rope_parameters` (transformers >= 5) and the older `rope_theta` with `rope_scaling`."""
     rope = dict(get("rope_scaling") or get("rope_parameters") or {})
+    original = get("original_max_position_embeddings") if family.rope != "two" else None
+    if family.rope != "two":
+        return (*_inv_freq(family, rope, get("rope_theta"), get("partial_rotary_factor"), original, head_dim, max_positions, where), ())
+    nested = "full_attention" in rope or "sliding_attention" in rope
+    full, local = ((rope.get(kind) or {}) if nested else {} for kind in ("full_attention", "sliding_attention"))
+    found, scale = _inv_freq(family, full if nested else rope, get("rope_theta"), None, None, head_dim, max_positions, where)
+    theirs, local_scale = _inv_freq(family, local, get("rope_local_base_freq"), None, None, head_dim, max_positions, where)
+    if scale != local_scale:
+        raise ValueError(f"{where}: RoPE {rope} is not implemented: its kinds scale attention alike in all layers, or not at all")
+    return found, scale, theirs
+
+
+def _inv_freq(family: Family, rope: dict[str, Any], theta: float | None, partial: float | None, original: int | None, head_dim: int, max_positions: int,
+              where: str) -> tuple[tuple[float, ...], float]:
+    """theta^(-2i / D) over the values that turn, and what multiplies cos and sin; then the scaling. linear divides by the factor; dynamic changes nothing
+    up to max_position_embeddings, and no sequence here is longer; llama3 divides the long waves and blends into the short ones (Llama 3.1's rule); yarn
+    does so by the turns that a wave makes within the trained length (Peng et al., 2023, YaRN, eq. 17 to 22)."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", get("partial_rotary_factor", 1.0))
-    if kind not in _ROPE_KINDS or any(isinstance(value, dict) for value in rope.values()) or partial not in (None, 1, 1.0):
-        raise ValueError(f"{where}: RoPE {rope} is not implemented; supported kinds: {', '.join(_ROPE_KINDS)}, on whole heads, alike in all layers")
-    theta = rope.get("rope_theta") or get("rope_theta") or 10000.0
-    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[kind]
-    if missing := [key for key in needed if key not in rope]:
+    partial = rope.get("partial_rotary_factor", partial) or 1.0
+    turned = int(head_dim * partial)
+    if kind not in family.rope_kinds or any(isinstance(value, dict) for value in rope.values()) or (turned != head_dim and family.rope != "partial"):
+        shown = {key: value for key, value in rope.items() if not isinstance(value, list)} | ({} if partial == 1 else {"partial_rotary_factor": partial})
+        raise ValueError(f"{where}: RoPE {shown} is not implemented for {family.name}; supported kinds: {', '.join(family.rope_kinds)}, "
+                         + ("" if family.rope == "partial" else "on whole heads, ") + "alike in all layers")
+    if not 0 < turned <= head_dim or turned % 2:
+        raise ValueError(f"{where}: expected a partial_rotary_factor that leaves an even number of a head's {head_dim} values to turn, got {partial}")
+    theta = rope.get("rope_theta") or theta or 10000.0
+    if missing := [key for key in _ROPE_KINDS[kind] if key not in rope]:
         raise ValueError(f"{where}: RoPE kind {kind!r} needs {', '.join(missing)}; got {rope}")
-    inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    inv_freq = 1.0 / (theta ** (torch.arange(0, turned, 2, dtype=torch.int64).float() / turned))
+    original = original or rope.get("original_max_position_embeddings") or max_positions
+    scale = 1.0
     if kind == "linear":
         inv_freq = inv_freq / rope["factor"]
     elif kind == "llama3":
-        original = get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or max_positions
         low, high, wavelength = rope["low_freq_factor"], rope["high_freq_factor"], 2 * math.pi / inv_freq
         blend = (original / wavelength - low) / (high - low)
         blended = (1 - blend) * inv_freq / rope["factor"] + blend * inv_freq
         scaled = torch.where(wavelength > original / low, inv_freq / rope["factor"], inv_freq)
         inv_freq = torch.where((wavelength <= original / low) & (wavelength >= original / high), blended, scaled)
-    return tuple(inv_freq.tolist())
+    elif kind == "yarn":
+        factor = rope.get("factor") or max_positions / original
+        ends = [turned * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))  # the pair that makes so many turns
+                for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)]
+        if rope.get("truncate", True):
+            ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        first, last = max(ends[0], 0), min(ends[1], turned - 1)
+        kept = 1 - ((torch.arange(turned // 2).float() - first) / (last - first or 0.001)).clamp(0, 1)
+        inv_freq = inv_freq / factor * (1 - kept) + inv_freq * kept
+        scale = _yarn_scale(rope, factor)
+    return tuple(inv_freq.tolist()), scale
+
+
+def _yarn_scale(rope: dict[str, Any], factor: float) -> float:
+    """attention_factor, or 0.1 log(factor) + 1; with mscale and mscale_all_dim the quotient of two such."""
+    if (given := rope.get("attention_factor")) is not None:
+        return float(given)
+
+    def grown(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    return grown(over) / grown(under) if over and under else grown(1.0)

@@ -123,7 +123,7 @@ def save_reward_model(model: RewardModel, directory: str | Path, *, tokenizer: A
     """Write what `AutoModelForSequenceClassification.from_pretrained` loads; otherwise as `save_pretrained`. To score batches transformers
     needs a pad_token_id in the configuration; where it has none, the tokenizer's is written."""
     config = model.decoder.config
-    changes: dict[str, Any] = {"architectures": [f"{config.family.name}ForSequenceClassification"],
+    changes: dict[str, Any] = {"architectures": [config.family.classifier.format(config.family.name)],
                                "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, _SHIFT_KEY: model.shift}
     if config.pad_token_id is None and getattr(tokenizer, "pad_token_id", None) is not None:
         changes["pad_token_id"] = tokenizer.pad_token_id

@@ -54,9 +54,9 @@ def strict_hidden(decoder: Decoder, token_ids_N: Tensor, positions_N: Tensor, cu
     return _Hidden.apply(decoder, block_size, (token_ids_N, positions_N, cu_seqlens_B1, max_length), *parameters)
 
 
-def strict_logits(hidden_RH: Tensor, head_VH: Tensor) -> Tensor:
+def strict_logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None = None) -> Tensor:
     """[R, V] float32, each row a function of its hidden state and the head alone. No gradient."""
-    return fixed_linear(hidden_RH, head_VH, impl="cpp")
+    return fixed_linear(hidden_RH, head_VH, softcap=softcap, impl="cpp")
 
 
 def strict_row_logprob(logits_RV: Tensor, token_ids_R: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -68,13 +68,14 @@ def strict_row_logprob(logits_RV: Tensor, token_ids_R: Tensor, temperature: floa
 
 class _Logprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, labels_N: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, labels_N: Tensor, temperature: float, softcap: float | None,
+                ignore_index: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden_NH, head_VH, labels_N)
-        ctx.temperature, ctx.ignore_index = temperature, ignore_index
+        ctx.options = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
         logp_N, entropy_N = (torch.zeros(len(labels_N), device=hidden_NH.device) for _ in range(2))
         labelled = (labels_N != ignore_index).nonzero()[:, 0]
         for rows_R in labelled.split(max(1, _WORKSPACE // (4 * len(head_VH)))):
-            logits_RV = strict_logits(hidden_NH[rows_R], head_VH)
+            logits_RV = strict_logits(hidden_NH[rows_R], head_VH, softcap)
             logp_N[rows_R], entropy_N[rows_R] = strict_row_logprob(logits_RV, labels_N[rows_R], temperature)
         return logp_N, entropy_N
 
@@ -83,12 +84,13 @@ class _Logprob(torch.autograd.Function):
         hidden_NH, head_VH, labels_N = ctx.saved_tensors
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_(needed) for x, needed in zip((hidden_NH, head_VH), ctx.needs_input_grad, strict=False)]
-            outs = linear_logprob(inputs[0], inputs[1], labels_N, temperature=ctx.temperature, entropy=True, ignore_index=ctx.ignore_index)
+            outs = linear_logprob(inputs[0], inputs[1], labels_N, entropy=True, **ctx.options)
             wanted = [x for x in inputs if x.requires_grad]
             grads = iter(torch.autograd.grad(outs, wanted, (logp_grad_N, entropy_grad_N)))
-        return (*(next(grads) if x.requires_grad else None for x in inputs), None, None, None)
+        return (*(next(grads) if x.requires_grad else None for x in inputs), None, None, None, None)
 
 
-def strict_logprob(hidden_NH: Tensor, head_VH: Tensor, labels_N: Tensor, temperature: float, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def strict_logprob(hidden_NH: Tensor, head_VH: Tensor, labels_N: Tensor, temperature: float, softcap: float | None = None,
+                   ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """`linear_logprob` with the sampler's bits: (logp, entropy), [N] float32, differentiable in the hidden states and the head."""
-    return _Logprob.apply(hidden_NH, head_VH, labels_N, temperature, ignore_index)
+    return _Logprob.apply(hidden_NH, head_VH, labels_N, temperature, softcap, ignore_index)

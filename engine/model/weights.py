@@ -31,22 +31,31 @@ _OURS = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|genera
                    r"|tokenizer.*|merges\.txt|chat_template.*")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+_NORMS = {"pre": {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"},
+          "post": {"attention_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"},
+          "sandwich": {"input_norm": "input_layernorm", "attention_out_norm": "post_attention_layernorm", "post_norm": "pre_feedforward_layernorm",
+                       "mlp_out_norm": "post_feedforward_layernorm"}}
+
 
 # ---- names --------------------------------------------------------------------------------------------------------------
 def hf_views(decoder: Decoder) -> dict[str, Tensor]:
     """Every parameter under its Hugging Face name, as a view of the fused storage without gradient. A tied head is not listed."""
     c = decoder.config
     rows = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim)
+    norms = _NORMS[c.norms]
+    attention, mlp = (("qkv",), ("gate_up",)) if c.family.fused else (("q", "k", "v"), ("gate", "up"))
     views: dict[str, Tensor] = {"model.embed_tokens.weight": decoder.embedding}
     for index, layer in enumerate(cast(Iterable[Layer], decoder.layers)):
         at = f"model.layers.{index}."
-        views[at + "input_layernorm.weight"], views[at + "post_attention_layernorm.weight"] = layer.input_norm, layer.post_norm
+        views |= {f"{at}{theirs}.weight": getattr(layer, ours) for ours, theirs in norms.items()}
         for kind, qkv, o, gate_up, down in (("weight", layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj),
                                             ("bias", layer.qkv_bias, layer.o_bias, layer.gate_up_bias, layer.down_bias)):
             if qkv is not None:
-                views |= {f"{at}self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", qkv.split(rows), strict=True)}
+                parts = (qkv,) if c.family.fused else qkv.split(rows)
+                views |= {f"{at}self_attn.{n}_proj.{kind}": part for n, part in zip(attention, parts, strict=True)}
             if gate_up is not None:
-                views |= {f"{at}mlp.{n}_proj.{kind}": part for n, part in zip(("gate", "up"), gate_up.chunk(2), strict=True)}
+                parts = (gate_up,) if c.family.fused else gate_up.chunk(2)
+                views |= {f"{at}mlp.{n}_proj.{kind}": part for n, part in zip(mlp, parts, strict=True)}
             views |= {f"{at}{n}.{kind}": x for n, x in (("self_attn.o_proj", o), ("mlp.down_proj", down)) if x is not None}
         views |= {f"{at}self_attn.{n}.weight": x for n, x in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)) if x is not None}
     views["model.norm.weight"] = decoder.norm

@@ -21,7 +21,8 @@ def test_missing_keys_are_what_transformers_assumes(model_type):
     assert ours.bos_token_id == theirs.bos_token_id
     assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert set(ours.windows) == {getattr(theirs, "sliding_window", None) or 0}
+    assert {*ours.windows, 0} == {getattr(theirs, "sliding_window", None) or 0, 0}
+    assert ours.pad_token_id == theirs.pad_token_id
     # A file with all the keys says the same.
     assert model_config(theirs.to_dict()) == ours
 
@@ -31,7 +32,11 @@ ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
     "llama3": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.5},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
 }
+YARNS = [{"factor": 0.5}, {"attention_factor": 1.5}, {"mscale": 0.7, "mscale_all_dim": 1.3}, {"truncate": False}, {"beta_fast": 4, "beta_slow": 2},
+         {"factor": None, "original_max_position_embeddings": 512}, {"original_max_position_embeddings": 6}]
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -42,7 +47,8 @@ def test_rope_in_both_spellings(kind):
     if kind == "default":
         want = 77.0 ** -(torch.arange(0, 64, 2) / 64)
     else:
-        want, _ = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
+        want, scale = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
+        assert new.rope_scale == scale
     torch.testing.assert_close(torch.tensor(new.inv_freq), want, rtol=1e-6, atol=0)
     for key in ("rope_type", "type"):  # transformers < 5, and before 4.43
         scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")} | {key: kind}
@@ -51,6 +57,32 @@ def test_rope_in_both_spellings(kind):
     if kind == "llama3":
         plain = model_config(LLAMA | {"head_dim": 64, "rope_theta": 5e5})
         assert len({round(a / b, 3) for a, b in zip(new.inv_freq, plain.inv_freq, strict=True)}) > 2  # kept, blended and divided waves
+
+
+@pytest.mark.parametrize("change", YARNS, ids=str)
+def test_yarn(change):
+    rope = ROPES["yarn"] | change
+    ours = model_config(LLAMA | {"head_dim": 64, "rope_parameters": rope})
+    want, scale = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.for_model(**LLAMA | {"head_dim": 64, "rope_parameters": dict(rope)}), "cpu")
+    torch.testing.assert_close(torch.tensor(ours.inv_freq), want, rtol=1e-6, atol=0)
+    assert ours.rope_scale == pytest.approx(scale, rel=1e-12)
+
+
+def test_ropes_of_layers():
+    few = LLAMA | {"num_key_value_heads": 2}
+    assert model_config(few | {"model_type": "smollm3"}).ropes == (0, 0, 0, -1)
+    assert model_config(few | {"model_type": "smollm3", "no_rope_layers": [0, 1, 1, 0]}).ropes == (-1, 0, 0, -1)
+    gemma = few | {"model_type": "gemma3_text", "sliding_window_pattern": 3}
+    old = model_config(gemma | {"rope_theta": 500.0, "rope_local_base_freq": 20.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}})
+    assert old.ropes == (1, 1, 0, 1)
+    assert old.inv_freq[1] == pytest.approx(500.0 ** (-2 / 256) / 8)
+    assert old.local_inv_freq[1] == pytest.approx(20.0 ** (-2 / 256))
+    nested = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}}
+    assert model_config(gemma | {"rope_parameters": nested}) == old
+    theirs = AutoConfig.for_model(**gemma | {"rope_theta": 500.0, "rope_local_base_freq": 20.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}})
+    assert model_config(theirs.to_dict()) == old
+    partial = model_config(LLAMA | {"model_type": "phi3", "partial_rotary_factor": 0.5})
+    assert len(partial.inv_freq) == 2
 
 
 @pytest.mark.parametrize("options, windows", [
@@ -62,6 +94,11 @@ def test_rope_in_both_spellings(kind):
     ({"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 3}, (0, 0, 0, 7)),
     ({"model_type": "qwen3", "sliding_window": 7, "use_sliding_window": True,
       "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}, (7, 0, 7, 0)),
+    ({"model_type": "phi3", "sliding_window": 7}, (7, 7, 7, 7)),
+    ({"model_type": "smollm3", "sliding_window": 7}, (0, 0, 0, 0)),
+    ({"model_type": "smollm3", "sliding_window": 7, "use_sliding_window": True, "no_rope_layer_interval": 2}, (0, 7, 0, 7)),
+    ({"model_type": "gemma2", "sliding_window": 7}, (7, 0, 7, 0)),
+    ({"model_type": "gemma3_text", "sliding_window": 7, "sliding_window_pattern": 3}, (7, 7, 0, 7)),
 ])
 def test_windows(options, windows):
     assert model_config(LLAMA | {"num_key_value_heads": 2} | options).windows == windows
@@ -77,7 +114,7 @@ def test_token_ids_come_from_both_files(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "unknown model_type 'gpt2'; known: llama, mistral, qwen2, qwen3"),
+    ({"model_type": "gpt2"}, "unknown model_type 'gpt2'; known: llama, mistral, qwen2, qwen3, phi3, smollm3, olmo2, gemma2, gemma3_text"),
     ({"model_type": None}, "unknown model_type None"),
     ({"vocab_size": None}, "expected a positive whole number for 'vocab_size', got None"),
     ({"hidden_size": "32"}, "expected a positive whole number for 'hidden_size', got '32'"),
@@ -86,7 +123,16 @@ def test_token_ids_come_from_both_files(tmp_path):
     ({"head_dim": 7}, "expected an even head_dim"),
     ({"hidden_act": "gelu"}, "expected hidden_act 'silu', got 'gelu'"),
     ({"quantization_config": {"bits": 4}}, "quantised weights"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "supported kinds: default, linear, llama3"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "supported kinds: default, linear, dynamic, yarn, llama3"),
+    ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0]}}, r"RoPE \{'type': 'longrope'\} is not implemented for Phi3"),
+    ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}}, "not implemented for Phi3; supported kinds: default"),
+    ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "leaves an even number of a head's 8 values"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 1, 0]}, "expected no_rope_layers for 4 layers"),
+    ({"model_type": "gemma2", "hidden_activation": "silu"}, "expected hidden_activation 'gelu_pytorch_tanh', got 'silu'"),
+    ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ({"model_type": "gemma2", "final_logit_softcapping": -1.0}, "expected a number above 0 for 'final_logit_softcapping', got -1.0"),
+    ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not implemented for Gemma 3"),
+    ({"model_type": "gemma3_text", "rope_scaling": {"type": "yarn", "factor": 2.0}}, "scale attention alike in all layers"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
     ({"partial_rotary_factor": 0.5}, "on whole heads"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "alike in all layers"),

@@ -22,7 +22,13 @@ from fusedrl.engine.packing import PackedBatch
 SMALL = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2}
 KINDS = {"tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True}, "untied": {"model_type": "llama", "tie_word_embeddings": False},
-         "mistral": {"model_type": "mistral", "sliding_window": 5}}
+         "mistral": {"model_type": "mistral", "sliding_window": 5},
+         "phi3": {"model_type": "phi3", "sliding_window": 9, "partial_rotary_factor": 0.7},
+         "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+         "olmo2": {"model_type": "olmo2"},
+         "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
+                    "final_logit_softcapping": 3.0},
+         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}}
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [3], [4, 4, 9]]
 
 

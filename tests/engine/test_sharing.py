@@ -15,7 +15,13 @@ SIZES = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 20, "num_hidd
          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.3}
 KINDS = {"llama, untied, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
          "qwen3, tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
-         "qwen2": {"model_type": "qwen2"}, "mistral": {"model_type": "mistral"}}
+         "qwen2": {"model_type": "qwen2"}, "mistral": {"model_type": "mistral"},
+         "phi3": {"model_type": "phi3", "sliding_window": 9, "partial_rotary_factor": 0.5},
+         "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+         "olmo2": {"model_type": "olmo2"},
+         "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
+                    "final_logit_softcapping": 3.0},
+         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [3, 4]]
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
 

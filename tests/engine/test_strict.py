@@ -13,7 +13,13 @@ pytestmark = pytest.mark.skipif(not native.capability, reason="the native extens
 SIZES = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
          "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.25, "eos_token_id": 2, "bos_token_id": 1}
 KINDS = {"llama": {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": False},
-         "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True}, "mistral": {"model_type": "mistral", "sliding_window": 9}}
+         "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True}, "mistral": {"model_type": "mistral", "sliding_window": 9},
+         "phi3": {"model_type": "phi3", "sliding_window": 9, "partial_rotary_factor": 0.5},
+         "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+         "olmo2": {"model_type": "olmo2"},
+         "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
+                    "final_logit_softcapping": 3.0},
+         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}}
 ROOMY = CacheConfig(block_size=4)
 TIGHT = CacheConfig(block_size=4, num_blocks=26, max_sequences=5, max_tokens_per_step=7)  # chunks of prefills, preemption
 

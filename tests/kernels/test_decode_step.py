@@ -7,7 +7,7 @@ import torch
 
 from fusedrl.kernels import native
 from fusedrl.kernels import paged_attention as paged_attention_module
-from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, allocate_cache, copy_blocks, decode_step
+from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, Options, allocate_cache, copy_blocks, decode_step
 from fusedrl.kernels.dispatch import unavailable
 
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
@@ -19,11 +19,14 @@ KINDS = {
     "biased": {"heads": 7, "kv_heads": 1, "D": 16, "H": 40, "F": 33, "bias": True},
     "normed": {"heads": 3, "kv_heads": 3, "D": 12, "H": 24, "F": 17, "qk_norm": True, "rope_scale": 1.25},
     "windowed": {"heads": 4, "kv_heads": 2, "D": 6, "H": 300, "F": 270, "windows": (3, 0, 17)},
+    "behind": {"heads": 6, "kv_heads": 3, "D": 8, "H": 40, "F": 29, "qk_norm": "together", "norms": "behind", "ropes": (0, -1)},
+    "both": {"heads": 5, "kv_heads": 1, "D": 10, "H": 300, "F": 33, "qk_norm": True, "norms": "both", "ropes": (1, 0, -1), "windows": (4, 0, 9), "pairs": 4,
+             "tables": 2, "rope_scale": 0.75, "options": Options(0.4, 1.5, 3.0, 2.5, 0.75, True)},
 }
 
 
 def make(kind, dtype=torch.float32, V=37, seed=0):
-    k = {"bias": False, "qk_norm": False, "rope_scale": 1.0, "windows": (0, 0), **KINDS[kind]}
+    k = {"bias": False, "qk_norm": False, "rope_scale": 1.0, "windows": (0, 0), "norms": "before", "tables": 1, "options": Options(), **KINDS[kind]}
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape, scale=None):
@@ -34,14 +37,17 @@ def make(kind, dtype=torch.float32, V=37, seed=0):
 
     heads, kv, D, H, F = (k[name] for name in ("heads", "kv_heads", "D", "H", "F"))
     layers = []
-    for window in k["windows"]:
+    for window, turned in zip(k["windows"], k.get("ropes", (0,) * len(k["windows"])), strict=True):
         qkv, bias = (heads + 2 * kv) * D, (lambda size: rand(size, scale=0.3)) if k["bias"] else (lambda size: None)
         head_norm = norm if k["qk_norm"] else lambda size: None
-        layers.append(LayerWeights(norm(H), rand(qkv, H, scale=2 * H**-0.5), bias(qkv), head_norm(D), head_norm(D), rand(H, heads * D), bias(H), norm(H),
-                                   rand(2 * F, H), bias(2 * F), rand(H, F), bias(H), window))
+        q_size, k_size = (heads * D, kv * D) if k["qk_norm"] == "together" else (D, D)
+        before, behind = (norm if k["norms"] in (where, "both") else lambda size: None for where in ("before", "behind"))
+        layers.append(LayerWeights(before(H), rand(qkv, H, scale=2 * H**-0.5), bias(qkv), head_norm(q_size), head_norm(k_size), rand(H, heads * D), bias(H),
+                                   before(H), rand(2 * F, H), bias(2 * F), rand(H, F), bias(H), window, behind(H), behind(H), turned))
     embedding = rand(V, H, scale=1.0)
-    inv_freq = 1.0 / 100.0 ** (torch.arange(D // 2, dtype=torch.float32) / (D // 2))
-    return DecoderWeights(embedding, tuple(layers), norm(H), embedding, inv_freq, k["rope_scale"], heads, kv, D, 1e-5)
+    inv_freq = 1.0 / 100.0 ** (torch.arange(k.get("pairs", D // 2), dtype=torch.float32) / (D // 2))
+    inv_freq = inv_freq if k["tables"] == 1 else torch.stack([inv_freq / (1 + 3 * t) for t in range(k["tables"])])
+    return DecoderWeights(embedding, tuple(layers), norm(H), embedding, inv_freq, k["rope_scale"], heads, kv, D, 1e-5, k["options"])
 
 
 def convert(weights, dtype):
@@ -55,30 +61,40 @@ def dense(weights, ids):
     w, T, D = convert(weights, torch.float64), len(ids), weights.head_dim
     group = w.num_heads // w.num_kv_heads
 
+    options = w.options
+    tables = w.inv_freq.double().view(-1, w.inv_freq.shape[-1])
+    P = tables.shape[1]
+
     def norm(x, g):
-        return g * x / (x.square().mean(-1, keepdim=True) + w.norm_eps).sqrt()
+        return x if g is None else (g + options.norm_offset) * x / (x.square().mean(-1, keepdim=True) + w.norm_eps).sqrt()
 
-    def turn(x, t):
-        z = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.polar(torch.tensor(w.rope_scale).double(), t * w.inv_freq.double())
-        return torch.cat([z.real, z.imag], -1)
+    def turn(x, t, inv_freq):
+        z = torch.complex(x[..., :P], x[..., P : 2 * P]) * torch.polar(torch.tensor(w.rope_scale).double(), t * inv_freq)
+        return torch.cat([z.real, z.imag, x[..., 2 * P :]], -1)
 
-    x = w.embedding[ids]
+    x = w.embedding[ids] * options.embedding_scale
     for layer in w.layers:
         zero = lambda b: 0.0 if b is None else b  # noqa: E731
         qkv = (norm(x, layer.input_norm) @ layer.qkv.T + zero(layer.qkv_bias)).view(T, -1, D)
         q, k, v = qkv.split((w.num_heads, w.num_kv_heads, w.num_kv_heads), 1)
-        if layer.q_norm is not None:
+        if layer.q_norm is not None and layer.q_norm.numel() == D:
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
-        q, k = (torch.stack([turn(row, t) for t, row in enumerate(y)]) for y in (q, k))
+        elif layer.q_norm is not None:
+            q, k = (norm(y.reshape(T, -1), g).view(y.shape) for y, g in ((q, layer.q_norm), (k, layer.k_norm)))
+        if layer.rope >= 0:
+            q, k = (torch.stack([turn(row, t, tables[layer.rope]) for t, row in enumerate(y)]) for y in (q, k))
+        scale, cap = options.attention_scale or 1 / math.sqrt(D), options.attention_softcap
         rows = []
         for t in range(T):
             start = max(0, t - layer.window + 1) if layer.window else 0
             for h in range(w.num_heads):
-                p = torch.softmax(k[start : t + 1, h // group] @ q[t, h] / math.sqrt(D), 0)
+                z = k[start : t + 1, h // group] @ q[t, h] * scale
+                p = torch.softmax(z if cap is None else cap * torch.tanh(z / cap), 0)
                 rows.append(p @ v[start : t + 1, h // group])
-        x = x + torch.stack(rows).view(T, -1) @ layer.o.T + zero(layer.o_bias)
+        x = x + norm(torch.stack(rows).view(T, -1) @ layer.o.T + zero(layer.o_bias), layer.attention_out_norm)
         gate, up = (norm(x, layer.post_norm) @ layer.gate_up.T + zero(layer.gate_up_bias)).chunk(2, -1)
-        x = x + (gate * torch.sigmoid(gate) * up) @ layer.down.T + zero(layer.down_bias)
+        gate = torch.nn.functional.gelu(gate, approximate="tanh") if options.gelu else gate * torch.sigmoid(gate)
+        x = x + norm((gate * up) @ layer.down.T + zero(layer.down_bias), layer.mlp_out_norm)
     return norm(x, w.norm)
 
 
@@ -136,7 +152,7 @@ def test_reference_in_float64():
 
 
 @pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
-@pytest.mark.parametrize(("kind", "size"), [("plain", 4), ("biased", 5), ("normed", 8), ("windowed", 4)])
+@pytest.mark.parametrize(("kind", "size"), [("plain", 4), ("biased", 5), ("normed", 8), ("windowed", 4), ("behind", 4), ("both", 4)])
 def test_triton_matches_a_dense_decoder_in_float64(kind, size, monkeypatch):
     monkeypatch.setattr(paged_attention_module, "_SPLIT", 8)
     weights, lengths = make(kind), [1, 10]
@@ -184,9 +200,9 @@ def test_what_was_not_written_changes_nothing(impl, kind):
 # Widths of a panel: one lane, around a vector, around a panel, several panels; companions behind and before.
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 @pytest.mark.parametrize("companions", [0, 14, 15, 16, 50, 63, 64, 150])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cpp_bits_do_not_depend_on_companions_or_chunks(companions, dtype):
-    weights, lengths = make("biased", dtype), [23, *[4] * companions]
+@pytest.mark.parametrize("kind, dtype", [("biased", torch.float32), ("biased", torch.bfloat16), ("both", torch.float32), ("both", torch.bfloat16)])
+def test_cpp_bits_do_not_depend_on_companions_or_chunks(companions, kind, dtype):
+    weights, lengths = make(kind, dtype), [23, *[4] * companions]
     ids = sequences(lengths)
     rows = triples(ids)
     whole = step(weights, Cache(weights, lengths), rows[0], "cpp")
@@ -296,7 +312,8 @@ def test_cpp_refuses_weights_that_do_not_fit():
     weights, cache = make("plain"), Cache(make("plain"), [20])
     for change, error, what in (({"down": weights.layers[0].down.T.contiguous()}, ValueError, "expected gate_up"),
                                 ({"qkv_bias": torch.zeros(3)}, ValueError, "qkv_bias"),
-                                ({"o": weights.layers[0].o.double()}, TypeError, "expected o in"), ({"input_norm": None}, ValueError, "input_norm"),
+                                ({"o": weights.layers[0].o.double()}, TypeError, "expected o in"), ({"gate_up": None}, ValueError, "gate_up"),
+                                ({"rope": 1}, ValueError, "below the 1 rows of inv_freq"), ({"mlp_out_norm": torch.ones(3)}, ValueError, "mlp_out_norm"),
                                 ({"qkv": weights.layers[0].qkv.T.contiguous().T}, ValueError, "expected qkv contiguous")):
         broken = weights._replace(layers=(weights.layers[0]._replace(**change), weights.layers[1]))
         with pytest.raises(error, match=what):
@@ -309,9 +326,9 @@ def test_cpp_refuses_weights_that_do_not_fit():
 def test_opcheck_and_compile():
     weights, cache = make("biased"), Cache(make("biased"), [20], fill=0.0)
     ids, positions, rows = torch.tensor([3, 4, 5]), torch.arange(3), torch.zeros(3, dtype=torch.int64)
-    parts = [part for layer in weights.layers for part in layer[:-1]]
+    parts = [part for layer in weights.layers for part in layer.parts()]
     arguments = (ids, positions, rows, cache.table, cache.k, cache.v, torch.tensor([2]), weights.embedding, weights.norm, weights.inv_freq,
-                 parts, [0, 0], 1.0, 1e-5)
+                 parts, [0, 0], [0, 0], 1.0, 1e-5, 0.25, 0.0, 1.0, 0.0, False)
     torch.library.opcheck(torch.ops.fusedrl.decode_step.default, arguments)
     compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
     others = Cache(weights, [20])

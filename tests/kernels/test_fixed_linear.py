@@ -1,4 +1,6 @@
 """fixed_linear: right, and the same bits for a row whatever stands around it."""
+import functools
+
 import pytest
 import torch
 
@@ -27,16 +29,28 @@ def test_against_float64(size, dtype, impl):
         assert bool(((ours.double() - expected).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_softcap_against_float64(size, impl):
+    x, w, b = inputs(*size)
+    for bias in (b, None):
+        expected = 2.5 * torch.tanh((x.double() @ w.double().T + (b.double() if bias is not None else 0.0)) / 2.5)
+        bound = 2e-6 * (x.double().abs() @ w.double().abs().T + 1.0)
+        assert bool(((fixed_linear(x, w, bias, softcap=2.5, impl=impl).double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_companions(dtype):
+def test_a_row_does_not_depend_on_its_companions(dtype, softcap):
     x, w, b = inputs(131, 300, 70, dtype)
-    whole = fixed_linear(x, w, b, impl="cpp")
-    assert torch.equal(whole, fixed_linear(x, w, b, impl="cpp"))
+    run = functools.partial(fixed_linear, softcap=softcap, impl="cpp")
+    whole = run(x, w, b)
+    assert torch.equal(whole, run(x, w, b))
     for n in (0, 1, 63, 64, 127, 130):
-        assert torch.equal(fixed_linear(x[n:n + 1], w, b, impl="cpp"), whole[n:n + 1])
-        assert torch.equal(fixed_linear(x[max(0, n - 32):n + 1], w, b, impl="cpp")[-1], whole[n])
+        assert torch.equal(run(x[n:n + 1], w, b), whole[n:n + 1])
+        assert torch.equal(run(x[max(0, n - 32):n + 1], w, b)[-1], whole[n])
     strange = torch.cat([torch.full_like(x[:40], torch.nan), x])
-    assert torch.equal(fixed_linear(strange, w, b, impl="cpp")[40:], whole)
+    assert torch.equal(run(strange, w, b)[40:], whole)
 
 
 def test_the_negative_control():
@@ -63,6 +77,7 @@ def test_strides_compile_and_opcheck():
     wide[:, ::2] = x
     assert torch.equal(fixed_linear(wide[:, ::2], w.T.contiguous().T, b, impl="cpp"), fixed_linear(x, w, b, impl="cpp"))
     torch.library.opcheck(torch.ops.fusedrl.fixed_linear.default, (x, w, b))
+    torch.library.opcheck(torch.ops.fusedrl.fixed_linear.default, (x, w, None, 2.0))
     compiled = torch.compile(lambda x: fixed_linear(x, w, b), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), fixed_linear(x, w, b))
 
@@ -71,6 +86,8 @@ def test_refuses():
     x, w, _ = inputs(3, 4, 5)
     with pytest.raises(ValueError, match=r"fixed_linear: weight does not fit its pattern \[O, K\]"):
         fixed_linear(x, w[:, :3])
+    with pytest.raises(ValueError, match="expected a softcap above 0 or None, got 0"):
+        fixed_linear(x, w, softcap=0.0)
     with pytest.raises(TypeError, match="expected weight of dtype float32"):
         fixed_linear(x, w.double())
     with pytest.raises(TypeError, match="expected x of dtype float32, bfloat16"):
