@@ -1,7 +1,8 @@
 // Attention of one token over its row of the paged KV cache: what decode_step and paged_attention both run.
 //
 // Layout   one layer's k [blocks][heads][D][S], so that the scores of a block are vector loads over its positions, and v [blocks][heads][S][D].
-// Numerics float32. Every sum has one order, which depends on D, S and the token's own span alone: not on companions or threads.
+// Numerics float32. Every sum has one order, which depends on D, S and the token's own span alone: not on companions or threads, nor on
+//          which heads are attended together.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -117,24 +118,55 @@ inline void cap_scores(float* scores, int64_t size, float cap) {
   for (int64_t i = 0; i < size; i += VL) ((Vec::loadu(scores + i) * Vec(1.0f / cap)).tanh() * Vec(cap)).store(scores + i);
 }
 
+// x = exp(x) for x <= 0, within 1.01 ulp; 0 below -87, where it is no normal number; NaN stays NaN. Inlined, half the time of Vec::exp.
+inline void exp_of_negative(Lanes& x) {
+  typedef int32_t Bits __attribute__((vector_size(sizeof(Lanes))));
+  constexpr float ROUND = 0x1.8p23f;                       // added and taken off again, it rounds to an integer n, which its low bits hold
+  const Lanes shifted = x * 0x1.715476p0f + ROUND, n = shifted - ROUND;
+  const Lanes r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n ln 2, exact in its first half
+  Lanes p = r * 0x1.6850e4p-10f + 0x1.123bccp-7f;
+  p = p * r + 0x1.555b98p-5f;
+  p = p * r + 0x1.55548ep-3f;
+  p = p * r + 0x1.fffff8p-2f;
+  p = (p * r) * r + r + 1.0f;
+  Bits exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = (exponent << 23) + (127 << 23);
+  Lanes scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  x = x < -87.0f ? Lanes{} : p * scale;
+}
+
 // exp(x - max) in place; the sum. Masked scores are -inf and come out as 0.
 inline float softmax_weights(float* scores, int64_t size) {
   Vec top = Vec::loadu(scores);
   for (int64_t i = VL; i < size; i += VL) top = at::vec::maximum(top, Vec::loadu(scores + i));
-  const Vec max(at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, top));
-  Vec sum(0.0f);
+  const float max = at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, top);
+  Lanes sum = {};
   for (int64_t i = 0; i < size; i += VL) {
-    const Vec weight = (Vec::loadu(scores + i) - max).exp();
-    weight.store(scores + i);
-    sum = sum + weight;
+    Lanes weight = *reinterpret_cast<const Lanes*>(scores + i) - max;
+    exp_of_negative(weight);
+    *reinterpret_cast<Lanes*>(scores + i) = weight;
+    sum += weight;
   }
-  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, sum);
+  Vec total;
+  std::memcpy(&total, &sum, sizeof total);
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, total);
 }
+
+constexpr int64_t MOST_HEADS = 8;
 
 struct Cache {
   int64_t heads, D, S;  // one layer: k [blocks, heads, D, S], v [blocks, heads, S, D]
   int64_t pitch() const { return (S + VL - 1) / VL * VL; }                     // scores of a block
   int64_t scores(int64_t last) const { return (last / S + 1) * pitch(); }  // at most, up to position `last`
+  // Heads of a block that lie in one page of memory are attended together: they share its address translation and what the prefetcher brings.
+  int64_t heads_together(int64_t group, int64_t element) const {
+    int64_t count = 1;
+    while ((group == 1 || group == 2 || group == 4) && count < MOST_HEADS && heads % (2 * count) == 0 && 2 * count * D * S * element <= 4096) count *= 2;
+    return count;
+  }
+  int64_t rows(int64_t group, int64_t element) const { return std::max<int64_t>(4, group * heads_together(group, element)); }  // of scores
 };
 
 // The positions first to last of one row, and how their scores are made.
@@ -144,40 +176,46 @@ struct Span {
   float cap;  // 0: none
 };
 
-// q [G][D], already scaled, of query heads that share key/value head `head`; out [G][D]. scores holds G rows of `ld`.
+// q [heads][G][D], already scaled, of the query heads of `heads` key/value heads from `head` on, at most MOST_HEADS; out [heads][G][D]. scores holds
+// heads * G rows of `ld`.
 template <int G, typename T>
-void attend(const T* k, const T* v, const Cache& cache, int64_t head, const Span& span, const float* q, float* scores, int64_t ld, float* out) {
+void attend(const T* k, const T* v, const Cache& cache, int64_t head, int64_t heads, const Span& span, const float* q, float* scores, int64_t ld, float* out) {
   const int64_t S = cache.S, D = cache.D, pitch = cache.pitch(), start = span.first / S, count = span.last / S - start + 1, size = count * pitch;
-  const auto offset = [&](int64_t b) { return (static_cast<int64_t>(span.blocks[start + b]) * cache.heads + head) * S * D; };
+  const int64_t rows = heads * G, chunk = S * D;
+  const auto offset = [&](int64_t b) { return (static_cast<int64_t>(span.blocks[start + b]) * cache.heads + head) * chunk; };
   const auto mask = [&](int64_t from, int64_t to) {
-    for (int g = 0; g < G; ++g) std::fill(scores + g * ld + from, scores + g * ld + to, -std::numeric_limits<float>::infinity());
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = from; i < to; ++i) scores[r * ld + i] = -std::numeric_limits<float>::infinity();
   };
   for (int64_t b = 0; b < count; ++b) {
-    block_scores<G>(k + offset(b), q, D, S, scores + b * pitch, ld);
-    for (int g = 0; g < G && span.cap > 0; ++g) cap_scores(scores + g * ld + b * pitch, pitch, span.cap);
+    const T* keys = k + offset(b);
+    for (int64_t h = 0; h < heads; ++h) block_scores<G>(keys + h * chunk, q + h * G * D, D, S, scores + h * G * ld + b * pitch, ld);
+    for (int64_t r = 0; r < rows && span.cap > 0; ++r) cap_scores(scores + r * ld + b * pitch, pitch, span.cap);
     if (pitch > S) mask(b * pitch + S, (b + 1) * pitch);
   }
   mask(0, span.first % S);
   mask((count - 1) * pitch + span.last % S + 1, size);
-  float sums[G];
-  for (int g = 0; g < G; ++g) sums[g] = softmax_weights(scores + g * ld, size);
-  std::fill(out, out + G * D, 0.0f);
+  float sums[MOST_HEADS * G];
+  for (int64_t r = 0; r < rows; ++r) sums[r] = softmax_weights(scores + r * ld, size);
+  std::fill(out, out + rows * D, 0.0f);
   for (int64_t b = 0; b < count; ++b) {  // unseen slots are stepped over, never multiplied by 0: they may hold NaN
     const int64_t from = b == 0 ? span.first % S : 0, to = b + 1 == count ? span.last % S + 1 : S;
-    block_values<G>(v + offset(b) + from * D, scores + b * pitch + from, ld, to - from, D, out);
+    const T* values = v + offset(b) + from * D;
+    for (int64_t h = 0; h < heads; ++h) block_values<G>(values + h * chunk, scores + h * G * ld + b * pitch + from, ld, to - from, D, out + h * G * D);
   }
-  for (int g = 0; g < G; ++g)
-    for (int64_t d = 0; d < D; ++d) out[g * D + d] /= sums[g];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < D; ++d) out[r * D + d] /= sums[r];
 }
 
-// The same for any number of query heads, four at a time: they share the reads of K and V. scores holds four rows of `ld`.
+// The same for any number of query heads a key/value head, four at a time: they share the reads of K and V. `heads` is 1 or `cache.heads_together`, scores
+// holds `cache.rows` rows of `ld`.
 template <typename T>
-void attend_group(const T* k, const T* v, const Cache& cache, int64_t head, const Span& span, int64_t group, const float* q, float* scores, int64_t ld,
-                  float* out) {
+void attend_group(const T* k, const T* v, const Cache& cache, int64_t head, int64_t heads, const Span& span, int64_t group, const float* q, float* scores,
+                  int64_t ld, float* out) {
   for (int64_t g = 0; g < group;) {
     const auto run = [&](auto size) {
       constexpr int G = decltype(size)::value;
-      attend<G>(k, v, cache, head, span, q + g * cache.D, scores, ld, out + g * cache.D);
+      attend<G>(k, v, cache, head, heads, span, q + g * cache.D, scores, ld, out + g * cache.D);
       g += G;
     };
     if (group - g >= 4) run(std::integral_constant<int, 4>());
