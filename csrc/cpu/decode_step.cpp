@@ -98,20 +98,19 @@ template <typename T>
 void attention(const Layer<T>& layer, const Sizes& z, const Tokens& tokens, const Panels& panels, const float* qkv, const T* k_cache,
                const T* v_cache, int64_t longest, float* out) {
   const Cache cache{z.kv_heads, z.D, z.S};
-  const int64_t together = cache.heads_together(z.group(), sizeof(T)), tasks = z.kv_heads / together, size = together * z.group() * z.D;
-  const int64_t ld = cache.scores(longest), grain = std::max<int64_t>(1, TASK_FLOPS / (4 * size * ld + 1));
+  const int64_t group = z.group(), ld = cache.scores(longest), grain = std::max<int64_t>(1, TASK_FLOPS / (4 * group * z.D * ld));
   const float scale = 1.0f / std::sqrt(static_cast<float>(z.D));
-  at::parallel_for(0, tokens.N * tasks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(cache.rows(z.group(), sizeof(T)) * ld), q(size), result(size);
+  at::parallel_for(0, tokens.N * z.kv_heads, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(4 * ld), q(group * z.D), result(group * z.D);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / tasks, part = task % tasks, p = n / PANEL, c = n % PANEL, width = panels.width(p);
-      const float* from = qkv + p * PANEL * z.qkv() + part * size * width + c;
-      for (int64_t i = 0; i < size; ++i) q[i] = from[i * width] * scale;
+      const int64_t n = task / z.kv_heads, head = task % z.kv_heads, p = n / PANEL, c = n % PANEL, width = panels.width(p);
+      const float* from = qkv + p * PANEL * z.qkv() + head * group * z.D * width + c;
+      for (int64_t i = 0; i < group * z.D; ++i) q[i] = from[i * width] * scale;
       const int64_t last = tokens.positions[n], first = layer.window ? std::max<int64_t>(0, last - layer.window + 1) : 0;
       const Span span{tokens.table + tokens.rows[n] * tokens.M, first, last, 0.0f};
-      attend_group(k_cache, v_cache, cache, part * together, together, span, z.group(), q.data(), scores.data(), ld, result.data());
-      float* to = out + p * PANEL * z.heads * z.D + part * size * width + c;
-      for (int64_t i = 0; i < size; ++i) to[i * width] = result[i];
+      attend_group(k_cache, v_cache, cache, head, span, group, q.data(), scores.data(), ld, result.data());
+      float* to = out + p * PANEL * z.heads * z.D + head * group * z.D * width + c;
+      for (int64_t i = 0; i < group * z.D; ++i) to[i * width] = result[i];
     }
   });
 }

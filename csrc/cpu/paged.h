@@ -1,8 +1,7 @@
 // Attention of one token over its row of the paged KV cache: what decode_step and paged_attention both run.
 //
 // Layout   one layer's k [blocks][heads][D][S], so that the scores of a block are vector loads over its positions, and v [blocks][heads][S][D].
-// Numerics float32. Every sum has one order, which depends on D, S and the token's own span alone: not on companions or threads, nor on
-//          which heads are attended together.
+// Numerics float32. Every sum has one order, which depends on D, S and the token's own span alone: not on companions or threads.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -154,19 +153,10 @@ inline float softmax_weights(float* scores, int64_t size) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, total);
 }
 
-constexpr int64_t MOST_HEADS = 8;
-
 struct Cache {
   int64_t heads, D, S;  // one layer: k [blocks, heads, D, S], v [blocks, heads, S, D]
   int64_t pitch() const { return (S + VL - 1) / VL * VL; }                     // scores of a block
   int64_t scores(int64_t last) const { return (last / S + 1) * pitch(); }  // at most, up to position `last`
-  // Heads of a block that lie in one page of memory are attended together: they share its address translation and what the prefetcher brings.
-  int64_t heads_together(int64_t group, int64_t element) const {
-    int64_t count = 1;
-    while ((group == 1 || group == 2 || group == 4) && count < MOST_HEADS && heads % (2 * count) == 0 && 2 * count * D * S * element <= 4096) count *= 2;
-    return count;
-  }
-  int64_t rows(int64_t group, int64_t element) const { return std::max<int64_t>(4, group * heads_together(group, element)); }  // of scores
 };
 
 // The positions first to last of one row, and how their scores are made.
@@ -176,46 +166,40 @@ struct Span {
   float cap;  // 0: none
 };
 
-// q [heads][G][D], already scaled, of the query heads of `heads` key/value heads from `head` on, at most MOST_HEADS; out [heads][G][D]. scores holds
-// heads * G rows of `ld`.
+// q [G][D], already scaled, of query heads that share key/value head `head`; out [G][D]. scores holds G rows of `ld`.
 template <int G, typename T>
-void attend(const T* k, const T* v, const Cache& cache, int64_t head, int64_t heads, const Span& span, const float* q, float* scores, int64_t ld, float* out) {
+void attend(const T* k, const T* v, const Cache& cache, int64_t head, const Span& span, const float* q, float* scores, int64_t ld, float* out) {
   const int64_t S = cache.S, D = cache.D, pitch = cache.pitch(), start = span.first / S, count = span.last / S - start + 1, size = count * pitch;
-  const int64_t rows = heads * G, chunk = S * D;
-  const auto offset = [&](int64_t b) { return (static_cast<int64_t>(span.blocks[start + b]) * cache.heads + head) * chunk; };
+  const auto offset = [&](int64_t b) { return (static_cast<int64_t>(span.blocks[start + b]) * cache.heads + head) * S * D; };
   const auto mask = [&](int64_t from, int64_t to) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = from; i < to; ++i) scores[r * ld + i] = -std::numeric_limits<float>::infinity();
+    for (int g = 0; g < G; ++g) std::fill(scores + g * ld + from, scores + g * ld + to, -std::numeric_limits<float>::infinity());
   };
   for (int64_t b = 0; b < count; ++b) {
-    const T* keys = k + offset(b);
-    for (int64_t h = 0; h < heads; ++h) block_scores<G>(keys + h * chunk, q + h * G * D, D, S, scores + h * G * ld + b * pitch, ld);
-    for (int64_t r = 0; r < rows && span.cap > 0; ++r) cap_scores(scores + r * ld + b * pitch, pitch, span.cap);
+    block_scores<G>(k + offset(b), q, D, S, scores + b * pitch, ld);
+    for (int g = 0; g < G && span.cap > 0; ++g) cap_scores(scores + g * ld + b * pitch, pitch, span.cap);
     if (pitch > S) mask(b * pitch + S, (b + 1) * pitch);
   }
   mask(0, span.first % S);
   mask((count - 1) * pitch + span.last % S + 1, size);
-  float sums[MOST_HEADS * G];
-  for (int64_t r = 0; r < rows; ++r) sums[r] = softmax_weights(scores + r * ld, size);
-  std::fill(out, out + rows * D, 0.0f);
+  float sums[G];
+  for (int g = 0; g < G; ++g) sums[g] = softmax_weights(scores + g * ld, size);
+  std::fill(out, out + G * D, 0.0f);
   for (int64_t b = 0; b < count; ++b) {  // unseen slots are stepped over, never multiplied by 0: they may hold NaN
     const int64_t from = b == 0 ? span.first % S : 0, to = b + 1 == count ? span.last % S + 1 : S;
-    const T* values = v + offset(b) + from * D;
-    for (int64_t h = 0; h < heads; ++h) block_values<G>(values + h * chunk, scores + h * G * ld + b * pitch + from, ld, to - from, D, out + h * G * D);
+    block_values<G>(v + offset(b) + from * D, scores + b * pitch + from, ld, to - from, D, out);
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < D; ++d) out[r * D + d] /= sums[r];
+  for (int g = 0; g < G; ++g)
+    for (int64_t d = 0; d < D; ++d) out[g * D + d] /= sums[g];
 }
 
-// The same for any number of query heads a key/value head, four at a time: they share the reads of K and V. `heads` is 1 or `cache.heads_together`, scores
-// holds `cache.rows` rows of `ld`.
+// The same for any number of query heads, four at a time: they share the reads of K and V. scores holds four rows of `ld`.
 template <typename T>
-void attend_group(const T* k, const T* v, const Cache& cache, int64_t head, int64_t heads, const Span& span, int64_t group, const float* q, float* scores,
-                  int64_t ld, float* out) {
+void attend_group(const T* k, const T* v, const Cache& cache, int64_t head, const Span& span, int64_t group, const float* q, float* scores, int64_t ld,
+                  float* out) {
   for (int64_t g = 0; g < group;) {
     const auto run = [&](auto size) {
       constexpr int G = decltype(size)::value;
-      attend<G>(k, v, cache, head, heads, span, q + g * cache.D, scores, ld, out + g * cache.D);
+      attend<G>(k, v, cache, head, span, q + g * cache.D, scores, ld, out + g * cache.D);
       g += G;
     };
     if (group - g >= 4) run(std::integral_constant<int, 4>());

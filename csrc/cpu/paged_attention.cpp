@@ -1,7 +1,7 @@
 // paged_attention on CPU: one query token a row over the row's blocks of the KV cache. The arithmetic is that of decode_step (paged.h).
 //
 // Shapes   B rows, Hq query heads, Hkv key/value heads, D head dim, M blocks a row of the table, S positions a block.
-// Work     one task is a row and a key/value head, or as many heads of it as share a page of memory.
+// Work     one task is a row and a key/value head.
 // Checked  beforehand, every length and every table entry that a row needs.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -20,7 +20,7 @@ template <typename T>
 void run(const Tensor& q_BHD, const Tensor& k_cache, const Tensor& v_cache, const Tensor& table_BM, const Tensor& lens_B, int64_t window, double softcap,
          double scale, Tensor& out_BHD) {
   const Cache cache{k_cache.size(1), k_cache.size(2), k_cache.size(3)};
-  const int64_t B = q_BHD.size(0), M = table_BM.size(1), blocks = k_cache.size(0), group = q_BHD.size(1) / cache.heads;
+  const int64_t B = q_BHD.size(0), M = table_BM.size(1), blocks = k_cache.size(0), group = q_BHD.size(1) / cache.heads, size = group * cache.D;
   const int32_t* table = table_BM.const_data_ptr<int32_t>();
   const int64_t* lens = lens_B.const_data_ptr<int64_t>();
   const auto first_of = [&](int64_t b) { return window ? std::max<int64_t>(0, lens[b] - window) : 0; };
@@ -35,19 +35,18 @@ void run(const Tensor& q_BHD, const Tensor& k_cache, const Tensor& v_cache, cons
   }
   const T *q = q_BHD.const_data_ptr<T>(), *k = k_cache.const_data_ptr<T>(), *v = v_cache.const_data_ptr<T>();
   T* out = out_BHD.mutable_data_ptr<T>();
-  const int64_t together = cache.heads_together(group, sizeof(T)), tasks = cache.heads / together, size = together * group * cache.D;
   const int64_t ld = cache.scores(std::max<int64_t>(longest, 1) - 1), grain = std::max<int64_t>(1, TASK_FLOPS / (4 * size * ld + 1));
-  at::parallel_for(0, B * tasks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(cache.rows(group, sizeof(T)) * ld), query(size), result(size);
+  at::parallel_for(0, B * cache.heads, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(4 * ld), query(size), result(size);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / tasks;
+      const int64_t b = task / cache.heads;
       if (lens[b] == 0) {
         std::fill(out + task * size, out + (task + 1) * size, T(0.0f));
         continue;
       }
       for (int64_t i = 0; i < size; ++i) query[i] = to_float(q[task * size + i]) * static_cast<float>(scale);
       const Span span{table + b * M, first_of(b), lens[b] - 1, static_cast<float>(softcap)};
-      attend_group(k, v, cache, task % tasks * together, together, span, group, query.data(), scores.data(), ld, result.data());
+      attend_group(k, v, cache, task % cache.heads, span, group, query.data(), scores.data(), ld, result.data());
       for (int64_t i = 0; i < size; ++i) out[task * size + i] = static_cast<T>(result[i]);
     }
   });
