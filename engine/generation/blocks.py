@@ -148,8 +148,9 @@ class BlockManager:
                 self._free.move_to_end(block, last=False)
 
     def bump(self) -> None:
-        """The weights changed: nothing cached so far will be found again."""
+        """The weights changed: nothing cached so far will be found again. What was used last is issued first: its memory is warm."""
         self.version += 1
+        self._free = OrderedDict.fromkeys(reversed(self._free))
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
     def _table(self, sequence: int) -> _Table:
