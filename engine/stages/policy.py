@@ -56,6 +56,7 @@ def train_ppo(config: PPOConfig) -> PPOResult:
     """
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True, strict=config.strict)
+    actor.decoder.checkpoint_activations = config.checkpoint_activations
     reference = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     optim = config.optim

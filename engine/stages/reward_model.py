@@ -47,6 +47,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     torch.manual_seed(config.run.seed)
     tokenizer = load_tokenizer(config.model)
     model = RewardModel.from_decoder(load_decoder(config.model, dtype=config.dtype, device=config.device), seed=config.run.seed)
+    model.decoder.checkpoint_activations = config.checkpoint_activations
     optim = config.optim
     optimizer = make_optimizer(model.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     with Run(config, None) as run:
