@@ -24,6 +24,7 @@ from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_nu
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
 from fusedrl.engine.model.weights import resolve_device, resolve_dtype
+from fusedrl.engine.optim import BLOCK, quantized
 from fusedrl.kernels.linear_head import workspace
 
 StageConfig = SFTConfig | RewardModelConfig | PPOConfig
@@ -149,13 +150,17 @@ class Planner:
             trained += [(model.hidden_size, 4)]
         self.weights = sum(n * e for n, e in trained)
         self.gradients = self.weights - sum(n * e for n, e in unused)  # a reward model has a use for all but the language model's head
-        moments = sum(8 * n + 4 for n, _ in trained) - sum(8 * n + 4 for n, _ in unused)
+        moments = sum(self._moments(n) for n, _ in trained) - sum(self._moments(n) for n, _ in unused)
         self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
         self._narrow_elements = sum(n for n, e in trained if e < 4) - sum(n for n, e in unused if e < 4)
         self.reference = sum(p.nbytes for p in self._decoder.parameters()) if self._policy else 0
         self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, PPOConfig) else 0
         self._cache = cache or CacheConfig()
         self.kv_pool = self._kv_pool(memory) if self._policy else 0
+
+    def _moments(self, numel: int) -> int:
+        eight = self.config.optim.state == "int8" and quantized(numel)
+        return 4 + (2 * (numel + 4 * numel // BLOCK) if eight else 8 * numel)
 
     def _reward_bytes(self, spec: str) -> int:
         """A reward model's weights; a function has none."""

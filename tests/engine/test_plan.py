@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch
 from fusedrl.engine.cli import main
-from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import OptimConfig, PPOConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import KVCache
 from fusedrl.engine.model.decoder import Decoder
@@ -101,6 +101,21 @@ def test_weights_gradients_and_optimizer_are_exact(kind, stage, dtype):
     assert planned.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert planned.optimizer == sum(t.nbytes for t in optimizer.state_dict().values())
     assert planned.reference == (sum(p.nbytes for p in model.decoder.parameters()) if stage == "ppo" else 0)
+
+
+def test_moments_of_8_bits_are_exact():
+    pytest.importorskip("torchao.optim")
+    sizes = SIZES | KINDS["llama"] | {"hidden_size": 64, "intermediate_size": 128}
+    for dtype in ("float32", "bfloat16"):
+        model = model_of(sizes, "ppo", dtype)
+        optimizer = make_optimizer(model.named_parameters(), lr=1e-3, state="int8")
+        sum(out.sum() for out in forward(model, batch(40, 90))).backward()
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+        config = replace(STAGES["ppo"], dtype=dtype, device="cpu", optim=OptimConfig(state="int8"))
+        found = Planner(model_config(sizes), config).optimizer
+        assert found == sum(t.nbytes for t in optimizer.state_dict().values())
+        assert found < planner(sizes, "ppo", dtype).optimizer - 5 * model.decoder.layers[0].qkv_proj.numel()
 
 
 @pytest.mark.parametrize("cache", [CacheConfig(num_blocks=7), CacheConfig(memory_bytes=123_456), CacheConfig(max_sequences=9), None], ids=str)
