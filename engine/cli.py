@@ -252,7 +252,7 @@ What `fusedrl train STAGE` with the same options will take of memory, by what it
 without checkpoint_activations. Only the model's config.json is read; --data and --reward may be left out.
 
   --model DIR          model directory, its config.json, or a Hugging Face id
-  --memory AMOUNT      what may be used, such as 8GiB or 16GB (default: all of the device's)
+  --memory AMOUNT      what may be used, such as 8GiB or 16GB (default: all of the device's); with it, --device may be one of another machine
   --output-json FILE   the numbers, in bytes; "-" is standard output, without the table
 
 stages: sft, reward, ppo; fusedrl train STAGE --help lists the other options."""
@@ -271,10 +271,15 @@ def _plan(argv: list[str]) -> None:
     parser.add_argument("--output-json")
     own, rest = parser.parse_known_args(argv[1:])
     config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if argv[0] == "ppo" else {}))
-    _check_device(config.device)
     from fusedrl.engine.plan import parse_memory, plan, print_plan
 
-    found = plan(config, memory=None if own.memory is None else parse_memory(own.memory))
+    memory = None if own.memory is None else parse_memory(own.memory)
+    try:
+        _check_device(config.device)
+    except SetupError:
+        if memory is None:  # else the plan is for a machine elsewhere
+            raise
+    found = plan(config, memory=memory)
     text = json.dumps(found.to_json(), indent=1)
     if own.output_json == "-":
         print(text)

@@ -141,9 +141,10 @@ MEDIUM = {"model_type": "llama", "vocab_size": 2000, "hidden_size": 192, "interm
 
 
 @needs_kernels
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True}, {"vocab_size": 12000, "num_hidden_layers": 2}], ids=["plain", "tied", "large head"])
+@pytest.mark.parametrize("stage, dtype, shape", [
+    ("ppo", "float32", {"tie_word_embeddings": True}), ("ppo", "bfloat16", {"vocab_size": 8000, "num_hidden_layers": 2}),
+    ("sft", "float32", {"vocab_size": 8000, "num_hidden_layers": 2}), ("sft", "bfloat16", {"tie_word_embeddings": True}),
+    ("reward", "float32", {}), ("reward", "bfloat16", {})], ids=lambda value: "".join(value) if isinstance(value, dict) else value)
 def test_the_peak_is_what_the_allocator_sees(stage, dtype, shape):
     """Of a later micro-batch and the optimizer's step, beside weights, gradients and moments."""
     sizes = MEDIUM | shape
@@ -153,7 +154,7 @@ def test_the_peak_is_what_the_allocator_sees(stage, dtype, shape):
     def microbatch(packed):
         sum(out.sum() for out in forward(model, packed)).backward()
 
-    for tokens in (32, 600):
+    for tokens in (32, 400):
         packed = batch(tokens, sizes["vocab_size"])
         for checkpointed in (False, True):
             model.decoder.checkpoint_activations = checkpointed
@@ -206,6 +207,18 @@ def test_the_command_line(tmp_path, capsys):
     assert (small["fits"], small["largest_tokens_per_microbatch"]) == (False, {"plain": 0, "checkpointed": 0})
     assert main(["plan", "sft", "--model", str(config), "--device", "cpu", "--memory", "1MiB"]) == 0
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_elsewhere(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM | {"max_position_embeddings": 1 << 20}))
+    asked = ["plan", "ppo", "--model", str(tmp_path), "--device", "cuda:7"]
+    assert main([*asked, "--memory", "80GiB", "--output-json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["dtype"] == "bfloat16"
+    free = (80 << 30) - told["bytes"]["weights"] - told["bytes"]["reference"]
+    assert told["bytes"]["kv_pool"] == pytest.approx(free / 2, rel=1e-4), "half of what is free when the first rollout asks"
+    assert main(asked) == 3
+    assert main([*asked[:-1], "gpu", "--memory", "80GiB"]) == 2
 
 
 def test_the_options_of_a_run_are_the_plans(tmp_path, capsys):
