@@ -33,7 +33,7 @@ class HybridActor:
     """A decoder that trains and generates from one copy of its weights.
 
     An optimizer step on `parameters()` changes them in place; call `mark_updated()` after it, and the next `generate` uses them. The KV cache is allocated by
-    the first `generate`, and given back by `release_cache`.
+    the first `generate`, and given back by `release_cache`. Setting `decoder.checkpoint_activations` trades time for the memory of the training forward.
 
     Args:
         decoder: the weights. tokenizer: a transformers tokenizer, or None where prompts are token ids. value_head: on the same trunk, or None.

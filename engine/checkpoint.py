@@ -31,7 +31,7 @@ from torch import Tensor
 from fusedrl.engine.errors import CheckpointError, ConfigError, SetupError
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
-FREE_KEYS = ("run.dir", "run.resume", "run.progress", "run.keep", "run.save_every", "steps")  # what a continued run may change
+FREE_KEYS = ("run.dir", "run.resume", "run.progress", "run.keep", "run.save_every", "steps", "checkpoint_activations")  # what a continued run may change
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
            torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 _log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
-"""The command line: fusedrl train sft|reward|ppo, fusedrl generate, fusedrl demo.
+"""The command line: fusedrl train sft|reward|ppo, fusedrl plan sft|reward|ppo, fusedrl generate, fusedrl demo.
 
-Options of `train` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
+Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
 that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 130 interrupted. torch is imported only by what needs it.
 """
 from __future__ import annotations
@@ -70,12 +70,17 @@ def _run(argv: list[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model: sft, reward or ppo", add_help=False)
     train.add_argument("rest", nargs=argparse.REMAINDER)
+    memory = commands.add_parser("plan", help="what a run will take of memory, and the largest micro-batch that fits", add_help=False)
+    memory.add_argument("rest", nargs=argparse.REMAINDER)
     _generate_options(commands.add_parser("generate", help="print completions of prompts", allow_abbrev=False))
     demo = commands.add_parser("demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False)
     demo.add_argument("--dir", default="runs/demo", help="where models, metrics and the report go (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of everything that draws (default: %(default)s)")
     if argv[:1] == ["train"]:  # argparse's REMAINDER does not take options first
         _train(argv[1:])
+        return
+    if argv[:1] == ["plan"]:
+        _plan(argv[1:])
         return
     options = parser.parse_args(argv)
     if options.command == "generate":
@@ -118,10 +123,10 @@ def _train(argv: list[str]) -> None:
     getattr(importlib.import_module(module), function)(config)
 
 
-def parse_config(stage: str, argv: Sequence[str]) -> Any:
+def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
     """The configuration of a stage ("sft", "reward", "ppo") from command-line options and, with --config FILE, YAML.
 
-    The command line beats the file wherever --config stands. Several --reward options make one list.
+    The command line beats the file wherever --config stands. Several --reward options make one list. `defaults`: of keys that have none.
 
     Raises:
         ConfigError: an unknown key (names the nearest), a wrong type, a missing or contradictory value.
@@ -135,6 +140,7 @@ def parse_config(stage: str, argv: Sequence[str]) -> Any:
     parser = ArgumentParser(prog=f"fusedrl train {stage}", exit_on_error=False, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with these options; the command line beats it")
     parser.add_class_arguments(cls)
+    parser.set_defaults(dict(defaults or {}))
     for file in files:
         _check_yaml(file, known)
     try:
@@ -237,6 +243,50 @@ def _plain(message: str) -> str:
     for kind in ("str", "int", "float", "bool", "tuple"):
         message = message.replace(f"<class '{kind}'>", kind)
     return message.replace("Expected a typing.Literal", "expected one of ").replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+
+
+# ---- plan ---------------------------------------------------------------------------------------------------------------------
+_PLAN_HELP = """usage: fusedrl plan STAGE --model DIR [--memory 8GiB] [--output-json FILE] [--config run.yaml] [--option value ...]
+
+What `fusedrl train STAGE` with the same options will take of memory, by what it is for, and the largest tokens_per_microbatch that fits, with and
+without checkpoint_activations. Only the model's config.json is read; --data and --reward may be left out.
+
+  --model DIR          model directory, its config.json, or a Hugging Face id
+  --memory AMOUNT      what may be used, such as 8GiB or 16GB (default: all of the device's); with it, --device may be one of another machine
+  --output-json FILE   the numbers, in bytes; "-" is standard output, without the table
+
+stages: sft, reward, ppo; fusedrl train STAGE --help lists the other options."""
+
+
+def _plan(argv: list[str]) -> None:
+    import json
+
+    if not argv or {"-h", "--help"} & set(argv):
+        print(_PLAN_HELP, file=sys.stdout if argv else sys.stderr)
+        raise SystemExit(0 if argv else CONFIGURATION)
+    if argv[0] not in STAGES:
+        raise ConfigError(f"plan: unknown stage {argv[0]!r}{_nearest(argv[0], STAGES)}; expected one of {', '.join(STAGES)}")
+    parser = argparse.ArgumentParser(prog=f"fusedrl plan {argv[0]}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--memory")
+    parser.add_argument("--output-json")
+    own, rest = parser.parse_known_args(argv[1:])
+    config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if argv[0] == "ppo" else {}))
+    from fusedrl.engine.plan import parse_memory, plan, print_plan
+
+    memory = None if own.memory is None else parse_memory(own.memory)
+    try:
+        _check_device(config.device)
+    except SetupError:
+        if memory is None:  # else the plan is for a machine elsewhere
+            raise
+    found = plan(config, memory=memory)
+    text = json.dumps(found.to_json(), indent=1)
+    if own.output_json == "-":
+        print(text)
+        return
+    print_plan(found)
+    if own.output_json is not None:
+        Path(own.output_json).write_text(text + "\n", encoding="utf-8")
 
 
 # ---- generate -----------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class OptimConfig:
         schedule: after the warm-up, constant, or linear to zero at the last step.
         warmup_steps: optimizer steps of linear warm-up.
         max_grad_norm: the global norm above which gradients are scaled down; 0 leaves them.
+        state: of the moments: float32, or int8, which takes a quarter of the memory and needs torchao.
     """
 
     lr: float = 1e-5
@@ -37,6 +38,7 @@ class OptimConfig:
     schedule: Literal["constant", "linear"] = "linear"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
+    state: Literal["float32", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", "> 0", self.lr)
@@ -170,6 +172,7 @@ class SFTConfig:
         epochs: passes over the data.
         sequences_per_step: sequences of one optimizer step.
         tokens_per_microbatch: tokens of one forward and backward.
+        checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
         max_length: longer examples are dropped and counted; None is the model's own limit.
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
         dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
@@ -182,6 +185,7 @@ class SFTConfig:
     epochs: int = 1
     sequences_per_step: int = 32
     tokens_per_microbatch: int = 8192
+    checkpoint_activations: bool = False
     max_length: int | None = None
     skip_bad_lines: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -204,6 +208,7 @@ class RewardModelConfig:
         epochs: passes over the pairs; one is usual, more over-fit.
         pairs_per_step: pairs of one optimizer step.
         tokens_per_microbatch: tokens of one forward and backward.
+        checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
         max_length: pairs with a longer side are dropped and counted; None is the model's own limit.
         normalize: shift the scores so that the chosen answers of the training pairs score 0 on average.
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
@@ -217,6 +222,7 @@ class RewardModelConfig:
     epochs: int = 1
     pairs_per_step: int = 32
     tokens_per_microbatch: int = 8192
+    checkpoint_activations: bool = False
     max_length: int | None = None
     normalize: bool = True
     skip_bad_lines: bool = False
@@ -244,6 +250,7 @@ class PPOConfig:
         epochs: passes over a rollout.
         minibatches: optimizer steps of one pass.
         tokens_per_microbatch: tokens of one forward and backward.
+        checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
         max_prompt_length: longer prompts are dropped before the first step and counted; None is what fits the model with max_new_tokens.
         score_clip: scores are clipped to +- this; None leaves them.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
@@ -265,6 +272,7 @@ class PPOConfig:
     epochs: int = 4
     minibatches: int = 1
     tokens_per_microbatch: int = 8192
+    checkpoint_activations: bool = False
     max_prompt_length: int | None = None
     score_clip: float | None = None
     missing_eos_penalty: float = 0.0

@@ -3,17 +3,29 @@
 A bfloat16 weight of 0.02 has neighbours 1.2e-4 away: a step of 1e-6 rounds back to where it started, and training stands still.
 So every low-precision parameter has a float32 master; the step moves the master and rounds it into the parameter, in place.
 Float32 parameters are their own masters.
+
+With state="int8" the moments are codes of 8 bits in blocks of 256 with a float32 scale each (Dettmers et al., 2022, 8-bit optimizers via block-wise
+quantization), through torchao: 2 bytes a parameter in place of 8. Masters stay float32, and so do the moments of small and odd tensors.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fusedrl.engine.errors import SetupError
+
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+BLOCK = 256  # moments of 8 bits that share a scale
+SMALLEST = 4096  # elements below which torchao keeps the moments in float32
+
+
+def quantized(numel: int) -> bool:
+    """Whether state="int8" keeps the moments of a parameter of this size in 8 bits."""
+    return numel >= SMALLEST and numel % BLOCK == 0
 
 
 class StepResult(NamedTuple):
@@ -26,23 +38,32 @@ class StepResult(NamedTuple):
 class Optimizer:
     """See `make_optimizer`. `lr` may be set between steps."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def __init__(self, params: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+                 state: Literal["float32", "int8"] = "float32") -> None:
         self._params = {name: p for name, p in params.items() if p.requires_grad}
         if not self._params:
             raise ValueError("make_optimizer: expected parameters that require a gradient, got none")
         self._masters = {name: p.detach().float() if p.dtype in (torch.bfloat16, torch.float16) else p for name, p in self._params.items()}
         matrices, vectors = ([m for m in self._masters.values() if (m.ndim > 1) is wide] for wide in (True, False))
         groups = [{"params": group, "weight_decay": decay} for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
-        self._adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        self._adamw: Any
+        self._int8 = state == "int8"
+        if self._int8:
+            self._adamw = _adamw_8bit()(groups, lr=lr, betas=betas, eps=eps, block_size=BLOCK)
+        else:
+            self._adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
     @property
     def lr(self) -> float:
-        return self._adamw.param_groups[0]["lr"]
+        return float(self._adamw.param_groups[0]["lr"])
 
     @lr.setter
     def lr(self, value: float) -> None:
         for group in self._adamw.param_groups:
-            group["lr"] = value
+            if isinstance(group["lr"], Tensor):  # torchao compiles its step, and a new number would be a new program
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
 
     @torch.no_grad()
     def step(self, *, max_grad_norm: float | None = None) -> StepResult:
@@ -72,12 +93,12 @@ class Optimizer:
             p.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments and masters as a flat {name: tensor} of live tensors (no copies): `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, `.master`.
-        A parameter that was never updated has no moments. Learning rate and decay belong to the configuration."""
+        """Moments and masters as a flat {name: tensor} of live tensors (no copies): `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, `.master`; of 8 bits
+        `.exp_avg.codes` and `.exp_avg.scale`. A parameter that was never updated has no moments. Learning rate and decay belong to the configuration."""
         state: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             moments = self._adamw.state.get(master, {})
-            state |= {f"{name}.{key}": moments[key] for key in _MOMENTS if key in moments}
+            state |= {f"{name}.{key}{part}": tensor for key in _MOMENTS if key in moments for part, tensor in _stored(moments[key])}
             if master is not self._params[name]:
                 state[f"{name}.master"] = master
         return state
@@ -91,8 +112,8 @@ class Optimizer:
         """
         expected: dict[str, torch.Size] = {}
         for name, master in self._masters.items():
-            if f"{name}.exp_avg" in state:
-                expected |= {f"{name}.step": torch.Size(), f"{name}.exp_avg": master.shape, f"{name}.exp_avg_sq": master.shape}
+            if f"{name}.step" in state or f"{name}.exp_avg" in state:
+                expected |= {f"{name}.{key}": shape for key, shape in self._shapes(master).items()}
             if master is not self._params[name]:
                 expected[f"{name}.master"] = master.shape
         wrong = [f"missing {name}" for name in expected if name not in state] + [f"unknown {name}" for name in state if name not in expected]
@@ -101,11 +122,40 @@ class Optimizer:
             raise ValueError(f"Optimizer.load_state_dict: the state is of other parameters: {'; '.join(wrong[:10])}")
         for name, master in self._masters.items():
             self._adamw.state.pop(master, None)
-            if f"{name}.exp_avg" in state:
-                self._adamw.state[master] = {key: state[f"{name}.{key}"].to(master.device, copy=True) for key in _MOMENTS}
+            if f"{name}.step" in state:
+                self._adamw.state[master] = {key: self._moment(master, name, key, state) for key in _MOMENTS}
             if master is not self._params[name]:
                 master.copy_(state[f"{name}.master"])
                 self._params[name].copy_(master)
+
+    def _shapes(self, master: Tensor) -> dict[str, torch.Size]:
+        """Of what is saved of a parameter's moments."""
+        if not (self._int8 and quantized(master.numel())):
+            return {"step": torch.Size(), "exp_avg": master.shape, "exp_avg_sq": master.shape}
+        parts = {"codes": master.shape, "scale": torch.Size([master.numel() // BLOCK])}
+        return {"step": torch.Size()} | {f"{key}.{part}": shape for key in _MOMENTS[1:] for part, shape in parts.items()}
+
+    def _moment(self, master: Tensor, name: str, key: str, state: Mapping[str, Tensor]) -> Any:
+        if f"{name}.{key}" in state:
+            device = "cpu" if self._int8 and key == "step" else master.device  # where each optimizer makes it
+            return state[f"{name}.{key}"].to(device, copy=True)
+        moment = self._adamw._new_buffer(master, key == "exp_avg")  # the first moment has a sign
+        for part, tensor in _stored(moment):
+            tensor.copy_(state[f"{name}.{key}{part}"])
+        return moment
+
+
+def _stored(moment: Any) -> list[tuple[str, Tensor]]:
+    """What of a moment is saved: itself, or its codes and scales."""
+    return [(".codes", moment.codes), (".scale", moment.scale)] if hasattr(moment, "codes") else [("", moment)]
+
+
+def _adamw_8bit() -> Any:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise SetupError(f"optim.state = int8 needs torchao, which cannot be imported ({error}); pip install 'fusedrl[torchao]', or use float32") from error
+    return AdamW8bit
 
 
 def grad_norm(grads: Iterable[Tensor]) -> float:
@@ -115,13 +165,14 @@ def grad_norm(grads: Iterable[Tensor]) -> float:
 
 
 def make_optimizer(params: Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]], *, lr: float, betas: tuple[float, float] = (0.9, 0.95),
-                   eps: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
+                   eps: float = 1e-8, weight_decay: float = 0.0, state: Literal["float32", "int8"] = "float32") -> Optimizer:
     """AdamW (Loshchilov and Hutter, 2019) over named parameters, with float32 masters where they are bfloat16 or float16.
 
     Args:
         params: names and parameters, such as `module.named_parameters()`; frozen ones are left out.
         lr, betas, eps: AdamW's. weight_decay: decoupled; not applied to parameters of one dimension (norms, biases).
+        state: of the moments; "int8" needs torchao, and a C++ compiler or Triton for its compiled step.
     Raises:
-        ValueError: nothing to train, or values outside AdamW's range.
+        ValueError: nothing to train, or values outside AdamW's range. SetupError: "int8" without torchao.
     """
-    return Optimizer(dict(params), lr, betas, eps, weight_decay)
+    return Optimizer(dict(params), lr, betas, eps, weight_decay, state)

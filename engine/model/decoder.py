@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fusedrl.engine.model.families import ModelConfig
 from fusedrl.kernels.attention import varlen_attention
@@ -110,9 +111,13 @@ class Decoder(nn.Module):
 
     The parameters are allocated and not initialised: `load_decoder` fills them from a directory, `Decoder.random` at random.
     Their storage never moves afterwards: an optimizer step changes it in place, and whoever holds `weights()` sees the change.
+
+    `checkpoint_activations` may be set at any time: a training forward then keeps only what goes in and out of each layer, and the backward pass computes the
+    rest again, a layer at a time (Chen et al., 2016, Training deep nets with sublinear memory cost). The gradients are the same bits on CPU.
     """
 
     head: Tensor | None
+    checkpoint_activations = False
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -175,8 +180,11 @@ class Decoder(nn.Module):
             x_NH = x_NH * self._embedding_scale
         turns = [positions_N[:, None].float() * inv_freq for inv_freq in self._inv_freq]  # [N, D/2] each
         angles = [(turn.cos() * self.config.rope_scale, turn.sin() * self.config.rope_scale) for turn in turns]
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer in self.layers:
-            x_NH, residual_NH = layer(x_NH, residual_NH, angles, cu_seqlens_B1, max_length)
+            arguments = (x_NH, residual_NH, angles, cu_seqlens_B1, max_length)
+            # Nothing in a layer draws, so there is no generator's state to keep.
+            x_NH, residual_NH = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*arguments)
         return _add_norm(x_NH, residual_NH, self.norm, self.config)[0]
 
     def weights(self) -> DecoderWeights:

@@ -56,10 +56,12 @@ def train_ppo(config: PPOConfig) -> PPOResult:
     """
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True, strict=config.strict)
+    actor.decoder.checkpoint_activations = config.checkpoint_activations
     reference = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     optim = config.optim
-    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                               state=optim.state)
     kl = KLController(config.kl)
 
     with Run(config, config.steps) as run:

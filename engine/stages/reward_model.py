@@ -47,8 +47,10 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     torch.manual_seed(config.run.seed)
     tokenizer = load_tokenizer(config.model)
     model = RewardModel.from_decoder(load_decoder(config.model, dtype=config.dtype, device=config.device), seed=config.run.seed)
+    model.decoder.checkpoint_activations = config.checkpoint_activations
     optim = config.optim
-    optimizer = make_optimizer(model.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    optimizer = make_optimizer(model.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                               state=optim.state)
     with Run(config, None) as run:
         examples, unusable = load_pairs(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
         for reason, count in unusable.items():

@@ -39,8 +39,10 @@ def train_sft(config: SFTConfig) -> SFTResult:
     """
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+    actor.decoder.checkpoint_activations = config.checkpoint_activations
     optim = config.optim
-    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                               state=optim.state)
     with Run(config, None) as run:
         examples = load_demonstrations(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
         trunk = actor.decoder.config

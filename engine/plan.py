@@ -1,0 +1,292 @@
+"""What a run will take of memory, before it is started: the tables of `fusedrl plan`.
+
+Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes an element.
+Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
+          N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times e, and some floats a token. Checkpointed: what goes in, 2 N H.
+Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
+          is added; the last layer's; the embedding's; or the optimizer's step. What generation needs beside the weights and the gradients is compared, too.
+Exact     weights, gradients, optimizer, reference, KV pool, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
+Beside    the interpreter and its libraries, about half a GiB, or the CUDA context. On a CPU glibc's heap keeps some of what is freed: a float32 model of
+          1.0 GiB peaked 5 and 7% above the plan (plain, checkpointed), and 0.4% with MALLOC_MMAP_THRESHOLD_=131072, which turns that off.
+"""
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.families import ModelConfig, model_config, read_json
+from fusedrl.engine.model.weights import resolve_device, resolve_dtype
+from fusedrl.engine.optim import BLOCK, quantized
+from fusedrl.kernels.linear_head import workspace
+
+StageConfig = SFTConfig | RewardModelConfig | PPOConfig
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_MOST_TOKENS = 1 << 24  # more than any micro-batch: int32 counts its tokens
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "8GiB", "512 MiB", "16GB" or a plain number.
+
+    Raises:
+        ConfigError: anything else, and amounts that are not above 0.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower() or "b") if match else None
+    if match is None or unit is None or not (amount := int(float(match[1]) * unit)):
+        raise ConfigError(f"plan: expected an amount of memory above 0 such as 8GiB, 512MiB, 16GB or a number of bytes, got {text!r}")
+    return amount
+
+
+def read_model_config(model: str) -> ModelConfig:
+    """The configuration of a model directory, of a config.json, or of a Hugging Face id (of which nothing else is fetched).
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is not one of a model that the decoder knows.
+    """
+    path = Path(model)
+    if path.is_file():
+        return model_config(read_json(path))
+    if path.is_dir() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        return model_config(path)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return model_config(read_json(Path(hf_hub_download(model, "config.json"))))
+    except ValueError:
+        raise
+    except Exception as error:  # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise FileNotFoundError(f"{model!r} is neither a model directory nor a config.json here, and fetching it from the Hugging Face hub failed ({reason}); "
+                                "check the path, the id or the network") from error
+
+
+def machine_memory(device: torch.device) -> int:
+    """Bytes of the device; of the host, no more than its control group allows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    memory, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return min(memory, int(allowed)) if allowed.isdigit() else memory
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes, by what they are for."""
+
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    kv_pool: int
+    activations: int  # held between forward and backward
+    workspace: int  # at the peak, beside all of the above
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the micro-batch."""
+        return self.weights + self.reference + self.gradients + self.optimizer + self.kv_pool
+
+    @property
+    def peak(self) -> int:
+        return self.fixed + self.activations + self.workspace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of a run. `largest`: the most tokens of a micro-batch that fit in `memory`, 0 where none does; without and with checkpointed activations."""
+
+    model: str
+    dtype: str
+    device: str
+    memory: int
+    tokens_per_microbatch: int
+    checkpoint_activations: bool
+    parts: Parts
+    activations: dict[bool, int]
+    peaks: dict[bool, int]
+    largest: dict[bool, int]
+
+    @property
+    def fits(self) -> bool:
+        return self.parts.peak <= self.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        names = {False: "plain", True: "checkpointed"}
+        tables = {key: {names[c]: value for c, value in getattr(self, key).items()} for key in ("activations", "peaks", "largest")}
+        return {"model": self.model, "dtype": self.dtype, "device": self.device, "memory_bytes": self.memory, "fits": self.fits,
+                "tokens_per_microbatch": self.tokens_per_microbatch, "checkpoint_activations": self.checkpoint_activations,
+                "bytes": vars(self.parts) | {"peak": self.parts.peak}, "activation_bytes": tables["activations"], "peak_bytes": tables["peaks"],
+                "largest_tokens_per_microbatch": tables["largest"]}
+
+
+class Planner:
+    """Byte counts of one configuration, as functions of the micro-batch.
+
+    Args:
+        model: the decoder's configuration. config: of the stage. cache: of the KV pool, where it is not the default.
+        memory: bytes of the device, of which the default KV pool takes its share on CUDA.
+    """
+
+    def __init__(self, model: ModelConfig, config: StageConfig, *, cache: CacheConfig | None = None, memory: int | None = None) -> None:
+        self.model, self.config = model, config
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, config.device)
+        self._decoder = Decoder(model, dtype=self.dtype, device="meta")
+        self._e, self._policy = self.dtype.itemsize, isinstance(config, PPOConfig)
+        trained = [(p.numel(), self._e) for name, p in self._decoder.named_parameters()]
+        unused = [] if not isinstance(config, RewardModelConfig) or self._decoder.head is None else [(self._decoder.head.numel(), self._e)]
+        if self._policy:
+            trained += [(model.hidden_size, 4), (1, 4)]  # the value head
+        elif isinstance(config, RewardModelConfig):
+            trained += [(model.hidden_size, 4)]
+        self.weights = sum(n * e for n, e in trained)
+        self.gradients = self.weights - sum(n * e for n, e in unused)  # a reward model has a use for all but the language model's head
+        moments = sum(self._moments(n) for n, _ in trained) - sum(self._moments(n) for n, _ in unused)
+        self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
+        self._narrow_elements = sum(n for n, e in trained if e < 4) - sum(n for n, e in unused if e < 4)
+        self.reference = sum(p.nbytes for p in self._decoder.parameters()) if self._policy else 0
+        self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, PPOConfig) else 0
+        self._cache = cache or CacheConfig()
+        self.kv_pool = self._kv_pool(memory) if self._policy else 0
+
+    def _moments(self, numel: int) -> int:
+        eight = self.config.optim.state == "int8" and quantized(numel)
+        return 4 + (2 * (numel + 4 * numel // BLOCK) if eight else 8 * numel)
+
+    def _reward_bytes(self, spec: str) -> int:
+        """A reward model's weights; a function has none."""
+        if not Path(spec).is_dir():
+            return 0
+        trunk = Decoder(model_config(spec), dtype=self.dtype, device="meta")
+        return sum(p.nbytes for name, p in trunk.named_parameters() if name != "head") + 4 * trunk.config.hidden_size
+
+    def _kv_pool(self, memory: int | None) -> int:
+        weights, size = self._decoder.weights(), block_bytes(self._decoder.weights(), self._cache.block_size)
+        if self.device.type == "cuda" and self._cache.num_blocks is None and self._cache.memory_bytes is None:
+            free = (memory or machine_memory(self.device)) - self.weights - self.reference  # when the first rollout asks, there is nothing else
+            fits = int(free * (self._cache.memory_fraction or 0.5)) // size - 1
+            most = self._cache.max_sequences * -(-self.model.max_positions // self._cache.block_size)
+            blocks = max(1, fits if self._cache.memory_fraction else min(fits, most))
+        else:
+            blocks = resolve_num_blocks(self._cache, weights, self.model.max_positions)
+        return (blocks + 1) * size
+
+    # ---- the training forward -------------------------------------------------------------------------------------------------
+    def layer_bytes(self, tokens: int) -> int:
+        """What one layer holds for its backward pass, its input included."""
+        c, N, e = self.model, tokens, self._e
+        qkv, rotated, out = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
+        floats = 2 + c.num_heads + (c.num_heads + c.num_kv_heads if c.qk_norm else 0)  # both norms' 1 / rms, attention's log-sum-exps, the heads' norms'
+        return N * ((4 * c.hidden_size + qkv + rotated + out + 3 * c.intermediate_size) * e + 4 * floats)
+
+    def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
+        """What the training forward holds between the passes, heads included, as autograd's saved tensors count it."""
+        c, N, e, L = self.model, tokens, self._e, self.model.num_layers
+        boundary = N * c.hidden_size * e
+        layers = (2 * L - 1) * boundary if checkpointed else L * self.layer_bytes(N)  # the first layer has one input
+        trunk = N * 8 + N * c.head_dim * 4 + layers + boundary + 4 * N  # token ids, cos and sin, the last norm
+        if isinstance(self.config, RewardModelConfig):
+            return trunk
+        return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._policy else 0)
+
+    def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
+        """What the worst moment holds beside the fixed parts and the activations; 0 at least."""
+        c, N, e = self.model, tokens, self._e
+        boundary, head, F = N * c.hidden_size * e, c.vocab_size * c.hidden_size, c.intermediate_size
+        rise = 0
+        if not isinstance(self.config, RewardModelConfig):
+            logits = min(workspace(None, N, c.vocab_size), 4 * N * c.vocab_size)
+            rise = boundary + logits + head * 4 + (head * e if e < 4 else 0)
+        # The last layer, backwards: its feed-forward's gradients, as what they are made of is let go.
+        inside = max(2 * N * F * e, (N * F + F * c.hidden_size) * e, 2 * F * c.hidden_size * e) + 2 * boundary
+        inside += self.layer_bytes(N) if checkpointed else 0
+        held = self.activation_bytes(N, checkpointed)
+        embedding = head * e + 3 * boundary - held  # by then the activations are gone
+        step = 4 * self._narrow_elements - held  # float32 copies of the gradients
+        generate = self._generation_bytes() - held
+        tied = head * e if c.tie_embeddings and rise else 0  # the head's part waits for the embedding's
+        if isinstance(self.config, PPOConfig) and self.config.strict:
+            embedding += self.gradients  # the recomputed forward's gradients are whole before they are added
+        return max(0, rise, inside + tied, embedding + tied, step, generate)
+
+    def _generation_bytes(self) -> int:
+        if not isinstance(self.config, PPOConfig):
+            return 0
+        c, rows = self.model, min(self._cache.max_sequences, self.config.prompts_per_step * self.config.samples_per_prompt)
+        widened = 4 * c.vocab_size * c.hidden_size if self._e < 4 and self.device.type == "cpu" else 0
+        return 4 * rows * c.vocab_size + widened
+
+    # ---- together ---------------------------------------------------------------------------------------------------------------
+    def parts(self, tokens: int, checkpointed: bool) -> Parts:
+        return Parts(self.weights, self.reference, self.gradients, self.optimizer, self.kv_pool, self.activation_bytes(tokens, checkpointed),
+                     self.workspace_bytes(tokens, checkpointed))
+
+    def largest(self, memory: int, checkpointed: bool) -> int:
+        """The most tokens of a micro-batch that fit; 0 where not one does."""
+        low, high = 0, _MOST_TOKENS
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.parts(middle, checkpointed).peak <= memory else (low, middle - 1)
+        return low
+
+
+def plan(config: StageConfig, *, memory: int | None = None, cache: CacheConfig | None = None) -> Plan:
+    """The memory that a run of this configuration takes; only the model's config.json is read.
+
+    Args:
+        memory: bytes that it may take; None: those of its device. cache: of the KV pool, where it is not the default.
+    Raises:
+        FileNotFoundError, ValueError: the model is not there, or none that the decoder knows.
+    """
+    device = resolve_device(config.device)
+    memory = machine_memory(device) if memory is None else memory
+    planner = Planner(read_model_config(config.model), config, cache=cache, memory=memory)
+    tokens, both = config.tokens_per_microbatch, (False, True)
+    return Plan(config.model, str(planner.dtype).removeprefix("torch."), str(device), memory, tokens, config.checkpoint_activations,
+                planner.parts(tokens, config.checkpoint_activations), {c: planner.activation_bytes(tokens, c) for c in both},
+                {c: planner.parts(tokens, c).peak for c in both}, {c: planner.largest(memory, c) for c in both})
+
+
+def format_bytes(count: int) -> str:
+    """In GiB, or MiB below a tenth of one."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
+
+
+def print_plan(found: Plan) -> None:
+    """The table, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parts, tokens = found.parts, found.tokens_per_microbatch
+    table = Table(title=f"{found.model}: {found.dtype} on {found.device}, {tokens:,} tokens a micro-batch", title_justify="left")
+    table.add_column("memory")
+    table.add_column("bytes", justify="right")
+    rows = {"weights": parts.weights, "reference and reward models": parts.reference, "gradients": parts.gradients,
+            "optimizer: moments and float32 masters": parts.optimizer, "KV cache": parts.kv_pool,
+            f"activations of a micro-batch{', checkpointed' if found.checkpoint_activations else ''}": parts.activations,
+            "workspace at the peak": parts.workspace}
+    for name, count in rows.items():
+        if count:
+            table.add_row(name, format_bytes(count))
+    table.add_section()
+    table.add_row("peak", format_bytes(parts.peak))
+    table.add_row("available", format_bytes(found.memory))
+    console = Console(width=100)
+    console.print(table)
+    for checkpointed, name in ((False, "without"), (True, "with")):
+        most, needed = found.largest[checkpointed], format_bytes(parts.fixed)
+        verdict = (f"at most {most:,} tokens a micro-batch" if 0 < most < _MOST_TOKENS else "any micro-batch fits" if most
+                   else f"nothing fits: {needed} are taken before the first token")
+        console.print(f"{name} checkpoint_activations: {verdict} (activations of {tokens:,}: {format_bytes(found.activations[checkpointed])})",
+                      highlight=False, soft_wrap=True)
+    console.print("The interpreter and its libraries, about 0.5 GiB, or a CUDA context come on top.", highlight=False)

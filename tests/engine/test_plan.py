@@ -1,0 +1,271 @@
+"""fusedrl plan: its byte counts against autograd's saved tensors, the allocator, the optimizer's state, the KV pool, and a process's own peak."""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from fusedrl.engine import CacheConfig, HybridActor, PackedBatch
+from fusedrl.engine.cli import main
+from fusedrl.engine.config import OptimConfig, PPOConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.generation.cache import KVCache
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.heads import RewardModel, ValueHead
+from fusedrl.engine.optim import make_optimizer
+from fusedrl.engine.plan import Planner, parse_memory, plan
+from fusedrl.kernels import native
+
+needs_kernels = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
+SIZES = {"vocab_size": 90, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+         "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.1}
+KINDS = {"llama": {"model_type": "llama"}, "qwen3 tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+         "mistral": {"model_type": "mistral", "sliding_window": 9}, "wide": {"model_type": "llama", "attention_bias": True, "num_key_value_heads": 6,
+                                                                            "intermediate_size": 240}}
+STAGES = {"sft": SFTConfig("m", "d"), "reward": RewardModelConfig("m", "d"), "ppo": PPOConfig("m", "d", ("r.py:r",))}
+
+
+def planner(sizes, stage="ppo", dtype="float32", **more):
+    return Planner(model_config(sizes), replace(STAGES[stage], dtype=dtype, device="cpu"), **more)
+
+
+def batch(tokens, vocabulary, sequences=4):
+    draw = torch.Generator().manual_seed(0)
+    n = tokens // sequences
+    return PackedBatch.from_sequences((torch.randint(vocabulary, (n // 4,), generator=draw).tolist(),
+                                       torch.randint(vocabulary, (n - n // 4,), generator=draw).tolist()) for _ in range(sequences))
+
+
+def forward(model, packed):
+    """The outputs that a stage's loss reads."""
+    if isinstance(model, RewardModel):
+        return [model(packed)]
+    hidden = model.forward(packed)
+    return [*model.logprobs(packed, hidden), *([] if model.value_head is None else [model.values(packed, hidden)])]
+
+
+def model_of(sizes, stage, dtype):
+    decoder = Decoder.random(model_config(sizes), 0, dtype=getattr(torch, dtype))
+    if stage == "reward":
+        return RewardModel.from_decoder(decoder)
+    return HybridActor(decoder, value_head=ValueHead(decoder.config.hidden_size) if stage == "ppo" else None)
+
+
+def held_bytes(model, packed):
+    """Bytes of the distinct storages that autograd holds between the passes, but for the parameters."""
+    ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        outs = forward(model, packed)
+    assert all(out.requires_grad for out in outs[:1])
+    return sum(held.values())
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_autograd_holds(kind, stage, dtype):
+    sizes = SIZES | KINDS[kind]
+    model, planned = model_of(sizes, stage, dtype), planner(sizes, stage, dtype)
+    for tokens in (40, 200):
+        for checkpointed in (False, True):
+            model.decoder.checkpoint_activations = checkpointed
+            found, expected = planned.activation_bytes(tokens, checkpointed), held_bytes(model, batch(tokens, 90))
+            assert found == pytest.approx(expected, rel=0.05), (tokens, checkpointed)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_gradients_and_optimizer_are_exact(kind, stage, dtype):
+    sizes = SIZES | KINDS[kind]
+    model, planned = model_of(sizes, stage, dtype), planner(sizes, stage, dtype)
+    optimizer = make_optimizer(model.named_parameters(), lr=1e-3)
+    sum(out.sum() for out in forward(model, batch(40, 90))).backward()
+    optimizer.step()
+    assert planned.weights == sum(p.nbytes for p in model.parameters())
+    assert planned.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert planned.optimizer == sum(t.nbytes for t in optimizer.state_dict().values())
+    assert planned.reference == (sum(p.nbytes for p in model.decoder.parameters()) if stage == "ppo" else 0)
+
+
+def test_moments_of_8_bits_are_exact():
+    pytest.importorskip("torchao.optim")
+    sizes = SIZES | KINDS["llama"] | {"hidden_size": 64, "intermediate_size": 128}
+    for dtype in ("float32", "bfloat16"):
+        model = model_of(sizes, "ppo", dtype)
+        optimizer = make_optimizer(model.named_parameters(), lr=1e-3, state="int8")
+        sum(out.sum() for out in forward(model, batch(40, 90))).backward()
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+        config = replace(STAGES["ppo"], dtype=dtype, device="cpu", optim=OptimConfig(state="int8"))
+        found = Planner(model_config(sizes), config).optimizer
+        assert found == sum(t.nbytes for t in optimizer.state_dict().values())
+        assert found < planner(sizes, "ppo", dtype).optimizer - 5 * model.decoder.layers[0].qkv_proj.numel()
+
+
+@pytest.mark.parametrize("cache", [CacheConfig(num_blocks=7), CacheConfig(memory_bytes=123_456), CacheConfig(max_sequences=9), None], ids=str)
+def test_the_kv_pool_is_exact(cache):
+    decoder = Decoder.random(model_config(SIZES | KINDS["llama"]), 0)
+    assert planner(SIZES | KINDS["llama"], cache=cache).kv_pool == KVCache(cache or CacheConfig(), decoder.weights(), 256).nbytes
+    assert planner(SIZES | KINDS["llama"], "sft", cache=cache).kv_pool == 0
+
+
+def allocator_peak(function):
+    """The most memory held beyond what was there, as torch's CPU allocator counts it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    total = peak = 0
+    for event in sorted((e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+MEDIUM = {"model_type": "llama", "vocab_size": 2000, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
+          "num_key_value_heads": 2, "max_position_embeddings": 256}
+
+
+@needs_kernels
+@pytest.mark.parametrize("stage, dtype, shape", [
+    ("ppo", "float32", {"tie_word_embeddings": True}), ("ppo", "bfloat16", {"vocab_size": 8000, "num_hidden_layers": 2}),
+    ("sft", "float32", {"vocab_size": 8000, "num_hidden_layers": 2}), ("sft", "bfloat16", {"tie_word_embeddings": True}),
+    ("reward", "float32", {}), ("reward", "bfloat16", {})], ids=lambda value: "".join(value) if isinstance(value, dict) else value)
+def test_the_peak_is_what_the_allocator_sees(stage, dtype, shape):
+    """Of a later micro-batch and the optimizer's step, beside weights, gradients and moments."""
+    sizes = MEDIUM | shape
+    model, planned = model_of(sizes, stage, dtype), planner(sizes, stage, dtype)
+    optimizer = make_optimizer(model.named_parameters(), lr=1e-3)
+
+    def microbatch(packed):
+        sum(out.sum() for out in forward(model, packed)).backward()
+
+    for tokens in (32, 400):
+        packed = batch(tokens, sizes["vocab_size"])
+        for checkpointed in (False, True):
+            model.decoder.checkpoint_activations = checkpointed
+            microbatch(packed)
+            optimizer.step()
+            measured = allocator_peak(lambda: (microbatch(packed), optimizer.step()))  # noqa: B023
+            parts = planned.parts(tokens, checkpointed)
+            assert parts.activations + parts.workspace == pytest.approx(measured, rel=0.15), (tokens, checkpointed)
+            held = planned.weights + planned.gradients + planned.optimizer
+            assert held + parts.activations + parts.workspace == pytest.approx(held + measured, rel=0.1), (tokens, checkpointed)
+
+
+# ---- what the user asks -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_largest_micro_batch_fits_and_one_more_token_does_not(stage, checkpointed):
+    planned = planner(MEDIUM, stage)
+    assert planned.largest(planned.parts(0, checkpointed).fixed - 1, checkpointed) == 0
+    for memory in (planned.parts(100, checkpointed).peak, 3 << 30):
+        most = planned.largest(memory, checkpointed)
+        assert planned.parts(most, checkpointed).peak <= memory < planned.parts(most + 1, checkpointed).peak
+    assert planned.largest(3 << 30, True) > 2 * planned.largest(3 << 30, False)
+
+
+@pytest.mark.parametrize("text, count", [("8GiB", 8 << 30), ("512 MiB", 512 << 20), ("16GB", 16 * 10**9), ("1.5gib", 3 << 29), ("1000", 1000), ("3kB", 3000)])
+def test_amounts_of_memory(text, count):
+    assert parse_memory(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1GiB", "0", "0GiB", "8G", "8 Gi B", "1e9", "nan", "GiB", "8GiBs"])
+def test_amounts_that_are_none(text):
+    with pytest.raises(ConfigError, match="expected an amount of memory above 0 such as 8GiB"):
+        parse_memory(text)
+
+
+def test_the_command_line(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MEDIUM))
+    assert main(["plan", "ppo", "--model", str(tmp_path), "--memory", "2GiB", "--device", "cpu", "--output-json", str(tmp_path / "plan.json")]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("weights", "reference", "gradients", "optimizer", "KV cache", "activations", "peak", "checkpoint_activations"))
+    told = json.loads((tmp_path / "plan.json").read_text())
+    parts = told["bytes"]
+    assert parts["peak"] == sum(count for name, count in parts.items() if name != "peak")
+    assert told["memory_bytes"] == 2 << 30
+    assert told["peak_bytes"]["plain"] == parts["peak"] > told["peak_bytes"]["checkpointed"]
+    assert plan(PPOConfig(str(config), "d", ("r.py:r",), device="cpu"), memory=2 << 30).to_json() == told | {"model": str(config)}, "from config.json"
+    assert main(["plan", "sft", "--model", str(config), "--device", "cpu", "--memory", "1MiB", "--output-json", "-"]) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert (small["fits"], small["largest_tokens_per_microbatch"]) == (False, {"plain": 0, "checkpointed": 0})
+    assert main(["plan", "sft", "--model", str(config), "--device", "cpu", "--memory", "1MiB"]) == 0
+    assert "nothing fits" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_elsewhere(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM | {"max_position_embeddings": 1 << 20}))
+    asked = ["plan", "ppo", "--model", str(tmp_path), "--device", "cuda:7"]
+    assert main([*asked, "--memory", "80GiB", "--output-json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["dtype"] == "bfloat16"
+    free = (80 << 30) - told["bytes"]["weights"] - told["bytes"]["reference"]
+    assert told["bytes"]["kv_pool"] == pytest.approx(free / 2, rel=1e-4), "half of what is free when the first rollout asks"
+    assert main(asked) == 3
+    assert main([*asked[:-1], "gpu", "--memory", "80GiB"]) == 2
+
+
+def test_the_options_of_a_run_are_the_plans(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM))
+    (tmp_path / "run.yaml").write_text(f"model: {tmp_path}\ndata: d.jsonl\ntokens_per_microbatch: 100\ncheckpoint_activations: true\ndtype: bfloat16\n")
+    assert main(["plan", "reward", "--config", str(tmp_path / "run.yaml"), "--device", "cpu", "--output-json", "-", "--tokens_per_microbatch", "50"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["tokens_per_microbatch"], told["checkpoint_activations"], told["dtype"]) == (50, True, "bfloat16")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["sft", "--model", "{}/none", "--device", "cpu"], "expected a model directory with a config.json"),
+    (["sft", "--model", "{}/odd.json", "--device", "cpu"], "unknown model_type 'bert'"),
+    (["sft", "--model", "{}/broken.json", "--device", "cpu"], "expected a JSON object"),
+    (["sft", "--model", "{}", "--device", "cpu", "--memory", "lots"], "expected an amount of memory above 0"),
+    (["sft", "--device", "cpu"], "required: model"),
+    (["pppo", "--model", "{}"], "unknown stage 'pppo', did you mean ppo?"),
+    (["sft", "--model", "{}", "--tokens_per_microbach", "5"], "did you mean --tokens_per_microbatch?"),
+    (["sft", "--model", "{}", "--memory"], "--memory"),
+])
+def test_errors_are_one_message_and_exit_2(options, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM))
+    (tmp_path / "odd.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "broken.json").write_text("{")
+    assert main(["plan", *(option.format(tmp_path) for option in options)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert main(["plan", "--help"]) == 0
+    assert main(["plan", "ppo", "--help"]) == 0
+    assert "--memory AMOUNT" in capsys.readouterr().out
+    assert main(["plan"]) == 2
+
+
+# ---- a process of its own, with a model of a GiB ----------------------------------------------------------------------------------
+GIBIBYTE = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18, "num_attention_heads": 16,
+            "num_key_value_heads": 4, "max_position_embeddings": 128, "tie_word_embeddings": False}
+
+
+@pytest.mark.full
+@needs_kernels
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_a_process_with_a_model_of_a_gibibyte_peaks_where_the_plan_says(checkpointed):
+    script = Path(__file__).with_name("measure_peak.py")
+    found = subprocess.run([sys.executable, str(script), json.dumps({"sizes": GIBIBYTE, "tokens": 512, "checkpointed": checkpointed})], check=True,
+                           capture_output=True, text=True)
+    told = json.loads(found.stdout.splitlines()[-1])
+    assert told["weights"] > 1 << 30
+    assert told["planned"] == pytest.approx(told["measured"], rel=0.1), told
