@@ -186,8 +186,10 @@ class Planner:
         """What one layer holds for its backward pass, its input included."""
         c, N, e = self.model, tokens, self._e
         qkv, rotated, out = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
-        floats = 2 + c.num_heads + (c.num_heads + c.num_kv_heads if c.qk_norm else 0)  # both norms' 1 / rms, attention's log-sum-exps, the heads' norms'
-        return N * ((4 * c.hidden_size + qkv + rotated + out + 3 * c.intermediate_size) * e + 4 * floats)
+        norms = 4 if c.norms == "sandwich" else 2
+        floats = norms + c.num_heads + {"head": c.num_heads + c.num_kv_heads, "projection": 2, None: 0}[c.qk_norm]  # 1 / rms of norms, attention's log-sum-exps
+        width = (2 + norms) * c.hidden_size + (4 if c.gelu else 3) * c.intermediate_size  # GELU is torch's own, and keeps its gate's value as well
+        return N * ((width + qkv + rotated + out) * e + 4 * floats)
 
     def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the training forward holds between the passes, heads included, as autograd's saved tensors count it."""

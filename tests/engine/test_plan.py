@@ -26,7 +26,8 @@ SIZES = {"vocab_size": 90, "hidden_size": 48, "intermediate_size": 72, "num_hidd
          "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.1}
 KINDS = {"llama": {"model_type": "llama"}, "qwen3 tied": {"model_type": "qwen3", "tie_word_embeddings": True},
          "mistral": {"model_type": "mistral", "sliding_window": 9}, "wide": {"model_type": "llama", "attention_bias": True, "num_key_value_heads": 6,
-                                                                            "intermediate_size": 240}}
+                                                                            "intermediate_size": 240},
+         "olmo2": {"model_type": "olmo2"}, "gemma2": {"model_type": "gemma2", "sliding_window": 9, "query_pre_attn_scalar": 8}}
 STAGES = {"sft": SFTConfig("m", "d"), "reward": RewardModelConfig("m", "d"), "ppo": PPOConfig("m", "d", ("r.py:r",))}
 
 
