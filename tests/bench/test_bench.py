@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import re
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ RUN = {"cpu": "a CPU", "capability": "AVX2", "gpu": None, "threads": 1, "python"
 def pytest_bench(*arguments):
     """pytest with the plugin of bench/, in a process of its own, as `make bench` runs it."""
     command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-p", "no:cacheprovider", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Without what xdist tells its workers: pytest-benchmark would time nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture
