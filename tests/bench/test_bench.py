@@ -1,8 +1,8 @@
 """The bench harness: what a row says, what merging keeps, what is refused, and that every op has a bench."""
 import dataclasses
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
