@@ -60,9 +60,10 @@ def contest(benchmark, request) -> Callable[..., list[Row]]:
             return []
         rounds = request.config.getoption("--rounds") or harness.rounds_for(contestants)
         times: dict[str, list[float]] = {name: [] for name in contestants}
+        calls = {name: harness.calls_for(function) for name, function in contestants.items()}
 
         def take(name: str) -> None:
-            times[name].append(harness.timed(contestants[name]))
+            times[name].append(harness.timed(contestants[name], calls[name]))
 
         def opponents() -> None:
             for name in others:

@@ -9,6 +9,8 @@ A bench file is a pytest module, one test a contest. The fixture `contest` (conf
 a function of no arguments that does the whole piece of work and returns the answer. The first one is ours; ratios are of the others' median to ours.
 `bytes_moved` and `flops` are what the *problem* needs, derived in a comment where they are computed; `percent_of_ceiling` is the time in which this
 machine could move the bytes or do the flops, whichever takes longer, over the time that was taken. Both ceilings are measured in the same run.
+Calls of less than a millisecond are made in a row, as many as fill one. `make bench` has malloc keep what is freed, as a caching allocator does, for all
+contestants: here fresh pages of a virtual machine came at 0.5 GB/s after a contestant had given its own back, and that was all that a row then said.
 
 On a GPU a time is that of the device between two events. Before each call 256 MB are overwritten, so that nothing of its inputs is left in the
 L2 cache, and the device sleeps while the host enqueues the call, so that launches cost what they cost inside a full queue.
@@ -19,6 +21,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -76,8 +79,8 @@ def _evictor() -> Tensor:
     return torch.empty(64 << 20, dtype=torch.float32, device=DEVICE)
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Milliseconds of one call: of the device between two events on a GPU, else of the wall clock."""
+def timed(function: Callable[[], Any], calls: int = 1) -> float:
+    """Milliseconds of one call: of the device between two events on a GPU, else of the wall clock, the mean of `calls` in a row."""
     global _elapsed
     if DEVICE.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -90,10 +93,16 @@ def timed(function: Callable[[], Any]) -> float:
         milliseconds = start.elapsed_time(end)
     else:
         before = time.perf_counter()
-        function()
-        milliseconds = (time.perf_counter() - before) * 1e3
+        for _ in range(calls):
+            function()
+        milliseconds = (time.perf_counter() - before) * 1e3 / calls
     _elapsed += milliseconds / 1e3
     return milliseconds
+
+
+def calls_for(function: Callable[[], Any]) -> int:
+    """How many calls in a row fill a millisecond on a CPU; of one short call after the opponents' turns, most is the cold start of its code."""
+    return 1 if DEVICE.type == "cuda" else max(1, math.ceil(1.0 / timed(function)))
 
 
 @functools.cache
@@ -285,7 +294,8 @@ def machine() -> dict[str, Any]:
     if DEVICE.type == "cuda":
         asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader", "--id=0"]
         gpu = {"gpu": torch.cuda.get_device_name(), "driver and clocks": _output(asked)}
-    return {"cpu": cpu, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), **gpu, "threads": torch.get_num_threads(), **versions,
+    return {"cpu": cpu, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), **gpu, "threads": torch.get_num_threads(),
+            "freed_memory": "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned", **versions,
             "commit": commit + ("+changes" if dirty else ""), "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "copy_gb_per_s": round(copy_bandwidth() / 1e9, 2), "gemm_gflop_per_s": round(gemm_rate() / 1e9, 1)}
 

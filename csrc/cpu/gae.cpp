@@ -109,7 +109,7 @@ class Live {
 typedef float Lanes __attribute__((vector_size(sizeof(float) * Vec::size()), aligned(4), may_alias));
 typedef double WideLanes __attribute__((vector_size(sizeof(double) * Vec::size())));
 constexpr int64_t VL = Vec::size();
-constexpr int64_t kAhead = 24 * VL;  // of the prefetches. Everything is walked downwards, so that they run into the sequence that comes next
+constexpr int64_t kAhead = 16 * VL;  // of the prefetches. Everything is walked downwards, so that they run into the sequence that comes next
 
 // The first `count` values; the other lanes are 0.
 inline Lanes load(const float* p, int64_t count = VL) {
