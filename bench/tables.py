@@ -48,7 +48,8 @@ def _where(run: dict[str, Any]) -> str:
     names = ("python", "torch", *(("triton", "liger-kernel") if run["gpu"] else ("transformers",)))
     versions = ", ".join(f"{name} {run[name]}" for name in names if name in run)
     ceilings = f"; ceilings {run['copy_gb_per_s']:.4g} GB/s, {run['gemm_gflop_per_s'] / 1e3:.3g} TFLOP/s" if "copy_gb_per_s" in run else ""
-    return f"{device}; {versions}{ceilings}; {run['date']}"
+    memory = f"; freed memory {run['freed_memory']}" if "freed_memory" in run else ""
+    return f"{device}; {versions}{ceilings}{memory}; {run['date']}"
 
 
 def _commits(file: str, commits: dict[str, int]) -> str:

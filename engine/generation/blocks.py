@@ -148,9 +148,12 @@ class BlockManager:
                 self._free.move_to_end(block, last=False)
 
     def bump(self) -> None:
-        """The weights changed: nothing cached so far will be found again. What was used last is issued first: its memory is warm."""
+        """The weights changed: nothing cached so far will be found again. Of what nobody uses, what was cached last is issued first: its memory is warm."""
         self.version += 1
-        self._free = OrderedDict.fromkeys(reversed(self._free))
+        for block, _ in list(self._cache.values()):
+            if not self._references[block]:  # the others are forgotten when they are freed
+                self._forget(block)
+                self._free.move_to_end(block, last=False)
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
     def _table(self, sequence: int) -> _Table:

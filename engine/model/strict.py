@@ -40,7 +40,7 @@ class _Hidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
         parameters = [p for p in ctx.decoder.parameters() if p.requires_grad]
-        if [p._version for p in parameters] != ctx.versions:
+        if [p._version for p in parameters] != ctx.versions:  # fused optimizers do not count, for autograd's own check neither
             raise RuntimeError("strict forward: the weights changed between the forward and the backward pass; call backward before the optimizer's step")
         with torch.enable_grad():
             hidden_NH = ctx.decoder(*ctx.batch)

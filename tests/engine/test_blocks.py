@@ -296,6 +296,21 @@ def test_a_table_that_lived_through_a_bump_is_not_cached():
     assert manager.allocate(2, [1, 2, 3, 4]) == 0
 
 
+@pytest.mark.parametrize("bumps", [1, 2, 3])
+def test_after_a_bump_warm_blocks_are_issued_first(bumps):
+    """However many optimizer steps a rollout is followed by."""
+    manager = BlockManager(12, 2)
+    manager.allocate(1, [1, 2, 3, 4, 5])
+    manager.commit(1, [1, 2, 3, 4, 5])
+    used = list(manager.table(1))
+    manager.free(1)
+    for _ in range(bumps):
+        manager.bump()
+    manager.allocate(2, [6, 7, 8, 9, 10])
+    assert set(manager.table(2)) == set(used)
+    assert not manager._cache, "what can never be found again is not kept"
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="num_blocks >= 2"):
         BlockManager(1, 16)

@@ -31,7 +31,7 @@ def test_every_table_has_an_entry():
     tables = {id(value): value.op for module in modules() for value in vars(module).values() if isinstance(value, Implementations)}
     mine = {entry.table.op for entry in CATALOGUE.values()}
     missing = {op for op in tables.values() if op.split(" of ")[0] not in mine}  # "rms_norm of float64" is another table of rms_norm
-    assert not missing, f"tests/kernels/catalogue.py lacks {sorted(missing)}: its docstring shows an entry"
+    assert not missing, f"tests/kernels/catalogue lacks {sorted(missing)}: its docstring shows an entry"
     assert all(impl in {"torch", "cpp", "triton"} for _, impl in pairs())
 
 
