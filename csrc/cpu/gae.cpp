@@ -65,12 +65,15 @@ class Live {
     gaps_ = false;
     if (!mask) return;
     int64_t end = length;
+    while (first_ + 8 <= length && all_masked(mask + first_)) first_ += 8;
     while (first_ < length && !mask[first_]) ++first_;
+    while (end - 8 >= first_ && all_masked(mask + end - 8)) end -= 8;
     while (end > first_ && !mask[end - 1]) --end;
+    n = end - first_;
+    gaps_ = n > 0 && std::memchr(mask + first_, 0, n) != nullptr;
+    if (!gaps_) return;
     n = 0;
     for (int64_t t = first_; t < end; ++t) n += mask[t] != 0;
-    gaps_ = n != end - first_;
-    if (!gaps_) return;
     at_.resize(end - first_);
     for (int64_t t = first_, i = 0; t < end; ++t) {
       at_[i] = static_cast<int32_t>(t);
@@ -101,6 +104,11 @@ class Live {
   }
 
  private:
+  static bool all_masked(const uint8_t* eight) {
+    uint64_t bytes;
+    std::memcpy(&bytes, eight, sizeof bytes);
+    return bytes == 0;
+  }
   int64_t length_ = 0, first_ = 0;
   bool gaps_ = false;
   std::vector<int32_t> at_;
