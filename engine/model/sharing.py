@@ -53,7 +53,8 @@ class Sharing:
         found, views = dict(self._module.named_parameters()), hf_views(self._decoder)
         for name, view in views.items():
             parameter = found.get(name)
-            if parameter is None or parameter.data_ptr() != view.data_ptr() or parameter.shape != view.shape or parameter.dtype != view.dtype:
+            if parameter is None or parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride() or parameter.shape != view.shape \
+                    or parameter.dtype != view.dtype:
                 raise RuntimeError(f"HybridActor: {name} of the shared model no longer lies in the storage that it generates from (the model was cast, moved, "
                                    "wrapped, or loaded with assign=True); change weights in place, or build a new actor with from_module")
         return sum(found[name]._version for name in views)

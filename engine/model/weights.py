@@ -41,6 +41,8 @@ _NORMS = {"pre": {"input_norm": "input_layernorm", "post_norm": "post_attention_
 def hf_views(decoder: Decoder) -> dict[str, Tensor]:
     """Every parameter under its Hugging Face name, as a view of the fused storage without gradient. A tied head is not listed."""
     c = decoder.config
+    if c.model_type == "gpt2":
+        return _gpt2_views(decoder)
     rows = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim)
     norms = _NORMS[c.norms]
     attention, mlp = (("qkv",), ("gate_up",)) if c.family.fused else (("q", "k", "v"), ("gate", "up"))
@@ -62,6 +64,19 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
     if decoder.head is not None:
         views["lm_head.weight"] = decoder.head
     return {name: view.detach() for name, view in views.items()}
+
+
+def _gpt2_views(decoder: Decoder) -> dict[str, Tensor]:
+    """GPT-2's names. Its linear layers (Conv1D) hold [in, out]: transposed views of ours."""
+    views = {"transformer.wte.weight": decoder.embedding, "transformer.wpe.weight": decoder.position_embedding}
+    for index, layer in enumerate(cast(Iterable[Layer], decoder.layers)):
+        for name, weight, bias in (("ln_1", layer.input_norm, layer.input_norm_bias), ("attn.c_attn", layer.qkv_proj, layer.qkv_bias),
+                                   ("attn.c_proj", layer.o_proj, layer.o_bias), ("ln_2", layer.post_norm, layer.post_norm_bias),
+                                   ("mlp.c_fc", layer.gate_up_proj, layer.gate_up_bias), ("mlp.c_proj", layer.down_proj, layer.down_bias)):
+            at = f"transformer.h.{index}.{name}"
+            views |= {f"{at}.weight": cast(Tensor, weight).t(), f"{at}.bias": bias}
+    views |= {"transformer.ln_f.weight": decoder.norm, "transformer.ln_f.bias": decoder.norm_bias, "lm_head.weight": decoder.head}
+    return {name: view.detach() for name, view in views.items() if view is not None}
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------------
@@ -137,13 +152,16 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def harmless(config: ModelConfig) -> Callable[[str], bool]:
-    """Names that other writers leave in a file and that carry nothing: rotary frequencies, a second copy of a tied head."""
-    return lambda name: name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+    """Names that other writers leave in a file and that carry nothing: rotary frequencies, causal masks, a second copy of a tied head."""
+    masks = (".attn.bias", ".attn.masked_bias") if config.model_type == "gpt2" else ()
+    return lambda name: name.endswith(("rotary_emb.inv_freq", *masks)) or (config.tie_embeddings and name == "lm_head.weight")
 
 
 def load_tensors(directory: Path, views: Mapping[str, Tensor], *, ignored: Callable[[str], bool] = lambda name: False) -> None:
     """Copy every tensor of a directory's safetensors into the view of its name, one at a time."""
     files = _files(directory)
+    # The first GPT-2 files hold the model without a head, whose names lack the prefix.
+    views = {short if name not in files and (short := name.removeprefix("transformer.")) in files else name: view for name, view in views.items()}
     problems = [f"missing: {name}" for name in views if name not in files] + [f"unexpected: {n}" for n in files if n not in views and not ignored(n)]
     for path in dict.fromkeys(files.values()):
         with opened(path) as file:
@@ -213,7 +231,7 @@ def save_pretrained(decoder: Decoder, directory: str | Path, *, tokenizer: Any =
     Raises:
         FileExistsError: `directory` exists and holds something that is no part of a saved model.
     """
-    architecture = f"{decoder.config.family.name}ForCausalLM"
+    architecture = decoder.config.family.language_model.format(decoder.config.family.name)
     with replacing(directory) as temporary:
         write_model(temporary, decoder.config, hf_views(decoder), {"architectures": [architecture]}, tokenizer, max_shard_bytes)
 

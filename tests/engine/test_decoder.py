@@ -54,6 +54,9 @@ MODELS = {
                "sliding_window_pattern": 2, "query_pre_attn_scalar": 6, "final_logit_softcapping": 3.0, "rope_parameters": {
                    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
                    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}}},
+    "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 64, "bos_token_id": 1},
+    "gpt2-odd": {"model_type": "gpt2", "n_embd": 35, "n_layer": 3, "n_head": 5, "n_positions": 64, "n_inner": 37, "activation_function": "gelu",
+                 "tie_word_embeddings": False, "scale_attn_weights": False, "layer_norm_epsilon": 1e-3, "bos_token_id": 1},
 }
 LENGTH = 23
 
@@ -67,7 +70,7 @@ def peer_and_ours(name, dtype=torch.float32):
     peer = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for key, p in peer.named_parameters():
-            p.normal_(1.0 if "norm" in key and "gemma" not in name else 0.0, 0.2)
+            p.normal_(1.0 if ("norm" in key and "gemma" not in name) or ("ln_" in key and "weight" in key) else 0.0, 0.2)
     peer = peer.to(dtype)
     return peer, copy_of(peer, dtype)
 
@@ -152,7 +155,7 @@ def test_bfloat16_errs_at_most_twice_as_much(name):
     assert generated <= 2 * theirs, f"root mean square error {generated}, transformers' {theirs}"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-window", "qwen3", "phi3-partial", "smollm3-biases", "olmo2", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-window", "qwen3", "phi3-partial", "smollm3-biases", "olmo2", "gemma2", "gemma3", "gpt2"])
 def test_packed_is_each_alone(name):
     _, ours = peer_and_ours(name)
     lengths = [1, 23, 0, 7, 2, 22, 64]

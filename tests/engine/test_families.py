@@ -10,7 +10,10 @@ from fusedrl.engine.model.families import FAMILIES, model_config
 LLAMA = {"model_type": "llama", "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 32, "n_layer": 4, "n_head": 4}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES.keys() - {"gpt2"})
 def test_missing_keys_are_what_transformers_assumes(model_type):
     small = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"num_key_value_heads": 2}
     theirs, ours = AutoConfig.for_model(model_type, **small), model_config(small | {"model_type": model_type})
@@ -25,6 +28,21 @@ def test_missing_keys_are_what_transformers_assumes(model_type):
     assert ours.pad_token_id == theirs.pad_token_id
     # A file with all the keys says the same.
     assert model_config(theirs.to_dict()) == ours
+
+
+def test_gpt2_has_names_of_its_own():
+    theirs, ours = AutoConfig.for_model(**GPT2), model_config(GPT2)
+    assert (ours.hidden_size, ours.num_layers, ours.num_heads, ours.num_kv_heads, ours.head_dim, ours.intermediate_size) == (32, 4, 4, 4, 8, 128)
+    assert ours.max_positions == theirs.n_positions == 1024
+    assert ours.norm_eps == theirs.layer_norm_epsilon
+    assert (ours.bos_token_id, ours.eos_token_ids, ours.pad_token_id) == (theirs.bos_token_id, (theirs.eos_token_id,), theirs.pad_token_id)
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert (ours.activation, ours.gated, ours.layer_norm, ours.learned_positions) == ("gelu_tanh", False, True, True)
+    assert model_config(theirs.to_dict()) == ours
+    # Keys that GPT-2 does not have are not read, as in transformers.
+    assert model_config(GPT2 | {"num_key_value_heads": 2, "intermediate_size": 7, "rms_norm_eps": 0.5}) == ours
+    assert model_config(GPT2 | {"n_inner": 7, "activation_function": "gelu"}).intermediate_size == 7
+    assert model_config(GPT2 | {"n_embd": 20}).head_dim == 5
 
 
 ROPES = {
@@ -114,7 +132,13 @@ def test_token_ids_come_from_both_files(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "unknown model_type 'gpt2'; known: llama, mistral, qwen2, qwen3, phi3, smollm3, olmo2, gemma2, gemma3_text"),
+    ({"model_type": "gptj"}, "unknown model_type 'gptj'; known: llama, mistral, qwen2, qwen3, phi3, smollm3, olmo2, gemma2, gemma3_text, gpt2"),
+    ({"model_type": "gpt2"}, "expected a positive whole number for 'n_layer', got None"),
+    (GPT2 | {"n_embd": 30}, "n_embd 30 is not a multiple of n_head 4"),
+    (GPT2 | {"activation_function": "relu"}, "expected activation_function 'gelu_new', got 'relu'"),
+    (GPT2 | {"add_cross_attention": True}, "add_cross_attention is not implemented"),
+    (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is not implemented"),
+    (GPT2 | {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is not implemented"),
     ({"model_type": None}, "unknown model_type None"),
     ({"vocab_size": None}, "expected a positive whole number for 'vocab_size', got None"),
     ({"hidden_size": "32"}, "expected a positive whole number for 'hidden_size', got '32'"),
