@@ -54,8 +54,8 @@ MODELS = {
                "sliding_window_pattern": 2, "query_pre_attn_scalar": 6, "final_logit_softcapping": 3.0, "rope_parameters": {
                    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
                    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}}},
-    "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 64, "bos_token_id": 1},
-    "gpt2-odd": {"model_type": "gpt2", "n_embd": 35, "n_layer": 3, "n_head": 5, "n_positions": 64, "n_inner": 37, "activation_function": "gelu",
+    "gpt2": {"model_type": "gpt2", "num_attention_heads": 3, "n_positions": 64, "bos_token_id": 1},
+    "gpt2-odd": {"model_type": "gpt2", "hidden_size": 35, "num_attention_heads": 5, "n_layer": 3, "n_positions": 64, "n_inner": 37, "activation_function": "gelu",
                  "tie_word_embeddings": False, "scale_attn_weights": False, "layer_norm_epsilon": 1e-3, "bos_token_id": 1},
 }
 LENGTH = 23

@@ -22,7 +22,7 @@ KINDS = {"llama, untied, biases": {"model_type": "llama", "attention_bias": True
          "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
                     "final_logit_softcapping": 3.0},
          "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
-         "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 128, "n_inner": 20,
+         "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 128, "n_inner": 20,
                   "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [3, 4]]
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
