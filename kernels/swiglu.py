@@ -11,6 +11,7 @@ Source    Shazeer (2020), GLU Variants Improve Transformer, eq. 6.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -29,7 +30,8 @@ except ImportError:  # dispatch then says that Triton cannot run here
 _IMPLS = Implementations("swiglu", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _IMPLS_FLOAT64 = Implementations("swiglu of float64", cpu=("torch",), cuda=("torch",))
 _BLOCK = 1024
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"), "gelu": torch.nn.functional.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu, "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"), "gelu": torch.nn.functional.gelu}
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ _GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True
           "query_pre_attn_scalar": 256, "sliding_window": 4096}
 _GEMMA_MLP: dict[str, Any] = {"gemma": True, "activations": ("gelu_pytorch_tanh",), "keys": {"hidden_act": "hidden_activation"}}
 _GPT2_KEYS = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_head",
-              "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function", "rms_norm_eps": "layer_norm_epsilon"}
+              "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
+              "rms_norm_eps": "layer_norm_epsilon"}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", "attention_bias", "attention_bias", "mlp_bias", None, "none",

@@ -55,8 +55,8 @@ MODELS = {
                    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
                    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}}},
     "gpt2": {"model_type": "gpt2", "num_attention_heads": 3, "n_positions": 64, "bos_token_id": 1},
-    "gpt2-odd": {"model_type": "gpt2", "hidden_size": 35, "num_attention_heads": 5, "n_layer": 3, "n_positions": 64, "n_inner": 37, "activation_function": "gelu",
-                 "tie_word_embeddings": False, "scale_attn_weights": False, "layer_norm_epsilon": 1e-3, "bos_token_id": 1},
+    "gpt2-odd": {"model_type": "gpt2", "hidden_size": 35, "num_attention_heads": 5, "n_layer": 3, "n_positions": 64, "n_inner": 37,
+                 "activation_function": "gelu", "tie_word_embeddings": False, "scale_attn_weights": False, "layer_norm_epsilon": 1e-3, "bos_token_id": 1},
 }
 LENGTH = 23
 

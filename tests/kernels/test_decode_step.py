@@ -30,8 +30,8 @@ KINDS = {
 
 
 def make(kind, dtype=torch.float32, V=37, seed=0):
-    k = {"bias": False, "qk_norm": False, "rope_scale": 1.0, "windows": (0, 0), "norms": "before", "tables": 1, "options": Options(), "layer_norm": False, "gated": True,
-         "positions": None, **KINDS[kind]}
+    k = {"bias": False, "qk_norm": False, "rope_scale": 1.0, "windows": (0, 0), "norms": "before", "tables": 1, "options": Options(),
+         "layer_norm": False, "gated": True, "positions": None, **KINDS[kind]}
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape, scale=None):
