@@ -31,7 +31,7 @@ from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
-from fusedrl.kernels.rms_norm import rms_norm
+from fusedrl.kernels.rms_norm import rms_norm, rms_norm_reference
 from fusedrl.kernels.rope import rope, rope_reference
 from fusedrl.kernels.swiglu import activate
 
@@ -111,12 +111,6 @@ def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Callable[
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype) if offset == 0 else ((weight.to(wide.dtype) + offset) * normed).to(x.dtype)
-
-
 def _gated(layer: LayerWeights) -> bool:
     return layer.gate_up.shape[0] != layer.down.shape[1]
 
@@ -158,7 +152,8 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _rms_norm(x, weight, weights.norm_eps, options.norm_offset) if bias is None else F.layer_norm(x, weight.shape, weight, bias, weights.norm_eps)
+        return (rms_norm_reference(x, weight, weights.norm_eps, offset=options.norm_offset)[0] if bias is None
+                else F.layer_norm(x, weight.shape, weight, bias, weights.norm_eps))
 
     def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
         return x if weight is None else norm(x, weight, bias)
@@ -190,17 +185,14 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
     blocks_NM, lens_N = block_table_BM[rows_N], positions_N + 1
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
 
-    def scaled(weight: Tensor) -> Tensor:
-        return weight + options.norm_offset if options.norm_offset else weight
-
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return rms_norm(x, scaled(weight), eps=eps, impl=impl) if bias is None else F.layer_norm(x, weight.shape, weight, bias, eps)
+        return rms_norm(x, weight, eps=eps, offset=options.norm_offset, impl=impl) if bias is None else F.layer_norm(x, weight.shape, weight, bias, eps)
 
     def add_norm(delta_NH: Tensor, stream_NH: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if weight is None or stream_NH is None or bias is not None:
             sum_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
             return sum_NH if weight is None else norm(sum_NH, weight, bias), sum_NH
-        return rms_norm(delta_NH, scaled(weight), eps=eps, residual=stream_NH, impl=impl)
+        return rms_norm(delta_NH, weight, eps=eps, residual=stream_NH, offset=options.norm_offset, impl=impl)
 
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rope(q, k, cos, sin, impl=impl)

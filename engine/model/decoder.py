@@ -1,7 +1,7 @@
 """The decoder: one set of fused parameters that training, scoring and generation all read.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width, V vocabulary.
-Rounding  norms as in transformers' Llama: in float32, rounded before their weight (1 + weight, rounded, where a family has it so). RoPE and SwiGLU in
+Rounding  norms as in transformers' Llama: in float32, rounded before their weight (Gemma's multiply by 1 + weight before they round). RoPE and SwiGLU in
           float32, rounded once (transformers rounds each product). LayerNorm is torch's: float32 inside, rounded once.
 """
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fusedrl.kernels.swiglu import activate
 def _norm(x: Tensor, weight: Tensor, config: ModelConfig, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         return F.layer_norm(x, weight.shape, weight, bias, config.norm_eps)
-    return rms_norm(x, weight + config.norm_offset if config.norm_offset else weight, eps=config.norm_eps)
+    return rms_norm(x, weight, eps=config.norm_eps, offset=config.norm_offset)
 
 
 def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor | None, config: ModelConfig, bias: Tensor | None = None
@@ -33,7 +33,7 @@ def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor | Non
     if weight is None or residual_NH is None or bias is not None:
         sum_NH = delta_NH if residual_NH is None else delta_NH + residual_NH
         return sum_NH if weight is None else _norm(sum_NH, weight, config, bias), sum_NH
-    return rms_norm(delta_NH, weight + config.norm_offset if config.norm_offset else weight, eps=config.norm_eps, residual=residual_NH)
+    return rms_norm(delta_NH, weight, eps=config.norm_eps, residual=residual_NH, offset=config.norm_offset)
 
 
 class Layer(nn.Module):
