@@ -190,7 +190,7 @@ class Planner:
         norms = 4 if c.norms == "sandwich" else 2
         floats = norms + c.num_heads + {"head": c.num_heads + c.num_kv_heads, "projection": 2, None: 0}[c.qk_norm]  # 1 / rms of norms, attention's log-sum-exps
         feed_forward = 2 if not c.gated else 3 if c.activation == "silu" else 4  # gated GELU is torch's own, and keeps its gate's value as well
-        width = (2 + norms) * c.hidden_size + feed_forward * c.intermediate_size
+        width = (1 if c.parallel else 2) * c.hidden_size + norms * c.hidden_size + feed_forward * c.intermediate_size
         floats += norms if c.layer_norm else 0  # means
         return N * ((width + qkv + rotated + out) * e + 4 * floats)
 
@@ -198,8 +198,10 @@ class Planner:
         """What the training forward holds between the passes, heads included, as autograd's saved tensors count it."""
         c, N, e, L = self.model, tokens, self._e, self.model.num_layers
         boundary = N * c.hidden_size * e
-        layers = (2 * L - 1) * boundary if checkpointed else L * self.layer_bytes(N)  # the first layer has one input
-        trunk = N * 8 + N * (8 if c.learned_positions else c.head_dim * 4) + layers + boundary + 4 * N  # token ids, cos and sin or positions, the last norm
+        # The first layer has one input; in parallel it is the second's stream, too.
+        layers = (2 * L - 1 - (c.parallel and L > 1)) * boundary if checkpointed else L * self.layer_bytes(N)
+        angles = 1 if c.learned_positions else len(c.inv_freq)  # positions, or cos and sin
+        trunk = N * 8 * (1 + angles) + layers + boundary + (8 if c.layer_norm else 4) * N  # token ids, angles, the last norm
         if isinstance(self.config, RewardModelConfig):
             return trunk
         return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._policy else 0)

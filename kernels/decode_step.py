@@ -4,7 +4,7 @@
     x = x + attend(q, cache positions max(0, pos - window + 1) .. pos of the token's row) W_o;   x = x + swiglu(norm(x) W_gate_up) W_down
 
 Families differ: what attention and the MLP add may be normalised too, or instead; q and k may be left unturned, or turned in part; a norm with a bias is a
-LayerNorm; positions may be learned; the MLP may lack its gate; `Options` has the rest.
+LayerNorm; positions may be learned; the MLP may lack its gate, and read the stream that attention read; `Options` has the rest.
 
 One call serves decoding (one token a sequence) and chunks of prompts (many tokens of a row), mixed in any way.
 
@@ -75,6 +75,7 @@ class Options(NamedTuple):
     embedding_scale: float = 1.0  # multiplies the embedding, rounded to its dtype
     norm_offset: float = 0.0  # RMSNorms multiply by this + their weight
     activation: str = "silu"  # of the MLP, or of its gate: "silu", "gelu_tanh" or "gelu"
+    parallel: bool = False  # the MLP reads the residual stream before attention is added to it
 
 
 class DecoderWeights(NamedTuple):
@@ -169,8 +170,9 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
         parts = zip(q.split(_GATHERED_TOKENS), positions_N.split(_GATHERED_TOKENS), blocks_NM.split(_GATHERED_TOKENS), strict=True)
         attended = torch.cat([paged_attention_reference(part, keys, values, blocks, at + 1, layer.window or None, options.attention_softcap,
                                                         options.attention_scale) for part, at, blocks in parts])
+        before_NH = x_NH
         x_NH = x_NH + normed(F.linear(attended.flatten(1), layer.o, layer.o_bias), layer.attention_out_norm)
-        up = F.linear(normed(x_NH, layer.post_norm, layer.post_norm_bias), layer.gate_up, layer.gate_up_bias).to(wide)
+        up = F.linear(normed(before_NH if options.parallel else x_NH, layer.post_norm, layer.post_norm_bias), layer.gate_up, layer.gate_up_bias).to(wide)
         h = activate(up, options.activation, gated=_gated(layer), impl="torch")
         x_NH = x_NH + normed(F.linear(h.to(x_NH.dtype), layer.down, layer.down_bias), layer.mlp_out_norm)
     return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, weights.norm_bias)
@@ -211,9 +213,14 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
                             scale=options.attention_scale, impl=impl)
         delta_NH = F.linear(o.flatten(1), layer.o, layer.o_bias)
         delta_NH = delta_NH if layer.attention_out_norm is None else norm(delta_NH, layer.attention_out_norm)
-        h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.post_norm, layer.post_norm_bias)
+        attended_NH = delta_NH
+        if options.parallel:
+            h_NH, _ = add_norm(stream_NH, None, layer.post_norm, layer.post_norm_bias)
+        else:
+            h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.post_norm, layer.post_norm_bias)
         h_NF = activate(F.linear(h_NH, layer.gate_up, layer.gate_up_bias), options.activation, gated=_gated(layer), impl=impl)
         delta_NH = F.linear(h_NF, layer.down, layer.down_bias)
+        delta_NH = delta_NH + attended_NH if options.parallel else delta_NH
         delta_NH = delta_NH if layer.mlp_out_norm is None else norm(delta_NH, layer.mlp_out_norm)
     x_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
     return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, weights.norm_bias)
@@ -225,7 +232,7 @@ if native.capability:
     def _(token_ids: Tensor, positions: Tensor, rows: Tensor, block_table: Tensor, k_cache: Tensor, v_cache: Tensor, out_slots: Tensor | None,
           embedding: Tensor, position_embedding: Tensor | None, norm: Tensor, norm_bias: Tensor | None, inv_freq: Tensor, layers: list[Tensor | None],
           windows: list[int], ropes: list[int], rope_scale: float, eps: float, attention_scale: float, attention_softcap: float, embedding_scale: float,
-          norm_offset: float, activation: str) -> Tensor:
+          norm_offset: float, activation: str, parallel: bool) -> Tensor:
         return embedding.new_empty((token_ids if out_slots is None else out_slots).shape[0], embedding.shape[1])
 
 
@@ -310,4 +317,4 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
         weights.norm_bias, weights.inv_freq,
         [part for layer in weights.layers for part in layer.parts()], [layer.window for layer in weights.layers], [layer.rope for layer in weights.layers],
         weights.rope_scale, weights.norm_eps, D**-0.5 if options.attention_scale is None else options.attention_scale, options.attention_softcap or 0.0,
-        options.embedding_scale, options.norm_offset, options.activation)
+        options.embedding_scale, options.norm_offset, options.activation, options.parallel)

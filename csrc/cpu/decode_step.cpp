@@ -53,6 +53,7 @@ struct Sizes {
 struct Options {
   float rope_scale, eps, attention_scale, attention_softcap, embedding_scale, norm_offset;
   Activation activation;
+  bool parallel;  // the MLP reads the residual stream before attention is added to it
 };
 
 // A norm of all of a token's values: with a bias a LayerNorm, without one an RMSNorm.
@@ -153,24 +154,25 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& opt
   const Panels panels(tokens.N), read(R);
   const int64_t lanes = panels.lanes(), angles = tables * z.pairs;
   const int64_t input = std::max({z.H, z.heads * z.D, z.F}), output = std::max({z.qkv(), z.up(), z.H});
-  // x the residual stream, a the input of a linear layer, b its output where that is not the residual stream
-  Tensor workspace = at::empty({lanes * (z.H + input + output + 2 * angles) + read.lanes() * z.H}, at::kFloat);
+  // x the residual stream, a the input of a linear layer, b its output where that is not the residual stream, before the stream that attention read
+  Tensor workspace = at::empty({lanes * (z.H + input + output + 2 * angles + (options.parallel ? z.H : 0)) + read.lanes() * z.H}, at::kFloat);
   float* x = workspace.mutable_data_ptr<float>();
   float* a = x + lanes * z.H;
   float* b = a + lanes * input;
   float* cos = b + lanes * output;
   float* sin = cos + lanes * angles;
   float* last = sin + lanes * angles;
+  float* before = last + read.lanes() * z.H;
   const auto each_panel = [](const Panels& of, auto&& body) {
     at::parallel_for(0, of.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) body(p, of.width(p));
     });
   };
-  // Where there is a weight, the norm of x in a; else x itself.
-  const auto normed = [&](const Layer<T>& layer, Part w, Part bias) {
+  // Where there is a weight, the norm of a stream in a; else the stream itself.
+  const auto normed = [&](const Layer<T>& layer, Part w, Part bias, float* stream) {
     const Norm<T> by{layer.part[w], layer.part[bias]};
-    if (!by.weight) return x;
-    each_panel(panels, [&](int64_t p, int64_t width) { by(x + p * PANEL * z.H, z.H, width, options, a + p * PANEL * z.H); });
+    if (!by.weight) return stream;
+    each_panel(panels, [&](int64_t p, int64_t width) { by(stream + p * PANEL * z.H, z.H, width, options, a + p * PANEL * z.H); });
     return a;
   };
   // x += W a + bias, or the norm of that.
@@ -213,12 +215,13 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& opt
     const Layer<T>& layer = layers[l];
     T* k = k_cache + l * layer_size;
     T* v = v_cache + l * layer_size;
-    linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, normed(layer, INPUT_NORM, INPUT_NORM_BIAS), b, false);
+    linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, normed(layer, INPUT_NORM, INPUT_NORM_BIAS, x), b, false);
     rope_and_cache(layer, z, options, tokens, panels, cos, sin, b, k, v);
     if (lanes > tokens.N) std::fill(a, a + lanes * z.heads * z.D, 0.0f);
     attention(layer, z, options, tokens, panels, b, k, v, longest, a);
+    if (options.parallel) std::copy(x, x + lanes * z.H, before);
     add(layer, O, O_BIAS, ATTENTION_OUT_NORM, z.heads * z.D);
-    linear(layer.part[GATE_UP], layer.part[GATE_UP_BIAS], z.up(), z.H, panels, normed(layer, POST_NORM, POST_NORM_BIAS), b, false);
+    linear(layer.part[GATE_UP], layer.part[GATE_UP_BIAS], z.up(), z.H, panels, normed(layer, POST_NORM, POST_NORM_BIAS, options.parallel ? before : x), b, false);
     each_panel(panels, [&](int64_t p, int64_t width) {
       activate(b + p * PANEL * z.up(), z.F * width, options.activation, z.gated, a + p * PANEL * z.F);
     });
@@ -340,11 +343,11 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& positions, const Tenso
                    const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const std::optional<Tensor>& position_embedding,
                    const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& inv_freq, const c10::List<std::optional<Tensor>>& layers,
                    at::IntArrayRef windows, at::IntArrayRef ropes, double rope_scale, double eps, double attention_scale, double attention_softcap,
-                   double embedding_scale, double norm_offset, c10::string_view activation) {
+                   double embedding_scale, double norm_offset, c10::string_view activation, bool parallel) {
   const auto call = embedding.scalar_type() == at::kBFloat16 ? &typed<at::BFloat16> : &typed<float>;
   const auto narrow = [](double x) { return static_cast<float>(x); };
   const Options options{narrow(rope_scale),        narrow(eps),         narrow(attention_scale), narrow(attention_softcap),
-                        narrow(embedding_scale), narrow(norm_offset), activation_of(activation)};
+                        narrow(embedding_scale), narrow(norm_offset), activation_of(activation), parallel};
   return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, position_embedding, norm, norm_bias, inv_freq, layers,
               windows, ropes, options);
 }
@@ -353,7 +356,8 @@ TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
   m.def(
       "decode_step(Tensor token_ids, Tensor positions, Tensor rows, Tensor block_table, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? out_slots, "
       "Tensor embedding, Tensor? position_embedding, Tensor norm, Tensor? norm_bias, Tensor inv_freq, Tensor?[] layers, int[] windows, int[] ropes, "
-      "float rope_scale, float eps, float attention_scale, float attention_softcap, float embedding_scale, float norm_offset, str activation) -> Tensor");
+      "float rope_scale, float eps, float attention_scale, float attention_softcap, float embedding_scale, float norm_offset, str activation, "
+      "bool parallel) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("decode_step", &decode_step); }
 

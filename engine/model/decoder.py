@@ -102,9 +102,14 @@ class Layer(nn.Module):
         o = varlen_attention(q, k, v, cu_seqlens_B1, max_length=max_length, window=self.window or None, softcap=c.attention_softcap, scale=c.attention_scale)
         delta_NH = F.linear(o.flatten(1), self.o_proj, self.o_bias)
         delta_NH = delta_NH if self.attention_out_norm is None else _norm(delta_NH, self.attention_out_norm, c)
-        h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.post_norm, c, self.post_norm_bias)
+        attended_NH = delta_NH
+        if c.parallel:
+            h_NH, _ = _add_norm(residual_NH, None, self.post_norm, c, self.post_norm_bias)
+        else:
+            h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.post_norm, c, self.post_norm_bias)
         h_NF = activate(F.linear(h_NH, self.gate_up_proj, self.gate_up_bias), c.activation, gated=c.gated)
         delta_NH = F.linear(h_NF, self.down_proj, self.down_bias)
+        delta_NH = delta_NH + attended_NH if c.parallel else delta_NH
         return delta_NH if self.mlp_out_norm is None else _norm(delta_NH, self.mlp_out_norm, c), residual_NH
 
     def weights(self) -> LayerWeights:
@@ -207,7 +212,7 @@ class Decoder(nn.Module):
         if self._weights is None:
             c = self.config
             layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]
-            options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, self._embedding_scale, c.norm_offset, c.activation)
+            options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, self._embedding_scale, c.norm_offset, c.activation, c.parallel)
             self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._inv_freq, c.rope_scale, c.num_heads,
                                            c.num_kv_heads, c.head_dim, c.norm_eps, options, self.position_embedding, self.norm_bias)
         return self._weights

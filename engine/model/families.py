@@ -44,6 +44,7 @@ class Family:
     activations: tuple[str, ...] = ("silu", "swish")  # of the MLP; the first where config.json names none
     gated: bool = True  # the MLP multiplies the activation of one product by another product
     layer_norm: bool = False  # norms subtract the mean and add a bias
+    parallel: bool | str = False  # attention and MLP read the same stream, and both are added to it; or the config key that decides
     keys: Mapping[str, str] = field(default_factory=dict)  # config keys that are called otherwise
 
 
@@ -54,6 +55,8 @@ _GEMMA_MLP: dict[str, Any] = {"gemma": True, "activations": ("gelu_pytorch_tanh"
 _GPT2_KEYS = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_head",
               "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
               "rms_norm_eps": "layer_norm_epsilon"}
+_NEOX_KEYS = {"num_key_value_heads": "num_attention_heads", "rms_norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base",
+              "partial_rotary_factor": "rotary_pct"}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", "attention_bias", "attention_bias", "mlp_bias", None, "none",
@@ -80,6 +83,11 @@ FAMILIES: dict[str, Family] = {
                    {"max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 50256, "eos_token_id": 50256},
                    fused=True, rope="none", language_model="{}LMHeadModel", activations=("gelu_new", "gelu_pytorch_tanh", "gelu"), gated=False,
                    layer_norm=True, keys=_GPT2_KEYS),
+    "gpt_neox": Family("GPTNeoX", "attention_bias", "attention_bias", True, None, "none",
+                       {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2, "attention_bias": True,
+                        "use_parallel_residual": True, "partial_rotary_factor": 0.25},
+                       rope="partial", rope_kinds=("default",), activations=("gelu", "gelu_new", "gelu_pytorch_tanh"), gated=False, layer_norm=True,
+                       parallel="use_parallel_residual", keys=_NEOX_KEYS),
 }
 
 
@@ -116,6 +124,7 @@ class ModelConfig:
     embedding_scale: float  # multiplies the embedding, rounded to its dtype
     activation: str  # of the MLP: "silu", "gelu_tanh" or "gelu"
     gated: bool  # the MLP multiplies the activation of one product by another product
+    parallel: bool  # attention and MLP read the same stream
     learned_positions: bool  # a vector of each of max_positions is added to the embedding
     initializer_range: float
     bos_token_id: int | None
@@ -241,6 +250,7 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         embedding_scale=hidden_size**0.5 if family.gemma else 1.0,
         activation=_ACTIVATIONS[activation],
         gated=family.gated,
+        parallel=flag(family.parallel),
         learned_positions=family.rope == "none",
         initializer_range=float(get("initializer_range", 0.02)),
         bos_token_id=bos[0] if isinstance(bos, list) else bos,

@@ -100,6 +100,9 @@ def share(module: nn.Module) -> tuple[Decoder, Sharing]:
         raise TypeError("from_module: expected ordinary tensors in memory; shard, quantise or off-load after from_module, or not at all")
     decoder = Decoder(parsed, dtype=dtype, device="meta")
     wanted = hf_views(decoder)
+    if reordered := [name for name, view in wanted.items() if view.ndim > 2]:
+        raise ValueError(f"from_module: {parsed.family.name} orders the rows of {reordered[0]} as no view of the fused projection can; load its directory with "
+                         "from_pretrained, and train the actor's own parameters")
     problems = [f"missing: {name}" for name in wanted if name not in parameters] + [f"unexpected: {name}" for name in parameters if name not in wanted]
     problems += [f"shape of {name}: expected {list(view.shape)}, got {list(parameters[name].shape)}" for name, view in wanted.items()
                  if name in parameters and parameters[name].shape != view.shape]

@@ -13,7 +13,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 32, "hidden_size": 32, "intermedia
 GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 32, "n_layer": 4, "n_head": 4}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES.keys() - {"gpt2"})
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in ("gpt2", "gpt_neox")])
 def test_missing_keys_are_what_transformers_assumes(model_type):
     small = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"num_key_value_heads": 2}
     theirs, ours = AutoConfig.for_model(model_type, **small), model_config(small | {"model_type": model_type})
@@ -43,6 +43,20 @@ def test_gpt2_has_names_of_its_own():
     assert model_config(GPT2 | {"num_key_value_heads": 2, "intermediate_size": 7, "rms_norm_eps": 0.5}) == ours
     assert model_config(GPT2 | {"n_inner": 7, "activation_function": "gelu"}).intermediate_size == 7
     assert model_config(GPT2 | {"n_embd": 20}).head_dim == 5
+
+
+def test_gpt_neox_has_some_names_of_its_own():
+    raw = LLAMA | {"model_type": "gpt_neox"}
+    theirs, ours = AutoConfig.for_model(**raw), model_config(raw | {"num_key_value_heads": 2, "rms_norm_eps": 0.5})
+    assert (ours.num_kv_heads, ours.head_dim, ours.max_positions) == (4, 8, theirs.max_position_embeddings)
+    assert (ours.norm_eps, ours.qkv_bias, ours.o_bias, ours.parallel) == (theirs.layer_norm_eps, True, True, theirs.use_parallel_residual)
+    assert (ours.bos_token_id, ours.eos_token_ids, ours.tie_embeddings) == (theirs.bos_token_id, (theirs.eos_token_id,), theirs.tie_word_embeddings)
+    assert ours.inv_freq == (1.0,)  # a quarter of each head turns
+    assert model_config(theirs.to_dict()) == ours
+    other = model_config(raw | {"rotary_pct": 0.5, "rotary_emb_base": 100, "use_parallel_residual": False, "attention_bias": False})
+    assert other.inv_freq == pytest.approx((1.0, 0.1))
+    assert not other.parallel
+    assert not other.qkv_bias
 
 
 ROPES = {
@@ -132,7 +146,7 @@ def test_token_ids_come_from_both_files(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "gptj"}, "unknown model_type 'gptj'; known: llama, mistral, qwen2, qwen3, phi3, smollm3, olmo2, gemma2, gemma3_text, gpt2"),
+    ({"model_type": "gptj"}, "unknown model_type 'gptj'; known: llama, mistral, qwen2, qwen3, phi3, smollm3, olmo2, gemma2, gemma3_text, gpt2, gpt_neox"),
     ({"model_type": "gpt2"}, "expected a positive whole number for 'n_layer', got None"),
     (GPT2 | {"n_embd": 30}, "n_embd 30 is not a multiple of n_head 4"),
     (GPT2 | {"activation_function": "relu"}, "expected activation_function 'gelu_new', got 'relu'"),

@@ -194,6 +194,8 @@ def test_models_that_do_not_fit_are_refused_and_left_alone():
         HybridActor.from_module(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="unknown model_type 'gptj'"):
         HybridActor.from_module(AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=8)))
+    with pytest.raises(ValueError, match=r"GPTNeoX orders the rows of gpt_neox.layers.0.attention.query_key_value.weight as no view"):
+        HybridActor.from_module(AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | {"model_type": "gpt_neox", "rotary_pct": 1.0})))
     with pytest.raises(ValueError, match=r"missing: lm_head.weight\n  unexpected: score.weight"):
         HybridActor.from_module(AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**SIZES | KINDS["llama, untied, biases"])))
     mixed = model()

@@ -24,8 +24,8 @@ KINDS = {
              "tables": 2, "rope_scale": 0.75, "options": Options(0.4, 1.5, 3.0, 2.5, 0.75, "gelu_tanh")},
     "classic": {"heads": 3, "kv_heads": 3, "D": 7, "H": 21, "F": 85, "bias": True, "layer_norm": True, "gated": False, "ropes": (-1, -1), "pairs": 0,
                 "positions": 70, "options": Options(activation="gelu_tanh")},
-    "exact": {"heads": 4, "kv_heads": 2, "D": 8, "H": 300, "F": 33, "layer_norm": True, "gated": False, "positions": 64, "ropes": (0, -1), "pairs": 2,
-              "options": Options(activation="gelu")},
+    "parallel": {"heads": 4, "kv_heads": 2, "D": 8, "H": 300, "F": 33, "layer_norm": True, "gated": False, "positions": 64, "ropes": (0, -1), "pairs": 2,
+                 "options": Options(activation="gelu", parallel=True)},
 }
 
 
@@ -107,8 +107,9 @@ def dense(weights, ids):
                 z = k[start : t + 1, h // group] @ q[t, h] * scale
                 p = torch.softmax(z if cap is None else cap * torch.tanh(z / cap), 0)
                 rows.append(p @ v[start : t + 1, h // group])
+        before = x
         x = x + norm(torch.stack(rows).view(T, -1) @ layer.o.T + zero(layer.o_bias), layer.attention_out_norm)
-        h = norm(x, layer.post_norm, layer.post_norm_bias) @ layer.gate_up.T + zero(layer.gate_up_bias)
+        h = norm(before if options.parallel else x, layer.post_norm, layer.post_norm_bias) @ layer.gate_up.T + zero(layer.gate_up_bias)
         gate, up = h.chunk(2, -1) if h.shape[-1] > layer.down.shape[1] else (h, 1.0)
         gate = {"silu": lambda x: x * torch.sigmoid(x), "gelu": lambda x: x * torch.special.ndtr(x),
                 "gelu_tanh": lambda x: x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))}[options.activation](gate)
@@ -170,7 +171,8 @@ def test_reference_in_float64():
 
 
 @pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
-@pytest.mark.parametrize(("kind", "size"), [("plain", 4), ("biased", 5), ("normed", 8), ("windowed", 4), ("behind", 4), ("both", 4), ("classic", 4)])
+@pytest.mark.parametrize(("kind", "size"), [("plain", 4), ("biased", 5), ("normed", 8), ("windowed", 4), ("behind", 4), ("both", 4),
+                                            ("classic", 4), ("parallel", 4)])
 def test_triton_matches_a_dense_decoder_in_float64(kind, size, monkeypatch):
     monkeypatch.setattr(paged_attention_module, "_SPLIT", 8)
     weights, lengths = make(kind), [1, 10]
@@ -219,7 +221,7 @@ def test_what_was_not_written_changes_nothing(impl, kind):
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 @pytest.mark.parametrize("companions", [0, 14, 15, 16, 50, 63, 64, 150])
 @pytest.mark.parametrize("kind, dtype", [("biased", torch.float32), ("biased", torch.bfloat16), ("both", torch.float32), ("both", torch.bfloat16),
-                                         ("classic", torch.float32), ("classic", torch.bfloat16)])
+                                         ("classic", torch.float32), ("classic", torch.bfloat16), ("parallel", torch.float32)])
 def test_cpp_bits_do_not_depend_on_companions_or_chunks(companions, kind, dtype):
     weights, lengths = make(kind, dtype), [23, *[4] * companions]
     ids = sequences(lengths)
@@ -353,7 +355,7 @@ def test_opcheck_and_compile():
     ids, positions, rows = torch.tensor([3, 4, 5]), torch.arange(3), torch.zeros(3, dtype=torch.int64)
     parts = [part for layer in weights.layers for part in layer.parts()]
     arguments = (ids, positions, rows, cache.table, cache.k, cache.v, torch.tensor([2]), weights.embedding, None, weights.norm, None,
-                 weights.inv_freq, parts, [0, 0], [0, 0], 1.0, 1e-5, 0.25, 0.0, 1.0, 0.0, "silu")
+                 weights.inv_freq, parts, [0, 0], [0, 0], 1.0, 1e-5, 0.25, 0.0, 1.0, 0.0, "silu", False)
     torch.library.opcheck(torch.ops.fusedrl.decode_step.default, arguments)
     compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
     others = Cache(weights, [20])
