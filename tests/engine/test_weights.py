@@ -272,3 +272,19 @@ def test_a_process_killed_in_mid_save_leaves_no_half_model(tmp_path):
     with replacing(tmp_path / "out") as directory:
         (directory / "config.json").write_text("whole")
     assert (tmp_path / "out" / "config.json").read_text() == "whole"
+
+
+def test_both_names_of_gpt_neox_heads(tmp_path):
+    decoder = Decoder.random(model_config(SMALL | KINDS["gpt_neox"]), 3)
+    save_pretrained(decoder, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert "embed_out.weight" in state, "what transformers 4 reads"
+    assert state["gpt_neox.layers.0.attention.query_key_value.weight"].shape == (72, 24)
+    state["lm_head.weight"] = state.pop("embed_out.weight")
+    masks = {f"gpt_neox.layers.0.attention.{name}": torch.ones(1, 1, 64, 64) for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}
+    save_file(state | masks, tmp_path / "model.safetensors")
+    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), load_decoder(tmp_path).parameters(), strict=True))
+    state["gpt_neox.layers.1.attention.query_key_value.bias"] = torch.zeros(71)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"shape of gpt_neox.layers.1.attention.query_key_value.bias: expected \[72\], got \[71\]"):
+        load_decoder(tmp_path)
