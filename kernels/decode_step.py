@@ -15,7 +15,8 @@ Bytes     the weights once, and 2 L Hkv D s bytes a cached position a row: decod
 Triton    composed of the ops of this package: rms_norm, rope, paged_attention, swiglu, and torch's matrix products and cache writes between them. Every
           token of a prompt walks the cached positions before it on its own; no row is gathered. Not run on a card in this project.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the weights' dtype; the RMSNorm rounds before it
-          multiplies by its weight, as transformers' does. A slot that was not written, or a block of no row, is never read into a result.
+          multiplies by its weight (with an offset, after), as transformers' does. A slot that was not written, or a block of no row, is never read
+          into a result.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form; Kwon et al. (2023), PagedAttention.
 """
 from __future__ import annotations

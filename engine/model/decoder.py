@@ -197,6 +197,9 @@ class Decoder(nn.Module):
         if self._embedding_scale != 1.0:
             x_NH = x_NH * self._embedding_scale
         if self.position_embedding is not None:
+            if max_length > len(self.position_embedding):
+                raise ValueError(f"expected sequences of at most {len(self.position_embedding)} tokens, the positions that the model has learned, got one of "
+                                 f"{max_length}; shorten it")
             x_NH = x_NH + F.embedding(positions_N, self.position_embedding)
         turns = [positions_N[:, None].float() * inv_freq for inv_freq in self._inv_freq]  # [N, D/2] each
         angles = [(turn.cos() * self.config.rope_scale, turn.sin() * self.config.rope_scale) for turn in turns]

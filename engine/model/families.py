@@ -81,7 +81,7 @@ FAMILIES: dict[str, Family] = {
                           norms="sandwich", rope="two", classifier="{}TextForSequenceClassification", **_GEMMA_MLP),
     "gpt2": Family("GPT2", True, True, True, None, "none",
                    {"max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 50256, "eos_token_id": 50256},
-                   fused=True, rope="none", language_model="{}LMHeadModel", activations=("gelu_new", "gelu_pytorch_tanh", "gelu"), gated=False,
+                   rope="none", language_model="{}LMHeadModel", activations=("gelu_new", "gelu_pytorch_tanh", "gelu"), gated=False,
                    layer_norm=True, keys=_GPT2_KEYS),
     "gpt_neox": Family("GPTNeoX", "attention_bias", "attention_bias", True, None, "none",
                        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2, "attention_bias": True,

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fusedrl.engine import HybridActor, SamplingParams
+from fusedrl.engine import HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import GenerationConfig, OptimConfig, PPOConfig, RunConfig
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
 from fusedrl.engine.model.decoder import Decoder
@@ -60,6 +60,9 @@ def test_what_exceeds_the_table_of_positions_is_refused(directory):
     assert len(out.token_ids) == 5  # the last of them stands at the last position
     with pytest.raises(ValueError, match="prompt 0 has 36 tokens, and with max_new_tokens=5 that exceeds the model's 40 positions"):
         actor.generate([[5] * 36], SamplingParams(max_new_tokens=5))
+    actor.score(PackedBatch.from_sequences([([5], [6] * 39)]))
+    with pytest.raises(ValueError, match=r"expected sequences of at most 40 tokens, .* got one of 41"):
+        actor.score(PackedBatch.from_sequences([([5], [6] * 40)]))
 
 
 @pytest.mark.parametrize("strict", [False, True])
