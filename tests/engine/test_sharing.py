@@ -142,10 +142,11 @@ def test_bfloat16_and_what_the_actor_trains_is_the_model():
     assert float(module.model.norm.weight.detach().mean()) == 2.0
 
 
-def test_saving_writes_what_the_model_would(tmp_path):
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_saving_writes_what_the_model_would(tmp_path, kind):
     from safetensors.torch import load_file
 
-    module = model("qwen2")
+    module = model(kind)
     actor = HybridActor.from_module(module)
     train(module, 1)
     actor.save_pretrained(tmp_path / "ours")
