@@ -185,18 +185,23 @@ class Planner:
     def layer_bytes(self, tokens: int) -> int:
         """What one layer holds for its backward pass, its input included."""
         c, N, e = self.model, tokens, self._e
-        qkv, rotated, out = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
+        qkv, out = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
+        rotated = (c.num_heads + c.num_kv_heads) * c.head_dim if c.inv_freq else 0
         norms = 4 if c.norms == "sandwich" else 2
         floats = norms + c.num_heads + {"head": c.num_heads + c.num_kv_heads, "projection": 2, None: 0}[c.qk_norm]  # 1 / rms of norms, attention's log-sum-exps
-        width = (2 + norms) * c.hidden_size + (4 if c.gelu else 3) * c.intermediate_size  # GELU is torch's own, and keeps its gate's value as well
+        feed_forward = 2 if not c.gated else 3 if c.activation == "silu" else 4  # gated GELU is torch's own, and keeps its gate's value as well
+        width = (1 if c.parallel else 2) * c.hidden_size + norms * c.hidden_size + feed_forward * c.intermediate_size
+        floats += norms if c.layer_norm else 0  # means
         return N * ((width + qkv + rotated + out) * e + 4 * floats)
 
     def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the training forward holds between the passes, heads included, as autograd's saved tensors count it."""
         c, N, e, L = self.model, tokens, self._e, self.model.num_layers
         boundary = N * c.hidden_size * e
-        layers = (2 * L - 1) * boundary if checkpointed else L * self.layer_bytes(N)  # the first layer has one input
-        trunk = N * 8 + N * c.head_dim * 4 + layers + boundary + 4 * N  # token ids, cos and sin, the last norm
+        # The first layer has one input; in parallel it is the second's stream, too.
+        layers = (2 * L - 1 - (c.parallel and L > 1)) * boundary if checkpointed else L * self.layer_bytes(N)
+        angles = 1 if c.learned_positions else len(c.inv_freq)  # positions, or cos and sin
+        trunk = N * 8 * (1 + angles) + layers + boundary + (8 if c.layer_norm else 4) * N  # token ids, angles, the last norm
         if isinstance(self.config, RewardModelConfig):
             return trunk
         return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._policy else 0)

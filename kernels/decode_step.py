@@ -3,7 +3,8 @@
     a = norm(x);   q, k, v = a W_qkv + b;   q, k = rope(norm(q)), rope(norm(k));   k, v of every token -> cache
     x = x + attend(q, cache positions max(0, pos - window + 1) .. pos of the token's row) W_o;   x = x + swiglu(norm(x) W_gate_up) W_down
 
-Families differ: what attention and the MLP add may be normalised too, or instead; q and k may be left unturned, or turned in part; `Options` has the rest.
+Families differ: what attention and the MLP add may be normalised too, or instead; q and k may be left unturned, or turned in part; a norm with a bias is a
+LayerNorm; positions may be learned; the MLP may lack its gate, and read the stream that attention read; `Options` has the rest.
 
 One call serves decoding (one token a sequence) and chunks of prompts (many tokens of a row), mixed in any way.
 
@@ -14,7 +15,8 @@ Bytes     the weights once, and 2 L Hkv D s bytes a cached position a row: decod
 Triton    composed of the ops of this package: rms_norm, rope, paged_attention, swiglu, and torch's matrix products and cache writes between them. Every
           token of a prompt walks the cached positions before it on its own; no row is gathered. Not run on a card in this project.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the weights' dtype; the RMSNorm rounds before it
-          multiplies by its weight, as transformers' does. A slot that was not written, or a block of no row, is never read into a result.
+          multiplies by its weight (with an offset, after), as transformers' does. A slot that was not written, or a block of no row, is never read
+          into a result.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form; Kwon et al. (2023), PagedAttention.
 """
 from __future__ import annotations
@@ -30,9 +32,9 @@ from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
-from fusedrl.kernels.rms_norm import rms_norm
+from fusedrl.kernels.rms_norm import rms_norm, rms_norm_reference
 from fusedrl.kernels.rope import rope, rope_reference
-from fusedrl.kernels.swiglu import geglu, swiglu
+from fusedrl.kernels.swiglu import activate
 
 _IMPLS = Implementations("decode_step", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _GATHERED_TOKENS = 128  # the reference gathers the whole row of every token: so many tokens at a time bound its memory
@@ -49,18 +51,20 @@ class LayerWeights(NamedTuple):
     o: Tensor  # [H, Hq D]
     o_bias: Tensor | None  # [H]
     post_norm: Tensor | None  # [H]; None: the MLP reads the residual stream as it is
-    gate_up: Tensor  # [2 F, H]
-    gate_up_bias: Tensor | None  # [2 F]
+    gate_up: Tensor  # [2 F, H]; [F, H]: the MLP has no gate
+    gate_up_bias: Tensor | None  # [2 F] or [F]
     down: Tensor  # [H, F]
     down_bias: Tensor | None  # [H]
     window: int  # a token sees itself and window - 1 tokens before it; 0: all
     attention_out_norm: Tensor | None = None  # [H], of what attention adds
     mlp_out_norm: Tensor | None = None  # [H], of what the MLP adds
     rope: int = 0  # the row of inv_freq that turns q and k; -1: none does
+    input_norm_bias: Tensor | None = None  # [H]; with it input_norm is a LayerNorm, without it an RMSNorm
+    post_norm_bias: Tensor | None = None  # [H]; likewise
 
     def parts(self) -> list[Tensor | None]:
         """The tensors in the order of the C++ op."""
-        return [*self[:12], self.attention_out_norm, self.mlp_out_norm]
+        return [*self[:12], self.attention_out_norm, self.mlp_out_norm, self.input_norm_bias, self.post_norm_bias]
 
 
 class Options(NamedTuple):
@@ -70,8 +74,9 @@ class Options(NamedTuple):
     attention_softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     logit_softcap: float | None = None  # likewise the logits; for who applies the head
     embedding_scale: float = 1.0  # multiplies the embedding, rounded to its dtype
-    norm_offset: float = 0.0  # norms multiply by this + their weight
-    gelu: bool = False  # the MLP gates with GELU in its tanh form, not with SiLU
+    norm_offset: float = 0.0  # RMSNorms multiply by this + their weight
+    activation: str = "silu"  # of the MLP, or of its gate: "silu", "gelu_tanh" or "gelu"
+    parallel: bool = False  # the MLP reads the residual stream before attention is added to it
 
 
 class DecoderWeights(NamedTuple):
@@ -81,13 +86,15 @@ class DecoderWeights(NamedTuple):
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [H]
     head: Tensor  # [V, H]; the embedding itself where they are tied
-    inv_freq: Tensor  # [P] float32, or [tables, P] where layers differ; P <= D / 2 pairs: of each head the first 2 P values turn
+    inv_freq: Tensor  # [P] float32, or [tables, P] where layers differ; P <= D / 2 pairs: of each head the first 2 P values turn; 0: no layer turns
     rope_scale: float  # multiplies cos and sin (1.0 but for some scaled RoPE kinds)
     num_heads: int
     num_kv_heads: int
     head_dim: int
     norm_eps: float
     options: Options = Options()
+    position_embedding: Tensor | None = None  # [positions, H], added to the embedding
+    norm_bias: Tensor | None = None  # [H], of the last norm: as those of the layers
 
 
 def head_norm(x_NHD: Tensor, weight: Tensor, norm: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -106,22 +113,21 @@ def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Callable[
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype) if offset == 0 else ((weight.to(wide.dtype) + offset) * normed).to(x.dtype)
+def _gated(layer: LayerWeights) -> bool:
+    return layer.gate_up.shape[0] != layer.down.shape[1]
 
 
 def _angles(weights: DecoderWeights, positions_N: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """cos and sin, [N, P], of every table."""
-    tables = weights.inv_freq.to(dtype).reshape(-1, weights.inv_freq.shape[-1])
+    tables = torch.atleast_2d(weights.inv_freq.to(dtype))
     turns = [positions_N.to(dtype)[:, None] * inv_freq for inv_freq in tables]
     return [(turn.cos() * weights.rope_scale, turn.sin() * weights.rope_scale) for turn in turns]
 
 
-def _embed(weights: DecoderWeights, token_ids_N: Tensor) -> Tensor:
+def _embed(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor) -> Tensor:
     x_NH, scale = weights.embedding[token_ids_N], weights.options.embedding_scale
-    return x_NH if scale == 1 else x_NH * scale
+    x_NH = x_NH if scale == 1 else x_NH * scale
+    return x_NH if weights.position_embedding is None else x_NH + weights.position_embedding[positions_N]
 
 
 def _slots(positions_N: Tensor, blocks_NM: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -141,20 +147,21 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
     """The definition, on any device and in any float dtype (float64 is the oracle). Writes the tokens' K and V into the caches."""
     heads, kv_heads, D, options = weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.options
     N = token_ids_N.shape[0]
-    x_NH = _embed(weights, token_ids_N)
+    x_NH = _embed(weights, token_ids_N, positions_N)
     wide = torch.promote_types(x_NH.dtype, torch.float32)
     angles = _angles(weights, positions_N, wide)
     blocks_NM = block_table_BM[rows_N]
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return _rms_norm(x, weight, weights.norm_eps, options.norm_offset)
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (rms_norm_reference(x, weight, weights.norm_eps, offset=options.norm_offset)[0] if bias is None
+                else F.layer_norm(x, weight.shape, weight, bias, weights.norm_eps))
 
-    def normed(x: Tensor, weight: Tensor | None) -> Tensor:
-        return x if weight is None else norm(x, weight)
+    def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        return x if weight is None else norm(x, weight, bias)
 
     for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
-        qkv = F.linear(normed(x_NH, layer.input_norm), layer.qkv, layer.qkv_bias).view(N, heads + 2 * kv_heads, D)
+        qkv = F.linear(normed(x_NH, layer.input_norm, layer.input_norm_bias), layer.qkv, layer.qkv_bias).view(N, heads + 2 * kv_heads, D)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
         q = q if layer.q_norm is None else head_norm(q, layer.q_norm, norm)
         k = k if layer.k_norm is None else head_norm(k, layer.k_norm, norm)
@@ -164,11 +171,12 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
         parts = zip(q.split(_GATHERED_TOKENS), positions_N.split(_GATHERED_TOKENS), blocks_NM.split(_GATHERED_TOKENS), strict=True)
         attended = torch.cat([paged_attention_reference(part, keys, values, blocks, at + 1, layer.window or None, options.attention_softcap,
                                                         options.attention_scale) for part, at, blocks in parts])
+        before_NH = x_NH
         x_NH = x_NH + normed(F.linear(attended.flatten(1), layer.o, layer.o_bias), layer.attention_out_norm)
-        gate, up = F.linear(normed(x_NH, layer.post_norm), layer.gate_up, layer.gate_up_bias).to(wide).chunk(2, dim=-1)
-        gate = F.gelu(gate, approximate="tanh") if options.gelu else F.silu(gate)
-        x_NH = x_NH + normed(F.linear((gate * up).to(x_NH.dtype), layer.down, layer.down_bias), layer.mlp_out_norm)
-    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm)
+        up = F.linear(normed(before_NH if options.parallel else x_NH, layer.post_norm, layer.post_norm_bias), layer.gate_up, layer.gate_up_bias).to(wide)
+        h = activate(up, options.activation, gated=_gated(layer), impl="torch")
+        x_NH = x_NH + normed(F.linear(h.to(x_NH.dtype), layer.down, layer.down_bias), layer.mlp_out_norm)
+    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, weights.norm_bias)
 
 
 # ---- Triton: the ops of this package, one after the other --------------------------------------------------------------------
@@ -180,24 +188,21 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
     blocks_NM, lens_N = block_table_BM[rows_N], positions_N + 1
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
 
-    def scaled(weight: Tensor) -> Tensor:
-        return weight + options.norm_offset if options.norm_offset else weight
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return rms_norm(x, weight, eps=eps, offset=options.norm_offset, impl=impl) if bias is None else F.layer_norm(x, weight.shape, weight, bias, eps)
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, scaled(weight), eps=eps, impl=impl)
-
-    def add_norm(delta_NH: Tensor, stream_NH: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        if weight is None or stream_NH is None:
+    def add_norm(delta_NH: Tensor, stream_NH: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        if weight is None or stream_NH is None or bias is not None:
             sum_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
-            return sum_NH if weight is None else norm(sum_NH, weight), sum_NH
-        return rms_norm(delta_NH, scaled(weight), eps=eps, residual=stream_NH, impl=impl)
+            return sum_NH if weight is None else norm(sum_NH, weight, bias), sum_NH
+        return rms_norm(delta_NH, weight, eps=eps, residual=stream_NH, offset=options.norm_offset, impl=impl)
 
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rope(q, k, cos, sin, impl=impl)
 
-    delta_NH, stream_NH = _embed(weights, token_ids_N), None  # what the layer before adds, and what it adds it to
+    delta_NH, stream_NH = _embed(weights, token_ids_N, positions_N), None  # what the layer before adds, and what it adds it to
     for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
-        h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.input_norm)
+        h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.input_norm, layer.input_norm_bias)
         qkv = F.linear(h_NH, layer.qkv, layer.qkv_bias).unflatten(1, (heads + 2 * kv_heads, weights.head_dim))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
         q = q if layer.q_norm is None else head_norm(q, layer.q_norm, norm)
@@ -209,20 +214,26 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
                             scale=options.attention_scale, impl=impl)
         delta_NH = F.linear(o.flatten(1), layer.o, layer.o_bias)
         delta_NH = delta_NH if layer.attention_out_norm is None else norm(delta_NH, layer.attention_out_norm)
-        h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.post_norm)
-        gate_up = F.linear(h_NH, layer.gate_up, layer.gate_up_bias)
-        delta_NH = F.linear(geglu(gate_up) if options.gelu else swiglu(gate_up, impl=impl), layer.down, layer.down_bias)
+        attended_NH = delta_NH
+        if options.parallel:
+            h_NH, _ = add_norm(stream_NH, None, layer.post_norm, layer.post_norm_bias)
+        else:
+            h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.post_norm, layer.post_norm_bias)
+        h_NF = activate(F.linear(h_NH, layer.gate_up, layer.gate_up_bias), options.activation, gated=_gated(layer), impl=impl)
+        delta_NH = F.linear(h_NF, layer.down, layer.down_bias)
+        delta_NH = delta_NH + attended_NH if options.parallel else delta_NH
         delta_NH = delta_NH if layer.mlp_out_norm is None else norm(delta_NH, layer.mlp_out_norm)
     x_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
-    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm)
+    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, weights.norm_bias)
 
 
 # ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
 if native.capability:
     @torch.library.register_fake("fusedrl::decode_step")
     def _(token_ids: Tensor, positions: Tensor, rows: Tensor, block_table: Tensor, k_cache: Tensor, v_cache: Tensor, out_slots: Tensor | None,
-          embedding: Tensor, norm: Tensor, inv_freq: Tensor, layers: list[Tensor | None], windows: list[int], ropes: list[int], rope_scale: float, eps: float,
-          attention_scale: float, attention_softcap: float, embedding_scale: float, norm_offset: float, gelu: bool) -> Tensor:
+          embedding: Tensor, position_embedding: Tensor | None, norm: Tensor, norm_bias: Tensor | None, inv_freq: Tensor, layers: list[Tensor | None],
+          windows: list[int], ropes: list[int], rope_scale: float, eps: float, attention_scale: float, attention_softcap: float, embedding_scale: float,
+          norm_offset: float, activation: str, parallel: bool) -> Tensor:
         return embedding.new_empty((token_ids if out_slots is None else out_slots).shape[0], embedding.shape[1])
 
 
@@ -250,7 +261,8 @@ def _check_ranges(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Ten
                   out_slots_R: Tensor | None) -> None:
     """What the cpp op checks itself: torch's indexing would take a negative index from the end."""
     B, M = block_table_BM.shape
-    for name, values, end in (("token_ids", token_ids_N, weights.embedding.shape[0]), ("rows", rows_N, B), ("positions", positions_N, M * size),
+    positions = M * size if weights.position_embedding is None else min(M * size, weights.position_embedding.shape[0])
+    for name, values, end in (("token_ids", token_ids_N, weights.embedding.shape[0]), ("rows", rows_N, B), ("positions", positions_N, positions),
                               ("out_slots", out_slots_R, token_ids_N.shape[0])):
         if values is not None and bool(((values < 0) | (values >= end)).any()):
             raise IndexError(f"decode_step: expected {name} in [0, {end}), got {values.min()} to {values.max()}")
@@ -302,7 +314,8 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
         return function(weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
     options = weights.options
     return torch.ops.fusedrl.decode_step(
-        token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, weights.embedding, weights.norm, weights.inv_freq,
+        token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, weights.embedding, weights.position_embedding, weights.norm,
+        weights.norm_bias, weights.inv_freq,
         [part for layer in weights.layers for part in layer.parts()], [layer.window for layer in weights.layers], [layer.rope for layer in weights.layers],
         weights.rope_scale, weights.norm_eps, D**-0.5 if options.attention_scale is None else options.attention_scale, options.attention_softcap or 0.0,
-        options.embedding_scale, options.norm_offset, options.gelu)
+        options.embedding_scale, options.norm_offset, options.activation, options.parallel)

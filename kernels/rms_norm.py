@@ -3,9 +3,12 @@
     rstd = (mean(x^2) + eps)^-1/2      u = x rstd      y = weight * u
     dx   = rstd (dy weight - u mean(dy weight u))      dweight = sum over rows of dy u
 
+With an offset, offset + weight stands for weight.
+
 Shapes    N tokens of H values, or N tokens of several heads of H values each (QK-norm); weight [H].
 Bytes     forward 2 N H s (read, write), 4 with a residual (two of each); backward 3 (4 with a gradient of the sum).
-Numerics  those of transformers' LlamaRMSNorm: float32 up to u, rounded to the dtype, times the weight, rounded. x + residual is rounded before it is
+Numerics  those of transformers' LlamaRMSNorm: float32 up to u, rounded to the dtype, times the weight, rounded; with an offset those
+          of Gemma's: float32 up to y, offset + weight included. x + residual is rounded before it is
           normalised. The weight's gradient is summed in float32 in an order that depends on the number of rows alone: no atomics.
 Source    Zhang and Sennrich (2019), Root Mean Square Layer Normalization, eq. 4.
 """
@@ -35,17 +38,18 @@ _PROGRAMS = 512      # of the backward, each with a sum of its own for the weigh
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """(y, what was normalised) by definition, differentiable, on any device and in any float dtype (float64 is the oracle)."""
     x = x if residual is None else x + residual
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype), x
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (weight * unit.to(x.dtype) if offset == 0 else ((weight.to(wide.dtype) + offset) * unit).to(x.dtype)), x
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 if triton is not None:
     @triton.jit(do_not_specialize=["rows"])
-    def _forward_kernel(x_ptr, weight_ptr, residual_ptr, y_ptr, sum_ptr, rstd_ptr, rows, eps, x_token, x_head, residual_token, residual_head,
+    def _forward_kernel(x_ptr, weight_ptr, residual_ptr, y_ptr, sum_ptr, rstd_ptr, rows, eps, offset, x_token, x_head, residual_token, residual_head,
                         HEADS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # one program a tile of rows
         n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         h = tl.arange(0, BLOCK)[None, :]
@@ -58,16 +62,17 @@ if triton is not None:
             tl.store(sum_ptr + at, x, mask=inside)
             x = x.to(tl.float32)
         rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
-        unit = (x * rstd[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
-        weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        unit = x * rstd[:, None]
+        unit = tl.where(offset == 0.0, unit.to(y_ptr.dtype.element_ty).to(tl.float32), unit)
+        weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32) + offset
         tl.store(y_ptr + at, weight * unit, mask=inside)
         tl.store(rstd_ptr + n, rstd, mask=n < rows)
 
     @triton.jit(do_not_specialize=["rows"])
-    def _backward_kernel(y_grad_ptr, sum_grad_ptr, x_ptr, weight_ptr, rstd_ptr, x_grad_ptr, weight_parts_ptr, rows, x_token, x_head,
+    def _backward_kernel(y_grad_ptr, sum_grad_ptr, x_ptr, weight_ptr, rstd_ptr, x_grad_ptr, weight_parts_ptr, rows, offset, x_token, x_head,
                          HEADS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # a program takes every so many-th tile
         h = tl.arange(0, BLOCK)[None, :]
-        weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32) + offset
         part = tl.zeros([BLOCK], tl.float32)
         for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
             n = tl.arange(0, ROWS).to(tl.int64) + tile * ROWS
@@ -100,9 +105,9 @@ if triton is not None:
 
         return {
             f"forward_{name}": entry(_forward_kernel, "x_ptr weight_ptr residual_ptr y_ptr sum_ptr rstd_ptr",
-                                     {"rows": "i32", "eps": "fp32", **strides, "residual_token": "i64", "residual_head": "i64"}),
+                                     {"rows": "i32", "eps": "fp32", "offset": "fp32", **strides, "residual_token": "i64", "residual_head": "i64"}),
             f"backward_{name}": entry(_backward_kernel, "y_grad_ptr sum_grad_ptr x_ptr weight_ptr rstd_ptr x_grad_ptr weight_parts_ptr",
-                                      {"rows": "i32", **strides}),
+                                      {"rows": "i32", "offset": "fp32", **strides}),
         }
 
 
@@ -125,21 +130,21 @@ def _heads(x: Tensor) -> int:
 
 
 @torch.library.custom_op("fusedrl::rms_norm_triton", mutates_args=())
-def _rms_norm_triton(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm_triton(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
     H, rows = x.shape[-1], x.shape[:-1].numel()
     y, rstd = x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
     added = x.new_empty(0) if residual is None else torch.empty_like(y)
     if rows:
         tile = _tile(H)
         _forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-            x, weight.contiguous(), residual, y, None if residual is None else added, rstd, rows, eps, *_strides(x),
+            x, weight.contiguous(), residual, y, None if residual is None else added, rstd, rows, eps, offset, *_strides(x),
             *((0, 0) if residual is None else _strides(residual)), HEADS=_heads(x), H=H, **tile, num_warps=_warps(H))
     return y, added, rstd
 
 
 @torch.library.custom_op("fusedrl::rms_norm_triton_backward", mutates_args=())
 def _rms_norm_triton_backward(y_grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
-                              weight_wanted: bool) -> tuple[Tensor, Tensor]:
+                              weight_wanted: bool, offset: float) -> tuple[Tensor, Tensor]:
     H, rows = x.shape[-1], rstd.shape[0]
     tile = _tile(H)
     programs = min(triton.cdiv(rows, tile["ROWS"]), _PROGRAMS)
@@ -147,20 +152,21 @@ def _rms_norm_triton_backward(y_grad: Tensor, sum_grad: Tensor | None, x: Tensor
     parts = rstd.new_empty(programs, H) if weight_wanted else None
     if rows:
         _backward_kernel[(programs,)](
-            y_grad.contiguous(), None if sum_grad is None else sum_grad.contiguous(), x, weight.contiguous(), rstd, dx, parts, rows, *_strides(x),
+            y_grad.contiguous(), None if sum_grad is None else sum_grad.contiguous(), x, weight.contiguous(), rstd, dx, parts, rows, offset, *_strides(x),
             HEADS=_heads(x), H=H, **tile, num_warps=_warps(H))
     return dx, weight.new_empty(0) if parts is None else parts.sum(0).to(weight.dtype)
 
 
 # ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
-def _forward_fake(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), x.new_empty(rows, dtype=torch.float32)
 
 
-def _backward_fake(y_grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_wanted: bool) -> tuple[Tensor, Tensor]:
+def _backward_fake(y_grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_wanted: bool,
+                   offset: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape if weight_wanted else 0)
 
 
@@ -173,7 +179,7 @@ if native.capability:
 
 # ---- autograd (that of the C++ implementation is in C++) ------------------------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, residual, _ = inputs
+    x, weight, residual, _, ctx.offset = inputs
     _, added, rstd = output
     ctx.residual = residual is not None
     ctx.save_for_backward(added if ctx.residual else x, weight, rstd)
@@ -186,9 +192,9 @@ def _backward(ctx, y_grad: Tensor | None, sum_grad: Tensor | None, _rstd_grad: N
     dx, dweight = sum_grad, None
     if y_grad is not None:
         wanted = ctx.needs_input_grad[1]
-        dx, dweight = _rms_norm_triton_backward(y_grad, sum_grad if ctx.residual else None, x, weight, rstd, wanted)
+        dx, dweight = _rms_norm_triton_backward(y_grad, sum_grad if ctx.residual else None, x, weight, rstd, wanted, ctx.offset)
         dweight = dweight if wanted else None
-    return dx, dweight, dx if ctx.residual else None, None
+    return dx, dweight, dx if ctx.residual else None, None, None
 
 
 _rms_norm_triton.register_autograd(_backward, setup_context=_setup_context)
@@ -196,16 +202,17 @@ _rms_norm_triton.register_autograd(_backward, setup_context=_setup_context)
 
 # ---- public ------------------------------------------------------------------------------------------------------------
 @overload
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: None = None, impl: str | None = None) -> Tensor: ...
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: None = None, offset: float = 0.0, impl: str | None = None) -> Tensor: ...
 @overload
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]: ...
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor, offset: float = 0.0, impl: str | None = None) -> tuple[Tensor, Tensor]: ...
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, offset: float = 0.0,
+             impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """weight * x / rms(x) over the last dimension, or the same of x + residual.
 
     Args:
         x: [N, H], or [N, heads, H] for a norm of every head; its last dimension is contiguous, the strides of the others are free.
         weight: [H], of x's dtype. eps: added to the mean of the squares.
-        residual: as x; None is no residual.
+        residual: as x; None is no residual. offset: added to the weight, in float32.
         impl: "cpp" (CPU; not float64), "triton" (not float64; H up to 8192) or "torch"; by default the best one for the device.
     Returns:
         y, as x; with a residual (y, x + residual), the second for the next residual connection. Differentiable in x, weight and residual.
@@ -223,11 +230,11 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None =
     for name, tensor in (("x", x), ("residual", residual)):
         check_last_contiguous(op, name, tensor)
     if chosen == "torch":
-        y, added = rms_norm_reference(x, weight, eps, residual)
+        y, added = rms_norm_reference(x, weight, eps, residual, offset)
     elif chosen == "cpp":
-        y, added = torch.ops.fusedrl.rms_norm(x, weight, residual, eps)
+        y, added = torch.ops.fusedrl.rms_norm(x, weight, residual, eps, offset)
     else:
-        y, added, _ = _rms_norm_triton(x, weight, residual, eps)
+        y, added, _ = _rms_norm_triton(x, weight, residual, eps, offset)
     return y if residual is None else (y, added)
 
 

@@ -11,6 +11,9 @@ Source    Shazeer (2020), GLU Variants Improve Transformer, eq. 6.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -27,6 +30,8 @@ except ImportError:  # dispatch then says that Triton cannot run here
 _IMPLS = Implementations("swiglu", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _IMPLS_FLOAT64 = Implementations("swiglu of float64", cpu=("torch",), cuda=("torch",))
 _BLOCK = 1024
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu, "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"), "gelu": torch.nn.functional.gelu}
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -144,7 +149,14 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     return torch.ops.fusedrl.swiglu(gate_up) if chosen == "cpp" else _swiglu_triton(gate_up)
 
 
-def geglu(gate_up: Tensor) -> Tensor:
-    """gelu(gate) * up, GELU in its tanh form, of [N, 2F] as `swiglu` takes it: torch's own kernels, each rounding to the dtype. Differentiable."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+def activate(x: Tensor, activation: str, *, gated: bool, impl: str | None = None) -> Tensor:
+    """What an MLP does between its products: the activation "silu", "gelu_tanh" or "gelu", of [N, F]; gated, of the first half of [N, 2F], times the second.
+
+    `impl` is that of `swiglu`; all else is torch's own kernels. Differentiable.
+    """
+    if gated and activation == "silu":
+        return swiglu(x, impl=impl)
+    if not gated:
+        return ACTIVATIONS[activation](x)
+    gate, up = x.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up

@@ -31,7 +31,8 @@ struct Tokens {
 };
 
 enum Part {
-  INPUT_NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, O, O_BIAS, POST_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_OUT_NORM, MLP_OUT_NORM, PARTS
+  INPUT_NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, O, O_BIAS, POST_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_OUT_NORM, MLP_OUT_NORM,
+  INPUT_NORM_BIAS, POST_NORM_BIAS, PARTS
 };
 
 template <typename T>
@@ -43,22 +44,42 @@ struct Layer {
 
 struct Sizes {
   int64_t H, F, heads, kv_heads, D, S, pairs;  // pairs: of each head the first 2 pairs values turn
+  bool gated;                                  // the MLP's first product holds gates, then what they multiply
   int64_t group() const { return heads / kv_heads; }
   int64_t qkv() const { return (heads + 2 * kv_heads) * D; }
+  int64_t up() const { return gated ? 2 * F : F; }
 };
 
 struct Options {
   float rope_scale, eps, attention_scale, attention_softcap, embedding_scale, norm_offset;
-  bool gelu;
+  Activation activation;
+  bool parallel;  // the MLP reads the residual stream before attention is added to it
 };
 
-void check_ranges(const Tokens& tokens, int64_t vocabulary, int64_t blocks, int64_t S, int64_t reach, const int64_t* out, int64_t R) {
+// A norm of all of a token's values: with a bias a LayerNorm, without one an RMSNorm.
+template <typename T>
+struct Norm {
+  const T *weight, *bias;
+  void operator()(const float* x, int64_t rows, int64_t width, const Options& options, float* y) const {
+    if (bias) layer_norm(x, weight, bias, rows, width, options.eps, y);
+    else rms_norm(x, weight, rows, width, options.eps, options.norm_offset, y);
+  }
+};
+
+// What a token's vector starts from; `positions` is null where no table of them was learned.
+template <typename T>
+struct Embeddings {
+  const T *tokens, *positions;
+};
+
+void check_ranges(const Tokens& tokens, int64_t vocabulary, int64_t positions, int64_t blocks, int64_t S, int64_t reach, const int64_t* out, int64_t R) {
   for (int64_t n = 0; n < tokens.N; ++n) {
     const int64_t id = tokens.ids[n], position = tokens.positions[n], row = tokens.rows[n];
     TORCH_CHECK_INDEX(id >= 0 && id < vocabulary, "decode_step: token_ids[", n, "] = ", id, " is outside the vocabulary of ", vocabulary);
     TORCH_CHECK_INDEX(row >= 0 && row < tokens.B, "decode_step: rows[", n, "] = ", row, " is not a row of the block table of ", tokens.B);
     TORCH_CHECK_INDEX(position >= 0 && position < tokens.M * S, "decode_step: positions[", n, "] = ", position, " is outside the ", tokens.M,
                       " blocks of ", S, " in a row of the block table");
+    TORCH_CHECK_INDEX(position < positions, "decode_step: positions[", n, "] = ", position, " is outside the ", positions, " learned positions");
     for (int64_t b = std::max<int64_t>(0, position - reach + 1) / S; b <= position / S; ++b) {
       const int64_t block = tokens.table[row * tokens.M + b];
       TORCH_CHECK_INDEX(block >= 0 && block < blocks, "decode_step: block_table[", row, ", ", b, "] = ", block, " is not one of the ", blocks,
@@ -128,30 +149,30 @@ void attention(const Layer<T>& layer, const Sizes& z, const Options& options, co
 }
 
 template <typename T>
-void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& options, const Tokens& tokens, const T* embedding, const T* norm,
+void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& options, const Tokens& tokens, Embeddings<T> embeddings, Norm<T> norm,
          const float* inv_freq, int64_t tables, T* k_cache, T* v_cache, int64_t layer_size, const int64_t* out_slots, int64_t R, T* out) {
   const Panels panels(tokens.N), read(R);
   const int64_t lanes = panels.lanes(), angles = tables * z.pairs;
-  const int64_t input = std::max({z.H, z.heads * z.D, z.F}), output = std::max({z.qkv(), 2 * z.F, z.H});
-  // x the residual stream, a the input of a linear layer, b its output where that is not the residual stream
-  Tensor workspace = at::empty({lanes * (z.H + input + output + 2 * angles) + read.lanes() * z.H}, at::kFloat);
+  const int64_t input = std::max({z.H, z.heads * z.D, z.F}), output = std::max({z.qkv(), z.up(), z.H});
+  // x the residual stream, a the input of a linear layer, b its output where that is not the residual stream, before the stream that attention read
+  Tensor workspace = at::empty({lanes * (z.H + input + output + 2 * angles + (options.parallel ? z.H : 0)) + read.lanes() * z.H}, at::kFloat);
   float* x = workspace.mutable_data_ptr<float>();
   float* a = x + lanes * z.H;
   float* b = a + lanes * input;
   float* cos = b + lanes * output;
   float* sin = cos + lanes * angles;
   float* last = sin + lanes * angles;
+  float* before = last + read.lanes() * z.H;
   const auto each_panel = [](const Panels& of, auto&& body) {
     at::parallel_for(0, of.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) body(p, of.width(p));
     });
   };
-  // Where there is a weight, the norm of x in a; else x itself.
-  const auto normed = [&](const T* weight) {
-    if (!weight) return x;
-    each_panel(panels, [&](int64_t p, int64_t width) {
-      rms_norm(x + p * PANEL * z.H, weight, z.H, width, options.eps, options.norm_offset, a + p * PANEL * z.H);
-    });
+  // Where there is a weight, the norm of a stream in a; else the stream itself.
+  const auto normed = [&](const Layer<T>& layer, Part w, Part bias, float* stream) {
+    const Norm<T> by{layer.part[w], layer.part[bias]};
+    if (!by.weight) return stream;
+    each_panel(panels, [&](int64_t p, int64_t width) { by(stream + p * PANEL * z.H, z.H, width, options, a + p * PANEL * z.H); });
     return a;
   };
   // x += W a + bias, or the norm of that.
@@ -169,8 +190,12 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& opt
   each_panel(panels, [&](int64_t p, int64_t width) {
     for (int64_t c = 0; c < width; ++c) {
       const bool used = c < panels.used(p);  // lanes beyond the tokens are zeros, so that nothing in them is slow or infinite
-      const T* row = embedding + (used ? tokens.ids[p * PANEL + c] : 0) * z.H;
+      const T* row = embeddings.tokens + (used ? tokens.ids[p * PANEL + c] : 0) * z.H;
       for (int64_t h = 0; h < z.H; ++h) x[p * PANEL * z.H + h * width + c] = used ? to_float(row[h]) * options.embedding_scale : 0.0f;
+      if (used && embeddings.positions) {
+        const T* learned = embeddings.positions + tokens.positions[p * PANEL + c] * z.H;
+        for (int64_t h = 0; h < z.H; ++h) x[p * PANEL * z.H + h * width + c] += to_float(learned[h]);
+      }
       const float position = used ? static_cast<float>(tokens.positions[p * PANEL + c]) : 0.0f;
       for (int64_t t = 0; t < tables; ++t)
         for (int64_t d = 0; d < z.pairs; ++d)
@@ -190,14 +215,15 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& opt
     const Layer<T>& layer = layers[l];
     T* k = k_cache + l * layer_size;
     T* v = v_cache + l * layer_size;
-    linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, normed(layer.part[INPUT_NORM]), b, false);
+    linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, normed(layer, INPUT_NORM, INPUT_NORM_BIAS, x), b, false);
     rope_and_cache(layer, z, options, tokens, panels, cos, sin, b, k, v);
     if (lanes > tokens.N) std::fill(a, a + lanes * z.heads * z.D, 0.0f);
     attention(layer, z, options, tokens, panels, b, k, v, longest, a);
+    if (options.parallel) std::copy(x, x + lanes * z.H, before);
     add(layer, O, O_BIAS, ATTENTION_OUT_NORM, z.heads * z.D);
-    linear(layer.part[GATE_UP], layer.part[GATE_UP_BIAS], 2 * z.F, z.H, panels, normed(layer.part[POST_NORM]), b, false);
+    linear(layer.part[GATE_UP], layer.part[GATE_UP_BIAS], z.up(), z.H, panels, normed(layer, POST_NORM, POST_NORM_BIAS, options.parallel ? before : x), b, false);
     each_panel(panels, [&](int64_t p, int64_t width) {
-      (options.gelu ? geglu : swiglu)(b + p * PANEL * 2 * z.F, z.F * width, a + p * PANEL * z.F);
+      activate(b + p * PANEL * z.up(), z.F * width, options.activation, z.gated, a + p * PANEL * z.F);
     });
     add(layer, DOWN, DOWN_BIAS, MLP_OUT_NORM, z.F);
   }
@@ -211,7 +237,7 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& opt
       const int64_t step = used ? panels.width(n / PANEL) : 0;
       for (int64_t h = 0; h < z.H; ++h) panel[h * width + c] = used ? from[h * step] : 0.0f;
     }
-    rms_norm(panel, norm, z.H, width, options.eps, options.norm_offset, panel);
+    norm(panel, z.H, width, options, panel);
     for (int64_t c = 0; c < read.used(p); ++c)
       for (int64_t h = 0; h < z.H; ++h) out[(p * PANEL + c) * z.H + h] = static_cast<T>(panel[h * width + c]);
   });
@@ -232,29 +258,33 @@ const T* weight(const std::optional<Tensor>& tensor, const char* name, at::IntAr
 
 template <typename T>
 Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache,
-             const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
-             const c10::List<std::optional<Tensor>>& parts, at::IntArrayRef windows, at::IntArrayRef ropes, const Options& options) {
+             const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const std::optional<Tensor>& learned,
+             const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& inv_freq, const c10::List<std::optional<Tensor>>& parts,
+             at::IntArrayRef windows, at::IntArrayRef ropes, const Options& options) {
   const int64_t L = windows.size(), H = embedding.size(1), kv_heads = k_cache.size(2), D = k_cache.size(3), S = k_cache.size(4);
   TORCH_CHECK_VALUE(static_cast<int64_t>(parts.size()) == PARTS * L && k_cache.size(0) == L && static_cast<int64_t>(ropes.size()) == L,
                     "decode_step: expected ", int{PARTS}, " parts and a rope of each of ", L, " layers");
   TORCH_CHECK_VALUE(kv_heads > 0 && D > 0 && S > 0, "decode_step: expected a cache with key/value heads, a head dim and slots, got ", k_cache.sizes());
   TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(), "decode_step: expected contiguous caches; use allocate_cache");
   const int64_t pairs = inv_freq.dim() ? inv_freq.size(-1) : 0, tables = inv_freq.dim() == 2 ? inv_freq.size(0) : 1;
-  TORCH_CHECK_VALUE(pairs > 0 && 2 * pairs <= D, "decode_step: expected inv_freq of at least one and at most ", D / 2, " pairs, got ", inv_freq.sizes());
-  Sizes z{H, 0, 0, kv_heads, D, S, pairs};
+  TORCH_CHECK_VALUE(2 * pairs <= D, "decode_step: expected inv_freq of at most ", D / 2, " pairs, got ", inv_freq.sizes());
+  TORCH_CHECK_VALUE(!learned || learned->dim() == 2, "decode_step: expected position_embedding [positions, ", H, "], got ", learned->sizes());
+  Sizes z{H, 0, 0, kv_heads, D, S, pairs, false};
   std::vector<Layer<T>> layers(L);
   int64_t reach = 1;
   for (int64_t l = 0; l < L; ++l) {
     const auto part = [&](Part i) -> std::optional<Tensor> { return parts.get(l * PARTS + i); };
-    const auto o = part(O), down = part(DOWN);
-    TORCH_CHECK_VALUE(o.has_value() && o->dim() == 2 && down.has_value() && down->dim() == 2, "decode_step: layer ", l,
-                      " lacks its o or down weight");
+    const auto o = part(O), gate_up = part(GATE_UP), down = part(DOWN);
+    TORCH_CHECK_VALUE(o && o->dim() == 2 && gate_up && gate_up->dim() == 2 && down && down->dim() == 2, "decode_step: layer ", l,
+                      " lacks its o, gate_up or down weight");
     const int64_t heads = o->size(1) / D, F = down->size(1);
-    TORCH_CHECK_VALUE(D % 2 == 0 && heads % kv_heads == 0 && (l == 0 || (F == z.F && heads == z.heads)),
-                      "decode_step: expected layers of one shape, an even head dim and query heads in equal groups, got head dim ", D, ", ", heads,
-                      " heads, ", kv_heads, " key/value heads, F ", F, " in layer ", l);
+    const bool gated = gate_up->size(0) != F;
+    TORCH_CHECK_VALUE(heads % kv_heads == 0 && (l == 0 || (F == z.F && heads == z.heads && gated == z.gated)),
+                      "decode_step: expected layers of one shape and query heads in equal groups, got head dim ", D, ", ", heads, " heads, ", kv_heads,
+                      " key/value heads, F ", F, gated ? ", gated" : ", not gated", " in layer ", l);
     z.heads = heads;
     z.F = F;
+    z.gated = gated;
     const auto set = [&](Part i, const char* name, at::IntArrayRef shape, bool optional) {
       layers[l].part[i] = weight<T>(part(i), name, shape, optional);
     };
@@ -268,12 +298,14 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
     set(O, "o", {H, heads * D}, false);
     set(O_BIAS, "o_bias", {H}, true);
     set(POST_NORM, "post_norm", {H}, true);
-    set(GATE_UP, "gate_up", {2 * F, H}, false);
-    set(GATE_UP_BIAS, "gate_up_bias", {2 * F}, true);
+    set(GATE_UP, "gate_up", {z.up(), H}, false);
+    set(GATE_UP_BIAS, "gate_up_bias", {z.up()}, true);
     set(DOWN, "down", {H, F}, false);
     set(DOWN_BIAS, "down_bias", {H}, true);
     set(ATTENTION_OUT_NORM, "attention_out_norm", {H}, true);
     set(MLP_OUT_NORM, "mlp_out_norm", {H}, true);
+    set(INPUT_NORM_BIAS, "input_norm_bias", {H}, true);
+    set(POST_NORM_BIAS, "post_norm_bias", {H}, true);
     TORCH_CHECK_VALUE(ropes[l] >= -1 && ropes[l] < tables, "decode_step: expected a rope of -1 (none) or below the ", tables, " rows of inv_freq, got ",
                       ropes[l], " in layer ", l);
     layers[l].rope = ropes[l];
@@ -288,31 +320,44 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
   const int64_t* slots = out_slots ? slots_R.const_data_ptr<int64_t>() : nullptr;
   const Tokens tokens{ids_N.const_data_ptr<int64_t>(), positions_N.const_data_ptr<int64_t>(), rows_N.const_data_ptr<int64_t>(),
                       table_BM.const_data_ptr<int32_t>(), N, table_BM.size(0), table_BM.size(1)};
-  check_ranges(tokens, embedding.size(0), k_cache.size(1), S, reach, slots, out_slots ? R : 0);
+  check_ranges(tokens, embedding.size(0), learned ? learned->size(0) : std::numeric_limits<int64_t>::max(), k_cache.size(1), S, reach, slots, out_slots ? R : 0);
   Tensor out_RH = at::empty({R, H}, embedding.options().requires_grad(false));
   if (N)
-    run<T>(layers, z, options, tokens, weight<T>(embedding, "embedding", embedding.sizes(), false), weight<T>(norm, "norm", {H}, false),
-           weight<float>(inv_freq, "inv_freq", inv_freq.sizes(), false), tables, k_cache.mutable_data_ptr<T>(), v_cache.mutable_data_ptr<T>(),
+    run<T>(layers, z, options, tokens,
+           {weight<T>(embedding, "embedding", embedding.sizes(), false),
+            weight<T>(learned, "position_embedding", {learned ? learned->size(0) : 0, H}, true)},
+           {weight<T>(norm, "norm", {H}, false), weight<T>(norm_bias, "norm_bias", {H}, true)}, weight<float>(inv_freq, "inv_freq", inv_freq.sizes(), false), tables,
+           k_cache.mutable_data_ptr<T>(), v_cache.mutable_data_ptr<T>(),
            k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
   return out_RH;
 }
 
+Activation activation_of(c10::string_view name) {
+  if (name == "silu") return Activation::SILU;
+  if (name == "gelu_tanh") return Activation::GELU_TANH;
+  TORCH_CHECK_VALUE(name == "gelu", "decode_step: expected activation silu, gelu_tanh or gelu, got ", name);
+  return Activation::GELU;
+}
+
 Tensor decode_step(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache,
-                   const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const Tensor& norm, const Tensor& inv_freq,
-                   const c10::List<std::optional<Tensor>>& layers, at::IntArrayRef windows, at::IntArrayRef ropes, double rope_scale, double eps,
-                   double attention_scale, double attention_softcap, double embedding_scale, double norm_offset, bool gelu) {
+                   const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const std::optional<Tensor>& position_embedding,
+                   const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& inv_freq, const c10::List<std::optional<Tensor>>& layers,
+                   at::IntArrayRef windows, at::IntArrayRef ropes, double rope_scale, double eps, double attention_scale, double attention_softcap,
+                   double embedding_scale, double norm_offset, c10::string_view activation, bool parallel) {
   const auto call = embedding.scalar_type() == at::kBFloat16 ? &typed<at::BFloat16> : &typed<float>;
   const auto narrow = [](double x) { return static_cast<float>(x); };
   const Options options{narrow(rope_scale),        narrow(eps),         narrow(attention_scale), narrow(attention_softcap),
-                        narrow(embedding_scale), narrow(norm_offset), gelu};
-  return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, norm, inv_freq, layers, windows, ropes, options);
+                        narrow(embedding_scale), narrow(norm_offset), activation_of(activation), parallel};
+  return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, position_embedding, norm, norm_bias, inv_freq, layers,
+              windows, ropes, options);
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
   m.def(
       "decode_step(Tensor token_ids, Tensor positions, Tensor rows, Tensor block_table, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? out_slots, "
-      "Tensor embedding, Tensor norm, Tensor inv_freq, Tensor?[] layers, int[] windows, int[] ropes, float rope_scale, float eps, "
-      "float attention_scale, float attention_softcap, float embedding_scale, float norm_offset, bool gelu) -> Tensor");
+      "Tensor embedding, Tensor? position_embedding, Tensor norm, Tensor? norm_bias, Tensor inv_freq, Tensor?[] layers, int[] windows, int[] ropes, "
+      "float rope_scale, float eps, float attention_scale, float attention_softcap, float embedding_scale, float norm_offset, str activation, "
+      "bool parallel) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("decode_step", &decode_step); }
 

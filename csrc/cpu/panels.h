@@ -110,6 +110,24 @@ void rms_norm(const float* x, const T* weight, int64_t rows, int64_t width, floa
   }
 }
 
+// LayerNorm of `rows` values of every token.
+template <typename T>
+void layer_norm(const float* x, const T* weight, const T* bias, int64_t rows, int64_t width, float eps, float* y) {
+  const Vec count(static_cast<float>(rows));
+  for (int64_t c = 0; c < width; c += VL) {
+    Vec mean(0.0f), squares(0.0f);
+    for (int64_t r = 0; r < rows; ++r) mean = mean + Vec::loadu(x + r * width + c);
+    mean = mean / count;
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec value = Vec::loadu(x + r * width + c) - mean;
+      squares = at::vec::fmadd(value, value, squares);
+    }
+    const Vec scale = Vec(1.0f) / (squares / count + Vec(eps)).sqrt();
+    for (int64_t r = 0; r < rows; ++r)
+      at::vec::fmadd((Vec::loadu(x + r * width + c) - mean) * scale, Vec(to_float(weight[r])), Vec(to_float(bias[r]))).store(y + r * width + c);
+  }
+}
+
 // Rotate-half RoPE of one head, [D][width]; cos and sin [D / 2][width].
 inline void rotate(float* x, const float* cos, const float* sin, int64_t D, int64_t width) {
   const int64_t half = D / 2 * width;
@@ -125,19 +143,20 @@ inline void cap_scores(float* x, int64_t size, float cap) {
   for (int64_t i = 0; i < size; i += VL) ((Vec::loadu(x + i) * Vec(1.0f / cap)).tanh() * Vec(cap)).store(x + i);
 }
 
-// gate * sigmoid(gate) * up; gate and up of `size` values each, one after the other.
-inline void swiglu(const float* gate_up, int64_t size, float* y) {
-  for (int64_t i = 0; i < size; i += VL) {
-    const Vec gate = Vec::loadu(gate_up + i);
-    (gate / (Vec(1.0f) + gate.neg().exp()) * Vec::loadu(gate_up + size + i)).store(y + i);
-  }
+enum class Activation { SILU, GELU_TANH, GELU };
+
+inline Vec activate(Vec x, Activation by) {
+  if (by == Activation::SILU) return x / (Vec(1.0f) + x.neg().exp());
+  if (by == Activation::GELU) return Vec(0.5f) * x * (Vec(1.0f) + (x * Vec(0.7071067811865476f)).erf());
+  const Vec inner = Vec(0.7978845608028654f) * (x + Vec(0.044715f) * x * x * x);
+  return Vec(0.5f) * x * (Vec(1.0f) + inner.tanh());
 }
 
-// gelu(gate) * up, GELU by its tanh form.
-inline void geglu(const float* gate_up, int64_t size, float* y) {
+// The activation of `size` values; gated, times the `size` values behind them.
+inline void activate(const float* x, int64_t size, Activation by, bool gated, float* y) {
   for (int64_t i = 0; i < size; i += VL) {
-    const Vec gate = Vec::loadu(gate_up + i), inner = Vec(0.7978845608028654f) * (gate + Vec(0.044715f) * gate * gate * gate);
-    (Vec(0.5f) * gate * (Vec(1.0f) + inner.tanh()) * Vec::loadu(gate_up + size + i)).store(y + i);
+    const Vec value = activate(Vec::loadu(x + i), by);
+    (gated ? value * Vec::loadu(x + size + i) : value).store(y + i);
   }
 }
 

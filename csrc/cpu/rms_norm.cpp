@@ -1,4 +1,4 @@
-// rms_norm on CPU: y = weight * round(x * rstd), optionally of x + residual, and its gradients.
+// rms_norm on CPU: y = weight * round(x * rstd), or (offset + weight) * (x * rstd); optionally of x + residual; and its gradients.
 //
 // Shapes   rows of H values behind one or two dimensions (tokens, or tokens and heads); rstd [rows] is what the backward keeps.
 // Bytes    forward 2 rows H s (4 with a residual), backward 3 (4); in both, a row is read a second time from the cache.
@@ -35,7 +35,7 @@ inline float sum_row(int64_t H, const Term& term) {
 }
 
 // y, x + residual (or nothing), rstd
-std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, const MaybeTensor& residual, double eps) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, const MaybeTensor& residual, double eps, double offset) {
   const int64_t H = x.size(-1);
   Tensor y = empty_in_huge_pages(x.sizes(), x.options()), sum = empty_in_huge_pages(residual ? x.sizes() : at::IntArrayRef({0}), x.options());
   const Tensor weight_H = weight.contiguous();
@@ -46,6 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tenso
     const Rows<const T> from(x), added(residual ? *residual : x);
     const Rows<T> to(y), sums(residual ? sum : y);
     const bool adds = residual.has_value();
+    const Vec shift(static_cast<float>(offset));
     const T* w = weight_H.const_data_ptr<T>();
     at::parallel_for(0, rstd.numel(), rows_a_task(H), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
@@ -63,7 +64,10 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tenso
         rstd_out[n] = 1.0f / std::sqrt(squares / static_cast<float>(H) + static_cast<float>(eps));
         const Vec scale(rstd_out[n]);
         T* out = to[n];
-        each_vector(H, [&](int64_t i, auto count) { store(round_to<T>(load(row + i, count) * scale) * load(w + i, count), out + i, count); });
+        if (offset == 0)
+          each_vector(H, [&](int64_t i, auto count) { store(round_to<T>(load(row + i, count) * scale) * load(w + i, count), out + i, count); });
+        else
+          each_vector(H, [&](int64_t i, auto count) { store(load(row + i, count) * scale * (load(w + i, count) + shift), out + i, count); });
       }
     });
   });
@@ -72,13 +76,14 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tenso
 
 // dx and, if asked for, dweight. `x` is what was normalised; `sum_grad` reaches it directly.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& y_grad, const MaybeTensor& sum_grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                             bool weight_wanted) {
+                                             bool weight_wanted, double offset) {
   const int64_t H = x.size(-1), N = rstd.numel();
   const int64_t chunk = std::max<int64_t>(64, (N + 127) / 128), chunks = (N + chunk - 1) / chunk;
   const Tensor dy = y_grad.contiguous(), dsum = sum_grad ? sum_grad->contiguous() : dy, weight_H = weight.contiguous();
   Tensor dx = empty_in_huge_pages(x.sizes(), x.options()), dweight = at::empty({weight_wanted ? H : 0}, weight.options());
   const Tensor parts_CH = at::zeros({weight_wanted ? chunks : 0, H}, x.options().dtype(at::kFloat));
   const bool adds = sum_grad.has_value();
+  const Vec shift(static_cast<float>(offset));
   const float* rstd_in = rstd.const_data_ptr<float>();
   float* parts = weight_wanted ? parts_CH.mutable_data_ptr<float>() : nullptr;
   dispatch("rms_norm", x.scalar_type(), [&](auto zero) {
@@ -94,13 +99,13 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& y_grad, const MaybeTe
           const Vec scale(rstd_in[n]);
           const float along = sum_row(H, [&](int64_t i, auto count, Vec& sum) {
             const Vec dyu = load(grad + i, count) * (load(row + i, count) * scale);
-            sum = at::vec::fmadd(dyu, load(w + i, count), sum);
+            sum = at::vec::fmadd(dyu, load(w + i, count) + shift, sum);
             if (part) (load(part + i, count) + dyu).store(part + i, count);
           });
           const Vec mean(along / static_cast<float>(H));
           each_vector(H, [&](int64_t i, auto count) {
             const Vec unit = load(row + i, count) * scale;
-            Vec value = (load(grad + i, count) * load(w + i, count) - unit * mean) * scale;
+            Vec value = (load(grad + i, count) * (load(w + i, count) + shift) - unit * mean) * scale;
             if (adds) value = value + load(dsum_in + n * H + i, count);
             store(value, out + n * H + i, count);
           });
@@ -119,12 +124,14 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& y_grad, const MaybeTe
 }
 
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight, const MaybeTensor& residual, double eps) {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight, const MaybeTensor& residual, double eps,
+                                               double offset) {
     at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::rms_norm_forward", "").typed<decltype(rms_norm_forward)>();
-    auto [y, sum, rstd] = op.call(x, weight, residual, eps);
+    auto [y, sum, rstd] = op.call(x, weight, residual, eps, offset);
     ctx->save_for_backward({residual ? sum : x, weight, rstd});
     ctx->saved_data["residual"] = residual.has_value();
+    ctx->saved_data["offset"] = offset;
     ctx->saved_data["weight_wanted"] = weight.requires_grad();
     ctx->set_materialize_grads(false);
     if (!residual) ctx->mark_non_differentiable({sum});
@@ -134,21 +141,22 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::rms_norm_backward", "").typed<decltype(rms_norm_backward)>();
     const auto saved = ctx->get_saved_variables();
     const bool residual = ctx->saved_data["residual"].toBool(), weight_wanted = ctx->saved_data["weight_wanted"].toBool();
-    if (!grads[0].defined()) return {grads[1], Tensor(), residual ? grads[1] : Tensor(), Tensor()};
-    auto [dx, dweight] = op.call(grads[0], residual ? defined(grads[1]) : std::nullopt, saved[0], saved[1], saved[2], weight_wanted);
-    return {dx, weight_wanted ? dweight : Tensor(), residual ? dx : Tensor(), Tensor()};
+    if (!grads[0].defined()) return {grads[1], Tensor(), residual ? grads[1] : Tensor(), Tensor(), Tensor()};
+    auto [dx, dweight] = op.call(grads[0], residual ? defined(grads[1]) : std::nullopt, saved[0], saved[1], saved[2], weight_wanted,
+                              ctx->saved_data["offset"].toDouble());
+    return {dx, weight_wanted ? dweight : Tensor(), residual ? dx : Tensor(), Tensor(), Tensor()};
   }
 };
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& residual, double eps) {
-  const auto out = RmsNorm::apply(x, weight, residual, eps);
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& residual, double eps, double offset) {
+  const auto out = RmsNorm::apply(x, weight, residual, eps, offset);
   return {out[0], out[1]};
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
-  m.def("rms_norm_forward(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor)");
-  m.def("rms_norm_backward(Tensor y_grad, Tensor? sum_grad, Tensor x, Tensor weight, Tensor rstd, bool weight_wanted) -> (Tensor, Tensor)");
-  m.def("rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_forward(Tensor x, Tensor weight, Tensor? residual, float eps, float offset) -> (Tensor, Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor y_grad, Tensor? sum_grad, Tensor x, Tensor weight, Tensor rstd, bool weight_wanted, float offset) -> (Tensor, Tensor)");
+  m.def("rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps, float offset) -> (Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) {
   m.impl("rms_norm_forward", &rms_norm_forward);

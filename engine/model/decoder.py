@@ -1,8 +1,8 @@
 """The decoder: one set of fused parameters that training, scoring and generation all read.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width, V vocabulary.
-Rounding  norms as in transformers' Llama: in float32, rounded before their weight (1 + weight, rounded, where a family has it so). RoPE and SwiGLU in
-          float32, rounded once (transformers rounds each product).
+Rounding  norms as in transformers' Llama: in float32, rounded before their weight (Gemma's multiply by 1 + weight before they round). RoPE and SwiGLU in
+          float32, rounded once (transformers rounds each product). LayerNorm is torch's: float32 inside, rounded once.
 """
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ from fusedrl.kernels.attention import varlen_attention
 from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, Options, head_norm, partial_rope
 from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import rope
-from fusedrl.kernels.swiglu import geglu, swiglu
+from fusedrl.kernels.swiglu import activate
 
 
-def _norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
-    return rms_norm(x, weight + config.norm_offset if config.norm_offset else weight, eps=config.norm_eps)
+def _norm(x: Tensor, weight: Tensor, config: ModelConfig, bias: Tensor | None = None) -> Tensor:
+    if bias is not None:
+        return F.layer_norm(x, weight.shape, weight, bias, config.norm_eps)
+    return rms_norm(x, weight, eps=config.norm_eps, offset=config.norm_offset)
 
 
-def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor]:
+def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor | None, config: ModelConfig, bias: Tensor | None = None
+              ) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum), or the sum twice without a weight; before the first layer there is nothing to add to."""
-    if weight is None or residual_NH is None:
+    if weight is None or residual_NH is None or bias is not None:
         sum_NH = delta_NH if residual_NH is None else delta_NH + residual_NH
-        return sum_NH if weight is None else _norm(sum_NH, weight, config), sum_NH
-    return rms_norm(delta_NH, weight + config.norm_offset if config.norm_offset else weight, eps=config.norm_eps, residual=residual_NH)
+        return sum_NH if weight is None else _norm(sum_NH, weight, config, bias), sum_NH
+    return rms_norm(delta_NH, weight, eps=config.norm_eps, residual=residual_NH, offset=config.norm_offset)
 
 
 class Layer(nn.Module):
-    """One layer's parameters, fused: the rows of qkv_proj are q's heads, then k's, then v's; gate_up_proj's are gate, then up.
+    """One layer's parameters, fused: the rows of qkv_proj are q's heads, then k's, then v's; gate_up_proj's are gate, then up (or
+    what the MLP activates, where there is no gate).
 
     input_norm and post_norm stand before attention and MLP, attention_out_norm and mlp_out_norm behind them.
     """
@@ -43,6 +47,8 @@ class Layer(nn.Module):
     post_norm: Tensor | None
     attention_out_norm: Tensor | None
     mlp_out_norm: Tensor | None
+    input_norm_bias: Tensor | None
+    post_norm_bias: Tensor | None
 
     qkv_bias: Tensor | None
     o_bias: Tensor | None
@@ -62,29 +68,31 @@ class Layer(nn.Module):
         def optional(present: bool, size: int) -> nn.Parameter | None:
             return parameter(size) if present else None
 
-        qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        qkv, up = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, (2 if c.gated else 1) * c.intermediate_size
         before, behind = c.norms != "post", c.norms != "pre"
         self.register_parameter("input_norm", optional(before, c.hidden_size))
         self.qkv_proj = parameter(qkv, c.hidden_size)
         self.o_proj = parameter(c.hidden_size, c.num_heads * c.head_dim)
         self.register_parameter("post_norm", optional(before, c.hidden_size))
-        self.gate_up_proj = parameter(2 * c.intermediate_size, c.hidden_size)
+        self.gate_up_proj = parameter(up, c.hidden_size)
         self.down_proj = parameter(c.hidden_size, c.intermediate_size)
         self.register_parameter("qkv_bias", optional(c.qkv_bias, qkv))
         q_heads, kv_heads = (c.num_heads, c.num_kv_heads) if c.qk_norm == "projection" else (1, 1)
         self.register_parameter("q_norm", optional(c.qk_norm is not None, q_heads * c.head_dim))
         self.register_parameter("k_norm", optional(c.qk_norm is not None, kv_heads * c.head_dim))
         self.register_parameter("o_bias", optional(c.o_bias, c.hidden_size))
-        self.register_parameter("gate_up_bias", optional(c.mlp_bias, 2 * c.intermediate_size))
+        self.register_parameter("gate_up_bias", optional(c.mlp_bias, up))
         self.register_parameter("down_bias", optional(c.mlp_bias, c.hidden_size))
         self.register_parameter("attention_out_norm", optional(behind, c.hidden_size))
         self.register_parameter("mlp_out_norm", optional(behind, c.hidden_size))
+        self.register_parameter("input_norm_bias", optional(c.layer_norm, c.hidden_size))
+        self.register_parameter("post_norm_bias", optional(c.layer_norm, c.hidden_size))
 
     def forward(self, delta_NH: Tensor, residual_NH: Tensor | None, angles: list[tuple[Tensor, Tensor]], cu_seqlens_B1: Tensor,
                 max_length: int) -> tuple[Tensor, Tensor]:
         """(what the layer adds, the residual stream to add it to); the addition is the next norm's. Likewise the first two arguments."""
         c = self.config
-        h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.input_norm, c)
+        h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.input_norm, c, self.input_norm_bias)
         qkv = F.linear(h_NH, self.qkv_proj, self.qkv_bias).view(h_NH.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -94,20 +102,25 @@ class Layer(nn.Module):
         o = varlen_attention(q, k, v, cu_seqlens_B1, max_length=max_length, window=self.window or None, softcap=c.attention_softcap, scale=c.attention_scale)
         delta_NH = F.linear(o.flatten(1), self.o_proj, self.o_bias)
         delta_NH = delta_NH if self.attention_out_norm is None else _norm(delta_NH, self.attention_out_norm, c)
-        h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.post_norm, c)
-        h_NF = (geglu if c.gelu else swiglu)(F.linear(h_NH, self.gate_up_proj, self.gate_up_bias))
+        attended_NH = delta_NH
+        if c.parallel:
+            h_NH, _ = _add_norm(residual_NH, None, self.post_norm, c, self.post_norm_bias)
+        else:
+            h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.post_norm, c, self.post_norm_bias)
+        h_NF = activate(F.linear(h_NH, self.gate_up_proj, self.gate_up_bias), c.activation, gated=c.gated)
         delta_NH = F.linear(h_NF, self.down_proj, self.down_bias)
+        delta_NH = delta_NH + attended_NH if c.parallel else delta_NH
         return delta_NH if self.mlp_out_norm is None else _norm(delta_NH, self.mlp_out_norm, c), residual_NH
 
     def weights(self) -> LayerWeights:
         """The parameters as the native ops take them."""
         return LayerWeights(self.input_norm, self.qkv_proj, self.qkv_bias, self.q_norm, self.k_norm, self.o_proj, self.o_bias, self.post_norm,
                             self.gate_up_proj, self.gate_up_bias, self.down_proj, self.down_bias, self.window, self.attention_out_norm, self.mlp_out_norm,
-                            self.rope)
+                            self.rope, self.input_norm_bias, self.post_norm_bias)
 
 
 class Decoder(nn.Module):
-    """A Llama-shaped decoder of any family in `families.FAMILIES`, on packed sequences.
+    """A decoder of any family in `families.FAMILIES`, on packed sequences.
 
     The parameters are allocated and not initialised: `load_decoder` fills them from a directory, `Decoder.random` at random.
     Their storage never moves afterwards: an optimizer step changes it in place, and whoever holds `weights()` sees the change.
@@ -117,6 +130,8 @@ class Decoder(nn.Module):
     """
 
     head: Tensor | None
+    position_embedding: Tensor | None
+    norm_bias: Tensor | None
     checkpoint_activations = False
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> None:
@@ -125,6 +140,9 @@ class Decoder(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
+        positions = nn.Parameter(self.embedding.new_empty(config.max_positions, config.hidden_size)) if config.learned_positions else None
+        self.register_parameter("position_embedding", positions)
+        self.register_parameter("norm_bias", nn.Parameter(torch.empty_like(self.norm)) if config.layer_norm else None)
         self.register_parameter("head", None if config.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding)))
         self._settle()
 
@@ -178,6 +196,11 @@ class Decoder(nn.Module):
         x_NH, residual_NH = F.embedding(token_ids_N, self.embedding), None
         if self._embedding_scale != 1.0:
             x_NH = x_NH * self._embedding_scale
+        if self.position_embedding is not None:
+            if max_length > len(self.position_embedding):
+                raise ValueError(f"expected sequences of at most {len(self.position_embedding)} tokens, the positions that the model has learned, got one of "
+                                 f"{max_length}; shorten it")
+            x_NH = x_NH + F.embedding(positions_N, self.position_embedding)
         turns = [positions_N[:, None].float() * inv_freq for inv_freq in self._inv_freq]  # [N, D/2] each
         angles = [(turn.cos() * self.config.rope_scale, turn.sin() * self.config.rope_scale) for turn in turns]
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
@@ -185,14 +208,14 @@ class Decoder(nn.Module):
             arguments = (x_NH, residual_NH, angles, cu_seqlens_B1, max_length)
             # Nothing in a layer draws, so there is no generator's state to keep.
             x_NH, residual_NH = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*arguments)
-        return _add_norm(x_NH, residual_NH, self.norm, self.config)[0]
+        return _add_norm(x_NH, residual_NH, self.norm, self.config, self.norm_bias)[0]
 
     def weights(self) -> DecoderWeights:
         """The live parameters as `decode_step` takes them: the same tensors, never copies."""
         if self._weights is None:
             c = self.config
             layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]
-            options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, self._embedding_scale, c.norm_offset, c.gelu)
+            options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, self._embedding_scale, c.norm_offset, c.activation, c.parallel)
             self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._inv_freq, c.rope_scale, c.num_heads,
-                                           c.num_kv_heads, c.head_dim, c.norm_eps, options)
+                                           c.num_kv_heads, c.head_dim, c.norm_eps, options, self.position_embedding, self.norm_bias)
         return self._weights

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 _ROPE_KINDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-_SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}  # theirs: kernels/swiglu.py's
+_REFUSED = {"use_bidirectional_attention": "a decoder's tokens see those before them", "add_cross_attention": "there is no encoder to attend to",
+            "scale_attn_by_inverse_layer_idx": "attention scales alike in all layers",
+            "reorder_and_upcast_attn": "scores are float32 here whatever it says, so set it to false"}
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,28 @@ class Family:
     defaults: Mapping[str, Any]  # what transformers assumes where a key is missing
     norms: str = "pre"  # before attention and MLP; "post": of what they add instead; "sandwich": both
     fused: bool = False  # q, k and v are one tensor in the files, and so are gate and up
-    rope: str = "all"  # "partial": turns a part of each head; "some": not in every layer; "two": layers with a window have frequencies of their own
+    rope: str = "all"  # "partial": turns a part of each head; "some": not in every layer; "two": layers with a window have frequencies of their own;
+    #                    "none": a table of positions is learned instead
     rope_kinds: tuple[str, ...] = tuple(_ROPE_KINDS)
     classifier: str = "{}ForSequenceClassification"  # transformers' class of a reward model, by the name
-    gemma: bool = False  # norms multiply by 1 + weight, the embedding is scaled, the MLP gates with GELU, scores and logits may be capped
+    language_model: str = "{}ForCausalLM"  # and of a language model
+    gemma: bool = False  # norms multiply by 1 + weight, the embedding is scaled, scores and logits may be capped
+    activations: tuple[str, ...] = ("silu", "swish")  # of the MLP; the first where config.json names none
+    gated: bool = True  # the MLP multiplies the activation of one product by another product
+    layer_norm: bool = False  # norms subtract the mean and add a bias
+    parallel: bool | str = False  # attention and MLP read the same stream, and both are added to it; or the config key that decides
+    keys: Mapping[str, str] = field(default_factory=dict)  # config keys that are called otherwise
 
 
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 _GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
           "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA_MLP: dict[str, Any] = {"gemma": True, "activations": ("gelu_pytorch_tanh",), "keys": {"hidden_act": "hidden_activation"}}
+_GPT2_KEYS = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_head",
+              "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
+              "rms_norm_eps": "layer_norm_epsilon"}
+_NEOX_KEYS = {"num_key_value_heads": "num_attention_heads", "rms_norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base",
+              "partial_rotary_factor": "rotary_pct"}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", "attention_bias", "attention_bias", "mlp_bias", None, "none",
@@ -59,10 +75,19 @@ FAMILIES: dict[str, Family] = {
                     {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}, norms="post"),
     "gemma2": Family("Gemma2", "attention_bias", "attention_bias", False, None, "pattern",
                      {**_GEMMA, "max_position_embeddings": 8192, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-                     norms="sandwich", gemma=True),
+                     norms="sandwich", **_GEMMA_MLP),
     "gemma3_text": Family("Gemma3", "attention_bias", "attention_bias", False, "head", "pattern",
                           {**_GEMMA, "max_position_embeddings": 131072, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
-                          norms="sandwich", rope="two", classifier="{}TextForSequenceClassification", gemma=True),
+                          norms="sandwich", rope="two", classifier="{}TextForSequenceClassification", **_GEMMA_MLP),
+    "gpt2": Family("GPT2", True, True, True, None, "none",
+                   {"max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 50256, "eos_token_id": 50256},
+                   rope="none", language_model="{}LMHeadModel", activations=("gelu_new", "gelu_pytorch_tanh", "gelu"), gated=False,
+                   layer_norm=True, keys=_GPT2_KEYS),
+    "gpt_neox": Family("GPTNeoX", "attention_bias", "attention_bias", True, None, "none",
+                       {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2, "attention_bias": True,
+                        "use_parallel_residual": True, "partial_rotary_factor": 0.25},
+                       rope="partial", rope_kinds=("default",), activations=("gelu", "gelu_new", "gelu_pytorch_tanh"), gated=False, layer_norm=True,
+                       parallel="use_parallel_residual", keys=_NEOX_KEYS),
 }
 
 
@@ -87,6 +112,7 @@ class ModelConfig:
     qk_norm: str | None  # "head", "projection" or none
     norms: str  # "pre", "post" or "sandwich"
     norm_offset: float  # norms multiply by this + their weight
+    layer_norm: bool  # norms subtract the mean and add a bias
     windows: tuple[int, ...]  # per layer; a token sees itself and window - 1 tokens before it; 0: all
     inv_freq: tuple[float, ...]
     local_inv_freq: tuple[float, ...]  # of the layers that turn otherwise; empty: there are none
@@ -96,7 +122,10 @@ class ModelConfig:
     attention_softcap: float | None
     logit_softcap: float | None
     embedding_scale: float  # multiplies the embedding, rounded to its dtype
-    gelu: bool  # the MLP's gate is GELU (its tanh form) in place of SiLU
+    activation: str  # of the MLP: "silu", "gelu_tanh" or "gelu"
+    gated: bool  # the MLP multiplies the activation of one product by another product
+    parallel: bool  # attention and MLP read the same stream
+    learned_positions: bool  # a vector of each of max_positions is added to the embedding
     initializer_range: float
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json together
@@ -142,13 +171,16 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         raise ValueError(f"{where}: unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
 
+    def theirs(key: str) -> str:
+        return family.keys.get(key, key)
+
     def get(key: str, default: Any = None) -> Any:
-        return raw[key] if key in raw else family.defaults.get(key, default)
+        return raw[theirs(key)] if theirs(key) in raw else family.defaults.get(key, default)
 
     def size(key: str, default: Any = None) -> int:
         value = default if (found := get(key)) is None else found
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: expected a positive whole number for {key!r}, got {value!r}")
+            raise ValueError(f"{where}: expected a positive whole number for {theirs(key)!r}, got {value!r}")
         return value
 
     def flag(rule: bool | str) -> bool:
@@ -160,11 +192,12 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
             raise ValueError(f"{where}: expected a number above 0 for {key!r}, got {value!r}")
         return None if value is None else float(value)
 
-    key, known = ("hidden_activation", _GELU) if family.gemma else ("hidden_act", _SILU)
-    if (get(key) or known[0]) not in known:
-        raise ValueError(f"{where}: expected {key} {known[0]!r}, got {raw[key]!r}; no other activation is implemented for {family.name}")
-    if get("use_bidirectional_attention"):
-        raise ValueError(f"{where}: use_bidirectional_attention is not implemented: a decoder's tokens see those before them")
+    if (activation := get("hidden_act") or family.activations[0]) not in family.activations:
+        raise ValueError(f"{where}: expected {theirs('hidden_act')} {family.activations[0]!r}, got {activation!r}; no other activation is implemented for "
+                         f"{family.name}")
+    for key, why in _REFUSED.items():
+        if get(key):
+            raise ValueError(f"{where}: {key} is not implemented: {why}")
     if model_type == "gemma3_text" and get("attn_logit_softcapping") is not None:
         raise ValueError(f"{where}: attn_logit_softcapping is not implemented for Gemma 3 (transformers' ignores it); set it to null")
     if get("quantization_config") is not None:
@@ -175,9 +208,10 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
     if num_heads % num_kv_heads:
         raise ValueError(f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
     if get("head_dim") is None and hidden_size % num_heads:
-        raise ValueError(f"{where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim")
+        raise ValueError(f"{where}: {theirs('hidden_size')} {hidden_size} is not a multiple of {theirs('num_attention_heads')} {num_heads}, and there is no "
+                         "head_dim")
     head_dim = size("head_dim", hidden_size // num_heads)
-    if head_dim % 2:
+    if head_dim % 2 and family.rope != "none":
         raise ValueError(f"{where}: expected an even head_dim (rotary embeddings turn pairs), got {head_dim}")
     ropes = _ropes(family, get, num_layers, where)
     kinds = _layer_kinds(family, get, num_layers, ropes, where)
@@ -190,7 +224,7 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         model_type=model_type,
         vocab_size=size("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=size("intermediate_size"),
+        intermediate_size=size("intermediate_size", None if family.gated else 4 * hidden_size),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -204,16 +238,20 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         qk_norm=family.qk_norm,
         norms=family.norms,
         norm_offset=float(family.gemma),
+        layer_norm=family.layer_norm,
         windows=_windows(family, get, kinds, where),
         inv_freq=inv_freq,
         local_inv_freq=local_inv_freq,
         ropes=ropes,
         rope_scale=rope_scale,
-        attention_scale=((number("query_pre_attn_scalar") if family.gemma else None) or head_dim) ** -0.5,
+        attention_scale=((number("query_pre_attn_scalar") if family.gemma else None) or head_dim) ** -0.5 if get("scale_attn_weights", True) else 1.0,
         attention_softcap=number("attn_logit_softcapping") if family.gemma else None,
         logit_softcap=number("final_logit_softcapping") if family.gemma else None,
         embedding_scale=hidden_size**0.5 if family.gemma else 1.0,
-        gelu=family.gemma,
+        activation=_ACTIVATIONS[activation],
+        gated=family.gated,
+        parallel=flag(family.parallel),
+        learned_positions=family.rope == "none",
         initializer_range=float(get("initializer_range", 0.02)),
         bos_token_id=bos[0] if isinstance(bos, list) else bos,
         eos_token_ids=tuple(dict.fromkeys([*_ids(get("eos_token_id")), *_ids(generation.get("eos_token_id"))])),
@@ -229,7 +267,7 @@ def _ids(value: int | list[int] | None) -> list[int]:
 
 def _ropes(family: Family, get: Any, num_layers: int, where: str) -> tuple[int, ...]:
     if family.rope != "some":
-        return (0,) * num_layers
+        return (-1 if family.rope == "none" else 0,) * num_layers
     interval, turned = get("no_rope_layer_interval"), get("no_rope_layers")
     if turned is None:
         turned = [(i + 1) % interval for i in range(num_layers)]
@@ -262,6 +300,8 @@ def _windows(family: Family, get: Any, kinds: list[str], where: str) -> tuple[in
 
 def _rotations(family: Family, get: Any, head_dim: int, max_positions: int, where: str) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
     """(inv_freq, rope_scale, local_inv_freq). Reads `rope_parameters` (transformers >= 5) and the older `rope_theta` with `rope_scaling`."""
+    if family.rope == "none":
+        return (), 1.0, ()
     rope = dict(get("rope_scaling") or get("rope_parameters") or {})
     original = get("original_max_position_embeddings") if family.rope != "two" else None
     if family.rope != "two":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.weights import (
+    HEADS,
     harmless,
     hf_views,
     load_config,
@@ -127,6 +128,6 @@ def save_reward_model(model: RewardModel, directory: str | Path, *, tokenizer: A
                                "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, _SHIFT_KEY: model.shift}
     if config.pad_token_id is None and getattr(tokenizer, "pad_token_id", None) is not None:
         changes["pad_token_id"] = tokenizer.pad_token_id
-    tensors = {name: view for name, view in hf_views(model.decoder).items() if name != "lm_head.weight"}
+    tensors = {name: view for name, view in hf_views(model.decoder).items() if name not in HEADS}
     with replacing(directory) as temporary:
         write_model(temporary, config, tensors | {"score.weight": model.head.weight.detach()}, changes, tokenizer, max_shard_bytes)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
@@ -32,7 +32,13 @@ class Sharing:
             if sharing is not None:
                 sharing._stepped(optimizer)
 
-        weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
+        def stepping(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            sharing = reference()
+            if sharing is not None:
+                sharing._check_gradients(optimizer)
+
+        for hook in (register_optimizer_step_post_hook(stepped), register_optimizer_step_pre_hook(stepping)):
+            weakref.finalize(self, hook.remove)
 
     def changed(self) -> bool:
         """Whether the weights were written to since the last call: by a `torch.optim` optimizer, or by an in-place operation that autograd counts
@@ -49,11 +55,21 @@ class Sharing:
         ours = {id(parameter) for parameter in self._module.parameters()}
         self._steps += any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
 
+    def _check_gradients(self, optimizer: Optimizer) -> None:
+        """Fused optimizers pair values by their place in memory. Autograd lays a gradient out as its parameter; who assigns one may not, and a parameter
+        of [in, out] is a transposed view here."""
+        fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+        for name, p in self._module.named_parameters() if fused else ():
+            if id(p) in fused and p.grad is not None and any(a != b for a, b, size in zip(p.grad.stride(), p.stride(), p.shape, strict=True) if size > 1):
+                raise RuntimeError(f"HybridActor: the gradient of {name} has strides {p.grad.stride()} but the parameter {p.stride()}, and a fused optimizer "
+                                   "would pair the wrong values; write gradients with p.grad.copy_, or use fused=False")
+
     def _versions(self) -> int:
         found, views = dict(self._module.named_parameters()), hf_views(self._decoder)
         for name, view in views.items():
             parameter = found.get(name)
-            if parameter is None or parameter.data_ptr() != view.data_ptr() or parameter.shape != view.shape or parameter.dtype != view.dtype:
+            if parameter is None or parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride() or parameter.shape != view.shape \
+                    or parameter.dtype != view.dtype:
                 raise RuntimeError(f"HybridActor: {name} of the shared model no longer lies in the storage that it generates from (the model was cast, moved, "
                                    "wrapped, or loaded with assign=True); change weights in place, or build a new actor with from_module")
         return sum(found[name]._version for name in views)
@@ -84,6 +100,9 @@ def share(module: nn.Module) -> tuple[Decoder, Sharing]:
         raise TypeError("from_module: expected ordinary tensors in memory; shard, quantise or off-load after from_module, or not at all")
     decoder = Decoder(parsed, dtype=dtype, device="meta")
     wanted = hf_views(decoder)
+    if reordered := [name for name, view in wanted.items() if view.ndim > 2]:
+        raise ValueError(f"from_module: {parsed.family.name} orders the rows of {reordered[0]} as no view of the fused projection can; load its directory with "
+                         "from_pretrained, and train the actor's own parameters")
     problems = [f"missing: {name}" for name in wanted if name not in parameters] + [f"unexpected: {name}" for name in parameters if name not in wanted]
     problems += [f"shape of {name}: expected {list(view.shape)}, got {list(parameters[name].shape)}" for name, view in wanted.items()
                  if name in parameters and parameters[name].shape != view.shape]

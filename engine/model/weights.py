@@ -31,6 +31,7 @@ _OURS = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|genera
                    r"|tokenizer.*|merges\.txt|chat_template.*")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+HEADS = ("lm_head.weight", "embed_out.weight")
 _NORMS = {"pre": {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"},
           "post": {"attention_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"},
           "sandwich": {"input_norm": "input_layernorm", "attention_out_norm": "post_attention_layernorm", "post_norm": "pre_feedforward_layernorm",
@@ -39,8 +40,13 @@ _NORMS = {"pre": {"input_norm": "input_layernorm", "post_norm": "post_attention_
 
 # ---- names --------------------------------------------------------------------------------------------------------------
 def hf_views(decoder: Decoder) -> dict[str, Tensor]:
-    """Every parameter under its Hugging Face name, as a view of the fused storage without gradient. A tied head is not listed."""
+    """Every parameter under its Hugging Face name, as a view of the fused storage without gradient. A tied head is not listed.
+
+    A view of three or four dimensions holds rows that stand elsewhere here: `file_shape` says how they lie in a file.
+    """
     c = decoder.config
+    if c.model_type in _VIEWS:
+        return _VIEWS[c.model_type](decoder)
     rows = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim)
     norms = _NORMS[c.norms]
     attention, mlp = (("qkv",), ("gate_up",)) if c.family.fused else (("q", "k", "v"), ("gate", "up"))
@@ -62,6 +68,41 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
     if decoder.head is not None:
         views["lm_head.weight"] = decoder.head
     return {name: view.detach() for name, view in views.items()}
+
+
+def _gpt2_views(decoder: Decoder) -> dict[str, Tensor]:
+    """GPT-2's names. Its linear layers (Conv1D) hold [in, out]: transposed views of ours."""
+    views = {"transformer.wte.weight": decoder.embedding, "transformer.wpe.weight": decoder.position_embedding}
+    for index, layer in enumerate(cast(Iterable[Layer], decoder.layers)):
+        for name, weight, bias in (("ln_1", layer.input_norm, layer.input_norm_bias), ("attn.c_attn", layer.qkv_proj, layer.qkv_bias),
+                                   ("attn.c_proj", layer.o_proj, layer.o_bias), ("ln_2", layer.post_norm, layer.post_norm_bias),
+                                   ("mlp.c_fc", layer.gate_up_proj, layer.gate_up_bias), ("mlp.c_proj", layer.down_proj, layer.down_bias)):
+            at = f"transformer.h.{index}.{name}"
+            views |= {f"{at}.weight": cast(Tensor, weight).t(), f"{at}.bias": bias}
+    views |= {"transformer.ln_f.weight": decoder.norm, "transformer.ln_f.bias": decoder.norm_bias, "lm_head.weight": decoder.head}
+    return {name: view.detach() for name, view in views.items() if view is not None}
+
+
+def _neox_views(decoder: Decoder) -> dict[str, Tensor]:
+    """GPT-NeoX's names. The rows of its fused projection are q, k and v of the first head, then of the next: [heads, 3, D, H] of ours, [3, heads, D, H]."""
+    c = decoder.config
+    views: dict[str, Tensor | None] = {"gpt_neox.embed_in.weight": decoder.embedding}
+    for index, layer in enumerate(cast(Iterable[Layer], decoder.layers)):
+        weight, bias = (None if x is None else x.view(3, c.num_heads, c.head_dim, *x.shape[1:]).transpose(0, 1) for x in (layer.qkv_proj, layer.qkv_bias))
+        for name, w, b in (("input_layernorm", layer.input_norm, layer.input_norm_bias), ("post_attention_layernorm", layer.post_norm, layer.post_norm_bias),
+                           ("attention.query_key_value", weight, bias), ("attention.dense", layer.o_proj, layer.o_bias),
+                           ("mlp.dense_h_to_4h", layer.gate_up_proj, layer.gate_up_bias), ("mlp.dense_4h_to_h", layer.down_proj, layer.down_bias)):
+            views |= {f"gpt_neox.layers.{index}.{name}.weight": w, f"gpt_neox.layers.{index}.{name}.bias": b}
+    views |= {"gpt_neox.final_layer_norm.weight": decoder.norm, "gpt_neox.final_layer_norm.bias": decoder.norm_bias, "embed_out.weight": decoder.head}
+    return {name: view.detach() for name, view in views.items() if view is not None}
+
+
+_VIEWS = {"gpt2": _gpt2_views, "gpt_neox": _neox_views}
+
+
+def file_shape(view: Tensor) -> list[int]:
+    """The shape that one of `hf_views` has in a file."""
+    return list(view.shape) if view.ndim < 3 else [view.shape[:3].numel(), *view.shape[3:]]
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------------
@@ -137,22 +178,26 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def harmless(config: ModelConfig) -> Callable[[str], bool]:
-    """Names that other writers leave in a file and that carry nothing: rotary frequencies, a second copy of a tied head."""
-    return lambda name: name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+    """Names that other writers leave in a file and that carry nothing: rotary frequencies, causal masks, a second copy of a tied head."""
+    masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias") if config.model_type in _VIEWS else ()
+    return lambda name: name.endswith(("rotary_emb.inv_freq", *masks)) or (config.tie_embeddings and name in HEADS)
 
 
 def load_tensors(directory: Path, views: Mapping[str, Tensor], *, ignored: Callable[[str], bool] = lambda name: False) -> None:
     """Copy every tensor of a directory's safetensors into the view of its name, one at a time."""
     files = _files(directory)
+    # The first GPT-2 files hold the model without a head, whose names lack the prefix; transformers 5 calls GPT-NeoX's head as everyone's.
+    others = {name: "lm_head.weight" if name == "embed_out.weight" else name.removeprefix("transformer.") for name in views if name not in files}
+    views = {other if (other := others.get(name, name)) in files else name: view for name, view in views.items()}
     problems = [f"missing: {name}" for name in views if name not in files] + [f"unexpected: {n}" for n in files if n not in views and not ignored(n)]
     for path in dict.fromkeys(files.values()):
         with opened(path) as file:
             for name in (n for n, where in files.items() if where == path and n in views):
                 shape = file.get_slice(name).get_shape()
-                if shape != list(views[name].shape):
-                    problems.append(f"shape of {name}: expected {list(views[name].shape)}, got {shape}")
+                if shape != (expected := file_shape(views[name])):
+                    problems.append(f"shape of {name}: expected {expected}, got {shape}")
                 elif not problems:
-                    views[name].copy_(file.get_tensor(name))
+                    views[name].copy_(file.get_tensor(name).view(views[name].shape))
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ValueError(f"{directory}: the tensors do not fit its config.json:\n  {shown}")
@@ -213,7 +258,7 @@ def save_pretrained(decoder: Decoder, directory: str | Path, *, tokenizer: Any =
     Raises:
         FileExistsError: `directory` exists and holds something that is no part of a saved model.
     """
-    architecture = f"{decoder.config.family.name}ForCausalLM"
+    architecture = decoder.config.family.language_model.format(decoder.config.family.name)
     with replacing(directory) as temporary:
         write_model(temporary, decoder.config, hf_views(decoder), {"architectures": [architecture]}, tokenizer, max_shard_bytes)
 
@@ -238,7 +283,7 @@ def write_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tens
         room -= tensor.nbytes
     names = [_SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for shard, file in zip(shards, names, strict=True):
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, directory / file, metadata={"format": "pt"})
+        save_file({name: tensor.reshape(file_shape(tensor)).contiguous() for name, tensor in shard.items()}, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for shard, file in zip(shards, names, strict=True) for name in shard}
         write_json(directory / _INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})

@@ -54,6 +54,13 @@ MODELS = {
                "sliding_window_pattern": 2, "query_pre_attn_scalar": 6, "final_logit_softcapping": 3.0, "rope_parameters": {
                    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
                    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}}},
+    "gpt2": {"model_type": "gpt2", "num_attention_heads": 3, "n_positions": 64, "bos_token_id": 1},
+    "gpt_neox": {"model_type": "gpt_neox", "num_attention_heads": 3, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}},
+    "gpt_neox-serial": {"model_type": "gpt_neox", "num_attention_heads": 6, "use_parallel_residual": False, "rotary_pct": 1.0, "rotary_emb_base": 300,
+                        "attention_bias": False, "hidden_act": "gelu_new", "tie_word_embeddings": True},
+    "gpt2-odd": {"model_type": "gpt2", "hidden_size": 35, "num_attention_heads": 5, "n_layer": 3, "n_positions": 64, "n_inner": 37,
+                 "activation_function": "gelu", "tie_word_embeddings": False, "scale_attn_weights": False, "layer_norm_epsilon": 1e-3, "bos_token_id": 1},
 }
 LENGTH = 23
 
@@ -67,7 +74,8 @@ def peer_and_ours(name, dtype=torch.float32):
     peer = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for key, p in peer.named_parameters():
-            p.normal_(1.0 if "norm" in key and "gemma" not in name else 0.0, 0.2)
+            is_norm = ("norm" in key and "gemma" not in name) or "ln_" in key
+            p.normal_(1.0 if is_norm and "bias" not in key else 0.0, 0.2)
     peer = peer.to(dtype)
     return peer, copy_of(peer, dtype)
 
@@ -78,7 +86,7 @@ def copy_of(peer, dtype):
     views = hf_views(ours)
     assert set(state) - set(views) <= {"lm_head.weight"}
     for key, view in views.items():
-        view.copy_(state[key])
+        view.copy_(state[key.replace("embed_out", "lm_head")].view(view.shape))
     return ours
 
 
@@ -109,7 +117,8 @@ def test_logits_and_gradients_as_transformers(name):
             p.copy_(q.grad)
     theirs = dict(peer.named_parameters())
     for key, view in hf_views(grads).items():
-        torch.testing.assert_close(view, theirs[key].grad, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
+        want = theirs[key.replace("embed_out", "lm_head")].grad.view(view.shape)
+        torch.testing.assert_close(view, want, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.fixture
@@ -152,7 +161,8 @@ def test_bfloat16_errs_at_most_twice_as_much(name):
     assert generated <= 2 * theirs, f"root mean square error {generated}, transformers' {theirs}"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-window", "qwen3", "phi3-partial", "smollm3-biases", "olmo2", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-window", "qwen3", "phi3-partial", "smollm3-biases", "olmo2", "gemma2", "gemma3", "gpt2",
+                                  "gpt_neox"])
 def test_packed_is_each_alone(name):
     _, ours = peer_and_ours(name)
     lengths = [1, 23, 0, 7, 2, 22, 64]

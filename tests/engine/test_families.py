@@ -10,7 +10,10 @@ from fusedrl.engine.model.families import FAMILIES, model_config
 LLAMA = {"model_type": "llama", "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 32, "n_layer": 4, "n_head": 4}
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in ("gpt2", "gpt_neox")])
 def test_missing_keys_are_what_transformers_assumes(model_type):
     small = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"num_key_value_heads": 2}
     theirs, ours = AutoConfig.for_model(model_type, **small), model_config(small | {"model_type": model_type})
@@ -25,6 +28,35 @@ def test_missing_keys_are_what_transformers_assumes(model_type):
     assert ours.pad_token_id == theirs.pad_token_id
     # A file with all the keys says the same.
     assert model_config(theirs.to_dict()) == ours
+
+
+def test_gpt2_has_names_of_its_own():
+    theirs, ours = AutoConfig.for_model(**GPT2), model_config(GPT2)
+    assert (ours.hidden_size, ours.num_layers, ours.num_heads, ours.num_kv_heads, ours.head_dim, ours.intermediate_size) == (32, 4, 4, 4, 8, 128)
+    assert ours.max_positions == theirs.n_positions == 1024
+    assert ours.norm_eps == theirs.layer_norm_epsilon
+    assert (ours.bos_token_id, ours.eos_token_ids, ours.pad_token_id) == (theirs.bos_token_id, (theirs.eos_token_id,), theirs.pad_token_id)
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert (ours.activation, ours.gated, ours.layer_norm, ours.learned_positions) == ("gelu_tanh", False, True, True)
+    assert model_config(theirs.to_dict()) == ours
+    # Keys that GPT-2 does not have are not read, as in transformers.
+    assert model_config(GPT2 | {"num_key_value_heads": 2, "intermediate_size": 7, "rms_norm_eps": 0.5}) == ours
+    assert model_config(GPT2 | {"n_inner": 7, "activation_function": "gelu"}).intermediate_size == 7
+    assert model_config(GPT2 | {"n_embd": 20}).head_dim == 5
+
+
+def test_gpt_neox_has_some_names_of_its_own():
+    raw = LLAMA | {"model_type": "gpt_neox"}
+    theirs, ours = AutoConfig.for_model(**raw), model_config(raw | {"num_key_value_heads": 2, "rms_norm_eps": 0.5})
+    assert (ours.num_kv_heads, ours.head_dim, ours.max_positions) == (4, 8, theirs.max_position_embeddings)
+    assert (ours.norm_eps, ours.qkv_bias, ours.o_bias, ours.parallel) == (theirs.layer_norm_eps, True, True, theirs.use_parallel_residual)
+    assert (ours.bos_token_id, ours.eos_token_ids, ours.tie_embeddings) == (theirs.bos_token_id, (theirs.eos_token_id,), theirs.tie_word_embeddings)
+    assert ours.inv_freq == (1.0,)  # a quarter of each head turns
+    assert model_config(theirs.to_dict()) == ours
+    other = model_config(raw | {"rotary_pct": 0.5, "rotary_emb_base": 100, "use_parallel_residual": False, "attention_bias": False})
+    assert other.inv_freq == pytest.approx((1.0, 0.1))
+    assert not other.parallel
+    assert not other.qkv_bias
 
 
 ROPES = {
@@ -114,7 +146,13 @@ def test_token_ids_come_from_both_files(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "unknown model_type 'gpt2'; known: llama, mistral, qwen2, qwen3, phi3, smollm3, olmo2, gemma2, gemma3_text"),
+    ({"model_type": "gptj"}, "unknown model_type 'gptj'; known: llama, mistral, qwen2, qwen3, phi3, smollm3, olmo2, gemma2, gemma3_text, gpt2, gpt_neox"),
+    ({"model_type": "gpt2"}, "expected a positive whole number for 'n_layer', got None"),
+    (GPT2 | {"n_embd": 30}, "n_embd 30 is not a multiple of n_head 4"),
+    (GPT2 | {"activation_function": "relu"}, "expected activation_function 'gelu_new', got 'relu'"),
+    (GPT2 | {"add_cross_attention": True}, "add_cross_attention is not implemented"),
+    (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is not implemented"),
+    (GPT2 | {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is not implemented"),
     ({"model_type": None}, "unknown model_type None"),
     ({"vocab_size": None}, "expected a positive whole number for 'vocab_size', got None"),
     ({"hidden_size": "32"}, "expected a positive whole number for 'hidden_size', got '32'"),

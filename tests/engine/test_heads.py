@@ -28,7 +28,9 @@ KINDS = {"tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": T
          "olmo2": {"model_type": "olmo2"},
          "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
                     "final_logit_softcapping": 3.0},
-         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}}
+         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
+         "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.7, "tie_word_embeddings": False},
+         "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 20, "bos_token_id": 1, "eos_token_id": 2}}
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [3], [4, 4, 9]]
 
 

@@ -27,7 +27,9 @@ SIZES = {"vocab_size": 90, "hidden_size": 48, "intermediate_size": 72, "num_hidd
 KINDS = {"llama": {"model_type": "llama"}, "qwen3 tied": {"model_type": "qwen3", "tie_word_embeddings": True},
          "mistral": {"model_type": "mistral", "sliding_window": 9}, "wide": {"model_type": "llama", "attention_bias": True, "num_key_value_heads": 6,
                                                                             "intermediate_size": 240},
-         "olmo2": {"model_type": "olmo2"}, "gemma2": {"model_type": "gemma2", "sliding_window": 9, "query_pre_attn_scalar": 8}}
+         "olmo2": {"model_type": "olmo2"}, "gemma2": {"model_type": "gemma2", "sliding_window": 9, "query_pre_attn_scalar": 8},
+         "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
+         "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 256}}
 STAGES = {"sft": SFTConfig("m", "d"), "reward": RewardModelConfig("m", "d"), "ppo": PPOConfig("m", "d", ("r.py:r",))}
 
 

@@ -21,7 +21,9 @@ KINDS = {"llama, untied, biases": {"model_type": "llama", "attention_bias": True
          "olmo2": {"model_type": "olmo2"},
          "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
                     "final_logit_softcapping": 3.0},
-         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}}
+         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
+         "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 128, "n_inner": 20,
+                  "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [3, 4]]
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
 
@@ -140,10 +142,11 @@ def test_bfloat16_and_what_the_actor_trains_is_the_model():
     assert float(module.model.norm.weight.detach().mean()) == 2.0
 
 
-def test_saving_writes_what_the_model_would(tmp_path):
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_saving_writes_what_the_model_would(tmp_path, kind):
     from safetensors.torch import load_file
 
-    module = model("qwen2")
+    module = model(kind)
     actor = HybridActor.from_module(module)
     train(module, 1)
     actor.save_pretrained(tmp_path / "ours")
@@ -192,6 +195,8 @@ def test_models_that_do_not_fit_are_refused_and_left_alone():
         HybridActor.from_module(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="unknown model_type 'gptj'"):
         HybridActor.from_module(AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=8)))
+    with pytest.raises(ValueError, match=r"GPTNeoX orders the rows of gpt_neox.layers.0.attention.query_key_value.weight as no view"):
+        HybridActor.from_module(AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | {"model_type": "gpt_neox", "rotary_pct": 1.0})))
     with pytest.raises(ValueError, match=r"missing: lm_head.weight\n  unexpected: score.weight"):
         HybridActor.from_module(AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**SIZES | KINDS["llama, untied, biases"])))
     mixed = model()

@@ -19,7 +19,9 @@ KINDS = {"llama": {"model_type": "llama", "attention_bias": True, "tie_word_embe
          "olmo2": {"model_type": "olmo2"},
          "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
                     "final_logit_softcapping": 3.0},
-         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}}
+         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
+         "gpt_neox": {"model_type": "gpt_neox", "hidden_size": 48, "rotary_pct": 0.5},
+         "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 128, "n_inner": 56}}
 ROOMY = CacheConfig(block_size=4)
 TIGHT = CacheConfig(block_size=4, num_blocks=26, max_sequences=5, max_tokens_per_step=7)  # chunks of prefills, preemption
 

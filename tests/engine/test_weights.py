@@ -24,7 +24,9 @@ KINDS = {"tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": T
          "olmo2": {"model_type": "olmo2"},
          "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
                     "final_logit_softcapping": 3.0},
-         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}}
+         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
+         "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.7, "tie_word_embeddings": False},
+         "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 20, "bos_token_id": 1, "eos_token_id": 2}}
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_round_trip_is_bitwise_and_transformers_reads_it(tmp_path, kind, dtype, 
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert peer.dtype == dtype
     for name, view in hf_views(decoder).items():
-        assert torch.equal(peer.state_dict()[name], view), name
+        assert torch.equal(peer.state_dict()[name.replace("embed_out", "lm_head")].view(view.shape), view), name
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]  # and no temporary
 
 
@@ -66,8 +68,8 @@ def test_reads_what_transformers_writes(tmp_path, kind):
     ours = load_decoder(tmp_path)
     state = peer.state_dict()
     views = hf_views(ours)
-    assert set(state) - set(views) == ({"lm_head.weight"} if ours.config.tie_embeddings else set())
-    assert all(torch.equal(state[name], view) for name, view in views.items())
+    assert len(state) == len(views) + ours.config.tie_embeddings
+    assert all(torch.equal(state[name.replace("embed_out", "lm_head")].view(view.shape), view) for name, view in views.items())
     assert all(p.requires_grad and p.is_leaf for p in ours.parameters())
 
 
@@ -270,3 +272,19 @@ def test_a_process_killed_in_mid_save_leaves_no_half_model(tmp_path):
     with replacing(tmp_path / "out") as directory:
         (directory / "config.json").write_text("whole")
     assert (tmp_path / "out" / "config.json").read_text() == "whole"
+
+
+def test_both_names_of_gpt_neox_heads(tmp_path):
+    decoder = Decoder.random(model_config(SMALL | KINDS["gpt_neox"]), 3)
+    save_pretrained(decoder, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert "embed_out.weight" in state, "what transformers 4 reads"
+    assert state["gpt_neox.layers.0.attention.query_key_value.weight"].shape == (72, 24)
+    state["lm_head.weight"] = state.pop("embed_out.weight")
+    masks = {f"gpt_neox.layers.0.attention.{name}": torch.ones(1, 1, 64, 64) for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}
+    save_file(state | masks, tmp_path / "model.safetensors")
+    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), load_decoder(tmp_path).parameters(), strict=True))
+    state["gpt_neox.layers.1.attention.query_key_value.bias"] = torch.zeros(71)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"shape of gpt_neox.layers.1.attention.query_key_value.bias: expected \[72\], got \[71\]"):
+        load_decoder(tmp_path)

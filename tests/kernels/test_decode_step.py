@@ -21,12 +21,17 @@ KINDS = {
     "windowed": {"heads": 4, "kv_heads": 2, "D": 6, "H": 300, "F": 270, "windows": (3, 0, 17)},
     "behind": {"heads": 6, "kv_heads": 3, "D": 8, "H": 40, "F": 29, "qk_norm": "together", "norms": "behind", "ropes": (0, -1)},
     "both": {"heads": 5, "kv_heads": 1, "D": 10, "H": 300, "F": 33, "qk_norm": True, "norms": "both", "ropes": (1, 0, -1), "windows": (4, 0, 9), "pairs": 4,
-             "tables": 2, "rope_scale": 0.75, "options": Options(0.4, 1.5, 3.0, 2.5, 0.75, True)},
+             "tables": 2, "rope_scale": 0.75, "options": Options(0.4, 1.5, 3.0, 2.5, 0.75, "gelu_tanh")},
+    "classic": {"heads": 3, "kv_heads": 3, "D": 7, "H": 21, "F": 85, "bias": True, "layer_norm": True, "gated": False, "ropes": (-1, -1), "pairs": 0,
+                "positions": 70, "options": Options(activation="gelu_tanh")},
+    "parallel": {"heads": 4, "kv_heads": 2, "D": 8, "H": 300, "F": 33, "layer_norm": True, "gated": False, "positions": 64, "ropes": (0, -1), "pairs": 2,
+                 "options": Options(activation="gelu", parallel=True)},
 }
 
 
 def make(kind, dtype=torch.float32, V=37, seed=0):
-    k = {"bias": False, "qk_norm": False, "rope_scale": 1.0, "windows": (0, 0), "norms": "before", "tables": 1, "options": Options(), **KINDS[kind]}
+    k = {"bias": False, "qk_norm": False, "rope_scale": 1.0, "windows": (0, 0), "norms": "before", "tables": 1, "options": Options(),
+         "layer_norm": False, "gated": True, "positions": None, **KINDS[kind]}
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape, scale=None):
@@ -35,7 +40,11 @@ def make(kind, dtype=torch.float32, V=37, seed=0):
     def norm(size):
         return (1 + 0.2 * torch.randn(size, generator=generator, dtype=torch.float64)).to(dtype)
 
+    def norm_bias(size):
+        return rand(size, scale=0.3) if k["layer_norm"] else None
+
     heads, kv, D, H, F = (k[name] for name in ("heads", "kv_heads", "D", "H", "F"))
+    up = 2 * F if k["gated"] else F
     layers = []
     for window, turned in zip(k["windows"], k.get("ropes", (0,) * len(k["windows"])), strict=True):
         qkv, bias = (heads + 2 * kv) * D, (lambda size: rand(size, scale=0.3)) if k["bias"] else (lambda size: None)
@@ -43,17 +52,20 @@ def make(kind, dtype=torch.float32, V=37, seed=0):
         q_size, k_size = (heads * D, kv * D) if k["qk_norm"] == "together" else (D, D)
         before, behind = (norm if k["norms"] in (where, "both") else lambda size: None for where in ("before", "behind"))
         layers.append(LayerWeights(before(H), rand(qkv, H, scale=2 * H**-0.5), bias(qkv), head_norm(q_size), head_norm(k_size), rand(H, heads * D), bias(H),
-                                   before(H), rand(2 * F, H), bias(2 * F), rand(H, F), bias(H), window, behind(H), behind(H), turned))
+                                   before(H), rand(up, H), bias(up), rand(H, F), bias(H), window, behind(H), behind(H), turned, norm_bias(H),
+                                   norm_bias(H)))
     embedding = rand(V, H, scale=1.0)
     inv_freq = 1.0 / 100.0 ** (torch.arange(k.get("pairs", D // 2), dtype=torch.float32) / (D // 2))
     inv_freq = inv_freq if k["tables"] == 1 else torch.stack([inv_freq / (1 + 3 * t) for t in range(k["tables"])])
-    return DecoderWeights(embedding, tuple(layers), norm(H), embedding, inv_freq, k["rope_scale"], heads, kv, D, 1e-5, k["options"])
+    learned = None if k["positions"] is None else rand(k["positions"], H, scale=0.5)
+    return DecoderWeights(embedding, tuple(layers), norm(H), embedding, inv_freq, k["rope_scale"], heads, kv, D, 1e-5, k["options"], learned, norm_bias(H))
 
 
 def convert(weights, dtype):
     to = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) else t  # noqa: E731
     layers = tuple(LayerWeights(*map(to, layer)) for layer in weights.layers)
-    return weights._replace(embedding=to(weights.embedding), layers=layers, norm=to(weights.norm), head=to(weights.head))
+    names = ("embedding", "norm", "head", "position_embedding", "norm_bias")
+    return weights._replace(layers=layers, **{name: to(getattr(weights, name)) for name in names})
 
 
 def dense(weights, ids):
@@ -62,10 +74,13 @@ def dense(weights, ids):
     group = w.num_heads // w.num_kv_heads
 
     options = w.options
-    tables = w.inv_freq.double().view(-1, w.inv_freq.shape[-1])
+    tables = torch.atleast_2d(w.inv_freq.double())
     P = tables.shape[1]
 
-    def norm(x, g):
+    def norm(x, g, b=None):
+        if b is not None:
+            centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+            return centred / (centred.square().sum(-1, keepdim=True) / x.shape[-1] + w.norm_eps).sqrt() * g + b
         return x if g is None else (g + options.norm_offset) * x / (x.square().mean(-1, keepdim=True) + w.norm_eps).sqrt()
 
     def turn(x, t, inv_freq):
@@ -73,9 +88,10 @@ def dense(weights, ids):
         return torch.cat([z.real, z.imag, x[..., 2 * P :]], -1)
 
     x = w.embedding[ids] * options.embedding_scale
+    x = x if w.position_embedding is None else x + w.position_embedding[:T]
     for layer in w.layers:
         zero = lambda b: 0.0 if b is None else b  # noqa: E731
-        qkv = (norm(x, layer.input_norm) @ layer.qkv.T + zero(layer.qkv_bias)).view(T, -1, D)
+        qkv = (norm(x, layer.input_norm, layer.input_norm_bias) @ layer.qkv.T + zero(layer.qkv_bias)).view(T, -1, D)
         q, k, v = qkv.split((w.num_heads, w.num_kv_heads, w.num_kv_heads), 1)
         if layer.q_norm is not None and layer.q_norm.numel() == D:
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
@@ -91,11 +107,14 @@ def dense(weights, ids):
                 z = k[start : t + 1, h // group] @ q[t, h] * scale
                 p = torch.softmax(z if cap is None else cap * torch.tanh(z / cap), 0)
                 rows.append(p @ v[start : t + 1, h // group])
+        before = x
         x = x + norm(torch.stack(rows).view(T, -1) @ layer.o.T + zero(layer.o_bias), layer.attention_out_norm)
-        gate, up = (norm(x, layer.post_norm) @ layer.gate_up.T + zero(layer.gate_up_bias)).chunk(2, -1)
-        gate = torch.nn.functional.gelu(gate, approximate="tanh") if options.gelu else gate * torch.sigmoid(gate)
+        h = norm(before if options.parallel else x, layer.post_norm, layer.post_norm_bias) @ layer.gate_up.T + zero(layer.gate_up_bias)
+        gate, up = h.chunk(2, -1) if h.shape[-1] > layer.down.shape[1] else (h, 1.0)
+        gate = {"silu": lambda x: x * torch.sigmoid(x), "gelu": lambda x: x * torch.special.ndtr(x),
+                "gelu_tanh": lambda x: x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))}[options.activation](gate)
         x = x + norm((gate * up) @ layer.down.T + zero(layer.down_bias), layer.mlp_out_norm)
-    return norm(x, w.norm)
+    return norm(x, w.norm, w.norm_bias)
 
 
 class Cache:
@@ -152,7 +171,8 @@ def test_reference_in_float64():
 
 
 @pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
-@pytest.mark.parametrize(("kind", "size"), [("plain", 4), ("biased", 5), ("normed", 8), ("windowed", 4), ("behind", 4), ("both", 4)])
+@pytest.mark.parametrize(("kind", "size"), [("plain", 4), ("biased", 5), ("normed", 8), ("windowed", 4), ("behind", 4), ("both", 4),
+                                            ("classic", 4), ("parallel", 4)])
 def test_triton_matches_a_dense_decoder_in_float64(kind, size, monkeypatch):
     monkeypatch.setattr(paged_attention_module, "_SPLIT", 8)
     weights, lengths = make(kind), [1, 10]
@@ -200,7 +220,8 @@ def test_what_was_not_written_changes_nothing(impl, kind):
 # Widths of a panel: one lane, around a vector, around a panel, several panels; companions behind and before.
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 @pytest.mark.parametrize("companions", [0, 14, 15, 16, 50, 63, 64, 150])
-@pytest.mark.parametrize("kind, dtype", [("biased", torch.float32), ("biased", torch.bfloat16), ("both", torch.float32), ("both", torch.bfloat16)])
+@pytest.mark.parametrize("kind, dtype", [("biased", torch.float32), ("biased", torch.bfloat16), ("both", torch.float32), ("both", torch.bfloat16),
+                                         ("classic", torch.float32), ("classic", torch.bfloat16), ("parallel", torch.float32)])
 def test_cpp_bits_do_not_depend_on_companions_or_chunks(companions, kind, dtype):
     weights, lengths = make(kind, dtype), [23, *[4] * companions]
     ids = sequences(lengths)
@@ -299,6 +320,8 @@ def test_refuses_what_would_read_or_write_elsewhere(impl):
             step(weights, cache, [tuple({**good, **change}.values())], impl)
     with pytest.raises(IndexError, match="out_slots"):
         step(weights, cache, [(0, 0, 0)], impl, torch.tensor([1]))
+    with pytest.raises(IndexError, match="positions"):
+        step(weights._replace(position_embedding=torch.zeros(2, 32)), cache, [(0, 2, 3)], impl)
     with pytest.raises(ValueError, match="k_cache does not fit its pattern"):
         decode_step(weights, *torch.zeros(3, 1, dtype=torch.int64), cache.table, cache.v, cache.v, impl=impl)
     with pytest.raises(TypeError, match="expected block_table of dtype int32"):
@@ -318,6 +341,10 @@ def test_cpp_refuses_weights_that_do_not_fit():
         broken = weights._replace(layers=(weights.layers[0]._replace(**change), weights.layers[1]))
         with pytest.raises(error, match=what):
             step(broken, cache, [(0, 0, 0)], "cpp")
+    for change, what in (({"position_embedding": torch.zeros(9, 31)}, "expected position_embedding contiguous"), ({"norm_bias": torch.zeros(3)}, "norm_bias"),
+                         ({"options": Options(activation="relu")}, "expected activation silu, gelu_tanh or gelu, got relu")):
+        with pytest.raises(ValueError, match=what):
+            step(weights._replace(**change), cache, [(0, 0, 0)], "cpp")
     with pytest.raises(TypeError, match="float32, bfloat16"):
         step(make("plain", torch.float64), Cache(make("plain", torch.float64), [20]), [(0, 0, 0)], "cpp")
 
@@ -327,8 +354,8 @@ def test_opcheck_and_compile():
     weights, cache = make("biased"), Cache(make("biased"), [20], fill=0.0)
     ids, positions, rows = torch.tensor([3, 4, 5]), torch.arange(3), torch.zeros(3, dtype=torch.int64)
     parts = [part for layer in weights.layers for part in layer.parts()]
-    arguments = (ids, positions, rows, cache.table, cache.k, cache.v, torch.tensor([2]), weights.embedding, weights.norm, weights.inv_freq,
-                 parts, [0, 0], [0, 0], 1.0, 1e-5, 0.25, 0.0, 1.0, 0.0, False)
+    arguments = (ids, positions, rows, cache.table, cache.k, cache.v, torch.tensor([2]), weights.embedding, None, weights.norm, None,
+                 weights.inv_freq, parts, [0, 0], [0, 0], 1.0, 1e-5, 0.25, 0.0, 1.0, 0.0, "silu", False)
     torch.library.opcheck(torch.ops.fusedrl.decode_step.default, arguments)
     compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
     others = Cache(weights, [20])

@@ -20,16 +20,16 @@ def tensors(shape, dtype, with_residual, seed=0):
     return x, weight, residual if with_residual else None, dy, dsum
 
 
-def run(x, weight, residual, dy, dsum, impl):
+def run(x, weight, residual, dy, dsum, impl, offset=0.0):
     """[y, sum (with a residual), gradients of x, weight and residual]; impl None is the reference."""
     leaves = [t.detach().requires_grad_() for t in (x, weight, residual) if t is not None]
     added = leaves[2] if residual is not None else None
     if impl is None:
-        y, total = rms_norm_reference(leaves[0], leaves[1], EPS, added)
+        y, total = rms_norm_reference(leaves[0], leaves[1], EPS, added, offset)
     elif residual is None:
-        y, total = rms_norm(leaves[0], leaves[1], eps=EPS, impl=impl), None
+        y, total = rms_norm(leaves[0], leaves[1], eps=EPS, offset=offset, impl=impl), None
     else:
-        y, total = rms_norm(leaves[0], leaves[1], eps=EPS, residual=added, impl=impl)
+        y, total = rms_norm(leaves[0], leaves[1], eps=EPS, residual=added, offset=offset, impl=impl)
     if residual is None:
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     return [y.detach(), total.detach(), *torch.autograd.grad((y, total), leaves, (dy, dsum))]
@@ -54,11 +54,11 @@ def assert_no_worse(got, same_dtype, exact, floor=0.0):
 def test_against_float64(impl, dtype, shape):
     if impl == "triton" and dtype == torch.float16 and shape[0] > 9:
         return  # the interpreter is slow, and bfloat16 goes the same way
-    for with_residual in (False, True):
+    for with_residual, offset in ((False, 0.0), (True, 0.0), (True, 1.0)):
         inputs = tensors(shape, dtype, with_residual)
-        exact = run(*(t if t is None else t.double() for t in inputs), None)
+        exact = run(*(t if t is None else t.double() for t in inputs), None, offset)
         # A single value is its own rms: its gradient is nothing but what cancels.
-        assert_no_worse(run(*inputs, impl), run(*inputs, None), exact, floor=4.0 if shape[-1] == 1 else 0.0)
+        assert_no_worse(run(*inputs, impl, offset), run(*inputs, None, offset), exact, floor=4.0 if shape[-1] == 1 else 0.0)
 
 
 # Large rows, offsets that make every square alike, and values so small that eps decides.
@@ -88,6 +88,23 @@ def test_rounds_where_transformers_does(impl, dtype):
         assert (rms_norm(x, weight, eps=EPS, impl=impl) != norm(x)).sum() <= 4
         once = (x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS) * weight.double()).to(dtype)
         assert (once != norm(x)).sum() > 20  # rounded once instead of twice: this test tells the difference
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_where_gemma_does(impl, dtype):
+    if impl == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates to bfloat16")
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    x, weight, residual, *_ = tensors((9, 40), dtype, True)
+    weight = weight - 1
+    norm = Gemma2RMSNorm(40, EPS).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        y, total = rms_norm(x, weight, eps=EPS, residual=residual, offset=1.0, impl=impl)
+        assert (y != norm(total)).sum() <= 4
+        rounded = rms_norm(x, weight + 1, eps=EPS, impl=impl)  # 1 + weight rounded first: this test tells the difference
+        assert (rms_norm(x, weight, eps=EPS, offset=1.0, impl=impl) != norm(x)).sum() <= 4 < 20 < (rounded != norm(x)).sum()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -152,7 +169,8 @@ def test_threads_change_nothing():
 
 def test_reference_gradcheck():
     x, weight, residual, *_ = (t.double().requires_grad_() for t in tensors((3, 5), torch.float32, True))
-    assert torch.autograd.gradcheck(lambda x, w, r: rms_norm(x, w, eps=EPS, residual=r), (x, weight, residual))
+    for offset in (0.0, 1.0):
+        assert torch.autograd.gradcheck(lambda x, w, r, offset=offset: rms_norm(x, w, eps=EPS, residual=r, offset=offset), (x, weight, residual))
 
 
 @pytest.mark.parametrize("impl", [cpp, triton])
@@ -161,7 +179,7 @@ def test_opcheck_and_compile(impl, with_residual):
     x, weight, residual, dy, dsum = tensors((3, 2, 8), torch.float32, with_residual)
     leaves = [t if t is None else t.requires_grad_() for t in (x, weight, residual)]
     op = torch.ops.fusedrl.rms_norm if impl == "cpp" else _rms_norm_triton
-    torch.library.opcheck(op, (*leaves, EPS))
+    torch.library.opcheck(op, (*leaves, EPS, 1.0))
 
     def both(x, weight, residual):
         out = rms_norm(x, weight, eps=EPS, residual=residual, impl=impl)

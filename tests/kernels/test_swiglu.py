@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from fusedrl.kernels import native
 from fusedrl.kernels.dispatch import unavailable
-from fusedrl.kernels.swiglu import _swiglu_triton, swiglu, swiglu_reference
+from fusedrl.kernels.swiglu import _swiglu_triton, activate, swiglu, swiglu_reference
 
 cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
 triton = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))))
@@ -114,3 +116,18 @@ def test_refuses_what_it_does_not_support():
         swiglu(torch.zeros(3, 4, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="these can: torch"):
         swiglu(torch.zeros(3, 4, dtype=torch.float64), impl="cpp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_activate(activation, gated, dtype):
+    gate_up, _ = tensors(5, 33, dtype)
+    wide = gate_up.double()
+    x, up = wide.chunk(2, dim=-1) if gated else (wide, 1.0)
+    inner = {"silu": torch.sigmoid, "gelu_tanh": lambda x: torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)), "gelu": torch.special.ndtr}
+    got, want = activate(gate_up, activation, gated=gated), x * inner[activation](x) * up
+    assert got.dtype == dtype
+    assert got.shape == want.shape
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), want, rtol=2 * eps, atol=8 * eps)  # 1 + erf(x) cancels below 0, in torch's kernel

@@ -23,7 +23,7 @@ def _rms_norm_problem(case: SimpleNamespace, generator: torch.Generator) -> Prob
     if case.residual:
         x["residual"] = (case.size * floats(generator, *shape)).to(case.dtype)
         upstream["sum"] = floats(generator, *shape, dtype=case.dtype)
-    return Problem(x, {"eps": 1e-5}, upstream)
+    return Problem(x, {"eps": 1e-5, "offset": case.weight_offset}, upstream)
 
 
 def _rms_norm(x: dict, s: dict, impl: str | None) -> Tensors:
@@ -32,7 +32,7 @@ def _rms_norm(x: dict, s: dict, impl: str | None) -> Tensors:
 
 
 def _rms_norm_reference(x: dict, s: dict) -> Tensors:
-    y, total = rms_norm.rms_norm_reference(x["x"], x["weight"], s["eps"], x.get("residual"))
+    y, total = rms_norm.rms_norm_reference(x["x"], x["weight"], s["eps"], x.get("residual"), s["offset"])
     return {"y": y, "sum": total} if "residual" in x else {"y": y}
 
 
@@ -46,7 +46,7 @@ def _rms_norm_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
 RMS_NORM = Entry(
     "rms_norm", rms_norm._IMPLS,
     {"N": (7, 0, 1, 33, 127, 4096), "H": (33, 1, 2, 31, 128, 1023, 2051), "heads": (0, 2), "dtype": FLOATS, "residual": (True, False), "size": (1.0, 1e-4, 1e3),
-     "offset": (0.0, 100.0), "layout": ("plain", "padded", "misaligned")},
+     "offset": (0.0, 100.0), "weight_offset": (0.0, 1.0), "layout": ("plain", "padded", "misaligned")},
     _rms_norm_problem, _rms_norm, _rms_norm_reference,
     _rms_norm_bounds, ("x", "weight", "residual"),
     {"N": (7, 0, 1, 9)}, cost=lambda case: case.N * case.H * max(1, case.heads), fits=lambda case: case.N * case.H * max(1, case.heads) <= 1 << 21)
