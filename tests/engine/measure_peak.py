@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
-from fusedrl.engine.config import GenerationConfig, PPOConfig
+from fusedrl.engine.config import GenerationConfig, PolicyConfig
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
@@ -28,7 +28,7 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def step(sizes: dict[str, Any], config: PPOConfig, cache: CacheConfig, steps: int) -> None:
+def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps: int) -> None:
     """Rollout, score, update; two micro-batches a minibatch. Rewards are random, as nothing here depends on them."""
     torch.manual_seed(0)
     model = model_config(sizes)
@@ -53,7 +53,7 @@ def main() -> None:
     tokens, length = asked["tokens"], asked["sizes"]["max_position_embeddings"]
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(asked["sizes"]))
-        config = PPOConfig(directory, "none", ("none",), prompts_per_step=2 * tokens // length, epochs=1, tokens_per_microbatch=tokens, device="cpu",
+        config = PolicyConfig(directory, "none", ("none",), prompts_per_step=2 * tokens // length, epochs=1, tokens_per_microbatch=tokens, device="cpu",
                            checkpoint_activations=asked["checkpointed"], generation=GenerationConfig(max_new_tokens=length // 2))
         cache = CacheConfig(num_blocks=2 * tokens // 16)  # one rollout writes them all
         found = plan(config, cache=cache)

@@ -1,6 +1,6 @@
 import pytest
 
-from fusedrl.engine.config import KLConfig, OptimConfig, PPOConfig
+from fusedrl.engine.config import KLConfig, OptimConfig, PolicyConfig
 from fusedrl.engine.control import KLController, data_order, learning_rate
 
 
@@ -40,7 +40,7 @@ def test_data_order_is_a_stream_of_shuffled_passes():
 
 def test_config_refuses_what_ppo_cannot_do():
     def ppo(**kwargs):
-        return PPOConfig(model="m", data="d", reward=("r.py:f",), **kwargs)
+        return PolicyConfig(model="m", data="d", reward=("r.py:f",), **kwargs)
 
     from fusedrl.engine.config import GenerationConfig
     with pytest.raises(ValueError, match="without top_k, top_p and min_p"):

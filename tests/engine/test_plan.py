@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch
 from fusedrl.engine.cli import main
-from fusedrl.engine.config import OptimConfig, PPOConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import OptimConfig, PolicyConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import KVCache
 from fusedrl.engine.model.decoder import Decoder
@@ -28,7 +28,7 @@ KINDS = {"llama": {"model_type": "llama"}, "qwen3 tied": {"model_type": "qwen3",
          "mistral": {"model_type": "mistral", "sliding_window": 9}, "wide": {"model_type": "llama", "attention_bias": True, "num_key_value_heads": 6,
                                                                             "intermediate_size": 240},
          "olmo2": {"model_type": "olmo2"}, "gemma2": {"model_type": "gemma2", "sliding_window": 9, "query_pre_attn_scalar": 8}}
-STAGES = {"sft": SFTConfig("m", "d"), "reward": RewardModelConfig("m", "d"), "ppo": PPOConfig("m", "d", ("r.py:r",))}
+STAGES = {"sft": SFTConfig("m", "d"), "reward": RewardModelConfig("m", "d"), "ppo": PolicyConfig("m", "d", ("r.py:r",))}
 
 
 def planner(sizes, stage="ppo", dtype="float32", **more):
@@ -202,7 +202,7 @@ def test_the_command_line(tmp_path, capsys):
     assert parts["peak"] == sum(count for name, count in parts.items() if name != "peak")
     assert told["memory_bytes"] == 2 << 30
     assert told["peak_bytes"]["plain"] == parts["peak"] > told["peak_bytes"]["checkpointed"]
-    assert plan(PPOConfig(str(config), "d", ("r.py:r",), device="cpu"), memory=2 << 30).to_json() == told | {"model": str(config)}, "from config.json"
+    assert plan(PolicyConfig(str(config), "d", ("r.py:r",), device="cpu"), memory=2 << 30).to_json() == told | {"model": str(config)}, "from config.json"
     assert main(["plan", "sft", "--model", str(config), "--device", "cpu", "--memory", "1MiB", "--output-json", "-"]) == 0
     small = json.loads(capsys.readouterr().out)
     assert (small["fits"], small["largest_tokens_per_microbatch"]) == (False, {"plain": 0, "checkpointed": 0})
