@@ -20,6 +20,7 @@ from fusedrl.engine.algorithms import ADVANTAGES, Needs, resolve
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.gae import ShapedGAE, discounted_returns, gae, k_step_advantages, shaped_gae, td_advantages
+from fusedrl.kernels.kl import token_kl
 from fusedrl.kernels.normalize import group_normalize, masked_whiten
 
 GRPO_EPS = 1e-4  # added to a group's standard deviation, as in TRL
@@ -30,8 +31,8 @@ class Signals:
     """What an advantage may be made of. N tokens, B completions.
 
     batch: with the columns scores and group_ids [B] (equal where the prompt is, in any number: invalid completions are not there), and, where the
-    algorithm has them, old_logp, ref_logp and values [N] and greedy_scores [B]. kl_coef: of the KL in the reward. baseline: the mean of all returns R of
-    earlier steps, 0 at the first.
+    algorithm has them, old_logp, ref_logp and values [N] and greedy_scores [B]. kl_coef: of the KL in the reward. future_kl_coef: of the KL of the tokens to
+    come, which `estimate` takes off. baseline: the mean of all returns R of earlier steps, 0 at the first.
     """
 
     batch: PackedBatch
@@ -39,8 +40,16 @@ class Signals:
     lam: float = 0.95
     k: int = 5
     kl_coef: float = 0.0
+    future_kl_coef: float = 0.0
     score_clip: float | None = None
     baseline: float = 0.0
+
+    @classmethod
+    def of(cls, config: PolicyConfig, batch: PackedBatch, kl_coef: float, baseline: float) -> Signals:
+        """Of a step's batch; `kl_coef` is the coefficient now, wherever the KL is placed."""
+        loss, kl = config.loss, config.kl
+        return cls(batch, loss.gamma, loss.lam, loss.k, kl_coef if kl.placement == "reward" else 0.0, kl_coef if kl.level == "future" else 0.0,
+                   config.score_clip, baseline)
 
     @cached_property
     def shaped(self) -> ShapedGAE:
@@ -131,6 +140,10 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
     if advantages_N.shape != batch.action_mask.shape:
         raise ValueError(f"advantages: expected {config.advantage} to return [{batch.num_tokens}] numbers, one per token, got {list(advantages_N.shape)}; "
                          "Signals.per_token spreads one per completion")
+    if signals.future_kl_coef:
+        kl_N = torch.where(batch.action_mask, token_kl(batch.column("old_logp"), batch.column("ref_logp"), estimator="k1"), 0.0)
+        to_go_N = discounted_returns(kl_N, mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, gamma=loss.gamma)
+        advantages_N = advantages_N - signals.future_kl_coef * (to_go_N - kl_N)
     if loss.discount_states:
         before = torch.cat([batch.action_mask.new_zeros(1, dtype=torch.int64), batch.action_mask.cumsum(0)])
         steps = before[:-1] - torch.repeat_interleave(before[batch.cu_seqlens[:-1].long()], batch.cu_seqlens.long().diff(), output_size=batch.num_tokens)

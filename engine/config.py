@@ -117,8 +117,8 @@ class KLConfig:
 
     reward  -coef * k1 at every token (Ziegler et al., 2019). Exact: the optimum is ref * exp(reward / coef), whatever is done to advantages.
     loss    + coef * kl_t in the loss, with the gradient of the estimator at each token. The usual k3 follows KL(ref || pi) and k2 KL(pi || ref), but both
-            forget that a token changes the states behind it, and a normalised advantage rescales coef prompt by prompt. level="sequence" with k2 is exact
-            and noisy.
+            forget that a token changes the states behind it, and a normalised advantage rescales coef prompt by prompt. Exact are k2 with
+            level="future", and with level="sequence", which is noisy.
 
     Fields without a default here take the algorithm's (algorithms.py).
 
@@ -126,7 +126,8 @@ class KLConfig:
         coef: the coefficient, or its initial value when it adapts; 0 is none, and then no reference is loaded.
         placement: reward or loss.
         estimator: in the loss k1, k2, k3 or abs; in the reward only k1, since any other drops a term of the gradient.
-        level: in the loss, estimates of tokens or (k2) of whole sequences.
+        level: in the loss, estimates of tokens or (k2) of whole sequences; future: of tokens, and the advantage is less coef times the k1 of the tokens to
+            come, which is what tokens alone leave out.
         target: KL per sequence, in nats, that the coefficient adapts to; None keeps it fixed.
         horizon: episodes over which the coefficient adapts.
         measure: load the reference and report the KL even where the coefficient is 0.
@@ -135,7 +136,7 @@ class KLConfig:
     coef: float = OF_ALGORITHM
     placement: Literal["reward", "loss"] = OF_ALGORITHM
     estimator: Literal["k1", "k2", "k3", "abs"] = OF_ALGORITHM
-    level: Literal["token", "sequence"] = "token"
+    level: Literal["token", "sequence", "future"] = "token"
     target: float | None = None
     horizon: float = 10_000.0
     measure: bool = False
@@ -147,13 +148,13 @@ class KLConfig:
         _require(self.horizon > 0, "kl.horizon", "> 0", self.horizon)
         _require(self.placement != "reward" or self.estimator in (None, "k1"), "kl.estimator", "k1 with kl.placement = reward (any other drops a term of "
                  "the gradient of the KL there and moves the optimum; put it into the loss)", self.estimator)
-        _require(self.level == "token" or (self.placement != "reward" and self.estimator in (None, "k2")), "kl.level", "sequence only with "
-                 "kl.placement = loss and kl.estimator = k2", (self.placement, self.estimator))
+        _require(self.level == "token" or (self.placement != "reward" and self.estimator in (None, "k2")), "kl.level", "sequence or future only with "
+                 "kl.placement = loss and kl.estimator = k2", (self.level, self.placement, self.estimator))
 
     def filled(self, row: Algorithm) -> KLConfig:
         """With the row's values where nothing was said."""
-        placement = self.placement or row.kl_placement
-        usual = "k1" if placement == "reward" else "k2" if self.level == "sequence" else row.kl_estimator if row.kl_placement == "loss" else "k3"
+        placement = self.placement or ("loss" if self.level != "token" else row.kl_placement)
+        usual = "k1" if placement == "reward" else "k2" if self.level != "token" else row.kl_estimator if row.kl_placement == "loss" else "k3"
         return replace(self, coef=_or(self.coef, row.kl_coef), placement=placement, estimator=self.estimator or usual)
 
 

@@ -77,7 +77,7 @@ def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, b
     common: dict[str, Any] = {
         "objective": objective if fused else _NONE, "entropy": entropy_N, "entropy_coef": loss.entropy_coef, "cu_seqlens": batch.cu_seqlens,
         "ref_logp": batch.column("ref_logp") if penalised else None, "kl_coef": kl_coef if penalised else 0.0,
-        "kl_estimator": kl.estimator, "kl_level": kl.level if penalised else "token",
+        "kl_estimator": kl.estimator, "kl_level": "sequence" if penalised and kl.level == "sequence" else "token",
     }
     if fused and values_N is not None:
         return policy_value_loss(logp_N, old_N, advantages_N, weights_N, values_N, batch.column("values"), batch.column("returns"),

@@ -61,7 +61,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     """
     needs = find_advantage(config.advantage).needs
     make_objective(config, config.penalty.coef)  # a mistake in its name or bounds is told before anything is loaded
-    scored_first = needs == "critic" or (config.kl.placement == "reward" and config.kl.coef > 0) or config.epochs * config.minibatches > 1
+    kl_in_advantage = config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
+    scored_first = needs == "critic" or kl_in_advantage or config.epochs * config.minibatches > 1
 
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=needs == "critic", strict=config.strict)
@@ -84,8 +85,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                 cuts = _cuts(experience.batch, config, step, epoch=0)
                 batch = score(actor if scored_first else None, reference, experience.batch, cuts, config.generation.temperature)
             with run.time("advantage"):
-                signals = Signals(batch, config.loss.gamma, config.loss.lam, config.loss.k, control.kl.coef if config.kl.placement == "reward" else 0.0,
-                                  config.score_clip, control.returns.mean)
+                signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
                 batch = estimate(config, signals)
             with run.time("train"):
                 metrics = experience.metrics | update(actor, optimizer, batch, cuts, config, control, step, run)

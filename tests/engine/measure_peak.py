@@ -14,6 +14,7 @@ import torch
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import GenerationConfig, PolicyConfig
+from fusedrl.engine.control import Control
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
@@ -42,10 +43,11 @@ def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps:
         outs = actor.generate(prompts, SamplingParams(max_new_tokens=half, seed=number))
         batch = PackedBatch.from_completions(prompts, outs)
         cuts = policy._cuts(batch, config, number, 0)
-        batch, _ = policy.score(actor, reference, batch, cuts, 1.0)
+        batch = policy.score(actor, reference, batch, cuts, 1.0)
         noise = torch.randn(2, batch.num_tokens)
         run = cast(Any, SimpleNamespace(check_update=lambda result: None))
-        policy.update(actor, optimizer, batch.with_columns(advantages=noise[0], returns=noise[1]), cuts, config, number, run)
+        batch = batch.with_columns(advantages=noise[0], returns=noise[1], scores=torch.zeros(batch.num_sequences))
+        policy.update(actor, optimizer, batch, cuts, config, Control(config), number, run)
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(asked["sizes"]))
         config = PolicyConfig(directory, "none", ("none",), prompts_per_step=2 * tokens // length, epochs=1, tokens_per_microbatch=tokens, device="cpu",
-                           checkpoint_activations=asked["checkpointed"], generation=GenerationConfig(max_new_tokens=length // 2))
+                              checkpoint_activations=asked["checkpointed"], generation=GenerationConfig(max_new_tokens=length // 2))
         cache = CacheConfig(num_blocks=2 * tokens // 16)  # one rollout writes them all
         found = plan(config, cache=cache)
     tiny = asked["sizes"] | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}

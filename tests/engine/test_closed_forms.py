@@ -37,6 +37,7 @@ class Tree:
 
     def backward(self, combine) -> torch.Tensor:
         """[PROMPTS] values of the roots: combine(slice of states, Q [states, V]) from the leaves up."""
+        below = torch.empty(0, dtype=torch.float64)
         for d in reversed(range(T)):
             here = slice(OFFSETS[d], OFFSETS[d + 1])
             q = self.rewards[here].double().clone()
@@ -101,8 +102,7 @@ def optimise(config: PolicyConfig, *, updates: int, lr: float, batch_size: int =
             batch = batch.with_columns(values=column(critic.detach(), states, mask))
         if needs == "greedy":
             batch = batch.with_columns(greedy_scores=tree.walk(logp, torch.arange(PROMPTS), None)[3][prompts])
-        signals = Signals(batch, config.loss.gamma, config.loss.lam, config.loss.k, control.kl.coef if config.kl.placement == "reward" else 0.0,
-                          config.score_clip, control.returns.mean)
+        signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
         batch = estimate(config, signals)
         batch = batch.with_columns(weights=minibatch_weights(config, batch))
         objective = make_objective(config, control.penalty.coef)
@@ -136,7 +136,7 @@ CASES = {
     "reinforce_pp": (config_of("reinforce_pp"), PLAIN),
     "reinforce_pp_baseline": (config_of("reinforce_pp_baseline"), PLAIN),
     "rloo": (config_of("rloo"), PLAIN),
-    "remax": (config_of("remax"), PLAIN),
+    "remax": (config_of("remax"), dict(updates=800, lr=0.1)),
     "opo": (config_of("opo"), PLAIN),
     "gpg": (config_of("gpg"), PLAIN),
     "grpo": (config_of("grpo"), PLAIN),
@@ -159,3 +159,47 @@ QUICK = ("reinforce", "grpo", "rloo", "ppo", "gspo", "reinforce_pp")
 def test_the_optimum_is_reached(name):
     config, settings = CASES[name]
     assert optimise(config, **settings) >= 0.99
+
+
+# ---- the KL as a loss: other fixed points ----------------------------------------------------------------------------------------
+def fixed_point(tree: Tree, policy) -> torch.Tensor:
+    """The policy [STATES, V] that is, at every state, `policy(ref, Q)` of the reward's own Q under itself, without any KL."""
+    logp = torch.empty(STATES, V, dtype=torch.float64)
+
+    def combine(here, q):
+        logp[here] = policy(tree.ref[here].double(), q)
+        return (logp[here].exp() * q).sum(1)
+
+    tree.backward(combine)
+    return logp
+
+
+def reverse_kl(ref, q):
+    return (ref + q / BETA).log_softmax(1)
+
+
+def forward_kl(ref, q):
+    """beta ref / (lambda - Q), lambda by bisection."""
+    low, high = q.amax(1, keepdim=True), q.amax(1, keepdim=True) + BETA
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = (BETA * ref.exp() / (middle - q)).sum(1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (BETA * ref.exp() / (high - q)).log().log_softmax(1)
+
+
+@pytest.mark.parametrize("estimator", ["k2", pytest.param("k3", marks=pytest.mark.full)])
+def test_a_kl_of_tokens_in_the_loss_ends_elsewhere(estimator):
+    policy = {"k2": reverse_kl, "k3": forward_kl}[estimator]
+    tree = Tree.random()
+    expected = tree.gap(fixed_point(tree, policy))
+    assert expected < 0.95
+    config = config_of("rloo", kl=KLConfig(coef=BETA, placement="loss", estimator=estimator))
+    assert optimise(config, **PLAIN) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("level, least", [("future", 0.99), ("sequence", 0.96)])
+def test_the_exact_losses_reach_the_optimum(level, least):
+    config = config_of("rloo", kl=KLConfig(coef=BETA, placement="loss", level=level))
+    assert optimise(config, **CLIPPED) >= least
