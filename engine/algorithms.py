@@ -57,16 +57,18 @@ class Algorithm:
     whiten: bool = False
     samples_per_prompt: int = 1
     epochs: int = 1
+    refill_tries: int = 0
 
 
 _SUM = "sequence_mean_token_sum"  # the policy gradient as it is derived: log-probabilities of whole completions, a mean over completions
 _MEAN = "sequence_mean_token_mean"
 
 
-def _group(title: str, advantage: str, objective: str, aggregation: str, *, kl_coef: float = 0.0, kl_estimator: str = "k3", whiten: bool = False) -> Algorithm:
+def _group(title: str, advantage: str, objective: str, aggregation: str, *, kl_coef: float = 0.0, kl_estimator: str = "k3", whiten: bool = False,
+           refill_tries: int = 0) -> Algorithm:
     """A row of eight completions of each prompt, whose KL, if any, is in the loss."""
     return Algorithm(title, advantage, objective, aggregation, kl_placement="loss", kl_coef=kl_coef, kl_estimator=kl_estimator, whiten=whiten,
-                     samples_per_prompt=8)
+                     samples_per_prompt=8, refill_tries=refill_tries)
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -86,7 +88,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gpg": _group("group policy gradient", "gpg", "reinforce", "token_mean"),
     "grpo": _group("advantages within the group", "grpo", "ppo_clip", _MEAN, kl_coef=0.04),
     "dr_grpo": _group("GRPO without its two divisions", "dr_grpo", "ppo_clip", "sequence_sum_norm"),
-    "dapo": _group("GRPO with a higher upper clip, a mean over tokens", "grpo", "dapo", "token_mean"),
+    "dapo": _group("GRPO with a higher upper clip, a mean over tokens, dynamic sampling", "grpo", "dapo", "token_mean", refill_tries=3),
     "gspo": _group("GRPO with the sequence's ratio", "grpo", "gspo", _MEAN),
     "cispo": _group("GRPO with a capped importance weight", "grpo", "cispo", "token_mean"),
     "sapo": _group("GRPO with a soft gate in place of the clip", "grpo", "sapo", _MEAN),

@@ -349,6 +349,9 @@ class PolicyConfig:
         max_prompt_length: longer prompts are dropped before the first step and counted; None is what fits the model with max_new_tokens.
         score_clip: scores are clipped to +- this; None leaves them.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+        overlong_buffer: tokens before max_new_tokens over which overlong_penalty rises from 0 to its whole; 0 is off.
+        overlong_penalty: subtracted from the score of a completion of max_new_tokens.
+        refill_tries: dynamic sampling: how often, at most, groups whose scores are all equal are replaced by those of other prompts; 0 keeps them.
         max_invalid_fraction: of a rollout's rewards (raised, NaN, wrong type); above it the run stops, below it those samples are left out.
         max_logp_diff: mean absolute difference between sampler and trainer log-probabilities above which the run stops.
         strict: the trainer's log-probabilities are bitwise the sampler's, at the cost of one more forward in training (CPU).
@@ -372,6 +375,9 @@ class PolicyConfig:
     max_prompt_length: int | None = None
     score_clip: float | None = None
     missing_eos_penalty: float = 0.0
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    refill_tries: int = OF_ALGORITHM
     max_invalid_fraction: float = 0.1
     max_logp_diff: float = 0.05
     strict: bool = False
@@ -389,6 +395,7 @@ class PolicyConfig:
         _require(self.algorithm in ALGORITHMS, "algorithm", f"to be one of {', '.join(ALGORITHMS)}", self.algorithm)
         row = self.row
         for name, value in (("samples_per_prompt", _or(self.samples_per_prompt, row.samples_per_prompt)), ("epochs", _or(self.epochs, row.epochs)),
+                            ("refill_tries", _or(self.refill_tries, row.refill_tries)),
                             ("kl", self.kl.filled(row)), ("loss", self.loss.filled(row))):
             object.__setattr__(self, name, value)
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "tokens_per_microbatch"):
@@ -404,6 +411,10 @@ class PolicyConfig:
         _require(self.samples_per_prompt > 1 or ADVANTAGES.get(self.advantage) != "group", "samples_per_prompt", f"> 1 for {self.algorithm} (its advantage, "
                  f"{self.advantage}, compares the completions of one prompt: one alone has the advantage 0 and teaches nothing; 8 is usual)",
                  self.samples_per_prompt)
+        _require(0 <= self.overlong_buffer <= self.generation.max_new_tokens, "overlong_buffer", "within 0 and generation.max_new_tokens = "
+                 f"{self.generation.max_new_tokens}", self.overlong_buffer)
+        _require(self.refill_tries == 0 or (self.refill_tries > 0 and self.samples_per_prompt > 1), "refill_tries", ">= 0, and 0 with samples_per_prompt = 1",
+                 self.refill_tries)
 
     @property
     def row(self) -> Algorithm:

@@ -46,10 +46,12 @@ class PenaltyController:
 
 
 class Control:
-    """All that a policy run carries from step to step beside weights and optimizer: two coefficients, and the moments of all returns so far."""
+    """All that a policy run carries from step to step beside weights and optimizer: two coefficients, the moments of all returns so far, and how many prompts
+    were drawn from the stream."""
 
     def __init__(self, config: PolicyConfig) -> None:
         self.kl, self.penalty, self.returns = KLController(config.kl), PenaltyController(config.penalty), RunningMoments()
+        self.drawn = 0
 
     def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:
         """After a step: adapt to what it measured, and take in its returns."""
@@ -60,7 +62,7 @@ class Control:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"kl_coef": self.kl.coef, "penalty_coef": self.penalty.coef, "returns": self.returns.state_dict()}
+        return {"kl_coef": self.kl.coef, "penalty_coef": self.penalty.coef, "returns": self.returns.state_dict(), "drawn": self.drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave, now or before there was more than the KL coefficient."""
@@ -68,6 +70,7 @@ class Control:
         if "penalty_coef" in state:
             self.penalty.coef = float(state["penalty_coef"])
             self.returns.load_state_dict(state["returns"])
+            self.drawn = int(state["drawn"])
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,10 +78,10 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     with Run(config, config.steps) as run:
         prompts = _prompts(config, actor, run)
         run.restore(model=actor, optimizer=optimizer, control=control)
+        control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
         for step in range(run.start, config.steps):
             with run.time("generate_and_reward"):
-                chosen = [prompts[i] for i in data_order(len(prompts), config.run.seed, step * config.prompts_per_step, (step + 1) * config.prompts_per_step)]
-                experience = rollout(actor, chosen, rewards, config, first_request_id=step * config.prompts_per_step, greedy=needs == "greedy")
+                experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy")
             with run.time("score"):
                 cuts = _cuts(experience.batch, config, step, epoch=0)
                 batch = score(actor if scored_first else None, reference, experience.batch, cuts, config.generation.temperature)
@@ -111,6 +112,13 @@ def _prompts(config: PolicyConfig, actor: HybridActor, run: Run) -> list[Prompt]
     encoded, dropped = encode_prompts(actor.tokenizer, examples, min(room, config.max_prompt_length or room))
     run.message(f"prompts: {dropped}")
     return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
+
+
+def _draw(prompts: list[Prompt], config: PolicyConfig, control: Control, count: int) -> tuple[list[Prompt], int]:
+    """The next `count` prompts of the stream, and the number of the first in it."""
+    first = control.drawn
+    control.drawn += count
+    return [prompts[i] for i in data_order(len(prompts), config.run.seed, first, first + count)], first
 
 
 def _cuts(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:

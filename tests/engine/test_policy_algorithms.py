@@ -22,6 +22,12 @@ REWARDS = '''
 def likes_w3(prompts, completions, completion_ids, **columns):
     return [float(sum(word == "w3" for word in text.split())) for text in completions]
 
+def rarely(prompts, completions, completion_ids, **columns):
+    return [float(ids[0] == 7) for ids in completion_ids]
+
+def never(prompts, completions, completion_ids, **columns):
+    return [1.0] * len(completions)
+
 def sometimes_nan(prompts, completions, completion_ids, **columns):
     return [float("nan") if i % 5 == 0 else float(i % 2) for i, ids in enumerate(completion_ids)]
 '''
@@ -173,6 +179,47 @@ def test_groups_with_invalid_samples(make):
     assert row["frac_reward_zero_std"] == 0.25  # of the samples 0 .. 11 in threes, 0, 5 and 10 are gone: 1 0 | 1 0 | 0 1 0 | 1 1
 
 
+def test_dynamic_sampling(make):
+    """Flat groups are replaced by others; prompts are taken from the stream one after another, also by a run that resumes; ids are never used twice."""
+    config = make("dapo", reward="rarely", name="whole", steps=3, refill_tries=2, run=dict(save_every=1))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "rollout", lambda *a, original=policy.rollout, **k: (seen.append(original(*a, **k)), seen[-1])[1])
+        train_policy(config)
+    rows = _metrics(config)
+    assert any(row["refill/generated_groups"] > 4 for row in rows)
+    for row, experience in zip(rows, seen, strict=True):
+        groups = experience.batch.group_ids.tolist()
+        assert len(set(groups)) == row["refill/kept_groups"] <= 4
+        assert 4 <= row["refill/generated_groups"] <= 12
+        flat = [g for g in set(groups) if len({s for s, h in zip(experience.batch.scores.tolist(), groups, strict=True) if h == g}) == 1]
+        assert not flat or len(flat) == len(set(groups))  # only where there was nothing else
+    starts = [min(e.batch.group_ids.tolist()) for e in seen]
+    assert starts == sorted(set(starts))
+    state = json.loads(sorted((Path(config.run.dir) / "checkpoints").glob("*/state.json"))[-1].read_text())
+    assert state["drawn"] == sum(row["refill/generated_groups"] for row in rows)
+
+    parts = replace(config, run=replace(config.run, dir=config.run.dir + "_parts"))
+    train_policy(replace(parts, steps=2, optim=config.optim))
+    train_policy(replace(parts, run=replace(parts.run, resume=True)))
+    assert all(torch.equal(p, _weights(parts)[name]) for name, p in _weights(config).items())
+
+    config = make("dapo", reward="never", name="never", steps=1, refill_tries=1)
+    train_policy(config)
+    row = _metrics(config)[0]
+    assert (row["refill/generated_groups"], row["refill/kept_groups"], row["frac_reward_zero_std"], row["grad_norm"]) == (8, 4, 1.0, 0.0)
+
+
+def test_overlong_completions_cost(make):
+    config = make("grpo", reward="never", steps=1, overlong_buffer=4, overlong_penalty=2.0)
+    experience = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "rollout", lambda *a, original=policy.rollout, **k: (experience.append(original(*a, **k)), experience[-1])[1])
+        train_policy(config)
+    for completion, score in zip(experience[0].completions, experience[0].batch.scores.tolist(), strict=True):
+        assert score == pytest.approx(1.0 - 2.0 * max(0, len(completion.token_ids) - 2) / 4)
+
+
 # ---- configuration -------------------------------------------------------------------------------------------------------------
 def test_rows_name_what_there_is():
     assert set(advantages._KNOWN) >= set(ADVANTAGES)
@@ -198,7 +245,8 @@ def test_the_command_is_the_row():
     (dict(algorithm="grpo", samples_per_prompt=1), "samples_per_prompt > 1 for grpo .*one alone has the advantage 0 and teaches nothing"),
     (dict(algorithm="rloo", samples_per_prompt=1), "samples_per_prompt > 1 for rloo"),
     (dict(algorithm="grp"), "algorithm to be one of ppo, "),
-    (dict(algorithm="grpo", epochs=0), "epochs >= 1"),
+    (dict(algorithm="grpo", epochs=0), "epochs >= 1"), (dict(refill_tries=1), "refill_tries >= 0, and 0 with samples_per_prompt = 1"),
+    (dict(overlong_buffer=65), "overlong_buffer within 0 and generation.max_new_tokens = 64"),
 ])
 def test_what_is_refused(kwargs, message):
     with pytest.raises(ConfigError, match=message):
