@@ -117,17 +117,18 @@ class KLConfig:
 
     reward  -coef * k1 at every token (Ziegler et al., 2019). Exact: the optimum is ref * exp(reward / coef), whatever is done to advantages.
     loss    + coef * kl_t in the loss, with the gradient of the estimator at each token. The usual k3 follows KL(ref || pi) and k2 KL(pi || ref), but both
-            forget that a token changes the states behind it, and a normalised advantage rescales coef prompt by prompt. Exact are k2 with
-            level="future", and with level="sequence", which is noisy.
+            forget that a token changes the states behind it, and a normalised advantage rescales coef prompt by prompt. Exact are k2 and
+            full with level="future", and k2 with level="sequence", which is noisy.
 
     Fields without a default here take the algorithm's (algorithms.py).
 
     Args:
         coef: the coefficient, or its initial value when it adapts; 0 is none, and then no reference is loaded.
         placement: reward or loss.
-        estimator: in the loss k1, k2, k3 or abs; in the reward only k1, since any other drops a term of the gradient.
-        level: in the loss, estimates of tokens or (k2) of whole sequences; future: of tokens, and the advantage is less coef times the k1 of the tokens to
-            come, which is what tokens alone leave out.
+        estimator: in the loss k1, k2, k3, abs, or full, which is no estimate but the KL over the whole vocabulary (one more forward of the reference); in
+            the reward only k1, since any other drops a term of the gradient.
+        level: in the loss, of tokens or (k2) of whole sequences; future (k2, full): of tokens, and the advantage is less coef times the k1 of the tokens
+            to come, which is what tokens alone leave out.
         target: KL per sequence, in nats, that the coefficient adapts to; None keeps it fixed.
         horizon: episodes over which the coefficient adapts.
         measure: load the reference and report the KL even where the coefficient is 0.
@@ -135,7 +136,7 @@ class KLConfig:
 
     coef: float = OF_ALGORITHM
     placement: Literal["reward", "loss"] = OF_ALGORITHM
-    estimator: Literal["k1", "k2", "k3", "abs"] = OF_ALGORITHM
+    estimator: Literal["k1", "k2", "k3", "abs", "full"] = OF_ALGORITHM
     level: Literal["token", "sequence", "future"] = "token"
     target: float | None = None
     horizon: float = 10_000.0
@@ -148,8 +149,9 @@ class KLConfig:
         _require(self.horizon > 0, "kl.horizon", "> 0", self.horizon)
         _require(self.placement != "reward" or self.estimator in (None, "k1"), "kl.estimator", "k1 with kl.placement = reward (any other drops a term of "
                  "the gradient of the KL there and moves the optimum; put it into the loss)", self.estimator)
-        _require(self.level == "token" or (self.placement != "reward" and self.estimator in (None, "k2")), "kl.level", "sequence or future only with "
-                 "kl.placement = loss and kl.estimator = k2", (self.level, self.placement, self.estimator))
+        fitting = {"token": None, "sequence": (None, "k2"), "future": (None, "k2", "full")}[self.level]
+        _require(fitting is None or (self.placement != "reward" and self.estimator in fitting), "kl.level", "sequence only with kl.placement = loss and "
+                 "kl.estimator = k2, future only with loss and k2 or full", (self.level, self.placement, self.estimator))
 
     def filled(self, row: Algorithm) -> KLConfig:
         """With the row's values where nothing was said."""
@@ -212,7 +214,7 @@ class LossConfig:
         clip_max: of cispo, the cap on the ratio.
         tau_positive: of sapo, the temperature of the gate where A > 0.
         tau_negative: of sapo, the temperature of the gate where A < 0.
-        beta: of dro, the weight of the square.
+        beta: of dro, the weight of the square; of ppo_penalty, a fixed coefficient in place of the adaptive one.
         value_clip: values move at most this far from the old ones; None is off.
         value_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus.

@@ -52,12 +52,14 @@ class Control:
     def __init__(self, config: PolicyConfig) -> None:
         self.kl, self.penalty, self.returns = KLController(config.kl), PenaltyController(config.penalty), RunningMoments()
         self.drawn = 0
+        self._penalised = config.objective == "ppo_penalty"
 
     def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:
         """After a step: adapt to what it measured, and take in its returns."""
         if "kl" in metrics:
             self.kl.update(metrics["kl"], len(totals_B))
-        self.penalty.update(metrics["policy/last_approxkl"])
+        if self._penalised:
+            self.penalty.update(metrics["policy/last_approxkl"])
         self.returns.update(totals_B)
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fusedrl.engine.algorithms import BOUNDS, OBJECTIVES, resolve
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.kernels.policy_loss import PolicyObjective, PolicyStats, ValueStats, policy_loss, policy_value_loss, token_weights, value_loss
+from fusedrl.kernels.policy_loss import PolicyObjective, PolicyStats, ValueStats, policy_loss, policy_value_loss, token_weights
 
 ObjectiveFunction = Callable[[Tensor, Tensor, Tensor, PackedBatch], Tensor]
 Objective = PolicyObjective | ObjectiveFunction
@@ -63,33 +63,34 @@ def minibatch_weights(config: PolicyConfig, batch: PackedBatch) -> Tensor:
 
 
 def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, batch: PackedBatch, logp_N: Tensor, entropy_N: Tensor | None,
-                   values_N: Tensor | None) -> tuple[Tensor, PolicyStats, ValueStats | None]:
+                   values_N: Tensor | None, full_kl_N: Tensor | None = None) -> tuple[Tensor, PolicyStats, ValueStats | None]:
     """The loss of a micro-batch with the columns weights, old_logp and advantages; values, returns where a critic is trained; ref_logp with the KL in the loss.
 
     Args:
         kl_coef: the coefficient now, wherever the KL is placed.
-        logp_N, entropy_N, values_N: of the policy and critic that are trained.
+        logp_N, entropy_N, values_N: of the policy and critic that are trained. full_kl_N: KL(policy || reference) at each token, for kl.estimator = full.
     """
     loss, kl = config.loss, config.kl
     old_N, advantages_N, weights_N = batch.column("old_logp"), batch.column("advantages"), batch.column("weights")
-    penalised = kl.placement == "loss" and kl_coef > 0
+    penalised = kl.placement == "loss" and kl_coef > 0 and kl.estimator != "full"
     fused = isinstance(objective, PolicyObjective)
     common: dict[str, Any] = {
         "objective": objective if fused else _NONE, "entropy": entropy_N, "entropy_coef": loss.entropy_coef, "cu_seqlens": batch.cu_seqlens,
         "ref_logp": batch.column("ref_logp") if penalised else None, "kl_coef": kl_coef if penalised else 0.0,
-        "kl_estimator": kl.estimator, "kl_level": "sequence" if penalised and kl.level == "sequence" else "token",
+        "kl_estimator": kl.estimator if penalised else "k3", "kl_level": "sequence" if penalised and kl.level == "sequence" else "token",
     }
-    if fused and values_N is not None:
-        return policy_value_loss(logp_N, old_N, advantages_N, weights_N, values_N, batch.column("values"), batch.column("returns"),
-                                 value_clip=loss.value_clip, value_coef=loss.value_coef, **common)
-    total, stats = policy_loss(logp_N, old_N, advantages_N if fused else torch.zeros_like(advantages_N), weights_N, **common)
-    if not isinstance(objective, PolicyObjective):
-        terms_N = objective(logp_N, old_N, advantages_N, batch)
-        if terms_N.shape != logp_N.shape:
-            raise ValueError(f"objective {config.objective}: expected [{len(logp_N)}] terms, one per token, got {list(terms_N.shape)}")
-        total = total + (weights_N * torch.where(weights_N != 0, terms_N, 0)).sum()
-        stats = stats._replace(loss=total.detach())
+    value_stats = None
     if values_N is None:
-        return total, stats, None
-    value, value_stats = value_loss(values_N, batch.column("values"), batch.column("returns"), weights_N, clip=loss.value_clip)
-    return total + loss.value_coef * value, stats, value_stats
+        total, stats = policy_loss(logp_N, old_N, advantages_N if fused else torch.zeros_like(advantages_N), weights_N, **common)
+    else:
+        total, stats, value_stats = policy_value_loss(
+            logp_N, old_N, advantages_N if fused else torch.zeros_like(advantages_N), weights_N, values_N, batch.column("values"), batch.column("returns"),
+            value_clip=loss.value_clip, value_coef=loss.value_coef, **common)
+    terms_N = [] if isinstance(objective, PolicyObjective) else [objective(logp_N, old_N, advantages_N, batch)]
+    terms_N += [] if full_kl_N is None else [kl_coef * full_kl_N]
+    for term_N in terms_N:
+        if term_N.shape != logp_N.shape:
+            raise ValueError(f"objective {config.objective}: expected [{len(logp_N)}] terms, one per token, got {list(term_N.shape)}")
+        added = (weights_N * torch.where(weights_N != 0, term_N, 0)).sum()
+        total, stats = total + added, stats._replace(loss=stats.loss + added.detach())
+    return total, stats, value_stats

@@ -30,12 +30,13 @@ from fusedrl.engine.data.tokenize import encode_prompts
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, make_optimizer
-from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
 from fusedrl.kernels.faults import raise_faults
 from fusedrl.kernels.gae import shaped_gae
+from fusedrl.kernels.linear_full_kl import linear_full_kl
 from fusedrl.kernels.policy_loss import PolicyStats, ValueStats
 
 Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
@@ -68,6 +69,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=needs == "critic", strict=config.strict)
     actor.decoder.checkpoint_activations = config.checkpoint_activations
+    if config.kl.estimator == "full" and actor.decoder.config.logit_softcap:
+        raise ConfigError("config: kl.estimator full reads logits that are not capped, and this model caps its own; use k2 or k3")
     reference = load_reference(config) if config.needs_reference else None
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     optim = config.optim
@@ -89,7 +92,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                 signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
                 batch = estimate(config, signals)
             with run.time("train"):
-                metrics = experience.metrics | update(actor, optimizer, batch, cuts, config, control, step, run)
+                metrics = experience.metrics | update(actor, reference, optimizer, batch, cuts, config, control, step, run)
             control.update(metrics, signals.totals)
             run.log(step, metrics)
             run.samples(step, _samples(experience))
@@ -143,8 +146,8 @@ def score(actor: HybridActor | None, reference: HybridActor | None, batch: Packe
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------------
-def update(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, control: Control, step: int,
-           run: Run) -> dict[str, float]:
+def update(actor: HybridActor, reference: HybridActor | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
+           control: Control, step: int, run: Run) -> dict[str, float]:
     """epochs x minibatches optimizer steps on one rollout. Token weights are computed over the whole minibatch, so its cut into
     micro-batches does not change the gradient."""
     objective = make_objective(config, control.penalty.coef)
@@ -168,7 +171,8 @@ def update(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, first_c
                 if measured is None:
                     micro = micro.with_columns(old_logp=logp.detach())
                     seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
-                loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values)
+                full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
+                loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full)
                 loss.backward()
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0])
             if measured is None:
@@ -180,6 +184,15 @@ def update(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, first_c
             meter.grad_norms.append(result.grad_norm)
             done += 1
     return (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
+
+
+def _full_kl(actor: HybridActor, reference: HybridActor, batch: PackedBatch, hidden_NH: Tensor, config: PolicyConfig) -> Tensor:
+    """[N] KL(policy || reference) of the distribution that each action was drawn from, over the whole vocabulary; differentiable. 0 elsewhere."""
+    with torch.no_grad():
+        theirs_NH = reference.forward(batch)
+    kl_N = linear_full_kl(hidden_NH, actor.decoder.head_weight, theirs_NH, reference.decoder.head_weight, temperature=config.generation.temperature,
+                          mask=batch.labels() != IGNORE)
+    return torch.where(batch.action_mask, batch.to_next(kl_N), 0.0)
 
 
 class _Meter:

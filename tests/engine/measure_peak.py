@@ -47,7 +47,7 @@ def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps:
         noise = torch.randn(2, batch.num_tokens)
         run = cast(Any, SimpleNamespace(check_update=lambda result: None))
         batch = batch.with_columns(advantages=noise[0], returns=noise[1], scores=torch.zeros(batch.num_sequences))
-        policy.update(actor, optimizer, batch, cuts, config, Control(config), number, run)
+        policy.update(actor, reference, optimizer, batch, cuts, config, Control(config), number, run)
 
 
 def main() -> None:

@@ -179,6 +179,16 @@ def test_groups_with_invalid_samples(make):
     assert row["frac_reward_zero_std"] == 0.25  # of the samples 0 .. 11 in threes, 0, 5 and 10 are gone: 1 0 | 1 0 | 0 1 0 | 1 1
 
 
+@pytest.mark.parametrize("kl", [KLConfig(estimator="full"), KLConfig(estimator="full", level="future"), KLConfig(level="sequence"), KLConfig(level="future")])
+def test_a_kl_in_the_loss_holds_the_policy(make, kl):
+    free, held = (make("dr_grpo", name=name, steps=6, kl=kl, optim=OptimConfig(lr=1e-2, schedule="constant"))
+                  for name, kl in (("free", KLConfig(coef=0.0, measure=True)), ("held", replace(kl, coef=5.0))))
+    train_policy(free)
+    train_policy(held)
+    assert _metrics(held)[-1]["kl"] < 0.5 * _metrics(free)[-1]["kl"]
+    assert all(value == value for row in _metrics(held) for value in row.values())
+
+
 def test_dynamic_sampling(make):
     """Flat groups are replaced by others; prompts are taken from the stream one after another, also by a run that resumes; ids are never used twice."""
     config = make("dapo", reward="rarely", name="whole", steps=3, refill_tries=2, run=dict(save_every=1))
@@ -256,7 +266,7 @@ def test_what_is_refused(kwargs, message):
 def test_what_the_loss_refuses(make):
     with pytest.raises(ConfigError, match="any other drops a term of the gradient"):
         KLConfig(placement="reward", estimator="k3")
-    with pytest.raises(ConfigError, match=r"kl\.level sequence or future only with"):
+    with pytest.raises(ConfigError, match=r"kl\.level sequence only with kl\.placement = loss and kl\.estimator = k2"):
         KLConfig(placement="loss", estimator="k3", level="sequence")
     with pytest.raises(ConfigError, match=r"either target, or both kl_min and kl_max"):
         PenaltyConfig(target=0.1, kl_min=0.1, kl_max=0.2)
