@@ -349,6 +349,7 @@ class PolicyConfig:
         tokens_per_microbatch: tokens of one forward and backward.
         checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
         max_prompt_length: longer prompts are dropped before the first step and counted; None is what fits the model with max_new_tokens.
+        scale_scores: divide scores by the standard deviation of all of this run so far, before they are clipped (Zheng et al., 2023, PPO-max).
         score_clip: scores are clipped to +- this; None leaves them.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
         overlong_buffer: tokens before max_new_tokens over which overlong_penalty rises from 0 to its whole; 0 is off.
@@ -375,6 +376,7 @@ class PolicyConfig:
     tokens_per_microbatch: int = 8192
     checkpoint_activations: bool = False
     max_prompt_length: int | None = None
+    scale_scores: bool = False
     score_clip: float | None = None
     missing_eos_penalty: float = 0.0
     overlong_buffer: int = 0

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedrl.engine.config import KLConfig, OptimConfig, PenaltyConfig, PolicyConfig
+from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.normalize import RunningMoments
 
 
@@ -46,13 +47,22 @@ class PenaltyController:
 
 
 class Control:
-    """All that a policy run carries from step to step beside weights and optimizer: two coefficients, the moments of all returns so far, and how many prompts
-    were drawn from the stream."""
+    """All that a policy run carries from step to step beside weights and optimizer: two coefficients, the moments of all returns and of all scores so far,
+    and how many prompts were drawn from the stream."""
 
     def __init__(self, config: PolicyConfig) -> None:
         self.kl, self.penalty, self.returns = KLController(config.kl), PenaltyController(config.penalty), RunningMoments()
+        self.scores = RunningMoments()
         self.drawn = 0
         self._penalised = config.objective == "ppo_penalty"
+
+    def scaled(self, batch: PackedBatch) -> PackedBatch:
+        """The batch with its scores divided by the standard deviation of all so far, these included; as they are while all were the same."""
+        self.scores.update(batch.column("scores"))
+        scale = self.scores.std
+        scale = scale if scale > 1e-6 * max(1.0, abs(self.scores.mean)) else 1.0  # below is the rounding of the mean
+        batch = batch.with_columns(scores=batch.column("scores") / scale)
+        return batch if batch.greedy_scores is None else batch.with_columns(greedy_scores=batch.greedy_scores / scale)
 
     def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:
         """After a step: adapt to what it measured, and take in its returns."""
@@ -64,7 +74,8 @@ class Control:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"kl_coef": self.kl.coef, "penalty_coef": self.penalty.coef, "returns": self.returns.state_dict(), "drawn": self.drawn}
+        return {"kl_coef": self.kl.coef, "penalty_coef": self.penalty.coef, "returns": self.returns.state_dict(), "scores": self.scores.state_dict(),
+                "drawn": self.drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave, now or before there was more than the KL coefficient."""
@@ -72,6 +83,7 @@ class Control:
         if "penalty_coef" in state:
             self.penalty.coef = float(state["penalty_coef"])
             self.returns.load_state_dict(state["returns"])
+            self.scores.load_state_dict(state["scores"])
             self.drawn = int(state["drawn"])
 
 

@@ -86,8 +86,9 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             with run.time("generate_and_reward"):
                 experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy")
             with run.time("score"):
-                cuts = _cuts(experience.batch, config, step, epoch=0)
-                batch = score(actor if scored_first else None, reference, experience.batch, cuts, config.generation.temperature)
+                batch = control.scaled(experience.batch) if config.scale_scores else experience.batch
+                cuts = _cuts(batch, config, step, epoch=0)
+                batch = score(actor if scored_first else None, reference, batch, cuts, config.generation.temperature)
             with run.time("advantage"):
                 signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
                 batch = estimate(config, signals)

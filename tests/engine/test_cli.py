@@ -24,7 +24,8 @@ def yaml_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["train", "ppo", "--help"], ["generate", "--help"],
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["train", "ppo", "--help"], ["train", "grpo", "--help"],
+                                       ["generate", "--help"],
                                        ["train", "ppo", *PPO, "--optim.lrr", "1"], ["train", "sft", "--model", "m", "--data", "d", "--optim.lr", "x"]])
 def test_light_commands_do_not_import_torch(arguments):
     code = f"import sys; from fusedrl.engine.cli import main; code = main({arguments!r}); sys.exit(99 if 'torch' in sys.modules else code)"

@@ -121,7 +121,7 @@ def test_the_micro_batch_split_does_not_change_the_update(make):
 
 @pytest.mark.parametrize("algorithm, kwargs", [
     ("grpo", dict(kl=KLConfig(target=0.5, horizon=50))), ("reinforce_baseline", {}), ("ppo_penalty", dict(penalty=PenaltyConfig(target=1e-4), epochs=2)),
-    ("remax", {}),
+    ("remax", {}), ("reinforce", dict(scale_scores=True)),
 ])
 def test_resume_continues_bitwise(make, algorithm, kwargs):
     whole = make(algorithm, name="whole", steps=4, run=dict(save_every=1), **kwargs)
