@@ -201,7 +201,7 @@ class Planner:
         trunk = N * 8 + N * c.head_dim * 4 + layers + boundary + 4 * N  # token ids, cos and sin, the last norm
         if isinstance(self.config, RewardModelConfig):
             return trunk
-        return trunk + boundary + N * (8 + 12 + 1) + (N if self._policy else 0) + (N * c.hidden_size * 4 if self._critic and e < 4 else 0)
+        return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
 
     def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the worst moment holds beside the fixed parts and the activations; 0 at least."""

@@ -104,6 +104,16 @@ def test_weights_gradients_and_optimizer_are_exact(kind, stage, dtype):
     assert planned.reference == (sum(p.nbytes for p in model.decoder.parameters()) if stage == "ppo" else 0)
 
 
+def test_without_a_critic_a_policy_is_what_sft_trains():
+    for dtype in ("float32", "bfloat16"):
+        sft, *free = (Planner(model_config(SIZES | KINDS["llama"]), replace(config, dtype=dtype, device="cpu")) for config in (
+            STAGES["sft"], PolicyConfig("m", "d", ("r.py:r",), "dapo"), PolicyConfig("m", "d", ("r.py:r",), "grpo")))
+        for planned in free:
+            assert (planned.weights, planned.gradients, planned.optimizer) == (sft.weights, sft.gradients, sft.optimizer)
+            assert planned.activation_bytes(200, False) == sft.activation_bytes(200, False)
+        assert [planned.reference for planned in free] == [0, sft.weights]  # grpo has a KL, dapo none
+
+
 def test_moments_of_8_bits_are_exact():
     pytest.importorskip("torchao.optim")
     sizes = SIZES | KINDS["llama"] | {"hidden_size": 64, "intermediate_size": 128}
