@@ -62,6 +62,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         RuntimeError: five updates in a row had a non-finite gradient, or sampler and trainer disagree by more than `max_logp_diff`.
     """
     needs = find_advantage(config.advantage).needs
+    if needs == "group" and config.samples_per_prompt == 1:
+        raise ConfigError(f"config: expected samples_per_prompt > 1 for the advantage {config.advantage}, which compares the completions of one prompt")
     make_objective(config, config.penalty.coef)  # a mistake in its name or bounds is told before anything is loaded
     kl_in_advantage = config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
     scored_first = needs == "critic" or kl_in_advantage or config.epochs * config.minibatches > 1

@@ -106,6 +106,16 @@ def test_scoring_first_changes_nothing_on_policy(make):
     assert all(torch.equal(p, _weights(scored)[name]) for name, p in _weights(alone).items())
 
 
+@pytest.mark.parametrize("algorithm", [name if name == "grpo" else pytest.param(name, marks=pytest.mark.full) for name in ALGORITHMS])
+def test_reward_rises(make, algorithm):
+    epochs = 4 if algorithm.startswith("ppo") or algorithm == "dro" else 1
+    config = make(algorithm, steps=20, prompts_per_step=12, samples_per_prompt=8, epochs=epochs, tokens_per_microbatch=4000,
+                  generation=GenerationConfig(max_new_tokens=8), kl=KLConfig(coef=0.01), optim=OptimConfig(lr=1e-2, schedule="constant"))
+    train_policy(config)
+    rows = _metrics(config)
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.5
+
+
 def test_the_micro_batch_split_does_not_change_the_update(make):
     for algorithm in ("grpo", "gspo", "dr_grpo", "rloo"):
         moved = []
@@ -263,13 +273,17 @@ def test_what_is_refused(kwargs, message):
         PolicyConfig("m", "d", ("r.py:f",), **kwargs)
 
 
-def test_what_the_loss_refuses(make):
+def test_what_the_loss_refuses(make, monkeypatch):
     with pytest.raises(ConfigError, match="any other drops a term of the gradient"):
         KLConfig(placement="reward", estimator="k3")
     with pytest.raises(ConfigError, match=r"kl\.level sequence only with kl\.placement = loss and kl\.estimator = k2"):
         KLConfig(placement="loss", estimator="k3", level="sequence")
     with pytest.raises(ConfigError, match=r"either target, or both kl_min and kl_max"):
         PenaltyConfig(target=0.1, kl_min=0.1, kl_max=0.2)
+    monkeypatch.setattr(advantages, "_KNOWN", dict(advantages._KNOWN))
+    register_advantage("compares", needs="group")(raw_scores)
+    with pytest.raises(ConfigError, match=r"samples_per_prompt > 1 for the advantage compares"):
+        train_policy(make("reinforce", samples_per_prompt=1, loss=LossConfig(advantage="compares")))
     for loss, message in ((LossConfig(objective="nothing"), "expected loss.objective to be one of .*got 'nothing'"),
                           (LossConfig(advantage="no.such"), "'no.such' cannot be imported"),
                           (LossConfig(clip_max=3.0), "does not use clip_max")):
