@@ -303,7 +303,7 @@ class RunDirectory:
                 raise ConfigError(f"{self.dir}: holds a run (step {self.checkpoint.step}); continue it with --run.resume true, "
                                   "or choose another --run.dir")
             if self.checkpoint is not None:
-                self._check_unchanged(current)
+                self._check_unchanged(current, config)
             elif config.run.resume:
                 _log.warning("%s: no complete checkpoint to resume from, so the run starts from the beginning", self.dir)
             write_file(self.dir / "config.json", _json(current))
@@ -311,10 +311,10 @@ class RunDirectory:
             self._lock.release()
             raise
 
-    def _check_unchanged(self, current: dict[str, Any]) -> None:
+    def _check_unchanged(self, current: dict[str, Any], config: Any) -> None:
         path = self.dir / "config.json"
         try:
-            saved = json.loads(path.read_bytes())
+            saved = _upgraded(json.loads(path.read_bytes()), type(config))
             differences = config_diff(saved["config"], current["config"])
             differences += [f"{key}: {saved[key]} -> {current[key]}" for key in current if key != "config" and saved[key] != current[key]]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -347,6 +347,22 @@ def write_file(path: Path, data: bytes) -> None:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _upgraded(saved: dict[str, Any], cls: type) -> dict[str, Any]:
+    """What config.json holds, in today's terms: an option that did not exist when it was written has its usual value."""
+    stage = {"PPOConfig": "PolicyConfig"}.get(saved["stage"], saved["stage"])
+    if stage != cls.__name__:
+        return saved
+    missing = dataclasses.MISSING
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
+    usual = config_to_dict(cls(**{name: saved["config"][name] for name in [*needed, "algorithm"] if name in saved["config"]}))
+    return saved | {"stage": stage, "config": _merged(usual, saved["config"])}
+
+
+def _merged(usual: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(usual[key], value) if isinstance(value, Mapping) and isinstance(usual.get(key), Mapping) else value for key, value in saved.items()}
+    return {**usual, **both}
 
 
 def config_diff(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

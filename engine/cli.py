@@ -1,4 +1,4 @@
-"""The command line: fusedrl train sft|reward|ppo, fusedrl plan sft|reward|ppo, fusedrl generate, fusedrl demo.
+"""The command line: fusedrl train sft|reward|ppo|grpo|..., fusedrl plan sft|reward|ppo|grpo|..., fusedrl generate, fusedrl demo.
 
 Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
 that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 130 interrupted. torch is imported only by what needs it.
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fusedrl.engine import __version__
-from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.algorithms import ALGORITHMS
+from fusedrl.engine.config import PolicyConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError, SetupError, UserError
 
 STAGES: dict[str, tuple[type, str, str, str]] = {
     "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
     "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a pairwise reward model on preferences"),
-    "ppo": (PPOConfig, "fusedrl.engine.stages.policy", "train_ppo", "PPO against rewards, with a KL to the initial model"),
-}
+} | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}
 CONFIGURATION, ENVIRONMENT, INTERRUPTED = 2, 3, 130
 
 
@@ -68,7 +68,7 @@ def _run(argv: list[str]) -> None:
                                      description="RLHF on one machine: train and generate from one copy of the weights.")
     parser.add_argument("--version", action="version", version=f"fusedrl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train a model: sft, reward or ppo", add_help=False)
+    train = commands.add_parser("train", help="train a model: sft, reward, ppo, grpo, ...", add_help=False)
     train.add_argument("rest", nargs=argparse.REMAINDER)
     memory = commands.add_parser("plan", help="what a run will take of memory, and the largest micro-batch that fits", add_help=False)
     memory.add_argument("rest", nargs=argparse.REMAINDER)
@@ -111,7 +111,7 @@ def _check_device(name: str | None) -> None:
 # ---- train --------------------------------------------------------------------------------------------------------------------
 def _train(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
-        stages = "\n".join(f"  {name:8}{STAGES[name][3]}" for name in STAGES)
+        stages = "\n".join(f"  {name:22}{STAGES[name][3]}" for name in STAGES)
         print(f"usage: fusedrl train STAGE [--config run.yaml] [--option value ...]\n\nstages:\n{stages}\n\n"
               "fusedrl train STAGE --help lists its options.", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else CONFIGURATION)
@@ -124,7 +124,7 @@ def _train(argv: list[str]) -> None:
 
 
 def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
-    """The configuration of a stage ("sft", "reward", "ppo") from command-line options and, with --config FILE, YAML.
+    """The configuration of a stage ("sft", "reward", or an algorithm) from command-line options and, with --config FILE, YAML.
 
     The command line beats the file wherever --config stands. Several --reward options make one list. `defaults`: of keys that have none.
 
@@ -140,13 +140,15 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
     parser = ArgumentParser(prog=f"fusedrl train {stage}", exit_on_error=False, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with these options; the command line beats it")
     parser.add_class_arguments(cls)
-    parser.set_defaults(dict(defaults or {}))
+    parser.set_defaults(dict(defaults or {}) | ({"algorithm": stage} if stage in ALGORITHMS else {}))
     for file in files:
         _check_yaml(file, known)
     try:
         parsed = parser.parse_args([f"--config={file}" for file in files] + options)
         parsed.pop("config", None)
         values = parser.instantiate(parsed)
+        if values.get("algorithm", stage) != stage and stage in ALGORITHMS:
+            raise ConfigError(f"config: algorithm is {values['algorithm']!r}, and the command says train {stage}; leave the option out")
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"config: {_plain(str(error))}") from error
@@ -255,7 +257,7 @@ without checkpoint_activations. Only the model's config.json is read; --data and
   --memory AMOUNT      what may be used, such as 8GiB or 16GB (default: all of the device's); with it, --device may be one of another machine
   --output-json FILE   the numbers, in bytes; "-" is standard output, without the table
 
-stages: sft, reward, ppo; fusedrl train STAGE --help lists the other options."""
+stages: sft, reward, ppo, grpo, ...: those of fusedrl train; fusedrl train STAGE --help lists the other options."""
 
 
 def _plan(argv: list[str]) -> None:
@@ -270,7 +272,7 @@ def _plan(argv: list[str]) -> None:
     parser.add_argument("--memory")
     parser.add_argument("--output-json")
     own, rest = parser.parse_known_args(argv[1:])
-    config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if argv[0] == "ppo" else {}))
+    config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if argv[0] in ALGORITHMS else {}))
     from fusedrl.engine.plan import parse_memory, plan, print_plan
 
     memory = None if own.memory is None else parse_memory(own.memory)

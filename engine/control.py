@@ -1,9 +1,15 @@
-"""What steers a run from step to step: the KL coefficient and the learning rate."""
+"""What steers a run from step to step: coefficients that adapt, the running baseline, the place in the data, and the learning rate."""
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
-from fusedrl.engine.config import KLConfig, OptimConfig
+from torch import Tensor
+
+from fusedrl.engine.config import KLConfig, OptimConfig, PenaltyConfig, PolicyConfig
+from fusedrl.engine.packing import PackedBatch
+from fusedrl.kernels.normalize import RunningMoments
 
 
 class KLController:
@@ -25,6 +31,60 @@ class KLController:
         if self.config.target is not None:
             error = min(0.2, max(-0.2, kl / self.config.target - 1))
             self.coef *= 1 + error * episodes / self.config.horizon
+
+
+class PenaltyController:
+    """The coefficient of ppo_penalty: doubled where KL(old || new) is above its upper threshold, halved where it is below the lower one.
+    Source: Schulman et al. (2017), section 4."""
+
+    def __init__(self, config: PenaltyConfig) -> None:
+        self.thresholds, self.coef = config.thresholds, config.coef
+
+    def update(self, kl: float) -> None:
+        """Adapt to the KL, in nats per token, that the step's last pass measured."""
+        low, high = self.thresholds
+        self.coef *= 2.0 if kl > high else 0.5 if kl < low else 1.0
+
+
+class Control:
+    """All that a policy run carries from step to step beside weights and optimizer: two coefficients, the moments of all returns and of all scores so far,
+    and how many prompts were drawn from the stream."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.kl, self.penalty, self.returns = KLController(config.kl), PenaltyController(config.penalty), RunningMoments()
+        self.scores = RunningMoments()
+        self.drawn = 0
+        self._penalised = config.objective == "ppo_penalty"
+
+    def scaled(self, batch: PackedBatch) -> PackedBatch:
+        """The batch with its scores divided by the standard deviation of all so far, these included; as they are while all were the same."""
+        self.scores.update(batch.column("scores"))
+        scale = self.scores.std
+        scale = scale if scale > 1e-6 * max(1.0, abs(self.scores.mean)) else 1.0  # below is the rounding of the mean
+        batch = batch.with_columns(scores=batch.column("scores") / scale)
+        return batch if batch.greedy_scores is None else batch.with_columns(greedy_scores=batch.greedy_scores / scale)
+
+    def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:
+        """After a step: adapt to what it measured, and take in its returns."""
+        if "kl" in metrics:
+            self.kl.update(metrics["kl"], len(totals_B))
+        if self._penalised:
+            self.penalty.update(metrics["policy/last_approxkl"])
+        self.returns.update(totals_B)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"kl_coef": self.kl.coef, "penalty_coef": self.penalty.coef, "returns": self.returns.state_dict(), "scores": self.scores.state_dict(),
+                "drawn": self.drawn}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave, now or before there was more than the KL coefficient."""
+        self.kl.coef = float(state["kl_coef"])
+        if "penalty_coef" in state:
+            self.penalty.coef = float(state["penalty_coef"])
+            self.returns.load_state_dict(state["returns"])
+            self.scores.load_state_dict(state["scores"])
+            self.drawn = int(state["drawn"])
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PPOConfig, PPOLossConfig, RewardModelConfig, RunConfig, SFTConfig
+from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, RewardModelConfig, RunConfig, SFTConfig
 from fusedrl.engine.data.demo_task import gold_reward, noise_ceiling, write_demo_files
 from fusedrl.engine.data.readers import load_pairs, load_prompts
 from fusedrl.engine.evaluate import Estimate, Evaluation, comparison, evaluate, side_by_side
@@ -21,7 +21,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_tokenizer, save_pretrained
 from fusedrl.engine.rewards import RewardSet, load_reward
-from fusedrl.engine.stages.policy import PPOResult, train_ppo
+from fusedrl.engine.stages.policy import PolicyResult, train_policy
 from fusedrl.engine.stages.reward_model import RewardModelResult, train_reward_model
 from fusedrl.engine.stages.sft import SFTResult, train_sft
 
@@ -49,7 +49,7 @@ class DemoResult:
     directory: Path
     sft: SFTResult
     reward_model: RewardModelResult
-    ppo: PPOResult
+    ppo: PolicyResult
     before: Evaluation
     after: Evaluation
     seconds: dict[str, float] = field(default_factory=dict)
@@ -111,10 +111,10 @@ def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> 
     # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token the whole credit that a value head which has hardly
     # begun to learn would withhold from it, and a small value_coef keeps that head from bending the trunk that it shares with the policy.
     started = chapter(3, f"PPO against the reward model, KL target {KL_TARGET:g} nats per story")
-    ppo = train_ppo(PPOConfig(
+    ppo = train_policy(PolicyConfig(
         model=sft.model, data=str(files / "prompts.jsonl"), reward=(reward_model.model,), steps=size.ppo_steps,
         prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION, dtype="float32", device=device,
-        kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), loss=PPOLossConfig(lam=1.0, value_coef=0.02), optim=OptimConfig(lr=5e-4),
+        kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), loss=LossConfig(lam=1.0, value_coef=0.02), optim=OptimConfig(lr=5e-4),
         run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
     seconds["ppo"] = time.perf_counter() - started
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from fusedrl.engine.generation.generator import Completion
 
 IGNORE = -100
-_PER_TOKEN = ("token_ids", "positions", "action_mask", "rollout_logp", "old_logp", "ref_logp", "values", "advantages", "returns", "weights", "weights_versions")
-_PER_SEQUENCE = ("scores",)
+_PER_TOKEN = ("token_ids", "positions", "action_mask", "rollout_logp", "old_logp", "old_entropy", "ref_logp", "values", "advantages", "returns",
+              "weights", "weights_versions")
+_PER_SEQUENCE = ("scores", "group_ids", "greedy_scores")
 
 
 def split_by_tokens(sized: Iterable[tuple[int, int]], tokens_per_microbatch: int) -> list[list[int]]:
@@ -44,8 +45,9 @@ class PackedBatch:
     """Sequences laid end to end.
 
     token_ids [N] int64; cu_seqlens [B+1] int32; positions [N] int64, from 0 in every sequence; action_mask [N] bool, True where the
-    policy chose the token (the EOS that ended it included). The other columns are optional: float32 [N] log-probabilities, values,
-    advantages, returns and loss weights, int64 [N] weights_versions, float32 [B] scores. `lengths` are the host's copy of the sizes.
+    policy chose the token (the EOS that ended it included). The other columns are optional: float32 [N] log-probabilities, entropies, values,
+    advantages, returns and loss weights, int64 [N] weights_versions, float32 [B] scores and scores of the same prompt's greedy completion, int64 [B]
+    group_ids, equal where the prompt is. `lengths` are the host's copy of the sizes.
     """
 
     token_ids: Tensor
@@ -55,6 +57,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     rollout_logp: Tensor | None = None
     old_logp: Tensor | None = None
+    old_entropy: Tensor | None = None
     ref_logp: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
@@ -62,6 +65,8 @@ class PackedBatch:
     weights: Tensor | None = None
     weights_versions: Tensor | None = None
     scores: Tensor | None = None
+    group_ids: Tensor | None = None
+    greedy_scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, b = sum(self.lengths), len(self.lengths)

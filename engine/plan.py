@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.advantages import find_advantage
+from fusedrl.engine.config import PolicyConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.model.decoder import Decoder
@@ -28,7 +29,7 @@ from fusedrl.engine.model.weights import resolve_device, resolve_dtype
 from fusedrl.engine.optim import BLOCK, quantized
 from fusedrl.kernels.linear_head import workspace
 
-StageConfig = SFTConfig | RewardModelConfig | PPOConfig
+StageConfig = SFTConfig | RewardModelConfig | PolicyConfig
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _MOST_TOKENS = 1 << 24  # more than any micro-batch: int32 counts its tokens
 
@@ -142,10 +143,11 @@ class Planner:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, config.device)
         self._decoder = Decoder(model, dtype=self.dtype, device="meta")
-        self._e, self._policy = self.dtype.itemsize, isinstance(config, PPOConfig)
+        self._e, self._policy = self.dtype.itemsize, isinstance(config, PolicyConfig)
         trained = [(p.numel(), self._e) for name, p in self._decoder.named_parameters()]
         unused = [] if not isinstance(config, RewardModelConfig) or self._decoder.head is None else [(self._decoder.head.numel(), self._e)]
-        if self._policy:
+        self._critic = isinstance(config, PolicyConfig) and find_advantage(config.advantage).needs == "critic"
+        if self._critic:
             trained += [(model.hidden_size, 4), (1, 4)]  # the value head
         elif isinstance(config, RewardModelConfig):
             trained += [(model.hidden_size, 4)]
@@ -154,8 +156,8 @@ class Planner:
         moments = sum(self._moments(n) for n, _ in trained) - sum(self._moments(n) for n, _ in unused)
         self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
         self._narrow_elements = sum(n for n, e in trained if e < 4) - sum(n for n, e in unused if e < 4)
-        self.reference = sum(p.nbytes for p in self._decoder.parameters()) if self._policy else 0
-        self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, PPOConfig) else 0
+        self.reference = sum(p.nbytes for p in self._decoder.parameters()) if isinstance(config, PolicyConfig) and config.needs_reference else 0
+        self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, PolicyConfig) else 0
         self._cache = cache or CacheConfig()
         self.kv_pool = self._kv_pool(memory) if self._policy else 0
 
@@ -204,7 +206,7 @@ class Planner:
         trunk = N * 8 * (1 + angles) + layers + boundary + (8 if c.layer_norm else 4) * N  # token ids, angles, the last norm
         if isinstance(self.config, RewardModelConfig):
             return trunk
-        return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._policy else 0)
+        return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
 
     def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the worst moment holds beside the fixed parts and the activations; 0 at least."""
@@ -222,12 +224,12 @@ class Planner:
         step = 4 * self._narrow_elements - held  # float32 copies of the gradients
         generate = self._generation_bytes() - held
         tied = head * e if c.tie_embeddings and rise else 0  # the head's part waits for the embedding's
-        if isinstance(self.config, PPOConfig) and self.config.strict:
+        if isinstance(self.config, PolicyConfig) and self.config.strict:
             embedding += self.gradients  # the recomputed forward's gradients are whole before they are added
         return max(0, rise, inside + tied, embedding + tied, step, generate)
 
     def _generation_bytes(self) -> int:
-        if not isinstance(self.config, PPOConfig):
+        if not isinstance(self.config, PolicyConfig):
             return 0
         c, rows = self.model, min(self._cache.max_sequences, self.config.prompts_per_step * self.config.samples_per_prompt)
         widened = 4 * c.vocab_size * c.hidden_size if self._e < 4 and self.device.type == "cpu" else 0

@@ -1,19 +1,25 @@
-"""Prompts -> completions -> scores: the batch that a policy step learns from."""
+"""Prompts -> completions -> scores: the batch that a policy step learns from.
+
+    score = reward - missing_eos_penalty where the completion was cut off
+                   - overlong_penalty min(1, max(0, length - (max_new_tokens - overlong_buffer)) / overlong_buffer)     (Yu et al., 2025, DAPO, eq. 13)
+
+Dynamic sampling (same source, 3.2): a group whose scores are all the same has no advantage; it is dropped, and another prompt takes its place.
+"""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.config import PPOConfig
+from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.generation.generator import Completion
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.rewards import RewardError, RewardSet
+from fusedrl.engine.rewards import RewardError, RewardScores, RewardSet
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One step's experience. `batch` has rollout_logp, weights_versions and scores; `metrics` describe the completions and their rewards."""
+    """One step's experience. `batch` has rollout_logp, weights_versions, scores and group_ids, and greedy_scores where asked for; `metrics` describe the
+    completions and their rewards."""
 
     batch: PackedBatch
     prompts: list[Prompt]
@@ -35,58 +42,137 @@ class Rollout:
     metrics: dict[str, float]
 
 
-def sampling_params(config: PPOConfig) -> SamplingParams:
+def sampling_params(config: PolicyConfig) -> SamplingParams:
     """The sampler's settings of a policy run."""
     g = config.generation
     return SamplingParams(max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, min_p=g.min_p,
                           n=config.samples_per_prompt, seed=config.run.seed, stop_token_ids=g.stop_token_ids)
 
 
-def rollout(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, config: PPOConfig, *, first_request_id: int) -> Rollout:
-    """Generate `samples_per_prompt` completions of every prompt and score them.
+@dataclass(frozen=True)
+class Sample:
+    """A completion and what it is worth: rewards by name (None: does not apply), and their weighted sum, NaN where one is invalid."""
 
-    Request ids count on from `first_request_id`; the caller never reuses one, so repeated prompts differ and a replay is identical.
-    Samples whose reward is invalid (raised, NaN, of the wrong type) are left out of the batch.
+    prompt: Prompt
+    completion: Completion
+    group: int
+    rewards: dict[str, float | None]
+    score: float
+    greedy_score: float
 
+    @property
+    def valid(self) -> bool:
+        return math.isfinite(self.score) and math.isfinite(self.greedy_score)
+
+
+def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]], rewards: RewardSet, config: PolicyConfig, *, greedy: bool = False) -> Rollout:
+    """Generate `samples_per_prompt` completions of `prompts_per_step` prompts and score them.
+
+    Samples whose reward is invalid (raised, NaN, of the wrong type) are left out of the batch, so that groups may differ in size. With `refill_tries` so are
+    groups whose scores are all equal, and as many other prompts are drawn in their place, so many times at most; if there are none but such groups, the first
+    ones stay. Metrics are of all valid samples, dropped ones too: what is kept says less of the policy.
+
+    Args:
+        draw: so many prompts, and the request id of the first; the ids count on from it and are never used again, so that repeated prompts differ and a
+            replay is identical. They are the batch's group_ids.
+        greedy: complete and score every prompt once more, greedily; where that is invalid, the prompt's samples are.
     Raises:
         RewardError: more than `max_invalid_fraction` of the samples were invalid, or all of them.
     """
+    samples: list[Sample] = []
+    kept: list[Sample] = []
+    invalid: list[tuple[int, str, str]] = []
+    for _ in range(1 + config.refill_tries):
+        prompts, first = draw(config.prompts_per_step - len({sample.group for sample in kept}))
+        found, reasons = _generate(actor, prompts, rewards, config, first, greedy)
+        invalid += [(len(samples) + index, name, reason) for index, name, reason in reasons]
+        samples += found
+        _check_valid(samples, invalid, config)
+        flat = _flat(sample for sample in found if sample.valid) if config.refill_tries else set()
+        kept += [sample for sample in found if sample.valid and sample.group not in flat]
+        if len({sample.group for sample in kept}) == config.prompts_per_step:
+            break
+    kept = kept or [sample for sample in samples if sample.valid][:config.prompts_per_step * config.samples_per_prompt]
+    batch = PackedBatch.from_completions([s.prompt.ids for s in kept], [[s.completion] for s in kept], device=actor.decoder.device)
+    scores, greedy_scores = (torch.tensor(column, dtype=torch.float32) for column in zip(*((s.score, s.greedy_score) for s in kept), strict=True))
+    batch = batch.with_columns(scores=scores.to(batch.device), group_ids=torch.tensor([s.group for s in kept]).to(batch.device))
+    if greedy:
+        batch = batch.with_columns(greedy_scores=greedy_scores.to(batch.device))
+    metrics = _describe(samples, config)
+    if config.refill_tries:
+        metrics |= {"refill/generated_groups": float(len({s.group for s in samples})), "refill/kept_groups": float(len({s.group for s in kept}))}
+    return Rollout(batch, [s.prompt for s in kept], [s.completion for s in kept], metrics)
+
+
+def _generate(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, config: PolicyConfig, first_request_id: int,
+              greedy: bool) -> tuple[list[Sample], list[tuple[int, str, str]]]:
+    """Completions with their rewards, and which of them have none: (index, name of the reward, reason)."""
     request_ids = list(range(first_request_id, first_request_id + len(prompts)))
     outs = actor.generate([p.ids for p in prompts], sampling_params(config), request_ids=request_ids)
     flat = [(prompt, completion) for prompt, group in zip(prompts, outs, strict=True) for completion in group]
-    columns = {name: [prompt.columns.get(name) for prompt, _ in flat] for name in sorted({name for prompt in prompts for name in prompt.columns})}
-    scored = rewards.score([p.prompt for p, _ in flat], [c.text for _, c in flat], [p.ids for p, _ in flat], [c.token_ids for _, c in flat], columns)
-    if len({i for i, _, _ in scored.invalid}) > config.max_invalid_fraction * len(flat):
-        index, name, reason = scored.invalid[0]
-        raise RewardError(f"{len({i for i, _, _ in scored.invalid})} of {len(flat)} samples have no valid reward, more than max_invalid_fraction = "
-                          f"{config.max_invalid_fraction}; the first, sample {index}, by {name}: {reason}")
-    valid = [i for i, total in enumerate(scored.total) if math.isfinite(total)]
-    if not valid:
-        raise RewardError(f"none of the {len(flat)} samples has a valid reward; the first: {scored.invalid[0][2]}")
-    kept = [flat[i] for i in valid]
-    cut = [completion.finish_reason != "stop" for _, completion in kept]
-    scores = torch.tensor([scored.total[i] - (config.missing_eos_penalty if c else 0.0) for i, c in zip(valid, cut, strict=True)], dtype=torch.float32)
-    batch = PackedBatch.from_completions([p.ids for p, _ in kept], [[c] for _, c in kept], device=actor.decoder.device)
-    batch = batch.with_columns(scores=scores.to(batch.device))
-    return Rollout(batch, [p for p, _ in kept], [c for _, c in kept], _describe(scores, cut, kept, scored.per_reward, len(flat) - len(kept), config))
+    scored = _score(rewards, flat)
+    best = [0.0] * len(prompts)
+    if greedy:
+        single = actor.generate([p.ids for p in prompts], replace(sampling_params(config), temperature=0.0, n=1), request_ids=request_ids)
+        pairs = [(prompt, completion) for prompt, (completion,) in zip(prompts, single, strict=True)]
+        best = [_placed(total, completion, config) for total, (_, completion) in zip(_score(rewards, pairs).total, pairs, strict=True)]
+    groups = [number for number, group in enumerate(outs) for _ in group]
+    samples = [Sample(prompt, completion, request_ids[group], {name: values[i] for name, values in scored.per_reward.items()},
+                      _placed(scored.total[i], completion, config), best[group])
+               for i, ((prompt, completion), group) in enumerate(zip(flat, groups, strict=True))]
+    return samples, scored.invalid
 
 
-def _describe(scores: torch.Tensor, cut: list[bool], kept: list[tuple[Prompt, Completion]], per_reward: dict[str, list[float | None]], invalid: int,
-              config: PPOConfig) -> dict[str, float]:
-    lengths = torch.tensor([len(c.token_ids) for _, c in kept], dtype=torch.float32)
+def _check_valid(samples: Sequence[Sample], invalid: Sequence[tuple[int, str, str]], config: PolicyConfig) -> None:
+    """Raises RewardError where too many of a step's samples so far are invalid, or all of them."""
+    if (bad := len({index for index, _, _ in invalid})) > config.max_invalid_fraction * len(samples):
+        index, name, reason = invalid[0]
+        raise RewardError(f"{bad} of {len(samples)} samples have no valid reward, more than max_invalid_fraction = {config.max_invalid_fraction}; the first, "
+                          f"sample {index}, by {name}: {reason}")
+    if not any(sample.valid for sample in samples):
+        raise RewardError(f"none of the {len(samples)} samples has a valid reward; the first: "
+                          + (invalid[0][2] if invalid else "that of the greedy completion"))
+
+
+def _score(rewards: RewardSet, flat: Sequence[tuple[Prompt, Completion]]) -> RewardScores:
+    columns = {name: [prompt.columns.get(name) for prompt, _ in flat] for name in sorted({name for prompt, _ in flat for name in prompt.columns})}
+    return rewards.score([p.prompt for p, _ in flat], [c.text for _, c in flat], [p.ids for p, _ in flat], [c.token_ids for _, c in flat], columns)
+
+
+def _placed(total: float, completion: Completion, config: PolicyConfig) -> float:
+    """A completion's score: its reward, less what not ending and being long cost."""
+    score = total - (config.missing_eos_penalty if completion.finish_reason != "stop" else 0.0)
+    if config.overlong_buffer:
+        over = len(completion.token_ids) - (config.generation.max_new_tokens - config.overlong_buffer)
+        score -= config.overlong_penalty * min(1.0, max(0.0, over / config.overlong_buffer))
+    return score
+
+
+def _flat(samples: Iterable[Sample]) -> set[int]:
+    """The groups in which all scores are the same."""
+    scores: dict[int, set[float]] = {}
+    for sample in samples:
+        scores.setdefault(sample.group, set()).add(sample.score)
+    return {group for group, values in scores.items() if len(values) == 1}
+
+
+def _describe(samples: Sequence[Sample], config: PolicyConfig) -> dict[str, float]:
+    valid = [sample for sample in samples if sample.valid]
+    scores = torch.tensor([sample.score for sample in valid], dtype=torch.float32)
+    lengths = torch.tensor([len(sample.completion.token_ids) for sample in valid], dtype=torch.float32)
     metrics = {
         "reward": scores.mean().item(),
         "reward_std": scores.std(correction=0).item(),
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": sum(cut) / len(cut),
-        "completions/invalid": float(invalid),
+        "completions/clipped_ratio": sum(sample.completion.finish_reason != "stop" for sample in valid) / len(valid),
+        "completions/invalid": float(len(samples) - len(valid)),
     }
-    if config.samples_per_prompt > 1 and not invalid:
-        metrics["frac_reward_zero_std"] = (scores.view(-1, config.samples_per_prompt).std(1, correction=0) == 0).float().mean().item()
-    for name, values in per_reward.items():
-        numbers = [v for v in values if v is not None and math.isfinite(v)]
+    if config.samples_per_prompt > 1:
+        metrics["frac_reward_zero_std"] = len(_flat(valid)) / len({sample.group for sample in valid})
+    for name in samples[0].rewards:
+        numbers = [value for sample in samples if (value := sample.rewards[name]) is not None and math.isfinite(value)]
         if numbers:
             metrics[f"rewards/{name}/mean"] = sum(numbers) / len(numbers)
     return metrics

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.checkpoint import RunDirectory, save_checkpoint
-from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
-from fusedrl.engine.control import KLController
+from fusedrl.engine.config import PolicyConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.control import Control
 from fusedrl.engine.errors import CheckpointError, ConfigError
 from fusedrl.engine.metrics import JsonLines, Metrics, Progress
 from fusedrl.engine.optim import Optimizer, StepResult
@@ -49,12 +49,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         ConfigError: the directory holds another run and `run.resume` is off, or a resumed run's configuration, model or data changed.
     """
 
-    def __init__(self, config: SFTConfig | RewardModelConfig | PPOConfig, total: int | None) -> None:
+    def __init__(self, config: SFTConfig | RewardModelConfig | PolicyConfig, total: int | None) -> None:
         self.settings = config.run
         self.total = total or 0
         self.last_metrics: dict[str, float] = {}
         self._config = config
-        self._title = {SFTConfig: "sft", RewardModelConfig: "reward model", PPOConfig: "ppo"}[type(config)]
+        self._title = config.algorithm if isinstance(config, PolicyConfig) else {SFTConfig: "sft", RewardModelConfig: "reward model"}[type(config)]
         self._skipped_in_a_row = self._skipped = 0
         self._signal: int | None = None
         self._progress: Progress | None = None
@@ -83,7 +83,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         print(f"fusedrl: {signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
 
     # ---- state ----------------------------------------------------------------------------------------------------------
-    def restore(self, *, model: Model, optimizer: Optimizer, kl: KLController | None = None) -> None:
+    def restore(self, *, model: Model, optimizer: Optimizer, control: Control | None = None) -> None:
         """Load the newest complete checkpoint into these objects, in place; nothing happens on a fresh run."""
         self._step_began = time.perf_counter()
         self._progress = self._stack.enter_context(Progress(self.total, self.settings.progress, start=self.start, title=self._title))
@@ -97,18 +97,18 @@ class Run(contextlib.AbstractContextManager["Run"]):
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
         optimizer.load_state_dict(self._checkpoint.tensors["optimizer"])
-        if kl is not None:
-            kl.coef = float(self._checkpoint.state["kl_coef"])
+        if control is not None:
+            control.load_state_dict(self._checkpoint.state)
         self._skipped = int(self._checkpoint.state["skipped_updates"])
         torch.set_rng_state(self._checkpoint.tensors["rng"]["torch_cpu"])
         self._checkpoint = None
         where = f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"
         self.message(f"{self.directory}: {where}")
 
-    def _save(self, step: int, model: Model, optimizer: Optimizer, kl: KLController | None = None) -> None:
+    def _save(self, step: int, model: Model, optimizer: Optimizer, control: Control | None = None) -> None:
         tensors: dict[str, dict[str, Tensor]] = {"model": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": optimizer.state_dict(),
                                                  "rng": {"torch_cpu": torch.get_rng_state()}}
-        state = {"skipped_updates": self._skipped} | ({"kl_coef": kl.coef} if kl is not None else {})
+        state = {"skipped_updates": self._skipped} | (control.state_dict() if control is not None else {})
         save_checkpoint(self.directory, step, tensors, state, keep=self.settings.keep)
 
     def save_if_due(self, step: int, **parts: Any) -> None:

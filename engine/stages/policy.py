@@ -1,42 +1,49 @@
-"""PPO: roll out, score, estimate advantages, update; one weight copy throughout.
+"""Policy optimisation: roll out, score, estimate advantages, update; one weight copy throughout, and every algorithm a row of algorithms.py.
 
-Read `train_ppo` from top to bottom. How it departs from the textbook (Schulman et al., 2017, algorithm 1), with sources in config.py:
-  1. the reward is the score at the last token minus coef * k1 against a frozen reference at every token (Ziegler et al., 2019);
-  2. values are read at the position before the token, from a linear head on the policy's own trunk; the value after the end is 0;
-  3. advantages are whitened over the whole batch of a step, once, before any split;
-  4. old log-probabilities come from the training forward, not from the sampler: before the first optimizer step of a rollout the ratio is
-     exactly 1, because scoring cuts the batch into the very micro-batches that the first epoch trains on. What the sampler said is compared
-     with it at every step (`sampling/logp_diff_*`).
+Read `train_policy` from top to bottom. What holds for all algorithms, with sources in config.py:
+  1. advantages are functions (advantages.py) of the scores, of the KL to a frozen reference where it is placed in the reward (-coef k1 at every token), and
+     of values where there is a critic: read at the position before the token, from a linear head on the policy's own trunk; 0 after the end;
+  2. whitening and normalisation are over the whole batch of a step, once, before any split;
+  3. old log-probabilities come from the training forward, not from the sampler: before the first optimizer step of a rollout the ratio is
+     exactly 1, because scoring cuts the batch into the very micro-batches that the first epoch trains on. With one optimizer step a rollout, and
+     advantages that need neither values nor the KL, nothing is scored: the training forward is the scorer. What the sampler said is compared with it
+     at every step (`sampling/logp_diff_*`), before the weights change;
+  4. without a critic there is no value head, and with a KL coefficient of 0 no reference.
 """
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.config import PPOConfig
-from fusedrl.engine.control import KLController, data_order, learning_rate, shuffled
+from fusedrl.engine.advantages import Signals, estimate, find_advantage
+from fusedrl.engine.config import PolicyConfig
+from fusedrl.engine.control import Control, data_order, learning_rate, shuffled
 from fusedrl.engine.data.readers import load_prompts
 from fusedrl.engine.data.tokenize import encode_prompts
 from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, make_optimizer
-from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
 from fusedrl.kernels.faults import raise_faults
-from fusedrl.kernels.gae import ShapedGAE, shaped_gae
-from fusedrl.kernels.policy_loss import PolicyObjective, PolicyStats, ValueStats, policy_value_loss, token_weights
+from fusedrl.kernels.gae import shaped_gae
+from fusedrl.kernels.linear_full_kl import linear_full_kl
+from fusedrl.kernels.policy_loss import PolicyStats, ValueStats
 
 Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
 
 
 @dataclass(frozen=True)
-class PPOResult:
+class PolicyResult:
     """Where the trained policy is, and the last step's metrics."""
 
     model: str
@@ -44,53 +51,65 @@ class PPOResult:
     metrics: dict[str, float]
 
 
-def train_ppo(config: PPOConfig) -> PPOResult:
-    """Train a policy by PPO.
+def train_policy(config: PolicyConfig) -> PolicyResult:
+    """Train a policy by `config.algorithm`.
 
-    The run directory receives config.json, metrics.jsonl, samples.jsonl, checkpoints and, at the end, model/ (loadable by transformers, with
-    value_head.safetensors beside the weights).
+    The run directory receives config.json, metrics.jsonl, samples.jsonl, checkpoints and, at the end, model/ (loadable by transformers; a critic's
+    value_head.safetensors lies beside the weights).
 
     Raises:
         DataError, RewardError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient, or sampler and trainer disagree by more than `max_logp_diff`.
     """
+    needs = find_advantage(config.advantage).needs
+    if needs == "group" and config.samples_per_prompt == 1:
+        raise ConfigError(f"config: expected samples_per_prompt > 1 for the advantage {config.advantage}, which compares the completions of one prompt")
+    make_objective(config, config.penalty.coef)  # a mistake in its name or bounds is told before anything is loaded
+    kl_in_advantage = config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
+    scored_first = needs == "critic" or kl_in_advantage or config.epochs * config.minibatches > 1
+
     torch.manual_seed(config.run.seed)
-    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True, strict=config.strict)
+    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=needs == "critic", strict=config.strict)
     actor.decoder.checkpoint_activations = config.checkpoint_activations
-    reference = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+    if config.kl.estimator == "full" and actor.decoder.config.logit_softcap:
+        raise ConfigError("config: kl.estimator full reads logits that are not capped, and this model caps its own; use k2 or k3")
+    reference = load_reference(config) if config.needs_reference else None
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     optim = config.optim
     optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
                                state=optim.state)
-    kl = KLController(config.kl)
+    control = Control(config)
 
     with Run(config, config.steps) as run:
         prompts = _prompts(config, actor, run)
-        run.restore(model=actor, optimizer=optimizer, kl=kl)
+        run.restore(model=actor, optimizer=optimizer, control=control)
+        control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
         for step in range(run.start, config.steps):
             with run.time("generate_and_reward"):
-                chosen = [prompts[i] for i in data_order(len(prompts), config.run.seed, step * config.prompts_per_step, (step + 1) * config.prompts_per_step)]
-                experience = rollout(actor, chosen, rewards, config, first_request_id=step * config.prompts_per_step)
+                experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy")
             with run.time("score"):
-                cuts = _cuts(experience.batch, config, step, epoch=0)
-                batch, entropy = score(actor, reference, experience.batch, cuts, config.generation.temperature)
+                batch = control.scaled(experience.batch) if config.scale_scores else experience.batch
+                cuts = _cuts(batch, config, step, epoch=0)
+                batch = score(actor if scored_first else None, reference, batch, cuts, config.generation.temperature)
             with run.time("advantage"):
-                shaped = shaped_gae(batch.column("old_logp"), batch.column("ref_logp"), batch.column("values"), batch.column("scores"),
-                                    mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, kl_coef=kl.coef, gamma=config.loss.gamma,
-                                    lam=config.loss.lam, score_clip=config.score_clip, whiten=config.loss.whiten)
-                batch = batch.with_columns(advantages=shaped.advantages, returns=shaped.returns)
-            metrics = experience.metrics | {"entropy": entropy} | _measure(batch, shaped, kl.coef, config)
+                signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
+                batch = estimate(config, signals)
             with run.time("train"):
-                metrics |= update(actor, optimizer, batch, cuts, config, step, run)
-            kl.update(metrics["kl"], batch.num_sequences)
+                metrics = experience.metrics | update(actor, reference, optimizer, batch, cuts, config, control, step, run)
+            control.update(metrics, signals.totals)
             run.log(step, metrics)
             run.samples(step, _samples(experience))
-            run.save_if_due(step, model=actor, optimizer=optimizer, kl=kl)
-        return PPOResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
+            run.save_if_due(step, model=actor, optimizer=optimizer, control=control)
+        return PolicyResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
+
+
+def load_reference(config: PolicyConfig) -> HybridActor:
+    """The frozen policy that the KL is measured against: the initial weights."""
+    return HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
 
 
 # ---- the batch, and how it is cut --------------------------------------------------------------------------------------------
-def _prompts(config: PPOConfig, actor: HybridActor, run: Run) -> list[Prompt]:
+def _prompts(config: PolicyConfig, actor: HybridActor, run: Run) -> list[Prompt]:
     room = actor.decoder.config.max_positions - config.generation.max_new_tokens
     if room < 1:
         raise ConfigError(f"generation.max_new_tokens = {config.generation.max_new_tokens} leaves no room for a prompt in the model's "
@@ -101,7 +120,14 @@ def _prompts(config: PPOConfig, actor: HybridActor, run: Run) -> list[Prompt]:
     return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
 
 
-def _cuts(batch: PackedBatch, config: PPOConfig, step: int, epoch: int) -> Cuts:
+def _draw(prompts: list[Prompt], config: PolicyConfig, control: Control, count: int) -> tuple[list[Prompt], int]:
+    """The next `count` prompts of the stream, and the number of the first in it."""
+    first = control.drawn
+    control.drawn += count
+    return [prompts[i] for i in data_order(len(prompts), config.run.seed, first, first + count)], first
+
+
+def _cuts(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:
     """Sequences shuffled into minibatches, and each minibatch cut into micro-batches by tokens; a function of the seed, step and epoch."""
     B, M = batch.num_sequences, min(config.minibatches, batch.num_sequences)
     order = shuffled(B, config.run.seed, "minibatches", step, epoch)
@@ -109,119 +135,155 @@ def _cuts(batch: PackedBatch, config: PPOConfig, step: int, epoch: int) -> Cuts:
 
 
 @torch.no_grad()
-def score(actor: HybridActor, reference: HybridActor, batch: PackedBatch, cuts: Cuts, temperature: float) -> tuple[PackedBatch, float]:
-    """Fill old_logp, values and ref_logp from the training forward, micro-batch by micro-batch in the cuts that the first epoch trains on.
-    Returns the batch and the policy's mean entropy in nats per token."""
+def score(actor: HybridActor | None, reference: HybridActor | None, batch: PackedBatch, cuts: Cuts, temperature: float) -> PackedBatch:
+    """Fill old_logp, old_entropy, values (of an actor with a value head) and ref_logp from the training forward, micro-batch by micro-batch in the cuts that
+    the first epoch trains on. None: its columns stay empty."""
     partition = [group for minibatch in cuts for group in minibatch]
-    ours = actor.score(batch, temperature=temperature, partition=partition)
-    theirs = reference.score(batch, temperature=temperature, partition=partition)
-    if ours.values is None:
-        raise ValueError("score: PPO needs an actor with a value head; load it with value_head=True")
-    scored = batch.with_columns(old_logp=ours.logp, values=ours.values, ref_logp=theirs.logp)
-    return scored, ours.entropy[batch.action_mask].double().mean().item()
+    if actor is not None:
+        ours = actor.score(batch, temperature=temperature, partition=partition)
+        batch = batch.with_columns(old_logp=ours.logp, old_entropy=ours.entropy)
+        batch = batch if ours.values is None else batch.with_columns(values=ours.values)
+    if reference is not None:
+        batch = batch.with_columns(ref_logp=reference.score(batch, temperature=temperature, partition=partition).logp)
+    return batch
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------------
-def update(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PPOConfig, step: int, run: Run) -> dict[str, float]:
+def update(actor: HybridActor, reference: HybridActor | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
+           control: Control, step: int, run: Run) -> dict[str, float]:
     """epochs x minibatches optimizer steps on one rollout. Token weights are computed over the whole minibatch, so its cut into
     micro-batches does not change the gradient."""
-    loss = config.loss
-    objective = PolicyObjective(kind="clip", clip_low=loss.clip_low, clip_high=loss.clip_high, dual_clip=loss.dual_clip)
+    objective = make_objective(config, control.penalty.coef)
     total_updates = config.steps * config.epochs * config.minibatches
     done = step * config.epochs * config.minibatches
     meter = _Meter()
+    measured = None if batch.old_logp is None else _measure(batch, control.kl.coef, config)
     for epoch in range(config.epochs):
         for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
             members = [b for group in minibatch for b in group]
-            part = batch.select(members)
             weights = torch.zeros(batch.num_tokens, device=batch.device)
-            weights[batch.slots(members)] = token_weights(part.action_mask, loss.aggregation, cu_seqlens=part.cu_seqlens)
+            weights[batch.slots(members)] = minibatch_weights(config, batch.select(members))
             weighted = batch.with_columns(weights=weights)
+            seen = torch.zeros(2, batch.num_tokens, device=batch.device)  # log-probabilities and entropies
             optimizer.zero_grad()
             for group in minibatch:
                 micro = weighted.select(group)
                 hidden = actor.forward(micro)
                 logp, entropy = actor.logprobs(micro, hidden, temperature=config.generation.temperature)
-                value, policy_stats, value_stats = policy_value_loss(
-                    logp, micro.column("old_logp"), micro.column("advantages"), micro.column("weights"),
-                    actor.values(micro, hidden), micro.column("values"), micro.column("returns"), objective=objective,
-                    value_clip=loss.value_clip, value_coef=loss.value_coef, entropy=entropy, entropy_coef=loss.entropy_coef)
-                value.backward()
-                meter.add(policy_stats, value_stats, first=epoch == 0 and minibatch is first_cuts[0])
+                values = actor.values(micro, hidden) if actor.value_head is not None else None
+                if measured is None:
+                    micro = micro.with_columns(old_logp=logp.detach())
+                    seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
+                full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
+                loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full)
+                loss.backward()
+                meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0])
+            if measured is None:
+                measured = _measure(batch.with_columns(old_logp=seen[0], old_entropy=seen[1]), control.kl.coef, config)
             optimizer.lr = learning_rate(config.optim, done, total_updates)
             result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
             run.check_update(result)
             actor.mark_updated()
             meter.grad_norms.append(result.grad_norm)
             done += 1
-    return meter.metrics() | {"lr": optimizer.lr}
+    return (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
+
+
+def _full_kl(actor: HybridActor, reference: HybridActor, batch: PackedBatch, hidden_NH: Tensor, config: PolicyConfig) -> Tensor:
+    """[N] KL(policy || reference) of the distribution that each action was drawn from, over the whole vocabulary; differentiable. 0 elsewhere."""
+    with torch.no_grad():
+        theirs_NH = reference.forward(batch)
+    kl_N = linear_full_kl(hidden_NH, actor.decoder.head_weight, theirs_NH, reference.decoder.head_weight, temperature=config.generation.temperature,
+                          mask=batch.labels() != IGNORE)
+    return torch.where(batch.action_mask, batch.to_next(kl_N), 0.0)
 
 
 class _Meter:
     """Micro-batch statistics -> one number per step: means weighted by tokens, extremes by min and max. Read once, at the end."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[PolicyStats, ValueStats, bool]] = []
+        self.policy: list[PolicyStats] = []
+        self.value: list[ValueStats] = []
+        self.when: list[tuple[int, bool]] = []
         self.grad_norms: list[float] = []
 
-    def add(self, policy: PolicyStats, value: ValueStats, *, first: bool) -> None:
-        self.rows.append((policy, value, first))
+    def add(self, policy: PolicyStats, value: ValueStats | None, epoch: int, *, first: bool) -> None:
+        self.policy.append(policy)
+        self.when.append((epoch, first))
+        if value is not None:
+            self.value.append(value)
 
     def metrics(self) -> dict[str, float]:
-        policy = torch.stack([torch.stack([x.float() for x in p]) for p, _, _ in self.rows]).tolist()
-        value = torch.stack([torch.stack([x.float() for x in v]) for _, v, _ in self.rows]).tolist()
-        rows = [(dict(zip(PolicyStats._fields, p, strict=True)), dict(zip(ValueStats._fields, v, strict=True))) for p, v in zip(policy, value, strict=True)]
-        tokens = sum(p["tokens"] for p, _ in rows)
+        policy, value, updates = _rows(self.policy), _rows(self.value), len(self.grad_norms)
+        tokens = sum(p["tokens"] for p in policy)
         mean: dict[str, float] = defaultdict(float)
-        for p, v in rows:
+        for p in policy:
             share = p["tokens"] / max(1.0, tokens)
             for name, number in (("policy/approxkl_avg", p["approx_kl_k3"]), ("policy/clipfrac_avg", p["clip_fraction_low"] + p["clip_fraction_high"]),
                                  ("clip_ratio/low_mean", p["clip_fraction_low"]), ("clip_ratio/high_mean", p["clip_fraction_high"]),
-                                 ("val/ratio", p["ratio_mean"]), ("val/clipfrac_avg", v["clip_fraction"]), ("policy/clamped_fraction", p["clamped_fraction"])):
+                                 ("val/ratio", p["ratio_mean"]), ("policy/clamped_fraction", p["clamped_fraction"])):
                 mean[name] += share * number
-        updates = len(self.grad_norms)
-        live = [p for p, _ in rows if p["tokens"]]
-        first = [p for (p, _), (_, _, is_first) in zip(rows, self.rows, strict=True) if is_first and p["tokens"]]
+        for p, v in zip(policy, value, strict=bool(value)):
+            mean["val/clipfrac_avg"] += p["tokens"] / max(1.0, tokens) * v["clip_fraction"]
+        if value:
+            mean["loss/value_avg"] = sum(v["loss"] for v in value) / updates
+        live = [p for p in policy if p["tokens"]]
+        first = [p for p, (_, is_first) in zip(policy, self.when, strict=True) if is_first and p["tokens"]]
+        last = [p for p, (epoch, _) in zip(policy, self.when, strict=True) if epoch == self.when[-1][0]]
         return dict(mean) | {
-            "loss/policy_avg": sum(p["loss"] for p, _ in rows) / updates,
-            "loss/value_avg": sum(v["loss"] for _, v in rows) / updates,
+            "loss/policy_avg": sum(p["loss"] for p in policy) / updates,
             "val/ratio_min": min((p["ratio_min"] for p in live), default=1.0),
             "val/ratio_max": max((p["ratio_max"] for p in live), default=1.0),
             "policy/first_ratio_min": min((p["ratio_min"] for p in first), default=1.0),
             "policy/first_ratio_max": max((p["ratio_max"] for p in first), default=1.0),
             "policy/first_approxkl": max((p["approx_kl_k3"] for p in first), default=0.0),
             "policy/first_clipfrac": max((p["clip_fraction_low"] + p["clip_fraction_high"] for p in first), default=0.0),
+            "policy/last_approxkl": sum(p["approx_kl_k3"] * p["tokens"] for p in last) / max(1.0, sum(p["tokens"] for p in last)),
             "grad_norm": sum(self.grad_norms) / updates,
         }
 
 
+def _rows(stats: Sequence[PolicyStats] | Sequence[ValueStats]) -> list[dict[str, float]]:
+    """Read from the device, all at once."""
+    if not stats:
+        return []
+    return [dict(zip(stats[0]._fields, row, strict=True)) for row in torch.stack([torch.stack([x.float() for x in s]) for s in stats]).tolist()]
+
+
 # ---- what is reported --------------------------------------------------------------------------------------------------------
-def _measure(batch: PackedBatch, shaped: ShapedGAE, kl_coef: float, config: PPOConfig) -> dict[str, float]:
-    """Metrics of the rollout itself. Raises IndexError when a kernel was given ids outside the vocabulary, RuntimeError when sampler and trainer disagree."""
+def _measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[str, float]:
+    """Metrics of the rollout itself, of a batch with old_logp. Raises IndexError when a kernel was given ids outside the vocabulary, RuntimeError when
+    sampler and trainer disagree."""
     raise_faults(batch.device)  # the host waits here anyway; scores of ids outside the vocabulary are NaN, which would look like disagreement
-    names = ("old_logp", "ref_logp", "rollout_logp", "values", "returns")
-    old, ref, rolled, values, returns = (batch.column(name)[batch.action_mask].double() for name in names)
+    old_N, mask_N = batch.column("old_logp"), batch.action_mask
+    old, rolled = (x[mask_N].double() for x in (old_N, batch.column("rollout_logp")))
     difference = (rolled - old).abs()
     ratio = (old - rolled).exp()
-    kl = shaped.kl_per_sequence.double().mean().item()
     mean, worst = difference.mean().item(), difference.max().item()
     if not mean <= config.max_logp_diff:
         raise RuntimeError(f"sampler and trainer disagree: mean |logp difference| {mean:.3g} (max {worst:.3g}) over {difference.numel()} tokens, above "
                            f"max_logp_diff = {config.max_logp_diff}; expected about 1e-6 in float32 and 1e-3 in bfloat16. Every ratio would be wrong, so the "
                            "run stops; train in float32, or raise max_logp_diff if you mean it")
-    return {
-        "kl": kl,
-        "kl_coef": kl_coef,
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": shaped.score_per_sequence.double().mean().item() - kl_coef * kl,
+    found = {
+        "entropy": batch.column("old_entropy")[mask_N].double().mean().item(),
         "perplexity": math.exp(min(80.0, -old.mean().item())),
-        "perplexity_ref": math.exp(min(80.0, -ref.mean().item())),
         "sampling/logp_diff_mean": mean,
         "sampling/logp_diff_max": worst,
         "sampling/ratio_outside_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
-        "val/explained_variance": _explained_variance(values, returns),
         "num_tokens": float(batch.num_tokens),
     }
+    if batch.ref_logp is not None:
+        # Of the same kernel as a KL in the reward: what is reported, and what the coefficient adapts to, is what was charged.
+        shaped = shaped_gae(old_N, batch.ref_logp, old_N, batch.column("scores"), mask=mask_N, cu_seqlens=batch.cu_seqlens, kl_coef=0.0,
+                            score_clip=config.score_clip, whiten=False)
+        kl = shaped.kl_per_sequence.double().mean().item()
+        found |= {"kl": kl, "kl_coef": kl_coef, "perplexity_ref": math.exp(min(80.0, -batch.ref_logp[mask_N].double().mean().item()))}
+        if config.kl.placement == "reward":
+            found |= {"objective/non_score_reward": -kl_coef * kl,
+                      "objective/rlhf_reward": shaped.score_per_sequence.double().mean().item() - kl_coef * kl}
+    if batch.values is not None:
+        found["val/explained_variance"] = _explained_variance(*(batch.column(name)[mask_N].double() for name in ("values", "returns")))
+    return found
 
 
 def _explained_variance(values: Tensor, returns: Tensor) -> float:

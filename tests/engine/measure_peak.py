@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
-from fusedrl.engine.config import GenerationConfig, PPOConfig
+from fusedrl.engine.config import GenerationConfig, PolicyConfig
+from fusedrl.engine.control import Control
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
@@ -28,7 +29,7 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def step(sizes: dict[str, Any], config: PPOConfig, cache: CacheConfig, steps: int) -> None:
+def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps: int) -> None:
     """Rollout, score, update; two micro-batches a minibatch. Rewards are random, as nothing here depends on them."""
     torch.manual_seed(0)
     model = model_config(sizes)
@@ -42,10 +43,11 @@ def step(sizes: dict[str, Any], config: PPOConfig, cache: CacheConfig, steps: in
         outs = actor.generate(prompts, SamplingParams(max_new_tokens=half, seed=number))
         batch = PackedBatch.from_completions(prompts, outs)
         cuts = policy._cuts(batch, config, number, 0)
-        batch, _ = policy.score(actor, reference, batch, cuts, 1.0)
+        batch = policy.score(actor, reference, batch, cuts, 1.0)
         noise = torch.randn(2, batch.num_tokens)
         run = cast(Any, SimpleNamespace(check_update=lambda result: None))
-        policy.update(actor, optimizer, batch.with_columns(advantages=noise[0], returns=noise[1]), cuts, config, number, run)
+        batch = batch.with_columns(advantages=noise[0], returns=noise[1], scores=torch.zeros(batch.num_sequences))
+        policy.update(actor, reference, optimizer, batch, cuts, config, Control(config), number, run)
 
 
 def main() -> None:
@@ -53,8 +55,8 @@ def main() -> None:
     tokens, length = asked["tokens"], asked["sizes"]["max_position_embeddings"]
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(asked["sizes"]))
-        config = PPOConfig(directory, "none", ("none",), prompts_per_step=2 * tokens // length, epochs=1, tokens_per_microbatch=tokens, device="cpu",
-                           checkpoint_activations=asked["checkpointed"], generation=GenerationConfig(max_new_tokens=length // 2))
+        config = PolicyConfig(directory, "none", ("none",), prompts_per_step=2 * tokens // length, epochs=1, tokens_per_microbatch=tokens, device="cpu",
+                              checkpoint_activations=asked["checkpointed"], generation=GenerationConfig(max_new_tokens=length // 2))
         cache = CacheConfig(num_blocks=2 * tokens // 16)  # one rollout writes them all
         found = plan(config, cache=cache)
     tiny = asked["sizes"] | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fusedrl.engine.cli import main, parse_config
-from fusedrl.engine.config import PPOConfig, SFTConfig
+from fusedrl.engine.config import PolicyConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError, SetupError
 
 PPO = ["--model", "m", "--data", "d", "--reward", "x.py:f"]
@@ -24,7 +24,8 @@ def yaml_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["train", "ppo", "--help"], ["generate", "--help"],
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["train", "ppo", "--help"], ["train", "grpo", "--help"],
+                                       ["generate", "--help"],
                                        ["train", "ppo", *PPO, "--optim.lrr", "1"], ["train", "sft", "--model", "m", "--data", "d", "--optim.lr", "x"]])
 def test_light_commands_do_not_import_torch(arguments):
     code = f"import sys; from fusedrl.engine.cli import main; code = main({arguments!r}); sys.exit(99 if 'torch' in sys.modules else code)"
@@ -47,11 +48,11 @@ def test_options_of_every_kind():
                                   "--loss.dual_clip", "3", "--loss.value_clip", "null",
                                   "--missing_eos_penalty", "-1.5", "--run.resume", "true",
                                   "--generation.stop_token_ids", "[7, 8]", "--kl.target", "6", "--dtype", "float32"])
-    assert isinstance(config, PPOConfig)
+    assert isinstance(config, PolicyConfig)
     assert (config.optim.lr, config.optim.betas, config.missing_eos_penalty) == (1e-6, (0.9, 0.95), -1.5)
     assert (config.loss.dual_clip, config.loss.value_clip) == (3.0, None)
     assert (config.run.resume, config.generation.stop_token_ids, config.kl.target, config.dtype, config.reward) == (True, (7, 8), 6.0, "float32", ("x.py:f",))
-    assert config == PPOConfig(**{**vars(config)})
+    assert config == PolicyConfig(**{**vars(config)})
 
 
 def test_the_command_line_beats_the_file_wherever_it_stands(yaml_file):

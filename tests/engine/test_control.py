@@ -1,7 +1,11 @@
-import pytest
+import json
 
-from fusedrl.engine.config import KLConfig, OptimConfig, PPOConfig
-from fusedrl.engine.control import KLController, data_order, learning_rate
+import pytest
+import torch
+
+from fusedrl.engine.config import KLConfig, OptimConfig, PenaltyConfig, PolicyConfig
+from fusedrl.engine.control import Control, KLController, PenaltyController, data_order, learning_rate
+from fusedrl.engine.packing import PackedBatch
 
 
 def test_kl_controller_follows_ziegler():
@@ -17,6 +21,34 @@ def test_kl_controller_follows_ziegler():
     fixed = KLController(KLConfig(coef=0.1))
     fixed.update(50.0, 100)
     assert fixed.coef == 0.1
+
+
+def test_penalty_controller():
+    penalty = PenaltyController(PenaltyConfig(coef=3.0, target=0.03))  # thresholds 0.02 and 0.045
+    coefs = []
+    for kl in (0.044, 0.046, 0.021, 0.019, 0.0):
+        penalty.update(kl)
+        coefs.append(penalty.coef)
+    assert coefs == [3.0, 6.0, 6.0, 3.0, 1.5]
+    assert PenaltyController(PenaltyConfig(kl_min=0.1, kl_max=0.2)).thresholds == (0.1, 0.2)
+
+
+def test_scores_are_scaled_by_all_so_far_and_the_state_comes_back():
+    config = PolicyConfig("m", "d", ("r.py:f",), scale_scores=True)
+    control = Control(config)
+    first, second = torch.tensor([1.0, 3.0, 8.0]), torch.tensor([-2.0, 4.0, 4.0])
+    empty = PackedBatch.from_sequences([([1], [2])] * 3)
+    assert torch.allclose(control.scaled(empty.with_columns(scores=first)).scores, first / first.std())
+    other = Control(config)
+    other.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    both = torch.cat([first, second])
+    for each in (control, other):
+        assert torch.allclose(each.scaled(empty.with_columns(scores=second)).scores, second / both.std())
+    assert control.state_dict() == other.state_dict()
+    old = Control(config)
+    old.load_state_dict({"kl_coef": 0.3, "skipped_updates": 0})  # of before there was more
+    assert (old.kl.coef, old.drawn, old.returns.mean) == (0.3, 0, 0.0)
+    assert torch.equal(Control(config).scaled(empty.with_columns(scores=torch.ones(3))).scores, torch.ones(3))
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -40,7 +72,7 @@ def test_data_order_is_a_stream_of_shuffled_passes():
 
 def test_config_refuses_what_ppo_cannot_do():
     def ppo(**kwargs):
-        return PPOConfig(model="m", data="d", reward=("r.py:f",), **kwargs)
+        return PolicyConfig(model="m", data="d", reward=("r.py:f",), **kwargs)
 
     from fusedrl.engine.config import GenerationConfig
     with pytest.raises(ValueError, match="without top_k, top_p and min_p"):

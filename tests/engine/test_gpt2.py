@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fusedrl.engine import HybridActor, PackedBatch, SamplingParams
-from fusedrl.engine.config import GenerationConfig, OptimConfig, PPOConfig, RunConfig
+from fusedrl.engine.config import GenerationConfig, OptimConfig, PolicyConfig, RunConfig
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_decoder, save_pretrained
-from fusedrl.engine.stages.policy import train_ppo
+from fusedrl.engine.stages.policy import train_policy
 
 END = "<|endoftext|>"
 CONFIG = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "bos_token_id": 256, "eos_token_id": 256,
@@ -69,10 +69,10 @@ def test_what_exceeds_the_table_of_positions_is_refused(directory):
 def test_ppo(directory, tmp_path, write_jsonl, strict):
     (tmp_path / "rewards.py").write_text("def length(completions):\n    return [float(len(text)) for text in completions]\n")
     data = write_jsonl("prompts.jsonl", [{"prompt": text} for text in ("", "a", "bc d", "once", "x" * 30)])
-    config = PPOConfig(model=str(directory), data=data, reward=(f"{tmp_path / 'rewards.py'}:length",), steps=2, prompts_per_step=5, samples_per_prompt=2,
+    config = PolicyConfig(model=str(directory), data=data, reward=(f"{tmp_path / 'rewards.py'}:length",), steps=2, prompts_per_step=5, samples_per_prompt=2,
                        minibatches=2, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=8), strict=strict,
                        optim=OptimConfig(lr=1e-2, schedule="constant"), run=RunConfig(dir=str(tmp_path / "run"), progress=False))
-    train_ppo(config)
+    train_policy(config)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for row in rows:

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch
 from fusedrl.engine.cli import main
-from fusedrl.engine.config import OptimConfig, PPOConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import OptimConfig, PolicyConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import KVCache
 from fusedrl.engine.model.decoder import Decoder
@@ -30,7 +30,7 @@ KINDS = {"llama": {"model_type": "llama"}, "qwen3 tied": {"model_type": "qwen3",
          "olmo2": {"model_type": "olmo2"}, "gemma2": {"model_type": "gemma2", "sliding_window": 9, "query_pre_attn_scalar": 8},
          "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
          "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 256}}
-STAGES = {"sft": SFTConfig("m", "d"), "reward": RewardModelConfig("m", "d"), "ppo": PPOConfig("m", "d", ("r.py:r",))}
+STAGES = {"sft": SFTConfig("m", "d"), "reward": RewardModelConfig("m", "d"), "ppo": PolicyConfig("m", "d", ("r.py:r",))}
 
 
 def planner(sizes, stage="ppo", dtype="float32", **more):
@@ -104,6 +104,16 @@ def test_weights_gradients_and_optimizer_are_exact(kind, stage, dtype):
     assert planned.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert planned.optimizer == sum(t.nbytes for t in optimizer.state_dict().values())
     assert planned.reference == (sum(p.nbytes for p in model.decoder.parameters()) if stage == "ppo" else 0)
+
+
+def test_without_a_critic_a_policy_is_what_sft_trains():
+    for dtype in ("float32", "bfloat16"):
+        sft, *free = (Planner(model_config(SIZES | KINDS["llama"]), replace(config, dtype=dtype, device="cpu")) for config in (
+            STAGES["sft"], PolicyConfig("m", "d", ("r.py:r",), "dapo"), PolicyConfig("m", "d", ("r.py:r",), "grpo")))
+        for planned in free:
+            assert (planned.weights, planned.gradients, planned.optimizer) == (sft.weights, sft.gradients, sft.optimizer)
+            assert planned.activation_bytes(200, False) == sft.activation_bytes(200, False)
+        assert [planned.reference for planned in free] == [0, sft.weights]  # grpo has a KL, dapo none
 
 
 def test_moments_of_8_bits_are_exact():
@@ -204,7 +214,7 @@ def test_the_command_line(tmp_path, capsys):
     assert parts["peak"] == sum(count for name, count in parts.items() if name != "peak")
     assert told["memory_bytes"] == 2 << 30
     assert told["peak_bytes"]["plain"] == parts["peak"] > told["peak_bytes"]["checkpointed"]
-    assert plan(PPOConfig(str(config), "d", ("r.py:r",), device="cpu"), memory=2 << 30).to_json() == told | {"model": str(config)}, "from config.json"
+    assert plan(PolicyConfig(str(config), "d", ("r.py:r",), device="cpu"), memory=2 << 30).to_json() == told | {"model": str(config)}, "from config.json"
     assert main(["plan", "sft", "--model", str(config), "--device", "cpu", "--memory", "1MiB", "--output-json", "-"]) == 0
     small = json.loads(capsys.readouterr().out)
     assert (small["fits"], small["largest_tokens_per_microbatch"]) == (False, {"plain": 0, "checkpointed": 0})

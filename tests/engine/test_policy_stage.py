@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PPOConfig, PPOLossConfig, RunConfig
+from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, RunConfig
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.rewards import RewardError
 from fusedrl.engine.stages import policy
-from fusedrl.engine.stages.policy import train_ppo
+from fusedrl.engine.stages.policy import train_policy
 from fusedrl.kernels import faults
 
 REWARDS = '''
@@ -44,7 +44,7 @@ def ppo(tiny_model, tmp_path, write_jsonl):
         defaults = dict(
             steps=3, prompts_per_step=6, samples_per_prompt=2, epochs=2, minibatches=2, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=8),
             optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False))
-        return PPOConfig(model=str(tiny_model), data=data, reward=(f"{tmp_path / 'rewards.py'}:{reward}",), **(defaults | kwargs))
+        return PolicyConfig(model=str(tiny_model), data=data, reward=(f"{tmp_path / 'rewards.py'}:{reward}",), **(defaults | kwargs))
 
     return make
 
@@ -71,7 +71,7 @@ def _weights(config):
 
 def test_ratio_is_exactly_one_before_the_first_update(ppo):
     config = ppo()
-    train_ppo(config)
+    train_policy(config)
     rows = _metrics(config)
     assert len(rows) == 3
     for row in rows:
@@ -86,7 +86,7 @@ def test_ratio_is_exactly_one_before_the_first_update(ppo):
 
 
 def test_strict_runs_have_no_difference_at_all(ppo):
-    train_ppo(ppo(strict=True))
+    train_policy(ppo(strict=True))
     rows = _metrics(ppo())
     assert len(rows) == 3
     for row in rows:
@@ -100,7 +100,7 @@ def test_the_micro_batch_split_does_not_change_the_update(ppo):
     results = []
     for name, tokens in (("whole", 10_000), ("cut", 25)):
         config = ppo(name=name, steps=1, epochs=1, minibatches=2, tokens_per_microbatch=tokens)
-        train_ppo(config)
+        train_policy(config)
         results.append((_weights(config), _metrics(config)[0]))
     (whole, row), (cut, other) = results
     start = {name: p.detach() for name, p in load_decoder(config.model).named_parameters()}
@@ -114,14 +114,14 @@ def test_the_micro_batch_split_does_not_change_the_update(ppo):
 def test_resume_continues_bitwise(ppo):
     whole = ppo(name="whole", steps=4, run=RunConfig(dir=ppo(name="whole").run.dir, save_every=1, progress=False),
                 kl=KLConfig(coef=0.1, target=0.5, horizon=50))
-    train_ppo(whole)
+    train_policy(whole)
     for stop in (1, 3):
         parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + f"_parts{stop}"))
         with pytest.MonkeyPatch.context() as patch:  # the process "dies" in the step after the last save
             patch.setattr(policy, "rollout", _dies_after(stop, policy.rollout))
             with pytest.raises(KeyboardInterrupt):
-                train_ppo(parts)
-        train_ppo(replace(parts, run=replace(parts.run, resume=True)))
+                train_policy(parts)
+        train_policy(replace(parts, run=replace(parts.run, resume=True)))
         ours, theirs = _weights(whole), _weights(parts)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         for a, b in zip(_metrics(whole), _metrics(parts), strict=True):
@@ -132,10 +132,10 @@ def test_resume_continues_bitwise(ppo):
 def test_reward_rises_and_the_kl_penalty_holds_it(ppo):
     common = dict(steps=15, prompts_per_step=12, samples_per_prompt=4, minibatches=1, epochs=4, tokens_per_microbatch=4000,
                   optim=OptimConfig(lr=1e-2, schedule="constant"))
-    free = ppo(name="free", kl=KLConfig(coef=0.0), **common)
+    free = ppo(name="free", kl=KLConfig(coef=0.0, measure=True), **common)
     held = ppo(name="held", kl=KLConfig(coef=1.0), **common)
-    train_ppo(free)
-    train_ppo(held)
+    train_policy(free)
+    train_policy(held)
     first, last, restrained = _metrics(free)[0], _metrics(free)[-1], _metrics(held)[-1]
     assert last["reward"] > first["reward"] + 1.0
     assert restrained["kl"] < 0.5 * last["kl"]
@@ -143,36 +143,36 @@ def test_reward_rises_and_the_kl_penalty_holds_it(ppo):
 
 def test_the_value_head_learns_what_the_prompt_tells(ppo):
     config = ppo(reward="by_prompt", steps=25, prompts_per_step=24, samples_per_prompt=1, minibatches=1, epochs=4, tokens_per_microbatch=4000,
-                 kl=KLConfig(coef=0.0), loss=PPOLossConfig(value_coef=0.5), optim=OptimConfig(lr=3e-3, schedule="constant"))
-    train_ppo(config)
+                 kl=KLConfig(coef=0.0), loss=LossConfig(value_coef=0.5), optim=OptimConfig(lr=3e-3, schedule="constant"))
+    train_policy(config)
     rows = _metrics(config)
     assert rows[0]["val/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # a head of zeros
     assert rows[-1]["val/explained_variance"] > 0.6
 
 
 def test_rewards_that_fail(ppo):
-    train_ppo(ppo(reward="sometimes_nan", name="some", steps=1))
+    train_policy(ppo(reward="sometimes_nan", name="some", steps=1))
     assert _metrics(ppo(name="some"))[0]["completions/invalid"] == 1.0
     with pytest.raises(RewardError, match="none of the 12 samples has a valid reward"):
-        train_ppo(ppo(reward="mostly_nan", name="tolerant", max_invalid_fraction=1.0))
+        train_policy(ppo(reward="mostly_nan", name="tolerant", max_invalid_fraction=1.0))
     for reward, message in (("mostly_nan", "12 of 12 samples have no valid reward"), ("raises", "KeyError"), ("short", "12")):
         config = ppo(reward=reward, name=reward)
         with pytest.raises(RewardError, match=message):
-            train_ppo(config)
+            train_policy(config)
         assert not (Path(config.run.dir) / "model").exists()
 
 
 def test_what_a_kernel_reported_stops_the_step(ppo):
     faults.flag("logprob", torch.device("cpu")).fill_(1)
     with pytest.raises(IndexError, match="logprob: expected token ids"):
-        train_ppo(ppo(steps=1))
+        train_policy(ppo(steps=1))
     faults.raise_faults()
 
 
 def test_what_comes_out_is_loadable(ppo):
     from transformers import AutoModelForCausalLM
     config = ppo(steps=1)
-    result = train_ppo(config)
+    result = train_policy(config)
     actor = HybridActor.from_pretrained(result.model, value_head=True)
     theirs = AutoModelForCausalLM.from_pretrained(result.model)
     ids = torch.tensor([[1, 5, 6, 7]])
@@ -186,13 +186,13 @@ def test_what_comes_out_is_loadable(ppo):
 def test_a_run_directory_is_one_run(ppo):
     from fusedrl.engine.errors import ConfigError
     config = ppo(steps=1)
-    train_ppo(config)
+    train_policy(config)
     with pytest.raises(ConfigError, match="holds a run"):
-        train_ppo(config)
-    changed = replace(config, loss=PPOLossConfig(lam=0.5), run=replace(config.run, resume=True))
+        train_policy(config)
+    changed = replace(config, loss=LossConfig(lam=0.5), run=replace(config.run, resume=True))
     with pytest.raises(ConfigError, match="lam"):
-        train_ppo(changed)
+        train_policy(changed)
     before = _weights(config)
-    train_ppo(replace(config, run=replace(config.run, resume=True)))  # finished already: nothing changes
+    train_policy(replace(config, run=replace(config.run, resume=True)))  # finished already: nothing changes
     assert all(torch.equal(before[name], p) for name, p in _weights(config).items())
     assert len(_metrics(config)) == 1
