@@ -177,6 +177,8 @@ class _Found:
 
 def _load(data: Data, kind: type[T], skip: bool, rejects: str | Path | None, options: ReadOptions | None) -> tuple[list[T], dict[str, int]]:
     total, sources = _Found(), parse_data(data)
+    if len(sources) > 1 and any(source.weight is not None for source in sources):
+        raise DataError(f"{data}: expected files without weights here, where they are read one behind the other; `mixture.mix` is what follows weights")
     for source in sources:
         found = _read(source, kind, options or ReadOptions())
         if not found.items and (skip or not found.bad):
