@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fusedrl.engine.data.readers import Prompt
+from fusedrl.engine.data.records import Prompt
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
 from fusedrl.engine.errors import RewardError
 from fusedrl.engine.packing import PackedBatch
@@ -278,10 +278,11 @@ class ModelReward:
         """Another tokenizer than the policy's: from text, with an EOS where the policy ended its answer."""
         ends = set(self._policy_tokenizer.all_special_ids) if self._policy_tokenizer is not None else None
         pairs: list[tuple[Sequence[int], Sequence[int]]] = []
-        for prompt, text, ids in zip(rollout.prompts, rollout.completions, rollout.completion_ids, strict=True):
+        tools = rollout.columns.get("tools", [None] * len(rollout.prompts))
+        for prompt, text, ids, schemas in zip(rollout.prompts, rollout.completions, rollout.completion_ids, tools, strict=True):
             completion = encode_completion(self.tokenizer, text, self._eos, first=not prompt)
             ended = ends is None or (len(ids) > 0 and ids[-1] in ends)
-            pairs.append((encode_prompt(self.tokenizer, prompt), completion if ended else completion[:-1]))
+            pairs.append((encode_prompt(self.tokenizer, prompt, schemas), completion if ended else completion[:-1]))
         return pairs
 
 

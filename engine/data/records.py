@@ -7,7 +7,7 @@ from typing import Any
 
 Messages = list[dict[str, Any]]  # {"role", "content"} each; an assistant's may call tools instead ("tool_calls"), and a tool answers as role "tool"
 Prompt = str | Messages
-Tools = list[dict[str, Any]]  # JSON schemas, for the chat template
+Tools = list[Any]  # JSON schemas, objects each, for the chat template
 
 
 @dataclass(frozen=True)
