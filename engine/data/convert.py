@@ -176,7 +176,9 @@ def webgpt_pair(row: Row, reading: Reading) -> PairExample:
 
 # ---- summaries ----------------------------------------------------------------------------------------------------------------
 def summary_query(row: Row, reading: Reading, at: str = "") -> str:
-    if at and "article" in get.column(row, at[:-1]):
+    if at and not isinstance(row["info"], dict):
+        raise get.wrong("info", "an object", row["info"])
+    if at and "article" in row["info"]:
         return news(get.text(row, f"{at}article"))
     options = reading.options
     try:

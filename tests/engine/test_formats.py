@@ -3,6 +3,8 @@ import gzip
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fusedrl.engine.data.formats import FORMATS, NOUNS
 from fusedrl.engine.data.readers import (
@@ -333,6 +335,32 @@ def test_unknown_columns_name_the_nearest_format(jsonl):
         load_pairs(jsonl({"prompt": "p", "choosen": "a", "rejected": "b"}))
     with pytest.raises(DataError, match=r"no format of prompts has these columns: found 'promt'; nearest is prompt, which needs \"prompt\" too"):
         load_prompts(jsonl({"promt": "p"}))
+
+
+_names = st.sampled_from(["role", "content", "text", "axes", "post", "tool_calls"])
+_json = st.recursive(st.none() | st.booleans() | st.integers(-2, 9) | st.floats(-2, 2) | st.sampled_from(["", " ", "a", f"{HH} a", "#### 3"]),
+                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_names, inner, max_size=3), max_leaves=8)
+
+
+def _complaint(load, entry):
+    try:
+        load(entry)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(FORMATS)), st.data())
+def test_whatever_the_columns_hold_the_answer_is_records_or_a_data_error(tmp_path_factory, name, data):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    names = {*FORMATS[name].columns, *data.draw(st.sets(st.sampled_from(["tools", "margin", "input", "output", "cot", "shots", "split"])))}
+    row = {column: data.draw(_json) for column in names}
+    path.write_text(json.dumps([row]))
+    for kind in FORMATS[name].reads:
+        for entry in (str(path), f"{name}:{path}"):
+            complaint = _complaint(LOADERS[kind], entry)
+            assert complaint is None or str(path) in complaint
 
 
 def test_a_name_that_is_no_format_is_refused_with_the_nearest(jsonl):
