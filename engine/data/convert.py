@@ -270,16 +270,20 @@ def instruction_prompt(row: Row, reading: Reading) -> Prompt:
     instruction, context, shots = get.text(row, "instruction"), get.optional_text(row, "input"), _shots(row)
     if not shots:
         return reading.template.render(instruction, context)
-    style = "chat" if reading.template is TEMPLATES["chat"] else "qa"
-    return few_shot(shots, context, instruction=instruction, form=style)
+    return few_shot(shots, context, instruction=instruction, form=_style(row, reading))
+
+
+def _style(row: Row, reading: Reading) -> Template:
+    """Solved examples are questions and answers, unless they are turns of a chat."""
+    return TEMPLATES["qa"] if row.get("shots") and reading.template is not TEMPLATES["chat"] else reading.template
 
 
 def instructed(row: Row, reading: Reading) -> Demonstration:
     """A chain of thought ("cot") comes before the output."""
     thought = get.optional_text(row, "cot")
-    style = reading.template if not row.get("shots") or reading.template is TEMPLATES["chat"] else TEMPLATES["qa"]
     output = get.text(row, "output")
-    return demonstrated(instruction_prompt(row, reading), style.answer(f"{thought}\n{output}" if thought and output else output))
+    answer = f"{thought}\n{output}" if thought and output else output
+    return demonstrated(instruction_prompt(row, reading), _style(row, reading).answer(answer))
 
 
 # ---- TRL's others, and ours ---------------------------------------------------------------------------------------------------
@@ -323,9 +327,10 @@ def ranked(row: Row, reading: Reading) -> RankedExample:
     ranks = get.many(row, "ranks", int, "whole number")
     if len(answers) != len(ranks):
         raise BadRow(f'expected as many "ranks" as "completions", got {len(ranks)} and {len(answers)}')
-    prompt = given(row, reading)
+    prompt, lead = given(row, reading), isinstance(row["prompt"], str)
     kept = [i for i, text in enumerate(answers) if text.strip()]
-    example = RankedExample(prompt, tuple(reading.template.answer(answers[i]) for i in kept), tuple(ranks[i] for i in kept), **_tools(row, prompt))
+    texts = tuple(reading.template.answer(answers[i]) if lead else answers[i] for i in kept)
+    example = RankedExample(prompt, texts, tuple(ranks[i] for i in kept), **_tools(row, prompt))
     if len(kept) < 2:
         raise Dropped("fewer than two answers")
     if len(set(example.ranks)) == 1:
@@ -336,8 +341,11 @@ def ranked(row: Row, reading: Reading) -> RankedExample:
 def expanded(row: Row, reading: Reading) -> list[PairExample]:
     """All pairs that are no tie, of weight 1 together."""
     example = ranked(row, reading)
-    pairs = list(example.pairs())
-    return [PairExample(example.prompt, example.completions[i], example.completions[j], weight=1 / len(pairs), tools=example.tools) for i, j in pairs]
+    pairs = [(example.completions[i], example.completions[j]) for i, j in example.pairs()]
+    pairs = [(better, worse) for better, worse in pairs if better.strip() != worse.strip()]
+    if not pairs:
+        raise Dropped("the answers are equal")
+    return [PairExample(example.prompt, better, worse, weight=1 / len(pairs), tools=example.tools) for better, worse in pairs]
 
 
 def implicit_prompt(row: Row, reading: Reading) -> Prompt:

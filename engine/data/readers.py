@@ -111,7 +111,7 @@ def load_prompts(data: Data, *, skip_bad_lines: bool = False, rejects: str | Pat
     names = dict.fromkeys(name for example in examples for name in example.columns)
     clash = [name for name in REWARD_ARGUMENTS if name in names]
     if clash:
-        raise DataError(f"{data}: column {clash[0]!r} has the name of an argument of every reward (prompts, completions, completion_ids); rename it")
+        raise DataError(f"{_paths(data)}: column {clash[0]!r} has the name of an argument of every reward (prompts, completions, completion_ids); rename it")
     return [PromptExample(example.prompt, {name: example.columns.get(name) for name in names}) for example in examples]
 
 
@@ -162,7 +162,11 @@ def load_dialogues(data: Data, *, skip_bad_lines: bool = False, rejects: str | P
 
 def _warn(data: Data, dropped: dict[str, int]) -> None:
     for reason, count in dropped.items():
-        _log.warning("%s: %d rows dropped: %s", data, count, reason)
+        _log.warning("%s: %d rows dropped: %s", _paths(data), count, reason)
+
+
+def _paths(data: Data) -> str:
+    return ", ".join(source.path for source in parse_data(data))
 
 
 # ---- one pass over the files --------------------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ class _Found:
 def _load(data: Data, kind: type[T], skip: bool, rejects: str | Path | None, options: ReadOptions | None) -> tuple[list[T], dict[str, int]]:
     total, sources = _Found(), parse_data(data)
     if len(sources) > 1 and any(source.weight is not None for source in sources):
-        raise DataError(f"{data}: expected files without weights here, where they are read one behind the other; `mixture.mix` is what follows weights")
+        raise DataError(f"{_paths(data)}: expected files without weights here, where they are read one behind the other; `mixture.mix` is what follows weights")
     for source in sources:
         found = _read(source, kind, options or ReadOptions())
         if not found.items and (skip or not found.bad):
@@ -194,7 +198,7 @@ def _load(data: Data, kind: type[T], skip: bool, rejects: str | Path | None, opt
         raise DataError(f"{shown}{more}\n{len(total.bad)} bad line{'s'[:len(total.bad) != 1]}, {len(total.items)} good; mend the file, or set skip_bad_lines")
     if total.bad and rejects is not None:
         _write_rejects(Path(rejects), total.bad, {str(Path(source.path)) for source in sources})
-        _log.warning("%s: %d bad lines left out; they are in %s", data, len(total.bad), rejects)
+        _log.warning("%s: %d bad lines left out; they are in %s", _paths(data), len(total.bad), rejects)
     return total.items, dict(total.dropped)
 
 

@@ -300,6 +300,8 @@ def test_ranked_lists(jsonl):
     pairs, _ = load_pairs(path)
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "d"), ("b", "a"), ("b", "c"), ("b", "d"), ("c", "d")]
     assert sum(pair.weight for pair in pairs) == pytest.approx(1)
+    pairs, dropped = load_pairs(jsonl({"prompt": "p", "completions": ["a", "a ", "b"], "ranks": [1, 2, 3]}))
+    assert [(pair.chosen, pair.rejected, pair.weight) for pair in pairs] == [("a", "b", 0.5), ("a ", "b", 0.5)]
     for k in range(2, 10):
         ranked = load_ranked(jsonl({"prompt": "p", "completions": [f"a{i}" for i in range(k)], "ranks": list(range(k))}))[0][0]
         assert len(list(ranked.pairs())) == k * (k - 1) // 2
