@@ -226,6 +226,23 @@ def _token_at(reward: Reward, prompt_ids: Sequence[int], ids: Sequence[int], end
     return min(len(ids) - 1, bisect_left(range(1, len(ids) + 1), length(0) + end, key=length))
 
 
+def moved_rewards(batch: PackedBatch, tokens: Sequence[Sequence[float] | None]) -> torch.Tensor:
+    """[N] float32: rewards of tokens, less their sum at the last action of each sequence. The score there holds that sum too, so with this column (shaped_gae's
+    token_rewards) rewards stand where they accrued, and without it the return of the whole sequence is the same."""
+    moved, mask, start = torch.zeros(batch.num_tokens, dtype=torch.float64), batch.action_mask.cpu(), 0
+    for length, rewards in zip(batch.lengths, tokens, strict=True):
+        if rewards is not None:
+            own = torch.zeros(length, dtype=torch.float64)
+            own[length - len(rewards):] = torch.tensor(rewards, dtype=torch.float64)
+            acted = mask[start:start + length].nonzero()
+            if len(acted):
+                own[~mask[start:start + length]] = 0.0
+                own[acted[-1]] -= own.sum()
+                moved[start:start + length] = own
+        start += length
+    return moved.float().to(batch.device)
+
+
 # ---- one reward ---------------------------------------------------------------------------------------------------------------
 def load_reward(spec: str | Path | Callable[..., Any], *, device: torch.device | str | None = None,
                 tokenizer: PreTrainedTokenizerBase | None = None) -> Reward:

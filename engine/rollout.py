@@ -13,7 +13,7 @@ from fusedrl.engine.config import PPOConfig
 from fusedrl.engine.generation.generator import Completion
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.rewards import RewardError, RewardSet
+from fusedrl.engine.rewards import RewardError, RewardSet, moved_rewards
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,6 @@ def rollout(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, c
     if any(scored.tokens[i] is not None for i in valid):
         batch = batch.with_columns(token_rewards=moved_rewards(batch, [scored.tokens[i] for i in valid]))
     return Rollout(batch, [p for p, _ in kept], [c for _, c in kept], _describe(scores, cut, kept, scored.per_reward, len(flat) - len(kept), config))
-
-
-def moved_rewards(batch: PackedBatch, tokens: Sequence[list[float] | None]) -> torch.Tensor:
-    """[N] float32: rewards of tokens, less their sum at the last action of each sequence. The score there holds that sum too, so with this column (shaped_gae's
-    token_rewards) rewards stand where they accrued, and without it the return of the whole sequence is the same."""
-    moved, mask, start = torch.zeros(batch.num_tokens, dtype=torch.float64), batch.action_mask.cpu(), 0
-    for length, rewards in zip(batch.lengths, tokens, strict=True):
-        if rewards is not None:
-            own = torch.zeros(length, dtype=torch.float64)
-            own[length - len(rewards):] = torch.tensor(rewards, dtype=torch.float64)
-            acted = mask[start:start + length].nonzero()
-            if len(acted):
-                own[~mask[start:start + length]] = 0.0
-                own[acted[-1]] -= own.sum()
-                moved[start:start + length] = own
-        start += length
-    return moved.float().to(batch.device)
 
 
 def _describe(scores: torch.Tensor, cut: list[bool], kept: list[tuple[Prompt, Completion]], per_reward: dict[str, list[float | None]], invalid: int,

@@ -12,8 +12,7 @@ from fusedrl.engine.errors import RewardError
 from fusedrl.engine.model.heads import RewardModel, load_reward_model, save_reward_model
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.rewards import RewardSet, load_reward
-from fusedrl.engine.rollout import moved_rewards
+from fusedrl.engine.rewards import RewardSet, load_reward, moved_rewards
 from fusedrl.kernels.gae import shaped_gae
 
 
