@@ -13,7 +13,7 @@ from fusedrl.engine.config import PPOConfig
 from fusedrl.engine.generation.generator import Completion
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.rewards import RewardError, RewardSet, moved_rewards
+from fusedrl.engine.rewards import RewardError, RewardSet
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,6 @@ def rollout(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, c
     scores = torch.tensor([scored.total[i] - (config.missing_eos_penalty if c else 0.0) for i, c in zip(valid, cut, strict=True)], dtype=torch.float32)
     batch = PackedBatch.from_completions([p.ids for p, _ in kept], [[c] for _, c in kept], device=actor.decoder.device)
     batch = batch.with_columns(scores=scores.to(batch.device))
-    if any(scored.tokens[i] is not None for i in valid):
-        batch = batch.with_columns(token_rewards=moved_rewards(batch, [scored.tokens[i] for i in valid]))
     return Rollout(batch, [p for p, _ in kept], [c for _, c in kept], _describe(scores, cut, kept, scored.per_reward, len(flat) - len(kept), config))
 
 
