@@ -55,6 +55,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, too
     return ids[:-1] if ids[-len(plain) - 1:] == [*plain, tokenizer.eos_token_id] else ids  # an EOS that the author of the prompt wrote stays
 
 
+def count_tokens(tokenizer: PreTrainedTokenizerBase | None, text: str) -> int:
+    """Tokens of a text as a prompt, for ReadOptions.count_tokens: posts to be summarized are shortened by it."""
+    return len(encode_prompt(tokenizer, text))
+
+
 def end_of_text(tokenizer: PreTrainedTokenizerBase, model_ids: Sequence[int]) -> int:
     """The id that ends a completion: the first of the model's EOS ids, else the tokenizer's.
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch import Tensor
 from fusedrl.engine.config import RewardModelConfig
 from fusedrl.engine.control import learning_rate
 from fusedrl.engine.data.mixture import mix
-from fusedrl.engine.data.readers import Source, load_pairs
-from fusedrl.engine.data.tokenize import encode_pairs, end_of_text
+from fusedrl.engine.data.readers import ReadOptions, Source, load_pairs
+from fusedrl.engine.data.tokenize import count_tokens, encode_pairs, end_of_text
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 from fusedrl.engine.optim import make_optimizer
@@ -57,7 +58,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
 
         def read(source: Source) -> list[Pair]:
-            examples, unusable = load_pairs(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
+            examples, unusable = load_pairs(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
+                                            options=ReadOptions(count_tokens=partial(count_tokens, tokenizer)))
             for reason, count in unusable.items():
                 run.message(f"pairs: {count} of {len(examples) + sum(unusable.values())} are not used: {reason}")
             encoded, dropped = encode_pairs(tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit)

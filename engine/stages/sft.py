@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -10,8 +11,8 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import SFTConfig
 from fusedrl.engine.control import learning_rate
 from fusedrl.engine.data.mixture import mix
-from fusedrl.engine.data.readers import Source, load_demonstrations
-from fusedrl.engine.data.tokenize import encode_demonstrations, end_of_text
+from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations
+from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, end_of_text
 from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.run import Run, held_out
@@ -49,7 +50,8 @@ def train_sft(config: SFTConfig) -> SFTResult:
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
 
         def read(source: Source) -> list[Tokens]:
-            examples = load_demonstrations(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
+            examples = load_demonstrations(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
+                                           options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
             sequences, dropped = encode_demonstrations(actor.tokenizer, examples, end_of_text(actor.tokenizer, trunk.eos_token_ids), limit)
             run.message(f"demonstrations: {dropped}")
             return sequences

@@ -1,11 +1,15 @@
 """Tokenisation: special tokens, the boundary between prompt and completion, limits."""
+import json
+from functools import partial
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fusedrl.engine.data.readers import Demonstration, Dialogue, PairExample, PromptExample, load_pairs
+from fusedrl.engine.data.readers import Demonstration, Dialogue, PairExample, PromptExample, ReadOptions, load_demonstrations, load_pairs
 from fusedrl.engine.data.tokenize import (
     Dropped,
+    count_tokens,
     encode_completion,
     encode_demonstrations,
     encode_dialogue,
@@ -194,6 +198,17 @@ def test_dialogues_have_a_limit_and_need_a_template(chat):
     for wrong in (([1, 2], [True, True]), ([1, 2], [False])):
         with pytest.raises(ValueError, match="expected an action flag for each token of sequence 0 and none on its first"):
             PackedBatch.from_masked([wrong])
+
+
+def test_posts_to_be_summarized_are_shortened_by_the_models_own_tokens(tmp_path):
+    path = tmp_path / "tldr.jsonl"
+    path.write_text(json.dumps({"subreddit": "a", "title": "b", "post": "a b c\na b\nc c", "summary": "c"}))
+    tokenizer = _tokenizer("<s> $A")
+    for limit, kept in ((20, "a b c\na b\nc c"), (14, "a b c\na b\nc c"), (13, "a b c\na b"), (11, "a b c")):
+        options = ReadOptions(count_tokens=partial(count_tokens, tokenizer), query_tokens=limit)
+        (example,) = load_demonstrations(path, options=options)
+        assert example.prompt == f"SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: {kept}\n\nTL;DR:"
+        assert len(encode_prompt(tokenizer, example.prompt)) <= limit
 
 
 def test_real_text_survives_the_boundary(shared):
