@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fusedrl.engine.data.readers import Data, parse_data
 from fusedrl.engine.errors import CheckpointError, ConfigError, SetupError
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
@@ -233,6 +234,11 @@ def _verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def data_digest(data: Data) -> str:
+    """SHA-256 of a data file; of several, all of them."""
+    return " ".join(file_digest(source.path) for source in parse_data(data))
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
@@ -294,7 +300,7 @@ class RunDirectory:
 
     def __init__(self, config: Any) -> None:
         self.dir = Path(config.run.dir)
-        current = {"stage": type(config).__name__, "config": config_to_dict(config), "data_sha256": file_digest(config.data),
+        current = {"stage": type(config).__name__, "config": config_to_dict(config), "data_sha256": data_digest(config.data),
                    "model_sha256": model_digest(config.model)}
         self._lock = RunLock(self.dir)
         try:

@@ -96,7 +96,7 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     return config.lr * max(0.0, (total - step) / max(1, total - config.warmup_steps))
 
 
-def data_order(size: int, seed: int, start: int, stop: int) -> list[int]:
+def data_order(size: int, seed: int | str, start: int, stop: int) -> list[int]:
     """Items start .. stop of the endless stream of shuffled passes over `size` items. A function of its arguments alone, so that a resumed
     run needs no cursor but its step."""
     order: list[int] = []

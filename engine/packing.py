@@ -98,6 +98,22 @@ class PackedBatch:
         return cls._of(torch.tensor(ids, dtype=torch.int64), torch.tensor(actions, dtype=torch.bool), lengths, device)
 
     @classmethod
+    def from_masked(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device | str | None = None) -> PackedBatch:
+        """Pack (ids, actions) pairs, as of conversations where the assistant speaks more than once.
+
+        Raises:
+            ValueError: ids and actions of different lengths, or a first token that is an action (its logprob would have no condition).
+        """
+        listed = list(sequences)
+        for index, (tokens, chosen) in enumerate(listed):
+            if len(tokens) != len(chosen) or (len(chosen) and chosen[0]):
+                raise ValueError(f"PackedBatch: expected an action flag for each token of sequence {index} and none on its first, got {len(tokens)} tokens and "
+                                 f"{len(chosen)} flags" + (", the first of them set" if len(chosen) and chosen[0] else ""))
+        ids = [token for tokens, _ in listed for token in tokens]
+        actions = [bool(flag) for _, chosen in listed for flag in chosen]
+        return cls._of(torch.tensor(ids, dtype=torch.int64), torch.tensor(actions, dtype=torch.bool), [len(tokens) for tokens, _ in listed], device)
+
+    @classmethod
     def _of(cls, token_ids: Tensor, action_mask: Tensor, lengths: Sequence[int], device: torch.device | str | None) -> PackedBatch:
         sizes = torch.tensor(lengths, dtype=torch.int64)
         ends = sizes.cumsum(0)

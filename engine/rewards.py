@@ -2,6 +2,10 @@
 
     f(prompts, completions, completion_ids, **columns) -> list[float | None]        sync or async; None: does not apply to this sample
 
+In place of a number a sample may have a list: one number for each of its tokens, or, for the steps of a process, pairs of (characters of the completion
+through the end of the step, its reward). Their sum is the sample's score, wherever one number is needed, as in group methods; `RewardScores.tokens` says
+where it accrued.
+
 A message-list prompt gets its completion as a message list too, as in TRL. A function without **kwargs is given those arguments that it names.
 A reward that raises, or returns something other than one value per completion, stops the run; a single value that is no finite number makes that
 sample invalid, never 0.
@@ -15,6 +19,7 @@ import json
 import math
 import sys
 import traceback
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fusedrl.engine.data.readers import Prompt
+from fusedrl.engine.data.records import Prompt
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
 from fusedrl.engine.errors import RewardError
 from fusedrl.engine.packing import PackedBatch
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS_PER_FORWARD = 8192
+CONTEXT = 4  # tokens of the prompt that a completion is decoded behind
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,13 @@ class Reward(Protocol):
 @dataclass(frozen=True)
 class RewardScores:
     """total [B]: the weighted sum, NaN where invalid. per_reward: {name: [B]}, None where a reward does not apply, NaN where it is invalid.
-    invalid: (index of the completion, name of the reward, reason)."""
+    invalid: (index of the completion, name of the reward, reason). tokens [B]: of what is in total, what accrued at each token; None where all of it is
+    the whole completion's."""
 
     total: list[float]
     per_reward: dict[str, list[float | None]]
     invalid: list[tuple[int, str, str]]
+    tokens: list[list[float] | None]
 
 
 # ---- several rewards ----------------------------------------------------------------------------------------------------------
@@ -102,10 +110,14 @@ class RewardSet:
                 raise RewardError(f"rewards: expected {len(completions)} entries in {what}, one per completion, got {len(column)}")
         per_reward: dict[str, list[float | None]] = {}
         invalid: list[tuple[int, str, str]] = []
-        for name, returned in zip(self.names, self._call(rollout), strict=True):
+        tokens: list[list[float] | None] = [None] * len(completions)
+        for name, weight, reward, returned in zip(self.names, self.weights, self.rewards, self._call(rollout), strict=True):
             per_reward[name] = []
             for index, value in enumerate(_values(name, returned, len(completions))):
-                number, reason = _number(value)
+                spread = _spread(value, reward, rollout, index) if _is_list(value) else None
+                if isinstance(spread, list):
+                    tokens[index] = [a + weight * b for a, b in zip(tokens[index] or [0.0] * len(spread), spread, strict=True)]
+                number, reason = _number(value if spread is None else math.fsum(spread) if isinstance(spread, list) else spread)
                 per_reward[name].append(number)
                 if reason:
                     invalid.append((index, name, reason))
@@ -115,7 +127,7 @@ class RewardSet:
             total.append(math.fsum(parts) if parts else math.nan)
             if not parts:
                 invalid.append((index, ", ".join(self.names), "no reward applies to this sample: all returned None"))
-        return RewardScores(total, per_reward, invalid)
+        return RewardScores(total, per_reward, invalid, tokens)
 
     def _call(self, rollout: Rollout) -> list[Any]:
         returned = [_blame(name, partial(reward, rollout)) for name, reward in zip(self.names, self.rewards, strict=True)]
@@ -172,6 +184,65 @@ def _number(value: Any) -> tuple[float | None, str]:
     return (number, "") if math.isfinite(number) else (math.nan, f"expected a finite number or None, got {value!r:.80}")
 
 
+# ---- rewards of tokens and of steps -------------------------------------------------------------------------------------------
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, torch.Tensor) and value.numel() != 1)
+
+
+def _spread(value: Any, reward: Reward, rollout: Rollout, index: int) -> list[float] | Invalid:
+    """A number for each token of the completion."""
+    listed = value.tolist() if isinstance(value, torch.Tensor) else list(value)
+    ids, text = rollout.completion_ids[index], rollout.completions[index]
+    steps = all(isinstance(step, list | tuple) and len(step) == 2 for step in listed)
+    numbers: list[float] = []
+    for worth in [step[1] for step in listed] if steps else listed:
+        number, reason = _number(worth)
+        if number is None or reason:
+            return Invalid(reason or "expected a number, got None in a list of rewards")
+        numbers.append(number)
+    if not steps:
+        if len(numbers) != len(ids):
+            return Invalid(f"expected a number or None, got {value!r:.80}; rewards of tokens are one for each, {len(ids)} here")
+        return numbers
+    spread = [0.0] * len(ids)
+    for (end, _), number in zip(listed, numbers, strict=True):
+        if not isinstance(end, int) or not 0 < end <= len(text):
+            return Invalid(f"expected the end of a step within the {len(text)} characters of the completion, got {end!r:.80}")
+        spread[_token_at(reward, rollout.prompt_ids[index], ids, end)] += number
+    return spread
+
+
+def _token_at(reward: Reward, prompt_ids: Sequence[int], ids: Sequence[int], end: int) -> int:
+    """Index of the token that completes the first `end` characters. Decoded behind the prompt, as completions are: alone, a first space may be lost."""
+    tokenizer = getattr(reward, "policy_tokenizer", None)
+    if tokenizer is None:
+        raise RewardError(f"reward {reward.name!r} returned rewards of steps, and where a step ends is known in characters; give load_reward the policy's "
+                          "tokenizer, or return a number for each token")
+    before = list(prompt_ids[-CONTEXT:])
+
+    def length(count: int) -> int:
+        return len(tokenizer.decode([*before, *ids[:count]], skip_special_tokens=True))
+
+    return min(len(ids) - 1, bisect_left(range(1, len(ids) + 1), length(0) + end, key=length))
+
+
+def moved_rewards(batch: PackedBatch, tokens: Sequence[Sequence[float] | None]) -> torch.Tensor:
+    """[N] float32: rewards of tokens, less their sum at the last action of each sequence. The score there holds that sum too, so with this column (shaped_gae's
+    token_rewards) rewards stand where they accrued, and without it the return of the whole sequence is the same."""
+    moved, mask, start = torch.zeros(batch.num_tokens, dtype=torch.float64), batch.action_mask.cpu(), 0
+    for length, rewards in zip(batch.lengths, tokens, strict=True):
+        if rewards is not None:
+            own = torch.zeros(length, dtype=torch.float64)
+            own[length - len(rewards):] = torch.tensor(rewards, dtype=torch.float64)
+            acted = mask[start:start + length].nonzero()
+            if len(acted):
+                own[~mask[start:start + length]] = 0.0
+                own[acted[-1]] -= own.sum()
+                moved[start:start + length] = own
+        start += length
+    return moved.float().to(batch.device)
+
+
 # ---- one reward ---------------------------------------------------------------------------------------------------------------
 def load_reward(spec: str | Path | Callable[..., Any], *, device: torch.device | str | None = None,
                 tokenizer: PreTrainedTokenizerBase | None = None) -> Reward:
@@ -179,17 +250,18 @@ def load_reward(spec: str | Path | Callable[..., Any], *, device: torch.device |
 
     Args:
         device: of a reward model.
-        tokenizer: the policy's. A reward model with the same one reads the policy's token ids; with another, or without this, it tokenises texts.
+        tokenizer: the policy's. Rewards of steps find their tokens by it. A reward model with the same one reads the policy's token ids; with another, or
+            without this, it tokenises texts.
 
     Raises:
         RewardError: no such file, no such function, a failed import, neither a function nor a directory.
         ValueError, FileNotFoundError: a directory that is no reward model.
     """
     if callable(spec):
-        return FunctionReward(spec)
+        return FunctionReward(spec, tokenizer)
     path, colon, function = str(spec).rpartition(":")
     if colon and path.endswith(".py"):
-        return FunctionReward(_import(Path(path), function))
+        return FunctionReward(_import(Path(path), function), tokenizer)
     if Path(spec).is_dir():
         return ModelReward(Path(spec), device=device, policy_tokenizer=tokenizer)
     raise RewardError(f"reward {str(spec)!r}: expected file.py:function or the directory of a reward model"
@@ -221,10 +293,11 @@ def _import(path: Path, function: str) -> Callable[..., Any]:
 
 
 class FunctionReward:
-    """A function with TRL's contract."""
+    """A function with TRL's contract. The policy's tokenizer is for rewards of steps."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], policy_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.function = function
+        self.policy_tokenizer = policy_tokenizer
         self.name = getattr(function, "__name__", type(function).__name__)
         parameters = inspect.signature(function).parameters.values()
         named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -278,10 +351,11 @@ class ModelReward:
         """Another tokenizer than the policy's: from text, with an EOS where the policy ended its answer."""
         ends = set(self._policy_tokenizer.all_special_ids) if self._policy_tokenizer is not None else None
         pairs: list[tuple[Sequence[int], Sequence[int]]] = []
-        for prompt, text, ids in zip(rollout.prompts, rollout.completions, rollout.completion_ids, strict=True):
+        tools = rollout.columns.get("tools", [None] * len(rollout.prompts))
+        for prompt, text, ids, schemas in zip(rollout.prompts, rollout.completions, rollout.completion_ids, tools, strict=True):
             completion = encode_completion(self.tokenizer, text, self._eos, first=not prompt)
             ended = ends is None or (len(ids) > 0 and ids[-1] in ends)
-            pairs.append((encode_prompt(self.tokenizer, prompt), completion if ended else completion[:-1]))
+            pairs.append((encode_prompt(self.tokenizer, prompt, schemas), completion if ended else completion[:-1]))
         return pairs
 
 

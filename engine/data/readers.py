@@ -1,310 +1,239 @@
-"""JSONL readers (plain or gzip): prompts, preference pairs, demonstrations.
+"""Readers: data files as records. Which format a file has is seen from its first rows, or said by hand; `formats.FORMATS` lists what there is.
 
-A bad line is never guessed at. All of them are collected first and reported together as `file:line: reason`, before any device work; or, when
-asked, written to a rejects file while reading goes on. Accepted without complaint: a byte-order mark, CRLF line ends and blank lines.
+    FILE                       JSONL, or one JSON list of rows; .gz too
+    FORMAT:FILE                the same, of this format: shp:train.jsonl
+    FORMAT/TEMPLATE:FILE       with another prompt template than the format's own: gsm8k/chat:train.jsonl
+    A@2,B@1                    several files; see mixture.py for what the weights do
 
-Forms of a row, the first that fits (message lists, [{"role", "content"}, ...], may stand for any of the texts):
-    prompts         {"prompt", ...}, or a preference row, whose common prefix is the prompt; the remaining columns travel to the rewards
-    pairs           {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}, both with the prompt in front (Anthropic's HH-RLHF)
-    demonstrations  {"prompt", "completion"}, {"messages"}, {"text"}, {"instruction", "input", "output"}, or a preference row's chosen answer
+A bad line is never guessed at. All of them, of all files, are collected first and reported together as `file:line: reason`, before any device work; or,
+when asked, written to a rejects file while reading goes on.
 """
 from __future__ import annotations
 
-import gzip
 import json
 import logging
-import zlib
+import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from fusedrl.engine.data.convert import Reading, ReadOptions
+from fusedrl.engine.data.formats import check_row, check_use, detect, named, template_of, unknown_columns
+from fusedrl.engine.data.lines import BadRow, Dropped, parse_row, read_lines
+from fusedrl.engine.data.records import (
+    Demonstration,
+    Dialogue,
+    PairExample,
+    Prompt,
+    PromptExample,
+    RankedExample,
+    ScoredExample,
+    StepExample,
+    UnpairedExample,
+)
 from fusedrl.engine.errors import DataError
 
-Prompt = str | list[dict[str, str]]
+__all__ = ["Demonstration", "Dialogue", "PairExample", "Prompt", "PromptExample", "RankedExample", "ReadOptions", "ScoredExample", "Source", "StepExample",
+           "UnpairedExample", "load_demonstrations", "load_dialogues", "load_pairs", "load_prompts", "load_ranked", "load_scored", "load_steps",
+           "load_unpaired", "parse_data"]
+
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-ASSISTANT = "\n\nAssistant:"  # HH-RLHF: what stands before every answer
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 SHOWN = 20
 
 
+# ---- what to read -------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class PromptExample:
-    """A prompt and the other columns of its row."""
+class Source:
+    """One file: its format and prompt template where they are not to be found out, and its weight in a mixture."""
 
-    prompt: Prompt
-    columns: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PairExample:
-    """A prompt with a preferred and a rejected answer."""
-
-    prompt: Prompt
-    chosen: str
-    rejected: str
+    path: str
+    format: str | None = None
+    template: str | None = None
+    weight: float | None = None
 
 
-@dataclass(frozen=True)
-class Demonstration:
-    """A prompt, "" for plain text, and what should follow it."""
-
-    prompt: Prompt
-    completion: str
+Data = str | Path | Source | Sequence[str | Path | Source]
+_FORMAT = re.compile(r"(?P<format>[a-z][a-z0-9-]*)(/(?P<template>[a-z]+))?:(?P<rest>.+)", re.DOTALL)
 
 
-class _BadRow(Exception):
-    """The reason why a row cannot be used."""
-
-
-class _Dropped(Exception):
-    """A well-formed row that holds no usable example: a condition of the data, counted and not an error."""
-
-
-# ---- the three readers --------------------------------------------------------------------------------------------------------
-def load_prompts(path: str | Path, *, skip_bad_lines: bool = False, rejects: str | Path | None = None) -> list[PromptExample]:
-    """Prompts with their columns. Every example has the columns of all rows; where a row lacks one it is None.
+def parse_data(data: Data) -> list[Source]:
+    """The files that a --data option names: see the head of this file. A file that exists under the whole name is taken as that.
 
     Raises:
-        DataError: bad lines (all of them), or nothing usable in the file.
+        DataError: an unknown format or template, or a weight that is no positive number.
+    """
+    if isinstance(data, Source):
+        return [data]
+    if not isinstance(data, str | Path):
+        sources = [source for entry in data for source in parse_data(entry)]
+        if not sources:
+            raise DataError("data: expected at least one file, got none")
+        return sources
+    if Path(data).exists():
+        return [Source(str(data))]
+    return [_source(entry.strip()) for entry in str(data).split(",")]
+
+
+def _source(entry: str) -> Source:
+    match = None if Path(entry).exists() else _FORMAT.fullmatch(entry)
+    name, style, rest = match.group("format", "template", "rest") if match else (None, None, entry)
+    if name is not None:
+        template_of(named(name), style)
+    path, at, weight = rest.rpartition("@")
+    if not at or Path(rest).exists():
+        return Source(rest, name, style)
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not path or not 0 < number < math.inf:
+        raise DataError(f"data: expected a file and a positive number behind the @ of {entry!r}, got {weight!r}; and no file has that name")
+    return Source(path, name, style, number)
+
+
+# ---- the readers --------------------------------------------------------------------------------------------------------------
+def load_prompts(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None) -> list[PromptExample]:
+    """Prompts with their columns, for the policy stages. Every example has the columns of all rows; where a row lacks one it is None.
+
+    Raises:
+        DataError: bad lines (all of them), nothing usable in the file, or files that hold no such records.
         FileNotFoundError: no such file.
     """
-    examples, _ = _load(path, _prompt_of, skip_bad_lines, rejects)
+    examples, dropped = _load(data, PromptExample, skip_bad_lines, rejects, options)
+    _warn(data, dropped)
     names = dict.fromkeys(name for example in examples for name in example.columns)
     clash = [name for name in REWARD_ARGUMENTS if name in names]
     if clash:
-        raise DataError(f"{path}: column {clash[0]!r} has the name of an argument of every reward (prompts, completions, completion_ids); rename it")
+        raise DataError(f"{_paths(data)}: column {clash[0]!r} has the name of an argument of every reward (prompts, completions, completion_ids); rename it")
     return [PromptExample(example.prompt, {name: example.columns.get(name) for name in names}) for example in examples]
 
 
-def load_pairs(path: str | Path, *, skip_bad_lines: bool = False, rejects: str | Path | None = None) -> tuple[list[PairExample], dict[str, int]]:
-    """Preference pairs, and how many rows were dropped for which reason (the prompts differ, an answer is empty, the answers are equal).
-
-    Raises:
-        DataError: bad lines (all of them), or nothing usable in the file.
-        FileNotFoundError: no such file.
-    """
-    return _load(path, _pair_of, skip_bad_lines, rejects)
-
-
-def load_demonstrations(path: str | Path, *, skip_bad_lines: bool = False, rejects: str | Path | None = None) -> list[Demonstration]:
-    """Prompts with the completions to imitate. Rows with an empty completion are dropped, and a warning counts them.
-
-    Raises:
-        DataError: bad lines (all of them), or nothing usable in the file.
-        FileNotFoundError: no such file.
-    """
-    examples, dropped = _load(path, _demonstration_of, skip_bad_lines, rejects)
-    for reason, count in dropped.items():
-        _log.warning("%s: %d rows dropped: %s", path, count, reason)
+def load_demonstrations(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
+                        ) -> list[Demonstration]:
+    """Prompts with the completions to imitate, for SFT. Rows with an empty completion are dropped, and a warning counts them. Raises as `load_prompts`."""
+    examples, dropped = _load(data, Demonstration, skip_bad_lines, rejects, options)
+    _warn(data, dropped)
     return examples
 
 
-def _load(path: str | Path, parse: Callable[[dict[str, Any]], T], skip: bool, rejects: str | Path | None) -> tuple[list[T], dict[str, int]]:
-    path = Path(path)
-    items: list[T] = []
-    dropped: Counter[str] = Counter()
-    bad: list[tuple[int, str, bytes]] = []
-    for number, raw, fault in _lines(path):
+def load_pairs(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
+               ) -> tuple[list[PairExample], dict[str, int]]:
+    """Preference pairs, for pairwise reward models and DPO, and how many rows were dropped for which reason (the prompts differ, an answer is empty, the
+    answers are equal, a tie, ...). Raises as `load_prompts`."""
+    return _load(data, PairExample, skip_bad_lines, rejects, options)
+
+
+def load_ranked(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
+                ) -> tuple[list[RankedExample], dict[str, int]]:
+    """Ranked lists of answers, for K-wise reward models, and what was dropped. Raises as `load_prompts`."""
+    return _load(data, RankedExample, skip_bad_lines, rejects, options)
+
+
+def load_unpaired(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
+                  ) -> tuple[list[UnpairedExample], dict[str, int]]:
+    """Answers labelled wanted or not, for KTO, and what was dropped. Raises as `load_prompts`."""
+    return _load(data, UnpairedExample, skip_bad_lines, rejects, options)
+
+
+def load_steps(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
+               ) -> tuple[list[StepExample], dict[str, int]]:
+    """Answers with a label for every step, for process reward models, and what was dropped. Raises as `load_prompts`."""
+    return _load(data, StepExample, skip_bad_lines, rejects, options)
+
+
+def load_scored(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
+                ) -> tuple[list[ScoredExample], dict[str, int]]:
+    """Answers scored by people, to judge a reward model by, and what was dropped. Raises as `load_prompts`."""
+    return _load(data, ScoredExample, skip_bad_lines, rejects, options)
+
+
+def load_dialogues(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
+                   ) -> tuple[list[Dialogue], dict[str, int]]:
+    """Whole conversations, for SFT on every turn of the assistant, and what was dropped. Raises as `load_prompts`."""
+    return _load(data, Dialogue, skip_bad_lines, rejects, options)
+
+
+def _warn(data: Data, dropped: dict[str, int]) -> None:
+    for reason, count in dropped.items():
+        _log.warning("%s: %d rows dropped: %s", _paths(data), count, reason)
+
+
+def _paths(data: Data) -> str:
+    return ", ".join(source.path for source in parse_data(data))
+
+
+# ---- one pass over the files --------------------------------------------------------------------------------------------------
+@dataclass
+class _Found:
+    """What one file held, or several."""
+
+    items: list[Any] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad: list[tuple[Path, int, str, bytes]] = field(default_factory=list)
+
+
+def _load(data: Data, kind: type[T], skip: bool, rejects: str | Path | None, options: ReadOptions | None) -> tuple[list[T], dict[str, int]]:
+    total, sources = _Found(), parse_data(data)
+    if len(sources) > 1 and any(source.weight is not None for source in sources):
+        raise DataError(f"{_paths(data)}: expected files without weights here, where they are read one behind the other; `mixture.mix` is what follows weights")
+    for source in sources:
+        found = _read(source, kind, options or ReadOptions())
+        if not found.items and (skip or not found.bad):
+            why = [f"{len(found.bad)} bad, the first: {found.bad[0][2]}"] if found.bad else []
+            why += [f"{count} dropped: {name}" for name, count in found.dropped.items()]
+            raise DataError(f"{source.path}: no usable row ({'; '.join(why) or 'the file is empty'}); expected one JSON object per line")
+        total.items += found.items
+        total.dropped += found.dropped
+        total.bad += found.bad
+    if total.bad and not skip:
+        shown = "\n".join(f"{path}:{number}: {reason}" for path, number, reason, _ in total.bad[:SHOWN])
+        more = f"\n... and {len(total.bad) - SHOWN} more" if len(total.bad) > SHOWN else ""
+        raise DataError(f"{shown}{more}\n{len(total.bad)} bad line{'s'[:len(total.bad) != 1]}, {len(total.items)} good; mend the file, or set skip_bad_lines")
+    if total.bad and rejects is not None:
+        _write_rejects(Path(rejects), total.bad, {str(Path(source.path)) for source in sources})
+        _log.warning("%s: %d bad lines left out; they are in %s", _paths(data), len(total.bad), rejects)
+    return total.items, dict(total.dropped)
+
+
+def _read(source: Source, kind: type, options: ReadOptions) -> _Found:
+    path, found = Path(source.path), _Found()
+    entry = named(source.format) if source.format is not None else None
+    reading: Reading | None = None
+    for number, raw, fault in read_lines(path):
         try:
             if fault:
-                raise _BadRow(fault)
-            items.append(parse(_row(raw)))
-        except _BadRow as reason:
-            bad.append((number, str(reason), raw))
-        except _Dropped as reason:
-            dropped[str(reason)] += 1
-    if bad and skip and rejects is not None:
-        Path(rejects).parent.mkdir(parents=True, exist_ok=True)
-        with open(rejects, "w", encoding="utf-8") as file:
-            for number, reason_, raw in bad:
-                file.write(json.dumps({"file": str(path), "line": number, "reason": reason_, "raw": raw.decode("utf-8", "backslashreplace")}) + "\n")
-        _log.warning("%s: %d bad lines left out; they are in %s", path, len(bad), rejects)
-    if bad and not skip:
-        shown = "\n".join(f"{path}:{number}: {reason_}" for number, reason_, _ in bad[:SHOWN])
-        more = f"\n... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DataError(f"{shown}{more}\n{len(bad)} bad line{'s'[:len(bad) != 1]}, {len(items)} good; mend the file, or set skip_bad_lines")
-    if not items:
-        found = [f"{len(bad)} bad"] * bool(bad) + [f"{count} dropped: {reason_}" for reason_, count in dropped.items()]
-        raise DataError(f"{path}: no usable row ({'; '.join(found) or 'the file is empty'}); expected one JSON object per line")
-    return items, dict(dropped)
+                raise BadRow(fault)
+            row = parse_row(raw)
+            entry = entry or detect(row, kind)
+            if entry is None:
+                raise BadRow(unknown_columns(row, kind))
+            if reading is None:  # the first row of a format that is known
+                check_use(entry, kind, row, str(path))
+                reading = Reading(options, template_of(entry, source.template))
+                if entry.caveat and kind is Demonstration:
+                    _log.warning("%s: %s", path, entry.caveat)
+            check_row(entry, row)
+            example = entry.reads[kind](row, reading)
+            found.items += example if isinstance(example, list) else [example]
+        except BadRow as reason:
+            found.bad.append((path, number, str(reason), raw))
+        except Dropped as reason:
+            found.dropped[str(reason)] += 1
+    return found
 
 
-# ---- lines and rows -----------------------------------------------------------------------------------------------------------
-def _lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
-    """(line number, bytes, fault) of every line that is not blank; a fault ends the file."""
-    if not path.exists():
-        raise FileNotFoundError(2, "no such data file", str(path))
-    if not path.is_file():
-        raise DataError(f"{path}: expected a JSONL file, got a {'directory' if path.is_dir() else 'special file'}")
-    number = 0
-    with open(path, "rb") as plain:
-        packed = plain.read(2) == b"\x1f\x8b"
-        plain.seek(0)
-        stream: Any = gzip.GzipFile(fileobj=plain) if packed else plain
-        try:
-            for number, raw in enumerate(stream, 1):
-                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                if line.strip():
-                    yield number, line.rstrip(b"\r\n"), ""
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield number + 1, b"", f"the gzip stream is cut or damaged from here on ({error})"
-
-
-def _row(raw: bytes) -> dict[str, Any]:
-    if b"\0" in raw:
-        raise _BadRow(f"a NUL byte at column {raw.index(0) + 1} (a torn write, or UTF-16?)")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _BadRow(f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}") from error
-    try:
-        row = json.loads(text, parse_constant=_not_json)
-    except json.JSONDecodeError as error:
-        raise _BadRow(f"not JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
-        raise _BadRow(f"not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise _BadRow(f"expected a JSON object, got {_type(row)}")
-    if "\\u" in text:
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair is no character, and a tokenizer refuses it
-            raise _BadRow("a lone surrogate escape (\\ud800 to \\udfff) is not a character") from error
-    return row
-
-
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON value")
-
-
-def _type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
-    return names[type(value)]
-
-
-# ---- forms --------------------------------------------------------------------------------------------------------------------
-def _prompt_of(row: dict[str, Any]) -> PromptExample:
-    if "prompt" in row:
-        prompt = _text_or_messages(row, "prompt")
-    elif "chosen" in row and "rejected" in row:
-        prompt = _common_prompt(row)
-    else:
-        raise _missing(row, '"prompt" (or "chosen" and "rejected")')
-    return PromptExample(prompt, {name: value for name, value in row.items() if name != "prompt"})
-
-
-def _pair_of(row: dict[str, Any]) -> PairExample:
-    for name in ("chosen", "rejected"):
-        if name not in row:
-            raise _missing(row, f'"{name}"')
-    if "prompt" in row:
-        prompt, chosen, rejected = _text_or_messages(row, "prompt"), _answer(row, "chosen"), _answer(row, "rejected")
-    else:
-        prompt, chosen = _split(row, "chosen")
-        other, rejected = _split(row, "rejected")
-        if prompt != other:
-            raise _Dropped("the prompts of the two answers differ")
-    if not chosen.strip() or not rejected.strip():
-        raise _Dropped("an answer is empty")
-    if chosen.strip() == rejected.strip():
-        raise _Dropped("the answers are equal")
-    return PairExample(prompt, chosen, rejected)
-
-
-def _demonstration_of(row: dict[str, Any]) -> Demonstration:
-    prompt: Prompt
-    if "completion" in row:
-        if "prompt" not in row:
-            raise _missing(row, '"prompt"')
-        prompt, completion = _text_or_messages(row, "prompt"), _answer(row, "completion")
-    elif "messages" in row:
-        prompt, completion = _split(row, "messages")
-    elif "text" in row:
-        prompt, completion = "", _text(row, "text")
-    elif "instruction" in row:
-        if "output" not in row:
-            raise _missing(row, '"output"')
-        extra = _text(row, "input") if row.get("input") is not None else ""
-        prompt = _text(row, "instruction") + (f"\n\n{extra}" if extra else "") + "\n\n"
-        completion = _text(row, "output")
-    elif "chosen" in row:
-        prompt, completion = (_text_or_messages(row, "prompt"), _answer(row, "chosen")) if "prompt" in row else _split(row, "chosen")
-    else:
-        raise _missing(row, '"prompt" and "completion", "messages", "text", "instruction" and "output", or "chosen"')
-    if not completion.strip():
-        raise _Dropped("the completion is empty")
-    return Demonstration(prompt, completion)
-
-
-# ---- parts of a form ----------------------------------------------------------------------------------------------------------
-def _missing(row: dict[str, Any], expected: str) -> _BadRow:
-    return _BadRow(f"missing column {expected}; found {', '.join(map(repr, row)) or 'none'}")
-
-
-def _text(row: dict[str, Any], name: str) -> str:
-    if not isinstance(row[name], str):
-        raise _BadRow(f'expected "{name}" to be a string, got {_type(row[name])}')
-    return row[name]
-
-
-def _messages(row: dict[str, Any], name: str) -> list[dict[str, str]]:
-    messages = row[name]
-    if not messages:
-        raise _BadRow(f'"{name}" is an empty list of messages')
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise _BadRow(f'expected "{name}"[{index}] to be a message {{"role": string, "content": string}}')
-    return messages
-
-
-def _text_or_messages(row: dict[str, Any], name: str) -> Prompt:
-    if isinstance(row[name], list):
-        return _messages(row, name)
-    if isinstance(row[name], str):
-        return row[name]
-    raise _BadRow(f'expected "{name}" to be a string or a list of messages, got {_type(row[name])}')
-
-
-def _answer(row: dict[str, Any], name: str) -> str:
-    if not isinstance(row[name], list):
-        return _text(row, name)
-    messages = _messages(row, name)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise _BadRow(f'expected "{name}" to be one message of the assistant, got roles {[message["role"] for message in messages]}')
-    return messages[0]["content"]
-
-
-def _split(row: dict[str, Any], name: str) -> tuple[Prompt, str]:
-    """A whole dialogue as what comes before its last answer, and that answer."""
-    if isinstance(row[name], list):
-        messages = _messages(row, name)
-        if messages[-1]["role"] != "assistant" or len(messages) < 2:
-            raise _BadRow(f'expected "{name}" to end with an answer of the assistant, got roles {[message["role"] for message in messages]}')
-        return messages[:-1], messages[-1]["content"]
-    text = _text(row, name)
-    end = text.rfind(ASSISTANT)
-    if end < 0:
-        raise _BadRow(f'expected a "prompt" column, or "{name}" to hold the prompt up to its last {ASSISTANT!r}')
-    end += len(ASSISTANT)
-    return text[:end], text[end:]
-
-
-def _common_prompt(row: dict[str, Any]) -> Prompt:
-    """What both dialogues share, through the last place where the assistant is to speak."""
-    if isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
-        pair = _messages(row, "chosen"), _messages(row, "rejected")
-        shared = next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
-        turns = [i for i in range(1, min(shared + 1, *map(len, pair))) if all(messages[i]["role"] == "assistant" for messages in pair)]
-        if not turns:
-            raise _BadRow("the messages of the two answers share no prompt")
-        return pair[0][:turns[-1]]
-    text, other = _text(row, "chosen"), _text(row, "rejected")
-    shared = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    end = text.rfind(ASSISTANT, 0, shared)
-    if end < 0:
-        raise _BadRow(f'expected a "prompt" column, or "chosen" and "rejected" to share a prompt up to {ASSISTANT!r}')
-    return text[:end + len(ASSISTANT)]
+def _write_rejects(rejects: Path, bad: list[tuple[Path, int, str, bytes]], paths: set[str]) -> None:
+    """Replace what an earlier reading of the same files left in the rejects file; keep the rest."""
+    rejects.parent.mkdir(parents=True, exist_ok=True)
+    old = rejects.read_text(encoding="utf-8").splitlines() if rejects.exists() else []
+    kept = [line for line in old if json.loads(line)["file"] not in paths]
+    new = (json.dumps({"file": str(path), "line": number, "reason": reason, "raw": raw.decode("utf-8", "backslashreplace")})
+           for path, number, reason, raw in bad)
+    rejects.write_text("".join(f"{line}\n" for line in chain(kept, new)), encoding="utf-8")

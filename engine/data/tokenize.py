@@ -5,12 +5,13 @@ training either. Lengths are limited here, before any device work, and what is d
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fusedrl.engine.data.readers import Demonstration, PairExample, Prompt, PromptExample
+from fusedrl.engine.data.records import Demonstration, Dialogue, PairExample, Prompt, PromptExample, Tools
 from fusedrl.engine.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class Dropped:
         return f"{self.count} of {self.total} ({100 * self.count / max(1, self.total):.1f}%) are longer than {self.limit} tokens and were dropped"
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
-    """Ids of a prompt: the special tokens that the tokenizer adds, but no EOS at the end; messages through the chat template.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, tools: Tools | None = None) -> list[int]:
+    """Ids of a prompt: the special tokens that the tokenizer adds, but no EOS at the end; messages, and tools, through the chat template.
 
     An empty prompt is the BOS token alone.
 
@@ -40,11 +41,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
         DataError: no tokenizer, an empty prompt without a BOS token, or messages without a chat template.
     """
     if tokenizer is None:
-        raise DataError("text needs a tokenizer, and the model's directory has none; put its tokenizer.json and tokenizer_config.json there")
+        raise _no_tokenizer()
     if not isinstance(prompt, str):
-        if not tokenizer.chat_template:
-            raise DataError("the prompt is a list of messages, but the tokenizer has no chat template; use a chat model, or write prompts as strings")
-        rendered: Any = tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False)
+        _needs_template(tokenizer)
+        rendered: Any = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=True, add_generation_prompt=True, return_dict=False)
         return list(rendered)
     plain = _ids(tokenizer, prompt, special=False)
     if not plain:
@@ -53,6 +53,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
         return [tokenizer.bos_token_id]
     ids = _ids(tokenizer, prompt, special=True)
     return ids[:-1] if ids[-len(plain) - 1:] == [*plain, tokenizer.eos_token_id] else ids  # an EOS that the author of the prompt wrote stays
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase | None, text: str) -> int:
+    """Tokens of a text as a prompt, for ReadOptions.count_tokens: posts to be summarized are shortened by it."""
+    return len(encode_prompt(tokenizer, text))
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, model_ids: Sequence[int]) -> int:
@@ -74,12 +79,79 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, eos_id: int
     Some tokenizers put a space in front of every text. That is right at the beginning (`first`, plain text after BOS) and wrong in the middle,
     where it would make `prompt + completion` decode with two spaces; there the text is tokenised behind a line end, which is cut off again.
     """
-    anchor = () if first else _anchor(tokenizer)
-    if anchor:
-        ids = _ids(tokenizer, "\n" + text, special=False)
-        if tuple(ids[:len(anchor)]) == anchor:
-            return ids[len(anchor):] + [eos_id]
-    return _ids(tokenizer, text, special=False) + [eos_id]
+    return (_ids(tokenizer, text, special=False) if first else _continued(tokenizer, text)) + [eos_id]
+
+
+def encode_dialogue(tokenizer: PreTrainedTokenizerBase | None, dialogue: Dialogue, eos_id: int) -> tuple[list[int], list[bool]]:
+    """(ids, actions) of a whole conversation: the tokens of the assistant's turns, through the special token that ends each, are actions; nothing else is.
+
+    A turn begins where the chat template asks for it (add_generation_prompt), and is tokenised apart from what stands before and behind it, as it is when the
+    model writes it. If no special token ends the last turn, EOS does. Where the template writes earlier turns otherwise than last ones, so that they cannot be
+    found that way, its {% generation %} marks say which tokens are the assistant's.
+
+    Raises:
+        DataError: no tokenizer, no chat template, or one that neither goes turn by turn nor has the marks.
+    """
+    if tokenizer is None:
+        raise _no_tokenizer()
+    _needs_template(tokenizer)
+    text = _render(tokenizer, dialogue)
+    turns = _turns_by_prefix(tokenizer, dialogue, text) or _turns_by_marks(tokenizer, dialogue, text)
+    specials = set(tokenizer.all_special_ids) | {eos_id}
+    ids: list[int] = []
+    actions: list[bool] = []
+    end = 0
+    for start, stop in turns:
+        context = text[end:start]
+        before = _continued(tokenizer, context) if end else _ids(tokenizer, context, special=False)
+        turn = _continued(tokenizer, text[start:stop])
+        chosen = max((index + 1 for index, token in enumerate(turn) if token in specials), default=0)
+        if not chosen and stop == len(text):
+            turn.append(eos_id)
+        ids += before + turn
+        actions += [False] * len(before) + [index < (chosen or len(turn)) for index in range(len(turn))]
+        end = stop
+    rest = _continued(tokenizer, text[end:])
+    return ids + rest, actions + [False] * len(rest)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, **options: Any) -> str:
+    return str(tokenizer.apply_chat_template(dialogue.messages, tools=dialogue.tools, tokenize=False, **options))
+
+
+def _turns_by_prefix(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, text: str) -> list[tuple[int, int]]:
+    """Where the assistant's turns stand in the rendered conversation, if the template renders turn by turn; else nothing."""
+    spans = []
+    for index, message in enumerate(dialogue.messages):
+        if message["role"] == "assistant":
+            if not index:
+                return []  # no template renders an empty conversation
+            before = _render(tokenizer, Dialogue(dialogue.messages[:index], dialogue.tools), add_generation_prompt=True)
+            through = _render(tokenizer, Dialogue(dialogue.messages[:index + 1], dialogue.tools))
+            if not text.startswith(through) or not through.startswith(before):
+                return []
+            spans.append((len(before), len(through)))
+    return spans
+
+
+def _turns_by_marks(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, text: str) -> list[tuple[int, int]]:
+    """The same from {% generation %} marks: they are made to print two characters that the text does not have. (The mask that transformers makes of them
+    takes in a whole token where one spans the beginning of a turn.)"""
+    begin, end = "\ue000", "\ue001"
+    template: Any = tokenizer.get_chat_template(tools=dialogue.tools)
+    for mark, name in ((begin, "generation"), (end, "endgeneration")):
+        template = re.sub(rf"({{%-?)\s*{name}\s*(-?%}})", rf"\1 if true %}}{mark}{{% endif \2", template)
+    printed = _render(tokenizer, dialogue, chat_template=template)
+    spans: list[tuple[int, int]] = []
+    at = 0
+    for part in printed.split(begin)[1:]:
+        at = printed.index(begin, at) + 1
+        start = at - 2 * len(spans) - 1
+        spans.append((start, start + part.find(end)))
+    if not spans or begin in text or end in text or printed.replace(begin, "").replace(end, "") != text:
+        raise DataError("the chat template writes a turn of the assistant otherwise when others follow, so which tokens are the assistant's cannot be told; "
+                        "put {% generation %} and {% endgeneration %} around them in the template, or train on the last turn alone")
+    return spans
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[PromptExample], limit: int
@@ -89,7 +161,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Prompt
     Raises:
         DataError: all of them are longer.
     """
-    return drop_longer([(example, encode_prompt(tokenizer, example.prompt)) for example in examples], limit, lambda item: len(item[1]))
+    items = [(example, encode_prompt(tokenizer, example.prompt, example.columns.get("tools"))) for example in examples]
+    return drop_longer(items, limit, lambda item: len(item[1]))
 
 
 def encode_demonstrations(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Demonstration], eos_id: int, limit: int
@@ -99,8 +172,18 @@ def encode_demonstrations(tokenizer: PreTrainedTokenizerBase, examples: Sequence
     Raises:
         DataError: all of them are longer.
     """
-    items = [(encode_prompt(tokenizer, e.prompt), encode_completion(tokenizer, e.completion, eos_id, first=not e.prompt)) for e in examples]
+    items = [(encode_prompt(tokenizer, e.prompt, e.tools), encode_completion(tokenizer, e.completion, eos_id, first=not e.prompt)) for e in examples]
     return drop_longer(items, limit, lambda item: len(item[0]) + len(item[1]))
+
+
+def encode_dialogues(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Dialogue], eos_id: int, limit: int
+                     ) -> tuple[list[tuple[list[int], list[bool]]], Dropped]:
+    """(ids, actions) of the conversations of at most `limit` tokens; see `encode_dialogue`.
+
+    Raises:
+        DataError: all of them are longer.
+    """
+    return drop_longer([encode_dialogue(tokenizer, example, eos_id) for example in examples], limit, lambda item: len(item[0]))
 
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample], eos_id: int, limit: int
@@ -113,7 +196,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExam
     items = []
     for example in examples:
         chosen, rejected = (encode_completion(tokenizer, text, eos_id, first=not example.prompt) for text in (example.chosen, example.rejected))
-        items.append((encode_prompt(tokenizer, example.prompt), chosen, rejected))
+        items.append((encode_prompt(tokenizer, example.prompt, example.tools), chosen, rejected))
     return drop_longer(items, limit, lambda item: len(item[0]) + max(len(item[1]), len(item[2])))
 
 
@@ -128,6 +211,25 @@ def drop_longer(items: Sequence[T], limit: int, length: Callable[[T], int]) -> t
         shortest = min(length(item) for item in items)
         raise DataError(f"all {len(items)} examples are longer than {limit} tokens (the shortest has {shortest}); raise the limit, or shorten them")
     return kept, Dropped(len(items) - len(kept), len(items), limit)
+
+
+def _no_tokenizer() -> DataError:
+    return DataError("text needs a tokenizer, and the model's directory has none; put its tokenizer.json and tokenizer_config.json there")
+
+
+def _needs_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise DataError("the prompt is a list of messages, but the tokenizer has no chat template; use a chat model, or write prompts as strings")
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that stands behind another."""
+    anchor = _anchor(tokenizer)
+    if anchor:
+        ids = _ids(tokenizer, "\n" + text, special=False)
+        if tuple(ids[:len(anchor)]) == anchor:
+            return ids[len(anchor):]
+    return _ids(tokenizer, text, special=False)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:

@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fusedrl.engine.config import RewardModelConfig
-from fusedrl.engine.control import data_order, learning_rate
-from fusedrl.engine.data.readers import load_pairs
-from fusedrl.engine.data.tokenize import encode_pairs, end_of_text
+from fusedrl.engine.control import learning_rate
+from fusedrl.engine.data.mixture import mix
+from fusedrl.engine.data.readers import ReadOptions, Source, load_pairs
+from fusedrl.engine.data.tokenize import count_tokens, encode_pairs, end_of_text
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 from fusedrl.engine.optim import make_optimizer
@@ -52,20 +54,24 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     optimizer = make_optimizer(model.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
                                state=optim.state)
     with Run(config, None) as run:
-        examples, unusable = load_pairs(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
-        for reason, count in unusable.items():
-            run.message(f"pairs: {count} of {len(examples) + sum(unusable.values())} are not used: {reason}")
         trunk = model.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
-        encoded, dropped = encode_pairs(tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit)
-        run.message(f"pairs: {dropped}")
-        pairs = [((prompt, chosen), (prompt, rejected)) for prompt, chosen, rejected in encoded]
-        train, held = held_out(pairs, config.eval_fraction, config.run.seed)
+
+        def read(source: Source) -> list[Pair]:
+            examples, unusable = load_pairs(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
+                                            options=ReadOptions(count_tokens=partial(count_tokens, tokenizer)))
+            for reason, count in unusable.items():
+                run.message(f"pairs: {count} of {len(examples) + sum(unusable.values())} are not used: {reason}")
+            encoded, dropped = encode_pairs(tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit)
+            run.message(f"pairs: {dropped}")
+            return [((prompt, chosen), (prompt, rejected)) for prompt, chosen, rejected in encoded]
+
+        train, held = mix(config.data, read).split(lambda pairs: held_out(pairs, config.eval_fraction, config.run.seed))
         run.total = math.ceil(len(train) * config.epochs / config.pairs_per_step)
         run.restore(model=model, optimizer=optimizer)
         for step in range(run.start, run.total):
             start = step * config.pairs_per_step
-            chosen = [train[i] for i in data_order(len(train), config.run.seed, start, min(start + config.pairs_per_step, len(train) * config.epochs))]
+            chosen = train.draw(config.run.seed, start, min(start + config.pairs_per_step, len(train) * config.epochs))
             with run.time("train"):
                 optimizer.zero_grad()
                 loss, margins = torch.zeros((), device=model.decoder.device), []
@@ -85,7 +91,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
                 with run.time("evaluate"):
                     metrics |= evaluate(model, held, config.tokens_per_microbatch)
                     if config.normalize:
-                        model.shift += score_pairs(model, train, config.tokens_per_microbatch)[0].double().mean().item()
+                        model.shift += score_pairs(model, train.examples, config.tokens_per_microbatch)[0].double().mean().item()
                         metrics["score_shift"] = model.shift
             run.log(step, metrics)
             run.save_if_due(step, model=model, optimizer=optimizer)

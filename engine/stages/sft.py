@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import SFTConfig
-from fusedrl.engine.control import data_order, learning_rate
-from fusedrl.engine.data.readers import load_demonstrations
-from fusedrl.engine.data.tokenize import encode_demonstrations, end_of_text
+from fusedrl.engine.control import learning_rate
+from fusedrl.engine.data.mixture import mix
+from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations
+from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, end_of_text
 from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.run import Run, held_out
@@ -44,18 +46,23 @@ def train_sft(config: SFTConfig) -> SFTResult:
     optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
                                state=optim.state)
     with Run(config, None) as run:
-        examples = load_demonstrations(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
         trunk = actor.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
-        sequences, dropped = encode_demonstrations(actor.tokenizer, examples, end_of_text(actor.tokenizer, trunk.eos_token_ids), limit)
-        run.message(f"demonstrations: {dropped}")
-        train, held = held_out(sequences, config.eval_fraction, config.run.seed)
+
+        def read(source: Source) -> list[Tokens]:
+            examples = load_demonstrations(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
+                                           options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
+            sequences, dropped = encode_demonstrations(actor.tokenizer, examples, end_of_text(actor.tokenizer, trunk.eos_token_ids), limit)
+            run.message(f"demonstrations: {dropped}")
+            return sequences
+
+        train, held = mix(config.data, read).split(lambda sequences: held_out(sequences, config.eval_fraction, config.run.seed))
         run.total = math.ceil(len(train) * config.epochs / config.sequences_per_step)
         run.restore(model=actor, optimizer=optimizer)
         for step in range(run.start, run.total):
             start = step * config.sequences_per_step
-            chosen = data_order(len(train), config.run.seed, start, min(start + config.sequences_per_step, len(train) * config.epochs))
-            batch = PackedBatch.from_sequences((train[i] for i in chosen), device=actor.decoder.device)
+            chosen = train.draw(config.run.seed, start, min(start + config.sequences_per_step, len(train) * config.epochs))
+            batch = PackedBatch.from_sequences(chosen, device=actor.decoder.device)
             tokens = int(batch.action_mask.sum())
             with run.time("train"):
                 optimizer.zero_grad()

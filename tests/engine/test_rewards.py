@@ -12,7 +12,8 @@ from fusedrl.engine.errors import RewardError
 from fusedrl.engine.model.heads import RewardModel, load_reward_model, save_reward_model
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.rewards import RewardSet, load_reward
+from fusedrl.engine.rewards import RewardSet, load_reward, moved_rewards
+from fusedrl.kernels.gae import shaped_gae
 
 
 def _score(functions, completions=("aa", "b", "cccc"), weights=None, columns=None, prompts=None):
@@ -98,8 +99,60 @@ def test_no_completions():
     assert scores.per_reward == {"length": []}
 
 
+# ---- rewards of tokens and of steps --------------------------------------------------------------------------------------------
+def test_rewards_of_tokens_sum_to_the_score_and_say_where_they_accrued():
+    scores = _score([length, lambda completions: [[1.0, -3.0], 0.5, torch.tensor([2.0, 4.0])]], weights=[1.0, 0.5])
+    assert scores.per_reward == {"length": [2, 1, 4], "<lambda>": [-2.0, 0.5, 6.0]}
+    assert scores.total == [1.0, 1.25, 7.0]
+    assert scores.tokens == [[0.5, -1.5], None, [1.0, 2.0]]
+    assert _score([length]).tokens == [None] * 3
+    both = _score([lambda completions: [[1.0, 2.0]] * 3, lambda completions: np.ones((3, 2))])
+    assert both.tokens == [[2.0, 3.0]] * 3
+
+
+@pytest.mark.parametrize("bad, reason", [([1.0, None], "got None in a list"), ([1.0, math.nan], "a finite number"), ([1.0] * 3, "one for each, 2 here"),
+                                         ([(0, 1.0)], "within the 1 characters of the completion, got 0"), ([(2, 1.0)], "got 2"), ([("a", 1.0)], "got 'a'"),
+                                         ([(1, "x")], "got 'x'")])
+def test_a_bad_list_makes_the_sample_invalid(bad, reason):
+    scores = _score([lambda completions: [1.0, bad, [1.0, 1.0]]])
+    assert [index for index, _, _ in scores.invalid] == [1]
+    assert reason in scores.invalid[0][2]
+    assert scores.tokens == [None, None, [1.0, 1.0]]
+
+
+def test_rewards_of_steps_stand_at_the_tokens_that_end_them(shared):
+    tokenizer = AutoTokenizer.from_pretrained(str(shared / "models/stories260k"))
+    prompt = tokenizer("Once upon a time")["input_ids"]
+    text = ", there was a cat.\nIt was 😀 happy.\n"
+    ids = tokenizer(f"Once upon a time{text}")["input_ids"][len(prompt):]
+    assert tokenizer.decode(prompt + ids, skip_special_tokens=True).endswith(text)
+
+    def steps(completions):
+        return [[(end + 1, float(number)) for number, end in enumerate([i for i, c in enumerate(text) if c == "\n"], 1)]]
+
+    rewards = RewardSet([load_reward(steps, tokenizer=tokenizer)])
+    (spread,) = rewards.score(["Once upon a time"], [text], [prompt], [[*ids, 2]]).tokens
+    assert [i for i, value in enumerate(spread) if value] == [i for i, token in enumerate(ids) if tokenizer.decode([token]) == "\n"]
+    assert sorted(spread)[-2:] == [1.0, 2.0]
+    with pytest.raises(RewardError, match=r"'steps' returned rewards of steps, .* give load_reward the policy's tokenizer"):
+        RewardSet([load_reward(steps)]).score(["p"], [text], [prompt], [ids])
+
+
+def test_moved_rewards_change_when_and_not_how_much():
+    batch = PackedBatch.from_sequences([([1, 1], [5, 6, 7]), ([1], [5]), ([1, 1], [5, 6])])
+    moved = moved_rewards(batch, [[1.0, 2.0, 4.0], [3.0], None])
+    assert moved.tolist() == [0, 0, 1, 2, -3, 0, 0, 0, 0, 0, 0]
+    totals, values = torch.tensor([7.0, 3.0, 0.5]), torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0))
+    logp = torch.zeros(batch.num_tokens)
+    options = dict(mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, kl_coef=0.1, gamma=1.0, lam=1.0, whiten=False)
+    shaped = shaped_gae(logp, logp, values, totals, token_rewards=moved, **options)
+    assert shaped.returns.tolist() == pytest.approx([0, 0, 7, 6, 4, 0, 3, 0, 0, 0.5, 0.5])
+    late = shaped_gae(logp, logp, values, totals, **options)
+    assert late.returns.tolist() == pytest.approx([0, 0, 7, 7, 7, 0, 3, 0, 0, 0.5, 0.5])
+
+
 # ---- what misbehaves ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "1.0", [1.0], {}, object(), torch.zeros(2), 10**400, 1j])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "1.0", [1.0], {}, object(), torch.zeros(3), 10**400, 1j])
 def test_a_value_that_is_no_finite_number_makes_the_sample_invalid(bad):
     scores = _score([length, lambda completions: [1.0, bad, 1.0]])
     assert scores.total[0] == 3

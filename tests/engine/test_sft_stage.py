@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusedrl.engine.config import OptimConfig, RunConfig, SFTConfig
+from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.data.tokenize import end_of_text
 from fusedrl.engine.errors import ConfigError, DataError
 from fusedrl.engine.model.weights import load_decoder
-from fusedrl.engine.stages import sft
 from fusedrl.engine.stages.sft import train_sft
 
 ROWS = [{"prompt": f"w{i % 7} w{i % 5}", "completion": " ".join(f"w{(i + j) % 28}" for j in range(1 + i % 6))} for i in range(20)]
@@ -58,13 +58,14 @@ def test_loss_falls_and_is_evaluated_on_what_was_held_out(config):
     assert "eval_loss" not in rows[0]
 
 
-def test_resume_continues_bitwise(config, monkeypatch):
-    whole = replace(config, run=replace(config.run, save_every=2))
+@pytest.mark.parametrize("data", ["{}", "{}@3,prompt-completion:{}@1"])
+def test_resume_continues_bitwise(config, monkeypatch, data):
+    whole = replace(config, data=data.format(*[config.data] * 2), run=replace(config.run, save_every=2))
     train_sft(whole)
     parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
-    original, calls = sft.data_order, iter(range(100))
+    original, calls = Mixture.draw, iter(range(100))
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "data_order", lambda *a: original(*a) if next(calls) < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Mixture, "draw", lambda *a: original(*a) if next(calls) < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train_sft(parts)
     assert len(_metrics(parts)) == 3  # one step past the checkpoint: it is cut and done again

@@ -1,0 +1,149 @@
+"""Columns of a row as what they should be; BadRow says what was expected and what came."""
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fusedrl.engine.data.lines import TURNS, BadRow, Row, type_name
+from fusedrl.engine.data.records import Messages, Prompt, Tools
+from fusedrl.engine.data.templates import ASSISTANT
+
+
+def missing(row: Row, expected: str) -> BadRow:
+    return BadRow(f"missing column {expected}; found {', '.join(map(repr, row)) or 'none'}")
+
+
+def wrong(name: str, expected: str, value: object) -> BadRow:
+    return BadRow(f'expected "{name}" to be {expected}, got {type_name(value)}')
+
+
+def column(row: Row, name: str) -> Any:
+    """What stands at `name`, or at a path with dots."""
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, dict):
+            raise wrong(name.rpartition(".")[0], "an object", value)
+        if part not in value:
+            raise missing(value, f'"{name}"')
+        value = value[part]
+    return value
+
+
+def text(row: Row, name: str) -> str:
+    value = column(row, name)
+    if not isinstance(value, str):
+        raise wrong(name, "a string", value)
+    return value
+
+
+def optional_text(row: Row, name: str) -> str:
+    return "" if row.get(name) is None else text(row, name)
+
+
+def number(row: Row, name: str) -> float:
+    value = column(row, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong(name, "a number", value)
+    return float(value)
+
+
+def one_of(row: Row, name: str, *known: int) -> int:
+    value = column(row, name)
+    if isinstance(value, bool) or value not in known:
+        raise BadRow(f'expected "{name}" to be {" or ".join(map(str, known))}, got {value!r:.80}')
+    return int(value)
+
+
+def many(row: Row, name: str, kind: type, what: str) -> tuple[Any, ...]:
+    """A list of values of one type."""
+    values = column(row, name)
+    if not isinstance(values, list):
+        raise wrong(name, f"a list of {what}s", values)
+    for index, value in enumerate(values):
+        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+            raise wrong(f"{name}[{index}]", f"a {what}", value)
+    return tuple(values)
+
+
+# ---- messages -----------------------------------------------------------------------------------------------------------------
+def messages(row: Row, name: str) -> Messages:
+    found = row[name]
+    if not found:
+        raise BadRow(f'"{name}" is an empty list of messages')
+    if name in (TURNS, "chosen", "rejected") and all(isinstance(turn, str) for turn in found):  # MOSS-RLHF: the user begins, and they take turns
+        return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(found)]
+    for index, message in enumerate(found):
+        calls = isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not (calls or isinstance(message.get("content"), str)):
+            raise BadRow(f'expected "{name}"[{index}] to be a message {{"role": string, "content": string}}')
+    return found
+
+
+def text_or_messages(row: Row, name: str) -> Prompt:
+    value = column(row, name)
+    if isinstance(value, list):
+        return messages(row, name)
+    if isinstance(value, str):
+        return value
+    raise wrong(name, "a string or a list of messages", value)
+
+
+def content(message: dict[str, Any], name: str) -> str:
+    if message.get("content") is None:
+        raise BadRow(f'the answer in "{name}" is a call of a tool, which has no text; read the file as dialogues')
+    return message["content"]
+
+
+def answer(row: Row, name: str) -> str:
+    """A text, or the one message of the assistant."""
+    if not isinstance(column(row, name), list):
+        return text(row, name)
+    found = messages(row, name)
+    if len(found) != 1 or found[0]["role"] != "assistant":
+        raise BadRow(f'expected "{name}" to be one message of the assistant, got roles {[message["role"] for message in found]}')
+    return content(found[0], name)
+
+
+def split(row: Row, name: str) -> tuple[Prompt, str]:
+    """A whole dialogue as what comes before its last answer, and that answer."""
+    if isinstance(column(row, name), list):
+        found = messages(row, name)
+        if found[-1]["role"] != "assistant" or len(found) < 2:
+            raise BadRow(f'expected "{name}" to end with an answer of the assistant, got roles {[message["role"] for message in found]}')
+        return found[:-1], content(found[-1], name)
+    dialogue = text(row, name)
+    end = dialogue.rfind(ASSISTANT)
+    if end < 0:
+        raise BadRow(f'expected a "prompt" column, or "{name}" to hold the prompt up to its last {ASSISTANT!r}')
+    end += len(ASSISTANT)
+    return dialogue[:end], dialogue[end:]
+
+
+def common_prompt(row: Row) -> Prompt:
+    """What both dialogues share, through the last place where the assistant is to speak."""
+    if isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
+        pair = messages(row, "chosen"), messages(row, "rejected")
+        shared = next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+        turns = [i for i in range(1, min(shared + 1, *map(len, pair))) if all(found[i]["role"] == "assistant" for found in pair)]
+        if not turns:
+            raise BadRow("the messages of the two answers share no prompt")
+        return pair[0][:turns[-1]]
+    first, other = text(row, "chosen"), text(row, "rejected")
+    shared = next((i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b), min(len(first), len(other)))
+    end = first.rfind(ASSISTANT, 0, shared)
+    if end < 0:
+        raise BadRow(f'expected a "prompt" column, or "chosen" and "rejected" to share a prompt up to {ASSISTANT!r}')
+    return first[:end + len(ASSISTANT)]
+
+
+def tools(row: Row) -> Tools | None:
+    """The "tools" column, a list of JSON schemas or such a list as a string; None without one."""
+    value = row.get("tools")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f'expected "tools" to be a list of JSON schemas, got a string that is not JSON: {error}') from error
+    if value is None or (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
+        return value or None
+    raise wrong("tools", "a list of JSON schemas", value)

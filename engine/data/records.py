@@ -1,0 +1,95 @@
+"""What data becomes: one record type per use. `Prompt` is a text, or a list of messages that the chat template renders."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+Messages = list[dict[str, Any]]  # {"role", "content"} each; an assistant's may call tools instead ("tool_calls"), and a tool answers as role "tool"
+Prompt = str | Messages
+Tools = list[Any]  # JSON schemas, objects each, for the chat template
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A prompt and the other columns of its row, which travel to the rewards ("tools" to the chat template as well)."""
+
+    prompt: Prompt
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt, "" for plain text, and what should follow it."""
+
+    prompt: Prompt
+    completion: str
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A whole conversation; every turn of the assistant is to be learnt."""
+
+    messages: Messages
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """A prompt with a preferred and a rejected answer.
+
+    margin: by how much the preferred one should score higher (Llama 2). label: the probability that `chosen` is the better one: 1, or 0.5 for a tie.
+    weight: of the pair in a mean.
+    """
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float = 0.0
+    label: float = 1.0
+    weight: float = 1.0
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class RankedExample:
+    """A prompt with K >= 2 answers in an order: rank 1 is best, equal ranks are ties. `ranks` is what kwise_ranking_loss takes."""
+
+    prompt: Prompt
+    completions: tuple[str, ...]
+    ranks: tuple[int, ...]
+    tools: Tools | None = None
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """(better, worse) of all pairs that are no tie."""
+        order = range(len(self.ranks))
+        return ((i, j) for i in order for j in order if self.ranks[i] < self.ranks[j])
+
+
+@dataclass(frozen=True)
+class UnpairedExample:
+    """A prompt with one answer, wanted or not."""
+
+    prompt: Prompt
+    completion: str
+    label: bool
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class StepExample:
+    """A prompt with the steps of one answer, each right or wrong."""
+
+    prompt: Prompt
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class ScoredExample:
+    """A prompt with one answer and what people gave it on each scale."""
+
+    prompt: Prompt
+    completion: str
+    scores: dict[str, float]
