@@ -61,7 +61,7 @@ class Signals:
             raise ValueError(f"advantages: expected old_logp and ref_logp with a KL coefficient of {self.kl_coef} in the reward, got a batch without")
         ref_N = old_N if batch.old_logp is None or batch.ref_logp is None else batch.ref_logp
         return shaped_gae(old_N, ref_N, values_N, batch.column("scores"), mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, kl_coef=self.kl_coef,
-                          gamma=self.gamma, lam=self.lam, score_clip=self.score_clip, whiten=False)
+                          gamma=self.gamma, lam=self.lam, token_rewards=batch.token_rewards, score_clip=self.score_clip, whiten=False)
 
     @property
     def rewards(self) -> Tensor:

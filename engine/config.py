@@ -266,6 +266,7 @@ class SFTConfig:
         epochs: passes over the data.
         sequences_per_step: sequences of one optimizer step.
         tokens_per_microbatch: tokens of one forward and backward.
+        every_turn: learn every turn of the assistant in conversations ({"messages"}, MOSS), not the last alone; needs a chat template.
         checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
         max_length: longer examples are dropped and counted; None is the model's own limit.
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
@@ -279,6 +280,7 @@ class SFTConfig:
     epochs: int = 1
     sequences_per_step: int = 32
     tokens_per_microbatch: int = 8192
+    every_turn: bool = False
     checkpoint_activations: bool = False
     max_length: int | None = None
     skip_bad_lines: bool = False

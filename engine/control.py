@@ -62,6 +62,8 @@ class Control:
         scale = self.scores.std
         scale = scale if scale > 1e-6 * max(1.0, abs(self.scores.mean)) else 1.0  # below is the rounding of the mean
         batch = batch.with_columns(scores=batch.column("scores") / scale)
+        if batch.token_rewards is not None:
+            batch = batch.with_columns(token_rewards=batch.token_rewards / scale)
         return batch if batch.greedy_scores is None else batch.with_columns(greedy_scores=batch.greedy_scores / scale)
 
     def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 _PER_TOKEN = ("token_ids", "positions", "action_mask", "rollout_logp", "old_logp", "old_entropy", "ref_logp", "values", "advantages", "returns",
-              "weights", "weights_versions")
+              "weights", "token_rewards", "weights_versions")
 _PER_SEQUENCE = ("scores", "group_ids", "greedy_scores")
 
 
@@ -46,8 +46,8 @@ class PackedBatch:
 
     token_ids [N] int64; cu_seqlens [B+1] int32; positions [N] int64, from 0 in every sequence; action_mask [N] bool, True where the
     policy chose the token (the EOS that ended it included). The other columns are optional: float32 [N] log-probabilities, entropies, values,
-    advantages, returns and loss weights, int64 [N] weights_versions, float32 [B] scores and scores of the same prompt's greedy completion, int64 [B]
-    group_ids, equal where the prompt is. `lengths` are the host's copy of the sizes.
+    advantages, returns, loss weights and token rewards, int64 [N] weights_versions, float32 [B] scores and scores of the same prompt's greedy completion,
+    int64 [B] group_ids, equal where the prompt is. `lengths` are the host's copy of the sizes.
     """
 
     token_ids: Tensor
@@ -63,6 +63,7 @@ class PackedBatch:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
+    token_rewards: Tensor | None = None
     weights_versions: Tensor | None = None
     scores: Tensor | None = None
     group_ids: Tensor | None = None

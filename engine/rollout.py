@@ -19,7 +19,7 @@ from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.generation.generator import Completion
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.rewards import RewardError, RewardScores, RewardSet
+from fusedrl.engine.rewards import RewardError, RewardScores, RewardSet, moved_rewards
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def sampling_params(config: PolicyConfig) -> SamplingParams:
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion and what it is worth: rewards by name (None: does not apply), and their weighted sum, NaN where one is invalid."""
+    """A completion and what it is worth: rewards by name (None: does not apply), and their weighted sum, NaN where one is invalid. tokens: what of the sum
+    accrued at each token, if anything did."""
 
     prompt: Prompt
     completion: Completion
@@ -59,6 +60,7 @@ class Sample:
     rewards: dict[str, float | None]
     score: float
     greedy_score: float
+    tokens: list[float] | None
 
     @property
     def valid(self) -> bool:
@@ -96,6 +98,8 @@ def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]],
     batch = PackedBatch.from_completions([s.prompt.ids for s in kept], [[s.completion] for s in kept], device=actor.decoder.device)
     scores, greedy_scores = (torch.tensor(column, dtype=torch.float32) for column in zip(*((s.score, s.greedy_score) for s in kept), strict=True))
     batch = batch.with_columns(scores=scores.to(batch.device), group_ids=torch.tensor([s.group for s in kept]).to(batch.device))
+    if any(s.tokens is not None for s in kept):
+        batch = batch.with_columns(token_rewards=moved_rewards(batch, [s.tokens for s in kept]))
     if greedy:
         batch = batch.with_columns(greedy_scores=greedy_scores.to(batch.device))
     metrics = _describe(samples, config)
@@ -118,7 +122,7 @@ def _generate(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet,
         best = [_placed(total, completion, config) for total, (_, completion) in zip(_score(rewards, pairs).total, pairs, strict=True)]
     groups = [number for number, group in enumerate(outs) for _ in group]
     samples = [Sample(prompt, completion, request_ids[group], {name: values[i] for name, values in scored.per_reward.items()},
-                      _placed(scored.total[i], completion, config), best[group])
+                      _placed(scored.total[i], completion, config), best[group], scored.tokens[i])
                for i, ((prompt, completion), group) in enumerate(zip(flat, groups, strict=True))]
     return samples, scored.invalid
 

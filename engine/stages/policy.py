@@ -24,9 +24,10 @@ from torch import Tensor
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.config import PolicyConfig
-from fusedrl.engine.control import Control, data_order, learning_rate, shuffled
-from fusedrl.engine.data.readers import load_prompts
-from fusedrl.engine.data.tokenize import encode_prompts
+from fusedrl.engine.control import Control, learning_rate, shuffled
+from fusedrl.engine.data.mixture import Mixture, mix
+from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
+from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, make_optimizer
@@ -109,22 +110,27 @@ def load_reference(config: PolicyConfig) -> HybridActor:
 
 
 # ---- the batch, and how it is cut --------------------------------------------------------------------------------------------
-def _prompts(config: PolicyConfig, actor: HybridActor, run: Run) -> list[Prompt]:
+def _prompts(config: PolicyConfig, actor: HybridActor, run: Run) -> Mixture[Prompt]:
     room = actor.decoder.config.max_positions - config.generation.max_new_tokens
     if room < 1:
         raise ConfigError(f"generation.max_new_tokens = {config.generation.max_new_tokens} leaves no room for a prompt in the model's "
                           f"{actor.decoder.config.max_positions} positions; lower it")
-    examples = load_prompts(config.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl")
-    encoded, dropped = encode_prompts(actor.tokenizer, examples, min(room, config.max_prompt_length or room))
-    run.message(f"prompts: {dropped}")
-    return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
+
+    def read(source: Source) -> list[Prompt]:
+        examples = load_prompts(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
+                                options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
+        encoded, dropped = encode_prompts(actor.tokenizer, examples, min(room, config.max_prompt_length or room))
+        run.message(f"prompts: {dropped}")
+        return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
+
+    return mix(config.data, read)
 
 
-def _draw(prompts: list[Prompt], config: PolicyConfig, control: Control, count: int) -> tuple[list[Prompt], int]:
+def _draw(prompts: Mixture[Prompt], config: PolicyConfig, control: Control, count: int) -> tuple[list[Prompt], int]:
     """The next `count` prompts of the stream, and the number of the first in it."""
     first = control.drawn
     control.drawn += count
-    return [prompts[i] for i in data_order(len(prompts), config.run.seed, first, first + count)], first
+    return prompts.draw(config.run.seed, first, first + count), first
 
 
 def _cuts(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:

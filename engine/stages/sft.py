@@ -11,14 +11,14 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import SFTConfig
 from fusedrl.engine.control import learning_rate
 from fusedrl.engine.data.mixture import mix
-from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations
-from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, end_of_text
+from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations, load_dialogues
+from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, encode_dialogues, end_of_text
 from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.run import Run, held_out
 from fusedrl.kernels.faults import raise_faults
 
-Tokens = tuple[list[int], list[int]]  # prompt ids, completion ids
+Tokens = tuple[list[int], list[bool]]  # ids, and which of them are to be learnt
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,17 @@ def train_sft(config: SFTConfig) -> SFTResult:
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
 
         def read(source: Source) -> list[Tokens]:
-            examples = load_demonstrations(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
-                                           options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
-            sequences, dropped = encode_demonstrations(actor.tokenizer, examples, end_of_text(actor.tokenizer, trunk.eos_token_ids), limit)
+            end, rejects = end_of_text(actor.tokenizer, trunk.eos_token_ids), run.directory / "rejects.jsonl"
+            if config.every_turn:
+                dialogues, unusable = load_dialogues(source, skip_bad_lines=config.skip_bad_lines, rejects=rejects)
+                for reason, count in unusable.items():
+                    run.message(f"dialogues: {count} of {len(dialogues) + sum(unusable.values())} are not used: {reason}")
+                sequences, dropped = encode_dialogues(actor.tokenizer, dialogues, end, limit)
+            else:
+                examples = load_demonstrations(source, skip_bad_lines=config.skip_bad_lines, rejects=rejects,
+                                               options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
+                pairs, dropped = encode_demonstrations(actor.tokenizer, examples, end, limit)
+                sequences = [(prompt + completion, [False] * len(prompt) + [True] * len(completion)) for prompt, completion in pairs]
             run.message(f"demonstrations: {dropped}")
             return sequences
 
@@ -62,7 +70,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
         for step in range(run.start, run.total):
             start = step * config.sequences_per_step
             chosen = train.draw(config.run.seed, start, min(start + config.sequences_per_step, len(train) * config.epochs))
-            batch = PackedBatch.from_sequences(chosen, device=actor.decoder.device)
+            batch = PackedBatch.from_masked(chosen, device=actor.decoder.device)
             tokens = int(batch.action_mask.sum())
             with run.time("train"):
                 optimizer.zero_grad()
@@ -89,6 +97,6 @@ def train_sft(config: SFTConfig) -> SFTResult:
 
 def cross_entropy(actor: HybridActor, sequences: list[Tokens], tokens_per_microbatch: int) -> float:
     """Mean negative log-probability of the completion tokens, in nats."""
-    batch = PackedBatch.from_sequences(sequences, device=actor.decoder.device)
+    batch = PackedBatch.from_masked(sequences, device=actor.decoder.device)
     logp = actor.score(batch, partition=batch.split(tokens_per_microbatch)).logp
     return -logp[batch.action_mask].double().mean().item()

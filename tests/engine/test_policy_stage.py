@@ -30,6 +30,9 @@ def mostly_nan(prompts, completions, completion_ids, **columns):
 def raises(prompts, completions, completion_ids, **columns):
     raise KeyError("no such thing")
 
+def each_w3(prompts, completions, completion_ids, **columns):
+    return [[1.0 if token == 7 else 0.0 for token in ids] for ids in completion_ids]
+
 def short(prompts, completions, completion_ids, **columns):
     return [0.0]
 '''
@@ -196,3 +199,26 @@ def test_a_run_directory_is_one_run(ppo):
     train_policy(replace(config, run=replace(config.run, resume=True)))  # finished already: nothing changes
     assert all(torch.equal(before[name], p) for name, p in _weights(config).items())
     assert len(_metrics(config)) == 1
+
+
+def test_rewards_of_tokens_are_credited_where_they_accrue(ppo, monkeypatch):
+    """Each reward stands at its token, and the return of the whole completion is the score."""
+    seen = []
+    original = policy.estimate
+    monkeypatch.setattr(policy, "estimate", lambda config, signals: seen.append(signals) or original(config, signals))
+    train_policy(ppo("each_w3", steps=1, kl=KLConfig(coef=0.0)))
+    (signals,) = seen
+    batch = signals.batch
+    expected = torch.where(batch.action_mask & (batch.token_ids == 7), 1.0, 0.0)
+    assert expected.any()
+    assert torch.allclose(signals.rewards, expected, atol=1e-6)
+    assert torch.equal(signals.totals, batch.scores)
+
+
+def test_prompts_of_several_files_come_in_the_proportions_of_their_weights(ppo, write_jsonl, monkeypatch):
+    config = ppo("by_prompt", steps=2, prompts_per_step=8, samples_per_prompt=1, epochs=1, minibatches=1)
+    other, seen = write_jsonl("other.jsonl", [{"prompt": "w20 w21 w22", "x": 1}]), []
+    original = policy.rollout
+    monkeypatch.setattr(policy, "rollout", lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1])
+    train_policy(replace(config, data=f"{config.data}@3,{other}@1"))
+    assert [sum("x" in prompt.columns for prompt in step.prompts) for step in seen] == [2, 2]

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,3 +98,22 @@ def test_end_of_text_is_the_models_or_the_tokenizers(tiny_model):
     assert end_of_text(tokenizer, ()) == tokenizer.eos_token_id
     with pytest.raises(DataError, match="set eos_token_id"):
         end_of_text(None, ())
+
+
+def test_every_turn_of_a_conversation_is_learnt_where_asked_for(config, tiny_model, tmp_path, write_jsonl):
+    chat = tmp_path / "chat"
+    shutil.copytree(tiny_model, chat)
+    settings = json.loads((chat / "tokenizer_config.json").read_text())
+    template = ("{% for m in messages %}{{ (' w1 ' if m['role'] == 'user' else ' w2 ') + m['content'] + ' </s>' }}{% endfor %}"
+                "{% if add_generation_prompt %} w2 {% endif %}")
+    (chat / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    turns = [{"role": role, "content": text} for role, text in (("user", "w3"), ("assistant", "w4 w5"), ("user", "w6"), ("assistant", "w7"))]
+    config = replace(config, model=str(chat), data=write_jsonl("chat.jsonl", [{"messages": turns}]), epochs=1, every_turn=True,
+                     optim=OptimConfig(lr=1e-9))
+    train_sft(config)
+    words = {name: i for i, name in enumerate(AutoTokenizer.from_pretrained(chat).convert_ids_to_tokens(range(32)))}
+    ids = [words[word] for word in ("w1", "w3", "</s>", "w2", "w4", "w5", "</s>", "w1", "w6", "</s>", "w2", "w7", "</s>")]
+    learnt = [4, 5, 6, 11, 12]
+    with torch.no_grad():
+        logp = AutoModelForCausalLM.from_pretrained(chat)(torch.tensor([ids])).logits.log_softmax(-1)[0]
+    assert _metrics(config)[0]["loss"] == pytest.approx(-sum(logp[i - 1, ids[i]].item() for i in learnt) / len(learnt), rel=1e-5)
