@@ -25,6 +25,7 @@ from fusedrl.engine.data.tokenize import encode_prompts
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.optim import Optimizer, make_optimizer
 from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.reference import Reference, load_reference
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
@@ -57,7 +58,9 @@ def train_ppo(config: PPOConfig) -> PPOResult:
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True, strict=config.strict)
     actor.decoder.checkpoint_activations = config.checkpoint_activations
-    reference = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+    if config.lora is not None:
+        actor.add_adapter(config.lora, seed=config.run.seed)
+    reference = load_reference(config, actor)
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     optim = config.optim
     optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
@@ -86,6 +89,8 @@ def train_ppo(config: PPOConfig) -> PPOResult:
             run.log(step, metrics)
             run.samples(step, _samples(experience))
             run.save_if_due(step, model=actor, optimizer=optimizer, kl=kl)
+        if config.lora is not None:
+            actor.save_adapter(run.directory / "adapter", base_model=config.model)
         return PPOResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
 
 
@@ -109,7 +114,7 @@ def _cuts(batch: PackedBatch, config: PPOConfig, step: int, epoch: int) -> Cuts:
 
 
 @torch.no_grad()
-def score(actor: HybridActor, reference: HybridActor, batch: PackedBatch, cuts: Cuts, temperature: float) -> tuple[PackedBatch, float]:
+def score(actor: HybridActor, reference: Reference, batch: PackedBatch, cuts: Cuts, temperature: float) -> tuple[PackedBatch, float]:
     """Fill old_logp, values and ref_logp from the training forward, micro-batch by micro-batch in the cuts that the first epoch trains on.
     Returns the batch and the policy's mean entropy in nats per token."""
     partition = [group for minibatch in cuts for group in minibatch]

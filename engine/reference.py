@@ -1,0 +1,73 @@
+"""What the policy is held near: the model that a run starts from, in one of three places.
+
+    frozen       a second copy beside the policy: the weights once more
+    adapter_off  the policy itself with its LoRA adapter switched off: nothing
+    host         a second copy in the host's memory, on the GPU while it scores: the weights once more, but not while gradients and activations are there
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from fusedrl.engine.actor import HybridActor, Scored
+from fusedrl.engine.config import PPOConfig
+from fusedrl.engine.packing import PackedBatch
+
+
+class Reference(Protocol):
+    """Whatever scores a batch as `HybridActor.score` does."""
+
+    def score(self, batch: PackedBatch, temperature: float = 1.0, tokens_per_microbatch: int | None = None,
+              partition: Sequence[Sequence[int]] | None = None) -> Scored: ...
+
+
+class AdapterOff:
+    """The actor without its adapter: the base model's bits, from the weights that are there anyway."""
+
+    def __init__(self, actor: HybridActor) -> None:
+        self._actor = actor
+
+    def score(self, batch: PackedBatch, temperature: float = 1.0, tokens_per_microbatch: int | None = None,
+              partition: Sequence[Sequence[int]] | None = None) -> Scored:
+        """As `HybridActor.score`."""
+        with self._actor.disable_adapter():
+            return self._actor.score(batch, temperature, tokens_per_microbatch, partition)
+
+
+class OnHost:
+    """A model whose weights wait in the host's memory, page-locked where there is a GPU, and are on `device` while it scores."""
+
+    def __init__(self, actor: HybridActor, device: torch.device) -> None:
+        self._actor, self._device = actor, device
+        pin = device.type == "cuda"
+        self._waiting = {name: p.detach().pin_memory() if pin else p.detach() for name, p in actor.decoder.named_parameters()}
+        self._back()  # to the page-locked copy; the other goes
+
+    def score(self, batch: PackedBatch, temperature: float = 1.0, tokens_per_microbatch: int | None = None,
+              partition: Sequence[Sequence[int]] | None = None) -> Scored:
+        """As `HybridActor.score`; the weights are copied once a call, however the batch is cut."""
+        decoder = self._actor.decoder
+        try:
+            decoder.to(self._device, non_blocking=True)
+            return self._actor.score(batch, temperature, tokens_per_microbatch, partition)
+        finally:
+            self._back()
+
+    def _back(self) -> None:
+        for name, parameter in self._actor.decoder.named_parameters():
+            parameter.data = self._waiting[name]  # scoring wrote nothing
+        self._actor.decoder.to("cpu")  # copies no parameter; the RoPE tables follow
+
+
+def load_reference(config: PPOConfig, actor: HybridActor) -> Reference:
+    """The reference that `config.reference` names; `actor`: the policy, with its adapter on it."""
+    kind = ("frozen" if config.lora is None else "adapter_off") if config.reference == "auto" else config.reference
+    if kind == "adapter_off":
+        return AdapterOff(actor)
+    device = actor.decoder.device
+    host = kind == "host" and device.type != "cpu"
+    copy = HybridActor.from_pretrained(config.model, dtype=actor.decoder.dtype, device="cpu" if host else config.device)
+    copy.decoder.requires_grad_(False)
+    return OnHost(copy, device) if host else copy
