@@ -10,11 +10,12 @@ import dataclasses
 import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from fusedrl.engine import __version__
 from fusedrl.engine.config import PPOConfig, RewardModelConfig, SFTConfig
@@ -25,6 +26,7 @@ STAGES: dict[str, tuple[type, str, str, str]] = {
     "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a pairwise reward model on preferences"),
     "ppo": (PPOConfig, "fusedrl.engine.stages.policy", "train_ppo", "PPO against rewards, with a KL to the initial model"),
 }
+OPTIONAL = ("lora",)  # groups of options that may be null
 CONFIGURATION, ENVIRONMENT, INTERRUPTED = 2, 3, 130
 
 
@@ -150,11 +152,17 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"config: {_plain(str(error))}") from error
+    except ValueError as error:  # of a group that may be null jsonargparse reports our own message among others
+        ours = re.search(r"config: expected .*", str(error))
+        if isinstance(error, UserError) or ours is None:
+            raise
+        raise ConfigError(ours[0]) from error
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
     """(dotted key, whether it is a group of keys) of a configuration class."""
     for name, kind in get_type_hints(cls).items():
+        kind = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)  # of a group that may be None
         group = dataclasses.is_dataclass(kind)
         yield f"{prefix}{name}", group
         if group:
@@ -172,7 +180,7 @@ def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str]
     while index < len(argv):
         key, equals, value = argv[index].partition("=")
         name = key.removeprefix("--")
-        if key in ("-h", "--help") or name == "print_config":
+        if key in ("-h", "--help") or name == "print_config" or name in [f"{group}.help" for group in OPTIONAL]:
             options.append(argv[index])
         elif not key.startswith("--") or (name not in known and name != "config"):
             expected = "" if key.startswith("--") else "; options are written --key value"
@@ -220,7 +228,7 @@ def _check_yaml(path: str, known: Mapping[str, bool]) -> None:
             name = f"{prefix}{key}"
             if name not in known:
                 raise ConfigError(f"{path}: unknown key {name!r}{_nearest(name, known)}")
-            if known[name]:
+            if known[name] and not (value is None and name in OPTIONAL):
                 if not isinstance(value, dict):
                     raise ConfigError(f"{path}: expected {name!r} to be a mapping of options, got {type(value).__name__}")
                 check(value, f"{name}.")
@@ -240,6 +248,7 @@ def _nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
 def _plain(message: str) -> str:
     """jsonargparse's words on one line, without Python's spelling of types."""
     message = " ".join(message.split()).replace("Parser key ", "")
+    message = re.sub(r'"(\w+)": Does not validate against any of .*? class_path \S+ "(\w+)": (.*?) - (?i:expected) .*', r'"\1.\2": \3', message)
     for kind in ("str", "int", "float", "bool", "tuple"):
         message = message.replace(f"<class '{kind}'>", kind)
     return message.replace("Expected a typing.Literal", "expected one of ").replace("Expected a ", "expected ").replace(". Got value: ", ", got ")

@@ -211,7 +211,8 @@ class SFTConfig:
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
         dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
         device: cpu, cuda, or None for the best there is.
-        lora: train adapters on the frozen model; <run>/model then holds them merged, <run>/adapter by themselves.
+        lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora turns it on. <run>/model then holds them merged,
+            <run>/adapter by themselves.
     """
 
     model: str
@@ -296,7 +297,8 @@ class PPOConfig:
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
         dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
         device: cpu, cuda, or None for the best there is.
-        lora: train adapters on the frozen model; <run>/model then holds them merged, <run>/adapter by themselves.
+        lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora turns it on. <run>/model then holds them merged,
+            <run>/adapter by themselves.
         reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
             the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
     """
@@ -342,6 +344,11 @@ class PPOConfig:
         _require(not self.generation.truncates, "generation", "without top_k, top_p and min_p for PPO (the trainer scores the full distribution, "
                  "so a truncated sampler biases every ratio; use temperature)", (self.generation.top_k, self.generation.top_p, self.generation.min_p))
         _require(self.generation.temperature > 0, "generation.temperature", "> 0 for PPO (greedy rollouts do not explore)", self.generation.temperature)
+
+    @property
+    def reference_kind(self) -> str:
+        """`reference`, with auto resolved: frozen, adapter_off or host."""
+        return self.reference if self.reference != "auto" else "frozen" if self.lora is None else "adapter_off"
 
 
 def _check_data(config: SFTConfig | RewardModelConfig) -> None:

@@ -62,12 +62,11 @@ class OnHost:
 
 
 def load_reference(config: PPOConfig, actor: HybridActor) -> Reference:
-    """The reference that `config.reference` names; `actor`: the policy, with its adapter on it."""
-    kind = ("frozen" if config.lora is None else "adapter_off") if config.reference == "auto" else config.reference
-    if kind == "adapter_off":
+    """The reference that the configuration names (on a CPU the host's copy is a frozen one); `actor`: the policy, with its adapter on it."""
+    if config.reference_kind == "adapter_off":
         return AdapterOff(actor)
     device = actor.decoder.device
-    host = kind == "host" and device.type != "cpu"
+    host = config.reference_kind == "host" and device.type != "cpu"
     copy = HybridActor.from_pretrained(config.model, dtype=actor.decoder.dtype, device="cpu" if host else config.device)
     copy.decoder.requires_grad_(False)
     return OnHost(copy, device) if host else copy

@@ -7,7 +7,7 @@ Rounding  norms as in transformers' Llama: in float32, rounded before their weig
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -208,10 +208,14 @@ class Decoder(nn.Module):
         self.lora = lora
         self._settle()
 
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Within the block the decoder is its base, in training and in generation: the outputs are bitwise those of the weights without adapter."""
+        return self.adapter(enabled=False)
+
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block the decoder is its base: the outputs are bitwise those of the weights without adapter, in training and in generation. May be nested."""
-        before, self._adapted = self._adapted, False
+    def adapter(self, *, enabled: bool) -> Iterator[None]:
+        """The adapter on or off within the block. A backward pass in it follows the forward pass, whichever that was."""
+        before, self._adapted = self._adapted, enabled
         try:
             yield
         finally:

@@ -3,8 +3,9 @@
 Shapes    N tokens, K inputs and O outputs of a projection, r rank, P adapted slices of a projection (q, k and v of qkv_proj), R = P r.
 Held      fused as the projections are: a [P r, K] and b [rows of the slices, r], so that one product gives A x of all slices. Each slice has an A of its
           own, as PEFT's adapters of q_proj, k_proj and v_proj have.
-Numerics  adapters are in the model's dtype, and what samples and what trains read the same bits; low-precision ones have float32 masters in the optimizer, as all
-          low-precision parameters here. With B = 0 or the adapter off the outputs are those of W, bitwise. `merging` computes in float32 and rounds once.
+Numerics  adapters are in the model's dtype, so that sampler and trainer read the same bits without a cast; low-precision ones have float32 masters in the
+          optimizer, as all low-precision parameters here. With B = 0 or the adapter off the outputs are those of W, bitwise. `merging` computes in float32
+          and rounds once.
 Source    Hu et al. (2021), LoRA; initialised as PEFT does: A kaiming-uniform, B zero. rslora: Kalajdzievski (2023), A rank stabilization scaling factor.
 """
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Slice(NamedTuple):
     product: int
     first: int
     rows: int
+
+
+def inputs(config: ModelConfig) -> tuple[int, int, int, int]:
+    """K of the four projections."""
+    return config.hidden_size, config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size
 
 
 def slices(config: ModelConfig) -> dict[str, Slice]:
@@ -99,11 +105,11 @@ class _AdaptedLinear(torch.autograd.Function):
 class LayerAdapter(nn.Module):
     """The adapters of one layer: `qkv_a`, `qkv_b`, ..., of the projections that have an adapted slice."""
 
-    def __init__(self, found: Sequence[Slice], inputs: Sequence[int], lora: LoRAConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, found: Sequence[Slice], widths: Sequence[int], lora: LoRAConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.rank, self.scale = lora.rank, lora.scale
         self.rows = tuple(tuple((s.first, s.rows) for s in found if s.product == product) for product in range(4))
-        for name, rows, K in zip(_NAMES, self.rows, inputs, strict=True):
+        for name, rows, K in zip(_NAMES, self.rows, widths, strict=True):
             shapes = {"a": (len(rows) * lora.rank, K), "b": (sum(count for _, count in rows), lora.rank)}
             for part, shape in shapes.items():
                 self.register_parameter(f"{name}_{part}", nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) if rows else None)
@@ -142,12 +148,11 @@ def add_adapter(decoder: Decoder, lora: LoRAConfig, *, seed: int = 0) -> None:
     """
     if decoder.lora is not None:
         raise ValueError(f"add_adapter: the decoder has an adapter already ({decoder.lora}); a decoder has one, so load the model again for another")
-    c, found = decoder.config, tuple(targets(decoder.config, lora).values())
-    inputs = (c.hidden_size, c.num_heads * c.head_dim, c.hidden_size, c.intermediate_size)
+    found = tuple(targets(decoder.config, lora).values())
     generator = torch.Generator().manual_seed(seed)
     decoder.requires_grad_(False)
     for layer in decoder.layers:
-        adapter = LayerAdapter(found, inputs, lora, decoder.dtype, decoder.device)
+        adapter = LayerAdapter(found, inputs(decoder.config), lora, decoder.dtype, decoder.device)
         with torch.no_grad():
             for a in adapter.tensors()[::2]:
                 if a is not None:

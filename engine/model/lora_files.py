@@ -1,4 +1,4 @@
-"""Adapters in PEFT's files: adapter_config.json, and adapter_model.safetensors with base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight and the like.
+"""Adapters in PEFT's files: adapter_config.json, and adapter_model.safetensors with names such as base_model.model.model.layers.0.mlp.up_proj.lora_A.weight.
 
 A PEFT adapter of q_proj is one of the un-fused projection; so is a slice of ours (lora.py), and nothing is computed here.
 """
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import read_json
-from fusedrl.engine.model.lora import add_adapter, adapter_views, slices, targets
+from fusedrl.engine.model.lora import adapter_views, add_adapter, inputs, slices, targets
 from fusedrl.engine.model.weights import opened, replacing, write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -37,9 +37,10 @@ def save_adapter(decoder: Decoder, directory: str | Path, *, base_model: str | N
     lora = decoder.lora
     if lora is None:
         raise ValueError("save_adapter: the decoder has no adapter; give it one with add_adapter, or save the model with save_pretrained")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": lora.rank, "lora_alpha": lora.alpha,
-              "target_modules": list(targets(decoder.config, lora)), "use_rslora": lora.rslora, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-              "init_lora_weights": True, "inference_mode": True, "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+    config: dict[str, Any] = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": lora.rank, "lora_alpha": lora.alpha,
+        "target_modules": list(targets(decoder.config, lora)), "use_rslora": lora.rslora, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "init_lora_weights": True, "inference_mode": True, "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
     with replacing(directory) as temporary:
         write_json(temporary / CONFIG_FILE, config)
         save_file({_PREFIX + name: view.contiguous() for name, view in adapter_views(decoder).items()}, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -67,11 +68,11 @@ def load_adapter(decoder: Decoder, directory: str | Path) -> None:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{directory / CONFIG_FILE}: expected numbers for r and lora_alpha, got {raw.get('r')!r} and {raw.get('lora_alpha')!r}") from error
         lora = LoRAConfig(rank, alpha, found or ("all-linear",), bool(raw.get("use_rslora", False)))
-        shapes = {}
+        shapes: dict[str, list[int]] = {}
         for index in range(decoder.config.num_layers):
             for module, product, _, rows in targets(decoder.config, lora).values():
                 at = f"model.layers.{index}.{module}"
-                shapes |= {f"{at}.lora_A.weight": [rank, _inputs(decoder, product)], f"{at}.lora_B.weight": [rows, rank]}
+                shapes |= {f"{at}.lora_A.weight": [rank, inputs(decoder.config)[product]], f"{at}.lora_B.weight": [rows, rank]}
         problems = [f"missing: {_PREFIX}{name}" for name in shapes if _PREFIX + name not in names]
         problems += [f"unexpected: {name}" for name in names if name.removeprefix(_PREFIX) not in shapes]
         problems += [f"shape of {_PREFIX}{name}: expected {shape}, got {got}" for name, shape in shapes.items()
@@ -83,8 +84,3 @@ def load_adapter(decoder: Decoder, directory: str | Path) -> None:
         with torch.no_grad():
             for name, view in adapter_views(decoder).items():
                 view.copy_(file.get_tensor(_PREFIX + name))
-
-
-def _inputs(decoder: Decoder, product: int) -> int:
-    c = decoder.config
-    return (c.hidden_size, c.num_heads * c.head_dim, c.hidden_size, c.intermediate_size)[product]

@@ -11,7 +11,6 @@ Cost      a forward more in every training pass.
 """
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class _Hidden(torch.autograd.Function):
         parameters = _trained(ctx.decoder, ctx.adapted)
         if [p._version for p in parameters] != ctx.versions:  # fused optimizers do not count, for autograd's own check neither
             raise RuntimeError("strict forward: the weights changed between the forward and the backward pass; call backward before the optimizer's step")
-        with torch.enable_grad(), nullcontext() if ctx.adapted else ctx.decoder.disable_adapter():
+        with torch.enable_grad(), ctx.decoder.adapter(enabled=ctx.adapted):
             hidden_NH = ctx.decoder(*ctx.batch)
             grads = torch.autograd.grad(hidden_NH, parameters, grad_NH, allow_unused=True)
         return (None, None, None, *grads)

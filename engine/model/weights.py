@@ -209,7 +209,7 @@ def opened(path: Path) -> Iterator[Any]:
 # ---- saving ---------------------------------------------------------------------------------------------------------------
 def save_pretrained(decoder: Decoder, directory: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write what `AutoModelForCausalLM.from_pretrained` loads: config, generation config, weights in their dtype, and the tokenizer with
-    its chat template where one is given. A tied head is written once, an adapter is merged into the weights. A directory of an earlier save is replaced as a whole.
+    its chat template where one is given. A tied head is written once, an adapter that is on is merged. A directory of an earlier save is replaced as a whole.
 
     Raises:
         FileExistsError: `directory` exists and holds something that is no part of a saved model.
