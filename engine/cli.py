@@ -238,9 +238,9 @@ def _check_yaml(path: str, known: Mapping[str, bool]) -> None:
 
 def _nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
     """A hint at the known name that looks most like this one, also where only its last part is meant (lr for optim.lr)."""
-    close = difflib.get_close_matches(name, known, 1, 0.6)
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    close = [leaves[name]] if name in leaves else difflib.get_close_matches(name, known, 1, 0.6)
     if not close:
-        leaves = {key.rpartition(".")[2]: key for key in known}
         close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, 1, 0.6)]
     return f", did you mean {dashes}{close[0]}?" if close else ""
 

@@ -21,9 +21,17 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # What of a PEFT configuration changes the arithmetic and is not here, and the values that leave it as it is.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None), "lora_bias": (False, None),
-    "modules_to_save": (None, []), "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layers_to_transform": (None,), "layer_replication": (None,),
-    "trainable_token_indices": (None,), "target_parameters": (None, []), "alora_invocation_tokens": (None,), "use_qalora": (False, None)}
+    "peft_type": ("LORA",), "bias": ("none", None), "fan_in_fan_out": (False, None), "lora_bias": (False, None), "modules_to_save": (None, []),
+    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layers_to_transform": (None, []), "layer_replication": (None, []),
+    "trainable_token_indices": (None, []), "target_parameters": (None, []), "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal")}  # the other ways to begin change the base as well
+
+
+def _strange(key: str, value: Any) -> bool:
+    """Whether an entry of adapter_config.json asks for more than W + s B A."""
+    if key in _PLAIN:
+        return value not in _PLAIN[key]
+    return bool(value) and key != "use_rslora" and (key.startswith("use_") or key.endswith("_config"))  # variants: use_dora, corda_config, ...
 
 
 def save_adapter(decoder: Decoder, directory: str | Path, *, base_model: str | None = None) -> None:
@@ -57,7 +65,7 @@ def load_adapter(decoder: Decoder, directory: str | Path) -> None:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} has no {name}; expected the two files that PEFT's save_pretrained writes")
     raw = read_json(directory / CONFIG_FILE)
-    if strange := {key: raw[key] for key, plain in _PLAIN.items() if key in raw and raw[key] not in plain}:
+    if strange := {key: value for key, value in raw.items() if _strange(key, value)}:
         raise ValueError(f"{directory / CONFIG_FILE}: expected plain LoRA on linear layers, got {strange}; merge it with PEFT and load the model")
     with opened(directory / WEIGHTS_FILE) as file:
         names = list(file.keys())

@@ -404,6 +404,8 @@ def test_files_that_are_refused(tmp_path):
 
     refused("expected plain LoRA on linear layers, got {'use_dora': True}", {"use_dora": True})
     refused("got {'modules_to_save': .'lm_head'.}", {"modules_to_save": ["lm_head"]})
+    refused("got {'init_lora_weights': 'pissa'}", {"init_lora_weights": "pissa"})
+    refused("got {'corda_config'", {"corda_config": {"corda_method": "kpm"}})
     refused("got {'rank_pattern'", {"rank_pattern": {"q_proj": 4}})
     refused("expected numbers for r and lora_alpha", {"r": None})
     refused(f"missing: {first}", None, {name: tensor for name, tensor in weights.items() if name != first})
