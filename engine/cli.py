@@ -301,6 +301,7 @@ def _plan(argv: list[str]) -> None:
 # ---- generate -----------------------------------------------------------------------------------------------------------------
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="directory or id of the model")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of that model, in PEFT's files")
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="repeatable")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest completion (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)")
@@ -322,6 +323,8 @@ def _generate(options: argparse.Namespace) -> None:
     params = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=0.0 if options.greedy else options.temperature, top_p=options.top_p,
                             top_k=options.top_k, min_p=options.min_p, n=options.n, seed=options.seed)
     actor = HybridActor.from_pretrained(options.model, dtype=options.dtype, device=options.device)
+    if options.adapter is not None:
+        actor.load_adapter(options.adapter)
     for prompt, sample, completion in actor.stream(options.prompt, params):
         label = f"[prompt {prompt + 1}, sample {sample + 1}, {completion.finish_reason}]\n" if len(options.prompt) * options.n > 1 else ""
         text = actor.tokenizer.decode([*completion.prompt_ids, *completion.token_ids], skip_special_tokens=True)  # together: parts may lose a space

@@ -149,6 +149,12 @@ def add_adapter(decoder: Decoder, lora: LoRAConfig, *, seed: int = 0) -> None:
     if decoder.lora is not None:
         raise ValueError(f"add_adapter: the decoder has an adapter already ({decoder.lora}); a decoder has one, so load the model again for another")
     found = tuple(targets(decoder.config, lora).values())
+    for layer in cast(Any, decoder.layers):
+        weights = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
+        for one in found:
+            rows, K = weights[one.product].shape
+            if one.first + one.rows > rows or inputs(decoder.config)[one.product] != K:
+                raise ConfigError(f"lora: {decoder.config.family.name} lays out {one.module} in a way that adapters do not know yet; train it without lora")
     generator = torch.Generator().manual_seed(seed)
     decoder.requires_grad_(False)
     for layer in decoder.layers:

@@ -506,6 +506,31 @@ def test_sft_takes_an_adapter(tiny_model, tmp_path, write_jsonl):
         f"model.layers.{i}.{at}.weight" for i in range(2) for at in (*(f"self_attn.{x}_proj" for x in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
 
 
+def test_generating_with_an_adapter_from_the_command_line(tiny_model, tmp_path, capsys):
+    from fusedrl.engine.cli import main
+
+    actor = HybridActor.from_pretrained(tiny_model)
+    actor.add_adapter(LoRAConfig(rank=2, alpha=4.0))
+    trained(actor.decoder, scale=1.0)
+    actor.save_adapter(tmp_path / "adapter")
+    (want,), = actor.generate(["w1 w2"], SamplingParams(max_new_tokens=8, temperature=0.0))
+    said = []
+    for more in ([], ["--adapter", str(tmp_path / "adapter")]):
+        assert main(["generate", "--model", str(tiny_model), "--prompt", "w1 w2", "--greedy", "--max_new_tokens", "8", *more]) == 0
+        said.append(capsys.readouterr().out.strip())
+    assert said[1] == f"w1 w2 {want.text.strip()}".strip()
+    assert said[0] != said[1]
+    assert main(["generate", "--model", str(tiny_model), "--prompt", "w1", "--adapter", str(tmp_path)]) == 2
+
+
+def test_a_layout_that_adapters_do_not_know():
+    decoder = tiny("qwen2")
+    decoder.layers[0].gate_up_proj = nn.Parameter(torch.zeros(SIZES["intermediate_size"], SIZES["hidden_size"]))  # an MLP without a gate
+    with pytest.raises(ConfigError, match=r"Qwen2 lays out mlp\.up_proj in a way that adapters do not know yet"):
+        add_adapter(decoder, LoRAConfig())
+    assert decoder.lora is None
+
+
 def test_a_reference_that_cannot_be(ppo):
     with pytest.raises(ConfigError, match="there is no adapter to switch off"):
         ppo(lora=None, reference="adapter_off")
