@@ -8,15 +8,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "HybridActor": "fusedrl.engine.actor",
+    "LoRAConfig": "fusedrl.engine.config",
     "PackedBatch": "fusedrl.engine.packing",
     "SamplingParams": "fusedrl.engine.generation.sampler",
     "Completion": "fusedrl.engine.generation.generator",
     "CacheConfig": "fusedrl.engine.generation.cache",
 }
-__all__ = ["CacheConfig", "Completion", "HybridActor", "PackedBatch", "SamplingParams", "__version__"]
+__all__ = ["CacheConfig", "Completion", "HybridActor", "LoRAConfig", "PackedBatch", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from fusedrl.engine.actor import HybridActor
+    from fusedrl.engine.config import LoRAConfig
     from fusedrl.engine.generation.cache import CacheConfig
     from fusedrl.engine.generation.generator import Completion
     from fusedrl.engine.generation.sampler import SamplingParams

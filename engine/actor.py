@@ -2,17 +2,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation.cache import CacheConfig
 from fusedrl.engine.generation.generator import Completion, Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
+from fusedrl.engine.model.lora import add_adapter
+from fusedrl.engine.model.lora_files import load_adapter, save_adapter
 from fusedrl.engine.model.sharing import Sharing, share
 from fusedrl.engine.model.strict import strict_hidden, strict_logprob
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, resolve_directory, save_pretrained
@@ -224,7 +228,7 @@ class HybridActor:
             yield from self.value_head.named_parameters(prefix="value_head")
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimizer trains: the decoder's parameters, then the value head's."""
+        """The decoder's parameters, then the value head's; an optimizer trains those that require a gradient."""
         return (parameter for _, parameter in self.named_parameters())
 
     def mark_updated(self) -> None:
@@ -233,8 +237,31 @@ class HybridActor:
         if self._generator is not None:
             self._generator.bump(self.weights_version)
 
+    # ---- an adapter -----------------------------------------------------------------------------------------------------------
+    def add_adapter(self, lora: LoRAConfig, *, seed: int = 0) -> None:
+        """Freeze the decoder and train LoRA adapters in its place, which change nothing at first. Make the optimizer afterwards.
+
+        Raises:
+            ConfigError: a target that the family does not have. ValueError: there is an adapter already.
+        """
+        add_adapter(self.decoder, lora, seed=seed)
+        self.mark_updated()
+
+    def load_adapter(self, directory: str | Path) -> None:
+        """Put the LoRA adapter of a PEFT directory, ours or PEFT's own, on the decoder; it can be trained on. Errors as `lora_files.load_adapter`."""
+        load_adapter(self.decoder, directory)
+        self.mark_updated()
+
+    def save_adapter(self, directory: str | Path, *, base_model: str | None = None) -> None:
+        """Write the adapter as PEFT reads it; `base_model`: the directory or id to name in it. Raises ValueError without an adapter."""
+        save_adapter(self.decoder, directory, base_model=base_model)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """A context in which the actor is its base model, bitwise, for scoring and generation; nothing without an adapter."""
+        return self.decoder.disable_adapter()
+
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a directory that transformers loads, with the tokenizer, and the value head beside it."""
+        """Write a directory that transformers loads, with the tokenizer, and the value head beside it; an adapter is merged into the weights."""
         save_pretrained(self.decoder, directory, tokenizer=self.tokenizer)
         if self.value_head is not None:
             save_value_head(self.value_head, directory)

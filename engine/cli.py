@@ -10,11 +10,12 @@ import dataclasses
 import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from fusedrl.engine import __version__
 from fusedrl.engine.algorithms import ALGORITHMS
@@ -25,6 +26,7 @@ STAGES: dict[str, tuple[type, str, str, str]] = {
     "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
     "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a pairwise reward model on preferences"),
 } | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}
+OPTIONAL = ("lora",)  # groups of options that may be null
 CONFIGURATION, ENVIRONMENT, INTERRUPTED = 2, 3, 130
 
 
@@ -152,11 +154,17 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"config: {_plain(str(error))}") from error
+    except ValueError as error:  # of a group that may be null jsonargparse reports our own message among others
+        ours = re.search(r"config: expected .*", str(error))
+        if isinstance(error, UserError) or ours is None:
+            raise
+        raise ConfigError(ours[0]) from error
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
     """(dotted key, whether it is a group of keys) of a configuration class."""
     for name, kind in get_type_hints(cls).items():
+        kind = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)  # of a group that may be None
         group = dataclasses.is_dataclass(kind)
         yield f"{prefix}{name}", group
         if group:
@@ -174,7 +182,7 @@ def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str]
     while index < len(argv):
         key, equals, value = argv[index].partition("=")
         name = key.removeprefix("--")
-        if key in ("-h", "--help") or name == "print_config":
+        if key in ("-h", "--help") or name == "print_config" or name in [f"{group}.help" for group in OPTIONAL]:
             options.append(argv[index])
         elif not key.startswith("--") or (name not in known and name != "config"):
             expected = "" if key.startswith("--") else "; options are written --key value"
@@ -222,7 +230,7 @@ def _check_yaml(path: str, known: Mapping[str, bool]) -> None:
             name = f"{prefix}{key}"
             if name not in known:
                 raise ConfigError(f"{path}: unknown key {name!r}{_nearest(name, known)}")
-            if known[name]:
+            if known[name] and not (value is None and name in OPTIONAL):
                 if not isinstance(value, dict):
                     raise ConfigError(f"{path}: expected {name!r} to be a mapping of options, got {type(value).__name__}")
                 check(value, f"{name}.")
@@ -232,9 +240,9 @@ def _check_yaml(path: str, known: Mapping[str, bool]) -> None:
 
 def _nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
     """A hint at the known name that looks most like this one, also where only its last part is meant (lr for optim.lr)."""
-    close = difflib.get_close_matches(name, known, 1, 0.6)
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    close = [leaves[name]] if name in leaves else difflib.get_close_matches(name, known, 1, 0.6)
     if not close:
-        leaves = {key.rpartition(".")[2]: key for key in known}
         close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, 1, 0.6)]
     return f", did you mean {dashes}{close[0]}?" if close else ""
 
@@ -242,6 +250,7 @@ def _nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
 def _plain(message: str) -> str:
     """jsonargparse's words on one line, without Python's spelling of types."""
     message = " ".join(message.split()).replace("Parser key ", "")
+    message = re.sub(r'"(\w+)": Does not validate against any of .*? class_path \S+ "(\w+)": (.*?) - (?i:expected) .*', r'"\1.\2": \3', message)
     for kind in ("str", "int", "float", "bool", "tuple"):
         message = message.replace(f"<class '{kind}'>", kind)
     return message.replace("Expected a typing.Literal", "expected one of ").replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
@@ -294,6 +303,7 @@ def _plan(argv: list[str]) -> None:
 # ---- generate -----------------------------------------------------------------------------------------------------------------
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="directory or id of the model")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of that model, in PEFT's files")
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="repeatable")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest completion (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)")
@@ -315,6 +325,8 @@ def _generate(options: argparse.Namespace) -> None:
     params = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=0.0 if options.greedy else options.temperature, top_p=options.top_p,
                             top_k=options.top_k, min_p=options.min_p, n=options.n, seed=options.seed)
     actor = HybridActor.from_pretrained(options.model, dtype=options.dtype, device=options.device)
+    if options.adapter is not None:
+        actor.load_adapter(options.adapter)
     for prompt, sample, completion in actor.stream(options.prompt, params):
         label = f"[prompt {prompt + 1}, sample {sample + 1}, {completion.finish_reason}]\n" if len(options.prompt) * options.n > 1 else ""
         text = actor.tokenizer.decode([*completion.prompt_ids, *completion.token_ids], skip_special_tokens=True)  # together: parts may lose a space

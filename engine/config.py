@@ -5,6 +5,7 @@ The split into micro-batches never changes the gradient, so `tokens_per_microbat
 """
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -53,6 +54,39 @@ class OptimConfig:
         _require(self.eps > 0, "optim.eps", "> 0", self.eps)
         _require(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
         _require(self.max_grad_norm >= 0, "optim.max_grad_norm", ">= 0", self.max_grad_norm)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on a frozen model (Hu et al., 2021): W + alpha / rank x B A, of which A and B are trained. No dropout: the sampler has none.
+
+    Args:
+        rank: of A and B.
+        alpha: the adapter is scaled by alpha / rank.
+        targets: linear layers by PEFT's names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (Phi-3: qkv_proj, gate_up_proj); all-linear: all.
+        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("all-linear",)
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", ">= 1", self.rank)
+        _require(self.alpha > 0, "lora.alpha", "> 0", self.alpha)
+        _require(len(self.targets) >= 1 and not isinstance(self.targets, str), "lora.targets", "one target or more", self.targets)
+        for name in self.targets:
+            close = difflib.get_close_matches(name, LORA_TARGETS, 1, 0.5)
+            _require(name in LORA_TARGETS, "lora.targets", f"of {', '.join(LORA_TARGETS)}" + (f" (did you mean {close[0]}?)" if close else ""), name)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+LORA_TARGETS = ("all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
 
 
 @dataclass(frozen=True)
@@ -272,6 +306,8 @@ class SFTConfig:
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
         dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
         device: cpu, cuda, or None for the best there is.
+        lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora turns it on. <run>/model then holds them merged,
+            <run>/adapter by themselves.
     """
 
     model: str
@@ -286,6 +322,7 @@ class SFTConfig:
     skip_bad_lines: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str | None = None
+    lora: LoRAConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -363,6 +400,10 @@ class PolicyConfig:
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
         dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
         device: cpu, cuda, or None for the best there is.
+        lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora turns it on. <run>/model then holds them merged,
+            <run>/adapter by themselves.
+        reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
+            the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
     """
 
     model: str
@@ -390,6 +431,8 @@ class PolicyConfig:
     skip_bad_lines: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str | None = None
+    lora: LoRAConfig | None = None
+    reference: Literal["auto", "frozen", "adapter_off", "host"] = "auto"
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -409,6 +452,8 @@ class PolicyConfig:
         _require(len(self.reward) >= 1, "reward", "at least one file.py:function or reward-model directory", self.reward)
         _require(self.reward_weights is None or len(self.reward_weights) == len(self.reward), "reward_weights",
                  f"{len(self.reward)} numbers, one per reward", self.reward_weights)
+        _require(self.reference != "adapter_off" or self.lora is not None, "reference", "frozen, host or auto without lora (there is no adapter to switch off)",
+                 self.reference)
         rollouts = self.prompts_per_step * self.samples_per_prompt
         _require(self.minibatches <= rollouts, "minibatches", f"<= prompts_per_step x samples_per_prompt = {rollouts}", self.minibatches)
         _require(not self.generation.truncates, "generation", "without top_k, top_p and min_p (the trainer scores the full distribution, "
@@ -441,6 +486,11 @@ class PolicyConfig:
     def needs_reference(self) -> bool:
         """Whether anything is compared with a reference."""
         return self.kl.coef > 0 or self.kl.measure
+
+    @property
+    def reference_kind(self) -> str:
+        """`reference`, with auto resolved: frozen, adapter_off or host."""
+        return self.reference if self.reference != "auto" else "frozen" if self.lora is None else "adapter_off"
 
 
 def _check_data(config: SFTConfig | RewardModelConfig) -> None:

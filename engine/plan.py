@@ -15,7 +15,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
+from fusedrl.engine.model.lora import LayerAdapter, add_adapter
 from fusedrl.engine.model.weights import resolve_device, resolve_dtype
 from fusedrl.engine.optim import BLOCK, quantized
 from fusedrl.kernels.linear_head import workspace
@@ -144,19 +145,24 @@ class Planner:
         self.dtype = resolve_dtype(config.dtype, config.device)
         self._decoder = Decoder(model, dtype=self.dtype, device="meta")
         self._e, self._policy = self.dtype.itemsize, isinstance(config, PolicyConfig)
-        trained = [(p.numel(), self._e) for name, p in self._decoder.named_parameters()]
+        base, self._lora = sum(p.nbytes for p in self._decoder.parameters()), None if isinstance(config, RewardModelConfig) else config.lora
+        if self._lora is not None:
+            add_adapter(self._decoder, self._lora)
+        trained = [(p.numel(), self._e) for p in self._decoder.parameters() if p.requires_grad]
         unused = [] if not isinstance(config, RewardModelConfig) or self._decoder.head is None else [(self._decoder.head.numel(), self._e)]
         self._critic = isinstance(config, PolicyConfig) and find_advantage(config.advantage).needs == "critic"
         if self._critic:
             trained += [(model.hidden_size, 4), (1, 4)]  # the value head
         elif isinstance(config, RewardModelConfig):
             trained += [(model.hidden_size, 4)]
-        self.weights = sum(n * e for n, e in trained)
-        self.gradients = self.weights - sum(n * e for n, e in unused)  # a reward model has a use for all but the language model's head
+        self.weights = sum(n * e for n, e in trained) + (base if self._lora is not None else 0)
+        self.gradients = sum(n * e for n, e in trained) - sum(n * e for n, e in unused)  # a reward model has a use for all but the language model's head
         moments = sum(self._moments(n) for n, _ in trained) - sum(self._moments(n) for n, _ in unused)
         self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
         self._narrow_elements = sum(n for n, e in trained if e < 4) - sum(n for n, e in unused if e < 4)
-        self.reference = sum(p.nbytes for p in self._decoder.parameters()) if isinstance(config, PolicyConfig) and config.needs_reference else 0
+        kind = config.reference_kind if isinstance(config, PolicyConfig) and config.needs_reference else "adapter_off"
+        self._visiting = base if kind == "host" and self.device.type == "cuda" else 0  # only while it scores
+        self.reference = 0 if kind == "adapter_off" or self._visiting else base
         self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, PolicyConfig) else 0
         self._cache = cache or CacheConfig()
         self.kv_pool = self._kv_pool(memory) if self._policy else 0
@@ -194,7 +200,8 @@ class Planner:
         feed_forward = 2 if not c.gated else 3 if c.activation == "silu" else 4  # gated GELU is torch's own, and keeps its gate's value as well
         width = (1 if c.parallel else 2) * c.hidden_size + norms * c.hidden_size + feed_forward * c.intermediate_size
         floats += norms if c.layer_norm else 0  # means
-        return N * ((width + qkv + rotated + out) * e + 4 * floats)
+        inner = sum(self._lora.rank * len(rows) for rows in cast(LayerAdapter, self._decoder.layers[0].lora).rows) if self._lora is not None else 0  # A x
+        return N * ((width + qkv + rotated + out + inner) * e + 4 * floats)
 
     def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the training forward holds between the passes, heads included, as autograd's saved tensors count it."""
@@ -203,7 +210,8 @@ class Planner:
         # The first layer has one input; in parallel it is the second's stream, too.
         layers = (2 * L - 1 - (c.parallel and L > 1)) * boundary if checkpointed else L * self.layer_bytes(N)
         angles = 1 if c.learned_positions else len(c.inv_freq)  # positions, or cos and sin
-        trunk = N * 8 * (1 + angles) + layers + boundary + (8 if c.layer_norm else 4) * N  # token ids, angles, the last norm
+        ids = N * 8 if self._lora is None else 0  # for an embedding that is trained
+        trunk = ids + N * 8 * angles + layers + boundary + (8 if c.layer_norm else 4) * N  # token ids, angles, the last norm
         if isinstance(self.config, RewardModelConfig):
             return trunk
         return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
@@ -211,18 +219,19 @@ class Planner:
     def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the worst moment holds beside the fixed parts and the activations; 0 at least."""
         c, N, e = self.model, tokens, self._e
-        boundary, head, F = N * c.hidden_size * e, c.vocab_size * c.hidden_size, c.intermediate_size
+        boundary, F = N * c.hidden_size * e, c.intermediate_size
+        head, down = (c.vocab_size * c.hidden_size, F * c.hidden_size) if self._lora is None else (0, 0)  # what has a gradient
         rise = 0
         if not isinstance(self.config, RewardModelConfig):
             logits = min(workspace(None, N, c.vocab_size), 4 * N * c.vocab_size)
             rise = boundary + logits + head * 4 + (head * e if e < 4 else 0)
         # The last layer, backwards: its feed-forward's gradients, as what they are made of is let go.
-        inside = max(2 * N * F * e, (N * F + F * c.hidden_size) * e, 2 * F * c.hidden_size * e) + 2 * boundary
+        inside = max(2 * N * F * e, (N * F + down) * e, 2 * down * e) + 2 * boundary
         inside += self.layer_bytes(N) if checkpointed else 0
         held = self.activation_bytes(N, checkpointed)
         embedding = head * e + 3 * boundary - held  # by then the activations are gone
         step = 4 * self._narrow_elements - held  # float32 copies of the gradients
-        generate = self._generation_bytes() - held
+        generate = max(self._generation_bytes(), self._visiting) - held
         tied = head * e if c.tie_embeddings and rise else 0  # the head's part waits for the embedding's
         if isinstance(self.config, PolicyConfig) and self.config.strict:
             embedding += self.gradients  # the recomputed forward's gradients are whole before they are added

@@ -89,7 +89,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._progress = self._stack.enter_context(Progress(self.total, self.settings.progress, start=self.start, title=self._title))
         if self._checkpoint is None:
             return
-        parameters = dict(model.named_parameters())
+        parameters = _trained(model)
         saved = self._checkpoint.tensors["model"]
         if saved.keys() != parameters.keys():
             raise CheckpointError(f"{self._checkpoint.path}: expected tensors {sorted(parameters)}, got {sorted(saved)}")
@@ -106,7 +106,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.message(f"{self.directory}: {where}")
 
     def _save(self, step: int, model: Model, optimizer: Optimizer, control: Control | None = None) -> None:
-        tensors: dict[str, dict[str, Tensor]] = {"model": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": optimizer.state_dict(),
+        tensors: dict[str, dict[str, Tensor]] = {"model": _trained(model), "optimizer": optimizer.state_dict(),
                                                  "rng": {"torch_cpu": torch.get_rng_state()}}
         state = {"skipped_updates": self._skipped} | (control.state_dict() if control is not None else {})
         save_checkpoint(self.directory, step, tensors, state, keep=self.settings.keep)
@@ -162,6 +162,11 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if self._skipped_in_a_row >= _MAX_SKIPPED:
             raise RuntimeError(f"{_MAX_SKIPPED} updates in a row had a non-finite gradient norm; stopped. The weights are those of the last finite update. "
                                "Lower optim.lr, or resume from the last checkpoint with clipped scores (score_clip)")
+
+
+def _trained(model: Model) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: not what LoRA froze, which is the initial model's."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def peak_memory() -> float:

@@ -3,6 +3,7 @@
     a = norm(x);   q, k, v = a W_qkv + b;   q, k = rope(norm(q)), rope(norm(k));   k, v of every token -> cache
     x = x + attend(q, cache positions max(0, pos - window + 1) .. pos of the token's row) W_o;   x = x + swiglu(norm(x) W_gate_up) W_down
 
+LoRA (Hu et al., 2021): a slice of the rows of any of the four products may have s B (A x) added to it, unmerged (`Adapter`).
 Families differ: what attention and the MLP add may be normalised too, or instead; q and k may be left unturned, or turned in part; a norm with a bias is a
 LayerNorm; positions may be learned; the MLP may lack its gate, and read the stream that attention read; `Options` has the rest.
 
@@ -79,6 +80,24 @@ class Options(NamedTuple):
     parallel: bool = False  # the MLP reads the residual stream before attention is added to it
 
 
+class Adapter(NamedTuple):
+    """LoRA on the four products of every layer: of each adapted slice of a product's rows, y += scale B (A x).
+
+    P adapted slices of a product have A [r, in] and B [rows, r] each, held one below the other: a [P r, in], b [all their rows, r].
+    """
+
+    layers: tuple[tuple[Tensor | None, ...], ...]  # per layer a and b of qkv, of o, of gate_up, of down; None twice where nothing is adapted
+    slices: tuple[tuple[int, int, int], ...]  # (product 0 to 3, first row, rows), in the order in which they lie in a and b; alike in all layers
+    scale: float
+
+    def add_(self, y_NO: Tensor, x_NK: Tensor, layer: int, product: int) -> Tensor:
+        """Add its part to a product's result, in place; nothing where it has none."""
+        a, b = self.layers[layer][2 * product : 2 * product + 2]
+        if a is not None and b is not None:
+            add_adapter_(y_NO, F.linear(x_NK, a), b, [(start, rows) for at, start, rows in self.slices if at == product], self.scale)
+        return y_NO
+
+
 class DecoderWeights(NamedTuple):
     """A decoder's parameters and the numbers that shape its arithmetic."""
 
@@ -95,6 +114,15 @@ class DecoderWeights(NamedTuple):
     options: Options = Options()
     position_embedding: Tensor | None = None  # [positions, H], added to the embedding
     norm_bias: Tensor | None = None  # [H], of the last norm: as those of the layers
+    adapter: Adapter | None = None
+
+
+def add_adapter_(y_NO: Tensor, u_NR: Tensor, b: Tensor, slices: Sequence[tuple[int, int]], scale: float) -> None:
+    """y += scale B u in each slice (first row, rows) of y's columns, in place; of u = A x [N, P r] and b [all rows, r] each slice has its part."""
+    r, done = b.shape[1], 0
+    for index, (start, rows) in enumerate(slices):
+        y_NO[:, start : start + rows].addmm_(u_NR[:, index * r : (index + 1) * r], b[done : done + rows].T, alpha=scale)
+        done += rows
 
 
 def head_norm(x_NHD: Tensor, weight: Tensor, norm: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -130,6 +158,12 @@ def _embed(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor) ->
     return x_NH if weights.position_embedding is None else x_NH + weights.position_embedding[positions_N]
 
 
+def _project(weights: DecoderWeights, layer: int, product: int, x_NK: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One of a layer's four products, with what an adapter adds to it."""
+    y_NO = F.linear(x_NK, weight, bias)
+    return y_NO if weights.adapter is None else weights.adapter.add_(y_NO, x_NK, layer, product)
+
+
 def _slots(positions_N: Tensor, blocks_NM: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The block, and the slot in it, of every token."""
     return blocks_NM.gather(1, positions_N[:, None] // size)[:, 0].long(), positions_N % size
@@ -160,8 +194,9 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
     def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
         return x if weight is None else norm(x, weight, bias)
 
-    for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
-        qkv = F.linear(normed(x_NH, layer.input_norm, layer.input_norm_bias), layer.qkv, layer.qkv_bias).view(N, heads + 2 * kv_heads, D)
+    for index, (layer, keys, values) in enumerate(zip(weights.layers, k_cache, v_cache, strict=True)):
+        h_NH = normed(x_NH, layer.input_norm, layer.input_norm_bias)
+        qkv = _project(weights, index, 0, h_NH, layer.qkv, layer.qkv_bias).view(N, heads + 2 * kv_heads, D)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
         q = q if layer.q_norm is None else head_norm(q, layer.q_norm, norm)
         k = k if layer.k_norm is None else head_norm(k, layer.k_norm, norm)
@@ -172,10 +207,11 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
         attended = torch.cat([paged_attention_reference(part, keys, values, blocks, at + 1, layer.window or None, options.attention_softcap,
                                                         options.attention_scale) for part, at, blocks in parts])
         before_NH = x_NH
-        x_NH = x_NH + normed(F.linear(attended.flatten(1), layer.o, layer.o_bias), layer.attention_out_norm)
-        up = F.linear(normed(before_NH if options.parallel else x_NH, layer.post_norm, layer.post_norm_bias), layer.gate_up, layer.gate_up_bias).to(wide)
-        h = activate(up, options.activation, gated=_gated(layer), impl="torch")
-        x_NH = x_NH + normed(F.linear(h.to(x_NH.dtype), layer.down, layer.down_bias), layer.mlp_out_norm)
+        x_NH = x_NH + normed(_project(weights, index, 1, attended.flatten(1), layer.o, layer.o_bias), layer.attention_out_norm)
+        h_NH = normed(before_NH if options.parallel else x_NH, layer.post_norm, layer.post_norm_bias)
+        up = _project(weights, index, 2, h_NH, layer.gate_up, layer.gate_up_bias).to(wide)
+        h_NF = activate(up, options.activation, gated=_gated(layer), impl="torch").to(x_NH.dtype)
+        x_NH = x_NH + normed(_project(weights, index, 3, h_NF, layer.down, layer.down_bias), layer.mlp_out_norm)
     return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, weights.norm_bias)
 
 
@@ -201,9 +237,9 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
         return rope(q, k, cos, sin, impl=impl)
 
     delta_NH, stream_NH = _embed(weights, token_ids_N, positions_N), None  # what the layer before adds, and what it adds it to
-    for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
+    for index, (layer, keys, values) in enumerate(zip(weights.layers, k_cache, v_cache, strict=True)):
         h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.input_norm, layer.input_norm_bias)
-        qkv = F.linear(h_NH, layer.qkv, layer.qkv_bias).unflatten(1, (heads + 2 * kv_heads, weights.head_dim))
+        qkv = _project(weights, index, 0, h_NH, layer.qkv, layer.qkv_bias).unflatten(1, (heads + 2 * kv_heads, weights.head_dim))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
         q = q if layer.q_norm is None else head_norm(q, layer.q_norm, norm)
         k = k if layer.k_norm is None else head_norm(k, layer.k_norm, norm)
@@ -212,15 +248,15 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
         _write(k, v, written, keys, values)
         o = paged_attention(q, keys, values, blocks_NM, lens_N, window=layer.window or None, softcap=options.attention_softcap,
                             scale=options.attention_scale, impl=impl)
-        delta_NH = F.linear(o.flatten(1), layer.o, layer.o_bias)
+        delta_NH = _project(weights, index, 1, o.flatten(1), layer.o, layer.o_bias)
         delta_NH = delta_NH if layer.attention_out_norm is None else norm(delta_NH, layer.attention_out_norm)
         attended_NH = delta_NH
         if options.parallel:
             h_NH, _ = add_norm(stream_NH, None, layer.post_norm, layer.post_norm_bias)
         else:
             h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.post_norm, layer.post_norm_bias)
-        h_NF = activate(F.linear(h_NH, layer.gate_up, layer.gate_up_bias), options.activation, gated=_gated(layer), impl=impl)
-        delta_NH = F.linear(h_NF, layer.down, layer.down_bias)
+        h_NF = activate(_project(weights, index, 2, h_NH, layer.gate_up, layer.gate_up_bias), options.activation, gated=_gated(layer), impl=impl)
+        delta_NH = _project(weights, index, 3, h_NF, layer.down, layer.down_bias)
         delta_NH = delta_NH + attended_NH if options.parallel else delta_NH
         delta_NH = delta_NH if layer.mlp_out_norm is None else norm(delta_NH, layer.mlp_out_norm)
     x_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
@@ -233,7 +269,7 @@ if native.capability:
     def _(token_ids: Tensor, positions: Tensor, rows: Tensor, block_table: Tensor, k_cache: Tensor, v_cache: Tensor, out_slots: Tensor | None,
           embedding: Tensor, position_embedding: Tensor | None, norm: Tensor, norm_bias: Tensor | None, inv_freq: Tensor, layers: list[Tensor | None],
           windows: list[int], ropes: list[int], rope_scale: float, eps: float, attention_scale: float, attention_softcap: float, embedding_scale: float,
-          norm_offset: float, activation: str, parallel: bool) -> Tensor:
+          norm_offset: float, activation: str, parallel: bool, adapters: list[Tensor | None], slices: list[int], adapter_scale: float) -> Tensor:
         return embedding.new_empty((token_ids if out_slots is None else out_slots).shape[0], embedding.shape[1])
 
 
@@ -312,10 +348,12 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
             _check_ranges(weights, token_ids, positions, rows, block_table, k_cache.shape[1], v_cache.shape[3], out_slots)
         function = decode_step_reference if chosen == "torch" else _decode_step_triton
         return function(weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
-    options = weights.options
+    options, adapter = weights.options, weights.adapter
     return torch.ops.fusedrl.decode_step(
         token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, weights.embedding, weights.position_embedding, weights.norm,
         weights.norm_bias, weights.inv_freq,
         [part for layer in weights.layers for part in layer.parts()], [layer.window for layer in weights.layers], [layer.rope for layer in weights.layers],
         weights.rope_scale, weights.norm_eps, D**-0.5 if options.attention_scale is None else options.attention_scale, options.attention_softcap or 0.0,
-        options.embedding_scale, options.norm_offset, options.activation, options.parallel)
+        options.embedding_scale, options.norm_offset, options.activation, options.parallel,
+        [] if adapter is None else [part for layer in adapter.layers for part in layer],
+        [] if adapter is None else [number for found in adapter.slices for number in found], 1.0 if adapter is None else adapter.scale)

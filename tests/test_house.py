@@ -15,7 +15,7 @@ PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglo
 RANKS = [
     ("errors", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim"), ("model",), ("generation",), ("actor",),
     ("rewards", "trl_rollout", "advantages", "objectives"),
-    ("plan", "rollout", "run"), ("stages",), ("evaluate",), ("demo",), ("cli",),
+    ("plan", "reference", "rollout", "run"), ("stages",), ("evaluate",), ("demo",), ("cli",),
 ]
 
 

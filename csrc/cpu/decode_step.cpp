@@ -35,9 +35,17 @@ enum Part {
   INPUT_NORM_BIAS, POST_NORM_BIAS, PARTS
 };
 
+// LoRA: s B (A x) is added to a slice of the rows of one of the four products.
+struct Slice {
+  int64_t first, rows;
+};
+enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT, PRODUCTS };
+
 template <typename T>
 struct Layer {
   const T* part[PARTS];
+  const T *a[PRODUCTS] = {}, *b[PRODUCTS] = {};  // of the slices of a product one below the other: a [r, K] each, b [rows, r] each
+  int64_t rank[PRODUCTS] = {};
   int64_t window, rope;  // rope: the table of angles, or -1
   bool heads_together;   // q's heads share one norm, and so do k's
 };
@@ -54,6 +62,8 @@ struct Options {
   float rope_scale, eps, attention_scale, attention_softcap, embedding_scale, norm_offset;
   Activation activation;
   bool parallel;  // the MLP reads the residual stream before attention is added to it
+  float adapter_scale;
+  std::vector<Slice> slices[PRODUCTS];  // alike in all layers
 };
 
 // A norm of all of a token's values: with a bias a LayerNorm, without one an RMSNorm.
@@ -148,20 +158,43 @@ void attention(const Layer<T>& layer, const Sizes& z, const Options& options, co
   });
 }
 
+// y += s B (A x) in the adapted slices of a product; x panels of K rows, y panels of O rows, u room for panels of r rows.
+template <typename T>
+void adapt(const Layer<T>& layer, Product product, const Options& options, int64_t O, int64_t K, const Panels& panels, const float* x, float* y, float* u) {
+  const int64_t r = layer.rank[product];
+  if (!r) return;
+  const T *a = layer.a[product], *b = layer.b[product];
+  for (const Slice& slice : options.slices[product]) {
+    linear(a, static_cast<const T*>(nullptr), r, K, panels, x, u, false);
+    for (int64_t i = 0; i < panels.lanes() * r; i += VL) (Vec::loadu(u + i) * Vec(options.adapter_scale)).store(u + i);
+    at::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        linear(b, static_cast<const T*>(nullptr), slice.rows, r, Panels(panels.used(p)), u + p * PANEL * r,
+               y + p * PANEL * O + slice.first * panels.width(p), true);
+    });
+    a += r * K;
+    b += slice.rows * r;
+  }
+}
+
 template <typename T>
 void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& options, const Tokens& tokens, Embeddings<T> embeddings, Norm<T> norm,
          const float* inv_freq, int64_t tables, T* k_cache, T* v_cache, int64_t layer_size, const int64_t* out_slots, int64_t R, T* out) {
   const Panels panels(tokens.N), read(R);
   const int64_t lanes = panels.lanes(), angles = tables * z.pairs;
   const int64_t input = std::max({z.H, z.heads * z.D, z.F}), output = std::max({z.qkv(), z.up(), z.H});
-  // x the residual stream, a the input of a linear layer, b its output where that is not the residual stream, before the stream that attention read
-  Tensor workspace = at::empty({lanes * (z.H + input + output + 2 * angles + (options.parallel ? z.H : 0)) + read.lanes() * z.H}, at::kFloat);
+  // x the residual stream, a the input of a linear layer, b its output where that is not the residual stream, inner what is between an adapter's products,
+  // before the stream that attention read
+  int64_t rank = 0;
+  for (const Layer<T>& layer : layers) rank = std::max(rank, *std::max_element(layer.rank, layer.rank + PRODUCTS));
+  Tensor workspace = at::empty({lanes * (z.H + input + output + 2 * angles + rank + (options.parallel ? z.H : 0)) + read.lanes() * z.H}, at::kFloat);
   float* x = workspace.mutable_data_ptr<float>();
   float* a = x + lanes * z.H;
   float* b = a + lanes * input;
   float* cos = b + lanes * output;
   float* sin = cos + lanes * angles;
-  float* last = sin + lanes * angles;
+  float* inner = sin + lanes * angles;
+  float* last = inner + lanes * rank;
   float* before = last + read.lanes() * z.H;
   const auto each_panel = [](const Panels& of, auto&& body) {
     at::parallel_for(0, of.count, 1, [&](int64_t begin, int64_t end) {
@@ -176,9 +209,10 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& opt
     return a;
   };
   // x += W a + bias, or the norm of that.
-  const auto add = [&](const Layer<T>& layer, Part w, Part bias, Part norm_behind, int64_t K) {
+  const auto add = [&](const Layer<T>& layer, Part w, Part bias, Part norm_behind, Product product, int64_t K) {
     const T* behind = layer.part[norm_behind];
     linear(layer.part[w], layer.part[bias], z.H, K, panels, a, behind ? b : x, !behind);
+    adapt(layer, product, options, z.H, K, panels, a, behind ? b : x, inner);
     if (behind)
       each_panel(panels, [&](int64_t p, int64_t width) {
         float *delta = b + p * PANEL * z.H, *stream = x + p * PANEL * z.H;
@@ -215,17 +249,21 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& opt
     const Layer<T>& layer = layers[l];
     T* k = k_cache + l * layer_size;
     T* v = v_cache + l * layer_size;
-    linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, normed(layer, INPUT_NORM, INPUT_NORM_BIAS, x), b, false);
+    const float* h = normed(layer, INPUT_NORM, INPUT_NORM_BIAS, x);
+    linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, h, b, false);
+    adapt(layer, QKV_PRODUCT, options, z.qkv(), z.H, panels, h, b, inner);
     rope_and_cache(layer, z, options, tokens, panels, cos, sin, b, k, v);
     if (lanes > tokens.N) std::fill(a, a + lanes * z.heads * z.D, 0.0f);
     attention(layer, z, options, tokens, panels, b, k, v, longest, a);
     if (options.parallel) std::copy(x, x + lanes * z.H, before);
-    add(layer, O, O_BIAS, ATTENTION_OUT_NORM, z.heads * z.D);
-    linear(layer.part[GATE_UP], layer.part[GATE_UP_BIAS], z.up(), z.H, panels, normed(layer, POST_NORM, POST_NORM_BIAS, options.parallel ? before : x), b, false);
+    add(layer, O, O_BIAS, ATTENTION_OUT_NORM, O_PRODUCT, z.heads * z.D);
+    h = normed(layer, POST_NORM, POST_NORM_BIAS, options.parallel ? before : x);
+    linear(layer.part[GATE_UP], layer.part[GATE_UP_BIAS], z.up(), z.H, panels, h, b, false);
+    adapt(layer, GATE_UP_PRODUCT, options, z.up(), z.H, panels, h, b, inner);
     each_panel(panels, [&](int64_t p, int64_t width) {
       activate(b + p * PANEL * z.up(), z.F * width, options.activation, z.gated, a + p * PANEL * z.F);
     });
-    add(layer, DOWN, DOWN_BIAS, MLP_OUT_NORM, z.F);
+    add(layer, DOWN, DOWN_BIAS, MLP_OUT_NORM, DOWN_PRODUCT, z.F);
   }
 
   each_panel(read, [&](int64_t p, int64_t width) {
@@ -256,11 +294,40 @@ const T* weight(const std::optional<Tensor>& tensor, const char* name, at::IntAr
   return tensor->const_data_ptr<T>();
 }
 
+// Which rows of the four products are adapted, and by what; nothing where `adapters` is empty.
+template <typename T>
+void set_adapters(const c10::List<std::optional<Tensor>>& adapters, at::IntArrayRef slices, const Sizes& z, std::vector<Layer<T>>& layers,
+                  std::vector<Slice> (&found)[PRODUCTS]) {
+  const int64_t L = layers.size();
+  const int64_t in[] = {z.H, z.heads * z.D, z.H, z.F}, out[] = {z.qkv(), z.H, z.up(), z.H};
+  TORCH_CHECK_VALUE(adapters.empty() || static_cast<int64_t>(adapters.size()) == 2 * PRODUCTS * L, "decode_step: expected ", 2 * PRODUCTS,
+                    " adapter matrices of each of ", L, " layers, got ", adapters.size());
+  TORCH_CHECK_VALUE(slices.size() % 3 == 0, "decode_step: expected slices as product, first row, rows");
+  int64_t rows[PRODUCTS] = {};
+  for (size_t i = 0; i < slices.size(); i += 3) {
+    const int64_t product = slices[i], first = slices[i + 1], count = slices[i + 2];
+    TORCH_CHECK_VALUE(product >= 0 && product < PRODUCTS && first >= 0 && count > 0 && count <= out[product] - first,
+                      "decode_step: the adapted slice of ", count, " rows from ", first, " on is none of product ", product);
+    found[product].push_back({first, count});
+    rows[product] += count;
+  }
+  for (int64_t l = 0; l < L && !adapters.empty(); ++l)
+    for (int64_t p = 0; p < PRODUCTS; ++p) {
+      const std::optional<Tensor> a = adapters.get(2 * (l * PRODUCTS + p)), b = adapters.get(2 * (l * PRODUCTS + p) + 1);
+      if (found[p].empty() || !b.has_value()) continue;
+      TORCH_CHECK_VALUE(b->dim() == 2, "decode_step: expected an adapter's b of 2 dimensions, got ", b->dim());
+      const int64_t r = b->size(1), count = found[p].size();
+      layers[l].rank[p] = r;
+      layers[l].a[p] = weight<T>(a, "an adapter's a", {count * r, in[p]}, false);
+      layers[l].b[p] = weight<T>(b, "an adapter's b", {rows[p], r}, false);
+    }
+}
+
 template <typename T>
 Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache,
              const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const std::optional<Tensor>& learned,
              const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& inv_freq, const c10::List<std::optional<Tensor>>& parts,
-             at::IntArrayRef windows, at::IntArrayRef ropes, const Options& options) {
+             at::IntArrayRef windows, at::IntArrayRef ropes, Options options, const c10::List<std::optional<Tensor>>& adapters, at::IntArrayRef slices) {
   const int64_t L = windows.size(), H = embedding.size(1), kv_heads = k_cache.size(2), D = k_cache.size(3), S = k_cache.size(4);
   TORCH_CHECK_VALUE(static_cast<int64_t>(parts.size()) == PARTS * L && k_cache.size(0) == L && static_cast<int64_t>(ropes.size()) == L,
                     "decode_step: expected ", int{PARTS}, " parts and a rope of each of ", L, " layers");
@@ -314,6 +381,7 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
     layers[l].window = windows[l];
     reach = std::max(reach, windows[l] ? windows[l] : std::numeric_limits<int32_t>::max());
   }
+  set_adapters(adapters, slices, z, layers, options.slices);
   const Tensor ids_N = token_ids.contiguous(), positions_N = positions.contiguous(), rows_N = rows.contiguous(), table_BM = block_table.contiguous();
   const Tensor slots_R = out_slots ? out_slots->contiguous() : Tensor();
   const int64_t N = ids_N.numel(), R = out_slots ? slots_R.numel() : N;
@@ -343,13 +411,14 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& positions, const Tenso
                    const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const std::optional<Tensor>& position_embedding,
                    const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& inv_freq, const c10::List<std::optional<Tensor>>& layers,
                    at::IntArrayRef windows, at::IntArrayRef ropes, double rope_scale, double eps, double attention_scale, double attention_softcap,
-                   double embedding_scale, double norm_offset, c10::string_view activation, bool parallel) {
+                   double embedding_scale, double norm_offset, c10::string_view activation, bool parallel,
+                   const c10::List<std::optional<Tensor>>& adapters, at::IntArrayRef slices, double adapter_scale) {
   const auto call = embedding.scalar_type() == at::kBFloat16 ? &typed<at::BFloat16> : &typed<float>;
   const auto narrow = [](double x) { return static_cast<float>(x); };
-  const Options options{narrow(rope_scale),        narrow(eps),         narrow(attention_scale), narrow(attention_softcap),
-                        narrow(embedding_scale), narrow(norm_offset), activation_of(activation), parallel};
+  const Options options{narrow(rope_scale),      narrow(eps),         narrow(attention_scale),   narrow(attention_softcap),
+                        narrow(embedding_scale), narrow(norm_offset), activation_of(activation), parallel, narrow(adapter_scale), {}};
   return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, position_embedding, norm, norm_bias, inv_freq, layers,
-              windows, ropes, options);
+              windows, ropes, options, adapters, slices);
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
@@ -357,7 +426,7 @@ TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
       "decode_step(Tensor token_ids, Tensor positions, Tensor rows, Tensor block_table, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? out_slots, "
       "Tensor embedding, Tensor? position_embedding, Tensor norm, Tensor? norm_bias, Tensor inv_freq, Tensor?[] layers, int[] windows, int[] ropes, "
       "float rope_scale, float eps, float attention_scale, float attention_softcap, float embedding_scale, float norm_offset, str activation, "
-      "bool parallel) -> Tensor");
+      "bool parallel, Tensor?[] adapters, int[] slices, float adapter_scale) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("decode_step", &decode_step); }
 

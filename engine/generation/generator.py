@@ -118,6 +118,7 @@ class Generator:
         self._tickets: list[Ticket] = []
         self._next_id = 0
         self._inputs: _Inputs | None = None
+        self._adapted = decoder.adapter_enabled
         self._block_table: Tensor | None = None  # the device's copy
 
     # ---- asking -----------------------------------------------------------------------------------------------------------
@@ -209,6 +210,9 @@ class Generator:
         Raises:
             RuntimeError: no progress, or NaN in the logits; like any error on the way, it ends everything in flight as "aborted".
         """
+        if self._adapted is not self.decoder.adapter_enabled:  # an adapter was switched: cached prefixes are of other weights
+            self._adapted = self.decoder.adapter_enabled
+            self.scheduler.blocks.bump()
         try:
             plan = self.scheduler.schedule()
             sampled = self._run(plan)

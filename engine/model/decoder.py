@@ -6,16 +6,20 @@ Rounding  norms as in transformers' Llama: in float32, rounded before their weig
 """
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.families import ModelConfig
+from fusedrl.engine.model.lora import DOWN, GATE_UP, OUT, QKV, LayerAdapter, adapted_linear
 from fusedrl.kernels.attention import varlen_attention
-from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, Options, head_norm, partial_rope
+from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, head_norm, partial_rope
 from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import rope
 from fusedrl.kernels.swiglu import activate
@@ -56,6 +60,7 @@ class Layer(nn.Module):
     down_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
+    lora: LayerAdapter | None
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
@@ -87,28 +92,29 @@ class Layer(nn.Module):
         self.register_parameter("mlp_out_norm", optional(behind, c.hidden_size))
         self.register_parameter("input_norm_bias", optional(c.layer_norm, c.hidden_size))
         self.register_parameter("post_norm_bias", optional(c.layer_norm, c.hidden_size))
+        self.register_module("lora", None)
 
     def forward(self, delta_NH: Tensor, residual_NH: Tensor | None, angles: list[tuple[Tensor, Tensor]], cu_seqlens_B1: Tensor,
-                max_length: int) -> tuple[Tensor, Tensor]:
+                max_length: int, adapted: bool = True) -> tuple[Tensor, Tensor]:
         """(what the layer adds, the residual stream to add it to); the addition is the next norm's. Likewise the first two arguments."""
-        c = self.config
+        c, lora = self.config, self.lora if adapted else None
         h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.input_norm, c, self.input_norm_bias)
-        qkv = F.linear(h_NH, self.qkv_proj, self.qkv_bias).view(h_NH.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        qkv = adapted_linear(lora, QKV, h_NH, self.qkv_proj, self.qkv_bias).view(h_NH.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (head_norm(x, weight, lambda x, weight: _norm(x, weight, c)) for x, weight in ((q, self.q_norm), (k, self.k_norm)))
         if self.rope >= 0:
             q, k = partial_rope(q, k, *angles[self.rope], rope)
         o = varlen_attention(q, k, v, cu_seqlens_B1, max_length=max_length, window=self.window or None, softcap=c.attention_softcap, scale=c.attention_scale)
-        delta_NH = F.linear(o.flatten(1), self.o_proj, self.o_bias)
+        delta_NH = adapted_linear(lora, OUT, o.flatten(1), self.o_proj, self.o_bias)
         delta_NH = delta_NH if self.attention_out_norm is None else _norm(delta_NH, self.attention_out_norm, c)
         attended_NH = delta_NH
         if c.parallel:
             h_NH, _ = _add_norm(residual_NH, None, self.post_norm, c, self.post_norm_bias)
         else:
             h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.post_norm, c, self.post_norm_bias)
-        h_NF = activate(F.linear(h_NH, self.gate_up_proj, self.gate_up_bias), c.activation, gated=c.gated)
-        delta_NH = F.linear(h_NF, self.down_proj, self.down_bias)
+        h_NF = activate(adapted_linear(lora, GATE_UP, h_NH, self.gate_up_proj, self.gate_up_bias), c.activation, gated=c.gated)
+        delta_NH = adapted_linear(lora, DOWN, h_NF, self.down_proj, self.down_bias)
         delta_NH = delta_NH + attended_NH if c.parallel else delta_NH
         return delta_NH if self.mlp_out_norm is None else _norm(delta_NH, self.mlp_out_norm, c), residual_NH
 
@@ -127,12 +133,16 @@ class Decoder(nn.Module):
 
     `checkpoint_activations` may be set at any time: a training forward then keeps only what goes in and out of each layer, and the backward pass computes the
     rest again, a layer at a time (Chen et al., 2016, Training deep nets with sublinear memory cost). The gradients are the same bits on CPU.
+
+    `lora`: the settings of its adapter (`lora.add_adapter`), or None.
     """
 
     head: Tensor | None
     position_embedding: Tensor | None
     norm_bias: Tensor | None
     checkpoint_activations = False
+    lora: LoRAConfig | None = None
+    _adapted = True
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -205,10 +215,34 @@ class Decoder(nn.Module):
         angles = [(turn.cos() * self.config.rope_scale, turn.sin() * self.config.rope_scale) for turn in turns]
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer in self.layers:
-            arguments = (x_NH, residual_NH, angles, cu_seqlens_B1, max_length)
+            arguments = (x_NH, residual_NH, angles, cu_seqlens_B1, max_length, self._adapted)
             # Nothing in a layer draws, so there is no generator's state to keep.
             x_NH, residual_NH = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*arguments)
         return _add_norm(x_NH, residual_NH, self.norm, self.config, self.norm_bias)[0]
+
+    # ---- the adapter ----------------------------------------------------------------------------------------------------------
+    @property
+    def adapter_enabled(self) -> bool:
+        """Whether there is an adapter, and on."""
+        return self.lora is not None and self._adapted
+
+    def set_adapter(self, lora: LoRAConfig) -> None:
+        """Take note of adapters that the layers were given."""
+        self.lora = lora
+        self._settle()
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Within the block the decoder is its base, in training and in generation: the outputs are bitwise those of the weights without adapter."""
+        return self.adapter(enabled=False)
+
+    @contextmanager
+    def adapter(self, *, enabled: bool) -> Iterator[None]:
+        """The adapter on or off within the block. A backward pass in it follows the forward pass, whichever that was."""
+        before, self._adapted = self._adapted, enabled
+        try:
+            yield
+        finally:
+            self._adapted = before
 
     def weights(self) -> DecoderWeights:
         """The live parameters as `decode_step` takes them: the same tensors, never copies."""
@@ -217,5 +251,12 @@ class Decoder(nn.Module):
             layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]
             options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, self._embedding_scale, c.norm_offset, c.activation, c.parallel)
             self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._inv_freq, c.rope_scale, c.num_heads,
-                                           c.num_kv_heads, c.head_dim, c.norm_eps, options, self.position_embedding, self.norm_bias)
-        return self._weights
+                                           c.num_kv_heads, c.head_dim, c.norm_eps, options, self.position_embedding, self.norm_bias, self._adapter())
+        return self._weights if self._adapted else self._weights._replace(adapter=None)
+
+    def _adapter(self) -> Adapter | None:
+        adapters = [cast(LayerAdapter, layer.lora) for layer in self.layers]
+        if self.lora is None or not adapters:
+            return None
+        slices = tuple((product, first, rows) for product, found in enumerate(adapters[0].rows) for first, rows in found)
+        return Adapter(tuple(adapter.tensors() for adapter in adapters), slices, self.lora.scale)

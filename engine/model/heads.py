@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.lora import merging
 from fusedrl.engine.model.weights import (
     HEADS,
     harmless,
@@ -130,4 +131,4 @@ def save_reward_model(model: RewardModel, directory: str | Path, *, tokenizer: A
         changes["pad_token_id"] = tokenizer.pad_token_id
     tensors = {name: view for name, view in hf_views(model.decoder).items() if name not in HEADS}
     with replacing(directory) as temporary:
-        write_model(temporary, config, tensors | {"score.weight": model.head.weight.detach()}, changes, tokenizer, max_shard_bytes)
+        write_model(temporary, config, tensors | {"score.weight": model.head.weight.detach()}, changes, tokenizer, max_shard_bytes, merging(model.decoder))

@@ -25,10 +25,15 @@ from fusedrl.kernels.logprob import logprob
 _WORKSPACE = 64 << 20  # bytes of logits held at a time
 
 
+def _trained(decoder: Decoder, adapted: bool) -> list[Tensor]:
+    """The parameters that a gradient reaches: not those of an adapter that is off."""
+    return [p for name, p in decoder.named_parameters() if p.requires_grad and (adapted or ".lora." not in name)]
+
+
 class _Hidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, decoder: Decoder, block_size: int, batch: tuple[Tensor, Tensor, Tensor, int], *parameters: Tensor) -> Tensor:
-        ctx.decoder, ctx.batch, ctx.versions = decoder, batch, [p._version for p in parameters]
+        ctx.decoder, ctx.batch, ctx.adapted, ctx.versions = decoder, batch, decoder.adapter_enabled, [p._version for p in parameters]
         token_ids_N, positions_N, cu_seqlens_B1, max_length = batch
         B, M = len(cu_seqlens_B1) - 1, -(-max_length // block_size)
         weights = decoder.weights()
@@ -39,10 +44,10 @@ class _Hidden(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
-        parameters = [p for p in ctx.decoder.parameters() if p.requires_grad]
+        parameters = _trained(ctx.decoder, ctx.adapted)
         if [p._version for p in parameters] != ctx.versions:  # fused optimizers do not count, for autograd's own check neither
             raise RuntimeError("strict forward: the weights changed between the forward and the backward pass; call backward before the optimizer's step")
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.decoder.adapter(enabled=ctx.adapted):
             hidden_NH = ctx.decoder(*ctx.batch)
             grads = torch.autograd.grad(hidden_NH, parameters, grad_NH, allow_unused=True)
         return (None, None, None, *grads)
@@ -50,7 +55,7 @@ class _Hidden(torch.autograd.Function):
 
 def strict_hidden(decoder: Decoder, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int, block_size: int) -> Tensor:
     """`Decoder.forward` with the sampler's bits: [N, H], differentiable in the parameters. `block_size`: that of the sampler's cache."""
-    parameters = [p for p in decoder.parameters() if p.requires_grad]
+    parameters = _trained(decoder, decoder.adapter_enabled)
     return _Hidden.apply(decoder, block_size, (token_ids_N, positions_N, cu_seqlens_B1, max_length), *parameters)
 
 

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from fusedrl.engine.model.decoder import Decoder, Layer
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
+from fusedrl.engine.model.lora import merging
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickles are ever fetched
-_OURS = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|generation_config|vocab|added_tokens|special_tokens_map)\.json"
+_OURS = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|adapter_config|generation_config|vocab|added_tokens|special_tokens_map)\.json"
                    r"|tokenizer.*|merges\.txt|chat_template.*")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -253,19 +254,20 @@ def opened(path: Path) -> Iterator[Any]:
 # ---- saving ---------------------------------------------------------------------------------------------------------------
 def save_pretrained(decoder: Decoder, directory: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write what `AutoModelForCausalLM.from_pretrained` loads: config, generation config, weights in their dtype, and the tokenizer with
-    its chat template where one is given. A tied head is written once. A directory of an earlier save is replaced as a whole.
+    its chat template where one is given. A tied head is written once, an adapter that is on is merged. A directory of an earlier save is replaced as a whole.
 
     Raises:
         FileExistsError: `directory` exists and holds something that is no part of a saved model.
     """
     architecture = decoder.config.family.language_model.format(decoder.config.family.name)
     with replacing(directory) as temporary:
-        write_model(temporary, decoder.config, hf_views(decoder), {"architectures": [architecture]}, tokenizer, max_shard_bytes)
+        write_model(temporary, decoder.config, hf_views(decoder), {"architectures": [architecture]}, tokenizer, max_shard_bytes, merging(decoder))
 
 
 def write_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor], changes: Mapping[str, Any], tokenizer: Any,
-                max_shard_bytes: int) -> None:
-    """config.json (as it was read, with `changes` and the dtype), generation_config.json, shards and tokenizer, into an existing directory."""
+                max_shard_bytes: int, merge: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor) -> None:
+    """config.json (as it was read, with `changes` and the dtype), generation_config.json, shards and tokenizer, into an existing directory.
+    `merge` changes a tensor as it is written, so that at most a shard of changed ones is held."""
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     raw = {key: value for key, value in config.raw.items() if key != "torch_dtype"} | {"dtype": dtype} | dict(changes)
     write_json(directory / "config.json", raw)
@@ -283,7 +285,8 @@ def write_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tens
         room -= tensor.nbytes
     names = [_SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for shard, file in zip(shards, names, strict=True):
-        save_file({name: tensor.reshape(file_shape(tensor)).contiguous() for name, tensor in shard.items()}, directory / file, metadata={"format": "pt"})
+        save_file({name: merge(name, tensor).reshape(file_shape(tensor)).contiguous() for name, tensor in shard.items()}, directory / file,
+                  metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for shard, file in zip(shards, names, strict=True) for name in shard}
         write_json(directory / _INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})

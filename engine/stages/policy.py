@@ -32,6 +32,7 @@ from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, make_optimizer
 from fusedrl.engine.packing import IGNORE, PackedBatch
+from fusedrl.engine.reference import Reference, load_reference
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
@@ -74,7 +75,9 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.kl.estimator == "full" and actor.decoder.config.logit_softcap:
         raise ConfigError("config: kl.estimator full reads logits that are not capped, and this model caps its own; use k2 or k3")
-    reference = load_reference(config) if config.needs_reference else None
+    if config.lora is not None:
+        actor.add_adapter(config.lora, seed=config.run.seed)
+    reference = load_reference(config, actor) if config.needs_reference else None
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     optim = config.optim
     optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
@@ -101,12 +104,9 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             run.log(step, metrics)
             run.samples(step, _samples(experience))
             run.save_if_due(step, model=actor, optimizer=optimizer, control=control)
+        if config.lora is not None:
+            actor.save_adapter(run.directory / "adapter", base_model=config.model)
         return PolicyResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
-
-
-def load_reference(config: PolicyConfig) -> HybridActor:
-    """The frozen policy that the KL is measured against: the initial weights."""
-    return HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
 
 
 # ---- the batch, and how it is cut --------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _cuts(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cu
 
 
 @torch.no_grad()
-def score(actor: HybridActor | None, reference: HybridActor | None, batch: PackedBatch, cuts: Cuts, temperature: float) -> PackedBatch:
+def score(actor: HybridActor | None, reference: Reference | None, batch: PackedBatch, cuts: Cuts, temperature: float) -> PackedBatch:
     """Fill old_logp, old_entropy, values (of an actor with a value head) and ref_logp from the training forward, micro-batch by micro-batch in the cuts that
     the first epoch trains on. None: its columns stay empty."""
     partition = [group for minibatch in cuts for group in minibatch]
@@ -155,7 +155,7 @@ def score(actor: HybridActor | None, reference: HybridActor | None, batch: Packe
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------------
-def update(actor: HybridActor, reference: HybridActor | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
+def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
            control: Control, step: int, run: Run) -> dict[str, float]:
     """epochs x minibatches optimizer steps on one rollout. Token weights are computed over the whole minibatch, so its cut into
     micro-batches does not change the gradient."""
@@ -195,11 +195,10 @@ def update(actor: HybridActor, reference: HybridActor | None, optimizer: Optimiz
     return (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
 
 
-def _full_kl(actor: HybridActor, reference: HybridActor, batch: PackedBatch, hidden_NH: Tensor, config: PolicyConfig) -> Tensor:
+def _full_kl(actor: HybridActor, reference: Reference, batch: PackedBatch, hidden_NH: Tensor, config: PolicyConfig) -> Tensor:
     """[N] KL(policy || reference) of the distribution that each action was drawn from, over the whole vocabulary; differentiable. 0 elsewhere."""
-    with torch.no_grad():
-        theirs_NH = reference.forward(batch)
-    kl_N = linear_full_kl(hidden_NH, actor.decoder.head_weight, theirs_NH, reference.decoder.head_weight, temperature=config.generation.temperature,
+    theirs_NH, head_VH = reference.hidden(batch)
+    kl_N = linear_full_kl(hidden_NH, actor.decoder.head_weight, theirs_NH, head_VH, temperature=config.generation.temperature,
                           mask=batch.labels() != IGNORE)
     return torch.where(batch.action_mask, batch.to_next(kl_N), 0.0)
 

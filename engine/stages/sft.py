@@ -42,6 +42,8 @@ def train_sft(config: SFTConfig) -> SFTResult:
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
     actor.decoder.checkpoint_activations = config.checkpoint_activations
+    if config.lora is not None:
+        actor.add_adapter(config.lora, seed=config.run.seed)
     optim = config.optim
     optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
                                state=optim.state)
@@ -92,6 +94,8 @@ def train_sft(config: SFTConfig) -> SFTResult:
                 metrics["eval_loss"] = cross_entropy(actor, held, config.tokens_per_microbatch)
             run.log(step, metrics)
             run.save_if_due(step, model=actor, optimizer=optimizer)
+        if config.lora is not None:
+            actor.save_adapter(run.directory / "adapter", base_model=config.model)
         return SFTResult(run.finish(actor.save_pretrained), run.total, run.last_metrics)
 
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch
 from fusedrl.engine.cli import main
-from fusedrl.engine.config import OptimConfig, PolicyConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import LoRAConfig, OptimConfig, PolicyConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import KVCache
 from fusedrl.engine.model.decoder import Decoder
@@ -114,6 +114,34 @@ def test_without_a_critic_a_policy_is_what_sft_trains():
             assert (planned.weights, planned.gradients, planned.optimizer) == (sft.weights, sft.gradients, sft.optimizer)
             assert planned.activation_bytes(200, False) == sft.activation_bytes(200, False)
         assert [planned.reference for planned in free] == [0, sft.weights]  # grpo has a KL, dapo none
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "targets"), [("llama", ("all-linear",)), ("qwen3 tied", ("all-linear",)),
+                                               ("wide", ("q_proj", "v_proj", "gate_proj", "down_proj"))])
+def test_adapters(kind, targets, dtype):
+    sizes, lora = SIZES | KINDS[kind], LoRAConfig(rank=6, targets=targets)
+    for stage in ("sft", "ppo"):
+        config = replace(STAGES[stage], dtype=dtype, device="cpu", lora=lora)
+        model, planned = model_of(sizes, stage, dtype), Planner(model_config(sizes), config)
+        base = sum(p.nbytes for p in model.decoder.parameters())
+        model.add_adapter(lora)
+        optimizer = make_optimizer(model.named_parameters(), lr=1e-3)
+        sum(out.sum() for out in forward(model, batch(40, 90))).backward()
+        optimizer.step()
+        assert planned.weights == sum(p.nbytes for p in model.parameters())
+        assert planned.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None) < 0.5 * base
+        assert planned.optimizer == sum(t.nbytes for t in optimizer.state_dict().values())
+        assert planned.reference == 0
+        for tokens in (40, 200):
+            for checkpointed in (False, True):
+                model.decoder.checkpoint_activations = checkpointed
+                assert planned.activation_bytes(tokens, checkpointed) == pytest.approx(held_bytes(model, batch(tokens, 90)), rel=0.05)
+    assert Planner(model_config(sizes), replace(config, reference="frozen")).reference == base
+    assert Planner(model_config(sizes), replace(config, reference="host")).reference == base  # on a CPU it is the same memory
+    full = Planner(model_config(sizes), replace(config, lora=None))
+    assert planned.parts(200, False).peak < full.parts(200, False).peak
 
 
 def test_moments_of_8_bits_are_exact():

@@ -7,7 +7,7 @@ import torch
 
 from fusedrl.kernels import native
 from fusedrl.kernels import paged_attention as paged_attention_module
-from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, Options, allocate_cache, copy_blocks, decode_step
+from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, allocate_cache, copy_blocks, decode_step
 from fusedrl.kernels.dispatch import unavailable
 
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
@@ -66,6 +66,43 @@ def convert(weights, dtype):
     layers = tuple(LayerWeights(*map(to, layer)) for layer in weights.layers)
     names = ("embedding", "norm", "head", "position_embedding", "norm_bias")
     return weights._replace(layers=layers, **{name: to(getattr(weights, name)) for name in names})
+
+
+# Slices of the four products, in the order of Adapter: every part of every product; whole products; q and v, up alone, and half of o's rows.
+def slices_of(kind, which):
+    heads, kv, D, H, F = (KINDS[kind][name] for name in ("heads", "kv_heads", "D", "H", "F"))
+    q, k = heads * D, kv * D
+    return {"parts": ((0, 0, q), (0, q, k), (0, q + k, k), (1, 0, H), (2, 0, F), (2, F, F), (3, 0, H)),
+            "whole": ((0, 0, q + 2 * k), (1, 0, H), (2, 0, 2 * F), (3, 0, H)), "some": ((0, 0, q), (0, q + k, k), (1, 0, H // 2), (2, F, F))}[which]
+
+
+def adapted(kind, which, dtype=torch.float32, rank=3, seed=5, b_scale=1.0):
+    weights, found, generator = make(kind, dtype), slices_of(kind, which), torch.Generator().manual_seed(seed)
+    layers = []
+    for layer in weights.layers:
+        parts = []
+        for product, weight in enumerate((layer.qkv, layer.o, layer.gate_up, layer.down)):
+            rows = [count for at, _, count in found if at == product]
+            shapes = ((len(rows) * rank, weight.shape[1]), (sum(rows), rank))
+            parts += [torch.randn(shape, generator=generator).mul(scale * shape[1] ** -0.5).to(dtype) if rows else None
+                      for shape, scale in zip(shapes, (1.0, b_scale), strict=True)]
+        layers.append(tuple(parts))
+    return weights._replace(adapter=Adapter(tuple(layers), found, 0.7))
+
+
+def merged(weights):
+    """The same in float64 with the adapter multiplied out, row by row."""
+    wide, adapter = convert(weights, torch.float64)._replace(adapter=None), weights.adapter
+    for layer, parts in zip(wide.layers, adapter.layers, strict=True):
+        for product, weight in enumerate((layer.qkv, layer.o, layer.gate_up, layer.down)):
+            done = 0
+            for index, (_, first, rows) in enumerate(found for found in adapter.slices if found[0] == product):
+                a, b = (part.double() for part in parts[2 * product : 2 * product + 2])
+                r = b.shape[1]
+                for row in range(rows):
+                    weight[first + row] += adapter.scale * sum(b[done + row, i] * a[index * r + i] for i in range(r))
+                done += rows
+    return wide
 
 
 def dense(weights, ids):
@@ -164,6 +201,50 @@ def test_matches_a_dense_decoder_in_float64(impl, kind, size):
             torch.testing.assert_close(hidden.double(), want[row][t], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no interpreter"))])
+@pytest.mark.parametrize(("kind", "which"), [("biased", "parts"), ("windowed", "some"), ("behind", "whole"), ("both", "parts"), ("both", "some")])
+def test_an_adapter_is_its_product_multiplied_out(impl, kind, which):
+    weights, lengths = adapted(kind, which), [1, 19] if impl != "triton" else [1, 5]
+    ids, cache = sequences(lengths), Cache(weights, lengths, 4)
+    want = [dense(merged(weights), sequence) for sequence in ids]
+    assert (dense(weights._replace(adapter=None), ids[1]) - want[1]).abs().max() > 0.1
+    short, long = triples(ids)
+    for tokens in (long[:2], short + long[2:-1], long[-1:]):
+        for (row, t, _), hidden in zip(tokens, step(weights, cache, tokens, impl), strict=True):
+            torch.testing.assert_close(hidden.double(), want[row][t], rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_of_zeros_changes_no_bit(impl, dtype):
+    for kind in ("biased", "both"):
+        weights, lengths = adapted(kind, "parts", dtype, b_scale=0.0), [3, 80]
+        tokens = [token for row in triples(sequences(lengths)) for token in row]
+        assert torch.equal(step(weights, Cache(weights, lengths), tokens, impl), step(make(kind, dtype), Cache(weights, lengths), tokens, impl))
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_an_adapter_in_bfloat16_errs_no_more_than_torch():
+    weights, (ids,) = adapted("both", "parts", torch.bfloat16), sequences([40])
+    want = dense(merged(weights), ids)
+    errors = {impl: (step(weights, Cache(weights, [40]), triples([ids])[0], impl).double() - want).square().mean().sqrt() for impl in ("torch", "cpp")}
+    assert errors["cpp"] <= errors["torch"] < 0.1 * want.square().mean().sqrt()
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_cpp_refuses_adapters_that_do_not_fit():
+    weights = adapted("plain", "parts")
+    cache, layers = Cache(weights, [20]), weights.adapter.layers
+    for adapter, error, what in ((Adapter(layers[:1], *weights.adapter[1:]), ValueError, "8 adapter matrices of each of 2 layers"),
+                                 (weights.adapter._replace(slices=((1, 1, 32),)), ValueError, "slice of 32 rows from 1 on is none of product 1"),
+                                 (weights.adapter._replace(slices=((4, 0, 1),)), ValueError, "none of product 4"),
+                                 (weights.adapter._replace(slices=weights.adapter.slices[1:]), ValueError, "expected an adapter's a"),
+                                 (weights.adapter._replace(layers=((layers[0][0], layers[0][1].double(), *layers[0][2:]), layers[1])), TypeError,
+                                  "an adapter's b in the embedding's dtype")):
+        with pytest.raises(error, match=what):
+            step(weights._replace(adapter=adapter), cache, [(0, 0, 0)], "cpp")
+
+
 def test_reference_in_float64():
     for kind in KINDS:
         weights, (ids,) = make(kind, torch.float64), sequences([20])
@@ -223,7 +304,7 @@ def test_what_was_not_written_changes_nothing(impl, kind):
 @pytest.mark.parametrize("kind, dtype", [("biased", torch.float32), ("biased", torch.bfloat16), ("both", torch.float32), ("both", torch.bfloat16),
                                          ("classic", torch.float32), ("classic", torch.bfloat16), ("parallel", torch.float32)])
 def test_cpp_bits_do_not_depend_on_companions_or_chunks(companions, kind, dtype):
-    weights, lengths = make(kind, dtype), [23, *[4] * companions]
+    weights, lengths = adapted(kind, "parts", dtype), [23, *[4] * companions]
     ids = sequences(lengths)
     rows = triples(ids)
     whole = step(weights, Cache(weights, lengths), rows[0], "cpp")
@@ -237,7 +318,7 @@ def test_cpp_bits_do_not_depend_on_companions_or_chunks(companions, kind, dtype)
 
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 def test_cpp_bits_do_not_depend_on_threads():
-    weights, lengths = make("windowed"), [150, 90]
+    weights, lengths = adapted("windowed", "parts"), [150, 90]
     tokens = [token for row in triples(sequences(lengths)) for token in row]
     before = torch.get_num_threads()
     results = []
@@ -356,7 +437,10 @@ def test_opcheck_and_compile():
     parts = [part for layer in weights.layers for part in layer.parts()]
     arguments = (ids, positions, rows, cache.table, cache.k, cache.v, torch.tensor([2]), weights.embedding, None, weights.norm, None,
                  weights.inv_freq, parts, [0, 0], [0, 0], 1.0, 1e-5, 0.25, 0.0, 1.0, 0.0, "silu", False)
-    torch.library.opcheck(torch.ops.fusedrl.decode_step.default, arguments)
+    adapter = adapted("biased", "some").adapter
+    adapters = ([part for layer in adapter.layers for part in layer], [n for found in adapter.slices for n in found], adapter.scale)
+    for of_adapters in (([], [], 1.0), adapters):
+        torch.library.opcheck(torch.ops.fusedrl.decode_step.default, (*arguments, *of_adapters))
     compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
     others = Cache(weights, [20])
     assert torch.equal(compiled(weights, ids, positions, rows, cache.table, cache.k, cache.v),

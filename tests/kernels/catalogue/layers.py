@@ -134,6 +134,11 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
         rand(H, F), rand(H) if case.bias else None, case.window) for _ in range(L))
     embedding = rand(V, H)
     weights = decode_step.DecoderWeights(embedding, layers, norm(H), embedding, 1.0 / 100.0 ** (torch.arange(D // 2) / (D // 2)), 1.0, heads, kv_heads, D, 1e-5)
+    if case.adapter:
+        q, kv = heads * D, kv_heads * D
+        slices = ((0, 0, q), (0, q + kv, kv), (1, 0, H), (2, F, F), (3, 0, H))
+        adapters = tuple((rand(6, H), rand(q + kv, 3), rand(3, q), rand(H, 3), rand(3, H), rand(F, 3), rand(3, F), rand(H, 3)) for _ in range(L))
+        weights = weights._replace(adapter=decode_step.Adapter(adapters, slices, 0.5))
     # Every sequence from its first position, its tokens in one call; blocks dealt out at random, the rest of the table and of the cache wild.
     positions = torch.cat([torch.arange(n) for n in case.lengths]) if case.lengths else torch.zeros(0, dtype=torch.int64)
     rows = torch.repeat_interleave(torch.arange(len(case.lengths)), torch.tensor(case.lengths, dtype=torch.int64))
@@ -160,13 +165,15 @@ def _decode_reference(x: dict, s: dict) -> Tensors:
         widen = lambda t: t.double() if isinstance(t, Tensor) else t  # noqa: E731
         weights = weights._replace(**{n: widen(getattr(weights, n)) for n in ("embedding", "norm", "head")},
                                    layers=tuple(decode_step.LayerWeights(*map(widen, layer)) for layer in weights.layers))
+        if weights.adapter is not None:
+            weights = weights._replace(adapter=weights.adapter._replace(layers=tuple(tuple(map(widen, parts)) for parts in weights.adapter.layers)))
     x = x | {name: x[name].clone() for name in ("k_cache", "v_cache")}
     return _decode(x, {"weights": weights}, "torch")
 
 
 DECODE_STEP = Entry(
     "decode_step", decode_step._IMPLS,
-    {"lengths": ((5, 1, 20), (), (1,), (33, 2), (1,) * 33), "bias": (True, False), "window": (0, 3, 17), "dtype": (F32, BF16)},
+    {"lengths": ((5, 1, 20), (), (1,), (33, 2), (1,) * 33), "bias": (True, False), "window": (0, 3, 17), "adapter": (False, True), "dtype": (F32, BF16)},
     _decode_problem, _decode, _decode_reference,
     lambda problem, want: no_worse(problem, want, _decode_reference(dict(problem.x.items()), problem.settings), 1.0, 4.0, 2.0),
     writes=("k_cache", "v_cache"), triton={"lengths": ((3, 1), (), (1,), (5,))}, cost=lambda case: sum(case.lengths) * 1000)
