@@ -80,7 +80,7 @@ def train_ppo(config: PPOConfig) -> PPOResult:
                                     lam=config.loss.lam, score_clip=config.score_clip, whiten=config.loss.whiten)
                 batch = batch.with_columns(advantages=shaped.advantages, returns=shaped.returns)
             metrics = experience.metrics | {"entropy": entropy} | _measure(batch, shaped, kl.coef, config)
-            with run.time("train"):
+            with run.time("train"), actor.lend_cache():
                 metrics |= update(actor, optimizer, batch, cuts, config, step, run)
             kl.update(metrics["kl"], batch.num_sequences)
             run.log(step, metrics)
@@ -154,6 +154,7 @@ def update(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, first_c
             actor.mark_updated()
             meter.grad_norms.append(result.grad_norm)
             done += 1
+    optimizer.zero_grad()  # the next rollout has a use for their memory
     return meter.metrics() | {"lr": optimizer.lr}
 
 
