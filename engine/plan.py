@@ -2,7 +2,8 @@
 
 Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes an element.
 Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
-          N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times e, and some floats a token. Checkpointed: what goes in, 2 N H.
+          N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times e, and some floats a token. Checkpointed: what goes in, 2 N H. While a policy trains, its KV pool's
+          memory takes of it what fits (HybridActor.lend_cache).
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
           is added; the last layer's; the embedding's; or the optimizer's step. What generation needs beside the weights and the gradients is compared, too.
 Exact     weights, gradients, optimizer, reference, KV pool, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
@@ -87,7 +88,7 @@ class Parts:
     gradients: int
     optimizer: int
     kv_pool: int
-    activations: int  # held between forward and backward
+    activations: int  # held between forward and backward, beyond what the KV pool's memory takes of them
     workspace: int  # at the peak, beside all of the above
 
     @property
@@ -201,6 +202,10 @@ class Planner:
             return trunk
         return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._policy else 0)
 
+    def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
+        """Those of the activations that do not fit the KV pool's memory, which they are lent."""
+        return max(0, self.activation_bytes(tokens, checkpointed) - self.kv_pool)
+
     def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the worst moment holds beside the fixed parts and the activations; 0 at least."""
         c, N, e = self.model, tokens, self._e
@@ -212,7 +217,7 @@ class Planner:
         # The last layer, backwards: its feed-forward's gradients, as what they are made of is let go.
         inside = max(2 * N * F * e, (N * F + F * c.hidden_size) * e, 2 * F * c.hidden_size * e) + 2 * boundary
         inside += self.layer_bytes(N) if checkpointed else 0
-        held = self.activation_bytes(N, checkpointed)
+        held = self.beyond_pool(N, checkpointed)
         embedding = head * e + 3 * boundary - held  # by then the activations are gone
         step = 4 * self._narrow_elements - held  # float32 copies of the gradients
         generate = self._generation_bytes() - held
@@ -230,7 +235,7 @@ class Planner:
 
     # ---- together ---------------------------------------------------------------------------------------------------------------
     def parts(self, tokens: int, checkpointed: bool) -> Parts:
-        return Parts(self.weights, self.reference, self.gradients, self.optimizer, self.kv_pool, self.activation_bytes(tokens, checkpointed),
+        return Parts(self.weights, self.reference, self.gradients, self.optimizer, self.kv_pool, self.beyond_pool(tokens, checkpointed),
                      self.workspace_bytes(tokens, checkpointed))
 
     def largest(self, memory: int, checkpointed: bool) -> int:
@@ -275,7 +280,7 @@ def print_plan(found: Plan) -> None:
     table.add_column("bytes", justify="right")
     rows = {"weights": parts.weights, "reference and reward models": parts.reference, "gradients": parts.gradients,
             "optimizer: moments and float32 masters": parts.optimizer, "KV cache": parts.kv_pool,
-            f"activations of a micro-batch{', checkpointed' if found.checkpoint_activations else ''}": parts.activations,
+            f"activations of a micro-batch{', checkpointed' if found.checkpoint_activations else ''}{', beyond the cache' if parts.kv_pool else ''}": parts.activations,
             "workspace at the peak": parts.workspace}
     for name, count in rows.items():
         if count:

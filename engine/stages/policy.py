@@ -23,6 +23,7 @@ from fusedrl.engine.control import KLController, data_order, learning_rate, shuf
 from fusedrl.engine.data.readers import load_prompts
 from fusedrl.engine.data.tokenize import encode_prompts
 from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.memory import give_back
 from fusedrl.engine.optim import Optimizer, make_optimizer
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.rewards import RewardSet, load_reward
@@ -154,7 +155,8 @@ def update(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, first_c
             actor.mark_updated()
             meter.grad_norms.append(result.grad_norm)
             done += 1
-    optimizer.zero_grad()  # the next rollout has a use for their memory
+    optimizer.zero_grad()
+    give_back()  # the next rollout runs beside the weights, the optimizer's state and the cache alone
     return meter.metrics() | {"lr": optimizer.lr}
 
 
