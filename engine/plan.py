@@ -2,8 +2,8 @@
 
 Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes an element.
 Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
-          N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times e, and some floats a token. Checkpointed: what goes in, 2 N H. While a policy trains, its KV pool's
-          memory takes of it what fits (HybridActor.lend_cache).
+          N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times e, and some floats a token. Checkpointed: what goes in, 2 N H.
+          While a policy trains, its KV pool's memory takes of it what fits (HybridActor.lend_cache).
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
           is added; the last layer's; the embedding's; or the optimizer's step. What generation needs beside the weights and the gradients is compared, too.
 Exact     weights, gradients, optimizer, reference, KV pool, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
@@ -278,9 +278,10 @@ def print_plan(found: Plan) -> None:
     table = Table(title=f"{found.model}: {found.dtype} on {found.device}, {tokens:,} tokens a micro-batch", title_justify="left")
     table.add_column("memory")
     table.add_column("bytes", justify="right")
+    more = f"{', checkpointed' if found.checkpoint_activations else ''}{', beyond the cache' if parts.kv_pool else ''}"
     rows = {"weights": parts.weights, "reference and reward models": parts.reference, "gradients": parts.gradients,
             "optimizer: moments and float32 masters": parts.optimizer, "KV cache": parts.kv_pool,
-            f"activations of a micro-batch{', checkpointed' if found.checkpoint_activations else ''}{', beyond the cache' if parts.kv_pool else ''}": parts.activations,
+            f"activations of a micro-batch{more}": parts.activations,
             "workspace at the peak": parts.workspace}
     for name, count in rows.items():
         if count:

@@ -145,14 +145,14 @@ if native.capability:
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
-_EXTERNAL: dict[str, attention_verify.Route] = {"flash_attn": attention_flash.flash_attn, "torch_varlen": attention_flash.torch_varlen}
+EXTERNAL: dict[str, attention_verify.Route] = {"flash_attn": attention_flash.flash_attn, "torch_varlen": attention_flash.torch_varlen}
 
 
 @torch.compiler.assume_constant_result  # while a call is being traced they are tried, too; the tracer takes a tuple, and no dictionary
 def faults(device: str) -> tuple[tuple[str, str], ...]:
     """(name, why it is not used) of the attention of others that is installed, but was wrong or raised when it was tried on `device` ("cuda:0")."""
     kind = torch.device(device).type
-    present = {name: route for name, route in _EXTERNAL.items() if unavailable(name, "cuda" if kind == "cuda" else "cpu") is None}
+    present = {name: route for name, route in EXTERNAL.items() if unavailable(name, "cuda" if kind == "cuda" else "cpu") is None}
     return tuple(attention_verify.faults(device, present, varlen_attention_reference, frozenset({"flash_attn"})).items())
 
 
@@ -200,5 +200,5 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
         return torch.ops.fusedrl.varlen_attention(q, k, v, cu_seqlens, causal, window or 0, scale, softcap or 0.0)
     if N == 0:
         return q + (k.sum() + v.sum())  # empty too, and a part of the graph
-    route = _EXTERNAL.get(chosen, _varlen_torch)
+    route = EXTERNAL.get(chosen, _varlen_torch)
     return route(q, k, v, cu_seqlens, max_length, causal, window, softcap, scale)

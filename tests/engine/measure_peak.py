@@ -35,8 +35,8 @@ def forget_peak() -> None:
 
 
 def step(sizes: dict[str, Any], config: PPOConfig, cache: CacheConfig, steps: int) -> tuple[int, int]:
-    """Rollout, score, update; two micro-batches a minibatch. Rewards are random, as nothing here depends on them. Returns the peak of everything, and that of the
-    last rollout."""
+    """Rollout, score, update; two micro-batches a minibatch. Rewards are random, as nothing here depends on them. Returns two peaks: of everything, and of
+    the last rollout."""
     torch.manual_seed(0)
     model = model_config(sizes)
     actor = HybridActor(Decoder.random(model, 0), value_head=ValueHead(model.hidden_size), cache=cache)

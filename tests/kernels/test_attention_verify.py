@@ -71,7 +71,7 @@ def install(monkeypatch):
 
     def put(**routes):
         for name, route in routes.items():
-            monkeypatch.setitem(attention._EXTERNAL, name, route)
+            monkeypatch.setitem(attention.EXTERNAL, name, route)
             monkeypatch.setitem(dispatch._WHY_NOT, (name, "cpu"), None)
 
     return put
