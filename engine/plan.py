@@ -31,6 +31,7 @@ from fusedrl.kernels.linear_head import workspace
 
 StageConfig = SFTConfig | RewardModelConfig | PPOConfig
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_SHARE = 0.9  # of the memory that training leaves on a GPU: the rest is for what allocators lose
 _MOST_TOKENS = 1 << 24  # more than any micro-batch: int32 counts its tokens
 
 
@@ -158,7 +159,9 @@ class Planner:
         self.reference = sum(p.nbytes for p in self._decoder.parameters()) if self._policy else 0
         self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, PPOConfig) else 0
         self._cache = cache or CacheConfig()
-        self.kv_pool = self._kv_pool(memory) if self._policy else 0
+        self.kv_pool = 0
+        if self._policy:
+            self.kv_pool = self._kv_pool(machine_memory(self.device) if memory is None and self.device.type == "cuda" else memory or 0)
 
     def _moments(self, numel: int) -> int:
         eight = self.config.optim.state == "int8" and quantized(numel)
@@ -171,16 +174,23 @@ class Planner:
         trunk = Decoder(model_config(spec), dtype=self.dtype, device="meta")
         return sum(p.nbytes for name, p in trunk.named_parameters() if name != "head") + 4 * trunk.config.hidden_size
 
-    def _kv_pool(self, memory: int | None) -> int:
-        weights, size = self._decoder.weights(), block_bytes(self._decoder.weights(), self._cache.block_size)
-        if self.device.type == "cuda" and self._cache.num_blocks is None and self._cache.memory_bytes is None:
-            free = (memory or machine_memory(self.device)) - self.weights - self.reference  # when the first rollout asks, there is nothing else
-            fits = int(free * (self._cache.memory_fraction or 0.5)) // size - 1
-            most = self._cache.max_sequences * -(-self.model.max_positions // self._cache.block_size)
-            blocks = max(1, fits if self._cache.memory_fraction else min(fits, most))
-        else:
-            blocks = resolve_num_blocks(self._cache, weights, self.model.max_positions)
-        return (blocks + 1) * size
+    def _kv_pool(self, memory: int) -> int:
+        c, size = self._cache, block_bytes(self._decoder.weights(), self._cache.block_size)
+        if self.device.type != "cuda" or c.num_blocks is not None or c.memory_bytes is not None:
+            return (resolve_num_blocks(c, self._decoder.weights(), self.model.max_positions) + 1) * size
+        free = memory - self.weights - self.reference  # when the first rollout asks, there is nothing else
+        if c.memory_fraction is not None:
+            return max(2, int(free * c.memory_fraction) // size) * size
+        tokens, checkpointed = self.config.tokens_per_microbatch, self.config.checkpoint_activations
+        self.kv_pool = self.activation_bytes(tokens, checkpointed)  # what training keeps lies in the pool, and what it needs beside it comes first
+        spare = free - self.gradients - self.optimizer - self.workspace_bytes(tokens, checkpointed)
+        most = c.max_sequences * -(-self.model.max_positions // c.block_size)
+        return max(2, min(int(spare * _SHARE) // size, most + 1)) * size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV pool that sequences can hold."""
+        return self.kv_pool // block_bytes(self._decoder.weights(), self._cache.block_size) - 1
 
     # ---- the training forward -------------------------------------------------------------------------------------------------
     def layer_bytes(self, tokens: int) -> int:
@@ -262,6 +272,27 @@ def plan(config: StageConfig, *, memory: int | None = None, cache: CacheConfig |
     return Plan(config.model, str(planner.dtype).removeprefix("torch."), str(device), memory, tokens, config.checkpoint_activations,
                 planner.parts(tokens, config.checkpoint_activations), {c: planner.activation_bytes(tokens, c) for c in both},
                 {c: planner.parts(tokens, c).peak for c in both}, {c: planner.largest(memory, c) for c in both})
+
+
+def cache_for(config: PPOConfig) -> CacheConfig:
+    """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory that is free now, before anything is loaded, but never more
+    than max_sequences sequences of the model's full length. On a CPU the default, since memory that is never written costs nothing.
+
+    Raises:
+        ConfigError: training leaves nothing, with the figures.
+    """
+    device = resolve_device(config.device)
+    if device.type != "cuda":
+        return CacheConfig()
+    free = torch.cuda.mem_get_info(device)[0]
+    planner = Planner(read_model_config(config.model), config, memory=free)
+    parts = planner.parts(config.tokens_per_microbatch, config.checkpoint_activations)
+    if parts.peak > free:
+        raise ConfigError(f"config: expected training to leave memory for the KV cache: of {format_bytes(free)} free on {device}, weights, reference, gradients "
+                          f"and optimizer take {format_bytes(parts.fixed - parts.kv_pool)}, and a micro-batch of {config.tokens_per_microbatch} tokens "
+                          f"{format_bytes(parts.peak - parts.fixed + parts.kv_pool)}; lower tokens_per_microbatch, or set checkpoint_activations or "
+                          "optim.state int8; fusedrl plan shows what would fit")
+    return CacheConfig(num_blocks=planner.num_blocks)
 
 
 def format_bytes(count: int) -> str:

@@ -26,6 +26,7 @@ from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.optim import Optimizer, make_optimizer
 from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.plan import cache_for
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
@@ -56,7 +57,8 @@ def train_ppo(config: PPOConfig) -> PPOResult:
         RuntimeError: five updates in a row had a non-finite gradient, or sampler and trainer disagree by more than `max_logp_diff`.
     """
     torch.manual_seed(config.run.seed)
-    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True, strict=config.strict)
+    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=True, strict=config.strict,
+                                        cache=cache_for(config))
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     reference = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
