@@ -6,11 +6,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
+from fusedrl.engine.config import PPOConfig
 from fusedrl.engine.generation import arena as arena_module
 from fusedrl.engine.generation.arena import Arena
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
+from fusedrl.engine.plan import Planner
 from fusedrl.kernels import native
 
 SIZES = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -69,6 +71,19 @@ def test_gradients_are_the_same_bits(kind, dtype, mode, blocks):
         assert 0 < arena.peak <= arena.capacity == actor._generator.cache.nbytes
         assert equal(train(actor, batch), expected), "and again, in the same memory"
         assert arena.used == 0
+
+
+@pytest.mark.skipif(not native.capability, reason="the native extension is not built")
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_it_holds_what_the_plan_says_is_held(checkpointed):
+    actor = make()
+    actor.decoder.checkpoint_activations = checkpointed
+    actor.generate(PROMPTS, PARAMS)
+    batch = PackedBatch.from_sequences((torch.randint(61, (5,)).tolist(), torch.randint(61, (45,)).tolist()) for _ in range(12))
+    planned = Planner(model_config(SIZES | KINDS["llama"]), PPOConfig("m", "d", ("r.py:r",), dtype="float32", device="cpu"))
+    with actor.lend_cache() as arena:
+        train(actor, batch, parts=1)
+        assert arena.peak == pytest.approx(planned.activation_bytes(batch.num_tokens, checkpointed), rel=0.06)
 
 
 def test_what_is_generated_next_is_what_would_have_been():
