@@ -289,9 +289,9 @@ def cache_for(config: PPOConfig) -> CacheConfig:
     parts = planner.parts(config.tokens_per_microbatch, config.checkpoint_activations)
     if parts.peak > free:
         held, rest = format_bytes(parts.fixed - parts.kv_pool), format_bytes(parts.peak - parts.fixed + parts.kv_pool)
-        raise ConfigError(f"config: expected training to leave memory for the KV cache: of {format_bytes(free)} free on {device}, weights, reference, gradients "
-                          f"and optimizer take {held}, and a micro-batch of {config.tokens_per_microbatch} tokens {rest}; lower tokens_per_microbatch, or set "
-                          "checkpoint_activations or optim.state int8; fusedrl plan shows what would fit")
+        raise ConfigError(f"config: expected training to leave memory for the KV cache: of {format_bytes(free)} free on {device}, weights, reference, "
+                          f"gradients and optimizer take {held}, and a micro-batch of {config.tokens_per_microbatch} tokens {rest}; lower "
+                          "tokens_per_microbatch, or set checkpoint_activations or optim.state int8; fusedrl plan shows what would fit")
     return CacheConfig(num_blocks=planner.num_blocks)
 
 
