@@ -1,6 +1,8 @@
 """HybridActor: one copy of the weights, and everything that reads it: generation, scoring, the training forward, the value head."""
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedrl.engine.config import LoRAConfig
+from fusedrl.engine.generation.arena import Arena
 from fusedrl.engine.generation.cache import CacheConfig
 from fusedrl.engine.generation.generator import Completion, Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
@@ -60,6 +63,7 @@ class HybridActor:
         self.weights_version = 0
         self._cache = cache or CacheConfig()
         self._generator: Generator | None = None
+        self._lent = False
         self._sharing: Sharing | None = None
 
     @classmethod
@@ -148,12 +152,43 @@ class HybridActor:
         self.abort()
         self._generator = None
 
+    @contextlib.contextmanager
+    def lend_cache(self) -> Iterator[Arena | None]:
+        """Within the block the KV cache's memory holds what training forwards keep for their backward passes; both belong inside. Yields the arena.
+
+        The cache stays allocated where it is, its contents are forgotten, and nothing is generated meanwhile. Gradients are the same bits. What does not fit
+        stays where it would have been. Without a cache there is nothing to lend: None.
+
+        Raises:
+            RuntimeError: completions are in flight; `generate` inside; or a graph made inside outlives the block, which then keeps the memory.
+        """
+        if self._generator is None or self._lent:
+            yield None
+            return
+        arena, self._lent = Arena(self._generator.vacate(), keep=self.parameters()), True
+        try:
+            with arena.holding():
+                yield arena
+        except BaseException:
+            self._generator = None if arena.used else self._generator  # the traceback may hold a graph
+            raise
+        finally:
+            self._lent = False
+        if arena.used:
+            gc.collect()
+        if held := arena.used:
+            self._generator = None  # the next one allocates its own
+            raise RuntimeError(f"HybridActor.lend_cache: {held} bytes of the cache still belong to a graph that was made inside the block; call backward "
+                               "inside it, or drop what the graph ends in")
+
     def _notice_updates(self) -> None:
         """Of a model whose weights someone else trains: a new version where they changed; RuntimeError where they are no longer shared."""
         if self._sharing is not None and self._sharing.changed():
             self.mark_updated()
 
     def _generation(self) -> Generator:
+        if self._lent:
+            raise RuntimeError("HybridActor.generate: the KV cache is lent to training; leave the lend_cache() block first")
         self._notice_updates()
         if self._generator is None or self._generator.cache.k.device != self.decoder.device or self._generator.cache.k.dtype != self.decoder.dtype:
             self._generator = Generator(self.decoder, self.tokenizer, self._cache, weights_version=self.weights_version, strict=self.strict)

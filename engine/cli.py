@@ -1,4 +1,4 @@
-"""The command line: fusedrl train sft|reward|ppo|grpo|..., fusedrl plan sft|reward|ppo|grpo|..., fusedrl generate, fusedrl demo.
+"""The command line: fusedrl train sft|reward|ppo|grpo|..., fusedrl plan sft|reward|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
 
 Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
 that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 130 interrupted. torch is imported only by what needs it.
@@ -6,6 +6,7 @@ that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 130 int
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -78,6 +79,9 @@ def _run(argv: list[str]) -> None:
     demo = commands.add_parser("demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False)
     demo.add_argument("--dir", default="runs/demo", help="where models, metrics and the report go (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of everything that draws (default: %(default)s)")
+    doctor = commands.add_parser("doctor", help="what this machine has and lacks; exit code 3 where something required is missing", allow_abbrev=False)
+    doctor.add_argument("--device", help="a device that is required, such as cuda (default: none)")
+    doctor.add_argument("--output-json", metavar="FILE", help='what was found; "-" is standard output, without the tables')
     if argv[:1] == ["train"]:  # argparse's REMAINDER does not take options first
         _train(argv[1:])
         return
@@ -87,6 +91,8 @@ def _run(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.command == "generate":
         _generate(options)
+    elif options.command == "doctor":
+        _doctor(options)
     else:
         from fusedrl.engine.demo import run_demo
 
@@ -298,6 +304,26 @@ def _plan(argv: list[str]) -> None:
     print_plan(found)
     if own.output_json is not None:
         Path(own.output_json).write_text(text + "\n", encoding="utf-8")
+
+
+# ---- doctor -------------------------------------------------------------------------------------------------------------------
+def _doctor(options: argparse.Namespace) -> None:
+    import json
+
+    with contextlib.suppress(SetupError):  # a device that is not there belongs into the report
+        _check_device(options.device)
+    from fusedrl.engine.doctor import diagnose, print_diagnosis
+
+    found = diagnose(options.device)
+    text = json.dumps(found.to_json(), indent=1)
+    if options.output_json == "-":
+        print(text)
+    else:
+        print_diagnosis(found)
+        if options.output_json is not None:
+            Path(options.output_json).write_text(text + "\n", encoding="utf-8")
+    if found.missing:
+        raise SystemExit(ENVIRONMENT)
 
 
 # ---- generate -----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes an element.
 Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
           N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times e, and some floats a token. Checkpointed: what goes in, 2 N H.
+          While a policy trains, its KV pool's memory takes of it what fits (HybridActor.lend_cache).
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
           is added; the last layer's; the embedding's; or the optimizer's step. What generation needs beside the weights and the gradients is compared, too.
 Exact     weights, gradients, optimizer, reference, KV pool, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
@@ -32,6 +33,7 @@ from fusedrl.kernels.linear_head import workspace
 
 StageConfig = SFTConfig | RewardModelConfig | PolicyConfig
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_SHARE = 0.9  # of the memory that training leaves on a GPU: the rest is for what allocators lose
 _MOST_TOKENS = 1 << 24  # more than any micro-batch: int32 counts its tokens
 
 
@@ -89,7 +91,7 @@ class Parts:
     gradients: int
     optimizer: int
     kv_pool: int
-    activations: int  # held between forward and backward
+    activations: int  # held between forward and backward, beyond what the KV pool's memory takes of them
     workspace: int  # at the peak, beside all of the above
 
     @property
@@ -165,7 +167,9 @@ class Planner:
         self.reference = 0 if kind == "adapter_off" or self._visiting else base
         self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, PolicyConfig) else 0
         self._cache = cache or CacheConfig()
-        self.kv_pool = self._kv_pool(memory) if self._policy else 0
+        self.kv_pool = 0
+        if self._policy:
+            self.kv_pool = self._kv_pool(machine_memory(self.device) if memory is None and self.device.type == "cuda" else memory or 0)
 
     def _moments(self, numel: int) -> int:
         eight = self.config.optim.state == "int8" and quantized(numel)
@@ -178,16 +182,23 @@ class Planner:
         trunk = Decoder(model_config(spec), dtype=self.dtype, device="meta")
         return sum(p.nbytes for name, p in trunk.named_parameters() if name != "head") + 4 * trunk.config.hidden_size
 
-    def _kv_pool(self, memory: int | None) -> int:
-        weights, size = self._decoder.weights(), block_bytes(self._decoder.weights(), self._cache.block_size)
-        if self.device.type == "cuda" and self._cache.num_blocks is None and self._cache.memory_bytes is None:
-            free = (memory or machine_memory(self.device)) - self.weights - self.reference  # when the first rollout asks, there is nothing else
-            fits = int(free * (self._cache.memory_fraction or 0.5)) // size - 1
-            most = self._cache.max_sequences * -(-self.model.max_positions // self._cache.block_size)
-            blocks = max(1, fits if self._cache.memory_fraction else min(fits, most))
-        else:
-            blocks = resolve_num_blocks(self._cache, weights, self.model.max_positions)
-        return (blocks + 1) * size
+    def _kv_pool(self, memory: int) -> int:
+        c, size = self._cache, block_bytes(self._decoder.weights(), self._cache.block_size)
+        if self.device.type != "cuda" or c.num_blocks is not None or c.memory_bytes is not None:
+            return (resolve_num_blocks(c, self._decoder.weights(), self.model.max_positions) + 1) * size
+        free = memory - self.weights - self.reference  # when the first rollout asks, there is nothing else
+        if c.memory_fraction is not None:
+            return max(2, int(free * c.memory_fraction) // size) * size
+        tokens, checkpointed = self.config.tokens_per_microbatch, self.config.checkpoint_activations
+        self.kv_pool = self.activation_bytes(tokens, checkpointed)  # what training keeps lies in the pool, and what it needs beside it comes first
+        spare = free - self.gradients - self.optimizer - self.workspace_bytes(tokens, checkpointed)
+        most = c.max_sequences * -(-self.model.max_positions // c.block_size)
+        return max(2, min(int(spare * _SHARE) // size, most + 1)) * size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV pool that sequences can hold."""
+        return self.kv_pool // block_bytes(self._decoder.weights(), self._cache.block_size) - 1
 
     # ---- the training forward -------------------------------------------------------------------------------------------------
     def layer_bytes(self, tokens: int) -> int:
@@ -216,6 +227,10 @@ class Planner:
             return trunk
         return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
 
+    def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
+        """Those of the activations that do not fit the KV pool's memory, which they are lent."""
+        return max(0, self.activation_bytes(tokens, checkpointed) - self.kv_pool)
+
     def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the worst moment holds beside the fixed parts and the activations; 0 at least."""
         c, N, e = self.model, tokens, self._e
@@ -228,7 +243,7 @@ class Planner:
         # The last layer, backwards: its feed-forward's gradients, as what they are made of is let go.
         inside = max(2 * N * F * e, (N * F + down) * e, 2 * down * e) + 2 * boundary
         inside += self.layer_bytes(N) if checkpointed else 0
-        held = self.activation_bytes(N, checkpointed)
+        held = self.beyond_pool(N, checkpointed)
         embedding = head * e + 3 * boundary - held  # by then the activations are gone
         step = 4 * self._narrow_elements - held  # float32 copies of the gradients
         generate = max(self._generation_bytes(), self._visiting) - held
@@ -246,7 +261,7 @@ class Planner:
 
     # ---- together ---------------------------------------------------------------------------------------------------------------
     def parts(self, tokens: int, checkpointed: bool) -> Parts:
-        return Parts(self.weights, self.reference, self.gradients, self.optimizer, self.kv_pool, self.activation_bytes(tokens, checkpointed),
+        return Parts(self.weights, self.reference, self.gradients, self.optimizer, self.kv_pool, self.beyond_pool(tokens, checkpointed),
                      self.workspace_bytes(tokens, checkpointed))
 
     def largest(self, memory: int, checkpointed: bool) -> int:
@@ -275,6 +290,27 @@ def plan(config: StageConfig, *, memory: int | None = None, cache: CacheConfig |
                 {c: planner.parts(tokens, c).peak for c in both}, {c: planner.largest(memory, c) for c in both})
 
 
+def cache_for(config: PPOConfig) -> CacheConfig:
+    """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory that is free now, before anything is loaded, but never more
+    than max_sequences sequences of the model's full length. On a CPU the default, since memory that is never written costs nothing.
+
+    Raises:
+        ConfigError: training leaves nothing, with the figures.
+    """
+    device = resolve_device(config.device)
+    if device.type != "cuda":
+        return CacheConfig()
+    free = torch.cuda.mem_get_info(device)[0]
+    planner = Planner(read_model_config(config.model), config, memory=free)
+    parts = planner.parts(config.tokens_per_microbatch, config.checkpoint_activations)
+    if parts.peak > free:
+        held, rest = format_bytes(parts.fixed - parts.kv_pool), format_bytes(parts.peak - parts.fixed + parts.kv_pool)
+        raise ConfigError(f"config: expected training to leave memory for the KV cache: of {format_bytes(free)} free on {device}, weights, reference, "
+                          f"gradients and optimizer take {held}, and a micro-batch of {config.tokens_per_microbatch} tokens {rest}; lower "
+                          "tokens_per_microbatch, or set checkpoint_activations or optim.state int8; fusedrl plan shows what would fit")
+    return CacheConfig(num_blocks=planner.num_blocks)
+
+
 def format_bytes(count: int) -> str:
     """In GiB, or MiB below a tenth of one."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
@@ -289,9 +325,10 @@ def print_plan(found: Plan) -> None:
     table = Table(title=f"{found.model}: {found.dtype} on {found.device}, {tokens:,} tokens a micro-batch", title_justify="left")
     table.add_column("memory")
     table.add_column("bytes", justify="right")
+    more = f"{', checkpointed' if found.checkpoint_activations else ''}{', beyond the cache' if parts.kv_pool else ''}"
     rows = {"weights": parts.weights, "reference and reward models": parts.reference, "gradients": parts.gradients,
             "optimizer: moments and float32 masters": parts.optimizer, "KV cache": parts.kv_pool,
-            f"activations of a micro-batch{', checkpointed' if found.checkpoint_activations else ''}": parts.activations,
+            f"activations of a micro-batch{more}": parts.activations,
             "workspace at the peak": parts.workspace}
     for name, count in rows.items():
         if count:

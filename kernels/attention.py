@@ -11,7 +11,8 @@ Bytes     q, k, v and o once each in C++, plus Hq floats a token for the backwar
 Numerics  softmax and sums in float32 at least. Nothing of a companion, NaN included, reaches a sequence; in C++ its bits do not depend on
           companions at all. Bitwise reproducible on CPU, forward and backward (every index is unique, so nothing is summed in an open order).
 On CUDA   flash-attn if it is installed, else torch.nn.attention.varlen, else the torch implementation: the first that serves the call. The first two
-          (attention_flash.py) have not run on a card in this project.
+          (attention_flash.py) have not run on a card in this project. Before its first call on a device each is tried against the reference
+          (attention_verify.py); one that is wrong is not used, and says why.
 Source    Vaswani et al. (2017), eq. 1; windows as in Mistral 7B (Jiang et al., 2023); softcaps as in Gemma 2 (Gemma Team, 2024).
 """
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrl.kernels import attention_flash, native
+from fusedrl.kernels import attention_flash, attention_verify, native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.paged_attention import paged_attention as paged_attention  # a second address
 
 _IMPLS = Implementations("varlen_attention", cpu=("cpp", "torch"), cuda=("flash_attn", "torch_varlen", "torch"))
@@ -144,7 +145,15 @@ if native.capability:
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
-_CALLS = {"torch": _varlen_torch, "flash_attn": attention_flash.flash_attn, "torch_varlen": attention_flash.torch_varlen}
+EXTERNAL: dict[str, attention_verify.Route] = {"flash_attn": attention_flash.flash_attn, "torch_varlen": attention_flash.torch_varlen}
+
+
+@torch.compiler.assume_constant_result  # while a call is being traced they are tried, too; the tracer takes a tuple, and no dictionary
+def faults(device: str) -> tuple[tuple[str, str], ...]:
+    """(name, why it is not used) of the attention of others that is installed, but was wrong or raised when it was tried on `device` ("cuda:0")."""
+    kind = torch.device(device).type
+    present = {name: route for name, route in EXTERNAL.items() if unavailable(name, "cuda" if kind == "cuda" else "cpu") is None}
+    return tuple(attention_verify.faults(device, present, varlen_attention_reference, frozenset({"flash_attn"})).items())
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_length: int, causal: bool = True, window: int | None = None,
@@ -169,7 +178,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
     N, Hq, D, Hkv, B1 = check(op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "v": (v, "N Hkv D"), "cu_seqlens": (cu_seqlens, "B+1")})
     if Hkv == 0 or Hq % Hkv or B1 < 1:
         raise ValueError(f"{op}: expected query heads in a multiple of the key/value heads and cu_seqlens [B+1], got Hq {Hq}, Hkv {Hkv}, B+1 {B1}")
-    refused = attention_flash.refused(q.dtype, D, Hq // Hkv, softcap)
+    refused = attention_flash.refused(q.dtype, D, Hq // Hkv, softcap) | dict(faults(str(q.device)))
     if q.dtype == torch.float64:
         refused["cpp"] = "it computes in float32"
     chosen = _IMPLS.choose(q.device, impl, refused)
@@ -191,4 +200,5 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
         return torch.ops.fusedrl.varlen_attention(q, k, v, cu_seqlens, causal, window or 0, scale, softcap or 0.0)
     if N == 0:
         return q + (k.sum() + v.sum())  # empty too, and a part of the graph
-    return _CALLS[chosen](q, k, v, cu_seqlens, max_length, causal, window, softcap, scale)
+    route = EXTERNAL.get(chosen, _varlen_torch)
+    return route(q, k, v, cu_seqlens, max_length, causal, window, softcap, scale)

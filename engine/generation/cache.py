@@ -18,7 +18,7 @@ class CacheConfig:
 
     At most one of num_blocks (blocks that sequences can hold), memory_bytes and memory_fraction (of the memory free on a CUDA device, of the host's memory on
     CPU) is given. By default the cache holds max_sequences sequences of the model's full length, within half of the free device memory or a quarter of
-    the host's. On CPU, memory that is never written costs nothing.
+    the host's. On CPU, memory that is never written costs nothing. What trains on a GPU sets aside what training needs first (`plan.cache_for`).
 
     block_size: tokens in a block. max_sequences: sequences that run at once. max_tokens_per_step: tokens of one step, decoded and prefilled together.
     """

@@ -202,6 +202,17 @@ class Generator:
         self.weights_version = weights_version
         self.scheduler.blocks.bump()
 
+    def vacate(self) -> tuple[Tensor, Tensor]:
+        """The pool's tensors, to be used for something else until the next call: no cached prefix will be found again.
+
+        Raises:
+            RuntimeError: completions in flight need what is in them.
+        """
+        if flying := sum(len(ticket.live) for ticket in self._tickets):
+            raise RuntimeError(f"the KV cache cannot be lent: {flying} completions are in flight; let their streams come to an end, or abort them")
+        self.scheduler.blocks.bump()
+        return self.cache.k, self.cache.v
+
     # ---- a step -----------------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def step(self) -> None:

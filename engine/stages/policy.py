@@ -29,9 +29,11 @@ from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.memory import give_back
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, make_optimizer
 from fusedrl.engine.packing import IGNORE, PackedBatch
+from fusedrl.engine.plan import cache_for
 from fusedrl.engine.reference import Reference, load_reference
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
@@ -71,7 +73,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     scored_first = needs == "critic" or kl_in_advantage or config.epochs * config.minibatches > 1
 
     torch.manual_seed(config.run.seed)
-    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=needs == "critic", strict=config.strict)
+    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=needs == "critic", strict=config.strict,
+                                        cache=cache_for(config))
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.kl.estimator == "full" and actor.decoder.config.logit_softcap:
         raise ConfigError("config: kl.estimator full reads logits that are not capped, and this model caps its own; use k2 or k3")
@@ -98,7 +101,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             with run.time("advantage"):
                 signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
                 batch = estimate(config, signals)
-            with run.time("train"):
+            with run.time("train"), actor.lend_cache():
                 metrics = experience.metrics | update(actor, reference, optimizer, batch, cuts, config, control, step, run)
             control.update(metrics, signals.totals)
             run.log(step, metrics)
@@ -192,6 +195,9 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             actor.mark_updated()
             meter.grad_norms.append(result.grad_norm)
             done += 1
+    freed = sum(p.grad.nbytes for p in actor.parameters() if p.grad is not None)
+    optimizer.zero_grad()
+    give_back(freed)  # the next rollout runs beside the weights, the optimizer's state and the cache alone
     return (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
 
 

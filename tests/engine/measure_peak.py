@@ -1,4 +1,5 @@
-"""One PPO step of a random model in a process of its own: the peak of its resident memory beside what `fusedrl plan` says. Used by test_plan.py.
+"""PPO steps of a random model in a process of its own: the peak of its resident memory beside what `fusedrl plan` says, and that of the last step's rollout,
+which follows training. Used by test_plan.py.
 
 usage: measure_peak.py '{"sizes": {...config.json...}, "tokens": 512, "checkpointed": false}'
 """
@@ -29,8 +30,14 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps: int) -> None:
-    """Rollout, score, update; two micro-batches a minibatch. Rewards are random, as nothing here depends on them."""
+def forget_peak() -> None:
+    """VmHWM starts again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps: int) -> tuple[int, int]:
+    """Rollout, score, update; two micro-batches a minibatch. Rewards are random, as nothing here depends on them. Returns two peaks: of everything, and of
+    the last rollout."""
     torch.manual_seed(0)
     model = model_config(sizes)
     actor = HybridActor(Decoder.random(model, 0), value_head=ValueHead(model.hidden_size), cache=cache)
@@ -39,15 +46,21 @@ def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps:
     optimizer = make_optimizer(actor.named_parameters(), lr=1e-5)
     half = config.generation.max_new_tokens
     prompts = [torch.randint(3, model.vocab_size, (half,)).tolist() for _ in range(config.prompts_per_step)]
+    peak = rollout = 0
     for number in range(steps):
+        peak = max(peak, resident("VmHWM"))
+        forget_peak()
         outs = actor.generate(prompts, SamplingParams(max_new_tokens=half, seed=number))
+        rollout = resident("VmHWM")
         batch = PackedBatch.from_completions(prompts, outs)
         cuts = policy._cuts(batch, config, number, 0)
         batch = policy.score(actor, reference, batch, cuts, 1.0)
         noise = torch.randn(2, batch.num_tokens)
         run = cast(Any, SimpleNamespace(check_update=lambda result: None))
         batch = batch.with_columns(advantages=noise[0], returns=noise[1], scores=torch.zeros(batch.num_sequences))
-        policy.update(actor, reference, optimizer, batch, cuts, config, Control(config), number, run)
+        with actor.lend_cache():
+            policy.update(actor, reference, optimizer, batch, cuts, config, Control(config), number, run)
+    return max(peak, resident("VmHWM")), rollout
 
 
 def main() -> None:
@@ -62,8 +75,9 @@ def main() -> None:
     tiny = asked["sizes"] | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     step(tiny, replace(config, tokens_per_microbatch=64), cache, 1)  # libraries load, threads start
     before = resident("VmRSS")
-    step(asked["sizes"], config, cache, 2)
-    print(json.dumps({"measured": resident("VmHWM") - before, "planned": found.parts.peak, "before": before, "weights": found.parts.weights,
+    forget_peak()
+    peak, rollout = step(asked["sizes"], config, cache, 2)
+    print(json.dumps({"measured": peak - before, "rollout": rollout - before, "planned": found.parts.peak, "before": before, "weights": found.parts.weights,
                       "parts": vars(found.parts)}))
 
 

@@ -13,12 +13,12 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch
 from fusedrl.engine.cli import main
 from fusedrl.engine.config import LoRAConfig, OptimConfig, PolicyConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError
-from fusedrl.engine.generation.cache import KVCache
+from fusedrl.engine.generation.cache import KVCache, block_bytes
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, ValueHead
 from fusedrl.engine.optim import make_optimizer
-from fusedrl.engine.plan import Planner, parse_memory, plan
+from fusedrl.engine.plan import Planner, cache_for, parse_memory, plan
 from fusedrl.kernels import native
 
 needs_kernels = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
@@ -189,7 +189,7 @@ MEDIUM = {"model_type": "llama", "vocab_size": 2000, "hidden_size": 192, "interm
 def test_the_peak_is_what_the_allocator_sees(stage, dtype, shape):
     """Of a later micro-batch and the optimizer's step, beside weights, gradients and moments."""
     sizes = MEDIUM | shape
-    model, planned = model_of(sizes, stage, dtype), planner(sizes, stage, dtype)
+    model, planned = model_of(sizes, stage, dtype), planner(sizes, stage, dtype, cache=CacheConfig(num_blocks=1))  # which holds next to nothing
     optimizer = make_optimizer(model.named_parameters(), lr=1e-3)
 
     def microbatch(packed):
@@ -256,10 +256,32 @@ def test_a_gpu_that_is_elsewhere(tmp_path, capsys):
     assert main([*asked, "--memory", "80GiB", "--output-json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["dtype"] == "bfloat16"
-    free = (80 << 30) - told["bytes"]["weights"] - told["bytes"]["reference"]
-    assert told["bytes"]["kv_pool"] == pytest.approx(free / 2, rel=1e-4), "half of what is free when the first rollout asks"
+    left = (80 << 30) - sum(told["bytes"][name] for name in ("weights", "reference", "gradients", "optimizer", "workspace"))
+    assert told["bytes"]["kv_pool"] == pytest.approx(0.9 * left, rel=1e-4), "what training leaves"
+    assert told["bytes"]["activations"] == 0, "they lie in it"
     assert main(asked) == 3
     assert main([*asked[:-1], "gpu", "--memory", "80GiB"]) == 2
+
+
+def test_the_cache_of_a_run_is_what_training_leaves(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM | {"max_position_embeddings": 1 << 20}))
+    config = PPOConfig(str(tmp_path), "d", ("r.py:r",), device="cuda:3", tokens_per_microbatch=2048)
+    assert cache_for(replace(config, device="cpu")) == CacheConfig()
+    for free in (2 << 30, 80 << 30):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 96 << 30))
+        found = plan(config, memory=free)
+        assert found.fits
+        assert found.parts.peak <= free
+        decoder = Decoder(model_config(MEDIUM), dtype=torch.bfloat16, device="meta")
+        assert (cache_for(config).num_blocks + 1) * block_bytes(decoder.weights(), 16) == found.parts.kv_pool
+        assert found.parts.kv_pool > 0.5 * free
+    small = plan(replace(config, model=str(tmp_path)), memory=80 << 30, cache=CacheConfig(memory_fraction=0.25))
+    assert small.parts.kv_pool == pytest.approx((80 << 30) / 4, rel=0.01)
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM))  # 256 positions
+    assert cache_for(config).num_blocks == 256 * 256 // 16, "never more than max_sequences of full length"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 << 20, 96 << 30))
+    with pytest.raises(ConfigError, match=r"of 30.00 MiB free on cuda:3, .* take [\d.]+ MiB, and a micro-batch of 2048 tokens .* lower tokens_per_microbatch"):
+        cache_for(config)
 
 
 def test_the_options_of_a_run_are_the_plans(tmp_path, capsys):
@@ -310,3 +332,5 @@ def test_a_process_with_a_model_of_a_gibibyte_peaks_where_the_plan_says(checkpoi
     told = json.loads(found.stdout.splitlines()[-1])
     assert told["weights"] > 1 << 30
     assert told["planned"] == pytest.approx(told["measured"], rel=0.1), told
+    kept = sum(told["parts"][name] for name in ("weights", "reference", "optimizer", "kv_pool"))
+    assert told["rollout"] <= 1.05 * kept, "a rollout after training: what training freed was given back"

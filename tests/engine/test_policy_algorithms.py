@@ -75,7 +75,7 @@ def test_every_algorithm_trains(make, algorithm):
 
 def test_nothing_is_loaded_or_scored_that_is_not_needed(make, monkeypatch):
     loaded, scored = [], []
-    monkeypatch.setattr(policy, "load_reference", lambda config, load=policy.load_reference: (loaded.append(1), load(config))[1])
+    monkeypatch.setattr(policy, "load_reference", lambda *args, load=policy.load_reference: (loaded.append(1), load(*args))[1])
     monkeypatch.setattr(HybridActor, "score", lambda self, *a, score=HybridActor.score, **k: (scored.append(1), score(self, *a, **k))[1])
     for name, kwargs, expected in (
             ("free", dict(kl=KLConfig(coef=0.0)), (0, 0)),  # the training forward is the scorer

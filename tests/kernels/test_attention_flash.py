@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from fusedrl.kernels import attention, attention_flash, dispatch
+from fusedrl.kernels import attention, attention_flash, attention_verify, dispatch
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -51,6 +51,7 @@ def routes(monkeypatch):
     monkeypatch.setattr(attention_flash, "_flash_attn", flash_attn_varlen_func)
     monkeypatch.setattr(attention_flash, "_torch_varlen", varlen_attn)
     monkeypatch.setattr(attention_flash, "_torch_knows", frozenset(inspect.signature(varlen_attn).parameters))
+    monkeypatch.setattr(attention_verify, "_found", {(name, "cpu"): None for name in ("flash_attn", "torch_varlen")})  # test_attention_verify.py is about that
     for name in ("flash_attn", "torch_varlen"):
         for device in ("cpu", "cuda"):
             monkeypatch.setitem(dispatch._WHY_NOT, (name, device), None)
