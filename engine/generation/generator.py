@@ -27,7 +27,7 @@ from fusedrl.engine.generation.scheduler import Sequence as Running
 from fusedrl.engine.generation.state import DecodeState, Tokens, advance
 from fusedrl.engine.model.decoder import Decoder
 
-_WINDOW = {"cuda": 8, "cpu": 8}  # steps between two looks of the host
+_WINDOW = {"cuda": 8, "cpu": 32}  # steps between two looks of the host
 _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class Generator:
         if state is not None and state.slots is drew and ("suppress_ids" in state.columns) == self._table.suppresses(drew, length):
             return state
         columns, numbers = self._table.arguments(drew, fixed=captured)
-        columns |= {"token_ids": slots.tokens[drew, length - 1], "positions": length - 1, "rows": drew, "limits": slots.limit[drew],
+        columns |= {"token_ids": slots.tokens[drew, length - 1], "positions": length - 1, "rows": drew, "last_positions": slots.limit[drew] - 2,
                     "finished": np.zeros(len(drew), dtype=bool), "keys": self._table.keys(drew, length), "stops": self._table.stops(drew),
                     **self._table.suppressed(drew, length), **self._table.biases(drew)}
         if self._graphs is None or not captured:

@@ -45,8 +45,9 @@ def pad(columns: dict[str, np.ndarray], rows: int, null_row: int) -> dict[str, n
     """The columns of a `DecodeState` with rows behind them that have ended, at the null block."""
     out = {}
     for name, column in columns.items():
-        out[name] = np.full((rows, *column.shape[1:]), null_row if name == "rows" else _PADDING.get(name, 0), dtype=column.dtype)
-        out[name][: len(column)] = column
+        shape = (len(column), rows) if name == "stops" else (rows, *column.shape[1:])
+        out[name] = np.full(shape, null_row if name == "rows" else _PADDING.get(name, 0), dtype=column.dtype)
+        out[name][tuple(map(slice, column.shape))] = column
     return out
 
 

@@ -109,8 +109,8 @@ class SamplingTable:
         for name, column in self._numbers.items():
             column[slot] = getattr(params, name)
         self._keys[slot] = (params.seed, request_id, sample, 0)
-        if len(stop_ids) > self._stops.shape[1]:
-            self._stops = np.pad(self._stops, ((0, 0), (0, len(stop_ids) - self._stops.shape[1])), constant_values=-1)
+        if len(stop_ids) >= self._stops.shape[1]:
+            self._stops = np.pad(self._stops, ((0, 0), (0, len(stop_ids) + 1 - self._stops.shape[1])), constant_values=-1)
         self._stops[slot] = -1
         self._stops[slot, : len(stop_ids)] = sorted(stop_ids)
         self._first_stop[slot] = num_prompt + params.min_new_tokens
@@ -137,8 +137,8 @@ class SamplingTable:
         return keys
 
     def stops(self, slots: np.ndarray) -> np.ndarray:
-        """[R, W] int64: the tokens that end each; -1 is no token."""
-        return self._stops[slots]
+        """[W, R] int64: the tokens that end each; at least one is -1, which is no token."""
+        return np.ascontiguousarray(self._stops[slots].T)
 
     def suppresses(self, slots: np.ndarray, lengths: np.ndarray) -> bool:
         """Whether some token of one of these may not be drawn: it is banned, or would end a completion too early."""

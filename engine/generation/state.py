@@ -38,17 +38,22 @@ class Tokens(NamedTuple):
 class DecodeState:
     """The columns of R rows, and a ring of K steps.
 
-    columns: "token_ids", "positions", "rows" (of the block table), "keys" [R, 4] and "limits" (tokens at the most): int64; "stops" [R, W] (-1 is no token);
-    "finished": bool. Only where some row has any: the sampler's `ARGUMENTS` as float64, "suppress_ids" and "suppress_until" [R, W] (the length from which on
-    the id may be drawn), "bias_ids" and "bias_values" [R, W] (a repeated id adds 0). Where an id of a row repeats, so does its length.
+    columns: "token_ids", "positions" (both of the newest token), "rows" (of the block table), "last_positions" (where the last token but one may be) and
+    "keys" [R, 4]: int64; "stops" [W, R]: tokens that end a row, with -1, which a row of NaN draws, among them; "finished": bool. Only where some row has any:
+    `ARGUMENTS` of the sampler as float64, "suppress_ids" and "suppress_until" [R, W] (the length from which on the id may be drawn; where an id repeats, so
+    does its length), "bias_ids" and "bias_values" [R, W] (a repeated id adds 0).
     numbers: the sampler's other arguments. slots: whose rows they are, for the host.
     """
 
     def __init__(self, columns: dict[str, np.ndarray], numbers: dict[str, float], window: int, device: torch.device, slots: np.ndarray | None = None) -> None:
         self.columns = {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
-        self.numbers, self.slots = numbers, slots
-        self._key_positions = self.columns["keys"][:, 3]  # of the token to draw
+        self.slots = slots
         R = len(self.columns["token_ids"])
+        counters_5R = torch.empty(5, R, dtype=torch.int64, device=device)  # keys, and positions: what moves lies so that one addition moves it
+        counters_5R[:4], counters_5R[4] = self.columns["keys"].T, self.columns["positions"]
+        self.columns["keys"], self.columns["positions"], self._moving_2R = counters_5R[:4].T, counters_5R[4], counters_5R[3:]
+        self.tokens = Tokens(self.columns["token_ids"], self.columns["positions"], self.columns["rows"])
+        self.arguments: dict[str, Any] = {name: self.columns[name] if name in columns else numbers[name] for name in ARGUMENTS}
         self.tokens_KR = torch.empty(window, R, dtype=torch.int64, device=device)
         self.logp_KR = torch.empty(window, R, dtype=torch.float32, device=device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
@@ -58,10 +63,6 @@ class DecodeState:
         for name, column in columns.items():
             self.columns[name].copy_(torch.from_numpy(column))
         self.slots = slots
-
-    def tokens(self) -> Tokens:
-        """The newest token of every row."""
-        return Tokens(self.columns["token_ids"], self.columns["positions"], self.columns["rows"])
 
     def suppressed(self, vocab_size: int) -> Tensor | None:
         """[R, V] bool: what may not be drawn now."""
@@ -74,23 +75,20 @@ class DecodeState:
     def record(self, token_ids_R: Tensor, logp_R: Tensor) -> None:
         """The rows drew these."""
         c = self.columns
-        finished_R, positions_R = c["finished"], c["positions"]
+        finished_R = c["finished"]
         self.tokens_KR.index_copy_(0, self.cursor, token_ids_R[None])
         self.logp_KR.index_copy_(0, self.cursor, logp_R.to(torch.float32)[None])
         self.cursor += 1
-        finished_R |= (token_ids_R[:, None] == c["stops"]).any(1)
-        finished_R |= positions_R + 2 >= c["limits"]
-        finished_R |= token_ids_R < 0  # NaN in the logits: the host will see it in the ring
+        finished_R |= (token_ids_R == c["stops"]).any(0)
+        finished_R |= c["positions"] >= c["last_positions"]
         torch.where(finished_R, c["token_ids"], token_ids_R, out=c["token_ids"])
-        moves_R = ~finished_R
-        positions_R += moves_R
-        self._key_positions += moves_R
+        self._moving_2R += ~finished_R
 
 
 def advance(weights: DecoderWeights, state: DecodeState | None, block_table_BM: Tensor, cache: KVCache, strict: bool, tokens: Tokens | None = None) -> None:
     """One step of the rows of `state` (None: no row draws); of `tokens`, where the step computes others beside theirs."""
     if tokens is None and state is not None:
-        tokens = state.tokens()
+        tokens = state.tokens
     if tokens is None:
         return
     token_ids_N, positions_N, rows_N, out_slots_R, copies = tokens
@@ -107,15 +105,14 @@ def advance(weights: DecoderWeights, state: DecodeState | None, block_table_BM: 
 def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
     """A draw, from the biased logits where there is a bias; the log-probability and the entropy are the model's own. `strict`: with the scorer's bits."""
     c = state.columns
-    arguments: dict[str, Any] = {name: c[name] if name in c else state.numbers[name] for name in ARGUMENTS}
     suppress_RV = state.suppressed(logits_RV.shape[1])
     biased_RV = logits_RV
     if "bias_ids" in c:
         biased_RV = logits_RV.scatter_add(1, c["bias_ids"], c["bias_values"].to(logits_RV.dtype))
-    sampled = sample(biased_RV, **arguments, keys=c["keys"], suppress=suppress_RV)
+    sampled = sample(biased_RV, **state.arguments, keys=c["keys"], suppress=suppress_RV)
     if not strict and biased_RV is logits_RV:
         return sampled
-    T, token_ids_R = arguments["temperature"], sampled.token_ids.clamp(min=0)  # -1: a row with NaN, which the host sees
+    T, token_ids_R = state.arguments["temperature"], sampled.token_ids.clamp(min=0)  # -1: a row with NaN, which the host sees
     T = torch.where(T > 0, T, 1.0).float() if isinstance(T, Tensor) else T or 1.0
     if strict:
         logp_R, entropy_R = strict_row_logprob(logits_RV, token_ids_R, T)

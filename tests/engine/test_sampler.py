@@ -3,9 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-
-
 from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
+
 
 @pytest.mark.parametrize(
     "field,value,error,message",
