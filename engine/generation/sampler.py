@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import TypeGuard, cast
 
 import numpy as np
+
 _INT64 = 2**63
 _NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0}  # of these values a sampler keeps all
 
@@ -162,7 +163,7 @@ class SamplingTable:
         return {"suppress_ids": ids, "suppress_until": until}
 
     def biases(self, slots: np.ndarray) -> dict[str, np.ndarray]:
-        """"bias_ids" [R, W] int64 and "bias_values" [R, W] float32, to add to the logits; nothing where there is none. Rows are filled up with zeros for id 0."""
+        """"bias_ids" [R, W] int64 and "bias_values" [R, W] float32, to add to the logits; nothing where there is none. Rows are filled up by 0 for id 0."""
         if not self._biased[slots].any():
             return {}
         rows = [self._bias[slot] for slot in slots.tolist()]
@@ -177,7 +178,7 @@ class SamplingTable:
 def _padded(rows: Sequence[Sequence[float]], fill: int, dtype: type) -> np.ndarray:
     """[R, W] with W the longest row's length, rounded up to a power of two so that few widths occur; [R, 0] where all rows are empty."""
     longest = max(map(len, rows))
-    out = np.full((len(rows), 1 << (longest - 1).bit_length() if longest else 0), fill, dtype=dtype)
+    out: np.ndarray = np.full((len(rows), 1 << (longest - 1).bit_length() if longest else 0), fill, dtype=dtype)
     for row, values in zip(out, rows, strict=True):
         row[: len(values)] = values
     return out
