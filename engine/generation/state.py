@@ -46,12 +46,13 @@ class DecodeState:
     """
 
     def __init__(self, columns: dict[str, np.ndarray], numbers: dict[str, float], window: int, device: torch.device, slots: np.ndarray | None = None) -> None:
-        self.columns = {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
+        # What moves lies so that one addition moves it: the positions of the keys, and of the newest tokens.
+        counters_5R = torch.from_numpy(np.vstack([columns["keys"].T, columns["positions"]])).to(device)
+        self._moving_2R = counters_5R[3:]
+        self.columns = {name: torch.from_numpy(column).to(device) for name, column in columns.items() if name not in ("keys", "positions")}
+        self.columns |= {"keys": counters_5R[:4].T, "positions": counters_5R[4]}
         self.slots = slots
         R = len(self.columns["token_ids"])
-        counters_5R = torch.empty(5, R, dtype=torch.int64, device=device)  # keys, and positions: what moves lies so that one addition moves it
-        counters_5R[:4], counters_5R[4] = self.columns["keys"].T, self.columns["positions"]
-        self.columns["keys"], self.columns["positions"], self._moving_2R = counters_5R[:4].T, counters_5R[4], counters_5R[3:]
         self.tokens = Tokens(self.columns["token_ids"], self.columns["positions"], self.columns["rows"])
         self.arguments: dict[str, Any] = {name: self.columns[name] if name in columns else numbers[name] for name in ARGUMENTS}
         self.tokens_KR = torch.empty(window, R, dtype=torch.int64, device=device)
