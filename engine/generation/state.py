@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusedrl.engine.generation.cache import KVCache
 from fusedrl.engine.model.strict import strict_logits, strict_row_logprob
+from fusedrl.kernels.advance_rows import advance_rows_
 from fusedrl.kernels.decode_step import DecoderWeights, copy_blocks, decode_step
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.sampling import Sampled, sample
@@ -47,7 +48,7 @@ class DecodeState:
 
     def __init__(self, columns: dict[str, np.ndarray], numbers: dict[str, float], window: int, device: torch.device, slots: np.ndarray | None = None) -> None:
         # What moves lies so that one addition moves it: the positions of the keys, and of the newest tokens.
-        counters_5R = torch.from_numpy(np.vstack([columns["keys"].T, columns["positions"]])).to(device)
+        counters_5R = torch.from_numpy(np.ascontiguousarray(np.vstack([columns["keys"].T, columns["positions"]]))).to(device)
         self._moving_2R = counters_5R[3:]
         self.columns = {name: torch.from_numpy(column).to(device) for name, column in columns.items() if name not in ("keys", "positions")}
         self.columns |= {"keys": counters_5R[:4].T, "positions": counters_5R[4]}
@@ -76,14 +77,8 @@ class DecodeState:
     def record(self, token_ids_R: Tensor, logp_R: Tensor) -> None:
         """The rows drew these."""
         c = self.columns
-        finished_R = c["finished"]
-        self.tokens_KR.index_copy_(0, self.cursor, token_ids_R[None])
-        self.logp_KR.index_copy_(0, self.cursor, logp_R.to(torch.float32)[None])
-        self.cursor += 1
-        finished_R |= (token_ids_R == c["stops"]).any(0)
-        finished_R |= c["positions"] >= c["last_positions"]
-        torch.where(finished_R, c["token_ids"], token_ids_R, out=c["token_ids"])
-        self._moving_2R += ~finished_R
+        advance_rows_(token_ids_R, logp_R.to(torch.float32), c["stops"], c["last_positions"], c["token_ids"], self._moving_2R, c["finished"], self.tokens_KR,
+                      self.logp_KR, self.cursor)
 
 
 def advance(weights: DecoderWeights, state: DecodeState | None, block_table_BM: Tensor, cache: KVCache, strict: bool, tokens: Tokens | None = None) -> None:
