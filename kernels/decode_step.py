@@ -13,8 +13,9 @@ Shapes    N tokens, R of them read out, B rows of the block table, M blocks a ro
           Hkv key/value heads, S positions a block. k_cache [L, blocks, Hkv, D, S] holds K transposed inside a block, so that the scores of a
           block are vector loads over its positions; v_cache [L, blocks, Hkv, S, D].
 Bytes     the weights once, and 2 L Hkv D s bytes a cached position a row: decoding reads, it does not compute.
-Triton    composed of the ops of this package: rms_norm, rope, paged_attention, swiglu, and torch's matrix products and cache writes between them. Every
-          token of a prompt walks the cached positions before it on its own; no row is gathered. Not run on a card in this project.
+Triton    composed of the ops of this package: rms_norm, rope_and_cache, paged_attention, swiglu, and torch's matrix products between them; a family
+          that turns q and k in part, not at all, or norms all their heads together has rope or nothing, and torch's cache write. Every token of a
+          prompt walks the cached positions before it on its own; no row is gathered. Not run on a card in this project.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the weights' dtype; the RMSNorm rounds before it
           multiplies by its weight (with an offset, after), as transformers' does. A slot that was not written, or a block of no row, is never read
           into a result.
@@ -32,6 +33,7 @@ from torch import Tensor
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.kv_cache import rope_and_cache
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
 from fusedrl.kernels.rms_norm import rms_norm, rms_norm_reference
 from fusedrl.kernels.rope import rope, rope_reference
@@ -223,6 +225,7 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
     angles = _angles(weights, positions_N, torch.float32)
     blocks_NM, lens_N = block_table_BM[rows_N], positions_N + 1
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
+    slots_N = written[0] * v_cache.shape[3] + written[1]
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return rms_norm(x, weight, eps=eps, offset=options.norm_offset, impl=impl) if bias is None else F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -236,16 +239,26 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rope(q, k, cos, sin, impl=impl)
 
-    delta_NH, stream_NH = _embed(weights, token_ids_N, positions_N), None  # what the layer before adds, and what it adds it to
-    for index, (layer, keys, values) in enumerate(zip(weights.layers, k_cache, v_cache, strict=True)):
-        h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.input_norm, layer.input_norm_bias)
-        qkv = _project(weights, index, 0, h_NH, layer.qkv, layer.qkv_bias).unflatten(1, (heads + 2 * kv_heads, weights.head_dim))
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    def turn_and_cache(layer: LayerWeights, qkv_NC: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The queries, with norm and rotation; k and v go into the layer's caches."""
+        D = weights.head_dim
+        norms = (layer.q_norm, layer.k_norm)
+        plain = all(weight is None or (weight.shape[0] == D and not options.norm_offset) for weight in norms)  # of each head, by the weight alone
+        if layer.rope >= 0 and 2 * weights.inv_freq.shape[-1] == D and plain:
+            return rope_and_cache(qkv_NC, *angles[layer.rope], keys, values, slots_N, num_heads=heads, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps,
+                                  impl=impl)
+        q, k, v = qkv_NC.unflatten(1, (heads + 2 * kv_heads, D)).split((heads, kv_heads, kv_heads), dim=1)
         q = q if layer.q_norm is None else head_norm(q, layer.q_norm, norm)
         k = k if layer.k_norm is None else head_norm(k, layer.k_norm, norm)
         if layer.rope >= 0:
             q, k = partial_rope(q, k, *angles[layer.rope], turn)
         _write(k, v, written, keys, values)
+        return q
+
+    delta_NH, stream_NH = _embed(weights, token_ids_N, positions_N), None  # what the layer before adds, and what it adds it to
+    for index, (layer, keys, values) in enumerate(zip(weights.layers, k_cache, v_cache, strict=True)):
+        h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.input_norm, layer.input_norm_bias)
+        q = turn_and_cache(layer, _project(weights, index, 0, h_NH, layer.qkv, layer.qkv_bias), keys, values)
         o = paged_attention(q, keys, values, blocks_NM, lens_N, window=layer.window or None, softcap=options.attention_softcap,
                             scale=options.attention_scale, impl=impl)
         delta_NH = _project(weights, index, 1, o.flatten(1), layer.o, layer.o_bias)

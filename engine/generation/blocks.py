@@ -95,6 +95,14 @@ class BlockManager:
         blocks.extend(self._take() for _ in range(fresh))
         return True
 
+    def shrink(self, sequence: int, num_tokens: int) -> None:
+        """Make the table of `sequence` hold no more than `num_tokens` tokens need: take back what `grow` gave ahead of them."""
+        table, keep = self._table(sequence), self.blocks_for(num_tokens)
+        if keep < table.cached:
+            raise ValueError(f"BlockManager: cannot shrink sequence {sequence} to {num_tokens} tokens; its first {table.cached} blocks are cached")
+        self._give_up(table.blocks[keep:])
+        del table.blocks[keep:]
+
     def fork(self, parent: int, child: int, num_tokens: int) -> list[tuple[int, int]] | None:
         """Give `child` the first `num_tokens` tokens of `parent`: full blocks are shared, a partial last one is the child's own.
 
@@ -137,15 +145,7 @@ class BlockManager:
         """Give up the table of `sequence`. Cached blocks stay findable until they are evicted, the ends of prefixes first."""
         blocks = self._table(sequence).blocks
         del self._tables[sequence]
-        for block in reversed(blocks):
-            self._references[block] -= 1
-            if self._references[block]:
-                continue
-            self._free[block] = None
-            key = self._keys[block]
-            if key is None or key[0] != self.version:
-                self._forget(block)
-                self._free.move_to_end(block, last=False)
+        self._give_up(blocks)
 
     def bump(self) -> None:
         """The weights changed: nothing cached so far will be found again. Of what nobody uses, what was cached last is issued first: its memory is warm."""
@@ -172,6 +172,18 @@ class BlockManager:
             hits.append(found[0])
             serial = found[1]
         return hits, serial
+
+    def _give_up(self, blocks: list[int]) -> None:
+        """One owner less of each."""
+        for block in reversed(blocks):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            self._free[block] = None
+            key = self._keys[block]
+            if key is None or key[0] != self.version:
+                self._forget(block)
+                self._free.move_to_end(block, last=False)
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)

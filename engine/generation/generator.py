@@ -1,7 +1,9 @@
-"""Generator: prompts in, completions out, through the paged cache. `step` reads schedule -> run -> sample -> hand out.
+"""Generator: prompts in, completions out, through the paged cache. `step` reads schedule -> run -> look -> hand out.
 
-Shapes    N tokens of a step, R sequences that draw one, V vocabulary.
-While the same sequences decode on, a step's inputs are the tensors of the step before, advanced on the device; the host reads the drawn tokens to see who ends.
+Shapes    N tokens of a step, R sequences that draw one, K steps of a window.
+While the same sequences decode on, their state stays on the device and is advanced there (state.py): a window of steps runs before the host looks at what was
+drawn and sees who ended. What a sequence would have drawn behind its end is cut off, so a window's length changes no completion. On a CPU looking costs
+nothing: there a window ends with the first sequence that does.
 """
 from __future__ import annotations
 
@@ -13,21 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrl.engine.data.tokenize import encode_prompt
 from fusedrl.engine.generation.blocks import BlockManager
 from fusedrl.engine.generation.cache import CacheConfig, KVCache
+from fusedrl.engine.generation.graphs import CudaCapture, StepGraphs, addresses, pad, padded_blocks, padded_rows
 from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
 from fusedrl.engine.generation.scheduler import Plan, Scheduler
 from fusedrl.engine.generation.scheduler import Sequence as Running
+from fusedrl.engine.generation.state import DecodeState, Tokens, advance
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.strict import strict_logits, strict_row_logprob
-from fusedrl.kernels.decode_step import copy_blocks, decode_step
-from fusedrl.kernels.logprob import logprob
-from fusedrl.kernels.sampling import Sampled, sample
 
+_WINDOW = {"cuda": 8, "cpu": 32}  # steps between two looks of the host
 _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
 
 @dataclass(frozen=True)
@@ -85,29 +85,16 @@ class _Request:
     before: Completion | None  # what it continues
 
 
-@dataclass(eq=False, slots=True)
-class _Inputs:
-    """The tensors of a step in which every sequence draws; the next such step of the same sequences advances them in place."""
-
-    slots: np.ndarray
-    token_ids: Tensor
-    positions: Tensor
-    rows: Tensor
-    keys: Tensor
-    arguments: dict[str, Any]
-    bias: tuple[Tensor, Tensor] | None
-    early: bool = True  # some sequence may be too short to end
-    suppress: Tensor | None = None
-
-
 class Generator:
     """Continuous batching over one decoder's live weights. Not for use from several threads.
 
     `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions arrive in the ticket's `finished`.
+
+    window: steps between two looks of the host; by default what suits the device. graphs: the captured steps; by default those of CUDA, and none on a CPU.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Any = None, config: CacheConfig | None = None, *, weights_version: int = 0,
-                 strict: bool = False) -> None:
+                 strict: bool = False, window: int | None = None, graphs: StepGraphs | None = None) -> None:
         config = config or CacheConfig()
         self.decoder, self.tokenizer, self.weights_version, self._strict = decoder, tokenizer, weights_version, strict
         self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions)
@@ -117,7 +104,11 @@ class Generator:
         self._eos_ids = frozenset(decoder.config.eos_token_ids) | (frozenset() if eos is None else {eos})
         self._tickets: list[Ticket] = []
         self._next_id = 0
-        self._inputs: _Inputs | None = None
+        device = self.cache.k.device
+        self._window = window or _WINDOW[device.type]
+        self._looks = device.type == "cpu" and graphs is None  # after every step, whether some sequence has ended
+        self._graphs = StepGraphs(CudaCapture(device)) if graphs is None and device.type == "cuda" else graphs
+        self._state: DecodeState | None = None
         self._adapted = decoder.adapter_enabled
         self._block_table: Tensor | None = None  # the device's copy
 
@@ -216,7 +207,7 @@ class Generator:
     # ---- a step -----------------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def step(self) -> None:
-        """Compute one token of every decoding sequence and what fits of the prefills beside them.
+        """Compute a token of every decoding sequence and what fits of the prefills beside them; where nothing prefills, up to a window of tokens.
 
         Raises:
             RuntimeError: no progress, or NaN in the logits; like any error on the way, it ends everything in flight as "aborted".
@@ -225,48 +216,64 @@ class Generator:
             self._adapted = self.decoder.adapter_enabled
             self.scheduler.blocks.bump()
         try:
-            plan = self.scheduler.schedule()
-            sampled = self._run(plan)
-            tokens, logp = (t.cpu().numpy() for t in (sampled.token_ids, sampled.logp)) if sampled is not None else (None, None)
-            if tokens is not None and (tokens < 0).any():
+            watched = self._table.watched[self.scheduler.decoding].any()  # a stop string is found by the host
+            plan = self.scheduler.schedule(1 if watched else self._window)
+            drawn = self._run(plan)
+            if drawn is not None and (drawn[0] < 0).any():
                 raise RuntimeError("Generator: the logits of a sequence hold NaN or infinity; look at the weights (a non-finite update?)")
         except BaseException:
             self.scheduler.blocks.bump()  # blocks of the step that failed may be half written
-            self._inputs = None
+            self._state = None
             self.abort()
             raise
         self.scheduler.complete(plan)
-        if tokens is not None and logp is not None:
-            self._advance(plan.sampled, tokens, logp)
+        if drawn is not None:
+            self._take(plan.sampled, *drawn)
 
-    def _run(self, plan: Plan) -> Sampled | None:
-        """The model on the tokens of the plan, then the sampler on the rows that draw."""
-        slots, weights = self.scheduler.slots, self.decoder.weights()
-        inputs = self._inputs
-        if inputs is not None and inputs.slots is plan.sampled and not plan.chunks:  # the sequences of the step before, which drew for all of them
-            inputs.positions += 1
-            inputs.keys[:, 3] += 1
-            out_slots = None
-        else:
-            inputs, out_slots = self._gather(plan, weights.embedding.device)
-        hidden_RH = decode_step(weights, inputs.token_ids, inputs.positions, inputs.rows, self._device_table(), self.cache.k, self.cache.v, out_slots)
-        if plan.copies:
-            copy_blocks(self.cache.k, self.cache.v, plan.copies)
-        if not len(plan.sampled):
+    def _run(self, plan: Plan) -> tuple[np.ndarray, np.ndarray] | None:
+        """The steps of the plan, on the device. What was drawn: tokens and log-probabilities, [K, R]; None where no sequence draws."""
+        weights, cache, drew = self.decoder.weights(), self.cache, plan.sampled
+        if not len(drew) and not plan.chunks:
             return None
-        logits_RV = (strict_logits if self._strict else _logits)(hidden_RH, weights.head, weights.options.logit_softcap)
-        if inputs.early:  # later the tokens that may not be drawn stay the same
-            early = self._table.early(plan.sampled, slots.length[plan.sampled])
-            inputs.suppress = self._table.suppress(plan.sampled, early, logits_RV.shape[1], logits_RV.device)
-            inputs.early = bool(early.size)
-        sampled = _sample(logits_RV, inputs, self._strict)
-        inputs.token_ids = sampled.token_ids
-        self._inputs = inputs if not plan.chunks else None
-        return sampled
+        captured = self._graphs is not None and not plan.chunks and padded_rows(len(drew)) is not None
+        table_BM = self._device_table()
+        tokens = self._tokens(plan) if plan.chunks else None
+        state = self._rows_of(drew, captured) if len(drew) else None
 
-    def _gather(self, plan: Plan, device: torch.device) -> tuple[_Inputs, Tensor | None]:
-        """The inputs of a step from the host's arrays, and which of its tokens draw (None: all)."""
-        slots, decode = self.scheduler.slots, plan.decode
+        def step() -> None:
+            advance(weights, state, table_BM, cache, self._strict, tokens)
+
+        if state is None:
+            step()
+            return None
+        run = step
+        if self._graphs is not None and captured:
+            run = self._graphs.replay(step, state, table_BM.shape[1], addresses(weights, cache.k, cache.v, table_BM))
+        state.cursor.zero_()
+        done = 0
+        while done < plan.steps and not (done and self._looks and bool(state.columns["finished"].any())):
+            run()
+            done += 1
+        self._state = state if captured or self._graphs is None else None
+        return state.tokens_KR[:done, : len(drew)].cpu().numpy(), state.logp_KR[:done, : len(drew)].cpu().numpy()
+
+    def _rows_of(self, drew: np.ndarray, captured: bool) -> DecodeState:
+        """The state of the slots that draw: if they are the same as before, what the step before made of it."""
+        slots, device = self.scheduler.slots, self.cache.k.device
+        length, state = slots.length[drew], self._state
+        if state is not None and state.slots is drew and ("suppress_ids" in state.columns) == self._table.suppresses(drew, length):
+            return state
+        columns, numbers = self._table.arguments(drew, fixed=captured)
+        columns |= {"token_ids": slots.tokens[drew, length - 1], "positions": length - 1, "rows": drew, "last_positions": slots.limit[drew] - 2,
+                    "finished": np.zeros(len(drew), dtype=bool), "keys": self._table.keys(drew, length), "stops": self._table.stops(drew),
+                    **self._table.suppressed(drew, length), **self._table.biases(drew)}
+        if self._graphs is None or not captured:
+            return DecodeState(columns, numbers, self._window, device, drew)
+        return self._graphs.state(pad(columns, padded_rows(len(drew)) or len(drew), slots.count), numbers, self._window, device, drew)
+
+    def _tokens(self, plan: Plan) -> Tokens:
+        """The tokens of a step that prefills, from the host's arrays."""
+        slots, decode, device = self.scheduler.slots, plan.decode, self.cache.k.device
         for chunk in plan.chunks:
             for sequence in (chunk.sequence, *chunk.forks) if chunk.final else ():
                 request: _Request = sequence.request
@@ -281,30 +288,35 @@ class Generator:
             if chunk.final:
                 out.append(np.full(1 + len(chunk.forks), count - 1))
         token_ids, positions, rows = torch.from_numpy(np.concatenate(parts, axis=1)).to(device).unbind(0)
-        arguments = self._table.arguments(plan.sampled, device) if len(plan.sampled) else {}
-        keys = self._table.keys(plan.sampled, slots.length[plan.sampled], device)
-        bias = self._table.bias(plan.sampled, self.decoder.config.vocab_size, device)
-        out_slots = torch.from_numpy(np.concatenate(out)).to(device) if plan.chunks else None
-        return _Inputs(plan.sampled, token_ids, positions, rows, keys, arguments, bias), out_slots
+        return Tokens(token_ids, positions, rows, torch.from_numpy(np.concatenate(out)).to(device), plan.copies)
 
     def _device_table(self) -> Tensor:
-        """The block table where the model reads it: on CPU the array itself."""
-        slots, device = self.scheduler.slots, self.cache.k.device
-        if self._block_table is None or slots.table_changed or device.type == "cpu":
-            self._block_table = torch.from_numpy(slots.block_table).to(device)
-            slots.table_changed = False
-        return self._block_table
-
-    def _advance(self, drew: np.ndarray, tokens: np.ndarray, logp: np.ndarray) -> None:
-        """Append the drawn tokens and hand out the sequences that they end."""
+        """The block table where the model reads it: the host's array itself, or the device's copy at an address of its own, no wider than it need be."""
         slots = self.scheduler.slots
-        slots.append(drew, tokens, logp, self.weights_version)
-        stopped = self._table.is_stop(drew, tokens)
+        if self._graphs is None:
+            return torch.from_numpy(slots.block_table)
+        if self._block_table is None:
+            most = -(-self.decoder.config.max_positions // slots.block_size)
+            self._block_table = torch.zeros(slots.count + 1, most, dtype=torch.int32, device=self.cache.k.device)
+        if slots.table_changed:
+            self._block_table[:, : slots.block_table.shape[1]].copy_(torch.from_numpy(slots.block_table))
+            slots.table_changed = False
+        return self._block_table[:, : padded_blocks(int(slots.held.max()) // slots.block_size, self._block_table.shape[1])]
+
+    def _take(self, drew: np.ndarray, tokens_KR: np.ndarray, logp_KR: np.ndarray) -> None:
+        """Append what was drawn, up to where sequences end, and hand those out."""
+        slots, K = self.scheduler.slots, len(tokens_KR)
+        stopped_KR = self._table.is_stop(drew, tokens_KR)
+        ended_KR = stopped_KR | (slots.length[drew] + np.arange(1, K + 1)[:, None] >= slots.limit[drew])
+        ended = ended_KR.any(0)
+        count = np.where(ended, ended_KR.argmax(0) + 1, K) if K > 1 and ended.any() else None
+        slots.append(drew, tokens_KR, logp_KR, self.weights_version, count)
+        stopped = stopped_KR[0] if K == 1 else stopped_KR[ended_KR.argmax(0), np.arange(len(drew))]
         for row in np.flatnonzero(self._table.watched[drew] & ~stopped).tolist():
             slot = int(drew[row])
             sequence = self.scheduler.at(slot)
             stopped[row] = self._stop_string(sequence.request, slots.tokens[slot, : slots.length[slot]], sequence.num_prompt) is not None
-        ended = stopped | (slots.length[drew] >= slots.limit[drew])
+            ended[row] |= stopped[row]
         if not ended.any():
             return
         out = [(self.scheduler.at(slot), "stop" if stop else "length") for slot, stop in zip(drew[ended].tolist(), stopped[ended].tolist(), strict=True)]
@@ -367,29 +379,3 @@ class Generator:
         if self.tokenizer is None:
             raise ValueError(f"generate: prompts as {what} need a tokenizer, and this actor has none; give lists of token ids")
         return self.tokenizer
-
-
-def _sample(logits_RV: Tensor, inputs: _Inputs, strict: bool) -> Sampled:
-    """A draw, from the biased logits where there is a bias; the log-probability and the entropy are the model's own. `strict`: with the scorer's bits."""
-    if inputs.bias is None and not strict:
-        return sample(logits_RV, **inputs.arguments, keys=inputs.keys, suppress=inputs.suppress)
-    biased_RV, biased_R = (logits_RV, None) if inputs.bias is None else (logits_RV + inputs.bias[0], inputs.bias[1])
-    sampled = sample(biased_RV, **inputs.arguments, keys=inputs.keys, suppress=inputs.suppress)
-    T, token_ids_R = inputs.arguments["temperature"], sampled.token_ids.clamp(min=0)  # -1: a row with NaN, which the caller sees
-    T = torch.where(T > 0, T, 1.0).float() if isinstance(T, Tensor) else T or 1.0
-    if biased_R is None or strict:
-        logp_R, entropy_R = strict_row_logprob(logits_RV, token_ids_R, T)
-        return sampled._replace(logp=logp_R, entropy=entropy_R)
-    logp_R, entropy_R = logprob(logits_RV, token_ids_R, temperature=T, entropy=True)
-    return sampled._replace(logp=torch.where(biased_R, logp_R, sampled.logp), entropy=torch.where(biased_R, entropy_R, sampled.entropy))
-
-
-def _logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None) -> Tensor:
-    """[R, V] in float32 at least: rounded to bfloat16, a logit of 10 would be off by 0.03, and so would its logprob."""
-    if hidden_RH.dtype in (torch.float32, torch.float64):
-        logits_RV = F.linear(hidden_RH, head_VH)
-    elif hidden_RH.device.type == "cuda":
-        logits_RV = torch.mm(hidden_RH, head_VH.t(), out_dtype=torch.float32)
-    else:
-        logits_RV = F.linear(hidden_RH.float(), head_VH.float())
-    return logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap)

@@ -5,13 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
 _INT64 = 2**63
+_NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0}  # of these values a sampler keeps all
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -104,61 +103,82 @@ class SamplingTable:
         self.watched = np.zeros(slots, dtype=bool)  # for stop strings
         self._banned: list[tuple[int, ...]] = [()] * slots
         self._bias: list[tuple[tuple[int, float], ...]] = [()] * slots
+        self._bans, self._biased = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
 
     def put(self, slot: int, params: SamplingParams, request_id: int, sample: int, stop_ids: frozenset[int], num_prompt: int) -> None:
         """Row `slot` now belongs to sample `sample` of request `request_id`, whose prompt has `num_prompt` tokens."""
         for name, column in self._numbers.items():
             column[slot] = getattr(params, name)
         self._keys[slot] = (params.seed, request_id, sample, 0)
-        if len(stop_ids) > self._stops.shape[1]:
-            self._stops = np.pad(self._stops, ((0, 0), (0, len(stop_ids) - self._stops.shape[1])), constant_values=-1)
+        if len(stop_ids) >= self._stops.shape[1]:
+            self._stops = np.pad(self._stops, ((0, 0), (0, len(stop_ids) + 1 - self._stops.shape[1])), constant_values=-1)
         self._stops[slot] = -1
         self._stops[slot, : len(stop_ids)] = sorted(stop_ids)
         self._first_stop[slot] = num_prompt + params.min_new_tokens
         self.watched[slot] = bool(params.stop)
         self._banned[slot], self._bias[slot] = params.banned_token_ids, params.biases()
+        self._bans[slot], self._biased[slot] = bool(params.banned_token_ids), bool(params.logit_bias)
 
-    def arguments(self, slots: np.ndarray, device: torch.device) -> dict[str, Any]:
-        """temperature, top_k, top_p, min_p for `sample`: a number where these slots agree, else a tensor."""
-        out: dict[str, Any] = {}
+    def arguments(self, slots: np.ndarray, fixed: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """temperature, top_k, top_p, min_p for `sample`: as a column where these slots differ, as a number where they agree. `fixed`: a number only where it
+        asks for nothing, since numbers are part of a captured step."""
+        columns, numbers = {}, {}
         for name, column in self._numbers.items():
             values = column[slots]
-            out[name] = float(values[0]) if (values == values[0]).all() else torch.from_numpy(values).to(device)
-        return out
+            if (values == values[0]).all() and (not fixed or values[0] == _NEUTRAL.get(name)):
+                numbers[name] = float(values[0])
+            else:
+                columns[name] = values
+        return columns, numbers
 
-    def keys(self, slots: np.ndarray, positions: np.ndarray, device: torch.device) -> Tensor:
+    def keys(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """[R, 4] int64: (seed, request id, sample index, position of the token to draw)."""
         keys = self._keys[slots]
         keys[:, 3] = positions
-        return torch.from_numpy(keys).to(device)
+        return keys
 
-    def early(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Which of these are too short to end."""
-        return np.flatnonzero(lengths < self._first_stop[slots])
+    def stops(self, slots: np.ndarray) -> np.ndarray:
+        """[W, R] int64: the tokens that end each; at least one is -1, which is no token."""
+        return np.ascontiguousarray(self._stops[slots].T)
 
-    def suppress(self, slots: np.ndarray, early: np.ndarray, vocab_size: int, device: torch.device) -> Tensor | None:
-        """[R, V] bool: the tokens that may not be drawn: banned ones, and the stop tokens of the `early` rows; None where there is none."""
-        banned = [(row, token) for row, slot in enumerate(slots.tolist()) for token in self._banned[slot]]
-        if not early.size and not banned:
-            return None
-        mask = np.zeros((len(slots), vocab_size), dtype=bool)
-        stops = self._stops[slots[early]]
-        rows, columns = np.nonzero(stops >= 0)
-        mask[early[rows], stops[rows, columns]] = True
-        for row, token in banned:
-            mask[row, token] = True
-        return torch.from_numpy(mask).to(device)
+    def suppresses(self, slots: np.ndarray, lengths: np.ndarray) -> bool:
+        """Whether some token of one of these may not be drawn: it is banned, or would end a completion too early."""
+        return bool((lengths < self._first_stop[slots]).any() or self._bans[slots].any())
 
-    def bias(self, slots: np.ndarray, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """([R, V] float32 to add to the logits, [R] bool: the rows that have any); None where there is none."""
-        if not any(self._bias[slot] for slot in slots.tolist()):
-            return None
-        add, rows = np.zeros((len(slots), vocab_size), dtype=np.float32), np.zeros(len(slots), dtype=bool)
-        for row, slot in enumerate(slots.tolist()):
-            for token, value in self._bias[slot]:
-                add[row, token], rows[row] = value, True
-        return torch.from_numpy(add).to(device), torch.from_numpy(rows).to(device)
+    def suppressed(self, slots: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """"suppress_ids" and "suppress_until", [R, W] int64: the id may not be drawn by a sequence of less tokens than that; nothing where there is none. Rows
+        are filled up by repeating an entry."""
+        if not self.suppresses(slots, lengths):
+            return {}
+        stops = self._stops[slots]
+        ids = np.where(stops >= 0, stops, stops[:, :1])
+        until = np.where(ids >= 0, self._first_stop[slots][:, None], 0)
+        ids = np.maximum(ids, 0)
+        banned = _padded([self._banned[slot] for slot in slots.tolist()], -1, np.int64)
+        if banned.size:
+            until[(ids[:, :, None] == banned[:, None]).any(2)] = _INT64 - 1  # or an id would have two lengths
+            none = banned[:, :1] < 0
+            more = np.where(none, ids[:, :1], np.where(banned >= 0, banned, banned[:, :1]))
+            ids, until = np.hstack([ids, more]), np.hstack([until, np.broadcast_to(np.where(none, until[:, :1], _INT64 - 1), more.shape)])
+        return {"suppress_ids": ids, "suppress_until": until}
+
+    def biases(self, slots: np.ndarray) -> dict[str, np.ndarray]:
+        """"bias_ids" [R, W] int64 and "bias_values" [R, W] float32, to add to the logits; nothing where there is none. Rows are filled up by 0 for id 0."""
+        if not self._biased[slots].any():
+            return {}
+        rows = [self._bias[slot] for slot in slots.tolist()]
+        return {"bias_ids": _padded([[token for token, _ in row] for row in rows], 0, np.int64),
+                "bias_values": _padded([[value for _, value in row] for row in rows], 0, np.float32)}
 
     def is_stop(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """[R] bool: whether the token ends the sequence."""
-        return (self._stops[slots] == tokens[:, None]).any(axis=1)
+        """[..., R] bool: whether the token ends the sequence."""
+        return (self._stops[slots] == tokens[..., None]).any(axis=-1)
+
+
+def _padded(rows: Sequence[Sequence[float]], fill: int, dtype: type) -> np.ndarray:
+    """[R, W] with W the longest row's length, rounded up to a power of two so that few widths occur; [R, 0] where all rows are empty."""
+    longest = max(map(len, rows))
+    out: np.ndarray = np.full((len(rows), 1 << (longest - 1).bit_length() if longest else 0), fill, dtype=dtype)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = values
+    return out

@@ -4,6 +4,7 @@ All requests are known up front in RL, so the longest are admitted first and the
 prefills, the others wait on their slots and fork from it. Prefills are cut to what a step's token budget leaves beside decoding. When blocks run out, the
 newest sequence goes back to the queue with its tokens, and is computed again later (much of it is then found in the prefix cache).
 A sequence of `length` tokens that decodes has the keys and values of all but the last in the cache: a step computes that one and draws the next.
+Where nothing prefills, a plan may be for several steps in a row: every table then holds what all of them write, with blocks that nobody else wants yet.
 """
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ class Slots:
         self.tokens = np.zeros((count, 0), dtype=np.int64)
         self.logp = np.zeros((count, 0), dtype=np.float32)
         self.versions = np.zeros((count, 0), dtype=np.int64)
-        self.block_table = np.zeros((count, 0), dtype=np.int32)
+        self.block_table = np.zeros((count + 1, 0), dtype=np.int32)  # the last row is nobody's: null blocks, for rows that pad a step
         self.table_changed = True  # since whoever keeps a copy of it looked
 
     def reserve(self, num_tokens: int) -> None:
@@ -78,14 +79,20 @@ class Slots:
         row = (sequence.slot, slice(0, self.length[sequence.slot]))
         sequence.tokens, sequence.logp, sequence.versions = self.tokens[row].copy(), self.logp[row].copy(), self.versions[row].copy()
 
-    def append(self, slots: np.ndarray, tokens: np.ndarray, logp: np.ndarray, version: int) -> None:
-        """One more token each."""
-        at = self.length[slots]
-        self.tokens[slots, at], self.logp[slots, at], self.versions[slots, at] = tokens, logp, version
-        self.length[slots] = at + 1
+    def append(self, slots: np.ndarray, tokens: np.ndarray, logp: np.ndarray, version: int, count: np.ndarray | None = None) -> None:
+        """More tokens each: of tokens and logp [K, R] the first `count` [R] of every column, or all; [R] is one token each."""
+        tokens, logp = np.atleast_2d(tokens), np.atleast_2d(logp)
+        steps, at = np.arange(len(tokens))[:, None], self.length[slots]
+        if count is None:
+            rows, columns = slots, at + steps
+        else:
+            drawn = steps < count
+            rows, columns, tokens, logp = np.broadcast_to(slots, drawn.shape)[drawn], (at + steps)[drawn], tokens[drawn], logp[drawn]
+        self.tokens[rows, columns], self.logp[rows, columns], self.versions[rows, columns] = tokens, logp, version
+        self.length[slots] = at + (len(steps) if count is None else count)
 
     def set_table(self, slot: int, blocks: list[int]) -> None:
-        """The blocks of the row; those it had stay the same."""
+        """The blocks of the row; those it had stay the same, but for some at the end that it may have lost."""
         had = int(self.held[slot]) // self.block_size
         self.block_table[slot, had : len(blocks)] = blocks[had:]
         self.held[slot] = len(blocks) * self.block_size
@@ -106,12 +113,13 @@ class Chunk:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One step: `decode` slots compute their last token, `chunks` prefill; then `copies` (source, destination blocks) are made; `sampled` slots draw a token:
-    those of `decode`, then those of the final chunks, each with its forks."""
+    those of `decode`, then those of the final chunks, each with its forks. `steps`: how often the same may follow, each drawing on from the one before."""
 
     decode: np.ndarray
     chunks: list[Chunk]
     copies: list[tuple[int, int]]
     sampled: np.ndarray
+    steps: int = 1
 
 
 class Scheduler:
@@ -129,11 +137,17 @@ class Scheduler:
         self._free_slots = list(range(max_sequences))[::-1]
         self._blocked = False  # nothing has left since the head of the queue did not fit
         self._stalled = 0
+        self._ahead = False  # some table may hold more than the next step writes
 
     @property
     def busy(self) -> bool:
         """Whether a sequence waits or runs."""
         return bool(self._waiting or self._running)
+
+    @property
+    def decoding(self) -> np.ndarray:
+        """The slots that decode."""
+        return self._decode
 
     def at(self, slot: int) -> Sequence:
         """The sequence that runs in `slot`."""
@@ -157,8 +171,8 @@ class Scheduler:
         self._blocked = False
 
     # ---- a step -----------------------------------------------------------------------------------------------------------
-    def schedule(self) -> Plan:
-        """What to compute next. Every table it names holds what the step writes.
+    def schedule(self, window: int = 1) -> Plan:
+        """What to compute next. Every table it names holds what the step writes, or all the steps that it allows: at most `window`.
 
         Raises:
             RuntimeError: several steps in a row found nothing to do while sequences wait; the message describes the state.
@@ -173,7 +187,8 @@ class Scheduler:
         while budget > 0 and not preempted and (admitted := self._admit()):
             budget -= self._add_chunk(admitted, budget, chunks, copies)
         drawn = [member.slot for chunk in chunks if chunk.final for member in (chunk.sequence, *chunk.forks)]
-        plan = Plan(self._decode, chunks, copies, np.concatenate([self._decode, np.array(drawn, dtype=np.int64)]) if drawn else self._decode)
+        sampled = np.concatenate([self._decode, np.array(drawn, dtype=np.int64)]) if drawn else self._decode
+        plan = Plan(self._decode, chunks, copies, sampled, 1 if chunks or window == 1 else self._look_ahead(window))
         self._stalled = 0 if len(plan.decode) or chunks or not self.busy else self._stalled + 1
         if self._stalled >= _STALLED_STEPS:
             raise RuntimeError(f"Scheduler: no progress in {self._stalled} steps; {self.describe()}")
@@ -217,11 +232,45 @@ class Scheduler:
         for slot in due.tolist():
             sequence = self._by_slot[slot]
             while sequence is not None and not self.blocks.grow(sequence.id, int(slots.length[slot])):
+                if self._give_back():
+                    continue
                 self._requeue(next(reversed(self._running.values())))
                 sequence, preempted = self._by_slot[slot], True  # it may have been the newest itself
             if sequence is not None:
                 slots.set_table(slot, self.blocks.table(sequence.id))
         return preempted
+
+    def _look_ahead(self, window: int) -> int:
+        """Give the decoding sequences what they write in up to `window` steps, as far as blocks are free. For how many steps that is."""
+        slots, decode, size = self.slots, self._decode, self.blocks.block_size
+        length, last = slots.length[decode], slots.limit[decode] - 1  # the last token drawn is never computed
+        steps = max(1, min(window, int((slots.limit[decode] - length).max(initial=1))))
+        while steps > 1:
+            need = np.minimum(length + steps - 1, last)
+            due = need > slots.held[decode]
+            fresh = int((-(-need[due] // size) - slots.held[decode[due]] // size).sum())
+            if fresh <= self.blocks.available:
+                break
+            steps //= 2
+        else:
+            return 1
+        for slot, tokens in zip(decode[due].tolist(), need[due].tolist(), strict=True):
+            sequence = self.at(slot)
+            self.blocks.grow(sequence.id, tokens)
+            slots.set_table(slot, self.blocks.table(sequence.id))
+        self._ahead |= bool(fresh)
+        return steps
+
+    def _give_back(self) -> bool:
+        """Take back what `_look_ahead` gave and no step used: others need it now. Whether there was any."""
+        slots, decode, before = self.slots, self._decode, self.blocks.available
+        size = self.blocks.block_size
+        for slot in decode[slots.held[decode] >= slots.length[decode] + size].tolist() if self._ahead else ():
+            sequence = self.at(slot)
+            self.blocks.shrink(sequence.id, int(slots.length[slot]))
+            slots.set_table(slot, self.blocks.table(sequence.id))
+        self._ahead = False
+        return self.blocks.available > before
 
     def _admit(self) -> Sequence | None:
         """The next waiting sequence with a slot and a table, and the fresh samples of its request behind it on slots of their own."""
@@ -235,6 +284,8 @@ class Scheduler:
         partial = len(head.tokens) % self.blocks.block_size > 0
         keep = len(self._running) + (len(members) - 1) * partial if self._running else 0
         cached = self.blocks.allocate(head.id, head.tokens.tolist(), keep=keep)
+        if cached is None and self._give_back():
+            cached = self.blocks.allocate(head.id, head.tokens.tolist(), keep=keep)
         if cached is None:
             self._blocked = True
             return None
@@ -260,6 +311,8 @@ class Scheduler:
         if stop == length:
             for follower in list(sequence.followers):
                 pairs = self.blocks.fork(sequence.id, follower.id, length)
+                if pairs is None and self._give_back():
+                    pairs = self.blocks.fork(sequence.id, follower.id, length)
                 if pairs is None:
                     self._requeue(follower)
                 else:
@@ -294,6 +347,7 @@ class Scheduler:
         del self._running[sequence.id]
         self._by_slot[slot] = None
         self._free_slots.append(slot)
+        slots.held[slot] = 0
         sequence.slot, sequence.computed = -1, 0
         self._blocked = False
 

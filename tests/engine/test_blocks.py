@@ -78,6 +78,18 @@ class Machine(RuleBasedStateMachine):
         self.write(sequence, length)
 
     @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), more=st.integers(0, 9))
+    def grow_ahead_and_shrink_back(self, data, more):
+        sequence = data.draw(st.sampled_from(sorted(self.tokens)))
+        length, before = len(self.tokens[sequence]), list(self.manager.table(sequence))
+        if self.manager.grow(sequence, length + more):
+            assert self.manager.table(sequence)[: len(before)] == before
+            for block in self.manager.table(sequence)[len(before) :]:
+                self.written.pop(block, None)
+        self.manager.shrink(sequence, length)
+        assert self.manager.table(sequence) == before
+
+    @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def fork(self, data):
         parent = data.draw(st.sampled_from(sorted(self.tokens)))

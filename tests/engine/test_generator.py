@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusedrl.engine.generation import generator as generator_module
+from fusedrl.engine.generation import state as state_module
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.generation.generator import Generator
 from fusedrl.engine.generation.sampler import SamplingParams
@@ -72,8 +72,8 @@ def count_preemptions(monkeypatch):
 @pytest.fixture
 def count_tokens(monkeypatch):
     seen = []
-    step = generator_module.decode_step
-    monkeypatch.setattr(generator_module, "decode_step", lambda weights, ids, *rest: (seen.append(len(ids)), step(weights, ids, *rest))[1])
+    step = state_module.decode_step
+    monkeypatch.setattr(state_module, "decode_step", lambda weights, ids, *rest: (seen.append(len(ids)), step(weights, ids, *rest))[1])
     return seen
 
 

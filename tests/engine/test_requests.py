@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fusedrl.engine import HybridActor, PackedBatch, SamplingParams
-from fusedrl.engine.generation import generator as generator_module
+from fusedrl.engine.generation import state as state_module
 from fusedrl.engine.generation.cache import CacheConfig
 from fusedrl.kernels.sampling import sample
 
@@ -19,8 +19,8 @@ def actor(tiny_model):
 @pytest.fixture
 def count_tokens(monkeypatch):
     seen = []
-    step = generator_module.decode_step
-    monkeypatch.setattr(generator_module, "decode_step", lambda weights, ids, *rest: (seen.append(len(ids)), step(weights, ids, *rest))[1])
+    step = state_module.decode_step
+    monkeypatch.setattr(state_module, "decode_step", lambda weights, ids, *rest: (seen.append(len(ids)), step(weights, ids, *rest))[1])
     return seen
 
 

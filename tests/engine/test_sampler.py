@@ -2,11 +2,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -55,25 +52,47 @@ def test_table_speaks_for_each_slot():
     table.put(2, SamplingParams(temperature=0.5, seed=-7), 10, 1, frozenset({5}), 3)
     table.put(0, SamplingParams(temperature=0.5, top_k=3, min_new_tokens=2), 11, 0, frozenset({1, 6, 2}), 4)
     slots = np.array([2, 0])
-    arguments = table.arguments(slots, CPU)
-    assert arguments["temperature"] == 0.5
-    assert arguments["top_p"] == 1.0
-    assert arguments["top_k"].tolist() == [0, 3]
-    assert table.keys(slots, np.array([9, 4]), CPU).tolist() == [[-7, 10, 1, 9], [0, 11, 0, 4]]
+    columns, numbers = table.arguments(slots, fixed=False)
+    assert numbers == {"temperature": 0.5, "top_p": 1.0, "min_p": 0.0}
+    assert {name: column.tolist() for name, column in columns.items()} == {"top_k": [0, 3]}
+    columns, numbers = table.arguments(slots, fixed=True)  # the numbers of a captured step are no request's
+    assert numbers == {"top_p": 1.0, "min_p": 0.0}
+    assert columns["temperature"].tolist() == [0.5, 0.5]
+    assert table.keys(slots, np.array([9, 4])).tolist() == [[-7, 10, 1, 9], [0, 11, 0, 4]]
+    assert table.biases(slots) == {}
     assert table.is_stop(slots, np.array([5, 5])).tolist() == [True, False]
     assert table.is_stop(slots, np.array([6, 2])).tolist() == [False, True]
+    assert table.is_stop(slots, np.array([[5, 5], [6, 2]])).tolist() == [[True, False], [False, True]]
+    table.put(2, SamplingParams(logit_bias={0: 1.0, 4: -1.0, 6: 0.5}), 10, 1, frozenset({5}), 3)
+    assert {name: column.tolist() for name, column in table.biases(slots).items()} == {"bias_ids": [[0, 4, 6, 0], [0] * 4],
+                                                                                      "bias_values": [[1.0, -1.0, 0.5, 0.0], [0.0] * 4]}
+
+
+def mask(table, slots, lengths, vocab_size):
+    """What a `DecodeState` makes of the columns; an id that comes twice in a row has to have one length."""
+    columns = table.suppressed(slots, lengths)
+    assert bool(columns) == table.suppresses(slots, lengths)
+    if not columns:
+        return None
+    out = np.zeros((len(slots), vocab_size), dtype=int)
+    for row, (ids, until) in enumerate(zip(columns["suppress_ids"].tolist(), columns["suppress_until"].tolist(), strict=True)):
+        for token in set(ids):
+            out[row, token], = {length > lengths[row] for i, length in zip(ids, until, strict=True) if i == token}
+    return out.tolist()
 
 
 def test_stop_tokens_are_suppressed_until_min_new_tokens():
-    table = SamplingTable(2)
+    table = SamplingTable(3)
     table.put(0, SamplingParams(min_new_tokens=2), 0, 0, frozenset({1, 3}), 4)
     table.put(1, SamplingParams(), 1, 0, frozenset({2}), 4)
-    slots = np.array([1, 0])
-    assert table.suppress(slots, table.early(slots, np.array([4, 6])), 5, CPU) is None
-    assert table.suppress(slots, table.early(slots, np.array([4, 5])), 5, CPU).int().tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 1, 0]]
-    table.put(1, SamplingParams(banned_token_ids=(4,)), 1, 0, frozenset({2}), 4)
-    assert table.suppress(slots, table.early(slots, np.array([4, 5])), 5, CPU).int().tolist() == [[0, 0, 0, 0, 1], [0, 1, 0, 1, 0]]
-    assert table.suppress(slots, table.early(slots, np.array([4, 6])), 5, CPU).int().tolist() == [[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+    table.put(2, SamplingParams(), 1, 0, frozenset(), 4)
+    slots = np.array([1, 0, 2])
+    assert mask(table, slots, np.array([4, 6, 9]), 5) is None
+    assert mask(table, slots, np.array([4, 5, 9]), 5) == [[0, 0, 0, 0, 0], [0, 1, 0, 1, 0], [0] * 5]
+    for banned, row in (((4,), [0, 0, 0, 0, 1]), ((2, 0, 4), [1, 0, 1, 0, 1])):  # one of them a stop token too
+        table.put(1, SamplingParams(banned_token_ids=banned), 1, 0, frozenset({2}), 4)
+        assert mask(table, slots, np.array([4, 5, 9]), 5) == [row, [0, 1, 0, 1, 0], [0] * 5]
+        assert mask(table, slots, np.array([4, 6, 9]), 5) == [row, [0, 0, 0, 0, 0], [0] * 5]
 
 
 def test_a_slot_forgets_the_stops_of_its_last_owner():

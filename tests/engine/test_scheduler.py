@@ -17,8 +17,10 @@ def next_token(tokens, sample):
 class Simulator:
     """Runs a scheduler's plans on a cache that remembers what was written where, and checks that each token finds its whole prefix."""
 
-    def __init__(self, num_blocks, max_sequences, budget, scheduler_type=Scheduler):
+    def __init__(self, num_blocks, max_sequences, budget, scheduler_type=Scheduler, window=1, looks=False):
+        """window: steps that a plan may be for. looks: the first sequence that ends ends the plan too; else those that ended wait for the others."""
         self.scheduler = scheduler_type(BlockManager(num_blocks + 1, SIZE), max_sequences, budget)
+        self.window, self.looks = window, looks
         self.budget, self.cache = budget, {}
         self.done, self.next_id, self.steps, self.computed = {}, 0, 0, 0
 
@@ -45,9 +47,10 @@ class Simulator:
 
     def step(self):
         scheduler = self.scheduler
-        plan, s = scheduler.schedule(), scheduler.slots
+        plan, s = scheduler.schedule(self.window), scheduler.slots
         assert len(plan.decode) + sum(c.stop - c.start for c in plan.chunks) <= self.budget
         assert len(set(plan.sampled.tolist())) == len(plan.sampled)
+        assert 1 <= plan.steps <= (1 if plan.chunks else self.window)
         for slot in plan.decode.tolist():
             self.compute(slot, int(s.length[slot]) - 1)
         for chunk in plan.chunks:
@@ -58,16 +61,22 @@ class Simulator:
             for p in range(SIZE):
                 if (source, p) in self.cache:
                     self.cache[destination, p] = self.cache[source, p]
+        drew, done = plan.sampled, 0
+        while len(drew) and done < plan.steps:
+            going = drew[s.length[drew] < s.limit[drew]]
+            for slot in going.tolist() if done else ():
+                self.compute(slot, int(s.length[slot]) - 1)
+            tokens = np.array([next_token(s.tokens[i, : s.length[i]].tolist(), scheduler.at(i).sample) for i in going.tolist()], dtype=np.int64)
+            s.append(going, tokens, -tokens.astype(np.float32), 0)
+            done += 1
+            if self.looks and (s.length[drew] >= s.limit[drew]).any():
+                break
         scheduler.complete(plan)
-        drew = plan.sampled
-        if len(drew):
-            tokens = np.array([next_token(s.tokens[i, : s.length[i]].tolist(), scheduler.at(i).sample) for i in drew.tolist()])
-            s.append(drew, tokens, -tokens.astype(np.float32), 0)
-            ended = [scheduler.at(i) for i in drew[s.length[drew] >= s.limit[drew]].tolist()]
-            scheduler.finish(ended)
-            for sequence in ended:
-                assert sequence.id not in self.done
-                self.done[sequence.id] = sequence
+        ended = [scheduler.at(i) for i in drew[s.length[drew] >= s.limit[drew]].tolist()]
+        scheduler.finish(ended)
+        for sequence in ended:
+            assert sequence.id not in self.done
+            self.done[sequence.id] = sequence
         self.steps += 1
         self.balance()
 
@@ -80,6 +89,7 @@ class Simulator:
             table = blocks.table(sequence.id)
             assert scheduler.slots.block_table[sequence.slot, : len(table)].tolist() == table
             assert scheduler.slots.held[sequence.slot] == len(table) * SIZE
+            assert len(table) <= -(-max(scheduler.slots.length[sequence.slot] + self.window - 1, len(sequence.tokens)) // SIZE)
 
     def drain(self):
         while self.scheduler.busy:
@@ -104,9 +114,10 @@ PROMPTS = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=14
 
 
 @settings(max_examples=250, deadline=None, derandomize=True, database=None)
-@given(prompts=PROMPTS, num_blocks=st.integers(7, 40), slots=st.integers(1, 9), budget=st.integers(0, 12), data=st.data())
-def test_every_plan_is_computable_and_every_sequence_ends_as_if_alone(prompts, num_blocks, slots, budget, data):
-    simulator = Simulator(num_blocks, slots, slots + budget)
+@given(prompts=PROMPTS, num_blocks=st.integers(7, 40), slots=st.integers(1, 9), budget=st.integers(0, 12), window=st.integers(1, 9), looks=st.booleans(),
+       data=st.data())
+def test_every_plan_is_computable_and_every_sequence_ends_as_if_alone(prompts, num_blocks, slots, budget, window, looks, data):
+    simulator = Simulator(num_blocks, slots, slots + budget, window=window, looks=looks)
     sequences = simulator.submit(prompts)
     for _ in range(data.draw(st.integers(0, 12))):
         if simulator.scheduler.busy:
@@ -125,8 +136,8 @@ def test_every_plan_is_computable_and_every_sequence_ends_as_if_alone(prompts, n
 
 # ---- bugs that the simulator has to catch ----------------------------------------------------------------------------
 class ForgetsCopies(Scheduler):
-    def schedule(self):
-        plan = super().schedule()
+    def schedule(self, window=1):
+        plan = super().schedule(window)
         plan.copies.clear()
         return plan
 
@@ -151,10 +162,25 @@ class LosesTokensOfPreempted(Scheduler):
         sequence.tokens = sequence.tokens[: sequence.num_prompt]
 
 
+class LooksTooFarAhead(Scheduler):
+    def _look_ahead(self, window):
+        super()._look_ahead(window)
+        return window
+
+
+class GivesBackTooMuch(Scheduler):
+    def _give_back(self):
+        self.slots.length -= 1
+        try:
+            return super()._give_back()
+        finally:
+            self.slots.length += 1
+
+
 def runs(scheduler_type):
     for seed in range(20):
         draw = np.random.default_rng(seed)
-        simulator = Simulator(8, 4, 5, scheduler_type)
+        simulator = Simulator(8, 4, 5, scheduler_type, window=1 + seed % 9, looks=bool(seed % 2))
         prompt = draw.integers(0, 2, 9).tolist()
         sequences = simulator.submit([(prompt, 8, 3), (prompt, 11, 2), (draw.integers(0, 2, 6).tolist(), 12, 3)])
         simulator.drain()
@@ -164,9 +190,16 @@ def runs(scheduler_type):
             prompt = [*sequences[-1].tokens.tolist(), 1]
         simulator.check_done(sequences)
         simulator.check_empty()
+        # Many that end one after the other, at windows that were meant to be longer: what lay ahead of the others goes to those that wait.
+        simulator = Simulator(10, 5, 9, scheduler_type, window=9, looks=True)
+        sequences = simulator.submit([(draw.integers(0, 2, draw.integers(1, 7)).tolist(), int(draw.integers(1, 20)), 1) for _ in range(14)])
+        simulator.drain()
+        simulator.check_done(sequences)
+        simulator.check_empty()
 
 
-@pytest.mark.parametrize("bug", [ForgetsCopies, CommitsTheTokenNotComputed, KeepsBlocksOfPreempted, LosesTokensOfPreempted], ids=lambda bug: bug.__name__)
+@pytest.mark.parametrize("bug", [ForgetsCopies, CommitsTheTokenNotComputed, KeepsBlocksOfPreempted, LosesTokensOfPreempted, LooksTooFarAhead,
+                                 GivesBackTooMuch], ids=lambda bug: bug.__name__)
 def test_the_simulator_catches(bug):
     runs(Scheduler)
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
@@ -205,6 +238,27 @@ def test_preempts_the_newest_and_recomputes_it():
     assert sequences[0].id not in preempted
     simulator.check_done(sequences)
     simulator.check_empty()
+
+
+def test_a_window_looks_ahead_and_gives_back_what_others_need():
+    simulator = Simulator(9, 3, 64, window=9, looks=True)
+    first, short = simulator.submit([([1, 1, 1, 1], 20, 1), ([2, 2, 2], 4, 1)])
+    scheduler, blocks = simulator.scheduler, simulator.scheduler.blocks
+    simulator.step()  # prefills, and draws one each
+    plan = scheduler.schedule(9)
+    assert plan.steps == 9
+    assert [len(blocks.table(s.id)) for s in (first, short)] == [4, 2]  # of 5 + 8 tokens, and of the 6 that are computed of 7
+    simulator.step()
+    assert simulator.done.keys() == {short.id}
+    assert scheduler.slots.length[first.slot] == 8
+    assert len(blocks.table(first.id)) == 4
+    blocks.allocate(10**6, [7] * 4 * blocks.available)  # somebody takes all the rest
+    newer, = simulator.submit([([0, 0, 0, 0], 3, 1)])
+    scheduler._blocked = False
+    plan = scheduler.schedule(9)
+    assert [chunk.sequence for chunk in plan.chunks] == [newer]
+    assert len(blocks.table(first.id)) == 2
+    blocks.free(10**6)
 
 
 def test_what_can_never_fit_is_refused_with_both_numbers():

@@ -1,4 +1,4 @@
-"""Ops on rows of logits: logprob, logprob_, full_kl, sample."""
+"""Ops on rows of logits: logprob, logprob_, full_kl, sample, and advance_rows_ behind them."""
 from __future__ import annotations
 
 import math
@@ -8,7 +8,7 @@ import torch
 from grid import EPS, Bound, Entry, Problem, Tensors
 from torch import Tensor
 
-from fusedrl.kernels import full_kl, logprob, sampling
+from fusedrl.kernels import advance_rows, full_kl, logprob, sampling
 from fusedrl.kernels.kept import Kept
 
 from .common import BF16, F32, FLOATS, PERIOD, floats, laid_out, repeat, uniform
@@ -221,3 +221,30 @@ SAMPLE = Entry(
     | {name: Bound(atol=8 * EPS * want[name].abs().clamp(min=1.0)) for name in ("logp", "logp_processed")},
     triton=_TRITON_ROWS, fits=_row_case, cost=_elements, rows=frozenset({"logits", "keys", "suppress"}),
 )
+
+
+# ---- behind the sampler -------------------------------------------------------------------------------------------------------
+WRITTEN = ("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor")
+
+
+def _advance_rows_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
+    def ids(*shape: int) -> Tensor:
+        return torch.randint(0, 9, shape, generator=generator)
+
+    R, at = case.R, ids(case.R)
+    x = {"drawn": ids(R) - 1, "logp": floats(generator, R), "stops": ids(case.W, R) - 1, "last_positions": at + ids(R) - 2, "token_ids": ids(R),
+         "positions": torch.stack([at + 1, at]), "finished": ids(R) == 0, "ring_tokens": ids(case.K, R), "ring_logp": torch.full((case.K, R), math.nan),
+         "cursor": torch.tensor([case.K - 1])}
+    return Problem(x, {})
+
+
+def _advance_rows(x: dict, impl: str | None) -> Tensors:
+    advance_rows.advance_rows_(**x, impl=impl)
+    return {name: x[name] for name in WRITTEN}
+
+
+ADVANCE_ROWS = Entry(
+    "advance_rows_", advance_rows._IMPLS, {"R": (7, 0, 1, 255, 257, 700), "W": (2, 0, 1, 5), "K": (3, 1, 8)}, _advance_rows_problem,
+    forward=lambda x, s, impl: _advance_rows(x, impl),
+    reference=lambda x, s: _advance_rows(x | {name: x[name].clone() for name in WRITTEN} | {name: x[name].float() for name in ("logp", "ring_logp")}, "torch"),
+    bounds=lambda problem, want: dict.fromkeys(WRITTEN, Bound()), writes=WRITTEN, cost=lambda case: case.R * (case.W + case.K))

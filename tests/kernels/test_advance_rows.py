@@ -1,0 +1,126 @@
+import pytest
+import torch
+
+from fusedrl.kernels import native
+from fusedrl.kernels.advance_rows import _advance_rows_triton, advance_rows_
+from fusedrl.kernels.dispatch import unavailable
+
+cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
+triton = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))))
+IMPLS = ["torch", cpp, triton]
+WRITTEN = ("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor")
+
+
+def make(R=9, W=3, K=4, seed=0, cursor=2):
+    generator = torch.Generator().manual_seed(seed + 100 * R + W)
+
+    def ids(*shape, high=9):
+        return torch.randint(0, high, shape, generator=generator)
+
+    drawn, at = ids(R), ids(R, high=40)
+    drawn[::5] = -1
+    return {"drawn": drawn, "logp": -torch.rand(R, generator=generator), "stops": ids(W, R) - 1, "last_positions": at + ids(R, high=4) - 1,
+            "token_ids": ids(R), "positions": torch.stack([at + 1, at]), "finished": ids(R) == 0, "ring_tokens": torch.full((K, R), -7),
+            "ring_logp": torch.full((K, R), torch.nan), "cursor": torch.tensor([cursor])}
+
+
+def run(x, function=advance_rows_, **options):
+    """What is written, by name; x stays as it is."""
+    own = {name: tensor.clone() for name, tensor in x.items()}
+    function(**own, **options)
+    for name in own.keys() - set(WRITTEN):
+        assert torch.equal(own[name], x[name]), name
+    return {name: own[name] for name in WRITTEN}
+
+
+def define(x, keeps_going=False, forgets_the_limit=False):
+    """The same, a row at a time, from the words of the contract."""
+    out = {name: x[name].clone() for name in WRITTEN}
+    step = int(x["cursor"])
+    for r in range(len(x["drawn"])):
+        token = int(x["drawn"][r])
+        out["ring_tokens"][step, r], out["ring_logp"][step, r] = token, x["logp"][r]
+        ends = bool(x["finished"][r]) or token in x["stops"][:, r].tolist()
+        if int(x["positions"][1, r]) >= int(x["last_positions"][r]) and not forgets_the_limit:
+            ends = True
+        out["finished"][r] = ends
+        if not ends or keeps_going:
+            out["token_ids"][r] = token
+            out["positions"][:, r] += 1
+    out["cursor"] += 1
+    return out
+
+
+def same(one, other):
+    for name in WRITTEN:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("R,W,K", [(9, 3, 4), (0, 1, 1), (1, 1, 1), (5, 0, 2), (255, 2, 3), (256, 2, 8), (700, 5, 1)], ids=str)
+def test_against_the_definition(impl, R, W, K):
+    for cursor in {0, K - 1}:
+        x = make(R, W, K, cursor=cursor)
+        got = run(x, impl=impl)
+        same(got, define(x))
+        same(run(x, impl=impl), got)
+        if R >= 9 and W:
+            assert 0 < int(got["finished"].sum()) < R
+
+
+def test_wrong_variants_fail():
+    x = make(60)
+    for wrong in ({"keeps_going": True}, {"forgets_the_limit": True}):
+        with pytest.raises(AssertionError):
+            same(run(x), define(x, **wrong))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_steps_fill_the_ring_and_what_has_ended_stays(impl):
+    x = make(40, 2, 6, cursor=0)
+    now, draws = x, []
+    for step in range(6):
+        before = now
+        drawn = make(40, seed=step)["drawn"]
+        draws.append(drawn)
+        now = x | run(now | {"drawn": drawn}, impl=impl)
+        ended = before["finished"]
+        assert torch.equal(now["token_ids"][ended], before["token_ids"][ended])
+        assert torch.equal(now["positions"][:, ended], before["positions"][:, ended])
+        assert now["finished"][ended].all()
+    assert torch.equal(now["ring_tokens"], torch.stack(draws))
+    assert now["cursor"].tolist() == [6]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_are_independent(impl):
+    x = make(50)
+    alone = {name: tensor if name == "cursor" else tensor[..., 17:18].contiguous() for name, tensor in x.items()}
+    whole, one = run(x, impl=impl), run(alone, impl=impl)
+    for name in WRITTEN[:-1]:
+        torch.testing.assert_close(whole[name][..., 17:18], one[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("change,error,message", [
+    (lambda x: {"stops": x["stops"][:, :-1].contiguous()}, ValueError, "stops"),
+    (lambda x: {"positions": x["positions"][0]}, ValueError, "positions"),
+    (lambda x: {"positions": x["positions"].T.contiguous().T}, ValueError, "expected positions contiguous, got strides"),
+    (lambda x: {"drawn": x["drawn"].int()}, TypeError, "expected drawn of dtype"),
+    (lambda x: {"finished": x["drawn"]}, TypeError, "expected finished of dtype"),
+    (lambda x: {"cursor": x["cursor"] + 2}, IndexError, r"expected the cursor in \[0, 4\), the steps of the ring, got 4"),
+    (lambda x: {"cursor": x["cursor"] - 3}, IndexError, "got -1"),
+])
+def test_bad_arguments_are_refused(impl, change, error, message):
+    x = make()
+    with pytest.raises(error, match=message):
+        advance_rows_(**(x | change(x)), impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_and_one_graph(impl):
+    x = make()
+    op = {"cpp": "advance_rows_", "triton": "advance_rows_triton_"}.get(impl)
+    if op:
+        torch.library.opcheck(_advance_rows_triton if impl == "triton" else torch.ops.fusedrl.advance_rows_.default, tuple(x.values()))
+    same(run(x, torch.compile(advance_rows_, fullgraph=True, backend="aot_eager"), impl=impl), define(x))
