@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglob("*.py"))
 # Inside the engine a module imports its own rank or lower ones. `run`, `stages` and what follows them may use everything before.
 RANKS = [
-    ("errors", "packing", "config", "control", "data", "checkpoint", "metrics", "optim"), ("model",), ("generation",), ("actor",), ("rewards", "trl_rollout"),
-    ("plan", "rollout", "run"), ("stages",), ("evaluate",), ("demo",), ("cli",),
+    ("errors", "machine", "packing", "config", "control", "data", "checkpoint", "metrics", "optim"), ("model",), ("generation",), ("actor",),
+    ("rewards", "trl_rollout"), ("plan", "rollout", "run", "workloads"), ("stages",), ("evaluate", "bench"), ("demo",), ("cli",),
 ]
 
 
