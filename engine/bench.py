@@ -149,9 +149,9 @@ def padded_generate(model: Any, workload: Workload, temperature: float) -> Conte
     return generate
 
 
-def generate_batch(model: Any, workload: Workload, temperature: float) -> Contestant:
-    """transformers' continuous batching, each request with its own length. Its manager and cache are made once and kept, as ours are; on a CPU, where by
-    default it would take most of the machine's memory and be slower by far, the cache is cut to the workload.
+def generate_batch(model: Any, workload: Workload, temperature: float, keep: bool = True) -> Contestant:
+    """transformers' continuous batching, each request with its own length. Its manager and cache are made once and kept, as ours are, unless `keep` is off;
+    on a CPU, where by default it would take most of the machine's memory and be slower by far, the cache is cut to the workload.
 
     Raises:
         SetupError: this transformers has none.
@@ -162,12 +162,13 @@ def generate_batch(model: Any, workload: Workload, temperature: float) -> Contes
         raise SetupError("bench: this transformers has no continuous batching (generate_batch); upgrade it, or leave that opponent out") from error
     how = GenerationConfig(max_new_tokens=max(workload.new_tokens), do_sample=temperature > 0, temperature=temperature or None, eos_token_id=-1, pad_token_id=0)
     page, requests = 32, [(list(p), n) for p, n in zip(workload.prompts, workload.new_tokens, strict=True) for _ in range(workload.samples)]
-    fits: dict[str, Any] = {"page_size": page, "num_blocks": sum(-(-(len(p) + n) // page) + 1 for p, n in requests), "max_batch_tokens": max(256, 8 * len(requests))}
+    fits: dict[str, Any] = {"page_size": page, "num_blocks": sum(-(-(len(p) + n) // page) + 1 for p, n in requests),
+                            "max_batch_tokens": max(256, 8 * len(requests))}
     sizes = ContinuousBatchingConfig(**(fits if model.device.type == "cpu" else {}))
 
     def generate() -> list[list[int]]:
         with torch.no_grad(), model.continuous_batching_context_manager(generation_config=how, continuous_batching_config=sizes, block=True, timeout=5,
-                                                                        persistent_manager=True) as manager:
+                                                                        persistent_manager=keep) as manager:
             asked = [manager.add_request(prompt, max_new_tokens=n) for prompt, n in requests]
             done: dict[str, list[int]] = {}
             while len(done) < len(asked):
@@ -387,8 +388,9 @@ def print_report(found: Mapping[str, Any]) -> None:
     console = Console(width=120)
     console.print(f"{model['name']}: {size}\n{asked}", highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(f"roofline of generation: {floor['seconds']:.4g} s, {floor['output_tokens_per_second']:,.0f} tokens/s ({floor['bytes_moved'] / 1e9:,.4g} GB at "
-                  f"{machine['copy_gb_per_s']:,.4g} GB/s, {floor['flops'] / 1e9:,.4g} GFLOP at {machine['gemm_gflop_per_s']:,.4g} GFLOP/s, step by step)",
+    console.print(f"roofline of generation: {floor['seconds']:.4g} s, {floor['output_tokens_per_second']:,.0f} tokens/s "
+                  f"({floor['bytes_moved'] / 1e9:,.4g} GB at {machine['copy_gb_per_s']:,.4g} GB/s, "
+                  f"{floor['flops'] / 1e9:,.4g} GFLOP at {machine['gemm_gflop_per_s']:,.4g} GFLOP/s, step by step)",
                   highlight=False, soft_wrap=True)
     where = machine["gpu"] or f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads"
     console.print(f"{where}; torch {machine['torch']}; {machine['commit']}; {machine['date']}", highlight=False, soft_wrap=True)
