@@ -129,20 +129,24 @@ def ours(actor: HybridActor, workload: Workload, temperature: float) -> Contesta
 def padded_generate(model: Any, workload: Workload, temperature: float) -> Contestant:
     """transformers' `generate`: batches padded on the left, all of which run to their longest completion and are cut to what was asked."""
     device, rows = model.device, max(1, _AT_ONCE // workload.samples)
-    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": workload.samples}
     batches = []
     for start in range(0, len(workload.prompts), rows):
         prompts, new = workload.prompts[start:start + rows], workload.new_tokens[start:start + rows]
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        if not temperature:  # greedily it returns one sequence of each
+            ids, mask = ids.repeat_interleave(workload.samples, 0), mask.repeat_interleave(workload.samples, 0)
         batches.append((ids, mask, [n for n in new for _ in range(workload.samples)]))
 
     @torch.no_grad()
     def generate() -> list[list[int]]:
         out: list[list[int]] = []
         for ids, mask, new in batches:
-            made = model.generate(ids, attention_mask=mask, max_new_tokens=max(new), num_return_sequences=workload.samples, pad_token_id=0, **how)
+            made = model.generate(ids, attention_mask=mask, max_new_tokens=max(new), pad_token_id=0, **how)
             out += [row[:n] for row, n in zip(made[:, ids.shape[1]:].tolist(), new, strict=True)]
         return out
 

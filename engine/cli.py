@@ -323,14 +323,14 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 # ---- bench --------------------------------------------------------------------------------------------------------------------
-def _count(text: str) -> int:
-    """A whole number above 0."""
-    try:
-        if (value := int(text)) >= 1:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+def _count(text: str, least: int = 1) -> int:
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number {'above 0' if least else 'from 0 on'}, got {text!r}")
+
+
+def _count_or_none(text: str) -> int:
+    return _count(text, least=0)
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
@@ -346,7 +346,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
                                         "--n": (defaults["n"], "samples of a prompt"), "--num-iters": (defaults["iters"], "rounds that count"),
                                         "--num-iters-warmup": (defaults["warmup"], "rounds before them")}.items():
             shown = "(default: %(default)s)" if default is not None else "(default: by workload)"
-            one.add_argument(option, type=int if option == "--num-iters-warmup" else _count, default=default, help=f"{text} {shown}")
+            one.add_argument(option, type=_count_or_none if option == "--num-iters-warmup" else _count, default=default, help=f"{text} {shown}")
         one.add_argument("--seed", type=int, default=0, help="of prompts and draws (default: %(default)s)")
         one.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
         one.add_argument("--device", help="cpu or cuda (default: the best there is)")

@@ -143,7 +143,7 @@ def needed(config: ModelConfig, workload: Workload, element_size: int) -> tuple[
     prompt_G, new_G = (torch.tensor(x, dtype=torch.float64) for x in ([len(p) for p in workload.prompts], workload.new_tokens))
     t_S = torch.arange(int(new_G.max()), dtype=torch.float64)[:, None]
     live_SG, n, cached = new_G > t_S, workload.samples, kv_bytes_per_token(config, element_size) / config.num_layers  # of a layer
-    drawn_S = n * live_SG.sum(1)
+    drawn_S = n * live_SG.sum(1).double()
     moved_S = element_size * weights.read + config.num_layers * cached * drawn_S
     flops_S = 2.0 * (weights.layers + weights.head) * drawn_S
     for window in config.windows:
