@@ -43,26 +43,24 @@ def _alone():
 def contest(benchmark, request) -> Callable[..., list[Row]]:
     """Checks that all give the same answer, then times them in turn; one contest a test.
 
-    contest(what, shape, dtype, contestants, *, same, bytes_moved=None, flops=None, note="", unchecked=(), derive=None, rounds=None) -> rows, none if timing
-    is off
+    contest(what, shape, dtype, contestants, *, same, bytes_moved=None, flops=None, note="", unchecked=(), derive=None) -> rows, none if timing is off
         contestants: name -> function; the first is ours. See `harness` for what else a row holds.
         same: called with (ours, another's answer); raises AssertionError when they differ. None: there is nothing to compare.
         unchecked: contestants whose answer is not ours by construction, such as the bare products.
         derive: called with the times of each contestant, round by round; returns what else is to be on our row.
-        rounds: so many, where a call takes tens of seconds; nothing is warmed up beyond the check of the answers then.
     """
     def run(what: str, shape: str, dtype: torch.dtype, contestants: Mapping[str, Callable[[], Any]], *, same: Callable[[Any, Any], None] | None,
             bytes_moved: int | None = None, flops: int | None = None, note: str = "", unchecked: Collection[str] = (),
-            derive: Callable[[Times], Mapping[str, float]] | None = None, rounds: int | None = None) -> list[Row]:
+            derive: Callable[[Times], Mapping[str, float]] | None = None) -> list[Row]:
         ours, *others = contestants
         kind = harness.name_of(dtype)
         harness.check_answers(what, contestants, same, unchecked)
         if benchmark.disabled:
             benchmark.pedantic(lambda: None)  # it complains of a test that does not use it
             return []
-        calls = {name: 1 if rounds else harness.calls_for(function) for name, function in contestants.items()}
-        rounds = request.config.getoption("--rounds") or rounds or harness.rounds_for(contestants)
+        rounds = request.config.getoption("--rounds") or harness.rounds_for(contestants)
         times: dict[str, list[float]] = {name: [] for name in contestants}
+        calls = {name: harness.calls_for(function) for name, function in contestants.items()}
 
         def take(name: str) -> None:
             times[name].append(harness.timed(contestants[name], calls[name]))

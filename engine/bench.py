@@ -153,9 +153,10 @@ def padded_generate(model: Any, workload: Workload, temperature: float) -> Conte
     return generate
 
 
-def generate_batch(model: Any, workload: Workload, temperature: float, keep: bool = True) -> Contestant:
-    """transformers' continuous batching, each request with its own length. Its manager and cache are made once and kept, as ours are, unless `keep` is off;
-    on a CPU, where by default it would take most of the machine's memory and be slower by far, the cache is cut to the workload.
+def generate_batch(model: Any, workload: Workload, temperature: float) -> Contestant:
+    """transformers' continuous batching, each request with its own length. Its manager and cache are made once and kept, as ours are; on a CPU, where by
+    default they would take most of the machine's memory and far more time, the cache is cut to the workload. A model has one manager: making another
+    contestant ends the one before.
 
     Raises:
         SetupError: this transformers has none.
@@ -164,7 +165,9 @@ def generate_batch(model: Any, workload: Workload, temperature: float, keep: boo
         from transformers import ContinuousBatchingConfig, GenerationConfig
     except ImportError as error:
         raise SetupError("bench: this transformers has no continuous batching (generate_batch); upgrade it, or leave that opponent out") from error
-    how = GenerationConfig(max_new_tokens=max(workload.new_tokens), do_sample=temperature > 0, temperature=temperature or None, eos_token_id=-1, pad_token_id=0)
+    model.destroy_cached_continuous_batching_manager()  # it would be used again, with its own sizes and its own way to draw
+    draw: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    how = GenerationConfig(max_new_tokens=max(workload.new_tokens), eos_token_id=-1, pad_token_id=0, **draw)
     page, requests = 32, [(list(p), n) for p, n in zip(workload.prompts, workload.new_tokens, strict=True) for _ in range(workload.samples)]
     fits: dict[str, Any] = {"page_size": page, "num_blocks": sum(-(-(len(p) + n) // page) + 1 for p, n in requests),
                             "max_batch_tokens": max(256, 8 * len(requests))}
@@ -172,7 +175,7 @@ def generate_batch(model: Any, workload: Workload, temperature: float, keep: boo
 
     def generate() -> list[list[int]]:
         with torch.no_grad(), model.continuous_batching_context_manager(generation_config=how, continuous_batching_config=sizes, block=True, timeout=5,
-                                                                        persistent_manager=keep) as manager:
+                                                                        persistent_manager=True) as manager:
             asked = [manager.add_request(prompt, max_new_tokens=n) for prompt, n in requests]
             done: dict[str, list[int]] = {}
             while len(done) < len(asked):

@@ -194,6 +194,11 @@ def test_opponents_make_the_same_greedy_tokens(tiny_model):
     assert [len(row) for row in expected] == [6, 6, 2, 2, 9, 9]
     assert padded_generate(peer, work, 0.0)() == expected
     assert generate_batch(peer, work, 0.0)() == expected
+    longer = Workload("odd", ((1, 5), (1, 7)), (20, 30))
+    for make in (padded_generate, generate_batch):  # what the first contestant kept is not the second's
+        drawn = make(peer, longer, 1.0)()
+        assert [len(row) for row in drawn] == [20, 30]
+        assert drawn != ours(actor, longer, 0.0)()
 
 
 def test_rounds_are_interleaved():
