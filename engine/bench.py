@@ -395,12 +395,16 @@ def print_report(found: Mapping[str, Any]) -> None:
     console = Console(width=120)
     console.print(f"{model['name']}: {size}\n{asked}", highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(f"roofline of generation: {floor['seconds']:.4g} s, {floor['output_tokens_per_second']:,.0f} tokens/s "
+    console.print(f"roofline of generation: {floor['seconds']:.4g} s, {_number(floor['output_tokens_per_second'])} tokens/s "
                   f"({floor['bytes_moved'] / 1e9:,.4g} GB at {machine['copy_gb_per_s']:,.4g} GB/s, "
                   f"{floor['flops'] / 1e9:,.4g} GFLOP at {machine['gemm_gflop_per_s']:,.4g} GFLOP/s, step by step)",
                   highlight=False, soft_wrap=True)
     where = machine["gpu"] or f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads"
     console.print(f"{where}; torch {machine['torch']}; {machine['commit']}; {machine['date']}", highlight=False, soft_wrap=True)
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _columns(found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -415,8 +419,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     floor, work = found["floor"], found["workload"]
     if "contestants" in found:
         for who, c in found["contestants"].items():
-            yield (who, f"{c['elapsed_time']:.4g}", f"{c['requests_per_second']:,.4g}", f"{c['tokens_per_second']:,.0f}",
-                   f"{c['output_tokens_per_second']:,.0f}", f"{c['percent_of_roofline']:.3g}%", f"{c['times_ours']:.3g}", f"{c['same_greedy_tokens']:.0%}")
+            yield (who, f"{c['elapsed_time']:.4g}", f"{_number(c['requests_per_second'])}", f"{_number(c['tokens_per_second'])}",
+                   f"{_number(c['output_tokens_per_second'])}", f"{c['percent_of_roofline']:.3g}%", f"{c['times_ours']:.3g}", f"{c['same_greedy_tokens']:.0%}")
     elif "latencies" in found:
         later = work["output_tokens"] / (work["num_prompts"] * work["n"]) - 1
         least = {"time_to_first_token": floor["prefill_seconds"], "time_per_output_token": floor["decode_seconds"] / later if later else math.nan,
@@ -431,5 +435,5 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             yield phase, f"{taken[phase]:.4g}", f"{taken[phase] / taken['step']:.1%}", *beside
         yield "MFU", f"{found['mfu']:.1%}", "", *(("", "") if strict else ())
         yield "MFU of train", f"{found['train_mfu']:.1%}", "", *(("", "") if strict else ())
-        yield "tokens/s", f"{found['tokens_per_second']:,.0f}", "", *(("", "") if strict else ())
+        yield "tokens/s", f"{_number(found['tokens_per_second'])}", "", *(("", "") if strict else ())
         yield "peak memory, GiB", f"{found['peak_memory_gib']:.3g}", "", *(("", "") if strict else ())

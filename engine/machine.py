@@ -63,7 +63,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """The machine, versions and commit of this run. Outside a checkout the commit is that of nothing: "release"."""
     cpu = next((line.split(":", 1)[1].strip() for line in read_text("/proc/cpuinfo").splitlines() if line.startswith("model name")), platform.processor())
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", *(["liger-kernel"] if device.type == "cuda" else [])):
+    for name in ("triton", "transformers", "trl", *(["liger-kernel"] if device.type == "cuda" else [])):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

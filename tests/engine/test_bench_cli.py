@@ -183,8 +183,9 @@ def test_a_smaller_seed_0_workload_on_standard_output(ceilings, tiny_model, caps
     assert json.loads(capsys.readouterr().out)["workload"]["output_tokens"] == seed0_workload(32, 4, 20, 10).output_tokens
 
 
-def test_opponents_make_the_same_greedy_tokens(tiny_model):
-    """Ragged prompts, ragged lengths, several samples: each is given what it asks for, in order."""
+def test_opponents_make_the_same_greedy_tokens(tiny_model, monkeypatch):
+    """Ragged prompts, ragged lengths, several samples, more than a batch: each is given what it asks for, in order."""
+    monkeypatch.setattr("fusedrl.engine.bench._AT_ONCE", 4)
     subject = Subject(str(tiny_model), device="cpu")
     peer = subject.peer()
     actor = HybridActor.from_module(peer)
