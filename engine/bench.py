@@ -419,8 +419,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     floor, work = found["floor"], found["workload"]
     if "contestants" in found:
         for who, c in found["contestants"].items():
-            yield (who, f"{c['elapsed_time']:.4g}", f"{_number(c['requests_per_second'])}", f"{_number(c['tokens_per_second'])}",
-                   f"{_number(c['output_tokens_per_second'])}", f"{c['percent_of_roofline']:.3g}%", f"{c['times_ours']:.3g}", f"{c['same_greedy_tokens']:.0%}")
+            yield (who, f"{c['elapsed_time']:.4g}", _number(c['requests_per_second']), _number(c['tokens_per_second']),
+                   _number(c['output_tokens_per_second']), f"{c['percent_of_roofline']:.3g}%", f"{c['times_ours']:.3g}", f"{c['same_greedy_tokens']:.0%}")
     elif "latencies" in found:
         later = work["output_tokens"] / (work["num_prompts"] * work["n"]) - 1
         least = {"time_to_first_token": floor["prefill_seconds"], "time_per_output_token": floor["decode_seconds"] / later if later else math.nan,
@@ -435,5 +435,5 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             yield phase, f"{taken[phase]:.4g}", f"{taken[phase] / taken['step']:.1%}", *beside
         yield "MFU", f"{found['mfu']:.1%}", "", *(("", "") if strict else ())
         yield "MFU of train", f"{found['train_mfu']:.1%}", "", *(("", "") if strict else ())
-        yield "tokens/s", f"{_number(found['tokens_per_second'])}", "", *(("", "") if strict else ())
+        yield "tokens/s", _number(found['tokens_per_second']), "", *(("", "") if strict else ())
         yield "peak memory, GiB", f"{found['peak_memory_gib']:.3g}", "", *(("", "") if strict else ())
