@@ -1,7 +1,8 @@
-"""The command line: fusedrl train sft|reward|ppo, fusedrl plan sft|reward|ppo, fusedrl generate, fusedrl bench throughput|latency|step|kernels, fusedrl demo.
+"""The command line: fusedrl train sft|reward|ppo, fusedrl plan sft|reward|ppo, fusedrl generate, fusedrl demo.
 
 Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
 that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 130 interrupted. torch is imported only by what needs it.
+`fusedrl bench throughput|latency|step|kernels` has the option names of `vllm bench`, where that has the option.
 """
 from __future__ import annotations
 
@@ -84,10 +85,11 @@ def _run(argv: list[str]) -> None:
         _plan(argv[1:])
         return
     options = parser.parse_args(argv)
+    if options.command == "bench":
+        _bench(options)
+        return
     if options.command == "generate":
         _generate(options)
-    elif options.command == "bench":
-        _bench(options)
     else:
         from fusedrl.engine.demo import run_demo
 
