@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -36,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedrl.engine import machine as ceilings
 from fusedrl.kernels.dispatch import Implementations, unavailable
 
 RESULTS = Path(__file__).parent / "results"
@@ -105,20 +104,14 @@ def calls_for(function: Callable[[], Any]) -> int:
     return 1 if DEVICE.type == "cuda" else max(1, math.ceil(1.0 / timed(function)))
 
 
-@functools.cache
 def copy_bandwidth() -> float:
-    """Bytes per second of a copy far larger than the caches, bytes read plus bytes written: the fastest of some."""
-    source = torch.rand(1 << (28 if DEVICE.type == "cuda" else 25), device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / (min(timed(lambda: target.copy_(source)) for _ in range(11)) / 1e3)
+    """Bytes per second of a large copy, bytes read plus bytes written."""
+    return ceilings.copy_bandwidth(DEVICE)
 
 
-@functools.cache
 def gemm_rate() -> float:
-    """Flops per second of a large matrix product of random numbers, in float32 on a CPU and in bfloat16 on a GPU: the fastest of some."""
-    n, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (1536, torch.float32)
-    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
-    return 2 * n**3 / (min(timed(lambda: a @ b) for _ in range(7)) / 1e3)
+    """Flops per second of a large matrix product, in float32 on a CPU and in bfloat16 on a GPU."""
+    return ceilings.gemm_rate(DEVICE)
 
 
 # ---- what bench files are written with -------------------------------------------------------------------------------------
@@ -275,47 +268,16 @@ def _measure_peak(module: str, builder: str, contestant: str) -> None:
 
 
 def _resident(key: str) -> int:
-    return next(int(line.split()[1]) << 10 for line in _read("/proc/self/status").splitlines() if line.startswith(key))
+    return next(int(line.split()[1]) << 10 for line in ceilings.read_text("/proc/self/status").splitlines() if line.startswith(key))
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------------
 @functools.cache
 def machine() -> dict[str, Any]:
     """The machine, versions, commit and ceilings of this run."""
-    cpu = next((line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")), platform.processor())
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", *(["liger-kernel"] if DEVICE.type == "cuda" else [])):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    commit, dirty = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--", ".", ":!bench/results")
-    gpu: dict[str, Any] = {"gpu": None}
-    if DEVICE.type == "cuda":
-        asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader", "--id=0"]
-        gpu = {"gpu": torch.cuda.get_device_name(), "driver and clocks": _output(asked)}
-    return {"cpu": cpu, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), **gpu, "threads": torch.get_num_threads(),
-            "freed_memory": "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned", **versions,
-            "commit": commit + ("+changes" if dirty else ""), "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "copy_gb_per_s": round(copy_bandwidth() / 1e9, 2), "gemm_gflop_per_s": round(gemm_rate() / 1e9, 1)}
-
-
-def _git(*arguments: str) -> str:
-    return _output(["git", "-C", str(RESULTS.parents[1]), *arguments])
-
-
-def _output(command: Sequence[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+    freed = "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned"
+    return ceilings.describe_machine(DEVICE) | {"freed_memory": freed, "copy_gb_per_s": round(copy_bandwidth() / 1e9, 2),
+                                                "gemm_gflop_per_s": round(gemm_rate() / 1e9, 1)}
 
 
 Result = tuple[dict[str, Any], dict[str, Any]]  # a row and the run that measured it

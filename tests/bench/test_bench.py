@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from bench import conftest, harness, kernel_report, tables
+from bench import conftest, harness, kernel_report, scaling_plot, tables
 from tests import offline_compile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,3 +236,27 @@ def test_the_kernel_report_names_every_kernel():
     assert not missing, f"run `make kernel-report`; docs/kernel-report.md lacks {missing}"
     spilled = re.findall(r"\| `.*(?:spilled|does not compile).*", text)
     assert not spilled
+
+
+# ---- the scaling plot ----------------------------------------------------------------------------------------------------------
+def test_the_scaling_plot_and_its_exponents(tmp_path):
+    def row(what, shape, speed, percent):
+        return {"what": what, "shape": shape, "dtype": "float32", "contestant": "fusedrl", "note": "", "percent_of_ceiling": percent,
+                "extra": {"tokens/s": speed}}
+
+    rows = [row("decode, sequences", "1 x 128", 100.0, 10.0), row("decode, sequences", "4 x 128", 400.0, 20.0),
+            row("decode, sequences", "16 x 128", 800.0, 20.0), row("decode, context", "16 x 256", 400.0, 20.0), row("decode, context", "16 x 128", 800.0, 20.0)]
+    results = tmp_path / "scaling.json"
+    results.write_text(json.dumps({"runs": [RUN], "rows": [r | {"run": 0} for r in rows]}))
+    (tmp_path / "engine-numbers.md").write_text(f"before\n{scaling_plot.BEGIN}\nold\n{scaling_plot.END}\nafter\n")
+    scaling_plot.draw(results, tmp_path)
+    page, plot = (tmp_path / "engine-numbers.md").read_text(), (tmp_path / "scaling.svg").read_text()
+    assert "| 4 | 400 | 10 | 20.0% | 1.00 |\n| 16 | 800 | 20 | 20.0% | 0.50 |" in page
+    assert "| 128 | 800 | 20 | 20.0% |  |\n| 256 | 400 | 40 | 20.0% | -1.00 |" in page
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert "old" not in page
+    assert len(ElementTree.fromstring(plot).findall("{http://www.w3.org/2000/svg}circle")) == 5
+    results.write_text(json.dumps({"runs": [RUN], "rows": [rows[0] | {"run": 0}]}))
+    with pytest.raises(ValueError, match=r"make bench BENCH=bench/bench_scaling\.py"):
+        scaling_plot.draw(results, tmp_path)
