@@ -290,7 +290,7 @@ def plan(config: StageConfig, *, memory: int | None = None, cache: CacheConfig |
                 {c: planner.parts(tokens, c).peak for c in both}, {c: planner.largest(memory, c) for c in both})
 
 
-def cache_for(config: PPOConfig) -> CacheConfig:
+def cache_for(config: PolicyConfig) -> CacheConfig:
     """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory that is free now, before anything is loaded, but never more
     than max_sequences sequences of the model's full length. On a CPU the default, since memory that is never written costs nothing.
 

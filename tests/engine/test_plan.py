@@ -265,7 +265,7 @@ def test_a_gpu_that_is_elsewhere(tmp_path, capsys):
 
 def test_the_cache_of_a_run_is_what_training_leaves(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(MEDIUM | {"max_position_embeddings": 1 << 20}))
-    config = PPOConfig(str(tmp_path), "d", ("r.py:r",), device="cuda:3", tokens_per_microbatch=2048)
+    config = PolicyConfig(str(tmp_path), "d", ("r.py:r",), device="cuda:3", tokens_per_microbatch=2048)
     assert cache_for(replace(config, device="cpu")) == CacheConfig()
     for free in (2 << 30, 80 << 30):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 96 << 30))
