@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
-from fusedrl.engine.config import PPOConfig
+from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.generation import arena as arena_module
 from fusedrl.engine.generation.arena import Arena
 from fusedrl.engine.model.decoder import Decoder
@@ -80,7 +80,7 @@ def test_it_holds_what_the_plan_says_is_held(checkpointed):
     actor.decoder.checkpoint_activations = checkpointed
     actor.generate(PROMPTS, PARAMS)
     batch = PackedBatch.from_sequences((torch.randint(61, (5,)).tolist(), torch.randint(61, (45,)).tolist()) for _ in range(12))
-    planned = Planner(model_config(SIZES | KINDS["llama"]), PPOConfig("m", "d", ("r.py:r",), dtype="float32", device="cpu"))
+    planned = Planner(model_config(SIZES | KINDS["llama"]), PolicyConfig("m", "d", ("r.py:r",), dtype="float32", device="cpu"))
     with actor.lend_cache() as arena:
         train(actor, batch, parts=1)
         assert arena.peak == pytest.approx(planned.activation_bytes(batch.num_tokens, checkpointed), rel=0.06)
