@@ -144,14 +144,13 @@ void attention(const Layer<T>& layer, const Sizes& z, const Options& options, co
   const Cache cache{z.kv_heads, z.D, z.S};
   const int64_t group = z.group(), ld = cache.scores(longest), grain = std::max<int64_t>(1, TASK_FLOPS / (4 * group * z.D * ld));
   at::parallel_for(0, tokens.N * z.kv_heads, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(4 * ld), q(group * z.D), result(group * z.D);
+    std::vector<float> scores(4 * (ld + z.D)), result(group * z.D);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / z.kv_heads, head = task % z.kv_heads, p = n / PANEL, c = n % PANEL, width = panels.width(p);
       const float* from = qkv + p * PANEL * z.qkv() + head * group * z.D * width + c;
-      for (int64_t i = 0; i < group * z.D; ++i) q[i] = from[i * width] * options.attention_scale;
       const int64_t last = tokens.positions[n], first = layer.window ? std::max<int64_t>(0, last - layer.window + 1) : 0;
       const Span span{tokens.table + tokens.rows[n] * tokens.M, first, last, options.attention_softcap};
-      attend_group(k_cache, v_cache, cache, head, span, group, q.data(), scores.data(), ld, result.data());
+      attend_group(k_cache, v_cache, cache, head, span, group, {from, width, options.attention_scale}, scores.data(), ld, result.data());
       float* to = out + p * PANEL * z.heads * z.D + head * group * z.D * width + c;
       for (int64_t i = 0; i < group * z.D; ++i) to[i * width] = result[i];
     }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "panels.h"
 
@@ -65,92 +66,20 @@ inline V load(const T* p, int64_t count) {
   return load<V>(padded);
 }
 
-// scores[g][s] = q[g] . k[:, s] of one block; k [D][S], q [G][D]. Writes whole vectors, so up to the next multiple of VL.
-template <int G, typename T>
-inline void block_scores(const T* k, const float* q, int64_t D, int64_t S, float* scores, int64_t ld) {
-  for (int64_t s = 0; s < S; s += VL) {
-    Lanes sum[G] = {};
-    for (int64_t d = 0; d < D; ++d) {
-      const Lanes key = s + VL <= S ? load<Lanes>(k + d * S + s) : load<Lanes>(k + d * S + s, S - s);
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[g] += q[g * D + d] * key;
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) *reinterpret_cast<Lanes*>(scores + g * ld + s) = sum[g];
-  }
+// ---- vectors -------------------------------------------------------------------------------------------------------------
+template <typename V>
+inline void store(const V& x, float* to) { std::memcpy(to, &x, sizeof x); }
+inline Lanes larger(const Lanes& a, const Lanes& b) { return a > b ? a : b; }  // a NaN may get lost: it comes again as a weight
+inline float largest(const Lanes& x) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return as<Vec>(larger(as<Lanes>(a), as<Lanes>(b))); }, as<Vec>(x));
 }
-
-// out[g] += sum over `count` positions of weights[g][s] v[s]; v [count][D].
-template <int G, typename T>
-inline void block_values(const T* v, const float* weights, int64_t ld, int64_t count, int64_t D, float* out) {
-  constexpr int U = 8 / G;  // eight sums in flight
-  for (int64_t d = 0; d + 8 <= D; d += 8) {
-    Eight sum[G][U] = {};
-    int64_t s = 0;
-    for (; s + U <= count; s += U) {
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-        const Eight value = load<Eight>(v + (s + u) * D + d);
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) sum[g][u] += weights[g * ld + s + u] * value;
-      }
-    }
-    for (; s < count; ++s) {
-      const Eight value = load<Eight>(v + s * D + d);
-#pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) sum[g][0] += weights[g * ld + s] * value;
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 8
-      for (int u = 1; u < U; ++u) sum[g][0] += sum[g][u];
-      *reinterpret_cast<Eight*>(out + g * D + d) += sum[g][0];
-    }
-  }
-  for (int64_t d = D / 8 * 8; d < D; ++d)
-    for (int g = 0; g < G; ++g)
-      for (int64_t s = 0; s < count; ++s) out[g * D + d] += weights[g * ld + s] * to_float(v[s * D + d]);
-}
-
-// x = exp(x) for x <= 0, within 1.01 ulp; 0 below -87, where it is no normal number; NaN stays NaN. Inlined, half the time of Vec::exp.
-inline void exp_of_negative(Lanes& x) {
-  typedef int32_t Bits __attribute__((vector_size(sizeof(Lanes))));
-  constexpr float ROUND = 0x1.8p23f;                       // added and taken off again, it rounds to an integer n, which its low bits hold
-  const Lanes shifted = x * 0x1.715476p0f + ROUND, n = shifted - ROUND;
-  const Lanes r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n ln 2, exact in its first half
-  Lanes p = r * 0x1.6850e4p-10f + 0x1.123bccp-7f;
-  p = p * r + 0x1.555b98p-5f;
-  p = p * r + 0x1.55548ep-3f;
-  p = p * r + 0x1.fffff8p-2f;
-  p = (p * r) * r + r + 1.0f;
-  Bits exponent;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = (exponent << 23) + (127 << 23);
-  Lanes scale;
-  std::memcpy(&scale, &exponent, sizeof scale);
-  x = x < -87.0f ? Lanes{} : p * scale;
-}
-
-// exp(x - max) in place; the sum. Masked scores are -inf and come out as 0.
-inline float softmax_weights(float* scores, int64_t size) {
-  Vec top = Vec::loadu(scores);
-  for (int64_t i = VL; i < size; i += VL) top = at::vec::maximum(top, Vec::loadu(scores + i));
-  const float max = at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, top);
-  Lanes sum = {};
-  for (int64_t i = 0; i < size; i += VL) {
-    Lanes weight = *reinterpret_cast<const Lanes*>(scores + i) - max;
-    exp_of_negative(weight);
-    *reinterpret_cast<Lanes*>(scores + i) = weight;
-    sum += weight;
-  }
-  Vec total;
-  std::memcpy(&total, &sum, sizeof total);
-  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, total);
+inline float total(const Lanes& x) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, as<Vec>(x));
 }
 
 struct Cache {
   int64_t heads, D, S;  // one layer: k [blocks, heads, D, S], v [blocks, heads, S, D]
-  int64_t pitch() const { return (S + VL - 1) / VL * VL; }                     // scores of a block
+  int64_t pitch() const { return (S + VL - 1) / VL * VL; }                 // scores of a block
   int64_t scores(int64_t last) const { return (last / S + 1) * pitch(); }  // at most, up to position `last`
 };
 
@@ -161,40 +90,215 @@ struct Span {
   float cap;  // 0: none
 };
 
+// Query heads of one token: value i, times scale, is at[i * stride] * scale.
+struct Query {
+  const float* at;
+  int64_t stride;
+  float scale;
+};
+
+// Of a span, what lies in one block: slots from to to.
+struct Seen {
+  int64_t from, to;
+  Seen(const Span& span, int64_t block, int64_t S)
+      : from(block == span.first / S ? span.first % S : 0), to(block == span.last / S ? span.last % S + 1 : S) {}
+};
+
+// x where `at` + its lane lies in first to last, `other` elsewhere.
+inline Lanes where_seen(const Lanes& x, int64_t at, int64_t first, int64_t last, float other) {
+  typedef uint32_t Counts __attribute__((vector_size(sizeof(Lanes))));
+  Counts lane;
+  for (int i = 0; i < VL; ++i) lane[i] = i;
+  return lane + static_cast<uint32_t>(at - first) <= static_cast<uint32_t>(last - first) ? x : Lanes{} + other;  // before first it wraps
+}
+
+// Scores of one block: q[g] . k[:, s], capped, -inf where not seen, to scores[g][s]; `top` [G] holds the largest of each lane so far. k [D][S], q [G][D].
+template <int G, typename T>
+inline void block_scores(const T* k, const float* q, const Cache& cache, const Span& span, const Seen& seen, float* scores, int64_t ld, Lanes* top) {
+  const int64_t S = cache.S, D = cache.D;
+  for (int64_t s = 0; s < S; s += VL) {
+    Lanes sum[G] = {};
+    for (int64_t d = 0; d < D; ++d) {
+      const Lanes key = s + VL <= S ? load<Lanes>(k + d * S + s) : load<Lanes>(k + d * S + s, S - s);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sum[g] += q[g * D + d] * key;
+    }
+    if (span.cap > 0)
+      for (int g = 0; g < G; ++g) cap_scores(reinterpret_cast<float*>(&sum[g]), VL, span.cap);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      if (s < seen.from || s + VL > seen.to) sum[g] = where_seen(sum[g], s, seen.from, seen.to - 1, -std::numeric_limits<float>::infinity());
+      top[g] = larger(sum[g], top[g]);
+      *reinterpret_cast<Lanes*>(scores + g * ld + s) = sum[g];
+    }
+  }
+}
+
+// out[g] += sum over `count` positions of weights[g][s] v[s]; v [count][D], D a multiple of V's values, but for what is left behind the last of them.
+template <int G, typename V, typename T>
+inline void block_values(const T* v, const float* weights, int64_t ld, int64_t count, int64_t D, float* out) {
+  constexpr int64_t WIDTH = sizeof(V) / sizeof(float);
+  constexpr int U = 8 / G;  // eight sums in flight
+  for (int64_t d = 0; d + WIDTH <= D; d += WIDTH) {
+    V sum[G][U] = {};
+    int64_t s = 0;
+    for (; s + U <= count; s += U) {
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        const V value = load<V>(v + (s + u) * D + d);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) sum[g][u] += weights[g * ld + s + u] * value;
+      }
+    }
+    for (; s < count; ++s) {
+      const V value = load<V>(v + s * D + d);
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) sum[g][0] += weights[g * ld + s] * value;
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 8
+      for (int u = 1; u < U; ++u) sum[g][0] += sum[g][u];
+      store(V(load<V>(out + g * D + d) + sum[g][0]), out + g * D + d);
+    }
+  }
+  for (int64_t d = D / WIDTH * WIDTH; d < D; ++d)
+    for (int g = 0; g < G; ++g)
+      for (int64_t s = 0; s < count; ++s) out[g * D + d] += weights[g * ld + s] * to_float(v[s * D + d]);
+}
+
+// weight[2 j] in the lower half of the lanes, weight[2 j + 1] in the upper half.
+inline Lanes pair_of(const Lanes& weight, int j) {
+  Ints from;
+  for (int i = 0; i < VL; ++i) from[i] = 2 * j + 2 * i / VL;
+  return __builtin_shuffle(weight, from);
+}
+
+// attend, where a block is small: heads half as wide as a vector, so that one holds V of two positions, and as many slots as a vector has lanes.
+// Everything between K and the result stays in registers but the scores.
+template <int G, typename T>
+void attend_small(const T* k, const T* v, int64_t heads, int64_t head, const Span& span, const Query& q, float* scores, int64_t ld, float* out) {
+  constexpr int64_t D = VL / 2, S = VL;
+  constexpr int U = 8 / G;  // eight sums in flight
+  const int64_t start = span.first / S, count = span.last / S + 1 - start, first = span.first - start * S, last = span.last - start * S;
+  const int32_t* blocks = span.blocks + start;
+  const auto at = [&](int64_t b, int g) { return scores + g * ld + b * S; };
+  const auto offset = [&](int64_t b) { return (blocks[b] * heads + head) * (D * S); };
+  Lanes query[G][D];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g)
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) query[g][d] = Lanes{} + q.at[(g * D + d) * q.stride] * q.scale;
+  for (int64_t b = 0; b < count; ++b) {
+    const T* keys = k + offset(b);
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) __builtin_prefetch(v + offset(b) + d * S);  // read when all scores are there, too far ahead for the processor to see
+    Lanes sum[G] = {};
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) {
+      const Lanes key = load<Lanes>(keys + d * S);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sum[g] += query[g][d] * key;
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) store(sum[g], at(b, g));
+  }
+  if (span.cap > 0)
+    for (int g = 0; g < G; ++g) cap_scores(scores + g * ld, count * S, span.cap);
+  for (const int64_t b : {int64_t{0}, count - 1})
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) store(where_seen(load<Lanes>(at(b, g)), b * S, first, last, -std::numeric_limits<float>::infinity()), at(b, g));
+  Lanes top[G], max[G], weights[G] = {}, sum[G][U] = {};
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) top[g] = load<Lanes>(at(0, g));
+  for (int64_t b = 1; b < count; ++b)
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) top[g] = larger(load<Lanes>(at(b, g)), top[g]);
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) max[g] = Lanes{} + largest(top[g]);
+  const bool more = head + 1 < heads;  // whoever attends to this head goes on to the next
+  const auto add = [&](int64_t b, auto masked) {
+    const T* values = v + offset(b);
+    if (more) {
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d) __builtin_prefetch(k + offset(b) + (D + d) * S);
+    }
+    Lanes weight[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      weight[g] = exp_of_negative(load<Lanes>(at(b, g)) - max[g]);
+      weights[g] += weight[g];
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < VL / 2; ++j) {
+      Lanes value = load<Lanes>(values + j * VL);
+      if constexpr (decltype(masked)::value) value = where_seen(value, b * S * D + j * VL, first * D, last * D + D - 1, 0.0f);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sum[g][j % U] += pair_of(weight[g], j) * value;
+    }
+  };
+  for (int64_t b = 0; b < count; ++b) {  // what is not seen is replaced, never multiplied by 0: it may be NaN
+    if (b + 1 == count || (b == 0 && first > 0)) add(b, std::true_type());
+    else add(b, std::false_type());
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 8
+    for (int u = 1; u < U; ++u) sum[g][0] += sum[g][u];
+    typedef float Half __attribute__((vector_size(sizeof(float) * D)));
+    Half halves[2];
+    std::memcpy(halves, &sum[g][0], sizeof halves);
+    const Half result = (halves[0] + halves[1]) / total(weights[g]);
+    std::memcpy(out + g * D, &result, sizeof result);
+  }
+}
+
 // q [G][D], already scaled, of query heads that share key/value head `head`; out [G][D]. scores holds G rows of `ld`.
 template <int G, typename T>
 void attend(const T* k, const T* v, const Cache& cache, int64_t head, const Span& span, const float* q, float* scores, int64_t ld, float* out) {
-  const int64_t S = cache.S, D = cache.D, pitch = cache.pitch(), start = span.first / S, count = span.last / S - start + 1, size = count * pitch;
-  const auto offset = [&](int64_t b) { return (static_cast<int64_t>(span.blocks[start + b]) * cache.heads + head) * S * D; };
-  const auto mask = [&](int64_t from, int64_t to) {
-    for (int g = 0; g < G; ++g) std::fill(scores + g * ld + from, scores + g * ld + to, -std::numeric_limits<float>::infinity());
-  };
-  for (int64_t b = 0; b < count; ++b) {
-    block_scores<G>(k + offset(b), q, D, S, scores + b * pitch, ld);
-    for (int g = 0; g < G && span.cap > 0; ++g) cap_scores(scores + g * ld + b * pitch, pitch, span.cap);
-    if (pitch > S) mask(b * pitch + S, (b + 1) * pitch);
-  }
-  mask(0, span.first % S);
-  mask((count - 1) * pitch + span.last % S + 1, size);
+  const int64_t S = cache.S, D = cache.D, pitch = cache.pitch(), start = span.first / S, end = span.last / S + 1;
+  const auto offset = [&](int64_t b) { return (static_cast<int64_t>(span.blocks[b]) * cache.heads + head) * S * D; };
+  Lanes top[G];
+  float max[G];
+  for (int g = 0; g < G; ++g) top[g] = Lanes{} - std::numeric_limits<float>::infinity();
+  for (int64_t b = start; b < end; ++b) block_scores<G>(k + offset(b), q, cache, span, Seen(span, b, S), scores + (b - start) * pitch, ld, top);
+  for (int g = 0; g < G; ++g) max[g] = largest(top[g]);
   float sums[G];
-  for (int g = 0; g < G; ++g) sums[g] = softmax_weights(scores + g * ld, size);
+  for (int g = 0; g < G; ++g) {
+    Lanes sum = {};
+    for (int64_t i = 0; i < (end - start) * pitch; i += VL) {
+      Lanes* weight = reinterpret_cast<Lanes*>(scores + g * ld + i);
+      *weight = exp_of_negative(*weight - max[g]);
+      sum += *weight;
+    }
+    sums[g] = total(sum);
+  }
   std::fill(out, out + G * D, 0.0f);
-  for (int64_t b = 0; b < count; ++b) {  // unseen slots are stepped over, never multiplied by 0: they may hold NaN
-    const int64_t from = b == 0 ? span.first % S : 0, to = b + 1 == count ? span.last % S + 1 : S;
-    block_values<G>(v + offset(b) + from * D, scores + b * pitch + from, ld, to - from, D, out);
+  const auto values = D % VL ? &block_values<G, Eight, T> : &block_values<G, Lanes, T>;
+  for (int64_t b = start; b < end; ++b) {  // unseen slots are stepped over, never multiplied by 0: they may hold NaN
+    const Seen seen(span, b, S);
+    values(v + offset(b) + seen.from * D, scores + (b - start) * pitch + seen.from, ld, seen.to - seen.from, D, out);
   }
   for (int g = 0; g < G; ++g)
     for (int64_t d = 0; d < D; ++d) out[g * D + d] /= sums[g];
 }
 
-// The same for any number of query heads, four at a time: they share the reads of K and V. scores holds four rows of `ld`.
+// The same for any number of query heads, four at a time: they share the reads of K and V. scores holds four rows of `ld`, and four heads behind them.
 template <typename T>
-void attend_group(const T* k, const T* v, const Cache& cache, int64_t head, const Span& span, int64_t group, const float* q, float* scores, int64_t ld,
+void attend_group(const T* k, const T* v, const Cache& cache, int64_t head, const Span& span, int64_t group, const Query& query, float* scores, int64_t ld,
                   float* out) {
+  const int64_t D = cache.D;
+  const bool small = 2 * D == VL && cache.S == VL;
   for (int64_t g = 0; g < group;) {
     const auto run = [&](auto size) {
       constexpr int G = decltype(size)::value;
-      attend<G>(k, v, cache, head, span, q + g * cache.D, scores, ld, out + g * cache.D);
+      const Query mine{query.at + g * D * query.stride, query.stride, query.scale};
+      if (small) {
+        attend_small<G>(k, v, cache.heads, head, span, mine, scores, ld, out + g * D);
+      } else {
+        for (int64_t i = 0; i < G * D; ++i) scores[4 * ld + i] = mine.at[i * mine.stride] * mine.scale;
+        attend<G>(k, v, cache, head, span, scores + 4 * ld, scores, ld, out + g * D);
+      }
       g += G;
     };
     if (group - g >= 4) run(std::integral_constant<int, 4>());

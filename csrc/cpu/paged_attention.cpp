@@ -37,16 +37,16 @@ void run(const Tensor& q_BHD, const Tensor& k_cache, const Tensor& v_cache, cons
   T* out = out_BHD.mutable_data_ptr<T>();
   const int64_t ld = cache.scores(std::max<int64_t>(longest, 1) - 1), grain = std::max<int64_t>(1, TASK_FLOPS / (4 * size * ld + 1));
   at::parallel_for(0, B * cache.heads, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(4 * ld), query(size), result(size);
+    std::vector<float> scores(4 * (ld + cache.D)), query(size), result(size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / cache.heads;
       if (lens[b] == 0) {
         std::fill(out + task * size, out + (task + 1) * size, T(0.0f));
         continue;
       }
-      for (int64_t i = 0; i < size; ++i) query[i] = to_float(q[task * size + i]) * static_cast<float>(scale);
+      for (int64_t i = 0; i < size; ++i) query[i] = to_float(q[task * size + i]);
       const Span span{table + b * M, first_of(b), lens[b] - 1, static_cast<float>(softcap)};
-      attend_group(k, v, cache, task % cache.heads, span, group, query.data(), scores.data(), ld, result.data());
+      attend_group(k, v, cache, task % cache.heads, span, group, {query.data(), 1, static_cast<float>(scale)}, scores.data(), ld, result.data());
       for (int64_t i = 0; i < size; ++i) out[task * size + i] = static_cast<T>(result[i]);
     }
   });

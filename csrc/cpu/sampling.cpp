@@ -19,11 +19,11 @@
 #include <tuple>
 #include <vector>
 
+#include "panels.h"
+
 namespace {
 
 using at::Tensor;
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t VL = Vec::size();
 constexpr int64_t BLOCK = 128;       // the draw walks sums of blocks, then one block
 constexpr float SMALLEST = -87.0f;   // exp of less is not a normal float32: it counts as 0
 constexpr float BUCKETS_A_NAT = 16.0f;
@@ -102,20 +102,21 @@ double sum(const float* w, int64_t count) {
 // w = exp((z - max) / T), 0 where that is not a normal number; `blocks` receives its sums.
 Sums exponentials(const float* z, int64_t V, float max, float temperature, float* w, double* blocks) {
   Sums sums;
-  const Vec top(max), T(temperature), smallest(SMALLEST), zero(0.0f);
+  const Vec top(max), T(temperature);
   for (int64_t start = 0; start < V; start += BLOCK) {
     const int64_t end = std::min(V, start + BLOCK);
-    Vec weighted(0.0f);
+    Lanes weighted = {};
     for (int64_t i = start; i < end; i += VL) {
       const int64_t count = std::min(VL, end - i);
-      const Vec x = count == VL ? (Vec::loadu(z + i) - top) / T : Vec::set(Vec(-INFINITE), (load(z + i, count) - top) / T, count);
-      const Vec seen = x >= smallest, weight = Vec::blendv(zero, x.exp(), seen);
-      weighted = weighted + Vec::blendv(zero, weight * x, seen);
-      weight.store(w + i, static_cast<int>(count));
+      Vec below = load(z + i, count) - top;
+      if (temperature != 1.0f) below = below / T;
+      const Lanes x = as<Lanes>(count == VL ? below : Vec::set(Vec(-INFINITE), below, count)), weight = exp_of_negative(x);
+      weighted += x < SMALLEST ? Lanes{} : weight * x;
+      as<Vec>(weight).store(w + i, static_cast<int>(count));
     }
     blocks[start / BLOCK] = sum(w + start, end - start);
     sums.weights += blocks[start / BLOCK];
-    sums.weighted += at::vec::vec_reduce_all([](Vec& a, Vec& b) { return a + b; }, weighted, VL);
+    sums.weighted += at::vec::vec_reduce_all([](Vec& a, Vec& b) { return a + b; }, as<Vec>(weighted), VL);
   }
   return sums;
 }
