@@ -10,9 +10,9 @@ Bytes     q, k, v and o once each in C++, plus Hq floats a token for the backwar
           causal rule: what is padded comes later. A softcap takes it the T x T scores, which scaled_dot_product_attention does without.
 Numerics  softmax and sums in float32 at least. Nothing of a companion, NaN included, reaches a sequence; in C++ its bits do not depend on
           companions at all. Bitwise reproducible on CPU, forward and backward (every index is unique, so nothing is summed in an open order).
-On CUDA   flash-attn if it is installed, else torch.nn.attention.varlen, else the torch implementation: the first that serves the call. The first two
-          (attention_flash.py) have not run on a card in this project. Before its first call on a device each is tried against the reference
-          (attention_verify.py); one that is wrong is not used, and says why.
+On CUDA   flash-attn if it is installed, else torch.nn.attention.varlen, else Triton (attention_triton.py), else the torch implementation: the first that
+          serves the call. None has run on a card in this project. Before their first call on a device the first two (attention_flash.py) are tried
+          against the reference (attention_verify.py); one that is wrong is not used, and says why.
 Source    Vaswani et al. (2017), eq. 1; windows as in Mistral 7B (Jiang et al., 2023); softcaps as in Gemma 2 (Gemma Team, 2024).
 """
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrl.kernels import attention_flash, attention_verify, native
+from fusedrl.kernels import attention_flash, attention_triton, attention_verify, native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.paged_attention import paged_attention as paged_attention  # a second address
 
-_IMPLS = Implementations("varlen_attention", cpu=("cpp", "torch"), cuda=("flash_attn", "torch_varlen", "torch"))
+_IMPLS = Implementations("varlen_attention", cpu=("cpp", "torch", "triton"), cuda=("flash_attn", "torch_varlen", "triton", "torch"))
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -156,6 +156,18 @@ def faults(device: str) -> tuple[tuple[str, str], ...]:
     return tuple(attention_verify.faults(device, present, varlen_attention_reference, frozenset({"flash_attn"})).items())
 
 
+def _refused(device: torch.device, dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None) -> dict[str, str]:
+    """Which implementations do not serve such a call, and why."""
+    refused = attention_flash.refused(dtype, head_dim, groups, softcap)
+    if dtype == torch.float64:
+        return refused | dict.fromkeys(("cpp", "triton"), "it computes in float32")
+    if head_dim > attention_triton.LARGEST_HEAD:
+        refused["triton"] = f"it serves head dims up to {attention_triton.LARGEST_HEAD}, and this one is {head_dim}"
+    elif device.type == "cuda" and (dtype == torch.float32 or torch.version.hip is not None):
+        refused["triton"] = "it serves bfloat16 and float16 on NVIDIA GPUs"
+    return refused
+
+
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_length: int, causal: bool = True, window: int | None = None,
                      softcap: float | None = None, scale: float | None = None, impl: str | None = None) -> Tensor:
     """Attention within each of the packed sequences.
@@ -168,7 +180,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
         softcap: scores become softcap * tanh(scores / softcap).
         scale: of the scores; D ** -0.5 by default.
         impl: "cpp" (CPU; not float64), "flash_attn" or "torch_varlen" (CUDA; bfloat16 and float16, D a multiple of 8 up to 256, the latter without a
-            softcap), or "torch"; by default the first that serves the call.
+            softcap), "triton" (D up to 256; on CUDA bfloat16 and float16), or "torch"; by default the first that serves the call.
     Returns:
         [N, Hq, D]. Differentiable in q, k and v.
     Raises:
@@ -178,10 +190,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
     N, Hq, D, Hkv, B1 = check(op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "v": (v, "N Hkv D"), "cu_seqlens": (cu_seqlens, "B+1")})
     if Hkv == 0 or Hq % Hkv or B1 < 1:
         raise ValueError(f"{op}: expected query heads in a multiple of the key/value heads and cu_seqlens [B+1], got Hq {Hq}, Hkv {Hkv}, B+1 {B1}")
-    refused = attention_flash.refused(q.dtype, D, Hq // Hkv, softcap) | dict(faults(str(q.device)))
-    if q.dtype == torch.float64:
-        refused["cpp"] = "it computes in float32"
-    chosen = _IMPLS.choose(q.device, impl, refused)
+    chosen = _IMPLS.choose(q.device, impl, _refused(q.device, q.dtype, D, Hq // Hkv, softcap) | dict(faults(str(q.device))))
     check_dtype(op, "q", q, FLOATS)
     for name, x in (("k", k), ("v", v)):
         check_dtype(op, name, x, (q.dtype,))
@@ -200,5 +209,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
         return torch.ops.fusedrl.varlen_attention(q, k, v, cu_seqlens, causal, window or 0, scale, softcap or 0.0)
     if N == 0:
         return q + (k.sum() + v.sum())  # empty too, and a part of the graph
+    if chosen == "triton":
+        return attention_triton.varlen_triton(q, k, v, cu_seqlens, max_length, causal, window or 0, scale, softcap or 0.0)[0]
     route = EXTERNAL.get(chosen, _varlen_torch)
     return route(q, k, v, cu_seqlens, max_length, causal, window, softcap, scale)
