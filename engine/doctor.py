@@ -31,7 +31,7 @@ class Diagnosis:
     machine: dict[str, str]
     packages: dict[str, str]
     ops: dict[str, dict[str, dict[str, str | None]]]  # op -> "cpu" or "cuda" -> implementation, best first -> why it cannot run, None where it can
-    attention: dict[str, dict[str, str]]  # device -> backend of others -> "verified", or why it is not used
+    attention: dict[str, dict[str, str]]  # device -> backend -> "verified", or why it is not used
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -109,15 +109,14 @@ def _ops() -> dict[str, dict[str, dict[str, str | None]]]:
 
 
 def _attention() -> dict[str, dict[str, str]]:
-    """The attention of others that is installed, tried on every device that it is for."""
+    """What has to prove itself before it computes attention, tried on every device that it is for."""
     found: dict[str, dict[str, str]] = {}
     for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # they are in the table
-            wrong = dict(attention.faults(device))
-        present = [name for name in attention.EXTERNAL if unavailable(name, torch.device(device).type) is None]
-        if present:
-            found[device] = {name: wrong.get(name, "verified") for name in present}
+            states = {name: attention.fault(name, device) or "verified" for name in attention.tried(device)}
+        if states:
+            found[device] = states
     return found
 
 
@@ -162,7 +161,7 @@ def print_diagnosis(found: Diagnosis) -> None:
     for (name, kind), why in reasons.items():
         console.print(f"{name} cannot run on {kind}: {why}", soft_wrap=True)
     for device, backends in found.attention.items():
-        console.print(f"attention of others on {device}: {', '.join(f'{name} {state}' for name, state in backends.items())}", soft_wrap=True)
+        console.print(f"attention on {device}: {', '.join(f'{name} {state}' for name, state in backends.items())}", soft_wrap=True)
     for text in found.notes:
         console.print(f"note: {text}", soft_wrap=True)
     for text in found.missing:

@@ -10,9 +10,9 @@ Bytes     q, k, v and o once each in C++, plus Hq floats a token for the backwar
           causal rule: what is padded comes later. A softcap takes it the T x T scores, which scaled_dot_product_attention does without.
 Numerics  softmax and sums in float32 at least. Nothing of a companion, NaN included, reaches a sequence; in C++ its bits do not depend on
           companions at all. Bitwise reproducible on CPU, forward and backward (every index is unique, so nothing is summed in an open order).
-On CUDA   flash-attn if it is installed, else torch.nn.attention.varlen, else the torch implementation: the first that serves the call. The first two
-          (attention_flash.py) have not run on a card in this project. Before its first call on a device each is tried against the reference
-          (attention_verify.py); one that is wrong is not used, and says why.
+On CUDA   flash-attn if it is installed, else torch.nn.attention.varlen, else Triton (attention_triton.py), else the torch implementation: the first that
+          serves the call. None has run on a card in this project: before their first call on a device the first three are tried against the reference
+          (attention_verify.py), and one that is wrong is not used, and says why.
 Source    Vaswani et al. (2017), eq. 1; windows as in Mistral 7B (Jiang et al., 2023); softcaps as in Gemma 2 (Gemma Team, 2024).
 """
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrl.kernels import attention_flash, attention_verify, native
+from fusedrl.kernels import attention_flash, attention_triton, attention_verify, native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.paged_attention import paged_attention as paged_attention  # a second address
 
-_IMPLS = Implementations("varlen_attention", cpu=("cpp", "torch"), cuda=("flash_attn", "torch_varlen", "torch"))
+_IMPLS = Implementations("varlen_attention", cpu=("cpp", "torch", "triton"), cuda=("flash_attn", "torch_varlen", "triton", "torch"))
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -145,15 +145,38 @@ if native.capability:
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
-EXTERNAL: dict[str, attention_verify.Route] = {"flash_attn": attention_flash.flash_attn, "torch_varlen": attention_flash.torch_varlen}
+def _varlen_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, window: int | None, softcap: float | None,
+                   scale: float) -> Tensor:
+    return attention_triton.varlen_triton(q, k, v, cu_seqlens, max_length, causal, window or 0, scale, softcap or 0.0)[0]
 
 
-@torch.compiler.assume_constant_result  # while a call is being traced they are tried, too; the tracer takes a tuple, and no dictionary
-def faults(device: str) -> tuple[tuple[str, str], ...]:
-    """(name, why it is not used) of the attention of others that is installed, but was wrong or raised when it was tried on `device` ("cuda:0")."""
-    kind = torch.device(device).type
-    present = {name: route for name, route in EXTERNAL.items() if unavailable(name, "cuda" if kind == "cuda" else "cpu") is None}
-    return tuple(attention_verify.faults(device, present, varlen_attention_reference, frozenset({"flash_attn"})).items())
+ROUTES: dict[str, attention_verify.Route] = {"flash_attn": attention_flash.flash_attn, "torch_varlen": attention_flash.torch_varlen, "triton": _varlen_triton,
+                                             "torch": _varlen_torch}
+
+
+def tried(device: str) -> list[str]:
+    """What is installed and has to prove itself on `device`: the attention of others, and our own Triton on a card, which it has not run on in this project."""
+    kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
+    names = ("flash_attn", "torch_varlen", "triton") if kind == "cuda" else ("flash_attn", "torch_varlen")
+    return [name for name in names if unavailable(name, kind) is None]
+
+
+@torch.compiler.assume_constant_result  # a call that is being traced has it tried, too
+def fault(name: str, device: str) -> str | None:
+    """What was wrong with an implementation when it was tried on `device` ("cuda:0"), now or before; None of a sound one."""
+    return attention_verify.fault(name, device, ROUTES[name], varlen_attention_reference, name != "torch_varlen") if name in tried(device) else None
+
+
+def _refused(device: torch.device, dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None) -> dict[str, str]:
+    """Which implementations do not serve such a call, and why."""
+    refused = attention_flash.refused(dtype, head_dim, groups, softcap)
+    if dtype == torch.float64:
+        return refused | dict.fromkeys(("cpp", "triton"), "it computes in float32")
+    if head_dim > attention_triton.LARGEST_HEAD:
+        refused["triton"] = f"it serves head dims up to {attention_triton.LARGEST_HEAD}, and this one is {head_dim}"
+    elif device.type == "cuda" and (dtype == torch.float32 or torch.version.hip is not None):
+        refused["triton"] = "it serves bfloat16 and float16 on NVIDIA GPUs"
+    return refused
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_length: int, causal: bool = True, window: int | None = None,
@@ -168,7 +191,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
         softcap: scores become softcap * tanh(scores / softcap).
         scale: of the scores; D ** -0.5 by default.
         impl: "cpp" (CPU; not float64), "flash_attn" or "torch_varlen" (CUDA; bfloat16 and float16, D a multiple of 8 up to 256, the latter without a
-            softcap), or "torch"; by default the first that serves the call.
+            softcap), "triton" (D up to 256; on CUDA bfloat16 and float16), or "torch"; by default the first that serves the call.
     Returns:
         [N, Hq, D]. Differentiable in q, k and v.
     Raises:
@@ -178,10 +201,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
     N, Hq, D, Hkv, B1 = check(op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "v": (v, "N Hkv D"), "cu_seqlens": (cu_seqlens, "B+1")})
     if Hkv == 0 or Hq % Hkv or B1 < 1:
         raise ValueError(f"{op}: expected query heads in a multiple of the key/value heads and cu_seqlens [B+1], got Hq {Hq}, Hkv {Hkv}, B+1 {B1}")
-    refused = attention_flash.refused(q.dtype, D, Hq // Hkv, softcap) | dict(faults(str(q.device)))
-    if q.dtype == torch.float64:
-        refused["cpp"] = "it computes in float32"
+    refused = _refused(q.device, q.dtype, D, Hq // Hkv, softcap)
     chosen = _IMPLS.choose(q.device, impl, refused)
+    while (why := fault(chosen, str(q.device))) is not None:
+        refused[chosen] = why
+        chosen = _IMPLS.choose(q.device, impl, refused)
     check_dtype(op, "q", q, FLOATS)
     for name, x in (("k", k), ("v", v)):
         check_dtype(op, name, x, (q.dtype,))
@@ -200,5 +224,4 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
         return torch.ops.fusedrl.varlen_attention(q, k, v, cu_seqlens, causal, window or 0, scale, softcap or 0.0)
     if N == 0:
         return q + (k.sum() + v.sum())  # empty too, and a part of the graph
-    route = EXTERNAL.get(chosen, _varlen_torch)
-    return route(q, k, v, cu_seqlens, max_length, causal, window, softcap, scale)
+    return ROUTES[chosen](q, k, v, cu_seqlens, max_length, causal, window, softcap, scale)

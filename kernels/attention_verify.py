@@ -1,4 +1,5 @@
-"""Whether an attention that others wrote computes attention here: each is tried once per process and device, on a small problem, before it serves a call.
+"""Whether an attention, of others or ours, computes attention on this card: each is tried on a small problem before it first serves a call, once per
+process and device.
 
 The problem: two sequences of unlike length, grouped heads; causal, with a window, without a causal rule, and with a softcap where that is served; forward and
 backward, in bfloat16.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,24 +27,19 @@ _found: dict[tuple[str, str], str | None] = {}  # (backend, device) -> what is w
 _lock = threading.Lock()
 
 
-def faults(device: str, routes: Mapping[str, Route], reference: Callable[..., Tensor], capped: frozenset[str]) -> dict[str, str]:
-    """Of these backends, those that must not be used on `device`, and why. What is wrong is warned of once.
+def fault(name: str, device: str, route: Route, reference: Callable[..., Tensor], capped: bool) -> str | None:
+    """Why a backend must not be used on `device`; None where it computed what `reference` (`varlen_attention_reference`) does. A fault is warned of once.
 
-    reference: `varlen_attention_reference`. capped: the backends that serve a softcap.
+    capped: it serves a softcap.
     """
-    told: dict[str, str] = {}
     with _lock:
-        for name, route in routes.items():
-            if (name, device) not in _found and device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
-                told[name] = "it was not tried on this device yet, and a CUDA graph is being captured: make a call before"
-                continue
-            if (name, device) not in _found:
-                _found[name, device] = fault = _in_a_thread(device, route, reference, [f for f in _FORMS if f[2] is None or name in capped])
-                if fault is not None:
-                    warnings.warn(f"varlen_attention: {name} is not used on {device}: {fault}", RuntimeWarning, stacklevel=4)
-            if (fault := _found[name, device]) is not None:
-                told[name] = fault
-    return told
+        if (name, device) not in _found:
+            if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
+                return "it was not tried on this device yet, and a CUDA graph is being captured: make a call before"
+            _found[name, device] = why = _in_a_thread(device, route, reference, [form for form in _FORMS if form[2] is None or capped])
+            if why is not None:
+                warnings.warn(f"varlen_attention: {name} is not used on {device}: {why}", RuntimeWarning, stacklevel=4)
+        return _found[name, device]
 
 
 def _in_a_thread(*arguments: Any) -> str | None:

@@ -76,8 +76,8 @@ def test_attention_of_others_is_tried(capsys, monkeypatch):
     monkeypatch.setattr(attention_verify, "_found", {})
     for name in ("flash_attn", "torch_varlen"):
         monkeypatch.setitem(dispatch._WHY_NOT, (name, "cpu"), None)
-    monkeypatch.setitem(attention.EXTERNAL, "flash_attn", lambda q, k, v, *rest: q * (k.mean() + v.mean()))
-    monkeypatch.setitem(attention.EXTERNAL, "torch_varlen", lambda q, k, v, e, m, causal, window, softcap, scale: attention.varlen_attention_reference(
+    monkeypatch.setitem(attention.ROUTES, "flash_attn", lambda q, k, v, *rest: q * (k.mean() + v.mean()))
+    monkeypatch.setitem(attention.ROUTES, "torch_varlen", lambda q, k, v, e, m, causal, window, softcap, scale: attention.varlen_attention_reference(
         q, k, v, e, causal=causal, window=window, scale=scale))
     found = told(capsys)
     assert found["attention"]["cpu"]["torch_varlen"] == "verified"

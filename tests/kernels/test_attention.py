@@ -168,6 +168,6 @@ def test_refuses_what_it_does_not_support():
     with pytest.raises(ValueError, match="expected a softcap above 0"):
         varlen_attention(q, k, v, cu_seqlens, max_length=4, softcap=0.0)
     with pytest.raises(RuntimeError, match=r"these can: "):
-        varlen_attention(q, k, v, cu_seqlens, max_length=4, impl="triton")
+        varlen_attention(q, k, v, cu_seqlens, max_length=4, impl="flash_attn")
     with pytest.raises(RuntimeError, match=r"'cpp' cannot run on cpu: it computes in float32; these can: torch"):
         varlen_attention(q.double(), k.double(), v.double(), cu_seqlens, max_length=4, impl="cpp")

@@ -81,11 +81,13 @@ def test_the_installed_torch_takes_these_arguments(routes, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "groups", "softcap", "want"), [
-    (BF16, 128, 4, None, "flash_attn torch_varlen torch"), (F16, 256, 1, None, "flash_attn torch_varlen torch"), (BF16, 128, 4, 50.0, "flash_attn torch"),
-    (F32, 128, 4, None, "torch"), (F64, 128, 1, None, "torch"), (BF16, 264, 1, None, "torch"), (BF16, 36, 1, 50.0, "torch"),
+    (BF16, 128, 4, None, "flash_attn torch_varlen triton torch"), (F16, 256, 1, None, "flash_attn torch_varlen triton torch"),
+    (BF16, 128, 4, 50.0, "flash_attn triton torch"), (F32, 128, 4, None, "torch"), (F64, 128, 1, None, "torch"), (BF16, 264, 1, None, "torch"),
+    (BF16, 36, 1, 50.0, "triton torch"),
 ])
 def test_the_first_route_that_serves_the_call(dtype, head_dim, groups, softcap, want, routes, monkeypatch):
-    refused = attention_flash.refused(dtype, head_dim, groups, softcap)
+    monkeypatch.setitem(dispatch._WHY_NOT, ("triton", "cuda"), None)
+    refused = attention._refused(CUDA, dtype, head_dim, groups, softcap)
     assert attention._IMPLS.choose(CUDA, None, refused) == want.split()[0]
     for name in ("flash_attn", "torch_varlen"):
         if name in want:
@@ -97,7 +99,7 @@ def test_the_first_route_that_serves_the_call(dtype, head_dim, groups, softcap, 
         left = [n for n in want.split() if dispatch.unavailable(n, "cuda") is None]
         assert attention._IMPLS.choose(CUDA, None, refused) == left[0]
     monkeypatch.setattr(dispatch, "_preferred", "flash_attn")  # FUSEDRL_IMPL is a preference: where it does not serve, the default does
-    assert attention._IMPLS.choose(CUDA, None, refused) == "torch"
+    assert attention._IMPLS.choose(CUDA, None, refused) == left[0]
 
 
 def test_a_torch_without_grouped_heads(routes, monkeypatch):

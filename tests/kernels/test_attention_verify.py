@@ -71,7 +71,7 @@ def install(monkeypatch):
 
     def put(**routes):
         for name, route in routes.items():
-            monkeypatch.setitem(attention.EXTERNAL, name, route)
+            monkeypatch.setitem(attention.ROUTES, name, route)
             monkeypatch.setitem(dispatch._WHY_NOT, (name, "cpu"), None)
 
     return put
@@ -94,7 +94,7 @@ def test_a_right_one_is_taken_and_tried_once(name, install, monkeypatch):
     tries = 4 if name == "flash_attn" else 3  # the one form with a softcap
     assert calls == [107] * tries + [9] * 3
     torch.testing.assert_close(out.double(), varlen_attention_reference(*(x.double() for x in problem()[:3]), problem()[3]), rtol=0, atol=0.03)
-    assert attention.faults("cpu") == ()
+    assert attention.fault(name, "cpu") is None
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -112,7 +112,7 @@ def test_a_wrong_one_is_never_used(kind, install):
                                                                                  "; these can: torch, torch_varlen"):
                 varlen_attention(*problem(), max_length=5, **ask)
     assert set(served) == {107}
-    assert [name for name, _ in attention.faults("cpu")] == ["flash_attn"]
+    assert "on a small problem" in attention.fault("flash_attn", "cpu")
 
 
 def test_none_is_left(install):
@@ -124,25 +124,36 @@ def test_none_is_left(install):
 
 
 def test_the_installed_ones_are_absent_here():
-    assert attention.faults("cpu") == (), "nothing to try"
+    assert attention.tried("cpu") == [], "nothing to try"
+    assert attention.fault("flash_attn", "cpu") is attention.fault("cpp", "cpu") is None
 
 
 def test_devices_are_tried_apart(install, monkeypatch):
     install(flash_attn=sdpa)
-    assert attention.faults("cpu") == ()
+    assert attention.fault("flash_attn", "cpu") is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setitem(dispatch._WHY_NOT, ("flash_attn", "cuda"), None)
     with pytest.warns(RuntimeWarning, match="flash_attn is not used on cuda:99: .* it raised"):  # there is none
-        attention.faults("cuda:99")
-    assert [name for name, _ in attention.faults("cuda:99")] == ["flash_attn"]
-    assert attention.faults("cpu") == ()
+        attention.fault("flash_attn", "cuda:99")
+    assert "it raised" in attention.fault("flash_attn", "cuda:99")
+    assert attention.fault("flash_attn", "cpu") is None
+
+
+def test_on_a_card_our_own_triton_is_tried_as_well(install, monkeypatch):
+    monkeypatch.setitem(dispatch._WHY_NOT, ("triton", "cuda"), None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert attention.tried("cuda:99")[-1] == "triton"
+    with pytest.warns(RuntimeWarning, match="triton is not used on cuda:99: .* it raised"):
+        attention.fault("triton", "cuda:99")
+    if dispatch.unavailable("triton", "cpu") is None:  # it passes, where it runs
+        assert attention_verify.fault("triton", "cpu", attention.ROUTES["triton"], varlen_attention_reference, True) is None
 
 
 def test_while_a_graph_is_captured_nothing_is_tried(install, monkeypatch):
     install(flash_attn=sdpa)
     monkeypatch.setitem(dispatch._WHY_NOT, ("flash_attn", "cuda"), None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "a CUDA graph is being captured: make a call before" in dict(attention.faults("cuda:0"))["flash_attn"]
+    assert "a CUDA graph is being captured: make a call before" in attention.fault("flash_attn", "cuda:0")
     assert attention_verify._found == {}
 
 

@@ -102,7 +102,7 @@ VARLEN_ATTENTION = Entry(
      "window": (None, 1, 4, 100), "dtype": FLOATS, "layout": ("plain", "padded", "misaligned")},
     _attention_problem, forward=lambda x, s, impl: {"o": attention.varlen_attention(**x, **s, impl=impl)}, reference=_attention_reference,
     bounds=lambda problem, want: no_worse(problem, want, peer_of(VARLEN_ATTENTION, problem), 4.0, 2.0, 2.0), wants=("q", "k", "v"),
-    cost=lambda case: sum(n * n for n in case.lengths))
+    triton={"lengths": ((5, 0, 9, 1), (), (0,), (1,)), "heads": ((2, 1, 8), (3, 3, 18))}, cost=lambda case: sum(n * n for n in case.lengths))
 
 
 def _linear_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
