@@ -27,7 +27,7 @@ from fusedrl.engine.generation.scheduler import Sequence as Running
 from fusedrl.engine.generation.state import DecodeState, Tokens, advance
 from fusedrl.engine.model.decoder import Decoder
 
-_WINDOW = {"cuda": 8, "cpu": 32}  # steps between two looks of the host
+_WINDOW, _CPU_WINDOW = 8, 16  # steps between two looks of the host; a CPU's end early
 _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Generator:
         self._tickets: list[Ticket] = []
         self._next_id = 0
         device = self.cache.k.device
-        self._window = window or _WINDOW[device.type]
+        self._window = window or (_CPU_WINDOW if device.type == "cpu" else _WINDOW)
         self._looks = device.type == "cpu" and graphs is None  # after every step, whether some sequence has ended
         self._graphs = StepGraphs(CudaCapture(device)) if graphs is None and device.type == "cuda" else graphs
         self._state: DecodeState | None = None
@@ -294,7 +294,7 @@ class Generator:
         """The block table where the model reads it: the host's array itself, or the device's copy at an address of its own, no wider than it need be."""
         slots = self.scheduler.slots
         if self._graphs is None:
-            return torch.from_numpy(slots.block_table)
+            return torch.from_numpy(slots.block_table).to(self.cache.k.device)
         if self._block_table is None:
             most = -(-self.decoder.config.max_positions // slots.block_size)
             self._block_table = torch.zeros(slots.count + 1, most, dtype=torch.int32, device=self.cache.k.device)
