@@ -16,9 +16,9 @@ def bench_advance_rows(contest, R, W):
     last = torch.full((R,), 1 << 40, device=DEVICE)  # no row ends, so that each call does the same
 
     def stepping(function):
-        token_ids, positions, finished = torch.zeros_like(drawn), torch.zeros(2, R, dtype=torch.int64, device=DEVICE), torch.zeros(R, dtype=torch.bool, device=DEVICE)
-        ring_tokens, ring_logp = torch.zeros(8, R, dtype=torch.int64, device=DEVICE), torch.zeros(8, R, device=DEVICE)
-        cursor = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        zeros = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=DEVICE)  # noqa: E731
+        token_ids, positions, finished, cursor = zeros(R), zeros(2, R), zeros(R, dtype=torch.bool), zeros(1)
+        ring_tokens, ring_logp = zeros(8, R), zeros(8, R, dtype=torch.float32)
 
         def step():
             cursor.zero_()
