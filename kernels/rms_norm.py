@@ -118,7 +118,7 @@ def _tile(H: int) -> dict[str, int]:
 
 
 def _warps(H: int) -> int:
-    return 4 if H <= 2048 else 8 if H <= 4096 else 16
+    return 4 if H <= 1024 else 8 if H <= 4096 else 16
 
 
 def _strides(x: Tensor) -> tuple[int, int]:

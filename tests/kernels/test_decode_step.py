@@ -71,9 +71,10 @@ def convert(weights, dtype):
 # Slices of the four products, in the order of Adapter: every part of every product; whole products; q and v, up alone, and half of o's rows.
 def slices_of(kind, which):
     heads, kv, D, H, F = (KINDS[kind][name] for name in ("heads", "kv_heads", "D", "H", "F"))
-    q, k = heads * D, kv * D
-    return {"parts": ((0, 0, q), (0, q, k), (0, q + k, k), (1, 0, H), (2, 0, F), (2, F, F), (3, 0, H)),
-            "whole": ((0, 0, q + 2 * k), (1, 0, H), (2, 0, 2 * F), (3, 0, H)), "some": ((0, 0, q), (0, q + k, k), (1, 0, H // 2), (2, F, F))}[which]
+    q, k, gate = heads * D, kv * D, F if KINDS[kind].get("gated", True) else 0
+    up = ((2, 0, F), (2, gate, F)) if gate else ((2, 0, F),)
+    return {"parts": ((0, 0, q), (0, q, k), (0, q + k, k), (1, 0, H), *up, (3, 0, H)),
+            "whole": ((0, 0, q + 2 * k), (1, 0, H), (2, 0, gate + F), (3, 0, H)), "some": ((0, 0, q), (0, q + k, k), (1, 0, H // 2), up[-1])}[which]
 
 
 def adapted(kind, which, dtype=torch.float32, rank=3, seed=5, b_scale=1.0):
