@@ -6,6 +6,7 @@ Callers add what is special to them (dtype families, strides) with `check_dtype`
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -21,6 +22,13 @@ def describe(tensor: object) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
 
 
+def _parse(pattern: str) -> tuple[str | int, ...]:
+    return tuple(int(symbol) if symbol.isdigit() else symbol for symbol in pattern.split())
+
+
+_parsed = functools.lru_cache(maxsize=512)(_parse)  # a decoding step checks two dozen tensors in a millisecond
+
+
 def check(op: str, arguments: Mapping[str, tuple[Tensor | None, str]]) -> tuple[int, ...]:
     """Bind the named sizes of every tensor; all tensors on one device. Returns the sizes in order of first appearance.
 
@@ -32,17 +40,18 @@ def check(op: str, arguments: Mapping[str, tuple[Tensor | None, str]]) -> tuple[
     """
     sizes: dict[str, int] = {}
     device: torch.device | None = None
+    parse = _parse if torch.compiler.is_compiling() else _parsed
     for name, (tensor, pattern) in arguments.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: expected a tensor for {name}, got {describe(tensor)}")
-        symbols = pattern.split()
-        device = device or tensor.device
-        agrees = tensor.ndim == len(symbols) and tensor.device == device
+        symbols, shape, at = parse(pattern), tensor.shape, tensor.device
+        device = device or at
+        agrees = len(shape) == len(symbols) and at == device
         if agrees:
-            for symbol, size in zip(symbols, tensor.shape, strict=True):
-                agrees &= size == (int(symbol) if symbol.isdigit() else sizes.setdefault(symbol, size))
+            for symbol, size in zip(symbols, shape, strict=True):
+                agrees &= size == (sizes.setdefault(symbol, size) if isinstance(symbol, str) else symbol)
         if not agrees:
             found = ", ".join(f"{n} [{p.replace(' ', ', ')}] = {describe(t)}" for n, (t, p) in arguments.items() if t is not None)
             raise ValueError(f"{op}: {name} does not fit its pattern [{pattern.replace(' ', ', ')}] with {sizes}; arguments: {found}")

@@ -119,24 +119,45 @@ FIXED_LINEAR = Entry(
     bounds=lambda problem, want: no_worse(problem, want, peer_of(FIXED_LINEAR, problem), 4.0, 2.0, 2.0), cost=lambda case: case.N * case.K * case.O // 64)
 
 
+# What families change: options, the norms that there are, and how positions are told.
+_FAMILIES: dict[str, dict] = {
+    "llama": {}, "gemma": {"options": {"attention_scale": 0.3, "attention_softcap": 2.0, "embedding_scale": 4.5, "norm_offset": 1.0, "activation": "gelu_tanh"},
+                           "behind": True},
+    "olmo": {"before": False, "behind": True, "together": True},
+    "smollm": {"ropes": (0, -1), "pairs": 3},
+    "gpt2": {"layer_norm": True, "learned": True, "gated": False, "ropes": (-1, -1), "options": {"activation": "gelu"}},
+    "neox": {"layer_norm": True, "gated": False, "pairs": 2, "options": {"activation": "gelu_tanh", "parallel": True}},
+}
+
+
 def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
     heads, kv_heads, D, H, F, V, L, S = 4, 2, 8, 20, 27, 31, 2, 16
+    family = {"options": {}, "before": True, "behind": False, "together": False, "layer_norm": False, "learned": False, "gated": True, "ropes": (0, 0),
+              "pairs": D // 2} | _FAMILIES[case.family]
+    up = 2 * F if family["gated"] else F
 
     def rand(*shape: int) -> Tensor:
         return (floats(generator, *shape) * shape[-1] ** -0.5).to(case.dtype)
 
-    def norm(size: int) -> Tensor | None:
-        return (1 + 0.2 * floats(generator, size)).to(case.dtype)
+    def norm(size: int, present: bool = True) -> Tensor | None:
+        return (1 - family["options"].get("norm_offset", 0.0) + 0.2 * floats(generator, size)).to(case.dtype) if present else None
 
+    def bias(size: int, present: bool) -> Tensor | None:
+        return rand(size) if present else None
+
+    q_heads, k_heads = (heads, kv_heads) if family["together"] else (1, 1)
     layers = tuple(decode_step.LayerWeights(
-        norm(H), rand((heads + 2 * kv_heads) * D, H), rand((heads + 2 * kv_heads) * D) if case.bias else None, norm(D) if case.bias else None,
-        norm(D) if case.bias else None, rand(H, heads * D), rand(H) if case.bias else None, norm(H), rand(2 * F, H), rand(2 * F) if case.bias else None,
-        rand(H, F), rand(H) if case.bias else None, case.window) for _ in range(L))
-    embedding = rand(V, H)
-    weights = decode_step.DecoderWeights(embedding, layers, norm(H), embedding, 1.0 / 100.0 ** (torch.arange(D // 2) / (D // 2)), 1.0, heads, kv_heads, D, 1e-5)
+        norm(H, family["before"]), rand((heads + 2 * kv_heads) * D, H), bias((heads + 2 * kv_heads) * D, case.bias), norm(q_heads * D, case.bias),
+        norm(k_heads * D, case.bias), rand(H, heads * D), bias(H, case.bias), norm(H, family["before"]), rand(up, H), bias(up, case.bias),
+        rand(H, F), bias(H, case.bias), case.window, norm(H, family["behind"]), norm(H, family["behind"]), at, bias(H, family["layer_norm"]),
+        bias(H, family["layer_norm"])) for at in family["ropes"])
+    embedding, pairs = rand(V, H), family["pairs"]
+    weights = decode_step.DecoderWeights(
+        embedding, layers, norm(H), embedding, 1.0 / 100.0 ** (torch.arange(pairs) / pairs), 1.0, heads, kv_heads, D, 1e-5,
+        decode_step.Options(**family["options"]), rand(64, H) if family["learned"] else None, bias(H, family["layer_norm"]))
     if case.adapter:
         q, kv = heads * D, kv_heads * D
-        slices = ((0, 0, q), (0, q + kv, kv), (1, 0, H), (2, F, F), (3, 0, H))
+        slices = ((0, 0, q), (0, q + kv, kv), (1, 0, H), (2, up - F, F), (3, 0, H))
         adapters = tuple((rand(6, H), rand(q + kv, 3), rand(3, q), rand(H, 3), rand(3, H), rand(F, 3), rand(3, F), rand(H, 3)) for _ in range(L))
         weights = weights._replace(adapter=decode_step.Adapter(adapters, slices, 0.5))
     # Every sequence from its first position, its tokens in one call; blocks dealt out at random, the rest of the table and of the cache wild.
@@ -163,7 +184,7 @@ def _decode_reference(x: dict, s: dict) -> Tensors:
     weights: decode_step.DecoderWeights = s["weights"]
     if x["k_cache"].dtype == torch.float64:
         widen = lambda t: t.double() if isinstance(t, Tensor) else t  # noqa: E731
-        weights = weights._replace(**{n: widen(getattr(weights, n)) for n in ("embedding", "norm", "head")},
+        weights = weights._replace(**{n: widen(getattr(weights, n)) for n in ("embedding", "norm", "head", "position_embedding", "norm_bias")},
                                    layers=tuple(decode_step.LayerWeights(*map(widen, layer)) for layer in weights.layers))
         if weights.adapter is not None:
             weights = weights._replace(adapter=weights.adapter._replace(layers=tuple(tuple(map(widen, parts)) for parts in weights.adapter.layers)))
@@ -173,7 +194,9 @@ def _decode_reference(x: dict, s: dict) -> Tensors:
 
 DECODE_STEP = Entry(
     "decode_step", decode_step._IMPLS,
-    {"lengths": ((5, 1, 20), (), (1,), (33, 2), (1,) * 33), "bias": (True, False), "window": (0, 3, 17), "adapter": (False, True), "dtype": (F32, BF16)},
+    {"lengths": ((5, 1, 20), (), (1,), (33, 2), (1,) * 33), "bias": (True, False), "window": (0, 3, 17), "adapter": (False, True), "family": tuple(_FAMILIES),
+     "dtype": (F32, BF16)},
     _decode_problem, _decode, _decode_reference,
-    lambda problem, want: no_worse(problem, want, _decode_reference(dict(problem.x.items()), problem.settings), 1.0, 4.0, 2.0),
+    # Three times torch's error in place of twice: a norm behind attention divides by what that added, however little (olmo with a window: 2.2 times).
+    lambda problem, want: no_worse(problem, want, _decode_reference(dict(problem.x.items()), problem.settings), 1.0, 4.0, 3.0),
     writes=("k_cache", "v_cache"), triton={"lengths": ((3, 1), (), (1,), (5,))}, cost=lambda case: sum(case.lengths) * 1000)
