@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusedrl.engine.memory import advise_huge_pages
 from fusedrl.kernels.decode_step import DecoderWeights, allocate_cache
 
 _FRACTION = {"cuda": 0.5, "cpu": 0.25}  # of the free device memory, of the host's memory
@@ -83,6 +84,8 @@ class KVCache:
         self.k: Tensor
         self.v: Tensor
         self.k, self.v = allocate_cache(weights, self.num_blocks, config.block_size)
+        for pool in (self.k, self.v):
+            advise_huge_pages(pool)
 
     @property
     def nbytes(self) -> int:
