@@ -31,8 +31,8 @@ def give_back(freed: int) -> None:
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
-    """Ask for huge pages under a CPU tensor that nobody has written yet: what is read here and there in many megabytes, such as a KV cache, is then found without
-    a walk through the page tables. Advice: where a system has none, nothing is lost but time."""
+    """Ask for huge pages under a CPU tensor that nobody has written yet: what is read here and there in many megabytes, such as a KV cache, is then found
+    without a walk through the page tables. Advice: where a system has none, nothing is lost but time."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or tensor.device.type != "cpu":
         return

@@ -1,7 +1,7 @@
 // sample on CPU: one token a row, drawn by inverse CDF with Philox random numbers, and its log-probabilities.
 //
 // Bytes    V s a row, read once; the exponentials of a row stay in cache between the sum and the draw.
-// Numerics float32 terms, sums in double by blocks of fixed size. A row depends on nothing but itself, whatever the number of threads.
+// Numerics float32 terms; within a block of fixed size each lane adds its own in float32, lanes and blocks are added in double. A row depends on nothing but itself, whatever the number of threads.
 // Cost     rows that ask for no truncation need no order; for the others a few linear passes, and an order of the tokens next to the boundary.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -77,26 +77,56 @@ float largest(const float* z, int64_t V) {
     for (int64_t i = 1; i < V; ++i) top = top > z[i] || std::isnan(top) ? top : z[i];
     return top;
   }
-  Vec top = Vec::loadu(z), other = top;  // the last vector may overlap: a maximum does not mind
-  int64_t i = VL;
-  for (; i + 2 * VL <= V; i += 2 * VL) {
-    top = at::vec::maximum(top, Vec::loadu(z + i));
-    other = at::vec::maximum(other, Vec::loadu(z + i + VL));
+  const Vec first = Vec::loadu(z);
+  Vec top[4] = {first, first, first, first}, nan(0.0f);
+  const auto see = [&](int64_t i, int u) {
+    const Vec values = Vec::loadu(z + i);
+    top[u] = at::vec::clamp_min(top[u], values);  // top[u] where values hold NaN, which is collected aside
+    nan = nan | (values != values);
+  };
+  int64_t i = 0;
+  for (; i + 4 * VL <= V; i += 4 * VL)
+    for (int u = 0; u < 4; ++u) see(i + u * VL, u);
+  for (; i + VL <= V; i += VL) see(i, 0);
+  see(V - VL, 1);  // it may overlap: a maximum does not mind
+  float lanes[VL], nans[VL];
+  at::vec::clamp_min(at::vec::clamp_min(top[0], top[1]), at::vec::clamp_min(top[2], top[3])).store(lanes);
+  nan.store(nans);
+  float largest = lanes[0];
+  bool any = false;
+  for (int64_t l = 0; l < VL; ++l) {
+    largest = std::max(largest, lanes[l]);
+    any |= std::isnan(nans[l]);  // every bit is set
   }
-  if (i + VL <= V) top = at::vec::maximum(top, Vec::loadu(z + i));
-  top = at::vec::maximum(at::vec::maximum(top, other), Vec::loadu(z + V - VL));
-  return at::vec::vec_reduce_all([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top, VL);
+  return any ? std::numeric_limits<float>::quiet_NaN() : largest;
+}
+
+// The lanes of a vector, in double and in one order.
+double sum_of(const Lanes& x) {
+  float lanes[VL];
+  as<Vec>(x).store(lanes);
+  double sums[4] = {};  // short chains of additions
+  for (int64_t l = 0; l < VL; l += 4)
+    for (int64_t u = 0; u < 4; ++u) sums[u] += lanes[l + u];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 double sum(const float* w, int64_t count) {
-  double lanes[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    for (int j = 0; j < 16; ++j) lanes[j] += w[i + j];
-  for (; i < count; ++i) lanes[0] += w[i];
-  double total = 0.0;
-  for (const double lane : lanes) total += lane;
-  return total;
+  Lanes total = {};
+  for (int64_t i = 0; i < count; i += VL) total += as<Lanes>(load(w + i, std::min(VL, count - i)));
+  return sum_of(total);
+}
+
+// Where `value` stands first; it does.
+int64_t find(const float* z, int64_t V, float value) {
+  int64_t start = 0;
+  for (; start + 64 <= V; start += 64) {
+    int any = 0;
+    for (int64_t i = 0; i < 64; ++i) any |= z[start + i] == value;
+    if (any) break;
+  }
+  while (z[start] != value) ++start;
+  return start;
 }
 
 // w = exp((z - max) / T), 0 where that is not a normal number; `blocks` receives its sums.
@@ -105,18 +135,18 @@ Sums exponentials(const float* z, int64_t V, float max, float temperature, float
   const Vec top(max), T(temperature);
   for (int64_t start = 0; start < V; start += BLOCK) {
     const int64_t end = std::min(V, start + BLOCK);
-    Lanes weighted = {};
+    Lanes total = {}, weighted = {};
     for (int64_t i = start; i < end; i += VL) {
       const int64_t count = std::min(VL, end - i);
       Vec below = load(z + i, count) - top;
       if (temperature != 1.0f) below = below / T;
       const Lanes x = as<Lanes>(count == VL ? below : Vec::set(Vec(-INFINITE), below, count)), weight = exp_of_negative(x);
+      total += weight;
       weighted += x < SMALLEST ? Lanes{} : weight * x;
       as<Vec>(weight).store(w + i, static_cast<int>(count));
     }
-    blocks[start / BLOCK] = sum(w + start, end - start);
-    sums.weights += blocks[start / BLOCK];
-    sums.weighted += at::vec::vec_reduce_all([](Vec& a, Vec& b) { return a + b; }, as<Vec>(weighted), VL);
+    sums.weights += blocks[start / BLOCK] = sum_of(total);
+    sums.weighted += sum_of(weighted);
   }
   return sums;
 }
@@ -139,7 +169,7 @@ class Sampler {
     float max = largest(z, V_);
     if (!(std::abs(max) < INFINITE)) return {-1, 0, 0, 0, 0};
     Sums sums = exponentials(z, V_, max, row.temperature, weights_.data(), blocks_.data());
-    const double log_all = std::log(sums.weights);
+    const double all = sums.weights, log_all = std::log(all);
     const double entropy = log_all - sums.weighted / sums.weights;
     const float max_all = max;
     const float* candidates = z;
@@ -156,7 +186,7 @@ class Sampler {
       total = 0.0;
       for (int64_t start = 0; start < V_; start += BLOCK) total += blocks_[start / BLOCK] = sum(&weights_[start], std::min(BLOCK, V_ - start));
     }
-    int64_t kept = 0;
+    int32_t kept = 0;
     for (const float w : weights_) kept += w > 0.0f;
     if (list) {
       int64_t dropped = 0;
@@ -165,8 +195,8 @@ class Sampler {
       for (int64_t v = 0; dropped && v < V_; ++v)
         if (weights_[v] > 0.0f) list->push_back(static_cast<int32_t>(v));
     }
-    const int64_t token = greedy ? std::find(candidates, candidates + V_, max) - candidates : walk(uniform(key) * total);
-    return {token, kept, scaled(token, max_all) - log_all, scaled(token, max) - std::log(total), entropy};
+    const int64_t token = greedy ? find(candidates, V_, max) : walk(uniform(key) * total);
+    return {token, kept, scaled(token, max_all) - log_all, scaled(token, max) - (total == all ? log_all : std::log(total)), entropy};
   }
 
  private:

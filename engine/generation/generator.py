@@ -309,7 +309,7 @@ class Generator:
         stopped_KR = self._table.is_stop(drew, tokens_KR)
         ended_KR = stopped_KR | (slots.length[drew] + np.arange(1, K + 1)[:, None] >= slots.limit[drew])
         ended = ended_KR.any(0)
-        count = np.where(ended, ended_KR.argmax(0) + 1, K) if K > 1 and ended.any() else None
+        count = np.where(ended, ended_KR.argmax(0) + 1, K) if K > 1 and ended_KR[:-1].any() else None
         slots.append(drew, tokens_KR, logp_KR, self.weights_version, count)
         stopped = stopped_KR[0] if K == 1 else stopped_KR[ended_KR.argmax(0), np.arange(len(drew))]
         for row in np.flatnonzero(self._table.watched[drew] & ~stopped).tolist():
