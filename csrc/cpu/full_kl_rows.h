@@ -65,7 +65,7 @@ inline Cross cross(const scalar_t* own, const scalar_t* other, int64_t V, double
     return before == -kInfinity ? 0.0 : (static_cast<double>(before) - max) / temperature;
   };
   each_block(own, other, V, [&](const float* z, const float* x, int64_t, int64_t n) {
-    const float here = block_max(z, n), there = block_max(x, n);
+    const float here = maximum_of(z, n), there = maximum_of(x, n);
     at.broken |= std::isnan(here) || std::isnan(there) || here == kInfinity || there == kInfinity;
     if (at.broken) return;
     const double shift = rise(at.max, here), other_shift = rise(at.other_max, there), factor = std::exp(shift);

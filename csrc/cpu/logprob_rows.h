@@ -22,6 +22,8 @@
 #include <immintrin.h>
 #endif
 
+#include "maximum.h"
+
 namespace {
 
 using at::Tensor;
@@ -103,30 +105,6 @@ inline double sum_lanes(const Vec& v) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Maximum of a block; NaN if it holds one. (`at::vec::maximum`, which NaN passes through, costs three times as much.)
-inline float block_max(const float* z, int64_t n) {
-  Vec m[4] = {Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity)}, nan(0.0f);
-  const auto see = [&](const Vec& values, int u) {
-    m[u] = at::vec::clamp_min(m[u], values);  // m[u] where values hold NaN
-    nan = nan | (values != values);
-  };
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-    for (int u = 0; u < 4; ++u) see(Vec::loadu(z + j + u * kLanes), u);
-  }
-  for (int u = 0; j < n; j += kLanes, ++u) see(load_some(z + j, std::min(kLanes, n - j)), u & 3);
-  float lanes[kLanes], nans[kLanes];
-  at::vec::clamp_min(at::vec::clamp_min(m[0], m[1]), at::vec::clamp_min(m[2], m[3])).store(lanes);
-  nan.store(nans);
-  float max = -kInfinity;
-  bool any = false;
-  for (int64_t i = 0; i < kLanes; ++i) {
-    max = std::max(max, lanes[i]);
-    any |= std::isnan(nans[i]);  // every bit is set
-  }
-  return any ? kNaN : max;
-}
-
 struct RowStats {
   float max;   // of the logits; NaN for a row with NaN or +inf, -inf for one that is all -inf
   float sum;   // S; 0 for a row that is all -inf
@@ -176,7 +154,7 @@ inline RowStats row_stats(const scalar_t* row, int64_t V, double temperature) {
   for (int64_t j = 0; j < V; j += kBlock) {
     const int64_t n = std::min(kBlock, V - j);
     const float* z = as_float(row + j, n, buffer);
-    const float here = block_max(z, n);
+    const float here = maximum_of(z, n);
     if (std::isnan(here) || here == kInfinity) return {kNaN, kNaN, kNaN};
     if (here == -kInfinity) continue;
     if (here > max) {

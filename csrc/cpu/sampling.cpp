@@ -19,6 +19,7 @@
 #include <tuple>
 #include <vector>
 
+#include "maximum.h"
 #include "panels.h"
 
 namespace {
@@ -70,36 +71,6 @@ struct Sums {
 };
 
 inline Vec load(const float* p, int64_t count) { return count >= VL ? Vec::loadu(p) : Vec::loadu(p, count); }
-
-float largest(const float* z, int64_t V) {
-  if (V < VL) {
-    float top = z[0];
-    for (int64_t i = 1; i < V; ++i) top = top > z[i] || std::isnan(top) ? top : z[i];
-    return top;
-  }
-  const Vec first = Vec::loadu(z);
-  Vec top[4] = {first, first, first, first}, nan(0.0f);
-  const auto see = [&](int64_t i, int u) {
-    const Vec values = Vec::loadu(z + i);
-    top[u] = at::vec::clamp_min(top[u], values);  // top[u] where values hold NaN, which is collected aside
-    nan = nan | (values != values);
-  };
-  int64_t i = 0;
-  for (; i + 4 * VL <= V; i += 4 * VL)
-    for (int u = 0; u < 4; ++u) see(i + u * VL, u);
-  for (; i + VL <= V; i += VL) see(i, 0);
-  see(V - VL, 1);  // it may overlap: a maximum does not mind
-  float lanes[VL], nans[VL];
-  at::vec::clamp_min(at::vec::clamp_min(top[0], top[1]), at::vec::clamp_min(top[2], top[3])).store(lanes);
-  nan.store(nans);
-  float largest = lanes[0];
-  bool any = false;
-  for (int64_t l = 0; l < VL; ++l) {
-    largest = std::max(largest, lanes[l]);
-    any |= std::isnan(nans[l]);  // every bit is set
-  }
-  return any ? std::numeric_limits<float>::quiet_NaN() : largest;
-}
 
 // The lanes of a vector, in double and in one order.
 double sum_of(const Lanes& x) {
@@ -166,7 +137,7 @@ class Sampler {
 
   // token -1: the row holds NaN or +inf, or nothing may be drawn. `list`, where given, receives the kept ids if some token of probability is not kept.
   Drawn draw(const float* z, const bool* suppress, const Parameters& row, bool greedy, const int64_t* key, std::vector<int32_t>* list) {
-    float max = largest(z, V_);
+    float max = maximum_of(z, V_);
     if (!(std::abs(max) < INFINITE)) return {-1, 0, 0, 0, 0};
     Sums sums = exponentials(z, V_, max, row.temperature, weights_.data(), blocks_.data());
     const double all = sums.weights, log_all = std::log(all);
@@ -176,7 +147,7 @@ class Sampler {
     if (suppress) {
       for (int64_t v = 0; v < V_; ++v) candidates_[v] = suppress[v] ? -INFINITE : z[v];
       candidates = candidates_.data();
-      max = largest(candidates, V_);
+      max = maximum_of(candidates, V_);
       if (max == -INFINITE) return {-1, 0, 0, 0, 0};
       sums = exponentials(candidates, V_, max, row.temperature, weights_.data(), blocks_.data());
     }
