@@ -243,7 +243,7 @@ def verify(entry: Entry, case: Case, impl: str) -> dict[str, float]:
         if bytes_differ(t.untyped_storage(), before[name]):
             raise AssertionError(f"{entry.op} [{impl}] wrote to its input {name}: {describe(case)}")
     worst = judge(entry, problem, got, oracle(entry, problem), exact=impl != "torch",  # torch's own kernels take the ends of a tensor another way
-                  narrow=impl == "triton")
+                  narrow=impl == "triton" and entry.op.startswith("linear_"))  # the ops with products
     if not all(value <= 1 for value in worst.values()):
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in worst.items())
         raise AssertionError(f"{entry.op} [{impl}] {describe(case)}: error / bound = {numbers}")
