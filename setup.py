@@ -20,6 +20,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 # which transformers imports, for whoever runs Python in this directory).
 PACKAGES = {
     "fusedrl.engine": "engine",
+    "fusedrl.engine.config": "engine/config",
     "fusedrl.engine.model": "engine/model",
     "fusedrl.engine.generation": "engine/generation",
     "fusedrl.engine.stages": "engine/stages",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.checkpoint import RunDirectory, save_checkpoint
-from fusedrl.engine.config import PolicyConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.control import Control
 from fusedrl.engine.errors import CheckpointError, ConfigError
 from fusedrl.engine.metrics import JsonLines, Metrics, Progress
@@ -49,12 +49,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         ConfigError: the directory holds another run and `run.resume` is off, or a resumed run's configuration, model or data changed.
     """
 
-    def __init__(self, config: SFTConfig | RewardModelConfig | PolicyConfig, total: int | None) -> None:
+    def __init__(self, config: StageConfig, total: int | None) -> None:
         self.settings = config.run
         self.total = total or 0
         self.last_metrics: dict[str, float] = {}
         self._config = config
-        self._title = config.algorithm if isinstance(config, PolicyConfig) else {SFTConfig: "sft", RewardModelConfig: "reward model"}[type(config)]
+        self._title = config.title
         self._skipped_in_a_row = self._skipped = 0
         self._signal: int | None = None
         self._progress: Progress | None = None

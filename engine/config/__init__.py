@@ -1,0 +1,11 @@
+"""What a run is: frozen dataclasses, one level deep per concern. The command line, YAML and Python construct the same objects.
+
+Sizes of a batch have four words and no others: `prompts_per_step`, `samples_per_prompt`, `minibatches`, `tokens_per_microbatch`.
+The split into micro-batches never changes the gradient, so `tokens_per_microbatch` is about memory alone.
+"""
+from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig
+from fusedrl.engine.config.offline import RewardModelConfig, SFTConfig
+from fusedrl.engine.config.policy import KLConfig, LossConfig, PenaltyConfig, PolicyConfig
+
+__all__ = ["GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig", "OptimConfig", "PenaltyConfig", "PolicyConfig", "RewardModelConfig", "RunConfig",
+           "SFTConfig"]

@@ -1,0 +1,155 @@
+"""What every stage's configuration is made of: the optimizer, adapters, the run directory, how completions are sampled."""
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from fusedrl.engine.errors import ConfigError
+
+
+def require(condition: bool, where: str, expected: str, found: object) -> None:
+    """Raises ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"config: expected {where} {expected}, got {found!r}")
+
+
+def either(value: Any, usual: Any) -> Any:
+    """The value, or what is usual where it was left out."""
+    return usual if value is None else value
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. Epsilon 1e-5 rather than torch's 1e-8 is what PPO for language models uses (Huang et al., 2024, "The N+ implementation details").
+
+    Args:
+        lr: peak learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, on matrices only.
+        schedule: after the warm-up, constant, or linear to zero at the last step.
+        warmup_steps: optimizer steps of linear warm-up.
+        max_grad_norm: the global norm above which gradients are scaled down; 0 leaves them.
+        state: of the moments: float32, or int8, which takes a quarter of the memory and needs torchao.
+    """
+
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear"] = "linear"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    state: Literal["float32", "int8"] = "float32"
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", "> 0", self.lr)
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", "two numbers in [0, 1)", self.betas)
+        require(self.eps > 0, "optim.eps", "> 0", self.eps)
+        require(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
+        require(self.max_grad_norm >= 0, "optim.max_grad_norm", ">= 0", self.max_grad_norm)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on a frozen model (Hu et al., 2021): W + alpha / rank x B A, of which A and B are trained. No dropout: the sampler has none.
+
+    Args:
+        rank: of A and B.
+        alpha: the adapter is scaled by alpha / rank.
+        targets: linear layers by PEFT's names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (Phi-3: qkv_proj, gate_up_proj); all-linear: all.
+        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("all-linear",)
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "lora.rank", ">= 1", self.rank)
+        require(self.alpha > 0, "lora.alpha", "> 0", self.alpha)
+        require(len(self.targets) >= 1 and not isinstance(self.targets, str), "lora.targets", "one target or more", self.targets)
+        for name in self.targets:
+            close = difflib.get_close_matches(name, LORA_TARGETS, 1, 0.5)
+            require(name in LORA_TARGETS, "lora.targets", f"of {', '.join(LORA_TARGETS)}" + (f" (did you mean {close[0]}?)" if close else ""), name)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+LORA_TARGETS = ("all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it keeps.
+
+    Args:
+        dir: run directory; metrics, checkpoints and the final model go there.
+        seed: of everything that draws.
+        resume: continue the run in `dir` from its newest complete checkpoint.
+        save_every: steps between checkpoints; 0 saves at the end only.
+        keep: complete checkpoints kept; the oldest go first.
+        progress: live progress on the terminal.
+    """
+
+    dir: str = "runs/latest"
+    seed: int = 0
+    resume: bool = False
+    save_every: int = 0
+    keep: int = 2
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        require(bool(self.dir), "run.dir", "a directory", self.dir)
+        require(self.save_every >= 0, "run.save_every", ">= 0", self.save_every)
+        require(self.keep >= 1, "run.keep", ">= 1", self.keep)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How rollouts are sampled. PPO scores the distribution it samples from, so it refuses settings that truncate it.
+
+    Args:
+        max_new_tokens: longest completion.
+        temperature: divides the logits, in sampling and in scoring alike.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of this probability; 1 keeps all.
+        min_p: keep tokens of at least this fraction of the likeliest one's probability; 0 keeps all.
+        stop_token_ids: ids that end a completion besides the model's own EOS.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "generation.max_new_tokens", ">= 1", self.max_new_tokens)
+        require(self.temperature >= 0, "generation.temperature", ">= 0", self.temperature)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+class StageConfig(Protocol):
+    """What the configurations of all stages have."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def device(self) -> str | None: ...
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def title(self) -> str: ...

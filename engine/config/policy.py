@@ -1,0 +1,284 @@
+"""Policy optimisation: what keeps the policy near its reference, advantage and loss, and the run itself."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS, BOUNDS, OBJECTIVES, Algorithm
+from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig, either, require
+
+OF_ALGORITHM: Any = None  # the default of a field that the algorithm's row fills in where it is left out
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """What keeps the policy near its reference, and where it acts. The place decides what is converged to, not only how fast:
+
+    reward  -coef * k1 at every token (Ziegler et al., 2019). Exact: the optimum is ref * exp(reward / coef), whatever is done to advantages.
+    loss    + coef * kl_t in the loss, with the gradient of the estimator at each token. The usual k3 follows KL(ref || pi) and k2 KL(pi || ref), but both
+            forget that a token changes the states behind it, and a normalised advantage rescales coef prompt by prompt. Exact are k2 and
+            full with level="future", and k2 with level="sequence", which is noisy.
+
+    Fields without a default here take the algorithm's (algorithms.py).
+
+    Args:
+        coef: the coefficient, or its initial value when it adapts; 0 is none, and then no reference is loaded.
+        placement: reward or loss.
+        estimator: in the loss k1, k2, k3, abs, or full, which is no estimate but the KL over the whole vocabulary (one more forward of the reference); in
+            the reward only k1, since any other drops a term of the gradient.
+        level: in the loss, of tokens or (k2) of whole sequences; future (k2, full): of tokens, and the advantage is less coef times the k1 of the tokens
+            to come, which is what tokens alone leave out.
+        target: KL per sequence, in nats, that the coefficient adapts to; None keeps it fixed.
+        horizon: episodes over which the coefficient adapts.
+        measure: load the reference and report the KL even where the coefficient is 0.
+    """
+
+    coef: float = OF_ALGORITHM
+    placement: Literal["reward", "loss"] = OF_ALGORITHM
+    estimator: Literal["k1", "k2", "k3", "abs", "full"] = OF_ALGORITHM
+    level: Literal["token", "sequence", "future"] = "token"
+    target: float | None = None
+    horizon: float = 10_000.0
+    measure: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.coef is None or self.coef >= 0, "kl.coef", ">= 0", self.coef)
+        require(self.target is None or (self.target > 0 and self.coef != 0), "kl.target", "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0)",
+                 (self.target, self.coef))
+        require(self.horizon > 0, "kl.horizon", "> 0", self.horizon)
+        require(self.placement != "reward" or self.estimator in (None, "k1"), "kl.estimator", "k1 with kl.placement = reward (any other drops a term of "
+                 "the gradient of the KL there and moves the optimum; put it into the loss)", self.estimator)
+        fitting = {"token": None, "sequence": (None, "k2"), "future": (None, "k2", "full")}[self.level]
+        require(fitting is None or (self.placement != "reward" and self.estimator in fitting), "kl.level", "sequence only with kl.placement = loss and "
+                 "kl.estimator = k2, future only with loss and k2 or full", (self.level, self.placement, self.estimator))
+
+    def filled(self, row: Algorithm) -> KLConfig:
+        """With the row's values where nothing was said."""
+        placement = self.placement or ("loss" if self.level != "token" else row.kl_placement)
+        usual = "k1" if placement == "reward" else "k2" if self.level != "token" else row.kl_estimator if row.kl_placement == "loss" else "k3"
+        return replace(self, coef=either(self.coef, row.kl_coef), placement=placement, estimator=self.estimator or usual)
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """The coefficient of the objective ppo_penalty, which adapts to the KL from the policy of the rollout to that of the last pass, per token.
+
+    Either between two thresholds, or around a target d: thresholds d / 1.5 and 1.5 d (Schulman et al., 2017, section 4). Above the upper one the coefficient
+    is doubled, below the lower one halved.
+
+    Args:
+        coef: its initial value.
+        target: nats per token; None: thresholds.
+        kl_min, kl_max: the thresholds, in nats per token, in place of a target.
+    """
+
+    coef: float = 1.0
+    target: float | None = None
+    kl_min: float | None = None
+    kl_max: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.coef > 0, "penalty.coef", "> 0", self.coef)
+        require(self.target is None or self.target > 0, "penalty.target", "> 0", self.target)
+        require((self.kl_min is None) == (self.kl_max is None) and (self.target is None or self.kl_min is None), "penalty",
+                 "either target, or both kl_min and kl_max", (self.target, self.kl_min, self.kl_max))
+        require(self.kl_min is None or self.kl_max is None or 0 <= self.kl_min < self.kl_max, "penalty.kl_min", ">= 0 and below kl_max",
+                 (self.kl_min, self.kl_max))
+
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """(lower, upper)."""
+        if self.kl_min is not None and self.kl_max is not None:
+            return self.kl_min, self.kl_max
+        target = 0.01 if self.target is None else self.target
+        return target / 1.5, target * 1.5
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Advantage and loss. Defaults of PPO: Ziegler et al. (2019) and Stiennon et al. (2020), as re-implemented by Huang et al. (2024). Fields without a
+    default here take the algorithm's (algorithms.py), and the bounds of a ratio those of the objective (kernels/objective.py).
+
+    Args:
+        advantage: in place of the algorithm's: a name, or module.function.
+        objective: in place of the algorithm's: a name, or module.function.
+        gamma: discount per token.
+        lam: lambda of GAE.
+        k: of k-step advantages, the steps ahead.
+        discount_states: weigh the advantage of token t by gamma^t, as in Sutton and Barto's REINFORCE; nobody does for language models.
+        whiten: advantages to mean 0 and variance 1 over the whole batch of a step.
+        clip_low: the ratio is clipped below at 1 - clip_low.
+        clip_high: the ratio is clipped above at 1 + clip_high.
+        dual_clip: bound on ratio x |A| for negative advantages; None is off.
+        clip_max: of cispo, the cap on the ratio.
+        tau_positive: of sapo, the temperature of the gate where A > 0.
+        tau_negative: of sapo, the temperature of the gate where A < 0.
+        beta: of dro, the weight of the square; of ppo_penalty, a fixed coefficient in place of the adaptive one.
+        value_clip: values move at most this far from the old ones; None is off.
+        value_coef: weight of the value loss.
+        entropy_coef: weight of the entropy bonus.
+        aggregation: how token losses become one number.
+    """
+
+    advantage: str | None = None
+    objective: str | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    k: int = 5
+    discount_states: bool = False
+    whiten: bool = OF_ALGORITHM
+    clip_low: float | None = None
+    clip_high: float | None = None
+    dual_clip: float | None = None
+    clip_max: float | None = None
+    tau_positive: float | None = None
+    tau_negative: float | None = None
+    beta: float | None = None
+    value_clip: float | None = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_norm"] = OF_ALGORITHM
+
+    def __post_init__(self) -> None:
+        require(0 <= self.gamma <= 1, "loss.gamma", "in [0, 1]", self.gamma)
+        require(0 <= self.lam <= 1, "loss.lam", "in [0, 1]", self.lam)
+        require(self.k >= 1, "loss.k", ">= 1", self.k)
+        require(self.clip_low is None or 0 < self.clip_low < 1, "loss.clip_low", "in (0, 1)", self.clip_low)
+        require(self.clip_high is None or self.clip_high > 0, "loss.clip_high", "> 0", self.clip_high)
+        require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "> 1", self.dual_clip)
+
+    def filled(self, row: Algorithm) -> LossConfig:
+        """With the row's values, and its objective's, where nothing was said."""
+        usual = OBJECTIVES.get(self.objective or row.objective, ("", {}))[1]
+        bounds = {name: either(getattr(self, name), usual.get(name)) for name in BOUNDS}
+        return replace(self, whiten=either(self.whiten, row.whiten), aggregation=self.aggregation or row.aggregation, **bounds)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Policy optimisation by any of the ALGORITHMS; by default PPO with a value head on the policy's trunk and the KL inside the reward.
+
+    Fields without a default here are filled in from the algorithm's row as the object is made; make another one for another algorithm.
+
+    Args:
+        model: directory or id of the policy to train; its initial weights are the reference.
+        data: JSONL file (.gz too) with a "prompt" column, or preference pairs, whose common prefix is the prompt.
+        reward: rewards, each file.py:function, or a directory of a reward model.
+        algorithm: ppo, grpo, rloo, ...: a row of algorithms.py.
+        reward_weights: one weight per reward; None weighs each 1.
+        steps: rollouts, each followed by epochs x minibatches optimizer steps.
+        prompts_per_step: prompts of one rollout.
+        samples_per_prompt: completions of each prompt.
+        epochs: passes over a rollout.
+        minibatches: optimizer steps of one pass.
+        tokens_per_microbatch: tokens of one forward and backward.
+        checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
+        max_prompt_length: longer prompts are dropped before the first step and counted; None is what fits the model with max_new_tokens.
+        scale_scores: divide scores by the standard deviation of all of this run so far, before they are clipped (Zheng et al., 2023, PPO-max).
+        score_clip: scores are clipped to +- this; None leaves them.
+        missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+        overlong_buffer: tokens before max_new_tokens over which overlong_penalty rises from 0 to its whole; 0 is off.
+        overlong_penalty: subtracted from the score of a completion of max_new_tokens.
+        refill_tries: dynamic sampling: how often, at most, groups whose scores are all equal are replaced by those of other prompts; 0 keeps them.
+        max_invalid_fraction: of a rollout's rewards (raised, NaN, wrong type); above it the run stops, below it those samples are left out.
+        max_logp_diff: mean absolute difference between sampler and trainer log-probabilities above which the run stops.
+        strict: the trainer's log-probabilities are bitwise the sampler's, at the cost of one more forward in training (CPU).
+        skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
+        dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
+        device: cpu, cuda, or None for the best there is.
+        lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora turns it on. <run>/model then holds them merged,
+            <run>/adapter by themselves.
+        reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
+            the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
+    """
+
+    model: str
+    data: str
+    reward: tuple[str, ...]
+    algorithm: str = "ppo"
+    reward_weights: tuple[float, ...] | None = None
+    steps: int = 100
+    prompts_per_step: int = 64
+    samples_per_prompt: int = OF_ALGORITHM
+    epochs: int = OF_ALGORITHM
+    minibatches: int = 1
+    tokens_per_microbatch: int = 8192
+    checkpoint_activations: bool = False
+    max_prompt_length: int | None = None
+    scale_scores: bool = False
+    score_clip: float | None = None
+    missing_eos_penalty: float = 0.0
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    refill_tries: int = OF_ALGORITHM
+    max_invalid_fraction: float = 0.1
+    max_logp_diff: float = 0.05
+    strict: bool = False
+    skip_bad_lines: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str | None = None
+    lora: LoRAConfig | None = None
+    reference: Literal["auto", "frozen", "adapter_off", "host"] = "auto"
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        require(self.algorithm in ALGORITHMS, "algorithm", f"to be one of {', '.join(ALGORITHMS)}", self.algorithm)
+        row = self.row
+        for name, value in (("samples_per_prompt", either(self.samples_per_prompt, row.samples_per_prompt)), ("epochs", either(self.epochs, row.epochs)),
+                            ("refill_tries", either(self.refill_tries, row.refill_tries)),
+                            ("kl", self.kl.filled(row)), ("loss", self.loss.filled(row))):
+            object.__setattr__(self, name, value)
+        for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "tokens_per_microbatch"):
+            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        require(len(self.reward) >= 1, "reward", "at least one file.py:function or reward-model directory", self.reward)
+        require(self.reward_weights is None or len(self.reward_weights) == len(self.reward), "reward_weights",
+                 f"{len(self.reward)} numbers, one per reward", self.reward_weights)
+        require(self.reference != "adapter_off" or self.lora is not None, "reference", "frozen, host or auto without lora (there is no adapter to switch off)",
+                 self.reference)
+        rollouts = self.prompts_per_step * self.samples_per_prompt
+        require(self.minibatches <= rollouts, "minibatches", f"<= prompts_per_step x samples_per_prompt = {rollouts}", self.minibatches)
+        require(not self.generation.truncates, "generation", "without top_k, top_p and min_p (the trainer scores the full distribution, "
+                 "so a truncated sampler biases every ratio; use temperature)", (self.generation.top_k, self.generation.top_p, self.generation.min_p))
+        require(self.generation.temperature > 0, "generation.temperature", "> 0 (greedy rollouts do not explore)", self.generation.temperature)
+        require(self.samples_per_prompt > 1 or ADVANTAGES.get(self.advantage) != "group", "samples_per_prompt", f"> 1 for {self.algorithm} (its advantage, "
+                 f"{self.advantage}, compares the completions of one prompt: one alone has the advantage 0 and teaches nothing; 8 is usual)",
+                 self.samples_per_prompt)
+        require(0 <= self.overlong_buffer <= self.generation.max_new_tokens, "overlong_buffer", "within 0 and generation.max_new_tokens = "
+                 f"{self.generation.max_new_tokens}", self.overlong_buffer)
+        require(self.refill_tries == 0 or (self.refill_tries > 0 and self.samples_per_prompt > 1), "refill_tries", ">= 0, and 0 with samples_per_prompt = 1",
+                 self.refill_tries)
+
+    @property
+    def title(self) -> str:
+        """What the run is called on the terminal."""
+        return self.algorithm
+
+    @property
+    def row(self) -> Algorithm:
+        """The algorithm's row."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def advantage(self) -> str:
+        """The advantage's name: the loss's own, or the algorithm's."""
+        return self.loss.advantage or self.row.advantage
+
+    @property
+    def objective(self) -> str:
+        """The objective's name: the loss's own, or the algorithm's."""
+        return self.loss.objective or self.row.objective
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything is compared with a reference."""
+        return self.kl.coef > 0 or self.kl.measure
+
+    @property
+    def reference_kind(self) -> str:
+        """`reference`, with auto resolved: frozen, adapter_off or host."""
+        return self.reference if self.reference != "auto" else "frozen" if self.lora is None else "adapter_off"

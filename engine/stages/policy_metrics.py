@@ -1,0 +1,109 @@
+"""What a policy step reports: of its rollout, and of the micro-batches that it trained on."""
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedrl.engine.config import PolicyConfig
+from fusedrl.engine.packing import PackedBatch
+from fusedrl.kernels.faults import raise_faults
+from fusedrl.kernels.gae import shaped_gae
+from fusedrl.kernels.policy_loss import PolicyStats, ValueStats
+
+
+def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[str, float]:
+    """Metrics of the rollout itself, of a batch with old_logp. Raises IndexError when a kernel was given ids outside the vocabulary, RuntimeError when
+    sampler and trainer disagree."""
+    raise_faults(batch.device)  # the host waits here anyway; scores of ids outside the vocabulary are NaN, which would look like disagreement
+    old_N, mask_N = batch.column("old_logp"), batch.action_mask
+    old, rolled = (x[mask_N].double() for x in (old_N, batch.column("rollout_logp")))
+    difference = (rolled - old).abs()
+    ratio = (old - rolled).exp()
+    mean, worst = difference.mean().item(), difference.max().item()
+    if not mean <= config.max_logp_diff:
+        raise RuntimeError(f"sampler and trainer disagree: mean |logp difference| {mean:.3g} (max {worst:.3g}) over {difference.numel()} tokens, above "
+                           f"max_logp_diff = {config.max_logp_diff}; expected about 1e-6 in float32 and 1e-3 in bfloat16. Every ratio would be wrong, so the "
+                           "run stops; train in float32, or raise max_logp_diff if you mean it")
+    found = {
+        "entropy": batch.column("old_entropy")[mask_N].double().mean().item(),
+        "perplexity": math.exp(min(80.0, -old.mean().item())),
+        "sampling/logp_diff_mean": mean,
+        "sampling/logp_diff_max": worst,
+        "sampling/ratio_outside_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
+        "num_tokens": float(batch.num_tokens),
+    }
+    if batch.ref_logp is not None:
+        # Of the same kernel as a KL in the reward: what is reported, and what the coefficient adapts to, is what was charged.
+        shaped = shaped_gae(old_N, batch.ref_logp, old_N, batch.column("scores"), mask=mask_N, cu_seqlens=batch.cu_seqlens, kl_coef=0.0,
+                            score_clip=config.score_clip, whiten=False)
+        kl = shaped.kl_per_sequence.double().mean().item()
+        found |= {"kl": kl, "kl_coef": kl_coef, "perplexity_ref": math.exp(min(80.0, -batch.ref_logp[mask_N].double().mean().item()))}
+        if config.kl.placement == "reward":
+            found |= {"objective/non_score_reward": -kl_coef * kl,
+                      "objective/rlhf_reward": shaped.score_per_sequence.double().mean().item() - kl_coef * kl}
+    if batch.values is not None:
+        found["val/explained_variance"] = _explained_variance(*(batch.column(name)[mask_N].double() for name in ("values", "returns")))
+    return found
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> float:
+    spread = returns.var(correction=0).item()
+    return 1 - (returns - values).var(correction=0).item() / spread if spread > 0 else 0.0
+
+
+class Meter:
+    """Micro-batch statistics -> one number per step: means weighted by tokens, extremes by min and max. Read once, at the end."""
+
+    def __init__(self) -> None:
+        self.policy: list[PolicyStats] = []
+        self.value: list[ValueStats] = []
+        self.when: list[tuple[int, bool]] = []
+        self.grad_norms: list[float] = []
+
+    def add(self, policy: PolicyStats, value: ValueStats | None, epoch: int, *, first: bool) -> None:
+        """Of one micro-batch; `first`: before any optimizer step of this rollout."""
+        self.policy.append(policy)
+        self.when.append((epoch, first))
+        if value is not None:
+            self.value.append(value)
+
+    def metrics(self) -> dict[str, float]:
+        """Of all that was added."""
+        policy, value, updates = _rows(self.policy), _rows(self.value), len(self.grad_norms)
+        tokens = sum(p["tokens"] for p in policy)
+        mean: dict[str, float] = defaultdict(float)
+        for p in policy:
+            share = p["tokens"] / max(1.0, tokens)
+            for name, number in (("policy/approxkl_avg", p["approx_kl_k3"]), ("policy/clipfrac_avg", p["clip_fraction_low"] + p["clip_fraction_high"]),
+                                 ("clip_ratio/low_mean", p["clip_fraction_low"]), ("clip_ratio/high_mean", p["clip_fraction_high"]),
+                                 ("val/ratio", p["ratio_mean"]), ("policy/clamped_fraction", p["clamped_fraction"])):
+                mean[name] += share * number
+        for p, v in zip(policy, value, strict=bool(value)):
+            mean["val/clipfrac_avg"] += p["tokens"] / max(1.0, tokens) * v["clip_fraction"]
+        if value:
+            mean["loss/value_avg"] = sum(v["loss"] for v in value) / updates
+        live = [p for p in policy if p["tokens"]]
+        first = [p for p, (_, is_first) in zip(policy, self.when, strict=True) if is_first and p["tokens"]]
+        last = [p for p, (epoch, _) in zip(policy, self.when, strict=True) if epoch == self.when[-1][0]]
+        return dict(mean) | {
+            "loss/policy_avg": sum(p["loss"] for p in policy) / updates,
+            "val/ratio_min": min((p["ratio_min"] for p in live), default=1.0),
+            "val/ratio_max": max((p["ratio_max"] for p in live), default=1.0),
+            "policy/first_ratio_min": min((p["ratio_min"] for p in first), default=1.0),
+            "policy/first_ratio_max": max((p["ratio_max"] for p in first), default=1.0),
+            "policy/first_approxkl": max((p["approx_kl_k3"] for p in first), default=0.0),
+            "policy/first_clipfrac": max((p["clip_fraction_low"] + p["clip_fraction_high"] for p in first), default=0.0),
+            "policy/last_approxkl": sum(p["approx_kl_k3"] * p["tokens"] for p in last) / max(1.0, sum(p["tokens"] for p in last)),
+            "grad_norm": sum(self.grad_norms) / updates,
+        }
+
+
+def _rows(stats: Sequence[PolicyStats] | Sequence[ValueStats]) -> list[dict[str, float]]:
+    """Read from the device, all at once."""
+    if not stats:
+        return []
+    return [dict(zip(stats[0]._fields, row, strict=True)) for row in torch.stack([torch.stack([x.float() for x in s]) for s in stats]).tolist()]
