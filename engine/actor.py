@@ -153,8 +153,9 @@ class HybridActor:
         self._generator = None
 
     @contextlib.contextmanager
-    def lend_cache(self) -> Iterator[Arena | None]:
-        """Within the block the KV cache's memory holds what training forwards keep for their backward passes; both belong inside. Yields the arena.
+    def lend_cache(self, *others: nn.Module) -> Iterator[Arena | None]:
+        """Within the block the KV cache's memory holds what training forwards keep for their backward passes, the actor's and those of `others` that are
+        trained there; both belong inside. Yields the arena.
 
         The cache stays allocated where it is, its contents are forgotten, and nothing is generated meanwhile. Gradients are the same bits. What does not fit
         stays where it would have been. Without a cache there is nothing to lend: None.
@@ -165,7 +166,7 @@ class HybridActor:
         if self._generator is None or self._lent:
             yield None
             return
-        arena, self._lent = Arena(self._generator.vacate(), keep=self.parameters()), True
+        arena, self._lent = Arena(self._generator.vacate(), keep=[*self.parameters(), *(p for other in others for p in other.parameters())]), True
         try:
             with arena.holding():
                 yield arena

@@ -67,10 +67,10 @@ class Control:
         return batch if batch.greedy_scores is None else batch.with_columns(greedy_scores=batch.greedy_scores / scale)
 
     def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:
-        """After a step: adapt to what it measured, and take in its returns."""
+        """After a step: adapt to what it measured (nothing while the policy stood still), and take in its returns."""
         if "kl" in metrics:
             self.kl.update(metrics["kl"], len(totals_B))
-        if self._penalised:
+        if self._penalised and "policy/last_approxkl" in metrics:
             self.penalty.update(metrics["policy/last_approxkl"])
         self.returns.update(totals_B)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedrl.engine.config import OptimConfig
 from fusedrl.engine.errors import SetupError
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -176,3 +177,8 @@ def make_optimizer(params: Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.P
         ValueError: nothing to train, or values outside AdamW's range. SetupError: "int8" without torchao.
     """
     return Optimizer(dict(params), lr, betas, eps, weight_decay, state)
+
+
+def optimizer_of(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+    """The optimizer that a configuration describes, over named parameters. Errors as `make_optimizer`."""
+    return make_optimizer(params, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, state=config.state)

@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -40,6 +41,15 @@ class Model(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 
 
+class Learner(Protocol):
+    """A model beside the first, with an optimizer of its own."""
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+
 class Run(contextlib.AbstractContextManager["Run"]):
     """Open the run directory of a configuration; `total` steps (None: set `run.total` before `restore`).
 
@@ -55,7 +65,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.last_metrics: dict[str, float] = {}
         self._config = config
         self._title = config.title
-        self._skipped_in_a_row = self._skipped = 0
+        self._skipped_in_a_row: Counter[str] = Counter()
+        self._skipped = 0
         self._signal: int | None = None
         self._progress: Progress | None = None
 
@@ -83,20 +94,20 @@ class Run(contextlib.AbstractContextManager["Run"]):
         print(f"fusedrl: {signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
 
     # ---- state ----------------------------------------------------------------------------------------------------------
-    def restore(self, *, model: Model, optimizer: Optimizer, control: Control | None = None) -> None:
+    def restore(self, *, model: Model, optimizer: Optimizer, control: Control | None = None, critic: Learner | None = None) -> None:
         """Load the newest complete checkpoint into these objects, in place; nothing happens on a fresh run."""
         self._step_began = time.perf_counter()
         self._progress = self._stack.enter_context(Progress(self.total, self.settings.progress, start=self.start, title=self._title))
         if self._checkpoint is None:
             return
-        parameters = _trained(model)
-        saved = self._checkpoint.tensors["model"]
-        if saved.keys() != parameters.keys():
-            raise CheckpointError(f"{self._checkpoint.path}: expected tensors {sorted(parameters)}, got {sorted(saved)}")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
-        optimizer.load_state_dict(self._checkpoint.tensors["optimizer"])
+        for group, moments, learner, its_optimizer in _learners(model, optimizer, critic):
+            parameters, saved = _trained(learner), self._checkpoint.tensors[group]
+            if saved.keys() != parameters.keys() or any(saved[name].shape != p.shape for name, p in parameters.items()):
+                raise CheckpointError(f"{self._checkpoint.path}: expected tensors {_shapes(parameters)}, got {_shapes(saved)}")
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(saved[name])
+            its_optimizer.load_state_dict(self._checkpoint.tensors[moments])
         if control is not None:
             control.load_state_dict(self._checkpoint.state)
         self._skipped = int(self._checkpoint.state["skipped_updates"])
@@ -105,9 +116,10 @@ class Run(contextlib.AbstractContextManager["Run"]):
         where = f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"
         self.message(f"{self.directory}: {where}")
 
-    def _save(self, step: int, model: Model, optimizer: Optimizer, control: Control | None = None) -> None:
-        tensors: dict[str, dict[str, Tensor]] = {"model": _trained(model), "optimizer": optimizer.state_dict(),
-                                                 "rng": {"torch_cpu": torch.get_rng_state()}}
+    def _save(self, step: int, model: Model, optimizer: Optimizer, control: Control | None = None, critic: Learner | None = None) -> None:
+        tensors: dict[str, dict[str, Tensor]] = {"rng": {"torch_cpu": torch.get_rng_state()}}
+        for group, moments, learner, its_optimizer in _learners(model, optimizer, critic):
+            tensors |= {group: _trained(learner), moments: its_optimizer.state_dict()}
         state = {"skipped_updates": self._skipped} | (control.state_dict() if control is not None else {})
         save_checkpoint(self.directory, step, tensors, state, keep=self.settings.keep)
 
@@ -155,18 +167,29 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if self.settings.progress:
             print(f"{self._title}: {text}", file=sys.stderr)
 
-    def check_update(self, result: StepResult) -> None:
-        """Count skipped updates. Raises RuntimeError at the fifth in a row."""
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if not result.applied else 0
+    def check_update(self, result: StepResult, of: str = "model") -> None:
+        """Count skipped updates. Raises RuntimeError at the fifth in a row `of` one model."""
+        self._skipped_in_a_row[of] = self._skipped_in_a_row[of] + 1 if not result.applied else 0
         self._skipped += int(not result.applied)
-        if self._skipped_in_a_row >= _MAX_SKIPPED:
-            raise RuntimeError(f"{_MAX_SKIPPED} updates in a row had a non-finite gradient norm; stopped. The weights are those of the last finite update. "
-                               "Lower optim.lr, or resume from the last checkpoint with clipped scores (score_clip)")
+        if self._skipped_in_a_row[of] >= _MAX_SKIPPED:
+            raise RuntimeError(f"{_MAX_SKIPPED} updates of the {of} in a row had a non-finite gradient norm; stopped. The weights are those of the last "
+                               "finite update. Lower optim.lr, or resume from the last checkpoint with clipped scores (score_clip)")
 
 
 def _trained(model: Model) -> dict[str, Tensor]:
     """What a checkpoint holds of a model: not what LoRA froze, which is the initial model's."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _learners(model: Model, optimizer: Optimizer, critic: Learner | None) -> Iterator[tuple[str, str, Model, Optimizer]]:
+    """What a checkpoint calls the weights and the optimizer's state, and whose they are."""
+    yield "model", "optimizer", model, optimizer
+    if critic is not None:
+        yield "critic", "critic_optimizer", critic.model, critic.optimizer
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items()))
 
 
 def peak_memory() -> float:

@@ -95,6 +95,29 @@ class PenaltyConfig:
 
 
 @dataclass(frozen=True)
+class CriticConfig:
+    """A critic of its own in place of a value head on the policy's trunk: another decoder, of any size and family with the policy's vocabulary, and a linear
+    head on it. It is optimised by itself, so neither its gradients nor their norm reach the policy. InstructGPT and MOSS start it from the reward model.
+
+    Args:
+        model: where it starts from: policy, a copy of the policy's initial weights with a head of zeros; the directory of a reward model, whose score, at every
+            position and less its shift, is then the first value; <run>/critic of an earlier run; or a language model (a value head beside its weights is read,
+            else one of zeros is made).
+        warmup_steps: of `steps`, the first so many rollouts train the critic alone (Zheng et al., 2023, pre-train it so); the policy, its learning rate and the
+            adaptive coefficients stand still meanwhile.
+        optim: as the policy's.
+    """
+
+    model: str = "policy"
+    warmup_steps: int = 0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "critic.model", "policy, or a directory or id of a model", self.model)
+        require(self.warmup_steps >= 0, "critic.warmup_steps", ">= 0", self.warmup_steps)
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Advantage and loss. Defaults of PPO: Ziegler et al. (2019) and Stiennon et al. (2020), as re-implemented by Huang et al. (2024). Fields without a
     default here take the algorithm's (algorithms.py), and the bounds of a ratio those of the objective (kernels/objective.py).
@@ -115,7 +138,7 @@ class LossConfig:
         tau_negative: of sapo, the temperature of the gate where A < 0.
         beta: of dro, the weight of the square; of ppo_penalty, a fixed coefficient in place of the adaptive one.
         value_clip: values move at most this far from the old ones; None is off.
-        value_coef: weight of the value loss.
+        value_coef: weight of the value loss. A critic of its own has gradients of its own, so that there the weight acts through epsilon and clip alone.
         entropy_coef: weight of the entropy bonus.
         aggregation: how token losses become one number.
     """
@@ -190,6 +213,8 @@ class PolicyConfig:
             <run>/adapter by themselves.
         reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
             the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
+        critic: a critic of its own, for algorithms that have one; critic.model, critic.warmup_steps or critic.optim turns it on. None is a value head on the
+            policy's trunk, trained with it by one loss. <run>/critic then holds it.
     """
 
     model: str
@@ -219,6 +244,7 @@ class PolicyConfig:
     device: str | None = None
     lora: LoRAConfig | None = None
     reference: Literal["auto", "frozen", "adapter_off", "host"] = "auto"
+    critic: CriticConfig | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -240,6 +266,10 @@ class PolicyConfig:
                  f"{len(self.reward)} numbers, one per reward", self.reward_weights)
         require(self.reference != "adapter_off" or self.lora is not None, "reference", "frozen, host or auto without lora (there is no adapter to switch off)",
                  self.reference)
+        require(self.critic is None or ADVANTAGES.get(self.advantage, "critic") == "critic", "critic", f"to be left out with {self.algorithm}, whose advantage "
+                 f"{self.advantage} has no use for values (the options contradict each other); ppo, a2c and others have a critic", self.critic)
+        require(self.critic is None or self.critic.warmup_steps < self.steps, "critic.warmup_steps", f"< steps = {self.steps}, else no policy is trained",
+                 self.critic and self.critic.warmup_steps)
         rollouts = self.prompts_per_step * self.samples_per_prompt
         require(self.minibatches <= rollouts, "minibatches", f"<= prompts_per_step x samples_per_prompt = {rollouts}", self.minibatches)
         require(not self.generation.truncates, "generation", "without top_k, top_p and min_p (the trainer scores the full distribution, "

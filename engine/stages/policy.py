@@ -2,7 +2,8 @@
 
 Read `train_policy` from top to bottom. What holds for all algorithms, with sources in config.py:
   1. advantages are functions (advantages.py) of the scores, of the KL to a frozen reference where it is placed in the reward (-coef k1 at every token), and
-     of values where there is a critic: read at the position before the token, from a linear head on the policy's own trunk; 0 after the end;
+     of values where there is a critic: read at the position before the token, from a linear head on the policy's own trunk; 0 after the end. With `critic`
+     the values are those of another model (critic.py), which is trained by itself on the same minibatches, before the policy;
   2. whitening and normalisation are over the whole batch of a step, once, before any split;
   3. old log-probabilities come from the training forward, not from the sampler: before the first optimizer step of a rollout the ratio is
      exactly 1, because scoring cuts the batch into the very micro-batches that the first epoch trains on. With one optimizer step a rollout, and
@@ -22,21 +23,23 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.control import Control, learning_rate, shuffled
+from fusedrl.engine.critic import SeparateCritic, TrainedCritic, critic_of
 from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
-from fusedrl.engine.optim import Optimizer, make_optimizer
+from fusedrl.engine.optim import Optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
 from fusedrl.engine.reference import Reference, load_reference
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
-from fusedrl.engine.stages.policy_metrics import Meter, measure
+from fusedrl.engine.stages.policy_metrics import Meter, measure, value_metrics
 from fusedrl.kernels.linear_full_kl import linear_full_kl
+from fusedrl.kernels.policy_loss import ValueStats, value_loss
 
 Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
 
@@ -54,7 +57,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     """Train a policy by `config.algorithm`.
 
     The run directory receives config.json, metrics.jsonl, samples.jsonl, checkpoints and, at the end, model/ (loadable by transformers; a critic's
-    value_head.safetensors lies beside the weights).
+    value_head.safetensors lies beside the weights) and critic/ (of one of its own, to be the critic.model of another run).
 
     Raises:
         DataError, RewardError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
@@ -64,11 +67,15 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     if needs == "group" and config.samples_per_prompt == 1:
         raise ConfigError(f"config: expected samples_per_prompt > 1 for the advantage {config.advantage}, which compares the completions of one prompt")
     make_objective(config, config.penalty.coef)  # a mistake in its name or bounds is told before anything is loaded
+    if config.critic is not None and needs != "critic":
+        raise ConfigError(f"config: expected no critic with the advantage {config.advantage}, which has no use for values; leave critic out")
     kl_in_advantage = config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
-    scored_first = needs == "critic" or kl_in_advantage or config.epochs * config.minibatches > 1
+    on_trunk = needs == "critic" and config.critic is None
+    critic_alone = config.critic.warmup_steps if config.critic is not None else 0  # rollouts
+    scored_first = on_trunk or kl_in_advantage or config.epochs * config.minibatches > 1
 
     torch.manual_seed(config.run.seed)
-    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=needs == "critic", strict=config.strict,
+    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=on_trunk, strict=config.strict,
                                         cache=cache_for(config))
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.kl.estimator == "full" and actor.decoder.config.logit_softcap:
@@ -77,31 +84,37 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor) if config.needs_reference else None
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
-    optim = config.optim
-    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
-                               state=optim.state)
+    optimizer = optimizer_of(config.optim, actor.named_parameters())
+    critic = critic_of(config, actor)
     control = Control(config)
 
     with Run(config, config.steps) as run:
         prompts = _prompts(config, actor, run)
-        run.restore(model=actor, optimizer=optimizer, control=control)
+        run.restore(model=actor, optimizer=optimizer, control=control, critic=critic)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
         for step in range(run.start, config.steps):
             with run.time("generate_and_reward"):
                 experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy")
+            learns = step >= critic_alone
             with run.time("score"):
                 batch = control.scaled(experience.batch) if config.scale_scores else experience.batch
                 cuts = _cuts(batch, config, step, epoch=0)
-                batch = score(actor if scored_first else None, reference, batch, cuts, config.generation.temperature)
+                batch = score(actor if scored_first or not learns else None, reference, batch, cuts, config.generation.temperature)
+                if critic is not None:
+                    batch = batch.with_columns(values=critic.model.score(batch, [group for minibatch in cuts for group in minibatch]))
             with run.time("advantage"):
                 signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
                 batch = estimate(config, signals)
-            with run.time("train"), actor.lend_cache():
-                metrics = experience.metrics | update(actor, reference, optimizer, batch, cuts, config, control, step, run)
-            control.update(metrics, signals.totals)
+            with run.time("train"), actor.lend_cache(*([] if critic is None else [critic.model])):
+                metrics = experience.metrics | ({} if critic is None else update_critic(critic, batch, cuts, config, step, run))
+                metrics |= (update(actor, reference, optimizer, batch, cuts, config, control, step, run) if learns
+                            else measure(batch, control.kl.coef, config))
+            control.update(metrics if learns else {}, signals.totals)
             run.log(step, metrics)
             run.samples(step, _samples(experience))
-            run.save_if_due(step, model=actor, optimizer=optimizer, control=control)
+            run.save_if_due(step, model=actor, optimizer=optimizer, control=control, critic=critic)
+        if critic is not None:
+            critic.model.save_pretrained(run.directory / "critic", tokenizer=actor.tokenizer)
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
         return PolicyResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
@@ -155,19 +168,14 @@ def score(actor: HybridActor | None, reference: Reference | None, batch: PackedB
 # ---- the update ------------------------------------------------------------------------------------------------------------
 def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
            control: Control, step: int, run: Run) -> dict[str, float]:
-    """epochs x minibatches optimizer steps on one rollout. Token weights are computed over the whole minibatch, so its cut into
-    micro-batches does not change the gradient."""
+    """epochs x minibatches optimizer steps on one rollout."""
     objective = make_objective(config, control.penalty.coef)
-    total_updates = config.steps * config.epochs * config.minibatches
-    done = step * config.epochs * config.minibatches
+    total_updates, done = _updates(config, step, config.critic.warmup_steps if config.critic is not None else 0)
     meter = Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
     for epoch in range(config.epochs):
         for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
-            members = [b for group in minibatch for b in group]
-            weights = torch.zeros(batch.num_tokens, device=batch.device)
-            weights[batch.slots(members)] = minibatch_weights(config, batch.select(members))
-            weighted = batch.with_columns(weights=weights)
+            weighted = _weighted(batch, minibatch, config)
             seen = torch.zeros(2, batch.num_tokens, device=batch.device)  # log-probabilities and entropies
             optimizer.zero_grad()
             for group in minibatch:
@@ -190,10 +198,54 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             actor.mark_updated()
             meter.grad_norms.append(result.grad_norm)
             done += 1
-    freed = sum(p.grad.nbytes for p in actor.parameters() if p.grad is not None)
-    optimizer.zero_grad()
-    give_back(freed)  # the next rollout runs beside the weights, the optimizer's state and the cache alone
+    _drop_gradients(optimizer, actor)
     return (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
+
+
+def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, step: int, run: Run) -> dict[str, float]:
+    """The same passes over the same minibatches for a critic of its own: it shares nothing with the policy, so their gradients are never there together."""
+    model, optimizer, optim = critic
+    total_updates, done = _updates(config, step)
+    stats: list[ValueStats] = []
+    norms: list[float] = []
+    for epoch in range(config.epochs):
+        for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
+            weighted = _weighted(batch, minibatch, config)
+            optimizer.zero_grad()
+            for group in minibatch:
+                micro = weighted.select(group)
+                old, returns, weights = (micro.column(name) for name in ("values", "returns", "weights"))
+                loss, value_stats = value_loss(model(micro), old, returns, weights, clip=config.loss.value_clip)
+                (config.loss.value_coef * loss).backward()
+                stats.append(value_stats)
+            optimizer.lr = learning_rate(optim, done, total_updates)
+            result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
+            run.check_update(result, "critic")
+            norms.append(result.grad_norm)
+            done += 1
+    _drop_gradients(optimizer, model)
+    return value_metrics(stats, len(norms)) | {"critic/grad_norm": sum(norms) / len(norms), "critic/lr": optimizer.lr}
+
+
+def _updates(config: PolicyConfig, step: int, after: int = 0) -> tuple[int, int]:
+    """(optimizer steps of the whole run, of them done before this rollout), of what is trained `after` so many rollouts."""
+    each = config.epochs * config.minibatches
+    return (config.steps - after) * each, (step - after) * each
+
+
+def _weighted(batch: PackedBatch, minibatch: list[list[int]], config: PolicyConfig) -> PackedBatch:
+    """The batch with the token weights of one optimizer step: over its whole minibatch, so that the cut into micro-batches does not change the gradient."""
+    members = [b for group in minibatch for b in group]
+    weights = torch.zeros(batch.num_tokens, device=batch.device)
+    weights[batch.slots(members)] = minibatch_weights(config, batch.select(members))
+    return batch.with_columns(weights=weights)
+
+
+def _drop_gradients(optimizer: Optimizer, model: HybridActor | SeparateCritic) -> None:
+    """What runs next runs beside the weights, the optimizer's state and the cache alone."""
+    freed = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    optimizer.zero_grad()
+    give_back(freed)
 
 
 def _full_kl(actor: HybridActor, reference: Reference, batch: PackedBatch, hidden_NH: Tensor, config: PolicyConfig) -> Tensor:

@@ -73,7 +73,7 @@ class Meter:
 
     def metrics(self) -> dict[str, float]:
         """Of all that was added."""
-        policy, value, updates = _rows(self.policy), _rows(self.value), len(self.grad_norms)
+        policy, updates = _rows(self.policy), len(self.grad_norms)
         tokens = sum(p["tokens"] for p in policy)
         mean: dict[str, float] = defaultdict(float)
         for p in policy:
@@ -82,14 +82,10 @@ class Meter:
                                  ("clip_ratio/low_mean", p["clip_fraction_low"]), ("clip_ratio/high_mean", p["clip_fraction_high"]),
                                  ("val/ratio", p["ratio_mean"]), ("policy/clamped_fraction", p["clamped_fraction"])):
                 mean[name] += share * number
-        for p, v in zip(policy, value, strict=bool(value)):
-            mean["val/clipfrac_avg"] += p["tokens"] / max(1.0, tokens) * v["clip_fraction"]
-        if value:
-            mean["loss/value_avg"] = sum(v["loss"] for v in value) / updates
         live = [p for p in policy if p["tokens"]]
         first = [p for p, (_, is_first) in zip(policy, self.when, strict=True) if is_first and p["tokens"]]
         last = [p for p, (epoch, _) in zip(policy, self.when, strict=True) if epoch == self.when[-1][0]]
-        return dict(mean) | {
+        return dict(mean) | value_metrics(self.value, updates) | {
             "loss/policy_avg": sum(p["loss"] for p in policy) / updates,
             "val/ratio_min": min((p["ratio_min"] for p in live), default=1.0),
             "val/ratio_max": max((p["ratio_max"] for p in live), default=1.0),
@@ -100,6 +96,15 @@ class Meter:
             "policy/last_approxkl": sum(p["approx_kl_k3"] * p["tokens"] for p in last) / max(1.0, sum(p["tokens"] for p in last)),
             "grad_norm": sum(self.grad_norms) / updates,
         }
+
+
+def value_metrics(stats: Sequence[ValueStats], updates: int) -> dict[str, float]:
+    """Of the micro-batches that a critic was trained on in so many updates; nothing of none."""
+    rows = _rows(stats)
+    if not rows:
+        return {}
+    tokens = max(1.0, sum(v["tokens"] for v in rows))
+    return {"val/clipfrac_avg": sum(v["tokens"] / tokens * v["clip_fraction"] for v in rows), "loss/value_avg": sum(v["loss"] for v in rows) / updates}
 
 
 def _rows(stats: Sequence[PolicyStats] | Sequence[ValueStats]) -> list[dict[str, float]]:

@@ -15,7 +15,7 @@ from fusedrl.engine.data.readers import ReadOptions, Source, load_pairs
 from fusedrl.engine.data.tokenize import count_tokens, encode_pairs, end_of_text
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
-from fusedrl.engine.optim import make_optimizer
+from fusedrl.engine.optim import optimizer_of
 from fusedrl.engine.packing import PackedBatch, split_by_tokens
 from fusedrl.engine.run import Run, held_out
 from fusedrl.kernels.ranking_loss import pairwise_ranking_loss
@@ -51,8 +51,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     model = RewardModel.from_decoder(load_decoder(config.model, dtype=config.dtype, device=config.device), seed=config.run.seed)
     model.decoder.checkpoint_activations = config.checkpoint_activations
     optim = config.optim
-    optimizer = make_optimizer(model.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
-                               state=optim.state)
+    optimizer = optimizer_of(optim, model.named_parameters())
     with Run(config, None) as run:
         trunk = model.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)

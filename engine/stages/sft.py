@@ -13,7 +13,7 @@ from fusedrl.engine.control import learning_rate
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations, load_dialogues
 from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, encode_dialogues, end_of_text
-from fusedrl.engine.optim import make_optimizer
+from fusedrl.engine.optim import optimizer_of
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.run import Run, held_out
 from fusedrl.kernels.faults import raise_faults
@@ -45,8 +45,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
     optim = config.optim
-    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
-                               state=optim.state)
+    optimizer = optimizer_of(optim, actor.named_parameters())
     with Run(config, None) as run:
         trunk = actor.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)

@@ -1,0 +1,286 @@
+"""A critic of its own beside the policy: what it says at first, that it learns, that it is trained apart, comes back, and is refused where it does not fit."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.cli import parse_config
+from fusedrl.engine.config import CriticConfig, GenerationConfig, KLConfig, LoRAConfig, LossConfig, OptimConfig, PolicyConfig, RunConfig
+from fusedrl.engine.critic import load_critic
+from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.heads import RewardModel, ValueHead, save_reward_model
+from fusedrl.engine.model.weights import load_decoder, load_tokenizer, save_pretrained
+from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.stages import policy
+from fusedrl.engine.stages.policy import train_policy
+
+REWARDS = '''
+def by_prompt(prompts, completions, completion_ids, **columns):
+    return [2.0 if prompt.split()[0] in ("w0", "w3", "w6", "w9") else -2.0 for prompt in prompts]
+
+def likes_w3(prompts, completions, completion_ids, **columns):
+    return [float(sum(word == "w3" for word in text.split())) for text in completions]
+'''
+OTHER = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 40, "initializer_range": 0.2, "eos_token_id": 2}
+SEQUENCES = [([1, 5, 6], [7, 8, 2]), ([1, 9], [10, 11, 12, 13]), ([1, 4, 4, 4], [2])]
+
+
+@pytest.fixture
+def ppo(tiny_model, tmp_path, write_jsonl):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
+
+    def make(reward="likes_w3", name="run", algorithm="ppo", critic=CriticConfig(optim=OptimConfig(lr=3e-3, schedule="constant")), **kwargs):  # noqa: B008
+        defaults = dict(
+            steps=3, prompts_per_step=6, samples_per_prompt=2, epochs=2, minibatches=2, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=8),
+            optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False))
+        return PolicyConfig(str(tiny_model), data, (f"{tmp_path / 'rewards.py'}:{reward}",), algorithm, critic=critic, **(defaults | kwargs))
+
+    return make
+
+
+@pytest.fixture
+def reward_model(tiny_model, tmp_path):
+    """A reward model on another trunk than the policy's, with a shift."""
+    model = RewardModel.from_decoder(Decoder.random(load_decoder(tiny_model).config, seed=5), seed=3)
+    model.shift = 0.75
+    save_reward_model(model, tmp_path / "reward", tokenizer=load_tokenizer(tiny_model))
+    return tmp_path / "reward", model
+
+
+def _metrics(config):
+    return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _weights(config, part="model"):
+    directory = Path(config.run.dir) / part
+    named = load_critic(directory).named_parameters() if part == "critic" else load_decoder(directory).named_parameters()
+    return {name: p.detach() for name, p in named}
+
+
+def _without_times(row):
+    return {name: value for name, value in row.items() if not name.startswith(("timing/", "tokens_per_s", "mem/"))}
+
+
+# ---- where it starts from ---------------------------------------------------------------------------------------------------------
+def test_of_a_reward_model_the_first_value_is_its_score(reward_model):
+    """V(s_t) is the score of what stands before token t: read at the position before, less the shift."""
+    directory, reward = reward_model
+    values = load_critic(directory)(PackedBatch.from_sequences(SEQUENCES)).detach()
+    slot = 0
+    for prompt, completion in SEQUENCES:
+        ids = [*prompt, *completion]
+        assert values[slot] == 0.0
+        for t in range(1, len(ids)):
+            score = reward(PackedBatch.from_sequences([(ids[:t], [])])).item()
+            assert values[slot + t].item() == pytest.approx(score, abs=1e-5)
+        slot += len(ids)
+    unshifted = load_critic(directory)
+    torch.nn.init.zeros_(unshifted.head.bias)
+    assert (unshifted(PackedBatch.from_sequences(SEQUENCES))[1:3] - values[1:3]).detach().tolist() == pytest.approx([0.75] * 2, abs=1e-5)
+
+
+def test_of_a_language_model_the_first_value_is_zero_and_of_a_trained_one_its_own(tiny_model, tmp_path):
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    assert not load_critic(tiny_model)(batch).any()
+    head = ValueHead(32)
+    torch.nn.init.normal_(head.weight), torch.nn.init.constant_(head.bias, 0.3)
+    actor = HybridActor(load_decoder(tiny_model), value_head=head)
+    actor.save_pretrained(tmp_path / "actor")
+    assert torch.equal(load_critic(tmp_path / "actor")(batch), actor.values(batch, actor.forward(batch)))
+
+
+@pytest.mark.parametrize("kind", [{}, {"tie_word_embeddings": False}, OTHER], ids=["tied", "untied", "gpt2"])
+def test_saved_and_loaded_it_is_the_same_and_transformers_reads_its_trunk(tiny_model, tmp_path, kind):
+    from transformers import AutoModel
+
+    raw = load_decoder(tiny_model).config.raw | kind if kind is not OTHER else OTHER
+    save_pretrained(Decoder.random(model_config(raw), seed=1), tmp_path / "lm")
+    critic = load_critic(tmp_path / "lm")
+    torch.nn.init.normal_(critic.head.weight)
+    assert not any(name.endswith(("lm_head", "decoder.head")) for name, _ in critic.named_parameters())  # nothing that has no gradient
+    critic.save_pretrained(tmp_path / "critic")
+    again = load_critic(tmp_path / "critic")
+    assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in critic.named_parameters())
+    theirs = AutoModel.from_pretrained(tmp_path / "critic").eval()(torch.tensor([[1, 5, 6, 7]])).last_hidden_state[0]
+    values = critic(PackedBatch.from_sequences([([1, 5, 6, 7], [8])])).detach()
+    torch.testing.assert_close(critic.head(theirs).detach(), values[1:], rtol=1e-4, atol=1e-4)
+
+
+# ---- training ----------------------------------------------------------------------------------------------------------------------
+def test_it_learns_what_the_prompt_tells(ppo):
+    critic = CriticConfig(optim=OptimConfig(lr=3e-3, schedule="constant"))
+    config = ppo(reward="by_prompt", critic=critic, steps=25, prompts_per_step=24, samples_per_prompt=1, minibatches=1, epochs=4, tokens_per_microbatch=4000,
+                 kl=KLConfig(coef=0.0), loss=LossConfig(value_coef=0.5, value_clip=0.2), optim=OptimConfig(lr=1e-4))
+    train_policy(config)
+    rows = _metrics(config)
+    assert rows[0]["val/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # a head of zeros
+    assert rows[-1]["val/explained_variance"] > 0.5
+    assert all(row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0 for row in rows)
+    assert all({"loss/value_avg", "val/clipfrac_avg", "critic/grad_norm", "critic/lr"} <= row.keys() for row in rows)
+    assert not (Path(config.run.dir) / "model" / "value_head.safetensors").exists()
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(strict=True), dict(lora=LoRAConfig(rank=4)), dict(algorithm="a2c", epochs=1, minibatches=1, kl=KLConfig(coef=0.0)),
+                                    dict(algorithm="dro"), dict(checkpoint_activations=True)], ids=["ppo", "strict", "lora", "a2c", "dro", "checkpointed"])
+def test_every_algorithm_with_values_takes_one(ppo, kwargs):
+    config = ppo(steps=2, **kwargs)
+    train_policy(config)
+    for row in _metrics(config):
+        assert all(value == value and abs(value) < 1e6 for value in row.values() if isinstance(value, float))
+        assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
+        assert row["critic/grad_norm"] > 0.0
+    start = dict(load_critic(config.model).named_parameters())
+    moved = {name: (p - start[name]).abs().max().item() for name, p in _weights(config, "critic").items()}
+    assert min(moved.values()) > 0.0 and max(moved.values()) > 1e-3, moved
+
+
+def test_the_two_are_trained_apart(ppo):
+    """One rollout on one optimizer step: what the critic is trained with does not reach the policy's weights, though its gradient is far above the clip."""
+    found = []
+    for name, weight, lr in (("plain", 0.1, 3e-3), ("loud", 1e4, 1.0)):
+        config = ppo(name=name, steps=1, epochs=1, minibatches=1, loss=LossConfig(value_coef=weight), critic=CriticConfig(optim=OptimConfig(lr=lr)))
+        train_policy(config)
+        found.append((_weights(config), _weights(config, "critic"), _metrics(config)[0]))
+    (ours, critic, row), (same, other, loud) = found
+    assert all(torch.equal(p, same[name]) for name, p in ours.items())
+    assert not torch.equal(critic["head.weight"], other["head.weight"])
+    assert row["grad_norm"] == loud["grad_norm"] and loud["critic/grad_norm"] == pytest.approx(1e5 * row["critic/grad_norm"], rel=1e-4)
+    shared = ppo(name="shared", critic=None, steps=1, epochs=1, minibatches=1, loss=LossConfig(value_coef=1e4))
+    train_policy(shared)
+    assert not all(torch.equal(p, _weights(shared)[name]) for name, p in ours.items())  # one trunk, one clip
+
+
+def test_the_micro_batch_split_does_not_change_the_critic(ppo):
+    found = []
+    for name, tokens in (("whole", 10_000), ("cut", 25)):
+        config = ppo(name=name, steps=1, epochs=1, tokens_per_microbatch=tokens)
+        train_policy(config)
+        found.append((_weights(config, "critic"), _metrics(config)[0]["critic/grad_norm"]))
+    (whole, norm), (cut, other) = found
+    assert norm == pytest.approx(other, rel=1e-4)
+    start = dict(load_critic(config.model).named_parameters())
+    moved = max((whole[name] - start[name]).abs().max().item() for name in whole)
+    assert all((whole[name] - cut[name]).abs().max().item() <= 2e-3 * moved for name in whole)
+
+
+def test_a_critic_that_starts_from_the_reward_model_knows_more_at_once(ppo, reward_model):
+    """Scores by the reward model itself: a value that is its score of what is there so far explains some of them, a head of zeros nothing."""
+    directory, _ = reward_model
+    rows = []
+    for name, start in (("zero", "policy"), ("reward", str(directory))):
+        config = replace(ppo(name=name, steps=1, prompts_per_step=48, kl=KLConfig(coef=0.0), critic=CriticConfig(start)), reward=(str(directory),))
+        train_policy(config)
+        rows.append(_metrics(config)[0])
+    zero, reward = (row["val/explained_variance"] for row in rows)
+    assert zero == pytest.approx(0.0, abs=1e-6)
+    assert reward != zero
+    assert rows[0]["reward"] == rows[1]["reward"]  # the policy's rollout has nothing to do with it
+
+
+def test_warm_up_trains_the_critic_alone(ppo):
+    """The policy, its learning rate and the adaptive coefficients stand still; afterwards the run goes on as its configuration says."""
+    critic = CriticConfig(warmup_steps=2, optim=OptimConfig(lr=3e-3))
+    common = dict(critic=critic, optim=OptimConfig(lr=3e-3, warmup_steps=2), kl=KLConfig(coef=0.1, target=0.5, horizon=50), run=None)
+    config = ppo(steps=4, **(common | {"run": replace(ppo().run, save_every=1, keep=9)}))
+    train_policy(config)
+    rows = _metrics(config)
+    assert ["lr" in row for row in rows] == [False, False, True, True]
+    assert [row["kl_coef"] for row in rows[:3]] == [0.1] * 3
+    assert rows[3]["kl_coef"] != 0.1
+    assert all(row["kl"] == pytest.approx(0.0, abs=1e-6) for row in rows[:3])
+    assert all(row["critic/grad_norm"] > 0 for row in rows)
+    assert rows[2]["lr"] == pytest.approx(3e-3)  # the last of the rollout's four steps: its own warm-up of two began there
+    assert rows[3]["lr"] == pytest.approx(3e-3 * (8 - 7) / (8 - 2))
+    assert rows[3]["critic/lr"] == pytest.approx(3e-3 / 16)
+    from fusedrl.engine.checkpoint import latest_checkpoint
+    assert latest_checkpoint(config.run.dir).step == 4
+    early = replace(config, steps=3, run=replace(config.run, dir=config.run.dir + "_early"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "update", lambda *args: pytest.fail("the policy was updated") if args[8] < 2 else {})
+        train_policy(early)
+    assert all(torch.equal(p, _weights(early)[name]) for name, p in load_decoder(config.model).named_parameters())
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_resume_continues_bitwise(ppo, warmup):
+    critic = CriticConfig(warmup_steps=warmup, optim=OptimConfig(lr=3e-3))
+    whole = ppo(name="whole", steps=4, critic=critic, run=replace(ppo(name="whole").run, save_every=1))
+    train_policy(whole)
+    for stop in (1, 3):
+        parts = replace(whole, run=replace(whole.run, dir=f"{whole.run.dir}_parts{stop}"))
+        calls = iter(range(stop))
+        with pytest.MonkeyPatch.context() as patch:
+            def dies(*args, original=policy.rollout, calls=calls, **kwargs):
+                if next(calls, None) is None:
+                    raise KeyboardInterrupt
+                return original(*args, **kwargs)
+
+            patch.setattr(policy, "rollout", dies)
+            with pytest.raises(KeyboardInterrupt):
+                train_policy(parts)
+        train_policy(replace(parts, run=replace(parts.run, resume=True)))
+        for part in ("model", "critic"):
+            assert all(torch.equal(p, _weights(parts, part)[name]) for name, p in _weights(whole, part).items())
+        assert [_without_times(row) for row in _metrics(whole)] == [_without_times(row) for row in _metrics(parts)]
+
+
+def test_a_saved_critic_starts_the_next_run(ppo):
+    first = ppo(name="first", steps=2)
+    train_policy(first)
+    saved = Path(first.run.dir) / "critic"
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "estimate", lambda config, signals, original=policy.estimate: seen.append(signals.batch) or original(config, signals))
+        train_policy(ppo(name="second", steps=1, critic=CriticConfig(str(saved))))
+    (batch,) = seen
+    expected = torch.cat([load_critic(saved)(batch.select([b])).detach() for b in range(batch.num_sequences)])
+    torch.testing.assert_close(batch.values, expected, rtol=1e-5, atol=1e-5)
+    assert batch.values[batch.action_mask].abs().min() > 0
+
+
+# ---- configuration -----------------------------------------------------------------------------------------------------------------
+def test_the_options_turn_it_on():
+    options = ["--model", "m", "--data", "d", "--reward", "r.py:f"]
+    assert parse_config("ppo", options).critic is None
+    config = parse_config("ppo", [*options, "--critic.model", "runs/reward/model", "--critic.optim.lr", "3e-6", "--critic.warmup_steps", "5"])
+    assert config.critic == CriticConfig("runs/reward/model", 5, OptimConfig(lr=3e-6))
+    assert parse_config("ppo", [*options, "--critic.optim.lr", "3e-6"]).critic == CriticConfig(optim=OptimConfig(lr=3e-6))
+
+
+def test_options_that_contradict_each_other():
+    for kwargs, message in ((dict(algorithm="grpo"), "critic to be left out with grpo, whose advantage grpo has no use for values .*contradict"),
+                            (dict(loss=LossConfig(advantage="reward_to_go")), "critic to be left out"),
+                            (dict(steps=3, critic=CriticConfig(warmup_steps=3)), r"critic.warmup_steps < steps = 3"),
+                            (dict(critic=None, algorithm="grpo", samples_per_prompt=1), "samples_per_prompt")):
+        with pytest.raises(ConfigError, match=message):
+            PolicyConfig("m", "d", ("r.py:f",), **({"critic": CriticConfig()} | kwargs))
+    with pytest.raises(ConfigError, match=r"critic.warmup_steps >= 0"):
+        CriticConfig(warmup_steps=-1)
+
+
+def test_another_vocabulary_is_refused(ppo, tiny_model, tmp_path):
+    raw = load_decoder(tiny_model).config.raw
+    small, large = raw | {"vocab_size": 31}, raw | {"vocab_size": 40}
+    tokenizer = load_tokenizer(tiny_model)
+    for name, shape, with_tokenizer in (("small", small, True), ("large", large, False), ("padded", large, True)):
+        save_pretrained(Decoder.random(model_config(shape), seed=0), tmp_path / name, tokenizer=tokenizer if with_tokenizer else None)
+    for name, message in (("small", "read the policy's token ids .a vocabulary of 32., got a vocabulary of 31"), ("large", "got a vocabulary of 40 in")):
+        with pytest.raises(ConfigError, match=message):
+            train_policy(ppo(name=f"run_{name}", critic=CriticConfig(str(tmp_path / name))))
+        assert not (tmp_path / f"run_{name}").exists()
+    train_policy(ppo(name="run_padded", steps=1, critic=CriticConfig(str(tmp_path / "padded"))))  # more rows, the same ids
+    renamed = load_tokenizer(tiny_model)
+    renamed.add_tokens(["another"])
+    save_pretrained(Decoder.random(model_config(large), seed=0), tmp_path / "renamed", tokenizer=renamed)
+    with pytest.raises(ConfigError, match="and a tokenizer that gives other ids"):
+        train_policy(ppo(name="run_renamed", critic=CriticConfig(str(tmp_path / "renamed"))))
+    save_pretrained(Decoder.random(model_config(raw | {"max_position_embeddings": 16}), seed=0), tmp_path / "short", tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"have the 64 positions .* got 16 .*lower max_prompt_length to 8 or less"):
+        train_policy(ppo(name="run_short", critic=CriticConfig(str(tmp_path / "short"))))
+    train_policy(ppo(name="run_fits", steps=1, max_prompt_length=8, critic=CriticConfig(str(tmp_path / "short"))))
