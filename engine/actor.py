@@ -191,8 +191,10 @@ class HybridActor:
         if self._lent:
             raise RuntimeError("HybridActor.generate: the KV cache is lent to training; leave the lend_cache() block first")
         self._notice_updates()
-        if self._generator is None or self._generator.cache.k.device != self.decoder.device or self._generator.cache.k.dtype != self.decoder.dtype:
-            self._generator = Generator(self.decoder, self.tokenizer, self._cache, weights_version=self.weights_version, strict=self.strict)
+        held = None if self._generator is None else (self._generator.cache.k.device, self._generator.cache.k.dtype, self._generator.value_head)
+        if self._generator is None or held != (self.decoder.device, self.decoder.activation_dtype, self.value_head):
+            self._generator = Generator(self.decoder, self.tokenizer, self._cache, weights_version=self.weights_version, strict=self.strict,
+                                        value_head=self.value_head)
         return self._generator
 
     # ---- the training forward -----------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ class HybridActor:
         """
         if self.value_head is None:
             raise ValueError("HybridActor.values: this actor has no value head; load it with value_head=True")
-        return torch.where(batch.positions > 0, batch.to_next(self.value_head(hidden_NH)), 0.0)
+        return torch.where(batch.positions > 0, batch.to_next(self.value_head(hidden_NH, strict=self.strict)), 0.0)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch, temperature: float = 1.0, tokens_per_microbatch: int | None = None,

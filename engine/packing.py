@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fusedrl.engine.generation.generator import Completion
 
 IGNORE = -100
-_PER_TOKEN = ("token_ids", "positions", "action_mask", "rollout_logp", "old_logp", "old_entropy", "ref_logp", "values", "advantages", "returns",
-              "weights", "token_rewards", "weights_versions")
+_PER_TOKEN = ("token_ids", "positions", "action_mask", "rollout_logp", "old_logp", "old_entropy", "ref_logp", "values", "rollout_values", "advantages",
+              "returns", "weights", "token_rewards", "weights_versions")
 _PER_SEQUENCE = ("scores", "group_ids", "greedy_scores")
 
 
@@ -47,7 +47,8 @@ class PackedBatch:
     token_ids [N] int64; cu_seqlens [B+1] int32; positions [N] int64, from 0 in every sequence; action_mask [N] bool, True where the
     policy chose the token (the EOS that ended it included). The other columns are optional: float32 [N] log-probabilities, entropies, values,
     advantages, returns, loss weights and token rewards, int64 [N] weights_versions, float32 [B] scores and scores of the same prompt's greedy completion,
-    int64 [B] group_ids, equal where the prompt is. `lengths` are the host's copy of the sizes.
+    int64 [B] group_ids, equal where the prompt is. `rollout_logp` and `rollout_values` are the sampler's words, to compare with; what trains is computed by the
+    training forward, whose bits the next forward reproduces. `lengths` are the host's copy of the sizes.
     """
 
     token_ids: Tensor
@@ -60,6 +61,7 @@ class PackedBatch:
     old_entropy: Tensor | None = None
     ref_logp: Tensor | None = None
     values: Tensor | None = None
+    rollout_values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
@@ -124,7 +126,8 @@ class PackedBatch:
 
     @classmethod
     def from_completions(cls, prompts: Sequence[Any], outs: Sequence[Sequence[Completion]], *, device: torch.device | str | None = None) -> PackedBatch:
-        """One sequence per completion, prompt by prompt, with the sampler's log-probabilities as `rollout_logp`.
+        """One sequence per completion, prompt by prompt, with the sampler's log-probabilities as `rollout_logp` and, where all have them, its values as
+        `rollout_values`.
 
         The ids are those that were generated from (`Completion.prompt_ids`): nothing is tokenised again. `prompts` may be what was
         given to `generate`; token-id prompts are checked against the completions.
@@ -145,7 +148,12 @@ class PackedBatch:
         actions = completed.clone()  # of a completion all tokens, but for those that it was extended by
         actions[completed] = torch.tensor([x for c in flat for x in (c.action_mask if c.action_mask is not None else [True] * len(c.token_ids))],
                                           dtype=torch.bool)
-        return replace(batch, action_mask=actions.to(device), rollout_logp=rollout.to(device), weights_versions=versions.to(device))
+        batch = replace(batch, action_mask=actions.to(device), rollout_logp=rollout.to(device), weights_versions=versions.to(device))
+        if not flat or any(c.values is None for c in flat):
+            return batch
+        values = torch.zeros(batch.num_tokens)
+        values[completed] = torch.tensor([x for c in flat for x in c.values or ()], dtype=torch.float32)
+        return replace(batch, rollout_values=values.to(device))
 
     # ---- sizes ----------------------------------------------------------------------------------------------------------
     @property

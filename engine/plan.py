@@ -1,8 +1,9 @@
 """What a run will take of memory, before it is started: the tables of `fusedrl plan`.
 
-Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes an element.
+Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes of a parameter, a of an activation:
+          4 between bfloat16 parameters on a CPU (`decode_step.activation_dtype`), else e.
 Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
-          N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times e, and some floats a token. Checkpointed: what goes in, 2 N H.
+          N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times a, and some floats a token. Checkpointed: what goes in, 2 N H.
           While a policy trains, its KV pool's memory takes of it what fits (HybridActor.lend_cache).
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
           is added; the last layer's; the embedding's; or the optimizer's step. What generation needs beside the weights and the gradients is compared, too.
@@ -28,7 +29,9 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
 from fusedrl.engine.model.lora import LayerAdapter, add_adapter
 from fusedrl.engine.model.weights import resolve_device, resolve_dtype
+from fusedrl.engine.model.wide import TILE
 from fusedrl.engine.optim import BLOCK, quantized
+from fusedrl.kernels.decode_step import activation_dtype
 from fusedrl.kernels.linear_head import workspace
 
 StageConfig = SFTConfig | RewardModelConfig | PolicyConfig
@@ -146,7 +149,8 @@ class Planner:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, config.device)
         self._decoder = Decoder(model, dtype=self.dtype, device="meta")
-        self._e, self._policy = self.dtype.itemsize, isinstance(config, PolicyConfig)
+        self._wide = activation_dtype(self.dtype, self.device)  # of activations and the KV cache
+        self._e, self._a, self._policy = self.dtype.itemsize, self._wide.itemsize, isinstance(config, PolicyConfig)
         base, self._lora = sum(p.nbytes for p in self._decoder.parameters()), None if isinstance(config, RewardModelConfig) else config.lora
         if self._lora is not None:
             add_adapter(self._decoder, self._lora)
@@ -183,9 +187,9 @@ class Planner:
         return sum(p.nbytes for name, p in trunk.named_parameters() if name != "head") + 4 * trunk.config.hidden_size
 
     def _kv_pool(self, memory: int) -> int:
-        c, size = self._cache, block_bytes(self._decoder.weights(), self._cache.block_size)
+        c, size = self._cache, block_bytes(self._decoder.weights(), self._cache.block_size, self._wide)
         if self.device.type != "cuda" or c.num_blocks is not None or c.memory_bytes is not None:
-            return (resolve_num_blocks(c, self._decoder.weights(), self.model.max_positions) + 1) * size
+            return (resolve_num_blocks(c, self._decoder.weights(), self.model.max_positions, self._wide) + 1) * size
         free = memory - self.weights - self.reference  # when the first rollout asks, there is nothing else
         if c.memory_fraction is not None:
             return max(2, int(free * c.memory_fraction) // size) * size
@@ -198,12 +202,12 @@ class Planner:
     @property
     def num_blocks(self) -> int:
         """Blocks of the KV pool that sequences can hold."""
-        return self.kv_pool // block_bytes(self._decoder.weights(), self._cache.block_size) - 1
+        return self.kv_pool // block_bytes(self._decoder.weights(), self._cache.block_size, self._wide) - 1
 
     # ---- the training forward -------------------------------------------------------------------------------------------------
     def layer_bytes(self, tokens: int) -> int:
         """What one layer holds for its backward pass, its input included."""
-        c, N, e = self.model, tokens, self._e
+        c, N, layer = self.model, tokens, self._decoder.layers[0]
         qkv, out = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
         rotated = (c.num_heads + c.num_kv_heads) * c.head_dim if c.inv_freq else 0
         norms = 4 if c.norms == "sandwich" else 2
@@ -211,13 +215,14 @@ class Planner:
         feed_forward = 2 if not c.gated else 3 if c.activation == "silu" else 4  # gated GELU is torch's own, and keeps its gate's value as well
         width = (1 if c.parallel else 2) * c.hidden_size + norms * c.hidden_size + feed_forward * c.intermediate_size
         floats += norms if c.layer_norm else 0  # means
-        inner = sum(self._lora.rank * len(rows) for rows in cast(LayerAdapter, self._decoder.layers[0].lora).rows) if self._lora is not None else 0  # A x
-        return N * ((width + qkv + rotated + out + inner) * e + 4 * floats)
+        inner = sum(self._lora.rank * len(rows) for rows in cast(LayerAdapter, layer.lora).rows) if self._lora is not None else 0  # A x
+        copies = sum(p.numel() for name, p in layer.named_parameters() if "norm" in name) if self._a > self._e else 0  # as wide as what they multiply
+        return N * ((width + qkv + rotated + out + inner) * self._a + 4 * floats) + copies * self._a
 
     def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the training forward holds between the passes, heads included, as autograd's saved tensors count it."""
         c, N, e, L = self.model, tokens, self._e, self.model.num_layers
-        boundary = N * c.hidden_size * e
+        boundary = N * c.hidden_size * self._a
         # The first layer has one input; in parallel it is the second's stream, too.
         layers = (2 * L - 1 - (c.parallel and L > 1)) * boundary if checkpointed else L * self.layer_bytes(N)
         angles = 1 if c.learned_positions else len(c.inv_freq)  # positions, or cos and sin
@@ -225,7 +230,7 @@ class Planner:
         trunk = ids + N * 8 * angles + layers + boundary + (8 if c.layer_norm else 4) * N  # token ids, angles, the last norm
         if isinstance(self.config, RewardModelConfig):
             return trunk
-        return trunk + boundary + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
+        return trunk + N * c.hidden_size * e + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
 
     def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
         """Those of the activations that do not fit the KV pool's memory, which they are lent."""
@@ -233,15 +238,15 @@ class Planner:
 
     def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
         """What the worst moment holds beside the fixed parts and the activations; 0 at least."""
-        c, N, e = self.model, tokens, self._e
-        boundary, F = N * c.hidden_size * e, c.intermediate_size
+        c, N, e, a = self.model, tokens, self._e, self._a
+        boundary, F = N * c.hidden_size * a, c.intermediate_size
         head, down = (c.vocab_size * c.hidden_size, F * c.hidden_size) if self._lora is None else (0, 0)  # what has a gradient
         rise = 0
         if not isinstance(self.config, RewardModelConfig):
             logits = min(workspace(None, N, c.vocab_size), 4 * N * c.vocab_size)
-            rise = boundary + logits + head * 4 + (head * e if e < 4 else 0)
+            rise = N * c.hidden_size * e + logits + head * 4 + (head * e if e < 4 else 0)
         # The last layer, backwards: its feed-forward's gradients, as what they are made of is let go.
-        inside = max(2 * N * F * e, (N * F + down) * e, 2 * down * e) + 2 * boundary
+        inside = max(2 * N * F * a, N * F * a + down * e, 2 * down * e) + 2 * boundary + (min(TILE, 4 * F * c.hidden_size) if a > e else 0)
         inside += self.layer_bytes(N) if checkpointed else 0
         held = self.beyond_pool(N, checkpointed)
         embedding = head * e + 3 * boundary - held  # by then the activations are gone

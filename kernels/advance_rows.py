@@ -1,12 +1,12 @@
 """advance_rows_: what a decoding step leaves behind it, in one launch. In place.
 
-    ring[cursor] = (token, logp);   cursor += 1
+    ring[cursor] = (token, logp), and the value of the state before the token, where one is given;   cursor += 1
     finished |= position >= last_position, or token in stops
     token_id, positions = token, positions + 1      of rows that are not finished; the others stay as they are
 
 Shapes    R rows, W stop ids each, laid out [W, R]; a ring of K steps. positions [2, R]: of the token to draw, and of the newest one, which moves with it.
 Bytes     a few integers a row: what counts is one launch in place of a dozen. On a GPU one program does it, since the cursor has to move last.
-Numerics  integers, and logp copied.
+Numerics  integers; logp and values copied.
 Source    the state that continuous batching keeps of a sequence: Yu et al. (2022), Orca.
 
 A row whose logits hold NaN draws -1 on a GPU (sampling.py). With -1 among its stop ids it then ends, and no embedding is asked for token -1.
@@ -28,14 +28,18 @@ except ImportError:  # dispatch then says that Triton cannot run here
 
 _IMPLS = Implementations("advance_rows_", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _BLOCK = 256  # rows at a time
+_DTYPES = dict.fromkeys(("logp", "ring_logp", "values", "ring_values"), torch.float32) | {"finished": torch.bool}  # the rest is int64
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 def advance_rows_reference(drawn_R: Tensor, logp_R: Tensor, stops_WR: Tensor, last_positions_R: Tensor, token_ids_R: Tensor, positions_2R: Tensor,
-                           finished_R: Tensor, ring_tokens_KR: Tensor, ring_logp_KR: Tensor, cursor: Tensor) -> None:
+                           finished_R: Tensor, ring_tokens_KR: Tensor, ring_logp_KR: Tensor, cursor: Tensor, values_R: Tensor | None = None,
+                           ring_values_KR: Tensor | None = None) -> None:
     """The definition, on any device."""
     ring_tokens_KR.index_copy_(0, cursor, drawn_R[None])
     ring_logp_KR.index_copy_(0, cursor, logp_R[None])
+    if values_R is not None and ring_values_KR is not None:
+        ring_values_KR.index_copy_(0, cursor, values_R[None])
     cursor += 1
     finished_R |= (positions_2R[1] >= last_positions_R) | (drawn_R == stops_WR).any(0)
     torch.where(finished_R, token_ids_R, drawn_R, out=token_ids_R)
@@ -46,7 +50,7 @@ def advance_rows_reference(drawn_R: Tensor, logp_R: Tensor, stops_WR: Tensor, la
 if triton is not None:
     @triton.jit(do_not_specialize=["R", "W", "K"])
     def _advance_rows_kernel(drawn_ptr, logp_ptr, stops_ptr, last_ptr, token_ids_ptr, positions_ptr, finished_ptr, ring_tokens_ptr, ring_logp_ptr,
-                             cursor_ptr, R, W, K, BLOCK: tl.constexpr):
+                             cursor_ptr, values_ptr, ring_values_ptr, R, W, K, BLOCK: tl.constexpr):
         step = tl.load(cursor_ptr)
         for start in range(0, R, BLOCK):
             r = start + tl.arange(0, BLOCK)
@@ -55,6 +59,8 @@ if triton is not None:
             if (step >= 0) & (step < K):
                 tl.store(ring_tokens_ptr + step * R + r, token, mask=inside)
                 tl.store(ring_logp_ptr + step * R + r, tl.load(logp_ptr + r, mask=inside, other=0.0), mask=inside)
+                if values_ptr is not None:
+                    tl.store(ring_values_ptr + step * R + r, tl.load(values_ptr + r, mask=inside, other=0.0), mask=inside)
             key_at = tl.load(positions_ptr + r, mask=inside, other=0)
             at = tl.load(positions_ptr + R + r, mask=inside, other=0)
             ended = tl.load(finished_ptr + r, mask=inside, other=0).to(tl.int32)
@@ -71,15 +77,16 @@ if triton is not None:
 
 
 # ---- launcher, and the op that torch.compile sees ------------------------------------------------------------------------
-@torch.library.custom_op("fusedrl::advance_rows_triton_", mutates_args=("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor"))
+@torch.library.custom_op("fusedrl::advance_rows_triton_", mutates_args=("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor",
+                                                                       "ring_values"))
 def _advance_rows_triton(drawn: Tensor, logp: Tensor, stops: Tensor, last_positions: Tensor, token_ids: Tensor, positions: Tensor, finished: Tensor,
-                         ring_tokens: Tensor, ring_logp: Tensor, cursor: Tensor) -> None:
-    _advance_rows_kernel[(1,)](drawn, logp, stops, last_positions, token_ids, positions, finished, ring_tokens, ring_logp, cursor, drawn.shape[0],
-                               stops.shape[0], ring_tokens.shape[0], BLOCK=_BLOCK, num_warps=4)
+                         ring_tokens: Tensor, ring_logp: Tensor, cursor: Tensor, values: Tensor | None = None, ring_values: Tensor | None = None) -> None:
+    _advance_rows_kernel[(1,)](drawn, logp, stops, last_positions, token_ids, positions, finished, ring_tokens, ring_logp, cursor, values, ring_values,
+                               drawn.shape[0], stops.shape[0], ring_tokens.shape[0], BLOCK=_BLOCK, num_warps=4)
 
 
 def _fake(drawn: Tensor, logp: Tensor, stops: Tensor, last_positions: Tensor, token_ids: Tensor, positions: Tensor, finished: Tensor, ring_tokens: Tensor,
-          ring_logp: Tensor, cursor: Tensor) -> None:
+          ring_logp: Tensor, cursor: Tensor, values: Tensor | None = None, ring_values: Tensor | None = None) -> None:
     return None
 
 
@@ -91,7 +98,8 @@ if native.capability:
 # ---- public ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def advance_rows_(drawn: Tensor, logp: Tensor, stops: Tensor, last_positions: Tensor, token_ids: Tensor, positions: Tensor, finished: Tensor,
-                  ring_tokens: Tensor, ring_logp: Tensor, cursor: Tensor, *, impl: str | None = None) -> None:
+                  ring_tokens: Tensor, ring_logp: Tensor, cursor: Tensor, values: Tensor | None = None, ring_values: Tensor | None = None, *,
+                  impl: str | None = None) -> None:
     """Record what R rows drew, mark those that end, move the others on. All tensors contiguous. No gradient.
 
     Args:
@@ -100,22 +108,25 @@ def advance_rows_(drawn: Tensor, logp: Tensor, stops: Tensor, last_positions: Te
         last_positions: [R] int64; a row ends with a token drawn at this position or behind it.
         token_ids: [R] int64, the newest tokens; positions: [2, R] int64, of the token to draw and of the newest; finished: [R] bool. Written in place.
         ring_tokens, ring_logp: [K, R] int64 and float32; step `cursor` of them is written. cursor: [1] int64 in [0, K); it moves on by one.
+        values: [R] float32 of the states before the tokens, into ring_values [K, R]; or neither.
         impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the device.
     Raises:
         ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. IndexError: the cursor (on a GPU nobody looks: such a step is recorded
         nowhere by Triton). RuntimeError: `impl` cannot run here.
     """
-    op, arguments = "advance_rows_", (drawn, logp, stops, last_positions, token_ids, positions, finished, ring_tokens, ring_logp, cursor)
+    op, arguments = "advance_rows_", (drawn, logp, stops, last_positions, token_ids, positions, finished, ring_tokens, ring_logp, cursor, values, ring_values)
     chosen = _IMPLS.choose(drawn.device, impl)
     if chosen == "cpp":  # it checks them itself: a dozen tensors take Python longer than the rows take
         torch.ops.fusedrl.advance_rows_(*arguments)
         return
     names = {"drawn": "R", "logp": "R", "stops": "W R", "last_positions": "R", "token_ids": "R", "positions": "2 R", "finished": "R", "ring_tokens": "K R",
-             "ring_logp": "K R", "cursor": "1"}
+             "ring_logp": "K R", "cursor": "1", "values": "R", "ring_values": "K R"}
+    if (values is None) != (ring_values is None):
+        raise ValueError(f"{op}: expected values and ring_values together, got only {'ring_values' if values is None else 'values'}")
     check(op, {name: (tensor, pattern) for (name, pattern), tensor in zip(names.items(), arguments, strict=True)})
     for name, tensor in zip(names, arguments, strict=True):
-        check_dtype(op, name, tensor, ({"logp": torch.float32, "ring_logp": torch.float32, "finished": torch.bool}.get(name, torch.int64),))
-        if not tensor.is_contiguous():
+        check_dtype(op, name, tensor, (_DTYPES.get(name, torch.int64),))
+        if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{op}: expected {name} contiguous, got strides {tensor.stride()}")
     if drawn.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= int(cursor) < ring_tokens.shape[0]:
         raise IndexError(f"{op}: expected the cursor in [0, {ring_tokens.shape[0]}), the steps of the ring, got {int(cursor)}")
@@ -125,10 +136,12 @@ def advance_rows_(drawn: Tensor, logp: Tensor, stops: Tensor, last_positions: Te
 # What tests/offline_compile.py compiles.
 if triton is not None:
     OFFLINE_KERNELS = {
-        "advance_rows": {
+        name: {
             "kernel": _advance_rows_kernel,
             "signature": dict.fromkeys(("drawn_ptr", "stops_ptr", "last_ptr", "token_ids_ptr", "positions_ptr", "ring_tokens_ptr", "cursor_ptr"), "*i64")
-            | {"logp_ptr": "*fp32", "ring_logp_ptr": "*fp32", "finished_ptr": "*i1", "R": "i32", "W": "i32", "K": "i32"},
-            "constexprs": {"BLOCK": _BLOCK},
-        },
+            | {"logp_ptr": "*fp32", "ring_logp_ptr": "*fp32", "finished_ptr": "*i1", "R": "i32", "W": "i32", "K": "i32"} | kinds,
+            "constexprs": {"BLOCK": _BLOCK} | absent,
+        }
+        for name, kinds, absent in (("advance_rows", {}, dict.fromkeys(("values_ptr", "ring_values_ptr"))),
+                                    ("advance_rows_values", dict.fromkeys(("values_ptr", "ring_values_ptr"), "*fp32"), {}))
     }

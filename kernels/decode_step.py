@@ -17,8 +17,8 @@ Triton    composed of the ops of this package: rms_norm, rope_and_cache, paged_a
           that turns q and k in part, not at all, or norms all their heads together has rope or nothing, and torch's cache write. Every token of a
           prompt walks the cached positions before it on its own; no row is gathered. Not run on a card in this project.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the weights' dtype; the RMSNorm rounds before it
-          multiplies by its weight (with an offset, after), as transformers' does. A slot that was not written, or a block of no row, is never read
-          into a result.
+          multiplies by its weight (with an offset, after), as transformers' does. cpp rounds only into the cache and the result: all between is float32,
+          and with a float32 cache so is that. A slot that was not written, or a block of no row, is never read into a result.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form; Kwon et al. (2023), PagedAttention.
 """
 from __future__ import annotations
@@ -142,6 +142,12 @@ def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Callable[
     return torch.cat((q_turned, q[..., turned:]), -1), torch.cat((k_turned, k[..., turned:]), -1)
 
 
+def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `decode_step` computes in, and may cache, between the weights of a decoder of this dtype on this device: float32 between the bfloat16 weights that
+    cpp reads; elsewhere their own dtype."""
+    return torch.float32 if dtype == torch.bfloat16 and _IMPLS.choose(device) == "cpp" else dtype
+
+
 # ---- reference -------------------------------------------------------------------------------------------------------
 def _gated(layer: LayerWeights) -> bool:
     return layer.gate_up.shape[0] != layer.down.shape[1]
@@ -174,8 +180,8 @@ def _slots(positions_N: Tensor, blocks_NM: Tensor, size: int) -> tuple[Tensor, T
 def _write(k: Tensor, v: Tensor, at: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
     """The tokens' k and v [N, Hkv, D] into one layer's caches, in place."""
     blocks_N, slots_N = at
-    keys[blocks_N, :, :, slots_N] = k
-    values[blocks_N, :, slots_N] = v
+    keys[blocks_N, :, :, slots_N] = k.to(keys.dtype)
+    values[blocks_N, :, slots_N] = v.to(values.dtype)
 
 
 def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor,
@@ -287,13 +293,14 @@ if native.capability:
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
-def allocate_cache(weights: DecoderWeights, num_blocks: int, block_size: int = 16) -> tuple[Tensor, Tensor]:
-    """An empty paged cache for a decoder, in its dtype and on its device: (k_cache, v_cache), 2 L Hkv D elements a position.
+def allocate_cache(weights: DecoderWeights, num_blocks: int, block_size: int = 16, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """An empty paged cache for a decoder, on its device: (k_cache, v_cache), 2 L Hkv D elements a position; in `dtype`, or in the weights'.
 
     The memory is not initialised: nothing reads a slot before `decode_step` has written it.
     """
     L, heads, D = len(weights.layers), weights.num_kv_heads, weights.head_dim
-    return (weights.embedding.new_empty(L, num_blocks, heads, D, block_size), weights.embedding.new_empty(L, num_blocks, heads, block_size, D))
+    return (weights.embedding.new_empty(L, num_blocks, heads, D, block_size, dtype=dtype),
+            weights.embedding.new_empty(L, num_blocks, heads, block_size, D, dtype=dtype))
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor | Sequence[tuple[int, int]]) -> None:
@@ -334,7 +341,8 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
             position before it in its window is in the cache or among the tokens of this call; no (row, position) comes twice.
         block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot p % S. Entries that no token needs may
             hold anything.
-        k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype (`allocate_cache`); written in place.
+        k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype (`allocate_cache`), or for cpp and torch
+            in float32, which keeps all that cpp computes; written in place.
         out_slots: [R] int64, the tokens whose hidden state is wanted; None: all.
         impl: "cpp" (CPU), "triton" (not float64) or "torch"; by default the best one for the device.
     Returns:
@@ -354,8 +362,8 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
         check_dtype(op, name, tensor, (torch.int64,))
     check_dtype(op, "block_table", block_table, (torch.int32,))
     check_dtype(op, "weights.embedding", weights.embedding, (torch.float32, torch.bfloat16) if chosen == "cpp" else FLOATS)
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_dtype(op, name, tensor, (weights.embedding.dtype,))
+    check_dtype(op, "k_cache", k_cache, {weights.embedding.dtype} if chosen == "triton" else {weights.embedding.dtype, torch.float32})
+    check_dtype(op, "v_cache", v_cache, (k_cache.dtype,))
     if chosen != "cpp":
         if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_ranges(weights, token_ids, positions, rows, block_table, k_cache.shape[1], v_cache.shape[3], out_slots)

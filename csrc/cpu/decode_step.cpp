@@ -2,7 +2,7 @@
 //
 // Layout   Activations are float32 in panels of up to 64 tokens, [feature][token] (panels.h).
 // Bytes    the weights once a 64 tokens, 2 L Hkv D s a cached position a row.
-// Numerics float32 from the embedding to the last norm, rounded only into the cache and the result. Every sum has one order, which depends on the
+// Numerics float32 from the embedding to the last norm, rounded only into the cache (of the weights' dtype, or float32) and the result. Every sum has one order, which depends on the
 //          sizes of the model alone (and for attention on the token's own position): not on companions, panel widths, or threads.
 // Checked  beforehand and in one place (`check_ranges`), so that no index leaves its tensor.
 #include <ATen/ATen.h>
@@ -101,9 +101,9 @@ void check_ranges(const Tokens& tokens, int64_t vocabulary, int64_t positions, i
 }
 
 // Rotates q and k, and writes k and v of every token into the layer's cache.
-template <typename T>
+template <typename T, typename C>
 void rope_and_cache(const Layer<T>& layer, const Sizes& z, const Options& options, const Tokens& tokens, const Panels& panels, const float* cos,
-                    const float* sin, float* qkv, T* k_cache, T* v_cache) {
+                    const float* sin, float* qkv, C* k_cache, C* v_cache) {
   at::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t width = panels.width(p), angles = layer.rope * panels.lanes() * z.pairs + p * PANEL * z.pairs;
@@ -124,13 +124,13 @@ void rope_and_cache(const Layer<T>& layer, const Sizes& z, const Options& option
         const int64_t n = p * PANEL + c, position = tokens.positions[n], slot = position % z.S;
         const int64_t block = tokens.table[tokens.rows[n] * tokens.M + position / z.S];
         for (int64_t h = 0; h < z.kv_heads; ++h) {
-          T* k = k_cache + (block * z.kv_heads + h) * z.D * z.S + slot;
-          T* v = v_cache + ((block * z.kv_heads + h) * z.S + slot) * z.D;
+          C* k = k_cache + (block * z.kv_heads + h) * z.D * z.S + slot;
+          C* v = v_cache + ((block * z.kv_heads + h) * z.S + slot) * z.D;
           const float* key = panel + (z.heads + h) * z.D * width + c;
           const float* value = key + z.kv_heads * z.D * width;
           for (int64_t d = 0; d < z.D; ++d) {
-            k[d * z.S] = static_cast<T>(key[d * width]);
-            v[d] = static_cast<T>(value[d * width]);
+            k[d * z.S] = static_cast<C>(key[d * width]);
+            v[d] = static_cast<C>(value[d * width]);
           }
         }
       }
@@ -138,9 +138,9 @@ void rope_and_cache(const Layer<T>& layer, const Sizes& z, const Options& option
   });
 }
 
-template <typename T>
+template <typename T, typename C>
 void attention(const Layer<T>& layer, const Sizes& z, const Options& options, const Tokens& tokens, const Panels& panels, const float* qkv,
-               const T* k_cache, const T* v_cache, int64_t longest, float* out) {
+               const C* k_cache, const C* v_cache, int64_t longest, float* out) {
   const Cache cache{z.kv_heads, z.D, z.S};
   const int64_t group = z.group(), ld = cache.scores(longest), grain = std::max<int64_t>(1, TASK_FLOPS / (4 * group * z.D * ld));
   at::parallel_for(0, tokens.N * z.kv_heads, grain, [&](int64_t begin, int64_t end) {
@@ -176,9 +176,9 @@ void adapt(const Layer<T>& layer, Product product, const Options& options, int64
   }
 }
 
-template <typename T>
+template <typename T, typename C>
 void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& options, const Tokens& tokens, Embeddings<T> embeddings, Norm<T> norm,
-         const float* inv_freq, int64_t tables, T* k_cache, T* v_cache, int64_t layer_size, const int64_t* out_slots, int64_t R, T* out) {
+         const float* inv_freq, int64_t tables, C* k_cache, C* v_cache, int64_t layer_size, const int64_t* out_slots, int64_t R, T* out) {
   const Panels panels(tokens.N), read(R);
   const int64_t lanes = panels.lanes(), angles = tables * z.pairs;
   const int64_t input = std::max({z.H, z.heads * z.D, z.F}), output = std::max({z.qkv(), z.up(), z.H});
@@ -246,8 +246,8 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& opt
 
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer<T>& layer = layers[l];
-    T* k = k_cache + l * layer_size;
-    T* v = v_cache + l * layer_size;
+    C* k = k_cache + l * layer_size;
+    C* v = v_cache + l * layer_size;
     const float* h = normed(layer, INPUT_NORM, INPUT_NORM_BIAS, x);
     linear(layer.part[QKV], layer.part[QKV_BIAS], z.qkv(), z.H, panels, h, b, false);
     adapt(layer, QKV_PRODUCT, options, z.qkv(), z.H, panels, h, b, inner);
@@ -389,13 +389,15 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
                       table_BM.const_data_ptr<int32_t>(), N, table_BM.size(0), table_BM.size(1)};
   check_ranges(tokens, embedding.size(0), learned ? learned->size(0) : std::numeric_limits<int64_t>::max(), k_cache.size(1), S, reach, slots, out_slots ? R : 0);
   Tensor out_RH = at::empty({R, H}, embedding.options().requires_grad(false));
-  if (N)
-    run<T>(layers, z, options, tokens,
-           {weight<T>(embedding, "embedding", embedding.sizes(), false),
-            weight<T>(learned, "position_embedding", {learned ? learned->size(0) : 0, H}, true)},
-           {weight<T>(norm, "norm", {H}, false), weight<T>(norm_bias, "norm_bias", {H}, true)}, weight<float>(inv_freq, "inv_freq", inv_freq.sizes(), false), tables,
-           k_cache.mutable_data_ptr<T>(), v_cache.mutable_data_ptr<T>(),
-           k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
+  const auto over = [&](auto zero) {
+    using C = decltype(zero);
+    run<T, C>(layers, z, options, tokens,
+              {weight<T>(embedding, "embedding", embedding.sizes(), false),
+               weight<T>(learned, "position_embedding", {learned ? learned->size(0) : 0, H}, true)},
+              {weight<T>(norm, "norm", {H}, false), weight<T>(norm_bias, "norm_bias", {H}, true)}, weight<float>(inv_freq, "inv_freq", inv_freq.sizes(), false),
+              tables, k_cache.mutable_data_ptr<C>(), v_cache.mutable_data_ptr<C>(), k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
+  };
+  if (N) k_cache.scalar_type() == at::kFloat ? over(0.0f) : over(T());
   return out_RH;
 }
 

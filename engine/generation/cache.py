@@ -46,20 +46,20 @@ class CacheConfig:
                              "every running sequence decodes a token in every step")
 
 
-def block_bytes(weights: DecoderWeights, block_size: int) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in all layers."""
-    return 2 * len(weights.layers) * weights.num_kv_heads * weights.head_dim * block_size * weights.embedding.element_size()
+def block_bytes(weights: DecoderWeights, block_size: int, dtype: torch.dtype | None = None) -> int:
+    """Bytes of one block: keys and values of `block_size` tokens in all layers; in `dtype`, or in the weights'."""
+    return 2 * len(weights.layers) * weights.num_kv_heads * weights.head_dim * block_size * (dtype or weights.embedding.dtype).itemsize
 
 
-def resolve_num_blocks(config: CacheConfig, weights: DecoderWeights, max_positions: int) -> int:
-    """How many blocks sequences can hold under `config`.
+def resolve_num_blocks(config: CacheConfig, weights: DecoderWeights, max_positions: int, dtype: torch.dtype | None = None) -> int:
+    """How many blocks sequences can hold under `config`; `dtype` as for `block_bytes`.
 
     Raises:
         ValueError: the memory granted does not hold a single block; both sizes are named.
     """
     if config.num_blocks is not None:
         return config.num_blocks
-    size, device = block_bytes(weights, config.block_size), weights.embedding.device
+    size, device = block_bytes(weights, config.block_size, dtype), weights.embedding.device
     if config.memory_bytes is not None:
         memory = config.memory_bytes
     elif device.type == "cuda":
@@ -76,14 +76,14 @@ def resolve_num_blocks(config: CacheConfig, weights: DecoderWeights, max_positio
 
 
 class KVCache:
-    """The pool: k [L, blocks, Hkv, D, block_size] and v [L, blocks, Hkv, block_size, D]; block 0 is the null block."""
+    """The pool: k [L, blocks, Hkv, D, block_size] and v [L, blocks, Hkv, block_size, D]; block 0 is the null block. dtype: of both, by default the weights'."""
 
-    def __init__(self, config: CacheConfig, weights: DecoderWeights, max_positions: int) -> None:
+    def __init__(self, config: CacheConfig, weights: DecoderWeights, max_positions: int, dtype: torch.dtype | None = None) -> None:
         self.block_size = config.block_size
-        self.num_blocks = resolve_num_blocks(config, weights, max_positions) + 1
+        self.num_blocks = resolve_num_blocks(config, weights, max_positions, dtype) + 1
         self.k: Tensor
         self.v: Tensor
-        self.k, self.v = allocate_cache(weights, self.num_blocks, config.block_size)
+        self.k, self.v = allocate_cache(weights, self.num_blocks, config.block_size, dtype=dtype)
         for pool in (self.k, self.v):
             advise_huge_pages(pool)
 

@@ -26,6 +26,7 @@ from fusedrl.engine.generation.scheduler import Plan, Scheduler
 from fusedrl.engine.generation.scheduler import Sequence as Running
 from fusedrl.engine.generation.state import DecodeState, Tokens, advance
 from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.heads import ValueHead
 
 _WINDOW, _CPU_WINDOW = 8, 16  # steps between two looks of the host; a CPU's end early
 _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
@@ -37,6 +38,7 @@ class Completion:
     token_ids includes the token that ended it. logprobs are of the temperature-scaled full distribution (at temperature 0: of T = 1), weights_versions of
     the weights that drew each token. finish_reason: "stop" (an EOS, a stop token, a stop string), "length" (max_new_tokens) or "aborted". sample: its index
     among the completions of its prompt. action_mask: False for tokens that the policy did not choose (`extend`), with logprob 0; None: it chose all.
+    values: of the state that drew each token, by an actor with a value head, 0 where the policy did not choose; None: some tokens have none.
     """
 
     prompt_ids: list[int]
@@ -47,13 +49,23 @@ class Completion:
     weights_versions: list[int]
     sample: int = 0
     action_mask: list[bool] | None = None
+    values: list[float] | None = None
 
     def extend(self, token_ids: Sequence[int], weights_version: int = 0) -> Completion:
         """The same with observation tokens behind it: a tool's answer, the user's next turn. They are no actions."""
         added = [int(token) for token in token_ids]
         mask = self.action_mask if self.action_mask is not None else [True] * len(self.token_ids)
         return replace(self, token_ids=[*self.token_ids, *added], logprobs=[*self.logprobs, *([0.0] * len(added))], text="",
-                       weights_versions=[*self.weights_versions, *([weights_version] * len(added))], action_mask=[*mask, *([False] * len(added))])
+                       weights_versions=[*self.weights_versions, *([weights_version] * len(added))], action_mask=[*mask, *([False] * len(added))],
+                       values=None if self.values is None else [*self.values, *([0.0] * len(added))])
+
+
+class Drawn(NamedTuple):
+    """What the steps of a plan drew, [K, R] each."""
+
+    tokens: np.ndarray
+    logp: np.ndarray
+    values: np.ndarray | None  # None without a value head
 
 
 class Finished(NamedTuple):
@@ -90,15 +102,17 @@ class Generator:
 
     `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions arrive in the ticket's `finished`.
 
+    value_head: computes, in the same step, the value of every state that draws; None: nothing does.
     window: steps between two looks of the host; by default what suits the device. graphs: the captured steps; by default those of CUDA, and none on a CPU.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Any = None, config: CacheConfig | None = None, *, weights_version: int = 0,
-                 strict: bool = False, window: int | None = None, graphs: StepGraphs | None = None) -> None:
+                 strict: bool = False, window: int | None = None, graphs: StepGraphs | None = None, value_head: ValueHead | None = None) -> None:
         config = config or CacheConfig()
-        self.decoder, self.tokenizer, self.weights_version, self._strict = decoder, tokenizer, weights_version, strict
-        self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions)
-        self.scheduler = Scheduler(BlockManager(self.cache.num_blocks, config.block_size), config.max_sequences, config.max_tokens_per_step)
+        self.decoder, self.tokenizer, self.weights_version, self._strict, self.value_head = decoder, tokenizer, weights_version, strict, value_head
+        self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions, decoder.activation_dtype)
+        self.scheduler = Scheduler(BlockManager(self.cache.num_blocks, config.block_size), config.max_sequences, config.max_tokens_per_step,
+                                   values=value_head is not None)
         self._table = SamplingTable(config.max_sequences)
         eos = getattr(tokenizer, "eos_token_id", None)
         self._eos_ids = frozenset(decoder.config.eos_token_ids) | (frozenset() if eos is None else {eos})
@@ -219,7 +233,7 @@ class Generator:
             watched = self._table.watched[self.scheduler.decoding].any()  # a stop string is found by the host
             plan = self.scheduler.schedule(1 if watched else self._window)
             drawn = self._run(plan)
-            if drawn is not None and (drawn[0] < 0).any():
+            if drawn is not None and (drawn.tokens < 0).any():
                 raise RuntimeError("Generator: the logits of a sequence hold NaN or infinity; look at the weights (a non-finite update?)")
         except BaseException:
             self.scheduler.blocks.bump()  # blocks of the step that failed may be half written
@@ -228,11 +242,11 @@ class Generator:
             raise
         self.scheduler.complete(plan)
         if drawn is not None:
-            self._take(plan.sampled, *drawn)
+            self._take(plan.sampled, drawn)
 
-    def _run(self, plan: Plan) -> tuple[np.ndarray, np.ndarray] | None:
-        """The steps of the plan, on the device. What was drawn: tokens and log-probabilities, [K, R]; None where no sequence draws."""
-        weights, cache, drew = self.decoder.weights(), self.cache, plan.sampled
+    def _run(self, plan: Plan) -> Drawn | None:
+        """The steps of the plan, on the device. None where no sequence draws."""
+        weights, cache, drew, head = self.decoder.weights(), self.cache, plan.sampled, self.value_head
         if not len(drew) and not plan.chunks:
             return None
         captured = self._graphs is not None and not plan.chunks and padded_rows(len(drew)) is not None
@@ -241,21 +255,25 @@ class Generator:
         state = self._rows_of(drew, captured) if len(drew) else None
 
         def step() -> None:
-            advance(weights, state, table_BM, cache, self._strict, tokens)
+            advance(weights, state, table_BM, cache, self._strict, tokens, head)
 
         if state is None:
             step()
             return None
         run = step
         if self._graphs is not None and captured:
-            run = self._graphs.replay(step, state, table_BM.shape[1], addresses(weights, cache.k, cache.v, table_BM))
+            run = self._graphs.replay(step, state, table_BM.shape[1], addresses(weights, cache.k, cache.v, table_BM, *(head.parameters() if head else ())))
         state.cursor.zero_()
         done = 0
         while done < plan.steps and not (done and self._looks and bool(state.columns["finished"].any())):
             run()
             done += 1
         self._state = state if captured or self._graphs is None else None
-        return state.tokens_KR[:done, : len(drew)].cpu().numpy(), state.logp_KR[:done, : len(drew)].cpu().numpy()
+
+        def read(ring_KR: Tensor) -> np.ndarray:
+            return ring_KR[:done, : len(drew)].cpu().numpy()
+
+        return Drawn(read(state.tokens_KR), read(state.logp_KR), None if state.values_KR is None else read(state.values_KR))
 
     def _rows_of(self, drew: np.ndarray, captured: bool) -> DecodeState:
         """The state of the slots that draw: if they are the same as before, what the step before made of it."""
@@ -268,8 +286,9 @@ class Generator:
                     "finished": np.zeros(len(drew), dtype=bool), "keys": self._table.keys(drew, length), "stops": self._table.stops(drew),
                     **self._table.suppressed(drew, length), **self._table.biases(drew)}
         if self._graphs is None or not captured:
-            return DecodeState(columns, numbers, self._window, device, drew)
-        return self._graphs.state(pad(columns, padded_rows(len(drew)) or len(drew), slots.count), numbers, self._window, device, drew)
+            return DecodeState(columns, numbers, self._window, device, drew, values=self.value_head is not None)
+        padded = pad(columns, padded_rows(len(drew)) or len(drew), slots.count)
+        return self._graphs.state(padded, numbers, self._window, device, drew, values=self.value_head is not None)
 
     def _tokens(self, plan: Plan) -> Tokens:
         """The tokens of a step that prefills, from the host's arrays."""
@@ -303,14 +322,14 @@ class Generator:
             slots.table_changed = False
         return self._block_table[:, : padded_blocks(int(slots.held.max()) // slots.block_size, self._block_table.shape[1])]
 
-    def _take(self, drew: np.ndarray, tokens_KR: np.ndarray, logp_KR: np.ndarray) -> None:
+    def _take(self, drew: np.ndarray, drawn: Drawn) -> None:
         """Append what was drawn, up to where sequences end, and hand those out."""
-        slots, K = self.scheduler.slots, len(tokens_KR)
+        slots, tokens_KR, K = self.scheduler.slots, drawn.tokens, len(drawn.tokens)
         stopped_KR = self._table.is_stop(drew, tokens_KR)
         ended_KR = stopped_KR | (slots.length[drew] + np.arange(1, K + 1)[:, None] >= slots.limit[drew])
         ended = ended_KR.any(0)
         count = np.where(ended, ended_KR.argmax(0) + 1, K) if K > 1 and ended_KR[:-1].any() else None
-        slots.append(drew, tokens_KR, logp_KR, self.weights_version, count)
+        slots.append(drew, tokens_KR, drawn.logp, self.weights_version, count, drawn.values)
         stopped = stopped_KR[0] if K == 1 else stopped_KR[ended_KR.argmax(0), np.arange(len(drew))]
         for row in np.flatnonzero(self._table.watched[drew] & ~stopped).tolist():
             slot = int(drew[row])
@@ -328,16 +347,18 @@ class Generator:
         request: _Request = sequence.request
         start, before = sequence.num_prompt, request.before
         token_ids, logp, versions = (column[start:].tolist() for column in (sequence.tokens, sequence.logp, sequence.versions))
+        values: list[float] | None = sequence.values[start:].tolist() if self.value_head is not None else None
         mask = None
         if before is not None:
             if before.action_mask is not None:
                 mask = [*before.action_mask, *([True] * len(token_ids))]
             token_ids, logp, versions = [*before.token_ids, *token_ids], [*before.logprobs, *logp], [*before.weights_versions, *versions]
+            values = None if values is None or before.values is None else [*before.values, *values]
         text = self._text(request.prompt_ids, token_ids) if self.tokenizer is not None else ""
         if request.params.stop and reason == "stop":
             found = self._stop_string(request, sequence.tokens, start)
             text = text[: text.rindex(found)] if found is not None and found in text else text
-        completion = Completion(request.prompt_ids, token_ids, logp, text, reason, versions, sequence.sample, mask)
+        completion = Completion(request.prompt_ids, token_ids, logp, text, reason, versions, sequence.sample, mask, values)
         del request.ticket.live[sequence.id]
         request.ticket.finished.append(Finished(request.index, sequence.sample, completion))
 

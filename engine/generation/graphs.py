@@ -99,12 +99,13 @@ class StepGraphs:
         self._replays: dict[Hashable, Step] = {}
         self._addresses: tuple[Hashable, ...] = ()
 
-    def state(self, columns: dict[str, np.ndarray], numbers: dict[str, float], window: int, device: torch.device, slots: np.ndarray) -> DecodeState:
+    def state(self, columns: dict[str, np.ndarray], numbers: dict[str, float], window: int, device: torch.device, slots: np.ndarray,
+              values: bool = False) -> DecodeState:
         """The state of these shapes, filled with these columns."""
-        key = (tuple((name, column.shape) for name, column in sorted(columns.items())), tuple(sorted(numbers.items())))
+        key = (tuple((name, column.shape) for name, column in sorted(columns.items())), tuple(sorted(numbers.items())), values)
         state = self._states.get(key)
         if state is None:
-            state = self._states[key] = DecodeState(columns, numbers, window, device, slots)
+            state = self._states[key] = DecodeState(columns, numbers, window, device, slots, values=values)
         else:
             state.refill(columns, slots)
         return state

@@ -32,6 +32,7 @@ class Sequence:
     tokens: np.ndarray  # [length] int64, the prompt first
     logp: np.ndarray  # [length] float32
     versions: np.ndarray  # [length] int64, the weights that drew the token
+    values: np.ndarray  # [length] float32, of the state that drew the token; [0] where `Slots` has none
     slot: int = -1
     computed: int = 0  # while it prefills: leading tokens whose keys and values are in the cache
     leader: Sequence | None = None  # whose prefill it waits for; it has no blocks of its own then
@@ -41,13 +42,14 @@ class Sequence:
     def start(cls, id: int, request: Any, sample: int, prompt: np.ndarray, limit: int) -> Sequence:
         """A sequence that is all prompt."""
         size = len(prompt)
-        return cls(id, request, sample, size, limit, prompt, np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.int64))
+        logp, versions, values = (np.zeros(size, dtype=dtype) for dtype in (np.float32, np.int64, np.float32))
+        return cls(id, request, sample, size, limit, prompt, logp, versions, values)
 
 
 class Slots:
-    """The running sequences in arrays, one row each, so that a step advances all of them at once."""
+    """The running sequences in arrays, one row each, so that a step advances all of them at once. `values`: whether tokens come with one."""
 
-    def __init__(self, count: int, block_size: int) -> None:
+    def __init__(self, count: int, block_size: int, values: bool = False) -> None:
         self.count, self.block_size = count, block_size
         self.length = np.zeros(count, dtype=np.int64)
         self.limit = np.zeros(count, dtype=np.int64)
@@ -55,6 +57,8 @@ class Slots:
         self.tokens = np.zeros((count, 0), dtype=np.int64)
         self.logp = np.zeros((count, 0), dtype=np.float32)
         self.versions = np.zeros((count, 0), dtype=np.int64)
+        self.values = np.zeros((count, 0), dtype=np.float32)
+        self._columns = ("tokens", "logp", "versions", "values") if values else ("tokens", "logp", "versions")
         self.block_table = np.zeros((count + 1, 0), dtype=np.int32)  # the last row is nobody's: null blocks, for rows that pad a step
         self.table_changed = True  # since whoever keeps a copy of it looked
 
@@ -62,7 +66,7 @@ class Slots:
         """Make the rows at least so long."""
         more = num_tokens - self.tokens.shape[1]
         if more > 0:
-            for name in ("tokens", "logp", "versions"):
+            for name in self._columns:
                 setattr(self, name, np.pad(getattr(self, name), ((0, 0), (0, more))))
             blocks = -(-num_tokens // self.block_size)
             self.block_table = np.pad(self.block_table, ((0, 0), (0, blocks - self.block_table.shape[1])))
@@ -72,23 +76,30 @@ class Slots:
         """Its columns into the row `sequence.slot`."""
         slot, size = sequence.slot, len(sequence.tokens)
         self.length[slot], self.limit[slot], self.held[slot] = size, sequence.limit, 0
-        self.tokens[slot, :size], self.logp[slot, :size], self.versions[slot, :size] = sequence.tokens, sequence.logp, sequence.versions
+        for name in self._columns:
+            getattr(self, name)[slot, :size] = getattr(sequence, name)
 
     def take(self, sequence: Sequence) -> None:
         """Its columns out of the row again."""
         row = (sequence.slot, slice(0, self.length[sequence.slot]))
-        sequence.tokens, sequence.logp, sequence.versions = self.tokens[row].copy(), self.logp[row].copy(), self.versions[row].copy()
+        for name in self._columns:
+            setattr(sequence, name, getattr(self, name)[row].copy())
 
-    def append(self, slots: np.ndarray, tokens: np.ndarray, logp: np.ndarray, version: int, count: np.ndarray | None = None) -> None:
-        """More tokens each: of tokens and logp [K, R] the first `count` [R] of every column, or all; [R] is one token each."""
+    def append(self, slots: np.ndarray, tokens: np.ndarray, logp: np.ndarray, version: int, count: np.ndarray | None = None,
+               values: np.ndarray | None = None) -> None:
+        """More tokens each: of tokens, logp and values [K, R] the first `count` [R] of every column, or all; [R] is one token each."""
         tokens, logp = np.atleast_2d(tokens), np.atleast_2d(logp)
+        values = None if values is None else np.atleast_2d(values)
         steps, at = np.arange(len(tokens))[:, None], self.length[slots]
         if count is None:
             rows, columns = slots, at + steps
         else:
             drawn = steps < count
             rows, columns, tokens, logp = np.broadcast_to(slots, drawn.shape)[drawn], (at + steps)[drawn], tokens[drawn], logp[drawn]
+            values = None if values is None else values[drawn]
         self.tokens[rows, columns], self.logp[rows, columns], self.versions[rows, columns] = tokens, logp, version
+        if values is not None:
+            self.values[rows, columns] = values
         self.length[slots] = at + (len(steps) if count is None else count)
 
     def set_table(self, slot: int, blocks: list[int]) -> None:
@@ -125,9 +136,9 @@ class Plan:
 class Scheduler:
     """Owns the queue, the slots and the block manager. `submit`, then `schedule` and `complete` in turn; `finish` sequences between steps."""
 
-    def __init__(self, blocks: BlockManager, max_sequences: int, max_tokens_per_step: int) -> None:
+    def __init__(self, blocks: BlockManager, max_sequences: int, max_tokens_per_step: int, values: bool = False) -> None:
         self.blocks = blocks
-        self.slots = Slots(max_sequences, blocks.block_size)
+        self.slots = Slots(max_sequences, blocks.block_size, values)
         self._budget = max_tokens_per_step
         self._waiting: list[Sequence] = []  # the next one to admit is the last
         self._running: dict[int, Sequence] = {}  # by id, in the order of admission

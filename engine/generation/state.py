@@ -2,8 +2,9 @@
 
 Shapes    R rows (sequences that draw a token), K steps between two looks of the host, W ids a row, N tokens of a step, V vocabulary.
 
-A step is the model, the head, the sampler and `record`: what was drawn goes into a ring that the host reads every K steps, rows that end are marked, the
-others move on. Sizes follow no value, nothing waits for the host, and what lives on is changed in place: so on CUDA a step can be captured (graphs.py).
+A step is the model, the head, the sampler, the value head where there is one, and `record`: what was drawn goes into a ring that the host reads every K
+steps, rows that end are marked, the others move on. Sizes follow no value, nothing waits for the host, and what lives on is changed in place: so on CUDA a step
+can be captured (graphs.py).
 A row that has ended stays where it is: it computes its last token once more, into the slot where those very bits are, and nobody reads what it draws.
 """
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrl.engine.generation.cache import KVCache
+from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.strict import strict_logits, strict_row_logprob
 from fusedrl.kernels.advance_rows import advance_rows_
 from fusedrl.kernels.decode_step import DecoderWeights, copy_blocks, decode_step
@@ -43,10 +45,11 @@ class DecodeState:
     "keys" [R, 4]: int64; "stops" [W, R]: tokens that end a row, with -1, which a row of NaN draws, among them; "finished": bool. Only where some row has any:
     `ARGUMENTS` of the sampler as float64, "suppress_ids" and "suppress_until" [R, W] (the length from which on the id may be drawn; where an id repeats, so
     does its length), "bias_ids" and "bias_values" [R, W] (a repeated id adds 0).
-    numbers: the sampler's other arguments. slots: whose rows they are, for the host.
+    numbers: the sampler's other arguments. slots: whose rows they are, for the host. values: whether a step records the value of each row's state as well.
     """
 
-    def __init__(self, columns: dict[str, np.ndarray], numbers: dict[str, float], window: int, device: torch.device, slots: np.ndarray | None = None) -> None:
+    def __init__(self, columns: dict[str, np.ndarray], numbers: dict[str, float], window: int, device: torch.device, slots: np.ndarray | None = None, *,
+                 values: bool = False) -> None:
         # What moves lies so that one addition moves it: the positions of the keys, and of the newest tokens.
         counters_5R = torch.from_numpy(np.ascontiguousarray(np.vstack([columns["keys"].T, columns["positions"]]))).to(device)
         self._moving_2R = counters_5R[3:]
@@ -58,6 +61,7 @@ class DecodeState:
         self.arguments: dict[str, Any] = {name: self.columns[name] if name in columns else numbers[name] for name in ARGUMENTS}
         self.tokens_KR = torch.empty(window, R, dtype=torch.int64, device=device)
         self.logp_KR = torch.empty(window, R, dtype=torch.float32, device=device)
+        self.values_KR = torch.empty(window, R, dtype=torch.float32, device=device) if values else None
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
 
     def refill(self, columns: dict[str, np.ndarray], slots: np.ndarray) -> None:
@@ -74,15 +78,17 @@ class DecodeState:
         mask_RV = torch.zeros(len(ids_RW), vocab_size, dtype=torch.bool, device=ids_RW.device)
         return mask_RV.scatter_(1, ids_RW, until_RW > positions_R[:, None] + 1)
 
-    def record(self, token_ids_R: Tensor, logp_R: Tensor) -> None:
-        """The rows drew these."""
+    def record(self, token_ids_R: Tensor, logp_R: Tensor, values_R: Tensor | None = None) -> None:
+        """The rows drew these, in states of these values."""
         c = self.columns
         advance_rows_(token_ids_R, logp_R.to(torch.float32), c["stops"], c["last_positions"], c["token_ids"], self._moving_2R, c["finished"], self.tokens_KR,
-                      self.logp_KR, self.cursor)
+                      self.logp_KR, self.cursor, values_R, self.values_KR)
 
 
-def advance(weights: DecoderWeights, state: DecodeState | None, block_table_BM: Tensor, cache: KVCache, strict: bool, tokens: Tokens | None = None) -> None:
-    """One step of the rows of `state` (None: no row draws); of `tokens`, where the step computes others beside theirs."""
+def advance(weights: DecoderWeights, state: DecodeState | None, block_table_BM: Tensor, cache: KVCache, strict: bool, tokens: Tokens | None = None,
+            value_head: ValueHead | None = None) -> None:
+    """One step of the rows of `state` (None: no row draws); of `tokens`, where the step computes others beside theirs. `value_head`: of a state that
+    records values."""
     if tokens is None and state is not None:
         tokens = state.tokens
     if tokens is None:
@@ -95,7 +101,7 @@ def advance(weights: DecoderWeights, state: DecodeState | None, block_table_BM: 
         return
     logits_RV = (strict_logits if strict else _logits)(hidden_RH, weights.head, weights.options.logit_softcap)
     sampled = _sample(logits_RV, state, strict)
-    state.record(sampled.token_ids, sampled.logp)
+    state.record(sampled.token_ids, sampled.logp, None if value_head is None else value_head(hidden_RH, strict=strict))
 
 
 def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:

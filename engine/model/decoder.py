@@ -1,8 +1,10 @@
 """The decoder: one set of fused parameters that training, scoring and generation all read.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width, V vocabulary.
-Rounding  norms as in transformers' Llama: in float32, rounded before their weight (Gemma's multiply by 1 + weight before they round). RoPE and SwiGLU in
-          float32, rounded once (transformers rounds each product). LayerNorm is torch's: float32 inside, rounded once.
+Rounding  where the sampler's `decode_step` computes in float32 between bfloat16 weights (`Decoder.activation_dtype`), so does the training forward, and
+          rounds nothing but what it returns. Elsewhere activations are of the parameters' dtype: norms as in transformers' Llama, in float32, rounded before
+          their weight (Gemma's multiply by 1 + weight before they round); RoPE and SwiGLU in float32, rounded once (transformers rounds each product);
+          LayerNorm is torch's: float32 inside, rounded once.
 """
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.families import ModelConfig
 from fusedrl.engine.model.lora import DOWN, GATE_UP, OUT, QKV, LayerAdapter, adapted_linear
+from fusedrl.engine.model.wide import embed
 from fusedrl.kernels.attention import varlen_attention
-from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, head_norm, partial_rope
+from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, activation_dtype, head_norm, partial_rope
 from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import rope
 from fusedrl.kernels.swiglu import activate
@@ -27,8 +30,8 @@ from fusedrl.kernels.swiglu import activate
 
 def _norm(x: Tensor, weight: Tensor, config: ModelConfig, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
-        return F.layer_norm(x, weight.shape, weight, bias, config.norm_eps)
-    return rms_norm(x, weight, eps=config.norm_eps, offset=config.norm_offset)
+        return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), config.norm_eps)
+    return rms_norm(x, weight.to(x.dtype), eps=config.norm_eps, offset=config.norm_offset)
 
 
 def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor | None, config: ModelConfig, bias: Tensor | None = None
@@ -37,7 +40,7 @@ def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor | Non
     if weight is None or residual_NH is None or bias is not None:
         sum_NH = delta_NH if residual_NH is None else delta_NH + residual_NH
         return sum_NH if weight is None else _norm(sum_NH, weight, config, bias), sum_NH
-    return rms_norm(delta_NH, weight, eps=config.norm_eps, residual=residual_NH, offset=config.norm_offset)
+    return rms_norm(delta_NH, weight.to(delta_NH.dtype), eps=config.norm_eps, residual=residual_NH, offset=config.norm_offset)
 
 
 class Layer(nn.Module):
@@ -191,6 +194,11 @@ class Decoder(nn.Module):
         return self.embedding.dtype
 
     @property
+    def activation_dtype(self) -> torch.dtype:
+        """What the training forward computes in, and the KV cache holds: what the sampler computes in on this device."""
+        return activation_dtype(self.dtype, self.device)
+
+    @property
     def device(self) -> torch.device:
         return self.embedding.device
 
@@ -203,14 +211,15 @@ class Decoder(nn.Module):
         Returns:
             [N, H] in the parameters' dtype. Differentiable in the parameters.
         """
-        x_NH, residual_NH = F.embedding(token_ids_N, self.embedding), None
+        dtype = self.activation_dtype
+        x_NH, residual_NH = embed(token_ids_N, self.embedding, dtype), None
         if self._embedding_scale != 1.0:
             x_NH = x_NH * self._embedding_scale
         if self.position_embedding is not None:
             if max_length > len(self.position_embedding):
                 raise ValueError(f"expected sequences of at most {len(self.position_embedding)} tokens, the positions that the model has learned, got one of "
                                  f"{max_length}; shorten it")
-            x_NH = x_NH + F.embedding(positions_N, self.position_embedding)
+            x_NH = x_NH + embed(positions_N, self.position_embedding, dtype)
         turns = [positions_N[:, None].float() * inv_freq for inv_freq in self._inv_freq]  # [N, D/2] each
         angles = [(turn.cos() * self.config.rope_scale, turn.sin() * self.config.rope_scale) for turn in turns]
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
@@ -218,7 +227,7 @@ class Decoder(nn.Module):
             arguments = (x_NH, residual_NH, angles, cu_seqlens_B1, max_length, self._adapted)
             # Nothing in a layer draws, so there is no generator's state to keep.
             x_NH, residual_NH = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*arguments)
-        return _add_norm(x_NH, residual_NH, self.norm, self.config, self.norm_bias)[0]
+        return _add_norm(x_NH, residual_NH, self.norm, self.config, self.norm_bias)[0].to(self.dtype)
 
     # ---- the adapter ----------------------------------------------------------------------------------------------------------
     @property

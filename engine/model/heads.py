@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.lora import merging
+from fusedrl.engine.model.strict import strict_linear
 from fusedrl.engine.model.weights import (
     HEADS,
     harmless,
@@ -43,8 +44,9 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, device=device))
         self.bias = nn.Parameter(torch.zeros(1, device=device))
 
-    def forward(self, hidden_NH: Tensor) -> Tensor:
-        return F.linear(hidden_NH.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
+    def forward(self, hidden_NH: Tensor, *, strict: bool = False) -> Tensor:
+        """`strict`: bits that depend on a row of hidden states and the head alone; the gradient is the same."""
+        return (strict_linear if strict else F.linear)(hidden_NH.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
 
 
 def save_value_head(head: ValueHead, directory: str | Path) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.families import ModelConfig
+from fusedrl.engine.model.wide import input_grad, linear, product, weight_grad
 from fusedrl.kernels.decode_step import add_adapter_
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None, a_RK: Tensor, b: Tensor, rows: Sequence[tuple[int, int]],
                 scale: float) -> Tensor:
-        y_NO, u_NR = F.linear(x_NK, weight_OK, bias_O), F.linear(x_NK, a_RK)
-        add_adapter_(y_NO, u_NR, b, rows, scale)
+        y_NO, u_NR = product(x_NK, weight_OK, bias_O), product(x_NK, a_RK)
+        add_adapter_(y_NO, u_NR, b.to(x_NK.dtype), rows, scale)
         ctx.save_for_backward(x_NK, weight_OK, a_RK, b, u_NR)
         ctx.rows, ctx.scale = rows, scale
         return y_NO
@@ -91,17 +91,18 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NK, weight_OK, a_RK, b, u_NR = ctx.saved_tensors
         for_x, for_weight, for_bias, for_a, for_b = ctx.needs_input_grad[:5]
-        r, done = b.shape[1], 0
+        r, done, wide_b = b.shape[1], 0, b.to(grad_NO.dtype)
         u_grad_NR, b_grad = torch.empty_like(u_NR), torch.empty_like(b) if for_b else None
         for index, (first, rows) in enumerate(ctx.rows):
             grad, part, mine = grad_NO[:, first : first + rows], slice(index * r, (index + 1) * r), slice(done, done + rows)
-            u_grad_NR[:, part] = grad @ b[mine] * ctx.scale
+            u_grad_NR[:, part] = grad @ wide_b[mine] * ctx.scale
             if b_grad is not None:
                 b_grad[mine] = grad.T @ u_NR[:, part] * ctx.scale
             done += rows
-        x_grad = (grad_NO @ weight_OK).addmm_(u_grad_NR, a_RK) if for_x else None
-        return (x_grad, grad_NO.T @ x_NK if for_weight else None, grad_NO.sum(0) if for_bias else None, u_grad_NR.T @ x_NK if for_a else None, b_grad,
-                None, None)
+        x_grad = input_grad(grad_NO, weight_OK).addmm_(u_grad_NR, a_RK.to(grad_NO.dtype)) if for_x else None
+        dtype = weight_OK.dtype
+        return (x_grad, weight_grad(grad_NO, x_NK, dtype) if for_weight else None, grad_NO.sum(0).to(dtype) if for_bias else None,
+                weight_grad(u_grad_NR, x_NK, dtype) if for_a else None, b_grad, None, None)
 
 
 class LayerAdapter(nn.Module):
@@ -131,12 +132,12 @@ class LayerAdapter(nn.Module):
     def forward(self, product: int, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> Tensor:
         """The projection with what the adapter adds to it."""
         a, b = self.tensors()[2 * product : 2 * product + 2]
-        return F.linear(x_NK, weight_OK, bias_O) if a is None else _AdaptedLinear.apply(x_NK, weight_OK, bias_O, a, b, self.rows[product], self.scale)
+        return linear(x_NK, weight_OK, bias_O) if a is None else _AdaptedLinear.apply(x_NK, weight_OK, bias_O, a, b, self.rows[product], self.scale)
 
 
 def adapted_linear(adapter: LayerAdapter | None, product: int, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> Tensor:
     """A projection of a layer, with its adapter where there is one."""
-    return F.linear(x_NK, weight_OK, bias_O) if adapter is None else adapter(product, x_NK, weight_OK, bias_O)
+    return linear(x_NK, weight_OK, bias_O) if adapter is None else adapter(product, x_NK, weight_OK, bias_O)
 
 
 # ---- a decoder's adapters -----------------------------------------------------------------------------------------------------

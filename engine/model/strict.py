@@ -3,7 +3,7 @@
 The sampler runs `decode_step` and `fixed_linear`, whose sums have one order whatever stands in a batch. So the strict training forward runs the same
 two, over a cache of its own, and takes its gradient from the ordinary forward, recomputed in the backward pass:
 
-    values      decode_step, fixed_linear, logprob       bits that do not depend on companions, chunks, preemption or prefix hits
+    outputs     decode_step, fixed_linear, logprob       bits that do not depend on companions, chunks, preemption or prefix hits
     gradients   the ordinary forward at the same weights   equal up to rounding; nothing is kept between the passes, so it saves activations, too
 
 Shapes    N tokens, H hidden, V vocabulary, R rows that have a label.
@@ -37,7 +37,7 @@ class _Hidden(torch.autograd.Function):
         token_ids_N, positions_N, cu_seqlens_B1, max_length = batch
         B, M = len(cu_seqlens_B1) - 1, -(-max_length // block_size)
         weights = decoder.weights()
-        k, v = allocate_cache(weights, max(1, B * M), block_size)
+        k, v = allocate_cache(weights, max(1, B * M), block_size, dtype=decoder.activation_dtype)
         table_BM = torch.arange(B * M, dtype=torch.int32, device=k.device).view(B, M)
         rows_N = torch.repeat_interleave(torch.arange(B, device=k.device), cu_seqlens_B1.diff().long())
         return decode_step(weights, token_ids_N, positions_N, rows_N, table_BM, k, v)
@@ -69,6 +69,24 @@ def strict_row_logprob(logits_RV: Tensor, token_ids_R: Tensor, temperature: floa
     T_R = torch.as_tensor(temperature, dtype=torch.float32, device=logits_RV.device).expand(len(token_ids_R)).contiguous()
     logp_R, entropy_R = logprob(logits_RV, token_ids_R, temperature=T_R, entropy=True, impl="cpp")
     return logp_R, entropy_R
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NK, weight_OK)
+        return fixed_linear(x_NK, weight_OK, bias_O, impl="cpp")
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NK, weight_OK = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return grad_NO @ weight_OK if for_x else None, grad_NO.T @ x_NK if for_weight else None, grad_NO.sum(0) if for_bias else None
+
+
+def strict_linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor) -> Tensor:
+    """[N, O] float32 of float32, each row a function of its row of x and the weights alone. Differentiable in all three."""
+    return _Linear.apply(x_NK, weight_OK, bias_O)
 
 
 class _Logprob(torch.autograd.Function):

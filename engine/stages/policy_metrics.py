@@ -36,6 +36,8 @@ def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[st
         "sampling/ratio_outside_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
         "num_tokens": float(batch.num_tokens),
     }
+    if batch.values is not None and batch.rollout_values is not None:
+        found["sampling/value_diff_max"] = (batch.values - batch.rollout_values)[mask_N].abs().max().item()
     if batch.ref_logp is not None:
         # Of the same kernel as a KL in the reward: what is reported, and what the coefficient adapts to, is what was charged.
         shaped = shaped_gae(old_N, batch.ref_logp, old_N, batch.column("scores"), mask=mask_N, cu_seqlens=batch.cu_seqlens, kl_coef=0.0,

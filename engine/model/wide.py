@@ -1,0 +1,107 @@
+"""Layers whose activations are wider than their parameters: float32 between bfloat16 weights, as `decode_step` computes on a CPU.
+
+    y = x W^T + b      dx = dy W      dW = dy^T x      db = sum of dy over tokens
+
+Shapes    N tokens, K inputs and O outputs of a product, V rows of a table, H of its columns.
+Held      what goes in, and the parameters as they are: of a weight no more than a tile of rows is wide at a time, in the forward pass and in the backward.
+Numerics  everything in the activations' dtype; the gradient of a parameter is rounded once, when its sum over the tokens is complete. Where activations and
+          parameters are of one dtype, torch's own operations.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE = 4 << 20  # bytes of a weight that are wide at a time: they stay in a cache
+
+
+def _tiles(weight_OK: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a weight, a tile at a time, in `dtype`."""
+    step = max(1, TILE // (dtype.itemsize * max(1, weight_OK.shape[1])))
+    for first in range(0, len(weight_OK), step):
+        rows = slice(first, first + step)
+        yield rows, weight_OK[rows].to(dtype)
+
+
+# ---- the three products of a linear layer, without autograd ----------------------------------------------------------------
+def product(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """[N, O] x W^T + b in x's dtype."""
+    if x_NK.dtype == weight_OK.dtype:
+        return F.linear(x_NK, weight_OK, bias_O)
+    y_NO = x_NK.new_empty(len(x_NK), len(weight_OK))
+    for rows, tile in _tiles(weight_OK, x_NK.dtype):
+        if bias_O is None:
+            torch.mm(x_NK, tile.T, out=y_NO[:, rows])
+        else:
+            torch.addmm(bias_O[rows].to(x_NK.dtype), x_NK, tile.T, out=y_NO[:, rows])
+    return y_NO
+
+
+def input_grad(grad_NO: Tensor, weight_OK: Tensor) -> Tensor:
+    """[N, K] dy W in dy's dtype."""
+    if grad_NO.dtype == weight_OK.dtype:
+        return grad_NO @ weight_OK
+    out_NK = grad_NO.new_zeros(len(grad_NO), weight_OK.shape[1])
+    for rows, tile in _tiles(weight_OK, grad_NO.dtype):
+        out_NK.addmm_(grad_NO[:, rows], tile)
+    return out_NK
+
+
+def weight_grad(grad_NO: Tensor, x_NK: Tensor, dtype: torch.dtype) -> Tensor:
+    """[O, K] dy^T x, rounded to `dtype`."""
+    if grad_NO.dtype == dtype:
+        return grad_NO.T @ x_NK
+    out_OK = grad_NO.new_empty(grad_NO.shape[1], x_NK.shape[1], dtype=dtype)
+    step = max(1, TILE // (grad_NO.itemsize * max(1, x_NK.shape[1])))
+    for part_NO, out in zip(grad_NO.split(step, 1), out_OK.split(step), strict=True):
+        out.copy_(part_NO.T @ x_NK)
+    return out_OK
+
+
+# ---- with autograd ------------------------------------------------------------------------------------------------------------
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_NK, weight_OK)
+        return product(x_NK, weight_OK, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NK, weight_OK = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (input_grad(grad_NO, weight_OK) if for_x else None, weight_grad(grad_NO, x_NK, weight_OK.dtype) if for_weight else None,
+                grad_NO.sum(0).to(weight_OK.dtype) if for_bias else None)
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids_N: Tensor, table_VH: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(ids_N)
+        ctx.table = table_VH.shape, table_VH.dtype
+        return F.embedding(ids_N, table_VH).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
+        (ids_N,), (shape, dtype) = ctx.saved_tensors, ctx.table
+        grad_VH = grad_NH.new_zeros(shape, dtype=dtype)
+        found_U, place_N = ids_N.unique(return_inverse=True)
+        sums_UH = torch.ops.aten.embedding_dense_backward(grad_NH, place_N, len(found_U), -1, False)
+        grad_VH[found_U] = sums_UH.to(dtype)
+        return None, grad_VH, None
+
+
+def linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """[N, O] x W^T + b in x's dtype. Differentiable in all three; the weight's gradient is of its dtype."""
+    return F.linear(x_NK, weight_OK, bias_O) if x_NK.dtype == weight_OK.dtype else _Linear.apply(x_NK, weight_OK, bias_O)
+
+
+def embed(ids_N: Tensor, table_VH: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, H] rows of a table, in `dtype`. Differentiable in the table."""
+    return F.embedding(ids_N, table_VH) if dtype == table_VH.dtype else _Embed.apply(ids_N, table_VH, dtype)
