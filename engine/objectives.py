@@ -2,8 +2,9 @@
 
     loss = sum_t w_t (correction_t policy term_t + kl_coef kl_t - entropy_coef H_t) + value_coef sum_t w_t value term_t
 
-correction_t makes up for a sampler that is not the trainer (CorrectionConfig); it is 1 without one. A registered objective gives the policy terms: f(logp_N, old_logp_N, advantages_N, batch) -> [N], differentiable in logp_N; weights, KL, entropy and statistics
-are added around it. The built-in ones are fused (kernels/policy_loss.py), but for `SequenceRatio`.
+correction_t makes up for a sampler that is not the trainer (CorrectionConfig); it is 1 without one. A registered objective gives the policy terms:
+f(logp_N, old_logp_N, advantages_N, batch) -> [N], differentiable in logp_N; correction, weights, KL, entropy and statistics are added around it.
+The built-in ones are fused (kernels/policy_loss.py), but for `SequenceRatio`.
 """
 from __future__ import annotations
 

@@ -162,8 +162,8 @@ def score(actor: HybridActor | None, reference: Reference | None, batch: PackedB
 # ---- the update ------------------------------------------------------------------------------------------------------------
 def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
            control: Control, step: int, run: Run, replayed: Replayed | None = None) -> dict[str, float]:
-    """epochs x minibatches optimizer steps on one rollout, and on what is replayed beside it. Token weights are computed over the whole minibatch, so its cut into
-    micro-batches does not change the gradient."""
+    """epochs x minibatches optimizer steps on one rollout and what is replayed beside it. Token weights are computed over the whole minibatch, so its cut
+    into micro-batches does not change the gradient."""
     objective = make_objective(config, control.penalty.coef)
     total_updates = config.steps * config.epochs * config.minibatches
     done = step * config.epochs * config.minibatches
