@@ -7,7 +7,8 @@ Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_cri
           (2017), eqs. 7 and 8; KL in the reward, 0.05: Ziegler et al. (2019), Huang et al. (2024); rloo: Ahmadian et al. (2024); grpo: Shao et al. (2024),
           with its 0.04; dr_grpo: Liu et al. (2025); dapo: Yu et al. (2025); gspo: Zheng et al. (2025); cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025);
           gmpo: Zhao et al. (2025); dro: Richemond et al. (2024); reinforce_pp: Hu (2025); remax: Li et al. (2024); opo: Hao et al. (2025); gpg: Chu et al.
-          (2025); pass_at_k: Chen et al. (2025), as verl has it.
+          (2025); pass_at_k: Chen et al. (2025), as verl has it; sequence_ratio: the objective by which courses introduce PPO for language models, without
+          advantages: for study.
 """
 from __future__ import annotations
 
@@ -39,6 +40,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "sapo": ("sapo", {"tau_positive": 1.0, "tau_negative": 1.05}),
     "gmpo": ("geometric_mean", {"clip_low": 0.4, "clip_high": 0.4}),
     "dro": ("dro", {"beta": 1.0}),
+    "sequence_ratio": ("sequence_ratio", {"clip_low": 0.2, "clip_high": 0.2}),  # a function in objectives.py
 }
 BOUNDS = ("clip_low", "clip_high", "dual_clip", "clip_max", "tau_positive", "tau_negative", "beta")  # what an objective may use of LossConfig
 
@@ -95,6 +97,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gmpo": _group("GRPO with the geometric mean of the ratios", "grpo", "gmpo", _MEAN),
     "pass_at_k": _group("GRPO for the best of a group", "pass_at_k", "ppo_clip", _MEAN),
     "dro": Algorithm("direct reward optimisation with a critic", "learned_baseline", "dro", "token_mean"),
+    "sequence_ratio": Algorithm("a completion's clipped ratio times its reward, for study", "monte_carlo", "sequence_ratio", _MEAN, kl_coef=0.05, epochs=4),
 }
 
 

@@ -155,6 +155,16 @@ class PackedBatch:
         values[completed] = torch.tensor([x for c in flat for x in c.values or ()], dtype=torch.float32)
         return replace(batch, rollout_values=values.to(device))
 
+    @classmethod
+    def concat(cls, batches: Sequence[PackedBatch]) -> PackedBatch:
+        """The sequences of all of them, in order, with the columns that every one has. Raises ValueError without any."""
+        if not batches:
+            raise ValueError("PackedBatch.concat: expected one batch or more, got none")
+        found = {name: [getattr(batch, name) for batch in batches] for name in (*_PER_TOKEN, *_PER_SEQUENCE)}
+        columns = {name: torch.cat(parts) for name, parts in found.items() if all(part is not None for part in parts)}
+        lengths = tuple(n for batch in batches for n in batch.lengths)
+        return cls(cu_seqlens=_bounds(lengths, batches[0].device), lengths=lengths, **columns)
+
     # ---- sizes ----------------------------------------------------------------------------------------------------------
     @property
     def num_tokens(self) -> int:
@@ -210,8 +220,7 @@ class PackedBatch:
         picked: dict[str, Any] = {name: column[slots] for name in _PER_TOKEN if (column := getattr(self, name)) is not None}
         picked |= {name: column[rows] for name in _PER_SEQUENCE if (column := getattr(self, name)) is not None}
         lengths = tuple(self.lengths[b] for b in sequences)
-        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=self.device)
-        return PackedBatch(cu_seqlens=cu_seqlens, lengths=lengths, **picked)
+        return PackedBatch(cu_seqlens=_bounds(lengths, self.device), lengths=lengths, **picked)
 
     def split(self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None) -> list[list[int]]:
         """Partition `sequences` (by default all) into micro-batches: see `split_by_tokens`."""
@@ -238,3 +247,7 @@ class PackedBatch:
     def _valid(self) -> Tensor:
         lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1])[:, None]
         return torch.arange(self.max_length, device=self.device)[None] < lengths
+
+
+def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)

@@ -30,6 +30,7 @@ from fusedrl.engine.control import Control
 from fusedrl.engine.errors import CheckpointError, ConfigError
 from fusedrl.engine.metrics import JsonLines, Metrics, Progress
 from fusedrl.engine.optim import Optimizer, StepResult
+from fusedrl.engine.replay import ReplayBuffer
 
 T = TypeVar("T")
 _MAX_SKIPPED = 5
@@ -94,7 +95,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         print(f"fusedrl: {signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
 
     # ---- state ----------------------------------------------------------------------------------------------------------
-    def restore(self, *, model: Model, optimizer: Optimizer, control: Control | None = None, critic: Learner | None = None) -> None:
+    def restore(self, *, model: Model, optimizer: Optimizer, control: Control | None = None, critic: Learner | None = None,
+                replay: ReplayBuffer | None = None) -> None:
         """Load the newest complete checkpoint into these objects, in place; nothing happens on a fresh run."""
         self._step_began = time.perf_counter()
         self._progress = self._stack.enter_context(Progress(self.total, self.settings.progress, start=self.start, title=self._title))
@@ -110,16 +112,23 @@ class Run(contextlib.AbstractContextManager["Run"]):
             its_optimizer.load_state_dict(self._checkpoint.tensors[moments])
         if control is not None:
             control.load_state_dict(self._checkpoint.state)
+        if replay is not None:
+            if "replay" not in self._checkpoint.tensors:
+                raise CheckpointError(f"{self._checkpoint.path}: expected the group replay, got {sorted(self._checkpoint.tensors)}")
+            replay.load(self._checkpoint.tensors["replay"])
         self._skipped = int(self._checkpoint.state["skipped_updates"])
         torch.set_rng_state(self._checkpoint.tensors["rng"]["torch_cpu"])
         self._checkpoint = None
         where = f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"
         self.message(f"{self.directory}: {where}")
 
-    def _save(self, step: int, model: Model, optimizer: Optimizer, control: Control | None = None, critic: Learner | None = None) -> None:
+    def _save(self, step: int, model: Model, optimizer: Optimizer, control: Control | None = None, critic: Learner | None = None,
+              replay: ReplayBuffer | None = None) -> None:
         tensors: dict[str, dict[str, Tensor]] = {"rng": {"torch_cpu": torch.get_rng_state()}}
         for group, moments, learner, its_optimizer in _learners(model, optimizer, critic):
             tensors |= {group: _trained(learner), moments: its_optimizer.state_dict()}
+        if replay is not None:
+            tensors["replay"] = replay.tensors()
         state = {"skipped_updates": self._skipped} | (control.state_dict() if control is not None else {})
         save_checkpoint(self.directory, step, tensors, state, keep=self.settings.keep)
 

@@ -123,11 +123,12 @@ class RolloutCorrection:
     """Importance weights of tokens that another program sampled: w = exp(old_logp - rollout_logp), detached, times the policy term.
 
     kind "truncated": min(w, cap). "masked": w, and 0 where w > cap or w < floor, so that such tokens drop out of the policy term.
+    "sequence_masked": w, and 0 at all tokens of a sequence whose geometric mean of w is above cap or below floor (needs cu_seqlens).
     level "token": one w a token. "sequence": their product over the sequence's unmasked tokens, for each of them (needs cu_seqlens).
     The log of a weight is cut at +-20. Do not use it where old_logp is the rollout's own: the weight is then 1.
 
     Raises:
-        ValueError: an unknown kind or level, a cap that is not above 0, a floor out of [0, cap) or without "masked".
+        ValueError: an unknown kind or level, a cap that is not above 0, a floor out of [0, cap) or with "truncated".
     """
 
     kind: str = "truncated"
@@ -136,14 +137,19 @@ class RolloutCorrection:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("truncated", "masked"):
-            raise ValueError(f"RolloutCorrection: expected kind to be truncated or masked, got {self.kind!r}")
+        if self.kind not in ("truncated", "masked", "sequence_masked"):
+            raise ValueError(f"RolloutCorrection: expected kind to be truncated, masked or sequence_masked, got {self.kind!r}")
         if self.level not in ("token", "sequence"):
             raise ValueError(f"RolloutCorrection: expected level to be token or sequence, got {self.level!r}")
         if not self.cap > 0:
             raise ValueError(f"RolloutCorrection: expected cap > 0, got {self.cap!r}")
-        if not 0 <= self.floor < self.cap or (self.floor and self.kind != "masked"):
+        if not 0 <= self.floor < self.cap or (self.floor and self.kind == "truncated"):
             raise ValueError(f"RolloutCorrection: expected 0 <= floor < cap, and 0 unless masked, got floor {self.floor!r} with kind {self.kind!r}")
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether a token's weight depends on the other tokens of its sequence."""
+        return self.level == "sequence" or self.kind == "sequence_masked"
 
 
 # ---- what is reported --------------------------------------------------------------------------------------------------
@@ -290,10 +296,12 @@ def sequence_log_ratio(objective: PolicyObjective, logp_N: Tensor, old_logp_N: T
 
 def rollout_weights(correction: RolloutCorrection, old_logp_N: Tensor, rollout_logp_N: Tensor, live_N: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The factors of `correction` on each token's policy term; [N], detached."""
-    log_w = torch.where(live_N, old_logp_N.detach() - rollout_logp_N.detach(), 0)
+    each = log_w = torch.where(live_N, old_logp_N.detach() - rollout_logp_N.detach(), 0)
     if correction.level == "sequence" and cu_seqlens is not None:
-        log_w = sequence_sum(log_w, cu_seqlens).to(log_w.dtype)
-    w = log_w.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        log_w = sequence_sum(each, cu_seqlens).to(each.dtype)
+    w = judged = log_w.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if correction.kind == "truncated":
         return w.clamp(max=correction.cap)
-    return torch.where((w > correction.cap) | (w < correction.floor), 0, w)
+    if correction.kind == "sequence_masked" and cu_seqlens is not None:
+        judged = (sequence_sum(each, cu_seqlens) / sequence_sum(live_N, cu_seqlens).clamp(min=1)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return torch.where((judged > correction.cap) | (judged < correction.floor), 0, w)

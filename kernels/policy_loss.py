@@ -412,7 +412,7 @@ def check_policy(op: str, policy: PolicyPart, N: int) -> None:
     if correction is not None and policy.old_logp is None:
         raise ValueError(f"{op}: expected old_logp with a rollout_correction, got None")
     by_sequence = {f"kind {objective.kind!r}": objective.by_sequence, "kl_level 'sequence'": policy.kl_level == "sequence",
-                   "rollout_correction of level 'sequence'": correction is not None and correction.level == "sequence"}
+                   "rollout_correction by sequence": correction is not None and correction.by_sequence}
     for reason, needed in by_sequence.items():
         if needed and cu_seqlens is None:
             raise ValueError(f"{op}: expected cu_seqlens with {reason}, got None")

@@ -15,7 +15,7 @@ PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglo
 RANKS = [
     ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim"), ("model",), ("generation",),
     ("actor",), ("rewards", "trl_rollout", "advantages", "objectives"),
-    ("critic", "plan", "reference", "rollout", "run", "workloads"), ("stages",), ("evaluate", "bench"), ("demo", "doctor"), ("cli",),
+    ("critic", "plan", "reference", "replay", "rollout", "run", "workloads"), ("stages",), ("evaluate", "bench"), ("demo", "doctor"), ("cli",),
 ]
 
 

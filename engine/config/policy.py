@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS, BOUNDS, OBJECTIVES, Algorithm
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig, either, require
+from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 
 OF_ALGORITHM: Any = None  # the default of a field that the algorithm's row fills in where it is left out
 
@@ -28,6 +29,8 @@ class KLConfig:
             the reward only k1, since any other drops a term of the gradient.
         level: in the loss, of tokens or (k2) of whole sequences; future (k2, full): of tokens, and the advantage is less coef times the k1 of the tokens
             to come, which is what tokens alone leave out.
+        through_ratio: in the loss, the estimator (k1, k3) times the ratio, both with their gradients: that of KL(pi || ref) at each state, also where the
+            tokens are another policy's, as in later epochs and from a replay buffer (DeepSeek-V3.2, 2025, unbiased KL estimate).
         target: KL per sequence, in nats, that the coefficient adapts to; None keeps it fixed.
         horizon: episodes over which the coefficient adapts.
         measure: load the reference and report the KL even where the coefficient is 0.
@@ -37,6 +40,7 @@ class KLConfig:
     placement: Literal["reward", "loss"] = OF_ALGORITHM
     estimator: Literal["k1", "k2", "k3", "abs", "full"] = OF_ALGORITHM
     level: Literal["token", "sequence", "future"] = "token"
+    through_ratio: bool = False
     target: float | None = None
     horizon: float = 10_000.0
     measure: bool = False
@@ -51,11 +55,14 @@ class KLConfig:
         fitting = {"token": None, "sequence": (None, "k2"), "future": (None, "k2", "full")}[self.level]
         require(fitting is None or (self.placement != "reward" and self.estimator in fitting), "kl.level", "sequence only with kl.placement = loss and "
                  "kl.estimator = k2, future only with loss and k2 or full", (self.level, self.placement, self.estimator))
+        require(not self.through_ratio or (self.placement != "reward" and self.estimator in (None, "k1", "k3") and self.level == "token"), "kl.through_ratio",
+                "only with kl.placement = loss, kl.estimator = k1 or k3, and kl.level = token", (self.placement, self.estimator, self.level))
 
     def filled(self, row: Algorithm) -> KLConfig:
         """With the row's values where nothing was said."""
-        placement = self.placement or ("loss" if self.level != "token" else row.kl_placement)
-        usual = "k1" if placement == "reward" else "k2" if self.level != "token" else row.kl_estimator if row.kl_placement == "loss" else "k3"
+        placement = self.placement or ("loss" if self.level != "token" or self.through_ratio else row.kl_placement)
+        usual = "k1" if placement == "reward" else "k2" if self.level != "token" else "k3"
+        usual = row.kl_estimator if usual == "k3" and row.kl_placement == "loss" and not self.through_ratio else usual
         return replace(self, coef=either(self.coef, row.kl_coef), placement=placement, estimator=self.estimator or usual)
 
 
@@ -211,6 +218,7 @@ class PolicyConfig:
         device: cpu, cuda, or None for the best there is.
         lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora turns it on. <run>/model then holds them merged,
             <run>/adapter by themselves.
+        replay: train on earlier rollouts, too; replay.capacity, replay.fraction or replay.max_age turns it on.
         reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
             the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
         critic: a critic of its own, for algorithms that have one; critic.model, critic.warmup_steps or critic.optim turns it on. None is a value head on the
@@ -243,12 +251,14 @@ class PolicyConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str | None = None
     lora: LoRAConfig | None = None
+    replay: ReplayConfig | None = None
     reference: Literal["auto", "frozen", "adapter_off", "host"] = "auto"
     critic: CriticConfig | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -280,6 +290,8 @@ class PolicyConfig:
                  self.samples_per_prompt)
         require(0 <= self.overlong_buffer <= self.generation.max_new_tokens, "overlong_buffer", "within 0 and generation.max_new_tokens = "
                  f"{self.generation.max_new_tokens}", self.overlong_buffer)
+        require(self.objective != "reinforce" or (self.replay is None and not self.correction.bypass), "loss.objective", "with a ratio (importance, ppo_clip, "
+                "...) for replay and correction.bypass: without one the tokens of another policy count as this one's own", self.objective)
         require(self.refill_tries == 0 or (self.refill_tries > 0 and self.samples_per_prompt > 1), "refill_tries", ">= 0, and 0 with samples_per_prompt = 1",
                  self.refill_tries)
 

@@ -9,12 +9,14 @@ Read `train_policy` from top to bottom. What holds for all algorithms, with sour
      exactly 1, because scoring cuts the batch into the very micro-batches that the first epoch trains on. With one optimizer step a rollout, and
      advantages that need neither values nor the KL, nothing is scored: the training forward is the scorer. What the sampler said is compared with it
      at every step (`sampling/logp_diff_*`), before the weights change;
-  4. without a critic there is no value head, and with a KL coefficient of 0 no reference.
+  4. without a critic there is no value head, and with a KL coefficient of 0 no reference;
+  5. a replay buffer's completions train beside the new ones, in micro-batches of their own, with the old log-probabilities that they came with.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +31,12 @@ from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
-from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.objectives import behaviour, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
 from fusedrl.engine.reference import Reference, load_reference
+from fusedrl.engine.replay import ReplayBuffer, Replayed, with_replay
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
@@ -72,7 +75,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     kl_in_advantage = config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
     on_trunk = needs == "critic" and config.critic is None
     critic_alone = config.critic.warmup_steps if config.critic is not None else 0  # rollouts
-    scored_first = on_trunk or kl_in_advantage or config.epochs * config.minibatches > 1
+    several = config.epochs * config.minibatches > 1 and not config.correction.bypass
+    scored_first = on_trunk or kl_in_advantage or several or config.replay is not None
 
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=on_trunk, strict=config.strict,
@@ -87,10 +91,12 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     optimizer = optimizer_of(config.optim, actor.named_parameters())
     critic = critic_of(config, actor)
     control = Control(config)
+    replay = None if config.replay is None else ReplayBuffer(config.replay, config.run.seed)
 
     with Run(config, config.steps) as run:
         prompts = _prompts(config, actor, run)
-        run.restore(model=actor, optimizer=optimizer, control=control, critic=critic)
+        parts: dict[str, Any] = {"model": actor, "optimizer": optimizer, "control": control, "critic": critic, "replay": replay}
+        run.restore(**parts)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
         for step in range(run.start, config.steps):
             with run.time("generate_and_reward"):
@@ -107,12 +113,17 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                 batch = estimate(config, signals)
             with run.time("train"), actor.lend_cache(*([] if critic is None else [critic.model])):
                 metrics = experience.metrics | ({} if critic is None else update_critic(critic, batch, cuts, config, step, run))
-                metrics |= (update(actor, reference, optimizer, batch, cuts, config, control, step, run) if learns
-                            else measure(batch, control.kl.coef, config))
+                if learns:
+                    replayed = None if replay is None else replay.draw(step, batch.num_sequences, batch.device)
+                    metrics |= update(actor, reference, optimizer, batch, cuts, config, control, step, run, replayed)
+                else:
+                    metrics |= measure(batch, control.kl.coef, config)
             control.update(metrics if learns else {}, signals.totals)
+            if replay is not None:
+                replay.add(batch, step)
             run.log(step, metrics)
             run.samples(step, _samples(experience))
-            run.save_if_due(step, model=actor, optimizer=optimizer, control=control, critic=critic)
+            run.save_if_due(step, **parts)
         if critic is not None:
             critic.model.save_pretrained(run.directory / "critic", tokenizer=actor.tokenizer)
         if config.lora is not None:
@@ -167,12 +178,16 @@ def score(actor: HybridActor | None, reference: Reference | None, batch: PackedB
 
 # ---- the update ------------------------------------------------------------------------------------------------------------
 def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
-           control: Control, step: int, run: Run) -> dict[str, float]:
-    """epochs x minibatches optimizer steps on one rollout."""
+           control: Control, step: int, run: Run, replayed: Replayed | None = None) -> dict[str, float]:
+    """epochs x minibatches optimizer steps on one rollout and what is replayed beside it."""
     objective = make_objective(config, control.penalty.coef)
     total_updates, done = _updates(config, step, config.critic.warmup_steps if config.critic is not None else 0)
     meter = Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
+    fresh = batch.num_sequences
+    if replayed is not None:
+        first_cuts = with_replay(first_cuts, fresh, replayed.batch, config.tokens_per_microbatch)
+        batch = PackedBatch.concat([batch, replayed.batch])
     for epoch in range(config.epochs):
         for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
@@ -186,12 +201,15 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                 if measured is None:
                     micro = micro.with_columns(old_logp=logp.detach())
                     seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
+                micro, dropped = behaviour(config.correction, micro, logp)
                 full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
                 loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full)
                 loss.backward()
-                meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0])
+                old = epoch == 0 and group[0] >= fresh  # only in the first pass are there micro-batches of replayed completions alone
+                meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
             if measured is None:
-                measured = measure(batch.with_columns(old_logp=seen[0], old_entropy=seen[1]), control.kl.coef, config)
+                trained = sorted(b for group in minibatch for b in group)
+                measured = measure(batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(trained), control.kl.coef, config)
             optimizer.lr = learning_rate(config.optim, done, total_updates)
             result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
             run.check_update(result)
@@ -199,7 +217,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             meter.grad_norms.append(result.grad_norm)
             done += 1
     _drop_gradients(optimizer, actor)
-    return (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
+    return (measured or {}) | meter.metrics() | (replayed.metrics if replayed is not None else {}) | {"lr": optimizer.lr}
 
 
 def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, step: int, run: Run) -> dict[str, float]:

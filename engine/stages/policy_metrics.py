@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.config import PolicyConfig
+from fusedrl.engine.objectives import correction_metrics
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.faults import raise_faults
 from fusedrl.kernels.gae import shaped_gae
@@ -35,7 +36,7 @@ def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[st
         "sampling/logp_diff_max": worst,
         "sampling/ratio_outside_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
         "num_tokens": float(batch.num_tokens),
-    }
+    } | correction_metrics(config.correction, batch)
     if batch.values is not None and batch.rollout_values is not None:
         found["sampling/value_diff_max"] = (batch.values - batch.rollout_values)[mask_N].abs().max().item()
     if batch.ref_logp is not None:
@@ -64,12 +65,18 @@ class Meter:
         self.policy: list[PolicyStats] = []
         self.value: list[ValueStats] = []
         self.when: list[tuple[int, bool]] = []
+        self.replayed: list[bool] = []
+        self.dropped: list[Tensor] = []
         self.grad_norms: list[float] = []
 
-    def add(self, policy: PolicyStats, value: ValueStats | None, epoch: int, *, first: bool) -> None:
-        """Of one micro-batch; `first`: before any optimizer step of this rollout."""
+    def add(self, policy: PolicyStats, value: ValueStats | None, epoch: int, *, first: bool, replayed: bool = False, dropped: Tensor | None = None) -> None:
+        """Of one micro-batch; `first`: before any optimizer step of this rollout, on this rollout; `replayed`: of earlier rollouts alone; `dropped`: how many
+        tokens correction.off_policy_delta silenced."""
         self.policy.append(policy)
         self.when.append((epoch, first))
+        self.replayed.append(replayed)
+        if dropped is not None:
+            self.dropped.append(dropped)
         if value is not None:
             self.value.append(value)
 
@@ -84,6 +91,12 @@ class Meter:
                                  ("clip_ratio/low_mean", p["clip_fraction_low"]), ("clip_ratio/high_mean", p["clip_fraction_high"]),
                                  ("val/ratio", p["ratio_mean"]), ("policy/clamped_fraction", p["clamped_fraction"])):
                 mean[name] += share * number
+        if replayed := [p for p, old in zip(policy, self.replayed, strict=True) if old and p["tokens"]]:
+            sums = [p["ratio_mean"] * p["tokens"] for p in replayed]
+            squares = sum(total**2 / p["effective_sample_size"] for total, p in zip(sums, replayed, strict=True))
+            mean["replay/ess"] = sum(sums) ** 2 / squares / sum(p["tokens"] for p in replayed)
+        if self.dropped:
+            mean["correction/off_policy_fraction"] = torch.stack(self.dropped).sum().item() / max(1.0, tokens)
         live = [p for p in policy if p["tokens"]]
         first = [p for p, (_, is_first) in zip(policy, self.when, strict=True) if is_first and p["tokens"]]
         last = [p for p, (epoch, _) in zip(policy, self.when, strict=True) if epoch == self.when[-1][0]]

@@ -280,6 +280,11 @@ def test_over_completions_only_the_sequence_level_is_exact():
     (RolloutCorrection(level="sequence", cap=10.0), (2.0, 2.0, 2.0, 2.0)),
     (RolloutCorrection(level="sequence", cap=1.5), (1.5, 1.5, 1.5, 1.5)),
     (RolloutCorrection(kind="masked", level="sequence", cap=1.5), (0.0, 0.0, 0.0, 0.0)),
+    (RolloutCorrection(kind="sequence_masked", cap=1.5), (4.0, 0.5, 1.0, 2.0)),  # geometric means sqrt(2) and sqrt(2)
+    (RolloutCorrection(kind="sequence_masked", cap=1.4), (0.0, 0.0, 0.0, 0.0)),
+    (RolloutCorrection(kind="sequence_masked", cap=2.0, floor=1.4), (4.0, 0.5, 1.0, 2.0)),
+    (RolloutCorrection(kind="sequence_masked", cap=2.0, floor=1.5), (0.0, 0.0, 0.0, 0.0)),
+    (RolloutCorrection(kind="sequence_masked", level="sequence", cap=1.5), (2.0, 2.0, 2.0, 2.0)),
 ])
 def test_the_correction_scales_the_policy_term_alone(impl, correction, factors):
     old_logp = torch.tensor([4.0, 0.5, 1.0, 2.0]).log()
@@ -292,6 +297,15 @@ def test_the_correction_scales_the_policy_term_alone(impl, correction, factors):
     close(logp.grad, weights * (-factors + 0.5))
     close(entropy.grad, -0.1 * weights)
     close(stats.correction_mean, factors.mean())
+
+
+def test_the_geometric_mean_is_of_unmasked_tokens():
+    old_logp, weights = torch.tensor([4.0, math.nan, 1.0, 3.0, math.nan]).log(), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    correction = RolloutCorrection(kind="sequence_masked", cap=2.5)  # means 2 with the first two unmasked, 3 with the rest; cube roots would be below
+    rollout_logp = torch.tensor([0.0, math.nan, 0.0, 0.0, math.inf])
+    stats = policy_loss(old_logp, old_logp, torch.ones(5), weights, rollout_logp=rollout_logp, rollout_correction=correction,
+                        cu_seqlens=torch.tensor([0, 3, 5]))[1]
+    close(stats.correction_mean, torch.tensor((4.0 + 1.0 + 0.0) / 3))
 
 
 def test_without_a_correction_its_mean_is_one():
@@ -309,7 +323,7 @@ def test_refuses_what_does_not_fit_together():
                                ({"kind": "dro", "beta": -1.0}, "expected beta >= 0"), ({"beta": 0.1}, "kind 'clip' does not use beta")):
         with pytest.raises(ValueError, match=message):
             PolicyObjective(**objective)
-    for correction, message in (({"kind": "tis"}, "expected kind to be truncated or masked"), ({"level": "word"}, "expected level"),
+    for correction, message in (({"kind": "tis"}, "expected kind to be truncated, masked or sequence_masked"), ({"level": "word"}, "expected level"),
                                 ({"cap": 0.0}, "expected cap > 0"), ({"floor": 0.5}, "expected 0 <= floor < cap, and 0 unless masked")):
         with pytest.raises(ValueError, match=message):
             RolloutCorrection(**correction)
@@ -320,6 +334,7 @@ def test_refuses_what_does_not_fit_together():
                               ({"rollout_logp": x}, "together, got rollout_logp alone"),
                               ({"rollout_correction": RolloutCorrection()}, "together, got rollout_correction alone"),
                               ({"rollout_logp": x, "rollout_correction": RolloutCorrection(level="sequence")}, "expected cu_seqlens with rollout_corr"),
+                              ({"rollout_logp": x, "rollout_correction": RolloutCorrection(kind="sequence_masked")}, "with rollout_correction by sequ"),
                               ({"objective": PolicyObjective(kind="gspo")}, "expected cu_seqlens with kind 'gspo'"),
                               ({"cu_seqlens": torch.tensor([0, 4])}, "expected cu_seqlens to rise from 0 to 3"),
                               ({"ref_logp": torch.zeros(4)}, "ref_logp does not fit its pattern")):
