@@ -5,7 +5,7 @@ The split into micro-batches never changes the gradient, so `tokens_per_microbat
 """
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig
 from fusedrl.engine.config.offline import RewardModelConfig, SFTConfig
-from fusedrl.engine.config.policy import KLConfig, LossConfig, PenaltyConfig, PolicyConfig
+from fusedrl.engine.config.policy import KLConfig, LossConfig, PenaltyConfig, PolicyConfig, PtxConfig, TRPOConfig
 
-__all__ = ["GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig", "OptimConfig", "PenaltyConfig", "PolicyConfig", "RewardModelConfig", "RunConfig",
-           "SFTConfig"]
+__all__ = ["GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig", "OptimConfig", "PenaltyConfig", "PolicyConfig", "PtxConfig",
+           "RewardModelConfig", "RunConfig", "SFTConfig", "TRPOConfig"]

@@ -31,11 +31,13 @@ from fusedrl.engine.objectives import make_objective, minibatch_weights, objecti
 from fusedrl.engine.optim import Optimizer, make_optimizer
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
+from fusedrl.engine.ptx import Ptx, load_ptx
 from fusedrl.engine.reference import Reference, load_reference
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
 from fusedrl.engine.stages.policy_metrics import Meter, measure
+from fusedrl.engine.stages.trpo import check_trust_region, trust_region_update
 from fusedrl.kernels.linear_full_kl import linear_full_kl
 
 Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
@@ -64,8 +66,10 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     if needs == "group" and config.samples_per_prompt == 1:
         raise ConfigError(f"config: expected samples_per_prompt > 1 for the advantage {config.advantage}, which compares the completions of one prompt")
     make_objective(config, config.penalty.coef)  # a mistake in its name or bounds is told before anything is loaded
+    check_trust_region(config)
     kl_in_advantage = config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
-    scored_first = needs == "critic" or kl_in_advantage or config.epochs * config.minibatches > 1
+    trust_region = config.objective == "trpo"
+    scored_first = needs == "critic" or kl_in_advantage or trust_region or config.epochs * config.minibatches > 1
 
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=needs == "critic", strict=config.strict,
@@ -83,7 +87,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     control = Control(config)
 
     with Run(config, config.steps) as run:
-        prompts = _prompts(config, actor, run)
+        prompts, ptx = _prompts(config, actor, run), load_ptx(config, actor, run)
         run.restore(model=actor, optimizer=optimizer, control=control)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
         for step in range(run.start, config.steps):
@@ -97,7 +101,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                 signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
                 batch = estimate(config, signals)
             with run.time("train"), actor.lend_cache():
-                metrics = experience.metrics | update(actor, reference, optimizer, batch, cuts, config, control, step, run)
+                improve = trust_region_update if trust_region else update
+                metrics = experience.metrics | improve(actor, reference, optimizer, batch, cuts, config, control, step, run, ptx)
             control.update(metrics, signals.totals)
             run.log(step, metrics)
             run.samples(step, _samples(experience))
@@ -154,9 +159,9 @@ def score(actor: HybridActor | None, reference: Reference | None, batch: PackedB
 
 # ---- the update ------------------------------------------------------------------------------------------------------------
 def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
-           control: Control, step: int, run: Run) -> dict[str, float]:
+           control: Control, step: int, run: Run, ptx: Ptx | None = None) -> dict[str, float]:
     """epochs x minibatches optimizer steps on one rollout. Token weights are computed over the whole minibatch, so its cut into
-    micro-batches does not change the gradient."""
+    micro-batches does not change the gradient; that of `ptx` is added to it."""
     objective = make_objective(config, control.penalty.coef)
     total_updates = config.steps * config.epochs * config.minibatches
     done = step * config.epochs * config.minibatches
@@ -184,6 +189,8 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0])
             if measured is None:
                 measured = measure(batch.with_columns(old_logp=seen[0], old_entropy=seen[1]), control.kl.coef, config)
+            if ptx is not None:
+                ptx.backward(actor, done)
             optimizer.lr = learning_rate(config.optim, done, total_updates)
             result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
             run.check_update(result)
@@ -193,7 +200,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
     freed = sum(p.grad.nbytes for p in actor.parameters() if p.grad is not None)
     optimizer.zero_grad()
     give_back(freed)  # the next rollout runs beside the weights, the optimizer's state and the cache alone
-    return (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
+    return (measured or {}) | meter.metrics() | {"lr": optimizer.lr} | (ptx.metrics() if ptx is not None else {})
 
 
 def _full_kl(actor: HybridActor, reference: Reference, batch: PackedBatch, hidden_NH: Tensor, config: PolicyConfig) -> Tensor:
