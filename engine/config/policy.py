@@ -108,6 +108,8 @@ class TRPOConfig:
         backtracks: how often, at most, the step is shortened; if none of the lengths keeps the bound and improves, the weights stay as they are.
         backtrack_ratio: what it is shortened by.
         accept_ratio: of the improvement that the gradient promises, the least to accept.
+        schedule: of the bound's root, the length of a step: constant, or linear to zero at the last step. With the KL to the reference in the reward steps of
+            constant length end up circling the optimum.
     """
 
     max_kl: float = 0.01
@@ -117,6 +119,7 @@ class TRPOConfig:
     backtracks: int = 10
     backtrack_ratio: float = 0.5
     accept_ratio: float = 0.1
+    schedule: Literal["constant", "linear"] = "constant"
 
     def __post_init__(self) -> None:
         require(self.max_kl > 0, "trpo.max_kl", "> 0", self.max_kl)
@@ -126,6 +129,10 @@ class TRPOConfig:
         require(self.backtracks >= 0, "trpo.backtracks", ">= 0", self.backtracks)
         require(0 < self.backtrack_ratio < 1, "trpo.backtrack_ratio", "in (0, 1)", self.backtrack_ratio)
         require(0 <= self.accept_ratio < 1, "trpo.accept_ratio", "in [0, 1)", self.accept_ratio)
+
+    def at(self, step: int, total: int) -> TRPOConfig:
+        """With the bound of step `step` (from 0) of `total`."""
+        return self if self.schedule == "constant" else replace(self, max_kl=self.max_kl * (1 - step / total) ** 2)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def trust_region_update(actor: HybridActor, reference: Reference | None, optimiz
 
 def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig, step: int, run: Run) -> tuple[dict[str, float], list[Tensor]]:
     """The step itself: metrics, and the hidden states of each micro-batch after it."""
-    actor, parameters, settings = surrogate.actor, surrogate.parameters, config.trpo
+    actor, parameters, settings = surrogate.actor, surrogate.parameters, config.trpo.at(step, config.steps)
     before, gradient_P = surrogate.gradient()
     norm = gradient_P.norm().item()
     surrogate.meter.grad_norms.append(norm)
