@@ -4,11 +4,11 @@ One loop (stages/policy.py) runs them all. A row's numbers are defaults: whateve
 advantages.py, objectives are in objectives.py; both take more by registration or by dotted path. This file imports nothing heavy: the command line reads it.
 
 Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_critic, a2c: ibid. 13.5, Mnih et al. (2016); ppo, ppo_penalty: Schulman et al.
-          (2017), eqs. 7 and 8; KL in the reward, 0.05: Ziegler et al. (2019), Huang et al. (2024); rloo: Ahmadian et al. (2024); grpo: Shao et al. (2024),
-          with its 0.04; dr_grpo: Liu et al. (2025); dapo: Yu et al. (2025); gspo: Zheng et al. (2025); cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025);
-          gmpo: Zhao et al. (2025); dro: Richemond et al. (2024); reinforce_pp: Hu (2025); remax: Li et al. (2024); opo: Hao et al. (2025); gpg: Chu et al.
-          (2025); pass_at_k: Chen et al. (2025), as verl has it; sequence_ratio: the objective by which courses introduce PPO for language models, without
-          advantages: for study.
+          (2017), eqs. 7 and 8; KL in the reward, 0.05: Ziegler et al. (2019), Huang et al. (2024); trpo: Schulman et al. (2015), the critic's ten passes
+          as stable-baselines3 has them; rloo: Ahmadian et al. (2024); grpo: Shao et al. (2024), with its 0.04; dr_grpo: Liu et al. (2025); dapo: Yu et al.
+          (2025); gspo: Zheng et al. (2025); cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025); gmpo: Zhao et al. (2025); dro: Richemond et al. (2024);
+          reinforce_pp: Hu (2025); remax: Li et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Chen et al. (2025), as verl has it;
+          sequence_ratio: the objective by which courses introduce PPO for language models, without advantages: for study.
 """
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "dual_clip": ("clip", {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}),
     "dapo": ("clip", {"clip_low": 0.2, "clip_high": 0.28}),
     "ppo_penalty": ("kl_penalty", {}),  # beta is the adaptive coefficient
+    "trpo": ("ratio", {}),  # minimised within a bound on the KL: stages/trpo.py
     "gspo": ("gspo", {"clip_low": 3e-4, "clip_high": 4e-4}),
     "cispo": ("cispo", {"clip_max": 5.0}),
     "sapo": ("sapo", {"tau_positive": 1.0, "tau_negative": 1.05}),
@@ -76,6 +77,7 @@ def _group(title: str, advantage: str, objective: str, aggregation: str, *, kl_c
 ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm("PPO: a clipped ratio and a critic", "gae", "ppo_clip", "token_mean", kl_coef=0.05, whiten=True, epochs=4),
     "ppo_penalty": Algorithm("PPO with an adaptive KL penalty in place of the clip", "gae", "ppo_penalty", "token_mean", kl_coef=0.05, whiten=True, epochs=4),
+    "trpo": Algorithm("TRPO: a natural gradient step within a KL, and a critic", "gae", "trpo", "token_mean", kl_coef=0.05, whiten=True, epochs=10),
     "a2c": Algorithm("advantage actor-critic, k steps ahead", "k_step", "reinforce", _SUM, kl_coef=0.05),
     "actor_critic": Algorithm("actor-critic, one step ahead", "td0", "reinforce", _SUM, kl_coef=0.05),
     "reinforce": Algorithm("REINFORCE with reward-to-go", "reward_to_go", "reinforce", _SUM, kl_coef=0.05),

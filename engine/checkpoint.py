@@ -239,6 +239,12 @@ def data_digest(data: Data) -> str:
     return " ".join(file_digest(source.path) for source in parse_data(data))
 
 
+def _all_data(config: Any) -> str:
+    """The digest of everything that a run reads: its data, and the pretraining texts of a policy."""
+    ptx = getattr(config, "ptx", None)
+    return data_digest(config.data) + (f" ptx {data_digest(ptx.data)}" if ptx is not None else "")
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
@@ -300,7 +306,7 @@ class RunDirectory:
 
     def __init__(self, config: Any) -> None:
         self.dir = Path(config.run.dir)
-        current = {"stage": type(config).__name__, "config": config_to_dict(config), "data_sha256": data_digest(config.data),
+        current = {"stage": type(config).__name__, "config": config_to_dict(config), "data_sha256": _all_data(config),
                    "model_sha256": model_digest(config.model)}
         self._lock = RunLock(self.dir)
         try:

@@ -28,7 +28,7 @@ STAGES: dict[str, tuple[type, str, str, str]] = {
     "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
     "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a pairwise reward model on preferences"),
 } | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}
-OPTIONAL = ("lora", "critic", "replay")  # groups of options that may be null
+OPTIONAL = ("lora", "critic", "replay", "ptx")  # groups of options that may be null
 CONFIGURATION, ENVIRONMENT, INTERRUPTED = 2, 3, 130
 
 

@@ -6,7 +6,7 @@ The split into micro-batches never changes the gradient, so `tokens_per_microbat
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 from fusedrl.engine.config.offline import RewardModelConfig, SFTConfig
-from fusedrl.engine.config.policy import CriticConfig, KLConfig, LossConfig, PenaltyConfig, PolicyConfig
+from fusedrl.engine.config.policy import CriticConfig, KLConfig, LossConfig, PenaltyConfig, PolicyConfig, PtxConfig, TRPOConfig
 
 __all__ = ["CorrectionConfig", "CriticConfig", "GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig", "OptimConfig", "PenaltyConfig", "PolicyConfig",
-           "ReplayConfig", "RewardModelConfig", "RunConfig", "SFTConfig"]
+           "PtxConfig", "ReplayConfig", "RewardModelConfig", "RunConfig", "SFTConfig", "TRPOConfig"]

@@ -125,6 +125,73 @@ class CriticConfig:
 
 
 @dataclass(frozen=True)
+class TRPOConfig:
+    """The step of the objective trpo: along the natural gradient, as far as a KL allows (Schulman et al., 2015, whose values these are). The policy has no
+    learning rate; optim is the value head's alone, and epochs are its passes. In float32.
+
+    Args:
+        max_kl: bound on KL(old || new), in nats per token, a mean over the tokens of the rollout, over the whole vocabulary.
+        cg_iterations: of conjugate gradient, each a product with the Fisher matrix; one more product follows.
+        damping: added to the Fisher matrix's diagonal. Where it outweighs the curvature the step is that of plain gradient descent: smaller is nearer to the
+            natural gradient, and takes more iterations.
+        fisher_fraction: of a rollout's completions, those whose states the Fisher matrix is of. The bound is kept on all of them.
+        backtracks: how often, at most, the step is shortened; if none of the lengths keeps the bound and improves, the weights stay as they are.
+        backtrack_ratio: what it is shortened by.
+        accept_ratio: of the improvement that the gradient promises, the least to accept.
+        schedule: of the bound's root, the length of a step: constant, or linear to zero at the last step. With the KL to the reference in the reward steps of
+            constant length end up circling the optimum.
+    """
+
+    max_kl: float = 0.01
+    cg_iterations: int = 10
+    damping: float = 0.1
+    fisher_fraction: float = 0.1
+    backtracks: int = 10
+    backtrack_ratio: float = 0.5
+    accept_ratio: float = 0.1
+    schedule: Literal["constant", "linear"] = "constant"
+
+    def __post_init__(self) -> None:
+        require(self.max_kl > 0, "trpo.max_kl", "> 0", self.max_kl)
+        require(self.cg_iterations >= 1, "trpo.cg_iterations", ">= 1", self.cg_iterations)
+        require(self.damping >= 0, "trpo.damping", ">= 0", self.damping)
+        require(0 < self.fisher_fraction <= 1, "trpo.fisher_fraction", "in (0, 1]", self.fisher_fraction)
+        require(self.backtracks >= 0, "trpo.backtracks", ">= 0", self.backtracks)
+        require(0 < self.backtrack_ratio < 1, "trpo.backtrack_ratio", "in (0, 1)", self.backtrack_ratio)
+        require(0 <= self.accept_ratio < 1, "trpo.accept_ratio", "in [0, 1)", self.accept_ratio)
+
+    def at(self, step: int, total: int) -> TRPOConfig:
+        """With the bound of step `step` (from 0) of `total`."""
+        return self if self.schedule == "constant" else replace(self, max_kl=self.max_kl * (1 - step / total) ** 2)
+
+
+@dataclass(frozen=True)
+class PtxConfig:
+    """Pretraining in every optimizer step of the policy, against forgetting (PPO-ptx: Ouyang et al., 2022, eq. 2): the loss gains coef times the mean
+    cross-entropy of a draw of texts.
+
+    Args:
+        data: as of sft: JSONL with {"text"}, which is learned whole, {"prompt", "completion"}, ...; several files mix by weight.
+        coef: in nats of the loss per nat of a token; 0 is none. InstructGPT's 27.8 stands beside a policy loss of its own scale; watch loss/ptx.
+        sequences_per_step: texts of one optimizer step, of which a rollout has epochs x minibatches (trpo: one).
+        max_length: longer texts are dropped and counted; None is the model's own limit.
+        learn_prompts: where rows have a prompt, learn it as well.
+    """
+
+    data: str = ""
+    coef: float = 27.8
+    sequences_per_step: int = 32
+    max_length: int | None = None
+    learn_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.data), "ptx.data", "a file of texts beside the other options of ptx", self.data)
+        require(self.coef >= 0, "ptx.coef", ">= 0", self.coef)
+        require(self.sequences_per_step >= 1, "ptx.sequences_per_step", ">= 1", self.sequences_per_step)
+        require(self.max_length is None or self.max_length >= 2, "ptx.max_length", ">= 2", self.max_length)
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Advantage and loss. Defaults of PPO: Ziegler et al. (2019) and Stiennon et al. (2020), as re-implemented by Huang et al. (2024). Fields without a
     default here take the algorithm's (algorithms.py), and the bounds of a ratio those of the objective (kernels/objective.py).
@@ -196,7 +263,7 @@ class PolicyConfig:
         reward: rewards, each file.py:function, or a directory of a reward model.
         algorithm: ppo, grpo, rloo, ...: a row of algorithms.py.
         reward_weights: one weight per reward; None weighs each 1.
-        steps: rollouts, each followed by epochs x minibatches optimizer steps.
+        steps: rollouts, each followed by epochs x minibatches optimizer steps (trpo: by one step of the policy and epochs of its values).
         prompts_per_step: prompts of one rollout.
         samples_per_prompt: completions of each prompt.
         epochs: passes over a rollout.
@@ -219,6 +286,7 @@ class PolicyConfig:
         lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora turns it on. <run>/model then holds them merged,
             <run>/adapter by themselves.
         replay: train on earlier rollouts, too; replay.capacity, replay.fraction or replay.max_age turns it on.
+        ptx: learn texts in the same optimizer steps, so that the policy does not forget them; ptx.data turns it on.
         reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
             the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
         critic: a critic of its own, for algorithms that have one; critic.model, critic.warmup_steps or critic.optim turns it on. None is a value head on the
@@ -252,6 +320,7 @@ class PolicyConfig:
     device: str | None = None
     lora: LoRAConfig | None = None
     replay: ReplayConfig | None = None
+    ptx: PtxConfig | None = None
     reference: Literal["auto", "frozen", "adapter_off", "host"] = "auto"
     critic: CriticConfig | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -259,6 +328,7 @@ class PolicyConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    trpo: TRPOConfig = field(default_factory=TRPOConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -288,6 +358,11 @@ class PolicyConfig:
         require(self.samples_per_prompt > 1 or ADVANTAGES.get(self.advantage) != "group", "samples_per_prompt", f"> 1 for {self.algorithm} (its advantage, "
                  f"{self.advantage}, compares the completions of one prompt: one alone has the advantage 0 and teaches nothing; 8 is usual)",
                  self.samples_per_prompt)
+        if self.objective == "trpo":
+            require(self.minibatches == 1, "minibatches", "1 with the objective trpo (its one step is on the whole rollout)", self.minibatches)
+            require(self.replay is None, "replay", "to be left out with the objective trpo (its bound is a distance from the policy of one rollout)", self.replay)
+            require(self.dtype != "bfloat16", "dtype", "float32 with the objective trpo (its step is rounded away in 16 bits)", self.dtype)
+            require(self.kl.coef == 0 or self.kl.estimator != "full", "kl.estimator", "k1, k2, k3 or abs with the objective trpo", self.kl.estimator)
         require(0 <= self.overlong_buffer <= self.generation.max_new_tokens, "overlong_buffer", "within 0 and generation.max_new_tokens = "
                  f"{self.generation.max_new_tokens}", self.overlong_buffer)
         require(self.objective != "reinforce" or (self.replay is None and not self.correction.bypass), "loss.objective", "with a ratio (importance, ppo_clip, "

@@ -35,12 +35,14 @@ from fusedrl.engine.objectives import behaviour, make_objective, minibatch_weigh
 from fusedrl.engine.optim import Optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
+from fusedrl.engine.ptx import Ptx, load_ptx
 from fusedrl.engine.reference import Reference, load_reference
 from fusedrl.engine.replay import ReplayBuffer, Replayed, with_replay
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
 from fusedrl.engine.stages.policy_metrics import Meter, measure, value_metrics
+from fusedrl.engine.stages.trpo import check_trust_region, trust_region_update
 from fusedrl.kernels.linear_full_kl import linear_full_kl
 from fusedrl.kernels.policy_loss import ValueStats, value_loss
 
@@ -72,11 +74,13 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     make_objective(config, config.penalty.coef)  # a mistake in its name or bounds is told before anything is loaded
     if config.critic is not None and needs != "critic":
         raise ConfigError(f"config: expected no critic with the advantage {config.advantage}, which has no use for values; leave critic out")
+    check_trust_region(config)
+    trust_region = config.objective == "trpo"
     kl_in_advantage = config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
     on_trunk = needs == "critic" and config.critic is None
     critic_alone = config.critic.warmup_steps if config.critic is not None else 0  # rollouts
     several = config.epochs * config.minibatches > 1 and not config.correction.bypass
-    scored_first = on_trunk or kl_in_advantage or several or config.replay is not None
+    scored_first = on_trunk or kl_in_advantage or trust_region or several or config.replay is not None
 
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=on_trunk, strict=config.strict,
@@ -94,7 +98,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     replay = None if config.replay is None else ReplayBuffer(config.replay, config.run.seed)
 
     with Run(config, config.steps) as run:
-        prompts = _prompts(config, actor, run)
+        prompts, ptx = _prompts(config, actor, run), load_ptx(config, actor, run)
         parts: dict[str, Any] = {"model": actor, "optimizer": optimizer, "control": control, "critic": critic, "replay": replay}
         run.restore(**parts)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
@@ -113,11 +117,13 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                 batch = estimate(config, signals)
             with run.time("train"), actor.lend_cache(*([] if critic is None else [critic.model])):
                 metrics = experience.metrics | ({} if critic is None else update_critic(critic, batch, cuts, config, step, run))
-                if learns:
-                    replayed = None if replay is None else replay.draw(step, batch.num_sequences, batch.device)
-                    metrics |= update(actor, reference, optimizer, batch, cuts, config, control, step, run, replayed)
-                else:
+                if not learns:
                     metrics |= measure(batch, control.kl.coef, config)
+                elif trust_region:
+                    metrics |= trust_region_update(actor, reference, optimizer, batch, cuts, config, control, step, run, ptx)
+                else:
+                    replayed = None if replay is None else replay.draw(step, batch.num_sequences, batch.device)
+                    metrics |= update(actor, reference, optimizer, batch, cuts, config, control, step, run, ptx, replayed)
             control.update(metrics if learns else {}, signals.totals)
             if replay is not None:
                 replay.add(batch, step)
@@ -178,8 +184,8 @@ def score(actor: HybridActor | None, reference: Reference | None, batch: PackedB
 
 # ---- the update ------------------------------------------------------------------------------------------------------------
 def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
-           control: Control, step: int, run: Run, replayed: Replayed | None = None) -> dict[str, float]:
-    """epochs x minibatches optimizer steps on one rollout and what is replayed beside it."""
+           control: Control, step: int, run: Run, ptx: Ptx | None = None, replayed: Replayed | None = None) -> dict[str, float]:
+    """epochs x minibatches optimizer steps on one rollout and what is replayed beside it; the gradient of `ptx` is added to each."""
     objective = make_objective(config, control.penalty.coef)
     total_updates, done = _updates(config, step, config.critic.warmup_steps if config.critic is not None else 0)
     meter = Meter()
@@ -210,6 +216,8 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             if measured is None:
                 trained = sorted(b for group in minibatch for b in group)
                 measured = measure(batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(trained), control.kl.coef, config)
+            if ptx is not None:
+                ptx.backward(actor, done)
             optimizer.lr = learning_rate(config.optim, done, total_updates)
             result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
             run.check_update(result)
@@ -217,7 +225,8 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             meter.grad_norms.append(result.grad_norm)
             done += 1
     _drop_gradients(optimizer, actor)
-    return (measured or {}) | meter.metrics() | (replayed.metrics if replayed is not None else {}) | {"lr": optimizer.lr}
+    return (measured or {}) | meter.metrics() | (replayed.metrics if replayed is not None else {}) | {"lr": optimizer.lr} | (
+        ptx.metrics() if ptx is not None else {})
 
 
 def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, step: int, run: Run) -> dict[str, float]:

@@ -1,0 +1,97 @@
+"""The step of a trust region: along the natural gradient, as long as a KL allows, taken only where it keeps what was promised.
+
+    minimise L(theta)   subject to   KL(theta_old || theta) <= max_kl,   KL = d^T F d / 2 + O(|d|^3) for a move d, F the Fisher matrix
+
+    (F + damping I) x = -grad L      by conjugate gradient: products with F are all that is known of it (Hestenes and Stiefel, 1952)
+    d = sqrt(2 max_kl / x^T F x) x   the longest move along x for which the quadratic stays within max_kl; F without its damping
+    d, r d, r^2 d, ...               the first with KL <= max_kl and a decrease of at least accept_ratio times the linear one
+
+Shapes    P parameters, in one vector of one dtype.
+Memory    `natural_step` holds 4 vectors of P, the gradient among them; a product, and what it takes to make, come on top.
+Source    Schulman et al. (2015), Trust region policy optimization, appendix C; its released code for the line search.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedrl.engine.config import TRPOConfig
+
+Product = Callable[[Tensor], Tensor]
+
+
+class NaturalStep(NamedTuple):
+    """The full move, and what the quadratic says of it."""
+
+    move_P: Tensor
+    decrease: float  # of the loss, linearly, over the whole move; 0 where there is no direction to go
+    residual: float  # |(F + damping I) x - b| / |b| that conjugate gradient left
+
+
+class LineSearch(NamedTuple):
+    """What was accepted; nothing where `fraction` is 0."""
+
+    fraction: float  # of the full move
+    loss: float
+    kl: float
+    tries: int
+
+
+@torch.no_grad()
+def conjugate_gradient(product: Product, b_P: Tensor, iterations: int, tolerance: float = 1e-5) -> tuple[Tensor, float]:
+    """(x, residual): x with product(x) = b for a symmetric positive definite product, and |product(x) - b| / |b| as the recursion has it.
+
+    Args:
+        iterations: at most so many products. tolerance: the relative residual at which to stop before.
+    """
+    x_P, r_P = torch.zeros_like(b_P), b_P.clone()
+    p_P = b_P.clone()
+    start = squared = torch.dot(r_P, r_P).item()
+    for _ in range(iterations):
+        if not squared > tolerance**2 * start:  # also where b is 0
+            break
+        Ap_P = product(p_P)
+        curvature = torch.dot(p_P, Ap_P).item()
+        if not curvature > 0:  # rounding, or a product that is not positive definite: what was reached so far is a descent direction
+            break
+        x_P.add_(p_P, alpha=squared / curvature)
+        r_P.sub_(Ap_P, alpha=squared / curvature)
+        before, squared = squared, torch.dot(r_P, r_P).item()
+        p_P.mul_(squared / before).add_(r_P)
+    return x_P, math.sqrt(squared / start) if start > 0 else 0.0
+
+
+@torch.no_grad()
+def natural_step(descent_P: Tensor, fisher: Product, config: TRPOConfig) -> NaturalStep:
+    """The full move along which the loss falls fastest for its KL.
+
+    Args:
+        descent_P: the negative gradient of the loss. fisher: v -> F v, without damping, in a tensor of its own.
+    """
+    x_P, residual = conjugate_gradient(lambda v_P: fisher(v_P).add_(v_P, alpha=config.damping), descent_P, config.cg_iterations)
+    quadratic = torch.dot(x_P, fisher(x_P)).item()
+    if not (quadratic > 0 and math.isfinite(quadratic)):
+        return NaturalStep(x_P.zero_(), 0.0, residual)
+    length = math.sqrt(2 * config.max_kl / quadratic)
+    return NaturalStep(x_P.mul_(length), torch.dot(descent_P, x_P).item(), residual)
+
+
+def line_search(evaluate: Callable[[float], tuple[float, float]], before: float, decrease: float, config: TRPOConfig) -> LineSearch:
+    """Shorten the move until it is good.
+
+    Args:
+        evaluate: fraction -> (loss, KL) of the parameters moved by that fraction of the full move; it leaves them there.
+        before: the loss without a move. decrease: the linear one of the full move (`natural_step`).
+    Returns:
+        The first that is accepted, with the parameters where it is. With fraction 0 none was: whoever moves them puts them back.
+    """
+    for tries in range(config.backtracks + 1):
+        fraction = config.backtrack_ratio**tries
+        loss, kl = evaluate(fraction)
+        if kl <= config.max_kl and before - loss > 0 and before - loss >= config.accept_ratio * fraction * decrease:  # False of NaN
+            return LineSearch(fraction, loss, kl, tries + 1)
+    return LineSearch(0.0, before, 0.0, config.backtracks + 1)
