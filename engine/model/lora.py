@@ -91,11 +91,11 @@ class _AdaptedLinear(torch.autograd.Function):
     def jvp(ctx: Any, x_NK: Tensor | None, weight_OK: Tensor | None, bias_O: Tensor | None, a_RK: Tensor | None, b: Tensor | None, *_: None) -> Tensor:
         """Forward mode: the arguments are tangents, None where there is none."""
         at_x_NK, at_weight_OK, at_a_RK, at_b, at_u_NR = ctx.saved_tensors
-        y_NO = at_x_NK.new_zeros(len(at_x_NK), len(at_weight_OK)) if x_NK is None else F.linear(x_NK, at_weight_OK)
-        y_NO = y_NO if weight_OK is None else y_NO + F.linear(at_x_NK, weight_OK)
+        y_NO = at_x_NK.new_zeros(len(at_x_NK), len(at_weight_OK)) if x_NK is None else product(x_NK, at_weight_OK)
+        y_NO = y_NO if weight_OK is None else y_NO + product(at_x_NK, weight_OK)
         y_NO = y_NO if bias_O is None else y_NO + bias_O
-        u_NR = torch.zeros_like(at_u_NR) if x_NK is None else F.linear(x_NK, at_a_RK)
-        u_NR = u_NR if a_RK is None else u_NR + F.linear(at_x_NK, a_RK)
+        u_NR = torch.zeros_like(at_u_NR) if x_NK is None else product(x_NK, at_a_RK)
+        u_NR = u_NR if a_RK is None else u_NR + product(at_x_NK, a_RK)
         add_adapter_(y_NO, u_NR, at_b, ctx.rows, ctx.scale)
         if b is not None:
             add_adapter_(y_NO, at_u_NR, b, ctx.rows, ctx.scale)
