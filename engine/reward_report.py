@@ -1,7 +1,8 @@
 """How well a reward model predicts held-out preferences: accuracy, calibration, length bias. Numbers in, a dataclass, JSON and a table out.
 
-Units     Pairs of one prompt are not independent, so the prompt is the unit: each has one vote, split evenly over its pairs, and the interval's n counts
-          prompts. (For prompts of several pairs the interval is then on the safe side: a mean of agreements varies less than one agreement.)
+Units     The pairs of one ranked list are not independent, so the example (a pair, or a list) is the unit: each has one vote, split evenly over its pairs,
+          and the interval's n counts examples. (For lists the interval is on the safe side: a mean of agreements varies less than one agreement.) Rows that
+          share a prompt, as SHP's do, count as independent: the interval is then too narrow.
 Predicted A model says that the first answer of a pair is preferred with probability sigmoid(difference of scores); where labels are known to be flipped at
           a rate e, that the *label* prefers it with (1 - e) sigmoid(d) + e sigmoid(-d). Calibration is of what is said about labels.
 Bins      of the predicted probability of the answer that the model prefers, which is 0.5 at least: it does not matter in which order a pair stands.
@@ -42,7 +43,7 @@ class Bin:
 class RewardReport:
     """What held-out preferences say of a reward model.
 
-    accuracy: mean over prompts, with its 95% interval (low, high). loss: nats, of the labels under the prediction. brier: mean squared error of the
+    accuracy: mean over examples, with its 95% interval (low, high). loss: nats, of the labels under the prediction. brier: mean squared error of the
     predicted probability. ece: expected calibration error, the mean over the bins of |observed - predicted|. confidence: the mean predicted probability of
     the preferred answer, which is the accuracy that the model itself expects. temperature: what the scores would have to be divided by for the least loss on
     these same pairs (1 is calibrated, above 1 over-confident), and that loss; None where no finite one is best. margin: mean score of the better answer less
@@ -51,7 +52,7 @@ class RewardReport:
     agree with at most, where labels are flipped at a known rate.
     """
 
-    prompts: int
+    examples: int
     pairs: int
     accuracy: float
     accuracy_low: float
@@ -73,29 +74,29 @@ class RewardReport:
     def metrics(self) -> dict[str, float]:
         """For a line of metrics.jsonl."""
         return {"eval_loss": self.loss, "eval_accuracy": self.accuracy, "eval_accuracy_low": self.accuracy_low, "eval_accuracy_high": self.accuracy_high,
-                "eval_pairs": float(self.pairs), "eval_prompts": float(self.prompts), "eval_brier": self.brier, "eval_ece": self.ece,
+                "eval_pairs": float(self.pairs), "eval_examples": float(self.examples), "eval_brier": self.brier, "eval_ece": self.ece,
                 "eval_margin": self.margin, "eval_length_correlation": self.length_correlation}
 
 
-def reward_report(difference_P: Tensor, prompts: Sequence[int], lengths: Sequence[int], labels: Sequence[float] | None = None, *, label_noise: float = 0.0
+def reward_report(difference_P: Tensor, examples: Sequence[int], lengths: Sequence[int], labels: Sequence[float] | None = None, *, label_noise: float = 0.0
                   ) -> RewardReport | None:
     """Judge the differences of scores of P pairs, each the better answer's score less the worse one's.
 
     Args:
         difference_P: float, any device.
-        prompts: [P] a number for each pair's prompt; pairs of equal numbers share one vote.
+        examples: [P] a number for each pair's example; pairs of equal numbers share one vote.
         lengths: [P] tokens of the better answer less those of the worse one.
         labels: [P] the probability that the better one is the better one; None is 1. Pairs of 0.5 are left out.
         label_noise: the rate at which labels are known to be flipped, in [0, 0.5).
     Returns:
         The report; None where no pair is left.
     """
-    label_P = torch.ones(len(prompts), dtype=torch.float64) if labels is None else torch.tensor(labels, dtype=torch.float64)
+    label_P = torch.ones(len(examples), dtype=torch.float64) if labels is None else torch.tensor(labels, dtype=torch.float64)
     kept = (label_P != 0.5).nonzero().squeeze(1)
     if not len(kept):
         return None
     d, label, length = difference_P.detach().double().cpu()[kept], label_P[kept], torch.tensor(lengths, dtype=torch.float64)[kept]
-    _, unit = torch.unique(torch.tensor(prompts)[kept], return_inverse=True)
+    _, unit = torch.unique(torch.tensor(examples)[kept], return_inverse=True)
     share = 1.0 / unit.bincount()[unit].double() / (int(unit.max()) + 1)
     n = int(unit.max()) + 1
 
@@ -112,7 +113,7 @@ def reward_report(difference_P: Tensor, prompts: Sequence[int], lengths: Sequenc
     found = _bins(sure, torch.where(d == 0, 0.5, right), share)  # of equal scores either answer is said with 0.5
     agreed = torch.where(label > 0.5, length.sign(), -length.sign())
     return RewardReport(
-        prompts=n, pairs=len(kept), accuracy=accuracy, accuracy_low=low, accuracy_high=high, loss=mean(pair_nll(d, label, label_noise)),
+        examples=n, pairs=len(kept), accuracy=accuracy, accuracy_low=low, accuracy_high=high, loss=mean(pair_nll(d, label, label_noise)),
         brier=mean((predicted - label).square()), ece=sum(b.weight * abs(b.observed - b.predicted) for b in found), confidence=mean(sure),
         temperature=temperature, loss_at_temperature=at_temperature, margin=mean(d), length_correlation=mean(d * length) / spread if spread else 0.0,
         longer_wins=mean(0.5 + agreed / 2), shorter_wins=mean(0.5 - agreed / 2), ceiling=1 - label_noise if label_noise else None, label_noise=label_noise,
@@ -172,7 +173,7 @@ def save_report(report: RewardReport, path: str | Path) -> None:
 def report_table(report: RewardReport) -> Table:
     """The report for a terminal."""
     r = report
-    table = Table(title=f"Held-out preferences: {r.pairs} pairs of {r.prompts} prompts", title_justify="left")
+    table = Table(title=f"Held-out preferences: {r.pairs} pairs of {r.examples} examples", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("accuracy (95% interval)", f"{r.accuracy:.1%} ({r.accuracy_low:.1%} to {r.accuracy_high:.1%})")

@@ -102,7 +102,7 @@ class RewardModel(nn.Module):
         if imitation and decoder.head is not None:
             decoder.head.requires_grad_()  # an adapter froze it with the rest
         self.register_parameter("lm_head", nn.Parameter(decoder.embedding.detach().clone()) if imitation and decoder.head is None else None)
-        self._imitates = imitation
+        self.imitates = imitation
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, *, seed: int = 0, imitation: bool = False) -> RewardModel:
@@ -125,7 +125,7 @@ class RewardModel(nn.Module):
 
     def imitation_logp(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
         """The sum of the log-probabilities of the batch's actions by the second head, in nats; the logits are never held. Raises ValueError without one."""
-        if not self._imitates:
+        if not self.imitates:
             raise ValueError("RewardModel: expected a second head to imitate with; build the model with imitation=True")
         weight_VH = self.lm_head if self.lm_head is not None else self.decoder.head_weight
         return cast(Tensor, linear_logprob(hidden_NH, weight_VH, batch.labels(), softcap=self.decoder.config.logit_softcap)).sum()

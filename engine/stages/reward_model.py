@@ -190,15 +190,13 @@ def _normalize(model: RewardModel, comparisons: Sequence[Comparison], config: Re
 
 # ---- held-out preferences -----------------------------------------------------------------------------------------------------
 def report(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int, label_noise: float = 0.0) -> RewardReport | None:
-    """Accuracy and calibration on these; None where they have no pair. Comparisons of the same prompt count as one."""
+    """Accuracy and calibration on these; None for none."""
     if not comparisons:
         return None
     better, worse = score_pairs(model, comparisons, tokens_per_microbatch)
-    numbers: dict[tuple[int, ...], int] = {}
-    units = [numbers.setdefault(tuple(c.prompt), len(numbers)) for c in comparisons]
-    listed = [(unit, len(c.completions[i]) - len(c.completions[j]), c.label) for unit, c in zip(units, comparisons, strict=True) for i, j in c.pairs]
-    prompts, lengths, labels = zip(*listed, strict=True)
-    return reward_report(better - worse, prompts, lengths, labels, label_noise=label_noise)
+    listed = [(index, len(c.completions[i]) - len(c.completions[j]), c.label) for index, c in enumerate(comparisons) for i, j in c.pairs]
+    examples, lengths, labels = zip(*listed, strict=True)
+    return reward_report(better - worse, examples, lengths, labels, label_noise=label_noise)
 
 
 def evaluate(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int, label_noise: float = 0.0) -> dict[str, float]:
