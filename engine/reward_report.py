@@ -153,7 +153,7 @@ def _fit_temperature(d: Tensor, label: Tensor, share: Tensor, label_noise: float
 
     most = math.log(_SHARPEST)
     grid = torch.linspace(-most, most, 57).tolist()
-    at = min(range(len(grid)), key=lambda i: loss(grid[i]))
+    at = min(range(len(grid)), key=lambda i: (loss(grid[i]), -i))  # of losses that underflow, the sharpest
     if at in (0, len(grid) - 1):
         return None, None
     low, high = grid[at - 1], grid[at + 1]

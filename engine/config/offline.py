@@ -71,6 +71,9 @@ class RewardModelConfig:
         max_length: examples with a longer side are dropped and counted; None is the model's own limit.
         label_noise: the rate at which labels are known to be flipped, in [0, 0.5): what is learnt is then what the annotators mean, not how often they agree.
             Annotators agree on 60 to 70% of such pairs.
+        denoise_folds: 2 or more: before training, as many reward models are trained, each without one part of the training examples, and those of its part are
+            left out that it contradicts; 0 trains on all. Held-out examples are never left out.
+        denoise_threshold: a pair is contradicted where the rejected answer scores more than this above the chosen one (log-odds).
         soft_labels: keep the ties of WebGPT, as pairs of which either answer is as likely to be the better one.
         center_coef: times the mean of (sum of the two scores)^2, which draws scores towards 0 without a shift; 0.01 is usual.
         imitation_coef: times the cross-entropy, a mean over tokens, of the best answer by a second head over the vocabulary on the same trunk.
@@ -93,6 +96,8 @@ class RewardModelConfig:
     checkpoint_activations: bool = False
     max_length: int | None = None
     label_noise: float = 0.0
+    denoise_folds: int = 0
+    denoise_threshold: float = 0.5
     soft_labels: bool = False
     center_coef: float = 0.0
     imitation_coef: float = 0.0
@@ -109,7 +114,8 @@ class RewardModelConfig:
         require(self.pairs_per_step >= 1, "pairs_per_step", ">= 1", self.pairs_per_step)
         require(self.eval_every >= 0, "eval_every", ">= 0", self.eval_every)
         require(0 <= self.label_noise < 0.5, "label_noise", "in [0, 0.5); at one half labels say nothing", self.label_noise)
-        for name in ("center_coef", "imitation_coef"):
+        require(self.denoise_folds == 0 or self.denoise_folds >= 2, "denoise_folds", "0, or 2 and more", self.denoise_folds)
+        for name in ("center_coef", "imitation_coef", "denoise_threshold"):
             require(0 <= getattr(self, name) < math.inf, name, ">= 0", getattr(self, name))
         require(self.normalize in ("none", "mean", "mean_std"), "normalize", "none, mean or mean_std (it was true or false: mean or none)", self.normalize)
 

@@ -1,6 +1,7 @@
 """A reward model: the trunk of a language model, one linear, the score at the last token, learnt from pairs or ranked lists (preferences.py)."""
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -10,11 +11,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fusedrl.engine.checkpoint import write_file
 from fusedrl.engine.config import RewardModelConfig
-from fusedrl.engine.control import learning_rate
-from fusedrl.engine.data.mixture import mix
+from fusedrl.engine.control import data_order, learning_rate, shuffled
+from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import Source
 from fusedrl.engine.data.tokenize import end_of_text
+from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
@@ -25,7 +28,7 @@ from fusedrl.engine.reward_report import RewardReport, report_table, reward_repo
 from fusedrl.engine.run import Run, held_out
 from fusedrl.kernels.faults import raise_faults
 
-__all__ = ["RewardModelResult", "evaluate", "gradients", "new_model", "report", "score_pairs", "train_reward_model", "wilson_interval"]
+__all__ = ["RewardModelResult", "cross_fitted_margins", "evaluate", "gradients", "new_model", "report", "score_pairs", "train_reward_model", "wilson_interval"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class RewardModelResult:
 def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     """Train a reward model on preferences.
 
-    The run directory receives config.json, metrics.jsonl, checkpoints and, at the end, report.json (held-out accuracy and calibration, where examples were
-    held out) and model/ (a *ForSequenceClassification of one label, loadable by transformers).
+    The run directory receives config.json, metrics.jsonl, checkpoints, denoise.json (where asked for) and, at the end, report.json (accuracy and calibration
+    on what was held out) and model/ (a *ForSequenceClassification of one label, loadable by transformers).
 
     Raises:
         DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
@@ -67,6 +70,10 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
             return [comparison for _, comparison in encoded]
 
         train, held = mix(config.data, read).split(lambda comparisons: held_out(comparisons, config.eval_fraction, config.run.seed))
+        if config.denoise_folds:
+            del model, optimizer  # the others need the room
+            train = _denoised(train, config, run)
+            model, optimizer = new_model(config)
         run.total = math.ceil(len(train) * config.epochs / config.pairs_per_step)
         run.restore(model=model, optimizer=optimizer)
         for step in range(run.start, run.total):
@@ -155,6 +162,58 @@ def _batch(comparisons: Sequence[Comparison], device: torch.device) -> PackedBat
     """All completions side by side, each behind its prompt; the actions are the tokens to imitate."""
     return PackedBatch.from_masked(((c.prompt + completion, [False] * len(c.prompt) + [i in c.preferred] * len(completion))
                                     for c in comparisons for i, completion in enumerate(c.completions)), device=device)
+
+
+# ---- noisy labels -------------------------------------------------------------------------------------------------------------
+def cross_fitted_margins(config: RewardModelConfig, comparisons: Sequence[Comparison]) -> list[float]:
+    """What a reward model that never saw a comparison, nor another of the same prompt, says of it: the mean over its pairs of the better score less the worse.
+
+    The comparisons are dealt out by prompt to `denoise_folds` parts, and for each part a model is trained on the others as the configuration says, and let go.
+
+    Raises:
+        ConfigError: there are fewer prompts than parts.
+    """
+    prompts = list(dict.fromkeys(tuple(c.prompt) for c in comparisons))
+    if len(prompts) < config.denoise_folds:
+        raise ConfigError(f"denoise_folds = {config.denoise_folds} needs as many different prompts, and the training examples have {len(prompts)}")
+    part = {prompts[index]: place % config.denoise_folds for place, index in enumerate(shuffled(len(prompts), config.run.seed, "folds"))}
+    margins = [0.0] * len(comparisons)
+    for fold in range(config.denoise_folds):
+        inside, outside = ([i for i, c in enumerate(comparisons) if (part[tuple(c.prompt)] == fold) is wanted] for wanted in (True, False))
+        model, optimizer = new_model(config)
+        total = math.ceil(len(outside) * config.epochs / config.pairs_per_step)
+        for step in range(total):
+            start = step * config.pairs_per_step
+            order = data_order(len(outside), config.run.seed, start, min(start + config.pairs_per_step, len(outside) * config.epochs))
+            optimizer.zero_grad()
+            gradients(model, [comparisons[outside[i]] for i in order], config)
+            optimizer.lr = learning_rate(config.optim, step, total)
+            optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
+        asked = [comparisons[i] for i in inside]
+        better, worse = score_pairs(model, asked, config.tokens_per_microbatch)
+        for i, differences in zip(inside, (better - worse).split([len(c.pairs) for c in asked]), strict=True):
+            margins[i] = differences.mean().item()
+    return margins
+
+
+def _denoised(train: Mixture[Comparison], config: RewardModelConfig, run: Run) -> Mixture[Comparison]:
+    """Without the examples that the other folds contradict. What they said is in <run>/denoise.json, from which a resumed run goes on."""
+    path = run.directory / "denoise.json"
+    if run.start and path.is_file():
+        margins = json.loads(path.read_bytes())["margins"]
+    else:
+        margins = cross_fitted_margins(config, train.examples)
+        write_file(path, (json.dumps({"threshold": config.denoise_threshold, "margins": margins}) + "\n").encode())
+    noisy = iter([margin < -config.denoise_threshold for margin in margins])
+
+    def leave_out(source: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
+        marked = [(next(noisy), c) for c in source]
+        return [c for flag, c in marked if not flag], [c for flag, c in marked if flag]
+
+    kept, left_out = train.split(leave_out)
+    run.message(f"preferences: {len(left_out)} of {len(margins)} are left out: a model that has not seen them contradicts them by more than "
+                f"{config.denoise_threshold:g}")
+    return kept
 
 
 # ---- scores -------------------------------------------------------------------------------------------------------------------

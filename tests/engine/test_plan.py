@@ -193,7 +193,9 @@ MEDIUM = {"model_type": "llama", "vocab_size": 2000, "hidden_size": 192, "interm
 @pytest.mark.parametrize("stage, dtype, shape", [
     ("ppo", "float32", {"tie_word_embeddings": True}), ("ppo", "bfloat16", {"vocab_size": 8000, "num_hidden_layers": 2}),
     ("sft", "float32", {"vocab_size": 8000, "num_hidden_layers": 2}), ("sft", "bfloat16", {"tie_word_embeddings": True}),
-    ("reward", "float32", {}), ("reward", "bfloat16", {}), ("imitation", "float32", {"tie_word_embeddings": True}), ("imitation", "bfloat16", {})], ids=lambda value: "".join(value) if isinstance(value, dict) else value)
+    ("reward", "float32", {}), ("reward", "bfloat16", {}),
+    ("imitation", "float32", {"tie_word_embeddings": True}), ("imitation", "bfloat16", {})],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else value)
 def test_the_peak_is_what_the_allocator_sees(stage, dtype, shape):
     """Of a later micro-batch and the optimizer's step, beside weights, gradients and moments."""
     sizes = MEDIUM | shape
