@@ -136,7 +136,7 @@ def gradients(model: RewardModel, chosen: Sequence[Comparison], config: RewardMo
         ranking = loss = preference_loss(scores, group, label_noise=config.label_noise, total_weight=weight)
         if config.center_coef:
             loss = loss + config.center_coef * centre_loss(scores, group, total_weight=weight)
-        if config.imitation_coef and batch.action_mask.any():
+        if config.imitation_coef and any(c.preferred for c in group):
             imitation = -model.imitation_logp(batch, hidden_NH) / tokens
             loss = loss + config.imitation_coef * imitation
             sums["imitation_loss"] += imitation.detach()
