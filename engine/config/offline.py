@@ -69,8 +69,8 @@ class RewardModelConfig:
         tokens_per_microbatch: tokens of one forward and backward; an example is never split.
         checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
         max_length: examples with a longer side are dropped and counted; None is the model's own limit.
-        label_noise: the rate at which labels are known to be flipped, in [0, 0.5): what is learnt is then what the annotators mean, not how often they agree.
-            Annotators agree on 60 to 70% of such pairs.
+        label_noise: the rate at which labels are known to be flipped, in [0, 0.5): what is learnt is then what annotators mean, not how often they agree. Two
+            who agree on a share a of clear cases flip (1 - sqrt(2a - 1)) / 2 each: 18% for 70%.
         denoise_folds: 2 or more: before training, as many reward models are trained, each without one part of the training examples, and those of its part are
             left out that it contradicts; 0 trains on all. Held-out examples are never left out.
         denoise_threshold: a pair is contradicted where the rejected answer scores more than this above the chosen one (log-odds).
