@@ -2,7 +2,7 @@
 
 Units     The pairs of one ranked list are not independent, so the example (a pair, or a list) is the unit: each has one vote, split evenly over its pairs,
           and the interval's n counts examples. (For lists the interval is on the safe side: a mean of agreements varies less than one agreement.) Rows that
-          share a prompt, as SHP's do, count as independent: the interval is then too narrow.
+          share a prompt, as those of SHP do, are one unit where the caller says so, else the interval is too narrow.
 Predicted A model says that the first answer of a pair is preferred with probability sigmoid(difference of scores); where labels are known to be flipped at
           a rate e, that the *label* prefers it with (1 - e) sigmoid(d) + e sigmoid(-d). Calibration is of what is said about labels.
 Bins      of the predicted probability of the answer that the model prefers, which is 0.5 at least: it does not matter in which order a pair stands.
@@ -173,9 +173,9 @@ def save_report(report: RewardReport, path: str | Path) -> None:
 def report_table(report: RewardReport) -> Table:
     """The report for a terminal."""
     r = report
-    table = Table(title=f"Held-out preferences: {r.pairs} pairs of {r.examples} examples", title_justify="left")
-    table.add_column("")
-    table.add_column("", justify="right")
+    table = Table(title=f"Held-out preferences: {r.pairs} pairs of {r.examples} examples", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
     table.add_row("accuracy (95% interval)", f"{r.accuracy:.1%} ({r.accuracy_low:.1%} to {r.accuracy_high:.1%})")
     if r.ceiling is not None:
         table.add_row(f"ceiling, where {r.label_noise:.0%} of the labels are flipped", f"{r.ceiling:.1%}")

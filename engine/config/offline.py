@@ -63,6 +63,8 @@ class RewardModelConfig:
         data: JSONL file (.gz too) of preference pairs: {"prompt", "chosen", "rejected"} or implicit {"chosen", "rejected"} such as HH-RLHF, with a "margin" if
             there is one; or of ranked lists: {"prompt", "completions", "ranks"}, 1 is best. All pairs of a list are learnt together, as one example.
         eval_fraction: part of the examples held out for the report.
+        by_prompt: hold out rows of the same prompt together, and give them one vote in the report: for files with several rows of a prompt (SHP, summaries),
+            whose accuracy is flattered and whose interval is too narrow otherwise.
         eval_every: steps between evaluations on them; 0 is at the end only.
         epochs: passes over the examples; one is usual, more over-fit.
         pairs_per_step: examples (pairs, or lists) of one optimizer step.
@@ -89,6 +91,7 @@ class RewardModelConfig:
     model: str
     data: str
     eval_fraction: float = 0.1
+    by_prompt: bool = False
     eval_every: int = 0
     epochs: int = 1
     pairs_per_step: int = 32

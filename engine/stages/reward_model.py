@@ -69,7 +69,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
             run.message(f"preferences: {dropped}")
             return [comparison for _, comparison in encoded]
 
-        train, held = mix(config.data, read).split(lambda comparisons: held_out(comparisons, config.eval_fraction, config.run.seed))
+        train, held = mix(config.data, read).split(lambda comparisons: _hold_out(comparisons, config))
         if config.denoise_folds:
             del model, optimizer  # the others need the room
             train = _denoised(train, config, run)
@@ -88,7 +88,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
             metrics |= {"lr": optimizer.lr, "grad_norm": result.grad_norm, "num_tokens": float(sum(c.tokens for c in chosen))}
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 with run.time("evaluate"):
-                    found = report(model, held, config.tokens_per_microbatch, config.label_noise)
+                    found = report(model, held, config.tokens_per_microbatch, config.label_noise, by_prompt=config.by_prompt)
                     metrics |= found.metrics() if found is not None else {}
             if last:
                 if found is not None:
@@ -115,6 +115,17 @@ def new_model(config: RewardModelConfig) -> tuple[RewardModel, Optimizer]:
         add_adapter(decoder, config.lora, seed=config.run.seed)
     model, o = RewardModel.from_decoder(decoder, seed=config.run.seed, imitation=config.imitation_coef > 0), config.optim
     return model, make_optimizer(model.named_parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, state=o.state)
+
+
+def _hold_out(comparisons: list[Comparison], config: RewardModelConfig) -> tuple[list[Comparison], list[Comparison]]:
+    """(train, held out) of one file."""
+    if not config.by_prompt:
+        return held_out(comparisons, config.eval_fraction, config.run.seed)
+    rows: dict[tuple[int, ...], list[Comparison]] = {}
+    for c in comparisons:
+        rows.setdefault(tuple(c.prompt), []).append(c)
+    train, held = held_out(list(rows.values()), config.eval_fraction, config.run.seed)
+    return [c for group in train for c in group], [c for group in held for c in group]
 
 
 # ---- one step -----------------------------------------------------------------------------------------------------------------
@@ -248,12 +259,15 @@ def _normalize(model: RewardModel, comparisons: Sequence[Comparison], config: Re
 
 
 # ---- held-out preferences -----------------------------------------------------------------------------------------------------
-def report(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int, label_noise: float = 0.0) -> RewardReport | None:
-    """Accuracy and calibration on these; None for none."""
+def report(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int, label_noise: float = 0.0, *, by_prompt: bool = False
+           ) -> RewardReport | None:
+    """Accuracy and calibration on these; None for none. `by_prompt`: those of one prompt have one vote together."""
     if not comparisons:
         return None
     better, worse = score_pairs(model, comparisons, tokens_per_microbatch)
-    listed = [(index, len(c.completions[i]) - len(c.completions[j]), c.label) for index, c in enumerate(comparisons) for i, j in c.pairs]
+    numbers: dict[tuple[int, ...], int] = {}
+    units = [numbers.setdefault(tuple(c.prompt) if by_prompt else (index,), len(numbers)) for index, c in enumerate(comparisons)]
+    listed = [(unit, len(c.completions[i]) - len(c.completions[j]), c.label) for unit, c in zip(units, comparisons, strict=True) for i, j in c.pairs]
     examples, lengths, labels = zip(*listed, strict=True)
     return reward_report(better - worse, examples, lengths, labels, label_noise=label_noise)
 

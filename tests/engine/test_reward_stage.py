@@ -124,6 +124,18 @@ def test_pairs_and_lists_mix(config, lists):
     assert result.accuracy > 0.8
 
 
+def test_rows_of_a_prompt_are_held_out_together(config, monkeypatch):
+    seen, original = [], Mixture.split
+    monkeypatch.setattr(Mixture, "split", lambda *a: seen.append(original(*a)) or seen[-1])
+    result = train_reward_model(replace(config, by_prompt=True, epochs=1))
+    (train, held), = seen
+    prompts = [{tuple(c.prompt) for c in part} for part in (train.examples, held)]
+    assert not prompts[0] & prompts[1]
+    assert len(prompts[1]) == 2 < result.held_out == len(held)
+    assert result.interval == pytest.approx(wilson_interval(2 * result.accuracy, 2)), "one vote each"
+    assert len(train) + len(held) == 60
+
+
 # ---- the loss, through the model ------------------------------------------------------------------------------------------------
 MIXED = [Comparison([1, 5, 6], ([7, 8, 2], [9, 2]), (1, 2), margin=0.4), Comparison([1, 9], ([4, 2], [5, 6, 2], [7, 2], [8, 2]), (2, 1, 3, 2)),
          Comparison([1, 11], ([12, 2], [13, 14, 15, 2]), (1, 2), label=0.5, weight=2.0), Comparison([1], ([20, 2], [21, 2]), (2, 1))]
@@ -318,7 +330,7 @@ def test_runs_from_before_go_on(config, old, new):
     train_reward_model(now)
     path = Path(config.run.dir) / "config.json"
     saved = json.loads(path.read_text())
-    for name in ("eval_every", "label_noise", "soft_labels", "center_coef", "imitation_coef", "denoise_folds", "denoise_threshold", "lora"):
+    for name in ("by_prompt", "eval_every", "label_noise", "soft_labels", "center_coef", "imitation_coef", "denoise_folds", "denoise_threshold", "lora"):
         del saved["config"][name]
     saved["config"]["normalize"] = old
     path.write_text(json.dumps(saved))
