@@ -369,7 +369,10 @@ def _upgraded(saved: dict[str, Any], cls: type) -> dict[str, Any]:
     missing = dataclasses.MISSING
     needed = [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
     usual = config_to_dict(cls(**{name: saved["config"][name] for name in [*needed, "algorithm"] if name in saved["config"]}))
-    return saved | {"stage": stage, "config": _merged(usual, saved["config"])}
+    config = dict(saved["config"])
+    if isinstance(config.get("normalize"), bool):
+        config["normalize"] = "mean" if config["normalize"] else "none"
+    return saved | {"stage": stage, "config": _merged(usual, config)}
 
 
 def _merged(usual: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

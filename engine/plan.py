@@ -27,6 +27,7 @@ from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
+from fusedrl.engine.model.heads import RewardModel
 from fusedrl.engine.model.lora import LayerAdapter, add_adapter
 from fusedrl.engine.model.weights import resolve_device, resolve_dtype
 from fusedrl.engine.model.wide import TILE
@@ -151,17 +152,18 @@ class Planner:
         self._decoder = Decoder(model, dtype=self.dtype, device="meta")
         self._wide = activation_dtype(self.dtype, self.device)  # of activations and the KV cache
         self._e, self._a, self._policy = self.dtype.itemsize, self._wide.itemsize, isinstance(config, PolicyConfig)
-        base, self._lora = sum(p.nbytes for p in self._decoder.parameters()), None if isinstance(config, RewardModelConfig) else config.lora
+        base, self._lora = sum(p.nbytes for p in self._decoder.parameters()), config.lora
         if self._lora is not None:
             add_adapter(self._decoder, self._lora)
-        trained = [(p.numel(), self._e) for p in self._decoder.parameters() if p.requires_grad]
-        unused = [] if not isinstance(config, RewardModelConfig) or self._decoder.head is None else [(self._decoder.head.numel(), self._e)]
+        self._imitates = isinstance(config, RewardModelConfig) and config.imitation_coef > 0
+        whole = RewardModel.from_decoder(self._decoder, imitation=self._imitates) if isinstance(config, RewardModelConfig) else self._decoder
+        trained = [(p.numel(), p.element_size()) for p in whole.parameters() if p.requires_grad]
+        head, idle = self._decoder.head, isinstance(config, RewardModelConfig) and not self._imitates
+        unused = [(head.numel(), self._e)] if idle and head is not None and head.requires_grad else []
         self._critic = isinstance(config, PolicyConfig) and find_advantage(config.advantage).needs == "critic"
-        if self._critic:
-            trained += [(model.hidden_size, 4), (1, 4)]  # the value head
-        elif isinstance(config, RewardModelConfig):
-            trained += [(model.hidden_size, 4)]
-        self.weights = sum(n * e for n, e in trained) + (base if self._lora is not None else 0)
+        value_head = [(model.hidden_size, 4), (1, 4)] if self._critic else []
+        trained += value_head
+        self.weights = sum(p.nbytes for p in whole.parameters()) + sum(n * e for n, e in value_head)
         self.gradients = sum(n * e for n, e in trained) - sum(n * e for n, e in unused)  # a reward model has a use for all but the language model's head
         moments = sum(self._moments(n) for n, _ in trained) - sum(self._moments(n) for n, _ in unused)
         self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
@@ -229,7 +231,7 @@ class Planner:
         ids = N * 8 if self._lora is None else 0  # for an embedding that is trained
         trunk = ids + N * 8 * angles + layers + boundary + (8 if c.layer_norm else 4) * N  # token ids, angles, the last norm
         if isinstance(self.config, RewardModelConfig):
-            return trunk
+            return trunk + (N * c.hidden_size * e + N * (8 + 12) if self._imitates else 0)
         return trunk + N * c.hidden_size * e + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
 
     def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
@@ -242,9 +244,9 @@ class Planner:
         boundary, F = N * c.hidden_size * a, c.intermediate_size
         head, down = (c.vocab_size * c.hidden_size, F * c.hidden_size) if self._lora is None else (0, 0)  # what has a gradient
         rise = 0
-        if not isinstance(self.config, RewardModelConfig):
-            logits = min(workspace(None, N, c.vocab_size), 4 * N * c.vocab_size)
-            rise = N * c.hidden_size * e + logits + head * 4 + (head * e if e < 4 else 0)
+        if not isinstance(self.config, RewardModelConfig) or self._imitates:
+            logits, learnt = min(workspace(None, N, c.vocab_size), 4 * N * c.vocab_size), c.vocab_size * c.hidden_size if self._imitates else head
+            rise = N * c.hidden_size * e + logits + learnt * 4 + (learnt * e if e < 4 else 0)
         # The last layer, backwards: its feed-forward's gradients, as what they are made of is let go.
         inside = max(2 * N * F * a, N * F * a + down * e, 2 * down * e) + 2 * boundary + (min(TILE, 4 * F * c.hidden_size) if a > e else 0)
         inside += self.layer_bytes(N) if checkpointed else 0
@@ -252,7 +254,7 @@ class Planner:
         embedding = head * e + 3 * boundary - held  # by then the activations are gone
         step = 4 * self._narrow_elements - held  # float32 copies of the gradients
         generate = max(self._generation_bytes(), self._visiting) - held
-        tied = head * e if c.tie_embeddings and rise else 0  # the head's part waits for the embedding's
+        tied = head * e if c.tie_embeddings and rise and not self._imitates else 0  # the head's part waits for the embedding's
         if isinstance(self.config, PolicyConfig) and self.config.strict:
             embedding += self.gradients  # the recomputed forward's gradients are whole before they are added
         return max(0, rise, inside + tied, embedding + tied, step, generate)

@@ -15,8 +15,9 @@ PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglo
 RANKS = [
     ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim",
      "natural_gradient"), ("model",), ("generation",),
-    ("actor",), ("rewards", "trl_rollout", "advantages", "objectives", "fisher"),
-    ("critic", "plan", "ptx", "reference", "replay", "rollout", "run", "workloads"), ("stages",), ("evaluate", "bench"), ("demo", "doctor"), ("cli",),
+    ("actor",), ("rewards", "trl_rollout", "advantages", "objectives", "preferences", "fisher"),
+    ("critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "workloads"), ("stages",), ("evaluate", "bench"),
+    ("demo", "doctor"), ("cli",),
 ]
 
 

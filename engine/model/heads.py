@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from fusedrl.engine.model.weights import (
     write_model,
 )
 from fusedrl.engine.packing import PackedBatch
+from fusedrl.kernels.linear_logprob import linear_logprob
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 _SHIFT_KEY = "fusedrl_score_shift"
@@ -89,23 +90,47 @@ class RewardModel(nn.Module):
 
     `shift` is subtracted from every score, so that a reference set can be made to score 0 on average; it is saved with the model.
     transformers reads the same directory without it.
+
+    With `imitation` the trunk keeps a second head, over the vocabulary, to learn to write what is preferred as well as to score it. It begins as the language
+    model's: that head itself where the trunk has one of its own, and a copy of the embedding where they are tied, so that it does not pull at what the trunk
+    reads. It is trained and checkpointed with the rest, and is no part of a saved reward model.
     """
 
-    def __init__(self, decoder: Decoder, head: RewardHead, *, shift: float = 0.0) -> None:
+    lm_head: Tensor | None
+
+    def __init__(self, decoder: Decoder, head: RewardHead, *, shift: float = 0.0, imitation: bool = False) -> None:
         super().__init__()
         self.decoder, self.head, self.shift = decoder, head, shift
+        if imitation and decoder.head is not None:
+            decoder.head.requires_grad_()  # an adapter froze it with the rest
+        self.register_parameter("lm_head", nn.Parameter(decoder.embedding.detach().clone()) if imitation and decoder.head is None else None)
+        self.imitates = imitation
 
     @classmethod
-    def from_decoder(cls, decoder: Decoder, *, seed: int = 0) -> RewardModel:
+    def from_decoder(cls, decoder: Decoder, *, seed: int = 0, imitation: bool = False) -> RewardModel:
         """A reward model on this trunk (shared, not copied), with a new head."""
-        return cls(decoder, RewardHead(decoder.config.hidden_size, seed=seed, device=decoder.device))
+        return cls(decoder, RewardHead(decoder.config.hidden_size, seed=seed, device=decoder.device), imitation=imitation)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """[B] float32 scores. Differentiable. Raises ValueError for an empty sequence, which has no last token."""
+        return self.scores(batch, self.hidden(batch))
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """[N, H] hidden states. Raises as `forward`."""
         if not all(batch.lengths):
             raise ValueError(f"RewardModel: sequence {batch.lengths.index(0)} is empty; a score is read at the last token, so give it one")
-        hidden_NH = self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+        return self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+
+    def scores(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
+        """[B] float32 scores from the batch's hidden states."""
         return self.head(hidden_NH.index_select(0, batch.cu_seqlens[1:].long() - 1)) - self.shift
+
+    def imitation_logp(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
+        """The sum of the log-probabilities of the batch's actions by the second head, in nats; the logits are never held. Raises ValueError without one."""
+        if not self.imitates:
+            raise ValueError("RewardModel: expected a second head to imitate with; build the model with imitation=True")
+        weight_VH = self.lm_head if self.lm_head is not None else self.decoder.head_weight
+        return cast(Tensor, linear_logprob(hidden_NH, weight_VH, batch.labels(), softcap=self.decoder.config.logit_softcap)).sum()
 
 
 def load_reward_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None) -> RewardModel:

@@ -1,32 +1,39 @@
-"""A pairwise reward model: the trunk of a language model, one linear, the score at the last token, the Bradley-Terry loss."""
+"""A reward model: the trunk of a language model, one linear, the score at the last token, learnt from pairs or ranked lists (preferences.py)."""
 from __future__ import annotations
 
+import json
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from fusedrl.engine.checkpoint import write_file
 from fusedrl.engine.config import RewardModelConfig
-from fusedrl.engine.control import learning_rate
-from fusedrl.engine.data.mixture import mix
-from fusedrl.engine.data.readers import ReadOptions, Source, load_pairs
-from fusedrl.engine.data.tokenize import count_tokens, encode_pairs, end_of_text
+from fusedrl.engine.control import data_order, learning_rate, shuffled
+from fusedrl.engine.data.mixture import Mixture, mix
+from fusedrl.engine.data.readers import Source
+from fusedrl.engine.data.tokenize import end_of_text
+from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
+from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
-from fusedrl.engine.optim import optimizer_of
+from fusedrl.engine.optim import Optimizer, optimizer_of
 from fusedrl.engine.packing import PackedBatch, split_by_tokens
+from fusedrl.engine.preferences import Comparison, Pairs, centre_loss, encode_preferences, load_preferences, preference_loss
+from fusedrl.engine.reward_report import RewardReport, report_table, reward_report, save_report, wilson_interval
 from fusedrl.engine.run import Run, held_out
-from fusedrl.kernels.ranking_loss import pairwise_ranking_loss
+from fusedrl.kernels.faults import raise_faults
 
-Tokens = tuple[list[int], list[int]]  # prompt ids, completion ids
-Pair = tuple[Tokens, Tokens]  # chosen, rejected
+__all__ = ["RewardModelResult", "cross_fitted_margins", "evaluate", "gradients", "new_model", "report", "score_pairs", "train_reward_model", "wilson_interval"]
 
 
 @dataclass(frozen=True)
 class RewardModelResult:
-    """Where the reward model is; accuracy on the held-out pairs with its 95% interval (nan where none were held out)."""
+    """Where the reward model is; accuracy on the held-out examples with its 95% interval (nan where none were held out)."""
 
     model: str
     steps: int
@@ -37,10 +44,10 @@ class RewardModelResult:
 
 
 def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
-    """Train a reward model on preference pairs.
+    """Train a reward model on preferences.
 
-    The run directory receives config.json, metrics.jsonl, checkpoints and, at the end, model/ (a *ForSequenceClassification of one label,
-    loadable by transformers).
+    The run directory receives config.json, metrics.jsonl, checkpoints, denoise.json (where asked for) and, at the end, report.json (accuracy and calibration
+    on what was held out) and model/ (a *ForSequenceClassification of one label, loadable by transformers).
 
     Raises:
         DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
@@ -48,96 +55,224 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     """
     torch.manual_seed(config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    model = RewardModel.from_decoder(load_decoder(config.model, dtype=config.dtype, device=config.device), seed=config.run.seed)
-    model.decoder.checkpoint_activations = config.checkpoint_activations
-    optim = config.optim
-    optimizer = optimizer_of(optim, model.named_parameters())
+    model, optimizer = new_model(config)
     with Run(config, None) as run:
         trunk = model.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
 
-        def read(source: Source) -> list[Pair]:
-            examples, unusable = load_pairs(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
-                                            options=ReadOptions(count_tokens=partial(count_tokens, tokenizer)))
+        def read(source: Source) -> list[Comparison]:
+            examples, unusable = load_preferences(source, tokenizer, soft_labels=config.soft_labels, skip_bad_lines=config.skip_bad_lines,
+                                                  rejects=run.directory / "rejects.jsonl")
             for reason, count in unusable.items():
-                run.message(f"pairs: {count} of {len(examples) + sum(unusable.values())} are not used: {reason}")
-            encoded, dropped = encode_pairs(tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit)
-            run.message(f"pairs: {dropped}")
-            return [((prompt, chosen), (prompt, rejected)) for prompt, chosen, rejected in encoded]
+                run.message(f"preferences: {count} of {len(examples) + sum(unusable.values())} are not used: {reason}")
+            encoded, dropped = encode_preferences(tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit)
+            run.message(f"preferences: {dropped}")
+            return [comparison for _, comparison in encoded]
 
-        train, held = mix(config.data, read).split(lambda pairs: held_out(pairs, config.eval_fraction, config.run.seed))
+        train, held = mix(config.data, read).split(lambda comparisons: _hold_out(comparisons, config))
+        if config.denoise_folds:
+            del model, optimizer  # the others need the room
+            train = _denoised(train, config, run)
+            model, optimizer = new_model(config)
         run.total = math.ceil(len(train) * config.epochs / config.pairs_per_step)
         run.restore(model=model, optimizer=optimizer)
         for step in range(run.start, run.total):
-            start = step * config.pairs_per_step
+            start, last = step * config.pairs_per_step, step == run.total - 1
             chosen = train.draw(config.run.seed, start, min(start + config.pairs_per_step, len(train) * config.epochs))
             with run.time("train"):
                 optimizer.zero_grad()
-                loss, margins = torch.zeros((), device=model.decoder.device), []
-                for group in _split(chosen, config.tokens_per_microbatch):
-                    winners, losers = _scores(model, [chosen[i] for i in group])
-                    part = pairwise_ranking_loss(winners, losers) * (len(group) / len(chosen))
-                    part.backward()
-                    loss += part.detach()
-                    margins.append((winners - losers).detach())
-                optimizer.lr = learning_rate(optim, step, run.total)
-                result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
+                metrics = gradients(model, chosen, config)
+                optimizer.lr = learning_rate(config.optim, step, run.total)
+                result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
                 run.check_update(result)
-            margin = torch.cat(margins)
-            metrics = {"loss": loss.item(), "accuracy": (margin > 0).float().mean().item(), "margin": margin.mean().item(), "lr": optimizer.lr,
-                       "grad_norm": result.grad_norm}
-            if step == run.total - 1:
+            metrics |= {"lr": optimizer.lr, "grad_norm": result.grad_norm, "num_tokens": float(sum(c.tokens for c in chosen))}
+            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 with run.time("evaluate"):
-                    metrics |= evaluate(model, held, config.tokens_per_microbatch)
-                    if config.normalize:
-                        model.shift += score_pairs(model, train.examples, config.tokens_per_microbatch)[0].double().mean().item()
-                        metrics["score_shift"] = model.shift
+                    found = report(model, held, config.tokens_per_microbatch, config.label_noise, by_prompt=config.by_prompt)
+                    metrics |= found.metrics() if found is not None else {}
+            if last:
+                if found is not None:
+                    save_report(found, run.directory / "report.json")
+                    if config.run.progress:
+                        Console(file=sys.stderr).print(report_table(found))
+                if config.normalize != "none":
+                    _normalize(model, train.examples, config)
+                    metrics["score_shift"] = model.shift
             run.log(step, metrics)
             run.save_if_due(step, model=model, optimizer=optimizer)
         model.shift = run.last_metrics.get("score_shift", model.shift)  # a run that had finished already
-        last = run.last_metrics
-        interval = (last.get("eval_accuracy_low", math.nan), last.get("eval_accuracy_high", math.nan))
+        known = run.last_metrics
+        interval = (known.get("eval_accuracy_low", math.nan), known.get("eval_accuracy_high", math.nan))
         path = run.finish(lambda directory: save_reward_model(model, directory, tokenizer=tokenizer))
-        return RewardModelResult(path, run.total, last, last.get("eval_accuracy", math.nan), interval, len(held))
+        return RewardModelResult(path, run.total, known, known.get("eval_accuracy", math.nan), interval, len(held))
 
 
-def evaluate(model: RewardModel, pairs: list[Pair], tokens_per_microbatch: int) -> dict[str, float]:
-    """Loss and accuracy on held-out pairs, with the accuracy's 95% interval; nothing for no pairs. A tie counts as wrong."""
-    if not pairs:
-        return {}
-    winners, losers = score_pairs(model, pairs, tokens_per_microbatch)
-    right = int((winners > losers).sum())
-    low, high = wilson_interval(right, len(pairs))
-    return {"eval_loss": pairwise_ranking_loss(winners, losers).item(), "eval_accuracy": right / len(pairs), "eval_accuracy_low": low,
-            "eval_accuracy_high": high, "eval_pairs": float(len(pairs))}
+def new_model(config: RewardModelConfig) -> tuple[RewardModel, Optimizer]:
+    """The model that a run begins with, and the optimizer of what it trains."""
+    decoder = load_decoder(config.model, dtype=config.dtype, device=config.device)
+    decoder.checkpoint_activations = config.checkpoint_activations
+    if config.lora is not None:
+        add_adapter(decoder, config.lora, seed=config.run.seed)
+    model, o = RewardModel.from_decoder(decoder, seed=config.run.seed, imitation=config.imitation_coef > 0), config.optim
+    return model, optimizer_of(config.optim, model.named_parameters())
 
 
-def _split(pairs: list[Pair], tokens_per_microbatch: int) -> list[list[int]]:
-    """Micro-batches that keep the two sides of a pair together."""
-    return split_by_tokens([(i, sum(len(prompt) + len(completion) for prompt, completion in pair)) for i, pair in enumerate(pairs)], tokens_per_microbatch)
+def _hold_out(comparisons: list[Comparison], config: RewardModelConfig) -> tuple[list[Comparison], list[Comparison]]:
+    """(train, held out) of one file."""
+    if not config.by_prompt:
+        return held_out(comparisons, config.eval_fraction, config.run.seed)
+    rows: dict[tuple[int, ...], list[Comparison]] = {}
+    for c in comparisons:
+        rows.setdefault(tuple(c.prompt), []).append(c)
+    train, held = held_out(list(rows.values()), config.eval_fraction, config.run.seed)
+    return [c for group in train for c in group], [c for group in held for c in group]
 
 
-def _scores(model: RewardModel, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-    """[B] scores of the chosen and of the rejected side, from one forward."""
-    batch = PackedBatch.from_sequences([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device=model.decoder.device)
-    winners, losers = model(batch).chunk(2)
-    return winners, losers
+# ---- one step -----------------------------------------------------------------------------------------------------------------
+def gradients(model: RewardModel, chosen: Sequence[Comparison], config: RewardModelConfig) -> dict[str, float]:
+    """Add the gradient of one step's loss to the parameters', micro-batch by micro-batch; returns what it measured.
+
+        loss = ranking + center_coef * centre + imitation_coef * cross-entropy of the best answers' tokens
+
+    Each term is a mean over the whole step (examples, examples, tokens), so the split changes nothing. All scores of an example come from one forward.
+    """
+    device, weight = model.decoder.device, sum(c.weight for c in chosen)
+    tokens = sum(len(c.completions[i]) for c in chosen for i in c.preferred)
+    sums = {name: torch.zeros((), device=device) for name in ("loss", "ranking_loss", "imitation_loss", "accuracy", "margin")}
+    for index in _split(chosen, config.tokens_per_microbatch):
+        group = [chosen[i] for i in index]
+        batch = _batch(group, device)
+        hidden_NH = model.hidden(batch)
+        scores = model.scores(batch, hidden_NH)
+        ranking = loss = preference_loss(scores, group, label_noise=config.label_noise, total_weight=weight)
+        if config.center_coef:
+            loss = loss + config.center_coef * centre_loss(scores, group, total_weight=weight)
+        if config.imitation_coef and any(c.preferred for c in group):
+            imitation = -model.imitation_logp(batch, hidden_NH) / tokens
+            loss = loss + config.imitation_coef * imitation
+            sums["imitation_loss"] += imitation.detach()
+        loss.backward()
+        with torch.no_grad():
+            pairs = Pairs.of(group, total_weight=weight, device=device)
+            margin = scores[pairs.better_P] - scores[pairs.worse_P]
+            for name, value in (("loss", loss), ("ranking_loss", ranking), ("accuracy", (pairs.share_P * (margin > 0)).sum()),
+                                ("margin", (pairs.share_P * margin).sum())):
+                sums[name] += value.detach()
+    raise_faults(device)  # where the host reads the loss anyway
+    left_out = set() if config.imitation_coef else {"imitation_loss"}
+    left_out |= set() if config.imitation_coef or config.center_coef else {"ranking_loss"}
+    return {name: value.item() for name, value in sums.items() if name not in left_out}
 
 
+def _split(comparisons: Sequence[Comparison], tokens_per_microbatch: int) -> list[list[int]]:
+    """Micro-batches that keep the completions of a prompt together."""
+    return split_by_tokens([(i, c.tokens) for i, c in enumerate(comparisons)], tokens_per_microbatch)
+
+
+def _batch(comparisons: Sequence[Comparison], device: torch.device) -> PackedBatch:
+    """All completions side by side, each behind its prompt; the actions are the tokens to imitate."""
+    return PackedBatch.from_masked(((c.prompt + completion, [False] * len(c.prompt) + [i in c.preferred] * len(completion))
+                                    for c in comparisons for i, completion in enumerate(c.completions)), device=device)
+
+
+# ---- noisy labels -------------------------------------------------------------------------------------------------------------
+def cross_fitted_margins(config: RewardModelConfig, comparisons: Sequence[Comparison]) -> list[float]:
+    """What a reward model that never saw a comparison, nor another of the same prompt, says of it: the mean over its pairs of the better score less the worse.
+
+    The comparisons are dealt out by prompt to `denoise_folds` parts, and for each part a model is trained on the others as the configuration says, and let go.
+
+    Raises:
+        ConfigError: there are fewer prompts than parts.
+    """
+    prompts = list(dict.fromkeys(tuple(c.prompt) for c in comparisons))
+    if len(prompts) < config.denoise_folds:
+        raise ConfigError(f"denoise_folds = {config.denoise_folds} needs as many different prompts, and the training examples have {len(prompts)}")
+    part = {prompts[index]: place % config.denoise_folds for place, index in enumerate(shuffled(len(prompts), config.run.seed, "folds"))}
+    margins = [0.0] * len(comparisons)
+    for fold in range(config.denoise_folds):
+        inside, outside = ([i for i, c in enumerate(comparisons) if (part[tuple(c.prompt)] == fold) is wanted] for wanted in (True, False))
+        model, optimizer = new_model(config)
+        total = math.ceil(len(outside) * config.epochs / config.pairs_per_step)
+        for step in range(total):
+            start = step * config.pairs_per_step
+            order = data_order(len(outside), config.run.seed, start, min(start + config.pairs_per_step, len(outside) * config.epochs))
+            optimizer.zero_grad()
+            gradients(model, [comparisons[outside[i]] for i in order], config)
+            optimizer.lr = learning_rate(config.optim, step, total)
+            optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
+        asked = [comparisons[i] for i in inside]
+        better, worse = score_pairs(model, asked, config.tokens_per_microbatch)
+        for i, differences in zip(inside, (better - worse).split([len(c.pairs) for c in asked]), strict=True):
+            margins[i] = differences.mean().item()
+    return margins
+
+
+def _denoised(train: Mixture[Comparison], config: RewardModelConfig, run: Run) -> Mixture[Comparison]:
+    """Without the examples that the other folds contradict. What they said is in <run>/denoise.json, from which a resumed run goes on."""
+    path = run.directory / "denoise.json"
+    if run.start and path.is_file():
+        margins = json.loads(path.read_bytes())["margins"]
+    else:
+        margins = cross_fitted_margins(config, train.examples)
+        write_file(path, (json.dumps({"threshold": config.denoise_threshold, "margins": margins}) + "\n").encode())
+    noisy = iter([margin < -config.denoise_threshold for margin in margins])
+
+    def leave_out(source: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
+        marked = [(next(noisy), c) for c in source]
+        return [c for flag, c in marked if not flag], [c for flag, c in marked if flag]
+
+    kept, left_out = train.split(leave_out)
+    run.message(f"preferences: {len(left_out)} of {len(margins)} are left out: a model that has not seen them contradicts them by more than "
+                f"{config.denoise_threshold:g}")
+    return kept
+
+
+# ---- scores -------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def score_pairs(model: RewardModel, pairs: list[Pair], tokens_per_microbatch: int) -> tuple[Tensor, Tensor]:
-    """[B] scores of the chosen and of the rejected sides, in the order of `pairs`."""
-    winners, losers = torch.empty(len(pairs), device=model.decoder.device), torch.empty(len(pairs), device=model.decoder.device)
-    for group in _split(pairs, tokens_per_microbatch):
-        winners[group], losers[group] = _scores(model, [pairs[i] for i in group])
-    return winners, losers
+def _score(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int) -> list[Tensor]:
+    """The scores [K] of each comparison's completions."""
+    found = [torch.empty(0)] * len(comparisons)
+    for index in _split(comparisons, tokens_per_microbatch):
+        group = [comparisons[i] for i in index]
+        for i, scores in zip(index, model(_batch(group, model.decoder.device)).split([len(c.ranks) for c in group]), strict=True):
+            found[i] = scores
+    return found
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% score interval of a proportion (Wilson, 1927, JASA 22)."""
-    if trials == 0:
-        return 0.0, 1.0
-    share, spread = successes / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    return centre - half, centre + half
+def score_pairs(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int) -> tuple[Tensor, Tensor]:
+    """[P] scores of the better and of the worse side of every pair, comparison by comparison in the order of `Comparison.pairs`."""
+    scores_M = torch.cat([*_score(model, comparisons, tokens_per_microbatch), torch.empty(0, device=model.decoder.device)])
+    pairs = Pairs.of(comparisons, device=model.decoder.device)
+    return scores_M[pairs.better_P], scores_M[pairs.worse_P]
+
+
+def _normalize(model: RewardModel, comparisons: Sequence[Comparison], config: RewardModelConfig) -> None:
+    """Move the scores of the best answers to mean 0 (Stiennon et al., 2020, appendix), and scale them to variance 1 if asked (Ziegler et al., 2019, 2.1). The
+    scale goes into the head, so that every reader of the directory has it."""
+    scores = _score(model, comparisons, config.tokens_per_microbatch)
+    best = torch.cat([s[c.best] for s, c in zip(scores, comparisons, strict=True)]).double()
+    spread = best.std(correction=0).item() if config.normalize == "mean_std" else 1.0
+    scale = 1 / spread if spread > 0 else 1.0
+    model.shift = (model.shift + best.mean().item()) * scale
+    with torch.no_grad():
+        model.head.weight.mul_(scale)
+
+
+# ---- held-out preferences -----------------------------------------------------------------------------------------------------
+def report(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int, label_noise: float = 0.0, *, by_prompt: bool = False
+           ) -> RewardReport | None:
+    """Accuracy and calibration on these; None for none. `by_prompt`: those of one prompt have one vote together."""
+    if not comparisons:
+        return None
+    better, worse = score_pairs(model, comparisons, tokens_per_microbatch)
+    numbers: dict[tuple[int, ...], int] = {}
+    units = [numbers.setdefault(tuple(c.prompt) if by_prompt else (index,), len(numbers)) for index, c in enumerate(comparisons)]
+    listed = [(unit, len(c.completions[i]) - len(c.completions[j]), c.label) for unit, c in zip(units, comparisons, strict=True) for i, j in c.pairs]
+    examples, lengths, labels = zip(*listed, strict=True)
+    return reward_report(better - worse, examples, lengths, labels, label_noise=label_noise)
+
+
+def evaluate(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int, label_noise: float = 0.0) -> dict[str, float]:
+    """The report's main figures as metrics; nothing for no pairs. A tie of scores counts as wrong."""
+    found = report(model, comparisons, tokens_per_microbatch, label_noise)
+    return {} if found is None else found.metrics()

@@ -17,6 +17,7 @@ from fusedrl.engine.generation.cache import KVCache, block_bytes
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, ValueHead
+from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.plan import Planner, cache_for, parse_memory, plan
 from fusedrl.kernels import native
@@ -30,7 +31,8 @@ KINDS = {"llama": {"model_type": "llama"}, "qwen3 tied": {"model_type": "qwen3",
          "olmo2": {"model_type": "olmo2"}, "gemma2": {"model_type": "gemma2", "sliding_window": 9, "query_pre_attn_scalar": 8},
          "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
          "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 256}}
-STAGES = {"sft": SFTConfig("m", "d"), "reward": RewardModelConfig("m", "d"), "ppo": PolicyConfig("m", "d", ("r.py:r",))}
+STAGES = {"sft": SFTConfig("m", "d"), "reward": RewardModelConfig("m", "d"), "ppo": PolicyConfig("m", "d", ("r.py:r",)),
+          "imitation": RewardModelConfig("m", "d", imitation_coef=0.5)}
 
 
 def planner(sizes, stage="ppo", dtype="float32", **more):
@@ -47,15 +49,19 @@ def batch(tokens, vocabulary, sequences=4):
 def forward(model, packed):
     """The outputs that a stage's loss reads."""
     if isinstance(model, RewardModel):
-        return [model(packed)]
+        hidden = model.hidden(packed)
+        return [model.scores(packed, hidden), *([model.imitation_logp(packed, hidden)] if model.imitates else [])]
     hidden = model.forward(packed)
     return [*model.logprobs(packed, hidden), *([] if model.value_head is None else [model.values(packed, hidden)])]
 
 
 def model_of(sizes, stage, dtype):
-    decoder = Decoder.random(model_config(sizes), 0, dtype=getattr(torch, dtype))
-    if stage == "reward":
-        return RewardModel.from_decoder(decoder)
+    return heads_on(Decoder.random(model_config(sizes), 0, dtype=getattr(torch, dtype)), stage)
+
+
+def heads_on(decoder, stage):
+    if stage in ("reward", "imitation"):
+        return RewardModel.from_decoder(decoder, imitation=stage == "imitation")
     return HybridActor(decoder, value_head=ValueHead(decoder.config.hidden_size) if stage == "ppo" else None)
 
 
@@ -122,11 +128,13 @@ def test_without_a_critic_a_policy_is_what_sft_trains():
                                                ("wide", ("q_proj", "v_proj", "gate_proj", "down_proj"))])
 def test_adapters(kind, targets, dtype):
     sizes, lora = SIZES | KINDS[kind], LoRAConfig(rank=6, targets=targets)
-    for stage in ("sft", "ppo"):
+    for stage in ("reward", "imitation", "sft", "ppo"):
         config = replace(STAGES[stage], dtype=dtype, device="cpu", lora=lora)
-        model, planned = model_of(sizes, stage, dtype), Planner(model_config(sizes), config)
-        base = sum(p.nbytes for p in model.decoder.parameters())
-        model.add_adapter(lora)
+        planned = Planner(model_config(sizes), config)
+        decoder = Decoder.random(model_config(sizes), 0, dtype=getattr(torch, dtype))
+        base = sum(p.nbytes for p in decoder.parameters())
+        add_adapter(decoder, lora)
+        model = heads_on(decoder, stage)
         optimizer = make_optimizer(model.named_parameters(), lr=1e-3)
         sum(out.sum() for out in forward(model, batch(40, 90))).backward()
         optimizer.step()
@@ -185,7 +193,9 @@ MEDIUM = {"model_type": "llama", "vocab_size": 2000, "hidden_size": 192, "interm
 @pytest.mark.parametrize("stage, dtype, shape", [
     ("ppo", "float32", {"tie_word_embeddings": True}), ("ppo", "bfloat16", {"vocab_size": 8000, "num_hidden_layers": 2}),
     ("sft", "float32", {"vocab_size": 8000, "num_hidden_layers": 2}), ("sft", "bfloat16", {"tie_word_embeddings": True}),
-    ("reward", "float32", {}), ("reward", "bfloat16", {})], ids=lambda value: "".join(value) if isinstance(value, dict) else value)
+    ("reward", "float32", {}), ("reward", "bfloat16", {}),
+    ("imitation", "float32", {"tie_word_embeddings": True}), ("imitation", "bfloat16", {})],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else value)
 def test_the_peak_is_what_the_allocator_sees(stage, dtype, shape):
     """Of a later micro-batch and the optimizer's step, beside weights, gradients and moments."""
     sizes = MEDIUM | shape
