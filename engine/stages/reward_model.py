@@ -113,7 +113,7 @@ def new_model(config: RewardModelConfig) -> tuple[RewardModel, Optimizer]:
     decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         add_adapter(decoder, config.lora, seed=config.run.seed)
-    model, o = RewardModel.from_decoder(decoder, seed=config.run.seed, imitation=config.imitation_coef > 0), config.optim
+    model = RewardModel.from_decoder(decoder, seed=config.run.seed, imitation=config.imitation_coef > 0)
     return model, optimizer_of(config.optim, model.named_parameters())
 
 
