@@ -14,8 +14,8 @@ PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglo
 # Inside the engine a module imports its own rank or lower ones. `run`, `stages` and what follows them may use everything before.
 RANKS = [
     ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim"), ("model",), ("generation",),
-    ("actor",), ("rewards", "trl_rollout", "advantages", "objectives"),
-    ("plan", "reference", "rollout", "run", "workloads"), ("stages",), ("evaluate", "bench"), ("demo", "doctor"), ("cli",),
+    ("actor",), ("rewards", "trl_rollout", "advantages", "objectives", "preference_losses"),
+    ("plan", "reference", "rollout", "best_of_n", "run", "workloads"), ("stages",), ("evaluate", "bench"), ("demo", "doctor"), ("cli",),
 ]
 
 
