@@ -23,7 +23,7 @@ class DPOConfig:
         loss: sigmoid, ipo (of sums, as Azar et al. define it; TRL divides by lengths), hinge (RSO's, SLiC's with a reference), or robust (unbiased where a
             share label_smoothing of the labels is known to be wrong).
         beta: of the KL to the reference that is traded for preference; of ipo, its tau.
-        label_smoothing: of sigmoid, the probability that a label is wrong, believed (Mitchell, 2023, cDPO); of robust, the known share (Chowdhury et al., 2024).
+        label_smoothing: of sigmoid, the probability that a label is wrong, believed (Mitchell, 2023, cDPO); of robust, known (Chowdhury et al., 2024).
         nll_coef: weight of the mean negative log-probability of the chosen answer's tokens, added to the loss of its pair (Pang et al., 2024).
         eval_fraction: part of the pairs held out for loss and accuracy.
         epochs: passes over the pairs.

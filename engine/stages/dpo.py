@@ -141,7 +141,7 @@ def describe(scores: PairScores, pairs: Sequence[TokenPair], beta: float) -> dic
              "logps/rejected": scores.rejected_logp}
     right, judged = agreement(scores, pairs)
     return {name: values.mean().item() for name, values in found.items()} | ({"rewards/accuracies": right / judged} if judged else {}) | {
-        "drift/chosen": (-scores.chosen_ratio.sum() / scores.chosen_tokens.sum()).item()}
+        "drift/chosen": (0.0 - scores.chosen_ratio.sum() / scores.chosen_tokens.sum()).item()}
 
 
 def agreement(scores: PairScores, pairs: Sequence[TokenPair]) -> tuple[int, int]:

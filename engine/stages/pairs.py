@@ -47,8 +47,9 @@ def read_pairs(source: Source, tokenizer: Any, eos_ids: Sequence[int], limit: in
     end = end_of_text(tokenizer, eos_ids)
     pairs = []
     for e in examples:
+        prompt = encode_prompt(tokenizer, e.prompt, e.tools)
         chosen, rejected = (encode_completion(tokenizer, text, end, first=not e.prompt) for text in (e.chosen, e.rejected))
-        pairs.append(TokenPair(encode_prompt(tokenizer, e.prompt, e.tools), chosen, rejected, e.label, e.margin, e.weight))
+        pairs.append(TokenPair(prompt, chosen, rejected, e.label, e.margin, e.weight))
     differing = [pair for pair in pairs if pair.chosen != pair.rejected]
     if same := len(pairs) - len(differing):
         tell(f"pairs: {same} of {len(pairs)} are not used: the answers are equal in tokens")
