@@ -1,4 +1,4 @@
-"""The command line: fusedrl train sft|reward|ppo|grpo|..., fusedrl plan sft|reward|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
+"""The command line: fusedrl train sft|reward|dpo|ppo|grpo|..., fusedrl plan sft|reward|dpo|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
 
 Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
 that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 130 interrupted. torch is imported only by what needs it.
@@ -21,12 +21,14 @@ from typing import Any, get_args, get_type_hints
 
 from fusedrl.engine import __version__
 from fusedrl.engine.algorithms import ALGORITHMS
-from fusedrl.engine.config import PolicyConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError, SetupError, UserError
 
 STAGES: dict[str, tuple[type, str, str, str]] = {
     "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
     "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a pairwise reward model on preferences"),
+    "dpo": (DPOConfig, "fusedrl.engine.stages.dpo", "train_dpo", "direct preference optimisation: preferences, no reward model"),
+    "rejection": (RejectionConfig, "fusedrl.engine.stages.rejection", "train_rejection", "rejection sampling: imitate the best of many samples"),
 } | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}
 OPTIONAL = ("lora", "critic", "replay", "ptx")  # groups of options that may be null
 CONFIGURATION, ENVIRONMENT, INTERRUPTED = 2, 3, 130
@@ -72,7 +74,7 @@ def _run(argv: list[str]) -> None:
                                      description="RLHF on one machine: train and generate from one copy of the weights.")
     parser.add_argument("--version", action="version", version=f"fusedrl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train a model: sft, reward, ppo, grpo, ...", add_help=False)
+    train = commands.add_parser("train", help="train a model: sft, reward, dpo, ppo, grpo, ...", add_help=False)
     train.add_argument("rest", nargs=argparse.REMAINDER)
     memory = commands.add_parser("plan", help="what a run will take of memory, and the largest micro-batch that fits", add_help=False)
     memory.add_argument("rest", nargs=argparse.REMAINDER)
@@ -277,7 +279,7 @@ without checkpoint_activations. Only the model's config.json is read; --data and
   --memory AMOUNT      what may be used, such as 8GiB or 16GB (default: all of the device's); with it, --device may be one of another machine
   --output-json FILE   the numbers, in bytes; "-" is standard output, without the table
 
-stages: sft, reward, ppo, grpo, ...: those of fusedrl train; fusedrl train STAGE --help lists the other options."""
+stages: sft, reward, dpo, ppo, grpo, ...: those of fusedrl train; fusedrl train STAGE --help lists the other options."""
 
 
 def _plan(argv: list[str]) -> None:
@@ -292,7 +294,7 @@ def _plan(argv: list[str]) -> None:
     parser.add_argument("--memory")
     parser.add_argument("--output-json")
     own, rest = parser.parse_known_args(argv[1:])
-    config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if argv[0] in ALGORITHMS else {}))
+    config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if "reward" in dict(_keys(STAGES[argv[0]][0])) else {}))
     from fusedrl.engine.plan import parse_memory, plan, print_plan
 
     memory = None if own.memory is None else parse_memory(own.memory)
@@ -343,12 +345,15 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (default: all)")
     parser.add_argument("--min_p", type=float, default=0.0, help="keep tokens at least this fraction as probable as the likeliest (default: all)")
     parser.add_argument("--n", type=int, default=1, help="completions of each prompt (default: %(default)s)")
+    parser.add_argument("--best_of", type=_count, metavar="N", help="of N completions of each prompt print the one that --reward scores highest")
+    parser.add_argument("--reward", action="append", metavar="SPEC", help="of --best_of: file.py:function or the directory of a reward model; repeatable")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
     parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
 
 
 def _generate(options: argparse.Namespace) -> None:
+    _check_best_of(options)
     _check_device(options.device)
     from fusedrl.engine.actor import HybridActor
     from fusedrl.engine.generation.sampler import SamplingParams
@@ -358,10 +363,37 @@ def _generate(options: argparse.Namespace) -> None:
     actor = HybridActor.from_pretrained(options.model, dtype=options.dtype, device=options.device)
     if options.adapter is not None:
         actor.load_adapter(options.adapter)
+    if options.best_of is not None:
+        _generate_best(actor, options)
+        return
     for prompt, sample, completion in actor.stream(options.prompt, params):
         label = f"[prompt {prompt + 1}, sample {sample + 1}, {completion.finish_reason}]\n" if len(options.prompt) * options.n > 1 else ""
         text = actor.tokenizer.decode([*completion.prompt_ids, *completion.token_ids], skip_special_tokens=True)  # together: parts may lose a space
         print(f"{label}{text}", flush=True)
+
+
+def _check_best_of(options: argparse.Namespace) -> None:
+    """Raises ConfigError where --best_of and the other options of `generate` contradict each other."""
+    if (options.best_of is None) is not (options.reward is None):
+        raise ConfigError("generate: expected --best_of N together with --reward SPEC, which says what is best; got one of them alone")
+    if options.best_of is not None and (options.n != 1 or options.greedy or options.temperature == 0):
+        raise ConfigError(f"generate: expected --best_of {options.best_of} without --n (of each prompt one is printed) and with a temperature above 0 "
+                          "(greedy completions are all the same); leave --n, --greedy and --temperature 0 out")
+
+
+def _generate_best(actor: Any, options: argparse.Namespace) -> None:
+    from fusedrl.engine.best_of_n import best_of_n
+    from fusedrl.engine.config import GenerationConfig
+    from fusedrl.engine.data.records import PromptExample
+    from fusedrl.engine.rewards import RewardSet, load_reward
+
+    generation = GenerationConfig(max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+                                  min_p=options.min_p)
+    rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in options.reward])
+    found = best_of_n(actor, [PromptExample(prompt) for prompt in options.prompt], rewards, options.best_of, generation, options.seed)
+    for number, one in enumerate(found):
+        text = actor.tokenizer.decode([*one.best.prompt_ids, *one.best.token_ids], skip_special_tokens=True)
+        print(f"[prompt {number + 1}, best of {options.best_of}, score {one.score:.4g}, {one.best.finish_reason}]\n{text}", flush=True)
 
 
 # ---- bench --------------------------------------------------------------------------------------------------------------------

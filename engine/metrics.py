@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 KEY_METRICS = ("loss", "reward", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "policy/clipfrac_avg", "accuracy", "margin",
+               "rewards/accuracies", "rewards/margins", "kept/reward",
                "eval_loss", "eval_accuracy", "grad_norm", "lr")
 SECONDS_BETWEEN_LINES = 5.0
 

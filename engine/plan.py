@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 
 from fusedrl.engine.advantages import find_advantage
-from fusedrl.engine.config import PolicyConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.model.decoder import Decoder
@@ -35,7 +35,8 @@ from fusedrl.engine.optim import BLOCK, quantized
 from fusedrl.kernels.decode_step import activation_dtype
 from fusedrl.kernels.linear_head import workspace
 
-StageConfig = SFTConfig | RewardModelConfig | PolicyConfig
+SamplingConfig = PolicyConfig | RejectionConfig  # of the stages that generate
+StageConfig = SFTConfig | RewardModelConfig | DPOConfig | SamplingConfig
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SHARE = 0.9  # of the memory that training leaves on a GPU: the rest is for what allocators lose
 _MOST_TOKENS = 1 << 24  # more than any micro-batch: int32 counts its tokens
@@ -151,7 +152,7 @@ class Planner:
         self.dtype = resolve_dtype(config.dtype, config.device)
         self._decoder = Decoder(model, dtype=self.dtype, device="meta")
         self._wide = activation_dtype(self.dtype, self.device)  # of activations and the KV cache
-        self._e, self._a, self._policy = self.dtype.itemsize, self._wide.itemsize, isinstance(config, PolicyConfig)
+        self._e, self._a = self.dtype.itemsize, self._wide.itemsize
         base, self._lora = sum(p.nbytes for p in self._decoder.parameters()), config.lora
         if self._lora is not None:
             add_adapter(self._decoder, self._lora)
@@ -168,13 +169,13 @@ class Planner:
         moments = sum(self._moments(n) for n, _ in trained) - sum(self._moments(n) for n, _ in unused)
         self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
         self._narrow_elements = sum(n for n, e in trained if e < 4) - sum(n for n, e in unused if e < 4)
-        kind = config.reference_kind if isinstance(config, PolicyConfig) and config.needs_reference else "adapter_off"
+        kind = config.reference_kind if isinstance(config, DPOConfig) or (isinstance(config, PolicyConfig) and config.needs_reference) else "adapter_off"
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0  # only while it scores
         self.reference = 0 if kind == "adapter_off" or self._visiting else base
-        self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, PolicyConfig) else 0
+        self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, SamplingConfig) else 0
         self._cache = cache or CacheConfig()
         self.kv_pool = 0
-        if self._policy:
+        if isinstance(config, SamplingConfig):
             self.kv_pool = self._kv_pool(machine_memory(self.device) if memory is None and self.device.type == "cuda" else memory or 0)
 
     def _moments(self, numel: int) -> int:
@@ -260,7 +261,7 @@ class Planner:
         return max(0, rise, inside + tied, embedding + tied, step, generate)
 
     def _generation_bytes(self) -> int:
-        if not isinstance(self.config, PolicyConfig):
+        if not isinstance(self.config, SamplingConfig):
             return 0
         c, rows = self.model, min(self._cache.max_sequences, self.config.prompts_per_step * self.config.samples_per_prompt)
         widened = 4 * c.vocab_size * c.hidden_size if self._e < 4 and self.device.type == "cpu" else 0
@@ -297,7 +298,7 @@ def plan(config: StageConfig, *, memory: int | None = None, cache: CacheConfig |
                 {c: planner.parts(tokens, c).peak for c in both}, {c: planner.largest(memory, c) for c in both})
 
 
-def cache_for(config: PolicyConfig) -> CacheConfig:
+def cache_for(config: SamplingConfig) -> CacheConfig:
     """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory that is free now, before anything is loaded, but never more
     than max_sequences sequences of the model's full length. On a CPU the default, since memory that is never written costs nothing.
 

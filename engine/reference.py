@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor, Scored
-from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.packing import PackedBatch
 
 
@@ -82,7 +81,18 @@ class OnHost(Frozen):
         self._actor.decoder.to("cpu")  # copies no parameter; the RoPE tables follow
 
 
-def load_reference(config: PolicyConfig, actor: HybridActor) -> Reference:
+class NamesReference(Protocol):
+    """What a configuration says of its reference."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def device(self) -> str | None: ...
+    @property
+    def reference_kind(self) -> str: ...
+
+
+def load_reference(config: NamesReference, actor: HybridActor) -> Reference:
     """The reference that the configuration names (on a CPU the host's copy is a frozen one); `actor`: the policy, with its adapter on it."""
     if config.reference_kind == "adapter_off":
         return AdapterOff(actor)

@@ -10,16 +10,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.config import PolicyConfig
+from fusedrl.engine.config import GenerationConfig, RunConfig
 from fusedrl.engine.generation.generator import Completion
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.rewards import RewardError, RewardScores, RewardSet, moved_rewards
+
+
+class RolloutConfig(Protocol):
+    """What a configuration says of sampling and scoring: that of policy optimisation, and of rejection sampling."""
+
+    @property
+    def generation(self) -> GenerationConfig: ...
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def prompts_per_step(self) -> int: ...
+    @property
+    def samples_per_prompt(self) -> int: ...
+    @property
+    def missing_eos_penalty(self) -> float: ...
+    @property
+    def overlong_buffer(self) -> int: ...
+    @property
+    def overlong_penalty(self) -> float: ...
+    @property
+    def refill_tries(self) -> int: ...
+    @property
+    def max_invalid_fraction(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -42,8 +65,8 @@ class Rollout:
     metrics: dict[str, float]
 
 
-def sampling_params(config: PolicyConfig) -> SamplingParams:
-    """The sampler's settings of a policy run."""
+def sampling_params(config: RolloutConfig) -> SamplingParams:
+    """The sampler's settings of a run."""
     g = config.generation
     return SamplingParams(max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, min_p=g.min_p,
                           n=config.samples_per_prompt, seed=config.run.seed, stop_token_ids=g.stop_token_ids)
@@ -67,7 +90,7 @@ class Sample:
         return math.isfinite(self.score) and math.isfinite(self.greedy_score)
 
 
-def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]], rewards: RewardSet, config: PolicyConfig, *, greedy: bool = False) -> Rollout:
+def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]], rewards: RewardSet, config: RolloutConfig, *, greedy: bool = False) -> Rollout:
     """Generate `samples_per_prompt` completions of `prompts_per_step` prompts and score them.
 
     Samples whose reward is invalid (raised, NaN, of the wrong type) are left out of the batch, so that groups may differ in size. With `refill_tries` so are
@@ -108,7 +131,7 @@ def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]],
     return Rollout(batch, [s.prompt for s in kept], [s.completion for s in kept], metrics)
 
 
-def _generate(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, config: PolicyConfig, first_request_id: int,
+def _generate(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, config: RolloutConfig, first_request_id: int,
               greedy: bool) -> tuple[list[Sample], list[tuple[int, str, str]]]:
     """Completions with their rewards, and which of them have none: (index, name of the reward, reason)."""
     request_ids = list(range(first_request_id, first_request_id + len(prompts)))
@@ -127,7 +150,7 @@ def _generate(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet,
     return samples, scored.invalid
 
 
-def _check_valid(samples: Sequence[Sample], invalid: Sequence[tuple[int, str, str]], config: PolicyConfig) -> None:
+def _check_valid(samples: Sequence[Sample], invalid: Sequence[tuple[int, str, str]], config: RolloutConfig) -> None:
     """Raises RewardError where too many of a step's samples so far are invalid, or all of them."""
     if (bad := len({index for index, _, _ in invalid})) > config.max_invalid_fraction * len(samples):
         index, name, reason = invalid[0]
@@ -143,7 +166,7 @@ def _score(rewards: RewardSet, flat: Sequence[tuple[Prompt, Completion]]) -> Rew
     return rewards.score([p.prompt for p, _ in flat], [c.text for _, c in flat], [p.ids for p, _ in flat], [c.token_ids for _, c in flat], columns)
 
 
-def _placed(total: float, completion: Completion, config: PolicyConfig) -> float:
+def _placed(total: float, completion: Completion, config: RolloutConfig) -> float:
     """A completion's score: its reward, less what not ending and being long cost."""
     score = total - (config.missing_eos_penalty if completion.finish_reason != "stop" else 0.0)
     if config.overlong_buffer:
@@ -160,7 +183,7 @@ def _flat(samples: Iterable[Sample]) -> set[int]:
     return {group for group, values in scores.items() if len(values) == 1}
 
 
-def _describe(samples: Sequence[Sample], config: PolicyConfig) -> dict[str, float]:
+def _describe(samples: Sequence[Sample], config: RolloutConfig) -> dict[str, float]:
     valid = [sample for sample in samples if sample.valid]
     scores = torch.tensor([sample.score for sample in valid], dtype=torch.float32)
     lengths = torch.tensor([len(sample.completion.token_ids) for sample in valid], dtype=torch.float32)

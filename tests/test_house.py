@@ -15,8 +15,8 @@ PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglo
 RANKS = [
     ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim",
      "natural_gradient"), ("model",), ("generation",),
-    ("actor",), ("rewards", "trl_rollout", "advantages", "objectives", "preferences", "fisher"),
-    ("critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "workloads"), ("stages",), ("evaluate", "bench"),
+    ("actor",), ("rewards", "trl_rollout", "advantages", "objectives", "preferences", "preference_losses", "fisher"),
+    ("best_of_n", "critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "workloads"), ("stages",), ("evaluate", "bench"),
     ("demo", "doctor"), ("cli",),
 ]
 

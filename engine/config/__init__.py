@@ -4,9 +4,11 @@ Sizes of a batch have four words and no others: `prompts_per_step`, `samples_per
 The split into micro-batches never changes the gradient, so `tokens_per_microbatch` is about memory alone.
 """
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig
+from fusedrl.engine.config.dpo import DPOConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 from fusedrl.engine.config.offline import RewardModelConfig, SFTConfig
 from fusedrl.engine.config.policy import CriticConfig, KLConfig, LossConfig, PenaltyConfig, PolicyConfig, PtxConfig, TRPOConfig
+from fusedrl.engine.config.rejection import RejectionConfig
 
-__all__ = ["CorrectionConfig", "CriticConfig", "GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig", "OptimConfig", "PenaltyConfig", "PolicyConfig",
-           "PtxConfig", "ReplayConfig", "RewardModelConfig", "RunConfig", "SFTConfig", "TRPOConfig"]
+__all__ = ["CorrectionConfig", "CriticConfig", "DPOConfig", "GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig", "OptimConfig", "PenaltyConfig",
+           "PolicyConfig", "PtxConfig", "RejectionConfig", "ReplayConfig", "RewardModelConfig", "RunConfig", "SFTConfig", "TRPOConfig"]

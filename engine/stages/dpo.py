@@ -1,0 +1,167 @@
+"""Direct preference optimisation: pairs in, a policy out; nothing is sampled and nothing scored by a reward model. The losses are in preference_losses.py.
+
+The reference scores each step's pairs in the micro-batches that are trained on, in the same precision: before the first update policy and reference are the
+same bits, h is exactly 0 and the sigmoid loss exactly log 2. There is no dropout. A micro-batch holds both sides of its pairs; how a step is cut into
+micro-batches does not change its gradient.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.config import DPOConfig
+from fusedrl.engine.control import learning_rate
+from fusedrl.engine.data.mixture import mix
+from fusedrl.engine.data.readers import Source
+from fusedrl.engine.optim import make_optimizer
+from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.preference_losses import PairScores, pair_loss, pair_scores
+from fusedrl.engine.reference import Reference, load_reference
+from fusedrl.engine.run import Run, held_out
+from fusedrl.engine.stages.pairs import TokenPair, column_of, pack_pairs, read_pairs, sequences_of
+from fusedrl.engine.stages.reward_model import wilson_interval
+from fusedrl.kernels.faults import raise_faults
+
+Cuts = list[list[int]]  # [micro-batch] -> pairs
+
+
+@dataclass(frozen=True)
+class DPOResult:
+    """Where the trained policy is, and the last step's metrics; accuracy on the held-out pairs with its 95% interval (nan where none were held out)."""
+
+    model: str
+    steps: int
+    metrics: dict[str, float]
+    accuracy: float
+    interval: tuple[float, float]
+    held_out: int
+
+
+def train_dpo(config: DPOConfig) -> DPOResult:
+    """Train a policy on preference pairs.
+
+    The run directory receives config.json, metrics.jsonl, checkpoints and, at the end, model/ (loadable by transformers).
+
+    Raises:
+        DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
+        RuntimeError: five updates in a row had a non-finite gradient.
+    """
+    torch.manual_seed(config.run.seed)
+    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+    actor.decoder.checkpoint_activations = config.checkpoint_activations
+    if config.lora is not None:
+        actor.add_adapter(config.lora, seed=config.run.seed)
+    reference = load_reference(config, actor)
+    optim = config.optim
+    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                               state=optim.state)
+    with Run(config, None) as run:
+        trunk = actor.decoder.config
+        limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
+
+        def read(source: Source) -> list[TokenPair]:
+            return read_pairs(source, actor.tokenizer, trunk.eos_token_ids, limit, skip_bad_lines=config.skip_bad_lines,
+                              rejects=run.directory / "rejects.jsonl", tell=run.message)
+
+        train, held = mix(config.data, read).split(lambda pairs: held_out(pairs, config.eval_fraction, config.run.seed))
+        run.total = math.ceil(len(train) * config.epochs / config.pairs_per_step)
+        run.restore(model=actor, optimizer=optimizer)
+        for step in range(run.start, run.total):
+            start = step * config.pairs_per_step
+            pairs = train.draw(config.run.seed, start, min(start + config.pairs_per_step, len(train) * config.epochs))
+            batch, cuts = pack_pairs(pairs, config.tokens_per_microbatch, actor.decoder.device)
+            with run.time("reference"):
+                batch = with_reference(reference, batch, cuts)
+            with run.time("train"):
+                optimizer.zero_grad()
+                loss, scores = _backward(actor, batch, cuts, pairs, config)
+                optimizer.lr = learning_rate(optim, step, run.total)
+                result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
+                run.check_update(result)
+                actor.mark_updated()
+            raise_faults(actor.decoder.device)  # where the host reads the loss anyway
+            metrics = {"loss": loss} | describe(scores, pairs, config.beta)
+            metrics |= {"lr": optimizer.lr, "grad_norm": result.grad_norm, "num_tokens": float(batch.num_tokens)}
+            if step == run.total - 1:
+                with run.time("evaluate"):
+                    metrics |= evaluate(actor, reference, held, config)
+            run.log(step, metrics)
+            run.save_if_due(step, model=actor, optimizer=optimizer)
+        if config.lora is not None:
+            actor.save_adapter(run.directory / "adapter", base_model=config.model)
+        last = run.last_metrics
+        interval = (last.get("eval_accuracy_low", math.nan), last.get("eval_accuracy_high", math.nan))
+        return DPOResult(run.finish(actor.save_pretrained), run.total, last, last.get("eval_accuracy", math.nan), interval, len(held))
+
+
+def with_reference(reference: Reference, batch: PackedBatch, cuts: Cuts) -> PackedBatch:
+    """The batch with ref_logp, scored in these cuts."""
+    return batch.with_columns(ref_logp=reference.score(batch, partition=[sequences_of(cut) for cut in cuts]).logp)
+
+
+def _backward(actor: HybridActor, batch: PackedBatch, cuts: Cuts, pairs: Sequence[TokenPair], config: DPOConfig) -> tuple[float, PairScores]:
+    """Accumulate the gradient of a step's loss: the mean over its pairs, by their weights. Returns it, and the scores that it is of."""
+    total = sum(pair.weight for pair in pairs)
+    loss = torch.zeros((), dtype=torch.float64, device=batch.device)
+    seen: list[PairScores] = []
+    for cut in cuts:
+        micro = batch.select(sequences_of(cut))
+        logp_N, _ = actor.logprobs(micro, actor.forward(micro))
+        scores = pair_scores(micro, logp_N)
+        part = weighted_loss(scores, [pairs[i] for i in cut], config) / total
+        part.backward()
+        loss += part.detach()
+        seen.append(PairScores(*(x.detach() for x in scores)))
+    return loss.item(), in_order(seen, cuts)
+
+
+def weighted_loss(scores: PairScores, pairs: Sequence[TokenPair], config: DPOConfig) -> torch.Tensor:
+    """The sum over pairs of weight x loss."""
+    label_P, margin_P, weight_P = (column_of(pairs, name, scores.h.device) for name in ("label", "margin", "weight"))
+    loss_P = pair_loss(config.loss, scores, label_P, margin_P, beta=config.beta, label_smoothing=config.label_smoothing, nll_coef=config.nll_coef)
+    return (weight_P * loss_P).sum()
+
+
+def in_order(seen: Sequence[PairScores], cuts: Cuts) -> PairScores:
+    """The scores of micro-batches as those of the pairs in their own order."""
+    back = torch.tensor([index for cut in cuts for index in cut]).argsort()
+    return PairScores(*(torch.cat(parts)[back.to(parts[0].device)] for parts in zip(*seen, strict=True)))
+
+
+def describe(scores: PairScores, pairs: Sequence[TokenPair], beta: float) -> dict[str, float]:
+    """Means over pairs, by TRL's names: rewards beta (log pi - log ref), their difference and how often it has the label's sign (ties of the data left out),
+    log-probabilities of answers. drift/chosen: nats per token by which the chosen answers became less likely than under the reference; it often rises while
+    the margins do, and nll_coef is what holds it."""
+    chosen, rejected = beta * scores.chosen_ratio, beta * scores.rejected_ratio
+    found = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected, "logps/chosen": scores.chosen_logp,
+             "logps/rejected": scores.rejected_logp}
+    right, judged = agreement(scores, pairs)
+    return {name: values.mean().item() for name, values in found.items()} | ({"rewards/accuracies": right / judged} if judged else {}) | {
+        "drift/chosen": (0.0 - scores.chosen_ratio.sum() / scores.chosen_tokens.sum()).item()}
+
+
+def agreement(scores: PairScores, pairs: Sequence[TokenPair]) -> tuple[int, int]:
+    """(pairs whose difference has the label's sign, pairs that are no tie in the data). A difference of 0 counts as wrong."""
+    signs = torch.sign(column_of(pairs, "label", scores.h.device) - 0.5)
+    return int((scores.h * signs > 0).sum()), int((signs != 0).sum())
+
+
+@torch.no_grad()
+def evaluate(actor: HybridActor, reference: Reference, pairs: Sequence[TokenPair], config: DPOConfig) -> dict[str, float]:
+    """Loss, margin and accuracy on held-out pairs, with the accuracy's 95% interval; nothing for no pairs."""
+    if not pairs:
+        return {}
+    batch, cuts = pack_pairs(pairs, config.tokens_per_microbatch, actor.decoder.device)
+    batch = with_reference(reference, batch, cuts)
+    scores = pair_scores(batch, actor.score(batch, partition=[sequences_of(cut) for cut in cuts]).logp)
+    found = {"eval_loss": weighted_loss(scores, pairs, config).item() / sum(pair.weight for pair in pairs), "eval_pairs": float(len(pairs)),
+             "eval_margin": config.beta * scores.h.mean().item()}
+    right, judged = agreement(scores, pairs)
+    if judged:
+        low, high = wilson_interval(right, judged)
+        found |= {"eval_accuracy": right / judged, "eval_accuracy_low": low, "eval_accuracy_high": high}
+    return found

@@ -1,0 +1,134 @@
+"""Rejection-sampling fine-tuning: sample, score, keep the best, train on them by cross-entropy, and again from the new weights.
+
+Each step draws prompts_per_step prompts and samples_per_prompt completions of each, keeps the best, and makes epochs x minibatches optimizer steps on them.
+The loss is a mean over all the completion tokens of a minibatch, however it is cut. There is no ratio and no reference: a completion is imitated or it is not.
+A prompt none of whose samples is kept is skipped and counted; where no sample of a step is kept, the step trains nothing (`updates` is 0).
+"""
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.config import RejectionConfig
+from fusedrl.engine.control import learning_rate, shuffled
+from fusedrl.engine.memory import give_back
+from fusedrl.engine.optim import Optimizer, make_optimizer
+from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.plan import cache_for
+from fusedrl.engine.rewards import RewardSet, load_reward
+from fusedrl.engine.rollout import Prompt, Rollout, rollout
+from fusedrl.engine.run import Run
+from fusedrl.engine.stages.prompts import read_prompts
+from fusedrl.kernels.faults import raise_faults
+
+
+@dataclass(frozen=True)
+class RejectionResult:
+    """Where the trained policy is, and the last step's metrics."""
+
+    model: str
+    steps: int
+    metrics: dict[str, float]
+
+
+def train_rejection(config: RejectionConfig) -> RejectionResult:
+    """Train a policy on the best of its own samples.
+
+    The run directory receives config.json, metrics.jsonl, samples.jsonl, checkpoints and, at the end, model/ (loadable by transformers).
+
+    Raises:
+        DataError, RewardError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
+        RuntimeError: five updates in a row had a non-finite gradient.
+    """
+    torch.manual_seed(config.run.seed)
+    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, cache=cache_for(config))
+    actor.decoder.checkpoint_activations = config.checkpoint_activations
+    if config.lora is not None:
+        actor.add_adapter(config.lora, seed=config.run.seed)
+    rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
+    optim = config.optim
+    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+                               state=optim.state)
+    with Run(config, config.steps) as run:
+        prompts = read_prompts(config, actor, run)
+        run.restore(model=actor, optimizer=optimizer)
+        for step in range(run.start, config.steps):
+            first = step * config.prompts_per_step
+
+            def draw(count: int, first: int = first) -> tuple[list[Prompt], int]:
+                return prompts.draw(config.run.seed, first, first + count), first
+
+            with run.time("generate_and_reward"):
+                experience = rollout(actor, draw, rewards, config)
+            kept = best(experience, config.keep, config.min_score)
+            with run.time("train"), actor.lend_cache():
+                metrics = experience.metrics | _describe(experience, kept, config) | imitate(actor, optimizer, experience.batch, kept, config, step, run)
+            run.log(step, metrics)
+            run.samples(step, [{"prompt": experience.prompts[b].prompt, "completion": experience.completions[b].text,
+                                "score": experience.batch.column("scores")[b].item()} for b in kept[:4]])
+            run.save_if_due(step, model=actor, optimizer=optimizer)
+        if config.lora is not None:
+            actor.save_adapter(run.directory / "adapter", base_model=config.model)
+        return RejectionResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
+
+
+def best(experience: Rollout, keep: int, min_score: float | None) -> list[int]:
+    """The sequences to imitate, in the batch's order: of each prompt the `keep` best of at least `min_score`; of equal ones the earlier."""
+    scores = experience.batch.column("scores").tolist()
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, group in enumerate(experience.batch.column("group_ids").tolist()):
+        if min_score is None or scores[index] >= min_score:
+            groups[group].append(index)
+    return sorted(index for members in groups.values() for index in sorted(members, key=lambda i: (-scores[i], i))[:keep])
+
+
+def imitate(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, kept: Sequence[int], config: RejectionConfig, step: int,
+            run: Run) -> dict[str, float]:
+    """epochs x minibatches optimizer steps of cross-entropy on these sequences of the batch; fewer minibatches where there are fewer sequences."""
+    losses: list[torch.Tensor] = []
+    norms: list[float] = []
+    total = config.steps * config.epochs * config.minibatches
+    for epoch in range(config.epochs):
+        order, count = [kept[i] for i in shuffled(len(kept), config.run.seed, "rejection", step, epoch)], min(config.minibatches, len(kept))
+        for part in range(count):
+            members = order[part * len(order) // count:(part + 1) * len(order) // count]
+            tokens = int(batch.select(members).action_mask.sum())
+            loss = torch.zeros((), device=batch.device)
+            optimizer.zero_grad()
+            for group in batch.split(config.tokens_per_microbatch, members):
+                micro = batch.select(group)
+                logp, _ = actor.logprobs(micro, actor.forward(micro))
+                mean = -logp.sum() / tokens  # logp is 0 off the completions; the denominator is the whole minibatch's
+                mean.backward()
+                loss += mean.detach()
+            optimizer.lr = learning_rate(config.optim, (step * config.epochs + epoch) * config.minibatches + part, total)
+            result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
+            run.check_update(result)
+            actor.mark_updated()
+            losses.append(loss)
+            norms.append(result.grad_norm)
+    raise_faults(batch.device)  # where the host reads the losses anyway
+    freed = sum(p.grad.nbytes for p in actor.parameters() if p.grad is not None)
+    optimizer.zero_grad()
+    give_back(freed)  # the next rollout runs beside the weights, the optimizer's state and the cache alone
+    if not losses:
+        return {"updates": 0.0}
+    return {"updates": float(len(losses)), "loss": sum(loss.item() for loss in losses) / len(losses), "grad_norm": sum(norms) / len(norms),
+            "lr": optimizer.lr}
+
+
+def _describe(experience: Rollout, kept: Sequence[int], config: RejectionConfig) -> dict[str, float]:
+    """What was kept of a step's samples: the share of the valid ones, prompts of which nothing was, and the scores and lengths of the kept."""
+    batch = experience.batch
+    groups = batch.column("group_ids").tolist()
+    found = {"kept/fraction": len(kept) / len(groups), "kept/prompts_skipped": float(config.prompts_per_step - len({groups[b] for b in kept})),
+             "num_tokens": float(batch.num_tokens)}
+    if kept:
+        scores = batch.column("scores").tolist()
+        found |= {"kept/reward": sum(scores[b] for b in kept) / len(kept),
+                  "kept/mean_length": sum(len(experience.completions[b].token_ids) for b in kept) / len(kept)}
+    return found
