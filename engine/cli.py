@@ -28,7 +28,7 @@ STAGES: dict[str, tuple[type, str, str, str]] = {
     "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
     "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a pairwise reward model on preferences"),
 } | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}
-OPTIONAL = ("lora",)  # groups of options that may be null
+OPTIONAL = ("lora", "evaluation")  # groups of options that may be null
 CONFIGURATION, ENVIRONMENT, INTERRUPTED = 2, 3, 130
 
 
@@ -187,7 +187,7 @@ def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str]
     import json
 
     files: list[str] = []
-    rewards: list[str] = []
+    rewards: dict[str, list[str]] = {"reward": [], "monitor_reward": []}  # may come several times
     options: list[str] = []
     index = 0
     while index < len(argv):
@@ -206,12 +206,12 @@ def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str]
                 value = argv[index]
             if name == "config":
                 files.append(value)
-            elif name == "reward":
-                rewards += json.loads(value) if value.startswith("[") and _is_list(value) else [value]
+            elif name in rewards:
+                rewards[name] += json.loads(value) if value.startswith("[") and _is_list(value) else [value]
             else:
                 options.append(f"{key}={value}")
         index += 1
-    return files, options + ([f"--reward={json.dumps(rewards)}"] if rewards else [])
+    return files, options + [f"--{name}={json.dumps(listed)}" for name, listed in rewards.items() if listed]
 
 
 def _is_list(text: str) -> bool:

@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglob("*.py"))
 # Inside the engine a module imports its own rank or lower ones. `run`, `stages` and what follows them may use everything before.
 RANKS = [
-    ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim"), ("model",), ("generation",),
-    ("actor",), ("rewards", "trl_rollout", "advantages", "objectives"),
-    ("plan", "reference", "rollout", "run", "workloads"), ("stages",), ("evaluate", "bench"), ("demo", "doctor"), ("cli",),
+    ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim", "estimates", "repetition", "alarm"),
+    ("model",), ("generation",), ("actor",), ("rewards", "trl_rollout", "advantages", "objectives"),
+    ("plan", "reference", "rollout", "run", "workloads", "evaluate", "monitor", "judge"), ("stages",), ("bench",), ("demo", "doctor"),
+    ("cli", "cli_common", "cli_bench", "cli_monitor"),
 ]
 
 

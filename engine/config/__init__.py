@@ -4,8 +4,9 @@ Sizes of a batch have four words and no others: `prompts_per_step`, `samples_per
 The split into micro-batches never changes the gradient, so `tokens_per_microbatch` is about memory alone.
 """
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig
+from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.offline import RewardModelConfig, SFTConfig
 from fusedrl.engine.config.policy import KLConfig, LossConfig, PenaltyConfig, PolicyConfig
 
-__all__ = ["GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig", "OptimConfig", "PenaltyConfig", "PolicyConfig", "RewardModelConfig", "RunConfig",
-           "SFTConfig"]
+__all__ = ["AlarmConfig", "EvaluationConfig", "GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig", "OptimConfig", "PenaltyConfig", "PolicyConfig",
+           "RewardModelConfig", "RunConfig", "SFTConfig"]

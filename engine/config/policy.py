@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS, BOUNDS, OBJECTIVES, Algorithm
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig, either, require
+from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 
 OF_ALGORITHM: Any = None  # the default of a field that the algorithm's row fills in where it is left out
 
@@ -166,6 +167,7 @@ class PolicyConfig:
         reward: rewards, each file.py:function, or a directory of a reward model.
         algorithm: ppo, grpo, rloo, ...: a row of algorithms.py.
         reward_weights: one weight per reward; None weighs each 1.
+        monitor_reward: rewards that are measured at every step and never trained on, as gold/<name>/mean.
         steps: rollouts, each followed by epochs x minibatches optimizer steps.
         prompts_per_step: prompts of one rollout.
         samples_per_prompt: completions of each prompt.
@@ -190,6 +192,8 @@ class PolicyConfig:
             <run>/adapter by themselves.
         reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
             the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
+        evaluation: on held-out prompts while training; evaluation.data turns it on.
+        alarm: what is done about signs of reward hacking.
     """
 
     model: str
@@ -197,6 +201,7 @@ class PolicyConfig:
     reward: tuple[str, ...]
     algorithm: str = "ppo"
     reward_weights: tuple[float, ...] | None = None
+    monitor_reward: tuple[str, ...] = ()
     steps: int = 100
     prompts_per_step: int = 64
     samples_per_prompt: int = OF_ALGORITHM
@@ -223,6 +228,8 @@ class PolicyConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    evaluation: EvaluationConfig | None = None
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

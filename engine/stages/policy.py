@@ -27,6 +27,7 @@ from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
+from fusedrl.engine.monitor import Monitor
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, make_optimizer
 from fusedrl.engine.packing import IGNORE, PackedBatch
@@ -77,6 +78,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor) if config.needs_reference else None
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
+    gold = [load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.monitor_reward]
+    measured_only = RewardSet(gold) if gold else None
     optim = config.optim
     optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
                                state=optim.state)
@@ -84,11 +87,13 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
 
     with Run(config, config.steps) as run:
         prompts = _prompts(config, actor, run)
+        monitor = Monitor(config, actor, reference, rewards, measured_only, run)
         run.restore(model=actor, optimizer=optimizer, control=control)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
+        monitor.begin()
         for step in range(run.start, config.steps):
             with run.time("generate_and_reward"):
-                experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy")
+                experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy", gold=measured_only)
             with run.time("score"):
                 batch = control.scaled(experience.batch) if config.scale_scores else experience.batch
                 cuts = _cuts(batch, config, step, epoch=0)
@@ -99,6 +104,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             with run.time("train"), actor.lend_cache():
                 metrics = experience.metrics | update(actor, reference, optimizer, batch, cuts, config, control, step, run)
             control.update(metrics, signals.totals)
+            metrics |= monitor.after(step, metrics)
             run.log(step, metrics)
             run.samples(step, _samples(experience))
             run.save_if_due(step, model=actor, optimizer=optimizer, control=control)
@@ -182,6 +188,8 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                 loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full)
                 loss.backward()
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0])
+                if epoch == config.epochs - 1:
+                    meter.add_ratios(micro, logp)
             if measured is None:
                 measured = measure(batch.with_columns(old_logp=seen[0], old_entropy=seen[1]), control.kl.coef, config)
             optimizer.lr = learning_rate(config.optim, done, total_updates)

@@ -13,6 +13,7 @@ from fusedrl.engine.control import learning_rate
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_pairs
 from fusedrl.engine.data.tokenize import count_tokens, encode_pairs, end_of_text
+from fusedrl.engine.estimates import wilson_interval
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 from fusedrl.engine.optim import make_optimizer
@@ -132,13 +133,3 @@ def score_pairs(model: RewardModel, pairs: list[Pair], tokens_per_microbatch: in
     for group in _split(pairs, tokens_per_microbatch):
         winners[group], losers[group] = _scores(model, [pairs[i] for i in group])
     return winners, losers
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% score interval of a proportion (Wilson, 1927, JASA 22)."""
-    if trials == 0:
-        return 0.0, 1.0
-    share, spread = successes / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    return centre - half, centre + half

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fusedrl.engine.config import OptimConfig, RewardModelConfig, RunConfig
+from fusedrl.engine.estimates import wilson_interval
 from fusedrl.engine.model.heads import load_reward_model
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.stages.reward_model import train_reward_model, wilson_interval
+from fusedrl.engine.stages.reward_model import train_reward_model
 
 # The preferred answer ends in w1, whatever the rest.
 PAIRS = [{"prompt": f"w{i % 9}", "chosen": f"w{i % 13} " * (1 + i % 3) + "w1", "rejected": f"w{i % 11} " * (1 + i % 4) + "w2"} for i in range(60)]
