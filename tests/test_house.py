@@ -15,7 +15,7 @@ PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglo
 RANKS = [
     ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim", "estimates", "repetition", "alarm"),
     ("model",), ("generation",), ("actor",), ("rewards", "trl_rollout", "advantages", "objectives"),
-    ("plan", "reference", "rollout", "run", "workloads", "evaluate", "monitor", "judge"), ("stages",), ("bench",), ("demo", "doctor"),
+    ("plan", "reference", "rollout", "run", "workloads", "evaluate", "monitor", "judge", "run_report"), ("stages",), ("bench",), ("demo", "doctor"),
     ("cli", "cli_common", "cli_bench", "cli_monitor"),
 ]
 
