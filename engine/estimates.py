@@ -42,7 +42,7 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
     share, spread = successes / trials, z * z / trials
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(max(0.0, share * (1 - share)) / trials + spread / (4 * trials)) / (1 + spread)
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:

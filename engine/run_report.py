@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -57,9 +58,10 @@ def metrics_table(directory: str | Path) -> Table:
             if value is not None and name != "step":
                 series[name].append((row["step"], value))
     steps = sorted({step for values in series.values() for step, _ in values})
-    table = Table(title=f"{directory}: {steps[-1] if steps else 0} steps", title_justify="left")
-    for heading in ("", "first", "middle", "last", "least", "most"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = Table(title=f"{directory}: {steps[-1] if steps else 0} steps", title_justify="left", box=SIMPLE)
+    table.add_column("", overflow="fold")
+    for heading in ("first", "middle", "last", "least", "most"):
+        table.add_column(heading, justify="right")
     for pattern in SHOWN:
         for name in sorted(name for name in series if fnmatch(name, pattern) and not name.endswith("_stderr")):
             values = [value for _, value in series[name] if math.isfinite(value)]
