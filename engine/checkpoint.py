@@ -32,7 +32,8 @@ from fusedrl.engine.data.readers import Data, parse_data
 from fusedrl.engine.errors import CheckpointError, ConfigError, SetupError
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
-FREE_KEYS = ("run.dir", "run.resume", "run.progress", "run.keep", "run.save_every", "steps", "checkpoint_activations")  # what a continued run may change
+FREE_KEYS = ("run.dir", "run.resume", "run.progress", "run.keep", "run.save_every", "steps", "checkpoint_activations", "eval_every", "evaluation",
+             "alarm", "monitor_reward")  # what a continued run may change; a group's name stands for all its keys
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
            torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 _log = logging.getLogger(__name__)
@@ -383,7 +384,7 @@ def _merged(usual: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any
 def config_diff(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """`key: saved -> current` for every dotted key that differs, but for those that a continued run may change (`FREE_KEYS`)."""
     old, new = _flat(saved), _flat(current)
-    keys = [key for key in {**old, **new} if key not in FREE_KEYS]
+    keys = [key for key in {**old, **new} if key not in FREE_KEYS and key.partition(".")[0] not in FREE_KEYS]
     return [f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}" for key in keys if old.get(key, "absent") != new.get(key, "absent")]
 
 

@@ -1,15 +1,14 @@
 """The command line: fusedrl train sft|reward|dpo|ppo|grpo|..., fusedrl plan sft|reward|dpo|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
 
 Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
-that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 130 interrupted. torch is imported only by what needs it.
-`fusedrl bench throughput|latency|step|kernels` has the option names of `vllm bench`, where that has the option.
+that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 4 stopped by the reward-hacking alarm, 130 interrupted. torch is imported only by what
+needs it. `fusedrl bench` is in cli_bench.py, `fusedrl judge`, `samples` and `report` in cli_monitor.py.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import os
 import re
@@ -21,6 +20,9 @@ from typing import Any, get_args, get_type_hints
 
 from fusedrl.engine import __version__
 from fusedrl.engine.algorithms import ALGORITHMS
+from fusedrl.engine.cli_bench import bench_options, run_bench
+from fusedrl.engine.cli_common import CONFIGURATION, ENVIRONMENT, INTERRUPTED, check_device, count, nearest, report_json
+from fusedrl.engine.cli_monitor import add_commands
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError, SetupError, UserError
 
@@ -30,8 +32,7 @@ STAGES: dict[str, tuple[type, str, str, str]] = {
     "dpo": (DPOConfig, "fusedrl.engine.stages.dpo", "train_dpo", "direct preference optimisation: preferences, no reward model"),
     "rejection": (RejectionConfig, "fusedrl.engine.stages.rejection", "train_rejection", "rejection sampling: imitate the best of many samples"),
 } | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}
-OPTIONAL = ("lora", "critic", "replay", "ptx")  # groups of options that may be null
-CONFIGURATION, ENVIRONMENT, INTERRUPTED = 2, 3, 130
+OPTIONAL = ("lora", "critic", "replay", "ptx", "evaluation")  # groups of options that may be null
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +80,8 @@ def _run(argv: list[str]) -> None:
     memory = commands.add_parser("plan", help="what a run will take of memory, and the largest micro-batch that fits", add_help=False)
     memory.add_argument("rest", nargs=argparse.REMAINDER)
     _generate_options(commands.add_parser("generate", help="print completions of prompts", allow_abbrev=False))
-    _bench_options(commands.add_parser("bench", help="measure generation or a step of training", allow_abbrev=False))
+    bench_options(commands.add_parser("bench", help="measure generation or a step of training", allow_abbrev=False))
+    add_commands(commands)
     demo = commands.add_parser("demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False)
     demo.add_argument("--dir", default="runs/demo", help="where models, metrics and the report go (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of everything that draws (default: %(default)s)")
@@ -94,9 +96,10 @@ def _run(argv: list[str]) -> None:
         return
     options = parser.parse_args(argv)
     if options.command == "bench":
-        _bench(options)
-        return
-    if options.command == "generate":
+        run_bench(options)
+    elif "call" in options:
+        options.call(options)
+    elif options.command == "generate":
         _generate(options)
     elif options.command == "doctor":
         _doctor(options)
@@ -104,23 +107,6 @@ def _run(argv: list[str]) -> None:
         from fusedrl.engine.demo import run_demo
 
         run_demo(options.dir, options.seed)
-
-
-def _check_device(name: str | None) -> None:
-    """Raises ConfigError for what is no device, SetupError for one that this machine has not."""
-    if name is None:
-        return
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"config: expected device to be cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        built = torch.version.cuda or torch.version.hip
-        remedy = "check the driver with nvidia-smi" if built else "this torch is a CPU build; install a CUDA build from pytorch.org"
-        raise SetupError(f"device {name!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; {remedy}, "
-                         "or use --device cpu")
 
 
 # ---- train --------------------------------------------------------------------------------------------------------------------
@@ -131,10 +117,10 @@ def _train(argv: list[str]) -> None:
               "fusedrl train STAGE --help lists its options.", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else CONFIGURATION)
     if argv[0] not in STAGES:
-        raise ConfigError(f"train: unknown stage {argv[0]!r}{_nearest(argv[0], STAGES)}; expected one of {', '.join(STAGES)}")
+        raise ConfigError(f"train: unknown stage {argv[0]!r}{nearest(argv[0], STAGES)}; expected one of {', '.join(STAGES)}")
     _, module, function, _ = STAGES[argv[0]]
     config = parse_config(argv[0], argv[1:])
-    _check_device(config.device)
+    check_device(config.device)
     getattr(importlib.import_module(module), function)(config)
 
 
@@ -189,7 +175,7 @@ def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str]
     import json
 
     files: list[str] = []
-    rewards: list[str] = []
+    rewards: dict[str, list[str]] = {"reward": [], "monitor_reward": []}  # may come several times
     options: list[str] = []
     index = 0
     while index < len(argv):
@@ -199,7 +185,7 @@ def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str]
             options.append(argv[index])
         elif not key.startswith("--") or (name not in known and name != "config"):
             expected = "" if key.startswith("--") else "; options are written --key value"
-            raise ConfigError(f"config: unknown option {key!r}{_nearest(name, known, '--')}{expected}")
+            raise ConfigError(f"config: unknown option {key!r}{nearest(name, known, '--')}{expected}")
         else:
             if not equals:
                 index += 1
@@ -208,12 +194,12 @@ def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str]
                 value = argv[index]
             if name == "config":
                 files.append(value)
-            elif name == "reward":
-                rewards += json.loads(value) if value.startswith("[") and _is_list(value) else [value]
+            elif name in rewards:
+                rewards[name] += json.loads(value) if value.startswith("[") and _is_list(value) else [value]
             else:
                 options.append(f"{key}={value}")
         index += 1
-    return files, options + ([f"--reward={json.dumps(rewards)}"] if rewards else [])
+    return files, options + [f"--{name}={json.dumps(listed)}" for name, listed in rewards.items() if listed]
 
 
 def _is_list(text: str) -> bool:
@@ -242,22 +228,13 @@ def _check_yaml(path: str, known: Mapping[str, bool]) -> None:
         for key, value in branch.items():
             name = f"{prefix}{key}"
             if name not in known:
-                raise ConfigError(f"{path}: unknown key {name!r}{_nearest(name, known)}")
+                raise ConfigError(f"{path}: unknown key {name!r}{nearest(name, known)}")
             if known[name] and not (value is None and name in OPTIONAL):
                 if not isinstance(value, dict):
                     raise ConfigError(f"{path}: expected {name!r} to be a mapping of options, got {type(value).__name__}")
                 check(value, f"{name}.")
 
     check(tree, "")
-
-
-def _nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
-    """A hint at the known name that looks most like this one, also where only its last part is meant (lr for optim.lr)."""
-    leaves = {key.rpartition(".")[2]: key for key in known}
-    close = [leaves[name]] if name in leaves else difflib.get_close_matches(name, known, 1, 0.6)
-    if not close:
-        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, 1, 0.6)]
-    return f", did you mean {dashes}{close[0]}?" if close else ""
 
 
 def _plain(message: str) -> str:
@@ -283,13 +260,11 @@ stages: sft, reward, dpo, ppo, grpo, ...: those of fusedrl train; fusedrl train 
 
 
 def _plan(argv: list[str]) -> None:
-    import json
-
     if not argv or {"-h", "--help"} & set(argv):
         print(_PLAN_HELP, file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else CONFIGURATION)
     if argv[0] not in STAGES:
-        raise ConfigError(f"plan: unknown stage {argv[0]!r}{_nearest(argv[0], STAGES)}; expected one of {', '.join(STAGES)}")
+        raise ConfigError(f"plan: unknown stage {argv[0]!r}{nearest(argv[0], STAGES)}; expected one of {', '.join(STAGES)}")
     parser = argparse.ArgumentParser(prog=f"fusedrl plan {argv[0]}", add_help=False, allow_abbrev=False)
     parser.add_argument("--memory")
     parser.add_argument("--output-json")
@@ -299,36 +274,22 @@ def _plan(argv: list[str]) -> None:
 
     memory = None if own.memory is None else parse_memory(own.memory)
     try:
-        _check_device(config.device)
+        check_device(config.device)
     except SetupError:
         if memory is None:  # else the plan is for a machine elsewhere
             raise
     found = plan(config, memory=memory)
-    text = json.dumps(found.to_json(), indent=1)
-    if own.output_json == "-":
-        print(text)
-        return
-    print_plan(found)
-    if own.output_json is not None:
-        Path(own.output_json).write_text(text + "\n", encoding="utf-8")
+    report_json(found.to_json(), own.output_json, lambda: print_plan(found))
 
 
 # ---- doctor -------------------------------------------------------------------------------------------------------------------
 def _doctor(options: argparse.Namespace) -> None:
-    import json
-
     with contextlib.suppress(SetupError):  # a device that is not there belongs into the report
-        _check_device(options.device)
+        check_device(options.device)
     from fusedrl.engine.doctor import diagnose, print_diagnosis
 
     found = diagnose(options.device)
-    text = json.dumps(found.to_json(), indent=1)
-    if options.output_json == "-":
-        print(text)
-    else:
-        print_diagnosis(found)
-        if options.output_json is not None:
-            Path(options.output_json).write_text(text + "\n", encoding="utf-8")
+    report_json(found.to_json(), options.output_json, lambda: print_diagnosis(found))
     if found.missing:
         raise SystemExit(ENVIRONMENT)
 
@@ -345,7 +306,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (default: all)")
     parser.add_argument("--min_p", type=float, default=0.0, help="keep tokens at least this fraction as probable as the likeliest (default: all)")
     parser.add_argument("--n", type=int, default=1, help="completions of each prompt (default: %(default)s)")
-    parser.add_argument("--best_of", type=_count, metavar="N", help="of N completions of each prompt print the one that --reward scores highest")
+    parser.add_argument("--best_of", type=count, metavar="N", help="of N completions of each prompt print the one that --reward scores highest")
     parser.add_argument("--reward", action="append", metavar="SPEC", help="of --best_of: file.py:function or the directory of a reward model; repeatable")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
@@ -354,7 +315,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     _check_best_of(options)
-    _check_device(options.device)
+    check_device(options.device)
     from fusedrl.engine.actor import HybridActor
     from fusedrl.engine.generation.sampler import SamplingParams
 
@@ -394,102 +355,6 @@ def _generate_best(actor: Any, options: argparse.Namespace) -> None:
     for number, one in enumerate(found):
         text = actor.tokenizer.decode([*one.best.prompt_ids, *one.best.token_ids], skip_special_tokens=True)
         print(f"[prompt {number + 1}, best of {options.best_of}, score {one.score:.4g}, {one.best.finish_reason}]\n{text}", flush=True)
-
-
-# ---- bench --------------------------------------------------------------------------------------------------------------------
-def _count(text: str, least: int = 1) -> int:
-    if text.isdecimal() and int(text) >= least:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number {'above 0' if least else 'from 0 on'}, got {text!r}")
-
-
-def _count_or_none(text: str) -> int:
-    return _count(text, least=0)
-
-
-def _bench_options(parser: argparse.ArgumentParser) -> None:
-    """Names and meanings as in `vllm bench`, where it has them."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
-
-    def kind(name: str, text: str, **defaults: Any) -> argparse.ArgumentParser:
-        one = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-        what = one.add_mutually_exclusive_group(required=True)
-        what.add_argument("--model", metavar="DIR", help="directory or id of the model")
-        what.add_argument("--shape", choices=("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-0.6b"), help="random weights in the shape of this model")
-        for option, (default, text) in {"--input-len": (defaults["input_len"], "tokens of a prompt"), "--output-len": (defaults["output_len"], "tokens drawn"),
-                                        "--n": (defaults["n"], "samples of a prompt"), "--num-iters": (defaults["iters"], "rounds that count"),
-                                        "--num-iters-warmup": (defaults["warmup"], "rounds before them")}.items():
-            shown = "(default: %(default)s)" if default is not None else "(default: by workload)"
-            one.add_argument(option, type=_count_or_none if option == "--num-iters-warmup" else _count, default=default, help=f"{text} {shown}")
-        one.add_argument("--seed", type=int, default=0, help="of prompts and draws (default: %(default)s)")
-        one.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
-        one.add_argument("--device", help="cpu or cuda (default: the best there is)")
-        one.add_argument("--output-json", metavar="FILE", help='the figures; "-" is standard output, without the table')
-        return one
-
-    one = kind("throughput", "tokens per second of a whole workload", input_len=None, output_len=None, n=None, iters=3, warmup=1)
-    one.add_argument("--dataset-name", default="random", choices=("random", "seed0", "group"), help="random: one length (default, 64 x 128 + 128); seed0: "
-                     "nano-vllm's 256 requests of 100 to 1024 tokens in and out, shorter by --input-len and --output-len; group: 64 prompts of 16 samples")
-    one.add_argument("--num-prompts", type=_count, help="(default: by workload)")
-    one.add_argument("--opponents", default="", metavar="NAMES", help="generate, generate_batch (transformers), or both with a comma, in the same process")
-    one = kind("latency", "of one batch: to the first token, per token after it, to the end", input_len=32, output_len=128, n=1, iters=30, warmup=10)
-    one.add_argument("--batch-size", type=_count, default=8, help="prompts (default: %(default)s)")
-    one = kind("step", "a whole PPO or GRPO step by phases", input_len=128, output_len=128, n=None, iters=3, warmup=1)
-    one.add_argument("--algorithm", default="ppo", choices=("ppo", "grpo"), help="(default: %(default)s)")
-    one.add_argument("--num-prompts", type=_count, help="(default: 64 for ppo, 8 for grpo)")
-    one.add_argument("--epochs", type=_count, help="passes over a rollout (default: 4 for ppo, 1 for grpo)")
-    one.add_argument("--tokens-per-microbatch", type=_count, default=8192, help="(default: %(default)s)")
-    one.add_argument("--strict", action="store_true", help="in turn with steps of strict numerics: what they cost")
-    ops = kinds.add_parser("kernels", help="the contests of bench/ (a source tree), by pytest-benchmark", allow_abbrev=False)
-    ops.add_argument("op", nargs="*", help="such as gae; all of them where none is named")
-    ops.add_argument("--output-json", metavar="FILE", help="pytest-benchmark's report")
-
-
-def _bench(options: argparse.Namespace) -> None:
-    import json
-
-    if options.kind == "kernels":
-        _bench_kernels(options)
-        return
-    _check_device(options.device)
-    from fusedrl.engine import bench
-
-    subject = bench.Subject(options.model, options.shape, options.dtype, options.device)
-    rounds = {"iterations": options.num_iters, "warmup": options.num_iters_warmup}
-    if options.kind == "throughput":
-        sizes = {"num_prompts": options.num_prompts, "input_len": options.input_len, "output_len": options.output_len, "samples": options.n}
-        found = bench.throughput(subject, options.dataset_name, opponents=[name for name in options.opponents.split(",") if name], **rounds,
-                                 seed=options.seed, **{name: size for name, size in sizes.items() if size is not None})
-    elif options.kind == "latency":
-        found = bench.latency(subject, batch_size=options.batch_size, input_len=options.input_len, output_len=options.output_len, samples=options.n,
-                              seed=options.seed, **rounds)
-    else:
-        ppo = options.algorithm == "ppo"
-        found = bench.step(subject, algorithm=options.algorithm, num_prompts=options.num_prompts or (64 if ppo else 8), samples=options.n or (1 if ppo else 8),
-                           input_len=options.input_len, output_len=options.output_len, epochs=options.epochs or (4 if ppo else 1), strict=options.strict,
-                           tokens_per_microbatch=options.tokens_per_microbatch, seed=options.seed, **rounds)
-    text = json.dumps(found, indent=1)
-    if options.output_json == "-":
-        print(text)
-        return
-    bench.print_report(found)
-    if options.output_json is not None:
-        Path(options.output_json).write_text(text + "\n", encoding="utf-8")
-
-
-def _bench_kernels(options: argparse.Namespace) -> None:
-    import subprocess
-
-    root = Path(__file__).resolve().parents[1]
-    contests = {path.stem.removeprefix("bench_"): str(path) for path in sorted((root / "bench").glob("bench_*.py"))}
-    ops = {name: path for name, path in contests.items() if (root / "kernels" / f"{name}.py").is_file()}
-    if not ops:
-        raise SetupError("bench kernels: the contests of the ops are in bench/ of a source tree, and this installation has none; clone the repository")
-    if unknown := [name for name in options.op if name not in ops]:
-        raise ConfigError(f"bench kernels: unknown op {unknown[0]!r}{_nearest(unknown[0], ops)}; expected some of {', '.join(ops)}")
-    report = [f"--benchmark-json={Path(options.output_json).resolve()}"] if options.output_json else []
-    chosen = [path for name, path in ops.items() if not options.op or name in options.op]
-    raise SystemExit(subprocess.run([sys.executable, "-m", "pytest", "-s", "--benchmark-enable", *report, *chosen], cwd=root).returncode)
 
 
 if __name__ == "__main__":

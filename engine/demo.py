@@ -16,7 +16,8 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, RewardModelConfig, RunConfig, SFTConfig
 from fusedrl.engine.data.demo_task import gold_reward, noise_ceiling, write_demo_files
 from fusedrl.engine.data.readers import load_pairs, load_prompts
-from fusedrl.engine.evaluate import Estimate, Evaluation, comparison, evaluate, side_by_side
+from fusedrl.engine.estimates import Estimate
+from fusedrl.engine.evaluate import Evaluation, comparison, evaluate, side_by_side
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_tokenizer, save_pretrained

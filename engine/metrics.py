@@ -1,6 +1,7 @@
 """What a run reports: one JSON line per step in metrics.jsonl, and live progress on the terminal.
 
-Names are TRL's (`reward`, `kl`, `entropy`, `completions/clipped_ratio`, ...) plus `timing/<phase>` in seconds and `sampling/logp_diff_*`.
+Names are TRL's (`reward`, `kl`, `entropy`, `completions/clipped_ratio`, ...) plus `timing/<phase>` in seconds and `sampling/logp_diff_*`. All of them are
+in docs/metrics.md.
 """
 from __future__ import annotations
 
@@ -57,6 +58,13 @@ def _is_of(line: bytes, last_step: int | None) -> bool:
         return line.endswith(b"\n") and last_step is not None and json.loads(line)["step"] <= last_step
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of such a file; a torn last one, and a file that is not there, are passed over."""
+    for line in Path(path).read_bytes().splitlines(keepends=True) if Path(path).is_file() else ():
+        if _is_of(line, sys.maxsize):
+            yield json.loads(line)
 
 
 class Metrics:

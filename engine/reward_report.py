@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fusedrl.engine.checkpoint import write_file
+from fusedrl.engine.estimates import wilson_interval
 from fusedrl.engine.preferences import pair_nll
 
 BINS = 10
@@ -118,16 +119,6 @@ def reward_report(difference_P: Tensor, examples: Sequence[int], lengths: Sequen
         temperature=temperature, loss_at_temperature=at_temperature, margin=mean(d), length_correlation=mean(d * length) / spread if spread else 0.0,
         longer_wins=mean(0.5 + agreed / 2), shorter_wins=mean(0.5 - agreed / 2), ceiling=1 - label_noise if label_noise else None, label_noise=label_noise,
         bins=found)
-
-
-def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% score interval of a proportion (Wilson, 1927, JASA 22)."""
-    if trials == 0:
-        return 0.0, 1.0
-    share, spread = successes / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(max(0.0, share * (1 - share)) / trials + spread / (4 * trials)) / (1 + spread)
-    return centre - half, centre + half
 
 
 def _predicted(d: Tensor, label_noise: float) -> Tensor:

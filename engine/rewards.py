@@ -113,7 +113,7 @@ class RewardSet:
         tokens: list[list[float] | None] = [None] * len(completions)
         for name, weight, reward, returned in zip(self.names, self.weights, self.rewards, self._call(rollout), strict=True):
             per_reward[name] = []
-            for index, value in enumerate(_values(name, returned, len(completions))):
+            for index, value in enumerate(values_of(f"reward {name!r}", returned, len(completions))):
                 spread = _spread(value, reward, rollout, index) if _is_list(value) else None
                 if isinstance(spread, list):
                     tokens[index] = [a + weight * b for a, b in zip(tokens[index] or [0.0] * len(spread), spread, strict=True)]
@@ -130,7 +130,7 @@ class RewardSet:
         return RewardScores(total, per_reward, invalid, tokens)
 
     def _call(self, rollout: Rollout) -> list[Any]:
-        returned = [_blame(name, partial(reward, rollout)) for name, reward in zip(self.names, self.rewards, strict=True)]
+        returned = [blame(f"reward {name!r}", partial(reward, rollout)) for name, reward in zip(self.names, self.rewards, strict=True)]
         pending = [index for index, value in enumerate(returned) if inspect.isawaitable(value)]
         if pending:
             async def gather() -> list[Any]:
@@ -138,7 +138,7 @@ class RewardSet:
 
             with ThreadPoolExecutor(1) as thread:  # a thread of its own: the caller may be inside an event loop, as in a notebook
                 for index, value in zip(pending, thread.submit(asyncio.run, gather()).result(), strict=True):
-                    returned[index] = _blame(self.names[index], partial(_raise, value))
+                    returned[index] = blame(f"reward {self.names[index]!r}", partial(_raise, value))
         return returned
 
 
@@ -148,24 +148,25 @@ def _raise(value: Any) -> Any:
     return value
 
 
-def _blame(name: str, call: Callable[[], Any]) -> Any:
+def blame(what: str, call: Callable[[], Any]) -> Any:
+    """The call's result. Raises RewardError, which names `what` and where it happened, in place of whatever it raises."""
     try:
         return call()
     except RewardError:
         raise
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+        raise RewardError(f"{what} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
 
 
-def _values(name: str, returned: Any, count: int) -> list[Any]:
+def values_of(what: str, returned: Any, count: int, noun: str = "value", subject: str = "completion") -> list[Any]:
+    """What a function returned, as a list of so many. Raises RewardError where it is none."""
     if isinstance(returned, torch.Tensor) or type(returned).__module__ == "numpy":
         returned = returned.tolist()
     if not isinstance(returned, list | tuple):
-        raise RewardError(f"reward {name!r}: expected a list of {count} numbers, got {type(returned).__name__}; "
-                          "return one float or None per completion")
+        raise RewardError(f"{what}: expected a list of {count} {noun}s, one per {subject}, got {type(returned).__name__}")
     if len(returned) != count:
-        raise RewardError(f"reward {name!r}: expected {count} values, one per completion, got {len(returned)}")
+        raise RewardError(f"{what}: expected {count} {noun}s, one per {subject}, got {len(returned)}")
     return list(returned)
 
 
@@ -261,20 +262,21 @@ def load_reward(spec: str | Path | Callable[..., Any], *, device: torch.device |
         return FunctionReward(spec, tokenizer)
     path, colon, function = str(spec).rpartition(":")
     if colon and path.endswith(".py"):
-        return FunctionReward(_import(Path(path), function), tokenizer)
+        return FunctionReward(import_function(Path(path), function), tokenizer)
     if Path(spec).is_dir():
         return ModelReward(Path(spec), device=device, policy_tokenizer=tokenizer)
     raise RewardError(f"reward {str(spec)!r}: expected file.py:function or the directory of a reward model"
                       + (f"; name the function, {spec}:NAME" if str(spec).endswith(".py") else "; there is no such directory"))
 
 
-def _import(path: Path, function: str) -> Callable[..., Any]:
+def import_function(path: Path, function: str, what: str = "reward") -> Callable[..., Any]:
+    """A function of a Python file that is no module. Raises RewardError, which calls it `what`: no such file, no such function, a failed import."""
     if not path.is_file():
-        raise RewardError(f"reward {path}:{function}: there is no such file")
+        raise RewardError(f"{what} {path}:{function}: there is no such file")
     name = f"fusedrl_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise RewardError(f"reward {path}:{function}: Python cannot load this file")
+        raise RewardError(f"{what} {path}:{function}: Python cannot load this file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles of the file look themselves up here
     try:
@@ -282,13 +284,13 @@ def _import(path: Path, function: str) -> Callable[..., Any]:
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         line = error.lineno if isinstance(error, SyntaxError) else frame.lineno
-        raise RewardError(f"reward {path}:{function}: importing the file raised {type(error).__name__}: {error} (line {line})") from error
+        raise RewardError(f"{what} {path}:{function}: importing the file raised {type(error).__name__}: {error} (line {line})") from error
     found = getattr(module, function, None)
     if found is None:
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == name and not key.startswith("_")]
-        raise RewardError(f"reward {path}:{function}: the file has no {function!r}; its functions: {', '.join(known) or 'none'}")
+        raise RewardError(f"{what} {path}:{function}: the file has no {function!r}; its functions: {', '.join(known) or 'none'}")
     if not callable(found):
-        raise RewardError(f"reward {path}:{function}: expected a function, got {type(found).__name__}")
+        raise RewardError(f"{what} {path}:{function}: expected a function, got {type(found).__name__}")
     return found
 
 

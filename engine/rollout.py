@@ -19,6 +19,7 @@ from fusedrl.engine.config import GenerationConfig, RunConfig
 from fusedrl.engine.generation.generator import Completion
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.repetition import distinct_share, ends_in_loop, longest_run, repeated_share
 from fusedrl.engine.rewards import RewardError, RewardScores, RewardSet, moved_rewards
 
 
@@ -90,7 +91,8 @@ class Sample:
         return math.isfinite(self.score) and math.isfinite(self.greedy_score)
 
 
-def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]], rewards: RewardSet, config: RolloutConfig, *, greedy: bool = False) -> Rollout:
+def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]], rewards: RewardSet, config: RolloutConfig, *, greedy: bool = False,
+            gold: RewardSet | None = None) -> Rollout:
     """Generate `samples_per_prompt` completions of `prompts_per_step` prompts and score them.
 
     Samples whose reward is invalid (raised, NaN, of the wrong type) are left out of the batch, so that groups may differ in size. With `refill_tries` so are
@@ -101,6 +103,7 @@ def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]],
         draw: so many prompts, and the request id of the first; the ids count on from it and are never used again, so that repeated prompts differ and a
             replay is identical. They are the batch's group_ids.
         greedy: complete and score every prompt once more, greedily; where that is invalid, the prompt's samples are.
+        gold: rewards to measure and report alone; samples that one of them cannot score are left out of its mean.
     Raises:
         RewardError: more than `max_invalid_fraction` of the samples were invalid, or all of them.
     """
@@ -125,7 +128,7 @@ def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]],
         batch = batch.with_columns(token_rewards=moved_rewards(batch, [s.tokens for s in kept]))
     if greedy:
         batch = batch.with_columns(greedy_scores=greedy_scores.to(batch.device))
-    metrics = _describe(samples, config)
+    metrics = _describe(samples, config) | _gold(gold, samples)
     if config.refill_tries:
         metrics |= {"refill/generated_groups": float(len({s.group for s in samples})), "refill/kept_groups": float(len({s.group for s in kept}))}
     return Rollout(batch, [s.prompt for s in kept], [s.completion for s in kept], metrics)
@@ -195,6 +198,7 @@ def _describe(samples: Sequence[Sample], config: RolloutConfig) -> dict[str, flo
         "completions/max_length": lengths.max().item(),
         "completions/clipped_ratio": sum(sample.completion.finish_reason != "stop" for sample in valid) / len(valid),
         "completions/invalid": float(len(samples) - len(valid)),
+        **_repetition([sample.completion for sample in valid]),
     }
     if config.samples_per_prompt > 1:
         metrics["frac_reward_zero_std"] = len(_flat(valid)) / len({sample.group for sample in valid})
@@ -203,3 +207,21 @@ def _describe(samples: Sequence[Sample], config: RolloutConfig) -> dict[str, flo
         if numbers:
             metrics[f"rewards/{name}/mean"] = sum(numbers) / len(numbers)
     return metrics
+
+
+def _repetition(completions: Sequence[Completion]) -> dict[str, float]:
+    written = [c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids for c in completions]
+    return {
+        "completions/repeated_trigrams": math.fsum(map(repeated_share, written)) / len(written),
+        "completions/distinct_trigrams": distinct_share(written),
+        "completions/loop_fraction": sum(map(ends_in_loop, written)) / len(written),
+        "completions/longest_run": float(max(map(longest_run, written))),
+    }
+
+
+def _gold(gold: RewardSet | None, samples: Sequence[Sample]) -> dict[str, float]:
+    if gold is None:
+        return {}
+    scored = _score(gold, [(sample.prompt, sample.completion) for sample in samples if sample.valid])
+    found = {name: [value for value in values if value is not None and math.isfinite(value)] for name, values in scored.per_reward.items()}
+    return {f"gold/{name}/mean": math.fsum(values) / len(values) for name, values in found.items() if values}

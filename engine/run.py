@@ -3,6 +3,7 @@
     <run>/config.json          the resolved configuration
     <run>/metrics.jsonl        one line a step
     <run>/samples.jsonl        some completions of every step (policy runs)
+    <run>/alarms.jsonl, samples_eval.jsonl   what watches a policy run (monitor.py)
     <run>/checkpoints/         complete, verified states to resume from
     <run>/model/               the result, loadable by transformers
 """
@@ -69,6 +70,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._skipped_in_a_row: Counter[str] = Counter()
         self._skipped = 0
         self._signal: int | None = None
+        self._exit: int | None = None
         self._progress: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -76,8 +78,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             owned = stack.enter_context(RunDirectory(self._config))
             self.directory, self._checkpoint = owned.dir, owned.checkpoint
             self.start = self._checkpoint.step if self._checkpoint else 0
-            self.metrics = stack.enter_context(Metrics(self.directory, resume_step=self.start))
-            self._samples = stack.enter_context(JsonLines(self.directory / "samples.jsonl", resume_step=self.start))
+            self.metrics = stack.enter_context(Metrics(self.directory, resume_step=self.start or None))
+            self._samples = stack.enter_context(JsonLines(self.directory / "samples.jsonl", resume_step=self.start or None))
             self.last_metrics = self.metrics.last()
             if threading.current_thread() is threading.main_thread():
                 for number in (signal.SIGINT, signal.SIGTERM):
@@ -91,7 +93,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def _on_signal(self, number: int, frame: object) -> None:
         if self._signal is not None:
             raise SystemExit(128 + number)
-        self._signal = number
+        self._signal, self._exit = number, 128 + number
         print(f"fusedrl: {signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
 
     # ---- state ----------------------------------------------------------------------------------------------------------
@@ -133,12 +135,16 @@ class Run(contextlib.AbstractContextManager["Run"]):
         save_checkpoint(self.directory, step, tensors, state, keep=self.settings.keep)
 
     def save_if_due(self, step: int, **parts: Any) -> None:
-        """After step `step`: save where `save_every` says so, at the end, or because a signal asked for it (which ends the process)."""
+        """After step `step`: save where `save_every` says so, at the end, or because a signal or `stop` asked for it (which ends the process)."""
         done = step + 1
-        if done == self.total or (self.settings.save_every and done % self.settings.save_every == 0) or self._signal is not None:
+        if done == self.total or (self.settings.save_every and done % self.settings.save_every == 0) or self._exit is not None:
             self._save(done, **parts)
-        if self._signal is not None:
-            raise SystemExit(128 + self._signal)
+        if self._exit is not None:
+            raise SystemExit(self._exit)
+
+    def stop(self, code: int) -> None:
+        """End the process with this exit code once the step is saved. A signal that came before has its own."""
+        self._exit = code if self._exit is None else self._exit
 
     def finish(self, save: Callable[[Path], None]) -> str:
         """Write <run>/model and return its path."""
@@ -151,6 +157,18 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def time(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Time a part of the step into `timing/<name>`."""
         return self.metrics.time(name)
+
+    @contextlib.contextmanager
+    def apart(self, name: str) -> Iterator[None]:
+        """Time a part into `timing/<name>` that is none of the step's own: its seconds are not in `timing/step`, nor in `tokens_per_s`."""
+        began = time.perf_counter()
+        with self.metrics.time(name):
+            yield
+        self._step_began += time.perf_counter() - began
+
+    def lines(self, name: str) -> JsonLines:
+        """Another file of JSON lines in the run directory; a resumed run's is cut as its metrics are."""
+        return self._stack.enter_context(JsonLines(self.directory / name, resume_step=self.start or None))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, numbered by the steps done, with the step's seconds, its tokens per second and the peak memory; and the progress

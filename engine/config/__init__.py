@@ -5,10 +5,12 @@ The split into micro-batches never changes the gradient, so `tokens_per_microbat
 """
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig
 from fusedrl.engine.config.dpo import DPOConfig
+from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 from fusedrl.engine.config.offline import RewardModelConfig, SFTConfig
 from fusedrl.engine.config.policy import CriticConfig, KLConfig, LossConfig, PenaltyConfig, PolicyConfig, PtxConfig, TRPOConfig
 from fusedrl.engine.config.rejection import RejectionConfig
 
-__all__ = ["CorrectionConfig", "CriticConfig", "DPOConfig", "GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig", "OptimConfig", "PenaltyConfig",
-           "PolicyConfig", "PtxConfig", "RejectionConfig", "ReplayConfig", "RewardModelConfig", "RunConfig", "SFTConfig", "TRPOConfig"]
+__all__ = ["AlarmConfig", "CorrectionConfig", "CriticConfig", "DPOConfig", "EvaluationConfig", "GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig",
+           "OptimConfig", "PenaltyConfig", "PolicyConfig", "PtxConfig", "RejectionConfig", "ReplayConfig", "RewardModelConfig", "RunConfig", "SFTConfig",
+           "TRPOConfig"]

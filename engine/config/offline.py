@@ -15,7 +15,8 @@ class SFTConfig:
     Args:
         model: directory or id of the model to train.
         data: JSONL file (.gz too): {"prompt", "completion"}, {"text"}, {"messages"}, or preference pairs, whose chosen answers are used.
-        eval_fraction: part of the data held out and scored before and after.
+        eval_fraction: part of the data held out; its loss is reported after the last step.
+        eval_every: report it before the first step and every so many steps, too; 0 does not.
         epochs: passes over the data.
         sequences_per_step: sequences of one optimizer step.
         tokens_per_microbatch: tokens of one forward and backward.
@@ -32,6 +33,7 @@ class SFTConfig:
     model: str
     data: str
     eval_fraction: float = 0.0
+    eval_every: int = 0
     epochs: int = 1
     sequences_per_step: int = 32
     tokens_per_microbatch: int = 8192
@@ -47,6 +49,8 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         _check_data(self)
+        require(self.eval_every >= 0 and (self.eval_every == 0 or self.eval_fraction > 0), "eval_every", ">= 0, and 0 with eval_fraction = 0 (nothing is held "
+                "out)", self.eval_every)
 
     @property
     def title(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS, BOUNDS, OBJECTIVES, Algorithm
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig, either, require
+from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 
 OF_ALGORITHM: Any = None  # the default of a field that the algorithm's row fills in where it is left out
@@ -263,6 +264,7 @@ class PolicyConfig:
         reward: rewards, each file.py:function, or a directory of a reward model.
         algorithm: ppo, grpo, rloo, ...: a row of algorithms.py.
         reward_weights: one weight per reward; None weighs each 1.
+        monitor_reward: rewards that are measured at every step and never trained on, as gold/<name>/mean.
         steps: rollouts, each followed by epochs x minibatches optimizer steps (trpo: by one step of the policy and epochs of its values).
         prompts_per_step: prompts of one rollout.
         samples_per_prompt: completions of each prompt.
@@ -291,6 +293,8 @@ class PolicyConfig:
             the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
         critic: a critic of its own, for algorithms that have one; critic.model, critic.warmup_steps or critic.optim turns it on. None is a value head on the
             policy's trunk, trained with it by one loss. <run>/critic then holds it.
+        evaluation: on held-out prompts while training; evaluation.data turns it on.
+        alarm: what is done about signs of reward hacking.
     """
 
     model: str
@@ -298,6 +302,7 @@ class PolicyConfig:
     reward: tuple[str, ...]
     algorithm: str = "ppo"
     reward_weights: tuple[float, ...] | None = None
+    monitor_reward: tuple[str, ...] = ()
     steps: int = 100
     prompts_per_step: int = 64
     samples_per_prompt: int = OF_ALGORITHM
@@ -329,6 +334,8 @@ class PolicyConfig:
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     trpo: TRPOConfig = field(default_factory=TRPOConfig)
+    evaluation: EvaluationConfig | None = None
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

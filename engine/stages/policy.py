@@ -31,6 +31,7 @@ from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
+from fusedrl.engine.monitor import Monitor
 from fusedrl.engine.objectives import behaviour, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
@@ -92,6 +93,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor) if config.needs_reference else None
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
+    gold = [load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.monitor_reward]
+    measured_only = RewardSet(gold) if gold else None
     optimizer = optimizer_of(config.optim, actor.named_parameters())
     critic = critic_of(config, actor)
     control = Control(config)
@@ -99,12 +102,14 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
 
     with Run(config, config.steps) as run:
         prompts, ptx = _prompts(config, actor, run), load_ptx(config, actor, run)
+        monitor = Monitor(config, actor, reference, rewards, measured_only, run)
         parts: dict[str, Any] = {"model": actor, "optimizer": optimizer, "control": control, "critic": critic, "replay": replay}
         run.restore(**parts)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
+        monitor.begin()
         for step in range(run.start, config.steps):
             with run.time("generate_and_reward"):
-                experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy")
+                experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy", gold=measured_only)
             learns = step >= critic_alone
             with run.time("score"):
                 batch = control.scaled(experience.batch) if config.scale_scores else experience.batch
@@ -127,6 +132,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             control.update(metrics if learns else {}, signals.totals)
             if replay is not None:
                 replay.add(batch, step)
+            metrics |= monitor.after(step, metrics)
             run.log(step, metrics)
             run.samples(step, _samples(experience))
             run.save_if_due(step, **parts)
@@ -213,6 +219,8 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                 loss.backward()
                 old = epoch == 0 and group[0] >= fresh  # only in the first pass are there micro-batches of replayed completions alone
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
+                if epoch == config.epochs - 1:
+                    meter.add_ratios(micro, logp)
             if measured is None:
                 trained = sorted(b for group in minibatch for b in group)
                 measured = measure(batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(trained), control.kl.coef, config)

@@ -68,6 +68,7 @@ class Meter:
         self.replayed: list[bool] = []
         self.dropped: list[Tensor] = []
         self.grad_norms: list[float] = []
+        self._log_ratios: list[Tensor] = []
 
     def add(self, policy: PolicyStats, value: ValueStats | None, epoch: int, *, first: bool, replayed: bool = False, dropped: Tensor | None = None) -> None:
         """Of one micro-batch; `first`: before any optimizer step of this rollout, on this rollout; `replayed`: of earlier rollouts alone; `dropped`: how many
@@ -79,6 +80,10 @@ class Meter:
             self.dropped.append(dropped)
         if value is not None:
             self.value.append(value)
+
+    def add_ratios(self, batch: PackedBatch, logp_N: Tensor) -> None:
+        """Of a micro-batch of the last pass, with old_logp: the ratio of every action, whose tails are reported."""
+        self._log_ratios.append((logp_N.detach() - batch.column("old_logp"))[batch.action_mask])
 
     def metrics(self) -> dict[str, float]:
         """Of all that was added."""
@@ -110,6 +115,7 @@ class Meter:
             "policy/first_clipfrac": max((p["clip_fraction_low"] + p["clip_fraction_high"] for p in first), default=0.0),
             "policy/last_approxkl": sum(p["approx_kl_k3"] * p["tokens"] for p in last) / max(1.0, sum(p["tokens"] for p in last)),
             "grad_norm": sum(self.grad_norms) / updates,
+            **_tails(self._log_ratios),
         }
 
 
@@ -120,6 +126,14 @@ def value_metrics(stats: Sequence[ValueStats], updates: int) -> dict[str, float]
         return {}
     tokens = max(1.0, sum(v["tokens"] for v in rows))
     return {"val/clipfrac_avg": sum(v["tokens"] / tokens * v["clip_fraction"] for v in rows), "loss/value_avg": sum(v["loss"] for v in rows) / updates}
+
+
+def _tails(log_ratios: Sequence[Tensor]) -> dict[str, float]:
+    ordered = torch.cat(list(log_ratios)).double().sort().values if log_ratios else torch.zeros(0)
+    if not len(ordered):
+        return {"val/ratio_p01": 1.0, "val/ratio_p99": 1.0, "val/ratio_outside_fraction": 0.0}
+    low, high = (ordered[round(share * (len(ordered) - 1))].clamp(-80, 80).exp().item() for share in (0.01, 0.99))
+    return {"val/ratio_p01": low, "val/ratio_p99": high, "val/ratio_outside_fraction": (ordered.abs() > math.log(2.0)).double().mean().item()}
 
 
 def _rows(stats: Sequence[PolicyStats] | Sequence[ValueStats]) -> list[dict[str, float]]:

@@ -24,11 +24,11 @@ from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 from fusedrl.engine.optim import Optimizer, optimizer_of
 from fusedrl.engine.packing import PackedBatch, split_by_tokens
 from fusedrl.engine.preferences import Comparison, Pairs, centre_loss, encode_preferences, load_preferences, preference_loss
-from fusedrl.engine.reward_report import RewardReport, report_table, reward_report, save_report, wilson_interval
+from fusedrl.engine.reward_report import RewardReport, report_table, reward_report, save_report
 from fusedrl.engine.run import Run, held_out
 from fusedrl.kernels.faults import raise_faults
 
-__all__ = ["RewardModelResult", "cross_fitted_margins", "evaluate", "gradients", "new_model", "report", "score_pairs", "train_reward_model", "wilson_interval"]
+__all__ = ["RewardModelResult", "cross_fitted_margins", "evaluate", "gradients", "new_model", "report", "score_pairs", "train_reward_model"]
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,13 @@ def train_sft(config: SFTConfig) -> SFTResult:
         train, held = mix(config.data, read).split(lambda sequences: held_out(sequences, config.eval_fraction, config.run.seed))
         run.total = math.ceil(len(train) * config.epochs / config.sequences_per_step)
         run.restore(model=actor, optimizer=optimizer)
+
+        def held_loss() -> dict[str, float]:
+            with run.apart("evaluate"):
+                return {"eval_loss": cross_entropy(actor, held, config.tokens_per_microbatch)}
+
+        if held and config.eval_every and run.start == 0:
+            run.metrics.log(0, held_loss())
         for step in range(run.start, run.total):
             start = step * config.sequences_per_step
             chosen = train.draw(config.run.seed, start, min(start + config.sequences_per_step, len(train) * config.epochs))
@@ -89,8 +96,8 @@ def train_sft(config: SFTConfig) -> SFTResult:
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
             metrics = {"loss": loss.item(), "perplexity": math.exp(min(80.0, loss.item())), "lr": optimizer.lr, "grad_norm": result.grad_norm,
                        "num_tokens": float(batch.num_tokens)}
-            if held and step == run.total - 1:
-                metrics["eval_loss"] = cross_entropy(actor, held, config.tokens_per_microbatch)
+            if held and (step == run.total - 1 or (config.eval_every and (step + 1) % config.eval_every == 0)):
+                metrics |= held_loss()
             run.log(step, metrics)
             run.save_if_due(step, model=actor, optimizer=optimizer)
         if config.lora is not None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fusedrl.engine import HybridActor, cli, machine
+from fusedrl.engine import HybridActor, cli_bench, machine
 from fusedrl.engine.bench import PHASES, PolicyStep, Subject, generate_batch, interleaved, ours, padded_generate
 from fusedrl.engine.cli import main
 from fusedrl.engine.errors import ConfigError
@@ -346,7 +346,7 @@ def test_kernels_runs_the_contests_of_the_source_tree(monkeypatch, tmp_path):
     assert main(["bench", "kernels"]) == 5
     assert len(commands[1]) > 10
     assert not any("bench_step" in argument for argument in commands[1])
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "engine" / "cli.py"))
+    monkeypatch.setattr(cli_bench, "__file__", str(tmp_path / "engine" / "cli_bench.py"))
     assert main(["bench", "kernels"]) == 3
 
 

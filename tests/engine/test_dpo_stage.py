@@ -14,11 +14,11 @@ from fusedrl.engine.config import DPOConfig, LoRAConfig, OptimConfig, RunConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.data.readers import Source
 from fusedrl.engine.errors import DataError
+from fusedrl.engine.estimates import wilson_interval
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.reference import Frozen
 from fusedrl.engine.stages.dpo import evaluate, train_dpo
 from fusedrl.engine.stages.pairs import TokenPair, pack_pairs, read_pairs, sequences_of
-from fusedrl.engine.stages.reward_model import wilson_interval
 
 # The preferred answer ends in w1, whatever the rest.
 PAIRS = [{"prompt": f"w{i % 9}", "chosen": f"w{i % 13} " * (1 + i % 3) + "w1", "rejected": f"w{i % 11} " * (1 + i % 4) + "w2"} for i in range(40)]

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.readers import PromptExample
-from fusedrl.engine.evaluate import Estimate, comparison, evaluate, side_by_side
+from fusedrl.engine.estimates import Estimate
+from fusedrl.engine.evaluate import comparison, evaluate, side_by_side
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.rewards import RewardSet, load_reward
 
@@ -74,7 +75,7 @@ def test_kl_and_perplexity_against_transformers(actors, prompts, tiny_model, tem
     assert found.kl.error == pytest.approx(Estimate.of(distances).error, abs=1e-4)
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert found.completions == [completion.text for (completion,) in outs]
-    assert found.ended == sum(completion.finish_reason == "stop" for (completion,) in outs) / len(outs)
+    assert found.ended.mean == sum(completion.finish_reason == "stop" for (completion,) in outs) / len(outs)
 
 
 def test_repeated_prompts_get_different_samples(actors, prompts) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.engine.test_closed_forms import EOS, OFFSETS, PROMPTS, T, Tree, V
 
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.checkpoint import latest_checkpoint
 from fusedrl.engine.cli import parse_config
-from fusedrl.engine.config import CorrectionConfig, GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, ReplayConfig, RunConfig
+from fusedrl.engine.config import GenerationConfig, LossConfig, OptimConfig, PolicyConfig, ReplayConfig, RunConfig
 from fusedrl.engine.errors import CheckpointError, ConfigError
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
@@ -17,7 +18,6 @@ from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.replay import ReplayBuffer, with_replay
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
-from tests.engine.test_closed_forms import BETA, EOS, OFFSETS, PROMPTS, STATES, T, Tree, V, config_of
 
 
 # ---- the buffer ----------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fusedrl.engine.config import LoRAConfig, OptimConfig, RewardModelConfig, RunConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.errors import ConfigError, DataError
+from fusedrl.engine.estimates import wilson_interval
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, load_reward_model, save_reward_model
@@ -18,7 +19,7 @@ from fusedrl.engine.model.weights import load_tokenizer, save_pretrained
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.preferences import Comparison
 from fusedrl.engine.run import held_out
-from fusedrl.engine.stages.reward_model import evaluate, gradients, new_model, score_pairs, train_reward_model, wilson_interval
+from fusedrl.engine.stages.reward_model import evaluate, gradients, new_model, score_pairs, train_reward_model
 
 # The preferred answer ends in w1, whatever the rest.
 PAIRS = [{"prompt": f"w{i % 9}", "chosen": f"w{i % 13} " * (1 + i % 3) + "w1", "rejected": f"w{i % 11} " * (1 + i % 4) + "w2"} for i in range(60)]

@@ -1,0 +1,108 @@
+"""What watches a policy run: evaluation on held-out prompts, sample tables over time, and the reward-hacking alarm. Training is bitwise what it is without.
+
+    <run>/metrics.jsonl        eval/... in the lines of the steps that were evaluated; the policy as it starts is the line of step 0
+    <run>/samples_eval.jsonl   completions of the same few prompts at every evaluation: step, prompt, completion, scores by name
+    <run>/alarms.jsonl         a line per alarm: step, and the evidence
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.alarm import Detector, as_row, message
+from fusedrl.engine.config import EvaluationConfig, PolicyConfig
+from fusedrl.engine.control import shuffled
+from fusedrl.engine.data.readers import ReadOptions, load_prompts
+from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
+from fusedrl.engine.estimates import Estimate
+from fusedrl.engine.evaluate import Evaluation, Scorer, evaluate
+from fusedrl.engine.metrics import read_rows
+from fusedrl.engine.rewards import RewardSet
+from fusedrl.engine.run import Run
+
+ALARM_EXIT = 4  # of a process that the alarm stopped
+
+
+class Monitor:
+    """Made once the run directory is open, before anything is restored; `begin` after that, and `after` at the end of every step.
+
+    Args:
+        rewards: those that are trained on. gold: those that are only measured.
+    Raises:
+        DataError, ConfigError, FileNotFoundError: held-out prompts that cannot be used.
+    """
+
+    def __init__(self, config: PolicyConfig, actor: HybridActor, reference: Scorer | None, rewards: RewardSet, gold: RewardSet | None, run: Run) -> None:
+        self._config, self._run = config, run
+        self._held_out = None if config.evaluation is None else HeldOut(config, config.evaluation, actor, reference, rewards, gold, run)
+        self._detector: Detector | None = None
+        if config.alarm.action != "off":
+            self._alarms = run.lines("alarms.jsonl")
+            self._detector = Detector(config.alarm, config.kl.target)
+            for row in read_rows(run.directory / "metrics.jsonl"):  # a resumed run's: the detector is where it was
+                self._detector.update(row)
+
+    def begin(self) -> None:
+        """Evaluate the policy as it starts; a resumed run has done so."""
+        if self._held_out is not None and self._run.start == 0:
+            self._run.metrics.log(0, self._held_out.evaluate(0))
+
+    def after(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What there is to add to the metrics of step `step`, counted from 0: eval/... where an evaluation is due, and the alarm's verdict."""
+        done, found = step + 1, dict[str, float]()
+        if self._held_out is not None and self._held_out.due(done):
+            found |= self._held_out.evaluate(done)
+        if self._detector is not None:
+            before, evidence = self._detector.firing, self._detector.update(metrics)
+            found["alarm/reward_hacking"] = float(self._detector.firing)
+            if evidence and not before:
+                self._alarms.append(as_row(done, evidence))
+                self._run.message(message(done, evidence))
+                if self._config.alarm.action == "stop":
+                    self._run.stop(ALARM_EXIT)
+        return found
+
+
+class HeldOut:
+    """The policy on prompts that it does not train on, with the same draws every time. Arguments and errors as `Monitor`."""
+
+    def __init__(self, config: PolicyConfig, evaluation: EvaluationConfig, actor: HybridActor, reference: Scorer | None, rewards: RewardSet,
+                 gold: RewardSet | None, run: Run) -> None:
+        self._config, self._evaluation, self._actor, self._reference, self._run = config, evaluation, actor, reference, run
+        parts = zip(gold.names, gold.rewards, strict=True) if gold is not None else ()
+        self._rewards = {"reward": rewards} | {f"gold/{name}": RewardSet([reward]) for name, reward in parts}
+        room = actor.decoder.config.max_positions - config.generation.max_new_tokens
+        examples = load_prompts(evaluation.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects_eval.jsonl",
+                                options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
+        fitting, dropped = encode_prompts(actor.tokenizer, examples, min(room, config.max_prompt_length or room))
+        run.message(f"held-out prompts: {dropped}")
+        order = shuffled(len(fitting), config.run.seed, "held-out prompts")[:evaluation.prompts or None]
+        self._prompts = [fitting[index][0] for index in order]
+        self._samples = run.lines("samples_eval.jsonl")
+
+    def due(self, done: int) -> bool:
+        """Whether the policy is to be evaluated after so many steps."""
+        return done % self._evaluation.every == 0 or done == self._config.steps
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        """Metrics of the policy as it is; samples go to the run directory."""
+        config, count, samples = self._config, len(self._prompts), self._evaluation.samples_per_prompt
+        with self._run.apart("evaluate"), torch.random.fork_rng():  # what a reward draws inside changes nothing outside
+            found = evaluate(self._actor, self._reference, self._prompts, self._rewards, config.generation, seed=config.run.seed, samples=samples,
+                             request_ids=range(-1, -1 - count, -1), tokens_per_forward=config.tokens_per_microbatch)  # a rollout's ids are 0 and above
+        for index, example in enumerate(self._prompts[:self._evaluation.show]):
+            scores = {name: value if math.isfinite(value := values[index * samples]) else None for name, values in found.scores.items()}
+            self._samples.append({"step": done, "prompt": example.prompt, "completion": found.completions[index * samples], "scores": scores})
+        return _metrics(found, self._reference is not None)
+
+
+def _metrics(found: Evaluation, referred: bool) -> dict[str, float]:
+    estimates: dict[str, Estimate] = dict(found.rewards) | {
+        "length": found.length, "ended": found.ended, "repeated_trigrams": found.repetition, "loop_fraction": found.loops}
+    estimates |= {f"pass@{k}": value for k, value in found.pass_at.items()} | ({"kl": found.kl} if referred else {})
+    metrics = {f"eval/{name}": value.mean for name, value in estimates.items()} | {f"eval/{name}_stderr": value.error for name, value in estimates.items()}
+    return metrics | {"eval/perplexity": found.own_perplexity} | ({"eval/perplexity_ref": found.perplexity} if referred else {})
