@@ -367,7 +367,7 @@ class PolicyConfig:
                  self.samples_per_prompt)
         if self.objective == "trpo":
             require(self.minibatches == 1, "minibatches", "1 with the objective trpo (its one step is on the whole rollout)", self.minibatches)
-            require(self.replay is None, "replay", "to be left out with the objective trpo (its bound is a distance from the policy of one rollout)", self.replay)
+            require(self.replay is None, "replay", "to be left out with the objective trpo (its bound is about one rollout)", self.replay)
             require(self.dtype != "bfloat16", "dtype", "float32 with the objective trpo (its step is rounded away in 16 bits)", self.dtype)
             require(self.kl.coef == 0 or self.kl.estimator != "full", "kl.estimator", "k1, k2, k3 or abs with the objective trpo", self.kl.estimator)
         require(0 <= self.overlong_buffer <= self.generation.max_new_tokens, "overlong_buffer", "within 0 and generation.max_new_tokens = "
