@@ -29,7 +29,7 @@ from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
-from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.objectives import entropy_coefficient, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
@@ -72,7 +72,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     kl_in_advantage = config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
     on_trunk = needs == "critic" and config.critic is None
     critic_alone = config.critic.warmup_steps if config.critic is not None else 0  # rollouts
-    scored_first = on_trunk or kl_in_advantage or config.epochs * config.minibatches > 1
+    scored_first = on_trunk or kl_in_advantage or config.epochs * config.minibatches > 1 or config.loss.entropy_target is not None
 
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=on_trunk, strict=config.strict,
@@ -97,7 +97,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                 experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy")
             learns = step >= critic_alone
             with run.time("score"):
-                batch = control.scaled(experience.batch) if config.scale_scores else experience.batch
+                batch = control.scaled(experience.batch)
                 cuts = _cuts(batch, config, step, epoch=0)
                 batch = score(actor if scored_first or not learns else None, reference, batch, cuts, config.generation.temperature)
                 if critic is not None:
@@ -171,6 +171,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
     """epochs x minibatches optimizer steps on one rollout."""
     objective = make_objective(config, control.penalty.coef)
     total_updates, done = _updates(config, step, config.critic.warmup_steps if config.critic is not None else 0)
+    entropy_coef = entropy_coefficient(config, batch)
     meter = Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
     for epoch in range(config.epochs):
@@ -187,7 +188,8 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                     micro = micro.with_columns(old_logp=logp.detach())
                     seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
                 full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
-                loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full)
+                loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full,
+                                                                 entropy_coef=entropy_coef)
                 loss.backward()
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0])
             if measured is None:
@@ -199,7 +201,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             meter.grad_norms.append(result.grad_norm)
             done += 1
     _drop_gradients(optimizer, actor)
-    return (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
+    return (measured or {}) | meter.metrics() | {"lr": optimizer.lr} | ({} if config.loss.entropy_target is None else {"entropy_coef": entropy_coef})
 
 
 def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, step: int, run: Run) -> dict[str, float]:
