@@ -96,8 +96,10 @@ class PenaltyConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """A critic of its own in place of a value head on the policy's trunk: another decoder, of any size and family with the policy's vocabulary, and a linear
-    head on it. It is optimised by itself, so neither its gradients nor their norm reach the policy. InstructGPT and MOSS start it from the reward model.
+    """A critic of its own in place of a value head on the policy's trunk: another decoder and a linear head on it.
+
+    It may be of any size and family that has the policy's vocabulary. It is optimised by itself, so neither its gradients nor their norm reach the policy.
+    InstructGPT and MOSS start it from the reward model.
 
     Args:
         model: where it starts from: policy, a copy of the policy's initial weights with a head of zeros; the directory of a reward model, whose score, at every

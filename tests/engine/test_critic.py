@@ -127,7 +127,7 @@ def test_it_learns_what_the_prompt_tells(ppo):
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(strict=True), dict(lora=LoRAConfig(rank=4)), dict(algorithm="a2c", epochs=1, minibatches=1, kl=KLConfig(coef=0.0)),
-                                    dict(algorithm="dro"), dict(checkpoint_activations=True)], ids=["ppo", "strict", "lora", "a2c", "dro", "checkpointed"])
+                                    dict(algorithm="dro"), dict(checkpoint_activations=True)], ids=["ppo", "strict", "lora", "unscored", "dro", "checkpointed"])
 def test_every_algorithm_with_values_takes_one(ppo, kwargs):
     config = ppo(steps=2, **kwargs)
     train_policy(config)
@@ -158,6 +158,29 @@ def test_the_two_are_trained_apart(ppo):
     assert not all(torch.equal(p, _weights(shared)[name]) for name, p in ours.items())  # one trunk, one clip
 
 
+def test_without_one_a_run_is_what_it_was(ppo):
+    """The first rollout and its four steps with a head on the trunk, as they came out before there was another critic."""
+    config = ppo(critic=None, optim=OptimConfig(lr=3e-3))
+    train_policy(replace(config, run=replace(config.run, save_every=1)))
+    recorded = {"entropy": 2.77406, "reward": 0.416667, "grad_norm": 1.95525, "loss/value_avg": 0.322123, "loss/policy_avg": -0.0342512,
+                "policy/approxkl_avg": 0.189209}
+    row = _metrics(config)[0]
+    assert {name: row[name] for name in recorded} == pytest.approx(recorded, rel=1e-3)
+    assert not (Path(config.run.dir) / "critic").exists()
+    state = sorted(path.name for path in (Path(config.run.dir) / "checkpoints" / "step_00000003").glob("*.safetensors"))
+    assert state == ["model.safetensors", "optimizer.safetensors", "rng.safetensors"]
+
+
+def test_a_critic_that_is_not_finite_stops_the_run(ppo, tiny_model, tmp_path):
+    """At its fifth skipped update in a row, by its name; the policy is not trained on what it says."""
+    head = ValueHead(32)
+    torch.nn.init.constant_(head.weight, 3e38)
+    HybridActor(load_decoder(tiny_model), load_tokenizer(tiny_model), value_head=head).save_pretrained(tmp_path / "broken")
+    with pytest.raises(RuntimeError, match="5 updates of the critic in a row had a non-finite gradient norm"):
+        train_policy(ppo(epochs=3, critic=CriticConfig(str(tmp_path / "broken"))))
+    assert _metrics(ppo()) == []
+
+
 def test_the_micro_batch_split_does_not_change_the_critic(ppo):
     found = []
     for name, tokens in (("whole", 10_000), ("cut", 25)):
@@ -186,6 +209,12 @@ def test_warm_up_trains_the_critic_alone(ppo):
     assert rows[2]["lr"] == pytest.approx(3e-3 * (8 - 3) / (8 - 2))  # of eight steps the fourth: its own warm-up of two began here
     assert rows[3]["lr"] == pytest.approx(3e-3 * (8 - 7) / (8 - 2))
     assert rows[3]["critic/lr"] == pytest.approx(3e-3 / 16)
+    config = ppo(name="unscored", algorithm="a2c", steps=2, epochs=1, minibatches=1, kl=KLConfig(coef=0.0), critic=CriticConfig(warmup_steps=1))
+    train_policy(config)  # where the training forward is the scorer, but for the first rollout, which does not train
+    first, second = _metrics(config)
+    assert first["entropy"] > 1.0
+    assert "grad_norm" not in first
+    assert second["grad_norm"] > 0.0
 
 
 @pytest.mark.parametrize("warmup, stop", [(0, 2), (2, 1)])
