@@ -9,8 +9,9 @@ import torch
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.cli import parse_config
 from fusedrl.engine.config import CriticConfig, GenerationConfig, KLConfig, LoRAConfig, LossConfig, OptimConfig, PolicyConfig, RunConfig
-from fusedrl.engine.critic import load_critic
-from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.critic import SeparateCritic, load_critic
+from fusedrl.engine.errors import CheckpointError, ConfigError
+from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, ValueHead, save_reward_model
@@ -299,3 +300,31 @@ def test_another_vocabulary_is_refused(ppo, tiny_model, tmp_path):
     with pytest.raises(ConfigError, match=r"have the 64 positions .* got 16 .*lower max_prompt_length to 8 or less"):
         train_policy(ppo(name="run_short", critic=CriticConfig(str(tmp_path / "short"))))
     train_policy(ppo(name="run_fits", steps=1, max_prompt_length=8, critic=CriticConfig(str(tmp_path / "short"))))
+    save_pretrained(Decoder.random(model_config(OTHER), seed=0), tmp_path / "gpt2", tokenizer=tokenizer)
+    train_policy(ppo(name="run_gpt2", steps=1, max_prompt_length=8, critic=CriticConfig(str(tmp_path / "gpt2"))))  # another family and size
+
+
+def test_a_resumed_run_whose_critic_is_another_model_is_refused(ppo, tiny_model, tmp_path):
+    raw = load_decoder(tiny_model).config.raw
+    save_pretrained(Decoder.random(model_config(raw), seed=0), tmp_path / "start")
+    config = ppo(steps=2, critic=CriticConfig(str(tmp_path / "start")))
+    train_policy(replace(config, steps=1))
+    save_pretrained(Decoder.random(model_config(raw | {"intermediate_size": 64}), seed=0), tmp_path / "start")
+    with pytest.raises(CheckpointError, match=r"expected tensors .*down_proj \[32, 64\].* got .*down_proj \[32, 48\]"):
+        train_policy(replace(config, run=replace(config.run, resume=True)))
+
+
+def test_what_the_critic_holds_is_lent_the_cache_but_for_its_weights():
+    raw = {"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+           "num_key_value_heads": 4, "max_position_embeddings": 128}
+    actor = HybridActor(Decoder.random(model_config(raw), 0))
+    critic = SeparateCritic(Decoder.random(model_config(raw), 1), ValueHead(64))
+    actor.generate([[1, 2, 3]], SamplingParams(max_new_tokens=2))
+    batch, used = PackedBatch.from_sequences([([1] * 50, [2] * 50)]), []
+    for others in ((), (critic,)):
+        with actor.lend_cache(*others) as arena:
+            values = critic(batch)
+            used.append(arena.used)
+            values.sum().backward()
+            del values
+    assert 0 < used[1] < used[0]
