@@ -49,7 +49,7 @@ class Signals:
         """Of a step's batch; `kl_coef` is the coefficient now, wherever the KL is placed."""
         loss, kl = config.loss, config.kl
         return cls(batch, loss.gamma, loss.lam, loss.k, kl_coef if kl.placement == "reward" else 0.0, kl_coef if kl.level == "future" else 0.0,
-                   config.score_clip, baseline)
+                   config.score_clip or None, baseline)
 
     @cached_property
     def shaped(self) -> ShapedGAE:
@@ -150,6 +150,8 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
         advantages_N = advantages_N * loss.gamma ** steps
     if loss.whiten:
         advantages_N = masked_whiten(advantages_N, batch.action_mask)
+    if loss.advantage_clip:
+        advantages_N = advantages_N.clamp(-loss.advantage_clip, loss.advantage_clip)
     return batch.with_columns(advantages=advantages_N) if returns_N is None else batch.with_columns(advantages=advantages_N, returns=returns_N)
 
 

@@ -9,6 +9,20 @@ Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_cri
           (2025); gspo: Zheng et al. (2025); cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025); gmpo: Zhao et al. (2025); dro: Richemond et al. (2024);
           reinforce_pp: Hu (2025); remax: Li et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Chen et al. (2025), as verl has it;
           sequence_ratio: the objective by which courses introduce PPO for language models, without advantages: for study.
+ppo_max   Zheng et al. (2023), Secrets of RLHF in Large Language Models, part I, with the numbers of their code (MOSS-RLHF). What it adds to ppo are seven
+          things, each an option of its own:
+            1. KL in the reward                      kl.coef 0.02 (their English script: 0.01)
+            2. scores normalised, then clipped       normalize_scores, or scale_scores alone (the mean stays); score_clip 10
+            3. advantages normalised, then clipped   loss.whiten; loss.advantage_clip 0.5
+            4. the policy's clip                     loss.clip_low, loss.clip_high 0.2
+            5. the critic's clip                     loss.value_clip 0.2
+            6. an entropy target                     loss.entropy_coef, loss.entropy_target: off here, and of weight 0 there
+            7. a pretraining loss                    off here: it needs data
+          and one pass over each rollout, with a critic that starts from the reward model (critic.model). The English run that they published has less:
+          scale_scores, both clips, kl.coef 0.01, a policy's lr of 5e-7 and a critic's of 1.5e-6. The ratio, and with it 4 and 5, needs more than one
+          optimizer step a rollout (minibatches, epochs).
+          What moves the optimum, ref exp(r / beta): 2, since dividing scores by s is a KL coefficient of s beta (taking a mean off moves nothing), and a
+          clip of scores that binds; 6; 7. Of an exact critic every advantage is 0 there, so 3, 4 and 5 leave it where it is.
 """
 from __future__ import annotations
 
@@ -61,6 +75,9 @@ class Algorithm:
     samples_per_prompt: int = 1
     epochs: int = 1
     refill_tries: int = 0
+    normalize_scores: bool = False
+    score_clip: float | None = None
+    advantage_clip: float | None = None
 
 
 _SUM = "sequence_mean_token_sum"  # the policy gradient as it is derived: log-probabilities of whole completions, a mean over completions
@@ -78,6 +95,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm("PPO: a clipped ratio and a critic", "gae", "ppo_clip", "token_mean", kl_coef=0.05, whiten=True, epochs=4),
     "ppo_penalty": Algorithm("PPO with an adaptive KL penalty in place of the clip", "gae", "ppo_penalty", "token_mean", kl_coef=0.05, whiten=True, epochs=4),
     "trpo": Algorithm("TRPO: a natural gradient step within a KL, and a critic", "gae", "trpo", "token_mean", kl_coef=0.05, whiten=True, epochs=10),
+    "ppo_max": Algorithm("PPO-max: scores and advantages normalised and clipped", "gae", "ppo_clip", "token_mean", kl_coef=0.02, whiten=True,
+                         normalize_scores=True, score_clip=10.0, advantage_clip=0.5),
     "a2c": Algorithm("advantage actor-critic, k steps ahead", "k_step", "reinforce", _SUM, kl_coef=0.05),
     "actor_critic": Algorithm("actor-critic, one step ahead", "td0", "reinforce", _SUM, kl_coef=0.05),
     "reinforce": Algorithm("REINFORCE with reward-to-go", "reward_to_go", "reinforce", _SUM, kl_coef=0.05),

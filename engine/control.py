@@ -54,17 +54,21 @@ class Control:
         self.kl, self.penalty, self.returns = KLController(config.kl), PenaltyController(config.penalty), RunningMoments()
         self.scores = RunningMoments()
         self.drawn = 0
+        self._scale, self._centre = config.scale_scores, config.normalize_scores
         self._penalised = config.objective == "ppo_penalty"
 
     def scaled(self, batch: PackedBatch) -> PackedBatch:
-        """The batch with its scores divided by the standard deviation of all so far, these included; as they are while all were the same."""
+        """The batch with its scores divided by the standard deviation of all so far, these included (as they are while all were the same), and with
+        normalize_scores first less their mean; with neither option the batch itself. What is clipped is clipped later."""
+        if not (self._scale or self._centre):
+            return batch
         self.scores.update(batch.column("scores"))
-        scale = self.scores.std
+        mean, scale = self.scores.mean if self._centre else 0.0, self.scores.std
         scale = scale if scale > 1e-6 * max(1.0, abs(self.scores.mean)) else 1.0  # below is the rounding of the mean
-        batch = batch.with_columns(scores=batch.column("scores") / scale)
+        batch = batch.with_columns(scores=(batch.column("scores") - mean) / scale)
         if batch.token_rewards is not None:
-            batch = batch.with_columns(token_rewards=batch.token_rewards / scale)
-        return batch if batch.greedy_scores is None else batch.with_columns(greedy_scores=batch.greedy_scores / scale)
+            batch = batch.with_columns(token_rewards=batch.token_rewards / scale)  # the mean of the scores is taken off at the end
+        return batch if batch.greedy_scores is None else batch.with_columns(greedy_scores=(batch.greedy_scores - mean) / scale)
 
     def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:
         """After a step: adapt to what it measured (nothing while the policy stood still), and take in its returns."""

@@ -149,13 +149,25 @@ def minibatch_weights(config: PolicyConfig, batch: PackedBatch) -> Tensor:
     return token_weights(batch.action_mask, aggregation, cu_seqlens=batch.cu_seqlens, max_length=longest)
 
 
+def entropy_coefficient(config: PolicyConfig, batch: PackedBatch) -> float:
+    """The weight of the entropy in the loss of a rollout. With an entropy target the slope of entropy_coef |H - target| in H, the mean entropy of the batch's
+    actions (its column old_entropy): the same for all of a rollout's micro-batches, however they are cut."""
+    loss = config.loss
+    if loss.entropy_target is None:
+        return loss.entropy_coef
+    mean = batch.column("old_entropy")[batch.action_mask].double().mean().item()
+    return loss.entropy_coef * (1.0 if mean < loss.entropy_target else -1.0)
+
+
 def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, batch: PackedBatch, logp_N: Tensor, entropy_N: Tensor | None,
-                   values_N: Tensor | None, full_kl_N: Tensor | None = None) -> tuple[Tensor, PolicyStats, ValueStats | None]:
+                   values_N: Tensor | None, full_kl_N: Tensor | None = None, *,
+                   entropy_coef: float | None = None) -> tuple[Tensor, PolicyStats, ValueStats | None]:
     """The loss of a micro-batch with the columns weights, old_logp and advantages; values, returns where a critic is trained; ref_logp with the KL in the loss.
 
     Args:
         kl_coef: the coefficient now, wherever the KL is placed.
         logp_N, entropy_N, values_N: of the policy and critic that are trained. full_kl_N: KL(policy || reference) at each token, for kl.estimator = full.
+        entropy_coef: in place of the configuration's, as `entropy_coefficient` gives it.
     """
     loss, kl = config.loss, config.kl
     old_N, advantages_N, weights_N = batch.column("old_logp"), batch.column("advantages"), batch.column("weights")
@@ -163,8 +175,9 @@ def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, b
     penalised = in_loss and kl.estimator != "full" and not kl.through_ratio
     correction = rollout_correction(config.correction)
     fused = isinstance(objective, PolicyObjective)
+    entropy_coef = loss.entropy_coef if entropy_coef is None else entropy_coef
     common: dict[str, Any] = {
-        "objective": objective if fused else _NONE, "entropy": entropy_N, "entropy_coef": loss.entropy_coef, "cu_seqlens": batch.cu_seqlens,
+        "objective": objective if fused else _NONE, "entropy": entropy_N, "entropy_coef": entropy_coef, "cu_seqlens": batch.cu_seqlens,
         "ref_logp": batch.column("ref_logp") if penalised else None, "kl_coef": kl_coef if penalised else 0.0,
         "kl_estimator": kl.estimator if penalised else "k3", "kl_level": "sequence" if penalised and kl.level == "sequence" else "token",
     }

@@ -4,6 +4,11 @@ A bfloat16 weight of 0.02 has neighbours 1.2e-4 away: a step of 1e-6 rounds back
 So every low-precision parameter has a float32 master; the step moves the master and rounds it into the parameter, in place.
 Float32 parameters are their own masters.
 
+With eps_mode="tensorflow" epsilon stands beside the root of the biased second moment, as in TensorFlow and in the paper's "epsilon hat":
+
+    torch        m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+    tensorflow   sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)  =  torch's with eps / sqrt(1 - b2^t)          (Kingma and Ba, 2015, section 2)
+
 With state="int8" the moments are codes of 8 bits in blocks of 256 with a float32 scale each (Dettmers et al., 2022, 8-bit optimizers via block-wise
 quantization), through torchao: 2 bytes a parameter in place of 8. Masters stay float32, and so do the moments of small and odd tensors.
 """
@@ -40,13 +45,14 @@ class Optimizer:
     """See `make_optimizer`. `lr` may be set between steps."""
 
     def __init__(self, params: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-                 state: Literal["float32", "int8"] = "float32") -> None:
+                 state: Literal["float32", "int8"] = "float32", eps_mode: Literal["torch", "tensorflow"] = "torch") -> None:
         self._params = {name: p for name, p in params.items() if p.requires_grad}
         if not self._params:
             raise ValueError("make_optimizer: expected parameters that require a gradient, got none")
         self._masters = {name: p.detach().float() if p.dtype in (torch.bfloat16, torch.float16) else p for name, p in self._params.items()}
         matrices, vectors = ([m for m in self._masters.values() if (m.ndim > 1) is wide] for wide in (True, False))
         groups = [{"params": group, "weight_decay": decay} for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
+        self._eps, self._hat, self._done = eps, eps_mode == "tensorflow", 0
         self._adamw: Any
         self._int8 = state == "int8"
         if self._int8:
@@ -82,6 +88,10 @@ class Optimizer:
         low = {name: grad for name, grad in grads.items() if self._masters[name] is not self._params[name]}
         for name, grad in low.items():
             self._masters[name].grad = grad
+        self._done += 1
+        if self._hat:
+            for group in self._adamw.param_groups:
+                group["eps"] = self._eps / math.sqrt(1.0 - group["betas"][1] ** self._done)
         self._adamw.step()
         for name in low:
             self._masters[name].grad = None
@@ -128,6 +138,7 @@ class Optimizer:
             if master is not self._params[name]:
                 master.copy_(state[f"{name}.master"])
                 self._params[name].copy_(master)
+        self._done = int(max((float(tensor) for name, tensor in state.items() if name.endswith(".step")), default=0.0))
 
     def _shapes(self, master: Tensor) -> dict[str, torch.Size]:
         """Of what is saved of a parameter's moments."""
@@ -166,19 +177,23 @@ def grad_norm(grads: Iterable[Tensor]) -> float:
 
 
 def make_optimizer(params: Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]], *, lr: float, betas: tuple[float, float] = (0.9, 0.95),
-                   eps: float = 1e-8, weight_decay: float = 0.0, state: Literal["float32", "int8"] = "float32") -> Optimizer:
+                   eps: float = 1e-8, weight_decay: float = 0.0, state: Literal["float32", "int8"] = "float32",
+                   eps_mode: Literal["torch", "tensorflow"] = "torch") -> Optimizer:
     """AdamW (Loshchilov and Hutter, 2019) over named parameters, with float32 masters where they are bfloat16 or float16.
 
     Args:
         params: names and parameters, such as `module.named_parameters()`; frozen ones are left out.
         lr, betas, eps: AdamW's. weight_decay: decoupled; not applied to parameters of one dimension (norms, biases).
-        state: of the moments; "int8" needs torchao, and a C++ compiler or Triton for its compiled step.
+        state: of the moments; "int8" needs torchao, and a C++ compiler or Triton for its compiled step. eps_mode: where epsilon stands (top of this file).
     Raises:
-        ValueError: nothing to train, or values outside AdamW's range. SetupError: "int8" without torchao.
+        ValueError: nothing to train, values outside AdamW's range, or eps_mode "tensorflow" with "int8". SetupError: "int8" without torchao.
     """
-    return Optimizer(dict(params), lr, betas, eps, weight_decay, state)
+    if eps_mode == "tensorflow" and state == "int8":
+        raise ValueError('make_optimizer: expected eps_mode "torch" with state "int8", whose compiled step has one epsilon, got "tensorflow"')
+    return Optimizer(dict(params), lr, betas, eps, weight_decay, state, eps_mode)
 
 
 def optimizer_of(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
     """The optimizer that a configuration describes, over named parameters. Errors as `make_optimizer`."""
-    return make_optimizer(params, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, state=config.state)
+    return make_optimizer(params, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, state=config.state,
+                          eps_mode=config.eps_mode)

@@ -7,6 +7,7 @@ Held      per layer, between the passes: two norms' inputs and outputs 4 N H, th
           While a policy trains, its KV pool's memory takes of it what fits (HybridActor.lend_cache).
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
           is added; the last layer's; the embedding's; or the optimizer's step. What generation needs beside the weights and the gradients is compared, too.
+Critic    one of its own is trained before the policy: its weights and moments stay, its gradients and activations are never there together with the policy's.
 Exact     weights, gradients, optimizer, reference, KV pool, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
 Beside    the interpreter and its libraries, about half a GiB, or the CUDA context. On a CPU glibc's heap keeps some of what is freed: a float32 model of
           1.0 GiB peaked 5 and 7% above the plan (plain, checkpointed), and 0.4% with MALLOC_MMAP_THRESHOLD_=131072, which turns that off.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,11 +144,12 @@ class Planner:
 
     Args:
         model: the decoder's configuration. config: of the stage. cache: of the KV pool, where it is not the default.
-        memory: bytes of the device, of which the default KV pool takes its share on CUDA.
+        memory: bytes of the device, of which the default KV pool takes its share on CUDA. values: of a reward model's trunk with a value at every token, which
+            is what a critic of its own is.
     """
 
-    def __init__(self, model: ModelConfig, config: StageConfig, *, cache: CacheConfig | None = None, memory: int | None = None) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: ModelConfig, config: StageConfig, *, cache: CacheConfig | None = None, memory: int | None = None, values: bool = False) -> None:
+        self.model, self.config, self._values = model, config, values
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, config.device)
         self._decoder = Decoder(model, dtype=self.dtype, device="meta")
@@ -161,8 +163,8 @@ class Planner:
         trained = [(p.numel(), p.element_size()) for p in whole.parameters() if p.requires_grad]
         head, idle = self._decoder.head, isinstance(config, RewardModelConfig) and not self._imitates
         unused = [(head.numel(), self._e)] if idle and head is not None and head.requires_grad else []
-        self._critic = isinstance(config, PolicyConfig) and find_advantage(config.advantage).needs == "critic"
-        value_head = [(model.hidden_size, 4), (1, 4)] if self._critic else []
+        self._critic = isinstance(config, PolicyConfig) and config.critic is None and find_advantage(config.advantage).needs == "critic"
+        value_head = [(model.hidden_size, 4), (1, 4)] if self._critic else [(1, 4)] if values else []
         trained += value_head
         self.weights = sum(p.nbytes for p in whole.parameters()) + sum(n * e for n, e in value_head)
         self.gradients = sum(n * e for n, e in trained) - sum(n * e for n, e in unused)  # a reward model has a use for all but the language model's head
@@ -173,10 +175,19 @@ class Planner:
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0  # only while it scores
         self.reference = 0 if kind == "adapter_off" or self._visiting else base
         self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, SamplingConfig) else 0
+        self._phases: list[Planner] = [self]  # what trains, one after the other
+        if isinstance(config, PolicyConfig) and config.critic is not None:
+            trunk = model if config.critic.model == "policy" else read_model_config(config.critic.model)
+            apart = RewardModelConfig(config.critic.model, config.data, optim=config.critic.optim, dtype=config.dtype, device=config.device)
+            self._phases.insert(0, Planner(replace(trunk, tie_embeddings=True), apart, values=True))  # without a head
+            self.weights += self._phases[0].weights
+            self.optimizer += self._phases[0].optimizer
         self._cache = cache or CacheConfig()
         self.kv_pool = 0
         if isinstance(config, SamplingConfig):
-            self.kv_pool = self._kv_pool(machine_memory(self.device) if memory is None and self.device.type == "cuda" else memory or 0)
+            pool = self._kv_pool(machine_memory(self.device) if memory is None and self.device.type == "cuda" else memory or 0)
+            for phase in self._phases:
+                phase.kv_pool = pool
 
     def _moments(self, numel: int) -> int:
         eight = self.config.optim.state == "int8" and quantized(numel)
@@ -197,8 +208,9 @@ class Planner:
         if c.memory_fraction is not None:
             return max(2, int(free * c.memory_fraction) // size) * size
         tokens, checkpointed = self.config.tokens_per_microbatch, self.config.checkpoint_activations
-        self.kv_pool = self.activation_bytes(tokens, checkpointed)  # what training keeps lies in the pool, and what it needs beside it comes first
-        spare = free - self.gradients - self.optimizer - self.workspace_bytes(tokens, checkpointed)
+        for phase in self._phases:
+            phase.kv_pool = phase.activation_bytes(tokens, checkpointed)  # what training keeps lies in the pool, and what it needs beside it comes first
+        spare = free - self.optimizer - max(phase.gradients + phase.workspace_bytes(tokens, checkpointed) for phase in self._phases)
         most = c.max_sequences * -(-self.model.max_positions // c.block_size)
         return max(2, min(int(spare * _SHARE) // size, most + 1)) * size
 
@@ -232,7 +244,7 @@ class Planner:
         ids = N * 8 if self._lora is None else 0  # for an embedding that is trained
         trunk = ids + N * 8 * angles + layers + boundary + (8 if c.layer_norm else 4) * N  # token ids, angles, the last norm
         if isinstance(self.config, RewardModelConfig):
-            return trunk + (N * c.hidden_size * e + N * (8 + 12) if self._imitates else 0)
+            return trunk + (N * c.hidden_size * e + N * (8 + 12) if self._imitates else 0) + (N * (4 * c.hidden_size + 1) if self._values else 0)
         return trunk + N * c.hidden_size * e + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
 
     def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
@@ -269,8 +281,9 @@ class Planner:
 
     # ---- together ---------------------------------------------------------------------------------------------------------------
     def parts(self, tokens: int, checkpointed: bool) -> Parts:
-        return Parts(self.weights, self.reference, self.gradients, self.optimizer, self.kv_pool, self.beyond_pool(tokens, checkpointed),
-                     self.workspace_bytes(tokens, checkpointed))
+        each = (Parts(self.weights, self.reference, phase.gradients, self.optimizer, self.kv_pool, phase.beyond_pool(tokens, checkpointed),
+                      phase.workspace_bytes(tokens, checkpointed)) for phase in self._phases)
+        return max(each, key=lambda parts: parts.peak)
 
     def largest(self, memory: int, checkpointed: bool) -> int:
         """The most tokens of a micro-batch that fit; 0 where not one does."""

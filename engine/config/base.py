@@ -27,6 +27,9 @@ class OptimConfig:
         lr: peak learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
+        eps_mode: torch adds it to the root of the unbiased moment. tensorflow adds it to that of the biased one (Kingma and Ba, 2015, the form before
+            section 2.1, "epsilon hat"), which is torch's with eps / sqrt(1 - beta2^t): 32 times as much at the first step, so that the first steps are
+            smaller. Runs that are compared with TensorFlow's (Ziegler et al., 2019) want it.
         weight_decay: decoupled, on matrices only.
         schedule: after the warm-up, constant, or linear to zero at the last step.
         warmup_steps: optimizer steps of linear warm-up.
@@ -37,6 +40,7 @@ class OptimConfig:
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-5
+    eps_mode: Literal["torch", "tensorflow"] = "torch"
     weight_decay: float = 0.0
     schedule: Literal["constant", "linear"] = "linear"
     warmup_steps: int = 0
@@ -47,6 +51,8 @@ class OptimConfig:
         require(self.lr > 0, "optim.lr", "> 0", self.lr)
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", "two numbers in [0, 1)", self.betas)
         require(self.eps > 0, "optim.eps", "> 0", self.eps)
+        require(self.eps_mode == "torch" or self.state == "float32", "optim.eps_mode", "torch with optim.state = int8 (its compiled step has one epsilon)",
+                 self.eps_mode)
         require(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
         require(self.max_grad_norm >= 0, "optim.max_grad_norm", ">= 0", self.max_grad_norm)
 

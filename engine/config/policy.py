@@ -104,8 +104,10 @@ class PenaltyConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """A critic of its own in place of a value head on the policy's trunk: another decoder, of any size and family with the policy's vocabulary, and a linear
-    head on it. It is optimised by itself, so neither its gradients nor their norm reach the policy. InstructGPT and MOSS start it from the reward model.
+    """A critic of its own in place of a value head on the policy's trunk: another decoder and a linear head on it.
+
+    It may be of any size and family that has the policy's vocabulary. It is optimised by itself, so neither its gradients nor their norm reach the policy.
+    InstructGPT and MOSS start it from the reward model.
 
     Args:
         model: where it starts from: policy, a copy of the policy's initial weights with a head of zeros; the directory of a reward model, whose score, at every
@@ -204,7 +206,8 @@ class LossConfig:
         lam: lambda of GAE.
         k: of k-step advantages, the steps ahead.
         discount_states: weigh the advantage of token t by gamma^t, as in Sutton and Barto's REINFORCE; nobody does for language models.
-        whiten: advantages to mean 0 and variance 1 over the whole batch of a step.
+        whiten: advantages to mean 0 and variance 1 (population) over the whole batch of a step.
+        advantage_clip: advantages are then clipped to +- this; 0 leaves them.
         clip_low: the ratio is clipped below at 1 - clip_low.
         clip_high: the ratio is clipped above at 1 + clip_high.
         dual_clip: bound on ratio x |A| for negative advantages; None is off.
@@ -215,6 +218,8 @@ class LossConfig:
         value_clip: values move at most this far from the old ones; None is off.
         value_coef: weight of the value loss. A critic of its own has gradients of its own, so that there the weight acts through epsilon and clip alone.
         entropy_coef: weight of the entropy bonus.
+        entropy_target: in place of the bonus, entropy_coef |H - entropy_target|, H the mean entropy of the rollout's tokens in nats, is minimised (Zheng et
+            al., 2023): below the target entropy is a bonus, above it a cost. A target above log(vocabulary), such as their 35, is a bonus always.
         aggregation: how token losses become one number.
     """
 
@@ -225,6 +230,7 @@ class LossConfig:
     k: int = 5
     discount_states: bool = False
     whiten: bool = OF_ALGORITHM
+    advantage_clip: float | None = OF_ALGORITHM
     clip_low: float | None = None
     clip_high: float | None = None
     dual_clip: float | None = None
@@ -235,12 +241,16 @@ class LossConfig:
     value_clip: float | None = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
+    entropy_target: float | None = None
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_norm"] = OF_ALGORITHM
 
     def __post_init__(self) -> None:
         require(0 <= self.gamma <= 1, "loss.gamma", "in [0, 1]", self.gamma)
         require(0 <= self.lam <= 1, "loss.lam", "in [0, 1]", self.lam)
         require(self.k >= 1, "loss.k", ">= 1", self.k)
+        require(self.advantage_clip is None or self.advantage_clip >= 0, "loss.advantage_clip", ">= 0", self.advantage_clip)
+        require(self.entropy_target is None or (self.entropy_target >= 0 and self.entropy_coef > 0), "loss.entropy_target",
+                 ">= 0 with loss.entropy_coef > 0, which weighs the distance to it", (self.entropy_target, self.entropy_coef))
         require(self.clip_low is None or 0 < self.clip_low < 1, "loss.clip_low", "in (0, 1)", self.clip_low)
         require(self.clip_high is None or self.clip_high > 0, "loss.clip_high", "> 0", self.clip_high)
         require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "> 1", self.dual_clip)
@@ -249,7 +259,8 @@ class LossConfig:
         """With the row's values, and its objective's, where nothing was said."""
         usual = OBJECTIVES.get(self.objective or row.objective, ("", {}))[1]
         bounds = {name: either(getattr(self, name), usual.get(name)) for name in BOUNDS}
-        return replace(self, whiten=either(self.whiten, row.whiten), aggregation=self.aggregation or row.aggregation, **bounds)
+        return replace(self, whiten=either(self.whiten, row.whiten), advantage_clip=either(self.advantage_clip, row.advantage_clip),
+                       aggregation=self.aggregation or row.aggregation, **bounds)
 
 
 @dataclass(frozen=True)
@@ -273,8 +284,10 @@ class PolicyConfig:
         tokens_per_microbatch: tokens of one forward and backward.
         checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
         max_prompt_length: longer prompts are dropped before the first step and counted; None is what fits the model with max_new_tokens.
-        scale_scores: divide scores by the standard deviation of all of this run so far, before they are clipped (Zheng et al., 2023, PPO-max).
-        score_clip: scores are clipped to +- this; None leaves them.
+        scale_scores: divide scores by the standard deviation (over count - 1) of all of this run so far, before they are clipped (Zheng et al., 2023, PPO-max).
+            It is a KL coefficient multiplied by that deviation.
+        normalize_scores: take the mean of all of this run so far off, too.
+        score_clip: scores are then clipped to +- this; 0 leaves them.
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
         overlong_buffer: tokens before max_new_tokens over which overlong_penalty rises from 0 to its whole; 0 is off.
         overlong_penalty: subtracted from the score of a completion of max_new_tokens.
@@ -312,7 +325,8 @@ class PolicyConfig:
     checkpoint_activations: bool = False
     max_prompt_length: int | None = None
     scale_scores: bool = False
-    score_clip: float | None = None
+    normalize_scores: bool = OF_ALGORITHM
+    score_clip: float | None = OF_ALGORITHM
     missing_eos_penalty: float = 0.0
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0
@@ -344,10 +358,12 @@ class PolicyConfig:
         row = self.row
         for name, value in (("samples_per_prompt", either(self.samples_per_prompt, row.samples_per_prompt)), ("epochs", either(self.epochs, row.epochs)),
                             ("refill_tries", either(self.refill_tries, row.refill_tries)),
+                            ("normalize_scores", either(self.normalize_scores, row.normalize_scores)), ("score_clip", either(self.score_clip, row.score_clip)),
                             ("kl", self.kl.filled(row)), ("loss", self.loss.filled(row))):
             object.__setattr__(self, name, value)
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "tokens_per_microbatch"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        require(self.score_clip is None or self.score_clip >= 0, "score_clip", ">= 0", self.score_clip)
         require(len(self.reward) >= 1, "reward", "at least one file.py:function or reward-model directory", self.reward)
         require(self.reward_weights is None or len(self.reward_weights) == len(self.reward), "reward_weights",
                  f"{len(self.reward)} numbers, one per reward", self.reward_weights)

@@ -32,7 +32,7 @@ from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.monitor import Monitor
-from fusedrl.engine.objectives import behaviour, make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.objectives import behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
@@ -81,7 +81,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     on_trunk = needs == "critic" and config.critic is None
     critic_alone = config.critic.warmup_steps if config.critic is not None else 0  # rollouts
     several = config.epochs * config.minibatches > 1 and not config.correction.bypass
-    scored_first = on_trunk or kl_in_advantage or trust_region or several or config.replay is not None
+    scored_first = on_trunk or kl_in_advantage or trust_region or several or config.replay is not None or config.loss.entropy_target is not None
 
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, value_head=on_trunk, strict=config.strict,
@@ -112,7 +112,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                 experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy", gold=measured_only)
             learns = step >= critic_alone
             with run.time("score"):
-                batch = control.scaled(experience.batch) if config.scale_scores else experience.batch
+                batch = control.scaled(experience.batch)
                 cuts = _cuts(batch, config, step, epoch=0)
                 batch = score(actor if scored_first or not learns else None, reference, batch, cuts, config.generation.temperature)
                 if critic is not None:
@@ -194,6 +194,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
     """epochs x minibatches optimizer steps on one rollout and what is replayed beside it; the gradient of `ptx` is added to each."""
     objective = make_objective(config, control.penalty.coef)
     total_updates, done = _updates(config, step, config.critic.warmup_steps if config.critic is not None else 0)
+    entropy_coef = entropy_coefficient(config, batch)
     meter = Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
     fresh = batch.num_sequences
@@ -215,7 +216,8 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                     seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
                 micro, dropped = behaviour(config.correction, micro, logp)
                 full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
-                loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full)
+                loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full,
+                                                                 entropy_coef=entropy_coef)
                 loss.backward()
                 old = epoch == 0 and group[0] >= fresh  # only in the first pass are there micro-batches of replayed completions alone
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
@@ -233,8 +235,9 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             meter.grad_norms.append(result.grad_norm)
             done += 1
     _drop_gradients(optimizer, actor)
-    return (measured or {}) | meter.metrics() | (replayed.metrics if replayed is not None else {}) | {"lr": optimizer.lr} | (
-        ptx.metrics() if ptx is not None else {})
+    metrics = (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
+    metrics |= {} if config.loss.entropy_target is None else {"entropy_coef": entropy_coef}
+    return metrics | (ptx.metrics() if ptx is not None else {}) | (replayed.metrics if replayed is not None else {})
 
 
 def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, step: int, run: Run) -> dict[str, float]:

@@ -42,7 +42,7 @@ def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[st
     if batch.ref_logp is not None:
         # Of the same kernel as a KL in the reward: what is reported, and what the coefficient adapts to, is what was charged.
         shaped = shaped_gae(old_N, batch.ref_logp, old_N, batch.column("scores"), mask=mask_N, cu_seqlens=batch.cu_seqlens, kl_coef=0.0,
-                            score_clip=config.score_clip, whiten=False)
+                            score_clip=config.score_clip or None, whiten=False)
         kl = shaped.kl_per_sequence.double().mean().item()
         found |= {"kl": kl, "kl_coef": kl_coef, "perplexity_ref": math.exp(min(80.0, -batch.ref_logp[mask_N].double().mean().item()))}
         if config.kl.placement == "reward":

@@ -75,10 +75,15 @@ class Tree:
         return torch.stack(states, 1), torch.stack(tokens, 1), torch.stack(lives, 1), score
 
 
-def optimise(config: PolicyConfig, *, updates: int, lr: float, batch_size: int = B, seed: int = 1) -> float:
-    """The loop of stages/policy.py on a table: the share of the gap that is closed after so many optimizer steps."""
+def optimise(config: PolicyConfig, **settings) -> float:
+    """The share of the gap that is closed after so many optimizer steps."""
+    return Tree.random().gap(learn(Tree.random(), config, **settings)[0])
+
+
+def learn(tree: Tree, config: PolicyConfig, *, updates: int, lr: float, batch_size: int = B, seed: int = 1) -> tuple[torch.Tensor, Control]:
+    """The loop of stages/policy.py on a table: the policy [STATES, V] after so many optimizer steps, and what steered them."""
     torch.manual_seed(seed)
-    tree, rng = Tree.random(), torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     needs, control = find_advantage(config.advantage).needs, Control(config)
     logits = tree.ref.clone().requires_grad_()
     critic = torch.zeros(STATES, requires_grad=True)
@@ -102,6 +107,7 @@ def optimise(config: PolicyConfig, *, updates: int, lr: float, batch_size: int =
             batch = batch.with_columns(values=column(critic.detach(), states, mask))
         if needs == "greedy":
             batch = batch.with_columns(greedy_scores=tree.walk(logp, torch.arange(PROMPTS), None)[3][prompts])
+        batch = control.scaled(batch)
         signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
         batch = estimate(config, signals)
         batch = batch.with_columns(weights=minibatch_weights(config, batch))
@@ -117,7 +123,7 @@ def optimise(config: PolicyConfig, *, updates: int, lr: float, batch_size: int =
             loss.backward()
             adam.step()
         control.update({"policy/last_approxkl": stats.approx_kl_k3.item()}, signals.totals)
-    return tree.gap(logits.detach().log_softmax(1))
+    return logits.detach().log_softmax(1), control
 
 
 def config_of(algorithm, **kwargs):
@@ -145,6 +151,7 @@ CASES = {
     "dr_grpo": (config_of("dr_grpo"), PLAIN),
     "ppo": (config_of("ppo", loss=LossConfig(value_clip=None)), CLIPPED),
     "ppo_penalty": (config_of("ppo_penalty", loss=LossConfig(value_clip=None), penalty=PenaltyConfig(target=0.01)), CLIPPED),
+    "ppo_max": (config_of("ppo_max", epochs=4, normalize_scores=False, loss=LossConfig(value_clip=None)), CLIPPED),  # dividing scores has another optimum
     "dapo": (config_of("dapo", epochs=4), CLIPPED),
     "gspo": (config_of("gspo", epochs=4), CLIPPED),
     "cispo": (config_of("cispo", epochs=4), CLIPPED),

@@ -9,8 +9,9 @@ import torch
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.cli import parse_config
 from fusedrl.engine.config import CriticConfig, GenerationConfig, KLConfig, LoRAConfig, LossConfig, OptimConfig, PolicyConfig, RunConfig
-from fusedrl.engine.critic import load_critic
-from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.critic import SeparateCritic, load_critic
+from fusedrl.engine.errors import CheckpointError, ConfigError
+from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, ValueHead, save_reward_model
@@ -127,7 +128,7 @@ def test_it_learns_what_the_prompt_tells(ppo):
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(strict=True), dict(lora=LoRAConfig(rank=4)), dict(algorithm="a2c", epochs=1, minibatches=1, kl=KLConfig(coef=0.0)),
-                                    dict(algorithm="dro"), dict(checkpoint_activations=True)], ids=["ppo", "strict", "lora", "a2c", "dro", "checkpointed"])
+                                    dict(algorithm="dro"), dict(checkpoint_activations=True)], ids=["ppo", "strict", "lora", "unscored", "dro", "checkpointed"])
 def test_every_algorithm_with_values_takes_one(ppo, kwargs):
     config = ppo(steps=2, **kwargs)
     train_policy(config)
@@ -158,6 +159,29 @@ def test_the_two_are_trained_apart(ppo):
     assert not all(torch.equal(p, _weights(shared)[name]) for name, p in ours.items())  # one trunk, one clip
 
 
+def test_without_one_a_run_is_what_it_was(ppo):
+    """The first rollout and its four steps with a head on the trunk, as they came out before there was another critic."""
+    config = ppo(critic=None, optim=OptimConfig(lr=3e-3))
+    train_policy(replace(config, run=replace(config.run, save_every=1)))
+    recorded = {"entropy": 2.77406, "reward": 0.416667, "grad_norm": 1.95525, "loss/value_avg": 0.322123, "loss/policy_avg": -0.0342512,
+                "policy/approxkl_avg": 0.189209}
+    row = _metrics(config)[0]
+    assert {name: row[name] for name in recorded} == pytest.approx(recorded, rel=1e-3)
+    assert not (Path(config.run.dir) / "critic").exists()
+    state = sorted(path.name for path in (Path(config.run.dir) / "checkpoints" / "step_00000003").glob("*.safetensors"))
+    assert state == ["model.safetensors", "optimizer.safetensors", "rng.safetensors"]
+
+
+def test_a_critic_that_is_not_finite_stops_the_run(ppo, tiny_model, tmp_path):
+    """At its fifth skipped update in a row, by its name; the policy is not trained on what it says."""
+    head = ValueHead(32)
+    torch.nn.init.constant_(head.weight, 3e38)
+    HybridActor(load_decoder(tiny_model), load_tokenizer(tiny_model), value_head=head).save_pretrained(tmp_path / "broken")
+    with pytest.raises(RuntimeError, match="5 updates of the critic in a row had a non-finite gradient norm"):
+        train_policy(ppo(epochs=3, critic=CriticConfig(str(tmp_path / "broken"))))
+    assert _metrics(ppo()) == []
+
+
 def test_the_micro_batch_split_does_not_change_the_critic(ppo):
     found = []
     for name, tokens in (("whole", 10_000), ("cut", 25)):
@@ -186,6 +210,12 @@ def test_warm_up_trains_the_critic_alone(ppo):
     assert rows[2]["lr"] == pytest.approx(3e-3 * (8 - 3) / (8 - 2))  # of eight steps the fourth: its own warm-up of two began here
     assert rows[3]["lr"] == pytest.approx(3e-3 * (8 - 7) / (8 - 2))
     assert rows[3]["critic/lr"] == pytest.approx(3e-3 / 16)
+    config = ppo(name="unscored", algorithm="a2c", steps=2, epochs=1, minibatches=1, kl=KLConfig(coef=0.0), critic=CriticConfig(warmup_steps=1))
+    train_policy(config)  # where the training forward is the scorer, but for the first rollout, which does not train
+    first, second = _metrics(config)
+    assert first["entropy"] > 1.0
+    assert "grad_norm" not in first
+    assert second["grad_norm"] > 0.0
 
 
 @pytest.mark.parametrize("warmup, stop", [(0, 2), (2, 1)])
@@ -270,3 +300,31 @@ def test_another_vocabulary_is_refused(ppo, tiny_model, tmp_path):
     with pytest.raises(ConfigError, match=r"have the 64 positions .* got 16 .*lower max_prompt_length to 8 or less"):
         train_policy(ppo(name="run_short", critic=CriticConfig(str(tmp_path / "short"))))
     train_policy(ppo(name="run_fits", steps=1, max_prompt_length=8, critic=CriticConfig(str(tmp_path / "short"))))
+    save_pretrained(Decoder.random(model_config(OTHER), seed=0), tmp_path / "gpt2", tokenizer=tokenizer)
+    train_policy(ppo(name="run_gpt2", steps=1, max_prompt_length=8, critic=CriticConfig(str(tmp_path / "gpt2"))))  # another family and size
+
+
+def test_a_resumed_run_whose_critic_is_another_model_is_refused(ppo, tiny_model, tmp_path):
+    raw = load_decoder(tiny_model).config.raw
+    save_pretrained(Decoder.random(model_config(raw), seed=0), tmp_path / "start")
+    config = ppo(steps=2, critic=CriticConfig(str(tmp_path / "start")))
+    train_policy(replace(config, steps=1))
+    save_pretrained(Decoder.random(model_config(raw | {"intermediate_size": 64}), seed=0), tmp_path / "start")
+    with pytest.raises(CheckpointError, match=r"expected tensors .*down_proj \[32, 64\].* got .*down_proj \[32, 48\]"):
+        train_policy(replace(config, run=replace(config.run, resume=True)))
+
+
+def test_what_the_critic_holds_is_lent_the_cache_but_for_its_weights():
+    raw = {"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+           "num_key_value_heads": 4, "max_position_embeddings": 128}
+    actor = HybridActor(Decoder.random(model_config(raw), 0))
+    critic = SeparateCritic(Decoder.random(model_config(raw), 1), ValueHead(64))
+    actor.generate([[1, 2, 3]], SamplingParams(max_new_tokens=2))
+    batch, used = PackedBatch.from_sequences([([1] * 50, [2] * 50)]), []
+    for others in ((), (critic,)):
+        with actor.lend_cache(*others) as arena:
+            values = critic(batch)
+            used.append(arena.used)
+            values.sum().backward()
+            del values
+    assert 0 < used[1] < used[0]

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fusedrl.engine.optim import make_optimizer
+from fusedrl.engine.optim import make_optimizer, optimizer_of
 
 
 def parameters(dtype=torch.float32, seed=0):
@@ -33,6 +33,66 @@ def test_float32_is_adamw_by_its_definition():
         assert optimizer.step().applied
     for n, p in params.items():
         torch.testing.assert_close(p.double(), want[n], rtol=1e-5, atol=1e-7)
+
+
+def tensorflow_adam(params, gradients, lr, betas, eps):
+    """float64 {name: parameter} after these gradients: tf.train.AdamOptimizer as its documentation has it; `eps` of the step's number."""
+    b1, b2 = betas
+    found = {n: p.detach().double().clone() for n, p in params.items()}
+    m, v = ({n: torch.zeros_like(w) for n, w in found.items()} for _ in range(2))
+    for t, step in enumerate(gradients, start=1):
+        lr_t = lr * (1 - b2**t) ** 0.5 / (1 - b1**t)
+        for n, g in step.items():
+            m[n] += (1 - b1) * (g - m[n])
+            v[n] += (1 - b2) * (g * g - v[n])
+            found[n] -= lr_t * m[n] / (v[n].sqrt() + eps(t))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_epsilon_as_tensorflow_has_it(dtype):
+    """Twenty steps of small gradients, where epsilon decides; torch's own epsilon is told apart, and so is one that is scaled the other way."""
+    lr, betas, eps = 0.01, (0.9, 0.999), 1e-5
+    start = {n: p.detach() for n, p in parameters(dtype).items()}
+    gradients = []
+    for t in range(20):
+        draw = torch.Generator().manual_seed(t)
+        gradients.append({n: (1e-4 * torch.randn(p.shape, generator=draw)).to(dtype).double() for n, p in start.items()})
+
+    def run(optimizer, params):
+        for t, step in enumerate(gradients):
+            for n, p in params.items():
+                p.grad = step[n].to(dtype)
+            optimizer.step()
+            if t == 6:  # as a checkpoint would
+                state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+                optimizer = make_optimizer(params, lr=lr, betas=betas, eps=eps, eps_mode=mode)
+                optimizer.load_state_dict(state)
+        state = optimizer.state_dict()
+        return {n: state.get(f"{n}.master", p).detach().double() for n, p in params.items()}
+
+    found = {}
+    for mode in ("tensorflow", "torch"):
+        params = {n: nn.Parameter(p.clone()) for n, p in start.items()}
+        found[mode] = run(make_optimizer(params, lr=lr, betas=betas, eps=eps, eps_mode=mode), params)
+    exact = tensorflow_adam(start, gradients, lr, betas, lambda t: eps)
+    rtol, atol = (1e-12, 1e-14) if dtype == torch.float64 else (1e-5, 1e-6)
+    for n in start:
+        torch.testing.assert_close(found["tensorflow"][n], exact[n], rtol=rtol, atol=atol)
+        assert (found["torch"][n] - exact[n]).abs().max() > 0.02
+    other_way = tensorflow_adam(start, gradients, lr, betas, lambda t: eps * (1 - betas[1]**t))  # torch's eps times the root, not divided by it
+    assert max((other_way[n] - exact[n]).abs().max().item() for n in start) > 0.02
+
+
+def test_epsilon_modes_that_are_refused():
+    from fusedrl.engine.config import OptimConfig
+    from fusedrl.engine.errors import ConfigError
+    with pytest.raises(ConfigError, match=r"optim.eps_mode torch with optim.state = int8"):
+        OptimConfig(eps_mode="tensorflow", state="int8")
+    with pytest.raises(ValueError, match='expected eps_mode "torch" with state "int8"'):
+        make_optimizer(parameters(), lr=0.1, eps_mode="tensorflow", state="int8")
+    optimizer = optimizer_of(OptimConfig(lr=0.1, eps=1e-3, eps_mode="tensorflow"), parameters().items())
+    assert (optimizer._eps, optimizer._hat) == (1e-3, True)
 
 
 def test_small_steps_move_low_precision_parameters():

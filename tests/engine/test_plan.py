@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch
 from fusedrl.engine.cli import main
-from fusedrl.engine.config import LoRAConfig, OptimConfig, PolicyConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import CriticConfig, LoRAConfig, OptimConfig, PolicyConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.critic import SeparateCritic
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import KVCache, block_bytes
 from fusedrl.engine.model.decoder import Decoder
@@ -150,6 +151,53 @@ def test_adapters(kind, targets, dtype):
     assert Planner(model_config(sizes), replace(config, reference="host")).reference == base  # on a CPU it is the same memory
     full = Planner(model_config(sizes), replace(config, lora=None))
     assert planned.parts(200, False).peak < full.parts(200, False).peak
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3 tied", "gpt2"])
+def test_a_critic_of_its_own(tmp_path, kind, dtype):
+    """Exact weights, gradients and moments beside the policy's, its own activations, and of gradients and activations those of whichever takes more."""
+    wide = SIZES | KINDS[kind] | ({"n_embd": 96} if kind == "gpt2" else {"hidden_size": 96})
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    alone = planner(SIZES | KINDS["llama"], dtype=dtype, cache=CacheConfig(num_blocks=1))
+    config = replace(STAGES["ppo"], critic=CriticConfig(str(tmp_path), optim=OptimConfig()), dtype=dtype, device="cpu")
+    planned = Planner(model_config(SIZES | KINDS["llama"]), config, cache=CacheConfig(num_blocks=1))
+    critic = SeparateCritic(Decoder.random(replace(model_config(wide), tie_embeddings=True), 0, dtype=getattr(torch, dtype)), ValueHead(96))
+    optimizer = make_optimizer(critic.named_parameters(), lr=1e-3)
+    critic(batch(40, 90)).sum().backward()
+    optimizer.step()
+    head = 4 * (48 + 1)  # which the policy's trunk has no more
+    assert planned.weights == alone.weights - head + sum(p.nbytes for p in critic.parameters())
+    assert planned.optimizer == alone.optimizer - 2 * head - 8 + sum(t.nbytes for t in optimizer.state_dict().values())
+    apart = planned._phases[0]
+    assert apart.gradients == sum(p.grad.nbytes for p in critic.parameters())
+    assert planned.gradients == alone.gradients - head
+    for tokens in (40, 200):
+        for checkpointed in (False, True):
+            critic.decoder.checkpoint_activations = checkpointed
+            ours = {p.untyped_storage().data_ptr() for p in critic.parameters()}
+            held: dict[int, int] = {}
+
+            def pack(tensor, held=held, ours=ours):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in ours:
+                    held[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                value = critic(batch(tokens, 90))
+            assert value.requires_grad
+            assert apart.activation_bytes(tokens, checkpointed) == pytest.approx(sum(held.values()), rel=0.05)
+            parts = planned.parts(tokens, checkpointed)
+            fixed = planned.weights + planned.reference + planned.optimizer + planned.kv_pool
+            peaks = [fixed + phase.gradients + phase.beyond_pool(tokens, checkpointed) + phase.workspace_bytes(tokens, checkpointed)
+                     for phase in (apart, planned)]
+            assert parts.peak == max(peaks)
+    assert planned.parts(200, False).gradients == apart.gradients > planned.gradients  # the wider one's
+
+    same = Planner(model_config(SIZES | KINDS["llama"]), replace(config, critic=CriticConfig()), cache=CacheConfig(num_blocks=1))
+    assert same.parts(200, False).peak < planned.parts(200, False).peak
 
 
 def test_moments_of_8_bits_are_exact():
