@@ -3,8 +3,12 @@
 Three extensions from the same sources, because one Extension cannot carry per-file flags and objects built with wider
 vectors must not share a library with those that are not: `fusedrl.kernels._C_default`, `_C_avx2`, `_C_avx512`.
 `kernels/native.py` imports the one that fits the processor. Without a C++ compiler the install succeeds and says what is slower.
+
+A wheel travels and has all three. A build in place (`pip install -e .`, `setup.py build_ext --inplace`) stays where it is and has the one that
+this processor runs. Two thirds of a file's compilation are torch's headers, so a build parses those once (csrc/cpu/precompiled.h).
 """
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,6 +37,7 @@ PACKAGE_DATA = {"fusedrl.kernels.cuda_src": ["*.cu", "*.cuh"]}
 
 def native_extensions() -> dict:
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         print("fusedrl: torch is not installed in the build environment, so the C++ CPU kernels are not built and every op "
@@ -40,11 +45,16 @@ def native_extensions() -> dict:
         return {}
 
     class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.inplace:
+                self.extensions = [extension for extension in self.extensions if extension.name.endswith(f"_C_{capability_here()}")]
+
         def build_extensions(self) -> None:
             wanted, built, build_temp = self.extensions, [], Path(self.build_temp)
             for extension in wanted:
                 self.extensions = [extension]
-                self.build_temp = str(build_temp / extension.name)  # the same sources, other flags: objects of their own
+                self.build_temp = str(build_temp / extension.name)  # the same sources, other flags: objects and headers of their own
                 try:
                     super().build_extensions()
                     built.append(extension)
@@ -52,6 +62,36 @@ def native_extensions() -> dict:
                     print(f"fusedrl: {extension.name} was not built ({error}). Ops run on their torch reference, which is 5x to 100x "
                           "slower on CPU. On Debian: apt-get install g++ python3-dev; then reinstall.", file=sys.stderr)
             self.extensions = built
+
+        def build_extension(self, extension) -> None:
+            """With torch's headers parsed once. The compiler takes the header as it is where it cannot use what was precompiled."""
+            directory = Path(self.build_temp).resolve() / "header"
+            directory.mkdir(parents=True, exist_ok=True)
+            header, source, precompiled = (directory / f"precompiled{suffix}" for suffix in (".h", ".cpp", ".h.gch"))
+            shutil.copy("csrc/cpu/precompiled.h", header)
+            shutil.copy(header, source)
+            try:
+                (found,) = self.compiler.compile([str(source)], str(directory), include_dirs=extension.include_dirs, extra_preargs=["-x", "c++-header"],
+                                                 extra_postargs=extension.extra_compile_args)
+                Path(found).replace(precompiled)
+                extension.extra_compile_args["cxx"] += ["-include", str(header)]
+            except Exception as error:  # whatever it is, the files themselves will tell
+                print(f"fusedrl: torch's headers were not precompiled ({error})", file=sys.stderr)
+            try:
+                super().build_extension(extension)
+            finally:
+                precompiled.unlink(missing_ok=True)  # half a GB
+
+        def copy_extensions_to_source(self) -> None:
+            """Without those of other capabilities that an older build has left there."""
+            for path in Path("kernels").glob("_C_*") if self.extensions else ():
+                path.unlink()
+            super().copy_extensions_to_source()
+
+    def capability_here() -> str:
+        """As kernels/native.py chooses."""
+        found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
+        return found if found in CAPABILITIES else "default"
 
     sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
     extensions = [

@@ -1,7 +1,7 @@
 """What a run will take of memory, before it is started: the tables of `fusedrl plan`.
 
-Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes of a parameter, a
-          of an activation: 4 between bfloat16 parameters on a CPU (`decode_step.activation_dtype`), else e.
+Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes of a
+          parameter, a of an activation and of the KV cache: 4 beside bfloat16 parameters on a CPU (`decode_step.activation_dtype`), else e.
 Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
           N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times a, and some floats a token. Checkpointed: what goes in, 2 N H.
           While a policy trains, its KV pool's memory takes of it what fits (HybridActor.lend_cache).

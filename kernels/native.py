@@ -1,11 +1,12 @@
 """The compiled CPU kernels: which build was loaded, or why none was.
 
-`setup.py` builds the same sources once per vector capability. The choice follows torch's own
-(`torch.backends.cpu.get_cpu_capability()`, which honours ATEN_CPU_CAPABILITY), falling back to narrower builds.
+`setup.py` builds the same sources once per vector capability: all of them for a wheel, this machine's for an install in place. The choice follows torch's
+own (`torch.backends.cpu.get_cpu_capability()`, which honours ATEN_CPU_CAPABILITY), falling back to narrower builds.
 """
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 import torch  # (the extension links against libtorch, which must be loaded first)
 
@@ -13,13 +14,16 @@ _ORDER = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 
 
 def _load() -> tuple[str | None, str]:
-    reasons = []
-    for name in _ORDER.get(torch.backends.cpu.get_cpu_capability(), ("default",)):
+    reasons, here = [], torch.backends.cpu.get_cpu_capability()
+    for name in (fitting := _ORDER.get(here, ("default",))):
         try:
             importlib.import_module(f"fusedrl.kernels._C_{name}")
             return name, ""
         except ImportError as error:
             reasons.append(f"_C_{name}: {error}")
+    wider = [name for name in _ORDER["AVX512"] if name not in fitting and importlib.util.find_spec(f"fusedrl.kernels._C_{name}")]
+    if wider:
+        reasons.append(f"there is one for {' and '.join(wider)}, and torch finds {here} here; reinstall fusedrl on this machine")
     return None, "; ".join(reasons)
 
 

@@ -3,6 +3,7 @@
 A size that follows a value, a number read back, a copy between host and device: each raises here, as it would fail or freeze under capture there.
 """
 import contextlib
+import functools
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.generation.state import DecodeState, advance
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.heads import ValueHead
 from fusedrl.kernels.dispatch import unavailable, use_impl
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -89,7 +91,7 @@ def columns_of(params, rows=3, count=5):
 
     class Graphs:
         @staticmethod
-        def state(columns, numbers, window, device, drew):
+        def state(columns, numbers, window, device, drew, values):
             seen.update(columns=columns, numbers=numbers)
 
     generator._graphs = Graphs()
@@ -103,12 +105,14 @@ def on_the_device(x):
     return type(x)(*map(on_the_device, x)) if hasattr(x, "_fields") else tuple(map(on_the_device, x)) if isinstance(x, tuple) else x
 
 
-def watch(step, kind="llama", dtype=torch.bfloat16, params=None):
-    """Names of the operations of `step(weights, state, block table, cache)` on fake tensors of a CUDA device."""
+def watch(step, kind="llama", dtype=torch.bfloat16, params=None, value_head=False):
+    """Names of the operations of `step(weights, state, block table, cache)` on fake tensors of a CUDA device; with a value head, it is its last argument."""
     columns, numbers = columns_of(params or SamplingParams())
     weights = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype).weights()
     with FakeTensorMode(), Spelled(), torch.no_grad():
-        weights, state = on_the_device(weights), DecodeState(columns, numbers, 8, DEVICE)
+        weights, state = on_the_device(weights), DecodeState(columns, numbers, 8, DEVICE, values=value_head)
+        if value_head:
+            step = functools.partial(step, value_head=ValueHead(SIZES["hidden_size"], device=DEVICE))
         cache, table_BM = KVCache(CacheConfig(block_size=4, num_blocks=40), weights, 96), torch.empty(9, 16, dtype=torch.int32, device=DEVICE)
         addresses = [id(column) for column in state.columns.values()]
         with NothingFromTheHost() as seen:
@@ -129,6 +133,8 @@ def test_a_step_never_waits_for_the_host(impl, kind, asked):
     for dtype in (torch.bfloat16, torch.float32):
         with use_impl("torch") if impl == "torch" else contextlib.nullcontext():
             operations = watch(lambda *step: advance(*step, False), kind, dtype, ASKED[asked])
+            with_values = watch(lambda *step, value_head: advance(*step, False, value_head=value_head), kind, dtype, ASKED[asked], value_head=True)
+        assert len(operations) < len(with_values) <= len(operations) + 10, "one product, and what prepares it"
         ours = {name for name in operations if name.startswith("fusedrl.")}
         assert bool(ours) == (impl != "torch")
         if ours:

@@ -8,10 +8,10 @@ from fusedrl.kernels.dispatch import unavailable
 cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
 triton = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))))
 IMPLS = ["torch", cpp, triton]
-WRITTEN = ("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor")
+WRITTEN = ("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor", "ring_values")
 
 
-def make(R=9, W=3, K=4, seed=0, cursor=2):
+def make(R=9, W=3, K=4, seed=0, cursor=2, values=True):
     generator = torch.Generator().manual_seed(seed + 100 * R + W)
 
     def ids(*shape, high=9):
@@ -19,9 +19,10 @@ def make(R=9, W=3, K=4, seed=0, cursor=2):
 
     drawn, at = ids(R), ids(R, high=40)
     drawn[::5] = -1
-    return {"drawn": drawn, "logp": -torch.rand(R, generator=generator), "stops": ids(W, R) - 1, "last_positions": at + ids(R, high=4) - 1,
+    made = {"drawn": drawn, "logp": -torch.rand(R, generator=generator), "stops": ids(W, R) - 1, "last_positions": at + ids(R, high=4) - 1,
             "token_ids": ids(R), "positions": torch.stack([at + 1, at]), "finished": ids(R) == 0, "ring_tokens": torch.full((K, R), -7),
             "ring_logp": torch.full((K, R), torch.nan), "cursor": torch.tensor([cursor])}
+    return made | ({"values": torch.randn(R, generator=generator), "ring_values": torch.full((K, R), torch.nan)} if values else {})
 
 
 def run(x, function=advance_rows_, **options):
@@ -30,16 +31,18 @@ def run(x, function=advance_rows_, **options):
     function(**own, **options)
     for name in own.keys() - set(WRITTEN):
         assert torch.equal(own[name], x[name]), name
-    return {name: own[name] for name in WRITTEN}
+    return {name: own[name] for name in WRITTEN if name in own}
 
 
 def define(x, keeps_going=False, forgets_the_limit=False):
     """The same, a row at a time, from the words of the contract."""
-    out = {name: x[name].clone() for name in WRITTEN}
+    out = {name: x[name].clone() for name in WRITTEN if name in x}
     step = int(x["cursor"])
     for r in range(len(x["drawn"])):
         token = int(x["drawn"][r])
         out["ring_tokens"][step, r], out["ring_logp"][step, r] = token, x["logp"][r]
+        if "values" in x:
+            out["ring_values"][step, r] = x["values"][r]
         ends = bool(x["finished"][r]) or token in x["stops"][:, r].tolist()
         if int(x["positions"][1, r]) >= int(x["last_positions"][r]) and not forgets_the_limit:
             ends = True
@@ -52,15 +55,16 @@ def define(x, keeps_going=False, forgets_the_limit=False):
 
 
 def same(one, other):
-    for name in WRITTEN:
+    assert one.keys() == other.keys()
+    for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("R,W,K", [(9, 3, 4), (0, 1, 1), (1, 1, 1), (5, 0, 2), (255, 2, 3), (256, 2, 8), (700, 5, 1)], ids=str)
 def test_against_the_definition(impl, R, W, K):
-    for cursor in {0, K - 1}:
-        x = make(R, W, K, cursor=cursor)
+    for cursor, values in ((0, True), (K - 1, True), (K - 1, False)):
+        x = make(R, W, K, cursor=cursor, values=values)
         got = run(x, impl=impl)
         same(got, define(x))
         same(run(x, impl=impl), got)
@@ -97,7 +101,7 @@ def test_rows_are_independent(impl):
     x = make(50)
     alone = {name: tensor if name == "cursor" else tensor[..., 17:18].contiguous() for name, tensor in x.items()}
     whole, one = run(x, impl=impl), run(alone, impl=impl)
-    for name in WRITTEN[:-1]:
+    for name in one.keys() - {"cursor"}:
         torch.testing.assert_close(whole[name][..., 17:18], one[name], rtol=0, atol=0, equal_nan=True)
 
 
@@ -110,6 +114,10 @@ def test_rows_are_independent(impl):
     (lambda x: {"finished": x["drawn"]}, TypeError, "expected finished of dtype"),
     (lambda x: {"cursor": x["cursor"] + 2}, IndexError, r"expected the cursor in \[0, 4\), the steps of the ring, got 4"),
     (lambda x: {"cursor": x["cursor"] - 3}, IndexError, "got -1"),
+    (lambda x: {"values": None}, ValueError, "expected values and ring_values together, got only ring_values"),
+    (lambda x: {"ring_values": None}, ValueError, "expected values and ring_values together, got only values"),
+    (lambda x: {"values": x["values"].double()}, TypeError, "expected values of dtype"),
+    (lambda x: {"ring_values": x["ring_values"][1:]}, ValueError, "ring_values"),
 ])
 def test_bad_arguments_are_refused(impl, change, error, message):
     x = make()
@@ -118,8 +126,9 @@ def test_bad_arguments_are_refused(impl, change, error, message):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_opcheck_and_one_graph(impl):
-    x = make()
+@pytest.mark.parametrize("values", [True, False])
+def test_opcheck_and_one_graph(impl, values):
+    x = make(values=values)
     op = {"cpp": "advance_rows_", "triton": "advance_rows_triton_"}.get(impl)
     if op:
         torch.library.opcheck(_advance_rows_triton if impl == "triton" else torch.ops.fusedrl.advance_rows_.default, tuple(x.values()))

@@ -158,9 +158,9 @@ def dense(weights, ids):
 class Cache:
     """A paged cache with the blocks of `lengths` sequences dealt out at random; what is not written is `fill`, and unused table entries are wild."""
 
-    def __init__(self, weights, lengths, size=16, fill=math.nan, seed=1):
+    def __init__(self, weights, lengths, size=16, fill=math.nan, seed=1, dtype=None):
         need = [-(-n // size) for n in lengths]
-        self.k, self.v = allocate_cache(weights, sum(need) + 3, size)
+        self.k, self.v = allocate_cache(weights, sum(need) + 3, size, dtype=dtype)
         self.k.fill_(fill)
         self.v.fill_(fill)
         blocks = torch.randperm(sum(need) + 3, generator=torch.Generator().manual_seed(seed)).int()
@@ -306,10 +306,10 @@ def test_what_was_not_written_changes_nothing(impl, kind):
                                          ("classic", torch.float32), ("classic", torch.bfloat16), ("parallel", torch.float32)])
 def test_cpp_bits_do_not_depend_on_companions_or_chunks(companions, kind, dtype):
     weights, lengths = adapted(kind, "parts", dtype), [23, *[4] * companions]
-    ids = sequences(lengths)
+    ids, cached = sequences(lengths), torch.float32 if companions % 4 else None  # beside bfloat16 weights both, in turn
     rows = triples(ids)
-    whole = step(weights, Cache(weights, lengths), rows[0], "cpp")
-    cache, alone = Cache(weights, lengths), []
+    whole = step(weights, Cache(weights, lengths, dtype=cached), rows[0], "cpp")
+    cache, alone = Cache(weights, lengths, dtype=cached), []
     alone += step(weights, cache, rows[0][:9], "cpp")
     alone += [step(weights, cache, [token], "cpp")[0] for token in rows[0][9:20]]
     others = [token for row in rows[1:] for token in row]
@@ -340,6 +340,36 @@ def test_bfloat16_errs_no_more_than_torch(kind):
     want = dense(weights, ids)
     errors = {impl: (step(weights, Cache(weights, [40]), triples([ids])[0], impl).double() - want).square().mean().sqrt() for impl in ("torch", "cpp")}
     assert errors["cpp"] <= errors["torch"] < 0.1 * want.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_a_float32_cache_beside_bfloat16_weights_rounds_nothing_but_the_result(kind):
+    weights, lengths = make(kind, torch.bfloat16), [40, 3]
+    ids = sequences(lengths)
+    wide = [Cache(weights, lengths, dtype=torch.float32) for _ in range(2)]
+    tokens = [token for row in triples(ids) for token in row]
+    got = step(weights, wide[0], tokens[:9], "cpp").double()
+    got = torch.cat([got, step(weights, wide[0], tokens[9:], "cpp").double()])
+    want = torch.cat([dense(weights, sequence) for sequence in ids])
+    scale = weights.options.embedding_scale  # in float64 not rounded, elsewhere to the weights' dtype
+    assert scale == torch.tensor(scale).bfloat16().item()
+    torch.testing.assert_close(got, want, rtol=0.51 * 2**-7, atol=2e-4)
+    narrow = [Cache(weights, lengths) for _ in range(2)]
+    step(weights, narrow[0], tokens, "cpp")
+    for kept, rounded in ((wide[0].k, narrow[0].k), (wide[0].v, narrow[0].v)):  # of the first layer, which has read no cache yet
+        assert torch.equal(kept[0].bfloat16().nan_to_num(), rounded[0].nan_to_num())
+        assert not torch.equal(kept[0].nan_to_num(), rounded[0].float().nan_to_num())
+    assert torch.equal(step(weights, wide[1], tokens, "torch"), step(weights, narrow[1], tokens, "torch")), "which computes in bfloat16"
+    with pytest.raises(TypeError, match="expected v_cache of dtype float32"):
+        decode_step(weights, *torch.zeros(3, 1, dtype=torch.int64), wide[0].table, wide[0].k, narrow[0].v)
+
+
+@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+def test_triton_keeps_the_weights_dtype():
+    weights = make("plain", torch.bfloat16)
+    with pytest.raises(TypeError, match="expected k_cache of dtype bfloat16"):
+        step(weights, Cache(weights, [4], dtype=torch.float32), [(0, 0, 1)], "triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

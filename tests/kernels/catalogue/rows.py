@@ -224,7 +224,7 @@ SAMPLE = Entry(
 
 
 # ---- behind the sampler -------------------------------------------------------------------------------------------------------
-WRITTEN = ("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor")
+WRITTEN = ("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor", "ring_values")
 
 
 def _advance_rows_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -234,7 +234,7 @@ def _advance_rows_problem(case: SimpleNamespace, generator: torch.Generator) -> 
     R, at = case.R, ids(case.R)
     x = {"drawn": ids(R) - 1, "logp": floats(generator, R), "stops": ids(case.W, R) - 1, "last_positions": at + ids(R) - 2, "token_ids": ids(R),
          "positions": torch.stack([at + 1, at]), "finished": ids(R) == 0, "ring_tokens": ids(case.K, R), "ring_logp": torch.full((case.K, R), math.nan),
-         "cursor": torch.tensor([case.K - 1])}
+         "cursor": torch.tensor([case.K - 1]), "values": floats(generator, R), "ring_values": torch.full((case.K, R), math.nan)}
     return Problem(x, {})
 
 
@@ -244,10 +244,10 @@ def _advance_rows(x: dict, impl: str | None) -> Tensors:
 
 
 def _advance_rows_reference(x: dict, s: dict) -> Tensors:
-    """logp is copied, so that the oracle's is the rounded one."""
-    narrow = {name: x[name].float() for name in ("logp", "ring_logp")}
+    """logp and values are copied, so that the oracle's are the rounded ones."""
+    narrow = {name: x[name].float() for name in ("logp", "ring_logp", "values", "ring_values")}
     got = _advance_rows(x | {name: x[name].clone() for name in WRITTEN} | narrow, "torch")
-    return got | {"ring_logp": got["ring_logp"].double()}
+    return got | {name: got[name].double() for name in ("ring_logp", "ring_values")}
 
 
 ADVANCE_ROWS = Entry(
