@@ -195,8 +195,9 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                 loss.backward()
                 old = epoch == 0 and group[0] >= fresh  # only in the first pass are there micro-batches of replayed completions alone
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
-            if measured is None:
-                measured = measure(batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(sorted(members)), control.kl.coef, config)
+            if measured is None:  # of what was seen before the weights change: all, or with correction.bypass the first minibatch
+                first = batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(sorted(members))
+                measured = measure(first, control.kl.coef, config) | {"num_tokens": float(batch.num_tokens)}
             optimizer.lr = learning_rate(config.optim, done, total_updates)
             result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
             run.check_update(result)
