@@ -192,10 +192,11 @@ def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, b
             value_clip=loss.value_clip, value_coef=loss.value_coef, **common)
     terms_N: list[Tensor] = []
     if not isinstance(objective, PolicyObjective):
-        term_N = objective(logp_N, old_N, advantages_N, batch)
+        live_N = weights_N != 0
+        term_N = objective(torch.where(live_N, logp_N, 0), torch.where(live_N, old_N, 0), torch.where(live_N, advantages_N, 0), batch)
         if term_N.shape != logp_N.shape:
             raise ValueError(f"objective {config.objective}: expected [{len(logp_N)}] terms, one per token, got {list(term_N.shape)}")
-        w_N = 1.0 if correction is None else rollout_weights(correction, old_N, batch.column("rollout_logp"), weights_N != 0, batch.cu_seqlens)
+        w_N = 1.0 if correction is None else rollout_weights(correction, old_N, batch.column("rollout_logp"), live_N, batch.cu_seqlens)
         terms_N.append(w_N * term_N)
     if full_kl_N is not None:
         terms_N.append(kl_coef * full_kl_N)

@@ -3,7 +3,9 @@
 Each step's completions enter after they were trained on, whole: with the old_logp of the policy that wrote them, ref_logp, values, returns and advantages. A
 step's batch is its own completions and some of the buffer's, drawn without replacement. The ratio exp(logp - old_logp) of a replayed token is then its
 importance weight pi / mu, which the objective keeps, clips or caps as it does in later epochs; so a buffer is more epochs, spread over steps. Advantages are
-those of their own step, normalised in their own group and batch: the surrogate E_mu[pi / mu A^mu] of PPO, about an older mu.
+those of their own step, normalised in their own group and batch: the surrogate E_mu[pi / mu A^mu] of PPO, about an older mu. So a KL in the reward is what
+the policy of then was charged; kl.through_ratio charges today's, at each state. The older the data, the more the clip is needed: unclipped token weights
+neither follow the states nor stay bounded.
 
 Source    experience replay with importance weights: Lin (1992); Wang et al. (2016), ACER. The truncated weight is the objective's clip.
 """

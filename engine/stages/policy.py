@@ -223,9 +223,10 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
                 if epoch == config.epochs - 1:
                     meter.add_ratios(micro, logp)
-            if measured is None:
-                trained = sorted(b for group in minibatch for b in group)
-                measured = measure(batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(trained), control.kl.coef, config)
+            if measured is None:  # of what was seen before the weights change: all, or with correction.bypass the first minibatch
+                members = sorted(b for group in minibatch for b in group)
+                first = batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(members)
+                measured = measure(first, control.kl.coef, config) | {"num_tokens": float(batch.num_tokens)}
             if ptx is not None:
                 ptx.backward(actor, done)
             optimizer.lr = learning_rate(config.optim, done, total_updates)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.test_closed_forms import EOS, OFFSETS, PROMPTS, T, Tree, V
+from tests.engine.test_closed_forms import BETA, EOS, OFFSETS, PROMPTS, T, Tree, V, config_of
 
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.checkpoint import latest_checkpoint
 from fusedrl.engine.cli import parse_config
-from fusedrl.engine.config import GenerationConfig, LossConfig, OptimConfig, PolicyConfig, ReplayConfig, RunConfig
+from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, ReplayConfig, RunConfig
 from fusedrl.engine.errors import CheckpointError, ConfigError
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
@@ -302,3 +302,32 @@ def optimise_with_replay(config, *, updates, lr, batch_size, seed=1):
             adam.step()
         buffer.add(batch, update // config.epochs)
     return tree.gap(logits.detach().log_softmax(1))
+
+
+def _on_the_tree(objective, *, fraction, max_age, updates, batch_size, kl=None, seed=1):
+    config = config_of("rloo", loss=LossConfig(objective="ppo_clip" if objective == "reinforce" else objective),
+                       kl=kl or KLConfig(coef=BETA, placement="reward"),
+                       replay=ReplayConfig(capacity=10**6, fraction=fraction, max_age=max_age))
+    if objective == "reinforce":  # which the configuration refuses
+        object.__setattr__(config, "loss", replace(LossConfig(objective="reinforce").filled(config.row), clip_low=None, clip_high=None))
+    return optimise_with_replay(config, updates=updates, lr=0.1, batch_size=batch_size, seed=seed)
+
+
+@pytest.mark.parametrize("objective", ["ppo_clip", pytest.param("importance", marks=pytest.mark.full)])
+def test_the_optimum_is_reached_with_half_of_every_batch_replayed(objective):
+    assert _on_the_tree(objective, fraction=0.5, max_age=4, updates=300, batch_size=512) >= 0.99
+
+
+def test_ignoring_the_ratio_ends_lower():
+    """Three quarters of every batch are up to 20 rollouts old. Without the ratio they count as the policy's own."""
+    clipped, ignored = (_on_the_tree(objective, fraction=0.75, max_age=20, updates=200, batch_size=256) for objective in ("ppo_clip", "reinforce"))
+    assert clipped > 0.95
+    assert ignored < clipped - 0.03
+
+
+@pytest.mark.full
+def test_ignoring_the_ratio_ends_lower_with_the_kl_in_the_loss():
+    """Its closed form closes 0.75 of the gap."""
+    clipped, ignored = (_on_the_tree(objective, fraction=0.75, max_age=20, updates=200, batch_size=256, kl=KLConfig(coef=BETA, through_ratio=True))
+                        for objective in ("ppo_clip", "reinforce"))
+    assert clipped > ignored + 0.3
