@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,8 @@ def test_the_full_move_is_as_long_as_the_bound_allows():
     F, descent = positive_definite()
     for damping, max_kl in ((0.0, 0.01), (3.0, 0.5)):
         step = natural_step(descent, lambda v: F @ v, TRPOConfig(max_kl=max_kl, damping=damping, cg_iterations=40))
+        longer = natural_step(descent, lambda v: F @ v, TRPOConfig(max_kl=max_kl, damping=damping), whole=lambda v: F @ v / 4)
+        torch.testing.assert_close(longer.move_P, 2 * natural_step(descent, lambda v: F @ v, TRPOConfig(max_kl=max_kl, damping=damping)).move_P)
         x = torch.linalg.solve(F + damping * torch.eye(len(F), dtype=torch.float64), descent)
         torch.testing.assert_close(step.move_P, x * math.sqrt(2 * max_kl / (x @ F @ x)), rtol=1e-4, atol=0)
         assert (step.move_P @ F @ step.move_P).item() / 2 == pytest.approx(max_kl, rel=1e-9)  # of F itself, whatever the damping
@@ -282,14 +285,14 @@ def watched(monkeypatch):
 
 
 def test_every_step_keeps_its_bound_and_the_reward_rises(make, watched):
-    config = make(steps=12, prompts_per_step=24, tokens_per_microbatch=4000, generation=GenerationConfig(max_new_tokens=8, temperature=0.8),
-                  kl=KLConfig(coef=0.01), trpo=TRPOConfig(max_kl=0.02, fisher_fraction=0.5))
+    config = make(steps=10, prompts_per_step=24, tokens_per_microbatch=4000, generation=GenerationConfig(max_new_tokens=8, temperature=0.8),
+                  kl=KLConfig(coef=0.01), trpo=TRPOConfig(max_kl=0.05, fisher_fraction=0.9))
     train_policy(config)
     rows = _metrics(config)
     for row, (batch, before, after, optimizer) in zip(rows, watched, strict=True):
         kl = (before.exp() * (before - after)).sum(1).mean().item()
         assert row["trpo/kl"] == pytest.approx(kl, rel=2e-3)
-        assert 0 < row["trpo/kl"] <= 0.02
+        assert 0.02 < row["trpo/kl"] <= 0.05  # one length or two, at most
         assert row["policy/last_approxkl"] == row["trpo/kl"]
         assert row["trpo/accepted"] == 1.0
         old, logp = (x.gather(1, batch.labels()[batch.labels() != IGNORE][:, None])[:, 0] for x in (before, after))
@@ -358,12 +361,12 @@ def test_the_split_changes_nothing_and_the_draw_of_states_little(make):
         train_policy(config)
         moved[name] = torch.cat([(p - start[n]).double().flatten() for n, p in _weights(config).items()])
     assert (moved["cut"] - moved["whole"]).norm() < 2e-3 * moved["whole"].norm()
-    assert torch.cosine_similarity(moved["half"], moved["whole"], dim=0) > 0.9
+    assert torch.cosine_similarity(moved["half"], moved["whole"], dim=0) > 0.7
     assert (moved["half"] - moved["whole"]).norm() > 1e-2 * moved["whole"].norm()
 
 
 def test_resume_continues_bitwise(make):
-    whole = make(name="whole", steps=4, run=dict(save_every=1), trpo=TRPOConfig(fisher_fraction=0.5, schedule="linear"))
+    whole = make(name="whole", steps=3, prompts_per_step=6, run=dict(save_every=1), trpo=TRPOConfig(fisher_fraction=0.5, schedule="linear"))
     train_policy(whole)
     parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
     calls = iter(range(2))
@@ -401,11 +404,11 @@ def test_it_runs_with(make, more, watched):
 def test_texts_are_a_part_of_the_step(make, write_jsonl):
     """With a coefficient that drowns the rewards, the step is one of the texts: they become likelier, and what the line search compares includes them."""
     texts = write_jsonl("texts.jsonl", [{"text": "w1 w2 w3 w4"}, {"text": "w5 w6"}])
-    config = make(steps=3, ptx=PtxConfig(texts, coef=1000.0, sequences_per_step=2), trpo=TRPOConfig(max_kl=0.05, fisher_fraction=1.0))
+    config = make(steps=3, prompts_per_step=4, ptx=PtxConfig(texts, coef=1000.0, sequences_per_step=2), trpo=TRPOConfig(max_kl=0.05, fisher_fraction=1.0))
     train_policy(config)
     rows = _metrics(config)
     assert all(row["trpo/accepted"] for row in rows)
-    for row, later in zip(rows, rows[1:], strict=False):  # the same two texts each time
+    for row, later in pairwise(rows):  # the same two texts each time
         assert row["loss/ptx"] - later["loss/ptx"] == pytest.approx(row["trpo/improvement"] / 1000, rel=0.05)
         assert row["loss/ptx"] - later["loss/ptx"] > 0.01
 
