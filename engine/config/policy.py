@@ -97,7 +97,8 @@ class PenaltyConfig:
 @dataclass(frozen=True)
 class TRPOConfig:
     """The step of the objective trpo: along the natural gradient, as far as a KL allows (Schulman et al., 2015, whose values these are, but for the
-    line search's, which are Spinning Up's). The policy has no learning rate: optim is the value head's alone, and epochs are its passes. In float32.
+    line search's, which are Spinning Up's). The policy has no learning rate: optim is the value head's alone, on the value loss without loss.value_coef,
+    and epochs are its passes. In float32.
 
     Args:
         max_kl: bound on KL(old || new), in nats per token, a mean over the tokens of the rollout, over the whole vocabulary.

@@ -124,7 +124,6 @@ def trust_region_update(actor: HybridActor, reference: Reference | None, optimiz
     measured = measure(batch, control.kl.coef, config)
     weighted = batch.with_columns(weights=minibatch_weights(config, batch))
     micros = [weighted.select(group) for minibatch in first_cuts for group in minibatch]
-    optimizer.zero_grad()
     metrics, states = _policy_step(Surrogate(actor, FlatParameters(actor.decoder), micros, config, control, step, ptx), batch, config, step, run)
     if actor.value_head is not None:
         values = [partial(actor.values, micro, hidden_NH) for micro, hidden_NH in zip(micros, states, strict=True)]
