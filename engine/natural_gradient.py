@@ -66,14 +66,16 @@ def conjugate_gradient(product: Product, b_P: Tensor, iterations: int, tolerance
 
 
 @torch.no_grad()
-def natural_step(descent_P: Tensor, fisher: Product, config: TRPOConfig) -> NaturalStep:
+def natural_step(descent_P: Tensor, fisher: Product, config: TRPOConfig, whole: Product | None = None) -> NaturalStep:
     """The full move along which the loss falls fastest for its KL.
 
     Args:
         descent_P: the negative gradient of the loss. fisher: v -> F v, without damping, in a tensor of its own.
+        whole: where `fisher` is of a part of the states, the product of all of them, for the length: conjugate gradient finds directions that are flat on
+            the part, and by its measure their move would be too long.
     """
     x_P, residual = conjugate_gradient(lambda v_P: fisher(v_P).add_(v_P, alpha=config.damping), descent_P, config.cg_iterations)
-    quadratic = torch.dot(x_P, fisher(x_P)).item()
+    quadratic = torch.dot(x_P, (whole or fisher)(x_P)).item()
     if not (quadratic > 0 and math.isfinite(quadratic)):
         return NaturalStep(x_P.zero_(), 0.0, residual)
     length = math.sqrt(2 * config.max_kl / quadratic)

@@ -170,6 +170,9 @@ class Planner:
         self.gradients = sum(n * e for n, e in trained) - sum(n * e for n, e in unused)  # a reward model has a use for all but the language model's head
         moments = sum(self._moments(n) for n, _ in trained) - sum(self._moments(n) for n, _ in unused)
         self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
+        if isinstance(config, PolicyConfig) and config.objective == "trpo":  # old values, gradient, four of conjugate gradient; moments of the value head
+            decoder = [p.numel() for p in self._decoder.parameters() if p.requires_grad]
+            self.optimizer += sum(6 * 4 * n - self._moments(n) for n in decoder)
         self._narrow_elements = sum(n for n, e in trained if e < 4) - sum(n for n, e in unused if e < 4)
         kind = config.reference_kind if isinstance(config, DPOConfig) or (isinstance(config, PolicyConfig) and config.needs_reference) else "adapter_off"
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0  # only while it scores

@@ -129,15 +129,17 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class TRPOConfig:
-    """The step of the objective trpo: along the natural gradient, as far as a KL allows (Schulman et al., 2015, whose values these are). The policy has no
-    learning rate; optim is the value head's alone, and epochs are its passes. In float32.
+    """The step of the objective trpo: along the natural gradient, as far as a KL allows (Schulman et al., 2015, whose values these are, but for the
+    line search's, which are Spinning Up's). The policy has no learning rate: optim is the value head's alone, on the value loss without loss.value_coef,
+    and epochs are its passes. In float32.
 
     Args:
         max_kl: bound on KL(old || new), in nats per token, a mean over the tokens of the rollout, over the whole vocabulary.
-        cg_iterations: of conjugate gradient, each a product with the Fisher matrix; one more product follows.
+        cg_iterations: of conjugate gradient, each a product with the Fisher matrix.
         damping: added to the Fisher matrix's diagonal. Where it outweighs the curvature the step is that of plain gradient descent: smaller is nearer to the
             natural gradient, and takes more iterations.
-        fisher_fraction: of a rollout's completions, those whose states the Fisher matrix is of. The bound is kept on all of them.
+        fisher_fraction: of a rollout's completions, those whose states the Fisher matrix of these products is of. The length of the step and the bound are of
+            all of them.
         backtracks: how often, at most, the step is shortened; if none of the lengths keeps the bound and improves, the weights stay as they are.
         backtrack_ratio: what it is shortened by.
         accept_ratio: of the improvement that the gradient promises, the least to accept.
@@ -150,7 +152,7 @@ class TRPOConfig:
     damping: float = 0.1
     fisher_fraction: float = 0.1
     backtracks: int = 10
-    backtrack_ratio: float = 0.5
+    backtrack_ratio: float = 0.8
     accept_ratio: float = 0.1
     schedule: Literal["constant", "linear"] = "constant"
 

@@ -7,8 +7,8 @@
 The values are trained afterwards, by AdamW, `epochs` full-batch steps on the value loss alone. The trunk is the policy's, so it is a constant there: only
 the head learns, from the hidden states that the next rollout will have.
 
-Time      cg_iterations + 1 products with F on the tokens of the fraction, and a forward pass over the batch for each length that the line search tries,
-          beside the one forward and backward pass of the gradient.
+Time      cg_iterations products with F on the tokens of the fraction and one on all, and a forward pass over the batch for each length that the line
+          search tries, beside the one forward and backward pass of the gradient.
 Memory    beside weights and activations 7 vectors of the trained parameters (their old values, the gradient and .grad, four of conjugate gradient), and twice
           the rollout's hidden states: before the step and after it. No moments but those of the value head.
 Source    Schulman et al. (2015), Trust region policy optimization, section 6 and appendix C.
@@ -124,7 +124,6 @@ def trust_region_update(actor: HybridActor, reference: Reference | None, optimiz
     measured = measure(batch, control.kl.coef, config)
     weighted = batch.with_columns(weights=minibatch_weights(config, batch))
     micros = [weighted.select(group) for minibatch in first_cuts for group in minibatch]
-    optimizer.zero_grad()
     metrics, states = _policy_step(Surrogate(actor, FlatParameters(actor.decoder), micros, config, control, step, ptx), batch, config, step, run)
     if actor.value_head is not None:
         values = [partial(actor.values, micro, hidden_NH) for micro, hidden_NH in zip(micros, states, strict=True)]
@@ -146,8 +145,9 @@ def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig,
 
     B = batch.num_sequences
     chosen = sorted(shuffled(B, config.run.seed, "fisher", step)[:math.ceil(settings.fisher_fraction * B)])
-    product = partial(fisher_product, actor, parameters, batch, batch.split(config.tokens_per_microbatch, chosen), config.generation.temperature)
-    move_P, decrease, residual = natural_step(gradient_P.neg_(), product, settings)
+    sampled, whole = (partial(fisher_product, actor, parameters, batch, batch.split(config.tokens_per_microbatch, part), config.generation.temperature)
+                      for part in (chosen, range(B)))
+    move_P, decrease, residual = natural_step(gradient_P.neg_(), sampled, settings, whole)
 
     def evaluate(fraction: float) -> tuple[float, float]:
         parameters.write(torch.add(surrogate.old_P, move_P, alpha=fraction))

@@ -4,7 +4,7 @@ import torch
 from tests.engine.test_decoder import MODELS, SIZES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fusedrl.engine import HybridActor, PackedBatch
+from fusedrl.engine import HybridActor, PackedBatch, fisher
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.fisher import FlatParameters, fisher_product, policy_kl
 from fusedrl.engine.model.decoder import Decoder
@@ -80,6 +80,9 @@ def test_products_are_those_of_the_enumerated_matrix(tied, lora):
         assert distance(product(actor, batch, v_P, parts=[[3], [1, 0, 2]]), F @ v_P) < 1e-6  # the cut is nothing
         assert distance(product(actor, batch, v_P, temperature=1.0), F @ v_P) > 1e-2  # a wrong temperature is something
         assert distance(product(actor, batch, v_P, parts=[[0, 1]]), F @ v_P) > 1e-2  # and so are other states
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fisher, "_WORKSPACE", 3 * 7 * 8)  # three rows at a time
+        assert distance(product(actor, batch, v_P), F @ v_P) < 1e-6
     assert all(p.grad is None for p in actor.parameters())
 
 

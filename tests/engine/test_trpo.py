@@ -2,24 +2,34 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tests.engine.test_closed_forms import BETA, EOS, OFFSETS, PROMPTS, STATES, T, Tree, V, config_of
+from tests.engine.test_decoder import MODELS, SIZES
+from tests.engine.test_plan import MEDIUM, allocator_peak, model_of
+from tests.engine.test_plan import batch as plan_batch
 
+from fusedrl.engine import CacheConfig
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.checkpoint import latest_checkpoint
 from fusedrl.engine.config import GenerationConfig, KLConfig, LoRAConfig, LossConfig, OptimConfig, PolicyConfig, PtxConfig, RunConfig, TRPOConfig
 from fusedrl.engine.control import Control
 from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.natural_gradient import conjugate_gradient, line_search, natural_step
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.packing import IGNORE, PackedBatch
+from fusedrl.engine.plan import Planner
 from fusedrl.engine.stages import policy, trpo
 from fusedrl.engine.stages.policy import train_policy
+from fusedrl.kernels import native
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------------------
@@ -51,6 +61,8 @@ def test_the_full_move_is_as_long_as_the_bound_allows():
     F, descent = positive_definite()
     for damping, max_kl in ((0.0, 0.01), (3.0, 0.5)):
         step = natural_step(descent, lambda v: F @ v, TRPOConfig(max_kl=max_kl, damping=damping, cg_iterations=40))
+        longer = natural_step(descent, lambda v: F @ v, TRPOConfig(max_kl=max_kl, damping=damping), whole=lambda v: F @ v / 4)
+        torch.testing.assert_close(longer.move_P, 2 * natural_step(descent, lambda v: F @ v, TRPOConfig(max_kl=max_kl, damping=damping)).move_P)
         x = torch.linalg.solve(F + damping * torch.eye(len(F), dtype=torch.float64), descent)
         torch.testing.assert_close(step.move_P, x * math.sqrt(2 * max_kl / (x @ F @ x)), rtol=1e-4, atol=0)
         assert (step.move_P @ F @ step.move_P).item() / 2 == pytest.approx(max_kl, rel=1e-9)  # of F itself, whatever the damping
@@ -282,14 +294,14 @@ def watched(monkeypatch):
 
 
 def test_every_step_keeps_its_bound_and_the_reward_rises(make, watched):
-    config = make(steps=12, prompts_per_step=24, tokens_per_microbatch=4000, generation=GenerationConfig(max_new_tokens=8, temperature=0.8),
-                  kl=KLConfig(coef=0.01), trpo=TRPOConfig(max_kl=0.02, fisher_fraction=0.5))
+    config = make(steps=10, prompts_per_step=24, tokens_per_microbatch=4000, generation=GenerationConfig(max_new_tokens=8, temperature=0.8),
+                  kl=KLConfig(coef=0.01), trpo=TRPOConfig(max_kl=0.05, fisher_fraction=0.9))
     train_policy(config)
     rows = _metrics(config)
     for row, (batch, before, after, optimizer) in zip(rows, watched, strict=True):
         kl = (before.exp() * (before - after)).sum(1).mean().item()
         assert row["trpo/kl"] == pytest.approx(kl, rel=2e-3)
-        assert 0 < row["trpo/kl"] <= 0.02
+        assert 0.02 < row["trpo/kl"] <= 0.05  # one length or two, at most
         assert row["policy/last_approxkl"] == row["trpo/kl"]
         assert row["trpo/accepted"] == 1.0
         old, logp = (x.gather(1, batch.labels()[batch.labels() != IGNORE][:, None])[:, 0] for x in (before, after))
@@ -344,7 +356,7 @@ def test_values_are_trained_on_a_trunk_that_is_a_constant(make, monkeypatch):
         return found
 
     monkeypatch.setattr(trpo, "train_values", train_values)
-    train_policy(make(epochs=1, loss=LossConfig(value_clip=None)))
+    train_policy(make(epochs=1, prompts_per_step=4, loss=LossConfig(value_clip=None)))
     for loss, reported, stayed in seen:
         assert reported == pytest.approx(loss, rel=1e-5)
         assert not stayed
@@ -353,17 +365,17 @@ def test_values_are_trained_on_a_trunk_that_is_a_constant(make, monkeypatch):
 
 def test_the_split_changes_nothing_and_the_draw_of_states_little(make):
     moved, start = {}, dict(load_decoder(make().model).named_parameters())
-    for name, tokens, fraction in (("whole", 10_000, 1.0), ("cut", 25, 1.0), ("half", 10_000, 0.5)):
-        config = make(name=name, steps=1, tokens_per_microbatch=tokens, trpo=TRPOConfig(fisher_fraction=fraction))
+    for name, tokens, fraction in (("whole", 10_000, 1.0), ("cut", 60, 1.0), ("half", 10_000, 0.5)):
+        config = make(name=name, steps=1, kl=KLConfig(coef=0.0), tokens_per_microbatch=tokens, trpo=TRPOConfig(fisher_fraction=fraction))
         train_policy(config)
         moved[name] = torch.cat([(p - start[n]).double().flatten() for n, p in _weights(config).items()])
     assert (moved["cut"] - moved["whole"]).norm() < 2e-3 * moved["whole"].norm()
-    assert torch.cosine_similarity(moved["half"], moved["whole"], dim=0) > 0.9
+    assert torch.cosine_similarity(moved["half"], moved["whole"], dim=0) > 0.7
     assert (moved["half"] - moved["whole"]).norm() > 1e-2 * moved["whole"].norm()
 
 
 def test_resume_continues_bitwise(make):
-    whole = make(name="whole", steps=4, run=dict(save_every=1), trpo=TRPOConfig(fisher_fraction=0.5, schedule="linear"))
+    whole = make(name="whole", steps=3, prompts_per_step=6, run=dict(save_every=1), trpo=TRPOConfig(fisher_fraction=0.5, schedule="linear"))
     train_policy(whole)
     parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
     calls = iter(range(2))
@@ -388,10 +400,11 @@ def test_resume_continues_bitwise(make):
     assert head[0].any()
 
 
-@pytest.mark.parametrize("more", [dict(lora=LoRAConfig(rank=2)), dict(strict=True), dict(checkpoint_activations=True),
-                                  dict(kl=KLConfig(coef=0.1, placement="loss", estimator="k3"))])
+@pytest.mark.parametrize("more", [dict(lora=LoRAConfig(rank=2)), pytest.param(dict(strict=True), marks=pytest.mark.full),
+                                  pytest.param(dict(checkpoint_activations=True), marks=pytest.mark.full),
+                                  pytest.param(dict(kl=KLConfig(coef=0.1, placement="loss", estimator="k3")), marks=pytest.mark.full)])
 def test_it_runs_with(make, more, watched):
-    config = make(steps=1, **more)
+    config = make(steps=1, prompts_per_step=4, **more)
     train_policy(config)
     (row,), ((_, before, after, _),) = _metrics(config), watched
     assert row["trpo/accepted"] == 1.0
@@ -401,13 +414,29 @@ def test_it_runs_with(make, more, watched):
 def test_texts_are_a_part_of_the_step(make, write_jsonl):
     """With a coefficient that drowns the rewards, the step is one of the texts: they become likelier, and what the line search compares includes them."""
     texts = write_jsonl("texts.jsonl", [{"text": "w1 w2 w3 w4"}, {"text": "w5 w6"}])
-    config = make(steps=3, ptx=PtxConfig(texts, coef=1000.0, sequences_per_step=2), trpo=TRPOConfig(max_kl=0.05, fisher_fraction=1.0))
+    config = make(steps=3, prompts_per_step=4, ptx=PtxConfig(texts, coef=1000.0, sequences_per_step=2), trpo=TRPOConfig(max_kl=0.05, fisher_fraction=1.0))
     train_policy(config)
     rows = _metrics(config)
     assert all(row["trpo/accepted"] for row in rows)
-    for row, later in zip(rows, rows[1:], strict=False):  # the same two texts each time
+    for row, later in pairwise(rows):  # the same two texts each time
         assert row["loss/ptx"] - later["loss/ptx"] == pytest.approx(row["trpo/improvement"] / 1000, rel=0.05)
         assert row["loss/ptx"] - later["loss/ptx"] > 0.01
+
+
+@pytest.mark.skipif(not native.capability, reason="the plan is of the C++ kernels")
+def test_the_plan_counts_its_vectors():
+    sizes, tokens = MEDIUM | {"tie_word_embeddings": True}, 400
+    config = PolicyConfig("m", "d", ("r.py:r",), "trpo", dtype="float32", device="cpu", trpo=TRPOConfig(cg_iterations=2, fisher_fraction=1.0), epochs=1)
+    planned, actor, packed = Planner(model_config(sizes), config, cache=CacheConfig(num_blocks=1)), model_of(sizes, "ppo", "float32"), plan_batch(tokens, 2000)
+    optimizer, scored, noise = make_optimizer(actor.named_parameters(), lr=1e-3), actor.score(packed), torch.randn(2, packed.num_tokens)
+    packed = packed.with_columns(old_logp=scored.logp, old_entropy=scored.entropy, values=scored.values, rollout_logp=scored.logp, advantages=noise[0],
+                                 returns=noise[1], scores=torch.zeros(packed.num_sequences))
+    run = SimpleNamespace(check_update=lambda result: None)
+    measured = allocator_peak(lambda: trpo.trust_region_update(actor, None, optimizer, packed, [[list(range(packed.num_sequences))]], config, Control(config),
+                                                               0, run))
+    parts = planned.parts(tokens, False)
+    assert parts.gradients + parts.optimizer + parts.activations + parts.workspace == pytest.approx(measured, rel=0.15)
+    assert planned.optimizer > 2.9 * Planner(model_config(sizes), replace(config, loss=LossConfig(objective="ppo_clip"))).optimizer
 
 
 @pytest.mark.parametrize("kwargs, message", [
@@ -429,7 +458,6 @@ def test_what_the_settings_refuse():
 def test_models_that_it_cannot_train_are_refused_before_they_are_loaded(make, tiny_model, tmp_path, monkeypatch):
     capped = tmp_path / "capped"
     capped.mkdir()
-    from tests.engine.test_decoder import MODELS, SIZES
     (capped / "config.json").write_text(json.dumps(SIZES | MODELS["gemma2"]))  # no weights: they would be missed
     with pytest.raises(ConfigError, match="reads logits that are not capped"):
         train_policy(replace(make(), model=str(capped)))
