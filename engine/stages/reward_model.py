@@ -96,7 +96,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
                     if config.run.progress:
                         Console(file=sys.stderr).print(report_table(found))
                 if config.normalize != "none":
-                    _normalize(model, train.examples, config)
+                    with run.time("normalize"):
+                        _normalize(model, train.examples, config)
                     metrics["score_shift"] = model.shift
             run.log(step, metrics)
             run.save_if_due(step, model=model, optimizer=optimizer)
