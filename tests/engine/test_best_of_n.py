@@ -1,7 +1,9 @@
 """Best-of-n: the bound on its KL and the estimator of its reward against enumeration, and the choice itself on a model."""
+import importlib.util
 import itertools
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.best_of_n import best_of_n, best_of_n_kl, expected_best, first_best
 from fusedrl.engine.cli import main
 from fusedrl.engine.config import GenerationConfig
+from fusedrl.engine.data.readers import load_pairs
 from fusedrl.engine.data.records import PromptExample
 from fusedrl.engine.errors import RewardError
 from fusedrl.engine.generation.sampler import SamplingParams
@@ -163,6 +166,23 @@ def test_the_command_line(tiny_model, tmp_path, capsys):
     assert shown.count("\n") == 4
     assert "\nw1" in shown
     assert "\nw2 w3" in shown
+
+
+def test_pairs_of_own_samples(tiny_model, tmp_path, write_jsonl, monkeypatch, capsys):
+    """examples/sample_pairs.py: what it writes is what `fusedrl train dpo` reads."""
+    spec = importlib.util.spec_from_file_location("sample_pairs", Path(__file__).resolve().parents[2] / "examples" / "sample_pairs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "r.py").write_text("def longest(completion_ids, **columns):\n    return [float(len(ids)) for ids in completion_ids]\n")
+    data, out = write_jsonl("p.jsonl", [{"prompt": f"w{i}"} for i in range(6)]), tmp_path / "pairs.jsonl"
+    monkeypatch.setattr("sys.argv", ["x", "--model", str(tiny_model), "--data", data, "--reward", f"{tmp_path / 'r.py'}:longest", "--n", "4",
+                                     "--max_new_tokens", "8", "--out", str(out)])
+    module.main()
+    assert "best of" in capsys.readouterr().out
+    pairs, dropped = load_pairs(str(out))
+    assert 0 < len(pairs) <= 6
+    assert not dropped
+    assert all(len(pair.chosen.split()) > len(pair.rejected.split()) for pair in pairs)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -17,6 +17,7 @@ from fusedrl.engine.errors import DataError
 from fusedrl.engine.estimates import wilson_interval
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.reference import Frozen
+from fusedrl.engine.stages import dpo
 from fusedrl.engine.stages.dpo import evaluate, train_dpo
 from fusedrl.engine.stages.pairs import TokenPair, pack_pairs, read_pairs, sequences_of
 
@@ -67,9 +68,17 @@ def test_it_learns_what_is_preferred(config):
     AutoModelForCausalLM.from_pretrained(result.model)
 
 
+def test_an_adapter_learns_against_the_model_without_it(config):
+    train_dpo(replace(config, lora=LoRAConfig(rank=4), optim=OptimConfig(lr=1e-2, schedule="constant")))
+    rows = _metrics(config)
+    assert rows[0]["rewards/margins"] == 0.0
+    assert rows[-1]["rewards/margins"] > 0.3
+    assert rows[-1]["eval_accuracy"] == 1.0
+
+
 @pytest.mark.parametrize("loss", ["ipo", "hinge", "robust"])
 def test_the_other_losses_train_too(config, loss):
-    train_dpo(replace(config, loss=loss, epochs=5, label_smoothing=0.1 if loss == "robust" else 0.0))
+    train_dpo(replace(config, loss=loss, epochs=5, label_smoothing=0.1 if loss == "robust" else 0.0, dtype="bfloat16" if loss == "hinge" else "float32"))
     rows = _metrics(config)
     assert rows[-1]["eval_accuracy"] >= 0.75
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -163,6 +172,26 @@ def test_pairs_of_a_ranked_list_weigh_one_together(tiny_model, write_jsonl):
                                         {"prompt": "w5", "completions": ["w6", "w7"], "ranks": [2, 1]}])
     pairs = read_pairs(Source(data), tokenizer, (2,), 60, skip_bad_lines=False, rejects=Path("none"), tell=lambda text: None)
     assert [pair.weight for pair in pairs] == pytest.approx([1 / 3] * 3 + [1.0])
+
+
+def test_weights_and_labels_stay_with_their_pairs(config):
+    """A step of pairs of all lengths, labels and weights in micro-batches of their own, longest first, against one pair at a time."""
+    actor, reference = (HybridActor.from_pretrained(config.model, device="cpu") for _ in range(2))
+    with torch.no_grad():
+        for p in actor.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    pairs = [TokenPair([1] * (1 + i % 3), [4 + i] * (1 + 2 * i % 5), [9] * (1 + i), (1.0, 0.5, 0.0)[i % 3], 0.1 * i, 1.0 + i) for i in range(7)]
+    alone = [evaluate(actor, Frozen(reference), [pair], config) for pair in pairs]
+    expected = sum(pair.weight * one["eval_loss"] for pair, one in zip(pairs, alone, strict=True)) / sum(pair.weight for pair in pairs)
+    together = replace(config, tokens_per_microbatch=15)
+    assert evaluate(actor, Frozen(reference), pairs, together)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    batch, cuts = pack_pairs(pairs, 15, torch.device("cpu"))
+    assert [i for cut in cuts for i in cut] != list(range(7))
+    loss, scores = dpo._backward(actor, dpo.with_reference(Frozen(reference), batch, cuts), cuts, pairs, together)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (0.1 * scores.h).tolist() == pytest.approx([one["eval_margin"] for one in alone], rel=1e-4, abs=1e-7)
+    right = sum(one["eval_margin"] * (pair.label - 0.5) > 0 for pair, one in zip(pairs, alone, strict=True))
+    assert dpo.agreement(scores, pairs) == (right, 5)
 
 
 def test_what_cannot_be_learnt_from_is_counted_or_refused(config, tiny_model, tmp_path, write_jsonl, capsys):

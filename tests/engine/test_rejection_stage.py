@@ -81,6 +81,20 @@ def test_the_reward_rises(config):
     AutoModelForCausalLM.from_pretrained(result.model)
 
 
+def test_prompts_and_samples_are_new_ones_at_every_step(config, monkeypatch):
+    seen = []
+    original = rejection.rollout
+    monkeypatch.setattr(rejection, "rollout", lambda *args: seen.append(original(*args)) or seen[-1])
+    train_rejection(config(steps=4, optim=OptimConfig(lr=1e-12)))  # two passes over the 12 prompts, by the same weights
+    prompts = [{prompt.prompt for prompt in step.prompts} for step in seen]
+    assert [len(step) for step in prompts] == [6] * 4
+    assert not prompts[0] & prompts[1]
+    assert prompts[0] | prompts[1] == prompts[2] | prompts[3]
+    drawn = [{(p.prompt, tuple(c.token_ids)) for p, c in zip(step.prompts, step.completions, strict=True)} for step in seen]
+    assert len((drawn[0] | drawn[1]) & (drawn[2] | drawn[3])) <= 12, "a prompt that comes again gets other samples"
+    assert sorted({group for step in seen for group in step.batch.group_ids.tolist()}) == list(range(24))
+
+
 def test_the_first_loss_is_the_cross_entropy_of_the_kept(config, monkeypatch):
     seen = []
     original = rejection.imitate
