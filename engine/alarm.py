@@ -33,7 +33,7 @@ class Bounds:
     """What a metric may not leave: now / then within [low, high], and now - then at most `rise`. kind: what it is evidence of."""
 
     kind: str
-    low: float = 0.0
+    low: float = -math.inf
     high: float = math.inf
     rise: float = math.inf
 

@@ -91,7 +91,7 @@ class HeldOut:
     def evaluate(self, done: int) -> dict[str, float]:
         """Metrics of the policy as it is; samples go to the run directory."""
         config, count, samples = self._config, len(self._prompts), self._evaluation.samples_per_prompt
-        with self._run.apart("evaluate"), torch.random.fork_rng():  # what a reward draws inside changes nothing outside
+        with self._run.apart("evaluate"), torch.random.fork_rng(devices=[]):  # what a reward draws inside changes nothing outside
             found = evaluate(self._actor, self._reference, self._prompts, self._rewards, config.generation, seed=config.run.seed, samples=samples,
                              request_ids=range(-1, -1 - count, -1), tokens_per_forward=config.tokens_per_microbatch)  # a rollout's ids are 0 and above
         for index, example in enumerate(self._prompts[:self._evaluation.show]):

@@ -222,6 +222,7 @@ def _repetition(completions: Sequence[Completion]) -> dict[str, float]:
 def _gold(gold: RewardSet | None, samples: Sequence[Sample]) -> dict[str, float]:
     if gold is None:
         return {}
-    scored = _score(gold, [(sample.prompt, sample.completion) for sample in samples if sample.valid])
+    with torch.random.fork_rng(devices=[]):  # what it draws changes nothing outside
+        scored = _score(gold, [(sample.prompt, sample.completion) for sample in samples if sample.valid])
     found = {name: [value for value in values if value is not None and math.isfinite(value)] for name, values in scored.per_reward.items()}
     return {f"gold/{name}/mean": math.fsum(values) / len(values) for name, values in found.items() if values}
