@@ -4,7 +4,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test test-full lint types bench tables kernel-report clean
+.PHONY: venv demo test test-full lint types bench validate tables kernel-report clean
 
 venv: $(INSTALLED)
 
@@ -36,6 +36,11 @@ types: venv
 BENCH := bench
 bench: venv
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 $(RUN) -m pytest $(BENCH) --benchmark-enable --benchmark-columns=median,iqr,rounds --results bench/results -s
+
+# The real runs of docs/results.md, an hour on two cores; `make validate STUDIES=arithmetic` runs some.
+STUDIES :=
+validate: venv
+	$(RUN) -m bench.validation $(STUDIES)
 
 tables: venv
 	$(RUN) -m bench.tables

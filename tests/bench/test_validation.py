@@ -1,0 +1,73 @@
+"""The studies' machinery: rows saved as they come and not computed twice, means over seeds, charts that hold their points."""
+import math
+import re
+
+import pytest
+from bench.validation import study
+from bench.validation.plot import Dot, chart
+from examples.arithmetic import write_task
+from examples.rewards.arithmetic import exact
+
+from fusedrl.engine.data.readers import load_demonstrations, load_prompts
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(study, "describe_machine", lambda device: {"commit": "abc"})
+
+
+def test_rows_are_kept_and_only_missing_ones_computed(tmp_path):
+    asked = []
+
+    def run(spec, directory):
+        asked.append(spec["seed"])
+        assert directory.is_dir()
+        return {"reward": 2.0 * spec["seed"]}
+
+    specs = [{"method": "a, b", "seed": seed} for seed in (0, 1)]
+    first = study.run_grid("s", run, specs[:1], tmp_path / "work", 0)
+    both = study.run_grid("s", run, specs, tmp_path / "work", 0)
+    assert asked == [0, 1]
+    assert [row["reward"] for row in both] == [0.0, 2.0]
+    assert both[0] == first[0]
+    assert study.read_rows("s") == both
+
+
+def test_rows_of_another_commit_are_computed_again(tmp_path, monkeypatch):
+    study.run_grid("s", lambda spec, directory: {"x": 1.0}, [{"seed": 0}], tmp_path, 0)
+    monkeypatch.setattr(study, "describe_machine", lambda device: {"commit": "def"})
+    assert study.run_grid("s", lambda spec, directory: {"x": 2.0}, [{"seed": 0}], tmp_path, 0)[0]["x"] == 2.0
+
+
+def test_over_seeds_by_hand():
+    mean, error = study.over_seeds([{"x": 1.0}, {"x": 2.0}, {"x": 6.0}], "x")
+    assert mean == 3.0
+    assert error == pytest.approx(math.sqrt(7.0 / 3.0))
+    assert study.plus_minus((mean, error), 1) == "3.0 ± 1.5"
+    assert study.plus_minus(study.over_seeds([{"x": 1.0}], "x")) == "1.00"
+
+
+@pytest.mark.parametrize("points", [[(0.0, 0.0), (10.0, 3.5)], [(1.0, -2.0)], [(0.001, 5e3), (0.002, 7e3), (0.0015, 6e3)]])
+def test_a_chart_holds_its_points(points):
+    drawing = chart("t", "x", "y", {"a": [Dot(x, y, 0.1) for x, y in points]})
+    found = re.findall(r'<circle cx="([\d.-]+)" cy="([\d.-]+)"', drawing)
+    assert len(found) == len(points)
+    for x, y in found:
+        assert 56 <= float(x) <= 56 + 560
+        assert 34 <= float(y) <= 34 + 340
+    with pytest.raises(ValueError, match="points"):
+        chart("t", "x", "y", {})
+
+
+def test_the_arithmetic_task(tmp_path):
+    task = write_task(tmp_path / "a", 3, demonstrations=50, prompts=40, held_out=30)
+    again = write_task(tmp_path / "b", 3, demonstrations=50, prompts=40, held_out=30)
+    for name in ("sft.jsonl", "prompts.jsonl", "held_out.jsonl", "model/model.safetensors"):
+        assert (task / name).read_bytes() == (again / name).read_bytes()
+    held, prompts = load_prompts(str(task / "held_out.jsonl")), load_prompts(str(task / "prompts.jsonl"))
+    assert not {row.prompt for row in held} & ({row.prompt for row in prompts} | {row.prompt for row in load_demonstrations(str(task / "sft.jsonl"))})
+    for row in prompts:
+        a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)=", row.prompt).groups()
+        right = str(int(a) + int(b) if sign == "+" else int(a) - int(b))
+        assert exact([row.prompt] * 3, [right, right + "0", ""], answer=[row.columns["answer"]] * 3) == [1.0, 0.0, 0.0]
