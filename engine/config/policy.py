@@ -110,9 +110,8 @@ class CriticConfig:
     InstructGPT and MOSS start it from the reward model.
 
     Args:
-        model: where it starts from: policy, a copy of the policy's initial weights with a head of zeros; the directory of a reward model, whose score, at every
-            position and less its shift, is then the first value; <run>/critic of an earlier run; or a language model (a value head beside its weights is read,
-            else one of zeros is made).
+        model: where it starts from: policy, a copy of the policy's initial weights; another language model; <run>/critic of an earlier run (the value head
+            beside the weights is read, else one of zeros is made); or a reward model, whose score, at every position, is then the first value.
         warmup_steps: of `steps`, the first so many rollouts train the critic alone (Zheng et al., 2023, pre-train it so); the policy, its learning rate and the
             adaptive coefficients stand still meanwhile.
         optim: as the policy's.

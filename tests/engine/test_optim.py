@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -221,3 +223,9 @@ def test_frozen_and_unused_parameters():
     assert optimizer.step().grad_norm == 0.0
     with pytest.raises(ValueError, match="got none"):
         make_optimizer({}, lr=0.1)
+
+
+def test_no_stage_leaves_an_option_out():
+    """Stages hand their whole configuration to optimizer_of; arguments that are listed by hand miss the next option."""
+    stages = Path(__file__).resolve().parents[2] / "engine" / "stages"
+    assert not [path.name for path in stages.glob("*.py") if "make_optimizer(" in path.read_text(encoding="utf-8")]
