@@ -18,7 +18,7 @@ from fusedrl.engine.control import learning_rate
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import Source
 from fusedrl.engine.estimates import wilson_interval
-from fusedrl.engine.optim import make_optimizer
+from fusedrl.engine.optim import optimizer_of
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.preference_losses import PairScores, pair_loss, pair_scores
 from fusedrl.engine.reference import Reference, load_reference
@@ -57,8 +57,7 @@ def train_dpo(config: DPOConfig) -> DPOResult:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor)
     optim = config.optim
-    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
-                               state=optim.state)
+    optimizer = optimizer_of(optim, actor.named_parameters())
     with Run(config, None) as run:
         trunk = actor.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)

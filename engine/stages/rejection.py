@@ -51,8 +51,7 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
         actor.add_adapter(config.lora, seed=config.run.seed)
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     optim = config.optim
-    optimizer = make_optimizer(actor.named_parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
-                               state=optim.state)
+    optimizer = optimizer_of(optim, actor.named_parameters())
     with Run(config, config.steps) as run:
         prompts = read_prompts(config, actor, run)
         run.restore(model=actor, optimizer=optimizer)
