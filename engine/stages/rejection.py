@@ -16,7 +16,7 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import RejectionConfig
 from fusedrl.engine.control import learning_rate, shuffled
 from fusedrl.engine.memory import give_back
-from fusedrl.engine.optim import Optimizer, make_optimizer
+from fusedrl.engine.optim import Optimizer, optimizer_of
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.plan import cache_for
 from fusedrl.engine.rewards import RewardSet, load_reward
