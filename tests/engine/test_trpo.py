@@ -329,13 +329,28 @@ def test_a_step_that_is_not_accepted_leaves_every_bit(make, watched):
     assert all(torch.equal(p, start[name]) for name, p in _weights(config).items())
 
 
-def test_gradients_that_are_not_finite_change_nothing(make, monkeypatch):
+def test_gradients_that_are_not_finite_change_nothing(make):
     config = make("reinforce", steps=1, kl=KLConfig(coef=0.0), reward="huge", loss=LossConfig(objective="trpo", advantage="monte_carlo"))
     train_policy(config)
     (row,) = _metrics(config)
     assert row["skipped_updates"] == 1.0
     start = dict(load_decoder(config.model).named_parameters())
     assert all(torch.equal(p, start[name]) for name, p in _weights(config).items())
+
+
+def test_a_row_of_them_stops_the_run(make, monkeypatch):
+    """Although the critic's steps between them are sound."""
+    gradient = trpo.Surrogate.gradient
+
+    def broken(self):
+        loss, found_P = gradient(self)
+        return loss, found_P.fill_(math.nan)
+
+    monkeypatch.setattr(trpo.Surrogate, "gradient", broken)
+    config = make(steps=9, prompts_per_step=2, epochs=2)
+    with pytest.raises(RuntimeError, match="5 updates in a row had a non-finite gradient norm"):
+        train_policy(config)
+    assert len(_metrics(config)) == 4
 
 
 def test_values_are_trained_on_a_trunk_that_is_a_constant(make, monkeypatch):
