@@ -8,8 +8,9 @@ forward-mode differentiation of the decoder, whose torch implementations have it
 its fused kernels. Nothing is sampled or differenced: F v is exact, up to rounding.
 
 Shapes    N tokens, R rows, H hidden, V vocabulary, P trained parameters of the decoder, in one vector.
-Time      of a product: a forward and a backward pass of training, and a forward-mode pass, two to four forwards.
-Memory    of a product: those of a training micro-batch, a gradient, and 5 x 64 MiB of rows of logits.
+Time      of a product: a forward and a backward pass of training and a forward-mode pass; together 3.7 forward and backward passes of the fused kernels on
+          one core (a model of 260k parameters, 3072 tokens: 113 ms, and 421 for the product, of which forward mode is 304).
+Memory    of a product: those of a training micro-batch, a gradient, and 4 x 64 MiB of rows of logits.
 Source    Schulman et al. (2015), Trust region policy optimization, appendix C. The Gauss-Newton form: Schraudolph (2002), Martens (2010).
 """
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.kernels.dispatch import use_impl
 from fusedrl.kernels.linear_full_kl import linear_full_kl
 
-_WORKSPACE = 64 << 20  # bytes of logits held at a time; a few tensors of that size
+_WORKSPACE = 64 << 20  # bytes of logits held at a time, in four tensors
 
 
 class FlatParameters:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fusedrl.engine.config import TRPOConfig
 
 Product = Callable[[Tensor], Tensor]
+_PART = 1 << 30
 
 
 class NaturalStep(NamedTuple):
@@ -41,6 +42,11 @@ class LineSearch(NamedTuple):
     tries: int
 
 
+def _dot(x_P: Tensor, y_P: Tensor) -> float:
+    """In parts, since CUDA's takes fewer than 2^31 elements."""
+    return math.fsum(torch.dot(x, y).item() for x, y in zip(x_P.split(_PART), y_P.split(_PART), strict=True))
+
+
 @torch.no_grad()
 def conjugate_gradient(product: Product, b_P: Tensor, iterations: int, tolerance: float = 1e-5) -> tuple[Tensor, float]:
     """(x, residual): x with product(x) = b for a symmetric positive definite product, and |product(x) - b| / |b| as the recursion has it.
@@ -50,17 +56,17 @@ def conjugate_gradient(product: Product, b_P: Tensor, iterations: int, tolerance
     """
     x_P, r_P = torch.zeros_like(b_P), b_P.clone()
     p_P = b_P.clone()
-    start = squared = torch.dot(r_P, r_P).item()
+    start = squared = _dot(r_P, r_P)
     for _ in range(iterations):
         if not squared > tolerance**2 * start:  # also where b is 0
             break
         Ap_P = product(p_P)
-        curvature = torch.dot(p_P, Ap_P).item()
+        curvature = _dot(p_P, Ap_P)
         if not curvature > 0:  # rounding, or a product that is not positive definite: what was reached so far is a descent direction
             break
         x_P.add_(p_P, alpha=squared / curvature)
         r_P.sub_(Ap_P, alpha=squared / curvature)
-        before, squared = squared, torch.dot(r_P, r_P).item()
+        before, squared = squared, _dot(r_P, r_P)
         p_P.mul_(squared / before).add_(r_P)
     return x_P, math.sqrt(squared / start) if start > 0 else 0.0
 
@@ -75,11 +81,11 @@ def natural_step(descent_P: Tensor, fisher: Product, config: TRPOConfig, whole: 
             the part, and by its measure their move would be too long.
     """
     x_P, residual = conjugate_gradient(lambda v_P: fisher(v_P).add_(v_P, alpha=config.damping), descent_P, config.cg_iterations)
-    quadratic = torch.dot(x_P, (whole or fisher)(x_P)).item()
+    quadratic = _dot(x_P, (whole or fisher)(x_P))
     if not (quadratic > 0 and math.isfinite(quadratic)):
         return NaturalStep(x_P.zero_(), 0.0, residual)
     length = math.sqrt(2 * config.max_kl / quadratic)
-    return NaturalStep(x_P.mul_(length), torch.dot(descent_P, x_P).item(), residual)
+    return NaturalStep(x_P.mul_(length), _dot(descent_P, x_P), residual)
 
 
 def line_search(evaluate: Callable[[float], tuple[float, float]], before: float, decrease: float, config: TRPOConfig) -> LineSearch:

@@ -128,15 +128,16 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class TRPOConfig:
-    """The step of the objective trpo: along the natural gradient, as far as a KL allows (Schulman et al., 2015, whose values these are, but for the
-    line search's, which are Spinning Up's). The policy has no learning rate: optim is the value head's alone, on the value loss without loss.value_coef,
-    and epochs are its passes. In float32.
+    """The step of the objective trpo: along the natural gradient, as far as a KL allows.
+
+    The values are those of Schulman et al. (2015), and Spinning Up's for the line search. The policy has no learning rate: optim is the value head's alone, on
+    the value loss without loss.value_coef, and epochs are its passes. In float32.
 
     Args:
         max_kl: bound on KL(old || new), in nats per token, a mean over the tokens of the rollout, over the whole vocabulary.
         cg_iterations: of conjugate gradient, each a product with the Fisher matrix.
         damping: added to the Fisher matrix's diagonal. Where it outweighs the curvature the step is that of plain gradient descent: smaller is nearer to the
-            natural gradient, and takes more iterations.
+            natural gradient, and takes more iterations: where trpo/cg_residual stays above 1, they were too few.
         fisher_fraction: of a rollout's completions, those whose states the Fisher matrix of these products is of. The length of the step and the bound are of
             all of them.
         backtracks: how often, at most, the step is shortened; if none of the lengths keeps the bound and improves, the weights stay as they are.
@@ -171,8 +172,9 @@ class TRPOConfig:
 
 @dataclass(frozen=True)
 class PtxConfig:
-    """Pretraining in every optimizer step of the policy, against forgetting (PPO-ptx: Ouyang et al., 2022, eq. 2): the loss gains coef times the mean
-    cross-entropy of a draw of texts.
+    """Pretraining in every optimizer step of the policy, against forgetting: PPO-ptx.
+
+    The loss gains coef times the mean cross-entropy of a draw of texts (Ouyang et al., 2022, eq. 2).
 
     Args:
         data: as of sft: JSONL with {"text"}, which is learned whole, {"prompt", "completion"}, ...; several files mix by weight.

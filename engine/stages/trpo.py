@@ -185,6 +185,8 @@ def train_values(values: Sequence[Callable[[], Tensor]], optimizer: Optimizer, m
             loss_sum += stats.loss
             clipped += stats.clip_fraction * stats.tokens / tokens
         optimizer.lr = learning_rate(config.optim, step * config.epochs + epoch, config.steps * config.epochs)
-        run.check_update(optimizer.step(max_grad_norm=config.optim.max_grad_norm or None))
+        result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
+        if not result.applied:  # those that are do not end a row of policy steps that are not
+            run.check_update(result)
     optimizer.zero_grad()
     return {"loss/value_avg": loss_sum.item() / config.epochs, "val/clipfrac_avg": clipped.item() / config.epochs}
