@@ -11,7 +11,7 @@
     hinge     max(0, 1 - u)               p                                p = 1: any beta h >= 1
 
 With labels p = sigmoid(r_w - r_l) of all pairs, each weighing alike, sigmoid's minimum is ref exp(r / beta) / Z, that of the KL-regularised reward, and ipo's
-is ref exp(mean_l p(w, l) / beta) / Z. A tie, p = 1/2, draws h to 0.
+is ref exp(mean_l p(w, l) / beta) / Z. A tie, p = 1/2, draws h to 0 (hinge: to within 1 / beta).
 
 Sources   sigmoid: Rafailov et al. (2023), eq. 7; smoothed: Mitchell (2023), "A note on DPO with noisy preferences"; robust: Chowdhury et al. (2024); ipo: Azar
           et al. (2023), eq. 17, of sums (TRL divides h by lengths, which is another loss); hinge: RSO (Liu et al., 2023), after SLiC (Zhao et al., 2023), which

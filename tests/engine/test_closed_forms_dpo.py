@@ -90,10 +90,11 @@ def _logp(completions, logp):
     return torch.stack([part[1:].sum() for part in completions.column(logp).split(list(completions.batch.lengths))])
 
 
-def test_dpo_with_exact_labels_reaches_the_optimum():
+@pytest.mark.parametrize("deviation, steps", [(1, 60), (2, 150)])
+def test_dpo_with_exact_labels_reaches_the_optimum(deviation, steps):
     tree = Tree.random()
-    found = minimise(tree, objective(tree, "sigmoid"))
-    assert tree.gap(found) >= 0.999
+    tree = Tree(tree.ref, deviation * tree.rewards)
+    assert tree.gap(minimise(tree, objective(tree, "sigmoid"), steps)) >= 0.999
 
 
 def test_robust_sees_through_known_noise_and_plain_dpo_does_not():
@@ -153,7 +154,7 @@ def test_the_minimum_of_one_pair(beta):
 
 @pytest.mark.full
 def test_dpo_from_sampled_labels_comes_near():
-    """200,000 pairs of the optimum's support with one label each; .987 when this was first measured elsewhere."""
+    """200,000 pairs drawn alike from all, one label each: .970; of 20,000 it is .68."""
     tree, rng = Tree.random(), torch.Generator().manual_seed(3)
     w, l, p = every_pair(Completions(tree))
     drawn = torch.randint(len(w), (200_000,), generator=rng)

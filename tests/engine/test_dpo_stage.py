@@ -181,7 +181,7 @@ def test_weights_and_labels_stay_with_their_pairs(config):
         for p in actor.parameters():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     pairs = [TokenPair([1] * (1 + i % 3), [4 + i] * (1 + 2 * i % 5), [9] * (1 + i), (1.0, 0.5, 0.0)[i % 3], 0.1 * i, 1.0 + i) for i in range(7)]
-    alone = [evaluate(actor, Frozen(reference), [pair], config) for pair in pairs]
+    alone = [evaluate(actor, Frozen(reference), [replace(pair, weight=1.0)], config) for pair in pairs]
     expected = sum(pair.weight * one["eval_loss"] for pair, one in zip(pairs, alone, strict=True)) / sum(pair.weight for pair in pairs)
     together = replace(config, tokens_per_microbatch=15)
     assert evaluate(actor, Frozen(reference), pairs, together)["eval_loss"] == pytest.approx(expected, rel=1e-5)
