@@ -161,8 +161,8 @@ def _angles(weights: DecoderWeights, positions_N: Tensor, dtype: torch.dtype) ->
     return [(turn.cos() * weights.rope_scale, turn.sin() * weights.rope_scale) for turn in turns]
 
 
-def _embed(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, dtype: torch.dtype) -> Tensor:
-    x_NH, scale = weights.embedding[token_ids_N].to(dtype), weights.options.embedding_scale
+def _embed(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    x_NH, scale = weights.embedding[token_ids_N].to(dtype or weights.embedding.dtype), weights.options.embedding_scale
     x_NH = x_NH if scale == 1 else x_NH * scale
     return x_NH if weights.position_embedding is None else x_NH + weights.position_embedding[positions_N]
 
