@@ -17,8 +17,8 @@ Triton    composed of the ops of this package: rms_norm, rope_and_cache, paged_a
           that turns q and k in part, not at all, or norms all their heads together has rope or nothing, and torch's cache write. Every token of a
           prompt walks the cached positions before it on its own; no row is gathered. Not run on a card in this project.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the weights' dtype; the RMSNorm rounds before it
-          multiplies by its weight (with an offset, after), as transformers' does. cpp rounds only into the cache and the result: all between is float32,
-          and with a float32 cache so is that. A slot that was not written, or a block of no row, is never read into a result.
+          multiplies by its weight (with an offset, after), as transformers' does. With a float32 cache beside bfloat16 weights nothing is rounded but the
+          result (cpp: without one, too, but for the cache). A slot that was not written, or a block of no row, is never read into a result.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form; Kwon et al. (2023), PagedAttention.
 """
 from __future__ import annotations
@@ -96,6 +96,7 @@ class Adapter(NamedTuple):
         """Add its part to a product's result, in place; nothing where it has none."""
         a, b = self.layers[layer][2 * product : 2 * product + 2]
         if a is not None and b is not None:
+            a, b = a.to(x_NK.dtype), b.to(x_NK.dtype)
             add_adapter_(y_NO, F.linear(x_NK, a), b, [(start, rows) for at, start, rows in self.slices if at == product], self.scale)
         return y_NO
 
@@ -143,9 +144,9 @@ def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Callable[
 
 
 def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What `decode_step` computes in, and may cache, between the weights of a decoder of this dtype on this device: float32 between the bfloat16 weights that
-    cpp reads; elsewhere their own dtype."""
-    return torch.float32 if dtype == torch.bfloat16 and _IMPLS.choose(device) == "cpp" else dtype
+    """What to compute in, and to cache, between the weights of a decoder of this dtype: float32 between bfloat16 weights on a CPU (but for Triton, which is
+    made for GPUs); elsewhere their own dtype."""
+    return torch.float32 if dtype == torch.bfloat16 and device.type != "cuda" and _IMPLS.choose(device) != "triton" else dtype
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -160,15 +161,15 @@ def _angles(weights: DecoderWeights, positions_N: Tensor, dtype: torch.dtype) ->
     return [(turn.cos() * weights.rope_scale, turn.sin() * weights.rope_scale) for turn in turns]
 
 
-def _embed(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor) -> Tensor:
-    x_NH, scale = weights.embedding[token_ids_N], weights.options.embedding_scale
+def _embed(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    x_NH, scale = weights.embedding[token_ids_N].to(dtype or weights.embedding.dtype), weights.options.embedding_scale
     x_NH = x_NH if scale == 1 else x_NH * scale
     return x_NH if weights.position_embedding is None else x_NH + weights.position_embedding[positions_N]
 
 
 def _project(weights: DecoderWeights, layer: int, product: int, x_NK: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One of a layer's four products, with what an adapter adds to it."""
-    y_NO = F.linear(x_NK, weight, bias)
+    y_NO = F.linear(x_NK, weight.to(x_NK.dtype), None if bias is None else bias.to(x_NK.dtype))
     return y_NO if weights.adapter is None else weights.adapter.add_(y_NO, x_NK, layer, product)
 
 
@@ -186,10 +187,11 @@ def _write(k: Tensor, v: Tensor, at: tuple[Tensor, Tensor], keys: Tensor, values
 
 def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor,
                           v_cache: Tensor, out_slots_R: Tensor | None = None) -> Tensor:
-    """The definition, on any device and in any float dtype (float64 is the oracle). Writes the tokens' K and V into the caches."""
+    """The definition, on any device and in any float dtype (float64 is the oracle): that of the weights or of the caches, whichever is wider. Writes the
+    tokens' K and V into the caches."""
     heads, kv_heads, D, options = weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.options
     N = token_ids_N.shape[0]
-    x_NH = _embed(weights, token_ids_N, positions_N)
+    x_NH = _embed(weights, token_ids_N, positions_N, torch.promote_types(weights.embedding.dtype, k_cache.dtype))
     wide = torch.promote_types(x_NH.dtype, torch.float32)
     angles = _angles(weights, positions_N, wide)
     blocks_NM = block_table_BM[rows_N]
@@ -197,7 +199,7 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return (rms_norm_reference(x, weight, weights.norm_eps, offset=options.norm_offset)[0] if bias is None
-                else F.layer_norm(x, weight.shape, weight, bias, weights.norm_eps))
+                else F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), weights.norm_eps))
 
     def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
         return x if weight is None else norm(x, weight, bias)
@@ -220,7 +222,7 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
         up = _project(weights, index, 2, h_NH, layer.gate_up, layer.gate_up_bias).to(wide)
         h_NF = activate(up, options.activation, gated=_gated(layer), impl="torch").to(x_NH.dtype)
         x_NH = x_NH + normed(_project(weights, index, 3, h_NF, layer.down, layer.down_bias), layer.mlp_out_norm)
-    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, weights.norm_bias)
+    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, weights.norm_bias).to(weights.embedding.dtype)
 
 
 # ---- Triton: the ops of this package, one after the other --------------------------------------------------------------------
@@ -342,7 +344,7 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
         block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot p % S. Entries that no token needs may
             hold anything.
         k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype (`allocate_cache`), or for cpp and torch
-            in float32, which keeps all that cpp computes; written in place.
+            in float32 (`activation_dtype`); written in place.
         out_slots: [R] int64, the tokens whose hidden state is wanted; None: all.
         impl: "cpp" (CPU), "triton" (not float64) or "torch"; by default the best one for the device.
     Returns:

@@ -1,10 +1,10 @@
 """The decoder: one set of fused parameters that training, scoring and generation all read.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width, V vocabulary.
-Rounding  where the sampler's `decode_step` computes in float32 between bfloat16 weights (`Decoder.activation_dtype`), so does the training forward, and
-          rounds nothing but what it returns. Elsewhere activations are of the parameters' dtype: norms as in transformers' Llama, in float32, rounded before
-          their weight (Gemma's multiply by 1 + weight before they round); RoPE and SwiGLU in float32, rounded once (transformers rounds each product);
-          LayerNorm is torch's: float32 inside, rounded once.
+Rounding  where the sampler's `decode_step` computes in float32 between bfloat16 weights, on a CPU, so does the training forward
+          (`Decoder.activation_dtype`), and rounds nothing but what it returns. Elsewhere activations are of the parameters' dtype: norms as in
+          transformers' Llama, in float32, rounded before their weight (Gemma's multiply by 1 + weight before they round); RoPE and SwiGLU in float32,
+          rounded once (transformers rounds each product); LayerNorm is torch's: float32 inside, rounded once.
 """
 from __future__ import annotations
 
