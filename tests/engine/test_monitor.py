@@ -264,7 +264,7 @@ def test_gold_is_measured_and_never_trained_on(make):
         train_policy(make(name="raises", gold=("raises",), evaluation=False))
 
 
-HACK = dict(steps=20, prompts_per_step=8, evaluation=False, tokens_per_microbatch=4000, gold=("fresh",), generation=GenerationConfig(max_new_tokens=10),
+HACK = dict(steps=20, prompts_per_step=4, evaluation=False, tokens_per_microbatch=4000, gold=("fresh",), generation=GenerationConfig(max_new_tokens=10),
             optim=OptimConfig(lr=1e-2, schedule="constant"), alarm=AlarmConfig(window=5))
 
 
@@ -305,7 +305,7 @@ def test_the_kl_keeps_the_alarm_silent(make):
 def test_the_exit_code_of_the_command(make, tmp_path):
     config = make(kl=KLConfig(coef=0.0), **HACK)
     arguments = ["train", "grpo", "--model", config.model, "--data", config.data, "--reward", config.reward[0], "--monitor_reward", config.monitor_reward[0],
-                 "--steps", "20", "--prompts_per_step", "8", "--kl.coef", "0", "--generation.max_new_tokens", "10", "--optim.lr", "1e-2", "--optim.schedule",
+                 "--steps", "20", "--prompts_per_step", "4", "--kl.coef", "0", "--generation.max_new_tokens", "10", "--optim.lr", "1e-2", "--optim.schedule",
                  "constant", "--alarm.window", "5", "--alarm.action", "stop", "--run.dir", str(tmp_path / "command"), "--run.progress", "false"]
     assert main(arguments) == 4
 
