@@ -167,7 +167,8 @@ def test_tensors_of_probabilities():
 
 # ---- the command ------------------------------------------------------------------------------------------------------------------
 def test_the_command(tiny_model, tmp_path, write_jsonl, capsys):
-    (tmp_path / "judges.py").write_text("def longer(prompts, a, b, row):\n    return [float(len(x) > len(y)) if len(x) != len(y) else .5 for x, y in zip(a, b)]\n"
+    (tmp_path / "judges.py").write_text("def longer(prompts, a, b, row):\n"
+                                        "    return [float(len(x) > len(y)) if len(x) != len(y) else .5 for x, y in zip(a, b)]\n"
                                         "def count(prompts, completions, completion_ids, **columns):\n    return [float(len(text)) for text in completions]\n"
                                         "def broken(a, b):\n    return [2.0] * len(a)\n")
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i}", "row": i} for i in range(6)])
