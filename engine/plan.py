@@ -165,7 +165,7 @@ class Planner:
         kind = config.reference_kind if isinstance(config, PolicyConfig) and config.needs_reference else "adapter_off"
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0  # only while it scores
         self.reference = 0 if kind == "adapter_off" or self._visiting else base
-        self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, PolicyConfig) else 0
+        self.reference += sum(self._reward_bytes(spec) for spec in (*config.reward, *config.monitor_reward)) if isinstance(config, PolicyConfig) else 0
         self._cache = cache or CacheConfig()
         self.kv_pool = 0
         if self._policy:

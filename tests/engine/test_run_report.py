@@ -12,7 +12,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     directory = tmp_path / "run"
     directory.mkdir()
-    metrics = [{"step": 0, "eval/reward": 0.125}, 
+    metrics = [{"step": 0, "eval/reward": 0.125},
                *({"step": step, "reward": step / 8, "kl": None if step == 2 else 2.0 * step, "gold/g/mean": -step, "odd": 7.7} for step in range(1, 6))]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics) + '{"step": 6, "rew')
     evidence = [{"metric": "reward", "kind": "proxy", "then": 0.1, "now": 0.9, "sigma": 8.0}, {"metric": "gold/g/mean", "kind": "gold", "then": 1.0, "now": 0.2,
