@@ -60,7 +60,7 @@ def evaluate(policy: HybridActor, reference: Scorer | None, prompts: Sequence[Pr
              tokens_per_forward: int = TOKENS_PER_FORWARD) -> Evaluation:
     """Sample completions of the prompts from the policy and measure them.
 
-    What it leaves behind: nothing that a draw or a gradient depends on; the KV cache forgets its prefixes.
+    It leaves nothing behind that a draw or a gradient depends on: the KV cache forgets its prefixes.
 
     Args:
         policy: what is measured. reference: what KL and perplexity refer to; may be the policy itself.
@@ -71,7 +71,7 @@ def evaluate(policy: HybridActor, reference: Scorer | None, prompts: Sequence[Pr
         tokens_per_forward: of scoring.
 
     Raises:
-        RewardError: a reward raised or did not return one value per completion.
+        RewardError: a reward raised or did not return one value per completion. RuntimeError: other completions are in flight.
     """
     g = generation
     ids = [encode_prompt(policy.tokenizer, example.prompt, example.columns.get("tools")) for example in prompts]

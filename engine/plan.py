@@ -177,7 +177,9 @@ class Planner:
         kind = config.reference_kind if isinstance(config, DPOConfig) or (isinstance(config, PolicyConfig) and config.needs_reference) else "adapter_off"
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0  # only while it scores
         self.reference = 0 if kind == "adapter_off" or self._visiting else base
-        self.reference += sum(self._reward_bytes(spec) for spec in config.reward) if isinstance(config, SamplingConfig) else 0
+        judges = config.reward if isinstance(config, SamplingConfig) else ()
+        judges += config.monitor_reward if isinstance(config, PolicyConfig) else ()
+        self.reference += sum(self._reward_bytes(spec) for spec in judges)
         self._phases: list[Planner] = [self]  # what trains, one after the other
         if isinstance(config, PolicyConfig) and config.critic is not None:
             trunk = model if config.critic.model == "policy" else read_model_config(config.critic.model)

@@ -9,8 +9,9 @@ from fusedrl.engine.config.base import require
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out evaluation during a policy run: before the first step, every so many steps, and after the last. The draws are the same every time (the run's
-    seed, request ids of their own), sampled as rollouts are, and training is bitwise what it is without.
+    """Held-out evaluation during a policy run: before the first step, every so many steps, and after the last.
+
+    The draws are the same every time (the run's seed, request ids of their own), sampled as rollouts are, and training is bitwise what it is without.
 
     Args:
         data: held-out prompts, as the run's own data; evaluation.data turns it on.

@@ -251,6 +251,35 @@ def test_options_of_watching():
         parse_config("ppo", ["--model", "m", "--data", "d", "--reward", "x.py:f", "--evaluation.every", "3"])
 
 
+def test_a_file_of_options(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\nreward: [x.py:f]\nmonitor_reward: [y.py:g]\n"
+                                       "evaluation:\n  data: h\n  show: 1\nalarm:\n  action: 'off'\n")
+    config = parse_config("ppo", ["--config", str(tmp_path / "run.yaml"), "--evaluation.every", "7"])
+    assert (config.evaluation, config.monitor_reward, config.alarm.action) == (EvaluationConfig("h", every=7, show=1), ("y.py:g",), "off")
+
+
+def test_the_tails_of_the_ratio_are_of_the_last_pass(make, monkeypatch):
+    seen = []
+    original = policy.objective_loss
+
+    def objective_loss(config, objective, kl_coef, micro, logp, *rest):
+        seen.append((logp.detach() - micro.old_logp)[micro.action_mask].double().exp())
+        return original(config, objective, kl_coef, micro, logp, *rest)
+
+    monkeypatch.setattr(policy, "objective_loss", objective_loss)
+    config = make("ppo", steps=1, epochs=2, minibatches=2, samples_per_prompt=6, tokens_per_microbatch=10_000, evaluation=False, optim=OptimConfig(lr=3e-2))
+    train_policy(config)
+    (row,) = _rows(config)
+    assert len(seen) == 4
+    ratios = torch.cat(seen[2:]).sort().values
+    last = len(ratios) - 1
+    assert row["val/ratio_p01"] == pytest.approx(ratios[round(0.01 * last)].item(), rel=1e-6)
+    assert row["val/ratio_p99"] == pytest.approx(ratios[round(0.99 * last)].item(), rel=1e-6)
+    assert row["val/ratio_outside_fraction"] == pytest.approx(((ratios > 2) | (ratios < 0.5)).double().mean().item())
+    assert row["val/ratio_outside_fraction"] > 0
+    assert row["val/ratio_p01"] < 1 < row["val/ratio_p99"]
+
+
 # ---- gold rewards and the alarm ---------------------------------------------------------------------------------------------------
 def test_gold_is_measured_and_never_trained_on(make):
     config = make(gold=("fresh", "partly"), evaluation=False, steps=2)
@@ -264,7 +293,7 @@ def test_gold_is_measured_and_never_trained_on(make):
         train_policy(make(name="raises", gold=("raises",), evaluation=False))
 
 
-HACK = dict(steps=20, prompts_per_step=8, evaluation=False, tokens_per_microbatch=4000, gold=("fresh",), generation=GenerationConfig(max_new_tokens=10),
+HACK = dict(steps=20, prompts_per_step=4, evaluation=False, tokens_per_microbatch=4000, gold=("fresh",), generation=GenerationConfig(max_new_tokens=10),
             optim=OptimConfig(lr=1e-2, schedule="constant"), alarm=AlarmConfig(window=5))
 
 
@@ -305,7 +334,7 @@ def test_the_kl_keeps_the_alarm_silent(make):
 def test_the_exit_code_of_the_command(make, tmp_path):
     config = make(kl=KLConfig(coef=0.0), **HACK)
     arguments = ["train", "grpo", "--model", config.model, "--data", config.data, "--reward", config.reward[0], "--monitor_reward", config.monitor_reward[0],
-                 "--steps", "20", "--prompts_per_step", "8", "--kl.coef", "0", "--generation.max_new_tokens", "10", "--optim.lr", "1e-2", "--optim.schedule",
+                 "--steps", "20", "--prompts_per_step", "4", "--kl.coef", "0", "--generation.max_new_tokens", "10", "--optim.lr", "1e-2", "--optim.schedule",
                  "constant", "--alarm.window", "5", "--alarm.action", "stop", "--run.dir", str(tmp_path / "command"), "--run.progress", "false"]
     assert main(arguments) == 4
 

@@ -59,6 +59,21 @@ def test_loss_falls_and_is_evaluated_on_what_was_held_out(config):
     assert "eval_loss" not in rows[0]
 
 
+def test_held_out_loss_while_training(config):
+    plain = replace(config, eval_fraction=0.2, run=replace(config.run, dir=config.run.dir + "_plain"))
+    train_sft(plain)
+    watched = replace(config, eval_fraction=0.2, eval_every=3)
+    train_sft(watched)
+    rows = _metrics(watched)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 4]
+    assert rows[0].keys() == {"step", "eval_loss", "timing/evaluate"}
+    kept = ("loss", "grad_norm", "lr", "num_tokens")
+    assert [[row[name] for name in kept] for row in rows[1:]] == [[row[name] for name in kept] for row in _metrics(plain)]  # and nothing else changes
+    assert rows[-1]["eval_loss"] == _metrics(plain)[-1]["eval_loss"] < rows[0]["eval_loss"]
+    with pytest.raises(ConfigError, match="eval_every"):
+        replace(config, eval_every=3)
+
+
 @pytest.mark.parametrize("data", ["{}", "{}@3,prompt-completion:{}@1"])
 def test_resume_continues_bitwise(config, monkeypatch, data):
     whole = replace(config, data=data.format(*[config.data] * 2), run=replace(config.run, save_every=2))
