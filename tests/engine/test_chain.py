@@ -1,12 +1,12 @@
 """Monte Carlo, TD, k-step and GAE on a chain whose every path is enumerated: bias and variance with a critic that is wrong, in float64.
 
-A walk on positions starts at 0; each step it goes up with probability 0.6, else down, pays sin(position) + noise of +-1, and ends after T steps. The critic is the
-true value plus 1 and a tenth of a normal number, another in every state. An estimate of Q(s_0, a_0) is the advantage plus V(s_0), which the kernels call the return; its bias is against the
-true Q, its variance over what follows.
+A walk starts at position 0; each step goes up with probability 0.6, else down, and pays sin(position) + noise of +-1; it ends after T steps. The critic is the
+true value plus 1 and a tenth of a normal number, another in every state. An estimate of Q(s_0, a_0) is the advantage plus V(s_0), which the kernels call the
+return; its bias is against the true Q, its variance over what follows.
 """
 import math
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -74,8 +74,8 @@ def test_the_chain_is_what_it_says():
 @pytest.mark.parametrize("family, ladder", [(k_steps, range(1, T + 1)), (with_lambda, (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0))], ids=["k-step", "gae"])
 def test_bias_falls_and_variance_rises(family, ladder):
     biases, variances = zip(*(judge(family(x)) for x in ladder), strict=True)
-    assert all(a > b for a, b in zip(biases, biases[1:], strict=False)), biases
-    assert all(a < b for a, b in zip(variances, variances[1:], strict=False)), variances
+    assert all(a > b for a, b in pairwise(biases)), biases
+    assert all(a < b for a, b in pairwise(variances)), variances
     assert biases[-1] < 1e-12, "the whole return owes nothing to the critic"
     assert biases[0] > 0.5
     assert variances[-1] > 2 * variances[0]
@@ -91,7 +91,7 @@ def test_the_ends_of_both_ladders_are_td_and_monte_carlo():
 
 
 def test_with_the_true_values_nothing_is_biased_and_td_varies_least():
-    chances, rewards, values, _ = chain()
+    _, rewards, values, _ = chain()
     positions = torch.tensor([[0, *torch.tensor(steps).cumsum(0).tolist()][:T] for steps in product((1, -1), repeat=T) for _ in range(2**T)])
     true = torch.tensor([[true_value(int(s), T - t) for t, s in enumerate(row)] for row in positions.tolist()], dtype=torch.float64)
     assert not torch.allclose(true, values)

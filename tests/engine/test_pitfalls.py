@@ -211,7 +211,7 @@ TRUNCATED = dict(top_k=3), dict(top_p=0.8), dict(min_p=0.2)
 def test_7_and_8_a_truncated_sampler_biases_ratios_and_the_kl(truncation):
     """Scored in full, its tokens have a mean weight of the kept mass and not 1 (TRL #6789), and a policy that *is* its reference seems to be at a negative
     distance of one that keeps the rest (TRL #235): both are refused before anything is loaded."""
-    with pytest.raises(ConfigError, match="without top_k, top_p and min_p .*biases every ratio"):
+    with pytest.raises(ConfigError, match=r"without top_k, top_p and min_p .*biases every ratio"):
         config(generation=GenerationConfig(**truncation))
     plain = SamplingParams(max_new_tokens=8, temperature=0.7)
     assert sampling_params(config(generation=GenerationConfig(max_new_tokens=8, temperature=0.7))) == plain, "no bias, ban or least length either"
