@@ -252,8 +252,6 @@ class PolicyConfig:
         require(self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length", ">= 1, or null for what fits", self.max_prompt_length)
         require(0 <= self.max_invalid_fraction <= 1, "max_invalid_fraction", "in [0, 1]", self.max_invalid_fraction)
         require(self.max_logp_diff > 0, "max_logp_diff", "> 0", self.max_logp_diff)
-        for name in ("missing_eos_penalty", "overlong_penalty"):
-            require(0 <= getattr(self, name) < math.inf, name, ">= 0 (it is subtracted)", getattr(self, name))
         require(self.reference != "adapter_off" or self.lora is not None, "reference", "frozen, host or auto without lora (there is no adapter to switch off)",
                  self.reference)
         rollouts = self.prompts_per_step * self.samples_per_prompt

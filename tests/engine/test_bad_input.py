@@ -53,8 +53,6 @@ OPTIONS = {
     "a discount above 1": (lambda: LossConfig(gamma=1.1), (r"loss.gamma in [0, 1]",)),
     # the scores
     "scores clipped to 0": (lambda: config(score_clip=0.0), ("score_clip > 0", "null")),
-    "a penalty that is a bonus": (lambda: config(missing_eos_penalty=-1.0), ("missing_eos_penalty >= 0", "subtracted")),
-    "another bonus": (lambda: config(overlong_penalty=-1.0, overlong_buffer=8), ("overlong_penalty >= 0", "subtracted")),
     "a buffer longer than completions": (lambda: config(overlong_buffer=65), ("overlong_buffer", "64")),
     "weights of other rewards": (lambda: config(reward_weights=(1.0, 2.0)), ("reward_weights 1 numbers",)),
     "a weight that is no number": (lambda: config(reward_weights=(math.nan,)), ("reward_weights finite",)),
