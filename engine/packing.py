@@ -143,8 +143,9 @@ class PackedBatch:
         rollout[completed] = torch.tensor([x for c in flat for x in c.logprobs], dtype=torch.float32)
         versions[completed] = torch.tensor([v for c in flat for v in c.weights_versions], dtype=torch.int64)
         actions = completed.clone()  # of a completion all tokens, but for those that it was extended by
-        actions[completed] = torch.tensor([x for c in flat for x in (c.action_mask if c.action_mask is not None else [True] * len(c.token_ids))],
-                                          dtype=torch.bool)
+        if any(c.action_mask is not None for c in flat):
+            chosen = [x for c in flat for x in (c.action_mask if c.action_mask is not None else [True] * len(c.token_ids))]
+            actions[completed] = torch.tensor(chosen, dtype=torch.bool)
         return replace(batch, action_mask=actions.to(device), rollout_logp=rollout.to(device), weights_versions=versions.to(device))
 
     # ---- sizes ----------------------------------------------------------------------------------------------------------
