@@ -52,7 +52,6 @@ OPTIONS = {
     "a value loss that is climbed": (lambda: LossConfig(value_coef=-0.1), ("loss.value_coef >= 0",)),
     "a discount above 1": (lambda: LossConfig(gamma=1.1), (r"loss.gamma in [0, 1]",)),
     # the scores
-    "scores clipped to 0": (lambda: config(score_clip=0.0), ("score_clip > 0", "null")),
     "a buffer longer than completions": (lambda: config(overlong_buffer=65), ("overlong_buffer", "64")),
     "weights of other rewards": (lambda: config(reward_weights=(1.0, 2.0)), ("reward_weights 1 numbers",)),
     "a weight that is no number": (lambda: config(reward_weights=(math.nan,)), ("reward_weights finite",)),

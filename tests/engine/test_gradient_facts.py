@@ -332,7 +332,7 @@ def test_every_row_descends():
         found = -tree.gradient(tree.loss(config, batch, states, tokens))
         goal = true.gradient(true.objective())
         cosine = (found.double() * goal).sum() / (found.double().norm() * goal.norm())
-        assert cosine > (0.5 if name == "pass_at_k" else 0.9), (name, cosine.item())
+        assert cosine > (0.5 if name == "pass_at_k" else 0.8), (name, cosine.item())
 
 
 def test_batches_are_what_the_loop_has():
