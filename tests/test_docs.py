@@ -47,7 +47,8 @@ def rows(section: str) -> list[str]:
     return [line for line in body.splitlines() if line.startswith("| ")]
 
 
-@pytest.mark.parametrize("section, pattern, count", [("The checklist", r"\| (\d+) ", 42), ("Seed errata", r"\| E(\d+) \|", 15), ("Pitfalls", r"\| (\d+) \|", 30)])
+@pytest.mark.parametrize("section, pattern, count", [("The checklist", r"\| (\d+) ", 42), ("Seed errata", r"\| E(\d+) \|", 15),
+                                                     ("Pitfalls", r"\| (\d+) \|", 30)])
 def test_no_item_is_left_out(section, pattern, count):
     found = [int(match[1]) for row in rows(section) if (match := re.match(pattern, row))]
     assert found == list(range(1, count + 1))
