@@ -50,7 +50,8 @@ def test_advantages_of_single_completions(advantage):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives_are_the_policy_gradient_where_the_ratio_is_one(objective):
     tree = Tree(seed=1)
-    assert error(tree.expected(config_of(tree, "monte_carlo", objective)), tree.gradient(tree.objective())) < EXACT
+    whole = objective == "sequence_ratio"  # whose term is the completion's, given at each of its tokens
+    assert error(tree.expected(config_of(tree, "monte_carlo", objective), by_length=whole), tree.gradient(tree.objective())) < EXACT
 
 
 def test_discounts():
@@ -256,7 +257,7 @@ def test_where_another_estimator_in_the_reward_ends():
     the reference (on another tree .40 and .36). Hence the refusal."""
     assert ascend(lambda k1: k1) > 0.999
     assert ascend(lambda k1: k1 * k1 / 2) == pytest.approx(0.0997, abs=2e-3)
-    assert ascend(lambda k1: torch.expm1(-k1) + k1) < 0.05
+    assert ascend(lambda k1: torch.expm1(-k1) + k1, steps=400) < -0.2
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------------------------
