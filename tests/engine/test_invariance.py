@@ -6,9 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, estimate
 from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS
 from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, PolicyConfig
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.dispatch import use_impl
@@ -180,3 +184,49 @@ def test_a_loss_that_zeroes_the_old_values_is_caught():
     kept, _ = problem(torch.float32)
     raw.values.masked_fill_(~raw.action_mask, 0.0)
     assert not torch.equal(raw.values.nan_to_num(77.0), kept.values.nan_to_num(77.0))
+
+
+# ---- through a model ---------------------------------------------------------------------------------------------------------------
+SMALL = {"model_type": "qwen3", "vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
+         "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.3, "eos_token_id": 2, "tie_word_embeddings": True}
+
+
+def gradients(actor, config, batch, parts):
+    """Every parameter's, flat, of a step cut into these parts."""
+    objective = make_objective(config, 1.0)
+    for p in actor.parameters():
+        p.grad = None
+    for part in parts:
+        micro = batch.select(part)
+        hidden = actor.forward(micro)
+        logp, entropy = actor.logprobs(micro, hidden)
+        values = actor.values(micro, hidden) if ADVANTAGES[config.advantage] == "critic" else None
+        objective_loss(config, objective, config.kl.coef, micro, logp, entropy, values)[0].backward()
+    return torch.cat([p.grad.flatten() for p in actor.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("dtype, impl, tolerance", [(torch.float64, "torch", 1e-12), (torch.float32, None, 1e-5)])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "gspo", "dr_grpo"])
+def test_the_gradient_of_a_model_does_not_depend_on_the_cut(algorithm, dtype, impl, tolerance):
+    """Parameters of a decoder and its value head, whose forward packs other sequences together in every cut."""
+    with use_impl(impl) if impl else torch.enable_grad():
+        head = ValueHead(SMALL["hidden_size"])
+        torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
+        actor = HybridActor(Decoder.random(model_config(SMALL), 0, dtype=dtype), value_head=head.to(dtype))
+        rng = torch.Generator().manual_seed(0)
+        lengths = [int(torch.randint(1, 9, (), generator=rng)) for _ in GROUPS]
+        batch = PackedBatch.from_sequences([([1, 3], torch.randint(3, 29, (n,), generator=rng).tolist()) for n in lengths])
+        with torch.no_grad():
+            hidden = actor.forward(batch)
+            (logp, _), values = actor.logprobs(batch, hidden), actor.values(batch, hidden)
+        noise = 0.1 * torch.randn(batch.num_tokens, generator=rng, dtype=torch.float64).to(dtype)
+        old = torch.where(batch.action_mask, logp + noise, 0.0)
+        batch = batch.with_columns(old_logp=old, ref_logp=old - 0.2, values=values, scores=noise[:len(GROUPS)] * 10,
+                                   group_ids=torch.tensor(GROUPS))
+        config = config_of(algorithm, "row")
+        batch = prepared(config, batch)
+        whole = gradients(actor, config, batch, [list(range(len(GROUPS)))])
+        assert whole.dtype == dtype
+        assert whole.abs().max() > 1e-3
+        for parts in SPLITS:
+            assert apart(gradients(actor, config, batch, parts), whole) <= tolerance
