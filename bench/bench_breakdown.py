@@ -6,7 +6,8 @@ PPO step      64 prompts, up to 64 tokens, critic, KL in the reward, 4 epochs
 The row's extra has the share of each part in per cent, medians over the steps. Calls of generation, the decoder, the head, backward, the optimizer, the reward
 and the run directory are timed around themselves, what they call timed too taken off. "algorithm" is *everything else* that happens between two steps:
 advantages, losses, token weights, batches and their cuts, controllers, metrics, and whatever else there is; "algorithm: loss" and the like are parts of it.
-A loss's own backward is in "backward". The loop halts between steps, in a thread of its own.
+A loss's own backward is in "backward". The loop halts between steps, in a thread of its own; on a CPU the shares are of that thread's processor time, which
+other processes do not lengthen, and on a GPU of the wall clock.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench.harness import DEVICE
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import GenerationConfig, OptimConfig, PolicyConfig, RunConfig
@@ -49,6 +51,11 @@ PARTS: list[tuple[Any, str, str]] = [
 ]
 
 
+def now() -> float:
+    """Seconds of this thread."""
+    return time.thread_time() if DEVICE.type == "cpu" else time.perf_counter()
+
+
 class Clock:
     """Seconds of a step by part, each call's own: what is called within it and timed, too, is not in it."""
 
@@ -56,16 +63,16 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
         self.steps: list[dict[str, float]] = []
         self._within: list[float] = []
-        self._began = time.perf_counter()
+        self._began = now()
 
     def timed(self, function: Callable, part: str) -> Callable:
         def call(*arguments: Any, **named: Any) -> Any:
-            before = time.perf_counter()
+            before = now()
             self._within.append(0.0)
             try:
                 return function(*arguments, **named)
             finally:
-                spent = time.perf_counter() - before
+                spent = now() - before
                 self.seconds[part] += spent - self._within.pop()
                 if self._within:
                     self._within[-1] += spent
@@ -73,11 +80,11 @@ class Clock:
 
     def start(self) -> None:
         self.seconds.clear()
-        self._began = time.perf_counter()
+        self._began = now()
 
     def stop(self) -> None:
         """Of the step since `start`: shares in per cent."""
-        whole = time.perf_counter() - self._began
+        whole = now() - self._began
         shares = {part: 100 * seconds / whole for part, seconds in self.seconds.items()}
         shares[ALGORITHM] = 100 - sum(share for part, share in shares.items() if not part.startswith(ALGORITHM))
         self.steps.append(shares)

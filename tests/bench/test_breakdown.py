@@ -8,7 +8,7 @@ from bench.bench_breakdown import ALGORITHM, PARTS, Clock
 def ticks(monkeypatch):
     """Time that passes when told to."""
     now = [100.0]
-    monkeypatch.setattr(bench_breakdown.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench_breakdown, "now", lambda: now[0])
 
     def pass_(seconds):
         now[0] += seconds
