@@ -147,7 +147,7 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
     if loss.discount_states:
         before = torch.cat([batch.action_mask.new_zeros(1, dtype=torch.int64), batch.action_mask.cumsum(0)])
         steps = before[:-1] - torch.repeat_interleave(before[batch.cu_seqlens[:-1].long()], batch.cu_seqlens.long().diff(), output_size=batch.num_tokens)
-        advantages_N = advantages_N * loss.gamma ** steps
+        advantages_N = advantages_N * (loss.gamma ** steps.double()).to(advantages_N.dtype)
     if loss.whiten:
         advantages_N = masked_whiten(advantages_N, batch.action_mask)
     if loss.advantage_clip:
@@ -226,7 +226,7 @@ def _rloo(x: Signals) -> Tensor:
 def _opo(x: Signals) -> Tensor:
     """R - sum(length R) / sum(length) of the group: the baseline of least variance where a score's gradient grows with its length."""
     weighted = x.per_group(x.lengths * x.totals.double(), "sum") / x.per_group(x.lengths, "sum").clamp(min=1)
-    return x.per_token((x.totals - weighted).float())
+    return x.per_token((x.totals - weighted).to(x.totals.dtype))
 
 
 @register_advantage("gpg")

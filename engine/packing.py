@@ -90,15 +90,16 @@ class PackedBatch:
             ValueError: a sequence with no prompt token before its first action (its logprob would have no condition).
         """
         ids: list[int] = []
-        actions: list[bool] = []
-        lengths: list[int] = []
+        sizes: list[int] = []  # of prompts and completions in turn
         for index, (prompt, completion) in enumerate(sequences):
             if not len(prompt) and len(completion):
                 raise ValueError(f"PackedBatch: sequence {index} has {len(completion)} completion tokens and no prompt token; give it at least a BOS")
-            ids += [*prompt, *completion]
-            actions += [False] * len(prompt) + [True] * len(completion)
-            lengths.append(len(prompt) + len(completion))
-        return cls._of(torch.tensor(ids, dtype=torch.int64), torch.tensor(actions, dtype=torch.bool), lengths, device)
+            ids.extend(prompt)
+            ids.extend(completion)
+            sizes += (len(prompt), len(completion))
+        sizes_B2 = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
+        actions = torch.tensor([False, True]).repeat(len(sizes_B2)).repeat_interleave(sizes_B2.flatten())
+        return cls._of(torch.tensor(ids, dtype=torch.int64), actions, sizes_B2.sum(1).tolist(), device)
 
     @classmethod
     def from_masked(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device | str | None = None) -> PackedBatch:
@@ -146,8 +147,9 @@ class PackedBatch:
         rollout[completed] = torch.tensor([x for c in flat for x in c.logprobs], dtype=torch.float32)
         versions[completed] = torch.tensor([v for c in flat for v in c.weights_versions], dtype=torch.int64)
         actions = completed.clone()  # of a completion all tokens, but for those that it was extended by
-        actions[completed] = torch.tensor([x for c in flat for x in (c.action_mask if c.action_mask is not None else [True] * len(c.token_ids))],
-                                          dtype=torch.bool)
+        if any(c.action_mask is not None for c in flat):
+            chosen = [x for c in flat for x in (c.action_mask if c.action_mask is not None else [True] * len(c.token_ids))]
+            actions[completed] = torch.tensor(chosen, dtype=torch.bool)
         batch = replace(batch, action_mask=actions.to(device), rollout_logp=rollout.to(device), weights_versions=versions.to(device))
         if not flat or any(c.values is None for c in flat):
             return batch

@@ -304,12 +304,16 @@ class FunctionReward:
         parameters = inspect.signature(function).parameters.values()
         named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self._takes = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else named
+        self._needs = {p.name for p in parameters if p.name in named and p.default is p.empty}
 
     def __call__(self, rollout: Rollout) -> list[Any] | Awaitable[list[Any]]:
         completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                        for prompt, text in zip(rollout.prompts, rollout.completions, strict=True)]
         arguments = {"prompts": list(rollout.prompts), "completions": completions, "completion_ids": [list(ids) for ids in rollout.completion_ids]}
         arguments |= {name: list(column) for name, column in rollout.columns.items() if name not in arguments}
+        if missing := sorted(self._needs - arguments.keys()):
+            raise RewardError(f"reward {self.name!r} needs the column {missing[0]!r} of the data, which has {', '.join(sorted(rollout.columns)) or 'none'} "
+                              "beside the prompt; add it there, or give the argument a default")
         return self.function(**{name: value for name, value in arguments.items() if self._takes is None or name in self._takes})
 
 

@@ -1,6 +1,7 @@
 """Policy optimisation: what keeps the policy near its reference, advantage and loss, and the run itself."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 
 OF_ALGORITHM: Any = None  # the default of a field that the algorithm's row fills in where it is left out
+_AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_norm")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class KLConfig:
     measure: bool = False
 
     def __post_init__(self) -> None:
-        require(self.coef is None or self.coef >= 0, "kl.coef", ">= 0", self.coef)
+        require(self.coef is None or 0 <= self.coef < math.inf, "kl.coef", ">= 0", self.coef)
+        require(self.placement in (None, "reward", "loss"), "kl.placement", "reward or loss", self.placement)
+        require(self.estimator in (None, "k1", "k2", "k3", "abs", "full"), "kl.estimator", "k1, k2, k3, abs or full", self.estimator)
+        require(self.level in ("token", "sequence", "future"), "kl.level", "token, sequence or future", self.level)
         require(self.target is None or (self.target > 0 and self.coef != 0), "kl.target", "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0)",
                  (self.target, self.coef))
         require(self.horizon > 0, "kl.horizon", "> 0", self.horizon)
@@ -257,6 +262,10 @@ class LossConfig:
         require(self.clip_low is None or 0 < self.clip_low < 1, "loss.clip_low", "in (0, 1)", self.clip_low)
         require(self.clip_high is None or self.clip_high > 0, "loss.clip_high", "> 0", self.clip_high)
         require(self.dual_clip is None or self.dual_clip > 1, "loss.dual_clip", "> 1", self.dual_clip)
+        require(self.value_clip is None or self.value_clip > 0, "loss.value_clip", "> 0, or null for none", self.value_clip)
+        require(self.value_coef >= 0, "loss.value_coef", ">= 0", self.value_coef)
+        require(self.entropy_coef >= 0, "loss.entropy_coef", ">= 0", self.entropy_coef)
+        require(self.aggregation in (None, *_AGGREGATIONS), "loss.aggregation", f"one of {', '.join(_AGGREGATIONS)}", self.aggregation)
 
     def filled(self, row: Algorithm) -> LossConfig:
         """With the row's values, and its objective's, where nothing was said."""
@@ -370,6 +379,10 @@ class PolicyConfig:
         require(len(self.reward) >= 1, "reward", "at least one file.py:function or reward-model directory", self.reward)
         require(self.reward_weights is None or len(self.reward_weights) == len(self.reward), "reward_weights",
                  f"{len(self.reward)} numbers, one per reward", self.reward_weights)
+        require(self.reward_weights is None or all(map(math.isfinite, self.reward_weights)), "reward_weights", "finite numbers", self.reward_weights)
+        require(self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length", ">= 1, or null for what fits", self.max_prompt_length)
+        require(0 <= self.max_invalid_fraction <= 1, "max_invalid_fraction", "in [0, 1]", self.max_invalid_fraction)
+        require(self.max_logp_diff > 0, "max_logp_diff", "> 0", self.max_logp_diff)
         require(self.reference != "adapter_off" or self.lora is not None, "reference", "frozen, host or auto without lora (there is no adapter to switch off)",
                  self.reference)
         require(self.critic is None or ADVANTAGES.get(self.advantage, "critic") == "critic", "critic", f"to be left out with {self.algorithm}, whose advantage "
