@@ -26,9 +26,7 @@ from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.control import Control, learning_rate, shuffled
 from fusedrl.engine.critic import SeparateCritic, TrainedCritic, critic_of
-from fusedrl.engine.data.mixture import Mixture, mix
-from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
-from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
+from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.monitor import Monitor
@@ -43,6 +41,7 @@ from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
 from fusedrl.engine.stages.policy_metrics import Meter, measure, value_metrics
+from fusedrl.engine.stages.prompts import read_prompts
 from fusedrl.engine.stages.trpo import check_trust_region, trust_region_update
 from fusedrl.kernels.linear_full_kl import linear_full_kl
 from fusedrl.kernels.policy_loss import ValueStats, value_loss
@@ -101,7 +100,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     replay = None if config.replay is None else ReplayBuffer(config.replay, config.run.seed)
 
     with Run(config, config.steps) as run:
-        prompts, ptx = _prompts(config, actor, run), load_ptx(config, actor, run)
+        prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, reference, rewards, measured_only, run)
         parts: dict[str, Any] = {"model": actor, "optimizer": optimizer, "control": control, "critic": critic, "replay": replay}
         run.restore(**parts)
@@ -144,22 +143,6 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
 
 
 # ---- the batch, and how it is cut --------------------------------------------------------------------------------------------
-def _prompts(config: PolicyConfig, actor: HybridActor, run: Run) -> Mixture[Prompt]:
-    room = actor.decoder.config.max_positions - config.generation.max_new_tokens
-    if room < 1:
-        raise ConfigError(f"generation.max_new_tokens = {config.generation.max_new_tokens} leaves no room for a prompt in the model's "
-                          f"{actor.decoder.config.max_positions} positions; lower it")
-
-    def read(source: Source) -> list[Prompt]:
-        examples = load_prompts(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
-                                options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
-        encoded, dropped = encode_prompts(actor.tokenizer, examples, min(room, config.max_prompt_length or room))
-        run.message(f"prompts: {dropped}")
-        return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
-
-    return mix(config.data, read)
-
-
 def _draw(prompts: Mixture[Prompt], config: PolicyConfig, control: Control, count: int) -> tuple[list[Prompt], int]:
     """The next `count` prompts of the stream, and the number of the first in it."""
     first = control.drawn
