@@ -17,7 +17,7 @@ from fusedrl.engine.config import CriticConfig, KLConfig, LossConfig, OptimConfi
 from fusedrl.engine.stages.policy import train_policy
 
 STUDY = "ablation"
-STEPS, KL_COEF = 60, 0.1
+STEPS, KL_COEF = 40, 0.1
 WITHOUT: dict[str, dict[str, Any]] = {  # the options that take one part out
     "nothing (all parts)": {},
     "KL in the reward": {"kl": KLConfig(coef=0.0, measure=True)},
