@@ -1,7 +1,7 @@
 """PPO-max without one of its parts at a time, on the stories task: what each is worth there. Three seeds.
 
-The scores are coarse and unscaled (the rule gives -5 to 5), the KL coefficient is fixed, and a step has four optimizer steps, so that the clips have something to
-do. The critic is of its own, from the policy's weights. Measured on 48 held-out prompts x 8 samples; J = reward - coefficient x KL says both at once.
+The scores are coarse and unscaled (the rule gives -5 to 5), the KL coefficient is fixed, and a step has four optimizer steps, so that the clips have something
+to do. The critic is of its own, from the policy's weights. Measured on 48 held-out prompts x 8 samples; J = reward - coefficient x KL says both at once.
 """
 from __future__ import annotations
 

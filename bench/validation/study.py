@@ -121,7 +121,7 @@ def measure(policy: str, reference: str, data: str | Path, rewards: Mapping[str,
 
 def numbers(found: Evaluation) -> dict[str, float]:
     """An evaluation as a row has it."""
-    row = {"kl": found.kl.mean, "kl_error": found.kl.error, "perplexity_ref": found.perplexity, "length": found.length.mean, "ended": found.ended,
+    row = {"kl": found.kl.mean, "kl_error": found.kl.error, "perplexity_ref": found.perplexity, "length": found.length.mean, "ended": found.ended.mean,
            "samples": float(len(found.completions))}
     for name, estimate in found.rewards.items():
         row |= {name: estimate.mean, f"{name}_error": estimate.error}
