@@ -11,11 +11,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench.validation.plot import Dot, chart
 from bench.validation.study import ROOT, grouped, measure, over_seeds, plus_minus, run_grid
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.best_of_n import best_of_n, best_of_n_kl
+from fusedrl.engine.best_of_n import best_of_n, best_of_n_kl, expected_best
 from fusedrl.engine.config import CriticConfig, DPOConfig, GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, RunConfig
 from fusedrl.engine.data.readers import load_prompts
 from fusedrl.engine.generation.sampler import SamplingParams
@@ -53,7 +54,7 @@ def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
     settings = RunConfig(str(directory / "run"), seed=seed, progress=False)
     if spec["method"] == "dpo":
         pairs = _pairs(model, seed, directory / "pairs.jsonl")
-        trained = train_dpo(DPOConfig(model, str(pairs), beta=spec["beta"], pairs_per_step=32, optim=OptimConfig(lr=1e-4), run=settings)).model
+        trained = train_dpo(DPOConfig(model, str(pairs), beta=spec["beta"], eval_fraction=0.0, pairs_per_step=32, optim=OptimConfig(lr=1e-4), run=settings)).model
     else:
         options = {"epochs": 2, "minibatches": 2, "prompts_per_step": COMPLETIONS // ONLINE[spec["method"]].get("samples_per_prompt", 1)}
         kl = KLConfig(coef=0.1, placement="reward", target=spec["target"], horizon=256.0)
@@ -83,7 +84,8 @@ def _best_of_n(model: str, seed: int) -> dict[str, Any]:
     """The expected reward of the best of n for every n at once, without bias, from the largest n's samples."""
     actor, examples = HybridActor.from_pretrained(model), load_prompts(str(HELD_OUT))
     found = best_of_n(actor, examples, RewardSet([load_reward(REWARD)]), max(BEST_OF), GENERATION, seed=seed)
-    return {"best": [{"n": n, "kl": best_of_n_kl(n), "reward": found.expected(n)} for n in (1, *BEST_OF)]}
+    scores = torch.tensor([one.scores for one in found])
+    return {"best": [{"n": n, "kl": best_of_n_kl(n), "reward": expected_best(scores, n).mean().item()} for n in (1, *BEST_OF)]}
 
 
 def main(model: str, work: Path, seeds: list[int], workers: int) -> str:
