@@ -54,7 +54,8 @@ def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
     settings = RunConfig(str(directory / "run"), seed=seed, progress=False)
     if spec["method"] == "dpo":
         pairs = _pairs(model, seed, directory / "pairs.jsonl")
-        trained = train_dpo(DPOConfig(model, str(pairs), beta=spec["beta"], eval_fraction=0.0, pairs_per_step=32, optim=OptimConfig(lr=1e-4), run=settings)).model
+        trained = train_dpo(DPOConfig(model, str(pairs), beta=spec["beta"], eval_fraction=0.0, pairs_per_step=32, optim=OptimConfig(lr=1e-4),
+                                      run=settings)).model
     else:
         options = {"epochs": 2, "minibatches": 2, "prompts_per_step": COMPLETIONS // ONLINE[spec["method"]].get("samples_per_prompt", 1)}
         kl = KLConfig(coef=0.1, placement="reward", target=spec["target"], horizon=256.0)

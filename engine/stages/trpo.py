@@ -30,7 +30,7 @@ from fusedrl.engine.fisher import FlatParameters, fisher_product, policy_kl
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.model.weights import resolve_dtype
 from fusedrl.engine.natural_gradient import line_search, natural_step
-from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.objectives import entropy_coefficient, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, StepResult
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.plan import read_model_config
@@ -65,10 +65,10 @@ class Surrogate:
     """
 
     def __init__(self, actor: HybridActor, parameters: FlatParameters, micros: Sequence[PackedBatch], config: PolicyConfig, control: Control, step: int,
-                 ptx: Ptx | None) -> None:
+                 ptx: Ptx | None, entropy_coef: float) -> None:
         self.actor, self.parameters, self.micros, self.config, self.step, self.ptx = actor, parameters, micros, config, step, ptx
         self.meter, self.states = Meter(), list[Tensor]()  # of the weights as they were last: statistics, and the hidden states of each micro-batch
-        self.objective, self.kl_coef = make_objective(config, control.penalty.coef), control.kl.coef
+        self.objective, self.kl_coef, self.entropy_coef = make_objective(config, control.penalty.coef), control.kl.coef, entropy_coef
         self.actions = max(1, sum(int(micro.action_mask.sum()) for micro in micros))
         self.old_P, self.old_states = parameters.values(), list[Tensor]()
         head = "embedding" if actor.decoder.head is None else "head"
@@ -109,7 +109,7 @@ class Surrogate:
         hidden_NH = self.actor.forward(micro)
         self.states.append(hidden_NH.detach())
         logp_N, entropy_N = self.actor.logprobs(micro, hidden_NH, temperature=self.config.generation.temperature)
-        loss, stats, _ = objective_loss(self.config, self.objective, self.kl_coef, micro, logp_N, entropy_N, None)
+        loss, stats, _ = objective_loss(self.config, self.objective, self.kl_coef, micro, logp_N, entropy_N, None, entropy_coef=self.entropy_coef)
         self.meter.add(stats, None, 0, first=True)
         return loss
 
@@ -124,7 +124,8 @@ def trust_region_update(actor: HybridActor, reference: Reference | None, optimiz
     measured = measure(batch, control.kl.coef, config)
     weighted = batch.with_columns(weights=minibatch_weights(config, batch))
     micros = [weighted.select(group) for minibatch in first_cuts for group in minibatch]
-    metrics, states = _policy_step(Surrogate(actor, FlatParameters(actor.decoder), micros, config, control, step, ptx), batch, config, step, run)
+    surrogate = Surrogate(actor, FlatParameters(actor.decoder), micros, config, control, step, ptx, entropy_coefficient(config, batch))
+    metrics, states = _policy_step(surrogate, batch, config, step, run)
     if actor.value_head is not None:
         values = [partial(actor.values, micro, hidden_NH) for micro, hidden_NH in zip(micros, states, strict=True)]
         metrics |= train_values(values, optimizer, micros, config, step, run)

@@ -17,7 +17,18 @@ from fusedrl.engine import CacheConfig
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.checkpoint import latest_checkpoint
-from fusedrl.engine.config import GenerationConfig, KLConfig, LoRAConfig, LossConfig, OptimConfig, PolicyConfig, PtxConfig, RunConfig, TRPOConfig
+from fusedrl.engine.config import (
+    CriticConfig,
+    GenerationConfig,
+    KLConfig,
+    LoRAConfig,
+    LossConfig,
+    OptimConfig,
+    PolicyConfig,
+    PtxConfig,
+    RunConfig,
+    TRPOConfig,
+)
 from fusedrl.engine.control import Control
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.families import model_config
@@ -480,3 +491,23 @@ def test_models_that_it_cannot_train_are_refused_before_they_are_loaded(make, ti
     monkeypatch.setattr(HybridActor, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match="expected dtype float32 with the objective trpo, got bfloat16"):
         train_policy(make())
+
+
+def test_a_critic_of_its_own_is_trained_beside_it(make):
+    """Its own optimizer takes the passes; the policy has no value head, and its step keeps the bound."""
+    config = make(steps=3, critic=CriticConfig(optim=OptimConfig(lr=1e-2, schedule="constant")))
+    train_policy(config)
+    rows = _metrics(config)
+    assert all(row["trpo/accepted"] == 1.0 and row["trpo/kl"] <= config.trpo.max_kl for row in rows)
+    assert rows[-1]["val/explained_variance"] > rows[0]["val/explained_variance"]
+    assert (Path(config.run.dir) / "critic" / "value_head.safetensors").is_file()
+    assert not (Path(config.run.dir) / "model" / "value_head.safetensors").exists()
+
+
+@pytest.mark.parametrize("target, rises", [(0.0, False), (100.0, True)])
+def test_an_entropy_target_bends_the_step(make, target, rises):
+    """The reward is constant, so that the entropy is all there is to gain."""
+    config = make("grpo", reward="same", kl=KLConfig(coef=0.0), loss=LossConfig(objective="trpo", entropy_coef=1.0, entropy_target=target))
+    train_policy(config)
+    first, last = (_metrics(config)[i]["entropy"] for i in (0, -1))
+    assert (last > first) is rises
