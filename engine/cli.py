@@ -28,7 +28,7 @@ from fusedrl.engine.errors import ConfigError, SetupError, UserError
 
 STAGES: dict[str, tuple[type, str, str, str]] = {
     "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
-    "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a pairwise reward model on preferences"),
+    "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a reward model on preferences: pairs or ranked lists"),
     "dpo": (DPOConfig, "fusedrl.engine.stages.dpo", "train_dpo", "direct preference optimisation: preferences, no reward model"),
     "rejection": (RejectionConfig, "fusedrl.engine.stages.rejection", "train_rejection", "rejection sampling: imitate the best of many samples"),
 } | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}

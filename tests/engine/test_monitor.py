@@ -262,9 +262,9 @@ def test_the_tails_of_the_ratio_are_of_the_last_pass(make, monkeypatch):
     seen = []
     original = policy.objective_loss
 
-    def objective_loss(config, objective, kl_coef, micro, logp, *rest):
+    def objective_loss(config, objective, kl_coef, micro, logp, *rest, **options):
         seen.append((logp.detach() - micro.old_logp)[micro.action_mask].double().exp())
-        return original(config, objective, kl_coef, micro, logp, *rest)
+        return original(config, objective, kl_coef, micro, logp, *rest, **options)
 
     monkeypatch.setattr(policy, "objective_loss", objective_loss)
     config = make("ppo", steps=1, epochs=2, minibatches=2, samples_per_prompt=6, tokens_per_microbatch=10_000, evaluation=False, optim=OptimConfig(lr=3e-2))

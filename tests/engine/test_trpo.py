@@ -359,7 +359,7 @@ def test_a_row_of_them_stops_the_run(make, monkeypatch):
 
     monkeypatch.setattr(trpo.Surrogate, "gradient", broken)
     config = make(steps=9, prompts_per_step=2, epochs=2)
-    with pytest.raises(RuntimeError, match="5 updates in a row had a non-finite gradient norm"):
+    with pytest.raises(RuntimeError, match="5 updates of the model in a row had a non-finite gradient norm"):
         train_policy(config)
     assert len(_metrics(config)) == 4
 
