@@ -8,7 +8,8 @@ from fusedrl.engine.config.dpo import DPOConfig
 from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 from fusedrl.engine.config.offline import RewardModelConfig, SFTConfig
-from fusedrl.engine.config.policy import CriticConfig, KLConfig, LossConfig, PenaltyConfig, PolicyConfig, PtxConfig, TRPOConfig
+from fusedrl.engine.config.parts import CriticConfig, KLConfig, PenaltyConfig, PtxConfig, TRPOConfig
+from fusedrl.engine.config.policy import LossConfig, PolicyConfig
 from fusedrl.engine.config.rejection import RejectionConfig
 
 __all__ = ["AlarmConfig", "CorrectionConfig", "CriticConfig", "DPOConfig", "EvaluationConfig", "GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig",

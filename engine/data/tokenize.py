@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fusedrl.engine.data.records import Demonstration, Dialogue, PairExample, Prompt, PromptExample, Tools
+from fusedrl.engine.data.records import Demonstration, Dialogue, Prompt, PromptExample, Tools
 from fusedrl.engine.errors import DataError
 
 if TYPE_CHECKING:
@@ -184,20 +184,6 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Dial
         DataError: all of them are longer.
     """
     return drop_longer([encode_dialogue(tokenizer, example, eos_id) for example in examples], limit, lambda item: len(item[0]))
-
-
-def encode_pairs(tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample], eos_id: int, limit: int
-                 ) -> tuple[list[tuple[list[int], list[int], list[int]]], Dropped]:
-    """(prompt ids, chosen ids, rejected ids) of the pairs whose both sides have at most `limit` tokens, the prompt included.
-
-    Raises:
-        DataError: all of them are longer.
-    """
-    items = []
-    for example in examples:
-        chosen, rejected = (encode_completion(tokenizer, text, eos_id, first=not example.prompt) for text in (example.chosen, example.rejected))
-        items.append((encode_prompt(tokenizer, example.prompt, example.tools), chosen, rejected))
-    return drop_longer(items, limit, lambda item: len(item[0]) + max(len(item[1]), len(item[2])))
 
 
 def drop_longer(items: Sequence[T], limit: int, length: Callable[[T], int]) -> tuple[list[T], Dropped]:

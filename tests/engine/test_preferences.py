@@ -8,7 +8,6 @@ import torch
 from transformers import AutoTokenizer
 
 from fusedrl.engine.data.readers import PairExample, RankedExample, Source
-from fusedrl.engine.data.tokenize import encode_pairs
 from fusedrl.engine.errors import DataError
 from fusedrl.engine.preferences import (
     Comparison,
@@ -220,11 +219,12 @@ def test_a_bad_first_line_does_not_hide_the_format(tmp_path):
 def test_token_ids_are_those_of_pairs(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = [PairExample("w1 w2", "w3", "w4 w5", margin=0.5, label=0.5, weight=3.0), PairExample("", "w3 w3 w3", "w4")]
-    for limit in (64, 5):
-        expected, _ = encode_pairs(tokenizer, pairs, 2, limit)
-        found, dropped = encode_preferences(tokenizer, pairs, 2, limit)
-        assert [(c.prompt, *c.completions) for _, c in found] == expected
-    assert found[0][1] == Comparison([1, 5, 6], ([7, 2], [8, 9, 2]), (1, 2), 0.5, 0.5, 3.0) if limit > 5 else dropped.count == 1
+    (first, second), dropped = encode_preferences(tokenizer, pairs, 2, 64)
+    assert first == (pairs[0], Comparison([1, 5, 6], ([7, 2], [8, 9, 2]), (1, 2), 0.5, 0.5, 3.0))
+    assert second == (pairs[1], Comparison([1], ([7, 7, 7, 2], [8, 2]), (1, 2)))
+    assert dropped.count == 0
+    (kept,), dropped = encode_preferences(tokenizer, pairs, 2, 5)
+    assert (kept[0], dropped.count) == (pairs[1], 1)
     ranked = RankedExample("w1", ("w2", "w3 w4", "w5"), (3, 1, 1))
     (example, c), = encode_preferences(tokenizer, [ranked], 2, 64)[0]
     assert example is ranked

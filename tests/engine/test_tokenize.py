@@ -14,12 +14,12 @@ from fusedrl.engine.data.tokenize import (
     encode_demonstrations,
     encode_dialogue,
     encode_dialogues,
-    encode_pairs,
     encode_prompt,
     encode_prompts,
 )
 from fusedrl.engine.errors import DataError
 from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.preferences import encode_preferences
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "user", "assistant"]
 
@@ -81,8 +81,8 @@ def test_a_completion_is_not_given_a_space_that_the_text_has_not():
 def test_limits_drop_and_count():
     tokenizer = _tokenizer("<s> $A")
     pairs = [PairExample("a", "b", "c"), PairExample("a", "b", "c b"), PairExample("a", "b a b", "c")]
-    kept, dropped = encode_pairs(tokenizer, pairs, 2, 4)
-    assert kept == [([1, 3], [4, 2], [5, 2])]
+    ((kept, found),), dropped = encode_preferences(tokenizer, pairs, 2, 4)
+    assert (kept, found.prompt, found.completions) == (pairs[0], [1, 3], ([4, 2], [5, 2]))
     assert dropped == Dropped(2, 3, 4)
     assert str(dropped) == "2 of 3 (66.7%) are longer than 4 tokens and were dropped"
     assert encode_demonstrations(tokenizer, [Demonstration("a", "b"), Demonstration("", "a b c")], 2, 4) == ([([1, 3], [4, 2])], Dropped(1, 2, 4))
@@ -90,7 +90,7 @@ def test_limits_drop_and_count():
     assert encode_prompts(tokenizer, [example], 3) == ([(example, [1, 3, 4])], Dropped(0, 1, 3))
     assert encode_prompts(tokenizer, [], 3) == ([], Dropped(0, 0, 3))
     with pytest.raises(DataError, match=r"all 3 examples are longer than 2 tokens \(the shortest has 4\)"):
-        encode_pairs(tokenizer, pairs, 2, 2)
+        encode_preferences(tokenizer, pairs, 2, 2)
 
 
 # ---- whole conversations ------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_tools_reach_the_chat_template(chat):
     assert chat.decode(prompt).startswith("add;sub;")
     assert encode_prompts(chat, [PromptExample(TURNS[:2], {"tools": tools})], 99)[0][0][1] == prompt
     assert encode_demonstrations(chat, [Demonstration(TURNS[:2], "a", tools)], 2, 99)[0][0][0] == prompt
-    assert encode_pairs(chat, [PairExample(TURNS[:2], "a", "b", tools=tools)], 2, 99)[0][0][0] == prompt
+    assert encode_preferences(chat, [PairExample(TURNS[:2], "a", "b", tools=tools)], 2, 99)[0][0][1].prompt == prompt
 
 
 def test_dialogues_have_a_limit_and_need_a_template(chat):
@@ -214,9 +214,9 @@ def test_posts_to_be_summarized_are_shortened_by_the_models_own_tokens(tmp_path)
 def test_real_text_survives_the_boundary(shared):
     tokenizer = AutoTokenizer.from_pretrained(str(shared / "models/stories260k"))
     pairs = load_pairs(shared / "data/hh-rlhf/harmless-base-test.jsonl.gz")[0]
-    for pair, (prompt, chosen, rejected) in zip(pairs[:200], encode_pairs(tokenizer, pairs[:200], 2, 100_000)[0], strict=True):
-        assert tokenizer.decode(prompt[1:] + chosen[:-1]) == pair.prompt + pair.chosen
-        assert tokenizer.decode(prompt[1:] + rejected[:-1]) == pair.prompt + pair.rejected
-    kept, dropped = encode_pairs(tokenizer, pairs, 2, 512)
+    for pair, found in encode_preferences(tokenizer, pairs[:200], 2, 100_000)[0]:
+        for text, ids in zip((pair.chosen, pair.rejected), found.completions, strict=True):
+            assert tokenizer.decode(found.prompt[1:] + ids[:-1]) == pair.prompt + text
+    kept, dropped = encode_preferences(tokenizer, pairs, 2, 512)
     assert (len(kept), dropped.count) == (1606, 697)
     assert encode_prompt(tokenizer, "Once upon a time") == tokenizer("Once upon a time")["input_ids"]
