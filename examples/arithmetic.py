@@ -1,10 +1,13 @@
 """Arithmetic with an exact verifier, from nothing: the task's files and a small model to start from.
 
     python examples/arithmetic.py task
-    fusedrl train sft  --model task/model --data task/sft.jsonl --optim.lr 1e-3 --run.dir runs/arithmetic-sft
-    fusedrl train grpo --model runs/arithmetic-sft/model --data task/prompts.jsonl --reward examples/rewards/arithmetic.py:exact --run.dir runs/arithmetic
+    fusedrl train sft  --model task/model --data task/sft.jsonl --epochs 8 --sequences_per_step 64 --optim.lr 3e-3 --run.dir runs/arithmetic-sft
+    fusedrl train grpo --model runs/arithmetic-sft/model --data task/prompts.jsonl --reward examples/rewards/arithmetic.py:exact --steps 200 --minibatches 4 \\
+        --generation.max_new_tokens 6 --kl.coef 0 --optim.lr 3e-4 --run.dir runs/arithmetic
 
-A problem is "47+85=", its answer "132": two numbers of up to two digits, added or subtracted. The held-out problems occur in none of the other files.
+A problem is "47+85=", its answer "231": two numbers of up to two digits, added or subtracted, and the answer from the units on, which a small decoder learns sooner.
+Half of the demonstrations are off by 1 to 9: whoever imitates them is right half of the time at best, and the verifier, which knows, is what reinforcement
+learning has to go by. The held-out problems occur in none of the other files.
 """
 from __future__ import annotations
 
@@ -27,29 +30,39 @@ MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_s
          "dtype": "float32"}
 
 
-def problem(rng: random.Random) -> tuple[str, str]:
+def problem(rng: random.Random) -> tuple[str, int]:
     """(problem, answer)."""
     a, b, plus = rng.randrange(100), rng.randrange(100), rng.random() < 0.5
-    return (f"{a}+{b}=", str(a + b)) if plus else (f"{a}-{b}=", str(a - b))
+    return (f"{a}+{b}=", a + b) if plus else (f"{a}-{b}=", a - b)
 
 
-def write_task(directory: str | Path, seed: int = 0, *, demonstrations: int = 6000, prompts: int = 8000, held_out: int = 400) -> Path:
-    """Write model/ (random weights, tokenizer), sft.jsonl, prompts.jsonl and held_out.jsonl; a function of the arguments. Returns the directory."""
+def written(answer: int) -> str:
+    """From the units on; the sign last."""
+    return str(answer)[::-1]
+
+
+def write_task(directory: str | Path, seed: int = 0, *, demonstrations: int = 20000, prompts: int = 8000, held_out: int = 400,
+               wrong: float = 0.5) -> Path:
+    """Write model/ (random weights, tokenizer), sft.jsonl, prompts.jsonl and held_out.jsonl; a function of the arguments. `wrong`: the share of demonstrations
+    whose answer is. Returns the directory."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     apart = dict(problem(rng) for _ in range(held_out))
 
-    def rows(count: int) -> Iterable[dict[str, str]]:
+    def fresh(count: int) -> Iterable[tuple[str, int]]:
         while count:
             prompt, answer = problem(rng)
             if prompt not in apart:
                 count -= 1
-                yield {"prompt": prompt, "completion": answer}
+                yield prompt, answer
 
-    _write(directory / "sft.jsonl", rows(demonstrations))
-    _write(directory / "prompts.jsonl", ({"prompt": row["prompt"], "answer": row["completion"]} for row in rows(prompts)))
-    _write(directory / "held_out.jsonl", ({"prompt": prompt, "answer": answer} for prompt, answer in apart.items()))
+    def shown(answer: int) -> int:
+        return answer + rng.choice((-1, 1)) * rng.randint(1, 9) if rng.random() < wrong else answer
+
+    _write(directory / "sft.jsonl", ({"prompt": prompt, "completion": written(shown(answer))} for prompt, answer in fresh(demonstrations)))
+    _write(directory / "prompts.jsonl", ({"prompt": prompt, "answer": written(answer)} for prompt, answer in fresh(prompts)))
+    _write(directory / "held_out.jsonl", ({"prompt": prompt, "answer": written(answer)} for prompt, answer in apart.items()))
     _write_model(directory / "model", seed)
     return directory
 

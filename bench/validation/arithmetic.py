@@ -1,4 +1,5 @@
-"""Arithmetic with an exact verifier: GRPO from a short SFT start, three seeds. pass@1 on 400 held-out problems, 4 samples each."""
+"""Arithmetic with an exact verifier: GRPO from an SFT start on demonstrations half of which are wrong, three seeds. pass@1 on 400 held-out problems, 4 samples
+each."""
 from __future__ import annotations
 
 import json
@@ -16,14 +17,14 @@ from fusedrl.engine.stages.sft import train_sft
 STUDY = "arithmetic"
 REWARD = f"{ROOT / 'examples/rewards/arithmetic.py'}:exact"
 GENERATION = GenerationConfig(max_new_tokens=6)
-STEPS, SAMPLES = 400, 4
+STEPS, SAMPLES = 200, 4
 
 
 def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Write the task, train both stages, measure before and after."""
     seed = spec["seed"]
     task = write_task(directory / "task", seed)
-    sft = train_sft(SFTConfig(str(task / "model"), str(task / "sft.jsonl"), epochs=5, sequences_per_step=64, optim=OptimConfig(lr=3e-3, warmup_steps=20),
+    sft = train_sft(SFTConfig(str(task / "model"), str(task / "sft.jsonl"), epochs=8, sequences_per_step=64, optim=OptimConfig(lr=3e-3, warmup_steps=20),
                               run=RunConfig(str(directory / "sft"), seed=seed, progress=False))).model
     grpo = train_policy(PolicyConfig(
         sft, str(task / "prompts.jsonl"), (REWARD,), "grpo", steps=STEPS, prompts_per_step=64, minibatches=4, generation=GENERATION, kl=KLConfig(coef=0.0),
@@ -31,7 +32,7 @@ def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
     curve = [json.loads(line) for line in (directory / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before, after = (measure(policy, sft, task / "held_out.jsonl", {"pass@1": REWARD}, GENERATION, samples=SAMPLES) for policy in (sft, grpo))
     return {"before": before["pass@1"], "before_error": before["pass@1_error"], "after": after["pass@1"], "after_error": after["pass@1_error"],
-            "kl": after["kl"], "curve": [[row["step"], round(row["reward"], 4)] for row in curve[::10]]}
+            "kl": after["kl"], "curve": [[row["step"], round(row["reward"], 4)] for row in curve[::5]]}
 
 
 def main(model: str, work: Path, seeds: list[int], workers: int) -> str:

@@ -60,6 +60,11 @@ def test_a_chart_holds_its_points(points):
         chart("t", "x", "y", {})
 
 
+def answer_of(prompt: str) -> int:
+    a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)=", prompt).groups()
+    return int(a) + int(b) if sign == "+" else int(a) - int(b)
+
+
 def test_the_arithmetic_task(tmp_path):
     task = write_task(tmp_path / "a", 3, demonstrations=50, prompts=40, held_out=30)
     again = write_task(tmp_path / "b", 3, demonstrations=50, prompts=40, held_out=30)
@@ -67,7 +72,10 @@ def test_the_arithmetic_task(tmp_path):
         assert (task / name).read_bytes() == (again / name).read_bytes()
     held, prompts = load_prompts(str(task / "held_out.jsonl")), load_prompts(str(task / "prompts.jsonl"))
     assert not {row.prompt for row in held} & ({row.prompt for row in prompts} | {row.prompt for row in load_demonstrations(str(task / "sft.jsonl"))})
+    shown = [(answer_of(row.prompt), int(row.completion[::-1])) for row in load_demonstrations(str(task / "sft.jsonl"))]
+    assert 0.2 < sum(answer != given for answer, given in shown) / len(shown) < 0.8
+    assert all(abs(answer - given) <= 9 for answer, given in shown)
     for row in prompts:
-        a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)=", row.prompt).groups()
-        right = str(int(a) + int(b) if sign == "+" else int(a) - int(b))
+        right = str(answer_of(row.prompt))[::-1]
+        assert row.columns["answer"] == right
         assert exact([row.prompt] * 3, [right, right + "0", ""], answer=[row.columns["answer"]] * 3) == [1.0, 0.0, 0.0]
