@@ -5,9 +5,9 @@
     fusedrl train grpo --model runs/arithmetic-sft/model --data task/prompts.jsonl --reward examples/rewards/arithmetic.py:exact --steps 200 --minibatches 4 \\
         --generation.max_new_tokens 6 --kl.coef 0 --optim.lr 3e-4 --run.dir runs/arithmetic
 
-A problem is "47+85=", its answer "231": two numbers of up to two digits, added or subtracted, and the answer from the units on, which a small decoder learns sooner.
-Half of the demonstrations are off by 1 to 9: whoever imitates them is right half of the time at best, and the verifier, which knows, is what reinforcement
-learning has to go by. The held-out problems occur in none of the other files.
+A problem is "47+85=", its answer "231": two numbers of up to two digits, added or subtracted, and the answer from the units on, which a small decoder learns
+sooner. Half of the demonstrations are off by 1 to 9: whoever imitates them is right half of the time at best, and the verifier, which knows, is what
+reinforcement learning has to go by. The held-out problems occur in none of the other files.
 """
 from __future__ import annotations
 
