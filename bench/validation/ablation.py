@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,24 @@ WITHOUT: dict[str, dict[str, Any]] = {  # the options that take one part out
 }
 
 
-def config_of(spec: dict[str, Any], directory: Path, texts: Path) -> PolicyConfig:
+def config_of(model: str, spec: dict[str, Any], directory: Path, texts: Path) -> PolicyConfig:
     """The run without one part."""
     changes = WITHOUT[spec["without"]]
     parts = {"whiten": True, "value_coef": 1.0, "entropy_coef": 0.01, "entropy_target": 1.0, "lam": 1.0}
     loss = LossConfig(**(parts | {name: value for name, value in changes.items() if name in LossConfig.__dataclass_fields__}))
     whole = PolicyConfig(
-        spec["model"], str(PROMPTS), (REWARD,), "ppo_max", steps=STEPS, prompts_per_step=COMPLETIONS, epochs=2, minibatches=2, generation=GENERATION,
+        model, str(PROMPTS), (REWARD,), "ppo_max", steps=STEPS, prompts_per_step=COMPLETIONS, epochs=2, minibatches=2, generation=GENERATION,
         kl=KLConfig(coef=KL_COEF), loss=loss, optim=OptimConfig(lr=2e-4), critic=CriticConfig(optim=OptimConfig(lr=1e-3)),
         ptx=PtxConfig(data=str(texts), coef=0.1, sequences_per_step=16), run=RunConfig(str(directory / "run"), seed=spec["seed"], progress=False))
     return replace(whole, **{name: value for name, value in changes.items() if name in PolicyConfig.__dataclass_fields__})
 
 
-def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
+def run(model: str, spec: dict[str, Any], directory: Path) -> dict[str, Any]:
     """One part left out, one seed."""
     texts = directory / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in _texts(spec["model"], spec["seed"])), encoding="utf-8")
-    trained = train_policy(config_of(spec, directory, texts))
-    found = measure(trained.model, spec["model"], HELD_OUT, {"reward": REWARD}, GENERATION, samples=SAMPLES)
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in _texts(model, spec["seed"])), encoding="utf-8")
+    trained = train_policy(config_of(model, spec, directory, texts))
+    found = measure(trained.model, model, HELD_OUT, {"reward": REWARD}, GENERATION, samples=SAMPLES)
     explained = trained.metrics.get("val/explained_variance")
     return found | {"J": found["reward"] - KL_COEF * found["kl"]} | ({} if explained is None else {"explained_variance": explained})
 
@@ -69,7 +70,7 @@ def _texts(model: str, seed: int, count: int = 512) -> list[str]:
 
 def main(model: str, work: Path, seeds: list[int], workers: int) -> str:
     """Run what is missing and return the table."""
-    rows = run_grid(STUDY, run, [{"without": name, "seed": seed, "model": model} for name in WITHOUT for seed in seeds], work, workers)
+    rows = run_grid(STUDY, partial(run, model), [{"without": name, "seed": seed} for name in WITHOUT for seed in seeds], work, workers)
     lines = [f"| without | reward | KL, nats | reward - {KL_COEF:g} KL | perplexity under the original | length | explained variance | seconds |",
              "|---|---|---|---|---|---|---|---|"]
     for (name,), group in grouped(rows, "without").items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,16 @@ ONLINE: dict[str, dict[str, Any]] = {  # what differs; a small value loss, since
 }
 
 
-def specs(model: str, seeds: list[int]) -> list[dict[str, Any]]:
+def specs(seeds: list[int]) -> list[dict[str, Any]]:
     """Of every run."""
     common = [{"method": method, "target": target, "seed": seed} for method in ONLINE for target in TARGETS for seed in seeds]
     common += [{"method": "dpo", "beta": beta, "seed": seed} for beta in BETAS for seed in seeds]
-    return [{"method": "best of n", "seed": seed} | {"model": model} for seed in seeds] + [spec | {"model": model} for spec in common]
+    return [{"method": "best of n", "seed": seed} for seed in seeds] + common
 
 
-def run(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
+def run(model: str, spec: dict[str, Any], directory: Path) -> dict[str, Any]:
     """One method at one point with one seed."""
-    model, seed = spec["model"], spec["seed"]
+    seed = spec["seed"]
     if spec["method"] == "best of n":
         return _best_of_n(model, seed)
     settings = RunConfig(str(directory / "run"), seed=seed, progress=False)
@@ -91,7 +92,7 @@ def _best_of_n(model: str, seed: int) -> dict[str, Any]:
 
 def main(model: str, work: Path, seeds: list[int], workers: int) -> str:
     """Run what is missing, draw docs/frontier.svg, and return the table."""
-    rows = run_grid(STUDY, run, specs(model, seeds), work, workers)
+    rows = run_grid(STUDY, partial(run, model), specs(seeds), work, workers)
     series: dict[str, list[Dot]] = {}
     lines = ["| method | setting | KL, nats | reward | perplexity under the original | length | seconds |", "|---|---|---|---|---|---|---|"]
     best = [row["best"] for row in rows if row["spec"]["method"] == "best of n"]

@@ -80,7 +80,7 @@ def _key(spec: Spec) -> str:
 
 
 def _name(spec: Spec) -> str:
-    return "-".join(re.sub(r"\W+", "_", str(value)) for name, value in spec.items() if name != "model")
+    return "-".join(re.sub(r"\W+", "_", str(value)) for value in spec.values())
 
 
 def path_of(study: str) -> Path:
