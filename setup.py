@@ -8,6 +8,7 @@ A wheel travels and has all three. A build in place (`pip install -e .`, `setup.
 this processor runs. Two thirds of a file's compilation are torch's headers, so a build parses those once (csrc/cpu/precompiled.h).
 """
 import platform
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -44,11 +45,21 @@ def native_extensions() -> dict:
               "runs on its torch reference (5x to 100x slower on CPU). Install torch, then: pip install --no-build-isolation -e .", file=sys.stderr)
         return {}
 
+    csrc, record = Path("csrc/cpu"), runpy.run_path("kernels/sources.py")
+    digest = record["digest"](csrc)
+
     class Build(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
             if self.inplace:
                 self.extensions = [extension for extension in self.extensions if extension.name.endswith(f"_C_{capability_here()}")]
+
+        def run(self) -> None:
+            super().run()
+            if not self.inplace and self.extensions:  # a wheel has no sources to compare its kernels with
+                folder = Path(self.build_lib) / "fusedrl" / "kernels"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / record["RECORD"]).write_text(digest + "\n")
 
         def build_extensions(self) -> None:
             wanted, built, build_temp = self.extensions, [], Path(self.build_temp)
@@ -67,6 +78,10 @@ def native_extensions() -> dict:
             """With torch's headers parsed once. The compiler takes the header as it is where it cannot use what was precompiled."""
             directory = Path(self.build_temp).resolve() / "header"
             directory.mkdir(parents=True, exist_ok=True)
+            told = directory / "fusedrl_sources.h"
+            if not told.is_file() or digest not in told.read_text():  # else module.cpp would be compiled at every build
+                told.write_text(f'#define FUSEDRL_SOURCES "{digest}"\n')
+            extension.include_dirs.append(str(directory))
             header, source, precompiled = (directory / f"precompiled{suffix}" for suffix in (".h", ".cpp", ".h.gch"))
             shutil.copy("csrc/cpu/precompiled.h", header)
             shutil.copy(header, source)
@@ -93,12 +108,13 @@ def native_extensions() -> dict:
         found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
         return found if found in CAPABILITIES else "default"
 
-    sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+    sources, headers = (sorted(str(path) for path in csrc.glob(pattern)) for pattern in ("*.cpp", "*.h"))
     extensions = [
         CppExtension(
             f"fusedrl.kernels._C_{name}",
             sources,
-            include_dirs=[str(Path("csrc/cpu").resolve())],
+            depends=headers,
+            include_dirs=[str(csrc.resolve())],
             extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", f"-DCPU_CAPABILITY={macro}",
                                         f"-DCPU_CAPABILITY_{macro}", f"-DFUSEDRL_MODULE=_C_{name}", *flags]},
             extra_link_args=["-fopenmp"],

@@ -2,9 +2,27 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+
+def _check_one_install() -> None:
+    """Raise ImportError where `fusedrl.kernels` is not, or not only, the one that was installed with this engine: `fusedrl` is a namespace, in which
+    Python merges whatever several installs bring."""
+    spec = importlib.util.find_spec("fusedrl.kernels")
+    places = [Path(place) for place in spec.submodule_search_locations or ()] if spec is not None else []
+    found = sorted({str(place) for place in places if (place / "dispatch.py").is_file()})  # an editable install adds a hook that is no folder
+    ours = str(Path(__file__).parent.parent / "kernels")
+    if found != [ours]:
+        raise ImportError(f"fusedrl: expected the kernels of this install, {ours}, got {', '.join(found) or 'none'}: several "
+                          "installs of fusedrl lie on one path, and their parts would be mixed; remove the others (pip uninstall fusedrl "
+                          "until none is left, and look at PYTHONPATH), then install the one you want")
+
+
+_check_one_install()
 
 _HOMES = {
     "HybridActor": "fusedrl.engine.actor",

@@ -4,13 +4,15 @@ An op declares what it has, best first for each device type:
 
     _IMPLS = Implementations("logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
-`choose` returns a name. One asked for by `impl=` or `use_impl` must be able to run or the call raises; nothing falls back silently.
+`choose` returns a name. One asked for by `impl=` or `use_impl` must be able to run or the call raises; nothing falls back silently: a default that this machine
+lacks is told of once, with the reason and what to do.
 FUSEDRL_IMPL names a preference for a whole run: it applies to the ops that have that implementation, and the others use their default.
 """
 from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -51,6 +53,23 @@ _WHY_NOT: dict[tuple[str, str], str | None] = {
     ("torch_varlen", "cpu"): "FlashAttention serves CUDA tensors only",
     ("torch_varlen", "cuda"): attention_flash.why_not_torch_varlen,
 }
+
+
+# What to do where an implementation that every machine of its kind can have is missing. FlashAttention is a choice, not a lack.
+_REMEDIES = {
+    ("cpp", "cpu"): "ops run on torch alone, 5x to 100x slower; install a C++ compiler (Debian: apt-get install g++ python3-dev) and reinstall fusedrl, or "
+                    "see `fusedrl doctor`",
+    ("triton", "cuda"): "ops run on torch alone, several times slower and with more memory; pip install triton, or see `fusedrl doctor`",
+    ("cuda", "cuda"): "ops that have CUDA C++ run on Triton or torch; pip install 'fusedrl[cuda]', or see `fusedrl doctor`",
+}
+_told: set[tuple[str, str]] = set()
+
+
+def _tell_of_lack(name: str, kind: str) -> None:
+    """Warn, once a process, that the default implementation `name` is missing on this machine."""
+    if (name, kind) in _REMEDIES and (name, kind) not in _told and not torch.compiler.is_compiling():
+        _told.add((name, kind))
+        warnings.warn(f"fusedrl: {unavailable(name, kind)}: {_REMEDIES[name, kind]}", RuntimeWarning, stacklevel=4)
 
 
 def unavailable(name: str, device_type: str) -> str | None:
@@ -95,7 +114,12 @@ class Implementations:
         if wanted is None:
             if _preferred in self.names and why_not(_preferred) is None:
                 return _preferred
-            return next(name for name in (self.cuda if kind == "cuda" else self.cpu) if why_not(name) is None)
+            for name in self.cuda if kind == "cuda" else self.cpu:
+                if why_not(name) is None:
+                    return name
+                if unavailable(name, kind) is not None:
+                    _tell_of_lack(name, kind)
+            raise RuntimeError(f"{self.op}: nothing serves this call on {device.type}: " + "; ".join(f"{n}: {why_not(n)}" for n in sorted(self.names)))
         why = why_not(wanted) if wanted in self.names else f"this op has {', '.join(n for n in NAMES if n in self.names)}"
         if why is not None:
             can = [name for name in NAMES if name in self.names and why_not(name) is None]

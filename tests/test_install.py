@@ -1,15 +1,18 @@
 """What setup.py builds: for a wheel all vector capabilities, in place this machine's; and what is said where none fits."""
+import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
-from fusedrl.kernels import native
+from fusedrl.kernels import native, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
@@ -72,13 +75,144 @@ def test_the_narrower_builds_keep_the_contract(capability, tmp_path):
     if not native.capability or capability == HERE:
         pytest.skip("no compiler here, or this is the build that all tests run on")
     subprocess.run([sys.executable, "-c", BUILD, capability, str(tmp_path)], cwd=ROOT, check=True)
-    (tmp_path / "fusedrl/engine").symlink_to(ROOT / "engine")  # a tree with this build alone
-    (tmp_path / "fusedrl/kernels/cuda_src").symlink_to(ROOT / "csrc/cuda")
+    _tree(tmp_path)  # with this build alone
+    built = _run("from fusedrl.kernels import native; print(native.capability)", tmp_path, ATEN_CPU_CAPABILITY=capability)
+    assert built.stdout.split()[-1:] == [capability], built.stderr
+    tests = [str(ROOT / "tests/kernels" / name) for name in ("test_contract.py", "test_decode_step.py")]
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-m", "not full", "-k", "not triton"]
+    told = _alone(["-m", "pytest", *options, *tests], tmp_path, ATEN_CPU_CAPABILITY=capability)
+    assert told.returncode == 0, told.stdout[-5000:]
+
+
+def _alone(arguments: list[str], *path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Python with these folders and the installed packages, without the editable install of this checkout."""
+    places = os.pathsep.join([*map(str, path), sysconfig.get_path("purelib")])
+    environment = os.environ | {"PYTHONPATH": places} | environment
+    return subprocess.run([sys.executable, "-S", *arguments], env=environment, capture_output=True, text=True, cwd=path[0])
+
+
+def _run(code: str, *path: Path, warn: str = "default", **environment: str) -> subprocess.CompletedProcess:
+    return _alone(["-W", warn, "-c", code], *path, **environment)
+
+
+# ---- a source distribution -------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """An unpacked source distribution of the tracked files."""
+    here = tmp_path_factory.mktemp("sdist")
+    checkout = here / "checkout"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
+    if tracked == [""]:
+        pytest.skip("no git checkout to make a distribution of")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, checkout / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", str(here)], cwd=checkout, check=True, capture_output=True)
+    (archive,) = here.glob("*.tar.gz")
+    shutil.unpack_archive(archive, here, filter="data")
+    return next(path for path in here.iterdir() if path.is_dir() and path != checkout)
+
+
+def test_a_source_distribution_has_all_that_is_compiled_and_tested(sdist):
+    wanted = {path.relative_to(ROOT) for folder in ("csrc", "engine", "kernels", "tests", "examples", "bench") for path in (ROOT / folder).rglob("*")
+              if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
+    assert len(wanted) > 300
+    assert not (missing := sorted(str(path) for path in wanted if not (sdist / path).is_file())), missing
+    assert sources.digest(sdist / "csrc/cpu") == sources.digest(ROOT / "csrc/cpu") == importlib.import_module(f"fusedrl.kernels._C_{HERE}").sources
+
+
+INSTALLED = """
+import json, torch
+from fusedrl.kernels import native
+from fusedrl.kernels.gae import gae
+from fusedrl.kernels.sources import expected
+print(json.dumps([native.__file__, native.capability, native.reason, bool(torch.isfinite(gae(torch.ones(1, 4), torch.zeros(1, 4))[0]).all())]))
+"""
+
+
+@pytest.mark.full
+def test_a_wheel_from_the_source_distribution_has_the_native_kernels(sdist, tmp_path):
+    """Compiles every capability, some minutes."""
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel)], check=True)
+    told = _run(INSTALLED, tmp_path / "site", warn="error")
+    assert told.returncode == 0, told.stderr
+    file, capability, reason, finite = json.loads(told.stdout.splitlines()[-1])
+    assert Path(file).is_relative_to(tmp_path / "site")
+    assert (capability, reason, finite) == (HERE, "", True)
+
+
+# ---- installs that are not what they seem --------------------------------------------------------------------------------------------
+def _tree(folder: Path) -> Path:
+    """fusedrl as PYTHONPATH finds it: the modules of this checkout, linked, and no compiled kernels."""
+    (folder / "fusedrl/kernels").mkdir(parents=True, exist_ok=True)
+    (folder / "fusedrl/engine").symlink_to(ROOT / "engine")
+    (folder / "fusedrl/kernels/cuda_src").symlink_to(ROOT / "csrc/cuda")
     for module in (ROOT / "kernels").glob("*.py"):
-        (tmp_path / "fusedrl/kernels" / module.name).symlink_to(module)
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    built = subprocess.run([sys.executable, "-c", "from fusedrl.kernels import native; print(native.capability)"], cwd=ROOT, env=environment, check=True,
-                           capture_output=True, text=True).stdout.split()[-1]
-    assert built == capability
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "not full", "tests/kernels/test_contract.py", "tests/kernels/test_decode_step.py",
-                    "-k", "not triton"], cwd=ROOT, env=environment, check=True)
+        (folder / "fusedrl/kernels" / module.name).symlink_to(module)
+    return folder
+
+
+
+
+def _kernels_of(tree: Path) -> None:
+    for built in (ROOT / "kernels").glob("_C_*"):
+        shutil.copy(built, tree / "fusedrl/kernels" / built.name)
+
+
+FALLS_BACK = """
+import torch
+from fusedrl.kernels.gae import gae
+from fusedrl.kernels import native
+for _ in range(3):
+    gae(torch.ones(1, 4), torch.zeros(1, 4))
+print(native.capability, native.reason)
+"""
+
+
+def test_the_first_call_without_the_native_kernels_says_so_once(tmp_path):
+    told = _run(FALLS_BACK, _tree(tmp_path))
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("None _C_")
+    assert told.stderr.count("RuntimeWarning: fusedrl: the native extension is not built") == 1
+    assert "5x to 100x slower" in told.stderr
+    assert "apt-get install g++" in told.stderr
+    assert "RuntimeWarning" not in _run(FALLS_BACK, tmp_path, FUSEDRL_IMPL="torch").stderr  # asked for
+
+
+@pytest.mark.skipif(not native.capability, reason="the native extension is not built")
+def test_kernels_of_other_sources_are_not_used(tmp_path):
+    _kernels_of(_tree(tmp_path))
+    assert _run(FALLS_BACK, tmp_path, warn="error").stdout == f"{HERE} \n"
+    (tmp_path / "fusedrl/kernels" / sources.RECORD).write_text("0" * 64 + "\n")
+    told = _run(FALLS_BACK, tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert "was built from other C++ sources" in told.stdout
+    assert str(tmp_path) in told.stdout
+    assert "RuntimeWarning: fusedrl: the native extension is not built" in told.stderr
+
+
+def test_two_installs_on_one_path_are_refused(tmp_path):
+    first, second = _tree(tmp_path / "first"), _tree(tmp_path / "second")
+    assert _run("import fusedrl.engine", first).returncode == 0
+    told = _run("import fusedrl.engine", first, second)
+    assert told.returncode == 1
+    assert "ImportError: fusedrl: expected the kernels of this install" in told.stderr
+    assert str(second / "fusedrl/kernels") in told.stderr
+    (first / "fusedrl/engine").unlink()  # an engine of one and kernels of the other
+    assert "several installs of fusedrl" in _run("import fusedrl.engine", first, second).stderr
+
+
+def test_the_digest_sees_names_and_contents(tmp_path):
+    def digest(**files: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name.replace("_", ".")).write_text(text)
+        return sources.digest(folder)
+
+    assert digest(a_cpp="x", b_h="y") == digest(b_h="y", a_cpp="x", c_txt="z")
+    assert len({digest(a_cpp="x", b_h="y"), digest(a_cpp="y", b_h="x"), digest(a_cpp="x"), digest(a_cpp="xy", b_h=""), digest(c_cpp="x", b_h="y")}) == 5
