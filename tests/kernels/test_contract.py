@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from catalogue import CATALOGUE, pairs
-from grid import oracle, run, same_bits
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrl.kernels
+from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
+from fusedrl.engine.verify.grid import oracle, run, same_bits
 from fusedrl.kernels.dispatch import Implementations
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -31,7 +31,7 @@ def test_every_table_has_an_entry():
     tables = {id(value): value.op for module in modules() for value in vars(module).values() if isinstance(value, Implementations)}
     mine = {entry.table.op for entry in CATALOGUE.values()}
     missing = {op for op in tables.values() if op.split(" of ")[0] not in mine}  # "rms_norm of float64" is another table of rms_norm
-    assert not missing, f"tests/kernels/catalogue lacks {sorted(missing)}: its docstring shows an entry"
+    assert not missing, f"engine/verify/catalogue lacks {sorted(missing)}: its docstring shows an entry"
     assert all(impl in {"torch", "cpp", "triton"} for _, impl in pairs())
 
 
@@ -189,8 +189,8 @@ def test_every_element_of_a_result_is_written(op, impl):
 GUARDED = """
 import sys, torch
 sys.path[:0] = {path!r}
-from catalogue import CATALOGUE, pairs
-from grid import run, sample_of_grid
+from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
+from fusedrl.engine.verify.grid import run, sample_of_grid
 torch.set_num_threads(1)
 for op, impl in pairs():
     if impl == "cpp":

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from catalogue import CATALOGUE, pairs
-from grid import Bound, Entry, Problem, covering, describe, excess, grid, judge, oracle, run, sample_of_grid, verify
+
+from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
+from fusedrl.engine.verify.grid import Bound, Entry, Problem, covering, describe, excess, grid, judge, oracle, run, sample_of_grid, verify
 
 MOST = {"cpp": 1 << 30, "torch": 1 << 23, "triton": 1 << 19}  # elements a case
 QUICK = {"cpp": 1 << 18, "torch": 1 << 17, "triton": 1 << 11}

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from catalogue import CATALOGUE, pairs
-from catalogue.rows import LOGITS, logits_of
-from grid import run, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
+from fusedrl.engine.verify.catalogue.rows import LOGITS, logits_of
+from fusedrl.engine.verify.grid import run, same_bits
 from fusedrl.kernels.full_kl import full_kl
 from fusedrl.kernels.gae import discounted_returns, gae, k_step_advantages, shaped_gae, td_advantages
 from fusedrl.kernels.linear_logprob import linear_logprob

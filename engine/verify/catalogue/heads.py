@@ -5,9 +5,9 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import Bound, Entry, Problem, Tensors
 from fusedrl.kernels import full_kl, linear_full_kl, linear_logprob, linear_policy_loss
 
 from .common import F32, FLOATS, floats, laid_out, uniform

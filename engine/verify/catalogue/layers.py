@@ -5,9 +5,9 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import EPS, Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import EPS, Bound, Entry, Problem, Tensors
 from fusedrl.kernels import attention, decode_step, fixed_linear, rms_norm, rope, swiglu
 
 from .common import BF16, F16, F32, FLOATS, floats, laid_out, no_worse, peer_of, uniform

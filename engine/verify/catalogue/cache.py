@@ -5,9 +5,9 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import Bound, Entry, Problem, Tensors
 from fusedrl.kernels import kv_cache, paged_attention
 
 from .common import FLOATS, floats, laid_out, no_worse, peer_of, uniform

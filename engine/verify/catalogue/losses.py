@@ -5,9 +5,9 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import EPS, Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import EPS, Bound, Entry, Problem, Tensors
 from fusedrl.kernels import kl, policy_loss
 from fusedrl.kernels.objective import KINDS, PolicyObjective, RolloutCorrection
 
@@ -16,8 +16,8 @@ from .common import floats, laid_out, token_mask, uniform
 # ---- policy and value losses -------------------------------------------------------------------------------------------------
 OBJECTIVES = {kind: PolicyObjective(kind=kind) for kind in KINDS} | {
     "dual": PolicyObjective(clip_low=0.2, clip_high=0.28, dual_clip=3.0), "gspo": PolicyObjective(kind="gspo", clip_low=0.02, clip_high=0.03)}
-KL_TERMS = ({}, {"kl_coef": 0.1}, {"kl_coef": 0.1, "kl_gradient": "k2"}, {"kl_coef": 0.1, "kl_estimator": "k1"}, {"kl_coef": 0.1, "kl_estimator": "abs"},
-            {"kl_coef": 0.01, "kl_estimator": "k2", "kl_level": "sequence"})
+KL_TERMS: tuple[dict, ...] = ({}, {"kl_coef": 0.1}, {"kl_coef": 0.1, "kl_gradient": "k2"}, {"kl_coef": 0.1, "kl_estimator": "k1"},
+                              {"kl_coef": 0.1, "kl_estimator": "abs"}, {"kl_coef": 0.01, "kl_estimator": "k2", "kl_level": "sequence"})
 CORRECTIONS = (None, RolloutCorrection(), RolloutCorrection(kind="masked", cap=1.5, floor=0.5), RolloutCorrection(kind="masked", level="sequence"))
 
 

@@ -5,9 +5,9 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import EPS, Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import EPS, Bound, Entry, Problem, Tensors
 from fusedrl.kernels import advance_rows, full_kl, logprob, sampling
 from fusedrl.kernels.kept import Kept
 
