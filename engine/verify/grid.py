@@ -101,6 +101,8 @@ class Entry:
     make: (case as a namespace, generator) -> Problem. forward: (x, settings, impl) -> outputs by name; those of the problem's `upstream` are differentiated
     by `wants`. reference: the same of (x, settings) in float64. bounds: (problem, want) -> Bound of every output ("d name" for a gradient).
     triton: levels that replace others where Triton is interpreted (on a CPU). fits: whether a case is to be run. cost: elements that it touches.
+    timed: changes to the plain case, by kind of device, that make one large enough to be timed; empty where none would say much. work: (bytes, flops) that a
+    timed problem needs at least, from its inputs and its results; None: every input read and every result written once.
     writes: arguments that the op writes to by contract. rows: arguments with a row for each row of the outputs, where rows are independent.
     """
 
@@ -117,6 +119,8 @@ class Entry:
     cost: Callable[[SimpleNamespace], int] = lambda case: 1
     writes: tuple[str, ...] = ()
     rows: frozenset[str] = frozenset()
+    timed: dict[str, dict] = field(default_factory=dict)
+    work: Callable[[Problem, Tensors], tuple[int, int]] | None = None
 
     def implementations(self, device: torch.device | str = "cpu") -> list[str]:
         """Those that can run here."""
@@ -275,21 +279,51 @@ def rejected(entry: Entry, problem: Problem, got: Tensors) -> set[str]:
     return {name for name, value in judge(entry, problem, got, oracle(entry, problem)).items() if not value <= 1}
 
 
-def verify(entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu") -> dict[str, float]:
-    """Run one case and raise unless every output is within its bounds and no input was written to. Returns the worst excess of each output."""
+@dataclass(frozen=True)
+class Verdict:
+    """Of one case. worst: error / bound of every output; infinite where an error knows no bound, such as NaN for a number.
+
+    companions: outputs in which a row came out with other bits than the same row elsewhere (not looked at in torch's own kernels, which take the ends of a
+    tensor another way). moved: outputs in which a second run gave other bits. written: inputs that were written to, and must not be.
+    """
+
+    worst: dict[str, float]
+    companions: list[str]
+    moved: list[str]
+    written: list[str]
+
+    def faults(self) -> list[str]:
+        """What must not be, in words; empty where all is well."""
+        found = [f"{name}: error / bound = {value:.3g}" for name, value in self.worst.items() if not value <= 1]
+        found += [f"{name}: a row's bits depend on its companions" for name in self.companions]
+        return found + [f"{name}: a second run gave other bits" for name in self.moved] + [f"wrote to its input {name}" for name in self.written]
+
+
+def examine(entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu", twice: bool = False) -> Verdict:
+    """Run one case, `twice` to see whether the bits are the same, and hold it against the oracle."""
     problem = entry.problem(case, device=device)
     watched = {name: t for name, t in problem.x.items() if t is not None and name not in entry.writes and t.untyped_storage().nbytes() < 64 << 20}
     before = {name: t.untyped_storage().clone() for name, t in watched.items()}
     got = run(entry, problem, impl)
-    for name, t in watched.items():
-        if bytes_differ(t.untyped_storage(), before[name]):
-            raise AssertionError(f"{entry.op} [{impl}] wrote to its input {name}: {describe(case)}")
-    worst = judge(entry, problem, got, oracle(entry, problem), exact=impl != "torch",  # torch's own kernels take the ends of a tensor another way
-                  narrow=narrow_products(entry, impl, device))
-    if not all(value <= 1 for value in worst.values()):
-        numbers = ", ".join(f"{name} {value:.3g}" for name, value in worst.items())
-        raise AssertionError(f"{entry.op} [{impl}] {describe(case)}: error / bound = {numbers}")
-    return worst
+    written = [name for name, t in watched.items() if bytes_differ(t.untyped_storage(), before[name])]
+    again = run(entry, problem, impl) if twice else got
+    moved = [name for name in got if not same_bits(got[name], again[name])]
+    worst = judge(entry, problem, got, oracle(entry, problem), exact=False, narrow=narrow_products(entry, impl, device))
+    companions = [] if impl == "torch" or not problem.period else [name for name, t in got.items() if not repeats(t, problem.period)]
+    return Verdict(worst, companions, moved, written)
+
+
+def repeats(t: Tensor, period: int) -> bool:
+    """Whether rows n and n + period of a result have the same bits."""
+    return t.ndim == 0 or all(same_bits(part, t[:len(part)]) for part in t.split(period))
+
+
+def verify(entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu") -> dict[str, float]:
+    """Run one case and raise unless every output is within its bounds and no input was written to. Returns the worst excess of each output."""
+    verdict = examine(entry, case, impl, device)
+    if faults := verdict.faults():
+        raise AssertionError(f"{entry.op} [{impl}] {describe(case)}: {'; '.join(faults)}")
+    return verdict.worst
 
 
 def narrow_products(entry: Entry, impl: str, device: torch.device | str) -> bool:

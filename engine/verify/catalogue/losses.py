@@ -47,6 +47,9 @@ TOKEN_LEVELS = {"N": (33, 0, 1, 127, 4096, 32768), "mask": ("random", "all", "no
                  "correction": CORRECTIONS, "entropy_coef": (0.05, 0.0)}
 
 
+TIMED_TOKENS = {"cpu": {"N": 1 << 18, "mask": "all"}, "cuda": {"N": 1 << 22, "mask": "all"}}
+
+
 def policy_settings(case: SimpleNamespace, x: dict) -> dict:
     settings: dict[str, object] = {"objective": OBJECTIVES[case.objective], "entropy_coef": case.entropy_coef, **case.kl}
     if case.correction is None:
@@ -103,7 +106,7 @@ def _policy_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
 
 
 POLICY_LOSS = Entry("policy_loss", policy_loss._IMPLS, TOKEN_LEVELS, _policy_problem, _policy, _policy_reference, _policy_bounds, ("logp", "entropy"),
-                    {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N)
+                    {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS)
 
 
 def _value_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -137,7 +140,7 @@ VALUE_LOSS = Entry(
     _value_problem,
     forward=lambda x, s, impl: stats_of(*policy_loss.value_loss(x["values"], x["old_values"], x["returns"], x["weights"], **s, impl=impl)),
     reference=lambda x, s: stats_of(*policy_loss.value_loss_reference(x["values"], x["old_values"], x["returns"], x["weights"], **s)),
-    bounds=_value_bounds, wants=("values",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N)
+    bounds=_value_bounds, wants=("values",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS)
 
 
 def _both_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -171,7 +174,7 @@ def _both_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
 
 POLICY_VALUE_LOSS = Entry(
     "policy_value_loss", policy_loss._IMPLS, TOKEN_LEVELS | {"offset": (0.0,), "clip": (0.2, None)}, _both_problem, _both, _both_reference, _both_bounds,
-    ("logp", "entropy", "values"), {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N)
+    ("logp", "entropy", "values"), {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS)
 
 
 # ---- estimates of a KL -----------------------------------------------------------------------------------------------------
@@ -206,12 +209,13 @@ TOKEN_KL = Entry(
                             "layout": ("plain", "misaligned")}, _token_kl_problem,
     forward=lambda x, s, impl: {"kl": kl.token_kl(x["logp"], x["ref_logp"], **s, impl=impl)},
     reference=lambda x, s: {"kl": kl.token_kl_reference(x["logp"], x["ref_logp"], s["estimator"])},
-    bounds=lambda problem, want: {"kl": Bound(1e-6, 1e-6)}, triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N)
+    bounds=lambda problem, want: {"kl": Bound(1e-6, 1e-6)}, triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N,
+    timed={kind: {"N": case["N"]} for kind, case in TIMED_TOKENS.items()})
 
 KL_LOSS = Entry(
     "kl_loss", kl._LOSS, TOKEN_KL.levels | {"gradient": ("k2", "k1", "k3", "abs"), "level": ("token", "sequence"), "mask": TOKEN_LEVELS["mask"],
                                             "apart": (0.5, 1e-3, 0.0, 40.0)}, _token_kl_problem,
     forward=lambda x, s, impl: {"loss": kl.kl_loss(**x, **s, impl=impl)},
     reference=lambda x, s: {"loss": kl.kl_loss_reference(x["logp"], x["ref_logp"], x["weights"], s["estimator"], s["gradient"], x.get("cu_seqlens"))},
-    bounds=_kl_loss_bounds, wants=("logp",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N,
+    bounds=_kl_loss_bounds, wants=("logp",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS,
     fits=lambda case: not (case.level == "sequence" and (case.N > 127 or case.apart > 1)))
