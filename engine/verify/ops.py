@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import statistics
 import time
 import warnings
@@ -82,8 +83,9 @@ def try_op(entry: Entry, impl: str, device: torch.device, *, cases: int = 6, ful
                 why.append(f"{describe(case)}: {'; '.join(faults)}")
     asked = 1 + len(drawn)
     state = "FAIL" if why else "refused" if len(refused) == asked else "ok"
-    return {"what": entry.op, "impl": impl, "state": state, "cases": asked - len(refused), "failed": len(why), "error_over_bound": worst,
-            "cases_with_moved_bits": moved, "seconds": time.perf_counter() - began, "why": why or (refused[:1] if state == "refused" else []), "fatal": fatal}
+    return {"what": entry.op, "impl": impl, "state": state, "cases": asked - len(refused), "failed": len(why),
+            "error_over_bound": worst if worst < math.inf else "inf", "cases_with_moved_bits": moved, "seconds": time.perf_counter() - began,
+            "why": why or (refused[:1] if state == "refused" else []), "fatal": fatal}
 
 
 def lost(error: Exception) -> bool:

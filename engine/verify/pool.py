@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 Task = dict[str, Any]
+_START = 120.0  # seconds in which a process must have begun
 
 
 class Worker:
@@ -24,21 +25,12 @@ class Worker:
         self._late = False
 
     def __call__(self, task: Task, timeout: float) -> dict[str, Any]:
-        """The answer to a task; {"state": "FAIL", "why": [...]} where there came none within `timeout` seconds."""
-        process = self._start()
-        self._late = False
-        clock = threading.Timer(timeout, self._stop_late)
-        clock.start()
-        try:
-            line = ""
-            if process.stdin is not None and process.stdout is not None:
-                process.stdin.write(json.dumps(task) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            clock.cancel()
+        """The answer to a task; {"state": "FAIL", "why": [...]} where there came none within `timeout` seconds, the start of the process not counted."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+            if not self._line(max(timeout, _START)):
+                return {"state": "FAIL", "why": [self._last_words(max(timeout, _START))]}
+        line = self._line(timeout, task)
         if not line.endswith("\n"):
             return {"state": "FAIL", "why": [self._last_words(timeout)]}
         found: dict[str, Any] = json.loads(line)
@@ -46,13 +38,28 @@ class Worker:
             self.stop()
         return found
 
-    def _start(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            self._said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
-            self._process = subprocess.Popen([sys.executable, "-m", "fusedrl.engine.verify.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                             stderr=self._said, text=True, encoding="utf-8", env=environment)
-        return self._process
+    def _start(self) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen([sys.executable, "-m", "fusedrl.engine.verify.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=self._said, text=True, encoding="utf-8", env=environment)
+
+    def _line(self, timeout: float, task: Task | None = None) -> str:
+        """What the process says next, after it was told a task; "" where it died or was too slow."""
+        process, self._late = self._process, False
+        if process is None or process.stdin is None or process.stdout is None:
+            return ""
+        clock = threading.Timer(timeout, self._stop_late)
+        clock.start()
+        try:
+            if task is not None:
+                process.stdin.write(json.dumps(task) + "\n")
+                process.stdin.flush()
+            return process.stdout.readline()
+        except BrokenPipeError:
+            return ""
+        finally:
+            clock.cancel()
 
     def _stop_late(self) -> None:
         self._late = True
@@ -81,37 +88,41 @@ class Worker:
             process.wait()
 
 
-def answers(tasks: Sequence[Task], jobs: int, timeout: float, make: Callable[[], Worker] = Worker) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """(task, answer) of all tasks as they come, from `jobs` workers; none is left behind when the iterator is closed."""
-    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[Task, dict[str, Any]]] = queue.SimpleQueue()
-    for task in tasks:
-        waiting.put(task)
-    workers = [make() for _ in range(max(1, min(jobs, len(tasks))))]
-    closing = threading.Event()
+class Pool:
+    """Workers that stay for all that is asked of them; a context, at whose end none is left."""
 
-    def drive(worker: Worker) -> None:
-        while not closing.is_set():
-            try:
-                task = waiting.get_nowait()
-            except queue.Empty:
-                break
-            try:
-                found = worker(task, timeout)
-            except Exception as error:  # such as: no process can be started
-                found = {"state": "FAIL", "why": [f"{type(error).__name__}: {error}"]}
-            done.put((task, found))
-        worker.stop()
+    def __init__(self, jobs: int) -> None:
+        self._workers = [Worker() for _ in range(max(1, jobs))]
+        self._closing = threading.Event()
 
-    threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
-    for thread in threads:
-        thread.start()
-    try:
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.set()
+        for worker in self._workers:
+            worker.stop()
+
+    def answers(self, tasks: Sequence[Task], timeout: float, alone: bool = False) -> Iterator[tuple[Task, dict[str, Any]]]:
+        """(task, answer) of all tasks as they come; `alone`: one after the other."""
+        waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[Task, dict[str, Any]]] = queue.SimpleQueue()
+        for task in tasks:
+            waiting.put(task)
+
+        def drive(worker: Worker) -> None:
+            while not self._closing.is_set():
+                try:
+                    task = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    found = worker(task, timeout)
+                except Exception as error:  # such as: no process can be started
+                    found = {"state": "FAIL", "why": [f"{type(error).__name__}: {error}"]}
+                done.put((task, found))
+
+        for worker in self._workers[:1 if alone else len(tasks)]:
+            threading.Thread(target=drive, args=(worker,), daemon=True).start()
         for _ in tasks:
             yield done.get()
-    finally:
-        closing.set()
-        for worker in workers:
-            worker.stop()
-        for thread in threads:
-            thread.join()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,9 +55,9 @@ def said(outs: Sequence[Sequence[Completion]]) -> list[list[int]]:
 
 def row(error: float = 0.0, bound: float = 1.0, why: Sequence[str] = ()) -> Row:
     """Of a largest error and what is allowed, and of what must not be."""
-    over = error / bound
+    over = error / bound if math.isfinite(error) else math.inf
     found = list(why) if over <= 1 else [*why, f"off by {error:.3g}, where {bound:.3g} is allowed"]
-    return {"state": "FAIL" if found else "ok", "error_over_bound": over, "why": found}
+    return {"state": "FAIL" if found else "ok", "error_over_bound": over if over < math.inf else "inf", "why": found}
 
 
 def apart(ours: list[list[int]], theirs: list[list[int]], whose: str) -> list[str]:

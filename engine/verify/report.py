@@ -13,7 +13,7 @@ import torch
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.verify.grid import Entry
 from fusedrl.engine.verify.ops import cost_of
-from fusedrl.engine.verify.pool import Task, answers
+from fusedrl.engine.verify.pool import Pool, Task
 from fusedrl.engine.verify.promises import PROMISES
 from fusedrl.kernels.dispatch import unavailable
 
@@ -54,26 +54,27 @@ def verify_machine(device: torch.device, *, ops: Sequence[str] = (), engine: boo
     tasks = [common | {"do": "op", "what": entry.op, "impl": impl, "cases": cases, "full": full, "seed": seed} for entry, impl in tried]
     tasks += [common | {"do": "promise", "what": name, "impl": "engine"} for name in PROMISES] if engine else []
     rows: dict[tuple[str, str], Row] = {}
-    for task, found in answers(tasks, jobs, timeout):
-        row = rows[task["what"], task["impl"]] = {"what": task["what"], "impl": task["impl"]} | found
-        told(row)
-    machine = _timed(rows, common, timeout) if tried else {}
+    with Pool(jobs) as pool:
+        for task, found in pool.answers(tasks, timeout):
+            row = rows[task["what"], task["impl"]] = {"what": task["what"], "impl": task["impl"]} | found
+            told(row)
+        machine = _timed(pool, rows, common, timeout) if tried else {}
     absent = {(entry.op, impl): {"what": entry.op, "impl": impl, "state": "absent", "why": [why]} for entry, impl in pairs
               if (why := unavailable(impl, device.type)) is not None}
     order = [(entry.op, impl) for entry, impl in pairs] + [(name, "engine") for name in PROMISES if engine]
-    ordered = [row for key in order if (row := (rows | absent).get(key)) is not None]
+    ordered = [(rows | absent)[key] for key in order]
     return {"ok": all(row["state"] != "FAIL" for row in ordered), "device": str(device), "machine": machine, "cases": "all" if full else cases, "seed": seed,
             "rows": ordered, "seconds": time.perf_counter() - began}
 
 
-def _timed(rows: dict[tuple[str, str], Row], common: Task, timeout: float) -> dict[str, Any]:
+def _timed(pool: Pool, rows: dict[tuple[str, str], Row], common: Task, timeout: float) -> dict[str, Any]:
     """Adds time and share of the ceiling to what computes what it should; one at a time, alone on the machine. Returns the machine and its ceilings."""
-    ((_, machine),) = answers([common | {"do": "machine"}], 1, timeout)
+    ((_, machine),) = pool.answers([common | {"do": "machine"}], max(timeout, 120.0), alone=True)
     if "copy_gb_per_s" not in machine:
         return machine
     ceilings = {"bandwidth": machine["copy_gb_per_s"] * 1e9, "rate": machine["gemm_gflop_per_s"] * 1e9}
     tasks = [common | ceilings | {"do": "time", "what": what, "impl": impl} for (what, impl), row in rows.items() if impl != "engine" and row["state"] == "ok"]
-    for task, found in answers(tasks, 1, timeout):
+    for task, found in pool.answers(tasks, timeout, alone=True):
         row = rows[task["what"], task["impl"]]
         if found.get("state") == "FAIL":
             row |= {"state": "FAIL", "why": [f"while it was timed: {why}" for why in found["why"]]}
@@ -87,7 +88,7 @@ def line_of(row: Row) -> str:
     """One row of the table."""
     def number(key: str, form: str) -> str:
         value = row.get(key)
-        return "-" if value is None else format(value, form)
+        return "-" if value is None else value if isinstance(value, str) else format(value, form)
 
     bits = "-" if "cases_with_moved_bits" not in row else "equal" if not row["cases_with_moved_bits"] else "differ"
     cells = (row["state"], row["what"], row["impl"], number("cases", "d"), number("error_over_bound", ".3g"), bits, number("ms", ".4g"),
@@ -117,9 +118,11 @@ def print_report(found: dict[str, Any]) -> None:
         reasons.setdefault(f"{row['impl']}: {row['why'][0]}", []).append(row["what"])
     for why, names in reasons.items():
         print(f"\nnot tried, {len(names)} ops: {why}")
-    if machine:
-        ceilings = f"ceilings {machine['copy_gb_per_s']:.4g} GB/s, {machine['gemm_gflop_per_s']:.5g} GFLOP/s; " if "copy_gb_per_s" in machine else ""
-        print(f"\n{ceilings}torch {torch.__version__}; one call from Python, forward and backward, data that fit a cache may pass the ceiling")
+    if "copy_gb_per_s" in machine:
+        print(f"\nceilings {machine['copy_gb_per_s']:.4g} GB/s, {machine['gemm_gflop_per_s']:.5g} GFLOP/s; torch {torch.__version__}; ms: one call from "
+              "Python, forward and backward; data that fit a cache may pass the ceiling")
+    elif machine:
+        print(f"\nnothing was timed: {machine['why'][0]}")
     bad = sum(row["state"] == "FAIL" for row in rows)
     tried = sum(row["state"] in ("ok", "FAIL") for row in rows)
     print(f"{tried - bad} of {tried} rows keep their bounds on {found['device']}, in {found['seconds']:.0f} s" + (f"; {bad} FAIL" if bad else ""))

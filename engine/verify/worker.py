@@ -34,7 +34,9 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(tasks: IO[str], answers: IO[str]) -> None:
-    """Answer every task in turn; after an error that spoils the GPU's context, end."""
+    """Say that it has begun, then answer every task in turn; after an error that spoils the GPU's context, end."""
+    answers.write("{}\n")
+    answers.flush()
     for line in tasks:
         task = json.loads(line)
         try:
