@@ -41,7 +41,7 @@ def _verify(options: argparse.Namespace) -> None:
     from fusedrl.engine.verify.report import print_report, tell, verify_machine
 
     ops = [name for name in options.ops.split(",") if name]
-    found = verify_machine(resolve_device(options.device), ops=ops, engine=not ops, cases=options.cases, full=options.full, seed=options.seed,
+    found = verify_machine(resolve_device(options.device), ops=ops or None, engine=not ops, cases=options.cases, full=options.full, seed=options.seed,
                            jobs=options.jobs, timeout=options.timeout or (7200.0 if options.full else 300.0),
                            told=tell if sys.stderr.isatty() else lambda row: None)
     report_json(found, options.output_json, lambda: print_report(found))

@@ -27,13 +27,13 @@ def default_jobs(device: torch.device) -> int:
     return min(8, cores) if device.type == "cuda" else cores
 
 
-def verify_machine(device: torch.device, *, ops: Sequence[str] = (), engine: bool = True, cases: int = 6, full: bool = False, seed: int = 0,
+def verify_machine(device: torch.device, *, ops: Sequence[str] | None = None, engine: bool = True, cases: int = 6, full: bool = False, seed: int = 0,
                    jobs: int | None = None, timeout: float = 300.0, catalogue: str = CATALOGUE,
                    told: Callable[[Row], None] = lambda row: None) -> dict[str, Any]:
     """Try every op x implementation of `device`, then the engine.
 
     Args:
-        ops: these alone; none: all. engine: its promises, too. cases: drawn from the grid for each implementation. full: the whole grid instead. seed: of it.
+        ops: these alone; None: all. engine: its promises, too. cases: drawn from the grid for each implementation. full: the whole grid instead. seed: of it.
         jobs: processes at once. timeout: seconds of one row. catalogue: the module whose CATALOGUE has the entries. told: of each row as it comes.
     Returns:
         {"ok", "device", "machine", "rows": [...], "seconds"}, JSON values. Of a row: "what", "impl", "state" ("ok"; "FAIL"; "refused": it serves none of the
@@ -43,10 +43,10 @@ def verify_machine(device: torch.device, *, ops: Sequence[str] = (), engine: boo
     """
     began = time.perf_counter()
     entries: dict[str, Entry] = importlib.import_module(catalogue).CATALOGUE
-    if unknown := [name for name in ops if name not in entries]:
+    if unknown := [name for name in ops or () if name not in entries]:
         raise ConfigError(f"verify: unknown op {unknown[0]!r}; expected some of {', '.join(entries)}")
     jobs = jobs or default_jobs(device)
-    chosen = [entries[name] for name in entries if not ops or name in ops]
+    chosen = [entries[name] for name in entries if ops is None or name in ops]
     pairs = [(entry, impl) for entry in chosen for impl in (entry.table.cuda if device.type == "cuda" else entry.table.cpu)]
     common: Task = {"device": str(device), "catalogue": catalogue}
     tried = [(entry, impl) for entry, impl in pairs if unavailable(impl, device.type) is None]
@@ -58,7 +58,7 @@ def verify_machine(device: torch.device, *, ops: Sequence[str] = (), engine: boo
         for task, found in pool.answers(tasks, timeout):
             row = rows[task["what"], task["impl"]] = {"what": task["what"], "impl": task["impl"]} | found
             told(row)
-        machine = _timed(pool, rows, common, timeout) if tried else {}
+        machine = _timed(pool, rows, common, timeout)
     absent = {(entry.op, impl): {"what": entry.op, "impl": impl, "state": "absent", "why": [why]} for entry, impl in pairs
               if (why := unavailable(impl, device.type)) is not None}
     order = [(entry.op, impl) for entry, impl in pairs] + [(name, "engine") for name in PROMISES if engine]
