@@ -4,7 +4,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test test-full lint types bench validate tables kernel-report clean
+.PHONY: venv demo test test-full lint types bench validate tables kernel-report first-light clean
 
 venv: $(INSTALLED)
 
@@ -47,6 +47,14 @@ tables: venv
 
 kernel-report: venv
 	$(RUN) -m bench.kernel_report
+
+# The first minutes on a new machine, from a checkout that may have nothing installed: three parts of at most eight minutes. `make first-light DEVICE=cpu`
+# rehearses them; `make first-light PARTS=truth` runs one.
+DEVICE ?= cuda
+OUT ?= runs/first-light
+PARTS := truth engine kernels
+first-light:
+	failed=0; for part in $(PARTS); do $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) bench/first_light.py $$part --device $(DEVICE) --out $(OUT) || failed=1; done; exit $$failed
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so

@@ -30,6 +30,8 @@ PACKAGES = {
     "fusedrl.engine.generation": "engine/generation",
     "fusedrl.engine.stages": "engine/stages",
     "fusedrl.engine.data": "engine/data",
+    "fusedrl.engine.verify": "engine/verify",
+    "fusedrl.engine.verify.catalogue": "engine/verify/catalogue",
     "fusedrl.kernels": "kernels",
     "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/nvrtc.py
 }

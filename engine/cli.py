@@ -1,8 +1,9 @@
 """The command line: fusedrl train sft|reward|dpo|ppo|grpo|..., fusedrl plan sft|reward|dpo|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
 
 Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
-that stands. Exit codes: 0 done, 2 configuration or data, 3 environment, 4 stopped by the reward-hacking alarm, 130 interrupted. torch is imported only by what
-needs it. `fusedrl bench` is in cli_bench.py, `fusedrl judge`, `samples` and `report` in cli_monitor.py.
+that stands. Exit codes: 0 done, 1 `fusedrl verify` found something wrong, 2 configuration or data, 3 environment, 4 stopped by the reward-hacking alarm,
+130 interrupted. torch is imported only by what needs it. `fusedrl bench` is in cli_bench.py, `fusedrl judge`, `samples` and `report` in cli_monitor.py,
+`fusedrl verify` in cli_verify.py.
 """
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from fusedrl.engine.algorithms import ALGORITHMS
 from fusedrl.engine.cli_bench import bench_options, run_bench
 from fusedrl.engine.cli_common import CONFIGURATION, ENVIRONMENT, INTERRUPTED, check_device, count, nearest, report_json
 from fusedrl.engine.cli_monitor import add_commands
+from fusedrl.engine.cli_verify import verify_options
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError, SetupError, UserError
 
@@ -82,6 +84,7 @@ def _run(argv: list[str]) -> None:
     _generate_options(commands.add_parser("generate", help="print completions of prompts", allow_abbrev=False))
     bench_options(commands.add_parser("bench", help="measure generation or a step of training", allow_abbrev=False))
     add_commands(commands)
+    verify_options(commands)
     demo = commands.add_parser("demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False)
     demo.add_argument("--dir", default="runs/demo", help="where models, metrics and the report go (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of everything that draws (default: %(default)s)")

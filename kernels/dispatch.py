@@ -79,13 +79,17 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 @contextlib.contextmanager
 def use_impl(name: str) -> Iterator[None]:
-    """Within the block every op of this process uses implementation `name`, or raises RuntimeError."""
+    """Within the block every op of this process uses implementation `name`, or raises CannotServe."""
     global _forced
     before, _forced = _forced, name
     try:
         yield
     finally:
         _forced = before
+
+
+class CannotServe(RuntimeError):
+    """The implementation that was asked for does not serve this call, or does not run on this machine."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Implementations:
         object.__setattr__(self, "names", frozenset(self.cpu) | frozenset(self.cuda))
 
     def choose(self, device: torch.device, impl: str | None = None, refused: Mapping[str, str] = MappingProxyType({})) -> str:
-        """Name of the implementation for tensors on `device`. Raises RuntimeError when the one asked for cannot run.
+        """Name of the implementation for tensors on `device`. Raises CannotServe when the one asked for cannot run.
 
         `refused`: implementations that do not serve this very call (its dtype, its sizes), and why.
         """
@@ -123,5 +127,5 @@ class Implementations:
         why = why_not(wanted) if wanted in self.names else f"this op has {', '.join(n for n in NAMES if n in self.names)}"
         if why is not None:
             can = [name for name in NAMES if name in self.names and why_not(name) is None]
-            raise RuntimeError(f"{self.op}: implementation {wanted!r} cannot run on {device.type}: {why}; these can: {', '.join(can)}")
+            raise CannotServe(f"{self.op}: implementation {wanted!r} cannot run on {device.type}: {why}; these can: {', '.join(can)}")
         return wanted

@@ -9,7 +9,45 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
+DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("fusedrl").addoption("--device", action="append", metavar="NAME", help="tests that take a device run on it, such as cuda:1; repeatable "
+                                         f"(default: every kind that is here: {', '.join(DEVICES)})")
+
+
+def devices_of(config: pytest.Config) -> list[str]:
+    """What tests that take a `device` run on."""
+    return config.getoption("--device") or list(DEVICES)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes a device runs once on each; one that is marked each_pair runs with every (op, implementation) of each device. CPU alone where it
+    is marked cpu_only."""
+    if "device" not in metafunc.fixturenames:
+        return
+    only = metafunc.definition.get_closest_marker("cpu_only")
+    devices = ["cpu"] if only is not None else devices_of(metafunc.config)
+    marker = metafunc.definition.get_closest_marker("each_pair")
+    if marker is None:
+        metafunc.parametrize("device", devices, indirect=True, scope="session")
+        return
+    from fusedrl.engine.verify.catalogue import pairs
+
+    where = marker.args[0] if marker.args else lambda op, impl: True
+    fails = marker.kwargs.get("xfail", {})
+    chosen = [(op, impl, device) for device in devices for op, impl in pairs(device) if where(op, impl)]
+    metafunc.parametrize(("op", "impl", "device"), [
+        pytest.param(*one, marks=[pytest.mark.xfail(strict=True, reason=fails[one[:2]])] if one[:2] in fails else []) for one in chosen],
+        indirect=["device"], ids=[f"{op}-{impl}" if device == "cpu" else f"{op}-{impl}-{device}" for op, impl, device in chosen], scope="session")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test's tensors lie: the CPU, and a GPU where there is one (--device)."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

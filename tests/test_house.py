@@ -17,7 +17,7 @@ RANKS = [
      "repetition", "alarm"), ("model",), ("generation",), ("actor",),
     ("rewards", "trl_rollout", "advantages", "objectives", "preferences", "preference_losses", "fisher"),
     ("best_of_n", "critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "workloads", "evaluate", "monitor", "judge", "run_report"),
-    ("stages",), ("bench",), ("demo", "doctor"), ("cli", "cli_common", "cli_bench", "cli_monitor"),
+    ("stages",), ("bench",), ("demo", "doctor", "verify"), ("cli", "cli_common", "cli_bench", "cli_monitor", "cli_verify"),
 ]
 
 

@@ -1,6 +1,5 @@
 """CUDA C++ on a CPU: the launches of the product, run by the same .cu files built with g++ against csrc/simt/simt.h."""
 import ctypes
-import importlib
 import re
 import shutil
 import subprocess
@@ -9,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from fusedrl.engine.verify import ops
 from fusedrl.kernels import nvrtc
-from fusedrl.kernels.dispatch import unavailable
 
 HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "simt"
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
@@ -67,14 +66,8 @@ def simt(_simt):
     _simt.descending = False
 
 
-# Tiles as small as the interpreter likes them (it costs time by lane), which also brings carries and running maxima into play.
-SMALL_TILES = {"full_kl_triton": {"_BLOCK": 64}, "gae_triton": {"_CHUNK": 16}}
-
-
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles():
     """Triton's tiles cut to what the interpreter runs in milliseconds."""
-    if unavailable("triton", "cpu") is None:
-        for module, values in SMALL_TILES.items():
-            for name, value in values.items():
-                monkeypatch.setattr(importlib.import_module(f"fusedrl.kernels.{module}"), name, value)
+    with ops.small_tiles():
+        yield

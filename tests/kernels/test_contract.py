@@ -1,4 +1,5 @@
 """What every op promises beside its numbers: registration, one graph, no look from the host, inputs left alone, memory within its bounds."""
+import contextlib
 import ctypes
 import importlib
 import os
@@ -6,20 +7,23 @@ import pkgutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from catalogue import CATALOGUE, pairs
-from grid import oracle, run, same_bits
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrl.kernels
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
+from fusedrl.engine.verify.grid import oracle, run, same_bits
+from fusedrl.kernels.dispatch import CannotServe, Implementations
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+def plain_for(entry, impl):
+    """The plain case; in bfloat16 for what serves narrow dtypes alone."""
+    return entry.plain(**({"dtype": torch.bfloat16} if impl in ("flash_attn", "torch_varlen") else {}))
 
 
 def modules():
@@ -31,7 +35,7 @@ def test_every_table_has_an_entry():
     tables = {id(value): value.op for module in modules() for value in vars(module).values() if isinstance(value, Implementations)}
     mine = {entry.table.op for entry in CATALOGUE.values()}
     missing = {op for op in tables.values() if op.split(" of ")[0] not in mine}  # "rms_norm of float64" is another table of rms_norm
-    assert not missing, f"tests/kernels/catalogue lacks {sorted(missing)}: its docstring shows an entry"
+    assert not missing, f"engine/verify/catalogue lacks {sorted(missing)}: its docstring shows an entry"
     assert all(impl in {"torch", "cpp", "triton"} for _, impl in pairs())
 
 
@@ -79,29 +83,36 @@ def kept(argument):
     return [kept(a) for a in argument] if isinstance(argument, list) else argument
 
 
-@pytest.fixture(scope="module")
-def recorded():
+@pytest.fixture(scope="session")
+def recorded(device):
     with Recorded() as log:
-        for op, impl in pairs():
+        for op, impl in pairs(device):
             entry = CATALOGUE[op]
-            run(entry, entry.problem(entry.plain()), impl)
+            with contextlib.suppress(CannotServe):  # on a GPU some serve narrow dtypes alone
+                run(entry, entry.problem(entry.plain(), device=device), impl)
     return log.calls
 
 
-def registered():
+def registered(kind="cpu"):
+    """Those that serve tensors of a kind of device."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrl::")}
-    # Ops of CUDA tensors alone are run by test_cuda_*.py, their kernels through csrc/simt.
+    if kind == "cuda":
+        return sorted(name for name in names if any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CUDA", "CompositeExplicitAutograd")))
+    # Ops of CUDA tensors alone are run without a GPU by test_cuda_*.py, their kernels through csrc/simt.
     return sorted(name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") or
                   torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd") or
                   (torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutogradCPU") and "_cuda" not in name))
 
 
-def test_every_registered_op_is_exercised(recorded):
-    assert set(registered()) <= set(recorded), f"no entry of the catalogue reaches {sorted(set(registered()) - set(recorded))}"
+def test_every_registered_op_is_exercised(recorded, device):
+    wanted = set(registered(device.type))
+    assert wanted <= set(recorded), f"no entry of the catalogue reaches {sorted(wanted - set(recorded))}"
 
 
-@pytest.mark.parametrize("name", registered())
-def test_opcheck(recorded, name):
+@pytest.mark.parametrize("name", sorted({*registered(), *registered("cuda")} if torch.cuda.is_available() else registered()))
+def test_opcheck(recorded, name, device):
+    if name not in registered(device.type):
+        pytest.skip(f"{name} does not serve tensors on {device.type}")
     op, arguments = next(iter(recorded[name].values()))
     if "forward" in name or "backward" in name:  # autograd calls it outside of any graph
         arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -114,11 +125,10 @@ def test_opcheck(recorded, name):
 READS_A_COUNT = {(op, "torch") for op in ("linear_logprob", "linear_full_kl", "linear_policy_loss")}
 
 
-@pytest.mark.parametrize(("op", "impl"), [pytest.param(*pair, marks=pytest.mark.xfail(strict=True, reason="reads the number of active rows"))
-                                          if pair in READS_A_COUNT else pair for pair in pairs()])
-def test_compiles_as_one_graph(op, impl):
+@pytest.mark.each_pair(xfail=dict.fromkeys(READS_A_COUNT, "reads the number of active rows"))
+def test_compiles_as_one_graph(op, impl, device):
     entry = CATALOGUE[op]
-    problem = entry.problem(entry.plain())
+    problem = entry.problem(plain_for(entry, impl), device=device)
     eager = run(entry, problem, impl)
     torch.compiler.reset()
     compiled = torch.compile(lambda x: entry.forward(x, problem.settings, impl), fullgraph=True, backend="eager")
@@ -132,10 +142,10 @@ SMOOTH = {"kl_loss": {"estimator": "k2"}, "linear_logprob": {"H": 5}, "linear_po
 
 
 @pytest.mark.parametrize("op", [op for op, entry in CATALOGUE.items() if entry.wants])
-def test_gradcheck_of_the_reference(op):
+def test_gradcheck_of_the_reference(op, device):
     entry = CATALOGUE[op]
     small = {"N": 5} | ({"V": 33} if "V" in entry.levels else {}) | SMOOTH.get(op, {})
-    wide = entry.problem(entry.plain(**{name: value for name, value in small.items() if name in entry.levels})).wide()
+    wide = entry.problem(entry.plain(**{name: value for name, value in small.items() if name in entry.levels}), device=device).wide()
     names = [name for name in entry.wants if wide.x.get(name) is not None]
 
     def function(*leaves):
@@ -149,10 +159,10 @@ def test_gradcheck_of_the_reference(op):
 # ---- inputs and outputs ----------------------------------------------------------------------------------------------------------
 # In place on a padded layout: the gradient takes the place of the logits and of nothing else. (That other ops leave their inputs alone, the storage around
 # them included, is asserted in every case of the grid.)
-@pytest.mark.parametrize("impl", CATALOGUE["logprob_"].implementations())
-def test_in_place_writes_its_own_columns_only(impl):
-    entry = CATALOGUE["logprob_"]
-    problem = entry.problem(entry.plain(layout="padded", dtype=torch.bfloat16))
+@pytest.mark.each_pair(lambda op, impl: op == "logprob_")
+def test_in_place_writes_its_own_columns_only(op, impl, device):
+    entry = CATALOGUE[op]
+    problem = entry.problem(entry.plain(layout="padded", dtype=torch.bfloat16), device=device)
     logits = problem.x["logits"]
     whole = logits.as_strided((logits.shape[0], logits.stride(0)), logits.stride())
     whole[:, logits.shape[1]:] = 7.0
@@ -163,7 +173,7 @@ def test_in_place_writes_its_own_columns_only(impl):
     assert torch.equal(logits, leaf.grad)
 
 
-@contextmanager
+@contextlib.contextmanager
 def uninitialised_memory_is_nan():
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -175,11 +185,11 @@ def uninitialised_memory_is_nan():
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("op", "impl"), pairs())
-def test_every_element_of_a_result_is_written(op, impl):
+@pytest.mark.each_pair
+def test_every_element_of_a_result_is_written(op, impl, device):
     """What torch.empty hands out is NaN, or the largest integer: a result that is read or returned unwritten shows."""
     entry = CATALOGUE[op]
-    problem = entry.problem(entry.plain())
+    problem = entry.problem(plain_for(entry, impl), device=device)
     plain = run(entry, problem, impl)
     with uninitialised_memory_is_nan():
         filled = run(entry, problem, impl)
@@ -189,8 +199,8 @@ def test_every_element_of_a_result_is_written(op, impl):
 GUARDED = """
 import sys, torch
 sys.path[:0] = {path!r}
-from catalogue import CATALOGUE, pairs
-from grid import run, sample_of_grid
+from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
+from fusedrl.engine.verify.grid import run, sample_of_grid
 torch.set_num_threads(1)
 for op, impl in pairs():
     if impl == "cpp":
@@ -213,7 +223,7 @@ def test_canaries_around_what_cpp_writes():
     except OSError:
         pytest.skip(f"no {library} beside this C library")
     environment = os.environ | {"LD_PRELOAD": library, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
-    here = [str(Path(__file__).parent), *(p for p in sys.path if p)]
+    here = [p for p in sys.path if p]
     done = subprocess.run([sys.executable, "-c", GUARDED.format(path=here)], env=environment, capture_output=True, text=True)
     assert done.stdout.strip().endswith("intact"), f"exit status {done.returncode}: {done.stdout} {done.stderr[-2000:]}"
     assert done.returncode == -signal.SIGABRT
@@ -248,13 +258,13 @@ class Canaries:
         return all(bool((block[: self.ZONE] == self.BYTE).all() and (block[self.ZONE + size:] == self.BYTE).all()) for block, size in self.blocks)
 
 
-@pytest.mark.parametrize("op", [op for op, impl in pairs() if impl == "triton"])
-def test_canaries_around_what_triton_writes(op):
+@pytest.mark.each_pair(lambda op, impl: impl == "triton")
+def test_canaries_around_what_triton_writes(op, impl, device):
     entry = CATALOGUE[op]
-    problem = entry.problem(entry.plain())
+    problem = entry.problem(entry.plain(), device=device)
     with pytest.MonkeyPatch.context() as monkeypatch:
         canaries = Canaries(monkeypatch)
-        run(entry, problem, "triton")
+        run(entry, problem, impl)
     assert canaries.blocks
     assert canaries.intact()
 
@@ -270,12 +280,13 @@ def test_a_canary_sings():
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("op", "impl"), [(op, impl) for op, impl in pairs() if op.startswith("linear_") and impl != "triton"])
-def test_heads_stay_within_their_workspace(op, impl):
+@pytest.mark.cpu_only("torch's profiler counts what is allocated on a CPU")
+@pytest.mark.each_pair(lambda op, impl: op.startswith("linear_") and impl != "triton")
+def test_heads_stay_within_their_workspace(op, impl, device):
     """No block larger than the workspace (an N x V one would be ten times that), forward and backward; torch's steps hold a few of that size at once."""
     entry = CATALOGUE[op]
     case = entry.plain(N=33, V=1025, H=16, workspace=3, mask="all")
-    problem = entry.problem(case)
+    problem = entry.problem(case, device=device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run(entry, problem, impl)
     rows = 2 if op == "linear_full_kl" else 1

@@ -4,34 +4,38 @@ The whole grid (`make test-full`) is three coverings: in each, every pair of lev
 from the same levels.
 What is too large for torch's reference (it holds several [N, V] in float32) or for Triton's interpreter (milliseconds a block) is left to "cpp".
 """
+import contextlib
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from catalogue import CATALOGUE, pairs
-from grid import Bound, Entry, Problem, covering, describe, excess, grid, judge, oracle, run, sample_of_grid, verify
 
-MOST = {"cpp": 1 << 30, "torch": 1 << 23, "triton": 1 << 19}  # elements a case
-QUICK = {"cpp": 1 << 18, "torch": 1 << 17, "triton": 1 << 11}
+from fusedrl.engine.verify.catalogue import CATALOGUE
+from fusedrl.engine.verify.grid import Bound, Entry, Problem, covering, describe, excess, grid, interpreted, judge, oracle, run, sample_of_grid, verify
+from fusedrl.engine.verify.ops import QUICK, WHOLE, budget
+from fusedrl.kernels.dispatch import CannotServe
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered", "ignore:divide by zero")  # numpy, under the interpreter
-@pytest.mark.parametrize(("op", "impl"), pairs())
-def test_sample(op, impl, small_tiles):
-    for case in sample_of_grid(CATALOGUE[op], impl, 3 if impl == "triton" else 6, QUICK[impl]):
-        verify(CATALOGUE[op], case, impl)
+@pytest.mark.each_pair
+def test_sample(op, impl, device, small_tiles):
+    for case in sample_of_grid(CATALOGUE[op], impl, 3 if interpreted(impl, device) else 6, budget(QUICK, impl, device), device):
+        with contextlib.suppress(CannotServe):  # on a GPU some serve some dtypes
+            verify(CATALOGUE[op], case, impl, device)
 
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered", "ignore:divide by zero")
-@pytest.mark.parametrize(("op", "impl"), pairs())
-def test_whole_grid(op, impl, record_property):
+@pytest.mark.each_pair
+def test_whole_grid(op, impl, device, record_property):
     failures, worst = [], {}
-    for case in grid(CATALOGUE[op], impl, MOST[impl]):
+    for case in grid(CATALOGUE[op], impl, budget(WHOLE, impl, device), device):
         try:
-            for name, value in verify(CATALOGUE[op], case, impl).items():
+            for name, value in verify(CATALOGUE[op], case, impl, device).items():
                 worst[name] = max(worst.get(name, 0.0), value)
+        except CannotServe:
+            continue
         except AssertionError as error:
             failures.append(str(error))
     record_property("error / bound", {name: round(value, 2) for name, value in worst.items()})
@@ -39,14 +43,14 @@ def test_whole_grid(op, impl, record_property):
 
 
 # Element offsets beyond 2^31 in every op that reads rows of logits, on memory that is barely touched.
-@pytest.mark.parametrize(("op", "impl"), [(op, impl) for op, impl in pairs() if "logits" in CATALOGUE[op].plain() and impl != "torch"])
-def test_offsets_beyond_int32(op, impl):
+@pytest.mark.each_pair(lambda op, impl: "logits" in CATALOGUE[op].plain() and impl != "torch")
+def test_offsets_beyond_int32(op, impl, device):
     entry, far = CATALOGUE[op], 2**31
-    near = entry.problem(entry.plain(N=2, V=33))
+    near = entry.problem(entry.plain(N=2, V=33), device=device)
     try:
-        x = {name: torch.empty(far + 33).as_strided((2, 33), (far, 1)).copy_(t) if "logits" in name else t for name, t in near.x.items()}
+        x = {name: torch.empty(far + 33, device=device).as_strided((2, 33), (far, 1)).copy_(t) if "logits" in name else t for name, t in near.x.items()}
     except RuntimeError as error:
-        pytest.skip(f"no 8 GiB of address space: {error}")
+        pytest.skip(f"no 8 GiB of memory: {error}")
     got = run(entry, Problem(x, near.settings, near.upstream), impl) if not entry.writes else run(
         Entry(**{**vars(entry), "writes": ()}), Problem(x, near.settings, near.upstream), impl)  # (no copy of 8 GiB; the far rows are ours)
     assert all(value <= 1 for value in judge(entry, near, got, oracle(entry, near)).values())
@@ -87,7 +91,7 @@ def test_a_repeated_row_must_repeat_its_bits():
 def test_cases_fit_in_memory():
     """No case holds more than 3 GiB: inputs, gradient and what the oracle needs."""
     for entry in CATALOGUE.values():
-        for case in grid(entry, "cpp", MOST["cpp"]):
+        for case in grid(entry, "cpp", WHOLE["cpp"]):
             size = SimpleNamespace(**case)
             if "logits" in case and size.layout != "expanded":
                 assert size.N * size.V * 4 * 3 < 3 << 30, describe(case)

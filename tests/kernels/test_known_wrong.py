@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import CATALOGUE
-from grid import judge, oracle, run
 
+from fusedrl.engine.verify.catalogue import CATALOGUE
+from fusedrl.engine.verify.grid import judge, oracle, run
 from fusedrl.kernels import full_kl, logprob, policy_loss, ranking_loss
 
 

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from catalogue import CATALOGUE, pairs
-from catalogue.rows import LOGITS, logits_of
-from grid import run, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fusedrl.engine.verify.catalogue import CATALOGUE
+from fusedrl.engine.verify.catalogue.rows import LOGITS, logits_of
+from fusedrl.engine.verify.grid import interpreted, run, same_bits
+from fusedrl.kernels.dispatch import CannotServe
 from fusedrl.kernels.full_kl import full_kl
 from fusedrl.kernels.gae import discounted_returns, gae, k_step_advantages, shaped_gae, td_advantages
 from fusedrl.kernels.linear_logprob import linear_logprob
@@ -28,21 +29,21 @@ def drawn(examples):
                     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-def examples_of(impl):
-    return 2 if impl == "triton" else 5
+def examples_of(impl, device):
+    return 2 if interpreted(impl, device) else 5
 
 
-def small(op, impl):
+def small(op, impl, device):
     """Strategy of cases that are small in every factor that has a size."""
     def few(name, levels):
         if name in ("N", "V", "F", "H"):
-            return tuple(v for v in levels if v <= (33 if impl == "triton" else 130)) or levels[:1]
+            return tuple(v for v in levels if v <= (33 if interpreted(impl, device) else 130)) or levels[:1]
         if name in ("shape", "lengths", "sizes"):
             return levels[:5]
         return levels
 
     entry = CATALOGUE[op]
-    return st.fixed_dictionaries({name: st.sampled_from(few(name, levels)) for name, levels in entry.levels_of(impl).items()}).filter(
+    return st.fixed_dictionaries({name: st.sampled_from(few(name, levels)) for name, levels in entry.levels_of(impl, device).items()}).filter(
         lambda case: entry.fits(SimpleNamespace(**case)))
 
 
@@ -56,17 +57,21 @@ def equal(a, b):
 
 
 # ---- every op --------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("op", "impl"), pairs())
-def test_two_runs_agree_and_what_is_hidden_changes_nothing(op, impl):
+@pytest.mark.each_pair
+def test_two_runs_agree_and_what_is_hidden_changes_nothing(op, impl, device):
     entry = CATALOGUE[op]
 
-    @drawn(examples_of(impl))
-    @given(small(op, impl), st.sampled_from(POISONS))
+    @drawn(examples_of(impl, device))
+    @given(small(op, impl, device), st.sampled_from(POISONS))
     def check(case, poison):
-        problem = entry.problem(case)
-        first = run(entry, problem, impl)
+        problem = entry.problem(case, device=device)
+        try:
+            first = run(entry, problem, impl)
+        except CannotServe:  # on a GPU some serve some dtypes
+            return
         assert equal(first, run(entry, problem, impl))
-        x = {name: torch.where(problem.hidden[name], torch.tensor(poison, dtype=t.dtype), t) if name in problem.hidden else t for name, t in problem.x.items()}
+        x = problem.x | {name: torch.where(hidden, torch.tensor(poison, dtype=problem.x[name].dtype, device=device), problem.x[name])
+                         for name, hidden in problem.hidden.items()}
         assert equal(first, run(entry, replace(problem, x=x), impl))
         for name, hidden in problem.hidden.items():  # and receives nothing
             if f"d {name}" in first:
@@ -75,35 +80,38 @@ def test_two_runs_agree_and_what_is_hidden_changes_nothing(op, impl):
     check()
 
 
-@pytest.mark.parametrize("op", [op for op, impl in pairs() if impl == "cpp"])
-def test_threads_change_nothing(op):
+@pytest.mark.cpu_only("the C++ kernels are those of a CPU")
+@pytest.mark.each_pair(lambda op, impl: impl == "cpp")
+def test_threads_change_nothing(op, impl, device):
     entry = CATALOGUE[op]
     changes = {"N": max(n for n in entry.levels["N"] if n <= 4096)} if "N" in entry.levels else {"shape": ("packed", (700, 3, 0, 1500, 40))} \
         if "shape" in entry.levels else {"lengths": (127, 1, 129)} if op == "varlen_attention" else {}
-    problem, threads, outcomes = entry.problem(entry.plain(**changes)), torch.get_num_threads(), []
+    problem, threads, outcomes = entry.problem(entry.plain(**changes), device=device), torch.get_num_threads(), []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            outcomes.append(run(entry, problem, "cpp"))
+            outcomes.append(run(entry, problem, impl))
     finally:
         torch.set_num_threads(threads)
     assert equal(*outcomes)
 
 
 # ---- rows of logits ----------------------------------------------------------------------------------------------------------
-def impls(op):
-    return [impl for name, impl in pairs() if name == op]
+def of(*ops):
+    """Marks a test that runs with every implementation of these ops."""
+    return pytest.mark.each_pair(lambda op, impl: op in ops)
 
 
-@pytest.mark.parametrize("impl", impls("logprob"))
-def test_logprob(impl):
-    @drawn(4 * examples_of(impl))
-    @given(st.sampled_from([k for k in LOGITS if "inf" not in k]), st.integers(1, 40 if impl == "triton" else 300), st.integers(0, 2**31),
+@of("logprob")
+def test_logprob(op, impl, device):
+    @drawn(4 * examples_of(impl, device))
+    @given(st.sampled_from([k for k in LOGITS if "inf" not in k]), st.integers(1, 40 if interpreted(impl, device) else 300), st.integers(0, 2**31),
            st.sampled_from([0.3, 1.0, 2.5]))
     def check(kind, V, seed, T):
         generator = torch.Generator().manual_seed(seed)
-        z = logits_of(kind, 4, V, torch.float32, generator)
-        ids, g, h = torch.randint(0, V, (4,), generator=generator), torch.randn(4, generator=generator), torch.randn(4, generator=generator)
+        z = logits_of(kind, 4, V, torch.float32, generator).to(device)
+        ids = torch.randint(0, V, (4,), generator=generator).to(device)
+        g, h = torch.randn(2, 4, generator=generator).to(device).unbind()
         g[1] = h[1] = 0.0
         ids[2] = -100
         leaf = z.clone().requires_grad_()
@@ -121,15 +129,15 @@ def test_logprob(impl):
     check()
 
 
-@pytest.mark.parametrize("impl", impls("full_kl"))
+@of("full_kl")
 @pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
-def test_full_kl(impl, direction):
-    @drawn(2 * examples_of(impl))
-    @given(st.sampled_from(["sd 1", "sd 10", "all equal", "about -200"]), st.integers(1, 40 if impl == "triton" else 300), st.integers(0, 2**31))
+def test_full_kl(op, impl, device, direction):
+    @drawn(2 * examples_of(impl, device))
+    @given(st.sampled_from(["sd 1", "sd 10", "all equal", "about -200"]), st.integers(1, 40 if interpreted(impl, device) else 300), st.integers(0, 2**31))
     def check(kind, V, seed):
         generator = torch.Generator().manual_seed(seed)
-        z = logits_of(kind, 3, V, torch.float32, generator)
-        x, g = z + torch.randn(3, V, generator=generator), torch.tensor([1.0, 0.0, -2.0])
+        z = logits_of(kind, 3, V, torch.float32, generator).to(device)
+        x, g = z + torch.randn(3, V, generator=generator).to(device), torch.tensor([1.0, 0.0, -2.0], device=device)
         leaf = z.clone().requires_grad_()
         kl = full_kl(leaf, x, direction=direction, impl=impl)
         assert (kl >= 0).all()
@@ -142,14 +150,14 @@ def test_full_kl(impl, direction):
     check()
 
 
-@pytest.mark.parametrize("impl", impls("linear_logprob"))
-def test_linear_logprob(impl):
-    @drawn(2 * examples_of(impl))
+@of("linear_logprob")
+def test_linear_logprob(op, impl, device):
+    @drawn(2 * examples_of(impl, device))
     @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31))
     def check(N, V, H, seed):
         generator = torch.Generator().manual_seed(seed)
-        hidden, weight = torch.randn(N, H, generator=generator).requires_grad_(), torch.randn(V, H, generator=generator).requires_grad_()
-        ids = torch.randint(0, V, (N,), generator=generator)
+        hidden, weight = (torch.randn(rows, H, generator=generator).to(device).requires_grad_() for rows in (N, V))
+        ids = torch.randint(0, V, (N,), generator=generator).to(device)
         ids[N // 2] = -100
         logp, entropy = linear_logprob(hidden, weight, ids, entropy=True, impl=impl)
         assert (logp <= 0).all()
@@ -161,14 +169,14 @@ def test_linear_logprob(impl):
     check()
 
 
-@pytest.mark.parametrize("impl", impls("policy_loss"))
-def test_policy_loss_weights(impl):
-    @drawn(2 * examples_of(impl))
+@of("policy_loss")
+def test_policy_loss_weights(op, impl, device):
+    @drawn(2 * examples_of(impl, device))
     @given(st.integers(1, 40), st.integers(0, 2**31))
     def check(N, seed):
         generator = torch.Generator().manual_seed(seed)
-        logp, old, A = torch.randn(3, N, generator=generator).unbind()
-        weights = torch.where(torch.rand(N, generator=generator) < 0.5, torch.rand(N, generator=generator), 0.0)
+        logp, old, A = torch.randn(3, N, generator=generator).to(device).unbind()
+        weights = torch.where(torch.rand(N, generator=generator) < 0.5, torch.rand(N, generator=generator), 0.0).to(device)
         A[::3] = 0.0
         leaf = logp.clone().requires_grad_()
         loss, stats = policy_loss(leaf, old, A, weights, impl=impl)
@@ -183,28 +191,30 @@ def test_policy_loss_weights(impl):
 
 
 # ---- packed and padded -------------------------------------------------------------------------------------------------------
-def advantage_ops():
-    found = {"gae": lambda t, **o: gae(t["rewards"], t["values"], last_values=t["last"], gamma=0.97, **o),
-             "td_advantages": lambda t, **o: td_advantages(t["rewards"], t["values"], last_values=t["last"], gamma=0.97, **o),
-             "discounted_returns": lambda t, **o: (discounted_returns(t["rewards"], last_values=t["last"], gamma=0.97, **o),),
-             "k_step_advantages": lambda t, **o: k_step_advantages(t["rewards"], t["values"], 3, last_values=t["last"], gamma=0.97, **o),
-             "shaped_gae": lambda t, **o: shaped_gae(t["rewards"], t["values"], t["values"], t["last"], kl_coef=0.1, whiten=False, **o)}
-    return [pytest.param(call, impl, id=f"{op}-{impl}") for op, call in found.items() for impl in impls(op)]
+ADVANTAGES = {
+    "gae": lambda t, **o: gae(t["rewards"], t["values"], last_values=t["last"], gamma=0.97, **o),
+    "td_advantages": lambda t, **o: td_advantages(t["rewards"], t["values"], last_values=t["last"], gamma=0.97, **o),
+    "discounted_returns": lambda t, **o: (discounted_returns(t["rewards"], last_values=t["last"], gamma=0.97, **o),),
+    "k_step_advantages": lambda t, **o: k_step_advantages(t["rewards"], t["values"], 3, last_values=t["last"], gamma=0.97, **o),
+    "shaped_gae": lambda t, **o: shaped_gae(t["rewards"], t["values"], t["values"], t["last"], kl_coef=0.1, whiten=False, **o)}
 
 
-@pytest.mark.parametrize(("call", "impl"), advantage_ops())
-def test_padded_is_packed(call, impl):
+@of(*ADVANTAGES)
+def test_padded_is_packed(op, impl, device):
     """Sequences of any lengths, packed end to end and padded to [B, T] with NaN behind them: the same bits; and none depends on another."""
-    @drawn(2 * examples_of(impl))
+    call = ADVANTAGES[op]
+
+    @drawn(2 * examples_of(impl, device))
     @given(st.lists(st.integers(0, 20), min_size=1, max_size=5), st.integers(0, 2**31))
     def check(lengths, seed):
         generator = torch.Generator().manual_seed(seed)
         B, T, N = len(lengths), max(lengths) + seed % 3, sum(lengths)
-        packed = {name: torch.randn(N, generator=generator) for name in ("rewards", "values")} | {"last": torch.randn(B, generator=generator)}
-        mask, cu = torch.rand(N, generator=generator) < 0.7, torch.tensor([0, *lengths]).cumsum(0).int()
-        inside = torch.arange(T) < torch.tensor(lengths)[:, None]
-        padded = {name: torch.full((B, T), math.nan).masked_scatter(inside, packed[name]) for name in ("rewards", "values")} | {"last": packed["last"]}
-        square = torch.zeros(B, T, dtype=torch.bool).masked_scatter(inside, mask)
+        packed = {name: torch.randn(size, generator=generator).to(device) for name, size in (("rewards", N), ("values", N), ("last", B))}
+        mask, cu = (torch.rand(N, generator=generator) < 0.7).to(device), torch.tensor([0, *lengths], device=device).cumsum(0).int()
+        inside = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
+        padded = {name: torch.full((B, T), math.nan, device=device).masked_scatter(inside, packed[name]) for name in ("rewards", "values")}
+        padded["last"] = packed["last"]
+        square = torch.zeros(B, T, dtype=torch.bool, device=device).masked_scatter(inside, mask)
         per_token = 3  # what follows in shaped_gae's result is per sequence
         one, other = call(packed, mask=mask, cu_seqlens=cu, impl=impl), call(padded, mask=square, cu_seqlens=None, impl=impl)
         alone = call({name: t[:1] if name == "last" else t[: lengths[0]] for name, t in packed.items()}, mask=mask[: lengths[0]], cu_seqlens=cu[:2], impl=impl)
@@ -219,20 +229,20 @@ def test_padded_is_packed(call, impl):
     check()
 
 
-@pytest.mark.parametrize("impl", impls("masked_whiten"))
-def test_whitened_moments(impl):
-    @drawn(2 * examples_of(impl))
+@of("masked_whiten")
+def test_whitened_moments(op, impl, device):
+    @drawn(2 * examples_of(impl, device))
     @given(st.integers(2, 200), st.sampled_from([0.0, -3.0, 1e4]), st.integers(0, 2**31))
     def check(N, offset, seed):
         generator = torch.Generator().manual_seed(seed)
-        mask = torch.rand(N, generator=generator) < 0.8
+        mask = (torch.rand(N, generator=generator) < 0.8).to(device)
         mask[:2] = True
-        x = torch.where(mask, torch.randn(N, generator=generator) + offset, math.nan)
+        x = torch.where(mask, torch.randn(N, generator=generator).to(device) + offset, math.nan)
         w = masked_whiten(x, mask, impl=impl)
         assert w[~mask].eq(0).all()
         assert abs(w[mask].double().mean()) < 1e-5
         assert abs(w[mask].double().var(correction=0) - 1) < 1e-4
-        shuffled = torch.randperm(N, generator=generator)
+        shuffled = torch.randperm(N, generator=generator).to(device)
         torch.testing.assert_close(masked_whiten(x[shuffled], mask[shuffled], impl=impl), w[shuffled], rtol=1e-5, atol=1e-5)
 
     check()

@@ -5,12 +5,12 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import Bound, Entry, Problem, Tensors
 from fusedrl.kernels import full_kl, linear_full_kl, linear_logprob, linear_policy_loss
 
-from .common import F32, FLOATS, floats, laid_out, uniform
+from .common import BF16, F32, FLOATS, floats, laid_out, uniform
 from .losses import CORRECTIONS, KL_TERMS, OBJECTIVES, TOKEN_LEVELS, policy_settings, stats_of, token_columns
 
 
@@ -60,6 +60,17 @@ def _head_cost(case: SimpleNamespace) -> int:
     return case.N * case.V * (8 if case.workspace else 1)
 
 
+_TIMED_HEAD = {"cpu": {"N": 256, "H": 256, "V": 8192, "mask": "all"}, "cuda": {"N": 2048, "H": 1024, "V": 32000, "mask": "all", "dtype": BF16}}
+
+
+def _head_work(problem: Problem, got: Tensors) -> tuple[int, int]:
+    """The products: the policy's forward and twice that back, a reference's forward."""
+    (N, H), V = problem.x["hidden"].shape, problem.x["weight"].shape[0]
+    moved = sum(problem.x[name].nbytes for name in ("hidden", "weight", "ref_hidden", "ref_weight") if name in problem.x)
+    reference = problem.x["ref_hidden"].shape[1] if "ref_hidden" in problem.x else 0
+    return moved + sum(t.nbytes for t in got.values()), 2 * N * V * (3 * H + reference)
+
+
 def _by_row(case: SimpleNamespace, generator: torch.Generator, x: dict, settings: dict) -> None:
     if case.temperature == "by row":
         x["temperature"] = 0.3 + 2 * uniform(generator, case.N)
@@ -89,7 +100,8 @@ def _linear_logprob_reference(x: dict, s: dict) -> Tensors:
 
 LINEAR_LOGPROB = Entry(
     "linear_logprob", linear_logprob._IMPLS, _HEAD_LEVELS | {"softcap": (None, 3.0)}, _linear_logprob_problem, _linear_logprob, _linear_logprob_reference,
-    lambda problem, want: _head_bounds(problem, want, ("logp", "entropy")), ("hidden", "weight", "bias"), _HEAD_TRITON, _fits_head, _head_cost)
+    lambda problem, want: _head_bounds(problem, want, ("logp", "entropy")), ("hidden", "weight", "bias"), _HEAD_TRITON, _fits_head, _head_cost,
+    timed=_TIMED_HEAD, work=_head_work)
 
 
 def _linear_full_kl_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -113,7 +125,7 @@ LINEAR_FULL_KL = Entry(
     reference=lambda x, s: {"kl": linear_full_kl.linear_full_kl_reference(
         x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"], x.get("bias"), None, x.get("mask"), s["temperature"], s["direction"])},
     bounds=lambda problem, want: _head_bounds(problem, want, ("kl",)), wants=("hidden", "weight", "bias"), triton=_HEAD_TRITON, fits=_fits_head,
-    cost=_head_cost)
+    cost=_head_cost, timed=_TIMED_HEAD, work=_head_work)
 
 
 def _linear_policy_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -157,4 +169,5 @@ LINEAR_POLICY_LOSS = Entry(
     "linear_policy_loss", linear_policy_loss._IMPLS,
     _HEAD_LEVELS | {"mask": TOKEN_LEVELS["mask"], "apart": (0.5, 0.0), "advantages": ("normal", "0", "+-1"), "objective": tuple(OBJECTIVES), "kl": KL_TERMS,
                     "correction": CORRECTIONS, "entropy_coef": (0.05, 0.0)},
-    _linear_policy_problem, _linear_policy, _linear_policy_reference, _linear_policy_bounds, ("hidden", "weight", "bias"), _HEAD_TRITON, _fits_head, _head_cost)
+    _linear_policy_problem, _linear_policy, _linear_policy_reference, _linear_policy_bounds, ("hidden", "weight", "bias"), _HEAD_TRITON, _fits_head, _head_cost,
+    timed=_TIMED_HEAD, work=_head_work)

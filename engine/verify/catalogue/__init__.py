@@ -22,7 +22,9 @@ contract, or that it does not name, say why where they stand, with the measured 
 """
 from __future__ import annotations
 
-from grid import Entry
+import torch
+
+from fusedrl.engine.verify.grid import Entry
 
 from . import advantages, cache, heads, layers, losses, rows
 
@@ -30,6 +32,6 @@ MODULES = [rows, heads, losses, advantages, layers, cache]
 CATALOGUE = {entry.op: entry for module in MODULES for entry in vars(module).values() if isinstance(entry, Entry)}
 
 
-def pairs(device: str = "cpu") -> list[tuple[str, str]]:
-    """(op, implementation) of all that can run here."""
+def pairs(device: torch.device | str = "cpu") -> list[tuple[str, str]]:
+    """(op, implementation) of all that can run on `device`."""
     return [(op, impl) for op, entry in CATALOGUE.items() for impl in entry.implementations(device)]

@@ -5,9 +5,9 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import EPS, Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import EPS, Bound, Entry, Problem, Tensors
 from fusedrl.kernels import attention, decode_step, fixed_linear, rms_norm, rope, swiglu
 
 from .common import BF16, F16, F32, FLOATS, floats, laid_out, no_worse, peer_of, uniform
@@ -49,7 +49,8 @@ RMS_NORM = Entry(
      "offset": (0.0, 100.0), "weight_offset": (0.0, 1.0), "layout": ("plain", "padded", "misaligned")},
     _rms_norm_problem, _rms_norm, _rms_norm_reference,
     _rms_norm_bounds, ("x", "weight", "residual"),
-    {"N": (7, 0, 1, 9)}, cost=lambda case: case.N * case.H * max(1, case.heads), fits=lambda case: case.N * case.H * max(1, case.heads) <= 1 << 21)
+    {"N": (7, 0, 1, 9)}, cost=lambda case: case.N * case.H * max(1, case.heads), fits=lambda case: case.N * case.H * max(1, case.heads) <= 1 << 21,
+    timed={"cpu": {"N": 2048, "H": 1536}, "cuda": {"N": 16384, "H": 4096, "dtype": BF16}})
 
 
 def _rope_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -66,7 +67,8 @@ ROPE = Entry(
     forward=lambda x, s, impl: dict(zip("qk", rope.rope(**x, impl=impl), strict=True)),
     reference=lambda x, s: dict(zip("qk", rope.rope_reference(**x), strict=True)),
     bounds=lambda problem, want: no_worse(problem, want, peer_of(ROPE, problem)), wants=("q", "k"), triton={"N": (5, 0, 1, 9)},
-    cost=lambda case: case.N * case.D * sum(case.heads))
+    cost=lambda case: case.N * case.D * sum(case.heads),
+    timed={"cpu": {"N": 2048, "heads": (12, 2), "D": 128}, "cuda": {"N": 16384, "heads": (32, 8), "D": 128, "dtype": BF16}})
 
 
 def _swiglu_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -79,7 +81,8 @@ SWIGLU = Entry(
                               "layout": ("plain", "padded", "misaligned")}, _swiglu_problem,
     forward=lambda x, s, impl: {"y": swiglu.swiglu(x["gate_up"], impl=impl)}, reference=lambda x, s: {"y": swiglu.swiglu_reference(x["gate_up"])},
     bounds=lambda problem, want: no_worse(problem, want, peer_of(SWIGLU, problem)), wants=("gate_up",), triton={"N": (5, 0, 1, 9)},
-    cost=lambda case: case.N * case.F, fits=lambda case: case.dtype != F16 or case.size < 100)  # their products leave float16
+    cost=lambda case: case.N * case.F, fits=lambda case: case.dtype != F16 or case.size < 100,  # their products leave float16
+    timed={"cpu": {"N": 2048, "F": 4864}, "cuda": {"N": 16384, "F": 8192, "dtype": BF16}})
 
 
 def _attention_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -96,13 +99,21 @@ def _attention_reference(x: dict, s: dict) -> Tensors:
     return {"o": attention.varlen_attention_reference(x["q"], x["k"], x["v"], x["cu_seqlens"], causal=s["causal"], window=s["window"])}
 
 
+def _attention_work(problem: Problem, got: Tensors) -> tuple[int, int]:
+    """Of a causal attention: two products of the pairs that are seen, and five in the backward."""
+    _, Hq, D = problem.x["q"].shape
+    seen = sum(n * (n + 1) // 2 for n in problem.x["cu_seqlens"].diff().tolist())
+    return sum(problem.x[name].nbytes for name in "qkv") + sum(t.nbytes for t in got.values()), 7 * 2 * seen * Hq * D
+
+
 VARLEN_ATTENTION = Entry(
     "varlen_attention", attention._IMPLS,
     {"lengths": ((5, 0, 9, 1), (), (0,), (1,), (127, 1, 129), (33,) * 4), "heads": ((4, 2, 8), (3, 3, 18), (5, 1, 1)), "causal": (True, False),
      "window": (None, 1, 4, 100), "dtype": FLOATS, "layout": ("plain", "padded", "misaligned")},
     _attention_problem, forward=lambda x, s, impl: {"o": attention.varlen_attention(**x, **s, impl=impl)}, reference=_attention_reference,
     bounds=lambda problem, want: no_worse(problem, want, peer_of(VARLEN_ATTENTION, problem), 4.0, 2.0, 2.0), wants=("q", "k", "v"),
-    triton={"lengths": ((5, 0, 9, 1), (), (0,), (1,)), "heads": ((2, 1, 8), (3, 3, 18))}, cost=lambda case: sum(n * n for n in case.lengths))
+    triton={"lengths": ((5, 0, 9, 1), (), (0,), (1,)), "heads": ((2, 1, 8), (3, 3, 18))}, cost=lambda case: sum(n * n for n in case.lengths),
+    timed={"cpu": {"lengths": (300,) * 8, "heads": (8, 2, 64)}, "cuda": {"lengths": (2048,) * 8, "heads": (32, 8, 128), "dtype": BF16}}, work=_attention_work)
 
 
 def _linear_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -116,7 +127,9 @@ FIXED_LINEAR = Entry(
      "layout": ("plain", "padded", "misaligned")},
     _linear_problem, forward=lambda x, s, impl: {"y": fixed_linear.fixed_linear(**x, impl=impl)},
     reference=lambda x, s: {"y": fixed_linear.fixed_linear_reference(x["x"], x["weight"], x.get("bias"))},
-    bounds=lambda problem, want: no_worse(problem, want, peer_of(FIXED_LINEAR, problem), 4.0, 2.0, 2.0), cost=lambda case: case.N * case.K * case.O // 64)
+    bounds=lambda problem, want: no_worse(problem, want, peer_of(FIXED_LINEAR, problem), 4.0, 2.0, 2.0), cost=lambda case: case.N * case.K * case.O // 64,
+    timed={"cpu": {"N": 256, "K": 896, "O": 896}, "cuda": {"N": 4096, "K": 4096, "O": 4096, "dtype": BF16}},
+    work=lambda problem, got: (sum(t.nbytes for t in (*problem.x.values(), *got.values())), 2 * problem.x["x"].numel() * problem.x["weight"].shape[0]))
 
 
 # What families change: options, the norms that there are, and how positions are told.

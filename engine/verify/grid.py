@@ -1,4 +1,4 @@
-"""How the accuracy grid makes its cases, runs an op on them and judges what comes out. What the ops are stands in catalogue.py.
+"""How the accuracy grid makes its cases, runs an op on them and judges what comes out. What the ops are stands in catalogue/.
 
 An `Entry` names the factors of one public op and their levels. The whole grid is a covering of them: every pair of levels of two factors occurs in
 at least one case (`covering`), which finds what one or two settings cause together in a hundred cases in place of millions. A case becomes a `Problem`,
@@ -6,6 +6,8 @@ its outputs and gradients are compared with those of a float64 `reference` of th
 
 Problems with many rows repeat a few of them: rows n and n + period hold the same bits. The oracle sees one period, so that 4096 x 256000 costs it
 nothing, and the results of all other periods must equal the first bit for bit, which is what "independent of its companions" says.
+
+Numbers are drawn, and the oracle computed, on the CPU, whatever the device: the same problem everywhere, and nothing of the device in its judgement.
 """
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +43,10 @@ class Bound:
 class Problem:
     """The arguments of one call, and what is known of them."""
 
-    x: dict[str, Tensor | None]  # tensors by argument name
-    settings: dict[str, object] = field(default_factory=dict)  # all other arguments
+    x: dict[str, Any]  # tensors (or None) by argument name
+    settings: dict[str, Any] = field(default_factory=dict)  # all other arguments
     upstream: Tensors = field(default_factory=dict)  # gradient of each differentiable output
-    hidden: Tensors = field(default_factory=dict)  # bool, broadcastable to x[name]: slots that may hold anything
+    hidden: dict[str, Any] = field(default_factory=dict)  # bool, broadcastable to x[name]: slots that may hold anything
     period: int = 0  # rows n and n + period of x and of the outputs are the same; 0: no repetition
 
     def rows(self, count: int, names: set[str]) -> Problem:
@@ -59,6 +62,36 @@ class Problem:
 
         return replace(self, x=widen(self.x), settings=widen(self.settings), upstream=widen(self.upstream))
 
+    def to(self, device: torch.device | str) -> Problem:
+        """On `device`; itself where it lies there."""
+        x, settings, upstream, hidden = (moved(part, torch.device(device)) for part in (self.x, self.settings, self.upstream, self.hidden))
+        if all(a is b for now, was in ((x, self.x), (upstream, self.upstream)) for a, b in zip(now.values(), was.values(), strict=True)):
+            return self
+        return replace(self, x=x, settings=settings, upstream=upstream, hidden=hidden)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors, and tuples, lists and dicts of them, on `device`: with their strides, their offset and what lies around them."""
+    if isinstance(value, Tensor):
+        if value.device.type == device.type and device.index in (None, value.device.index):
+            return value
+        storage = bytes_of(value).to(device).untyped_storage()
+        return torch.empty(0, dtype=value.dtype, device=device).set_(storage, value.storage_offset(), value.shape, value.stride())
+    if isinstance(value, dict):
+        return {name: moved(each, device) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [moved(each, device) for each in value]
+        if all(a is b for a, b in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def bytes_of(value: Tensor) -> Tensor:
+    """The whole storage of a tensor."""
+    storage = value.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage, 0, (storage.nbytes(),), (1,))
+
 
 @dataclass(frozen=True, eq=False)
 class Entry:
@@ -67,7 +100,9 @@ class Entry:
     op: its name. table: the `Implementations` that serve it. levels: factor -> levels; the first of each make the plain case, small and ordinary.
     make: (case as a namespace, generator) -> Problem. forward: (x, settings, impl) -> outputs by name; those of the problem's `upstream` are differentiated
     by `wants`. reference: the same of (x, settings) in float64. bounds: (problem, want) -> Bound of every output ("d name" for a gradient).
-    triton: levels that replace others under the interpreter. fits: whether a case is to be run. cost: elements that it touches.
+    triton: levels that replace others where Triton is interpreted (on a CPU). fits: whether a case is to be run. cost: elements that it touches.
+    timed: changes to the plain case, by kind of device, that make one large enough to be timed; empty where none would say much. work: (bytes, flops) that a
+    timed problem needs at least, from its inputs and its results; None: every input read and every result written once.
     writes: arguments that the op writes to by contract. rows: arguments with a row for each row of the outputs, where rows are independent.
     """
 
@@ -75,8 +110,8 @@ class Entry:
     table: Implementations
     levels: dict[str, tuple]
     make: Callable[[SimpleNamespace, torch.Generator], Problem]
-    forward: Callable[[dict, dict, str | None], Tensors]
-    reference: Callable[[dict, dict], Tensors]
+    forward: Callable[[dict[str, Any], dict[str, Any], str | None], Tensors]
+    reference: Callable[[dict[str, Any], dict[str, Any]], Tensors]
     bounds: Callable[[Problem, Tensors], dict[str, Bound]]
     wants: tuple[str, ...] = ()
     triton: dict[str, tuple] = field(default_factory=dict)
@@ -84,19 +119,27 @@ class Entry:
     cost: Callable[[SimpleNamespace], int] = lambda case: 1
     writes: tuple[str, ...] = ()
     rows: frozenset[str] = frozenset()
+    timed: dict[str, dict] = field(default_factory=dict)
+    work: Callable[[Problem, Tensors], tuple[int, int]] | None = None
 
-    def implementations(self, device: str = "cpu") -> list[str]:
+    def implementations(self, device: torch.device | str = "cpu") -> list[str]:
         """Those that can run here."""
-        return [name for name in (self.table.cuda if device == "cuda" else self.table.cpu) if unavailable(name, device) is None]
+        kind = torch.device(device).type
+        return [name for name in (self.table.cuda if kind == "cuda" else self.table.cpu) if unavailable(name, kind) is None]
 
-    def levels_of(self, impl: str) -> dict[str, tuple]:
-        return self.levels | (self.triton if impl == "triton" else {})
+    def levels_of(self, impl: str, device: torch.device | str = "cpu") -> dict[str, tuple]:
+        return self.levels | (self.triton if interpreted(impl, device) else {})
 
     def plain(self, **changes: object) -> Case:
         return {name: levels[0] for name, levels in self.levels.items()} | changes
 
-    def problem(self, case: Case, seed: int = 0) -> Problem:
-        return self.make(SimpleNamespace(**case), torch.Generator().manual_seed(seed))
+    def problem(self, case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
+        return self.make(SimpleNamespace(**case), torch.Generator().manual_seed(seed)).to(device)
+
+
+def interpreted(impl: str, device: torch.device | str) -> bool:
+    """Whether it is Triton's interpreter that runs it."""
+    return impl == "triton" and torch.device(device).type != "cuda"
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -121,18 +164,19 @@ def covering(levels: dict[str, tuple], fits: Callable[[SimpleNamespace], bool] =
 
 
 @functools.cache
-def _grid(entry: Entry, triton: bool) -> list[Case]:
-    return [case for seed in range(3) for case in covering(entry.levels_of("triton" if triton else "cpp"), entry.fits, seed)]
+def _grid(entry: Entry, small: bool) -> list[Case]:
+    return [case for seed in range(3) for case in covering(entry.levels | (entry.triton if small else {}), entry.fits, seed)]
 
 
-def grid(entry: Entry, impl: str, most: int) -> list[Case]:
+def grid(entry: Entry, impl: str, most: int, device: torch.device | str = "cpu") -> list[Case]:
     """The whole grid of an op, three coverings, which pair the levels in different company, but for cases of more than `most` elements."""
-    return [case for case in _grid(entry, impl == "triton") if entry.cost(SimpleNamespace(**case)) <= most]
+    return [case for case in _grid(entry, interpreted(impl, device)) if entry.cost(SimpleNamespace(**case)) <= most]
 
 
-def sample_of_grid(entry: Entry, impl: str, count: int, most: int) -> list[Case]:
-    """A fixed draw of `count` cases from the same levels, each of at most `most` elements, one of them perhaps of none."""
-    chance, levels, cases, empty = random.Random(f"{entry.op} {impl}"), entry.levels_of(impl), [], 0
+def sample_of_grid(entry: Entry, impl: str, count: int, most: int, device: torch.device | str = "cpu", seed: int = 0) -> list[Case]:
+    """A draw of `count` cases from the same levels, fixed by `seed`, each of at most `most` elements, one of them perhaps of none."""
+    chance = random.Random(f"{entry.op} {impl} {seed}" if seed else f"{entry.op} {impl}")
+    levels, cases, empty = entry.levels_of(impl, device), list[Case](), 0
     for _ in range(2000):
         case = {name: chance.choice(of) for name, of in levels.items()}
         cost = entry.cost(SimpleNamespace(**case))
@@ -158,7 +202,8 @@ def run(entry: Entry, problem: Problem, impl: str | None, forward: Callable | No
 
 
 def oracle(entry: Entry, problem: Problem) -> Tensors:
-    """The reference's, in float64; of one period where the problem has one."""
+    """The reference's, in float64, on the CPU; of one period where the problem has one."""
+    problem = problem.to("cpu")
     if problem.period:
         problem = problem.rows(problem.period, set(entry.rows))
     wide = problem.wide()
@@ -178,7 +223,7 @@ def finished(outputs: Tensors, leaves: Tensors, problem: Problem, materialize: b
 
 def copy_with_storage(t: Tensor) -> Tensor:
     """A copy that keeps strides, offset and what lies around the tensor."""
-    return torch.empty(0, dtype=t.dtype).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride())
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride())
 
 
 # ---- the verdict -----------------------------------------------------------------------------------------------------
@@ -210,6 +255,7 @@ def judge(entry: Entry, problem: Problem, got: Tensors, want: Tensors, exact: bo
     """`excess` of every output: accepted where none is above 1. Repetitions of a row that differ from it count as infinite if `exact`, else by their error.
     `narrow`: products take their operands in the dtype of the inputs, as Triton's do, so that the gradient of the logits is rounded before it (and by the
     interpreter, to bfloat16, cut): a gradient in a narrow dtype may be off by eps of its largest value."""
+    problem, got = problem.to("cpu"), {name: t.cpu() for name, t in got.items()}
     bounds = entry.bounds(problem, want)
     for name, bound in bounds.items() if narrow else ():
         if bound.rounded and name.startswith("d ") and want[name].numel():
@@ -233,23 +279,57 @@ def rejected(entry: Entry, problem: Problem, got: Tensors) -> set[str]:
     return {name for name, value in judge(entry, problem, got, oracle(entry, problem)).items() if not value <= 1}
 
 
-def verify(entry: Entry, case: Case, impl: str) -> dict[str, float]:
-    """Run one case and raise unless every output is within its bounds and no input was written to. Returns the worst excess of each output."""
-    problem = entry.problem(case)
+@dataclass(frozen=True)
+class Verdict:
+    """Of one case. worst: error / bound of every output; infinite where an error knows no bound, such as NaN for a number.
+
+    companions: outputs in which a row came out with other bits than the same row elsewhere (not looked at in torch's own kernels, which take the ends of a
+    tensor another way). moved: outputs in which a second run gave other bits. written: inputs that were written to, and must not be.
+    """
+
+    worst: dict[str, float]
+    companions: list[str]
+    moved: list[str]
+    written: list[str]
+
+    def faults(self) -> list[str]:
+        """What must not be, in words; empty where all is well."""
+        found = [f"{name}: error / bound = {value:.3g}" for name, value in self.worst.items() if not value <= 1]
+        found += [f"{name}: a row's bits depend on its companions" for name in self.companions]
+        return found + [f"{name}: a second run gave other bits" for name in self.moved] + [f"wrote to its input {name}" for name in self.written]
+
+
+def examine(entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu", twice: bool = False) -> Verdict:
+    """Run one case, `twice` to see whether the bits are the same, and hold it against the oracle."""
+    problem = entry.problem(case, device=device)
     watched = {name: t for name, t in problem.x.items() if t is not None and name not in entry.writes and t.untyped_storage().nbytes() < 64 << 20}
     before = {name: t.untyped_storage().clone() for name, t in watched.items()}
     got = run(entry, problem, impl)
-    for name, t in watched.items():
-        if bytes_differ(t.untyped_storage(), before[name]):
-            raise AssertionError(f"{entry.op} [{impl}] wrote to its input {name}: {describe(case)}")
-    worst = judge(entry, problem, got, oracle(entry, problem), exact=impl != "torch",  # torch's own kernels take the ends of a tensor another way
-                  narrow=impl == "triton" and entry.op.startswith("linear_"))  # the ops with products
-    if not all(value <= 1 for value in worst.values()):
-        numbers = ", ".join(f"{name} {value:.3g}" for name, value in worst.items())
-        raise AssertionError(f"{entry.op} [{impl}] {describe(case)}: error / bound = {numbers}")
-    return worst
+    written = [name for name, t in watched.items() if bytes_differ(t.untyped_storage(), before[name])]
+    again = run(entry, problem, impl) if twice else got
+    moved = [name for name in got if not same_bits(got[name], again[name])]
+    worst = judge(entry, problem, got, oracle(entry, problem), exact=False, narrow=narrow_products(entry, impl, device))
+    companions = [] if impl == "torch" or not problem.period else [name for name, t in got.items() if not repeats(t, problem.period)]
+    return Verdict(worst, companions, moved, written)
+
+
+def repeats(t: Tensor, period: int) -> bool:
+    """Whether rows n and n + period of a result have the same bits."""
+    return t.ndim == 0 or all(same_bits(part, t[:len(part)]) for part in t.split(period))
+
+
+def verify(entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu") -> dict[str, float]:
+    """Run one case and raise unless every output is within its bounds and no input was written to. Returns the worst excess of each output."""
+    verdict = examine(entry, case, impl, device)
+    if faults := verdict.faults():
+        raise AssertionError(f"{entry.op} [{impl}] {describe(case)}: {'; '.join(faults)}")
+    return verdict.worst
+
+
+def narrow_products(entry: Entry, impl: str, device: torch.device | str) -> bool:
+    """Whether an implementation's products take their operands in the dtype of the inputs: Triton's, and on a GPU torch's, too."""
+    return entry.op.startswith("linear_") and (impl == "triton" or torch.device(device).type == "cuda")
 
 
 def bytes_differ(a: torch.UntypedStorage, b: torch.UntypedStorage) -> bool:
-    return not torch.equal(*(torch.empty(0, dtype=torch.uint8).set_(s, 0, (s.nbytes(),), (1,)) for s in (a, b)))
-
+    return not torch.equal(*(torch.empty(0, dtype=torch.uint8, device=s.device).set_(s, 0, (s.nbytes(),), (1,)) for s in (a, b)))

@@ -5,12 +5,12 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import Bound, Entry, Problem, Tensors
 from fusedrl.kernels import kv_cache, paged_attention
 
-from .common import FLOATS, floats, laid_out, no_worse, peer_of, uniform
+from .common import BF16, FLOATS, floats, laid_out, no_worse, peer_of, uniform
 
 
 def _caches(blocks: int, heads: int, D: int, S: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -40,6 +40,13 @@ def _paged_reference(x: dict, s: dict) -> Tensors:
     return {"o": paged_attention.paged_attention(**x, **s, impl="torch")}
 
 
+def _paged_work(problem: Problem, got: Tensors) -> tuple[int, int]:
+    """The keys and values of what is seen are read once for all query heads."""
+    _, heads, D, _ = problem.x["k_cache"].shape
+    tokens = int(problem.x["context_lens"].sum())
+    return 2 * tokens * heads * D * problem.x["k_cache"].element_size() + 2 * problem.x["q"].nbytes, 4 * tokens * problem.x["q"].shape[1] * D
+
+
 PAGED_ATTENTION = Entry(
     "paged_attention", paged_attention._IMPLS,
     {"lengths": ((5, 0, 20), (), (1,), (129, 2), (33,) * 9, (700, 1)), "heads": ((4, 2, 8), (3, 3, 18), (8, 1, 64)), "size": (16, 32, 64),
@@ -47,7 +54,8 @@ PAGED_ATTENTION = Entry(
     _paged_problem, forward=lambda x, s, impl: {"o": paged_attention.paged_attention(**x, **s, impl=impl)}, reference=_paged_reference,
     # Contract: at most twice the error of torch, and 1e-5 (a rounding more in a narrow dtype).
     bounds=lambda problem, want: {"o": Bound(0.0, 1e-5 + no_worse(problem, want, peer_of(PAGED_ATTENTION, problem), 1.0, 1.0, 2.0)["o"].atol)},
-    cost=lambda case: sum(case.lengths) * case.heads[0] * case.heads[2])
+    cost=lambda case: sum(case.lengths) * case.heads[0] * case.heads[2],
+    timed={"cpu": {"lengths": (256,) * 16, "heads": (8, 2, 64)}, "cuda": {"lengths": (1024,) * 64, "heads": (32, 8, 128), "dtype": BF16}}, work=_paged_work)
 
 
 def _rope_and_cache_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -76,4 +84,6 @@ ROPE_AND_CACHE = Entry(
     _rope_and_cache_problem, _rope_and_cache,
     reference=lambda x, s: _rope_and_cache(x | {name: x[name].clone() for name in ("k_cache", "v_cache")}, s, "torch"),
     bounds=lambda problem, want: no_worse(problem, want, peer_of(ROPE_AND_CACHE, problem), 1.0), triton={"N": (5, 0, 1, 9)}, writes=("k_cache", "v_cache"),
-    cost=lambda case: case.N * case.D * (case.heads[0] + 2 * case.heads[1]))
+    cost=lambda case: case.N * case.D * (case.heads[0] + 2 * case.heads[1]),
+    timed={"cpu": {"N": 2048, "heads": (8, 2), "D": 64}, "cuda": {"N": 16384, "heads": (32, 8), "D": 128, "dtype": BF16}},
+    work=lambda problem, got: (2 * problem.x["qkv"].nbytes + 2 * problem.x["cos"].nbytes, 0))

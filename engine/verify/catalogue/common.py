@@ -4,8 +4,9 @@ from __future__ import annotations
 import math
 
 import torch
-from grid import Bound, Entry, Problem, Tensors, run
 from torch import Tensor
+
+from fusedrl.engine.verify.grid import Bound, Entry, Problem, Tensors, run
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FLOATS = (F32, BF16, F16)

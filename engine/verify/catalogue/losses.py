@@ -5,9 +5,9 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import EPS, Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import EPS, Bound, Entry, Problem, Tensors
 from fusedrl.kernels import kl, policy_loss
 from fusedrl.kernels.objective import KINDS, PolicyObjective, RolloutCorrection
 
@@ -16,8 +16,8 @@ from .common import floats, laid_out, token_mask, uniform
 # ---- policy and value losses -------------------------------------------------------------------------------------------------
 OBJECTIVES = {kind: PolicyObjective(kind=kind) for kind in KINDS} | {
     "dual": PolicyObjective(clip_low=0.2, clip_high=0.28, dual_clip=3.0), "gspo": PolicyObjective(kind="gspo", clip_low=0.02, clip_high=0.03)}
-KL_TERMS = ({}, {"kl_coef": 0.1}, {"kl_coef": 0.1, "kl_gradient": "k2"}, {"kl_coef": 0.1, "kl_estimator": "k1"}, {"kl_coef": 0.1, "kl_estimator": "abs"},
-            {"kl_coef": 0.01, "kl_estimator": "k2", "kl_level": "sequence"})
+KL_TERMS: tuple[dict, ...] = ({}, {"kl_coef": 0.1}, {"kl_coef": 0.1, "kl_gradient": "k2"}, {"kl_coef": 0.1, "kl_estimator": "k1"},
+                              {"kl_coef": 0.1, "kl_estimator": "abs"}, {"kl_coef": 0.01, "kl_estimator": "k2", "kl_level": "sequence"})
 CORRECTIONS = (None, RolloutCorrection(), RolloutCorrection(kind="masked", cap=1.5, floor=0.5), RolloutCorrection(kind="masked", level="sequence"))
 
 
@@ -45,6 +45,9 @@ def token_columns(case: SimpleNamespace, generator: torch.Generator, logp: Tenso
 TOKEN_LEVELS = {"N": (33, 0, 1, 127, 4096, 32768), "mask": ("random", "all", "none", "first", "last"), "apart": (0.5, 1e-3, 0.0, 40.0),
                  "advantages": ("normal", "0", "+-1", "+-1e6"), "layout": ("plain", "misaligned"), "objective": tuple(OBJECTIVES), "kl": KL_TERMS,
                  "correction": CORRECTIONS, "entropy_coef": (0.05, 0.0)}
+
+
+TIMED_TOKENS = {"cpu": {"N": 1 << 18, "mask": "all"}, "cuda": {"N": 1 << 22, "mask": "all"}}
 
 
 def policy_settings(case: SimpleNamespace, x: dict) -> dict:
@@ -103,7 +106,7 @@ def _policy_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
 
 
 POLICY_LOSS = Entry("policy_loss", policy_loss._IMPLS, TOKEN_LEVELS, _policy_problem, _policy, _policy_reference, _policy_bounds, ("logp", "entropy"),
-                    {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N)
+                    {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS)
 
 
 def _value_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -137,7 +140,7 @@ VALUE_LOSS = Entry(
     _value_problem,
     forward=lambda x, s, impl: stats_of(*policy_loss.value_loss(x["values"], x["old_values"], x["returns"], x["weights"], **s, impl=impl)),
     reference=lambda x, s: stats_of(*policy_loss.value_loss_reference(x["values"], x["old_values"], x["returns"], x["weights"], **s)),
-    bounds=_value_bounds, wants=("values",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N)
+    bounds=_value_bounds, wants=("values",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS)
 
 
 def _both_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -171,7 +174,7 @@ def _both_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
 
 POLICY_VALUE_LOSS = Entry(
     "policy_value_loss", policy_loss._IMPLS, TOKEN_LEVELS | {"offset": (0.0,), "clip": (0.2, None)}, _both_problem, _both, _both_reference, _both_bounds,
-    ("logp", "entropy", "values"), {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N)
+    ("logp", "entropy", "values"), {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS)
 
 
 # ---- estimates of a KL -----------------------------------------------------------------------------------------------------
@@ -206,12 +209,13 @@ TOKEN_KL = Entry(
                             "layout": ("plain", "misaligned")}, _token_kl_problem,
     forward=lambda x, s, impl: {"kl": kl.token_kl(x["logp"], x["ref_logp"], **s, impl=impl)},
     reference=lambda x, s: {"kl": kl.token_kl_reference(x["logp"], x["ref_logp"], s["estimator"])},
-    bounds=lambda problem, want: {"kl": Bound(1e-6, 1e-6)}, triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N)
+    bounds=lambda problem, want: {"kl": Bound(1e-6, 1e-6)}, triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N,
+    timed={kind: {"N": case["N"]} for kind, case in TIMED_TOKENS.items()})
 
 KL_LOSS = Entry(
     "kl_loss", kl._LOSS, TOKEN_KL.levels | {"gradient": ("k2", "k1", "k3", "abs"), "level": ("token", "sequence"), "mask": TOKEN_LEVELS["mask"],
                                             "apart": (0.5, 1e-3, 0.0, 40.0)}, _token_kl_problem,
     forward=lambda x, s, impl: {"loss": kl.kl_loss(**x, **s, impl=impl)},
     reference=lambda x, s: {"loss": kl.kl_loss_reference(x["logp"], x["ref_logp"], x["weights"], s["estimator"], s["gradient"], x.get("cu_seqlens"))},
-    bounds=_kl_loss_bounds, wants=("logp",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N,
+    bounds=_kl_loss_bounds, wants=("logp",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS,
     fits=lambda case: not (case.level == "sequence" and (case.N > 127 or case.apart > 1)))

@@ -5,9 +5,9 @@ import math
 from types import SimpleNamespace
 
 import torch
-from grid import EPS, Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import EPS, Bound, Entry, Problem, Tensors
 from fusedrl.kernels import advance_rows, full_kl, logprob, sampling
 from fusedrl.kernels.kept import Kept
 
@@ -120,6 +120,7 @@ def _logprob_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
 
 
 _ROW_LEVELS = {"V": VOCABULARIES, "N": (5, 0, 1, 33, 127, 4096), "dtype": FLOATS, "layout": ("plain", "padded", "misaligned", "expanded")}
+_TIMED_ROWS = {"cpu": {"N": 256, "V": 32000}, "cuda": {"N": 2048, "V": 128256, "dtype": BF16}}
 _TRITON_ROWS = {"N": (5, 0, 1, 9), "V": (33, 2, 31, 1023, 1025, 4097, 32000, 65537, 256000)}
 
 
@@ -137,7 +138,7 @@ def _logprob_entry(function: object, **changes: object) -> Entry:
         return _row_case(case) and not (case.kept and (case.N * case.V > 1 << 22 or case.layout == "expanded"))
 
     return Entry(function.__name__, logprob._IMPLS, levels, _logprob_problem, forward, _logprob_reference, _logprob_bounds, ("logits",), _TRITON_ROWS,
-                 fits=fits, cost=_elements, rows=frozenset({"logits", "token_ids", "temperature", "kept"}), **changes)
+                 fits=fits, cost=_elements, rows=frozenset({"logits", "token_ids", "temperature", "kept"}), timed=_TIMED_ROWS, **changes)
 
 
 LOGPROB, LOGPROB_ = _logprob_entry(logprob.logprob), _logprob_entry(logprob.logprob_, writes=("logits",), levels={"layout": ("plain", "padded", "misaligned")})
@@ -187,7 +188,7 @@ FULL_KL = Entry(
     forward=lambda x, s, impl: {"kl": full_kl.full_kl(x["logits"], x["ref_logits"], mask=x.get("mask"), **s, impl=impl)},
     reference=lambda x, s: {"kl": full_kl.full_kl_reference(x["logits"], x["ref_logits"], x.get("mask"), **s)},
     bounds=_full_kl_bounds, wants=("logits",), triton=_TRITON_ROWS, fits=_row_case, cost=_elements, rows=frozenset({"logits", "ref_logits", "mask"}),
-)
+    timed=_TIMED_ROWS)
 
 
 # ---- sample ----------------------------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ SAMPLE = Entry(
     bounds=lambda problem, want: {"token_ids": Bound(), "kept_count": Bound(), "entropy": Bound(atol=1e-5 * max(1.0, math.log(problem.x["logits"].shape[-1])))}
     | {name: Bound(atol=8 * EPS * want[name].abs().clamp(min=1.0)) for name in ("logp", "logp_processed")},
     triton=_TRITON_ROWS, fits=_row_case, cost=_elements, rows=frozenset({"logits", "keys", "suppress"}),
-)
+    timed={"cpu": {"N": 64, "V": 32000}, "cuda": {"N": 256, "V": 128256}})
 
 
 # ---- behind the sampler -------------------------------------------------------------------------------------------------------

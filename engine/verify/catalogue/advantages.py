@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from grid import Bound, Entry, Problem, Tensors
 from torch import Tensor
 
+from fusedrl.engine.verify.grid import Bound, Entry, Problem, Tensors
 from fusedrl.kernels import gae, normalize, ranking_loss
 
 from .common import F16, F32, FLOATS, floats, laid_out, token_mask, uniform
@@ -35,6 +35,7 @@ def _shaped(t: Tensor, padded: list[int] | None, layout: str) -> Tensor:
 _SHAPES = tuple(("packed", lengths) for lengths in PACKED) + tuple(("padded", shape) for shape in PADDED)
 _GAE_LEVELS = {"shape": _SHAPES, "mask": ("random", "all", "none", "first", "last"), "dtype": FLOATS, "layout": ("plain", "misaligned", "transposed"),
                "gamma": (1.0, 0.99, 0.0), "size": (1.0, 0.0, 1e6), "last": (True, False)}
+_GAE_TIMED = {"cpu": {"shape": ("packed", (512,) * 512), "mask": "all"}, "cuda": {"shape": ("packed", (1024,) * 4096), "mask": "all"}}
 _GAE_TRITON = {"shape": _SHAPES[:6] + _SHAPES[8:11]}
 
 
@@ -94,18 +95,21 @@ def _gae_reference(x: dict, s: dict) -> Tensors:
 
 GAE = Entry(
     "gae", gae._GAE, _GAE_LEVELS | {"lam": (0.95, 1.0, 0.0)}, _gae_problem,
-    forward=lambda x, s, impl: _pair(gae.gae(**x, **s, impl=impl)), reference=_gae_reference, bounds=_gae_bounds, triton=_GAE_TRITON, cost=_gae_cost)
+    forward=lambda x, s, impl: _pair(gae.gae(**x, **s, impl=impl)), reference=_gae_reference, bounds=_gae_bounds, triton=_GAE_TRITON, cost=_gae_cost,
+    timed=_GAE_TIMED)
 
 TD_ADVANTAGES = Entry(
     "td_advantages", gae._GAE, {**_GAE_LEVELS, "lam": (0.0,)}, _gae_problem,
     forward=lambda x, s, impl: _pair(gae.td_advantages(**x, gamma=s["gamma"], impl=impl)), reference=_gae_reference, bounds=_gae_bounds,
-    triton=_GAE_TRITON, cost=_gae_cost)
+    triton=_GAE_TRITON, cost=_gae_cost,
+    timed=_GAE_TIMED)
 
 DISCOUNTED_RETURNS = Entry(
     "discounted_returns", gae._GAE, {**_GAE_LEVELS, "lam": (1.0,)},
     lambda case, generator: Problem(**{**vars(p := _gae_problem(case, generator)), "x": p.x | {"values": torch.zeros_like(p.x["rewards"])}}),
     forward=lambda x, s, impl: {"advantages": gae.discounted_returns(**{n: t for n, t in x.items() if n != "values"}, gamma=s["gamma"], impl=impl)},
-    reference=lambda x, s: {"advantages": _gae_reference(x, s)["advantages"]}, bounds=_gae_bounds, triton=_GAE_TRITON, cost=_gae_cost)
+    reference=lambda x, s: {"advantages": _gae_reference(x, s)["advantages"]}, bounds=_gae_bounds, triton=_GAE_TRITON, cost=_gae_cost,
+    timed=_GAE_TIMED)
 
 K_STEP_ADVANTAGES = Entry(
     "k_step_advantages", gae._K_STEP, _GAE_LEVELS | {"k": (3, 1, 20, 1000)}, _gae_problem,
@@ -114,7 +118,8 @@ K_STEP_ADVANTAGES = Entry(
                                                                  x.get("last_values"))),
     bounds=lambda problem, want: {name: Bound(b.rtol, b.atol * (1 if problem.settings["k"] <= 20 or problem.settings["gamma"] < 1 else 10))
                                   for name, b in _gae_bounds(problem, want).items()},
-    triton=_GAE_TRITON, cost=_gae_cost)
+    triton=_GAE_TRITON, cost=_gae_cost,
+    timed=_GAE_TIMED)
 
 
 def _shaped_gae_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -146,7 +151,8 @@ SHAPED_GAE = Entry(
     forward=lambda x, s, impl: gae.shaped_gae(**x, **s, impl=impl)._asdict(), reference=_shaped_gae_reference,
     bounds=lambda problem, want: {name: Bound(1e-5, 2e-5 if name != "kl_per_sequence" else 2e-5 * max(1.0, problem.x["logp"].numel() / 1000))
                                   for name in want},
-    triton=_GAE_TRITON, cost=_gae_cost)
+    triton=_GAE_TRITON, cost=_gae_cost,
+    timed=_GAE_TIMED)
 
 
 # ---- normalisation and ranking ---------------------------------------------------------------------------------------------
@@ -170,6 +176,7 @@ MASKED_WHITEN = Entry(
     forward=lambda x, s, impl: {"whitened": normalize.masked_whiten(**x, **s, impl=impl)},
     reference=lambda x, s: {"whitened": normalize.masked_whiten_reference(x["x"], x["mask"], **s)},
     bounds=lambda problem, want: {"whitened": Bound(1e-5, 1e-5)}, triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N,
+    timed={"cpu": {"N": 1 << 18}, "cuda": {"N": 1 << 22}},
     fits=lambda case: case.dtype == F32 or (case.size <= 1.0 and not (case.dtype == F16 and case.offset)))
 
 
@@ -194,6 +201,7 @@ GROUP_NORMALIZE = Entry(
     _group_problem,
     forward=lambda x, s, impl: normalize.group_normalize(x["scores"], x.get("group_ids"), **s, impl=impl)._asdict(), reference=_group_reference,
     bounds=lambda problem, want: {"advantages": Bound(1e-6, 1e-6), "zero_variance": Bound()}, triton={"N": (32, 0, 128)}, cost=lambda case: case.N,
+    timed={"cpu": {"N": 1 << 13, "groups": 16}, "cuda": {"N": 1 << 20, "groups": 16}},
     fits=lambda case: case.dtype != F16 or not case.offset)
 
 
@@ -208,7 +216,7 @@ PAIRWISE_RANKING_LOSS = Entry(
     forward=lambda x, s, impl: {"loss": ranking_loss.pairwise_ranking_loss(**x, impl=impl)},
     reference=lambda x, s: {"loss": ranking_loss.pairwise_ranking_loss_reference(x["chosen"], x["rejected"], x.get("margin"))},
     bounds=lambda problem, want: dict.fromkeys(want, Bound(1e-5, 1e-6)) | {"loss": Bound(2e-6, 1e-6)}, wants=("chosen", "rejected", "margin"),
-    triton={"N": (33, 0, 1, 127)}, cost=lambda case: case.N)
+    triton={"N": (33, 0, 1, 127)}, cost=lambda case: case.N, timed={"cpu": {"N": 1 << 16}, "cuda": {"N": 1 << 20}})
 
 
 def _kwise_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -225,4 +233,5 @@ KWISE_RANKING_LOSS = Entry(
      "layout": ("plain", "misaligned")}, _kwise_problem,
     forward=lambda x, s, impl: {"loss": ranking_loss.kwise_ranking_loss(**x, impl=impl)},
     reference=lambda x, s: {"loss": ranking_loss.kwise_ranking_loss_reference(**{f"{n}_M" if n != "cu_groups" else n: t for n, t in x.items()})},
-    bounds=lambda problem, want: {"loss": Bound(2e-6, 1e-6), "d scores": Bound(1e-5, 1e-6)}, wants=("scores",), cost=lambda case: sum(case.sizes) ** 2)
+    bounds=lambda problem, want: {"loss": Bound(2e-6, 1e-6), "d scores": Bound(1e-5, 1e-6)}, wants=("scores",), cost=lambda case: sum(case.sizes) ** 2,
+    timed={kind: {"sizes": (4,) * 1024} for kind in ("cpu", "cuda")})
