@@ -186,6 +186,49 @@ def triples(ids, start=0, stop=None):
     return [[(row, t, token) for t, token in enumerate(sequence)][start:stop] for row, sequence in enumerate(ids)]
 
 
+# Tokens are the lanes of a vector: a function that takes another path for all lanes where one of them is large, small or no number (a vector library's cos and
+# sin, some of its erf) would change the bits of the others. No norm stands before the products, so that activations and scores are as wild as the embedding.
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("kind", ["plain", "parallel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_companions_of_any_magnitude(kind, activation, cap, dtype):
+    scales = [0.0, 1e-42, 1e-30, 1e-3, 0.3, 1.0, 3.0, 30.0, 1e4, 1e10, 1e20, 3e38, math.inf, math.nan]
+    weights = make(kind, torch.float32, V=len(scales))
+    embedding = torch.stack([row.sign() * row.abs().clamp(min=0.1) * s for row, s in zip(weights.embedding, scales, strict=True)])
+    layers = tuple(layer._replace(input_norm=None, post_norm=None, input_norm_bias=None, post_norm_bias=None, rope=0) for layer in weights.layers)
+    options = weights.options._replace(activation=activation, attention_softcap=cap)
+    weights = convert(weights._replace(embedding=embedding, layers=layers, options=options, position_embedding=None), dtype)
+    last, count = 20, len(scales)
+
+    def run(ids, fill):
+        cache = Cache(weights, [last + 1] * len(ids), fill=fill, dtype=torch.float32)
+        hidden = [step(weights, cache, [(row, t, token) for row, token in enumerate(ids)], "cpp") for t in (18, 19, 20)]
+        return torch.stack(hidden), cache
+
+    # Positions 0 to 17 hold what the cache was filled with; slots behind the last hold it too, and may not be seen.
+    for token in range(count):
+        alone, _ = run([token], 0.5)
+        for other in range(count):
+            among, _ = run([other] * 3 + [token] + [other] * 14, 0.5)
+            assert torch.equal(alone[:, 0].view(torch.uint8), among[:, 3].view(torch.uint8)) or bool(alone.isnan().any()), (scales[token], scales[other])
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("kind", ["plain", "normed", "windowed"])
+def test_bits_do_not_depend_on_what_unseen_slots_hold(kind, cap):
+    """Scores of a block are made together, those of slots that were never written among them."""
+    weights = make(kind)._replace(options=Options(attention_softcap=cap))
+    (ids,) = sequences([21])
+    said = []
+    for fill in (0.0, 1e-42, 1.0, 100.0, 1e30, math.inf, math.nan):
+        cache = Cache(weights, [21], fill=fill)
+        said.append(torch.cat([step(weights, cache, [(0, t, token)], "cpp") for t, token in enumerate(ids)]))
+    assert all(torch.equal(said[0], x) for x in said)
+
+
 # Block sizes at, off and below the vector; lengths at one token, around a block, over several; a cache of NaN.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", KINDS)
