@@ -100,7 +100,8 @@ def test_a_token_far_out_is_right(kind):
     """Against float64. A float32 angle is off by 0.002 at position 40,000, and with it the keys by up to 6e-4 of their size."""
     ours, exact = (Cache(decoder_of(kind, torch.float32, LIMIT).to(dtype), (40_000,)) for dtype in (torch.float32, torch.float64))
     exact.k, exact.v = ours.k.double(), ours.v.double()
-    got, want = ours.run(chunk(0, 40_000)).double(), exact.run(chunk(0, 40_000), "torch")
+    last = chunk(0, 40_000)[-2:]
+    got, want = ours.run(last).double(), exact.run(last, "torch")
     assert float((got - want).abs().max()) <= 2e-5 * float(want.abs().max())
     keys, exact_keys = (cache.own(0)[0][0].double() for cache in (ours, exact))  # of the first layer, which no other rounding has reached
     assert float((keys - exact_keys).abs().max()) <= 5e-7 * float(exact_keys.abs().max())
