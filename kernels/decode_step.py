@@ -36,7 +36,7 @@ from fusedrl.kernels.dispatch import Implementations
 from fusedrl.kernels.kv_cache import rope_and_cache
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
 from fusedrl.kernels.rms_norm import rms_norm, rms_norm_reference
-from fusedrl.kernels.rope import rope, rope_reference
+from fusedrl.kernels.rope import RopeTable, rope, rope_reference
 from fusedrl.kernels.swiglu import activate
 
 _IMPLS = Implementations("decode_step", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
@@ -61,7 +61,7 @@ class LayerWeights(NamedTuple):
     window: int  # a token sees itself and window - 1 tokens before it; 0: all
     attention_out_norm: Tensor | None = None  # [H], of what attention adds
     mlp_out_norm: Tensor | None = None  # [H], of what the MLP adds
-    rope: int = 0  # the row of inv_freq that turns q and k; -1: none does
+    rope: int = 0  # which of the rotary tables turns q and k; -1: none does
     input_norm_bias: Tensor | None = None  # [H]; with it input_norm is a LayerNorm, without it an RMSNorm
     post_norm_bias: Tensor | None = None  # [H]; likewise
 
@@ -108,8 +108,7 @@ class DecoderWeights(NamedTuple):
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [H]
     head: Tensor  # [V, H]; the embedding itself where they are tied
-    inv_freq: Tensor  # [P] float32, or [tables, P] where layers differ; P <= D / 2 pairs: of each head the first 2 P values turn; 0: no layer turns
-    rope_scale: float  # multiplies cos and sin (1.0 but for some scaled RoPE kinds)
+    rope_table: RopeTable  # as many tables as layers turn differently; without pairs no layer turns
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -154,13 +153,6 @@ def _gated(layer: LayerWeights) -> bool:
     return layer.gate_up.shape[0] != layer.down.shape[1]
 
 
-def _angles(weights: DecoderWeights, positions_N: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """cos and sin, [N, P], of every table."""
-    tables = torch.atleast_2d(weights.inv_freq.to(dtype))
-    turns = [positions_N.to(dtype)[:, None] * inv_freq for inv_freq in tables]
-    return [(turn.cos() * weights.rope_scale, turn.sin() * weights.rope_scale) for turn in turns]
-
-
 def _embed(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     x_NH, scale = weights.embedding[token_ids_N].to(dtype or weights.embedding.dtype), weights.options.embedding_scale
     x_NH = x_NH if scale == 1 else x_NH * scale
@@ -193,7 +185,7 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
     N = token_ids_N.shape[0]
     x_NH = _embed(weights, token_ids_N, positions_N, torch.promote_types(weights.embedding.dtype, k_cache.dtype))
     wide = torch.promote_types(x_NH.dtype, torch.float32)
-    angles = _angles(weights, positions_N, wide)
+    angles = weights.rope_table.at(positions_N, block_table_BM.shape[1] * v_cache.shape[3], wide)
     blocks_NM = block_table_BM[rows_N]
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
 
@@ -230,7 +222,7 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
                         v_cache: Tensor, out_slots_R: Tensor | None) -> Tensor:
     heads, kv_heads, eps, options = weights.num_heads, weights.num_kv_heads, weights.norm_eps, weights.options
     impl = "triton" if token_ids_N.device.type == "cpu" else None  # under the interpreter all of it; on a GPU each op has its own best
-    angles = _angles(weights, positions_N, torch.float32)
+    angles = weights.rope_table.at(positions_N, block_table_BM.shape[1] * v_cache.shape[3], torch.float32)
     blocks_NM, lens_N = block_table_BM[rows_N], positions_N + 1
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
     slots_N = written[0] * v_cache.shape[3] + written[1]
@@ -252,7 +244,7 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
         D = weights.head_dim
         norms = (layer.q_norm, layer.k_norm)
         plain = all(weight is None or (weight.shape[0] == D and not options.norm_offset) for weight in norms)  # of each head, by the weight alone
-        if layer.rope >= 0 and 2 * weights.inv_freq.shape[-1] == D and plain:
+        if layer.rope >= 0 and 2 * weights.rope_table.pairs == D and plain:
             return rope_and_cache(qkv_NC, *angles[layer.rope], keys, values, slots_N, num_heads=heads, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps,
                                   impl=impl)
         q, k, v = qkv_NC.unflatten(1, (heads + 2 * kv_heads, D)).split((heads, kv_heads, kv_heads), dim=1)
@@ -288,9 +280,10 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
 if native.capability:
     @torch.library.register_fake("fusedrl::decode_step")
     def _(token_ids: Tensor, positions: Tensor, rows: Tensor, block_table: Tensor, k_cache: Tensor, v_cache: Tensor, out_slots: Tensor | None,
-          embedding: Tensor, position_embedding: Tensor | None, norm: Tensor, norm_bias: Tensor | None, inv_freq: Tensor, layers: list[Tensor | None],
-          windows: list[int], ropes: list[int], rope_scale: float, eps: float, attention_scale: float, attention_softcap: float, embedding_scale: float,
-          norm_offset: float, activation: str, parallel: bool, adapters: list[Tensor | None], slices: list[int], adapter_scale: float) -> Tensor:
+          embedding: Tensor, position_embedding: Tensor | None, norm: Tensor, norm_bias: Tensor | None, cos: Tensor, sin: Tensor,
+          layers: list[Tensor | None], windows: list[int], ropes: list[int], eps: float, attention_scale: float, attention_softcap: float,
+          embedding_scale: float, norm_offset: float, activation: str, parallel: bool, adapters: list[Tensor | None], slices: list[int],
+          adapter_scale: float) -> Tensor:
         return embedding.new_empty((token_ids if out_slots is None else out_slots).shape[0], embedding.shape[1])
 
 
@@ -374,9 +367,9 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
     options, adapter = weights.options, weights.adapter
     return torch.ops.fusedrl.decode_step(
         token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, weights.embedding, weights.position_embedding, weights.norm,
-        weights.norm_bias, weights.inv_freq,
+        weights.norm_bias, *weights.rope_table.upto(block_table.shape[1] * v_cache.shape[3]),
         [part for layer in weights.layers for part in layer.parts()], [layer.window for layer in weights.layers], [layer.rope for layer in weights.layers],
-        weights.rope_scale, weights.norm_eps, D**-0.5 if options.attention_scale is None else options.attention_scale, options.attention_softcap or 0.0,
+        weights.norm_eps, D**-0.5 if options.attention_scale is None else options.attention_scale, options.attention_softcap or 0.0,
         options.embedding_scale, options.norm_offset, options.activation, options.parallel,
         [] if adapter is None else [part for layer in adapter.layers for part in layer],
         [] if adapter is None else [number for found in adapter.slices for number in found], 1.0 if adapter is None else adapter.scale)

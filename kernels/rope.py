@@ -5,10 +5,14 @@
 
 Shapes    N tokens, Hq query and Hkv key heads of D values; the angles' cos and sin [N, D/2].
 Bytes     2 N (Hq + Hkv) D s (read, write), either way. q and k may be slices of the fused projection's output: they are read where they lie.
-Numerics  float32 inside, rounded once to the dtype.
+Numerics  float32 inside, rounded once to the dtype. The angles' cos and sin are those of `RopeTable`: exact products of position and frequency, cos and sin
+          in float64, rounded once. A float32 angle is off by up to 0.002 at position 40,000.
 Source    Su et al. (2021), RoFormer, eq. 34; the rotate-half layout is GPT-NeoX's.
 """
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +43,78 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
+
+
+# ---- angles ----------------------------------------------------------------------------------------------------------
+_STEP, _CHUNK = 256, 1 << 14  # positions
+
+
+def _exact(inv_freq_TP: Tensor, positions: range) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, [tables, positions, P] float64: a product of 17 bits and 24 is exact, and scalar functions know no neighbours."""
+    tables, pairs = inv_freq_TP.shape
+    angles = [p * w for table in inv_freq_TP.tolist() for p in positions for w in table]
+    cos, sin = (torch.tensor([f(x) for x in angles], dtype=torch.float64).view(tables, len(positions), pairs) for f in (math.cos, math.sin))
+    return cos, sin
+
+
+@torch.library.custom_op("fusedrl::rope_table", mutates_args=())
+def _rope_table(inv_freq: Tensor, scale: float, count: int) -> tuple[Tensor, Tensor]:
+    cos_l, sin_l = (x[:, None] for x in _exact(inv_freq, range(_STEP)))
+    cos, sin = (torch.empty(len(inv_freq), count, inv_freq.shape[1], device="cpu") for _ in range(2))
+    for first in range(0, count, _CHUNK):
+        rows = slice(first, min(count, first + _CHUNK))
+        cos_h, sin_h = (x[:, :, None] for x in _exact(inv_freq, range(first, rows.stop, _STEP)))
+        cos[:, rows] = ((cos_h * cos_l - sin_h * sin_l) * scale).flatten(1, 2)
+        sin[:, rows] = ((sin_h * cos_l + cos_h * sin_l) * scale).flatten(1, 2)
+    return cos.to(inv_freq.device), sin.to(inv_freq.device)
+
+
+@_rope_table.register_fake
+def _(inv_freq: Tensor, scale: float, count: int) -> tuple[Tensor, Tensor]:
+    shape = (inv_freq.shape[0], count, inv_freq.shape[1])
+    return inv_freq.new_empty(shape), inv_freq.new_empty(shape)
+
+
+class RopeTable:
+    """cos and sin of every position's angles, for all who turn queries and keys: sampler, scorer and trainer read the same numbers.
+
+    An entry is a function of its position and its frequency alone, on every machine and device. A vector library's cos is not: it takes another path for all
+    values of a vector where one of them is large, and the bits of the others follow. So position 256 h + l is composed of 256 h and l by the addition
+    theorems, in float64, and rounded once.
+
+    inv_freq: [tables, P] or [P] frequencies, float32; P <= D / 2: of each head the first 2 P values turn. scale: multiplies cos and sin.
+    device: where the tables are kept. They hold 8 P bytes a position and table, and grow by powers of two as positions are asked for.
+    """
+
+    def __init__(self, inv_freq: Tensor | Sequence[Sequence[float]], scale: float = 1.0, *, device: torch.device | str | None = None) -> None:
+        self.inv_freq = torch.atleast_2d(torch.as_tensor(inv_freq, dtype=torch.float32, device=device))
+        self.scale = scale
+        self._cos = self._sin = self.inv_freq.new_empty(self.inv_freq.shape[0], 0, self.inv_freq.shape[1])
+
+    @property
+    def pairs(self) -> int:
+        """P: how many pairs of a head's values turn."""
+        return self.inv_freq.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin) as they are now. They move when they grow."""
+        return self._cos, self._sin
+
+    def upto(self, count: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), [tables, positions, P] float32 each, of at least the first `count` positions."""
+        if count > self._cos.shape[1]:
+            with torch.inference_mode(False):  # what is kept must serve autograd, too
+                self._cos, self._sin = _rope_table(self.inv_freq, self.scale, max(_STEP, 1 << (count - 1).bit_length()))
+        return self._cos, self._sin
+
+    def at(self, positions_N: Tensor, count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin, [N, P], of each table at these positions, all below `count`. In float64 for float64, as an oracle wants them; else float32."""
+        if dtype == torch.float64:
+            turns = [positions_N.double()[:, None] * inv_freq.double() for inv_freq in self.inv_freq]
+            return [(turn.cos() * self.scale, turn.sin() * self.scale) for turn in turns]
+        cos, sin = self.upto(count)
+        return [(c[positions_N], s[positions_N]) for c, s in zip(cos, sin, strict=True)]
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 // Layout   Activations are float32 in panels of up to 64 tokens, [feature][token] (panels.h).
 // Bytes    the weights once a 64 tokens, 2 L Hkv D s a cached position a row.
 // Numerics float32 from the embedding to the last norm, rounded only into the cache (of the weights' dtype, or float32) and the result. Every sum has one order, which depends on the
-//          sizes of the model alone (and for attention on the token's own position): not on companions, panel widths, or threads.
+//          sizes of the model alone (and for attention on the token's own position): not on companions, panel widths, or threads. Lanes are tokens,
+//          so no function of a vector may take another path for another lane's sake: cos and sin come from a table, one row a position.
 // Checked  beforehand and in one place (`check_ranges`), so that no index leaves its tensor.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -59,7 +60,7 @@ struct Sizes {
 };
 
 struct Options {
-  float rope_scale, eps, attention_scale, attention_softcap, embedding_scale, norm_offset;
+  float eps, attention_scale, attention_softcap, embedding_scale, norm_offset;
   Activation activation;
   bool parallel;  // the MLP reads the residual stream before attention is added to it
   float adapter_scale;
@@ -76,13 +77,19 @@ struct Norm {
   }
 };
 
+// cos and sin [tables, positions, pairs] of the angles by which a position turns.
+struct Turns {
+  const float *cos, *sin;
+  int64_t tables, positions;
+};
+
 // What a token's vector starts from; `positions` is null where no table of them was learned.
 template <typename T>
 struct Embeddings {
   const T *tokens, *positions;
 };
 
-void check_ranges(const Tokens& tokens, int64_t vocabulary, int64_t positions, int64_t blocks, int64_t S, int64_t reach, const int64_t* out, int64_t R) {
+void check_ranges(const Tokens& tokens, int64_t vocabulary, int64_t positions, int64_t turned, int64_t blocks, int64_t S, int64_t reach, const int64_t* out, int64_t R) {
   for (int64_t n = 0; n < tokens.N; ++n) {
     const int64_t id = tokens.ids[n], position = tokens.positions[n], row = tokens.rows[n];
     TORCH_CHECK_INDEX(id >= 0 && id < vocabulary, "decode_step: token_ids[", n, "] = ", id, " is outside the vocabulary of ", vocabulary);
@@ -90,6 +97,7 @@ void check_ranges(const Tokens& tokens, int64_t vocabulary, int64_t positions, i
     TORCH_CHECK_INDEX(position >= 0 && position < tokens.M * S, "decode_step: positions[", n, "] = ", position, " is outside the ", tokens.M,
                       " blocks of ", S, " in a row of the block table");
     TORCH_CHECK_INDEX(position < positions, "decode_step: positions[", n, "] = ", position, " is outside the ", positions, " learned positions");
+    TORCH_CHECK_INDEX(position < turned, "decode_step: positions[", n, "] = ", position, " is outside the ", turned, " positions of the rotary table");
     for (int64_t b = std::max<int64_t>(0, position - reach + 1) / S; b <= position / S; ++b) {
       const int64_t block = tokens.table[row * tokens.M + b];
       TORCH_CHECK_INDEX(block >= 0 && block < blocks, "decode_step: block_table[", row, ", ", b, "] = ", block, " is not one of the ", blocks,
@@ -178,9 +186,9 @@ void adapt(const Layer<T>& layer, Product product, const Options& options, int64
 
 template <typename T, typename C>
 void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& options, const Tokens& tokens, Embeddings<T> embeddings, Norm<T> norm,
-         const float* inv_freq, int64_t tables, C* k_cache, C* v_cache, int64_t layer_size, const int64_t* out_slots, int64_t R, T* out) {
+         const Turns& turns, C* k_cache, C* v_cache, int64_t layer_size, const int64_t* out_slots, int64_t R, T* out) {
   const Panels panels(tokens.N), read(R);
-  const int64_t lanes = panels.lanes(), angles = tables * z.pairs;
+  const int64_t lanes = panels.lanes(), angles = turns.tables * z.pairs;
   const int64_t input = std::max({z.H, z.heads * z.D, z.F}), output = std::max({z.qkv(), z.up(), z.H});
   // x the residual stream, a the input of a linear layer, b its output where that is not the residual stream, inner what is between an adapter's products,
   // before the stream that attention read
@@ -229,17 +237,14 @@ void run(const std::vector<Layer<T>>& layers, const Sizes& z, const Options& opt
         const T* learned = embeddings.positions + tokens.positions[p * PANEL + c] * z.H;
         for (int64_t h = 0; h < z.H; ++h) x[p * PANEL * z.H + h * width + c] += to_float(learned[h]);
       }
-      const float position = used ? static_cast<float>(tokens.positions[p * PANEL + c]) : 0.0f;
-      for (int64_t t = 0; t < tables; ++t)
-        for (int64_t d = 0; d < z.pairs; ++d)
-          cos[(t * lanes + p * PANEL) * z.pairs + d * width + c] = position * inv_freq[t * z.pairs + d];
+      const int64_t position = used ? tokens.positions[p * PANEL + c] : 0;
+      for (int64_t t = 0; t < turns.tables; ++t)
+        for (int64_t d = 0; d < z.pairs; ++d) {
+          const int64_t from = (t * turns.positions + position) * z.pairs + d, to = (t * lanes + p * PANEL) * z.pairs + d * width + c;
+          cos[to] = turns.cos[from];
+          sin[to] = turns.sin[from];
+        }
     }
-    for (int64_t t = 0; t < tables; ++t)
-      for (int64_t i = (t * lanes + p * PANEL) * z.pairs; i < (t * lanes + p * PANEL + width) * z.pairs; i += VL) {
-        const Vec angle = Vec::loadu(cos + i);
-        (angle.cos() * Vec(options.rope_scale)).store(cos + i);
-        (angle.sin() * Vec(options.rope_scale)).store(sin + i);
-      }
   });
   int64_t longest = 0;
   for (int64_t n = 0; n < tokens.N; ++n) longest = std::max(longest, tokens.positions[n]);
@@ -325,15 +330,16 @@ void set_adapters(const c10::List<std::optional<Tensor>>& adapters, at::IntArray
 template <typename T>
 Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache,
              const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const std::optional<Tensor>& learned,
-             const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& inv_freq, const c10::List<std::optional<Tensor>>& parts,
+             const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& cos, const Tensor& sin, const c10::List<std::optional<Tensor>>& parts,
              at::IntArrayRef windows, at::IntArrayRef ropes, Options options, const c10::List<std::optional<Tensor>>& adapters, at::IntArrayRef slices) {
   const int64_t L = windows.size(), H = embedding.size(1), kv_heads = k_cache.size(2), D = k_cache.size(3), S = k_cache.size(4);
   TORCH_CHECK_VALUE(static_cast<int64_t>(parts.size()) == PARTS * L && k_cache.size(0) == L && static_cast<int64_t>(ropes.size()) == L,
                     "decode_step: expected ", int{PARTS}, " parts and a rope of each of ", L, " layers");
   TORCH_CHECK_VALUE(kv_heads > 0 && D > 0 && S > 0, "decode_step: expected a cache with key/value heads, a head dim and slots, got ", k_cache.sizes());
   TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(), "decode_step: expected contiguous caches; use allocate_cache");
-  const int64_t pairs = inv_freq.dim() ? inv_freq.size(-1) : 0, tables = inv_freq.dim() == 2 ? inv_freq.size(0) : 1;
-  TORCH_CHECK_VALUE(2 * pairs <= D, "decode_step: expected inv_freq of at most ", D / 2, " pairs, got ", inv_freq.sizes());
+  TORCH_CHECK_VALUE(cos.dim() == 3 && 2 * cos.size(2) <= D, "decode_step: expected cos and sin [tables, positions, pairs] of at most ", D / 2,
+                    " pairs, got ", cos.sizes());
+  const int64_t tables = cos.size(0), pairs = cos.size(2);
   TORCH_CHECK_VALUE(!learned || learned->dim() == 2, "decode_step: expected position_embedding [positions, ", H, "], got ", learned->sizes());
   Sizes z{H, 0, 0, kv_heads, D, S, pairs, false};
   std::vector<Layer<T>> layers(L);
@@ -372,7 +378,7 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
     set(MLP_OUT_NORM, "mlp_out_norm", {H}, true);
     set(INPUT_NORM_BIAS, "input_norm_bias", {H}, true);
     set(POST_NORM_BIAS, "post_norm_bias", {H}, true);
-    TORCH_CHECK_VALUE(ropes[l] >= -1 && ropes[l] < tables, "decode_step: expected a rope of -1 (none) or below the ", tables, " rows of inv_freq, got ",
+    TORCH_CHECK_VALUE(ropes[l] >= -1 && ropes[l] < tables, "decode_step: expected a rope of -1 (none) or below the ", tables, " rotary tables, got ",
                       ropes[l], " in layer ", l);
     layers[l].rope = ropes[l];
     layers[l].heads_together = together;
@@ -387,15 +393,17 @@ Tensor typed(const Tensor& token_ids, const Tensor& positions, const Tensor& row
   const int64_t* slots = out_slots ? slots_R.const_data_ptr<int64_t>() : nullptr;
   const Tokens tokens{ids_N.const_data_ptr<int64_t>(), positions_N.const_data_ptr<int64_t>(), rows_N.const_data_ptr<int64_t>(),
                       table_BM.const_data_ptr<int32_t>(), N, table_BM.size(0), table_BM.size(1)};
-  check_ranges(tokens, embedding.size(0), learned ? learned->size(0) : std::numeric_limits<int64_t>::max(), k_cache.size(1), S, reach, slots, out_slots ? R : 0);
+  check_ranges(tokens, embedding.size(0), learned ? learned->size(0) : std::numeric_limits<int64_t>::max(), cos.size(1), k_cache.size(1), S, reach, slots,
+               out_slots ? R : 0);
   Tensor out_RH = at::empty({R, H}, embedding.options().requires_grad(false));
   const auto over = [&](auto zero) {
     using C = decltype(zero);
     run<T, C>(layers, z, options, tokens,
               {weight<T>(embedding, "embedding", embedding.sizes(), false),
                weight<T>(learned, "position_embedding", {learned ? learned->size(0) : 0, H}, true)},
-              {weight<T>(norm, "norm", {H}, false), weight<T>(norm_bias, "norm_bias", {H}, true)}, weight<float>(inv_freq, "inv_freq", inv_freq.sizes(), false),
-              tables, k_cache.mutable_data_ptr<C>(), v_cache.mutable_data_ptr<C>(), k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
+              {weight<T>(norm, "norm", {H}, false), weight<T>(norm_bias, "norm_bias", {H}, true)},
+              {weight<float>(cos, "cos", cos.sizes(), false), weight<float>(sin, "sin", cos.sizes(), false), tables, cos.size(1)},
+              k_cache.mutable_data_ptr<C>(), v_cache.mutable_data_ptr<C>(), k_cache.size(1) * kv_heads * D * S, slots, R, out_RH.mutable_data_ptr<T>());
   };
   if (N) k_cache.scalar_type() == at::kFloat ? over(0.0f) : over(T());
   return out_RH;
@@ -410,23 +418,23 @@ Activation activation_of(c10::string_view name) {
 
 Tensor decode_step(const Tensor& token_ids, const Tensor& positions, const Tensor& rows, const Tensor& block_table, const Tensor& k_cache,
                    const Tensor& v_cache, const std::optional<Tensor>& out_slots, const Tensor& embedding, const std::optional<Tensor>& position_embedding,
-                   const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& inv_freq, const c10::List<std::optional<Tensor>>& layers,
-                   at::IntArrayRef windows, at::IntArrayRef ropes, double rope_scale, double eps, double attention_scale, double attention_softcap,
-                   double embedding_scale, double norm_offset, c10::string_view activation, bool parallel,
-                   const c10::List<std::optional<Tensor>>& adapters, at::IntArrayRef slices, double adapter_scale) {
+                   const Tensor& norm, const std::optional<Tensor>& norm_bias, const Tensor& cos, const Tensor& sin,
+                   const c10::List<std::optional<Tensor>>& layers, at::IntArrayRef windows, at::IntArrayRef ropes, double eps,
+                   double attention_scale, double attention_softcap, double embedding_scale, double norm_offset, c10::string_view activation,
+                   bool parallel, const c10::List<std::optional<Tensor>>& adapters, at::IntArrayRef slices, double adapter_scale) {
   const auto call = embedding.scalar_type() == at::kBFloat16 ? &typed<at::BFloat16> : &typed<float>;
   const auto narrow = [](double x) { return static_cast<float>(x); };
-  const Options options{narrow(rope_scale),      narrow(eps),         narrow(attention_scale),   narrow(attention_softcap),
-                        narrow(embedding_scale), narrow(norm_offset), activation_of(activation), parallel, narrow(adapter_scale), {}};
-  return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, position_embedding, norm, norm_bias, inv_freq, layers,
+  const Options options{narrow(eps),         narrow(attention_scale),   narrow(attention_softcap), narrow(embedding_scale),
+                        narrow(norm_offset), activation_of(activation), parallel,                  narrow(adapter_scale),   {}};
+  return call(token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, embedding, position_embedding, norm, norm_bias, cos, sin, layers,
               windows, ropes, options, adapters, slices);
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
   m.def(
       "decode_step(Tensor token_ids, Tensor positions, Tensor rows, Tensor block_table, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? out_slots, "
-      "Tensor embedding, Tensor? position_embedding, Tensor norm, Tensor? norm_bias, Tensor inv_freq, Tensor?[] layers, int[] windows, int[] ropes, "
-      "float rope_scale, float eps, float attention_scale, float attention_softcap, float embedding_scale, float norm_offset, str activation, "
+      "Tensor embedding, Tensor? position_embedding, Tensor norm, Tensor? norm_bias, Tensor cos, Tensor sin, Tensor?[] layers, int[] windows, int[] ropes, "
+      "float eps, float attention_scale, float attention_softcap, float embedding_scale, float norm_offset, str activation, "
       "bool parallel, Tensor?[] adapters, int[] slices, float adapter_scale) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("decode_step", &decode_step); }

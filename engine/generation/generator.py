@@ -262,6 +262,8 @@ class Generator:
             return None
         run = step
         if self._graphs is not None and captured:
+            most = min(self.decoder.config.max_positions, cache.k.shape[1] * cache.k.shape[4])
+            weights.rope_table.upto(most)  # at one address for good: a table that grew would have all steps captured again
             run = self._graphs.replay(step, state, table_BM.shape[1], addresses(weights, cache.k, cache.v, table_BM, *(head.parameters() if head else ())))
         state.cursor.zero_()
         done = 0

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.generation.state import DecodeState
+from fusedrl.kernels.rope import RopeTable
 
 _LARGEST = 512
 _NARROWEST = 16  # blocks of the table
@@ -59,6 +60,8 @@ def addresses(*things: object) -> tuple[Hashable, ...]:
             found.append(thing.data_ptr())
         elif isinstance(thing, tuple):
             found.extend(addresses(*thing))
+        elif isinstance(thing, RopeTable):
+            found.extend(addresses(*thing.tensors))
         else:
             found.append(thing)  # type: ignore[arg-type]
     return tuple(found)

@@ -24,7 +24,7 @@ from fusedrl.engine.model.wide import embed
 from fusedrl.kernels.attention import varlen_attention
 from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, activation_dtype, head_norm, partial_rope
 from fusedrl.kernels.rms_norm import rms_norm
-from fusedrl.kernels.rope import rope
+from fusedrl.kernels.rope import RopeTable, rope
 from fusedrl.kernels.swiglu import activate
 
 
@@ -173,9 +173,9 @@ class Decoder(nn.Module):
         return decoder
 
     def _settle(self) -> None:
-        # Not a buffer: `.to(torch.bfloat16)` would round the frequencies.
-        tables = [self.config.inv_freq, *([self.config.local_inv_freq] if self.config.local_inv_freq else [])]
-        self._inv_freq = torch.tensor(tables, dtype=torch.float32, device=self.embedding.device)
+        # Not a buffer: `.to(torch.bfloat16)` would round the angles.
+        frequencies = [self.config.inv_freq, *([self.config.local_inv_freq] if self.config.local_inv_freq else [])]
+        self._rope_table = RopeTable(frequencies, self.config.rope_scale, device=self.embedding.device)
         self._embedding_scale = torch.tensor(self.config.embedding_scale).to(self.dtype).item()
         self._weights: DecoderWeights | None = None
 
@@ -220,8 +220,7 @@ class Decoder(nn.Module):
                 raise ValueError(f"expected sequences of at most {len(self.position_embedding)} tokens, the positions that the model has learned, got one of "
                                  f"{max_length}; shorten it")
             x_NH = x_NH + embed(positions_N, self.position_embedding, dtype)
-        turns = [positions_N[:, None].float() * inv_freq for inv_freq in self._inv_freq]  # [N, D/2] each
-        angles = [(turn.cos() * self.config.rope_scale, turn.sin() * self.config.rope_scale) for turn in turns]
+        angles = self._rope_table.at(positions_N, max_length, dtype)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer in self.layers:
             arguments = (x_NH, residual_NH, angles, cu_seqlens_B1, max_length, self._adapted)
@@ -259,8 +258,8 @@ class Decoder(nn.Module):
             c = self.config
             layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]
             options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, self._embedding_scale, c.norm_offset, c.activation, c.parallel)
-            self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._inv_freq, c.rope_scale, c.num_heads,
-                                           c.num_kv_heads, c.head_dim, c.norm_eps, options, self.position_embedding, self.norm_bias, self._adapter())
+            self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._rope_table, c.num_heads, c.num_kv_heads,
+                                           c.head_dim, c.norm_eps, options, self.position_embedding, self.norm_bias, self._adapter())
         return self._weights if self._adapted else self._weights._replace(adapter=None)
 
     def _adapter(self) -> Adapter | None:

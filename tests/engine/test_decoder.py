@@ -221,8 +221,8 @@ def test_weights_are_live():
     assert not weights.layers[2].down.any()
     ours.to(torch.bfloat16)
     assert ours.weights().layers[0].o.dtype == torch.bfloat16
-    assert ours.weights().inv_freq.dtype == torch.float32
-    assert ours.weights().inv_freq.tolist() == [list(ours.config.inv_freq)]  # moving to bfloat16 rounds the parameters, not the frequencies
+    assert ours.weights().rope_table.inv_freq.dtype == torch.float32
+    assert ours.weights().rope_table.inv_freq.tolist() == [list(ours.config.inv_freq)]  # moving to bfloat16 rounds the parameters, not the frequencies
 
 
 def test_a_frozen_copy_stands_alone():

@@ -243,6 +243,9 @@ def test_addresses_name_what_a_step_has_in_itself(decoder):
     first = addresses(weights)
     assert len(first) > 20
     assert addresses(weights) == addresses(decoder.weights()) == first
-    assert addresses(weights._replace(rope_scale=2.0)) != first
+    assert addresses(weights._replace(norm_eps=2.0)) != first
+    weights.rope_table.upto(2 * weights.rope_table.tensors[0].shape[1] + 1)
+    assert addresses(weights) != first, "a table that grew lies elsewhere"
+    first = addresses(weights)
     assert addresses(weights._replace(norm=weights.norm.clone())) != first
     hash(first)

@@ -9,6 +9,7 @@ from fusedrl.kernels import native
 from fusedrl.kernels import paged_attention as paged_attention_module
 from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, allocate_cache, copy_blocks, decode_step
 from fusedrl.kernels.dispatch import unavailable
+from fusedrl.kernels.rope import RopeTable
 
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
 IMPLS = ["torch", CPP]
@@ -58,7 +59,8 @@ def make(kind, dtype=torch.float32, V=37, seed=0):
     inv_freq = 1.0 / 100.0 ** (torch.arange(k.get("pairs", D // 2), dtype=torch.float32) / (D // 2))
     inv_freq = inv_freq if k["tables"] == 1 else torch.stack([inv_freq / (1 + 3 * t) for t in range(k["tables"])])
     learned = None if k["positions"] is None else rand(k["positions"], H, scale=0.5)
-    return DecoderWeights(embedding, tuple(layers), norm(H), embedding, inv_freq, k["rope_scale"], heads, kv, D, 1e-5, k["options"], learned, norm_bias(H))
+    return DecoderWeights(embedding, tuple(layers), norm(H), embedding, RopeTable(inv_freq, k["rope_scale"]), heads, kv, D, 1e-5, k["options"], learned,
+                          norm_bias(H))
 
 
 def convert(weights, dtype):
@@ -112,7 +114,7 @@ def dense(weights, ids):
     group = w.num_heads // w.num_kv_heads
 
     options = w.options
-    tables = torch.atleast_2d(w.inv_freq.double())
+    tables = w.rope_table.inv_freq.double()
     P = tables.shape[1]
 
     def norm(x, g, b=None):
@@ -122,7 +124,7 @@ def dense(weights, ids):
         return x if g is None else (g + options.norm_offset) * x / (x.square().mean(-1, keepdim=True) + w.norm_eps).sqrt()
 
     def turn(x, t, inv_freq):
-        z = torch.complex(x[..., :P], x[..., P : 2 * P]) * torch.polar(torch.tensor(w.rope_scale).double(), t * inv_freq)
+        z = torch.complex(x[..., :P], x[..., P : 2 * P]) * torch.polar(torch.tensor(w.rope_table.scale).double(), t * inv_freq)
         return torch.cat([z.real, z.imag, x[..., 2 * P :]], -1)
 
     x = w.embedding[ids] * options.embedding_scale
@@ -182,6 +184,49 @@ def sequences(lengths, V=37, seed=3):
 
 def triples(ids, start=0, stop=None):
     return [[(row, t, token) for t, token in enumerate(sequence)][start:stop] for row, sequence in enumerate(ids)]
+
+
+# Tokens are the lanes of a vector: a function that takes another path for all lanes where one of them is large, small or no number (a vector library's cos and
+# sin, some of its erf) would change the bits of the others. No norm stands before the products, so that activations and scores are as wild as the embedding.
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("kind", ["plain", "parallel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_companions_of_any_magnitude(kind, activation, cap, dtype):
+    scales = [0.0, 1e-42, 1e-30, 1e-3, 0.3, 1.0, 3.0, 30.0, 1e4, 1e10, 1e20, 3e38, math.inf, math.nan]
+    weights = make(kind, torch.float32, V=len(scales))
+    embedding = torch.stack([row.sign() * row.abs().clamp(min=0.1) * s for row, s in zip(weights.embedding, scales, strict=True)])
+    layers = tuple(layer._replace(input_norm=None, post_norm=None, input_norm_bias=None, post_norm_bias=None, rope=0) for layer in weights.layers)
+    options = weights.options._replace(activation=activation, attention_softcap=cap)
+    weights = convert(weights._replace(embedding=embedding, layers=layers, options=options, position_embedding=None), dtype)
+    last, count = 20, len(scales)
+
+    def run(ids, fill):
+        cache = Cache(weights, [last + 1] * len(ids), fill=fill, dtype=torch.float32)
+        hidden = [step(weights, cache, [(row, t, token) for row, token in enumerate(ids)], "cpp") for t in (18, 19, 20)]
+        return torch.stack(hidden), cache
+
+    # Positions 0 to 17 hold what the cache was filled with; slots behind the last hold it too, and may not be seen.
+    for token in range(count):
+        alone, _ = run([token], 0.5)
+        for other in range(count):
+            among, _ = run([other] * 3 + [token] + [other] * 14, 0.5)
+            assert torch.equal(alone[:, 0].view(torch.uint8), among[:, 3].view(torch.uint8)) or bool(alone.isnan().any()), (scales[token], scales[other])
+
+
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("kind", ["plain", "normed", "windowed"])
+def test_bits_do_not_depend_on_what_unseen_slots_hold(kind, cap):
+    """Scores of a block are made together, those of slots that were never written among them."""
+    weights = make(kind)._replace(options=Options(attention_softcap=cap))
+    (ids,) = sequences([21])
+    said = []
+    for fill in (0.0, 1e-42, 1.0, 100.0, 1e30, math.inf, math.nan):
+        cache = Cache(weights, [21], fill=fill)
+        said.append(torch.cat([step(weights, cache, [(0, t, token)], "cpp") for t, token in enumerate(ids)]))
+    assert all(torch.equal(said[0], x) for x in said)
 
 
 # Block sizes at, off and below the vector; lengths at one token, around a block, over several; a cache of NaN.
@@ -450,7 +495,7 @@ def test_cpp_refuses_weights_that_do_not_fit():
     for change, error, what in (({"down": weights.layers[0].down.T.contiguous()}, ValueError, "expected gate_up"),
                                 ({"qkv_bias": torch.zeros(3)}, ValueError, "qkv_bias"),
                                 ({"o": weights.layers[0].o.double()}, TypeError, "expected o in"), ({"gate_up": None}, ValueError, "gate_up"),
-                                ({"rope": 1}, ValueError, "below the 1 rows of inv_freq"), ({"mlp_out_norm": torch.ones(3)}, ValueError, "mlp_out_norm"),
+                                ({"rope": 1}, ValueError, "below the 1 rotary tables"), ({"mlp_out_norm": torch.ones(3)}, ValueError, "mlp_out_norm"),
                                 ({"qkv": weights.layers[0].qkv.T.contiguous().T}, ValueError, "expected qkv contiguous")):
         broken = weights._replace(layers=(weights.layers[0]._replace(**change), weights.layers[1]))
         with pytest.raises(error, match=what):
@@ -469,7 +514,7 @@ def test_opcheck_and_compile():
     ids, positions, rows = torch.tensor([3, 4, 5]), torch.arange(3), torch.zeros(3, dtype=torch.int64)
     parts = [part for layer in weights.layers for part in layer.parts()]
     arguments = (ids, positions, rows, cache.table, cache.k, cache.v, torch.tensor([2]), weights.embedding, None, weights.norm, None,
-                 weights.inv_freq, parts, [0, 0], [0, 0], 1.0, 1e-5, 0.25, 0.0, 1.0, 0.0, "silu", False)
+                 *weights.rope_table.upto(20), parts, [0, 0], [0, 0], 1e-5, 0.25, 0.0, 1.0, 0.0, "silu", False)
     adapter = adapted("biased", "some").adapter
     adapters = ([part for layer in adapter.layers for part in layer], [n for found in adapter.slices for n in found], adapter.scale)
     for of_adapters in (([], [], 1.0), adapters):

@@ -5,6 +5,7 @@ from fusedrl.kernels import native
 from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, allocate_cache, decode_step
 from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.kv_cache import _rope_and_cache_triton, rope_and_cache
+from fusedrl.kernels.rope import RopeTable
 
 cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
 triton = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))))
@@ -219,14 +220,14 @@ def test_fills_the_cache_of_decode_step(impl):
     layer = LayerWeights(rand(H), rand((heads + 2 * kv_heads) * D, H), None, rand(D), rand(D), rand(H, heads * D), None, rand(H), rand(34, H), None,
                          rand(H, 17), None, 0)
     embedding = rand(9, H)
-    weights = DecoderWeights(embedding, (layer, layer), rand(H), embedding, rand(D // 2).abs(), 1.25, heads, kv_heads, D, 1e-5)
+    weights = DecoderWeights(embedding, (layer, layer), rand(H), embedding, RopeTable(rand(D // 2).abs(), 1.25), heads, kv_heads, D, 1e-5)
     ids, positions, table = torch.arange(N), torch.arange(N), torch.tensor([[3, 1, 2]], dtype=torch.int32)
     theirs = [cache.fill_(CANARY) for cache in allocate_cache(weights, 5, S)]
     ours = [cache.clone() for cache in theirs]
     decode_step(weights, ids, positions, torch.zeros(N, dtype=torch.int64), table, *theirs, impl="torch")
     hidden = torch.nn.functional.rms_norm(embedding[ids], (H,), layer.input_norm, weights.norm_eps)
-    angles = positions[:, None] * weights.inv_freq
-    rope_and_cache(hidden @ layer.qkv.T, angles.cos() * weights.rope_scale, angles.sin() * weights.rope_scale, ours[0][0], ours[1][0],
+    angles = positions[:, None] * weights.rope_table.inv_freq
+    rope_and_cache(hidden @ layer.qkv.T, angles.cos() * 1.25, angles.sin() * 1.25, ours[0][0], ours[1][0],
                    table[0].long()[positions // S] * S + positions % S, num_heads=heads, q_norm=layer.q_norm, k_norm=layer.k_norm,
                    eps=weights.norm_eps, impl=impl)
     for a, b in zip(ours, theirs, strict=True):

@@ -1,9 +1,12 @@
+import math
+
+import mpmath
 import pytest
 import torch
 
 from fusedrl.kernels import native
 from fusedrl.kernels.dispatch import unavailable
-from fusedrl.kernels.rope import _rope_triton, rope, rope_reference
+from fusedrl.kernels.rope import RopeTable, _rope_triton, rope, rope_reference
 
 cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
 triton = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))))
@@ -138,3 +141,56 @@ def test_refuses_what_it_does_not_support():
         rope(q.transpose(1, 2).contiguous().transpose(1, 2), k, cos, sin)
     with pytest.raises(RuntimeError, match="of float64: implementation 'triton' cannot run"):
         rope(q.double(), k.double(), cos, sin, impl="triton")
+
+
+# ---- the table of angles --------------------------------------------------------------------------------------------------
+FREQUENCIES = [[500_000.0 ** (-i / 32) for i in range(32)], [10_000.0 ** (-i / 32) / 8 for i in range(32)]]
+
+
+def test_the_table_is_cos_and_sin_rounded_once():
+    """Half an ulp, at every position, in decimal arithmetic of 40 digits."""
+    table, chosen = RopeTable(FREQUENCIES, 1.25), [0, 1, 130, 255, 256, 1_000, 16_383, 16_384, 40_000, 65_537, 131_071]
+    tables = table.upto(131_072)
+    assert all(x.shape == (2, 131_072, 32) and x.dtype == torch.float32 for x in tables)
+    with mpmath.workdps(40):
+        for t, row in enumerate(table.inv_freq.double().tolist()):
+            for position in chosen:
+                for got, f in zip(tables, (mpmath.cos, mpmath.sin), strict=True):
+                    want = [f(mpmath.mpf(position) * w) * 1.25 for w in row]
+                    for x, exact in zip(got[t, position].tolist(), want, strict=True):
+                        ulp = 2.0 ** (max(math.frexp(x)[1], -125) - 24)
+                        assert abs(x - exact) <= 0.500001 * ulp, (position, x, exact)
+    far = slice(39_000, 40_000)  # with float32 angles, as it is often done
+    angles = torch.arange(far.start, far.stop).float()[:, None] * table.inv_freq[0]
+    assert float((angles.cos() * 1.25 - tables[0][0, far]).abs().max()) > 4e-4
+
+
+def test_an_entry_depends_on_its_position_and_frequency_alone():
+    whole = RopeTable(FREQUENCIES).upto(40_000)
+    grown = RopeTable(FREQUENCIES)
+    for count in (1, 256, 257, 1_000, 17_000, 40_000):
+        before = grown.upto(count)
+        assert before[0].shape[1] >= count
+        assert all(torch.equal(x, y[:, : x.shape[1]]) for x, y in zip(before, whole, strict=True))
+    assert all(a is b for a, b in zip(grown.upto(3), grown.tensors, strict=True)), "what is there is kept"
+    for t, i in ((0, 0), (0, 31), (1, 7)):
+        one = RopeTable([[FREQUENCIES[t][i]]]).upto(40_000)
+        assert all(torch.equal(x[0, :, 0], y[t, :, i]) for x, y in zip(one, whole, strict=True))
+
+
+def test_what_a_table_gives():
+    table, positions = RopeTable(FREQUENCIES, 0.75), torch.tensor([0, 999, 3, 130])
+    with torch.inference_mode():
+        table.upto(1_000)
+    x = torch.ones(4, 1, 64, requires_grad=True)
+    for t, (cos, sin) in enumerate(table.at(positions, 1_000, torch.float32)):
+        assert torch.equal(cos, table.tensors[0][t][positions])
+        assert torch.equal(sin, table.tensors[1][t][positions])
+        rope(x, x, cos, sin)[0].sum().backward()  # a table that grew in inference mode serves autograd, too
+    exact = table.at(positions, 1_000, torch.float64)
+    assert all(x.dtype == torch.float64 for pair in exact for x in pair)
+    torch.testing.assert_close(exact[1][1], (positions[:, None] * table.inv_freq[1].double()).sin() * 0.75, rtol=1e-12, atol=0)
+    assert RopeTable([[]]).upto(5)[0].shape == (1, 256, 0)
+    assert RopeTable(FREQUENCIES).at(positions[:0], 0, torch.float32)[0][0].shape == (0, 32)
+    assert RopeTable(FREQUENCIES, device="meta").upto(300)[1].shape == (2, 512, 32)
+    torch.library.opcheck(torch.ops.fusedrl.rope_table, (table.inv_freq, 1.5, 512))

@@ -166,7 +166,7 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
         bias(H, family["layer_norm"])) for at in family["ropes"])
     embedding, pairs = rand(V, H), family["pairs"]
     weights = decode_step.DecoderWeights(
-        embedding, layers, norm(H), embedding, 1.0 / 100.0 ** (torch.arange(pairs) / pairs), 1.0, heads, kv_heads, D, 1e-5,
+        embedding, layers, norm(H), embedding, rope.RopeTable(1.0 / 100.0 ** (torch.arange(pairs) / pairs)), heads, kv_heads, D, 1e-5,
         decode_step.Options(**family["options"]), rand(64, H) if family["learned"] else None, bias(H, family["layer_norm"]))
     if case.adapter:
         q, kv = heads * D, kv_heads * D
