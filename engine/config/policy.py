@@ -128,8 +128,8 @@ class PolicyConfig:
         ptx: learn texts in the same optimizer steps, so that the policy does not forget them; ptx.data turns it on.
         reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
             the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
-        critic: a critic of its own, for algorithms that have one; critic.model, critic.warmup_steps or critic.optim turns it on. None is a value head on the
-            policy's trunk, trained with it by one loss. <run>/critic then holds it.
+        critic: for algorithms that have one. None is a value head on the policy's trunk, trained with it by one loss; critic.warmup_steps trains that head alone
+            at first, and critic.model is a critic of its own in its place, which <run>/critic then holds.
         evaluation: on held-out prompts while training; evaluation.data turns it on.
         alarm: what is done about signs of reward hacking.
     """
@@ -240,6 +240,16 @@ class PolicyConfig:
     def objective(self) -> str:
         """The objective's name: the loss's own, or the algorithm's."""
         return self.loss.objective or self.row.objective
+
+    @property
+    def own_critic(self) -> CriticConfig | None:
+        """The critic, where it is one of its own and no head on the policy's trunk."""
+        return None if self.critic is None or self.critic.model == "trunk" else self.critic
+
+    @property
+    def critic_warmup(self) -> int:
+        """How many rollouts train the critic alone."""
+        return 0 if self.critic is None else self.critic.warmup_steps
 
     @property
     def needs_reference(self) -> bool:
