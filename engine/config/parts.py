@@ -128,8 +128,6 @@ class CriticConfig:
     def __post_init__(self) -> None:
         require(bool(self.model), "critic.model", "trunk, policy, or a directory or id of a model", self.model)
         require(self.warmup_steps >= 0, "critic.warmup_steps", ">= 0", self.warmup_steps)
-        require(self.model != "trunk" or self.warmup_steps > 0 or self.optim == OptimConfig(), "critic.optim", "only with critic.model (policy is a copy of the "
-                "policy's weights) or critic.warmup_steps: a head on the policy's trunk is trained with the policy, by optim", self.optim)
 
 
 @dataclass(frozen=True)

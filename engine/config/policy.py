@@ -201,6 +201,9 @@ class PolicyConfig:
                  f"{self.advantage} has no use for values (the options contradict each other); ppo, a2c and others have a critic", self.critic)
         require(self.critic is None or self.critic.warmup_steps < self.steps, "critic.warmup_steps", f"< steps = {self.steps}, else no policy is trained",
                  self.critic and self.critic.warmup_steps)
+        require(self.critic is None or self.critic.model != "trunk" or self.critic.warmup_steps > 0 or self.critic.optim == OptimConfig(), "critic.optim",
+                "only with critic.model (policy is a copy of its weights) or critic.warmup_steps: a head on the policy's trunk is trained by optim, with the "
+                "policy", "neither")
         rollouts = self.prompts_per_step * self.samples_per_prompt
         require(self.minibatches <= rollouts, "minibatches", f"<= prompts_per_step x samples_per_prompt = {rollouts}", self.minibatches)
         require(not self.generation.truncates, "generation", "without top_k, top_p and min_p (the trainer scores the full distribution, "
