@@ -9,7 +9,7 @@ completion's tokens is R-based and spread by `per_token`; what looks ahead is r-
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.gae import ShapedGAE, discounted_returns, gae, k_step_advantages, shaped_gae, td_advantages
 from fusedrl.kernels.kl import token_kl
 from fusedrl.kernels.normalize import group_normalize, masked_whiten
+from fusedrl.kernels.objective import token_weights
 
 GRPO_EPS = 1e-4  # added to a group's standard deviation, as in TRL
 
@@ -32,7 +33,8 @@ class Signals:
 
     batch: with the columns scores and group_ids [B] (equal where the prompt is, in any number: invalid completions are not there), and, where the
     algorithm has them, old_logp, ref_logp and values [N] and greedy_scores [B]. kl_coef: of the KL in the reward. future_kl_coef: of the KL of the tokens to
-    come, which `estimate` takes off. baseline: the mean of all returns R of earlier steps, 0 at the first.
+    come, which `estimate` takes off. baseline: the mean of all returns R of earlier steps. level: that of the first rollout, a constant. Of the first rollout
+    itself `settled` fills in both: a constant added to all rewards then adds to no advantage.
     """
 
     batch: PackedBatch
@@ -43,13 +45,29 @@ class Signals:
     future_kl_coef: float = 0.0
     score_clip: float | None = None
     baseline: float = 0.0
+    level: float = 0.0
 
     @classmethod
-    def of(cls, config: PolicyConfig, batch: PackedBatch, kl_coef: float, baseline: float) -> Signals:
+    def of(cls, config: PolicyConfig, batch: PackedBatch, kl_coef: float, baseline: float, level: float = 0.0) -> Signals:
         """Of a step's batch; `kl_coef` is the coefficient now, wherever the KL is placed."""
         loss, kl = config.loss, config.kl
         return cls(batch, loss.gamma, loss.lam, loss.k, kl_coef if kl.placement == "reward" else 0.0, kl_coef if kl.level == "future" else 0.0,
-                   config.score_clip or None, baseline)
+                   config.score_clip or None, baseline, level)
+
+    def settled(self) -> tuple[Signals, float]:
+        """Of the first rollout: the signals with the mean R for baseline and level, and with values that are right on average; and what these were short of.
+
+        That is the mean over completions of the mean of G_t - V_t over their tokens: what a critic's bias has to rise by (0 without values). A critic that
+        said less would make every completion's last token look like a gain, and one that said more like a loss, whatever stands there.
+        """
+        level, batch, short = self.totals.double().mean().item(), self.batch, 0.0
+        if batch.values is not None:
+            errors_N, _ = _learned_baseline(self)
+            weights_N = token_weights(batch.action_mask, "sequence_mean_token_mean", cu_seqlens=batch.cu_seqlens).double()
+            short = ((weights_N * errors_N).sum() / weights_N.sum().clamp(min=1e-30)).item()
+            columns = {name: x for name in ("values", "rollout_values") if (x := getattr(batch, name)) is not None}
+            batch = batch.with_columns(**{name: torch.where(batch.positions > 0, x_N + short, x_N) for name, x_N in columns.items()})
+        return replace(self, batch=batch, baseline=level, level=level), short
 
     @cached_property
     def shaped(self) -> ShapedGAE:
@@ -181,18 +199,21 @@ def _k_step(x: Signals) -> tuple[Tensor, Tensor]:
 # ---- of a completion alone -----------------------------------------------------------------------------------------------------
 @register_advantage("monte_carlo")
 def _monte_carlo(x: Signals) -> Tensor:
-    """R at every token."""
-    return x.per_token(x.totals)
+    """R at every token, less the level: without, the noise of the gradient would grow with a constant in the reward (Williams, 1992, has b for it)."""
+    return x.per_token(x.totals - x.level)
 
 
 @register_advantage("reward_to_go")
 def _reward_to_go(x: Signals) -> Tensor:
-    return discounted_returns(x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma)
+    """G_t, less the level as in `_monte_carlo`."""
+    to_go_N = discounted_returns(x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma)
+    return torch.where(x.batch.action_mask, to_go_N - x.level, 0.0)
 
 
 @register_advantage("running_mean")
 def _running_mean(x: Signals) -> Tensor:
-    """R - b, b the mean of all earlier R: of the past, so that it does not depend on what it is subtracted from."""
+    """R - b, b the mean of all earlier R: of the past, so that it does not depend on what it is subtracted from. The first rollout has its own mean, which
+    leaves (B - 1) / B of the gradient."""
     return x.per_token(x.totals - x.baseline)
 
 
@@ -200,7 +221,8 @@ def _running_mean(x: Signals) -> Tensor:
 def _remax(x: Signals) -> Tensor:
     """Reward-to-go less the score of the same prompt's greedy completion."""
     greedy_B = x.batch.column("greedy_scores")
-    return _reward_to_go(x) - x.per_token(greedy_B if x.score_clip is None else greedy_B.clamp(-x.score_clip, x.score_clip))
+    to_go_N = discounted_returns(x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma)
+    return to_go_N - x.per_token(greedy_B if x.score_clip is None else greedy_B.clamp(-x.score_clip, x.score_clip))
 
 
 # ---- within a group ------------------------------------------------------------------------------------------------------------

@@ -48,22 +48,26 @@ class PenaltyController:
 
 class Control:
     """All that a policy run carries from step to step beside weights and optimizer: two coefficients, the moments of all returns and of all scores so far,
-    and how many prompts were drawn from the stream."""
+    the mean of each in the first rollout, and how many prompts were drawn from the stream."""
 
     def __init__(self, config: PolicyConfig) -> None:
         self.kl, self.penalty, self.returns = KLController(config.kl), PenaltyController(config.penalty), RunningMoments()
         self.scores = RunningMoments()
+        self.level: float | None = None  # mean return of the first rollout
+        self.origin: float | None = None  # mean of its scores, where they are scaled
         self.drawn = 0
         self._scale, self._centre = config.scale_scores, config.normalize_scores
         self._penalised = config.objective == "ppo_penalty"
 
     def scaled(self, batch: PackedBatch) -> PackedBatch:
-        """The batch with its scores divided by the standard deviation of all so far, these included (as they are while all were the same), and with
-        normalize_scores first less their mean; with neither option the batch itself. What is clipped is clipped later."""
+        """The batch with its scores divided by the standard deviation of all so far, these included (as they are while all were the same), after their mean is
+        taken off: with scale_scores that of the first rollout, which stays (else a mean far from 0 would move with the deviation, and values with it), with
+        normalize_scores that of all so far. With neither option the batch itself. What is clipped is clipped later."""
         if not (self._scale or self._centre):
             return batch
         self.scores.update(batch.column("scores"))
-        mean, scale = self.scores.mean if self._centre else 0.0, self.scores.std
+        self.origin = self.scores.mean if self.origin is None else self.origin
+        mean, scale = self.scores.mean if self._centre else self.origin, self.scores.std
         scale = scale if scale > 1e-6 * max(1.0, abs(self.scores.mean)) else 1.0  # below is the rounding of the mean
         batch = batch.with_columns(scores=(batch.column("scores") - mean) / scale)
         if batch.token_rewards is not None:
@@ -77,11 +81,12 @@ class Control:
         if self._penalised and "policy/last_approxkl" in metrics:
             self.penalty.update(metrics["policy/last_approxkl"])
         self.returns.update(totals_B)
+        self.level = self.returns.mean if self.level is None else self.level
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {"kl_coef": self.kl.coef, "penalty_coef": self.penalty.coef, "returns": self.returns.state_dict(), "scores": self.scores.state_dict(),
-                "drawn": self.drawn}
+                "level": self.level, "origin": self.origin, "drawn": self.drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave, now or before there was more than the KL coefficient."""
@@ -90,6 +95,7 @@ class Control:
             self.penalty.coef = float(state["penalty_coef"])
             self.returns.load_state_dict(state["returns"])
             self.scores.load_state_dict(state["scores"])
+            self.level, self.origin = state["level"], state["origin"]
             self.drawn = int(state["drawn"])
 
 

@@ -68,12 +68,28 @@ class SeparateCritic(nn.Module):
             save_value_head(self.head, temporary)
 
 
-class TrainedCritic(NamedTuple):
-    """A critic with the optimizer that trains it, and what that was made of."""
+class TrunkCritic(nn.Module):
+    """The value head on a policy's trunk, as what is trained while the policy stands still: the trunk is a constant."""
 
-    model: SeparateCritic
+    def __init__(self, actor: HybridActor, head: ValueHead) -> None:
+        super().__init__()
+        self.head = head
+        self._actor = actor  # no module: its weights are none of these
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[N] float32, as `HybridActor.values`. Differentiable in the head."""
+        with torch.no_grad():
+            hidden_NH = self._actor.forward(batch)
+        return self._actor.values(batch, hidden_NH)
+
+
+class TrainedCritic(NamedTuple):
+    """A critic with the optimizer that trains it, and what that was made of; over so many rollouts, the first of the run."""
+
+    model: SeparateCritic | TrunkCritic
     optimizer: Optimizer
     optim: OptimConfig
+    rollouts: int
 
 
 def load_critic(path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None) -> SeparateCritic:
@@ -97,13 +113,18 @@ def load_critic(path: str | Path, *, dtype: str | torch.dtype = "auto", device: 
 
 
 def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
-    """The critic that the configuration names, in the policy's dtype, and its optimizer; None where it is to be a head on the policy's trunk, or none at all.
+    """What is trained by itself, and its optimizer: a critic of its own, in the policy's dtype, or while it warms up the head on the policy's trunk; None: nothing.
 
     Raises:
         ConfigError: its vocabulary is not the policy's, or it has too few positions. Others as `load_critic`.
     """
     if config.critic is None:
         return None
+    if config.own_critic is None:
+        if actor.value_head is None or not config.critic.warmup_steps:
+            return None
+        head = TrunkCritic(actor, actor.value_head)
+        return TrainedCritic(head, optimizer_of(config.critic.optim, head.named_parameters()), config.critic.optim, config.critic.warmup_steps)
     path = config.model if config.critic.model == "policy" else config.critic.model
     critic = load_critic(path, dtype=actor.decoder.dtype, device=actor.decoder.device)
     ours, theirs = actor.decoder.config, critic.decoder.config
@@ -118,4 +139,4 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
         raise ConfigError(f"config: expected critic.model to have the {longest} positions that a prompt and its completion may take, got "
                           f"{theirs.max_positions} in {path}; lower max_prompt_length to {theirs.max_positions - config.generation.max_new_tokens} or less")
     critic.decoder.checkpoint_activations = config.checkpoint_activations
-    return TrainedCritic(critic, optimizer_of(config.critic.optim, critic.named_parameters()), config.critic.optim)
+    return TrainedCritic(critic, optimizer_of(config.critic.optim, critic.named_parameters()), config.critic.optim, config.steps)

@@ -1,4 +1,5 @@
-"""What watches a policy run: evaluation on held-out prompts, sample tables over time, and the reward-hacking alarm. Training is bitwise what it is without.
+"""What watches a policy run: evaluation on held-out prompts, sample tables over time, the reward-hacking alarm, and a word about rewards that teach nothing.
+Training is bitwise what it is without.
 
     <run>/metrics.jsonl        eval/... in the lines of the steps that were evaluated; the policy as it starts is the line of step 0
     <run>/samples_eval.jsonl   completions of the same few prompts at every evaluation: step, prompt, completion, scores by name
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.advantages import find_advantage
 from fusedrl.engine.alarm import Detector, as_row, message
 from fusedrl.engine.config import EvaluationConfig, PolicyConfig
 from fusedrl.engine.control import shuffled
@@ -25,6 +27,7 @@ from fusedrl.engine.rewards import RewardSet
 from fusedrl.engine.run import Run
 
 ALARM_EXIT = 4  # of a process that the alarm stopped
+FLAT_STEPS = 5  # rollouts in a row whose rewards are all equal, after which that is said
 
 
 class Monitor:
@@ -43,7 +46,10 @@ class Monitor:
         if config.alarm.action != "off":
             self._alarms = run.lines("alarms.jsonl")
             self._detector = Detector(config.alarm, config.kl.target)
-            for row in read_rows(run.directory / "metrics.jsonl"):  # a resumed run's: the detector is where it was
+        self._flat = FlatRewards(config)
+        for row in read_rows(run.directory / "metrics.jsonl"):  # a resumed run's: what watches it is where it was
+            self._flat.update(row)
+            if self._detector is not None:
                 self._detector.update(row)
 
     def begin(self) -> None:
@@ -56,6 +62,8 @@ class Monitor:
         done, found = step + 1, dict[str, float]()
         if self._held_out is not None and self._held_out.due(done):
             found |= self._held_out.evaluate(done)
+        if said := self._flat.update(metrics):
+            self._run.message(f"step {done}: {said}")
         if self._detector is not None:
             before, evidence = self._detector.firing, self._detector.update(metrics)
             found["alarm/reward_hacking"] = float(self._detector.firing)
@@ -65,6 +73,44 @@ class Monitor:
                 if self._config.alarm.action == "stop":
                     self._run.stop(ALARM_EXIT)
         return found
+
+
+class FlatRewards:
+    """Rollouts that have nothing to tell apart: all rewards are equal (of group methods, those of each prompt), or all beyond score_clip."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self._config, self._group = config, find_advantage(config.advantage).needs == "group"
+        self._stretch = 0
+
+    def update(self, metrics: Mapping[str, float]) -> str | None:
+        """Take in a step's metrics (a line without a reward counts for nothing). What to say after FLAT_STEPS such rollouts in a row, once in each row."""
+        if "reward_std" not in metrics:
+            return None
+        beyond = metrics.get("score_clip_fraction") == 1.0
+        equal = metrics["reward_std"] <= 1e-6 * abs(metrics["reward"])  # below is the rounding of the mean
+        flat = equal or (self._group and metrics.get("frac_reward_zero_std") == 1.0)
+        self._stretch = self._stretch + 1 if flat or beyond else 0
+        if self._stretch != FLAT_STEPS:
+            return None
+        each = f"were all equal (now {metrics['reward']:.4g})" if equal else "of each prompt were equal"
+        what = f"all scores were beyond score_clip = {self._config.score_clip:.4g}" if beyond and not flat else f"the rewards {each}"
+        return (f"in the last {FLAT_STEPS} rollouts {what}, so that there is nothing to learn from them. Likely causes: {'; '.join(self._causes(metrics, beyond))}. "
+                "Completions with their scores are in samples.jsonl")
+
+    def _causes(self, metrics: Mapping[str, float], beyond: bool) -> list[str]:
+        """Those that the metrics speak for, then those that always may be."""
+        causes = ["scores far from 0: raise score_clip, or centre them with normalize_scores"] if beyond else []
+        if metrics.get("completions/clipped_ratio") == 1.0:
+            causes.append(f"every completion is cut off, perhaps before its answer: raise generation.max_new_tokens ({self._config.generation.max_new_tokens})")
+        if metrics.get("completions/mean_length", math.inf) <= 2.0:
+            causes.append("completions are empty or nearly so: look at the prompts' template")
+        if metrics.get("completions/distinct_trigrams", 1.0) < 0.1:
+            causes.append("all completions say the same: raise generation.temperature, or the policy has collapsed")
+        if beyond:
+            return causes
+        causes.append("the reward never finds what it looks for (the format of an answer, a column of the data)")
+        causes.append("the prompts are all too hard for the policy, or all too easy: take others, or more samples_per_prompt")
+        return causes
 
 
 class HeldOut:

@@ -163,7 +163,7 @@ class Planner:
         trained = [(p.numel(), p.element_size()) for p in whole.parameters() if p.requires_grad]
         head, idle = self._decoder.head, isinstance(config, RewardModelConfig) and not self._imitates
         unused = [(head.numel(), self._e)] if idle and head is not None and head.requires_grad else []
-        self._critic = isinstance(config, PolicyConfig) and config.critic is None and find_advantage(config.advantage).needs == "critic"
+        self._critic = isinstance(config, PolicyConfig) and config.own_critic is None and find_advantage(config.advantage).needs == "critic"
         value_head = [(model.hidden_size, 4), (1, 4)] if self._critic else [(1, 4)] if values else []
         trained += value_head
         self.weights = sum(p.nbytes for p in whole.parameters()) + sum(n * e for n, e in value_head)
@@ -173,6 +173,8 @@ class Planner:
         if isinstance(config, PolicyConfig) and config.objective == "trpo":  # old values, gradient, four of conjugate gradient; moments of the value head
             decoder = [p.numel() for p in self._decoder.parameters() if p.requires_grad]
             self.optimizer += sum(6 * 4 * n - self._moments(n) for n in decoder)
+        if self._critic and isinstance(config, PolicyConfig) and config.critic_warmup:  # the head's own, while it warms up
+            self.optimizer += sum(4 + 8 * n for n, _ in value_head)
         self._narrow_elements = sum(n for n, e in trained if e < 4) - sum(n for n, e in unused if e < 4)
         kind = config.reference_kind if isinstance(config, DPOConfig) or (isinstance(config, PolicyConfig) and config.needs_reference) else "adapter_off"
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0  # only while it scores
@@ -181,9 +183,9 @@ class Planner:
         judges += config.monitor_reward if isinstance(config, PolicyConfig) else ()
         self.reference += sum(self._reward_bytes(spec) for spec in judges)
         self._phases: list[Planner] = [self]  # what trains, one after the other
-        if isinstance(config, PolicyConfig) and config.critic is not None:
-            trunk = model if config.critic.model == "policy" else read_model_config(config.critic.model)
-            apart = RewardModelConfig(config.critic.model, config.data, optim=config.critic.optim, dtype=config.dtype, device=config.device)
+        if isinstance(config, PolicyConfig) and (critic := config.own_critic) is not None:
+            trunk = model if critic.model == "policy" else read_model_config(critic.model)
+            apart = RewardModelConfig(critic.model, config.data, optim=critic.optim, dtype=config.dtype, device=config.device)
             self._phases.insert(0, Planner(replace(trunk, tie_embeddings=True), apart, values=True))  # without a head
             self.weights += self._phases[0].weights
             self.optimizer += self._phases[0].optimizer

@@ -43,7 +43,7 @@ def config_of(model: str, spec: dict[str, Any], directory: Path, texts: Path) ->
     loss = LossConfig(**(parts | {name: value for name, value in changes.items() if name in LossConfig.__dataclass_fields__}))
     whole = PolicyConfig(
         model, str(PROMPTS), (REWARD,), "ppo_max", steps=STEPS, prompts_per_step=COMPLETIONS, epochs=2, minibatches=2, generation=GENERATION,
-        kl=KLConfig(coef=KL_COEF), loss=loss, optim=OptimConfig(lr=2e-4), critic=CriticConfig(optim=OptimConfig(lr=1e-3)),
+        kl=KLConfig(coef=KL_COEF), loss=loss, optim=OptimConfig(lr=2e-4), critic=CriticConfig("policy", optim=OptimConfig(lr=1e-3)),
         ptx=PtxConfig(data=str(texts), coef=0.1, sequences_per_step=16), run=RunConfig(str(directory / "run"), seed=spec["seed"], progress=False))
     return replace(whole, **{name: value for name, value in changes.items() if name in PolicyConfig.__dataclass_fields__})
 

@@ -33,7 +33,7 @@ STEPS, COMPLETIONS, SAMPLES = 60, 64, 8
 TARGETS, BETAS, BEST_OF = (2.0, 5.0, 10.0), (0.3, 0.1, 0.03), (2, 4, 8, 16, 32)
 ONLINE: dict[str, dict[str, Any]] = {  # what differs; a small value loss, since the shared trunk is the policy's own
     "ppo": dict(algorithm="ppo", loss=LossConfig(lam=1.0, value_coef=0.01)),
-    "ppo, separate critic": dict(algorithm="ppo", loss=LossConfig(lam=1.0, value_coef=1.0), critic=CriticConfig(optim=OptimConfig(lr=1e-3))),
+    "ppo, separate critic": dict(algorithm="ppo", loss=LossConfig(lam=1.0, value_coef=1.0), critic=CriticConfig("policy", optim=OptimConfig(lr=1e-3))),
     "grpo": dict(algorithm="grpo", samples_per_prompt=8),
     "rloo": dict(algorithm="rloo", samples_per_prompt=8),
     "reinforce++": dict(algorithm="reinforce_pp"),

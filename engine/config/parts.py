@@ -106,25 +106,27 @@ class PenaltyConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """A critic of its own in place of a value head on the policy's trunk: another decoder and a linear head on it.
+    """The critic: a value head on the policy's trunk, or another decoder with a linear head, which takes the memory of a second model.
 
-    It may be of any size and family that has the policy's vocabulary. It is optimised by itself, so neither its gradients nor their norm reach the policy.
-    InstructGPT and MOSS start it from the reward model.
+    One of its own may be of any size and family that has the policy's vocabulary. It is optimised by itself, so neither its gradients nor their norm reach the
+    policy. InstructGPT and MOSS start it from the reward model. Either kind begins with its bias at the mean return of the first rollout (of a model that
+    has a head already: moved by what it is short of), so that a constant added to the reward changes nothing but that bias.
 
     Args:
-        model: where it starts from: policy, a copy of the policy's initial weights; another language model; <run>/critic of an earlier run (the value head
-            beside the weights is read, else one of zeros is made); or a reward model, whose score, at every position, is then the first value.
-        warmup_steps: of `steps`, the first so many rollouts train the critic alone (Zheng et al., 2023, pre-train it so); the policy, its learning rate and the
-            adaptive coefficients stand still meanwhile.
-        optim: as the policy's.
+        model: trunk, a head of zeros on the policy's trunk, or the one saved beside its weights; for one of its own, where it starts from: policy, a copy of
+            the policy's initial weights; another language model; <run>/critic of an earlier run (the value head beside the weights is read, else one of
+            zeros is made); or a reward model, whose score, at every position, is then the first value.
+        warmup_steps: of `steps`, the first so many rollouts train the critic alone (Zheng et al., 2023, pre-train it so); the policy (and with it the trunk),
+            its learning rate and the adaptive coefficients stand still meanwhile.
+        optim: of a critic of its own, as the policy's; of a head on the trunk while it warms up: afterwards one loss trains both, with the policy's `optim`.
     """
 
-    model: str = "policy"
+    model: str = "trunk"
     warmup_steps: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.model), "critic.model", "policy, or a directory or id of a model", self.model)
+        require(bool(self.model), "critic.model", "trunk, policy, or a directory or id of a model", self.model)
         require(self.warmup_steps >= 0, "critic.warmup_steps", ">= 0", self.warmup_steps)
 
 

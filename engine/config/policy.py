@@ -128,8 +128,8 @@ class PolicyConfig:
         ptx: learn texts in the same optimizer steps, so that the policy does not forget them; ptx.data turns it on.
         reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
             the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
-        critic: a critic of its own, for algorithms that have one; critic.model, critic.warmup_steps or critic.optim turns it on. None is a value head on the
-            policy's trunk, trained with it by one loss. <run>/critic then holds it.
+        critic: for algorithms that have one. None is a value head on the policy's trunk, trained with it by one loss; critic.warmup_steps trains that head alone
+            at first, and critic.model is a critic of its own in its place, which <run>/critic then holds.
         evaluation: on held-out prompts while training; evaluation.data turns it on.
         alarm: what is done about signs of reward hacking.
     """
@@ -201,6 +201,9 @@ class PolicyConfig:
                  f"{self.advantage} has no use for values (the options contradict each other); ppo, a2c and others have a critic", self.critic)
         require(self.critic is None or self.critic.warmup_steps < self.steps, "critic.warmup_steps", f"< steps = {self.steps}, else no policy is trained",
                  self.critic and self.critic.warmup_steps)
+        require(self.critic is None or self.critic.model != "trunk" or self.critic.warmup_steps > 0 or self.critic.optim == OptimConfig(), "critic.optim",
+                "only with critic.model (policy is a copy of its weights) or critic.warmup_steps: a head on the policy's trunk is trained by optim, with the "
+                "policy", "neither")
         rollouts = self.prompts_per_step * self.samples_per_prompt
         require(self.minibatches <= rollouts, "minibatches", f"<= prompts_per_step x samples_per_prompt = {rollouts}", self.minibatches)
         require(not self.generation.truncates, "generation", "without top_k, top_p and min_p (the trainer scores the full distribution, "
@@ -240,6 +243,16 @@ class PolicyConfig:
     def objective(self) -> str:
         """The objective's name: the loss's own, or the algorithm's."""
         return self.loss.objective or self.row.objective
+
+    @property
+    def own_critic(self) -> CriticConfig | None:
+        """The critic, where it is one of its own and no head on the policy's trunk."""
+        return None if self.critic is None or self.critic.model == "trunk" else self.critic
+
+    @property
+    def critic_warmup(self) -> int:
+        """How many rollouts train the critic alone."""
+        return 0 if self.critic is None else self.critic.warmup_steps
 
     @property
     def needs_reference(self) -> bool:

@@ -2,8 +2,10 @@
 
 Read `train_policy` from top to bottom. What holds for all algorithms, with sources in config.py:
   1. advantages are functions (advantages.py) of the scores, of the KL to a frozen reference where it is placed in the reward (-coef k1 at every token), and
-     of values where there is a critic: read at the position before the token, from a linear head on the policy's own trunk; 0 after the end. With `critic`
-     the values are those of another model (critic.py), which is trained by itself on the same minibatches, before the policy;
+     of values where there is a critic: read at the position before the token, from a linear head on the policy's own trunk; 0 after the end. With
+     `critic.model` the values are those of another model (critic.py), which is trained by itself on the same minibatches, before the policy. Whichever it is
+     begins with the first rollout's mean return for its bias, and what has no baseline is counted from that return: a constant added to the reward
+     changes no course;
   2. whitening and normalisation are over the whole batch of a step, once, before any split;
   3. old log-probabilities come from the training forward, not from the sampler: before the first optimizer step of a rollout the ratio is
      exactly 1, because scoring cuts the batch into the very micro-batches that the first epoch trains on. With one optimizer step a rollout, and
@@ -25,7 +27,7 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.control import Control, learning_rate, shuffled
-from fusedrl.engine.critic import SeparateCritic, TrainedCritic, critic_of
+from fusedrl.engine.critic import SeparateCritic, TrainedCritic, TrunkCritic, critic_of
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
@@ -77,8 +79,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     check_trust_region(config)
     trust_region = config.objective == "trpo"
     kl_in_advantage = config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
-    on_trunk = needs == "critic" and config.critic is None
-    critic_alone = config.critic.warmup_steps if config.critic is not None else 0  # rollouts
+    on_trunk = needs == "critic" and config.own_critic is None
     several = config.epochs * config.minibatches > 1 and not config.correction.bypass
     scored_first = on_trunk or kl_in_advantage or trust_region or several or config.replay is not None or config.loss.entropy_target is not None
 
@@ -96,6 +97,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     measured_only = RewardSet(gold) if gold else None
     optimizer = optimizer_of(config.optim, actor.named_parameters())
     critic = critic_of(config, actor)
+    own_critic = critic.model if critic is not None and isinstance(critic.model, SeparateCritic) else None
     control = Control(config)
     replay = None if config.replay is None else ReplayBuffer(config.replay, config.run.seed)
 
@@ -109,18 +111,24 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         for step in range(run.start, config.steps):
             with run.time("generate_and_reward"):
                 experience = rollout(actor, partial(_draw, prompts, config, control), rewards, config, greedy=needs == "greedy", gold=measured_only)
-            learns = step >= critic_alone
+            learns = step >= config.critic_warmup
             with run.time("score"):
                 batch = control.scaled(experience.batch)
                 cuts = _cuts(batch, config, step, epoch=0)
                 batch = score(actor if scored_first or not learns else None, reference, batch, cuts, config.generation.temperature)
-                if critic is not None:
-                    batch = batch.with_columns(values=critic.model.score(batch, [group for minibatch in cuts for group in minibatch]))
+                if own_critic is not None:
+                    batch = batch.with_columns(values=own_critic.score(batch, [group for minibatch in cuts for group in minibatch]))
             with run.time("advantage"):
-                signals = Signals.of(config, batch, control.kl.coef, control.returns.mean)
+                signals = Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0)
+                if control.level is None:
+                    signals = _settle(signals, actor if own_critic is None else own_critic)
                 batch = estimate(config, signals)
-            with run.time("train"), actor.lend_cache(*([] if critic is None else [critic.model])):
-                metrics = experience.metrics | ({} if critic is None else update_critic(critic, batch, cuts, config, step, run))
+            with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
+                metrics = experience.metrics
+                if critic is not None and step < critic.rollouts:
+                    metrics |= update_critic(critic, batch, cuts, config, step, run)
+                    if own_critic is None:
+                        actor.mark_updated()
                 if not learns:
                     metrics |= measure(batch, control.kl.coef, config)
                 elif trust_region:
@@ -135,11 +143,23 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             run.log(step, metrics)
             run.samples(step, _samples(experience))
             run.save_if_due(step, **parts)
-        if critic is not None:
-            critic.model.save_pretrained(run.directory / "critic", tokenizer=actor.tokenizer)
+        if own_critic is not None:
+            own_critic.save_pretrained(run.directory / "critic", tokenizer=actor.tokenizer)
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
         return PolicyResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
+
+
+def _settle(signals: Signals, critic: HybridActor | SeparateCritic) -> Signals:
+    """Of the first rollout: what advantages are counted from, and the bias of a critic, are what its completions came to."""
+    signals, short = signals.settled()
+    head = critic.value_head if isinstance(critic, HybridActor) else critic.head
+    if head is not None and signals.batch.values is not None:
+        with torch.no_grad():
+            head.bias.add_(short)
+        if isinstance(critic, HybridActor):
+            critic.mark_updated()
+    return signals
 
 
 # ---- the batch, and how it is cut --------------------------------------------------------------------------------------------
@@ -176,7 +196,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
            control: Control, step: int, run: Run, ptx: Ptx | None = None, replayed: Replayed | None = None) -> dict[str, float]:
     """epochs x minibatches optimizer steps on one rollout and what is replayed beside it; the gradient of `ptx` is added to each."""
     objective = make_objective(config, control.penalty.coef)
-    total_updates, done = _updates(config, step, config.critic.warmup_steps if config.critic is not None else 0)
+    total_updates, done = _updates(config, step - config.critic_warmup, config.steps - config.critic_warmup)
     entropy_coef = entropy_coefficient(config, batch)
     meter = Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
@@ -225,9 +245,9 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
 
 
 def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, step: int, run: Run) -> dict[str, float]:
-    """The same passes over the same minibatches for a critic of its own: it shares nothing with the policy, so their gradients are never there together."""
-    model, optimizer, optim = critic
-    total_updates, done = _updates(config, step)
+    """The same passes over the same minibatches for what of a critic is trained by itself: its gradients and the policy's are never there together."""
+    model, optimizer, optim, rollouts = critic
+    total_updates, done = _updates(config, step, rollouts)
     stats: list[ValueStats] = []
     norms: list[float] = []
     for epoch in range(config.epochs):
@@ -249,10 +269,10 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
     return value_metrics(stats, len(norms)) | {"critic/grad_norm": sum(norms) / len(norms), "critic/lr": optimizer.lr}
 
 
-def _updates(config: PolicyConfig, step: int, after: int = 0) -> tuple[int, int]:
-    """(optimizer steps of the whole run, of them done before this rollout), of what is trained `after` so many rollouts."""
+def _updates(config: PolicyConfig, done: int, rollouts: int) -> tuple[int, int]:
+    """(optimizer steps on `rollouts` of them, on the `done` first)."""
     each = config.epochs * config.minibatches
-    return (config.steps - after) * each, (step - after) * each
+    return rollouts * each, done * each
 
 
 def _weighted(batch: PackedBatch, minibatch: list[list[int]], config: PolicyConfig) -> PackedBatch:
@@ -263,7 +283,7 @@ def _weighted(batch: PackedBatch, minibatch: list[list[int]], config: PolicyConf
     return batch.with_columns(weights=weights)
 
 
-def _drop_gradients(optimizer: Optimizer, model: HybridActor | SeparateCritic) -> None:
+def _drop_gradients(optimizer: Optimizer, model: HybridActor | SeparateCritic | TrunkCritic) -> None:
     """What runs next runs beside the weights, the optimizer's state and the cache alone."""
     freed = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     optimizer.zero_grad()

@@ -37,6 +37,8 @@ def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[st
         "sampling/ratio_outside_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
         "num_tokens": float(batch.num_tokens),
     } | correction_metrics(config.correction, batch)
+    if config.score_clip:
+        found["score_clip_fraction"] = (batch.column("scores").abs() > config.score_clip).double().mean().item()
     if batch.values is not None and batch.rollout_values is not None:
         found["sampling/value_diff_max"] = (batch.values - batch.rollout_values)[mask_N].abs().max().item()
     if batch.ref_logp is not None:

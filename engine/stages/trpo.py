@@ -135,7 +135,7 @@ def trust_region_update(actor: HybridActor, reference: Reference | None, optimiz
 
 def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig, step: int, run: Run) -> tuple[dict[str, float], list[Tensor]]:
     """The step itself: metrics, and the hidden states of each micro-batch after it."""
-    actor, parameters, settings = surrogate.actor, surrogate.parameters, config.trpo.at(step, config.steps)
+    actor, parameters, settings = surrogate.actor, surrogate.parameters, config.trpo.at(step - config.critic_warmup, config.steps - config.critic_warmup)
     before, gradient_P = surrogate.gradient()
     norm = gradient_P.norm().item()
     surrogate.meter.grad_norms.append(norm)
@@ -185,7 +185,7 @@ def train_values(values: Sequence[Callable[[], Tensor]], optimizer: Optimizer, m
             loss.backward()
             loss_sum += stats.loss
             clipped += stats.clip_fraction * stats.tokens / tokens
-        optimizer.lr = learning_rate(config.optim, step * config.epochs + epoch, config.steps * config.epochs)
+        optimizer.lr = learning_rate(config.optim, (step - config.critic_warmup) * config.epochs + epoch, (config.steps - config.critic_warmup) * config.epochs)
         result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
         if not result.applied:  # those that are do not end a row of policy steps that are not
             run.check_update(result)

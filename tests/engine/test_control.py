@@ -38,17 +38,17 @@ def test_scores_are_scaled_by_all_so_far_and_the_state_comes_back():
     control = Control(config)
     first, second = torch.tensor([1.0, 3.0, 8.0]), torch.tensor([-2.0, 4.0, 4.0])
     empty = PackedBatch.from_sequences([([1], [2])] * 3)
-    assert torch.allclose(control.scaled(empty.with_columns(scores=first)).scores, first / first.std())
+    assert torch.allclose(control.scaled(empty.with_columns(scores=first)).scores, (first - 4.0) / first.std())
     other = Control(config)
     other.load_state_dict(json.loads(json.dumps(control.state_dict())))
     both = torch.cat([first, second])
     for each in (control, other):
-        assert torch.allclose(each.scaled(empty.with_columns(scores=second)).scores, second / both.std())
+        assert torch.allclose(each.scaled(empty.with_columns(scores=second)).scores, (second - 4.0) / both.std())  # less the mean of the first rollout
     assert control.state_dict() == other.state_dict()
     old = Control(config)
     old.load_state_dict({"kl_coef": 0.3, "skipped_updates": 0})  # of before there was more
     assert (old.kl.coef, old.drawn, old.returns.mean) == (0.3, 0, 0.0)
-    assert torch.equal(Control(config).scaled(empty.with_columns(scores=torch.ones(3))).scores, torch.ones(3))
+    assert torch.equal(Control(config).scaled(empty.with_columns(scores=torch.ones(3))).scores, torch.zeros(3))
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -1,14 +1,27 @@
 """A critic of its own beside the policy: what it says at first, that it learns, that it is trained apart, comes back, and is refused where it does not fit."""
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.algorithms import ALGORITHMS
 from fusedrl.engine.cli import parse_config
-from fusedrl.engine.config import CriticConfig, GenerationConfig, KLConfig, LoRAConfig, LossConfig, OptimConfig, PolicyConfig, RunConfig
+from fusedrl.engine.config import (
+    CriticConfig,
+    GenerationConfig,
+    KLConfig,
+    LoRAConfig,
+    LossConfig,
+    OptimConfig,
+    PolicyConfig,
+    ReplayConfig,
+    RunConfig,
+)
 from fusedrl.engine.critic import SeparateCritic, load_critic
 from fusedrl.engine.errors import CheckpointError, ConfigError
 from fusedrl.engine.generation.sampler import SamplingParams
@@ -36,7 +49,7 @@ def ppo(tiny_model, tmp_path, write_jsonl):
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
 
-    def make(reward="likes_w3", name="run", algorithm="ppo", critic=CriticConfig(optim=OptimConfig(lr=3e-3, schedule="constant")), **kwargs):  # noqa: B008
+    def make(reward="likes_w3", name="run", algorithm="ppo", critic=CriticConfig("policy", optim=OptimConfig(lr=3e-3, schedule="constant")), **kwargs):  # noqa: B008
         defaults = dict(
             steps=3, prompts_per_step=6, samples_per_prompt=2, epochs=2, minibatches=2, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=8),
             optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False))
@@ -62,6 +75,16 @@ def _weights(config, part="model"):
     directory = Path(config.run.dir) / part
     named = load_critic(directory).named_parameters() if part == "critic" else load_decoder(directory).named_parameters()
     return {name: p.detach() for name, p in named}
+
+
+def _first_values(*configs):
+    """The batch of the first rollout of each run, as advantages are estimated from it."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "estimate", lambda config, signals, original=policy.estimate: seen.append(signals.batch) or original(config, signals))
+        for config in configs:
+            train_policy(replace(config, steps=1))
+    return seen
 
 
 def _without_times(row):
@@ -115,7 +138,7 @@ def test_saved_and_loaded_it_is_the_same_and_transformers_reads_its_trunk(tiny_m
 
 # ---- training ----------------------------------------------------------------------------------------------------------------------
 def test_it_learns_what_the_prompt_tells(ppo):
-    critic = CriticConfig(optim=OptimConfig(lr=3e-3, schedule="constant"))
+    critic = CriticConfig("policy", optim=OptimConfig(lr=3e-3, schedule="constant"))
     config = ppo(reward="by_prompt", critic=critic, steps=18, prompts_per_step=24, samples_per_prompt=1, minibatches=1, epochs=4, tokens_per_microbatch=4000,
                  kl=KLConfig(coef=0.0), loss=LossConfig(value_coef=0.5, value_clip=0.2), optim=OptimConfig(lr=1e-4))
     train_policy(config)
@@ -146,7 +169,7 @@ def test_the_two_are_trained_apart(ppo):
     """One rollout on one optimizer step: what the critic is trained with does not reach the policy's weights, though its gradient is far above the clip."""
     found = []
     for name, weight, lr in (("plain", 0.1, 3e-3), ("loud", 1e4, 1.0)):
-        config = ppo(name=name, steps=1, epochs=1, minibatches=1, loss=LossConfig(value_coef=weight), critic=CriticConfig(optim=OptimConfig(lr=lr)))
+        config = ppo(name=name, steps=1, epochs=1, minibatches=1, loss=LossConfig(value_coef=weight), critic=CriticConfig("policy", optim=OptimConfig(lr=lr)))
         train_policy(config)
         found.append((_weights(config), _weights(config, "critic"), _metrics(config)[0]))
     (ours, critic, row), (same, other, loud) = found
@@ -160,11 +183,11 @@ def test_the_two_are_trained_apart(ppo):
 
 
 def test_without_one_a_run_is_what_it_was(ppo):
-    """The first rollout and its four steps with a head on the trunk, as they came out before there was another critic."""
+    """The first rollout and its four steps with a head on the trunk, as they came out once."""
     config = ppo(critic=None, optim=OptimConfig(lr=3e-3))
     train_policy(replace(config, run=replace(config.run, save_every=1)))
-    recorded = {"entropy": 2.77406, "reward": 0.416667, "grad_norm": 1.95525, "loss/value_avg": 0.322123, "loss/policy_avg": -0.0342512,
-                "policy/approxkl_avg": 0.189209}
+    recorded = {"entropy": 2.77406, "reward": 0.416667, "grad_norm": 1.83625, "loss/value_avg": 0.272886, "loss/policy_avg": -0.0373188,
+                "policy/approxkl_avg": 0.184934}
     row = _metrics(config)[0]
     assert {name: row[name] for name in recorded} == pytest.approx(recorded, rel=1e-3)
     assert not (Path(config.run.dir) / "critic").exists()
@@ -197,7 +220,7 @@ def test_the_micro_batch_split_does_not_change_the_critic(ppo):
 
 def test_warm_up_trains_the_critic_alone(ppo):
     """The policy, its learning rate and the adaptive coefficients stand still; afterwards the run goes on as its configuration says."""
-    critic = CriticConfig(warmup_steps=2, optim=OptimConfig(lr=3e-3))
+    critic = CriticConfig("policy", warmup_steps=2, optim=OptimConfig(lr=3e-3))
     common = dict(critic=critic, optim=OptimConfig(lr=3e-3, warmup_steps=2), kl=KLConfig(coef=0.1, target=0.5, horizon=50))
     config = ppo(steps=4, **common)
     train_policy(config)
@@ -210,7 +233,7 @@ def test_warm_up_trains_the_critic_alone(ppo):
     assert rows[2]["lr"] == pytest.approx(3e-3 * (8 - 3) / (8 - 2))  # of eight steps the fourth: its own warm-up of two began here
     assert rows[3]["lr"] == pytest.approx(3e-3 * (8 - 7) / (8 - 2))
     assert rows[3]["critic/lr"] == pytest.approx(3e-3 / 16)
-    config = ppo(name="unscored", algorithm="a2c", steps=2, epochs=1, minibatches=1, kl=KLConfig(coef=0.0), critic=CriticConfig(warmup_steps=1))
+    config = ppo(name="unscored", algorithm="a2c", steps=2, epochs=1, minibatches=1, kl=KLConfig(coef=0.0), critic=CriticConfig("policy", warmup_steps=1))
     train_policy(config)  # where the training forward is the scorer, but for the first rollout, which does not train
     first, second = _metrics(config)
     assert first["entropy"] > 1.0
@@ -218,9 +241,9 @@ def test_warm_up_trains_the_critic_alone(ppo):
     assert second["grad_norm"] > 0.0
 
 
-@pytest.mark.parametrize("warmup, stop", [(0, 2), (2, 1)])
-def test_resume_continues_bitwise(ppo, warmup, stop):
-    critic = CriticConfig(warmup_steps=warmup, optim=OptimConfig(lr=3e-3))
+@pytest.mark.parametrize("model, warmup, stop", [("policy", 0, 2), ("policy", 2, 1), ("trunk", 2, 1)])
+def test_resume_continues_bitwise(ppo, model, warmup, stop):
+    critic = CriticConfig(model, warmup_steps=warmup, optim=OptimConfig(lr=3e-3))
     whole = ppo(name="whole", steps=3, critic=critic, run=replace(ppo(name="whole").run, save_every=1))
     train_policy(whole)
     parts = replace(whole, run=replace(whole.run, dir=f"{whole.run.dir}_parts"))
@@ -235,29 +258,135 @@ def test_resume_continues_bitwise(ppo, warmup, stop):
         with pytest.raises(KeyboardInterrupt):
             train_policy(parts)
     train_policy(replace(parts, run=replace(parts.run, resume=True)))
-    for part in ("model", "critic"):
+    for part in ("model", "critic") if model == "policy" else ("model",):
         assert all(torch.equal(p, _weights(parts, part)[name]) for name, p in _weights(whole, part).items())
     assert [_without_times(row) for row in _metrics(whole)] == [_without_times(row) for row in _metrics(parts)]
 
 
 def test_the_values_of_a_run_are_those_of_what_it_starts_from(ppo, reward_model):
-    """A critic that an earlier run saved, and a reward model: its score of what stands before each token."""
+    """A critic that an earlier run saved, and a reward model: its score of what stands before each token; but for one constant, by which they are right on
+    average."""
     first, (directory, reward) = ppo(name="first", steps=1), reward_model
     train_policy(first)
-    saved, seen = Path(first.run.dir) / "critic", []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "estimate", lambda config, signals, original=policy.estimate: seen.append(signals.batch) or original(config, signals))
-        for name, start in (("second", saved), ("third", directory)):
-            train_policy(ppo(name=name, steps=1, critic=CriticConfig(str(start))))
+    saved = Path(first.run.dir) / "critic"
+    seen = _first_values(*(ppo(name=name, critic=CriticConfig(str(start))) for name, start in (("second", saved), ("third", directory))))
     for batch, start in zip(seen, (saved, directory), strict=True):
         expected = torch.cat([load_critic(start)(batch.select([b])).detach() for b in range(batch.num_sequences)])
-        torch.testing.assert_close(batch.values, expected, rtol=1e-5, atol=1e-5)
+        to_go = [float(score) - expected[slots][mask].double().mean().item() for score, slots, mask in zip(
+            batch.scores, (slice(a, b) for a, b in pairwise(batch.cu_seqlens.tolist())), batch.action_mask.split(list(batch.lengths)), strict=True)]
+        short = sum(to_go) / len(to_go)
+        torch.testing.assert_close(batch.values, torch.where(batch.positions > 0, expected + short, 0.0), rtol=1e-5, atol=1e-5)
         assert batch.values[batch.action_mask].abs().min() > 0
     batch = seen[1]
     ends = batch.cu_seqlens[1:].tolist()
     starts = batch.cu_seqlens[:-1].tolist()
     before_the_last = PackedBatch.from_sequences([(batch.token_ids[a:b - 1].tolist(), []) for a, b in zip(starts, ends, strict=True)])
-    torch.testing.assert_close(batch.values[[b - 1 for b in ends]], reward(before_the_last).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batch.values[[b - 1 for b in ends]], reward(before_the_last).detach() + short, rtol=1e-5, atol=1e-5)
+
+
+# ---- a constant in the reward ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("model", ["trunk", "policy", "reward"])
+def test_the_bias_begins_at_the_mean_return_of_the_first_rollout(ppo, reward_model, tmp_path, model):
+    """And is in the checkpoint. Rewards around 1000, of which a bias that learns by steps of its learning rate would never hear."""
+    (tmp_path / "far.py").write_text("def far(prompts, completions, completion_ids, **columns):\n    return [1000.0 + len(ids) for ids in completion_ids]\n")
+    critic = None if model == "trunk" else CriticConfig(str(reward_model[0]) if model == "reward" else model, optim=OptimConfig(lr=1e-9))
+    config = replace(ppo(critic=critic, optim=OptimConfig(lr=1e-9)), reward=(f"{tmp_path / 'far.py'}:far",))
+    (batch,) = _first_values(config)
+    row, group = _metrics(config)[0], "model" if model == "trunk" else "critic"
+    values = torch.stack([part[mask].double().mean() for part, mask in zip(batch.values.split(list(batch.lengths)), batch.action_mask.split(
+        list(batch.lengths)), strict=True)]).mean().item()
+    assert values == pytest.approx(row["reward"], rel=1e-6)
+    if model != "reward":  # a head of zeros: the bias is all it says
+        saved = load_file(Path(config.run.dir) / "checkpoints" / "step_00000001" / f"{group}.safetensors")
+        head = "value_head." if model == "trunk" else "head."
+        assert saved[f"{head}bias"].item() == pytest.approx(row["reward"], rel=1e-6)
+        assert row["completions/mean_length"] < row["completions/max_length"]
+    if model == "trunk":
+        assert row["sampling/value_diff_max"] < 1e-3
+
+
+SHIFTS = {  # options under which a constant has ways of its own to matter
+    "ppo": {}, "strict": dict(strict=True), "lora": dict(lora=LoRAConfig(rank=4)), "td": dict(algorithm="actor_critic"), "k steps": dict(algorithm="a2c"),
+    "its own": dict(critic=CriticConfig("policy", optim=OptimConfig(lr=3e-3))), "from a reward model": dict(critic="reward model"),
+    "warm-up": dict(critic=CriticConfig(warmup_steps=1, optim=OptimConfig(lr=1e-2))), "no baseline": dict(algorithm="reinforce"),
+    "running mean": dict(algorithm="reinforce_baseline"), "sequence ratio": dict(algorithm="sequence_ratio"), "replay": dict(replay=ReplayConfig()),
+    "scaled": dict(scale_scores=True, score_clip=1.5), "normalised": dict(algorithm="ppo_max", epochs=2), "cut off": dict(missing_eos_penalty=1.0),
+    "remax": dict(algorithm="remax"), "dro": dict(algorithm="dro"), "learned": dict(algorithm="reinforce_learned"), "future": dict(
+        algorithm="a2c", kl=KLConfig(coef=0.05, level="future")),
+}
+QUICK = ("ppo", "its own", "no baseline", "scaled", "warm-up")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in SHIFTS])
+def test_a_constant_in_the_reward_changes_no_course(ppo, reward_model, tmp_path, name):
+    """Three rollouts, at 0 and at +-8: the same draws, and weights that are the same to rounding. The loss of a head of zeros would be 64 times as large."""
+    options = {"critic": None} | SHIFTS[name]
+    options["critic"] = CriticConfig(str(reward_model[0])) if options["critic"] == "reward model" else options["critic"]
+    found = {}
+    for shift in (0, 8, -8):
+        (tmp_path / f"at{shift}.py").write_text(f"def at(prompts, completions, completion_ids, **columns):\n    return [{shift} + t.count('w3') for t in completions]\n")
+        config = replace(ppo(name=f"run{shift}", optim=OptimConfig(lr=1e-3, eps=1e-8), **options), reward=(f"{tmp_path}/at{shift}.py:at",))
+        train_policy(config)
+        found[shift] = _weights(config), _metrics(config)
+    start = dict(load_decoder(config.model).named_parameters())
+    weights, rows = found[0]
+    moved = max((p - start[n]).abs().max().item() for n, p in weights.items())
+    assert moved > 1e-3
+    for shift in (8, -8):
+        for row, other in zip(rows, found[shift][1], strict=True):
+            assert other["completions/mean_length"] == row["completions/mean_length"]
+            assert other["reward"] == pytest.approx(row["reward"] + shift, abs=1e-5)
+            assert all(other[key] == pytest.approx(row[key], rel=1e-2, abs=1e-4) for key in ("kl", "val/explained_variance", "entropy") if key in row)
+        apart = torch.cat([(p - weights[n]).flatten() for n, p in found[shift][0].items()]).abs()
+        assert apart.mean().item() < 0.02 * moved  # Adam's first steps are of the sign of gradients that may be rounding
+
+
+# ---- the warm-up of a head on the trunk ---------------------------------------------------------------------------------------------------
+def test_a_head_on_the_trunk_warms_up_alone(ppo):
+    """The policy stands still bit by bit, the head learns at a rate of its own, and then one loss trains both."""
+    critic = CriticConfig(warmup_steps=2, optim=OptimConfig(lr=1e-2))
+    config = ppo(critic=critic, steps=4, optim=OptimConfig(lr=3e-3), kl=KLConfig(coef=0.1, target=0.5, horizon=50),
+                 run=replace(ppo().run, save_every=1, keep=9))
+    train_policy(config)
+    rows = _metrics(config)
+    assert ["lr" in row for row in rows] == ["critic/lr" not in row for row in rows] == [False, False, True, True]
+    assert [row["kl_coef"] for row in rows[:3]] == [0.1] * 3
+    assert rows[1]["critic/lr"] == pytest.approx(1e-2 / 8)  # of eight steps the last
+    assert rows[2]["lr"] == pytest.approx(3e-3 * (8 - 3) / 8)
+    start, saved = dict(load_decoder(config.model).named_parameters(prefix="decoder")), {}
+    for step in range(1, 4):
+        saved[step] = load_file(Path(config.run.dir) / "checkpoints" / f"step_0000000{step}" / "model.safetensors")
+    for step in (1, 2):
+        assert all(torch.equal(saved[step][name], p) for name, p in start.items())
+    assert not torch.equal(saved[1]["value_head.weight"], saved[2]["value_head.weight"])
+    assert saved[2]["value_head.weight"].abs().max() > 1e-3
+    assert not any(torch.equal(saved[3][name], p) for name, p in start.items())
+    assert not (Path(config.run.dir) / "critic").exists()  # it is the policy's
+
+
+@pytest.mark.full
+def test_real_courses_are_the_same_with_a_constant_in_the_reward(shared, tmp_path):
+    """stories260k, 12 rollouts of 32 completions that may end at a full stop, at 0 and at +-10, all rows. With a head that begins at 0 a constant of 10 takes
+    the mean length of ppo from 22.6 to 1.5, and -10 to 38. Length, score and KL of the last four rollouts; about six minutes."""
+    data = Path(__file__).resolve().parents[2] / "examples" / "prompts" / "stories.jsonl"
+    for algorithm, row in ALGORITHMS.items():
+        found = {}
+        for shift in (0, 10, -10):
+            (tmp_path / f"at{shift}.py").write_text("def at(prompts, completions, **columns):\n"
+                                                    f"    return [{shift} + 5 * sum(c in 'aeiou' for c in t) / max(1, len(t)) for t in completions]\n")
+            config = PolicyConfig(str(shared / "models" / "stories260k"), str(data), (f"{tmp_path}/at{shift}.py:at",), algorithm, steps=12, device="cpu",
+                                  prompts_per_step=32 // row.samples_per_prompt, optim=OptimConfig(lr=3e-4), run=RunConfig(
+                                      str(tmp_path / f"{algorithm}{shift}"), progress=False), kl=KLConfig(measure=True),
+                                  generation=GenerationConfig(max_new_tokens=40, stop_token_ids=(1, 426)))
+            train_policy(config)
+            rows = _metrics(config)
+            assert [line["completions/mean_length"] for line in rows[:2]] == [line["completions/mean_length"] for line in found.get(0, rows)[:2]], algorithm
+            found[shift] = rows
+        ends = {shift: [sum(line[key] for line in rows[-4:]) / 4 for key in ("completions/mean_length", "reward", "kl")] for shift, rows in found.items()}
+        for shift in (10, -10):
+            length, reward, kl = ends[shift]
+            assert (length, reward - shift, kl) == (pytest.approx(ends[0][0], abs=4), pytest.approx(ends[0][1], abs=0.1), pytest.approx(ends[0][2], abs=1)), (
+                algorithm, ends)
 
 
 # ---- configuration -----------------------------------------------------------------------------------------------------------------
@@ -266,7 +395,11 @@ def test_the_options_turn_it_on():
     assert parse_config("ppo", options).critic is None
     config = parse_config("ppo", [*options, "--critic.model", "runs/reward/model", "--critic.optim.lr", "3e-6", "--critic.warmup_steps", "5"])
     assert config.critic == CriticConfig("runs/reward/model", 5, OptimConfig(lr=3e-6))
-    assert parse_config("ppo", [*options, "--critic.optim.lr", "3e-6"]).critic == CriticConfig(optim=OptimConfig(lr=3e-6))
+    warm = parse_config("ppo", [*options, "--critic.optim.lr", "3e-4", "--critic.warmup_steps", "5"])
+    assert warm.critic == CriticConfig("trunk", 5, OptimConfig(lr=3e-4))
+    assert (warm.own_critic, config.own_critic) == (None, config.critic)  # a warm-up alone makes no second model
+    with pytest.raises(ConfigError, match="critic.optim only with critic.model .* or critic.warmup_steps"):
+        parse_config("ppo", [*options, "--critic.optim.lr", "3e-6"])
 
 
 def test_options_that_contradict_each_other():

@@ -73,7 +73,7 @@ def policy_names(tiny_model, tmp_path, write_jsonl) -> set[str]:
     names |= run("huge", ["huge"], "reinforce")  # a gradient that is not finite
     watched = dict(evaluation=EvaluationConfig(data, samples_per_prompt=2), monitor_reward=(f"{tmp_path / 'rewards.py'}:likes_w3",))
     texts = write_jsonl("texts.jsonl", [{"prompt": "w1", "completion": "w2 w3"}] * 4)
-    names |= run("apart", ["likes_w3"], "ppo", critic=CriticConfig(), ptx=PtxConfig(texts, sequences_per_step=2),
+    names |= run("apart", ["likes_w3"], "ppo", critic=CriticConfig("policy"), ptx=PtxConfig(texts, sequences_per_step=2),
                  loss=LossConfig(entropy_coef=0.01, entropy_target=1.0),
                  correction=CorrectionConfig("truncated", off_policy_delta=0.1))
     names |= run("replayed", ["likes_w3"], replay=ReplayConfig(), steps=2)

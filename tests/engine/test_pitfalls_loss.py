@@ -331,12 +331,12 @@ def test_29_the_kl_is_per_completion_over_its_own_tokens():
 
 
 # ---- what a step leaves for the next: 30 --------------------------------------------------------------------------------------------
-CARRIED = ("kl_coef", "returns", "scores", "drawn")
+CARRIED = ("kl_coef", "returns", "scores", "level", "origin", "drawn")
 
 
 @pytest.fixture
 def run(tiny_model, tmp_path, write_jsonl):
-    (tmp_path / "rewards.py").write_text("def count(prompts, completion_ids, **columns):\n    return [float(len(ids)) for ids in completion_ids]\n")
+    (tmp_path / "rewards.py").write_text("def count(prompts, completion_ids, **columns):\n    return [20.0 + sum(ids) % 5 for ids in completion_ids]\n")
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(12)])
 
     def make(name, **kwargs):

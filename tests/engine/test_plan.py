@@ -196,7 +196,7 @@ def test_a_critic_of_its_own(tmp_path, kind, dtype):
             assert parts.peak == max(peaks)
     assert planned.parts(200, False).gradients == apart.gradients > planned.gradients  # the wider one's
 
-    same = Planner(model_config(SIZES | KINDS["llama"]), replace(config, critic=CriticConfig()), cache=CacheConfig(num_blocks=1))
+    same = Planner(model_config(SIZES | KINDS["llama"]), replace(config, critic=CriticConfig("policy")), cache=CacheConfig(num_blocks=1))
     assert same.parts(200, False).peak < planned.parts(200, False).peak
 
 

@@ -64,14 +64,15 @@ STEPS = ([3.0, -1.0, 20.0, 0.5], [10.0, 9.0, -30.0], [2.0, 2.5, 1.0, 0.0, 90.0])
 
 @pytest.mark.parametrize("centre", [False, True])
 def test_scores_by_hand(centre):
-    """All scores so far, these included, give the moments (the deviation over count - 1); then scaled, then clipped, then placed at the last token."""
+    """All scores so far, these included, give the moments (the deviation over count - 1), or the first rollout the mean; then scaled, then clipped, then placed
+    at the last token."""
     clip = 1.2
     config = config_of("ppo", normalize_scores=centre, scale_scores=not centre, score_clip=clip)
     control, seen = Control(config), np.empty(0)
     bound = False
     for scores in STEPS:
         seen = np.concatenate([seen, np.array(scores, dtype=np.float64)])
-        expected = (np.array(scores) - (seen.mean() if centre else 0.0)) / seen.std(ddof=1)
+        expected = (np.array(scores) - (seen.mean() if centre else np.mean(STEPS[0]))) / seen.std(ddof=1)
         bound |= bool((np.abs(expected) > clip).any())
         batch = control.scaled(_batch(scores))
         assert batch.scores.tolist() == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
@@ -85,7 +86,8 @@ def test_scores_by_hand(centre):
         "clipped first": np.clip(STEPS[-1], -clip, clip) / seen.std(ddof=1),
         "of the past": np.array(STEPS[-1]) / np.concatenate(STEPS[:-1]).std(ddof=1),
         "of the batch": np.array(STEPS[-1]) / np.std(STEPS[-1], ddof=1),
-        "population": (np.array(STEPS[-1]) - (seen.mean() if centre else 0.0)) / seen.std(ddof=0)}
+        "not centred": np.array(STEPS[-1]) / seen.std(ddof=1),
+        "population": (np.array(STEPS[-1]) - (seen.mean() if centre else np.mean(STEPS[0]))) / seen.std(ddof=0)}
     assert all(np.abs(np.clip(x, -clip, clip) - np.clip(expected, -clip, clip)).max() > 1e-3 for x in wrong.values())
 
 

@@ -495,7 +495,7 @@ def test_models_that_it_cannot_train_are_refused_before_they_are_loaded(make, ti
 
 def test_a_critic_of_its_own_is_trained_beside_it(make):
     """Its own optimizer takes the passes; the policy has no value head, and its step keeps the bound."""
-    config = make(steps=3, critic=CriticConfig(optim=OptimConfig(lr=1e-2, schedule="constant")))
+    config = make(steps=3, critic=CriticConfig("policy", optim=OptimConfig(lr=1e-2, schedule="constant")))
     train_policy(config)
     rows = _metrics(config)
     assert all(row["trpo/accepted"] == 1.0 and row["trpo/kl"] <= config.trpo.max_kl for row in rows)
