@@ -3,12 +3,12 @@ import gc
 
 import pytest
 import torch
+from tests.engine.test_sharing import KINDS, SIZES, completed, greedy, model, train
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fusedrl.engine import HybridActor
 from fusedrl.engine.model.weights import hf_views
-from tests.engine.test_sharing import KINDS, SIZES, completed, greedy, model, train
 
 
 def accelerator():

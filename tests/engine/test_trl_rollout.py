@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusedrl.engine import HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.trl_rollout import rollout_func
 
-
 PROMPTS = ["w1 w2", "w1 w2", "w3", "w1 w2"]
 
 
@@ -119,8 +118,9 @@ def processes(count, model, out, **options):
     """What each of `count` processes of torchrun wrote."""
     pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     script = Path(__file__).with_name("trl_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), str(script), str(model), str(out), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+               str(script), str(model), str(out), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(count)]
 
@@ -156,7 +156,7 @@ def test_two_processes_draw_differently_and_train_one_model(tiny_model, tmp_path
 @pytest.mark.full
 @pytest.mark.parametrize("count", [1, 3])
 def test_one_process_under_torchrun_and_three(count, tiny_model, tmp_path):
-    told = processes(count, tiny_model, tmp_path, num_generations=4, eval_strategy="steps", eval_steps=1, torch_compile=False)
+    told = processes(count, tiny_model, tmp_path, eval_strategy="steps", eval_steps=1)
     check(told, {"DistributedDataParallel"})
 
 

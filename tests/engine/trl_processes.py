@@ -4,6 +4,7 @@ All prompts are the same, so that equal completions anywhere mean that random nu
 """
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def main(model_directory, out, options="{}"):
         told |= {"resumed": watched.seen, "resumed_end": digest(again.accelerator.unwrap_model(again.model))}
     (out / f"rank{run.accelerator.process_index}.json").write_text(json.dumps(told))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+    os._exit(0)  # what there is to know is on the disk, and gloo's threads now and then hang when Python takes down what uses them
 
 
 if __name__ == "__main__":
