@@ -20,7 +20,7 @@ demo: venv
 	$(VENV)/bin/fusedrl demo
 
 test: venv
-	$(RUN) -m pytest -n 2 -m "not full" tests
+	$(RUN) -m pytest -n 2 -m "not full and not real" tests
 
 test-full: venv
 	$(RUN) -m pytest -n 2 tests

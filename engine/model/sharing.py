@@ -1,7 +1,8 @@
 """A transformers model and a decoder on one storage: whoever trains the model trains the decoder, and nothing is copied again.
 
 `share` copies the model's weights once, a layer at a time, into fused storage, and points the model's own parameters at slices of it (the views of
-`weights.hf_views`). The model goes on working as before: its parameters are the same objects, for its optimizer too.
+`weights.hf_views`). The model goes on working as before: its parameters are the same objects, for its optimizer too. Each has a torch storage of its own
+over its part of that memory, so that whoever saves the model (safetensors, accelerate, torch.save) sees tensors that share nothing and writes them all.
 """
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import json
 import weakref
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -115,6 +117,6 @@ def share(module: nn.Module) -> tuple[Decoder, Sharing]:
         for name, view in hf_views(decoder).items():
             if view.device.type != "meta" and name not in moved:
                 view.copy_(parameters[name].detach())
-                parameters[name].data = view  # the old memory goes with it
+                parameters[name].data = torch.from_dlpack(view)  # keeps the fused memory alive; the parameter's old memory goes
                 moved.add(name)
     return decoder, Sharing(module, decoder)
