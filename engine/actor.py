@@ -238,7 +238,7 @@ class HybridActor:
 
         Training and `score` both come through here, so the same cut of a batch gives the same bits. At temperature 0: of T = 1, as `generate` reports it.
         """
-        self._watch.look()
+        self._watch.look(lightly=True)
         head_VH, labels_N, T, softcap = self.decoder.head_weight, batch.labels(), temperature or 1.0, self.decoder.config.logit_softcap
         if self.strict:
             logp_N, entropy_N = strict_logprob(hidden_NH, head_VH, labels_N, T, softcap)
@@ -255,6 +255,7 @@ class HybridActor:
         """
         if self.value_head is None:
             raise ValueError("HybridActor.values: this actor has no value head; load it with value_head=True")
+        self._watch.look(lightly=True)
         return torch.where(batch.positions > 0, batch.to_next(self.value_head(hidden_NH, strict=self.strict)), 0.0)
 
     @torch.no_grad()

@@ -272,7 +272,7 @@ class Generator:
         """Notice weights that have changed since the last step."""
         if self._lent:
             raise RuntimeError("HybridActor.generate: the KV cache is lent to training; leave the lend_cache() block first")
-        if self._watch is None or (version := self._watch.look(depth)) == self.weights_version:
+        if self._watch is None or (version := self._watch.look(depth, lightly=depth == "counts")) == self.weights_version:
             return
         expected, held = (self.decoder.device, self.decoder.activation_dtype), (self.cache.k.device, self.cache.k.dtype)
         if expected != held:

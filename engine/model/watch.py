@@ -69,18 +69,19 @@ class Watch:
             weakref.finalize(self, handle.remove)
 
     # ---- looking --------------------------------------------------------------------------------------------------------------
-    def look(self, depth: Depth | None = None) -> int:
+    def look(self, depth: Depth | None = None, *, lightly: bool = False) -> int:
         """The version of the weights as they now are: a new one where they were written to, or replaced, since the last look.
 
         Args:
             depth: how far who generates looks: at what is counted, at the first rows of the parameters as well, or at all of their memory. None: at what is
                 counted, for who only reads the weights as they are and keeps nothing that was computed from them.
+            lightly: not at shapes, strides and dtypes, which can change alone only where somebody assigns to `.data`.
         Raises:
             RuntimeError: the weights are not what they were in a way that cannot be followed; the message says what to do. Nothing is changed then: the next
             look finds the same, or that it was undone.
         """
         with self._lock:
-            moved = self._moved(deeply=depth == "all")
+            moved = self._moved(lightly)
             if moved:
                 self._take()
             counts = [self._steps, *map(_count, self._counted)]
@@ -101,12 +102,12 @@ class Watch:
             self.version = before + 1
             self._rows = self._sums = None
 
-    def _moved(self, deeply: bool) -> bool:
+    def _moved(self, lightly: bool) -> bool:
         """Whether a module or a parameter is another, or elsewhere."""
         if list(chain.from_iterable(self._slots)) != self._names or not all(map(is_, chain.from_iterable(map(dict.values, self._slots)), self._held)):
             return True
         return (self._decoder.lora is not self._lora or list(map(Tensor.data_ptr, self._parameters)) != self._addresses
-                or (deeply and list(map(_layout, self._parameters)) != self._layouts))
+                or not (lightly or list(map(_layout, self._parameters)) == self._layouts))
 
     def _written(self, depth: Depth) -> bool:
         """Whether the memory is not what it was when a fingerprint was last taken; where there is none, one is taken."""
