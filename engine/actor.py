@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.lora_files import load_adapter, save_adapter
-from fusedrl.engine.model.sharing import Sharing, share
+from fusedrl.engine.model.sharing import share
 from fusedrl.engine.model.strict import strict_hidden, strict_logprob
+from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, resolve_directory, save_pretrained
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.dispatch import unavailable
@@ -39,8 +41,13 @@ class Scored(NamedTuple):
 class HybridActor:
     """A decoder that trains and generates from one copy of its weights.
 
-    An optimizer step on `parameters()` changes them in place; call `mark_updated()` after it, and the next `generate` uses them. The KV cache is allocated by
-    the first `generate`, and given back by `release_cache`. Setting `decoder.checkpoint_activations` trades time for the memory of the training forward.
+    Whatever changes them changes them for both: an optimizer's step, in-place operations, `load_state_dict`, a cast, a parameter or a layer replaced. It is noticed
+    by itself wherever weights are read, by a stream that is under way too, and `weights_version` goes up; what cannot be followed (a sharded, pruned or
+    parametrised decoder, one without memory) raises a RuntimeError that says what to do. What is found of writes that nobody counts is said in `model.watch`.
+
+    Threads may generate at once, and train while others generate; a step of the optimizer is noticed between the sampler's steps, so it should not run beside them.
+    The KV cache is allocated by the first `generate`, and given back by `release_cache`. Setting `decoder.checkpoint_activations` trades time for the memory of
+    the training forward.
 
     Args:
         decoder: the weights. tokenizer: a transformers tokenizer, or None where prompts are token ids. value_head: on the same trunk, or None.
@@ -59,12 +66,12 @@ class HybridActor:
         if tokenizer is not None and len(tokenizer) > decoder.config.vocab_size:
             raise ValueError(f"HybridActor: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {decoder.config.vocab_size}: ids from "
                              f"{decoder.config.vocab_size} on have no embedding; use the tokenizer that belongs to the model")
-        self.decoder, self.tokenizer, self.value_head, self.strict = decoder, tokenizer, value_head, strict
-        self.weights_version = 0
+        self._decoder, self.tokenizer, self.value_head, self.strict = decoder, tokenizer, value_head, strict
+        self._watch = Watch(decoder)
         self._cache = cache or CacheConfig()
         self._generator: Generator | None = None
+        self._making = threading.Lock()  # of a generator
         self._lent = False
-        self._sharing: Sharing | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None, value_head: bool = False,
@@ -91,8 +98,7 @@ class HybridActor:
         """An actor on the storage of a transformers model that someone else trains.
 
         The weights are copied once, into fused storage, and the model's own parameters then lie in it: its optimizer's steps are the actor's, with nothing
-        to synchronise. Steps are noticed by themselves (a new `weights_version` at the next `generate`, `stream` or `score`), unless written through `.data`:
-        call `mark_updated` after those.
+        to synchronise, and are noticed as an actor's own.
 
         Args:
             module: of a family in `families.FAMILIES`, parameters of one dtype on one device. It is not wrapped and keeps working.
@@ -101,11 +107,29 @@ class HybridActor:
             TypeError, ValueError: a model that does not fit (`sharing.share`). Later, wherever the weights are read, RuntimeError: the model was cast, moved or
             otherwise re-allocated, and no longer shares them.
         """
-        decoder, sharing = share(module)
+        decoder = share(module)
         head = ValueHead(decoder.config.hidden_size, device=decoder.device) if value_head else None
         actor = cls(decoder, tokenizer, value_head=head, cache=cache, strict=strict)
-        actor._sharing = sharing
+        actor._watch = Watch(decoder, module)
         return actor
+
+    @property
+    def decoder(self) -> Decoder:
+        """The weights. Their values may change in any way; for another decoder there is another actor, HybridActor(decoder, tokenizer)."""
+        return self._decoder
+
+    @property
+    def weights_version(self) -> int:
+        """How often the weights have changed, as far as it was noticed or told."""
+        return self._watch.version
+
+    @weights_version.setter
+    def weights_version(self, version: int) -> None:
+        self._watch.version = version
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("HybridActor: an actor cannot be copied or pickled: a copy's weights would drift from the optimizer's; write it with save_pretrained and "
+                        "load that, or build HybridActor(copy.deepcopy(actor.decoder), actor.tokenizer) on weights of its own")
 
     # ---- generating -------------------------------------------------------------------------------------------------------
     def generate(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -133,7 +157,9 @@ class HybridActor:
                request_ids: Sequence[int] | None = None) -> Iterator[Finished]:
         """`generate`, one completion at a time as it finishes: Finished(prompt, sample, completion), the first two counting from 0.
 
-        Closing the iterator takes what is unfinished out; `abort` has it delivered as it is.
+        Closing the iterator takes what is unfinished out; `abort` has it delivered as it is. Weights may change meanwhile: what starts afterwards is computed with
+        the new ones alone; what is under way goes on with them over its older keys and values, each token with its version. The adapter is on or off for the
+        whole call as it was when the call was made.
         """
         return self._generation().run(prompts, params if params is not None else SamplingParams(), request_ids)
 
@@ -163,44 +189,47 @@ class HybridActor:
         Raises:
             RuntimeError: completions are in flight; `generate` inside; or a graph made inside outlives the block, which then keeps the memory.
         """
-        if self._generator is None or self._lent:
+        if (generator := self._generator) is None or self._lent:
             yield None
             return
-        arena, self._lent = Arena(self._generator.vacate(), keep=[*self.parameters(), *(p for other in others for p in other.parameters())]), True
+        arena, self._lent = Arena(generator.vacate(), keep=[*self.parameters(), *(p for other in others for p in other.parameters())]), True
         try:
             with arena.holding():
                 yield arena
         except BaseException:
-            self._generator = None if arena.used else self._generator  # the traceback may hold a graph
+            self._end_loan(generator, arena)  # the traceback may hold a graph
             raise
-        finally:
-            self._lent = False
         if arena.used:
             gc.collect()
-        if held := arena.used:
-            self._generator = None  # the next one allocates its own
+        if held := self._end_loan(generator, arena):
             raise RuntimeError(f"HybridActor.lend_cache: {held} bytes of the cache still belong to a graph that was made inside the block; call backward "
                                "inside it, or drop what the graph ends in")
 
-    def _notice_updates(self) -> None:
-        """Of a model whose weights someone else trains: a new version where they changed; RuntimeError where they are no longer shared."""
-        if self._sharing is not None and self._sharing.changed():
-            self.mark_updated()
+    def _end_loan(self, generator: Generator, arena: Arena) -> int:
+        """The cache is the sampler's again, unless so many bytes are still in use: then the next one allocates its own."""
+        self._lent = False
+        if held := arena.used:
+            self._generator = None
+        else:
+            generator.take_back()
+        return held
 
     def _generation(self) -> Generator:
         if self._lent:
             raise RuntimeError("HybridActor.generate: the KV cache is lent to training; leave the lend_cache() block first")
-        self._notice_updates()
-        held = None if self._generator is None else (self._generator.cache.k.device, self._generator.cache.k.dtype, self._generator.value_head)
-        if self._generator is None or held != (self.decoder.device, self.decoder.activation_dtype, self.value_head):
-            self._generator = Generator(self.decoder, self.tokenizer, self._cache, weights_version=self.weights_version, strict=self.strict,
-                                        value_head=self.value_head)
-        return self._generator
+        self._watch.look()
+        with self._making:
+            generator = self._generator
+            held = None if generator is None else (generator.cache.k.device, generator.cache.k.dtype, generator.value_head)
+            if generator is None or held != (self.decoder.device, self.decoder.activation_dtype, self.value_head):
+                generator = Generator(self.decoder, self.tokenizer, self._cache, watch=self._watch, strict=self.strict, value_head=self.value_head)
+            self._generator = generator
+        return generator
 
     # ---- the training forward -----------------------------------------------------------------------------------------------
     def forward(self, batch: PackedBatch) -> Tensor:
         """[N, H] hidden states of the training forward, with gradient; `logprobs` and `values` read them."""
-        self._notice_updates()
+        self._watch.look()
         arguments = (batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
         return strict_hidden(self.decoder, *arguments, self._cache.block_size) if self.strict else self.decoder(*arguments)
 
@@ -209,6 +238,7 @@ class HybridActor:
 
         Training and `score` both come through here, so the same cut of a batch gives the same bits. At temperature 0: of T = 1, as `generate` reports it.
         """
+        self._watch.look(lightly=True)
         head_VH, labels_N, T, softcap = self.decoder.head_weight, batch.labels(), temperature or 1.0, self.decoder.config.logit_softcap
         if self.strict:
             logp_N, entropy_N = strict_logprob(hidden_NH, head_VH, labels_N, T, softcap)
@@ -225,6 +255,7 @@ class HybridActor:
         """
         if self.value_head is None:
             raise ValueError("HybridActor.values: this actor has no value head; load it with value_head=True")
+        self._watch.look(lightly=True)
         return torch.where(batch.positions > 0, batch.to_next(self.value_head(hidden_NH, strict=self.strict)), 0.0)
 
     @torch.no_grad()
@@ -270,10 +301,9 @@ class HybridActor:
         return (parameter for _, parameter in self.named_parameters())
 
     def mark_updated(self) -> None:
-        """The weights changed: a new version, for which no cached prefix is valid."""
-        self.weights_version += 1
-        if self._generator is not None:
-            self._generator.bump(self.weights_version)
+        """Tell that the weights changed: a new version, for which no cached prefix is valid. Changes are noticed without it, too; needed only for writes that
+        `model.watch` does not find, and where every optimizer step shall have a version of its own."""
+        self._watch.mark()
 
     # ---- an adapter -----------------------------------------------------------------------------------------------------------
     def add_adapter(self, lora: LoRAConfig, *, seed: int = 0) -> None:
@@ -295,11 +325,13 @@ class HybridActor:
         save_adapter(self.decoder, directory, base_model=base_model)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """A context in which the actor is its base model, bitwise, for scoring and generation; nothing without an adapter."""
+        """A context in which the actor is its base model, bitwise, for scoring and for the calls of `generate` and `stream` that are made in it; nothing without
+        an adapter. It is of the thread that enters it, as `torch.no_grad` is."""
         return self.decoder.disable_adapter()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a directory that transformers loads, with the tokenizer, and the value head beside it; an adapter is merged into the weights."""
+        self._watch.look("all")
         save_pretrained(self.decoder, directory, tokenizer=self.tokenizer)
         if self.value_head is not None:
             save_value_head(self.value_head, directory)

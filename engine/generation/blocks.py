@@ -3,8 +3,8 @@
 A sequence's table lists the blocks that hold its tokens, block_size to a block, in order. A full block may be shared: between sequences forked from one
 prompt, and with whoever computed the same tokens before (the prefix cache). Only the partial last block is ever written to, and that one has one owner.
 
-A full block is cached under (version, parent, tokens): the weights it was computed with, the serial number of the content before it, and its tokens
-themselves. Serial numbers are never reused and the key is compared whole, so neither a hash collision nor a recycled block can give a wrong hit. A bump of
+A full block is cached under (version, parent, tokens): the weights it was computed with, the serial number of the content before it (the first of all says
+whether an adapter was on), and its tokens themselves. Serial numbers are never reused and the key is compared whole, so neither a hash collision nor a recycled block can give a wrong hit. A bump of
 the version makes every earlier key unreachable at once.
 """
 from __future__ import annotations
@@ -13,15 +13,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_ROOT = 0  # serial of the empty prefix
+_ROOTS = {True: 0, False: -1}  # serials of the empty prefix, with an adapter and without: neither's keys and values are the other's
 
 
 @dataclass(slots=True)
 class _Table:
     version: int  # of the weights when it was allocated: a table that lived through a bump is cached no more
+    root: int  # serial of its empty prefix
     blocks: list[int] = field(default_factory=list)
     cached: int = 0  # leading blocks whose content has a serial number
-    serial: int = _ROOT  # of the last of them
+    serial: int = 0  # of the last of them
 
 
 class BlockManager:
@@ -42,7 +43,7 @@ class BlockManager:
         self._references = [0] * num_blocks
         self._keys: list[tuple[int, int, tuple[int, ...]] | None] = [None] * num_blocks
         self._cache: dict[tuple[int, int, tuple[int, ...]], tuple[int, int]] = {}  # key -> (block, serial)
-        self._last_serial = _ROOT
+        self._last_serial = 0
         self._tables: dict[int, _Table] = {}
 
     # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -65,17 +66,18 @@ class BlockManager:
         return self._table(sequence).blocks
 
     # ---- life of a sequence ----------------------------------------------------------------------------------------------
-    def allocate(self, sequence: int, tokens: Sequence[int], *, keep: int = 0) -> int | None:
+    def allocate(self, sequence: int, tokens: Sequence[int], *, keep: int = 0, adapted: bool = True) -> int | None:
         """Give `sequence` a table for `tokens`, starting with the longest cached prefix.
 
-        At least the last token is left to compute, since its hidden state is wanted. With `keep`, so many blocks must stay available.
+        At least the last token is left to compute, since its hidden state is wanted. With `keep`, so many blocks must stay available. `adapted`: whether an
+        adapter computes its keys and values; they are found again by the like alone.
 
         Returns:
             How many leading tokens are in the cache already; None (and nothing changed) where there are too few blocks.
         """
         if sequence in self._tables:
             raise ValueError(f"BlockManager: sequence {sequence} has a table already; free it first")
-        hits, serial = self._match(tokens)
+        hits, serial = self._match(tokens, _ROOTS[adapted])
         fresh = self.blocks_for(len(tokens)) - len(hits)
         if fresh + keep > len(self._free) - sum(not self._references[block] for block in hits):
             return None
@@ -83,7 +85,7 @@ class BlockManager:
             if not self._references[block]:
                 del self._free[block]
             self._references[block] += 1
-        self._tables[sequence] = _Table(self.version, [*hits, *(self._take() for _ in range(fresh))], len(hits), serial)
+        self._tables[sequence] = _Table(self.version, _ROOTS[adapted], [*hits, *(self._take() for _ in range(fresh))], len(hits), serial)
         return len(hits) * self.block_size
 
     def grow(self, sequence: int, num_tokens: int) -> bool:
@@ -121,8 +123,8 @@ class BlockManager:
         shared = table.blocks[:full]
         for block in shared:
             self._references[block] += 1
-        known = (table.cached, table.serial) if table.cached <= full else (0, _ROOT)
-        self._tables[child] = _Table(table.version, [*shared, self._take()] if partial else shared, *known)
+        known = (table.cached, table.serial) if table.cached <= full else (0, table.root)
+        self._tables[child] = _Table(table.version, table.root, [*shared, self._take()] if partial else shared, *known)
         return [(table.blocks[full], self._tables[child].blocks[full])] if partial else []
 
     def commit(self, sequence: int, tokens: Sequence[int]) -> None:
@@ -161,10 +163,9 @@ class BlockManager:
             raise ValueError(f"BlockManager: sequence {sequence} has no table; it was never allocated, or freed before")
         return self._tables[sequence]
 
-    def _match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+    def _match(self, tokens: Sequence[int], serial: int) -> tuple[list[int], int]:
         """Blocks of the longest cached prefix that leaves a token to compute, and the serial number of its last block."""
         hits: list[int] = []
-        serial = _ROOT
         for start in range(0, len(tokens) - self.block_size, self.block_size):
             found = self._cache.get((self.version, serial, tuple(tokens[start : start + self.block_size])))
             if found is None:

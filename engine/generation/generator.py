@@ -25,8 +25,10 @@ from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
 from fusedrl.engine.generation.scheduler import Plan, Scheduler
 from fusedrl.engine.generation.scheduler import Sequence as Running
 from fusedrl.engine.generation.state import DecodeState, Tokens, advance
+from fusedrl.engine.generation.turns import Turns
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import ValueHead
+from fusedrl.engine.model.watch import Depth, Watch
 
 _WINDOW, _CPU_WINDOW = 8, 16  # steps between two looks of the host; a CPU's end early
 _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
@@ -78,10 +80,13 @@ class Finished(NamedTuple):
 
 @dataclass(eq=False)
 class Ticket:
-    """What one call asked for: its sequences that are still on the way, and its completions that nobody has fetched."""
+    """What one call asked for: its sequences that are still on the way, and its completions that nobody has fetched. `error`: why those that were on the
+    way are lost. `closed`: nobody will fetch any more."""
 
     live: dict[int, Running] = field(default_factory=dict)
     finished: deque[Finished] = field(default_factory=deque)
+    error: BaseException | None = None
+    closed: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -98,38 +103,43 @@ class _Request:
 
 
 class Generator:
-    """Continuous batching over one decoder's live weights. Not for use from several threads.
+    """Continuous batching over one decoder's live weights.
 
-    `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions arrive in the ticket's `finished`.
+    `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions arrive in the ticket's `finished`. Threads may use it at once:
+    they take turns, a step computes what all of them wait for, and draws are keyed, so that a thread gets what it would have got alone.
 
+    watch: tells, before a step, of weights that have changed; None: whoever changes them tells by `bump`.
     value_head: computes, in the same step, the value of every state that draws; None: nothing does.
     window: steps between two looks of the host; by default what suits the device. graphs: the captured steps; by default those of CUDA, and none on a CPU.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Any = None, config: CacheConfig | None = None, *, weights_version: int = 0,
-                 strict: bool = False, window: int | None = None, graphs: StepGraphs | None = None, value_head: ValueHead | None = None) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: Any = None, config: CacheConfig | None = None, *, watch: Watch | None = None, strict: bool = False,
+                 window: int | None = None, graphs: StepGraphs | None = None, value_head: ValueHead | None = None) -> None:
         config = config or CacheConfig()
-        self.decoder, self.tokenizer, self.weights_version, self._strict, self.value_head = decoder, tokenizer, weights_version, strict, value_head
+        self.decoder, self.tokenizer, self._watch, self._strict, self.value_head = decoder, tokenizer, watch, strict, value_head
+        self.weights_version = 0 if watch is None else watch.version
         self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions, decoder.activation_dtype)
         self.scheduler = Scheduler(BlockManager(self.cache.num_blocks, config.block_size), config.max_sequences, config.max_tokens_per_step,
                                    values=value_head is not None)
         self._table = SamplingTable(config.max_sequences)
         eos = getattr(tokenizer, "eos_token_id", None)
         self._eos_ids = frozenset(decoder.config.eos_token_ids) | (frozenset() if eos is None else {eos})
+        self._turns = Turns()
         self._tickets: list[Ticket] = []
+        self._leaving: deque[Ticket] = deque()  # to be aborted before the next step
         self._next_id = 0
+        self._lent = False
         device = self.cache.k.device
         self._window = window or (_CPU_WINDOW if device.type == "cpu" else _WINDOW)
         self._looks = device.type == "cpu" and graphs is None  # after every step, whether some sequence has ended
         self._graphs = StepGraphs(CudaCapture(device)) if graphs is None and device.type == "cuda" else graphs
         self._state: DecodeState | None = None
-        self._adapted = decoder.adapter_enabled
         self._block_table: Tensor | None = None  # the device's copy
 
     # ---- asking -----------------------------------------------------------------------------------------------------------
     def prepare(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams],
                 request_ids: Sequence[int] | None = None) -> tuple[Ticket, list[Running]]:
-        """Check a call and make its sequences; nothing is queued yet.
+        """Check a call and make its sequences; nothing is queued yet. They will be computed with the adapter if it is on now, whenever that is.
 
         Args and errors as `HybridActor.generate`.
         """
@@ -165,15 +175,24 @@ class Generator:
             tokens = np.array(prompt, dtype=np.int64)
             for number in range(p.n):
                 sample = number if before is None else before.sample + number
-                sequences.append(Running.start(self._next_id, request, sample, tokens, len(prompt) + p.max_new_tokens))
-                self._next_id += 1
+                sequences.append(Running.start(-1, request, sample, tokens, len(prompt) + p.max_new_tokens, self.decoder.adapter_enabled))
         return ticket, sequences
 
     def enqueue(self, ticket: Ticket, sequences: list[Running]) -> None:
-        """Queue what `prepare` made."""
-        ticket.live = {sequence.id: sequence for sequence in sequences}
-        self._tickets.append(ticket)
-        self.scheduler.submit(sequences)
+        """Queue what `prepare` made.
+
+        Raises:
+            RuntimeError: the cache is lent.
+        """
+        with self._turns:
+            self._sweep()
+            self._look("all")
+            for number, sequence in enumerate(sequences, self._next_id):
+                sequence.id = number
+            self._next_id += len(sequences)
+            ticket.live = {sequence.id: sequence for sequence in sequences}
+            self._tickets.append(ticket)
+            self.scheduler.submit(sequences)
 
     def run(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams],
             request_ids: Sequence[int] | None = None) -> Iterator[Finished]:
@@ -183,23 +202,45 @@ class Generator:
 
     def _drive(self, ticket: Ticket, sequences: list[Running]) -> Iterator[Finished]:
         self.enqueue(ticket, sequences)
+        depth: Depth = "counts"
         try:
-            while ticket.live or ticket.finished:
-                while ticket.finished:
-                    yield ticket.finished.popleft()
-                if ticket.live:
-                    self.step()
+            while True:
+                with self._turns:
+                    self._sweep()
+                    if ticket.live and not ticket.finished:
+                        self._step(ticket, depth)
+                    out, over = list(ticket.finished), not ticket.live
+                    ticket.finished.clear()
+                depth = "first rows" if out else "counts"  # whoever is handed a completion may change the weights
+                yield from out
+                if over and ticket.error is not None:
+                    raise RuntimeError("generate: a step failed in another call on this actor, and the completions that were on the way are lost "
+                                       f"({type(ticket.error).__name__}: {ticket.error})") from ticket.error
+                if over:
+                    return
         finally:
+            ticket.closed = True
             self.abort(ticket)
-            self._tickets.remove(ticket)
 
     def abort(self, ticket: Ticket | None = None) -> None:
-        """End the sequences of one call, or of all, with what they have: their finish_reason is "aborted"."""
-        for one in [ticket] if ticket is not None else self._tickets:
-            live = list(one.live.values())
+        """End the sequences of one call, or of all, with what they have: their finish_reason is "aborted". Where another thread computes a step, after it."""
+        self._leaving.extend([ticket] if ticket is not None else list(self._tickets))
+        if self._turns.try_enter():
+            try:
+                self._sweep()
+            finally:
+                self._turns.leave()
+
+    def _sweep(self) -> None:
+        """Take out what has been aborted."""
+        while self._leaving:
+            ticket = self._leaving.popleft()
+            live = list(ticket.live.values())
             self.scheduler.finish(live)
             for sequence in live:
                 self._hand_out(sequence, "aborted")
+            if ticket.closed and ticket in self._tickets:
+                self._tickets.remove(ticket)
 
     def bump(self, weights_version: int) -> None:
         """The weights changed: what is drawn from now on is theirs, and no cached prefix is found again. Running sequences keep their older
@@ -213,32 +254,62 @@ class Generator:
         Raises:
             RuntimeError: completions in flight need what is in them.
         """
-        if flying := sum(len(ticket.live) for ticket in self._tickets):
-            raise RuntimeError(f"the KV cache cannot be lent: {flying} completions are in flight; let their streams come to an end, or abort them")
-        self.scheduler.blocks.bump()
-        return self.cache.k, self.cache.v
+        with self._turns:
+            self._sweep()
+            if self._lent:
+                raise RuntimeError("the KV cache is lent to another thread already; train in one at a time")
+            if flying := sum(len(ticket.live) for ticket in self._tickets):
+                raise RuntimeError(f"the KV cache cannot be lent: {flying} completions are in flight; let their streams come to an end, or abort them")
+            self.scheduler.blocks.bump()
+            self._lent = True
+            return self.cache.k, self.cache.v
+
+    def take_back(self) -> None:
+        """The pool's tensors are used for nothing else any more."""
+        self._lent = False
+
+    def _look(self, depth: Depth) -> None:
+        """Notice weights that have changed since the last step."""
+        if self._lent:
+            raise RuntimeError("HybridActor.generate: the KV cache is lent to training; leave the lend_cache() block first")
+        if self._watch is None or (version := self._watch.look(depth, lightly=depth == "counts")) == self.weights_version:
+            return
+        expected, held = (self.decoder.device, self.decoder.activation_dtype), (self.cache.k.device, self.cache.k.dtype)
+        if expected != held:
+            raise RuntimeError(f"HybridActor: the model was moved or cast, to {expected[1]} on {expected[0]}, while completions were on the way whose keys and values "
+                               f"are {held[1]} on {held[0]}; let the streams come to an end first, or abort them")
+        self.bump(version)
 
     # ---- a step -----------------------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def step(self) -> None:
         """Compute a token of every decoding sequence and what fits of the prefills beside them; where nothing prefills, up to a window of tokens.
 
         Raises:
-            RuntimeError: no progress, or NaN in the logits; like any error on the way, it ends everything in flight as "aborted".
+            RuntimeError: no progress, NaN in the logits, or weights that cannot be followed (`Watch.look`); like any error on the way, it ends everything in
+            flight, and the other calls raise one, too.
         """
-        if self._adapted is not self.decoder.adapter_enabled:  # an adapter was switched: cached prefixes are of other weights
-            self._adapted = self.decoder.adapter_enabled
-            self.scheduler.blocks.bump()
+        with self._turns:
+            self._sweep()
+            self._step(None, "counts")
+
+    @torch.no_grad()
+    def _step(self, ticket: Ticket | None, depth: Depth) -> None:
+        """A step that `ticket` waits for."""
         try:
+            self._look(depth)
             watched = self._table.watched[self.scheduler.decoding].any()  # a stop string is found by the host
             plan = self.scheduler.schedule(1 if watched else self._window)
             drawn = self._run(plan)
             if drawn is not None and (drawn.tokens < 0).any():
                 raise RuntimeError("Generator: the logits of a sequence hold NaN or infinity; look at the weights (a non-finite update?)")
-        except BaseException:
+        except BaseException as error:
             self.scheduler.blocks.bump()  # blocks of the step that failed may be half written
             self._state = None
-            self.abort()
+            for one in self._tickets:
+                lost = list(one.live.values())
+                self.scheduler.finish(lost)
+                one.live.clear()
+                one.error = error if lost and one is not ticket else one.error
             raise
         self.scheduler.complete(plan)
         if drawn is not None:
@@ -246,7 +317,7 @@ class Generator:
 
     def _run(self, plan: Plan) -> Drawn | None:
         """The steps of the plan, on the device. None where no sequence draws."""
-        weights, cache, drew, head = self.decoder.weights(), self.cache, plan.sampled, self.value_head
+        weights, cache, drew, head = self.decoder.weights(self.scheduler.adapted), self.cache, plan.sampled, self.value_head
         if not len(drew) and not plan.chunks:
             return None
         captured = self._graphs is not None and not plan.chunks and padded_rows(len(drew)) is not None

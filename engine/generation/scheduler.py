@@ -5,6 +5,8 @@ prefills, the others wait on their slots and fork from it. Prefills are cut to w
 newest sequence goes back to the queue with its tokens, and is computed again later (much of it is then found in the prefix cache).
 A sequence of `length` tokens that decodes has the keys and values of all but the last in the cache: a step computes that one and draws the next.
 Where nothing prefills, a plan may be for several steps in a row: every table then holds what all of them write, with blocks that nobody else wants yet.
+A model's adapter is on or off for a whole step. So the sequences that want it on and those that want it off take turns: when both wait, those that run are
+joined by their like until the first of them leaves, and the others are admitted when the last has left.
 """
 from __future__ import annotations
 
@@ -33,17 +35,18 @@ class Sequence:
     logp: np.ndarray  # [length] float32
     versions: np.ndarray  # [length] int64, the weights that drew the token
     values: np.ndarray  # [length] float32, of the state that drew the token; [0] where `Slots` has none
+    adapted: bool = True  # whether it is computed with the adapter
     slot: int = -1
     computed: int = 0  # while it prefills: leading tokens whose keys and values are in the cache
     leader: Sequence | None = None  # whose prefill it waits for; it has no blocks of its own then
     followers: list[Sequence] = field(default_factory=list)
 
     @classmethod
-    def start(cls, id: int, request: Any, sample: int, prompt: np.ndarray, limit: int) -> Sequence:
+    def start(cls, id: int, request: Any, sample: int, prompt: np.ndarray, limit: int, adapted: bool = True) -> Sequence:
         """A sequence that is all prompt."""
         size = len(prompt)
         logp, versions, values = (np.zeros(size, dtype=dtype) for dtype in (np.float32, np.int64, np.float32))
-        return cls(id, request, sample, size, limit, prompt, logp, versions, values)
+        return cls(id, request, sample, size, limit, prompt, logp, versions, values, adapted)
 
 
 class Slots:
@@ -140,7 +143,10 @@ class Scheduler:
         self.blocks = blocks
         self.slots = Slots(max_sequences, blocks.block_size, values)
         self._budget = max_tokens_per_step
+        self.adapted = True  # whether what runs is computed with the adapter
         self._waiting: list[Sequence] = []  # the next one to admit is the last
+        self._others: list[Sequence] = []  # those that wait for the other state of the adapter, likewise
+        self._draining = False  # someone has left since they wait: it is their turn as soon as nothing runs
         self._running: dict[int, Sequence] = {}  # by id, in the order of admission
         self._prefilling: list[Sequence] = []
         self._decode = np.zeros(0, dtype=np.int64)  # slots, in the order of admission
@@ -153,7 +159,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a sequence waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._others or self._running)
 
     @property
     def decoding(self) -> np.ndarray:
@@ -177,8 +183,9 @@ class Scheduler:
     def submit(self, sequences: list[Sequence]) -> None:
         """Queue sequences that fit (`check_fits`); samples of one request have consecutive ids."""
         self.slots.reserve(max((sequence.limit for sequence in sequences), default=0))
-        self._waiting.extend(sequences)
-        self._waiting.sort(key=_order)
+        for queue, adapted in ((self._waiting, self.adapted), (self._others, not self.adapted)):
+            queue.extend(sequence for sequence in sequences if sequence.adapted is adapted)
+            queue.sort(key=_order)
         self._blocked = False
 
     # ---- a step -----------------------------------------------------------------------------------------------------------
@@ -188,6 +195,8 @@ class Scheduler:
         Raises:
             RuntimeError: several steps in a row found nothing to do while sequences wait; the message describes the state.
         """
+        if self._others and not self._running and (self._draining or not self._waiting):
+            self.adapted, self._waiting, self._others, self._draining, self._blocked = not self.adapted, self._others, self._waiting, False, False
         preempted = self._make_room_to_decode()
         budget = self._budget - len(self._decode)
         chunks: list[Chunk] = []
@@ -222,13 +231,14 @@ class Scheduler:
             leaving.add(sequence.id)
             if sequence.id in self._running:
                 self._release(sequence)
-        if any(sequence.id in leaving for sequence in self._waiting):
-            self._waiting = [sequence for sequence in self._waiting if sequence.id not in leaving]
+        for queue in (self._waiting, self._others):
+            if any(sequence.id in leaving for sequence in queue):
+                queue[:] = [sequence for sequence in queue if sequence.id not in leaving]
 
     def describe(self) -> str:
         """The state in one line, for errors."""
         head = self._waiting[-1] if self._waiting else None
-        queue = "none waits"
+        queue = f"{len(self._others)} wait for the adapter to be switched" if self._others else "none waits"
         if head is not None:
             queue = f"the next of {len(self._waiting)} waiting has {len(head.tokens)} tokens ({self.blocks.blocks_for(len(head.tokens))} blocks)"
         running = ", ".join(f"#{s.id}: {self.slots.length[s.slot]} of {s.limit} tokens" for s in list(self._running.values())[:8])
@@ -285,7 +295,7 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """The next waiting sequence with a slot and a table, and the fresh samples of its request behind it on slots of their own."""
-        if self._blocked or not self._waiting or not self._free_slots:
+        if self._blocked or not self._waiting or not self._free_slots or (self._draining and self._others):
             return None
         head = self._waiting[-1]
         members = [head]
@@ -294,9 +304,9 @@ class Scheduler:
         # a block to grow for each that runs and for each partial last block that will be forked, or preemption would follow at once
         partial = len(head.tokens) % self.blocks.block_size > 0
         keep = len(self._running) + (len(members) - 1) * partial if self._running else 0
-        cached = self.blocks.allocate(head.id, head.tokens.tolist(), keep=keep)
+        cached = self.blocks.allocate(head.id, head.tokens.tolist(), keep=keep, adapted=head.adapted)
         if cached is None and self._give_back():
-            cached = self.blocks.allocate(head.id, head.tokens.tolist(), keep=keep)
+            cached = self.blocks.allocate(head.id, head.tokens.tolist(), keep=keep, adapted=head.adapted)
         if cached is None:
             self._blocked = True
             return None
@@ -361,6 +371,7 @@ class Scheduler:
         slots.held[slot] = 0
         sequence.slot, sequence.computed = -1, 0
         self._blocked = False
+        self._draining = bool(self._others)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,8 @@ from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, O
 from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import RopeTable, rope
 from fusedrl.kernels.swiglu import activate
+
+_off: ContextVar[frozenset[int]] = ContextVar("decoders whose adapter is off in this thread", default=frozenset())
 
 
 def _norm(x: Tensor, weight: Tensor, config: ModelConfig, bias: Tensor | None = None) -> Tensor:
@@ -145,7 +148,6 @@ class Decoder(nn.Module):
     norm_bias: Tensor | None
     checkpoint_activations = False
     lora: LoRAConfig | None = None
-    _adapted = True
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -231,8 +233,12 @@ class Decoder(nn.Module):
     # ---- the adapter ----------------------------------------------------------------------------------------------------------
     @property
     def adapter_enabled(self) -> bool:
-        """Whether there is an adapter, and on."""
+        """Whether there is an adapter, and on in this thread."""
         return self.lora is not None and self._adapted
+
+    @property
+    def _adapted(self) -> bool:
+        return id(self) not in _off.get()
 
     def set_adapter(self, lora: LoRAConfig) -> None:
         """Take note of adapters that the layers were given."""
@@ -245,22 +251,26 @@ class Decoder(nn.Module):
 
     @contextmanager
     def adapter(self, *, enabled: bool) -> Iterator[None]:
-        """The adapter on or off within the block. A backward pass in it follows the forward pass, whichever that was."""
-        before, self._adapted = self._adapted, enabled
+        """The adapter on or off within the block, for the thread that is in it. A backward pass in it follows the forward pass, whichever that was."""
+        before = self._adapted
+        self._switch(enabled)
         try:
             yield
         finally:
-            self._adapted = before
+            self._switch(before)
 
-    def weights(self) -> DecoderWeights:
-        """The live parameters as `decode_step` takes them: the same tensors, never copies."""
+    def _switch(self, on: bool) -> None:
+        _off.set(_off.get() - {id(self)} if on else _off.get() | {id(self)})
+
+    def weights(self, adapted: bool | None = None) -> DecoderWeights:
+        """The live parameters as `decode_step` takes them: the same tensors, never copies. `adapted`: with the adapter, or without; None: as it is now."""
         if self._weights is None:
             c = self.config
             layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]
             options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, self._embedding_scale, c.norm_offset, c.activation, c.parallel)
             self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._rope_table, c.num_heads, c.num_kv_heads,
                                            c.head_dim, c.norm_eps, options, self.position_embedding, self.norm_bias, self._adapter())
-        return self._weights if self._adapted else self._weights._replace(adapter=None)
+        return self._weights if (self._adapted if adapted is None else adapted) else self._weights._replace(adapter=None)
 
     def _adapter(self) -> Adapter | None:
         adapters = [cast(LayerAdapter, layer.lora) for layer in self.layers]

@@ -125,12 +125,21 @@ class LayerAdapter(nn.Module):
 
     def __init__(self, found: Sequence[Slice], widths: Sequence[int], lora: LoRAConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.rank, self.scale = lora.rank, lora.scale
+        self.rank, self._scale = lora.rank, lora.scale
         self.rows = tuple(tuple((s.first, s.rows) for s in found if s.product == product) for product in range(4))
         for name, rows, K in zip(_NAMES, self.rows, widths, strict=True):
             shapes = {"a": (len(rows) * lora.rank, K), "b": (sum(count for _, count in rows), lora.rank)}
             for part, shape in shapes.items():
                 self.register_parameter(f"{name}_{part}", nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) if rows else None)
+
+    @property
+    def scale(self) -> float:
+        """s, of the settings; the sampler reads it there, so it cannot be set here."""
+        return self._scale
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of its parameters."""
+        return {name: p.shape for name, p in self.named_parameters()}
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """a and b of qkv, of o, of gate_up, of down."""

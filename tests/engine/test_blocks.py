@@ -28,6 +28,7 @@ class Machine(RuleBasedStateMachine):
         self.tokens = {}  # sequence -> its tokens
         self.written = {}  # block -> list of (version, whole prefix up to and with the token), as a cache of keys and values would hold them
         self.birth = {}  # sequence -> version of its first token
+        self.adapted = {}  # sequence -> whether an adapter computes it
         self.next = 0
         self.version = 0
 
@@ -40,14 +41,14 @@ class Machine(RuleBasedStateMachine):
         tokens, table = self.tokens[sequence], self.manager.table(sequence)
         for t in range(start, len(tokens)):
             held = self.written.setdefault(table[t // SIZE], [None] * SIZE)
-            held[t % SIZE] = (self.version, tuple(tokens[: t + 1]))
+            held[t % SIZE] = (self.version, tuple(tokens[: t + 1]), self.adapted[sequence])
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), keep=st.integers(0, 3), commit=st.booleans())
-    def allocate(self, tokens, keep, commit):
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), keep=st.integers(0, 3), commit=st.booleans(), adapted=st.booleans())
+    def allocate(self, tokens, keep, commit, adapted):
         tokens = [Collides(t) for t in tokens]
         before, available = self.snapshot(), self.manager.available
         self.next += 1
-        cached = self.manager.allocate(self.next, tokens, keep=keep)
+        cached = self.manager.allocate(self.next, tokens, keep=keep, adapted=adapted)
         if cached is None:
             assert self.snapshot() == before
             assert -(-len(tokens) // SIZE) + keep > available - self.manager.total  # never refused by an empty pool
@@ -57,8 +58,8 @@ class Machine(RuleBasedStateMachine):
         assert cached % SIZE == 0
         table = self.manager.table(self.next)
         for t in range(cached):  # a hit holds these very tokens after this very prefix, by the present weights
-            assert self.written[table[t // SIZE]][t % SIZE] == (self.version, tuple(tokens[: t + 1]))
-        self.tokens[self.next], self.birth[self.next] = tokens, self.version
+            assert self.written[table[t // SIZE]][t % SIZE] == (self.version, tuple(tokens[: t + 1]), adapted)
+        self.tokens[self.next], self.birth[self.next], self.adapted[self.next] = tokens, self.version, adapted
         self.write(self.next, cached)
         if commit:
             self.manager.commit(self.next, tokens)
@@ -105,7 +106,7 @@ class Machine(RuleBasedStateMachine):
         assert len(copies) == (1 if length % SIZE else 0)
         for source, destination in copies:
             self.written[destination] = list(self.written[source])
-        self.tokens[self.next], self.birth[self.next] = self.tokens[parent][:length], self.birth[parent]
+        self.tokens[self.next], self.birth[self.next], self.adapted[self.next] = self.tokens[parent][:length], self.birth[parent], self.adapted[parent]
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -181,6 +182,11 @@ class ForgetsVersion(BlockManager):
         pass
 
 
+class ForgetsTheAdapter(BlockManager):
+    def allocate(self, sequence, tokens, *, keep=0, adapted=True):
+        return super().allocate(sequence, tokens, keep=keep)
+
+
 class SharesPartialBlock(BlockManager):
     def fork(self, parent, child, num_tokens):
         table = self._table(parent)
@@ -197,7 +203,7 @@ class SharesPartialBlock(BlockManager):
 
 
 class KeysWithoutPrefix(BlockManager):
-    def _match(self, tokens):
+    def _match(self, tokens, root):
         hits = []
         for start in range(0, len(tokens) - self.block_size, self.block_size):
             piece = tuple(tokens[start : start + self.block_size])
@@ -209,7 +215,7 @@ class KeysWithoutPrefix(BlockManager):
 
 
 class TrustsHashes(BlockManager):
-    def _match(self, tokens):
+    def _match(self, tokens, root):
         hits, serial = [], 0
         for start in range(0, len(tokens) - self.block_size, self.block_size):
             wanted = hash((self.version, serial, tuple(tokens[start : start + self.block_size])))
@@ -229,10 +235,10 @@ class LeavesKeyOnReuse(BlockManager):
 
 
 class IssuesHitTwice(BlockManager):
-    def allocate(self, sequence, tokens, *, keep=0):
-        hits, _ = self._match(tokens)
+    def allocate(self, sequence, tokens, *, keep=0, adapted=True):
+        hits, _ = self._match(tokens, -1 if not adapted else 0)
         free = [b for b in hits if not self._references[b]]
-        cached = super().allocate(sequence, tokens, keep=keep)
+        cached = super().allocate(sequence, tokens, keep=keep, adapted=adapted)
         if cached is not None:
             self._free.update(dict.fromkeys(free))
         return cached
@@ -255,7 +261,7 @@ class IgnoresDoubleFree(BlockManager):
 
 @pytest.mark.parametrize(
     "bug",
-    [ForgetsVersion, SharesPartialBlock, KeysWithoutPrefix, TrustsHashes, LeavesKeyOnReuse, IssuesHitTwice, LosesABlock, IgnoresDoubleFree],
+    [ForgetsVersion, ForgetsTheAdapter, SharesPartialBlock, KeysWithoutPrefix, TrustsHashes, LeavesKeyOnReuse, IssuesHitTwice, LosesABlock, IgnoresDoubleFree],
     ids=lambda bug: bug.__name__,
 )
 def test_the_machine_catches(bug):

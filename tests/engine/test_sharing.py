@@ -119,7 +119,7 @@ def test_an_update_that_only_score_sees_is_noticed():
     assert actor.weights_version == 1
 
 
-def test_writes_through_data_are_told_by_mark_updated():
+def test_what_is_told_is_one_version_noticed_or_not():
     module = model()
     actor = HybridActor.from_module(module)
     completed(actor)
@@ -127,6 +127,11 @@ def test_writes_through_data_are_told_by_mark_updated():
         parameter.data.add_(0.05)
     actor.mark_updated()
     assert completed(actor) == greedy(module)
+    assert actor.weights_version == 1
+    train(module, 1)
+    actor.mark_updated()
+    assert completed(actor) == greedy(module)
+    assert actor.weights_version == 2
 
 
 def test_bfloat16_and_what_the_actor_trains_is_the_model():
@@ -181,7 +186,7 @@ def test_another_models_optimizer_is_not_ours_and_nothing_is_kept_alive():
     train(model("qwen2"), 1)
     completed(actor)
     assert actor.weights_version == 0
-    watched = weakref.ref(actor._sharing)
+    watched = weakref.ref(actor._watch)
     del actor
     gc.collect()
     assert watched() is None
