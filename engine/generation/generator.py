@@ -110,7 +110,7 @@ class Generator:
                  strict: bool = False, window: int | None = None, graphs: StepGraphs | None = None, value_head: ValueHead | None = None) -> None:
         config = config or CacheConfig()
         self.decoder, self.tokenizer, self.weights_version, self._strict, self.value_head = decoder, tokenizer, weights_version, strict, value_head
-        self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions, decoder.activation_dtype)
+        self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions, decoder.cache_dtype)
         self.scheduler = Scheduler(BlockManager(self.cache.num_blocks, config.block_size), config.max_sequences, config.max_tokens_per_step,
                                    values=value_head is not None)
         self._table = SamplingTable(config.max_sequences)
