@@ -22,11 +22,10 @@ from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_he
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.lora_files import load_adapter, save_adapter
 from fusedrl.engine.model.sharing import share
-from fusedrl.engine.model.strict import strict_hidden, strict_logprob
+from fusedrl.engine.model.strict import strict_fault, strict_hidden, strict_logprob
 from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, resolve_directory, save_pretrained
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.linear_logprob import linear_logprob
 
 
@@ -52,17 +51,16 @@ class HybridActor:
     Args:
         decoder: the weights. tokenizer: a transformers tokenizer, or None where prompts are token ids. value_head: on the same trunk, or None.
         cache: size of the KV cache and of the steps over it. strict: what the training forward says of a token is bitwise what the sampler said, whatever the
-            batch, at the cost of one more forward in training; on CPU, with the C++ kernels, in float32 and bfloat16.
+            batch, at the cost of one more forward in training; in float32 and bfloat16, with the C++ kernels on a CPU and Triton on a GPU.
     Raises:
         ValueError: the tokenizer has ids that the model does not know, or `strict` where it cannot be kept.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Any = None, *, value_head: ValueHead | None = None, cache: CacheConfig | None = None,
                  strict: bool = False) -> None:
-        if strict and (decoder.device.type != "cpu" or decoder.dtype not in (torch.float32, torch.bfloat16) or unavailable("cpp", "cpu") is not None):
-            raise ValueError("HybridActor: strict=True needs the C++ kernels, whose sums have one order: a float32 or bfloat16 model on CPU, got "
-                             f"{decoder.dtype} on {decoder.device}, C++ kernels {unavailable('cpp', 'cpu') or 'present'}; use strict=False, and watch "
-                             "sampling/logp_diff_max")
+        if strict and (fault := strict_fault(decoder)) is not None:
+            raise ValueError("HybridActor: strict=True needs kernels whose sums have one order, in C++ on a CPU or Triton on a GPU, for a float32 or bfloat16 "
+                             f"model; for {decoder.dtype} on {decoder.device}: {fault}; use strict=False, and watch sampling/logp_diff_max")
         if tokenizer is not None and len(tokenizer) > decoder.config.vocab_size:
             raise ValueError(f"HybridActor: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {decoder.config.vocab_size}: ids from "
                              f"{decoder.config.vocab_size} on have no embedding; use the tokenizer that belongs to the model")
@@ -221,7 +219,7 @@ class HybridActor:
         with self._making:
             generator = self._generator
             held = None if generator is None else (generator.cache.k.device, generator.cache.k.dtype, generator.value_head)
-            if generator is None or held != (self.decoder.device, self.decoder.activation_dtype, self.value_head):
+            if generator is None or held != (self.decoder.device, self.decoder.cache_dtype, self.value_head):
                 generator = Generator(self.decoder, self.tokenizer, self._cache, watch=self._watch, strict=self.strict, value_head=self.value_head)
             self._generator = generator
         return generator

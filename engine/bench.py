@@ -205,7 +205,7 @@ def _about(subject: Subject, decoder: Decoder, workload: Workload) -> dict[str, 
     floor = floor_of(config, workload, size, copied, multiplied)
     return {
         "model": {"name": subject.name, "dtype": str(decoder.dtype).removeprefix("torch."), "device": str(device),
-                  "parameters": count_weights(config).parameters, "kv_bytes_per_token": kv_bytes_per_token(config, decoder.activation_dtype.itemsize)},
+                  "parameters": count_weights(config).parameters, "kv_bytes_per_token": kv_bytes_per_token(config, decoder.cache_dtype.itemsize)},
         "workload": {"name": workload.name, "num_prompts": len(workload.prompts), "n": workload.samples, "input_tokens": workload.input_tokens,
                      "output_tokens": workload.output_tokens},
         "floor": floor._asdict() | {"output_tokens_per_second": workload.output_tokens / floor.seconds},

@@ -13,17 +13,20 @@ Shapes    N tokens, R of them read out, B rows of the block table, M blocks a ro
           Hkv key/value heads, S positions a block. k_cache [L, blocks, Hkv, D, S] holds K transposed inside a block, so that the scores of a
           block are vector loads over its positions; v_cache [L, blocks, Hkv, S, D].
 Bytes     the weights once, and 2 L Hkv D s bytes a cached position a row: decoding reads, it does not compute.
-Triton    composed of the ops of this package: rms_norm, rope_and_cache, paged_attention, swiglu, and torch's matrix products between them; a family
+Triton    composed of the ops of this package: rms_norm, rope_and_cache, paged_attention, swiglu, and matrix products between them: split_linear's of
+          bfloat16 weights, torch's of others, or `fixed_linear`'s, whose rows do not depend on one another. A family
           that turns q and k in part, not at all, or norms all their heads together has rope or nothing, and torch's cache write. Every token of a
           prompt walks the cached positions before it on its own; no row is gathered. Not run on a card in this project.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the weights' dtype; the RMSNorm rounds before it
           multiplies by its weight (with an offset, after), as transformers' does. With a float32 cache beside bfloat16 weights nothing is rounded but the
-          result (cpp: without one, too, but for the cache). A slot that was not written, or a block of no row, is never read into a result.
+          result (cpp: without one, too, but for the cache). Triton keeps everything between bfloat16 weights in float32, but for q, k, v and what attention
+          gives, which are of the cache's dtype: float16, which has 11 bits where bfloat16 has 8 (`cache_dtype`). A slot that was not written, or a block of no row, is never read into a result.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form; Kwon et al. (2023), PagedAttention.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,14 +36,20 @@ from torch import Tensor
 from fusedrl.kernels import native
 from fusedrl.kernels.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.fixed_linear import fixed_linear
 from fusedrl.kernels.kv_cache import rope_and_cache
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
 from fusedrl.kernels.rms_norm import rms_norm, rms_norm_reference
 from fusedrl.kernels.rope import RopeTable, rope, rope_reference
+from fusedrl.kernels.split_linear import split_linear
 from fusedrl.kernels.swiglu import activate
 
 _IMPLS = Implementations("decode_step", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_INTERPRETED: str | None = "triton"  # what the ops of the Triton composition are on a CPU: under the interpreter all of it
 _GATHERED_TOKENS = 128  # the reference gathers the whole row of every token: so many tokens at a time bound its memory
+
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> x W^T + b
 
 
 class LayerWeights(NamedTuple):
@@ -92,12 +101,13 @@ class Adapter(NamedTuple):
     slices: tuple[tuple[int, int, int], ...]  # (product 0 to 3, first row, rows), in the order in which they lie in a and b; alike in all layers
     scale: float
 
-    def add_(self, y_NO: Tensor, x_NK: Tensor, layer: int, product: int) -> Tensor:
-        """Add its part to a product's result, in place; nothing where it has none."""
+    def add_(self, y_NO: Tensor, x_NK: Tensor, layer: int, product: int, linear: Linear | None = None) -> Tensor:
+        """Add its part to a product's result, in place; nothing where it has none. `linear` makes both of its products; None: torch, in x's dtype."""
         a, b = self.layers[layer][2 * product : 2 * product + 2]
         if a is not None and b is not None:
-            a, b = a.to(x_NK.dtype), b.to(x_NK.dtype)
-            add_adapter_(y_NO, F.linear(x_NK, a), b, [(start, rows) for at, start, rows in self.slices if at == product], self.scale)
+            u_NR = F.linear(x_NK, a.to(x_NK.dtype)) if linear is None else linear(x_NK, a, None)
+            b = b.to(x_NK.dtype) if linear is None else b
+            add_adapter_(y_NO, u_NR, b, [(start, rows) for at, start, rows in self.slices if at == product], self.scale, linear)
         return y_NO
 
 
@@ -119,11 +129,15 @@ class DecoderWeights(NamedTuple):
     adapter: Adapter | None = None
 
 
-def add_adapter_(y_NO: Tensor, u_NR: Tensor, b: Tensor, slices: Sequence[tuple[int, int]], scale: float) -> None:
+def add_adapter_(y_NO: Tensor, u_NR: Tensor, b: Tensor, slices: Sequence[tuple[int, int]], scale: float, linear: Linear | None = None) -> None:
     """y += scale B u in each slice (first row, rows) of y's columns, in place; of u = A x [N, P r] and b [all rows, r] each slice has its part."""
     r, done = b.shape[1], 0
     for index, (start, rows) in enumerate(slices):
-        y_NO[:, start : start + rows].addmm_(u_NR[:, index * r : (index + 1) * r], b[done : done + rows].T, alpha=scale)
+        u, part, y = u_NR[:, index * r : (index + 1) * r], b[done : done + rows], y_NO[:, start : start + rows]
+        if linear is None:
+            y.addmm_(u, part.T, alpha=scale)
+        else:
+            y.add_(linear(u, part, None), alpha=scale)
         done += rows
 
 
@@ -143,9 +157,20 @@ def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Callable[
 
 
 def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What to compute in, and to cache, between the weights of a decoder of this dtype: float32 between bfloat16 weights on a CPU (but for Triton, which is
-    made for GPUs); elsewhere their own dtype."""
-    return torch.float32 if dtype == torch.bfloat16 and device.type != "cuda" and _IMPLS.choose(device) != "triton" else dtype
+    """What to compute in between the weights of a decoder of this dtype: float32 between bfloat16 weights; else their own dtype."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def on_tensor_cores(device: torch.device) -> bool:
+    """Whether products take numbers of two bytes there: on a GPU, and where Triton's interpreter stands for one. Float32 is then split in two (split_linear.py),
+    and attention is of `cache_dtype`."""
+    return _IMPLS.choose(device) == "triton"
+
+
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to cache keys and values in, and to attend in, for a decoder of this dtype: float16 for bfloat16 on tensor cores, which has three bits more; else
+    `activation_dtype`."""
+    return torch.float16 if dtype == torch.bfloat16 and on_tensor_cores(device) else activation_dtype(dtype, device)
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -218,23 +243,38 @@ def decode_step_reference(weights: DecoderWeights, token_ids_N: Tensor, position
 
 
 # ---- Triton: the ops of this package, one after the other --------------------------------------------------------------------
+def _linear_of(dtype: torch.dtype, fixed: bool) -> Linear:
+    """The products with weights of `dtype`."""
+    if fixed:
+        return partial(fixed_linear, impl="triton")
+    return split_linear if dtype == torch.bfloat16 else F.linear
+
+
 def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor,
-                        v_cache: Tensor, out_slots_R: Tensor | None) -> Tensor:
+                        v_cache: Tensor, out_slots_R: Tensor | None, fixed: bool) -> Tensor:
     heads, kv_heads, eps, options = weights.num_heads, weights.num_kv_heads, weights.norm_eps, weights.options
-    impl = "triton" if token_ids_N.device.type == "cpu" else None  # under the interpreter all of it; on a GPU each op has its own best
+    impl = _INTERPRETED if token_ids_N.device.type == "cpu" else None  # on a GPU each op has its own best
     angles = weights.rope_table.at(positions_N, block_table_BM.shape[1] * v_cache.shape[3], torch.float32)
     blocks_NM, lens_N = block_table_BM[rows_N], positions_N + 1
     written = _slots(positions_N, blocks_NM, v_cache.shape[3])
     slots_N = written[0] * v_cache.shape[3] + written[1]
+    dtype, linear = activation_dtype(weights.embedding.dtype, token_ids_N.device), _linear_of(weights.embedding.dtype, fixed)
+
+    def project(index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = linear(x, weight, bias)
+        return y if weights.adapter is None else weights.adapter.add_(y, x, index, product, linear)
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return rms_norm(x, weight, eps=eps, offset=options.norm_offset, impl=impl) if bias is None else F.layer_norm(x, weight.shape, weight, bias, eps)
+        weight = weight.to(x.dtype)
+        if bias is not None:
+            return F.layer_norm(x, weight.shape, weight, bias.to(x.dtype), eps)
+        return rms_norm(x, weight, eps=eps, offset=options.norm_offset, impl=impl)
 
     def add_norm(delta_NH: Tensor, stream_NH: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if weight is None or stream_NH is None or bias is not None:
             sum_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
             return sum_NH if weight is None else norm(sum_NH, weight, bias), sum_NH
-        return rms_norm(delta_NH, weight, eps=eps, residual=stream_NH, offset=options.norm_offset, impl=impl)
+        return rms_norm(delta_NH, weight.to(dtype), eps=eps, residual=stream_NH, offset=options.norm_offset, impl=impl)
 
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rope(q, k, cos, sin, impl=impl)
@@ -245,35 +285,35 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
         norms = (layer.q_norm, layer.k_norm)
         plain = all(weight is None or (weight.shape[0] == D and not options.norm_offset) for weight in norms)  # of each head, by the weight alone
         if layer.rope >= 0 and 2 * weights.rope_table.pairs == D and plain:
-            return rope_and_cache(qkv_NC, *angles[layer.rope], keys, values, slots_N, num_heads=heads, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps,
-                                  impl=impl)
+            q_norm, k_norm = (None if weight is None else weight.to(dtype) for weight in norms)
+            return rope_and_cache(qkv_NC, *angles[layer.rope], keys, values, slots_N, num_heads=heads, q_norm=q_norm, k_norm=k_norm, eps=eps, impl=impl)
         q, k, v = qkv_NC.unflatten(1, (heads + 2 * kv_heads, D)).split((heads, kv_heads, kv_heads), dim=1)
         q = q if layer.q_norm is None else head_norm(q, layer.q_norm, norm)
         k = k if layer.k_norm is None else head_norm(k, layer.k_norm, norm)
         if layer.rope >= 0:
             q, k = partial_rope(q, k, *angles[layer.rope], turn)
         _write(k, v, written, keys, values)
-        return q
+        return q.to(keys.dtype)
 
-    delta_NH, stream_NH = _embed(weights, token_ids_N, positions_N), None  # what the layer before adds, and what it adds it to
+    delta_NH, stream_NH = _embed(weights, token_ids_N, positions_N, dtype), None  # what the layer before adds, and what it adds it to
     for index, (layer, keys, values) in enumerate(zip(weights.layers, k_cache, v_cache, strict=True)):
         h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.input_norm, layer.input_norm_bias)
-        q = turn_and_cache(layer, _project(weights, index, 0, h_NH, layer.qkv, layer.qkv_bias), keys, values)
+        q = turn_and_cache(layer, project(index, 0, h_NH, layer.qkv, layer.qkv_bias), keys, values)
         o = paged_attention(q, keys, values, blocks_NM, lens_N, window=layer.window or None, softcap=options.attention_softcap,
                             scale=options.attention_scale, impl=impl)
-        delta_NH = _project(weights, index, 1, o.flatten(1), layer.o, layer.o_bias)
+        delta_NH = project(index, 1, o.flatten(1), layer.o, layer.o_bias)
         delta_NH = delta_NH if layer.attention_out_norm is None else norm(delta_NH, layer.attention_out_norm)
         attended_NH = delta_NH
         if options.parallel:
             h_NH, _ = add_norm(stream_NH, None, layer.post_norm, layer.post_norm_bias)
         else:
             h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.post_norm, layer.post_norm_bias)
-        h_NF = activate(_project(weights, index, 2, h_NH, layer.gate_up, layer.gate_up_bias), options.activation, gated=_gated(layer), impl=impl)
-        delta_NH = _project(weights, index, 3, h_NF, layer.down, layer.down_bias)
+        h_NF = activate(project(index, 2, h_NH, layer.gate_up, layer.gate_up_bias), options.activation, gated=_gated(layer), impl=impl)
+        delta_NH = project(index, 3, h_NF, layer.down, layer.down_bias)
         delta_NH = delta_NH + attended_NH if options.parallel else delta_NH
         delta_NH = delta_NH if layer.mlp_out_norm is None else norm(delta_NH, layer.mlp_out_norm)
     x_NH = delta_NH if stream_NH is None else stream_NH + delta_NH
-    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, weights.norm_bias)
+    return norm(x_NH if out_slots_R is None else x_NH[out_slots_R], weights.norm, weights.norm_bias).to(weights.embedding.dtype)
 
 
 # ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
@@ -327,7 +367,7 @@ def _check_ranges(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Ten
 
 @torch.no_grad()
 def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, rows: Tensor, block_table: Tensor, k_cache: Tensor, v_cache: Tensor,
-                out_slots: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+                out_slots: Tensor | None = None, *, fixed: bool = False, impl: str | None = None) -> Tensor:
     """Run N tokens through the decoder over the paged cache, writing their keys and values into it. No gradient.
 
     Args:
@@ -336,9 +376,11 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
             position before it in its window is in the cache or among the tokens of this call; no (row, position) comes twice.
         block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot p % S. Entries that no token needs may
             hold anything.
-        k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype (`allocate_cache`), or for cpp and torch
-            in float32 (`activation_dtype`); written in place.
+        k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype (`allocate_cache`), in float32, or for triton and torch
+            in float16 beside bfloat16 weights (`cache_dtype`); written in place.
         out_slots: [R] int64, the tokens whose hidden state is wanted; None: all.
+        fixed: the bits of a token do not depend on the other tokens of the call. They never do in cpp; triton then takes `fixed_linear` for its products
+            (float32 and bfloat16); torch cannot.
         impl: "cpp" (CPU), "triton" (not float64) or "torch"; by default the best one for the device.
     Returns:
         [R, H] hidden states after the final norm, in the weights' dtype. The head is `weights.head`.
@@ -352,18 +394,24 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
                "k_cache": (k_cache, f"{L} blocks {Hkv} {D} S"), "v_cache": (v_cache, f"{L} blocks {Hkv} S {D}"), "out_slots": (out_slots, "R"),
                "weights.embedding": (weights.embedding, "V H")})
     refused = {"triton": "it computes in float32"} if weights.embedding.dtype == torch.float64 else {}
+    if fixed:
+        refused["torch"] = "its sums follow the number of tokens"
+        if weights.embedding.dtype == torch.float16:
+            refused["triton"] = "its products of a fixed order take float32 and bfloat16"
     chosen = _IMPLS.choose(token_ids.device, impl, refused)
     for name, tensor in (("token_ids", token_ids), ("positions", positions), ("rows", rows), ("out_slots", out_slots)):
         check_dtype(op, name, tensor, (torch.int64,))
     check_dtype(op, "block_table", block_table, (torch.int32,))
     check_dtype(op, "weights.embedding", weights.embedding, (torch.float32, torch.bfloat16) if chosen == "cpp" else FLOATS)
-    check_dtype(op, "k_cache", k_cache, {weights.embedding.dtype} if chosen == "triton" else {weights.embedding.dtype, torch.float32})
+    halves = {torch.float16} if weights.embedding.dtype == torch.bfloat16 and chosen != "cpp" else set()
+    cached = {torch.float32} if chosen != "triton" or weights.embedding.dtype == torch.bfloat16 else set()
+    check_dtype(op, "k_cache", k_cache, {weights.embedding.dtype} | cached | halves)
     check_dtype(op, "v_cache", v_cache, (k_cache.dtype,))
     if chosen != "cpp":
         if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_ranges(weights, token_ids, positions, rows, block_table, k_cache.shape[1], v_cache.shape[3], out_slots)
-        function = decode_step_reference if chosen == "torch" else _decode_step_triton
-        return function(weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
+        arguments = (weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots)
+        return decode_step_reference(*arguments) if chosen == "torch" else _decode_step_triton(*arguments, fixed)
     options, adapter = weights.options, weights.adapter
     return torch.ops.fusedrl.decode_step(
         token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, weights.embedding, weights.position_embedding, weights.norm,

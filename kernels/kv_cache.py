@@ -7,7 +7,7 @@
 Shapes    N tokens; Hq query and Hkv key/value heads of D values, in this order in a row of the projection; the angles' cos and sin [N, D/2].
           k_cache [blocks, Hkv, D, S] holds K transposed inside a block, v_cache [blocks, Hkv, S, D]: one layer of decode_step.py's caches.
 Bytes     N (2 Hq + 4 Hkv) D s (read, write) and 4 N D of angles. Norms, rotation and copy one after the other: N (4 Hq + 8 Hkv) D s.
-Numerics  norm and rotation in float32 (float64 for float64), rounded once, when stored: the norm does not round before its weight as rms_norm
+Numerics  norm and rotation in float32 (float64 for float64), rounded once to the caches' dtype, when stored: the norm does not round before its weight as rms_norm
           alone does. v is copied. A row's results depend on nothing but that row.
 Source    rms_norm.py and rope.py, in the order of Qwen3 (norm, then rotation); Kwon et al. (2023), PagedAttention.
 """
@@ -46,8 +46,8 @@ def rope_and_cache_reference(qkv_NC: Tensor, cos_NR: Tensor, sin_NR: Tensor, k_c
 
     q, k, v = qkv_NC.view(N, num_heads + 2 * kv_heads, D).split((num_heads, kv_heads, kv_heads), dim=1)
     q, k = rope_reference(normed(q, q_norm_D), normed(k, k_norm_D), cos_NR, sin_NR)
-    _write(k.to(qkv_NC.dtype), v, slots_N, k_cache, v_cache)
-    return q.to(qkv_NC.dtype)
+    _write(k.to(k_cache.dtype), v.to(k_cache.dtype), slots_N, k_cache, v_cache)
+    return q.to(k_cache.dtype)
 
 
 def _write(k: Tensor, v: Tensor, slots_N: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -121,7 +121,7 @@ def _tile(heads: int, half: int) -> dict[str, int]:
 def _rope_and_cache_triton(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, num_heads: int, q_norm: Tensor | None,
                            k_norm: Tensor | None, eps: float) -> Tensor:
     N, (blocks, kv_heads, D, size) = qkv.shape[0], k_cache.shape
-    q = qkv.new_empty(N, num_heads, D)
+    q = k_cache.new_empty(N, num_heads, D)
     if N:
         q_norm, k_norm = (None if weight is None else weight.contiguous() for weight in (q_norm, k_norm))
         _rope_and_cache_kernel[(N,)](
@@ -132,7 +132,7 @@ def _rope_and_cache_triton(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tenso
 
 def _fake(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, num_heads: int, q_norm: Tensor | None,
           k_norm: Tensor | None, eps: float) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], num_heads, k_cache.shape[2])
+    return k_cache.new_empty(qkv.shape[0], num_heads, k_cache.shape[2])
 
 
 _rope_and_cache_triton.register_fake(_fake)
@@ -150,13 +150,14 @@ def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cac
     Args:
         qkv: [N, (Hq + 2 Hkv) D], the output of the fused projection; its last dimension is contiguous, the stride of the tokens is free.
         cos, sin: [N, D/2] of the angles; float32, or qkv's dtype.
-        k_cache, v_cache: [blocks, Hkv, D, S] and [blocks, Hkv, S, D] in qkv's dtype, contiguous: a layer of `allocate_cache`; written in place.
+        k_cache, v_cache: [blocks, Hkv, D, S] and [blocks, Hkv, S, D], contiguous: a layer of `allocate_cache`; written in place. In qkv's dtype; triton and
+            torch also take bfloat16 or float16 beside qkv of float32.
         slots: [N] int64, block * S + position in the block. The row of a negative slot (padding) is not written; its query is computed all the
             same. Which of the rows with one slot is written last is undefined.
         num_heads: Hq. q_norm, k_norm: [D] weights of the heads' RMS norm, in qkv's dtype; None: no norm. eps: added to the mean of the squares.
         impl: "cpp" (CPU), "triton", "cuda" (none of them float64) or "torch"; by default the best one for the device.
     Returns:
-        [N, Hq, D] rotated queries, contiguous.
+        [N, Hq, D] rotated queries, contiguous, in the caches' dtype.
     Raises:
         IndexError: a slot of blocks * S or above, on the CPU, before anything is written (on a GPU that row is not written).
         ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
@@ -169,9 +170,13 @@ def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cac
         raise ValueError(f"{op}: expected cos and sin [N, D/2] for heads of an even D up to {_LONGEST_HEAD}, got {half} angles and a cache of D {D}")
     if num_heads < 1 or Hkv < 1 or (num_heads + 2 * Hkv) * D != C:
         raise ValueError(f"{op}: expected qkv [N, (num_heads + 2 Hkv) D] = [N, ({num_heads} + 2 * {Hkv}) * {D}], got {list(qkv.shape)}")
-    chosen = (_IMPLS_FLOAT64 if qkv.dtype == torch.float64 else _IMPLS).choose(qkv.device, impl)
+    narrower = qkv.dtype == torch.float32 and k_cache.dtype in (torch.bfloat16, torch.float16)
+    refused = dict.fromkeys(("cpp", "cuda"), "it takes caches of qkv's dtype") if narrower else {}
+    chosen = (_IMPLS_FLOAT64 if qkv.dtype == torch.float64 else _IMPLS).choose(qkv.device, impl, refused)
     check_dtype(op, "qkv", qkv, FLOATS)
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache), ("q_norm", q_norm), ("k_norm", k_norm)):
+    check_dtype(op, "k_cache", k_cache, {qkv.dtype, k_cache.dtype if narrower else qkv.dtype})
+    check_dtype(op, "v_cache", v_cache, (k_cache.dtype,))
+    for name, tensor in (("q_norm", q_norm), ("k_norm", k_norm)):
         check_dtype(op, name, tensor, (qkv.dtype,))
     for name, tensor in (("cos", cos), ("sin", sin)):
         check_dtype(op, name, tensor, {qkv.dtype, torch.float32})
@@ -194,12 +199,13 @@ def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cac
 # What tests/offline_compile.py compiles: 12 query and 2 key/value heads of 128 without a norm, 16 and 8 with one, and heads of 80, which fill no power of two.
 if triton is not None:
     OFFLINE_KERNELS = {
-        f"rope_and_cache_{dtype}_{2 * half}{'_norm' if norm else ''}": {
+        f"rope_and_cache_{dtype}{'' if cached == dtype else f'_{cached}'}_{2 * half}{'_norm' if norm else ''}": {
             "kernel": _rope_and_cache_kernel,
-            "signature": dict.fromkeys(("qkv_ptr", "q_ptr", "k_cache_ptr", "v_cache_ptr", *(("q_norm_ptr", "k_norm_ptr") if norm else ())), f"*{dtype}")
+            "signature": dict.fromkeys(("qkv_ptr", *(("q_norm_ptr", "k_norm_ptr") if norm else ())), f"*{dtype}")
+            | dict.fromkeys(("q_ptr", "k_cache_ptr", "v_cache_ptr"), f"*{cached}")
             | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "slots_ptr": "*i64", "row_stride": "i64", "end": "i64", "size": "i32", "eps": "fp32"},
             "constexprs": {"Q_HEADS": heads, "KV_HEADS": kv_heads, "HALF": half, **_tile(heads, half)}
             | ({} if norm else {"q_norm_ptr": None, "k_norm_ptr": None}),
         }
-        for dtype in ("fp32", "bf16", "fp16") for heads, kv_heads, half, norm in ((12, 2, 64, False), (16, 8, 64, True), (8, 8, 40, True))
+        for dtype, cached in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp16")) for heads, kv_heads, half, norm in ((12, 2, 64, False), (16, 8, 64, True), (8, 8, 40, True))
     }

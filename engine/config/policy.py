@@ -118,7 +118,7 @@ class PolicyConfig:
         refill_tries: dynamic sampling: how often, at most, groups whose scores are all equal are replaced by those of other prompts; 0 keeps them.
         max_invalid_fraction: of a rollout's rewards (raised, NaN, wrong type); above it the run stops, below it those samples are left out.
         max_logp_diff: mean absolute difference between sampler and trainer log-probabilities above which the run stops.
-        strict: the trainer's log-probabilities are bitwise the sampler's, at the cost of one more forward in training (CPU).
+        strict: the trainer's log-probabilities are bitwise the sampler's, at the cost of one more forward in training (float32 and bfloat16).
         skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping with all of them listed.
         dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
         device: cpu, cuda, or None for the best there is.

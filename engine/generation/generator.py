@@ -118,7 +118,7 @@ class Generator:
         config = config or CacheConfig()
         self.decoder, self.tokenizer, self._watch, self._strict, self.value_head = decoder, tokenizer, watch, strict, value_head
         self.weights_version = 0 if watch is None else watch.version
-        self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions, decoder.activation_dtype)
+        self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions, decoder.cache_dtype)
         self.scheduler = Scheduler(BlockManager(self.cache.num_blocks, config.block_size), config.max_sequences, config.max_tokens_per_step,
                                    values=value_head is not None)
         self._table = SamplingTable(config.max_sequences)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusedrl.engine.generation.cache import KVCache
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.model.strict import strict_logits, strict_row_logprob
+from fusedrl.engine.model.strict import strict_logits, strict_row_logprob, strict_step
 from fusedrl.kernels.advance_rows import advance_rows_
 from fusedrl.kernels.decode_step import DecoderWeights, copy_blocks, decode_step
 from fusedrl.kernels.logprob import logprob
@@ -94,7 +94,7 @@ def advance(weights: DecoderWeights, state: DecodeState | None, block_table_BM: 
     if tokens is None:
         return
     token_ids_N, positions_N, rows_N, out_slots_R, copies = tokens
-    hidden_RH = decode_step(weights, token_ids_N, positions_N, rows_N, block_table_BM, cache.k, cache.v, out_slots_R)
+    hidden_RH = (strict_step if strict else decode_step)(weights, token_ids_N, positions_N, rows_N, block_table_BM, cache.k, cache.v, out_slots_R)
     if copies:
         copy_blocks(cache.k, cache.v, copies)
     if state is None:

@@ -1,10 +1,10 @@
 """The decoder: one set of fused parameters that training, scoring and generation all read.
 
 Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width, V vocabulary.
-Rounding  where the sampler's `decode_step` computes in float32 between bfloat16 weights, on a CPU, so does the training forward
-          (`Decoder.activation_dtype`), and rounds nothing but what it returns. Elsewhere activations are of the parameters' dtype: norms as in
-          transformers' Llama, in float32, rounded before their weight (Gemma's multiply by 1 + weight before they round); RoPE and SwiGLU in float32,
-          rounded once (transformers rounds each product); LayerNorm is torch's: float32 inside, rounded once.
+Rounding  as the sampler's `decode_step`: between bfloat16 weights activations are float32 (`Decoder.activation_dtype`), and nothing is rounded but what is
+          returned, and on tensor cores q, k, v and what attention gives (`Decoder.cache_dtype`; wide.py says how). Else activations are of the parameters'
+          dtype: norms as in transformers' Llama, in float32, rounded before their weight (Gemma's multiply by 1 + weight before they round); RoPE and
+          SwiGLU in float32, rounded once (transformers rounds each product); LayerNorm is torch's: float32 inside, rounded once.
 """
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.families import ModelConfig
 from fusedrl.engine.model.lora import DOWN, GATE_UP, OUT, QKV, LayerAdapter, adapted_linear
-from fusedrl.engine.model.wide import embed
-from fusedrl.kernels.attention import varlen_attention
-from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, activation_dtype, head_norm, partial_rope
+from fusedrl.engine.model.wide import activated, attend, embed
+from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, activation_dtype, cache_dtype, head_norm, partial_rope
 from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import RopeTable, rope
-from fusedrl.kernels.swiglu import activate
 
 _off: ContextVar[frozenset[int]] = ContextVar("decoders whose adapter is off in this thread", default=frozenset())
 
@@ -111,7 +109,8 @@ class Layer(nn.Module):
             q, k = (head_norm(x, weight, lambda x, weight: _norm(x, weight, c)) for x, weight in ((q, self.q_norm), (k, self.k_norm)))
         if self.rope >= 0:
             q, k = partial_rope(q, k, *angles[self.rope], rope)
-        o = varlen_attention(q, k, v, cu_seqlens_B1, max_length=max_length, window=self.window or None, softcap=c.attention_softcap, scale=c.attention_scale)
+        o = attend(q, k, v, cu_seqlens_B1, cache_dtype(self.qkv_proj.dtype, q.device), max_length=max_length, window=self.window or None,
+                   softcap=c.attention_softcap, scale=c.attention_scale)
         delta_NH = adapted_linear(lora, OUT, o.flatten(1), self.o_proj, self.o_bias)
         delta_NH = delta_NH if self.attention_out_norm is None else _norm(delta_NH, self.attention_out_norm, c)
         attended_NH = delta_NH
@@ -119,7 +118,8 @@ class Layer(nn.Module):
             h_NH, _ = _add_norm(residual_NH, None, self.post_norm, c, self.post_norm_bias)
         else:
             h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.post_norm, c, self.post_norm_bias)
-        h_NF = activate(adapted_linear(lora, GATE_UP, h_NH, self.gate_up_proj, self.gate_up_bias), c.activation, gated=c.gated)
+        up = adapted_linear(lora, GATE_UP, h_NH, self.gate_up_proj, self.gate_up_bias)
+        h_NF = activated(up, c.activation, gated=c.gated, wide=up.dtype != self.gate_up_proj.dtype)
         delta_NH = adapted_linear(lora, DOWN, h_NF, self.down_proj, self.down_bias)
         delta_NH = delta_NH + attended_NH if c.parallel else delta_NH
         return delta_NH if self.mlp_out_norm is None else _norm(delta_NH, self.mlp_out_norm, c), residual_NH
@@ -197,8 +197,13 @@ class Decoder(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What the training forward computes in, and the KV cache holds: what the sampler computes in on this device."""
+        """What the training forward computes in: what the sampler computes in on this device."""
         return activation_dtype(self.dtype, self.device)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What the KV cache holds, and the training forward attends in."""
+        return cache_dtype(self.dtype, self.device)
 
     @property
     def device(self) -> torch.device:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.families import ModelConfig
-from fusedrl.engine.model.wide import input_grad, linear, product, weight_grad
+from fusedrl.engine.model.wide import input_grad, kept, linear, product, weight_grad
 from fusedrl.kernels.decode_step import add_adapter_
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 scale: float) -> Tensor:
         y_NO, u_NR = product(x_NK, weight_OK, bias_O), product(x_NK, a_RK)
         add_adapter_(y_NO, u_NR, b.to(x_NK.dtype), rows, scale)
-        ctx.save_for_backward(x_NK, weight_OK, a_RK, b, u_NR)
+        ctx.save_for_backward(kept(x_NK, weight_OK), weight_OK, a_RK, b, u_NR)
         ctx.save_for_forward(x_NK, weight_OK, a_RK, b, u_NR)
         ctx.rows, ctx.scale = rows, scale
         return y_NO

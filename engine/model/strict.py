@@ -1,13 +1,13 @@
 """Strict numerics: what the trainer computes of a token is, bit for bit, what the sampler computed.
 
-The sampler runs `decode_step` and `fixed_linear`, whose sums have one order whatever stands in a batch. So the strict training forward runs the same
-two, over a cache of its own, and takes its gradient from the ordinary forward, recomputed in the backward pass:
+The sampler runs `decode_step` and `fixed_linear`, whose sums have one order whatever stands in a batch: in C++ on a CPU, in Triton on a GPU. So the strict
+training forward runs the same two, over a cache of its own, and takes its gradient from the ordinary forward, recomputed in the backward pass:
 
     outputs     decode_step, fixed_linear, logprob       bits that do not depend on companions, chunks, preemption or prefix hits
     gradients   the ordinary forward at the same weights   equal up to rounding; nothing is kept between the passes, so it saves activations, too
 
 Shapes    N tokens, H hidden, V vocabulary, R rows that have a label.
-Cost      a forward more in every training pass.
+Cost      a forward more in every training pass, in which each token reads the keys and values before it on its own.
 """
 from __future__ import annotations
 
@@ -17,12 +17,33 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.kernels.decode_step import allocate_cache, decode_step
+from fusedrl.kernels.decode_step import DecoderWeights, allocate_cache, decode_step, on_tensor_cores
+from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.fixed_linear import fixed_linear
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.logprob import logprob
 
 _WORKSPACE = 64 << 20  # bytes of logits held at a time
+
+
+def _impl(device: torch.device) -> str:
+    """The implementation whose rows do not depend on one another, whatever else is preferred."""
+    return "triton" if device.type == "cuda" or on_tensor_cores(device) else "cpp"
+
+
+def strict_fault(decoder: Decoder) -> str | None:
+    """Why a decoder's numerics cannot be strict; None where they can."""
+    if decoder.device.type not in ("cpu", "cuda"):
+        return f"there are none for {decoder.device.type}"
+    if decoder.dtype not in (torch.float32, torch.bfloat16):
+        return f"they take float32 and bfloat16, not {str(decoder.dtype).removeprefix('torch.')}"
+    return unavailable(_impl(decoder.device), decoder.device.type)
+
+
+def strict_step(weights: DecoderWeights, token_ids_N: Tensor, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor, v_cache: Tensor,
+                out_slots_R: Tensor | None = None) -> Tensor:
+    """`decode_step`, each token's bits a function of its own sequence alone."""
+    return decode_step(weights, token_ids_N, positions_N, rows_N, block_table_BM, k_cache, v_cache, out_slots_R, fixed=True, impl=_impl(token_ids_N.device))
 
 
 def _trained(decoder: Decoder, adapted: bool) -> list[Tensor]:
@@ -37,10 +58,10 @@ class _Hidden(torch.autograd.Function):
         token_ids_N, positions_N, cu_seqlens_B1, max_length = batch
         B, M = len(cu_seqlens_B1) - 1, -(-max_length // block_size)
         weights = decoder.weights()
-        k, v = allocate_cache(weights, max(1, B * M), block_size, dtype=decoder.activation_dtype)
+        k, v = allocate_cache(weights, max(1, B * M), block_size, dtype=decoder.cache_dtype)
         table_BM = torch.arange(B * M, dtype=torch.int32, device=k.device).view(B, M)
         rows_N = torch.repeat_interleave(torch.arange(B, device=k.device), cu_seqlens_B1.diff().long())
-        return decode_step(weights, token_ids_N, positions_N, rows_N, table_BM, k, v)
+        return strict_step(weights, token_ids_N, positions_N, rows_N, table_BM, k, v)
 
     @staticmethod
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,13 +82,13 @@ def strict_hidden(decoder: Decoder, token_ids_N: Tensor, positions_N: Tensor, cu
 
 def strict_logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None = None) -> Tensor:
     """[R, V] float32, each row a function of its hidden state and the head alone. No gradient."""
-    return fixed_linear(hidden_RH, head_VH, softcap=softcap, impl="cpp")
+    return fixed_linear(hidden_RH, head_VH, softcap=softcap, impl=_impl(hidden_RH.device))
 
 
 def strict_row_logprob(logits_RV: Tensor, token_ids_R: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """(logp, entropy), [R] float32: of a row's bits, whatever the rest of the batch asks for."""
     T_R = torch.as_tensor(temperature, dtype=torch.float32, device=logits_RV.device).expand(len(token_ids_R)).contiguous()
-    logp_R, entropy_R = logprob(logits_RV, token_ids_R, temperature=T_R, entropy=True, impl="cpp")
+    logp_R, entropy_R = logprob(logits_RV, token_ids_R, temperature=T_R, entropy=True, impl=_impl(logits_RV.device))
     return logp_R, entropy_R
 
 
@@ -75,7 +96,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor) -> Tensor:
         ctx.save_for_backward(x_NK, weight_OK)
-        return fixed_linear(x_NK, weight_OK, bias_O, impl="cpp")
+        return fixed_linear(x_NK, weight_OK, bias_O, impl=_impl(x_NK.device))
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:

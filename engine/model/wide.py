@@ -1,11 +1,15 @@
-"""Layers whose activations are wider than their parameters: float32 between bfloat16 weights, as `decode_step` computes on a CPU.
+"""Layers whose activations are wider than their parameters: float32 between bfloat16 weights, as `decode_step` computes.
 
     y = x W^T + b      dx = dy W      dW = dy^T x      db = sum of dy over tokens
 
 Shapes    N tokens, K inputs and O outputs of a product, V rows of a table, H of its columns.
-Held      what goes in, and the parameters as they are: of a weight no more than a tile of rows is wide at a time, in the forward pass and in the backward.
-Numerics  everything in the activations' dtype; the gradient of a parameter is rounded once, when its sum over the tokens is complete. Where activations and
-          parameters are of one dtype, torch's own operations.
+On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are: of a weight no more than a tile of rows is wide at a time, in
+          the forward pass and in the backward.
+On a GPU  (`on_tensor_cores`) products are those of split_linear.py, q, k and v are rounded to float16 where the sampler's cache rounds them, and what attention
+          gives is float16 as well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients are of what is held: dy is
+          rounded to bfloat16, as where all is bfloat16; attention is computed again in bfloat16, whose exponents hold any gradient, and differentiated.
+Numerics  the gradient of a parameter is rounded once, when its sum over the tokens is complete. Where activations and parameters are of one dtype, torch's own
+          operations.
 """
 from __future__ import annotations
 
@@ -16,6 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fusedrl.kernels import linear_head
+from fusedrl.kernels.attention import varlen_attention
+from fusedrl.kernels.decode_step import on_tensor_cores
+from fusedrl.kernels.split_linear import split_linear
+from fusedrl.kernels.swiglu import activate
 
 TILE = 4 << 20  # bytes of a weight that are wide at a time: they stay in a cache
 
@@ -28,11 +38,18 @@ def _tiles(weight_OK: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
         yield rows, weight_OK[rows].to(dtype)
 
 
+def kept(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
+    """What a product keeps of its input for the weight's gradient."""
+    return x_NK.to(weight_OK.dtype) if on_tensor_cores(x_NK.device) else x_NK
+
+
 # ---- the three products of a linear layer, without autograd ----------------------------------------------------------------
 def product(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[N, O] x W^T + b in x's dtype."""
     if x_NK.dtype == weight_OK.dtype:
         return F.linear(x_NK, weight_OK, bias_O)
+    if on_tensor_cores(x_NK.device):
+        return split_linear(x_NK, weight_OK, bias_O)
     y_NO = x_NK.new_empty(len(x_NK), len(weight_OK))
     for rows, tile in _tiles(weight_OK, x_NK.dtype):
         if bias_O is None:
@@ -46,6 +63,8 @@ def input_grad(grad_NO: Tensor, weight_OK: Tensor) -> Tensor:
     """[N, K] dy W in dy's dtype."""
     if grad_NO.dtype == weight_OK.dtype:
         return grad_NO @ weight_OK
+    if on_tensor_cores(grad_NO.device):
+        return linear_head.product(grad_NO.to(weight_OK.dtype), weight_OK)
     out_NK = grad_NO.new_zeros(len(grad_NO), weight_OK.shape[1])
     for rows, tile in _tiles(weight_OK, grad_NO.dtype):
         out_NK.addmm_(grad_NO[:, rows], tile)
@@ -53,9 +72,9 @@ def input_grad(grad_NO: Tensor, weight_OK: Tensor) -> Tensor:
 
 
 def weight_grad(grad_NO: Tensor, x_NK: Tensor, dtype: torch.dtype) -> Tensor:
-    """[O, K] dy^T x, rounded to `dtype`."""
-    if grad_NO.dtype == dtype:
-        return grad_NO.T @ x_NK
+    """[O, K] dy^T x of `kept` x, rounded to `dtype`."""
+    if x_NK.dtype == dtype:
+        return grad_NO.to(dtype).T @ x_NK
     out_OK = grad_NO.new_empty(grad_NO.shape[1], x_NK.shape[1], dtype=dtype)
     step = max(1, TILE // (grad_NO.itemsize * max(1, x_NK.shape[1])))
     for part_NO, out in zip(grad_NO.split(step, 1), out_OK.split(step), strict=True):
@@ -67,7 +86,7 @@ def weight_grad(grad_NO: Tensor, x_NK: Tensor, dtype: torch.dtype) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_NK, weight_OK)
+        ctx.save_for_backward(kept(x_NK, weight_OK), weight_OK)
         return product(x_NK, weight_OK, bias_O)
 
     @staticmethod
@@ -95,6 +114,52 @@ class _Embed(torch.autograd.Function):
         sums_UH = torch.ops.aten.embedding_dense_backward(grad_NH, place_N, len(found_U), -1, False)
         grad_VH[found_U] = sums_UH.to(dtype)
         return None, grad_VH, None
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_B1: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> Tensor:
+        halves = [x.to(dtype) for x in (q, k, v)]
+        ctx.save_for_backward(*halves, cu_seqlens_B1)
+        ctx.options = options
+        return varlen_attention(*halves, cu_seqlens_B1, **options).to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *halves, cu_seqlens_B1 = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [x.to(torch.bfloat16).requires_grad_() for x in halves]
+            o = varlen_attention(*inputs, cu_seqlens_B1, **ctx.options)
+            grads = torch.autograd.grad(o, inputs, grad.to(o.dtype))
+        return *(x.to(grad.dtype) for x in grads), None, None, None
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: str, gated: bool) -> Tensor:
+        ctx.save_for_backward(x.to(torch.bfloat16))
+        ctx.options = activation, gated
+        return activate(x, activation, gated=gated)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (held,), (activation, gated) = ctx.saved_tensors, ctx.options
+        with torch.enable_grad():
+            x = held.to(grad.dtype).requires_grad_()
+            (x_grad,) = torch.autograd.grad(activate(x, activation, gated=gated), x, grad)
+        return x_grad, None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_B1: Tensor, dtype: torch.dtype, **options: Any) -> Tensor:
+    """`varlen_attention` in `dtype`, of and to q's dtype. Differentiable in q, k and v."""
+    return varlen_attention(q, k, v, cu_seqlens_B1, **options) if q.dtype == dtype else _Attend.apply(q, k, v, cu_seqlens_B1, dtype, options)
+
+
+def activated(x: Tensor, activation: str, *, gated: bool, wide: bool) -> Tensor:
+    """`activate`; `wide`: x is wider than the parameters. Differentiable."""
+    return _Activate.apply(x, activation, gated) if wide and on_tensor_cores(x.device) else activate(x, activation, gated=gated)
 
 
 def linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -113,7 +113,7 @@ def test_rejection_is_sft_with_a_cache_and_rewards(tmp_path):
         assert (found.weights, found.gradients, found.optimizer, found.reference) == (sft.weights, sft.gradients, sft.optimizer, 0)
         assert found.activation_bytes(200, True) == sft.activation_bytes(200, True)
         decoder = model_of(SIZES | KINDS["llama"], "sft", dtype).decoder
-        assert found.kv_pool == policy.kv_pool == KVCache(CacheConfig(num_blocks=7), decoder.weights(), 256, decoder.activation_dtype).nbytes > 0
+        assert found.kv_pool == policy.kv_pool == KVCache(CacheConfig(num_blocks=7), decoder.weights(), 256, decoder.cache_dtype).nbytes > 0
         judged = Planner(shape, replace(REJECTION, reward=("r.py:r", str(reward)), dtype=dtype, device="cpu"))
         assert judged.reference == sum(p.nbytes for name, p in decoder.named_parameters() if name != "head") + 4 * 48
     assert cache_for(replace(REJECTION, device="cpu")) == CacheConfig()
