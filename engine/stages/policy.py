@@ -25,7 +25,7 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.control import Control, learning_rate, shuffled
-from fusedrl.engine.critic import SeparateCritic, TrainedCritic, critic_of
+from fusedrl.engine.critic import TrainedCritic, critic_of
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
@@ -218,7 +218,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             actor.mark_updated()
             meter.grad_norms.append(result.grad_norm)
             done += 1
-    _drop_gradients(optimizer, actor)
+    give_back(optimizer.zero_grad())  # what runs next runs beside the weights, the optimizer's state and the cache alone
     metrics = (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
     metrics |= {} if config.loss.entropy_target is None else {"entropy_coef": entropy_coef}
     return metrics | (ptx.metrics() if ptx is not None else {}) | (replayed.metrics if replayed is not None else {})
@@ -245,7 +245,7 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
             run.check_update(result, "critic")
             norms.append(result.grad_norm)
             done += 1
-    _drop_gradients(optimizer, model)
+    give_back(optimizer.zero_grad())
     return value_metrics(stats, len(norms)) | {"critic/grad_norm": sum(norms) / len(norms), "critic/lr": optimizer.lr}
 
 
@@ -261,13 +261,6 @@ def _weighted(batch: PackedBatch, minibatch: list[list[int]], config: PolicyConf
     weights = torch.zeros(batch.num_tokens, device=batch.device)
     weights[batch.slots(members)] = minibatch_weights(config, batch.select(members))
     return batch.with_columns(weights=weights)
-
-
-def _drop_gradients(optimizer: Optimizer, model: HybridActor | SeparateCritic) -> None:
-    """What runs next runs beside the weights, the optimizer's state and the cache alone."""
-    freed = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    optimizer.zero_grad()
-    give_back(freed)
 
 
 def _full_kl(actor: HybridActor, reference: Reference, batch: PackedBatch, hidden_NH: Tensor, config: PolicyConfig) -> Tensor:

@@ -111,9 +111,7 @@ def imitate(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, kept: 
             losses.append(loss)
             norms.append(result.grad_norm)
     raise_faults(batch.device)  # where the host reads the losses anyway
-    freed = sum(p.grad.nbytes for p in actor.parameters() if p.grad is not None)
-    optimizer.zero_grad()
-    give_back(freed)  # the next rollout runs beside the weights, the optimizer's state and the cache alone
+    give_back(optimizer.zero_grad())  # the next rollout runs beside the weights, the optimizer's state and the cache alone
     if not losses:
         return {"updates": 0.0}
     return {"updates": float(len(losses)), "loss": sum(loss.item() for loss in losses) / len(losses), "grad_norm": sum(norms) / len(norms),
