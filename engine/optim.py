@@ -28,13 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from fusedrl.engine.config import OptimConfig
+from fusedrl.engine.config.base import either
 from fusedrl.engine.errors import SetupError
 
+EPS = 1e-8  # of Adam, where neither a configuration nor an algorithm names one
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 BLOCK = 256  # moments of 8 bits that share a scale
 SMALLEST = 4096  # elements below which torchao keeps the moments in float32
 _NARROW = (torch.bfloat16, torch.float16)
 _ROW = 4096  # elements whose squares are added up in float32
+_SAMPLED = 1024  # second moments of a parameter that are looked at
 _PART = 1 << 16  # elements that are wide at a time on a CPU
 
 
@@ -133,6 +136,24 @@ class Optimizer:
             p.grad = None
         self._sums.clear()
         return freed
+
+    @torch.no_grad()
+    def below_epsilon(self) -> float | None:
+        """Of the parameters that have met a gradient, the share whose second moment is below epsilon squared: their steps are less than half of Adam's.
+
+        Of at most 1,024 evenly spaced elements of each parameter, so a few small operations for each and one wait for the device. None before the first step,
+        and with state "int8", which keeps no second moment that small.
+        """
+        counts: list[Tensor] = []
+        for group in self._adamw.param_groups if not self._int8 else ():
+            small = group["eps"] ** 2 * (1.0 - group["betas"][1] ** max(1, self._done))  # the moments start from 0
+            for master in group["params"]:
+                if (moment := self._adamw.state.get(master, {}).get("exp_avg_sq")) is not None:
+                    every = -(-moment.numel() // _SAMPLED) or 1
+                    some = moment.view(-1)[::every]
+                    counts.append(torch.stack([((some > 0) & (some < small)).sum(), (some > 0).sum()]).double() * every)
+        below, live = torch.stack(counts).sum(0).tolist() if counts else (0.0, 0.0)
+        return below / live if live else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and masters as a flat {name: tensor} of live tensors (no copies): `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, `.master`; of 8 bits
@@ -235,7 +256,7 @@ def grad_norm(grads: Iterable[Tensor]) -> float:
 
 
 def make_optimizer(params: Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]], *, lr: float, betas: tuple[float, float] = (0.9, 0.95),
-                   eps: float = 1e-8, weight_decay: float = 0.0, state: Literal["float32", "int8"] = "float32",
+                   eps: float = EPS, weight_decay: float = 0.0, state: Literal["float32", "int8"] = "float32",
                    eps_mode: Literal["torch", "tensorflow"] = "torch",
                    accumulate: Literal["parameter", "float32"] = "parameter") -> Optimizer:
     """AdamW (Loshchilov and Hutter, 2019) over named parameters, with float32 masters where they are bfloat16 or float16.
@@ -254,7 +275,13 @@ def make_optimizer(params: Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.P
     return Optimizer(dict(params), lr, betas, eps, weight_decay, state, eps_mode, accumulate)
 
 
+def measure_optimizer(optimizer: Optimizer, prefix: str = "optim/") -> dict[str, float]:
+    """What every stage logs of its optimizer beside rate and norm."""
+    share = optimizer.below_epsilon()
+    return {} if share is None else {f"{prefix}below_epsilon": share}
+
+
 def optimizer_of(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
     """The optimizer that a configuration describes, over named parameters; low-precision gradients are added up in float32. Errors as `make_optimizer`."""
-    return make_optimizer(params, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, state=config.state,
+    return make_optimizer(params, lr=config.lr, betas=config.betas, eps=either(config.eps, EPS), weight_decay=config.weight_decay, state=config.state,
                           eps_mode=config.eps_mode, accumulate="float32")

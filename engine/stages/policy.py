@@ -31,7 +31,7 @@ from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.monitor import Monitor
 from fusedrl.engine.objectives import behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss
-from fusedrl.engine.optim import Optimizer, optimizer_of
+from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
 from fusedrl.engine.ptx import Ptx, load_ptx
@@ -100,6 +100,9 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     replay = None if config.replay is None else ReplayBuffer(config.replay, config.run.seed)
 
     with Run(config, config.steps) as run:
+        if config.idle_bounds:
+            run.message(f"one optimizer step a rollout, so that every ratio is 1 and nothing moves between them: {', '.join(config.idle_bounds)} will never act; "
+                        "raise minibatches or epochs where they should")
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, reference, rewards, measured_only, run)
         parts: dict[str, Any] = {"model": actor, "optimizer": optimizer, "control": control, "critic": critic, "replay": replay}
@@ -129,6 +132,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                     replayed = None if replay is None else replay.draw(step, batch.num_sequences, batch.device)
                     metrics |= update(actor, reference, optimizer, batch, cuts, config, control, step, run, ptx, replayed)
             control.update(metrics if learns else {}, signals.totals)
+            if warning := control.kl.warning():
+                run.message(warning)
             if replay is not None:
                 replay.add(batch, step)
             metrics |= monitor.after(step, metrics)
@@ -219,7 +224,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             meter.grad_norms.append(result.grad_norm)
             done += 1
     give_back(optimizer.zero_grad())  # what runs next runs beside the weights, the optimizer's state and the cache alone
-    metrics = (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
+    metrics = (measured or {}) | meter.metrics() | {"lr": optimizer.lr} | measure_optimizer(optimizer)
     metrics |= {} if config.loss.entropy_target is None else {"entropy_coef": entropy_coef}
     return metrics | (ptx.metrics() if ptx is not None else {}) | (replayed.metrics if replayed is not None else {})
 
@@ -246,7 +251,8 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
             norms.append(result.grad_norm)
             done += 1
     give_back(optimizer.zero_grad())
-    return value_metrics(stats, len(norms)) | {"critic/grad_norm": sum(norms) / len(norms), "critic/lr": optimizer.lr}
+    return value_metrics(stats, len(norms)) | {"critic/grad_norm": sum(norms) / len(norms), "critic/lr": optimizer.lr} | measure_optimizer(
+        optimizer, "critic/")
 
 
 def _updates(config: PolicyConfig, step: int, after: int = 0) -> tuple[int, int]:
