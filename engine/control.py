@@ -20,19 +20,20 @@ class KLController:
     Without a horizon it acts on d = sqrt(kl), which grows about evenly while a policy moves away, smoothed as level and slope (Holt, 1957):
 
         level' = a d + (1 - a) (level + slope)      slope' = a (level' - level) + (1 - a) slope      a = 0.3
-        coef *= exp(0.1 e)                          e = clip(2 log((level + 6 slope) / sqrt(target)), -1, 3)
+        coef *= exp(0.12 e), or exp(0.1 e) where e < 0     e = clip(2 log((level + 6 slope) / sqrt(target)), -1, 3)
 
     It looks 6 steps ahead, since a coefficient acts on where training goes and not on where it is. Below the target e is 0 while the slope leads there
-    within 60 steps, so that a run's first steps, whose KL is near 0 whatever the coefficient, do not wear it down. Each step counts alike, whatever its
-    number of sequences. Settling: simulated policies (tests/engine/test_kl_control.py) stay within a factor of 1.6 of the target after 25 steps with the right
-    coefficient, 80 with one that is ten times too large or too small, and 125 with a hundred times.
+    within 60 steps, so that a run's first steps, whose KL is near 0 whatever the coefficient, do not wear it down; above it while the slope leads back
+    within 20. Each step counts alike, whatever its number of sequences. Settling: simulated policies (tests/engine/test_kl_control.py) stay within a
+    factor of 1.6 of the target after 25 steps with the right coefficient, 80 with one that is ten times too large or too small, 110 with a hundred times.
 
     With a horizon it is Ziegler et al. (2019), Fine-Tuning Language Models from Human Preferences, section 2.2, `episodes` being the sequences of a step:
 
         e = clip(kl / target - 1, -0.2, 0.2);  coef *= 1 + e * episodes / horizon
     """
 
-    SMOOTHING, GAIN, AHEAD, PATIENCE, RANGE = 0.3, 0.1, 6, 60, 1000.0  # the coefficient stays within RANGE of where it began
+    SMOOTHING, AHEAD, RANGE = 0.3, 6, 1000.0  # the coefficient stays within RANGE of where it began
+    GAIN_BELOW, GAIN_ABOVE, PATIENCE_BELOW, PATIENCE_ABOVE = 0.1, 0.12, 60, 20
     AWAY = 50  # steps outside half and twice the target after which it is told
 
     def __init__(self, config: KLConfig) -> None:
@@ -54,9 +55,10 @@ class KLController:
         self.level = a * math.sqrt(max(0.0, kl)) + (1 - a) * (self.level + self.slope)
         self.slope = a * (self.level - before) + (1 - a) * self.slope
         error = 2 * math.log(max(self.level + self.AHEAD * self.slope, 1e-6) / wanted)
-        if error < 0 and self.slope * self.PATIENCE > wanted - self.level > 0:
+        gap, patience = wanted - self.level, self.PATIENCE_BELOW if error < 0 else self.PATIENCE_ABOVE
+        if error * gap < 0 and self.slope / gap * patience > 1:  # on its way
             return
-        moved = self.coef * math.exp(self.GAIN * min(3.0, max(-1.0, error)))
+        moved = self.coef * math.exp(self.GAIN_BELOW * max(-1.0, error) if error < 0 else self.GAIN_ABOVE * min(3.0, error))
         self.coef = min(self.config.coef * self.RANGE, max(self.config.coef / self.RANGE, moved))
 
     def warning(self) -> str | None:

@@ -35,6 +35,9 @@ REWARDS = '''
 def likes_w3(prompts, completions, completion_ids, **columns):
     return [float(sum(word == "w3" for word in text.split())) for text in completions]
 
+def ids(prompts, completions, completion_ids, **columns):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
 def rarely(prompts, completions, completion_ids, **columns):
     return [float(ids[0] == 7) for ids in completion_ids]
 
@@ -288,10 +291,10 @@ def test_rows_have_their_papers_updates():
 
 
 def test_no_two_rows_are_one_algorithm(make):
-    """After two steps with the rows' own numbers no two policies are the same. (That of dro, alike, is one of its own from the first step on.)"""
+    """After two steps with the rows' own numbers no two policies are the same."""
     found = {}
     for name in ALGORITHMS:
-        config = make(name, name=name, prompts_per_step=4, samples_per_prompt=None, kl=KLConfig(), optim=OptimConfig(lr=3e-3, schedule="constant"))
+        config = make(name, name=name, prompts_per_step=4, samples_per_prompt=None, reward="ids", optim=OptimConfig(lr=3e-3, schedule="constant"))
         train_policy(config)
         found[name] = torch.cat([p.flatten() for p in _weights(config).values()])
     same = [(a, b) for a, b in combinations(found, 2) if torch.equal(found[a], found[b])]
