@@ -51,9 +51,10 @@ class KLConfig:
         require(self.placement in (None, "reward", "loss"), "kl.placement", "reward or loss", self.placement)
         require(self.estimator in (None, "k1", "k2", "k3", "abs", "full"), "kl.estimator", "k1, k2, k3, abs or full", self.estimator)
         require(self.level in ("token", "sequence", "future"), "kl.level", "token, sequence or future", self.level)
-        require(self.target is None or (self.target > 0 and self.coef != 0), "kl.target", "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0; kl.coef 0.05 "
-                "is a usual start)", (self.target, self.coef))
-        require(self.horizon is None or (self.horizon > 0 and self.target is not None), "kl.horizon", "> 0, and only with kl.target", (self.horizon, self.target))
+        require(self.target is None or (self.target > 0 and self.coef != 0), "kl.target", "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0; "
+                "kl.coef 0.05 is a usual start)", (self.target, self.coef))
+        require(self.horizon is None or (self.horizon > 0 and self.target is not None), "kl.horizon", "> 0, and only with kl.target",
+                (self.horizon, self.target))
         require(self.placement != "reward" or self.estimator in (None, "k1"), "kl.estimator", "k1 with kl.placement = reward (any other drops a term of "
                  "the gradient of the KL there and moves the optimum; put it into the loss)", self.estimator)
         fitting = {"token": None, "sequence": (None, "k2"), "future": (None, "k2", "full")}[self.level]

@@ -101,8 +101,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
 
     with Run(config, config.steps) as run:
         if config.idle_bounds:
-            run.message(f"one optimizer step a rollout, so that every ratio is 1 and nothing moves between them: {', '.join(config.idle_bounds)} will never act; "
-                        "raise minibatches or epochs where they should")
+            run.message(f"one optimizer step a rollout, so that every ratio is 1: {', '.join(config.idle_bounds)} will never act; raise minibatches or epochs "
+                        "where they should")
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, reference, rewards, measured_only, run)
         parts: dict[str, Any] = {"model": actor, "optimizer": optimizer, "control": control, "critic": critic, "replay": replay}

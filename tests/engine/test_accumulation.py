@@ -54,7 +54,8 @@ def files(tmp_path, write_jsonl):
     words = [" ".join(f"w{(5 * i + 3 * j) % 28}" for j in range(2 + i % 4)) for i in range(SEQUENCES)]
     (tmp_path / "rewards.py").write_text(REWARD)
     return {"sft": write_jsonl("sft.jsonl", [{"prompt": word, "completion": words[-i]} for i, word in enumerate(words)]),
-            "pairs": write_jsonl("pairs.jsonl", [{"prompt": word, "chosen": f"w1 {words[-i]}", "rejected": f"w2 {words[i - 7]}"} for i, word in enumerate(words)]),
+            "pairs": write_jsonl("pairs.jsonl", [{"prompt": word, "chosen": f"w1 {words[-i]}", "rejected": f"w2 {words[i - 7]}"}
+                                                 for i, word in enumerate(words)]),
             "prompts": write_jsonl("prompts.jsonl", [{"prompt": word} for word in words]), "reward": (f"{tmp_path / 'rewards.py'}:f",)}
 
 
@@ -72,7 +73,8 @@ def run_of(stage, model, files, **options):
         lora = LoRAConfig(rank=4) if stage == "lora" else None
         return train_dpo(DPOConfig(model, files["pairs"], eval_fraction=0.0, pairs_per_step=SEQUENCES, lora=lora, **options))
     if stage == "rejection":
-        return train_rejection(RejectionConfig(model, files["prompts"], files["reward"], prompts_per_step=SEQUENCES, samples_per_prompt=2, **sampled, **options))
+        return train_rejection(RejectionConfig(model, files["prompts"], files["reward"], prompts_per_step=SEQUENCES, samples_per_prompt=2, **sampled,
+                                               **options))
     more = {"grpo": groups, "strict": groups | {"strict": True}, "ppo": {"prompts_per_step": SEQUENCES, "epochs": 1, "minibatches": 1},
             "critic": {"prompts_per_step": SEQUENCES, "epochs": 1, "minibatches": 1, "critic": CriticConfig()},
             "ptx": groups | {"ptx": PtxConfig(files["sft"], sequences_per_step=SEQUENCES)}}[stage]

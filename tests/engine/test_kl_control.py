@@ -1,5 +1,5 @@
-"""The KL coefficient's controller on simulated policies: a distance sqrt(KL) that follows A / coefficient^(p / 2) with a lag and at a bounded speed, measured with
-noise. Starts far from the right coefficient on both sides, a KL of 0 at first, targets that move out of reach."""
+"""The KL coefficient's controller on simulated policies: a distance sqrt(KL) that follows A / coefficient^(p / 2) with a lag and at a bounded speed, measured
+with noise. Starts far from the right coefficient on both sides, a KL of 0 at first, targets that move out of reach."""
 import json
 import math
 import random
