@@ -257,7 +257,7 @@ class PolicyStep:
                  reward: Callable[[list[int], list[int]], float] | None = None, tokens_per_microbatch: int = 8192, lr: float = _LR, seed: int = 0) -> None:
         self.actor, self.reference, self.workload, self.algorithm = actor, reference, workload, algorithm
         self._ppo, self._epochs, self._reward, self._tokens = algorithm == "ppo", epochs, reward or _share_of_even_ids, tokens_per_microbatch
-        self._optimizer = make_optimizer(actor.named_parameters(), lr=lr)
+        self._optimizer = make_optimizer(actor.named_parameters(), lr=lr, accumulate="float32")
         self._prompts = [list(prompt) for prompt in workload.prompts]
         self._params = [SamplingParams(max_new_tokens=n, n=workload.samples, seed=seed) for n in workload.new_tokens]
         self._drawn = 0  # request ids used, of which none comes twice

@@ -115,7 +115,7 @@ def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> 
     ppo = train_policy(PolicyConfig(
         model=sft.model, data=str(files / "prompts.jsonl"), reward=(reward_model.model,), steps=size.ppo_steps,
         prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION, dtype="float32", device=device,
-        kl=KLConfig(coef=0.05, target=KL_TARGET, horizon=300.0), loss=LossConfig(lam=1.0, value_coef=0.02), optim=OptimConfig(lr=5e-4),
+        kl=KLConfig(coef=0.05, target=KL_TARGET), loss=LossConfig(lam=1.0, value_coef=0.02), optim=OptimConfig(lr=5e-4),
         run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
     seconds["ppo"] = time.perf_counter() - started
 

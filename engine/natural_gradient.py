@@ -22,7 +22,7 @@ from torch import Tensor
 from fusedrl.engine.config import TRPOConfig
 
 Product = Callable[[Tensor], Tensor]
-_PART = 1 << 30
+_PART = 1 << 18  # elements whose products are added up in float32
 
 
 class NaturalStep(NamedTuple):
@@ -43,8 +43,8 @@ class LineSearch(NamedTuple):
 
 
 def _dot(x_P: Tensor, y_P: Tensor) -> float:
-    """In parts, since CUDA's takes fewer than 2^31 elements."""
-    return math.fsum(torch.dot(x, y).item() for x, y in zip(x_P.split(_PART), y_P.split(_PART), strict=True))
+    """In parts, added up in float64: one float32 sum of 67M squares is 0.5% off on a CPU, and CUDA's takes fewer than 2^31 elements."""
+    return torch.stack([torch.dot(x, y) for x, y in zip(x_P.split(_PART), y_P.split(_PART), strict=True)]).double().sum().item()
 
 
 @torch.no_grad()

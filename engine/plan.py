@@ -5,8 +5,10 @@ Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/va
 Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
           N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times a, and some floats a token. Checkpointed: what goes in, 2 N H.
           While a policy trains, its KV pool's memory takes of it what fits (HybridActor.lend_cache).
+Gradients the sums over micro-batches, 4 bytes a trained parameter, also of bfloat16 ones (optim.py); each backward pass's own, of e bytes, goes into its sum
+          as soon as it is whole, and the optimizer's step reads the sums where they are.
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
-          is added; the last layer's; the embedding's; or the optimizer's step. What generation needs beside the weights and the gradients is compared, too.
+          is added; the last layer's; or the embedding's. What generation needs beside the weights and the gradients is compared, too.
 Critic    one of its own is trained before the policy: its weights and moments stay, its gradients and activations are never there together with the policy's.
 Exact     weights, gradients, optimizer, reference, KV pool, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
 Beside    the interpreter and its libraries, about half a GiB, or the CUDA context. On a CPU glibc's heap keeps some of what is freed: a float32 model of
@@ -167,7 +169,9 @@ class Planner:
         value_head = [(model.hidden_size, 4), (1, 4)] if self._critic else [(1, 4)] if values else []
         trained += value_head
         self.weights = sum(p.nbytes for p in whole.parameters()) + sum(n * e for n, e in value_head)
-        self.gradients = sum(n * e for n, e in trained) - sum(n * e for n, e in unused)  # a reward model has a use for all but the language model's head
+        reached = [(n, e, sign) for found, sign in ((trained, 1), (unused, -1)) for n, e in found]  # a reward model uses all but the language model's head
+        self.gradients = sum(sign * n * max(e, 4) for n, e, sign in reached)  # those of 2 bytes are added up in float32
+        self._backward = sum(sign * n * e for n, e, sign in reached)  # of one backward pass
         moments = sum(self._moments(n) for n, _ in trained) - sum(self._moments(n) for n, _ in unused)
         self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
         if isinstance(config, PolicyConfig) and config.objective == "trpo":  # old values, gradient, four of conjugate gradient; moments of the value head
@@ -175,7 +179,6 @@ class Planner:
             self.optimizer += sum(6 * 4 * n - self._moments(n) for n in decoder)
         if self._critic and isinstance(config, PolicyConfig) and config.critic_warmup:  # the head's own, while it warms up
             self.optimizer += sum(4 + 8 * n for n, _ in value_head)
-        self._narrow_elements = sum(n for n, e in trained if e < 4) - sum(n for n, e in unused if e < 4)
         kind = config.reference_kind if isinstance(config, DPOConfig) or (isinstance(config, PolicyConfig) and config.needs_reference) else "adapter_off"
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0  # only while it scores
         self.reference = 0 if kind == "adapter_off" or self._visiting else base
@@ -264,20 +267,26 @@ class Planner:
         boundary, F = N * c.hidden_size * a, c.intermediate_size
         head, down = (c.vocab_size * c.hidden_size, F * c.hidden_size) if self._lora is None else (0, 0)  # what has a gradient
         rise = 0
+
+        def widened(numel: int) -> int:
+            """Of a weight, what is wide at a time."""
+            return min(TILE, 4 * numel) if a > e else 0
+
         if not isinstance(self.config, RewardModelConfig) or self._imitates:
             logits, learnt = min(workspace(None, N, c.vocab_size), 4 * N * c.vocab_size), c.vocab_size * c.hidden_size if self._imitates else head
-            rise = N * c.hidden_size * e + logits + learnt * 4 + (learnt * e if e < 4 else 0)
-        # The last layer, backwards: its feed-forward's gradients, as what they are made of is let go.
-        inside = max(2 * N * F * a, N * F * a + down * e, 2 * down * e) + 2 * boundary + (min(TILE, 4 * F * c.hidden_size) if a > e else 0)
+            rise = N * c.hidden_size * e + logits + learnt * 4 + (max(learnt * e, widened(c.vocab_size * c.hidden_size)) if e < 4 else 0)
+        # The last layer, backwards: its feed-forward's gradients, as what they are made of is let go; or that of its wider product, with a tile of it wide.
+        up = (2 if c.gated else 1) * F * c.hidden_size
+        inside = max(max(2 * N * F * a, N * F * a + down * e, 2 * down * e) + widened(F * c.hidden_size),
+                     (up * e if down else 0) + widened(up)) + 2 * boundary
         inside += self.layer_bytes(N) if checkpointed else 0
         held = self.beyond_pool(N, checkpointed)
         embedding = head * e + 3 * boundary - held  # by then the activations are gone
-        step = 4 * self._narrow_elements - held  # float32 copies of the gradients
         generate = max(self._generation_bytes(), self._visiting) - held
         tied = head * e if c.tie_embeddings and rise and not self._imitates else 0  # the head's part waits for the embedding's
         if isinstance(self.config, PolicyConfig) and self.config.strict:
-            embedding += self.gradients  # the recomputed forward's gradients are whole before they are added
-        return max(0, rise, inside + tied, embedding + tied, step, generate)
+            embedding += self._backward  # the recomputed forward's gradients are whole before they are added
+        return max(0, rise, inside + tied, embedding + tied, generate)
 
     def _generation_bytes(self) -> int:
         if not isinstance(self.config, SamplingConfig):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from fusedrl.engine.errors import ConfigError
@@ -21,12 +21,13 @@ def either(value: Any, usual: Any) -> Any:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. Epsilon 1e-5 rather than torch's 1e-8 is what PPO for language models uses (Huang et al., 2024, "The N+ implementation details").
+    """AdamW.
 
     Args:
         lr: peak learning rate.
         betas: decay of the two moments.
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment; None: the algorithm's, which is 1e-5 for ppo and ppo_penalty (Huang et al., 2024, "The N+ implementation
+            details"), and 1e-8 everywhere else. Steps of parameters whose gradients are below it are shorter: optim/below_epsilon says of how many.
         eps_mode: torch adds it to the root of the unbiased moment. tensorflow adds it to that of the biased one (Kingma and Ba, 2015, the form before
             section 2.1, "epsilon hat"), which is torch's with eps / sqrt(1 - beta2^t): 32 times as much at the first step, so that the first steps are
             smaller. Runs that are compared with TensorFlow's (Ziegler et al., 2019) want it.
@@ -39,7 +40,7 @@ class OptimConfig:
 
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-5
+    eps: float | None = None
     eps_mode: Literal["torch", "tensorflow"] = "torch"
     weight_decay: float = 0.0
     schedule: Literal["constant", "linear"] = "linear"
@@ -50,11 +51,15 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", "> 0", self.lr)
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", "two numbers in [0, 1)", self.betas)
-        require(self.eps > 0, "optim.eps", "> 0", self.eps)
+        require(self.eps is None or self.eps > 0, "optim.eps", "> 0", self.eps)
         require(self.eps_mode == "torch" or self.state == "float32", "optim.eps_mode", "torch with optim.state = int8 (its compiled step has one epsilon)",
                  self.eps_mode)
         require(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
         require(self.max_grad_norm >= 0, "optim.max_grad_norm", ">= 0", self.max_grad_norm)
+
+    def filled(self, eps: float) -> OptimConfig:
+        """With this epsilon where nothing was said."""
+        return self if self.eps is not None else replace(self, eps=eps)
 
 
 @dataclass(frozen=True)

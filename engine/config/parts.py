@@ -31,8 +31,9 @@ class KLConfig:
             to come, which is what tokens alone leave out.
         through_ratio: in the loss, the estimator (k1, k3) times the ratio, both with their gradients: that of KL(pi || ref) at each state, also where the
             tokens are another policy's, as in later epochs and from a replay buffer (DeepSeek-V3.2, 2025, unbiased KL estimate).
-        target: KL per sequence, in nats, that the coefficient adapts to; None keeps it fixed.
-        horizon: episodes over which the coefficient adapts.
+        target: KL per sequence, in nats, that the coefficient adapts to (control.py says how, and how fast); None keeps it fixed.
+        horizon: adapt as Ziegler et al. (2019) do, by at most 0.2 x sequences of a step / horizon; they have 10,000. It has to fit the run: with 64 sequences
+            a step that is 14% in 100 steps. None adapts by steps, not by sequences.
         measure: load the reference and report the KL even where the coefficient is 0.
     """
 
@@ -42,7 +43,7 @@ class KLConfig:
     level: Literal["token", "sequence", "future"] = "token"
     through_ratio: bool = False
     target: float | None = None
-    horizon: float = 10_000.0
+    horizon: float | None = None
     measure: bool = False
 
     def __post_init__(self) -> None:
@@ -50,9 +51,10 @@ class KLConfig:
         require(self.placement in (None, "reward", "loss"), "kl.placement", "reward or loss", self.placement)
         require(self.estimator in (None, "k1", "k2", "k3", "abs", "full"), "kl.estimator", "k1, k2, k3, abs or full", self.estimator)
         require(self.level in ("token", "sequence", "future"), "kl.level", "token, sequence or future", self.level)
-        require(self.target is None or (self.target > 0 and self.coef != 0), "kl.target", "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0)",
-                 (self.target, self.coef))
-        require(self.horizon > 0, "kl.horizon", "> 0", self.horizon)
+        require(self.target is None or (self.target > 0 and self.coef != 0), "kl.target", "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0; "
+                "kl.coef 0.05 is a usual start)", (self.target, self.coef))
+        require(self.horizon is None or (self.horizon > 0 and self.target is not None), "kl.horizon", "> 0, and only with kl.target",
+                (self.horizon, self.target))
         require(self.placement != "reward" or self.estimator in (None, "k1"), "kl.estimator", "k1 with kl.placement = reward (any other drops a term of "
                  "the gradient of the KL there and moves the optimum; put it into the loss)", self.estimator)
         fitting = {"token": None, "sequence": (None, "k2"), "future": (None, "k2", "full")}[self.level]

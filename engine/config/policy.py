@@ -104,7 +104,7 @@ class PolicyConfig:
         prompts_per_step: prompts of one rollout.
         samples_per_prompt: completions of each prompt.
         epochs: passes over a rollout.
-        minibatches: optimizer steps of one pass.
+        minibatches: optimizer steps of one pass; by default the algorithm's, but no more than prompts_per_step.
         tokens_per_microbatch: tokens of one forward and backward.
         checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
         max_prompt_length: longer prompts are dropped before the first step and counted; None is what fits the model with max_new_tokens.
@@ -144,7 +144,7 @@ class PolicyConfig:
     prompts_per_step: int = 64
     samples_per_prompt: int = OF_ALGORITHM
     epochs: int = OF_ALGORITHM
-    minibatches: int = 1
+    minibatches: int = OF_ALGORITHM
     tokens_per_microbatch: int = 8192
     checkpoint_activations: bool = False
     max_prompt_length: int | None = None
@@ -180,7 +180,11 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         require(self.algorithm in ALGORITHMS, "algorithm", f"to be one of {', '.join(ALGORITHMS)}", self.algorithm)
         row = self.row
+        on_policy = self.objective in ("reinforce", "trpo")  # also in place of a row's own objective
+        critic = self.critic and replace(self.critic, optim=self.critic.optim.filled(row.eps))
         for name, value in (("samples_per_prompt", either(self.samples_per_prompt, row.samples_per_prompt)), ("epochs", either(self.epochs, row.epochs)),
+                            ("minibatches", either(self.minibatches, 1 if on_policy else max(1, min(row.minibatches, self.prompts_per_step)))),
+                            ("optim", self.optim.filled(row.eps)), ("critic", critic),
                             ("refill_tries", either(self.refill_tries, row.refill_tries)),
                             ("normalize_scores", either(self.normalize_scores, row.normalize_scores)), ("score_clip", either(self.score_clip, row.score_clip)),
                             ("kl", self.kl.filled(row)), ("loss", self.loss.filled(row))):
@@ -253,6 +257,16 @@ class PolicyConfig:
     def critic_warmup(self) -> int:
         """How many rollouts train the critic alone."""
         return 0 if self.critic is None else self.critic.warmup_steps
+
+    @property
+    def idle_bounds(self) -> tuple[str, ...]:
+        """What bounds ratios or values here and never acts, as with one optimizer step a rollout all of them are what they were: `name value`."""
+        if self.epochs * self.minibatches > 1 or self.replay is not None or self.correction.bypass or self.objective == "trpo":
+            return ()
+        found = [f"loss.{name} {value:g}" for name in BOUNDS if (value := getattr(self.loss, name)) is not None]
+        found += ["penalty"] if self.objective == "ppo_penalty" and self.loss.beta is None else []
+        has_values = ADVANTAGES.get(self.advantage, "critic") == "critic"
+        return tuple(found + ([f"loss.value_clip {self.loss.value_clip:g}"] if has_values and self.loss.value_clip is not None else []))
 
     @property
     def needs_reference(self) -> bool:

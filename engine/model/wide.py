@@ -111,7 +111,7 @@ class _Embed(torch.autograd.Function):
         (ids_N,), (shape, dtype) = ctx.saved_tensors, ctx.table
         grad_VH = grad_NH.new_zeros(shape, dtype=dtype)
         found_U, place_N = ids_N.unique(return_inverse=True)
-        sums_UH = torch.ops.aten.embedding_dense_backward(grad_NH, place_N, len(found_U), -1, False)
+        sums_UH = torch.ops.aten.embedding_dense_backward(grad_NH.to(torch.promote_types(grad_NH.dtype, torch.float32)), place_N, len(found_U), -1, False)
         grad_VH[found_U] = sums_UH.to(dtype)
         return None, grad_VH, None
 
@@ -168,5 +168,7 @@ def linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Ten
 
 
 def embed(ids_N: Tensor, table_VH: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, H] rows of a table, in `dtype`. Differentiable in the table."""
-    return F.embedding(ids_N, table_VH) if dtype == table_VH.dtype else _Embed.apply(ids_N, table_VH, dtype)
+    """[N, H] rows of a table, in `dtype`. Differentiable in the table; the gradients of a row's tokens are added up in float32 at least, as torch does on a GPU
+    but not on a CPU."""
+    wide = dtype == table_VH.dtype and (table_VH.is_cuda or dtype in (torch.float32, torch.float64))
+    return F.embedding(ids_N, table_VH) if wide else _Embed.apply(ids_N, table_VH, dtype)

@@ -18,7 +18,7 @@ from fusedrl.engine.control import learning_rate
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import Source
 from fusedrl.engine.estimates import wilson_interval
-from fusedrl.engine.optim import optimizer_of
+from fusedrl.engine.optim import measure_optimizer, optimizer_of
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.preference_losses import PairScores, pair_loss, pair_scores
 from fusedrl.engine.reference import Reference, load_reference
@@ -84,7 +84,7 @@ def train_dpo(config: DPOConfig) -> DPOResult:
                 actor.mark_updated()
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
             metrics = {"loss": loss} | describe(scores, pairs, config.beta)
-            metrics |= {"lr": optimizer.lr, "grad_norm": result.grad_norm, "num_tokens": float(batch.num_tokens)}
+            metrics |= {"lr": optimizer.lr, "grad_norm": result.grad_norm, "num_tokens": float(batch.num_tokens)} | measure_optimizer(optimizer)
             if step == run.total - 1:
                 with run.time("evaluate"):
                     metrics |= evaluate(actor, reference, held, config)

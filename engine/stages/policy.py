@@ -27,13 +27,13 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.control import Control, learning_rate, shuffled
-from fusedrl.engine.critic import SeparateCritic, TrainedCritic, TrunkCritic, critic_of
+from fusedrl.engine.critic import SeparateCritic, TrainedCritic, critic_of
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.monitor import Monitor
 from fusedrl.engine.objectives import behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss
-from fusedrl.engine.optim import Optimizer, optimizer_of
+from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
 from fusedrl.engine.ptx import Ptx, load_ptx
@@ -102,6 +102,9 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     replay = None if config.replay is None else ReplayBuffer(config.replay, config.run.seed)
 
     with Run(config, config.steps) as run:
+        if config.idle_bounds:
+            run.message(f"one optimizer step a rollout, so that every ratio is 1: {', '.join(config.idle_bounds)} will never act; raise minibatches or epochs "
+                        "where they should")
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, reference, rewards, measured_only, run)
         parts: dict[str, Any] = {"model": actor, "optimizer": optimizer, "control": control, "critic": critic, "replay": replay}
@@ -137,6 +140,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                     replayed = None if replay is None else replay.draw(step, batch.num_sequences, batch.device)
                     metrics |= update(actor, reference, optimizer, batch, cuts, config, control, step, run, ptx, replayed)
             control.update(metrics if learns else {}, signals.totals)
+            if warning := control.kl.warning():
+                run.message(warning)
             if replay is not None:
                 replay.add(batch, step)
             metrics |= monitor.after(step, metrics)
@@ -238,8 +243,8 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
             actor.mark_updated()
             meter.grad_norms.append(result.grad_norm)
             done += 1
-    _drop_gradients(optimizer, actor)
-    metrics = (measured or {}) | meter.metrics() | {"lr": optimizer.lr}
+    give_back(optimizer.zero_grad())  # what runs next runs beside the weights, the optimizer's state and the cache alone
+    metrics = (measured or {}) | meter.metrics() | {"lr": optimizer.lr} | measure_optimizer(optimizer)
     metrics |= {} if config.loss.entropy_target is None else {"entropy_coef": entropy_coef}
     return metrics | (ptx.metrics() if ptx is not None else {}) | (replayed.metrics if replayed is not None else {})
 
@@ -265,8 +270,9 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
             run.check_update(result, "critic")
             norms.append(result.grad_norm)
             done += 1
-    _drop_gradients(optimizer, model)
-    return value_metrics(stats, len(norms)) | {"critic/grad_norm": sum(norms) / len(norms), "critic/lr": optimizer.lr}
+    give_back(optimizer.zero_grad())
+    return value_metrics(stats, len(norms)) | {"critic/grad_norm": sum(norms) / len(norms), "critic/lr": optimizer.lr} | measure_optimizer(
+        optimizer, "critic/")
 
 
 def _updates(config: PolicyConfig, done: int, rollouts: int) -> tuple[int, int]:
@@ -281,13 +287,6 @@ def _weighted(batch: PackedBatch, minibatch: list[list[int]], config: PolicyConf
     weights = torch.zeros(batch.num_tokens, device=batch.device)
     weights[batch.slots(members)] = minibatch_weights(config, batch.select(members))
     return batch.with_columns(weights=weights)
-
-
-def _drop_gradients(optimizer: Optimizer, model: HybridActor | SeparateCritic | TrunkCritic) -> None:
-    """What runs next runs beside the weights, the optimizer's state and the cache alone."""
-    freed = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    optimizer.zero_grad()
-    give_back(freed)
 
 
 def _full_kl(actor: HybridActor, reference: Reference, batch: PackedBatch, hidden_NH: Tensor, config: PolicyConfig) -> Tensor:

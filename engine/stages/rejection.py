@@ -16,7 +16,7 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import RejectionConfig
 from fusedrl.engine.control import learning_rate, shuffled
 from fusedrl.engine.memory import give_back
-from fusedrl.engine.optim import Optimizer, optimizer_of
+from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.plan import cache_for
 from fusedrl.engine.rewards import RewardSet, load_reward
@@ -111,13 +111,11 @@ def imitate(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, kept: 
             losses.append(loss)
             norms.append(result.grad_norm)
     raise_faults(batch.device)  # where the host reads the losses anyway
-    freed = sum(p.grad.nbytes for p in actor.parameters() if p.grad is not None)
-    optimizer.zero_grad()
-    give_back(freed)  # the next rollout runs beside the weights, the optimizer's state and the cache alone
+    give_back(optimizer.zero_grad())  # the next rollout runs beside the weights, the optimizer's state and the cache alone
     if not losses:
         return {"updates": 0.0}
     return {"updates": float(len(losses)), "loss": sum(loss.item() for loss in losses) / len(losses), "grad_norm": sum(norms) / len(norms),
-            "lr": optimizer.lr}
+            "lr": optimizer.lr} | measure_optimizer(optimizer)
 
 
 def _describe(experience: Rollout, kept: Sequence[int], config: RejectionConfig) -> dict[str, float]:

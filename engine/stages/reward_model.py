@@ -21,7 +21,7 @@ from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
-from fusedrl.engine.optim import Optimizer, optimizer_of
+from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
 from fusedrl.engine.packing import PackedBatch, split_by_tokens
 from fusedrl.engine.preferences import Comparison, Pairs, centre_loss, encode_preferences, load_preferences, preference_loss
 from fusedrl.engine.reward_report import RewardReport, report_table, reward_report, save_report
@@ -86,6 +86,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
                 result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
                 run.check_update(result)
             metrics |= {"lr": optimizer.lr, "grad_norm": result.grad_norm, "num_tokens": float(sum(c.tokens for c in chosen))}
+            metrics |= measure_optimizer(optimizer)
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 with run.time("evaluate"):
                     found = report(model, held, config.tokens_per_microbatch, config.label_noise, by_prompt=config.by_prompt)

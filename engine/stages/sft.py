@@ -13,7 +13,7 @@ from fusedrl.engine.control import learning_rate
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations, load_dialogues
 from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, encode_dialogues, end_of_text
-from fusedrl.engine.optim import optimizer_of
+from fusedrl.engine.optim import measure_optimizer, optimizer_of
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.run import Run, held_out
 from fusedrl.kernels.faults import raise_faults
@@ -95,7 +95,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
                 actor.mark_updated()
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
             metrics = {"loss": loss.item(), "perplexity": math.exp(min(80.0, loss.item())), "lr": optimizer.lr, "grad_norm": result.grad_norm,
-                       "num_tokens": float(batch.num_tokens)}
+                       "num_tokens": float(batch.num_tokens)} | measure_optimizer(optimizer)
             if held and (step == run.total - 1 or (config.eval_every and (step + 1) % config.eval_every == 0)):
                 metrics |= held_loss()
             run.log(step, metrics)

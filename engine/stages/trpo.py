@@ -31,7 +31,7 @@ from fusedrl.engine.memory import give_back
 from fusedrl.engine.model.weights import resolve_dtype
 from fusedrl.engine.natural_gradient import line_search, natural_step
 from fusedrl.engine.objectives import entropy_coefficient, make_objective, minibatch_weights, objective_loss
-from fusedrl.engine.optim import Optimizer, StepResult
+from fusedrl.engine.optim import Optimizer, StepResult, grad_norm
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.plan import read_model_config
 from fusedrl.engine.ptx import Ptx
@@ -137,7 +137,7 @@ def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig,
     """The step itself: metrics, and the hidden states of each micro-batch after it."""
     actor, parameters, settings = surrogate.actor, surrogate.parameters, config.trpo.at(step - config.critic_warmup, config.steps - config.critic_warmup)
     before, gradient_P = surrogate.gradient()
-    norm = gradient_P.norm().item()
+    norm = grad_norm([gradient_P])
     surrogate.meter.grad_norms.append(norm)
     metrics = surrogate.meter.metrics() | dict.fromkeys((f"trpo/{name}" for name in NAMES), 0.0)
     run.check_update(StepResult(norm, math.isfinite(norm)))

@@ -1,6 +1,7 @@
 """Every algorithm through the one loop on a tiny model: what is loaded, what is scored, what is logged, and that runs resume bitwise."""
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,31 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, register_advantage
 from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS, OBJECTIVES
 from fusedrl.engine.cli import parse_config
-from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, OptimConfig, PenaltyConfig, PolicyConfig, RunConfig
+from fusedrl.engine.config import (
+    CorrectionConfig,
+    GenerationConfig,
+    KLConfig,
+    LossConfig,
+    OptimConfig,
+    PenaltyConfig,
+    PolicyConfig,
+    ReplayConfig,
+    RunConfig,
+)
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.objectives import make_objective, register_objective
+from fusedrl.engine.run import Run
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
 
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 REWARDS = '''
 def likes_w3(prompts, completions, completion_ids, **columns):
     return [float(sum(word == "w3" for word in text.split())) for text in completions]
+
+def ids(prompts, completions, completion_ids, **columns):
+    return [float(sum(ids) % 7) for ids in completion_ids]
 
 def rarely(prompts, completions, completion_ids, **columns):
     return [float(ids[0] == 7) for ids in completion_ids]
@@ -250,6 +266,57 @@ def test_rows_name_what_there_is():
         assert row.objective in OBJECTIVES
         assert make_objective(config, 1.0).kind == OBJECTIVES[row.objective][0]
         assert (config.epochs, config.samples_per_prompt, config.kl.coef) == (row.epochs, row.samples_per_prompt, row.kl_coef)
+
+
+UPDATES = {"ppo": 4, "ppo_penalty": 4, "trpo": 10, "sequence_ratio": 4, "reinforce_pp": 8, "reinforce_pp_baseline": 8, "dr_grpo": 8, "gmpo": 8, "dapo": 16,
+           "cispo": 16, "gspo": 4, "sapo": 4}  # on a rollout; of the others one
+
+
+def test_rows_have_their_papers_updates():
+    for name in ALGORITHMS:
+        config = PolicyConfig("m", "d", ("r.py:f",), name)
+        assert config.epochs * config.minibatches == UPDATES.get(name, 1), name
+    small = PolicyConfig("m", "d", ("r.py:f",), "dapo", prompts_per_step=3)
+    assert small.minibatches == 3, "a prompt's completions each, at least in number"
+    assert PolicyConfig("m", "d", ("r.py:f",), "dapo", prompts_per_step=3, minibatches=20).minibatches == 20, "said is said"
+    for objective in ("reinforce", "trpo"):
+        assert PolicyConfig("m", "d", ("r.py:f",), "dapo", loss=LossConfig(objective=objective)).minibatches == 1
+    (line,) = [line for line in README.splitlines() if line.startswith("| algorithm |")]
+    assert line.split("|")[-3:-1] == [" epochs ", " minibatches "]
+    for name in ALGORITHMS:
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`") and line.count("|") == 9]
+        row = ALGORITHMS[name]
+        told = [int(cell.split()[0]) for cell in line.split("|")[-4:-1]]
+        assert told == [row.samples_per_prompt, row.epochs, row.minibatches], name
+
+
+def test_no_two_rows_are_one_algorithm(make):
+    """After two steps with the rows' own numbers no two policies are the same."""
+    found = {}
+    for name in ALGORITHMS:
+        config = make(name, name=name, prompts_per_step=4, samples_per_prompt=None, reward="ids", optim=OptimConfig(lr=3e-3, schedule="constant"))
+        train_policy(config)
+        found[name] = torch.cat([p.flatten() for p in _weights(config).values()])
+    same = [(a, b) for a, b in combinations(found, 2) if torch.equal(found[a], found[b])]
+    assert not same
+
+
+@pytest.mark.parametrize("algorithm, more, told", [
+    ("grpo", {}, "loss.clip_low 0.2, loss.clip_high 0.2 will never act"), ("a2c", {}, "loss.value_clip 0.2 will never act"),
+    ("gspo", dict(minibatches=1), "loss.clip_low 0.0003, loss.clip_high 0.0004"), ("ppo_penalty", dict(epochs=1), "penalty, loss.value_clip"),
+    ("sapo", dict(minibatches=1), "loss.tau_positive 1, loss.tau_negative 1.05"), ("cispo", dict(minibatches=1), "loss.clip_max 5"),
+    ("grpo", dict(minibatches=2), None), ("gspo", {}, None), ("ppo", {}, None), ("reinforce", {}, None), ("opo", {}, None), ("trpo", {}, None),
+    ("grpo", dict(replay=ReplayConfig()), None), ("grpo", dict(correction=CorrectionConfig(bypass=True)), None),
+    ("grpo", dict(loss=LossConfig(objective="importance")), None),
+])
+def test_bounds_that_never_act_are_told_at_the_start(make, monkeypatch, algorithm, more, told):
+    said = []
+    monkeypatch.setattr(Run, "message", lambda self, text: said.append(text))
+    options = dict(kl=KLConfig(), prompts_per_step=3, samples_per_prompt=None) | more
+    train_policy(make(algorithm, steps=1, **options))
+    found = [text for text in said if "will never act" in text]
+    assert len(found) == (told is not None)
+    assert told is None or told in found[0]
 
 
 def test_the_command_is_the_row():
