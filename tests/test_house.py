@@ -16,7 +16,8 @@ RANKS = [
     ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim", "natural_gradient", "estimates",
      "repetition", "alarm"), ("model",), ("generation",), ("actor",),
     ("rewards", "trl_rollout", "advantages", "objectives", "preferences", "preference_losses", "fisher"),
-    ("best_of_n", "critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "workloads", "evaluate", "monitor", "judge", "run_report"),
+    ("best_of_n", "critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "saving", "workloads", "evaluate", "monitor", "judge",
+     "run_report"),
     ("stages",), ("bench",), ("demo", "doctor"), ("cli", "cli_common", "cli_bench", "cli_monitor"),
 ]
 

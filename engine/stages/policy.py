@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,8 +101,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     with Run(config, config.steps) as run:
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, reference, rewards, measured_only, run)
-        parts: dict[str, Any] = {"model": actor, "optimizer": optimizer, "control": control, "critic": critic, "replay": replay}
-        run.restore(**parts)
+        run.restore(model=actor, optimizer=optimizer, control=control, critic=critic, replay=replay)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
         monitor.begin()
         for step in range(run.start, config.steps):
@@ -134,7 +132,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             metrics |= monitor.after(step, metrics)
             run.log(step, metrics)
             run.samples(step, _samples(experience))
-            run.save_if_due(step, **parts)
+            run.save_if_due(step)
         if critic is not None:
             critic.model.save_pretrained(run.directory / "critic", tokenizer=actor.tokenizer)
         if config.lora is not None:
