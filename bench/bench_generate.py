@@ -56,7 +56,7 @@ def models(request) -> SimpleNamespace:
     path = request.config.getoption("--model")
     if not path.is_dir():
         pytest.skip(f"no model in {path.name}/: name the directory of one by --model")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(DEVICE)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval().to(DEVICE)
     model.generation_config.eos_token_id = None
     actor = HybridActor.from_pretrained(path, dtype=torch.float32, device=DEVICE)
     actor.decoder.config = dataclasses.replace(actor.decoder.config, eos_token_ids=())

@@ -40,7 +40,7 @@ def inputs(lengths: list[int], vocab_size: int) -> PackedBatch:
 def bench_decoder(contest, lengths):
     config = model_config(CONFIG)
     decoder = Decoder.random(config, 0).to(DEVICE)
-    peer = AutoModel.from_config(AutoConfig.for_model(**CONFIG)).to(DEVICE)
+    peer = AutoModel.from_config(AutoConfig.for_model(**CONFIG), trust_remote_code=False).to(DEVICE)
     peer.load_state_dict({name.removeprefix("model."): view for name, view in hf_views(decoder).items()})
     batch = inputs(lengths, config.vocab_size)
     ids_BT, mask_BT = batch.to_padded(batch.token_ids), batch.to_padded(torch.ones_like(batch.token_ids))
@@ -66,7 +66,7 @@ def bench_decoder(contest, lengths):
 def bench_training_pass(contest, shape, raw, lengths):
     config = model_config(raw)
     actor = HybridActor(Decoder.random(config, 0).to(DEVICE))
-    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw)).to(DEVICE)
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), trust_remote_code=False).to(DEVICE)
     peer.load_state_dict(hf_views(actor.decoder), strict=False)  # a tied head is not listed
     peer.tie_weights()
     batch = inputs(lengths, config.vocab_size)

@@ -74,7 +74,7 @@ def bench_grpo(contest, path, tmp_path):
     pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     actor = endless(HybridActor.from_pretrained(path, dtype=torch.float32, device=DEVICE))
     workload = Workload("stories", tuple(tuple(tokenizer(text)["input_ids"]) for text in TEXTS), (NEW,) * PROMPTS, SAMPLES)
     step = PolicyStep(actor, workload, algorithm="grpo")
@@ -110,7 +110,7 @@ def trl_step(path: Path, tokenizer: Any, directory: Path, engine: bool) -> Itera
             done.release()
             control.should_training_stop = state["stop"]
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     whole = SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW)
     extra = {"rollout_func": rollout_func(HybridActor.from_module(model, tokenizer), whole)} if engine else {}
     arguments = GRPOConfig(output_dir=str(directory), per_device_train_batch_size=PROMPTS * SAMPLES, num_generations=SAMPLES, max_steps=1000,

@@ -156,5 +156,5 @@ def resolve(what: str, name: str, known: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{expected}; got {name!r}")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{expected}; {name!r} cannot be imported: {error}") from error
+    except (ImportError, AttributeError, SystemExit) as error:
+        raise ConfigError(f"{expected}; {name!r} cannot be imported: {type(error).__name__}: {error}") from error

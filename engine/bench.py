@@ -23,7 +23,7 @@ from fusedrl.engine.machine import copy_bandwidth, describe_machine, gemm_rate, 
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.model.weights import load_decoder, resolve_device, resolve_directory, resolve_dtype
+from fusedrl.engine.model.weights import load_decoder, resolve_device, resolve_directory, resolve_dtype, without_code
 from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.run import peak_memory
@@ -66,9 +66,10 @@ class Subject:
         device = resolve_device(self.device)
         dtype = resolve_dtype(self.dtype, device)
         if self.model is not None:
-            model = AutoModelForCausalLM.from_pretrained(resolve_directory(self.model), dtype=dtype)
+            with without_code(resolve_directory(self.model)) as directory:
+                model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False, use_safetensors=True)
         else:
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[self.shape or ""]), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[self.shape or ""]), dtype=dtype, trust_remote_code=False)
         model.generation_config.eos_token_id = None
         return model.eval().to(device)
 

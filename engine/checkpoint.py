@@ -32,8 +32,8 @@ from fusedrl.engine.data.readers import Data, parse_data
 from fusedrl.engine.errors import CheckpointError, ConfigError, SetupError
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
-FREE_KEYS = ("run.dir", "run.resume", "run.progress", "run.keep", "run.save_every", "steps", "checkpoint_activations", "eval_every", "evaluation",
-             "alarm", "monitor_reward")  # what a continued run may change; a group's name stands for all its keys
+FREE_KEYS = ("run.dir", "run.resume", "run.progress", "run.keep", "run.save_every", "run.save_minutes", "run.signals", "steps",
+             "checkpoint_activations", "eval_every", "evaluation", "alarm", "monitor_reward")  # what a continued run may change; a group's name stands for all its keys
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
            torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 _log = logging.getLogger(__name__)
@@ -317,6 +317,9 @@ class RunDirectory:
                                   "or choose another --run.dir")
             if self.checkpoint is not None:
                 self._check_unchanged(current, config)
+            elif found := _records(self.dir):
+                raise ConfigError(f"{self.dir}: holds records of a run ({', '.join(found)}) and no checkpoint to continue it from; expected an empty "
+                                  f"directory or a run. Choose another --run.dir, or move {self.dir} away if the records may go")
             elif config.run.resume:
                 _log.warning("%s: no complete checkpoint to resume from, so the run starts from the beginning", self.dir)
             write_file(self.dir / "config.json", _json(current))
@@ -342,6 +345,15 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def _records(run_dir: Path) -> list[str]:
+    """What a run left behind that a new one would write over: steps in metrics.jsonl, checkpoints that do not verify, a model."""
+    lines = (run_dir / "metrics.jsonl").read_bytes().splitlines() if (run_dir / "metrics.jsonl").is_file() else []
+    found = ["metrics.jsonl"] if any(not line.startswith(b'{"step": 0,') for line in lines) else []  # before the first step there was nothing to lose
+    root = run_dir / "checkpoints"
+    found += [f"checkpoints/{path.name}" for _, path in _steps(root)] if root.is_dir() else []
+    return found + [name for name in ("model", "adapter", "critic") if (run_dir / name).exists()]
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -1,9 +1,9 @@
 """The command line: fusedrl train sft|reward|dpo|ppo|grpo|..., fusedrl plan sft|reward|dpo|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
 
 Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
-that stands. Exit codes: 0 done, 1 `fusedrl verify` found something wrong, 2 configuration or data, 3 environment, 4 stopped by the reward-hacking alarm,
-130 interrupted. torch is imported only by what needs it. `fusedrl bench` is in cli_bench.py, `fusedrl judge`, `samples` and `report` in cli_monitor.py,
-`fusedrl verify` in cli_verify.py.
+that stands. Exit codes: 0 done, 1 a fault (with its traceback) or something that `fusedrl verify` found wrong, 2 configuration or data, 3 environment, 4 stopped by the reward-hacking alarm, 128 + n stopped
+by signal n with its state saved (129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM). torch is imported only by what needs it. `fusedrl bench`
+is in cli_bench.py, `fusedrl judge`, `samples` and `report` in cli_monitor.py, `fusedrl verify` in cli_verify.py.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,11 @@ from typing import Any, get_args, get_type_hints
 from fusedrl.engine import __version__
 from fusedrl.engine.algorithms import ALGORITHMS
 from fusedrl.engine.cli_bench import bench_options, run_bench
-from fusedrl.engine.cli_common import CONFIGURATION, ENVIRONMENT, INTERRUPTED, check_device, count, nearest, report_json
+from fusedrl.engine.cli_common import CONFIGURATION, ENVIRONMENT, FAILED, INTERRUPTED, check_device, count, nearest, report_json
 from fusedrl.engine.cli_monitor import add_commands
 from fusedrl.engine.cli_verify import verify_options
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
-from fusedrl.engine.errors import ConfigError, SetupError, UserError
+from fusedrl.engine.errors import ConfigError, SetupError, Stopped, UserError
 
 STAGES: dict[str, tuple[type, str, str, str]] = {
     "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
@@ -41,8 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors a user can mend are one message on standard error, others keep their traceback."""
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
-    except SystemExit as stop:  # --help, --version, and argparse's own errors
-        return stop.code if isinstance(stop.code, int) else 0
+    except Stopped as stop:
+        return int(stop.code or 0)
+    except SystemExit as stop:
+        if not _is_ours(stop):
+            return _fail(SetupError(f"something that this command called ended the process with sys.exit({stop.code!r}), and nothing here does; a function "
+                                    "given to it raises an exception where it cannot go on"), FAILED)
+        return stop.code if isinstance(stop.code, int) else 0  # --help, --version, argparse's own errors, and what is missing
     except KeyboardInterrupt:
         print("fusedrl: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -67,9 +73,12 @@ def _fail(error: BaseException, code: int) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the engine itself raised it: its checks say what was expected, what came and what to do. One from a library is a fault to be traced."""
+    """Whether the engine itself raised it, or a parser of options: its checks say what was expected, what came and what to do. One from a library is a fault
+    to be traced."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, UserError) or frame.f_globals.get("__name__", "").startswith("fusedrl.engine.")
+    module = frame.f_globals.get("__name__", "")
+    return isinstance(error, UserError) or module.startswith("fusedrl.engine.") or (isinstance(error, SystemExit) and module in (
+        "argparse", "__main__", "jsonargparse._core"))
 
 
 def _run(argv: list[str]) -> None:
@@ -124,7 +133,24 @@ def _train(argv: list[str]) -> None:
     _, module, function, _ = STAGES[argv[0]]
     config = parse_config(argv[0], argv[1:])
     check_device(config.device)
-    getattr(importlib.import_module(module), function)(config)
+    train = getattr(importlib.import_module(module), function)
+    from fusedrl.engine.run import RESUME_COMMAND
+
+    told = RESUME_COMMAND.set(resume_command(argv))
+    try:
+        train(config)
+    finally:
+        RESUME_COMMAND.reset(told)
+
+
+def resume_command(argv: Sequence[str]) -> str:
+    """The command that goes on with the run of `fusedrl train` with these options, for a shell in the same directory."""
+    kept = [word for index, word in enumerate(argv) if not _resumes(word) and not (index and _resumes(argv[index - 1]) and "=" not in argv[index - 1])]
+    return shlex.join(["fusedrl", "train", *kept, "--run.resume", "true"])
+
+
+def _resumes(word: str) -> bool:
+    return word.partition("=")[0] == "--run.resume"
 
 
 def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fusedrl.engine.errors import ConfigError, SetupError
 
-CONFIGURATION, ENVIRONMENT, INTERRUPTED = 2, 3, 130
+FAILED, CONFIGURATION, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 130
 
 
 def check_device(name: str | None) -> None:

@@ -21,5 +21,9 @@ class CheckpointError(UserError):
     """State that cannot be saved or continued from."""
 
 
+class Stopped(SystemExit):
+    """A run ends because it was asked to, by a signal or an alarm; `code` is the process's exit code. No other SystemExit is one of ours."""
+
+
 class SetupError(RuntimeError):
     """Something is missing on this machine: a device, a package, a compiler, a right, or a run directory that another process holds."""

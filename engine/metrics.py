@@ -11,7 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -25,6 +25,12 @@ KEY_METRICS = ("loss", "reward", "kl", "entropy", "completions/mean_length", "co
                "rewards/accuracies", "rewards/margins", "kept/reward",
                "eval_loss", "eval_accuracy", "grad_norm", "lr")
 SECONDS_BETWEEN_LINES = 5.0
+
+
+def say(text: str) -> None:
+    """A line on standard error. A terminal or a reader that has gone takes nothing from whoever speaks."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class JsonLines:
@@ -143,7 +149,8 @@ class Progress:
         elif self._enabled and (step >= self._total or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = time.monotonic()
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in self._keys if name in values)
-            print(f"{self._title} {step}/{self._total}  {shown}", file=self._stream, flush=True)
+            with suppress(OSError, ValueError):  # the reader has gone; the run has not
+                print(f"{self._title} {step}/{self._total}  {shown}", file=self._stream, flush=True)
 
     def _view(self, values: Mapping[str, float]) -> RenderableType:
         from rich.console import Group
@@ -163,4 +170,5 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError, ValueError):  # the terminal has gone
+                self._live.stop()

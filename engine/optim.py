@@ -66,6 +66,7 @@ class Optimizer:
         matrices, vectors = ([m for m in self._masters.values() if (m.ndim > 1) is wide] for wide in (True, False))
         groups = [{"params": group, "weight_decay": decay} for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
         self._eps, self._hat, self._done = eps, eps_mode == "tensorflow", 0
+        self.begun = 0  # steps that have begun to write, since this object was made
         self._adamw: Any
         self._int8 = state == "int8"
         if self._int8:
@@ -109,6 +110,7 @@ class Optimizer:
         if self._hat:
             for group in self._adamw.param_groups:
                 group["eps"] = self._eps / math.sqrt(1.0 - group["betas"][1] ** self._done)
+        self.begun += 1
         self._adamw.step()
         for name in low:
             self._masters[name].grad = None

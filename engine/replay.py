@@ -44,6 +44,11 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return sum(batch.num_sequences for _, batch in self._held)
 
+    @property
+    def newest(self) -> int:
+        """The step whose completions came in last; -1 where there are none."""
+        return self._held[-1][0] if self._held else -1
+
     def add(self, batch: PackedBatch, step: int) -> None:
         """Take in a step's completions, with all that an update reads of them; the oldest beyond the capacity go."""
         self._held.append((step, replace(batch, weights=None, old_entropy=None).to("cpu")))

@@ -31,7 +31,7 @@ import torch
 
 from fusedrl.engine.data.records import Prompt
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
-from fusedrl.engine.errors import RewardError
+from fusedrl.engine.errors import RewardError, Stopped
 from fusedrl.engine.packing import PackedBatch
 
 if TYPE_CHECKING:
@@ -133,28 +133,42 @@ class RewardSet:
         returned = [blame(f"reward {name!r}", partial(reward, rollout)) for name, reward in zip(self.names, self.rewards, strict=True)]
         pending = [index for index, value in enumerate(returned) if inspect.isawaitable(value)]
         if pending:
+            async def caught(value: Awaitable[Any]) -> Any:
+                try:
+                    return await value
+                except BaseException as error:  # gather itself would let sys.exit through
+                    return _Raised(error)
+
             async def gather() -> list[Any]:
-                return await asyncio.gather(*(returned[index] for index in pending), return_exceptions=True)
+                return await asyncio.gather(*(caught(returned[index]) for index in pending))
 
             with ThreadPoolExecutor(1) as thread:  # a thread of its own: the caller may be inside an event loop, as in a notebook
                 for index, value in zip(pending, thread.submit(asyncio.run, gather()).result(), strict=True):
-                    returned[index] = blame(f"reward {self.names[index]!r}", partial(_raise, value))
+                    returned[index] = blame(f"reward {self.names[index]!r}", partial(_value, value))
         return returned
 
 
-def _raise(value: Any) -> Any:
-    if isinstance(value, BaseException):
-        raise value
+@dataclass(frozen=True)
+class _Raised:
+    """What an awaitable raised, in place of its value."""
+
+    error: BaseException
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, _Raised):
+        raise value.error
     return value
 
 
 def blame(what: str, call: Callable[[], Any]) -> Any:
-    """The call's result. Raises RewardError, which names `what` and where it happened, in place of whatever it raises."""
+    """The call's result. Raises RewardError, which names `what` and where it happened, in place of whatever it raises, sys.exit among it; but an interrupt
+    stays one, and so does the end of a run that was asked for meanwhile."""
     try:
         return call()
-    except RewardError:
+    except (RewardError, KeyboardInterrupt, Stopped):
         raise
-    except Exception as error:
+    except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(f"{what} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
 
@@ -281,7 +295,9 @@ def import_function(path: Path, function: str, what: str = "reward") -> Callable
     sys.modules[name] = module  # dataclasses and pickles of the file look themselves up here
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (KeyboardInterrupt, Stopped):
+        raise
+    except BaseException as error:  # sys.exit at the end of a script is one
         frame = traceback.extract_tb(error.__traceback__)[-1]
         line = error.lineno if isinstance(error, SyntaxError) else frame.lineno
         raise RewardError(f"{what} {path}:{function}: importing the file raised {type(error).__name__}: {error} (line {line})") from error

@@ -17,48 +17,37 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
 
-from fusedrl.engine.checkpoint import RunDirectory, save_checkpoint
+from fusedrl.engine.checkpoint import RunDirectory
 from fusedrl.engine.config.base import StageConfig
-from fusedrl.engine.control import Control
-from fusedrl.engine.errors import CheckpointError, ConfigError
-from fusedrl.engine.metrics import JsonLines, Metrics, Progress
-from fusedrl.engine.optim import Optimizer, StepResult
-from fusedrl.engine.replay import ReplayBuffer
+from fusedrl.engine.errors import ConfigError, Stopped
+from fusedrl.engine.metrics import JsonLines, Metrics, Progress, say
+from fusedrl.engine.optim import StepResult
+from fusedrl.engine.saving import Parts, Saver
 
 T = TypeVar("T")
 _MAX_SKIPPED = 5
-
-
-class Model(Protocol):
-    """What a run trains."""
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
-
-
-class Learner(Protocol):
-    """A model beside the first, with an optimizer of its own."""
-
-    @property
-    def model(self) -> Model: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
+RESUME_COMMAND: ContextVar[str | None] = ContextVar("resume_command", default=None)  # that goes on with a run; the command line sets it
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
     """Open the run directory of a configuration; `total` steps (None: set `run.total` before `restore`).
 
-    SIGINT and SIGTERM are honoured between steps: the state is saved and the process exits with 128 + the signal; a second one is immediate.
+    SIGINT, SIGTERM, SIGHUP and those of `run.signals` end the run with 128 + the signal, unless they were ignored before it began (nohup). The first saves the
+    last completed step where it stands, lets the step end and saves that as well. The second does not wait for the step, but where the last completed step is
+    not on the disk yet it waits for the update that runs. The third is immediate. Whatever else ends the run, the last completed step is saved first
+    where it still is in memory as it was (saving.py), and where to go on from is said.
 
     Raises:
         ConfigError: the directory holds another run and `run.resume` is off, or a resumed run's configuration, model or data changed.
+        RuntimeError: something called sys.exit within the run.
     """
 
     def __init__(self, config: StageConfig, total: int | None) -> None:
@@ -69,9 +58,10 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._title = config.title
         self._skipped_in_a_row: Counter[str] = Counter()
         self._skipped = 0
-        self._signal: int | None = None
+        self._signals = 0
         self._exit: int | None = None
         self._progress: Progress | None = None
+        self._saver: Saver | None = None
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -82,65 +72,92 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._samples = stack.enter_context(JsonLines(self.directory / "samples.jsonl", resume_step=self.start or None))
             self.last_metrics = self.metrics.last()
             if threading.current_thread() is threading.main_thread():
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+                for name in dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP", *self.settings.signal_names)):
+                    if (before := signal.getsignal(number := signal.Signals[name])) not in (signal.SIG_IGN, None):  # None: set outside Python
+                        stack.callback(signal.signal, number, before)
+                        signal.signal(number, self._on_signal)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.__exit__(kind, error, trace)
+        try:
+            if error is not None and self._saver is not None:
+                self._leave(self._saver, error)
+        finally:
+            self._stack.__exit__(kind, error, trace)
+        if isinstance(error, SystemExit) and not isinstance(error, Stopped):
+            raise RuntimeError(f"{self._title}: something that the run called ended the process with sys.exit({error.code!r}); a function given to a run "
+                               "raises an exception where it cannot go on") from error
 
+    # ---- how a run ends before its end --------------------------------------------------------------------------------------
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._signal is not None:
-            raise SystemExit(128 + number)
-        self._signal, self._exit = number, 128 + number
-        print(f"fusedrl: {signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
+        self._signals += 1
+        name, saver = signal.Signals(number).name, self._saver
+        if saver is None:  # nothing was trained yet
+            raise Stopped(128 + number)
+        self._exit = 128 + number if self._exit is None else self._exit
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self._signals == 1:
+            say(f"fusedrl: {name}: the run stops when this step is complete and saved; once more to stop before")
+            if not (saver.safe or saver.saving or capturing) and saver.whole:
+                self._save(saver)
+        elif self._signals > 2 or (not saver.saving and (saver.safe or saver.whole)):
+            raise Stopped(self._exit)
+        else:
+            say(f"fusedrl: {name}: the run stops when this update is complete and saved; once more to stop at once, and lose what was not saved")
+
+    def _leave(self, saver: Saver, error: BaseException) -> None:
+        """Save the last completed step if that is possible, and say what is to be had where. Never hides `error`."""
+        problem = ""
+        if not saver.safe and saver.whole:
+            try:
+                saver.save()
+            except Exception as failed:
+                problem = f"saving the last completed step, {saver.step}, failed ({type(failed).__name__}: {failed}). "
+        elif not saver.safe:
+            problem = f"the last completed step, {saver.step}, is not saved: " + (
+                "saving it failed. " if saver.failed else "the weights are half-way through the update after it. ")
+        if saver.saved is None:
+            kept = "nothing is saved" + (": no step was completed" if saver.step == 0 else "")
+        else:
+            kept = f"step {saver.saved[0]} is in {saver.saved[1]}; {self._how_to_go_on()}"
+        say(f"fusedrl: {problem}{kept}")
+        error.add_note(f"{problem}{kept}")
+
+    def _how_to_go_on(self) -> str:
+        return f"go on with: {command}" if (command := RESUME_COMMAND.get()) else "go on with run.resume = True in the same configuration"
 
     # ---- state ----------------------------------------------------------------------------------------------------------
-    def restore(self, *, model: Model, optimizer: Optimizer, control: Control | None = None, critic: Learner | None = None,
-                replay: ReplayBuffer | None = None) -> None:
-        """Load the newest complete checkpoint into these objects, in place; nothing happens on a fresh run."""
+    def restore(self, **parts: Any) -> None:
+        """Load the newest complete checkpoint into these objects (`saving.Parts`), in place; on a fresh run nothing is. From here on they are what is saved."""
         self._step_began = time.perf_counter()
         self._progress = self._stack.enter_context(Progress(self.total, self.settings.progress, start=self.start, title=self._title))
-        if self._checkpoint is None:
-            return
-        for group, moments, learner, its_optimizer in _learners(model, optimizer, critic):
-            parameters, saved = _trained(learner), self._checkpoint.tensors[group]
-            if saved.keys() != parameters.keys() or any(saved[name].shape != p.shape for name, p in parameters.items()):
-                raise CheckpointError(f"{self._checkpoint.path}: expected tensors {_shapes(parameters)}, got {_shapes(saved)}")
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(saved[name])
-            its_optimizer.load_state_dict(self._checkpoint.tensors[moments])
-        if control is not None:
-            control.load_state_dict(self._checkpoint.state)
-        if replay is not None:
-            if "replay" not in self._checkpoint.tensors:
-                raise CheckpointError(f"{self._checkpoint.path}: expected the group replay, got {sorted(self._checkpoint.tensors)}")
-            replay.load(self._checkpoint.tensors["replay"])
-        self._skipped = int(self._checkpoint.state["skipped_updates"])
-        torch.set_rng_state(self._checkpoint.tensors["rng"]["torch_cpu"])
-        self._checkpoint = None
-        where = f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"
-        self.message(f"{self.directory}: {where}")
+        found, checkpoint = Parts(**parts), self._checkpoint
+        if checkpoint is not None:
+            found.load(checkpoint)
+            self._skipped = int(checkpoint.state["skipped_updates"])
+        self._saver, self._checkpoint = Saver(self.directory, self.settings, found, checkpoint, self._skipped), None
+        if checkpoint is not None:
+            where = f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"
+            self.message(f"{self.directory}: {where}")
 
-    def _save(self, step: int, model: Model, optimizer: Optimizer, control: Control | None = None, critic: Learner | None = None,
-              replay: ReplayBuffer | None = None) -> None:
-        tensors: dict[str, dict[str, Tensor]] = {"rng": {"torch_cpu": torch.get_rng_state()}}
-        for group, moments, learner, its_optimizer in _learners(model, optimizer, critic):
-            tensors |= {group: _trained(learner), moments: its_optimizer.state_dict()}
-        if replay is not None:
-            tensors["replay"] = replay.tensors()
-        state = {"skipped_updates": self._skipped} | (control.state_dict() if control is not None else {})
-        save_checkpoint(self.directory, step, tensors, state, keep=self.settings.keep)
+    def _save(self, saver: Saver) -> None:
+        first = saver.saved is None
+        began = time.perf_counter()
+        path = saver.save()
+        self._step_began += time.perf_counter() - began  # none of the step's own
+        self.message(f"saved {path}" + (f"; {self._how_to_go_on()}" if first else ""))
 
-    def save_if_due(self, step: int, **parts: Any) -> None:
-        """After step `step`: save where `save_every` says so, at the end, or because a signal or `stop` asked for it (which ends the process)."""
-        done = step + 1
-        if done == self.total or (self.settings.save_every and done % self.settings.save_every == 0) or self._exit is not None:
-            self._save(done, **parts)
+    def save_if_due(self, step: int) -> None:
+        """After step `step`: save where it is time to, at the end, or because a signal or `stop` asked for it (which ends the process)."""
+        saver = self._saver
+        if saver is None:
+            raise RuntimeError("run: expected restore before the first step")
+        saver.complete(step + 1, self._skipped)
+        if saver.step == self.total or saver.due() or self._exit is not None:
+            self._save(saver)
         if self._exit is not None:
-            raise SystemExit(self._exit)
+            raise Stopped(self._exit)
 
     def stop(self, code: int) -> None:
         """End the process with this exit code once the step is saved. A signal that came before has its own."""
@@ -192,7 +209,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def message(self, text: str) -> None:
         """A line on the terminal, where progress is shown."""
         if self.settings.progress:
-            print(f"{self._title}: {text}", file=sys.stderr)
+            say(f"{self._title}: {text}")
 
     def check_update(self, result: StepResult, of: str = "model") -> None:
         """Count skipped updates. Raises RuntimeError at the fifth in a row `of` one model."""
@@ -201,22 +218,6 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if self._skipped_in_a_row[of] >= _MAX_SKIPPED:
             raise RuntimeError(f"{_MAX_SKIPPED} updates of the {of} in a row had a non-finite gradient norm; stopped. The weights are those of the last "
                                "finite update. Lower optim.lr, or resume from the last checkpoint with clipped scores (score_clip)")
-
-
-def _trained(model: Model) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: not what LoRA froze, which is the initial model's."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _learners(model: Model, optimizer: Optimizer, critic: Learner | None) -> Iterator[tuple[str, str, Model, Optimizer]]:
-    """What a checkpoint calls the weights and the optimizer's state, and whose they are."""
-    yield "model", "optimizer", model, optimizer
-    if critic is not None:
-        yield "critic", "critic_optimizer", critic.model, critic.optimizer
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items()))
 
 
 def peak_memory() -> float:

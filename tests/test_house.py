@@ -16,7 +16,8 @@ RANKS = [
     ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim", "natural_gradient", "estimates",
      "repetition", "alarm"), ("model",), ("generation",), ("actor",),
     ("rewards", "trl_rollout", "advantages", "objectives", "preferences", "preference_losses", "fisher"),
-    ("best_of_n", "critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "workloads", "evaluate", "monitor", "judge", "run_report"),
+    ("best_of_n", "critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "saving", "workloads", "evaluate", "monitor", "judge",
+     "run_report"),
     ("stages",), ("bench",), ("demo", "doctor", "verify"), ("cli", "cli_common", "cli_bench", "cli_monitor", "cli_verify"),
 ]
 
@@ -79,6 +80,49 @@ def test_nothing_unsafe(path):
             assert ast.unparse(node.func) not in FORBIDDEN_CALLS, f"line {node.lineno}"
             assert all(ast.unparse(k.value) == "False" for k in node.keywords if k.arg == "trust_remote_code"), f"line {node.lineno}"
         assert not isinstance(node, ast.Assert), f"line {node.lineno}: python -O removes asserts; raise instead"
+
+
+LOADERS = re.compile(r"from_pretrained|from_config|from_hub|pipeline|load_dataset|get_class_from_dynamic_module|hub\.load")
+OURS = {"HybridActor", "cls", "best_of_n"}  # what has a loader of that name and runs nothing
+LOADING = PRODUCT + sorted(p for room in ("bench", "examples") for p in (ROOT / room).rglob("*.py"))
+
+
+def _loads_code(source: str) -> list[str]:
+    """Calls by which transformers, peft or a hub load something, whatever name they were imported under, that do not forbid what comes with it to run."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("dynamic_module_utils"):
+            wrong.append(f"line {node.lineno}: imports what runs a model's code")
+        if isinstance(node, ast.ImportFrom):  # `from transformers import pipeline as load` loads as well
+            wrong += [f"line {node.lineno}: {alias.name} under another name" for alias in node.names if LOADERS.fullmatch(alias.name) and alias.asname]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1 and LOADERS.search(
+                ast.unparse(node.args[1])):
+            wrong.append(f"line {node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.Attribute) and node.attr in ("from_pretrained", "from_config") and ast.unparse(node.value) not in OURS:
+            call = next((c for c in ast.walk(ast.parse(source)) if isinstance(c, ast.Call) and ast.dump(c.func, include_attributes=True) == ast.dump(
+                node, include_attributes=True)), None)  # not only called: handed on, too
+            if call is None or not any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in call.keywords):
+                wrong.append(f"line {node.lineno}: {ast.unparse(node)} without trust_remote_code=False")
+        elif isinstance(node, ast.Call) and LOADERS.fullmatch(name := ast.unparse(node.func).removeprefix("transformers.").removeprefix("torch.")) and not any(
+                k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in node.keywords):
+            wrong.append(f"line {node.lineno}: {name} without trust_remote_code=False")
+    return wrong
+
+
+@pytest.mark.parametrize("path", LOADING, ids=lambda p: str(p.relative_to(ROOT)))
+def test_whatever_loads_runs_no_code_that_comes_with_it(path):
+    assert not _loads_code(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("source", [
+    "AutoTokenizer.from_pretrained(path)", "transformers.AutoModel.from_pretrained(path, dtype=d)", "Auto.from_pretrained(path, **options)",
+    "Auto.from_pretrained(path, trust_remote_code=True)", "Auto.from_pretrained(path, trust_remote_code=trust)", "load = AutoTokenizer.from_pretrained",
+    "AutoModel.from_config(config)", "pipeline('text-generation', path)", "transformers.pipeline(path)", "peft.PeftModel.from_pretrained(model, path)",
+    "kind().from_pretrained(path)", "getattr(AutoModel, 'from_pretrained')(path)", "torch.hub.load('owner/name', 'x')", "load_dataset('owner/name')",
+    "from transformers.dynamic_module_utils import get_class_from_dynamic_module", "from transformers import pipeline as go"])
+def test_planted_loaders_are_found(source):
+    assert _loads_code(source)
+    assert not _loads_code("AutoTokenizer.from_pretrained(path, trust_remote_code=False); HybridActor.from_pretrained(path); AutoConfig.for_model(**raw)")
 
 
 def test_one_environment_variable():

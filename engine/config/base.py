@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import signal
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -103,7 +105,11 @@ class RunConfig:
         dir: run directory; metrics, checkpoints and the final model go there.
         seed: of everything that draws.
         resume: continue the run in `dir` from its newest complete checkpoint.
-        save_every: steps between checkpoints; 0 saves at the end only.
+        save_every: steps between checkpoints, whatever they cost; 0 saves by the clock.
+        save_minutes: minutes between checkpoints, longer where saving would take more than 5% of the time; the first is after the first step and the last at
+            the end. 0 saves at the end only.
+        signals: that stop a run with its state saved, beside SIGINT, SIGTERM and SIGHUP: such as SIGUSR1, which schedulers send before the time is up; several
+            with commas.
         keep: complete checkpoints kept; the oldest go first.
         progress: live progress on the terminal.
     """
@@ -112,13 +118,24 @@ class RunConfig:
     seed: int = 0
     resume: bool = False
     save_every: int = 0
+    save_minutes: float = 10.0
+    signals: str = ""
     keep: int = 2
     progress: bool = True
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir", "a directory", self.dir)
         require(self.save_every >= 0, "run.save_every", ">= 0", self.save_every)
+        require(0 <= self.save_minutes < math.inf, "run.save_minutes", ">= 0", self.save_minutes)
         require(self.keep >= 1, "run.keep", ">= 1", self.keep)
+        for name in self.signal_names:
+            require(name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"), "run.signals", "names of signals that a process can catch, such "
+                    "as SIGUSR1 or SIGUSR1,SIGUSR2", self.signals)
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        """`signals`, one by one."""
+        return tuple(name.strip().upper() for name in self.signals.split(",") if name.strip())
 
 
 @dataclass(frozen=True)

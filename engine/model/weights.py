@@ -10,10 +10,12 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +32,9 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickles are ever fetched
 _OURS = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|adapter_config|generation_config|vocab|added_tokens|special_tokens_map)\.json"
                    r"|tokenizer.*|merges\.txt|chat_template.*")
+# Entries of a model's JSON files by which code would be fetched or run: classes, pipelines and decoding loops beside the weights, and attention from a hub.
+_CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "attn_implementation", "_attn_implementation",
+              "experts_implementation", "_experts_implementation")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -161,21 +166,78 @@ def load_decoder(path: str | Path, *, dtype: str | torch.dtype = "auto", device:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The transformers tokenizer of a directory or id; None where there is none."""
+    """The transformers tokenizer of a directory or id; None where there is none. Code that comes with it is never run.
+
+    Raises:
+        ValueError: transformers knows no such tokenizer, or cannot read its files.
+    """
     from transformers import AutoTokenizer
 
     directory = resolve_directory(path)
-    has_one = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    return AutoTokenizer.from_pretrained(directory) if has_one else None
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    try:
+        with without_code(directory) as clean:
+            tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
+    except Exception as error:  # the library's own, the tokenizers package's, the system's: all mean that these files are no tokenizer
+        raise ValueError(f"{directory}: expected a tokenizer that transformers itself has, got files that it cannot load ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:300]}). Code that comes with a model is never run; save it where you trust it as a tokenizer.json: "
+                         "PreTrainedTokenizerFast") from error
+    tokenizer.name_or_path = str(directory)
+    return tokenizer
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """`model_config`, without the auto_map that would name code to run."""
+    """`model_config`, without the entries that would name code to run."""
     config = model_config(directory)
-    if "auto_map" in config.raw:
-        warnings.warn(f"{directory / 'config.json'}: auto_map is ignored; code that comes with a model is never run", stacklevel=3)
-        config = replace(config, raw={key: value for key, value in config.raw.items() if key != "auto_map"})
-    return config
+    clean, clean_generation = _stripped(config.raw), _stripped(config.raw_generation)
+    for name, raw in (("config.json", config.raw), ("generation_config.json", config.raw_generation)):
+        _warn_of_code(directory / name, _named_code(raw))
+    return replace(config, raw=clean, raw_generation=clean_generation)
+
+
+@contextmanager
+def without_code(directory: Path) -> Iterator[Path]:
+    """The directory itself, or, where its files name code to run, a temporary one without those entries: links to the other files, and no Python file."""
+    stripped: dict[str, Any] = {}
+    for path in directory.glob("*.json"):
+        if path.name.endswith("config.json") or path.name == "special_tokens_map.json":
+            with suppress(OSError, ValueError):  # who reads the file as what it is says what is wrong with it
+                raw = json.loads(path.read_bytes())
+                if found := _named_code(raw):
+                    stripped[path.name] = _stripped(raw)
+                    _warn_of_code(path, found)
+    if not stripped:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="fusedrl_") as temporary:
+        for path in directory.iterdir():
+            if path.name in stripped:
+                (Path(temporary) / path.name).write_text(json.dumps(stripped[path.name]), encoding="utf-8")
+            elif path.suffix != ".py" and (path.is_file() or path.name == "additional_chat_templates"):
+                (Path(temporary) / path.name).symlink_to(path.resolve())
+        yield Path(temporary)
+
+
+def _stripped(raw: Any) -> Any:
+    """JSON without the entries that name code, at any depth."""
+    if isinstance(raw, dict):
+        return {key: _stripped(value) for key, value in raw.items() if key not in _CODE_KEYS}
+    return [_stripped(value) for value in raw] if isinstance(raw, list) else raw
+
+
+def _named_code(raw: Any) -> tuple[str, ...]:
+    """The entries that `_stripped` leaves out."""
+    parts = raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
+    own = {key for key in raw if key in _CODE_KEYS} if isinstance(raw, dict) else set()
+    return tuple(sorted(own.union(*map(_named_code, parts))))
+
+
+@cache
+def _warn_of_code(path: Path, keys: tuple[str, ...]) -> None:
+    """Once a file: the same directory is read by several."""
+    if keys:
+        warnings.warn(f"{path}: {', '.join(keys)} is ignored; code that comes with a model, or from a hub, is never run", stacklevel=4)
 
 
 def harmless(config: ModelConfig) -> Callable[[str], bool]:

@@ -89,7 +89,7 @@ def train_dpo(config: DPOConfig) -> DPOResult:
                 with run.time("evaluate"):
                     metrics |= evaluate(actor, reference, held, config)
             run.log(step, metrics)
-            run.save_if_due(step, model=actor, optimizer=optimizer)
+            run.save_if_due(step)
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
         last = run.last_metrics

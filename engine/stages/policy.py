@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,8 +106,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                         "where they should")
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, reference, rewards, measured_only, run)
-        parts: dict[str, Any] = {"model": actor, "optimizer": optimizer, "control": control, "critic": critic, "replay": replay}
-        run.restore(**parts)
+        run.restore(model=actor, optimizer=optimizer, control=control, critic=critic, replay=replay)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
         monitor.begin()
         for step in range(run.start, config.steps):
@@ -147,7 +145,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             metrics |= monitor.after(step, metrics)
             run.log(step, metrics)
             run.samples(step, _samples(experience))
-            run.save_if_due(step, **parts)
+            run.save_if_due(step)
         if own_critic is not None:
             own_critic.save_pretrained(run.directory / "critic", tokenizer=actor.tokenizer)
         if config.lora is not None:

@@ -69,7 +69,7 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
             run.log(step, metrics)
             run.samples(step, [{"prompt": experience.prompts[b].prompt, "completion": experience.completions[b].text,
                                 "score": experience.batch.column("scores")[b].item()} for b in kept[:4]])
-            run.save_if_due(step, model=actor, optimizer=optimizer)
+            run.save_if_due(step)
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
         return RejectionResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)

@@ -101,7 +101,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
                         _normalize(model, train.examples, config)
                     metrics["score_shift"] = model.shift
             run.log(step, metrics)
-            run.save_if_due(step, model=model, optimizer=optimizer)
+            run.save_if_due(step)
         model.shift = run.last_metrics.get("score_shift", model.shift)  # a run that had finished already
         known = run.last_metrics
         interval = (known.get("eval_accuracy_low", math.nan), known.get("eval_accuracy_high", math.nan))

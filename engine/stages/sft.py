@@ -99,7 +99,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
             if held and (step == run.total - 1 or (config.eval_every and (step + 1) % config.eval_every == 0)):
                 metrics |= held_loss()
             run.log(step, metrics)
-            run.save_if_due(step, model=actor, optimizer=optimizer)
+            run.save_if_due(step)
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
         return SFTResult(run.finish(actor.save_pretrained), run.total, run.last_metrics)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from fusedrl.engine.cli import main, parse_config
 from fusedrl.engine.config import PolicyConfig, SFTConfig
-from fusedrl.engine.errors import ConfigError, SetupError
+from fusedrl.engine.errors import ConfigError, SetupError, Stopped
 
 PPO = ["--model", "m", "--data", "d", "--reward", "x.py:f"]
 
@@ -142,9 +142,12 @@ def test_exit_codes_by_kind_of_error(capsys, monkeypatch):
     assert run_with(SetupError("no GPU")) == 3
     assert run_with(PermissionError(13, "Permission denied", "/root/x")) == 3
     assert run_with(KeyboardInterrupt()) == 130
-    assert run_with(SystemExit(143)) == 143
+    assert run_with(Stopped(143)) == 143
     assert capsys.readouterr().err.splitlines() == ["fusedrl: error: mend this", "fusedrl: error: no GPU",
                                                        "fusedrl: error: /root/x: Permission denied", "fusedrl: interrupted"]
+    for code in (0, None, "a word", 143):  # of something that is none of ours
+        assert run_with(SystemExit(code)) == 1
+        assert f"ended the process with sys.exit({code!r})" in capsys.readouterr().err
     with pytest.raises(RuntimeError):
         run_with(RuntimeError("a fault of ours"))
     with pytest.raises(ValueError, match="from a library"):
