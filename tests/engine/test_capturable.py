@@ -22,6 +22,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.kernels.dispatch import unavailable, use_impl
+from fusedrl.kernels.rope import RopeTable
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 16, "max_position_embeddings": 96, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1}
@@ -102,6 +103,10 @@ def columns_of(params, rows=3, count=5):
 def on_the_device(x):
     if isinstance(x, torch.Tensor):
         return torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
+    if isinstance(x, RopeTable):
+        x = RopeTable(on_the_device(x.inv_freq), x.scale)
+        x.upto(SIZES["max_position_embeddings"])  # as a generator does before it captures
+        return x
     return type(x)(*map(on_the_device, x)) if hasattr(x, "_fields") else tuple(map(on_the_device, x)) if isinstance(x, tuple) else x
 
 
