@@ -26,7 +26,7 @@ Epsilon   of Adam: 1e-5 where Huang et al. (2024) have it, in ppo and ppo_penalt
 ppo_max   Zheng et al. (2023), Secrets of RLHF in Large Language Models, part I, with the numbers of their code (MOSS-RLHF). What it adds to ppo are seven
           things, each an option of its own:
             1. KL in the reward                      kl.coef 0.02 (their English script: 0.01)
-            2. scores normalised, then clipped       normalize_scores, or scale_scores alone (the mean stays); score_clip 10
+            2. scores normalised, then clipped       normalize_scores, or scale_scores alone (less one constant); score_clip 10
             3. advantages normalised, then clipped   loss.whiten; loss.advantage_clip 0.5
             4. the policy's clip                     loss.clip_low, loss.clip_high 0.2
             5. the critic's clip                     loss.value_clip 0.2

@@ -109,9 +109,10 @@ class PolicyConfig:
         checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward pass: less memory, one more forward.
         max_prompt_length: longer prompts are dropped before the first step and counted; None is what fits the model with max_new_tokens.
         scale_scores: divide scores by the standard deviation (over count - 1) of all of this run so far, before they are clipped (Zheng et al., 2023, PPO-max).
-            It is a KL coefficient multiplied by that deviation.
-        normalize_scores: take the mean of all of this run so far off, too.
-        score_clip: scores are then clipped to +- this; 0 leaves them.
+            It is a KL coefficient multiplied by that deviation. First the mean of the first rollout is taken off, a constant, which moves no optimum.
+        normalize_scores: the same, less the mean of all of this run so far.
+        score_clip: scores are then clipped to +- this; 0 leaves them. Without scale_scores or normalize_scores they are clipped as the reward gave them: of
+            rewards far from 0 nothing is left (score_clip_fraction).
         missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
         overlong_buffer: tokens before max_new_tokens over which overlong_penalty rises from 0 to its whole; 0 is off.
         overlong_penalty: subtracted from the score of a completion of max_new_tokens.

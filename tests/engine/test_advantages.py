@@ -12,7 +12,7 @@ from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.packing import PackedBatch
 
-COEF, GAMMA, LAM, K, BASELINE = 0.3, 0.9, 0.8, 2, 0.7
+COEF, GAMMA, LAM, K, BASELINE, LEVEL = 0.3, 0.9, 0.8, 2, 0.7, 0.4
 
 
 def rollout(groups, seed=0, lengths=None) -> PackedBatch:
@@ -55,7 +55,7 @@ def definition(name: str, batch: PackedBatch, kl_coef: float) -> tuple[list[list
         best, *rest = sorted((totals[j] for j in m), reverse=True)
         weight = sum(len(rows[j]) for j in m)
         alone = {
-            "monte_carlo": totals[i], "running_mean": totals[i] - BASELINE, "grpo": (totals[i] - mean) / (std + GRPO_EPS), "dr_grpo": totals[i] - mean,
+            "monte_carlo": totals[i] - LEVEL, "running_mean": totals[i] - BASELINE, "grpo": (totals[i] - mean) / (std + GRPO_EPS), "dr_grpo": totals[i] - mean,
             "rloo": totals[i] - sum(others) / len(others) if others else 0.0,
             "opo": totals[i] - sum(len(rows[j]) * totals[j] for j in m) / max(1, weight),
             "gpg": (totals[i] - mean) * len(rows) / max(1, sum(g not in degenerate for g in groups)),
@@ -64,7 +64,7 @@ def definition(name: str, batch: PackedBatch, kl_coef: float) -> tuple[list[list
         each = {
             "gae": [sum((GAMMA * LAM) ** (j - t) * delta[j] for j in range(t, n)) for t in range(n)], "td0": delta[:n],
             "k_step": [sum(GAMMA ** (j - t) * delta[j] for j in range(t, min(n, t + K))) for t in range(n)],
-            "learned_baseline": [to_go[t] - v[t] for t in range(n)], "reward_to_go": to_go, "remax": [x - greedy[i] for x in to_go],
+            "learned_baseline": [to_go[t] - v[t] for t in range(n)], "reward_to_go": [x - LEVEL for x in to_go], "remax": [x - greedy[i] for x in to_go],
         }
         advantages = each[name] if name in each else [alone[name]] * n
         out.append(advantages)
@@ -73,7 +73,7 @@ def definition(name: str, batch: PackedBatch, kl_coef: float) -> tuple[list[list
 
 
 def signals(batch, kl_coef=COEF, **kwargs):
-    return Signals(batch, GAMMA, LAM, K, kl_coef=kl_coef, baseline=BASELINE, **kwargs)
+    return Signals(batch, GAMMA, LAM, K, kl_coef=kl_coef, baseline=BASELINE, level=LEVEL, **kwargs)
 
 
 def ours(name, batch, **kwargs):
@@ -100,6 +100,40 @@ def test_definitions(name, groups, kl_coef):
     assert (targets is not None) == (ADVANTAGES[name] == "critic")
     if targets is not None:
         compare(batch, targets, returns)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_the_first_rollout_settles_what_is_counted_from(gamma):
+    """Baseline and level are the mean R, values are right on average: of completions, not of tokens, so that ending is neither gain nor loss on average."""
+    batch = rollout(UNEQUAL)
+    batch = batch.with_columns(rollout_values=batch.values + 1e-3)
+    signals = Signals(batch, gamma, LAM, K, kl_coef=COEF)
+    settled, short = signals.settled()
+    rows = [torch.arange(a, b)[batch.action_mask[a:b]].tolist() for a, b in pairwise(batch.cu_seqlens.tolist())]
+    rewards = [[-COEF * (batch.old_logp[t] - batch.ref_logp[t]).item() for t in row] for row in rows]
+    for row, score in zip(rewards, batch.scores.tolist(), strict=True):
+        row[-1] += score
+    errors = [[sum(gamma ** (j - i) * r[j] for j in range(i, len(r))) - batch.values[t].item() for i, t in enumerate(row)]
+              for row, r in zip(rows, rewards, strict=True)]
+    expected = sum(sum(e) / len(e) for e in errors) / len(errors)
+    assert short == pytest.approx(expected, abs=1e-5)
+    assert abs(short - sum(map(sum, errors)) / sum(map(len, errors))) > 1e-2  # nor that of tokens
+    assert settled.level == settled.baseline == pytest.approx(sum(map(sum, rewards)) / len(rewards), abs=1e-5)
+    for name in ("values", "rollout_values"):
+        moved = getattr(settled.batch, name) - getattr(batch, name)
+        assert moved[batch.action_mask].tolist() == pytest.approx([short] * int(batch.action_mask.sum()), abs=1e-5)
+    assert settled.settled()[1] == pytest.approx(0.0, abs=1e-5)
+    plain = batch.with_columns(values=None, rollout_values=None)
+    assert Signals(plain, gamma, LAM, K, kl_coef=COEF).settled() == (Signals(plain, gamma, LAM, K, kl_coef=COEF, baseline=settled.level, level=settled.level), 0.0)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_constant_adds_to_no_advantage_of_the_first_rollout(name):
+    batch = rollout(UNEQUAL)
+    found = [find_advantage(name).function(Signals(batch.with_columns(scores=batch.scores + shift, greedy_scores=batch.greedy_scores + shift), 1.0, LAM, K,
+                                                   kl_coef=COEF).settled()[0]) for shift in (0.0, 100.0)]
+    plain, shifted = ((x[0] if isinstance(x, tuple) else x)[batch.action_mask] for x in found)
+    torch.testing.assert_close(plain, shifted, rtol=1e-4, atol=1e-4)
 
 
 def test_known_wrong_variants_differ():

@@ -1,5 +1,6 @@
 """A policy run that is watched: held-out evaluation that changes nothing, samples over time, gold rewards, and the alarm with its consequences."""
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fusedrl.engine.config import AlarmConfig, EvaluationConfig, GenerationConfi
 from fusedrl.engine.errors import ConfigError, DataError, RewardError
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.weights import load_decoder
+from fusedrl.engine.monitor import FlatRewards
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
 
@@ -33,6 +35,15 @@ def odd(prompts, completions, completion_ids, **columns):
 
 def partly(prompts, completions, completion_ids, **columns):
     return [None if i % 3 == 0 else float("nan") if i % 3 == 1 else 5.0 for i in range(len(completions))]
+
+def never(prompts, completions, completion_ids, **columns):
+    return [0.1] * len(completions)
+
+def of_prompt(prompts, completions, completion_ids, **columns):
+    return [float(len(prompt)) for prompt in prompts]
+
+def far(prompts, completions, completion_ids, **columns):
+    return [10.0 + len(set(ids)) / len(ids) for ids in completion_ids]
 
 def raises(prompts, completions, completion_ids, **columns):
     raise KeyError("no such thing")
@@ -337,6 +348,34 @@ def test_the_exit_code_of_the_command(make, tmp_path):
                  "--steps", "20", "--prompts_per_step", "4", "--kl.coef", "0", "--generation.max_new_tokens", "10", "--optim.lr", "1e-2", "--optim.schedule",
                  "constant", "--alarm.window", "5", "--alarm.action", "stop", "--run.dir", str(tmp_path / "command"), "--run.progress", "false"]
     assert main(arguments) == 4
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(reward="never"), "the rewards were all equal (now 0.1), so that there is nothing to learn from them. Likely causes: .*the reward never finds"),
+    (dict(reward="never", algorithm="ppo", evaluation=None), "the rewards were all equal (now 0.1)"),
+    (dict(reward="of_prompt"), "the rewards of each prompt were equal.*too hard for the policy, or all too easy"),
+    (dict(reward="far", algorithm="ppo", evaluation=None, score_clip=5.0), "all scores were beyond score_clip = 5,.*centre them with normalize_scores"),
+], ids=["grpo", "ppo", "groups", "clipped"])
+def test_rewards_that_teach_nothing_are_said_once_in_a_row(make, capsys, options, said):
+    config = make(steps=7, kl=KLConfig(coef=0.0), **options)
+    config = replace(config, run=replace(config.run, progress=True))
+    train_policy(config)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "in the last 5 rollouts" in line]
+    assert len(lines) == 1
+    assert "step 5: " in lines[0]
+    assert re.search(said.replace("(", r"\(").replace(")", r"\)"), lines[0])
+    train_policy(replace(config, steps=8, run=replace(config.run, resume=True)))  # the same row goes on
+    assert "in the last 5 rollouts" not in capsys.readouterr().err
+
+
+def test_which_rollouts_teach_nothing(make):
+    """A ppo whose prompts each score alike learns from the prompts' differences; one step that teaches something ends the row; other lines do not count."""
+    flat, some, of_prompts = ({"reward": 0.1, "reward_std": std, "frac_reward_zero_std": share} for std, share in ((3e-9, 1.0), (0.5, 0.0), (0.5, 1.0)))
+    for algorithm, expected in (("grpo", [5, 12]), ("ppo", [5, 16])):
+        watch = FlatRewards(make(algorithm))
+        rows = [flat] * 5 + [some] + [of_prompts] * 2 + [{"eval/reward": 1.0}] + [of_prompts, of_prompts] + [flat] * 6
+        said = [step for step, row in enumerate(rows, 1) if watch.update(row)]
+        assert said == expected
 
 
 @pytest.mark.full
