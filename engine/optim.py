@@ -143,18 +143,19 @@ class Optimizer:
     def below_epsilon(self) -> float | None:
         """Of the parameters that have met a gradient, the share whose second moment is below epsilon squared: their steps are less than half of Adam's.
 
-        Of at most 1,024 evenly spaced elements of each parameter, so a few small operations for each and one wait for the device. None before the first step,
-        and with state "int8", which keeps no second moment that small.
+        Of at most 1,024 evenly spaced elements of each parameter: one slice of each, a few operations on all, and one wait for the device. None before the
+        first step, and with state "int8", which keeps no second moment that small.
         """
-        counts: list[Tensor] = []
-        for group in self._adamw.param_groups if not self._int8 else ():
-            small = group["eps"] ** 2 * (1.0 - group["betas"][1] ** max(1, self._done))  # the moments start from 0
-            for master in group["params"]:
-                if (moment := self._adamw.state.get(master, {}).get("exp_avg_sq")) is not None:
-                    every = -(-moment.numel() // _SAMPLED) or 1
-                    some = moment.view(-1)[::every]
-                    counts.append(torch.stack([((some > 0) & (some < small)).sum(), (some > 0).sum()]).double() * every)
-        below, live = torch.stack(counts).sum(0).tolist() if counts else (0.0, 0.0)
+        group = self._adamw.param_groups[0]  # they differ in decay alone
+        found = [] if self._int8 else [state["exp_avg_sq"].view(-1) for state in self._adamw.state.values() if "exp_avg_sq" in state]
+        if not found:
+            return None
+        every = [-(-moment.numel() // _SAMPLED) or 1 for moment in found]
+        some = [moment[::step] for moment, step in zip(found, every, strict=True)]
+        weights = torch.tensor(every, dtype=torch.float64).repeat_interleave(torch.tensor([len(part) for part in some])).to(found[0].device)
+        seen = torch.cat(some) / (1.0 - group["betas"][1] ** max(1, self._done))  # the moments start from 0
+        shares = torch.stack([(seen > 0) & (seen < group["eps"] ** 2), seen > 0]).double() @ weights
+        below, live = shares.tolist()
         return below / live if live else None
 
     def state_dict(self) -> dict[str, Tensor]:
