@@ -112,7 +112,7 @@ def trl_step(path: Path, tokenizer: Any, directory: Path, engine: bool) -> Itera
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     whole = SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW)
-    extra = {"rollout_func": rollout_func(HybridActor.from_module(model, tokenizer), whole)} if engine else {}
+    extra = {"rollout_func": rollout_func(params=whole)} if engine else {}
     arguments = GRPOConfig(output_dir=str(directory), per_device_train_batch_size=PROMPTS * SAMPLES, num_generations=SAMPLES, max_steps=1000,
                            max_completion_length=NEW, learning_rate=1e-6, temperature=1.0, beta=0.0, use_cpu=DEVICE.type == "cpu", bf16=False, report_to=[],
                            save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=0)

@@ -21,7 +21,8 @@ from fusedrl.engine.model.weights import hf_views
 _GROUPS, _RANKS = 20, 12  # bits of a request id: groups of a step and process, and processes; the step has the 30 above
 
 
-def rollout_func(actor: HybridActor | Callable[[nn.Module, Any], HybridActor] = HybridActor.from_module, params: SamplingParams | None = None) -> Rollouts:
+def rollout_func(actor: HybridActor | Callable[[nn.Module, Any], HybridActor] = HybridActor.from_module,
+                 params: SamplingParams | None = None) -> Rollouts:
     """What TRL's `GRPOTrainer(rollout_func=...)` calls: f(prompts, trainer) -> {"prompt_ids", "completion_ids", "logprobs"}, one completion a prompt.
 
     TRL repeats a prompt once for each of its completions; equal neighbours are prefilled once. `logprobs` are of the temperature-scaled distribution. No draw
@@ -42,7 +43,8 @@ class Rollouts:
     """The function that `rollout_func` returns. `actor`: the one that generates; None before the first rollout that makes it."""
 
     def __init__(self, actor: HybridActor | Callable[[nn.Module, Any], HybridActor], params: SamplingParams | None) -> None:
-        self.actor, self._make = (actor, None) if isinstance(actor, HybridActor) else (None, actor)
+        self.actor: HybridActor | None = actor if isinstance(actor, HybridActor) else None
+        self._make = None if isinstance(actor, HybridActor) else actor
         self._params = params
         self._step = -1
         self._groups = [0, 0]  # numbered so far at this step, in training and in evaluation
@@ -62,9 +64,9 @@ class Rollouts:
         if self.actor is not None and _lies_in(model, self.actor.decoder):
             return self.actor
         if self._make is None:
-            raise RuntimeError("rollout_func: the actor does not generate from the weights that the trainer trains: the model was moved, cast or wrapped after "
-                               "the actor was made, or is another one. Leave the actor out: rollout_func() makes one at the first rollout, from the model as it "
-                               "then lies")
+            raise RuntimeError("rollout_func: the actor does not generate from the weights that the trainer trains: the model was moved, cast or "
+                               "wrapped after the actor was made, or is another one. Leave the actor out: rollout_func() makes one at the first "
+                               "rollout, from the model as it then lies")
         self.actor = None  # its cache goes before the next one comes
         return self._make(model, trainer.processing_class)
 
