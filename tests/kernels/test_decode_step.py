@@ -413,10 +413,11 @@ def test_a_float32_cache_beside_bfloat16_weights_rounds_nothing_but_the_result(k
 
 
 @pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
-def test_triton_keeps_the_weights_dtype():
-    weights = make("plain", torch.bfloat16)
-    with pytest.raises(TypeError, match="expected k_cache of dtype bfloat16"):
-        step(weights, Cache(weights, [4], dtype=torch.float32), [(0, 0, 1)], "triton")
+def test_triton_caches_what_the_weights_allow():
+    for dtype, refused in ((torch.float32, torch.float16), (torch.bfloat16, torch.float64), (torch.float16, torch.float32)):
+        weights = make("plain", dtype)
+        with pytest.raises(TypeError, match="expected k_cache of dtype "):
+            step(weights, Cache(weights, [4], dtype=refused), [(0, 0, 1)], "triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

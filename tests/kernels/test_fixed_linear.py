@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
+from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.fixed_linear import fixed_linear
 
 pytestmark = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
@@ -92,5 +93,46 @@ def test_refuses():
         fixed_linear(x, w.double())
     with pytest.raises(TypeError, match="expected x of dtype float32, bfloat16"):
         fixed_linear(x.double(), w.double(), impl="cpp")
-    with pytest.raises(RuntimeError, match="these can: torch, cpp"):
-        fixed_linear(x, w, impl="triton")
+    with pytest.raises(RuntimeError, match="takes x and weights of one dtype, got torch.float32 and bfloat16; these can: torch"):
+        fixed_linear(x, w.bfloat16(), impl="cpp")
+
+
+# ---- Triton --------------------------------------------------------------------------------------------------------------------
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+TRITON = pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+PAIRS = [(F32, F32), (BF16, BF16), (F32, BF16), (F16, BF16)]
+
+
+@TRITON
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_triton_against_float64(size, dtypes):
+    x, w, b = (t.to(dtype) for t, dtype in zip(inputs(*size), (dtypes[0], dtypes[1], dtypes[1]), strict=True))
+    for bias, softcap in ((b, None), (None, 2.5)):
+        expected = x.double() @ w.double().T + (0.0 if bias is None else b.double())
+        expected = expected if softcap is None else softcap * torch.tanh(expected / softcap)
+        # float32 sums; of float32 beside bfloat16 two halves hold 16 bits, 15 where the interpreter truncates
+        bound = (2.0**-15 if dtypes == (F32, BF16) else 2e-6) * (x.double().abs() @ w.double().abs().T + 1.0)
+        assert bool(((fixed_linear(x, w, bias, softcap=softcap, impl="triton").double() - expected).abs() <= bound).all())
+
+
+@TRITON
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_a_row_of_triton_does_not_depend_on_its_companions(dtypes):
+    x, w, b = (t.to(dtype) for t, dtype in zip(inputs(131, 150, 70), (dtypes[0], dtypes[1], dtypes[1]), strict=True))
+    run = functools.partial(fixed_linear, weight=w, bias=b, softcap=4.0, impl="triton")
+    whole = run(x)
+    assert torch.equal(whole, run(x))
+    for n in (0, 31, 64, 130):
+        assert torch.equal(run(x[n:n + 1]), whole[n:n + 1])
+        assert torch.equal(run(x[max(0, n - 32):n + 1])[-1], whole[n])
+    strange = torch.cat([torch.full_like(x[:40], torch.nan), x])
+    assert torch.equal(run(strange)[40:], whole)
+
+
+@TRITON
+def test_triton_in_the_compiler():
+    x, w, b = inputs(3, 20, 5)
+    torch.library.opcheck(torch.ops.fusedrl.fixed_linear_triton.default, (x, w, b, 2.0))
+    compiled = torch.compile(lambda x: fixed_linear(x, w, b, impl="triton"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), fixed_linear(x, w, b, impl="triton"))
