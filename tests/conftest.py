@@ -2,6 +2,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def devices_of(config: pytest.Config) -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes a device runs once on each; one that is marked each_pair runs with every (op, implementation) of each device. CPU alone where it
     is marked cpu_only."""
-    if "device" not in metafunc.fixturenames:
+    own = any("device" in re.split(r"\W+", str(mark.args[0])) for mark in metafunc.definition.iter_markers("parametrize"))
+    if own or "device" not in metafunc.fixturenames:
         return
     only = metafunc.definition.get_closest_marker("cpu_only")
     devices = ["cpu"] if only is not None else devices_of(metafunc.config)

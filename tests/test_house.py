@@ -166,3 +166,35 @@ def test_readme_tree_is_the_tree():
             stack.append(entries[0].rstrip("/"))
     missing = {p.relative_to(ROOT).as_posix() for p in PRODUCT if p.stem != "__init__"} - named
     assert not missing, f"README's tree lacks {sorted(missing)}"
+
+
+# ---- tests on any device ----------------------------------------------------------------------------------------------------
+FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros")}
+ON_ANY_DEVICE = [ROOT / "tests" / path for path in ("kernels/test_grid.py", "kernels/test_contract.py", "kernels/test_properties.py", "engine/test_actor.py",
+                                                    "engine/test_generator.py", "engine/test_windows.py", "engine/test_policy_stage.py")]
+
+
+def _off_the_device(tree: ast.AST) -> list[str]:
+    """In functions that take a `device`: tensors made without one (numbers of a generator are drawn on the CPU and moved), and problems of the catalogue."""
+    found = []
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and "device" in {a.arg for a in node.args.args}):
+        if any("cpu_only" in ast.unparse(mark) for mark in function.decorator_list):
+            continue
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            name, given = ast.unparse(call.func), {k.arg for k in call.keywords}
+            if (name in FACTORIES and not given & {"device", "generator"}) or (name.endswith(".problem") and "device" not in given):
+                found.append(f"{function.name}, line {call.lineno}: {ast.unparse(call)}")
+    return found
+
+
+@pytest.mark.parametrize("path", ON_ANY_DEVICE, ids=lambda path: path.stem)
+def test_what_takes_a_device_makes_its_tensors_there(path):
+    assert not _off_the_device(_tree(path))
+    assert any("device" in {a.arg for a in node.args.args} for node in ast.walk(_tree(path)) if isinstance(node, ast.FunctionDef)), "nothing takes a device"
+
+
+def test_the_check_of_devices_sees_what_is_off():
+    text = ("def test(device):\n    x = torch.zeros(3)\n    p = entry.problem(case)\n    y = torch.randn(3, generator=g).to(device)\n"
+            "    z = torch.ones(1, device=device)")
+    assert [line.split(": ")[1] for line in _off_the_device(ast.parse(text))] == ["torch.zeros(3)", "entry.problem(case)"]
+    assert not _off_the_device(ast.parse("@pytest.mark.cpu_only('')\n" + text))

@@ -19,17 +19,18 @@ def make_actor(value_head=True, **kwargs):
     if head is not None:
         torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
         torch.nn.init.constant_(head.bias, 0.25)
+        head = head.to(decoder.device)
     return HybridActor(decoder, value_head=head, cache=CacheConfig(max_sequences=8))
 
 
 @pytest.fixture(scope="module")
-def actor():
-    return make_actor()
+def actor(device):
+    return make_actor(device=device)
 
 
 @pytest.fixture(scope="module")
-def batch(actor):
-    return PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, PARAMS))
+def batch(actor, device):
+    return PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, PARAMS), device=device)
 
 
 def test_generate_returns_n_completions_per_prompt_in_order(actor):
@@ -42,7 +43,7 @@ def test_generate_returns_n_completions_per_prompt_in_order(actor):
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
 def test_scorer_says_what_the_sampler_said(actor, temperature):
     outs = actor.generate(PROMPTS, SamplingParams(max_new_tokens=24, n=2, temperature=temperature))
-    batch = PackedBatch.from_completions(PROMPTS, outs)
+    batch = PackedBatch.from_completions(PROMPTS, outs, device=actor.decoder.device)
     scored = actor.score(batch, temperature=temperature)
     assert (scored.logp - batch.rollout_logp).abs().max() <= 1e-4
 
@@ -52,7 +53,8 @@ def test_scorer_against_a_dense_definition(actor, batch):
     for ids, mask in ((batch.token_ids[at : at + n], batch.action_mask[at : at + n]) for at, n in zip(batch.cu_seqlens.tolist(), batch.lengths, strict=False)):
         n = len(ids)
         with torch.no_grad():
-            hidden = actor.decoder(ids, torch.arange(n), torch.tensor([0, n], dtype=torch.int32), n).double()
+            positions, ends = torch.arange(n, device=ids.device), torch.tensor([0, n], dtype=torch.int32, device=ids.device)
+            hidden = actor.decoder(ids, positions, ends, n).double()
         z = torch.log_softmax(hidden @ actor.decoder.head_weight.detach().double().T / 0.7, -1)
         values = (hidden @ actor.value_head.weight.detach().double().T).squeeze(-1) + 0.25
         for t in range(n):
@@ -81,8 +83,8 @@ def test_training_repeats_the_scores_bit_for_bit(actor, batch, tokens):
         assert entropy.shape == logp.shape == (micro.num_tokens,)
 
 
-def test_gradients_reach_every_parameter(batch):
-    actor = make_actor()
+def test_gradients_reach_every_parameter(batch, device):
+    actor = make_actor(device=device)
     hidden = actor.forward(batch)
     logp, entropy = actor.logprobs(batch, hidden)
     (logp.sum() + 0.1 * entropy.sum() + actor.values(batch, hidden).square().sum()).backward()
@@ -92,8 +94,8 @@ def test_gradients_reach_every_parameter(batch):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in actor.parameters())
 
 
-def test_an_update_is_seen_by_the_next_generate():
-    actor = make_actor(value_head=False)
+def test_an_update_is_seen_by_the_next_generate(device):
+    actor = make_actor(value_head=False, device=device)
     prompts = [list(range(3, 40))]
     params = SamplingParams(max_new_tokens=12, min_new_tokens=12, temperature=0.0)
     before = actor.generate(prompts, params)
@@ -105,7 +107,7 @@ def test_an_update_is_seen_by_the_next_generate():
     after = actor.generate(prompts, params)
     assert set(before[0][0].weights_versions) == {0}
     assert set(after[0][0].weights_versions) == {1}
-    batch = PackedBatch.from_completions(prompts, after)
+    batch = PackedBatch.from_completions(prompts, after, device=device)
     assert (actor.score(batch).logp - batch.rollout_logp).abs().max() <= 1e-4
     assert batch.weights_versions.unique().tolist() == [0, 1]
     assert actor.score(batch).values is None
@@ -113,8 +115,8 @@ def test_an_update_is_seen_by_the_next_generate():
         actor.values(batch, actor.forward(batch))
 
 
-def test_releasing_the_cache():
-    actor = make_actor()
+def test_releasing_the_cache(device):
+    actor = make_actor(device=device)
     want = actor.generate(PROMPTS, PARAMS)
     actor.mark_updated()
     actor.release_cache()
@@ -146,7 +148,7 @@ def test_score_refuses(actor, batch):
 
 
 def test_empty_batch(actor):
-    scored = actor.score(PackedBatch.from_sequences([]))
+    scored = actor.score(PackedBatch.from_sequences([], device=actor.decoder.device))
     assert [tuple(x.shape) for x in scored] == [(0,)] * 3
 
 
@@ -159,10 +161,10 @@ def test_tokenizer_larger_than_the_model():
         HybridActor(make_actor().decoder, Tokenizer())
 
 
-def test_round_trip_of_a_directory(tmp_path, batch):
-    actor = make_actor()
+def test_round_trip_of_a_directory(tmp_path, batch, device):
+    actor = make_actor(device=device)
     actor.save_pretrained(tmp_path / "saved")
-    loaded = HybridActor.from_pretrained(tmp_path / "saved", value_head=True)
+    loaded = HybridActor.from_pretrained(tmp_path / "saved", dtype="float32", device=device, value_head=True)
     assert loaded.tokenizer is None
     for (name, a), (other, b) in zip(actor.named_parameters(), loaded.named_parameters(), strict=True):
         assert name == other
@@ -172,15 +174,15 @@ def test_round_trip_of_a_directory(tmp_path, batch):
     assert HybridActor.from_pretrained(tmp_path / "saved").value_head is None
 
 
-def test_real_model_with_its_tokenizer(shared, tmp_path):
-    actor = HybridActor.from_pretrained(shared / "models" / "stories260k", value_head=True)
+def test_real_model_with_its_tokenizer(shared, tmp_path, device):
+    actor = HybridActor.from_pretrained(shared / "models" / "stories260k", dtype="float32", device=device, value_head=True)
     outs = actor.generate(["Once upon a time", "The dog"], SamplingParams(max_new_tokens=40, n=4))
-    batch = PackedBatch.from_completions(["Once upon a time", "The dog"], outs)
+    batch = PackedBatch.from_completions(["Once upon a time", "The dog"], outs, device=device)
     scored = actor.score(batch, tokens_per_microbatch=128)
     assert (scored.logp - batch.rollout_logp).abs().max() <= 1e-4
     assert not scored.values.any()  # a new value head says 0
     actor.save_pretrained(tmp_path / "saved")
-    again = HybridActor.from_pretrained(tmp_path / "saved", value_head=True)
+    again = HybridActor.from_pretrained(tmp_path / "saved", dtype="float32", device=device, value_head=True)
     assert again.tokenizer("The dog")["input_ids"] == actor.tokenizer("The dog")["input_ids"]
     outs_again = again.generate(["Once upon a time", "The dog"], SamplingParams(max_new_tokens=40, n=4))
     assert [[c.text for c in group] for group in outs_again] == [[c.text for c in group] for group in outs]

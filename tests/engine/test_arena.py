@@ -29,11 +29,10 @@ def small_counts(monkeypatch):
     monkeypatch.setattr(arena_module, "_SMALLEST", 256)
 
 
-def make(kind="llama", dtype=torch.float32, cache=POOL, **options):
-    decoder = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype)
-    actor = HybridActor(decoder, value_head=ValueHead(40), cache=cache, **options)
-    torch.nn.init.normal_(actor.value_head.weight, generator=torch.Generator().manual_seed(1))
-    return actor
+def make(device, kind="llama", dtype=torch.float32, cache=POOL, **options):
+    decoder, head = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype, device=device), ValueHead(40)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
+    return HybridActor(decoder, value_head=head.to(device), cache=cache, **options)
 
 
 def train(actor, batch, parts=3):
@@ -59,12 +58,13 @@ def equal(found, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["plain", "checkpointed", "strict"])
 @pytest.mark.parametrize("blocks", [2000, 100, 5])
-def test_gradients_are_the_same_bits(kind, dtype, mode, blocks):
-    if mode == "strict" and not native.capability:
-        pytest.skip("the native extension is not built")
-    actor = make(kind, dtype, CacheConfig(num_blocks=blocks, max_sequences=8), strict=mode == "strict")
+def test_gradients_are_the_same_bits(kind, dtype, mode, blocks, device):
+    if mode == "strict" and (not native.capability or device.type != "cpu"):
+        pytest.skip("strict mode is the C++ kernels', and they are not built or serve no such device")
+    actor = make(device, kind, dtype, CacheConfig(num_blocks=blocks, max_sequences=8), strict=mode == "strict")
     actor.decoder.checkpoint_activations = mode == "checkpointed"
-    batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, PARAMS if blocks > 5 else SamplingParams(max_new_tokens=20)))
+    batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, PARAMS if blocks > 5 else SamplingParams(max_new_tokens=20)),
+                                         device=device)
     expected = train(actor, batch)
     with actor.lend_cache() as arena:
         assert equal(train(actor, batch), expected)
@@ -73,10 +73,11 @@ def test_gradients_are_the_same_bits(kind, dtype, mode, blocks):
         assert arena.used == 0
 
 
+@pytest.mark.cpu_only("the plan is of what the C++ kernels save")
 @pytest.mark.skipif(not native.capability, reason="the native extension is not built")
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-def test_it_holds_what_the_plan_says_is_held(checkpointed):
-    actor = make()
+def test_it_holds_what_the_plan_says_is_held(checkpointed, device):
+    actor = make(device)
     actor.decoder.checkpoint_activations = checkpointed
     actor.generate(PROMPTS, PARAMS)
     batch = PackedBatch.from_sequences((torch.randint(61, (5,)).tolist(), torch.randint(61, (45,)).tolist()) for _ in range(12))
@@ -86,13 +87,13 @@ def test_it_holds_what_the_plan_says_is_held(checkpointed):
         assert arena.peak == pytest.approx(planned.activation_bytes(batch.num_tokens, checkpointed), rel=0.06)
 
 
-def test_what_is_generated_next_is_what_would_have_been():
+def test_what_is_generated_next_is_what_would_have_been(device):
     def run(lend):
-        actor = make(cache=CacheConfig(num_blocks=60, max_sequences=8))
+        actor = make(device, cache=CacheConfig(num_blocks=60, max_sequences=8))
         outs = [actor.generate(PROMPTS, PARAMS)]
         pool = actor._generator.cache.k.data_ptr()
         for number in range(2):
-            batch = PackedBatch.from_completions(PROMPTS, outs[-1])
+            batch = PackedBatch.from_completions(PROMPTS, outs[-1], device=device)
             if lend:
                 with actor.lend_cache() as arena:
                     train(actor, batch)
@@ -112,16 +113,16 @@ def test_what_is_generated_next_is_what_would_have_been():
     assert run(lend=True) == run(lend=False)
 
 
-def test_without_a_cache_nothing_is_lent():
-    actor = make()
+def test_without_a_cache_nothing_is_lent(device):
+    actor = make(device)
     with actor.lend_cache() as arena:
         assert arena is None
         actor.generate(PROMPTS, PARAMS)
         assert actor._generator is not None
 
 
-def test_refuses_what_is_in_flight_and_what_wants_the_cache():
-    actor = make()
+def test_refuses_what_is_in_flight_and_what_wants_the_cache(device):
+    actor = make(device)
     stream = actor.stream(PROMPTS, [SamplingParams(max_new_tokens=m, n=2) for m in (4, 20, 20, 20)])
     next(stream)
     with pytest.raises(RuntimeError, match=r"cannot be lent: \d completions are in flight; let their streams .* or abort"), actor.lend_cache():
@@ -138,9 +139,9 @@ def test_refuses_what_is_in_flight_and_what_wants_the_cache():
     actor.generate(PROMPTS, PARAMS)
 
 
-def test_a_graph_that_outlives_the_block():
-    actor = make()
-    batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, PARAMS))
+def test_a_graph_that_outlives_the_block(device):
+    actor = make(device)
+    batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, PARAMS), device=device)
     expected = train(actor, batch, parts=1)
     kept = []
     with pytest.raises(RuntimeError, match=r"\d+ bytes of the cache still belong to a graph .* call backward inside it"), actor.lend_cache():
@@ -154,10 +155,10 @@ def test_a_graph_that_outlives_the_block():
     assert equal([kept[0].detach(), *(p.grad for p in actor.parameters())], expected), "the graph kept what it had"
 
 
-def test_an_error_inside_leaves_an_actor_that_generates():
-    actor = make()
+def test_an_error_inside_leaves_an_actor_that_generates(device):
+    actor = make(device)
     outs = actor.generate(PROMPTS, PARAMS)
-    batch = PackedBatch.from_completions(PROMPTS, outs)
+    batch = PackedBatch.from_completions(PROMPTS, outs, device=device)
     with pytest.raises(ZeroDivisionError) as caught, actor.lend_cache():
         graph = actor.forward(batch)
         raise ZeroDivisionError

@@ -19,8 +19,8 @@ CONFIG = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermedi
 
 
 @pytest.fixture(scope="module")
-def decoder():
-    return Decoder.random(model_config(CONFIG), 0)
+def decoder(device):
+    return Decoder.random(model_config(CONFIG), 0, device=device)
 
 
 def ragged_prompts(count, longest, vocab=61, seed=0):
@@ -47,12 +47,12 @@ def is_empty(generator):
 
 
 def logprobs_by_the_training_forward(decoder, completion, temperature=1.0):
-    ids = torch.tensor(completion.prompt_ids + completion.token_ids)
+    ids = torch.tensor(completion.prompt_ids + completion.token_ids, device=decoder.device)
     n, first = len(ids), len(completion.prompt_ids)
     with torch.no_grad():
-        hidden = decoder(ids, torch.arange(n), torch.tensor([0, n], dtype=torch.int32), n)
+        hidden = decoder(ids, torch.arange(n, device=ids.device), torch.tensor([0, n], dtype=torch.int32, device=ids.device), n)
         logp = torch.log_softmax(hidden.double() @ decoder.head_weight.double().T / temperature, -1)
-    return logp[first - 1 : n - 1].gather(1, ids[first:, None])[:, 0]
+    return logp[first - 1 : n - 1].gather(1, ids[first:, None])[:, 0].cpu()
 
 
 def check_logprobs(decoder, outs, temperature=1.0):
@@ -175,7 +175,7 @@ def test_logprobs_are_of_the_full_scaled_distribution(decoder, plain):
 
 def test_bfloat16_is_as_near_to_float64_as_the_training_forward(decoder):
     config = model_config({**CONFIG, "initializer_range": 0.1})
-    half, oracle = (Decoder.random(config, 0, dtype=dtype) for dtype in (torch.bfloat16, torch.float64))
+    half, oracle = (Decoder.random(config, 0, dtype=dtype, device=decoder.device) for dtype in (torch.bfloat16, torch.float64))
     oracle.load_state_dict(half.state_dict())
     outs = [group[0] for group in generate(Generator(half), ragged_prompts(16, 10), SamplingParams(max_new_tokens=20))]
     want, trained = (torch.cat([logprobs_by_the_training_forward(d, c) for c in outs]) for d in (oracle, half))
@@ -206,8 +206,8 @@ def test_prefix_hits_skip_full_blocks_and_change_no_token(decoder, plain, count_
     assert count_tokens[0] == sum((len(p) - 1) % 16 + 1 for p in prompts)
 
 
-def test_a_bump_makes_cached_prefixes_unreachable(count_tokens):
-    decoder = Decoder.random(model_config(CONFIG), 0)
+def test_a_bump_makes_cached_prefixes_unreachable(count_tokens, device):
+    decoder = Decoder.random(model_config(CONFIG), 0, device=device)
     generator, prompts = Generator(decoder), ragged_prompts(5, 40)
     before = generate(generator, prompts, SamplingParams(max_new_tokens=20, temperature=0.0))
     with torch.no_grad():
@@ -370,8 +370,8 @@ def test_bad_requests_are_refused_before_anything_runs(decoder, count_tokens, pr
     is_empty(generator)
 
 
-def test_a_failure_in_a_step_ends_all_and_the_next_call_works():
-    decoder = Decoder.random(model_config(CONFIG), 0)
+def test_a_failure_in_a_step_ends_all_and_the_next_call_works(device):
+    decoder = Decoder.random(model_config(CONFIG), 0, device=device)
     generator = Generator(decoder, None, CacheConfig(max_tokens_per_step=256))
     prompts = ragged_prompts(6, 40)
     want = generate(Generator(decoder), prompts, SamplingParams(max_new_tokens=20, temperature=0.0))

@@ -39,13 +39,14 @@ def short(prompts, completions, completion_ids, **columns):
 
 
 @pytest.fixture
-def ppo(tiny_model, tmp_path, write_jsonl):
+def ppo(tiny_model, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
 
     def make(reward="likes_w3", name="run", **kwargs):
         defaults = dict(
-            steps=3, prompts_per_step=6, samples_per_prompt=2, epochs=2, minibatches=2, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=8),
+            device=str(device), dtype="float32", steps=3, prompts_per_step=6, samples_per_prompt=2, epochs=2, minibatches=2, tokens_per_microbatch=60,
+            generation=GenerationConfig(max_new_tokens=8),
             optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False))
         return PolicyConfig(model=str(tiny_model), data=data, reward=(f"{tmp_path / 'rewards.py'}:{reward}",), **(defaults | kwargs))
 
@@ -88,6 +89,7 @@ def test_ratio_is_exactly_one_before_the_first_update(ppo):
     assert rows[2]["policy/approxkl_avg"] > 0
 
 
+@pytest.mark.cpu_only("strict mode is the C++ kernels'")
 def test_strict_runs_have_no_difference_at_all(ppo):
     train_policy(ppo(strict=True))
     rows = _metrics(ppo())
@@ -114,6 +116,7 @@ def test_the_micro_batch_split_does_not_change_the_update(ppo):
     assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
 def test_resume_continues_bitwise(ppo):
     whole = ppo(name="whole", steps=4, run=RunConfig(dir=ppo(name="whole").run.dir, save_every=1, progress=False),
                 kl=KLConfig(coef=0.1, target=0.5, horizon=50))
@@ -165,6 +168,7 @@ def test_rewards_that_fail(ppo):
         assert not (Path(config.run.dir) / "model").exists()
 
 
+@pytest.mark.cpu_only("it writes the CPU's flag")
 def test_what_a_kernel_reported_stops_the_step(ppo):
     faults.flag("logprob", torch.device("cpu")).fill_(1)
     with pytest.raises(IndexError, match="logprob: expected token ids"):

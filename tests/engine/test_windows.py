@@ -31,8 +31,8 @@ ASKED = [
 
 
 @pytest.fixture(scope="module")
-def decoder():
-    return Decoder.random(model_config(CONFIG), 0)
+def decoder(device):
+    return Decoder.random(model_config(CONFIG), 0, device=device)
 
 
 def prompts(count, longest=30, seed=0):
@@ -90,6 +90,7 @@ def test_a_host_that_looks_after_every_step_computes_the_same_steps(decoder, cou
 
 
 @strict_only
+@pytest.mark.cpu_only("strict mode is the C++ kernels'")
 @pytest.mark.parametrize("cache", [ROOMY, TIGHT], ids=["roomy", "tight"])
 def test_windows_and_captured_steps_change_no_bit(decoder, cache, count_tokens, monkeypatch):
     preempted = []
@@ -147,6 +148,7 @@ def test_streams_closed_and_aborted_leak_nothing(decoder, cache):
 
 
 @strict_only
+@pytest.mark.cpu_only("strict mode is the C++ kernels'")
 def test_what_is_aborted_is_the_beginning_of_what_would_have_come(decoder):
     whole = run(Generator(decoder, strict=True, window=1))
     for graphs in (None, Captured()):
@@ -161,8 +163,8 @@ def test_what_is_aborted_is_the_beginning_of_what_would_have_come(decoder):
         is_empty(generator)
 
 
-def test_an_update_under_way_is_told_token_by_token():
-    decoder = Decoder.random(model_config(CONFIG), 0)
+def test_an_update_under_way_is_told_token_by_token(device):
+    decoder = Decoder.random(model_config(CONFIG), 0, device=device)
     params = [SamplingParams(max_new_tokens=n, temperature=0.0, min_new_tokens=n) for n in (3, 21)]
     for graphs in (None, Captured()):
         generator = Generator(decoder, window=8, graphs=graphs)
@@ -184,7 +186,7 @@ def test_nan_in_the_middle_of_a_window_ends_everything_and_the_next_call_works(d
         """What `sample` does on a GPU, where it does not look."""
         calls.append(1)
         drawn = draw(logits, **arguments)
-        bad = torch.arange(len(logits)) == 1
+        bad = torch.arange(len(logits), device=logits.device) == 1
         return drawn if len(calls) != 6 else drawn._replace(token_ids=torch.where(bad, -1, drawn.token_ids), logp=torch.where(bad, torch.nan, drawn.logp))
 
     monkeypatch.setattr(state_module, "sample", poisoned)
@@ -219,8 +221,8 @@ def test_a_step_is_captured_once_for_its_size(decoder):
     assert ask(5, prompt=75) == [8, 2, 8, 16, 8]
 
 
-def test_an_optimizer_step_keeps_captures_and_moved_weights_do_not():
-    decoder, graphs = Decoder.random(model_config(CONFIG), 0), Captured()
+def test_an_optimizer_step_keeps_captures_and_moved_weights_do_not(device):
+    decoder, graphs = Decoder.random(model_config(CONFIG), 0, device=device), Captured()
     generator = Generator(decoder, window=8, graphs=graphs)
     params = SamplingParams(max_new_tokens=12, temperature=0.0, banned_token_ids=(2,))
     run(generator, prompts(2), params)
