@@ -1,7 +1,7 @@
 """A transformers model and a decoder on one storage: whoever trains the model trains the decoder, and nothing is copied again.
 
 `share` copies the model's weights once, a layer at a time, into fused storage, and points the model's own parameters at slices of it (the views of
-`weights.hf_views`). The model goes on working as before: its parameters are the same objects, for its optimizer too. Whether they stay there is watched (watch.py).
+`weights.hf_views`). The model goes on working as before: its parameters are the same objects, for its optimizer too. watch.py sees that they stay there.
 """
 from __future__ import annotations
 
