@@ -5,8 +5,10 @@ and after, so that keys and values of older weights would show.
 """
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import hf_views
 from fusedrl.engine.optim import make_optimizer
 
@@ -569,3 +572,92 @@ def test_refused_copies(built):
     for attempt in (copy.deepcopy, copy.copy, pickle.dumps):
         with pytest.raises(TypeError, match=r"cannot be copied or pickled.*save_pretrained"):
             attempt(c.actor)
+
+
+ODD = {
+    "model_type": "llama", "vocab_size": 11, "hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 3,
+    "head_dim": 2, "num_key_value_heads": 3, "max_position_embeddings": 16, "initializer_range": 0.3, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_fingerprint_misses_no_element_and_no_order(dtype):
+    """Rows that are no whole number of words, and elements, rows and columns of all of them."""
+    decoder = Decoder.random(model_config(ODD), 0, dtype=dtype)
+    watch = Watch(decoder)
+    version = watch.look("all")
+    assert watch.look("all") == watch.look("first rows") == watch.look("counts") == version
+    for name, p in decoder.named_parameters():
+        flat = p.data.view(-1)
+        for place in range(len(flat)):
+            flat[place] = torch.nextafter(flat[place], flat[place] + 1)
+            version += 1
+            assert watch.look("all") == version, (name, place)
+        for dim in range(p.ndim if p.ndim > 1 else 0):
+            p.data.copy_(p.data.roll(1, dim))
+            version += 1
+            assert watch.look("all") == version, (name, dim)
+        p.data[-1] = torch.nan
+        version += 1
+        assert watch.look("all") == watch.look("all") == version, "NaN is itself"
+    assert watch.look("first rows") == version
+    for p in decoder.parameters():
+        p.data[0] *= 3
+        version += 1
+        assert watch.look("counts") == version - 1
+        assert watch.look("first rows") == version
+
+
+def test_a_watch_keeps_no_memory_that_the_weights_have_left():
+    """A model that is moved away, such as a reference that waits on the host, is not held by who watches it."""
+    decoder = Decoder.random(model_config(ODD), 0)
+    watch = Watch(decoder)
+    watch.look("all")
+    freed = []
+    weakref.finalize(decoder.embedding.data.untyped_storage(), freed.append, 1)
+    storages = [weakref.ref(p.untyped_storage()) for p in decoder.parameters()]
+    decoder.to(torch.float64)
+    gc.collect()
+    assert freed
+    assert all(reference() is None for reference in storages)
+    assert watch.look("all") == 1
+
+
+@pytest.mark.parametrize("built", BUILT)
+def test_what_is_undone_is_no_longer_refused(built):
+    c = case(built)
+    outs = c.actor.generate(PROMPTS, PARAMS)
+    parametrised(c)
+    with pytest.raises(RuntimeError, match="HybridActor"):
+        c.actor.generate(PROMPTS, PARAMS)
+    weight = c.weight.detach().clone() * 2
+    if c.ours:
+        parametrize.remove_parametrizations(*c.slot, leave_parametrized=False)
+        assert off(c.fresh(), c.actor.generate(PROMPTS, PARAMS)) < 1e-4
+        assert torch.equal(c.weight, weight)
+        assert [c.token_ids for c, in c.actor.generate(PROMPTS, PARAMS)] == [c.token_ids for c, in outs]
+
+
+def test_an_adapters_scale_is_in_one_place():
+    actor = case("from_pretrained").actor
+    actor.add_adapter(LoRAConfig(rank=2, alpha=4.0))
+    with pytest.raises(AttributeError, match="scale"):
+        actor.decoder.layers[0].lora.scale = 3.0
+
+
+def test_saving_a_model_that_no_longer_shares_is_refused(tmp_path):
+    c = case("from_module")
+    replaced(c)
+    with pytest.raises(RuntimeError, match="build a new actor"):
+        c.actor.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_optimizer_of_other_parameters_is_no_update():
+    c = case("from_pretrained")
+    c.actor.generate(PROMPTS, PARAMS)
+    other = nn.Linear(3, 3)
+    other.weight.grad = torch.ones(3, 3)
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    c.actor.generate(PROMPTS, PARAMS)
+    assert c.actor.weights_version == 0
