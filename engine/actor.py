@@ -40,13 +40,16 @@ class Scored(NamedTuple):
 class HybridActor:
     """A decoder that trains and generates from one copy of its weights.
 
-    Whatever changes them changes them for both: an optimizer's step, in-place operations, `load_state_dict`, a cast, a parameter or a layer replaced. It is noticed
-    by itself wherever weights are read, by a stream that is under way too, and `weights_version` goes up; what cannot be followed (a sharded, pruned or
-    parametrised decoder, one without memory) raises a RuntimeError that says what to do. What is found of writes that nobody counts is said in `model.watch`.
+    Whatever changes them changes them for both: an optimizer's step, in-place operations, `load_state_dict`, a cast, a
+    parameter or a layer replaced. It is noticed by itself wherever weights are read, by a stream under way too, and
+    `weights_version` goes up. What cannot be followed (a sharded, pruned or parametrised decoder, one without memory)
+    raises a RuntimeError that says what to do. `model.watch` says what is found of writes that nobody counts.
 
-    Threads may generate at once, and train while others generate; a step of the optimizer is noticed between the sampler's steps, so it should not run beside them.
-    The KV cache is allocated by the first `generate`, and given back by `release_cache`. Setting `decoder.checkpoint_activations` trades time for the memory of
-    the training forward.
+    Threads may generate at once, and compute training forwards while others generate. An optimizer's step is noticed
+    between the sampler's steps: let none run beside them.
+
+    The KV cache is allocated by the first `generate`, and given back by `release_cache`. Setting
+    `decoder.checkpoint_activations` trades time for the memory of the training forward.
 
     Args:
         decoder: the weights. tokenizer: a transformers tokenizer, or None where prompts are token ids. value_head: on the same trunk, or None.
@@ -113,7 +116,7 @@ class HybridActor:
 
     @property
     def decoder(self) -> Decoder:
-        """The weights. Their values may change in any way; for another decoder there is another actor, HybridActor(decoder, tokenizer)."""
+        """The weights. Their values may change in any way; another decoder needs an actor of its own."""
         return self._decoder
 
     @property
@@ -126,8 +129,9 @@ class HybridActor:
         self._watch.version = version
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("HybridActor: an actor cannot be copied or pickled: a copy's weights would drift from the optimizer's; write it with save_pretrained and "
-                        "load that, or build HybridActor(copy.deepcopy(actor.decoder), actor.tokenizer) on weights of its own")
+        raise TypeError("HybridActor: an actor cannot be copied or pickled, since the copy's weights would be none that an "
+                        "optimizer trains; write it with save_pretrained and load that, or build "
+                        "HybridActor(copy.deepcopy(actor.decoder), actor.tokenizer) on weights of its own")
 
     # ---- generating -------------------------------------------------------------------------------------------------------
     def generate(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -155,9 +159,9 @@ class HybridActor:
                request_ids: Sequence[int] | None = None) -> Iterator[Finished]:
         """`generate`, one completion at a time as it finishes: Finished(prompt, sample, completion), the first two counting from 0.
 
-        Closing the iterator takes what is unfinished out; `abort` has it delivered as it is. Weights may change meanwhile: what starts afterwards is computed with
-        the new ones alone; what is under way goes on with them over its older keys and values, each token with its version. The adapter is on or off for the
-        whole call as it was when the call was made.
+        Closing the iterator takes what is unfinished out; `abort` has it delivered as it is. Weights may change meanwhile:
+        what starts afterwards is computed with the new ones alone; what is under way goes on with them over its older keys
+        and values, each token with its version. The adapter is on or off for the whole call, as it was when it was made.
         """
         return self._generation().run(prompts, params if params is not None else SamplingParams(), request_ids)
 
@@ -299,8 +303,11 @@ class HybridActor:
         return (parameter for _, parameter in self.named_parameters())
 
     def mark_updated(self) -> None:
-        """Tell that the weights changed: a new version, for which no cached prefix is valid. Changes are noticed without it, too; needed only for writes that
-        `model.watch` does not find, and where every optimizer step shall have a version of its own."""
+        """Tell that the weights changed: a new version, for which no cached prefix is valid.
+
+        Changes are noticed without it, too. It is needed for writes that `model.watch` does not find, and where every
+        optimizer step shall have a version of its own.
+        """
         self._watch.mark()
 
     # ---- an adapter -----------------------------------------------------------------------------------------------------------
@@ -323,8 +330,8 @@ class HybridActor:
         save_adapter(self.decoder, directory, base_model=base_model)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """A context in which the actor is its base model, bitwise, for scoring and for the calls of `generate` and `stream` that are made in it; nothing without
-        an adapter. It is of the thread that enters it, as `torch.no_grad` is."""
+        """A context in which the actor is its base model, bitwise, for scoring and for the calls of `generate` and
+        `stream` that are made in it; nothing without an adapter. It is of the thread that enters it, as `no_grad` is."""
         return self.decoder.disable_adapter()
 
     def save_pretrained(self, directory: str | Path) -> None:

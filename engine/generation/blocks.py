@@ -3,9 +3,10 @@
 A sequence's table lists the blocks that hold its tokens, block_size to a block, in order. A full block may be shared: between sequences forked from one
 prompt, and with whoever computed the same tokens before (the prefix cache). Only the partial last block is ever written to, and that one has one owner.
 
-A full block is cached under (version, parent, tokens): the weights it was computed with, the serial number of the content before it (the first of all says
-whether an adapter was on), and its tokens themselves. Serial numbers are never reused and the key is compared whole, so neither a hash collision nor a recycled block can give a wrong hit. A bump of
-the version makes every earlier key unreachable at once.
+A full block is cached under (version, parent, tokens): the weights it was computed with, the serial number of the content
+before it (that of the empty prefix says whether an adapter was on), and its tokens themselves. Serial numbers are never
+reused and the key is compared whole, so neither a hash collision nor a recycled block can give a wrong hit. A bump of the
+version makes every earlier key unreachable at once.
 """
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_ROOTS = {True: 0, False: -1}  # serials of the empty prefix, with an adapter and without: neither's keys and values are the other's
+_ROOTS = {True: 0, False: -1}  # serials of the empty prefix, with an adapter and without
 
 
 @dataclass(slots=True)
@@ -69,8 +70,8 @@ class BlockManager:
     def allocate(self, sequence: int, tokens: Sequence[int], *, keep: int = 0, adapted: bool = True) -> int | None:
         """Give `sequence` a table for `tokens`, starting with the longest cached prefix.
 
-        At least the last token is left to compute, since its hidden state is wanted. With `keep`, so many blocks must stay available. `adapted`: whether an
-        adapter computes its keys and values; they are found again by the like alone.
+        At least the last token is left to compute, since its hidden state is wanted. With `keep`, so many blocks must stay available.
+        `adapted`: whether an adapter computes its keys and values; they are found again by the like alone.
 
         Returns:
             How many leading tokens are in the cache already; None (and nothing changed) where there are too few blocks.

@@ -80,8 +80,10 @@ class Finished(NamedTuple):
 
 @dataclass(eq=False)
 class Ticket:
-    """What one call asked for: its sequences that are still on the way, and its completions that nobody has fetched. `error`: why those that were on the
-    way are lost. `closed`: nobody will fetch any more."""
+    """What one call asked for: its sequences that are still on the way, and its completions that nobody has fetched.
+
+    error: why those that were on the way are lost. closed: nobody will fetch any more.
+    """
 
     live: dict[int, Running] = field(default_factory=dict)
     finished: deque[Finished] = field(default_factory=deque)
@@ -105,8 +107,9 @@ class _Request:
 class Generator:
     """Continuous batching over one decoder's live weights.
 
-    `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions arrive in the ticket's `finished`. Threads may use it at once:
-    they take turns, a step computes what all of them wait for, and draws are keyed, so that a thread gets what it would have got alone.
+    `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions arrive in the ticket's
+    `finished`. Threads may use it at once: they take turns, a step computes what all of them wait for, and draws are keyed,
+    so that a thread gets what it would have got alone.
 
     watch: tells, before a step, of weights that have changed; None: whoever changes them tells by `bump`.
     value_head: computes, in the same step, the value of every state that draws; None: nothing does.
@@ -139,7 +142,7 @@ class Generator:
     # ---- asking -----------------------------------------------------------------------------------------------------------
     def prepare(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams],
                 request_ids: Sequence[int] | None = None) -> tuple[Ticket, list[Running]]:
-        """Check a call and make its sequences; nothing is queued yet. They will be computed with the adapter if it is on now, whenever that is.
+        """Check a call and make its sequences; nothing is queued yet. The adapter is as it is now, whenever they are computed.
 
         Args and errors as `HybridActor.generate`.
         """
@@ -223,7 +226,8 @@ class Generator:
             self.abort(ticket)
 
     def abort(self, ticket: Ticket | None = None) -> None:
-        """End the sequences of one call, or of all, with what they have: their finish_reason is "aborted". Where another thread computes a step, after it."""
+        """End the sequences of one call, or of all, with what they have: their finish_reason is "aborted". Where another
+        thread computes a step, after it."""
         self._leaving.extend([ticket] if ticket is not None else list(self._tickets))
         if self._turns.try_enter():
             try:
@@ -276,8 +280,9 @@ class Generator:
             return
         expected, held = (self.decoder.device, self.decoder.activation_dtype), (self.cache.k.device, self.cache.k.dtype)
         if expected != held:
-            raise RuntimeError(f"HybridActor: the model was moved or cast, to {expected[1]} on {expected[0]}, while completions were on the way whose keys and values "
-                               f"are {held[1]} on {held[0]}; let the streams come to an end first, or abort them")
+            raise RuntimeError(f"HybridActor: the model was moved or cast, to {expected[1]} on {expected[0]}, while completions were "
+                               f"on the way whose keys and values are {held[1]} on {held[0]}; let the streams come to an end "
+                               "first, or abort them")
         self.bump(version)
 
     # ---- a step -----------------------------------------------------------------------------------------------------------
@@ -285,12 +290,12 @@ class Generator:
         """Compute a token of every decoding sequence and what fits of the prefills beside them; where nothing prefills, up to a window of tokens.
 
         Raises:
-            RuntimeError: no progress, NaN in the logits, or weights that cannot be followed (`Watch.look`); like any error on the way, it ends everything in
-            flight, and the other calls raise one, too.
+            RuntimeError: no progress, NaN in the logits, or weights that cannot be followed (`Watch.look`). Like any error
+            on the way, it ends everything in flight, and the other calls raise one, too.
         """
         with self._turns:
             self._sweep()
-            self._step(None, "counts")
+            self._step(None, "first rows")
 
     @torch.no_grad()
     def _step(self, ticket: Ticket | None, depth: Depth) -> None:

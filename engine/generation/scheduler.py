@@ -5,8 +5,9 @@ prefills, the others wait on their slots and fork from it. Prefills are cut to w
 newest sequence goes back to the queue with its tokens, and is computed again later (much of it is then found in the prefix cache).
 A sequence of `length` tokens that decodes has the keys and values of all but the last in the cache: a step computes that one and draws the next.
 Where nothing prefills, a plan may be for several steps in a row: every table then holds what all of them write, with blocks that nobody else wants yet.
-A model's adapter is on or off for a whole step. So the sequences that want it on and those that want it off take turns: when both wait, those that run are
-joined by their like until the first of them leaves, and the others are admitted when the last has left.
+A model's adapter is on or off for a whole step. So the sequences that want it on and those that want it off take turns:
+when both wait, those that run are joined by their like until the first of them leaves, and the others are admitted when
+the last has left.
 """
 from __future__ import annotations
 
@@ -196,7 +197,8 @@ class Scheduler:
             RuntimeError: several steps in a row found nothing to do while sequences wait; the message describes the state.
         """
         if self._others and not self._running and (self._draining or not self._waiting):
-            self.adapted, self._waiting, self._others, self._draining, self._blocked = not self.adapted, self._others, self._waiting, False, False
+            self._waiting, self._others, self.adapted = self._others, self._waiting, not self.adapted
+            self._draining = self._blocked = False
         preempted = self._make_room_to_decode()
         budget = self._budget - len(self._decode)
         chunks: list[Chunk] = []

@@ -1,4 +1,6 @@
-"""Turns: a lock that threads get in the order in which they asked for it, so that none of those that generate together waits for more than one step of each."""
+"""Turns: a lock that threads get in the order in which they asked for it. Of those that generate together, none waits for
+more than one step of each of the others."""
+
 from __future__ import annotations
 
 import threading
@@ -19,7 +21,9 @@ class Turns:
         gate.acquire()
         with self._mutex:
             if self._holder == me:
-                raise RuntimeError("Generator: called from within one of its own steps, such as by a signal handler; let the step come to its end first")
+                raise RuntimeError(
+                    "Generator: called from within one of its own steps, such as by a signal handler; let the step come to its end first"
+                )
             if self._holder is None:
                 self._holder = me
                 return
@@ -35,7 +39,9 @@ class Turns:
                 self.leave()
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.leave()
 
     def try_enter(self) -> bool:

@@ -1,23 +1,30 @@
 """Watch: are the weights that are read still the ones that are trained, and have they changed?
 
-A decoder's parameters are read in two ways: the training forward goes through its modules, the sampler through one flat tuple of tensors
-(`Decoder.weights`); and a transformers model may lie in the same storage (sharing.py). What keeps them one is checked wherever weights are read:
+A decoder's parameters are read in two ways: the training forward goes through its modules, the sampler through one flat
+tuple of tensors (`Decoder.weights`); and a transformers model may lie in the same storage (sharing.py). What keeps them
+one is checked wherever weights are read:
 
     structure      every module and parameter is the object that it was, under its name, where it was in memory
-    counts         autograd's count of in-place writes of each parameter, and the steps of `torch.optim` optimizers on any of them, whose fused forms do not count
+    counts         autograd's count of in-place writes of each parameter, and the steps of `torch.optim` optimizers on any
+                   of them, whose fused forms do not count
     fingerprint    the memory itself: for writes that nobody counts (through `.data`, numpy, DLPack, a replayed graph)
 
-Structure and counts cost about a fifth of a microsecond a parameter. The fingerprint is the first row of every parameter, bit for bit, and the sum of every
-row's bits as 64-bit integers. It reads the weights once, as a decoding step of one sequence does, and is taken at the start of every call that generates;
-while a stream is under way, only the first rows are looked at.
-It finds every write that changes one element, one row, the order of rows or the order of columns. It does not find elements that change places within a single
-row that is not the first, whole 8-byte words at a time, or changes of several words of a row that cancel as integers.
+Cost      structure and counts: under a microsecond a parameter. The fingerprint is the first row of every parameter, bit
+          for bit, and the sum of every row's bits as 64-bit integers. It reads the weights once, in about half the time of
+          a decoding step of one sequence, at the start of every call that generates. While a stream is under way the first
+          rows alone are looked at, each time that its consumer had the word.
+Found     at the start of a call: every write that changes one element or one row, or the order of rows or of columns.
+Missed    words of 8 bytes that change places within a single row that is not the first; changes of several words of a row
+          that cancel as integers. Within a stream, until the next call: uncounted writes that leave all first rows alone.
+          Changes to what a module computes beside its parameters: forward hooks, a replaced `forward`, buffers.
 """
+
 from __future__ import annotations
 
+import math
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Literal
@@ -33,14 +40,13 @@ from fusedrl.engine.model.weights import hf_views
 
 Depth = Literal["counts", "first rows", "all"]
 
-_BLOCK = 256  # words that are summed at a time where a row is no whole number of words
 _count = attrgetter("_version")
 
 
 class Watch:
-    """Watches a decoder, and the transformers model that lives in its storage, where there is one. `version` counts the changes that were noticed or told.
+    """Watches a decoder, and the transformers model that lives in its storage, where there is one.
 
-    Threads may share it.
+    `version` counts the changes that were noticed or told. Threads may share it.
     """
 
     def __init__(self, decoder: Decoder, module: nn.Module | None = None) -> None:
@@ -51,6 +57,8 @@ class Watch:
         self._kinds = _kinds(decoder)
         self._shapes = {name: p.shape for name, p in decoder.named_parameters() if ".lora." not in name}
         self._module_kinds = {} if module is None else _kinds(module)
+        self._rows: Tensor | None = None
+        self._sums: Tensor | None = None
         self._take()
         reference = weakref.ref(self)
 
@@ -73,12 +81,14 @@ class Watch:
         """The version of the weights as they now are: a new one where they were written to, or replaced, since the last look.
 
         Args:
-            depth: how far who generates looks: at what is counted, at the first rows of the parameters as well, or at all of their memory. None: at what is
-                counted, for who only reads the weights as they are and keeps nothing that was computed from them.
-            lightly: not at shapes, strides and dtypes, which can change alone only where somebody assigns to `.data`.
+            depth: how far who generates looks: at what is counted, at the first rows of the parameters as well, or at
+                all of their memory. None: at what is counted, for who only reads the weights as they are and keeps
+                nothing that was computed from them.
+            lightly: not at addresses, shapes, strides and dtypes, which can change alone only where somebody assigns to
+                `.data`; for who has looked just before.
         Raises:
-            RuntimeError: the weights are not what they were in a way that cannot be followed; the message says what to do. Nothing is changed then: the next
-            look finds the same, or that it was undone.
+            RuntimeError: the weights are not what they were in a way that cannot be followed; the message says what to
+            do. Nothing is changed then: the next look finds the same, or that it was undone.
         """
         with self._lock:
             moved = self._moved(lightly)
@@ -104,14 +114,20 @@ class Watch:
 
     def _moved(self, lightly: bool) -> bool:
         """Whether a module or a parameter is another, or elsewhere."""
-        if list(chain.from_iterable(self._slots)) != self._names or not all(map(is_, chain.from_iterable(map(dict.values, self._slots)), self._held)):
+        if list(chain.from_iterable(self._slots)) != self._names or not all(
+            map(is_, chain.from_iterable(map(dict.values, self._slots)), self._held)
+        ):
             return True
-        return (self._decoder.lora is not self._lora or list(map(Tensor.data_ptr, self._parameters)) != self._addresses
-                or not (lightly or list(map(_layout, self._parameters)) == self._layouts))
+        if lightly or self._decoder.lora is not self._lora:
+            return self._decoder.lora is not self._lora
+        return (
+            list(map(Tensor.data_ptr, self._parameters)) != self._addresses
+            or list(map(_layout, self._parameters)) != self._layouts
+        )
 
     def _written(self, depth: Depth) -> bool:
         """Whether the memory is not what it was when a fingerprint was last taken; where there is none, one is taken."""
-        if self._rows is None:
+        if self._rows is None or self._sums is None:
             self._rows, self._sums = self._first_rows(), self._row_sums()
             return False
         if depth == "counts":
@@ -123,14 +139,16 @@ class Watch:
         self._rows, self._sums = rows, sums if depth == "all" else self._row_sums()
         return True
 
+    @torch.no_grad()
     def _first_rows(self) -> Tensor:
-        return torch.cat(self._firsts).view(torch.uint8)  # bits: NaN is itself
+        """Their bits, so that NaN is itself. The views are made anew each time: kept, they would hold memory that the
+        weights have left."""
+        firsts = [p[0] if p.ndim > 1 else p for p in self._own]
+        return torch.cat([*firsts, *(_rest(p) for p in self._ragged)]).view(torch.uint8)
 
+    @torch.no_grad()
     def _row_sums(self) -> Tensor:
-        sums = torch.empty(sum(map(len, self._words)), dtype=torch.int64, device=self._firsts[0].device)
-        for words_RC, out_R in zip(self._words, sums.split([len(words) for words in self._words]), strict=True):
-            torch.sum(words_RC, 1, out=out_R)
-        return sums
+        return torch.cat([torch.sum(_words(p), 1) for p in self._own if p.ndim > 1])
 
     # ---- what is watched ------------------------------------------------------------------------------------------------------
     def _take(self) -> None:
@@ -140,24 +158,27 @@ class Watch:
             self._check_module(self._module)
         self._decoder._settle()
         trees = [self._decoder] if self._module is None else [self._decoder, self._module]
-        tables: list[Mapping[str, Any]] = [table for tree in trees for part in tree.modules() for table in (part._parameters, part._modules) if table]
+        tables: list[dict[str, Any]] = [
+            table for tree in trees for part in tree.modules() for table in (part._parameters, part._modules) if table
+        ]
         self._slots = tables
-        self._names, self._held = list(chain.from_iterable(tables)), [value for table in tables for value in table.values()]
+        self._names, self._held = (
+            list(chain.from_iterable(tables)),
+            [value for table in tables for value in table.values()],
+        )
         self._parameters = [p for tree in trees for p in tree.parameters()]
-        self._addresses, self._layouts = list(map(Tensor.data_ptr, self._parameters)), list(map(_layout, self._parameters))
+        self._addresses, self._layouts = (
+            list(map(Tensor.data_ptr, self._parameters)),
+            list(map(_layout, self._parameters)),
+        )
         self._ids = {id(p) for p in self._parameters}
         self._places = set(self._addresses)
         self._lora = self._decoder.lora
         self._counted = [p for p in self._parameters if not p.is_inference()]
-        self._counts = [self._steps, *map(_count, self._counted)]
-        self._firsts: list[Tensor] = []
-        self._words: list[Tensor] = []
-        for p in self._decoder.parameters():
-            firsts, words_RC = _words(p.detach())
-            self._firsts += firsts
-            self._words += [words_RC] if len(words_RC) > 1 else []
-        self._rows: Tensor | None = None
-        self._sums: Tensor | None = None
+        self._counts: list[int] = [self._steps, *map(_count, self._counted)]
+        self._own = list(self._decoder.parameters())
+        self._ragged = [p for p in self._own if p.ndim > 1 and _together(p) > 1]
+        self._rows = self._sums = None
 
     def _check_decoder(self) -> None:
         decoder = self._decoder
@@ -166,19 +187,30 @@ class Watch:
         shard = next((type(p.data).__name__ for p in found.values() if type(p.data) is not Tensor), None)
         kinds = {(p.dtype, p.device) for p in found.values()}
         if shard is not None:
-            _refuse(f"its parameters are {shard}s", "this actor is one process on one device: shard another copy, or train without sharding")
+            _refuse(
+                f"its parameters are {shard}s",
+                "this actor is one process on one device: shard another copy, or train without sharding",
+            )
         if strange := sorted(names ^ self._shapes.keys()) + _differences(self._kinds, _kinds(decoder)):
-            _refuse(f"{', '.join(strange[:4])} of it came, went or changed its class", "take off what replaced it (prune.remove, remove_parametrizations, "
-                    "remove_weight_norm), or load the weights into a new actor; for adapters there is actor.add_adapter")
+            _refuse(
+                f"{', '.join(strange[:4])} of it came, went or changed its class",
+                "take off what replaced it (prune.remove, remove_parametrizations, "
+                "remove_weight_norm), or load the weights into a new actor; for adapters there is actor.add_adapter",
+            )
         for name, p in found.items():
             if not p.is_contiguous():
                 _refuse(f"{name} has strides {p.stride()}", "assign a contiguous tensor")
         for name, shape in self._shapes.items():
             if found[name].shape != shape:
-                _refuse(f"{name} is {list(found[name].shape)}, expected {list(shape)}", "change the model's sizes with transformers, save it, and load that")
+                _refuse(
+                    f"{name} is {list(found[name].shape)}, expected {list(shape)}",
+                    "change the model's sizes with transformers, save it, and load that",
+                )
         if len(kinds) != 1:
-            _refuse(f"its parameters are {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}, expected one dtype on one device",
-                    "cast and move all of it, by actor.decoder.to(...)")
+            _refuse(
+                f"its parameters are {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}, expected one dtype on one device",
+                "cast and move all of it, by actor.decoder.to(...)",
+            )
         if decoder.device.type == "meta":
             _refuse("its parameters have no memory (device meta)", "load the weights with HybridActor.from_pretrained")
         self._check_adapter()
@@ -189,41 +221,73 @@ class Watch:
         if decoder.lora is None:
             fits = not any(adapter is not None for adapter in adapters)
         else:
-            want = LayerAdapter(tuple(targets(decoder.config, decoder.lora).values()), inputs(decoder.config), decoder.lora, decoder.dtype, torch.device("meta"))
-            fits = all(type(adapter) is LayerAdapter and adapter.rows == want.rows and adapter.scale == want.scale and adapter.shapes() == want.shapes()
-                       for adapter in adapters)
+            want = LayerAdapter(
+                tuple(targets(decoder.config, decoder.lora).values()),
+                inputs(decoder.config),
+                decoder.lora,
+                decoder.dtype,
+                torch.device("meta"),
+            )
+            fits = all(
+                type(adapter) is LayerAdapter
+                and adapter.rows == want.rows
+                and adapter.scale == want.scale
+                and adapter.shapes() == want.shapes()
+                for adapter in adapters
+            )
         if not fits:
-            _refuse(f"the adapters of its layers are not those of decoder.lora = {decoder.lora}", "add one with actor.add_adapter or load_adapter; to take it off, "
-                    "set decoder.lora and every layer's lora to None")
+            _refuse(
+                f"the adapters of its layers are not those of decoder.lora = {decoder.lora}",
+                "add one with actor.add_adapter or load_adapter; to take it off, "
+                "set decoder.lora and every layer's lora to None",
+            )
 
     def _check_module(self, module: nn.Module) -> None:
         views = hf_views(self._decoder)
         found = dict(module.named_parameters(remove_duplicate=False))
         ours = {id(found.get(name)) for name in views}
-        problems = [name for name, view in views.items() if name not in found or type(found[name].data) is not Tensor or not _same_place(found[name], view)]
-        problems += [name for name, p in found.items() if id(p) not in ours] + _differences(self._module_kinds, _kinds(module))
+        problems = [
+            name
+            for name, view in views.items()
+            if name not in found or type(found[name].data) is not Tensor or not _same_place(found[name], view)
+        ]
+        problems += [name for name, p in found.items() if id(p) not in ours] + _differences(
+            self._module_kinds, _kinds(module)
+        )
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-            raise RuntimeError(f"HybridActor: {problems[0]}{more} of the shared model no longer lies in the storage that it generates from (the model was cast, "
-                               "moved, wrapped, sharded, pruned, resized, given an adapter or to another actor, or loaded with assign=True); change weights in "
-                               "place, undo it, or build a new actor with from_module")
+            raise RuntimeError(
+                f"HybridActor: {problems[0]}{more} of the shared model no longer lies in the storage that it generates from (the model was cast, "
+                "moved, wrapped, sharded, pruned, resized, given an adapter or to another actor, or loaded with assign=True); change weights in "
+                "place, undo it, or build a new actor with from_module"
+            )
 
     # ---- optimizers -------------------------------------------------------------------------------------------------------------
     def _stepped(self, optimizer: Optimizer) -> None:
-        """Fused optimizers write without autograd's count, so optimizer steps are listened for; on a parameter, or on a tensor that begins where one does."""
-        self._steps += any(id(p) in self._ids or (type(p) in (Tensor, nn.Parameter) and p.data_ptr() in self._places)
-                           for group in optimizer.param_groups for p in group["params"])
+        """Fused optimizers write without autograd's count, so optimizer steps are listened for: on a parameter, or on a
+        tensor that begins where one does."""
+        self._steps += any(
+            id(p) in self._ids or (type(p) in (Tensor, nn.Parameter) and p.data_ptr() in self._places)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        )
 
     def _check_gradients(self, optimizer: Optimizer) -> None:
-        """Fused optimizers pair values by their place in memory. Autograd lays a gradient out as its parameter; who assigns one may not, and a parameter
-        of [in, out] is a transposed view here."""
+        """Fused optimizers pair values by their place in memory. Autograd lays a gradient out as its parameter; who
+        assigns one may not, and a parameter of [in, out] is a transposed view here."""
         fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
         if self._module is None or not fused:
             return
         for name, p in self._module.named_parameters():
-            if id(p) in fused and p.grad is not None and any(a != b for a, b, size in zip(p.grad.stride(), p.stride(), p.shape, strict=True) if size > 1):
-                raise RuntimeError(f"HybridActor: the gradient of {name} has strides {p.grad.stride()} but the parameter {p.stride()}, and a fused optimizer "
-                                   "would pair the wrong values; write gradients with p.grad.copy_, or use fused=False")
+            if (
+                id(p) in fused
+                and p.grad is not None
+                and any(a != b for a, b, size in zip(p.grad.stride(), p.stride(), p.shape, strict=True) if size > 1)
+            ):
+                raise RuntimeError(
+                    f"HybridActor: the gradient of {name} has strides {p.grad.stride()} but the parameter {p.stride()}, and a fused optimizer "
+                    "would pair the wrong values; write gradients with p.grad.copy_, or use fused=False"
+                )
 
 
 def _refuse(what: str, remedy: str) -> None:
@@ -247,15 +311,23 @@ def _differences(before: dict[str, type], now: dict[str, type]) -> list[str]:
     return sorted(name or "the model" for name in before.keys() | now.keys() if before.get(name) is not now.get(name))
 
 
-def _words(p: Tensor) -> tuple[list[Tensor], Tensor]:
-    """A parameter's memory: what is compared as it is (its first row, and what fills no row at its end), and [R, C] int64 rows to sum."""
-    size, numel = p.element_size(), p.numel()
-    word = torch.int64 if p.storage_offset() * size % 8 == 0 else {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[size]
-    width = p.shape[-1] * size
-    C = width // word.itemsize if width % word.itemsize == 0 and width else _BLOCK
-    whole = numel * size // (word.itemsize * C) * C
-    elements = whole * word.itemsize // size
-    flat = p.reshape(-1)  # contiguous, so a view
-    words_RC = flat[:elements].view(word).view(-1, C)
-    firsts = flat[: C * word.itemsize // flat.element_size()] if whole else flat[:0]
-    return [part for part in (firsts, flat[elements:]) if len(part)], words_RC
+def _words(p: Tensor) -> Tensor:
+    """[R, C] int64: the memory of a matrix by rows, or by as few rows together as make whole words. What is left of the
+    last rows is not in it (`_rest`)."""
+    size = p.element_size()
+    if p.storage_offset() * size % 8:
+        p = p.clone()
+    if p.shape[1] * size % 8 == 0:
+        return p.view(torch.int64)
+    together = _together(p)
+    R = len(p) // together
+    return p[: R * together].view(-1).view(torch.int64).view(R, together * p.shape[1] * size // 8)
+
+
+def _together(p: Tensor) -> int:
+    return 8 // math.gcd(8, p.shape[1] * p.element_size())
+
+
+def _rest(p: Tensor) -> Tensor:
+    """The rows of a matrix that are not in `_words`."""
+    return p[len(p) - len(p) % _together(p) :].reshape(-1)

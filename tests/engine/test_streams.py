@@ -1,4 +1,6 @@
-"""What may happen while completions are under way: updates, a switched adapter, other threads. Judged by the training forward of each token's own weights."""
+"""What may happen while completions are under way: updates, a switched adapter, other threads. The judge is the training
+forward of each token's own weights, or what one call alone gives."""
+
 import copy
 import gc
 import threading
@@ -15,13 +17,29 @@ from fusedrl.engine.generation.turns import Turns
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 
-CONFIG = {"model_type": "qwen3", "vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
-          "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "eos_token_id": None, "bos_token_id": 1, "tie_word_embeddings": True}
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "bos_token_id": 1,
+    "tie_word_embeddings": True,
+}
 LONG = [3 + i % 40 for i in range(24)]
 
 
 def make(lora: bool = False, **cache) -> HybridActor:
-    actor = HybridActor(Decoder.random(model_config(CONFIG), 0), cache=CacheConfig(**{"block_size": 4, "max_sequences": 4, "num_blocks": 200} | cache))
+    actor = HybridActor(
+        Decoder.random(model_config(CONFIG), 0),
+        cache=CacheConfig(**{"block_size": 4, "max_sequences": 4, "num_blocks": 200} | cache),
+    )
     if lora:
         actor.add_adapter(LoRAConfig(rank=4, alpha=8.0), seed=1)
         with torch.no_grad():
@@ -34,7 +52,7 @@ def make(lora: bool = False, **cache) -> HybridActor:
 def worst(actor: HybridActor, prompt, completion, first: int = 0) -> float:
     """How far the sampler was from the training forward, from completion token `first` on."""
     batch = PackedBatch.from_completions([prompt], [[completion]])
-    return float((actor.score(batch).logp - batch.rollout_logp)[len(prompt) + first:].abs().max())
+    return float((actor.score(batch).logp - batch.rollout_logp)[len(prompt) + first :].abs().max())
 
 
 def fixed(count: int, **more) -> SamplingParams:
@@ -85,7 +103,12 @@ def test_what_starts_after_an_update_is_of_the_new_weights_alone(update):
 
 
 def cut(completion, n):
-    return replace(completion, token_ids=completion.token_ids[:n], logprobs=completion.logprobs[:n], weights_versions=completion.weights_versions[:n])
+    return replace(
+        completion,
+        token_ids=completion.token_ids[:n],
+        logprobs=completion.logprobs[:n],
+        weights_versions=completion.weights_versions[:n],
+    )
 
 
 def test_a_step_by_itself_notices():
@@ -108,7 +131,9 @@ def test_a_cast_while_completions_are_under_way_is_refused_and_the_actor_goes_on
     kept = actor._generator.cache.k
     actor._generator.cache.k = kept.to(torch.bfloat16)  # as if the model had been float32 on another device
     in_place(actor)
-    with pytest.raises(RuntimeError, match="the model was moved or cast, to torch.float32 on cpu, while completions were on the way"):
+    with pytest.raises(
+        RuntimeError, match=r"the model was moved or cast, to torch\.float32 on cpu, while completions were on the way"
+    ):
         next(stream)
     assert worst(actor, LONG, actor.generate([LONG], fixed(9))[0][0]) < 1e-4
 
@@ -172,7 +197,9 @@ def test_calls_of_both_states_take_turns_and_none_waits_for_ever(cache):
             else:
                 done[adapted].append(found)
     for adapted, expected in ((True, want), (False, base)):
-        assert [f.completion.token_ids for f in sorted(done[adapted], key=lambda f: f[:2])] == [group[0].token_ids for group in expected]
+        assert [f.completion.token_ids for f in sorted(done[adapted], key=lambda f: f[:2])] == [
+            group[0].token_ids for group in expected
+        ]
     scheduler = actor._generator.scheduler
     assert not scheduler.busy
     assert scheduler.blocks.available == scheduler.blocks.total
@@ -185,7 +212,9 @@ def test_the_adapter_is_of_the_thread_that_switches_it():
     with actor.disable_adapter():
         off = actor.score(batch).logp
         seen = {}
-        thread = threading.Thread(target=lambda: seen.update(logp=actor.score(batch).logp, enabled=actor.decoder.adapter_enabled))
+        thread = threading.Thread(
+            target=lambda: seen.update(logp=actor.score(batch).logp, enabled=actor.decoder.adapter_enabled)
+        )
         thread.start()
         thread.join()
         assert not actor.decoder.adapter_enabled
@@ -220,13 +249,21 @@ def calls(index):
     """The prompts, parameters and request ids of one thread's calls."""
     for round_ in range(4):
         prompts = [[3 + (7 * index + 5 * round_ + i) % 50 for i in range(2 + 3 * j)] for j in range(3)]
-        yield prompts, SamplingParams(max_new_tokens=25, n=2, seed=index), [100 * index + 10 * round_ + j for j in range(3)]
+        yield (
+            prompts,
+            SamplingParams(max_new_tokens=25, n=2, seed=index),
+            [100 * index + 10 * round_ + j for j in range(3)],
+        )
 
 
-@pytest.mark.parametrize("cache", [{}, {"num_blocks": 24, "max_sequences": 5, "max_tokens_per_step": 7}], ids=["roomy", "preempting"])
+@pytest.mark.parametrize(
+    "cache", [{}, {"num_blocks": 24, "max_sequences": 5, "max_tokens_per_step": 7}], ids=["roomy", "preempting"]
+)
 def test_threads_get_what_they_would_have_got_alone(cache):
     alone, actor = make(), make(**cache)
-    want = [[[c.token_ids for group in alone.generate(*call) for c in group] for call in calls(index)] for index in range(4)]
+    want = [
+        [[c.token_ids for group in alone.generate(*call) for c in group] for call in calls(index)] for index in range(4)
+    ]
 
     def work(index):
         return lambda: [[c.token_ids for group in actor.generate(*call) for c in group] for call in calls(index)]
@@ -305,7 +342,11 @@ def test_training_in_one_thread_while_another_generates():
     found, outs = together(trains, generates)
     assert found
     assert all(torch.allclose(x, logp, atol=1e-5) for x in found)
-    assert all([c.token_ids for c in group] == [c.token_ids for c in expected] for out in outs for group, expected in zip(out, want, strict=True))
+    assert all(
+        [c.token_ids for c in group] == [c.token_ids for c in expected]
+        for out in outs
+        for group, expected in zip(out, want, strict=True)
+    )
     assert actor.weights_version == 0
 
 
@@ -359,9 +400,11 @@ def test_turns_are_in_order_and_an_interrupt_leaves_no_trace(monkeypatch):
         pass
     threads = []
     for name in range(5):
+
         def work(name=name):
             with turns:
                 order.append(name)
+
         threads.append(threading.Thread(target=work))
         threads[-1].start()
         while len(turns._waiting) != name + 1:

@@ -1,8 +1,14 @@
-"""Every way to change or replace weights is followed or refused: no actor goes on with others than its trainer's. The judge is transformers, on the weights as
-they now are. A prompt with full blocks in the prefix cache is completed before and after, so that keys and values of older weights would show."""
+"""Every way to change or replace weights is followed or refused: no actor goes on with others than its trainer's.
+
+The judge is transformers, on the weights as they now are. A prompt with full blocks in the prefix cache is completed before
+and after, so that keys and values of older weights would show.
+"""
+
 import copy
+import gc
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,11 +22,24 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import hf_views
 from fusedrl.engine.optim import make_optimizer
 
-SIZES = {"model_type": "llama", "vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.3}
+SIZES = {
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [3, 4]]
 PARAMS = SamplingParams(max_new_tokens=8, seed=1)
 BUILT = ["from_module", "from_pretrained"]
@@ -80,7 +99,7 @@ def off(model: nn.Module, outs) -> float:
     worst = 0.0
     for prompt, (completion,) in zip(PROMPTS, outs, strict=True):
         ids = torch.tensor([prompt + completion.token_ids])
-        logp = model(ids).logits.double().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[len(prompt) - 1:, 0]
+        logp = model(ids).logits.double().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
         worst = max(worst, float((logp - torch.tensor(completion.logprobs).double()).abs().max()))
     return worst
 
@@ -130,7 +149,18 @@ def aliases(c: Case) -> None:
 def kernel(c: Case) -> None:
     p = c.weight
     one = torch.ones_like(p)
-    torch._fused_sgd_([p], [one], [], weight_decay=0.0, momentum=0.0, lr=0.3, dampening=0.0, nesterov=False, maximize=False, is_first_step=True)
+    torch._fused_sgd_(
+        [p],
+        [one],
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=0.3,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=True,
+    )
 
 
 def quiet(write: Callable[[torch.Tensor], object]) -> Callable[[Case], None]:
@@ -264,7 +294,9 @@ def train_through(model: nn.Module, c: Case) -> None:
     """A forward and backward pass through what wraps the model, and a step."""
     ids = torch.tensor(PROMPTS[0])
     if c.ours:
-        model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)).square().sum().backward()
+        model(
+            ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
+        ).square().sum().backward()
     else:
         model(input_ids=ids[None], labels=ids[None]).loss.backward()
     torch.optim.AdamW(c.params, lr=0.1).step()
@@ -326,7 +358,9 @@ def adapter_half_removed(c: Case) -> None:
         c.actor.add_adapter(LoRAConfig(rank=2, alpha=4.0))
         c.root.layers[0].lora = None
     else:
-        c.root.model.layers[0].self_attn.q_proj.register_parameter("bias", nn.Parameter(torch.ones(SIZES["hidden_size"])))
+        c.root.model.layers[0].self_attn.q_proj.register_parameter(
+            "bias", nn.Parameter(torch.ones(SIZES["hidden_size"]))
+        )
 
 
 def pruned(c: Case) -> None:
@@ -382,40 +416,98 @@ def hooked(c: Case) -> None:
         p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
     ids = torch.tensor(PROMPTS[0])
     if c.ours:
-        c.root(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)).square().sum().backward()
+        c.root(
+            ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
+        ).square().sum().backward()
     else:
         c.root(input_ids=ids[None], labels=ids[None]).loss.backward()
 
 
 F, R = "followed", "refused"
-CHANGES: dict[str, tuple[Callable[[Case], object], str, str]] = {  # what becomes of an actor from_module, and from_pretrained
-    **{f"{kind}, {name}": (step(kind, **options), F, F) for kind in ("SGD", "Adam", "AdamW", "Adagrad")
-       for name, options in (("plain", {"foreach": False}), ("foreach", {"foreach": True}), ("fused", {"fused": True}))},
+CHANGES: dict[
+    str, tuple[Callable[[Case], object], str, str]
+] = {  # what becomes of an actor from_module, and from_pretrained
+    **{
+        f"{kind}, {name}": (step(kind, **options), F, F)
+        for kind in ("SGD", "Adam", "AdamW", "Adagrad")
+        for name, options in (("plain", {"foreach": False}), ("foreach", {"foreach": True}), ("fused", {"fused": True}))
+    },
     **{kind: (step(kind), F, F) for kind in ("RMSprop", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")},
-    "Adadelta": (step("Adadelta", lr=100.0), F, F), "Muon": (muon, F, F), "LBFGS": (lbfgs, F, F), "our optimizer": (own_step, F, F),
-    "fused on aliases": (aliases, F, F), "a kernel": (kernel, F, F),
-    "no_grad mul_": (loud(lambda x: x.mul_(-1.5)), F, F), "no_grad copy_": (loud(lambda x: x.copy_(x.flip(0))), F, F),
-    "no_grad element": (loud(element), F, F), "no_grad foreach": (loud(lambda x: torch._foreach_mul_([x], -1.5)), F, F),
-    "data mul_": (quiet(lambda x: x.mul_(-1.5)), F, F), "data neg_": (quiet(lambda x: x.neg_()), F, F), "data copy_": (quiet(lambda x: x.copy_(x.flip(0))), F, F),
-    "data element": (quiet(element), F, F), "data row": (quiet(lambda x: x[9].mul_(-9.0)), F, F), "data rows exchanged": (quiet(lambda x: x.copy_(x.roll(1, 0))), F, F),
-    "data columns exchanged": (quiet(swap_words), F, F), "numpy": (quiet(lambda x: x.numpy().__imul__(-1.5)), F, F),
-    "dlpack": (quiet(lambda x: torch.from_dlpack(x).mul_(-1.5)), F, F), "data set": (lambda c: setattr(c.weight, "data", c.weight.detach() * -1.5), R, F),
-    "data transposed": (lambda c: setattr(c.weight, "data", c.weight.data.t()), R, R), "set_": (loud(lambda x: x.set_(x.detach() * -1.5)), R, F),
-    "EMA swap": (ema_swap, F, F), "EMA swap of pointers": (ema_pointers, R, F), "swap_tensors": (swap_tensors, R, F),
-    "parameter replaced": (replaced, R, F), "parameter registered": (registered, R, F), "layer replaced": (layer_replaced, R, F),
-    "layers exchanged": (layers_exchanged, R, F), "layer removed": (layer_removed, R, R), "head replaced": (head_replaced, R, F),
-    "trunk replaced": (trunk_replaced, R, R), "load_state_dict": (loaded(False), F, F), "load_state_dict assign": (loaded(True), R, F),
-    "to the same": (lambda c: c.root.to("cpu", torch.float32), F, F), "to memory_format": (lambda c: c.root.to(memory_format=torch.channels_last), F, F),
-    "bfloat16": (lambda c: c.root.bfloat16(), R, F), "double": (lambda c: c.root.double(), R, R), "half": (lambda c: c.root.half(), R, R),
+    "Adadelta": (step("Adadelta", lr=100.0), F, F),
+    "Muon": (muon, F, F),
+    "LBFGS": (lbfgs, F, F),
+    "our optimizer": (own_step, F, F),
+    "fused on aliases": (aliases, F, F),
+    "a kernel": (kernel, F, F),
+    "no_grad mul_": (loud(lambda x: x.mul_(-1.5)), F, F),
+    "no_grad copy_": (loud(lambda x: x.copy_(x.flip(0))), F, F),
+    "no_grad element": (loud(element), F, F),
+    "no_grad foreach": (loud(lambda x: torch._foreach_mul_([x], -1.5)), F, F),
+    "data mul_": (quiet(lambda x: x.mul_(-1.5)), F, F),
+    "data neg_": (quiet(lambda x: x.neg_()), F, F),
+    "data copy_": (quiet(lambda x: x.copy_(x.flip(0))), F, F),
+    "data element": (quiet(element), F, F),
+    "data row": (quiet(lambda x: x[9].mul_(-9.0)), F, F),
+    "data rows exchanged": (quiet(lambda x: x.copy_(x.roll(1, 0))), F, F),
+    "data columns exchanged": (quiet(swap_words), F, F),
+    "numpy": (quiet(lambda x: x.numpy().__imul__(-1.5)), F, F),
+    "dlpack": (quiet(lambda x: torch.from_dlpack(x).mul_(-1.5)), F, F),
+    "data set": (lambda c: setattr(c.weight, "data", c.weight.detach() * -1.5), R, F),
+    "data transposed": (lambda c: setattr(c.weight, "data", c.weight.data.t()), R, R),
+    "set_": (loud(lambda x: x.set_(x.detach() * -1.5)), R, F),
+    "EMA swap": (ema_swap, F, F),
+    "EMA swap of pointers": (ema_pointers, R, F),
+    "swap_tensors": (swap_tensors, R, F),
+    "parameter replaced": (replaced, R, F),
+    "parameter registered": (registered, R, F),
+    "layer replaced": (layer_replaced, R, F),
+    "layers exchanged": (layers_exchanged, R, F),
+    "layer removed": (layer_removed, R, R),
+    "head replaced": (head_replaced, R, F),
+    "trunk replaced": (trunk_replaced, R, R),
+    "load_state_dict": (loaded(False), F, F),
+    "load_state_dict assign": (loaded(True), R, F),
+    "to the same": (lambda c: c.root.to("cpu", torch.float32), F, F),
+    "to memory_format": (lambda c: c.root.to(memory_format=torch.channels_last), F, F),
+    "bfloat16": (lambda c: c.root.bfloat16(), R, F),
+    "double": (lambda c: c.root.double(), R, R),
+    "half": (lambda c: c.root.half(), R, R),
     "bfloat16 of a layer": (lambda c: (c.root if c.ours else c.root.model).layers[1].bfloat16(), R, R),
-    "bfloat16, new parameters": (swapped_future, R, F), "to meta": (lambda c: c.root.to("meta"), R, R), "share_memory": (lambda c: c.root.share_memory(), None, F),
-    "untied": (untied, R, R), "tied": (tied, R, None), "resized": (resized, R, R), "accelerate": (accelerated, F, F), "torch.compile": (compiled, F, F),
-    "checkpointing": (checkpointed, F, F), "DDP": (distributed, F, F), "FSDP2": (sharded, R, R), "PEFT wrapped": (peft_wrapped, R, R),
-    "PEFT merged": (peft_merged, None, F), "half an adapter": (adapter_half_removed, R, R), "pruned": (pruned, R, R), "norm pruned": (pruned_norm, R, R),
-    "pruned for good": (pruned_for_good, None, F), "parametrize": (parametrised, R, R), "weight_norm": (weight_normed, R, R),
-    "weight_norm, new": (weight_normed_anew, R, R), "second actor": (second_actor, R, F), "gradient hooks": (hooked, F, F)}
+    "bfloat16, new parameters": (swapped_future, R, F),
+    "to meta": (lambda c: c.root.to("meta"), R, R),
+    "share_memory": (lambda c: c.root.share_memory(), None, F),
+    "untied": (untied, R, R),
+    "tied": (tied, R, None),
+    "resized": (resized, R, R),
+    "accelerate": (accelerated, F, F),
+    "torch.compile": (compiled, F, F),
+    "checkpointing": (checkpointed, F, F),
+    "DDP": (distributed, F, F),
+    "FSDP2": (sharded, R, R),
+    "PEFT wrapped": (peft_wrapped, R, R),
+    "PEFT merged": (peft_merged, None, F),
+    "half an adapter": (adapter_half_removed, R, R),
+    "pruned": (pruned, R, R),
+    "norm pruned": (pruned_norm, R, R),
+    "pruned for good": (pruned_for_good, None, F),
+    "parametrize": (parametrised, R, R),
+    "weight_norm": (weight_normed, R, R),
+    "weight_norm, new": (weight_normed_anew, R, R),
+    "second actor": (second_actor, R, F),
+    "gradient hooks": (hooked, F, F),
+}
 TIED = {"untied"}
 WIDE = {"bfloat16": 2e-2, "bfloat16, new parameters": 2e-2}  # hidden states are rounded before the head
+REMEDIES = (
+    "build a new actor",
+    "into a new actor",
+    "load the weights",
+    "load that",
+    "by actor.decoder.to",
+    "assign a",
+    "shard another copy",
+    "actor.add_adapter",
+)
 UNCHANGED = {"to the same", "to memory_format", "share_memory", "tied"}
 
 
@@ -438,21 +530,29 @@ def test_followed_or_refused(name, built, request):
     before = c.fresh()
     first = c.actor.generate(PROMPTS, PARAMS)
     assert off(before, first) < 1e-4
+    error = outs = None
     try:
         change(c)
         outs = c.actor.generate(PROMPTS, PARAMS)
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except (RuntimeError, AttributeError, TypeError) as caught:
+        error = caught
+    if error is not None:
         assert wanted != F, f"it should have been followed, and was refused: {error}"
         if isinstance(error, RuntimeError):
             assert "HybridActor" in str(error)
-            assert any(remedy in str(error) for remedy in ("build a new actor", "into a new actor", "load the weights", "load that", "by actor.decoder.to", "assign a",
-                                                           "shard another copy", "actor.add_adapter"))
+            assert any(remedy in str(error) for remedy in REMEDIES)
             batch = PackedBatch.from_completions(PROMPTS, first)
-            for read in (lambda: c.actor.score(batch), lambda: c.actor.forward(batch), lambda: next(c.actor.stream(PROMPTS, PARAMS))):
+            for read in (
+                lambda: c.actor.score(batch),
+                lambda: c.actor.forward(batch),
+                lambda: next(c.actor.stream(PROMPTS, PARAMS)),
+            ):
                 with pytest.raises(RuntimeError, match="HybridActor"):
                     read()
         else:  # a new decoder for an actor that has one; a dtype that the sampler does not have
-            assert re.search("'decoder'.* has no setter|expected weights.embedding of dtype float32, bfloat16", str(error))
+            assert re.search(
+                "'decoder'.* has no setter|expected weights.embedding of dtype float32, bfloat16", str(error)
+            )
         return
     assert wanted != R, "it should have been refused"
     now = c.fresh()
@@ -470,5 +570,94 @@ def test_followed_or_refused(name, built, request):
 def test_refused_copies(built):
     c = case(built)
     for attempt in (copy.deepcopy, copy.copy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied or pickled.*save_pretrained"):
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled.*save_pretrained"):
             attempt(c.actor)
+
+
+ODD = {
+    "model_type": "llama", "vocab_size": 11, "hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 3,
+    "head_dim": 2, "num_key_value_heads": 3, "max_position_embeddings": 16, "initializer_range": 0.3, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_fingerprint_misses_no_element_and_no_order(dtype):
+    """Rows that are no whole number of words, and elements, rows and columns of all of them."""
+    decoder = Decoder.random(model_config(ODD), 0, dtype=dtype)
+    watch = Watch(decoder)
+    version = watch.look("all")
+    assert watch.look("all") == watch.look("first rows") == watch.look("counts") == version
+    for name, p in decoder.named_parameters():
+        flat = p.data.view(-1)
+        for place in range(len(flat)):
+            flat[place] = torch.nextafter(flat[place], flat[place] + 1)
+            version += 1
+            assert watch.look("all") == version, (name, place)
+        for dim in range(p.ndim if p.ndim > 1 else 0):
+            p.data.copy_(p.data.roll(1, dim))
+            version += 1
+            assert watch.look("all") == version, (name, dim)
+        p.data[-1] = torch.nan
+        version += 1
+        assert watch.look("all") == watch.look("all") == version, "NaN is itself"
+    assert watch.look("first rows") == version
+    for p in decoder.parameters():
+        p.data[0] *= 3
+        version += 1
+        assert watch.look("counts") == version - 1
+        assert watch.look("first rows") == version
+
+
+def test_a_watch_keeps_no_memory_that_the_weights_have_left():
+    """A model that is moved away, such as a reference that waits on the host, is not held by who watches it."""
+    decoder = Decoder.random(model_config(ODD), 0)
+    watch = Watch(decoder)
+    watch.look("all")
+    freed = []
+    weakref.finalize(decoder.embedding.data.untyped_storage(), freed.append, 1)
+    storages = [weakref.ref(p.untyped_storage()) for p in decoder.parameters()]
+    decoder.to(torch.float64)
+    gc.collect()
+    assert freed
+    assert all(reference() is None for reference in storages)
+    assert watch.look("all") == 1
+
+
+@pytest.mark.parametrize("built", BUILT)
+def test_what_is_undone_is_no_longer_refused(built):
+    c = case(built)
+    outs = c.actor.generate(PROMPTS, PARAMS)
+    parametrised(c)
+    with pytest.raises(RuntimeError, match="HybridActor"):
+        c.actor.generate(PROMPTS, PARAMS)
+    weight = c.weight.detach().clone() * 2
+    if c.ours:
+        parametrize.remove_parametrizations(*c.slot, leave_parametrized=False)
+        assert off(c.fresh(), c.actor.generate(PROMPTS, PARAMS)) < 1e-4
+        assert torch.equal(c.weight, weight)
+        assert [c.token_ids for c, in c.actor.generate(PROMPTS, PARAMS)] == [c.token_ids for c, in outs]
+
+
+def test_an_adapters_scale_is_in_one_place():
+    actor = case("from_pretrained").actor
+    actor.add_adapter(LoRAConfig(rank=2, alpha=4.0))
+    with pytest.raises(AttributeError, match="scale"):
+        actor.decoder.layers[0].lora.scale = 3.0
+
+
+def test_saving_a_model_that_no_longer_shares_is_refused(tmp_path):
+    c = case("from_module")
+    replaced(c)
+    with pytest.raises(RuntimeError, match="build a new actor"):
+        c.actor.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_optimizer_of_other_parameters_is_no_update():
+    c = case("from_pretrained")
+    c.actor.generate(PROMPTS, PARAMS)
+    other = nn.Linear(3, 3)
+    other.weight.grad = torch.ones(3, 3)
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    c.actor.generate(PROMPTS, PARAMS)
+    assert c.actor.weights_version == 0
