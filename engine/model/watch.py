@@ -57,6 +57,7 @@ class Watch:
         self._kinds = _kinds(decoder)
         self._shapes = {name: p.shape for name, p in decoder.named_parameters() if ".lora." not in name}
         self._module_kinds = {} if module is None else _kinds(module)
+        self._counts: list[int] = []
         self._rows: Tensor | None = None
         self._sums: Tensor | None = None
         self._take()
@@ -175,7 +176,7 @@ class Watch:
         self._places = set(self._addresses)
         self._lora = self._decoder.lora
         self._counted = [p for p in self._parameters if not p.is_inference()]
-        self._counts: list[int] = [self._steps, *map(_count, self._counted)]
+        self._counts = [self._steps, *map(_count, self._counted)]
         self._own = list(self._decoder.parameters())
         self._ragged = [p for p in self._own if p.ndim > 1 and _together(p) > 1]
         self._rows = self._sums = None
