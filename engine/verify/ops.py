@@ -102,10 +102,10 @@ def time_op(entry: Entry, impl: str, device: torch.device, bandwidth: float, rat
     if changes is None or interpreted(impl, device):
         return {}
     case = entry.plain(**changes)
-    problem = entry.problem(case, device=device)
     try:
+        problem = entry.problem(case, device=device)
         results = _call(entry, _prepared(entry, problem), problem, impl)  # compiles, warms up
-    except CannotServe as error:
+    except (CannotServe, torch.OutOfMemoryError) as error:
         return {"timed": describe(changes), "not_timed": str(error)}
     moved, flops = entry.work(problem.to("cpu"), results) if entry.work else (_traffic(problem, results), 0)
     del results

@@ -95,3 +95,24 @@ def test_cases_fit_in_memory():
             size = SimpleNamespace(**case)
             if "logits" in case and size.layout != "expanded":
                 assert size.N * size.V * 4 * 3 < 3 << 30, describe(case)
+
+
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [t for part in parts for t in tensors_of(part)]
+
+
+@pytest.mark.parametrize("op", CATALOGUE)
+def test_a_problem_lies_wholly_on_its_device(op):
+    """With its strides, and its offset; and what is drawn does not depend on where it is to lie."""
+    entry = CATALOGUE[op]
+    changes = {"layout": entry.levels["layout"][-1]} if "layout" in entry.levels else {}
+    here, there = (entry.problem(entry.plain(**changes), device=device) for device in ("cpu", "meta"))
+    assert here.to("cpu") is here
+    for name in ("x", "settings", "upstream", "hidden"):
+        ours, theirs = tensors_of(getattr(here, name)), tensors_of(getattr(there, name))
+        assert {t.device.type for t in theirs} <= {"meta"}
+        assert [(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in ours] == [(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in theirs]
+        assert [t.untyped_storage().nbytes() for t in ours] == [t.untyped_storage().nbytes() for t in theirs]

@@ -15,6 +15,7 @@ To add an op, write one function that makes its inputs and one `Entry`; `test_co
         bounds=lambda problem, want: {"y": Bound(rtol=1e-6), "d x": Bound(rtol=1e-6, rounded=True)},
         wants=("x",),                                                                          # differentiated; leave out if nothing is
         triton={"N": (5, 0, 1)},                                                               # smaller levels for the interpreter
+        timed={"cpu": {"N": 1 << 18}, "cuda": {"N": 1 << 22}},                                 # changes to the plain case that make it worth timing
     )
 
 Where an op is held to the error of torch in the same dtype and not to a number, `no_worse` makes the bounds. Bounds that are wider than the numerical

@@ -113,7 +113,7 @@ VARLEN_ATTENTION = Entry(
     _attention_problem, forward=lambda x, s, impl: {"o": attention.varlen_attention(**x, **s, impl=impl)}, reference=_attention_reference,
     bounds=lambda problem, want: no_worse(problem, want, peer_of(VARLEN_ATTENTION, problem), 4.0, 2.0, 2.0), wants=("q", "k", "v"),
     triton={"lengths": ((5, 0, 9, 1), (), (0,), (1,)), "heads": ((2, 1, 8), (3, 3, 18))}, cost=lambda case: sum(n * n for n in case.lengths),
-    timed={"cpu": {"lengths": (300,) * 8, "heads": (8, 2, 64)}, "cuda": {"lengths": (2048,) * 8, "heads": (32, 8, 128), "dtype": BF16}}, work=_attention_work)
+    timed={"cpu": {"lengths": (300,) * 8, "heads": (8, 2, 64)}, "cuda": {"lengths": (1024,) * 8, "heads": (32, 8, 128), "dtype": BF16}}, work=_attention_work)
 
 
 def _linear_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
