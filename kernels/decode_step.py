@@ -20,7 +20,8 @@ Triton    composed of the ops of this package: rms_norm, rope_and_cache, paged_a
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the weights' dtype; the RMSNorm rounds before it
           multiplies by its weight (with an offset, after), as transformers' does. With a float32 cache beside bfloat16 weights nothing is rounded but the
           result (cpp: without one, too, but for the cache).
-          Triton keeps everything between bfloat16 weights in float32, but for q, k, v and what attention
+          Triton keeps everything between bfloat16 weights in float32, but for q, k, v and what
+          attention
           gives, which are of the cache's dtype: float16, which has 11 bits where bfloat16 has 8 (`cache_dtype`). A slot that was not written, or a block of no row, is never read into a result.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form; Kwon et al. (2023), PagedAttention.
 """

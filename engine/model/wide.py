@@ -3,11 +3,12 @@
     y = x W^T + b      dx = dy W      dW = dy^T x      db = sum of dy over tokens
 
 Shapes    N tokens, K inputs and O outputs of a product, V rows of a table, H of its columns.
-On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are: of a weight no more than a tile of rows is wide at a time, in
-          the forward pass and in the backward.
-On a GPU  (`on_tensor_cores`) products are those of split_linear.py, q, k and v are rounded to float16 where the sampler's cache rounds
-          them, and what attention gives is float16 as well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients are of what is held: dy is
-          rounded to bfloat16, as where all is bfloat16; attention is computed again in bfloat16, whose exponents hold any gradient, and differentiated.
+On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are: of a weight no more than a tile of rows is wide at
+          a time, in the forward pass and in the backward.
+On a GPU  (`on_tensor_cores`) products are those of split_linear.py; q, k and v are rounded to float16 where the sampler's cache rounds them, and what
+          attention gives is float16 as well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients are of what is
+          held: dy is rounded to bfloat16, as where all is bfloat16; attention is computed again in bfloat16, whose exponents hold any gradient, and
+          differentiated.
 Numerics  the gradient of a parameter is rounded once, when its sum over the tokens is complete. Where activations and parameters are of one dtype, torch's own
           operations.
 """
