@@ -22,7 +22,8 @@ Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64),
           result (cpp: without one, too, but for the cache).
           Triton keeps everything between bfloat16 weights in float32, but for q, k, v and what
           attention
-          gives, which are of the cache's dtype: float16, which has 11 bits where bfloat16 has 8 (`cache_dtype`). A slot that was not written, or a block of no row, is never read into a result.
+          gives, which are of the cache's dtype: float16, which has 11 bits where bfloat16 has 8 (`cache_dtype`). A slot that was not written, or a
+          block of no row, is never read into a result.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form; Kwon et al. (2023), PagedAttention.
 """
 from __future__ import annotations
