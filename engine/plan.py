@@ -1,7 +1,7 @@
 """What a run will take of memory, before it is started: the tables of `fusedrl plan`.
 
 Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes of a
-          parameter, a of an activation and of the KV cache: 4 beside bfloat16 parameters on a CPU (`decode_step.activation_dtype`), else e.
+          parameter, a of an activation (`decode_step.activation_dtype`): 4 beside bfloat16 parameters, else e; the KV cache is of `decode_step.cache_dtype`.
 Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
           N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times a, and some floats a token. Checkpointed: what goes in, 2 N H.
           While a policy trains, its KV pool's memory takes of it what fits (HybridActor.lend_cache).
@@ -35,7 +35,7 @@ from fusedrl.engine.model.lora import LayerAdapter, add_adapter
 from fusedrl.engine.model.weights import resolve_device, resolve_dtype
 from fusedrl.engine.model.wide import TILE
 from fusedrl.engine.optim import BLOCK, quantized
-from fusedrl.kernels.decode_step import activation_dtype
+from fusedrl.kernels.decode_step import activation_dtype, cache_dtype
 from fusedrl.kernels.linear_head import workspace
 
 SamplingConfig = PolicyConfig | RejectionConfig  # of the stages that generate
@@ -155,8 +155,8 @@ class Planner:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, config.device)
         self._decoder = Decoder(model, dtype=self.dtype, device="meta")
-        self._wide = activation_dtype(self.dtype, self.device)  # of activations and the KV cache
-        self._e, self._a = self.dtype.itemsize, self._wide.itemsize
+        self._cached = cache_dtype(self.dtype, self.device)
+        self._e, self._a = self.dtype.itemsize, activation_dtype(self.dtype, self.device).itemsize
         base, self._lora = sum(p.nbytes for p in self._decoder.parameters()), config.lora
         if self._lora is not None:
             add_adapter(self._decoder, self._lora)
@@ -211,9 +211,9 @@ class Planner:
         return sum(p.nbytes for name, p in trunk.named_parameters() if name != "head") + 4 * trunk.config.hidden_size
 
     def _kv_pool(self, memory: int) -> int:
-        c, size = self._cache, block_bytes(self._decoder.weights(), self._cache.block_size, self._wide)
+        c, size = self._cache, block_bytes(self._decoder.weights(), self._cache.block_size, self._cached)
         if self.device.type != "cuda" or c.num_blocks is not None or c.memory_bytes is not None:
-            return (resolve_num_blocks(c, self._decoder.weights(), self.model.max_positions, self._wide) + 1) * size
+            return (resolve_num_blocks(c, self._decoder.weights(), self.model.max_positions, self._cached) + 1) * size
         free = memory - self.weights - self.reference  # when the first rollout asks, there is nothing else
         if c.memory_fraction is not None:
             return max(2, int(free * c.memory_fraction) // size) * size
@@ -227,7 +227,7 @@ class Planner:
     @property
     def num_blocks(self) -> int:
         """Blocks of the KV pool that sequences can hold."""
-        return self.kv_pool // block_bytes(self._decoder.weights(), self._cache.block_size, self._wide) - 1
+        return self.kv_pool // block_bytes(self._decoder.weights(), self._cache.block_size, self._cached) - 1
 
     # ---- the training forward -------------------------------------------------------------------------------------------------
     def layer_bytes(self, tokens: int) -> int:
@@ -241,6 +241,12 @@ class Planner:
         width = (1 if c.parallel else 2) * c.hidden_size + norms * c.hidden_size + feed_forward * c.intermediate_size
         floats += norms if c.layer_norm else 0  # means
         inner = sum(self._lora.rank * len(rows) for rows in cast(LayerAdapter, layer.lora).rows) if self._lora is not None else 0  # A x
+        if self._cached.itemsize < self._a:  # products, attention and the MLP hold what goes into them in two bytes (model/wide.py)
+            behind = {"pre": 0, "post": 2, "sandwich": 2}[c.norms]
+            wide = (1 if c.parallel else 2) * c.hidden_size + behind * c.hidden_size + inner + (qkv if c.qk_norm else 0)
+            narrow = 2 * c.hidden_size + qkv + out + (3 if c.gated else 2) * c.intermediate_size
+            copies = sum(p.numel() for name, p in layer.named_parameters() if "norm" in name)
+            return N * (wide * self._a + narrow * self._e + 4 * (floats - c.num_heads)) + copies * self._a
         copies = sum(p.numel() for name, p in layer.named_parameters() if "norm" in name) if self._a > self._e else 0  # as wide as what they multiply
         return N * ((width + qkv + rotated + out + inner) * self._a + 4 * floats) + copies * self._a
 

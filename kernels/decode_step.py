@@ -19,8 +19,11 @@ Triton    composed of the ops of this package: rms_norm, rope_and_cache, paged_a
           prompt walks the cached positions before it on its own; no row is gathered. Not run on a card in this project.
 Numerics  norms, rotations, softmax and SwiGLU in float32 (float64 for float64), rounded once to the weights' dtype; the RMSNorm rounds before it
           multiplies by its weight (with an offset, after), as transformers' does. With a float32 cache beside bfloat16 weights nothing is rounded but the
-          result (cpp: without one, too, but for the cache). Triton keeps everything between bfloat16 weights in float32, but for q, k, v and what attention
-          gives, which are of the cache's dtype: float16, which has 11 bits where bfloat16 has 8 (`cache_dtype`). A slot that was not written, or a block of no row, is never read into a result.
+          result (cpp: without one, too, but for the cache).
+          Triton keeps everything between bfloat16 weights in float32, but for q, k, v and what
+          attention
+          gives, which are of the cache's dtype: float16, which has 11 bits where bfloat16 has 8 (`cache_dtype`). A slot that was not written, or a
+          block of no row, is never read into a result.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form; Kwon et al. (2023), PagedAttention.
 """
 from __future__ import annotations
@@ -42,7 +45,7 @@ from fusedrl.kernels.paged_attention import paged_attention, paged_attention_ref
 from fusedrl.kernels.rms_norm import rms_norm, rms_norm_reference
 from fusedrl.kernels.rope import RopeTable, rope, rope_reference
 from fusedrl.kernels.split_linear import split_linear
-from fusedrl.kernels.swiglu import activate
+from fusedrl.kernels.swiglu import activate, activate_rows
 
 _IMPLS = Implementations("decode_step", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _INTERPRETED: str | None = "triton"  # what the ops of the Triton composition are on a CPU: under the interpreter all of it
@@ -162,8 +165,8 @@ def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def on_tensor_cores(device: torch.device) -> bool:
-    """Whether products take numbers of two bytes there: on a GPU, and where Triton's interpreter stands for one. Float32 is then split in two (split_linear.py),
-    and attention is of `cache_dtype`."""
+    """Whether products take numbers of two bytes there: on a GPU, and where Triton's interpreter stands for one. Float32 is then split in two
+    (split_linear.py), and attention is of `cache_dtype`."""
     return _IMPLS.choose(device) == "triton"
 
 
@@ -308,7 +311,8 @@ def _decode_step_triton(weights: DecoderWeights, token_ids_N: Tensor, positions_
             h_NH, _ = add_norm(stream_NH, None, layer.post_norm, layer.post_norm_bias)
         else:
             h_NH, stream_NH = add_norm(delta_NH, stream_NH, layer.post_norm, layer.post_norm_bias)
-        h_NF = activate(project(index, 2, h_NH, layer.gate_up, layer.gate_up_bias), options.activation, gated=_gated(layer), impl=impl)
+        up = project(index, 2, h_NH, layer.gate_up, layer.gate_up_bias)
+        h_NF = (activate_rows if fixed else partial(activate, impl=impl))(up, options.activation, gated=_gated(layer))
         delta_NH = project(index, 3, h_NF, layer.down, layer.down_bias)
         delta_NH = delta_NH + attended_NH if options.parallel else delta_NH
         delta_NH = delta_NH if layer.mlp_out_norm is None else norm(delta_NH, layer.mlp_out_norm)

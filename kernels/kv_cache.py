@@ -7,7 +7,8 @@
 Shapes    N tokens; Hq query and Hkv key/value heads of D values, in this order in a row of the projection; the angles' cos and sin [N, D/2].
           k_cache [blocks, Hkv, D, S] holds K transposed inside a block, v_cache [blocks, Hkv, S, D]: one layer of decode_step.py's caches.
 Bytes     N (2 Hq + 4 Hkv) D s (read, write) and 4 N D of angles. Norms, rotation and copy one after the other: N (4 Hq + 8 Hkv) D s.
-Numerics  norm and rotation in float32 (float64 for float64), rounded once to the caches' dtype, when stored: the norm does not round before its weight as rms_norm
+Numerics  norm and rotation in float32 (float64 for float64), rounded once to the caches' dtype, when stored:
+          the norm does not round before its weight as rms_norm
           alone does. v is copied. A row's results depend on nothing but that row.
 Source    rms_norm.py and rope.py, in the order of Qwen3 (norm, then rotation); Kwon et al. (2023), PagedAttention.
 """
@@ -207,5 +208,6 @@ if triton is not None:
             "constexprs": {"Q_HEADS": heads, "KV_HEADS": kv_heads, "HALF": half, **_tile(heads, half)}
             | ({} if norm else {"q_norm_ptr": None, "k_norm_ptr": None}),
         }
-        for dtype, cached in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp16")) for heads, kv_heads, half, norm in ((12, 2, 64, False), (16, 8, 64, True), (8, 8, 40, True))
+        for dtype, cached in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp16"))
+        for heads, kv_heads, half, norm in ((12, 2, 64, False), (16, 8, 64, True), (8, 8, 40, True))
     }

@@ -72,6 +72,25 @@ if triton is not None:
         tl.store(grad_ptr + n * 2 * F + f, dy * up * s * (1.0 + gate * rest), mask=inside)
         tl.store(grad_ptr + n * 2 * F + F + f, dy * gate * s, mask=inside)
 
+    @triton.jit
+    def _rows_kernel(x_ptr, y_ptr, F: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):
+        n = tl.program_id(0).to(tl.int64)
+        f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = f < F
+        row_ptr = x_ptr + n * (2 * F if GATED else F)
+        x = tl.load(row_ptr + f, mask=inside, other=0.0).to(tl.float32)
+        if TANH:
+            s, _ = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh u) / 2 = sigmoid(2 u), which does not cancel
+            y = x * s
+        elif GELU:
+            y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        else:
+            s, _ = _sigmoid(x)
+            y = x * s
+        if GATED:
+            y *= tl.load(row_ptr + F + f, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + n * F + f, y, mask=inside)
+
     # What tests/offline_compile.py compiles.
     OFFLINE_KERNELS = {
         f"{name}_{dtype}": {
@@ -81,6 +100,13 @@ if triton is not None:
         }
         for dtype in ("fp32", "bf16", "fp16")
         for name, kernel, pointers in (("forward", _forward_kernel, "gate_up_ptr y_ptr"), ("backward", _backward_kernel, "y_grad_ptr gate_up_ptr grad_ptr"))
+    } | {
+        f"rows_{activation}_{'gated_' if gated else ''}{dtype}": {
+            "kernel": _rows_kernel,
+            "signature": dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}"),
+            "constexprs": {"F": 8960, "GATED": gated, "GELU": activation == "gelu", "TANH": activation == "gelu_tanh", "BLOCK": _BLOCK},
+        }
+        for dtype, gated in (("fp32", False), ("fp32", True), ("bf16", True)) for activation in ("silu", "gelu", "gelu_tanh")
     }
 
 
@@ -101,6 +127,21 @@ def _swiglu_triton_backward(y_grad: Tensor, gate_up: Tensor) -> Tensor:
     if grad.numel():
         _backward_kernel[(N, triton.cdiv(F, _BLOCK))](y_grad.contiguous(), gate_up, grad, gate_up.stride(0), F=F, BLOCK=_BLOCK)
     return grad
+
+
+@torch.library.custom_op("fusedrl::activate_rows", mutates_args=())
+def _activate_rows(x: Tensor, activation: str, gated: bool) -> Tensor:
+    N, F = x.shape[0], x.shape[1] // (2 if gated else 1)
+    y_NF = x.new_empty(N, F)
+    if y_NF.numel():
+        _rows_kernel[(N, triton.cdiv(F, _BLOCK))](x.contiguous(), y_NF, F=F, GATED=gated, GELU=activation == "gelu", TANH=activation == "gelu_tanh",
+                                                  BLOCK=_BLOCK)
+    return y_NF
+
+
+@_activate_rows.register_fake
+def _(x: Tensor, activation: str, gated: bool) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // (2 if gated else 1))
 
 
 def _forward_fake(gate_up: Tensor) -> Tensor:
@@ -147,6 +188,11 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     if chosen == "torch":
         return swiglu_reference(gate_up)
     return torch.ops.fusedrl.swiglu(gate_up) if chosen == "cpp" else _swiglu_triton(gate_up)
+
+
+def activate_rows(x: Tensor, activation: str, *, gated: bool) -> Tensor:
+    """`activate` in Triton, each row's bits a function of that row alone: torch's own kernels compute the end of a tensor by other code. No gradient."""
+    return _activate_rows(x, activation, gated)
 
 
 def activate(x: Tensor, activation: str, *, gated: bool, impl: str | None = None) -> Tensor:

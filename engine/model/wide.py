@@ -3,11 +3,12 @@
     y = x W^T + b      dx = dy W      dW = dy^T x      db = sum of dy over tokens
 
 Shapes    N tokens, K inputs and O outputs of a product, V rows of a table, H of its columns.
-On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are: of a weight no more than a tile of rows is wide at a time, in
-          the forward pass and in the backward.
-On a GPU  (`on_tensor_cores`) products are those of split_linear.py, q, k and v are rounded to float16 where the sampler's cache rounds them, and what attention
-          gives is float16 as well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients are of what is held: dy is
-          rounded to bfloat16, as where all is bfloat16; attention is computed again in bfloat16, whose exponents hold any gradient, and differentiated.
+On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are: of a weight no more than a tile of rows is wide at
+          a time, in the forward pass and in the backward.
+On a GPU  (`on_tensor_cores`) products are those of split_linear.py; q, k and v are rounded to float16 where the sampler's cache rounds them, and what
+          attention gives is float16 as well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients are of what is
+          held: dy is rounded to bfloat16, as where all is bfloat16; attention is computed again in bfloat16, whose exponents hold any gradient, and
+          differentiated.
 Numerics  the gradient of a parameter is rounded once, when its sum over the tokens is complete. Where activations and parameters are of one dtype, torch's own
           operations.
 """
@@ -119,19 +120,19 @@ class _Embed(torch.autograd.Function):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_B1: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> Tensor:
-        halves = [x.to(dtype) for x in (q, k, v)]
-        ctx.save_for_backward(*halves, cu_seqlens_B1)
+        wide, q, k, v = q.dtype, q.to(dtype), k.to(dtype), v.to(dtype)
+        ctx.save_for_backward(q, k, v, cu_seqlens_B1)
         ctx.options = options
-        return varlen_attention(*halves, cu_seqlens_B1, **options).to(q.dtype)
+        return varlen_attention(q, k, v, cu_seqlens_B1, **options).to(wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *halves, cu_seqlens_B1 = ctx.saved_tensors
         with torch.enable_grad():
-            inputs = [x.to(torch.bfloat16).requires_grad_() for x in halves]
-            o = varlen_attention(*inputs, cu_seqlens_B1, **ctx.options)
-            grads = torch.autograd.grad(o, inputs, grad.to(o.dtype))
+            q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in halves)
+            o = varlen_attention(q, k, v, cu_seqlens_B1, **ctx.options)
+            grads = torch.autograd.grad(o, (q, k, v), grad.to(o.dtype))
         return *(x.to(grad.dtype) for x in grads), None, None, None
 
 

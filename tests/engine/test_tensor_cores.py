@@ -1,5 +1,6 @@
 """bfloat16 as a GPU computes it, on a CPU: sampler against trainer, gradients against float64, what is held; and strict through the Triton composition."""
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fusedrl.kernels import split_linear as split_module
 from fusedrl.kernels.decode_step import allocate_cache, cache_dtype
 from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.split_linear import halves, split_linear
+from fusedrl.kernels.swiglu import activate, activate_rows
 
 pytestmark = pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
 BF16 = torch.bfloat16
@@ -126,7 +128,7 @@ def test_the_interpreted_composition_against_float64(kind, interpreted):
     tokens = [(0, t, 3 + t) for t in range(6)]
     want = exact(torch.tensor([token[2] for token in tokens]), torch.arange(6), torch.tensor([0, 6], dtype=torch.int32), 6)
     for fixed in (False, True):
-        got = one_call(ours, tokens, torch.float16, lambda *a: step_module.decode_step(*a, fixed=fixed, impl="triton"))
+        got = one_call(ours, tokens, torch.float16, partial(step_module.decode_step, fixed=fixed, impl="triton"))
         assert got.dtype == BF16
         torch.testing.assert_close(got.double(), want, rtol=1.01 * ULP, atol=4e-3)  # the interpreter truncates to bfloat16; q, k, v have 11 bits
 
@@ -194,7 +196,7 @@ def saved_bytes(decoder, batch):
 
 def test_what_training_holds(tensor_cores):
     """Two bytes a number but for the residual stream: per token and layer 2 sums of H in float32; q, k, v; inputs of four products; what is activated."""
-    batch = PackedBatch.from_sequences([(list(range(2, 2 + n)), []) for n in (40, 60)])
+    batch = PackedBatch.from_sequences([(list(range(2, 2 + n)), []) for n in (42, 58)])
     few, many = (saved_bytes(decoder_of("llama", num_hidden_layers=L), batch) for L in (2, 6))
     H, F_, qkv, out = 40, 56, 10 * 8, 6 * 8
     a_layer = (many - few) / 4 / 100
@@ -273,6 +275,16 @@ def test_a_row_alone_and_among_33(dtype, interpreted):
         assert torch.equal(alone, whole[3 * b : 3 * b + 3])
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations_a_row_at_a_time(activation, gated):
+    x = rand(5, 46).mul(4)
+    found, want = activate_rows(x, activation, gated=gated), activate(x.double(), activation, gated=gated, impl="torch")
+    torch.testing.assert_close(found.double(), want, rtol=2e-6, atol=1e-6)
+    assert all(torch.equal(activate_rows(x[n : n + 1], activation, gated=gated)[0], found[n]) for n in range(5))
+    assert activate_rows(x[:0], activation, gated=gated).shape == (0, 23 if gated else 46)
+
+
 def test_the_products_of_a_blas_would_not_do():
     x, weight = rand(33, 300), rand(70, 300, seed=1, dtype=BF16)
     whole = split_linear(x, weight)
@@ -281,7 +293,7 @@ def test_the_products_of_a_blas_would_not_do():
 
 def test_strict_is_what_fits():
     decoder = decoder_of("llama", torch.float16)
-    with pytest.raises(ValueError, match="strict=True needs kernels whose sums have one order.*they take float32 and bfloat16, not float16"):
+    with pytest.raises(ValueError, match=r"strict=True needs kernels whose sums have one order.*they take float32 and bfloat16, not float16"):
         HybridActor(decoder, strict=True)
     weights = decoder_of("llama").weights()
     k, v = allocate_cache(weights, 1, 4, dtype=torch.float32)

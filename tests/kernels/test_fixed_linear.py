@@ -93,7 +93,7 @@ def test_refuses():
         fixed_linear(x, w.double())
     with pytest.raises(TypeError, match="expected x of dtype float32, bfloat16"):
         fixed_linear(x.double(), w.double(), impl="cpp")
-    with pytest.raises(RuntimeError, match="takes x and weights of one dtype, got torch.float32 and bfloat16; these can: torch"):
+    with pytest.raises(RuntimeError, match=r"takes x and weights of one dtype, got torch\.float32 and bfloat16; these can: torch"):
         fixed_linear(x, w.bfloat16(), impl="cpp")
 
 
