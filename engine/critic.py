@@ -113,7 +113,7 @@ def load_critic(path: str | Path, *, dtype: str | torch.dtype = "auto", device: 
 
 
 def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
-    """What is trained by itself, and its optimizer: a critic of its own, in the policy's dtype, or while it warms up the head on the policy's trunk; None: nothing.
+    """What is trained by itself, and its optimizer: a critic of its own, in the policy's dtype, or the head on the policy's trunk while it warms up; or None.
 
     Raises:
         ConfigError: its vocabulary is not the policy's, or it has too few positions. Others as `load_critic`.

@@ -129,8 +129,8 @@ class PolicyConfig:
         ptx: learn texts in the same optimizer steps, so that the policy does not forget them; ptx.data turns it on.
         reference: frozen is a second copy of the weights; adapter_off is the policy with its adapter switched off, which takes no memory; host is a copy in
             the host's memory that comes to the GPU to score; auto is adapter_off with lora and frozen without.
-        critic: for algorithms that have one. None is a value head on the policy's trunk, trained with it by one loss; critic.warmup_steps trains that head alone
-            at first, and critic.model is a critic of its own in its place, which <run>/critic then holds.
+        critic: for algorithms that have one. None is a value head on the policy's trunk, trained with it by one loss; critic.warmup_steps trains that head
+            alone at first, and critic.model is a critic of its own in its place, which <run>/critic then holds.
         evaluation: on held-out prompts while training; evaluation.data turns it on.
         alarm: what is done about signs of reward hacking.
     """

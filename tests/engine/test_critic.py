@@ -324,7 +324,8 @@ def test_a_constant_in_the_reward_changes_no_course(ppo, reward_model, tmp_path,
     options["critic"] = CriticConfig(str(reward_model[0])) if options["critic"] == "reward model" else options["critic"]
     found = {}
     for shift in (0, 8, -8):
-        (tmp_path / f"at{shift}.py").write_text(f"def at(prompts, completions, completion_ids, **columns):\n    return [{shift} + t.count('w3') for t in completions]\n")
+        (tmp_path / f"at{shift}.py").write_text("def at(prompts, completions, **columns):\n"
+                                                f"    return [{shift} + t.count('w3') for t in completions]\n")
         config = replace(ppo(name=f"run{shift}", optim=OptimConfig(lr=1e-3, eps=1e-8), **options), reward=(f"{tmp_path}/at{shift}.py:at",))
         train_policy(config)
         found[shift] = _weights(config), _metrics(config)
@@ -398,7 +399,7 @@ def test_the_options_turn_it_on():
     warm = parse_config("ppo", [*options, "--critic.optim.lr", "3e-4", "--critic.warmup_steps", "5"])
     assert warm.critic == CriticConfig("trunk", 5, OptimConfig(lr=3e-4))
     assert (warm.own_critic, config.own_critic) == (None, config.critic)  # a warm-up alone makes no second model
-    with pytest.raises(ConfigError, match="critic.optim only with critic.model .* or critic.warmup_steps"):
+    with pytest.raises(ConfigError, match=r"critic\.optim only with critic\.model .* or critic\.warmup_steps"):
         parse_config("ppo", [*options, "--critic.optim.lr", "3e-6"])
 
 

@@ -206,7 +206,8 @@ def sampled(config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
 
 
 @pytest.mark.parametrize("row, loss, offset", [
-    ("trpo", LossConfig(), 3.0), pytest.param("trpo", LossConfig(), 0.0, marks=pytest.mark.full), pytest.param("trpo", LossConfig(), -3.0, marks=pytest.mark.full),
+    ("trpo", LossConfig(), 3.0), pytest.param("trpo", LossConfig(), 0.0, marks=pytest.mark.full),
+    pytest.param("trpo", LossConfig(), -3.0, marks=pytest.mark.full),
     pytest.param("rloo", LossConfig(objective="trpo"), 0.0, marks=pytest.mark.full)])
 def test_the_optimum_is_reached_from_samples(row, loss, offset):
     """With rewards that are centred or not."""
