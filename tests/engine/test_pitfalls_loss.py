@@ -331,7 +331,7 @@ def test_29_the_kl_is_per_completion_over_its_own_tokens():
 
 
 # ---- what a step leaves for the next: 30 --------------------------------------------------------------------------------------------
-CARRIED = ("kl_coef", "returns", "scores", "drawn")
+CARRIED = ("kl", "returns", "scores", "drawn")
 
 
 @pytest.fixture
