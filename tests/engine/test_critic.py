@@ -265,8 +265,8 @@ def test_the_options_turn_it_on():
     options = ["--model", "m", "--data", "d", "--reward", "r.py:f"]
     assert parse_config("ppo", options).critic is None
     config = parse_config("ppo", [*options, "--critic.model", "runs/reward/model", "--critic.optim.lr", "3e-6", "--critic.warmup_steps", "5"])
-    assert config.critic == CriticConfig("runs/reward/model", 5, OptimConfig(lr=3e-6))
-    assert parse_config("ppo", [*options, "--critic.optim.lr", "3e-6"]).critic == CriticConfig(optim=OptimConfig(lr=3e-6))
+    assert config.critic == CriticConfig("runs/reward/model", 5, OptimConfig(lr=3e-6, eps=1e-5))
+    assert parse_config("ppo", [*options, "--critic.optim.lr", "3e-6"]).critic == CriticConfig(optim=OptimConfig(lr=3e-6, eps=1e-5))
 
 
 def test_options_that_contradict_each_other():
