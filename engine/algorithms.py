@@ -32,9 +32,9 @@ ppo_max   Zheng et al. (2023), Secrets of RLHF in Large Language Models, part I,
             5. the critic's clip                     loss.value_clip 0.2
             6. an entropy target                     loss.entropy_coef, loss.entropy_target: off here, and of weight 0 there
             7. a pretraining loss                    off here: it needs data
-          and one pass over each rollout, with a critic that starts from the reward model (critic.model). The English run that they published has less:
-          scale_scores, both clips, kl.coef 0.01, a policy's lr of 5e-7 and a critic's of 1.5e-6. The ratio, and with it 4 and 5, needs more than one
-          optimizer step a rollout (minibatches, epochs).
+          and one pass over each rollout, with a critic that starts from the reward model (critic.model), and Adam's usual epsilon. The English run that
+          they published has less: scale_scores, both clips, kl.coef 0.01, a policy's lr of 5e-7 and a critic's of 1.5e-6. The ratio, and with it 4 and 5,
+          needs more than one optimizer step a rollout (minibatches, epochs).
           What moves the optimum, ref exp(r / beta): 2, since dividing scores by s is a KL coefficient of s beta (taking a mean off moves nothing), and a
           clip of scores that binds; 6; 7. Of an exact critic every advantage is 0 there, so 3, 4 and 5 leave it where it is.
 """

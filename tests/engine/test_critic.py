@@ -395,9 +395,9 @@ def test_the_options_turn_it_on():
     options = ["--model", "m", "--data", "d", "--reward", "r.py:f"]
     assert parse_config("ppo", options).critic is None
     config = parse_config("ppo", [*options, "--critic.model", "runs/reward/model", "--critic.optim.lr", "3e-6", "--critic.warmup_steps", "5"])
-    assert config.critic == CriticConfig("runs/reward/model", 5, OptimConfig(lr=3e-6))
+    assert config.critic == CriticConfig("runs/reward/model", 5, OptimConfig(lr=3e-6, eps=1e-5))
     warm = parse_config("ppo", [*options, "--critic.optim.lr", "3e-4", "--critic.warmup_steps", "5"])
-    assert warm.critic == CriticConfig("trunk", 5, OptimConfig(lr=3e-4))
+    assert warm.critic == CriticConfig("trunk", 5, OptimConfig(lr=3e-4, eps=1e-5))
     assert (warm.own_critic, config.own_critic) == (None, config.critic)  # a warm-up alone makes no second model
     with pytest.raises(ConfigError, match=r"critic\.optim only with critic\.model .* or critic\.warmup_steps"):
         parse_config("ppo", [*options, "--critic.optim.lr", "3e-6"])

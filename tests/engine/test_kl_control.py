@@ -3,12 +3,14 @@ with noise. Starts far from the right coefficient on both sides, a KL of 0 at fi
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 
-from fusedrl.engine.config import KLConfig, PolicyConfig
+from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PolicyConfig, RunConfig
 from fusedrl.engine.control import Control, KLController
 from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.stages.policy import train_policy
 
 TARGET, FIRST = 6.0, 0.05
 
@@ -150,3 +152,17 @@ def test_targets_that_nothing_can_follow_are_refused():
         PolicyConfig("m", "d", ("r.py:f",), "dapo", kl=KLConfig(target=3.0))  # whose row has no KL
     with pytest.raises(ConfigError, match=r"kl.horizon > 0, and only with kl.target"):
         KLConfig(horizon=100.0)
+
+
+@pytest.mark.full
+def test_a_real_policy_reaches_its_target(shared, tmp_path):
+    """stories260k, paid for cheerful words, 64 completions a step, with a coefficient that is far too small at first. About a minute."""
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    config = PolicyConfig(str(shared / "models" / "stories260k"), str(examples / "prompts" / "stories.jsonl"),
+                          (f"{examples / 'rewards' / 'cheerful.py'}:cheerful",), "rloo", steps=60, prompts_per_step=16, kl=KLConfig(target=3.0),
+                          generation=GenerationConfig(max_new_tokens=48, stop_token_ids=(1,)), optim=OptimConfig(lr=2e-4),
+                          run=RunConfig(str(tmp_path / "run"), progress=False))
+    train_policy(config)
+    found = [json.loads(line)["kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(found) < 15
+    assert 2.0 < sum(found[45:]) / 15 < 4.5

@@ -331,7 +331,7 @@ def test_29_the_kl_is_per_completion_over_its_own_tokens():
 
 
 # ---- what a step leaves for the next: 30 --------------------------------------------------------------------------------------------
-CARRIED = ("kl_coef", "returns", "scores", "level", "origin", "drawn")
+CARRIED = ("kl", "returns", "scores", "level", "origin", "drawn")
 
 
 @pytest.fixture
@@ -342,7 +342,7 @@ def run(tiny_model, tmp_path, write_jsonl):
     def make(name, **kwargs):
         return PolicyConfig(str(tiny_model), data, (f"{tmp_path / 'rewards.py'}:count",), "reinforce_baseline", prompts_per_step=4, scale_scores=True,
                             generation=GenerationConfig(max_new_tokens=6), kl=KLConfig(coef=0.3, target=0.01, horizon=8.0),
-                            optim=OptimConfig(lr=1e-2, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False, save_every=1), **kwargs)
+                            optim=OptimConfig(lr=1e-2, eps=1e-5, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False, save_every=1), **kwargs)
 
     return make
 

@@ -186,7 +186,7 @@ def test_the_preset_and_its_switches():
 def test_with_all_of_it_switched_off_it_is_ppo(make):
     """Bit for bit; and each part that is on makes a difference."""
     same = dict(kl=KLConfig(coef=0.05), **OFF)
-    plain, off = make("ppo", name="ppo"), make(name="off", **same)
+    plain, off = make("ppo", name="ppo", optim=OptimConfig(lr=3e-3, eps=1e-8)), make(name="off", **same)
     train_policy(plain)
     train_policy(off)
     assert _rows(plain) == _rows(off)
