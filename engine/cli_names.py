@@ -50,7 +50,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "algorithm.kl_ctrl.kl_coef": ("kl.coef",), "actor.kl_loss_coef": ("kl.coef",), "kl_target": ("kl.target",), "target_kl": ("kl.target",),
     "kl_horizon": ("kl.horizon",), "kl_estimator": ("kl.estimator",), "kl_loss_type": ("kl.estimator",), "kl_penalty": ("kl.estimator",), "use_kl_loss":
         ("kl.placement",), "use_kl_in_reward": ("kl.placement",),
-    "cliprange": ("loss.clip_low",), "clip_range": ("loss.clip_low",), "epsilon": ("loss.clip_low",), "epsilon_low": ("loss.clip_low",), "eps_clip": ("loss.clip_low",),
+    "cliprange": ("loss.clip_low",), "clip_range": ("loss.clip_low",), "epsilon": ("loss.clip_low",), "epsilon_low": ("loss.clip_low",),
+    "eps_clip": ("loss.clip_low",),
     "clip_ratio": ("loss.clip_low",), "clip_ratio_low": ("loss.clip_low",), "epsilon_high": ("loss.clip_high",), "clip_ratio_high": ("loss.clip_high",),
     "eps_clip_low_high": ("loss.clip_low",), "cliprange_value": ("loss.value_clip",), "value_clip": ("loss.value_clip",), "vf_coef": ("loss.value_coef",),
     "entropy_coeff": ("loss.entropy_coef",), "entropy_loss_coef": ("loss.entropy_coef",),

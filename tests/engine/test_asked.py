@@ -68,7 +68,8 @@ def test_dashes_and_underscores_mean_the_same(tmp_path, tiny_model, capsys):
 
 
 @pytest.mark.parametrize("option, message", [
-    (["--max_prompt_length", "abc"], '"max_prompt_length": expected int or null, got abc'), (["--kl.target", "x"], '"kl.target": expected float or null, got x'),
+    (["--max_prompt_length", "abc"], '"max_prompt_length": expected int or null, got abc'),
+    (["--kl.target", "x"], '"kl.target": expected float or null, got x'),
     (["--lora", "5"], '"lora": expected options of its own, such as --lora.rank or null, got 5'), (["--kl", "5"], "such as --kl.coef, got 5"),
     (["--reward_weights", "x"], '"reward_weights": expected a list in brackets, such as [1,0.5] or null, got x'),
     (["--lora.targets", "q_proj"], '"lora.targets": expected a list, such as ["a","b"], got q_proj'),

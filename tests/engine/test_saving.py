@@ -331,7 +331,8 @@ def options_of(tmp_path, tiny_model, write_jsonl, name):
     (tmp_path / "rewards.py").write_text(REWARD)
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i} w{i + 3}"} for i in range(12)])
     return ["train", "ppo", "--model", str(tiny_model), "--data", data, "--reward", f"{tmp_path / 'rewards.py'}:likes_w3", "--steps", "40",
-            "--prompts_per_step", "4", "--generation.max_new_tokens", "5", "--optim.lr", "3e-3", "--evaluation.data", data, "--evaluation.every", "3", "--run.dir", str(tmp_path / name)]
+            "--prompts_per_step", "4", "--generation.max_new_tokens", "5", "--optim.lr", "3e-3",
+            "--evaluation.data", data, "--evaluation.every", "3", "--run.dir", str(tmp_path / name)]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 12))])
