@@ -28,12 +28,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fusedrl.engine.data.lines import check_data_file
 from fusedrl.engine.data.readers import Data, parse_data
 from fusedrl.engine.errors import CheckpointError, ConfigError, SetupError
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
 FREE_KEYS = ("run.dir", "run.resume", "run.progress", "run.keep", "run.save_every", "run.save_minutes", "run.signals", "steps",
-             "checkpoint_activations", "eval_every", "evaluation", "alarm", "monitor_reward")  # what a continued run may change; a group's name stands for all its keys
+             "checkpoint_activations", "eval_every", "evaluation", "alarm", "monitor_reward")  # that a continued run may change; a group's name: all its keys
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
            torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 _log = logging.getLogger(__name__)
@@ -236,8 +237,11 @@ def _verify(path: Path) -> dict[str, Any]:
 
 
 def data_digest(data: Data) -> str:
-    """SHA-256 of a data file; of several, all of them."""
-    return " ".join(file_digest(source.path) for source in parse_data(data))
+    """SHA-256 of a data file; of several, all of them. Errors as `check_data_file`."""
+    sources = parse_data(data)
+    for source in sources:
+        check_data_file(Path(source.path))
+    return " ".join(file_digest(source.path) for source in sources)
 
 
 def _all_data(config: Any) -> str:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import re
 import shlex
@@ -18,12 +19,12 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fusedrl.engine import __version__
 from fusedrl.engine.algorithms import ALGORITHMS
 from fusedrl.engine.cli_bench import bench_options, run_bench
-from fusedrl.engine.cli_common import CONFIGURATION, ENVIRONMENT, FAILED, INTERRUPTED, check_device, count, nearest, report_json
+from fusedrl.engine.cli_common import CONFIGURATION, ENVIRONMENT, FAILED, INTERRUPTED, check_device, count, nearest, report_json, spelled
 from fusedrl.engine.cli_monitor import add_commands
 from fusedrl.engine.cli_verify import verify_options
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
@@ -106,7 +107,7 @@ def _run(argv: list[str]) -> None:
     if argv[:1] == ["plan"]:
         _plan(argv[1:])
         return
-    options = parser.parse_args(argv)
+    options = parser.parse_args(spelled(parser, argv))
     if options.command == "bench":
         run_bench(options)
     elif "call" in options:
@@ -171,17 +172,16 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
     parser.add_argument("--config", action="config", help="YAML file with these options; the command line beats it")
     parser.add_class_arguments(cls)
     parser.set_defaults(dict(defaults or {}) | ({"algorithm": stage} if stage in ALGORITHMS else {}))
-    for file in files:
-        _check_yaml(file, known)
+    trees = [json.dumps(_read_yaml(file, known)) for file in files]
     try:
-        parsed = parser.parse_args([f"--config={file}" for file in files] + options)
+        parsed = parser.parse_args([f"--config={tree}" for tree in trees] + options)
         parsed.pop("config", None)
         values = parser.instantiate(parsed)
         if values.get("algorithm", stage) != stage and stage in ALGORITHMS:
             raise ConfigError(f"config: algorithm is {values['algorithm']!r}, and the command says train {stage}; leave the option out")
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
-        raise ConfigError(f"config: {_plain(str(error))}") from error
+        raise ConfigError(f"config: {_plain(str(error), cls)}") from error
     except ValueError as error:  # of a group that may be null jsonargparse reports our own message among others
         ours = re.search(r"config: expected .*", str(error))
         if isinstance(error, UserError) or ours is None:
@@ -201,17 +201,15 @@ def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str], list[str]]:
     """(configuration files, options): files apart, so that they can be read first, and all --reward as one list."""
-    import json
-
     files: list[str] = []
     rewards: dict[str, list[str]] = {"reward": [], "monitor_reward": []}  # may come several times
     options: list[str] = []
     index = 0
     while index < len(argv):
         key, equals, value = argv[index].partition("=")
-        name = key.removeprefix("--")
+        name = key.removeprefix("--").replace("-", "_")
         if key in ("-h", "--help") or name == "print_config" or name in [f"{group}.help" for group in OPTIONAL]:
-            options.append(argv[index])
+            options.append(argv[index] if key == "-h" else f"--{name}{equals}{value}")
         elif not key.startswith("--") or (name not in known and name != "config"):
             expected = "" if key.startswith("--") else "; options are written --key value"
             raise ConfigError(f"config: unknown option {key!r}{nearest(name, known, '--')}{expected}")
@@ -226,22 +224,21 @@ def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str]
             elif name in rewards:
                 rewards[name] += json.loads(value) if value.startswith("[") and _is_list(value) else [value]
             else:
-                options.append(f"{key}={value}")
+                options.append(f"--{name}={value}")
         index += 1
     return files, options + [f"--{name}={json.dumps(listed)}" for name, listed in rewards.items() if listed]
 
 
 def _is_list(text: str) -> bool:
-    import json
-
     try:
         return isinstance(json.loads(text), list)
     except ValueError:
         return False
 
 
-def _check_yaml(path: str, known: Mapping[str, bool]) -> None:
-    """Refuse a file that is no YAML mapping, or has a key that the configuration has not. jsonargparse checks the types."""
+def _read_yaml(path: str, known: Mapping[str, bool]) -> dict[str, Any]:
+    """The options of a file, by the configuration's names. Refuses one that is no YAML mapping, or has a key that the configuration has not; jsonargparse
+    checks the types."""
     import yaml
 
     if not Path(path).is_file():
@@ -253,26 +250,57 @@ def _check_yaml(path: str, known: Mapping[str, bool]) -> None:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of options to values, got {type(tree).__name__}")
 
-    def check(branch: Mapping[Any, Any], prefix: str) -> None:
+    def read(branch: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for key, value in branch.items():
-            name = f"{prefix}{key}"
+            name = f"{prefix}{key}".replace("-", "_")
             if name not in known:
-                raise ConfigError(f"{path}: unknown key {name!r}{nearest(name, known)}")
+                raise ConfigError(f"{path}: unknown key {f'{prefix}{key}'!r}{nearest(name, known)}")
             if known[name] and not (value is None and name in OPTIONAL):
                 if not isinstance(value, dict):
                     raise ConfigError(f"{path}: expected {name!r} to be a mapping of options, got {type(value).__name__}")
-                check(value, f"{name}.")
+                value = read(value, f"{name}.")
+            if (own := name.removeprefix(prefix)) in found:
+                raise ConfigError(f"{path}: {name!r} stands there twice, once with dashes and once with underscores; leave one out")
+            found[own] = value
+        return found
 
-    check(tree, "")
+    return read(tree, "")
 
 
-def _plain(message: str) -> str:
-    """jsonargparse's words on one line, without Python's spelling of types."""
+def _plain(message: str, cls: type) -> str:
+    """jsonargparse's words on one line and in ours, without Python's spelling of types."""
     message = " ".join(message.split()).replace("Parser key ", "")
-    message = re.sub(r'"(\w+)": Does not validate against any of .*? class_path \S+ "(\w+)": (.*?) - (?i:expected) .*', r'"\1.\2": \3', message)
+    message = re.sub(r'"(\w+)": Does not validate against any of .*? class_path \S+ "([\w.]+)": (.*?) - (?i:expected) .*', r'"\1.\2": \3', message)
+    if union := re.search(r'"([\w.]+)": Does not validate against any of .*? Given value: (.*)', message):
+        return f'"{union[1]}": expected {_expected(union[1], cls)}, got {union[2]}'
+    if group := re.search(r'"([\w.]+)": Unable to load config \'?"?(.*?)\'?"?( - .*|$)', message):
+        return f'"{group[1]}": expected {_expected(group[1], cls)}, got {group[2]}'
     for kind in ("str", "int", "float", "bool", "tuple"):
         message = message.replace(f"<class '{kind}'>", kind)
-    return message.replace("Expected a typing.Literal", "expected one of ").replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+    message = message.replace("Expected a typing.Literal", "expected one of ").replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+    if listed := re.search(r'"([\w.]+)": expected tuple( with \d+ elements)?, got (.*)', message):
+        return f'"{listed[1]}": expected {_expected(listed[1], cls)}{listed[2] or ""}, got {listed[3]}'
+    return message
+
+
+def _expected(key: str, cls: type) -> str:
+    """What a key may be, in words."""
+    kind: Any = cls
+    for name in key.split("."):
+        kind = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)
+        kind = get_type_hints(kind)[name]
+    words = []
+    for part in get_args(kind) if type(None) in get_args(kind) else [kind]:
+        if dataclasses.is_dataclass(part):
+            words.append(f"options of its own, such as --{key}.{dataclasses.fields(part)[0].name}")
+        elif get_origin(part) is tuple:
+            words.append("a list in brackets, such as [1,0.5]" if float in get_args(part) or int in get_args(part) else 'a list, such as ["a","b"]')
+        elif get_origin(part) is Literal:
+            words.append(f"one of {', '.join(map(str, get_args(part)))}")
+        else:
+            words.append("null" if part is type(None) else part.__name__)
+    return " or ".join(words)
 
 
 # ---- plan ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +325,7 @@ def _plan(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"fusedrl plan {argv[0]}", add_help=False, allow_abbrev=False)
     parser.add_argument("--memory")
     parser.add_argument("--output-json")
-    own, rest = parser.parse_known_args(argv[1:])
+    own, rest = parser.parse_known_args(spelled(parser, argv[1:]))
     config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if "reward" in dict(_keys(STAGES[argv[0]][0])) else {}))
     from fusedrl.engine.plan import parse_memory, plan, print_plan
 

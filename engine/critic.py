@@ -22,6 +22,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_reward_model, load_value_head, save_value_head
 from fusedrl.engine.model.weights import (
     HEADS,
+    classifier,
     harmless,
     hf_views,
     load_config,
@@ -97,7 +98,7 @@ def load_critic(path: str | Path, *, dtype: str | torch.dtype = "auto", device: 
     weights, or one that says 0. Arguments and errors as `load_decoder`."""
     directory = resolve_directory(path)
     config = load_config(directory)
-    if any("ForSequenceClassification" in name for name in config.raw.get("architectures") or ()):
+    if classifier(config):
         model = load_reward_model(directory, dtype=dtype, device=device)
         head = ValueHead(config.hidden_size, device=model.decoder.device)
         with torch.no_grad():

@@ -32,7 +32,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
 from fusedrl.engine.model.heads import RewardModel
 from fusedrl.engine.model.lora import LayerAdapter, add_adapter
-from fusedrl.engine.model.weights import resolve_device, resolve_dtype
+from fusedrl.engine.model.weights import check_no_run, resolve_device, resolve_dtype
 from fusedrl.engine.model.wide import TILE
 from fusedrl.engine.optim import BLOCK, quantized
 from fusedrl.kernels.decode_step import activation_dtype, cache_dtype
@@ -67,6 +67,8 @@ def read_model_config(model: str) -> ModelConfig:
     path = Path(model)
     if path.is_file():
         return model_config(read_json(path))
+    if path.is_dir():
+        check_no_run(path)
     if path.is_dir() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         return model_config(path)
     from huggingface_hub import hf_hub_download

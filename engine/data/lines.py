@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,30 @@ class Dropped(Exception):
     """A well-formed row that holds no usable example: a condition of the data, counted and not an error."""
 
 
+_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel", ".xls": "excel", ".arrow": "feather", ".feather": "feather"}
+_MAGIC = {b"PAR1": "parquet", b"ARRO": "feather", b"PK\x03\x04": "excel"}
+
+
+def check_data_file(path: Path) -> None:
+    """Raises FileNotFoundError where there is no such file, and says so of the name of a data set in a hub; DataError for a directory or a special file, and
+    for a table, with what turns it into JSONL."""
+    if not path.exists():
+        if path.suffix in ("", ".git") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+            raise FileNotFoundError(f"{path} is no file here; if it is a data set of a hub, save it as JSONL and name that file: with the package "
+                                    f"datasets, load_dataset({str(path)!r}, split='train').to_json('train.jsonl')")
+        raise FileNotFoundError(2, "no such data file", str(path))
+    if not path.is_file():
+        raise DataError(f"{path}: expected a JSONL file, got a {'directory' if path.is_dir() else 'special file'}"
+                        + ("; name the file in it" if path.is_dir() else ""))
+    with open(path, "rb") as file:
+        kind = _MAGIC.get(file.read(4)) or _TABLES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    if kind is not None:
+        reader = {"csv": f"read_csv({path.name!r}{', sep=chr(9)' if '.tsv' in path.name else ''})"}.get(kind, f"read_{kind}({path.name!r})")
+        name = {"csv": "a CSV", "parquet": "a Parquet", "excel": "an Excel", "feather": "an Arrow"}[kind]
+        raise DataError(f"{path}: expected JSONL, got {name} file; convert it, for instance by pandas: {reader}"
+                        f".to_json('{path.name.split('.')[0]}.jsonl', orient='records', lines=True)")
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
     """(line number, bytes, fault) of every row; a fault ends the file.
 
@@ -33,17 +58,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
         FileNotFoundError: no such file.
         DataError: not a regular file, or a Parquet file.
     """
-    if not path.exists():
-        raise FileNotFoundError(2, "no such data file", str(path))
-    if not path.is_file():
-        raise DataError(f"{path}: expected a JSONL file, got a {'directory' if path.is_dir() else 'special file'}")
+    check_data_file(path)
     number = 0
     with open(path, "rb") as plain:
         magic = plain.read(4)
         plain.seek(0)
-        if magic == b"PAR1":
-            raise DataError(f"{path}: expected JSONL, got a Parquet file; convert it, for instance by pandas: read_parquet(...).to_json(..., "
-                            "orient='records', lines=True)")
         stream: Any = gzip.GzipFile(fileobj=plain) if magic[:2] == b"\x1f\x8b" else plain
         try:
             if stream.peek(256).removeprefix(_BOM).lstrip()[:1] == b"[":

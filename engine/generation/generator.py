@@ -157,6 +157,7 @@ class Generator:
         vocab, positions = self.decoder.config.vocab_size, self.decoder.config.max_positions
         ticket = Ticket()
         sequences: list[Running] = []
+        special: dict[SamplingParams, SamplingParams] = {}  # most prompts share theirs
         for index, (prompt, p, key) in enumerate(zip(ids, each, keys, strict=True)):
             if not isinstance(p, SamplingParams):
                 raise TypeError(f"generate: expected SamplingParams for prompt {index}, got {type(p).__name__}")
@@ -165,7 +166,7 @@ class Generator:
             if bad := [t for t in (*prompt, *p.token_ids()) if not 0 <= t < vocab]:
                 raise ValueError(f"generate: token id {bad[0]} of prompt {index} or its SamplingParams is outside the model's vocabulary [0, {vocab})")
             if p.stop:
-                self._need_tokenizer("stop strings")
+                p = special[p] = special.get(p) or self._with_special_stops(p)
             if len(prompt) + p.max_new_tokens > positions:
                 raise ValueError(f"generate: prompt {index} has {len(prompt)} tokens, and with max_new_tokens={p.max_new_tokens} that exceeds the model's "
                                  f"{positions} positions; shorten the prompt or lower max_new_tokens")
@@ -473,6 +474,24 @@ class Generator:
             if not ids[-1]:
                 raise ValueError(f"generate: prompt {index} has no token; a completion needs at least one to go on from, such as the BOS")
         return ids
+
+    def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
+        """Stop strings that are one special token of the tokenizer's as stop token ids: texts are decoded without special tokens, and would never hold them.
+
+        Raises:
+            ValueError: a stop string holds a special token among other text.
+        """
+        tokenizer = self._need_tokenizer("stop strings")
+        special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        for text in params.stop:
+            if text not in special and (inside := next((token for token in special if token and token in text), None)):
+                raise ValueError(f"generate: the stop string {text!r} holds the special token {inside!r}, which a completion's text never does; give that "
+                                 "token alone, and what stands beside it as a stop string of its own")
+        found = [special[text] for text in params.stop if text in special]
+        if not found:
+            return params
+        return replace(params, stop=tuple(text for text in params.stop if text not in special), stop_token_ids=(*params.stop_token_ids, *found))
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:

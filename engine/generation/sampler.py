@@ -24,7 +24,8 @@ class SamplingParams:
     max_new_tokens: tokens of a completion at the most, its EOS included. temperature: divides the logits; 0 is greedy. top_p in (0, 1], top_k (0: all) and
     min_p in [0, 1] restrict the draw, in the order top-k, top-p, min-p. n: completions per prompt. seed: with the request id, the sample index and the
     position it keys every draw. stop_token_ids end a completion, beside the EOS ids of tokenizer and model. min_new_tokens: none of these is drawn before.
-    stop: strings that end a completion when its text comes to hold one; its text then ends before it, its tokens after. banned_token_ids are never drawn.
+    stop: strings that end a completion when its text comes to hold one; its text then ends before it, its tokens after. One that is a special token of the
+    tokenizer's, such as <|im_end|>, is that token's id among stop_token_ids: texts hold no special tokens. banned_token_ids are never drawn.
     logit_bias: token id -> number added to that logit before the draw; `logprobs` stay those of the model's own distribution.
 
     Raises:

@@ -19,6 +19,7 @@ from fusedrl.engine.model.lora import merging
 from fusedrl.engine.model.strict import strict_linear
 from fusedrl.engine.model.weights import (
     HEADS,
+    classifier,
     harmless,
     hf_views,
     load_config,
@@ -137,6 +138,9 @@ def load_reward_model(path: str | Path, *, dtype: str | torch.dtype = "auto", de
     """Load a `*ForSequenceClassification` directory or id with one label, ours or another's. Arguments and errors as `load_decoder`."""
     directory = resolve_directory(path)
     config = load_config(directory)
+    if not classifier(config) and any("ForCausalLM" in str(name) for name in config.raw.get("architectures") or ()):
+        raise ValueError(f"{directory} is a language model ({', '.join(config.raw['architectures'])}), and a reward model is expected here; train one from "
+                         "it with fusedrl train reward, or give a function, file.py:function")
     # A classifier has no language model head: the trunk is built as if it were tied, and `raw` keeps what the file said.
     decoder = Decoder(replace(config, tie_embeddings=True), dtype=resolve_dtype(dtype, device), device=resolve_device(device))
     model = RewardModel.from_decoder(decoder)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fusedrl.engine.machine import DEVICES
 from fusedrl.engine.model.decoder import Decoder, Layer
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
 from fusedrl.engine.model.lora import merging
@@ -120,6 +121,7 @@ def resolve_directory(path_or_id: str | Path) -> Path:
     """
     path = Path(path_or_id)
     if path.is_dir():
+        check_no_run(path)
         return path
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_id)):
         raise FileNotFoundError(f"expected a model directory or a Hugging Face id such as 'owner/name', got {str(path_or_id)!r}")
@@ -133,9 +135,22 @@ def resolve_directory(path_or_id: str | Path) -> Path:
                                 "check the path, the id or the network") from error
 
 
+def check_no_run(path: Path) -> None:
+    """Raises FileNotFoundError for the directory of a run, which holds its model one level down."""
+    if any(path.glob("*.safetensors")) or not ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()):
+        return
+    if (path / "model" / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is the directory of a run, and its model lies in it: use {path / 'model'}")
+    raise FileNotFoundError(f"{path} is the directory of a run that has no model yet; let it end (--run.resume true goes on with it), then use "
+                            f"{path / 'model'}")
+
+
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device itself, or the best there is: CUDA, else the CPU."""
-    return torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    """The device itself, or the best there is: CUDA, else the CPU. Raises ValueError for one that no kernel here has been made for."""
+    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if found.type not in DEVICES:
+        raise ValueError(f"expected device cpu, cuda or cuda:N, got {str(device)!r}, which torch knows and no kernel here has been made for")
+    return found
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device | str | None) -> torch.dtype:
@@ -160,7 +175,11 @@ def load_decoder(path: str | Path, *, dtype: str | torch.dtype = "auto", device:
         file, a weight_map that leaves the directory, or tensors that are missing, unexpected or of another shape (listed).
     """
     directory = resolve_directory(path)
-    decoder = Decoder(load_config(directory), dtype=resolve_dtype(dtype, device), device=resolve_device(device))
+    config = load_config(directory)
+    if kind := classifier(config):
+        raise ValueError(f"{directory} is a reward model ({kind}), and a language model is expected here; give it as --reward or --critic.model, and here what "
+                         "it was trained from")
+    decoder = Decoder(config, dtype=resolve_dtype(dtype, device), device=resolve_device(device))
     load_tensors(directory, hf_views(decoder), ignored=harmless(decoder.config))
     return decoder
 
@@ -194,6 +213,11 @@ def load_config(directory: Path) -> ModelConfig:
     for name, raw in (("config.json", config.raw), ("generation_config.json", config.raw_generation)):
         _warn_of_code(directory / name, _named_code(raw))
     return replace(config, raw=clean, raw_generation=clean_generation)
+
+
+def classifier(config: ModelConfig) -> str | None:
+    """The architecture that makes a model one that scores texts; None for a language model."""
+    return next((name for name in config.raw.get("architectures") or () if "ForSequenceClassification" in str(name)), None)
 
 
 @contextmanager

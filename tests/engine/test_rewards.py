@@ -1,6 +1,7 @@
 """Rewards: TRL's contract, what misbehaves, weighted sums, and reward models with the policy's tokenizer and with another."""
 import asyncio
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -285,3 +286,53 @@ def test_what_is_too_long_for_a_reward_model_is_invalid(tiny_model, reward_direc
     assert math.isfinite(scores.total[2])
     nothing = rewards.score(["p"], ["aa"], [[1]], [[5] * 64])
     assert math.isnan(nothing.total[0])
+
+
+# ---- a reward that ends the process -----------------------------------------------------------------------------------------------------
+ENDINGS = {"sys.exit(0)": "SystemExit", "sys.exit()": "SystemExit", "sys.exit('done')": "SystemExit", "raise GeneratorExit": "GeneratorExit",
+           "raise asyncio.CancelledError": "CancelledError", "raise type('Odd', (BaseException,), {})('x')": "Odd"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_reward_that_ends_the_process_is_a_failed_reward(tmp_path, ending, kind):
+    (tmp_path / "r.py").write_text(f"import asyncio, sys\n{kind} f(completions, **_):\n    {ending}\n")
+    with pytest.raises(RewardError, match=rf"reward 'f' raised {ENDINGS[ending]}.*r\.py:3"):
+        RewardSet([load_reward(f"{tmp_path / 'r.py'}:f")]).score(["p"], ["c"], [[1]], [[2]])
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_so_is_a_file_that_does_and_a_judge(tmp_path, ending):
+    from fusedrl.engine.judge import Answers, Pairs, judge_pairs, load_judge
+
+    (tmp_path / "r.py").write_text(f"import asyncio, sys\ndef f(**_): ...\n{ending}\n")
+    with pytest.raises(RewardError, match=f"importing the file raised {ENDINGS[ending]}.*line 3"):
+        load_reward(f"{tmp_path / 'r.py'}:f")
+    with pytest.raises(RewardError, match=f"judge .*importing the file raised {ENDINGS[ending]}"):
+        load_judge(f"{tmp_path / 'r.py'}:f")
+    (tmp_path / "j.py").write_text(f"import asyncio, sys\ndef f(prompts, a, b):\n    {ending}\n")
+    with pytest.raises(RewardError, match=f"judge 'f' raised {ENDINGS[ending]}"):
+        judge_pairs(load_judge(f"{tmp_path / 'j.py'}:f"), Pairs(["p"], [[1]], Answers(["x"], [[1]]), Answers(["y"], [[2]]), {}))
+
+
+def test_an_interrupt_stays_one(tmp_path):
+    (tmp_path / "r.py").write_text("def f(completions, **_):\n    raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        RewardSet([load_reward(f"{tmp_path / 'r.py'}:f")]).score(["p"], ["c"], [[1]], [[2]])
+
+
+def test_by_the_command_line_it_is_an_error_with_a_word(tiny_model, write_jsonl, tmp_path, capsys):
+    from fusedrl.engine.cli import main
+
+    (tmp_path / "r.py").write_text("import sys\ndef f(completions, **_):\n    sys.exit(0)\n")
+    argv = ["train", "grpo", "--model", str(tiny_model), "--data", write_jsonl("p.jsonl", [{"prompt": "w1"}] * 4), "--reward", f"{tmp_path / 'r.py'}:f",
+            "--prompts_per_step", "2", "--generation.max_new_tokens", "2", "--run.dir", str(tmp_path / "run")]
+    assert main(argv) == 2
+    assert "reward 'f' raised SystemExit: 0" in capsys.readouterr().err
+    (tmp_path / "ending.py").write_text("import sys\nsys.exit(0)\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert main([*argv, "--loss.advantage", "ending.f"]) == 2
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "'ending.f' cannot be imported: SystemExit: 0" in capsys.readouterr().err

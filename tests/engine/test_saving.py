@@ -70,7 +70,7 @@ def make(tiny_model, tmp_path, write_jsonl):
     sampled = dict(reward=reward, steps=STEPS, prompts_per_step=4, generation=GenerationConfig(max_new_tokens=5), tokens_per_microbatch=60)
 
     def config(kind, name="run", run=None, **kwargs):
-        common = dict(model=model, optim=OPTIM, run=RunConfig(dir=str(tmp_path / name), progress=False, **(run or {}))) | kwargs
+        common = dict(model=model, optim=OPTIM, run=RunConfig(dir=str(tmp_path / name), **dict(progress=False) | (run or {}))) | kwargs
         if kind == "sft":
             return SFTConfig(data=texts, sequences_per_step=2, **common)
         if kind == "reward":
@@ -330,8 +330,9 @@ def start(options, **kwargs):
 def options_of(tmp_path, tiny_model, write_jsonl, name):
     (tmp_path / "rewards.py").write_text(REWARD)
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i} w{i + 3}"} for i in range(12)])
-    return ["train", "ppo", "--model", str(tiny_model), "--data", data, "--reward", f"{tmp_path / 'rewards.py'}:likes_w3", "--steps", "40", "--prompts_per_step", "4",
-            "--generation.max_new_tokens", "5", "--optim.lr", "3e-3", "--evaluation.data", data, "--evaluation.every", "3", "--run.dir", str(tmp_path / name)]
+    return ["train", "ppo", "--model", str(tiny_model), "--data", data, "--reward", f"{tmp_path / 'rewards.py'}:likes_w3", "--steps", "40",
+            "--prompts_per_step", "4", "--generation.max_new_tokens", "5", "--optim.lr", "3e-3",
+            "--evaluation.data", data, "--evaluation.every", "3", "--run.dir", str(tmp_path / name)]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 12))])

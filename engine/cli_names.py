@@ -1,0 +1,76 @@
+"""Names that options have elsewhere, and what they are called here: TRL's, OpenRLHF's, verl's. For the message about an option that is not known."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Of several names the first that the command has is told.
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    # the model and the data
+    "model_name_or_path": ("model",), "pretrain": ("model",), "actor_rollout_ref.model.path": ("model",), "dataset_name": ("data",), "dataset": ("data",),
+    "prompt_data": ("data",), "data.train_files": ("data",), "data.val_files": ("evaluation.data",), "eval_dataset": ("evaluation.data",),
+    "train_file": ("data",), "torch_dtype": ("dtype",), "bf16": ("dtype",), "use_cpu": ("device",),
+    "reward_model_path": ("reward",), "reward_model": ("reward",), "reward_pretrain": ("reward",), "remote_rm_url": ("reward",), "reward_funcs": ("reward",),
+    "reward_model.model.path": ("reward",), "custom_reward_function.path": ("reward",), "critic_pretrain": ("critic.model",),
+    "critic.model.path": ("critic.model",), "value_model_path": ("critic.model",), "sft_model_path": ("model",), "ref_model": ("reference",),
+    "adv_estimator": ("loss.advantage",), "algorithm.adv_estimator": ("loss.advantage",), "advantage_estimator": ("loss.advantage",), "loss_type":
+        ("loss.objective", "loss"), "pretrain_data": ("ptx.data",), "ptx_coef": ("ptx.coef",),
+    # batches
+    "per_device_train_batch_size": ("prompts_per_step", "sequences_per_step", "pairs_per_step"), "gradient_accumulation_steps": ("tokens_per_microbatch",),
+    "train_batch_size": ("prompts_per_step", "sequences_per_step", "pairs_per_step"), "rollout_batch_size": ("prompts_per_step",),
+    "data.train_batch_size": ("prompts_per_step", "sequences_per_step", "pairs_per_step"), "batch_size": ("prompts_per_step", "sequences_per_step",
+                                                                                                      "pairs_per_step"),
+    "generation_batch_size": ("prompts_per_step",), "micro_train_batch_size": ("tokens_per_microbatch",), "micro_rollout_batch_size":
+        ("tokens_per_microbatch",), "micro_batch_size": ("tokens_per_microbatch",), "ppo_micro_batch_size": ("tokens_per_microbatch",),
+    "ppo_micro_batch_size_per_gpu": ("tokens_per_microbatch",), "log_prob_micro_batch_size_per_gpu": ("tokens_per_microbatch",),
+    "ppo_max_token_len_per_gpu": ("tokens_per_microbatch",), "ppo_mini_batch_size": ("minibatches",), "num_mini_batches": ("minibatches",),
+    "mini_batch_size": ("minibatches",), "gradient_checkpointing": ("checkpoint_activations",), "enable_gradient_checkpointing": ("checkpoint_activations",),
+    # length of a run
+    "num_train_epochs": ("epochs", "steps"), "max_epochs": ("epochs",), "num_episodes": ("steps",), "total_episodes": ("steps",), "max_steps": ("steps",
+        "epochs"), "total_epochs": ("steps", "epochs"), "trainer.total_epochs": ("steps", "epochs"), "total_training_steps": ("steps",), "num_iterations":
+        ("epochs",), "num_ppo_epochs": ("epochs",), "ppo_epochs": ("epochs",), "actor.ppo_epochs": ("epochs",),
+    # sampling
+    "num_generations": ("samples_per_prompt",), "n_samples_per_prompt": ("samples_per_prompt",), "rollout.n": ("samples_per_prompt",),
+    "actor_rollout_ref.rollout.n": ("samples_per_prompt",), "rloo_k": ("samples_per_prompt",), "num_samples": ("samples_per_prompt",), "n": (
+        "samples_per_prompt",), "best_of": ("samples_per_prompt",),
+    "max_completion_length": ("generation.max_new_tokens", "max_length", "max_new_tokens"), "response_length": ("generation.max_new_tokens",
+                                                                                                              "max_new_tokens"),
+    "generate_max_len": ("generation.max_new_tokens", "max_new_tokens"), "max_response_length": ("generation.max_new_tokens", "max_new_tokens"),
+    "data.max_response_length": ("generation.max_new_tokens",), "max_tokens": ("generation.max_new_tokens", "max_new_tokens"),
+    "prompt_max_len": ("max_prompt_length",), "data.max_prompt_length": ("max_prompt_length",), "max_len": ("max_length",), "max_seq_length":
+        ("max_length",), "max_seq_len": ("max_length",), "temperature": ("generation.temperature",), "rollout.temperature": ("generation.temperature",),
+    "stop_token": ("generation.stop_token_ids", "stop_token_ids"), "stop_token_id": ("generation.stop_token_ids", "stop_token_ids"),
+    # optimizer
+    "learning_rate": ("optim.lr",), "actor_learning_rate": ("optim.lr",), "actor.optim.lr": ("optim.lr",), "actor_rollout_ref.actor.optim.lr":
+        ("optim.lr",), "critic_learning_rate": ("critic.optim.lr",), "adam_beta1": ("optim.betas",), "adam_beta2": ("optim.betas",), "adam_betas":
+        ("optim.betas",), "adam_epsilon": ("optim.eps",), "lr_scheduler_type": ("optim.schedule",), "lr_scheduler": ("optim.schedule",),
+    "lr_warmup_steps": ("optim.warmup_steps",), "warmup_ratio": ("optim.warmup_steps",), "lr_warmup_ratio": ("optim.warmup_steps",), "max_norm":
+        ("optim.max_grad_norm",), "grad_clip": ("optim.max_grad_norm",), "l2": ("optim.weight_decay",), "optim": ("optim.state",),
+    # KL, clipping, advantages
+    "beta": ("kl.coef", "beta"), "kl_coef": ("kl.coef",), "init_kl_coef": ("kl.coef",), "kl_loss_coef": ("kl.coef",), "kl_ctrl.kl_coef": ("kl.coef",),
+    "algorithm.kl_ctrl.kl_coef": ("kl.coef",), "actor.kl_loss_coef": ("kl.coef",), "kl_target": ("kl.target",), "target_kl": ("kl.target",),
+    "kl_horizon": ("kl.horizon",), "kl_estimator": ("kl.estimator",), "kl_loss_type": ("kl.estimator",), "kl_penalty": ("kl.estimator",), "use_kl_loss":
+        ("kl.placement",), "use_kl_in_reward": ("kl.placement",),
+    "cliprange": ("loss.clip_low",), "clip_range": ("loss.clip_low",), "epsilon": ("loss.clip_low",), "epsilon_low": ("loss.clip_low",),
+    "eps_clip": ("loss.clip_low",),
+    "clip_ratio": ("loss.clip_low",), "clip_ratio_low": ("loss.clip_low",), "epsilon_high": ("loss.clip_high",), "clip_ratio_high": ("loss.clip_high",),
+    "eps_clip_low_high": ("loss.clip_low",), "cliprange_value": ("loss.value_clip",), "value_clip": ("loss.value_clip",), "vf_coef": ("loss.value_coef",),
+    "entropy_coeff": ("loss.entropy_coef",), "entropy_loss_coef": ("loss.entropy_coef",),
+    "lambd": ("loss.lam",), "lam": ("loss.lam",), "gae_lambda": ("loss.lam",),
+    "missing_eos_penalty": ("missing_eos_penalty",), "reward_clip_range": ("score_clip",),
+    # LoRA, saving, watching
+    "lora_r": ("lora.rank",), "lora_rank": ("lora.rank",), "lora_alpha": ("lora.alpha",), "lora_target_modules": ("lora.targets",), "target_modules":
+        ("lora.targets",), "use_peft": ("lora.rank",), "output_dir": ("run.dir",), "save_path": ("run.dir",), "ckpt_path": ("run.dir",),
+    "default_local_dir": ("run.dir",), "trainer.default_local_dir": ("run.dir",), "resume_from_checkpoint": ("run.resume",), "load_checkpoint":
+        ("run.resume",), "resume_mode": ("run.resume",), "save_steps": ("run.save_every",), "save_freq": ("run.save_every",), "trainer.save_freq":
+        ("run.save_every",), "save_total_limit": ("run.keep",), "max_ckpt_num": ("run.keep",), "eval_steps": ("evaluation.every", "eval_every"),
+    "test_freq": ("evaluation.every", "eval_every"), "disable_tqdm": ("run.progress",),
+}
+
+
+def known_elsewhere(name: str, known: Mapping[str, object]) -> str | None:
+    """What another trainer's option is called among `known`; None where it is none of theirs. Their prefixes may be there or not."""
+    parts = name.lower().replace("-", "_").split(".")
+    for first in range(len(parts)):
+        if (found := next((ours for ours in ELSEWHERE.get(".".join(parts[first:]), ()) if ours in known), None)) is not None:
+            return found
+    return None
