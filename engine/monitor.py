@@ -95,8 +95,8 @@ class FlatRewards:
         each = f"were all equal (now {metrics['reward']:.4g})" if equal else "of each prompt were equal"
         what = f"all scores were beyond score_clip = {self._config.score_clip:.4g}" if beyond and not flat else f"the rewards {each}"
         causes = "; ".join(self._causes(metrics, beyond))
-        return (f"in the last {FLAT_STEPS} rollouts {what}, so that there is nothing to learn from them. Likely causes: {causes}. Completions with their scores "
-                "are in samples.jsonl")
+        return (f"in the last {FLAT_STEPS} rollouts {what}, so that there is nothing to learn from them. Likely causes: {causes}. Completions with their "
+                "scores are in samples.jsonl")
 
     def _causes(self, metrics: Mapping[str, float], beyond: bool) -> list[str]:
         """Those that the metrics speak for, then those that always may be."""

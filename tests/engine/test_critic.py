@@ -368,7 +368,7 @@ def test_a_head_on_the_trunk_warms_up_alone(ppo):
 @pytest.mark.full
 def test_real_courses_are_the_same_with_a_constant_in_the_reward(shared, tmp_path):
     """stories260k, 12 rollouts of 32 completions that may end at a full stop, at 0 and at +-10, all rows. With a head that begins at 0 a constant of 10 takes
-    the mean length of ppo from 22.6 to 1.5, and -10 to 38. Length, score and KL of the last four rollouts; about six minutes."""
+    the mean length of ppo from 22.6 to 1.5, and -10 to 38. Length, score and KL of the last four rollouts; about five minutes."""
     data = Path(__file__).resolve().parents[2] / "examples" / "prompts" / "stories.jsonl"
     for algorithm, row in ALGORITHMS.items():
         found = {}

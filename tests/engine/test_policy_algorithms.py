@@ -360,7 +360,7 @@ def test_what_the_loss_refuses(make, monkeypatch):
 
 # ---- what users register -----------------------------------------------------------------------------------------------------------
 def raw_scores(x: Signals) -> torch.Tensor:
-    return x.per_token(x.totals)
+    return x.per_token(x.totals - x.level)
 
 
 def test_registered_functions_and_dotted_paths(make, monkeypatch):
