@@ -18,8 +18,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, metavar="DIR", help="write the rows of each contest to DIR/<file>.json (by default they are only printed)")
     group.addoption("--model", type=Path, metavar="DIR", default=harness.RESULTS.parents[2] / "shared/models/stories260k",
                     help="the Llama-like model that bench_generate.py generates with")
+    group.addoption("--first", type=int, metavar="N", help="the first N contests of each file alone")
     group.addoption("--rounds", type=int, metavar="N", help="time so many rounds, without a warm-up beyond the check of the answers (by default as many as "
                                                             f"fill {harness.SECONDS} seconds, {harness.FEWEST} to {harness.MOST})")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (most := config.getoption("--first")) is None:
+        return
+    seen: dict[Path, int] = {}
+    for item in list(items):
+        seen[item.path] = seen.get(item.path, 0) + 1
+        if seen[item.path] > most:
+            items.remove(item)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

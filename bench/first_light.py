@@ -114,22 +114,11 @@ def steps(part: str, device: str, scratch: Path) -> Iterator[Step]:
             yield Step(f"suite {name}", suite(f"tests/engine/test_{name}.py"), 120, lacking=pytest)
     else:
         missing = pytest or (None if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed")
-        chosen = {name: [] if missing else contests(name, None if gpu else 1) for name in CONTESTS}
-        for name, tests in chosen.items():
+        for name in CONTESTS:
             results = scratch / name
-            rounds = () if gpu else ("--rounds", "5")
-            yield Step(name, ("-m", "pytest", "-p", "no:cacheprovider", "-s", "--benchmark-enable", "--results", str(results), *rounds, *tests), 120,
-                       results / f"{name}.json", missing)
-
-
-def contests(name: str, most: int | None) -> list[str]:
-    """The first tests of a bench file, or the file."""
-    file = f"bench/bench_{name}.py"
-    if most is None:
-        return [file]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", file], cwd=ROOT, env=environment(), capture_output=True,
-                          text=True, check=False)
-    return [line for line in done.stdout.splitlines() if line.startswith(file) and "::" in line][:most] or [file]
+            some = () if gpu else ("--rounds", "5", "--first", "1")
+            yield Step(name, ("-m", "pytest", "-p", "no:cacheprovider", "-s", "--benchmark-enable", "--results", str(results), *some,
+                              f"bench/bench_{name}.py"), 120, results / f"{name}.json", missing)
 
 
 def environment() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """fusedrl verify: everything that this machine runs is tried, first for truth in parallel processes, then for time in one; a table and a verdict."""
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -44,7 +45,8 @@ def verify_machine(device: torch.device, *, ops: Sequence[str] | None = None, en
     began = time.perf_counter()
     entries: dict[str, Entry] = importlib.import_module(catalogue).CATALOGUE
     if unknown := [name for name in ops or () if name not in entries]:
-        raise ConfigError(f"verify: unknown op {unknown[0]!r}; expected some of {', '.join(entries)}")
+        close = difflib.get_close_matches(unknown[0], entries, 1)
+        raise ConfigError(f"verify: unknown op {unknown[0]!r}{f', did you mean {close[0]}?' if close else ''}; expected some of {', '.join(entries)}")
     jobs = jobs or default_jobs(device)
     chosen = [entries[name] for name in entries if ops is None or name in ops]
     pairs = [(entry, impl) for entry in chosen for impl in (entry.table.cuda if device.type == "cuda" else entry.table.cpu)]
