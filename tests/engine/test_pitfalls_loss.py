@@ -342,7 +342,8 @@ def run(tiny_model, tmp_path, write_jsonl):
     def make(name, **kwargs):
         return PolicyConfig(str(tiny_model), data, (f"{tmp_path / 'rewards.py'}:count",), "reinforce_baseline", prompts_per_step=4, scale_scores=True,
                             generation=GenerationConfig(max_new_tokens=6), kl=KLConfig(coef=0.3, target=0.01, horizon=8.0),
-                            optim=OptimConfig(lr=1e-2, eps=1e-5, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False, save_every=1), **kwargs)
+                            optim=OptimConfig(lr=1e-2, eps=1e-5, schedule="constant"),
+                            run=RunConfig(dir=str(tmp_path / name), progress=False, save_every=1), **kwargs)
 
     return make
 
