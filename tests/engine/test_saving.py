@@ -301,7 +301,7 @@ def test_a_terminal_that_has_gone_ends_nothing(make, monkeypatch):
     class Gone:
         isatty = staticmethod(lambda: False)
 
-        def write(self, text):
+        def write(self, *text):
             raise OSError(errno.EIO, "Input/output error")
 
         flush = write
