@@ -105,6 +105,7 @@ def _amd_usage(assembly: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help="modules of kernels/ (all that have a table)")
+    parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="for these GPUs alone; repeatable (default: all that a kernel names)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
@@ -112,6 +113,8 @@ def main() -> None:
     rows = []
     for name, entry in kernels(arguments.modules).items():
         for target_name in entry.get("targets", TARGETS):
+            if arguments.target and target_name not in arguments.target:
+                continue
             target = TARGETS[target_name]
             row = {"kernel": name, "target": target_name}
             try:

@@ -132,7 +132,7 @@ def test_round_trip_with_its_shift(tmp_path, batch, kind):
 def test_refuses_what_is_no_reward_model(tmp_path):
     model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS["untied"]), 0))
     save_reward_model(model, tmp_path / "rm")
-    with pytest.raises(ValueError, match="is a reward model .* and a language model is expected here"):
+    with pytest.raises(ValueError, match=r"is a reward model .* and a language model is expected here"):
         load_decoder(tmp_path / "rm")
     path = tmp_path / "rm" / "model.safetensors"
     state = load_file(path)

@@ -18,16 +18,17 @@ def run(arguments, **environment):
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], env=kept | environment, capture_output=True, text=True)
 
 
-def test_every_kernel_compiles_and_none_spills(tmp_path):
-    done = run(["--json", tmp_path / "rows.json"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles_and_none_spills(tmp_path, target):
+    done = run(["--json", tmp_path / "rows.json", "--target", target])
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     print(done.stdout)
     wrong = [row for row in rows if "error" in row or row["spills"]]
     assert not wrong, "\n".join(map(str, wrong))
-    kernels = {row["kernel"] for row in rows}
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert "logprob_triton" in {name.split(".")[0] for name in kernels}
+    assert {row["target"] for row in rows} == {target}
+    assert len(rows) > 180
+    assert "logprob_triton" in {row["kernel"].split(".")[0] for row in rows}
 
 
 def test_refuses_the_interpreter():
