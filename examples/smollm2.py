@@ -50,15 +50,15 @@ def read(file: Path) -> tuple[LlamaForCausalLM, Any]:
     kind, cut = (fields[name].contents() if name in fields else None for name in ("general.architecture", "tokenizer.ggml.pre"))
     if (kind, cut) != ("llama", "smollm"):
         raise ValueError(f"{file}: expected a SmolLM2 (architecture llama, tokenizer smollm), got architecture {kind}, tokenizer {cut}")
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(**source)
-    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    folder, name = str(file.parent), file.name
+    config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, trust_remote_code=False, dtype=torch.float32)
     model = LlamaForCausalLM(config).float()
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain numbers now
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     # GGUF has a name for how texts are cut before merging, and transformers reads none: digits stand alone, as in training.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                                          pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -28,6 +28,7 @@ except ImportError:  # dispatch then says that Triton cannot run here
     triton = None
 
 _IMPLS = Implementations("swiglu", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_ROWS_IMPLS = Implementations("activate_rows", cpu=("triton",), cuda=("triton",))
 _IMPLS_FLOAT64 = Implementations("swiglu of float64", cpu=("torch",), cuda=("torch",))
 _BLOCK = 1024
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -191,7 +192,12 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
 
 
 def activate_rows(x: Tensor, activation: str, *, gated: bool) -> Tensor:
-    """`activate` in Triton, each row's bits a function of that row alone: torch's own kernels compute the end of a tensor by other code. No gradient."""
+    """`activate` in Triton, each row's bits a function of that row alone: torch's own kernels compute the end of a tensor by other code. No gradient.
+
+    Raises:
+        RuntimeError: Triton cannot run here.
+    """
+    _ROWS_IMPLS.choose(x.device)
     return _activate_rows(x, activation, gated)
 
 

@@ -279,7 +279,7 @@ class Generator:
             raise RuntimeError("HybridActor.generate: the KV cache is lent to training; leave the lend_cache() block first")
         if self._watch is None or (version := self._watch.look(depth, lightly=depth == "counts")) == self.weights_version:
             return
-        expected, held = (self.decoder.device, self.decoder.activation_dtype), (self.cache.k.device, self.cache.k.dtype)
+        expected, held = (self.decoder.device, self.decoder.cache_dtype), (self.cache.k.device, self.cache.k.dtype)
         if expected != held:
             raise RuntimeError(f"HybridActor: the model was moved or cast, to {expected[1]} on {expected[0]}, while completions were "
                                f"on the way whose keys and values are {held[1]} on {held[0]}; let the streams come to an end "

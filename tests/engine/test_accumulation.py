@@ -76,7 +76,7 @@ def run_of(stage, model, files, **options):
         return train_rejection(RejectionConfig(model, files["prompts"], files["reward"], prompts_per_step=SEQUENCES, samples_per_prompt=2, **sampled,
                                                **options))
     more = {"grpo": groups, "strict": groups | {"strict": True}, "ppo": {"prompts_per_step": SEQUENCES, "epochs": 1, "minibatches": 1},
-            "critic": {"prompts_per_step": SEQUENCES, "epochs": 1, "minibatches": 1, "critic": CriticConfig()},
+            "critic": {"prompts_per_step": SEQUENCES, "epochs": 1, "minibatches": 1, "critic": CriticConfig("policy")},
             "ptx": groups | {"ptx": PtxConfig(files["sft"], sequences_per_step=SEQUENCES)}}[stage]
     algorithm = {"ppo": "ppo", "critic": "ppo"}.get(stage, "grpo")
     return train_policy(PolicyConfig(model, files["prompts"], files["reward"], algorithm, **sampled, **more, **options))

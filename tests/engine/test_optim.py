@@ -263,7 +263,7 @@ def test_epsilon_is_the_algorithms():
         config = PolicyConfig("m", "d", ("r.py:f",), name)
         assert config.optim.eps == row.eps == (1e-5 if name in ("ppo", "ppo_penalty") else 1e-8)
         assert PolicyConfig("m", "d", ("r.py:f",), name, optim=OptimConfig(eps=1e-6)).optim.eps == 1e-6
-    assert PolicyConfig("m", "d", ("r.py:f",), critic=CriticConfig()).critic.optim.eps == 1e-5
+    assert PolicyConfig("m", "d", ("r.py:f",), critic=CriticConfig("policy")).critic.optim.eps == 1e-5
     assert optimizer_of(SFTConfig("m", "d").optim, parameters().items())._eps == 1e-8
 
 

@@ -136,7 +136,8 @@ def test_the_micro_batch_split_does_not_change_the_update(make):
     for algorithm in ("grpo", "gspo", "dr_grpo", "rloo"):
         moved = []
         for tokens in (25, 10_000):
-            config = make(algorithm, name=f"{algorithm}{tokens}", steps=1, tokens_per_microbatch=tokens)
+            config = make(algorithm, name=f"{algorithm}{tokens}", steps=1, tokens_per_microbatch=tokens,
+                          optim=OptimConfig(lr=1e-3, eps=1e-5))  # with 1e-8 the sign of a rounding error is a whole step
             train_policy(config)
             moved.append(_weights(config))
         start = {name: p.detach() for name, p in load_decoder(config.model).named_parameters()}

@@ -50,6 +50,7 @@ class Captured(StepGraphs):
 
 class Tokenizer:
     eos_token_id = 17
+    added_tokens_decoder, all_special_tokens, all_special_ids = {}, (), ()
 
     @staticmethod
     def decode(ids, skip_special_tokens):
@@ -73,8 +74,12 @@ def run(generator, asked=None, params=None):
 @pytest.fixture
 def count_tokens(monkeypatch):
     seen = []
-    step = state_module.decode_step
-    monkeypatch.setattr(state_module, "decode_step", lambda weights, ids, *rest: (seen.append(len(ids)), step(weights, ids, *rest))[1])
+
+    def counted(step):
+        return lambda weights, ids, *rest: (seen.append(len(ids)), step(weights, ids, *rest))[1]
+
+    for name in ("decode_step", "strict_step"):
+        monkeypatch.setattr(state_module, name, counted(getattr(state_module, name)))
     return seen
 
 

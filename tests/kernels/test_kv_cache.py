@@ -272,7 +272,7 @@ def test_refuses_what_it_does_not_support():
             ({"slots": good["slots"][:2]}, ValueError, "slots does not fit its pattern"),
             ({"q_norm": good["q_norm"][:4]}, ValueError, "q_norm does not fit its pattern"),
             ({"slots": good["slots"].int()}, TypeError, "expected slots of dtype int64"),
-            ({"k_cache": good["k_cache"].half()}, TypeError, "expected k_cache of dtype float32"),
+            ({"k_cache": good["k_cache"].half()}, TypeError, "expected v_cache of dtype float16"),
             ({"k_norm": good["k_norm"].half()}, TypeError, "expected k_norm of dtype float32"),
             ({"cos": good["cos"].double()}, TypeError, "expected cos of dtype"),
             ({"qkv": good["qkv"].T.contiguous().T}, ValueError, "expected qkv with a contiguous last dimension"),

@@ -85,6 +85,20 @@ SWIGLU = Entry(
     timed={"cpu": {"N": 2048, "F": 4864}, "cuda": {"N": 16384, "F": 8192, "dtype": BF16}})
 
 
+def _rows_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
+    width = case.F * (2 if case.gated else 1)
+    return Problem({"x": (case.size * floats(generator, case.N, width)).to(case.dtype)}, {"activation": case.activation, "gated": case.gated}, {})
+
+
+ACTIVATE_ROWS = Entry(
+    "activate_rows", swiglu._ROWS_IMPLS,
+    {"N": (5, 0, 1, 9), "F": (33, 1, 31, 1025), "activation": ("silu", "gelu", "gelu_tanh"), "gated": (True, False), "size": (1.0, 1e-4, 100.0),
+     "dtype": FLOATS}, _rows_problem,
+    forward=lambda x, s, impl: {"y": swiglu.activate_rows(x["x"], **s)}, reference=lambda x, s: {"y": swiglu.activate(x["x"], **s, impl="torch")},
+    bounds=lambda problem, want: no_worse(problem, want, peer_of(ACTIVATE_ROWS, problem)), cost=lambda case: case.N * case.F,
+    fits=lambda case: case.dtype != F16 or case.size < 100, timed={"cuda": {"N": 16384, "F": 8192, "dtype": BF16}})  # their products leave float16
+
+
 def _attention_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
     N, (Hq, Hkv, D) = sum(case.lengths), case.heads
     x = {name: laid_out(floats(generator, N, h, D, dtype=case.dtype), case.layout) for name, h in (("q", Hq), ("k", Hkv), ("v", Hkv))}
