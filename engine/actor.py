@@ -45,8 +45,8 @@ class HybridActor:
     `weights_version` goes up. What cannot be followed (a sharded, pruned or parametrised decoder, one without memory)
     raises a RuntimeError that says what to do. `model.watch` says what is found of writes that nobody counts.
 
-    Threads may generate at once, and compute training forwards while others generate. An optimizer's step is noticed
-    between the sampler's steps: let none run beside them.
+    Threads may generate at once, and compute training forwards while others generate. A `torch.optim` optimizer's step
+    waits for the sampler's, and the sampler's for it; let no other write to the weights run beside them.
 
     The KV cache is allocated by the first `generate`, and given back by `release_cache`. Setting
     `decoder.checkpoint_activations` trades time for the memory of the training forward.

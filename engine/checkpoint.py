@@ -85,8 +85,11 @@ def save_checkpoint(run_dir: str | Path, step: int, tensors: Mapping[str, Mappin
             shutil.rmtree(temporary)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             needed, free = sum(t.nbytes for named in tensors.values() for t in named.values()), shutil.disk_usage(root).free
-            raise OSError(error.errno, f"{os.strerror(error.errno)}: this checkpoint needs {needed:,} bytes and {free:,} are free; "
-                          "earlier checkpoints are intact. Free some space or lower run.keep, then resume", str(target)) from error
+            earlier = any(path.is_dir() and path.name.startswith("step_") for path in root.iterdir()) if root.is_dir() else False
+            then = ("earlier checkpoints are intact: free some space, then resume" if earlier
+                    else "there is no earlier one: free some space, delete the run directory, and begin again")
+            raise OSError(error.errno, f"{os.strerror(error.errno)}: this checkpoint needs {needed:,} bytes and {free:,} are free; {then}",
+                          str(target)) from error
         raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,7 +13,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "reward_model.model.path": ("reward",), "custom_reward_function.path": ("reward",), "critic_pretrain": ("critic.model",),
     "critic.model.path": ("critic.model",), "value_model_path": ("critic.model",), "sft_model_path": ("model",), "ref_model": ("reference",),
     "adv_estimator": ("loss.advantage",), "algorithm.adv_estimator": ("loss.advantage",), "advantage_estimator": ("loss.advantage",), "loss_type":
-        ("loss.objective", "loss"), "pretrain_data": ("ptx.data",), "ptx_coef": ("ptx.coef",),
+        ("loss.aggregation", "loss"), "scale_rewards": ("loss.advantage",), "pretrain_data": ("ptx.data",), "ptx_coef": ("ptx.coef",),
     # batches
     "per_device_train_batch_size": ("prompts_per_step", "sequences_per_step", "pairs_per_step"), "gradient_accumulation_steps": ("tokens_per_microbatch",),
     "train_batch_size": ("prompts_per_step", "sequences_per_step", "pairs_per_step"), "rollout_batch_size": ("prompts_per_step",),
@@ -25,8 +25,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "ppo_max_token_len_per_gpu": ("tokens_per_microbatch",), "ppo_mini_batch_size": ("minibatches",), "num_mini_batches": ("minibatches",),
     "mini_batch_size": ("minibatches",), "gradient_checkpointing": ("checkpoint_activations",), "enable_gradient_checkpointing": ("checkpoint_activations",),
     # length of a run
-    "num_train_epochs": ("epochs", "steps"), "max_epochs": ("epochs",), "num_episodes": ("steps",), "total_episodes": ("steps",), "max_steps": ("steps",
-        "epochs"), "total_epochs": ("steps", "epochs"), "trainer.total_epochs": ("steps", "epochs"), "total_training_steps": ("steps",), "num_iterations":
+    "num_train_epochs": ("steps", "epochs"), "max_epochs": ("epochs",), "num_episodes": ("steps",), "total_episodes": ("steps",), "max_steps":
+        ("steps",), "total_epochs": ("steps", "epochs"), "trainer.total_epochs": ("steps", "epochs"), "total_training_steps": ("steps",), "num_iterations":
         ("epochs",), "num_ppo_epochs": ("epochs",), "ppo_epochs": ("epochs",), "actor.ppo_epochs": ("epochs",),
     # sampling
     "num_generations": ("samples_per_prompt",), "n_samples_per_prompt": ("samples_per_prompt",), "rollout.n": ("samples_per_prompt",),

@@ -72,7 +72,7 @@ class KLController:
         kept = f"has been off by more than a factor of 2 for {self.away} steps" if self.away >= self.AWAY else "is not reached"
         low = self.level < math.sqrt(target) if self.config.horizon is None else self.coef < first
         remedy = ("the policy hardly moves: more steps, a higher optim.lr, or a lower kl.target" if low
-                  else "a lower optim.lr, fewer epochs x minibatches, a higher kl.coef or a higher kl.target")
+                  else "a lower optim.lr, fewer epochs x minibatches, a critic of its own (critic.model) or a higher kl.target")
         remedy = f"leave kl.horizon out, or shorten it (now {self.config.horizon:g} sequences)" if self.config.horizon is not None else remedy
         return f"kl.target {target:g} {kept}; the coefficient is {where}; {remedy}"
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 TOKENS_PER_FORWARD = 8192
 CONTEXT = 4  # tokens of the prompt that a completion is decoded behind
 
+LARGEST = 1e15  # of a reward
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -196,7 +198,11 @@ def _number(value: Any) -> tuple[float | None, str]:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan, f"expected a number or None, got {value!r:.80}"
-    return (number, "") if math.isfinite(number) else (math.nan, f"expected a finite number or None, got {value!r:.80}")
+    if not math.isfinite(number):
+        return math.nan, f"expected a finite number or None, got {value!r:.80}"
+    if abs(number) > LARGEST:
+        return math.nan, f"expected a number of at most {LARGEST:g} (squares are summed in float32), got {value!r:.80}"
+    return number, ""
 
 
 # ---- rewards of tokens and of steps -------------------------------------------------------------------------------------------

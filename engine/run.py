@@ -137,6 +137,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             found.load(checkpoint)
             self._skipped = int(checkpoint.state["skipped_updates"])
         self._saver, self._checkpoint = Saver(self.directory, self.settings, found, checkpoint, self._skipped), None
+        if checkpoint is None and self.settings.resume:
+            self.message(f"{self.directory}: nothing to resume here, beginning at step 1")
         if checkpoint is not None:
             where = f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"
             self.message(f"{self.directory}: {where}")
@@ -207,9 +209,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._samples.append({"step": step + 1, **row})
 
     def message(self, text: str) -> None:
-        """A line on the terminal, where progress is shown."""
-        if self.settings.progress:
-            say(f"{self._title}: {text}")
+        """A line on standard error: what a person should know, whether or not progress is shown."""
+        say(f"{self._title}: {text}")
 
     def check_update(self, result: StepResult, of: str = "model") -> None:
         """Count skipped updates. Raises RuntimeError at the fifth in a row `of` one model."""
@@ -217,7 +218,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._skipped += int(not result.applied)
         if self._skipped_in_a_row[of] >= _MAX_SKIPPED:
             raise RuntimeError(f"{_MAX_SKIPPED} updates of the {of} in a row had a non-finite gradient norm; stopped. The weights are those of the last "
-                               "finite update. Lower optim.lr, or resume from the last checkpoint with clipped scores (score_clip)")
+                               "finite update. Start another run from this run's model or the one before it, with a lower optim.lr or a score_clip")
 
 
 def peak_memory() -> float:

@@ -93,10 +93,12 @@ def _deltas(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Tensor
 
 def _advantages(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Tensor, gamma: float, lam: float,
                 last_values_B: Tensor) -> tuple[Tensor, Tensor]:
-    delta = _deltas(layout, live_N, rewards_N, values_N, gamma, last_values_B)
+    """(advantages, returns) in the rewards' dtype, each rounded once: sums over thousands of tokens in float32 err by more than that."""
+    dtype, values_N = rewards_N.dtype, values_N.double()
+    delta = _deltas(layout, live_N, rewards_N.double(), values_N, gamma, last_values_B.double())
     decay = torch.where(live_N, gamma * lam, torch.ones_like(delta))
     advantages = torch.where(live_N, layout.suffix_scan(decay, delta), 0)
-    return advantages, torch.where(live_N, advantages + values_N, 0)
+    return advantages.to(dtype), torch.where(live_N, advantages + values_N, 0).to(dtype)
 
 
 def gae_reference(rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float,

@@ -124,6 +124,7 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        require(-(2**63) <= self.seed < 2**63, "run.seed", "an integer of 64 bits", self.seed)
         require(bool(self.dir), "run.dir", "a directory", self.dir)
         require(self.save_every >= 0, "run.save_every", ">= 0", self.save_every)
         require(0 <= self.save_minutes < math.inf, "run.save_minutes", ">= 0", self.save_minutes)
@@ -161,6 +162,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "generation.max_new_tokens", ">= 1", self.max_new_tokens)
         require(self.temperature >= 0, "generation.temperature", ">= 0", self.temperature)
+        require(all(token >= 0 for token in self.stop_token_ids), "generation.stop_token_ids", "token ids >= 0", self.stop_token_ids)
 
     @property
     def truncates(self) -> bool:

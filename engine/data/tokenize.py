@@ -5,8 +5,9 @@ training either. Lengths are limited here, before any device work, and what is d
 """
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,7 +45,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, too
         raise _no_tokenizer()
     if not isinstance(prompt, str):
         _needs_template(tokenizer)
-        rendered: Any = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=True, add_generation_prompt=True, return_dict=False)
+        with _templates():
+            rendered: Any = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=True, add_generation_prompt=True, return_dict=False)
         return list(rendered)
     plain = _ids(tokenizer, prompt, special=False)
     if not plain:
@@ -116,7 +118,20 @@ def encode_dialogue(tokenizer: PreTrainedTokenizerBase | None, dialogue: Dialogu
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(dialogue.messages, tools=dialogue.tools, tokenize=False, **options))
+    with _templates():
+        return str(tokenizer.apply_chat_template(dialogue.messages, tools=dialogue.tools, tokenize=False, **options))
+
+
+@contextlib.contextmanager
+def _templates() -> Iterator[None]:
+    """What a chat template refuses, or cannot render, is told as a fault of data and template."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise DataError(f"the model's chat template refuses these messages: {error}; change their roles or order (many templates take no system message, and "
+                        "user and assistant in turn), or the template in the model's directory") from error
 
 
 def _turns_by_prefix(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, text: str) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ nothing: there a window ends with the first sequence that does.
 """
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -302,10 +303,11 @@ class Generator:
     def _step(self, ticket: Ticket | None, depth: Depth) -> None:
         """A step that `ticket` waits for."""
         try:
-            self._look(depth)
-            watched = self._table.watched[self.scheduler.decoding].any()  # a stop string is found by the host
-            plan = self.scheduler.schedule(1 if watched else self._window)
-            drawn = self._run(plan)
+            with contextlib.nullcontext() if self._watch is None else self._watch.still():
+                self._look(depth)
+                watched = self._table.watched[self.scheduler.decoding].any()  # a stop string is found by the host
+                plan = self.scheduler.schedule(1 if watched else self._window)
+                drawn = self._run(plan)
             if drawn is not None and (drawn.tokens < 0).any():
                 raise RuntimeError("Generator: the logits of a sequence hold NaN or infinity; look at the weights (a non-finite update?)")
         except BaseException as error:

@@ -51,7 +51,9 @@ def share(module: nn.Module) -> Decoder:
                  if name in parameters and parameters[name].shape != view.shape]
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"from_module: the parameters are not those of a plain {parsed.family.name} language model:\n  {shown}")
+        adapted = " (it has a PEFT adapter: merge it first, merge_and_unload, or train fusedrl's own adapters, actor.add_adapter)"
+        raise ValueError(f"from_module: the parameters are not those of a plain {parsed.family.name} language model"
+                         f"{adapted if any('lora_' in name for name in parameters) else ''}:\n  {shown}")
     moved: set[str] = set()
     for part in (decoder, *decoder.layers):
         part.to_empty(device=device, recurse=part is not decoder)

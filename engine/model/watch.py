@@ -21,10 +21,11 @@ Missed    words of 8 bytes that change places within a single row that is not th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Literal
@@ -53,6 +54,7 @@ class Watch:
         self.version = 0
         self._decoder, self._module = decoder, module
         self._lock = threading.RLock()
+        self._still, self._writer = threading.Lock(), 0  # held while the weights are read or written, and by which thread's optimizer
         self._steps = 0
         self._kinds = _kinds(decoder)
         self._shapes = {name: p.shape for name, p in decoder.named_parameters() if ".lora." not in name}
@@ -74,6 +76,7 @@ class Watch:
         hooks = [register_optimizer_step_post_hook(listening(Watch._stepped))]
         if module is not None:
             hooks.append(register_optimizer_step_pre_hook(listening(Watch._check_gradients)))
+        hooks.append(register_optimizer_step_pre_hook(listening(Watch._stepping)))
         for handle in hooks:
             weakref.finalize(self, handle.remove)
 
@@ -263,11 +266,40 @@ class Watch:
                 "place, undo it, or build a new actor with from_module"
             )
 
+    # ---- threads ---------------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """No `torch.optim` optimizer of another thread writes to the weights within the block; one that wants to waits, and
+        one that does is waited for. (A thread whose optimizer raised in the middle of its step is no longer waited for when it ends.)"""
+        if self._writer == threading.get_ident():  # a closure of its optimizer
+            yield
+            return
+        while not self._still.acquire(timeout=1.0):
+            if self._writer and self._writer not in {thread.ident for thread in threading.enumerate()}:
+                self._writer = 0
+                break
+        try:
+            yield
+        finally:
+            self._still.release()
+
+    def _stepping(self, optimizer: Optimizer) -> None:
+        """The step that begins waits for the decoding step of another thread."""
+        if self._writer != threading.get_ident() and self._ours(optimizer):
+            self._still.acquire()
+            self._writer = threading.get_ident()
+
     # ---- optimizers -------------------------------------------------------------------------------------------------------------
     def _stepped(self, optimizer: Optimizer) -> None:
         """Fused optimizers write without autograd's count, so optimizer steps are listened for: on a parameter, or on a
         tensor that begins where one does."""
-        self._steps += any(
+        self._steps += self._ours(optimizer)
+        if self._writer == threading.get_ident():
+            self._writer = 0
+            self._still.release()
+
+    def _ours(self, optimizer: Optimizer) -> bool:
+        return any(
             id(p) in self._ids or (type(p) in (Tensor, nn.Parameter) and p.data_ptr() in self._places)
             for group in optimizer.param_groups
             for p in group["params"]

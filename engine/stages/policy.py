@@ -31,7 +31,7 @@ from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.monitor import Monitor
-from fusedrl.engine.objectives import behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.objectives import behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss, value_scale
 from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
@@ -200,7 +200,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
     """epochs x minibatches optimizer steps on one rollout and what is replayed beside it; the gradient of `ptx` is added to each."""
     objective = make_objective(config, control.penalty.coef)
     total_updates, done = _updates(config, step - config.critic_warmup, config.steps - config.critic_warmup)
-    entropy_coef = entropy_coefficient(config, batch)
+    entropy_coef, unit = entropy_coefficient(config, batch), value_scale(batch)
     meter = Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
     fresh = batch.num_sequences
@@ -223,7 +223,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                 micro, dropped = behaviour(config.correction, micro, logp)
                 full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
                 loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full,
-                                                                 entropy_coef=entropy_coef)
+                                                                 entropy_coef=entropy_coef, value_unit=unit)
                 loss.backward()
                 old = epoch == 0 and group[0] >= fresh  # only in the first pass are there micro-batches of replayed completions alone
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
@@ -253,6 +253,8 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
     total_updates, done = _updates(config, step, rollouts)
     stats: list[ValueStats] = []
     norms: list[float] = []
+    unit = value_scale(batch)
+    clip = None if config.loss.value_clip is None else config.loss.value_clip * unit
     for epoch in range(config.epochs):
         for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
@@ -260,8 +262,8 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
             for group in minibatch:
                 micro = weighted.select(group)
                 old, returns, weights = (micro.column(name) for name in ("values", "returns", "weights"))
-                loss, value_stats = value_loss(model(micro), old, returns, weights, clip=config.loss.value_clip)
-                (config.loss.value_coef * loss).backward()
+                loss, value_stats = value_loss(model(micro), old, returns, weights, clip=clip)
+                (config.loss.value_coef / unit**2 * loss).backward()
                 stats.append(value_stats)
             optimizer.lr = learning_rate(optim, done, total_updates)
             result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)

@@ -30,7 +30,7 @@ from fusedrl.engine.fisher import FlatParameters, fisher_product, policy_kl
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.model.weights import resolve_dtype
 from fusedrl.engine.natural_gradient import line_search, natural_step
-from fusedrl.engine.objectives import entropy_coefficient, make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.objectives import entropy_coefficient, make_objective, minibatch_weights, objective_loss, value_scale
 from fusedrl.engine.optim import Optimizer, StepResult, grad_norm
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.plan import read_model_config
@@ -178,11 +178,13 @@ def train_values(values: Sequence[Callable[[], Tensor]], optimizer: Optimizer, m
     """
     loss_sum, clipped = torch.zeros(2, dtype=torch.float64, device=micros[0].device).unbind()
     tokens = max(1, sum(int(micro.action_mask.sum()) for micro in micros))
+    unit = value_scale(PackedBatch.concat(list(micros)))
+    clip = None if config.loss.value_clip is None else config.loss.value_clip * unit
     for epoch in range(config.epochs):
         optimizer.zero_grad()
         for micro, values_of in zip(micros, values, strict=True):
-            loss, stats = value_loss(values_of(), micro.column("values"), micro.column("returns"), micro.column("weights"), clip=config.loss.value_clip)
-            loss.backward()
+            loss, stats = value_loss(values_of(), micro.column("values"), micro.column("returns"), micro.column("weights"), clip=clip)
+            (loss / unit**2).backward()
             loss_sum += stats.loss
             clipped += stats.clip_fraction * stats.tokens / tokens
         optimizer.lr = learning_rate(config.optim, (step - config.critic_warmup) * config.epochs + epoch, (config.steps - config.critic_warmup) * config.epochs)

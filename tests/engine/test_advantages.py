@@ -10,7 +10,7 @@ from fusedrl.engine.advantages import GRPO_EPS, Signals, estimate, find_advantag
 from fusedrl.engine.algorithms import ADVANTAGES
 from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, PolicyConfig
 from fusedrl.engine.errors import ConfigError
-from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss, value_scale
 from fusedrl.engine.packing import PackedBatch
 
 COEF, GAMMA, LAM, K, BASELINE, LEVEL = 0.3, 0.9, 0.8, 2, 0.7, 0.4
@@ -280,3 +280,29 @@ def test_flat_groups_still_feel_the_kl():
     batch = estimate(chosen, signals(batch, kl_coef=0.0))
     assert (batch.advantages == 0).all()
     assert gradient(chosen, batch, [[0, 1]], torch.where(batch.action_mask, batch.old_logp, 0.0)).abs().max() > 1e-3
+
+
+# ---- the unit of values ------------------------------------------------------------------------------------------------------------
+def test_values_are_learned_in_units_of_the_returns():
+    """Rewards a hundred times as large: the values' loss and what its clip stops are the same in their unit, so that the policy's gradient keeps its share."""
+    generator = torch.Generator().manual_seed(0)
+    small = PackedBatch.from_sequences([([1, 2], [3, 4, 5]), ([1], [6, 7])])
+    N = small.num_tokens
+    old, returns, values, logp = (torch.randn(N, generator=generator) for _ in range(4))
+    chosen = PolicyConfig("m", "d", ("r.py:f",), "ppo")
+    found = []
+    for times in (1.0, 100.0):
+        batch = small.with_columns(values=old * times, returns=returns * times, old_logp=torch.zeros(N), advantages=torch.zeros(N),
+                                   weights=small.action_mask / 5)
+        trained = (values * times).requires_grad_()
+        unit = value_scale(batch) if times > 1 else 1.0
+        spread = returns[small.action_mask].double().std(correction=0).item()
+        assert unit == pytest.approx(max(1.0, times * spread)) or times == 1.0
+        loss, _, stats = objective_loss(chosen, make_objective(chosen, 1.0), 0.0, batch, logp, None, trained, value_unit=unit if times == 1.0 else times)
+        loss.backward()
+        found.append((loss.item(), stats.clip_fraction.item(), trained.grad * times))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] == found[1][1] > 0
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-7)
+    assert value_scale(small) == 1.0  # no critic
+    assert value_scale(small.with_columns(returns=torch.full((N,), 50.0))) == 1.0  # far from 0, and all alike

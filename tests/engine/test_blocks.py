@@ -44,7 +44,7 @@ class Machine(RuleBasedStateMachine):
             held[t % SIZE] = (self.version, tuple(tokens[: t + 1]), self.adapted[sequence])
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), keep=st.integers(0, 3), commit=st.booleans(),
-          adapted=st.booleans())
+          adapted=st.sampled_from([True, True, False]))
     def allocate(self, tokens, keep, commit, adapted):
         tokens = [Collides(t) for t in tokens]
         before, available = self.snapshot(), self.manager.available

@@ -96,7 +96,7 @@ def test_a_policy_that_cannot_be_held_is_told():
         told.append(control.warning())
     (text,) = [text for text in told if text]
     assert control.coef == pytest.approx(FIRST * control.RANGE)
-    assert "a higher kl.coef or a higher kl.target" in text
+    assert "a critic of its own (critic.model) or a higher kl.target" in text
 
 
 def test_a_long_horizon_does_not_reach_it_and_says_so():

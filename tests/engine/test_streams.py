@@ -350,6 +350,64 @@ def test_training_in_one_thread_while_another_generates():
     assert actor.weights_version == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["plain", "fused"])
+def test_an_optimizers_step_waits_for_the_decoding_step_of_another_thread(options):
+    """The weights are one of two sets at any time, and no token is of a mixture of both."""
+    actor, sets = make(), [make(), make()]
+    moves = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1 for i, p in enumerate(actor.parameters())]
+    optimizer = torch.optim.SGD(actor.parameters(), lr=1.0, **options)
+
+    def move(sign: float) -> None:
+        for p, by in zip(actor.parameters(), moves, strict=True):
+            p.grad = sign * by
+        optimizer.step()
+
+    with torch.no_grad():
+        for p, by in zip(sets[1].parameters(), moves, strict=True):
+            p.sub_(by)
+    stop = threading.Event()
+
+    def trains():
+        count = 0
+        while not stop.is_set():
+            move(1.0 if count % 2 == 0 else -1.0)
+            count += 1
+        return count
+
+    def generates():
+        try:
+            return [actor.generate([LONG], replace(fixed(3), seed=seed))[0][0] for seed in range(40)]
+        finally:
+            stop.set()
+
+    steps, outs = together(trains, generates)
+    assert steps > 10
+    pure = [out for out in outs if len(set(out.weights_versions)) == 1]
+    assert pure
+    assert all(min(worst(one, LONG, out) for one in sets) < 1e-3 for out in pure)
+
+
+def test_an_optimizer_that_raised_holds_nobody_up():
+    actor = make()
+    optimizer = torch.optim.SGD(actor.parameters(), lr=0.1)
+    want = actor.generate([LONG], fixed(4))
+
+    def closure():
+        raise KeyError("half-way")
+
+    def fails():
+        with pytest.raises(KeyError):
+            optimizer.step(closure)
+
+    fails()
+    assert actor.generate([LONG], fixed(4))[0][0].token_ids == want[0][0].token_ids  # in the same thread
+    thread = threading.Thread(target=fails)
+    optimizer.step()
+    thread.start()
+    thread.join()
+    assert actor.generate([LONG], fixed(4))[0][0].token_ids == want[0][0].token_ids  # its thread has ended
+
+
 def test_weights_loaded_in_another_thread_between_steps_are_noticed():
     actor = make(max_sequences=2)
     turn, loaded = threading.Event(), threading.Event()
