@@ -58,7 +58,8 @@ def _names(directory: str) -> set[str]:
 
 
 @pytest.fixture
-def policy_names(tiny_model, tmp_path, write_jsonl) -> set[str]:
+def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
+    monkeypatch.setattr("fusedrl.engine.rewards.LARGEST", float("inf"))  # rewards that overflow are refused otherwise
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(6)])
 

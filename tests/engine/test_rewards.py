@@ -163,6 +163,11 @@ def test_a_value_that_is_no_finite_number_makes_the_sample_invalid(bad):
     assert "number or None, got" in scores.invalid[0][2]
 
 
+def test_a_value_whose_square_would_overflow_makes_the_sample_invalid():
+    scores = _score([lambda completions: [1.0, -1e30, 1e15]])
+    assert [(i, reason) for i, _, reason in scores.invalid] == [(1, "expected a number of at most 1e+15 (squares are summed in float32), got -1e+30")]
+
+
 @pytest.mark.parametrize("returned, message", [
     ([1.0], "expected 3 values, one per completion, got 1"), ([1.0] * 4, "got 4"), (None, "got NoneType"), (1.0, "got float"), ("abc", "got str"),
     ({"a": 1, "b": 2, "c": 3}, "got dict"), (np.float32(1), "got float"), (torch.tensor(3.0), "got float"),
