@@ -59,6 +59,16 @@ OPTIM = OptimConfig(lr=3e-3)
 STEPS, AT = 4, 2  # steps of a run, and those complete when something happens to it
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_on_a_terminal():
+    """A suite in the background of a script has SIGINT ignored, one under nohup SIGHUP, and ignored signals stay so in a run."""
+    before = {number: signal.signal(number, handler) for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL),
+                                                                            (signal.SIGTERM, signal.SIG_DFL), (signal.SIGUSR1, signal.SIG_DFL))}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def make(tiny_model, tmp_path, write_jsonl):
     """The configuration of a stage or an algorithm; the run directory is `name`."""
