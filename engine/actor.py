@@ -149,7 +149,7 @@ class HybridActor:
             TypeError, ValueError: before anything is generated: a prompt without tokens, ids outside the vocabulary, more tokens than the model has positions
             or than the cache can ever hold (with the two numbers), numbers of prompts and params that differ.
         """
-        found = sorted(self.stream(prompts, params, request_ids), key=lambda finished: finished[:2])
+        found = sorted(self._run(prompts, params, request_ids, to_caller=False), key=lambda finished: finished[:2])
         outs: list[list[Completion]] = [[] for _ in range(len(prompts))]
         for finished in found:
             outs[finished.prompt].append(finished.completion)
@@ -163,7 +163,11 @@ class HybridActor:
         what starts afterwards is computed with the new ones alone; what is under way goes on with them over its older keys
         and values, each token with its version. The adapter is on or off for the whole call, as it was when it was made.
         """
-        return self._generation().run(prompts, params if params is not None else SamplingParams(), request_ids)
+        return self._run(prompts, params, request_ids, to_caller=True)
+
+    def _run(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None, request_ids: Sequence[int] | None,
+             to_caller: bool) -> Iterator[Finished]:
+        return self._generation().run(prompts, params if params is not None else SamplingParams(), request_ids, to_caller)
 
     def extend(self, completion: Completion, token_ids: Sequence[int]) -> Completion:
         """Append observation tokens (a tool's answer, the user's next turn) to a completion; they are not actions. `generate` continues it as a prompt,

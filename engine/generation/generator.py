@@ -200,12 +200,13 @@ class Generator:
             self.scheduler.submit(sequences)
 
     def run(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams],
-            request_ids: Sequence[int] | None = None) -> Iterator[Finished]:
-        """Completions as they finish. The call is checked at once; an iterator that is closed early takes its sequences out."""
+            request_ids: Sequence[int] | None = None, to_caller: bool = True) -> Iterator[Finished]:
+        """Completions as they finish. The call is checked at once; an iterator that is closed early takes its sequences out.
+        `to_caller`: completions are handed to code that may write to the weights before it asks for the next one."""
         ticket, sequences = self.prepare(prompts, params, request_ids)
-        return self._drive(ticket, sequences)
+        return self._drive(ticket, sequences, to_caller)
 
-    def _drive(self, ticket: Ticket, sequences: list[Running]) -> Iterator[Finished]:
+    def _drive(self, ticket: Ticket, sequences: list[Running], to_caller: bool) -> Iterator[Finished]:
         self.enqueue(ticket, sequences)
         depth: Depth = "counts"
         try:
@@ -216,7 +217,7 @@ class Generator:
                         self._step(ticket, depth)
                     out, over = list(ticket.finished), not ticket.live
                     ticket.finished.clear()
-                depth = "first rows" if out else "counts"  # whoever is handed a completion may change the weights
+                depth = "first rows" if out and to_caller else "counts"
                 yield from out
                 if over and ticket.error is not None:
                     raise RuntimeError("generate: a step failed in another call on this actor, and the completions that were on the way are lost "
