@@ -126,6 +126,8 @@ class HybridActor:
 
     @weights_version.setter
     def weights_version(self, version: int) -> None:
+        """What the weights as they now are shall count as: those of a checkpoint go on from its number."""
+        self._watch.look()
         self._watch.version = version
 
     def __reduce__(self) -> NoReturn:

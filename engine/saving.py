@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.checkpoint import Checkpoint, save_checkpoint
 from fusedrl.engine.config.base import RunConfig
 from fusedrl.engine.control import Control
@@ -79,6 +80,8 @@ class Parts:
             if "replay" not in checkpoint.tensors:
                 raise CheckpointError(f"{checkpoint.path}: expected the group replay, got {sorted(checkpoint.tensors)}")
             self.replay.load(checkpoint.tensors["replay"])
+        if "weights_version" in checkpoint.state and isinstance(self.model, HybridActor):
+            self.model.weights_version = checkpoint.state["weights_version"]
         torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
 
 
@@ -110,7 +113,9 @@ class Saver:
 
     def complete(self, step: int, skipped: int) -> None:
         """`step` steps are complete, and the parts are as the last of them left them."""
-        state = {"skipped_updates": skipped} | (self._parts.control.state_dict() if self._parts.control is not None else {})
+        model, control = self._parts.model, self._parts.control
+        state = {"skipped_updates": skipped} | (control.state_dict() if control is not None else {})
+        state |= {"weights_version": model.weights_version} if isinstance(model, HybridActor) else {}
         self._completed = _Completed(step, torch.get_rng_state(), state, self._parts.mark())
 
     @property

@@ -1,33 +1,16 @@
-"""A tiny language model directory that any stage can start from: a word-level tokenizer and a random Llama."""
 import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tests.support.tiny import CONFIG, WORDS, write_model
 
-from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
-from fusedrl.engine.model.weights import save_pretrained
-
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *[f"w{i}" for i in range(28)]]
-CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_act": "silu", "initializer_range": 0.2,
-}
+__all__ = ["CONFIG", "WORDS"]
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A directory with config.json, model.safetensors and a tokenizer of the words w0 .. w27; it adds <s> in front of a prompt."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-    save_pretrained(Decoder.random(model_config(CONFIG), seed=0), directory, tokenizer=fast)
-    return directory
+    """The directory of a tiny Llama with a tokenizer of the words w0 .. w27."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
