@@ -141,7 +141,7 @@ def test_more_micro_batches_are_no_less_exact(gradients, stage):
     found = errors(gradients, stage)
     (few, one), (_, some), (most, many) = sorted(found.items())
     assert (few, most) == {"critic": (2, 2 * SEQUENCES), "ptx": (2, 2 * SEQUENCES)}.get(stage, (1, SEQUENCES))
-    assert one < 3e-3, found  # every number rounded once
+    assert one < torch.finfo(torch.bfloat16).eps / 2, found  # weights, activations and what comes of them are rounded
     assert max(some, many) < 1.2 * one, found  # each micro-batch's gradient rounded once, their sum not at all
 
 
