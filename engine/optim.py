@@ -2,7 +2,8 @@
 
 A bfloat16 weight of 0.02 has neighbours 1.2e-4 away: a step of 1e-6 rounds back to where it started, and training stands still.
 So every low-precision parameter has a float32 master; the step moves the master and rounds it into the parameter, in place.
-Float32 parameters are their own masters.
+Float32 parameters are their own masters. What somebody else writes to a parameter between two steps (weights that are loaded, an average that
+is swapped in) its master takes over before the next: an element that is not its master rounded is the new master.
 
 A sum of gradients has the same trouble: of 256 micro-batches added up in bfloat16 the later ones are rounded away beside the sum of the earlier
 (3.6% off; one micro-batch is 0.17% off, and 256 added up in float32 0.015%). With accumulate="float32", which all stages have, each low-precision
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ class Optimizer:
         if not self._params:
             raise ValueError("make_optimizer: expected parameters that require a gradient, got none")
         self._masters = {name: p.detach().float() if p.dtype in _NARROW else p for name, p in self._params.items()}
+        self._kinds = {name: (p.dtype, p.device) for name, p in self._params.items()}
         matrices, vectors = ([m for m in self._masters.values() if (m.ndim > 1) is wide] for wide in (True, False))
         groups = [{"params": group, "weight_decay": decay} for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
         self._eps, self._hat, self._done = eps, eps_mode == "tensorflow", 0
@@ -96,14 +98,22 @@ class Optimizer:
 
         A parameter without a gradient stays. With a norm that is not finite nothing changes, the moments included. Reads the norm
         back from the device. Clipping may scale the gradients in place; call `zero_grad` afterwards.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or one was cast or moved since the optimizer was made.
         """
+        self._check_kinds()
         grads = self.gradients()
+        if not grads:
+            raise RuntimeError(f"Optimizer.step: none of its {len(self._params)} parameters has a gradient: no backward pass since zero_grad reached them. "
+                               "Where parameters were replaced since (load_state_dict(assign=True), another module), make a new optimizer")
         norm = grad_norm(grads.values())
         if not math.isfinite(norm):
             return StepResult(norm, False)
         if max_grad_norm is not None and norm > max_grad_norm:
             torch._foreach_mul_(list(grads.values()), max_grad_norm / norm)
         low = {name: grad for name, grad in grads.items() if self._masters[name] is not self._params[name]}
+        self._follow(low)
         for name, grad in low.items():
             self._masters[name].grad = grad
         self._done += 1
@@ -116,6 +126,21 @@ class Optimizer:
             self._masters[name].grad = None
             self._params[name].copy_(self._masters[name])
         return StepResult(norm, True)
+
+    def _check_kinds(self) -> None:
+        for name, p in self._params.items():
+            if (p.dtype, p.device) != self._kinds[name]:
+                was, now = (f"{str(dtype).removeprefix('torch.')} on {device}" for dtype, device in (self._kinds[name], (p.dtype, p.device)))
+                raise RuntimeError(f"Optimizer.step: {name} was {was} when the optimizer was made and is {now}; its master and moments are of then. "
+                                   "Cast and move first, then make the optimizer")
+
+    def _follow(self, names: Iterable[str]) -> None:
+        """Masters take over what was written to their parameters since the last step."""
+        pairs = [pair for name in names for pair in zip(_parts(self._params[name]), _parts(self._masters[name]), strict=True)]
+        written = [(wide.to(narrow.dtype) != narrow).any() for narrow, wide in pairs]
+        for (narrow, wide), differs in zip(pairs, torch.stack(written).tolist() if written else [], strict=True):
+            if differs:
+                wide.copy_(torch.where(wide.to(narrow.dtype) == narrow, wide, narrow.float()))
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
@@ -228,6 +253,11 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
             sums[name] += grad
 
     return move
+
+
+def _parts(p: Tensor) -> Sequence[Tensor]:
+    """The tensor; on a CPU in parts whose copies stay in the cache."""
+    return p.detach().split(max(1, _PART * len(p) // p.numel())) if p.device.type == "cpu" and p.numel() > _PART else (p.detach(),)
 
 
 def _stored(moment: Any) -> list[tuple[str, Tensor]]:

@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import attrgetter, is_
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -55,6 +57,8 @@ class Watch:
         self._decoder, self._module = decoder, module
         self._lock = threading.RLock()
         self._still, self._writer = threading.Lock(), 0  # held while the weights are read or written, and by which thread's optimizer
+        self._step: FrameType | None = None  # of that optimizer's step
+        self._ending = threading.Lock()
         self._steps = 0
         self._kinds = _kinds(decoder)
         self._shapes = {name: p.shape for name, p in decoder.named_parameters() if ".lora." not in name}
@@ -270,33 +274,50 @@ class Watch:
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
         """No `torch.optim` optimizer of another thread writes to the weights within the block; one that wants to waits, and
-        one that does is waited for. (A thread whose optimizer raised in the middle of its step is no longer waited for when it ends.)"""
-        if self._writer == threading.get_ident():  # a closure of its optimizer
-            yield
-            return
-        while not self._still.acquire(timeout=1.0):
-            if self._writer and self._writer not in {thread.ident for thread in threading.enumerate()}:
-                self._writer = 0
-                break
+        one that does is waited for, as long as its step is under way: one that raised is over."""
+        entered = self._enter()
         try:
             yield
         finally:
-            self._still.release()
+            if entered:
+                self._still.release()
+
+    def _enter(self) -> bool:
+        """Wait until nobody reads or writes the weights, and keep others from it. False: this thread's own step does already."""
+        while True:
+            if (writer := self._writer) and not self._under_way():
+                self._end(writer)
+            if self._writer == threading.get_ident():
+                return False
+            if self._still.acquire(timeout=0.05):
+                return True
+
+    def _under_way(self) -> bool:
+        """Whether the step that began last is still on the stack of its thread. One that raised has no post hook."""
+        frame = sys._current_frames().get(self._writer)
+        while frame is not None and frame is not self._step:
+            frame = frame.f_back
+        return frame is not None
+
+    def _end(self, writer: int) -> None:
+        with self._ending:
+            if self._writer == writer != 0:
+                self._steps += 1  # it may have written before it raised
+                self._writer, self._step = 0, None
+                self._still.release()
 
     def _stepping(self, optimizer: Optimizer) -> None:
         """The step that begins waits for the decoding step of another thread."""
-        if self._writer != threading.get_ident() and self._ours(optimizer):
-            self._still.acquire()
-            self._writer = threading.get_ident()
+        if self._ours(optimizer) and self._enter():  # not within a step of a class above
+            self._writer, self._step = threading.get_ident(), sys._getframe(2)  # of the function that calls the hooks and the step
 
     # ---- optimizers -------------------------------------------------------------------------------------------------------------
     def _stepped(self, optimizer: Optimizer) -> None:
         """Fused optimizers write without autograd's count, so optimizer steps are listened for: on a parameter, or on a
         tensor that begins where one does."""
         self._steps += self._ours(optimizer)
-        if self._writer == threading.get_ident():
-            self._writer = 0
-            self._still.release()
+        if self._step is sys._getframe(2):
+            self._end(threading.get_ident())
 
     def _ours(self, optimizer: Optimizer) -> bool:
         return any(

@@ -408,6 +408,46 @@ def test_an_optimizer_that_raised_holds_nobody_up():
     assert actor.generate([LONG], fixed(4))[0][0].token_ids == want[0][0].token_ids  # its thread has ended
 
 
+@pytest.mark.parametrize("how", ["closure", "hook", "in the step", "after a step within"])
+def test_after_an_optimizer_that_raised_other_threads_go_on(how):
+    """Its thread lives on, so nothing but its stack tells that the step is over."""
+    actor = make()
+    inside = []
+
+    class Raises(torch.optim.SGD):
+        def step(self, closure=None):
+            if how == "after a step within":
+                super().step(closure)
+                inside.append(actor._watch._still.locked())
+            raise KeyError("half-way")
+
+    optimizer = (Raises if how in ("in the step", "after a step within") else torch.optim.SGD)(actor.parameters(), lr=0.1)
+
+    def raises(*_):
+        raise KeyError("half-way")
+
+    def steps_and_generates():
+        torch.optim.SGD(actor.parameters(), lr=0.1).step()
+        done.append(actor.generate([LONG], fixed(4)))
+
+    def others():
+        thread = threading.Thread(target=steps_and_generates, daemon=True)
+        thread.start()
+        thread.join(20)
+
+    for _ in range(2):
+        done: list = []
+        handle = optimizer.register_step_pre_hook(raises) if how == "hook" else None
+        with pytest.raises(KeyError):
+            optimizer.step(raises if how == "closure" else None)
+        if handle is not None:
+            handle.remove()
+        others()
+        assert len(done) == 1
+    assert actor.generate([LONG], fixed(4))
+    assert inside == ([True, True] if how == "after a step within" else [])
+
+
 def test_weights_loaded_in_another_thread_between_steps_are_noticed():
     actor = make(max_sequences=2)
     turn, loaded = threading.Event(), threading.Event()
