@@ -136,11 +136,11 @@ class Optimizer:
 
     def _follow(self, names: Iterable[str]) -> None:
         """Masters take over what was written to their parameters since the last step."""
-        pairs = [pair for name in names for pair in zip(_parts(self._params[name]), _parts(self._masters[name]), strict=True)]
-        written = [(wide.to(narrow.dtype) != narrow).any() for narrow, wide in pairs]
-        for (narrow, wide), differs in zip(pairs, torch.stack(written).tolist() if written else [], strict=True):
-            if differs:
-                wide.copy_(torch.where(wide.to(narrow.dtype) == narrow, wide, narrow.float()))
+        for name in names:
+            for narrow, wide in zip(_parts(self._params[name]), _parts(self._masters[name]), strict=True):
+                rounded = wide.to(narrow.dtype)
+                if not torch.equal(_bits(rounded), _bits(narrow)):
+                    wide.copy_(torch.where(rounded == narrow, wide, narrow.float()))
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
@@ -258,6 +258,12 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
 def _parts(p: Tensor) -> Sequence[Tensor]:
     """The tensor; on a CPU in parts whose copies stay in the cache."""
     return p.detach().split(max(1, _PART * len(p) // p.numel())) if p.device.type == "cpu" and p.numel() > _PART else (p.detach(),)
+
+
+def _bits(p: Tensor) -> Tensor:
+    """A 16-bit tensor as integers, of 64 bits where it can be: they are compared several times faster than bfloat16."""
+    whole = p.is_contiguous() and p.numel() % 4 == 0 and p.storage_offset() % 4 == 0
+    return p.view(-1).view(torch.int64) if whole else p.view(torch.int16)
 
 
 def _stored(moment: Any) -> list[tuple[str, Tensor]]:
