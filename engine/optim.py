@@ -40,6 +40,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 _ROW = 4096  # elements whose squares are added up in float32
 _SAMPLED = 1024  # second moments of a parameter that are looked at
 _PART = 1 << 16  # elements that are wide at a time on a CPU
+_FEW = 1 << 18  # elements that are rounded at a time on a CPU
 
 
 def quantized(numel: int) -> bool:
@@ -257,7 +258,7 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
 
 def _parts(p: Tensor) -> Sequence[Tensor]:
     """The tensor; on a CPU in parts whose copies stay in the cache."""
-    return p.detach().split(max(1, _PART * len(p) // p.numel())) if p.device.type == "cpu" and p.numel() > _PART else (p.detach(),)
+    return p.detach().split(max(1, _FEW * len(p) // p.numel())) if p.device.type == "cpu" and p.numel() > _FEW else (p.detach(),)
 
 
 def _bits(p: Tensor) -> Tensor:
