@@ -171,7 +171,8 @@ def test_readme_tree_is_the_tree():
 # ---- tests on any device ----------------------------------------------------------------------------------------------------
 FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros")}
 ON_ANY_DEVICE = sorted((ROOT / "tests" / "kernels").glob("test_*.py")) + [ROOT / "tests" / "engine" / f"test_{name}.py" for name in (
-    "actor", "generator", "windows", "policy_stage")]
+    "actor", "advantages", "correction", "decoder", "generator", "heads", "lora", "optim", "packing", "policy_stage", "preference_losses", "preferences",
+    "reward_report", "windows")]
 
 
 def _cpu_only(node: ast.AST) -> bool:

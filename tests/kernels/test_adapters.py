@@ -319,6 +319,7 @@ def test_entropy_from_logits(dtype, shape, device):
         close(entropy_from_logits(missing), -(rest.exp() * rest).sum(-1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_trl_refusals(device):
     with pytest.raises(ValueError, match="index does not fit its pattern"):
         selective_log_softmax(rand(device, 3, 9), randint(device, 9, 4))

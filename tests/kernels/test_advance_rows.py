@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from fusedrl.engine.verify.grid import interpreted
 from fusedrl.kernels.advance_rows import _advance_rows_triton, advance_rows_
 
 WRITTEN = ("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor", "ring_values")
@@ -116,6 +115,8 @@ def test_rows_are_independent(impl, device):
     (lambda x: {"ring_values": x["ring_values"][1:]}, ValueError, "ring_values"),
 ])
 def test_bad_arguments_are_refused(impl, change, error, message, device):
+    if error is IndexError and device.type != "cpu":
+        pytest.skip("the cursor is read on the host for tensors of a CPU alone")
     x = make(device)
     with pytest.raises(error, match=message):
         advance_rows_(**(x | change(x)), impl=impl)
@@ -127,5 +128,5 @@ def test_opcheck_and_one_graph(impl, values, device):
     x = make(device, values=values)
     op = {"cpp": "advance_rows_", "triton": "advance_rows_triton_"}.get(impl)
     if op:
-        torch.library.opcheck(_advance_rows_triton if interpreted(impl, device) else torch.ops.fusedrl.advance_rows_.default, tuple(x.values()))
+        torch.library.opcheck(_advance_rows_triton if impl == "triton" else torch.ops.fusedrl.advance_rows_.default, tuple(x.values()))
     same(run(x, torch.compile(advance_rows_, fullgraph=True, backend="aot_eager"), impl=impl), define(x))

@@ -150,6 +150,7 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.fusedrl.varlen_attention_backward.default, (o, *plain, o, lse, cu_seqlens, True, 3, 0.5, 2.0))
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_it_does_not_support(device):
     q, k, v, cu_seqlens = inputs(device, [3, 4])
     with pytest.raises(ValueError, match=r"v does not fit its pattern \[N, Hkv, D\]"):

@@ -104,6 +104,7 @@ def test_as_a_custom_op(device):
         torch.autograd.grad(varlen_attention(*leaves, ends, max_length=2, impl="triton").sum(), q, create_graph=True)
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_it_does_not_serve(device):
     q, k, v, ends = inputs(device, [3], D=264)
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: it serves head dims up to 256, and this one is 264"):

@@ -9,7 +9,6 @@ from fusedrl.engine.verify.grid import interpreted
 from fusedrl.kernels import native
 from fusedrl.kernels import paged_attention as paged_attention_module
 from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, allocate_cache, copy_blocks, decode_step
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.rope import RopeTable
 
 # What the families differ in, with odd sizes: D below, at and beside a vector of 8; groups of 1, 2, 7 query heads; F and V off any multiple.
@@ -300,7 +299,7 @@ def test_reference_in_float64(device):
         torch.testing.assert_close(step(device, weights, Cache(weights, [20]), triples([ids])[0], "torch"), dense(device, weights, ids), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize(("kind", "size"), [("plain", 4), ("biased", 5), ("normed", 8), ("windowed", 4), ("behind", 4), ("both", 4),
                                             ("classic", 4), ("parallel", 4)])
 def test_triton_matches_a_dense_decoder_in_float64(kind, size, monkeypatch, device):
@@ -314,7 +313,8 @@ def test_triton_matches_a_dense_decoder_in_float64(kind, size, monkeypatch, devi
             torch.testing.assert_close(hidden.double(), want[row][t], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
+@pytest.mark.usefixtures("triton_runs")
 def test_triton_reads_out_slots_and_compiles(device):
     weights, (ids,) = make(device, "biased"), sequences(device, [4])
     tokens, slots = triples([ids])[0], torch.tensor([3, 0, 3], device=device)
@@ -420,7 +420,7 @@ def test_a_float32_cache_beside_bfloat16_weights_rounds_nothing_but_the_result(k
         decode_step(weights, *torch.zeros(3, 1, dtype=torch.int64, device=device), wide[0].table, wide[0].k, narrow[0].v)
 
 
-@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+@pytest.mark.usefixtures("triton_runs")
 def test_triton_caches_what_the_weights_allow(device):
     for dtype, refused in ((torch.float32, torch.float16), (torch.bfloat16, torch.float64), (torch.float16, torch.float32)):
         weights = make(device, "plain", dtype)
@@ -478,6 +478,7 @@ def test_copy_blocks_reads_before_it_writes(device):
         assert torch.equal(new, old[:, [0, 0, 2, 3, 1]])
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 @pytest.mark.each_impl("decode_step", interpreted=False)
 def test_refuses_what_would_read_or_write_elsewhere(impl, device):
     weights = make(device, "plain")

@@ -2,11 +2,8 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.full_kl import DIRECTIONS, full_kl, full_kl_reference
 from fusedrl.kernels.linear_full_kl import linear_full_kl, linear_full_kl_reference
-
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="needs the interpreter of triton"))
 
 
 def make(device, N, H, V, H_ref=None, dtype=torch.float32, seed=0):
@@ -114,7 +111,6 @@ def test_refuses_what_it_does_not_support(device):
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------------
-only_triton = pytest.mark.skipif(TRITON.marks[0].args[0], reason="needs the interpreter of triton")
 
 
 # Against torch with the logits in the same dtype, both measured against float64.

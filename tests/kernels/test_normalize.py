@@ -111,6 +111,7 @@ def test_opcheck_and_compile(impl, device):
     assert torch.equal(compiled(x, x > 0, impl=impl), masked_whiten(x, x > 0, impl=impl))
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_it_does_not_support(device):
     with pytest.raises(ValueError, match=r"expected a mask of the shape and device of x, float32\[3\]"):
         masked_whiten(torch.zeros(3, device=device), torch.zeros(4, dtype=torch.bool, device=device))

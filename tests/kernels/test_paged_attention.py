@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from fusedrl.engine.verify.grid import interpreted
 from fusedrl.kernels import attention, native
 from fusedrl.kernels import paged_attention as module
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
 
 LENS = [0, 1, 16, 17, 33, 70]
@@ -158,7 +157,7 @@ def test_a_row_s_bits_are_its_own(impl, window, device):
         assert torch.equal(alone[0], want[row])
 
 
-@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+@pytest.mark.usefixtures("triton_runs")
 def test_triton_s_own_split_and_many_of_them(monkeypatch, device):
     q, k, v, table, lens = inputs(device, [600, 257, 256], (2, 1, 16, 64))
     monkeypatch.undo()
@@ -215,6 +214,7 @@ def test_opcheck_and_compile(impl, device):
     torch.testing.assert_close(compiled(q, k, v, table, lens, window=20, softcap=3.0, impl=impl), want)
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 @pytest.mark.each_impl("paged_attention")
 def test_refuses_what_lies_out_of_range(impl, device):
     q, k, v, table, lens = inputs(device, [5, 40], width=1)
@@ -230,6 +230,7 @@ def test_refuses_what_lies_out_of_range(impl, device):
             paged_attention(q, k, v, table, torch.tensor([5, wrong], device=device), impl=impl)
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_it_does_not_support(device):
     q, k, v, table, lens = inputs(device, [5, 40])
     with pytest.raises(ValueError, match=r"v_cache does not fit its pattern \[blocks, Hkv, S, D\]"):
@@ -255,7 +256,7 @@ def test_refuses_what_an_implementation_does_not_support(impl, device):
     q, k, v, table, lens = inputs(device, [5, 40])
     with pytest.raises(ValueError, match="expected a contiguous k_cache"):
         paged_attention(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, table, lens, impl=impl)
-    if interpreted(impl, device):
+    if impl == "triton":
         q, k, v, table, lens = inputs(device, [2], (1, 1, 257, 16))
         with pytest.raises(RuntimeError, match="head dims up to 256, and this one is 257"):
             paged_attention(q, k, v, table, lens, impl=impl)

@@ -3,9 +3,7 @@ import math
 import pytest
 import torch
 
-from fusedrl.engine.verify.grid import interpreted
 from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.policy_loss import PolicyObjective, PolicyStats, policy_loss, policy_value_loss, token_weights, value_loss
 
 DUAL = PolicyObjective(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
@@ -228,7 +226,7 @@ def test_same_bits_every_run_and_for_any_number_of_threads(impl, device):
 
 
 # More blocks than one chunk of the kernel that adds them up holds: 524,288 tokens, or two blocks of a smaller chunk.
-@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
+@pytest.mark.usefixtures("triton_runs")
 def test_blocks_are_added_up_chunk_by_chunk(monkeypatch, device):
     logp, old_logp, advantages, weights, entropy = random_inputs(device, 9000, seed=12)
     outcomes = []
@@ -315,6 +313,7 @@ def test_reinforce_needs_no_old_policy(impl, device):
     assert (stats.ratio_min, stats.ratio_max, stats.approx_kl_k3) == (1, 1, 0)
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_it_does_not_support(device):
     x = torch.zeros(3, device=device)
     with pytest.raises(ValueError, match=r"expected kind to be one of clip, ratio, reinforce, .*, got 'ppo'"):
@@ -351,10 +350,10 @@ def op_arguments(device, parts):
 
 
 @pytest.mark.parametrize("parts", ["policy", "value", "policy and value"])
-@pytest.mark.each_impl("policy_value_loss", but=("torch",))
+@pytest.mark.each_impl("policy_value_loss", only=("cpp", "triton"))
 def test_opcheck(impl, parts, device):
     arguments = op_arguments(device, parts)
-    if interpreted(impl, device):
+    if impl == "triton":
         torch.library.opcheck(torch.ops.fusedrl.policy_value_loss_triton.default, arguments)
         return
     torch.library.opcheck(torch.ops.fusedrl.policy_value_loss.default, arguments)

@@ -318,6 +318,7 @@ def test_without_a_correction_its_mean_is_one(device):
 
 
 # ---- refusals, torch's own checks ----------------------------------------------------------------------------------------------------
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_does_not_fit_together(device):
     x, wide = torch.zeros(3, device=device), torch.tensor([0, 3], device=device)
     for objective, message in (({"kind": "gspo", "dual_clip": 3.0}, "kind 'gspo' does not use dual_clip; leave it at None, got 3.0"),

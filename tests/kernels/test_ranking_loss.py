@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from fusedrl.engine.verify.catalogue import CATALOGUE
 from fusedrl.kernels import native
 from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.ranking_loss import (
@@ -55,6 +56,7 @@ def test_opcheck_and_compile(impl, device):
     assert torch.equal(pairwise_ranking_loss(*strided, impl=impl), pairwise_ranking_loss(chosen, rejected, impl=impl))
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_it_does_not_support(device):
     with pytest.raises(ValueError, match=r"rejected does not fit its pattern \[B\] with .*'B': 3"):
         pairwise_ranking_loss(torch.zeros(3, device=device), torch.zeros(4, device=device))
@@ -130,17 +132,17 @@ def test_kwise_gradcheck_opcheck_and_compile(device):
     assert torch.autograd.gradcheck(lambda s: kwise_ranking_loss_reference(s, ranks, groups),
                                     torch.randn(5, dtype=torch.float64, requires_grad=True, device=device))
     scores = torch.randn(5, requires_grad=True, device=device)
-    for impl in ("torch", "cpp", "triton"):
-        if unavailable(impl, "cpu") is None:
-            compiled = torch.compile(kwise_ranking_loss, fullgraph=True, backend="aot_eager")
-            assert torch.equal(compiled(scores, ranks, groups, impl=impl), kwise_ranking_loss(scores, ranks, groups, impl=impl))
-    if native.capability:
+    for impl in CATALOGUE["kwise_ranking_loss"].implementations(device):
+        compiled = torch.compile(kwise_ranking_loss, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(scores, ranks, groups, impl=impl), kwise_ranking_loss(scores, ranks, groups, impl=impl))
+    if native.capability and device.type == "cpu":
         torch.library.opcheck(torch.ops.fusedrl.kwise_ranking_loss.default, (scores, ranks, groups))
         torch.library.opcheck(torch.ops.fusedrl.kwise_ranking_loss_forward.default, (scores.detach(), ranks, groups))
-    if unavailable("triton", "cpu") is None:
+    if unavailable("triton", device.type) is None:
         torch.library.opcheck(torch.ops.fusedrl.kwise_ranking_loss_triton.default, (scores, ranks, groups))
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_kwise_refuses(device):
     scores, ranks, groups = torch.zeros(3, device=device), torch.arange(3, device=device), torch.tensor([0, 3], dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match=r"ranks does not fit its pattern \[M\]"):

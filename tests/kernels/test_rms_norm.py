@@ -189,6 +189,7 @@ def test_opcheck_and_compile(impl, with_residual, device):
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_it_does_not_support(device):
     x, weight = torch.zeros(3, 4, device=device), torch.ones(4, device=device)
     with pytest.raises(ValueError, match=r"weight does not fit its pattern \[H\] with .*'H': 4"):

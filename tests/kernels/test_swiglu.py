@@ -101,6 +101,7 @@ def test_opcheck_and_compile(impl, device):
     assert all(torch.equal(a, b) for a, b in zip(run(gate_up, dy, compiled, impl=impl), run(gate_up, dy, swiglu, impl=impl), strict=True))
 
 
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_it_does_not_support(device):
     with pytest.raises(ValueError, match="as many gates as ups, got 5 columns"):
         swiglu(torch.zeros(3, 5, device=device))
