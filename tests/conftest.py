@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests import pretended
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -18,8 +19,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("fusedrl").addoption("--device", action="append", metavar="NAME", help="tests that take a device run on it, such as cuda:1; repeatable "
+    parser.getgroup("fusedrl").addoption("--device", action="append", metavar="NAME",
+                                         help="tests that take a device run on it, such as cuda:1, or `pretended` (tests/pretended.py); "
+                                         "repeatable "
                                          f"(default: every kind that is here: {', '.join(DEVICES)})")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "pretended" in devices_of(config):
+        pretended.begin()
 
 
 def devices_of(config: pytest.Config) -> list[str]:
@@ -27,14 +35,36 @@ def devices_of(config: pytest.Config) -> list[str]:
     return config.getoption("--device") or list(DEVICES)
 
 
+def each_impl(op: str, devices: list[str], but: tuple[str, ...] = (), only: tuple[str, ...] = (), interpreted: bool = True) -> list:
+    """(implementation, device) as parameters; those that this machine lacks are skipped with the reason."""
+    from fusedrl.engine.verify.catalogue import CATALOGUE
+    from fusedrl.engine.verify.grid import interpreted as is_interpreted
+    from fusedrl.kernels.dispatch import unavailable
+
+    found = []
+    for device in devices:
+        kind = "cpu" if device == "cpu" else "cuda"
+        for impl in getattr(CATALOGUE[op].table, kind):
+            if impl in but or (only and impl not in only) or (not interpreted and is_interpreted(impl, kind)):
+                continue
+            why = unavailable(impl, kind)
+            found.append(pytest.param(impl, device, id=impl if device == "cpu" else f"{impl}-{device}",
+                                      marks=[pytest.mark.skip(reason=f"{impl}: {why}")] if why else []))
+    return found
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes a device runs once on each; one that is marked each_pair runs with every (op, implementation) of each device. CPU alone where it
-    is marked cpu_only."""
+    """A test that takes a device runs once on each; one that is marked each_impl with every implementation of its op there; one that is marked each_pair
+    with every (op, implementation). CPU alone where it is marked cpu_only."""
     own = any("device" in re.split(r"\W+", str(mark.args[0])) for mark in metafunc.definition.iter_markers("parametrize"))
     if own or "device" not in metafunc.fixturenames:
         return
     only = metafunc.definition.get_closest_marker("cpu_only")
     devices = ["cpu"] if only is not None else devices_of(metafunc.config)
+    asked = metafunc.definition.get_closest_marker("each_impl")
+    if asked is not None:
+        metafunc.parametrize(("impl", "device"), each_impl(*asked.args, devices=devices, **asked.kwargs), indirect=["device"], scope="session")
+        return
     marker = metafunc.definition.get_closest_marker("each_pair")
     if marker is None:
         metafunc.parametrize("device", devices, indirect=True, scope="session")
@@ -52,7 +82,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where a test's tensors lie: the CPU, and a GPU where there is one (--device)."""
-    return torch.device(request.param)
+    return torch.device("cuda" if request.param == "pretended" else request.param)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function):
+    """An implementation of a card that serves some dtypes and sizes alone, asked by name for another, skips; any other refusal is a failure."""
+    from fusedrl.kernels.dispatch import CannotServe
+
+    parameters = pyfuncitem.callspec.params if hasattr(pyfuncitem, "callspec") else {}
+    before = pretended.made
+    try:
+        result = yield
+    except CannotServe as refusal:
+        if parameters.get("impl") in ("cuda", "flash_attn", "torch_varlen") and pyfuncitem.get_closest_marker("each_impl"):
+            pytest.skip(str(refusal))
+        raise
+    if parameters.get("device") == "pretended" and pretended.made == before:
+        pytest.fail("takes a device and makes no tensor there", pytrace=False)
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -170,31 +170,56 @@ def test_readme_tree_is_the_tree():
 
 # ---- tests on any device ----------------------------------------------------------------------------------------------------
 FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros")}
-ON_ANY_DEVICE = [ROOT / "tests" / path for path in ("kernels/test_grid.py", "kernels/test_contract.py", "kernels/test_properties.py", "engine/test_actor.py",
-                                                    "engine/test_generator.py", "engine/test_windows.py", "engine/test_policy_stage.py")]
+ON_ANY_DEVICE = sorted((ROOT / "tests" / "kernels").glob("test_*.py")) + [ROOT / "tests" / "engine" / f"test_{name}.py" for name in (
+    "actor", "advantages", "correction", "decoder", "generator", "heads", "lora", "optim", "packing", "policy_stage", "preference_losses", "preferences",
+    "reward_report", "windows")]
 
 
-def _off_the_device(tree: ast.AST) -> list[str]:
-    """In functions that take a `device`: tensors made without one (numbers of a generator are drawn on the CPU and moved), and problems of the catalogue."""
-    found = []
-    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and "device" in {a.arg for a in node.args.args}):
-        if any("cpu_only" in ast.unparse(mark) for mark in function.decorator_list):
-            continue
-        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
-            name, given = ast.unparse(call.func), {k.arg for k in call.keywords}
-            if (name in FACTORIES and not given & {"device", "generator"}) or (name.endswith(".problem") and "device" not in given):
-                found.append(f"{function.name}, line {call.lineno}: {ast.unparse(call)}")
+def _cpu_only(node: ast.AST) -> bool:
+    """A function that is marked so, or a file."""
+    marks = node.decorator_list if isinstance(node, ast.FunctionDef) else [
+        each.value for each in getattr(node, "body", []) if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "pytestmark"]
+    return any("cpu_only" in ast.unparse(mark) for mark in marks)
+
+
+def _off_the_device(tree: ast.AST, everywhere: bool = True) -> list[str]:
+    """Tensors made without a device, and problems of the catalogue; not in what is cpu_only. Numbers of a generator are drawn on the CPU, alike for every
+    device, and moved by `.to`. `everywhere`: also in functions that take no device."""
+    found, moved = [], {id(part) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "to" for part in ast.walk(node.value)}
+
+    def walk(node: ast.AST, where: str, taken: bool) -> None:
+        if isinstance(node, ast.FunctionDef | ast.Module):
+            if _cpu_only(node):
+                return
+            where = getattr(node, "name", where)
+            taken = taken or (isinstance(node, ast.FunctionDef) and "device" in {a.arg for a in node.args.args})
+        if isinstance(node, ast.Call) and (taken or everywhere):
+            name, given = ast.unparse(node.func), {k.arg for k in node.keywords}
+            if (name in FACTORIES and "device" not in given and id(node) not in moved) or (name.endswith(".problem") and "device" not in given):
+                found.append(f"{where}, line {node.lineno}: {ast.unparse(node)}")
+        for child in ast.iter_child_nodes(node):
+            walk(child, where, taken)
+
+    walk(tree, "module", False)
     return found
 
 
 @pytest.mark.parametrize("path", ON_ANY_DEVICE, ids=lambda path: path.stem)
 def test_what_takes_a_device_makes_its_tensors_there(path):
-    assert not _off_the_device(_tree(path))
-    assert any("device" in {a.arg for a in node.args.args} for node in ast.walk(_tree(path)) if isinstance(node, ast.FunctionDef)), "nothing takes a device"
+    tree = _tree(path)
+    assert not _off_the_device(tree, everywhere=path.parent.name == "kernels")
+    takes = any("device" in {a.arg for a in node.args.args} for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    assert takes or _cpu_only(tree) or all(_cpu_only(node) for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")), (
+        "nothing takes a device, and not all of it is marked cpu_only")
 
 
 def test_the_check_of_devices_sees_what_is_off():
     text = ("def test(device):\n    x = torch.zeros(3)\n    p = entry.problem(case)\n    y = torch.randn(3, generator=g).to(device)\n"
-            "    z = torch.ones(1, device=device)")
-    assert [line.split(": ")[1] for line in _off_the_device(ast.parse(text))] == ["torch.zeros(3)", "entry.problem(case)"]
+            "    z = torch.ones(1, device=device)\n    w = torch.rand(3, generator=g)")
+    wrong = ["torch.zeros(3)", "entry.problem(case)", "torch.rand(3, generator=g)"]
+    assert [line.split(": ")[1] for line in _off_the_device(ast.parse(text))] == wrong
     assert not _off_the_device(ast.parse("@pytest.mark.cpu_only('')\n" + text))
+    assert not _off_the_device(ast.parse("pytestmark = [pytest.mark.cpu_only('')]\n" + text))
+    outside = ast.parse("X = torch.zeros(3)\ndef test():\n    torch.ones(2)")
+    assert len(_off_the_device(outside)) == 2
+    assert not _off_the_device(outside, everywhere=False)

@@ -16,20 +16,21 @@ from fusedrl.engine.packing import PackedBatch
 COEF, GAMMA, LAM, K, BASELINE, LEVEL = 0.3, 0.9, 0.8, 2, 0.7, 0.4
 
 
-def rollout(groups, seed=0, lengths=None) -> PackedBatch:
+def rollout(device, groups, seed=0, lengths=None) -> PackedBatch:
     """Completions of these prompts with everything that an advantage may read; NaN under the mask."""
     rng = torch.Generator().manual_seed(seed)
-    lengths = lengths or [2 + int(torch.randint(1, 6, (), generator=rng)) for _ in groups]
-    batch = PackedBatch.from_sequences([([1, 2], [3] * (n - 2)) for n in lengths])
+    lengths = lengths or [2 + int(torch.randint(1, 6, (), generator=rng).to(device)) for _ in groups]
+    batch = PackedBatch.from_sequences([([1, 2], [3] * (n - 2)) for n in lengths]).to(device)
     mask = batch.action_mask.clone()
     for start, n in zip(batch.cu_seqlens.tolist(), lengths, strict=False):
         if n >= 6:
             mask[start + 3] = False  # an observation in the middle
     n, b = batch.num_tokens, len(groups)
-    columns = {name: torch.where(mask, torch.randn(n, generator=rng), math.nan) for name in ("old_logp", "ref_logp", "values")}
-    greedy = torch.randn(100, generator=rng)
-    ids = torch.tensor(groups, dtype=torch.int64)
-    return PackedBatch(batch.token_ids, batch.cu_seqlens, batch.positions, mask, batch.lengths, scores=torch.randn(b, generator=rng) * 2, group_ids=ids,
+    columns = {name: torch.where(mask, torch.randn(n, generator=rng).to(device), math.nan) for name in ("old_logp", "ref_logp", "values")}
+    greedy = torch.randn(100, generator=rng).to(device)
+    ids = torch.tensor(groups, dtype=torch.int64, device=device)
+    return PackedBatch(batch.token_ids, batch.cu_seqlens, batch.positions, mask, batch.lengths, scores=torch.randn(b, generator=rng).to(device) * 2,
+                       group_ids=ids,
                        greedy_scores=greedy[ids], **columns)
 
 
@@ -82,9 +83,10 @@ def ours(name, batch, **kwargs):
     return found if isinstance(found, tuple) else (found, None)
 
 
-def compare(batch, found, expected):
+def compare(device, batch, found, expected):
     assert (found[~batch.action_mask] == 0).all()
-    torch.testing.assert_close(found[batch.action_mask].double(), torch.tensor([x for row in expected for x in row], dtype=torch.float64), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found[batch.action_mask].double(), torch.tensor([x for row in expected for x in row], dtype=torch.float64, device=device),
+                               rtol=2e-5, atol=2e-5)
 
 
 UNEQUAL = [7, 7, 7, 3, 3, 9, 5, 5, 5, 5]  # a group of one, and sizes that aborted and invalid samples leave behind
@@ -93,24 +95,24 @@ UNEQUAL = [7, 7, 7, 3, 3, 9, 5, 5, 5, 5]  # a group of one, and sizes that abort
 @pytest.mark.parametrize("name", ADVANTAGES)
 @pytest.mark.parametrize("groups", [UNEQUAL, [4], [2, 2], []], ids=["unequal", "one", "two", "none"])
 @pytest.mark.parametrize("kl_coef", [COEF, 0.0])
-def test_definitions(name, groups, kl_coef):
-    batch = rollout(groups)
+def test_definitions(name, groups, kl_coef, device):
+    batch = rollout(device, groups)
     advantages, returns = definition(name, batch, kl_coef)
     found, targets = ours(name, batch, kl_coef=kl_coef)
-    compare(batch, found, advantages)
+    compare(device, batch, found, advantages)
     assert (targets is not None) == (ADVANTAGES[name] == "critic")
     if targets is not None:
-        compare(batch, targets, returns)
+        compare(device, batch, targets, returns)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_the_first_rollout_settles_what_is_counted_from(gamma):
+def test_the_first_rollout_settles_what_is_counted_from(gamma, device):
     """Baseline and level are the mean R, values are right on average: of completions, not of tokens, so that ending is neither gain nor loss on average."""
-    batch = rollout(UNEQUAL)
+    batch = rollout(device, UNEQUAL)
     batch = batch.with_columns(rollout_values=batch.values + 1e-3)
     signals = Signals(batch, gamma, LAM, K, kl_coef=COEF)
     settled, short = signals.settled()
-    rows = [torch.arange(a, b)[batch.action_mask[a:b]].tolist() for a, b in pairwise(batch.cu_seqlens.tolist())]
+    rows = [torch.arange(a, b, device=device)[batch.action_mask[a:b]].tolist() for a, b in pairwise(batch.cu_seqlens.tolist())]
     rewards = [[-COEF * (batch.old_logp[t] - batch.ref_logp[t]).item() for t in row] for row in rows]
     for row, score in zip(rewards, batch.scores.tolist(), strict=True):
         row[-1] += score
@@ -130,16 +132,16 @@ def test_the_first_rollout_settles_what_is_counted_from(gamma):
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_a_constant_adds_to_no_advantage_of_the_first_rollout(name):
-    batch = rollout(UNEQUAL)
+def test_a_constant_adds_to_no_advantage_of_the_first_rollout(name, device):
+    batch = rollout(device, UNEQUAL)
     found = [find_advantage(name).function(Signals(batch.with_columns(scores=batch.scores + shift, greedy_scores=batch.greedy_scores + shift), 1.0, LAM, K,
                                                    kl_coef=COEF).settled()[0]) for shift in (0.0, 100.0)]
     plain, shifted = ((x[0] if isinstance(x, tuple) else x)[batch.action_mask] for x in found)
     torch.testing.assert_close(plain, shifted, rtol=1e-4, atol=1e-4)
 
 
-def test_known_wrong_variants_differ():
-    batch = rollout(UNEQUAL)
+def test_known_wrong_variants_differ(device):
+    batch = rollout(device, UNEQUAL)
     right = {name: ours(name, batch)[0] for name in ("grpo", "dr_grpo", "rloo", "opo", "monte_carlo")}
     whole = batch.with_columns(group_ids=torch.zeros_like(batch.group_ids))  # the batch in place of the group
     for name in ("grpo", "dr_grpo", "rloo", "opo"):
@@ -148,25 +150,25 @@ def test_known_wrong_variants_differ():
         assert not torch.allclose(right[one], right[other], atol=1e-2)
 
 
-def test_groups_may_stand_in_any_order():
-    batch = rollout(UNEQUAL, lengths=[5] * 10)
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(1)).tolist()
+def test_groups_may_stand_in_any_order(device):
+    batch = rollout(device, UNEQUAL, lengths=[5] * 10)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(1)).to(device).tolist()
     for name, needs in ADVANTAGES.items():
         if needs == "group":
             assert torch.equal(ours(name, batch.select(order))[0], ours(name, batch)[0][batch.slots(order)]), name
 
 
 @pytest.mark.parametrize("name", [name for name, needs in ADVANTAGES.items() if needs == "group"])
-def test_equal_scores_teach_nothing_whatever_their_size(name):
+def test_equal_scores_teach_nothing_whatever_their_size(name, device):
     # Pitfalls 10 and 11: E[x^2] - E[x]^2 cancels, a group of one, a flat group beside another.
-    batch = rollout([1, 1, 1, 2, 2, 3], lengths=[4] * 6).with_columns(scores=torch.tensor([1e4 + 0.1] * 3 + [0.3, 0.3, 5.0]))
+    batch = rollout(device, [1, 1, 1, 2, 2, 3], lengths=[4] * 6).with_columns(scores=torch.tensor([1e4 + 0.1] * 3 + [0.3, 0.3, 5.0], device=device))
     found = ours(name, batch, kl_coef=0.0)[0]
     limit = 2e-3 if name == "opo" else 0.0  # a weighted mean of 1e4 in float32
     assert found.abs().max() <= limit
 
 
-def test_a_sibling_without_tokens_has_a_score_but_no_token():
-    batch = rollout([1, 1, 1], lengths=[4, 2, 5])
+def test_a_sibling_without_tokens_has_a_score_but_no_token(device):
+    batch = rollout(device, [1, 1, 1], lengths=[4, 2, 5])
     for name in ADVANTAGES:
         found, _ = ours(name, batch)
         assert found.isfinite().all()
@@ -178,29 +180,29 @@ def config(algorithm="grpo", **kwargs):
     return PolicyConfig("m", "d", ("r.py:f",), algorithm, generation=GenerationConfig(max_new_tokens=8), **kwargs)
 
 
-def test_whitening_is_over_live_tokens_alone():
-    batch = rollout(UNEQUAL)
+def test_whitening_is_over_live_tokens_alone(device):
+    batch = rollout(device, UNEQUAL)
     found = estimate(config("reinforce_pp", loss=LossConfig(gamma=GAMMA)), signals(batch)).advantages
-    expected = torch.tensor([x for row in definition("reward_to_go", batch, COEF)[0] for x in row], dtype=torch.float64)
+    expected = torch.tensor([x for row in definition("reward_to_go", batch, COEF)[0] for x in row], dtype=torch.float64, device=device)
     torch.testing.assert_close(found[batch.action_mask].double(), (expected - expected.mean()) / (expected.var(correction=0) + 1e-8).sqrt(), rtol=1e-5,
                                atol=1e-5)
     assert (found[~batch.action_mask] == 0).all()
-    alone = estimate(config("reinforce_pp"), signals(rollout([1], lengths=[3]))).advantages
+    alone = estimate(config("reinforce_pp"), signals(rollout(device, [1], lengths=[3]))).advantages
     assert (alone == 0).all()
 
 
-def test_discounted_states():
-    batch = rollout(UNEQUAL)
+def test_discounted_states(device):
+    batch = rollout(device, UNEQUAL)
     plain = estimate(config("reinforce", loss=LossConfig(gamma=GAMMA)), signals(batch)).advantages
     found = estimate(config("reinforce", loss=LossConfig(gamma=GAMMA, discount_states=True)), signals(batch)).advantages
     bounds = batch.cu_seqlens.tolist()
     for a, b in pairwise(bounds):
         live = [t for t in range(a, b) if batch.action_mask[t]]
-        torch.testing.assert_close(found[live], plain[live] * torch.tensor([GAMMA**i for i in range(len(live))]))
+        torch.testing.assert_close(found[live], plain[live] * torch.tensor([GAMMA**i for i in range(len(live))], device=device))
 
 
-def test_the_kl_to_come():
-    batch = rollout(UNEQUAL)
+def test_the_kl_to_come(device):
+    batch = rollout(device, UNEQUAL)
     chosen = config("rloo", kl=KLConfig(coef=COEF, level="future"))
     assert (chosen.kl.placement, chosen.kl.estimator) == ("loss", "k2")
     found = estimate(chosen, Signals.of(chosen, batch, COEF, 0.0)).advantages
@@ -213,21 +215,21 @@ def test_the_kl_to_come():
             assert float(found[t]) == pytest.approx(float(plain[t]) - COEF * later, abs=1e-5)
 
 
-def test_scores_are_clipped_before_anything_else():
-    batch = rollout(UNEQUAL)
+def test_scores_are_clipped_before_anything_else(device):
+    batch = rollout(device, UNEQUAL)
     clipped = batch.with_columns(scores=batch.scores.clamp(-1, 1), greedy_scores=batch.greedy_scores.clamp(-1, 1))
     for name in ADVANTAGES:
         assert torch.equal(ours(name, batch, score_clip=1.0)[0], ours(name, clipped)[0]), name
 
 
-def test_mistakes():
-    batch = rollout([1, 1])
+def test_mistakes(device):
+    batch = rollout(device, [1, 1])
     with pytest.raises(ConfigError, match=r"expected loss\.advantage to be one of dr_grpo, gae"):
         find_advantage("nothing")
     with pytest.raises(ValueError, match="old_logp and ref_logp with a KL coefficient"):
-        _ = Signals(PackedBatch.from_sequences([([1], [2])]).with_columns(scores=torch.zeros(1)), kl_coef=0.1).rewards
+        _ = Signals(PackedBatch.from_sequences([([1], [2])]).to(device).with_columns(scores=torch.zeros(1, device=device)), kl_coef=0.1).rewards
     with pytest.raises(ValueError, match="column greedy_scores is not filled"):
-        ours("remax", PackedBatch.from_sequences([([1], [2])]).with_columns(scores=torch.zeros(1)), kl_coef=0.0)
+        ours("remax", PackedBatch.from_sequences([([1], [2])]).to(device).with_columns(scores=torch.zeros(1, device=device)), kl_coef=0.0)
     with pytest.raises(ValueError, match=r"return \[\d+\] numbers, one per token, got \[2\]"):
         estimate(config(loss=LossConfig(advantage=f"{__name__}.one_per_completion")), signals(batch))
 
@@ -249,12 +251,12 @@ def gradient(chosen, batch, parts, logp, kl_coef=COEF):
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "cispo", "gmpo"])
-def test_any_split_gives_the_same_gradient(algorithm):
+def test_any_split_gives_the_same_gradient(algorithm, device):
     # Pitfall 12: denominators are those of the whole minibatch, and nothing is divided by the number of micro-batches or by G.
-    batch = rollout(UNEQUAL)
+    batch = rollout(device, UNEQUAL)
     chosen = config(algorithm)
     batch = estimate(chosen, signals(batch, kl_coef=0.0))
-    logp = (batch.old_logp.nan_to_num() + 0.1 * torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(3))) * batch.action_mask
+    logp = (batch.old_logp.nan_to_num() + 0.1 * torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(3)).to(device)) * batch.action_mask
     whole = gradient(chosen, batch, [list(range(10))], logp)
     for parts in ([[i] for i in range(10)], [[9, 0, 4], [1, 2], [3, 5, 6, 7, 8]]):
         torch.testing.assert_close(gradient(chosen, batch, parts, logp), whole, rtol=1e-5, atol=1e-8)
@@ -262,9 +264,9 @@ def test_any_split_gives_the_same_gradient(algorithm):
     assert (whole[~batch.action_mask] == 0).all()
 
 
-def test_lengths_do_not_weigh_a_sequence_objective():
+def test_lengths_do_not_weigh_a_sequence_objective(device):
     # Pitfall 13: under gspo each completion has one ratio and one weight, however long it is; masked tokens are not in its mean.
-    batch = rollout([1, 1], lengths=[4, 9])
+    batch = rollout(device, [1, 1], lengths=[4, 9])
     chosen = config("gspo")
     batch = estimate(chosen, signals(batch, kl_coef=0.0))
     logp = torch.where(batch.action_mask, batch.old_logp, 0.0)
@@ -273,9 +275,9 @@ def test_lengths_do_not_weigh_a_sequence_objective():
     assert sums[0] == pytest.approx(-sums[1], rel=1e-5)  # A and -A
 
 
-def test_flat_groups_still_feel_the_kl():
+def test_flat_groups_still_feel_the_kl(device):
     # Pitfall 11: with no variance in a group the loss is its KL alone, and the metric says so; it is not silently skipped.
-    batch = rollout([1, 1], lengths=[4, 4]).with_columns(scores=torch.ones(2))
+    batch = rollout(device, [1, 1], lengths=[4, 4]).with_columns(scores=torch.ones(2, device=device))
     chosen = config("grpo")
     batch = estimate(chosen, signals(batch, kl_coef=0.0))
     assert (batch.advantages == 0).all()
@@ -283,16 +285,17 @@ def test_flat_groups_still_feel_the_kl():
 
 
 # ---- the unit of values ------------------------------------------------------------------------------------------------------------
-def test_values_are_learned_in_units_of_the_returns():
+def test_values_are_learned_in_units_of_the_returns(device):
     """Rewards a hundred times as large: the values' loss and what its clip stops are the same in their unit, so that the policy's gradient keeps its share."""
     generator = torch.Generator().manual_seed(0)
-    small = PackedBatch.from_sequences([([1, 2], [3, 4, 5]), ([1], [6, 7])])
+    small = PackedBatch.from_sequences([([1, 2], [3, 4, 5]), ([1], [6, 7])]).to(device)
     N = small.num_tokens
-    old, returns, values, logp = (torch.randn(N, generator=generator) for _ in range(4))
+    old, returns, values, logp = (torch.randn(N, generator=generator).to(device) for _ in range(4))
     chosen = PolicyConfig("m", "d", ("r.py:f",), "ppo")
     found = []
     for times in (1.0, 100.0):
-        batch = small.with_columns(values=old * times, returns=returns * times, old_logp=torch.zeros(N), advantages=torch.zeros(N),
+        batch = small.with_columns(values=old * times, returns=returns * times, old_logp=torch.zeros(N, device=device),
+                                   advantages=torch.zeros(N, device=device),
                                    weights=small.action_mask / 5)
         trained = (values * times).requires_grad_()
         unit = value_scale(batch) if times > 1 else 1.0
@@ -305,4 +308,4 @@ def test_values_are_learned_in_units_of_the_returns():
     assert found[0][1] == found[1][1] > 0
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-7)
     assert value_scale(small) == 1.0  # no critic
-    assert value_scale(small.with_columns(returns=torch.full((N,), 50.0))) == 1.0  # far from 0, and all alike
+    assert value_scale(small.with_columns(returns=torch.full((N,), 50.0, device=device))) == 1.0  # far from 0, and all alike

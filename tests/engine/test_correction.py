@@ -21,10 +21,10 @@ NAN = float("nan")
 
 
 # ---- the correction of rollouts ------------------------------------------------------------------------------------------------------
-def small(old, rollout, advantages=(1.0, 1.0, 1.0, -2.0, 1.5)):
+def small(device, old, rollout, advantages=(1.0, 1.0, 1.0, -2.0, 1.5)):
     """Two completions of two and three tokens behind one token of prompt."""
-    batch = PackedBatch.from_sequences([([1], [2, 3]), ([1], [2, 3, 4])])
-    spread = [torch.full((7,), NAN).masked_scatter(batch.action_mask, torch.tensor(x)) for x in (old, rollout, advantages)]
+    batch = PackedBatch.from_sequences([([1], [2, 3]), ([1], [2, 3, 4])]).to(device)
+    spread = [torch.full((7,), NAN, device=device).masked_scatter(batch.action_mask, torch.tensor(x, device=device)) for x in (old, rollout, advantages)]
     return batch.with_columns(old_logp=spread[0], rollout_logp=spread[1], advantages=spread[2])
 
 
@@ -43,11 +43,11 @@ ROLLED = (-1.0, -2.0, -0.5, -3.0, -2.5)
     (CorrectionConfig(kind="sequence_masked", low=0.9, high=1.2), (0.0, 0.0, 0.0, 0.0, 0.0), dict(fraction=1.0)),
     (CorrectionConfig(kind="sequence_masked", level="sequence", high=1.5), (0.0, 0.0, 2.0, 2.0, 2.0), dict(mean=2.425, fraction=0.4)),
 ])
-def test_weights_by_hand(correction, factors, metrics, monkeypatch):
+def test_weights_by_hand(correction, factors, metrics, monkeypatch, device):
     """The policy term alone is multiplied, of fused and of registered objectives; the KL beside it is not."""
     monkeypatch.setattr(objectives, "_REGISTERED", {})
     register_objective("slope")(lambda logp, old, A, batch: -A * logp)
-    batch = small([r + math.log(w) for r, w in zip(ROLLED, W, strict=True)], ROLLED)
+    batch = small(device, [r + math.log(w) for r, w in zip(ROLLED, W, strict=True)], ROLLED)
     batch = batch.with_columns(ref_logp=batch.old_logp - 1)
     mask = batch.action_mask
     for objective in ("reinforce", "slope"):
@@ -57,21 +57,21 @@ def test_weights_by_hand(correction, factors, metrics, monkeypatch):
         logp = batch.old_logp.clone().requires_grad_()
         loss, *_ = objective_loss(config, make_objective(config, 1.0), 0.5, batch, logp, None, None)
         loss.backward()
-        want = torch.tensor([(-w * a + 0.5) / 5 for w, a in zip(factors, batch.advantages[mask].tolist(), strict=True)])
+        want = torch.tensor([(-w * a + 0.5) / 5 for w, a in zip(factors, batch.advantages[mask].tolist(), strict=True)], device=device)
         torch.testing.assert_close(logp.grad[mask], want)
         assert not logp.grad[~mask].any()
     found = correction_metrics(correction, batch)
     for name, value in metrics.items():
         assert found[f"correction/{name}"] == pytest.approx(value), name
-    w = torch.tensor(W if correction.level == "token" else (2.85, 2.0)).double()
+    w = torch.tensor(W if correction.level == "token" else (2.85, 2.0), device=device).double()
     assert found["correction/ess"] == pytest.approx((w.sum() ** 2 / (w**2).sum() / len(w)).item())
     assert found["correction/chi2"] == pytest.approx((w**2).mean().item() - 1)
     assert correction_metrics(CorrectionConfig(), batch) == {}
 
 
-def test_a_weight_carries_no_gradient_and_nothing_masked_is_read():
+def test_a_weight_carries_no_gradient_and_nothing_masked_is_read(device):
     config = PolicyConfig("m", "d", ("r.py:f",), "reinforce", correction=CorrectionConfig(kind="truncated", level="sequence", high=9.0), kl=KLConfig(coef=0.0))
-    batch = small([r + math.log(w) for r, w in zip(ROLLED, W, strict=True)], ROLLED)
+    batch = small(device, [r + math.log(w) for r, w in zip(ROLLED, W, strict=True)], ROLLED)
     weights = minibatch_weights(config, batch)
     outcomes = []
     for hidden in (NAN, 0.0, math.inf):
@@ -85,13 +85,14 @@ def test_a_weight_carries_no_gradient_and_nothing_masked_is_read():
         assert torch.equal(loss, outcomes[0][0])
         assert torch.equal(grad, outcomes[0][1])
         assert metrics == outcomes[0][2]
-    assert torch.allclose(outcomes[0][1][batch.action_mask], -torch.tensor((2.85, 2.85, 2.0, 2.0 * -2.0, 2.0 * 1.5)) / 2)
+    assert torch.allclose(outcomes[0][1][batch.action_mask], -torch.tensor((2.85, 2.85, 2.0, 2.0 * -2.0, 2.0 * 1.5), device=device) / 2)
 
 
-def test_completions_that_the_policy_has_left():
+def test_completions_that_the_policy_has_left(device):
     """Off-policy sequence masking: of the drifted ones, tokens with a negative advantage alone."""
-    batch = small([0.0] * 5, (-1.0, -1.0, -1.0, -1.0, -1.0), advantages=(-1.0, 1.0, -3.0, 2.0, -4.0))
-    logp = torch.full((7,), NAN).masked_scatter(batch.action_mask, torch.tensor([-1.0, -1.3, -1.4, -1.0, -1.5]))  # means of the drift 0.15 and 0.3
+    batch = small(device, [0.0] * 5, (-1.0, -1.0, -1.0, -1.0, -1.0), advantages=(-1.0, 1.0, -3.0, 2.0, -4.0))
+    # means of the drift 0.15 and 0.3
+    logp = torch.full((7,), NAN, device=device).masked_scatter(batch.action_mask, torch.tensor([-1.0, -1.3, -1.4, -1.0, -1.5], device=device))
     for delta, want, count in ((None, (-1, 1, -3, 2, -4), None), (0.2, (-1, 1, 0, 2, 0), 2), (0.1, (0, 1, 0, 2, 0), 3), (0.31, (-1, 1, -3, 2, -4), 0)):
         got, dropped = behaviour(CorrectionConfig(off_policy_delta=delta), batch, logp)
         assert got.advantages[batch.action_mask].tolist() == list(want)
@@ -146,18 +147,18 @@ def test_where_the_sampler_is_the_trainer_nothing_changes(make, algorithm, kwarg
             assert [row[f"correction/{x}"] for x in ("mean", "max", "fraction", "ess", "chi2")] == [1.0, 1.0, 0.0, 1.0, 0.0]
 
 
-def _perturbed(monkeypatch, sd):
+def _perturbed(device, monkeypatch, sd):
     """A sampler that says something else than it does."""
     def rollout(*args, original=policy.rollout, **kwargs):
         found = original(*args, **kwargs)
-        noise = sd * torch.randn(found.batch.num_tokens, generator=torch.Generator().manual_seed(found.batch.num_tokens))
+        noise = sd * torch.randn(found.batch.num_tokens, generator=torch.Generator().manual_seed(found.batch.num_tokens)).to(device)
         return replace(found, batch=found.batch.with_columns(rollout_logp=torch.where(found.batch.action_mask, found.batch.rollout_logp + noise, 0.0)))
 
     monkeypatch.setattr(policy, "rollout", rollout)
 
 
-def test_a_sampler_that_is_off_is_reported_and_corrected(make, monkeypatch):
-    _perturbed(monkeypatch, 0.3)
+def test_a_sampler_that_is_off_is_reported_and_corrected(make, monkeypatch, device):
+    _perturbed(device, monkeypatch, 0.3)
     runs = {name: make(name=name, max_logp_diff=1.0, correction=correction, kl=KLConfig(coef=0.0)) for name, correction in (
         ("none", CorrectionConfig()), ("truncated", CorrectionConfig(kind="truncated", high=1.2)),
         ("masked", CorrectionConfig(kind="masked", low=0.8, high=1.2)),

@@ -65,7 +65,7 @@ MODELS = {
 LENGTH = 23
 
 
-def peer_and_ours(name, dtype=torch.float32):
+def peer_and_ours(device, name, dtype=torch.float32):
     """A random transformers model, every parameter non-trivial, and our decoder with the same weights."""
     options = SIZES | MODELS[name]
     torch.manual_seed(sum(map(ord, name)))
@@ -76,12 +76,12 @@ def peer_and_ours(name, dtype=torch.float32):
         for key, p in peer.named_parameters():
             is_norm = ("norm" in key and "gemma" not in name) or "ln_" in key
             p.normal_(1.0 if is_norm and "bias" not in key else 0.0, 0.2)
-    peer = peer.to(dtype)
+    peer = peer.to(device, dtype)
     return peer, copy_of(peer, dtype)
 
 
 def copy_of(peer, dtype):
-    ours = Decoder(model_config(peer.config.to_dict()), dtype=dtype)
+    ours = Decoder(model_config(peer.config.to_dict()), dtype=dtype, device=peer.device)
     state = peer.state_dict()
     views = hf_views(ours)
     assert set(state) - set(views) <= {"lm_head.weight"}
@@ -90,25 +90,25 @@ def copy_of(peer, dtype):
     return ours
 
 
-def logits(decoder, ids, generating=False):
+def logits(device, decoder, ids, generating=False):
     """Of one sequence, by the training forward or by the generation step."""
-    arguments = (ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+    arguments = (ids, torch.arange(len(ids), device=device), torch.tensor([0, len(ids)], dtype=torch.int32, device=device), len(ids))
     hidden = strict_hidden(decoder, *arguments, block_size=4) if generating else decoder(*arguments)
     z, cap = hidden @ decoder.head_weight.T, decoder.config.logit_softcap
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
-def some_ids(vocabulary=61, length=LENGTH, seed=0):
-    return torch.randint(1, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+def some_ids(device, vocabulary=61, length=LENGTH, seed=0):
+    return torch.randint(1, vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_gradients_as_transformers(name):
-    peer, ours = peer_and_ours(name)
-    ids = some_ids()
-    got, want = logits(ours, ids), peer(ids[None]).logits[0]
+def test_logits_and_gradients_as_transformers(name, device):
+    peer, ours = peer_and_ours(device, name)
+    ids = some_ids(device)
+    got, want = logits(device, ours, ids), peer(ids[None]).logits[0]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)) / got.numel()
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).to(device) / got.numel()
     (got * weight).sum().backward()
     (want * weight).sum().backward()
     grads = Decoder(ours.config)  # the same views, over our gradients
@@ -130,31 +130,31 @@ def preemptions(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_tokens_as_transformers(name, preemptions):
-    peer, ours = peer_and_ours(name)
-    prompts = [some_ids(length=n, seed=n).tolist() for n in (1, 23, 9, 6, 12)]
+def test_greedy_tokens_as_transformers(name, preemptions, device):
+    peer, ours = peer_and_ours(device, name)
+    prompts = [some_ids(device, length=n, seed=n).tolist() for n in (1, 23, 9, 6, 12)]
     for cache in (CacheConfig(block_size=4), CacheConfig(block_size=4, num_blocks=18, max_sequences=4, max_tokens_per_step=7)):
         actor = HybridActor(ours, cache=cache)
         for prompt, (completion,) in zip(prompts, actor.generate(prompts, SamplingParams(max_new_tokens=17, temperature=0.0)), strict=True):
             assert len(completion.token_ids) == 17
             with torch.no_grad():
-                logp = torch.log_softmax(peer(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1], -1)
+                logp = torch.log_softmax(peer(torch.tensor([prompt + completion.token_ids], device=device)).logits[0, len(prompt) - 1 : -1], -1)
             assert completion.token_ids == logp.argmax(-1).tolist()
-            torch.testing.assert_close(torch.tensor(completion.logprobs), logp.max(-1).values, rtol=0, atol=5e-5)
+            torch.testing.assert_close(torch.tensor(completion.logprobs, device=device), logp.max(-1).values, rtol=0, atol=5e-5)
         assert bool(preemptions) == (cache.num_blocks == 18)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_errs_at_most_twice_as_much(name):
-    peer, ours = peer_and_ours(name, torch.bfloat16)
+def test_bfloat16_errs_at_most_twice_as_much(name, device):
+    peer, ours = peer_and_ours(device, name, torch.bfloat16)
     exact = copy_of(peer.to(torch.float32), torch.float64)  # of the rounded weights; its parity in float32 is tested above
     peer = peer.to(torch.bfloat16)
-    errors = torch.zeros(3, dtype=torch.float64)
+    errors = torch.zeros(3, dtype=torch.float64, device=device)
     with torch.no_grad():
         for seed in range(4):
-            ids = some_ids(seed=seed)
-            want = logits(exact, ids)
-            found = (logits(ours, ids), logits(ours, ids, generating=True), peer(ids[None]).logits[0])
+            ids = some_ids(device, seed=seed)
+            want = logits(device, exact, ids)
+            found = (logits(device, ours, ids), logits(device, ours, ids, generating=True), peer(ids[None]).logits[0])
             errors += torch.stack([(x.double() - want).square().mean() for x in found])
     trained, generated, theirs = errors.sqrt().tolist()
     assert trained <= 2 * theirs, f"root mean square error {trained}, transformers' {theirs}"
@@ -163,18 +163,18 @@ def test_bfloat16_errs_at_most_twice_as_much(name):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-window", "qwen3", "phi3-partial", "smollm3-biases", "olmo2", "gemma2", "gemma3", "gpt2",
                                   "gpt_neox"])
-def test_packed_is_each_alone(name):
-    _, ours = peer_and_ours(name)
+def test_packed_is_each_alone(name, device):
+    _, ours = peer_and_ours(device, name)
     lengths = [1, 23, 0, 7, 2, 22, 64]
-    sequences = [some_ids(length=n, seed=n) for n in lengths]
-    batch = PackedBatch.from_sequences([(s.tolist(), []) for s in sequences])
+    sequences = [some_ids(device, length=n, seed=n) for n in lengths]
+    batch = PackedBatch.from_sequences([(s.tolist(), []) for s in sequences]).to(device)
 
     def forward(batch):
         return ours(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
 
     hidden = forward(batch)
     for got, alone in zip(hidden.split(lengths), sequences, strict=True):
-        torch.testing.assert_close(got, forward(PackedBatch.from_sequences([(alone.tolist(), [])])), rtol=0, atol=2e-6 * hidden.abs().max().item())
+        torch.testing.assert_close(got, forward(PackedBatch.from_sequences([(alone.tolist(), [])]).to(device)), rtol=0, atol=2e-6 * hidden.abs().max().item())
     # Two runs agree bitwise, forward and backward.
     grads = []
     for _ in range(2):
@@ -184,17 +184,18 @@ def test_packed_is_each_alone(name):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_no_tokens():
-    ours = Decoder.random(model_config(SIZES | MODELS["qwen3"]), 0)
-    hidden = ours(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 0)
+def test_no_tokens(device):
+    ours = Decoder.random(model_config(SIZES | MODELS["qwen3"]), 0, device=device)
+    hidden = ours(torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device),
+                  torch.zeros(1, dtype=torch.int32, device=device), 0)
     assert hidden.shape == (0, 24)
     hidden.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
 
 
-def test_companions_with_nan_change_nothing():
-    _, ours = peer_and_ours("llama")
-    batch = PackedBatch.from_sequences([(some_ids(length=n, seed=n).tolist(), []) for n in (9, 5, 11)])
+def test_companions_with_nan_change_nothing(device):
+    _, ours = peer_and_ours(device, "llama")
+    batch = PackedBatch.from_sequences([(some_ids(device, length=n, seed=n).tolist(), []) for n in (9, 5, 11)]).to(device)
     clean = ours(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
     poison = 60  # a token that only the second sequence has
     ids = torch.where(batch.token_ids == poison, 1, batch.token_ids)
@@ -208,8 +209,8 @@ def test_companions_with_nan_change_nothing():
     assert torch.equal(dirty[14:], clean[14:])
 
 
-def test_weights_are_live():
-    ours = Decoder.random(model_config(SIZES | MODELS["qwen3"]), 0)
+def test_weights_are_live(device):
+    ours = Decoder.random(model_config(SIZES | MODELS["qwen3"]), 0, device=device)
     weights = ours.weights()
     assert weights is ours.weights()
     assert weights.head is ours.embedding
@@ -225,39 +226,39 @@ def test_weights_are_live():
     assert ours.weights().rope_table.inv_freq.tolist() == [list(ours.config.inv_freq)]  # moving to bfloat16 rounds the parameters, not the frequencies
 
 
-def test_a_frozen_copy_stands_alone():
-    ours = Decoder.random(model_config(SIZES | MODELS["qwen3"]), 0)
+def test_a_frozen_copy_stands_alone(device):
+    ours = Decoder.random(model_config(SIZES | MODELS["qwen3"]), 0, device=device)
     ours.weights()
     reference = copy.deepcopy(ours).requires_grad_(False)
-    ids = some_ids()
-    before = logits(reference, ids)
+    ids = some_ids(device)
+    before = logits(device, reference, ids)
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(0.5)
     assert not before.requires_grad
-    assert torch.equal(logits(reference, ids), before)
+    assert torch.equal(logits(device, reference, ids), before)
     assert reference.weights().head is reference.embedding
     assert reference.weights().layers[0].qkv is reference.layers[0].qkv_proj
 
 
-def test_random_is_seeded():
+def test_random_is_seeded(device):
     config = model_config(SIZES | MODELS["llama-biases"])
-    one, same, other = Decoder.random(config, 1), Decoder.random(config, 1), Decoder.random(config, 2)
+    one, same, other = Decoder.random(config, 1, device=device), Decoder.random(config, 1, device=device), Decoder.random(config, 2, device=device)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.embedding, other.embedding)
     assert 0.18 < one.layers[0].qkv_proj.std().item() < 0.22
     assert (one.norm == 1).all()
     assert not one.layers[0].gate_up_bias.any()
     assert one.head is not None
-    assert torch.equal(Decoder.random(config, 1, dtype=torch.bfloat16).embedding, one.embedding.bfloat16())
+    assert torch.equal(Decoder.random(config, 1, dtype=torch.bfloat16, device=device).embedding, one.embedding.bfloat16())
 
 
-def test_a_real_model(shared):
+def test_a_real_model(shared, device):
     path = shared / "models" / "stories260k"
-    ours, peer = load_decoder(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    ids = some_ids(512, 300)
+    ours, peer = load_decoder(path, dtype=torch.float32, device=device), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    ids = some_ids(device, 512, 300)
     with torch.no_grad():
-        got, want = logits(ours, ids), peer(ids[None]).logits[0]
-        exact = logits(load_decoder(path, dtype=torch.float64), ids)
+        got, want = logits(device, ours, ids), peer(ids[None]).logits[0]
+        exact = logits(device, load_decoder(path, dtype=torch.float64, device=device), ids)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=3e-5)
     assert (got - exact).abs().max() <= 2 * (want - exact).abs().max()

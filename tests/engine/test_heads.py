@@ -39,17 +39,17 @@ def batch():
     return PackedBatch.from_sequences([(s, []) for s in SEQUENCES])
 
 
-def padded():
-    ids = torch.zeros(3, 7, dtype=torch.int64)
+def padded(device):
+    ids = torch.zeros(3, 7, dtype=torch.int64, device=device)
     for row, s in zip(ids, SEQUENCES, strict=True):
-        row[:len(s)] = torch.tensor(s)
+        row[:len(s)] = torch.tensor(s, device=device)
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-def test_value_head_starts_at_zero_and_speaks_float32(tmp_path):
+def test_value_head_starts_at_zero_and_speaks_float32(tmp_path, device):
     head = ValueHead(24)
-    hidden = torch.randn(5, 24)
-    assert torch.equal(head(hidden), torch.zeros(5))
+    hidden = torch.randn(5, 24, device=device)
+    assert torch.equal(head(hidden), torch.zeros(5, device=device))
     with torch.no_grad():
         head.weight.normal_()
         head.bias.fill_(0.5)
@@ -61,7 +61,7 @@ def test_value_head_starts_at_zero_and_speaks_float32(tmp_path):
     assert torch.equal(load_value_head(tmp_path, 24)(hidden), head(hidden))
     with pytest.raises(ValueError, match=r"expected weight \[1, 25\], got \[1, 24\]"):
         load_value_head(tmp_path, 25)
-    save_file({"weight": torch.zeros(1, 24)}, tmp_path / "value_head.safetensors")
+    save_file({"weight": torch.zeros(1, 24, device=device)}, tmp_path / "value_head.safetensors")
     with pytest.raises(ValueError, match=r"expected bias \[1\], got none"):
         load_value_head(tmp_path, 24)
     with pytest.raises(FileNotFoundError, match="expected a value head at"):
@@ -75,8 +75,8 @@ def test_reward_head_initialisation():
     assert not torch.equal(weight, RewardHead(4095, seed=2).weight)
 
 
-def test_scores_are_read_at_the_last_token(batch):
-    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS["tied"]), 0))
+def test_scores_are_read_at_the_last_token(batch, device):
+    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS["tied"]), 0, device=device))
     scores = model(batch)
     assert scores.dtype == torch.float32
     for b, sequence in enumerate(SEQUENCES):
@@ -93,31 +93,31 @@ def test_scores_are_read_at_the_last_token(batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_gives_the_same_scores(tmp_path, batch, kind):
-    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS[kind]), 0))
+def test_transformers_gives_the_same_scores(tmp_path, batch, kind, device):
+    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS[kind]), 0, device=device))
     save_reward_model(model, tmp_path / "rm")
     peer, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert peer.config.num_labels == 1
     with torch.no_grad():
-        torch.testing.assert_close(model(batch), peer(**padded()).logits[:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(batch), peer(**padded(device)).logits[:, 0], rtol=1e-5, atol=1e-5)
     assert "lm_head.weight" not in load_file(tmp_path / "rm" / "model.safetensors")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_what_transformers_writes(tmp_path, batch, kind):
+def test_reads_what_transformers_writes(tmp_path, batch, kind, device):
     torch.manual_seed(0)
     peer = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**SMALL | KINDS[kind], num_labels=1)).eval()
     peer.save_pretrained(tmp_path)
     model = load_reward_model(tmp_path)
     assert model.shift == 0.0
     with torch.no_grad():
-        torch.testing.assert_close(model(batch), peer(**padded()).logits[:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(batch), peer(**padded(device)).logits[:, 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_with_its_shift(tmp_path, batch, kind):
-    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS[kind]), 0), seed=3)
+def test_round_trip_with_its_shift(tmp_path, batch, kind, device):
+    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS[kind]), 0, device=device), seed=3)
     model.shift = 0.1 + 0.2  # a float that needs all its digits
     save_reward_model(model, tmp_path / "rm")
     again = load_reward_model(tmp_path / "rm")
@@ -129,14 +129,14 @@ def test_round_trip_with_its_shift(tmp_path, batch, kind):
     assert json.loads((tmp_path / "rm" / "config.json").read_text())["architectures"][0].endswith("ForSequenceClassification")
 
 
-def test_refuses_what_is_no_reward_model(tmp_path):
-    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS["untied"]), 0))
+def test_refuses_what_is_no_reward_model(tmp_path, device):
+    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS["untied"]), 0, device=device))
     save_reward_model(model, tmp_path / "rm")
     with pytest.raises(ValueError, match=r"is a reward model .* and a language model is expected here"):
         load_decoder(tmp_path / "rm")
     path = tmp_path / "rm" / "model.safetensors"
     state = load_file(path)
-    save_file(state | {"score.weight": torch.zeros(2, 24)}, path)
+    save_file(state | {"score.weight": torch.zeros(2, 24, device=device)}, path)
     with pytest.raises(ValueError, match=r"shape of score.weight: expected \[1, 24\], got \[2, 24\]"):
         load_reward_model(tmp_path / "rm")
     raw = json.loads((tmp_path / "rm" / "config.json").read_text())

@@ -33,18 +33,18 @@ def settings(name):
     return LoRAConfig(rank=4, alpha=6.0) if name in ("qwen2", "phi3", "gemma3") else SOME
 
 
-def trained(decoder, scale=0.2, seed=9):
+def trained(device, decoder, scale=0.2, seed=9):
     """The same decoder with a B that says something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in decoder.named_parameters():
             if name.endswith("_b") and p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+                p.copy_(torch.randn(p.shape, generator=generator).to(device) * scale)
     return decoder
 
 
-def tiny(name="llama-biases", dtype=torch.float32, lora=None, seed=0):
-    decoder = Decoder.random(model_config(SIZES | MODELS[name]), seed, dtype=dtype)
+def tiny(device, name="llama-biases", dtype=torch.float32, lora=None, seed=0):
+    decoder = Decoder.random(model_config(SIZES | MODELS[name]), seed, dtype=dtype, device=device)
     if lora is not None:
         add_adapter(decoder, lora)
     return decoder
@@ -84,17 +84,17 @@ def eager(peer, decoder):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_and_gradients_against_float64(name):
-    peer, ours = peer_and_ours(name)
+def test_logits_and_gradients_against_float64(name, device):
+    peer, ours = peer_and_ours(device, name)
     add_adapter(ours, settings(name))
-    trained(ours)
+    trained(device, ours)
     peer, parts = eager(peer, ours)
-    ids = some_ids()
-    got, want = logits(ours, ids), peer(ids[None]).logits[0]
-    base = logits(copy_of(peer_and_ours(name)[0], torch.float32), ids)
+    ids = some_ids(device)
+    got, want = logits(device, ours, ids), peer(ids[None]).logits[0]
+    base = logits(device, copy_of(peer_and_ours(device, name)[0], torch.float32), ids)
     assert (got - base).abs().max() > 0.05
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=5e-5)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)) / got.numel()
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).to(device) / got.numel()
     (got * weight).sum().backward()
     (want * weight).sum().backward()
     assert all((p.grad is not None) == (".lora." in key) for key, p in ours.named_parameters())
@@ -106,12 +106,12 @@ def test_logits_and_gradients_against_float64(name):
         torch.testing.assert_close(grad.double(), parts[key].grad, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_gradients_of_a_base_that_is_not_frozen():
-    ours, plain = tiny(lora=SOME), tiny()
+def test_gradients_of_a_base_that_is_not_frozen(device):
+    ours, plain = tiny(device, lora=SOME), tiny(device)
     ours.requires_grad_(True)
-    weight = torch.randn(23, SIZES["vocab_size"], generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(23, SIZES["vocab_size"], generator=torch.Generator().manual_seed(1)).to(device)
     for decoder in (ours, plain):
-        (logits(decoder, some_ids()) * weight).sum().backward()
+        (logits(device, decoder, some_ids(device)) * weight).sum().backward()
     theirs = dict(plain.named_parameters())
     for name, p in ours.named_parameters():  # with B = 0 they are those without an adapter
         if ".lora." not in name:
@@ -120,23 +120,24 @@ def test_gradients_of_a_base_that_is_not_frozen():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_new_adapter_changes_no_bit(name, dtype):
-    plain, ours, ids = tiny(name, dtype), tiny(name, dtype, settings(name)), some_ids()
+def test_a_new_adapter_changes_no_bit(name, dtype, device):
+    plain, ours, ids = tiny(device, name, dtype), tiny(device, name, dtype, settings(name)), some_ids(device)
     assert ours.adapter_enabled
     assert {p.dtype for p in ours.parameters()} == {dtype}
     for generating in (False, True):
-        assert torch.equal(logits(ours, ids, generating), logits(plain, ids, generating))
+        assert torch.equal(logits(device, ours, ids, generating), logits(device, plain, ids, generating))
     outs = [HybridActor(decoder).generate([[1, 5, 7], [3]], SamplingParams(max_new_tokens=9, seed=2)) for decoder in (plain, ours)]
     assert outs[0] == outs[1]
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=CPP)])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_sampler_says_what_the_trainer_computes(name, strict):
-    actor = HybridActor(trained(tiny(name, lora=settings(name))), cache=CacheConfig(block_size=4, num_blocks=24, max_sequences=4, max_tokens_per_step=7),
+def test_the_sampler_says_what_the_trainer_computes(name, strict, device):
+    actor = HybridActor(trained(device, tiny(device, name, lora=settings(name))),
+                        cache=CacheConfig(block_size=4, num_blocks=24, max_sequences=4, max_tokens_per_step=7),
                         strict=strict)
-    prompts = [some_ids(length=n, seed=n).tolist() for n in (1, 23, 9, 6)]
-    batch = PackedBatch.from_completions(prompts, actor.generate(prompts, SamplingParams(max_new_tokens=16, n=2, seed=1)))
+    prompts = [some_ids(device, length=n, seed=n).tolist() for n in (1, 23, 9, 6)]
+    batch = PackedBatch.from_completions(prompts, actor.generate(prompts, SamplingParams(max_new_tokens=16, n=2, seed=1))).to(device)
     difference = (actor.score(batch).logp - batch.rollout_logp).abs().max()
     assert difference == 0 if strict else difference <= 1e-4
     with actor.disable_adapter():
@@ -144,11 +145,11 @@ def test_the_sampler_says_what_the_trainer_computes(name, strict):
 
 
 @CPP
-def test_strict_gradients_are_the_plain_ones():
+def test_strict_gradients_are_the_plain_ones(device):
     grads = []
     for strict in (False, True):
-        actor = HybridActor(trained(tiny("qwen3", lora=SOME)), strict=strict)
-        batch = PackedBatch.from_sequences([([1, 4, 5], [6, 7, 8]), ([2], [9, 3])])
+        actor = HybridActor(trained(device, tiny(device, "qwen3", lora=SOME)), strict=strict)
+        batch = PackedBatch.from_sequences([([1, 4, 5], [6, 7, 8]), ([2], [9, 3])]).to(device)
         hidden = actor.forward(batch)
         with actor.disable_adapter():
             assert not actor.forward(batch).requires_grad  # nothing that is trained is in it
@@ -158,12 +159,12 @@ def test_strict_gradients_are_the_plain_ones():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5)
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
+def test_activation_checkpointing_gives_the_same_gradients(device):
     grads = []
     for checkpointed in (False, True):
-        decoder = trained(tiny("qwen2", lora=SOME))
+        decoder = trained(device, tiny(device, "qwen2", lora=SOME))
         decoder.checkpoint_activations = checkpointed
-        out = logits(decoder, some_ids()).square().sum()
+        out = logits(device, decoder, some_ids(device)).square().sum()
         with decoder.disable_adapter():
             out.backward()
         grads.append([p.grad for p in decoder.parameters() if p.requires_grad])
@@ -171,22 +172,23 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_tokens_as_a_merged_transformers_model(name, tmp_path):
-    actor = HybridActor(trained(tiny(name, lora=settings(name))), cache=CacheConfig(block_size=4, num_blocks=24, max_sequences=4, max_tokens_per_step=7))
-    prompts = [some_ids(length=n, seed=n).tolist() for n in (1, 23, 9)]
+def test_greedy_tokens_as_a_merged_transformers_model(name, tmp_path, device):
+    actor = HybridActor(trained(device, tiny(device, name, lora=settings(name))),
+                        cache=CacheConfig(block_size=4, num_blocks=24, max_sequences=4, max_tokens_per_step=7))
+    prompts = [some_ids(device, length=n, seed=n).tolist() for n in (1, 23, 9)]
     actor.save_pretrained(tmp_path / "merged")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
     for prompt, (completion,) in zip(prompts, actor.generate(prompts, SamplingParams(max_new_tokens=12, temperature=0.0)), strict=True):
         with torch.no_grad():
-            logp = torch.log_softmax(peer(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1], -1)
+            logp = torch.log_softmax(peer(torch.tensor([prompt + completion.token_ids], device=device)).logits[0, len(prompt) - 1 : -1], -1)
         assert completion.token_ids == logp.argmax(-1).tolist()
-        torch.testing.assert_close(torch.tensor(completion.logprobs), logp.max(-1).values, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(completion.logprobs, device=device), logp.max(-1).values, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama-biases", "phi3", "gemma3"])
-def test_what_is_saved_is_merged_and_rounded_once(name, dtype, tmp_path):
-    decoder = trained(tiny(name, dtype, settings(name)))
+def test_what_is_saved_is_merged_and_rounded_once(name, dtype, tmp_path, device):
+    decoder = trained(device, tiny(device, name, dtype, settings(name)))
     before = {key: p.clone() for key, p in decoder.named_parameters()}
     save_pretrained(decoder, tmp_path / "merged", max_shard_bytes=4000)
     saved = {}
@@ -208,30 +210,30 @@ def test_what_is_saved_is_merged_and_rounded_once(name, dtype, tmp_path):
 
 # ---- on and off ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_off_is_the_base_to_the_bit_and_on_again_after_an_error(dtype):
-    plain, ours, ids = tiny("qwen3", dtype), trained(tiny("qwen3", dtype, SOME)), some_ids()
-    on = [logits(ours, ids, generating) for generating in (False, True)]
+def test_off_is_the_base_to_the_bit_and_on_again_after_an_error(dtype, device):
+    plain, ours, ids = tiny(device, "qwen3", dtype), trained(device, tiny(device, "qwen3", dtype, SOME)), some_ids(device)
+    on = [logits(device, ours, ids, generating) for generating in (False, True)]
     with ours.disable_adapter():
         assert not ours.adapter_enabled
         with ours.disable_adapter():
             pass
         for generating in (False, True):
-            assert torch.equal(logits(ours, ids, generating), logits(plain, ids, generating))
+            assert torch.equal(logits(device, ours, ids, generating), logits(device, plain, ids, generating))
     with pytest.raises(KeyError), ours.disable_adapter():
         raise KeyError("out")
     assert ours.adapter_enabled
     for generating, before in zip((False, True), on, strict=True):
-        assert not torch.equal(before, logits(plain, ids, generating))
-        assert torch.equal(logits(ours, ids, generating), before)
+        assert not torch.equal(before, logits(device, plain, ids, generating))
+        assert torch.equal(logits(device, ours, ids, generating), before)
     with plain.disable_adapter():  # nothing to switch off
         assert not plain.adapter_enabled
     assert plain.weights().adapter is None
 
 
-def test_cached_prefixes_are_not_shared_across_a_switch(monkeypatch):
-    prompt, params = [some_ids(length=20).tolist()], SamplingParams(max_new_tokens=6, temperature=0.0)
-    actor, fresh = (HybridActor(trained(tiny("qwen2", lora=SOME)), cache=CacheConfig(block_size=4)) for _ in range(2))
-    plain = HybridActor(tiny("qwen2"), cache=CacheConfig(block_size=4))
+def test_cached_prefixes_are_not_shared_across_a_switch(monkeypatch, device):
+    prompt, params = [some_ids(device, length=20).tolist()], SamplingParams(max_new_tokens=6, temperature=0.0)
+    actor, fresh = (HybridActor(trained(device, tiny(device, "qwen2", lora=SOME)), cache=CacheConfig(block_size=4)) for _ in range(2))
+    plain = HybridActor(tiny(device, "qwen2"), cache=CacheConfig(block_size=4))
     on = fresh.generate(prompt, params)
     assert actor.generate(prompt, params) == on
     with actor.disable_adapter():
@@ -239,20 +241,20 @@ def test_cached_prefixes_are_not_shared_across_a_switch(monkeypatch):
         assert [c.logprobs for c in off[0]] == [c.logprobs for c in plain.generate(prompt, params)[0]]
     assert actor.generate(prompt, params)[0][0].logprobs == on[0][0].logprobs
     monkeypatch.setattr(blocks, "_ROOTS", {True: 0, False: 0})
-    stale = HybridActor(trained(tiny("qwen2", lora=SOME)), cache=CacheConfig(block_size=4))
+    stale = HybridActor(trained(device, tiny(device, "qwen2", lora=SOME)), cache=CacheConfig(block_size=4))
     stale.generate(prompt, params)
     with stale.disable_adapter():  # the negative control: with the prefix of the other weights the numbers differ
         assert stale.generate(prompt, params)[0][0].logprobs != off[0][0].logprobs
 
 
-def test_a_changed_adapter_is_another_version():
-    actor = HybridActor(tiny("qwen2"), cache=CacheConfig(block_size=4))
-    prompt, params = [some_ids(length=20).tolist()], SamplingParams(max_new_tokens=4, temperature=0.0)
+def test_a_changed_adapter_is_another_version(device):
+    actor = HybridActor(tiny(device, "qwen2"), cache=CacheConfig(block_size=4))
+    prompt, params = [some_ids(device, length=20).tolist()], SamplingParams(max_new_tokens=4, temperature=0.0)
     first = actor.generate(prompt, params)
     actor.add_adapter(LoRAConfig(rank=2, alpha=4.0))
     assert actor.weights_version == 1
     assert [c.logprobs for c in actor.generate(prompt, params)[0]] == [c.logprobs for c in first[0]]
-    trained(actor.decoder)
+    trained(device, actor.decoder)
     actor.mark_updated()
     assert actor.generate(prompt, params) == another(actor).generate(prompt, params)
 
@@ -263,13 +265,13 @@ def another(actor):
     return other
 
 
-def test_only_adapters_change_in_training():
-    actor = HybridActor(tiny("qwen3"))
+def test_only_adapters_change_in_training(device):
+    actor = HybridActor(tiny(device, "qwen3"))
     actor.add_adapter(SOME, seed=3)
     before = {name: p.detach().clone() for name, p in actor.named_parameters()}
     optimizer = make_optimizer(actor.named_parameters(), lr=1e-2, weight_decay=0.1)
     assert all(".lora." in name for name in optimizer.state_dict())
-    batch = PackedBatch.from_sequences([([1, 4, 5], [6, 7, 8])])
+    batch = PackedBatch.from_sequences([([1, 4, 5], [6, 7, 8])]).to(device)
     losses = []
     for _ in range(20):
         loss = -actor.logprobs(batch, actor.forward(batch))[0].sum()
@@ -283,9 +285,9 @@ def test_only_adapters_change_in_training():
         assert p.grad is None or ".lora." in name
 
 
-def test_bfloat16_adapters_follow_small_steps():
+def test_bfloat16_adapters_follow_small_steps(device):
     # On the bfloat16 grid 1e-5 is less than half a step of almost every A; the float32 masters collect it.
-    decoder = tiny("qwen2", torch.bfloat16, SOME)
+    decoder = tiny(device, "qwen2", torch.bfloat16, SOME)
     optimizer = make_optimizer(decoder.named_parameters(), lr=1e-5)
     masters = {name for name in optimizer.state_dict() if name.endswith(".master")}
     assert len(masters) == sum(p.requires_grad for p in decoder.parameters())
@@ -315,20 +317,20 @@ def test_settings_that_cannot_be(change, message):
         LoRAConfig(**change)
 
 
-def test_targets_that_a_family_does_not_have():
+def test_targets_that_a_family_does_not_have(device):
     with pytest.raises(ConfigError, match="Phi3 has no q_proj; it has qkv_proj, o_proj, gate_up_proj, down_proj"):
-        tiny("phi3", lora=LoRAConfig(targets=("q_proj",)))
+        tiny(device, "phi3", lora=LoRAConfig(targets=("q_proj",)))
     with pytest.raises(ConfigError, match="Qwen2 has no qkv_proj"):
-        tiny("qwen2", lora=LoRAConfig(targets=("qkv_proj",)))
+        tiny(device, "qwen2", lora=LoRAConfig(targets=("qkv_proj",)))
     with pytest.raises(ValueError, match="has an adapter already"):
-        add_adapter(tiny(lora=SOME), SOME)
+        add_adapter(tiny(device, lora=SOME), SOME)
     assert LoRAConfig(rank=4, alpha=6.0).scale == 1.5
     assert LoRAConfig(rank=4, alpha=6.0, rslora=True).scale == 3.0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_slices_are_the_linear_layers(name):
-    decoder = tiny(name)
+def test_slices_are_the_linear_layers(name, device):
+    decoder = tiny(device, name)
     names = {key.removesuffix(".weight") for key, view in hf_views(decoder).items() if key.startswith("model.layers.0.") and view.ndim == 2}
     assert {f"model.layers.0.{found.module}" for found in slices(decoder.config).values()} == names
     views = hf_views(decoder)
@@ -339,8 +341,8 @@ def test_slices_are_the_linear_layers(name):
 
 # ---- PEFT's files -----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("lora", [SOME, LoRAConfig(rank=2, alpha=3.0, rslora=True)], ids=["some", "all"])
-def test_files_round_trip_and_hold_what_peft_reads(lora, tmp_path):
-    decoder = trained(tiny("qwen2", lora=lora))
+def test_files_round_trip_and_hold_what_peft_reads(lora, tmp_path, device):
+    decoder = trained(device, tiny(device, "qwen2", lora=lora))
     save_adapter(decoder, tmp_path / "adapter", base_model="somewhere/base")
     save_adapter(decoder, tmp_path / "adapter", base_model="somewhere/base")  # a second save replaces the first
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -360,36 +362,36 @@ def test_files_round_trip_and_hold_what_peft_reads(lora, tmp_path):
             changed += 1
     assert not tensors
     assert changed == len(config["target_modules"]) * decoder.config.num_layers
-    again = tiny("qwen2")
+    again = tiny(device, "qwen2")
     load_adapter(again, tmp_path / "adapter")
     assert (again.lora.rank, again.lora.alpha, again.lora.scale) == (lora.rank, lora.alpha, lora.scale)
-    assert torch.equal(logits(again, some_ids()), logits(decoder, some_ids()))
+    assert torch.equal(logits(device, again, some_ids(device)), logits(device, decoder, some_ids(device)))
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in decoder.parameters()]
 
 
-def test_the_library_itself_reads_and_writes_them(tmp_path):
+def test_the_library_itself_reads_and_writes_them(tmp_path, device):
     peft = pytest.importorskip("peft", reason="the peft library is not installed")
     for name in ("qwen2", "gemma3", "phi3"):
-        peer, ours = peer_and_ours(name)
+        peer, ours = peer_and_ours(device, name)
         add_adapter(ours, settings(name))
-        trained(ours)
+        trained(device, ours)
         save_adapter(ours, tmp_path / name)
         model = peft.PeftModel.from_pretrained(peer, tmp_path / name)
-        ids = some_ids()
-        torch.testing.assert_close(logits(ours, ids), model(ids[None]).logits[0], rtol=1e-5, atol=5e-5)
+        ids = some_ids(device)
+        torch.testing.assert_close(logits(device, ours, ids), model(ids[None]).logits[0], rtol=1e-5, atol=5e-5)
         model.save_pretrained(tmp_path / f"{name}-theirs")
-        again = copy_of(peer_and_ours(name)[0], torch.float32)
+        again = copy_of(peer_and_ours(device, name)[0], torch.float32)
         load_adapter(again, tmp_path / f"{name}-theirs")
-        assert torch.equal(logits(again, ids), logits(ours, ids))
+        assert torch.equal(logits(device, again, ids), logits(device, ours, ids))
 
 
-def test_files_that_are_refused(tmp_path):
-    decoder = tiny("qwen2", lora=SOME)
+def test_files_that_are_refused(tmp_path, device):
+    decoder = tiny(device, "qwen2", lora=SOME)
     save_adapter(decoder, tmp_path / "good")
     with pytest.raises(ValueError, match="has no adapter; give it one with add_adapter"):
-        save_adapter(tiny(), tmp_path / "none")
+        save_adapter(tiny(device), tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
-        load_adapter(tiny(), tmp_path)
+        load_adapter(tiny(device), tmp_path)
     config, weights = json.loads((tmp_path / "good/adapter_config.json").read_text()), load_file(tmp_path / "good/adapter_model.safetensors")
     first = next(iter(weights))
 
@@ -398,7 +400,7 @@ def test_files_that_are_refused(tmp_path):
         bad.mkdir(exist_ok=True)
         (bad / "adapter_config.json").write_text(json.dumps(config | (changed_config or {})))
         save_file(weights if changed_weights is None else changed_weights, bad / "adapter_model.safetensors")
-        fresh = tiny(model)
+        fresh = tiny(device, model)
         with pytest.raises(ValueError, match=message):
             load_adapter(fresh, bad)
         assert fresh.lora is None
@@ -410,15 +412,15 @@ def test_files_that_are_refused(tmp_path):
     refused("got {'rank_pattern'", {"rank_pattern": {"q_proj": 4}})
     refused("expected numbers for r and lora_alpha", {"r": None})
     refused(f"missing: {first}", None, {name: tensor for name, tensor in weights.items() if name != first})
-    refused("unexpected: base_model.model.lm_head.lora_A.weight", None, weights | {"base_model.model.lm_head.lora_A.weight": torch.zeros(3, 2)})
+    refused("unexpected: base_model.model.lm_head.lora_A.weight", None, weights | {"base_model.model.lm_head.lora_A.weight": torch.zeros(3, 2, device=device)})
     refused("expected .5, .*got .3,", {"r": 5})
     refused("the adapter is not one of this Qwen3", None, None, "qwen3")
 
 
 # ---- references, and the stages -----------------------------------------------------------------------------------------------------
-def test_a_reference_on_the_host_scores_the_same_bits():
-    actor, other = HybridActor(tiny("gemma3")), HybridActor(tiny("gemma3"))
-    batch = PackedBatch.from_sequences([([1, 4, 5], [6, 7, 8]), ([2], [9, 3])])
+def test_a_reference_on_the_host_scores_the_same_bits(device):
+    actor, other = HybridActor(tiny(device, "gemma3")), HybridActor(tiny(device, "gemma3"))
+    batch = PackedBatch.from_sequences([([1, 4, 5], [6, 7, 8]), ([2], [9, 3])]).to(device)
     host = OnHost(other, torch.device("cpu"))
     for _ in range(2):
         assert torch.equal(host.score(batch, temperature=0.7, partition=[[1], [0]]).logp, actor.score(batch, temperature=0.7, partition=[[1], [0]]).logp)
@@ -450,7 +452,7 @@ def rows(config):
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=CPP)])
-def test_ppo_against_the_policy_with_its_adapter_off(ppo, strict, tiny_model, tmp_path):
+def test_ppo_against_the_policy_with_its_adapter_off(ppo, strict, tiny_model, tmp_path, device):
     from fusedrl.engine.stages.policy import train_policy
 
     config = ppo(strict=strict)
@@ -466,7 +468,7 @@ def test_ppo_against_the_policy_with_its_adapter_off(ppo, strict, tiny_model, tm
     merged = HybridActor.from_pretrained(result.model)
     unmerged = HybridActor.from_pretrained(tiny_model)
     unmerged.load_adapter(Path(config.run.dir) / "adapter")
-    batch = PackedBatch.from_sequences([([1, 4, 5], [6, 7, 8]), ([2], [9, 3])])
+    batch = PackedBatch.from_sequences([([1, 4, 5], [6, 7, 8]), ([2], [9, 3])]).to(device)
     torch.testing.assert_close(merged.score(batch).logp, unmerged.score(batch).logp, rtol=0, atol=1e-5)
     assert not torch.equal(merged.score(batch).logp, HybridActor.from_pretrained(tiny_model).score(batch).logp)
     if not strict:  # the kinds of reference say the same
@@ -507,12 +509,12 @@ def test_sft_takes_an_adapter(tiny_model, tmp_path, write_jsonl):
         f"model.layers.{i}.{at}.weight" for i in range(2) for at in (*(f"self_attn.{x}_proj" for x in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
 
 
-def test_generating_with_an_adapter_from_the_command_line(tiny_model, tmp_path, capsys):
+def test_generating_with_an_adapter_from_the_command_line(tiny_model, tmp_path, capsys, device):
     from fusedrl.engine.cli import main
 
     actor = HybridActor.from_pretrained(tiny_model)
     actor.add_adapter(LoRAConfig(rank=2, alpha=4.0))
-    trained(actor.decoder, scale=1.0)
+    trained(device, actor.decoder, scale=1.0)
     actor.save_adapter(tmp_path / "adapter")
     (want,), = actor.generate(["w1 w2"], SamplingParams(max_new_tokens=8, temperature=0.0))
     said = []
@@ -524,9 +526,9 @@ def test_generating_with_an_adapter_from_the_command_line(tiny_model, tmp_path, 
     assert main(["generate", "--model", str(tiny_model), "--prompt", "w1", "--adapter", str(tmp_path)]) == 2
 
 
-def test_a_layout_that_adapters_do_not_know():
+def test_a_layout_that_adapters_do_not_know(device):
     sizes = {"model_type": "gpt2", "vocab_size": 61, "n_embd": 24, "n_layer": 1, "n_head": 3, "n_positions": 32, "eos_token_id": 2, "bos_token_id": 1}
-    decoder = Decoder.random(model_config(sizes), 0)
+    decoder = Decoder.random(model_config(sizes), 0, device=device)
     with pytest.raises(ConfigError, match="GPT2 lays out its projections in a way that adapters do not know yet"):
         add_adapter(decoder, LoRAConfig(targets=("q_proj",)))
     assert decoder.lora is None

@@ -8,26 +8,27 @@ from torch import nn
 from fusedrl.engine.optim import make_optimizer, optimizer_of
 
 
-def parameters(dtype=torch.float32, seed=0):
+def parameters(device, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {"matrix": nn.Parameter(torch.randn(33, 17, generator=generator).mul_(0.02).to(dtype)), "norm": nn.Parameter(torch.ones(17, dtype=dtype))}
+    return {"matrix": nn.Parameter(torch.randn(33, 17, generator=generator).to(device).mul_(0.02).to(dtype)),
+            "norm": nn.Parameter(torch.ones(17, dtype=dtype, device=device))}
 
 
-def give_gradients(params, seed):
+def give_gradients(device, params, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in params.values():
-        p.grad = (torch.randn(p.shape, generator=generator) + 0.5).to(p.dtype)
+        p.grad = (torch.randn(p.shape, generator=generator).to(device) + 0.5).to(p.dtype)
 
 
-def test_float32_is_adamw_by_its_definition():
-    params = parameters()
+def test_float32_is_adamw_by_its_definition(device):
+    params = parameters(device)
     lr, b1, b2, eps, decay = 0.01, 0.9, 0.97, 1e-6, 0.3
     optimizer = make_optimizer(params, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay)
     want = {n: p.detach().double() for n, p in params.items()}
     m, v = ({n: torch.zeros_like(w) for n, w in want.items()} for _ in range(2))
     for t in range(1, 6):
         optimizer.lr = lr_t = lr / t
-        give_gradients(params, t)
+        give_gradients(device, params, t)
         for n, p in params.items():
             g = p.grad.double()
             m[n], v[n] = b1 * m[n] + (1 - b1) * g, b2 * v[n] + (1 - b2) * g * g
@@ -52,14 +53,14 @@ def tensorflow_adam(params, gradients, lr, betas, eps):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_epsilon_as_tensorflow_has_it(dtype):
+def test_epsilon_as_tensorflow_has_it(dtype, device):
     """Twenty steps of small gradients, where epsilon decides; torch's own epsilon is told apart, and so is one that is scaled the other way."""
     lr, betas, eps = 0.01, (0.9, 0.999), 1e-5
-    start = {n: p.detach() for n, p in parameters(dtype).items()}
+    start = {n: p.detach() for n, p in parameters(device, dtype).items()}
     gradients = []
     for t in range(20):
         draw = torch.Generator().manual_seed(t)
-        gradients.append({n: (1e-4 * torch.randn(p.shape, generator=draw)).to(dtype).double() for n, p in start.items()})
+        gradients.append({n: (1e-4 * torch.randn(p.shape, generator=draw).to(device)).to(dtype).double() for n, p in start.items()})
 
     def run(optimizer, params):
         for t, step in enumerate(gradients):
@@ -86,27 +87,27 @@ def test_epsilon_as_tensorflow_has_it(dtype):
     assert max((other_way[n] - exact[n]).abs().max().item() for n in start) > 0.02
 
 
-def test_epsilon_modes_that_are_refused():
+def test_epsilon_modes_that_are_refused(device):
     from fusedrl.engine.config import OptimConfig
     from fusedrl.engine.errors import ConfigError
     with pytest.raises(ConfigError, match=r"optim.eps_mode torch with optim.state = int8"):
         OptimConfig(eps_mode="tensorflow", state="int8")
     with pytest.raises(ValueError, match='expected eps_mode "torch" with state "int8"'):
-        make_optimizer(parameters(), lr=0.1, eps_mode="tensorflow", state="int8")
-    optimizer = optimizer_of(OptimConfig(lr=0.1, eps=1e-3, eps_mode="tensorflow"), parameters().items())
+        make_optimizer(parameters(device), lr=0.1, eps_mode="tensorflow", state="int8")
+    optimizer = optimizer_of(OptimConfig(lr=0.1, eps=1e-3, eps_mode="tensorflow"), parameters(device).items())
     assert (optimizer._eps, optimizer._hat) == (1e-3, True)
 
 
-def test_small_steps_move_low_precision_parameters():
-    exact, low = parameters(torch.bfloat16), parameters(torch.bfloat16)
+def test_small_steps_move_low_precision_parameters(device):
+    exact, low = parameters(device, torch.bfloat16), parameters(device, torch.bfloat16)
     exact = {n: nn.Parameter(p.detach().float()) for n, p in exact.items()}
-    naive = parameters(torch.bfloat16)
+    naive = parameters(device, torch.bfloat16)
     optimizers = [make_optimizer(params, lr=1e-6) for params in (exact, low)]
     plain = torch.optim.AdamW(naive.values(), lr=1e-6, weight_decay=0.0)
     start = exact["matrix"].detach().clone()
     for step in range(50):
         for params in (exact, low, naive):
-            give_gradients(params, step)
+            give_gradients(device, params, step)
         for p in exact.values():  # the gradients that a bfloat16 parameter can have
             p.grad = p.grad.bfloat16().float()
         for optimizer in optimizers:
@@ -123,8 +124,8 @@ def test_small_steps_move_low_precision_parameters():
     assert torch.equal(low["matrix"], master.bfloat16())
 
 
-def test_low_precision_parameters_follow_in_the_long_run():
-    params = {"w": nn.Parameter(torch.full((64, 4), 0.02, dtype=torch.bfloat16))}
+def test_low_precision_parameters_follow_in_the_long_run(device):
+    params = {"w": nn.Parameter(torch.full((64, 4), 0.02, dtype=torch.bfloat16, device=device))}
     address = params["w"].data_ptr()
     start = params["w"].detach().float().clone()
     optimizer = make_optimizer(params, lr=1e-6)
@@ -137,11 +138,11 @@ def test_low_precision_parameters_follow_in_the_long_run():
     assert params["w"].dtype == torch.bfloat16
 
 
-def test_clipping():
-    params, same = parameters(), parameters()
+def test_clipping(device):
+    params, same = parameters(device), parameters(device)
     optimizer, unclipped = make_optimizer(params, lr=0.1, eps=1.0), make_optimizer(same, lr=0.1, eps=1.0)
-    give_gradients(params, 0)
-    give_gradients(same, 0)
+    give_gradients(device, params, 0)
+    give_gradients(device, same, 0)
     norm = torch.cat([p.grad.flatten() for p in same.values()]).double().norm().item()
     assert unclipped.step(max_grad_norm=norm * 2).grad_norm == pytest.approx(norm, rel=1e-6)
     assert torch.cat([p.grad.flatten() for p in same.values()]).norm().item() == pytest.approx(norm, rel=1e-6)
@@ -153,14 +154,14 @@ def test_clipping():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
-    params = parameters(dtype)
+def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison, device):
+    params = parameters(device, dtype)
     optimizer = make_optimizer(params, lr=0.1, weight_decay=0.1)
-    give_gradients(params, 0)
+    give_gradients(device, params, 0)
     optimizer.step()
     weights = {n: p.detach().clone() for n, p in params.items()}
     state = {n: t.clone() for n, t in optimizer.state_dict().items()}
-    give_gradients(params, 1)
+    give_gradients(device, params, 1)
     params["norm"].grad[3] = poison
     result = optimizer.step(max_grad_norm=1.0)
     assert not result.applied
@@ -170,13 +171,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_bitwise(tmp_path, dtype):
+def test_resume_is_bitwise(tmp_path, dtype, device):
     def run(params, optimizer, steps):
         for step in steps:
-            give_gradients(params, step)
+            give_gradients(device, params, step)
             optimizer.step(max_grad_norm=1.0)
 
-    params = parameters(dtype)
+    params = parameters(device, dtype)
     optimizer = make_optimizer(params, lr=1e-3, weight_decay=0.1)
     run(params, optimizer, range(3))
     save_file(optimizer.state_dict(), tmp_path / "state.safetensors")
@@ -189,18 +190,18 @@ def test_resume_is_bitwise(tmp_path, dtype):
     assert all(torch.equal(t, other.state_dict()[n]) for n, t in optimizer.state_dict().items())
 
 
-def test_state_of_other_parameters_is_refused():
-    params = parameters(torch.bfloat16)
+def test_state_of_other_parameters_is_refused(device):
+    params = parameters(device, torch.bfloat16)
     optimizer = make_optimizer(params, lr=0.1)
     assert set(optimizer.state_dict()) == {"matrix.master", "norm.master"}  # no step yet
-    fresh = make_optimizer(parameters(torch.bfloat16), lr=0.1)
+    fresh = make_optimizer(parameters(device, torch.bfloat16), lr=0.1)
     fresh.load_state_dict(optimizer.state_dict())
-    give_gradients(params, 0)
+    give_gradients(device, params, 0)
     optimizer.step()
     state = optimizer.state_dict()
     before = fresh.state_dict()["matrix.master"].clone()
-    cases = [({k: v for k, v in state.items() if k != "norm.step"}, "missing norm.step"), (state | {"x.step": torch.ones(())}, "unknown x.step"),
-             (state | {"norm.exp_avg": torch.ones(3)}, r"norm.exp_avg: expected \[17\], got \[3\]"), ({}, "missing matrix.master")]
+    cases = [({k: v for k, v in state.items() if k != "norm.step"}, "missing norm.step"), (state | {"x.step": torch.ones((), device=device)}, "unknown x.step"),
+             (state | {"norm.exp_avg": torch.ones(3, device=device)}, r"norm.exp_avg: expected \[17\], got \[3\]"), ({}, "missing matrix.master")]
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):
             fresh.load_state_dict(wrong)
@@ -208,10 +209,10 @@ def test_state_of_other_parameters_is_refused():
     assert len(fresh.state_dict()) == 2
 
 
-def test_frozen_and_unused_parameters():
-    params = parameters()
+def test_frozen_and_unused_parameters(device):
+    params = parameters(device)
     params["norm"].requires_grad_(False)
-    params["unused"] = nn.Parameter(torch.ones(2, 2))
+    params["unused"] = nn.Parameter(torch.ones(2, 2, device=device))
     optimizer = make_optimizer(params, lr=0.1)
     params["matrix"].grad = torch.ones_like(params["matrix"])
     assert optimizer.step().applied
@@ -235,17 +236,17 @@ def test_no_stage_leaves_an_option_out():
 # ---- epsilon ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["torch", "tensorflow"])
-def test_the_share_of_second_moments_that_epsilon_outweighs(state, mode):
+def test_the_share_of_second_moments_that_epsilon_outweighs(state, mode, device):
     """Against a count over all of them; rows that met no gradient count on neither side."""
-    params = {"small": nn.Parameter(torch.zeros(40, 300, dtype=state)), "large": nn.Parameter(torch.zeros(7, dtype=state))}
+    params = {"small": nn.Parameter(torch.zeros(40, 300, dtype=state, device=device)), "large": nn.Parameter(torch.zeros(7, dtype=state, device=device))}
     eps, b2 = 1e-5, 0.99
     optimizer = make_optimizer(params, lr=1e-3, betas=(0.9, b2), eps=eps, eps_mode=mode, accumulate="float32")
     assert optimizer.below_epsilon() is None
     for t in range(1, 4):
         draw = torch.Generator().manual_seed(t)
-        g = torch.randn(40, 300, generator=draw) * torch.logspace(-8, -2, 300)
+        g = torch.randn(40, 300, generator=draw).to(device) * torch.logspace(-8, -2, 300, device=device)
         g[30:] = 0
-        params["small"].grad, params["large"].grad = g.to(state), torch.ones(7, dtype=state)
+        params["small"].grad, params["large"].grad = g.to(state), torch.ones(7, dtype=state, device=device)
         optimizer.step()
         moments = torch.cat([optimizer.state_dict()[f"{name}.exp_avg_sq"].double().flatten() for name in params])
         root = (moments / (1 - b2**t)).sqrt() if mode == "torch" else moments.sqrt()
@@ -257,7 +258,7 @@ def test_the_share_of_second_moments_that_epsilon_outweighs(state, mode):
     assert again.below_epsilon() == 0.0
 
 
-def test_epsilon_is_the_algorithms():
+def test_epsilon_is_the_algorithms(device):
     from fusedrl.engine.algorithms import ALGORITHMS
     from fusedrl.engine.config import CriticConfig, OptimConfig, PolicyConfig, SFTConfig
     for name, row in ALGORITHMS.items():
@@ -265,17 +266,17 @@ def test_epsilon_is_the_algorithms():
         assert config.optim.eps == row.eps == (1e-5 if name in ("ppo", "ppo_penalty") else 1e-8)
         assert PolicyConfig("m", "d", ("r.py:f",), name, optim=OptimConfig(eps=1e-6)).optim.eps == 1e-6
     assert PolicyConfig("m", "d", ("r.py:f",), critic=CriticConfig("policy")).critic.optim.eps == 1e-5
-    assert optimizer_of(SFTConfig("m", "d").optim, parameters().items())._eps == 1e-8
+    assert optimizer_of(SFTConfig("m", "d").optim, parameters(device).items())._eps == 1e-8
 
 
-def test_small_gradients_are_followed_at_full_length():
+def test_small_gradients_are_followed_at_full_length(device):
     """The steps of a model of 7e9 parameters at a gradient norm of .2: 2.4e-6 in each. With 1e-5 they were a fifth."""
     lengths = {}
     for name, eps in (("ours", None), ("huang", 1e-5)):
         from fusedrl.engine.config import OptimConfig
-        p = nn.Parameter(torch.zeros(1000))
+        p = nn.Parameter(torch.zeros(1000, device=device))
         optimizer = optimizer_of(OptimConfig(lr=1.0, eps=eps), [("p", p)])
-        p.grad = torch.full((1000,), 0.2 / 7e9**0.5)
+        p.grad = torch.full((1000,), 0.2 / 7e9**0.5, device=device)
         optimizer.step()
         lengths[name] = p.detach().abs().mean().item()
     assert lengths["ours"] > 0.99

@@ -22,15 +22,16 @@ def test_layout_labels_and_alignment():
     assert not moved[~batch.action_mask].any()
 
 
-def test_columns_follow_their_sequences():
-    batch = PackedBatch.from_sequences(SEQUENCES).with_columns(old_logp=torch.arange(12.0), scores=torch.tensor([10.0, 11, 12, 13]))
+def test_columns_follow_their_sequences(device):
+    batch = PackedBatch.from_sequences(SEQUENCES).with_columns(old_logp=torch.arange(12.0, device=device),
+                                                               scores=torch.tensor([10.0, 11, 12, 13], device=device))
     part = batch.select([2, 0])
     assert part.lengths == (2, 5)
     assert part.old_logp.tolist() == [6, 7, 0, 1, 2, 3, 4]
     assert part.scores.tolist() == [12, 10]
     assert part.cu_seqlens.dtype == torch.int32
     assert batch.select([]).num_tokens == 0
-    back = torch.empty(12)
+    back = torch.empty(12, device=device)
     for group in batch.split(6):
         back[batch.slots(group)] = batch.select(group).old_logp
     assert torch.equal(back, batch.old_logp)
@@ -72,9 +73,9 @@ def test_from_completions_uses_the_ids_that_were_generated_from():
         PackedBatch.from_completions([[1, 2]], outs)
 
 
-def test_refuses_what_cannot_be():
+def test_refuses_what_cannot_be(device):
     with pytest.raises(ValueError, match="no prompt token"):
         PackedBatch.from_sequences([([], [1])])
     with pytest.raises(ValueError, match=r"expected scores \[4\], got \[3\]"):
-        PackedBatch.from_sequences(SEQUENCES).with_columns(scores=torch.zeros(3))
+        PackedBatch.from_sequences(SEQUENCES).with_columns(scores=torch.zeros(3, device=device))
     assert PackedBatch.from_sequences([]).num_sequences == 0

@@ -29,10 +29,10 @@ def by_hand(name, h, p, margin, beta, e):
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-def test_the_definition(name):
+def test_the_definition(name, device):
     e = 0.2 if name in ("sigmoid", "robust") else 0.0
     cases = [(h, p, margin) for h in (-30.0, -1.5, 0.0, 0.3, 12.0) for p in (0.0, 0.25, 0.5, 1.0) for margin in (0.0, 0.7)]
-    h, p, margin = (torch.tensor(column, dtype=torch.float64) for column in zip(*cases, strict=True))
+    h, p, margin = (torch.tensor(column, dtype=torch.float64, device=device) for column in zip(*cases, strict=True))
     for beta in (0.1, 0.5):
         found = preference_loss(name, h, p, margin, beta=beta, label_smoothing=e)
         assert found.tolist() == pytest.approx([by_hand(name, *case, beta, e) for case in cases], rel=1e-12, abs=1e-14)
@@ -40,36 +40,39 @@ def test_the_definition(name):
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-def test_slopes(name):
-    h = torch.tensor([-3.0, -0.4, 0.0, 0.9, 4.0], dtype=torch.float64, requires_grad=True)
-    p, margin = torch.tensor([1.0, 0.3, 0.5, 1.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 0.1, 0.0, 0.2, 0.0], dtype=torch.float64)
+def test_slopes(name, device):
+    h = torch.tensor([-3.0, -0.4, 0.0, 0.9, 4.0], dtype=torch.float64, requires_grad=True, device=device)
+    p, margin = torch.tensor([1.0, 0.3, 0.5, 1.0, 0.0], dtype=torch.float64, device=device), torch.tensor([0.0, 0.1, 0.0, 0.2, 0.0], dtype=torch.float64,
+                                                                                                          device=device)
     assert torch.autograd.gradcheck(lambda x: preference_loss(name, x, p, margin, beta=0.3, label_smoothing=0.1), (h,))
     if name != "ipo":  # a larger h is better for the chosen side, however large; ipo has a best h
-        one = torch.tensor([-50.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
-        preference_loss(name, one, torch.ones(3, dtype=torch.float64), beta=0.5).sum().backward()
+        one = torch.tensor([-50.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True, device=device)
+        preference_loss(name, one, torch.ones(3, dtype=torch.float64, device=device), beta=0.5).sum().backward()
         assert (one.grad < 0).all()
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-def test_the_pair_the_other_way_round_is_the_same_pair(name):
-    h, p = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 50, dtype=torch.float64)
+def test_the_pair_the_other_way_round_is_the_same_pair(name, device):
+    h, p = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device), torch.linspace(0, 1, 50, dtype=torch.float64,
+                                                                                                                       device=device)
     margin = torch.full_like(p, 0.3)
     torch.testing.assert_close(preference_loss(name, h, p, margin, beta=0.2, label_smoothing=0.1),
                                preference_loss(name, -h, 1 - p, margin, beta=0.2, label_smoothing=0.1), rtol=1e-12, atol=1e-12)
 
 
-def test_half_of_the_labels_wrong_teach_nothing():
-    h = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    preference_loss("sigmoid", h, torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), beta=0.5, label_smoothing=0.5).sum().backward()
+def test_half_of_the_labels_wrong_teach_nothing(device):
+    h = torch.zeros(3, dtype=torch.float64, requires_grad=True, device=device)
+    preference_loss("sigmoid", h, torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64, device=device), beta=0.5, label_smoothing=0.5).sum().backward()
     assert h.grad.tolist() == [0.0] * 3
-    h = torch.zeros(len(PREFERENCE_LOSSES), dtype=torch.float64, requires_grad=True)
-    sum(preference_loss(name, h[i:i + 1], torch.full((1,), 0.5, dtype=torch.float64), beta=0.5) for i, name in enumerate(PREFERENCE_LOSSES)).sum().backward()
+    h = torch.zeros(len(PREFERENCE_LOSSES), dtype=torch.float64, requires_grad=True, device=device)
+    sum(preference_loss(name, h[i:i + 1], torch.full((1,), 0.5, dtype=torch.float64, device=device), beta=0.5) for i,
+        name in enumerate(PREFERENCE_LOSSES)).sum().backward()
     assert h.grad.tolist() == [0.0] * len(PREFERENCE_LOSSES), "a tie"
 
 
-def test_robust_is_unbiased():
+def test_robust_is_unbiased(device):
     """The mean over labels flipped with probability e is the loss of the clean label (Chowdhury et al., 2024); the smoothed loss is not."""
-    h, e, one = torch.linspace(-6, 6, 13, dtype=torch.float64), 0.3, torch.ones(13, dtype=torch.float64)
+    h, e, one = torch.linspace(-6, 6, 13, dtype=torch.float64, device=device), 0.3, torch.ones(13, dtype=torch.float64, device=device)
     clean = preference_loss("sigmoid", h, one, beta=0.5)
 
     def expected(name):
@@ -80,32 +83,32 @@ def test_robust_is_unbiased():
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-def test_extremes_are_finite(name):
-    h = torch.tensor([-1e6, -1e3, 1e3, 1e6], dtype=torch.float64, requires_grad=True)
-    loss = preference_loss(name, h, torch.ones(4, dtype=torch.float64), beta=0.1, label_smoothing=0.1)
+def test_extremes_are_finite(name, device):
+    h = torch.tensor([-1e6, -1e3, 1e3, 1e6], dtype=torch.float64, requires_grad=True, device=device)
+    loss = preference_loss(name, h, torch.ones(4, dtype=torch.float64, device=device), beta=0.1, label_smoothing=0.1)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert torch.isfinite(h.grad).all()
 
 
 # ---- from log-probabilities of tokens -------------------------------------------------------------------------------------------
-def batch_of(lengths, ref, *, prompt=2):
+def batch_of(device, lengths, ref, *, prompt=2):
     """(batch of chosen and rejected in turn, slots of the answers' tokens); nan everywhere else in ref_logp."""
-    batch = PackedBatch.from_sequences(([1] * prompt, [3] * n) for n in lengths)
-    column = torch.full((batch.num_tokens,), math.nan)
-    column[batch.action_mask] = torch.tensor(ref)
+    batch = PackedBatch.from_sequences(([1] * prompt, [3] * n) for n in lengths).to(device)
+    column = torch.full((batch.num_tokens,), math.nan, device=device)
+    column[batch.action_mask] = torch.tensor(ref, device=device)
     return batch.with_columns(ref_logp=column)
 
 
-def test_sums_not_means_and_nothing_of_the_prompt():
-    batch = batch_of([1, 3], [-1.0, -0.5, -0.25, -2.0])
-    logp = torch.full((batch.num_tokens,), math.nan)
-    logp[batch.action_mask] = torch.tensor([-0.75, -1.0, -1.0, -4.0])
+def test_sums_not_means_and_nothing_of_the_prompt(device):
+    batch = batch_of(device, [1, 3], [-1.0, -0.5, -0.25, -2.0])
+    logp = torch.full((batch.num_tokens,), math.nan, device=device)
+    logp[batch.action_mask] = torch.tensor([-0.75, -1.0, -1.0, -4.0], device=device)
     scores = pair_scores(batch, logp.requires_grad_())
     assert (scores.chosen_logp.item(), scores.rejected_logp.item()) == (-0.75, -6.0)
     assert (scores.chosen_ratio.item(), scores.rejected_ratio.item()) == (0.25, -3.25)
     assert (scores.chosen_tokens.item(), scores.rejected_tokens.item()) == (1.0, 3.0)
-    loss = pair_loss("sigmoid", scores, torch.ones(1, dtype=torch.float64), beta=0.5)
+    loss = pair_loss("sigmoid", scores, torch.ones(1, dtype=torch.float64, device=device), beta=0.5)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-0.5 * 3.5)), rel=1e-12)
     assert loss.item() != pytest.approx(math.log1p(math.exp(-0.5 * (0.25 + 3.25 / 3))), rel=1e-3), "of means it would be"
     loss.sum().backward()
@@ -114,23 +117,23 @@ def test_sums_not_means_and_nothing_of_the_prompt():
 
 
 @pytest.mark.parametrize("label", [1.0, 0.3, 0.5])
-def test_the_likelihood_term_is_of_the_better_answer_by_its_tokens(label):
-    batch = batch_of([2, 4], [-1.0] * 6)
-    logp = torch.full((batch.num_tokens,), math.nan)
-    logp[batch.action_mask] = torch.tensor([-0.5, -1.5, -2.0, -2.0, -2.0, -6.0])
-    scores, p = pair_scores(batch, logp), torch.tensor([label], dtype=torch.float64)
+def test_the_likelihood_term_is_of_the_better_answer_by_its_tokens(label, device):
+    batch = batch_of(device, [2, 4], [-1.0] * 6)
+    logp = torch.full((batch.num_tokens,), math.nan, device=device)
+    logp[batch.action_mask] = torch.tensor([-0.5, -1.5, -2.0, -2.0, -2.0, -6.0], device=device)
+    scores, p = pair_scores(batch, logp), torch.tensor([label], dtype=torch.float64, device=device)
     plain, more = (pair_loss("ipo", scores, p, beta=0.1, nll_coef=coef) for coef in (0.0, 2.0))
     assert (more - plain).item() == pytest.approx(2.0 * (label * 1.0 + (1 - label) * 3.0), rel=1e-12)
 
 
-def test_equal_policies_are_exactly_at_zero():
+def test_equal_policies_are_exactly_at_zero(device):
     draw = torch.Generator().manual_seed(0)
-    ref = (-5 * torch.rand(57, generator=draw)).tolist()
-    batch = batch_of([20, 17, 3, 17], ref)
+    ref = (-5 * torch.rand(57, generator=draw).to(device)).tolist()
+    batch = batch_of(device, [20, 17, 3, 17], ref)
     scores = pair_scores(batch, batch.ref_logp)
     assert scores.h.tolist() == [0.0, 0.0]
-    assert pair_loss("sigmoid", scores, torch.ones(2, dtype=torch.float64), beta=0.1).tolist() == [math.log(2.0)] * 2
-    assert pair_loss("ipo", scores, torch.ones(2, dtype=torch.float64), beta=0.1).tolist() == pytest.approx([25.0] * 2)
+    assert pair_loss("sigmoid", scores, torch.ones(2, dtype=torch.float64, device=device), beta=0.1).tolist() == [math.log(2.0)] * 2
+    assert pair_loss("ipo", scores, torch.ones(2, dtype=torch.float64, device=device), beta=0.1).tolist() == pytest.approx([25.0] * 2)
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------------------

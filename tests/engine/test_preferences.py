@@ -30,9 +30,9 @@ MIXED = [comparison(1, 2, margin=0.7), comparison(2, 1, 2, 3), comparison(1, 2, 
 PLAIN = [comparison(1, 2), comparison(3, 1, 2), comparison(2, 1), comparison(1, 1, 2, 4, 3, 6, 5, 8, 9)]
 
 
-def scores_of(comparisons, seed=0, scale=1.5):
+def scores_of(device, comparisons, seed=0, scale=1.5):
     count = sum(len(c.ranks) for c in comparisons)
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device) * scale
 
 
 def by_definition(scores, comparisons, noise=0.0):
@@ -54,37 +54,37 @@ def by_definition(scores, comparisons, noise=0.0):
 
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.3, 0.49])
 @pytest.mark.parametrize("comparisons", [MIXED, PLAIN, PLAIN[:1], MIXED[2:3]], ids=["mixed", "plain", "one pair", "one tie"])
-def test_the_loss_is_its_definition(comparisons, noise):
-    scores = scores_of(comparisons)
+def test_the_loss_is_its_definition(comparisons, noise, device):
+    scores = scores_of(device, comparisons)
     expected = by_definition(scores.tolist(), comparisons, noise)
     assert preference_loss(scores, comparisons, label_noise=noise).item() == pytest.approx(expected, rel=1e-12)
     assert preference_loss(scores.float(), comparisons, label_noise=noise).item() == pytest.approx(expected, rel=1e-5)
     assert torch.autograd.gradcheck(lambda s: preference_loss(s, comparisons, label_noise=noise), scores.clone().requires_grad_())
 
 
-def test_known_answers():
-    assert preference_loss(torch.tensor([1.0, 0.25]), [comparison(1, 2)]).item() == pytest.approx(math.log(1 + math.exp(-0.75)))
-    assert preference_loss(torch.tensor([1.0, 0.25]), [comparison(2, 1)]).item() == pytest.approx(math.log(1 + math.exp(0.75)))
-    assert preference_loss(torch.tensor([1.0, 0.25]), [comparison(1, 2, margin=0.5)]).item() == pytest.approx(math.log(1 + math.exp(-0.25)))
-    three = torch.tensor([0.0, 2.0, 1.0])  # ranks 3, 1, 2: differences 2, 1, 1
+def test_known_answers(device):
+    assert preference_loss(torch.tensor([1.0, 0.25], device=device), [comparison(1, 2)]).item() == pytest.approx(math.log(1 + math.exp(-0.75)))
+    assert preference_loss(torch.tensor([1.0, 0.25], device=device), [comparison(2, 1)]).item() == pytest.approx(math.log(1 + math.exp(0.75)))
+    assert preference_loss(torch.tensor([1.0, 0.25], device=device), [comparison(1, 2, margin=0.5)]).item() == pytest.approx(math.log(1 + math.exp(-0.25)))
+    three = torch.tensor([0.0, 2.0, 1.0], device=device)  # ranks 3, 1, 2: differences 2, 1, 1
     assert preference_loss(three, [comparison(3, 1, 2)]).item() == pytest.approx((math.log(1 + math.exp(-2)) + 2 * math.log(1 + math.exp(-1))) / 3)
-    assert preference_loss(torch.zeros(0, requires_grad=True), []).item() == 0.0
+    assert preference_loss(torch.zeros(0, requires_grad=True, device=device), []).item() == 0.0
 
 
-def test_a_list_counts_once_and_ties_are_no_pairs():
+def test_a_list_counts_once_and_ties_are_no_pairs(device):
     long, short = comparison(*range(1, 10)), comparison(1, 2)
-    scores = torch.cat([torch.zeros(9), torch.tensor([0.0, 3.0])]).double()
+    scores = torch.cat([torch.zeros(9, device=device), torch.tensor([0.0, 3.0], device=device)]).double()
     assert preference_loss(scores, [long, short]).item() == pytest.approx((math.log(2) + math.log(1 + math.exp(3))) / 2)  # not (36 log 2 + ...) / 37
-    tied = torch.tensor([1.0, -4.0, 0.5], dtype=torch.float64, requires_grad=True)
+    tied = torch.tensor([1.0, -4.0, 0.5], dtype=torch.float64, requires_grad=True, device=device)
     preference_loss(tied, [comparison(1, 1, 2)], label_noise=0.1).backward()
-    alone = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    alone = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True, device=device)
     preference_loss(alone, [comparison(1, 2)], label_noise=0.1).backward()
     assert tied.grad[0].item() == pytest.approx(alone.grad[0].item() / 2), "two pairs, each half of the mean; none between the two of rank 1"
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
-def test_micro_batches_sum_to_the_step(noise):
-    scores = scores_of(MIXED + PLAIN)
+def test_micro_batches_sum_to_the_step(noise, device):
+    scores = scores_of(device, MIXED + PLAIN)
     whole = MIXED + PLAIN
     weight = sum(c.weight for c in whole)
     sizes = [len(c.ranks) for c in whole]
@@ -96,17 +96,17 @@ def test_micro_batches_sum_to_the_step(noise):
     assert sum(single) == pytest.approx(preference_loss(scores, whole, label_noise=noise).item(), rel=1e-5)
 
 
-def test_the_order_of_completions_changes_nothing():
+def test_the_order_of_completions_changes_nothing(device):
     scores, ranks = [0.3, -1.0, 2.0], [1, 3, 2]
-    found = {round(preference_loss(torch.tensor([scores[i] for i in order]), [comparison(*(ranks[i] for i in order))]).item(), 6)
+    found = {round(preference_loss(torch.tensor([scores[i] for i in order], device=device), [comparison(*(ranks[i] for i in order))]).item(), 6)
              for order in permutations(range(3))}
     assert len(found) == 1
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6, 0.3])
-def test_extreme_scores_stay_finite(noise):
+def test_extreme_scores_stay_finite(noise, device):
     for x in (1e4, -1e4, 80.0, -80.0):
-        d = torch.tensor([x], requires_grad=True)
+        d = torch.tensor([x], requires_grad=True, device=device)
         loss = preference_nll(d, noise).sum()
         loss.backward()
         assert d.grad.isfinite().all()
@@ -114,14 +114,14 @@ def test_extreme_scores_stay_finite(noise):
         assert loss.item() == pytest.approx(limit, abs=1e-5)
 
 
-def test_noise_likelihood_has_its_optimum_at_the_truth():
+def test_noise_likelihood_has_its_optimum_at_the_truth(device):
     """The expected gradient over labels that are drawn by Bradley and Terry and then flipped: 0 at the true difference, and nowhere near it for others."""
     for truth in (-2.0, 0.4, 3.0):
         for noise in (0.1, 0.3):
             prefer = (1 - noise) / (1 + math.exp(-truth)) + noise / (1 + math.exp(truth))
 
             def slope(loss, at, prefer=prefer):
-                d = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+                d = torch.tensor(at, dtype=torch.float64, requires_grad=True, device=device)
                 (prefer * loss(d) + (1 - prefer) * loss(-d)).backward()
                 return d.grad.item()
 
@@ -131,18 +131,18 @@ def test_noise_likelihood_has_its_optimum_at_the_truth():
             assert smoothed > plain > 0.015, "the plain loss draws scores towards each other, label smoothing even more"
 
 
-def test_scores_from_labels_of_which_three_in_ten_are_flipped():
+def test_scores_from_labels_of_which_three_in_ten_are_flipped(device):
     """Linear scores of 12 features, 6000 pairs: the likelihood with the flip rate in it says the true probabilities, the plain one does not."""
     draw = torch.Generator().manual_seed(0)
-    truth = torch.randn(12, generator=draw, dtype=torch.float64) * 0.7
-    better, worse = torch.randn(2, 6000, 12, generator=draw, dtype=torch.float64)
+    truth = torch.randn(12, generator=draw, dtype=torch.float64).to(device) * 0.7
+    better, worse = torch.randn(2, 6000, 12, generator=draw, dtype=torch.float64).to(device)
     probability = torch.sigmoid((better - worse) @ truth)
-    label = torch.rand(6000, generator=draw, dtype=torch.float64) < probability
-    label ^= torch.rand(6000, generator=draw, dtype=torch.float64) < 0.3
+    label = torch.rand(6000, generator=draw, dtype=torch.float64).to(device) < probability
+    label ^= torch.rand(6000, generator=draw, dtype=torch.float64).to(device) < 0.3
     ranks = [comparison(1, 2) if first else comparison(2, 1) for first in label.tolist()]
     found = {}
     for noise in (0.0, 0.3):
-        w = torch.zeros(12, dtype=torch.float64, requires_grad=True)
+        w = torch.zeros(12, dtype=torch.float64, requires_grad=True, device=device)
         optimizer = torch.optim.LBFGS([w], max_iter=60, line_search_fn="strong_wolfe")
 
         def closure(w=w, optimizer=optimizer, noise=noise):
@@ -152,7 +152,7 @@ def test_scores_from_labels_of_which_three_in_ten_are_flipped():
             return loss
 
         optimizer.step(closure)
-        fresh = torch.randn(4000, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2**0.5
+        fresh = torch.randn(4000, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device) * 2**0.5
         error = (torch.sigmoid(fresh @ w.detach()) - torch.sigmoid(fresh @ truth)).square().mean().sqrt().item()
         found[noise] = (error, (w.detach().norm() / truth.norm()).item())
     assert found[0.3][0] < 0.08, "root of the mean squared error of the true probability"
@@ -161,10 +161,10 @@ def test_scores_from_labels_of_which_three_in_ten_are_flipped():
     assert found[0.0][1] < 0.5, "scores shrunk to what flipped labels still show"
 
 
-def test_centring_is_the_mean_square_of_sums():
-    scores = torch.tensor([1.0, 3.0, -2.0, 0.5], dtype=torch.float64)
+def test_centring_is_the_mean_square_of_sums(device):
+    scores = torch.tensor([1.0, 3.0, -2.0, 0.5], dtype=torch.float64, device=device)
     assert centre_loss(scores, [comparison(1, 2), comparison(2, 1)]).item() == pytest.approx((4.0**2 + 1.5**2) / 2)
-    three = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    three = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64, device=device)
     assert centre_loss(three, [comparison(1, 2, 3)]).item() == pytest.approx((9 + 25 + 36) / 3)
     assert centre_loss(three, [comparison(1, 1, 2)]).item() == pytest.approx((25 + 36) / 2)
 

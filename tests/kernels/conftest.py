@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedrl.engine.verify import ops
 from fusedrl.kernels import nvrtc
+from fusedrl.kernels.dispatch import unavailable
 
 HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "simt"
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
@@ -71,3 +72,11 @@ def small_tiles():
     """Triton's tiles cut to what the interpreter runs in milliseconds."""
     with ops.small_tiles():
         yield
+
+
+@pytest.fixture
+def triton_runs(device):
+    """Skips where Triton does not run on the device: on a CPU, it needs its interpreter."""
+    why = unavailable("triton", device.type)
+    if why:
+        pytest.skip(why)

@@ -9,12 +9,12 @@ from fusedrl.kernels.adapters import FusedLinearForPPO, LigerFusedLinearGRPOLoss
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "sapo"]
 
 
-def rand(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def rand(device, *shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device).to(dtype)
 
 
-def randint(high, *shape, seed=0):
-    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+def randint(device, high, *shape, seed=0):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def close(got, want, rtol=1e-5, atol=1e-6):
@@ -25,9 +25,9 @@ def close(got, want, rtol=1e-5, atol=1e-6):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(9,), (3, 4), (0,), (2, 0), ()], ids=str)
 @pytest.mark.parametrize("chunk_size", [1, 4, 512])
-def test_fused_linear_for_ppo(dtype, shape, chunk_size):
-    hidden, weight, ids = rand(*shape, 16, dtype=dtype), rand(50, 16, seed=1, dtype=dtype), randint(50, *shape)
-    g, h = rand(*shape, seed=2), rand(*shape, seed=3)
+def test_fused_linear_for_ppo(dtype, shape, chunk_size, device):
+    hidden, weight, ids = rand(device, *shape, 16, dtype=dtype), rand(device, 50, 16, seed=1, dtype=dtype), randint(device, 50, *shape)
+    g, h = rand(device, *shape, seed=2), rand(device, *shape, seed=3)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
     log_probs, entropy = FusedLinearForPPO(chunk_size=chunk_size)(*leaves, ids, 0.7)
     assert log_probs.dtype == entropy.dtype == torch.promote_types(dtype, torch.float32)
@@ -45,8 +45,8 @@ def test_fused_linear_for_ppo(dtype, shape, chunk_size):
         close(got, expected, **rounding)
 
 
-def test_fused_linear_for_ppo_is_called_as_verl_does():
-    hidden, weight, ids = rand(2, 3, 8), rand(20, 8), randint(20, 2, 3)
+def test_fused_linear_for_ppo_is_called_as_verl_does(device):
+    hidden, weight, ids = rand(device, 2, 3, 8), rand(device, 20, 8), randint(device, 20, 2, 3)
     ids[0, 1] = -100
     module = FusedLinearForPPO(impl_backend="liger")
     log_probs, entropy = module.forward(hidden_states=hidden, vocab_weights=weight, input_ids=ids, temperature=1.0)
@@ -61,16 +61,16 @@ def test_fused_linear_for_ppo_is_called_as_verl_does():
 
 
 # ---- Liger -----------------------------------------------------------------------------------------------------------------
-def problem(B=6, T=7, H=5, V=40, dtype=torch.float32):
+def problem(device, B=6, T=7, H=5, V=40, dtype=torch.float32):
     """One sequence without a token, one with all; advantages of both signs and 0; what is masked is nonsense."""
-    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(8)) < 0.6
+    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(8)).to(device) < 0.6
     mask[1], mask[2] = False, True
-    p = {"_input": rand(B, T, H, dtype=dtype), "lin_weight": rand(V, H, seed=1, dtype=dtype), "bias": rand(V, seed=2, dtype=dtype),
-         "selected_token_ids": randint(V, B, T), "attention_mask": mask.long(), "advantages": rand(B, seed=4)}
+    p = {"_input": rand(device, B, T, H, dtype=dtype), "lin_weight": rand(device, V, H, seed=1, dtype=dtype), "bias": rand(device, V, seed=2, dtype=dtype),
+         "selected_token_ids": randint(device, V, B, T), "attention_mask": mask.long(), "advantages": rand(device, B, seed=4)}
     p["advantages"][3] = 0.0
     logp = logp_of(*(p[name].double() for name in ("_input", "lin_weight", "bias")), p["selected_token_ids"], 0.8).float()
     for seed, name in enumerate(("ref_per_token_logps", "old_per_token_logps")):
-        p[name] = torch.where(mask, logp + 0.3 * rand(B, T, seed=5 + seed), torch.nan)
+        p[name] = torch.where(mask, logp + 0.3 * rand(device, B, T, seed=5 + seed), torch.nan)
     p["_input"][~mask], p["selected_token_ids"][~mask] = torch.nan, 10**9
     return p
 
@@ -79,7 +79,8 @@ def logp_of(x, weight, bias, ids, temperature):
     return ((x @ weight.T + bias) / temperature).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
-def restated(p, *, beta=0.04, loss_type="dapo", level="token", low=0.2, high=0.2, delta=None, tau=(1.0, 1.05), longest=None, temperature=0.8, items=None):
+def restated(device, p, *, beta=0.04, loss_type="dapo", level="token", low=0.2, high=0.2, delta=None, tau=(1.0, 1.05), longest=None, temperature=0.8,
+             items=None):
     """(loss, metrics, gradients): a sequence at a time, its unmasked tokens only."""
     leaves = [p[name].double().requires_grad_() for name in ("_input", "lin_weight", "bias")]
     B = len(p["advantages"])
@@ -108,7 +109,7 @@ def restated(p, *, beta=0.04, loss_type="dapo", level="token", low=0.2, high=0.2
         total = total + {"grpo": term.mean() / B, "sapo": term.mean() / B, "bnpo": term.sum() / tokens,
                          "dr_grpo": term.sum() / (B * (longest or 1)), "dapo": term.sum() / (tokens if items is None else items)}[loss_type]
     metrics = ([kl_sum / tokens] if beta else []) + [clipped / tokens]
-    return total.detach(), torch.tensor(metrics, dtype=torch.float64), torch.autograd.grad(total, leaves)
+    return total.detach(), torch.tensor(metrics, dtype=torch.float64, device=device), torch.autograd.grad(total, leaves)
 
 
 def ours(p, names=("_input", "lin_weight", "bias"), **options):
@@ -129,14 +130,14 @@ def same(got, want, **tolerance):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("on_policy", [False, True])
-def test_grpo(loss_type, level, beta, on_policy):
+def test_grpo(loss_type, level, beta, on_policy, device):
     if (loss_type, level) == ("sapo", "sequence"):
         pytest.skip("refused, there and here")
-    p, longest = problem(), 9 if loss_type == "dr_grpo" else None
+    p, longest = problem(device), 9 if loss_type == "dr_grpo" else None
     if on_policy:
         p["old_per_token_logps"] = None
     got = ours(p, beta=beta, loss_type=loss_type, importance_sampling_level=level, max_completion_length=longest, epsilon_low=0.1, epsilon_high=0.15)
-    want = restated(p, beta=beta, loss_type=loss_type, level=level, longest=longest, low=0.1, high=0.15)
+    want = restated(device, p, beta=beta, loss_type=loss_type, level=level, longest=longest, low=0.1, high=0.15)
     same(got, want)
     assert got[1].shape == ((2,) if beta else (1,))
     assert bool(got[1][-1] > 0) == (not on_policy and loss_type != "sapo")
@@ -144,80 +145,80 @@ def test_grpo(loss_type, level, beta, on_policy):
     if not on_policy:  # another loss type, or level, is another loss
         for other in LOSS_TYPES[:3]:
             if other != loss_type and (other, loss_type) != ("bnpo", "dapo"):  # (the latter two differ over micro-batches)
-                assert abs(restated(p, beta=beta, loss_type=other, level=level, longest=11, low=0.1, high=0.15)[0] - got[0]) > 1e-3
+                assert abs(restated(device, p, beta=beta, loss_type=other, level=level, longest=11, low=0.1, high=0.15)[0] - got[0]) > 1e-3
 
 
-def test_grpo_counts_every_sequence():
+def test_grpo_counts_every_sequence(device):
     """A sequence without tokens counts in the means over sequences, as in Liger, whatever token_weights would make of it."""
-    p = problem()
+    p = problem(device)
     without = {name: t if name in ("lin_weight", "bias") else t[[0, 2, 3, 4, 5]] for name, t in p.items()}
     close(ours(p, loss_type="grpo")[0] * 6, ours(without, loss_type="grpo")[0] * 5)
 
 
-def test_grpo_two_sided_clip():
-    p = problem()
+def test_grpo_two_sided_clip(device):
+    p = problem(device)
     p["old_per_token_logps"] -= 0.5
     got = ours(p, delta=1.5, epsilon_high=0.3)
-    same(got, restated(p, delta=1.5, high=0.3))
+    same(got, restated(device, p, delta=1.5, high=0.3))
     assert abs(got[0] - ours(p, epsilon_high=0.3)[0]) > 1e-3
-    same(ours(p, delta=1.3, epsilon_high=0.3), restated(p, delta=1.3, high=0.3))
+    same(ours(p, delta=1.3, epsilon_high=0.3), restated(device, p, delta=1.3, high=0.3))
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 7)])
-def test_grpo_importance_ratio(shape):
-    p = problem() | {"vllm_is_ratio": rand(*shape, seed=9).exp()}
+def test_grpo_importance_ratio(shape, device):
+    p = problem(device) | {"vllm_is_ratio": rand(device, *shape, seed=9).exp()}
     for loss_type, level in (("grpo", "token"), ("dapo", "sequence"), ("sapo", "token")):
-        same(ours(p, loss_type=loss_type, importance_sampling_level=level), restated(p, loss_type=loss_type, level=level))
+        same(ours(p, loss_type=loss_type, importance_sampling_level=level), restated(device, p, loss_type=loss_type, level=level))
 
 
-def test_grpo_reference_model():
-    p = problem()
+def test_grpo_reference_model(device):
+    p = problem(device)
     mask = p["attention_mask"] == 1
-    reference = {"ref_input": rand(6, 7, 3, seed=20), "ref_weight": rand(40, 3, seed=21), "ref_bias": rand(40, seed=22)}
+    reference = {"ref_input": rand(device, 6, 7, 3, seed=20), "ref_weight": rand(device, 40, 3, seed=21), "ref_bias": rand(device, 40, seed=22)}
     ref_logp = logp_of(*(t.double() for t in reference.values()), torch.where(mask, p["selected_token_ids"], 0), 0.8).float()
     reference["ref_input"][~mask] = torch.nan
     scored = ours(p | reference | {"ref_per_token_logps": None}, beta=0.1)
-    same(scored, restated(p | {"ref_per_token_logps": ref_logp}, beta=0.1))
-    same(ours(p | reference, beta=0.1), restated(p, beta=0.1))  # the log-probabilities come first
+    same(scored, restated(device, p | {"ref_per_token_logps": ref_logp}, beta=0.1))
+    same(ours(p | reference, beta=0.1), restated(device, p, beta=0.1))  # the log-probabilities come first
     without = ours(p, beta=0.1, use_ref_model=False)
     assert without[1][0] == 0
-    same(without, restated(p | {"ref_per_token_logps": None}, beta=0.1))
+    same(without, restated(device, p | {"ref_per_token_logps": None}, beta=0.1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_grpo_low_precision(dtype):
-    p = problem(dtype=dtype)
+def test_grpo_low_precision(dtype, device):
+    p = problem(device, dtype=dtype)
     got = ours(p, beta=0.1)
     assert got[0].dtype == torch.float32
     assert [grad.dtype for grad in got[2]] == [dtype] * 3
-    same(got, restated(p, beta=0.1), rtol=torch.finfo(dtype).eps, atol=2e-4)
+    same(got, restated(device, p, beta=0.1), rtol=torch.finfo(dtype).eps, atol=2e-4)
     mixed = ours(p | {"lin_weight": p["lin_weight"].float()}, beta=0.1)  # a head of another dtype: its gradient has that dtype
     assert mixed[2][1].dtype == torch.float32
     assert torch.equal(mixed[0], got[0])
 
 
-def test_grpo_float64_and_upstream_gradient():
-    p = {name: t.double() if t.is_floating_point() else t for name, t in problem().items()}
-    same(ours(p), restated(p), rtol=1e-12, atol=1e-12)
+def test_grpo_float64_and_upstream_gradient(device):
+    p = {name: t.double() if t.is_floating_point() else t for name, t in problem(device).items()}
+    same(ours(p), restated(device, p), rtol=1e-12, atol=1e-12)
     leaf = p["lin_weight"].requires_grad_()
     loss, _ = LigerFusedLinearGRPOLoss(temperature=0.8)(**p)
     (unit,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(-3 * loss, leaf)[0], -3 * unit)
 
 
-@pytest.mark.parametrize("items", [50, torch.tensor(50), None])
-def test_dapo_normalises_over_ranks(monkeypatch, items):
-    p = problem() | {"num_items_in_batch": items}
+@pytest.mark.parametrize("items", [50, "tensor", None])
+def test_dapo_normalises_over_ranks(monkeypatch, items, device):
+    p = problem(device) | {"num_items_in_batch": torch.tensor(50, device=device) if items == "tensor" else items}
     tokens = int(p["attention_mask"].sum())
     if items is not None:
-        same(ours(p), restated(p, items=50))
+        same(ours(p), restated(device, p, items=50))
     for name, fake in {"is_initialized": lambda: True, "get_world_size": lambda: 2, "all_reduce": lambda t: t.add_(tokens + 6)}.items():
         monkeypatch.setattr(torch.distributed, name, fake)
-    same(ours(p), restated(p, items=25 if items is not None else (2 * tokens + 6) / 2))
+    same(ours(p), restated(device, p, items=25 if items is not None else (2 * tokens + 6) / 2))
 
 
-def test_grpo_nothing_unmasked():
-    p = problem()
+def test_grpo_nothing_unmasked(device):
+    p = problem(device)
     p["attention_mask"] = torch.zeros_like(p["attention_mask"])
     for loss_type in LOSS_TYPES:
         for old in (None, p["old_per_token_logps"]):
@@ -227,7 +228,7 @@ def test_grpo_nothing_unmasked():
             assert not any(grad.any() for grad in grads)
 
 
-def test_grpo_refuses_what_it_cannot_express():
+def test_grpo_refuses_what_it_cannot_express(device):
     for options, message in (({"loss_type": "cispo"}, "expected loss_type to be one of grpo, bnpo, dr_grpo, dapo, sapo, got 'cispo'"),
                              ({"loss_type": "luspo"}, "got 'luspo'"), ({"loss_type": "vespo"}, "got 'vespo'"),
                              ({"importance_sampling_level": "word"}, "expected importance_sampling_level to be token"),
@@ -239,29 +240,29 @@ def test_grpo_refuses_what_it_cannot_express():
                              ({"epsilon_low": -0.1}, "clip_low"), ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "tau_negative")):
         with pytest.raises(ValueError, match=message):
             LigerFusedLinearGRPOLoss(**options)
-    p = problem()
+    p = problem(device)
     with pytest.raises(ValueError, match="expected ref_per_token_logps, or ref_input and ref_weight, with use_ref_model=True"):
         LigerFusedLinearGRPOLoss()(**p | {"ref_per_token_logps": None})
     with pytest.raises(ValueError, match="advantages does not fit its pattern"):
         LigerFusedLinearGRPOLoss()(**p | {"advantages": p["advantages"][:2]})
     with pytest.raises(ValueError, match="vllm_is_ratio does not fit its pattern"):
-        LigerFusedLinearGRPOLoss()(**p | {"vllm_is_ratio": torch.ones(6, 3)})
+        LigerFusedLinearGRPOLoss()(**p | {"vllm_is_ratio": torch.ones(6, 3, device=device)})
 
 
 # ---- trl -------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("index_shape", [(3, 4), (3, 4, 1), (3, 4, 5), (9,), (9, 3), (0,), (0, 2)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_selective_log_softmax(dtype, index_shape, masked):
+def test_selective_log_softmax(dtype, index_shape, masked, device):
     leading = index_shape[:2] if index_shape[0] == 3 else index_shape[:1]
     V, several = 300, len(index_shape) > len(leading)
     # Rows of many likely tokens, and rows of one: what cancels at the likeliest token cancels most in the first.
-    logits = (rand(*leading, V) * torch.linspace(0.01, 8, V if not several else 1)).to(dtype)
-    index, g = randint(V, *index_shape), rand(*index_shape, seed=3)
+    logits = (rand(device, *leading, V) * torch.linspace(0.01, 8, V if not several else 1, device=device)).to(dtype)
+    index, g = randint(device, V, *index_shape), rand(device, *index_shape, seed=3)
     if several and index.numel():
         index[..., 0] = logits.argmax(-1)
         index[..., -1] = index[..., 0]
-    mask = (randint(3, *index_shape, seed=4) > 0).long() if masked else None
+    mask = (randint(device, 3, *index_shape, seed=4) > 0).long() if masked else None
     leaf = logits.clone().requires_grad_()
     got = selective_log_softmax(leaf, index, 0.7, mask)
     (grad,) = torch.autograd.grad((got * g).sum(), leaf)
@@ -281,11 +282,11 @@ def test_selective_log_softmax(dtype, index_shape, masked):
         close(selective_log_softmax(logits, index.int(), 0.7, mask), got.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_selective_log_softmax_masked_rows_and_infinite_logits():
-    logits, index = rand(4, 9), randint(9, 4, 3)
+def test_selective_log_softmax_masked_rows_and_infinite_logits(device):
+    logits, index = rand(device, 4, 9), randint(device, 9, 4, 3)
     logits[1], logits[2, 5] = torch.nan, -torch.inf
-    index[2] = torch.tensor([5, 0, 1])
-    mask = torch.ones(4, 3)
+    index[2] = torch.tensor([5, 0, 1], device=device)
+    mask = torch.ones(4, 3, device=device)
     mask[1] = 0
     for picks, keep in ((index, mask), (index[:, 0], mask[:, 0])):
         leaf = logits.clone().requires_grad_()
@@ -301,8 +302,8 @@ def test_selective_log_softmax_masked_rows_and_infinite_logits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 4), (9,), (0,), ()], ids=str)
-def test_entropy_from_logits(dtype, shape):
-    logits, h = (3 * rand(*shape, 70)).to(dtype), rand(*shape, seed=1)
+def test_entropy_from_logits(dtype, shape, device):
+    logits, h = (3 * rand(device, *shape, 70)).to(dtype), rand(device, *shape, seed=1)
     leaf, z = logits.clone().requires_grad_(), logits.double().requires_grad_()
     got, logp = entropy_from_logits(leaf, chunk_size=2), z.log_softmax(-1)
     want = -(logp.exp() * logp).sum(-1)
@@ -318,15 +319,16 @@ def test_entropy_from_logits(dtype, shape):
         close(entropy_from_logits(missing), -(rest.exp() * rest).sum(-1), rtol=0, atol=1e-5)
 
 
-def test_trl_refusals():
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
+def test_trl_refusals(device):
     with pytest.raises(ValueError, match="index does not fit its pattern"):
-        selective_log_softmax(rand(3, 9), randint(9, 4))
+        selective_log_softmax(rand(device, 3, 9), randint(device, 9, 4))
     with pytest.raises(ValueError, match="row_mask does not fit its pattern"):
-        selective_log_softmax(rand(3, 9), randint(9, 3, 2), row_mask=torch.ones(3))
+        selective_log_softmax(rand(device, 3, 9), randint(device, 9, 3, 2), row_mask=torch.ones(3, device=device))
     with pytest.raises(ValueError, match="temperature above 0"):
-        selective_log_softmax(rand(3, 9), randint(9, 3, 2), 0.0)
+        selective_log_softmax(rand(device, 3, 9), randint(device, 9, 3, 2), 0.0)
     with pytest.raises(IndexError, match="expected token ids"):
-        selective_log_softmax(rand(3, 9), randint(9, 3) + 9)
+        selective_log_softmax(rand(device, 3, 9), randint(device, 9, 3) + 9)
 
 
 # ---- all -------------------------------------------------------------------------------------------------------------------
@@ -350,8 +352,8 @@ def test_signatures():
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "selective", "several"])
-def test_compiles_as_one_graph(name):
-    p, logits, index = problem(), rand(3, 9), randint(9, 3)
+def test_compiles_as_one_graph(name, device):
+    p, logits, index = problem(device), rand(device, 3, 9), randint(device, 9, 3)
     grpo = LigerFusedLinearGRPOLoss(beta=0.1)
     function, leaf = {
         "ppo": (lambda w: FusedLinearForPPO()(p["_input"][2], w, p["selected_token_ids"][2])[0].sum(), p["lin_weight"]),

@@ -11,6 +11,7 @@ from fusedrl.kernels.attention import varlen_attention, varlen_attention_referen
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CUDA = torch.device("cuda")
+pytestmark = pytest.mark.cpu_only("what a card would be asked, on stand-ins")
 
 
 def documented(q, k, v, ends, causal, window_size, softcap, scale):

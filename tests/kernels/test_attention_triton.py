@@ -4,22 +4,21 @@ import torch
 
 from fusedrl.kernels import attention_triton
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
-from fusedrl.kernels.dispatch import unavailable
 
-pytestmark = pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=str(unavailable("triton", "cpu")))
+pytestmark = pytest.mark.usefixtures("triton_runs")
 FORMS = [(True, None, None), (True, 1, None), (True, 20, 0.7), (False, None, None), (False, 3, None), (False, None, 3.0)]
 
 
-def inputs(lengths, heads=(2, 1), D=8, dtype=torch.float32, seed=0):
+def inputs(device, lengths, heads=(2, 1), D=8, dtype=torch.float32, seed=0):
     draw = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(sum(lengths), h, D, generator=draw).to(dtype) for h in (heads[0], heads[1], heads[1]))
-    return q, k, v, torch.tensor([0, *lengths]).cumsum(0).int()
+    q, k, v = (torch.randn(sum(lengths), h, D, generator=draw).to(device).to(dtype) for h in (heads[0], heads[1], heads[1]))
+    return q, k, v, torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
-def run(q, k, v, cu_seqlens, attention=varlen_attention, upstream=None, **options):
+def run(device, q, k, v, cu_seqlens, attention=varlen_attention, upstream=None, **options):
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     out = attention(*leaves, cu_seqlens, **options)
-    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)) if upstream is None else upstream
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device) if upstream is None else upstream
     out.backward(upstream.to(q.dtype))
     return [out.detach(), *(x.grad for x in leaves)]
 
@@ -32,69 +31,70 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize(("causal", "window", "softcap"), FORMS)
 @pytest.mark.parametrize(("lengths", "heads", "D"), [([], (2, 1), 8), ([0], (2, 1), 8), ([1], (1, 1), 1), ([3, 0, 18, 1], (2, 1), 18), ([37], (2, 2), 8)])
-def test_matches_float64(lengths, heads, D, causal, window, softcap, small_tiles):
-    q, k, v, ends = inputs(lengths, heads, D)
+def test_matches_float64(lengths, heads, D, causal, window, softcap, small_tiles, device):
+    q, k, v, ends = inputs(device, lengths, heads, D)
     options = {"causal": causal, "window": window, "softcap": softcap, "scale": 0.4}
-    got = run(q, k, v, ends, max_length=max(lengths, default=0), impl="triton", **options)
+    got = run(device, q, k, v, ends, max_length=max(lengths, default=0), impl="triton", **options)
     if not sum(lengths):
         assert all(x.shape == y.shape for x, y in zip(got, (q, q, k, v), strict=True))
         return
-    want = run(q.double(), k.double(), v.double(), ends, varlen_attention_reference, **options)
+    want = run(device, q.double(), k.double(), v.double(), ends, varlen_attention_reference, **options)
     for ours, exact in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_and_larger_tiles(dtype):
-    q, k, v, ends = inputs([70, 5], D=32, dtype=dtype)
-    got, naive = run(q, k, v, ends, max_length=70, impl="triton"), run(q, k, v, ends, varlen_attention_reference)
-    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact = run(q.double(), k.double(), v.double(), ends, varlen_attention_reference, upstream=upstream)
+def test_low_precision_and_larger_tiles(dtype, device):
+    q, k, v, ends = inputs(device, [70, 5], D=32, dtype=dtype)
+    got, naive = run(device, q, k, v, ends, max_length=70, impl="triton"), run(device, q, k, v, ends, varlen_attention_reference)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device).to(dtype)
+    exact = run(device, q.double(), k.double(), v.double(), ends, varlen_attention_reference, upstream=upstream)
     for ours, other, want in zip(got, naive, exact, strict=True):  # three, not two: the interpreter truncates to bfloat16
         assert (ours.double() - want).norm() <= 3 * (other.double() - want).norm() + 1e-5
 
 
-def test_bits_depend_on_the_sequence_alone(small_tiles):
+def test_bits_depend_on_the_sequence_alone(small_tiles, device):
     lengths = [18, 3, 20]
-    q, k, v, ends = inputs(lengths)
-    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(2))
-    packed = run(q, k, v, ends, upstream=upstream, max_length=20, window=9, impl="triton")
-    again = run(q, k, v, ends, upstream=upstream, max_length=40, window=9, impl="triton")
+    q, k, v, ends = inputs(device, lengths)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    packed = run(device, q, k, v, ends, upstream=upstream, max_length=20, window=9, impl="triton")
+    again = run(device, q, k, v, ends, upstream=upstream, max_length=40, window=9, impl="triton")
     assert all(torch.equal(x, y) for x, y in zip(packed, again, strict=True)), "two runs, more programs than are needed"
     for x in (q, k, v, upstream):
         x[18:21] = float("nan")
-    poisoned = run(q, k, v, ends, upstream=upstream, max_length=20, window=9, impl="triton")
+    poisoned = run(device, q, k, v, ends, upstream=upstream, max_length=20, window=9, impl="triton")
     for start, length in ((0, 18), (21, 20)):
         at = slice(start, start + length)
-        alone = run(q[at], k[at], v[at], torch.tensor([0, length], dtype=torch.int32), upstream=upstream[at], max_length=length, window=9, impl="triton")
+        alone = run(device, q[at], k[at], v[at], torch.tensor([0, length], dtype=torch.int32, device=device), upstream=upstream[at], max_length=length,
+                    window=9, impl="triton")
         for x, y, z in zip(packed, poisoned, alone, strict=True):
             assert torch.equal(x[at], z)
             assert torch.equal(y[at], z)
 
 
-def test_slices_of_a_projection_and_large_scores(small_tiles):
-    q, k, v, ends = inputs([9, 20])
+def test_slices_of_a_projection_and_large_scores(small_tiles, device):
+    q, k, v, ends = inputs(device, [9, 20])
     views = torch.cat([q, k, v], 1).split((2, 1, 1), 1)
-    want = run(q, k, v, ends, max_length=20, impl="triton")
+    want = run(device, q, k, v, ends, max_length=20, impl="triton")
     assert torch.equal(varlen_attention(*views, ends, max_length=20, impl="triton"), want[0])
     odd = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (q, k, v)]
     assert torch.equal(varlen_attention(*odd, ends, max_length=20, impl="triton"), want[0])
-    large = run(1000 * q, k, v, ends, max_length=20, impl="triton")
-    exact = run(1000 * q.double(), k.double(), v.double(), ends, varlen_attention_reference)
+    large = run(device, 1000 * q, k, v, ends, max_length=20, impl="triton")
+    exact = run(device, 1000 * q.double(), k.double(), v.double(), ends, varlen_attention_reference)
     for ours, other in zip(large, exact, strict=True):
         torch.testing.assert_close(ours.double(), other, rtol=1e-3, atol=1e-3 * max(1.0, other.abs().max().item()))
 
 
-def test_known_wrong_variants_are_seen(small_tiles):
-    q, k, v, ends = inputs([20, 18])
-    right = run(q.double(), k.double(), v.double(), ends, varlen_attention_reference, window=7)
+def test_known_wrong_variants_are_seen(small_tiles, device):
+    q, k, v, ends = inputs(device, [20, 18])
+    right = run(device, q.double(), k.double(), v.double(), ends, varlen_attention_reference, window=7)
     for options in ({"window": 8}, {"window": 6}, {"window": 7, "causal": False}, {"window": 7, "softcap": 1.0}, {"window": 7, "scale": 0.4}):
-        wrong = run(q, k, v, ends, max_length=20, impl="triton", **options)
+        wrong = run(device, q, k, v, ends, max_length=20, impl="triton", **options)
         assert all((x.double() - y).abs().max() > 1e-3 for x, y in zip(wrong, right, strict=True)), options
 
 
-def test_as_a_custom_op():
-    q, k, v, ends = inputs([2, 1], (1, 1), 2)
+def test_as_a_custom_op(device):
+    q, k, v, ends = inputs(device, [2, 1], (1, 1), 2)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(attention_triton.varlen_triton, (*leaves, ends, 2, True, 3, 0.5, 2.0))
     torch._dynamo.reset()
@@ -104,10 +104,11 @@ def test_as_a_custom_op():
         torch.autograd.grad(varlen_attention(*leaves, ends, max_length=2, impl="triton").sum(), q, create_graph=True)
 
 
-def test_refuses_what_it_does_not_serve():
-    q, k, v, ends = inputs([3], D=264)
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
+def test_refuses_what_it_does_not_serve(device):
+    q, k, v, ends = inputs(device, [3], D=264)
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: it serves head dims up to 256, and this one is 264"):
         varlen_attention(q, k, v, ends, max_length=3, impl="triton")
-    q, k, v, ends = inputs([3], dtype=torch.float64)
+    q, k, v, ends = inputs(device, [3], dtype=torch.float64)
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: it computes in float32"):
         varlen_attention(q, k, v, ends, max_length=3, impl="triton")

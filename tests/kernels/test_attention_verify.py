@@ -9,6 +9,7 @@ from fusedrl.kernels import attention, attention_flash, attention_verify, dispat
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
 
 NAMES = ("flash_attn", "torch_varlen")
+pytestmark = pytest.mark.cpu_only("stand-ins for what runs on a card")
 
 
 def sdpa(q, k, v, cu_seqlens, max_length, causal, window, softcap, scale, *, shift=0, leak=0, repeat=None):

@@ -269,6 +269,7 @@ def test_canaries_around_what_triton_writes(op, impl, device):
     assert canaries.intact()
 
 
+@pytest.mark.cpu_only("a write beyond the end")
 def test_a_canary_sings():
     with pytest.MonkeyPatch.context() as monkeypatch:
         canaries = Canaries(monkeypatch)
@@ -295,6 +296,7 @@ def test_heads_stay_within_their_workspace(op, impl, device):
     assert largest <= max(3 * rows * case["V"] * 4, weight_gradient), (largest, weight_gradient)
 
 
+@pytest.mark.cpu_only("dtypes alone")
 def test_oracle_is_float64():
     for entry in CATALOGUE.values():
         want = oracle(entry, entry.problem(entry.plain()))

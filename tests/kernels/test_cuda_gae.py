@@ -6,6 +6,8 @@ from fusedrl.kernels.gae import gae, gae_reference, shaped_gae, shaped_gae_refer
 from fusedrl.kernels.gae_cuda import plan_gae, plan_shaped_gae
 from fusedrl.kernels.kl import ESTIMATORS
 
+pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
+
 MASKS = ["all", "none", "first", "last", "random"]
 # Chunks are of 1024 tokens from a multiple of 4 on: lengths on either side of a thread's 4, a warp's 128 and a chunk, and empty sequences anywhere.
 LENGTHS = [[0], [1], [0, 1, 0, 2, 0], [3, 4, 5, 127, 129], [1023, 0, 1025, 2100]]

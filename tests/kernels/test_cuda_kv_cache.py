@@ -6,6 +6,8 @@ from fusedrl.kernels import kv_cache_cuda
 from fusedrl.kernels.kv_cache import rope_and_cache_reference
 from fusedrl.kernels.kv_cache_cuda import plan_rope_and_cache
 
+pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
+
 CANARY = 123.0
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A tile is of 16 tokens, a group of 4 heads, a lane's share 1 or 2 of 32: sizes at and beside each; one token, one position a block; groups of heads

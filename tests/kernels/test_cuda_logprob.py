@@ -9,6 +9,8 @@ from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.logprob import logprob, logprob_reference
 from fusedrl.kernels.logprob_cuda import plan_backward, plan_forward
 
+pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
+
 EPS = torch.finfo(torch.float32).eps
 
 

@@ -8,6 +8,7 @@ from tests.offline_compile import cuda_sources, nvidia_usage
 
 from fusedrl.kernels import nvrtc
 
+pytestmark = pytest.mark.cpu_only("compilers alone")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 

@@ -9,6 +9,8 @@ from fusedrl.kernels.objective import KINDS, PolicyStats, ValueStats
 from fusedrl.kernels.policy_loss import KL_ESTIMATORS, value_loss_reference
 from fusedrl.kernels.policy_loss_cuda import plan_policy_value_loss
 
+pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
+
 CLIP, RATIO, REINFORCE, KL_PENALTY, GSPO, CISPO, SAPO, GEOMETRIC_MEAN, DRO = range(9)
 K1, K2, K3, ABS, SEQUENCE = range(5)
 # kind -> lower, upper, dual, tau_positive, tau_negative, beta

@@ -8,6 +8,8 @@ from fusedrl.kernels import sampling_cuda
 from fusedrl.kernels.sampling import sample, sample_reference, uniform
 from fusedrl.kernels.sampling_cuda import plan_sample
 
+pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
+
 INF = math.inf
 # One row of each: temperature, top-k, top-p, min-p.
 ROWS = [(1.0, 0, 1.0, 0.0), (0.0, 3, 0.2, 0.9), (0.7, 5, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.1), (0.9, 40, 0.9, 0.02), (0.05, 0, 1.0, 0.0)]

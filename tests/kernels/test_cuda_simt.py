@@ -6,6 +6,8 @@ import torch
 
 from fusedrl.kernels.nvrtc import Launch
 
+pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
+
 SOURCE = """
 constexpr unsigned kAll = 0xffffffffu;
 extern "C" __global__ void warp(int* out, int* total) {

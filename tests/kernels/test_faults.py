@@ -7,7 +7,8 @@ from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.logprob import logprob, logprob_, logprob_reference
 
-pytestmark = pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu")))
+pytestmark = [pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))),
+              pytest.mark.cpu_only("the flag as the interpreter raises it; a card's is read in test_generator.py")]
 LOGITS = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
 GOOD, BAD = torch.tensor([1, -100, 49, 3]), torch.tensor([1, -100, 50, 3])
 

@@ -4,24 +4,21 @@ import functools
 import pytest
 import torch
 
-from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.fixed_linear import fixed_linear
 
-pytestmark = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
 SIZES = [(1, 1, 1), (3, 257, 5), (64, 256, 32), (65, 300, 33), (130, 24, 100), (0, 8, 4), (5, 0, 3), (5, 8, 0)]
 
 
-def inputs(N, K, O, dtype=torch.float32, seed=0):
+def inputs(device, N, K, O, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in ((N, K), (O, K), (O,)))
+    return tuple(torch.randn(shape, generator=generator).to(device).to(dtype) for shape in ((N, K), (O, K), (O,)))
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("impl", ["cpp", "torch"])
-def test_against_float64(size, dtype, impl):
-    x, w, b = inputs(*size, dtype)
+@pytest.mark.each_impl("fixed_linear", interpreted=False)
+def test_against_float64(size, dtype, impl, device):
+    x, w, b = inputs(device, *size, dtype)
     for bias in (b, None):
         expected = x.double() @ w.double().T + (b.double() if bias is not None else 0.0)
         ours = fixed_linear(x, w, bias, impl=impl)
@@ -31,19 +28,20 @@ def test_against_float64(size, dtype, impl):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("impl", ["cpp", "torch"])
-def test_softcap_against_float64(size, impl):
-    x, w, b = inputs(*size)
+@pytest.mark.each_impl("fixed_linear", interpreted=False)
+def test_softcap_against_float64(size, impl, device):
+    x, w, b = inputs(device, *size)
     for bias in (b, None):
         expected = 2.5 * torch.tanh((x.double() @ w.double().T + (b.double() if bias is not None else 0.0)) / 2.5)
         bound = 2e-6 * (x.double().abs() @ w.double().abs().T + 1.0)
         assert bool(((fixed_linear(x, w, bias, softcap=2.5, impl=impl).double() - expected).abs() <= bound).all())
 
 
+@pytest.mark.cpu_only("the C++ kernels; Triton's rows are below")
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_companions(dtype, softcap):
-    x, w, b = inputs(131, 300, 70, dtype)
+def test_a_row_does_not_depend_on_its_companions(dtype, softcap, device):
+    x, w, b = inputs(device, 131, 300, 70, dtype)
     run = functools.partial(fixed_linear, softcap=softcap, impl="cpp")
     whole = run(x, w, b)
     assert torch.equal(whole, run(x, w, b))
@@ -54,15 +52,17 @@ def test_a_row_does_not_depend_on_its_companions(dtype, softcap):
     assert torch.equal(run(strange, w, b)[40:], whole)
 
 
-def test_the_negative_control():
+@pytest.mark.cpu_only("what its BLAS does")
+def test_the_negative_control(device):
     """The BLAS's rows do depend on their number, or the test above would show nothing."""
-    x, w, _ = inputs(131, 300, 70)
+    x, w, _ = inputs(device, 131, 300, 70)
     whole = x @ w.T
     assert any(not torch.equal(x[n:n + 1] @ w.T, whole[n:n + 1]) for n in range(131))
 
 
-def test_threads_change_nothing():
-    x, w, b = inputs(70, 512, 3000)
+@pytest.mark.cpu_only("threads of the C++ kernels")
+def test_threads_change_nothing(device):
+    x, w, b = inputs(device, 70, 512, 3000)
     one = fixed_linear(x, w, b, impl="cpp")
     before = torch.get_num_threads()
     try:
@@ -72,9 +72,10 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
 
 
-def test_strides_compile_and_opcheck():
-    x, w, b = inputs(9, 20, 12)
-    wide = torch.randn(9, 40)
+@pytest.mark.cpu_only("the C++ kernels; Triton's are below")
+def test_strides_compile_and_opcheck(device):
+    x, w, b = inputs(device, 9, 20, 12)
+    wide = torch.randn(9, 40, device=device)
     wide[:, ::2] = x
     assert torch.equal(fixed_linear(wide[:, ::2], w.T.contiguous().T, b, impl="cpp"), fixed_linear(x, w, b, impl="cpp"))
     torch.library.opcheck(torch.ops.fusedrl.fixed_linear.default, (x, w, b))
@@ -83,8 +84,9 @@ def test_strides_compile_and_opcheck():
     assert torch.equal(compiled(x), fixed_linear(x, w, b))
 
 
-def test_refuses():
-    x, w, _ = inputs(3, 4, 5)
+@pytest.mark.cpu_only("what the C++ kernels serve")
+def test_refuses(device):
+    x, w, _ = inputs(device, 3, 4, 5)
     with pytest.raises(ValueError, match=r"fixed_linear: weight does not fit its pattern \[O, K\]"):
         fixed_linear(x, w[:, :3])
     with pytest.raises(ValueError, match="expected a softcap above 0 or None, got 0"):
@@ -99,15 +101,14 @@ def test_refuses():
 
 # ---- Triton --------------------------------------------------------------------------------------------------------------------
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-TRITON = pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
 PAIRS = [(F32, F32), (BF16, BF16), (F32, BF16), (F16, BF16)]
 
 
-@TRITON
+@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
-def test_triton_against_float64(size, dtypes):
-    x, w, b = (t.to(dtype) for t, dtype in zip(inputs(*size), (dtypes[0], dtypes[1], dtypes[1]), strict=True))
+def test_triton_against_float64(size, dtypes, device):
+    x, w, b = (t.to(dtype) for t, dtype in zip(inputs(device, *size), (dtypes[0], dtypes[1], dtypes[1]), strict=True))
     for bias, softcap in ((b, None), (None, 2.5)):
         expected = x.double() @ w.double().T + (0.0 if bias is None else b.double())
         expected = expected if softcap is None else softcap * torch.tanh(expected / softcap)
@@ -116,10 +117,10 @@ def test_triton_against_float64(size, dtypes):
         assert bool(((fixed_linear(x, w, bias, softcap=softcap, impl="triton").double() - expected).abs() <= bound).all())
 
 
-@TRITON
+@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
-def test_a_row_of_triton_does_not_depend_on_its_companions(dtypes):
-    x, w, b = (t.to(dtype) for t, dtype in zip(inputs(131, 150, 70), (dtypes[0], dtypes[1], dtypes[1]), strict=True))
+def test_a_row_of_triton_does_not_depend_on_its_companions(dtypes, device):
+    x, w, b = (t.to(dtype) for t, dtype in zip(inputs(device, 131, 150, 70), (dtypes[0], dtypes[1], dtypes[1]), strict=True))
     run = functools.partial(fixed_linear, weight=w, bias=b, softcap=4.0, impl="triton")
     whole = run(x)
     assert torch.equal(whole, run(x))
@@ -130,9 +131,9 @@ def test_a_row_of_triton_does_not_depend_on_its_companions(dtypes):
     assert torch.equal(run(strange)[40:], whole)
 
 
-@TRITON
-def test_triton_in_the_compiler():
-    x, w, b = inputs(3, 20, 5)
+@pytest.mark.usefixtures("triton_runs")
+def test_triton_in_the_compiler(device):
+    x, w, b = inputs(device, 3, 20, 5)
     torch.library.opcheck(torch.ops.fusedrl.fixed_linear_triton.default, (x, w, b, 2.0))
     compiled = torch.compile(lambda x: fixed_linear(x, w, b, impl="triton"), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), fixed_linear(x, w, b, impl="triton"))

@@ -3,13 +3,10 @@ import math
 import pytest
 import torch
 
-from fusedrl.kernels import native
+from fusedrl.engine.verify.grid import interpreted
 from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.full_kl import DIRECTIONS, full_kl, full_kl_reference
 
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=str(unavailable("triton", "cpu"))))
-IMPLS = ["torch", CPP, TRITON]
 INF = float("inf")
 
 
@@ -21,10 +18,10 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(full_kl_triton, "_BLOCK", 32)
 
 
-def make(N, V, scale=3.0, apart=1.0, dtype=torch.float32, seed=0):
+def make(device, N, V, scale=3.0, apart=1.0, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed + V)
-    z = torch.randn(N, V, generator=generator) * scale
-    return z.to(dtype), (z + torch.randn(N, V, generator=generator) * apart).to(dtype)
+    z = torch.randn(N, V, generator=generator).to(device) * scale
+    return z.to(dtype), (z + torch.randn(N, V, generator=generator).to(device) * apart).to(dtype)
 
 
 def by_hand(z, x, T, direction):
@@ -43,8 +40,8 @@ def gradient(z, x, g, impl, **options):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_the_reference_is_the_textbook(direction):
-    z, x = make(4, 19, dtype=torch.float64)
+def test_the_reference_is_the_textbook(direction, device):
+    z, x = make(device, 4, 19, dtype=torch.float64)
     for T in (1.0, 0.7):
         torch.testing.assert_close(full_kl(z, x, temperature=T, direction=direction, impl="torch"), by_hand(z, x, T, direction))
         assert torch.autograd.gradcheck(lambda y, T=T: full_kl_reference(y, x, None, T, direction), z.clone().requires_grad_())
@@ -54,16 +51,16 @@ def test_the_reference_is_the_textbook(direction):
 
 
 # One column; around a vector, two, a block of 1024 and one of Triton's; logits far apart, large, nearly equal, offset by 1e4.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("full_kl")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("V", [1, 2, 31, 33, 1023, 1025, 2500])
-def test_matches_float64(impl, direction, V):
+def test_matches_float64(impl, direction, V, device):
     N = 3
-    if impl == "triton" and V > 100:
+    if interpreted(impl, device) and V > 100:
         pytest.skip("the interpreter takes milliseconds a block of 32")
-    g = torch.tensor([1.0, -2.5, 0.3])
+    g = torch.tensor([1.0, -2.5, 0.3], device=device)
     for scale, apart, offset, T in ((3.0, 1.0, 0.0, 1.0), (1.0, 1e-3, 0.0, 0.7), (10.0, 30.0, 0.0, 1.5), (1.0, 1.0, 1e4, 0.7), (100.0, 100.0, 0.0, 1.0)):
-        z, x = make(N, V, scale, apart)
+        z, x = make(device, N, V, scale, apart)
         z, x = z + offset, x + offset
         kl, grad = gradient(z, x, g, impl, temperature=T, direction=direction)
         want, want_grad = gradient(z.double(), x.double(), g.double(), "torch", temperature=T, direction=direction)
@@ -73,12 +70,12 @@ def test_matches_float64(impl, direction, V):
         torch.testing.assert_close(grad.double(), want_grad, atol=2e-6 * max(1.0, want.max().item()), rtol=2e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("full_kl")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_logits_round_only_the_gradient(impl, direction, dtype):
-    z, x = make(4, 130, dtype=dtype)
-    g = torch.tensor([1.0, 2.0, -3.0, 0.0])
+def test_narrow_logits_round_only_the_gradient(impl, direction, dtype, device):
+    z, x = make(device, 4, 130, dtype=dtype)
+    g = torch.tensor([1.0, 2.0, -3.0, 0.0], device=device)
     kl, grad = gradient(z, x, g, impl, direction=direction)
     want, want_grad = gradient(z.double(), x.double(), g.double(), "torch", direction=direction)
     assert kl.dtype == torch.float32
@@ -88,17 +85,17 @@ def test_narrow_logits_round_only_the_gradient(impl, direction, dtype):
     assert grad[3].eq(0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("full_kl")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("V", [33, 77])
-def test_properties(impl, direction, V):
-    z, x = make(3, V, scale=2.0, apart=2.0)
-    g = torch.ones(3)
+def test_properties(impl, direction, V, device):
+    z, x = make(device, 3, V, scale=2.0, apart=2.0)
+    g = torch.ones(3, device=device)
     kl, grad = gradient(z, x, g, impl, direction=direction)
     assert (kl > 0).all()
     assert grad.double().sum(-1).abs().max() < 2e-6
     if direction == "jsd":
-        far, near = torch.full((1, V), -1e4), torch.full((1, V), -1e4)
+        far, near = torch.full((1, V), -1e4, device=device), torch.full((1, V), -1e4, device=device)
         far[0, 0] = near[0, V - 1] = 1e4
         assert full_kl(far, near, direction=direction, impl=impl).item() == pytest.approx(math.log(2.0), abs=1e-7)
         torch.testing.assert_close(full_kl(x, z, direction=direction, impl=impl), kl, atol=1e-6, rtol=1e-6)
@@ -112,17 +109,18 @@ def test_properties(impl, direction, V):
     again, grad_again = gradient(z, x, g, impl, direction=direction)
     assert torch.equal(again, kl)
     assert torch.equal(grad_again, grad)
-    wide, wide_ref = torch.full((3, 2 * V), float("nan")), torch.full((3, V + 5), float("nan"))  # row strides, and canaries behind the rows
+    # row strides, and canaries behind the rows
+    wide, wide_ref = torch.full((3, 2 * V), float("nan"), device=device), torch.full((3, V + 5), float("nan"), device=device)
     wide[:, :V], wide_ref[:, :V] = z, x
     strided, strided_grad = gradient(wide[:, :V], wide_ref[:, :V], g, impl, direction=direction)
     assert torch.equal(strided, kl)
     assert torch.equal(strided_grad, grad)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("full_kl")
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_minus_infinity_contributes_nothing(impl, direction):
-    z, x = make(8, 70, seed=1)
+def test_minus_infinity_contributes_nothing(impl, direction, device):
+    z, x = make(device, 8, 70, seed=1)
     z[0, :69] = x[0, :69] = -INF  # all but one
     z[1, 1::2] = x[1, 1::2] = -INF
     z[2, :40] = -INF  # p = 0 < r
@@ -131,12 +129,12 @@ def test_minus_infinity_contributes_nothing(impl, direction):
     z[5], x[6] = -INF, -INF
     z[7, 0] = -200.0  # p underflows where r is absent: still infinite
     x[7, 0] = -INF
-    kl, grad = gradient(z, x, torch.ones(8), impl, direction=direction)
-    want, want_grad = gradient(z.double(), x.double(), torch.ones(8, dtype=torch.float64), "torch", direction=direction)
+    kl, grad = gradient(z, x, torch.ones(8, device=device), impl, direction=direction)
+    want, want_grad = gradient(z.double(), x.double(), torch.ones(8, dtype=torch.float64, device=device), "torch", direction=direction)
     torch.testing.assert_close(kl.double(), want, atol=2e-6, rtol=4e-6)
     torch.testing.assert_close(grad.double(), want_grad, atol=2e-6, rtol=2e-5)
     present = z[1] > -INF
-    compact, _ = gradient(z[1:2, present], x[1:2, present], torch.ones(1), impl, direction=direction)
+    compact, _ = gradient(z[1:2, present], x[1:2, present], torch.ones(1, device=device), impl, direction=direction)
     torch.testing.assert_close(kl[1:2], compact, atol=1e-6, rtol=1e-6)
     assert grad[1, ~present].eq(0).all()
     ln2 = math.log(2.0)
@@ -149,11 +147,11 @@ def test_minus_infinity_contributes_nothing(impl, direction):
     assert not grad.isnan().any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("full_kl")
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_broken_and_masked_rows_stay_to_themselves(impl, direction):
-    z, x = make(6, 70)
-    g = torch.ones(6)
+def test_broken_and_masked_rows_stay_to_themselves(impl, direction, device):
+    z, x = make(device, 6, 70)
+    g = torch.ones(6, device=device)
     clean, clean_grad = gradient(z, x, g, impl, direction=direction)
     z[0, 3], z[1, 69], x[2, 0], x[3, 33] = float("nan"), INF, float("nan"), INF
     z[0, 5] = x[1, 7] = -INF
@@ -162,7 +160,7 @@ def test_broken_and_masked_rows_stay_to_themselves(impl, direction):
     assert grad[:4].isnan().all()
     assert torch.equal(kl[4:], clean[4:])
     assert torch.equal(grad[4:], clean_grad[4:])
-    mask = torch.tensor([False, False, False, False, True, False])
+    mask = torch.tensor([False, False, False, False, True, False], device=device)
     kl, grad = gradient(z, x, g, impl, direction=direction, mask=mask)
     assert torch.equal(kl[4], clean[4])
     assert torch.equal(grad[4], clean_grad[4])
@@ -173,11 +171,11 @@ def test_broken_and_masked_rows_stay_to_themselves(impl, direction):
     assert full_kl(z[:0], x[:0], direction=direction, impl=impl).shape == (0,)
 
 
-@pytest.mark.parametrize("impl", ["torch", CPP, TRITON])
-def test_opcheck_and_compile(impl):
-    z, x = make(3, 40)
+@pytest.mark.each_impl("full_kl")
+def test_opcheck_and_compile(impl, device):
+    z, x = make(device, 3, 40)
     z.requires_grad_()
-    mask = torch.tensor([True, False, True])
+    mask = torch.tensor([True, False, True], device=device)
     if impl == "cpp":
         torch.library.opcheck(torch.ops.fusedrl.full_kl.default, (z, x, mask, 0.9, 2))
         kl, stats = torch.ops.fusedrl.full_kl_forward(z.detach(), x, None, 0.9, 0)
@@ -193,8 +191,8 @@ def test_opcheck_and_compile(impl):
     torch.testing.assert_close(*(torch.autograd.grad(kl.sum(), z)[0] for kl in (compiled, eager)), atol=0, rtol=0)
 
 
-def test_refuses_what_it_does_not_support():
-    z = torch.zeros(2, 5)
+def test_refuses_what_it_does_not_support(device):
+    z = torch.zeros(2, 5, device=device)
     with pytest.raises(ValueError, match="a direction of reverse, forward, jsd, got 'k1'"):
         full_kl(z, z, direction="k1")
     with pytest.raises(ValueError, match="a temperature above 0, got 0"):
@@ -204,6 +202,6 @@ def test_refuses_what_it_does_not_support():
     with pytest.raises(TypeError, match="expected ref_logits of dtype float32"):
         full_kl(z, z.bfloat16())
     with pytest.raises(ValueError, match="contiguous last dimension"):
-        full_kl(torch.zeros(5, 2).t(), z)
+        full_kl(torch.zeros(5, 2, device=device).t(), z)
     with pytest.raises(ValueError, match="expected a vocabulary"):
         full_kl(z[:, :0], z[:, :0])

@@ -65,6 +65,7 @@ def test_covering_meets_every_pair():
     assert len(cases) < 20 < math.prod(map(len, levels.values()))
 
 
+@pytest.mark.cpu_only("the judge is tried")
 def test_excess_sees_what_is_wrong():
     want = torch.tensor([1.0, -2.0, math.inf, math.nan], dtype=torch.float64)
     bound = Bound(rtol=1e-6, atol=1e-6)
@@ -75,6 +76,7 @@ def test_excess_sees_what_is_wrong():
     assert excess(torch.tensor([1.0]).bfloat16(), torch.tensor([1.001]).double(), Bound(rounded=True)) == 0.0
 
 
+@pytest.mark.cpu_only("the judge is tried")
 def test_a_repeated_row_must_repeat_its_bits():
     entry = CATALOGUE["logprob"]
     case = entry.plain(N=33)

@@ -4,13 +4,9 @@ import math
 import pytest
 import torch
 
-from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.full_kl import full_kl
 from fusedrl.kernels.kl import ESTIMATORS, kl_loss, token_kl
 
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason=str(unavailable("triton", "cpu"))))
-IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason)), TRITON]
 VALUE = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: max(0.0, math.expm1(max(-20, min(20, -d))) + d), "abs": abs}
 SLOPE = {"k1": lambda d: 1.0, "k2": lambda d: d, "k3": lambda d: 0.0 if abs(d) > 20 else -math.expm1(-d), "abs": lambda d: math.copysign(1.0, d)}
 
@@ -22,38 +18,38 @@ def run(logp, ref_logp, weights, impl, **options):
     return loss.detach(), logp.grad / 2.0
 
 
-def make(N, scale, seed=0):
+def make(device, N, scale, seed=0):
     generator = torch.Generator().manual_seed(seed + N)
-    logp = -torch.rand(N, generator=generator) * 5
-    weights = torch.where(torch.rand(N, generator=generator) < 0.7, torch.rand(N, generator=generator) - 0.2, 0)
-    return logp, logp + torch.randn(N, generator=generator) * scale, weights
+    logp = -torch.rand(N, generator=generator).to(device) * 5
+    weights = torch.where(torch.rand(N, generator=generator).to(device) < 0.7, torch.rand(N, generator=generator).to(device) - 0.2, 0)
+    return logp, logp + torch.randn(N, generator=generator).to(device) * scale, weights
 
 
 # None, one, around a vector and a block; log ratios within and beyond the clamp; every pair of value and gradient; NaN where the weight is 0.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("kl_loss")
 @pytest.mark.parametrize(("N", "scale"), [(0, 1.0), (1, 1.0), (17, 1e-3), (33, 30.0), (5000, 1.0)])
-def test_token_level_is_the_definition(impl, N, scale):
-    logp, ref_logp, weights = make(N, scale)
+def test_token_level_is_the_definition(impl, N, scale, device):
+    logp, ref_logp, weights = make(device, N, scale)
     for estimator, gradient in itertools.product(ESTIMATORS, ESTIMATORS):
         hidden = [torch.where(weights != 0, x, float("nan")) for x in (logp, ref_logp)]
         loss, slope = run(*hidden, weights, impl, estimator=estimator, gradient=gradient)
         ratios = (logp.double() - ref_logp.double()).tolist()
         terms = [w * VALUE[estimator](d) if w else 0.0 for w, d in zip(weights.tolist(), ratios, strict=True)]
-        want = torch.tensor([w * SLOPE[gradient](d) if w else 0.0 for w, d in zip(weights.tolist(), ratios, strict=True)])
+        want = torch.tensor([w * SLOPE[gradient](d) if w else 0.0 for w, d in zip(weights.tolist(), ratios, strict=True)], device=device)
         assert loss.item() == pytest.approx(math.fsum(terms), rel=1e-6, abs=1e-6 * max(1.0, sum(map(abs, terms))))
         torch.testing.assert_close(slope, want, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_sequence_level_is_the_definition(impl):
+@pytest.mark.each_impl("kl_loss")
+def test_sequence_level_is_the_definition(impl, device):
     lengths = [0, 3, 1, 40, 0, 7]
-    logp, ref_logp, weights = make(sum(lengths), 0.5)
+    logp, ref_logp, weights = make(device, sum(lengths), 0.5)
     weights[3] = 0.0  # a sequence that does not count
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    cu = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     for estimator, gradient in itertools.product(ESTIMATORS, ESTIMATORS):
         hidden = [torch.where(weights != 0, x, float("nan")) for x in (logp, ref_logp)]
         loss, slope = run(*hidden, weights, impl, estimator=estimator, gradient=gradient, level="sequence", cu_seqlens=cu)
-        total, want = 0.0, torch.zeros(sum(lengths))
+        total, want = 0.0, torch.zeros(sum(lengths), device=device)
         for first, end in itertools.pairwise(cu.tolist()):
             live = [t for t in range(first, end) if weights[t]]
             if live:
@@ -63,24 +59,24 @@ def test_sequence_level_is_the_definition(impl):
                 want[live] = weight * SLOPE[gradient](ratio)
         assert loss.item() == pytest.approx(total, rel=2e-6, abs=1e-6)
         torch.testing.assert_close(slope, want, atol=1e-6, rtol=1e-5)
-    uniform = torch.full((12,), 0.25)
+    uniform = torch.full((12,), 0.25, device=device)
     padded = kl_loss(logp[:12].view(3, 4), ref_logp[:12].view(3, 4), uniform.view(3, 4), estimator="k2", gradient="k2", level="sequence", impl=impl)
-    cu = torch.tensor([0, 4, 8, 12], dtype=torch.int32)
+    cu = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=device)
     assert torch.equal(padded, kl_loss(logp[:12], ref_logp[:12], uniform, estimator="k2", gradient="k2", level="sequence", cu_seqlens=cu, impl=impl))
     both = [kl_loss(logp[:12], ref_logp[:12], uniform, estimator="k1", gradient="k1", level=level, cu_seqlens=cu, impl=impl) for level in ("token", "sequence")]
     torch.testing.assert_close(*both)
 
 
 # A policy over five tokens, enumerated: the loss of each token, weighted by its probability, has the expected gradient that the docstring states.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("kl_loss")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_what_each_gradient_descends(impl, estimator):
+def test_what_each_gradient_descends(impl, estimator, device):
     generator = torch.Generator().manual_seed(0)
-    z, ref_z = torch.randn(2, 5, generator=generator)
+    z, ref_z = torch.randn(2, 5, generator=generator).to(device)
     z.requires_grad_()
     logp, ref_logp = torch.log_softmax(z, -1), torch.log_softmax(ref_z, -1)
     expected = {name: torch.autograd.grad(full_kl(z[None], ref_z[None], direction=name, impl="torch").sum(), z)[0] for name in ("reverse", "forward")}
-    want = {"k1": torch.zeros(5), "k2": expected["reverse"], "k3": expected["forward"]}
+    want = {"k1": torch.zeros(5, device=device), "k2": expected["reverse"], "k3": expected["forward"]}
     loss = kl_loss(logp, ref_logp, logp.detach().exp(), estimator=estimator, gradient="k1", impl=impl)
     exact = full_kl(z.detach()[None], ref_z[None], impl="torch")[0]
     if estimator in ("k1", "k3"):
@@ -94,10 +90,10 @@ def test_what_each_gradient_descends(impl, estimator):
 
 
 # Two tokens, the second's policy depending on the first: sequence k2 follows the KL of the sequences, token k2 does not.
-@pytest.mark.parametrize("impl", IMPLS)
-def test_only_the_sequence_level_follows_the_sequence_kl(impl):
+@pytest.mark.each_impl("kl_loss")
+def test_only_the_sequence_level_follows_the_sequence_kl(impl, device):
     generator = torch.Generator().manual_seed(1)
-    first, second, ref_first, ref_second = (torch.randn(shape, generator=generator) for shape in ((3,), (3, 3), (3,), (3, 3)))
+    first, second, ref_first, ref_second = (torch.randn(shape, generator=generator).to(device) for shape in ((3,), (3, 3), (3,), (3, 3)))
     first.requires_grad_()
     pairs = list(itertools.product(range(3), range(3)))
     logps = [torch.log_softmax(x, -1) for x in (first, second, ref_first, ref_second)]
@@ -113,13 +109,13 @@ def test_only_the_sequence_level_follows_the_sequence_kl(impl):
 
 # Sequences longer than a chunk of the Triton kernel; 40 nats over the whole, where float32 sums would show in the exponential of k3.
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, under the interpreter, where something is infinite
-@pytest.mark.parametrize("impl", IMPLS)
-def test_long_sequences_twice_the_same_and_companions_change_nothing(impl):
+@pytest.mark.each_impl("kl_loss")
+def test_long_sequences_twice_the_same_and_companions_change_nothing(impl, device):
     lengths = [1500, 3, 2100]
-    logp, ref_logp, weights = make(sum(lengths), 0.01)
+    logp, ref_logp, weights = make(device, sum(lengths), 0.01)
     ref_logp = ref_logp - 0.005
     weights = weights * 1e-6
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    cu = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     options = {"estimator": "k3", "gradient": "k3", "level": "sequence", "impl": impl}
     loss, slope = run(logp, ref_logp, weights, cu_seqlens=cu, **options)
     want, expected = run(logp.double(), ref_logp.double(), weights.double(), cu_seqlens=cu, **(options | {"impl": "torch"}))
@@ -128,17 +124,17 @@ def test_long_sequences_twice_the_same_and_companions_change_nothing(impl):
     assert all(map(torch.equal, (loss, slope), run(logp, ref_logp, weights, cu_seqlens=cu, **options)))
     strided = torch.stack([logp, ref_logp, weights], 1).unbind(1)
     assert all(map(torch.equal, (loss, slope), run(*strided, cu_seqlens=cu, **options)))
-    other = torch.where(torch.arange(len(logp)) < 1503, ref_logp, float("inf"))
+    other = torch.where(torch.arange(len(logp), device=device) < 1503, ref_logp, float("inf"))
     assert torch.equal(run(logp, other, weights, cu_seqlens=cu, **options)[1][:1503], slope[:1503])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_value_opcheck_compile_and_refusals(impl):
-    logp, ref_logp, weights = make(20, 0.3)
-    loss = kl_loss(logp, ref_logp, torch.full((20,), 0.05), estimator="k3", gradient="k2", impl=impl)
+@pytest.mark.each_impl("kl_loss")
+def test_value_opcheck_compile_and_refusals(impl, device):
+    logp, ref_logp, weights = make(device, 20, 0.3)
+    loss = kl_loss(logp, ref_logp, torch.full((20,), 0.05, device=device), estimator="k3", gradient="k2", impl=impl)
     torch.testing.assert_close(loss, token_kl(logp, ref_logp, estimator="k3", impl=impl).mean())
     logp.requires_grad_()
-    cu = torch.tensor([0, 5, 20], dtype=torch.int32)
+    cu = torch.tensor([0, 5, 20], dtype=torch.int32, device=device)
     if impl != "torch":
         for bounds in (None, cu):
             torch.library.opcheck(getattr(torch.ops.fusedrl, "kl_loss" if impl == "cpp" else "kl_loss_triton").default, (logp, ref_logp, weights, 2, 1, bounds))

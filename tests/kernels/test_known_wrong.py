@@ -12,6 +12,8 @@ from fusedrl.engine.verify.catalogue import CATALOGUE
 from fusedrl.engine.verify.grid import judge, oracle, run
 from fusedrl.kernels import full_kl, logprob, policy_loss, ranking_loss
 
+pytestmark = pytest.mark.cpu_only("the checkers are tried, not an implementation")
+
 
 # ---- logprob ---------------------------------------------------------------------------------------------------------------
 def softmax_row(z, ids, T, shift_first=True, shifted_entropy=True, phantom=0, narrow=None, double=False):

@@ -2,20 +2,15 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.full_kl import DIRECTIONS, full_kl, full_kl_reference
 from fusedrl.kernels.linear_full_kl import linear_full_kl, linear_full_kl_reference
 
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="needs the interpreter of triton"))
-IMPLS = ["torch", CPP, TRITON]
 
-
-def make(N, H, V, H_ref=None, dtype=torch.float32, seed=0):
+def make(device, N, H, V, H_ref=None, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed + N)
     H_ref = H_ref or H
     shapes = {"hidden": (N, H), "weight": (V, H), "ref_hidden": (N, H_ref), "ref_weight": (V, H_ref), "bias": (V,), "ref_bias": (V,)}
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator).to(device).to(dtype) for name, shape in shapes.items()}
 
 
 def run(x, g, impl, function=None, **options):
@@ -32,13 +27,13 @@ def run(x, g, impl, function=None, **options):
 
 
 # No rows, one, several chunks with a short last one, a workspace below one row; another hidden size for the reference; with and without bias.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("linear_full_kl")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("N", "H", "V", "H_ref", "workspace"),
                          [(0, 8, 33, None, None), (1, 5, 31, 7, 1), (7, 16, 130, 9, 3 * 8 * 130), (9, 16, 1025, None, None)])
-def test_matches_float64(impl, direction, N, H, V, H_ref, workspace):
-    x = make(N, H, V, H_ref)
-    g = torch.randn(N)
+def test_matches_float64(impl, direction, N, H, V, H_ref, workspace, device):
+    x = make(device, N, H, V, H_ref)
+    g = torch.randn(N, device=device)
     for T, names in ((1.0, x), (1.7, ("hidden", "weight", "ref_hidden", "ref_weight"))):
         part = {name: x[name] for name in names}
         got = run(part, g, impl, temperature=T, direction=direction, workspace_bytes=workspace)
@@ -48,12 +43,12 @@ def test_matches_float64(impl, direction, N, H, V, H_ref, workspace):
             torch.testing.assert_close(ours.double(), expected, atol=2e-5 * max(1.0, H**0.5 / 4), rtol=2e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("linear_full_kl")
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_is_full_kl_of_the_logits(impl, direction):
-    x = make(6, 12, 77)
-    mask = torch.tensor([True, True, False, True, False, True])
-    g = torch.tensor([1.0, 0.0, 2.0, -1.0, 1.0, 0.5])
+def test_is_full_kl_of_the_logits(impl, direction, device):
+    x = make(device, 6, 12, 77)
+    mask = torch.tensor([True, True, False, True, False, True], device=device)
+    g = torch.tensor([1.0, 0.0, 2.0, -1.0, 1.0, 0.5], device=device)
     poisoned = x | {name: torch.where(mask[:, None], x[name], float("nan")) for name in ("hidden", "ref_hidden")}
     got = run(poisoned, g, impl, mask=mask, direction=direction, workspace_bytes=1)
 
@@ -72,11 +67,11 @@ def test_is_full_kl_of_the_logits(impl, direction):
 
 
 # Against torch with the logits of the same dtype: widened products are closer to float64 than they are.
-@pytest.mark.parametrize("impl", ["torch", CPP])
+@pytest.mark.each_impl("linear_full_kl", interpreted=False)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes(impl, dtype):
-    x = make(5, 24, 90, dtype=dtype)
-    g = torch.ones(5)
+def test_narrow_dtypes(impl, dtype, device):
+    x = make(device, 5, 24, 90, dtype=dtype)
+    g = torch.ones(5, device=device)
     got = run(x, g, impl)
     want = run({name: t.double() for name, t in x.items()}, g, None, linear_full_kl_reference)
     torch.testing.assert_close(got[0].double(), want[0], atol=1e-4, rtol=1e-5)
@@ -87,11 +82,12 @@ def test_narrow_dtypes(impl, dtype):
     torch.testing.assert_close(mixed, linear_full_kl(x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"], impl=impl), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_opcheck_compile_and_double_backward():
-    x = make(4, 6, 20)
+def test_opcheck_compile_and_double_backward(device):
+    x = make(device, 4, 6, 20)
     hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
-    mask = torch.tensor([True, False, True, True])
+    mask = torch.tensor([True, False, True, True], device=device)
     heads = (hidden, weight, x["ref_hidden"], x["ref_weight"])
     torch.library.opcheck(torch.ops.fusedrl.linear_full_kl.default, (*heads, None, None, mask, 0.8, 0, -1))
     torch.library.opcheck(torch.ops.fusedrl.linear_full_kl.default, (*heads, x["bias"].requires_grad_(), x["ref_bias"], None, 0.8, 2, 100))
@@ -101,8 +97,8 @@ def test_opcheck_compile_and_double_backward():
         torch.autograd.grad(linear_full_kl(*heads).sum(), hidden, create_graph=True)
 
 
-def test_refuses_what_it_does_not_support():
-    x = make(3, 4, 5, 6)
+def test_refuses_what_it_does_not_support(device):
+    x = make(device, 3, 4, 5, 6)
     heads = [x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"]]
     with pytest.raises(ValueError, match=r"ref_weight does not fit its pattern \[V, H_ref\]"):
         linear_full_kl(*heads[:3], x["weight"])
@@ -115,16 +111,15 @@ def test_refuses_what_it_does_not_support():
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------------
-only_triton = pytest.mark.skipif(TRITON.marks[0].args[0], reason="needs the interpreter of triton")
 
 
 # Against torch with the logits in the same dtype, both measured against float64.
-@only_triton
+@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_error_is_at_most_twice_that_of_torch(dtype, direction):
-    x = make(5, 24, 90, dtype=dtype)
-    g = torch.ones(5)
+def test_narrow_error_is_at_most_twice_that_of_torch(dtype, direction, device):
+    x = make(device, 5, 24, 90, dtype=dtype)
+    g = torch.ones(5, device=device)
 
     def same_dtype(hidden, weight, ref_hidden, ref_weight, bias, ref_bias):
         return full_kl_reference(hidden @ weight.t() + bias, (ref_hidden @ ref_weight.t() + ref_bias).detach(), None, 1.0, direction)
@@ -137,11 +132,11 @@ def test_narrow_error_is_at_most_twice_that_of_torch(dtype, direction):
         assert ours_off <= 2 * theirs_off + truncated + 1e-6, (name, ours_off, theirs_off)  # to bfloat16 the interpreter cuts, it does not round
 
 
-@only_triton
-def test_triton_opcheck_compile_and_double_backward():
-    x = make(4, 6, 20)
+@pytest.mark.usefixtures("triton_runs")
+def test_triton_opcheck_compile_and_double_backward(device):
+    x = make(device, 4, 6, 20)
     hidden, weight, bias = (x[name].requires_grad_() for name in ("hidden", "weight", "bias"))
-    mask = torch.tensor([True, False, True, True])
+    mask = torch.tensor([True, False, True, True], device=device)
     heads = (hidden, weight, x["ref_hidden"], x["ref_weight"])
     torch.library.opcheck(torch.ops.fusedrl.linear_full_kl_triton.default, (*heads, bias, x["ref_bias"], mask, 0.8, 0, 500))
     compiled = torch.compile(linear_full_kl, fullgraph=True, backend="aot_eager")(*heads, mask=mask, impl="triton")

@@ -3,15 +3,11 @@ import math
 import pytest
 import torch
 
+from fusedrl.engine.verify.grid import interpreted
 from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.linear_head import tile_of
 from fusedrl.kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from fusedrl.kernels.logprob import logprob_reference
-
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="needs the interpreter of triton"))
-IMPLS = ["torch", CPP, TRITON]
 
 
 def workspaces(impl, rows):
@@ -19,14 +15,15 @@ def workspaces(impl, rows):
     return rows[1:2] if impl == "triton" else rows
 
 
-def problem(N, H, V, dtype=torch.float32, seed=0):
+def problem(device, N, H, V, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed + N * 7919 + V)
-    hidden, weight = torch.randn(N, H, generator=generator).to(dtype), (torch.randn(V, H, generator=generator) * 2 / math.sqrt(H)).to(dtype)
-    ids, bias = torch.randint(0, V, (N,), generator=generator), torch.randn(V, generator=generator).to(dtype)
+    hidden = torch.randn(N, H, generator=generator).to(device).to(dtype)
+    weight = (torch.randn(V, H, generator=generator).to(device) * 2 / math.sqrt(H)).to(dtype)
+    ids, bias = torch.randint(0, V, (N,), generator=generator).to(device), torch.randn(V, generator=generator).to(device).to(dtype)
     if N > 3:
         ids[0], ids[1], ids[3] = 0, V - 1, -100
         hidden[3] = torch.nan  # an ignored row may hold anything
-    g, h = torch.randn(N, generator=generator), torch.randn(N, generator=generator)
+    g, h = torch.randn(N, generator=generator).to(device), torch.randn(N, generator=generator).to(device)
     if N > 5:
         g[4] = h[4] = 0.0  # a row that no gradient reaches
     return hidden, weight, ids, bias, g, h
@@ -48,15 +45,15 @@ def doubled(tensors):
 
 
 # No rows, one row, a few, several chunks (workspaces of 1, 3 and 8 rows, and the default); V off the vector size and past one block.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("linear_logprob")
 @pytest.mark.parametrize("N,H,V", [(0, 8, 33), (1, 8, 33), (7, 5, 2), (33, 16, 1025), (20, 64, 3000)])
 @pytest.mark.parametrize("variant", ["plain", "bias", "softcap", "temperatures"])
-def test_matches_float64(impl, N, H, V, variant):
-    if impl == "triton" and V > 1000:
+def test_matches_float64(impl, N, H, V, variant, device):
+    if interpreted(impl, device) and V > 1000:
         V = 260 if V < 3000 else 150  # its interpreter is slow, and its tiles are small
-    hidden, weight, ids, bias, g, h = problem(N, H, V)
+    hidden, weight, ids, bias, g, h = problem(device, N, H, V)
     options = {"softcap": 3.0} if variant == "softcap" else {}
-    options["temperature"] = torch.linspace(0.3, 3.0, N) if variant == "temperatures" else 0.7
+    options["temperature"] = torch.linspace(0.3, 3.0, N, device=device) if variant == "temperatures" else 0.7
     bias = bias if variant in ("bias", "softcap") else None
     wide = {**options, "temperature": options["temperature"].double() if variant == "temperatures" else 0.7}
     want = run(linear_logprob_reference, *doubled((hidden, weight, ids, bias, g, h)), **wide)
@@ -71,10 +68,10 @@ def test_matches_float64(impl, N, H, V, variant):
 
 
 # Logits are float32 whatever the weight, and so is the sum of the weight's gradient over 20 chunks of one row.
-@pytest.mark.parametrize("impl", ["torch", CPP])
+@pytest.mark.each_impl("linear_logprob", interpreted=False)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(impl, dtype):
-    hidden, weight, ids, bias, g, h = problem(20, 64, 1500, dtype)
+def test_low_precision(impl, dtype, device):
+    hidden, weight, ids, bias, g, h = problem(device, 20, 64, 1500, dtype)
     want = run(linear_logprob_reference, *doubled((hidden, weight, ids, bias, g, h)))
     for rows in (1, 64):
         got = run(ours(impl, workspace_bytes=rows * 1500 * 4), hidden, weight, ids, bias, g, h)
@@ -85,20 +82,21 @@ def test_low_precision(impl, dtype):
             torch.testing.assert_close(a.double(), b.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=1e-4 * float(b.abs().max()))
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_weights_wider_than_one_tile():
-    hidden, weight, ids, bias, g, h = problem(9, 2048, 1100, torch.bfloat16)  # 4 MiB of float32 hold 512 rows
+def test_weights_wider_than_one_tile(device):
+    hidden, weight, ids, bias, g, h = problem(device, 9, 2048, 1100, torch.bfloat16)  # 4 MiB of float32 hold 512 rows
     want = run(linear_logprob_reference, *doubled((hidden, weight, ids, bias, g, h)))
     got = run(ours("cpp"), hidden, weight, ids, bias, g, h)
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(got[2].double(), want[2], rtol=2**-7, atol=1e-3)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("linear_logprob")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scoring_and_training_agree_bitwise(impl, dtype):
-    N, V = (70, 200) if impl == "triton" else (200, 700)
-    hidden, weight, ids, bias, _, _ = problem(N, 32, V, dtype)
+def test_scoring_and_training_agree_bitwise(impl, dtype, device):
+    N, V = (70, 200) if interpreted(impl, device) else (200, 700)
+    hidden, weight, ids, bias, _, _ = problem(device, N, 32, V, dtype)
     options = {"bias": bias, "temperature": 0.7, "impl": impl, "workspace_bytes": 37 * V * 4}
     with torch.no_grad():
         scored = linear_logprob(hidden, weight, ids, **options)
@@ -110,65 +108,67 @@ def test_scoring_and_training_agree_bitwise(impl, dtype):
     assert torch.equal(linear_logprob(poisoned, weight, ids, **options), scored)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_two_backward_runs_agree_bitwise_and_inputs_stay(impl):
-    inputs = problem(12 if impl == "triton" else 50, 16, 300)
+@pytest.mark.each_impl("linear_logprob")
+def test_two_backward_runs_agree_bitwise_and_inputs_stay(impl, device):
+    inputs = problem(device, 12 if interpreted(impl, device) else 50, 16, 300)
     before = [t.clone() for t in inputs]
     first, second = (run(ours(impl, workspace_bytes=7 * 1200), *inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(inputs, before, strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_only_what_is_asked_for(impl):
-    hidden, weight, ids, bias, g, _ = problem(12, 8, 40)
-    want = run(linear_logprob_reference, *doubled((hidden, weight, ids, bias, g, torch.zeros(12))))
+@pytest.mark.each_impl("linear_logprob")
+def test_only_what_is_asked_for(impl, device):
+    hidden, weight, ids, bias, g, _ = problem(device, 12, 8, 40)
+    want = run(linear_logprob_reference, *doubled((hidden, weight, ids, bias, g, torch.zeros(12, device=device))))
     for which in range(3):
         leaves = [t.clone().requires_grad_(i == which) for i, t in enumerate((hidden, weight, bias))]
         (linear_logprob(leaves[0], leaves[1], ids, bias=leaves[2], impl=impl) * g).sum().backward()
         torch.testing.assert_close(leaves[which].grad.double(), want[2 + which], rtol=1e-5, atol=1e-5)
         assert [leaf.grad is not None for leaf in leaves] == [i == which for i in range(3)]
-    ignored = torch.full((12,), -100)
+    ignored = torch.full((12,), -100, device=device)
     leaf = weight.clone().requires_grad_()
     logp = linear_logprob(hidden, leaf, ignored, impl=impl)
-    assert torch.equal(logp, torch.zeros(12))
+    assert torch.equal(logp, torch.zeros(12, device=device))
     logp.sum().backward()
     assert (leaf.grad == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_transposed_and_strided_inputs(impl):
-    hidden, weight, ids, _, _, _ = problem(12, 8, 40)
+@pytest.mark.each_impl("linear_logprob")
+def test_transposed_and_strided_inputs(impl, device):
+    hidden, weight, ids, _, _, _ = problem(device, 12, 8, 40)
     plain = linear_logprob(hidden, weight, ids, impl=impl)
-    strided = torch.zeros(12, 11)[:, :8].copy_(hidden)
+    strided = torch.zeros(12, 11, device=device)[:, :8].copy_(hidden)
     torch.testing.assert_close(linear_logprob(strided, weight.t().contiguous().t(), ids.int(), impl=impl), plain, rtol=1e-6, atol=1e-6)
 
 
-def test_reference_gradient():
-    hidden, weight, _, bias, _, _ = doubled(problem(3, 4, 5))
+def test_reference_gradient(device):
+    hidden, weight, _, bias, _, _ = doubled(problem(device, 3, 4, 5))
     inputs = tuple(t.requires_grad_() for t in (hidden, weight, bias))
-    ids = torch.tensor([1, -100, 4])
+    ids = torch.tensor([1, -100, 4], device=device)
     for function in (lambda x, w, b: linear_logprob_reference(x, w, ids, b, 0.7, 2.0),
                      lambda x, w, b: linear_logprob(x, w, ids, bias=b, temperature=0.7, softcap=2.0, entropy=True, workspace_bytes=8, impl="torch")):
         assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_memory_stays_within_the_workspace():
-    hidden, weight, ids, _, _, _ = problem(4000, 8, 5000)  # 80 MB of logits
+def test_memory_stays_within_the_workspace(device):
+    hidden, weight, ids, _, _, _ = problem(device, 4000, 8, 5000)  # 80 MB of logits
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         linear_logprob(hidden, weight, ids, workspace_bytes=1 << 20)
     largest = max(event.cpu_memory_usage for event in profile.events() if event.name == "aten::empty")
     assert largest <= 1 << 20
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_refuses_what_it_does_not_support(impl):
-    hidden, weight, ids = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 2])
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
+@pytest.mark.each_impl("linear_logprob")
+def test_refuses_what_it_does_not_support(impl, device):
+    hidden, weight, ids = torch.zeros(3, 4, device=device), torch.zeros(5, 4, device=device), torch.tensor([0, 1, 2], device=device)
     with pytest.raises(IndexError, match=r"linear_logprob: expected token ids in \[0, 5\) or ignore_index -100, got 5 in row 2"):
-        linear_logprob(hidden, weight, torch.tensor([0, 1, 5]), impl=impl)
+        linear_logprob(hidden, weight, torch.tensor([0, 1, 5], device=device), impl=impl)
     with pytest.raises(ValueError, match=r"weight does not fit its pattern \[V, H\] with .*'H': 4"):
-        linear_logprob(hidden, torch.zeros(5, 3), ids, impl=impl)
+        linear_logprob(hidden, torch.zeros(5, 3, device=device), ids, impl=impl)
     with pytest.raises(TypeError, match="expected weight of dtype float32, got bfloat16"):
         linear_logprob(hidden, weight.bfloat16(), ids, impl=impl)
     for wrong in ({"temperature": 0.0}, {"softcap": -1.0}, {"workspace_bytes": 0}):
@@ -178,16 +178,17 @@ def test_refuses_what_it_does_not_support(impl):
         linear_logprob(hidden, weight, ids, impl="cuda")
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_opcheck_and_compile():
-    hidden, weight, ids, bias, g, h = problem(6, 8, 40)
+def test_opcheck_and_compile(device):
+    hidden, weight, ids, bias, g, h = problem(device, 6, 8, 40)
     hidden = hidden.nan_to_num()
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     for entropy in (False, True):
         torch.library.opcheck(torch.ops.fusedrl.linear_logprob.default, (leaves[0], leaves[1], ids, leaves[2], 0.7, None, 0.0, entropy, -100, -1))
         torch.library.opcheck(torch.ops.fusedrl.linear_logprob_forward.default, (hidden, weight, ids, None, 0.7, None, 3.0, entropy, -100, -1))
     torch.library.opcheck(torch.ops.fusedrl.linear_logprob_backward.default,
-                          (g, h, hidden, weight, ids, bias, torch.ones(6, 3), 0.7, None, 3.0, -100, -1, True, True, True))
+                          (g, h, hidden, weight, ids, bias, torch.ones(6, 3, device=device), 0.7, None, 3.0, -100, -1, True, True, True))
 
     def loss(hidden, weight, bias):
         logp, entropy = linear_logprob(hidden, weight, ids, bias=bias, temperature=0.7, entropy=True)
@@ -199,29 +200,28 @@ def test_opcheck_and_compile():
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------------
-only_triton = pytest.mark.skipif(TRITON.marks[0].args[0], reason="needs the interpreter of triton")
 
 
 # Vocabularies around the width whose partial results are kept, and around the tile; logits all about -200, and one that holds nearly all.
-@only_triton
+@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("V", [31, 32, 33, 127, 128, 129])
 @pytest.mark.parametrize("kind", ["negative", "peaked"])
-def test_no_phantom_columns(V, kind):
-    hidden, weight, ids, bias, g, h = problem(5, 33, V, seed=2)
-    bias = bias - 200.0 if kind == "negative" else torch.where(torch.arange(V) == V // 2, 80.0, bias)
+def test_no_phantom_columns(V, kind, device):
+    hidden, weight, ids, bias, g, h = problem(device, 5, 33, V, seed=2)
+    bias = bias - 200.0 if kind == "negative" else torch.where(torch.arange(V, device=device) == V // 2, 80.0, bias)
     inputs = hidden, weight, ids, bias, g, h
     got, want = run(ours("triton"), *inputs), run(linear_logprob_reference, *doubled(inputs))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * 200)
     torch.testing.assert_close(got[0].double(), want[0], rtol=2e-6, atol=4e-5)
     if kind == "negative":  # one column of zeros more, as a load without a mask would make it, is seen
-        padded = torch.cat([weight, torch.zeros(1, 33)]), torch.cat([bias, torch.zeros(1)])
+        padded = torch.cat([weight, torch.zeros(1, 33, device=device)]), torch.cat([bias, torch.zeros(1, device=device)])
         assert (linear_logprob(hidden, padded[0], ids, bias=padded[1], impl="triton") - got[0]).abs()[ids != -100].min() > 100
 
 
-@only_triton
-def test_missing_logits_and_ids():
-    hidden, weight, ids, bias, g, h = problem(6, 8, 150)
+@pytest.mark.usefixtures("triton_runs")
+def test_missing_logits_and_ids(device):
+    hidden, weight, ids, bias, g, h = problem(device, 6, 8, 150)
     bias[:140] = -torch.inf  # the first tile holds nothing, nor does the first part of the second
     ids[0], ids[1], ids[2] = 5, 149, 141
     inputs = hidden, weight, ids, bias, g, h
@@ -245,27 +245,27 @@ def test_missing_logits_and_ids():
     assert hidden.grad.isnan().any(1).tolist() == [False, False, True, False, False, False]
 
 
-@only_triton
+@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_see_the_others(dtype):
-    hidden, weight, ids, bias, _, _ = problem(70, 32, 150, dtype)
-    T = torch.linspace(0.3, 3.0, 70)
+def test_a_row_does_not_see_the_others(dtype, device):
+    hidden, weight, ids, bias, _, _ = problem(device, 70, 32, 150, dtype)
+    T = torch.linspace(0.3, 3.0, 70, device=device)
 
     def score(rows, workspace_bytes):
         return torch.stack(linear_logprob(hidden[rows], weight, ids[rows], bias=bias, temperature=T[rows], softcap=4.0, entropy=True, impl="triton",
                                           workspace_bytes=workspace_bytes))
-    whole = score(torch.arange(70), None)
-    assert torch.equal(score(torch.tensor([66, 5, 3, 40]), 1), whole[:, [66, 5, 3, 40]])
-    others = torch.arange(70)
+    whole = score(torch.arange(70, device=device), None)
+    assert torch.equal(score(torch.tensor([66, 5, 3, 40], device=device), 1), whole[:, [66, 5, 3, 40]])
+    others = torch.arange(70, device=device)
     others[::2] = others[::2].flip(0)
     assert torch.equal(score(others, 1)[:, 1::2], whole[:, 1::2])  # and a launch for each tile of rows
 
 
 # Against torch with the logits in the same dtype, both measured against float64.
-@only_triton
+@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize(("dtype", "cap"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
-def test_narrow_error_is_at_most_twice_that_of_torch(dtype, cap):
-    inputs = problem(9, 64, 300, dtype)
+def test_narrow_error_is_at_most_twice_that_of_torch(dtype, cap, device):
+    inputs = problem(device, 9, 64, 300, dtype)
     want = run(linear_logprob_reference, *doubled(inputs))
 
     def same_dtype(hidden, weight, ids, bias):
@@ -279,8 +279,8 @@ def test_narrow_error_is_at_most_twice_that_of_torch(dtype, cap):
     assert [t.dtype for t in got] == [torch.float32] * 2 + [dtype] * 3
 
 
-@only_triton
-def test_the_forward_reads_nothing_on_the_host():
+@pytest.mark.usefixtures("triton_runs")
+def test_the_forward_reads_nothing_on_the_host(device):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from fusedrl.kernels.linear_logprob_triton import _linear_logprob_triton
@@ -294,20 +294,21 @@ def test_the_forward_reads_nothing_on_the_host():
             self.names.add(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
 
-    hidden, weight, ids, _, _, _ = problem(6, 8, 40)
+    hidden, weight, ids, _, _, _ = problem(device, 6, 8, 40)
     with Seen() as seen:
         _linear_logprob_triton._init_fn(hidden, weight, ids, None, 1.0, None, 0.0, -100, 1 << 20)
     assert "index" in seen.names
     assert not seen.names & {"_local_scalar_dense", "nonzero", "item", "masked_select"}
 
 
-@only_triton
-def test_triton_opcheck_and_compile():
-    hidden, weight, ids, bias, g, h = problem(6, 8, 40)
+@pytest.mark.usefixtures("triton_runs")
+def test_triton_opcheck_and_compile(device):
+    hidden, weight, ids, bias, g, h = problem(device, 6, 8, 40)
     hidden = hidden.nan_to_num()
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     torch.library.opcheck(torch.ops.fusedrl.linear_logprob_triton.default, (leaves[0], leaves[1], ids, leaves[2], 0.7, None, 3.0, -100, 4000))
-    torch.library.opcheck(torch.ops.fusedrl.linear_logprob_triton.default, (leaves[0], leaves[1], ids, None, 1.0, torch.ones(6), 0.0, -100, 4000))
+    torch.library.opcheck(torch.ops.fusedrl.linear_logprob_triton.default,
+                          (leaves[0], leaves[1], ids, None, 1.0, torch.ones(6, device=device), 0.0, -100, 4000))
 
     def loss(hidden, weight, bias):
         logp, entropy = linear_logprob(hidden, weight, ids, bias=bias, temperature=0.7, entropy=True, impl="triton")

@@ -3,17 +3,15 @@ import math
 import pytest
 import torch
 
+from fusedrl.engine.verify.grid import interpreted
 from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable, use_impl
+from fusedrl.kernels.dispatch import use_impl
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fusedrl.kernels.logprob import logprob_reference
 from fusedrl.kernels.objective import KINDS, PolicyObjective, RolloutCorrection
 from fusedrl.kernels.policy_loss import policy_loss
 
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="needs the interpreter of triton"))
-IMPLS = ["torch", CPP, TRITON]
 OBJECTIVES = {kind: PolicyObjective(kind=kind) for kind in KINDS} | {
     "clip": PolicyObjective(clip_low=0.05, clip_high=0.1, dual_clip=1.5), "gspo": PolicyObjective(kind="gspo", clip_low=0.02, clip_high=0.03)}
 EXTRAS = {
@@ -28,15 +26,16 @@ def workspaces(impl, rows):
     return rows[-1:] if impl == "triton" else rows
 
 
-def problem(N, H, V, dtype=torch.float32, seed=0, masked=0.3):
+def problem(device, N, H, V, dtype=torch.float32, seed=0, masked=0.3):
     """Weights of 0 at a third of the rows, where everything else is nonsense; old_logp near the policy, so that some ratios are clipped."""
     generator = torch.Generator().manual_seed(seed + 7919 * N + V)
-    hidden, weight = torch.randn(N, H, generator=generator).to(dtype), (2 * torch.randn(V, H, generator=generator) / math.sqrt(H)).to(dtype)
-    ids, bias = torch.randint(0, V, (N,), generator=generator), torch.randn(V, generator=generator).to(dtype)
-    weights = torch.where(torch.rand(N, generator=generator) < masked, 0.0, 0.5 + torch.rand(N, generator=generator))
+    hidden = torch.randn(N, H, generator=generator).to(device).to(dtype)
+    weight = (2 * torch.randn(V, H, generator=generator).to(device) / math.sqrt(H)).to(dtype)
+    ids, bias = torch.randint(0, V, (N,), generator=generator).to(device), torch.randn(V, generator=generator).to(device).to(dtype)
+    weights = torch.where(torch.rand(N, generator=generator).to(device) < masked, 0.0, 0.5 + torch.rand(N, generator=generator).to(device))
     logp = linear_logprob(hidden, weight, ids, bias=bias, impl="torch")
-    columns = {name: logp + 0.2 * torch.randn(N, generator=generator) for name in ("old_logp", "ref_logp", "rollout_logp")}
-    advantages = torch.randn(N, generator=generator)
+    columns = {name: logp + 0.2 * torch.randn(N, generator=generator).to(device) for name in ("old_logp", "ref_logp", "rollout_logp")}
+    advantages = torch.randn(N, generator=generator).to(device)
     advantages[::7] = 0.0
     gone = weights == 0
     columns = {name: torch.where(gone, math.nan, column) for name, column in (columns | {"advantages": advantages}).items()}
@@ -44,14 +43,14 @@ def problem(N, H, V, dtype=torch.float32, seed=0, masked=0.3):
     return {"hidden": hidden, "weight": weight, "token_ids": ids, "bias": bias, "weights": weights, **columns}
 
 
-def run(function, p, dtype=None, **settings):
+def run(device, function, p, dtype=None, **settings):
     p = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in p.items()}
     leaves = [p[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
     N = len(p["weights"])
     if "rollout_correction" in settings:
         settings["rollout_logp"] = p["rollout_logp"]
     loss, stats = function(leaves[0], leaves[1], leaves[2], p["token_ids"], p["old_logp"], p["advantages"], p["weights"], ref_logp=p["ref_logp"],
-                           cu_seqlens=torch.tensor([0, N // 3, N // 3, N]), **settings)
+                           cu_seqlens=torch.tensor([0, N // 3, N // 3, N], device=device), **settings)
     loss.backward()
     return [loss.detach(), torch.stack([*stats]), *(leaf.grad for leaf in leaves)]
 
@@ -79,83 +78,83 @@ def agree(got, want, rtol=1e-5, atol=2e-5):
 
 
 # ---- the values -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("linear_policy_loss")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_matches_float64(impl, kind, extra):
-    p = problem(37, 12, 70)
+def test_matches_float64(impl, kind, extra, device):
+    p = problem(device, 37, 12, 70)
     settings = EXTRAS[extra] | {"objective": OBJECTIVES[kind], "temperature": 0.8}
-    want = run(oracle, p, torch.float64, **settings)
+    want = run(device, oracle, p, torch.float64, **settings)
     for rows in workspaces(impl, (5, None)):
-        agree(run(ours(impl, rows), p, **settings), want)
-    agree(run(two_steps, p, **settings), want)
+        agree(run(device, ours(impl, rows), p, **settings), want)
+    agree(run(device, two_steps, p, **settings), want)
 
 
 # No rows, one, more than a workspace (1, 3 and 8 rows, and the default); V off the vector size and past one block.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("linear_policy_loss")
 @pytest.mark.parametrize("N,H,V", [(0, 8, 33), (1, 8, 33), (7, 5, 2), (33, 16, 1025), (20, 64, 3000)])
 @pytest.mark.parametrize("masked", [0.0, 0.5, 1.0])
-def test_shapes(impl, N, H, V, masked):
-    if impl == "triton" and V > 1000:
+def test_shapes(impl, N, H, V, masked, device):
+    if interpreted(impl, device) and V > 1000:
         V = 260 if V < 3000 else 150  # its interpreter is slow, and its tiles are small
-    p = problem(N, H, V, masked=masked)
-    options = {"temperature": torch.linspace(0.3, 3.0, N), "softcap": 8.0} if V > 100 else {}
-    want = run(oracle, p, torch.float64, **options)
-    for rows in (24,) if impl == "triton" else (1, 3, 8, None):  # of the 24, 8 are of logits and 16 of gradients
-        got = run(ours(impl, rows), p, **options)
+    p = problem(device, N, H, V, masked=masked)
+    options = {"temperature": torch.linspace(0.3, 3.0, N, device=device), "softcap": 8.0} if V > 100 else {}
+    want = run(device, oracle, p, torch.float64, **options)
+    for rows in (24,) if interpreted(impl, device) else (1, 3, 8, None):  # of the 24, 8 are of logits and 16 of gradients
+        got = run(device, ours(impl, rows), p, **options)
         agree(got, want)
         assert not got[2][p["weights"] == 0].any()
         if masked == 1.0:
             assert not any(t.any() for t in (got[0], *got[2:]))
 
 
-@pytest.mark.parametrize("impl", ["torch", CPP])
+@pytest.mark.each_impl("linear_policy_loss", interpreted=False)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(impl, dtype):
-    p = problem(30, 64, 1500, dtype)
-    want = run(oracle, p, torch.float64, entropy_coef=0.1)
+def test_low_precision(impl, dtype, device):
+    p = problem(device, 30, 64, 1500, dtype)
+    want = run(device, oracle, p, torch.float64, entropy_coef=0.1)
     for rows in (1, 64):
-        got = run(ours(impl, rows), p, entropy_coef=0.1)
+        got = run(device, ours(impl, rows), p, entropy_coef=0.1)
         assert [t.dtype for t in got] == [torch.float32] * 2 + [dtype] * 3
         agree(got[:2] + [t.to(dtype) for t in got[2:]], want[:2] + [t.to(dtype) for t in want[2:]], rtol=torch.finfo(dtype).eps, atol=1e-4)
 
 
 # ---- rows that are left out --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("linear_policy_loss")
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_inactive_rows_add_exactly_nothing(impl, share):
-    p = problem(64, 8, 50, masked=0.0)
-    active = torch.rand(64, generator=torch.Generator().manual_seed(3)) < share
-    p["advantages"] = torch.where(active, 1.0 + torch.rand(64), 0.0)
+def test_inactive_rows_add_exactly_nothing(impl, share, device):
+    p = problem(device, 64, 8, 50, masked=0.0)
+    active = torch.rand(64, generator=torch.Generator().manual_seed(3)).to(device) < share
+    p["advantages"] = torch.where(active, 1.0 + torch.rand(64, device=device), 0.0)
     for rows in workspaces(impl, (2, 7, 64)):
-        got = run(ours(impl, rows), p, objective=PolicyObjective(kind="ratio"))
+        got = run(device, ours(impl, rows), p, objective=PolicyObjective(kind="ratio"))
         assert not got[2][~active].any()
         assert got[2][active].any(1).all()
         without = {name: t if name in ("weight", "bias") else t[active] for name, t in p.items()}
-        kept = run(ours(impl, rows), without, objective=PolicyObjective(kind="ratio"))
+        kept = run(device, ours(impl, rows), without, objective=PolicyObjective(kind="ratio"))
         torch.testing.assert_close(got[2][active], kept[2], rtol=1e-5, atol=1e-6)
         for a, b in zip(got[3:], kept[3:], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("linear_policy_loss")
 @pytest.mark.parametrize("rows", [3, None])
-def test_same_bits_every_run_and_whatever_is_masked(impl, rows):
-    rows = 12 if impl == "triton" and rows else rows  # the workspace of 12 rows of logits is one of 4, and 8 of gradients
-    p = problem(*(13, 16, 133) if impl == "triton" else (50, 16, 333))
-    first = run(ours(impl, rows), p, **EXTRAS["k2 under k3"])
+def test_same_bits_every_run_and_whatever_is_masked(impl, rows, device):
+    rows = 12 if interpreted(impl, device) and rows else rows  # the workspace of 12 rows of logits is one of 4, and 8 of gradients
+    p = problem(device, *(13, 16, 133) if interpreted(impl, device) else (50, 16, 333))
+    first = run(device, ours(impl, rows), p, **EXTRAS["k2 under k3"])
     gone = p["weights"] == 0
     other = {name: t.clone() for name, t in p.items()}
     for name in ("hidden", "old_logp", "advantages", "ref_logp"):
         other[name][gone] = 1e30
     other["token_ids"][gone] = 2**40
     for again in (p, other):
-        assert all(torch.equal(a, b) for a, b in zip(run(ours(impl, rows), again, **EXTRAS["k2 under k3"]), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(run(device, ours(impl, rows), again, **EXTRAS["k2 under k3"]), first, strict=True))
 
 
-@pytest.mark.parametrize("impl", [CPP, TRITON])
-def test_loss_and_statistics_are_those_of_the_two_steps_bit_for_bit(impl):
-    p = problem(*(14, 16, 133) if impl == "triton" else (50, 16, 333), masked=0.0)
+@pytest.mark.each_impl("linear_policy_loss", but=("torch",))
+def test_loss_and_statistics_are_those_of_the_two_steps_bit_for_bit(impl, device):
+    p = problem(device, *(14, 16, 133) if interpreted(impl, device) else (50, 16, 333), masked=0.0)
     inputs = [p[name] for name in ("hidden", "weight", "bias", "token_ids", "old_logp", "advantages", "weights")]
     settings = {"ref_logp": p["ref_logp"], "entropy_coef": 0.1, "kl_coef": 0.1}
     inputs[0].requires_grad_()
@@ -166,9 +165,9 @@ def test_loss_and_statistics_are_those_of_the_two_steps_bit_for_bit(impl):
 
 
 # ---- gradients ----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
-def test_any_upstream_gradient_any_number_of_times(impl):
-    p = problem(20, 8, 40)
+@pytest.mark.each_impl("linear_policy_loss")
+def test_any_upstream_gradient_any_number_of_times(impl, device):
+    p = problem(device, 20, 8, 40)
     leaves = [p[name].requires_grad_() for name in ("hidden", "weight", "bias")]
     loss, stats = ours(impl)(*leaves, *(p[name] for name in ("token_ids", "old_logp", "advantages", "weights")))
     unit = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -182,11 +181,11 @@ def test_any_upstream_gradient_any_number_of_times(impl):
     assert not any(s.requires_grad for s in stats)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_only_what_needs_a_gradient_gets_one(impl):
-    p = problem(20, 8, 40)
+@pytest.mark.each_impl("linear_policy_loss")
+def test_only_what_needs_a_gradient_gets_one(impl, device):
+    p = problem(device, 20, 8, 40)
     columns = [p[name] for name in ("token_ids", "old_logp", "advantages", "weights")]
-    everything = run(ours(impl), p)
+    everything = run(device, ours(impl), p)
     for needed in ((True, False, False), (False, True, False), (False, False, True)):
         leaves = [p[name].clone().requires_grad_(n) for name, n in zip(("hidden", "weight", "bias"), needed, strict=True)]
         loss, _ = ours(impl)(*leaves, *columns)
@@ -204,9 +203,9 @@ def test_only_what_needs_a_gradient_gets_one(impl):
     assert weight.grad.shape == weight.shape
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_double_backward_is_refused(impl):
-    p = problem(20, 8, 40, masked=0.0)
+@pytest.mark.each_impl("linear_policy_loss")
+def test_double_backward_is_refused(impl, device):
+    p = problem(device, 20, 8, 40, masked=0.0)
     weight = p["weight"].requires_grad_()
     loss, _ = ours(impl)(p["hidden"], weight, p["bias"], *(p[name] for name in ("token_ids", "old_logp", "advantages", "weights")))
     with pytest.raises(RuntimeError, match="double backward"):
@@ -214,11 +213,13 @@ def test_double_backward_is_refused(impl):
 
 
 # ---- refusals, torch's own checks ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
-def test_refuses_what_it_does_not_support(impl):
-    h, w, ids, x = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long), torch.ones(3)
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
+@pytest.mark.each_impl("linear_policy_loss")
+def test_refuses_what_it_does_not_support(impl, device):
+    h, w, ids, x = torch.zeros(3, 4, device=device), torch.zeros(5, 4, device=device), torch.zeros(3, dtype=torch.long,
+                                                                                                   device=device), torch.ones(3, device=device)
     for arguments, settings, error, message in (
-            ((h, torch.zeros(5, 3), ids, x, x, x), {}, ValueError, "weight does not fit its pattern"),
+            ((h, torch.zeros(5, 3, device=device), ids, x, x, x), {}, ValueError, "weight does not fit its pattern"),
             ((h, w.bfloat16(), ids, x, x, x), {}, TypeError, "expected weight of dtype float32"),
             ((h, w, ids, x, x, x.double()), {}, TypeError, "expected weights of dtype float32"),
             ((h, w, ids, None, x, x), {}, ValueError, "expected old_logp for kind 'clip'"),
@@ -236,27 +237,29 @@ def test_refuses_what_it_does_not_support(impl):
     assert linear_policy_loss(h, w, ids, None, x, x, objective=PolicyObjective(kind="reinforce"), impl=impl)[1].ratio_max == 1
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_opcheck(with_bias):
-    p = problem(9, 4, 11, masked=0.0)
+def test_opcheck(with_bias, device):
+    p = problem(device, 9, 4, 11, masked=0.0)
     leaves = [p[name].requires_grad_() for name in ("hidden", "weight")] + [p["bias"].requires_grad_() if with_bias else None]
     columns = [p[name] for name in ("token_ids", "old_logp", "advantages", "weights", "ref_logp")]
     rest = (0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 2, 1, 0.05, 1.0, None, 0.0, -1)
-    arguments = (*leaves, *columns, torch.rand(9), None, None, *rest)
+    arguments = (*leaves, *columns, torch.rand(9, device=device), None, None, *rest)
     torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss.default, arguments)
     constants = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
     torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_forward.default, (*constants, True, True, with_bias))
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 @pytest.mark.parametrize("kind", ["clip", "gspo"])
-def test_compiles_as_one_graph(kind):
-    p = problem(20, 8, 40)
+def test_compiles_as_one_graph(kind, device):
+    p = problem(device, 20, 8, 40)
 
     def step(hidden, weight):
         loss, stats = linear_policy_loss(hidden, weight, p["token_ids"], p["old_logp"], p["advantages"], p["weights"], objective=OBJECTIVES[kind],
-                                         cu_seqlens=torch.tensor([0, 20]), entropy_coef=0.1)
+                                         cu_seqlens=torch.tensor([0, 20], device=device), entropy_coef=0.1)
         return 2 * loss, torch.stack([*stats])
 
     outcomes = []
@@ -268,21 +271,20 @@ def test_compiles_as_one_graph(kind):
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------------
-only_triton = pytest.mark.skipif(TRITON.marks[0].args[0], reason="needs the interpreter of triton")
 
 
 # Against torch with the logits in the same dtype, both measured against float64.
-@only_triton
+@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_error_is_at_most_twice_that_of_torch(dtype):
-    p = problem(11, 64, 300, dtype)
-    want = run(oracle, p, torch.float64, entropy_coef=0.1)
+def test_narrow_error_is_at_most_twice_that_of_torch(dtype, device):
+    p = problem(device, 11, 64, 300, dtype)
+    want = run(device, oracle, p, torch.float64, entropy_coef=0.1)
 
     def same_dtype(hidden, weight, bias, ids, old_logp, advantages, weights, **settings):
         ids = torch.where(weights != 0, ids, -100)
         logp, entropy = logprob_reference(hidden.masked_fill((ids == -100)[:, None], 0.0) @ weight.t() + bias, ids)
         return policy_loss(logp, old_logp, advantages, weights, entropy=entropy, impl="torch", **settings)
-    theirs, got = run(same_dtype, p, entropy_coef=0.1), run(ours("triton", 6), p, entropy_coef=0.1)
+    theirs, got = run(device, same_dtype, p, entropy_coef=0.1), run(device, ours("triton", 6), p, entropy_coef=0.1)
     assert [t.dtype for t in got] == [torch.float32] * 2 + [dtype] * 3
     for name, a, b, exact in zip(("loss", "stats", "hidden", "weight", "bias"), got, theirs, want, strict=True):
         ours_off, theirs_off = ((t.double() - exact).abs().max() for t in (a, b))
@@ -291,17 +293,17 @@ def test_narrow_error_is_at_most_twice_that_of_torch(dtype):
 
 
 # Rows gather over chunks of 2 until no other chunk fits 5: with one active row in 3 the last products are made twice, not once a chunk.
-@only_triton
-def test_gradients_of_few_active_rows_gather(monkeypatch):
+@pytest.mark.usefixtures("triton_runs")
+def test_gradients_of_few_active_rows_gather(monkeypatch, device):
     from fusedrl.kernels import linear_policy_loss_triton as module
 
-    p = problem(18, 8, 50, masked=0.0)
-    p["advantages"] = torch.where(torch.arange(18) % 3 == 0, 1.0, 0.0)
-    want = run(oracle, p, torch.float64, objective=PolicyObjective(kind="ratio"))
+    p = problem(device, 18, 8, 50, masked=0.0)
+    p["advantages"] = torch.where(torch.arange(18, device=device) % 3 == 0, 1.0, 0.0)
+    want = run(device, oracle, p, torch.float64, objective=PolicyObjective(kind="ratio"))
     thick = []
     monkeypatch.setattr(module, "rows_of", lambda *_: (2, 5))
     monkeypatch.setattr(module, "add_product", lambda into, a, b: (thick.append(a.shape[1]), into.add_(a @ b)))
-    agree(run(ours("triton"), p, objective=PolicyObjective(kind="ratio")), want)
+    agree(run(device, ours("triton"), p, objective=PolicyObjective(kind="ratio")), want)
     assert thick == [4, 2]
 
 
@@ -315,18 +317,18 @@ def test_chunks_fit_the_workspace(workspace_bytes, V, itemsize):
     assert R < 128 or R % 128 == 0
 
 
-@only_triton
+@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("kind", ["clip", "gspo"])
-def test_triton_opcheck_and_compile(kind):
-    p = problem(7, 4, 11, masked=0.0)
+def test_triton_opcheck_and_compile(kind, device):
+    p = problem(device, 7, 4, 11, masked=0.0)
     leaves = [p[name].requires_grad_() for name in ("hidden", "weight", "bias")]
     columns = [p[name] for name in ("token_ids", "old_logp", "advantages", "weights", "ref_logp")]
     rest = (0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 2, 1, 0.05, 1.0, None, 0.0, 1 << 20, True, True, True)
     if kind == "clip":
-        torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_triton.default, (*leaves, *columns, torch.rand(7), None, None, *rest))
+        torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_triton.default, (*leaves, *columns, torch.rand(7, device=device), None, None, *rest))
 
     def step(hidden, weight, bias):
-        loss, stats = linear_policy_loss(hidden, weight, *columns[:4], bias=bias, objective=OBJECTIVES[kind], cu_seqlens=torch.tensor([0, 7]),
+        loss, stats = linear_policy_loss(hidden, weight, *columns[:4], bias=bias, objective=OBJECTIVES[kind], cu_seqlens=torch.tensor([0, 7], device=device),
                                          entropy_coef=0.1, impl="triton")
         return 2 * loss, torch.stack([*stats])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.cpu_only("Triton's compiler alone")
 SCRIPT = Path(__file__).resolve().parents[1] / "offline_compile.py"
 
 

@@ -4,12 +4,8 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.policy_loss import PolicyObjective, PolicyStats, policy_loss, policy_value_loss, token_weights, value_loss
 
-IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason)),
-         pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter"))]
-FUSED = IMPLS[1:]
 DUAL = PolicyObjective(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
 OBJECTIVES = {"clip": PolicyObjective(), "dual": DUAL, "ratio": PolicyObjective(kind="ratio"), "reinforce": PolicyObjective(kind="reinforce")}
 
@@ -18,7 +14,7 @@ def close(got, want, scale=1.0):
     torch.testing.assert_close(got.detach().double(), want.detach().double(), rtol=2e-6, atol=1e-6 * scale)
 
 
-def definition(logp, old_logp, advantages, weights, objective, entropy=None, entropy_coef=0.0):
+def definition(device, logp, old_logp, advantages, weights, objective, entropy=None, entropy_coef=0.0):
     """The textbook's minimum and maximum over the unmasked tokens alone, in float64; loss and its gradients by autograd."""
     live = weights != 0
     logp, old_logp, A, w = (t[live].double() for t in (logp, old_logp, advantages, weights))
@@ -36,18 +32,18 @@ def definition(logp, old_logp, advantages, weights, objective, entropy=None, ent
     if entropy is not None:
         term = term - entropy_coef * entropy[live].double()
     loss = (w * term).sum()
-    grad = torch.zeros(len(live), dtype=torch.float64)
+    grad = torch.zeros(len(live), dtype=torch.float64, device=device)
     grad[live] = torch.autograd.grad(loss, logp)[0]
     return loss.detach(), grad, d.detach(), ratio.detach(), A, (w * term).abs().sum().item()
 
 
-def random_inputs(N, seed, scale=1.0):
+def random_inputs(device, N, seed, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    old_logp = -torch.rand(N, generator=generator) * 5
-    logp = old_logp + 0.5 * torch.randn(N, generator=generator)
-    advantages = scale * torch.randn(N, generator=generator)
-    weights = torch.where(torch.rand(N, generator=generator) < 0.7, 0.5 + torch.rand(N, generator=generator), 0)
-    return logp, old_logp, advantages, weights, torch.rand(N, generator=generator) * 4
+    old_logp = -torch.rand(N, generator=generator).to(device) * 5
+    logp = old_logp + 0.5 * torch.randn(N, generator=generator).to(device)
+    advantages = scale * torch.randn(N, generator=generator).to(device)
+    weights = torch.where(torch.rand(N, generator=generator).to(device) < 0.7, 0.5 + torch.rand(N, generator=generator).to(device), 0)
+    return logp, old_logp, advantages, weights, torch.rand(N, generator=generator).to(device) * 4
 
 
 # ---- the values -----------------------------------------------------------------------------------------------------------
@@ -57,14 +53,15 @@ BY_HAND = [(2.0, 0.5, -1.0, -1.0), (2.0, 1.0, -2.0, -2.0), (2.0, 1.25, -2.5, -2.
            (0.0, 4.0, 0.0, 0.0), (0.0, 0.1, 0.0, 0.0)]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_every_branch_by_hand(impl):
+@pytest.mark.each_impl("policy_value_loss")
+def test_every_branch_by_hand(impl, device):
     for A, ratio, term, slope in BY_HAND:
-        logp = torch.tensor([math.log(ratio)], requires_grad=True)
-        loss, stats = policy_loss(logp, torch.zeros(1), torch.tensor([A]), torch.tensor([0.25]), objective=DUAL, impl=impl)
+        logp = torch.tensor([math.log(ratio)], requires_grad=True, device=device)
+        loss, stats = policy_loss(logp, torch.zeros(1, device=device), torch.tensor([A], device=device), torch.tensor([0.25], device=device), objective=DUAL,
+                                  impl=impl)
         loss.backward()
-        close(loss, torch.tensor(0.25 * term))
-        close(logp.grad, torch.tensor([0.25 * slope]))
+        close(loss, torch.tensor(0.25 * term, device=device))
+        close(logp.grad, torch.tensor([0.25 * slope], device=device))
         fractions = [float(A < 0 and ratio < 0.8), float(A > 0 and ratio > 1.28), float(A < 0 and ratio > 3)]
         assert [stats.clip_fraction_low.item(), stats.clip_fraction_high.item(), stats.clip_fraction_dual.item()] == fractions
 
@@ -87,14 +84,14 @@ def test_the_branches_tell_wrong_variants_apart():
 
 
 # 0 and 1 tokens; around a vector; one more than two tiles and a block. A third of the tokens is masked, and NaN there.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("policy_value_loss")
 @pytest.mark.parametrize("N", [0, 1, 33, 4097])
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_matches_the_definition_in_float64(impl, N, name, with_entropy):
-    objective, (logp, old_logp, advantages, weights, entropy) = OBJECTIVES[name], random_inputs(N, seed=N)
+def test_matches_the_definition_in_float64(impl, N, name, with_entropy, device):
+    objective, (logp, old_logp, advantages, weights, entropy) = OBJECTIVES[name], random_inputs(device, N, seed=N)
     coef = 0.02 if with_entropy else 0.0
-    want, want_grad, d, ratio, A, _ = definition(logp, old_logp, advantages, weights, objective, entropy if with_entropy else None, coef)
+    want, want_grad, d, ratio, A, _ = definition(device, logp, old_logp, advantages, weights, objective, entropy if with_entropy else None, coef)
     masked = weights == 0
     inputs = [torch.where(masked, math.nan, t).requires_grad_() for t in (logp, old_logp, advantages, entropy)]
     loss, stats = policy_loss(*inputs[:3], weights, objective=objective, entropy=inputs[3] if with_entropy else None, entropy_coef=coef, impl=impl)
@@ -119,7 +116,7 @@ def test_matches_the_definition_in_float64(impl, N, name, with_entropy):
         "clip_fraction_dual": bounded * ((A < 0) & (ratio > clips[2])).sum() / max(1, n),
     }
     for field, value in expected.items():
-        close(getattr(stats, field), torch.as_tensor(value))
+        close(getattr(stats, field), torch.as_tensor(value, device=device))
     for tensor in (loss, *stats):
         assert tensor.dtype == torch.float32
         assert tensor.shape == ()
@@ -127,20 +124,21 @@ def test_matches_the_definition_in_float64(impl, N, name, with_entropy):
 
 
 # Advantages of 0 and of 1e6, log ratios of 1e4: finite, cut where the exponential is, and counted.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("policy_value_loss")
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e6])
-def test_extreme_inputs(impl, name, scale):
-    d = torch.tensor([1e4, -1e4, 20.5, -20.5, 19.5, -19.5, 0.1, 1e-4, 0.0]).repeat_interleave(2)
-    advantages, weights, old_logp = scale * torch.tensor([1.0, -1.0]).repeat(9), torch.linspace(0.5, 1.5, 18), torch.full((18,), -0.25)
+def test_extreme_inputs(impl, name, scale, device):
+    d = torch.tensor([1e4, -1e4, 20.5, -20.5, 19.5, -19.5, 0.1, 1e-4, 0.0], device=device).repeat_interleave(2)
+    advantages, weights = scale * torch.tensor([1.0, -1.0], device=device).repeat(9), torch.linspace(0.5, 1.5, 18, device=device)
+    old_logp = torch.full((18,), -0.25, device=device)
     logp = old_logp + d
-    want, want_grad, exact, _, _, size = definition(logp, old_logp, advantages, weights, OBJECTIVES[name])
+    want, want_grad, exact, _, _, size = definition(device, logp, old_logp, advantages, weights, OBJECTIVES[name])
     logp.requires_grad_()
     loss, stats = policy_loss(logp, old_logp, advantages, weights, objective=OBJECTIVES[name], impl=impl)
     loss.backward()
     close(loss / 18, want / 18, max(1, size / 18))
     close(logp.grad, want_grad, max(1, scale))
-    close(stats.clamped_fraction, torch.tensor(8 / 18))
+    close(stats.clamped_fraction, torch.tensor(8 / 18, device=device))
     close(stats.approx_kl_k1, -exact.mean())
     close(stats.approx_kl_k2, (exact**2).mean() / 2)
     assert all(torch.isfinite(tensor) for tensor in (loss, *stats))
@@ -149,19 +147,19 @@ def test_extreme_inputs(impl, name, scale):
 
 
 # k3 is d^2 / 2 where d is small, which 1 + d - 1 - d cannot show in float32.
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.each_impl("policy_value_loss", but=("torch",))
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.34, 0.35, 1.0])
-def test_k3_has_no_cancellation(impl, size):
-    d = size * torch.linspace(-1, 1, 40)
-    stats = policy_loss(d, torch.zeros(40), torch.ones(40), torch.ones(40), impl=impl)[1]
+def test_k3_has_no_cancellation(impl, size, device):
+    d = size * torch.linspace(-1, 1, 40, device=device)
+    stats = policy_loss(d, torch.zeros(40, device=device), torch.ones(40, device=device), torch.ones(40, device=device), impl=impl)[1]
     torch.testing.assert_close(stats.approx_kl_k3.double(), (d.double().expm1() - d.double()).mean(), rtol=3e-6, atol=0)
 
 
 # ---- what must be exact -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("policy_value_loss")
 @pytest.mark.parametrize("N", [1, 33, 4097])
-def test_before_the_first_step_the_ratio_is_exactly_one(impl, N):
-    logp, _, advantages, weights, _ = random_inputs(N, seed=3)
+def test_before_the_first_step_the_ratio_is_exactly_one(impl, N, device):
+    logp, _, advantages, weights, _ = random_inputs(device, N, seed=3)
     weights[0] = 1.0
     logp.requires_grad_()
     loss, stats = policy_loss(logp, logp.detach(), advantages, weights, objective=DUAL, impl=impl)
@@ -172,11 +170,11 @@ def test_before_the_first_step_the_ratio_is_exactly_one(impl, N):
     assert torch.equal(logp.grad, -weights * advantages)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("policy_value_loss")
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize("keep", ["some", "none"])
-def test_what_is_masked_changes_nothing(impl, poison, keep):
-    logp, old_logp, advantages, weights, entropy = random_inputs(2100, seed=7)
+def test_what_is_masked_changes_nothing(impl, poison, keep, device):
+    logp, old_logp, advantages, weights, entropy = random_inputs(device, 2100, seed=7)
     values, old_values, returns = logp + 1, old_logp + 1, advantages + 2
     if keep == "none":
         weights = torch.zeros_like(weights)
@@ -198,9 +196,9 @@ def test_what_is_masked_changes_nothing(impl, poison, keep):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
-@pytest.mark.parametrize("impl", IMPLS)
-def test_nan_that_is_not_masked_is_not_hidden(impl):
-    logp, old_logp, advantages, weights, _ = random_inputs(50, seed=1)
+@pytest.mark.each_impl("policy_value_loss")
+def test_nan_that_is_not_masked_is_not_hidden(impl, device):
+    logp, old_logp, advantages, weights, _ = random_inputs(device, 50, seed=1)
     weights[20], logp[20] = 1.0, math.nan
     logp.requires_grad_()
     loss, stats = policy_loss(logp, old_logp, advantages, weights, impl=impl)
@@ -209,9 +207,9 @@ def test_nan_that_is_not_masked_is_not_hidden(impl):
     assert torch.isnan(logp.grad).sum() == 1
 
 
-@pytest.mark.parametrize("impl", FUSED)
-def test_same_bits_every_run_and_for_any_number_of_threads(impl):
-    logp, old_logp, advantages, weights, entropy = random_inputs(100_003 if impl == "cpp" else 5000, seed=11)
+@pytest.mark.each_impl("policy_value_loss", but=("torch",))
+def test_same_bits_every_run_and_for_any_number_of_threads(impl, device):
+    logp, old_logp, advantages, weights, entropy = random_inputs(device, 100_003 if impl == "cpp" else 5000, seed=11)
 
     def run():
         out = policy_value_loss(logp, old_logp, advantages, weights, entropy, old_logp, advantages, value_clip=0.2, entropy=entropy, impl=impl)
@@ -228,9 +226,9 @@ def test_same_bits_every_run_and_for_any_number_of_threads(impl):
 
 
 # More blocks than one chunk of the kernel that adds them up holds: 524,288 tokens, or two blocks of a smaller chunk.
-@pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter")
-def test_blocks_are_added_up_chunk_by_chunk(monkeypatch):
-    logp, old_logp, advantages, weights, entropy = random_inputs(9000, seed=12)
+@pytest.mark.usefixtures("triton_runs")
+def test_blocks_are_added_up_chunk_by_chunk(monkeypatch, device):
+    logp, old_logp, advantages, weights, entropy = random_inputs(device, 9000, seed=12)
     outcomes = []
     for chunk in (256, 2):
         monkeypatch.setattr("fusedrl.kernels.policy_loss_triton._CHUNK", chunk)
@@ -239,9 +237,10 @@ def test_blocks_are_added_up_chunk_by_chunk(monkeypatch):
     torch.testing.assert_close(*outcomes, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_strided_inputs_and_untouched_inputs():
-    wide = torch.stack(random_inputs(300, seed=5), dim=1)
+def test_strided_inputs_and_untouched_inputs(device):
+    wide = torch.stack(random_inputs(device, 300, seed=5), dim=1)
     before = wide.clone()
     columns, copies = wide.unbind(1), [c.contiguous() for c in wide.unbind(1)]
     assert torch.equal(policy_loss(*columns[:4], impl="cpp")[0], policy_loss(*copies[:4], impl="cpp")[0])
@@ -249,9 +248,9 @@ def test_strided_inputs_and_untouched_inputs():
 
 
 # ---- gradients --------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
-def test_any_upstream_gradient(impl):
-    logp, old_logp, advantages, weights, entropy = random_inputs(40, seed=2)
+@pytest.mark.each_impl("policy_value_loss")
+def test_any_upstream_gradient(impl, device):
+    logp, old_logp, advantages, weights, entropy = random_inputs(device, 40, seed=2)
     logp.requires_grad_()
     entropy.requires_grad_()
     loss, _ = policy_loss(logp, old_logp, advantages, weights, entropy=entropy, entropy_coef=0.5, impl=impl)
@@ -263,9 +262,9 @@ def test_any_upstream_gradient(impl):
     assert not detached.requires_grad
 
 
-@pytest.mark.parametrize("impl", FUSED)
-def test_double_backward_is_refused(impl):
-    logp, old_logp, advantages, weights, entropy = random_inputs(40, seed=2)
+@pytest.mark.each_impl("policy_value_loss", but=("torch",))
+def test_double_backward_is_refused(impl, device):
+    logp, old_logp, advantages, weights, entropy = random_inputs(device, 40, seed=2)
     leaves = [t.requires_grad_() for t in (logp, entropy, entropy.detach().clone())]
     loss = policy_value_loss(logp, old_logp, advantages, weights, leaves[2], None, advantages, entropy=entropy, impl=impl)[0]
     for leaf in leaves:
@@ -273,9 +272,9 @@ def test_double_backward_is_refused(impl):
             torch.autograd.grad((leaf * torch.autograd.grad(loss, leaf, create_graph=True)[0]).sum(), leaf)
 
 
-@pytest.mark.parametrize("impl", FUSED)
-def test_both_losses_at_once_are_the_two_apart(impl):
-    logp, old_logp, advantages, weights, entropy = random_inputs(500, seed=9)
+@pytest.mark.each_impl("policy_value_loss", but=("torch",))
+def test_both_losses_at_once_are_the_two_apart(impl, device):
+    logp, old_logp, advantages, weights, entropy = random_inputs(device, 500, seed=9)
     values = entropy.clone()
     logp.requires_grad_()
     values.requires_grad_()
@@ -291,10 +290,10 @@ def test_both_losses_at_once_are_the_two_apart(impl):
 
 
 # Any split into micro-batches, with the weights of the whole: the gradients are the same ones, and the losses add up.
-@pytest.mark.parametrize("impl", IMPLS)
-def test_micro_batches_change_nothing(impl):
-    logp, old_logp, advantages, _, _ = random_inputs(120, seed=4)
-    weights = token_weights(torch.rand(120) < 0.6, "token_mean")
+@pytest.mark.each_impl("policy_value_loss")
+def test_micro_batches_change_nothing(impl, device):
+    logp, old_logp, advantages, _, _ = random_inputs(device, 120, seed=4)
+    weights = token_weights(torch.rand(120, device=device) < 0.6, "token_mean")
     logp.requires_grad_()
     whole, _ = policy_loss(logp, old_logp, advantages, weights, impl=impl)
     (want,) = torch.autograd.grad(whole, logp)
@@ -305,17 +304,18 @@ def test_micro_batches_change_nothing(impl):
 
 
 # ---- reinforce without an old policy, refusals, torch's own checks -------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
-def test_reinforce_needs_no_old_policy(impl):
-    logp, old_logp, advantages, weights, _ = random_inputs(33, seed=6)
+@pytest.mark.each_impl("policy_value_loss")
+def test_reinforce_needs_no_old_policy(impl, device):
+    logp, old_logp, advantages, weights, _ = random_inputs(device, 33, seed=6)
     reinforce = OBJECTIVES["reinforce"]
     alone, stats = policy_loss(logp, None, advantages, weights, objective=reinforce, impl=impl)
     assert torch.equal(alone, policy_loss(logp, old_logp, advantages, weights, objective=reinforce, impl=impl)[0])
     assert (stats.ratio_min, stats.ratio_max, stats.approx_kl_k3) == (1, 1, 0)
 
 
-def test_refuses_what_it_does_not_support():
-    x = torch.zeros(3)
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
+def test_refuses_what_it_does_not_support(device):
+    x = torch.zeros(3, device=device)
     with pytest.raises(ValueError, match=r"expected kind to be one of clip, ratio, reinforce, .*, got 'ppo'"):
         PolicyObjective(kind="ppo")
     with pytest.raises(ValueError, match=r"kind 'ratio' does not use clip_high; leave it at None, got 0.3"):
@@ -327,7 +327,7 @@ def test_refuses_what_it_does_not_support():
     with pytest.raises(ValueError, match="expected clip_high >= 0"):
         PolicyObjective(clip_high=math.nan)
     with pytest.raises(ValueError, match=r"advantages does not fit its pattern \[N\] with .*'N': 3"):
-        policy_loss(x, x, torch.zeros(4), x)
+        policy_loss(x, x, torch.zeros(4, device=device), x)
     with pytest.raises(TypeError, match="expected logp of dtype float32"):
         policy_loss(x.bfloat16(), x, x, x)
     with pytest.raises(TypeError, match="expected a tensor for advantages, got None"):
@@ -340,19 +340,19 @@ def test_refuses_what_it_does_not_support():
         policy_loss(x, x, x, x, impl="cuda")
 
 
-def op_arguments(parts):
-    x = [torch.rand(9) for _ in range(8)]
+def op_arguments(device, parts):
+    x = [torch.rand(9, device=device) for _ in range(8)]
     policy = [t.requires_grad_(i == 0) for i, t in enumerate(x[:3])] if "policy" in parts else [None] * 3
     entropy = x[4].requires_grad_() if "policy" in parts else None
     value = [x[5].requires_grad_(), x[6], x[7]] if "value" in parts else [None] * 3
-    extras = [torch.rand(9) for _ in range(4)] if "policy" in parts else [None] * 4
+    extras = [torch.rand(9, device=device) for _ in range(4)] if "policy" in parts else [None] * 4
     return (*policy, x[3], entropy, *value, *extras, 0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.3, 2, 1, 0.1, 0.2, 0.5)
 
 
 @pytest.mark.parametrize("parts", ["policy", "value", "policy and value"])
-@pytest.mark.parametrize("impl", FUSED)
-def test_opcheck(impl, parts):
-    arguments = op_arguments(parts)
+@pytest.mark.each_impl("policy_value_loss", only=("cpp", "triton"))
+def test_opcheck(impl, parts, device):
+    arguments = op_arguments(device, parts)
     if impl == "triton":
         torch.library.opcheck(torch.ops.fusedrl.policy_value_loss_triton.default, arguments)
         return
@@ -361,9 +361,9 @@ def test_opcheck(impl, parts):
     torch.library.opcheck(torch.ops.fusedrl.policy_value_loss_forward.default, constants)
 
 
-@pytest.mark.parametrize("impl", FUSED)
-def test_compiles_as_one_graph(impl):
-    logp, old_logp, advantages, weights, entropy = random_inputs(40, seed=8)
+@pytest.mark.each_impl("policy_value_loss", but=("torch",))
+def test_compiles_as_one_graph(impl, device):
+    logp, old_logp, advantages, weights, entropy = random_inputs(device, 40, seed=8)
 
     def step(logp, values):
         loss, policy, value = policy_value_loss(logp, old_logp, advantages, weights, values, None, advantages, objective=DUAL, impl=impl)

@@ -4,40 +4,39 @@ import math
 import pytest
 import torch
 
-from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.objective import KINDS
 from fusedrl.kernels.policy_loss import KL_ESTIMATORS, PolicyObjective, RolloutCorrection, policy_loss, policy_loss_reference, policy_value_loss
 
-IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason)),
-         pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no triton interpreter"))]
-FUSED = IMPLS[1:]
 OBJECTIVES = {kind: PolicyObjective(kind=kind) for kind in KINDS} | {
     "gspo": PolicyObjective(kind="gspo", clip_low=0.1, clip_high=0.15), "cispo": PolicyObjective(kind="cispo", clip_max=1.3),
     "kl_penalty": PolicyObjective(kind="kl_penalty", beta=0.3), "dro": PolicyObjective(kind="dro", beta=0.2),
     "sapo": PolicyObjective(kind="sapo", tau_positive=1.5, tau_negative=3.0)}
-BOUNDS = torch.tensor([0, 9, 9, 10, 43, 60], dtype=torch.int32)  # an empty sequence, one of one token, one that is masked
+BOUNDS = [0, 9, 9, 10, 43, 60]  # an empty sequence, one of one token, one that is masked
 
 
 def close(got, want, scale=1.0):
     torch.testing.assert_close(got.detach().double(), want.detach().double(), rtol=2e-6, atol=1e-6 * scale)
 
 
-def problem(seed=0, spread=0.4):
+def bounds(device):
+    return torch.tensor(BOUNDS, dtype=torch.int32, device=device)
+
+
+def problem(device, seed=0, spread=0.4):
     generator = torch.Generator().manual_seed(seed)
-    N = int(BOUNDS[-1])
-    old_logp = -torch.rand(N, generator=generator) * 5
+    N = BOUNDS[-1]
+    old_logp = -torch.rand(N, generator=generator).to(device) * 5
     names = ("logp", "ref_logp", "rollout_logp")
-    inputs = {name: old_logp + spread * torch.randn(N, generator=generator) for name in names}
-    inputs |= {"old_logp": old_logp, "advantages": torch.randn(N, generator=generator), "entropy": torch.rand(N, generator=generator) * 4}
-    weights = torch.where(torch.rand(N, generator=generator) < 0.7, 0.5 + torch.rand(N, generator=generator), 0)
+    inputs = {name: old_logp + spread * torch.randn(N, generator=generator).to(device) for name in names}
+    inputs |= {"old_logp": old_logp, "advantages": torch.randn(N, generator=generator).to(device), "entropy": torch.rand(N, generator=generator).to(device) * 4}
+    weights = torch.where(torch.rand(N, generator=generator).to(device) < 0.7, 0.5 + torch.rand(N, generator=generator).to(device), 0)
     weights[43:] = 0.0
     return inputs, weights
 
 
 def loss_of(inputs, weights, impl="torch", **settings):
     inputs = dict(inputs)
-    return policy_loss(inputs.pop("logp"), inputs.pop("old_logp"), inputs.pop("advantages"), weights, impl=impl, cu_seqlens=BOUNDS,
+    return policy_loss(inputs.pop("logp"), inputs.pop("old_logp"), inputs.pop("advantages"), weights, impl=impl, cu_seqlens=bounds(weights.device),
                        **{k: v for k, v in inputs.items() if k != "rollout_logp" or "rollout_correction" in settings}, **settings)
 
 
@@ -57,37 +56,39 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("policy_value_loss")
 @pytest.mark.parametrize("kind", BY_HAND)
-def test_every_branch_by_hand(impl, kind):
+def test_every_branch_by_hand(impl, kind, device):
     for A, ratio, term, slope in BY_HAND[kind]:
-        logp = torch.tensor([math.log(ratio)], requires_grad=True)
-        loss, stats = policy_loss(logp, torch.zeros(1), torch.tensor([A]), torch.tensor([0.25]), objective=OBJECTIVES[kind],
-                                  cu_seqlens=torch.tensor([0, 1]), impl=impl)
+        logp = torch.tensor([math.log(ratio)], requires_grad=True, device=device)
+        loss, stats = policy_loss(logp, torch.zeros(1, device=device), torch.tensor([A], device=device), torch.tensor([0.25], device=device),
+                                  objective=OBJECTIVES[kind],
+                                  cu_seqlens=torch.tensor([0, 1], device=device), impl=impl)
         loss.backward()
-        close(loss, torch.tensor(0.25 * term))
-        close(logp.grad, torch.tensor([0.25 * slope]))
+        close(loss, torch.tensor(0.25 * term, device=device))
+        close(logp.grad, torch.tensor([0.25 * slope], device=device))
         if kind in ("gspo", "geometric_mean"):
             assert (stats.clip_fraction_low + stats.clip_fraction_high).item() == float(slope == 0)
 
 
 # Two tokens share s = exp((log 1.5 + log 0.9) / 2); geometric_mean cuts the first at 0.4. Each has its own advantage.
-@pytest.mark.parametrize("impl", IMPLS)
-def test_sequence_kinds_token_by_token(impl):
-    d = torch.tensor([1.5, 0.9]).log()
+@pytest.mark.each_impl("policy_value_loss")
+def test_sequence_kinds_token_by_token(impl, device):
+    d = torch.tensor([1.5, 0.9], device=device).log()
     for kind, s, slopes in (("gspo", math.sqrt(1.35), (1, 0)), ("geometric_mean", math.exp((0.4 + L(0.9)) / 2), (0, 1))):
         logp = d.clone().requires_grad_()
         objective = PolicyObjective(kind=kind, clip_high=0.17 if kind == "gspo" else 0.4, clip_low=0.1)
-        advantages = torch.tensor([2.0, 3.0] if kind == "geometric_mean" else [-2.0, 3.0])
+        advantages = torch.tensor([2.0, 3.0] if kind == "geometric_mean" else [-2.0, 3.0], device=device)
         if kind == "gspo":
             slopes = (1, 1)
-        loss, _ = policy_loss(logp, torch.zeros(2), advantages, torch.tensor([1.0, 0.5]), objective=objective, cu_seqlens=torch.tensor([0, 2]), impl=impl)
+        loss, _ = policy_loss(logp, torch.zeros(2, device=device), advantages, torch.tensor([1.0, 0.5], device=device), objective=objective,
+                              cu_seqlens=torch.tensor([0, 2], device=device), impl=impl)
         loss.backward()
         close(loss, -s * (advantages[0] + 0.5 * advantages[1]))
-        close(logp.grad, -s * advantages * torch.tensor([1.0, 0.5]) * torch.tensor(slopes))
+        close(logp.grad, -s * advantages * torch.tensor([1.0, 0.5], device=device) * torch.tensor(slopes, device=device))
 
 
-def definition(kind, objective, logp, old_logp, A, w):
+def definition(device, kind, objective, logp, old_logp, A, w):
     """The whole loss over unmasked tokens in float64, sequences one by one where the kind asks for it."""
     d = logp - old_logp
     ratio, beta = d.exp(), objective.beta or 0.0
@@ -96,20 +97,20 @@ def definition(kind, objective, logp, old_logp, A, w):
     if kind == "cispo":
         return -(w * A * ratio.detach().clamp(max=objective.clip_max) * logp).sum()
     if kind == "sapo":
-        tau = torch.where(A > 0, torch.tensor(objective.tau_positive).double(), torch.tensor(objective.tau_negative).double())
+        tau = torch.where(A > 0, torch.tensor(objective.tau_positive, device=device).double(), torch.tensor(objective.tau_negative, device=device).double())
         return -(w * A * 4 / tau / (1 + torch.exp(-tau * (ratio - 1)))).sum()
     return {"ratio": -(w * A * ratio), "reinforce": -(w * A * logp), "dro": -(w * (A * logp - beta / 2 * d * d)),
             "kl_penalty": w * (-A * ratio + beta * (ratio - 1 - d))}[kind].sum()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("policy_value_loss")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("gspo", "geometric_mean")])
-def test_token_kinds_match_the_definition(impl, kind):
-    inputs, weights = problem(seed=1)
+def test_token_kinds_match_the_definition(impl, kind, device):
+    inputs, weights = problem(device, seed=1)
     live = weights != 0
     wide = {name: x[live].double() for name, x in inputs.items()}
     wide["logp"].requires_grad_()
-    want = definition(kind, OBJECTIVES[kind], wide["logp"], wide["old_logp"], wide["advantages"], weights[live].double())
+    want = definition(device, kind, OBJECTIVES[kind], wide["logp"], wide["old_logp"], wide["advantages"], weights[live].double())
     (want_grad,) = torch.autograd.grad(want, wide["logp"])
     logp = torch.where(live, inputs["logp"], math.nan).requires_grad_()
     loss, stats = policy_loss(logp, inputs["old_logp"], inputs["advantages"], weights, objective=OBJECTIVES[kind], impl=impl)
@@ -122,16 +123,16 @@ def test_token_kinds_match_the_definition(impl, kind):
 
 
 # With one advantage and one weight a sequence the per-token form is the sequence objective, differentiated through the mean.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("policy_value_loss")
 @pytest.mark.parametrize("kind", ["gspo", "geometric_mean"])
 @pytest.mark.parametrize("spread", [0.1, 0.8])
-def test_sequence_kinds_are_the_sequence_objective(impl, kind, spread):
-    inputs, weights = problem(seed=2, spread=spread)
+def test_sequence_kinds_are_the_sequence_objective(impl, kind, spread, device):
+    inputs, weights = problem(device, seed=2, spread=spread)
     objective, live = OBJECTIVES[kind], weights != 0
     logp64 = inputs["logp"].double().requires_grad_()
-    want, advantages, weights = 0.0, torch.zeros(60), torch.zeros(60)
+    want, advantages, weights = 0.0, torch.zeros(60, device=device), torch.zeros(60, device=device)
     for b, A in enumerate((0.7, 1.0, -1.3, -0.4, 2.0)):
-        span = torch.arange(int(BOUNDS[b]), int(BOUNDS[b + 1]))
+        span = torch.arange(BOUNDS[b], BOUNDS[b + 1], device=device)
         tokens = span[live[span]]
         if not len(tokens):
             continue
@@ -144,7 +145,8 @@ def test_sequence_kinds_are_the_sequence_objective(impl, kind, spread):
             want = want - A * (d.clamp(max=0.4) if A > 0 else d.clamp(min=-0.4)).mean().exp() / 3
     (want_grad,) = torch.autograd.grad(want, logp64)
     logp = torch.where(live, inputs["logp"], math.nan).requires_grad_()
-    loss, _ = policy_loss(logp, inputs["old_logp"], torch.where(live, advantages, math.nan), weights, objective=objective, cu_seqlens=BOUNDS, impl=impl)
+    loss, _ = policy_loss(logp, inputs["old_logp"], torch.where(live, advantages, math.nan), weights, objective=objective, cu_seqlens=bounds(device),
+                          impl=impl)
     loss.backward()
     close(loss, want)
     close(logp.grad, want_grad)
@@ -160,11 +162,11 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("policy_value_loss")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_matches_float64_and_ignores_what_is_masked(impl, kind, name):
-    inputs, weights = problem(seed=3)
+def test_matches_float64_and_ignores_what_is_masked(impl, kind, name, device):
+    inputs, weights = problem(device, seed=3)
     settings = SETTINGS[name] | {"objective": OBJECTIVES[kind]}
 
     def run(inputs, weights, impl):
@@ -177,7 +179,7 @@ def test_matches_float64_and_ignores_what_is_masked(impl, kind, name):
     got = run({n: torch.where(weights == 0, math.nan, x) for n, x in inputs.items()}, weights, impl)
     close(got[0] / 60, want[0] / 60)
     close(got[2], want[2])
-    close(got[3], want[3] if settings.get("entropy_coef") else torch.zeros(60))
+    close(got[3], want[3] if settings.get("entropy_coef") else torch.zeros(60, device=device))
     for field in want[1]._fields:
         close(getattr(got[1], field), getattr(want[1], field), 60 if field == "loss" else 1)
     again = run({n: torch.where(weights == 0, 1e30, x) for n, x in inputs.items()}, weights, impl)
@@ -186,8 +188,8 @@ def test_matches_float64_and_ignores_what_is_masked(impl, kind, name):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("gspo", "geometric_mean", "cispo")])
 @pytest.mark.parametrize("name", ["k3", "truncated"])
-def test_gradcheck_of_the_reference(kind, name):
-    inputs, weights = problem(seed=4)
+def test_gradcheck_of_the_reference(kind, name, device):
+    inputs, weights = problem(device, seed=4)
     wide = {n: x.double() for n, x in inputs.items()}
     logp, entropy = wide.pop("logp").requires_grad_(), wide.pop("entropy").requires_grad_()
 
@@ -197,10 +199,10 @@ def test_gradcheck_of_the_reference(kind, name):
     assert torch.autograd.gradcheck(loss, (logp, entropy))
 
 
-@pytest.mark.parametrize("impl", FUSED)
-def test_every_estimator_and_far_log_ratios(impl):
-    k = torch.tensor([1e4, -1e4, 20.5, -20.5, 19.5, -19.5, 1.0, -1.0, 1e-3, -1e-3, 0.0])
-    ones, ref = torch.ones(11), torch.full((11,), -0.25)
+@pytest.mark.each_impl("policy_value_loss", but=("torch",))
+def test_every_estimator_and_far_log_ratios(impl, device):
+    k = torch.tensor([1e4, -1e4, 20.5, -20.5, 19.5, -19.5, 1.0, -1.0, 1e-3, -1e-3, 0.0], device=device)
+    ones, ref = torch.ones(11, device=device), torch.full((11,), -0.25, device=device)
     for estimator in KL_ESTIMATORS:
         for gradient in KL_ESTIMATORS:
             outcomes = []
@@ -217,20 +219,20 @@ def test_every_estimator_and_far_log_ratios(impl):
 
 
 # ---- what the estimators do: algorithms.md 2.8, over every token of a small vocabulary ------------------------------------------
-def test_which_kl_each_estimator_follows():
-    z = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
-    ref = torch.tensor([-0.5, 0.2, 0.4, 1.0], dtype=torch.float64).log_softmax(0)
+def test_which_kl_each_estimator_follows(device):
+    z = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True, device=device)
+    ref = torch.tensor([-0.5, 0.2, 0.4, 1.0], dtype=torch.float64, device=device).log_softmax(0)
     pi = z.log_softmax(0)
     (reverse,) = torch.autograd.grad((pi.exp() * (pi - ref)).sum(), z, retain_graph=True)
     (forward,) = torch.autograd.grad((ref.exp() * (ref - pi)).sum(), z, retain_graph=True)
     value = (pi.exp() * (pi - ref)).sum()
 
     def of(estimator, gradient=None):
-        loss, _ = policy_loss_reference(pi, pi.detach(), torch.zeros(4), pi.detach().exp(), ref_logp_N=ref, kl_coef=1.0,
+        loss, _ = policy_loss_reference(pi, pi.detach(), torch.zeros(4, device=device), pi.detach().exp(), ref_logp_N=ref, kl_coef=1.0,
                                         kl_estimator=estimator, kl_gradient=gradient)
         return loss, torch.autograd.grad(loss, z, retain_graph=True)[0]
 
-    zero = torch.zeros(4, dtype=torch.float64)
+    zero = torch.zeros(4, dtype=torch.float64, device=device)
     for estimator, right_value, grad in (("k1", True, zero), ("k2", False, reverse), ("k3", True, forward)):
         loss, got = of(estimator)
         assert bool((loss - value).abs() < 1e-12) == right_value
@@ -242,9 +244,9 @@ def test_which_kl_each_estimator_follows():
 
 # All 8 completions of three binary tokens under a policy with its own logit for every prefix: only the sequence level has the gradient of
 # the KL between completions.
-def test_over_completions_only_the_sequence_level_is_exact():
+def test_over_completions_only_the_sequence_level_is_exact(device):
     generator = torch.Generator().manual_seed(5)
-    z, z_ref = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(2))
+    z, z_ref = (torch.randn(7, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
     z.requires_grad_()
 
     def logps(z):
@@ -263,8 +265,9 @@ def test_over_completions_only_the_sequence_level_is_exact():
     weights = chance.detach()[:, None].expand(8, 3).reshape(24)
 
     def error(estimator, level):
-        loss, _ = policy_loss_reference(logp.reshape(24), logp.detach().reshape(24), torch.zeros(24), weights, ref_logp_N=ref.reshape(24), kl_coef=1.0,
-                                        kl_estimator=estimator, kl_level=level, cu_seqlens=torch.arange(0, 25, 3))
+        loss, _ = policy_loss_reference(logp.reshape(24), logp.detach().reshape(24), torch.zeros(24, device=device), weights, ref_logp_N=ref.reshape(24),
+                                        kl_coef=1.0,
+                                        kl_estimator=estimator, kl_level=level, cu_seqlens=torch.arange(0, 25, 3, device=device))
         return ((torch.autograd.grad(loss, z, retain_graph=True)[0] - want).norm() / want.norm()).item()
 
     assert error("k2", "sequence") < 1e-12
@@ -272,7 +275,7 @@ def test_over_completions_only_the_sequence_level_is_exact():
 
 
 # ---- the rollout correction ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("policy_value_loss")
 @pytest.mark.parametrize("correction,factors", [
     (RolloutCorrection(cap=2.0), (2.0, 0.5, 1.0, 2.0)),
     (RolloutCorrection(kind="masked", cap=2.0), (0.0, 0.5, 1.0, 2.0)),
@@ -286,12 +289,12 @@ def test_over_completions_only_the_sequence_level_is_exact():
     (RolloutCorrection(kind="sequence_masked", cap=2.0, floor=1.5), (0.0, 0.0, 0.0, 0.0)),
     (RolloutCorrection(kind="sequence_masked", level="sequence", cap=1.5), (2.0, 2.0, 2.0, 2.0)),
 ])
-def test_the_correction_scales_the_policy_term_alone(impl, correction, factors):
-    old_logp = torch.tensor([4.0, 0.5, 1.0, 2.0]).log()
-    bounds, weights, factors = torch.tensor([0, 2, 4]), torch.tensor([0.5, 1.0, 1.5, 2.0]), torch.tensor(factors)
-    logp, entropy = old_logp.clone().requires_grad_(), torch.ones(4, requires_grad=True)
-    loss, stats = policy_loss(logp, old_logp, torch.ones(4), weights, ref_logp=old_logp - 1, kl_coef=0.5, kl_estimator="k2", entropy=entropy,
-                              entropy_coef=0.1, rollout_logp=torch.zeros(4), rollout_correction=correction, cu_seqlens=bounds, impl=impl)
+def test_the_correction_scales_the_policy_term_alone(impl, correction, factors, device):
+    old_logp = torch.tensor([4.0, 0.5, 1.0, 2.0], device=device).log()
+    bounds, weights, factors = torch.tensor([0, 2, 4], device=device), torch.tensor([0.5, 1.0, 1.5, 2.0], device=device), torch.tensor(factors, device=device)
+    logp, entropy = old_logp.clone().requires_grad_(), torch.ones(4, requires_grad=True, device=device)
+    loss, stats = policy_loss(logp, old_logp, torch.ones(4, device=device), weights, ref_logp=old_logp - 1, kl_coef=0.5, kl_estimator="k2", entropy=entropy,
+                              entropy_coef=0.1, rollout_logp=torch.zeros(4, device=device), rollout_correction=correction, cu_seqlens=bounds, impl=impl)
     loss.backward()
     close(loss, (weights * (-factors + 0.25 - 0.1)).sum())
     close(logp.grad, weights * (-factors + 0.5))
@@ -299,24 +302,25 @@ def test_the_correction_scales_the_policy_term_alone(impl, correction, factors):
     close(stats.correction_mean, factors.mean())
 
 
-def test_the_geometric_mean_is_of_unmasked_tokens():
-    old_logp, weights = torch.tensor([4.0, math.nan, 1.0, 3.0, math.nan]).log(), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+def test_the_geometric_mean_is_of_unmasked_tokens(device):
+    old_logp, weights = torch.tensor([4.0, math.nan, 1.0, 3.0, math.nan], device=device).log(), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0], device=device)
     correction = RolloutCorrection(kind="sequence_masked", cap=2.5)  # means 2 with the first two unmasked, 3 with the rest; cube roots would be below
-    rollout_logp = torch.tensor([0.0, math.nan, 0.0, 0.0, math.inf])
-    stats = policy_loss(old_logp, old_logp, torch.ones(5), weights, rollout_logp=rollout_logp, rollout_correction=correction,
-                        cu_seqlens=torch.tensor([0, 3, 5]))[1]
-    close(stats.correction_mean, torch.tensor((4.0 + 1.0 + 0.0) / 3))
+    rollout_logp = torch.tensor([0.0, math.nan, 0.0, 0.0, math.inf], device=device)
+    stats = policy_loss(old_logp, old_logp, torch.ones(5, device=device), weights, rollout_logp=rollout_logp, rollout_correction=correction,
+                        cu_seqlens=torch.tensor([0, 3, 5], device=device))[1]
+    close(stats.correction_mean, torch.tensor((4.0 + 1.0 + 0.0) / 3, device=device))
 
 
-def test_without_a_correction_its_mean_is_one():
-    x = torch.zeros(3)
+def test_without_a_correction_its_mean_is_one(device):
+    x = torch.zeros(3, device=device)
     assert policy_loss(x, x, x, x + 1)[1].correction_mean == 1
     assert policy_loss(x, x, x, x, rollout_logp=x, rollout_correction=RolloutCorrection())[1].correction_mean == 1
 
 
 # ---- refusals, torch's own checks ----------------------------------------------------------------------------------------------------
-def test_refuses_what_does_not_fit_together():
-    x, wide = torch.zeros(3), torch.tensor([0, 3])
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
+def test_refuses_what_does_not_fit_together(device):
+    x, wide = torch.zeros(3, device=device), torch.tensor([0, 3], device=device)
     for objective, message in (({"kind": "gspo", "dual_clip": 3.0}, "kind 'gspo' does not use dual_clip; leave it at None, got 3.0"),
                                ({"kind": "cispo", "clip_max": 0.0}, "expected a finite clip_max > 0"),
                                ({"kind": "sapo", "tau_negative": math.inf}, "expected a finite tau_negative > 0"),
@@ -336,8 +340,8 @@ def test_refuses_what_does_not_fit_together():
                               ({"rollout_logp": x, "rollout_correction": RolloutCorrection(level="sequence")}, "expected cu_seqlens with rollout_corr"),
                               ({"rollout_logp": x, "rollout_correction": RolloutCorrection(kind="sequence_masked")}, "with rollout_correction by sequ"),
                               ({"objective": PolicyObjective(kind="gspo")}, "expected cu_seqlens with kind 'gspo'"),
-                              ({"cu_seqlens": torch.tensor([0, 4])}, "expected cu_seqlens to rise from 0 to 3"),
-                              ({"ref_logp": torch.zeros(4)}, "ref_logp does not fit its pattern")):
+                              ({"cu_seqlens": torch.tensor([0, 4], device=device)}, "expected cu_seqlens to rise from 0 to 3"),
+                              ({"ref_logp": torch.zeros(4, device=device)}, "ref_logp does not fit its pattern")):
         with pytest.raises(ValueError, match=message):
             policy_loss(x, x, x, x, **settings)
     with pytest.raises(TypeError, match="expected cu_seqlens of dtype int32, int64"):
@@ -351,16 +355,16 @@ def test_defaults_of_each_kind():
     assert PolicyObjective(kind="sapo").scalars[4:6] == (1.0, 1.05)
 
 
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.each_impl("policy_value_loss", but=("torch",))
 @pytest.mark.parametrize("kind", ["gspo", "sapo"])
-def test_compiles_as_one_graph(impl, kind):
-    inputs, weights = problem(seed=8)
+def test_compiles_as_one_graph(impl, kind, device):
+    inputs, weights = problem(device, seed=8)
 
     def step(logp, values):
         loss, policy, value = policy_value_loss(
             logp, inputs["old_logp"], inputs["advantages"], weights, values, None, inputs["advantages"], objective=OBJECTIVES[kind],
             ref_logp=inputs["ref_logp"], kl_estimator="k2", kl_level="sequence", kl_coef=0.1, rollout_logp=inputs["rollout_logp"],
-            rollout_correction=RolloutCorrection(), cu_seqlens=BOUNDS, impl=impl)
+            rollout_correction=RolloutCorrection(), cu_seqlens=bounds(device), impl=impl)
         return loss * 2, torch.stack([*policy, *value])
 
     outcomes = []

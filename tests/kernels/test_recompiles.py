@@ -16,6 +16,7 @@ import pytest
 from fusedrl.engine.verify.catalogue import pairs
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.cpu_only("keys of Triton's cache, without a launch")
 
 SCRIPT = """
 import dataclasses, json, sys

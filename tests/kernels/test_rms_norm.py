@@ -1,22 +1,19 @@
 import pytest
 import torch
 
+from fusedrl.engine.verify.grid import interpreted
 from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.rms_norm import _rms_norm_triton, rms_norm, rms_norm_reference
 
-cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
-triton = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))))
-IMPLS = ["torch", cpp, triton]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
 
 
-def tensors(shape, dtype, with_residual, seed=0):
+def tensors(device, shape, dtype, with_residual, seed=0):
     """x, weight, residual (or None), and upstream gradients of y and of the sum."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    x, residual, dy, dsum = (torch.randn(shape, generator=generator).to(dtype) for _ in range(4))
-    weight = (1 + 0.3 * torch.randn(shape[-1], generator=generator)).to(dtype)
+    x, residual, dy, dsum = (torch.randn(shape, generator=generator).to(device).to(dtype) for _ in range(4))
+    weight = (1 + 0.3 * torch.randn(shape[-1], generator=generator).to(device)).to(dtype)
     return x, weight, residual if with_residual else None, dy, dsum
 
 
@@ -48,36 +45,36 @@ def assert_no_worse(got, same_dtype, exact, floor=0.0):
 
 
 # Rows: none, one, around the 64 of a C++ chunk. H: one value, odd ones, around a vector of 8 or 16 and four of them, around Triton's tile of 2048.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("rms_norm")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (2, 16), (65, 33), (130, 64), (9, 173), (3, 2051), (0, 2, 8), (7, 3, 24), (33, 2, 8)])
-def test_against_float64(impl, dtype, shape):
-    if impl == "triton" and dtype == torch.float16 and shape[0] > 9:
+def test_against_float64(impl, dtype, shape, device):
+    if interpreted(impl, device) and dtype == torch.float16 and shape[0] > 9:
         return  # the interpreter is slow, and bfloat16 goes the same way
     for with_residual, offset in ((False, 0.0), (True, 0.0), (True, 1.0)):
-        inputs = tensors(shape, dtype, with_residual)
+        inputs = tensors(device, shape, dtype, with_residual)
         exact = run(*(t if t is None else t.double() for t in inputs), None, offset)
         # A single value is its own rms: its gradient is nothing but what cancels.
         assert_no_worse(run(*inputs, impl, offset), run(*inputs, None, offset), exact, floor=4.0 if shape[-1] == 1 else 0.0)
 
 
 # Large rows, offsets that make every square alike, and values so small that eps decides.
-@pytest.mark.parametrize("impl", ["torch", cpp])
+@pytest.mark.each_impl("rms_norm", interpreted=False)
 @pytest.mark.parametrize("scale,offset", [(1.0, 0.0), (1.0, 100.0), (1e-4, 0.0), (1e4, 0.0)])
-def test_scales(impl, scale, offset):
-    x, weight, residual, dy, dsum = tensors((5, 9001), torch.float32, True)
+def test_scales(impl, scale, offset, device):
+    x, weight, residual, dy, dsum = tensors(device, (5, 9001), torch.float32, True)
     inputs = x * scale + offset, weight, residual * scale, dy, dsum
     exact = run(*(t.double() for t in inputs), None)
     assert_no_worse(run(*inputs, impl), run(*inputs, None), exact)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("rms_norm")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounds_where_transformers_does(impl, dtype):
-    if impl == "triton" and dtype == torch.bfloat16:
+def test_rounds_where_transformers_does(impl, dtype, device):
+    if interpreted(impl, device) and dtype == torch.bfloat16:
         pytest.skip("the interpreter truncates to bfloat16")
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
-    x, weight, residual, *_ = tensors((9, 40), dtype, True)
+    x, weight, residual, *_ = tensors(device, (9, 40), dtype, True)
     norm = LlamaRMSNorm(40, EPS).to(dtype)
     with torch.no_grad():
         norm.weight.copy_(weight)
@@ -90,13 +87,13 @@ def test_rounds_where_transformers_does(impl, dtype):
         assert (once != norm(x)).sum() > 20  # rounded once instead of twice: this test tells the difference
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("rms_norm")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounds_where_gemma_does(impl, dtype):
-    if impl == "triton" and dtype == torch.bfloat16:
+def test_rounds_where_gemma_does(impl, dtype, device):
+    if interpreted(impl, device) and dtype == torch.bfloat16:
         pytest.skip("the interpreter truncates to bfloat16")
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-    x, weight, residual, *_ = tensors((9, 40), dtype, True)
+    x, weight, residual, *_ = tensors(device, (9, 40), dtype, True)
     weight = weight - 1
     norm = Gemma2RMSNorm(40, EPS).to(dtype)
     with torch.no_grad():
@@ -107,10 +104,10 @@ def test_rounds_where_gemma_does(impl, dtype):
         assert (rms_norm(x, weight, eps=EPS, offset=1.0, impl=impl) != norm(x)).sum() <= 4 < 20 < (rounded != norm(x)).sum()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_strides(impl):
-    wide = torch.randn(6, 5, 24)
-    weight, upstream = torch.randn(24), torch.randn(6, 2, 24)
+@pytest.mark.each_impl("rms_norm")
+def test_strides(impl, device):
+    wide = torch.randn(6, 5, 24, device=device)
+    weight, upstream = torch.randn(24, device=device), torch.randn(6, 2, 24, device=device)
     heads = wide[:, 1:3]  # a slice of a fused projection
     got, want = run(heads, weight, None, upstream, None, impl), run(heads.clone(), weight, None, upstream, None, impl)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -118,14 +115,14 @@ def test_strides(impl):
     got = run(rows, weight, other, rows, other, impl)
     want = run(rows.clone(), weight, other.clone(), rows.clone(), other.clone(), impl)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    one = torch.randn(24).expand(6, 24)  # the same row for every token, and a gradient that is broadcast
+    one = torch.randn(24, device=device).expand(6, 24)  # the same row for every token, and a gradient that is broadcast
     got, want = run(one, weight, None, one, None, impl), run(one.clone(), weight, None, one.clone(), None, impl)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_only_some_gradients(impl):
-    x, weight, residual, dy, dsum = tensors((5, 12), torch.float32, True)
+@pytest.mark.each_impl("rms_norm")
+def test_only_some_gradients(impl, device):
+    x, weight, residual, dy, dsum = tensors(device, (5, 12), torch.float32, True)
     full = run(x, weight, residual, dy, dsum, impl)
     leaf = x.clone().requires_grad_()
     y, total = rms_norm(leaf, weight, eps=EPS, residual=residual, impl=impl)  # a frozen weight
@@ -140,24 +137,25 @@ def test_only_some_gradients(impl):
         assert torch.equal(rms_norm(x, weight, eps=EPS, residual=residual, impl=impl)[0], full[0])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_stand_alone_and_runs_agree(impl):
-    inputs = tensors((9, 40), torch.float32, True)
+@pytest.mark.each_impl("rms_norm")
+def test_rows_stand_alone_and_runs_agree(impl, device):
+    inputs = tensors(device, (9, 40), torch.float32, True)
     first, again = run(*inputs, impl), run(*inputs, impl)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     x, weight, residual, dy, dsum = inputs
     x = x.clone()
     x[4] = torch.nan
     dirty = run(x, weight, residual, dy, dsum, impl)
-    others = torch.arange(9) != 4
+    others = torch.arange(9, device=device) != 4
     for clean, poisoned in zip((first[0], first[1], first[2]), (dirty[0], dirty[1], dirty[2]), strict=True):
         assert torch.equal(clean[others], poisoned[others])
     assert dirty[0][4].isnan().all()
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_threads_change_nothing():
-    inputs = tensors((1500, 96), torch.float32, True)
+def test_threads_change_nothing(device):
+    inputs = tensors(device, (1500, 96), torch.float32, True)
     one = run(*inputs, "cpp")
     try:
         torch.set_num_threads(3)
@@ -167,16 +165,16 @@ def test_threads_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
-def test_reference_gradcheck():
-    x, weight, residual, *_ = (t.double().requires_grad_() for t in tensors((3, 5), torch.float32, True))
+def test_reference_gradcheck(device):
+    x, weight, residual, *_ = (t.double().requires_grad_() for t in tensors(device, (3, 5), torch.float32, True))
     for offset in (0.0, 1.0):
         assert torch.autograd.gradcheck(lambda x, w, r, offset=offset: rms_norm(x, w, eps=EPS, residual=r, offset=offset), (x, weight, residual))
 
 
-@pytest.mark.parametrize("impl", [cpp, triton])
+@pytest.mark.each_impl("rms_norm", but=("torch",))
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_opcheck_and_compile(impl, with_residual):
-    x, weight, residual, dy, dsum = tensors((3, 2, 8), torch.float32, with_residual)
+def test_opcheck_and_compile(impl, with_residual, device):
+    x, weight, residual, dy, dsum = tensors(device, (3, 2, 8), torch.float32, with_residual)
     leaves = [t if t is None else t.requires_grad_() for t in (x, weight, residual)]
     op = torch.ops.fusedrl.rms_norm if impl == "cpp" else _rms_norm_triton
     torch.library.opcheck(op, (*leaves, EPS, 1.0))
@@ -191,21 +189,22 @@ def test_opcheck_and_compile(impl, with_residual):
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
-def test_refuses_what_it_does_not_support():
-    x, weight = torch.zeros(3, 4), torch.ones(4)
+@pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
+def test_refuses_what_it_does_not_support(device):
+    x, weight = torch.zeros(3, 4, device=device), torch.ones(4, device=device)
     with pytest.raises(ValueError, match=r"weight does not fit its pattern \[H\] with .*'H': 4"):
-        rms_norm(x, torch.ones(5), eps=EPS)
+        rms_norm(x, torch.ones(5, device=device), eps=EPS)
     with pytest.raises(ValueError, match="residual does not fit"):
-        rms_norm(x, weight, eps=EPS, residual=torch.zeros(2, 4))
+        rms_norm(x, weight, eps=EPS, residual=torch.zeros(2, 4, device=device))
     with pytest.raises(TypeError, match="expected weight of dtype float32"):
         rms_norm(x, weight.half(), eps=EPS)
     with pytest.raises(TypeError, match="expected x of dtype"):
         rms_norm(x.long(), weight.long(), eps=EPS)
     with pytest.raises(ValueError, match="contiguous last dimension"):
-        rms_norm(torch.zeros(4, 3).t(), weight, eps=EPS)
+        rms_norm(torch.zeros(4, 3, device=device).t(), weight, eps=EPS)
     with pytest.raises(ValueError, match="at least one value"):
-        rms_norm(torch.zeros(3, 0), torch.ones(0), eps=EPS)
+        rms_norm(torch.zeros(3, 0, device=device), torch.ones(0, device=device), eps=EPS)
     with pytest.raises(RuntimeError, match="of float64: implementation 'cpp' cannot run"):
         rms_norm(x.double(), weight.double(), eps=EPS, impl="cpp")
     with pytest.raises(RuntimeError, match="rows above 8192: implementation 'triton' cannot run"):
-        rms_norm(torch.zeros(1, 8193), torch.ones(8193), eps=EPS, impl="triton")
+        rms_norm(torch.zeros(1, 8193, device=device), torch.ones(8193, device=device), eps=EPS, impl="triton")

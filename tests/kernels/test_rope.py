@@ -5,20 +5,15 @@ import pytest
 import torch
 
 from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.rope import RopeTable, _rope_triton, rope, rope_reference
 
-cpp = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
-triton = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))))
-IMPLS = ["torch", cpp, triton]
 
-
-def tensors(N, Hq, Hkv, D, dtype=torch.float32):
+def tensors(device, N, Hq, Hkv, D, dtype=torch.float32):
     """q and k as slices of a fused projection's output, cos and sin, and upstream gradients of q and k."""
     generator = torch.Generator().manual_seed(N + Hq + D)
-    qkv = torch.randn(N, Hq + 2 * Hkv, D, generator=generator).to(dtype)
-    angles = 100 * torch.rand(N, D // 2, generator=generator)
-    dq, dk = (torch.randn(N, h, D, generator=generator).to(dtype) for h in (Hq, Hkv))
+    qkv = torch.randn(N, Hq + 2 * Hkv, D, generator=generator).to(device).to(dtype)
+    angles = 100 * torch.rand(N, D // 2, generator=generator).to(device)
+    dq, dk = (torch.randn(N, h, D, generator=generator).to(device).to(dtype) for h in (Hq, Hkv))
     return qkv[:, :Hq], qkv[:, Hq : Hq + Hkv], angles.cos(), angles.sin(), dq, dk
 
 
@@ -36,11 +31,11 @@ def eager(q, k, cos, sin):
 
 
 # No token, one; a head of two values; halves around a vector of 8 or 16; more heads than Triton takes at a time (512 pairs of 64).
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("rope")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("N,Hq,Hkv,D", [(0, 2, 1, 8), (1, 1, 1, 2), (7, 3, 1, 6), (5, 8, 4, 8), (4, 5, 5, 34), (3, 2, 2, 80), (2, 20, 2, 128)])
-def test_against_float64(impl, dtype, N, Hq, Hkv, D):
-    q, k, cos, sin, dq, dk = tensors(N, Hq, Hkv, D, dtype)
+def test_against_float64(impl, dtype, N, Hq, Hkv, D, device):
+    q, k, cos, sin, dq, dk = tensors(device, N, Hq, Hkv, D, dtype)
     exact = run(q.double(), k.double(), cos.double(), sin.double(), dq.double(), dk.double(), rope_reference)
     for ours, theirs, want in zip(run(q, k, cos, sin, dq, dk, impl=impl), run(q, k, cos, sin, dq, dk, eager), exact, strict=True):
         assert ours.dtype == dtype
@@ -53,9 +48,9 @@ def test_against_float64(impl, dtype, N, Hq, Hkv, D):
         assert error <= bound + eps, f"{error / eps:.2f} eps, torch {bound / eps:.2f}"
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_is_a_rotation(impl):
-    q, k, cos, sin, *_ = tensors(6, 3, 1, 10)
+@pytest.mark.each_impl("rope")
+def test_is_a_rotation(impl, device):
+    q, k, cos, sin, *_ = tensors(device, 6, 3, 1, 10)
     rotated_q, rotated_k = rope(q, k, cos, sin, impl=impl)
     torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm(dim=-1))
     back = rope(rotated_q, rotated_k, cos, -sin, impl=impl)
@@ -65,41 +60,43 @@ def test_is_a_rotation(impl):
     torch.testing.assert_close(rotated_q, torch.cat([turned.real, turned.imag], dim=-1))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_strides_runs_and_poison(impl):
-    q, k, cos, sin, dq, dk = tensors(6, 3, 2, 10)
+@pytest.mark.each_impl("rope")
+def test_strides_runs_and_poison(impl, device):
+    q, k, cos, sin, dq, dk = tensors(device, 6, 3, 2, 10)
     got = run(q, k, cos, sin, dq, dk, impl=impl)
     again = run(q.contiguous(), k.clone(), torch.cat([cos, sin], -1)[:, :5], sin, dq.transpose(0, 1).contiguous().transpose(0, 1), dk, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     poisoned = q.clone()
     poisoned[2, 1] = torch.nan
     dirty_q, dirty_k, *_ = run(poisoned, k, cos, sin, dq, dk, impl=impl)
-    clean = torch.ones(6, 3, dtype=torch.bool).index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(False))
+    clean = torch.ones(6, 3, dtype=torch.bool, device=device).index_put((torch.tensor(2, device=device), torch.tensor(1, device=device)),
+                                                                        torch.tensor(False, device=device))
     assert torch.equal(dirty_q[clean], got[0][clean])
     assert dirty_q[~clean].isnan().all()
     assert torch.equal(dirty_k, got[1])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_only_the_keys_learn(impl):
-    q, k, cos, sin, _, dk = tensors(4, 3, 2, 10)
+@pytest.mark.each_impl("rope")
+def test_only_the_keys_learn(impl, device):
+    q, k, cos, sin, _, dk = tensors(device, 4, 3, 2, 10)
     leaf = k.clone().requires_grad_()
     got = torch.autograd.grad(rope(q, leaf, cos, sin, impl=impl)[1], leaf, dk)[0]
     torch.testing.assert_close(got, rope(q, dk, cos, -sin, impl="torch")[1])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rounded_angles(impl):
-    q, k, cos, sin, dq, dk = tensors(5, 2, 2, 12, torch.bfloat16)
+@pytest.mark.each_impl("rope")
+def test_rounded_angles(impl, device):
+    q, k, cos, sin, dq, dk = tensors(device, 5, 2, 2, 12, torch.bfloat16)
     rounded = cos.bfloat16(), sin.bfloat16()
     got = run(q, k, *rounded, dq, dk, impl=impl)
     want = run(q, k, *(t.float() for t in rounded), dq, dk, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_threads_change_nothing():
-    inputs = tensors(1500, 4, 2, 32)
+def test_threads_change_nothing(device):
+    inputs = tensors(device, 1500, 4, 2, 32)
     one = run(*inputs, impl="cpp")
     try:
         torch.set_num_threads(3)
@@ -109,14 +106,14 @@ def test_threads_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
-def test_reference_gradcheck():
-    q, k, cos, sin, *_ = (t.double() for t in tensors(3, 2, 1, 6))
+def test_reference_gradcheck(device):
+    q, k, cos, sin, *_ = (t.double() for t in tensors(device, 3, 2, 1, 6))
     assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q.requires_grad_(), k.requires_grad_()))
 
 
-@pytest.mark.parametrize("impl", [cpp, triton])
-def test_opcheck_and_compile(impl):
-    q, k, cos, sin, dq, dk = tensors(3, 2, 1, 8)
+@pytest.mark.each_impl("rope", but=("torch",))
+def test_opcheck_and_compile(impl, device):
+    q, k, cos, sin, dq, dk = tensors(device, 3, 2, 1, 8)
     leaves = q.detach().requires_grad_(), k.detach().requires_grad_()
     if impl == "cpp":
         torch.library.opcheck(torch.ops.fusedrl.rope, (*leaves, cos, sin))
@@ -127,8 +124,8 @@ def test_opcheck_and_compile(impl):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_refuses_what_it_does_not_support():
-    q, k, cos, sin, *_ = tensors(3, 2, 1, 8)
+def test_refuses_what_it_does_not_support(device):
+    q, k, cos, sin, *_ = tensors(device, 3, 2, 1, 8)
     with pytest.raises(ValueError, match=r"one angle for every pair of a head, got D 8 and 8 angles"):
         rope(q, k, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
     with pytest.raises(ValueError, match="k does not fit its pattern"):
@@ -147,7 +144,7 @@ def test_refuses_what_it_does_not_support():
 FREQUENCIES = [[500_000.0 ** (-i / 32) for i in range(32)], [10_000.0 ** (-i / 32) / 8 for i in range(32)]]
 
 
-def test_the_table_is_cos_and_sin_rounded_once():
+def test_the_table_is_cos_and_sin_rounded_once(device):
     """Half an ulp, at every position, in decimal arithmetic of 40 digits."""
     table, chosen = RopeTable(FREQUENCIES, 1.25), [0, 1, 130, 255, 256, 1_000, 16_383, 16_384, 40_000, 65_537, 131_071]
     tables = table.upto(131_072)
@@ -161,7 +158,7 @@ def test_the_table_is_cos_and_sin_rounded_once():
                         ulp = 2.0 ** (max(math.frexp(x)[1], -125) - 24)
                         assert abs(x - exact) <= 0.500001 * ulp, (position, x, exact)
     far = slice(39_000, 40_000)  # with float32 angles, as it is often done
-    angles = torch.arange(far.start, far.stop).float()[:, None] * table.inv_freq[0]
+    angles = torch.arange(far.start, far.stop, device=device).float()[:, None] * table.inv_freq[0]
     assert float((angles.cos() * 1.25 - tables[0][0, far]).abs().max()) > 4e-4
 
 
@@ -178,11 +175,11 @@ def test_an_entry_depends_on_its_position_and_frequency_alone():
         assert all(torch.equal(x[0, :, 0], y[t, :, i]) for x, y in zip(one, whole, strict=True))
 
 
-def test_what_a_table_gives():
-    table, positions = RopeTable(FREQUENCIES, 0.75), torch.tensor([0, 999, 3, 130])
+def test_what_a_table_gives(device):
+    table, positions = RopeTable(FREQUENCIES, 0.75), torch.tensor([0, 999, 3, 130], device=device)
     with torch.inference_mode():
         table.upto(1_000)
-    x = torch.ones(4, 1, 64, requires_grad=True)
+    x = torch.ones(4, 1, 64, requires_grad=True, device=device)
     for t, (cos, sin) in enumerate(table.at(positions, 1_000, torch.float32)):
         assert torch.equal(cos, table.tensors[0][t][positions])
         assert torch.equal(sin, table.tensors[1][t][positions])

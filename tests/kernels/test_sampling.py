@@ -3,28 +3,24 @@ import math
 import pytest
 import torch
 
+from fusedrl.engine.verify.grid import interpreted
 from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.sampling import Sampled, _capacity, philox4x32, sample, uniform
 
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(not native.capability, reason=native.reason))
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(unavailable("triton", "cpu") is not None, reason="no Triton"))
-IMPLS = ["torch", CPP]
-ALL = [*IMPLS, TRITON]  # the interpreter takes a tenth of a second a row
 INF = math.inf
 SETTINGS = [{"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8},
             {"temperature": 1.0, "min_p": 0.1},
             {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.02}]
 
 
-def keys_for(B, seed=0):
-    return torch.randint(-(2**63), 2**63 - 1, (B, 4), generator=torch.Generator().manual_seed(seed))
+def keys_for(device, B, seed=0):
+    return torch.randint(-(2**63), 2**63 - 1, (B, 4), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def counting_keys(n, seed=5):
-    keys = torch.zeros(n, 4, dtype=torch.int64)
-    keys[:, 0], keys[:, 3] = seed, torch.arange(n)
+def counting_keys(device, n, seed=5):
+    keys = torch.zeros(n, 4, dtype=torch.int64, device=device)
+    keys[:, 0], keys[:, 3] = seed, torch.arange(n, device=device)
     return keys
 
 
@@ -70,7 +66,7 @@ def rows_of(kept):
     return [kept.token_ids[begin:end].tolist() for begin, end in zip(kept.offsets.tolist(), kept.offsets.tolist()[1:], strict=False)]
 
 
-def compare(drawn, logits, keys, suppress, settings):
+def compare(device, drawn, logits, keys, suppress, settings):
     """Every row against `by_hand`, which truncates by sorting. settings: one a row."""
     B = len(logits)
     banned = [set() if suppress is None else set(suppress[b].nonzero().flatten().tolist()) for b in range(B)]
@@ -82,93 +78,93 @@ def compare(drawn, logits, keys, suppress, settings):
     assert drawn.kept.token_ids.dtype == torch.int32
     assert len(drawn.kept.token_ids) == drawn.kept.offsets[-1]
     for got, expected, slack in ((drawn.logp, logp, 1e-6), (drawn.logp_processed, processed, 1e-6), (drawn.entropy, entropy, 1e-5)):
-        expected = torch.tensor(expected, dtype=torch.float64)
+        expected = torch.tensor(expected, dtype=torch.float64, device=device)
         assert got.dtype == torch.float32
         assert ((got.double() - expected).abs() <= slack * expected.abs().clamp(min=1)).all()
 
 
-def tied_logits(B, V, generator):
-    logits = (torch.randn(B, V, generator=generator) * 3 * 4).round() / 4  # quarters: many ties
-    logits[::2] += torch.randn(logits[::2].shape, generator=generator) / 50
-    suppress = torch.rand(B, V, generator=generator) < 0.3
+def tied_logits(device, B, V, generator):
+    logits = (torch.randn(B, V, generator=generator).to(device) * 3 * 4).round() / 4  # quarters: many ties
+    logits[::2] += torch.randn(logits[::2].shape, generator=generator).to(device) / 50
+    suppress = torch.rand(B, V, generator=generator).to(device) < 0.3
     suppress[:, V // 2] = False
-    logits[:, : V // 3][torch.rand(B, V // 3, generator=generator) < 0.2] = -INF
+    logits[:, : V // 3][torch.rand(B, V // 3, generator=generator).to(device) < 0.2] = -INF
     return logits, suppress
 
 
 # ---- random numbers ------------------------------------------------------------------------------------------------------
-def test_philox_gives_the_published_words():  # kat_vectors of Random123: philox4x32, 10 rounds
+def test_philox_gives_the_published_words(device):  # kat_vectors of Random123: philox4x32, 10 rounds
     known = [("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
              ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
              ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1")]
-    counter, key, words = (torch.tensor([[int(word, 16) for word in row[i].split()] for row in known]) for i in range(3))
+    counter, key, words = (torch.tensor([[int(word, 16) for word in row[i].split()] for row in known], device=device) for i in range(3))
     assert torch.equal(philox4x32(counter, key), words)
 
 
-def test_uniform_is_uniform_and_every_part_of_the_key_counts():
-    u = uniform(counting_keys(200_000))
+def test_uniform_is_uniform_and_every_part_of_the_key_counts(device):
+    u = uniform(counting_keys(device, 200_000))
     assert 0 <= u.min() < 1e-4
     assert 1 - 1e-4 < u.max() < 1
     counts = torch.histc(u.float(), bins=100, min=0, max=1)
     assert ((counts - 2000) ** 2 / 2000).sum() < 99 + 4 * math.sqrt(2 * 99)
     assert abs(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]) < 0.01
     keys = [[0, 0, 0, 0], [1, 0, 0, 0], [2**32, 0, 0, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 2**32, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    assert uniform(torch.tensor(keys)).unique().numel() == len(keys)
+    assert uniform(torch.tensor(keys, device=device)).unique().numel() == len(keys)
 
 
-@pytest.mark.parametrize("impl", [CPP, TRITON])
-def test_draws_from_the_same_numbers(impl):
+@pytest.mark.each_impl("sample", but=("torch",))
+def test_draws_from_the_same_numbers(impl, device):
     # equal logits over 2^20 tokens and some: the token is floor(u V), so it shows the leading 20 bits of u; Triton's groups are of two tiles
-    keys, V = keys_for(8 if impl == "cpp" else 2), 2**20 + 5000
-    tokens = sample(torch.zeros(1, V).expand(len(keys), -1), temperature=1.0, keys=keys, impl=impl).token_ids
+    keys, V = keys_for(device, 8 if impl == "cpp" else 2), 2**20 + 5000
+    tokens = sample(torch.zeros(1, V, device=device).expand(len(keys), -1), temperature=1.0, keys=keys, impl=impl).token_ids
     assert torch.equal(tokens, (uniform(keys) * V).long())
 
 
-@pytest.mark.parametrize("impl", ALL)
-def test_tiny_temperatures(impl):
-    n = 100 if impl != "triton" else 12
-    drawn = sample(torch.tensor([[1.0, 3.0, 2.0, 3.0]]).expand(n, 4), temperature=1e-40, keys=counting_keys(n), impl=impl)
+@pytest.mark.each_impl("sample")
+def test_tiny_temperatures(impl, device):
+    n = 100 if not interpreted(impl, device) else 12
+    drawn = sample(torch.tensor([[1.0, 3.0, 2.0, 3.0]], device=device).expand(n, 4), temperature=1e-40, keys=counting_keys(device, n), impl=impl)
     assert set(drawn.token_ids.tolist()) == {1, 3}
-    assert torch.allclose(drawn.logp, torch.tensor(0.5).log())
+    assert torch.allclose(drawn.logp, torch.tensor(0.5, device=device).log())
 
 
 # ---- the draw ------------------------------------------------------------------------------------------------------------
 # V: one, around a vector, around a block of the draw; ties everywhere, -inf, suppressed tokens; kept sets that end inside a tie.
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("sample", interpreted=False)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("V", [1, 2, 15, 16, 33, 127, 129, 300])
 @pytest.mark.parametrize("suppressed", [False, True])
-def test_matches_the_definition(impl, setting, V, suppressed):
+def test_matches_the_definition(impl, setting, V, suppressed, device):
     B = 24
-    logits, suppress = tied_logits(B, V, torch.Generator().manual_seed(V))
-    drawn = sample(logits, keys=keys_for(B), suppress=suppress if suppressed else None, return_kept=True, impl=impl, **setting)
-    compare(drawn, logits, keys_for(B), suppress if suppressed else None, [setting] * B)
+    logits, suppress = tied_logits(device, B, V, torch.Generator().manual_seed(V))
+    drawn = sample(logits, keys=keys_for(device, B), suppress=suppress if suppressed else None, return_kept=True, impl=impl, **setting)
+    compare(device, drawn, logits, keys_for(device, B), suppress if suppressed else None, [setting] * B)
     if suppressed:
         assert not suppress.gather(1, drawn.token_ids[:, None]).any()
 
 
 # A tile is 4096 tokens, that of the search 2048.
-@pytest.mark.parametrize("impl", [TRITON])
+@pytest.mark.each_impl("sample", only=("triton",))
 @pytest.mark.parametrize("dtype, V, suppressed", [(torch.float32, 1, False), (torch.float32, 4097, False), (torch.float16, 2047, True),
                                                   (torch.bfloat16, 33, True)], ids=str)
-def test_triton_matches_the_definition(impl, dtype, V, suppressed):
+def test_triton_matches_the_definition(impl, dtype, V, suppressed, device):
     settings = [*SETTINGS, {"temperature": 0.04}, {"temperature": 1.0}]
     B = len(settings)
-    logits, suppress = tied_logits(B, V, torch.Generator().manual_seed(V))
+    logits, suppress = tied_logits(device, B, V, torch.Generator().manual_seed(V))
     logits[-1], suppress = logits[-1].clamp(min=-20), suppress if suppressed else None  # the sums of the one read serve
     logits, default = logits.to(dtype), {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    parameters = {name: torch.tensor([(default | setting)[name] for setting in settings]) for name in ("temperature", *default)}
-    drawn = sample(logits, keys=keys_for(B), suppress=suppress, return_kept=True, impl=impl, **parameters)
-    compare(drawn, logits, keys_for(B), suppress, settings)
+    parameters = {name: torch.tensor([(default | setting)[name] for setting in settings], device=device) for name in ("temperature", *default)}
+    drawn = sample(logits, keys=keys_for(device, B), suppress=suppress, return_kept=True, impl=impl, **parameters)
+    compare(device, drawn, logits, keys_for(device, B), suppress, settings)
 
 
-@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.each_impl("sample")
 @pytest.mark.parametrize("setting", [{}, {"top_p": 0.9}, {"top_k": 50}], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 2.0])
-def test_draws_the_token_of_float64(impl, setting, scale):
+def test_draws_the_token_of_float64(impl, setting, scale, device):
     """Another token than in float64 only where u falls within rounding of the boundary between the two."""
-    B, V = (2 if setting else 20, 4500) if impl == "triton" else (500, 3000)
-    logits, keys = torch.randn(B, V, generator=torch.Generator().manual_seed(11)) * scale, keys_for(B, 3)
+    B, V = (2 if setting else 20, 4500) if interpreted(impl, device) else (500, 3000)
+    logits, keys = torch.randn(B, V, generator=torch.Generator().manual_seed(11)).to(device) * scale, keys_for(device, B, 3)
     ours = sample(logits, temperature=0.9, keys=keys, impl=impl, **setting)
     exact = sample(logits.double(), temperature=0.9, keys=keys, impl="torch", return_kept=True, **setting)
     assert (ours.kept_count - exact.kept_count).abs().sum() <= 1
@@ -181,15 +177,16 @@ def test_draws_the_token_of_float64(impl, setting, scale):
         assert abs(boundary / w.sum() - uniform(keys[b : b + 1])[0]) < 1e-6
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 @pytest.mark.parametrize("V", [1025, 50257])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 10.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cpp_and_torch_draw_the_same(V, scale, dtype):
-    logits = (torch.randn(6, V, generator=torch.Generator().manual_seed(V)) * scale).to(dtype)
+def test_cpp_and_torch_draw_the_same(V, scale, dtype, device):
+    logits = (torch.randn(6, V, generator=torch.Generator().manual_seed(V)).to(device) * scale).to(dtype)
     for setting in SETTINGS:
-        ours, torchs = (sample(logits, keys=keys_for(6), return_kept=True, impl=impl, **setting) for impl in ("cpp", "torch"))
-        exact = sample(logits.double(), keys=keys_for(6), impl="torch", **setting)
+        ours, torchs = (sample(logits, keys=keys_for(device, 6), return_kept=True, impl=impl, **setting) for impl in ("cpp", "torch"))
+        exact = sample(logits.double(), keys=keys_for(device, 6), impl="torch", **setting)
         assert torch.equal(ours.token_ids, torchs.token_ids)
         assert all(torch.equal(a, b) for a, b in zip((ours.kept_count, *ours.kept), (torchs.kept_count, *torchs.kept), strict=True))
         if torch.equal(ours.token_ids, exact.token_ids):  # (float32 x may put a token on the other side of a boundary)
@@ -198,13 +195,13 @@ def test_cpp_and_torch_draw_the_same(V, scale, dtype):
         assert ((ours.entropy - exact.entropy).abs() <= 1e-5 * math.log(V)).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.each_impl("sample", interpreted=False)
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[2], SETTINGS[3], SETTINGS[4]], ids=str)
-def test_draws_have_the_distribution(impl, setting):
+def test_draws_have_the_distribution(impl, setting, device):
     n, V = 40_000, 12
-    row = torch.randn(V, generator=torch.Generator().manual_seed(1)) * 1.5
-    drawn = sample(row.expand(n, V), keys=counting_keys(n), impl=impl, **setting)
-    expected = torch.zeros(V, dtype=torch.float64)
+    row = torch.randn(V, generator=torch.Generator().manual_seed(1)).to(device) * 1.5
+    drawn = sample(row.expand(n, V), keys=counting_keys(device, n), impl=impl, **setting)
+    expected = torch.zeros(V, dtype=torch.float64, device=device)
     expected[drawn.token_ids] = drawn.logp_processed.double().exp() * n  # what it says of each token is how often it came
     assert abs(expected.sum() / n - 1) < 1e-5
     counts, seen = torch.bincount(drawn.token_ids, minlength=V).double(), expected > 0
@@ -213,81 +210,82 @@ def test_draws_have_the_distribution(impl, setting):
     assert ((counts - expected)[seen] ** 2 / expected[seen]).sum() < freedom + 4 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("impl", ALL)
-def test_a_row_depends_on_nothing_but_itself(impl):
-    logits, keys = torch.randn(9, 200, generator=torch.Generator().manual_seed(2)) * 2, keys_for(9)
-    parameters = {"temperature": torch.tensor([1.0, 0.0, 0.5] * 3), "top_k": torch.tensor([0, 7, 300, 3, 0, 0, 1, 2, 0]),
-                  "top_p": torch.tensor([1.0, 0.5, 0.9] * 3),
-                  "min_p": torch.tensor([0.0, 0.0, 0.05] * 3).double()}
-    suppress = torch.rand(9, 200, generator=torch.Generator().manual_seed(4)) < 0.5
+@pytest.mark.each_impl("sample")
+def test_a_row_depends_on_nothing_but_itself(impl, device):
+    logits, keys = torch.randn(9, 200, generator=torch.Generator().manual_seed(2)).to(device) * 2, keys_for(device, 9)
+    parameters = {"temperature": torch.tensor([1.0, 0.0, 0.5] * 3, device=device), "top_k": torch.tensor([0, 7, 300, 3, 0, 0, 1, 2, 0], device=device),
+                  "top_p": torch.tensor([1.0, 0.5, 0.9] * 3, device=device),
+                  "min_p": torch.tensor([0.0, 0.0, 0.05] * 3, device=device).double()}
+    suppress = torch.rand(9, 200, generator=torch.Generator().manual_seed(4)).to(device) < 0.5
     whole = sample(logits, keys=keys, suppress=suppress, return_kept=True, impl=impl, **parameters)
-    wide = torch.full((9, 400), math.nan)  # rows of a wider tensor, between columns of NaN
+    wide = torch.full((9, 400), math.nan, device=device)  # rows of a wider tensor, between columns of NaN
     wide[:, 100:300] = logits
     strided = sample(wide[:, 100:300], keys=keys, suppress=suppress, return_kept=True, impl=impl, **parameters)
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(strided), strict=True))
     transposed = sample(logits.T.contiguous().T, keys=keys, suppress=suppress, return_kept=True, impl=impl, **parameters)
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(transposed), strict=True))
-    for b in range(9) if impl != "triton" else (2, 3):
+    for b in range(9) if not interpreted(impl, device) else (2, 3):
         numbers = {name: value[b].item() for name, value in parameters.items()}
         alone = sample(logits[b : b + 1], keys=keys[b : b + 1], suppress=suppress[b : b + 1], return_kept=True, impl=impl, **numbers)
         assert all(torch.equal(x[b : b + 1], y) for x, y in zip(tensors(whole)[:6], tensors(alone)[:6], strict=True))
         assert rows_of(alone.kept) == [rows_of(whole.kept)[b]]
 
 
-@pytest.mark.parametrize("impl", ALL)
-def test_ties_keep_the_lower_ids(impl):
-    n = 300 if impl != "triton" else 1
-    equal = torch.zeros(n, 8)
+@pytest.mark.each_impl("sample")
+def test_ties_keep_the_lower_ids(impl, device):
+    n = 300 if not interpreted(impl, device) else 1
+    equal = torch.zeros(n, 8, device=device)
     for setting, ids in (({"top_k": 3}, [0, 1, 2]), ({"top_p": 0.5}, [0, 1, 2, 3]), ({"top_k": 7, "top_p": 3 / 7}, [0, 1, 2])):  # exactly half; three sevenths
-        drawn = sample(equal, temperature=1.0, keys=counting_keys(n), return_kept=True, impl=impl, **setting)
+        drawn = sample(equal, temperature=1.0, keys=counting_keys(device, n), return_kept=True, impl=impl, **setting)
         assert set(drawn.token_ids.tolist()) <= set(ids)
         assert rows_of(drawn.kept) == [ids] * n
         assert n < 300 or set(drawn.token_ids.tolist()) == set(ids)
-    signed = torch.tensor([[-1.0, 0.0, -0.0, 0.0]])  # 0 and -0 are one value
-    assert rows_of(sample(signed, temperature=1.0, top_k=2, keys=counting_keys(1), return_kept=True, impl=impl).kept) == [[1, 2]]
-    assert sample(signed, temperature=0.0, keys=counting_keys(1), impl=impl).token_ids == 1
+    signed = torch.tensor([[-1.0, 0.0, -0.0, 0.0]], device=device)  # 0 and -0 are one value
+    assert rows_of(sample(signed, temperature=1.0, top_k=2, keys=counting_keys(device, 1), return_kept=True, impl=impl).kept) == [[1, 2]]
+    assert sample(signed, temperature=0.0, keys=counting_keys(device, 1), impl=impl).token_ids == 1
 
 
 # Tokens of no probability at both ends and around, so that a walk that runs on, or starts at weight 0, would find them.
-@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.each_impl("sample")
 @pytest.mark.parametrize("low", [-INF, -1e9, -200.0])
-def test_never_draws_what_has_no_probability(impl, low):
-    n = 5000 if impl != "triton" else 5
-    logits = torch.full((n, 400), low)
+def test_never_draws_what_has_no_probability(impl, low, device):
+    n = 5000 if not interpreted(impl, device) else 5
+    logits = torch.full((n, 400), low, device=device)
     logits[:, 130], logits[:, 131] = 0.0, -16.0
-    drawn = sample(logits, temperature=1.0, keys=counting_keys(n), impl=impl)
+    drawn = sample(logits, temperature=1.0, keys=counting_keys(device, n), impl=impl)
     assert set(drawn.token_ids.tolist()) == {130}
     assert (drawn.kept_count == 2).all()
-    assert torch.allclose(drawn.logp, torch.tensor(-math.log1p(math.exp(-16.0))))
+    assert torch.allclose(drawn.logp, torch.tensor(-math.log1p(math.exp(-16.0)), device=device))
 
 
-@pytest.mark.parametrize("impl", ALL)
-def test_greedy_ignores_the_rest(impl):
-    n = 20 if impl != "triton" else 3
-    logits = torch.randn(n, 50, generator=torch.Generator().manual_seed(8))
-    plain = sample(logits, temperature=1.0, keys=keys_for(n), impl=impl)
-    greedy = sample(logits, temperature=0.0, top_k=1, top_p=0.1, min_p=0.9, keys=keys_for(n), return_kept=True, impl=impl)
+@pytest.mark.each_impl("sample")
+def test_greedy_ignores_the_rest(impl, device):
+    n = 20 if not interpreted(impl, device) else 3
+    logits = torch.randn(n, 50, generator=torch.Generator().manual_seed(8)).to(device)
+    plain = sample(logits, temperature=1.0, keys=keys_for(device, n), impl=impl)
+    greedy = sample(logits, temperature=0.0, top_k=1, top_p=0.1, min_p=0.9, keys=keys_for(device, n), return_kept=True, impl=impl)
     assert torch.equal(greedy.token_ids, logits.argmax(-1))
     torch.testing.assert_close(greedy.logp, torch.log_softmax(logits, -1).amax(-1), rtol=0, atol=1e-6)
     assert torch.equal(greedy.logp, greedy.logp_processed)
     assert torch.equal(greedy.entropy, plain.entropy)
     assert (greedy.kept_count == 50).all()
     assert (greedy.kept.offsets == 0).all()
-    suppress = torch.zeros(n, 50, dtype=torch.bool).scatter(1, logits.argmax(-1, keepdim=True), True)
-    second = sample(logits, temperature=0.0, keys=keys_for(n), suppress=suppress, return_kept=True, impl=impl)
+    suppress = torch.zeros(n, 50, dtype=torch.bool, device=device).scatter(1, logits.argmax(-1, keepdim=True), True)
+    second = sample(logits, temperature=0.0, keys=keys_for(device, n), suppress=suppress, return_kept=True, impl=impl)
     assert torch.equal(second.token_ids, logits.topk(2).indices[:, 1])
     torch.testing.assert_close(second.logp, torch.log_softmax(logits, -1).topk(2).values[:, 1], rtol=0, atol=1e-6)
     assert rows_of(second.kept) == [[v for v in range(50) if v != best] for best in logits.argmax(-1).tolist()]
 
 
+@pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
-def test_cpp_bits_do_not_depend_on_threads():
-    logits, before = torch.randn(40, 5000, generator=torch.Generator().manual_seed(9)), torch.get_num_threads()
+def test_cpp_bits_do_not_depend_on_threads(device):
+    logits, before = torch.randn(40, 5000, generator=torch.Generator().manual_seed(9)).to(device), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(sample(logits, temperature=0.8, top_p=0.9, keys=keys_for(40), return_kept=True, impl="cpp"))
+            results.append(sample(logits, temperature=0.8, top_p=0.9, keys=keys_for(device, 40), return_kept=True, impl="cpp"))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*map(tensors, results), strict=True))
@@ -295,40 +293,41 @@ def test_cpp_bits_do_not_depend_on_threads():
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # numpy's, within the interpreter
-@pytest.mark.parametrize("impl", ALL)
-def test_rows_that_cannot_be_drawn_from_are_named(impl):
+@pytest.mark.each_impl("sample")
+def test_rows_that_cannot_be_drawn_from_are_named(impl, device):
     for value, where in ((math.nan, 7), (INF, 7), (-INF, slice(None)), (math.nan, slice(None))):
-        for V in (3, 40, 500) if impl != "triton" else (3,):
-            logits = torch.zeros(5, V)
+        for V in (3, 40, 500) if not interpreted(impl, device) else (3,):
+            logits = torch.zeros(5, V, device=device)
             logits[3, where if isinstance(where, slice) else V - 1] = value
             with pytest.raises(ValueError, match="row 3 of 5"):
-                sample(logits, temperature=1.0, keys=keys_for(5), impl=impl)
+                sample(logits, temperature=1.0, keys=keys_for(device, 5), impl=impl)
             with pytest.raises(ValueError, match="row 3 of 5"):
-                sample(logits, temperature=0.0, keys=keys_for(5), impl=impl)
+                sample(logits, temperature=0.0, keys=keys_for(device, 5), impl=impl)
     with pytest.raises(ValueError, match="row 0 of 5"):
-        sample(torch.zeros(5, 4), temperature=1.0, keys=keys_for(5), suppress=torch.ones(5, 4, dtype=torch.bool), impl=impl)
-    poisoned = torch.zeros(5, 40)
+        sample(torch.zeros(5, 4, device=device), temperature=1.0, keys=keys_for(device, 5), suppress=torch.ones(5, 4, dtype=torch.bool, device=device),
+               impl=impl)
+    poisoned = torch.zeros(5, 40, device=device)
     poisoned[2, 1] = math.nan  # a suppressed NaN is still in the full distribution
     with pytest.raises(ValueError, match="row 2 of 5"):
-        sample(poisoned, temperature=1.0, keys=keys_for(5), suppress=poisoned.isnan(), impl=impl)
+        sample(poisoned, temperature=1.0, keys=keys_for(device, 5), suppress=poisoned.isnan(), impl=impl)
 
 
-@pytest.mark.parametrize("impl", ALL)
-def test_refuses_bad_parameters(impl):
-    logits, keys = torch.zeros(2, 4), keys_for(2)
+@pytest.mark.each_impl("sample")
+def test_refuses_bad_parameters(impl, device):
+    logits, keys = torch.zeros(2, 4, device=device), keys_for(device, 2)
     for bad in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 2.0}, {"top_k": -1}):
         (name, value), = bad.items()
-        for given in (value, torch.tensor([1, value])):
+        for given in (value, torch.tensor([1, value], device=device)):
             with pytest.raises(ValueError, match=f"expected {name}"):
                 sample(logits, **{"temperature": 1.0, name: given}, keys=keys, impl=impl)
     with pytest.raises(ValueError, match="temperature as a number or"):
-        sample(logits, temperature=torch.ones(3), keys=keys, impl=impl)
+        sample(logits, temperature=torch.ones(3, device=device), keys=keys, impl=impl)
     with pytest.raises(ValueError, match="keys does not fit"):
         sample(logits, temperature=1.0, keys=keys[:, :3], impl=impl)
     with pytest.raises(ValueError, match="at least one token"):
         sample(logits[:, :0], temperature=1.0, keys=keys, impl=impl)
     with pytest.raises(TypeError, match="suppress of dtype bool"):
-        sample(logits, temperature=1.0, keys=keys, suppress=torch.zeros(2, 4), impl=impl)
+        sample(logits, temperature=1.0, keys=keys, suppress=torch.zeros(2, 4, device=device), impl=impl)
     with pytest.raises(ValueError, match="kept_capacity of 0 or more"):
         sample(logits, temperature=1.0, top_k=1, keys=keys, return_kept=True, kept_capacity=-1, impl=impl)
     drawn = sample(logits[:0], temperature=1.0, top_k=2, keys=keys[:0], return_kept=True, impl=impl)
@@ -336,11 +335,11 @@ def test_refuses_bad_parameters(impl):
     assert drawn.kept.offsets == 0
 
 
-@pytest.mark.parametrize("impl", [CPP, TRITON])
-def test_opcheck_and_compile(impl):
-    logits, keys, one = torch.randn(3, 9), keys_for(3), torch.ones(1, dtype=torch.float64)
+@pytest.mark.each_impl("sample", only=("cpp", "triton"))
+def test_opcheck_and_compile(impl, device):
+    logits, keys, one = torch.randn(3, 9, device=device), keys_for(device, 3), torch.ones(1, dtype=torch.float64, device=device)
     op = {"cpp": torch.ops.fusedrl.sample, "triton": torch.ops.fusedrl.sample_triton}[impl].default
-    torch.library.opcheck(op, (logits, one, 4 * one, 0.5 * torch.ones(3, dtype=torch.float64), None, keys, logits > 5, None))
+    torch.library.opcheck(op, (logits, one, 4 * one, 0.5 * torch.ones(3, dtype=torch.float64, device=device), None, keys, logits > 5, None))
     torch.library.opcheck(op, (logits, one, 4 * one, None, None, keys, None, 12))  # (a buffer with room to spare has garbage in it)
     for name in (impl, "torch"):
         def call(logits, keys, name=name):
@@ -350,11 +349,11 @@ def test_opcheck_and_compile(impl):
 
 
 # ---- the kept set --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", ALL)
-def test_the_kept_set_is_the_distribution(impl):
+@pytest.mark.each_impl("sample")
+def test_the_kept_set_is_the_distribution(impl, device):
     """The trainer's log-probability over the kept ids is the sampler's; without them, top-p 0.8 biases the ratio of an unchanged policy."""
-    B, V = 6 if impl == "triton" else 200, 50
-    logits, keys = torch.randn(B, V, generator=torch.Generator().manual_seed(12)) * 2, keys_for(B)
+    B, V = 6 if interpreted(impl, device) else 200, 50
+    logits, keys = torch.randn(B, V, generator=torch.Generator().manual_seed(12)).to(device) * 2, keys_for(device, B)
     drawn = sample(logits, temperature=0.8, top_p=0.8, keys=keys, return_kept=True, impl=impl)
     full, means, means_kept = torch.log_softmax(logits.double() / 0.8, -1), [], []
     for b, ids in enumerate(rows_of(drawn.kept)):
@@ -372,21 +371,21 @@ def test_the_kept_set_is_the_distribution(impl):
     assert abs(sum(means_kept) / B - 1) < 1e-6
 
 
-@pytest.mark.parametrize("impl", ALL)
-def test_kept_capacity(impl):
-    logits, keys = torch.arange(10.0).expand(3, 10), keys_for(3)
-    arguments = dict(temperature=1.0, top_k=torch.tensor([3, 0, 4]), keys=keys, return_kept=True, impl=impl)
+@pytest.mark.each_impl("sample")
+def test_kept_capacity(impl, device):
+    logits, keys = torch.arange(10.0, device=device).expand(3, 10), keys_for(device, 3)
+    arguments = dict(temperature=1.0, top_k=torch.tensor([3, 0, 4], device=device), keys=keys, return_kept=True, impl=impl)
     assert rows_of(sample(logits, kept_capacity=7, **arguments).kept) == [[7, 8, 9], [], [6, 7, 8, 9]]
     with pytest.raises(ValueError, match="to fit into kept_capacity 6"):
         sample(logits, kept_capacity=6, **arguments)
     assert sample(logits, **(arguments | {"return_kept": False})).kept is None
 
 
-@pytest.mark.parametrize("impl", [TRITON])
-def test_triton_marks_rows_beyond_the_capacity(impl):
+@pytest.mark.each_impl("sample", only=("triton",))
+def test_triton_marks_rows_beyond_the_capacity(impl, device):
     """What a GPU answers, where nothing may raise: as tests/kernels/test_cuda_sampling.py has it."""
-    logits, keys = torch.arange(10.0).expand(4, 10), keys_for(4)
-    one, k = torch.ones(1, dtype=torch.float64), torch.tensor([3.0, 0.0, 4.0, 2.0], dtype=torch.float64)
+    logits, keys = torch.arange(10.0, device=device).expand(4, 10), keys_for(device, 4)
+    one, k = torch.ones(1, dtype=torch.float64, device=device), torch.tensor([3.0, 0.0, 4.0, 2.0], dtype=torch.float64, device=device)
     for capacity, ends, lost in ((9, [3, 3, 7, 9], []), (8, [3, 3, 7, 7], [3]), (6, [3, 3, 3, 3], [2, 3]), (0, [0] * 4, [0, 2, 3])):
         *drawn, kept, offsets = torch.ops.fusedrl.sample_triton(logits, one, k, None, None, keys, None, capacity)
         assert offsets.tolist() == [0, *ends]
@@ -394,25 +393,26 @@ def test_triton_marks_rows_beyond_the_capacity(impl):
         assert kept[: ends[-1]].tolist() == ([7, 8, 9] + [6, 7, 8, 9] + [8, 9])[: ends[-1]]
 
 
-def test_room_for_the_kept_set():
-    mixed, suppress = torch.tensor([0.0, 1.0, 1.0]), torch.zeros(3, 10, dtype=torch.bool)
-    cases = [(1.0, 0, False, None, 0), (1.0, 4, True, None, 12), (1.0, 40, True, None, 30), (1.0, 0, True, None, 30), (1.0, torch.ones(3), True, None, 30),
+def test_room_for_the_kept_set(device):
+    mixed, suppress = torch.tensor([0.0, 1.0, 1.0], device=device), torch.zeros(3, 10, dtype=torch.bool, device=device)
+    cases = [(1.0, 0, False, None, 0), (1.0, 4, True, None, 12), (1.0, 40, True, None, 30), (1.0, 0, True, None, 30),
+             (1.0, torch.ones(3, device=device), True, None, 30),
              (mixed, 4, True, None, 12), (1.0, 4, True, suppress, 12), (0.0, 4, True, suppress, 30), (mixed, 4, True, suppress, 30),
              (1.0, 0, False, suppress, 30)]
     for temperature, top_k, truncates, hidden, expected in cases:
         assert _capacity(3, 10, temperature, top_k, truncates, hidden) == expected
-    logits, arguments = torch.zeros(3, 10), dict(temperature=1.0, keys=keys_for(3), return_kept=True, impl="torch")
+    logits, arguments = torch.zeros(3, 10, device=device), dict(temperature=1.0, keys=keys_for(device, 3), return_kept=True, impl="torch")
     for setting, expected in (({"top_k": 4}, 12), ({"top_p": 0.5, "kept_capacity": 17}, 17)):
         compiled = torch.compile(lambda z, setting=setting: sample(z, **arguments, **setting).kept.token_ids, fullgraph=True, backend="aot_eager")
         assert len(compiled(logits)) == expected  # compiled code is not asked how many there are
 
 
 @pytest.mark.parametrize("scorer", ["torch", "cpp"])
-def test_the_scorer_gives_what_was_sampled(scorer):
+def test_the_scorer_gives_what_was_sampled(scorer, device):
     """From the sampler's kept set the trainer scores the very distribution that the token was drawn from."""
     generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(40, 300, generator=generator)
-    keys = torch.stack([torch.arange(40)] * 4, dim=1)
+    logits = 3 * torch.randn(40, 300, generator=generator).to(device)
+    keys = torch.stack([torch.arange(40, device=device)] * 4, dim=1)
     drawn = sample(logits, temperature=0.8, top_k=50, top_p=0.7, min_p=0.01, keys=keys, return_kept=True)
     assert drawn.kept is not None
     scored = logprob(logits, drawn.token_ids, temperature=0.8, kept=drawn.kept, impl=scorer)
