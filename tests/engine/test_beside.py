@@ -393,7 +393,7 @@ def test_ids_that_end_a_completion_are_followed(book, tmp_path):
     actor = share(m)
     (completion,), _ = actor.generate(PROMPTS, PARAMS)
     last = completion.token_ids[2]
-    setattr(getattr(m, book), "eos_token_id", last)
+    getattr(m, book).eos_token_id = last
     (now,), _ = actor.generate(PROMPTS, PARAMS)
     first = completion.token_ids.index(last)
     assert now.token_ids == completion.token_ids[: first + 1]
