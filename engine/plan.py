@@ -10,7 +10,7 @@ Gradients the sums over micro-batches, 4 bytes a trained parameter, also of bflo
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
           is added; the last layer's; or the embedding's. What generation needs beside the weights and the gradients is compared, too.
 Critic    one of its own is trained before the policy: its weights and moments stay, its gradients and activations are never there together with the policy's.
-Exact     weights, gradients, optimizer, reference, KV pool, tables of cos and sin, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
+Exact     weights, gradients, optimizer, reference, KV pool, cos and sin, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
 Beside    the interpreter and its libraries, about half a GiB, or the CUDA context. On a CPU glibc's heap keeps some of what is freed: a float32 model of
           1.0 GiB peaked 5 and 7% above the plan (plain, checkpointed), and 0.4% with MALLOC_MMAP_THRESHOLD_=131072, which turns that off.
 """

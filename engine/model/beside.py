@@ -107,8 +107,8 @@ class Beside:
         for name, expected in self._numbers.items():
             for key, value in expected.items():
                 if (found := now[name].get(key, _NONE)) is not value and found != value:
-                    raise RuntimeError(f"HybridActor: {_dotted(name, key)} of {self._where} was {_shown(value)} and is {_shown(found)}, and the actor computes with "
-                                       "the former; set it back, or change the model's configuration, save it, and load that")
+                    raise RuntimeError(f"HybridActor: {_dotted(name, key)} of {self._where} was {_shown(value)} and is {_shown(found)}, and the actor computes "
+                                       "with the former; set it back, or change the model's configuration, save it, and load that")
         buffers = dict(floating_buffers(self._tree))
         for name, kept in self._buffers.items():
             b = buffers.get(name)
@@ -163,7 +163,8 @@ def _held(part: nn.Module) -> Iterator[str]:
 
 
 def floating_buffers(tree: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that a model computes with: no masks. A dynamic rotary embedding replaces its frequencies for texts longer than any here, and keeps the original ones."""
+    """Those that a model computes with: no masks. A dynamic rotary embedding replaces its frequencies for texts longer than any here, and keeps the
+    original ones."""
     for name, b in tree.named_buffers():
         owner = tree.get_submodule(name.rpartition(".")[0])
         if b.is_floating_point() and not (getattr(owner, "rope_type", None) == "dynamic" and name.endswith(".inv_freq")):

@@ -38,7 +38,7 @@ def _with_its_frequencies(module: nn.Module, config: ModelConfig) -> ModelConfig
     Raises:
         ValueError: they are others.
     """
-    found: dict[str, tuple[float, ...]] = {}
+    found: dict[str, Any] = {}
     for name, b in floating_buffers(module):
         if not name.endswith(("inv_freq", "embed_scale")):
             continue

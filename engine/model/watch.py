@@ -291,11 +291,12 @@ class Watch:
                                "build a new actor") from error
         kept = {name: getattr(self._read, name) for name in ("bos_token_id", "pad_token_id", "eos_token_ids", "initializer_range")}
         if changed := [f.name for f in fields(now) if f.compare and getattr(replace(now, **kept), f.name) != getattr(self._read, f.name)]:
-            raise RuntimeError(f"HybridActor: the shared model's config was changed: by it {', '.join(changed)} would be another, and neither its modules nor the "
-                               "actor were built so; set it back, or save the model with it and load that")
+            raise RuntimeError(f"HybridActor: the shared model's config was changed: by it {', '.join(changed)} would be another, and neither its "
+                               "modules nor the actor were built so; set it back, or save the model with it and load that")
         followed = {name: getattr(now, name) for name in (*kept, "raw", "raw_generation")}
-        for part in (self._decoder, *cast(Iterable[Layer], self._decoder.layers)):
-            part.config = replace(self._decoder.config, **followed) if part is self._decoder else self._decoder.config
+        self._decoder.config = replace(self._decoder.config, **followed)
+        for layer in cast(Iterable[Layer], self._decoder.layers):
+            layer.config = self._decoder.config
         self._read, self._books = now, books
         for beside in self._beside:
             beside.expect()

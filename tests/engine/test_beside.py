@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from tests.engine.test_watch import PARAMS, PROMPTS, SIZES, off
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -16,7 +17,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from tests.engine.test_watch import PARAMS, PROMPTS, SIZES, off
 
 TIED = SIZES | {"tie_word_embeddings": False}
 
