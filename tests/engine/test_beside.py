@@ -357,7 +357,7 @@ ORDINARY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("later", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("name", ORDINARY)
 def test_ordinary_use_is_neither_refused_nor_told(name, later):
     m, actors = model(), []
@@ -437,3 +437,20 @@ def completion(ids):
 
     found = ids[0, 900:].tolist()
     return Completion(ids[0, :900].tolist(), found, [0.0] * len(found), "", "length", [0] * len(found))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("change", [lambda h: h.half(), lambda h: h.bfloat16(), lambda h: h.double(), lambda h: h.to("meta"),
+                                    lambda h: setattr(h, "weight", nn.Parameter(torch.zeros(1, 7))),
+                                    lambda h: setattr(h, "bias", nn.Parameter(torch.zeros(2)))])  # fmt: skip
+def test_a_value_head_that_was_cast_or_reshaped_alone_is_refused_and_put_right(change, strict):
+    actor = HybridActor.from_module(model(), value_head=True, strict=strict)
+    outs = actor.generate(PROMPTS, PARAMS)
+    batch = PackedBatch.from_completions(PROMPTS, outs)
+    head = actor.value_head
+    change(head)
+    for read in (lambda: actor.score(batch), lambda: actor.generate(PROMPTS, PARAMS)):
+        with pytest.raises(ValueError, match=r"ValueHead: expected weight \[1, 32\] and bias \[1\] in torch.float32 on cpu.*, got .*use value_head.to"):
+            read()
+    head.weight, head.bias = nn.Parameter(torch.zeros(1, 32)), nn.Parameter(torch.zeros(1))
+    assert actor.generate(PROMPTS, PARAMS) == outs
