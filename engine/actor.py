@@ -17,7 +17,7 @@ from fusedrl.engine.generation.arena import Arena
 from fusedrl.engine.generation.cache import CacheConfig
 from fusedrl.engine.generation.generator import Completion, Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
-from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.lora_files import load_adapter, save_adapter
@@ -248,10 +248,11 @@ class HybridActor:
         """
         self._watch.look(lightly=True)
         head_VH, labels_N, T, softcap = self.decoder.head_weight, batch.labels(), temperature or 1.0, self.decoder.config.logit_softcap
-        if self.strict:
-            logp_N, entropy_N = strict_logprob(hidden_NH, head_VH, labels_N, T, softcap)
-        else:
-            logp_N, entropy_N = linear_logprob(hidden_NH, head_VH, labels_N, temperature=T, softcap=softcap, entropy=True)
+        with own_precision(head_VH.device):
+            if self.strict:
+                logp_N, entropy_N = strict_logprob(hidden_NH, head_VH, labels_N, T, softcap)
+            else:
+                logp_N, entropy_N = linear_logprob(hidden_NH, head_VH, labels_N, temperature=T, softcap=softcap, entropy=True)
         mask_N = batch.action_mask
         return torch.where(mask_N, batch.to_next(logp_N), 0.0), torch.where(mask_N, batch.to_next(entropy_N), 0.0)
 
@@ -285,7 +286,7 @@ class HybridActor:
         if sorted(b for part in partition for b in part) != list(range(batch.num_sequences)):
             raise ValueError(f"HybridActor.score: expected a partition of the batch's {batch.num_sequences} sequences, "
                              f"got {[list(part) for part in partition]}")
-        columns = [torch.zeros(batch.num_tokens, device=batch.device) for _ in range(2 if self.value_head is None else 3)]
+        columns = [torch.zeros(batch.num_tokens, dtype=torch.float32, device=batch.device) for _ in range(2 if self.value_head is None else 3)]
         for part in partition:
             if not len(part):
                 continue

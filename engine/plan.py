@@ -10,7 +10,7 @@ Gradients the sums over micro-batches, 4 bytes a trained parameter, also of bflo
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
           is added; the last layer's; or the embedding's. What generation needs beside the weights and the gradients is compared, too.
 Critic    one of its own is trained before the policy: its weights and moments stay, its gradients and activations are never there together with the policy's.
-Exact     weights, gradients, optimizer, reference, KV pool, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
+Exact     weights, gradients, optimizer, reference, KV pool, cos and sin, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
 Beside    the interpreter and its libraries, about half a GiB, or the CUDA context. On a CPU glibc's heap keeps some of what is freed: a float32 model of
           1.0 GiB peaked 5 and 7% above the plan (plain, checkpointed), and 0.4% with MALLOC_MMAP_THRESHOLD_=131072, which turns that off.
 """
@@ -101,13 +101,14 @@ class Parts:
     gradients: int
     optimizer: int
     kv_pool: int
+    rotary: int  # cos and sin of every position (kernels/rope.py), of each model that is loaded
     activations: int  # held between forward and backward, beyond what the KV pool's memory takes of them
     workspace: int  # at the peak, beside all of the above
 
     @property
     def fixed(self) -> int:
         """What does not depend on the micro-batch."""
-        return self.weights + self.reference + self.gradients + self.optimizer + self.kv_pool
+        return self.weights + self.reference + self.gradients + self.optimizer + self.kv_pool + self.rotary
 
     @property
     def peak(self) -> int:
@@ -187,6 +188,8 @@ class Planner:
         judges = config.reward if isinstance(config, SamplingConfig) else ()
         judges += config.monitor_reward if isinstance(config, PolicyConfig) else ()
         self.reference += sum(self._reward_bytes(spec) for spec in judges)
+        self.rotary = self._rotary_bytes(self._decoder) * (1 if kind == "adapter_off" else 2)
+        self.rotary += sum(self._rotary_bytes(self._reward_trunk(spec)) for spec in judges if Path(spec).is_dir())
         self._phases: list[Planner] = [self]  # what trains, one after the other
         if isinstance(config, PolicyConfig) and (critic := config.own_critic) is not None:
             trunk = model if critic.model == "policy" else read_model_config(critic.model)
@@ -194,6 +197,7 @@ class Planner:
             self._phases.insert(0, Planner(replace(trunk, tie_embeddings=True), apart, values=True))  # without a head
             self.weights += self._phases[0].weights
             self.optimizer += self._phases[0].optimizer
+            self.rotary += self._rotary_bytes(self._phases[0]._decoder)
         self._cache = cache or CacheConfig()
         self.kv_pool = 0
         if isinstance(config, SamplingConfig):
@@ -209,14 +213,27 @@ class Planner:
         """A reward model's weights; a function has none."""
         if not Path(spec).is_dir():
             return 0
-        trunk = Decoder(model_config(spec), dtype=self.dtype, device="meta")
+        trunk = self._reward_trunk(spec)
         return sum(p.nbytes for name, p in trunk.named_parameters() if name != "head") + 4 * trunk.config.hidden_size
+
+    def _reward_trunk(self, spec: str) -> Decoder:
+        return Decoder(model_config(spec), dtype=self.dtype, device="meta")
+
+    def _rotary_bytes(self, decoder: Decoder) -> int:
+        """Of a model's tables, once the longest text that the configuration allows has come; captured steps have them of all positions from the first."""
+        config, most = self.config, decoder.config.max_positions
+        if isinstance(config, SamplingConfig):
+            longest = None if config.max_prompt_length is None else config.max_prompt_length + config.generation.max_new_tokens
+            longest = None if self.device.type == "cuda" or (isinstance(config, PolicyConfig) and config.ptx is not None) else longest
+        else:
+            longest = config.max_length
+        return decoder.weights().rope_table.bytes_upto(min(most, longest or most))
 
     def _kv_pool(self, memory: int) -> int:
         c, size = self._cache, block_bytes(self._decoder.weights(), self._cache.block_size, self._cached)
         if self.device.type != "cuda" or c.num_blocks is not None or c.memory_bytes is not None:
             return (resolve_num_blocks(c, self._decoder.weights(), self.model.max_positions, self._cached) + 1) * size
-        free = memory - self.weights - self.reference  # when the first rollout asks, there is nothing else
+        free = memory - self.weights - self.reference - self.rotary  # when the first rollout asks, there is nothing else
         if c.memory_fraction is not None:
             return max(2, int(free * c.memory_fraction) // size) * size
         tokens, checkpointed = self.config.tokens_per_microbatch, self.config.checkpoint_activations
@@ -305,7 +322,7 @@ class Planner:
 
     # ---- together ---------------------------------------------------------------------------------------------------------------
     def parts(self, tokens: int, checkpointed: bool) -> Parts:
-        each = (Parts(self.weights, self.reference, phase.gradients, self.optimizer, self.kv_pool, phase.beyond_pool(tokens, checkpointed),
+        each = (Parts(self.weights, self.reference, phase.gradients, self.optimizer, self.kv_pool, self.rotary, phase.beyond_pool(tokens, checkpointed),
                       phase.workspace_bytes(tokens, checkpointed)) for phase in self._phases)
         return max(each, key=lambda parts: parts.peak)
 
@@ -373,6 +390,7 @@ def print_plan(found: Plan) -> None:
     more = f"{', checkpointed' if found.checkpoint_activations else ''}{', beyond the cache' if parts.kv_pool else ''}"
     rows = {"weights": parts.weights, "reference and reward models": parts.reference, "gradients": parts.gradients,
             "optimizer: moments and float32 masters": parts.optimizer, "KV cache": parts.kv_pool,
+            "tables of cos and sin": parts.rotary,
             f"activations of a micro-batch{more}": parts.activations,
             "workspace at the peak": parts.workspace}
     for name, count in rows.items():

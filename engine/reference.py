@@ -100,4 +100,5 @@ def load_reference(config: NamesReference, actor: HybridActor) -> Reference:
     host = config.reference_kind == "host" and device.type != "cpu"
     copy = HybridActor.from_pretrained(config.model, dtype=actor.decoder.dtype, device="cpu" if host else config.device)
     copy.decoder.requires_grad_(False)
+    copy.strict = actor.strict  # before the first step its bits are the policy's, and the KL is 0
     return OnHost(copy, device) if host else Frozen(copy)

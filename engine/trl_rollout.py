@@ -6,13 +6,11 @@ The actor is made at the first rollout, from the model as the trainer has moved 
 """
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 
 from fusedrl.engine.actor import HybridActor
@@ -70,14 +68,7 @@ class Rollouts:
                                "wrapped after the actor was made, or is another one. Leave the actor out: rollout_func() makes one at the first "
                                "rollout, from the model as it then lies")
         self.actor = None  # its cache goes before the next one comes
-        actor = self._make(model, trainer.processing_class)
-        precision = getattr(trainer.accelerator, "mixed_precision", "no")
-        if precision in ("bf16", "fp16") and actor.decoder.dtype == torch.float32:
-            warnings.warn(f"rollout_func: the trainer computes in {precision} by autocast and completions are drawn in float32: their log-probabilities "
-                          "differ by about 0.02 nats in the mean; train in float32 (bf16=False: TRL sets it to True) or load the model "
-                          "in bfloat16",
-                          stacklevel=3)
-        return actor
+        return self._make(model, trainer.processing_class)
 
     def _request_ids(self, count: int, trainer: Any) -> list[int]:
         """Numbers that no other process, step or evaluation has."""

@@ -176,6 +176,11 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 and on_tensor_cores(device) else activation_dtype(dtype, device)
 
 
+def weight_dtypes(device: torch.device, impl: str | None = None) -> tuple[torch.dtype, ...]:
+    """The dtypes of weights that an implementation takes; None: the best one for the device."""
+    return (torch.float32, torch.bfloat16) if _IMPLS.choose(device, impl) == "cpp" else FLOATS
+
+
 # ---- reference -------------------------------------------------------------------------------------------------------
 def _gated(layer: LayerWeights) -> bool:
     return layer.gate_up.shape[0] != layer.down.shape[1]
@@ -406,7 +411,7 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
     for name, tensor in (("token_ids", token_ids), ("positions", positions), ("rows", rows), ("out_slots", out_slots)):
         check_dtype(op, name, tensor, (torch.int64,))
     check_dtype(op, "block_table", block_table, (torch.int32,))
-    check_dtype(op, "weights.embedding", weights.embedding, (torch.float32, torch.bfloat16) if chosen == "cpp" else FLOATS)
+    check_dtype(op, "weights.embedding", weights.embedding, weight_dtypes(token_ids.device, chosen))
     halves = {torch.float16} if weights.embedding.dtype == torch.bfloat16 and chosen != "cpp" else set()
     cached = {torch.float32} if chosen != "triton" or weights.embedding.dtype == torch.bfloat16 else set()
     check_dtype(op, "k_cache", k_cache, {weights.embedding.dtype} | cached | halves)

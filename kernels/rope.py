@@ -75,6 +75,11 @@ def _(inv_freq: Tensor, scale: float, count: int) -> tuple[Tensor, Tensor]:
     return inv_freq.new_empty(shape), inv_freq.new_empty(shape)
 
 
+def _rounded(count: int) -> int:
+    """How many positions a table holds that was asked for `count`."""
+    return max(_STEP, 1 << (count - 1).bit_length())
+
+
 class RopeTable:
     """cos and sin of every position's angles, for all who turn queries and keys: sampler, scorer and trainer read the same numbers.
 
@@ -105,8 +110,12 @@ class RopeTable:
         """(cos, sin), [tables, positions, P] float32 each, of at least the first `count` positions."""
         if count > self._cos.shape[1]:
             with torch.inference_mode(False):  # what is kept must serve autograd, too
-                self._cos, self._sin = _rope_table(self.inv_freq, self.scale, max(_STEP, 1 << (count - 1).bit_length()))
+                self._cos, self._sin = _rope_table(self.inv_freq, self.scale, _rounded(count))
         return self._cos, self._sin
+
+    def bytes_upto(self, count: int) -> int:
+        """What the tables take once `count` positions were asked for."""
+        return 8 * self.inv_freq.numel() * _rounded(count)
 
     def at(self, positions_N: Tensor, count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """cos and sin, [N, P], of each table at these positions, all below `count`. In float64 for float64, as an oracle wants them; else float32."""

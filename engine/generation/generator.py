@@ -27,9 +27,10 @@ from fusedrl.engine.generation.scheduler import Plan, Scheduler
 from fusedrl.engine.generation.scheduler import Sequence as Running
 from fusedrl.engine.generation.state import DecodeState, Tokens, advance
 from fusedrl.engine.generation.turns import Turns
-from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.watch import Depth, Watch
+from fusedrl.kernels.decode_step import weight_dtypes
 
 _WINDOW, _CPU_WINDOW = 8, 16  # steps between two looks of the host; a CPU's end early
 _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
@@ -120,6 +121,10 @@ class Generator:
     def __init__(self, decoder: Decoder, tokenizer: Any = None, config: CacheConfig | None = None, *, watch: Watch | None = None, strict: bool = False,
                  window: int | None = None, graphs: StepGraphs | None = None, value_head: ValueHead | None = None) -> None:
         config = config or CacheConfig()
+        if decoder.dtype not in (allowed := weight_dtypes(decoder.device)):
+            raise TypeError(f"HybridActor.generate: expected weights in {' or '.join(str(dtype).removeprefix('torch.') for dtype in allowed)}, got "
+                            f"{str(decoder.dtype).removeprefix('torch.')}, which the sampler does not compute in on {decoder.device}; cast them: "
+                            "actor.decoder.to(torch.bfloat16)")
         self.decoder, self.tokenizer, self._watch, self._strict, self.value_head = decoder, tokenizer, watch, strict, value_head
         self.weights_version = 0 if watch is None else watch.version
         self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions, decoder.cache_dtype)
@@ -127,7 +132,7 @@ class Generator:
                                    values=value_head is not None)
         self._table = SamplingTable(config.max_sequences)
         eos = getattr(tokenizer, "eos_token_id", None)
-        self._eos_ids = frozenset(decoder.config.eos_token_ids) | (frozenset() if eos is None else {eos})
+        self._tokenizer_eos = frozenset() if eos is None else frozenset({eos})
         self._turns = Turns()
         self._tickets: list[Ticket] = []
         self._leaving: deque[Ticket] = deque()  # to be aborted before the next step
@@ -156,6 +161,7 @@ class Generator:
             if len(given) != len(ids):
                 raise ValueError(f"generate: {len(ids)} prompts and {len(given)} {name}; expected one per prompt")
         vocab, positions = self.decoder.config.vocab_size, self.decoder.config.max_positions
+        eos_ids = self._tokenizer_eos.union(self.decoder.config.eos_token_ids)
         ticket = Ticket()
         sequences: list[Running] = []
         special: dict[SamplingParams, SamplingParams] = {}  # most prompts share theirs
@@ -176,7 +182,7 @@ class Generator:
             except ValueError as error:
                 raise ValueError(f"generate: prompt {index} can never run: {error}") from None
             before = prompts[index] if isinstance(prompts[index], Completion) else None
-            request = _Request(ticket, index, prompt if before is None else before.prompt_ids, p, int(key), self._eos_ids | frozenset(p.stop_token_ids), before)
+            request = _Request(ticket, index, prompt if before is None else before.prompt_ids, p, int(key), eos_ids | frozenset(p.stop_token_ids), before)
             tokens = np.array(prompt, dtype=np.int64)
             for number in range(p.n):
                 sample = number if before is None else before.sample + number
@@ -304,7 +310,7 @@ class Generator:
     def _step(self, ticket: Ticket | None, depth: Depth) -> None:
         """A step that `ticket` waits for."""
         try:
-            with contextlib.nullcontext() if self._watch is None else self._watch.still():
+            with contextlib.nullcontext() if self._watch is None else self._watch.still(), own_precision(self.decoder.device):
                 self._look(depth)
                 watched = self._table.watched[self.scheduler.decoding].any()  # a stop string is found by the host
                 plan = self.scheduler.schedule(1 if watched else self._window)

@@ -9,7 +9,7 @@ Rounding  as the sampler's `decode_step`: between bfloat16 weights activations a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -27,6 +27,13 @@ from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import RopeTable, rope
 
 _off: ContextVar[frozenset[int]] = ContextVar("decoders whose adapter is off in this thread", default=frozenset())
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Within the block autocast is off: what computes in dtypes of its own, as the sampler does, shall do so whoever calls it."""
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _norm(x: Tensor, weight: Tensor, config: ModelConfig, bias: Tensor | None = None) -> Tensor:
@@ -216,8 +223,12 @@ class Decoder(nn.Module):
             token_ids_N: [N] int64. positions_N: [N] int64, from 0 in every sequence. cu_seqlens_B1: [B+1] int32.
             max_length: the longest sequence.
         Returns:
-            [N, H] in the parameters' dtype. Differentiable in the parameters.
+            [N, H] in the parameters' dtype, under autocast, too. Differentiable in the parameters.
         """
+        with own_precision(self.device):
+            return self._hidden(token_ids_N, positions_N, cu_seqlens_B1, max_length)
+
+    def _hidden(self, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> Tensor:
         dtype = self.activation_dtype
         x_NH, residual_NH = embed(token_ids_N, self.embedding, dtype), None
         if self._embedding_scale != 1.0:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.lora import merging
 from fusedrl.engine.model.strict import strict_linear
 from fusedrl.engine.model.weights import (
@@ -47,8 +47,19 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, device=device))
 
     def forward(self, hidden_NH: Tensor, *, strict: bool = False) -> Tensor:
-        """`strict`: bits that depend on a row of hidden states and the head alone; the gradient is the same."""
-        return (strict_linear if strict else F.linear)(hidden_NH.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
+        """`strict`: bits that depend on a row of hidden states and the head alone; the gradient is the same.
+
+        Raises:
+            ValueError: the head was cast, moved or given another shape.
+        """
+        H, found = hidden_NH.shape[-1], [(tuple(p.shape), p.dtype, p.device) for p in (self.weight, self.bias)]
+        if found != [((1, H), torch.float32, hidden_NH.device), ((1,), torch.float32, hidden_NH.device)]:
+            got = ", ".join(f"{name} {list(shape)} in {dtype} on {device}" for name, (shape, dtype, device) in zip(("weight", "bias"), found, strict=True))
+            raise ValueError(f"ValueHead: expected weight [1, {H}] and bias [1] in torch.float32 on {hidden_NH.device}, as values are whatever the trunk's "
+                             f"dtype, got {got}; use value_head.to({str(hidden_NH.device)!r}, torch.float32), or a new ValueHead({H}), and make its optimizer "
+                             "afterwards")
+        with own_precision(hidden_NH.device):
+            return (strict_linear if strict else F.linear)(hidden_NH.float(), self.weight, self.bias).squeeze(-1)
 
 
 def save_value_head(head: ValueHead, directory: str | Path) -> None:

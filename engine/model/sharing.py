@@ -8,14 +8,53 @@ Whether the parameters stay there is watched (watch.py).
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fusedrl.engine.model.beside import floating_buffers, plain, unlike
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.families import ModelConfig, model_config
 from fusedrl.engine.model.weights import hf_views
+
+
+def shared_config(module: nn.Module) -> ModelConfig:
+    """The configuration of a transformers model, as its config and generation_config now say. Raises as `share`."""
+    config = getattr(module, "config", None)
+    if not isinstance(module, nn.Module) or not hasattr(config, "to_json_string"):
+        raise TypeError(f"from_module: expected a transformers model such as AutoModelForCausalLM gives, got {type(module).__name__}")
+    raw = json.loads(cast(Any, config).to_json_string(use_diff=False))
+    generation = getattr(module, "generation_config", None)
+    return model_config({key: value for key, value in raw.items() if key not in ("_name_or_path", "transformers_version")},
+                        json.loads(generation.to_json_string()) if generation is not None else None)
+
+
+def _with_its_frequencies(module: nn.Module, config: ModelConfig) -> ModelConfig:
+    """The rotary frequencies that the model holds: those of its configuration, or these rounded, as `model.to(torch.bfloat16)` leaves them.
+
+    Raises:
+        ValueError: they are others.
+    """
+    found: dict[str, Any] = {}
+    for name, b in floating_buffers(module):
+        if not name.endswith(("inv_freq", "embed_scale")):
+            continue
+        field = "embedding_scale" if name.endswith("embed_scale") else "local_inv_freq" if "sliding_attention" in name else "inv_freq"
+        expected = torch.tensor(getattr(config, field)).flatten()
+        held = b.detach().float().cpu().flatten()
+        if held.shape != expected.shape or not torch.allclose(held, expected, rtol=max(1e-5, torch.finfo(b.dtype).eps), atol=0.0):
+            raise ValueError(f"from_module: the buffer {name} is not what the model's configuration says (the largest difference is "
+                             f"{float((held - expected).abs().max()) if held.shape == expected.shape else 'of shape'}); set it in the configuration, save the "
+                             "model, and load that")
+        if b.dtype.itemsize < 4 and field != "embedding_scale" and "original" not in name:
+            found[field] = tuple(held.tolist())
+    if found:
+        warnings.warn("from_module: model.to(dtype) has rounded the model's rotary frequencies, so it computes otherwise than a model that is loaded in that "
+                      "dtype, at late positions above all; the actor follows. Load it by from_pretrained(..., dtype=...) instead", stacklevel=4)
+    return replace(config, **found)
 
 
 def share(module: nn.Module) -> Decoder:
@@ -27,13 +66,7 @@ def share(module: nn.Module) -> Decoder:
         TypeError: no transformers model, or parameters of several dtypes or devices, or sharded ones. ValueError: a family or feature that the decoder
         does not have, or parameters that the family does not have (an adapter, a head of another task); the message lists them. Nothing is changed then.
     """
-    config = getattr(module, "config", None)
-    if not isinstance(module, nn.Module) or not hasattr(config, "to_json_string"):
-        raise TypeError(f"from_module: expected a transformers model such as AutoModelForCausalLM gives, got {type(module).__name__}")
-    raw = json.loads(cast(Any, config).to_json_string(use_diff=False))
-    generation = getattr(module, "generation_config", None)
-    parsed = model_config({key: value for key, value in raw.items() if key not in ("_name_or_path", "transformers_version")},
-                          json.loads(generation.to_json_string()) if generation is not None else None)
+    parsed = shared_config(module)
     parameters = dict(module.named_parameters())
     kinds = {(p.dtype, p.device) for p in parameters.values()}
     if len(kinds) != 1:
@@ -41,6 +74,9 @@ def share(module: nn.Module) -> Decoder:
     (dtype, device), = kinds
     if device.type == "meta" or any(type(p.data) is not Tensor for p in parameters.values()):
         raise TypeError("from_module: expected ordinary tensors in memory; shard, quantise or off-load after from_module, or not at all")
+    parsed = _with_its_frequencies(module, parsed)
+    import transformers
+
     decoder = Decoder(parsed, dtype=dtype, device="meta")
     wanted = hf_views(decoder)
     if reordered := [name for name, view in wanted.items() if view.ndim > 2]:
@@ -54,6 +90,10 @@ def share(module: nn.Module) -> Decoder:
         adapted = " (it has a PEFT adapter: merge it first, merge_and_unload, or train fusedrl's own adapters, actor.add_adapter)"
         raise ValueError(f"from_module: the parameters are not those of a plain {parsed.family.name} language model"
                          f"{adapted if any('lora_' in name for name in parameters) else ''}:\n  {shown}")
+    if problems := unlike(module, plain(getattr(transformers, parsed.family.language_model.format(parsed.family.name)), module.config)):
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ValueError(f"from_module: the model does not compute as transformers' {parsed.family.name} of its configuration, which is what the actor "
+                         f"computes:\n  {shown}\n  undo it, or set it in the configuration, save the model, and load that")
     moved: set[str] = set()
     for part in (decoder, *decoder.layers):
         part.to_empty(device=device, recurse=part is not decoder)

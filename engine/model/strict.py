@@ -116,7 +116,7 @@ class _Logprob(torch.autograd.Function):
                 ignore_index: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden_NH, head_VH, labels_N)
         ctx.options = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
-        logp_N, entropy_N = (torch.zeros(len(labels_N), device=hidden_NH.device) for _ in range(2))
+        logp_N, entropy_N = (torch.zeros(len(labels_N), dtype=torch.float32, device=hidden_NH.device) for _ in range(2))
         labelled = (labels_N != ignore_index).nonzero()[:, 0]
         for rows_R in labelled.split(max(1, _WORKSPACE // (4 * len(head_VH)))):
             logits_RV = strict_logits(hidden_NH[rows_R], head_VH, softcap)

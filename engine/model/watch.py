@@ -16,29 +16,33 @@ Cost      structure and counts: under a microsecond a parameter. The fingerprint
 Found     at the start of a call: every write that changes one element or one row, or the order of rows or of columns.
 Missed    words of 8 bytes that change places within a single row that is not the first; changes of several words of a row
           that cancel as integers. Within a stream, until the next call: uncounted writes that leave all first rows alone.
-          Changes to what a module computes beside its parameters: forward hooks, a replaced `forward`, buffers.
+          What modules compute with beside their parameters is watched by beside.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
 from itertools import chain
 from operator import attrgetter, is_
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.beside import Beside, classes, differences
+from fusedrl.engine.model.decoder import Decoder, Layer
 from fusedrl.engine.model.lora import LayerAdapter, inputs, targets
+from fusedrl.engine.model.sharing import shared_config
 from fusedrl.engine.model.weights import hf_views
 
 Depth = Literal["counts", "first rows", "all"]
@@ -60,9 +64,13 @@ class Watch:
         self._step: FrameType | None = None  # of that optimizer's step
         self._ending = threading.Lock()
         self._steps = 0
-        self._kinds = _kinds(decoder)
+        self._kinds = classes(decoder)
         self._shapes = {name: p.shape for name, p in decoder.named_parameters() if ".lora." not in name}
-        self._module_kinds = {} if module is None else _kinds(module)
+        self._module_kinds = {} if module is None else classes(module)
+        self._beside = [Beside(decoder, "the decoder", "the sampler does not run")]
+        if module is not None:
+            self._beside.append(Beside(module, "the shared model", "the actor does not run"))
+            self._read, self._books = shared_config(module), _books(module)
         self._counts: list[int] = []
         self._rows: Tensor | None = None
         self._sums: Tensor | None = None
@@ -93,7 +101,7 @@ class Watch:
                 all of their memory. None: at what is counted, for who only reads the weights as they are and keeps
                 nothing that was computed from them.
             lightly: not at addresses, shapes, strides and dtypes, which can change alone only where somebody assigns to
-                `.data`; for who has looked just before.
+                `.data`, nor beside the parameters; for who has looked just before.
         Raises:
             RuntimeError: the weights are not what they were in a way that cannot be followed; the message says what to
             do. Nothing is changed then: the next look finds the same, or that it was undone.
@@ -102,6 +110,11 @@ class Watch:
             moved = self._moved(lightly)
             if moved:
                 self._take()
+            elif not lightly:
+                for beside in self._beside:
+                    beside.look(deep=depth == "all")
+            if not lightly and self._module is not None and _books(self._module, self._books) is not self._books:
+                self._follow_config(self._module)
             counts = [self._steps, *map(_count, self._counted)]
             changed = moved or counts != self._counts
             self._counts = counts
@@ -164,6 +177,8 @@ class Watch:
         self._check_decoder()
         if self._module is not None:
             self._check_module(self._module)
+        for beside in self._beside:
+            beside.take()
         self._decoder._settle()
         trees = [self._decoder] if self._module is None else [self._decoder, self._module]
         tables: list[dict[str, Any]] = [
@@ -199,7 +214,7 @@ class Watch:
                 f"its parameters are {shard}s",
                 "this actor is one process on one device: shard another copy, or train without sharding",
             )
-        if strange := sorted(names ^ self._shapes.keys()) + _differences(self._kinds, _kinds(decoder)):
+        if strange := sorted(names ^ self._shapes.keys()) + differences(self._kinds, classes(decoder)):
             _refuse(
                 f"{', '.join(strange[:4])} of it came, went or changed its class",
                 "take off what replaced it (prune.remove, remove_parametrizations, "
@@ -259,8 +274,8 @@ class Watch:
             for name, view in views.items()
             if name not in found or type(found[name].data) is not Tensor or not _same_place(found[name], view)
         ]
-        problems += [name for name, p in found.items() if id(p) not in ours] + _differences(
-            self._module_kinds, _kinds(module)
+        problems += [name for name, p in found.items() if id(p) not in ours] + differences(
+            self._module_kinds, classes(module)
         )
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -269,6 +284,26 @@ class Watch:
                 "moved, wrapped, sharded, pruned, resized, given an adapter or to another actor, or loaded with assign=True); change weights in "
                 "place, undo it, or build a new actor with from_module"
             )
+
+    def _follow_config(self, module: nn.Module) -> None:
+        """The configuration was written to: take over what changes no number, such as the ids that end a completion."""
+        books = _books(module)
+        try:
+            now = shared_config(module)
+        except ValueError as error:
+            raise RuntimeError(f"HybridActor: the shared model's config is one that the actor cannot follow: {error}; set it back, or "
+                               "build a new actor") from error
+        kept = {name: getattr(self._read, name) for name in ("bos_token_id", "pad_token_id", "eos_token_ids", "initializer_range")}
+        if changed := [f.name for f in fields(now) if f.compare and getattr(replace(now, **kept), f.name) != getattr(self._read, f.name)]:
+            raise RuntimeError(f"HybridActor: the shared model's config was changed: by it {', '.join(changed)} would be another, and neither its "
+                               "modules nor the actor were built so; set it back, or save the model with it and load that")
+        followed = {name: getattr(now, name) for name in (*kept, "raw", "raw_generation")}
+        self._decoder.config = replace(self._decoder.config, **followed)
+        for layer in cast(Iterable[Layer], self._decoder.layers):
+            layer.config = self._decoder.config
+        self._read, self._books = now, books
+        for beside in self._beside:
+            beside.expect()
 
     # ---- threads ---------------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -348,21 +383,18 @@ def _refuse(what: str, remedy: str) -> None:
     raise RuntimeError(f"HybridActor: the decoder can no longer be generated from: {what}; {remedy}")
 
 
+def _books(module: nn.Module, before: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """What the configurations of a transformers model say, copied; `before` itself where it is that."""
+    now = [vars(found) for name in ("config", "generation_config") if (found := getattr(module, name, None)) is not None]
+    return before if before is not None and now == before else copy.deepcopy(now)
+
+
 def _layout(p: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
     return p.shape, p.stride(), p.dtype
 
 
 def _same_place(p: Tensor, view: Tensor) -> bool:
     return p.data_ptr() == view.data_ptr() and p.device == view.device and _layout(p) == _layout(view)
-
-
-def _kinds(tree: nn.Module) -> dict[str, type]:
-    """The class of every module by name; adapters come and go by ways of their own."""
-    return {name: type(part) for name, part in tree.named_modules(remove_duplicate=False) if not name.endswith(".lora")}
-
-
-def _differences(before: dict[str, type], now: dict[str, type]) -> list[str]:
-    return sorted(name or "the model" for name in before.keys() | now.keys() if before.get(name) is not now.get(name))
 
 
 def _words(p: Tensor) -> Tensor:

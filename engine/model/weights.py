@@ -371,11 +371,20 @@ def write_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tens
         room -= tensor.nbytes
     names = [_SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for shard, file in zip(shards, names, strict=True):
-        save_file({name: merge(name, tensor).reshape(file_shape(tensor)).contiguous() for name, tensor in shard.items()}, directory / file,
+        save_file(_apart({name: merge(name, tensor).reshape(file_shape(tensor)).contiguous() for name, tensor in shard.items()}), directory / file,
                   metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for shard, file in zip(shards, names, strict=True) for name in shard}
         write_json(directory / _INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with a copy of each that lies in another's memory, such as layers that share their parameters: a file holds each name by itself."""
+    out, end = {}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        out[name] = tensor.clone() if tensor.data_ptr() < end else tensor
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return {name: out[name] for name in tensors}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

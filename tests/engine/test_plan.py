@@ -190,7 +190,7 @@ def test_a_critic_of_its_own(tmp_path, kind, dtype):
             assert value.requires_grad
             assert apart.activation_bytes(tokens, checkpointed) == pytest.approx(sum(held.values()), rel=0.05)
             parts = planned.parts(tokens, checkpointed)
-            fixed = planned.weights + planned.reference + planned.optimizer + planned.kv_pool
+            fixed = planned.weights + planned.reference + planned.optimizer + planned.kv_pool + planned.rotary
             peaks = [fixed + phase.gradients + phase.beyond_pool(tokens, checkpointed) + phase.workspace_bytes(tokens, checkpointed)
                      for phase in (apart, planned)]
             assert parts.peak == max(peaks)
@@ -314,7 +314,7 @@ def test_a_gpu_that_is_elsewhere(tmp_path, capsys):
     assert main([*asked, "--memory", "80GiB", "--output-json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["dtype"] == "bfloat16"
-    left = (80 << 30) - sum(told["bytes"][name] for name in ("weights", "reference", "gradients", "optimizer", "workspace"))
+    left = (80 << 30) - sum(told["bytes"][name] for name in ("weights", "reference", "gradients", "optimizer", "rotary", "workspace"))
     assert told["bytes"]["kv_pool"] == pytest.approx(0.9 * left, rel=1e-4), "what training leaves"
     assert told["bytes"]["activations"] == 0, "they lie in it"
     assert main(asked) == 3
@@ -390,5 +390,25 @@ def test_a_process_with_a_model_of_a_gibibyte_peaks_where_the_plan_says(checkpoi
     told = json.loads(found.stdout.splitlines()[-1])
     assert told["weights"] > 1 << 30
     assert told["planned"] == pytest.approx(told["measured"], rel=0.1), told
-    kept = sum(told["parts"][name] for name in ("weights", "reference", "optimizer", "kv_pool"))
+    kept = sum(told["parts"][name] for name in ("weights", "reference", "optimizer", "kv_pool", "rotary"))
     assert told["rollout"] <= 1.05 * kept, "a rollout after training: what training freed was given back"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2", "llama, short texts"])
+def test_the_tables_of_cos_and_sin_are_planned(kind):
+    """They are those of every position that a text may have, of each model that is loaded: here the policy and its reference."""
+    kinds = KINDS | {"gemma3": {"model_type": "gemma3_text", "sliding_window": 9}, "llama, short texts": KINDS["llama"]}
+    sizes = SIZES | kinds[kind] | {"max_position_embeddings": 3000} | ({"n_positions": 3000} if kind == "gpt2" else {})
+    config = replace(STAGES["ppo"], device="cpu", dtype="float32", max_prompt_length=500 if "short" in kind else None)
+    longest = 500 + config.generation.max_new_tokens if "short" in kind else 3000
+    held = 0
+    for _ in ("policy", "reference"):
+        decoder = Decoder.random(model_config(sizes), 0)
+        with torch.no_grad():
+            HybridActor(decoder).score(batch(longest, 90, sequences=1))
+        held += sum(table.nbytes for table in decoder.weights().rope_table.tensors)
+    found = Planner(model_config(sizes), config)
+    assert found.rotary == held
+    assert (held > 0) == (kind != "gpt2")
+    assert found.parts(64, False).fixed == found.weights + found.reference + found.gradients + found.optimizer + found.kv_pool + held
+    assert Planner(model_config(sizes), replace(STAGES["sft"], device="cpu", max_length=300)).rotary == held / 2 * (512 / (1024 if "short" in kind else 4096))

@@ -197,3 +197,31 @@ def test_grpo_trainer(tiny_model, tmp_path):
     actor = generate.actor
     batch = PackedBatch.from_completions([[1, 4]], actor.generate([[1, 4]], SamplingParams(max_new_tokens=4)))
     assert actor.score(batch).logp.shape == (batch.num_tokens,)
+
+
+def test_a_trainer_under_autocast_is_told_once_with_the_remedy(tiny_model, tmp_path):
+    """TRL sets bf16=True by itself: the model then computes in bfloat16 what the actor draws in float32."""
+    import warnings
+
+    from accelerate.state import AcceleratorState
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    def run(dtype: torch.dtype, **options) -> list[str]:
+        AcceleratorState._reset_state(True)  # accelerate keeps its precision for the whole process
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype), AutoTokenizer.from_pretrained(tiny_model)
+        arguments = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_steps=2, max_completion_length=4, beta=0.0,
+                               use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, seed=0, **options)
+        trainer = GRPOTrainer(model=model, processing_class=tokenizer, reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+                              args=arguments, rollout_func=rollout_func(), train_dataset=Dataset.from_dict({"prompt": ["w1 w2", "w2 w3"]}))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            trainer.train()
+        AcceleratorState._reset_state(True)
+        return [text for one in found if "HybridActor" in (text := str(one.message))]
+
+    (message,) = run(torch.float32)
+    assert "load the model in bfloat16" in message
+    assert "bf16=False" in message
+    assert run(torch.bfloat16) == []
+    assert run(torch.float32, bf16=False) == []
