@@ -285,14 +285,14 @@ def test_small_gradients_are_followed_at_full_length(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["in place", "data", "copy", "one element", "transposed"])
-def test_masters_follow_what_others_write(dtype, how):
+def test_masters_follow_what_others_write(device, dtype, how):
     """An optimizer that was made after the write is the definition of what the next step gives where nothing of the moments is left: with betas 0."""
-    params = {"m": nn.Parameter(torch.randn(700, 301, generator=torch.Generator().manual_seed(1)).to(dtype))}  # more than a part
+    params = {"m": nn.Parameter(torch.randn(700, 301, generator=torch.Generator().manual_seed(1)).to(device, dtype))}  # more than a part
     if how == "transposed":
         params["m"] = nn.Parameter(params["m"].detach().t())
     optimizer = make_optimizer(params, lr=1e-3, betas=(0.0, 0.0))
     for seed in range(3):
-        give_gradients(params, seed)
+        give_gradients(device, params, seed)
         optimizer.step()
     p, before = params["m"], params["m"].detach().clone()
     masters = {name: master.clone() for name, master in optimizer.state_dict().items() if name.endswith("master")}
@@ -309,7 +309,7 @@ def test_masters_follow_what_others_write(dtype, how):
     fresh = {"m": nn.Parameter(written.clone())}
     other = make_optimizer(fresh, lr=1e-3, betas=(0.0, 0.0))
     for some in (params, fresh):
-        give_gradients(some, 9)
+        give_gradients(device, some, 9)
     optimizer.step()
     other.step()
     changed = written != before
@@ -320,13 +320,13 @@ def test_masters_follow_what_others_write(dtype, how):
         torch.testing.assert_close(optimizer.state_dict()["m.master"][~changed], kept, rtol=0, atol=1e-6)
 
 
-def test_weights_that_nobody_wrote_to_keep_their_masters():
-    params, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
+def test_weights_that_nobody_wrote_to_keep_their_masters(device):
+    params, others = parameters(device, torch.bfloat16), parameters(device, torch.bfloat16)
     optimizer, other = (make_optimizer(some, lr=1e-6) for some in (params, others))
     for seed in range(20):
-        give_gradients(params, seed)
+        give_gradients(device, params, seed)
         optimizer.step()
-        give_gradients(others, seed)
+        give_gradients(device, others, seed)
         state = {name: tensor.clone() for name, tensor in other.state_dict().items()}  # a checkpoint at every step
         other.load_state_dict(state)
         other.step()
@@ -334,21 +334,21 @@ def test_weights_that_nobody_wrote_to_keep_their_masters():
 
 
 @pytest.mark.parametrize("before, after", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_parameters_cast_since_are_refused(before, after):
-    module = nn.Linear(5, 3, dtype=before)
+def test_parameters_cast_since_are_refused(device, before, after):
+    module = nn.Linear(5, 3, dtype=before, device=device)
     optimizer = make_optimizer(module.named_parameters(), lr=1e-3)
     module.to(after)
-    give_gradients(dict(module.named_parameters()), 0)
+    give_gradients(device, dict(module.named_parameters()), 0)
     kept = module.weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"weight was \w+ on cpu when the optimizer was made and is \w+ on cpu"):
+    with pytest.raises(RuntimeError, match=r"weight was \w+ on [\w:]+ when the optimizer was made and is \w+ on"):
         optimizer.step()
     assert torch.equal(kept, module.weight)
 
 
-def test_parameters_replaced_since_are_refused():
-    module = nn.Linear(5, 3)
+def test_parameters_replaced_since_are_refused(device):
+    module = nn.Linear(5, 3, device=device)
     optimizer = make_optimizer(module.named_parameters(), lr=1e-3)
     module.load_state_dict({name: tensor.clone() for name, tensor in module.state_dict().items()}, assign=True)
-    module(torch.ones(2, 5)).sum().backward()
+    module(torch.ones(2, 5, device=device)).sum().backward()
     with pytest.raises(RuntimeError, match="none of its 2 parameters has a gradient"):
         optimizer.step()
