@@ -18,13 +18,14 @@ from fusedrl.engine.generation.cache import CacheConfig
 from fusedrl.engine.generation.generator import Completion, Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder, own_precision
+from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_value_head, save_value_head
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.lora_files import load_adapter, save_adapter
 from fusedrl.engine.model.sharing import share
 from fusedrl.engine.model.strict import strict_fault, strict_hidden, strict_logprob
 from fusedrl.engine.model.watch import Watch
-from fusedrl.engine.model.weights import load_decoder, load_tokenizer, resolve_directory, save_pretrained
+from fusedrl.engine.model.weights import load_decoder, load_tokenizer, save_pretrained
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.linear_logprob import linear_logprob
 

@@ -21,9 +21,10 @@ from fusedrl.engine.errors import ConfigError, SetupError
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.machine import copy_bandwidth, describe_machine, gemm_rate, seconds_of, wait_for
 from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.model.weights import load_decoder, resolve_device, resolve_directory, resolve_dtype, without_code
+from fusedrl.engine.model.weights import load_decoder, resolve_device, resolve_dtype, without_code
 from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.run import peak_memory

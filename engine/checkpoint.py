@@ -273,10 +273,14 @@ class RunLock:
 
     Raises:
         SetupError: another live process holds it; names its pid and host.
+        ConfigError: the path, or one that it would lie in, is a file.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
         path = Path(run_dir) / "lock"
+        if file := next((part for part in (path.parent, *path.parent.parents) if part.exists() and not part.is_dir()), None):
+            raise ConfigError(f"config: expected run.dir to be the directory of a run, or one to be made, got {str(run_dir)!r}, and {file} is a file; choose "
+                              "another --run.dir")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing it releases the lock)
         try:

@@ -17,15 +17,31 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args, get_origin
 
 from fusedrl.engine import __version__
 from fusedrl.engine.algorithms import ALGORITHMS
 from fusedrl.engine.cli_bench import bench_options, run_bench
-from fusedrl.engine.cli_common import CONFIGURATION, ENVIRONMENT, FAILED, INTERRUPTED, check_device, count, nearest, report_json, spelled
+from fusedrl.engine.cli_common import (
+    CONFIGURATION,
+    ENVIRONMENT,
+    FAILED,
+    INTERRUPTED,
+    Parser,
+    check_device,
+    count,
+    nearest,
+    output_file,
+    plain_warnings,
+    refuse_unknown,
+    report_json,
+    spelled,
+)
 from fusedrl.engine.cli_monitor import add_commands
+from fusedrl.engine.cli_names import STAGES_ELSEWHERE, known_elsewhere, nearest_names
+from fusedrl.engine.cli_values import keys_of, meant, parts_of, read_yaml
 from fusedrl.engine.cli_verify import verify_options
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError, SetupError, Stopped, UserError
@@ -36,13 +52,15 @@ STAGES: dict[str, tuple[type, str, str, str]] = {
     "dpo": (DPOConfig, "fusedrl.engine.stages.dpo", "train_dpo", "direct preference optimisation: preferences, no reward model"),
     "rejection": (RejectionConfig, "fusedrl.engine.stages.rejection", "train_rejection", "rejection sampling: imitate the best of many samples"),
 } | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}
+WORDS = {"NoneType": "null", "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}  # for types
 OPTIONAL = ("lora", "critic", "replay", "ptx", "evaluation")  # groups of options that may be null
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors a user can mend are one message on standard error, others keep their traceback."""
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        with plain_warnings():
+            _run(list(sys.argv[1:] if argv is None else argv))
     except Stopped as stop:
         return int(stop.code or 0)
     except SystemExit as stop:
@@ -64,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_ours(error):
             raise
         return _fail(error, CONFIGURATION)
+    except Warning as error:
+        return _fail(SetupError(f"a warning, and Python was told to stop at those: {' '.join(str(error).split())}"), FAILED)
     return 0
 
 
@@ -83,8 +103,7 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="fusedrl", allow_abbrev=False,
-                                     description="RLHF on one machine: train and generate from one copy of the weights.")
+    parser = Parser(prog="fusedrl", allow_abbrev=False, description="RLHF on one machine: train and generate from one copy of the weights.")
     parser.add_argument("--version", action="version", version=f"fusedrl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model: sft, reward, dpo, ppo, grpo, ...", add_help=False)
@@ -100,14 +119,16 @@ def _run(argv: list[str]) -> None:
     demo.add_argument("--seed", type=int, default=0, help="of everything that draws (default: %(default)s)")
     doctor = commands.add_parser("doctor", help="what this machine has and lacks; exit code 3 where something required is missing", allow_abbrev=False)
     doctor.add_argument("--device", help="a device that is required, such as cuda (default: none)")
-    doctor.add_argument("--output-json", metavar="FILE", help='what was found; "-" is standard output, without the tables')
+    doctor.add_argument("--output-json", type=output_file, metavar="FILE", help='what was found; "-" is standard output, without the tables')
     if argv[:1] == ["train"]:  # argparse's REMAINDER does not take options first
         _train(argv[1:])
         return
     if argv[:1] == ["plan"]:
         _plan(argv[1:])
         return
-    options = parser.parse_args(spelled(parser, argv))
+    options, unknown = parser.parse_known_args(spelled(parser, argv))
+    if unknown:
+        refuse_unknown(parser, options, unknown)
     if options.command == "bench":
         run_bench(options)
     elif "call" in options:
@@ -129,8 +150,10 @@ def _train(argv: list[str]) -> None:
         print(f"usage: fusedrl train STAGE [--config run.yaml] [--option value ...]\n\nstages:\n{stages}\n\n"
               "fusedrl train STAGE --help lists its options.", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else CONFIGURATION)
+    if argv[0].startswith("-"):
+        raise ConfigError(f"train: expected a stage before the options, got {argv[0]!r}; such as fusedrl train sft; fusedrl train --help lists them")
     if argv[0] not in STAGES:
-        raise ConfigError(f"train: unknown stage {argv[0]!r}{nearest(argv[0], STAGES)}; expected one of {', '.join(STAGES)}")
+        raise ConfigError(f"train: unknown stage {argv[0]!r}{_nearest_stage(argv[0])}; expected one of {', '.join(STAGES)}")
     _, module, function, _ = STAGES[argv[0]]
     config = parse_config(argv[0], argv[1:])
     check_device(config.device)
@@ -144,9 +167,15 @@ def _train(argv: list[str]) -> None:
         RESUME_COMMAND.reset(told)
 
 
+def _nearest_stage(name: str) -> str:
+    meant = STAGES_ELSEWHERE.get(name.lower().replace("-", "_"))
+    return f", which is {meant} here" if meant is not None else nearest(name, STAGES)
+
+
 def resume_command(argv: Sequence[str]) -> str:
     """The command that goes on with the run of `fusedrl train` with these options, for a shell in the same directory."""
-    kept = [word for index, word in enumerate(argv) if not _resumes(word) and not (index and _resumes(argv[index - 1]) and "=" not in argv[index - 1])]
+    kept = [word for index, word in enumerate(argv) if not _resumes(word) and not (
+        index and _resumes(argv[index - 1]) and "=" not in argv[index - 1] and not word.startswith("--"))]
     return shlex.join(["fusedrl", "train", *kept, "--run.resume", "true"])
 
 
@@ -166,13 +195,13 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
     from jsonargparse import ArgumentError, ArgumentParser
 
     cls = STAGES[stage][0]
-    known = dict(_keys(cls))
-    files, options = _sort_options(list(argv), known)
+    known = dict(keys_of(cls))
+    files, options = _sort_options(list(argv), stage, known)
     parser = ArgumentParser(prog=f"fusedrl train {stage}", exit_on_error=False, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with these options; the command line beats it")
     parser.add_class_arguments(cls)
     parser.set_defaults(dict(defaults or {}) | ({"algorithm": stage} if stage in ALGORITHMS else {}))
-    trees = [json.dumps(_read_yaml(file, known)) for file in files]
+    trees = [json.dumps(read_yaml(file, known, partial(_hint, stage=stage, known=known, dashes="")), default=str) for file in files]
     try:
         parsed = parser.parse_args([f"--config={tree}" for tree in trees] + options)
         parsed.pop("config", None)
@@ -189,44 +218,54 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
         raise ConfigError(ours[0]) from error
 
 
-def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """(dotted key, whether it is a group of keys) of a configuration class."""
-    for name, kind in get_type_hints(cls).items():
-        kind = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)  # of a group that may be None
-        group = dataclasses.is_dataclass(kind)
-        yield f"{prefix}{name}", group
-        if group:
-            yield from _keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-
-
-def _sort_options(argv: list[str], known: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+def _sort_options(argv: list[str], stage: str, known: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(configuration files, options): files apart, so that they can be read first, and all --reward as one list."""
     files: list[str] = []
     rewards: dict[str, list[str]] = {"reward": [], "monitor_reward": []}  # may come several times
     options: list[str] = []
-    index = 0
+    index, name = 0, ""
     while index < len(argv):
         key, equals, value = argv[index].partition("=")
-        name = key.removeprefix("--").replace("-", "_")
+        before, name = name, key.removeprefix("--").replace("-", "_")
         if key in ("-h", "--help") or name == "print_config" or name in [f"{group}.help" for group in OPTIONAL]:
             options.append(argv[index] if key == "-h" else f"--{name}{equals}{value}")
+        elif not equals and key[0:1] not in ("-", "–", "—") and any(get_origin(part) is tuple for part in parts_of(known.get(before))):
+            raise ConfigError(f"config: expected one value after --{before}, and got {argv[index]!r} behind it; " + (
+                f"write --{before} before each" if before in rewards else "several are written with commas and without spaces, such as 1,0.5"))
         elif not key.startswith("--") or (name not in known and name != "config"):
             expected = "" if key.startswith("--") else "; options are written --key value"
-            raise ConfigError(f"config: unknown option {key!r}{nearest(name, known, '--')}{expected}")
+            raise ConfigError(f"config: unknown option {key!r}{_hint(name.lstrip('_–—'), stage=stage, known=known, dashes='--')}{expected}")
         else:
             if not equals:
-                index += 1
-                if index == len(argv) or (argv[index].startswith("--") and argv[index][2:3].isalpha()):
+                follows = index + 1 < len(argv) and not (argv[index + 1].startswith("--") and argv[index + 1][2:3].isalpha())
+                if not follows and known.get(name) is not bool:
                     raise ConfigError(f"config: expected a value after {key}")
-                value = argv[index]
+                value = argv[index + 1] if follows else "true"
+                index += follows
             if name == "config":
                 files.append(value)
             elif name in rewards:
                 rewards[name] += json.loads(value) if value.startswith("[") and _is_list(value) else [value]
             else:
-                options.append(f"--{name}={value}")
+                given = meant(value, known[name])
+                options.append(f"--{name}={given if isinstance(given, str) else json.dumps(given)}")
         index += 1
     return files, options + [f"--{name}={json.dumps(listed)}" for name, listed in rewards.items() if listed]
+
+
+def _hint(name: str, *, stage: str, known: Mapping[str, Any], dashes: str) -> str:
+    """What to say behind a name that a stage has not: what it is called here, which stages have it, or what it may be."""
+    if name in known:
+        return f", did you mean {dashes}{name}?"
+    affirmed = name.removeprefix("no_")
+    if affirmed != name and (option := next(iter(nearest_names(affirmed, known)), None)) is not None and known[option] is bool:
+        return f", which is {dashes}{option} false here"
+    owners = [other for other, (cls, *_) in STAGES.items() if name in dict(keys_of(cls))]
+    if not owners:
+        return nearest(name, known, dashes)
+    shown = [other for other in owners if other not in ALGORITHMS] + ["ppo, grpo and the other policy methods"] * ("ppo" in owners)
+    ours = known_elsewhere(name, known)
+    return f", which is one of {', '.join(shown)}, not of {stage}" + (f"; the nearest here is {dashes}{ours}" if ours else "")
 
 
 def _is_list(text: str) -> bool:
@@ -234,38 +273,6 @@ def _is_list(text: str) -> bool:
         return isinstance(json.loads(text), list)
     except ValueError:
         return False
-
-
-def _read_yaml(path: str, known: Mapping[str, bool]) -> dict[str, Any]:
-    """The options of a file, by the configuration's names. Refuses one that is no YAML mapping, or has a key that the configuration has not; jsonargparse
-    checks the types."""
-    import yaml
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(2, "no such configuration file", path)
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of options to values, got {type(tree).__name__}")
-
-    def read(branch: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in branch.items():
-            name = f"{prefix}{key}".replace("-", "_")
-            if name not in known:
-                raise ConfigError(f"{path}: unknown key {f'{prefix}{key}'!r}{nearest(name, known)}")
-            if known[name] and not (value is None and name in OPTIONAL):
-                if not isinstance(value, dict):
-                    raise ConfigError(f"{path}: expected {name!r} to be a mapping of options, got {type(value).__name__}")
-                value = read(value, f"{name}.")
-            if (own := name.removeprefix(prefix)) in found:
-                raise ConfigError(f"{path}: {name!r} stands there twice, once with dashes and once with underscores; leave one out")
-            found[own] = value
-        return found
-
-    return read(tree, "")
 
 
 def _plain(message: str, cls: type) -> str:
@@ -276,22 +283,22 @@ def _plain(message: str, cls: type) -> str:
         return f'"{union[1]}": expected {_expected(union[1], cls)}, got {union[2]}'
     if group := re.search(r'"([\w.]+)": Unable to load config \'?"?(.*?)\'?"?( - .*|$)', message):
         return f'"{group[1]}": expected {_expected(group[1], cls)}, got {group[2]}'
-    for kind in ("str", "int", "float", "bool", "tuple"):
-        message = message.replace(f"<class '{kind}'>", kind)
-    message = message.replace("Expected a typing.Literal", "expected one of ").replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+    if lacking := re.search(r"the following arguments are required: (.*)", message):
+        *others, last = (f"--{name}" for name in lacking[1].split(", "))
+        return f"expected {', '.join(others)}{' and ' * bool(others)}{last}, which cannot be left out"
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", lambda found: f"expected one of {found[1].replace(chr(39), '')}", message)
+    message = message.replace("Expected a ", "expected ")
+    message = re.sub(r"\. Got value:(?: (.*))?$", lambda found: f", got {found[1] or 'nothing'}", message)
     if listed := re.search(r'"([\w.]+)": expected tuple( with \d+ elements)?, got (.*)', message):
         return f'"{listed[1]}": expected {_expected(listed[1], cls)}{listed[2] or ""}, got {listed[3]}'
-    return message
+    return re.sub(r": expected (\w+), got", lambda found: f": expected {WORDS.get(found[1], found[1])}, got", message)
 
 
 def _expected(key: str, cls: type) -> str:
     """What a key may be, in words."""
-    kind: Any = cls
-    for name in key.split("."):
-        kind = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)
-        kind = get_type_hints(kind)[name]
     words = []
-    for part in get_args(kind) if type(None) in get_args(kind) else [kind]:
+    for part in parts_of(dict(keys_of(cls))[key]):
         if dataclasses.is_dataclass(part):
             words.append(f"options of its own, such as --{key}.{dataclasses.fields(part)[0].name}")
         elif get_origin(part) is tuple:
@@ -299,7 +306,7 @@ def _expected(key: str, cls: type) -> str:
         elif get_origin(part) is Literal:
             words.append(f"one of {', '.join(map(str, get_args(part)))}")
         else:
-            words.append("null" if part is type(None) else part.__name__)
+            words.append(WORDS.get(part.__name__, part.__name__))
     return " or ".join(words)
 
 
@@ -320,13 +327,15 @@ def _plan(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
         print(_PLAN_HELP, file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else CONFIGURATION)
+    if argv[0].startswith("-"):
+        raise ConfigError(f"plan: expected a stage before the options, got {argv[0]!r}; such as fusedrl plan sft; fusedrl plan --help says more")
     if argv[0] not in STAGES:
-        raise ConfigError(f"plan: unknown stage {argv[0]!r}{nearest(argv[0], STAGES)}; expected one of {', '.join(STAGES)}")
-    parser = argparse.ArgumentParser(prog=f"fusedrl plan {argv[0]}", add_help=False, allow_abbrev=False)
+        raise ConfigError(f"plan: unknown stage {argv[0]!r}{_nearest_stage(argv[0])}; expected one of {', '.join(STAGES)}")
+    parser = Parser(prog=f"fusedrl plan {argv[0]}", add_help=False, allow_abbrev=False)
     parser.add_argument("--memory")
-    parser.add_argument("--output-json")
+    parser.add_argument("--output-json", type=output_file)
     own, rest = parser.parse_known_args(spelled(parser, argv[1:]))
-    config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if "reward" in dict(_keys(STAGES[argv[0]][0])) else {}))
+    config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if "reward" in dict(keys_of(STAGES[argv[0]][0])) else {}))
     from fusedrl.engine.plan import parse_memory, plan, print_plan
 
     memory = None if own.memory is None else parse_memory(own.memory)

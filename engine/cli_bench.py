@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusedrl.engine.cli_common import check_device, count, count_or_none, nearest, report_json
+from fusedrl.engine.cli_common import check_device, count, count_or_none, nearest, output_file, report_json
 from fusedrl.engine.errors import ConfigError, SetupError
 
 
@@ -27,7 +27,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--seed", type=int, default=0, help="of prompts and draws (default: %(default)s)")
         one.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
         one.add_argument("--device", help="cpu or cuda (default: the best there is)")
-        one.add_argument("--output-json", metavar="FILE", help='the figures; "-" is standard output, without the table')
+        one.add_argument("--output-json", type=output_file, metavar="FILE", help='the figures; "-" is standard output, without the table')
         return one
 
     one = kind("throughput", "tokens per second of a whole workload", input_len=None, output_len=None, n=None, iters=3, warmup=1)
@@ -45,7 +45,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--strict", action="store_true", help="in turn with steps of strict numerics: what they cost")
     ops = kinds.add_parser("kernels", help="the contests of bench/ (a source tree), by pytest-benchmark", allow_abbrev=False)
     ops.add_argument("op", nargs="*", help="such as gae; all of them where none is named")
-    ops.add_argument("--output-json", metavar="FILE", help="pytest-benchmark's report")
+    ops.add_argument("--output-json", type=output_file, metavar="FILE", help="pytest-benchmark's report")
 
 
 def run_bench(options: argparse.Namespace) -> None:

@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from fusedrl.engine.cli_names import known_elsewhere
-from fusedrl.engine.errors import ConfigError, SetupError
+from fusedrl.engine.cli_names import ELSEWHERE, known_elsewhere, nearest_names
+from fusedrl.engine.errors import ConfigError, SetupError, no_such
 
 FAILED, CONFIGURATION, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 130
 
@@ -37,14 +39,61 @@ def check_device(name: str | None) -> None:
 
 
 def nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
-    """A hint at the known name that is meant: by another trainer's name for it, by its last part alone (lr for optim.lr), or by its looks."""
+    """A hint at the known name that is meant: another trainer's name for it, or one that is near. Nothing where none is."""
     if (ours := known_elsewhere(name, known)) is not None:
         return f", which is {dashes}{ours} here"
-    leaves = {key.rpartition(".")[2]: key for key in known}
-    close = [leaves[name]] if name in leaves else difflib.get_close_matches(name, known, 1, 0.6)
-    if not close:
-        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, 1, 0.6)]
-    return f", did you mean {dashes}{close[0]}?" if close else ""
+    if close := nearest_names(name, known):
+        return f", did you mean {' or '.join(dashes + one for one in close)}?"
+    theirs = [their for their in nearest_names(name, ELSEWHERE)[:1] if known_elsewhere(their, known) is not None]
+    return f", did you mean {dashes}{known_elsewhere(theirs[0], known)} ({theirs[0]} elsewhere)?" if theirs else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one message, in our words. Raises ConfigError."""
+
+    def error(self, message: str) -> NoReturn:
+        for kind, words in (("int", "a whole number"), ("float", "a number")):
+            message = message.replace(f": invalid {kind} value: ", f": expected {words}, got ")
+        if choice := re.fullmatch(r"argument (.*): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            choices = choice[3].replace("'", "").split(", ")
+            message = f"{choice[1]}: invalid choice: {choice[2]!r}{nearest(choice[2], dict.fromkeys(choices))}; expected one of {', '.join(choices)}"
+        name = self.prog.removeprefix("fusedrl").strip()
+        raise ConfigError(f"{name + ': ' if name else ''}{message.removeprefix('argument ')}; {self.prog} --help lists what there is")
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]) -> NoReturn:
+    """Raises ConfigError for arguments that a command does not know, with the option that is meant."""
+    prog = parser.prog
+    for name in (getattr(options, "command", None), getattr(options, "kind", None)):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and name in action.choices:
+                parser, prog = action.choices[name], f"{prog} {name}"
+                break
+    first = unknown[0].partition("=")[0]
+    known = {name.removeprefix("--").replace("-", "_"): name for name in parser._option_string_actions if name.startswith("--")}
+    hint = nearest(first.lstrip("-").replace("-", "_"), known, "--")
+    raise ConfigError(f"{prog.removeprefix('fusedrl ')}: unknown {'option' if first.startswith('-') else 'argument'} {first!r}{hint}; {prog} --help lists what "
+                      "there is")
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows warnings as one line each, without the place in the source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"fusedrl: warning: {' '.join(str(message).split()).removeprefix('fusedrl: ')}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def output_file(text: str) -> str:
+    """A file that can be written, or "-", for argparse: told before anything is measured."""
+    path = Path(text)
+    if text == "-" or (text and path.parent.is_dir() and not path.is_dir()):
+        return text
+    why = f"{text!r} is a directory" if text and path.is_dir() else no_such(path.parent) if text else "an empty name"
+    raise argparse.ArgumentTypeError(f"expected a file to write or -, got {text!r}: {why}")
 
 
 def spelled(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from fusedrl.engine.cli_common import check_device, report_json
+from fusedrl.engine.cli_common import check_device, output_file, report_json
 
 if TYPE_CHECKING:
     from fusedrl.engine.actor import HybridActor
@@ -29,7 +29,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     judge.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     judge.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
     judge.add_argument("--device", help="cpu or cuda (default: the best there is)")
-    judge.add_argument("--output-json", metavar="FILE", help='the figures; "-" is standard output, without the table')
+    judge.add_argument("--output-json", type=output_file, metavar="FILE", help='the figures; "-" is standard output, without the table')
 
     samples = commands.add_parser("samples", help="how completions of held-out prompts changed in a run", allow_abbrev=False)
     samples.set_defaults(call=_samples)

@@ -1,14 +1,15 @@
-"""Names that options have elsewhere, and what they are called here: TRL's, OpenRLHF's, verl's. For the message about an option that is not known."""
+"""Names that options have elsewhere, and what they are called here: TRL's, OpenRLHF's, verl's, those of other stages. And which known name another one is near
+to. For the messages about what is not known."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 # Of several names the first that the command has is told.
 ELSEWHERE: dict[str, tuple[str, ...]] = {
     # the model and the data
     "model_name_or_path": ("model",), "pretrain": ("model",), "actor_rollout_ref.model.path": ("model",), "dataset_name": ("data",), "dataset": ("data",),
     "prompt_data": ("data",), "data.train_files": ("data",), "data.val_files": ("evaluation.data",), "eval_dataset": ("evaluation.data",),
-    "train_file": ("data",), "torch_dtype": ("dtype",), "bf16": ("dtype",), "use_cpu": ("device",),
+    "train_file": ("data",), "torch_dtype": ("dtype",), "bf16": ("dtype",), "use_cpu": ("device",), "fp16": ("dtype",), "dtypes": ("dtype",), "precision": ("dtype",),
     "reward_model_path": ("reward",), "reward_model": ("reward",), "reward_pretrain": ("reward",), "remote_rm_url": ("reward",), "reward_funcs": ("reward",),
     "reward_model.model.path": ("reward",), "custom_reward_function.path": ("reward",), "critic_pretrain": ("critic.model",),
     "critic.model.path": ("critic.model",), "value_model_path": ("critic.model",), "sft_model_path": ("model",), "ref_model": ("reference",),
@@ -26,7 +27,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "mini_batch_size": ("minibatches",), "gradient_checkpointing": ("checkpoint_activations",), "enable_gradient_checkpointing": ("checkpoint_activations",),
     # length of a run
     "num_train_epochs": ("steps", "epochs"), "max_epochs": ("epochs",), "num_episodes": ("steps",), "total_episodes": ("steps",), "max_steps":
-        ("steps",), "total_epochs": ("steps", "epochs"), "trainer.total_epochs": ("steps", "epochs"), "total_training_steps": ("steps",), "num_iterations":
+        ("steps", "epochs"), "total_epochs": ("steps", "epochs"), "trainer.total_epochs": ("steps", "epochs"), "total_training_steps": ("steps", "epochs"), "num_iterations":
         ("epochs",), "num_ppo_epochs": ("epochs",), "ppo_epochs": ("epochs",), "actor.ppo_epochs": ("epochs",),
     # sampling
     "num_generations": ("samples_per_prompt",), "n_samples_per_prompt": ("samples_per_prompt",), "rollout.n": ("samples_per_prompt",),
@@ -38,7 +39,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "data.max_response_length": ("generation.max_new_tokens",), "max_tokens": ("generation.max_new_tokens", "max_new_tokens"),
     "prompt_max_len": ("max_prompt_length",), "data.max_prompt_length": ("max_prompt_length",), "max_len": ("max_length",), "max_seq_length":
         ("max_length",), "max_seq_len": ("max_length",), "temperature": ("generation.temperature",), "rollout.temperature": ("generation.temperature",),
-    "stop_token": ("generation.stop_token_ids", "stop_token_ids"), "stop_token_id": ("generation.stop_token_ids", "stop_token_ids"),
+    "lora.r": ("lora.rank",), "stop_token": ("generation.stop_token_ids", "stop_token_ids"), "stop_token_id": ("generation.stop_token_ids", "stop_token_ids"),
     # optimizer
     "learning_rate": ("optim.lr",), "actor_learning_rate": ("optim.lr",), "actor.optim.lr": ("optim.lr",), "actor_rollout_ref.actor.optim.lr":
         ("optim.lr",), "critic_learning_rate": ("critic.optim.lr",), "adam_beta1": ("optim.betas",), "adam_beta2": ("optim.betas",), "adam_betas":
@@ -64,7 +65,16 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
         ("run.resume",), "resume_mode": ("run.resume",), "save_steps": ("run.save_every",), "save_freq": ("run.save_every",), "trainer.save_freq":
         ("run.save_every",), "save_total_limit": ("run.keep",), "max_ckpt_num": ("run.keep",), "eval_steps": ("evaluation.every", "eval_every"),
     "test_freq": ("evaluation.every", "eval_every"), "disable_tqdm": ("run.progress",),
+    # what another stage here has, and the nearest to it: sft, reward and dpo count epochs
+    "steps": ("steps", "epochs"), "prompts_per_step": ("prompts_per_step", "sequences_per_step", "pairs_per_step"), "sequences_per_step": ("sequences_per_step", "prompts_per_step", "pairs_per_step"),
+    "pairs_per_step": ("pairs_per_step", "prompts_per_step", "sequences_per_step"), "max_prompt_length": ("max_prompt_length", "max_length"), "max_length": ("max_length", "max_prompt_length"),
+    "kl.coef": ("beta",), "eval_every": ("evaluation.every",), "evaluation.every": ("eval_every",), "evaluation.data": ("eval_fraction",),
+    "eval_fraction": ("evaluation.data",), "generation.max_new_tokens": ("max_new_tokens",), "generation.temperature": ("temperature",),
+    "generation.top_p": ("top_p",), "generation.top_k": ("top_k",), "generation.min_p": ("min_p",), "run.seed": ("seed",), "run.dir": ("dir",),
 }
+STAGES_ELSEWHERE = {"rm": "reward", "reward_model": "reward", "reward_modeling": "reward", "raft": "rejection", "rft": "rejection", "best_of_n": "rejection",
+                    "rejection_sampling": "rejection", "reinforce++": "reinforce_pp", "reinforce_plus_plus": "reinforce_pp", "reinforce++_baseline":
+                        "reinforce_pp_baseline", "drgrpo": "dr_grpo", "ipo": "dpo", "cdpo": "dpo", "finetune": "sft"}
 
 
 def known_elsewhere(name: str, known: Mapping[str, object]) -> str | None:
@@ -74,3 +84,41 @@ def known_elsewhere(name: str, known: Mapping[str, object]) -> str | None:
         if (found := next((ours for ours in ELSEWHERE.get(".".join(parts[first:]), ()) if ours in known), None)) is not None:
             return found
     return None
+
+
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """The known dotted names, three at most, that a mistyped one may mean: the same last part, a slip or two in the whole or in the last part, or the beginning
+    of one. None where all of them are far."""
+    name = name.lower().replace("-", "_")
+    known = sorted(known, key=lambda key: (key.count("."), key))
+    own = name.rpartition(".")[2]
+    leaves = [(key, key.rpartition(".")[2]) for key in known]
+    if same := [key for key, leaf in leaves if leaf == own]:
+        return same[:1] if "." not in name or len(same) == 1 else sorted(same, key=lambda key: slips(key, name))[:1]
+    flat = name.replace(".", "_")
+    near = sorted((slips(leaf, own), slips(key, name), at) for at, (key, leaf) in enumerate(leaves) if is_near(leaf, own)) or sorted(
+        (slips(key.replace(".", "_"), flat), 0, at) for at, key in enumerate(known) if "." not in name and is_near(key.replace(".", "_"), flat))
+    if near:
+        return [known[near[0][2]]]
+    group = name.rpartition(".")[0]
+    begun = [key for key, leaf in leaves if len(own) >= 3 and key.startswith(group) and (leaf.startswith(own) or set(own.split("_")) < set(leaf.split("_")))]
+    return begun if len(begun) <= 3 else []
+
+
+def is_near(a: str, b: str) -> bool:
+    """Whether one is the other mistyped: one slip, or one in four letters, and not all of them."""
+    longer, shorter = max(len(a), len(b)), min(len(a), len(b))
+    most = min(max(1, longer // 4), shorter - 1)
+    return longer - shorter <= most and slips(a, b) <= most
+
+
+def slips(a: str, b: str) -> int:
+    """Letters left out, put in, changed, or swapped with their neighbour (optimal string alignment) from one to the other."""
+    before, row = [0] * (len(b) + 1), list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        older, before, row = before, row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y)))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                row[j] = min(row[j], older[j - 2] + 1)
+    return row[-1]

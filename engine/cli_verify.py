@@ -5,7 +5,7 @@ import argparse
 import math
 import sys
 
-from fusedrl.engine.cli_common import check_device, count, count_or_none, report_json
+from fusedrl.engine.cli_common import check_device, count, count_or_none, output_file, report_json
 
 FAILED = 1  # something is beyond its bound
 
@@ -22,7 +22,7 @@ def verify_options(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     one.add_argument("--seed", type=int, default=0, help="of the draw of cases (default: %(default)s)")
     one.add_argument("--jobs", type=count, help="processes at once (default: one a processor, on a GPU at most 8)")
     one.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="of one row, which has failed then (default: 300; with --full, two hours)")
-    one.add_argument("--output-json", metavar="FILE", help='the rows; "-" is standard output, without the table')
+    one.add_argument("--output-json", type=output_file, metavar="FILE", help='the rows; "-" is standard output, without the table')
 
 
 def _seconds(text: str) -> float:

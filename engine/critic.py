@@ -19,6 +19,7 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import OptimConfig, PolicyConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_reward_model, load_value_head, save_value_head
 from fusedrl.engine.model.weights import (
     HEADS,
@@ -30,7 +31,6 @@ from fusedrl.engine.model.weights import (
     load_tokenizer,
     replacing,
     resolve_device,
-    resolve_directory,
     resolve_dtype,
     write_model,
 )

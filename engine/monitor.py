@@ -27,7 +27,7 @@ from fusedrl.engine.rewards import RewardSet
 from fusedrl.engine.run import Run
 
 ALARM_EXIT = 4  # of a process that the alarm stopped
-FLAT_STEPS = 5  # rollouts in a row whose rewards are all equal, after which that is said
+FLAT_STEPS = 5  # rollouts in a row whose rewards are all equal, after which that is said again
 
 
 class Monitor:
@@ -46,7 +46,8 @@ class Monitor:
         if config.alarm.action != "off":
             self._alarms = run.lines("alarms.jsonl")
             self._detector = Detector(config.alarm, config.kl.target)
-        self._flat = FlatRewards(config)
+        self._flat = FlatRewards(find_advantage(config.advantage).needs, config.prompts_per_step * config.samples_per_prompt,
+                                 config.generation.max_new_tokens, config.score_clip)
         for row in read_rows(run.directory / "metrics.jsonl"):  # a resumed run's: what watches it is where it was
             self._flat.update(row)
             if self._detector is not None:
@@ -76,33 +77,42 @@ class Monitor:
 
 
 class FlatRewards:
-    """Rollouts that have nothing to tell apart: all rewards are equal (of group methods, those of each prompt), or all beyond score_clip."""
+    """Rollouts that have nothing to tell apart: all rewards are equal (of methods that compare the completions of a prompt, those of each prompt), or all
+    beyond score_clip.
 
-    def __init__(self, config: PolicyConfig) -> None:
-        self._config, self._group = config, find_advantage(config.advantage).needs == "group"
-        self._stretch = 0
+    Args:
+        needs: of the advantage: "group" compares the completions of a prompt, "greedy" each with the greedy one, anything else all of them.
+        completions: of a rollout; one alone is equal to no other. max_new_tokens, score_clip: of the run.
+    """
+
+    def __init__(self, needs: str, completions: int, max_new_tokens: int, score_clip: float | None = None) -> None:
+        self._needs, self._alone, self._max_new_tokens, self._score_clip = needs, completions == 1, max_new_tokens, score_clip
+        self._stretch, self._said = 0, False
 
     def update(self, metrics: Mapping[str, float]) -> str | None:
-        """Take in a step's metrics (a line without a reward counts for nothing). What to say after FLAT_STEPS such rollouts in a row, once in each row."""
+        """Take in a step's metrics (a line without a reward counts for nothing). What to say: at the run's first such rollout, and at FLAT_STEPS of them in a
+        row, once in each row."""
         if "reward_std" not in metrics:
             return None
         beyond = metrics.get("score_clip_fraction") == 1.0
         equal = metrics["reward_std"] <= 1e-6 * abs(metrics["reward"])  # below is the rounding of the mean
-        flat = equal or (self._group and metrics.get("frac_reward_zero_std") == 1.0)
+        flat = (equal and self._needs != "greedy" and not self._alone) or (self._needs in ("group", "greedy") and metrics.get("frac_reward_zero_std") == 1.0)
         self._stretch = self._stretch + 1 if flat or beyond else 0
-        if self._stretch != FLAT_STEPS:
+        first, self._said = not self._said and self._stretch > 0, self._said or self._stretch > 0
+        if not first and self._stretch != FLAT_STEPS:
             return None
-        each = f"were all equal (now {metrics['reward']:.4g})" if equal else "of each prompt were equal"
-        what = f"all scores were beyond score_clip = {self._config.score_clip:.4g}" if beyond and not flat else f"the rewards {each}"
+        when, there = (f"in the last {FLAT_STEPS} rollouts", "them") if self._stretch == FLAT_STEPS else ("in this rollout", "it")
+        each = f"were all equal (now {metrics['reward']:.4g})" if equal and self._needs != "greedy" else f"of each prompt were equal{', that of the greedy completion among them' * (self._needs == 'greedy')}"
+        what = f"all scores were beyond score_clip = {self._score_clip or 0:.4g}" if beyond and not flat else f"the rewards {each}"
         causes = "; ".join(self._causes(metrics, beyond))
-        return (f"in the last {FLAT_STEPS} rollouts {what}, so that there is nothing to learn from them. Likely causes: {causes}. Completions with their "
-                "scores are in samples.jsonl")
+        return (f"{when} {what}, so that there is nothing to learn from {there}. Likely causes: {causes}. Completions with their scores are in "
+                f"samples.jsonl{'' if self._stretch == FLAT_STEPS else f'. Where it lasts, this is said again after {FLAT_STEPS} rollouts'}")
 
     def _causes(self, metrics: Mapping[str, float], beyond: bool) -> list[str]:
         """Those that the metrics speak for, then those that always may be."""
         causes = ["scores far from 0: raise score_clip, or centre them with normalize_scores"] if beyond else []
         if metrics.get("completions/clipped_ratio") == 1.0:
-            causes.append(f"every completion is cut off, perhaps before its answer: raise generation.max_new_tokens ({self._config.generation.max_new_tokens})")
+            causes.append(f"every completion is cut off, perhaps before its answer: raise generation.max_new_tokens ({self._max_new_tokens})")
         if metrics.get("completions/mean_length", math.inf) <= 2.0:
             causes.append("completions are empty or nearly so: look at the prompts' template")
         if metrics.get("completions/distinct_trigrams", 1.0) < 0.1:

@@ -29,10 +29,11 @@ from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, Rewa
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.directories import local_directory, not_fetched
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
 from fusedrl.engine.model.heads import RewardModel
 from fusedrl.engine.model.lora import LayerAdapter, add_adapter
-from fusedrl.engine.model.weights import check_no_run, resolve_device, resolve_dtype
+from fusedrl.engine.model.weights import resolve_device, resolve_dtype
 from fusedrl.engine.model.wide import TILE
 from fusedrl.engine.optim import BLOCK, quantized
 from fusedrl.kernels.decode_step import activation_dtype, cache_dtype
@@ -65,12 +66,10 @@ def read_model_config(model: str) -> ModelConfig:
         FileNotFoundError: there is none. ValueError: it is not one of a model that the decoder knows.
     """
     path = Path(model)
-    if path.is_file():
+    if path.is_file() and path.suffix == ".json":
         return model_config(read_json(path))
-    if path.is_dir():
-        check_no_run(path)
-    if path.is_dir() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-        return model_config(path)
+    if (directory := local_directory(model)) is not None:
+        return model_config(directory)
     from huggingface_hub import hf_hub_download
 
     try:
@@ -78,9 +77,7 @@ def read_model_config(model: str) -> ModelConfig:
     except ValueError:
         raise
     except Exception as error:  # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise FileNotFoundError(f"{model!r} is neither a model directory nor a config.json here, and fetching it from the Hugging Face hub failed ({reason}); "
-                                "check the path, the id or the network") from error
+        raise not_fetched(model, error) from error
 
 
 def machine_memory(device: torch.device) -> int:

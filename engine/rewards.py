@@ -31,7 +31,7 @@ import torch
 
 from fusedrl.engine.data.records import Prompt
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
-from fusedrl.engine.errors import RewardError, Stopped
+from fusedrl.engine.errors import RewardError, Stopped, no_such
 from fusedrl.engine.packing import PackedBatch
 
 if TYPE_CHECKING:
@@ -283,16 +283,34 @@ def load_reward(spec: str | Path | Callable[..., Any], *, device: torch.device |
     path, colon, function = str(spec).rpartition(":")
     if colon and path.endswith(".py"):
         return FunctionReward(import_function(Path(path), function), tokenizer)
-    if Path(spec).is_dir():
+    if str(spec) and Path(spec).is_dir():
         return ModelReward(Path(spec), device=device, policy_tokenizer=tokenizer)
-    raise RewardError(f"reward {str(spec)!r}: expected file.py:function or the directory of a reward model"
-                      + (f"; name the function, {spec}:NAME" if str(spec).endswith(".py") else "; there is no such directory"))
+    raise RewardError(f"reward {str(spec)!r}: expected file.py:function or the directory of a reward model; {_no_reward(str(spec))}")
+
+
+def _no_reward(spec: str) -> str:
+    """What something is that is neither."""
+    path, colon, function = spec.rpartition(":")
+    if not spec:
+        return "got nothing"
+    if spec.endswith(".py"):
+        return f"name the function, {spec}:NAME" if Path(spec).is_file() else no_such(spec)
+    if "://" in spec:
+        return "nothing is downloaded from an address, and none is asked for a score: a function may ask one"
+    if Path(spec).exists():
+        return f"{spec} is a file"
+    if colon and function.isidentifier():
+        return f"the function's file ends in .py, got {path!r}"
+    hub = spec.count("/") == 1 and spec[0] not in "./~"
+    fetched = f"; if it is a reward model of the Hugging Face hub, fetch it: hf download {spec} --local-dir DIR" if hub else ""
+    return f"there is no such directory: {no_such(spec)}{fetched}"
 
 
 def import_function(path: Path, function: str, what: str = "reward") -> Callable[..., Any]:
     """A function of a Python file that is no module. Raises RewardError, which calls it `what`: no such file, no such function, a failed import."""
     if not path.is_file():
-        raise RewardError(f"{what} {path}:{function}: there is no such file")
+        raise RewardError(f"{what} {path}:{function}: there is no such file: "
+                          + (f"{path} is a directory" if path.is_dir() else no_such(path) + "; of several each is given by itself" * ("," in str(path))))
     name = f"fusedrl_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

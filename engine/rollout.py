@@ -116,7 +116,7 @@ def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]],
         invalid += [(len(samples) + index, name, reason) for index, name, reason in reasons]
         samples += found
         _check_valid(samples, invalid, config)
-        flat = _flat(sample for sample in found if sample.valid) if config.refill_tries else set()
+        flat = _flat((sample for sample in found if sample.valid), greedy) if config.refill_tries else set()
         kept += [sample for sample in found if sample.valid and sample.group not in flat]
         if len({sample.group for sample in kept}) == config.prompts_per_step:
             break
@@ -128,7 +128,7 @@ def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]],
         batch = batch.with_columns(token_rewards=moved_rewards(batch, [s.tokens for s in kept]))
     if greedy:
         batch = batch.with_columns(greedy_scores=greedy_scores.to(batch.device))
-    metrics = _describe(samples, config) | _gold(gold, samples)
+    metrics = _describe(samples, config, greedy) | _gold(gold, samples)
     if config.refill_tries:
         metrics |= {"refill/generated_groups": float(len({s.group for s in samples})), "refill/kept_groups": float(len({s.group for s in kept}))}
     return Rollout(batch, [s.prompt for s in kept], [s.completion for s in kept], metrics)
@@ -178,15 +178,15 @@ def _placed(total: float, completion: Completion, config: RolloutConfig) -> floa
     return score
 
 
-def _flat(samples: Iterable[Sample]) -> set[int]:
-    """The groups in which all scores are the same."""
+def _flat(samples: Iterable[Sample], greedy: bool) -> set[int]:
+    """The groups in which all scores are the same, with `greedy` that of the greedy completion among them."""
     scores: dict[int, set[float]] = {}
     for sample in samples:
-        scores.setdefault(sample.group, set()).add(sample.score)
+        scores.setdefault(sample.group, {sample.greedy_score} if greedy else set()).add(sample.score)
     return {group for group, values in scores.items() if len(values) == 1}
 
 
-def _describe(samples: Sequence[Sample], config: RolloutConfig) -> dict[str, float]:
+def _describe(samples: Sequence[Sample], config: RolloutConfig, greedy: bool) -> dict[str, float]:
     valid = [sample for sample in samples if sample.valid]
     scores = torch.tensor([sample.score for sample in valid], dtype=torch.float32)
     lengths = torch.tensor([len(sample.completion.token_ids) for sample in valid], dtype=torch.float32)
@@ -200,8 +200,8 @@ def _describe(samples: Sequence[Sample], config: RolloutConfig) -> dict[str, flo
         "completions/invalid": float(len(samples) - len(valid)),
         **_repetition([sample.completion for sample in valid]),
     }
-    if config.samples_per_prompt > 1:
-        metrics["frac_reward_zero_std"] = len(_flat(valid)) / len({sample.group for sample in valid})
+    if config.samples_per_prompt > 1 or greedy:
+        metrics["frac_reward_zero_std"] = len(_flat(valid, greedy)) / len({sample.group for sample in valid})
     for name in samples[0].rewards:
         numbers = [value for sample in samples if (value := sample.rewards[name]) is not None and math.isfinite(value)]
         if numbers:

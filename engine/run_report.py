@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusedrl.engine.alarm import Evidence, message
-from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.errors import ConfigError, no_such
 from fusedrl.engine.metrics import read_rows
 
 SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "reward", "rewards/*", "gold/*", "eval/reward", "eval/gold/*", "eval/pass@*", "kl", "eval/kl",
@@ -83,6 +83,8 @@ def spread(items: list[int], count: int) -> list[int]:
 
 def _file(directory: str | Path, name: str, lack: str) -> Path:
     path = Path(directory) / name
+    if not Path(directory).is_dir():
+        raise ConfigError(f"expected the directory of a run, and {f'{directory} is a file' if Path(directory).exists() else no_such(directory)}")
     if not path.is_file() or not path.stat().st_size:
         raise ConfigError(f"{directory}: expected a run directory with {name}, but {lack}")
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 import difflib
 import math
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, Protocol
 
 from fusedrl.engine.errors import ConfigError
@@ -14,6 +14,22 @@ def require(condition: bool, where: str, expected: str, found: object) -> None:
     """Raises ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(f"config: expected {where} {expected}, got {found!r}")
+
+
+def check_values(config: Any) -> None:
+    """What holds for every stage: all numbers are finite, model and data are named. Raises ConfigError."""
+    def check(value: Any, name: str) -> None:
+        if is_dataclass(value):
+            for one in fields(value):
+                check(getattr(value, one.name), f"{name}.{one.name}" if name else one.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            require(not isinstance(number, float) or math.isfinite(number), name, "to be finite", value)
+
+    check(config, "")
+    require(bool(config.model), "model", "a directory or id of a model", config.model)
+    require(bool(config.data), "data", "a file", config.data)
+    max_length = getattr(config, "max_length", None)
+    require(max_length is None or max_length >= 2, "max_length", ">= 2, or null for the model's own limit", max_length)
 
 
 def either(value: Any, usual: Any) -> Any:
@@ -56,6 +72,7 @@ class OptimConfig:
         require(self.eps is None or self.eps > 0, "optim.eps", "> 0", self.eps)
         require(self.eps_mode == "torch" or self.state == "float32", "optim.eps_mode", "torch with optim.state = int8 (its compiled step has one epsilon)",
                  self.eps_mode)
+        require(self.weight_decay >= 0, "optim.weight_decay", ">= 0", self.weight_decay)
         require(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
         require(self.max_grad_norm >= 0, "optim.max_grad_norm", ">= 0", self.max_grad_norm)
 
@@ -162,6 +179,9 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "generation.max_new_tokens", ">= 1", self.max_new_tokens)
         require(self.temperature >= 0, "generation.temperature", ">= 0", self.temperature)
+        require(self.top_k >= 0, "generation.top_k", ">= 0; 0 keeps all", self.top_k)
+        require(0 < self.top_p <= 1, "generation.top_p", "in (0, 1]; 1 keeps all", self.top_p)
+        require(0 <= self.min_p <= 1, "generation.min_p", "in [0, 1]; 0 keeps all", self.min_p)
         require(all(token >= 0 for token in self.stop_token_ids), "generation.stop_token_ids", "token ids >= 0", self.stop_token_ids)
 
     @property

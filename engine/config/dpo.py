@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fusedrl.engine.config.base import LoRAConfig, OptimConfig, RunConfig, require
+from fusedrl.engine.config.base import LoRAConfig, OptimConfig, RunConfig, check_values, require
 
 SMOOTHED = ("sigmoid", "robust")  # the losses that label_smoothing belongs to
 
@@ -62,6 +62,7 @@ class DPOConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(self.beta > 0, "beta", "> 0 (at 0 nothing holds the policy near its reference, and nothing prefers)", self.beta)
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5) (half of the labels wrong is no preference, more is the opposite one)",
                 self.label_smoothing)

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fusedrl.engine.config.base import LoRAConfig, OptimConfig, RunConfig, require
+from fusedrl.engine.config.base import LoRAConfig, OptimConfig, RunConfig, check_values, require
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         _check_data(self)
+        require(self.sequences_per_step >= 1, "sequences_per_step", ">= 1", self.sequences_per_step)
         require(self.eval_every >= 0 and (self.eval_every == 0 or self.eval_fraction > 0), "eval_every", ">= 0, and 0 with eval_fraction = 0 (nothing is held "
                 "out)", self.eval_every)
 
@@ -133,6 +134,7 @@ class RewardModelConfig:
 
 
 def _check_data(config: SFTConfig | RewardModelConfig) -> None:
+    check_values(config)
     require(0 <= config.eval_fraction < 1, "eval_fraction", "in [0, 1)", config.eval_fraction)
     for name in ("epochs", "tokens_per_microbatch"):
         require(getattr(config, name) >= 1, name, ">= 1", getattr(config, name))

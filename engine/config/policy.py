@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS, BOUNDS, OBJECTIVES, Algorithm
-from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig, either, require
+from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig, check_values, either, require
 from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
 from fusedrl.engine.config.parts import OF_ALGORITHM, CriticConfig, KLConfig, PenaltyConfig, PtxConfig, TRPOConfig
@@ -179,6 +179,7 @@ class PolicyConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(self.algorithm in ALGORITHMS, "algorithm", f"to be one of {', '.join(ALGORITHMS)}", self.algorithm)
         row = self.row
         on_policy = self.objective in ("reinforce", "trpo")  # also in place of a row's own objective

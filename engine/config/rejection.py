@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig, require
+from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig, check_values, require
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class RejectionConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "keep", "epochs", "minibatches", "tokens_per_microbatch"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         require(len(self.reward) >= 1, "reward", "at least one file.py:function or reward-model directory", self.reward)

@@ -109,7 +109,8 @@ def named(name: str) -> Format:
     """The format of that name. Raises DataError with the nearest there is."""
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, 1)
-        raise DataError(f"unknown data format {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are: {', '.join(FORMATS)}")
+        raise DataError(f"unknown data format {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+                        + f" There are: {', '.join(FORMATS)}. A data set is FILE or FORMAT:FILE")
     return FORMATS[name]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fusedrl.engine.errors import DataError
+from fusedrl.engine.errors import DataError, no_such
 
 Row = dict[str, Any]
 TURNS = "turns"  # the column of a row that is a list itself, as in MOSS-RLHF's files
@@ -38,7 +38,7 @@ def check_data_file(path: Path) -> None:
         if path.suffix in ("", ".git") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
             raise FileNotFoundError(f"{path} is no file here; if it is a data set of a hub, save it as JSONL and name that file: with the package "
                                     f"datasets, load_dataset({str(path)!r}, split='train').to_json('train.jsonl')")
-        raise FileNotFoundError(2, "no such data file", str(path))
+        raise FileNotFoundError(f"no such data file: {no_such(path)}")
     if not path.is_file():
         raise DataError(f"{path}: expected a JSONL file, got a {'directory' if path.is_dir() else 'special file'}"
                         + ("; name the file in it" if path.is_dir() else ""))

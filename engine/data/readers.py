@@ -60,6 +60,7 @@ class Source:
 
 
 Data = str | Path | Source | Sequence[str | Path | Source]
+_ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]*)://(?:(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)/?(?!\S)|\S)*")
 _FORMAT = re.compile(r"(?P<format>[a-z][a-z0-9-]*)(/(?P<template>[a-z]+))?:(?P<rest>.+)", re.DOTALL)
 
 
@@ -82,6 +83,12 @@ def parse_data(data: Data) -> list[Source]:
 
 
 def _source(entry: str) -> Source:
+    if not entry:
+        raise DataError("data: expected a file, got an empty name")
+    if address := _ADDRESS.search(entry):
+        how = (f"the package datasets, load_dataset({address[2]!r}, split='train').to_json('train.jsonl')" if address[2] else
+               f"curl -LO {address[0]}" if address[1] in ("http", "https", "ftp") else f"the tool that {address[1]}:// belongs to")
+        raise DataError(f"data: expected a file, got the address {address[0]!r}. Nothing is downloaded here: fetch it with {how}; then name the file.")
     match = None if Path(entry).exists() else _FORMAT.fullmatch(entry)
     name, style, rest = match.group("format", "template", "rest") if match else (None, None, entry)
     if name is not None:

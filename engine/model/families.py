@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fusedrl.engine.model.directories import no_model
+
 _ROPE_KINDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}  # theirs: kernels/swiglu.py's
 _REFUSED = {"use_bidirectional_attention": "a decoder's tokens see those before them", "add_cross_attention": "there is no encoder to attend to",
@@ -160,7 +162,7 @@ def model_config(source: str | Path | Mapping[str, Any], generation: Mapping[str
         return _parse(dict(source), None if generation is None else dict(generation), "the configuration")
     path = Path(source) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"expected a model directory with a config.json, found none at {path}")
+        raise FileNotFoundError(no_model(Path(source)))
     beside = path.with_name("generation_config.json")
     return _parse(read_json(path), read_json(beside) if beside.is_file() else None, str(path))
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusedrl.engine.model.decoder import Decoder, own_precision
+from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.lora import merging
 from fusedrl.engine.model.strict import strict_linear
 from fusedrl.engine.model.weights import (
@@ -27,7 +28,6 @@ from fusedrl.engine.model.weights import (
     opened,
     replacing,
     resolve_device,
-    resolve_directory,
     resolve_dtype,
     write_model,
 )

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from fusedrl.engine.config import LoRAConfig
+from fusedrl.engine.errors import no_such
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import read_json
 from fusedrl.engine.model.lora import adapter_views, add_adapter, inputs, slices, targets
@@ -54,6 +55,15 @@ def save_adapter(decoder: Decoder, directory: str | Path, *, base_model: str | N
         save_file({_PREFIX + name: view.contiguous() for name, view in adapter_views(decoder).items()}, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
+def _no_adapter(directory: Path, lacking: str) -> str:
+    """What a path is that holds no adapter, or not both its files."""
+    if not directory.is_dir():
+        return f"{directory} is a file" if directory.exists() else no_such(directory)
+    inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
+    return f"{directory} has no {lacking}" + (f", and an adapter lies in {inside[0]}" if inside else
+                                              " (it is a model)" if lacking == CONFIG_FILE and (directory / "config.json").is_file() else "")
+
+
 def load_adapter(decoder: Decoder, directory: str | Path) -> None:
     """Put the LoRA adapter of a PEFT directory on a decoder that has none, in the decoder's dtype; the base is frozen.
 
@@ -63,7 +73,7 @@ def load_adapter(decoder: Decoder, directory: str | Path) -> None:
     directory = Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} has no {name}; expected the two files that PEFT's save_pretrained writes")
+            raise FileNotFoundError(f"{_no_adapter(directory, name)}; expected a directory with the two files that PEFT's save_pretrained writes")
     raw = read_json(directory / CONFIG_FILE)
     if strange := {key: value for key, value in raw.items() if _strange(key, value)}:
         raise ValueError(f"{directory / CONFIG_FILE}: expected plain LoRA on linear layers, got {strange}; merge it with PEFT and load the model")

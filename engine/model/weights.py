@@ -26,11 +26,11 @@ from torch import Tensor
 
 from fusedrl.engine.machine import DEVICES
 from fusedrl.engine.model.decoder import Decoder, Layer
+from fusedrl.engine.model.directories import no_model, resolve_directory
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
 from fusedrl.engine.model.lora import merging
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickles are ever fetched
 _OURS = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|adapter_config|generation_config|vocab|added_tokens|special_tokens_map)\.json"
                    r"|tokenizer.*|merges\.txt|chat_template.*")
 # Entries of a model's JSON files by which code would be fetched or run: classes, pipelines and decoding loops beside the weights, and attention from a hub.
@@ -113,38 +113,6 @@ def file_shape(view: Tensor) -> list[int]:
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------------
-def resolve_directory(path_or_id: str | Path) -> Path:
-    """The local directory of a model: the path itself where it exists, else the hub's snapshot of that id (safetensors, JSON and tokenizer files).
-
-    Raises:
-        FileNotFoundError: neither a directory nor an id that could be fetched.
-    """
-    path = Path(path_or_id)
-    if path.is_dir():
-        check_no_run(path)
-        return path
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_id)):
-        raise FileNotFoundError(f"expected a model directory or a Hugging Face id such as 'owner/name', got {str(path_or_id)!r}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise FileNotFoundError(f"{str(path_or_id)!r} is no directory here, and fetching it from the Hugging Face hub failed ({reason}); "
-                                "check the path, the id or the network") from error
-
-
-def check_no_run(path: Path) -> None:
-    """Raises FileNotFoundError for the directory of a run, which holds its model one level down."""
-    if any(path.glob("*.safetensors")) or not ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()):
-        return
-    if (path / "model" / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is the directory of a run, and its model lies in it: use {path / 'model'}")
-    raise FileNotFoundError(f"{path} is the directory of a run that has no model yet; let it end (--run.resume true goes on with it), then use "
-                            f"{path / 'model'}")
-
-
 def resolve_device(device: torch.device | str | None) -> torch.device:
     """The device itself, or the best there is: CUDA, else the CPU. Raises ValueError for one that no kernel here has been made for."""
     found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -171,7 +139,7 @@ def load_decoder(path: str | Path, *, dtype: str | torch.dtype = "auto", device:
         dtype: of the parameters; "auto" is float32 on CPU and bfloat16 on CUDA, whatever the files hold.
         device: of the parameters; None is the best there is (CUDA, else the CPU).
     Raises:
-        FileNotFoundError: no such directory, no weights, or a shard missing. ValueError: an unknown model_type, pickled weights only, a damaged
+        FileNotFoundError: no such directory, no weights (pickled ones are not read), or a shard missing. ValueError: an unknown model_type, a damaged
         file, a weight_map that leaves the directory, or tensors that are missing, unexpected or of another shape (listed).
     """
     directory = resolve_directory(path)
@@ -198,6 +166,8 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         with without_code(directory) as clean:
             tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
+    except Warning:  # that Python was told to raise
+        raise
     except Exception as error:  # the library's own, the tokenizers package's, the system's: all mean that these files are no tokenizer
         raise ValueError(f"{directory}: expected a tokenizer that transformers itself has, got files that it cannot load ({type(error).__name__}: "
                          f"{' '.join(str(error).split())[:300]}). Code that comes with a model is never run; save it where you trust it as a tokenizer.json: "
@@ -295,10 +265,7 @@ def _files(directory: Path) -> dict[str, Path]:
     if not (directory / _INDEX).is_file():
         path = directory / _SINGLE
         if not path.is_file():
-            if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
-                raise ValueError(f"{directory} has pickled weights only, which can run code when they are read and are refused; convert them where "
-                                 "you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(directory) writes safetensors")
-            raise FileNotFoundError(f"{directory} has no weights: expected {_SINGLE} or {_INDEX}")
+            raise FileNotFoundError(no_model(directory))
         with opened(path) as file:
             return dict.fromkeys(file.keys(), path)
     weight_map = read_json(directory / _INDEX).get("weight_map")

@@ -16,6 +16,8 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import RejectionConfig
 from fusedrl.engine.control import learning_rate, shuffled
 from fusedrl.engine.memory import give_back
+from fusedrl.engine.metrics import read_rows
+from fusedrl.engine.monitor import FlatRewards
 from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.plan import cache_for
@@ -54,6 +56,10 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
     optimizer = optimizer_of(optim, actor.named_parameters())
     with Run(config, config.steps) as run:
         prompts = read_prompts(config, actor, run)
+        flat = FlatRewards("group" if config.min_score is None else "", config.prompts_per_step * config.samples_per_prompt,
+                           config.generation.max_new_tokens)
+        for row in read_rows(run.directory / "metrics.jsonl"):  # a resumed run's
+            flat.update(row)
         run.restore(model=actor, optimizer=optimizer)
         for step in range(run.start, config.steps):
             first = step * config.prompts_per_step
@@ -66,6 +72,8 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
             kept = best(experience, config.keep, config.min_score)
             with run.time("train"), actor.lend_cache():
                 metrics = experience.metrics | _describe(experience, kept, config) | imitate(actor, optimizer, experience.batch, kept, config, step, run)
+            if said := flat.update(metrics):
+                run.message(f"step {step + 1}: {said}")
             run.log(step, metrics)
             run.samples(step, [{"prompt": experience.prompts[b].prompt, "completion": experience.completions[b].text,
                                 "score": experience.batch.column("scores")[b].item()} for b in kept[:4]])

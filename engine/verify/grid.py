@@ -178,13 +178,13 @@ def sample_of_grid(entry: Entry, impl: str, count: int, most: int, device: torch
     chance = random.Random(f"{entry.op} {impl} {seed}" if seed else f"{entry.op} {impl}")
     levels, cases, empty = entry.levels_of(impl, device), list[Case](), 0
     for _ in range(2000):
+        if len(cases) >= count:
+            break
         case = {name: chance.choice(of) for name, of in levels.items()}
         cost = entry.cost(SimpleNamespace(**case))
         if entry.fits(SimpleNamespace(**case)) and cost <= most and (cost or not empty):
             empty += not cost
             cases.append(case)
-        if len(cases) == count:
-            break
     return cases
 
 

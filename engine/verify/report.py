@@ -40,8 +40,10 @@ def verify_machine(device: torch.device, *, ops: Sequence[str] | None = None, en
         {"ok", "device", "machine", "rows": [...], "seconds"}, JSON values. Of a row: "what", "impl", "state" ("ok"; "FAIL"; "refused": it serves none of the
         cases; "absent": it cannot run here), "cases", "failed", "error_over_bound", "cases_with_moved_bits", "ms", "percent_of_ceiling", "timed", "why".
     Raises:
-        ConfigError: an op that is none.
+        ConfigError: an op that is none, or fewer cases than 0.
     """
+    if cases < 0:
+        raise ConfigError(f"verify: expected cases >= 0, got {cases}")
     began = time.perf_counter()
     entries: dict[str, Entry] = importlib.import_module(catalogue).CATALOGUE
     if unknown := [name for name in ops or () if name not in entries]:
