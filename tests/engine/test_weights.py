@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fusedrl.engine.model import weights as weights_module
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.directories import resolve_directory
+from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import hf_views, load_decoder, replacing, save_pretrained
 
 SMALL = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
