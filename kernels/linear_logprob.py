@@ -53,7 +53,7 @@ class _Chunked(torch.autograd.Function):
     def row_results(z_RV: Tensor, bias_V: Tensor | None, token_ids: Tensor, temperature: float | Tensor,
                     softcap: float | None) -> tuple[Tensor, Tensor]:
         z_RV = finish(z_RV, bias_V, softcap)
-        if z_RV.is_cuda:
+        if z_RV.is_cuda and z_RV.dtype != torch.float64:  # which no kernel computes in
             logp_R, entropy_R = logprob(z_RV, token_ids, temperature=temperature, entropy=True)
             return logp_R, entropy_R
         return logprob_reference(z_RV, token_ids, temperature)

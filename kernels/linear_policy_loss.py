@@ -64,7 +64,10 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 z_RV.requires_grad_()
                 capped = finish(z_RV, bias, softcap)
-                logp_R, entropy_R = logprob(capped, ids, temperature=scale, entropy=True) if z_RV.is_cuda else logprob_reference(capped, ids, scale)
+                if z_RV.is_cuda and z_RV.dtype != torch.float64:  # which no kernel computes in
+                    logp_R, entropy_R = logprob(capped, ids, temperature=scale, entropy=True)
+                else:
+                    logp_R, entropy_R = logprob_reference(capped, ids, scale)
                 logp_N[index], entropy_N[index] = logp_R.detach(), entropy_R.detach()
                 if not any(ctx.needs_input_grad[:3]):
                     continue

@@ -2,6 +2,8 @@
 
 What it shows: a test that leaves a tensor on the CPU beside those of its device (the operation fails, as it would there), one that makes nothing on its
 device, one that reads a CUDA tensor by .numpy(). The Python of the ops is that of CUDA: torch and Triton are chosen as there, Triton's kernels interpreted.
+Fails here and not there: a shape changed in place (a product of a vector), gradients that autograd itself fills with zeros, and products of bfloat16,
+whose bits the interpreter truncates.
 What it does not show: compiled kernels, CUDA C++, streams, graphs, torch.compile and opcheck (nothing happens in them), speed, memory, a card's rounding.
 """
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = torch.device("cuda:0")
-ANYWHERE = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}  # also of tensors on two devices
+ANYWHERE = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}  # also of tensors on two devices
 FACTORIES = ("arange", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "logspace", "ones", "ones_like", "rand", "rand_like",
              "randint",
              "randint_like", "randn", "randn_like", "randperm", "scalar_tensor", "tensor", "zeros", "zeros_like")
