@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 CAPABILITIES = {"default": ("DEFAULT", [])}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -38,30 +39,37 @@ PACKAGES = {
 PACKAGE_DATA = {"fusedrl.kernels.cuda_src": ["*.cu", "*.cuh"]}
 
 
+SOURCES = runpy.run_path("kernels/sources.py")
+
+
+class BuildPython(build_py):
+    """Records the sources in a wheel, which has none to compare kernels with: its own, or those of another install on the same path."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib) / "fusedrl" / "kernels"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SOURCES["RECORD"]).write_text(SOURCES["digest"](Path("csrc/cpu")) + "\n")
+
+
 def native_extensions() -> dict:
+    commands = {"build_py": BuildPython}
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         print("fusedrl: torch is not installed in the build environment, so the C++ CPU kernels are not built and every op "
               "runs on its torch reference (5x to 100x slower on CPU). Install torch, then: pip install --no-build-isolation -e .", file=sys.stderr)
-        return {}
+        return {"cmdclass": commands}
 
-    csrc, record = Path("csrc/cpu"), runpy.run_path("kernels/sources.py")
-    digest = record["digest"](csrc)
+    csrc, digest = Path("csrc/cpu"), SOURCES["digest"](Path("csrc/cpu"))
 
     class Build(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
             if self.inplace:
                 self.extensions = [extension for extension in self.extensions if extension.name.endswith(f"_C_{capability_here()}")]
-
-        def run(self) -> None:
-            super().run()
-            if not self.inplace and self.extensions:  # a wheel has no sources to compare its kernels with
-                folder = Path(self.build_lib) / "fusedrl" / "kernels"
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / record["RECORD"]).write_text(digest + "\n")
 
         def build_extensions(self) -> None:
             wanted, built, build_temp = self.extensions, [], Path(self.build_temp)
@@ -124,7 +132,7 @@ def native_extensions() -> dict:
         )
         for name, (macro, flags) in CAPABILITIES.items()
     ]
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}, "options": {"bdist_wheel": {"py_limited_api": "cp311"}}}
+    return {"ext_modules": extensions, "cmdclass": commands | {"build_ext": Build}, "options": {"bdist_wheel": {"py_limited_api": "cp311"}}}
 
 
 setup(packages=list(PACKAGES), package_dir=PACKAGES, package_data=PACKAGE_DATA, **native_extensions())

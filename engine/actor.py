@@ -143,7 +143,8 @@ class HybridActor:
 
         Args:
             prompts: strings (tokenised with the tokenizer's special tokens), token-id lists, message lists (through the chat template), or completions
-                to continue: aborted ones, or such as `extend` returns. Under the same request id and the same weights one goes on as if it had never stopped.
+                to continue: aborted ones, or such as `extend` returns. Under the same request id and the same weights one goes on as if it had never
+                stopped; max_new_tokens counts what this call adds.
             params: one for all prompts, or one per prompt; None: the defaults of `SamplingParams`.
             request_ids: one integer per prompt, by default its index. A draw depends on (seed, request id, sample index, position) and the logits alone.
         Returns:

@@ -129,7 +129,7 @@ def _templates() -> Iterator[None]:
 
     try:
         yield
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, OverflowError) as error:  # the last three of what a template calls
         raise DataError(f"the model's chat template refuses these messages: {error}; change their roles or order (many templates take no system message, and "
                         "user and assistant in turn), or the template in the model's directory") from error
 
