@@ -27,7 +27,7 @@ def test_refused_by_the_fused_ops(name, device):
     if unavailable(fused, device.type):
         pytest.skip(str(unavailable(fused, device.type)))
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
-    with pytest.raises(RuntimeError, match="double backward|no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"double backward|no autograd formula"):
         (gradient,) = torch.autograd.grad(OPS[name](x.bfloat16() if (name, fused) == ("varlen_attention", "triton") else x, fused).square().sum(), x,
                                           create_graph=True)
         gradient.square().sum().backward()
