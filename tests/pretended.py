@@ -152,7 +152,7 @@ def begin() -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     grid.interpreted = lambda impl, device: impl == "triton"
     torch.cuda._lazy_init = lambda: None
-    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.synchronize, torch.cuda.is_current_stream_capturing = lambda device=None: None, lambda: False
     torch.compile = lambda function=None, **options: function or (lambda f: f)
     torch.library.opcheck = lambda *arguments, **options: None  # of fake tensors of the class that it is given
     launch = interpreter.GridExecutor.__call__

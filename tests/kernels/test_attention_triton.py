@@ -29,6 +29,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(attention_triton, "_shape", lambda D, backward: {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "R": 16, "C": 16})
 
 
+@pytest.mark.cpu_only("in float32, which Triton does not serve on a card")
 @pytest.mark.parametrize(("causal", "window", "softcap"), FORMS)
 @pytest.mark.parametrize(("lengths", "heads", "D"), [([], (2, 1), 8), ([0], (2, 1), 8), ([1], (1, 1), 1), ([3, 0, 18, 1], (2, 1), 18), ([37], (2, 2), 8)])
 def test_matches_float64(lengths, heads, D, causal, window, softcap, small_tiles, device):
@@ -53,6 +54,7 @@ def test_low_precision_and_larger_tiles(dtype, device):
         assert (ours.double() - want).norm() <= 3 * (other.double() - want).norm() + 1e-5
 
 
+@pytest.mark.cpu_only("in float32, which Triton does not serve on a card")
 def test_bits_depend_on_the_sequence_alone(small_tiles, device):
     lengths = [18, 3, 20]
     q, k, v, ends = inputs(device, lengths)
@@ -72,6 +74,7 @@ def test_bits_depend_on_the_sequence_alone(small_tiles, device):
             assert torch.equal(y[at], z)
 
 
+@pytest.mark.cpu_only("in float32, which Triton does not serve on a card")
 def test_slices_of_a_projection_and_large_scores(small_tiles, device):
     q, k, v, ends = inputs(device, [9, 20])
     views = torch.cat([q, k, v], 1).split((2, 1, 1), 1)
@@ -85,6 +88,7 @@ def test_slices_of_a_projection_and_large_scores(small_tiles, device):
         torch.testing.assert_close(ours.double(), other, rtol=1e-3, atol=1e-3 * max(1.0, other.abs().max().item()))
 
 
+@pytest.mark.cpu_only("in float32, which Triton does not serve on a card")
 def test_known_wrong_variants_are_seen(small_tiles, device):
     q, k, v, ends = inputs(device, [20, 18])
     right = run(device, q.double(), k.double(), v.double(), ends, varlen_attention_reference, window=7)
@@ -93,6 +97,7 @@ def test_known_wrong_variants_are_seen(small_tiles, device):
         assert all((x.double() - y).abs().max() > 1e-3 for x, y in zip(wrong, right, strict=True)), options
 
 
+@pytest.mark.cpu_only("in float32, which Triton does not serve on a card")
 def test_as_a_custom_op(device):
     q, k, v, ends = inputs(device, [2, 1], (1, 1), 2)
     leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -4,8 +4,10 @@ import functools
 import pytest
 import torch
 
+from fusedrl.kernels import native
 from fusedrl.kernels.fixed_linear import fixed_linear
 
+CPP = pytest.mark.skipif(not native.capability, reason=str(native.reason))
 SIZES = [(1, 1, 1), (3, 257, 5), (64, 256, 32), (65, 300, 33), (130, 24, 100), (0, 8, 4), (5, 0, 3), (5, 8, 0)]
 
 
@@ -38,6 +40,7 @@ def test_softcap_against_float64(size, impl, device):
 
 
 @pytest.mark.cpu_only("the C++ kernels; Triton's rows are below")
+@CPP
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_its_companions(dtype, softcap, device):
@@ -53,6 +56,7 @@ def test_a_row_does_not_depend_on_its_companions(dtype, softcap, device):
 
 
 @pytest.mark.cpu_only("what its BLAS does")
+@CPP
 def test_the_negative_control(device):
     """The BLAS's rows do depend on their number, or the test above would show nothing."""
     x, w, _ = inputs(device, 131, 300, 70)
@@ -61,6 +65,7 @@ def test_the_negative_control(device):
 
 
 @pytest.mark.cpu_only("threads of the C++ kernels")
+@CPP
 def test_threads_change_nothing(device):
     x, w, b = inputs(device, 70, 512, 3000)
     one = fixed_linear(x, w, b, impl="cpp")
@@ -73,6 +78,7 @@ def test_threads_change_nothing(device):
 
 
 @pytest.mark.cpu_only("the C++ kernels; Triton's are below")
+@CPP
 def test_strides_compile_and_opcheck(device):
     x, w, b = inputs(device, 9, 20, 12)
     wide = torch.randn(9, 40, device=device)
@@ -85,6 +91,7 @@ def test_strides_compile_and_opcheck(device):
 
 
 @pytest.mark.cpu_only("what the C++ kernels serve")
+@CPP
 def test_refuses(device):
     x, w, _ = inputs(device, 3, 4, 5)
     with pytest.raises(ValueError, match=r"fixed_linear: weight does not fit its pattern \[O, K\]"):
