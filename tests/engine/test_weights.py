@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fusedrl.engine.model import weights as weights_module
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.directories import resolve_directory
+from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import hf_views, load_decoder, replacing, save_pretrained
 
 SMALL = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -126,7 +126,7 @@ def test_directories_without_weights(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no weights: expected model.safetensors or model.safetensors.index.json"):
         load_decoder(saved)
     (saved / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(ValueError, match=r"pickled weights only.*refused; convert them.*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"pickled weights only.*refused; convert them.*save_pretrained"):
         load_decoder(saved)
     with pytest.raises(FileNotFoundError, match="expected a model directory or a Hugging Face id"):
         load_decoder(tmp_path / "nowhere")
