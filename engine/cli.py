@@ -40,7 +40,7 @@ from fusedrl.engine.cli_common import (
     spelled,
 )
 from fusedrl.engine.cli_monitor import add_commands
-from fusedrl.engine.cli_names import STAGES_ELSEWHERE, known_elsewhere, nearest_names
+from fusedrl.engine.cli_names import OF_OTHER_STAGES, STAGES_ELSEWHERE, known_elsewhere, nearest_names
 from fusedrl.engine.cli_values import keys_of, meant, parts_of, read_yaml
 from fusedrl.engine.cli_verify import verify_options
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
@@ -53,6 +53,7 @@ STAGES: dict[str, tuple[type, str, str, str]] = {
     "rejection": (RejectionConfig, "fusedrl.engine.stages.rejection", "train_rejection", "rejection sampling: imitate the best of many samples"),
 } | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}
 WORDS = {"NoneType": "null", "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}  # for types
+_DASHES = "-\u2013\u2014"  # the longer ones come with text that was copied
 OPTIONAL = ("lora", "critic", "replay", "ptx", "evaluation")  # groups of options that may be null
 
 
@@ -229,12 +230,12 @@ def _sort_options(argv: list[str], stage: str, known: Mapping[str, Any]) -> tupl
         before, name = name, key.removeprefix("--").replace("-", "_")
         if key in ("-h", "--help") or name == "print_config" or name in [f"{group}.help" for group in OPTIONAL]:
             options.append(argv[index] if key == "-h" else f"--{name}{equals}{value}")
-        elif not equals and key[0:1] not in ("-", "–", "—") and any(get_origin(part) is tuple for part in parts_of(known.get(before))):
+        elif not equals and key[:1] not in _DASHES and any(get_origin(part) is tuple for part in parts_of(known.get(before))):
             raise ConfigError(f"config: expected one value after --{before}, and got {argv[index]!r} behind it; " + (
                 f"write --{before} before each" if before in rewards else "several are written with commas and without spaces, such as 1,0.5"))
         elif not key.startswith("--") or (name not in known and name != "config"):
             expected = "" if key.startswith("--") else "; options are written --key value"
-            raise ConfigError(f"config: unknown option {key!r}{_hint(name.lstrip('_–—'), stage=stage, known=known, dashes='--')}{expected}")
+            raise ConfigError(f"config: unknown option {key!r}{_hint(name.lstrip('_' + _DASHES), stage=stage, known=known, dashes='--')}{expected}")
         else:
             if not equals:
                 follows = index + 1 < len(argv) and not (argv[index + 1].startswith("--") and argv[index + 1][2:3].isalpha())
@@ -260,11 +261,13 @@ def _hint(name: str, *, stage: str, known: Mapping[str, Any], dashes: str) -> st
     affirmed = name.removeprefix("no_")
     if affirmed != name and (option := next(iter(nearest_names(affirmed, known)), None)) is not None and known[option] is bool:
         return f", which is {dashes}{option} false here"
+    if known_elsewhere(name, known) is not None:
+        return nearest(name, known, dashes)
     owners = [other for other, (cls, *_) in STAGES.items() if name in dict(keys_of(cls))]
     if not owners:
         return nearest(name, known, dashes)
     shown = [other for other in owners if other not in ALGORITHMS] + ["ppo, grpo and the other policy methods"] * ("ppo" in owners)
-    ours = known_elsewhere(name, known)
+    ours = next((one for one in OF_OTHER_STAGES.get(name, ()) if one in known), None)
     return f", which is one of {', '.join(shown)}, not of {stage}" + (f"; the nearest here is {dashes}{ours}" if ours else "")
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from fusedrl.engine.cli_common import check_device, output_file, report_json
+from fusedrl.engine.cli_common import Parser, check_device, output_file, report_json
 
 if TYPE_CHECKING:
     from fusedrl.engine.actor import HybridActor
     from fusedrl.engine.judge import Judge
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     """The three subcommands, whose options know what to call: `options.call(options)`."""
     judge = commands.add_parser("judge", help="the completions of two models against each other, each pair in both orders", allow_abbrev=False)
     judge.set_defaults(call=_judge)

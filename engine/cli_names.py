@@ -9,7 +9,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     # the model and the data
     "model_name_or_path": ("model",), "pretrain": ("model",), "actor_rollout_ref.model.path": ("model",), "dataset_name": ("data",), "dataset": ("data",),
     "prompt_data": ("data",), "data.train_files": ("data",), "data.val_files": ("evaluation.data",), "eval_dataset": ("evaluation.data",),
-    "train_file": ("data",), "torch_dtype": ("dtype",), "bf16": ("dtype",), "use_cpu": ("device",), "fp16": ("dtype",), "dtypes": ("dtype",), "precision": ("dtype",),
+    "train_file": ("data",), "torch_dtype": ("dtype",), "bf16": ("dtype",), "use_cpu": ("device",),
+    "fp16": ("dtype",), "precision": ("dtype",),
     "reward_model_path": ("reward",), "reward_model": ("reward",), "reward_pretrain": ("reward",), "remote_rm_url": ("reward",), "reward_funcs": ("reward",),
     "reward_model.model.path": ("reward",), "custom_reward_function.path": ("reward",), "critic_pretrain": ("critic.model",),
     "critic.model.path": ("critic.model",), "value_model_path": ("critic.model",), "sft_model_path": ("model",), "ref_model": ("reference",),
@@ -27,7 +28,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "mini_batch_size": ("minibatches",), "gradient_checkpointing": ("checkpoint_activations",), "enable_gradient_checkpointing": ("checkpoint_activations",),
     # length of a run
     "num_train_epochs": ("steps", "epochs"), "max_epochs": ("epochs",), "num_episodes": ("steps",), "total_episodes": ("steps",), "max_steps":
-        ("steps", "epochs"), "total_epochs": ("steps", "epochs"), "trainer.total_epochs": ("steps", "epochs"), "total_training_steps": ("steps", "epochs"), "num_iterations":
+        ("steps", "epochs"), "total_epochs": ("steps", "epochs"), "trainer.total_epochs": ("steps", "epochs"),
+    "total_training_steps": ("steps", "epochs"), "num_iterations":
         ("epochs",), "num_ppo_epochs": ("epochs",), "ppo_epochs": ("epochs",), "actor.ppo_epochs": ("epochs",),
     # sampling
     "num_generations": ("samples_per_prompt",), "n_samples_per_prompt": ("samples_per_prompt",), "rollout.n": ("samples_per_prompt",),
@@ -65,12 +67,13 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
         ("run.resume",), "resume_mode": ("run.resume",), "save_steps": ("run.save_every",), "save_freq": ("run.save_every",), "trainer.save_freq":
         ("run.save_every",), "save_total_limit": ("run.keep",), "max_ckpt_num": ("run.keep",), "eval_steps": ("evaluation.every", "eval_every"),
     "test_freq": ("evaluation.every", "eval_every"), "disable_tqdm": ("run.progress",),
-    # what another stage here has, and the nearest to it: sft, reward and dpo count epochs
-    "steps": ("steps", "epochs"), "prompts_per_step": ("prompts_per_step", "sequences_per_step", "pairs_per_step"), "sequences_per_step": ("sequences_per_step", "prompts_per_step", "pairs_per_step"),
-    "pairs_per_step": ("pairs_per_step", "prompts_per_step", "sequences_per_step"), "max_prompt_length": ("max_prompt_length", "max_length"), "max_length": ("max_length", "max_prompt_length"),
+}
+# What is nearest, in a stage that has it not, to an option of other stages: sft, reward and dpo count epochs.
+OF_OTHER_STAGES: dict[str, tuple[str, ...]] = {
+    "steps": ("epochs",), "prompts_per_step": ("sequences_per_step", "pairs_per_step"), "sequences_per_step": ("prompts_per_step", "pairs_per_step"),
+    "pairs_per_step": ("prompts_per_step", "sequences_per_step"), "max_prompt_length": ("max_length",), "max_length": ("max_prompt_length",),
     "kl.coef": ("beta",), "eval_every": ("evaluation.every",), "evaluation.every": ("eval_every",), "evaluation.data": ("eval_fraction",),
-    "eval_fraction": ("evaluation.data",), "generation.max_new_tokens": ("max_new_tokens",), "generation.temperature": ("temperature",),
-    "generation.top_p": ("top_p",), "generation.top_k": ("top_k",), "generation.min_p": ("min_p",), "run.seed": ("seed",), "run.dir": ("dir",),
+    "eval_fraction": ("evaluation.data",),
 }
 STAGES_ELSEWHERE = {"rm": "reward", "reward_model": "reward", "reward_modeling": "reward", "raft": "rejection", "rft": "rejection", "best_of_n": "rejection",
                     "rejection_sampling": "rejection", "reinforce++": "reinforce_pp", "reinforce_plus_plus": "reinforce_pp", "reinforce++_baseline":

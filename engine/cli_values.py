@@ -29,7 +29,7 @@ def parts_of(kind: Any) -> tuple[Any, ...]:
 
 def group_of(kind: Any) -> type | None:
     """The configuration class of a group of keys, which may be one that can be left out; None of a key."""
-    return next((part for part in parts_of(kind) if dataclasses.is_dataclass(part)), None)
+    return next((part for part in parts_of(kind) if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
 
 
 def meant(value: Any, kind: Any) -> Any:
@@ -43,7 +43,7 @@ def meant(value: Any, kind: Any) -> Any:
     if listed is None or not isinstance(value, str | int | float) or isinstance(value, bool) or (word is not None and word[:1] in ("[", "")):
         return value
     if str in get_args(listed):
-        return [part.strip() for part in value.split(",")] if word is not None and re.fullmatch(r"[\w-]+(\s*,\s*[\w-]+)*", word) else [value]
+        return [part.strip() for part in str(value).split(",")] if word is not None and re.fullmatch(r"[\w-]+(\s*,\s*[\w-]+)*", word) else [value]
     try:
         return [_number(part) for part in re.split(r"[,\s]+", str(value).strip())]
     except ValueError:

@@ -5,12 +5,12 @@ import argparse
 import math
 import sys
 
-from fusedrl.engine.cli_common import check_device, count, count_or_none, output_file, report_json
+from fusedrl.engine.cli_common import Parser, check_device, count, count_or_none, output_file, report_json
 
 FAILED = 1  # something is beyond its bound
 
 
-def verify_options(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def verify_options(commands: argparse._SubParsersAction[Parser]) -> None:
     """The subcommand, which knows what to call: `options.call(options)`."""
     text = "whether every kernel and the engine compute on this machine what they should; exit code 1 where one does not"
     one = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)

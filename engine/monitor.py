@@ -102,7 +102,8 @@ class FlatRewards:
         if not first and self._stretch != FLAT_STEPS:
             return None
         when, there = (f"in the last {FLAT_STEPS} rollouts", "them") if self._stretch == FLAT_STEPS else ("in this rollout", "it")
-        each = f"were all equal (now {metrics['reward']:.4g})" if equal and self._needs != "greedy" else f"of each prompt were equal{', that of the greedy completion among them' * (self._needs == 'greedy')}"
+        each = f"were all equal (now {metrics['reward']:.4g})" if equal and self._needs != "greedy" else "of each prompt were equal"
+        each += ", that of the greedy completion among them" * (self._needs == "greedy")
         what = f"all scores were beyond score_clip = {self._score_clip or 0:.4g}" if beyond and not flat else f"the rewards {each}"
         causes = "; ".join(self._causes(metrics, beyond))
         return (f"{when} {what}, so that there is nothing to learn from {there}. Likely causes: {causes}. Completions with their scores are in "

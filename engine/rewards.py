@@ -294,7 +294,7 @@ def _no_reward(spec: str) -> str:
     if not spec:
         return "got nothing"
     if spec.endswith(".py"):
-        return f"name the function, {spec}:NAME" if Path(spec).is_file() else no_such(spec)
+        return f"name the function, {spec}:NAME" + ("" if Path(spec).is_file() else f"; and {no_such(spec)}")
     if "://" in spec:
         return "nothing is downloaded from an address, and none is asked for a score: a function may ask one"
     if Path(spec).exists():

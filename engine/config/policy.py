@@ -1,7 +1,6 @@
 """Policy optimisation: advantage and loss, and the run itself."""
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -197,7 +196,6 @@ class PolicyConfig:
         require(len(self.reward) >= 1, "reward", "at least one file.py:function or reward-model directory", self.reward)
         require(self.reward_weights is None or len(self.reward_weights) == len(self.reward), "reward_weights",
                  f"{len(self.reward)} numbers, one per reward", self.reward_weights)
-        require(self.reward_weights is None or all(map(math.isfinite, self.reward_weights)), "reward_weights", "finite numbers", self.reward_weights)
         require(self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length", ">= 1, or null for what fits", self.max_prompt_length)
         require(0 <= self.max_invalid_fraction <= 1, "max_invalid_fraction", "in [0, 1]", self.max_invalid_fraction)
         require(self.max_logp_diff > 0, "max_logp_diff", "> 0", self.max_logp_diff)

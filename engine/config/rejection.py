@@ -1,7 +1,6 @@
 """Rejection-sampling fine-tuning: sample many, keep the best, imitate them, again."""
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,7 +72,6 @@ class RejectionConfig:
         require(self.keep <= self.samples_per_prompt, "keep", f"<= samples_per_prompt = {self.samples_per_prompt}", self.keep)
         require(self.keep < self.samples_per_prompt or self.min_score is not None, "keep", f"< samples_per_prompt = {self.samples_per_prompt}, or a min_score "
                 "beside it (otherwise everything is kept, and nothing is learnt from the rewards)", self.keep)
-        require(self.min_score is None or math.isfinite(self.min_score), "min_score", "a finite number or null", self.min_score)
         require(self.minibatches <= self.prompts_per_step * self.keep, "minibatches", f"<= prompts_per_step x keep = {self.prompts_per_step * self.keep}",
                 self.minibatches)
         require(self.generation.temperature > 0, "generation.temperature", "> 0 (greedy completions of one prompt are all the same)",

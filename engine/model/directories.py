@@ -49,7 +49,7 @@ def local_directory(path_or_id: str | Path) -> Path | None:
         return path
     if path.exists() and text:
         raise FileNotFoundError(_of_file(path))
-    if not _ID.fullmatch(text):
+    if not _ID.fullmatch(text) or _is_model_of_run(path):
         raise FileNotFoundError(_of_nothing(text))
     return None
 
@@ -101,6 +101,10 @@ def no_model(directory: Path) -> str:
 
 def _is_run(path: Path) -> bool:
     return not any(path.glob("*.safetensors")) and ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file())
+
+
+def _is_model_of_run(path: Path) -> bool:
+    return path.name == "model" and path.parent.is_dir() and _is_run(path.parent)
 
 
 def _unfinished(run: Path) -> str:
@@ -176,7 +180,6 @@ def _of_nothing(text: str) -> str:
         return f"{expected}, got the address {text!r}, from which nothing is downloaded; fetch it yourself, and give the directory"
     if not text.strip():
         return f"{expected}, got {text!r}"
-    path = Path(text)
-    if path.name == "model" and path.parent.is_dir() and _is_run(path.parent):
+    if _is_model_of_run(path := Path(text)):
         return _unfinished(path.parent)
     return f"{no_such(text)}; {expected}, got {text!r}"

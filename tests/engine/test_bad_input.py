@@ -54,7 +54,13 @@ OPTIONS = {
     # the scores
     "a buffer longer than completions": (lambda: config(overlong_buffer=65), ("overlong_buffer", "64")),
     "weights of other rewards": (lambda: config(reward_weights=(1.0, 2.0)), ("reward_weights 1 numbers",)),
-    "a weight that is no number": (lambda: config(reward_weights=(math.nan,)), ("reward_weights finite",)),
+    "a weight that is no number": (lambda: config(reward_weights=(math.nan,)), ("reward_weights to be finite",)),
+    "a number of its groups that is none": (lambda: config(optim=OptimConfig(lr=math.inf)), ("optim.lr to be finite, got inf",)),
+    "one of a list": (lambda: config(optim=OptimConfig(betas=(0.0, math.nan))), ("optim.betas",)),
+    "no model": (lambda: PolicyConfig("", "d", ("r.py:f",), "grpo"), ("expected model",)),
+    "a decay that grows": (lambda: OptimConfig(weight_decay=-1.0), ("optim.weight_decay >= 0",)),
+    "more than all of the probability": (lambda: GenerationConfig(top_p=1.5), ("generation.top_p in (0, 1]",)),
+    "less than none of it": (lambda: GenerationConfig(min_p=-0.5), ("generation.min_p in [0, 1]",)),
     "more invalid than all": (lambda: config(max_invalid_fraction=1.5), (r"max_invalid_fraction in [0, 1]",)),
     "no disagreement at all": (lambda: config(max_logp_diff=0.0), ("max_logp_diff > 0",)),
     # sampling

@@ -78,10 +78,10 @@ MISTAKES = [
     (["steps=3"], "options are written --key value"),
     (["--steps"], "expected a value after --steps"),
     (["--steps", "--epochs", "3"], "expected a value after --steps"),
-    (["--steps", "many"], '"steps": expected int, got many'),
-    (["--steps", "1.5"], '"steps": expected int, got 1.5'),
+    (["--steps", "many"], '"steps": expected a whole number, got many'),
+    (["--steps", "1.5"], '"steps": expected a whole number, got 1.5'),
     (["--steps", "0"], "expected steps >= 1, got 0"),
-    (["--dtype", "int8"], "\"dtype\": expected one of ['auto', 'float32', 'bfloat16'], got int8"),
+    (["--dtype", "int8"], '"dtype": expected one of auto, float32, bfloat16, got int8'),
     (["--optim.betas", "[0.9]"], '"optim.betas"'),
     (["--generation.top_p", "0.9"], "without top_k, top_p and min_p"),
     (["--reward_weights", "[1, 2]"], "reward_weights 1 numbers, one per reward"),
@@ -100,9 +100,9 @@ def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2(capsys, ar
 
 @pytest.mark.parametrize("text, message", [
     ("optim:\n  lrr: 1\n", "unknown key 'optim.lrr', did you mean optim.lr?"), ("lr: 1\n", "unknown key 'lr', did you mean optim.lr?"),
-    ("optim: 3\n", "expected 'optim' to be a mapping"), ("- 1\n", "expected a mapping of options to values, got list"), ("", "got NoneType"),
-    ("a: [", "not YAML"), ("optim:\n  lr: fast\n", '"optim.lr": expected float, got fast'), ("model: !!python/object/apply:os.system [id]\n", "not YAML"),
-    ("steps: 1\n3: 4\n", "unknown key '3'"), ("run:\n  keep: 0\n", "run.keep >= 1, got 0"), ("reward: a.py:f\n", '"reward"'),
+    ("optim: 3\n", "expected 'optim' to be a mapping"), ("- 1\n", "expected a mapping of options to values, got list"), ("", "an empty file"),
+    ("a: [", "not YAML"), ("optim:\n  lr: fast\n", '"optim.lr": expected a number, got fast'), ("model: !!python/object/apply:os.system [id]\n", "not YAML"),
+    ("steps: 1\n3: 4\n", "unknown key '3'"), ("run:\n  keep: 0\n", "run.keep >= 1, got 0"), ("reward: {a: 1}\n", '"reward"'),
 ])
 def test_a_mistake_in_the_file_names_the_file_or_the_key(capsys, yaml_file, text, message):
     assert main(["train", "ppo", "--model", "m", "--data", "d", *([] if "reward" in text else ["--reward", "x.py:f"]), "--config", yaml_file(text)]) == 2
@@ -114,7 +114,7 @@ def test_a_mistake_in_the_file_names_the_file_or_the_key(capsys, yaml_file, text
 @pytest.mark.parametrize("arguments, message", [
     ([], "COMMAND"), (["bogus"], "invalid choice: 'bogus'"), (["train"], "usage: fusedrl train STAGE"),
     (["train", "spt"], "unknown stage 'spt', did you mean sft?"),
-    (["train", "sft"], "model, data"), (["train", "sft", "--config", "/none.yaml"], "/none.yaml: no such configuration file"),
+    (["train", "sft"], "--model and --data"), (["train", "sft", "--config", "/none.yaml"], "no such configuration file: /none.yaml does not exist"),
     (["generate", "--model", "m"], "--prompt"), (["generate", "--model", "/none", "--prompt", "x"], "/none"), (["demo", "--sede", "1"], "--sede"),
 ])
 def test_other_mistakes_exit_with_2(capsys, arguments, message):

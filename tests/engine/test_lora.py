@@ -552,7 +552,7 @@ def test_options_of_the_command_line(tmp_path):
     (tmp_path / "none.yaml").write_text("lora: null\n")
     assert parse_config("ppo", [*needed, "--config", str(tmp_path / "none.yaml")]).lora is None
     for options, message in ((["--lora.rank", "0"], "^config: expected lora.rank >= 1, got 0$"),
-                             (["--lora.rank", "many"], '"lora.rank": expected int, got many$'),
+                             (["--lora.rank", "many"], '"lora.rank": expected a whole number, got many$'),
                              (["--lora.rnk", "8"], "did you mean --lora.rank"), (["--lora.targets", "[qproj]"], "did you mean q_proj")):
         with pytest.raises(ConfigError, match=message):
             parse_config("ppo", [*needed, *options])

@@ -3,17 +3,20 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.advantages import find_advantage
 from fusedrl.engine.cli import main, parse_config
 from fusedrl.engine.config import AlarmConfig, EvaluationConfig, GenerationConfig, KLConfig, LoRAConfig, OptimConfig, PolicyConfig, RunConfig
 from fusedrl.engine.errors import ConfigError, DataError, RewardError
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.monitor import FlatRewards
+from fusedrl.engine.rollout import Prompt, Sample, _flat
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
 
@@ -351,31 +354,52 @@ def test_the_exit_code_of_the_command(make, tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
-    (dict(reward="never"), "the rewards were all equal (now 0.1), so that there is nothing to learn from them. Likely causes: .*the reward never finds"),
+    (dict(reward="never"), r"the rewards were all equal (now 0.1), so that there is nothing to learn from .*\. Likely causes: .*the reward never finds"),
     (dict(reward="never", algorithm="ppo", evaluation=None), "the rewards were all equal (now 0.1)"),
     (dict(reward="of_prompt"), "the rewards of each prompt were equal.*too hard for the policy, or all too easy"),
+    (dict(reward="never", algorithm="remax", evaluation=None), "the rewards of each prompt were equal, that of the greedy completion among them"),
+    (dict(reward="of_prompt", algorithm="remax", evaluation=None), "that of the greedy completion among them.*all too hard"),
     (dict(reward="far", algorithm="ppo", evaluation=None, score_clip=5.0), "all scores were beyond score_clip = 5,.*centre them with normalize_scores"),
-], ids=["grpo", "ppo", "groups", "clipped"])
+], ids=["grpo", "ppo", "groups", "remax", "remax prompts", "clipped"])
 def test_rewards_that_teach_nothing_are_said_once_in_a_row(make, capsys, options, said):
     config = make(steps=7, kl=KLConfig(coef=0.0), **options)
     config = replace(config, run=replace(config.run, progress=True))
     train_policy(config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "in the last 5 rollouts" in line]
-    assert len(lines) == 1
-    assert "step 5: " in lines[0]
-    assert re.search(said.replace("(", r"\(").replace(")", r"\)"), lines[0])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "nothing to learn from" in line]
+    assert len(lines) == 2
+    assert "step 1: in this rollout " in lines[0]
+    assert "Where it lasts, this is said again after 5 rollouts" in lines[0]
+    assert "step 5: in the last 5 rollouts " in lines[1]
+    assert all(re.search(said.replace("(", r"\(").replace(")", r"\)"), line) for line in lines)
     train_policy(replace(config, steps=8, run=replace(config.run, resume=True)))  # the same row goes on
-    assert "in the last 5 rollouts" not in capsys.readouterr().err
+    assert "nothing to learn from" not in capsys.readouterr().err
 
 
 def test_which_rollouts_teach_nothing(make):
     """A ppo whose prompts each score alike learns from the prompts' differences; one step that teaches something ends the row; other lines do not count."""
+    def watching(config, completions=8):
+        return FlatRewards(find_advantage(config.advantage).needs, completions, 64)
+
     flat, some, of_prompts = ({"reward": 0.1, "reward_std": std, "frac_reward_zero_std": share} for std, share in ((3e-9, 1.0), (0.5, 0.0), (0.5, 1.0)))
-    for algorithm, expected in (("grpo", [5, 12]), ("ppo", [5, 16])):
-        watch = FlatRewards(make(algorithm))
+    for algorithm, expected in (("grpo", [1, 5, 12]), ("ppo", [1, 5, 16]), ("remax", [1, 5, 12])):
+        watch = watching(make(algorithm))
         rows = [flat] * 5 + [some] + [of_prompts] * 2 + [{"eval/reward": 1.0}] + [of_prompts, of_prompts] + [flat] * 6
         said = [step for step, row in enumerate(rows, 1) if watch.update(row)]
         assert said == expected
+    late = watching(make("ppo"))
+    assert [bool(late.update(row)) for row in (some, flat, some, flat)] == [False, True, False, False], "single ones are said once a run"
+    differs = {"reward": 1.0, "reward_std": 0.0, "frac_reward_zero_std": 0.0}  # completions alike, and better or worse than the greedy one
+    assert not watching(make("remax")).update(differs)
+    assert watching(make("ppo")).update(differs)
+    assert not watching(make("ppo"), 1).update(differs), "one completion is equal to no other"
+
+
+def test_greedy_completions_count_among_those_of_their_prompt():
+    prompt, completion = Prompt("p", [1], {}), SimpleNamespace(token_ids=[1], finish_reason="stop")
+    samples = [Sample(prompt, completion, group, {}, score, greedy, None) for group, score, greedy in (
+        (0, 1.0, 1.0), (1, 1.0, 0.0), (2, 0.0, 0.0), (2, 1.0, 1.0))]
+    assert _flat(samples, True) == {0}
+    assert _flat(samples, False) == {0, 1}
 
 
 @pytest.mark.full

@@ -351,7 +351,7 @@ def test_the_options_of_a_run_are_the_plans(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["sft", "--model", "{}/none", "--device", "cpu"], "expected a model directory with a config.json"),
+    (["sft", "--model", "{}/none", "--device", "cpu"], "none does not exist; expected a model directory or a Hugging Face id"),
     (["sft", "--model", "{}/odd.json", "--device", "cpu"], "unknown model_type 'bert'"),
     (["sft", "--model", "{}/broken.json", "--device", "cpu"], "expected a JSON object"),
     (["sft", "--model", "{}", "--device", "cpu", "--memory", "lots"], "expected an amount of memory above 0"),

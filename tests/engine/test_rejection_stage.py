@@ -26,6 +26,9 @@ def sometimes_nan(prompts, completions, completion_ids, **columns):
 
 def nothing(prompts, completions, completion_ids, **columns):
     return [float("nan")] * len(completions)
+
+def same(prompts, completions, completion_ids, **columns):
+    return [2.0] * len(completions)
 '''
 
 
@@ -172,6 +175,13 @@ def test_invalid_rewards(config):
         train_rejection(config("nothing", name="none"))
 
 
+def test_rewards_that_tell_nothing_apart_are_said(config, capsys):
+    train_rejection(config("same", steps=2))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "nothing to learn from" in line]
+    assert len(lines) == 1
+    assert "rejection: step 1: in this rollout the rewards were all equal (now 2)" in lines[0]
+
+
 def test_a_truncated_sampler_and_few_kept_for_many_minibatches(config):
     one = config(steps=2, prompts_per_step=3, keep=2, minibatches=6, min_score=1.0, generation=GenerationConfig(max_new_tokens=6, top_p=0.9, temperature=0.7))
     train_rejection(one)
@@ -182,7 +192,7 @@ def test_a_truncated_sampler_and_few_kept_for_many_minibatches(config):
 @pytest.mark.parametrize("options, message", [
     ({"keep": 5}, "keep <= samples_per_prompt = 4"), ({"keep": 4}, "a min_score beside it"), ({"keep": 0}, "keep >= 1"), ({"steps": 0}, "steps >= 1"),
     ({"minibatches": 7}, "minibatches <= prompts_per_step x keep = 6"), ({"generation": GenerationConfig(temperature=0.0)}, "temperature > 0"),
-    ({"min_score": math.nan, "keep": 4}, "min_score a finite number"), ({"reward_weights": (1.0, 2.0)}, "1 numbers, one per reward"),
+    ({"min_score": math.nan, "keep": 4}, "min_score to be finite"), ({"reward_weights": (1.0, 2.0)}, "1 numbers, one per reward"),
 ])
 def test_contradictions_are_refused(config, options, message):
     with pytest.raises(ConfigError, match=message):
@@ -203,7 +213,7 @@ def test_the_commands(tiny_model, tmp_path, write_jsonl, capsys):
     assert json.loads((tmp_path / "d" / "config.json").read_text())["config"]["optim"]["lr"] == 1e-6
     capsys.readouterr()
     for arguments, message in ((["dpo", "--beta", "0"], "beta > 0"), (["dpo", "--loss", "ipo", "--label_smoothing", "0.1"], "label_smoothing 0 with loss ipo"),
-                               (["dpo", "--loss", "dpo"], "['sigmoid', 'ipo', 'hinge', 'robust']"), (["dpo", "--bta", "1"], "did you mean --beta?"),
+                               (["dpo", "--loss", "dpo"], "one of sigmoid, ipo, hinge, robust"), (["dpo", "--bta", "1"], "did you mean --beta?"),
                                (["rejection", "--reward", "r.py:f", "--keep", "9"], "keep <= samples_per_prompt = 8")):
         assert main(["train", arguments[0], "--model", "m", "--data", "d", *arguments[1:]]) == 2
         assert message in capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_directories_without_weights(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no weights: expected model.safetensors or model.safetensors.index.json"):
         load_decoder(saved)
     (saved / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(ValueError, match=r"pickled weights only.*refused; convert them.*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"pickled weights only.*refused; convert them.*save_pretrained"):
         load_decoder(saved)
     with pytest.raises(FileNotFoundError, match="expected a model directory or a Hugging Face id"):
         load_decoder(tmp_path / "nowhere")

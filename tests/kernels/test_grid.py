@@ -65,6 +65,11 @@ def test_covering_meets_every_pair():
     assert len(cases) < 20 < math.prod(map(len, levels.values()))
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_sample_has_as_many_cases_as_were_asked_for(count):
+    assert len(sample_of_grid(CATALOGUE["gae"], "torch", count, 1 << 14)) == count
+
+
 @pytest.mark.cpu_only("the judge is tried")
 def test_excess_sees_what_is_wrong():
     want = torch.tensor([1.0, -2.0, math.inf, math.nan], dtype=torch.float64)
