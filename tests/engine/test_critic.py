@@ -368,13 +368,14 @@ def test_a_head_on_the_trunk_warms_up_alone(ppo):
 @pytest.mark.full
 def test_real_courses_are_the_same_with_a_constant_in_the_reward(shared, tmp_path):
     """stories260k, 12 rollouts of 32 completions that may end at a full stop, at 0 and at +-10, all rows. With a head that begins at 0 a constant of 10 takes
-    the mean length of ppo from 22.6 to 1.5, and -10 to 38. Length, score and KL of the last four rollouts; about five minutes."""
+    the mean length of ppo from 22.6 to 1.5, and -10 to 38. Length, score and KL of the last four rollouts; about five minutes. The rewards are exact in
+    float32 with and without the constant: rounding alone takes a policy to other samples within a step or two."""
     data = Path(__file__).resolve().parents[2] / "examples" / "prompts" / "stories.jsonl"
     for algorithm, row in ALGORITHMS.items():
         found = {}
         for shift in (0, 10, -10):
             (tmp_path / f"at{shift}.py").write_text("def at(prompts, completions, **columns):\n"
-                                                    f"    return [{shift} + 5 * sum(c in 'aeiou' for c in t) / max(1, len(t)) for t in completions]\n")
+                                                    f"    return [{shift} + round(320 * sum(map('aeiou'.count, t)) / max(1, len(t))) / 64 for t in completions]\n")
             config = PolicyConfig(str(shared / "models" / "stories260k"), str(data), (f"{tmp_path}/at{shift}.py:at",), algorithm, steps=12, device="cpu",
                                   prompts_per_step=32 // row.samples_per_prompt, optim=OptimConfig(lr=3e-4), run=RunConfig(
                                       str(tmp_path / f"{algorithm}{shift}"), progress=False), kl=KLConfig(measure=True),

@@ -197,8 +197,9 @@ def test_every_element_of_a_result_is_written(op, impl, device):
 
 
 GUARDED = """
-import sys, torch
+import sys
 sys.path[:0] = {path!r}
+import torch
 from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
 from fusedrl.engine.verify.grid import run, sample_of_grid
 torch.set_num_threads(1)
@@ -224,7 +225,7 @@ def test_canaries_around_what_cpp_writes():
         pytest.skip(f"no {library} beside this C library")
     environment = os.environ | {"LD_PRELOAD": library, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
     here = [p for p in sys.path if p]
-    done = subprocess.run([sys.executable, "-c", GUARDED.format(path=here)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *["-S"] * sys.flags.no_site, "-c", GUARDED.format(path=here)], env=environment, capture_output=True, text=True)
     assert done.stdout.strip().endswith("intact"), f"exit status {done.returncode}: {done.stdout} {done.stderr[-2000:]}"
     assert done.returncode == -signal.SIGABRT
 
