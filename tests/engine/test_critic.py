@@ -374,8 +374,8 @@ def test_real_courses_are_the_same_with_a_constant_in_the_reward(shared, tmp_pat
     for algorithm, row in ALGORITHMS.items():
         found = {}
         for shift in (0, 10, -10):
-            (tmp_path / f"at{shift}.py").write_text("def at(prompts, completions, **columns):\n"
-                                                    f"    return [{shift} + round(320 * sum(map('aeiou'.count, t)) / max(1, len(t))) / 64 for t in completions]\n")
+            score = "round(320 * sum(map('aeiou'.count, t)) / max(1, len(t))) / 64"
+            (tmp_path / f"at{shift}.py").write_text(f"def at(prompts, completions, **columns):\n    return [{shift} + {score} for t in completions]\n")
             config = PolicyConfig(str(shared / "models" / "stories260k"), str(data), (f"{tmp_path}/at{shift}.py:at",), algorithm, steps=12, device="cpu",
                                   prompts_per_step=32 // row.samples_per_prompt, optim=OptimConfig(lr=3e-4), run=RunConfig(
                                       str(tmp_path / f"{algorithm}{shift}"), progress=False), kl=KLConfig(measure=True),
