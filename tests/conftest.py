@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function):
     if parameters.get("device") == "pretended" and pretended.made == before:
         pytest.fail("takes a device and makes no tensor there", pytrace=False)
     return result
+
+
+@pytest.fixture(autouse=True)
+def _faults_are_of_the_test_that_made_them():
+    yield
+    if "fusedrl.kernels.faults" in sys.modules:
+        for found in sys.modules["fusedrl.kernels.faults"]._flags.values():
+            found.zero_()
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ RANKS = [
     ("rewards", "trl_rollout", "advantages", "objectives", "preferences", "preference_losses", "fisher"),
     ("best_of_n", "critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "saving", "workloads", "evaluate", "monitor", "judge",
      "run_report"),
-    ("stages",), ("bench",), ("demo", "doctor", "verify"), ("cli", "cli_common", "cli_bench", "cli_monitor", "cli_names", "cli_verify"),
+    ("stages",), ("bench",), ("demo", "doctor", "verify"), ("cli", "cli_common", "cli_bench", "cli_monitor", "cli_names", "cli_values", "cli_verify"),
 ]
 
 

@@ -19,6 +19,7 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from operator import attrgetter, getitem
 from typing import Any
@@ -26,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
+
+from fusedrl.engine.model.families import ModelConfig
 
 _OWN = ("torch", "transformers", "accelerate", "trl", "fusedrl")  # whose forwards compute what a model computes
 _LOOKING_ON = ("transformers", "accelerate", "trl")  # whose forward hooks change no value
@@ -106,7 +109,7 @@ class Beside:
         now = numbers(self._tree)
         for name, expected in self._numbers.items():
             for key, value in expected.items():
-                if (found := now[name].get(key, _NONE)) is not value and found != value:
+                if (found := now[name].get(key, _NONE)) is not value and _computing(found) != _computing(value):
                     raise RuntimeError(f"HybridActor: {_dotted(name, key)} of {self._where} was {_shown(value)} and is {_shown(found)}, and the actor computes "
                                        "with the former; set it back, or change the model's configuration, save it, and load that")
         buffers = dict(floating_buffers(self._tree))
@@ -152,6 +155,13 @@ def numbers(tree: nn.Module) -> dict[str, dict[str, Any]]:
     """By module, the numbers and functions that it holds; without dropout's rates, and those of adapters."""
     return {name: {key: vars(part)[key] for key in _held(part) if "dropout" not in key and not isinstance(part, nn.Dropout)}
             for name, part in tree.named_modules(remove_duplicate=False) if not name.endswith(".lora")}  # fmt: skip
+
+
+def _computing(value: Any) -> Any:
+    """A configuration without what no number depends on, such as the ids that end a completion; anything else as it is."""
+    if not isinstance(value, ModelConfig):
+        return value
+    return replace(value, bos_token_id=None, pad_token_id=None, eos_token_ids=(), initializer_range=0.0, raw={}, raw_generation=None)
 
 
 def _held(part: nn.Module) -> Iterator[str]:

@@ -355,7 +355,7 @@ def test_the_options_of_a_run_are_the_plans(tmp_path, capsys):
     (["sft", "--model", "{}/odd.json", "--device", "cpu"], "unknown model_type 'bert'"),
     (["sft", "--model", "{}/broken.json", "--device", "cpu"], "expected a JSON object"),
     (["sft", "--model", "{}", "--device", "cpu", "--memory", "lots"], "expected an amount of memory above 0"),
-    (["sft", "--device", "cpu"], "required: model"),
+    (["sft", "--device", "cpu"], "expected --model, which cannot be left out"),
     (["pppo", "--model", "{}"], "unknown stage 'pppo', did you mean ppo?"),
     (["sft", "--model", "{}", "--tokens_per_microbach", "5"], "did you mean --tokens_per_microbatch?"),
     (["sft", "--model", "{}", "--memory"], "--memory"),

@@ -345,7 +345,8 @@ def test_runs_from_before_go_on(config, old, new):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"normalize": True}, r"normalize none, mean or mean_std \(it was true or false: mean or none\), got True"), ({"label_noise": 0.5}, "label_noise in"),
-    ({"label_noise": -0.1}, "label_noise in"), ({"center_coef": -1.0}, "center_coef >= 0"), ({"imitation_coef": math.nan}, "imitation_coef >= 0"),
+    ({"label_noise": -0.1}, "label_noise in"), ({"center_coef": -1.0}, "center_coef >= 0"), ({"imitation_coef": -0.5}, "imitation_coef >= 0"),
+    ({"imitation_coef": math.nan}, "imitation_coef to be finite"),
     ({"eval_every": -1}, "eval_every >= 0"), ({"denoise_folds": 1}, "denoise_folds 0, or 2"), ({"pairs_per_step": 0}, "pairs_per_step >= 1")])
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(ConfigError, match=message):

@@ -20,7 +20,7 @@ def run(tmp_path, monkeypatch):
     (directory / "alarms.jsonl").write_text(json.dumps({"step": 4, "evidence": evidence}) + "\n")
     samples = [{"step": step, "prompt": prompt, "completion": f" text [{step}] of {name}", "scores": {"reward": step / 2, "gold/g": None}}
                for step in (0, 2, 4, 6, 8) for name, prompt in (("p", "Once"), ("m", [{"role": "user", "content": "Tell me"}]))]
-    (directory / "no does not exist").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    (directory / "samples_eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     return directory
 
 
@@ -50,7 +50,7 @@ def test_report(run, capsys):
 def test_runs_that_are_not_there(run, tmp_path, capsys):
     (run / "samples_eval.jsonl").unlink()
     for command, message in ((["samples", str(run)], "train with --evaluation.data FILE"), (["report", str(tmp_path / "no")], "no does not exist"),
-                             (["samples", str(tmp_path / "no")], "samples_eval.jsonl")):
+                             (["samples", str(tmp_path / "no")], "no does not exist")):
         assert main(command) == 2
         assert message in capsys.readouterr().err
 
