@@ -8,6 +8,7 @@ completion's tokens is R-based and spread by `per_token`; what looks ahead is r-
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,8 +34,8 @@ class Signals:
 
     batch: with the columns scores and group_ids [B] (equal where the prompt is, in any number: invalid completions are not there), and, where the
     algorithm has them, old_logp, ref_logp and values [N] and greedy_scores [B]. kl_coef: of the KL in the reward. future_kl_coef: of the KL of the tokens to
-    come, which `estimate` takes off. baseline: the mean of all returns R of earlier steps. level: that of the first rollout, a constant. Of the first rollout
-    itself `settled` fills in both: a constant added to all rewards then adds to no advantage.
+    come, which `estimate` takes off. baseline: the mean of all returns R of earlier steps. level: that of the first rollout. `settled` fills in both of
+    the first rollout itself, so that a constant added to all rewards adds to no advantage, and corrects both where rewards have moved since.
     """
 
     batch: PackedBatch
@@ -54,20 +55,48 @@ class Signals:
         return cls(batch, loss.gamma, loss.lam, loss.k, kl_coef if kl.placement == "reward" else 0.0, kl_coef if kl.level == "future" else 0.0,
                    config.score_clip or None, baseline, level)
 
-    def settled(self) -> tuple[Signals, float]:
-        """Of the first rollout: the signals with the mean R for baseline and level, and with values that are right on average; and what these were short of.
+    def settled(self, first: bool = True) -> tuple[Signals, float]:
+        """The signals with a baseline, a level and values that are right on average, and what all values were short of.
 
-        That is the mean over completions of the mean of G_t - V_t over their tokens: what a critic's bias has to rise by (0 without values). A critic that
-        said less would make every completion's last token look like a gain, and one that said more like a loss, whatever stands there.
+        Level and baseline are short of the mean R - level and R - baseline, values of the mean over completions of the mean of G_t - V_t over their tokens. A
+        critic that said less would make every completion's last token look like a gain, and one that said more like a loss, whatever stands there; and its own
+        steps are short. The first rollout takes all that it is short of, a later one what is `beyond_chance`: rewards whose level moved are followed at once.
         """
-        level, batch, short = self.totals.double().mean().item(), self.batch, 0.0
+        batch, short, mean = self.batch, 0.0, _mean if first else beyond_chance
+        level, baseline = (0.0 if first else start for start in (self.level, self.baseline))
         if batch.values is not None:
-            errors_N, _ = _learned_baseline(self)
             weights_N = token_weights(batch.action_mask, "sequence_mean_token_mean", cu_seqlens=batch.cu_seqlens).double()
-            short = ((weights_N * errors_N).sum() / weights_N.sum().clamp(min=1e-30)).item()
+            short_B, weight_B = self._sums(weights_N * self._targets[0]), self._sums(weights_N)
+            short = mean((short_B / weight_B)[weight_B > 0])
             columns = {name: x for name in ("values", "rollout_values") if (x := getattr(batch, name)) is not None}
             batch = batch.with_columns(**{name: torch.where(batch.positions > 0, x_N + short, x_N) for name, x_N in columns.items()})
-        return replace(self, batch=batch, baseline=level, level=level), short
+        totals_B = self.totals.double()
+        return replace(self, batch=batch, baseline=baseline + mean(totals_B - baseline), level=level + mean(totals_B - level)), short
+
+    def unit(self, before: float | None) -> float | None:
+        """The unit of values after this rollout: the standard deviation of G over all actions but those of the completion that adds most to it (where there
+        are four or more), within a factor of 2 of the unit `before`, and that where all returns are the same."""
+        if not self.batch.action_mask.any():
+            return before
+        returns_N, mask_N = torch.where(self.batch.action_mask, self._targets[1], 0.0).double(), self.batch.action_mask
+        count_B, mean = self.lengths.double(), returns_N.sum() / mask_N.sum()
+        off_N = torch.where(mask_N, returns_N - mean, 0.0)
+        sum_B, square_B = self._sums(off_N), self._sums(off_N.square())
+        count, total, square = (x.sum() - x if len(x) > 3 else x.sum(0, keepdim=True) for x in (count_B, sum_B, square_B))  # of all but one
+        variance_B = square / count.clamp(min=1) - (total / count.clamp(min=1)).square()
+        found = math.sqrt(max(0.0, variance_B.min().item()))
+        if not found > 1e-6 * max(returns_N.abs().max().item(), 1e-30):  # rounding
+            return before
+        return found if before is None else min(2 * before, max(before / 2, found))
+
+    def _sums(self, x_N: Tensor) -> Tensor:
+        """[B] sums over completions, in a fixed order."""
+        return torch.segment_reduce(x_N, "sum", lengths=self.batch.cu_seqlens.long().diff()) if len(x_N) else x_N
+
+    @cached_property
+    def _targets(self) -> tuple[Tensor, Tensor]:
+        """(G - V, G) [N]."""
+        return _learned_baseline(self)
 
     @cached_property
     def shaped(self) -> ShapedGAE:
@@ -115,6 +144,18 @@ class Signals:
         _, inverse, counts = torch.unique_consecutive(self.group_ids[order], return_inverse=True, return_counts=True)
         reduced_B = torch.segment_reduce(x_B.double()[order], reduce, lengths=counts)[inverse]
         return torch.empty_like(reduced_B).scatter(0, order, reduced_B)
+
+
+def _mean(x_B: Tensor) -> float:
+    return x_B.mean().item() if len(x_B) else 0.0
+
+
+def beyond_chance(x_B: Tensor) -> float:
+    """Of the mean c of what was drawn independently, what chance does not explain: (1 - s^2 / c^2) c, or 0 where that is negative, s being the standard error
+    of c. One outlier makes c and s alike, and is nothing. Source: James and Stein (1961), Estimation with quadratic loss; the positive part."""
+    mean = _mean(x_B)
+    variance = x_B.var().item() / len(x_B) if len(x_B) > 1 else math.inf
+    return mean * max(0.0, 1 - variance / mean**2) if mean else 0.0
 
 
 AdvantageFunction = Callable[[Signals], Tensor | tuple[Tensor, Tensor]]
@@ -213,7 +254,7 @@ def _reward_to_go(x: Signals) -> Tensor:
 @register_advantage("running_mean")
 def _running_mean(x: Signals) -> Tensor:
     """R - b, b the mean of all earlier R: of the past, so that it does not depend on what it is subtracted from. The first rollout has its own mean, which
-    leaves (B - 1) / B of the gradient."""
+    leaves (B - 1) / B of the gradient, and so nearly has one that contradicts the past (`Signals.settled`)."""
     return x.per_token(x.totals - x.baseline)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -108,6 +108,7 @@ class Control:
         self.scores = RunningMoments()
         self.level: float | None = None  # mean return of the first rollout
         self.origin: float | None = None  # mean of its scores, where they are scaled
+        self.value_level, self.unit = 0.0, cast("float | None", None)  # of the value head; no unit while all returns were the same
         self.drawn = 0
         self._scale, self._centre = config.scale_scores, config.normalize_scores
         self._penalised = config.objective == "ppo_penalty"
@@ -139,7 +140,7 @@ class Control:
     def state_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {"kl": self.kl.state_dict(), "penalty_coef": self.penalty.coef, "returns": self.returns.state_dict(), "scores": self.scores.state_dict(),
-                "level": self.level, "origin": self.origin, "drawn": self.drawn}
+                "level": self.level, "origin": self.origin, "value_level": self.value_level, "unit": self.unit, "drawn": self.drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave."""
@@ -148,6 +149,7 @@ class Control:
         self.returns.load_state_dict(state["returns"])
         self.scores.load_state_dict(state["scores"])
         self.level, self.origin = state["level"], state["origin"]
+        self.value_level, self.unit = state["value_level"], state["unit"]
         self.drawn = int(state["drawn"])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,25 +159,35 @@ def entropy_coefficient(config: PolicyConfig, batch: PackedBatch) -> float:
     return loss.entropy_coef * (1.0 if mean < loss.entropy_target else -1.0)
 
 
-def value_scale(batch: PackedBatch) -> float:
-    """The unit in which a rollout's values are learned: the standard deviation of its returns, at least 1. Their squared error grows with its square, which
-    on a trunk that the policy shares would drown the policy's gradient wherever rewards, or the KL's coefficient, are large; and a value clip of so many
-    units would stop values that have far to go. The same for all of a rollout's micro-batches, however they are cut; 1 without a critic."""
-    if batch.returns is None:
-        return 1.0
-    returns_A = batch.returns[batch.action_mask].double()
-    return max(1.0, float(returns_A.std(correction=0))) if len(returns_A) else 1.0
+class ValueScale(NamedTuple):
+    """In what the value loss of a rollout counts. `clip`: how far values may move, in rewards, or None. `error`: what errors are divided by."""
+
+    clip: float | None
+    error: float
+
+    @classmethod
+    def of(cls, config: PolicyConfig, batch: PackedBatch, unit: float) -> ValueScale:
+        """Of a rollout's batch, however it is cut, and the unit of the head. The clip is so many units: absolute, it would stop values that have far to go.
+
+        An error is divided by the unit, or where it is larger by the root mean square of what all values are off by, so that no rollout's value loss is far
+        above 1 / 2. In rewards it grows with their square, which on a trunk that the policy shares would drown the policy's gradient wherever rewards, or
+        the KL's coefficient, are large, or one reward is."""
+        clip = None if config.loss.value_clip is None else config.loss.value_clip * unit
+        if batch.returns is None:
+            return cls(clip, unit)
+        errors_A = (batch.returns - batch.column("values"))[batch.action_mask].double()
+        return cls(clip, max(unit, float(errors_A.square().mean().sqrt())) if len(errors_A) else unit)
 
 
 def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, batch: PackedBatch, logp_N: Tensor, entropy_N: Tensor | None,
                    values_N: Tensor | None, full_kl_N: Tensor | None = None, *,
-                   entropy_coef: float | None = None, value_unit: float = 1.0) -> tuple[Tensor, PolicyStats, ValueStats | None]:
+                   entropy_coef: float | None = None, value: ValueScale | None = None) -> tuple[Tensor, PolicyStats, ValueStats | None]:
     """The loss of a micro-batch with the columns weights, old_logp and advantages; values, returns where a critic is trained; ref_logp with the KL in the loss.
 
     Args:
         kl_coef: the coefficient now, wherever the KL is placed.
         logp_N, entropy_N, values_N: of the policy and critic that are trained. full_kl_N: KL(policy || reference) at each token, for kl.estimator = full.
-        entropy_coef: in place of the configuration's, as `entropy_coefficient` gives it. value_unit: of values in the loss, as `value_scale` gives it.
+        entropy_coef: in place of the configuration's, as `entropy_coefficient` gives it. value: what values count in; None: rewards.
     """
     loss, kl = config.loss, config.kl
     old_N, advantages_N, weights_N = batch.column("old_logp"), batch.column("advantages"), batch.column("weights")
@@ -193,13 +203,13 @@ def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, b
     }
     if correction is not None:
         common |= {"rollout_logp": batch.column("rollout_logp"), "rollout_correction": correction}
-    value_stats = None
+    value_stats, value = None, value or ValueScale(loss.value_clip, 1.0)
     if values_N is None:
         total, stats = policy_loss(logp_N, old_N, advantages_N if fused else torch.zeros_like(advantages_N), weights_N, **common)
     else:
         total, stats, value_stats = policy_value_loss(
             logp_N, old_N, advantages_N if fused else torch.zeros_like(advantages_N), weights_N, values_N, batch.column("values"), batch.column("returns"),
-            value_clip=None if loss.value_clip is None else loss.value_clip * value_unit, value_coef=loss.value_coef / value_unit**2, **common)
+            value_clip=value.clip, value_coef=loss.value_coef / value.error**2, **common)
     terms_N: list[Tensor] = []
     if not isinstance(objective, PolicyObjective):
         live_N = weights_N != 0

@@ -39,12 +39,42 @@ _SHIFT_KEY = "fusedrl_score_shift"
 
 
 class ValueHead(nn.Module):
-    """One linear on the trunk, zero at first: hidden [N, H] -> values [N] float32."""
+    """One linear on the trunk, zero at first: hidden [N, H] -> values [N] float32.
+
+        V = level + unit (w . h + b)
+
+    What is trained, w and b, speaks in units of the returns, so that a learning rate means the same whatever rewards are counted in. `level` and `unit` [1] are
+    no parameters: 0 and 1 at first, set by `raise_by` and `count_in`, which keeps every value (van Hasselt et al., 2016, Learning values across many orders of
+    magnitude, "preserving outputs precisely").
+    """
+
+    level: Tensor
+    unit: Tensor
 
     def __init__(self, hidden_size: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, device=device))
         self.bias = nn.Parameter(torch.zeros(1, device=device))
+        self.register_buffer("level", torch.zeros(1, device=device))
+        self.register_buffer("unit", torch.ones(1, device=device))
+
+    @torch.no_grad()
+    def raise_by(self, short: float) -> None:
+        """Add this to every value."""
+        self.level.add_(short)
+
+    @torch.no_grad()
+    def count_in(self, unit: float) -> None:
+        """Another unit, > 0, and the same values up to rounding."""
+        ratio = self.unit / unit
+        for p in (self.weight, self.bias):
+            p.mul_(ratio)
+        self.unit.fill_(unit)
+
+    def restore(self, level: float, unit: float) -> None:
+        """Those that the weights were trained with."""
+        self.level.fill_(level)
+        self.unit.fill_(unit)
 
     def forward(self, hidden_NH: Tensor, *, strict: bool = False) -> Tensor:
         """`strict`: bits that depend on a row of hidden states and the head alone; the gradient is the same.
@@ -60,14 +90,15 @@ class ValueHead(nn.Module):
                              f"dtype, got {got}; use value_head.to({str(hidden_NH.device)!r}, torch.float32), or a new ValueHead({H}), and make its optimizer "
                              "afterwards")
         with own_precision(hidden_NH.device):
-            return (strict_linear if strict else F.linear)(hidden_NH.to(wide), self.weight, self.bias).squeeze(-1)
+            return self.level + self.unit * (strict_linear if strict else F.linear)(hidden_NH.to(wide), self.weight, self.bias).squeeze(-1)
 
 
 def save_value_head(head: ValueHead, directory: str | Path) -> None:
-    """Write the head beside a saved actor, atomically."""
+    """Write the head beside a saved actor, atomically: the linear that says its values, in the rewards' own unit."""
     path = Path(directory) / VALUE_HEAD_FILE
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: p.detach().contiguous() for name, p in head.named_parameters()}, temporary)
+    with torch.no_grad():
+        save_file({"weight": head.unit * head.weight, "bias": head.level + head.unit * head.bias}, temporary)
     os.replace(temporary, path)
 
 

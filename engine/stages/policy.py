@@ -30,8 +30,9 @@ from fusedrl.engine.critic import SeparateCritic, TrainedCritic, critic_of
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.memory import give_back
+from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.monitor import Monitor
-from fusedrl.engine.objectives import behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss, value_scale
+from fusedrl.engine.objectives import ValueScale, behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
@@ -108,6 +109,9 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         monitor = Monitor(config, actor, reference, rewards, measured_only, run)
         run.restore(model=actor, optimizer=optimizer, control=control, critic=critic, replay=replay)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
+        head = actor.value_head if own_critic is None else own_critic.head
+        if head is not None and run.start:
+            head.restore(control.value_level, control.unit or 1.0)
         monitor.begin()
         for step in range(run.start, config.steps):
             with run.time("generate_and_reward"):
@@ -121,13 +125,14 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                     batch = batch.with_columns(values=own_critic.score(batch, [group for minibatch in cuts for group in minibatch]))
             with run.time("advantage"):
                 signals = Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0)
-                if control.level is None:
-                    signals = _settle(signals, actor if own_critic is None else own_critic)
+                signals = settle(signals, control, head)
+                if own_critic is None and head is not None:
+                    actor.mark_updated()
                 batch = estimate(config, signals)
             with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
                 metrics = experience.metrics
                 if critic is not None and step < critic.rollouts:
-                    metrics |= update_critic(critic, batch, cuts, config, step, run)
+                    metrics |= update_critic(critic, batch, cuts, config, control, step, run)
                     if own_critic is None:
                         actor.mark_updated()
                 if not learns:
@@ -153,15 +158,16 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         return PolicyResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
 
 
-def _settle(signals: Signals, critic: HybridActor | SeparateCritic) -> Signals:
-    """Of the first rollout: what advantages are counted from, and the bias of a critic, are what its completions came to."""
-    signals, short = signals.settled()
-    head = critic.value_head if isinstance(critic, HybridActor) else critic.head
-    if head is not None and signals.batch.values is not None:
-        with torch.no_grad():
-            head.bias.add_(short)
-        if isinstance(critic, HybridActor):
-            critic.mark_updated()
+def settle(signals: Signals, control: Control, head: ValueHead | None) -> Signals:
+    """What advantages are counted from, before they are: of the first rollout the mean of its returns, of every rollout the level and the unit of values."""
+    signals, short = signals.settled(first=control.level is None)
+    if head is None or signals.batch.values is None:
+        return signals
+    head.raise_by(short)
+    control.unit = signals.unit(control.unit)
+    if control.unit is not None:
+        head.count_in(control.unit)
+    control.value_level = head.level.item()
     return signals
 
 
@@ -200,7 +206,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
     """epochs x minibatches optimizer steps on one rollout and what is replayed beside it; the gradient of `ptx` is added to each."""
     objective = make_objective(config, control.penalty.coef)
     total_updates, done = _updates(config, step - config.critic_warmup, config.steps - config.critic_warmup)
-    entropy_coef, unit = entropy_coefficient(config, batch), value_scale(batch)
+    entropy_coef, value = entropy_coefficient(config, batch), ValueScale.of(config, batch, control.unit or 1.0)
     meter = Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
     fresh = batch.num_sequences
@@ -223,7 +229,7 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
                 micro, dropped = behaviour(config.correction, micro, logp)
                 full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
                 loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full,
-                                                                 entropy_coef=entropy_coef, value_unit=unit)
+                                                                 entropy_coef=entropy_coef, value=value)
                 loss.backward()
                 old = epoch == 0 and group[0] >= fresh  # only in the first pass are there micro-batches of replayed completions alone
                 meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
@@ -247,14 +253,13 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
     return metrics | (ptx.metrics() if ptx is not None else {}) | (replayed.metrics if replayed is not None else {})
 
 
-def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, step: int, run: Run) -> dict[str, float]:
+def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, control: Control, step: int, run: Run) -> dict[str, float]:
     """The same passes over the same minibatches for what of a critic is trained by itself: its gradients and the policy's are never there together."""
     model, optimizer, optim, rollouts = critic
     total_updates, done = _updates(config, step, rollouts)
     stats: list[ValueStats] = []
     norms: list[float] = []
-    unit = value_scale(batch)
-    clip = None if config.loss.value_clip is None else config.loss.value_clip * unit
+    scale = ValueScale.of(config, batch, control.unit or 1.0)
     for epoch in range(config.epochs):
         for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
@@ -262,8 +267,8 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
             for group in minibatch:
                 micro = weighted.select(group)
                 old, returns, weights = (micro.column(name) for name in ("values", "returns", "weights"))
-                loss, value_stats = value_loss(model(micro), old, returns, weights, clip=clip)
-                (config.loss.value_coef / unit**2 * loss).backward()
+                loss, value_stats = value_loss(model(micro), old, returns, weights, clip=scale.clip)
+                (config.loss.value_coef / scale.error**2 * loss).backward()
                 stats.append(value_stats)
             optimizer.lr = learning_rate(optim, done, total_updates)
             result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)

@@ -30,7 +30,7 @@ from fusedrl.engine.fisher import FlatParameters, fisher_product, policy_kl
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.model.weights import resolve_dtype
 from fusedrl.engine.natural_gradient import line_search, natural_step
-from fusedrl.engine.objectives import entropy_coefficient, make_objective, minibatch_weights, objective_loss, value_scale
+from fusedrl.engine.objectives import ValueScale, entropy_coefficient, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, StepResult, grad_norm
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.plan import read_model_config
@@ -128,7 +128,7 @@ def trust_region_update(actor: HybridActor, reference: Reference | None, optimiz
     metrics, states = _policy_step(surrogate, batch, config, step, run)
     if actor.value_head is not None:
         values = [partial(actor.values, micro, hidden_NH) for micro, hidden_NH in zip(micros, states, strict=True)]
-        metrics |= train_values(values, optimizer, micros, config, step, run)
+        metrics |= train_values(values, optimizer, micros, config, step, run, control.unit or 1.0)
     give_back(4 * sum(p.numel() for p in actor.parameters() if p.requires_grad))
     return measured | metrics | {"lr": optimizer.lr} | (ptx.metrics() if ptx is not None else {})
 
@@ -167,24 +167,23 @@ def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig,
 
 
 def train_values(values: Sequence[Callable[[], Tensor]], optimizer: Optimizer, micros: Sequence[PackedBatch], config: PolicyConfig, step: int,
-                 run: Run) -> dict[str, float]:
+                 run: Run, unit: float = 1.0) -> dict[str, float]:
     """`epochs` optimizer steps of a critic on the returns of one rollout, each on all of it.
 
     Args:
         values: of each micro-batch, what gives its values [N], differentiable in what is to be trained and in nothing else of the optimizer's.
-        micros: with the columns values, returns and weights, the latter of the whole rollout.
+        micros: with the columns values, returns and weights, the latter of the whole rollout. unit: of the value head.
     Returns:
         metrics: the value loss, and the fraction of tokens that `loss.value_clip` stopped, means over the steps.
     """
     loss_sum, clipped = torch.zeros(2, dtype=torch.float64, device=micros[0].device).unbind()
     tokens = max(1, sum(int(micro.action_mask.sum()) for micro in micros))
-    unit = value_scale(PackedBatch.concat(list(micros)))
-    clip = None if config.loss.value_clip is None else config.loss.value_clip * unit
+    scale = ValueScale.of(config, PackedBatch.concat(list(micros)), unit)
     for epoch in range(config.epochs):
         optimizer.zero_grad()
         for micro, values_of in zip(micros, values, strict=True):
-            loss, stats = value_loss(values_of(), micro.column("values"), micro.column("returns"), micro.column("weights"), clip=clip)
-            (loss / unit**2).backward()
+            loss, stats = value_loss(values_of(), micro.column("values"), micro.column("returns"), micro.column("weights"), clip=scale.clip)
+            (loss / scale.error**2).backward()
             loss_sum += stats.loss
             clipped += stats.clip_fraction * stats.tokens / tokens
         optimizer.lr = learning_rate(config.optim, (step - config.critic_warmup) * config.epochs + epoch, (config.steps - config.critic_warmup) * config.epochs)

@@ -1,8 +1,10 @@
 """Every advantage against its definition, written out in float64 one completion at a time: groups of unequal size, masks with gaps, one sample, no rows."""
 import math
+import random
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from fusedrl.engine.advantages import GRPO_EPS, Signals, estimate, find_advantag
 from fusedrl.engine.algorithms import ADVANTAGES
 from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, PolicyConfig
 from fusedrl.engine.errors import ConfigError
-from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss, value_scale
+from fusedrl.engine.objectives import ValueScale, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.packing import PackedBatch
 
 COEF, GAMMA, LAM, K, BASELINE, LEVEL = 0.3, 0.9, 0.8, 2, 0.7, 0.4
@@ -293,19 +295,88 @@ def test_values_are_learned_in_units_of_the_returns(device):
     old, returns, values, logp = (torch.randn(N, generator=generator).to(device) for _ in range(4))
     chosen = PolicyConfig("m", "d", ("r.py:f",), "ppo")
     found = []
-    for times in (1.0, 100.0):
+    for times in (1.0, 100.0, 1e-4):
         batch = small.with_columns(values=old * times, returns=returns * times, old_logp=torch.zeros(N, device=device),
                                    advantages=torch.zeros(N, device=device),
                                    weights=small.action_mask / 5)
         trained = (values * times).requires_grad_()
-        unit = value_scale(batch) if times > 1 else 1.0
-        spread = returns[small.action_mask].double().std(correction=0).item()
-        assert unit == pytest.approx(max(1.0, times * spread)) or times == 1.0
-        loss, _, stats = objective_loss(chosen, make_objective(chosen, 1.0), 0.0, batch, logp, None, trained, value_unit=unit if times == 1.0 else times)
+        scale = ValueScale.of(chosen, batch, 0.7 * times)
+        loss, _, stats = objective_loss(chosen, make_objective(chosen, 1.0), 0.0, batch, logp, None, trained, value=scale)
         loss.backward()
         found.append((loss.item(), stats.clip_fraction.item(), trained.grad * times))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert found[0][1] == found[1][1] > 0
-    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-7)
-    assert value_scale(small) == 1.0  # no critic
-    assert value_scale(small.with_columns(returns=torch.full((N,), 50.0, device=device))) == 1.0  # far from 0, and all alike
+    for other in found[1:]:
+        assert other[0] == pytest.approx(found[0][0], rel=1e-5)
+        assert other[1] == found[0][1] > 0
+        torch.testing.assert_close(other[2], found[0][2], rtol=1e-4, atol=1e-7)
+    off = (returns - old)[small.action_mask].double().square().mean().sqrt().item()
+    batch = small.with_columns(values=old, returns=returns)
+    assert ValueScale.of(chosen, batch, 1e-3) == ValueScale(2e-4, pytest.approx(off))  # what is far off is divided by how far
+    assert ValueScale.of(chosen, batch, 1e3) == ValueScale(200.0, 1e3)
+    assert ValueScale.of(chosen, small, 3.0).error == 3.0  # no critic
+
+
+def of_scores(device, scores, values=None):
+    """Completions with these scores, and one value for each of a completion's tokens."""
+    lengths = [1 + b % 3 for b in range(len(scores))]
+    batch = PackedBatch.from_sequences([([1, 2], [3] * n) for n in lengths]).to(device)
+    batch = batch.with_columns(scores=torch.tensor(scores, dtype=torch.float32, device=device))
+    if values is not None:
+        each = torch.tensor([value for value, n in zip(values, lengths, strict=True) for _ in range(n + 2)], device=device)
+        batch = batch.with_columns(values=torch.where(batch.action_mask, each, 0.0))
+    return batch
+
+
+def test_the_unit_is_a_deviation_that_no_single_completion_makes(device):
+    """Against numpy, leaving each completion out in turn; under one outlier of a hundred deviations; how fast it follows; of rewards that are all alike."""
+    rng = random.Random(1)
+    scores = [rng.gauss(0, 1) for _ in range(32)]
+    lengths = [1 + b % 3 for b in range(32)]
+
+    def expected(scores):
+        tokens = [np.repeat(scores[:b] + scores[b + 1:], lengths[:b] + lengths[b + 1:]).std() for b in range(len(scores))]
+        return pytest.approx(min(tokens), rel=1e-5)
+
+    def unit(scores, before=None, **kwargs):
+        return Signals(of_scores(device, scores, [0.0] * len(scores)), **kwargs).unit(before)
+
+    assert unit(scores) == expected(scores)
+    assert unit([x + 1000 for x in scores]) == pytest.approx(unit(scores), rel=1e-3)
+    assert unit([x * 2.0**20 for x in scores]) == unit(scores) * 2.0**20
+    assert unit([-100.0, *scores[1:]]) == expected([-100.0, *scores[1:]])
+    assert 0.8 < unit([-100.0, *scores[1:]]) / unit(scores) < 1.25
+    found = unit(scores)
+    assert unit(scores, before=found) == found
+    assert unit([50 * x for x in scores], before=found) == 2 * found
+    assert unit([x / 50 for x in scores], before=found) == found / 2
+    assert unit([3.0] * 32) is None
+    assert unit([1e6 + 1e-3 * x for x in scores], before=2.5) == 2.5  # rounding
+    assert unit([0.7]) is None
+    assert unit([0.5, 3.0]) == pytest.approx(np.std([0.5, 3.0, 3.0]))  # too few to leave one out
+    assert unit([]) is None
+
+
+def test_a_level_follows_rewards_that_moved_and_no_outlier(device):
+    """Of values, baseline and level alike: as much of the mean as its standard error leaves."""
+    rng = random.Random(2)
+    scores = np.array([rng.gauss(0, 1) for _ in range(64)])
+    scores = ((scores - scores.mean()) / scores.std(ddof=1)).tolist()
+
+    def short(scores, level=0.0):
+        settled, short = Signals(of_scores(device, scores, [level] * len(scores)), baseline=level, level=level).settled(first=False)
+        plain = of_scores(device, scores)
+        without, nothing = Signals(plain, baseline=level, level=level).settled(first=False)
+        assert nothing == 0.0
+        assert (settled.level, settled.baseline) == (without.level, without.baseline) == (pytest.approx(level + short, abs=1e-5),) * 2
+        return short
+
+    s = 1 / 8
+    assert short(scores) == 0.0
+    for moved in (0.5, 1.0, 10.0, -10.0):
+        assert short([x + moved for x in scores]) == pytest.approx(moved - s**2 / moved, rel=1e-4)
+        assert short([x + moved for x in scores], level=moved) == pytest.approx(0.0, abs=1e-5)
+    for outlier in (-300.0, 300.0):
+        assert abs(short([outlier, *scores[1:]])) < 0.05 * 300 / 64  # the mean moved by 300 / 64
+        assert abs(short(scores, level=outlier / 64) + outlier / 64) < 0.01  # and where it was followed at first, that is taken back
+    assert short([5.0]) == 0.0  # one alone says nothing of chance
+    assert Signals(of_scores(device, [5.0], [0.0])).settled()[1] == 5.0
+    assert short([]) == 0.0

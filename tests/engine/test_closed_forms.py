@@ -15,8 +15,10 @@ import torch
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, PenaltyConfig, PolicyConfig
 from fusedrl.engine.control import Control
-from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.model.heads import ValueHead
+from fusedrl.engine.objectives import ValueScale, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.stages.policy import settle
 
 V, T, PROMPTS, EOS, BETA, B = 5, 4, 2, 4, 0.5, 1024
 OFFSETS = [PROMPTS * (4**d - 1) // 3 for d in range(T + 1)]  # of the states of each depth; a state is a prompt and the tokens after it
@@ -105,15 +107,16 @@ def optimise(config: PolicyConfig, tree: Tree | None = None, **settings) -> floa
     return tree.gap(learn(tree, config, **settings)[0])
 
 
-def learn(tree: Tree, config: PolicyConfig, *, updates: int, lr: float, batch_size: int = B, seed: int = 1) -> tuple[torch.Tensor, Control]:
-    """The loop of stages/policy.py on a table: the policy [STATES, V] after so many optimizer steps, and what steered them."""
+def learn(tree: Tree, config: PolicyConfig, *, updates: int, lr: float, batch_size: int = B, seed: int = 1, spoil=None) -> tuple[torch.Tensor, Control]:
+    """The loop of stages/policy.py on a table: the policy [STATES, V] after so many optimizer steps, and what steered them. spoil: of (the number of the
+    rollout, its scores [n]) the scores that are learned from."""
     torch.manual_seed(seed)
     V = tree.eos + 1
     rng = torch.Generator().manual_seed(seed)
     needs, control = find_advantage(config.advantage).needs, Control(config)
     logits = tree.ref.clone().requires_grad_()
-    critic = torch.zeros(len(tree.ref), requires_grad=True)
-    adam = torch.optim.Adam([logits, critic], lr=lr)
+    critic, every_state = ValueHead(len(tree.ref)), torch.eye(len(tree.ref))
+    adam = torch.optim.Adam([logits, *critic.parameters()], lr=lr)
     n, width = batch_size, tree.horizon + 1
     groups = torch.arange(n) // config.samples_per_prompt
     prompts = groups % tree.prompts
@@ -126,27 +129,26 @@ def learn(tree: Tree, config: PolicyConfig, *, updates: int, lr: float, batch_si
     for update in range(0, updates, config.epochs):
         logp = logits.detach().log_softmax(1)
         states, tokens, alive, scores = tree.walk(logp, prompts, rng)
+        scores = scores if spoil is None else spoil(update // config.epochs, scores)
         states, tokens, mask = (torch.cat([first.to(x.dtype), x], 1).reshape(-1) for x in (states, tokens, alive))
         batch = PackedBatch(tokens, cu_seqlens, torch.arange(width).repeat(n), mask, (width,) * n, scores=scores, group_ids=groups,
                             old_logp=column(logp.view(-1), states * V + tokens, mask), ref_logp=column(tree.ref.view(-1), states * V + tokens, mask))
         if needs == "critic":
-            batch = batch.with_columns(values=column(critic.detach(), states, mask))
+            batch = batch.with_columns(values=column(critic(every_state).detach(), states, mask))
         if needs == "greedy":
             batch = batch.with_columns(greedy_scores=tree.walk(logp, torch.arange(tree.prompts), None)[3][prompts])
         batch = control.scaled(batch)
         signals = Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0)
-        if control.level is None:
-            signals, short = signals.settled()
-            critic.data += short
+        signals = settle(signals, control, critic)
         batch = estimate(config, signals)
         batch = batch.with_columns(weights=minibatch_weights(config, batch))
-        objective = make_objective(config, control.penalty.coef)
+        objective, value = make_objective(config, control.penalty.coef), ValueScale.of(config, batch, control.unit or 1.0)
         for epoch in range(config.epochs):
             now = logits.log_softmax(1)
             logp_N, entropy_N = column(now.view(-1), states * V + tokens, mask), column(-(now.exp() * now).sum(1), states, mask)
-            values_N = column(critic, states, mask) if needs == "critic" else None
+            values_N = column(critic(every_state), states, mask) if needs == "critic" else None
             full_N = column((now.exp() * (now - tree.ref)).sum(1), states, mask) if config.kl.estimator == "full" else None
-            loss, stats, _ = objective_loss(config, objective, control.kl.coef, batch, logp_N, entropy_N, values_N, full_N)
+            loss, stats, _ = objective_loss(config, objective, control.kl.coef, batch, logp_N, entropy_N, values_N, full_N, value=value)
             adam.param_groups[0]["lr"] = lr * (1 - (update + epoch) / updates)
             adam.zero_grad()
             loss.backward()
@@ -209,6 +211,30 @@ def test_the_optimum_is_reached(instance, offset, name):
     config, settings = CASES[name]
     settings = SKEWED.get(name, settings) if instance == "skewed" else settings
     assert optimise(config, TREES[instance].shifted(offset), **settings) >= 0.99
+
+
+SPOILS = {  # what a parser, or another service, does to rewards
+    "an outlier in the first rollout": lambda rollout, scores: torch.cat([scores[:1] - 1e4, scores[1:]]) if rollout == 0 else scores,
+    "an outlier later": lambda rollout, scores: torch.cat([scores[:1] + 1e4, scores[1:]]) if rollout == 9 else scores,
+    "a level that moves": lambda rollout, scores: scores + 10 if rollout >= 30 else scores,
+    "a level that moves back": lambda rollout, scores: scores - 10 if 30 <= rollout < 60 else scores,
+}
+SPOILED = ("ppo", "actor_critic", "a2c", "reinforce_learned", "reinforce", "reinforce_baseline", "sequence_ratio")
+
+
+@pytest.mark.parametrize("spoil, name", [pytest.param(spoil, name, marks=() if name == "ppo" else pytest.mark.full) for spoil in SPOILS for name in SPOILED])
+def test_the_optimum_is_reached_through_rewards_that_were_spoilt(spoil, name):
+    config, settings = CASES[name]
+    assert optimise(config, spoil=SPOILS[spoil], **settings) >= 0.99
+
+
+@pytest.mark.parametrize("times, name", [pytest.param(times, name, marks=() if name == "ppo" else pytest.mark.full)
+                                         for times in (1e-3, 100.0) for name in ("ppo", "actor_critic", "a2c", "reinforce_learned", "reinforce_baseline")])
+def test_the_optimum_is_reached_whatever_rewards_are_counted_in(times, name):
+    """With the coefficient of the KL in the same unit the task is the same, and so is the share of the gap."""
+    config, settings = CASES[name]
+    config = replace(config, kl=replace(IN_REWARD, coef=BETA * times))
+    assert optimise(config, spoil=lambda _, scores: scores * times, **settings) >= 0.99
 
 
 # ---- the KL as a loss: other fixed points ----------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_without_one_a_run_is_what_it_was(ppo):
     """The first rollout and its four steps with a head on the trunk, as they came out once."""
     config = ppo(critic=None, optim=OptimConfig(lr=3e-3))
     train_policy(replace(config, run=replace(config.run, save_every=1)))
-    recorded = {"entropy": 2.77406, "reward": 0.416667, "grad_norm": 1.83625, "loss/value_avg": 0.272886, "loss/policy_avg": -0.0373188,
+    recorded = {"entropy": 2.77406, "reward": 0.416667, "grad_norm": 1.8327, "loss/value_avg": 0.272053, "loss/policy_avg": -0.0373188,
                 "policy/approxkl_avg": 0.184934}
     row = _metrics(config)[0]
     assert {name: row[name] for name in recorded} == pytest.approx(recorded, rel=1e-3)
@@ -299,7 +299,8 @@ def test_the_bias_begins_at_the_mean_return_of_the_first_rollout(ppo, reward_mod
     if model != "reward":  # a head of zeros: the bias is all it says
         saved = load_file(Path(config.run.dir) / "checkpoints" / "step_00000001" / f"{group}.safetensors")
         head = "value_head." if model == "trunk" else "head."
-        assert saved[f"{head}bias"].item() == pytest.approx(row["reward"], rel=1e-6)
+        state = json.loads((Path(config.run.dir) / "checkpoints" / "step_00000001" / "state.json").read_text())
+        assert state["value_level"] + state["unit"] * saved[f"{head}bias"].item() == pytest.approx(row["reward"], rel=1e-6)
         assert row["completions/mean_length"] < row["completions/max_length"]
     if model == "trunk":
         assert row["sampling/value_diff_max"] < 1e-3

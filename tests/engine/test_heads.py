@@ -68,6 +68,37 @@ def test_value_head_starts_at_zero_and_speaks_float32(tmp_path, device):
         load_value_head(tmp_path / "x", 24)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_value_head_says_the_same_in_any_unit(strict, tmp_path, device):
+    """And is saved in the rewards' own, with its level."""
+    torch.manual_seed(0)
+    head, hidden = ValueHead(24, device=device), torch.randn(50, 24, device=device)
+    with torch.no_grad():
+        head.weight.normal_()
+        head.bias.fill_(0.5)
+    before = head(hidden, strict=strict)
+    weight = head.weight.detach().clone()
+    head.count_in(4.0)
+    assert torch.equal(head.weight, weight / 4)
+    assert torch.equal(head(hidden, strict=strict), before)
+    for unit in (1e-5, 3e4, 0.3):
+        head.count_in(unit)
+        torch.testing.assert_close(head(hidden, strict=strict), before)
+    head.raise_by(100.0)
+    raised = head(hidden, strict=strict)
+    torch.testing.assert_close(raised, before + 100)
+    assert [name for name, _ in head.named_parameters()] == ["weight", "bias"]
+    save_value_head(head, tmp_path)
+    assert load_file(tmp_path / "value_head.safetensors").keys() == {"weight", "bias"}
+    loaded = load_value_head(tmp_path, 24, device=device)
+    assert (loaded.level.item(), loaded.unit.item()) == (0.0, 1.0)
+    torch.testing.assert_close(loaded(hidden, strict=strict), raised)
+    restored = ValueHead(24, device=device)
+    restored.load_state_dict(dict(head.named_parameters()), strict=False)
+    restored.restore(head.level.item(), head.unit.item())
+    assert torch.equal(restored(hidden, strict=strict), raised)
+
+
 def test_reward_head_initialisation():
     weight = RewardHead(4095, seed=1).weight
     assert abs(weight.std().item() * 64 - 1) < 0.05

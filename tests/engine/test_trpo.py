@@ -32,6 +32,7 @@ from fusedrl.engine.config import (
 from fusedrl.engine.control import Control
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.natural_gradient import conjugate_gradient, line_search, natural_step
 from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
@@ -39,7 +40,7 @@ from fusedrl.engine.optim import make_optimizer
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import Planner
 from fusedrl.engine.stages import policy, trpo
-from fusedrl.engine.stages.policy import train_policy
+from fusedrl.engine.stages.policy import settle, train_policy
 from fusedrl.kernels import native
 
 
@@ -173,8 +174,8 @@ def sampled(config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
     """As `exact`, with the loop's own advantages, objective and weights on sampled batches; the KL and the Fisher matrix are of the sampled states."""
     table, rng = Table(Tree.random().shifted(offset)), torch.Generator().manual_seed(seed)
     needs, control, objective, width = find_advantage(config.advantage).needs, Control(config), make_objective(config, 0.0), T + 1
-    critic = torch.zeros(STATES, requires_grad=True)
-    adam = torch.optim.Adam([critic], lr=lr)
+    critic, every_state = ValueHead(STATES), torch.eye(STATES)
+    adam = torch.optim.Adam(critic.parameters(), lr=lr)
     groups, first = torch.arange(n) // config.samples_per_prompt, torch.zeros(n, 1, dtype=torch.int64)
 
     def column(x, at_N, mask_N):
@@ -187,11 +188,9 @@ def sampled(config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
         at = states * V + tokens
         batch = PackedBatch(tokens, torch.arange(n + 1, dtype=torch.int32) * width, torch.arange(width).repeat(n), mask, (width,) * n, scores=scores,
                             group_ids=groups, old_logp=column(old.view(-1), at, mask), ref_logp=column(table.tree.ref.view(-1), at, mask))
-        batch = batch.with_columns(values=column(critic.detach(), states, mask)) if needs == "critic" else batch
+        batch = batch.with_columns(values=column(critic(every_state).detach(), states, mask)) if needs == "critic" else batch
         signals = Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0)
-        if control.level is None:
-            signals, short = signals.settled()
-            critic.data += short
+        signals = settle(signals, control, critic)
         batch = estimate(config, signals)
         batch = batch.with_columns(weights=minibatch_weights(config, batch))
         d = torch.bincount(states[mask], minlength=STATES) / mask.sum()
@@ -199,7 +198,7 @@ def sampled(config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
             config, objective, control.kl.coef, batch, column(x.log_softmax(1).view(-1), at, mask), None, None)[0], config.trpo.at(step, steps))
         for _ in range(config.epochs if needs == "critic" else 0):
             adam.zero_grad()
-            (batch.weights * (column(critic, states, mask) - batch.returns) ** 2).sum().backward()
+            (batch.weights * (column(critic(every_state), states, mask) - batch.returns) ** 2).sum().backward()
             adam.step()
         control.update({}, signals.totals)
     return table.gap
@@ -376,7 +375,7 @@ def test_values_are_trained_on_a_trunk_that_is_a_constant(make, monkeypatch):
     """Every gradient step of the critic moves the head alone, and is one of the value loss on all of the rollout."""
     seen = []
 
-    def train_values(values, optimizer, micros, config, step, run, original=trpo.train_values):
+    def train_values(values, optimizer, micros, config, step, run, unit, original=trpo.train_values):
         head = [p for name, p in optimizer._params.items() if name.startswith("value_head")]
         trunk = [p.detach().clone() for name, p in optimizer._params.items() if name.startswith("decoder")]
         weight, bias = (p.detach().double() for p in head)
@@ -384,7 +383,7 @@ def test_values_are_trained_on_a_trunk_that_is_a_constant(make, monkeypatch):
         for value, micro in zip(values, micros, strict=True):
             v = value().detach().double()
             loss += (micro.weights.double() * (v - micro.returns.double()) ** 2).sum().item() / 2
-        found = original(values, optimizer, micros, config, step, run)
+        found = original(values, optimizer, micros, config, step, run, unit)
         seen.append((loss, found["loss/value_avg"], torch.equal(weight, head[0].double()) or torch.equal(bias, head[1].double())))
         assert all(torch.equal(a, p) for a, p in zip(trunk, (p for n, p in optimizer._params.items() if n.startswith("decoder")), strict=True))
         return found
