@@ -29,16 +29,16 @@ _HOMES = {
     "LoRAConfig": "fusedrl.engine.config",
     "PackedBatch": "fusedrl.engine.packing",
     "SamplingParams": "fusedrl.engine.generation.sampler",
-    "Completion": "fusedrl.engine.generation.generator",
+    "Completion": "fusedrl.engine.completion",
     "CacheConfig": "fusedrl.engine.generation.cache",
 }
 __all__ = ["CacheConfig", "Completion", "HybridActor", "LoRAConfig", "PackedBatch", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from fusedrl.engine.actor import HybridActor
+    from fusedrl.engine.completion import Completion
     from fusedrl.engine.config import LoRAConfig
     from fusedrl.engine.generation.cache import CacheConfig
-    from fusedrl.engine.generation.generator import Completion
     from fusedrl.engine.generation.sampler import SamplingParams
     from fusedrl.engine.packing import PackedBatch
 

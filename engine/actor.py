@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fusedrl.engine.completion import Completion
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation.arena import Arena
 from fusedrl.engine.generation.cache import CacheConfig
-from fusedrl.engine.generation.generator import Completion, Finished, Generator
+from fusedrl.engine.generation.generator import Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.directories import resolve_directory

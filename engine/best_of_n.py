@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.completion import Completion
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.records import PromptExample
 from fusedrl.engine.data.tokenize import encode_prompt
 from fusedrl.engine.errors import RewardError
-from fusedrl.engine.generation.generator import Completion
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.rewards import RewardSet
 

@@ -19,9 +19,9 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from typing import Any, Literal, get_args, get_origin
 
-from fusedrl.engine import __version__
 from fusedrl.engine.algorithms import ALGORITHMS
 from fusedrl.engine.cli_bench import bench_options, run_bench
 from fusedrl.engine.cli_common import (
@@ -105,7 +105,7 @@ def _is_ours(error: BaseException) -> bool:
 
 def _run(argv: list[str]) -> None:
     parser = Parser(prog="fusedrl", allow_abbrev=False, description="RLHF on one machine: train and generate from one copy of the weights.")
-    parser.add_argument("--version", action="version", version=f"fusedrl {__version__}")
+    parser.add_argument("--version", action="version", version=f"fusedrl {version('fusedrl')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model: sft, reward, dpo, ppo, grpo, ...", add_help=False)
     train.add_argument("rest", nargs=argparse.REMAINDER)

@@ -22,7 +22,7 @@ def check_device(name: str | None) -> None:
         return
     import torch
 
-    from fusedrl.engine.machine import DEVICES
+    from fusedrl.engine.model.weights import DEVICES
 
     try:
         device = torch.device(name)

@@ -47,11 +47,11 @@ def _judge(options: argparse.Namespace) -> None:
 
     from fusedrl.engine.actor import HybridActor
     from fusedrl.engine.config.base import require
-    from fusedrl.engine.control import shuffled
     from fusedrl.engine.data.readers import load_prompts
     from fusedrl.engine.data.tokenize import encode_prompts
     from fusedrl.engine.generation.sampler import SamplingParams
     from fusedrl.engine.judge import Answers, Pairs, judge_pairs, load_judge, report_table
+    from fusedrl.engine.ordering import shuffled
 
     require(options.prompts >= 0, "--prompts", ">= 0", options.prompts)
     params = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature, n=options.n, seed=options.seed,

@@ -1,14 +1,13 @@
-"""What steers a run from step to step: coefficients that adapt, the running baseline, the place in the data, and the learning rate."""
+"""What steers a policy run from step to step: coefficients that adapt, the running baseline, and the place in the data."""
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor
 
-from fusedrl.engine.config import KLConfig, OptimConfig, PenaltyConfig, PolicyConfig
+from fusedrl.engine.config import KLConfig, PenaltyConfig, PolicyConfig
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.normalize import RunningMoments
 
@@ -151,27 +150,3 @@ class Control:
         self.level, self.origin = state["level"], state["origin"]
         self.value_level, self.unit = state["value_level"], state["unit"]
         self.drawn = int(state["drawn"])
-
-
-def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `total`: linear warm-up, then constant or linear to zero."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * max(0.0, (total - step) / max(1, total - config.warmup_steps))
-
-
-def data_order(size: int, seed: int | str, start: int, stop: int) -> list[int]:
-    """Items start .. stop of the endless stream of shuffled passes over `size` items. A function of its arguments alone, so that a resumed
-    run needs no cursor but its step."""
-    order: list[int] = []
-    for epoch in range(start // size, (stop - 1) // size + 1) if stop > start else ():
-        first, last = max(start, epoch * size), min(stop, (epoch + 1) * size)
-        order += shuffled(size, seed, "epoch", epoch)[first - epoch * size:last - epoch * size]
-    return order
-
-
-def shuffled(size: int, *key: int | str) -> list[int]:
-    """0 .. size - 1 in an order that is a function of the key. (torch's CPU generator keeps 32 bits of a seed, too few for a key of several numbers.)"""
-    return random.Random(repr(key)).sample(range(size), size)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-DEVICES = ("cpu", "cuda")  # types that the kernels are made for
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:

@@ -17,12 +17,12 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import find_advantage
 from fusedrl.engine.alarm import Detector, as_row, message
 from fusedrl.engine.config import EvaluationConfig, PolicyConfig
-from fusedrl.engine.control import shuffled
 from fusedrl.engine.data.readers import ReadOptions, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.estimates import Estimate
 from fusedrl.engine.evaluate import Evaluation, Scorer, evaluate
 from fusedrl.engine.metrics import read_rows
+from fusedrl.engine.ordering import shuffled
 from fusedrl.engine.rewards import RewardSet
 from fusedrl.engine.run import Run
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fusedrl.engine.generation.generator import Completion
+    from fusedrl.engine.completion import Completion
 
 IGNORE = -100
 _PER_TOKEN = ("token_ids", "positions", "action_mask", "rollout_logp", "old_logp", "old_entropy", "ref_logp", "values", "rollout_values", "advantages",

@@ -28,12 +28,12 @@ from fusedrl.engine.advantages import find_advantage
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
+from fusedrl.engine.model.adapters import LayerAdapter
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.directories import local_directory, not_fetched
-from fusedrl.engine.model.families import ModelConfig, model_config, read_json
+from fusedrl.engine.model.families import ModelConfig, model_config
 from fusedrl.engine.model.heads import RewardModel
-from fusedrl.engine.model.lora import LayerAdapter, add_adapter
-from fusedrl.engine.model.weights import resolve_device, resolve_dtype
+from fusedrl.engine.model.lora import add_adapter
+from fusedrl.engine.model.weights import read_model_config, resolve_device, resolve_dtype
 from fusedrl.engine.model.wide import TILE
 from fusedrl.engine.optim import BLOCK, quantized
 from fusedrl.kernels.decode_step import activation_dtype, cache_dtype
@@ -57,27 +57,6 @@ def parse_memory(text: str) -> int:
     if match is None or unit is None or not (amount := int(float(match[1]) * unit)):
         raise ConfigError(f"plan: expected an amount of memory above 0 such as 8GiB, 512MiB, 16GB or a number of bytes, got {text!r}")
     return amount
-
-
-def read_model_config(model: str) -> ModelConfig:
-    """The configuration of a model directory, of a config.json, or of a Hugging Face id (of which nothing else is fetched).
-
-    Raises:
-        FileNotFoundError: there is none. ValueError: it is not one of a model that the decoder knows.
-    """
-    path = Path(model)
-    if path.is_file() and path.suffix == ".json":
-        return model_config(read_json(path))
-    if (directory := local_directory(model)) is not None:
-        return model_config(directory)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return model_config(read_json(Path(hf_hub_download(model, "config.json"))))
-    except ValueError:
-        raise
-    except Exception as error:  # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
-        raise not_fetched(model, error) from error
 
 
 def machine_memory(device: torch.device) -> int:

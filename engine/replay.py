@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.config import ReplayConfig
-from fusedrl.engine.control import shuffled
 from fusedrl.engine.errors import CheckpointError
+from fusedrl.engine.ordering import shuffled
 from fusedrl.engine.packing import PackedBatch
 
 

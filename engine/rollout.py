@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.completion import Completion
 from fusedrl.engine.config import GenerationConfig, RunConfig
-from fusedrl.engine.generation.generator import Completion
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.repetition import distinct_share, ends_in_loop, longest_run, repeated_share

@@ -11,18 +11,15 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.checkpoint import Checkpoint, save_checkpoint
 from fusedrl.engine.config.base import RunConfig
-from fusedrl.engine.control import Control
 from fusedrl.engine.errors import CheckpointError
 from fusedrl.engine.optim import Optimizer
-from fusedrl.engine.replay import ReplayBuffer
 
 _SHARE = 20  # a save waits for this many times the seconds that the last one took: 5% of the time at the most
 
@@ -31,6 +28,29 @@ class Model(Protocol):
     """What a run trains."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+
+@runtime_checkable
+class Versioned(Protocol):
+    """A model whose weights are numbered."""
+
+    weights_version: int
+
+
+class Stateful(Protocol):
+    """What has a small state, as JSON values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
+
+
+class Buffer(Protocol):
+    """What keeps tensors of earlier steps; `newest` is the last of these steps."""
+
+    @property
+    def newest(self) -> int: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def load(self, saved: Mapping[str, Tensor], /) -> None: ...
 
 
 class Learner(Protocol):
@@ -48,9 +68,9 @@ class Parts:
 
     model: Model
     optimizer: Optimizer
-    control: Control | None = None
+    control: Stateful | None = None
     critic: Learner | None = None
-    replay: ReplayBuffer | None = None
+    replay: Buffer | None = None
 
     def learners(self) -> Iterator[tuple[str, str, Model, Optimizer]]:
         """What a checkpoint calls the weights and the optimizer's state, and whose they are."""
@@ -80,7 +100,7 @@ class Parts:
             if "replay" not in checkpoint.tensors:
                 raise CheckpointError(f"{checkpoint.path}: expected the group replay, got {sorted(checkpoint.tensors)}")
             self.replay.load(checkpoint.tensors["replay"])
-        if "weights_version" in checkpoint.state and isinstance(self.model, HybridActor):
+        if "weights_version" in checkpoint.state and isinstance(self.model, Versioned):
             self.model.weights_version = checkpoint.state["weights_version"]
         torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
 
@@ -115,7 +135,7 @@ class Saver:
         """`step` steps are complete, and the parts are as the last of them left them."""
         model, control = self._parts.model, self._parts.control
         state = {"skipped_updates": skipped} | (control.state_dict() if control is not None else {})
-        state |= {"weights_version": model.weights_version} if isinstance(model, HybridActor) else {}
+        state |= {"weights_version": model.weights_version} if isinstance(model, Versioned) else {}
         self._completed = _Completed(step, torch.get_rng_state(), state, self._parts.mark())
 
     @property

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = sorted(p for room in ("kernels", "engine") for p in (ROOT / room).rglob("*.py"))
 # Inside the engine a module imports its own rank or lower ones. `run`, `stages` and what follows them may use everything before.
 RANKS = [
-    ("errors", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim", "natural_gradient", "estimates",
+    ("errors", "completion", "ordering", "schedule", "machine", "memory", "packing", "algorithms", "config", "control", "data", "checkpoint", "metrics", "optim", "natural_gradient", "estimates",
      "repetition", "alarm"), ("model",), ("generation",), ("actor",),
     ("rewards", "trl_rollout", "advantages", "objectives", "preferences", "preference_losses", "fisher"),
     ("best_of_n", "critic", "plan", "ptx", "reference", "replay", "reward_report", "rollout", "run", "saving", "workloads", "evaluate", "monitor", "judge",

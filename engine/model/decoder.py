@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusedrl.engine.config import LoRAConfig
+from fusedrl.engine.model.adapters import DOWN, GATE_UP, OUT, QKV, LayerAdapter, adapted_linear
 from fusedrl.engine.model.families import ModelConfig
-from fusedrl.engine.model.lora import DOWN, GATE_UP, OUT, QKV, LayerAdapter, adapted_linear
 from fusedrl.engine.model.wide import activated, attend, embed
 from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, activation_dtype, cache_dtype, head_norm, partial_rope
 from fusedrl.kernels.rms_norm import rms_norm

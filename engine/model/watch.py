@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fusedrl.engine.model.adapters import LayerAdapter, inputs, targets
 from fusedrl.engine.model.beside import Beside, classes, differences
 from fusedrl.engine.model.decoder import Decoder, Layer
-from fusedrl.engine.model.lora import LayerAdapter, inputs, targets
 from fusedrl.engine.model.sharing import shared_config
 from fusedrl.engine.model.weights import hf_views
 

@@ -24,9 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusedrl.engine.machine import DEVICES
 from fusedrl.engine.model.decoder import Decoder, Layer
-from fusedrl.engine.model.directories import no_model, resolve_directory
+from fusedrl.engine.model.directories import local_directory, no_model, not_fetched, resolve_directory
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
 from fusedrl.engine.model.lora import merging
 
@@ -112,7 +111,31 @@ def file_shape(view: Tensor) -> list[int]:
     return list(view.shape) if view.ndim < 3 else [view.shape[:3].numel(), *view.shape[3:]]
 
 
+DEVICES = ("cpu", "cuda")  # types that the kernels are made for
+
+
 # ---- loading --------------------------------------------------------------------------------------------------------------
+def read_model_config(model: str) -> ModelConfig:
+    """The configuration of a model directory, of a config.json, or of a Hugging Face id (of which nothing else is fetched).
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is not one of a model that the decoder knows.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix == ".json":
+        return model_config(read_json(path))
+    if (directory := local_directory(model)) is not None:
+        return model_config(directory)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return model_config(read_json(Path(hf_hub_download(model, "config.json"))))
+    except ValueError:
+        raise
+    except Exception as error:  # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
+        raise not_fetched(model, error) from error
+
+
 def resolve_device(device: torch.device | str | None) -> torch.device:
     """The device itself, or the best there is: CUDA, else the CPU. Raises ValueError for one that no kernel here has been made for."""
     found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,6 @@ import torch
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import DPOConfig
-from fusedrl.engine.control import learning_rate
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import Source
 from fusedrl.engine.estimates import wilson_interval
@@ -23,6 +22,7 @@ from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.preference_losses import PairScores, pair_loss, pair_scores
 from fusedrl.engine.reference import Reference, load_reference
 from fusedrl.engine.run import Run, held_out
+from fusedrl.engine.schedule import learning_rate
 from fusedrl.engine.stages.pairs import TokenPair, column_of, pack_pairs, read_pairs, sequences_of
 from fusedrl.kernels.faults import raise_faults
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.config import PolicyConfig
-from fusedrl.engine.control import Control, learning_rate, shuffled
+from fusedrl.engine.control import Control
 from fusedrl.engine.critic import SeparateCritic, TrainedCritic, critic_of
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.errors import ConfigError
@@ -34,6 +34,7 @@ from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.monitor import Monitor
 from fusedrl.engine.objectives import ValueScale, behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
+from fusedrl.engine.ordering import shuffled
 from fusedrl.engine.packing import IGNORE, PackedBatch
 from fusedrl.engine.plan import cache_for
 from fusedrl.engine.ptx import Ptx, load_ptx
@@ -42,6 +43,7 @@ from fusedrl.engine.replay import ReplayBuffer, Replayed, with_replay
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
+from fusedrl.engine.schedule import learning_rate
 from fusedrl.engine.stages.policy_metrics import Meter, measure, value_metrics
 from fusedrl.engine.stages.prompts import read_prompts
 from fusedrl.engine.stages.trpo import check_trust_region, trust_region_update

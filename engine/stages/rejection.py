@@ -14,16 +14,17 @@ import torch
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import RejectionConfig
-from fusedrl.engine.control import learning_rate, shuffled
 from fusedrl.engine.memory import give_back
 from fusedrl.engine.metrics import read_rows
 from fusedrl.engine.monitor import FlatRewards
 from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
+from fusedrl.engine.ordering import shuffled
 from fusedrl.engine.packing import PackedBatch
 from fusedrl.engine.plan import cache_for
 from fusedrl.engine.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.run import Run
+from fusedrl.engine.schedule import learning_rate
 from fusedrl.engine.stages.prompts import read_prompts
 from fusedrl.kernels.faults import raise_faults
 

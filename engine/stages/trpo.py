@@ -24,19 +24,20 @@ from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import PolicyConfig
-from fusedrl.engine.control import Control, learning_rate, shuffled
+from fusedrl.engine.control import Control
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.fisher import FlatParameters, fisher_product, policy_kl
 from fusedrl.engine.memory import give_back
-from fusedrl.engine.model.weights import resolve_dtype
+from fusedrl.engine.model.weights import read_model_config, resolve_dtype
 from fusedrl.engine.natural_gradient import line_search, natural_step
 from fusedrl.engine.objectives import ValueScale, entropy_coefficient, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.optim import Optimizer, StepResult, grad_norm
+from fusedrl.engine.ordering import shuffled
 from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.plan import read_model_config
 from fusedrl.engine.ptx import Ptx
 from fusedrl.engine.reference import Reference
 from fusedrl.engine.run import Run
+from fusedrl.engine.schedule import learning_rate
 from fusedrl.engine.stages.policy_metrics import Meter, measure
 from fusedrl.kernels.policy_loss import value_loss
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.completion import Completion
 from fusedrl.engine.generation.cache import CacheConfig
-from fusedrl.engine.generation.generator import Completion, Generator
+from fusedrl.engine.generation.generator import Generator
 from fusedrl.engine.generation.graphs import CudaCapture, StepGraphs
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder

@@ -433,7 +433,7 @@ def test_frequencies_that_a_cast_has_rounded_are_followed():
 
 
 def completion(ids):
-    from fusedrl.engine.generation.generator import Completion
+    from fusedrl.engine.completion import Completion
 
     found = ids[0, 900:].tolist()
     return Completion(ids[0, :900].tolist(), found, [0.0] * len(found), "", "length", [0] * len(found))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import fusedrl.engine
 from fusedrl.engine.cli import main, parse_config
 from fusedrl.engine.config import PolicyConfig, SFTConfig
 from fusedrl.engine.errors import ConfigError, SetupError, Stopped
@@ -32,6 +33,11 @@ def test_light_commands_do_not_import_torch(arguments):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == (0 if {"--help", "--version"} & set(arguments) else 2), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_version_is_the_one_that_was_installed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fusedrl {fusedrl.engine.__version__}\n"
 
 
 def test_help_names_the_options_and_what_they_mean(capsys):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fusedrl.engine.config import KLConfig, OptimConfig, PenaltyConfig, PolicyConfig
-from fusedrl.engine.control import Control, KLController, PenaltyController, data_order, learning_rate
+from fusedrl.engine.control import Control, KLController, PenaltyController
+from fusedrl.engine.ordering import data_order
 from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.schedule import learning_rate
 
 
 def test_kl_controller_follows_ziegler():

@@ -15,9 +15,10 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.generation import blocks
+from fusedrl.engine.model.adapters import slices
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from fusedrl.engine.model.lora import adapter_views, add_adapter, slices
+from fusedrl.engine.model.lora import adapter_views, add_adapter
 from fusedrl.engine.model.lora_files import load_adapter, save_adapter
 from fusedrl.engine.model.weights import hf_views, save_pretrained
 from fusedrl.engine.optim import make_optimizer

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedrl.engine.checkpoint import data_digest, file_digest
-from fusedrl.engine.control import data_order
 from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import load_prompts
 from fusedrl.engine.errors import DataError
+from fusedrl.engine.ordering import data_order
 
 
 def _mixture(sizes, weights=None):

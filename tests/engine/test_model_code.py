@@ -16,8 +16,7 @@ from fusedrl.engine.data.tokenize import encode_prompt
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, load_reward_model, save_reward_model
-from fusedrl.engine.model.weights import load_decoder, load_tokenizer
-from fusedrl.engine.plan import read_model_config
+from fusedrl.engine.model.weights import load_decoder, load_tokenizer, read_model_config
 from fusedrl.engine.rewards import load_reward
 
 from .conftest import CONFIG

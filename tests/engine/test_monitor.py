@@ -160,7 +160,7 @@ def test_what_an_evaluation_reports(make, tiny_model):
     # by hand: the untrained model on those prompts, with those draws
     actor = HybridActor.from_pretrained(tiny_model)
     prompts = [row["prompt"] for row in _rows(replace(config, run=replace(config.run, dir=str(Path(config.data).parent))), "held_out.jsonl")]
-    from fusedrl.engine.control import shuffled
+    from fusedrl.engine.ordering import shuffled
     chosen = [prompts[i] for i in shuffled(7, 0, "held-out prompts")[:5]]
     outs = actor.generate(chosen, SamplingParams(max_new_tokens=5, temperature=0.8, n=2, seed=0), [-1, -2, -3, -4, -5])
     lengths = [len(c.token_ids) for out in outs for c in out]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fusedrl.engine.generation.generator import Completion
+from fusedrl.engine.completion import Completion
 from fusedrl.engine.packing import IGNORE, PackedBatch, split_by_tokens
 
 SEQUENCES = [([5, 6], [7, 8, 9]), ([1], []), ([2], [3]), ([4, 4, 4], [4])]

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusedrl.engine import HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.advantages import Signals
+from fusedrl.engine.completion import Completion
 from fusedrl.engine.config import GenerationConfig, PolicyConfig
 from fusedrl.engine.errors import ConfigError
-from fusedrl.engine.generation.generator import Completion
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
