@@ -26,13 +26,23 @@ if platform.machine() in ("x86_64", "AMD64"):
 # which transformers imports, for whoever runs Python in this directory).
 PACKAGES = {
     "fusedrl.engine": "engine",
+    "fusedrl.engine.base": "engine/base",
+    "fusedrl.engine.cli": "engine/cli",
     "fusedrl.engine.config": "engine/config",
-    "fusedrl.engine.model": "engine/model",
-    "fusedrl.engine.generation": "engine/generation",
-    "fusedrl.engine.stages": "engine/stages",
     "fusedrl.engine.data": "engine/data",
-    "fusedrl.engine.verify": "engine/verify",
-    "fusedrl.engine.verify.catalogue": "engine/verify/catalogue",
+    "fusedrl.engine.generation": "engine/generation",
+    "fusedrl.engine.model": "engine/model",
+    "fusedrl.engine.optim": "engine/optim",
+    "fusedrl.engine.policy": "engine/policy",
+    "fusedrl.engine.preference": "engine/preference",
+    "fusedrl.engine.rewards": "engine/rewards",
+    "fusedrl.engine.rollout": "engine/rollout",
+    "fusedrl.engine.runs": "engine/runs",
+    "fusedrl.engine.stages": "engine/stages",
+    "fusedrl.engine.tools": "engine/tools",
+    "fusedrl.engine.tools.verify": "engine/tools/verify",
+    "fusedrl.engine.tools.verify.catalogue": "engine/tools/verify/catalogue",
+    "fusedrl.engine.watch": "engine/watch",
     "fusedrl.kernels": "kernels",
     "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/nvrtc.py
 }

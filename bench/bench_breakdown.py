@@ -26,13 +26,13 @@ import torch
 from bench.harness import DEVICE
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, OptimConfig, PolicyConfig, RunConfig
-from fusedrl.engine.optim import Optimizer
-from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.rewards import RewardSet
-from fusedrl.engine.run import Run
+from fusedrl.engine.optim.adamw import Optimizer
+from fusedrl.engine.policy.metrics import Meter
+from fusedrl.engine.rewards.rewards import RewardSet
+from fusedrl.engine.runs.run import Run
 from fusedrl.engine.stages import policy
-from fusedrl.engine.stages.policy_metrics import Meter
 
 TEXTS = [f"Once upon a time there was a {size} {animal} who" for size in ("big", "small", "kind", "shy", "sad", "red", "old", "new")
          for animal in ("cat", "dog", "fox", "pig", "cow", "hen", "bear", "duck")]

@@ -8,8 +8,8 @@ generate, continuous    64 x 32 tokens; transformers' continuous batching, its c
 generate, n samples     16 samples of one prompt of 200 tokens; 16 requests of as many tokens each that share nothing
 
 Nobody stops at an EOS, so that all make the same tokens; greedy tokens are checked to be equal before anything is timed. fusedrl returns the logprob of
-every token beside it, transformers does not. Its prefix cache is emptied before every call. engine/bench.py has the contestants, engine/workloads.py what
-they need at least.
+every token beside it, transformers does not. Its prefix cache is emptied before every call. The contestants are in engine/tools/bench.py; what they need at
+least is in workloads.py beside it.
 """
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from bench.harness import DEVICE
 from transformers import AutoModelForCausalLM
 
 from fusedrl.engine import HybridActor
-from fusedrl.engine.bench import generate_batch, ours, padded_generate
-from fusedrl.engine.workloads import Workload, needed
+from fusedrl.engine.tools.bench import generate_batch, ours, padded_generate
+from fusedrl.engine.tools.workloads import Workload, needed
 
 SEQUENCES, NEW, FEWER = 64, 128, 32
 SHAPES = {"64 x (8 + 128)": [8] * SEQUENCES, "64 x (4..67 + 128)": list(range(4, 4 + SEQUENCES))}

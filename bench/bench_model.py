@@ -12,11 +12,11 @@ from bench.harness import DEVICE, Random, agree
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fusedrl.engine import HybridActor
+from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import hf_views
-from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.workloads import forward_flops
+from fusedrl.engine.tools.workloads import forward_flops
 
 # The sizes of stories260k.
 CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8,

@@ -18,7 +18,7 @@ from bench.harness import DEVICE
 from fusedrl.engine import HybridActor, SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from fusedrl.engine.workloads import needed, random_workload
+from fusedrl.engine.tools.workloads import needed, random_workload
 
 CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8,
           "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": True, "eos_token_id": []}

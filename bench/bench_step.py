@@ -23,9 +23,9 @@ import torch
 from bench.harness import DEVICE
 
 from fusedrl.engine import HybridActor, SamplingParams
-from fusedrl.engine.bench import PolicyStep
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.workloads import Workload, forward_flops, random_workload
+from fusedrl.engine.tools.bench import PolicyStep
+from fusedrl.engine.tools.workloads import Workload, forward_flops, random_workload
 
 PROMPTS, SAMPLES, NEW = 8, 8, 64
 TEXTS = [f"Once upon a time there was a {animal} who" for animal in ("cat", "dog", "fox", "pig", "cow", "hen", "bear", "duck")]
@@ -93,7 +93,7 @@ def trl_step(path: Path, tokenizer: Any, directory: Path, engine: bool) -> Itera
     from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from fusedrl.engine.trl_rollout import rollout_func
+    from fusedrl.engine.rollout.trl import rollout_func
 
     go, done, state = threading.Semaphore(0), threading.Semaphore(0), {"stop": False, "answer": (0, 0), "error": None}
 

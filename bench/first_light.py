@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 480.0  # of a part
-CLI = ("-c", "import sys; from fusedrl.engine.cli import main; sys.exit(main())")
+CLI = ("-c", "import sys; from fusedrl.engine.cli.main import main; sys.exit(main())")
 CONTESTS = ("gae", "logprob", "policy_loss", "linear_logprob", "linear_policy_loss", "sampling", "kv_cache", "paged_attention", "attention", "rms_norm", "rope",
             "swiglu", "normalize", "kl", "full_kl", "advance_rows")  # what decides first
 VERSIONS = """
@@ -45,7 +45,7 @@ print(json.dumps(found | {name: version(name) for name in names}, indent=1))
 """
 PROMISES = """
 import json, sys, torch
-from fusedrl.engine.verify.report import print_report, verify_machine
+from fusedrl.engine.tools.verify.report import print_report, verify_machine
 found = verify_machine(torch.device(sys.argv[1]), ops=())
 print_report(found)
 open(sys.argv[2], "w").write(json.dumps(found))
@@ -53,8 +53,8 @@ sys.exit(not found["ok"])
 """
 SANITIZED = """
 import sys, torch
-from fusedrl.engine.verify.catalogue import CATALOGUE
-from fusedrl.engine.verify.ops import try_op
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE
+from fusedrl.engine.tools.verify.ops import try_op
 for name, entry in CATALOGUE.items():
     if "cuda" in entry.implementations(sys.argv[1]):
         row = try_op(entry, "cuda", torch.device(sys.argv[1]), cases=1)
@@ -110,8 +110,8 @@ def steps(part: str, device: str, scratch: Path) -> Iterator[Step]:
         yield ran("latency", "bench", "latency", *model, "--num-iters", "10", "--num-iters-warmup", "3", most=120, lacking=lacking)
         size = ("--num-prompts", "8", "--n", "8") if gpu else ("--num-prompts", "4", "--n", "4", "--input-len", "16", "--output-len", "32")
         yield ran("grpo step", "bench", "step", "--algorithm", "grpo", *model, *size, most=180, lacking=lacking)
-        for name in ("windows", "generator", "actor", "arena"):
-            yield Step(f"suite {name}", suite(f"tests/engine/test_{name}.py"), 120, lacking=pytest)
+        for name in ("model/test_windows", "generation/test_generator", "test_actor", "generation/test_arena"):
+            yield Step(f"suite {name}", suite(f"tests/engine/{name}.py"), 120, lacking=pytest)
     else:
         missing = pytest or (None if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed")
         for name in CONTESTS:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrl.engine import machine as ceilings
+from fusedrl.engine.tools import machine as ceilings
 from fusedrl.kernels.dispatch import Implementations, unavailable
 
 RESULTS = Path(__file__).parent / "results"

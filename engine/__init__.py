@@ -27,20 +27,20 @@ _check_one_install()
 _HOMES = {
     "HybridActor": "fusedrl.engine.actor",
     "LoRAConfig": "fusedrl.engine.config",
-    "PackedBatch": "fusedrl.engine.packing",
+    "PackedBatch": "fusedrl.engine.base.packing",
     "SamplingParams": "fusedrl.engine.generation.sampler",
-    "Completion": "fusedrl.engine.completion",
+    "Completion": "fusedrl.engine.base.completion",
     "CacheConfig": "fusedrl.engine.generation.cache",
 }
 __all__ = ["CacheConfig", "Completion", "HybridActor", "LoRAConfig", "PackedBatch", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from fusedrl.engine.actor import HybridActor
-    from fusedrl.engine.completion import Completion
+    from fusedrl.engine.base.completion import Completion
+    from fusedrl.engine.base.packing import PackedBatch
     from fusedrl.engine.config import LoRAConfig
     from fusedrl.engine.generation.cache import CacheConfig
     from fusedrl.engine.generation.sampler import SamplingParams
-    from fusedrl.engine.packing import PackedBatch
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fusedrl.engine.completion import Completion
+from fusedrl.engine.base.completion import Completion
+from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation.arena import Arena
 from fusedrl.engine.generation.cache import CacheConfig
@@ -27,7 +28,6 @@ from fusedrl.engine.model.sharing import share
 from fusedrl.engine.model.strict import strict_fault, strict_hidden, strict_logprob
 from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, save_pretrained
-from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.linear_logprob import linear_logprob
 
 

@@ -14,8 +14,8 @@ from fusedrl.engine import HybridActor
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.readers import load_prompts
 from fusedrl.engine.data.tokenize import encode_prompts
-from fusedrl.engine.evaluate import comparison, evaluate, side_by_side
-from fusedrl.engine.rewards import RewardSet, load_reward
+from fusedrl.engine.rewards.rewards import RewardSet, load_reward
+from fusedrl.engine.watch.evaluate import comparison, evaluate, side_by_side
 
 
 def main() -> None:

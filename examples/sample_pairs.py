@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fusedrl.engine import HybridActor
-from fusedrl.engine.best_of_n import BestOf, best_of_n, best_of_n_kl, expected_best
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.readers import load_prompts
 from fusedrl.engine.data.tokenize import encode_prompts
-from fusedrl.engine.evaluate import Estimate
-from fusedrl.engine.rewards import RewardSet, load_reward
+from fusedrl.engine.rewards.rewards import RewardSet, load_reward
+from fusedrl.engine.rollout.best_of_n import BestOf, best_of_n, best_of_n_kl, expected_best
+from fusedrl.engine.watch.evaluate import Estimate
 
 
 def main() -> None:

@@ -38,8 +38,8 @@ def devices_of(config: pytest.Config) -> list[str]:
 
 def each_impl(op: str, devices: list[str], but: tuple[str, ...] = (), only: tuple[str, ...] = (), interpreted: bool = True) -> list:
     """(implementation, device) as parameters; those that this machine lacks are skipped with the reason."""
-    from fusedrl.engine.verify.catalogue import CATALOGUE
-    from fusedrl.engine.verify.grid import interpreted as is_interpreted
+    from fusedrl.engine.tools.verify.catalogue import CATALOGUE
+    from fusedrl.engine.tools.verify.grid import interpreted as is_interpreted
     from fusedrl.kernels.dispatch import unavailable
 
     found = []
@@ -70,7 +70,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker is None:
         metafunc.parametrize("device", devices, indirect=True, scope="session")
         return
-    from fusedrl.engine.verify.catalogue import pairs
+    from fusedrl.engine.tools.verify.catalogue import pairs
 
     where = marker.args[0] if marker.args else lambda op, impl: True
     fails = marker.kwargs.get("xfail", {})

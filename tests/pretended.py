@@ -141,7 +141,7 @@ def begin() -> None:
     """From here to the end of the process there is a card."""
     from triton.runtime import interpreter
 
-    from fusedrl.engine.verify import grid
+    from fusedrl.engine.tools.verify import grid
 
     for name in FACTORIES:
         setattr(torch, name, _made(getattr(torch, name)))

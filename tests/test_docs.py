@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS, OBJECTIVES
+from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS, OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")

@@ -17,11 +17,11 @@ from bench.validation.plot import Dot, chart
 from bench.validation.study import ROOT, grouped, measure, over_seeds, plus_minus, run_grid
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.best_of_n import best_of_n, best_of_n_kl, expected_best
 from fusedrl.engine.config import CriticConfig, DPOConfig, GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, RunConfig
 from fusedrl.engine.data.readers import load_prompts
 from fusedrl.engine.generation.sampler import SamplingParams
-from fusedrl.engine.rewards import RewardSet, load_reward
+from fusedrl.engine.rewards.rewards import RewardSet, load_reward
+from fusedrl.engine.rollout.best_of_n import best_of_n, best_of_n_kl, expected_best
 from fusedrl.engine.stages.dpo import train_dpo
 from fusedrl.engine.stages.policy import train_policy
 

@@ -22,9 +22,9 @@ from bench.harness import RESULTS
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.readers import load_prompts
-from fusedrl.engine.evaluate import Evaluation, evaluate
-from fusedrl.engine.machine import describe_machine
-from fusedrl.engine.rewards import RewardSet, load_reward
+from fusedrl.engine.rewards.rewards import RewardSet, load_reward
+from fusedrl.engine.tools.machine import describe_machine
+from fusedrl.engine.watch.evaluate import Evaluation, evaluate
 
 ROOT = RESULTS.parents[1]
 Spec = Mapping[str, Any]

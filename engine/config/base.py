@@ -7,7 +7,7 @@ import signal
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, Protocol
 
-from fusedrl.engine.errors import ConfigError
+from fusedrl.engine.base.errors import ConfigError
 
 
 def require(condition: bool, where: str, expected: str, found: object) -> None:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from fusedrl.engine.algorithms import Algorithm
+from fusedrl.engine.config.algorithms import Algorithm
 from fusedrl.engine.config.base import OptimConfig, either, require
 
 OF_ALGORITHM: Any = None  # the default of a field that the algorithm's row fills in where it is left out

@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS, BOUNDS, OBJECTIVES, Algorithm
+from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS, BOUNDS, OBJECTIVES, Algorithm
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig, check_values, either, require
 from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig

@@ -1,1 +1,1 @@
-"""Readers of training data, and the task the demo generates."""
+"""Readers of training data."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data import convert as to
 from fusedrl.engine.data import fields as get
 from fusedrl.engine.data.convert import Reading
@@ -28,7 +29,6 @@ from fusedrl.engine.data.records import (
     UnpairedExample,
 )
 from fusedrl.engine.data.templates import Template, template
-from fusedrl.engine.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fusedrl.engine.errors import DataError, no_such
+from fusedrl.engine.base.errors import DataError, no_such
 
 Row = dict[str, Any]
 TURNS = "turns"  # the column of a row that is a list itself, as in MOSS-RLHF's files

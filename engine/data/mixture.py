@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from fusedrl.engine.base.errors import DataError
+from fusedrl.engine.base.ordering import data_order, shuffled
 from fusedrl.engine.data.readers import Data, Source, parse_data
-from fusedrl.engine.errors import DataError
-from fusedrl.engine.ordering import data_order, shuffled
 
 T = TypeVar("T")
 LONGEST_BLOCK = 1000

@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.convert import Reading, ReadOptions
 from fusedrl.engine.data.formats import check_row, check_use, detect, named, template_of, unknown_columns
 from fusedrl.engine.data.lines import BadRow, Dropped, parse_row, read_lines
@@ -35,7 +36,6 @@ from fusedrl.engine.data.records import (
     StepExample,
     UnpairedExample,
 )
-from fusedrl.engine.errors import DataError
 
 __all__ = ["Demonstration", "Dialogue", "PairExample", "Prompt", "PromptExample", "RankedExample", "ReadOptions", "ScoredExample", "Source", "StepExample",
            "UnpairedExample", "load_demonstrations", "load_dialogues", "load_pairs", "load_prompts", "load_ranked", "load_scored", "load_steps",

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.records import Messages, Prompt
-from fusedrl.engine.errors import DataError
 
 ASSISTANT = "\n\nAssistant:"  # HH-RLHF: what stands before every answer
 HUMAN = "\n\nHuman:"

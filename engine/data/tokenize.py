@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.records import Demonstration, Dialogue, Prompt, PromptExample, Tools
-from fusedrl.engine.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

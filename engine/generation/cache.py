@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedrl.engine.memory import advise_huge_pages
+from fusedrl.engine.base.memory import advise_huge_pages
 from fusedrl.kernels.decode_step import DecoderWeights, allocate_cache
 
 _FRACTION = {"cuda": 0.5, "cpu": 0.25}  # of the free device memory, of the host's memory

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedrl.engine.completion import Completion
+from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.data.tokenize import encode_prompt
 from fusedrl.engine.generation.blocks import BlockManager
 from fusedrl.engine.generation.cache import CacheConfig, KVCache

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import LoRAConfig
-from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.families import ModelConfig
 from fusedrl.engine.model.wide import input_grad, kept, linear, product, weight_grad
 from fusedrl.kernels.decode_step import add_adapter_

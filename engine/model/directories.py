@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
-from fusedrl.engine.errors import no_such
+from fusedrl.engine.base.errors import no_such
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickles are ever fetched
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.lora import merging
@@ -31,7 +32,6 @@ from fusedrl.engine.model.weights import (
     resolve_dtype,
     write_model,
 )
-from fusedrl.engine.packing import PackedBatch
 from fusedrl.kernels.linear_logprob import linear_logprob
 
 VALUE_HEAD_FILE = "value_head.safetensors"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from fusedrl.engine.base.errors import no_such
 from fusedrl.engine.config import LoRAConfig
-from fusedrl.engine.errors import no_such
 from fusedrl.engine.model.adapters import inputs, slices, targets
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import read_json

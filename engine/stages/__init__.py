@@ -1,1 +1,1 @@
-"""The training loops: SFT, reward model, policy."""
+"""The training loops: SFT, reward model, DPO, rejection sampling, policy."""

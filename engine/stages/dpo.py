@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import torch
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.estimates import wilson_interval
+from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import DPOConfig
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import Source
-from fusedrl.engine.estimates import wilson_interval
-from fusedrl.engine.optim import measure_optimizer, optimizer_of
-from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.preference_losses import PairScores, pair_loss, pair_scores
-from fusedrl.engine.reference import Reference, load_reference
-from fusedrl.engine.run import Run, held_out
-from fusedrl.engine.schedule import learning_rate
-from fusedrl.engine.stages.pairs import TokenPair, column_of, pack_pairs, read_pairs, sequences_of
+from fusedrl.engine.optim.adamw import measure_optimizer, optimizer_of
+from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.preference.losses import PairScores, pair_loss, pair_scores
+from fusedrl.engine.preference.pairs import TokenPair, column_of, pack_pairs, read_pairs, sequences_of
+from fusedrl.engine.rollout.reference import Reference, load_reference
+from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.faults import raise_faults
 
 Cuts = list[list[int]]  # [micro-batch] -> pairs

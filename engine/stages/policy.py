@@ -23,30 +23,30 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.advantages import Signals, estimate, find_advantage
+from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.memory import give_back
+from fusedrl.engine.base.ordering import shuffled
+from fusedrl.engine.base.packing import IGNORE, PackedBatch
 from fusedrl.engine.config import PolicyConfig
-from fusedrl.engine.control import Control
-from fusedrl.engine.critic import SeparateCritic, TrainedCritic, critic_of
 from fusedrl.engine.data.mixture import Mixture
-from fusedrl.engine.errors import ConfigError
-from fusedrl.engine.memory import give_back
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.monitor import Monitor
-from fusedrl.engine.objectives import ValueScale, behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss
-from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
-from fusedrl.engine.ordering import shuffled
-from fusedrl.engine.packing import IGNORE, PackedBatch
-from fusedrl.engine.plan import cache_for
-from fusedrl.engine.ptx import Ptx, load_ptx
-from fusedrl.engine.reference import Reference, load_reference
-from fusedrl.engine.replay import ReplayBuffer, Replayed, with_replay
-from fusedrl.engine.rewards import RewardSet, load_reward
-from fusedrl.engine.rollout import Prompt, Rollout, rollout
-from fusedrl.engine.run import Run
-from fusedrl.engine.schedule import learning_rate
-from fusedrl.engine.stages.policy_metrics import Meter, measure, value_metrics
-from fusedrl.engine.stages.prompts import read_prompts
-from fusedrl.engine.stages.trpo import check_trust_region, trust_region_update
+from fusedrl.engine.optim.adamw import Optimizer, measure_optimizer, optimizer_of
+from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
+from fusedrl.engine.policy.control import Control
+from fusedrl.engine.policy.critic import SeparateCritic, TrainedCritic, critic_of
+from fusedrl.engine.policy.metrics import Meter, measure, value_metrics
+from fusedrl.engine.policy.objectives import ValueScale, behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.policy.ptx import Ptx, load_ptx
+from fusedrl.engine.policy.trpo import check_trust_region, trust_region_update
+from fusedrl.engine.rewards.rewards import RewardSet, load_reward
+from fusedrl.engine.rollout.prompts import read_prompts
+from fusedrl.engine.rollout.reference import Reference, load_reference
+from fusedrl.engine.rollout.replay import ReplayBuffer, Replayed, with_replay
+from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
+from fusedrl.engine.runs.run import Run
+from fusedrl.engine.watch.monitor import Monitor
+from fusedrl.engine.watch.plan import cache_for
 from fusedrl.kernels.linear_full_kl import linear_full_kl
 from fusedrl.kernels.policy_loss import ValueStats, value_loss
 

@@ -13,19 +13,19 @@ from dataclasses import dataclass
 import torch
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.memory import give_back
+from fusedrl.engine.base.ordering import shuffled
+from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import RejectionConfig
-from fusedrl.engine.memory import give_back
-from fusedrl.engine.metrics import read_rows
-from fusedrl.engine.monitor import FlatRewards
-from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
-from fusedrl.engine.ordering import shuffled
-from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.plan import cache_for
-from fusedrl.engine.rewards import RewardSet, load_reward
-from fusedrl.engine.rollout import Prompt, Rollout, rollout
-from fusedrl.engine.run import Run
-from fusedrl.engine.schedule import learning_rate
-from fusedrl.engine.stages.prompts import read_prompts
+from fusedrl.engine.optim.adamw import Optimizer, measure_optimizer, optimizer_of
+from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.rewards.rewards import RewardSet, load_reward
+from fusedrl.engine.rollout.prompts import read_prompts
+from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
+from fusedrl.engine.runs.metrics import read_rows
+from fusedrl.engine.runs.run import Run
+from fusedrl.engine.watch.monitor import FlatRewards
+from fusedrl.engine.watch.plan import cache_for
 from fusedrl.kernels.faults import raise_faults
 
 

@@ -11,22 +11,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fusedrl.engine.checkpoint import write_file
+from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.ordering import data_order, shuffled
+from fusedrl.engine.base.packing import PackedBatch, split_by_tokens
 from fusedrl.engine.config import RewardModelConfig
 from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import Source
 from fusedrl.engine.data.tokenize import end_of_text
-from fusedrl.engine.errors import ConfigError
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
-from fusedrl.engine.optim import Optimizer, measure_optimizer, optimizer_of
-from fusedrl.engine.ordering import data_order, shuffled
-from fusedrl.engine.packing import PackedBatch, split_by_tokens
-from fusedrl.engine.preferences import Comparison, Pairs, centre_loss, encode_preferences, load_preferences, preference_loss
-from fusedrl.engine.reward_report import RewardReport, report_table, reward_report, save_report
-from fusedrl.engine.run import Run, held_out
-from fusedrl.engine.schedule import learning_rate
+from fusedrl.engine.optim.adamw import Optimizer, measure_optimizer, optimizer_of
+from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.preference.comparisons import Comparison, Pairs, centre_loss, encode_preferences, load_preferences, preference_loss
+from fusedrl.engine.preference.reward_report import RewardReport, report_table, reward_report, save_report
+from fusedrl.engine.runs.checkpoint import write_file
+from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.faults import raise_faults
 
 __all__ = ["RewardModelResult", "cross_fitted_margins", "evaluate", "gradients", "new_model", "report", "score_pairs", "train_reward_model"]

@@ -8,14 +8,14 @@ from functools import partial
 import torch
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import SFTConfig
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations, load_dialogues
 from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, encode_dialogues, end_of_text
-from fusedrl.engine.optim import measure_optimizer, optimizer_of
-from fusedrl.engine.packing import PackedBatch
-from fusedrl.engine.run import Run, held_out
-from fusedrl.engine.schedule import learning_rate
+from fusedrl.engine.optim.adamw import measure_optimizer, optimizer_of
+from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.faults import raise_faults
 
 Tokens = tuple[list[int], list[bool]]  # ids, and which of them are to be learnt

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.advantages import Signals, estimate
-from fusedrl.engine.algorithms import ADVANTAGES, ALGORITHMS
+from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, PolicyConfig
+from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.objectives import make_objective, minibatch_weights, objective_loss
-from fusedrl.engine.packing import PackedBatch
+from fusedrl.engine.policy.advantages import Signals, estimate
+from fusedrl.engine.policy.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.kernels.dispatch import use_impl
 
 KLS = {"row": None, "reward": KLConfig(coef=0.3, placement="reward"), "k3": KLConfig(coef=0.3, placement="loss", estimator="k3"),

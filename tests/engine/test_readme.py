@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedrl.engine.algorithms import ALGORITHMS
-from fusedrl.engine.cli import STAGES, main
+from fusedrl.engine.cli.main import STAGES, main
+from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]

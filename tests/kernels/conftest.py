@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from fusedrl.engine.verify import ops
+from fusedrl.engine.tools.verify import ops
 from fusedrl.kernels import nvrtc
 from fusedrl.kernels.dispatch import unavailable
 

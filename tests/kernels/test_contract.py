@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrl.kernels
-from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
-from fusedrl.engine.verify.grid import oracle, run, same_bits
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE, pairs
+from fusedrl.engine.tools.verify.grid import oracle, run, same_bits
 from fusedrl.kernels.dispatch import CannotServe, Implementations
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -35,7 +35,7 @@ def test_every_table_has_an_entry():
     tables = {id(value): value.op for module in modules() for value in vars(module).values() if isinstance(value, Implementations)}
     mine = {entry.table.op for entry in CATALOGUE.values()}
     missing = {op for op in tables.values() if op.split(" of ")[0] not in mine}  # "rms_norm of float64" is another table of rms_norm
-    assert not missing, f"engine/verify/catalogue lacks {sorted(missing)}: its docstring shows an entry"
+    assert not missing, f"engine/tools/verify/catalogue lacks {sorted(missing)}: its docstring shows an entry"
     assert all(impl in {"torch", "cpp", "triton"} for _, impl in pairs())
 
 
@@ -200,8 +200,8 @@ GUARDED = """
 import sys
 sys.path[:0] = {path!r}
 import torch
-from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
-from fusedrl.engine.verify.grid import run, sample_of_grid
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE, pairs
+from fusedrl.engine.tools.verify.grid import run, sample_of_grid
 torch.set_num_threads(1)
 for op, impl in pairs():
     if impl == "cpp":

@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 
-from fusedrl.engine.verify.grid import interpreted
+from fusedrl.engine.tools.verify.grid import interpreted
 from fusedrl.kernels import native
 from fusedrl.kernels import paged_attention as paged_attention_module
 from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, allocate_cache, copy_blocks, decode_step

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fusedrl.engine.verify.grid import interpreted
+from fusedrl.engine.tools.verify.grid import interpreted
 from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.full_kl import DIRECTIONS, full_kl, full_kl_reference
 

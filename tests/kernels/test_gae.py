@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from fusedrl.engine.verify.catalogue import CATALOGUE
-from fusedrl.engine.verify.grid import interpreted
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE
+from fusedrl.engine.tools.verify.grid import interpreted
 from fusedrl.kernels import native
 from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.gae import ShapedGAE, gae, shaped_gae

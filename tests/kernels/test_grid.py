@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fusedrl.engine.verify.catalogue import CATALOGUE
-from fusedrl.engine.verify.grid import Bound, Entry, Problem, covering, describe, excess, grid, interpreted, judge, oracle, run, sample_of_grid, verify
-from fusedrl.engine.verify.ops import QUICK, WHOLE, budget
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE
+from fusedrl.engine.tools.verify.grid import Bound, Entry, Problem, covering, describe, excess, grid, interpreted, judge, oracle, run, sample_of_grid, verify
+from fusedrl.engine.tools.verify.ops import QUICK, WHOLE, budget
 from fusedrl.kernels.dispatch import CannotServe
 
 

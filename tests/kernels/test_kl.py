@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fusedrl.engine.verify.catalogue import CATALOGUE
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE
 from fusedrl.kernels.kl import ESTIMATORS, clamped_count, token_kl, token_kl_reference
 
 

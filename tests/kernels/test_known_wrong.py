@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedrl.engine.verify.catalogue import CATALOGUE
-from fusedrl.engine.verify.grid import judge, oracle, run
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE
+from fusedrl.engine.tools.verify.grid import judge, oracle, run
 from fusedrl.kernels import full_kl, logprob, policy_loss, ranking_loss
 
 pytestmark = pytest.mark.cpu_only("the checkers are tried, not an implementation")

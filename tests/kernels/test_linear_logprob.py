@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fusedrl.engine.verify.grid import interpreted
+from fusedrl.engine.tools.verify.grid import interpreted
 from fusedrl.kernels import native
 from fusedrl.kernels.linear_head import tile_of
 from fusedrl.kernels.linear_logprob import linear_logprob, linear_logprob_reference

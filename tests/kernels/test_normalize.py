@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fusedrl.engine.verify.grid import interpreted
+from fusedrl.engine.tools.verify.grid import interpreted
 from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.normalize import GROUP_METHODS, RunningMoments, group_normalize, masked_whiten
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedrl.engine.verify.grid import interpreted
+from fusedrl.engine.tools.verify.grid import interpreted
 from fusedrl.kernels import attention, native
 from fusedrl.kernels import paged_attention as module
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference

@@ -8,9 +8,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusedrl.engine.verify.catalogue import CATALOGUE
-from fusedrl.engine.verify.catalogue.rows import LOGITS, logits_of
-from fusedrl.engine.verify.grid import interpreted, run, same_bits
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE
+from fusedrl.engine.tools.verify.catalogue.rows import LOGITS, logits_of
+from fusedrl.engine.tools.verify.grid import interpreted, run, same_bits
 from fusedrl.kernels.dispatch import CannotServe
 from fusedrl.kernels.full_kl import full_kl
 from fusedrl.kernels.gae import discounted_returns, gae, k_step_advantages, shaped_gae, td_advantages

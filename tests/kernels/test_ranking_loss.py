@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from fusedrl.engine.verify.catalogue import CATALOGUE
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE
 from fusedrl.kernels import native
 from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.ranking_loss import (

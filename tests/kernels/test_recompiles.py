@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedrl.engine.verify.catalogue import pairs
+from fusedrl.engine.tools.verify.catalogue import pairs
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.cpu_only("keys of Triton's cache, without a launch")
@@ -40,8 +40,8 @@ def lookup(self, *args, grid, warmup, **kwargs):
     keys.add(f"{{self.__module__}}.{{self.__name__}} {{specialization}} {{sorted(options.items())}}")
 
 jit.JITFunction.run = lookup
-from fusedrl.engine.verify.catalogue import CATALOGUE, pairs
-from fusedrl.engine.verify.grid import run
+from fusedrl.engine.tools.verify.catalogue import CATALOGUE, pairs
+from fusedrl.engine.tools.verify.grid import run
 
 # 20 lengths of every kind: 1, multiples of 16, odd, even; below, at and beyond tiles.
 LENGTHS = [2, 3, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 160, 200, 255]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from fusedrl.engine.verify.grid import interpreted
+from fusedrl.engine.tools.verify.grid import interpreted
 from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.gae import discounted_returns, gae, k_step_advantages, td_advantages
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fusedrl.engine.verify.grid import interpreted
+from fusedrl.engine.tools.verify.grid import interpreted
 from fusedrl.kernels import native
 from fusedrl.kernels.rms_norm import _rms_norm_triton, rms_norm, rms_norm_reference
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fusedrl.engine.verify.grid import interpreted
+from fusedrl.engine.tools.verify.grid import interpreted
 from fusedrl.kernels import native
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.sampling import Sampled, _capacity, philox4x32, sample, uniform

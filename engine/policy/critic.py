@@ -1,0 +1,143 @@
+"""A critic of its own: another trunk beside the policy's, of any size and family that reads the same tokens, with a linear head.
+
+    V(s_t) = w . h_{t-1} + b         read at the position before token t, as from a head on the policy's trunk; 0 at the first slot of a sequence
+
+From a reward model, score(x) = w . h_last - shift: the same w and b = -shift, so that at first V(s_t) is the score of what stands before token t
+(Ouyang et al., 2022, InstructGPT; Zheng et al., 2023, Secrets of RLHF in Large Language Models, part I).
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.packing import PackedBatch
+from fusedrl.engine.config import OptimConfig, PolicyConfig
+from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.directories import resolve_directory
+from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_reward_model, load_value_head, save_value_head
+from fusedrl.engine.model.weights import (
+    HEADS,
+    classifier,
+    harmless,
+    hf_views,
+    load_config,
+    load_tensors,
+    load_tokenizer,
+    replacing,
+    resolve_device,
+    resolve_dtype,
+    write_model,
+)
+from fusedrl.engine.optim.adamw import Optimizer, optimizer_of
+
+
+class SeparateCritic(nn.Module):
+    """A decoder without a language model head, and a value head on it."""
+
+    def __init__(self, decoder: Decoder, head: ValueHead) -> None:
+        super().__init__()
+        self.decoder, self.head = decoder, head
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[N] float32: the value of the state before each token; 0 at the first slot of a sequence. Differentiable."""
+        hidden_NH = self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+        return torch.where(batch.positions > 0, batch.to_next(self.head(hidden_NH)), 0.0)
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch, partition: Sequence[Sequence[int]]) -> Tensor:
+        """[N] float32: `forward` without gradient, in micro-batches of these sequences. The same cuts in training reproduce these bits."""
+        values_N = torch.zeros(batch.num_tokens, device=batch.device)
+        for part in partition:
+            values_N[batch.slots(part)] = self(batch.select(part))
+        return values_N
+
+    def save_pretrained(self, directory: str | Path, *, tokenizer: Any = None) -> None:
+        """Write what `load_critic` reads, and transformers as a bare trunk: config, weights, tokenizer, and the value head beside them."""
+        config = self.decoder.config
+        config = replace(config, raw={key: value for key, value in config.raw.items() if key not in ("id2label", "label2id", "fusedrl_score_shift")})
+        trunk = config.family.classifier.format(config.family.name).replace("ForSequenceClassification", "Model")
+        tensors = {name: view for name, view in hf_views(self.decoder).items() if name not in HEADS}
+        with replacing(directory) as temporary:
+            write_model(temporary, config, tensors, {"architectures": [trunk]}, tokenizer, 5_000_000_000)
+            save_value_head(self.head, temporary)
+
+
+class TrunkCritic(nn.Module):
+    """The value head on a policy's trunk, as what is trained while the policy stands still: the trunk is a constant."""
+
+    def __init__(self, actor: HybridActor, head: ValueHead) -> None:
+        super().__init__()
+        self.head = head
+        self._actor = actor  # no module: its weights are none of these
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[N] float32, as `HybridActor.values`. Differentiable in the head."""
+        with torch.no_grad():
+            hidden_NH = self._actor.forward(batch)
+        return self._actor.values(batch, hidden_NH)
+
+
+class TrainedCritic(NamedTuple):
+    """A critic with the optimizer that trains it, and what that was made of; over so many rollouts, the first of the run."""
+
+    model: SeparateCritic | TrunkCritic
+    optimizer: Optimizer
+    optim: OptimConfig
+    rollouts: int
+
+
+def load_critic(path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None) -> SeparateCritic:
+    """A critic from a reward model (a *ForSequenceClassification), from one that was saved, or from a language model: then with the value head beside its
+    weights, or one that says 0. Arguments and errors as `load_decoder`."""
+    directory = resolve_directory(path)
+    config = load_config(directory)
+    if classifier(config):
+        model = load_reward_model(directory, dtype=dtype, device=device)
+        head = ValueHead(config.hidden_size, device=model.decoder.device)
+        with torch.no_grad():
+            head.weight.copy_(model.head.weight)
+            head.bias.fill_(-model.shift)
+        return SeparateCritic(model.decoder, head)
+    # Nobody reads a language model's head here: the trunk is built as if it were tied, and `raw` keeps what the file said.
+    decoder = Decoder(replace(config, tie_embeddings=True), dtype=resolve_dtype(dtype, device), device=resolve_device(device))
+    load_tensors(directory, hf_views(decoder), ignored=harmless(decoder.config))
+    saved = (directory / VALUE_HEAD_FILE).is_file()
+    head = (load_value_head(directory, config.hidden_size, device=decoder.device) if saved else ValueHead(config.hidden_size, device=decoder.device))
+    return SeparateCritic(decoder, head)
+
+
+def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
+    """What is trained by itself, and its optimizer: a critic of its own, in the policy's dtype, or the head on the policy's trunk while it warms up; or None.
+
+    Raises:
+        ConfigError: its vocabulary is not the policy's, or it has too few positions. Others as `load_critic`.
+    """
+    if config.critic is None:
+        return None
+    if config.own_critic is None:
+        if actor.value_head is None or not config.critic.warmup_steps:
+            return None
+        head = TrunkCritic(actor, actor.value_head)
+        return TrainedCritic(head, optimizer_of(config.critic.optim, head.named_parameters()), config.critic.optim, config.critic.warmup_steps)
+    path = config.model if config.critic.model == "policy" else config.critic.model
+    critic = load_critic(path, dtype=actor.decoder.dtype, device=actor.decoder.device)
+    ours, theirs = actor.decoder.config, critic.decoder.config
+    tokenizer = load_tokenizer(path) if actor.tokenizer is not None else None
+    known = tokenizer is not None and tokenizer.get_vocab() == actor.tokenizer.get_vocab()
+    if (tokenizer is not None and not known) or theirs.vocab_size < ours.vocab_size or (theirs.vocab_size != ours.vocab_size and not known):
+        found = f"a vocabulary of {theirs.vocab_size}" + (", and a tokenizer that gives other ids" if tokenizer is not None and not known else "")
+        raise ConfigError(f"config: expected critic.model to read the policy's token ids (a vocabulary of {ours.vocab_size}), got {found} in {path}; "
+                          "start it from a model with the policy's tokenizer, or from critic.model = policy")
+    longest = min(ours.max_positions, (config.max_prompt_length or ours.max_positions) + config.generation.max_new_tokens)
+    if theirs.max_positions < longest:
+        raise ConfigError(f"config: expected critic.model to have the {longest} positions that a prompt and its completion may take, got "
+                          f"{theirs.max_positions} in {path}; lower max_prompt_length to {theirs.max_positions - config.generation.max_new_tokens} or less")
+    critic.decoder.checkpoint_activations = config.checkpoint_activations
+    return TrainedCritic(critic, optimizer_of(config.critic.optim, critic.named_parameters()), config.critic.optim, config.steps)

@@ -1,0 +1,1 @@
+"""Comparisons and pairs, their losses, the reward model's report."""

@@ -1,0 +1,1 @@
+"""Functions and models that score completions, and their sum."""

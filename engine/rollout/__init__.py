@@ -1,0 +1,1 @@
+"""From prompts to scored completions, and what keeps or compares them."""

@@ -1,0 +1,48 @@
+"""The prompts of a stage that samples: encoded, and short enough for what is to follow them."""
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.config import GenerationConfig
+from fusedrl.engine.data.mixture import Mixture, mix
+from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
+from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
+from fusedrl.engine.rollout.rollout import Prompt
+from fusedrl.engine.runs.run import Run
+
+
+class NamesPrompts(Protocol):
+    """What a configuration says of its prompts."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def generation(self) -> GenerationConfig: ...
+    @property
+    def max_prompt_length(self) -> int | None: ...
+    @property
+    def skip_bad_lines(self) -> bool: ...
+
+
+def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[Prompt]:
+    """The prompts of config.data that leave room for max_new_tokens, and are no longer than max_prompt_length; the others are counted.
+
+    Raises:
+        ConfigError: max_new_tokens leaves no room for any. DataError, OSError: as the readers say.
+    """
+    room = actor.decoder.config.max_positions - config.generation.max_new_tokens
+    if room < 1:
+        raise ConfigError(f"generation.max_new_tokens = {config.generation.max_new_tokens} leaves no room for a prompt in the model's "
+                          f"{actor.decoder.config.max_positions} positions; lower it")
+
+    def read(source: Source) -> list[Prompt]:
+        examples = load_prompts(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
+                                options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
+        encoded, dropped = encode_prompts(actor.tokenizer, examples, min(room, config.max_prompt_length or room))
+        run.message(f"prompts: {dropped}")
+        return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
+
+    return mix(config.data, read)

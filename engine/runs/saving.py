@@ -1,0 +1,193 @@
+"""What a checkpoint holds of a run, when one is written, and whether what is in memory still is the last completed step.
+
+A checkpoint is of the end of a step, and a run that goes on from it is bitwise the undisturbed one. Its small parts (generator, coefficients, counts) are
+kept aside when a step is complete. Weights and moments are not, there is one copy of them: they are those of the last completed step until the next
+update begins, which the optimizers count. So a run that ends while it generates, scores or waits can still be saved as of its last completed step; one
+that ends half-way through an update cannot.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
+from fusedrl.engine.config.base import RunConfig
+from fusedrl.engine.base.errors import CheckpointError
+from fusedrl.engine.optim.adamw import Optimizer
+
+_SHARE = 20  # a save waits for this many times the seconds that the last one took: 5% of the time at the most
+
+
+class Model(Protocol):
+    """What a run trains."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+
+@runtime_checkable
+class Versioned(Protocol):
+    """A model whose weights are numbered."""
+
+    weights_version: int
+
+
+class Stateful(Protocol):
+    """What has a small state, as JSON values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
+
+
+class Buffer(Protocol):
+    """What keeps tensors of earlier steps; `newest` is the last of these steps."""
+
+    @property
+    def newest(self) -> int: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def load(self, saved: Mapping[str, Tensor], /) -> None: ...
+
+
+class Learner(Protocol):
+    """A model beside the first, with an optimizer of its own."""
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """All that a run carries from step to step."""
+
+    model: Model
+    optimizer: Optimizer
+    control: Stateful | None = None
+    critic: Learner | None = None
+    replay: Buffer | None = None
+
+    def learners(self) -> Iterator[tuple[str, str, Model, Optimizer]]:
+        """What a checkpoint calls the weights and the optimizer's state, and whose they are."""
+        yield "model", "optimizer", self.model, self.optimizer
+        if self.critic is not None:
+            yield "critic", "critic_optimizer", self.critic.model, self.critic.optimizer
+
+    def mark(self) -> tuple[int, ...]:
+        """Changes with everything that an update writes: optimizer steps begun, in-place writes of parameters, the newest replayed step."""
+        counts = [count for _, _, model, optimizer in self.learners()
+                  for count in (optimizer.begun, sum(p._version for p in trained(model).values()))]
+        return *counts, -1 if self.replay is None else self.replay.newest
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Fill these objects, in place, and the CPU's generator. Raises CheckpointError where it is a checkpoint of others."""
+        for group, moments, learner, its_optimizer in self.learners():
+            parameters, saved = trained(learner), checkpoint.tensors[group]
+            if saved.keys() != parameters.keys() or any(saved[name].shape != p.shape for name, p in parameters.items()):
+                raise CheckpointError(f"{checkpoint.path}: expected tensors {_shapes(parameters)}, got {_shapes(saved)}")
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(saved[name])
+            its_optimizer.load_state_dict(checkpoint.tensors[moments])
+        if self.control is not None:
+            self.control.load_state_dict(checkpoint.state)
+        if self.replay is not None:
+            if "replay" not in checkpoint.tensors:
+                raise CheckpointError(f"{checkpoint.path}: expected the group replay, got {sorted(checkpoint.tensors)}")
+            self.replay.load(checkpoint.tensors["replay"])
+        if "weights_version" in checkpoint.state and isinstance(self.model, Versioned):
+            self.model.weights_version = checkpoint.state["weights_version"]
+        torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
+
+
+@dataclass(frozen=True, eq=False)
+class _Completed:
+    """The end of a step: what is small of it, and the mark of what is not."""
+
+    step: int
+    generator: Tensor
+    state: dict[str, Any]
+    mark: tuple[int, ...]
+
+
+class Saver:
+    """Saves a run. `saved`: the newest checkpoint, as (step, directory), or None.
+
+    Args:
+        directory: of the run. checkpoint: that it continues from, already loaded into `parts`; None at the beginning.
+        skipped: updates left out so far.
+    """
+
+    def __init__(self, directory: Path, settings: RunConfig, parts: Parts, checkpoint: Checkpoint | None, skipped: int) -> None:
+        self._directory, self._settings, self._parts = directory, settings, parts
+        self.saved = None if checkpoint is None else (checkpoint.step, checkpoint.path)
+        self.saving = False
+        self._failed: int | None = None
+        self._seconds, self._last = 0.0, time.perf_counter()
+        self.complete(0 if checkpoint is None else checkpoint.step, skipped)
+
+    def complete(self, step: int, skipped: int) -> None:
+        """`step` steps are complete, and the parts are as the last of them left them."""
+        model, control = self._parts.model, self._parts.control
+        state = {"skipped_updates": skipped} | (control.state_dict() if control is not None else {})
+        state |= {"weights_version": model.weights_version} if isinstance(model, Versioned) else {}
+        self._completed = _Completed(step, torch.get_rng_state(), state, self._parts.mark())
+
+    @property
+    def step(self) -> int:
+        """Steps completed."""
+        return self._completed.step
+
+    @property
+    def safe(self) -> bool:
+        """Whether nothing would be lost if the process ended now: the last completed step is on the disk."""
+        return self.step == 0 or (self.saved is not None and self.saved[0] == self.step)
+
+    @property
+    def failed(self) -> bool:
+        """Whether saving the last completed step was tried and ended in an error."""
+        return self._failed == self.step
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last completed step can be saved: no update has begun since, and saving it has not failed."""
+        return self._parts.mark() == self._completed.mark and not self.failed
+
+    def due(self) -> bool:
+        """Whether the step just completed is one to save, by `save_every` or else by the clock: the first, then every `save_minutes`, and never so often that
+        saving takes more than 5% of the time."""
+        if self._settings.save_every:
+            return self.step % self._settings.save_every == 0
+        waited = time.perf_counter() - self._last
+        return self._settings.save_minutes > 0 and (self.saved is None or waited >= max(60 * self._settings.save_minutes, _SHARE * self._seconds))
+
+    def save(self) -> Path:
+        """Write the last completed step; only while `whole`. Errors as `save_checkpoint`."""
+        began = time.perf_counter()
+        self.saving, self._failed = True, self.step
+        try:
+            tensors: dict[str, Mapping[str, Tensor]] = {"rng": {"torch_cpu": self._completed.generator}}
+            for group, moments, learner, its_optimizer in self._parts.learners():
+                tensors |= {group: trained(learner), moments: its_optimizer.state_dict()}
+            if self._parts.replay is not None:
+                tensors["replay"] = self._parts.replay.tensors()
+            path = save_checkpoint(self._directory, self.step, tensors, self._completed.state, keep=self._settings.keep)
+            self.saved, self._failed = (self.step, path), None
+        finally:
+            self.saving, self._last = False, time.perf_counter()
+        self._seconds = self._last - began
+        return path
+
+
+def trained(model: Model) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: not what LoRA froze, which is the initial model's."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items()))

@@ -1,0 +1,1 @@
+"""What looks at runs: evaluation, monitors, the alarm, the judge, reports, memory plans."""
