@@ -424,7 +424,3 @@ def _generate_best(actor: Any, options: argparse.Namespace) -> None:
     for number, one in enumerate(found):
         text = actor.tokenizer.decode([*one.best.prompt_ids, *one.best.token_ids], skip_special_tokens=True)
         print(f"[prompt {number + 1}, best of {options.best_of}, score {one.score:.4g}, {one.best.finish_reason}]\n{text}", flush=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -327,7 +327,7 @@ def test_warnings_are_lines(tiny_model, tmp_path):
     for name in ("config.json", "tokenizer_config.json"):
         path = tmp_path / "model" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "evil.Config"}}))
-    command = ["-m", "fusedrl.engine.cli.main", "generate", "--model", str(tmp_path / "model"), "--prompt", "w1", "--max_new_tokens", "1"]
+    command = ["-m", "fusedrl.engine.cli", "generate", "--model", str(tmp_path / "model"), "--prompt", "w1", "--max_new_tokens", "1"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert [line.partition(": auto_map is ignored")[0] for line in done.stderr.splitlines()] == [

@@ -112,7 +112,7 @@ def test_commands(plant, capsys, write_jsonl, tmp_path):
 
 @pytest.mark.parametrize("answer", ["y\n" * 20, ""])
 def test_whatever_stands_on_standard_input(plant, answer):
-    command = [sys.executable, "-m", "fusedrl.engine.cli.main", "generate", "--model", str(plant("its class")), "--prompt", "w1", "--max_new_tokens", "2"]
+    command = [sys.executable, "-m", "fusedrl.engine.cli", "generate", "--model", str(plant("its class")), "--prompt", "w1", "--max_new_tokens", "2"]
     done = subprocess.run(command, input=answer, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
