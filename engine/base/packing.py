@@ -7,7 +7,7 @@ Alignment A per-token column at slot t speaks of token t given the tokens before
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -227,6 +227,10 @@ class PackedBatch:
     def split(self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None) -> list[list[int]]:
         """Partition `sequences` (by default all) into micro-batches: see `split_by_tokens`."""
         return split_by_tokens([(b, self.lengths[b]) for b in (range(self.num_sequences) if sequences is None else sequences)], tokens_per_microbatch)
+
+    def micro_batches(self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None) -> Iterator[PackedBatch]:
+        """The batches of `split`, one after the other."""
+        return (self.select(group) for group in self.split(tokens_per_microbatch, sequences))
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`."""

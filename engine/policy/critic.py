@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.packing import PackedBatch
-from fusedrl.engine.config import OptimConfig, PolicyConfig
+from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_reward_model, load_value_head, save_value_head
@@ -35,7 +35,7 @@ from fusedrl.engine.model.weights import (
     resolve_dtype,
     write_model,
 )
-from fusedrl.engine.optim.adamw import Optimizer, optimizer_of
+from fusedrl.engine.optim.learner import Learner
 
 
 class SeparateCritic(nn.Module):
@@ -85,11 +85,10 @@ class TrunkCritic(nn.Module):
 
 
 class TrainedCritic(NamedTuple):
-    """A critic with the optimizer that trains it, and what that was made of; over so many rollouts, the first of the run."""
+    """A critic with what trains it; over so many rollouts, the first of the run."""
 
     model: SeparateCritic | TrunkCritic
-    optimizer: Optimizer
-    optim: OptimConfig
+    learner: Learner
     rollouts: int
 
 
@@ -125,7 +124,7 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
         if actor.value_head is None or not config.critic.warmup_steps:
             return None
         head = TrunkCritic(actor, actor.value_head)
-        return TrainedCritic(head, optimizer_of(config.critic.optim, head.named_parameters()), config.critic.optim, config.critic.warmup_steps)
+        return TrainedCritic(head, Learner(head, config.critic.optim, "critic"), config.critic.warmup_steps)
     path = config.model if config.critic.model == "policy" else config.critic.model
     critic = load_critic(path, dtype=actor.decoder.dtype, device=actor.decoder.device)
     ours, theirs = actor.decoder.config, critic.decoder.config
@@ -140,4 +139,4 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
         raise ConfigError(f"config: expected critic.model to have the {longest} positions that a prompt and its completion may take, got "
                           f"{theirs.max_positions} in {path}; lower max_prompt_length to {theirs.max_positions - config.generation.max_new_tokens} or less")
     critic.decoder.checkpoint_activations = config.checkpoint_activations
-    return TrainedCritic(critic, optimizer_of(config.critic.optim, critic.named_parameters()), config.critic.optim, config.steps)
+    return TrainedCritic(critic, Learner(critic, config.critic.optim, "critic"), config.steps)

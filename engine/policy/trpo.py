@@ -29,7 +29,8 @@ from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.model.weights import read_model_config, resolve_dtype
-from fusedrl.engine.optim.adamw import Optimizer, StepResult, grad_norm
+from fusedrl.engine.optim.adamw import StepResult, grad_norm
+from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.optim.natural_gradient import line_search, natural_step
 from fusedrl.engine.optim.schedule import learning_rate
 from fusedrl.engine.policy.control import Control
@@ -38,7 +39,6 @@ from fusedrl.engine.policy.metrics import Meter, measure
 from fusedrl.engine.policy.objectives import ValueScale, entropy_coefficient, make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.policy.ptx import Ptx
 from fusedrl.engine.rollout.reference import Reference
-from fusedrl.engine.runs.run import Run
 from fusedrl.kernels.policy_loss import value_loss
 
 AFTER = ("val/ratio", "val/ratio_min", "val/ratio_max", "policy/approxkl_avg", "policy/clamped_fraction")  # metrics of the policy that was accepted
@@ -118,30 +118,30 @@ class Surrogate:
         return torch.zeros(count, dtype=torch.float64, device=self.actor.decoder.device)
 
 
-def trust_region_update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Sequence[Sequence[list[int]]],
-                        config: PolicyConfig, control: Control, step: int, run: Run, ptx: Ptx | None = None) -> dict[str, float]:
+def trust_region_update(actor: HybridActor, reference: Reference | None, learner: Learner, batch: PackedBatch, first_cuts: Sequence[Sequence[list[int]]],
+                        config: PolicyConfig, control: Control, step: int, ptx: Ptx | None = None) -> dict[str, float]:
     """One step of the policy on one rollout, and `epochs` of its values. Arguments and metrics as policy.update; `first_cuts` is one minibatch, whose cut
     into micro-batches does not change the gradient. Where no length of the step is accepted the weights are bitwise what they were."""
     measured = measure(batch, control.kl.coef, config)
     weighted = batch.with_columns(weights=minibatch_weights(config, batch))
     micros = [weighted.select(group) for minibatch in first_cuts for group in minibatch]
     surrogate = Surrogate(actor, FlatParameters(actor.decoder), micros, config, control, step, ptx, entropy_coefficient(config, batch))
-    metrics, states = _policy_step(surrogate, batch, config, step, run)
+    metrics, states = _policy_step(surrogate, batch, config, step, learner)
     if actor.value_head is not None:
         values = [partial(actor.values, micro, hidden_NH) for micro, hidden_NH in zip(micros, states, strict=True)]
-        metrics |= train_values(values, optimizer, micros, config, step, run, control.unit or 1.0)
+        metrics |= train_values(values, learner, micros, config, step, control.unit or 1.0)
     give_back(4 * sum(p.numel() for p in actor.parameters() if p.requires_grad))
-    return measured | metrics | {"lr": optimizer.lr} | (ptx.metrics() if ptx is not None else {})
+    return measured | metrics | {"lr": learner.optimizer.lr} | (ptx.metrics() if ptx is not None else {})
 
 
-def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig, step: int, run: Run) -> tuple[dict[str, float], list[Tensor]]:
+def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig, step: int, learner: Learner) -> tuple[dict[str, float], list[Tensor]]:
     """The step itself: metrics, and the hidden states of each micro-batch after it."""
     actor, parameters, settings = surrogate.actor, surrogate.parameters, config.trpo.at(step - config.critic_warmup, config.steps - config.critic_warmup)
     before, gradient_P = surrogate.gradient()
     norm = grad_norm([gradient_P])
     surrogate.meter.grad_norms.append(norm)
     metrics = surrogate.meter.metrics() | dict.fromkeys((f"trpo/{name}" for name in NAMES), 0.0)
-    run.check_update(StepResult(norm, math.isfinite(norm)))
+    learner.check(StepResult(norm, math.isfinite(norm)))
     if not math.isfinite(norm):
         return metrics, surrogate.states
 
@@ -167,19 +167,19 @@ def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig,
     return metrics | {f"trpo/{name}": number for name, number in zip(NAMES, numbers, strict=True)}, surrogate.states
 
 
-def train_values(values: Sequence[Callable[[], Tensor]], optimizer: Optimizer, micros: Sequence[PackedBatch], config: PolicyConfig, step: int,
-                 run: Run, unit: float = 1.0) -> dict[str, float]:
+def train_values(values: Sequence[Callable[[], Tensor]], learner: Learner, micros: Sequence[PackedBatch], config: PolicyConfig, step: int,
+                 unit: float = 1.0) -> dict[str, float]:
     """`epochs` optimizer steps of a critic on the returns of one rollout, each on all of it.
 
     Args:
-        values: of each micro-batch, what gives its values [N], differentiable in what is to be trained and in nothing else of the optimizer's.
+        values: of each micro-batch, what gives its values [N], differentiable in what is to be trained and in nothing else of the learner's.
         micros: with the columns values, returns and weights, the latter of the whole rollout. unit: of the value head.
     Returns:
         metrics: the value loss, and the fraction of tokens that `loss.value_clip` stopped, means over the steps.
     """
     loss_sum, clipped = torch.zeros(2, dtype=torch.float64, device=micros[0].device).unbind()
     tokens = max(1, sum(int(micro.action_mask.sum()) for micro in micros))
-    scale = ValueScale.of(config, PackedBatch.concat(list(micros)), unit)
+    scale, optimizer = ValueScale.of(config, PackedBatch.concat(list(micros)), unit), learner.optimizer
     for epoch in range(config.epochs):
         optimizer.zero_grad()
         for micro, values_of in zip(micros, values, strict=True):
@@ -190,6 +190,6 @@ def train_values(values: Sequence[Callable[[], Tensor]], optimizer: Optimizer, m
         optimizer.lr = learning_rate(config.optim, (step - config.critic_warmup) * config.epochs + epoch, (config.steps - config.critic_warmup) * config.epochs)
         result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
         if not result.applied:  # those that are do not end a row of policy steps that are not
-            run.check_update(result)
+            learner.check(result)
     optimizer.zero_grad()
     return {"loss/value_avg": loss_sum.item() / config.epochs, "val/clipfrac_avg": clipped.item() / config.epochs}

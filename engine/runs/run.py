@@ -10,13 +10,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import resource
 import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -25,15 +25,14 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.runs.checkpoint import RunDirectory
 from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.base.errors import ConfigError, Stopped
 from fusedrl.engine.runs.metrics import JsonLines, Metrics, Progress, say
-from fusedrl.engine.optim.adamw import StepResult
 from fusedrl.engine.runs.saving import Parts, Saver
 
 T = TypeVar("T")
-_MAX_SKIPPED = 5
 RESUME_COMMAND: ContextVar[str | None] = ContextVar("resume_command", default=None)  # that goes on with a run; the command line sets it
 
 
@@ -56,8 +55,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.last_metrics: dict[str, float] = {}
         self._config = config
         self._title = config.title
-        self._skipped_in_a_row: Counter[str] = Counter()
-        self._skipped = 0
+        self._skipped_before = 0  # updates that this run left out in earlier processes
+        self._parts: Parts | None = None
         self._signals = 0
         self._exit: int | None = None
         self._progress: Progress | None = None
@@ -133,15 +132,31 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._step_began = time.perf_counter()
         self._progress = self._stack.enter_context(Progress(self.total, self.settings.progress, start=self.start, title=self._title))
         found, checkpoint = Parts(**parts), self._checkpoint
+        self._parts = found
         if checkpoint is not None:
             found.load(checkpoint)
-            self._skipped = int(checkpoint.state["skipped_updates"])
+            self._skipped_before = int(checkpoint.state["skipped_updates"])
         self._saver, self._checkpoint = Saver(self.directory, self.settings, found, checkpoint, self._skipped), None
         if checkpoint is None and self.settings.resume:
             self.message(f"{self.directory}: nothing to resume here, beginning at step 1")
         if checkpoint is not None:
             where = f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"
             self.message(f"{self.directory}: {where}")
+
+    @property
+    def _skipped(self) -> int:
+        return self._skipped_before + (0 if self._parts is None else self._parts.skipped)
+
+    def steps(self, train: Mixture[T], per_step: int, epochs: int, **parts: Any) -> Iterator[tuple[int, list[T]]]:
+        """The steps of so many passes over `train`, each with its number and its `per_step` examples, the last with what is left; in an order that is a function of
+        the seed. `parts` are restored before the first, and what is complete is saved when it is due."""
+        end = len(train) * epochs
+        self.total = math.ceil(end / per_step)
+        self.restore(**parts)
+        for step in range(self.start, self.total):
+            first = step * per_step
+            yield step, train.draw(self.settings.seed, first, min(first + per_step, end))
+            self.save_if_due(step)
 
     def _save(self, saver: Saver) -> None:
         first = saver.saved is None
@@ -211,14 +226,6 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def message(self, text: str) -> None:
         """A line on standard error: what a person should know, whether or not progress is shown."""
         say(f"{self._title}: {text}")
-
-    def check_update(self, result: StepResult, of: str = "model") -> None:
-        """Count skipped updates. Raises RuntimeError at the fifth in a row `of` one model."""
-        self._skipped_in_a_row[of] = self._skipped_in_a_row[of] + 1 if not result.applied else 0
-        self._skipped += int(not result.applied)
-        if self._skipped_in_a_row[of] >= _MAX_SKIPPED:
-            raise RuntimeError(f"{_MAX_SKIPPED} updates of the {of} in a row had a non-finite gradient norm; stopped. The weights are those of the last "
-                               "finite update. Start another run from this run's model or the one before it, with a lower optim.lr or a score_clip")
 
 
 def peak_memory() -> float:

@@ -19,15 +19,9 @@ from torch import Tensor
 from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
 from fusedrl.engine.config.base import RunConfig
 from fusedrl.engine.base.errors import CheckpointError
-from fusedrl.engine.optim.adamw import Optimizer
+from fusedrl.engine.optim.learner import Learner, Model
 
 _SHARE = 20  # a save waits for this many times the seconds that the last one took: 5% of the time at the most
-
-
-class Model(Protocol):
-    """What a run trains."""
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 
 
 @runtime_checkable
@@ -53,55 +47,50 @@ class Buffer(Protocol):
     def load(self, saved: Mapping[str, Tensor], /) -> None: ...
 
 
-class Learner(Protocol):
-    """A model beside the first, with an optimizer of its own."""
-
-    @property
-    def model(self) -> Model: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Parts:
     """All that a run carries from step to step."""
 
-    model: Model
-    optimizer: Optimizer
+    model: Learner
     control: Stateful | None = None
     critic: Learner | None = None
     replay: Buffer | None = None
 
-    def learners(self) -> Iterator[tuple[str, str, Model, Optimizer]]:
+    def learners(self) -> Iterator[tuple[str, str, Learner]]:
         """What a checkpoint calls the weights and the optimizer's state, and whose they are."""
-        yield "model", "optimizer", self.model, self.optimizer
+        yield "model", "optimizer", self.model
         if self.critic is not None:
-            yield "critic", "critic_optimizer", self.critic.model, self.critic.optimizer
+            yield "critic", "critic_optimizer", self.critic
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out since these objects were made."""
+        return sum(learner.skipped for _, _, learner in self.learners())
 
     def mark(self) -> tuple[int, ...]:
         """Changes with everything that an update writes: optimizer steps begun, in-place writes of parameters, the newest replayed step."""
-        counts = [count for _, _, model, optimizer in self.learners()
-                  for count in (optimizer.begun, sum(p._version for p in trained(model).values()))]
+        counts = [count for _, _, learner in self.learners()
+                  for count in (learner.optimizer.begun, sum(p._version for p in trained(learner.model).values()))]
         return *counts, -1 if self.replay is None else self.replay.newest
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill these objects, in place, and the CPU's generator. Raises CheckpointError where it is a checkpoint of others."""
-        for group, moments, learner, its_optimizer in self.learners():
-            parameters, saved = trained(learner), checkpoint.tensors[group]
+        for group, moments, learner in self.learners():
+            parameters, saved = trained(learner.model), checkpoint.tensors[group]
             if saved.keys() != parameters.keys() or any(saved[name].shape != p.shape for name, p in parameters.items()):
                 raise CheckpointError(f"{checkpoint.path}: expected tensors {_shapes(parameters)}, got {_shapes(saved)}")
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
-            its_optimizer.load_state_dict(checkpoint.tensors[moments])
+            learner.optimizer.load_state_dict(checkpoint.tensors[moments])
         if self.control is not None:
             self.control.load_state_dict(checkpoint.state)
         if self.replay is not None:
             if "replay" not in checkpoint.tensors:
                 raise CheckpointError(f"{checkpoint.path}: expected the group replay, got {sorted(checkpoint.tensors)}")
             self.replay.load(checkpoint.tensors["replay"])
-        if "weights_version" in checkpoint.state and isinstance(self.model, Versioned):
-            self.model.weights_version = checkpoint.state["weights_version"]
+        if "weights_version" in checkpoint.state and isinstance(self.model.model, Versioned):
+            self.model.model.weights_version = checkpoint.state["weights_version"]
         torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
 
 
@@ -133,7 +122,7 @@ class Saver:
 
     def complete(self, step: int, skipped: int) -> None:
         """`step` steps are complete, and the parts are as the last of them left them."""
-        model, control = self._parts.model, self._parts.control
+        model, control = self._parts.model.model, self._parts.control
         state = {"skipped_updates": skipped} | (control.state_dict() if control is not None else {})
         state |= {"weights_version": model.weights_version} if isinstance(model, Versioned) else {}
         self._completed = _Completed(step, torch.get_rng_state(), state, self._parts.mark())
@@ -172,8 +161,8 @@ class Saver:
         self.saving, self._failed = True, self.step
         try:
             tensors: dict[str, Mapping[str, Tensor]] = {"rng": {"torch_cpu": self._completed.generator}}
-            for group, moments, learner, its_optimizer in self._parts.learners():
-                tensors |= {group: trained(learner), moments: its_optimizer.state_dict()}
+            for group, moments, learner in self._parts.learners():
+                tensors |= {group: trained(learner.model), moments: learner.optimizer.state_dict()}
             if self._parts.replay is not None:
                 tensors["replay"] = self._parts.replay.tensors()
             path = save_checkpoint(self._directory, self.step, tensors, self._completed.state, keep=self._settings.keep)

@@ -18,8 +18,7 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import DPOConfig
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import Source
-from fusedrl.engine.optim.adamw import measure_optimizer, optimizer_of
-from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.optim.learner import Learner, Update
 from fusedrl.engine.preference.losses import PairScores, pair_loss, pair_scores
 from fusedrl.engine.preference.pairs import TokenPair, column_of, pack_pairs, read_pairs, sequences_of
 from fusedrl.engine.rollout.reference import Reference, load_reference
@@ -56,8 +55,7 @@ def train_dpo(config: DPOConfig) -> DPOResult:
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor)
-    optim = config.optim
-    optimizer = optimizer_of(optim, actor.named_parameters())
+    learner = Learner(actor, config.optim)
     with Run(config, None) as run:
         trunk = actor.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
@@ -67,29 +65,19 @@ def train_dpo(config: DPOConfig) -> DPOResult:
                               rejects=run.directory / "rejects.jsonl", tell=run.message)
 
         train, held = mix(config.data, read).split(lambda pairs: held_out(pairs, config.eval_fraction, config.run.seed))
-        run.total = math.ceil(len(train) * config.epochs / config.pairs_per_step)
-        run.restore(model=actor, optimizer=optimizer)
-        for step in range(run.start, run.total):
-            start = step * config.pairs_per_step
-            pairs = train.draw(config.run.seed, start, min(start + config.pairs_per_step, len(train) * config.epochs))
+        for step, pairs in run.steps(train, config.pairs_per_step, config.epochs, model=learner):
             batch, cuts = pack_pairs(pairs, config.tokens_per_microbatch, actor.decoder.device)
             with run.time("reference"):
                 batch = with_reference(reference, batch, cuts)
-            with run.time("train"):
-                optimizer.zero_grad()
-                loss, scores = _backward(actor, batch, cuts, pairs, config)
-                optimizer.lr = learning_rate(optim, step, run.total)
-                result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
-                run.check_update(result)
-                actor.mark_updated()
+            with run.time("train"), learner.update(step, run.total) as update:
+                scores = _backward(update, actor, batch, cuts, pairs, config)
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
-            metrics = {"loss": loss} | describe(scores, pairs, config.beta)
-            metrics |= {"lr": optimizer.lr, "grad_norm": result.grad_norm, "num_tokens": float(batch.num_tokens)} | measure_optimizer(optimizer)
+            metrics = {"loss": 0.0 if update.loss is None else update.loss.item()} | describe(scores, pairs, config.beta)
+            metrics |= {"grad_norm": update.grad_norm, "num_tokens": float(batch.num_tokens)} | learner.metrics()
             if step == run.total - 1:
                 with run.time("evaluate"):
                     metrics |= evaluate(actor, reference, held, config)
             run.log(step, metrics)
-            run.save_if_due(step)
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
         last = run.last_metrics
@@ -102,20 +90,17 @@ def with_reference(reference: Reference, batch: PackedBatch, cuts: Cuts) -> Pack
     return batch.with_columns(ref_logp=reference.score(batch, partition=[sequences_of(cut) for cut in cuts]).logp)
 
 
-def _backward(actor: HybridActor, batch: PackedBatch, cuts: Cuts, pairs: Sequence[TokenPair], config: DPOConfig) -> tuple[float, PairScores]:
-    """Accumulate the gradient of a step's loss: the mean over its pairs, by their weights. Returns it, and the scores that it is of."""
+def _backward(update: Update, actor: HybridActor, batch: PackedBatch, cuts: Cuts, pairs: Sequence[TokenPair], config: DPOConfig) -> PairScores:
+    """Add the gradient of a step's loss, the mean over its pairs by their weights. Returns the scores that it is of."""
     total = sum(pair.weight for pair in pairs)
-    loss = torch.zeros((), dtype=torch.float64, device=batch.device)
     seen: list[PairScores] = []
     for cut in cuts:
         micro = batch.select(sequences_of(cut))
         logp_N, _ = actor.logprobs(micro, actor.forward(micro))
         scores = pair_scores(micro, logp_N)
-        part = weighted_loss(scores, [pairs[i] for i in cut], config) / total
-        part.backward()
-        loss += part.detach()
+        update.backward((weighted_loss(scores, [pairs[i] for i in cut], config) / total).double())
         seen.append(PairScores(*(x.detach() for x in scores)))
-    return loss.item(), in_order(seen, cuts)
+    return in_order(seen, cuts)
 
 
 def weighted_loss(scores: PairScores, pairs: Sequence[TokenPair], config: DPOConfig) -> torch.Tensor:

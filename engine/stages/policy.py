@@ -24,14 +24,12 @@ from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.base.memory import give_back
 from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import IGNORE, PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.optim.adamw import Optimizer, measure_optimizer, optimizer_of
-from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.policy.critic import SeparateCritic, TrainedCritic, critic_of
@@ -97,7 +95,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
     gold = [load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.monitor_reward]
     measured_only = RewardSet(gold) if gold else None
-    optimizer = optimizer_of(config.optim, actor.named_parameters())
+    learner = Learner(actor, config.optim)
     critic = critic_of(config, actor)
     own_critic = critic.model if critic is not None and isinstance(critic.model, SeparateCritic) else None
     control = Control(config)
@@ -109,7 +107,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                         "where they should")
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, reference, rewards, measured_only, run)
-        run.restore(model=actor, optimizer=optimizer, control=control, critic=critic, replay=replay)
+        run.restore(model=learner, control=control, critic=None if critic is None else critic.learner, replay=replay)
         control.drawn = control.drawn or run.start * config.prompts_per_step  # a checkpoint of before prompts were counted
         head = actor.value_head if own_critic is None else own_critic.head
         if head is not None and run.start:
@@ -134,16 +132,16 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
                 metrics = experience.metrics
                 if critic is not None and step < critic.rollouts:
-                    metrics |= update_critic(critic, batch, cuts, config, control, step, run)
+                    metrics |= update_critic(critic, batch, cuts, config, control, step)
                     if own_critic is None:
                         actor.mark_updated()
                 if not learns:
                     metrics |= measure(batch, control.kl.coef, config)
                 elif trust_region:
-                    metrics |= trust_region_update(actor, reference, optimizer, batch, cuts, config, control, step, run, ptx)
+                    metrics |= trust_region_update(actor, reference, learner, batch, cuts, config, control, step, ptx)
                 else:
                     replayed = None if replay is None else replay.draw(step, batch.num_sequences, batch.device)
-                    metrics |= update(actor, reference, optimizer, batch, cuts, config, control, step, run, ptx, replayed)
+                    metrics |= update(actor, reference, learner, batch, cuts, config, control, step, ptx, replayed)
             control.update(metrics if learns else {}, signals.totals)
             if warning := control.kl.warning():
                 run.message(warning)
@@ -203,8 +201,8 @@ def score(actor: HybridActor | None, reference: Reference | None, batch: PackedB
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------------
-def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
-           control: Control, step: int, run: Run, ptx: Ptx | None = None, replayed: Replayed | None = None) -> dict[str, float]:
+def update(actor: HybridActor, reference: Reference | None, learner: Learner, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig,
+           control: Control, step: int, ptx: Ptx | None = None, replayed: Replayed | None = None) -> dict[str, float]:
     """epochs x minibatches optimizer steps on one rollout and what is replayed beside it; the gradient of `ptx` is added to each."""
     objective = make_objective(config, control.penalty.coef)
     total_updates, done = _updates(config, step - config.critic_warmup, config.steps - config.critic_warmup)
@@ -219,45 +217,41 @@ def update(actor: HybridActor, reference: Reference | None, optimizer: Optimizer
         for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
             seen = torch.zeros(2, batch.num_tokens, device=batch.device)  # log-probabilities and entropies
-            optimizer.zero_grad()
-            for group in minibatch:
-                micro = weighted.select(group)
-                hidden = actor.forward(micro)
-                logp, entropy = actor.logprobs(micro, hidden, temperature=config.generation.temperature)
-                values = actor.values(micro, hidden) if actor.value_head is not None else None
-                if measured is None:
-                    micro = micro.with_columns(old_logp=logp.detach())
-                    seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
-                micro, dropped = behaviour(config.correction, micro, logp)
-                full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
-                loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full,
-                                                                 entropy_coef=entropy_coef, value=value)
-                loss.backward()
-                old = epoch == 0 and group[0] >= fresh  # only in the first pass are there micro-batches of replayed completions alone
-                meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
-                if epoch == config.epochs - 1:
-                    meter.add_ratios(micro, logp)
-            if measured is None:  # of what was seen before the weights change: all, or with correction.bypass the first minibatch
-                members = sorted(b for group in minibatch for b in group)
-                first = batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(members)
-                measured = measure(first, control.kl.coef, config) | {"num_tokens": float(batch.num_tokens)}
-            if ptx is not None:
-                ptx.backward(actor, done)
-            optimizer.lr = learning_rate(config.optim, done, total_updates)
-            result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
-            run.check_update(result)
-            actor.mark_updated()
-            meter.grad_norms.append(result.grad_norm)
+            with learner.update(done, total_updates) as one:
+                for group in minibatch:
+                    micro = weighted.select(group)
+                    hidden = actor.forward(micro)
+                    logp, entropy = actor.logprobs(micro, hidden, temperature=config.generation.temperature)
+                    values = actor.values(micro, hidden) if actor.value_head is not None else None
+                    if measured is None:
+                        micro = micro.with_columns(old_logp=logp.detach())
+                        seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
+                    micro, dropped = behaviour(config.correction, micro, logp)
+                    full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
+                    loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full,
+                                                                     entropy_coef=entropy_coef, value=value)
+                    one.backward(loss)
+                    old = epoch == 0 and group[0] >= fresh  # only in the first pass are there micro-batches of replayed completions alone
+                    meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
+                    if epoch == config.epochs - 1:
+                        meter.add_ratios(micro, logp)
+                if measured is None:  # of what was seen before the weights change: all, or with correction.bypass the first minibatch
+                    members = sorted(b for group in minibatch for b in group)
+                    first = batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(members)
+                    measured = measure(first, control.kl.coef, config) | {"num_tokens": float(batch.num_tokens)}
+                if ptx is not None:
+                    ptx.backward(actor, done)
+            meter.grad_norms.append(one.grad_norm)
             done += 1
-    give_back(optimizer.zero_grad())  # what runs next runs beside the weights, the optimizer's state and the cache alone
-    metrics = (measured or {}) | meter.metrics() | {"lr": optimizer.lr} | measure_optimizer(optimizer)
+    learner.release()  # what runs next runs beside the weights, the optimizer's state and the cache alone
+    metrics = (measured or {}) | meter.metrics() | learner.metrics()
     metrics |= {} if config.loss.entropy_target is None else {"entropy_coef": entropy_coef}
     return metrics | (ptx.metrics() if ptx is not None else {}) | (replayed.metrics if replayed is not None else {})
 
 
-def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, control: Control, step: int, run: Run) -> dict[str, float]:
+def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, config: PolicyConfig, control: Control, step: int) -> dict[str, float]:
     """The same passes over the same minibatches for what of a critic is trained by itself: its gradients and the policy's are never there together."""
-    model, optimizer, optim, rollouts = critic
+    model, learner, rollouts = critic
     total_updates, done = _updates(config, step, rollouts)
     stats: list[ValueStats] = []
     norms: list[float] = []
@@ -265,21 +259,17 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
     for epoch in range(config.epochs):
         for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
-            optimizer.zero_grad()
-            for group in minibatch:
-                micro = weighted.select(group)
-                old, returns, weights = (micro.column(name) for name in ("values", "returns", "weights"))
-                loss, value_stats = value_loss(model(micro), old, returns, weights, clip=scale.clip)
-                (config.loss.value_coef / scale.error**2 * loss).backward()
-                stats.append(value_stats)
-            optimizer.lr = learning_rate(optim, done, total_updates)
-            result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
-            run.check_update(result, "critic")
-            norms.append(result.grad_norm)
+            with learner.update(done, total_updates) as one:
+                for group in minibatch:
+                    micro = weighted.select(group)
+                    old, returns, weights = (micro.column(name) for name in ("values", "returns", "weights"))
+                    loss, value_stats = value_loss(model(micro), old, returns, weights, clip=scale.clip)
+                    one.backward(config.loss.value_coef / scale.error**2 * loss)
+                    stats.append(value_stats)
+            norms.append(one.grad_norm)
             done += 1
-    give_back(optimizer.zero_grad())
-    return value_metrics(stats, len(norms)) | {"critic/grad_norm": sum(norms) / len(norms), "critic/lr": optimizer.lr} | measure_optimizer(
-        optimizer, "critic/")
+    learner.release()
+    return value_metrics(stats, len(norms)) | {"critic/grad_norm": sum(norms) / len(norms)} | learner.metrics("critic/lr", "critic/")
 
 
 def _updates(config: PolicyConfig, done: int, rollouts: int) -> tuple[int, int]:

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.base.memory import give_back
 from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import RejectionConfig
-from fusedrl.engine.optim.adamw import Optimizer, measure_optimizer, optimizer_of
-from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.optim.learner import Learner, Update
 from fusedrl.engine.rewards.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout.prompts import read_prompts
 from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
@@ -53,15 +51,14 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
     rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
-    optim = config.optim
-    optimizer = optimizer_of(optim, actor.named_parameters())
+    learner = Learner(actor, config.optim)
     with Run(config, config.steps) as run:
         prompts = read_prompts(config, actor, run)
         flat = FlatRewards("group" if config.min_score is None else "", config.prompts_per_step * config.samples_per_prompt,
                            config.generation.max_new_tokens)
         for row in read_rows(run.directory / "metrics.jsonl"):  # a resumed run's
             flat.update(row)
-        run.restore(model=actor, optimizer=optimizer)
+        run.restore(model=learner)
         for step in range(run.start, config.steps):
             first = step * config.prompts_per_step
 
@@ -72,7 +69,7 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
                 experience = rollout(actor, draw, rewards, config)
             kept = best(experience, config.keep, config.min_score)
             with run.time("train"), actor.lend_cache():
-                metrics = experience.metrics | _describe(experience, kept, config) | imitate(actor, optimizer, experience.batch, kept, config, step, run)
+                metrics = experience.metrics | _describe(experience, kept, config) | imitate(actor, learner, experience.batch, kept, config, step)
             if said := flat.update(metrics):
                 run.message(f"step {step + 1}: {said}")
             run.log(step, metrics)
@@ -94,37 +91,27 @@ def best(experience: Rollout, keep: int, min_score: float | None) -> list[int]:
     return sorted(index for members in groups.values() for index in sorted(members, key=lambda i: (-scores[i], i))[:keep])
 
 
-def imitate(actor: HybridActor, optimizer: Optimizer, batch: PackedBatch, kept: Sequence[int], config: RejectionConfig, step: int,
-            run: Run) -> dict[str, float]:
+def imitate(actor: HybridActor, learner: Learner, batch: PackedBatch, kept: Sequence[int], config: RejectionConfig, step: int) -> dict[str, float]:
     """epochs x minibatches optimizer steps of cross-entropy on these sequences of the batch; fewer minibatches where there are fewer sequences."""
-    losses: list[torch.Tensor] = []
-    norms: list[float] = []
+    updates: list[Update] = []
     total = config.steps * config.epochs * config.minibatches
     for epoch in range(config.epochs):
         order, count = [kept[i] for i in shuffled(len(kept), config.run.seed, "rejection", step, epoch)], min(config.minibatches, len(kept))
         for part in range(count):
             members = order[part * len(order) // count:(part + 1) * len(order) // count]
             tokens = int(batch.select(members).action_mask.sum())
-            loss = torch.zeros((), device=batch.device)
-            optimizer.zero_grad()
-            for group in batch.split(config.tokens_per_microbatch, members):
-                micro = batch.select(group)
-                logp, _ = actor.logprobs(micro, actor.forward(micro))
-                mean = -logp.sum() / tokens  # logp is 0 off the completions; the denominator is the whole minibatch's
-                mean.backward()
-                loss += mean.detach()
-            optimizer.lr = learning_rate(config.optim, (step * config.epochs + epoch) * config.minibatches + part, total)
-            result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
-            run.check_update(result)
-            actor.mark_updated()
-            losses.append(loss)
-            norms.append(result.grad_norm)
+            with learner.update((step * config.epochs + epoch) * config.minibatches + part, total) as update:
+                for micro in batch.micro_batches(config.tokens_per_microbatch, members):
+                    logp, _ = actor.logprobs(micro, actor.forward(micro))
+                    update.backward(-logp.sum() / tokens)  # logp is 0 off the completions; the denominator is the whole minibatch's
+            updates.append(update)
     raise_faults(batch.device)  # where the host reads the losses anyway
-    give_back(optimizer.zero_grad())  # the next rollout runs beside the weights, the optimizer's state and the cache alone
-    if not losses:
+    learner.release()  # the next rollout runs beside the weights, the optimizer's state and the cache alone
+    if not updates:
         return {"updates": 0.0}
-    return {"updates": float(len(losses)), "loss": sum(loss.item() for loss in losses) / len(losses), "grad_norm": sum(norms) / len(norms),
-            "lr": optimizer.lr} | measure_optimizer(optimizer)
+    losses = [update.loss.item() for update in updates if update.loss is not None]
+    return {"updates": float(len(updates)), "loss": sum(losses) / len(losses),
+            "grad_norm": sum(update.grad_norm for update in updates) / len(updates)} | learner.metrics()
 
 
 def _describe(experience: Rollout, kept: Sequence[int], config: RejectionConfig) -> dict[str, float]:

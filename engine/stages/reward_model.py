@@ -21,8 +21,7 @@ from fusedrl.engine.data.tokenize import end_of_text
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
-from fusedrl.engine.optim.adamw import Optimizer, measure_optimizer, optimizer_of
-from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.optim.learner import Learner, Update
 from fusedrl.engine.preference.comparisons import Comparison, Pairs, centre_loss, encode_preferences, load_preferences, preference_loss
 from fusedrl.engine.preference.reward_report import RewardReport, report_table, reward_report, save_report
 from fusedrl.engine.runs.checkpoint import write_file
@@ -56,7 +55,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     """
     torch.manual_seed(config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    model, optimizer = new_model(config)
+    model, learner = new_model(config)
     with Run(config, None) as run:
         trunk = model.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
@@ -72,22 +71,14 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
 
         train, held = mix(config.data, read).split(lambda comparisons: _hold_out(comparisons, config))
         if config.denoise_folds:
-            del model, optimizer  # the others need the room
+            del model, learner  # the others need the room
             train = _denoised(train, config, run)
-            model, optimizer = new_model(config)
-        run.total = math.ceil(len(train) * config.epochs / config.pairs_per_step)
-        run.restore(model=model, optimizer=optimizer)
-        for step in range(run.start, run.total):
-            start, last = step * config.pairs_per_step, step == run.total - 1
-            chosen = train.draw(config.run.seed, start, min(start + config.pairs_per_step, len(train) * config.epochs))
-            with run.time("train"):
-                optimizer.zero_grad()
-                metrics = gradients(model, chosen, config)
-                optimizer.lr = learning_rate(config.optim, step, run.total)
-                result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
-                run.check_update(result)
-            metrics |= {"lr": optimizer.lr, "grad_norm": result.grad_norm, "num_tokens": float(sum(c.tokens for c in chosen))}
-            metrics |= measure_optimizer(optimizer)
+            model, learner = new_model(config)
+        for step, chosen in run.steps(train, config.pairs_per_step, config.epochs, model=learner):
+            last = step == run.total - 1
+            with run.time("train"), learner.update(step, run.total) as update:
+                metrics = gradients(update, model, chosen, config)
+            metrics |= {"grad_norm": update.grad_norm, "num_tokens": float(sum(c.tokens for c in chosen))} | learner.metrics()
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 with run.time("evaluate"):
                     found = report(model, held, config.tokens_per_microbatch, config.label_noise, by_prompt=config.by_prompt)
@@ -102,7 +93,6 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
                         _normalize(model, train.examples, config)
                     metrics["score_shift"] = model.shift
             run.log(step, metrics)
-            run.save_if_due(step)
         model.shift = run.last_metrics.get("score_shift", model.shift)  # a run that had finished already
         known = run.last_metrics
         interval = (known.get("eval_accuracy_low", math.nan), known.get("eval_accuracy_high", math.nan))
@@ -110,14 +100,14 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
         return RewardModelResult(path, run.total, known, known.get("eval_accuracy", math.nan), interval, len(held))
 
 
-def new_model(config: RewardModelConfig) -> tuple[RewardModel, Optimizer]:
-    """The model that a run begins with, and the optimizer of what it trains."""
+def new_model(config: RewardModelConfig) -> tuple[RewardModel, Learner]:
+    """The model that a run begins with, and what trains it."""
     decoder = load_decoder(config.model, dtype=config.dtype, device=config.device)
     decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         add_adapter(decoder, config.lora, seed=config.run.seed)
     model = RewardModel.from_decoder(decoder, seed=config.run.seed, imitation=config.imitation_coef > 0)
-    return model, optimizer_of(config.optim, model.named_parameters())
+    return model, Learner(model, config.optim)
 
 
 def _hold_out(comparisons: list[Comparison], config: RewardModelConfig) -> tuple[list[Comparison], list[Comparison]]:
@@ -132,7 +122,7 @@ def _hold_out(comparisons: list[Comparison], config: RewardModelConfig) -> tuple
 
 
 # ---- one step -----------------------------------------------------------------------------------------------------------------
-def gradients(model: RewardModel, chosen: Sequence[Comparison], config: RewardModelConfig) -> dict[str, float]:
+def gradients(update: Update, model: RewardModel, chosen: Sequence[Comparison], config: RewardModelConfig) -> dict[str, float]:
     """Add the gradient of one step's loss to the parameters', micro-batch by micro-batch; returns what it measured.
 
         loss = ranking + center_coef * centre + imitation_coef * cross-entropy of the best answers' tokens
@@ -154,7 +144,7 @@ def gradients(model: RewardModel, chosen: Sequence[Comparison], config: RewardMo
             imitation = -model.imitation_logp(batch, hidden_NH) / tokens
             loss = loss + config.imitation_coef * imitation
             sums["imitation_loss"] += imitation.detach()
-        loss.backward()
+        update.backward(loss)
         with torch.no_grad():
             pairs = Pairs.of(group, total_weight=weight, device=device)
             margin = scores[pairs.better_P] - scores[pairs.worse_P]
@@ -194,15 +184,13 @@ def cross_fitted_margins(config: RewardModelConfig, comparisons: Sequence[Compar
     margins = [0.0] * len(comparisons)
     for fold in range(config.denoise_folds):
         inside, outside = ([i for i, c in enumerate(comparisons) if (part[tuple(c.prompt)] == fold) is wanted] for wanted in (True, False))
-        model, optimizer = new_model(config)
+        model, learner = new_model(config)
         total = math.ceil(len(outside) * config.epochs / config.pairs_per_step)
         for step in range(total):
             start = step * config.pairs_per_step
             order = data_order(len(outside), config.run.seed, start, min(start + config.pairs_per_step, len(outside) * config.epochs))
-            optimizer.zero_grad()
-            gradients(model, [comparisons[outside[i]] for i in order], config)
-            optimizer.lr = learning_rate(config.optim, step, total)
-            optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
+            with learner.update(step, total) as update:
+                gradients(update, model, [comparisons[outside[i]] for i in order], config)
         asked = [comparisons[i] for i in inside]
         better, worse = score_pairs(model, asked, config.tokens_per_microbatch)
         for i, differences in zip(inside, (better - worse).split([len(c.pairs) for c in asked]), strict=True):

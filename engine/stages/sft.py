@@ -13,8 +13,7 @@ from fusedrl.engine.config import SFTConfig
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations, load_dialogues
 from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, encode_dialogues, end_of_text
-from fusedrl.engine.optim.adamw import measure_optimizer, optimizer_of
-from fusedrl.engine.optim.schedule import learning_rate
+from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.faults import raise_faults
 
@@ -44,8 +43,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
-    optim = config.optim
-    optimizer = optimizer_of(optim, actor.named_parameters())
+    learner = Learner(actor, config.optim)
     with Run(config, None) as run:
         trunk = actor.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
@@ -66,40 +64,27 @@ def train_sft(config: SFTConfig) -> SFTResult:
             return sequences
 
         train, held = mix(config.data, read).split(lambda sequences: held_out(sequences, config.eval_fraction, config.run.seed))
-        run.total = math.ceil(len(train) * config.epochs / config.sequences_per_step)
-        run.restore(model=actor, optimizer=optimizer)
 
         def held_loss() -> dict[str, float]:
             with run.apart("evaluate"):
                 return {"eval_loss": cross_entropy(actor, held, config.tokens_per_microbatch)}
 
-        if held and config.eval_every and run.start == 0:
-            run.metrics.log(0, held_loss())
-        for step in range(run.start, run.total):
-            start = step * config.sequences_per_step
-            chosen = train.draw(config.run.seed, start, min(start + config.sequences_per_step, len(train) * config.epochs))
+        for step, chosen in run.steps(train, config.sequences_per_step, config.epochs, model=learner):
+            if step == 0 and held and config.eval_every:
+                run.metrics.log(0, held_loss())
             batch = PackedBatch.from_masked(chosen, device=actor.decoder.device)
             tokens = int(batch.action_mask.sum())
-            with run.time("train"):
-                optimizer.zero_grad()
-                loss = torch.zeros((), device=actor.decoder.device)
-                for group in batch.split(config.tokens_per_microbatch):
-                    micro = batch.select(group)
+            with run.time("train"), learner.update(step, run.total) as update:
+                for micro in batch.micro_batches(config.tokens_per_microbatch):
                     logp, _ = actor.logprobs(micro, actor.forward(micro))
-                    part = -logp.sum() / tokens  # logp is 0 off the completions; the denominator is the whole step's
-                    part.backward()
-                    loss += part.detach()
-                optimizer.lr = learning_rate(optim, step, run.total)
-                result = optimizer.step(max_grad_norm=optim.max_grad_norm or None)
-                run.check_update(result)
-                actor.mark_updated()
+                    update.backward(-logp.sum() / tokens)  # logp is 0 off the completions; the denominator is the whole step's
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
-            metrics = {"loss": loss.item(), "perplexity": math.exp(min(80.0, loss.item())), "lr": optimizer.lr, "grad_norm": result.grad_norm,
-                       "num_tokens": float(batch.num_tokens)} | measure_optimizer(optimizer)
+            loss = 0.0 if update.loss is None else update.loss.item()
+            metrics = {"loss": loss, "perplexity": math.exp(min(80.0, loss)), "grad_norm": update.grad_norm,
+                       "num_tokens": float(batch.num_tokens)} | learner.metrics()
             if held and (step == run.total - 1 or (config.eval_every and (step + 1) % config.eval_every == 0)):
                 metrics |= held_loss()
             run.log(step, metrics)
-            run.save_if_due(step)
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
         return SFTResult(run.finish(actor.save_pretrained), run.total, run.last_metrics)

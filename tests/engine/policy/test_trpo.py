@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ from fusedrl.engine.config import (
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.weights import load_decoder
-from fusedrl.engine.optim.adamw import make_optimizer
+from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.optim.natural_gradient import conjugate_gradient, line_search, natural_step
 from fusedrl.engine.policy import trpo
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
@@ -301,10 +300,10 @@ def watched(monkeypatch):
     """Of each update: the batch, and log-probabilities over the vocabulary before it and after it."""
     seen = []
 
-    def update(actor, reference, optimizer, batch, cuts, config, *rest, original=policy.trust_region_update):
+    def update(actor, reference, learner, batch, cuts, config, *rest, original=policy.trust_region_update):
         before = all_logp(actor.decoder, batch, config.generation.temperature)
-        metrics = original(actor, reference, optimizer, batch, cuts, config, *rest)
-        seen.append((batch, before, all_logp(actor.decoder, batch, config.generation.temperature), optimizer))
+        metrics = original(actor, reference, learner, batch, cuts, config, *rest)
+        seen.append((batch, before, all_logp(actor.decoder, batch, config.generation.temperature), learner.optimizer))
         return metrics
 
     monkeypatch.setattr(policy, "trust_region_update", update)
@@ -376,7 +375,8 @@ def test_values_are_trained_on_a_trunk_that_is_a_constant(make, monkeypatch):
     """Every gradient step of the critic moves the head alone, and is one of the value loss on all of the rollout."""
     seen = []
 
-    def train_values(values, optimizer, micros, config, step, run, unit, original=trpo.train_values):
+    def train_values(values, learner, micros, config, step, unit, original=trpo.train_values):
+        optimizer = learner.optimizer
         head = [p for name, p in optimizer._params.items() if name.startswith("value_head")]
         trunk = [p.detach().clone() for name, p in optimizer._params.items() if name.startswith("decoder")]
         weight, bias = (p.detach().double() for p in head)
@@ -384,7 +384,7 @@ def test_values_are_trained_on_a_trunk_that_is_a_constant(make, monkeypatch):
         for value, micro in zip(values, micros, strict=True):
             v = value().detach().double()
             loss += (micro.weights.double() * (v - micro.returns.double()) ** 2).sum().item() / 2
-        found = original(values, optimizer, micros, config, step, run, unit)
+        found = original(values, learner, micros, config, step, unit)
         seen.append((loss, found["loss/value_avg"], torch.equal(weight, head[0].double()) or torch.equal(bias, head[1].double())))
         assert all(torch.equal(a, p) for a, p in zip(trunk, (p for n, p in optimizer._params.items() if n.startswith("decoder")), strict=True))
         return found
@@ -462,12 +462,11 @@ def test_the_plan_counts_its_vectors():
     sizes, tokens = MEDIUM | {"tie_word_embeddings": True}, 400
     config = PolicyConfig("m", "d", ("r.py:r",), "trpo", dtype="float32", device="cpu", trpo=TRPOConfig(cg_iterations=2, fisher_fraction=1.0), epochs=1)
     planned, actor, packed = Planner(model_config(sizes), config, cache=CacheConfig(num_blocks=1)), model_of(sizes, "ppo", "float32"), plan_batch(tokens, 2000)
-    optimizer, scored, noise = make_optimizer(actor.named_parameters(), lr=1e-3), actor.score(packed), torch.randn(2, packed.num_tokens)
+    learner, scored, noise = Learner(actor, OptimConfig(lr=1e-3)), actor.score(packed), torch.randn(2, packed.num_tokens)
     packed = packed.with_columns(old_logp=scored.logp, old_entropy=scored.entropy, values=scored.values, rollout_logp=scored.logp, advantages=noise[0],
                                  returns=noise[1], scores=torch.zeros(packed.num_sequences))
-    run = SimpleNamespace(check_update=lambda result: None)
-    measured = allocator_peak(lambda: trpo.trust_region_update(actor, None, optimizer, packed, [[list(range(packed.num_sequences))]], config, Control(config),
-                                                               0, run))
+    measured = allocator_peak(lambda: trpo.trust_region_update(actor, None, learner, packed, [[list(range(packed.num_sequences))]], config, Control(config),
+                                                               0))
     parts = planned.parts(tokens, False)
     assert parts.gradients + parts.optimizer + parts.activations + parts.workspace == pytest.approx(measured, rel=0.15)
     assert planned.optimizer > 2.9 * Planner(model_config(sizes), replace(config, loss=LossConfig(objective="ppo_clip"))).optimizer

@@ -230,7 +230,7 @@ def test_updates_that_are_all_skipped_leave_the_step_whole(make, monkeypatch):
     parts = make("sft", "parts")
     backward = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda self, *a: backward(self * (float("nan") if Path(parts.run.dir).exists() and last(parts) else 1.0), *a))
-    monkeypatch.setattr("fusedrl.engine.runs.run._MAX_SKIPPED", 1)
+    monkeypatch.setattr("fusedrl.engine.optim.learner.MOST_SKIPPED", 1)
     with pytest.raises(RuntimeError, match="non-finite gradient norm"):
         run_of(parts)
     monkeypatch.undo()

@@ -8,17 +8,16 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
-from fusedrl.engine.config import GenerationConfig, PolicyConfig
+from fusedrl.engine.config import GenerationConfig, OptimConfig, PolicyConfig
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.optim.adamw import make_optimizer
+from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.stages import policy
 from fusedrl.engine.watch.plan import plan
@@ -43,7 +42,7 @@ def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps:
     actor = HybridActor(Decoder.random(model, 0), value_head=ValueHead(model.hidden_size), cache=cache)
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     reference = HybridActor(Decoder.random(model, 0))
-    optimizer = make_optimizer(actor.named_parameters(), lr=1e-5)
+    learner = Learner(actor, OptimConfig(lr=1e-5))
     half = config.generation.max_new_tokens
     prompts = [torch.randint(3, model.vocab_size, (half,)).tolist() for _ in range(config.prompts_per_step)]
     peak = rollout = 0
@@ -56,10 +55,9 @@ def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps:
         cuts = policy._cuts(batch, config, number, 0)
         batch = policy.score(actor, reference, batch, cuts, 1.0)
         noise = torch.randn(2, batch.num_tokens)
-        run = cast(Any, SimpleNamespace(check_update=lambda result: None))
         batch = batch.with_columns(advantages=noise[0], returns=noise[1], scores=torch.zeros(batch.num_sequences))
         with actor.lend_cache():
-            policy.update(actor, reference, optimizer, batch, cuts, config, Control(config), number, run)
+            policy.update(actor, reference, learner, batch, cuts, config, Control(config), number)
     return max(peak, resident("VmHWM")), rollout
 
 
