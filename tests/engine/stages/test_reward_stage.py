@@ -18,6 +18,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, load_reward_model, save_reward_model
 from fusedrl.engine.model.weights import load_tokenizer, save_pretrained
+from fusedrl.engine.optim.learner import Update
 from fusedrl.engine.preference.comparisons import Comparison
 from fusedrl.engine.runs.run import held_out
 from fusedrl.engine.stages.reward_model import evaluate, gradients, new_model, score_pairs, train_reward_model
@@ -179,9 +180,8 @@ def test_loss_and_gradients_are_the_definition(config, tiny_model, tmp_path, tie
         save_pretrained(Decoder.random(model_config(raw), seed=3), directory, tokenizer=load_tokenizer(tiny_model))
     full = replace(config, model=str(directory), label_noise=0.15, center_coef=0.05, imitation_coef=0.7)
     for tokens in (1, 20, 1000):
-        model, optimizer = new_model(replace(full, tokens_per_microbatch=tokens))
-        optimizer.zero_grad()
-        metrics = gradients(model, MIXED, replace(full, tokens_per_microbatch=tokens))
+        model, _ = new_model(replace(full, tokens_per_microbatch=tokens))
+        metrics = gradients(Update(), model, MIXED, replace(full, tokens_per_microbatch=tokens))
         loss, embedding, vocabulary, head = in_float64(directory, model.head.weight.detach(), MIXED, full)
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
         ours = model.lm_head if tied else model.decoder.head
@@ -197,7 +197,7 @@ def test_plain_options_train_as_before(config):
     """No option set: the mean over pairs of -log sigmoid of the difference, and nothing else in the checkpoint."""
     model, _ = new_model(config)
     pairs = [MIXED[3], Comparison([1, 9], ([4, 2], [5, 6, 2]), (1, 2))]
-    metrics = gradients(model, pairs, config)
+    metrics = gradients(Update(), model, pairs, config)
     better, worse = score_pairs(model, pairs, 100)
     assert metrics["loss"] == pytest.approx(-torch.nn.functional.logsigmoid(better - worse).mean().item(), rel=1e-6)
     assert set(metrics) == {"loss", "accuracy", "margin"}
