@@ -108,6 +108,7 @@ class Control:
         self.level: float | None = None  # mean return of the first rollout
         self.origin: float | None = None  # mean of its scores, where they are scaled
         self.value_level, self.unit = 0.0, cast("float | None", None)  # of the value head; no unit while all returns were the same
+        self.next_unit: float | None = None  # after this step
         self.drawn = 0
         self._scale, self._centre = config.scale_scores, config.normalize_scores
         self._penalised = config.objective == "ppo_penalty"

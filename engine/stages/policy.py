@@ -142,6 +142,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                 else:
                     replayed = None if replay is None else replay.draw(step, batch.num_sequences, batch.device)
                     metrics |= update(actor, reference, learner, batch, cuts, config, control, step, ptx, replayed)
+            if recount(control, head) and own_critic is None:
+                actor.mark_updated()
             control.update(metrics if learns else {}, signals.totals)
             if warning := control.kl.warning():
                 run.message(warning)
@@ -159,16 +161,27 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
 
 
 def settle(signals: Signals, control: Control, head: ValueHead | None) -> Signals:
-    """What advantages are counted from, before they are: of the first rollout the mean of its returns, of every rollout the level and the unit of values."""
-    signals, short = signals.settled(first=control.level is None)
+    """What advantages are counted from, before they are: of the first rollout the mean of its returns, of every rollout the level of values. What unit they
+    show is for the next rollout (`recount`); the first one's is its own."""
+    first = control.level is None
+    signals, short = signals.settled(first=first)
     if head is None or signals.batch.values is None:
         return signals
     head.raise_by(short)
-    control.unit = signals.unit(control.unit)
-    if control.unit is not None:
-        head.count_in(control.unit)
-    control.value_level = head.level.item()
+    control.value_level, control.next_unit = head.level.item(), signals.unit(control.unit)
+    if first:
+        recount(control, head)
     return signals
+
+
+def recount(control: Control, head: ValueHead | None) -> bool:
+    """The unit that the last rollout showed is that of values from now on. Returns whether it is another; then parameters were written, which a step may do
+    only where its update begins or at its end: until then what is in memory is the step before, whole."""
+    if head is None or control.next_unit is None or control.next_unit == control.unit:
+        return False
+    control.unit = control.next_unit
+    head.count_in(control.unit)
+    return True
 
 
 # ---- the batch, and how it is cut --------------------------------------------------------------------------------------------

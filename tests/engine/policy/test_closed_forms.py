@@ -18,7 +18,7 @@ from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.policy.objectives import ValueScale, make_objective, minibatch_weights, objective_loss
-from fusedrl.engine.stages.policy import settle
+from fusedrl.engine.stages.policy import recount, settle
 
 V, T, PROMPTS, EOS, BETA, B = 5, 4, 2, 4, 0.5, 1024
 OFFSETS = [PROMPTS * (4**d - 1) // 3 for d in range(T + 1)]  # of the states of each depth; a state is a prompt and the tokens after it
@@ -153,6 +153,7 @@ def learn(tree: Tree, config: PolicyConfig, *, updates: int, lr: float, batch_si
             adam.zero_grad()
             loss.backward()
             adam.step()
+        recount(control, critic)
         control.update({"policy/last_approxkl": stats.approx_kl_k3.item()}, signals.totals)
     return logits.detach().log_softmax(1), control
 

@@ -39,7 +39,7 @@ from fusedrl.engine.policy.control import Control
 from fusedrl.engine.policy.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.runs.checkpoint import latest_checkpoint
 from fusedrl.engine.stages import policy
-from fusedrl.engine.stages.policy import settle, train_policy
+from fusedrl.engine.stages.policy import recount, settle, train_policy
 from fusedrl.engine.watch.plan import Planner
 from fusedrl.kernels import native
 
@@ -200,6 +200,7 @@ def sampled(config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
             adam.zero_grad()
             (batch.weights * (column(critic(every_state), states, mask) - batch.returns) ** 2).sum().backward()
             adam.step()
+        recount(control, critic)
         control.update({}, signals.totals)
     return table.gap
 
