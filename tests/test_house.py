@@ -157,6 +157,16 @@ def test_packages_are_all_listed():
     listed = set(re.findall(r"\"fusedrl\.[a-z.]+\": \"([a-z/]+)\"", (ROOT / "setup.py").read_text(encoding="utf-8")))
     present = {p.parent.relative_to(ROOT).as_posix() for p in PRODUCT}
     assert present == listed
+    assert not [room for room in present if room.startswith("engine") and not (ROOT / room / "__init__.py").is_file()]
+
+
+def test_git_ignores_nothing_of_the_product():
+    """A pattern for what runs leave behind would hide a room of that name, and new files in it would never be committed."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    places = sorted({path.parent / "new.py" for path in [*PRODUCT, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]})
+    found = subprocess.run(["git", "check-ignore", *map(str, places)], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1, found.stdout
 
 
 def test_readme_tree_is_the_tree():

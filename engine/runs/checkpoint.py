@@ -28,9 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError
 from fusedrl.engine.data.lines import check_data_file
 from fusedrl.engine.data.readers import Data, parse_data
-from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
 FREE_KEYS = ("run.dir", "run.resume", "run.progress", "run.keep", "run.save_every", "run.save_minutes", "run.signals", "steps",

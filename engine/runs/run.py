@@ -25,10 +25,10 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from fusedrl.engine.base.errors import ConfigError, Stopped
+from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.runs.checkpoint import RunDirectory
-from fusedrl.engine.config.base import StageConfig
-from fusedrl.engine.base.errors import ConfigError, Stopped
 from fusedrl.engine.runs.metrics import JsonLines, Metrics, Progress, say
 from fusedrl.engine.runs.saving import Parts, Saver
 

@@ -16,10 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
-from fusedrl.engine.config.base import RunConfig
 from fusedrl.engine.base.errors import CheckpointError
+from fusedrl.engine.config.base import RunConfig
 from fusedrl.engine.optim.learner import Learner, Model
+from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
 
 _SHARE = 20  # a save waits for this many times the seconds that the last one took: 5% of the time at the most
 

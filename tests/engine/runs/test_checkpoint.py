@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fusedrl.engine.runs.checkpoint import MANIFEST, RunDirectory, RunLock, config_diff, config_to_dict, latest_checkpoint, save_checkpoint
-from fusedrl.engine.config import RunConfig, SFTConfig
 from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError
+from fusedrl.engine.config import RunConfig, SFTConfig
+from fusedrl.engine.runs.checkpoint import MANIFEST, RunDirectory, RunLock, config_diff, config_to_dict, latest_checkpoint, save_checkpoint
 
 IO_CALLS = {"open", "write", "flush", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "close", "scandir"}
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.config import (
     CorrectionConfig,
     CriticConfig,
@@ -22,6 +21,7 @@ from fusedrl.engine.config import (
     RunConfig,
     SFTConfig,
 )
+from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.stages.dpo import train_dpo
 from fusedrl.engine.stages.policy import train_policy
 from fusedrl.engine.stages.rejection import train_rejection

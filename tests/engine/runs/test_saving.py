@@ -16,9 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedrl.engine.runs import saving
-from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS
-from fusedrl.engine.runs.checkpoint import latest_checkpoint
+from fusedrl.engine.base.errors import ConfigError, RewardError, Stopped
 from fusedrl.engine.cli.main import main, parse_config, resume_command
 from fusedrl.engine.config import (
     CriticConfig,
@@ -36,10 +34,11 @@ from fusedrl.engine.config import (
     RunConfig,
     SFTConfig,
 )
-from fusedrl.engine.base.errors import ConfigError, RewardError, Stopped
-from fusedrl.engine.watch.monitor import HeldOut
+from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS
 from fusedrl.engine.optim.adamw import Optimizer
 from fusedrl.engine.rewards.rewards import RewardSet
+from fusedrl.engine.runs import saving
+from fusedrl.engine.runs.checkpoint import latest_checkpoint
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.stages import policy, rejection
 from fusedrl.engine.stages.dpo import train_dpo
@@ -47,6 +46,7 @@ from fusedrl.engine.stages.policy import train_policy
 from fusedrl.engine.stages.rejection import train_rejection
 from fusedrl.engine.stages.reward_model import train_reward_model
 from fusedrl.engine.stages.sft import train_sft
+from fusedrl.engine.watch.monitor import HeldOut
 
 # A reward that draws from torch's generator: what is carried from step to step holds that as well.
 REWARD = '''
