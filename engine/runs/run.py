@@ -148,8 +148,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         return self._skipped_before + (0 if self._parts is None else self._parts.skipped)
 
     def steps(self, train: Mixture[T], per_step: int, epochs: int, **parts: Any) -> Iterator[tuple[int, list[T]]]:
-        """The steps of so many passes over `train`, each with its number and its `per_step` examples, the last with what is left; in an order that is a function of
-        the seed. `parts` are restored before the first, and what is complete is saved when it is due."""
+        """The steps of so many passes over `train`: the number of each and its `per_step` examples, the last with what is left, in an order that is a function
+        of the seed. `parts` are restored before the first, and what is complete is saved when it is due."""
         end = len(train) * epochs
         self.total = math.ceil(end / per_step)
         self.restore(**parts)
