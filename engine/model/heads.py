@@ -82,10 +82,11 @@ class ValueHead(nn.Module):
         Raises:
             ValueError: the head was cast, moved or given another shape.
         """
-        H, found = hidden_NH.shape[-1], [(tuple(p.shape), p.dtype, p.device) for p in (self.weight, self.bias)]
+        H, found = hidden_NH.shape[-1], [(tuple(p.shape), p.dtype, p.device) for p in (self.weight, self.bias, self.level, self.unit)]
         wide = torch.promote_types(hidden_NH.dtype, torch.float32)
-        if found != [((1, H), wide, hidden_NH.device), ((1,), wide, hidden_NH.device)]:
-            got = ", ".join(f"{name} {list(shape)} in {dtype} on {device}" for name, (shape, dtype, device) in zip(("weight", "bias"), found, strict=True))
+        if found != [((1, H), wide, hidden_NH.device), *[((1,), wide, hidden_NH.device)] * 3]:
+            names = ("weight", "bias", "level", "unit")
+            got = ", ".join(f"{name} {list(shape)} in {dtype} on {device}" for name, (shape, dtype, device) in zip(names, found, strict=True))
             raise ValueError(f"ValueHead: expected weight [1, {H}] and bias [1] in torch.float32 on {hidden_NH.device}, as values are whatever the trunk's "
                              f"dtype, got {got}; use value_head.to({str(hidden_NH.device)!r}, torch.float32), or a new ValueHead({H}), and make its optimizer "
                              "afterwards")

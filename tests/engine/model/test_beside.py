@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.heads import ValueHead
 
 TIED = SIZES | {"tie_word_embeddings": False}
 
@@ -442,6 +443,7 @@ def completion(ids):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("change", [lambda h: h.half(), lambda h: h.bfloat16(), lambda h: h.double(), lambda h: h.to("meta"),
                                     lambda h: setattr(h, "weight", nn.Parameter(torch.zeros(1, 7))),
+                                    lambda h: setattr(h, "unit", h.unit.double()),
                                     lambda h: setattr(h, "bias", nn.Parameter(torch.zeros(2)))])  # fmt: skip
 def test_a_value_head_that_was_cast_or_reshaped_alone_is_refused_and_put_right(change, strict):
     actor = HybridActor.from_module(model(), value_head=True, strict=strict)
@@ -452,5 +454,5 @@ def test_a_value_head_that_was_cast_or_reshaped_alone_is_refused_and_put_right(c
     for read in (lambda: actor.score(batch), lambda: actor.generate(PROMPTS, PARAMS)):
         with pytest.raises(ValueError, match=r"ValueHead: expected weight \[1, 32\] and bias \[1\] in torch.float32 on cpu.*, got .*use value_head.to"):
             read()
-    head.weight, head.bias = nn.Parameter(torch.zeros(1, 32)), nn.Parameter(torch.zeros(1))
+    actor.value_head = ValueHead(32)
     assert actor.generate(PROMPTS, PARAMS) == outs
