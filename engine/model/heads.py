@@ -4,6 +4,7 @@ Both compute in float32 whatever the trunk's dtype: values and scores are float3
 """
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,9 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def count_in(self, unit: float) -> None:
-        """Another unit, > 0, and the same values up to rounding."""
+        """Another unit, and the same values up to rounding. Raises ValueError for one that is not finite and above 0."""
+        if not 0 < unit < math.inf:
+            raise ValueError(f"ValueHead.count_in: expected a finite unit above 0, got {unit!r}")
         ratio = self.unit / unit
         for p in (self.weight, self.bias):
             p.mul_(ratio)

@@ -35,7 +35,7 @@ class Signals:
     batch: with the columns scores and group_ids [B] (equal where the prompt is, in any number: invalid completions are not there), and, where the
     algorithm has them, old_logp, ref_logp and values [N] and greedy_scores [B]. kl_coef: of the KL in the reward. future_kl_coef: of the KL of the tokens to
     come, which `estimate` takes off. baseline: the mean of all returns R of earlier steps. level: that of the first rollout. `settled` fills in both of
-    the first rollout itself, so that a constant added to all rewards adds to no advantage, and corrects both where rewards have moved since.
+    the first rollout itself, so that a constant added to all rewards adds to no advantage, and corrects both, then as [B], where rewards have moved since.
     """
 
     batch: PackedBatch
@@ -45,8 +45,8 @@ class Signals:
     kl_coef: float = 0.0
     future_kl_coef: float = 0.0
     score_clip: float | None = None
-    baseline: float = 0.0
-    level: float = 0.0
+    baseline: float | Tensor = 0.0
+    level: float | Tensor = 0.0
 
     @classmethod
     def of(cls, config: PolicyConfig, batch: PackedBatch, kl_coef: float, baseline: float, level: float = 0.0) -> Signals:
@@ -60,31 +60,49 @@ class Signals:
 
         Level and baseline are short of the mean R - level and R - baseline, values of the mean over completions of the mean of G_t - V_t over their tokens. A
         critic that said less would make every completion's last token look like a gain, and one that said more like a loss, whatever stands there; and its own
-        steps are short. The first rollout takes all that it is short of, a later one what is `beyond_chance`: rewards whose level moved are followed at once.
+        steps are short. The first rollout takes all that it is short of. A later one takes what is `beyond_chance`, so that rewards whose level moved are
+        followed at once; each completion by what the other prompts' say, since a baseline that a completion has a part in would bias its gradient.
         """
-        batch, short, mean = self.batch, 0.0, _mean if first else beyond_chance
-        level, baseline = (0.0 if first else start for start in (self.level, self.baseline))
+        batch, short, level, baseline = self.batch, 0.0, self.level, self.baseline
+        prompts_B = torch.arange(batch.num_sequences, device=batch.device) if batch.group_ids is None else batch.group_ids
+
+        def off(x_B: Tensor, answered_B: Tensor) -> tuple[float, Tensor]:
+            if first:
+                mean = x_B[answered_B].mean().item() if answered_B.any() else 0.0
+                return mean, torch.full_like(x_B, mean)
+            return beyond_chance(x_B, prompts_B, answered_B)
+
         if batch.values is not None:
             weights_N = token_weights(batch.action_mask, "sequence_mean_token_mean", cu_seqlens=batch.cu_seqlens).double()
             short_B, weight_B = self._sums(weights_N * self._targets[0]), self._sums(weights_N)
-            short = mean((short_B / weight_B)[weight_B > 0])
+            short, each_B = off(short_B / weight_B.clamp(min=1e-30), weight_B > 0)
+            each_N = torch.repeat_interleave(each_B, batch.cu_seqlens.long().diff(), output_size=batch.num_tokens)
             columns = {name: x for name in ("values", "rollout_values") if (x := getattr(batch, name)) is not None}
-            batch = batch.with_columns(**{name: torch.where(batch.positions > 0, x_N + short, x_N) for name, x_N in columns.items()})
+            batch = batch.with_columns(**{name: torch.where(batch.positions > 0, x_N + each_N, x_N).to(x_N.dtype) for name, x_N in columns.items()})
         totals_B = self.totals.double()
-        return replace(self, batch=batch, baseline=baseline + mean(totals_B - baseline), level=level + mean(totals_B - level)), short
+        everyone_B = torch.ones_like(totals_B, dtype=torch.bool)
+        if first:
+            level = baseline = off(totals_B, everyone_B)[0]
+        else:
+            level, baseline = ((start + off(totals_B - start, everyone_B)[1]).to(self.totals.dtype) for start in (level, baseline))
+        return replace(self, batch=batch, baseline=baseline, level=level), short
 
-    def unit(self, before: float | None) -> float | None:
-        """The unit of values after this rollout: the standard deviation of G over all actions but those of the completion that adds most to it (where there
-        are four or more), within a factor of 2 of the unit `before`, and that where all returns are the same."""
-        if not self.batch.action_mask.any():
+    def unit(self, before: float | None, first: bool = False) -> float | None:
+        """The unit of values after this rollout: the standard deviation of G over all actions but those of the completion that adds most to it, within a factor
+        of 2 of the unit `before`, and that where all returns are the same. Of fewer than four completions it is the root mean square of G - V; the first
+        rollout's, whose values are its own mean, says nothing then."""
+        mask_N, few = self.batch.action_mask, self.batch.num_sequences < 4
+        if not mask_N.any() or (few and first):
             return before
-        returns_N, mask_N = torch.where(self.batch.action_mask, self._targets[1], 0.0).double(), self.batch.action_mask
-        count_B, mean = self.lengths.double(), returns_N.sum() / mask_N.sum()
-        off_N = torch.where(mask_N, returns_N - mean, 0.0)
-        sum_B, square_B = self._sums(off_N), self._sums(off_N.square())
-        count, total, square = (x.sum() - x if len(x) > 3 else x.sum(0, keepdim=True) for x in (count_B, sum_B, square_B))  # of all but one
-        variance_B = square / count.clamp(min=1) - (total / count.clamp(min=1)).square()
-        found = math.sqrt(max(0.0, variance_B.min().item()))
+        returns_N = torch.where(mask_N, self._targets[1], 0.0).double()
+        if few:
+            found = self._targets[0][mask_N].double().square().mean().sqrt().item()
+        else:
+            count_B, mean = self.lengths.double(), returns_N.sum() / mask_N.sum()
+            off_N = torch.where(mask_N, returns_N - mean, 0.0)
+            count, total, square = (x.sum() - x for x in (count_B, self._sums(off_N), self._sums(off_N.square())))  # of all but one
+            variance_B = square / count.clamp(min=1) - (total / count.clamp(min=1)).square()
+            found = math.sqrt(max(0.0, variance_B.min().item()))
         if not found > 1e-6 * max(returns_N.abs().max().item(), 1e-30):  # rounding
             return before
         return found if before is None else min(2 * before, max(before / 2, found))
@@ -146,16 +164,40 @@ class Signals:
         return torch.empty_like(reduced_B).scatter(0, order, reduced_B)
 
 
-def _mean(x_B: Tensor) -> float:
-    return x_B.mean().item() if len(x_B) else 0.0
+def beyond_chance(x_B: Tensor, prompts_B: Tensor, answered_B: Tensor) -> tuple[float, Tensor]:
+    """Of the mean c of x over prompts, what chance does not explain: (1 - s^2 / c^2) c, or 0 where that is negative; and for each completion, [B], the same of
+    all prompts but its own. One outlier makes c and s alike, and is nothing.
+
+    s^2 is the variance of c that the spread of the n prompts' means shows, times (n - 1) / (n - 3), the variance of Student's t with its degrees of freedom:
+    three prompts or fewer say nothing. Source: James and Stein (1961), Estimation with quadratic loss; the positive part.
+
+    Args:
+        x_B: float64. prompts_B: equal where the prompt is; completions of one are not independent. answered_B: which count.
+    """
+    others_B = torch.zeros_like(x_B)
+    if not answered_B.any():
+        return 0.0, others_B
+    order = torch.sort(prompts_B, stable=True).indices
+    _, group, sizes = torch.unique_consecutive(prompts_B[order], return_inverse=True, return_counts=True)
+    counted = answered_B[order].double()
+    sums_G, counts_G = (torch.segment_reduce(y, "sum", lengths=sizes) for y in (torch.where(answered_B, x_B, 0.0)[order], counted))
+    there_G = counts_G > 0
+    mean_G = torch.where(there_G, sums_G / counts_G.clamp(min=1), 0.0)
+    n, middle = there_G.sum(), mean_G.sum() / there_G.sum()
+    off_G = torch.where(there_G, mean_G - middle, 0.0)
+    total, square = off_G.sum(), off_G.square().sum()
+    found_G = _shrunk(n - there_G.long(), total - off_G, square - off_G.square(), middle)
+    others_B[order] = found_G[group]
+    return _shrunk(n, total, square, middle).item(), others_B
 
 
-def beyond_chance(x_B: Tensor) -> float:
-    """Of the mean c of what was drawn independently, what chance does not explain: (1 - s^2 / c^2) c, or 0 where that is negative, s being the standard error
-    of c. One outlier makes c and s alike, and is nothing. Source: James and Stein (1961), Estimation with quadratic loss; the positive part."""
-    mean = _mean(x_B)
-    variance = x_B.var().item() / len(x_B) if len(x_B) > 1 else math.inf
-    return mean * max(0.0, 1 - variance / mean**2) if mean else 0.0
+def _shrunk(n: Tensor, total: Tensor, square: Tensor, middle: Tensor) -> Tensor:
+    """`beyond_chance` of n numbers by the sum and the sum of squares of what they are off `middle`."""
+    n_safe = n.clamp(min=1)
+    mean_off = total / n_safe
+    c = middle + mean_off
+    variance = (square / n_safe - mean_off.square()).clamp(min=0) / (n - 3).clamp(min=1)
+    return torch.where((n > 3) & (c.square() > variance), c - variance / torch.where(c == 0, 1.0, c), 0.0)
 
 
 AdvantageFunction = Callable[[Signals], Tensor | tuple[Tensor, Tensor]]
@@ -248,13 +290,13 @@ def _monte_carlo(x: Signals) -> Tensor:
 def _reward_to_go(x: Signals) -> Tensor:
     """G_t, less the level as in `_monte_carlo`."""
     to_go_N = discounted_returns(x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma)
-    return torch.where(x.batch.action_mask, to_go_N - x.level, 0.0)
+    return torch.where(x.batch.action_mask, to_go_N - x.per_token(torch.zeros_like(x.totals) + x.level), 0.0)
 
 
 @register_advantage("running_mean")
 def _running_mean(x: Signals) -> Tensor:
-    """R - b, b the mean of all earlier R: of the past, so that it does not depend on what it is subtracted from. The first rollout has its own mean, which
-    leaves (B - 1) / B of the gradient, and so nearly has one that contradicts the past (`Signals.settled`)."""
+    """R - b, b the mean of all earlier R, and where the rollout's other prompts contradict it what they say (`Signals.settled`): neither depends on what it is
+    subtracted from. The first rollout has its own mean, which leaves (B - 1) / B of the gradient."""
     return x.per_token(x.totals - x.baseline)
 
 

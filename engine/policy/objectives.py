@@ -170,8 +170,9 @@ class ValueScale(NamedTuple):
         """Of a rollout's batch, however it is cut, and the unit of the head. The clip is so many units: absolute, it would stop values that have far to go.
 
         An error is divided by the unit, or where it is larger by the root mean square of what all values are off by, so that no rollout's value loss is far
-        above 1 / 2. In rewards it grows with their square, which on a trunk that the policy shares would drown the policy's gradient wherever rewards, or
-        the KL's coefficient, are large, or one reward is."""
+        above 1 / 2. In rewards it grows with their square, which on a trunk that the policy shares would drown the policy's gradient wherever rewards, or the
+        KL's coefficient, are large, or one reward is. On a shared trunk `objective_loss` multiplies by the error once where advantages are not whitened: the
+        policy's gradient is counted in rewards then, and drowned where they are small."""
         clip = None if config.loss.value_clip is None else config.loss.value_clip * unit
         if batch.returns is None:
             return cls(clip, unit)
@@ -209,7 +210,7 @@ def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, b
     else:
         total, stats, value_stats = policy_value_loss(
             logp_N, old_N, advantages_N if fused else torch.zeros_like(advantages_N), weights_N, values_N, batch.column("values"), batch.column("returns"),
-            value_clip=value.clip, value_coef=loss.value_coef / value.error**2, **common)
+            value_clip=value.clip, value_coef=loss.value_coef / value.error ** (2 if loss.whiten else 1), **common)
     terms_N: list[Tensor] = []
     if not isinstance(objective, PolicyObjective):
         live_N = weights_N != 0

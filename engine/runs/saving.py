@@ -84,7 +84,11 @@ class Parts:
                     parameter.copy_(saved[name])
             learner.optimizer.load_state_dict(checkpoint.tensors[moments])
         if self.control is not None:
-            self.control.load_state_dict(checkpoint.state)
+            try:
+                self.control.load_state_dict(checkpoint.state)
+            except KeyError as error:
+                raise CheckpointError(f"{checkpoint.path}: state.json lacks {error}, so another version of fusedrl wrote it; resume with that version, "
+                                      "or begin another run from a model that it saved") from error
         if self.replay is not None:
             if "replay" not in checkpoint.tensors:
                 raise CheckpointError(f"{checkpoint.path}: expected the group replay, got {sorted(checkpoint.tensors)}")

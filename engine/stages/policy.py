@@ -168,7 +168,7 @@ def settle(signals: Signals, control: Control, head: ValueHead | None) -> Signal
     if head is None or signals.batch.values is None:
         return signals
     head.raise_by(short)
-    control.value_level, control.next_unit = head.level.item(), signals.unit(control.unit)
+    control.value_level, control.next_unit = head.level.item(), signals.unit(control.unit, first)
     if first:
         recount(control, head)
     return signals

@@ -336,8 +336,8 @@ def test_the_unit_is_a_deviation_that_no_single_completion_makes(device):
         tokens = [np.repeat(scores[:b] + scores[b + 1:], lengths[:b] + lengths[b + 1:]).std() for b in range(len(scores))]
         return pytest.approx(min(tokens), rel=1e-5)
 
-    def unit(scores, before=None, **kwargs):
-        return Signals(of_scores(device, scores, [0.0] * len(scores)), **kwargs).unit(before)
+    def unit(scores, before=None, first=False):
+        return Signals(of_scores(device, scores, [0.0] * len(scores))).unit(before, first)
 
     assert unit(scores) == expected(scores)
     assert unit([x + 1000 for x in scores]) == pytest.approx(unit(scores), rel=1e-3)
@@ -350,33 +350,88 @@ def test_the_unit_is_a_deviation_that_no_single_completion_makes(device):
     assert unit([x / 50 for x in scores], before=found) == found / 2
     assert unit([3.0] * 32) is None
     assert unit([1e6 + 1e-3 * x for x in scores], before=2.5) == 2.5  # rounding
-    assert unit([0.7]) is None
-    assert unit([0.5, 3.0]) == pytest.approx(np.std([0.5, 3.0, 3.0]))  # too few to leave one out
+    assert unit([0.7], first=True) is None
+    assert unit([0.5, 3.0], first=True) is None  # too few to leave one out, and values that are their own mean
+    assert unit([0.5, 3.0]) == pytest.approx(np.sqrt(np.mean(np.square([0.5, 3.0, 3.0]))))
+    assert unit([0.5, 3.0], before=1.0) == 2.0
     assert unit([]) is None
 
 
+def said(x):
+    """What `beyond_chance` is of the means of prompts."""
+    n, c = len(x), np.mean(x)
+    s2 = np.var(x, ddof=1) / n * (n - 1) / (n - 3) if n > 3 else math.inf
+    return c - s2 / c if c**2 > s2 else 0.0
+
+
 def test_a_level_follows_rewards_that_moved_and_no_outlier(device):
-    """Of values, baseline and level alike: as much of the mean as its standard error leaves."""
+    """Of values, baseline and level alike, against numpy: the head takes what all prompts say, and each completion what the others say, so that no part of its
+    own reward is taken off."""
     rng = random.Random(2)
     scores = np.array([rng.gauss(0, 1) for _ in range(64)])
     scores = ((scores - scores.mean()) / scores.std(ddof=1)).tolist()
 
     def short(scores, level=0.0):
-        settled, short = Signals(of_scores(device, scores, [level] * len(scores)), baseline=level, level=level).settled(first=False)
-        plain = of_scores(device, scores)
-        without, nothing = Signals(plain, baseline=level, level=level).settled(first=False)
+        batch = of_scores(device, scores, [level] * len(scores))
+        settled, short = Signals(batch, baseline=level, level=level).settled(first=False)
+        plain, nothing = Signals(of_scores(device, scores), baseline=level, level=level).settled(first=False)
         assert nothing == 0.0
-        assert (settled.level, settled.baseline) == (without.level, without.baseline) == (pytest.approx(level + short, abs=1e-5),) * 2
+        off = [x - level for x in scores]
+        others = [level + said(off[:b] + off[b + 1:]) for b in range(len(off))]
+        for found in (settled.level, settled.baseline, plain.level, plain.baseline):
+            assert found.tolist() == pytest.approx(others, abs=1e-4 * (1 + abs(level)))
+        each = [y for y, n in zip(others, batch.lengths, strict=True) for _ in range(n - 2)]
+        assert settled.batch.values[batch.action_mask].tolist() == pytest.approx(each, abs=1e-4 * (1 + abs(level)))
+        assert short == pytest.approx(said(off) if off else 0.0, abs=1e-5 * (1 + abs(level)))
         return short
 
-    s = 1 / 8
     assert short(scores) == 0.0
     for moved in (0.5, 1.0, 10.0, -10.0):
-        assert short([x + moved for x in scores]) == pytest.approx(moved - s**2 / moved, rel=1e-4)
+        assert 0.85 < short([x + moved for x in scores]) / moved < 1
         assert short([x + moved for x in scores], level=moved) == pytest.approx(0.0, abs=1e-5)
     for outlier in (-300.0, 300.0):
-        assert abs(short([outlier, *scores[1:]])) < 0.05 * 300 / 64  # the mean moved by 300 / 64
+        assert abs(short([outlier, *scores[1:]])) < 0.01
         assert abs(short(scores, level=outlier / 64) + outlier / 64) < 0.01  # and where it was followed at first, that is taken back
-    assert short([5.0]) == 0.0  # one alone says nothing of chance
+    assert short([5.0, 5.1, 5.2]) == 0.0  # three say nothing of chance
+    assert 4.0 < short([5.0, 5.1, 5.2, 4.9, 5.0]) < 5.1
     assert Signals(of_scores(device, [5.0], [0.0])).settled()[1] == 5.0
     assert short([]) == 0.0
+
+
+def test_completions_of_a_prompt_are_one_witness(device):
+    """16 completions of one prompt say nothing of the others; 5 prompts with 4 each count as 5."""
+    rng = random.Random(3)
+
+    def short(prompts, per):
+        means = [10 + rng.gauss(0, 1) for _ in range(prompts)]
+        scores = [m + rng.gauss(0, 0.1) for m in means for _ in range(per)]
+        batch = of_scores(device, scores, [0.0] * len(scores)).with_columns(group_ids=torch.arange(prompts, device=device).repeat_interleave(per))
+        settled, short = Signals(batch).settled(first=False)
+        each = np.reshape(scores, (prompts, per)).mean(1)
+        assert short == pytest.approx(said(each), rel=1e-4, abs=1e-6)
+        expected = [said(np.delete(each, b // per)) for b in range(len(scores))]
+        assert settled.level.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        return short
+
+    assert short(1, 16) == 0.0
+    assert 8 < short(5, 4) < 12
+
+
+@pytest.mark.parametrize("name", ["running_mean", "monte_carlo", "learned_baseline"])
+@pytest.mark.parametrize("n", [5, 8])
+def test_what_a_level_follows_leaves_the_gradient_unbiased(name, n, device):
+    """A bandit of two arms, enumerated: the mean over all draws of n arms of sum (indicator of arm 1 - its probability) x advantage is the gradient of the mean
+    reward, whatever the level is and however far it is corrected."""
+    p, rewards = 0.3, (0.2, 1.7)
+    arms = torch.cartesian_prod(*[torch.arange(2)] * n)
+    scores = torch.tensor(rewards)[arms]
+    weight = torch.tensor([1 - p, p])[arms].prod(1).double()
+    total = 0.0
+    for row, drawn, chance in zip(scores.tolist(), arms, weight.tolist(), strict=True):
+        batch = PackedBatch.from_sequences([([1], [2])] * n).to(device).with_columns(scores=torch.tensor(row, device=device))
+        batch = batch.with_columns(values=torch.where(batch.action_mask, 0.4, 0.0)) if name == "learned_baseline" else batch
+        settled, _ = Signals(batch, baseline=0.4, level=0.4).settled(first=False)
+        found = find_advantage(name).function(settled)
+        A = (found[0] if isinstance(found, tuple) else found)[batch.action_mask].double().cpu()
+        total += chance * float(((drawn.double() - p) * A).sum()) / n
+    assert total == pytest.approx(p * (1 - p) * (rewards[1] - rewards[0]), rel=1e-4)

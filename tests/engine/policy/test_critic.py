@@ -343,6 +343,33 @@ def test_a_constant_in_the_reward_changes_no_course(ppo, reward_model, tmp_path,
         assert apart.mean().item() < 0.02 * moved  # Adam's first steps are of the sign of gradients that may be rounding
 
 
+@pytest.mark.parametrize("name", ["ppo", "td", "k steps", "learned", "its own"])
+def test_a_reward_counted_in_another_unit_changes_no_course(ppo, tmp_path, name):
+    """Three rollouts, with the KL's coefficient counted in the same and no bound on the gradient: the same draws, and weights that are the same to rounding.
+    Where advantages are not whitened a value loss in units of its own would be 64 times too strong, or too weak, against the policy. Whitening adds 1e-8 to a
+    variance, which the second rollout's, whose rewards are all alike but for the KL, is not far from: whitened rows are not made smaller."""
+    options, found = {"critic": None} | SHIFTS.get(name, dict(algorithm="reinforce_learned")), {}
+    others = (64.0, 4096.0) if name in ("ppo", "its own") else (1 / 64, 64.0)
+    for times in (1.0, *others):
+        (tmp_path / f"by{times}.py").write_text(f"def by(prompts, completions, **columns):\n    return [{times} * t.count('w3') for t in completions]\n")
+        optim = OptimConfig(lr=1e-3, eps=1e-12, max_grad_norm=0.0)
+        options |= {"critic": replace(options["critic"], optim=replace(optim, lr=3e-3))} if options["critic"] is not None else {}
+        config = replace(ppo(name=f"run{times}", optim=optim, kl=KLConfig(coef=0.05 * times), **options), reward=(f"{tmp_path}/by{times}.py:by",))
+        train_policy(config)
+        found[times] = _weights(config), _metrics(config)
+    start = dict(load_decoder(config.model).named_parameters())
+    weights, rows = found[1.0]
+    moved = max((p - start[n]).abs().max().item() for n, p in weights.items())
+    assert moved > 1e-3
+    for times in others:
+        for row, other in zip(rows, found[times][1], strict=True):
+            assert other["completions/mean_length"] == row["completions/mean_length"]
+            assert other["reward"] == pytest.approx(times * row["reward"], rel=1e-5)
+            assert all(other[key] == pytest.approx(row[key], rel=1e-2, abs=1e-4) for key in ("kl", "val/explained_variance", "entropy") if key in row)
+        apart = torch.cat([(p - weights[n]).flatten() for n, p in found[times][0].items()]).abs()
+        assert apart.mean().item() < 0.02 * moved
+
+
 # ---- the warm-up of a head on the trunk ---------------------------------------------------------------------------------------------------
 def test_a_head_on_the_trunk_warms_up_alone(ppo):
     """The policy stands still bit by bit, the head learns at a rate of its own, and then one loss trains both."""

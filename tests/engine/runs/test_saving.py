@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedrl.engine.base.errors import ConfigError, RewardError, Stopped
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.errors import CheckpointError, ConfigError, RewardError, Stopped
 from fusedrl.engine.cli.main import main, parse_config, resume_command
 from fusedrl.engine.config import (
     CriticConfig,
@@ -36,6 +37,8 @@ from fusedrl.engine.config import (
 )
 from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS
 from fusedrl.engine.optim.adamw import Optimizer
+from fusedrl.engine.optim.learner import Learner
+from fusedrl.engine.policy.control import Control
 from fusedrl.engine.rewards.rewards import RewardSet
 from fusedrl.engine.runs import saving
 from fusedrl.engine.runs.checkpoint import latest_checkpoint
@@ -224,6 +227,16 @@ def test_half_way_through_an_update_the_checkpoint_before_is_named(make, capsys)
     assert f"step 1 is in {parts.run.dir}/checkpoints/step_00000001" in told  # the first step is saved always
     assert last(parts) == 1
     assert_same(resumed(parts), undisturbed(make, "everything"))
+
+
+def test_a_checkpoint_whose_state_lacks_something_is_named(make):
+    run_of(config := make("grpo", "old"))
+    checkpoint = latest_checkpoint(config.run.dir)
+    parts = saving.Parts(Learner(HybridActor.from_pretrained(config.model, device="cpu"), config.optim), control=Control(config))
+    parts.load(checkpoint)
+    older = replace(checkpoint, state={key: value for key, value in checkpoint.state.items() if key != "unit"})
+    with pytest.raises(CheckpointError, match=r"state.json lacks 'unit', so another version of fusedrl wrote it; resume with that version, or begin another run"):
+        parts.load(older)
 
 
 def test_updates_that_are_all_skipped_leave_the_step_whole(make, monkeypatch):
