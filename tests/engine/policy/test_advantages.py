@@ -1,4 +1,5 @@
 """Every advantage against its definition, written out in float64 one completion at a time: groups of unequal size, masks with gaps, one sample, no rows."""
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -423,15 +424,13 @@ def test_what_a_level_follows_leaves_the_gradient_unbiased(name, n, device):
     """A bandit of two arms, enumerated: the mean over all draws of n arms of sum (indicator of arm 1 - its probability) x advantage is the gradient of the mean
     reward, whatever the level is and however far it is corrected."""
     p, rewards = 0.3, (0.2, 1.7)
-    arms = torch.cartesian_prod(*[torch.arange(2)] * n)
-    scores = torch.tensor(rewards)[arms]
-    weight = torch.tensor([1 - p, p])[arms].prod(1).double()
     total = 0.0
-    for row, drawn, chance in zip(scores.tolist(), arms, weight.tolist(), strict=True):
-        batch = PackedBatch.from_sequences([([1], [2])] * n).to(device).with_columns(scores=torch.tensor(row, device=device))
+    for drawn in itertools.product((0, 1), repeat=n):
+        scores = torch.tensor([rewards[arm] for arm in drawn], device=device)
+        batch = PackedBatch.from_sequences([([1], [2])] * n).to(device).with_columns(scores=scores)
         batch = batch.with_columns(values=torch.where(batch.action_mask, 0.4, 0.0)) if name == "learned_baseline" else batch
         settled, _ = Signals(batch, baseline=0.4, level=0.4).settled(first=False)
         found = find_advantage(name).function(settled)
-        A = (found[0] if isinstance(found, tuple) else found)[batch.action_mask].double().cpu()
-        total += chance * float(((drawn.double() - p) * A).sum()) / n
+        A = (found[0] if isinstance(found, tuple) else found)[batch.action_mask].tolist()
+        total += math.prod((1 - p, p)[arm] for arm in drawn) * sum((arm - p) * x for arm, x in zip(drawn, A, strict=True)) / n
     assert total == pytest.approx(p * (1 - p) * (rewards[1] - rewards[0]), rel=1e-4)
