@@ -235,7 +235,7 @@ def test_a_checkpoint_whose_state_lacks_something_is_named(make):
     parts = saving.Parts(Learner(HybridActor.from_pretrained(config.model, device="cpu"), config.optim), control=Control(config))
     parts.load(checkpoint)
     older = replace(checkpoint, state={key: value for key, value in checkpoint.state.items() if key != "unit"})
-    with pytest.raises(CheckpointError, match="state.json lacks 'unit', so another version of fusedrl wrote it; resume with that version, or begin"):
+    with pytest.raises(CheckpointError, match=r"state\.json lacks 'unit', so another version of fusedrl wrote it; resume with that version, or begin"):
         parts.load(older)
 
 
