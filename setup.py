@@ -33,6 +33,7 @@ PACKAGES = {
     "fusedrl.engine.data": "engine/data",
     "fusedrl.engine.verify": "engine/verify",
     "fusedrl.engine.verify.catalogue": "engine/verify/catalogue",
+    "fusedrl.engine.verify.definitions": "engine/verify/definitions",
     "fusedrl.kernels": "kernels",
     "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/nvrtc.py
 }
