@@ -42,6 +42,7 @@ PACKAGES = {
     "fusedrl.engine.tools": "engine/tools",
     "fusedrl.engine.tools.verify": "engine/tools/verify",
     "fusedrl.engine.tools.verify.catalogue": "engine/tools/verify/catalogue",
+    "fusedrl.engine.tools.verify.definitions": "engine/tools/verify/definitions",
     "fusedrl.engine.watch": "engine/watch",
     "fusedrl.kernels": "kernels",
     "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/nvrtc.py

@@ -142,14 +142,14 @@ SMOOTH = {"kl_loss": {"estimator": "k2"}, "linear_logprob": {"H": 5}, "linear_po
 
 
 @pytest.mark.parametrize("op", [op for op, entry in CATALOGUE.items() if entry.wants])
-def test_gradcheck_of_the_reference(op, device):
+def test_gradcheck_of_the_definition(op, device):
     entry = CATALOGUE[op]
     small = {"N": 5} | ({"V": 33} if "V" in entry.levels else {}) | SMOOTH.get(op, {})
     wide = entry.problem(entry.plain(**{name: value for name, value in small.items() if name in entry.levels}), device=device).wide()
     names = [name for name in entry.wants if wide.x.get(name) is not None]
 
     def function(*leaves):
-        outputs = entry.reference(wide.x | dict(zip(names, leaves, strict=True)), wide.settings)
+        outputs = entry.definition(wide.x | dict(zip(names, leaves, strict=True)), wide.settings)
         return tuple(outputs[name] for name in wide.upstream)
 
     leaves = [wide.x[name].detach().clone().requires_grad_() for name in names]

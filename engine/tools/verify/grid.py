@@ -2,7 +2,7 @@
 
 An `Entry` names the factors of one public op and their levels. The whole grid is a covering of them: every pair of levels of two factors occurs in
 at least one case (`covering`), which finds what one or two settings cause together in a hundred cases in place of millions. A case becomes a `Problem`,
-its outputs and gradients are compared with those of a float64 `reference` of the same rounded inputs, within the entry's `bounds`.
+its outputs and gradients are compared with those of the `definition`, in float64, of the same rounded inputs, within the entry's `bounds`.
 
 Problems with many rows repeat a few of them: rows n and n + period hold the same bits. The oracle sees one period, so that 4096 x 256000 costs it
 nothing, and the results of all other periods must equal the first bit for bit, which is what "independent of its companions" says.
@@ -38,6 +38,10 @@ class Bound:
     atol: float | Tensor = 0.0
     rounded: bool = False
 
+    def of_rows(self, count: int) -> Bound:
+        """The bound of the first `count` rows."""
+        return replace(self, atol=self.atol[:count]) if isinstance(self.atol, Tensor) and self.atol.ndim else self
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -55,10 +59,10 @@ class Problem:
         hidden = {name: t[:count] if name in names else t for name, t in self.hidden.items()}
         return replace(self, x=x, upstream={name: t[:count] for name, t in self.upstream.items()}, hidden=hidden, period=0)
 
-    def wide(self) -> Problem:
-        """In float64."""
+    def wide(self, dtype: torch.dtype = torch.float64) -> Problem:
+        """In float64, or in another dtype."""
         def widen(tensors: dict) -> dict:
-            return {name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in tensors.items()}
+            return {name: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in tensors.items()}
 
         return replace(self, x=widen(self.x), settings=widen(self.settings), upstream=widen(self.upstream))
 
@@ -99,7 +103,8 @@ class Entry:
 
     op: its name. table: the `Implementations` that serve it. levels: factor -> levels; the first of each make the plain case, small and ordinary.
     make: (case as a namespace, generator) -> Problem. forward: (x, settings, impl) -> outputs by name; those of the problem's `upstream` are differentiated
-    by `wants`. reference: the same of (x, settings) in float64. bounds: (problem, want) -> Bound of every output ("d name" for a gradient).
+    by `wants`. definition: the same of (x, settings), from definitions/, which share no code with the op. bounds: (problem, want) -> Bound of every output
+    ("d name" for a gradient).
     triton: levels that replace others where Triton is interpreted (on a CPU). fits: whether a case is to be run. cost: elements that it touches.
     timed: changes to the plain case, by kind of device, that make one large enough to be timed; empty where none would say much. work: (bytes, flops) that a
     timed problem needs at least, from its inputs and its results; None: every input read and every result written once.
@@ -111,7 +116,7 @@ class Entry:
     levels: dict[str, tuple]
     make: Callable[[SimpleNamespace, torch.Generator], Problem]
     forward: Callable[[dict[str, Any], dict[str, Any], str | None], Tensors]
-    reference: Callable[[dict[str, Any], dict[str, Any]], Tensors]
+    definition: Callable[[dict[str, Any], dict[str, Any]], Tensors]
     bounds: Callable[[Problem, Tensors], dict[str, Bound]]
     wants: tuple[str, ...] = ()
     triton: dict[str, tuple] = field(default_factory=dict)
@@ -201,14 +206,14 @@ def run(entry: Entry, problem: Problem, impl: str | None, forward: Callable | No
     return finished(outputs, leaves, problem, materialize=forward is not None)
 
 
-def oracle(entry: Entry, problem: Problem) -> Tensors:
-    """The reference's, in float64, on the CPU; of one period where the problem has one."""
+def oracle(entry: Entry, problem: Problem, dtype: torch.dtype = torch.float64) -> Tensors:
+    """The definition's, in float64 or another dtype, on the CPU; of one period where the problem has one."""
     problem = problem.to("cpu")
     if problem.period:
         problem = problem.rows(problem.period, set(entry.rows))
-    wide = problem.wide()
+    wide = problem.wide(dtype)
     leaves = {name: wide.x[name].detach().requires_grad_() for name in entry.wants if wide.x.get(name) is not None and problem.upstream}
-    return finished(entry.reference(wide.x | leaves, wide.settings), leaves, wide)
+    return finished(entry.definition(wide.x | leaves, wide.settings), leaves, wide)
 
 
 def finished(outputs: Tensors, leaves: Tensors, problem: Problem, materialize: bool = False) -> Tensors:
@@ -270,7 +275,7 @@ def judge(entry: Entry, problem: Problem, got: Tensors, want: Tensors, exact: bo
         for n in range(period, ours.shape[0], period) if repeated else ():
             again = ours[n:n + period]
             if not same_bits(again, ours[: len(again)]):
-                worst[name] = math.inf if exact or len(again) < period else max(worst[name], excess(again, expected, bounds[name]))
+                worst[name] = math.inf if exact else max(worst[name], excess(again, expected[:len(again)], bounds[name].of_rows(len(again))))
     return worst
 
 

@@ -1,6 +1,7 @@
-"""Every public op of fusedrl.kernels: its inputs, its float64 oracle, its bounds. The grid, the properties and the contract are tested over this table.
+"""Every public op of fusedrl.kernels: its inputs, its definition, its bounds. The grid, the properties and the contract are tested over this table.
 
-To add an op, write one function that makes its inputs and one `Entry`; `test_contract.py` fails until every `Implementations` table has one:
+To add an op, write its definition in ../definitions, one function that makes its inputs and one `Entry`; `test_contract.py` fails until every
+`Implementations` table has one:
 
     def _double(case, generator):
         x = floats(generator, case.N, 4, dtype=case.dtype)
@@ -11,14 +12,14 @@ To add an op, write one function that makes its inputs and one `Entry`; `test_co
         levels={"N": (33, 0, 1, 127), "factor": (2.0, 0.5), "dtype": FLOATS},               # the first levels are the plain case
         make=_double,
         forward=lambda x, s, impl: {"y": double(x["x"], **s, impl=impl)},
-        reference=lambda x, s: {"y": double_reference(x["x"], **s)},
+        definition=lambda x, s: {"y": definitions.double(x["x"], **s)},
         bounds=lambda problem, want: {"y": Bound(rtol=1e-6), "d x": Bound(rtol=1e-6, rounded=True)},
         wants=("x",),                                                                          # differentiated; leave out if nothing is
         triton={"N": (5, 0, 1)},                                                               # smaller levels for the interpreter
         timed={"cpu": {"N": 1 << 18}, "cuda": {"N": 1 << 22}},                                 # changes to the plain case that make it worth timing
     )
 
-Where an op is held to the error of torch in the same dtype and not to a number, `no_worse` makes the bounds. Bounds that are wider than the numerical
+Where an op is held to what rounding costs and not to a number, `no_worse` makes the bounds. Bounds that are wider than the numerical
 contract, or that it does not name, say why where they stand, with the measured error.
 """
 from __future__ import annotations

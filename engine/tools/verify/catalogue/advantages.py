@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedrl.engine.tools.verify import definitions
 from fusedrl.engine.tools.verify.grid import Bound, Entry, Problem, Tensors
 from fusedrl.kernels import gae, normalize, ranking_loss
 
@@ -89,18 +90,18 @@ def _pair(result: tuple[Tensor, Tensor]) -> Tensors:
     return dict(zip(("advantages", "returns"), result, strict=True))
 
 
-def _gae_reference(x: dict, s: dict) -> Tensors:
-    return _pair(gae.gae_reference(x["rewards"], x["values"], x["mask"], x.get("cu_seqlens"), s["gamma"], s["lam"], x.get("last_values")))
+def _gae_definition(x: dict, s: dict) -> Tensors:
+    return definitions.gae(x["rewards"], x["values"], x["mask"], x.get("cu_seqlens"), s["gamma"], s["lam"], x.get("last_values"))
 
 
 GAE = Entry(
     "gae", gae._GAE, _GAE_LEVELS | {"lam": (0.95, 1.0, 0.0)}, _gae_problem,
-    forward=lambda x, s, impl: _pair(gae.gae(**x, **s, impl=impl)), reference=_gae_reference, bounds=_gae_bounds, triton=_GAE_TRITON, cost=_gae_cost,
+    forward=lambda x, s, impl: _pair(gae.gae(**x, **s, impl=impl)), definition=_gae_definition, bounds=_gae_bounds, triton=_GAE_TRITON, cost=_gae_cost,
     timed=_GAE_TIMED)
 
 TD_ADVANTAGES = Entry(
     "td_advantages", gae._GAE, {**_GAE_LEVELS, "lam": (0.0,)}, _gae_problem,
-    forward=lambda x, s, impl: _pair(gae.td_advantages(**x, gamma=s["gamma"], impl=impl)), reference=_gae_reference, bounds=_gae_bounds,
+    forward=lambda x, s, impl: _pair(gae.td_advantages(**x, gamma=s["gamma"], impl=impl)), definition=_gae_definition, bounds=_gae_bounds,
     triton=_GAE_TRITON, cost=_gae_cost,
     timed=_GAE_TIMED)
 
@@ -108,14 +109,14 @@ DISCOUNTED_RETURNS = Entry(
     "discounted_returns", gae._GAE, {**_GAE_LEVELS, "lam": (1.0,)},
     lambda case, generator: Problem(**{**vars(p := _gae_problem(case, generator)), "x": p.x | {"values": torch.zeros_like(p.x["rewards"])}}),
     forward=lambda x, s, impl: {"advantages": gae.discounted_returns(**{n: t for n, t in x.items() if n != "values"}, gamma=s["gamma"], impl=impl)},
-    reference=lambda x, s: {"advantages": _gae_reference(x, s)["advantages"]}, bounds=_gae_bounds, triton=_GAE_TRITON, cost=_gae_cost,
+    definition=lambda x, s: {"advantages": definitions.discounted_returns(x["rewards"], x["mask"], x.get("cu_seqlens"), s["gamma"], x.get("last_values"))},
+    bounds=_gae_bounds, triton=_GAE_TRITON, cost=_gae_cost,
     timed=_GAE_TIMED)
 
 K_STEP_ADVANTAGES = Entry(
     "k_step_advantages", gae._K_STEP, _GAE_LEVELS | {"k": (3, 1, 20, 1000)}, _gae_problem,
     forward=lambda x, s, impl: _pair(gae.k_step_advantages(**x, **s, impl=impl)),
-    reference=lambda x, s: _pair(gae.k_step_advantages_reference(x["rewards"], x["values"], x["mask"], x.get("cu_seqlens"), s["k"], s["gamma"],
-                                                                 x.get("last_values"))),
+    definition=lambda x, s: definitions.k_step_advantages(x["rewards"], x["values"], x["mask"], x.get("cu_seqlens"), s["k"], s["gamma"], x.get("last_values")),
     bounds=lambda problem, want: {name: Bound(b.rtol, b.atol * (1 if problem.settings["k"] <= 20 or problem.settings["gamma"] < 1 else 10))
                                   for name, b in _gae_bounds(problem, want).items()},
     triton=_GAE_TRITON, cost=_gae_cost,
@@ -137,10 +138,10 @@ def _shaped_gae_problem(case: SimpleNamespace, generator: torch.Generator) -> Pr
     return Problem(x, settings, hidden=hidden)
 
 
-def _shaped_gae_reference(x: dict, s: dict) -> Tensors:
+def _shaped_gae_definition(x: dict, s: dict) -> Tensors:
     x = {"token_rewards": None} | x
-    return gae.shaped_gae_reference(x["logp"], x["ref_logp"], x["values"], x["scores"], x["mask"], x["cu_seqlens"], x["kl_coef"], s["kl_estimator"], s["gamma"],
-                                    s["lam"], x["token_rewards"], s["score_clip"], s["whiten"], s["whiten_unbiased"])._asdict()
+    return definitions.shaped_gae(x["logp"], x["ref_logp"], x["values"], x["scores"], x["mask"], x["cu_seqlens"], float(x["kl_coef"]), s["kl_estimator"],
+                                  s["gamma"], s["lam"], x["token_rewards"], s["score_clip"], s["whiten"], s["whiten_unbiased"])
 
 
 SHAPED_GAE = Entry(
@@ -148,7 +149,7 @@ SHAPED_GAE = Entry(
     {**_GAE_LEVELS, "lam": (0.95, 0.0), "estimator": ("k1", "k2", "k3", "abs"), "token_rewards": (False, True), "clip": (None, 1.0), "whiten": (True, False),
      "unbiased": (False, True)},
     _shaped_gae_problem,
-    forward=lambda x, s, impl: gae.shaped_gae(**x, **s, impl=impl)._asdict(), reference=_shaped_gae_reference,
+    forward=lambda x, s, impl: gae.shaped_gae(**x, **s, impl=impl)._asdict(), definition=_shaped_gae_definition,
     bounds=lambda problem, want: {name: Bound(1e-5, 2e-5 if name != "kl_per_sequence" else 2e-5 * max(1.0, problem.x["logp"].numel() / 1000))
                                   for name in want},
     triton=_GAE_TRITON, cost=_gae_cost,
@@ -174,7 +175,7 @@ MASKED_WHITEN = Entry(
      "layout": ("plain", "misaligned", "transposed"), "shift_mean": (True, False), "unbiased": (False, True)},
     _whiten_problem,
     forward=lambda x, s, impl: {"whitened": normalize.masked_whiten(**x, **s, impl=impl)},
-    reference=lambda x, s: {"whitened": normalize.masked_whiten_reference(x["x"], x["mask"], **s)},
+    definition=lambda x, s: {"whitened": definitions.masked_whiten(x["x"], x["mask"], **s)},
     bounds=lambda problem, want: {"whitened": Bound(1e-5, 1e-5)}, triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N,
     timed={"cpu": {"N": 1 << 18}, "cuda": {"N": 1 << 22}},
     fits=lambda case: case.dtype == F32 or (case.size <= 1.0 and not (case.dtype == F16 and case.offset)))
@@ -189,9 +190,9 @@ def _group_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem
     return Problem({"scores": laid_out(scores, case.layout)}, {"group_size": case.groups, "method": case.method, "unbiased": case.unbiased})
 
 
-def _group_reference(x: dict, s: dict) -> Tensors:
-    ids = x["group_ids"] if "group_ids" in x else torch.arange(len(x["scores"])) // s["group_size"]
-    return dict(zip(("advantages", "zero_variance"), normalize.group_normalize_reference(x["scores"], ids, s["method"], 1e-6, s["unbiased"]), strict=True))
+def _group_definition(x: dict, s: dict) -> Tensors:
+    ids = x["group_ids"].tolist() if "group_ids" in x else [n // s["group_size"] for n in range(len(x["scores"]))]
+    return definitions.group_normalize(x["scores"], ids, s["method"], s["unbiased"])
 
 
 GROUP_NORMALIZE = Entry(
@@ -199,7 +200,7 @@ GROUP_NORMALIZE = Entry(
     {"N": (32, 0, 128, 4096), "groups": ("ids", 4, 1, 16), "method": normalize.GROUP_METHODS, "offset": (0.0, 1e4), "size": (1.0, 0.0), "dtype": FLOATS,
      "layout": ("plain", "misaligned"), "unbiased": (True, False)},
     _group_problem,
-    forward=lambda x, s, impl: normalize.group_normalize(x["scores"], x.get("group_ids"), **s, impl=impl)._asdict(), reference=_group_reference,
+    forward=lambda x, s, impl: normalize.group_normalize(x["scores"], x.get("group_ids"), **s, impl=impl)._asdict(), definition=_group_definition,
     bounds=lambda problem, want: {"advantages": Bound(1e-6, 1e-6), "zero_variance": Bound()}, triton={"N": (32, 0, 128)}, cost=lambda case: case.N,
     timed={"cpu": {"N": 1 << 13, "groups": 16}, "cuda": {"N": 1 << 20, "groups": 16}},
     fits=lambda case: case.dtype != F16 or not case.offset)
@@ -214,7 +215,7 @@ PAIRWISE_RANKING_LOSS = Entry(
     "pairwise_ranking_loss", ranking_loss._IMPLS,
     {"N": (33, 0, 1, 127, 4096), "margin": (True, False), "size": (1.0, 0.0, 30.0, 1e4), "layout": ("plain", "misaligned")}, _pairwise_problem,
     forward=lambda x, s, impl: {"loss": ranking_loss.pairwise_ranking_loss(**x, impl=impl)},
-    reference=lambda x, s: {"loss": ranking_loss.pairwise_ranking_loss_reference(x["chosen"], x["rejected"], x.get("margin"))},
+    definition=lambda x, s: {"loss": definitions.pairwise_ranking_loss(x["chosen"], x["rejected"], x.get("margin"))},
     bounds=lambda problem, want: dict.fromkeys(want, Bound(1e-5, 1e-6)) | {"loss": Bound(2e-6, 1e-6)}, wants=("chosen", "rejected", "margin"),
     triton={"N": (33, 0, 1, 127)}, cost=lambda case: case.N, timed={"cpu": {"N": 1 << 16}, "cuda": {"N": 1 << 20}})
 
@@ -232,6 +233,6 @@ KWISE_RANKING_LOSS = Entry(
     {"sizes": ((4, 0, 9, 1, 2), (), (0,), (2,), (40, 2), (2, 3, 4, 5, 6, 7, 8, 9) * 8), "ranks": ("order", "ties", "all tied"), "size": (1.0, 300.0),
      "layout": ("plain", "misaligned")}, _kwise_problem,
     forward=lambda x, s, impl: {"loss": ranking_loss.kwise_ranking_loss(**x, impl=impl)},
-    reference=lambda x, s: {"loss": ranking_loss.kwise_ranking_loss_reference(**{f"{n}_M" if n != "cu_groups" else n: t for n, t in x.items()})},
+    definition=lambda x, s: {"loss": definitions.kwise_ranking_loss(**x)},
     bounds=lambda problem, want: {"loss": Bound(2e-6, 1e-6), "d scores": Bound(1e-5, 1e-6)}, wants=("scores",), cost=lambda case: sum(case.sizes) ** 2,
     timed={kind: {"sizes": (4,) * 1024} for kind in ("cpu", "cuda")})

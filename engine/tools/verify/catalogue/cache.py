@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from fusedrl.engine.tools.verify import definitions
 from fusedrl.engine.tools.verify.grid import Bound, Entry, Problem, Tensors
 from fusedrl.kernels import kv_cache, paged_attention
 
@@ -36,10 +37,6 @@ def _paged_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem
     return Problem(x, {"window": case.window, "softcap": case.softcap})
 
 
-def _paged_reference(x: dict, s: dict) -> Tensors:
-    return {"o": paged_attention.paged_attention(**x, **s, impl="torch")}
-
-
 def _paged_work(problem: Problem, got: Tensors) -> tuple[int, int]:
     """The keys and values of what is seen are read once for all query heads."""
     _, heads, D, _ = problem.x["k_cache"].shape
@@ -51,9 +48,11 @@ PAGED_ATTENTION = Entry(
     "paged_attention", paged_attention._IMPLS,
     {"lengths": ((5, 0, 20), (), (1,), (129, 2), (33,) * 9, (700, 1)), "heads": ((4, 2, 8), (3, 3, 18), (8, 1, 64)), "size": (16, 32, 64),
      "window": (None, 1, 17), "softcap": (None, 3.0), "dtype": FLOATS, "layout": ("plain", "misaligned")},
-    _paged_problem, forward=lambda x, s, impl: {"o": paged_attention.paged_attention(**x, **s, impl=impl)}, reference=_paged_reference,
-    # Contract: at most twice the error of torch, and 1e-5 (a rounding more in a narrow dtype).
-    bounds=lambda problem, want: {"o": Bound(0.0, 1e-5 + no_worse(problem, want, peer_of(PAGED_ATTENTION, problem), 1.0, 1.0, 2.0)["o"].atol)},
+    _paged_problem, forward=lambda x, s, impl: {"o": paged_attention.paged_attention(**x, **s, impl=impl)},
+    definition=lambda x, s: {"o": definitions.paged_attention(**x, **s)},
+    # Contract: at most twice what rounding costs, and 1e-5 (a rounding more in a narrow dtype).
+    bounds=lambda problem, want: {"o": Bound(0.0, 1e-5 + no_worse(
+        problem, want, peer_of(PAGED_ATTENTION, problem, problem.x["q"].dtype), 1.0, 1.0, 2.0)["o"].atol)},
     cost=lambda case: sum(case.lengths) * case.heads[0] * case.heads[2],
     timed={"cpu": {"lengths": (256,) * 16, "heads": (8, 2, 64)}, "cuda": {"lengths": (1024,) * 64, "heads": (32, 8, 128), "dtype": BF16}}, work=_paged_work)
 
@@ -82,8 +81,9 @@ ROPE_AND_CACHE = Entry(
     {"N": (7, 0, 1, 33, 127), "heads": ((3, 1), (1, 1), (8, 4)), "D": (8, 2, 34, 80, 128), "size": (16, 5, 64), "norm": (True, False), "dtype": FLOATS,
      "layout": ("plain", "padded", "misaligned")},
     _rope_and_cache_problem, _rope_and_cache,
-    reference=lambda x, s: _rope_and_cache(x | {name: x[name].clone() for name in ("k_cache", "v_cache")}, s, "torch"),
-    bounds=lambda problem, want: no_worse(problem, want, peer_of(ROPE_AND_CACHE, problem), 1.0), triton={"N": (5, 0, 1, 9)}, writes=("k_cache", "v_cache"),
+    definition=lambda x, s: definitions.rope_and_cache(**{"q_norm": None, "k_norm": None} | x, **s),
+    bounds=lambda problem, want: no_worse(problem, want, peer_of(ROPE_AND_CACHE, problem, problem.x["qkv"].dtype), 1.0),
+    triton={"N": (5, 0, 1, 9)}, writes=("k_cache", "v_cache"),
     cost=lambda case: case.N * case.D * (case.heads[0] + 2 * case.heads[1]),
     timed={"cpu": {"N": 2048, "heads": (8, 2), "D": 64}, "cuda": {"N": 16384, "heads": (32, 8), "D": 128, "dtype": BF16}},
     work=lambda problem, got: (2 * problem.x["qkv"].nbytes + 2 * problem.x["cos"].nbytes, 0))

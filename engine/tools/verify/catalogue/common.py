@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedrl.engine.tools.verify.grid import Bound, Entry, Problem, Tensors, run
+from fusedrl.engine.tools.verify.grid import Bound, Entry, Problem, Tensors, oracle
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FLOATS = (F32, BF16, F16)
@@ -58,7 +58,7 @@ def token_mask(kind: str, lengths: list[int], generator: torch.Generator) -> Ten
 
 
 def no_worse(problem: Problem, want: Tensors, peer: Tensors, floor: float = 0.0, roundings: float = 1.0, factor: float = 1.0) -> dict[str, Bound]:
-    """Bounds of an op that is held to the error of torch in the same dtype: `factor` times its largest, and a few roundings of the largest value."""
+    """Bounds of an op that is held to what rounding costs: `factor` times the largest error of `peer`, and a few roundings of the largest value."""
     bounds = {}
     for name, expected in want.items():
         if expected.numel() == 0:
@@ -70,6 +70,7 @@ def no_worse(problem: Problem, want: Tensors, peer: Tensors, floor: float = 0.0,
     return bounds
 
 
-def peer_of(entry: Entry, problem: Problem) -> Tensors:
-    """The reference in the dtype of the inputs."""
-    return run(entry, problem, None, lambda x, s, impl: entry.reference(x, s))
+def peer_of(entry: Entry, problem: Problem, dtype: torch.dtype | dict[str, torch.dtype]) -> Tensors:
+    """The definition in float32, rounded once to the dtype of the results, or of each by name."""
+    got = oracle(entry, problem, torch.float32)
+    return {name: t.to(dtype[name] if isinstance(dtype, dict) else dtype) for name, t in got.items()}

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from fusedrl.engine.tools.verify import definitions
 from fusedrl.engine.tools.verify.grid import Bound, Entry, Problem, Tensors
 from fusedrl.kernels import full_kl, linear_full_kl, linear_logprob, linear_policy_loss
 
 from .common import BF16, F32, FLOATS, floats, laid_out, uniform
-from .losses import CORRECTIONS, KL_TERMS, OBJECTIVES, TOKEN_LEVELS, policy_settings, stats_of, token_columns
+from .losses import CORRECTIONS, KL_TERMS, OBJECTIVES, TOKEN_LEVELS, defined_stats, policy_settings, stats_of, token_columns
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------------
@@ -92,14 +93,14 @@ def _linear_logprob(x: dict, s: dict, impl: str | None) -> Tensors:
     return {"logp": logp, "entropy": entropy}
 
 
-def _linear_logprob_reference(x: dict, s: dict) -> Tensors:
+def _linear_logprob_definition(x: dict, s: dict) -> Tensors:
     T = x.get("temperature", s.get("temperature"))
-    return dict(zip(("logp", "entropy"), linear_logprob.linear_logprob_reference(x["hidden"], x["weight"], x["token_ids"], x.get("bias"), T, s["softcap"]),
-                    strict=True))
+    logp, entropy = definitions.linear_logprob(x["hidden"], x["weight"], x["token_ids"], x.get("bias"), T, s["softcap"])
+    return {"logp": logp, "entropy": entropy}
 
 
 LINEAR_LOGPROB = Entry(
-    "linear_logprob", linear_logprob._IMPLS, _HEAD_LEVELS | {"softcap": (None, 3.0)}, _linear_logprob_problem, _linear_logprob, _linear_logprob_reference,
+    "linear_logprob", linear_logprob._IMPLS, _HEAD_LEVELS | {"softcap": (None, 3.0)}, _linear_logprob_problem, _linear_logprob, _linear_logprob_definition,
     lambda problem, want: _head_bounds(problem, want, ("logp", "entropy")), ("hidden", "weight", "bias"), _HEAD_TRITON, _fits_head, _head_cost,
     timed=_TIMED_HEAD, work=_head_work)
 
@@ -122,8 +123,8 @@ LINEAR_FULL_KL = Entry(
     "linear_full_kl", linear_full_kl._IMPLS, _HEAD_LEVELS | {"wider": (0, 3), "direction": full_kl.DIRECTIONS, "temperature": (1.0, 0.7)},
     _linear_full_kl_problem,
     forward=lambda x, s, impl: {"kl": linear_full_kl.linear_full_kl(**x, **s, impl=impl)},
-    reference=lambda x, s: {"kl": linear_full_kl.linear_full_kl_reference(
-        x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"], x.get("bias"), None, x.get("mask"), s["temperature"], s["direction"])},
+    definition=lambda x, s: {"kl": definitions.linear_full_kl(
+        x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"], x.get("bias"), x.get("mask"), s["temperature"], s["direction"])},
     bounds=lambda problem, want: _head_bounds(problem, want, ("kl",)), wants=("hidden", "weight", "bias"), triton=_HEAD_TRITON, fits=_fits_head,
     cost=_head_cost, timed=_TIMED_HEAD, work=_head_work)
 
@@ -133,8 +134,9 @@ def _linear_policy_problem(case: SimpleNamespace, generator: torch.Generator) ->
     x["token_ids"] = torch.randint(0, case.V, (case.N,), generator=generator)
     _by_row(case, generator, x, settings)
     T = x.get("temperature", settings.get("temperature"))
-    logp, _ = linear_logprob.linear_logprob_reference(x["hidden"], x["weight"], x["token_ids"], x.get("bias"), T)
-    columns, live = token_columns(SimpleNamespace(**{**vars(case), "layout": "plain"}), generator, logp.float())
+    bias = x["bias"].float() if "bias" in x else None
+    logp, _ = definitions.linear_logprob(x["hidden"].float(), x["weight"].float(), x["token_ids"], bias, T, None)
+    columns, live = token_columns(SimpleNamespace(**{**vars(case), "layout": "plain"}), generator, logp)
     del columns["logp"]
     x["hidden"][~live], x["token_ids"][~live] = math.nan, 10**9
     settings |= policy_settings(case, columns)
@@ -146,12 +148,9 @@ def _linear_policy(x: dict, s: dict, impl: str | None) -> Tensors:
     return stats_of(*linear_policy_loss.linear_policy_loss(**x, **s, impl=impl))
 
 
-def _linear_policy_reference(x: dict, s: dict) -> Tensors:
-    x, s = dict(x), {name: value for name, value in s.items() if name != "workspace_bytes"}
-    s["temperature"] = x.pop("temperature", s.get("temperature"))
-    positional = [x.pop(name) for name in ("hidden", "weight", "token_ids", "old_logp", "advantages", "weights")]
-    named = {name if name == "cu_seqlens" else f"{name}_V" if name == "bias" else f"{name}_N": t for name, t in x.items()}
-    return stats_of(*linear_policy_loss.linear_policy_loss_reference(*positional, **named, **s))
+def _linear_policy_definition(x: dict, s: dict) -> Tensors:
+    s = {name: value for name, value in s.items() if name != "workspace_bytes"}
+    return defined_stats(*definitions.linear_policy_loss(**{"bias": None} | s | x))
 
 
 def _linear_policy_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
@@ -169,5 +168,5 @@ LINEAR_POLICY_LOSS = Entry(
     "linear_policy_loss", linear_policy_loss._IMPLS,
     _HEAD_LEVELS | {"mask": TOKEN_LEVELS["mask"], "apart": (0.5, 0.0), "advantages": ("normal", "0", "+-1"), "objective": tuple(OBJECTIVES), "kl": KL_TERMS,
                     "correction": CORRECTIONS, "entropy_coef": (0.05, 0.0)},
-    _linear_policy_problem, _linear_policy, _linear_policy_reference, _linear_policy_bounds, ("hidden", "weight", "bias"), _HEAD_TRITON, _fits_head, _head_cost,
-    timed=_TIMED_HEAD, work=_head_work)
+    _linear_policy_problem, _linear_policy, _linear_policy_definition, _linear_policy_bounds, ("hidden", "weight", "bias"), _HEAD_TRITON, _fits_head,
+    _head_cost, timed=_TIMED_HEAD, work=_head_work)

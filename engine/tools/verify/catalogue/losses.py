@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from fusedrl.engine.tools.verify import definitions
 from fusedrl.engine.tools.verify.grid import EPS, Bound, Entry, Problem, Tensors
 from fusedrl.kernels import kl, policy_loss
 from fusedrl.kernels.objective import KINDS, PolicyObjective, RolloutCorrection
@@ -78,9 +79,12 @@ def _policy(x: dict, s: dict, impl: str | None) -> Tensors:
     return stats_of(*policy_loss.policy_loss(*positional, **x, **s, impl=impl))
 
 
-def _policy_reference(x: dict, s: dict) -> Tensors:
-    x = {f"{name}_N" if name not in ("cu_seqlens",) else name: t for name, t in x.items()}
-    return stats_of(*policy_loss.policy_loss_reference(*[x.pop(f"{name}_N") for name in ("logp", "old_logp", "advantages", "weights")], **x, **s))
+def defined_stats(loss: Tensor, *stats: Tensors) -> Tensors:
+    return {"loss": loss} | {f"{i}.{name}": t for i, group in enumerate(stats) for name, t in group.items()}
+
+
+def _policy_definition(x: dict, s: dict) -> Tensors:
+    return defined_stats(*definitions.policy_loss(**x, **s))
 
 
 def _scale_of_terms(problem: Problem) -> float:
@@ -105,7 +109,7 @@ def _policy_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
     return bounds
 
 
-POLICY_LOSS = Entry("policy_loss", policy_loss._IMPLS, TOKEN_LEVELS, _policy_problem, _policy, _policy_reference, _policy_bounds, ("logp", "entropy"),
+POLICY_LOSS = Entry("policy_loss", policy_loss._IMPLS, TOKEN_LEVELS, _policy_problem, _policy, _policy_definition, _policy_bounds, ("logp", "entropy"),
                     {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS)
 
 
@@ -139,7 +143,7 @@ VALUE_LOSS = Entry(
      "layout": ("plain", "misaligned")},
     _value_problem,
     forward=lambda x, s, impl: stats_of(*policy_loss.value_loss(x["values"], x["old_values"], x["returns"], x["weights"], **s, impl=impl)),
-    reference=lambda x, s: stats_of(*policy_loss.value_loss_reference(x["values"], x["old_values"], x["returns"], x["weights"], **s)),
+    definition=lambda x, s: defined_stats(*definitions.value_loss(**x, **s)),
     bounds=_value_bounds, wants=("values",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS)
 
 
@@ -158,13 +162,12 @@ def _both(x: dict, s: dict, impl: str | None) -> Tensors:
     return stats_of(*policy_loss.policy_value_loss(*[x.pop(name) for name in names], **x, **s, impl=impl))
 
 
-def _both_reference(x: dict, s: dict) -> Tensors:
-    values = [x[name] for name in ("values", "old_values", "returns")]
-    s, x = dict(s), {name: t for name, t in x.items() if name not in ("values", "old_values", "returns")}
+def _both_definition(x: dict, s: dict) -> Tensors:
+    s, x = dict(s), dict(x)
     clip, coef = s.pop("value_clip"), s.pop("value_coef")
-    policy = _policy_reference(x, s)
-    value = policy_loss.value_loss_reference(*values, x["weights"], clip=clip)
-    return policy | {"loss": policy["loss"] + coef * value[0]} | {f"1.{name}": t for name, t in value[1]._asdict().items()}
+    value, value_stats = definitions.value_loss(x.pop("values"), x.pop("old_values"), x.pop("returns"), x["weights"], clip)
+    policy, policy_stats = definitions.policy_loss(**x, **s)
+    return defined_stats(policy + coef * value, policy_stats, value_stats)
 
 
 def _both_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
@@ -173,7 +176,7 @@ def _both_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
 
 
 POLICY_VALUE_LOSS = Entry(
-    "policy_value_loss", policy_loss._IMPLS, TOKEN_LEVELS | {"offset": (0.0,), "clip": (0.2, None)}, _both_problem, _both, _both_reference, _both_bounds,
+    "policy_value_loss", policy_loss._IMPLS, TOKEN_LEVELS | {"offset": (0.0,), "clip": (0.2, None)}, _both_problem, _both, _both_definition, _both_bounds,
     ("logp", "entropy", "values"), {"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS)
 
 
@@ -196,7 +199,7 @@ def _token_kl_problem(case: SimpleNamespace, generator: torch.Generator) -> Prob
 def _kl_loss_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
     x, live = problem.x, problem.x["weights"] != 0
     d = (x["logp"] - x["ref_logp"])[live].double()
-    terms = kl.token_kl_reference(d, torch.zeros_like(d), problem.settings["estimator"]).abs()
+    terms = definitions.token_kl(d, problem.settings["estimator"]).abs()
     sizes = float((x["weights"][live].double().abs() * terms).sum()) if problem.settings["level"] == "token" else float(d.abs().sum() ** 2 + math.exp(min(
         20.0, float(d.abs().sum()))))
     reach = 1.0 if problem.settings["level"] == "token" else max(1.0, float(d.abs().sum()))
@@ -208,7 +211,7 @@ TOKEN_KL = Entry(
     "token_kl", kl._IMPLS, {"N": (33, 0, 1, 127, 4096, 32768), "estimator": ("k3", "k1", "k2", "abs"), "apart": (1.0, 1e-4, 0.0, 40.0),
                             "layout": ("plain", "misaligned")}, _token_kl_problem,
     forward=lambda x, s, impl: {"kl": kl.token_kl(x["logp"], x["ref_logp"], **s, impl=impl)},
-    reference=lambda x, s: {"kl": kl.token_kl_reference(x["logp"], x["ref_logp"], s["estimator"])},
+    definition=lambda x, s: {"kl": definitions.token_kl(x["logp"] - x["ref_logp"], s["estimator"])},
     bounds=lambda problem, want: {"kl": Bound(1e-6, 1e-6)}, triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N,
     timed={kind: {"N": case["N"]} for kind, case in TIMED_TOKENS.items()})
 
@@ -216,6 +219,6 @@ KL_LOSS = Entry(
     "kl_loss", kl._LOSS, TOKEN_KL.levels | {"gradient": ("k2", "k1", "k3", "abs"), "level": ("token", "sequence"), "mask": TOKEN_LEVELS["mask"],
                                             "apart": (0.5, 1e-3, 0.0, 40.0)}, _token_kl_problem,
     forward=lambda x, s, impl: {"loss": kl.kl_loss(**x, **s, impl=impl)},
-    reference=lambda x, s: {"loss": kl.kl_loss_reference(x["logp"], x["ref_logp"], x["weights"], s["estimator"], s["gradient"], x.get("cu_seqlens"))},
+    definition=lambda x, s: {"loss": definitions.kl_loss(x["logp"], x["ref_logp"], x["weights"], s["estimator"], s["gradient"], x.get("cu_seqlens"))},
     bounds=_kl_loss_bounds, wants=("logp",), triton={"N": (33, 0, 1, 1100)}, cost=lambda case: case.N, timed=TIMED_TOKENS,
     fits=lambda case: not (case.level == "sequence" and (case.N > 127 or case.apart > 1)))
