@@ -1,4 +1,4 @@
-"""The definitions that fusedrl verify measures by: of every op, sharing no code with it, and seeing whatever is wrong in torch."""
+"""The definitions that fusedrl verify measures by: one for every op, none of its code, and torch seen by them."""
 import ast
 import importlib
 import sys
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 SOURCES = sorted(Path(definitions.__file__).parent.glob("*.py"))
 
 
-# ---- independence ------------------------------------------------------------------------------------------------------
+# ---- independence -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_definitions_import_nothing_of_the_product(path):
     """Nor a way to import at run time, nor torch.ops, behind which the compiled kernels lie."""
@@ -30,7 +30,8 @@ def test_definitions_import_nothing_of_the_product(path):
             near = node.level == 1 or node.module.startswith("fusedrl.engine.tools.verify.definitions.")
             assert near or node.module in ("__future__", "itertools", "typing", "torch"), node.module
         if isinstance(node, ast.Name | ast.Attribute):
-            assert ast.unparse(node).split(".")[-1] not in ("ops", "import_module", "__import__", "modules"), node.lineno
+            name = ast.unparse(node).split(".")[-1]
+            assert name not in ("ops", "import_module", "__import__", "modules"), node.lineno
 
 
 class Watched(TorchDispatchMode):
@@ -60,7 +61,7 @@ class Watched(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", CATALOGUE)
 def test_every_op_has_a_definition_of_its_own(op):
-    """Neither it nor the bounds made from it run a line of the kernels, one level changed at a time; a run of the op does."""
+    """Neither it nor the bounds made from it run a line of the kernels, whatever level is changed; a run of the op does."""
     entry = CATALOGUE[op]
     sizes = ("N", "V", "shape")
     changes = [{name: levels[1]} for name, levels in entry.levels.items() if len(levels) > 1 and name not in sizes]
@@ -74,7 +75,7 @@ def test_every_op_has_a_definition_of_its_own(op):
     assert watched.seen, "the watch sees nothing at all"
 
 
-# ---- faults in torch -----------------------------------------------------------------------------------------------------
+# ---- faults in torch ----------------------------------------------------------------------------------------------
 def _scaled(found):
     """Any result, off by a part in a thousand: floats alone, whatever they lie in."""
     if isinstance(found, torch.Tensor):
@@ -160,7 +161,7 @@ def test_a_fault_in_torch_is_told_of_torch(monkeypatch, op):
         assert right["state"] == "ok", right
 
 
-# ---- the definitions, where something else says what is right ----------------------------------------------------------
+# ---- the definitions, where something else says what is right -----------------------------------------------------
 def test_definitions_by_hand():
     """Values that were worked out with a pencil."""
     rewards, values = torch.tensor([[1.0, 9.0, 2.0]]).double(), torch.tensor([[0.5, 9.0, 0.25]]).double()
