@@ -206,6 +206,15 @@ def test_two_installs_on_one_path_are_refused(tmp_path):
     assert "several installs of fusedrl" in _run("import fusedrl.engine", first, second).stderr
 
 
+def test_a_link_to_the_install_is_no_second_one(tmp_path):
+    """As bench/first_light.py makes it, where nothing needs to be installed, beside one that is."""
+    first = _tree(tmp_path / "first")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "fusedrl").symlink_to(first / "fusedrl")
+    done = _run("import fusedrl.engine", tmp_path / "linked", first)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_digest_sees_names_and_contents(tmp_path):
     def digest(**files: str) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
