@@ -153,8 +153,8 @@ def test_sums_in_bfloat16_would_not_pass(gradients, monkeypatch):
 
 # ---- the optimizer ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums_are_dropped_and_leave_with_the_optimizer(dtype):
-    p = nn.Parameter(torch.ones(70_001, dtype=dtype))  # more than is wide at a time
+def test_sums_are_dropped_and_leave_with_the_optimizer(dtype, device):
+    p = nn.Parameter(torch.ones(70_001, dtype=dtype, device=device))  # more than is wide at a time
     plain, wide = make_optimizer({"p": p}, lr=0.1), None
     (3 * p).sum().backward()
     assert torch.equal(p.grad, torch.full_like(p, 3)), "without sums .grad is torch's"
@@ -163,12 +163,12 @@ def test_sums_are_dropped_and_leave_with_the_optimizer(dtype):
     for _ in range(1000):
         (1.0078125 * p).sum().backward()
     assert p.grad is None
-    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 1007.8125)), "1,000 times, in an exact sum"
+    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 1007.8125, device=device)), "1,000 times, in an exact sum"
     assert wide.zero_grad() == 4 * 70_001
     assert wide.gradients() == {}
     (2 * p).sum().backward()
     p.grad = torch.ones_like(p)  # by hand, beside the sum
-    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 3.0))
+    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 3.0, device=device))
     assert wide.step(max_grad_norm=1.0).grad_norm == pytest.approx(3 * math.sqrt(70_001), rel=1e-6)
     del wide
     p.grad = None
@@ -177,8 +177,8 @@ def test_sums_are_dropped_and_leave_with_the_optimizer(dtype):
 
 
 @pytest.mark.parametrize("numel", [0, 1, 4095, 4097, 1 << 24])
-def test_norms_of_large_tensors(numel):
-    x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).mul_(1e-3)
+def test_norms_of_large_tensors(numel, device):
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(device).mul_(1e-3)
     exact = x.double().square().sum().item()
     assert grad_norm([x, x]) == pytest.approx(math.sqrt(2 * exact), rel=1e-6)
     if numel:
@@ -186,4 +186,4 @@ def test_norms_of_large_tensors(numel):
     if numel == 1 << 24:
         assert abs(float(torch.linalg.vector_norm(x)) - math.sqrt(exact)) > 3e-4 * math.sqrt(exact), "what one float32 sum makes of it"
     for value in (math.inf, math.nan):
-        assert not math.isfinite(grad_norm([torch.tensor([value, 1.0])]))
+        assert not math.isfinite(grad_norm([torch.tensor([value, 1.0], device=device)]))

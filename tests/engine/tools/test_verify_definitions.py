@@ -15,6 +15,8 @@ from fusedrl.engine.tools.verify.grid import oracle, run
 from fusedrl.engine.tools.verify.ops import try_op
 from fusedrl.kernels import sampling
 
+pytestmark = [pytest.mark.cpu_only("definitions are of float64 on the host")]
+
 CPU = torch.device("cpu")
 SOURCES = sorted(Path(definitions.__file__).parent.glob("*.py"))
 
