@@ -15,7 +15,7 @@ PARAMS = SamplingParams(max_new_tokens=24, n=3)
 
 def make_actor(device, value_head=True, **kwargs):
     decoder = Decoder.random(model_config(CONFIG), 0, device=device, **kwargs)
-    head = ValueHead(32, device=device) if value_head else None
+    head = ValueHead(32) if value_head else None
     if head is not None:
         torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
         torch.nn.init.constant_(head.bias, 0.25)

@@ -27,7 +27,7 @@ NAMES = ("old_logp", "ref_logp", "values", "logp", "entropy", "now", "full")
 def problem(device, dtype, seed=0):
     """A rollout of lengths 1 to 7 with holes in the masks, NaN there, and what policy and critic say of its tokens now."""
     rng = torch.Generator().manual_seed(seed)
-    lengths = [int(torch.randint(1, 8, (), generator=rng).to(device)) for _ in GROUPS]
+    lengths = [int(torch.randint(1, 8, (), generator=rng).item()) for _ in GROUPS]
     batch = PackedBatch.from_sequences([([1, 2], [3] * n) for n in lengths], device=device)
     mask = batch.action_mask.clone()
     for start, n in zip(batch.cu_seqlens.tolist(), lengths, strict=False):
@@ -210,11 +210,11 @@ def gradients(actor, config, batch, parts):
 def test_the_gradient_of_a_model_does_not_depend_on_the_cut(algorithm, dtype, impl, tolerance, device):
     """Parameters of a decoder and its value head, whose forward packs other sequences together in every cut."""
     with use_impl(impl) if impl else torch.enable_grad():
-        head = ValueHead(SMALL["hidden_size"], device=device)
+        head = ValueHead(SMALL["hidden_size"])
         torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
-        actor = HybridActor(Decoder.random(model_config(SMALL), 0, dtype=dtype, device=device), value_head=head.to(dtype))
+        actor = HybridActor(Decoder.random(model_config(SMALL), 0, dtype=dtype, device=device), value_head=head.to(device, dtype))
         rng = torch.Generator().manual_seed(0)
-        lengths = [int(torch.randint(1, 9, (), generator=rng).to(device)) for _ in GROUPS]
+        lengths = [int(torch.randint(1, 9, (), generator=rng).item()) for _ in GROUPS]
         batch = PackedBatch.from_sequences([([1, 3], torch.randint(3, 29, (n,), generator=rng).tolist()) for n in lengths], device=device)
         with torch.no_grad():
             hidden = actor.forward(batch)

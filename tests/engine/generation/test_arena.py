@@ -30,7 +30,7 @@ def small_counts(monkeypatch):
 
 
 def make(device, kind="llama", dtype=torch.float32, cache=POOL, **options):
-    decoder, head = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype, device=device), ValueHead(40, device=device)
+    decoder, head = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype, device=device), ValueHead(40)
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
     return HybridActor(decoder, value_head=head.to(device), cache=cache, **options)
 

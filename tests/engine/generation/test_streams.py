@@ -45,7 +45,7 @@ def make(device, lora: bool = False, **cache) -> HybridActor:
         with torch.no_grad():
             for layer in actor.decoder.layers:
                 for b in layer.lora.tensors()[1::2]:
-                    b.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
+                    b.copy_(0.3 * torch.randn(b.shape, generator=torch.Generator().manual_seed(2)))
     return actor
 
 

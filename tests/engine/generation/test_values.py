@@ -28,7 +28,7 @@ def head(device, seed=0):
     made = ValueHead(CONFIG["hidden_size"], device=device)
     with torch.no_grad():
         for p in made.parameters():
-            p.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(seed))
+            p.copy_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
     return made
 
 

@@ -120,7 +120,7 @@ def actor_of(device, kind, dtype, cache, limit=512, lora=False, values=False):
     head = ValueHead(decoder.config.hidden_size, device=device) if values else None
     with torch.no_grad():
         for p in [p for name, p in decoder.named_parameters() if ".lora." in name] + (list(head.parameters()) if head else []):
-            p.copy_(torch.empty(p.shape, device=device).normal_(0.0, 0.2, generator=draw))
+            p.copy_(0.2 * torch.randn(p.shape, generator=draw))
     return HybridActor(decoder, cache=cache, strict=True, value_head=head)
 
 

@@ -266,7 +266,7 @@ BATCHES, PROJECTIONS, FAR = 48, 20, 4.0
 
 def draws(tree, n, rng):
     """n completions of the table, by number."""
-    return torch.multinomial(tree.probabilities(), n, replacement=True, generator=rng).tolist()
+    return torch.multinomial(tree.probabilities().cpu(), n, replacement=True, generator=rng).tolist()
 
 
 def sampled(tree, config, n=256, seed=1):

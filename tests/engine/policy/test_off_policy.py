@@ -32,7 +32,7 @@ def test_the_variance_of_an_importance_weighted_mean(device):
         by_definition = (q * (x - mean) ** 2).sum()
         torch.testing.assert_close(by_definition, (p * f**2 * p / q).sum() - (p * f).sum() ** 2)
         variances.append(by_definition.item())
-        drawn = x[torch.multinomial(q, 200 * 100, replacement=True, generator=rng)].view(200, 100)
+        drawn = x[torch.multinomial(q.cpu(), 200 * 100, replacement=True, generator=rng).to(device)].view(200, 100)
         assert (drawn.mean() - mean).abs() < 5 * (by_definition / 20_000).sqrt()
         covered.append(((drawn.mean(1) - mean).abs() <= 2 * drawn.std(1) / 10).double().mean().item())
     assert variances == sorted(variances)

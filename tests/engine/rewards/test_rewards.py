@@ -242,8 +242,8 @@ def test_specifications_that_are_neither(tmp_path):
 
 # ---- reward models --------------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def reward_directory(tiny_model, tmp_path, device):
-    model = RewardModel.from_decoder(load_decoder(tiny_model, device=device), seed=3)
+def reward_directory(tiny_model, tmp_path):
+    model = RewardModel.from_decoder(load_decoder(tiny_model, device="cpu"), seed=3)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     save_reward_model(model, tmp_path / "judge", tokenizer=AutoTokenizer.from_pretrained(tiny_model))
     return tmp_path / "judge"

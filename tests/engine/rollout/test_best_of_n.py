@@ -62,7 +62,7 @@ def test_the_bound_is_an_equality_without_atoms(device):
 def test_what_is_chosen_has_that_distribution(device):
     """first_best on drawn samples, ties among them, against the enumerated distribution: chi-square, fixed seed."""
     p, scores = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64, device=device), torch.tensor([0.0, 1.0, 1.0, 2.0], dtype=torch.float64, device=device)
-    drawn = torch.multinomial(p, 3 * 4000, replacement=True, generator=torch.Generator().manual_seed(0)).view(4000, 3)
+    drawn = torch.multinomial(p.cpu(), 3 * 4000, replacement=True, generator=torch.Generator().manual_seed(0)).to(device).view(4000, 3)
     chosen = Counter(row[first_best(scores[row].tolist())].item() for row in drawn)
     expected = 4000 * distribution(p, scores, 3)
     assert sum((chosen[i] - e) ** 2 / e for i, e in enumerate(expected.tolist())) < 16.3  # 3 degrees of freedom, 0.1%
