@@ -218,9 +218,10 @@ def _cpu_only(node: ast.AST) -> bool:
 
 def _off_the_device(tree: ast.AST, everywhere: bool = True) -> list[str]:
     """Tensors made without a device, and problems of the catalogue; not in what is cpu_only. Numbers of a generator are drawn on the CPU, alike for every
-    device, and moved by `.to`; what becomes a list at once stays there. `everywhere`: also in functions that take no device."""
+    device, and moved by `.to` or copied; what becomes a list at once stays there. `everywhere`: also in functions that take no device."""
     found, moved = [], {id(part) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ("to", "tolist", "item")
                         for part in ast.walk(node.value)}
+    moved |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".copy_") for part in ast.walk(node)}
 
     def walk(node: ast.AST, where: str, taken: bool) -> None:
         if isinstance(node, ast.FunctionDef | ast.Module):
