@@ -88,7 +88,10 @@ class OnCard(torch.Tensor):
         args, kwargs = bare((args, kwargs or {}))
         if is_card(kwargs.get("device")):
             kwargs["device"] = torch.device("cpu")
-        out = func(*args, **kwargs)
+        if func is torch.ops.aten.mm.dtype:  # bfloat16 in, float32 out: a card's alone
+            out = (args[0].float() @ args[1].float()).to(args[2])
+        else:
+            out = func(*args, **kwargs)
         if name == "aten::copy_" and id(args[0]) not in wrappers:  # to the host
             return out
         return tree_map_only(torch.Tensor, lambda x: wrappers[id(x)] if id(x) in wrappers else OnCard(x), out)
@@ -144,6 +147,7 @@ def begin() -> None:
     from triton.runtime import interpreter
 
     from fusedrl.engine.generation import generator
+    from fusedrl.engine.model import sharing, watch
     from fusedrl.engine.tools.verify import grid
 
     for name in FACTORIES:
@@ -158,6 +162,7 @@ def begin() -> None:
     torch.cuda.mem_get_info = lambda device=None: (MEMORY, MEMORY)
     torch.cuda.max_memory_allocated = lambda device=None: 0
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(total_memory=MEMORY, name="pretended")
+    watch.Tensor = sharing.Tensor = OnCard  # of which its parameters are
     generator.CudaCapture = lambda device: lambda step, state: step
     torch.cuda.synchronize, torch.cuda.is_current_stream_capturing = lambda device=None: None, lambda: False
     torch.compile = lambda function=None, **options: function or (lambda f: f)
