@@ -5,7 +5,7 @@
     q -> result      k, v -> cache, at block slot // S, position slot % S
 
 Shapes    N tokens; Hq query and Hkv key/value heads of D values, in this order in a row of the projection; the angles' cos and sin [N, D/2].
-          k_cache [blocks, Hkv, D, S] holds K transposed inside a block, v_cache [blocks, Hkv, S, D]: one layer of decode_step.py's caches.
+          k_cache [blocks, Hkv, D, S] holds K transposed inside a block, v_cache [blocks, Hkv, S, D]: one layer of `decode_step`'s caches.
 Bytes     N (2 Hq + 4 Hkv) D s (read, write) and 4 N D of angles. Norms, rotation and copy one after the other: N (4 Hq + 8 Hkv) D s.
 Numerics  norm and rotation in float32 (float64 for float64), rounded once to the caches' dtype, when stored:
           the norm does not round before its weight as rms_norm
@@ -13,6 +13,8 @@ Numerics  norm and rotation in float32 (float64 for float64), rounded once to th
 Source    rms_norm.py and rope.py, in the order of Qwen3 (norm, then rotation); Kwon et al. (2023), PagedAttention.
 """
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -151,7 +153,7 @@ def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cac
     Args:
         qkv: [N, (Hq + 2 Hkv) D], the output of the fused projection; its last dimension is contiguous, the stride of the tokens is free.
         cos, sin: [N, D/2] of the angles; float32, or qkv's dtype.
-        k_cache, v_cache: [blocks, Hkv, D, S] and [blocks, Hkv, S, D], contiguous: a layer of `allocate_cache`; written in place. In qkv's dtype; triton and
+        k_cache, v_cache: [blocks, Hkv, D, S] and [blocks, Hkv, S, D], contiguous: one layer's; written in place. In qkv's dtype; triton and
             torch also take bfloat16 or float16 beside qkv of float32.
         slots: [N] int64, block * S + position in the block. The row of a negative slot (padding) is not written; its query is computed all the
             same. Which of the rows with one slot is written last is undefined.
@@ -185,7 +187,7 @@ def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cac
     check_last_contiguous(op, "qkv", qkv)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not tensor.is_contiguous():
-            raise ValueError(f"{op}: expected {name} contiguous, a layer of allocate_cache, got strides {tensor.stride()}")
+            raise ValueError(f"{op}: expected {name} contiguous, got strides {tensor.stride()}; allocate it in this shape")
     if chosen != "cpp" and slots.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = slots >= blocks * size
         if wrong.any():
@@ -195,6 +197,17 @@ def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cac
         return rope_and_cache_reference(qkv, cos, sin, k_cache, v_cache, slots, num_heads, q_norm, k_norm, eps)
     function = getattr(torch.ops.fusedrl, "rope_and_cache" if chosen == "cpp" else f"rope_and_cache_{chosen}")
     return function(qkv, cos, sin, k_cache, v_cache, slots, num_heads, q_norm, k_norm, eps)
+
+
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor | Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks in all layers, in place: the copy of copy-on-write.
+
+    k_cache, v_cache: [L, blocks, ...]. pairs: [P, 2] of (source, destination); all sources are read before any destination is written, and no
+    destination comes twice.
+    """
+    pairs = torch.as_tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(k_cache.device)
+    for cache in (k_cache, v_cache):
+        cache.index_copy_(1, pairs[:, 1], cache.index_select(1, pairs[:, 0]))
 
 
 # What tests/offline_compile.py compiles: 12 query and 2 key/value heads of 128 without a norm, 16 and 8 with one, and heads of 80, which fill no power of two.

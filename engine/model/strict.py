@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.kernels.decode_step import DecoderWeights, allocate_cache, decode_step, on_tensor_cores
+from fusedrl.engine.model.step import DecoderWeights, allocate_cache, decode_step, on_tensor_cores
 from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.fixed_linear import fixed_linear
 from fusedrl.kernels.linear_logprob import linear_logprob

@@ -9,15 +9,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import LoRAConfig
+from fusedrl.engine.model import step as step_module
 from fusedrl.engine.model import wide
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
+from fusedrl.engine.model.step import allocate_cache, cache_dtype
 from fusedrl.engine.model.strict import strict_step
 from fusedrl.engine.model.weights import load_decoder
-from fusedrl.kernels import decode_step as step_module
 from fusedrl.kernels import split_linear as split_module
-from fusedrl.kernels.decode_step import allocate_cache, cache_dtype
 from fusedrl.kernels.dispatch import Implementations, unavailable
 from fusedrl.kernels.split_linear import halves, split_linear
 from fusedrl.kernels.swiglu import activate, activate_rows

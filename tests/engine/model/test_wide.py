@@ -11,7 +11,7 @@ from fusedrl.engine.model import decoder as decoder_module
 from fusedrl.engine.model import wide
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from fusedrl.kernels.decode_step import activation_dtype
+from fusedrl.engine.model.step import activation_dtype
 from fusedrl.kernels.dispatch import unavailable, use_impl
 
 BF16 = torch.bfloat16
