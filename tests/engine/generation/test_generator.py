@@ -104,7 +104,7 @@ def greedy_by_transformers(device):
                          ids=["roomy", "preempting", "few slots, small chunks"])
 def test_greedy_tokens_are_those_of_transformers(shared, config, preempts, count_preemptions, greedy_by_transformers, device):
     path = shared / "models" / "stories260k"
-    decoder = load_decoder(path, device=device)
+    decoder = load_decoder(path, dtype="float32", device=device)
     prompts = [p[:60] for p in ragged_prompts(32, 59, vocab=512)]
     want = greedy_by_transformers(path, prompts, 200)
     generator = Generator(decoder, None, config)
@@ -393,7 +393,7 @@ def test_text_and_messages(shared, device):
 
     path = shared / "models" / "stories260k"
     tokenizer = AutoTokenizer.from_pretrained(path)
-    generator = Generator(load_decoder(path, device=device), tokenizer)
+    generator = Generator(load_decoder(path, dtype="float32", device=device), tokenizer)
     messages = [{"role": "user", "content": "Tell me"}]
     with pytest.raises(ValueError, match="no chat template"):
         generator.prepare(["a", messages], SamplingParams())

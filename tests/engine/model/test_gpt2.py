@@ -45,7 +45,7 @@ def test_one_token_begins_and_ends_texts(tokenizer):
 
 
 def test_generates_from_text(directory, device):
-    actor = HybridActor.from_pretrained(directory, device=device)
+    actor = HybridActor.from_pretrained(directory, dtype="float32", device=device)
     peer = AutoModelForCausalLM.from_pretrained(directory).to(device)
     for prompt, (out,) in zip(("", "ab"), actor.generate(["", "ab"], SamplingParams(max_new_tokens=20, temperature=0.0)), strict=True):
         ids = torch.tensor([encode_prompt(actor.tokenizer, prompt)], device=device)
@@ -55,7 +55,7 @@ def test_generates_from_text(directory, device):
 
 
 def test_what_exceeds_the_table_of_positions_is_refused(directory, device):
-    actor = HybridActor.from_pretrained(directory, device=device)
+    actor = HybridActor.from_pretrained(directory, dtype="float32", device=device)
     (out,), = actor.generate([[5] * 35], SamplingParams(max_new_tokens=5, min_new_tokens=5))
     assert len(out.token_ids) == 5  # the last of them stands at the last position
     with pytest.raises(ValueError, match="prompt 0 has 36 tokens, and with max_new_tokens=5 that exceeds the model's 40 positions"):
@@ -91,7 +91,7 @@ def test_ppo(directory, tmp_path, write_jsonl, strict, device):
     for row in rows:
         assert row["sampling/logp_diff_max"] <= (0.0 if strict else 1e-4)
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
-    before, after = load_decoder(directory, device=device), load_decoder(tmp_path / "run/model", device=device)
+    before, after = load_decoder(directory, dtype="float32", device=device), load_decoder(tmp_path / "run/model", dtype="float32", device=device)
     assert all(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True)), "every parameter moved, positions and biases too"
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
 
@@ -103,12 +103,17 @@ def test_files_of_the_model_without_its_head(directory, tmp_path, masks, device)
     save_file(state | {f"h.{i}{masks}": torch.ones(1, 1, 40, 40, device=device) for i in range(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert all(
-        torch.equal(p, q) for p, q in zip(load_decoder(tmp_path, device=device).parameters(), load_decoder(directory, device=device).parameters(), strict=True)
+        torch.equal(p, q)
+        for p, q in zip(
+            load_decoder(tmp_path, dtype="float32", device=device).parameters(),
+            load_decoder(directory, dtype="float32", device=device).parameters(),
+            strict=True,
+        )
     )
     del state["h.1.ln_2.bias"]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"fit its config.json:\n  missing: transformer.h.1.ln_2.bias$"):
-        load_decoder(tmp_path, device=device)
+        load_decoder(tmp_path, dtype="float32", device=device)
 
 
 def steps(device, module, fused=True):

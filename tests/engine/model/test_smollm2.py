@@ -35,7 +35,7 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(smollm2, 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).to(device), AutoTokenizer.from_pretrained(smollm2)
     chats = questions(shared, 16)
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
-    outs = HybridActor.from_pretrained(smollm2, device=device).generate(chats, SamplingParams(max_new_tokens=64, temperature=0.0))
+    outs = HybridActor.from_pretrained(smollm2, dtype="float32", device=device).generate(chats, SamplingParams(max_new_tokens=64, temperature=0.0))
     ids = torch.tensor([prompts[0]], device=device)
     theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
     assert theirs[0, len(prompts[0]):].tolist() == outs[0][0].token_ids[:32]

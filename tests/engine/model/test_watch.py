@@ -700,7 +700,7 @@ def test_parameters_with_two_names_are_generated_trained_and_saved_as_they_are(s
     batch = PackedBatch.from_completions(PROMPTS, outs, device=device)
     assert (c.actor.score(batch).logp - batch.rollout_logp)[batch.action_mask].abs().max() < 1e-5
     c.actor.save_pretrained(tmp_path / "saved")
-    again = HybridActor.from_pretrained(tmp_path / "saved", cache=CacheConfig(block_size=4, num_blocks=64), device=device)
+    again = HybridActor.from_pretrained(tmp_path / "saved", cache=CacheConfig(block_size=4, num_blocks=64), dtype="float32", device=device)
     assert [[o.token_ids for o in group] for group in again.generate(PROMPTS, PARAMS)] == [[o.token_ids for o in group] for group in outs]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval().to(device)
     assert off(theirs, outs) < 1e-4

@@ -67,7 +67,7 @@ def test_reads_what_transformers_writes(tmp_path, kind, device):
     peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL | KINDS[kind])).to(device)
     peer.save_pretrained(tmp_path, max_shard_size="5KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    ours = load_decoder(tmp_path, device=device)
+    ours = load_decoder(tmp_path, dtype="float32", device=device)
     state = peer.state_dict()
     views = hf_views(ours)
     assert len(state) == len(views) + ours.config.tie_embeddings
@@ -76,15 +76,15 @@ def test_reads_what_transformers_writes(tmp_path, kind, device):
 
 
 def test_dtypes(saved, device):
-    assert load_decoder(saved, device=device).dtype == torch.float32
+    assert load_decoder(saved, dtype="float32", device=device).dtype == torch.float32
     assert load_decoder(saved, dtype="bfloat16", device=device).embedding.dtype == torch.bfloat16
-    assert torch.equal(load_decoder(saved, dtype="bfloat16", device=device).embedding, load_decoder(saved, device=device).embedding.bfloat16())
+    assert torch.equal(load_decoder(saved, dtype="bfloat16", device=device).embedding, load_decoder(saved, dtype="float32", device=device).embedding.bfloat16())
     with pytest.raises(ValueError, match="expected dtype auto, float32"):
         load_decoder(saved, dtype="int8", device=device)
 
 
 def test_views_share_the_fused_storage(saved, device):
-    decoder = load_decoder(saved, device=device)
+    decoder = load_decoder(saved, dtype="float32", device=device)
     views = hf_views(decoder)
     with torch.no_grad():
         views["model.layers.1.self_attn.k_proj.weight"].fill_(7.0)
@@ -102,7 +102,7 @@ def test_everything_travels(tmp_path, shared, device):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "temperature": 0.7, "do_sample": True}))
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    decoder = load_decoder(copy, device=device)
+    decoder = load_decoder(copy, dtype="float32", device=device)
     save_pretrained(decoder, tmp_path / "out", tokenizer=tokenizer)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.7
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
@@ -118,19 +118,19 @@ def test_a_second_copy_of_a_tied_head_is_ignored(saved, device):
     state = load_file(saved / "model.safetensors")
     more = {"lm_head.weight": torch.ones(40, 24, device=device), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, device=device)}
     save_file(state | more, saved / "model.safetensors")
-    assert torch.equal(load_decoder(saved, device=device).head_weight, state["model.embed_tokens.weight"])
+    assert torch.equal(load_decoder(saved, dtype="float32", device=device).head_weight, state["model.embed_tokens.weight"])
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------------
 def test_directories_without_weights(saved, tmp_path, device):
     (saved / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no weights: expected model.safetensors or model.safetensors.index.json"):
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
     (saved / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(FileNotFoundError, match=r"pickled weights only.*refused; convert them.*save_pretrained"):
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
     with pytest.raises(FileNotFoundError, match="expected a model directory or a Hugging Face id"):
-        load_decoder(tmp_path / "nowhere", device=device)
+        load_decoder(tmp_path / "nowhere", dtype="float32", device=device)
 
 
 def test_tensors_that_do_not_fit_are_listed(saved, device):
@@ -140,7 +140,7 @@ def test_tensors_that_do_not_fit_are_listed(saved, device):
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, saved / "model.safetensors")
     with pytest.raises(ValueError) as raised:
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
     for line in ("missing: model.layers.1.mlp.up_proj.weight", "unexpected: model.layers.0.input_layernorm.bias",
                  "shape of model.norm.weight: expected [24], got [23]"):
         assert line in str(raised.value)
@@ -150,7 +150,7 @@ def test_tensors_that_do_not_fit_are_listed(saved, device):
 def test_weight_maps_that_leave_the_directory(saved, shard, device):
     (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
     with pytest.raises(ValueError, match="expected the name of a file in this directory"):
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
 
 
 def test_links_and_special_files_in_a_weight_map(saved, tmp_path, device):
@@ -159,20 +159,20 @@ def test_links_and_special_files_in_a_weight_map(saved, tmp_path, device):
     shutil.copy(saved / "model.safetensors", tmp_path / "outside.safetensors")
     (saved / "shard.safetensors").symlink_to(tmp_path / "outside.safetensors")
     with pytest.raises(ValueError, match="a link out of the directory or a special file"):
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
     (saved / "shard.safetensors").unlink()
     os.mkfifo(saved / "shard.safetensors")
     with pytest.raises(ValueError, match="a link out of the directory or a special file"):
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
     (saved / "shard.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="incomplete"):
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
     index.write_text(json.dumps({"weight_map": {"absent": "model.safetensors"}}))
     with pytest.raises(ValueError, match="tensors that their file does not hold: absent"):
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
     index.write_text(json.dumps({"weight_map": [1]}))
     with pytest.raises(ValueError, match="expected a weight_map"):
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
 
 
 def test_the_links_of_the_hub_cache_are_followed(saved, tmp_path, device):
@@ -184,7 +184,7 @@ def test_the_links_of_the_hub_cache_are_followed(saved, tmp_path, device):
         (snapshot / path.name).symlink_to(f"../../blobs/hash-{path.name}")
     (blobs / "index").write_text(json.dumps({"weight_map": dict.fromkeys(load_file(saved / "model.safetensors"), "model.safetensors")}))
     (snapshot / "model.safetensors.index.json").symlink_to("../../blobs/index")
-    assert torch.equal(load_decoder(snapshot, device=device).embedding, load_decoder(saved, device=device).embedding)
+    assert torch.equal(load_decoder(snapshot, dtype="float32", device=device).embedding, load_decoder(saved, dtype="float32", device=device).embedding)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -192,14 +192,14 @@ def test_truncated_files(saved, keep, device):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"model.safetensors: not a whole safetensors file .*truncated or damaged"):
-        load_decoder(saved, device=device)
+        load_decoder(saved, dtype="float32", device=device)
 
 
 def test_auto_map_is_ignored_with_a_warning(saved, tmp_path, device):
     raw = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(raw | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
     with pytest.warns(UserWarning, match="auto_map is ignored"):
-        decoder = load_decoder(saved, device=device)
+        decoder = load_decoder(saved, dtype="float32", device=device)
     save_pretrained(decoder, tmp_path / "out")
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
@@ -215,7 +215,7 @@ def test_ids_go_to_the_hub_and_say_so_when_it_is_away(monkeypatch, saved, device
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(FileNotFoundError, match=r"'owner/name' is no directory here, and fetching it .* failed \(ConnectionError: no route\)"):
-        load_decoder("owner/name", device=device)
+        load_decoder("owner/name", dtype="float32", device=device)
     assert asked[0][0] == "owner/name"
     assert "*.safetensors" in asked[0][1]
     assert not any("bin" in pattern for pattern in asked[0][1])
@@ -285,8 +285,8 @@ def test_both_names_of_gpt_neox_heads(tmp_path, device):
     state["lm_head.weight"] = state.pop("embed_out.weight")
     masks = {f"gpt_neox.layers.0.attention.{name}": torch.ones(1, 1, 64, 64, device=device) for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}
     save_file(state | masks, tmp_path / "model.safetensors")
-    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), load_decoder(tmp_path, device=device).parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), load_decoder(tmp_path, dtype="float32", device=device).parameters(), strict=True))
     state["gpt_neox.layers.1.attention.query_key_value.bias"] = torch.zeros(71, device=device)
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"shape of gpt_neox.layers.1.attention.query_key_value.bias: expected \[72\], got \[71\]"):
-        load_decoder(tmp_path, device=device)
+        load_decoder(tmp_path, dtype="float32", device=device)

@@ -71,7 +71,7 @@ def ppo(tiny_model, tmp_path, write_jsonl, device):
 @pytest.fixture
 def reward_model(tiny_model, tmp_path, device):
     """A reward model on another trunk than the policy's, with a shift."""
-    model = RewardModel.from_decoder(Decoder.random(load_decoder(tiny_model, device=device).config, seed=5, device=device), seed=3)
+    model = RewardModel.from_decoder(Decoder.random(load_decoder(tiny_model, dtype="float32", device=device).config, seed=5, device=device), seed=3)
     model.shift = 0.75
     save_reward_model(model, tmp_path / "reward", tokenizer=load_tokenizer(tiny_model))
     return tmp_path / "reward", model
@@ -83,7 +83,7 @@ def _metrics(config):
 
 def _weights(device, config, part="model"):
     directory = Path(config.run.dir) / part
-    named = load_critic(directory).named_parameters() if part == "critic" else load_decoder(directory, device=device).named_parameters()
+    named = load_critic(directory).named_parameters() if part == "critic" else load_decoder(directory, dtype="float32", device=device).named_parameters()
     return {name: p.detach() for name, p in named}
 
 
@@ -124,7 +124,7 @@ def test_of_a_language_model_the_first_value_is_zero_and_of_a_trained_one_its_ow
     assert not load_critic(tiny_model)(batch).any()
     head = ValueHead(32, device=device)
     torch.nn.init.normal_(head.weight), torch.nn.init.constant_(head.bias, 0.3)
-    actor = HybridActor(load_decoder(tiny_model, device=device), value_head=head)
+    actor = HybridActor(load_decoder(tiny_model, dtype="float32", device=device), value_head=head)
     actor.save_pretrained(tmp_path / "actor")
     assert torch.equal(load_critic(tmp_path / "actor")(batch), actor.values(batch, actor.forward(batch)))
 
@@ -133,7 +133,7 @@ def test_of_a_language_model_the_first_value_is_zero_and_of_a_trained_one_its_ow
 def test_saved_and_loaded_it_is_the_same_and_transformers_reads_its_trunk(tiny_model, tmp_path, kind, device):
     from transformers import AutoModel
 
-    raw = load_decoder(tiny_model, device=device).config.raw | kind if kind is not OTHER else OTHER
+    raw = load_decoder(tiny_model, dtype="float32", device=device).config.raw | kind if kind is not OTHER else OTHER
     save_pretrained(Decoder.random(model_config(raw), seed=1, device=device), tmp_path / "lm")
     critic = load_critic(tmp_path / "lm")
     torch.nn.init.normal_(critic.head.weight)
@@ -209,7 +209,7 @@ def test_a_critic_that_is_not_finite_stops_the_run(ppo, tiny_model, tmp_path, de
     """At its fifth skipped update in a row, by its name; the policy is not trained on what it says."""
     head = ValueHead(32, device=device)
     torch.nn.init.constant_(head.weight, 3e38)
-    HybridActor(load_decoder(tiny_model, device=device), load_tokenizer(tiny_model), value_head=head).save_pretrained(tmp_path / "broken")
+    HybridActor(load_decoder(tiny_model, dtype="float32", device=device), load_tokenizer(tiny_model), value_head=head).save_pretrained(tmp_path / "broken")
     with pytest.raises(RuntimeError, match="5 updates of the critic in a row had a non-finite gradient norm"):
         train_policy(ppo(epochs=3, critic=CriticConfig(str(tmp_path / "broken"))))
     assert _metrics(ppo()) == []
@@ -341,7 +341,7 @@ def test_a_constant_in_the_reward_changes_no_course(ppo, reward_model, tmp_path,
         config = replace(ppo(name=f"run{shift}", optim=OptimConfig(lr=1e-3, eps=1e-8), **options), reward=(f"{tmp_path}/at{shift}.py:at",))
         train_policy(config)
         found[shift] = _weights(device, config), _metrics(config)
-    start = dict(load_decoder(config.model, device=device).named_parameters())
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
     weights, rows = found[0]
     moved = max((p - start[n]).abs().max().item() for n, p in weights.items())
     assert moved > 1e-3
@@ -368,7 +368,7 @@ def test_a_reward_counted_in_another_unit_changes_no_course(ppo, tmp_path, name,
         config = replace(ppo(name=f"run{times}", optim=optim, kl=KLConfig(coef=0.05 * times), **options), reward=(f"{tmp_path}/by{times}.py:by",))
         train_policy(config)
         found[times] = _weights(device, config), _metrics(config)
-    start = dict(load_decoder(config.model, device=device).named_parameters())
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
     weights, rows = found[1.0]
     moved = max((p - start[n]).abs().max().item() for n, p in weights.items())
     assert moved > 1e-3
@@ -393,7 +393,7 @@ def test_a_head_on_the_trunk_warms_up_alone(ppo, device):
     assert [row["kl_coef"] for row in rows[:3]] == [0.1] * 3
     assert rows[1]["critic/lr"] == pytest.approx(1e-2 / 8)  # of eight steps the last
     assert rows[2]["lr"] == pytest.approx(3e-3 * (8 - 3) / 8)
-    start, saved = dict(load_decoder(config.model, device=device).named_parameters(prefix="decoder")), {}
+    start, saved = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters(prefix="decoder")), {}
     for step in range(1, 4):
         saved[step] = load_file(Path(config.run.dir) / "checkpoints" / f"step_0000000{step}" / "model.safetensors")
     for step in (1, 2):
@@ -455,7 +455,7 @@ def test_options_that_contradict_each_other():
 
 
 def test_another_vocabulary_is_refused(ppo, tiny_model, tmp_path, device):
-    raw = load_decoder(tiny_model, device=device).config.raw
+    raw = load_decoder(tiny_model, dtype="float32", device=device).config.raw
     small, large = raw | {"vocab_size": 31}, raw | {"vocab_size": 40}
     tokenizer = load_tokenizer(tiny_model)
     for name, shape, with_tokenizer in (("small", small, True), ("large", large, False), ("padded", large, True)):
@@ -479,7 +479,7 @@ def test_another_vocabulary_is_refused(ppo, tiny_model, tmp_path, device):
 
 
 def test_a_resumed_run_whose_critic_is_another_model_is_refused(ppo, tiny_model, tmp_path, device):
-    raw = load_decoder(tiny_model, device=device).config.raw
+    raw = load_decoder(tiny_model, dtype="float32", device=device).config.raw
     save_pretrained(Decoder.random(model_config(raw), seed=0, device=device), tmp_path / "start")
     config = ppo(steps=2, critic=CriticConfig(str(tmp_path / "start")))
     train_policy(replace(config, steps=1))

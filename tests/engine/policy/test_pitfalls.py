@@ -286,7 +286,7 @@ def test_23_old_log_probabilities_come_in_the_cuts_of_training(monkeypatch, devi
 # ---- rewards and randomness: 22, 24 ------------------------------------------------------------------------------------------------
 def test_22_a_reward_model_reads_the_end_that_it_was_trained_on(tiny_model, tmp_path, device):
     """Scores of a policy's completions are those of ids with their EOS (TRL PR #5813 scored them without)."""
-    model = RewardModel.from_decoder(load_decoder(tiny_model, device=device), seed=3)
+    model = RewardModel.from_decoder(load_decoder(tiny_model, dtype="float32", device=device), seed=3)
     save_reward_model(model, tmp_path / "judge", tokenizer=AutoTokenizer.from_pretrained(tiny_model))
     judge = load_reward(str(tmp_path / "judge"), tokenizer=AutoTokenizer.from_pretrained(tiny_model))
     ids = [[5, 6, EOS], [9, EOS]]

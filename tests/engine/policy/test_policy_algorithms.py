@@ -76,7 +76,7 @@ def _metrics(config):
 
 
 def _weights(device, config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", device=device).named_parameters()}
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -94,7 +94,7 @@ def test_every_algorithm_trains(make, algorithm, device):
         assert {"reward", "reward_std", "frac_reward_zero_std", "completions/clipped_ratio", "grad_norm"} <= row.keys()
         assert ("kl" in row) == (config.kl.coef > 0)
         assert ("loss/value_avg" in row) == ("val/explained_variance" in row) == critic
-    start = dict(load_decoder(config.model, device=device).named_parameters())
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
     assert max((p - start[name]).abs().max().item() for name, p in _weights(device, config).items()) > 1e-4
 
 
@@ -149,7 +149,7 @@ def test_the_micro_batch_split_does_not_change_the_update(make, device):
                           optim=OptimConfig(lr=1e-3, eps=1e-5))  # with 1e-8 the sign of a rounding error is a whole step
             train_policy(config)
             moved.append(_weights(device, config))
-        start = {name: p.detach() for name, p in load_decoder(config.model, device=device).named_parameters()}
+        start = {name: p.detach() for name, p in load_decoder(config.model, dtype="float32", device=device).named_parameters()}
         most = max((moved[0][name] - start[name]).abs().max().item() for name in start)
         for name in start:
             torch.testing.assert_close(moved[0][name], moved[1][name], rtol=0, atol=2e-3 * most)

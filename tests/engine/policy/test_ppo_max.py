@@ -56,7 +56,7 @@ def _rows(config):
 
 
 def _weights(device, config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", device=device).named_parameters()}
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 def _batch(device, scores):

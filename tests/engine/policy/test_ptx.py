@@ -121,7 +121,7 @@ def _metrics(config):
 
 
 def _weights(device, config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", device=device).named_parameters()}
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_one_optimizer_step_has_both_gradients(make, steps, device):
     train_policy(config)
     train_policy(alone)
     assert len(steps) == 4  # two for each run: no step of the texts' own
-    actor = HybridActor.from_pretrained(config.model, device=device)
+    actor = HybridActor.from_pretrained(config.model, dtype="float32", device=device)
     rows = [[1] + [4 + w for w in (i, i + 4, i + 8, i, i + 4)] + [2] for i in range(9)]
     texts = Mixture([[(ids, [False] + [True] * 6) for ids in rows]]).draw(config.run.seed, 0, 3)  # of the first step: the weights are the model's
     (2.0 * cross_entropy(actor, texts)).backward()
@@ -157,7 +157,7 @@ def test_one_optimizer_step_has_both_gradients(make, steps, device):
 
 
 def test_the_micro_batch_split_does_not_change_the_update(make, device):
-    moved, start = [], dict(load_decoder(make().model, device=device).named_parameters())
+    moved, start = [], dict(load_decoder(make().model, dtype="float32", device=device).named_parameters())
     for tokens in (8, 10_000):
         config = make(name=f"cut{tokens}", steps=1, tokens_per_microbatch=tokens)
         train_policy(config)
@@ -211,12 +211,12 @@ def test_what_is_rehearsed_is_not_forgotten(make, device):
     common = dict(steps=12, prompts_per_step=8, samples_per_prompt=4, tokens_per_microbatch=4000, optim=OptimConfig(lr=1e-2, schedule="constant"))
     free = make(name="free", ptx=None, **common)
     held = make(name="held", ptx=PtxConfig(make().ptx.data, coef=0.2, sequences_per_step=9), **common)
-    actor = HybridActor.from_pretrained(held.model, device=device)
+    actor = HybridActor.from_pretrained(held.model, dtype="float32", device=device)
     texts = [([1] + [4 + w for w in (i, i + 4, i + 8, i, i + 4)] + [2], [False] + [True] * 6) for i in range(9)]
     losses = {"start": cross_entropy(actor, texts).item()}
     for name, config in (("held", held), ("free", free)):
         train_policy(config)
-        losses[name] = cross_entropy(HybridActor.from_pretrained(Path(config.run.dir) / "model", device=device), texts).item()
+        losses[name] = cross_entropy(HybridActor.from_pretrained(Path(config.run.dir) / "model", dtype="float32", device=device), texts).item()
         rows = _metrics(config)
         assert rows[-1]["reward"] > rows[0]["reward"] + 1.0
     assert losses["held"] < losses["start"] < losses["free"] - 1.0

@@ -304,7 +304,7 @@ def _metrics(config):
 
 
 def _weights(device, config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", device=device).named_parameters()}
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 def all_logp(decoder, batch, temperature=1.0):
@@ -357,7 +357,7 @@ def test_a_step_that_is_not_accepted_leaves_every_bit(make, watched, device):
     train_policy(config)
     (row,) = _metrics(config)
     assert row["trpo/accepted"] == row["trpo/kl"] == row["trpo/fraction"] == row["trpo/improvement"] == 0.0
-    start = dict(load_decoder(config.model, device=device).named_parameters())
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
     assert all(torch.equal(p, start[name]) for name, p in _weights(device, config).items())
     config = make("grpo", name="same", reward="same", steps=1, kl=KLConfig(coef=0.0), loss=LossConfig(objective="trpo"))
     train_policy(config)  # nothing to learn: no gradient, no step
@@ -371,7 +371,7 @@ def test_gradients_that_are_not_finite_change_nothing(make, monkeypatch, device)
     train_policy(config)
     (row,) = _metrics(config)
     assert row["skipped_updates"] == 1.0
-    start = dict(load_decoder(config.model, device=device).named_parameters())
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
     assert all(torch.equal(p, start[name]) for name, p in _weights(device, config).items())
 
 
@@ -417,7 +417,7 @@ def test_values_are_trained_on_a_trunk_that_is_a_constant(make, monkeypatch):
 
 
 def test_the_split_changes_nothing_and_the_draw_of_states_little(make, device):
-    moved, start = {}, dict(load_decoder(make().model, device=device).named_parameters())
+    moved, start = {}, dict(load_decoder(make().model, dtype="float32", device=device).named_parameters())
     for name, tokens, fraction in (("whole", 10_000, 1.0), ("cut", 60, 1.0), ("half", 10_000, 0.5)):
         config = make(name=name, steps=1, kl=KLConfig(coef=0.0), tokens_per_microbatch=tokens, trpo=TRPOConfig(fisher_fraction=fraction))
         train_policy(config)
@@ -449,7 +449,7 @@ def test_resume_continues_bitwise(make, device):
     for a, b in zip(_metrics(whole), _metrics(parts), strict=True):
         timing = {k for k in a if k.startswith(("timing/", "tokens_per_s", "mem/"))}
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
-    head = [HybridActor.from_pretrained(Path(c.run.dir) / "model", value_head=True, device=device).value_head.weight for c in (whole, parts)]
+    head = [HybridActor.from_pretrained(Path(c.run.dir) / "model", value_head=True, dtype="float32", device=device).value_head.weight for c in (whole, parts)]
     assert torch.equal(*head)
     assert head[0].any()
 

@@ -125,7 +125,7 @@ EXAMPLES = [PromptExample("w1 w2", {"bad": 0}), PromptExample("w3", {"bad": 1})]
 
 
 def test_the_best_is_the_best_of_the_samples(tiny_model, device):
-    actor = HybridActor.from_pretrained(tiny_model, device=device)
+    actor = HybridActor.from_pretrained(tiny_model, dtype="float32", device=device)
     found = best_of_n(actor, EXAMPLES, RewardSet([load_reward(length)]), 6, GENERATION, seed=4)
     outs = actor.generate([example.prompt for example in EXAMPLES], SamplingParams(max_new_tokens=8, n=6, seed=4))
     for one, group in zip(found, outs, strict=True):
@@ -144,7 +144,7 @@ def test_invalid_rewards_are_never_best(tiny_model, device):
     def none(prompts, completions, completion_ids, bad, **columns):
         return [math.nan if b else 1.0 for b in bad]
 
-    actor = HybridActor.from_pretrained(tiny_model, device=device)
+    actor = HybridActor.from_pretrained(tiny_model, dtype="float32", device=device)
     found = best_of_n(actor, EXAMPLES, RewardSet([load_reward(some)]), 3, GENERATION, seed=0)
     assert [one.score for one in found] == [-1.0, -1.0]
     with pytest.raises(RewardError, match="none of the 3 completions of prompt 2 has a valid reward"):
@@ -159,7 +159,7 @@ def test_the_command_line(tiny_model, tmp_path, capsys, device):
     base = ["generate", "--model", str(tiny_model), "--device", "cpu", "--max_new_tokens", "8", "--prompt", "w1", "--prompt", "w2 w3", "--seed", "4"]
     assert main([*base, "--best_of", "5", "--reward", reward]) == 0
     shown = capsys.readouterr().out
-    found = best_of_n(HybridActor.from_pretrained(tiny_model, device=device), [PromptExample("w1"), PromptExample("w2 w3")],
+    found = best_of_n(HybridActor.from_pretrained(tiny_model, dtype="float32", device=device), [PromptExample("w1"), PromptExample("w2 w3")],
                       RewardSet([load_reward(length)]), 5, GENERATION, seed=4)
     for number, one in enumerate(found):
         assert f"[prompt {number + 1}, best of 5, score {one.score:g}, {one.best.finish_reason}]" in shown

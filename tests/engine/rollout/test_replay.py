@@ -168,7 +168,7 @@ def _metrics(config):
 
 
 def _weights(device, config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", device=device).named_parameters()}
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 @pytest.mark.parametrize("algorithm, kwargs", [("grpo", {}), ("ppo", dict(epochs=2, minibatches=3)), ("sequence_ratio", {}),
@@ -250,7 +250,7 @@ def test_the_micro_batch_split_does_not_change_the_update(make, device):
             train_policy(config)
         assert _metrics(config)[0]["replay/fraction"] == 0.5
         moved.append(_weights(device, config))
-    start = {name: p.detach() for name, p in load_decoder(config.model, device=device).named_parameters()}
+    start = {name: p.detach() for name, p in load_decoder(config.model, dtype="float32", device=device).named_parameters()}
     most = max((moved[0][name] - start[name]).abs().max().item() for name in start)
     for name in start:
         torch.testing.assert_close(moved[0][name], moved[1][name], rtol=0, atol=2e-3 * most)

@@ -94,7 +94,7 @@ def test_the_actor_is_made_where_the_model_lies_and_again_where_it_went(tiny_mod
     trainer.model.tie_weights()
     assert call(PROMPTS, trainer)["prompt_ids"] == out["prompt_ids"]
 
-    for given in (HybridActor.from_pretrained(tiny_model, device=device), actor):
+    for given in (HybridActor.from_pretrained(tiny_model, dtype="float32", device=device), actor):
         with pytest.raises(RuntimeError, match=r"not generate from the weights that the trainer trains.*rollout_func\(\) makes one"):
             rollout_func(given)(PROMPTS, trainer)
     mine = HybridActor.from_module(trainer.model, trainer.processing_class)

@@ -47,7 +47,7 @@ def _metrics(config):
 
 
 def _weights(device, config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", device=device).named_parameters()}
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -115,7 +115,7 @@ def test_losses_are_those_of_transformers_in_float64(config, device):
                                          for model in (ours, theirs) for side in ("chosen", "rejected"))
     h = [a - b - (c - d) for a, b, c, d in zip(w, rw, l, rl, strict=True)]
     likelihood = sum(-a / n for a, n in zip(w, nw, strict=True)) / len(rows)
-    actor, reference = (HybridActor.from_pretrained(path, device=device) for path in (trained, start))
+    actor, reference = (HybridActor.from_pretrained(path, dtype="float32", device=device) for path in (trained, start))
     pairs = read_pairs(Source(config.data), actor.tokenizer, (), 60, skip_bad_lines=False, rejects=Path("none"), tell=lambda text: None)[:7]
     for options, expected in (({}, lambda d: math.log1p(math.exp(-0.1 * d))), ({"loss": "ipo"}, lambda d: (d - 5) ** 2),
                               ({"loss": "hinge"}, lambda d: max(0.0, 1 - 0.1 * d)),
@@ -188,7 +188,7 @@ def test_pairs_of_a_ranked_list_weigh_one_together(tiny_model, write_jsonl):
 
 def test_weights_and_labels_stay_with_their_pairs(config, device):
     """A step of pairs of all lengths, labels and weights in micro-batches of their own, longest first, against one pair at a time."""
-    actor, reference = (HybridActor.from_pretrained(config.model, device=device) for _ in range(2))
+    actor, reference = (HybridActor.from_pretrained(config.model, dtype="float32", device=device) for _ in range(2))
     with torch.no_grad():
         for p in actor.parameters():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(device)
@@ -236,9 +236,9 @@ def test_both_sides_of_a_pair_share_a_micro_batch():
 
 
 def test_companions_do_not_change_a_pair(config, device):
-    actor = HybridActor.from_pretrained(config.model, device=device)
+    actor = HybridActor.from_pretrained(config.model, dtype="float32", device=device)
     pairs = read_pairs(Source(config.data), actor.tokenizer, (2,), 60, skip_bad_lines=False, rejects=Path("none"), tell=lambda text: None)
-    reference = Frozen(HybridActor.from_pretrained(config.model, device=device))
+    reference = Frozen(HybridActor.from_pretrained(config.model, dtype="float32", device=device))
     with torch.no_grad():
         for p in actor.parameters():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(device)

@@ -70,7 +70,7 @@ def _metrics(config):
 
 
 def _weights(device, config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", device=device).named_parameters()}
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 def test_ratio_is_exactly_one_before_the_first_update(ppo):
@@ -109,7 +109,7 @@ def test_the_micro_batch_split_does_not_change_the_update(ppo, device):
         train_policy(config)
         results.append((_weights(device, config), _metrics(config)[0]))
     (whole, row), (cut, other) = results
-    start = {name: p.detach() for name, p in load_decoder(config.model, device=device).named_parameters()}
+    start = {name: p.detach() for name, p in load_decoder(config.model, dtype="float32", device=device).named_parameters()}
     moved = max((whole[n] - start[n]).abs().max().item() for n in whole)
     assert moved > 1e-3
     for name in whole:
@@ -181,7 +181,7 @@ def test_what_comes_out_is_loadable(ppo, device):
     from transformers import AutoModelForCausalLM
     config = ppo(steps=1)
     result = train_policy(config)
-    actor = HybridActor.from_pretrained(result.model, value_head=True, device=device)
+    actor = HybridActor.from_pretrained(result.model, value_head=True, dtype="float32", device=device)
     theirs = AutoModelForCausalLM.from_pretrained(result.model).to(device)
     ids = torch.tensor([[1, 5, 6, 7]], device=device)
     from fusedrl.engine.base.packing import PackedBatch

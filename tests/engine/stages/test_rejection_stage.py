@@ -59,7 +59,7 @@ def _metrics(config):
 
 
 def _weights(device, config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", device=device).named_parameters()}
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 # ---- what is kept --------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_prompts_without_a_good_sample_are_skipped_and_empty_rounds_train_nothin
     assert all(row["kept/reward"] >= 1.0 for row in rows if row["updates"])
     none = config(name="none", keep=4, min_score=100.0, steps=2)
     train_rejection(none)
-    start = {name: p.detach() for name, p in load_decoder(none.model, device=device).named_parameters()}
+    start = {name: p.detach() for name, p in load_decoder(none.model, dtype="float32", device=device).named_parameters()}
     for row in _metrics(none):
         assert (row["updates"], row["kept/fraction"], row["kept/prompts_skipped"]) == (0.0, 0.0, 6.0)
         assert "loss" not in row
