@@ -119,7 +119,7 @@ class Layer(nn.Module):
         return layer(ops, self.index, self.weights(), delta_NH, stream_NH)
 
     def weights(self) -> LayerWeights:
-        """The parameters as the native ops take them."""
+        """The parameters as `layer` and the native step take them."""
         return LayerWeights(self.input_norm, self.qkv_proj, self.qkv_bias, self.q_norm, self.k_norm, self.o_proj, self.o_bias, self.post_norm,
                             self.gate_up_proj, self.gate_up_bias, self.down_proj, self.down_bias, self.window, self.attention_out_norm, self.mlp_out_norm,
                             self.rope, self.input_norm_bias, self.post_norm_bias)

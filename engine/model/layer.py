@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ class LayerWeights(NamedTuple):
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies the activation of one product by another product."""
-        return self.gate_up.shape[0] != self.down.shape[1]
+        return self.gate_up.size(0) != self.down.size(1)
 
 
 class Options(NamedTuple):
@@ -89,6 +89,9 @@ class Ops(ABC):
     heads: (Hq, Hkv, D). eps: of the norms. angles: (cos, sin), [N, P] each, of every rotary table.
     impl: the implementation of the ops in kernels; None: the best one for the device.
     """
+
+    rms_norm: ClassVar[Any] = staticmethod(rms_norm)
+    rope: ClassVar[Any] = staticmethod(rope)
 
     def __init__(self, heads: tuple[int, int, int], eps: float, options: Options,
                  angles: Sequence[tuple[Tensor, Tensor]], impl: str | None = None) -> None:
@@ -115,10 +118,12 @@ class Ops(ABC):
     # ---- what is alike -----------------------------------------------------------------------
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the LayerNorm of x where there is a bias, else the RMSNorm."""
-        weight = weight.to(x.dtype)
+        if weight.dtype != x.dtype:
+            weight = weight.to(x.dtype)
         if bias is not None:
             return F.layer_norm(x, weight.shape, weight, bias.to(x.dtype), self.eps)
-        return rms_norm(x, weight, eps=self.eps, offset=self.options.norm_offset, impl=self.impl)
+        y: Tensor = self.rms_norm(x, weight, eps=self.eps, offset=self.options.norm_offset, impl=self.impl)
+        return y
 
     def add_norm(self, delta: Tensor, stream: Tensor | None, weight: Tensor | None,
                  bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -126,8 +131,11 @@ class Ops(ABC):
         if weight is None or stream is None or bias is not None:
             total = delta if stream is None else delta + stream
             return (total if weight is None else self.norm(total, weight, bias)), total
-        return rms_norm(delta, weight.to(delta.dtype), eps=self.eps, residual=stream,
-                        offset=self.options.norm_offset, impl=self.impl)
+        if weight.dtype != delta.dtype:
+            weight = weight.to(delta.dtype)
+        y, total = self.rms_norm(delta, weight, eps=self.eps, residual=stream,
+                                 offset=self.options.norm_offset, impl=self.impl)
+        return y, total
 
     def heads(self, weights: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [N, Hq, D], k and v [N, Hkv, D] of their projection; q and k normed and turned."""
@@ -152,8 +160,9 @@ class Ops(ABC):
         """Turn the first values of each head, as many as there are angles for; the rest stay."""
         turned = 2 * cos.shape[-1]
         if turned == self.head_dim:
-            return rope(q, k, cos, sin, impl=self.impl)
-        q_turned, k_turned = rope(q[..., :turned], k[..., :turned], cos, sin, impl=self.impl)
+            q, k = self.rope(q, k, cos, sin, impl=self.impl)
+            return q, k
+        q_turned, k_turned = self.rope(q[..., :turned], k[..., :turned], cos, sin, impl=self.impl)
         return torch.cat((q_turned, q[..., turned:]), -1), torch.cat((k_turned, k[..., turned:]), -1)
 
     def embed(self, ids_N: Tensor, positions_N: Tensor, embedding: Tensor, position_embedding: Tensor | None) -> Tensor:

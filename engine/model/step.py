@@ -38,7 +38,8 @@ from fusedrl.kernels.dispatch import Implementations
 from fusedrl.kernels.fixed_linear import fixed_linear
 from fusedrl.kernels.kv_cache import rope_and_cache
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
-from fusedrl.kernels.rope import RopeTable
+from fusedrl.kernels.rms_norm import rms_norm_reference
+from fusedrl.kernels.rope import RopeTable, rope_reference
 from fusedrl.kernels.split_linear import split_linear
 from fusedrl.kernels.swiglu import activate, activate_rows
 
@@ -113,7 +114,7 @@ class _Paged(Ops):
     """What the reference and the composition have in common: where every token's keys and values lie, and activations of `dtype`."""
 
     def __init__(self, weights: DecoderWeights, positions_N: Tensor, rows_N: Tensor, block_table_BM: Tensor, k_cache: Tensor, v_cache: Tensor,
-                 dtype: torch.dtype, impl: str | None) -> None:
+                 dtype: torch.dtype, impl: str | None = None) -> None:
         size = v_cache.shape[3]
         angles = weights.rope_table.at(positions_N, block_table_BM.shape[1] * size, torch.promote_types(dtype, torch.float32))
         super().__init__((weights.num_heads, weights.num_kv_heads, weights.head_dim), weights.norm_eps, weights.options, angles, impl)
@@ -133,8 +134,19 @@ class _Paged(Ops):
         values[self.block_N, :, self.slot_N] = v.to(values.dtype)
 
 
+def _plain_rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, offset: float = 0.0, impl: None = None) -> Any:
+    y, total = rms_norm_reference(x, weight, eps, residual, offset)
+    return y if residual is None else (y, total)
+
+
+def _plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: None = None) -> tuple[Tensor, Tensor]:
+    return rope_reference(q, k, cos, sin)
+
+
 class _Reference(_Paged):
     """Plain torch, on any device and in any float dtype (float64 is the oracle)."""
+
+    rms_norm, rope = staticmethod(_plain_rms_norm), staticmethod(_plain_rope)
 
     def linear(self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -303,7 +315,7 @@ def decode_step(weights: DecoderWeights, token_ids: Tensor, positions: Tensor, r
     where = (weights, positions, rows, block_table, k_cache, v_cache)
     ops: Ops
     if chosen == "torch":
-        ops = _Reference(*where, torch.promote_types(dtype, k_cache.dtype), "torch")
+        ops = _Reference(*where, torch.promote_types(dtype, k_cache.dtype))
     else:
         each = _INTERPRETED if device.type == "cpu" else None  # on a GPU each op has its own best
         ops = _Composition(*where, activation_dtype(dtype, device), each, product=_product_of(dtype, fixed), fixed=fixed)
