@@ -2,10 +2,10 @@
 
 Three extensions from the same sources, because one Extension cannot carry per-file flags and objects built with wider
 vectors must not share a library with those that are not: `fusedrl.kernels._C_default`, `_C_avx2`, `_C_avx512`.
-`kernels/native.py` imports the one that fits the processor. Without a C++ compiler the install succeeds and says what is slower.
+`kernels/runtime/native.py` imports the one that fits the processor. Without a C++ compiler the install succeeds and says what is slower.
 
 A wheel travels and has all three. A build in place (`pip install -e .`, `setup.py build_ext --inplace`) stays where it is and has the one that
-this processor runs. Two thirds of a file's compilation are torch's headers, so a build parses those once (csrc/cpu/precompiled.h).
+this processor runs. Two thirds of a file's compilation are torch's headers, so a build parses those once (csrc/cpu/include/precompiled.h).
 """
 import platform
 import runpy
@@ -45,12 +45,25 @@ PACKAGES = {
     "fusedrl.engine.tools.verify.definitions": "engine/tools/verify/definitions",
     "fusedrl.engine.watch": "engine/watch",
     "fusedrl.kernels": "kernels",
-    "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/nvrtc.py
+    "fusedrl.kernels.attention": "kernels/attention",
+    "fusedrl.kernels.full_kl": "kernels/full_kl",
+    "fusedrl.kernels.gae": "kernels/gae",
+    "fusedrl.kernels.kl": "kernels/kl",
+    "fusedrl.kernels.kv_cache": "kernels/kv_cache",
+    "fusedrl.kernels.linear_full_kl": "kernels/linear_full_kl",
+    "fusedrl.kernels.linear_logprob": "kernels/linear_logprob",
+    "fusedrl.kernels.linear_policy_loss": "kernels/linear_policy_loss",
+    "fusedrl.kernels.logprob": "kernels/logprob",
+    "fusedrl.kernels.normalize": "kernels/normalize",
+    "fusedrl.kernels.policy_loss": "kernels/policy_loss",
+    "fusedrl.kernels.runtime": "kernels/runtime",
+    "fusedrl.kernels.sampling": "kernels/sampling",
+    "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/runtime/nvrtc.py
 }
 PACKAGE_DATA = {"fusedrl.kernels.cuda_src": ["*.cu", "*.cuh"]}
 
 
-SOURCES = runpy.run_path("kernels/sources.py")
+SOURCES = runpy.run_path("kernels/runtime/sources.py")
 
 
 class BuildPython(build_py):
@@ -104,7 +117,7 @@ def native_extensions() -> dict:
                 told.write_text(f'#define FUSEDRL_SOURCES "{digest}"\n')
             extension.include_dirs.append(str(directory))
             header, source, precompiled = (directory / f"precompiled{suffix}" for suffix in (".h", ".cpp", ".h.gch"))
-            shutil.copy("csrc/cpu/precompiled.h", header)
+            shutil.copy("csrc/cpu/include/precompiled.h", header)
             shutil.copy(header, source)
             try:
                 (found,) = self.compiler.compile([str(source)], str(directory), include_dirs=extension.include_dirs, extra_preargs=["-x", "c++-header"],
@@ -125,17 +138,17 @@ def native_extensions() -> dict:
             super().copy_extensions_to_source()
 
     def capability_here() -> str:
-        """As kernels/native.py chooses."""
+        """As kernels/runtime/native.py chooses."""
         found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
         return found if found in CAPABILITIES else "default"
 
-    sources, headers = (sorted(str(path) for path in csrc.glob(pattern)) for pattern in ("*.cpp", "*.h"))
+    sources, headers = (sorted(str(path) for path in csrc.glob(pattern)) for pattern in ("ops/*.cpp", "include/*.h"))
     extensions = [
         CppExtension(
             f"fusedrl.kernels._C_{name}",
             sources,
             depends=headers,
-            include_dirs=[str(csrc.resolve())],
+            include_dirs=[str((csrc / "include").resolve())],
             extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", f"-DCPU_CAPABILITY={macro}",
                                         f"-DCPU_CAPABILITY_{macro}", f"-DFUSEDRL_MODULE=_C_{name}", *flags]},
             extra_link_args=["-fopenmp"],

@@ -15,7 +15,7 @@ def _check_one_install() -> None:
     spec = importlib.util.find_spec("fusedrl.kernels")
     places = [Path(place) for place in spec.submodule_search_locations or ()] if spec is not None else []
     # An editable install adds a hook that is no folder; a link to the one install is no second one.
-    found = sorted({str(place.resolve()) for place in places if (place / "dispatch.py").is_file()})
+    found = sorted({str(place.resolve()) for place in places if (place / "runtime/dispatch.py").is_file()})
     ours = str((Path(__file__).parent.parent / "kernels").resolve())
     if found != [ours]:
         raise ImportError(f"fusedrl: expected the kernels of this install, {ours}, got {', '.join(found) or 'none'}: several "

@@ -17,11 +17,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fusedrl.kernels.checks import check
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import linear_policy_loss
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.objective import PolicyObjective
+from fusedrl.kernels.runtime.checks import check
 
 _IGNORED = -100
 _REINFORCE = PolicyObjective(kind="reinforce")

@@ -12,7 +12,7 @@ Shapes    N tokens, R of them read out, B rows of the block table, M blocks a ro
 Bytes     the weights once a 64 tokens, 2 L Hkv D s a cached position a row: decoding reads, it does not compute.
 Numerics  float32 from the embedding to the last norm, rounded only into the cache and the result. A token's bits do not depend
           on the other tokens of a call.
-C++       csrc/cpu/decode_step.cpp, for CPU tensors. The same step out of other ops, on any device: engine/model/step.py.
+C++       csrc/cpu/ops/decode_step.cpp, for CPU tensors. The same step out of other ops, on any device: engine/model/step.py.
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer; Kwon et al. (2023), PagedAttention.
 """
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 # ---- custom op: what torch.compile sees ------------------------------------------------------------------------------------
 if native.capability:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrl.kernels.checks import check, check_dtype
+from fusedrl.kernels.runtime.checks import check, check_dtype
 
-# kind -> the fields that it uses and their defaults. The order of kinds is that of Kind in csrc/cpu/policy_terms.h.
+# kind -> the fields that it uses and their defaults. The order of kinds is that of Kind in csrc/cpu/include/policy_terms.h.
 _DEFAULTS: dict[str, dict[str, float | None]] = {
     "clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
     "ratio": {},

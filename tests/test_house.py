@@ -35,7 +35,7 @@ PLANTED = {  # (file, what is added at its end, what is said)
     "a module of a package": ("engine/optim/adamw.py", "from fusedrl.engine.policy import control", "engine/optim/adamw imports engine/policy/control"),
     "relative": ("engine/optim/schedule.py", "from ..watch import plan", "engine/optim/schedule imports engine/watch/plan"),
     "upwards": ("engine/rollout/replay.py", "from fusedrl.engine.policy.control import Control", "engine/rollout/replay imports engine/policy/control"),
-    "kernels read the engine": ("kernels/gae.py", "from fusedrl.engine.base import packing", "kernels/gae imports engine/base/packing"),
+    "kernels read the engine": ("kernels/gae/__init__.py", "from fusedrl.engine.base import packing", "kernels/gae/__init__ imports engine/base/packing"),
     "the facade": ("engine/actor.py", "from fusedrl.engine import PackedBatch as P", "engine/actor imports engine/__init__"),
     "beside": ("engine/actor.py", "from fusedrl.engine.rollout import rollout", "engine/actor imports engine/rollout/rollout"),
     "a new room": ("engine/new/thing.py", "from fusedrl.engine.cli import main", "engine/new/thing is in no room"),
@@ -129,7 +129,7 @@ def _environment(source: str) -> set[str]:
 
 def test_one_environment_variable():
     reads = {(p.relative_to(ROOT).as_posix(), name) for p in PRODUCT for name in _environment(p.read_text(encoding="utf-8"))}
-    ours = {("kernels/dispatch.py", "FUSEDRL_IMPL"), ("kernels/dispatch.py", "TRITON_INTERPRET")}
+    ours = {("kernels/runtime/dispatch.py", "FUSEDRL_IMPL"), ("kernels/runtime/dispatch.py", "TRITON_INTERPRET")}
     handed_on = {(path, read) for path, read in reads if read.startswith("os.environ | ")}  # to a process of ours
     assert reads == ours | handed_on, reads
 
@@ -149,12 +149,12 @@ def test_kernels_is_a_namespace():
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler on this machine")
 def test_native_kernels_are_built():
-    from fusedrl.kernels import native
+    from fusedrl.kernels.runtime import native
     assert native.capability is not None, native.reason
 
 
 def test_packages_are_all_listed():
-    listed = set(re.findall(r"\"fusedrl\.[a-z.]+\": \"([a-z/]+)\"", (ROOT / "setup.py").read_text(encoding="utf-8")))
+    listed = set(re.findall(r"\"fusedrl\.[a-z_.]+\": \"((?:engine|kernels)[a-z_/]*)\"", (ROOT / "setup.py").read_text(encoding="utf-8")))
     present = {p.parent.relative_to(ROOT).as_posix() for p in PRODUCT}
     assert present == listed
     assert not [room for room in present if room.startswith("engine") and not (ROOT / room / "__init__.py").is_file()]

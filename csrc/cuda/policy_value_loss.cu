@@ -1,6 +1,6 @@
 // policy_value_loss: one launch forms the gradients and the sums of each block of tokens, a second one, of one block, adds the blocks up.
 //
-// The mathematics, shapes and numerics are those of kernels/policy_loss.py: the policy part where logp is not null, the value part where values is
+// The mathematics, shapes and numerics are those of kernels/policy_loss/: the policy part where logp is not null, the value part where values is
 // not null. partials [kRows, blocks] float32, one row a sum: read by rows in a fixed order, so no atomics.
 //
 // Options   ALIGNED=1: every token array starts on 16 bytes, so tokens move four at a time; 0: one by one. KIND: the policy term, and KL_ESTIMATOR and

@@ -5,7 +5,7 @@
 
 `layer` runs it with the operations of an `Ops`, of which there are three: training over packed
 sequences, with gradients (decoder.py), and over the paged cache the composition for a GPU and the
-reference in plain torch (step.py). The C++ step (csrc/cpu/decode_step.cpp) stands beside them and
+reference in plain torch (step.py). The C++ step (csrc/cpu/ops/decode_step.cpp) stands beside them and
 is tested against them.
 
 Families differ: what attention and the MLP add may be normalised too, or instead; q and k may be
@@ -33,7 +33,7 @@ from torch import Tensor
 from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import rope
 
-QKV, OUT, GATE_UP, DOWN = range(4)  # the products of a layer, numbered as in csrc/cpu/decode_step.cpp
+QKV, OUT, GATE_UP, DOWN = range(4)  # the products of a layer, numbered as in csrc/cpu/ops/decode_step.cpp
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> x W^T + b
 

@@ -33,13 +33,13 @@ from torch import Tensor
 
 from fusedrl.engine.model.layer import LayerWeights, Linear, Ops, Options, add_adapter_, layer
 from fusedrl.kernels import decode_step as native_step
-from fusedrl.kernels.checks import FLOATS, check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
 from fusedrl.kernels.fixed_linear import fixed_linear
 from fusedrl.kernels.kv_cache import rope_and_cache
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
 from fusedrl.kernels.rms_norm import rms_norm_reference
 from fusedrl.kernels.rope import RopeTable, rope_reference
+from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
+from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.split_linear import split_linear
 from fusedrl.kernels.swiglu import activate, activate_rows
 

@@ -4,7 +4,7 @@
 
 correction_t makes up for a sampler that is not the trainer (CorrectionConfig); it is 1 without one. A registered objective gives the policy terms:
 f(logp_N, old_logp_N, advantages_N, batch) -> [N], differentiable in logp_N; correction, weights, KL, entropy and statistics are added around it.
-The built-in ones are fused (kernels/policy_loss.py), but for `SequenceRatio`.
+The built-in ones are fused (kernels/policy_loss/), but for `SequenceRatio`.
 """
 from __future__ import annotations
 

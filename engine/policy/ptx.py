@@ -22,7 +22,7 @@ from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations
 from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, end_of_text
 from fusedrl.engine.runs.run import Run
-from fusedrl.kernels.faults import raise_faults
+from fusedrl.kernels.runtime.faults import raise_faults
 
 Tokens = tuple[list[int], list[bool]]  # ids, and which of them are to be learnt
 

@@ -24,7 +24,7 @@ from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import FlatRewards
 from fusedrl.engine.watch.plan import cache_for
-from fusedrl.kernels.faults import raise_faults
+from fusedrl.kernels.runtime.faults import raise_faults
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations
 from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, encode_dialogues, end_of_text
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.runs.run import Run, held_out
-from fusedrl.kernels.faults import raise_faults
+from fusedrl.kernels.runtime.faults import raise_faults
 
 Tokens = tuple[list[int], list[bool]]  # ids, and which of them are to be learnt
 

@@ -18,8 +18,9 @@ import torch
 from packaging.requirements import Requirement
 
 from fusedrl.engine.watch.plan import format_bytes, machine_memory
-from fusedrl.kernels import attention, native
-from fusedrl.kernels.dispatch import Implementations, unavailable
+from fusedrl.kernels import attention
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.dispatch import Implementations, unavailable
 
 _OPTIONAL = ("flash-attn", "torchao", "trl", "cuda-bindings", "nvidia-cuda-nvrtc")
 

@@ -15,7 +15,7 @@ from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.policy.advantages import Signals, estimate
 from fusedrl.engine.policy.objectives import make_objective, minibatch_weights, objective_loss
-from fusedrl.kernels.dispatch import use_impl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 KLS = {"row": None, "reward": KLConfig(coef=0.3, placement="reward"), "k3": KLConfig(coef=0.3, placement="loss", estimator="k3"),
        "sequence": KLConfig(coef=0.3, level="sequence"), "full": KLConfig(coef=0.3, level="future", estimator="full")}

@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from fusedrl.engine.tools.verify import ops
-from fusedrl.kernels import nvrtc
-from fusedrl.kernels.dispatch import unavailable
+from fusedrl.kernels.runtime import nvrtc
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "simt"
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from tests.offline_compile import cuda_sources, nvidia_usage
 
-from fusedrl.kernels import nvrtc
+from fusedrl.kernels.runtime import nvrtc
 
 pytestmark = pytest.mark.cpu_only("compilers alone")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-from fusedrl.kernels import policy_loss_cuda
 from fusedrl.kernels.objective import KINDS, PolicyStats, ValueStats
 from fusedrl.kernels.policy_loss import KL_ESTIMATORS, value_loss_reference
-from fusedrl.kernels.policy_loss_cuda import plan_policy_value_loss
+from fusedrl.kernels.policy_loss import _cuda as policy_loss_cuda
+from fusedrl.kernels.policy_loss._cuda import plan_policy_value_loss
 
 pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
 

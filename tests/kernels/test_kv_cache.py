@@ -3,9 +3,9 @@ import torch
 
 from fusedrl.engine.model.layer import LayerWeights
 from fusedrl.engine.model.step import DecoderWeights, allocate_cache, decode_step
-from fusedrl.kernels import native
 from fusedrl.kernels.kv_cache import _rope_and_cache_triton, rope_and_cache
 from fusedrl.kernels.rope import RopeTable
+from fusedrl.kernels.runtime import native
 
 CANARY = 123.0
 

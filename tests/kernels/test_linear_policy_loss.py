@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import use_impl
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fusedrl.kernels.logprob import logprob_reference
 from fusedrl.kernels.objective import KINDS, PolicyObjective, RolloutCorrection
 from fusedrl.kernels.policy_loss import policy_loss
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 OBJECTIVES = {kind: PolicyObjective(kind=kind) for kind in KINDS} | {
     "clip": PolicyObjective(clip_low=0.05, clip_high=0.1, dual_clip=1.5), "gspo": PolicyObjective(kind="gspo", clip_low=0.02, clip_high=0.03)}
@@ -295,7 +295,7 @@ def test_narrow_error_is_at_most_twice_that_of_torch(dtype, device):
 # Rows gather over chunks of 2 until no other chunk fits 5: with one active row in 3 the last products are made twice, not once a chunk.
 @pytest.mark.usefixtures("triton_runs")
 def test_gradients_of_few_active_rows_gather(monkeypatch, device):
-    from fusedrl.kernels import linear_policy_loss_triton as module
+    from fusedrl.kernels.linear_policy_loss import _triton as module
 
     p = problem(device, 18, 8, 50, masked=0.0)
     p["advantages"] = torch.where(torch.arange(18, device=device) % 3 == 0, 1.0, 0.0)
@@ -310,7 +310,7 @@ def test_gradients_of_few_active_rows_gather(monkeypatch, device):
 @pytest.mark.parametrize(("workspace_bytes", "V", "itemsize"), [(1, 10, 4), (1 << 28, 151936, 2), (1 << 28, 151936, 4),
                                                                  (1 << 31, 32000, 2), (4 << 20, 3000, 4)])
 def test_chunks_fit_the_workspace(workspace_bytes, V, itemsize):
-    rows_of = pytest.importorskip("fusedrl.kernels.linear_policy_loss_triton").rows_of
+    rows_of = pytest.importorskip("fusedrl.kernels.linear_policy_loss._triton").rows_of
     R, C = rows_of(workspace_bytes, V, itemsize)
     assert 1 <= R <= C
     assert R == 1 or (4 * R + itemsize * C) * V <= workspace_bytes

@@ -21,8 +21,8 @@ from fusedrl.engine.generation.state import DecodeState, advance
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.kernels.dispatch import unavailable, use_impl
 from fusedrl.kernels.rope import RopeTable
+from fusedrl.kernels.runtime.dispatch import unavailable, use_impl
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 16, "max_position_embeddings": 96, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1}

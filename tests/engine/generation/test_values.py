@@ -12,7 +12,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.policy.metrics import measure
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 CONFIG = {"model_type": "llama", "vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 6,
           "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1,

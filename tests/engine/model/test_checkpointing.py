@@ -11,7 +11,7 @@ from fusedrl.engine.model.decoder import Decoder, Layer
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel
 from fusedrl.engine.stages.sft import train_sft
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 SIZES = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 10, "max_position_embeddings": 64, "initializer_range": 0.2}

@@ -13,7 +13,7 @@ from fusedrl.engine.model.families import FAMILIES, model_config
 from fusedrl.engine.model.layer import Ops
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.step import allocate_cache, decode_step
-from fusedrl.kernels import dispatch, native
+from fusedrl.kernels.runtime import dispatch, native
 
 pytestmark = pytest.mark.cpu_only("float64, and the composition over the CPU's ops")
 SIZES = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 6,

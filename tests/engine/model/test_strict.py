@@ -7,7 +7,7 @@ import torch
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 pytestmark = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
 SIZES = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,

@@ -15,7 +15,7 @@ from fusedrl.engine.model.families import FAMILIES, model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.step import decode_step
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 pytestmark = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
 LIMIT, S, SHARED_BLOCKS, CHUNK = 65536, 16, 40, 7

@@ -18,7 +18,7 @@ from fusedrl.engine.model.step import allocate_cache, cache_dtype
 from fusedrl.engine.model.strict import strict_step
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.kernels import split_linear as split_module
-from fusedrl.kernels.dispatch import Implementations, unavailable
+from fusedrl.kernels.runtime.dispatch import Implementations, unavailable
 from fusedrl.kernels.split_linear import halves, split_linear
 from fusedrl.kernels.swiglu import activate, activate_rows
 

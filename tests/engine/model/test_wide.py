@@ -12,7 +12,7 @@ from fusedrl.engine.model import wide
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.step import activation_dtype
-from fusedrl.kernels.dispatch import unavailable, use_impl
+from fusedrl.kernels.runtime.dispatch import unavailable, use_impl
 
 BF16 = torch.bfloat16
 ULP = 2.0**-7  # of bfloat16, relative: twice the largest rounding error

@@ -17,7 +17,7 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.policy.advantages import Signals, estimate
 from fusedrl.engine.policy.objectives import make_objective, objective_loss
-from fusedrl.kernels.dispatch import use_impl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 
 class Tree:

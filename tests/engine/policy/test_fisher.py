@@ -11,7 +11,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.policy import fisher
 from fusedrl.engine.policy.fisher import FlatParameters, fisher_product, policy_kl
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 SMALL = {"model_type": "llama", "vocab_size": 7, "hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 16, "initializer_range": 0.5, "eos_token_id": 2, "pad_token_id": 0}

@@ -16,7 +16,7 @@ from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, Policy
 from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS, OBJECTIVES
 from fusedrl.engine.policy.advantages import Signals, estimate
 from fusedrl.engine.policy.objectives import minibatch_weights
-from fusedrl.kernels.dispatch import use_impl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 EXACT = 1e-12
 ALONE = [name for name, needs in ADVANTAGES.items() if needs != "group"]

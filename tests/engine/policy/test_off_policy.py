@@ -12,7 +12,7 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import CorrectionConfig, KLConfig, LossConfig, PolicyConfig
 from fusedrl.engine.policy.advantages import Signals, estimate
 from fusedrl.engine.policy.objectives import behaviour, make_objective, minibatch_weights, objective_loss, ratio_kl
-from fusedrl.kernels.dispatch import use_impl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 NAN = float("nan")
 

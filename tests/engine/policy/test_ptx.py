@@ -18,7 +18,7 @@ from fusedrl.engine.optim.adamw import Optimizer
 from fusedrl.engine.policy.ptx import Ptx
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
-from fusedrl.kernels.dispatch import use_impl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 SMALL = {"model_type": "llama", "vocab_size": 13, "hidden_size": 8, "intermediate_size": 11, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 32, "initializer_range": 0.4, "eos_token_id": 2, "tie_word_embeddings": True}

@@ -41,7 +41,7 @@ from fusedrl.engine.runs.checkpoint import latest_checkpoint
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import recount, settle, train_policy
 from fusedrl.engine.watch.plan import Planner
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------------------

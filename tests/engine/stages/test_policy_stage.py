@@ -12,7 +12,7 @@ from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.rewards.rewards import RewardError
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
-from fusedrl.kernels import faults
+from fusedrl.kernels.runtime import faults
 
 REWARDS = '''
 def likes_w3(prompts, completions, completion_ids, **columns):
