@@ -124,7 +124,7 @@ def test_the_interpreted_composition_against_float64(kind, interpreted):
     with torch.no_grad():
         for to, of in zip(exact.parameters(), ours.parameters(), strict=True):
             to.copy_(of)
-    exact._embedding_scale = ours._embedding_scale  # Gemma's, which is rounded to the model's dtype
+    exact._options = ours._options  # with the scale of Gemma's embedding, which is rounded to the model's dtype
     tokens = [(0, t, 3 + t) for t in range(6)]
     want = exact(torch.tensor([token[2] for token in tokens]), torch.arange(6), torch.tensor([0, 6], dtype=torch.int32), 6)
     for fixed in (False, True):
@@ -168,7 +168,7 @@ def test_gradients_against_float64(kind, scale, tensor_cores):
     with torch.no_grad():
         for to, of in zip(exact.parameters(), ours.parameters(), strict=True):
             to.copy_(of)
-    exact._embedding_scale = ours._embedding_scale
+    exact._options = ours._options
     batch = PackedBatch.from_sequences([(list(range(2, 2 + n)), []) for n in (1, 20, 7)])
     weights = rand(28, ours.config.hidden_size).to(BF16) * scale
     found, want = (gradients(decoder, batch, weights) for decoder in (ours, exact))

@@ -164,7 +164,7 @@ def test_hidden_states_and_gradients_are_those_of_float64_but_for_one_rounding(k
     with torch.no_grad():
         for to, of in zip(exact.parameters(), ours.parameters(), strict=True):
             to.copy_(of)
-    exact._embedding_scale = ours._embedding_scale  # Gemma's, which is rounded to the model's dtype
+    exact._options = ours._options  # with the scale of Gemma's embedding, which is rounded to the model's dtype
     batch = PackedBatch.from_sequences([(list(range(2, 2 + n)), []) for n in (1, 20, 7)])
     outs, grads = [], []
     ours.checkpoint_activations = checkpointed
