@@ -85,7 +85,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
         c = config
-        self.config, self.index, self.window, self.rope = c, index, c.windows[index], c.ropes[index]
+        self.config, self.window, self.rope = c, c.windows[index], c.ropes[index]
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
@@ -114,9 +114,9 @@ class Layer(nn.Module):
         self.register_parameter("post_norm_bias", optional(c.layer_norm, c.hidden_size))
         self.register_module("lora", None)
 
-    def forward(self, delta_NH: Tensor, stream_NH: Tensor | None, ops: Ops) -> tuple[Tensor, Tensor]:
-        """Run `layer` with these parameters: (what it adds, the stream to add it to), of the same two before it."""
-        return layer(ops, self.index, self.weights(), delta_NH, stream_NH)
+    def forward(self, ops: Ops, index: int, delta_NH: Tensor, stream_NH: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run `layer` with these parameters, as the decoder's layer `index`: (what it adds, the stream to add it to), of the same two before it."""
+        return layer(ops, index, self.weights(), delta_NH, stream_NH)
 
     def weights(self) -> LayerWeights:
         """The parameters as `layer` and the native step take them."""
@@ -223,10 +223,10 @@ class Decoder(nn.Module):
         ops = _Training(self, positions_N, cu_seqlens_B1, max_length)
         delta_NH, stream_NH = ops.embed(token_ids_N, positions_N, self.embedding, self.position_embedding), None
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        for each in self.layers:
+        for index, each in enumerate(self.layers):
+            arguments = (ops, index, delta_NH, stream_NH)
             # Nothing in a layer draws, so there is no generator's state to keep.
-            delta_NH, stream_NH = (checkpoint(each, delta_NH, stream_NH, ops, use_reentrant=False, preserve_rng_state=False) if recompute
-                                   else each(delta_NH, stream_NH, ops))
+            delta_NH, stream_NH = checkpoint(each, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else each(*arguments)
         return ops.end(delta_NH, stream_NH, self.norm, self.norm_bias).to(self.dtype)
 
     # ---- the adapter ----------------------------------------------------------------------------------------------------------
