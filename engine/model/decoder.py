@@ -114,8 +114,8 @@ class Layer(nn.Module):
         self.register_parameter("post_norm_bias", optional(c.layer_norm, c.hidden_size))
         self.register_module("lora", None)
 
-    def forward(self, index: int, delta_NH: Tensor, stream_NH: Tensor | None, ops: Ops) -> tuple[Tensor, Tensor]:
-        """Run `layer` number `index` of a decoder with these parameters: (what it adds, the stream to add it to), of the same two before it."""
+    def forward(self, ops: Ops, index: int, delta_NH: Tensor, stream_NH: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run `layer` with these parameters, as the decoder's layer `index`: (what it adds, the stream to add it to), of the same two before it."""
         return layer(ops, index, self.weights(), delta_NH, stream_NH)
 
     def weights(self) -> LayerWeights:
@@ -224,9 +224,9 @@ class Decoder(nn.Module):
         delta_NH, stream_NH = ops.embed(token_ids_N, positions_N, self.embedding, self.position_embedding), None
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index, each in enumerate(self.layers):
+            arguments = (ops, index, delta_NH, stream_NH)
             # Nothing in a layer draws, so there is no generator's state to keep.
-            delta_NH, stream_NH = (checkpoint(each, index, delta_NH, stream_NH, ops, use_reentrant=False, preserve_rng_state=False) if recompute
-                                   else each(index, delta_NH, stream_NH, ops))
+            delta_NH, stream_NH = checkpoint(each, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else each(*arguments)
         return ops.end(delta_NH, stream_NH, self.norm, self.norm_bias).to(self.dtype)
 
     # ---- the adapter ----------------------------------------------------------------------------------------------------------
