@@ -172,7 +172,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             old_logp, objective, at_ratio_one = None, _REINFORCE, -(weights * advantage).sum()
         else:
             old_logp = score(_input, lin_weight, bias)
-        loss, stats = linear_policy_loss(
+        loss, stats, *_ = linear_policy_loss(
             _input.flatten(0, 1), lin_weight.to(_input.dtype), ids, old_logp, advantage, weights, objective=objective, ref_logp=ref_logp,
             kl_coef=self.beta if ref_logp is not None else 0.0, temperature=self.temperature,
             cu_seqlens=T * torch.arange(B + 1, device=mask.device) if objective.by_sequence else None,

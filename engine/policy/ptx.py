@@ -64,8 +64,7 @@ class Ptx:
         scale, total = self.config.coef / max(1, int(batch.action_mask.sum())), torch.zeros((), device=batch.device)
         for group in batch.split(self._tokens):
             micro = batch.select(group)
-            logp_N, _ = actor.logprobs(micro, actor.forward(micro))
-            part = -scale * logp_N.sum()  # logp is 0 at what is not learned; the denominator is the whole draw's
+            part = actor.cross_entropy(micro, actor.forward(micro), scale)  # the denominator is the whole draw's
             if backward:
                 part.backward()
             total += part.detach()

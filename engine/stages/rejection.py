@@ -102,8 +102,7 @@ def imitate(actor: HybridActor, learner: Learner, batch: PackedBatch, kept: Sequ
             tokens = int(batch.select(members).action_mask.sum())
             with learner.update((step * config.epochs + epoch) * config.minibatches + part, total) as update:
                 for micro in batch.micro_batches(config.tokens_per_microbatch, members):
-                    logp, _ = actor.logprobs(micro, actor.forward(micro))
-                    update.backward(-logp.sum() / tokens)  # logp is 0 off the completions; the denominator is the whole minibatch's
+                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))  # the denominator is the whole minibatch's
             updates.append(update)
     raise_faults(batch.device)  # where the host reads the losses anyway
     learner.release()  # the next rollout runs beside the weights, the optimizer's state and the cache alone

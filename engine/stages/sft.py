@@ -76,8 +76,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
             tokens = int(batch.action_mask.sum())
             with run.time("train"), learner.update(step, run.total) as update:
                 for micro in batch.micro_batches(config.tokens_per_microbatch):
-                    logp, _ = actor.logprobs(micro, actor.forward(micro))
-                    update.backward(-logp.sum() / tokens)  # logp is 0 off the completions; the denominator is the whole step's
+                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))  # the denominator is the whole step's
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
             loss = 0.0 if update.loss is None else update.loss.item()
             metrics = {"loss": loss, "perplexity": math.exp(min(80.0, loss)), "grad_norm": update.grad_norm,

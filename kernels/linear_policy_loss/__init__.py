@@ -19,6 +19,8 @@ Source    the losses and chunked heads of the files named above; rows with zero 
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -40,14 +42,24 @@ _CLIP = PolicyObjective()
 _IGNORED = -100
 
 
+class LinearPolicyLoss(NamedTuple):
+    """What `linear_policy_loss` returns. The last two are constants, float32 (float64 of float64), and 0 where the weight is 0."""
+
+    loss: Tensor  # [], differentiable in hidden, weight and bias
+    stats: PolicyStats
+    logp: Tensor  # [N]
+    entropy: Tensor  # [N] nats
+
+
 # ---- reference -------------------------------------------------------------------------------------------------------
 def linear_policy_loss_reference(hidden_NH: Tensor, weight_VH: Tensor, token_ids_N: Tensor, old_logp_N: Tensor | None, advantages_N: Tensor,
                                  weights_N: Tensor, *, bias_V: Tensor | None = None, temperature: float | Tensor = 1.0,
-                                 softcap: float | None = None, **settings: object) -> tuple[Tensor, PolicyStats]:
+                                 softcap: float | None = None, **settings: object) -> LinearPolicyLoss:
     """The definition, differentiable, on any device and in any float dtype (float64 is the oracle). `settings` are policy_loss_reference's."""
     ids = torch.where(weights_N != 0, token_ids_N, _IGNORED)
     logp_N, entropy_N = linear_logprob_reference(hidden_NH, weight_VH, ids, bias_V, temperature, softcap)
-    return policy_loss_reference(logp_N, old_logp_N, advantages_N, weights_N, entropy_N=entropy_N, **settings)  # type: ignore[arg-type]
+    loss, stats = policy_loss_reference(logp_N, old_logp_N, advantages_N, weights_N, entropy_N=entropy_N, **settings)  # type: ignore[arg-type]
+    return LinearPolicyLoss(loss, stats, logp_N.detach(), entropy_N.detach())
 
 
 # ---- torch, a chunk at a time ------------------------------------------------------------------------------------------
@@ -85,11 +97,11 @@ class _Chunked(torch.autograd.Function):
         loss, stats = part._replace(logp=logp_N, entropy=entropy_N).reference(weights, derived)
         ctx.save_for_backward(*(None if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias), strict=True)), hidden, weight, bias)
         stats = torch.stack(list(stats))
-        ctx.mark_non_differentiable(stats)
-        return loss, stats
+        ctx.mark_non_differentiable(stats, logp_N, entropy_N)
+        return loss, stats, logp_N, entropy_N
 
     @staticmethod
-    def backward(ctx, loss_grad, _stats_grad):
+    def backward(ctx, loss_grad, *_):
         *grads, hidden, weight, bias = ctx.saved_tensors
         return (*(None if g is None else _Scaled.apply(g, loss_grad, of) for g, of in zip(grads, (hidden, weight, bias), strict=True)), *(None,) * 7)
 
@@ -124,9 +136,14 @@ if native.capability:
     def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> tuple[Tensor, ...]:
         for_hidden, for_weight, for_bias = rest[-3:]
         loss = hidden.new_empty((), dtype=torch.float32)
-        return (loss, loss.new_empty(len(PolicyStats._fields)), hidden.new_empty(hidden.shape if for_hidden else (0,)),
-                weight.new_empty(weight.shape if for_weight else (0,)),
-                bias.new_empty(bias.shape) if for_bias and bias is not None else loss.new_empty(0))
+        return (
+            loss,
+            loss.new_empty(len(PolicyStats._fields)),
+            *(loss.new_empty(hidden.shape[0]) for _ in range(2)),
+            hidden.new_empty(hidden.shape if for_hidden else (0,)),
+            weight.new_empty(weight.shape if for_weight else (0,)),
+            bias.new_empty(bias.shape) if for_bias and bias is not None else loss.new_empty(0),
+        )
 
 
 # ---- public ------------------------------------------------------------------------------------------------------------
@@ -135,21 +152,23 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
                        kl_gradient: str | None = None, kl_level: str = "token", entropy_coef: float = 0.0, rollout_logp: Tensor | None = None,
                        rollout_correction: RolloutCorrection | None = None, cu_seqlens: Tensor | None = None, temperature: float | Tensor = 1.0,
                        softcap: float | None = None, bias: Tensor | None = None, workspace_bytes: int | None = None,
-                       impl: str | None = None) -> tuple[Tensor, PolicyStats]:
+                       impl: str | None = None) -> LinearPolicyLoss:
     """`policy_loss(linear_logprob(hidden, weight, token_ids), ...)` in 6 N H V flops, forward and backward.
 
     Args:
         hidden, weight, bias: [N, H], [V, H] and [V] or None, of one dtype: float32, bfloat16 or float16 (the torch implementation also float64).
         token_ids: [N] int64 or int32; anything where the weight is 0, as is everything else there.
-        old_logp, advantages, weights, and the keywords up to cu_seqlens: as in `policy_loss`; [N] float32, constant.
+        old_logp, advantages, weights, and the keywords up to cu_seqlens: as in `policy_loss`; [N] float32, constant. old_logp None: it is the
+            policy's own, every ratio exactly 1; not for kinds by sequence, nor with a rollout_correction.
         temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the logits after the softcap.
         softcap: logits become softcap * tanh(logits / softcap).
         workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By default the smaller of 256 MiB and an
             eighth of the full logits, but never less than 4 MiB.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
-        (loss, PolicyStats): a scalar, differentiable once in hidden, weight and bias, whose gradients exist when it returns (no gradient is
-        formed for what requires none); the statistics of `policy_loss`, entropy always among them.
+        (loss, stats, logp, entropy): a scalar, differentiable once in hidden, weight and bias, whose gradients exist when it returns (no gradient is
+        formed for what requires none); the statistics of `policy_loss`, entropy always among them; what `linear_logprob` says of the rows with a
+        weight, as constants.
     Raises:
         IndexError: an id outside [0, V) where the weight is not 0, on the CPU. ValueError: sizes, devices or settings that do not fit.
         TypeError: dtypes. RuntimeError: `impl` cannot run here, or a double backward.
@@ -187,18 +206,18 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
         scored = part._replace(logp=logp)
     derived = scored.derived(weights)
     if chosen == "cpp":
-        loss, stats = torch.ops.fusedrl.linear_policy_loss(
+        loss, stats, logp, entropy = torch.ops.fusedrl.linear_policy_loss(
             hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, *objective.scalars, *part.kl_scalars(), entropy_coef,
             1.0 if per_row is not None else scale, None if per_row is None else scale, softcap or 0.0, -1 if workspace_bytes is None else workspace_bytes)
-        return loss, PolicyStats(*stats.unbind())
+        return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, ids, V, _IGNORED)
     if chosen == "triton":
         for_hidden, for_weight, for_bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-        loss, stats, *_ = torch.ops.fusedrl.linear_policy_loss_triton(
+        loss, stats, logp, entropy, *_ = torch.ops.fusedrl.linear_policy_loss_triton(
             hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, *objective.scalars, *part.kl_scalars(), entropy_coef,
             1.0 if per_row is not None else float(temperature), None if per_row is None else per_row.detach(), softcap or 0.0,
             workspace(workspace_bytes, N, V), for_hidden, for_weight, for_bias)
     else:
-        loss, stats = _Chunked.apply(hidden, weight, bias, token_ids, weights, scale, softcap, part, derived, workspace_bytes)
-    return loss, PolicyStats(*stats.unbind())
+        loss, stats, logp, entropy = _Chunked.apply(hidden, weight, bias, token_ids, weights, scale, softcap, part, derived, workspace_bytes)
+    return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)

@@ -42,8 +42,9 @@ def _linear_policy_loss_triton(
         ref_logp: Tensor | None, correction: Tensor | None, sequence_log_ratio: Tensor | None, kl_sum: Tensor | None, kind: int, lower: float,
         upper: float, dual: float, tau_positive: float, tau_negative: float, beta: float, kl_coef: float, kl_estimator: int, kl_gradient: int,
         entropy_coef: float, temperature: float, temperatures: Tensor | None, softcap: float, workspace_bytes: int, for_hidden: bool,
-        for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, statistics, and the loss's gradients for a unit upstream gradient; those not asked for are empty."""
+        for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's gradients for a unit upstream gradient (those not asked
+    for are empty)."""
     V = weight.shape[0]
     head = HeadOf(weight, bias, temperature, softcap)
     backward = for_hidden or for_weight or for_bias
@@ -99,21 +100,31 @@ def _linear_policy_loss_triton(
                     bias_grad += dz.sum(0, dtype=torch.float32)
                 pending, held = [], 0
     loss, stats, _ = policy(0, M)
-    return loss, stats.clone(), hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype)
+    live_N = weights != 0  # rows without one were not scored
+    logp_N, entropy_N = (torch.where(live_N, torch.zeros_like(weights).index_copy_(0, index, x), 0) for x in (scores.logp, scores.entropy))
+    return loss, stats.clone(), logp_N, entropy_N, hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype)
 
 
 @_linear_policy_loss_triton.register_fake
-def _(hidden: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
     for_hidden, for_weight, for_bias = rest[-3:]
     loss = hidden.new_empty((), dtype=torch.float32)
-    return (loss, loss.new_empty(_STATS), hidden.new_empty(hidden.shape if for_hidden else 0), weight.new_empty(weight.shape if for_weight else 0),
-            weight.new_empty(weight.shape[0] if for_bias else 0))
+    N = hidden.shape[0]
+    return (
+        loss,
+        loss.new_empty(_STATS),
+        loss.new_empty(N),
+        loss.new_empty(N),
+        hidden.new_empty(hidden.shape if for_hidden else 0),
+        weight.new_empty(weight.shape if for_weight else 0),
+        weight.new_empty(weight.shape[0] if for_bias else 0),
+    )
 
 
 # ---- autograd: forward has formed the gradients ---------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
-    _, stats, *grads = output
-    ctx.mark_non_differentiable(stats, *grads)
+    _, *rows, grads = output[:4] + (output[4:],)
+    ctx.mark_non_differentiable(*rows, *grads)
     ctx.save_for_backward(*grads)
     ctx.has = inputs[-3:]
 

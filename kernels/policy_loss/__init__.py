@@ -398,7 +398,8 @@ def _checked(op: str, impl: str | None, policy: PolicyPart, clip: float | None, 
 def check_policy(op: str, policy: PolicyPart, N: int) -> None:
     """Raises unless the settings of the policy part fit together; tensors' sizes are checked before, their dtypes after."""
     objective, correction, cu_seqlens = policy.objective, policy.rollout_correction, policy.cu_seqlens
-    if policy.old_logp is None and objective.kind != "reinforce":
+    known = policy.logp is not None or objective.by_sequence  # else an old_logp that is missing is the policy's own
+    if policy.old_logp is None and objective.kind != "reinforce" and known:
         raise ValueError(f"{op}: expected old_logp for kind {objective.kind!r}, got None; on-policy, pass logp.detach()")
     if policy.kl_coef and policy.ref_logp is None:
         raise ValueError(f"{op}: expected ref_logp with kl_coef {policy.kl_coef!r}, got None")

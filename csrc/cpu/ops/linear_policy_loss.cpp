@@ -43,9 +43,9 @@ struct Rows {
 
 const float* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
 
-// Loss, statistics, and the loss's gradients for a unit upstream gradient; those not asked for are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_forward(FUSEDRL_LINEAR_POLICY_PARAMETERS, bool for_hidden, bool for_weight,
-                                                                              bool for_bias) {
+// Loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's gradients for a unit upstream gradient; those not asked for are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_forward(FUSEDRL_LINEAR_POLICY_PARAMETERS, bool for_hidden,
+                                                                                              bool for_weight, bool for_bias) {
   at::AutoDispatchBelowADInplaceOrView below;
   const int64_t N = hidden.size(0), V = weight.size(0);
   const auto wide = hidden.options().dtype(at::kFloat);
@@ -155,7 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_forward(FU
   Tensor loss = at::empty({}, wide), out = at::empty({kPolicyStats}, wide);
   *loss.mutable_data_ptr<float>() = static_cast<float>(all.sums[LOSS]);
   policy_stats(all, correction.has_value(), out.mutable_data_ptr<float>());
-  return {loss, out, hidden_grad, weight_grad.to(weight.scalar_type()), for_bias ? bias_grad.to(bias->scalar_type()) : bias_grad};
+  const auto of_all = [&](const Tensor& from) { return every_row ? from : at::zeros({N}, wide).index_copy_(0, rows.index, from); };
+  return {loss, out, of_all(rows.logp), of_all(rows.entropy), hidden_grad, weight_grad.to(weight.scalar_type()), for_bias ? bias_grad.to(bias->scalar_type()) : bias_grad};
 }
 
 // Whether the upstream gradient is 1, as it is after loss.backward(): the weight's gradient is then handed on as it is, not copied.
@@ -172,11 +173,11 @@ struct LinearPolicyLoss : torch::autograd::Function<LinearPolicyLoss> {
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fusedrl::linear_policy_loss_forward", "")
                          .typed<decltype(linear_policy_loss_forward)>();
-    auto [loss, stats, hidden_grad, weight_grad, bias_grad] = op.call(FUSEDRL_LINEAR_POLICY_NAMES, for_hidden, for_weight, for_bias);
+    auto [loss, stats, logp, entropy, hidden_grad, weight_grad, bias_grad] = op.call(FUSEDRL_LINEAR_POLICY_NAMES, for_hidden, for_weight, for_bias);
     ctx->save_for_backward({hidden_grad, weight_grad, bias_grad});
-    ctx->mark_non_differentiable({stats});
+    ctx->mark_non_differentiable({stats, logp, entropy});
     ctx->saved_data["has_bias"] = bias.has_value();
-    return {loss, stats};
+    return {loss, stats, logp, entropy};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
     refuse_double_backward("linear_policy_loss");
@@ -190,10 +191,10 @@ struct LinearPolicyLoss : torch::autograd::Function<LinearPolicyLoss> {
   }
 };
 
-std::tuple<Tensor, Tensor> linear_policy_loss(FUSEDRL_LINEAR_POLICY_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_policy_loss(FUSEDRL_LINEAR_POLICY_PARAMETERS) {
   const auto needed = [](const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); };
   const auto out = LinearPolicyLoss::apply(FUSEDRL_LINEAR_POLICY_NAMES, needed(hidden), needed(weight), bias && needed(*bias));
-  return {out[0], out[1]};
+  return {out[0], out[1], out[2], out[3]};
 }
 
 #define FUSEDRL_LINEAR_POLICY_SCHEMA                                                                                                                 \
@@ -203,8 +204,9 @@ std::tuple<Tensor, Tensor> linear_policy_loss(FUSEDRL_LINEAR_POLICY_PARAMETERS) 
   "float softcap, int workspace_bytes"
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
-  m.def("linear_policy_loss_forward(" FUSEDRL_LINEAR_POLICY_SCHEMA ", bool for_hidden, bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("linear_policy_loss(" FUSEDRL_LINEAR_POLICY_SCHEMA ") -> (Tensor, Tensor)");
+  m.def("linear_policy_loss_forward(" FUSEDRL_LINEAR_POLICY_SCHEMA ", bool for_hidden, bool for_weight, bool for_bias) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_policy_loss(" FUSEDRL_LINEAR_POLICY_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fusedrl, CPU, m) { m.impl("linear_policy_loss_forward", &linear_policy_loss_forward); }
 TORCH_LIBRARY_IMPL(fusedrl, CompositeImplicitAutograd, m) { m.impl("linear_policy_loss", &linear_policy_loss); }

@@ -193,8 +193,14 @@ def test_a_run_replays(make, algorithm, kwargs):
 def test_replayed_ratios_are_to_the_policy_that_wrote_them(make, monkeypatch):
     """The importance weights are pi / mu, mu the policy of then: what the sampler said then, too."""
     seen = []
-    monkeypatch.setattr(policy, "objective_loss", lambda *a, original=policy.objective_loss, **k: (seen.append((a[3], a[4].detach())),
-                                                                                                                  original(*a, **k))[1])
+    original = policy.head_loss
+
+    def head_loss(config, objective, kl_coef, micro, *rest, **options):
+        found = original(config, objective, kl_coef, micro, *rest, **options)
+        seen.append((micro, found.logp))
+        return found
+
+    monkeypatch.setattr(policy, "head_loss", head_loss)
     config = make(steps=2, tokens_per_microbatch=1000)
     train_policy(config)
     (_, _), (fresh, now), (old, then) = seen  # step 0; of step 1 the new ones, then the replayed ones
