@@ -132,7 +132,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             learns = step >= config.critic_warmup
             with run.time("score"):
                 batch = control.scaled(experience.batch)
-                cuts = _cuts(batch, config, step, epoch=0)
+                cuts = cuts_of(batch, config, step, epoch=0)
                 batch = score(actor if scored_first or not learns else None, reference, batch, cuts, config.generation.temperature)
                 if own_critic is not None:
                     batch = batch.with_columns(values=own_critic.score(batch, [group for minibatch in cuts for group in minibatch]))
@@ -205,7 +205,7 @@ def _draw(prompts: Mixture[Prompt], config: PolicyConfig, control: Control, coun
     return prompts.draw(config.run.seed, first, first + count), first
 
 
-def _cuts(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:
+def cuts_of(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:
     """Sequences shuffled into minibatches, and each minibatch cut into micro-batches by tokens; a function of the seed, step and epoch."""
     B, M = batch.num_sequences, min(config.minibatches, batch.num_sequences)
     order = shuffled(B, config.run.seed, "minibatches", step, epoch)
@@ -240,7 +240,7 @@ def update(actor: HybridActor, reference: Reference | None, learner: Learner, ba
         first_cuts = with_replay(first_cuts, fresh, replayed.batch, config.tokens_per_microbatch)
         batch = PackedBatch.concat([batch, replayed.batch])
     for epoch in range(config.epochs):
-        for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
+        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
             seen = torch.zeros(2, batch.num_tokens, device=batch.device)  # log-probabilities and entropies
             with learner.update(done, total_updates) as one:
@@ -289,7 +289,7 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
     norms: list[float] = []
     scale = ValueScale.of(config, batch, control.unit or 1.0)
     for epoch in range(config.epochs):
-        for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
+        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
             with learner.update(done, total_updates) as one:
                 for group in minibatch:

@@ -156,4 +156,4 @@ def test_a_strict_actor_has_no_pass_of_its_own(device):
     actor = actor_of(device, "untied", strict=True)
     batch = batch_of(device, actor)
     with pytest.raises(ValueError, match="use logprobs"):
-        actor.policy_loss(batch, actor.forward(batch), torch.ones(batch.num_tokens), torch.ones(batch.num_tokens))
+        actor.policy_loss(batch, actor.forward(batch), batch.advantages, batch.advantages)
