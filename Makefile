@@ -13,7 +13,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*/*)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --upgrade setuptools wheel ninja
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
-	$(VENV)/bin/python -c "from fusedrl.kernels import native; print('native kernels:', native.capability or 'none: ' + native.reason)"
+	$(VENV)/bin/python -c "from fusedrl.kernels.runtime import native; print('native kernels:', native.capability or 'none: ' + native.reason)"
 	touch $@
 
 demo: venv

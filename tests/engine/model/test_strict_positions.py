@@ -42,7 +42,7 @@ class Cache:
     def __init__(self, decoder, rows):
         draw, dtype, weights = torch.Generator().manual_seed(1), decoder.activation_dtype, decoder.weights()
         L, heads, D = len(weights.layers), weights.num_kv_heads, weights.head_dim
-        self.shared = [torch.randn(L, SHARED_BLOCKS, *shape, generator=draw).to(dtype) for shape in ((heads, D, S), (heads, S, D))]
+        self.shared = [torch.randn(L, SHARED_BLOCKS, *shape, generator=draw).to(weights.embedding.device, dtype) for shape in ((heads, D, S), (heads, S, D))]
         self.weights, self.rows = weights, rows
         self.reset()
 
@@ -58,7 +58,8 @@ class Cache:
             for back in range(2):
                 if last // S >= back:
                     table[b, last // S - back] = SHARED_BLOCKS + 2 * b + back
-        rows, positions = (torch.tensor(column) for column in zip(*tokens, strict=True))
+        device = self.weights.embedding.device
+        rows, positions, table = *(torch.tensor(column, device=device) for column in zip(*tokens, strict=True)), table.to(device)
         return decode_step(self.weights, (positions * 31 + rows) % 61, positions, rows, table, self.k, self.v, impl=impl)
 
     def own(self, row):

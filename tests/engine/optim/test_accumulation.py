@@ -61,7 +61,6 @@ def files(tmp_path, write_jsonl):
 
 def run_of(stage, model, files, **options):
     """One step of a stage."""
-    options |= {"device": "cpu"}
     sampled = {"steps": 1, "generation": GenerationConfig(max_new_tokens=6)}
     groups = {"prompts_per_step": SEQUENCES // 8, "samples_per_prompt": 8, "minibatches": 1}
     if stage == "sft":
@@ -83,7 +82,7 @@ def run_of(stage, model, files, **options):
 
 
 @pytest.fixture
-def gradients(rounded, files, tmp_path, monkeypatch):
+def gradients(rounded, files, tmp_path, monkeypatch, device):
     """(stage, dtype, tokens of a micro-batch) -> what each optimizer is given, as one vector, and the backward passes that made it."""
     seen: list[list[torch.Tensor]] = []
     passes = [0]
@@ -112,7 +111,15 @@ def gradients(rounded, files, tmp_path, monkeypatch):
     def run(stage, dtype, tokens):
         seen.clear()
         passes[0] = 0
-        run_of(stage, str(rounded), files, dtype=dtype, tokens_per_microbatch=tokens, run=RunConfig(str(tmp_path / f"{stage}{dtype}{tokens}"), progress=False))
+        run_of(
+            stage,
+            str(rounded),
+            files,
+            dtype=dtype,
+            device=str(device),
+            tokens_per_microbatch=tokens,
+            run=RunConfig(str(tmp_path / f"{stage}{dtype}{tokens}"), progress=False),
+        )
         return [torch.cat(parts) for parts in seen], passes[0]
 
     return run

@@ -83,7 +83,11 @@ def _metrics(config):
 
 def _weights(device, config, part="model"):
     directory = Path(config.run.dir) / part
-    named = load_critic(directory).named_parameters() if part == "critic" else load_decoder(directory, dtype="float32", device=device).named_parameters()
+    named = (
+        load_critic(directory, dtype="float32", device=device).named_parameters()
+        if part == "critic"
+        else load_decoder(directory, dtype="float32", device=device).named_parameters()
+    )
     return {name: p.detach() for name, p in named}
 
 
@@ -105,7 +109,7 @@ def _without_times(row):
 def test_of_a_reward_model_the_first_value_is_its_score(reward_model, device):
     """V(s_t) is the score of what stands before token t: read at the position before, less the shift."""
     directory, reward = reward_model
-    values = load_critic(directory)(PackedBatch.from_sequences(SEQUENCES, device=device)).detach()
+    values = load_critic(directory, dtype="float32", device=device)(PackedBatch.from_sequences(SEQUENCES, device=device)).detach()
     slot = 0
     for prompt, completion in SEQUENCES:
         ids = [*prompt, *completion]
@@ -114,19 +118,19 @@ def test_of_a_reward_model_the_first_value_is_its_score(reward_model, device):
             score = reward(PackedBatch.from_sequences([(ids[:t], [])], device=device)).item()
             assert values[slot + t].item() == pytest.approx(score, abs=1e-5)
         slot += len(ids)
-    unshifted = load_critic(directory)
+    unshifted = load_critic(directory, dtype="float32", device=device)
     torch.nn.init.zeros_(unshifted.head.bias)
     assert (unshifted(PackedBatch.from_sequences(SEQUENCES, device=device))[1:3] - values[1:3]).detach().tolist() == pytest.approx([0.75] * 2, abs=1e-5)
 
 
 def test_of_a_language_model_the_first_value_is_zero_and_of_a_trained_one_its_own(tiny_model, tmp_path, device):
     batch = PackedBatch.from_sequences(SEQUENCES, device=device)
-    assert not load_critic(tiny_model)(batch).any()
+    assert not load_critic(tiny_model, dtype="float32", device=device)(batch).any()
     head = ValueHead(32, device=device)
     torch.nn.init.normal_(head.weight), torch.nn.init.constant_(head.bias, 0.3)
     actor = HybridActor(load_decoder(tiny_model, dtype="float32", device=device), value_head=head)
     actor.save_pretrained(tmp_path / "actor")
-    assert torch.equal(load_critic(tmp_path / "actor")(batch), actor.values(batch, actor.forward(batch)))
+    assert torch.equal(load_critic(tmp_path / "actor", dtype="float32", device=device)(batch), actor.values(batch, actor.forward(batch)))
 
 
 @pytest.mark.parametrize("kind", [{}, {"tie_word_embeddings": False}, OTHER], ids=["tied", "untied", "gpt2"])
@@ -135,11 +139,11 @@ def test_saved_and_loaded_it_is_the_same_and_transformers_reads_its_trunk(tiny_m
 
     raw = load_decoder(tiny_model, dtype="float32", device=device).config.raw | kind if kind is not OTHER else OTHER
     save_pretrained(Decoder.random(model_config(raw), seed=1, device=device), tmp_path / "lm")
-    critic = load_critic(tmp_path / "lm")
+    critic = load_critic(tmp_path / "lm", dtype="float32", device=device)
     torch.nn.init.normal_(critic.head.weight)
     assert not any(name.endswith(("lm_head", "decoder.head")) for name, _ in critic.named_parameters())  # nothing that has no gradient
     critic.save_pretrained(tmp_path / "critic")
-    again = load_critic(tmp_path / "critic")
+    again = load_critic(tmp_path / "critic", dtype="float32", device=device)
     assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in critic.named_parameters())
     theirs = AutoModel.from_pretrained(tmp_path / "critic").to(device).eval()(torch.tensor([[1, 5, 6, 7]], device=device)).last_hidden_state[0]
     values = critic(PackedBatch.from_sequences([([1, 5, 6, 7], [8])], device=device)).detach()
@@ -169,7 +173,7 @@ def test_every_algorithm_with_values_takes_one(ppo, kwargs, device):
         assert all(value == value and abs(value) < 1e6 for value in row.values() if isinstance(value, float))
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
         assert row["critic/grad_norm"] > 0.0
-    start = dict(load_critic(config.model).named_parameters())
+    start = dict(load_critic(config.model, dtype="float32", device=device).named_parameters())
     moved = {name: (p - start[name]).abs().max().item() for name, p in _weights(device, config, "critic").items()}
     assert min(moved.values()) > 0.0, moved
     assert max(moved.values()) > 1e-3, moved
@@ -223,7 +227,7 @@ def test_the_micro_batch_split_does_not_change_the_critic(ppo, device):
         found.append((_weights(device, config, "critic"), _metrics(config)[0]["critic/grad_norm"]))
     (whole, norm), (cut, other) = found
     assert norm == pytest.approx(other, rel=1e-4)
-    start = dict(load_critic(config.model).named_parameters())
+    start = dict(load_critic(config.model, dtype="float32", device=device).named_parameters())
     moved = max((whole[name] - start[name]).abs().max().item() for name in whole)
     assert all((whole[name] - cut[name]).abs().max().item() <= 2e-3 * moved for name in whole)
 
@@ -282,7 +286,7 @@ def test_the_values_of_a_run_are_those_of_what_it_starts_from(ppo, reward_model,
     saved = Path(first.run.dir) / "critic"
     seen = _first_values(*(ppo(name=name, critic=CriticConfig(str(start))) for name, start in (("second", saved), ("third", directory))))
     for batch, start in zip(seen, (saved, directory), strict=True):
-        expected = torch.cat([load_critic(start)(batch.select([b])).detach() for b in range(batch.num_sequences)])
+        expected = torch.cat([load_critic(start, dtype="float32", device=device)(batch.select([b])).detach() for b in range(batch.num_sequences)])
         to_go = [float(score) - expected[slots][mask].double().mean().item() for score, slots, mask in zip(
             batch.scores, (slice(a, b) for a, b in pairwise(batch.cu_seqlens.tolist())), batch.action_mask.split(list(batch.lengths)), strict=True)]
         short = sum(to_go) / len(to_go)
@@ -397,7 +401,7 @@ def test_a_head_on_the_trunk_warms_up_alone(ppo, device):
     for step in range(1, 4):
         saved[step] = load_file(Path(config.run.dir) / "checkpoints" / f"step_0000000{step}" / "model.safetensors")
     for step in (1, 2):
-        assert all(torch.equal(saved[step][name], p) for name, p in start.items())
+        assert all(torch.equal(saved[step][name], p.cpu()) for name, p in start.items())
     assert not torch.equal(saved[1]["value_head.weight"], saved[2]["value_head.weight"])
     assert saved[2]["value_head.weight"].abs().max() > 1e-3
     assert not any(torch.equal(saved[3][name], p) for name, p in start.items())

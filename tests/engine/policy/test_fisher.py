@@ -25,7 +25,7 @@ def random_actor(device, options, dtype=torch.float64, lora=None, **kwargs):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in decoder.parameters():  # norms and biases, too, say something
-            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float32).to(dtype)
+            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
     actor = HybridActor(decoder, **kwargs)
     if lora is not None:
         actor.add_adapter(lora)

@@ -188,7 +188,7 @@ def test_the_kl_through_the_ratio_at_its_edges(device):
         (grad,) = torch.autograd.grad(term.sum(), logp)
         assert grad.isfinite().all()
         assert term[0] == term[3] == grad[3] == 0.0
-        assert grad[4] == pytest.approx(0.25 + (1.0 if estimator == "k1" else 0.0))  # on policy: k1 + 1, and k1
+        assert grad[4].item() == pytest.approx(0.25 + (1.0 if estimator == "k1" else 0.0))  # on policy: k1 + 1, and k1
         if estimator == "k3":
             assert grad[1] == grad[2] == 0.0  # beyond the clamps
     broken = ratio_kl(

@@ -39,9 +39,9 @@ def by_position(device):
 
 
 @pytest.fixture(scope="module")
-def peer(by_position, tmp_path_factory):
+def peer(by_position, tmp_path_factory, device):
     save_pretrained(by_position.decoder, tmp_path_factory.mktemp("peer") / "model")
-    return AutoModelForCausalLM.from_pretrained(tmp_path_factory.getbasetemp() / "peer0" / "model")
+    return AutoModelForCausalLM.from_pretrained(tmp_path_factory.getbasetemp() / "peer0" / "model").to(device)
 
 
 # ---- where the score stands: 1, 2, 3, 4, 15, 19 ----------------------------------------------------------------------------------

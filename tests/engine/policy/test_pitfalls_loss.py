@@ -62,6 +62,7 @@ LIVE = torch.tensor([True] * 4 + [False] * 2)
     (X[:1], LIVE[:1], lambda x, m: (x - x.mean()) / (x.std() + 1e-8)),  # ROLL #475: the standard deviation of one
 ], ids=["unmasked mean", "NaN times 0", "one token"])
 def test_10_whitening(x, mask, wrong, device):
+    x, mask = x.to(device), mask.to(device)
     live = x[mask].double()
     right = torch.zeros(len(x), dtype=torch.float64, device=device)
     right[mask] = (live - live.mean()) / (live.var(correction=0) + 1e-8).sqrt()
@@ -219,7 +220,7 @@ def test_17_the_ratio_is_to_the_policy_of_the_rollout(device):
 
     def check(batch):
         grad, stats = slopes(chosen, batch, logp)
-        assert stats.ratio_mean == pytest.approx(math.exp(0.5), rel=1e-5)
+        assert stats.ratio_mean.item() == pytest.approx(math.exp(0.5), rel=1e-5)
         assert stats.clip_fraction_high == 0.5
         assert not grad[batch.slots([0])].any(), "beyond its bound the better completion pulls no more"
 

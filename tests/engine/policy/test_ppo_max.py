@@ -123,7 +123,7 @@ def test_advantages_by_hand(device):
     batch = _batch(device, [3.0, -1.0, 5.0, 0.5, 2.0])
     whole, plain = (estimate(config, Signals.of(config, batch, 0.0, 0.0)) for config in (
         config_of("ppo_max", loss=LossConfig(advantage_clip=0.5)), config_of("ppo", loss=LossConfig(whiten=False))))
-    raw, mask = plain.advantages.double().numpy(), batch.action_mask.numpy()
+    raw, mask = plain.advantages.double().cpu().numpy(), batch.action_mask.cpu().numpy()
     live = raw[mask]
     expected = np.clip((live - live.mean()) / np.sqrt(live.var() + 1e-8), -0.5, 0.5)
     assert whole.advantages[batch.action_mask].tolist() == pytest.approx(expected.tolist(), abs=1e-5)

@@ -35,7 +35,7 @@ def gradients(actor):
 
 def cross_entropy(actor, texts):
     """The definition, in one packed forward: a mean over the learned tokens of all texts."""
-    batch = PackedBatch.from_masked(texts)
+    batch = PackedBatch.from_masked(texts, device=actor.decoder.device)
     logp = (actor.forward(batch) @ actor.decoder.head_weight.T).log_softmax(1)
     learned = batch.action_mask.nonzero()[:, 0]
     return -logp[learned - 1, batch.token_ids[learned]].mean()
