@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 venv: $(INSTALLED)
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*/*)
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*/* csrc/shared/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --upgrade setuptools wheel ninja
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy

@@ -59,8 +59,9 @@ PACKAGES = {
     "fusedrl.kernels.runtime": "kernels/runtime",
     "fusedrl.kernels.sampling": "kernels/sampling",
     "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/runtime/nvrtc.py
+    "fusedrl.kernels.shared_src": "csrc/shared",  # included there, and by csrc/cpu
 }
-PACKAGE_DATA = {"fusedrl.kernels.cuda_src": ["*.cu", "*.cuh"]}
+PACKAGE_DATA = {"fusedrl.kernels.cuda_src": ["*.cu", "*.cuh"], "fusedrl.kernels.shared_src": ["*.h"]}
 
 
 SOURCES = runpy.run_path("kernels/runtime/sources.py")
@@ -74,7 +75,7 @@ class BuildPython(build_py):
         if not self.editable_mode:
             folder = Path(self.build_lib) / "fusedrl" / "kernels"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SOURCES["RECORD"]).write_text(SOURCES["digest"](Path("csrc/cpu")) + "\n")
+            (folder / SOURCES["RECORD"]).write_text(SOURCES["digest"](Path("csrc")) + "\n")
 
 
 def native_extensions() -> dict:
@@ -87,7 +88,7 @@ def native_extensions() -> dict:
               "runs on its torch reference (5x to 100x slower on CPU). Install torch, then: pip install --no-build-isolation -e .", file=sys.stderr)
         return {"cmdclass": commands}
 
-    csrc, digest = Path("csrc/cpu"), SOURCES["digest"](Path("csrc/cpu"))
+    csrc, digest = Path("csrc"), SOURCES["digest"](Path("csrc"))
 
     class Build(BuildExtension):
         def finalize_options(self) -> None:
@@ -142,13 +143,14 @@ def native_extensions() -> dict:
         found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
         return found if found in CAPABILITIES else "default"
 
-    sources, headers = (sorted(str(path) for path in csrc.glob(pattern)) for pattern in ("ops/*.cpp", "include/*.h"))
+    sources = sorted(str(path) for path in csrc.glob("cpu/ops/*.cpp"))
+    headers = sorted(str(path) for pattern in ("cpu/include/*.h", "shared/*.h") for path in csrc.glob(pattern))
     extensions = [
         CppExtension(
             f"fusedrl.kernels._C_{name}",
             sources,
             depends=headers,
-            include_dirs=[str((csrc / "include").resolve())],
+            include_dirs=[str((csrc / folder).resolve()) for folder in ("cpu/include", "shared")],
             extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", f"-DCPU_CAPABILITY={macro}",
                                         f"-DCPU_CAPABILITY_{macro}", f"-DFUSEDRL_MODULE=_C_{name}", *flags]},
             extra_link_args=["-fopenmp"],

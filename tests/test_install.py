@@ -119,7 +119,7 @@ def test_a_source_distribution_has_all_that_is_compiled_and_tested(sdist):
               if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
     assert len(wanted) > 300
     assert not (missing := sorted(str(path) for path in wanted if not (sdist / path).is_file())), missing
-    assert sources.digest(sdist / "csrc/cpu") == sources.digest(ROOT / "csrc/cpu") == importlib.import_module(f"fusedrl.kernels._C_{HERE}").sources
+    assert sources.digest(sdist / "csrc") == sources.digest(ROOT / "csrc") == importlib.import_module(f"fusedrl.kernels._C_{HERE}").sources
 
 
 INSTALLED = """

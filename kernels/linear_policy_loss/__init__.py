@@ -207,17 +207,16 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
     derived = scored.derived(weights)
     if chosen == "cpp":
         loss, stats, logp, entropy = torch.ops.fusedrl.linear_policy_loss(
-            hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, *objective.scalars, *part.kl_scalars(), entropy_coef,
-            1.0 if per_row is not None else scale, None if per_row is None else scale, softcap or 0.0, -1 if workspace_bytes is None else workspace_bytes)
+            hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, None if per_row is None else scale, *part.settings(),
+            1.0 if per_row is not None else scale, softcap or 0.0, -1 if workspace_bytes is None else workspace_bytes)
         return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, ids, V, _IGNORED)
     if chosen == "triton":
         for_hidden, for_weight, for_bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
         loss, stats, logp, entropy, *_ = torch.ops.fusedrl.linear_policy_loss_triton(
-            hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, *objective.scalars, *part.kl_scalars(), entropy_coef,
-            1.0 if per_row is not None else float(temperature), None if per_row is None else per_row.detach(), softcap or 0.0,
-            workspace(workspace_bytes, N, V), for_hidden, for_weight, for_bias)
+            hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, None if per_row is None else per_row.detach(), *part.settings(),
+            1.0 if per_row is not None else float(temperature), softcap or 0.0, workspace(workspace_bytes, N, V), for_hidden, for_weight, for_bias)
     else:
         loss, stats, logp, entropy = _Chunked.apply(hidden, weight, bias, token_ids, weights, scale, softcap, part, derived, workspace_bytes)
     return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)

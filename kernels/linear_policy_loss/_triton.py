@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fusedrl.kernels.linear_head import add_product, product
 from fusedrl.kernels.linear_logprob._triton import BLOCK_ROWS, HeadOf, Rows, Scores, logits_gradient, score, unscored
-from fusedrl.kernels.objective import PolicyStats
+from fusedrl.kernels.objective import COEFFICIENTS, PolicyStats
 from fusedrl.kernels.policy_loss._triton import policy_value_loss_triton
 
 _STATS = len(PolicyStats._fields)
@@ -39,10 +39,9 @@ def rows_of(workspace_bytes: int, V: int, itemsize: int) -> tuple[int, int]:
 @torch.library.custom_op("fusedrl::linear_policy_loss_triton", mutates_args=())
 def _linear_policy_loss_triton(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor,
-        ref_logp: Tensor | None, correction: Tensor | None, sequence_log_ratio: Tensor | None, kl_sum: Tensor | None, kind: int, lower: float,
-        upper: float, dual: float, tau_positive: float, tau_negative: float, beta: float, kl_coef: float, kl_estimator: int, kl_gradient: int,
-        entropy_coef: float, temperature: float, temperatures: Tensor | None, softcap: float, workspace_bytes: int, for_hidden: bool,
-        for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        ref_logp: Tensor | None, correction: Tensor | None, sequence_log_ratio: Tensor | None, kl_sum: Tensor | None, temperatures: Tensor | None,
+        kind: str, kl_estimator: str, kl_gradient: str, coefficients: list[float], temperature: float, softcap: float, workspace_bytes: int,
+        for_hidden: bool, for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's gradients for a unit upstream gradient (those not asked
     for are empty)."""
     V = weight.shape[0]
@@ -63,8 +62,8 @@ def _linear_policy_loss_triton(
         logp, entropy = scores.logp[begin:end], scores.entropy[begin:end]
         old, advantage, ref, *derived = (None if t is None else t[begin:end] for t in columns)
         loss, stats, grad, _ = policy_value_loss_triton(
-            logp, logp if old is None else old, advantage, weights_M[begin:end], entropy, None, None, None, ref, *derived, kind, lower, upper, dual,
-            tau_positive, tau_negative, beta, kl_coef, kl_estimator, kl_gradient, entropy_coef, float("inf"), 0.0)
+            logp, logp if old is None else old, advantage, weights_M[begin:end], entropy, None, None, None, ref, *derived, kind, kl_estimator, kl_gradient,
+            coefficients)
         return loss, stats[:_STATS], grad
 
     hidden_grad = hidden.new_zeros(hidden.shape if for_hidden else 0)
@@ -73,7 +72,7 @@ def _linear_policy_loss_triton(
     if not backward:
         score(hidden, head, rows, scores, 0, M, workspace_bytes)
     else:
-        entropy_grad = weights_M * -entropy_coef
+        entropy_grad = weights_M * -coefficients[COEFFICIENTS.index("entropy_coef")]
         R, C = rows_of(workspace_bytes, V, hidden.dtype.itemsize)
         R, C = min(R, M), min(C, M)
         logits_RV, dz_CV = hidden.new_empty(R, V, dtype=torch.float32), hidden.new_empty(C, V)
@@ -126,14 +125,14 @@ def _setup_context(ctx, inputs, output) -> None:
     _, *rows, grads = output[:4] + (output[4:],)
     ctx.mark_non_differentiable(*rows, *grads)
     ctx.save_for_backward(*grads)
-    ctx.has = inputs[-3:]
+    ctx.has, ctx.parameters = inputs[-3:], len(inputs)
 
 
 def _backward(ctx, loss_grad: Tensor, *unused: Tensor):
     if torch.is_grad_enabled():  # create_graph: the gradients would pass for constants
         raise RuntimeError("linear_policy_loss: expected one backward pass, got a double backward (create_graph=True), which this op does not have")
     grads = [grad * loss_grad if wanted else None for grad, wanted in zip(ctx.saved_tensors, ctx.has, strict=True)]
-    return *grads, *(None,) * 26
+    return *grads, *(None,) * (ctx.parameters - len(grads))
 
 
 _linear_policy_loss_triton.register_autograd(_backward, setup_context=_setup_context)

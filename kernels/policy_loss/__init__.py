@@ -37,6 +37,8 @@ import torch
 from torch import Tensor
 
 from fusedrl.kernels.objective import (
+    COEFFICIENTS,
+    KL_ESTIMATORS,
     MAX_LOG_RATIO,
     PolicyObjective,
     PolicyStats,
@@ -60,7 +62,6 @@ if triton is not None:
 __all__ = ["KL_ESTIMATORS", "PolicyObjective", "PolicyStats", "RolloutCorrection", "ValueStats", "policy_loss", "policy_loss_reference",
            "policy_value_loss", "token_weights", "value_loss", "value_loss_reference"]
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # the order of Kl in csrc/cpu/include/policy_terms.h, where sequence_k2 follows
 _IMPLS = Implementations("policy_value_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
 _CLIP = PolicyObjective()
 _POLICY_FIELDS = len(PolicyStats._fields)
@@ -140,7 +141,7 @@ def _cut(x: Tensor, d: Tensor) -> Tensor:
 def _policy_terms(objective: PolicyObjective, logp: Tensor, d: Tensor, ratio: Tensor, A: Tensor,
                   log_s: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The terms, and which tokens were bounded: high, low, dual."""
-    kind, (_, lower, upper, dual, tau_positive, tau_negative, beta) = objective.kind, objective.scalars
+    kind, (lower, upper, dual, tau_positive, tau_negative, beta) = objective.kind, objective.coefficients.values()
     high = low = too_far = torch.zeros_like(A, dtype=torch.bool)
     if kind == "reinforce":
         return -A * logp, high, low, too_far
@@ -221,11 +222,12 @@ class PolicyPart(NamedTuple):
         return _reference(self.logp, self.old_logp, self.advantages, weights_N, derived, self.objective, self.ref_logp, self.kl_coef,
                           self.kl_estimator, self.kl_gradient, self.entropy, self.entropy_coef)
 
-    def kl_scalars(self) -> tuple[float, int, int]:
-        """kl_coef and the numbers of the two estimators, as kernels take them."""
-        if self.kl_level == "sequence":
-            return self.kl_coef, len(KL_ESTIMATORS), len(KL_ESTIMATORS)
-        return self.kl_coef, KL_ESTIMATORS.index(self.kl_estimator), KL_ESTIMATORS.index(self.kl_gradient or self.kl_estimator)
+    def settings(self, value_clip: float = math.inf, value_coef: float = 0.0) -> tuple[str, str, str, list[float]]:
+        """What kernels take beside tensors: the kind, the estimators of the KL's value and slope, and COEFFICIENTS."""
+        of_sequence = self.kl_level == "sequence"
+        value, slope = ("sequence_k2",) * 2 if of_sequence else (self.kl_estimator, self.kl_gradient or self.kl_estimator)
+        given = self.objective.coefficients | {"kl_coef": self.kl_coef, "entropy_coef": self.entropy_coef, "value_clip": value_clip, "value_coef": value_coef}
+        return self.objective.kind, value, slope, [float(given[name]) for name in COEFFICIENTS]
 
 
 def value_loss_reference(values_N: Tensor, old_values_N: Tensor | None, returns_N: Tensor, weights_N: Tensor, *,
@@ -280,7 +282,7 @@ def _fused(impl: str, policy: PolicyPart, weights: Tensor, values: Tensor | None
     old_logp = policy.logp if policy.old_logp is None else policy.old_logp
     clip, old_values = (math.inf, None) if value_clip is None else (value_clip, old_values)
     loss, stats, *_ = op(policy.logp, old_logp, policy.advantages, weights, policy.entropy, values, old_values, returns, policy.ref_logp,
-                         *policy.derived(weights), *policy.objective.scalars, *policy.kl_scalars(), policy.entropy_coef, clip, value_coef)
+                         *policy.derived(weights), *policy.settings(clip, value_coef))
     each = stats.unbind()
     return loss, PolicyStats(*each[:_POLICY_FIELDS]), ValueStats(*each[_POLICY_FIELDS:])
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedrl.kernels.kl._triton import clamp, exponential, kl_slope, kl_value
+from fusedrl.kernels.objective import COEFFICIENTS, KL_ESTIMATORS
 from fusedrl.kernels.policy_loss import _fused as policy_loss_fused
 
 _BLOCK = 2048
@@ -25,9 +26,7 @@ _VALUE_LOSS, _VALUE_CLIPPED, _VALUE = (tl.constexpr(i) for i in range(14, 17))
 _NEGATED_MIN, _MAX = (tl.constexpr(i) for i in range(17, 19))
 _RETURN, _RESIDUAL = tl.constexpr(19), tl.constexpr(22)  # three rows each: a mean, what its rounding left over, squared deviations
 
-# The numbers of kinds (KINDS of objective.py), and of the estimator behind those of kl/_triton.py (KL_ESTIMATORS of policy_loss.py).
-_CLIP, _PLAIN, _REINFORCE, _KL_PENALTY, _GSPO, _CISPO, _SAPO, _GEOMETRIC, _DRO = (tl.constexpr(i) for i in range(9))
-_KL_SEQUENCE = tl.constexpr(4)
+_KL_SEQUENCE = tl.constexpr(len(KL_ESTIMATORS))  # the number of "sequence_k2", behind those of kl/_triton.py
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -83,27 +82,27 @@ def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_p
         low = high
         too_far = high
         # terms, and slope: their derivative by logp
-        if KIND == _REINFORCE:
+        if KIND == "reinforce":
             terms = -advantages * logp
             slope = -advantages
-        elif KIND == _DRO:
+        elif KIND == "dro":
             terms = 0.5 * beta * d * d - advantages * logp
             slope = beta * d - advantages
-        elif KIND == _KL_PENALTY:
+        elif KIND == "kl_penalty":
             terms = beta * excess - advantages * ratio
             slope = tl.where(beyond, 0.0, beta * (excess + d) - advantages * ratio)
-        elif KIND == _CISPO:
+        elif KIND == "cispo":
             high = live & (ratio > upper)
             slope = -advantages * tl.where(high, upper, ratio)
             terms = slope * logp
-        elif KIND == _SAPO:
+        elif KIND == "sapo":
             tau = tl.where(advantages > 0.0, tau_positive, tau_negative)
             x = tau * (1.0 - ratio)
             e = tl.exp(tl.where(x < -80.0, -80.0, tl.where(x > 80.0, 80.0, x)))
             sigmoid = 1.0 / (1.0 + e)
             terms = -advantages * (4.0 / tau * sigmoid)
             slope = tl.where(beyond, 0.0, -advantages * (4.0 * sigmoid * (e * sigmoid) * ratio))
-        elif KIND == _GEOMETRIC:
+        elif KIND == "geometric_mean":
             log_s = tl.load(log_s_ptr + n, mask=live, other=0.0)
             s, _ = exponential(clamp(log_s), log_s)
             high = (advantages > 0.0) & (d > upper)
@@ -113,7 +112,7 @@ def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_p
         else:  # clip, ratio, gspo
             r = ratio
             cut = beyond
-            if KIND == _GSPO:
+            if KIND == "gspo":
                 log_s = tl.load(log_s_ptr + n, mask=live, other=0.0)
                 r, _ = exponential(clamp(log_s), log_s)
                 cut = tl.abs(log_s) > 20.0
@@ -271,37 +270,38 @@ def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLIC
 def policy_value_loss_triton(
         logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None, values: Tensor | None,
         old_values: Tensor | None, returns: Tensor | None, ref_logp: Tensor | None, correction: Tensor | None,
-        sequence_log_ratio: Tensor | None, kl_sum: Tensor | None, kind: int, lower: float, upper: float, dual: float, tau_positive: float,
-        tau_negative: float, beta: float, kl_coef: float, kl_estimator: int, kl_gradient: int, entropy_coef: float, value_clip: float,
-        value_coef: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sequence_log_ratio: Tensor | None, kl_sum: Tensor | None, kind: str, kl_estimator: str, kl_gradient: str,
+        coefficients: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient (empty where that part is absent)."""
+    x = policy_loss_fused.Arguments(logp, old_logp, advantages, weights, entropy, values, old_values, returns, ref_logp, correction, sequence_log_ratio,
+                                    kl_sum, kind, kl_estimator, kl_gradient, coefficients)
     loss, stats, logp_grad, values_grad = policy_loss_fused.outputs(logp, weights, values)
     N = weights.numel()
     blocks = triton.cdiv(N, _BLOCK)
     partials = weights.new_empty(_ROWS, blocks)  # rows of an absent part stay unwritten and reach no statistic
-    inputs = [None if t is None else t.contiguous() for t in (logp, old_logp, advantages, weights, entropy, values, old_values, returns, ref_logp,
-                                                              correction, sequence_log_ratio, kl_sum)]
     policy, value = logp is not None, values is not None
     if blocks:
         _block_kernel[(blocks,)](
-            *inputs, logp_grad, values_grad, partials, N, blocks, lower, upper, dual, tau_positive, tau_negative, beta, kl_coef, entropy_coef,
-            value_clip, value_coef, POLICY=policy, KIND=kind, KL_ESTIMATOR=kl_estimator, KL_GRADIENT=kl_gradient, VALUE=value,
-            VALUE_CLIP=old_values is not None, BLOCK=_BLOCK, num_warps=8)
-    _combine_kernel[(1,)](partials, loss, stats, blocks, value_coef, POLICY=policy, VALUE=value, ROWS=_ROWS, CHUNK=_CHUNK, num_warps=8)
+            *x.columns(), logp_grad, values_grad, partials, N, blocks, *coefficients, POLICY=policy, KIND=kind, KL_ESTIMATOR=_estimator(kl_estimator),
+            KL_GRADIENT=_estimator(kl_gradient), VALUE=value, VALUE_CLIP=old_values is not None, BLOCK=_BLOCK, num_warps=8)
+    _combine_kernel[(1,)](partials, loss, stats, blocks, x.coefficient("value_coef"), POLICY=policy, VALUE=value, ROWS=_ROWS, CHUNK=_CHUNK, num_warps=8)
     return loss, stats, logp_grad, values_grad
+
+
+def _estimator(name: str) -> int:
+    return (*KL_ESTIMATORS, "sequence_k2").index(name)
 
 
 policy_loss_fused.attach(policy_value_loss_triton)
 
 
 # ---- offline compilation: name -> what triton.compile needs (tests/offline_compile.py) ----------------------------------
-def _offline(policy: bool = True, kind: int = 0, kl: tuple[int, int] | None = None, value: bool = False, **given: bool) -> dict:
+def _offline(policy: bool = True, kind: str = "clip", kl: tuple[str, str] | None = None, value: bool = False, **given: bool) -> dict:
     used = {"logp_ptr": policy, "old_logp_ptr": policy, "advantages_ptr": policy, "weights_ptr": True, "entropy_ptr": False, "values_ptr": value,
             "old_values_ptr": value, "returns_ptr": value, "ref_logp_ptr": kl is not None, "correction_ptr": False, "log_s_ptr": False,
             "kl_sum_ptr": False, "logp_grad_ptr": True, "values_grad_ptr": True, "partials_ptr": True} | given
-    scalars = dict.fromkeys(("lower", "upper", "dual", "tau_positive", "tau_negative", "beta", "kl_coef", "entropy_coef", "value_clip", "value_coef"),
-                            "fp32")
-    estimator, gradient = kl or (2, 2)
+    scalars = dict.fromkeys(COEFFICIENTS, "fp32")
+    estimator, gradient = map(_estimator, kl or ("k3", "k3"))
     flags = {"POLICY": policy, "KIND": kind, "KL_ESTIMATOR": estimator, "KL_GRADIENT": gradient, "VALUE": value, "VALUE_CLIP": value,
              "BLOCK": _BLOCK}
     return {"kernel": _block_kernel, "signature": {name: "*fp32" for name, is_used in used.items() if is_used} | {"N": "i32", "blocks": "i32"} | scalars,
@@ -311,14 +311,14 @@ def _offline(policy: bool = True, kind: int = 0, kl: tuple[int, int] | None = No
 OFFLINE_KERNELS = {
     "block_policy_value": _offline(value=True, entropy_ptr=True),
     "block_policy": _offline(),
-    "block_policy_value_everything": _offline(kl=(2, 1), value=True, entropy_ptr=True, correction_ptr=True),
-    "block_reinforce": _offline(kind=2, entropy_ptr=True),
-    "block_kl_penalty": _offline(kind=3),
-    "block_gspo": _offline(kind=4, kl=(4, 4), log_s_ptr=True, kl_sum_ptr=True),
-    "block_cispo": _offline(kind=5),
-    "block_sapo": _offline(kind=6, kl=(3, 0)),
-    "block_geometric_mean": _offline(kind=7, log_s_ptr=True),
-    "block_dro": _offline(kind=8),
+    "block_policy_value_everything": _offline(kl=("k3", "k2"), value=True, entropy_ptr=True, correction_ptr=True),
+    "block_reinforce": _offline(kind="reinforce", entropy_ptr=True),
+    "block_kl_penalty": _offline(kind="kl_penalty"),
+    "block_gspo": _offline(kind="gspo", kl=("sequence_k2", "sequence_k2"), log_s_ptr=True, kl_sum_ptr=True),
+    "block_cispo": _offline(kind="cispo"),
+    "block_sapo": _offline(kind="sapo", kl=("abs", "k1")),
+    "block_geometric_mean": _offline(kind="geometric_mean", log_s_ptr=True),
+    "block_dro": _offline(kind="dro"),
     "block_value": _offline(policy=False, value=True),
     "combine": {"kernel": _combine_kernel,
                 "signature": {"partials_ptr": "*fp32", "loss_ptr": "*fp32", "stats_ptr": "*fp32", "blocks": "i32", "value_coef": "fp32"},

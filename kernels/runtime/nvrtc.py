@@ -3,9 +3,10 @@
     plan (kernels/*_cuda.py) -> Launch: source, options, kernel, grid, block, arguments -> `run`
 
 A Launch says everything about itself, so that tests hand the very same ones to a CPU build of the same sources (csrc/simt/).
-The sources are the package data of `fusedrl.kernels.cuda_src` (csrc/cuda in a checkout). They include no CUDA header, so NVRTC itself is all that is
-needed: `cuda-bindings` and `nvidia-cuda-nvrtc`, which the CUDA wheels of torch bring along. A cubin is compiled once for a source, its options, an
-architecture and a compiler version, and kept in ~/.cache/fusedrl/cuda. The first launch of a kernel compiles and loads: warm up before capturing a CUDA graph.
+The sources are the package data of `fusedrl.kernels.cuda_src` and `shared_src` (csrc/cuda and csrc/shared in a checkout). They include no CUDA header,
+so NVRTC itself is all that is needed: `cuda-bindings` and `nvidia-cuda-nvrtc`, which the CUDA wheels of torch bring along. A cubin is compiled once for a
+source, its options, an architecture and a compiler version, and kept in ~/.cache/fusedrl/cuda. The first launch of a kernel compiles and loads: warm up
+before capturing a CUDA graph.
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-Scalar = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float
+Scalar = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.Array[ctypes.c_float]  # an array: a struct of so many
 
 
 # ---- a launch as data --------------------------------------------------------------------------------------------------
@@ -51,13 +52,18 @@ def aligned(tensors: Iterable[Tensor | None], bytes_: int = 16) -> bool:
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------------
-def source_folder() -> Path:
-    """Where the .cu files are: in the installed package, or in the checkout that this file belongs to."""
+def source_folder(name: str = "cuda") -> Path:
+    """Where the .cu files are ("shared": what they include beside their own): in the installed package, or in the checkout of this file."""
     try:
-        installed = [Path(path) for path in importlib.import_module("fusedrl.kernels.cuda_src").__path__]
+        installed = [Path(path) for path in importlib.import_module(f"fusedrl.kernels.{name}_src").__path__]
     except ImportError:
         installed = []
-    return next((path for path in installed if path.is_dir()), Path(__file__).resolve().parents[2] / "csrc" / "cuda")
+    return next((path for path in installed if path.is_dir()), Path(__file__).resolve().parents[2] / "csrc" / name)
+
+
+def headers() -> list[Path]:
+    """What the .cu files may include."""
+    return [*sorted(source_folder().glob("*.cuh")), *sorted(source_folder("shared").glob("*.h"))]
 
 
 # ---- what is available -------------------------------------------------------------------------------------------------
@@ -103,9 +109,9 @@ def compile_cubin(source: str, options: tuple[str, ...], architecture: str) -> b
     """
     nvrtc, _ = _bindings()
     folder = source_folder()
-    headers = sorted(folder.glob("*.cuh"))
+    included = headers()
     (program,) = _check("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(
-        (folder / source).read_bytes(), source.encode(), len(headers), [h.read_bytes() for h in headers], [h.name.encode() for h in headers]))
+        (folder / source).read_bytes(), source.encode(), len(included), [h.read_bytes() for h in included], [h.name.encode() for h in included]))
     arguments = [option.encode() for option in ("--std=c++17", f"--gpu-architecture={architecture}", *options)]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
@@ -125,7 +131,7 @@ def cached_cubin(source: str, options: tuple[str, ...], architecture: str, cache
     """`compile_cubin`, kept in `cache` (~/.cache/fusedrl/cuda by default). A cache that cannot be written costs a warning and a compilation per process."""
     folder = source_folder()
     parts = [str(_check("nvrtcVersion", _bindings()[0].nvrtcVersion())), architecture, source, *options]
-    contents = [(folder / source).read_bytes(), *(h.read_bytes() for h in sorted(folder.glob("*.cuh")))]
+    contents = [(folder / source).read_bytes(), *(h.read_bytes() for h in headers())]
     key = hashlib.sha256(b"\0".join([*(part.encode() for part in parts), *contents])).hexdigest()
     path = (cache or Path.home() / ".cache" / "fusedrl" / "cuda") / f"{Path(source).stem}-{architecture}-{key[:32]}.cubin"
     try:

@@ -10,10 +10,10 @@ from pathlib import Path
 RECORD = "sources.sha256"  # in the folder of fusedrl.kernels in a wheel, which has no sources
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of the *.cpp and *.h files in a folder and below, in hexadecimal."""
+def digest(csrc: Path) -> str:
+    """SHA-256 over the names and contents of the *.cpp and *.h files that the compiled kernels are built from, in hexadecimal."""
     found = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h")):
+    for path in sorted(path for folder in ("cpu", "shared") for path in (csrc / folder).rglob("*") if path.suffix in (".cpp", ".h")):
         content = path.read_bytes()
         found.update(f"{path.name} {len(content)}\n".encode())
         found.update(content)
@@ -25,5 +25,5 @@ def expected(kernels: Path) -> str | None:
     neither. `kernels`: the folder of fusedrl.kernels."""
     if (kernels / RECORD).is_file():
         return (kernels / RECORD).read_text().strip()
-    checkout = kernels.resolve().parent / "csrc" / "cpu"
-    return digest(checkout) if checkout.is_dir() else None
+    checkout = kernels.resolve().parent / "csrc"
+    return digest(checkout) if (checkout / "cpu").is_dir() else None

@@ -29,8 +29,9 @@ class Simt:
             main, built = (self.folder / f"{Path(source).stem}{len(self._libraries)}{suffix}" for suffix in (".cpp", ".so"))
             names = KERNEL.findall((sources / source).read_text())
             main.write_text("\n".join(['#include "simt.h"', f'#include "{source}"', *(f"SIMT_KERNEL({name})" for name in names), ""]))
-            subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{HEADERS}", f"-I{sources}",
-                            *options, str(main), "-o", str(built)], check=True)
+            folders = [f"-I{folder}" for folder in (HEADERS, sources, nvrtc.source_folder("shared"))]
+            subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", *folders, *options, str(main),
+                            "-o", str(built)], check=True)
             self._libraries[key] = ctypes.CDLL(str(built))
         return self._libraries[key]
 

@@ -247,8 +247,8 @@ def test_opcheck(with_bias, device):
     p = problem(device, 9, 4, 11, masked=0.0)
     leaves = [p[name].requires_grad_() for name in ("hidden", "weight")] + [p["bias"].requires_grad_() if with_bias else None]
     columns = [p[name] for name in ("token_ids", "old_logp", "advantages", "weights", "ref_logp")]
-    rest = (0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 2, 1, 0.05, 1.0, None, 0.0, -1)
-    arguments = (*leaves, *columns, torch.rand(9, device=device), None, None, *rest)
+    rest = ("clip", "k3", "k2", [0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 0.05, math.inf, 0.0], 1.0, 0.0, -1)
+    arguments = (*leaves, *columns, torch.rand(9, device=device), None, None, None, *rest)
     torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss.default, arguments)
     constants = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
     torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_forward.default, (*constants, True, True, with_bias))
@@ -326,9 +326,9 @@ def test_triton_opcheck_and_compile(kind, device):
     p = problem(device, 7, 4, 11, masked=0.0)
     leaves = [p[name].requires_grad_() for name in ("hidden", "weight", "bias")]
     columns = [p[name] for name in ("token_ids", "old_logp", "advantages", "weights", "ref_logp")]
-    rest = (0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 2, 1, 0.05, 1.0, None, 0.0, 1 << 20, True, True, True)
+    rest = ("clip", "k3", "k2", [0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 0.05, math.inf, 0.0], 1.0, 0.0, 1 << 20, True, True, True)
     if kind == "clip":
-        torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_triton.default, (*leaves, *columns, torch.rand(7, device=device), None, None, *rest))
+        torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_triton.default, (*leaves, *columns, torch.rand(7, device=device), None, None, None, *rest))
 
     def step(hidden, weight, bias):
         loss, stats, *_ = linear_policy_loss(

@@ -346,7 +346,7 @@ def op_arguments(device, parts):
     entropy = x[4].requires_grad_() if "policy" in parts else None
     value = [x[5].requires_grad_(), x[6], x[7]] if "value" in parts else [None] * 3
     extras = [torch.rand(9, device=device) for _ in range(4)] if "policy" in parts else [None] * 4
-    return (*policy, x[3], entropy, *value, *extras, 0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.3, 2, 1, 0.1, 0.2, 0.5)
+    return (*policy, x[3], entropy, *value, *extras, "clip", "k3", "k2", [0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.3, 0.1, 0.2, 0.5])
 
 
 @pytest.mark.parametrize("parts", ["policy", "value", "policy and value"])

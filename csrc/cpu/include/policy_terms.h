@@ -3,6 +3,8 @@
 //
 //   l_t = correction_t * term_t(kind) + kl_coef * kl_t - entropy_coef * entropy_t      d = logp - old_logp      ratio = e^d
 //
+// The terms of the kinds and of the KL are those of csrc/shared/objectives.h.
+//
 // Numerics a token's terms in float32; 16 vectors of them are added in float32, the rest in double.
 #pragma once
 
@@ -13,9 +15,16 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <string_view>
 #include <type_traits>
 
+#include "objectives.h"
+
 namespace {
+
+using objectives::Coefficients;
+using objectives::Kind;
+using objectives::Kl;
 
 using Vec = at::vec::Vectorized<float>;
 
@@ -24,18 +33,60 @@ constexpr float kUnbounded = std::numeric_limits<float>::infinity();
 constexpr float kClamp = 20.0f;
 constexpr int64_t kPolicyStats = 16;  // the fields of PolicyStats (kernels/objective.py)
 
-enum class Kind : int64_t { clip, ratio, reinforce, kl_penalty, gspo, cispo, sapo, geometric_mean, dro };  // the order of KINDS in kernels/objective.py
-enum class Kl : int64_t { k1, k2, k3, abs, sequence_k2 };                                                   // the order of KL_ESTIMATORS in kernels/policy_loss/
+inline Kind kind_of(std::string_view name) {
+#define FUSEDRL_IS(one) if (name == #one) return Kind::one;
+  FUSEDRL_KINDS(FUSEDRL_IS)
+#undef FUSEDRL_IS
+  TORCH_CHECK_VALUE(false, "policy loss: no kind is called ", name);
+}
+
+inline Kl kl_of(std::string_view name) {
+#define FUSEDRL_IS(one) if (name == #one) return Kl::one;
+  FUSEDRL_KL_ESTIMATORS(FUSEDRL_IS)
+#undef FUSEDRL_IS
+  TORCH_CHECK_VALUE(false, "policy loss: no estimator of the KL is called ", name);
+}
+
+// Every number in another type.
+template <class To, class From>
+Coefficients<To> converted(const Coefficients<From>& from) {
+  Coefficients<To> to;
+#define FUSEDRL_CONVERT(name) to.name = To(from.name);
+  FUSEDRL_COEFFICIENTS(FUSEDRL_CONVERT)
+#undef FUSEDRL_CONVERT
+  return to;
+}
+
+// Which objective, as an op is told: its coefficients are in the order of FUSEDRL_COEFFICIENTS.
+struct ObjectiveNames {
+  std::string_view kind, kl_estimator, kl_gradient;
+  at::ArrayRef<double> coefficients;
+};
+#define FUSEDRL_OBJECTIVE_SCHEMA "str kind, str kl_estimator, str kl_gradient, float[] coefficients"
+#define FUSEDRL_OBJECTIVE_PARAMETERS \
+  std::string_view kind, std::string_view kl_estimator, std::string_view kl_gradient, at::ArrayRef<double> coefficients
+
+struct Objective {
+  Kind kind;
+  Kl kl_estimator, kl_gradient;
+  Coefficients<double> coefficients;
+
+  explicit Objective(const ObjectiveNames& names)
+      : kind(kind_of(names.kind)), kl_estimator(kl_of(names.kl_estimator)), kl_gradient(kl_of(names.kl_gradient)) {
+    constexpr size_t kCount = sizeof(coefficients) / sizeof(double);
+    TORCH_CHECK_VALUE(names.coefficients.size() == kCount, "policy loss: expected ", kCount, " coefficients, got ", names.coefficients.size());
+    const double* next = names.coefficients.data();
+#define FUSEDRL_TAKE(name) coefficients.name = *next++;
+    FUSEDRL_COEFFICIENTS(FUSEDRL_TAKE)
+#undef FUSEDRL_TAKE
+  }
+};
 
 struct PolicyArguments {
   // [N]; null: absent, and not read where the weight is 0. sequence_log_ratio: log s of the token's sequence. kl_sum: its sum of logp - ref_logp.
   const float *logp, *old_logp, *advantages, *weights, *entropy, *ref_logp, *correction, *sequence_log_ratio, *kl_sum;
   float* logp_grad;
-  Kind kind;
-  float lower, upper, dual, tau_positive, tau_negative, beta;  // what a kind does not use is neutral: infinite bounds, tau 1, beta 0
-  float kl_coef;
-  Kl kl_estimator, kl_gradient;
-  float entropy_coef;
+  const Objective& objective;
 };
 
 enum PolicySum { LOSS, LOW, HIGH, DUAL, K1, K2, K3, RATIO, RATIO_SQUARED, CLAMPED, ENTROPY, TOKENS, REF_KL, CORRECTION, POLICY_SUMS };
@@ -74,7 +125,7 @@ inline Vec load(const float* from, int64_t count) { return count == Vec::size() 
 
 // e^d for |d| <= 20, and e^d - 1 - d for the unclamped d. With d = k ln 2 + f, e^f - 1 - f = f^2 q(f) is free of cancellation, which matters
 // where d is small, and there k = 0. Within 1 ulp, and exactly 1 and 0 at d = 0.
-inline void exponential(const Vec& clamped, const Vec& d, Vec& ratio, Vec& excess) {
+inline void exponential_and_excess(const Vec& clamped, const Vec& d, Vec& ratio, Vec& excess) {
   const Vec k = (clamped * Vec(1.44269504f)).round();
   const Vec f = at::vec::fmadd(k, Vec(2.12194440e-4f), at::vec::fmadd(k, Vec(-0.693359375f), clamped));
   Vec q = at::vec::fmadd(f, Vec(1.0f / 5040), Vec(1.0f / 720));
@@ -90,40 +141,27 @@ inline void exponential(const Vec& clamped, const Vec& d, Vec& ratio, Vec& exces
   excess = Vec::blendv(Vec::blendv(large, Vec(0.0f), large < Vec(0.0f)), small, k == Vec(0.0f));
 }
 
-inline Vec clamped(const Vec& d) { return at::vec::clamp(d, Vec(-kClamp), Vec(kClamp)); }
-
-// An estimate of KL(pi || ref) from k = logp - ref_logp, and the derivative by logp of an estimate; k3's is 0 beyond the clamp.
-inline Vec kl_value(Kl estimator, const Vec& k, const Vec& sum) {
-  switch (estimator) {
-    case Kl::k1: return k;
-    case Kl::k2: return Vec(0.5f) * k * k;
-    case Kl::abs: return k.abs();
-    case Kl::sequence_k2: return Vec(0.5f) * k * sum;
-    case Kl::k3: break;
+// The numbers of objectives.h: as many tokens as a vector has lanes.
+struct Lanes {
+  using Number = Vec;
+  using Mask = Vec;
+  static Vec choose(const Vec& mask, const Vec& a, const Vec& b) { return Vec::blendv(b, a, mask); }
+  static Vec magnitude(const Vec& x) { return x.abs(); }
+  static Vec exponential(const Vec& x) { return x.exp(); }
+  static Vec clamped(const Vec& d) { return at::vec::clamp(d, Vec(-kClamp), Vec(kClamp)); }
+  static Vec expand(const Vec& d, Vec& excess) {
+    Vec ratio;
+    exponential_and_excess(clamped(d), d, ratio, excess);
+    return ratio;
   }
-  Vec inverse, excess;
-  exponential(clamped(k.neg()), k.neg(), inverse, excess);
-  return excess;
-}
-
-inline Vec kl_slope(Kl estimator, const Vec& k, const Vec& sum) {
-  const Vec zero(0.0f), one(1.0f);
-  switch (estimator) {
-    case Kl::k1: return one;
-    case Kl::k2: return k;
-    case Kl::abs: return Vec::blendv(Vec::blendv(k, one, k > zero), one.neg(), k < zero);
-    case Kl::sequence_k2: return sum;
-    case Kl::k3: break;
-  }
-  Vec inverse, excess;
-  exponential(clamped(k.neg()), k.neg(), inverse, excess);
-  return Vec::blendv(k - excess, zero, k.abs() > Vec(kClamp));
-}
+};
 
 // kExtras: ref_logp or correction is there.
 template <Kind kKind, bool kExtras>
 void policy_block(const PolicyArguments& a, int64_t begin, int64_t end, PolicyPartial& partial) {
-  const Vec zero(0.0f), one(1.0f), infinity(kUnbounded), lower(a.lower), upper(a.upper), dual(a.dual), beta(a.beta);
+  const Vec zero(0.0f), one(1.0f), infinity(kUnbounded);
+  const Coefficients<float> narrow = converted<float>(a.objective.coefficients);
+  const Coefficients<Vec> c = converted<Vec>(narrow);
   constexpr int kSums = kExtras ? POLICY_SUMS : REF_KL;
   Sums<kSums> sums;
   Vec smallest(kUnbounded), largest(-kUnbounded);
@@ -139,53 +177,11 @@ void policy_block(const PolicyArguments& a, int64_t begin, int64_t end, PolicyPa
       const Vec logp = load(a.logp + t, count) & live, advantage = load(a.advantages + t, count) & live;
       const Vec d = logp - (load(a.old_logp + t, count) & live);
       const Vec beyond = d.abs() > Vec(kClamp);
-      Vec ratio, excess;
-      exponential(clamped(d), d, ratio, excess);
-
-      // bounded: what -A multiplies. slope: its derivative by logp. rest, rest_slope: what A does not multiply.
-      const Vec gains = advantage > zero, loses = advantage < zero;
-      Vec high = zero, low = zero, too_far = zero, bounded = ratio, slope = Vec::blendv(ratio, zero, beyond), rest = zero, rest_slope = zero;
-      if constexpr (kKind == Kind::clip || kKind == Kind::gspo) {
-        Vec r = ratio, cut = beyond;
-        if constexpr (kKind == Kind::gspo) {
-          const Vec log_s = load(a.sequence_log_ratio + t, count) & live;
-          Vec unused;
-          exponential(clamped(log_s), log_s, r, unused);
-          cut = log_s.abs() > Vec(kClamp);
-        }
-        high = gains & (r > upper);
-        too_far = loses & (r > dual);
-        low = loses & (r < lower);
-        bounded = Vec::blendv(Vec::blendv(Vec::blendv(r, upper, high), lower, low), dual, too_far);
-        slope = Vec::blendv(r, zero, high | low | too_far | cut);
-      } else if constexpr (kKind == Kind::geometric_mean) {
-        const Vec log_s = load(a.sequence_log_ratio + t, count) & live;
-        Vec unused;
-        exponential(clamped(log_s), log_s, bounded, unused);
-        high = gains & (d > upper);
-        low = loses & (d < lower);
-        slope = Vec::blendv(bounded, zero, high | low | (log_s.abs() > Vec(kClamp)));
-      } else if constexpr (kKind == Kind::reinforce) {
-        bounded = logp;
-        slope = one;
-      } else if constexpr (kKind == Kind::kl_penalty) {
-        rest = beta * excess;
-        rest_slope = Vec::blendv(beta * (excess + d), zero, beyond);
-      } else if constexpr (kKind == Kind::cispo) {
-        high = live & (ratio > upper);
-        slope = Vec::blendv(ratio, upper, high);
-        bounded = slope * logp;
-      } else if constexpr (kKind == Kind::sapo) {
-        const Vec tau = Vec::blendv(Vec(a.tau_negative), Vec(a.tau_positive), gains);
-        const Vec e = at::vec::clamp(tau * (one - ratio), Vec(-80.0f), Vec(80.0f)).exp(), sigmoid = one / (one + e);
-        bounded = Vec(4.0f) / tau * sigmoid;
-        slope = Vec::blendv(Vec(4.0f) * sigmoid * (e * sigmoid) * ratio, zero, beyond);
-      } else if constexpr (kKind == Kind::dro) {
-        bounded = logp;
-        slope = one;
-        rest = Vec(0.5f) * beta * d * d;
-        rest_slope = beta * d;
-      }
+      Vec excess, log_s = zero;
+      const Vec ratio = Lanes::expand(d, excess);
+      if constexpr (objectives::by_sequence(kKind)) log_s = load(a.sequence_log_ratio + t, count) & live;
+      const auto [bounded, slope, rest, rest_slope, high, low, too_far] =
+          objectives::policy_term<kKind, Lanes>(c, {advantage, logp, d, ratio, excess, log_s, live, beyond});
       Vec term = rest - advantage * bounded, grad = rest_slope - advantage * slope;
       if constexpr (kExtras) {
         if (a.correction) {
@@ -196,27 +192,25 @@ void policy_block(const PolicyArguments& a, int64_t begin, int64_t end, PolicyPa
         }
         if (a.ref_logp) {
           const Vec k = logp - (load(a.ref_logp + t, count) & live), kl_sum = a.kl_sum ? load(a.kl_sum + t, count) & live : zero;
-          const Vec kl = kl_value(a.kl_estimator, k, kl_sum);
-          if (a.kl_coef != 0.0f) {
-            term = at::vec::fmadd(Vec(a.kl_coef), kl, term);
-            grad = at::vec::fmadd(Vec(a.kl_coef), kl_slope(a.kl_gradient, k, kl_sum), grad);
+          const Vec kl = objectives::kl_value<Lanes>(a.objective.kl_estimator, k, kl_sum);
+          if (narrow.kl_coef != 0.0f) {
+            term = at::vec::fmadd(c.kl_coef, kl, term);
+            grad = at::vec::fmadd(c.kl_coef, objectives::kl_slope<Lanes>(a.objective.kl_gradient, k, kl_sum), grad);
           }
           sum[REF_KL] = sum[REF_KL] + kl;
         }
       }
       if (a.entropy) {
         const Vec entropy = load(a.entropy + t, count) & live;
-        term = term - Vec(a.entropy_coef) * entropy;
+        term = term - c.entropy_coef * entropy;
         sum[ENTROPY] = sum[ENTROPY] + entropy;
       }
       (weight * grad & live).store(a.logp_grad + t, static_cast<int>(count));
 
       const Vec live_ratio = ratio & live;
       sum[LOSS] = sum[LOSS] + weight * term;
-      if constexpr (kKind == Kind::clip || kKind == Kind::gspo || kKind == Kind::geometric_mean) {
-        sum[LOW] = sum[LOW] + (one & low);
-        sum[DUAL] = sum[DUAL] + (one & too_far);
-      }
+      sum[LOW] = sum[LOW] + (one & low);
+      sum[DUAL] = sum[DUAL] + (one & too_far);
       sum[HIGH] = sum[HIGH] + (one & high);
       sum[K1] = sum[K1] - d;
       sum[K2] = at::vec::fmadd(d, d * Vec(0.5f), sum[K2]);
@@ -244,16 +238,10 @@ inline void policy_block(const PolicyArguments& a, int64_t begin, int64_t end, P
     if (a.ref_logp || a.correction) policy_block<decltype(kind)::value, true>(a, begin, end, partial);
     else policy_block<decltype(kind)::value, false>(a, begin, end, partial);
   };
-  switch (a.kind) {
-    case Kind::clip: return run(std::integral_constant<Kind, Kind::clip>{});
-    case Kind::ratio: return run(std::integral_constant<Kind, Kind::ratio>{});
-    case Kind::reinforce: return run(std::integral_constant<Kind, Kind::reinforce>{});
-    case Kind::kl_penalty: return run(std::integral_constant<Kind, Kind::kl_penalty>{});
-    case Kind::gspo: return run(std::integral_constant<Kind, Kind::gspo>{});
-    case Kind::cispo: return run(std::integral_constant<Kind, Kind::cispo>{});
-    case Kind::sapo: return run(std::integral_constant<Kind, Kind::sapo>{});
-    case Kind::geometric_mean: return run(std::integral_constant<Kind, Kind::geometric_mean>{});
-    case Kind::dro: return run(std::integral_constant<Kind, Kind::dro>{});
+  switch (a.objective.kind) {
+#define FUSEDRL_RUN(name) case Kind::name: return run(std::integral_constant<Kind, Kind::name>{});
+    FUSEDRL_KINDS(FUSEDRL_RUN)
+#undef FUSEDRL_RUN
   }
 }
 

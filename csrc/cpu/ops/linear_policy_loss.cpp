@@ -26,13 +26,19 @@ namespace {
 #define FUSEDRL_LINEAR_POLICY_PARAMETERS                                                                                                             \
   const Tensor &hidden, const Tensor &weight, const MaybeTensor &bias, const Tensor &token_ids, const MaybeTensor &old_logp,                         \
       const Tensor &advantages, const Tensor &weights, const MaybeTensor &ref_logp, const MaybeTensor &correction,                                   \
-      const MaybeTensor &sequence_log_ratio, const MaybeTensor &kl_sum, int64_t kind, double lower, double upper, double dual, double tau_positive,  \
-      double tau_negative, double beta, double kl_coef, int64_t kl_estimator, int64_t kl_gradient, double entropy_coef, double temperature,          \
-      const MaybeTensor &temperatures, double softcap, int64_t workspace_bytes
+      const MaybeTensor &sequence_log_ratio, const MaybeTensor &kl_sum, const MaybeTensor &temperatures
 #define FUSEDRL_LINEAR_POLICY_NAMES                                                                                                                  \
-  hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, correction, sequence_log_ratio, kl_sum, kind, lower, upper, dual,        \
-      tau_positive, tau_negative, beta, kl_coef, kl_estimator, kl_gradient, entropy_coef, temperature, temperatures, softcap, workspace_bytes
-constexpr int kParameters = 26;
+  hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, correction, sequence_log_ratio, kl_sum, temperatures
+#define FUSEDRL_LINEAR_POLICY_SETTINGS FUSEDRL_OBJECTIVE_PARAMETERS, double temperature, double softcap, int64_t workspace_bytes
+constexpr int kParameters = 13;  // of autograd: the tensors, and the rest as one
+
+// What is no tensor.
+struct Settings {
+  ObjectiveNames names;
+  double temperature, softcap;
+  int64_t workspace_bytes;
+  bool for_hidden, for_weight, for_bias;
+};
 
 // What the loss says about the unmasked rows, in their order: inputs gathered once, results as chunks arrive.
 struct Rows {
@@ -44,9 +50,10 @@ struct Rows {
 const float* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
 
 // Loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's gradients for a unit upstream gradient; those not asked for are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_forward(FUSEDRL_LINEAR_POLICY_PARAMETERS, bool for_hidden,
-                                                                                              bool for_weight, bool for_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_forward(
+    FUSEDRL_LINEAR_POLICY_PARAMETERS, FUSEDRL_LINEAR_POLICY_SETTINGS, bool for_hidden, bool for_weight, bool for_bias) {
   at::AutoDispatchBelowADInplaceOrView below;
+  const Objective objective({kind, kl_estimator, kl_gradient, coefficients});
   const int64_t N = hidden.size(0), V = weight.size(0);
   const auto wide = hidden.options().dtype(at::kFloat);
   Rows rows;
@@ -73,11 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy
   const float *w = data(rows.weights), *g = data(rows.logp_grad);
   const PolicyArguments policy{logp, old_logp ? data(rows.old_logp) : logp, data(rows.advantages), w, entropy, data(rows.ref_logp),
                                data(rows.correction), data(rows.sequence_log_ratio), data(rows.kl_sum), rows.logp_grad.mutable_data_ptr<float>(),
-                               static_cast<Kind>(kind), static_cast<float>(lower), static_cast<float>(upper), static_cast<float>(dual),
-                               static_cast<float>(tau_positive), static_cast<float>(tau_negative), static_cast<float>(beta),
-                               static_cast<float>(kl_coef), static_cast<Kl>(kl_estimator), static_cast<Kl>(kl_gradient),
-                               static_cast<float>(entropy_coef)};
-  const auto h = [&](int64_t m) { return -static_cast<double>(w[m]) * entropy_coef; };
+                               objective};
+  const auto h = [&](int64_t m) { return -static_cast<double>(w[m]) * objective.coefficients.entropy_coef; };
 
   const int64_t C = workspace_rows(workspace_bytes, N, V, M);
   const Tensor workspace_CV = at::empty({M ? C : 0, V}, wide);
@@ -167,13 +171,14 @@ bool is_one(const Tensor& scale) {
 }
 
 struct LinearPolicyLoss : torch::autograd::Function<LinearPolicyLoss> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, FUSEDRL_LINEAR_POLICY_PARAMETERS, bool for_hidden, bool for_weight,
-                                                bool for_bias) {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, FUSEDRL_LINEAR_POLICY_PARAMETERS, const Settings& s) {
     at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fusedrl::linear_policy_loss_forward", "")
                          .typed<decltype(linear_policy_loss_forward)>();
-    auto [loss, stats, logp, entropy, hidden_grad, weight_grad, bias_grad] = op.call(FUSEDRL_LINEAR_POLICY_NAMES, for_hidden, for_weight, for_bias);
+    auto [loss, stats, logp, entropy, hidden_grad, weight_grad, bias_grad] = op.call(
+        FUSEDRL_LINEAR_POLICY_NAMES, s.names.kind, s.names.kl_estimator, s.names.kl_gradient, s.names.coefficients, s.temperature, s.softcap,
+        s.workspace_bytes, s.for_hidden, s.for_weight, s.for_bias);
     ctx->save_for_backward({hidden_grad, weight_grad, bias_grad});
     ctx->mark_non_differentiable({stats, logp, entropy});
     ctx->saved_data["has_bias"] = bias.has_value();
@@ -182,7 +187,7 @@ struct LinearPolicyLoss : torch::autograd::Function<LinearPolicyLoss> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
     refuse_double_backward("linear_policy_loss");
     const auto saved = ctx->get_saved_variables();
-    torch::autograd::variable_list out(kParameters + 3);
+    torch::autograd::variable_list out(kParameters);
     const bool one = is_one(grads[0]);
     for (int i = 0; i < (ctx->saved_data["has_bias"].toBool() ? 3 : 2); ++i) {
       if (ctx->needs_input_grad(i)) out[i] = one ? saved[i] : saved[i] * grads[0];
@@ -191,16 +196,17 @@ struct LinearPolicyLoss : torch::autograd::Function<LinearPolicyLoss> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_policy_loss(FUSEDRL_LINEAR_POLICY_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_policy_loss(FUSEDRL_LINEAR_POLICY_PARAMETERS, FUSEDRL_LINEAR_POLICY_SETTINGS) {
   const auto needed = [](const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); };
-  const auto out = LinearPolicyLoss::apply(FUSEDRL_LINEAR_POLICY_NAMES, needed(hidden), needed(weight), bias && needed(*bias));
+  const Settings settings{{kind, kl_estimator, kl_gradient, coefficients}, temperature, softcap, workspace_bytes, needed(hidden), needed(weight),
+                          bias && needed(*bias)};
+  const auto out = LinearPolicyLoss::apply(FUSEDRL_LINEAR_POLICY_NAMES, settings);
   return {out[0], out[1], out[2], out[3]};
 }
 
 #define FUSEDRL_LINEAR_POLICY_SCHEMA                                                                                                                 \
   "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? old_logp, Tensor advantages, Tensor weights, Tensor? ref_logp, "            \
-  "Tensor? correction, Tensor? sequence_log_ratio, Tensor? kl_sum, int kind, float lower, float upper, float dual, float tau_positive, "             \
-  "float tau_negative, float beta, float kl_coef, int kl_estimator, int kl_gradient, float entropy_coef, float temperature, Tensor? temperatures, "  \
+  "Tensor? correction, Tensor? sequence_log_ratio, Tensor? kl_sum, Tensor? temperatures, " FUSEDRL_OBJECTIVE_SCHEMA ", float temperature, "          \
   "float softcap, int workspace_bytes"
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {

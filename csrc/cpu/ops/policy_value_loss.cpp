@@ -128,16 +128,14 @@ OptionalTensor contiguous(const OptionalTensor& tensor) { return tensor ? Option
 #define FUSEDRL_POLICY_VALUE_PARAMETERS                                                                                                              \
   const OptionalTensor &logp, const OptionalTensor &old_logp, const OptionalTensor &advantages, const Tensor &weights,                               \
       const OptionalTensor &entropy, const OptionalTensor &values, const OptionalTensor &old_values, const OptionalTensor &returns,                  \
-      const OptionalTensor &ref_logp, const OptionalTensor &correction, const OptionalTensor &sequence_log_ratio, const OptionalTensor &kl_sum,      \
-      int64_t kind, double lower, double upper, double dual, double tau_positive, double tau_negative, double beta, double kl_coef,                  \
-      int64_t kl_estimator, int64_t kl_gradient, double entropy_coef, double value_clip, double value_coef
+      const OptionalTensor &ref_logp, const OptionalTensor &correction, const OptionalTensor &sequence_log_ratio, const OptionalTensor &kl_sum
 #define FUSEDRL_POLICY_VALUE_NAMES                                                                                                                   \
-  logp, old_logp, advantages, weights, entropy, values, old_values, returns, ref_logp, correction, sequence_log_ratio, kl_sum, kind, lower, upper,   \
-      dual, tau_positive, tau_negative, beta, kl_coef, kl_estimator, kl_gradient, entropy_coef, value_clip, value_coef
-constexpr int kParameters = 25;
+  logp, old_logp, advantages, weights, entropy, values, old_values, returns, ref_logp, correction, sequence_log_ratio, kl_sum
+constexpr int kParameters = 13;  // of autograd: the tensors, and the objective
 
 // Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient (empty where that part is absent).
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(FUSEDRL_POLICY_VALUE_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(FUSEDRL_POLICY_VALUE_PARAMETERS, FUSEDRL_OBJECTIVE_PARAMETERS) {
+  const Objective objective({kind, kl_estimator, kl_gradient, coefficients});
   const Tensor weights_N = weights.contiguous();
   const OptionalTensor logp_N = contiguous(logp), old_logp_N = contiguous(old_logp), advantages_N = contiguous(advantages), entropy_N = contiguous(entropy),
                        values_N = contiguous(values), old_values_N = contiguous(old_values), returns_N = contiguous(returns),
@@ -147,13 +145,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(FUSEDRL_POLICY_VALUE_PARAMETE
   Tensor loss = at::empty({}, weights_N.options()), stats = at::empty({kStats}, weights_N.options());
   Tensor logp_grad_N = at::empty({logp ? N : 0}, weights_N.options()), values_grad_N = at::empty({values ? N : 0}, weights_N.options());
   const PolicyArguments policy{data(logp_N), data(old_logp_N), data(advantages_N), data(weights_N), data(entropy_N), data(ref_logp_N),
-                               data(correction_N), data(sequence_log_ratio_N), data(kl_sum_N), logp_grad_N.mutable_data_ptr<float>(),
-                               static_cast<Kind>(kind), static_cast<float>(lower), static_cast<float>(upper), static_cast<float>(dual),
-                               static_cast<float>(tau_positive), static_cast<float>(tau_negative), static_cast<float>(beta),
-                               static_cast<float>(kl_coef), static_cast<Kl>(kl_estimator), static_cast<Kl>(kl_gradient),
-                               static_cast<float>(entropy_coef)};
+                               data(correction_N), data(sequence_log_ratio_N), data(kl_sum_N), logp_grad_N.mutable_data_ptr<float>(), objective};
   const ValueArguments value{data(values_N), data(old_values_N), data(returns_N), data(weights_N), values_grad_N.mutable_data_ptr<float>(),
-                             static_cast<float>(value_clip), static_cast<float>(value_coef)};
+                             static_cast<float>(objective.coefficients.value_clip), static_cast<float>(objective.coefficients.value_coef)};
   std::vector<PolicyPartial> policy_partials(logp ? blocks : 0);
   std::vector<ValuePartial> value_partials(values ? blocks : 0);
   at::parallel_for(0, blocks, 8, [&](int64_t first, int64_t last) {
@@ -174,19 +168,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(FUSEDRL_POLICY_VALUE_PARAMETE
   float* out = stats.mutable_data_ptr<float>();
   policy_stats(of_policy, correction.has_value(), out);
   value_stats(of_value, out + kPolicyStats);
-  *loss.mutable_data_ptr<float>() = static_cast<float>(of_policy.sums[LOSS] + value_coef * of_value.sums[VALUE_LOSS]);
+  *loss.mutable_data_ptr<float>() = static_cast<float>(of_policy.sums[LOSS] + objective.coefficients.value_coef * of_value.sums[VALUE_LOSS]);
   return {loss, stats, logp_grad_N, values_grad_N};
 }
 
 struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, FUSEDRL_POLICY_VALUE_PARAMETERS) {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, FUSEDRL_POLICY_VALUE_PARAMETERS, const ObjectiveNames& names) {
     at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fusedrl::policy_value_loss_forward", "")
                          .typed<decltype(::forward)>();
-    auto [loss, stats, logp_grad_N, values_grad_N] = op.call(FUSEDRL_POLICY_VALUE_NAMES);
+    auto [loss, stats, logp_grad_N, values_grad_N] = op.call(FUSEDRL_POLICY_VALUE_NAMES, names.kind, names.kl_estimator, names.kl_gradient, names.coefficients);
     ctx->save_for_backward({logp_grad_N, entropy ? weights : Tensor(), values_grad_N});
-    ctx->saved_data["entropy_coef"] = entropy_coef;
+    ctx->saved_data["entropy_coef"] = Objective(names).coefficients.entropy_coef;
     // Edges count the tensors that were given: logp, old_logp, advantages, weights, entropy, values, ...
     ctx->saved_data["logp_edge"] = logp ? 0 : -1;
     ctx->saved_data["entropy_edge"] = entropy ? 4 : -1;
@@ -209,16 +203,14 @@ struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
   }
 };
 
-std::tuple<Tensor, Tensor> policy_value_loss(FUSEDRL_POLICY_VALUE_PARAMETERS) {
-  const auto out = PolicyValueLoss::apply(FUSEDRL_POLICY_VALUE_NAMES);
+std::tuple<Tensor, Tensor> policy_value_loss(FUSEDRL_POLICY_VALUE_PARAMETERS, FUSEDRL_OBJECTIVE_PARAMETERS) {
+  const auto out = PolicyValueLoss::apply(FUSEDRL_POLICY_VALUE_NAMES, ObjectiveNames{kind, kl_estimator, kl_gradient, coefficients});
   return {out[0], out[1]};
 }
 
 #define FUSEDRL_POLICY_VALUE_SCHEMA                                                                                                                  \
   "(Tensor? logp, Tensor? old_logp, Tensor? advantages, Tensor weights, Tensor? entropy, Tensor? values, Tensor? old_values, Tensor? returns, "      \
-  "Tensor? ref_logp, Tensor? correction, Tensor? sequence_log_ratio, Tensor? kl_sum, int kind, float lower, float upper, float dual, "               \
-  "float tau_positive, float tau_negative, float beta, float kl_coef, int kl_estimator, int kl_gradient, float entropy_coef, float value_clip, "     \
-  "float value_coef)"
+  "Tensor? ref_logp, Tensor? correction, Tensor? sequence_log_ratio, Tensor? kl_sum, " FUSEDRL_OBJECTIVE_SCHEMA ")"
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
   m.def("policy_value_loss_forward" FUSEDRL_POLICY_VALUE_SCHEMA " -> (Tensor, Tensor, Tensor, Tensor)");
