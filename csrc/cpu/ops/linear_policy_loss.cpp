@@ -4,10 +4,11 @@
 //   -> hidden's and weight's gradient
 //
 // Shapes   hidden [N, H], weight [V, H]; M unmasked rows; a workspace of C rows of V float32 holds logits, then gradients.
-// Flops    2 M H V and 4 A H V for the A rows whose g or h is not 0. Such rows collect at the front of the workspace over as many chunks as it
-//          takes to fill half of it, so that the last two products stay thick when few rows are active.
+// Flops    2 M H V and 4 A H V for the A rows whose g or h is not 0. Of chunks with few of them they are laid aside, up to C / 2 rows more, so that
+//          the last two products stay thick.
 // Numerics as logprob and policy_value_loss; the weight's gradient gathers in float32. An inactive row would add exact zeros: leaving it out
-//          changes only how the products group their rows.
+//          changes only how the products group their rows. Chunks begin where those of linear_logprob do, whichever rows are active: a product's bits
+//          depend on how many rows it has, and a row has to score as it did before its advantage was known.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -85,21 +86,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy
 
   const int64_t C = workspace_rows(workspace_bytes, N, V, M);
   const Tensor workspace_CV = at::empty({M ? C : 0, V}, wide);
-  float* const workspace = workspace_CV.mutable_data_ptr<float>();
+  float* const z = workspace_CV.mutable_data_ptr<float>();
   const bool backward = for_hidden || for_weight || for_bias, every_row = M == N;
   Tensor hidden_grad = for_hidden ? at::zeros_like(hidden, at::MemoryFormat::Contiguous) : at::empty({0}, hidden.options());
   Tensor weight_grad = at::empty(for_weight ? weight.sizes() : at::IntArrayRef({0}), wide), bias_grad = at::zeros({for_bias ? V : 0}, wide);
   std::vector<RowStats> stats(C);
   std::vector<std::pair<int64_t, int64_t>> moves;  // (row of the chunk, slot of its gradient)
-  std::vector<int64_t> members;                    // unmasked row of each gradient at the front of the workspace
+  std::vector<int64_t> members, aside;             // unmasked row of each gradient: of the chunk, and laid aside
+  const int64_t enough = (C + 1) / 2;
+  Tensor aside_CV;
   bool first = true;
+  const auto add = [&](const Tensor& dz_AV, std::vector<int64_t>& of) {  // the products with gradients that are complete
+    const Tensor index_A = rows.index.index_select(0, at::from_blob(of.data(), {dz_AV.size(0)}, at::kLong));
+    if (for_hidden) hidden_grad.index_copy_(0, index_A, head.hidden_grad(dz_AV).to(hidden.scalar_type()));
+    if (for_weight) {
+      const Tensor hidden_AH = hidden.index_select(0, index_A).to(at::kFloat);
+      if (first) at::mm_out(weight_grad, dz_AV.t(), hidden_AH); else weight_grad.addmm_(dz_AV.t(), hidden_AH);
+    }
+    if (for_bias) bias_grad.add_(dz_AV.sum(0));
+    first = false;
+    of.clear();
+  };
+  const auto add_aside = [&] { add(aside_CV.narrow(0, 0, aside.size()), aside); };
 
-  for (int64_t begin = 0; begin < M;) {
-    const int64_t pending = members.size(), R = std::min(C - pending, M - begin);
-    const Tensor z_RV = workspace_CV.narrow(0, pending, R);
+  for (int64_t begin = 0; begin < M; begin += C) {
+    const int64_t R = std::min(C, M - begin);
+    const Tensor z_RV = workspace_CV.narrow(0, 0, R);
     const Tensor hidden_RH = every_row ? hidden.narrow(0, begin, R) : hidden.index_select(0, rows.index.narrow(0, begin, R));
     head.logits(z_RV, hidden_RH.to(at::kFloat));
-    float* const z = workspace + pending * V;
     at::parallel_for(0, R, grain(V), [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const int64_t m = begin + i;
@@ -110,48 +124,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy
         entropy[m] = row_entropy(stats[i]);
       }
     });
-    if (backward) {
-      PolicyPartial unused;
-      policy_block(policy, begin, begin + R, unused);
-      const auto active = [&](int64_t i) { return g[begin + i] != 0.0f || h(begin + i) != 0.0; };
-      int64_t A = 0;
-      for (int64_t i = 0; i < R; ++i) A += active(i);
-      // Active rows among the first A stay; the others go to the slots of inactive ones there. No slot is read and written by two rows.
-      members.resize(pending + A);
-      moves.clear();
-      for (int64_t i = 0, hole = 0; i < R; ++i) {
-        if (!active(i)) continue;
-        int64_t slot = i;
-        if (i >= A) {
-          while (active(hole)) ++hole;
-          slot = hole++;
-        }
-        moves.emplace_back(i, slot);
-        members[pending + slot] = begin + i;
+    if (!backward) continue;
+    PolicyPartial unused;
+    policy_block(policy, begin, begin + R, unused);
+    const auto active = [&](int64_t i) { return g[begin + i] != 0.0f || h(begin + i) != 0.0; };
+    int64_t A = 0;
+    for (int64_t i = 0; i < R; ++i) A += active(i);
+    // Active rows among the first A stay; the others go to the slots of inactive ones there. No slot is read and written by two rows.
+    members.resize(A);
+    moves.clear();
+    for (int64_t i = 0, hole = 0; i < R; ++i) {
+      if (!active(i)) continue;
+      int64_t slot = i;
+      if (i >= A) {
+        while (active(hole)) ++hole;
+        slot = hole++;
       }
-      at::parallel_for(0, A, grain(V), [&](int64_t from, int64_t to) {
-        for (int64_t j = from; j < to; ++j) {
-          const auto [i, slot] = moves[j];
-          const int64_t m = begin + i;
-          row_gradient<false>(z + i * V, z + slot * V, V, ids[m], stats[i], g[m], h(m), t[m], softcap);
-        }
-      });
+      moves.emplace_back(i, slot);
+      members[slot] = begin + i;
     }
-    begin += R;
-    const int64_t full = members.size();
-    if (full && (2 * full >= C || begin == M)) {
-      const Tensor dz_AV = workspace_CV.narrow(0, 0, full);
-      const Tensor index_A = rows.index.index_select(0, at::from_blob(members.data(), {full}, at::kLong));
-      if (for_hidden) hidden_grad.index_copy_(0, index_A, head.hidden_grad(dz_AV).to(hidden.scalar_type()));
-      if (for_weight) {
-        const Tensor hidden_AH = hidden.index_select(0, index_A).to(at::kFloat);
-        if (first) at::mm_out(weight_grad, dz_AV.t(), hidden_AH); else weight_grad.addmm_(dz_AV.t(), hidden_AH);
+    at::parallel_for(0, A, grain(V), [&](int64_t from, int64_t to) {
+      for (int64_t j = from; j < to; ++j) {
+        const auto [i, slot] = moves[j];
+        const int64_t m = begin + i;
+        row_gradient<false>(z + i * V, z + slot * V, V, ids[m], stats[i], g[m], h(m), t[m], softcap);
       }
-      if (for_bias) bias_grad.add_(dz_AV.sum(0));
-      first = false;
-      members.clear();
+    });
+    if (A == 0) continue;
+    const Tensor dz_AV = workspace_CV.narrow(0, 0, A);
+    const int64_t held = aside.size();
+    if (A >= enough || (held == 0 && begin + R == M)) {
+      add(dz_AV, members);
+      continue;
     }
+    if (held + A > enough) add_aside();
+    if (!aside_CV.defined()) aside_CV = at::empty({enough, V}, wide);
+    aside_CV.narrow(0, aside.size(), A).copy_(dz_AV);
+    aside.insert(aside.end(), members.begin(), members.end());
   }
+  if (!aside.empty()) add_aside();
   if (first && for_weight) weight_grad.zero_();
 
   PolicyPartial all;
