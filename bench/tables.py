@@ -1,4 +1,5 @@
 """Render bench/results/*.json into the README, between its markers: `make tables`."""
+
 from __future__ import annotations
 
 import re
@@ -22,7 +23,12 @@ def render(folder: Path = RESULTS) -> str:
 
 
 def _table(device: str, contests: list[tuple[str, list[Result]]]) -> str:
-    lines = [f"**{device}**", "", "| what | shape | ours, ms (p20, p80) | of the ceiling | others' median / ours |", "|---|---|---|---|---|"]
+    lines = [
+        f"**{device}**",
+        "",
+        "| what | shape | ours, ms (p20, p80) | of the ceiling | others' median / ours |",
+        "|---|---|---|---|---|",
+    ]
     lines += [_line([row for row, _ in results]) for _, results in contests]
     machines: dict[str, dict[str, dict[str, int]]] = {}  # where -> file -> commit -> contests
     for file, results in contests:
@@ -30,7 +36,11 @@ def _table(device: str, contests: list[tuple[str, list[Result]]]) -> str:
         commits = machines.setdefault(_where(run), {}).setdefault(file, {})
         commits[run["commit"]] = commits.get(run["commit"], 0) + 1
     for where, files in machines.items():
-        lines += ["", f"Measured on {where}: {', '.join(_commits(file, commits) for file, commits in files.items())}."]
+        lines += [
+            "",
+            f"Measured on {where}: "
+            f"{', '.join(_commits(file, commits) for file, commits in files.items())}.",
+        ]
     return "\n".join(lines)
 
 
@@ -38,16 +48,28 @@ def _line(rows: list[dict[str, Any]]) -> str:
     ours, *others = rows
     times = f"{ours['p50_ms']:.4g} ({ours['p20_ms']:.4g}, {ours['p80_ms']:.4g})"
     ceiling = "" if ours["percent_of_ceiling"] is None else f"{ours['percent_of_ceiling']:.3g}%"
-    ratios = [f"{row['contestant']} **{row['ratio']:.3g}x**" for row in others] + [f"{name} {value:.3g}" for name, value in ours.get("extra", {}).items()]
+    ratios = [f"{row['contestant']} **{row['ratio']:.3g}x**" for row in others] + [
+        f"{name} {value:.3g}" for name, value in ours.get("extra", {}).items()
+    ]
     what = ours["what"] + (f", {ours['note']}" if ours["note"] else "")
-    return f"| {what} | {ours['shape']} {ours['dtype']} | {times} | {ceiling} | {', '.join(ratios)} |"
+    return (
+        f"| {what} | {ours['shape']} {ours['dtype']} | {times} | {ceiling} | {', '.join(ratios)} |"
+    )
 
 
 def _where(run: dict[str, Any]) -> str:
-    device = f"{run['gpu']} ({run['driver and clocks']})" if run["gpu"] else f"{run['cpu']}, {run['capability']}, {run['threads']} thread"
+    device = (
+        f"{run['gpu']} ({run['driver and clocks']})"
+        if run["gpu"]
+        else f"{run['cpu']}, {run['capability']}, {run['threads']} thread"
+    )
     names = ("python", "torch", *(("triton", "liger-kernel") if run["gpu"] else ("transformers",)))
     versions = ", ".join(f"{name} {run[name]}" for name in names if name in run)
-    ceilings = f"; ceilings {run['copy_gb_per_s']:.4g} GB/s, {run['gemm_gflop_per_s'] / 1e3:.3g} TFLOP/s" if "copy_gb_per_s" in run else ""
+    ceilings = (
+        f"; ceilings {run['copy_gb_per_s']:.4g} GB/s, {run['gemm_gflop_per_s'] / 1e3:.3g} TFLOP/s"
+        if "copy_gb_per_s" in run
+        else ""
+    )
     memory = f"; freed memory {run['freed_memory']}" if "freed_memory" in run else ""
     return f"{device}; {versions}{ceilings}{memory}; {run['date']}"
 
@@ -56,18 +78,31 @@ def _commits(file: str, commits: dict[str, int]) -> str:
     """A file measured at several commits says how many of its contests each of them measured."""
     if len(commits) == 1:
         return f"{file} at `{next(iter(commits))}`"
-    return f"{file} at " + " and ".join(f"`{commit}` ({count} contests)" for commit, count in commits.items())
+    return f"{file} at " + " and ".join(
+        f"`{commit}` ({count} contests)" for commit, count in commits.items()
+    )
 
 
 def replace_between(text: str, begin: str, end: str, inside: str) -> str:
-    """`text` with what stands between its two markers replaced. Raises ValueError when it does not have them."""
+    """`text` with what stands between its two markers replaced. Raises ValueError when it does not
+    have them."""
     if begin not in text or end not in text:
-        raise ValueError(f"expected {begin} ... {end} in the file that the table goes to, and found none; put both lines where it belongs")
-    return re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: f"{begin}\n{inside}\n{end}", text, flags=re.DOTALL)
+        raise ValueError(
+            f"expected {begin} ... {end} in the file that the table goes to, and found none; put "
+            "both lines where it belongs"
+        )
+    return re.sub(
+        f"{re.escape(begin)}.*{re.escape(end)}",
+        lambda _: f"{begin}\n{inside}\n{end}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def main() -> None:
-    README.write_text(replace_between(README.read_text(encoding="utf-8"), BEGIN, END, render()), encoding="utf-8")
+    README.write_text(
+        replace_between(README.read_text(encoding="utf-8"), BEGIN, END, render()), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
