@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 CAPABILITIES = {"default": ("DEFAULT", [])}
@@ -21,40 +21,21 @@ if platform.machine() in ("x86_64", "AMD64"):
     CAPABILITIES["avx2"] = ("AVX2", ["-mavx2", "-mfma", "-mf16c"])
     CAPABILITIES["avx512"] = ("AVX512", ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"])
 
-# Discovery with a package_dir map is not supported by setuptools in editable mode, so every package is listed. There is no
-# fusedrl/ folder: `fusedrl` is a namespace, and so is kernels/ (an __init__.py there would shadow the PyPI package `kernels`,
-# which transformers imports, for whoever runs Python in this directory).
-PACKAGES = {
-    "fusedrl.engine": "engine",
-    "fusedrl.engine.base": "engine/base",
-    "fusedrl.engine.cli": "engine/cli",
-    "fusedrl.engine.config": "engine/config",
-    "fusedrl.engine.data": "engine/data",
-    "fusedrl.engine.generation": "engine/generation",
-    "fusedrl.engine.model": "engine/model",
-    "fusedrl.engine.optim": "engine/optim",
-    "fusedrl.engine.policy": "engine/policy",
-    "fusedrl.engine.preference": "engine/preference",
-    "fusedrl.engine.rewards": "engine/rewards",
-    "fusedrl.engine.rollout": "engine/rollout",
-    "fusedrl.engine.runs": "engine/runs",
-    "fusedrl.engine.stages": "engine/stages",
-    "fusedrl.engine.tools": "engine/tools",
-    "fusedrl.engine.tools.verify": "engine/tools/verify",
-    "fusedrl.engine.tools.verify.catalogue": "engine/tools/verify/catalogue",
-    "fusedrl.engine.tools.verify.definitions": "engine/tools/verify/definitions",
-    "fusedrl.engine.watch": "engine/watch",
-    "fusedrl.kernels": "kernels",
-    "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/nvrtc.py
-}
-PACKAGE_DATA = {"fusedrl.kernels.cuda_src": ["*.cu", "*.cuh"]}
-
+# `src` goes on sys.path as it is when this is installed in place, so that type checkers find what Python finds. `fusedrl` there is a
+# namespace of links to engine/ and kernels/; an unpacked source distribution has none until they are made here.
+for room in ("engine", "kernels"):
+    if not (link := Path("src/fusedrl") / room).exists():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path("../..") / room)
+PACKAGES = find_namespace_packages("src", exclude=["*__pycache__*"])
+PACKAGE_DATA = {"fusedrl.engine": ["py.typed"], "fusedrl.kernels": ["py.typed"]}
 
 SOURCES = runpy.run_path("kernels/sources.py")
 
 
 class BuildPython(build_py):
-    """Records the sources in a wheel, which has none to compare kernels with: its own, or those of another install on the same path."""
+    """Gives a wheel what a checkout has in csrc/: the digest of the C++ sources, by which kernels of another install on the same path are
+    told apart, and the CUDA sources, which are compiled on first use (kernels/nvrtc.py)."""
 
     def run(self) -> None:
         super().run()
@@ -62,6 +43,7 @@ class BuildPython(build_py):
             folder = Path(self.build_lib) / "fusedrl" / "kernels"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SOURCES["RECORD"]).write_text(SOURCES["digest"](Path("csrc/cpu")) + "\n")
+            shutil.copytree("csrc/cuda", folder / "cuda_src", dirs_exist_ok=True)
 
 
 def native_extensions() -> dict:
@@ -146,4 +128,4 @@ def native_extensions() -> dict:
     return {"ext_modules": extensions, "cmdclass": commands | {"build_ext": Build}, "options": {"bdist_wheel": {"py_limited_api": "cp311"}}}
 
 
-setup(packages=list(PACKAGES), package_dir=PACKAGES, package_data=PACKAGE_DATA, **native_extensions())
+setup(packages=PACKAGES, package_dir={"": "src"}, package_data=PACKAGE_DATA, **native_extensions())

@@ -1,9 +1,11 @@
 """The rules of the house, read off the sources themselves."""
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 
@@ -141,10 +143,42 @@ def test_planted_reads_of_the_environment_are_found(source):
     assert not any(read.startswith("os.environ | ") or read in ("FUSEDRL_IMPL", "TRITON_INTERPRET") for read in _environment(source))
 
 
-def test_kernels_is_a_namespace():
-    # A regular package of this name in the working directory would shadow Hugging Face's `kernels`, which transformers imports.
-    assert not (ROOT / "kernels" / "__init__.py").exists()
-    subprocess.run([sys.executable, "-c", "import transformers.integrations.hub_kernels"], cwd=ROOT, check=True, capture_output=True, timeout=120)
+def _python(code: str, *path: Path) -> str:
+    """What a Python says that finds packages in the working directory, as `python -c` does, then in these folders."""
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))})
+    assert told.returncode == 0, told.stderr
+    return told.stdout
+
+
+def test_the_folder_kernels_hides_no_package_of_that_name(tmp_path):
+    """Hugging Face's `kernels`, which transformers imports, where Python runs in the root of a checkout."""
+    absent = "import kernels; from transformers.utils.import_utils import is_kernels_available; print(hasattr(kernels, '__file__'), is_kernels_available())"
+    assert _python(absent + "; import transformers.integrations.hub_kernels").split() == ["False", "False"]
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from .layer import get_kernel\n")
+    (tmp_path / "kernels" / "layer.py").write_text("def get_kernel():\n    return 'theirs'\n")
+    there = "import kernels.layer; from kernels import get_kernel; import fusedrl.kernels.gae; print(get_kernel(), fusedrl.kernels.gae.__name__)"
+    assert _python(there, tmp_path, ROOT / "src").split() == ["theirs", "fusedrl.kernels.gae"]
+
+
+def test_the_kernels_show_what_is_there():
+    listed = _python("import sys, fusedrl.kernels as k; print(*dir(k), 'torch' in sys.modules)", ROOT / "src").split()
+    assert listed.pop() == "False"  # nor anything else that takes time
+    present = {path.stem for path in (ROOT / "kernels").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert set(listed) == {name for name in present if not name.startswith("_")}
+    assert len(listed) > 15
+    shown = _python("import fusedrl.kernels as k\nhelp(k)\ntry: k.nothing_of_this_name\nexcept AttributeError as error: print(error)", ROOT / "src")
+    assert "from fusedrl.kernels.gae import gae" in shown
+    assert "has no attribute 'nothing_of_this_name'; it has" in shown
+    assert all(f"\n    {name}" in shown for name in listed)
+
+
+def test_the_engine_shows_what_is_there():
+    from fusedrl import engine
+    assert dir(engine) == sorted(engine.__all__)
+    assert all(getattr(engine, name) for name in engine.__all__)
+    assert engine.__version__ == metadata.version("fusedrl")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler on this machine")
@@ -153,11 +187,9 @@ def test_native_kernels_are_built():
     assert native.capability is not None, native.reason
 
 
-def test_packages_are_all_listed():
-    listed = set(re.findall(r"\"fusedrl\.[a-z.]+\": \"([a-z/]+)\"", (ROOT / "setup.py").read_text(encoding="utf-8")))
-    present = {p.parent.relative_to(ROOT).as_posix() for p in PRODUCT}
-    assert present == listed
-    assert not [room for room in present if room.startswith("engine") and not (ROOT / room / "__init__.py").is_file()]
+def test_every_folder_is_a_package():
+    assert [room for room in {p.parent for p in PRODUCT} if not (room / "__init__.py").is_file()] == []
+    assert all((ROOT / "src" / "fusedrl" / room).resolve() == ROOT / room for room in ("engine", "kernels"))
 
 
 def test_git_ignores_nothing_of_the_product():
