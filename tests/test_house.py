@@ -201,9 +201,9 @@ def test_git_ignores_nothing_of_the_product():
     assert found.returncode == 1, found.stdout
 
 
-def test_readme_tree_is_the_tree():
-    block = re.search(r"```text\n(fusedrl/\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert block, "README.md holds no ```text tree that starts with fusedrl/"
+def test_the_tree_of_the_page_is_the_tree():
+    block = re.search(r"```text\n(fusedrl/\n.*?)```", (ROOT / "docs" / "structure.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block, "docs/structure.md holds no ```text tree that starts with fusedrl/"
     stack: list[str] = []
     named = set()
     for line in block[1].splitlines()[1:]:
@@ -212,12 +212,12 @@ def test_readme_tree_is_the_tree():
         stack = stack[:indent // 2 - 1]
         for entry in entries:
             path = "/".join([*stack, entry.rstrip("/")])
-            assert (ROOT / path).exists(), f"README names {path}, which is not there"
+            assert (ROOT / path).exists(), f"docs/structure.md names {path}, which is not there"
             named.add(path)
         if len(entries) == 1 and entries[0].endswith("/"):
             stack.append(entries[0].rstrip("/"))
     missing = {p.relative_to(ROOT).as_posix() for p in PRODUCT if p.stem != "__init__"} - named
-    assert not missing, f"README's tree lacks {sorted(missing)}"
+    assert not missing, f"the tree of docs/structure.md lacks {sorted(missing)}"
 
 
 # ---- tests on any device ----------------------------------------------------------------------------------------------------

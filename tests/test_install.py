@@ -170,7 +170,8 @@ def test_type_checkers_see_an_install_in_place(checkout, path_in_place, tmp_path
     (site / "fusedrl.pth").write_text(f"{path_in_place}\n{sysconfig.get_path('purelib')}\n")
     (tmp_path / "use.py").write_text(TYPED)
     python = tmp_path / "venv" / "bin" / "python"
-    checkers = [[sys.executable, "-m", "mypy", "--follow-imports", "silent", "--cache-dir", str(tmp_path / "cache"), "--python-executable", str(python), "use.py"]]
+    mypy = [sys.executable, "-m", "mypy", "--follow-imports", "silent", "--cache-dir", str(tmp_path / "cache")]
+    checkers = [[*mypy, "--python-executable", str(python), "use.py"]]
     if pyright := shutil.which("pyright") or shutil.which("basedpyright"):
         checkers.append([pyright, "--pythonpath", str(python), "use.py"])
     for command in checkers:

@@ -93,7 +93,7 @@ def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> 
 
     console.print(f"Everything goes to {root}/")
     files = write_demo_files(root / "task", seed, stories=size.stories, pairs=size.pairs, held_out=size.held_out, rater_temperature=RATER_TEMPERATURE)
-    start_model = _initial_model(files / "model", root / "random", seed)
+    start_model = random_model(files / "model", root / "random", seed)
 
     started = chapter(1, f"SFT: a language model from random weights, {size.sft_epochs} passes over {size.stories} stories")
     sft = train_sft(SFTConfig(
@@ -142,7 +142,7 @@ def _free(directory: Path) -> Path:
     return found
 
 
-def _initial_model(files: Path, directory: Path, seed: int) -> Path:
+def random_model(files: Path, directory: Path, seed: int) -> Path:
     """A model directory with random weights."""
     save_pretrained(Decoder.random(model_config(files), seed), directory, tokenizer=load_tokenizer(files))
     return directory
