@@ -8,12 +8,12 @@ INSTALLED := $(VENV)/.installed
 
 venv: $(INSTALLED)
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*)
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*/* csrc/shared/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --upgrade setuptools wheel ninja
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,docs]'
-	$(VENV)/bin/python -c "from fusedrl.kernels import native; print('native kernels:', native.capability or 'none: ' + native.reason)"
+	$(VENV)/bin/python -c "from fusedrl.kernels.runtime import native; print('native kernels:', native.capability or 'none: ' + native.reason)"
 	touch $@
 
 demo: venv

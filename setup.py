@@ -2,10 +2,10 @@
 
 Three extensions from the same sources, because one Extension cannot carry per-file flags and objects built with wider
 vectors must not share a library with those that are not: `fusedrl.kernels._C_default`, `_C_avx2`, `_C_avx512`.
-`kernels/native.py` imports the one that fits the processor. Without a C++ compiler the install succeeds and says what is slower.
+`kernels/runtime/native.py` imports the one that fits the processor. Without a C++ compiler the install succeeds and says what is slower.
 
 A wheel travels and has all three. A build in place (`pip install -e .`, `setup.py build_ext --inplace`) stays where it is and has the one that
-this processor runs. Two thirds of a file's compilation are torch's headers, so a build parses those once (csrc/cpu/precompiled.h).
+this processor runs. Two thirds of a file's compilation are torch's headers, so a build parses those once (csrc/cpu/include/precompiled.h).
 """
 import platform
 import runpy
@@ -30,20 +30,21 @@ for room in ("engine", "kernels"):
 PACKAGES = find_namespace_packages("src", exclude=["*__pycache__*"])
 PACKAGE_DATA = {"fusedrl.engine": ["py.typed"], "fusedrl.kernels": ["py.typed"]}
 
-SOURCES = runpy.run_path("kernels/sources.py")
+SOURCES = runpy.run_path("kernels/runtime/sources.py")
 
 
 class BuildPython(build_py):
     """Gives a wheel what a checkout has in csrc/: the digest of the C++ sources, by which kernels of another install on the same path are
-    told apart, and the CUDA sources, which are compiled on first use (kernels/nvrtc.py)."""
+    told apart, and the sources that are compiled on first use (kernels/runtime/nvrtc.py): csrc/cuda, and what it includes."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
             folder = Path(self.build_lib) / "fusedrl" / "kernels"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SOURCES["RECORD"]).write_text(SOURCES["digest"](Path("csrc/cpu")) + "\n")
-            shutil.copytree("csrc/cuda", folder / "cuda_src", dirs_exist_ok=True)
+            (folder / SOURCES["RECORD"]).write_text(SOURCES["digest"](Path("csrc")) + "\n")
+            for name in ("cuda", "shared"):
+                shutil.copytree(Path("csrc") / name, folder / f"{name}_src", dirs_exist_ok=True)
 
 
 def native_extensions() -> dict:
@@ -56,7 +57,7 @@ def native_extensions() -> dict:
               "runs on its torch reference (5x to 100x slower on CPU). Install torch, then: pip install --no-build-isolation -e .", file=sys.stderr)
         return {"cmdclass": commands}
 
-    csrc, digest = Path("csrc/cpu"), SOURCES["digest"](Path("csrc/cpu"))
+    csrc, digest = Path("csrc"), SOURCES["digest"](Path("csrc"))
 
     class Build(BuildExtension):
         def finalize_options(self) -> None:
@@ -86,7 +87,7 @@ def native_extensions() -> dict:
                 told.write_text(f'#define FUSEDRL_SOURCES "{digest}"\n')
             extension.include_dirs.append(str(directory))
             header, source, precompiled = (directory / f"precompiled{suffix}" for suffix in (".h", ".cpp", ".h.gch"))
-            shutil.copy("csrc/cpu/precompiled.h", header)
+            shutil.copy("csrc/cpu/include/precompiled.h", header)
             shutil.copy(header, source)
             try:
                 (found,) = self.compiler.compile([str(source)], str(directory), include_dirs=extension.include_dirs, extra_preargs=["-x", "c++-header"],
@@ -107,17 +108,18 @@ def native_extensions() -> dict:
             super().copy_extensions_to_source()
 
     def capability_here() -> str:
-        """As kernels/native.py chooses."""
+        """As kernels/runtime/native.py chooses."""
         found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
         return found if found in CAPABILITIES else "default"
 
-    sources, headers = (sorted(str(path) for path in csrc.glob(pattern)) for pattern in ("*.cpp", "*.h"))
+    sources = sorted(str(path) for path in csrc.glob("cpu/ops/*.cpp"))
+    headers = sorted(str(path) for pattern in ("cpu/include/*.h", "shared/*.h") for path in csrc.glob(pattern))
     extensions = [
         CppExtension(
             f"fusedrl.kernels._C_{name}",
             sources,
             depends=headers,
-            include_dirs=[str(csrc.resolve())],
+            include_dirs=[str((csrc / folder).resolve()) for folder in ("cpu/include", "shared")],
             extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", f"-DCPU_CAPABILITY={macro}",
                                         f"-DCPU_CAPABILITY_{macro}", f"-DFUSEDRL_MODULE=_C_{name}", *flags]},
             extra_link_args=["-fopenmp"],

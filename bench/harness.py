@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.tools import machine as ceilings
-from fusedrl.kernels.dispatch import Implementations, unavailable
+from fusedrl.kernels.runtime.dispatch import Implementations, unavailable
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,7 @@ from bench.harness import RESULTS
 from bench.tables import replace_between
 from tests.offline_compile import TARGETS, compile_one, cuda_sources, kernels, nvidia_usage
 
-from fusedrl.kernels import nvrtc
+from fusedrl.kernels.runtime import nvrtc
 
 REPORT = RESULTS.parents[1] / "docs" / "kernel-report.md"
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedrl.engine.base.completion import Completion
-from fusedrl.engine.base.packing import PackedBatch
+from fusedrl.engine.base.packing import IGNORE, PackedBatch
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation.arena import Arena
 from fusedrl.engine.generation.cache import CacheConfig
@@ -29,6 +29,10 @@ from fusedrl.engine.model.strict import strict_fault, strict_hidden, strict_logp
 from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, save_pretrained
 from fusedrl.kernels.linear_logprob import linear_logprob
+from fusedrl.kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
+from fusedrl.kernels.objective import PolicyObjective
+
+_LIKELIHOOD = PolicyObjective(kind="reinforce")  # of advantages that are 1
 
 
 class Scored(NamedTuple):
@@ -258,6 +262,38 @@ class HybridActor:
                 logp_N, entropy_N = linear_logprob(hidden_NH, head_VH, labels_N, temperature=T, softcap=softcap, entropy=True)
         mask_N = batch.action_mask
         return torch.where(mask_N, batch.to_next(logp_N), 0.0), torch.where(mask_N, batch.to_next(entropy_N), 0.0)
+
+    def policy_loss(self, batch: PackedBatch, hidden_NH: Tensor, weights_N: Tensor, advantages_N: Tensor, *, old_logp: Tensor | None = None,
+                    ref_logp: Tensor | None = None, rollout_logp: Tensor | None = None, temperature: float = 1.0, **terms: Any) -> LinearPolicyLoss:
+        """The loss of the batch's actions given the tokens before them in one pass over the head, whose gradient is formed while the logits are there.
+
+        Args:
+            weights_N, advantages_N, old_logp, ref_logp, rollout_logp: [N] float32, each action's at its own slot. `terms`: those of `linear_policy_loss`.
+        Returns:
+            (loss, stats, logp, entropy); the last two [N] float32, constants, of the actions with a weight and 0 elsewhere: the bits of `logprobs` where every
+            action has one.
+        Raises:
+            ValueError: in strict mode, whose products are the sampler's; use `logprobs` and the losses on it.
+        """
+        if self.strict:
+            raise ValueError("HybridActor.policy_loss: a strict actor computes the head as its sampler does; use logprobs, and policy_loss on what it returns")
+        self._watch.look(lightly=True)
+        head_VH, labels_N, T, softcap = self.decoder.head_weight, batch.labels(), temperature or 1.0, self.decoder.config.logit_softcap
+        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+        old, ref, rolled = (None if x is None else batch.to_previous(x).to(wide) for x in (old_logp, ref_logp, rollout_logp))
+        advantages_N, weights_N = (batch.to_previous(x).to(wide) for x in (advantages_N, weights_N))
+        with own_precision(head_VH.device):
+            found = linear_policy_loss(hidden_NH, head_VH, labels_N, old, advantages_N, torch.where(labels_N == IGNORE, 0, weights_N), ref_logp=ref,
+                                       rollout_logp=rolled, cu_seqlens=batch.cu_seqlens, temperature=T, softcap=softcap, **terms)
+        logp_N, entropy_N = (torch.where(batch.action_mask, batch.to_next(x), 0.0) for x in (found.logp, found.entropy))
+        return found._replace(logp=logp_N, entropy=entropy_N)
+
+    def cross_entropy(self, batch: PackedBatch, hidden_NH: Tensor, scale: float) -> Tensor:
+        """0-d: `scale` times the sum over the batch's actions of -log p, in nats. Differentiable."""
+        if self.strict:
+            return -scale * self.logprobs(batch, hidden_NH)[0].sum()
+        weights_N = batch.action_mask.to(torch.promote_types(hidden_NH.dtype, torch.float32)) * scale
+        return self.policy_loss(batch, hidden_NH, weights_N, torch.ones_like(weights_N), objective=_LIKELIHOOD).loss
 
     def values(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
         """[N] float32: the value of the state before each token; 0 at the first slot of a sequence. Differentiable.

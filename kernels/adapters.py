@@ -17,11 +17,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fusedrl.kernels.checks import check
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import linear_policy_loss
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.objective import PolicyObjective
+from fusedrl.kernels.runtime.checks import check
 
 _IGNORED = -100
 _REINFORCE = PolicyObjective(kind="reinforce")
@@ -172,7 +172,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             old_logp, objective, at_ratio_one = None, _REINFORCE, -(weights * advantage).sum()
         else:
             old_logp = score(_input, lin_weight, bias)
-        loss, stats = linear_policy_loss(
+        loss, stats, *_ = linear_policy_loss(
             _input.flatten(0, 1), lin_weight.to(_input.dtype), ids, old_logp, advantage, weights, objective=objective, ref_logp=ref_logp,
             kl_coef=self.beta if ref_logp is not None else 0.0, temperature=self.temperature,
             cu_seqlens=T * torch.arange(B + 1, device=mask.device) if objective.by_sequence else None,

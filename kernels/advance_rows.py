@@ -16,15 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedrl.kernels import native
-from fusedrl.kernels.checks import check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # dispatch then says that Triton cannot run here
-    triton = None
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.checks import check, check_dtype
+from fusedrl.kernels.runtime.dispatch import Implementations
+from fusedrl.kernels.runtime.triton import tl, triton
 
 _IMPLS = Implementations("advance_rows_", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _BLOCK = 256  # rows at a time

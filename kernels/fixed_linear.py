@@ -18,17 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedrl.kernels import native
-from fusedrl.kernels.checks import FLOATS, check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
+from fusedrl.kernels.runtime.dispatch import Implementations
+from fusedrl.kernels.runtime.triton import tl, triton
 
-try:
-    import triton
-    import triton.language as tl
-
+if triton is not None:
     from fusedrl.kernels.paged_attention import _tanh
-except ImportError:  # dispatch then says that Triton cannot run here
-    triton = None
 
 _IMPLS = Implementations("fixed_linear", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _STAGES = 3  # of the loop

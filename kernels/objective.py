@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrl.kernels.checks import check, check_dtype
+from fusedrl.kernels.runtime.checks import check, check_dtype
 
-# kind -> the fields that it uses and their defaults. The order of kinds is that of Kind in csrc/cpu/policy_terms.h.
+# kind -> the fields that it uses and their defaults. C++ and CUDA know it by its name: FUSEDRL_KINDS in csrc/shared/objectives.h.
 _DEFAULTS: dict[str, dict[str, float | None]] = {
     "clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
     "ratio": {},
@@ -33,6 +33,10 @@ _DEFAULTS: dict[str, dict[str, float | None]] = {
     "dro": {"beta": 1.0},
 }
 KINDS = tuple(_DEFAULTS)
+SEQUENCE_KINDS = ("gspo", "geometric_mean")  # a token's term depends on the others of its sequence
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # of tokens; kernels know one more, "sequence_k2"
+# What kernels take beside names, in this order, which is that of FUSEDRL_COEFFICIENTS there.
+COEFFICIENTS = ("lower", "upper", "dual", "tau_positive", "tau_negative", "beta", "kl_coef", "entropy_coef", "value_clip", "value_coef")
 AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_norm", "token_sum")
 MAX_LOG_RATIO = 20.0  # inside exponentials
 
@@ -100,7 +104,7 @@ class PolicyObjective:
     @property
     def by_sequence(self) -> bool:
         """Whether a token's term depends on the other tokens of its sequence."""
-        return self.kind in ("gspo", "geometric_mean")
+        return self.kind in SEQUENCE_KINDS
 
     @property
     def bounds(self) -> tuple[float, float, float]:
@@ -113,9 +117,11 @@ class PolicyObjective:
         return one - self.clip_low, one + self.clip_high, math.inf if self.dual_clip is None else self.dual_clip
 
     @property
-    def scalars(self) -> tuple[int, float, float, float, float, float, float]:
-        """What kernels take: the kind's number, the bounds, tau_positive, tau_negative, beta; 1 and 0 where unused."""
-        return (KINDS.index(self.kind), *self.bounds, self.tau_positive or 1.0, self.tau_negative or 1.0, self.beta or 0.0)
+    def coefficients(self) -> dict[str, float]:
+        """Those of COEFFICIENTS that are its own: the bounds, tau_positive, tau_negative, beta; tau 1 and beta 0 where unused."""
+        lower, upper, dual = self.bounds
+        return {"lower": lower, "upper": upper, "dual": dual, "tau_positive": self.tau_positive or 1.0, "tau_negative": self.tau_negative or 1.0,
+                "beta": self.beta or 0.0}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     z_t = c tanh(scale q . k_t / c), or scale q . k_t without a softcap c      t from max(0, len - window) to len - 1 of the row
 
 Shapes    B rows, Hq query heads, Hkv key/value heads (Hq / Hkv of the former share one of the latter), D head dim, M blocks a row of the table,
-          S positions a block. One layer's caches as `decode_step.allocate_cache` lays them out: K transposed inside a block, [blocks, Hkv, D, S].
+          S positions a block. One layer's caches as kv_cache.py fills them: K transposed inside a block, [blocks, Hkv, D, S].
 Bytes     2 Hkv D s a cached position, once. Triton adds Hq (D + 2) floats, written and read, a split of 256 positions: 3% at 4 query heads a group.
 Numerics  softmax and sums in float32, one rounding at the end; Triton rounds the softmax's weights to the dtype of V before their product, as every
           tensor-core attention does. A row's bits depend on the row alone: neither on its companions nor on the table's width. What lies in
@@ -21,15 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedrl.kernels import native
-from fusedrl.kernels.checks import FLOATS, check, check_dtype
-from fusedrl.kernels.dispatch import Implementations
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # dispatch then says that Triton cannot run here
-    triton = None
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
+from fusedrl.kernels.runtime.dispatch import Implementations
+from fusedrl.kernels.runtime.triton import tl, triton
 
 _IMPLS = Implementations("paged_attention", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _LARGEST_HEAD = 256    # that Triton holds in registers and shared memory
@@ -275,7 +270,7 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_dtype(op, name, tensor, (q.dtype,))
         if chosen != "torch" and not tensor.is_contiguous():
-            raise ValueError(f"{op}: expected a contiguous {name}, got strides {tensor.stride()}; use decode_step.allocate_cache")
+            raise ValueError(f"{op}: expected a contiguous {name}, got strides {tensor.stride()}; allocate it in this shape")
     check_dtype(op, "block_table", block_table, (torch.int32,))
     check_dtype(op, "context_lens", context_lens, (torch.int32, torch.int64))
     if not Hkv or Hq % Hkv or not D or not S:

@@ -17,15 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrl.kernels import native
-from fusedrl.kernels.checks import FLOATS, check, check_dtype, refuse_double_backward
-from fusedrl.kernels.dispatch import Implementations
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # dispatch then says that Triton cannot run here
-    triton = None
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, refuse_double_backward
+from fusedrl.kernels.runtime.dispatch import Implementations
+from fusedrl.kernels.runtime.triton import tl, triton
 
 _IMPLS = Implementations("pairwise_ranking_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _KWISE = Implementations("kwise_ranking_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))

@@ -19,15 +19,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fusedrl.kernels import native
-from fusedrl.kernels.checks import FLOATS, check, check_dtype, check_last_contiguous
-from fusedrl.kernels.dispatch import Implementations
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # dispatch then says that Triton cannot run here
-    triton = None
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, check_last_contiguous
+from fusedrl.kernels.runtime.dispatch import Implementations
+from fusedrl.kernels.runtime.triton import tl, triton
 
 _IMPLS = Implementations("rms_norm", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _IMPLS_FLOAT64 = Implementations("rms_norm of float64", cpu=("torch",), cuda=("torch",))

@@ -17,15 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusedrl.kernels import native
-from fusedrl.kernels.checks import FLOATS, check, check_dtype, check_last_contiguous
-from fusedrl.kernels.dispatch import Implementations
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # dispatch then says that Triton cannot run here
-    triton = None
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, check_last_contiguous
+from fusedrl.kernels.runtime.dispatch import Implementations
+from fusedrl.kernels.runtime.triton import tl, triton
 
 _IMPLS = Implementations("swiglu", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _ROWS_IMPLS = Implementations("activate_rows", cpu=("triton",), cuda=("triton",))

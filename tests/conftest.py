@@ -40,7 +40,7 @@ def each_impl(op: str, devices: list[str], but: tuple[str, ...] = (), only: tupl
     """(implementation, device) as parameters; those that this machine lacks are skipped with the reason."""
     from fusedrl.engine.tools.verify.catalogue import CATALOGUE
     from fusedrl.engine.tools.verify.grid import interpreted as is_interpreted
-    from fusedrl.kernels.dispatch import unavailable
+    from fusedrl.kernels.runtime.dispatch import unavailable
 
     found = []
     for device in devices:
@@ -89,7 +89,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function):
     """An implementation of a card that serves some dtypes and sizes alone, asked by name for another, skips; any other refusal is a failure."""
-    from fusedrl.kernels.dispatch import CannotServe
+    from fusedrl.kernels.runtime.dispatch import CannotServe
 
     parameters = pyfuncitem.callspec.params if hasattr(pyfuncitem, "callspec") else {}
     before = pretended.made
@@ -107,8 +107,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function):
 @pytest.fixture(autouse=True)
 def _faults_are_of_the_test_that_made_them():
     yield
-    if "fusedrl.kernels.faults" in sys.modules:
-        for found in sys.modules["fusedrl.kernels.faults"]._flags.values():
+    if "fusedrl.kernels.runtime.faults" in sys.modules:
+        for found in sys.modules["fusedrl.kernels.runtime.faults"]._flags.values():
             found.zero_()
 
 

@@ -39,12 +39,13 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cud
 
 
 def _tables(name: str, only: list[str]) -> Iterator[tuple[str, dict]]:
-    """(module, its table) of every module of fusedrl.kernels that has one of that name (or of those named)."""
+    """(op, its table) of every module of fusedrl.kernels that has one of that name (or of the ops named)."""
     import fusedrl.kernels
 
-    for module in sorted(m.name for m in pkgutil.iter_modules(fusedrl.kernels.__path__) if not m.name.startswith("_C_")):
-        if not only or module in only:
-            yield module, getattr(importlib.import_module(f"fusedrl.kernels.{module}"), name, {})
+    for found in sorted(pkgutil.walk_packages(fusedrl.kernels.__path__, "fusedrl.kernels."), key=lambda found: found.name):
+        module = found.name.removeprefix("fusedrl.kernels.")
+        if not module.startswith("_C_") and (not only or module.split(".")[0] in only):
+            yield module.split(".")[0], getattr(importlib.import_module(found.name), name, {})
 
 
 def kernels(only: list[str]) -> dict[str, dict]:
@@ -104,7 +105,7 @@ def _amd_usage(assembly: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modules", nargs="*", help="modules of kernels/ (all that have a table)")
+    parser.add_argument("modules", nargs="*", help="ops, as files and folders of kernels/ are called (all that have a table)")
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="for these GPUs alone; repeatable (default: all that a kernel names)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()

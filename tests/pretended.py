@@ -9,6 +9,7 @@ What it does not show: compiled kernels, CUDA C++, streams, graphs, torch.compil
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ ANYWHERE = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put", "
 FACTORIES = ("arange", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "logspace", "ones", "ones_like", "rand", "rand_like",
              "randint",
              "randint_like", "randn", "randn_like", "randperm", "scalar_tensor", "tensor", "zeros", "zeros_like")
+MEMORY = 64 << 20  # of the card, bytes
 made = 0  # tensors on the device so far
 
 
@@ -86,7 +88,10 @@ class OnCard(torch.Tensor):
         args, kwargs = bare((args, kwargs or {}))
         if is_card(kwargs.get("device")):
             kwargs["device"] = torch.device("cpu")
-        out = func(*args, **kwargs)
+        if func is torch.ops.aten.mm.dtype:  # bfloat16 in, float32 out: a card's alone
+            out = (args[0].float() @ args[1].float()).to(args[2])
+        else:
+            out = func(*args, **kwargs)
         if name == "aten::copy_" and id(args[0]) not in wrappers:  # to the host
             return out
         return tree_map_only(torch.Tensor, lambda x: wrappers[id(x)] if id(x) in wrappers else OnCard(x), out)
@@ -124,7 +129,7 @@ def _to(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             where, x = x.device, x.dtype
         if isinstance(x, (str, torch.device)):
             where = x
-        elif x is not None:
+        elif isinstance(x, torch.dtype):
             rest.append(x)
     if where is not None and torch.device(where).type != "meta" and is_card(where) != isinstance(self, OnCard):
         self = _Move.apply(self, is_card(where))
@@ -141,6 +146,8 @@ def begin() -> None:
     """From here to the end of the process there is a card."""
     from triton.runtime import interpreter
 
+    from fusedrl.engine.generation import generator
+    from fusedrl.engine.model import sharing, watch
     from fusedrl.engine.tools.verify import grid
 
     for name in FACTORIES:
@@ -152,6 +159,11 @@ def begin() -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     grid.interpreted = lambda impl, device: impl == "triton"
     torch.cuda._lazy_init = lambda: None
+    torch.cuda.mem_get_info = lambda device=None: (MEMORY, MEMORY)
+    torch.cuda.max_memory_allocated = lambda device=None: 0
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(total_memory=MEMORY, name="pretended")
+    watch.Tensor = sharing.Tensor = OnCard  # of which its parameters are
+    generator.CudaCapture = lambda device: lambda step, state: step
     torch.cuda.synchronize, torch.cuda.is_current_stream_capturing = lambda device=None: None, lambda: False
     torch.compile = lambda function=None, **options: function or (lambda f: f)
     torch.library.opcheck = lambda *arguments, **options: None  # of fake tensors of the class that it is given

@@ -19,7 +19,7 @@ PATHS = sorted({*re.findall(rf"`({PATH})`", ALL), *(path for path, _ in NAMES)})
 
 @cache
 def source(path: str) -> str:
-    found = ROOT / path
+    found = ROOT / path / "__init__.py" if path.endswith("/") else ROOT / path
     return found.read_text(encoding="utf-8") if found.is_file() else ""
 
 

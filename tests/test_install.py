@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedrl.kernels import native, sources
+from fusedrl.kernels.runtime import native, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
@@ -127,7 +127,7 @@ def test_a_source_distribution_has_all_that_is_compiled_and_tested(sdist):
               if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
     assert len(wanted) > 300
     assert not (missing := sorted(str(path) for path in wanted if not (sdist / path).is_file())), missing
-    assert sources.digest(sdist / "csrc/cpu") == sources.digest(ROOT / "csrc/cpu") == importlib.import_module(f"fusedrl.kernels._C_{HERE}").sources
+    assert sources.digest(sdist / "csrc") == sources.digest(ROOT / "csrc") == importlib.import_module(f"fusedrl.kernels._C_{HERE}").sources
 
 
 EDITABLE = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
@@ -182,9 +182,9 @@ def test_type_checkers_see_an_install_in_place(checkout, path_in_place, tmp_path
 
 INSTALLED = """
 import json, torch
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 from fusedrl.kernels.gae import gae
-from fusedrl.kernels.sources import expected
+from fusedrl.kernels.runtime.sources import expected
 print(json.dumps([native.__file__, native.capability, native.reason, bool(torch.isfinite(gae(torch.ones(1, 4), torch.zeros(1, 4))[0]).all())]))
 """
 
@@ -210,7 +210,7 @@ def _tree(folder: Path) -> Path:
     (folder / "fusedrl/kernels").mkdir(parents=True, exist_ok=True)
     (folder / "fusedrl/engine").symlink_to(ROOT / "engine")
     (folder / "fusedrl/kernels/cuda_src").symlink_to(ROOT / "csrc/cuda")
-    for module in (ROOT / "kernels").glob("*.py"):
+    for module in (path for path in (ROOT / "kernels").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()):
         (folder / "fusedrl/kernels" / module.name).symlink_to(module)
     return folder
 
@@ -225,7 +225,7 @@ def _kernels_of(tree: Path) -> None:
 FALLS_BACK = """
 import torch
 from fusedrl.kernels.gae import gae
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 for _ in range(3):
     gae(torch.ones(1, 4), torch.zeros(1, 4))
 print(native.capability, native.reason)

@@ -1,5 +1,5 @@
 // What the kernels share. Device code only, and no CUDA header: NVRTC compiles it with nothing but itself.
-// Built for a GPU by NVRTC (kernels/nvrtc.py) or nvcc, and for a CPU in tests by g++ against csrc/simt/simt.h.
+// Built for a GPU by NVRTC (kernels/runtime/nvrtc.py) or nvcc, and for a CPU in tests by g++ against csrc/simt/simt.h.
 #pragma once
 
 constexpr unsigned kAllLanes = 0xffffffffu;

@@ -1,6 +1,6 @@
 // gae and shaped_gae: one block a sequence shapes the rewards, scans and sums; a second launch applies the whitening.
 //
-// The mathematics is that of kernels/gae.py. A sequence is walked in chunks from its end; the advantage, the value and "something live follows"
+// The mathematics is that of kernels/gae/. A sequence is walked in chunks from its end; the advantage, the value and "something live follows"
 // are carried from chunk to chunk. Within a chunk a ballot finds the next live value, and the recurrence's (a, b) are composed from the right: first
 // over the four tokens of a thread, then over a warp by shuffles, then over the warps through shared memory.
 //
@@ -10,7 +10,7 @@
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kItems = 4, kChunk = kThreads * kItems;
 
-enum Estimator { kK1, kK2, kK3, kAbs };  // the order of kernels/kl.py
+enum Estimator { kK1, kK2, kK3, kAbs };  // the order of kernels/kl/
 
 __device__ __forceinline__ float token_kl(float logp, float ref_logp, int estimator) {
     const float d = logp - ref_logp;

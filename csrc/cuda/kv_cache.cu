@@ -1,6 +1,6 @@
 // rope_and_cache: one launch norms and rotates queries and keys, and writes keys and values into the paged cache.
 //
-// The mathematics and numerics are those of kernels/kv_cache.py. A block takes 16 tokens, a warp each, and a few of their heads: a lane holds the
+// The mathematics and numerics are those of kernels/kv_cache/. A block takes 16 tokens, a warp each, and a few of their heads: a lane holds the
 // angles of its pairs for all of them. A key is transposed through shared memory, because the cache holds [D][S] inside a block: 16 consecutive
 // slots are then 16 consecutive elements, and a prompt's tokens have such slots. (Of single tokens every element is a sector of its own, whatever
 // the kernel.) A row that is not written is not read for its key and value either.

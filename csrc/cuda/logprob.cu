@@ -1,6 +1,6 @@
 // logprob: one block a row reads the logits once, 16 bytes at a time, with an online maximum; the backward reads and writes once, in place if asked.
 //
-// The mathematics and numerics are those of kernels/logprob.py. Rows may start anywhere: elements before the first 16-byte boundary, and behind the
+// The mathematics and numerics are those of kernels/logprob/. Rows may start anywhere: elements before the first 16-byte boundary, and behind the
 // last whole vector, are taken one by one. A row is summed in a fixed order, whatever its neighbours. Of a row that lists what truncation kept, only those
 // columns are summed; the backward marks them in a map of its tile and writes zeros elsewhere.
 //

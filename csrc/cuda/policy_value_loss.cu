@@ -1,17 +1,22 @@
 // policy_value_loss: one launch forms the gradients and the sums of each block of tokens, a second one, of one block, adds the blocks up.
 //
-// The mathematics, shapes and numerics are those of kernels/policy_loss.py: the policy part where logp is not null, the value part where values is
+// The mathematics, shapes and numerics are those of kernels/policy_loss/: the policy part where logp is not null, the value part where values is
 // not null. partials [kRows, blocks] float32, one row a sum: read by rows in a fixed order, so no atomics.
 //
 // Options   ALIGNED=1: every token array starts on 16 bytes, so tokens move four at a time; 0: one by one. KIND: the policy term, and KL_ESTIMATOR and
-//           KL_GRADIENT: whose value and whose slope the KL term takes; numbers as below.
+//           KL_GRADIENT: whose value and whose slope the KL term takes; names of csrc/shared/objectives.h, which has their mathematics.
 // Bytes     policy 16 N read (4 N more for each optional input) and 4 N written; value 8 N (12 N with a clip) and 4 N; the partials are N / 20 bytes.
 #include "common.cuh"
+#include "objectives.h"
+
+using objectives::Coefficients;
+using objectives::Kind;
+using objectives::Kl;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kGroups = 2, kBlock = kThreads * 4 * kGroups;
 
-enum Kind { kClip, kPlain, kReinforce, kKlPenalty, kGspo, kCispo, kSapo, kGeometricMean, kDro };
-enum Estimator { kEstimatorK1, kEstimatorK2, kEstimatorK3, kEstimatorAbs, kEstimatorSequence };
+constexpr Kind kKind = Kind::KIND;
+constexpr Kl kEstimator = Kl::KL_ESTIMATOR, kSlope = Kl::KL_GRADIENT;
 
 enum Row {
     kLoss, kLow, kHigh, kDual, kK1, kK2, kK3, kRatio, kSquared, kClamped, kRefKl, kEntropy, kCorrection, kTokens,  // sums; up to kK3 as in PolicyStats
@@ -22,87 +27,34 @@ enum Row {
     kRows
 };
 
-// e^clamped, and e^clamped - 1 - d. With d = k ln 2 + f, e^f - 1 - f = f^2 q(f) is free of cancellation, which matters where d is small, and there
-// k = 0. Exactly 1 and 0 at d = 0.
-__device__ __forceinline__ float exponential(float clamped, float d, float& excess) {
-    const float k = floorf(clamped * 1.44269504f + 0.5f);
-    const float f = clamped - k * 0.693359375f + k * 2.12194440e-4f;
-    const float q = ((((f * (1.0f / 5040) + 1.0f / 720) * f + 1.0f / 120) * f + 1.0f / 24) * f + 1.0f / 6) * f + 0.5f;
-    const float small = f * f * q;
-    const float power = k == k ? __int_as_float((int(k) + 127) << 23) : k;
-    const float ratio = power * (f + small) + power;
-    const float large = ratio - 1.0f - d;
-    excess = k == 0.0f ? small : large < 0.0f ? 0.0f : large;
-    return ratio;
-}
-
-// Comparisons, since fminf drops NaN.
-__device__ __forceinline__ float clamp(float d) { return d > 20.0f ? 20.0f : d < -20.0f ? -20.0f : d; }
-
-struct Objective {
-    float lower, upper, dual, tau_positive, tau_negative, beta;
+// The numbers of objectives.h: one token.
+struct One {
+    using Number = float;
+    using Mask = bool;
+    static __device__ __forceinline__ float choose(bool mask, float a, float b) { return mask ? a : b; }
+    static __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+    static __device__ __forceinline__ float exponential(float x) { return expf(x); }
+    // Comparisons, since fminf drops NaN.
+    static __device__ __forceinline__ float clamped(float d) { return d > 20.0f ? 20.0f : d < -20.0f ? -20.0f : d; }
+    // With d = k ln 2 + f, e^f - 1 - f = f^2 q(f) is free of cancellation, which matters where d is small, and there k = 0.
+    static __device__ __forceinline__ float expand(float d, float& excess) {
+        const float x = clamped(d);
+        const float k = floorf(x * 1.44269504f + 0.5f);
+        const float f = x - k * 0.693359375f + k * 2.12194440e-4f;
+        const float q = ((((f * (1.0f / 5040) + 1.0f / 720) * f + 1.0f / 120) * f + 1.0f / 24) * f + 1.0f / 6) * f + 0.5f;
+        const float small = f * f * q;
+        const float power = k == k ? __int_as_float((int(k) + 127) << 23) : k;
+        const float ratio = power * (f + small) + power;
+        const float large = ratio - 1.0f - d;
+        excess = k == 0.0f ? small : large < 0.0f ? 0.0f : large;
+        return ratio;
+    }
 };
-
-struct Term {
-    float value, slope;  // slope: by logp
-    bool high, low, too_far;
-};
-
-// ratio and excess are those of d = logp - old_logp; log_s is what the token takes from its sequence (gspo, geometric mean).
-__device__ __forceinline__ Term policy_term(const Objective& o, float A, float logp, float d, float ratio, float excess, float log_s) {
-    const bool beyond = fabsf(d) > 20.0f;
-    if constexpr (KIND == kReinforce) return {-A * logp, -A, false, false, false};
-    if constexpr (KIND == kDro) return {0.5f * o.beta * d * d - A * logp, o.beta * d - A, false, false, false};
-    if constexpr (KIND == kKlPenalty) return {o.beta * excess - A * ratio, beyond ? 0.0f : o.beta * (excess + d) - A * ratio, false, false, false};
-    if constexpr (KIND == kCispo) {
-        const bool high = ratio > o.upper;
-        const float slope = -A * (high ? o.upper : ratio);
-        return {slope * logp, slope, high, false, false};
-    }
-    if constexpr (KIND == kSapo) {
-        const float tau = A > 0.0f ? o.tau_positive : o.tau_negative, x = tau * (1.0f - ratio);
-        const float e = expf(x < -80.0f ? -80.0f : x > 80.0f ? 80.0f : x), sigmoid = 1.0f / (1.0f + e);
-        return {-A * (4.0f / tau * sigmoid), beyond ? 0.0f : -A * (4.0f * sigmoid * (e * sigmoid) * ratio), false, false, false};
-    }
-    float r = ratio;
-    bool cut = beyond;
-    if constexpr (KIND == kGspo || KIND == kGeometricMean) {
-        float unused;
-        r = exponential(clamp(log_s), log_s, unused);
-        cut = fabsf(log_s) > 20.0f;
-    }
-    const float compared = KIND == kGeometricMean ? d : r;
-    const bool high = A > 0.0f && compared > o.upper, low = A < 0.0f && compared < o.lower;
-    if constexpr (KIND == kGeometricMean) return {-A * r, -A * (high || low || cut ? 0.0f : r), high, low, false};
-    const bool too_far = A < 0.0f && r > o.dual;
-    return {-A * (high ? o.upper : low ? o.lower : too_far ? o.dual : r), -A * (high || low || too_far || cut ? 0.0f : r), high, low, too_far};
-}
-
-__device__ __forceinline__ float kl_value(float k, float kl_sum) {
-    if constexpr (KL_ESTIMATOR == kEstimatorK1) return k;
-    if constexpr (KL_ESTIMATOR == kEstimatorK2) return 0.5f * k * k;
-    if constexpr (KL_ESTIMATOR == kEstimatorAbs) return fabsf(k);
-    if constexpr (KL_ESTIMATOR == kEstimatorSequence) return 0.5f * k * kl_sum;
-    float excess;
-    exponential(clamp(-k), -k, excess);
-    return excess;
-}
-
-__device__ __forceinline__ float kl_slope(float k, float kl_sum) {
-    if constexpr (KL_GRADIENT == kEstimatorK1) return 1.0f;
-    if constexpr (KL_GRADIENT == kEstimatorK2) return k;
-    if constexpr (KL_GRADIENT == kEstimatorAbs) return k > 0.0f ? 1.0f : k < 0.0f ? -1.0f : k;
-    if constexpr (KL_GRADIENT == kEstimatorSequence) return kl_sum;
-    float excess;
-    exponential(clamp(-k), -k, excess);
-    return fabsf(k) > 20.0f ? 0.0f : k - excess;  // 1 - e^-k = k - (e^-k - 1 + k)
-}
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2) policy_value_loss(
     const float* logp, const float* old_logp, const float* advantages, const float* weights, const float* entropy, const float* values,
     const float* old_values, const float* returns, const float* ref_logp, const float* correction, const float* sequence_log_ratio, const float* kl_sum,
-    float* logp_grad, float* values_grad, float* partials, int64 N, float lower, float upper, float dual, float tau_positive, float tau_negative, float beta,
-    float kl_coef, float entropy_coef, float value_clip, float value_coef) {
+    float* logp_grad, float* values_grad, float* partials, int64 N, Coefficients<float> c) {
     __shared__ float of_warp[kRows][kWarps];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float sums[kSums] = {}, negated_min = -infinity(), largest = -infinity();
@@ -130,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) policy_value_loss(
             if (entropy != nullptr) load4(bonus, entropy, n, whole, inside);
             if (ref_logp != nullptr) load4(ref, ref_logp, n, whole, inside);
             if (correction != nullptr) load4(factor, correction, n, whole, inside);
-            if constexpr (KIND == kGspo || KIND == kGeometricMean) load4(log_s, sequence_log_ratio, n, whole, inside);
+            if constexpr (objectives::by_sequence(kKind)) load4(log_s, sequence_log_ratio, n, whole, inside);
             if (kl_sum != nullptr) load4(of_sequence, kl_sum, n, whole, inside);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -138,19 +90,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) policy_value_loss(
                 if (w[i] == 0.0f) continue;
                 const float d = now[i] - old[i];
                 float excess;
-                const float ratio = exponential(clamp(d), d, excess);
-                Term term = policy_term({lower, upper, dual, tau_positive, tau_negative, beta}, advantage[i], now[i], d, ratio, excess, log_s[i]);
-                if (correction != nullptr) term.value *= factor[i], term.slope *= factor[i];
+                const float ratio = One::expand(d, excess), A = advantage[i];
+                const bool beyond = fabsf(d) > 20.0f;
+                const auto found = objectives::policy_term<kKind, One>(c, {A, now[i], d, ratio, excess, log_s[i], true, beyond});
+                float term = found.rest - A * found.bounded, slope = found.rest_slope - A * found.slope;
+                if (correction != nullptr) term *= factor[i], slope *= factor[i];
                 sums[kCorrection] += correction == nullptr ? 1.0f : factor[i];
                 if (ref_logp != nullptr) {
-                    const float k = now[i] - ref[i], sum = kl_sum == nullptr ? k : of_sequence[i], kl = kl_value(k, sum);
-                    if (kl_coef != 0.0f) term.value += kl_coef * kl, term.slope += kl_coef * kl_slope(k, sum);
+                    const float k = now[i] - ref[i], sum = kl_sum == nullptr ? k : of_sequence[i];
+                    const float kl = objectives::kl_value<One>(kEstimator, k, sum);
+                    if (c.kl_coef != 0.0f) term += c.kl_coef * kl, slope += c.kl_coef * objectives::kl_slope<One>(kSlope, k, sum);
                     sums[kRefKl] += kl;
                 }
-                if (entropy != nullptr) term.value -= entropy_coef * bonus[i], sums[kEntropy] += bonus[i];
-                gradient[i] = w[i] * term.slope;
-                sums[kLoss] += w[i] * term.value;
-                sums[kLow] += term.low, sums[kHigh] += term.high, sums[kDual] += term.too_far, sums[kClamped] += fabsf(d) > 20.0f;
+                if (entropy != nullptr) term -= c.entropy_coef * bonus[i], sums[kEntropy] += bonus[i];
+                gradient[i] = w[i] * slope;
+                sums[kLoss] += w[i] * term;
+                sums[kLow] += found.low, sums[kHigh] += found.high, sums[kDual] += found.too_far, sums[kClamped] += beyond;
                 sums[kK1] -= d;
                 sums[kK2] += d * d * 0.5f;
                 sums[kK3] += excess;
@@ -172,13 +127,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) policy_value_loss(
                 if (w[i] == 0.0f) continue;
                 float error = value[i] - wanted[i], square = error * error;
                 if (old_values != nullptr) {
-                    const float top = old[i] + value_clip, bottom = old[i] - value_clip;
+                    const float top = old[i] + c.value_clip, bottom = old[i] - c.value_clip;
                     const float bounded = (value[i] > top ? top : value[i] < bottom ? bottom : value[i]) - wanted[i];
                     const bool clipped = (value[i] > top || value[i] < bottom) && bounded * bounded > square;
                     sums[kValueClipped] += clipped;
                     if (clipped) square = bounded * bounded, error = 0.0f;
                 }
-                gradient[i] = value_coef * w[i] * error;
+                gradient[i] = c.value_coef * w[i] * error;
                 target[group * 4 + i] = wanted[i], residual[group * 4 + i] = wanted[i] - value[i];
                 sums[kValueLoss] += w[i] * (0.5f * square);
                 sums[kValue] += value[i];

@@ -1,6 +1,6 @@
 // sample: one block a row draws a token by inverse CDF; a second launch lists the kept ids where they are asked for.
 //
-// The mathematics and numerics are those of kernels/sampling.py. A warp owns a segment of consecutive tokens and reads it with an online maximum of each
+// The mathematics and numerics are those of kernels/sampling/. A warp owns a segment of consecutive tokens and reads it with an online maximum of each
 // lane, so that the one read of a row needs no barrier; the draw picks a segment by its sum and reads that segment again. Truncation has no sort: the key
 // of the last token kept is searched for by its bits, two a pass, from sums over what lies at or above three keys; a pass that leaves one token to decide
 // on is the last. Which thread takes a token depends on its id alone, and sums have a fixed order: a row's bits do not depend on where it lies.

@@ -198,6 +198,12 @@ class PackedBatch:
         later sequence receives the last value of the sequence before it."""
         return torch.cat([x_N.new_zeros(min(1, x_N.shape[0])), x_N[:-1]])
 
+    @staticmethod
+    def to_previous(x_N: Tensor) -> Tensor:
+        """Move what belongs to slot t to slot t - 1, whose hidden state speaks of it; the last slot becomes 0. Of columns that are 0 at first slots nothing
+        crosses a boundary. Differentiable."""
+        return torch.cat([x_N[1:], x_N.new_zeros(min(1, x_N.shape[0]))])
+
     # ---- parts ----------------------------------------------------------------------------------------------------------
     def with_columns(self, **columns: Tensor) -> PackedBatch:
         """The same batch with these columns set."""

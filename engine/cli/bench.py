@@ -77,7 +77,7 @@ def _bench_kernels(options: argparse.Namespace) -> None:
 
     root = Path(__file__).resolve().parents[2]
     contests = {path.stem.removeprefix("bench_"): str(path) for path in sorted((root / "bench").glob("bench_*.py"))}
-    ops = {name: path for name, path in contests.items() if (root / "kernels" / f"{name}.py").is_file()}
+    ops = {name: path for name, path in contests.items() if (root / "kernels" / f"{name}.py").is_file() or (root / "kernels" / name).is_dir()}
     if not ops:
         raise SetupError("bench kernels: the contests of the ops are in bench/ of a source tree, and this installation has none; clone the repository")
     if unknown := [name for name in options.op if name not in ops]:

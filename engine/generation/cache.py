@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.base.memory import advise_huge_pages
-from fusedrl.kernels.decode_step import DecoderWeights, allocate_cache
+from fusedrl.engine.model.step import DecoderWeights, allocate_cache
 
 _FRACTION = {"cuda": 0.5, "cpu": 0.25}  # of the free device memory, of the host's memory
 

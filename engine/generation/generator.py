@@ -30,8 +30,8 @@ from fusedrl.engine.generation.state import DecodeState, Tokens, advance
 from fusedrl.engine.generation.turns import Turns
 from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.heads import ValueHead
+from fusedrl.engine.model.step import weight_dtypes
 from fusedrl.engine.model.watch import Depth, Watch
-from fusedrl.kernels.decode_step import weight_dtypes
 
 _WINDOW, _CPU_WINDOW = 8, 16  # steps between two looks of the host; a CPU's end early
 _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind

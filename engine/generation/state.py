@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fusedrl.engine.generation.cache import KVCache
 from fusedrl.engine.model.heads import ValueHead
+from fusedrl.engine.model.step import DecoderWeights, decode_step
 from fusedrl.engine.model.strict import strict_logits, strict_row_logprob, strict_step
 from fusedrl.kernels.advance_rows import advance_rows_
-from fusedrl.kernels.decode_step import DecoderWeights, copy_blocks, decode_step
+from fusedrl.kernels.kv_cache import copy_blocks
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.sampling import Sampled, sample
 

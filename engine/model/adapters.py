@@ -20,10 +20,9 @@ from torch.autograd.function import once_differentiable
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.families import ModelConfig
+from fusedrl.engine.model.layer import DOWN, GATE_UP, OUT, QKV, add_adapter_
 from fusedrl.engine.model.wide import input_grad, kept, linear, product, weight_grad
-from fusedrl.kernels.decode_step import add_adapter_
 
-QKV, OUT, GATE_UP, DOWN = range(4)  # the products of a layer, numbered as in decode_step
 _NAMES = ("qkv", "o", "gate_up", "down")
 
 

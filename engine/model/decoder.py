@@ -14,17 +14,16 @@ from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusedrl.engine.config import LoRAConfig
-from fusedrl.engine.model.adapters import DOWN, GATE_UP, OUT, QKV, LayerAdapter, adapted_linear
+from fusedrl.engine.model.adapters import LayerAdapter, adapted_linear
 from fusedrl.engine.model.families import ModelConfig
-from fusedrl.engine.model.wide import activated, attend, embed
-from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, activation_dtype, cache_dtype, head_norm, partial_rope
-from fusedrl.kernels.rms_norm import rms_norm
-from fusedrl.kernels.rope import RopeTable, rope
+from fusedrl.engine.model.layer import LayerWeights, Ops, Options, layer
+from fusedrl.engine.model.step import Adapter, DecoderWeights, activation_dtype, cache_dtype
+from fusedrl.engine.model.wide import activated, attend, embed, linear
+from fusedrl.kernels.rope import RopeTable
 
 _off: ContextVar[frozenset[int]] = ContextVar("decoders whose adapter is off in this thread", default=frozenset())
 
@@ -36,19 +35,29 @@ def own_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _norm(x: Tensor, weight: Tensor, config: ModelConfig, bias: Tensor | None = None) -> Tensor:
-    if bias is not None:
-        return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), config.norm_eps)
-    return rms_norm(x, weight.to(x.dtype), eps=config.norm_eps, offset=config.norm_offset)
+class _Training(Ops):
+    """The operations over packed sequences, differentiable; between bfloat16 parameters as wide.py says."""
 
+    def __init__(self, decoder: Decoder, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> None:
+        c, self.dtype = decoder.config, decoder.activation_dtype
+        angles = decoder._rope_table.at(positions_N, max_length, self.dtype)
+        super().__init__((c.num_heads, c.num_kv_heads, c.head_dim), c.norm_eps, decoder._options, angles)
+        self.cu_seqlens_B1, self.max_length, self.cache_dtype = cu_seqlens_B1, max_length, decoder.cache_dtype
+        self.adapters = [cast(Layer, each).lora for each in decoder.layers] if decoder.adapter_enabled else None
 
-def _add_norm(delta_NH: Tensor, residual_NH: Tensor | None, weight: Tensor | None, config: ModelConfig, bias: Tensor | None = None
-              ) -> tuple[Tensor, Tensor]:
-    """(norm of the sum, the sum), or the sum twice without a weight; before the first layer there is nothing to add to."""
-    if weight is None or residual_NH is None or bias is not None:
-        sum_NH = delta_NH if residual_NH is None else delta_NH + residual_NH
-        return sum_NH if weight is None else _norm(sum_NH, weight, config, bias), sum_NH
-    return rms_norm(delta_NH, weight.to(delta_NH.dtype), eps=config.norm_eps, residual=residual_NH, offset=config.norm_offset)
+    def rows(self, ids_N: Tensor, table: Tensor) -> Tensor:
+        return embed(ids_N, table, self.dtype)
+
+    def linear(self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias) if self.adapters is None else adapted_linear(self.adapters[index], product, x, weight, bias)
+
+    def attention(self, index: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
+        q, k, v = self.heads(weights, qkv)
+        return attend(q, k, v, self.cu_seqlens_B1, self.cache_dtype, max_length=self.max_length, window=weights.window or None,
+                      softcap=self.options.attention_softcap, scale=self.options.attention_scale)
+
+    def activate(self, weights: LayerWeights, up: Tensor) -> Tensor:
+        return activated(up, self.options.activation, gated=weights.gated, wide=up.dtype != weights.gate_up.dtype)
 
 
 class Layer(nn.Module):
@@ -105,34 +114,12 @@ class Layer(nn.Module):
         self.register_parameter("post_norm_bias", optional(c.layer_norm, c.hidden_size))
         self.register_module("lora", None)
 
-    def forward(self, delta_NH: Tensor, residual_NH: Tensor | None, angles: list[tuple[Tensor, Tensor]], cu_seqlens_B1: Tensor,
-                max_length: int, adapted: bool = True) -> tuple[Tensor, Tensor]:
-        """(what the layer adds, the residual stream to add it to); the addition is the next norm's. Likewise the first two arguments."""
-        c, lora = self.config, self.lora if adapted else None
-        h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.input_norm, c, self.input_norm_bias)
-        qkv = adapted_linear(lora, QKV, h_NH, self.qkv_proj, self.qkv_bias).view(h_NH.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = (head_norm(x, weight, lambda x, weight: _norm(x, weight, c)) for x, weight in ((q, self.q_norm), (k, self.k_norm)))
-        if self.rope >= 0:
-            q, k = partial_rope(q, k, *angles[self.rope], rope)
-        o = attend(q, k, v, cu_seqlens_B1, cache_dtype(self.qkv_proj.dtype, q.device), max_length=max_length, window=self.window or None,
-                   softcap=c.attention_softcap, scale=c.attention_scale)
-        delta_NH = adapted_linear(lora, OUT, o.flatten(1), self.o_proj, self.o_bias)
-        delta_NH = delta_NH if self.attention_out_norm is None else _norm(delta_NH, self.attention_out_norm, c)
-        attended_NH = delta_NH
-        if c.parallel:
-            h_NH, _ = _add_norm(residual_NH, None, self.post_norm, c, self.post_norm_bias)
-        else:
-            h_NH, residual_NH = _add_norm(delta_NH, residual_NH, self.post_norm, c, self.post_norm_bias)
-        up = adapted_linear(lora, GATE_UP, h_NH, self.gate_up_proj, self.gate_up_bias)
-        h_NF = activated(up, c.activation, gated=c.gated, wide=up.dtype != self.gate_up_proj.dtype)
-        delta_NH = adapted_linear(lora, DOWN, h_NF, self.down_proj, self.down_bias)
-        delta_NH = delta_NH + attended_NH if c.parallel else delta_NH
-        return delta_NH if self.mlp_out_norm is None else _norm(delta_NH, self.mlp_out_norm, c), residual_NH
+    def forward(self, ops: Ops, index: int, delta_NH: Tensor, stream_NH: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run `layer` with these parameters, as the decoder's layer `index`: (what it adds, the stream to add it to), of the same two before it."""
+        return layer(ops, index, self.weights(), delta_NH, stream_NH)
 
     def weights(self) -> LayerWeights:
-        """The parameters as the native ops take them."""
+        """The parameters as `layer` and the native step take them."""
         return LayerWeights(self.input_norm, self.qkv_proj, self.qkv_bias, self.q_norm, self.k_norm, self.o_proj, self.o_bias, self.post_norm,
                             self.gate_up_proj, self.gate_up_bias, self.down_proj, self.down_bias, self.window, self.attention_out_norm, self.mlp_out_norm,
                             self.rope, self.input_norm_bias, self.post_norm_bias)
@@ -185,7 +172,8 @@ class Decoder(nn.Module):
         # Not a buffer: `.to(torch.bfloat16)` would round the angles.
         frequencies = [self.config.inv_freq, *([self.config.local_inv_freq] if self.config.local_inv_freq else [])]
         self._rope_table = RopeTable(frequencies, self.config.rope_scale, device=self.embedding.device)
-        self._embedding_scale = torch.tensor(self.config.embedding_scale).to(self.dtype).item()
+        c, scale = self.config, torch.tensor(self.config.embedding_scale).to(self.dtype).item()
+        self._options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, scale, c.norm_offset, c.activation, c.parallel)
         self._weights: DecoderWeights | None = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Decoder:
@@ -229,22 +217,17 @@ class Decoder(nn.Module):
             return self._hidden(token_ids_N, positions_N, cu_seqlens_B1, max_length)
 
     def _hidden(self, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> Tensor:
-        dtype = self.activation_dtype
-        x_NH, residual_NH = embed(token_ids_N, self.embedding, dtype), None
-        if self._embedding_scale != 1.0:
-            x_NH = x_NH * self._embedding_scale
-        if self.position_embedding is not None:
-            if max_length > len(self.position_embedding):
-                raise ValueError(f"expected sequences of at most {len(self.position_embedding)} tokens, the positions that the model has learned, got one of "
-                                 f"{max_length}; shorten it")
-            x_NH = x_NH + embed(positions_N, self.position_embedding, dtype)
-        angles = self._rope_table.at(positions_N, max_length, dtype)
+        if self.position_embedding is not None and max_length > len(self.position_embedding):
+            raise ValueError(f"expected sequences of at most {len(self.position_embedding)} tokens, the positions that the model has learned, got one of "
+                             f"{max_length}; shorten it")
+        ops = _Training(self, positions_N, cu_seqlens_B1, max_length)
+        delta_NH, stream_NH = ops.embed(token_ids_N, positions_N, self.embedding, self.position_embedding), None
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        for layer in self.layers:
-            arguments = (x_NH, residual_NH, angles, cu_seqlens_B1, max_length, self._adapted)
+        for index, each in enumerate(self.layers):
+            arguments = (ops, index, delta_NH, stream_NH)
             # Nothing in a layer draws, so there is no generator's state to keep.
-            x_NH, residual_NH = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*arguments)
-        return _add_norm(x_NH, residual_NH, self.norm, self.config, self.norm_bias)[0].to(self.dtype)
+            delta_NH, stream_NH = checkpoint(each, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else each(*arguments)
+        return ops.end(delta_NH, stream_NH, self.norm, self.norm_bias).to(self.dtype)
 
     # ---- the adapter ----------------------------------------------------------------------------------------------------------
     @property
@@ -283,9 +266,8 @@ class Decoder(nn.Module):
         if self._weights is None:
             c = self.config
             layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]
-            options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, self._embedding_scale, c.norm_offset, c.activation, c.parallel)
             self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._rope_table, c.num_heads, c.num_kv_heads,
-                                           c.head_dim, c.norm_eps, options, self.position_embedding, self.norm_bias, self._adapter())
+                                           c.head_dim, c.norm_eps, self._options, self.position_embedding, self.norm_bias, self._adapter())
         return self._weights if (self._adapted if adapted is None else adapted) else self._weights._replace(adapter=None)
 
     def _adapter(self) -> Adapter | None:

@@ -167,61 +167,97 @@ def model_config(source: str | Path | Mapping[str, Any], generation: Mapping[str
     return _parse(read_json(path), read_json(beside) if beside.is_file() else None, str(path))
 
 
-def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: str) -> ModelConfig:
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{where}: unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}")
-    family = FAMILIES[model_type]
+class _Keys:
+    """What a config.json says, and what its family assumes where it is silent. `where`: its name in messages."""
 
-    def theirs(key: str) -> str:
-        return family.keys.get(key, key)
+    def __init__(self, raw: dict[str, Any], family: Family, where: str) -> None:
+        self.raw, self.family, self.where = raw, family, where
 
-    def get(key: str, default: Any = None) -> Any:
-        return raw[theirs(key)] if theirs(key) in raw else family.defaults.get(key, default)
+    def theirs(self, key: str) -> str:
+        """What the family calls a key."""
+        return self.family.keys.get(key, key)
 
-    def size(key: str, default: Any = None) -> int:
-        value = default if (found := get(key)) is None else found
+    def get(self, key: str, default: Any = None) -> Any:
+        found = self.theirs(key)
+        return self.raw[found] if found in self.raw else self.family.defaults.get(key, default)
+
+    def size(self, key: str, default: Any = None) -> int:
+        value = default if (found := self.get(key)) is None else found
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: expected a positive whole number for {theirs(key)!r}, got {value!r}")
+            raise ValueError(f"{self.where}: expected a positive whole number for {self.theirs(key)!r}, got {value!r}")
         return value
 
-    def flag(rule: bool | str) -> bool:
-        return bool(get(rule, False)) if isinstance(rule, str) else rule
+    def flag(self, rule: bool | str) -> bool:
+        """A rule of the family, or what the key of that name says."""
+        return bool(self.get(rule, False)) if isinstance(rule, str) else rule
 
-    def number(key: str) -> float | None:
-        value = get(key)
+    def number(self, key: str) -> float | None:
+        value = self.get(key)
         if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
-            raise ValueError(f"{where}: expected a number above 0 for {key!r}, got {value!r}")
+            raise ValueError(f"{self.where}: expected a number above 0 for {key!r}, got {value!r}")
         return None if value is None else float(value)
 
-    if (activation := get("hidden_act") or family.activations[0]) not in family.activations:
-        raise ValueError(f"{where}: expected {theirs('hidden_act')} {family.activations[0]!r}, got {activation!r}; no other activation is implemented for "
-                         f"{family.name}")
+
+def _activation(keys: _Keys) -> str:
+    """The activation as kernels call it. Raises ValueError for another one, and for whatever else the decoder does not have."""
+    family, where = keys.family, keys.where
+    if (activation := keys.get("hidden_act") or family.activations[0]) not in family.activations:
+        raise ValueError(f"{where}: expected {keys.theirs('hidden_act')} {family.activations[0]!r}, got {activation!r}; no other activation is "
+                         f"implemented for {family.name}")
     for key, why in _REFUSED.items():
-        if get(key):
+        if keys.get(key):
             raise ValueError(f"{where}: {key} is not implemented: {why}")
-    if model_type == "gemma3_text" and get("attn_logit_softcapping") is not None:
+    if family is FAMILIES["gemma3_text"] and keys.get("attn_logit_softcapping") is not None:
         raise ValueError(f"{where}: attn_logit_softcapping is not implemented for Gemma 3 (transformers' ignores it); set it to null")
-    if get("quantization_config") is not None:
+    if keys.get("quantization_config") is not None:
         raise ValueError(f"{where}: quantised weights (quantization_config) are not supported; use the unquantised model")
-    num_layers, num_heads, hidden_size, max_positions = (
-        size(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"))
-    num_kv_heads = size("num_key_value_heads", num_heads)
+    return _ACTIVATIONS[activation]
+
+
+def _heads(keys: _Keys, hidden_size: int, num_heads: int) -> tuple[int, int]:
+    """(key/value heads, head dim)."""
+    where, num_kv_heads = keys.where, keys.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise ValueError(f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-    if get("head_dim") is None and hidden_size % num_heads:
-        raise ValueError(f"{where}: {theirs('hidden_size')} {hidden_size} is not a multiple of {theirs('num_attention_heads')} {num_heads}, and there is no "
-                         "head_dim")
-    head_dim = size("head_dim", hidden_size // num_heads)
-    if head_dim % 2 and family.rope != "none":
+    if keys.get("head_dim") is None and hidden_size % num_heads:
+        raise ValueError(f"{where}: {keys.theirs('hidden_size')} {hidden_size} is not a multiple of {keys.theirs('num_attention_heads')} {num_heads}, and "
+                         "there is no head_dim")
+    head_dim = keys.size("head_dim", hidden_size // num_heads)
+    if head_dim % 2 and keys.family.rope != "none":
         raise ValueError(f"{where}: expected an even head_dim (rotary embeddings turn pairs), got {head_dim}")
+    return num_kv_heads, head_dim
+
+
+def _positions(keys: _Keys, num_layers: int, head_dim: int, max_positions: int) -> dict[str, Any]:
+    """The fields that say what each layer sees, and how it tells positions."""
+    family, get, where = keys.family, keys.get, keys.where
     ropes = _ropes(family, get, num_layers, where)
     kinds = _layer_kinds(family, get, num_layers, ropes, where)
     if family.rope == "two":
         ropes = tuple(int(kind == "sliding_attention") for kind in kinds)
     inv_freq, rope_scale, local_inv_freq = _rotations(family, get, head_dim, max_positions, where)
-    generation = raw_generation or {}
-    bos, pad = (raw_id if (raw_id := get(key)) is not None else generation.get(key) for key in ("bos_token_id", "pad_token_id"))
+    return {"windows": _windows(family, get, kinds, where), "ropes": ropes, "inv_freq": inv_freq, "local_inv_freq": local_inv_freq,
+            "rope_scale": rope_scale}
+
+
+def _special_ids(keys: _Keys, generation: dict[str, Any]) -> dict[str, Any]:
+    """The fields of token ids that mean something, of config.json and generation_config.json together."""
+    bos, pad = (found if (found := keys.get(key)) is not None else generation.get(key) for key in ("bos_token_id", "pad_token_id"))
+    return {"bos_token_id": bos[0] if isinstance(bos, list) else bos, "pad_token_id": pad,
+            "eos_token_ids": tuple(dict.fromkeys([*_ids(keys.get("eos_token_id")), *_ids(generation.get("eos_token_id"))]))}
+
+
+def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: str) -> ModelConfig:
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{where}: unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    keys = _Keys(raw, family, where)
+    get, size, flag, number = keys.get, keys.size, keys.flag, keys.number
+    activation = _activation(keys)
+    num_layers, num_heads, hidden_size, max_positions = (
+        size(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"))
+    num_kv_heads, head_dim = _heads(keys, hidden_size, num_heads)
     return ModelConfig(
         model_type=model_type,
         vocab_size=size("vocab_size"),
@@ -241,23 +277,17 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         norms=family.norms,
         norm_offset=float(family.gemma),
         layer_norm=family.layer_norm,
-        windows=_windows(family, get, kinds, where),
-        inv_freq=inv_freq,
-        local_inv_freq=local_inv_freq,
-        ropes=ropes,
-        rope_scale=rope_scale,
         attention_scale=((number("query_pre_attn_scalar") if family.gemma else None) or head_dim) ** -0.5 if get("scale_attn_weights", True) else 1.0,
         attention_softcap=number("attn_logit_softcapping") if family.gemma else None,
         logit_softcap=number("final_logit_softcapping") if family.gemma else None,
         embedding_scale=hidden_size**0.5 if family.gemma else 1.0,
-        activation=_ACTIVATIONS[activation],
+        activation=activation,
         gated=family.gated,
         parallel=flag(family.parallel),
         learned_positions=family.rope == "none",
         initializer_range=float(get("initializer_range", 0.02)),
-        bos_token_id=bos[0] if isinstance(bos, list) else bos,
-        eos_token_ids=tuple(dict.fromkeys([*_ids(get("eos_token_id")), *_ids(generation.get("eos_token_id"))])),
-        pad_token_id=pad,
+        **_positions(keys, num_layers, head_dim, max_positions),
+        **_special_ids(keys, raw_generation or {}),
         raw=raw,
         raw_generation=raw_generation,
     )

@@ -57,6 +57,29 @@ def _with_its_frequencies(module: nn.Module, config: ModelConfig) -> ModelConfig
     return replace(config, **found)
 
 
+def _check_plain(module: nn.Module, decoder: Decoder) -> None:
+    """Raise ValueError, with a list, unless a model has the parameters of the decoder and computes as transformers' plain one."""
+    import transformers
+
+    config, parameters = decoder.config, dict(module.named_parameters())
+    wanted = hf_views(decoder)
+    if reordered := [name for name, view in wanted.items() if view.ndim > 2]:
+        raise ValueError(f"from_module: {config.family.name} orders the rows of {reordered[0]} as no view of the fused projection can; load its directory with "
+                         "from_pretrained, and train the actor's own parameters")
+    problems = [f"missing: {name}" for name in wanted if name not in parameters] + [f"unexpected: {name}" for name in parameters if name not in wanted]
+    problems += [f"shape of {name}: expected {list(view.shape)}, got {list(parameters[name].shape)}" for name, view in wanted.items()
+                 if name in parameters and parameters[name].shape != view.shape]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        adapted = " (it has a PEFT adapter: merge it first, merge_and_unload, or train fusedrl's own adapters, actor.add_adapter)"
+        raise ValueError(f"from_module: the parameters are not those of a plain {config.family.name} language model"
+                         f"{adapted if any('lora_' in name for name in parameters) else ''}:\n  {shown}")
+    if problems := unlike(module, plain(getattr(transformers, config.family.language_model.format(config.family.name)), module.config)):
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ValueError(f"from_module: the model does not compute as transformers' {config.family.name} of its configuration, which is what the actor "
+                         f"computes:\n  {shown}\n  undo it, or set it in the configuration, save the model, and load that")
+
+
 def share(module: nn.Module) -> Decoder:
     """A decoder for a transformers causal language model, on storage that both use from now on.
 
@@ -75,25 +98,8 @@ def share(module: nn.Module) -> Decoder:
     if device.type == "meta" or any(type(p.data) is not Tensor for p in parameters.values()):
         raise TypeError("from_module: expected ordinary tensors in memory; shard, quantise or off-load after from_module, or not at all")
     parsed = _with_its_frequencies(module, parsed)
-    import transformers
-
     decoder = Decoder(parsed, dtype=dtype, device="meta")
-    wanted = hf_views(decoder)
-    if reordered := [name for name, view in wanted.items() if view.ndim > 2]:
-        raise ValueError(f"from_module: {parsed.family.name} orders the rows of {reordered[0]} as no view of the fused projection can; load its directory with "
-                         "from_pretrained, and train the actor's own parameters")
-    problems = [f"missing: {name}" for name in wanted if name not in parameters] + [f"unexpected: {name}" for name in parameters if name not in wanted]
-    problems += [f"shape of {name}: expected {list(view.shape)}, got {list(parameters[name].shape)}" for name, view in wanted.items()
-                 if name in parameters and parameters[name].shape != view.shape]
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        adapted = " (it has a PEFT adapter: merge it first, merge_and_unload, or train fusedrl's own adapters, actor.add_adapter)"
-        raise ValueError(f"from_module: the parameters are not those of a plain {parsed.family.name} language model"
-                         f"{adapted if any('lora_' in name for name in parameters) else ''}:\n  {shown}")
-    if problems := unlike(module, plain(getattr(transformers, parsed.family.language_model.format(parsed.family.name)), module.config)):
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"from_module: the model does not compute as transformers' {parsed.family.name} of its configuration, which is what the actor "
-                         f"computes:\n  {shown}\n  undo it, or set it in the configuration, save the model, and load that")
+    _check_plain(module, decoder)
     moved: set[str] = set()
     for part in (decoder, *decoder.layers):
         part.to_empty(device=device, recurse=part is not decoder)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.kernels.decode_step import DecoderWeights, allocate_cache, decode_step, on_tensor_cores
-from fusedrl.kernels.dispatch import unavailable
+from fusedrl.engine.model.step import DecoderWeights, allocate_cache, decode_step, on_tensor_cores
 from fusedrl.kernels.fixed_linear import fixed_linear
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.logprob import logprob
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 _WORKSPACE = 64 << 20  # bytes of logits held at a time
 

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fusedrl.engine.model.step import on_tensor_cores
 from fusedrl.kernels import linear_head
 from fusedrl.kernels.attention import varlen_attention
-from fusedrl.kernels.decode_step import on_tensor_cores
 from fusedrl.kernels.split_linear import split_linear
 from fusedrl.kernels.swiglu import activate
 

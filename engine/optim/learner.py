@@ -58,8 +58,7 @@ class Learner:
 
             with learner.update(step, steps) as update:
                 for micro in batch.micro_batches(tokens):
-                    logp, _ = actor.logprobs(micro, actor.forward(micro))
-                    update.backward(-logp.sum() / tokens)
+                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / count))
 
         Raises:
             RuntimeError: five updates in a row had a gradient that is not finite, or no parameter has a gradient.

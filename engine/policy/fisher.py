@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.packing import IGNORE, PackedBatch
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.kernels.dispatch import use_impl
 from fusedrl.kernels.linear_full_kl import linear_full_kl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 _WORKSPACE = 64 << 20  # bytes of logits held at a time, in four tensors
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.policy.objectives import correction_metrics
-from fusedrl.kernels.faults import raise_faults
 from fusedrl.kernels.gae import shaped_gae
 from fusedrl.kernels.policy_loss import PolicyStats, ValueStats
+from fusedrl.kernels.runtime.faults import raise_faults
 
 
 def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[str, float]:

@@ -4,7 +4,7 @@
 
 correction_t makes up for a sampler that is not the trainer (CorrectionConfig); it is 1 without one. A registered objective gives the policy terms:
 f(logp_N, old_logp_N, advantages_N, batch) -> [N], differentiable in logp_N; correction, weights, KL, entropy and statistics are added around it.
-The built-in ones are fused (kernels/policy_loss.py), but for `SequenceRatio`.
+The built-in ones are fused (kernels/policy_loss/), but for `SequenceRatio`.
 """
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import CorrectionConfig, PolicyConfig
 from fusedrl.engine.config.algorithms import BOUNDS, OBJECTIVES, resolve
 from fusedrl.kernels.objective import MAX_LOG_RATIO, RolloutCorrection, rollout_weights, sequence_sum
-from fusedrl.kernels.policy_loss import PolicyObjective, PolicyStats, ValueStats, policy_loss, policy_value_loss, token_weights
+from fusedrl.kernels.policy_loss import PolicyObjective, PolicyStats, ValueStats, policy_loss, policy_value_loss, token_weights, value_loss
 
 ObjectiveFunction = Callable[[Tensor, Tensor, Tensor, PackedBatch], Tensor]
 Objective = PolicyObjective | ObjectiveFunction
@@ -111,12 +112,12 @@ def rollout_correction(config: CorrectionConfig) -> RolloutCorrection | None:
     return None if config.kind == "none" else RolloutCorrection(config.kind, config.level, cap=config.high, floor=config.floor)
 
 
-def behaviour(config: CorrectionConfig, batch: PackedBatch, logp_N: Tensor) -> tuple[PackedBatch, Tensor | None]:
+def behaviour(config: CorrectionConfig, batch: PackedBatch, logp_N: Tensor | None) -> tuple[PackedBatch, Tensor | None]:
     """The batch as its sampler is to be judged: old_logp is rollout_logp where it is bypassed, and advantages are 0 at all tokens with a negative one of
-    completions that the policy, logp_N, has left by more than off_policy_delta. Beside it how many tokens those are, or None."""
+    completions that the policy, logp_N, has left by more than off_policy_delta (needed for that alone). Beside it how many tokens those are, or None."""
     if config.bypass:
         batch = batch.with_columns(old_logp=batch.column("rollout_logp"))
-    if config.off_policy_delta is None:
+    if config.off_policy_delta is None or logp_N is None:
         return batch, None
     mask_N, cu, advantages_N = batch.action_mask, batch.cu_seqlens, batch.column("advantages")
     apart_N = sequence_sum(torch.where(mask_N, batch.column("rollout_logp") - logp_N.detach(), 0), cu) / sequence_sum(mask_N, cu).clamp(min=1)
@@ -180,6 +181,75 @@ class ValueScale(NamedTuple):
         return cls(clip, max(unit, float(errors_A.square().mean().sqrt())) if len(errors_A) else unit)
 
 
+def two_steps(config: PolicyConfig, objective: Objective, *, strict: bool, scored: bool) -> str | None:
+    """Why log-probabilities are needed by themselves before there is a loss (`objective_loss`); None: the loss comes out of the head (`head_loss`).
+
+    scored: old_logp is known before the update.
+    """
+    reasons = {
+        "a strict actor computes the head as its sampler does": strict,
+        f"the objective {config.objective} is a function of log-probabilities": not isinstance(objective, PolicyObjective),
+        "kl.through_ratio is a function of log-probabilities": config.kl.through_ratio,
+        "correction.off_policy_delta asks how far completions have been left": config.correction.off_policy_delta is not None,
+        "old log-probabilities are this pass's own, and the loss needs them before": not scored and (
+            config.correction.kind != "none" or (isinstance(objective, PolicyObjective) and objective.by_sequence)),
+    }
+    return next((why for why, holds in reasons.items() if holds), None)
+
+
+def _terms(config: PolicyConfig, kl_coef: float, batch: PackedBatch, entropy_coef: float | None) -> dict[str, Any]:
+    """The keywords of the policy losses that say what stands beside the objective."""
+    kl, correction = config.kl, rollout_correction(config.correction)
+    penalised = kl.placement == "loss" and kl_coef > 0 and kl.estimator != "full" and not kl.through_ratio
+    terms: dict[str, Any] = {
+        "entropy_coef": config.loss.entropy_coef if entropy_coef is None else entropy_coef, "ref_logp": batch.column("ref_logp") if penalised else None,
+        "kl_coef": kl_coef if penalised else 0.0, "kl_estimator": kl.estimator if penalised else "k3",
+        "kl_level": "sequence" if penalised and kl.level == "sequence" else "token",
+    }
+    if correction is not None:
+        terms |= {"rollout_logp": batch.column("rollout_logp"), "rollout_correction": correction}
+    return terms
+
+
+def _value_coef(config: PolicyConfig, value: ValueScale) -> float:
+    return config.loss.value_coef / value.error ** (2 if config.loss.whiten else 1)
+
+
+def _with(total: Tensor, stats: PolicyStats, weights_N: Tensor, terms_N: list[Tensor]) -> tuple[Tensor, PolicyStats]:
+    """The loss with more terms of its tokens."""
+    for term_N in terms_N:
+        added = (weights_N * torch.where(weights_N != 0, term_N, 0)).sum()
+        total, stats = total + added, stats._replace(loss=stats.loss + added.detach())
+    return total, stats
+
+
+class HeadLoss(NamedTuple):
+    """What `head_loss` returns."""
+
+    loss: Tensor  # 0-d, differentiable
+    policy: PolicyStats
+    value: ValueStats | None
+    logp: Tensor  # [N] float32, a constant, as the entropy
+    entropy: Tensor
+
+
+def head_loss(config: PolicyConfig, objective: PolicyObjective, kl_coef: float, batch: PackedBatch, actor: HybridActor, hidden_NH: Tensor,
+              values_N: Tensor | None, full_kl_N: Tensor | None = None, *, entropy_coef: float | None = None, value: ValueScale | None = None) -> HeadLoss:
+    """`objective_loss` of what the actor's head says of these hidden states, in one pass over it: where `two_steps` has nothing against it.
+
+    Args: those of `objective_loss`. old_logp may be missing; the ratio is then exactly 1.
+    """
+    old_N, weights_N, value = batch.old_logp, batch.column("weights"), value or ValueScale(config.loss.value_clip, 1.0)
+    found = actor.policy_loss(batch, hidden_NH, weights_N, batch.column("advantages"), old_logp=old_N, temperature=config.generation.temperature,
+                              objective=objective, **_terms(config, kl_coef, batch, entropy_coef))
+    total, value_stats = found.loss, None
+    if values_N is not None:
+        part, value_stats = value_loss(values_N, batch.column("values"), batch.column("returns"), weights_N, clip=value.clip)
+        total = total + _value_coef(config, value) * part
+    total, stats = _with(total, found.stats, weights_N, [] if full_kl_N is None else [kl_coef * full_kl_N])
+    return HeadLoss(total, stats, value_stats, found.logp, found.entropy)
+
+
 def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, batch: PackedBatch, logp_N: Tensor, entropy_N: Tensor | None,
                    values_N: Tensor | None, full_kl_N: Tensor | None = None, *,
                    entropy_coef: float | None = None, value: ValueScale | None = None) -> tuple[Tensor, PolicyStats, ValueStats | None]:
@@ -190,30 +260,20 @@ def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, b
         logp_N, entropy_N, values_N: of the policy and critic that are trained. full_kl_N: KL(policy || reference) at each token, for kl.estimator = full.
         entropy_coef: in place of the configuration's, as `entropy_coefficient` gives it. value: what values count in; None: rewards.
     """
-    loss, kl = config.loss, config.kl
-    old_N, advantages_N, weights_N = batch.column("old_logp"), batch.column("advantages"), batch.column("weights")
-    in_loss = kl.placement == "loss" and kl_coef > 0
-    penalised = in_loss and kl.estimator != "full" and not kl.through_ratio
-    correction = rollout_correction(config.correction)
+    kl, old_N, advantages_N, weights_N = config.kl, batch.column("old_logp"), batch.column("advantages"), batch.column("weights")
     fused = isinstance(objective, PolicyObjective)
-    entropy_coef = loss.entropy_coef if entropy_coef is None else entropy_coef
-    common: dict[str, Any] = {
-        "objective": objective if fused else _NONE, "entropy": entropy_N, "entropy_coef": entropy_coef, "cu_seqlens": batch.cu_seqlens,
-        "ref_logp": batch.column("ref_logp") if penalised else None, "kl_coef": kl_coef if penalised else 0.0,
-        "kl_estimator": kl.estimator if penalised else "k3", "kl_level": "sequence" if penalised and kl.level == "sequence" else "token",
-    }
-    if correction is not None:
-        common |= {"rollout_logp": batch.column("rollout_logp"), "rollout_correction": correction}
-    value_stats, value = None, value or ValueScale(loss.value_clip, 1.0)
+    common = _terms(config, kl_coef, batch, entropy_coef) | {
+        "objective": objective if fused else _NONE, "entropy": entropy_N, "cu_seqlens": batch.cu_seqlens}
+    value_stats, value = None, value or ValueScale(config.loss.value_clip, 1.0)
     if values_N is None:
         total, stats = policy_loss(logp_N, old_N, advantages_N if fused else torch.zeros_like(advantages_N), weights_N, **common)
     else:
         total, stats, value_stats = policy_value_loss(
             logp_N, old_N, advantages_N if fused else torch.zeros_like(advantages_N), weights_N, values_N, batch.column("values"), batch.column("returns"),
-            value_clip=value.clip, value_coef=loss.value_coef / value.error ** (2 if loss.whiten else 1), **common)
+            value_clip=value.clip, value_coef=_value_coef(config, value), **common)
     terms_N: list[Tensor] = []
     if not isinstance(objective, PolicyObjective):
-        live_N = weights_N != 0
+        live_N, correction = weights_N != 0, common.get("rollout_correction")
         term_N = objective(torch.where(live_N, logp_N, 0), torch.where(live_N, old_N, 0), torch.where(live_N, advantages_N, 0), batch)
         if term_N.shape != logp_N.shape:
             raise ValueError(f"objective {config.objective}: expected [{len(logp_N)}] terms, one per token, got {list(term_N.shape)}")
@@ -221,9 +281,6 @@ def objective_loss(config: PolicyConfig, objective: Objective, kl_coef: float, b
         terms_N.append(w_N * term_N)
     if full_kl_N is not None:
         terms_N.append(kl_coef * full_kl_N)
-    if in_loss and kl.through_ratio:
+    if kl.placement == "loss" and kl_coef > 0 and kl.through_ratio:
         terms_N.append(kl_coef * ratio_kl(logp_N, old_N, batch.column("ref_logp"), weights_N != 0, kl.estimator))
-    for term_N in terms_N:
-        added = (weights_N * torch.where(weights_N != 0, term_N, 0)).sum()
-        total, stats = total + added, stats._replace(loss=stats.loss + added.detach())
-    return total, stats, value_stats
+    return *_with(total, stats, weights_N, terms_N), value_stats

@@ -22,7 +22,7 @@ from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations
 from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, end_of_text
 from fusedrl.engine.runs.run import Run
-from fusedrl.kernels.faults import raise_faults
+from fusedrl.kernels.runtime.faults import raise_faults
 
 Tokens = tuple[list[int], list[bool]]  # ids, and which of them are to be learnt
 
@@ -64,8 +64,7 @@ class Ptx:
         scale, total = self.config.coef / max(1, int(batch.action_mask.sum())), torch.zeros((), device=batch.device)
         for group in batch.split(self._tokens):
             micro = batch.select(group)
-            logp_N, _ = actor.logprobs(micro, actor.forward(micro))
-            part = -scale * logp_N.sum()  # logp is 0 at what is not learned; the denominator is the whole draw's
+            part = actor.cross_entropy(micro, actor.forward(micro), scale)  # the denominator is the whole draw's
             if backward:
                 part.backward()
             total += part.detach()

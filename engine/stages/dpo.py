@@ -23,7 +23,7 @@ from fusedrl.engine.preference.losses import PairScores, pair_loss, pair_scores
 from fusedrl.engine.preference.pairs import TokenPair, column_of, pack_pairs, read_pairs, sequences_of
 from fusedrl.engine.rollout.reference import Reference, load_reference
 from fusedrl.engine.runs.run import Run, held_out
-from fusedrl.kernels.faults import raise_faults
+from fusedrl.kernels.runtime.faults import raise_faults
 
 Cuts = list[list[int]]  # [micro-batch] -> pairs
 

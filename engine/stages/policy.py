@@ -34,7 +34,16 @@ from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.policy.critic import SeparateCritic, TrainedCritic, critic_of
 from fusedrl.engine.policy.metrics import Meter, measure, value_metrics
-from fusedrl.engine.policy.objectives import ValueScale, behaviour, entropy_coefficient, make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.policy.objectives import (
+    ValueScale,
+    behaviour,
+    entropy_coefficient,
+    head_loss,
+    make_objective,
+    minibatch_weights,
+    objective_loss,
+    two_steps,
+)
 from fusedrl.engine.policy.ptx import Ptx, load_ptx
 from fusedrl.engine.policy.trpo import check_trust_region, trust_region_update
 from fusedrl.engine.rewards.rewards import RewardSet, load_reward
@@ -46,6 +55,7 @@ from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import Monitor
 from fusedrl.engine.watch.plan import cache_for
 from fusedrl.kernels.linear_full_kl import linear_full_kl
+from fusedrl.kernels.objective import PolicyObjective
 from fusedrl.kernels.policy_loss import ValueStats, value_loss
 
 Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
@@ -73,7 +83,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     needs = find_advantage(config.advantage).needs
     if needs == "group" and config.samples_per_prompt == 1:
         raise ConfigError(f"config: expected samples_per_prompt > 1 for the advantage {config.advantage}, which compares the completions of one prompt")
-    make_objective(config, config.penalty.coef)  # a mistake in its name or bounds is told before anything is loaded
+    objective = make_objective(config, config.penalty.coef)  # a mistake in its name or bounds is told before anything is loaded
     if config.critic is not None and needs != "critic":
         raise ConfigError(f"config: expected no critic with the advantage {config.advantage}, which has no use for values; leave critic out")
     check_trust_region(config)
@@ -105,6 +115,9 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         if config.idle_bounds:
             run.message(f"one optimizer step a rollout, so that every ratio is 1: {', '.join(config.idle_bounds)} will never act; raise minibatches or epochs "
                         "where they should")
+        why = two_steps(config, objective, strict=config.strict, scored=scored_first or config.correction.bypass)
+        if why is not None and not trust_region:
+            run.message(f"log-probabilities are computed by themselves before the loss, one product over the head more: {why}")
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, reference, rewards, measured_only, run)
         run.restore(model=learner, control=control, critic=None if critic is None else critic.learner, replay=replay)
@@ -119,7 +132,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             learns = step >= config.critic_warmup
             with run.time("score"):
                 batch = control.scaled(experience.batch)
-                cuts = _cuts(batch, config, step, epoch=0)
+                cuts = cuts_of(batch, config, step, epoch=0)
                 batch = score(actor if scored_first or not learns else None, reference, batch, cuts, config.generation.temperature)
                 if own_critic is not None:
                     batch = batch.with_columns(values=own_critic.score(batch, [group for minibatch in cuts for group in minibatch]))
@@ -192,7 +205,7 @@ def _draw(prompts: Mixture[Prompt], config: PolicyConfig, control: Control, coun
     return prompts.draw(config.run.seed, first, first + count), first
 
 
-def _cuts(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:
+def cuts_of(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:
     """Sequences shuffled into minibatches, and each minibatch cut into micro-batches by tokens; a function of the seed, step and epoch."""
     B, M = batch.num_sequences, min(config.minibatches, batch.num_sequences)
     order = shuffled(B, config.run.seed, "minibatches", step, epoch)
@@ -220,29 +233,35 @@ def update(actor: HybridActor, reference: Reference | None, learner: Learner, ba
     objective = make_objective(config, control.penalty.coef)
     total_updates, done = _updates(config, step - config.critic_warmup, config.steps - config.critic_warmup)
     entropy_coef, value = entropy_coefficient(config, batch), ValueScale.of(config, batch, control.unit or 1.0)
-    meter = Meter()
+    meter, apart = Meter(), two_steps(config, objective, strict=actor.strict, scored=batch.old_logp is not None or config.correction.bypass)
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
     fresh = batch.num_sequences
     if replayed is not None:
         first_cuts = with_replay(first_cuts, fresh, replayed.batch, config.tokens_per_microbatch)
         batch = PackedBatch.concat([batch, replayed.batch])
     for epoch in range(config.epochs):
-        for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
+        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
             seen = torch.zeros(2, batch.num_tokens, device=batch.device)  # log-probabilities and entropies
             with learner.update(done, total_updates) as one:
                 for group in minibatch:
                     micro = weighted.select(group)
                     hidden = actor.forward(micro)
-                    logp, entropy = actor.logprobs(micro, hidden, temperature=config.generation.temperature)
                     values = actor.values(micro, hidden) if actor.value_head is not None else None
-                    if measured is None:
-                        micro = micro.with_columns(old_logp=logp.detach())
-                        seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
-                    micro, dropped = behaviour(config.correction, micro, logp)
                     full = _full_kl(actor, reference, micro, hidden, config) if reference is not None and config.kl.estimator == "full" else None
-                    loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full,
-                                                                     entropy_coef=entropy_coef, value=value)
+                    if apart is None and isinstance(objective, PolicyObjective):
+                        micro, dropped = behaviour(config.correction, micro, None)
+                        loss, policy_stats, value_stats, logp, entropy = head_loss(
+                            config, objective, control.kl.coef, micro, actor, hidden, values, full, entropy_coef=entropy_coef, value=value)
+                        micro = micro if micro.old_logp is not None else micro.with_columns(old_logp=logp)
+                    else:
+                        logp, entropy = actor.logprobs(micro, hidden, temperature=config.generation.temperature)
+                        micro = micro if micro.old_logp is not None else micro.with_columns(old_logp=logp.detach())
+                        micro, dropped = behaviour(config.correction, micro, logp)
+                        loss, policy_stats, value_stats = objective_loss(config, objective, control.kl.coef, micro, logp, entropy, values, full,
+                                                                         entropy_coef=entropy_coef, value=value)
+                    if measured is None:
+                        seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
                     one.backward(loss)
                     old = epoch == 0 and group[0] >= fresh  # only in the first pass are there micro-batches of replayed completions alone
                     meter.add(policy_stats, value_stats, epoch, first=epoch == 0 and minibatch is first_cuts[0] and not old, replayed=old, dropped=dropped)
@@ -270,7 +289,7 @@ def update_critic(critic: TrainedCritic, batch: PackedBatch, first_cuts: Cuts, c
     norms: list[float] = []
     scale = ValueScale.of(config, batch, control.unit or 1.0)
     for epoch in range(config.epochs):
-        for minibatch in first_cuts if epoch == 0 else _cuts(batch, config, step, epoch):
+        for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
             with learner.update(done, total_updates) as one:
                 for group in minibatch:

@@ -24,7 +24,7 @@ from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import FlatRewards
 from fusedrl.engine.watch.plan import cache_for
-from fusedrl.kernels.faults import raise_faults
+from fusedrl.kernels.runtime.faults import raise_faults
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def imitate(actor: HybridActor, learner: Learner, batch: PackedBatch, kept: Sequ
             tokens = int(batch.select(members).action_mask.sum())
             with learner.update((step * config.epochs + epoch) * config.minibatches + part, total) as update:
                 for micro in batch.micro_batches(config.tokens_per_microbatch, members):
-                    logp, _ = actor.logprobs(micro, actor.forward(micro))
-                    update.backward(-logp.sum() / tokens)  # logp is 0 off the completions; the denominator is the whole minibatch's
+                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))  # the denominator is the whole minibatch's
             updates.append(update)
     raise_faults(batch.device)  # where the host reads the losses anyway
     learner.release()  # the next rollout runs beside the weights, the optimizer's state and the cache alone

@@ -26,7 +26,7 @@ from fusedrl.engine.preference.comparisons import Comparison, Pairs, centre_loss
 from fusedrl.engine.preference.reward_report import RewardReport, report_table, reward_report, save_report
 from fusedrl.engine.runs.checkpoint import write_file
 from fusedrl.engine.runs.run import Run, held_out
-from fusedrl.kernels.faults import raise_faults
+from fusedrl.kernels.runtime.faults import raise_faults
 
 __all__ = ["RewardModelResult", "cross_fitted_margins", "evaluate", "gradients", "new_model", "report", "score_pairs", "train_reward_model"]
 

@@ -15,7 +15,7 @@ from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations
 from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, encode_dialogues, end_of_text
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.runs.run import Run, held_out
-from fusedrl.kernels.faults import raise_faults
+from fusedrl.kernels.runtime.faults import raise_faults
 
 Tokens = tuple[list[int], list[bool]]  # ids, and which of them are to be learnt
 
@@ -76,8 +76,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
             tokens = int(batch.action_mask.sum())
             with run.time("train"), learner.update(step, run.total) as update:
                 for micro in batch.micro_batches(config.tokens_per_microbatch):
-                    logp, _ = actor.logprobs(micro, actor.forward(micro))
-                    update.backward(-logp.sum() / tokens)  # logp is 0 off the completions; the denominator is the whole step's
+                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))  # the denominator is the whole step's
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
             loss = 0.0 if update.loss is None else update.loss.item()
             metrics = {"loss": loss, "perplexity": math.exp(min(80.0, loss)), "grad_norm": update.grad_norm,

@@ -19,19 +19,21 @@ import torch
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import ConfigError, SetupError
 from fusedrl.engine.base.packing import PackedBatch
+from fusedrl.engine.config import GenerationConfig, KLConfig, OptimConfig, PolicyConfig, RunConfig
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.weights import load_decoder, resolve_device, resolve_dtype, without_code
-from fusedrl.engine.optim.adamw import make_optimizer
+from fusedrl.engine.optim.learner import Learner
+from fusedrl.engine.policy.advantages import Signals, estimate
+from fusedrl.engine.policy.control import Control
+from fusedrl.engine.rollout.reference import Frozen
 from fusedrl.engine.runs.run import peak_memory
+from fusedrl.engine.stages.policy import cuts_of, recount, score, settle, update
 from fusedrl.engine.tools.machine import copy_bandwidth, describe_machine, gemm_rate, seconds_of, wait_for
 from fusedrl.engine.tools.workloads import SHAPES, WORKLOADS, Workload, count_weights, floor_of, forward_flops, kv_bytes_per_token, random_workload
-from fusedrl.kernels.gae import shaped_gae
-from fusedrl.kernels.normalize import group_normalize
-from fusedrl.kernels.policy_loss import PolicyObjective, policy_loss, policy_value_loss, token_weights
 
 _AT_ONCE = 256  # sequences of one padded batch of an opponent, as many as our engine runs at once by default
 _LR = 1e-6  # of steps that are timed: the weights hardly move
@@ -246,10 +248,10 @@ PHASES = ("generate", "reward", "score", "advantage", "train", "other")
 
 
 class PolicyStep:
-    """One step of PPO or GRPO from the public parts, as a program that embeds them would write it; called, it returns the seconds of PHASES and "step".
+    """One step of PPO or GRPO as `fusedrl train` makes it, on prompts that are token ids; called, it returns the seconds of PHASES and "step".
 
-    PPO: value head, a frozen reference in the reward, GAE, `epochs` passes. GRPO: groups of the workload's samples, no reference; with one epoch nothing is
-    scored, the training forward is the scorer. The loss has the cuts of the scoring pass, one optimizer step an epoch.
+    PPO: value head, a frozen reference whose KL is in the reward, GAE, `epochs` passes. GRPO: groups of the workload's samples, no reference; with one epoch
+    nothing is scored, the training forward is the scorer. One optimizer step an epoch.
 
     Args:
         actor: is trained; for PPO with a value head. reference: for PPO. reward: f(prompt ids, completion ids) -> score.
@@ -257,77 +259,55 @@ class PolicyStep:
 
     def __init__(self, actor: HybridActor, workload: Workload, *, algorithm: str, epochs: int = 1, reference: HybridActor | None = None,
                  reward: Callable[[list[int], list[int]], float] | None = None, tokens_per_microbatch: int = 8192, lr: float = _LR, seed: int = 0) -> None:
-        self.actor, self.reference, self.workload, self.algorithm = actor, reference, workload, algorithm
-        self._ppo, self._epochs, self._reward, self._tokens = algorithm == "ppo", epochs, reward or _share_of_even_ids, tokens_per_microbatch
-        self._optimizer = make_optimizer(actor.named_parameters(), lr=lr, accumulate="float32")
+        ppo = algorithm == "ppo"
+        if ppo and (reference is None or actor.value_head is None):
+            raise ValueError(f"PolicyStep: ppo needs a reference and an actor with a value head, got no {'reference' if reference is None else 'value head'}")
+        self.actor, self.workload, self._reward = actor, workload, reward or _share_of_even_ids
+        self._reference, self._scored = Frozen(reference) if ppo and reference is not None else None, ppo or epochs > 1
+        self.config = PolicyConfig(
+            "-", "-", ("-",), algorithm, prompts_per_step=len(workload.prompts), samples_per_prompt=workload.samples, epochs=epochs, minibatches=1,
+            tokens_per_microbatch=tokens_per_microbatch, kl=KLConfig(coef=0.05 if ppo else 0.0), strict=actor.strict,
+            generation=GenerationConfig(max_new_tokens=max(workload.new_tokens)), optim=OptimConfig(lr=lr, schedule="constant"), run=RunConfig(seed=seed))
+        self._learner, self._control = Learner(actor, self.config.optim), Control(self.config)
         self._prompts = [list(prompt) for prompt in workload.prompts]
         self._params = [SamplingParams(max_new_tokens=n, n=workload.samples, seed=seed) for n in workload.new_tokens]
-        self._drawn = 0  # request ids used, of which none comes twice
+        self._steps = 0
         self.batch: PackedBatch | None = None  # of the last step
+        self.metrics: dict[str, float] = {}
 
     def __call__(self) -> dict[str, float]:
-        actor, seconds, device = self.actor, dict.fromkeys(PHASES, 0.0), self.actor.decoder.device
+        actor, config, control = self.actor, self.config, self._control
+        seconds, device = dict.fromkeys(PHASES, 0.0), actor.decoder.device
         began = time.perf_counter()
         with _timed(seconds, "generate", device):
-            ids = list(range(self._drawn, self._drawn + len(self._prompts)))
-            self._drawn += len(ids)
-            outs = actor.generate(self._prompts, self._params, request_ids=ids)
-            batch = PackedBatch.from_completions(self._prompts, outs, device=device)
+            first = self._steps * len(self._prompts)  # of the request ids, of which none comes twice
+            outs = actor.generate(self._prompts, self._params, request_ids=list(range(first, first + len(self._prompts))))
+            groups = torch.arange(len(self._prompts), device=device).repeat_interleave(self.workload.samples)
+            batch = PackedBatch.from_completions(self._prompts, outs, device=device).with_columns(group_ids=groups)
         with _timed(seconds, "reward", device):
-            scores = torch.tensor([self._reward(c.prompt_ids, c.token_ids) for completions in outs for c in completions], device=device)
+            scores = [self._reward(c.prompt_ids, c.token_ids) for completions in outs for c in completions]
+            batch = batch.with_columns(scores=torch.tensor(scores, dtype=torch.float32, device=device))
         with _timed(seconds, "score", device):
-            partition = batch.split(self._tokens)
-            batch = self._scored(batch, partition)
+            cuts = cuts_of(batch, config, self._steps, epoch=0)
+            batch = score(actor if self._scored else None, self._reference, batch, cuts, config.generation.temperature)
         with _timed(seconds, "advantage", device):
-            batch = self._with_advantages(batch, scores)
-        with _timed(seconds, "train", device):
-            for _ in range(self._epochs):
-                self._optimizer.zero_grad()
-                for group in partition:
-                    self._loss(batch.select(group)).backward()
-                self._optimizer.step(max_grad_norm=1.0)
-                actor.mark_updated()
-            self._optimizer.zero_grad()
-        self.batch = batch
+            signals = settle(Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0), control, actor.value_head)
+            batch = estimate(config, signals)
+        with _timed(seconds, "train", device), actor.lend_cache():
+            self.metrics = update(actor, self._reference, self._learner, batch, cuts, config, control, self._steps)
+            recount(control, actor.value_head)
+            control.update(self.metrics, signals.totals)
+        self.batch, self._steps = batch, self._steps + 1
         seconds["step"] = time.perf_counter() - began
         seconds["other"] = seconds["step"] - sum(seconds[phase] for phase in PHASES)
         return seconds
-
-    def _scored(self, batch: PackedBatch, partition: list[list[int]]) -> PackedBatch:
-        if self._ppo:
-            if self.reference is None:
-                raise ValueError("PolicyStep: ppo needs a reference")
-            mine, theirs = (who.score(batch, partition=partition) for who in (self.actor, self.reference))
-            if mine.values is None:
-                raise ValueError("PolicyStep: ppo needs an actor with a value head")
-            return batch.with_columns(old_logp=mine.logp, values=mine.values, ref_logp=theirs.logp)
-        return batch if self._epochs == 1 else batch.with_columns(old_logp=self.actor.score(batch, partition=partition).logp)
-
-    def _with_advantages(self, batch: PackedBatch, scores: torch.Tensor) -> PackedBatch:
-        if self._ppo:
-            shaped = shaped_gae(batch.column("old_logp"), batch.column("ref_logp"), batch.column("values"), scores, mask=batch.action_mask,
-                                cu_seqlens=batch.cu_seqlens, kl_coef=0.05, gamma=1.0, lam=0.95, whiten=True)
-            columns = {"advantages": shaped.advantages, "returns": shaped.returns}
-        else:
-            grouped = group_normalize(scores, group_size=self.workload.samples).advantages
-            columns = {"advantages": grouped.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)}
-        return batch.with_columns(scores=scores, weights=token_weights(batch.action_mask, "token_mean"), **columns)
-
-    def _loss(self, micro: PackedBatch) -> torch.Tensor:
-        hidden_NH = self.actor.forward(micro)
-        logp, _ = self.actor.logprobs(micro, hidden_NH)
-        old = logp.detach() if micro.old_logp is None else micro.old_logp
-        if not self._ppo:
-            return policy_loss(logp, old, micro.column("advantages"), micro.column("weights"), objective=PolicyObjective(kind="clip"))[0]
-        return policy_value_loss(logp, old, micro.column("advantages"), micro.column("weights"), self.actor.values(micro, hidden_NH), micro.column("values"),
-                                 micro.column("returns"), objective=PolicyObjective(kind="clip"), value_clip=0.2, value_coef=0.1)[0]
 
     def flops(self) -> dict[str, float]:
         """What the model's arithmetic needs in each phase; nothing recomputed counts."""
         config, lengths = self.actor.decoder.config, self.workload.lengths()
         forward = forward_flops(config, lengths, self.workload.output_tokens)
-        scorers = 2 if self._ppo else int(self._epochs > 1)
-        return {"generate": floor_of(config, self.workload, 1, 1.0, 1.0).flops, "score": scorers * forward, "train": 3 * self._epochs * forward}
+        scorers = int(self._scored) + (self._reference is not None)
+        return {"generate": floor_of(config, self.workload, 1, 1.0, 1.0).flops, "score": scorers * forward, "train": 3 * self.config.epochs * forward}
 
 
 @contextmanager

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from fusedrl.engine.model import step
 from fusedrl.engine.watch.plan import format_bytes, machine_memory
-from fusedrl.kernels import attention, native
-from fusedrl.kernels.dispatch import Implementations, unavailable
+from fusedrl.kernels import attention
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.dispatch import Implementations, unavailable
 
 _OPTIONAL = ("flash-attn", "torchao", "trl", "cuda-bindings", "nvidia-cuda-nvrtc")
 
@@ -102,8 +104,8 @@ def _packages(missing: list[str]) -> dict[str, str]:
 def _ops() -> dict[str, dict[str, dict[str, str | None]]]:
     """Of every op, from its own table."""
     package = importlib.import_module("fusedrl.kernels")
-    names = sorted(found.name for found in pkgutil.iter_modules(package.__path__) if re.fullmatch(r"[a-z]\w*", found.name) and not found.ispkg)
-    modules = [importlib.import_module(f"fusedrl.kernels.{name}") for name in names]
+    names = sorted(found.name for found in pkgutil.iter_modules(package.__path__) if re.fullmatch(r"[a-z]\w*", found.name))
+    modules = [importlib.import_module(f"fusedrl.kernels.{name}") for name in names] + [step]
     tables = {table.op: table for module in modules for table in vars(module).values() if isinstance(table, Implementations)}
     return {op: {kind: {name: unavailable(name, kind) for name in getattr(table, kind)} for kind in ("cpu", "cuda")} for op, table in sorted(tables.items())}
 

@@ -1,7 +1,7 @@
 """What a run will take of memory, before it is started: the tables of `fusedrl plan`.
 
 Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes of a
-          parameter, a of an activation (`decode_step.activation_dtype`): 4 beside bfloat16 parameters, else e; the KV cache is of `decode_step.cache_dtype`.
+          parameter, a of an activation (`step.activation_dtype`): 4 beside bfloat16 parameters, else e; the KV cache is of `step.cache_dtype`.
 Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
           N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times a, and some floats a token. Checkpointed: what goes in, 2 N H.
           While a policy trains, its KV pool's memory takes of it what fits (HybridActor.lend_cache).
@@ -32,11 +32,11 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import ModelConfig, model_config
 from fusedrl.engine.model.heads import RewardModel
 from fusedrl.engine.model.lora import add_adapter
+from fusedrl.engine.model.step import activation_dtype, cache_dtype
 from fusedrl.engine.model.weights import read_model_config, resolve_device, resolve_dtype
 from fusedrl.engine.model.wide import TILE
 from fusedrl.engine.optim.adamw import BLOCK, quantized
 from fusedrl.engine.policy.advantages import find_advantage
-from fusedrl.kernels.decode_step import activation_dtype, cache_dtype
 from fusedrl.kernels.linear_head import workspace
 
 SamplingConfig = PolicyConfig | RejectionConfig  # of the stages that generate

@@ -61,7 +61,7 @@ def test_the_checkout_is_the_package():
     """Without site-packages: neither an installation nor torch."""
     program = "import importlib.util as u; print(*(u.find_spec(f'fusedrl.{name}').origin for name in ('kernels.gae', 'kernels.attention')))"
     done = subprocess.run([sys.executable, "-S", "-c", program], env=first_light.environment(), capture_output=True, text=True, check=True)
-    assert [Path(path).resolve() for path in done.stdout.split()] == [ROOT / "kernels" / name for name in ("gae.py", "attention.py")]
+    assert [Path(path).resolve() for path in done.stdout.split()] == [ROOT / "kernels" / name / "__init__.py" for name in ("gae", "attention")]
 
 
 def test_the_first_contest_of_a_file():

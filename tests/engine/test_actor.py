@@ -13,8 +13,8 @@ PROMPTS = [[1, 4, 9], [1], [1, 7, 8, 30, 41, 5, 5, 9], [1, 50]]
 PARAMS = SamplingParams(max_new_tokens=24, n=3)
 
 
-def make_actor(value_head=True, **kwargs):
-    decoder = Decoder.random(model_config(CONFIG), 0, **kwargs)
+def make_actor(device, value_head=True, **kwargs):
+    decoder = Decoder.random(model_config(CONFIG), 0, device=device, **kwargs)
     head = ValueHead(32) if value_head else None
     if head is not None:
         torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
@@ -25,7 +25,7 @@ def make_actor(value_head=True, **kwargs):
 
 @pytest.fixture(scope="module")
 def actor(device):
-    return make_actor(device=device)
+    return make_actor(device)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_training_repeats_the_scores_bit_for_bit(actor, batch, tokens):
 
 
 def test_gradients_reach_every_parameter(batch, device):
-    actor = make_actor(device=device)
+    actor = make_actor(device)
     hidden = actor.forward(batch)
     logp, entropy = actor.logprobs(batch, hidden)
     (logp.sum() + 0.1 * entropy.sum() + actor.values(batch, hidden).square().sum()).backward()
@@ -95,7 +95,7 @@ def test_gradients_reach_every_parameter(batch, device):
 
 
 def test_an_update_is_seen_by_the_next_generate(device):
-    actor = make_actor(value_head=False, device=device)
+    actor = make_actor(device, value_head=False)
     prompts = [list(range(3, 40))]
     params = SamplingParams(max_new_tokens=12, min_new_tokens=12, temperature=0.0)
     before = actor.generate(prompts, params)
@@ -116,7 +116,7 @@ def test_an_update_is_seen_by_the_next_generate(device):
 
 
 def test_releasing_the_cache(device):
-    actor = make_actor(device=device)
+    actor = make_actor(device)
     want = actor.generate(PROMPTS, PARAMS)
     actor.mark_updated()
     actor.release_cache()
@@ -152,17 +152,17 @@ def test_empty_batch(actor):
     assert [tuple(x.shape) for x in scored] == [(0,)] * 3
 
 
-def test_tokenizer_larger_than_the_model():
+def test_tokenizer_larger_than_the_model(device):
     class Tokenizer:
         def __len__(self):
             return 54
 
     with pytest.raises(ValueError, match="tokenizer has 54 tokens and the model's vocabulary 53"):
-        HybridActor(make_actor().decoder, Tokenizer())
+        HybridActor(make_actor(device).decoder, Tokenizer())
 
 
 def test_round_trip_of_a_directory(tmp_path, batch, device):
-    actor = make_actor(device=device)
+    actor = make_actor(device)
     actor.save_pretrained(tmp_path / "saved")
     loaded = HybridActor.from_pretrained(tmp_path / "saved", dtype="float32", device=device, value_head=True)
     assert loaded.tokenizer is None
@@ -171,7 +171,7 @@ def test_round_trip_of_a_directory(tmp_path, batch, device):
         assert torch.equal(a, b)
     for a, b in zip(actor.score(batch), loaded.score(batch), strict=True):
         assert torch.equal(a, b)
-    assert HybridActor.from_pretrained(tmp_path / "saved").value_head is None
+    assert HybridActor.from_pretrained(tmp_path / "saved", dtype="float32", device=device).value_head is None
 
 
 def test_real_model_with_its_tokenizer(shared, tmp_path, device):

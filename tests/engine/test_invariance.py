@@ -15,7 +15,7 @@ from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.policy.advantages import Signals, estimate
 from fusedrl.engine.policy.objectives import make_objective, minibatch_weights, objective_loss
-from fusedrl.kernels.dispatch import use_impl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 KLS = {"row": None, "reward": KLConfig(coef=0.3, placement="reward"), "k3": KLConfig(coef=0.3, placement="loss", estimator="k3"),
        "sequence": KLConfig(coef=0.3, level="sequence"), "full": KLConfig(coef=0.3, level="future", estimator="full")}
@@ -24,21 +24,21 @@ SPLITS = ([[b] for b in range(13)], [[9, 0, 4], [1, 2, 12], [3, 5, 6, 7, 8], [11
 NAMES = ("old_logp", "ref_logp", "values", "logp", "entropy", "now", "full")
 
 
-def problem(dtype, seed=0):
+def problem(device, dtype, seed=0):
     """A rollout of lengths 1 to 7 with holes in the masks, NaN there, and what policy and critic say of its tokens now."""
     rng = torch.Generator().manual_seed(seed)
-    lengths = [int(torch.randint(1, 8, (), generator=rng)) for _ in GROUPS]
-    batch = PackedBatch.from_sequences([([1, 2], [3] * n) for n in lengths])
+    lengths = [int(torch.randint(1, 8, (), generator=rng).item()) for _ in GROUPS]
+    batch = PackedBatch.from_sequences([([1, 2], [3] * n) for n in lengths], device=device)
     mask = batch.action_mask.clone()
     for start, n in zip(batch.cu_seqlens.tolist(), lengths, strict=False):
         if n >= 5:
             mask[start + 4] = False
-    raw = {name: torch.randn(batch.num_tokens, generator=rng, dtype=torch.float64) for name in NAMES}
+    raw = {name: torch.randn(batch.num_tokens, generator=rng, dtype=torch.float64).to(device) for name in NAMES}
     raw["ref_logp"], raw["logp"] = raw["old_logp"] + 0.3 * raw["ref_logp"], raw["old_logp"] + 0.15 * raw["logp"]
     raw["full"], raw["entropy"] = raw["full"].abs(), raw["entropy"].abs()
     columns = {name: torch.where(mask, x, torch.nan).to(dtype) for name, x in raw.items()}
     scores, greedy = (torch.randn(len(GROUPS), generator=rng, dtype=torch.float64).to(dtype) for _ in range(2))
-    groups = torch.tensor(GROUPS)
+    groups = torch.tensor(GROUPS, device=device)
     batch = replace(batch, action_mask=mask).with_columns(scores=scores, greedy_scores=greedy[(groups[:, None] == groups).double().argmax(1)], group_ids=groups,
                                                            **{name: columns[name] for name in NAMES[:3]})
     now = {name: torch.where(mask, columns[name], 0) for name in NAMES[3:]}
@@ -79,12 +79,12 @@ CASES = [(name, "row") for name in ALGORITHMS] + [(name, kl) for name in ("rloo"
 
 
 @pytest.mark.parametrize("algorithm, kl", CASES)
-def test_any_split_gives_the_same_gradient(algorithm, kl):
+def test_any_split_gives_the_same_gradient(algorithm, kl, device):
     # Pitfall 12. float64 runs the definitions, float32 the kernels.
     config = config_of(algorithm, kl)
     for dtype, impl, tolerance in ((torch.float64, "torch", 1e-12), (torch.float32, None, 1e-5)):
         with use_impl(impl) if impl else torch.enable_grad():
-            batch, now = problem(dtype)
+            batch, now = problem(device, dtype)
             batch = prepared(config, batch)
             whole = gradient(config, batch, now, [list(range(len(GROUPS)))])
             assert whole.isfinite().all()
@@ -95,12 +95,12 @@ def test_any_split_gives_the_same_gradient(algorithm, kl):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_order_and_companions_change_nothing(algorithm):
+def test_order_and_companions_change_nothing(algorithm, device):
     """A permuted batch has the permuted gradient. Other groups beside a group change its advantages only through whitening (and the factor of
     gpg, where a group is flat)."""
     config = config_of(algorithm, "row")
     with use_impl("torch"):
-        raw, now = problem(torch.float64)
+        raw, now = problem(device, torch.float64)
         whole = prepared(config, raw)
         right = gradient(config, whole, now, [list(range(len(GROUPS)))])
         order = torch.randperm(len(GROUPS), generator=torch.Generator().manual_seed(2)).tolist()
@@ -136,19 +136,19 @@ def whitened_in_each_micro_batch(micro, whole, parts):
 
 @pytest.mark.parametrize("faulty", [mean_of_each_micro_batch, divided_by_their_number, whitened_in_each_micro_batch])
 @pytest.mark.parametrize("algorithm", ["ppo", "dapo"])
-def test_known_wrong_loops_depend_on_the_split(algorithm, faulty):
+def test_known_wrong_loops_depend_on_the_split(algorithm, faulty, device):
     config = config_of(algorithm, "row")
     with use_impl("torch"):
-        batch, now = problem(torch.float64)
+        batch, now = problem(device, torch.float64)
         batch = prepared(config, batch)
         whole = gradient(config, batch, now, [list(range(len(GROUPS)))], faulty)
         assert max(apart(gradient(config, batch, now, parts, faulty), whole) for parts in SPLITS) > 1e-2
 
 
-def test_the_mean_over_the_step_is_zero_where_advantages_are_white():
+def test_the_mean_over_the_step_is_zero_where_advantages_are_white(device):
     """First-epoch invariant: at ratio 1 the policy loss of the whole step is - mean A = 0; that of a micro-batch is not, and must not be (TRL #3021)."""
     config = PolicyConfig("m", "d", ("r.py:f",), "reinforce_pp", kl=KLConfig(coef=0.0), generation=GenerationConfig(max_new_tokens=8))
-    batch, _ = problem(torch.float32)
+    batch, _ = problem(device, torch.float32)
     batch = prepared(config, batch)
     objective, old = make_objective(config, 1.0), torch.where(batch.action_mask, batch.old_logp, 0)
 
@@ -164,12 +164,12 @@ def test_the_mean_over_the_step_is_zero_where_advantages_are_white():
     assert max(map(abs, parts)) > 1e-2
 
 
-def test_inputs_are_left_as_they_were():
+def test_inputs_are_left_as_they_were(device):
     """Pitfall 28: nothing writes into what it was given (DeepSpeed-Chat zeroes old values in place, verl's GRPO overwrote scores)."""
     for algorithm in ALGORITHMS:
         config = config_of(algorithm, "row")
-        raw, now = problem(torch.float32)
-        kept, _ = problem(torch.float32)
+        raw, now = problem(device, torch.float32)
+        kept, _ = problem(device, torch.float32)
         batch = prepared(config, raw)
         whole = [list(range(len(GROUPS)))]
         first = gradient(config, batch, now, whole)
@@ -178,10 +178,10 @@ def test_inputs_are_left_as_they_were():
             assert torch.equal(getattr(raw, name).nan_to_num(77.0), getattr(kept, name).nan_to_num(77.0)), (algorithm, name)
 
 
-def test_a_loss_that_zeroes_the_old_values_is_caught():
+def test_a_loss_that_zeroes_the_old_values_is_caught(device):
     """The faulty variant of pitfall 28: the same check, on a function that masks in place."""
-    raw, _ = problem(torch.float32)
-    kept, _ = problem(torch.float32)
+    raw, _ = problem(device, torch.float32)
+    kept, _ = problem(device, torch.float32)
     raw.values.masked_fill_(~raw.action_mask, 0.0)
     assert not torch.equal(raw.values.nan_to_num(77.0), kept.values.nan_to_num(77.0))
 
@@ -207,22 +207,22 @@ def gradients(actor, config, batch, parts):
 
 @pytest.mark.parametrize("dtype, impl, tolerance", [(torch.float64, "torch", 1e-12), (torch.float32, None, 1e-5)])
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "gspo", "dr_grpo"])
-def test_the_gradient_of_a_model_does_not_depend_on_the_cut(algorithm, dtype, impl, tolerance):
+def test_the_gradient_of_a_model_does_not_depend_on_the_cut(algorithm, dtype, impl, tolerance, device):
     """Parameters of a decoder and its value head, whose forward packs other sequences together in every cut."""
     with use_impl(impl) if impl else torch.enable_grad():
         head = ValueHead(SMALL["hidden_size"])
         torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
-        actor = HybridActor(Decoder.random(model_config(SMALL), 0, dtype=dtype), value_head=head.to(dtype))
+        actor = HybridActor(Decoder.random(model_config(SMALL), 0, dtype=dtype, device=device), value_head=head.to(device, dtype))
         rng = torch.Generator().manual_seed(0)
-        lengths = [int(torch.randint(1, 9, (), generator=rng)) for _ in GROUPS]
-        batch = PackedBatch.from_sequences([([1, 3], torch.randint(3, 29, (n,), generator=rng).tolist()) for n in lengths])
+        lengths = [int(torch.randint(1, 9, (), generator=rng).item()) for _ in GROUPS]
+        batch = PackedBatch.from_sequences([([1, 3], torch.randint(3, 29, (n,), generator=rng).tolist()) for n in lengths], device=device)
         with torch.no_grad():
             hidden = actor.forward(batch)
             (logp, _), values = actor.logprobs(batch, hidden), actor.values(batch, hidden)
         noise = 0.1 * torch.randn(batch.num_tokens, generator=rng, dtype=torch.float64).to(dtype)
         old = torch.where(batch.action_mask, logp + noise, 0.0)
         batch = batch.with_columns(old_logp=old, ref_logp=old - 0.2, values=values, scores=noise[:len(GROUPS)] * 10,
-                                   group_ids=torch.tensor(GROUPS))
+                                   group_ids=torch.tensor(GROUPS, device=device))
         config = config_of(algorithm, "row")
         batch = prepared(config, batch)
         whole = gradients(actor, config, batch, [list(range(len(GROUPS)))])

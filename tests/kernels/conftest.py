@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from fusedrl.engine.tools.verify import ops
-from fusedrl.kernels import nvrtc
-from fusedrl.kernels.dispatch import unavailable
+from fusedrl.kernels.runtime import nvrtc
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "simt"
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
@@ -29,8 +29,9 @@ class Simt:
             main, built = (self.folder / f"{Path(source).stem}{len(self._libraries)}{suffix}" for suffix in (".cpp", ".so"))
             names = KERNEL.findall((sources / source).read_text())
             main.write_text("\n".join(['#include "simt.h"', f'#include "{source}"', *(f"SIMT_KERNEL({name})" for name in names), ""]))
-            subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{HEADERS}", f"-I{sources}",
-                            *options, str(main), "-o", str(built)], check=True)
+            folders = [f"-I{folder}" for folder in (HEADERS, sources, nvrtc.source_folder("shared"))]
+            subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", *folders, *options, str(main),
+                            "-o", str(built)], check=True)
             self._libraries[key] = ctypes.CDLL(str(built))
         return self._libraries[key]
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fusedrl.kernels import native
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
+from fusedrl.kernels.runtime import native
 
 # Lengths: none, one token, empty sequences, alike, and so unlike that they are padded in several groups.
 LENGTHS = [[], [0], [1], [5, 5], [3, 0, 1, 7, 2], [33, 31, 1, 2, 3, 2, 1, 4, 65]]

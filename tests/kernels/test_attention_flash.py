@@ -6,8 +6,12 @@ import types
 import pytest
 import torch
 
-from fusedrl.kernels import attention, attention_flash, attention_verify, dispatch
+from fusedrl.kernels import attention
+from fusedrl.kernels.attention import _flash as attention_flash
+from fusedrl.kernels.attention import _trial as attention_verify
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
+from fusedrl.kernels.runtime import dispatch
+from fusedrl.kernels.runtime.flash import probe
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CUDA = torch.device("cuda")
@@ -115,16 +119,16 @@ def test_probes(monkeypatch):
         assert dispatch.unavailable("flash_attn", "cuda") == dispatch.unavailable("torch_varlen", "cuda") == "this torch was built without CUDA"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert "flash_attn.flash_attn_varlen_func is not importable" in attention_flash._probe("flash_attn", "flash_attn_varlen_func", set())[2]
+    assert "flash_attn.flash_attn_varlen_func is not importable" in probe("flash_attn", "flash_attn_varlen_func", set())[2]
     package = types.ModuleType("flash_attn")
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    assert "has no attribute" in attention_flash._probe("flash_attn", "flash_attn_varlen_func", set())[2]
+    assert "has no attribute" in probe("flash_attn", "flash_attn_varlen_func", set())[2]
     package.flash_attn_varlen_func = lambda q, k, window_size: None
-    assert "does not take deterministic, softcap" in attention_flash._probe("flash_attn", "flash_attn_varlen_func",
+    assert "does not take deterministic, softcap" in probe("flash_attn", "flash_attn_varlen_func",
                                                                            {"window_size", "softcap", "deterministic"})[2]
     package.flash_attn_varlen_func = flash_attn_varlen_func
-    found, known, why_not = attention_flash._probe("flash_attn", "flash_attn_varlen_func", {"window_size", "softcap"})
+    found, known, why_not = probe("flash_attn", "flash_attn_varlen_func", {"window_size", "softcap"})
     assert (found, why_not) == (flash_attn_varlen_func, None)
     assert "deterministic" in known
-    found, known, why_not = attention_flash._probe("torch.nn.attention.varlen", "varlen_attn", {"window_size", "scale"})
+    found, known, why_not = probe("torch.nn.attention.varlen", "varlen_attn", {"window_size", "scale"})
     assert (why_not, callable(found)) == (None, True)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from fusedrl.kernels import attention_triton
+from fusedrl.kernels.attention import _triton as attention_triton
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
 
 pytestmark = pytest.mark.usefixtures("triton_runs")

@@ -5,8 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedrl.kernels import attention, attention_flash, attention_verify, dispatch
+from fusedrl.kernels import attention
+from fusedrl.kernels.attention import _flash as attention_flash
+from fusedrl.kernels.attention import _trial as attention_verify
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
+from fusedrl.kernels.runtime import dispatch
 
 NAMES = ("flash_attn", "torch_varlen")
 pytestmark = pytest.mark.cpu_only("stand-ins for what runs on a card")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedrl.kernels
 from fusedrl.engine.tools.verify.catalogue import CATALOGUE, pairs
 from fusedrl.engine.tools.verify.grid import oracle, run, same_bits
-from fusedrl.kernels.dispatch import CannotServe, Implementations
+from fusedrl.kernels.runtime.dispatch import CannotServe, Implementations
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

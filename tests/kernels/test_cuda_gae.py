@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fusedrl.kernels.gae import gae, gae_reference, shaped_gae, shaped_gae_reference
-from fusedrl.kernels.gae_cuda import plan_gae, plan_shaped_gae
+from fusedrl.kernels.gae._cuda import plan_gae, plan_shaped_gae
 from fusedrl.kernels.kl import ESTIMATORS
 
 pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
@@ -139,7 +139,7 @@ def test_ops_as_torch_sees_them(simt):
             return outputs
         return call
 
-    from fusedrl.kernels import gae_cuda
+    from fusedrl.kernels.gae import _cuda as gae_cuda
     gae_cuda._gae_cuda.register_kernel("cpu")(on_cpu(plan_gae))
     gae_cuda._shaped_gae_cuda.register_kernel("cpu")(on_cpu(plan_shaped_gae))
     x = make([5, 0, 9], "random")

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from fusedrl.kernels import kv_cache_cuda
+from fusedrl.kernels.kv_cache import _cuda as kv_cache_cuda
 from fusedrl.kernels.kv_cache import rope_and_cache_reference
-from fusedrl.kernels.kv_cache_cuda import plan_rope_and_cache
+from fusedrl.kernels.kv_cache._cuda import plan_rope_and_cache
 
 pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
 

@@ -4,10 +4,11 @@ import math
 import pytest
 import torch
 
-from fusedrl.kernels import faults, logprob_cuda
 from fusedrl.kernels.kept import Kept
+from fusedrl.kernels.logprob import _cuda as logprob_cuda
 from fusedrl.kernels.logprob import logprob, logprob_reference
-from fusedrl.kernels.logprob_cuda import plan_backward, plan_forward
+from fusedrl.kernels.logprob._cuda import plan_backward, plan_forward
+from fusedrl.kernels.runtime import faults
 
 pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from tests.offline_compile import cuda_sources, nvidia_usage
 
-from fusedrl.kernels import nvrtc
+from fusedrl.kernels.runtime import nvrtc
 
 pytestmark = pytest.mark.cpu_only("compilers alone")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -28,9 +28,9 @@ def test_every_source_is_listed():
 
 
 def test_sources_hold_device_code_only():
-    for path in (*nvrtc.source_folder().glob("*.cu"), *nvrtc.source_folder().glob("*.cuh")):
+    for path in (*nvrtc.source_folder().glob("*.cu"), *nvrtc.headers()):
         text = path.read_text()
-        assert set(re.findall(r"#include (.*)", text)) <= {'"common.cuh"'}, path  # NVRTC needs nothing but itself
+        assert set(re.findall(r"#include (.*)", text)) <= {'"common.cuh"', '"objectives.h"'}, path  # NVRTC needs nothing but itself
         assert "<<<" not in text
         assert not re.search(r"atomic\w*\(", text), "sums are in a fixed order"
         assert text.count("__global__") == text.count('extern "C" __global__')
@@ -41,8 +41,8 @@ def test_nvcc(source, options, tmp_path, record_property):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc (users need none)")
     targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
-    done = subprocess.run(["nvcc", "-fatbin", "-std=c++17", "--resource-usage", *targets, *options, "-o", str(tmp_path / "x.fatbin"),
-                           str(nvrtc.source_folder() / source)], capture_output=True, text=True)
+    done = subprocess.run(["nvcc", "-fatbin", "-std=c++17", "--resource-usage", f"-I{nvrtc.source_folder('shared')}", *targets, *options,
+                           "-o", str(tmp_path / "x.fatbin"), str(nvrtc.source_folder() / source)], capture_output=True, text=True)
     text = done.stdout + done.stderr
     assert done.returncode == 0, text
     rows = re.findall(r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",

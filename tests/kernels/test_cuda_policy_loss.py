@@ -1,18 +1,20 @@
 """policy_value_loss in CUDA C++, on a CPU: the product's launches through csrc/simt (tests/kernels/conftest.py), against float64."""
 import math
+import re
 
 import pytest
 import torch
 
-from fusedrl.kernels import policy_loss_cuda
-from fusedrl.kernels.objective import KINDS, PolicyStats, ValueStats
-from fusedrl.kernels.policy_loss import KL_ESTIMATORS, value_loss_reference
-from fusedrl.kernels.policy_loss_cuda import plan_policy_value_loss
+from fusedrl.kernels.objective import COEFFICIENTS, KINDS, KL_ESTIMATORS, SEQUENCE_KINDS, PolicyStats, ValueStats
+from fusedrl.kernels.policy_loss import _cuda as policy_loss_cuda
+from fusedrl.kernels.policy_loss import value_loss_reference
+from fusedrl.kernels.policy_loss._cuda import plan_policy_value_loss
+from fusedrl.kernels.runtime import nvrtc
 
 pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
 
-CLIP, RATIO, REINFORCE, KL_PENALTY, GSPO, CISPO, SAPO, GEOMETRIC_MEAN, DRO = range(9)
-K1, K2, K3, ABS, SEQUENCE = range(5)
+CLIP, RATIO, REINFORCE, KL_PENALTY, GSPO, CISPO, SAPO, GEOMETRIC_MEAN, DRO = KINDS
+K1, K2, K3, ABS, SEQUENCE = *KL_ESTIMATORS, "sequence_k2"
 # kind -> lower, upper, dual, tau_positive, tau_negative, beta
 SCALARS = {CLIP: (0.8, 1.28, 3.0, 1.0, 1.0, 0.0), GSPO: (0.9, 1.1, math.inf, 1.0, 1.0, 0.0), CISPO: (-math.inf, 1.3, math.inf, 1.0, 1.0, 0.0),
            SAPO: (-math.inf, math.inf, math.inf, 1.0, 1.05, 0.0), GEOMETRIC_MEAN: (-0.4, 0.4, math.inf, 1.0, 1.0, 0.0)}
@@ -34,7 +36,7 @@ def make(N, seed=0, scale=1.0):
 
 
 def arguments(x, kind=CLIP, kl=(0.0, K3, K3), entropy_coef=0.0, value_clip=math.inf, value_coef=0.1):
-    return (*(x.get(name) for name in TOKENS), kind, *SCALARS.get(kind, UNBOUNDED), *kl, entropy_coef, value_clip, value_coef)
+    return (*(x.get(name) for name in TOKENS), kind, *kl[1:], [*SCALARS.get(kind, UNBOUNDED), kl[0], entropy_coef, value_clip, value_coef])
 
 
 def run(simt, *given):
@@ -94,7 +96,7 @@ def close(got, want, scale=1.0):
     torch.testing.assert_close(torch.as_tensor(got).double(), torch.as_tensor(want).double(), rtol=2e-6, atol=1e-6 * max(1.0, scale))
 
 
-CASES = [(kind, (0.0, K3, K3), 0.0, ()) for kind in range(9)] + [
+CASES = [(kind, (0.0, K3, K3), 0.0, ()) for kind in KINDS] + [
     (CLIP, (0.3, K3, K3), 0.01, ("entropy", "ref_logp", "correction")), (REINFORCE, (0.3, K1, K2), 0.01, ("entropy", "ref_logp")),
     (GSPO, (0.3, SEQUENCE, SEQUENCE), 0.0, ("ref_logp", "kl_sum")), (CISPO, (0.3, ABS, ABS), 0.0, ("ref_logp", "correction")),
     (RATIO, (0.3, K2, K1), 0.0, ("ref_logp",)),
@@ -103,7 +105,7 @@ CASES = [(kind, (0.0, K3, K3), 0.0, ()) for kind in range(9)] + [
 
 @pytest.mark.parametrize("kind, kl, entropy_coef, extra", CASES, ids=str)
 def test_policy_is_the_definition(simt, kind, kl, entropy_coef, extra):
-    for N in (2501,) if kind else (0, 1, 5, 255, 2048, 2049, 4500):
+    for N in (2501,) if kind != CLIP else (0, 1, 5, 255, 2048, 2049, 4500):
         whole = make(N, seed=N)
         if N:
             whole["weights"][-1] = 1.0
@@ -238,10 +240,16 @@ def test_refuses_a_sequence_kind_without_its_input():
         plan_policy_value_loss(*arguments({name: t for name, t in x.items() if name != "kl_sum"}, kl=(0.1, SEQUENCE, SEQUENCE)))
 
 
-def test_numbers_are_those_of_the_other_implementations():
-    # csrc/cuda/policy_value_loss.cu numbers kinds, estimators and statistics by position.
-    assert KINDS == ("clip", "ratio", "reinforce", "kl_penalty", "gspo", "cispo", "sapo", "geometric_mean", "dro")
-    assert KL_ESTIMATORS == ("k1", "k2", "k3", "abs")
+def test_lists_are_those_of_the_header():
+    header = (nvrtc.source_folder("shared") / "objectives.h").read_text()
+    for macro, names in (("KINDS", KINDS), ("KL_ESTIMATORS", (*KL_ESTIMATORS, SEQUENCE)), ("COEFFICIENTS", COEFFICIENTS)):
+        rows = header.partition(f"#define FUSEDRL_{macro}(ROW)")[2].partition("\n\n")[0]
+        assert re.findall(r"ROW\((\w+)\)", rows) == [*names]
+    condition = header.partition("bool by_sequence(Kind kind)")[2].partition(";")[0]
+    assert tuple(re.findall(r"Kind::(\w+)", condition)) == SEQUENCE_KINDS
+
+
+def test_statistics_are_where_the_kernels_write_them():
     assert PolicyStats._fields == ("loss", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "approx_kl_k1", "approx_kl_k2", "approx_kl_k3",
                                    "ratio_mean", "ratio_min", "ratio_max", "effective_sample_size", "clamped_fraction", "ref_kl", "entropy",
                                    "correction_mean", "tokens")

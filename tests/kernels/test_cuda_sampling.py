@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from fusedrl.kernels import sampling_cuda
+from fusedrl.kernels.sampling import _cuda as sampling_cuda
 from fusedrl.kernels.sampling import sample, sample_reference, uniform
-from fusedrl.kernels.sampling_cuda import plan_sample
+from fusedrl.kernels.sampling._cuda import plan_sample
 
 pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
 

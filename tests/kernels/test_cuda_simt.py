@@ -4,7 +4,7 @@ from ctypes import c_float, c_int32, c_int64
 import pytest
 import torch
 
-from fusedrl.kernels.nvrtc import Launch
+from fusedrl.kernels.runtime.nvrtc import Launch
 
 pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
 

@@ -5,11 +5,13 @@ import operator
 import pytest
 import torch
 
+from fusedrl.engine.model.layer import LayerWeights, Options
+from fusedrl.engine.model.step import Adapter, DecoderWeights, allocate_cache, decode_step
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels import native
 from fusedrl.kernels import paged_attention as paged_attention_module
-from fusedrl.kernels.decode_step import Adapter, DecoderWeights, LayerWeights, Options, allocate_cache, copy_blocks, decode_step
+from fusedrl.kernels.kv_cache import copy_blocks
 from fusedrl.kernels.rope import RopeTable
+from fusedrl.kernels.runtime import native
 
 # What the families differ in, with odd sizes: D below, at and beside a vector of 8; groups of 1, 2, 7 query heads; F and V off any multiple.
 KINDS = {

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from fusedrl.kernels.attention import varlen_attention
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.policy_loss import policy_loss
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 
 def ids(x):

@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from fusedrl.kernels import faults
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.logprob import logprob, logprob_, logprob_reference
+from fusedrl.kernels.runtime import faults
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 pytestmark = [pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))),
               pytest.mark.cpu_only("the flag as the interpreter raises it; a card's is read in test_generator.py")]

@@ -4,8 +4,8 @@ import functools
 import pytest
 import torch
 
-from fusedrl.kernels import native
 from fusedrl.kernels.fixed_linear import fixed_linear
+from fusedrl.kernels.runtime import native
 
 CPP = pytest.mark.skipif(not native.capability, reason=str(native.reason))
 SIZES = [(1, 1, 1), (3, 257, 5), (64, 256, 32), (65, 300, 33), (130, 24, 100), (0, 8, 4), (5, 0, 3), (5, 8, 0)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.full_kl import DIRECTIONS, full_kl, full_kl_reference
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 INF = float("inf")
 
@@ -14,7 +14,7 @@ INF = float("inf")
 def small_blocks(monkeypatch):
     """Triton's block cut to 32 columns: the interpreter costs time by lane, and the running maxima come into play."""
     if unavailable("triton", "cpu") is None:
-        from fusedrl.kernels import full_kl_triton
+        from fusedrl.kernels.full_kl import _triton as full_kl_triton
         monkeypatch.setattr(full_kl_triton, "_BLOCK", 32)
 
 

@@ -5,9 +5,9 @@ import torch
 
 from fusedrl.engine.tools.verify.catalogue import CATALOGUE
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.gae import ShapedGAE, gae, shaped_gae
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 MASKS = ["all", "none", "first", "last", "prompt", "random"]
 
@@ -61,7 +61,7 @@ def shaped_by_loop(device, logp, ref_logp, values, scores, mask, lengths, kl_coe
 def small_chunks(monkeypatch):
     """Triton's chunk cut to 16 tokens: the interpreter costs time by lane, and carries come into play."""
     if unavailable("triton", "cpu") is None:
-        from fusedrl.kernels import gae_triton
+        from fusedrl.kernels.gae import _triton as gae_triton
         monkeypatch.setattr(gae_triton, "_CHUNK", 16)
 
 

@@ -14,7 +14,7 @@ import torch
 from fusedrl.engine.tools.verify.catalogue import CATALOGUE
 from fusedrl.engine.tools.verify.grid import Bound, Entry, Problem, covering, describe, excess, grid, interpreted, judge, oracle, run, sample_of_grid, verify
 from fusedrl.engine.tools.verify.ops import QUICK, WHOLE, budget
-from fusedrl.kernels.dispatch import CannotServe
+from fusedrl.kernels.runtime.dispatch import CannotServe
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered", "ignore:divide by zero")  # numpy, under the interpreter

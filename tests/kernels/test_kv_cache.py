@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from fusedrl.kernels import native
-from fusedrl.kernels.decode_step import DecoderWeights, LayerWeights, allocate_cache, decode_step
+from fusedrl.engine.model.layer import LayerWeights
+from fusedrl.engine.model.step import DecoderWeights, allocate_cache, decode_step
 from fusedrl.kernels.kv_cache import _rope_and_cache_triton, rope_and_cache
 from fusedrl.kernels.rope import RopeTable
+from fusedrl.kernels.runtime import native
 
 CANARY = 123.0
 
@@ -276,7 +277,7 @@ def test_refuses_what_it_does_not_support(device):
             ({"k_norm": good["k_norm"].half()}, TypeError, "expected k_norm of dtype float32"),
             ({"cos": good["cos"].double()}, TypeError, "expected cos of dtype"),
             ({"qkv": good["qkv"].T.contiguous().T}, ValueError, "expected qkv with a contiguous last dimension"),
-            ({"k_cache": good["k_cache"].transpose(2, 3).contiguous().transpose(2, 3)}, ValueError, "expected k_cache contiguous, a layer of allocate_cache"),
+            ({"k_cache": good["k_cache"].transpose(2, 3).contiguous().transpose(2, 3)}, ValueError, "expected k_cache contiguous"),
             ({"impl": "cuda"}, RuntimeError, "'cuda' cannot run on cpu")):
         with pytest.raises(error, match=message):
             rope_and_cache(**(good | change))

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fusedrl.kernels import native
 from fusedrl.kernels.full_kl import DIRECTIONS, full_kl, full_kl_reference
 from fusedrl.kernels.linear_full_kl import linear_full_kl, linear_full_kl_reference
+from fusedrl.kernels.runtime import native
 
 
 def make(device, N, H, V, H_ref=None, dtype=torch.float32, seed=0):

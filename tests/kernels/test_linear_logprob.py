@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels import native
 from fusedrl.kernels.linear_head import tile_of
 from fusedrl.kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from fusedrl.kernels.logprob import logprob_reference
+from fusedrl.kernels.runtime import native
 
 
 def workspaces(impl, rows):
@@ -283,7 +283,7 @@ def test_narrow_error_is_at_most_twice_that_of_torch(dtype, cap, device):
 def test_the_forward_reads_nothing_on_the_host(device):
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fusedrl.kernels.linear_logprob_triton import _linear_logprob_triton
+    from fusedrl.kernels.linear_logprob._triton import _linear_logprob_triton
 
     class Seen(TorchDispatchMode):
         def __init__(self):

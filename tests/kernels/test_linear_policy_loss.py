@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import use_impl
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fusedrl.kernels.logprob import logprob_reference
 from fusedrl.kernels.objective import KINDS, PolicyObjective, RolloutCorrection
 from fusedrl.kernels.policy_loss import policy_loss
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 OBJECTIVES = {kind: PolicyObjective(kind=kind) for kind in KINDS} | {
     "clip": PolicyObjective(clip_low=0.05, clip_high=0.1, dual_clip=1.5), "gspo": PolicyObjective(kind="gspo", clip_low=0.02, clip_high=0.03)}
@@ -49,7 +49,7 @@ def run(device, function, p, dtype=None, **settings):
     N = len(p["weights"])
     if "rollout_correction" in settings:
         settings["rollout_logp"] = p["rollout_logp"]
-    loss, stats = function(leaves[0], leaves[1], leaves[2], p["token_ids"], p["old_logp"], p["advantages"], p["weights"], ref_logp=p["ref_logp"],
+    loss, stats, *_ = function(leaves[0], leaves[1], leaves[2], p["token_ids"], p["old_logp"], p["advantages"], p["weights"], ref_logp=p["ref_logp"],
                            cu_seqlens=torch.tensor([0, N // 3, N // 3, N], device=device), **settings)
     loss.backward()
     return [loss.detach(), torch.stack([*stats]), *(leaf.grad for leaf in leaves)]
@@ -159,7 +159,7 @@ def test_loss_and_statistics_are_those_of_the_two_steps_bit_for_bit(impl, device
     settings = {"ref_logp": p["ref_logp"], "entropy_coef": 0.1, "kl_coef": 0.1}
     inputs[0].requires_grad_()
     with use_impl(impl):
-        (loss, stats), (want, want_stats) = ours(None)(*inputs, **settings), two_steps(*inputs, **settings)
+        (loss, stats, *_), (want, want_stats) = ours(None)(*inputs, **settings), two_steps(*inputs, **settings)
     assert loss == want
     assert stats == want_stats
 
@@ -169,7 +169,7 @@ def test_loss_and_statistics_are_those_of_the_two_steps_bit_for_bit(impl, device
 def test_any_upstream_gradient_any_number_of_times(impl, device):
     p = problem(device, 20, 8, 40)
     leaves = [p[name].requires_grad_() for name in ("hidden", "weight", "bias")]
-    loss, stats = ours(impl)(*leaves, *(p[name] for name in ("token_ids", "old_logp", "advantages", "weights")))
+    loss, stats, *_ = ours(impl)(*leaves, *(p[name] for name in ("token_ids", "old_logp", "advantages", "weights")))
     unit = torch.autograd.grad(loss, leaves, retain_graph=True)
     for got, want in zip(torch.autograd.grad(-2.5 * loss, leaves, retain_graph=True), unit, strict=True):
         torch.testing.assert_close(got, -2.5 * want, equal_nan=True)
@@ -188,13 +188,13 @@ def test_only_what_needs_a_gradient_gets_one(impl, device):
     everything = run(device, ours(impl), p)
     for needed in ((True, False, False), (False, True, False), (False, False, True)):
         leaves = [p[name].clone().requires_grad_(n) for name, n in zip(("hidden", "weight", "bias"), needed, strict=True)]
-        loss, _ = ours(impl)(*leaves, *columns)
+        loss, *_ = ours(impl)(*leaves, *columns)
         loss.backward()
         for leaf, n, want in zip(leaves, needed, everything[2:], strict=True):
             assert (leaf.grad is None) != n
             assert not n or torch.equal(leaf.grad, want)
     with torch.no_grad():
-        loss, _ = ours(impl)(*leaves, *columns)
+        loss, *_ = ours(impl)(*leaves, *columns)
     assert not loss.requires_grad
     assert loss == everything[0]
     hidden, weight = (p[name].clone().requires_grad_() for name in ("hidden", "weight"))
@@ -207,7 +207,7 @@ def test_only_what_needs_a_gradient_gets_one(impl, device):
 def test_double_backward_is_refused(impl, device):
     p = problem(device, 20, 8, 40, masked=0.0)
     weight = p["weight"].requires_grad_()
-    loss, _ = ours(impl)(p["hidden"], weight, p["bias"], *(p[name] for name in ("token_ids", "old_logp", "advantages", "weights")))
+    loss, *_ = ours(impl)(p["hidden"], weight, p["bias"], *(p[name] for name in ("token_ids", "old_logp", "advantages", "weights")))
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad((weight * torch.autograd.grad(loss, weight, create_graph=True)[0]).sum(), weight)
 
@@ -222,7 +222,10 @@ def test_refuses_what_it_does_not_support(impl, device):
             ((h, torch.zeros(5, 3, device=device), ids, x, x, x), {}, ValueError, "weight does not fit its pattern"),
             ((h, w.bfloat16(), ids, x, x, x), {}, TypeError, "expected weight of dtype float32"),
             ((h, w, ids, x, x, x.double()), {}, TypeError, "expected weights of dtype float32"),
-            ((h, w, ids, None, x, x), {}, ValueError, "expected old_logp for kind 'clip'"),
+            ((h, w, ids, None, x, x), {"objective": PolicyObjective(kind="gspo"), "cu_seqlens": torch.tensor([0, 3])}, ValueError,
+             "expected old_logp for kind 'gspo'"),
+            ((h, w, ids, None, x, x), {"rollout_logp": x, "rollout_correction": RolloutCorrection("truncated")}, ValueError,
+             "expected old_logp with a rollout_correction"),
             ((h, w, ids, x, x, x), {"kl_coef": 1.0}, ValueError, "expected ref_logp"),
             ((h, w, ids, x, x, x), {"objective": PolicyObjective(kind="gspo")}, ValueError, "expected cu_seqlens"),
             ((h, w, ids, x, x, x), {"temperature": 0.0}, ValueError, "expected a temperature above 0"),
@@ -244,8 +247,8 @@ def test_opcheck(with_bias, device):
     p = problem(device, 9, 4, 11, masked=0.0)
     leaves = [p[name].requires_grad_() for name in ("hidden", "weight")] + [p["bias"].requires_grad_() if with_bias else None]
     columns = [p[name] for name in ("token_ids", "old_logp", "advantages", "weights", "ref_logp")]
-    rest = (0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 2, 1, 0.05, 1.0, None, 0.0, -1)
-    arguments = (*leaves, *columns, torch.rand(9, device=device), None, None, *rest)
+    rest = ("clip", "k3", "k2", [0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 0.05, math.inf, 0.0], 1.0, 0.0, -1)
+    arguments = (*leaves, *columns, torch.rand(9, device=device), None, None, None, *rest)
     torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss.default, arguments)
     constants = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
     torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_forward.default, (*constants, True, True, with_bias))
@@ -258,7 +261,7 @@ def test_compiles_as_one_graph(kind, device):
     p = problem(device, 20, 8, 40)
 
     def step(hidden, weight):
-        loss, stats = linear_policy_loss(hidden, weight, p["token_ids"], p["old_logp"], p["advantages"], p["weights"], objective=OBJECTIVES[kind],
+        loss, stats, *_ = linear_policy_loss(hidden, weight, p["token_ids"], p["old_logp"], p["advantages"], p["weights"], objective=OBJECTIVES[kind],
                                          cu_seqlens=torch.tensor([0, 20], device=device), entropy_coef=0.1)
         return 2 * loss, torch.stack([*stats])
 
@@ -295,7 +298,7 @@ def test_narrow_error_is_at_most_twice_that_of_torch(dtype, device):
 # Rows gather over chunks of 2 until no other chunk fits 5: with one active row in 3 the last products are made twice, not once a chunk.
 @pytest.mark.usefixtures("triton_runs")
 def test_gradients_of_few_active_rows_gather(monkeypatch, device):
-    from fusedrl.kernels import linear_policy_loss_triton as module
+    from fusedrl.kernels.linear_policy_loss import _triton as module
 
     p = problem(device, 18, 8, 50, masked=0.0)
     p["advantages"] = torch.where(torch.arange(18, device=device) % 3 == 0, 1.0, 0.0)
@@ -310,7 +313,7 @@ def test_gradients_of_few_active_rows_gather(monkeypatch, device):
 @pytest.mark.parametrize(("workspace_bytes", "V", "itemsize"), [(1, 10, 4), (1 << 28, 151936, 2), (1 << 28, 151936, 4),
                                                                  (1 << 31, 32000, 2), (4 << 20, 3000, 4)])
 def test_chunks_fit_the_workspace(workspace_bytes, V, itemsize):
-    rows_of = pytest.importorskip("fusedrl.kernels.linear_policy_loss_triton").rows_of
+    rows_of = pytest.importorskip("fusedrl.kernels.linear_policy_loss._triton").rows_of
     R, C = rows_of(workspace_bytes, V, itemsize)
     assert 1 <= R <= C
     assert R == 1 or (4 * R + itemsize * C) * V <= workspace_bytes
@@ -323,13 +326,14 @@ def test_triton_opcheck_and_compile(kind, device):
     p = problem(device, 7, 4, 11, masked=0.0)
     leaves = [p[name].requires_grad_() for name in ("hidden", "weight", "bias")]
     columns = [p[name] for name in ("token_ids", "old_logp", "advantages", "weights", "ref_logp")]
-    rest = (0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 2, 1, 0.05, 1.0, None, 0.0, 1 << 20, True, True, True)
+    rest = ("clip", "k3", "k2", [0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.1, 0.05, math.inf, 0.0], 1.0, 0.0, 1 << 20, True, True, True)
     if kind == "clip":
-        torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_triton.default, (*leaves, *columns, torch.rand(7, device=device), None, None, *rest))
+        torch.library.opcheck(torch.ops.fusedrl.linear_policy_loss_triton.default, (*leaves, *columns, torch.rand(7, device=device), None, None, None, *rest))
 
     def step(hidden, weight, bias):
-        loss, stats = linear_policy_loss(hidden, weight, *columns[:4], bias=bias, objective=OBJECTIVES[kind], cu_seqlens=torch.tensor([0, 7], device=device),
-                                         entropy_coef=0.1, impl="triton")
+        loss, stats, *_ = linear_policy_loss(
+            hidden, weight, *columns[:4], bias=bias, objective=OBJECTIVES[kind], cu_seqlens=torch.tensor([0, 7], device=device), entropy_coef=0.1, impl="triton"
+        )
         return 2 * loss, torch.stack([*stats])
 
     outcomes = []
@@ -337,3 +341,58 @@ def test_triton_opcheck_and_compile(kind, device):
         loss, stats = function(*leaves)
         outcomes.append([loss.detach(), stats, *torch.autograd.grad(loss, leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.each_impl("linear_policy_loss")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_those_of_the_head(impl, dtype, grad, device):
+    """Over several chunks, few rows of a chunk active; by definition, and 0 where the weight is 0."""
+    p = problem(device, 40, 24, 90, dtype, masked=0.3)
+    p["advantages"] = torch.where(torch.arange(40, device=device) % 3 == 0, p["advantages"], 0.0)
+    leaves = [p[name].clone().requires_grad_(grad) for name in ("hidden", "weight", "bias")]
+    found = linear_policy_loss(*leaves[:2], p["token_ids"], p["old_logp"], p["advantages"], p["weights"], bias=leaves[2], temperature=0.8, softcap=20.0,
+                               workspace_bytes=7 * 90 * 4, impl=impl)
+    live = p["weights"] != 0
+    z = p["hidden"][live].double() @ p["weight"].double().t() + p["bias"].double()
+    logs = (20 * torch.tanh(z / 20) / 0.8).log_softmax(1)
+    want = logs.gather(1, p["token_ids"][live, None])[:, 0], -(logs.exp() * logs).sum(1)
+    for got, exact in zip((found.logp, found.entropy), want, strict=True):
+        assert got.dtype == torch.float32
+        assert not got.requires_grad
+        assert not got[~live].any()
+        torch.testing.assert_close(got[live].double(), exact, rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.cpu_only("the C++ kernels")
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [90, 5000])
+def test_rows_have_the_bits_of_linear_logprob(V, dtype, device):
+    """In chunks of the same rows; with half of them inactive, which moves gradients and no score."""
+    p = problem(device, 300, 48, V, dtype, masked=0.3)
+    p["advantages"] = torch.where(torch.arange(300, device=device) % 2 == 0, p["advantages"], 0.0)
+    leaves = [p[name].clone().requires_grad_() for name in ("hidden", "weight")]
+    found = linear_policy_loss(*leaves, p["token_ids"], p["old_logp"], p["advantages"], p["weights"], impl="cpp")
+    ids = torch.where(p["weights"] != 0, p["token_ids"], -100)
+    logp, entropy = linear_logprob(*leaves, ids, entropy=True, ignore_index=-100, impl="cpp")
+    assert torch.equal(found.logp, logp.detach())
+    assert torch.equal(found.entropy, entropy.detach())
+
+
+@pytest.mark.each_impl("linear_policy_loss")
+@pytest.mark.parametrize("kind", [kind for kind, objective in OBJECTIVES.items() if not objective.by_sequence])
+def test_without_old_logp_it_is_the_policys_own(impl, kind, device):
+    p = problem(device, 20, 8, 40)
+    live, z = p["weights"] != 0, p["hidden"].double() @ p["weight"].double().t() + p["bias"].double()
+    z = z[live].requires_grad_()
+    logp = z.log_softmax(1).gather(1, p["token_ids"][live, None])[:, 0]
+    columns = [p[name][live].double() for name in ("advantages", "weights")]
+    want, _ = policy_loss(logp, logp.detach(), *columns, objective=OBJECTIVES[kind], impl="torch")
+    want_grad = torch.autograd.grad(want, z)[0].sum(0)
+    bias = p["bias"].clone().requires_grad_()
+    found = linear_policy_loss(p["hidden"], p["weight"], p["token_ids"], None, p["advantages"], p["weights"], bias=bias, objective=OBJECTIVES[kind], impl=impl)
+    assert found.stats.ratio_min == found.stats.ratio_max == 1
+    torch.testing.assert_close(found.loss.double(), want.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(found.loss, bias)[0].double(), want_grad, rtol=1e-4, atol=1e-5)

@@ -5,10 +5,10 @@ import torch
 
 from fusedrl.engine.tools.verify.catalogue import CATALOGUE
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.logprob import logprob, logprob_, logprob_reference
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.normalize import GROUP_METHODS, RunningMoments, group_normalize, masked_whiten
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Triton's tiles cut down and its programs to two: several blocks a program, several moments a merge, at few elements."""
     if unavailable("triton", "cpu") is None:
-        from fusedrl.kernels import normalize_triton
+        from fusedrl.kernels.normalize import _triton as normalize_triton
         for name, size in (("_BLOCK", 32), ("_MERGED", 1), ("_PROGRAMS", 2)):
             monkeypatch.setattr(normalize_triton, name, size)
 

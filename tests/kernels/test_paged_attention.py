@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels import attention, native
+from fusedrl.kernels import attention
 from fusedrl.kernels import paged_attention as module
 from fusedrl.kernels.paged_attention import paged_attention, paged_attention_reference
+from fusedrl.kernels.runtime import native
 
 LENS = [0, 1, 16, 17, 33, 70]
 # (query heads, key/value heads, head dim, block size): groups of 1, 2, 4, 7, and 17, which takes two Triton programs; odd head dims; block sizes at,

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from fusedrl.kernels import native
 from fusedrl.kernels.policy_loss import PolicyObjective, PolicyStats, policy_loss, policy_value_loss, token_weights, value_loss
+from fusedrl.kernels.runtime import native
 
 DUAL = PolicyObjective(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
 OBJECTIVES = {"clip": PolicyObjective(), "dual": DUAL, "ratio": PolicyObjective(kind="ratio"), "reinforce": PolicyObjective(kind="reinforce")}
@@ -231,7 +231,7 @@ def test_blocks_are_added_up_chunk_by_chunk(monkeypatch, device):
     logp, old_logp, advantages, weights, entropy = random_inputs(device, 9000, seed=12)
     outcomes = []
     for chunk in (256, 2):
-        monkeypatch.setattr("fusedrl.kernels.policy_loss_triton._CHUNK", chunk)
+        monkeypatch.setattr("fusedrl.kernels.policy_loss._triton._CHUNK", chunk)
         loss, policy, value = policy_value_loss(logp, old_logp, advantages, weights, entropy, old_logp, advantages + 100, entropy=entropy, impl="triton")
         outcomes.append(torch.stack([loss, *policy, *value]))
     torch.testing.assert_close(*outcomes, rtol=1e-6, atol=1e-6)
@@ -346,7 +346,7 @@ def op_arguments(device, parts):
     entropy = x[4].requires_grad_() if "policy" in parts else None
     value = [x[5].requires_grad_(), x[6], x[7]] if "value" in parts else [None] * 3
     extras = [torch.rand(9, device=device) for _ in range(4)] if "policy" in parts else [None] * 4
-    return (*policy, x[3], entropy, *value, *extras, 0, 0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.3, 2, 1, 0.1, 0.2, 0.5)
+    return (*policy, x[3], entropy, *value, *extras, "clip", "k3", "k2", [0.8, 1.2, math.inf, 1.0, 1.0, 0.0, 0.3, 0.1, 0.2, 0.5])
 
 
 @pytest.mark.parametrize("parts", ["policy", "value", "policy and value"])

@@ -352,7 +352,7 @@ def test_defaults_of_each_kind():
     assert {kind: PolicyObjective(kind=kind).bounds for kind in ("clip", "gspo", "cispo", "geometric_mean", "ratio")} == {
         "clip": (0.8, 1.2, math.inf), "gspo": (1 - 3e-4, 1 + 4e-4, math.inf), "cispo": (-math.inf, 5.0, math.inf),
         "geometric_mean": (-0.4, 0.4, math.inf), "ratio": (-math.inf, math.inf, math.inf)}
-    assert PolicyObjective(kind="sapo").scalars[4:6] == (1.0, 1.05)
+    assert list(PolicyObjective(kind="sapo").coefficients.values())[3:5] == [1.0, 1.05]
 
 
 @pytest.mark.each_impl("policy_value_loss", but=("torch",))

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from fusedrl.engine.tools.verify.catalogue import CATALOGUE
 from fusedrl.engine.tools.verify.catalogue.rows import LOGITS, logits_of
 from fusedrl.engine.tools.verify.grid import interpreted, run, same_bits
-from fusedrl.kernels.dispatch import CannotServe
 from fusedrl.kernels.full_kl import full_kl
 from fusedrl.kernels.gae import discounted_returns, gae, k_step_advantages, shaped_gae, td_advantages
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.normalize import masked_whiten
 from fusedrl.kernels.policy_loss import policy_loss
+from fusedrl.kernels.runtime.dispatch import CannotServe
 
 pytestmark = [pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered", "ignore:divide by zero"),
               pytest.mark.usefixtures("small_tiles")]

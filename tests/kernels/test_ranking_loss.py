@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from fusedrl.engine.tools.verify.catalogue import CATALOGUE
-from fusedrl.kernels import native
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.ranking_loss import (
     kwise_ranking_loss,
     kwise_ranking_loss_reference,
     pairwise_ranking_loss,
     pairwise_ranking_loss_reference,
 )
+from fusedrl.kernels.runtime import native
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 
 # 0 and 1 pairs; sizes around a vector and Triton's chunk; differences so large that exp overflows when written naively.

@@ -25,7 +25,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
-from fusedrl.kernels import dispatch
+from fusedrl.kernels.runtime import dispatch
 from fusedrl.kernels.objective import PolicyObjective
 
 torch.set_num_threads(1)

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels.dispatch import unavailable
 from fusedrl.kernels.gae import discounted_returns, gae, k_step_advantages, td_advantages
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 LENGTHS = [[], [0], [1], [0, 1, 0, 2, 0], [7, 33, 0, 64]]
 
@@ -13,7 +13,7 @@ LENGTHS = [[], [0], [1], [0, 1, 0, 2, 0], [7, 33, 0, 64]]
 def small_chunks(monkeypatch):
     """Triton's chunk cut to 16 tokens: the interpreter costs time by lane, and carries come into play."""
     if unavailable("triton", "cpu") is None:
-        from fusedrl.kernels import gae_triton
+        from fusedrl.kernels.gae import _triton as gae_triton
         monkeypatch.setattr(gae_triton, "_CHUNK", 16)
 
 

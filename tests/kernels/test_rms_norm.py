@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels import native
 from fusedrl.kernels.rms_norm import _rms_norm_triton, rms_norm, rms_norm_reference
+from fusedrl.kernels.runtime import native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5

@@ -4,8 +4,8 @@ import mpmath
 import pytest
 import torch
 
-from fusedrl.kernels import native
 from fusedrl.kernels.rope import RopeTable, _rope_triton, rope, rope_reference
+from fusedrl.kernels.runtime import native
 
 
 def tensors(device, N, Hq, Hkv, D, dtype=torch.float32):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fusedrl.engine.tools.verify.grid import interpreted
-from fusedrl.kernels import native
 from fusedrl.kernels.logprob import logprob
+from fusedrl.kernels.runtime import native
 from fusedrl.kernels.sampling import Sampled, _capacity, philox4x32, sample, uniform
 
 INF = math.inf

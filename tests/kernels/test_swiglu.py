@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 from fusedrl.kernels.swiglu import _swiglu_triton, activate, swiglu, swiglu_reference
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrl.kernels.dispatch import Implementations, unavailable
+from fusedrl.kernels.runtime.dispatch import Implementations, unavailable
 
 EPS = torch.finfo(torch.float32).eps
 Case = dict[str, object]

@@ -16,14 +16,14 @@ import torch
 
 from fusedrl.engine.tools.machine import seconds_of, wait_for
 from fusedrl.engine.tools.verify.grid import Entry, Problem, Tensors, copy_with_storage, describe, examine, finished, grid, interpreted, sample_of_grid
-from fusedrl.kernels.dispatch import CannotServe, unavailable
+from fusedrl.kernels.runtime.dispatch import CannotServe, unavailable
 
 # Elements of a case: of a sample, and of the whole grid. "interpreted" is Triton on a CPU.
 QUICK = {"cpp": 1 << 18, "torch": 1 << 17, "interpreted": 1 << 11, "gpu": 1 << 21}
 WHOLE = {"cpp": 1 << 30, "torch": 1 << 23, "interpreted": 1 << 19, "gpu": 1 << 28}
 _SECONDS, _CALLS = 0.3, (5, 200)  # one timing takes so long, within so many calls
 # Tiles as small as the interpreter likes them (it costs time by lane), which also brings carries and running maxima into play.
-SMALL_TILES = {"full_kl_triton": {"_BLOCK": 64}, "gae_triton": {"_CHUNK": 16}}
+SMALL_TILES = {"full_kl._triton": {"_BLOCK": 64}, "gae._triton": {"_CHUNK": 16}}
 
 
 @contextlib.contextmanager

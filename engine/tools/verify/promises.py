@@ -25,8 +25,8 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.adamw import make_optimizer
-from fusedrl.kernels.dispatch import use_impl
 from fusedrl.kernels.policy_loss import PolicyObjective, policy_loss, token_weights
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 CONFIG = {"model_type": "llama", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "initializer_range": 0.25,

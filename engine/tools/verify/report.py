@@ -16,7 +16,7 @@ from fusedrl.engine.tools.verify.grid import Entry
 from fusedrl.engine.tools.verify.ops import cost_of
 from fusedrl.engine.tools.verify.pool import Pool, Task
 from fusedrl.engine.tools.verify.promises import PROMISES
-from fusedrl.kernels.dispatch import unavailable
+from fusedrl.kernels.runtime.dispatch import unavailable
 
 CATALOGUE = "fusedrl.engine.tools.verify.catalogue"
 Row = dict[str, Any]

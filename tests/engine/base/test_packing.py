@@ -7,8 +7,8 @@ from fusedrl.engine.base.packing import IGNORE, PackedBatch, split_by_tokens
 SEQUENCES = [([5, 6], [7, 8, 9]), ([1], []), ([2], [3]), ([4, 4, 4], [4])]
 
 
-def test_layout_labels_and_alignment():
-    batch = PackedBatch.from_sequences(SEQUENCES)
+def test_layout_labels_and_alignment(device):
+    batch = PackedBatch.from_sequences(SEQUENCES, device=device)
     assert batch.token_ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 4, 4, 4, 4]
     assert batch.cu_seqlens.tolist() == [0, 5, 6, 8, 12]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 0, 1, 0, 1, 2, 3]
@@ -23,7 +23,7 @@ def test_layout_labels_and_alignment():
 
 
 def test_columns_follow_their_sequences(device):
-    batch = PackedBatch.from_sequences(SEQUENCES).with_columns(old_logp=torch.arange(12.0, device=device),
+    batch = PackedBatch.from_sequences(SEQUENCES, device=device).with_columns(old_logp=torch.arange(12.0, device=device),
                                                                scores=torch.tensor([10.0, 11, 12, 13], device=device))
     part = batch.select([2, 0])
     assert part.lengths == (2, 5)
@@ -48,8 +48,8 @@ def test_split_covers_everything_once_and_keeps_to_the_budget():
         split_by_tokens([(0, 1)], 0)
 
 
-def test_padded_round_trip():
-    batch = PackedBatch.from_sequences(SEQUENCES)
+def test_padded_round_trip(device):
+    batch = PackedBatch.from_sequences(SEQUENCES, device=device)
     padded = batch.to_padded(batch.token_ids, fill=-1)
     assert padded.tolist() == [[5, 6, 7, 8, 9], [1, -1, -1, -1, -1], [2, 3, -1, -1, -1], [4, 4, 4, 4, -1]]
     assert torch.equal(batch.from_padded(padded), batch.token_ids)
@@ -57,25 +57,25 @@ def test_padded_round_trip():
         batch.from_padded(padded[:, :4])
 
 
-def test_from_completions_uses_the_ids_that_were_generated_from():
+def test_from_completions_uses_the_ids_that_were_generated_from(device):
     def completion(prompt, tokens):
         return Completion(prompt_ids=prompt, token_ids=tokens, logprobs=[-0.5 * t for t in tokens], text="", finish_reason="stop",
                           weights_versions=[3] * len(tokens))
 
     outs = [[completion([1, 2], [3]), completion([1, 2], [4, 5])], [completion([9], [8])]]
-    batch = PackedBatch.from_completions([[1, 2], "any text"], outs)
+    batch = PackedBatch.from_completions([[1, 2], "any text"], outs, device=device)
     assert batch.lengths == (3, 4, 2)
     assert batch.rollout_logp.tolist() == [0, 0, -1.5, 0, 0, -2.0, -2.5, 0, -4.0]
     assert batch.weights_versions.tolist() == [0, 0, 3, 0, 0, 3, 3, 0, 3]
     with pytest.raises(ValueError, match="prompt 0 is not the one"):
-        PackedBatch.from_completions([[1, 7], "any text"], outs)
+        PackedBatch.from_completions([[1, 7], "any text"], outs, device=device)
     with pytest.raises(ValueError, match="1 prompts and 2 lists"):
-        PackedBatch.from_completions([[1, 2]], outs)
+        PackedBatch.from_completions([[1, 2]], outs, device=device)
 
 
 def test_refuses_what_cannot_be(device):
     with pytest.raises(ValueError, match="no prompt token"):
-        PackedBatch.from_sequences([([], [1])])
+        PackedBatch.from_sequences([([], [1])], device=device)
     with pytest.raises(ValueError, match=r"expected scores \[4\], got \[3\]"):
-        PackedBatch.from_sequences(SEQUENCES).with_columns(scores=torch.zeros(3, device=device))
-    assert PackedBatch.from_sequences([]).num_sequences == 0
+        PackedBatch.from_sequences(SEQUENCES, device=device).with_columns(scores=torch.zeros(3, device=device))
+    assert PackedBatch.from_sequences([], device=device).num_sequences == 0

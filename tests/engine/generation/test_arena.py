@@ -13,7 +13,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.watch.plan import Planner
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 SIZES = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 10, "max_position_embeddings": 64, "initializer_range": 0.2}
@@ -80,7 +80,7 @@ def test_it_holds_what_the_plan_says_is_held(checkpointed, device):
     actor = make(device)
     actor.decoder.checkpoint_activations = checkpointed
     actor.generate(PROMPTS, PARAMS)
-    batch = PackedBatch.from_sequences((torch.randint(61, (5,)).tolist(), torch.randint(61, (45,)).tolist()) for _ in range(12))
+    batch = PackedBatch.from_sequences(((torch.randint(61, (5,)).tolist(), torch.randint(61, (45,)).tolist()) for _ in range(12)), device=device)
     planned = Planner(model_config(SIZES | KINDS["llama"]), PolicyConfig("m", "d", ("r.py:r",), dtype="float32", device="cpu"))
     with actor.lend_cache() as arena:
         train(actor, batch, parts=1)
@@ -169,16 +169,16 @@ def test_an_error_inside_leaves_an_actor_that_generates(device):
 
 
 # ---- the arena itself -----------------------------------------------------------------------------------------------------------
-def lent(bytes_=1 << 16):
-    return Arena([torch.empty(bytes_, dtype=torch.uint8), torch.empty(bytes_ // 2, dtype=torch.uint8)])
+def lent(device, bytes_=1 << 16):
+    return Arena([torch.empty(bytes_, dtype=torch.uint8, device=device), torch.empty(bytes_ // 2, dtype=torch.uint8, device=device)])
 
 
 def inside(arena, tensor):
     return arena._holds(tensor.untyped_storage())
 
 
-def test_views_of_one_storage_are_copied_once_and_keep_their_strides():
-    arena, x = lent(), torch.randn(3, 40, 8)
+def test_views_of_one_storage_are_copied_once_and_keep_their_strides(device):
+    arena, x = lent(device), torch.randn(3, 40, 8).to(device)
     views = [x, x[1], x.transpose(1, 2), x[:, ::3], x.expand(2, 3, 40, 8), x.view(torch.int32)]
     packed = [arena._pack(view.detach()) for view in views]
     assert len({p.untyped_storage()._cdata for p in packed}) == 1
@@ -194,20 +194,28 @@ def test_views_of_one_storage_are_copied_once_and_keep_their_strides():
     assert torch.equal(packed[0], before)
 
 
-def test_what_is_left_where_it_is():
-    weight = torch.randn(40, 40, requires_grad=True)
-    arena = Arena([torch.empty(1 << 16, dtype=torch.uint8)], keep=[weight])
-    for tensor in (weight.t(), weight[3:], torch.randn(10), torch.empty(0), torch.randn(1 << 15), torch.randn(20, 20).to_sparse(),
-                   torch.empty(90, device="meta"), torch.nn.Parameter(torch.randn(100))):
+def test_what_is_left_where_it_is(device):
+    weight = torch.randn(40, 40, requires_grad=True, device=device)
+    arena = Arena([torch.empty(1 << 16, dtype=torch.uint8, device=device)], keep=[weight])
+    for tensor in (
+        weight.t(),
+        weight[3:],
+        torch.randn(10).to(device),
+        torch.empty(0, device=device),
+        torch.randn(1 << 15).to(device),
+        torch.randn(20, 20).to(device).to_sparse(),
+        torch.empty(90, device="meta"),
+        torch.nn.Parameter(torch.randn(100).to(device)),
+    ):
         assert arena._pack(tensor) is tensor
     assert arena.used == arena.peak == 0
 
 
-def test_a_storage_at_the_address_of_a_dead_one_is_another():
-    arena = lent(1 << 20)
+def test_a_storage_at_the_address_of_a_dead_one_is_another(device):
+    arena = lent(device, 1 << 20)
     seen = set()
     for number in range(300):
-        x = torch.full((200,), float(number))
+        x = torch.full((200,), float(number), device=device)
         seen.add(x.data_ptr())
         assert arena._pack(x).eq(number).all()
         del x
@@ -216,9 +224,9 @@ def test_a_storage_at_the_address_of_a_dead_one_is_another():
     assert len(arena._copies) < 200
 
 
-def test_a_range_is_free_when_nothing_reads_it():
-    arena = lent()
-    x, y, z = (torch.randn(100) for _ in range(3))
+def test_a_range_is_free_when_nothing_reads_it(device):
+    arena = lent(device)
+    x, y, z = (torch.randn(100).to(device) for _ in range(3))
     a, b, c = (arena._pack(t) for t in (x, y, z))
     assert [t.data_ptr() - a.data_ptr() for t in (a, b, c)] == [0, 512, 1024]
     view = b[10:20].view(2, 5)
@@ -231,7 +239,7 @@ def test_a_range_is_free_when_nothing_reads_it():
     assert arena.used == 0
 
 
-def test_a_gradient_that_is_a_saved_tensor_survives():
+def test_a_gradient_that_is_a_saved_tensor_survives(device):
     class Stored(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -242,17 +250,17 @@ def test_a_gradient_that_is_a_saved_tensor_survives():
         def backward(ctx, grad):
             return ctx.saved_tensors[0]  # as a loss does that computed its gradient in the forward pass
 
-    arena, x = lent(), torch.randn(100, requires_grad=True)
+    arena, x = lent(device), torch.randn(100, requires_grad=True, device=device)
     with arena.holding():
         Stored.apply(x).backward()
         assert inside(arena, x.grad)
-        y = torch.randn(100, requires_grad=True)
+        y = torch.randn(100, requires_grad=True, device=device)
         for _ in range(5):
             (y * 3).exp().sum().backward()
     assert torch.equal(x.grad, 2 * x.detach())
 
 
-def test_random_graphs_in_random_memory():
+def test_random_graphs_in_random_memory(device):
     """Functions of all sorts, shared and dropped graphs, checkpoints, in regions of any size: the same gradients as without."""
     draw = random.Random(0)
 
@@ -273,7 +281,7 @@ def test_random_graphs_in_random_memory():
 
         def gradients(kinds=kinds, seed=seed):
             torch.manual_seed(seed)
-            x, w = torch.randn(8, 20, requires_grad=True), torch.randn(20, 20, requires_grad=True)
+            x, w = torch.randn(8, 20, requires_grad=True, device=device), torch.randn(20, 20, requires_grad=True, device=device)
             dropped = step(x, w, 0)
             out = x
             for number in kinds:
@@ -283,7 +291,7 @@ def test_random_graphs_in_random_memory():
             (out.sum() * 2).backward()
             return [x.grad, w.grad if w.grad is not None else x.grad]
 
-        expected, arena = gradients(), lent(size)
+        expected, arena = gradients(), lent(device, size)
         with arena.holding():
             found = gradients()
         assert equal(found, expected)

@@ -21,8 +21,8 @@ from fusedrl.engine.generation.state import DecodeState, advance
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.kernels.dispatch import unavailable, use_impl
 from fusedrl.kernels.rope import RopeTable
+from fusedrl.kernels.runtime.dispatch import unavailable, use_impl
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 16, "max_position_embeddings": 96, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1}
@@ -80,9 +80,9 @@ class Spelled(TorchFunctionMode):
         return torch.bitwise_not(args[0]) if function is torch.Tensor.__invert__ else function(*args, **(kwargs or {}))
 
 
-def columns_of(params, rows=3, count=5):
+def columns_of(device, params, rows=3, count=5):
     """What a generator would give the device for `rows` sequences, padded to `count`."""
-    generator = Generator(Decoder.random(model_config(SIZES | KINDS["llama"]), 0), None, CacheConfig(block_size=4, max_sequences=8))
+    generator = Generator(Decoder.random(model_config(SIZES | KINDS["llama"]), 0, device=device), None, CacheConfig(block_size=4, max_sequences=8))
     for slot in range(rows):
         generator._table.put(slot, params, slot, 0, frozenset({2, *params.stop_token_ids}), 4)
     slots = generator.scheduler.slots
@@ -110,10 +110,10 @@ def on_the_device(x):
     return type(x)(*map(on_the_device, x)) if hasattr(x, "_fields") else tuple(map(on_the_device, x)) if isinstance(x, tuple) else x
 
 
-def watch(step, kind="llama", dtype=torch.bfloat16, params=None, value_head=False):
+def watch(device, step, kind="llama", dtype=torch.bfloat16, params=None, value_head=False):
     """Names of the operations of `step(weights, state, block table, cache)` on fake tensors of a CUDA device; with a value head, it is its last argument."""
-    columns, numbers = columns_of(params or SamplingParams())
-    weights = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype).weights()
+    columns, numbers = columns_of(device, params or SamplingParams())
+    weights = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype, device=device).weights()
     with FakeTensorMode(), Spelled(), torch.no_grad():
         weights, state = on_the_device(weights), DecodeState(columns, numbers, 8, DEVICE, values=value_head)
         if value_head:
@@ -132,13 +132,13 @@ def watch(step, kind="llama", dtype=torch.bfloat16, params=None, value_head=Fals
 @pytest.mark.parametrize("impl", ["the default of CUDA", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("asked", ASKED)
-def test_a_step_never_waits_for_the_host(impl, kind, asked):
+def test_a_step_never_waits_for_the_host(impl, kind, asked, device):
     if impl != "torch" and unavailable("triton", "cuda"):
         pytest.skip(str(unavailable("triton", "cuda")))
     for dtype in (torch.bfloat16, torch.float32):
         with use_impl("torch") if impl == "torch" else contextlib.nullcontext():
-            operations = watch(lambda *step: advance(*step, False), kind, dtype, ASKED[asked])
-            with_values = watch(lambda *step, value_head: advance(*step, False, value_head=value_head), kind, dtype, ASKED[asked], value_head=True)
+            operations = watch(device, lambda *step: advance(*step, False), kind, dtype, ASKED[asked])
+            with_values = watch(device, lambda *step, value_head: advance(*step, False, value_head=value_head), kind, dtype, ASKED[asked], value_head=True)
         assert len(operations) < len(with_values) <= len(operations) + 12, "one product, what prepares it, its unit and its level"
         ours = {name for name in operations if name.startswith("fusedrl.")}
         assert bool(ours) == (impl != "torch")
@@ -151,10 +151,10 @@ def test_a_step_never_waits_for_the_host(impl, kind, asked):
                                    lambda ids: ids * torch.tensor(2, device=DEVICE), lambda ids: torch.repeat_interleave(ids, ids),
                                    lambda ids: torch.masked_select(ids, ids > 0)],
                          ids=["tolist", "mask", "nonzero", "any", "cpu", "from_numpy", "constant", "repeat", "masked_select"])
-def test_a_step_that_does_is_caught(touch):
+def test_a_step_that_does_is_caught(touch, device):
     def step(weights, state, table_BM, cache):
         advance(weights, state, table_BM, cache, False)
         touch(state.columns["token_ids"])
 
     with pytest.raises((HostTouched, DataDependentOutputException, DynamicOutputShapeException)):
-        watch(step)
+        watch(device, step)

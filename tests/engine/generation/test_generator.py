@@ -55,10 +55,10 @@ def logprobs_by_the_training_forward(decoder, completion, temperature=1.0):
     return logp[first - 1 : n - 1].gather(1, ids[first:, None])[:, 0].cpu()
 
 
-def check_logprobs(decoder, outs, temperature=1.0):
+def check_logprobs(device, decoder, outs, temperature=1.0):
     for completion in (c for group in outs for c in group):
         want = logprobs_by_the_training_forward(decoder, completion, temperature)
-        assert (torch.tensor(completion.logprobs) - want).abs().max() <= 1e-4
+        assert (torch.tensor(completion.logprobs, device=device) - want).abs().max() <= 1e-4
 
 
 @pytest.fixture
@@ -79,17 +79,17 @@ def count_tokens(monkeypatch):
 
 # ---- a real model ----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def greedy_by_transformers():
+def greedy_by_transformers(device):
     cached = {}
 
     def run(path, prompts, new):
         if not cached:
             from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
             width = max(map(len, prompts))
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
             out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0)
             for index, row in enumerate(out[:, width:].tolist()):
                 cached[index] = row[: row.index(2) + 1] if 2 in row else row
@@ -102,21 +102,21 @@ def greedy_by_transformers():
 @pytest.mark.parametrize("config,preempts", [(CacheConfig(), False), (CacheConfig(num_blocks=34), True),
                                              (CacheConfig(max_sequences=9, max_tokens_per_step=13), False)],
                          ids=["roomy", "preempting", "few slots, small chunks"])
-def test_greedy_tokens_are_those_of_transformers(shared, config, preempts, count_preemptions, greedy_by_transformers):
+def test_greedy_tokens_are_those_of_transformers(shared, config, preempts, count_preemptions, greedy_by_transformers, device):
     path = shared / "models" / "stories260k"
-    decoder = load_decoder(path)
+    decoder = load_decoder(path, dtype="float32", device=device)
     prompts = [p[:60] for p in ragged_prompts(32, 59, vocab=512)]
     want = greedy_by_transformers(path, prompts, 200)
     generator = Generator(decoder, None, config)
     outs = generate(generator, prompts, SamplingParams(max_new_tokens=200, temperature=0.0))
     assert [group[0].token_ids for group in outs] == [want[i] for i in range(32)]
     assert bool(count_preemptions) == preempts
-    check_logprobs(decoder, outs)
+    check_logprobs(device, decoder, outs)
     for (completion,) in outs:
         with torch.no_grad():
-            logp = want["model"](torch.tensor([completion.prompt_ids + completion.token_ids])).logits[0].log_softmax(-1)
-        theirs = logp[len(completion.prompt_ids) - 1:-1].gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(completion.logprobs), theirs, rtol=0, atol=1e-4)
+            logp = want["model"](torch.tensor([completion.prompt_ids + completion.token_ids], device=device)).logits[0].log_softmax(-1)
+        theirs = logp[len(completion.prompt_ids) - 1:-1].gather(1, torch.tensor(completion.token_ids, device=device)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs, device=device), theirs, rtol=0, atol=1e-4)
 
 
 # ---- draws do not depend on the schedule -----------------------------------------------------------------------------
@@ -164,22 +164,22 @@ def test_draws_are_keyed_by_seed_request_and_sample(plain, decoder):
     assert other[0][0].token_ids != twice[0][0].token_ids
 
 
-def test_logprobs_are_of_the_full_scaled_distribution(decoder, plain):
-    check_logprobs(decoder, plain, temperature=0.8)
+def test_logprobs_are_of_the_full_scaled_distribution(decoder, plain, device):
+    check_logprobs(device, decoder, plain, temperature=0.8)
     restrictions = ({"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.2}, {"min_new_tokens": 7})
     outs = generate(Generator(decoder), ragged_prompts(4, 10), [SamplingParams(max_new_tokens=20, temperature=0.8, **r) for r in restrictions])
-    check_logprobs(decoder, outs, temperature=0.8)
+    check_logprobs(device, decoder, outs, temperature=0.8)
     mixed = generate(Generator(decoder), ragged_prompts(2, 10), [SamplingParams(max_new_tokens=9, temperature=t) for t in (0.0, 1.0)])
-    check_logprobs(decoder, mixed)
+    check_logprobs(device, decoder, mixed)
 
 
-def test_bfloat16_is_as_near_to_float64_as_the_training_forward(decoder):
+def test_bfloat16_is_as_near_to_float64_as_the_training_forward(decoder, device):
     config = model_config({**CONFIG, "initializer_range": 0.1})
     half, oracle = (Decoder.random(config, 0, dtype=dtype, device=decoder.device) for dtype in (torch.bfloat16, torch.float64))
     oracle.load_state_dict(half.state_dict())
     outs = [group[0] for group in generate(Generator(half), ragged_prompts(16, 10), SamplingParams(max_new_tokens=20))]
     want, trained = (torch.cat([logprobs_by_the_training_forward(d, c) for c in outs]) for d in (oracle, half))
-    ours = torch.tensor([x for c in outs for x in c.logprobs])
+    ours = torch.tensor([x for c in outs for x in c.logprobs], device=device)
     assert (ours - want).abs().mean() <= 1.5 * (trained - want).abs().mean()
     assert (ours - trained).abs().max() <= 2e-2
 
@@ -219,7 +219,7 @@ def test_a_bump_makes_cached_prefixes_unreachable(count_tokens, device):
     assert count_tokens[0] == sum(map(len, prompts))
     assert {v for group in before for v in group[0].weights_versions} == {0}
     assert {v for group in outs for v in group[0].weights_versions} == {7}
-    check_logprobs(decoder, outs)
+    check_logprobs(device, decoder, outs)
 
 
 def test_weights_that_change_under_way_are_told_token_by_token(decoder):
@@ -388,17 +388,17 @@ def test_a_failure_in_a_step_ends_all_and_the_next_call_works(device):
 
 
 # ---- prompts by a tokenizer ------------------------------------------------------------------------------------------
-def test_text_and_messages(shared):
+def test_text_and_messages(shared, device):
     from transformers import AutoTokenizer
 
     path = shared / "models" / "stories260k"
     tokenizer = AutoTokenizer.from_pretrained(path)
-    generator = Generator(load_decoder(path), tokenizer)
+    generator = Generator(load_decoder(path, dtype="float32", device=device), tokenizer)
     messages = [{"role": "user", "content": "Tell me"}]
     with pytest.raises(ValueError, match="no chat template"):
         generator.prepare(["a", messages], SamplingParams())
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
-    prompts = ["Once upon a time", messages, [1, 403], torch.tensor([1, 403]), ""]
+    prompts = ["Once upon a time", messages, [1, 403], torch.tensor([1, 403], device=device), ""]
     outs = generate(generator, prompts, SamplingParams(max_new_tokens=8, temperature=0.0))
     assert outs[0][0].prompt_ids == tokenizer("Once upon a time")["input_ids"]
     assert outs[0][0].prompt_ids[0] == tokenizer.bos_token_id

@@ -35,9 +35,9 @@ CONFIG = {
 LONG = [3 + i % 40 for i in range(24)]
 
 
-def make(lora: bool = False, **cache) -> HybridActor:
+def make(device, lora: bool = False, **cache) -> HybridActor:
     actor = HybridActor(
-        Decoder.random(model_config(CONFIG), 0),
+        Decoder.random(model_config(CONFIG), 0, device=device),
         cache=CacheConfig(**{"block_size": 4, "max_sequences": 4, "num_blocks": 200} | cache),
     )
     if lora:
@@ -45,13 +45,13 @@ def make(lora: bool = False, **cache) -> HybridActor:
         with torch.no_grad():
             for layer in actor.decoder.layers:
                 for b in layer.lora.tensors()[1::2]:
-                    b.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
+                    b.copy_(0.3 * torch.randn(b.shape, generator=torch.Generator().manual_seed(2)))
     return actor
 
 
-def worst(actor: HybridActor, prompt, completion, first: int = 0) -> float:
+def worst(device, actor: HybridActor, prompt, completion, first: int = 0) -> float:
     """How far the sampler was from the training forward, from completion token `first` on."""
-    batch = PackedBatch.from_completions([prompt], [[completion]])
+    batch = PackedBatch.from_completions([prompt], [[completion]], device=device)
     return float((actor.score(batch).logp - batch.rollout_logp)[len(prompt) + first :].abs().max())
 
 
@@ -62,7 +62,7 @@ def fixed(count: int, **more) -> SamplingParams:
 # ---- updates ---------------------------------------------------------------------------------------------------------------
 def by_optimizer(actor):
     for p in actor.parameters():
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(p)
     torch.optim.AdamW(actor.parameters(), lr=0.1, fused=True).step()
 
 
@@ -83,9 +83,9 @@ def replaced(actor):
 
 
 @pytest.mark.parametrize("update", [by_optimizer, in_place, by_data, replaced])
-def test_what_starts_after_an_update_is_of_the_new_weights_alone(update):
+def test_what_starts_after_an_update_is_of_the_new_weights_alone(update, device):
     """Two slots: the third request is admitted after the update, and its prompt's blocks are in the cache, of the older weights."""
-    actor = make(max_sequences=2)
+    actor = make(device, max_sequences=2)
     prompts, older = [LONG, [5, 6], LONG], copy.deepcopy(actor.decoder)
     stream = actor.stream(prompts, [fixed(60), fixed(40), fixed(9)])
     first = next(stream)
@@ -94,11 +94,11 @@ def test_what_starts_after_an_update_is_of_the_new_weights_alone(update):
     done = {f.prompt: f.completion for f in stream}
     late, running = done[2], done[0]
     assert set(late.weights_versions) == {1} == {actor.weights_version}
-    assert worst(actor, LONG, late) < 1e-4
+    assert worst(device, actor, LONG, late) < 1e-4
     n = running.weights_versions.index(1)
     assert running.weights_versions == [0] * n + [1] * (60 - n)
     assert 0 < n < 60
-    assert worst(HybridActor(older), LONG, cut(running, n)) < 1e-4
+    assert worst(device, HybridActor(older), LONG, cut(running, n)) < 1e-4
     assert set(actor.generate([LONG], fixed(3))[0][0].weights_versions) == {1}
 
 
@@ -111,8 +111,8 @@ def cut(completion, n):
     )
 
 
-def test_a_step_by_itself_notices():
-    actor = make()
+def test_a_step_by_itself_notices(device):
+    actor = make(device)
     generator = actor._generation()
     ticket, sequences = generator.prepare([LONG], fixed(40))
     generator.enqueue(ticket, sequences)
@@ -124,8 +124,8 @@ def test_a_step_by_itself_notices():
     assert versions == [0] * versions.index(1) + [1] * (40 - versions.index(1))
 
 
-def test_a_cast_while_completions_are_under_way_is_refused_and_the_actor_goes_on():
-    actor = make()
+def test_a_cast_while_completions_are_under_way_is_refused_and_the_actor_goes_on(device):
+    actor = make(device)
     stream = actor.stream([LONG, [4]], [fixed(40), fixed(2)])
     next(stream)
     kept = actor._generator.cache.k
@@ -135,11 +135,11 @@ def test_a_cast_while_completions_are_under_way_is_refused_and_the_actor_goes_on
         RuntimeError, match=r"the model was moved or cast, to torch\.float32 on cpu, while completions were on the way"
     ):
         next(stream)
-    assert worst(actor, LONG, actor.generate([LONG], fixed(9))[0][0]) < 1e-4
+    assert worst(device, actor, LONG, actor.generate([LONG], fixed(9))[0][0]) < 1e-4
 
 
-def test_a_stream_that_begins_within_a_loan_is_refused():
-    actor = make()
+def test_a_stream_that_begins_within_a_loan_is_refused(device):
+    actor = make(device)
     actor.generate([[1]], fixed(2))
     stream = actor.stream([LONG], fixed(4))
     with actor.lend_cache(), pytest.raises(RuntimeError, match="lent to training"):
@@ -148,13 +148,13 @@ def test_a_stream_that_begins_within_a_loan_is_refused():
 
 
 # ---- the adapter -------------------------------------------------------------------------------------------------------------
-def test_a_request_keeps_the_adapter_it_was_asked_under():
-    actor = make(lora=True)
-    alone = make(lora=True)
+def test_a_request_keeps_the_adapter_it_was_asked_under(device):
+    actor = make(device, lora=True)
+    alone = make(device, lora=True)
     want_on = [c for (c,) in alone.generate([LONG, [5, 6], LONG, [7]] * 2, fixed(30))]
     with alone.disable_adapter():
         want_off = alone.generate([LONG, [9]], fixed(12))
-        assert alone.score(PackedBatch.from_completions([LONG], want_off[:1])).logp.sub(0).any()
+        assert alone.score(PackedBatch.from_completions([LONG], want_off[:1], device=device)).logp.sub(0).any()
     found, inner = [], None
     for finished in actor.stream([LONG, [5, 6], LONG, [7]] * 2, fixed(30)):
         found.append(finished)
@@ -166,11 +166,11 @@ def test_a_request_keeps_the_adapter_it_was_asked_under():
     assert [f.completion.token_ids for f in sorted(found, key=lambda f: f[:2])] == [c.token_ids for c in want_on]
     for finished in found:
         prompt = ([LONG, [5, 6], LONG, [7]] * 2)[finished.prompt]
-        assert worst(actor, prompt, finished.completion) < 1e-4
+        assert worst(device, actor, prompt, finished.completion) < 1e-4
     (late,) = unbegun  # asked within the block, computed outside
     assert late.completion.token_ids == want_off[0][0].token_ids
     with actor.disable_adapter():
-        assert worst(actor, LONG, inner[0][0]) < 1e-4
+        assert worst(device, actor, LONG, inner[0][0]) < 1e-4
         begun = actor.stream([LONG], fixed(12))
     with actor.disable_adapter():
         assert next(begun).completion.token_ids == late.completion.token_ids
@@ -178,8 +178,8 @@ def test_a_request_keeps_the_adapter_it_was_asked_under():
 
 
 @pytest.mark.parametrize("cache", [{}, {"num_blocks": 20, "max_sequences": 3}], ids=["roomy", "preempting"])
-def test_calls_of_both_states_take_turns_and_none_waits_for_ever(cache):
-    actor, alone = make(lora=True, **cache), make(lora=True)
+def test_calls_of_both_states_take_turns_and_none_waits_for_ever(cache, device):
+    actor, alone = make(device, lora=True, **cache), make(device, lora=True)
     prompts = [LONG[:n] for n in (3, 9, 5, 12, 7, 4)]
     want = alone.generate(prompts, fixed(20))
     with alone.disable_adapter():
@@ -205,9 +205,9 @@ def test_calls_of_both_states_take_turns_and_none_waits_for_ever(cache):
     assert scheduler.blocks.available == scheduler.blocks.total
 
 
-def test_the_adapter_is_of_the_thread_that_switches_it():
-    actor = make(lora=True)
-    batch = PackedBatch.from_sequences([(LONG, [7, 8, 9])])
+def test_the_adapter_is_of_the_thread_that_switches_it(device):
+    actor = make(device, lora=True)
+    batch = PackedBatch.from_sequences([(LONG, [7, 8, 9])], device=device)
     on = actor.score(batch).logp
     with actor.disable_adapter():
         off = actor.score(batch).logp
@@ -259,8 +259,8 @@ def calls(index):
 @pytest.mark.parametrize(
     "cache", [{}, {"num_blocks": 24, "max_sequences": 5, "max_tokens_per_step": 7}], ids=["roomy", "preempting"]
 )
-def test_threads_get_what_they_would_have_got_alone(cache):
-    alone, actor = make(), make(**cache)
+def test_threads_get_what_they_would_have_got_alone(cache, device):
+    alone, actor = make(device), make(device, **cache)
     want = [
         [[c.token_ids for group in alone.generate(*call) for c in group] for call in calls(index)] for index in range(4)
     ]
@@ -275,8 +275,8 @@ def test_threads_get_what_they_would_have_got_alone(cache):
     assert generator.scheduler.blocks.available == generator.scheduler.blocks.total
 
 
-def test_an_exception_in_one_threads_consumer_is_its_own():
-    actor, alone = make(), make()
+def test_an_exception_in_one_threads_consumer_is_its_own(device):
+    actor, alone = make(device), make(device)
     want = alone.generate([LONG, [5]], fixed(50, n=2))
 
     def breaks():
@@ -291,8 +291,8 @@ def test_an_exception_in_one_threads_consumer_is_its_own():
     assert not actor._generator.scheduler.busy
 
 
-def test_a_step_that_fails_is_an_error_in_every_thread_and_the_actor_works_on(monkeypatch):
-    actor = make()
+def test_a_step_that_fails_is_an_error_in_every_thread_and_the_actor_works_on(monkeypatch, device):
+    actor = make(device)
     want = actor.generate([LONG], fixed(60))
     step, calls_, both = state_module.decode_step, [], threading.Barrier(2)
 
@@ -318,8 +318,8 @@ def test_a_step_that_fails_is_an_error_in_every_thread_and_the_actor_works_on(mo
     assert [c.token_ids for c in actor.generate([LONG], fixed(60))[0]] == [c.token_ids for c in want[0]]
 
 
-def test_training_in_one_thread_while_another_generates():
-    actor, batch = make(), PackedBatch.from_sequences([(LONG, [7, 8, 9]), ([1, 2], [3])])
+def test_training_in_one_thread_while_another_generates(device):
+    actor, batch = make(device), PackedBatch.from_sequences([(LONG, [7, 8, 9]), ([1, 2], [3])], device=device)
     stop = threading.Event()
 
     def trains():
@@ -337,7 +337,7 @@ def test_training_in_one_thread_while_another_generates():
         finally:
             stop.set()
 
-    alone = make()
+    alone = make(device)
     want, logp = alone.generate([LONG, [5]], fixed(40)), alone.score(batch).logp
     found, outs = together(trains, generates)
     assert found
@@ -351,10 +351,10 @@ def test_training_in_one_thread_while_another_generates():
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["plain", "fused"])
-def test_an_optimizers_step_waits_for_the_decoding_step_of_another_thread(options):
+def test_an_optimizers_step_waits_for_the_decoding_step_of_another_thread(options, device):
     """The weights are one of two sets at any time, and no token is of a mixture of both."""
-    actor, sets = make(), [make(), make()]
-    moves = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1 for i, p in enumerate(actor.parameters())]
+    actor, sets = make(device), [make(device), make(device)]
+    moves = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(device) * 0.1 for i, p in enumerate(actor.parameters())]
     optimizer = torch.optim.SGD(actor.parameters(), lr=1.0, **options)
 
     def move(sign: float) -> None:
@@ -384,11 +384,11 @@ def test_an_optimizers_step_waits_for_the_decoding_step_of_another_thread(option
     assert steps > 10
     pure = [out for out in outs if len(set(out.weights_versions)) == 1]
     assert pure
-    assert all(min(worst(one, LONG, out) for one in sets) < 1e-3 for out in pure)
+    assert all(min(worst(device, one, LONG, out) for one in sets) < 1e-3 for out in pure)
 
 
-def test_an_optimizer_that_raised_holds_nobody_up():
-    actor = make()
+def test_an_optimizer_that_raised_holds_nobody_up(device):
+    actor = make(device)
     optimizer = torch.optim.SGD(actor.parameters(), lr=0.1)
     want = actor.generate([LONG], fixed(4))
 
@@ -409,9 +409,9 @@ def test_an_optimizer_that_raised_holds_nobody_up():
 
 
 @pytest.mark.parametrize("how", ["closure", "hook", "in the step", "after a step within"])
-def test_after_an_optimizer_that_raised_other_threads_go_on(how):
+def test_after_an_optimizer_that_raised_other_threads_go_on(how, device):
     """Its thread lives on, so nothing but its stack tells that the step is over."""
-    actor = make()
+    actor = make(device)
     inside = []
 
     class Raises(torch.optim.SGD):
@@ -448,8 +448,8 @@ def test_after_an_optimizer_that_raised_other_threads_go_on(how):
     assert inside == ([True, True] if how == "after a step within" else [])
 
 
-def test_weights_loaded_in_another_thread_between_steps_are_noticed():
-    actor = make(max_sequences=2)
+def test_weights_loaded_in_another_thread_between_steps_are_noticed(device):
+    actor = make(device, max_sequences=2)
     turn, loaded = threading.Event(), threading.Event()
 
     def loads():
@@ -468,11 +468,11 @@ def test_weights_loaded_in_another_thread_between_steps_are_noticed():
     _, outs = together(loads, generates)
     late = next(f.completion for f in outs if f.prompt == 2)
     assert set(late.weights_versions) == {1}
-    assert worst(actor, LONG, late) < 1e-4
+    assert worst(device, actor, LONG, late) < 1e-4
 
 
-def test_abort_and_release_from_another_thread():
-    actor = make()
+def test_abort_and_release_from_another_thread(device):
+    actor = make(device)
     begun = threading.Event()
 
     def generates():

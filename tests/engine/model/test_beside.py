@@ -19,6 +19,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 
+pytestmark = [pytest.mark.cpu_only("hooks, attributes and configurations are Python, the same wherever the numbers lie")]
 TIED = SIZES | {"tie_word_embeddings": False}
 
 

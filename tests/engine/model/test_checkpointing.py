@@ -11,7 +11,7 @@ from fusedrl.engine.model.decoder import Decoder, Layer
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel
 from fusedrl.engine.stages.sft import train_sft
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 SIZES = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 10, "max_position_embeddings": 64, "initializer_range": 0.2}
@@ -19,15 +19,15 @@ KINDS = {"llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": Tr
          "mistral": {"model_type": "mistral", "sliding_window": 5}}
 
 
-def batch():
+def batch(device):
     draw = torch.Generator().manual_seed(1)
-    return PackedBatch.from_sequences((torch.randint(61, (n,), generator=draw).tolist(), torch.randint(61, (m,), generator=draw).tolist())
-                                      for n, m in ((1, 12), (5, 0), (7, 20), (3, 1)))
+    return PackedBatch.from_sequences(((torch.randint(61, (n,), generator=draw).tolist(), torch.randint(61, (m,), generator=draw).tolist())
+                                      for n, m in ((1, 12), (5, 0), (7, 20), (3, 1))), device=device)
 
 
-def trained(actor, packed=None):
+def trained(device, actor, packed=None):
     """The loss's bits and every gradient's."""
-    packed = packed or batch()
+    packed = packed or batch(device)
     for parameter in actor.parameters():
         parameter.grad = None
     logp, entropy = actor.logprobs(packed, actor.forward(packed))
@@ -43,48 +43,48 @@ def equal(found, expected):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strict", [False, True], ids=["fast", "strict"])
-def test_gradients_are_the_same_bits(kind, dtype, strict):
+def test_gradients_are_the_same_bits(kind, dtype, strict, device):
     if strict and not native.capability:
         pytest.skip("the native extension is not built")
-    actor = HybridActor(Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype), strict=strict)
-    plain = trained(actor)
+    actor = HybridActor(Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype, device=device), strict=strict)
+    plain = trained(device, actor)
     actor.decoder.checkpoint_activations = True
-    checkpointed = trained(actor)
+    checkpointed = trained(device, actor)
     assert equal(checkpointed, plain)
-    assert equal(trained(actor), plain), "and again"
+    assert equal(trained(device, actor), plain), "and again"
     with torch.no_grad():
         actor.decoder.norm.mul_(1.5)
-    assert not equal(trained(actor), plain), "the comparison can fail"
+    assert not equal(trained(device, actor), plain), "the comparison can fail"
 
 
-def test_with_the_weights_of_a_module_that_someone_else_trains():
+def test_with_the_weights_of_a_module_that_someone_else_trains(device):
     torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | KINDS["qwen3"]))
+    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | KINDS["qwen3"])).to(device)
     actor = HybridActor.from_module(module)
-    plain = trained(actor)
+    plain = trained(device, actor)
     actor.decoder.checkpoint_activations = True
-    assert equal(trained(actor), plain)
+    assert equal(trained(device, actor), plain)
 
 
-def test_a_reward_model_trains_on_a_checkpointed_trunk():
-    model = RewardModel.from_decoder(Decoder.random(model_config(SIZES | KINDS["llama"]), 0))
+def test_a_reward_model_trains_on_a_checkpointed_trunk(device):
+    model = RewardModel.from_decoder(Decoder.random(model_config(SIZES | KINDS["llama"]), 0, device=device))
     grads = []
     for checkpointed in (False, True):
         model.decoder.checkpoint_activations = checkpointed
-        grads.append(torch.autograd.grad(model(batch()).square().sum(), list(model.parameters()), allow_unused=True))
+        grads.append(torch.autograd.grad(model(batch(device)).square().sum(), list(model.parameters()), allow_unused=True))
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_the_layers_run_twice_and_scoring_runs_them_once(monkeypatch):
-    actor = HybridActor(Decoder.random(model_config(SIZES | KINDS["llama"]), 0))
+def test_the_layers_run_twice_and_scoring_runs_them_once(monkeypatch, device):
+    actor = HybridActor(Decoder.random(model_config(SIZES | KINDS["llama"]), 0, device=device))
     actor.decoder.checkpoint_activations = True
     runs = []
     forward = Layer.forward
     monkeypatch.setattr(Layer, "forward", lambda self, *args: (runs.append(1), forward(self, *args))[1])
-    trained(actor)
+    trained(device, actor)
     assert len(runs) == 2 * 4
     runs.clear()
-    actor.score(batch())
+    actor.score(batch(device))
     assert len(runs) == 4
 
 
@@ -100,9 +100,9 @@ def peak_bytes(decoder, packed):
     return peak
 
 
-def test_the_peak_is_lower():
+def test_the_peak_is_lower(device):
     config = model_config(SIZES | KINDS["llama"] | {"num_hidden_layers": 8})
-    decoder, packed = Decoder.random(config, 0), PackedBatch.from_sequences([([1] * 64, [])] * 32)
+    decoder, packed = Decoder.random(config, 0, device=device), PackedBatch.from_sequences([([1] * 64, [])] * 32, device=device)
     peaks = []
     for checkpointed in (False, True):
         decoder.zero_grad()

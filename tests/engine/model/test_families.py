@@ -72,16 +72,16 @@ YARNS = [{"factor": 0.5}, {"attention_factor": 1.5}, {"mscale": 0.7, "mscale_all
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_rope_in_both_spellings(kind):
+def test_rope_in_both_spellings(kind, device):
     rope = ROPES[kind]
     new = model_config(LLAMA | {"head_dim": 64, "rope_parameters": rope})
     theirs = AutoConfig.for_model(**LLAMA | {"head_dim": 64, "rope_parameters": dict(rope)})
     if kind == "default":
-        want = 77.0 ** -(torch.arange(0, 64, 2) / 64)
+        want = 77.0 ** -(torch.arange(0, 64, 2, device=device) / 64)
     else:
         want, scale = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
         assert new.rope_scale == scale
-    torch.testing.assert_close(torch.tensor(new.inv_freq), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(new.inv_freq, device=device), want.to(device), rtol=1e-6, atol=0)
     for key in ("rope_type", "type"):  # transformers < 5, and before 4.43
         scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")} | {key: kind}
         old = model_config(LLAMA | {"head_dim": 64, "rope_theta": rope["rope_theta"], "rope_scaling": None if kind == "default" else scaling})
@@ -92,11 +92,11 @@ def test_rope_in_both_spellings(kind):
 
 
 @pytest.mark.parametrize("change", YARNS, ids=str)
-def test_yarn(change):
+def test_yarn(change, device):
     rope = ROPES["yarn"] | change
     ours = model_config(LLAMA | {"head_dim": 64, "rope_parameters": rope})
     want, scale = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.for_model(**LLAMA | {"head_dim": 64, "rope_parameters": dict(rope)}), "cpu")
-    torch.testing.assert_close(torch.tensor(ours.inv_freq), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(ours.inv_freq, device=device), want.to(device), rtol=1e-6, atol=0)
     assert ours.rope_scale == pytest.approx(scale, rel=1e-12)
 
 

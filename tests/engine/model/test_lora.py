@@ -23,7 +23,7 @@ from fusedrl.engine.model.lora_files import load_adapter, save_adapter
 from fusedrl.engine.model.weights import hf_views, save_pretrained
 from fusedrl.engine.optim.adamw import make_optimizer
 from fusedrl.engine.rollout.reference import OnHost
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 FAMILIES = ["llama-biases", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2"]  # biases, tied, QK-norm, fused names, gated by GELU, norms behind
 SOME = LoRAConfig(rank=3, alpha=5.0, targets=("v_proj", "o_proj", "q_proj", "down_proj", "up_proj"))

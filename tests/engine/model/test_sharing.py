@@ -37,7 +37,12 @@ def greedy(module: nn.Module) -> list[list[int]]:
     """What transformers itself completes."""
     outs = []
     for prompt in PROMPTS:
-        out = module.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12, do_sample=False)
+        out = module.generate(
+            torch.tensor([prompt], device=module.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=module.device),
+            max_new_tokens=12,
+            do_sample=False,
+        )
         outs.append(out[0, len(prompt):].tolist())
     return outs
 
@@ -51,15 +56,15 @@ def train(module: nn.Module, steps: int = 3, **options) -> None:
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-2, **options)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        ids = torch.randint(0, SIZES["vocab_size"], (4, 16), generator=generator)
+        ids = torch.randint(0, SIZES["vocab_size"], (4, 16), generator=generator).to(module.device)
         module(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_actor_follows_the_model_that_is_trained(kind):
-    module = model(kind)
+def test_the_actor_follows_the_model_that_is_trained(kind, device):
+    module = model(kind).to(device)
     before = copy.deepcopy(module)
     named = dict(module.named_parameters())
     actor = HybridActor.from_module(module)
@@ -76,8 +81,8 @@ def test_the_actor_follows_the_model_that_is_trained(kind):
     assert actor.weights_version == version + 1, "nothing changed since"
 
 
-def test_no_byte_is_copied_after_construction():
-    module = model()
+def test_no_byte_is_copied_after_construction(device):
+    module = model().to(device)
     actor = HybridActor.from_module(module)
     addresses = {name: view.data_ptr() for name, view in hf_views(actor.decoder).items()}
     for _ in range(2):
@@ -86,8 +91,8 @@ def test_no_byte_is_copied_after_construction():
         actor.generate(PROMPTS, GREEDY)
 
 
-def test_cached_prefixes_do_not_outlive_an_update():
-    module = model()
+def test_cached_prefixes_do_not_outlive_an_update(device):
+    module = model().to(device)
     actor = HybridActor.from_module(module)
     assert completed(actor) == greedy(module)  # the first prompt fills a block of the prefix cache
     with torch.no_grad():
@@ -95,32 +100,32 @@ def test_cached_prefixes_do_not_outlive_an_update():
     assert completed(actor) == greedy(module)
 
 
-def test_scores_are_those_of_the_model():
-    module = model("llama, untied, biases")
+def test_scores_are_those_of_the_model(device):
+    module = model("llama, untied, biases").to(device)
     actor = HybridActor.from_module(module, value_head=True)
     train(module, 1)
     outs = actor.generate(PROMPTS, SamplingParams(max_new_tokens=9, seed=3))
-    scored = actor.score(PackedBatch.from_completions(PROMPTS, outs))
+    scored = actor.score(PackedBatch.from_completions(PROMPTS, outs, device=device))
     start = 0
     for prompt, (completion,) in zip(PROMPTS, outs, strict=True):
-        ids = torch.tensor([prompt + completion.token_ids])
+        ids = torch.tensor([prompt + completion.token_ids], device=device)
         expected = module(ids).logits.double().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0][len(prompt) - 1:]
         ours = scored.logp[start + len(prompt):start + ids.shape[1]]
         torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
         start += ids.shape[1]
 
 
-def test_an_update_that_only_score_sees_is_noticed():
-    module = model()
+def test_an_update_that_only_score_sees_is_noticed(device):
+    module = model().to(device)
     actor = HybridActor.from_module(module)
-    batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, GREEDY))
+    batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, GREEDY), device=device)
     train(module, 1)
     actor.score(batch)
     assert actor.weights_version == 1
 
 
-def test_what_is_told_is_one_version_noticed_or_not():
-    module = model()
+def test_what_is_told_is_one_version_noticed_or_not(device):
+    module = model().to(device)
     actor = HybridActor.from_module(module)
     completed(actor)
     for parameter in module.parameters():
@@ -134,8 +139,8 @@ def test_what_is_told_is_one_version_noticed_or_not():
     assert actor.weights_version == 2
 
 
-def test_bfloat16_and_what_the_actor_trains_is_the_model():
-    module = model(dtype=torch.bfloat16)
+def test_bfloat16_and_what_the_actor_trains_is_the_model(device):
+    module = model(dtype=torch.bfloat16).to(device)
     actor = HybridActor.from_module(module)
     assert actor.decoder.dtype == torch.bfloat16
     with torch.no_grad():
@@ -146,10 +151,10 @@ def test_bfloat16_and_what_the_actor_trains_is_the_model():
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
-def test_saving_writes_what_the_model_would(tmp_path, kind):
+def test_saving_writes_what_the_model_would(tmp_path, kind, device):
     from safetensors.torch import load_file
 
-    module = model(kind)
+    module = model(kind).to(device)
     actor = HybridActor.from_module(module)
     train(module, 1)
     actor.save_pretrained(tmp_path / "ours")
@@ -157,7 +162,7 @@ def test_saving_writes_what_the_model_would(tmp_path, kind):
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert completed(HybridActor.from_module(AutoModelForCausalLM.from_pretrained(tmp_path / "ours"))) == greedy(module)
+    assert completed(HybridActor.from_module(AutoModelForCausalLM.from_pretrained(tmp_path / "ours").to(device))) == greedy(module)
 
 
 def reassign(module):
@@ -169,10 +174,10 @@ def assigned(module):
 
 
 @pytest.mark.parametrize("break_it", [reassign, assigned, lambda module: module.to(torch.bfloat16), lambda module: delattr(module, "lm_head")])
-def test_a_model_that_no_longer_shares_is_refused(break_it):
-    module = model("llama, untied, biases")
+def test_a_model_that_no_longer_shares_is_refused(break_it, device):
+    module = model("llama, untied, biases").to(device)
     actor = HybridActor.from_module(module)
-    batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, GREEDY))
+    batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, GREEDY), device=device)
     break_it(module)
     with pytest.raises(RuntimeError, match="no longer lies in the storage"):
         actor.generate(PROMPTS, GREEDY)
@@ -180,10 +185,10 @@ def test_a_model_that_no_longer_shares_is_refused(break_it):
         actor.score(batch)
 
 
-def test_another_models_optimizer_is_not_ours_and_nothing_is_kept_alive():
-    module = model()
+def test_another_models_optimizer_is_not_ours_and_nothing_is_kept_alive(device):
+    module = model().to(device)
     actor = HybridActor.from_module(module)
-    train(model("qwen2"), 1)
+    train(model("qwen2").to(device), 1)
     completed(actor)
     assert actor.weights_version == 0
     watched = weakref.ref(actor._watch)
@@ -193,16 +198,18 @@ def test_another_models_optimizer_is_not_ours_and_nothing_is_kept_alive():
     train(module, 1)  # the hook went with the actor
 
 
-def test_models_that_do_not_fit_are_refused_and_left_alone():
+def test_models_that_do_not_fit_are_refused_and_left_alone(device):
     with pytest.raises(TypeError, match="expected a transformers model"):
         HybridActor.from_module(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="unknown model_type 'gptj'"):
-        HybridActor.from_module(AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=8)))
+        HybridActor.from_module(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=8)).to(device)
+        )
     with pytest.raises(ValueError, match=r"GPTNeoX orders the rows of gpt_neox.layers.0.attention.query_key_value.weight as no view"):
-        HybridActor.from_module(AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | {"model_type": "gpt_neox", "rotary_pct": 1.0})))
+        HybridActor.from_module(AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | {"model_type": "gpt_neox", "rotary_pct": 1.0})).to(device))
     with pytest.raises(ValueError, match=r"missing: lm_head.weight\n  unexpected: score.weight"):
-        HybridActor.from_module(AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**SIZES | KINDS["llama, untied, biases"])))
-    mixed = model()
+        HybridActor.from_module(AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**SIZES | KINDS["llama, untied, biases"])).to(device))
+    mixed = model().to(device)
     mixed.model.norm.weight.data = mixed.model.norm.weight.data.double()
     addresses = [p.data_ptr() for p in mixed.parameters()]
     with pytest.raises(TypeError, match=r"one dtype on one device, got torch.float32 on cpu, torch.float64 on cpu"):

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from fusedrl.engine import HybridActor
 from fusedrl.engine.model.weights import hf_views
 
+pytestmark = [pytest.mark.cpu_only("files and the host's storages: test_sharing.py has the numbers on a card")]
+
 
 def accelerator():
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")

@@ -31,29 +31,29 @@ def test_the_directory_is_the_published_model(smollm2):
 
 
 @pytest.mark.real
-def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(smollm2, shared):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), AutoTokenizer.from_pretrained(smollm2)
+def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(smollm2, shared, device):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).to(device), AutoTokenizer.from_pretrained(smollm2)
     chats = questions(shared, 16)
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
-    outs = HybridActor.from_pretrained(smollm2).generate(chats, SamplingParams(max_new_tokens=64, temperature=0.0))
-    ids = torch.tensor([prompts[0]])
+    outs = HybridActor.from_pretrained(smollm2, dtype="float32", device=device).generate(chats, SamplingParams(max_new_tokens=64, temperature=0.0))
+    ids = torch.tensor([prompts[0]], device=device)
     theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
     assert theirs[0, len(prompts[0]):].tolist() == outs[0][0].token_ids[:32]
     model = model.double()  # transformers in float32 is off by 1.4e-5 itself
     for prompt, (out,) in zip(prompts, outs, strict=True):
         assert out.prompt_ids == prompt
         with torch.no_grad():  # greedy, token by token, is: each token is the best one after those before it
-            expected = model(torch.tensor([prompt + out.token_ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+            expected = model(torch.tensor([prompt + out.token_ids], device=device)).logits[0, len(prompt) - 1:-1].log_softmax(-1)
         assert expected.argmax(-1).tolist() == out.token_ids
-        torch.testing.assert_close(torch.tensor(out.logprobs).double(), expected.amax(-1), atol=2e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(out.logprobs, device=device).double(), expected.amax(-1), atol=2e-5, rtol=0)
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("dtype, mean, most", [("float32", 5e-6, 1e-4), ("bfloat16", 1e-3, 2e-2)])
-def test_what_the_sampler_says_the_trainer_computes(smollm2, shared, dtype, mean, most):
+def test_what_the_sampler_says_the_trainer_computes(smollm2, shared, dtype, mean, most, device):
     chats = questions(shared, 4)
-    actor = HybridActor.from_pretrained(smollm2, dtype=dtype)
-    batch = PackedBatch.from_completions(chats, actor.generate(chats, SamplingParams(max_new_tokens=64, n=2, seed=3)))
+    actor = HybridActor.from_pretrained(smollm2, dtype=dtype, device=device)
+    batch = PackedBatch.from_completions(chats, actor.generate(chats, SamplingParams(max_new_tokens=64, n=2, seed=3)), device=device)
     gaps = (actor.score(batch).logp - batch.rollout_logp)[batch.action_mask].abs()
     print(f"{dtype}: mean {float(gaps.mean()):.2g}, max {float(gaps.max()):.2g} of {gaps.numel()} tokens")
     assert float(gaps.mean()) < mean
@@ -62,10 +62,10 @@ def test_what_the_sampler_says_the_trainer_computes(smollm2, shared, dtype, mean
 
 @pytest.mark.real
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_strict_is_bitwise(smollm2, shared, dtype):
+def test_strict_is_bitwise(smollm2, shared, dtype, device):
     chats = questions(shared, 2)
-    actor = HybridActor.from_pretrained(smollm2, dtype=dtype, strict=True)
-    batch = PackedBatch.from_completions(chats, actor.generate(chats, SamplingParams(max_new_tokens=64, n=2, seed=3)))
+    actor = HybridActor.from_pretrained(smollm2, dtype=dtype, strict=True, device=device)
+    batch = PackedBatch.from_completions(chats, actor.generate(chats, SamplingParams(max_new_tokens=64, n=2, seed=3)), device=device)
     mask = batch.action_mask
     assert int(batch.positions.max()) > 150
     assert torch.equal(actor.score(batch).logp[mask], batch.rollout_logp[mask])

@@ -7,7 +7,7 @@ import torch
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 pytestmark = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
 SIZES = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
@@ -31,94 +31,94 @@ def prompts(count, seed=0):
     return [[1] + [draw.randrange(3, 61) for _ in range(draw.randrange(30))] for _ in range(count)]
 
 
-def make(kind="llama", dtype=torch.float32, cache=ROOMY, strict=True, **more):
-    return HybridActor(Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype), cache=cache, strict=strict, **more)
+def make(device, kind="llama", dtype=torch.float32, cache=ROOMY, strict=True, **more):
+    return HybridActor(Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype, device=device), cache=cache, strict=strict, **more)
 
 
 def said(outs):
     return [(c.token_ids, c.logprobs) for group in outs for c in group]
 
 
-def packed(asked, outs):
-    return PackedBatch.from_completions(asked, outs)
+def packed(device, asked, outs):
+    return PackedBatch.from_completions(asked, outs, device=device)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scorer_and_sampler_agree_to_the_bit(kind, dtype):
+def test_scorer_and_sampler_agree_to_the_bit(kind, dtype, device):
     asked = prompts(9)
     for cache in (ROOMY, TIGHT):
-        actor = make(kind, dtype, cache)
+        actor = make(device, kind, dtype, cache)
         for params in (SamplingParams(max_new_tokens=24, n=2, seed=1), SamplingParams(max_new_tokens=24, temperature=0.7, seed=2),
                        SamplingParams(max_new_tokens=24, temperature=0.0)):
-            batch = packed(asked, actor.generate(asked, params))
+            batch = packed(device, asked, actor.generate(asked, params))
             for cut in (None, 1, 50):
                 scored = actor.score(batch, temperature=params.temperature, tokens_per_microbatch=cut)
                 assert torch.equal(scored.logp, batch.rollout_logp), (cache, params.temperature, cut)
 
 
-def test_requests_of_several_temperatures_and_with_a_bias_in_one_batch():
-    asked, actor = prompts(6), make()
+def test_requests_of_several_temperatures_and_with_a_bias_in_one_batch(device):
+    asked, actor = prompts(6), make(device)
     kinds = zip((1.0, 0.6, 1.7) * 2, ({}, {5: 1.0}) * 3, strict=True)
     params = [SamplingParams(max_new_tokens=15, temperature=t, logit_bias=bias, seed=3) for t, bias in kinds]
     outs = actor.generate(asked, params)
     for prompt, group, p in zip(asked, outs, params, strict=True):
-        batch = packed([prompt], [group])
+        batch = packed(device, [prompt], [group])
         assert torch.equal(actor.score(batch, temperature=p.temperature).logp, batch.rollout_logp)
 
 
-def test_tokens_and_logprobs_do_not_depend_on_the_schedule():
+def test_tokens_and_logprobs_do_not_depend_on_the_schedule(device):
     asked = prompts(33)
     params = SamplingParams(max_new_tokens=20, seed=4)
     ids = list(range(33))
-    among = make().generate(asked, params, request_ids=ids)
-    assert said(make(cache=TIGHT).generate(asked, params, request_ids=ids)) == said(among), "chunks and preemption"
-    backwards = make().generate(asked[::-1], params, request_ids=ids[::-1])
+    among = make(device).generate(asked, params, request_ids=ids)
+    assert said(make(device, cache=TIGHT).generate(asked, params, request_ids=ids)) == said(among), "chunks and preemption"
+    backwards = make(device).generate(asked[::-1], params, request_ids=ids[::-1])
     assert said(backwards[::-1]) == said(among)
     for index in (0, 7, 19, 32):
-        alone = make()
+        alone = make(device)
         assert said(alone.generate([asked[index]], params, request_ids=[index])) == said([among[index]]), "companions"
         assert said(alone.generate([asked[index]], params, request_ids=[index])) == said([among[index]]), "a prefix hit"
 
 
-def test_the_negative_control_differs():
+def test_the_negative_control_differs(device):
     asked = prompts(33)
     params = SamplingParams(max_new_tokens=20, seed=4)
-    among = make(strict=False).generate(asked, params)
-    alone = [make(strict=False).generate([prompt], params, request_ids=[index])[0] for index, prompt in enumerate(asked)]
+    among = make(device, strict=False).generate(asked, params)
+    alone = [make(device, strict=False).generate([prompt], params, request_ids=[index])[0] for index, prompt in enumerate(asked)]
     assert said(alone) != said(among)
-    actor = make(strict=False)
-    batch = packed(asked, among)
+    actor = make(device, strict=False)
+    batch = packed(device, asked, among)
     assert not torch.equal(actor.score(batch).logp, batch.rollout_logp)
 
 
-def test_continued_and_extended_completions():
-    actor = make()
+def test_continued_and_extended_completions(device):
+    actor = make(device)
     (first,), = actor.generate([[1, 5, 6, 7, 8, 9, 10]], SamplingParams(max_new_tokens=18, seed=5, banned_token_ids=(2,)))
     (second,), = actor.generate([actor.extend(first, [11, 12, 13])], SamplingParams(max_new_tokens=18, seed=5))
-    batch = packed([first.prompt_ids], [[second]])
+    batch = packed(device, [first.prompt_ids], [[second]])
     assert torch.equal(actor.score(batch).logp, batch.rollout_logp)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_is_that_of_the_ordinary_forward(kind):
+def test_the_gradient_is_that_of_the_ordinary_forward(kind, device):
     asked = prompts(5)
-    strict, plain = make(kind), make(kind, strict=False)
-    batch = packed(asked, strict.generate(asked, SamplingParams(max_new_tokens=12, seed=1)))
+    strict, plain = make(device, kind), make(device, kind, strict=False)
+    batch = packed(device, asked, strict.generate(asked, SamplingParams(max_new_tokens=12, seed=1)))
     grads = []
     for actor in (strict, plain):
         hidden = actor.forward(batch)
         logp, entropy = actor.logprobs(batch, hidden, temperature=0.9)
-        (logp * torch.linspace(-1, 1, len(logp)) + 0.1 * entropy + 0.01 * hidden.square().sum(-1)).sum().backward()
+        (logp * torch.linspace(-1, 1, len(logp), device=device) + 0.1 * entropy + 0.01 * hidden.square().sum(-1)).sum().backward()
         grads.append({name: p.grad for name, p in actor.named_parameters()})
     assert all(g is not None for g in grads[0].values())
     for name, ours in grads[0].items():
         assert float((ours - grads[1][name]).abs().max()) <= 1e-4 * float(grads[1][name].abs().max()), name
 
 
-def test_frozen_parameters_and_no_gradient():
-    actor = make()
-    batch = packed([[1, 2, 3]], actor.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4)))
+def test_frozen_parameters_and_no_gradient(device):
+    actor = make(device)
+    batch = packed(device, [[1, 2, 3]], actor.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4)))
     actor.decoder.embedding.requires_grad_(False)
     hidden = actor.forward(batch)
     hidden.sum().backward()
@@ -129,9 +129,9 @@ def test_frozen_parameters_and_no_gradient():
     assert not actor.forward(batch).requires_grad
 
 
-def test_a_backward_behind_the_step_is_refused():
-    actor = make()
-    batch = packed([[1, 2, 3]], actor.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4)))
+def test_a_backward_behind_the_step_is_refused(device):
+    actor = make(device)
+    batch = packed(device, [[1, 2, 3]], actor.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4)))
     hidden = actor.forward(batch)
     with torch.no_grad():
         actor.decoder.norm.mul_(2.0)
@@ -139,14 +139,14 @@ def test_a_backward_behind_the_step_is_refused():
         hidden.sum().backward()
 
 
-def test_refuses_what_it_cannot_keep():
+def test_refuses_what_it_cannot_keep(device):
     with pytest.raises(ValueError, match=r"strict=True needs kernels whose sums have one order.*float64 on cpu"):
-        make(dtype=torch.float64)
+        make(device, dtype=torch.float64)
     with pytest.raises(ValueError, match="use strict=False"):
         HybridActor(Decoder(model_config(SIZES | KINDS["llama"]), device="meta"), strict=True)
 
 
-def test_no_tokens():
-    actor = make()
-    batch = PackedBatch.from_sequences([])
+def test_no_tokens(device):
+    actor = make(device)
+    batch = PackedBatch.from_sequences([], device=device)
     assert actor.score(batch).logp.shape == (0,)

@@ -14,8 +14,8 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import FAMILIES, model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.lora import add_adapter
-from fusedrl.kernels import native
-from fusedrl.kernels.decode_step import decode_step
+from fusedrl.engine.model.step import decode_step
+from fusedrl.kernels.runtime import native
 
 pytestmark = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
 LIMIT, S, SHARED_BLOCKS, CHUNK = 65536, 16, 40, 7
@@ -31,9 +31,9 @@ POSITIONS = (130, 1_000, 40_000, LIMIT - 1)
 TIGHT = CacheConfig(block_size=4, num_blocks=90, max_sequences=5, max_tokens_per_step=23)  # chunks of prefills, preemption
 
 
-def decoder_of(kind, dtype, limit, seed=0):
+def decoder_of(device, kind, dtype, limit, seed=0):
     sizes = test_strict.SIZES | {"max_position_embeddings": limit} | (KINDS | SCALED)[kind]
-    return Decoder.random(model_config(sizes | ({"n_positions": limit} if kind == "gpt2" else {})), seed, dtype=dtype)
+    return Decoder.random(model_config(sizes | ({"n_positions": limit} if kind == "gpt2" else {})), seed, dtype=dtype, device=device)
 
 
 class Cache:
@@ -42,7 +42,7 @@ class Cache:
     def __init__(self, decoder, rows):
         draw, dtype, weights = torch.Generator().manual_seed(1), decoder.activation_dtype, decoder.weights()
         L, heads, D = len(weights.layers), weights.num_kv_heads, weights.head_dim
-        self.shared = [torch.randn(L, SHARED_BLOCKS, *shape, generator=draw).to(dtype) for shape in ((heads, D, S), (heads, S, D))]
+        self.shared = [torch.randn(L, SHARED_BLOCKS, *shape, generator=draw).to(weights.embedding.device, dtype) for shape in ((heads, D, S), (heads, S, D))]
         self.weights, self.rows = weights, rows
         self.reset()
 
@@ -58,7 +58,8 @@ class Cache:
             for back in range(2):
                 if last // S >= back:
                     table[b, last // S - back] = SHARED_BLOCKS + 2 * b + back
-        rows, positions = (torch.tensor(column) for column in zip(*tokens, strict=True))
+        device = self.weights.embedding.device
+        rows, positions, table = *(torch.tensor(column, device=device) for column in zip(*tokens, strict=True)), table.to(device)
         return decode_step(self.weights, (positions * 31 + rows) % 61, positions, rows, table, self.k, self.v, impl=impl)
 
     def own(self, row):
@@ -71,10 +72,10 @@ def chunk(row, last):
 
 @pytest.mark.parametrize("kind", [*KINDS, *SCALED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tokens_bits_are_its_own_at_every_position(kind, dtype):
+def test_a_tokens_bits_are_its_own_at_every_position(kind, dtype, device):
     """A chunk of tokens that ends at the position, alone in one call, against the same token by token, and among tokens of every other position."""
     lasts = (3, *POSITIONS)
-    cache = Cache(decoder_of(kind, dtype, LIMIT), lasts)
+    cache = Cache(decoder_of(device, kind, dtype, LIMIT), lasts)
     everyone = [token for row, last in enumerate(lasts) for token in chunk(row, last)]
     random.Random(0).shuffle(everyone)
     among = dict(zip(everyone, cache.run(everyone), strict=True))
@@ -96,9 +97,9 @@ def test_every_family_is_tried():
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gpt_neox", "yarn, scaled", "wide heads"])
-def test_a_token_far_out_is_right(kind):
+def test_a_token_far_out_is_right(kind, device):
     """Against float64. A float32 angle is off by 0.002 at position 40,000, and with it the keys by up to 6e-4 of their size."""
-    ours, exact = (Cache(decoder_of(kind, torch.float32, LIMIT).to(dtype), (40_000,)) for dtype in (torch.float32, torch.float64))
+    ours, exact = (Cache(decoder_of(device, kind, torch.float32, LIMIT).to(dtype), (40_000,)) for dtype in (torch.float32, torch.float64))
     exact.k, exact.v = ours.k.double(), ours.v.double()
     last = chunk(0, 40_000)[-2:]
     got, want = ours.run(last).double(), exact.run(last, "torch")
@@ -112,28 +113,28 @@ def prompts(lengths, seed=0):
     return [[1] + [draw.randrange(3, 61) for _ in range(n - 1)] for n in lengths]
 
 
-def actor_of(kind, dtype, cache, limit=512, lora=False, values=False):
-    decoder = decoder_of(kind, dtype, limit)
+def actor_of(device, kind, dtype, cache, limit=512, lora=False, values=False):
+    decoder = decoder_of(device, kind, dtype, limit)
     draw = torch.Generator().manual_seed(3)
     if lora:
         add_adapter(decoder, LoRAConfig(rank=3))
-    head = ValueHead(decoder.config.hidden_size) if values else None
+    head = ValueHead(decoder.config.hidden_size, device=device) if values else None
     with torch.no_grad():
         for p in [p for name, p in decoder.named_parameters() if ".lora." in name] + (list(head.parameters()) if head else []):
-            p.copy_(torch.empty(p.shape).normal_(0.0, 0.2, generator=draw))
+            p.copy_(0.2 * torch.randn(p.shape, generator=draw))
     return HybridActor(decoder, cache=cache, strict=True, value_head=head)
 
 
 @pytest.mark.parametrize("kind,dtype,lora,values", [
     ("llama", torch.float32, False, True), ("llama", torch.bfloat16, True, True), ("gemma3", torch.bfloat16, False, False),
     ("gpt_neox", torch.float32, False, False), ("yarn, scaled", torch.float32, False, True), ("llama3", torch.bfloat16, False, False)], ids=str)
-def test_scorer_and_sampler_agree_beyond_the_first_hundred_tokens(kind, dtype, lora, values):
+def test_scorer_and_sampler_agree_beyond_the_first_hundred_tokens(kind, dtype, lora, values, device):
     asked, params = prompts((120, 97, 126, 5, 133, 64)), SamplingParams(max_new_tokens=40, seed=1, banned_token_ids=(1, 2))
     said = []
     for cache in (CacheConfig(block_size=4), TIGHT):
-        actor = actor_of(kind, dtype, cache, lora=lora, values=values)
+        actor = actor_of(device, kind, dtype, cache, lora=lora, values=values)
         outs = actor.generate(asked, params)
-        batch = PackedBatch.from_completions(asked, outs)
+        batch = PackedBatch.from_completions(asked, outs, device=device)
         for cut in (None, 150):
             scored = actor.score(batch, tokens_per_microbatch=cut)
             assert torch.equal(scored.logp, batch.rollout_logp)
@@ -146,11 +147,11 @@ def test_scorer_and_sampler_agree_beyond_the_first_hundred_tokens(kind, dtype, l
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_real_model(shared, dtype):
+def test_a_real_model(shared, dtype, device):
     draw = random.Random(0)
     asked = [[1] + [draw.randrange(3, 500) for _ in range(19)] for _ in range(4)]
-    actor = HybridActor.from_pretrained(shared / "models" / "stories260k", dtype=dtype, strict=True)
-    batch = PackedBatch.from_completions(asked, actor.generate(asked, SamplingParams(max_new_tokens=150, seed=1, banned_token_ids=(1, 2))))
+    actor = HybridActor.from_pretrained(shared / "models" / "stories260k", dtype=dtype, strict=True, device=device)
+    batch = PackedBatch.from_completions(asked, actor.generate(asked, SamplingParams(max_new_tokens=150, seed=1, banned_token_ids=(1, 2))), device=device)
     assert len(batch.rollout_logp[batch.action_mask]) == 600
     assert torch.equal(actor.score(batch).logp, batch.rollout_logp)
 
@@ -158,13 +159,13 @@ def test_a_real_model(shared, dtype):
 @pytest.mark.full
 @pytest.mark.parametrize("kind", [*KINDS, *SCALED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_past_a_thousand_tokens(kind, dtype):
+def test_past_a_thousand_tokens(kind, dtype, device):
     """Truly prefilled and decoded, with companions that are short, preemption, and a prefix that is cached."""
     asked, params = prompts((1_015, 17, 700, 1_100)), SamplingParams(max_new_tokens=60, seed=1, banned_token_ids=(1, 2))
     cache = CacheConfig(block_size=16, num_blocks=150, max_sequences=8, max_tokens_per_step=200)
-    actor = actor_of(kind, dtype, cache, limit=2048, values=True)
+    actor = actor_of(device, kind, dtype, cache, limit=2048, values=True)
     for _ in range(2):  # the second time behind cached prefixes
-        batch = PackedBatch.from_completions(asked, actor.generate(asked, params))
+        batch = PackedBatch.from_completions(asked, actor.generate(asked, params), device=device)
         scored = actor.score(batch)
         assert torch.equal(scored.logp, batch.rollout_logp)
         assert torch.equal(scored.values[batch.action_mask], batch.rollout_values[batch.action_mask])

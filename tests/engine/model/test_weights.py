@@ -41,10 +41,10 @@ def saved(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 3000])
-def test_round_trip_is_bitwise_and_transformers_reads_it(tmp_path, kind, dtype, max_shard_bytes):
-    decoder = Decoder.random(model_config(SMALL | KINDS[kind]), 3, dtype=dtype)
+def test_round_trip_is_bitwise_and_transformers_reads_it(tmp_path, kind, dtype, max_shard_bytes, device):
+    decoder = Decoder.random(model_config(SMALL | KINDS[kind]), 3, dtype=dtype, device=device)
     save_pretrained(decoder, tmp_path / "a", max_shard_bytes=max_shard_bytes)
-    again = load_decoder(tmp_path / "a", dtype=dtype)
+    again = load_decoder(tmp_path / "a", dtype=dtype, device=device)
     assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), again.parameters(), strict=True))
     save_pretrained(again, tmp_path / "b", max_shard_bytes=max_shard_bytes)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
@@ -53,6 +53,7 @@ def test_round_trip_is_bitwise_and_transformers_reads_it(tmp_path, kind, dtype, 
     assert files == sorted(p.name for p in (tmp_path / "b").iterdir())
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
     peer, report = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
+    peer = peer.to(device)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert peer.dtype == dtype
     for name, view in hf_views(decoder).items():
@@ -61,12 +62,12 @@ def test_round_trip_is_bitwise_and_transformers_reads_it(tmp_path, kind, dtype, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_what_transformers_writes(tmp_path, kind):
+def test_reads_what_transformers_writes(tmp_path, kind, device):
     torch.manual_seed(0)
-    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL | KINDS[kind]))
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL | KINDS[kind])).to(device)
     peer.save_pretrained(tmp_path, max_shard_size="5KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    ours = load_decoder(tmp_path)
+    ours = load_decoder(tmp_path, dtype="float32", device=device)
     state = peer.state_dict()
     views = hf_views(ours)
     assert len(state) == len(views) + ours.config.tie_embeddings
@@ -74,16 +75,16 @@ def test_reads_what_transformers_writes(tmp_path, kind):
     assert all(p.requires_grad and p.is_leaf for p in ours.parameters())
 
 
-def test_dtypes(saved):
-    assert load_decoder(saved).dtype == torch.float32
-    assert load_decoder(saved, dtype="bfloat16").embedding.dtype == torch.bfloat16
-    assert torch.equal(load_decoder(saved, dtype="bfloat16").embedding, load_decoder(saved).embedding.bfloat16())
+def test_dtypes(saved, device):
+    assert load_decoder(saved, dtype="float32", device=device).dtype == torch.float32
+    assert load_decoder(saved, dtype="bfloat16", device=device).embedding.dtype == torch.bfloat16
+    assert torch.equal(load_decoder(saved, dtype="bfloat16", device=device).embedding, load_decoder(saved, dtype="float32", device=device).embedding.bfloat16())
     with pytest.raises(ValueError, match="expected dtype auto, float32"):
-        load_decoder(saved, dtype="int8")
+        load_decoder(saved, dtype="int8", device=device)
 
 
-def test_views_share_the_fused_storage(saved):
-    decoder = load_decoder(saved)
+def test_views_share_the_fused_storage(saved, device):
+    decoder = load_decoder(saved, dtype="float32", device=device)
     views = hf_views(decoder)
     with torch.no_grad():
         views["model.layers.1.self_attn.k_proj.weight"].fill_(7.0)
@@ -93,7 +94,7 @@ def test_views_share_the_fused_storage(saved):
     assert not any(view.requires_grad for view in views.values())
 
 
-def test_everything_travels(tmp_path, shared):
+def test_everything_travels(tmp_path, shared, device):
     source = shared / "models" / "stories260k"
     copy = tmp_path / "source"
     shutil.copytree(source, copy)
@@ -101,7 +102,7 @@ def test_everything_travels(tmp_path, shared):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "temperature": 0.7, "do_sample": True}))
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    decoder = load_decoder(copy)
+    decoder = load_decoder(copy, dtype="float32", device=device)
     save_pretrained(decoder, tmp_path / "out", tokenizer=tokenizer)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.7
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
@@ -113,68 +114,68 @@ def test_everything_travels(tmp_path, shared):
     assert all(torch.equal(stored[name], original[name]) for name in stored)
 
 
-def test_a_second_copy_of_a_tied_head_is_ignored(saved):
+def test_a_second_copy_of_a_tied_head_is_ignored(saved, device):
     state = load_file(saved / "model.safetensors")
-    more = {"lm_head.weight": torch.ones(40, 24), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    more = {"lm_head.weight": torch.ones(40, 24, device=device), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, device=device)}
     save_file(state | more, saved / "model.safetensors")
-    assert torch.equal(load_decoder(saved).head_weight, state["model.embed_tokens.weight"])
+    assert torch.equal(load_decoder(saved, dtype="float32", device=device).head_weight.cpu(), state["model.embed_tokens.weight"])
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------------
-def test_directories_without_weights(saved, tmp_path):
+def test_directories_without_weights(saved, tmp_path, device):
     (saved / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no weights: expected model.safetensors or model.safetensors.index.json"):
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
     (saved / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(FileNotFoundError, match=r"pickled weights only.*refused; convert them.*save_pretrained"):
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
     with pytest.raises(FileNotFoundError, match="expected a model directory or a Hugging Face id"):
-        load_decoder(tmp_path / "nowhere")
+        load_decoder(tmp_path / "nowhere", dtype="float32", device=device)
 
 
-def test_tensors_that_do_not_fit_are_listed(saved):
+def test_tensors_that_do_not_fit_are_listed(saved, device):
     state = load_file(saved / "model.safetensors")
-    state["model.layers.0.input_layernorm.bias"] = torch.zeros(24)
-    state["model.norm.weight"] = torch.ones(23)
+    state["model.layers.0.input_layernorm.bias"] = torch.zeros(24, device=device)
+    state["model.norm.weight"] = torch.ones(23, device=device)
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, saved / "model.safetensors")
     with pytest.raises(ValueError) as raised:
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
     for line in ("missing: model.layers.1.mlp.up_proj.weight", "unexpected: model.layers.0.input_layernorm.bias",
                  "shape of model.norm.weight: expected [24], got [23]"):
         assert line in str(raised.value)
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""])
-def test_weight_maps_that_leave_the_directory(saved, shard):
+def test_weight_maps_that_leave_the_directory(saved, shard, device):
     (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
     with pytest.raises(ValueError, match="expected the name of a file in this directory"):
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
 
 
-def test_links_and_special_files_in_a_weight_map(saved, tmp_path):
+def test_links_and_special_files_in_a_weight_map(saved, tmp_path, device):
     index = saved / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "shard.safetensors"}}))
     shutil.copy(saved / "model.safetensors", tmp_path / "outside.safetensors")
     (saved / "shard.safetensors").symlink_to(tmp_path / "outside.safetensors")
     with pytest.raises(ValueError, match="a link out of the directory or a special file"):
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
     (saved / "shard.safetensors").unlink()
     os.mkfifo(saved / "shard.safetensors")
     with pytest.raises(ValueError, match="a link out of the directory or a special file"):
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
     (saved / "shard.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="incomplete"):
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
     index.write_text(json.dumps({"weight_map": {"absent": "model.safetensors"}}))
     with pytest.raises(ValueError, match="tensors that their file does not hold: absent"):
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
     index.write_text(json.dumps({"weight_map": [1]}))
     with pytest.raises(ValueError, match="expected a weight_map"):
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
 
 
-def test_the_links_of_the_hub_cache_are_followed(saved, tmp_path):
+def test_the_links_of_the_hub_cache_are_followed(saved, tmp_path, device):
     snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -183,27 +184,27 @@ def test_the_links_of_the_hub_cache_are_followed(saved, tmp_path):
         (snapshot / path.name).symlink_to(f"../../blobs/hash-{path.name}")
     (blobs / "index").write_text(json.dumps({"weight_map": dict.fromkeys(load_file(saved / "model.safetensors"), "model.safetensors")}))
     (snapshot / "model.safetensors.index.json").symlink_to("../../blobs/index")
-    assert torch.equal(load_decoder(snapshot).embedding, load_decoder(saved).embedding)
+    assert torch.equal(load_decoder(snapshot, dtype="float32", device=device).embedding, load_decoder(saved, dtype="float32", device=device).embedding)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_truncated_files(saved, keep):
+def test_truncated_files(saved, keep, device):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"model.safetensors: not a whole safetensors file .*truncated or damaged"):
-        load_decoder(saved)
+        load_decoder(saved, dtype="float32", device=device)
 
 
-def test_auto_map_is_ignored_with_a_warning(saved, tmp_path):
+def test_auto_map_is_ignored_with_a_warning(saved, tmp_path, device):
     raw = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(raw | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
     with pytest.warns(UserWarning, match="auto_map is ignored"):
-        decoder = load_decoder(saved)
+        decoder = load_decoder(saved, dtype="float32", device=device)
     save_pretrained(decoder, tmp_path / "out")
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-def test_ids_go_to_the_hub_and_say_so_when_it_is_away(monkeypatch, saved):
+def test_ids_go_to_the_hub_and_say_so_when_it_is_away(monkeypatch, saved, device):
     import huggingface_hub
 
     asked = []
@@ -214,7 +215,7 @@ def test_ids_go_to_the_hub_and_say_so_when_it_is_away(monkeypatch, saved):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(FileNotFoundError, match=r"'owner/name' is no directory here, and fetching it .* failed \(ConnectionError: no route\)"):
-        load_decoder("owner/name")
+        load_decoder("owner/name", dtype="float32", device=device)
     assert asked[0][0] == "owner/name"
     assert "*.safetensors" in asked[0][1]
     assert not any("bin" in pattern for pattern in asked[0][1])
@@ -227,8 +228,8 @@ def test_ids_go_to_the_hub_and_say_so_when_it_is_away(monkeypatch, saved):
 
 
 # ---- saving over and dying in between -----------------------------------------------------------------------------------------
-def test_saving_replaces_a_model_and_nothing_else(tmp_path):
-    decoder = Decoder.random(model_config(SMALL | KINDS["tied"]), 0)
+def test_saving_replaces_a_model_and_nothing_else(tmp_path, device):
+    decoder = Decoder.random(model_config(SMALL | KINDS["tied"]), 0, device=device)
     out = tmp_path / "out"
     save_pretrained(decoder, out, max_shard_bytes=3000)
     save_pretrained(decoder, out)
@@ -245,8 +246,8 @@ def test_saving_replaces_a_model_and_nothing_else(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "out"]
 
 
-def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
-    decoder = Decoder.random(model_config(SMALL | KINDS["tied"]), 0)
+def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch, device):
+    decoder = Decoder.random(model_config(SMALL | KINDS["tied"]), 0, device=device)
     save_pretrained(decoder, tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with torch.no_grad():
@@ -275,17 +276,17 @@ def test_a_process_killed_in_mid_save_leaves_no_half_model(tmp_path):
     assert (tmp_path / "out" / "config.json").read_text() == "whole"
 
 
-def test_both_names_of_gpt_neox_heads(tmp_path):
-    decoder = Decoder.random(model_config(SMALL | KINDS["gpt_neox"]), 3)
+def test_both_names_of_gpt_neox_heads(tmp_path, device):
+    decoder = Decoder.random(model_config(SMALL | KINDS["gpt_neox"]), 3, device=device)
     save_pretrained(decoder, tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     assert "embed_out.weight" in state, "what transformers 4 reads"
     assert state["gpt_neox.layers.0.attention.query_key_value.weight"].shape == (72, 24)
     state["lm_head.weight"] = state.pop("embed_out.weight")
-    masks = {f"gpt_neox.layers.0.attention.{name}": torch.ones(1, 1, 64, 64) for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}
+    masks = {f"gpt_neox.layers.0.attention.{name}": torch.ones(1, 1, 64, 64, device=device) for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}
     save_file(state | masks, tmp_path / "model.safetensors")
-    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), load_decoder(tmp_path).parameters(), strict=True))
-    state["gpt_neox.layers.1.attention.query_key_value.bias"] = torch.zeros(71)
+    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), load_decoder(tmp_path, dtype="float32", device=device).parameters(), strict=True))
+    state["gpt_neox.layers.1.attention.query_key_value.bias"] = torch.zeros(71, device=device)
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"shape of gpt_neox.layers.1.attention.query_key_value.bias: expected \[72\], got \[71\]"):
-        load_decoder(tmp_path)
+        load_decoder(tmp_path, dtype="float32", device=device)

@@ -11,8 +11,8 @@ from fusedrl.engine.model import decoder as decoder_module
 from fusedrl.engine.model import wide
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from fusedrl.kernels.decode_step import activation_dtype
-from fusedrl.kernels.dispatch import unavailable, use_impl
+from fusedrl.engine.model.step import activation_dtype
+from fusedrl.kernels.runtime.dispatch import unavailable, use_impl
 
 BF16 = torch.bfloat16
 ULP = 2.0**-7  # of bfloat16, relative: twice the largest rounding error
@@ -67,15 +67,15 @@ def test_linear_keeps_its_input_and_the_weight_and_differentiates_what_is_asked(
     assert set(held) <= {x.data_ptr(), weight.data_ptr()}
 
 
-def test_one_dtype_is_torchs_own_to_the_bit():
+def test_one_dtype_is_torchs_own_to_the_bit(device):
     for dtype in (torch.float32, BF16, torch.float64):
         x, weight, bias = rand(6, 8, dtype=dtype), rand(5, 8, seed=1, dtype=dtype), rand(5, seed=2, dtype=dtype)
         assert torch.equal(wide.linear(x, weight, bias), F.linear(x, weight, bias))
-        assert torch.equal(wide.embed(torch.tensor([3, 0]), weight, dtype), F.embedding(torch.tensor([3, 0]), weight))
+        assert torch.equal(wide.embed(torch.tensor([3, 0], device=device), weight, dtype), F.embedding(torch.tensor([3, 0], device=device), weight))
 
 
-def test_an_embeddings_gradient_is_rounded_when_its_sum_is_complete():
-    ids = torch.cat([torch.zeros(2000, dtype=torch.int64), torch.tensor([7, 3, 7])])  # token 0 is met often, most never
+def test_an_embeddings_gradient_is_rounded_when_its_sum_is_complete(device):
+    ids = torch.cat([torch.zeros(2000, dtype=torch.int64, device=device), torch.tensor([7, 3, 7], device=device)])  # token 0 is met often, most never
     table, grad = rand(9, 5, dtype=BF16), rand(2003, 5, seed=1) + 0.3
 
     def gradient(function):
@@ -86,7 +86,7 @@ def test_an_embeddings_gradient_is_rounded_when_its_sum_is_complete():
 
     out, found = gradient(lambda leaf: wide.embed(ids, leaf, torch.float32))
     assert torch.equal(out, table[ids].float())
-    exact = torch.zeros(9, 5, dtype=torch.float64).index_add_(0, ids, grad.double())
+    exact = torch.zeros(9, 5, dtype=torch.float64, device=device).index_add_(0, ids, grad.double())
     torch.testing.assert_close(found.double(), exact, rtol=0.51 * ULP, atol=1e-6)
     assert found.dtype == BF16
     assert not found[[1, 2, 4, 5, 6, 8]].any()
@@ -111,46 +111,46 @@ TIGHT = CacheConfig(block_size=4, num_blocks=26, max_sequences=5, max_tokens_per
 PROMPTS = [[1, *range(3, 3 + n)] for n in (1, 7, 2, 21, 5, 11, 3, 30)]
 
 
-def actor_of(kind, cache=ROOMY):
-    return HybridActor(Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=BF16), cache=cache)
+def actor_of(device, kind, cache=ROOMY):
+    return HybridActor(Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=BF16, device=device), cache=cache)
 
 
-def differences(actor, asked=PROMPTS, tokens=40):
+def differences(device, actor, asked=PROMPTS, tokens=40):
     """|what the sampler said - what the trainer computes| of every action."""
-    batch = PackedBatch.from_completions(asked, actor.generate(asked, SamplingParams(max_new_tokens=tokens, n=2, seed=1)))
+    batch = PackedBatch.from_completions(asked, actor.generate(asked, SamplingParams(max_new_tokens=tokens, n=2, seed=1)), device=device)
     return (actor.score(batch).logp - batch.rollout_logp)[batch.action_mask].double().abs()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sampler_and_trainer_agree(kind):
+def test_sampler_and_trainer_agree(kind, device):
     for cache in (ROOMY, TIGHT):
-        found = differences(actor_of(kind, cache))
+        found = differences(device, actor_of(device, kind, cache))
         assert len(found) > 200
         assert found.mean() <= 1e-4
         assert found.max() <= 2e-2
     if kind in ("llama", "gemma2"):
-        actor = actor_of(kind)
+        actor = actor_of(device, kind)
         actor.add_adapter(LoRAConfig(rank=3), seed=1)
         with torch.no_grad():
             for name, p in actor.named_parameters():
                 if ".lora." in name:
                     p.copy_(rand(*p.shape).mul(0.1))
-        found = differences(actor)
+        found = differences(device, actor)
         assert found.mean() <= 1e-4
         assert found.max() <= 2e-2
 
 
-def test_a_trainer_that_rounds_activations_would_not(monkeypatch):
-    actor = actor_of("llama")
+def test_a_trainer_that_rounds_activations_would_not(monkeypatch, device):
+    actor = actor_of(device, "llama")
     outs = actor.generate(PROMPTS, SamplingParams(max_new_tokens=40, n=2, seed=1))
-    batch = PackedBatch.from_completions(PROMPTS, outs)
+    batch = PackedBatch.from_completions(PROMPTS, outs, device=device)
     monkeypatch.setattr(decoder_module, "activation_dtype", lambda dtype, device: dtype)
     assert (actor.score(batch).logp - batch.rollout_logp)[batch.action_mask].abs().mean() > 1e-3
 
 
-def test_on_a_real_model(shared):
+def test_on_a_real_model(shared, device):
     actor = HybridActor.from_pretrained(shared / "models" / "stories260k", dtype="bfloat16", device="cpu")
-    found = differences(actor, [[1, 5 + i, 40 + i] for i in range(12)], 64)
+    found = differences(device, actor, [[1, 5 + i, 40 + i] for i in range(12)], 64)
     assert len(found) > 1000
     assert found.mean() <= 1e-4
     assert found.max() <= 2e-2
@@ -158,14 +158,14 @@ def test_on_a_real_model(shared):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_hidden_states_and_gradients_are_those_of_float64_but_for_one_rounding(kind, checkpointed):
-    ours = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=BF16)
-    exact = Decoder(ours.config, dtype=torch.float64)
+def test_hidden_states_and_gradients_are_those_of_float64_but_for_one_rounding(kind, checkpointed, device):
+    ours = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=BF16, device=device)
+    exact = Decoder(ours.config, dtype=torch.float64, device=device)
     with torch.no_grad():
         for to, of in zip(exact.parameters(), ours.parameters(), strict=True):
             to.copy_(of)
-    exact._embedding_scale = ours._embedding_scale  # Gemma's, which is rounded to the model's dtype
-    batch = PackedBatch.from_sequences([(list(range(2, 2 + n)), []) for n in (1, 20, 7)])
+    exact._options = ours._options  # Gemma's, which is rounded to the model's dtype
+    batch = PackedBatch.from_sequences([(list(range(2, 2 + n)), []) for n in (1, 20, 7)], device=device)
     outs, grads = [], []
     ours.checkpoint_activations = checkpointed
     for decoder in (ours, exact):
@@ -179,17 +179,17 @@ def test_hidden_states_and_gradients_are_those_of_float64_but_for_one_rounding(k
         torch.testing.assert_close(found.double(), want, rtol=0.51 * ULP, atol=1e-4 * max(1.0, want.abs().max().item()))
 
 
-def test_a_cpus_sampler_computes_and_caches_in_float32():
-    actor = actor_of("llama")
+def test_a_cpus_sampler_computes_and_caches_in_float32(device):
+    actor = actor_of(device, "llama")
     assert actor.decoder.activation_dtype == torch.float32
     actor.generate([PROMPTS[1]], SamplingParams(max_new_tokens=5))
     assert actor._generation().cache.k.dtype == torch.float32
     with use_impl("torch"):
         assert actor.decoder.activation_dtype == torch.float32
-        assert differences(actor, PROMPTS[:3], 20).max() <= 2e-2
+        assert differences(device, actor, PROMPTS[:3], 20).max() <= 2e-2
     assert activation_dtype(BF16, torch.device("cuda:0")) == torch.float32
     for dtype in (torch.float32, torch.float16, torch.float64):
-        assert Decoder(model_config(SIZES | KINDS["llama"]), dtype=dtype).activation_dtype == dtype
+        assert Decoder(model_config(SIZES | KINDS["llama"]), dtype=dtype, device=device).activation_dtype == dtype
     if unavailable("triton", "cpu") is None:
         with use_impl("triton"):
             assert actor.decoder.activation_dtype == torch.float32

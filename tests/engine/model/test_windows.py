@@ -12,7 +12,7 @@ from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.generation.scheduler import Scheduler
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 CONFIG = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1, "tie_word_embeddings": True}

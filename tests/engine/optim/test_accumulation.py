@@ -61,7 +61,6 @@ def files(tmp_path, write_jsonl):
 
 def run_of(stage, model, files, **options):
     """One step of a stage."""
-    options |= {"device": "cpu"}
     sampled = {"steps": 1, "generation": GenerationConfig(max_new_tokens=6)}
     groups = {"prompts_per_step": SEQUENCES // 8, "samples_per_prompt": 8, "minibatches": 1}
     if stage == "sft":
@@ -83,7 +82,7 @@ def run_of(stage, model, files, **options):
 
 
 @pytest.fixture
-def gradients(rounded, files, tmp_path, monkeypatch):
+def gradients(rounded, files, tmp_path, monkeypatch, device):
     """(stage, dtype, tokens of a micro-batch) -> what each optimizer is given, as one vector, and the backward passes that made it."""
     seen: list[list[torch.Tensor]] = []
     passes = [0]
@@ -112,7 +111,15 @@ def gradients(rounded, files, tmp_path, monkeypatch):
     def run(stage, dtype, tokens):
         seen.clear()
         passes[0] = 0
-        run_of(stage, str(rounded), files, dtype=dtype, tokens_per_microbatch=tokens, run=RunConfig(str(tmp_path / f"{stage}{dtype}{tokens}"), progress=False))
+        run_of(
+            stage,
+            str(rounded),
+            files,
+            dtype=dtype,
+            device=str(device),
+            tokens_per_microbatch=tokens,
+            run=RunConfig(str(tmp_path / f"{stage}{dtype}{tokens}"), progress=False),
+        )
         return [torch.cat(parts) for parts in seen], passes[0]
 
     return run
@@ -153,8 +160,8 @@ def test_sums_in_bfloat16_would_not_pass(gradients, monkeypatch):
 
 # ---- the optimizer ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums_are_dropped_and_leave_with_the_optimizer(dtype):
-    p = nn.Parameter(torch.ones(70_001, dtype=dtype))  # more than is wide at a time
+def test_sums_are_dropped_and_leave_with_the_optimizer(dtype, device):
+    p = nn.Parameter(torch.ones(70_001, dtype=dtype, device=device))  # more than is wide at a time
     plain, wide = make_optimizer({"p": p}, lr=0.1), None
     (3 * p).sum().backward()
     assert torch.equal(p.grad, torch.full_like(p, 3)), "without sums .grad is torch's"
@@ -163,12 +170,12 @@ def test_sums_are_dropped_and_leave_with_the_optimizer(dtype):
     for _ in range(1000):
         (1.0078125 * p).sum().backward()
     assert p.grad is None
-    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 1007.8125)), "1,000 times, in an exact sum"
+    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 1007.8125, device=device)), "1,000 times, in an exact sum"
     assert wide.zero_grad() == 4 * 70_001
     assert wide.gradients() == {}
     (2 * p).sum().backward()
     p.grad = torch.ones_like(p)  # by hand, beside the sum
-    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 3.0))
+    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 3.0, device=device))
     assert wide.step(max_grad_norm=1.0).grad_norm == pytest.approx(3 * math.sqrt(70_001), rel=1e-6)
     del wide
     p.grad = None
@@ -177,8 +184,8 @@ def test_sums_are_dropped_and_leave_with_the_optimizer(dtype):
 
 
 @pytest.mark.parametrize("numel", [0, 1, 4095, 4097, 1 << 24])
-def test_norms_of_large_tensors(numel):
-    x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).mul_(1e-3)
+def test_norms_of_large_tensors(numel, device):
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(device).mul_(1e-3)
     exact = x.double().square().sum().item()
     assert grad_norm([x, x]) == pytest.approx(math.sqrt(2 * exact), rel=1e-6)
     if numel:
@@ -186,4 +193,4 @@ def test_norms_of_large_tensors(numel):
     if numel == 1 << 24:
         assert abs(float(torch.linalg.vector_norm(x)) - math.sqrt(exact)) > 3e-4 * math.sqrt(exact), "what one float32 sum makes of it"
     for value in (math.inf, math.nan):
-        assert not math.isfinite(grad_norm([torch.tensor([value, 1.0])]))
+        assert not math.isfinite(grad_norm([torch.tensor([value, 1.0], device=device)]))

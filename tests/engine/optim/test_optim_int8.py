@@ -10,10 +10,13 @@ from fusedrl.engine.base.errors import SetupError
 from fusedrl.engine.optim.adamw import make_optimizer
 
 
-def parameters(dtype=torch.float32):
+def parameters(device, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return {"matrix": nn.Parameter(torch.randn(96, 128, generator=generator).mul_(0.02).to(dtype)), "odd": nn.Parameter(torch.ones(71, 67, dtype=dtype)),
-            "norm": nn.Parameter(torch.ones(17, dtype=dtype))}
+    return {
+        "matrix": nn.Parameter(torch.randn(96, 128, generator=generator).mul_(0.02).to(dtype)),
+        "odd": nn.Parameter(torch.ones(71, 67, dtype=dtype, device=device)),
+        "norm": nn.Parameter(torch.ones(17, dtype=dtype, device=device)),
+    }
 
 
 def train(params, optimizer, steps):
@@ -34,16 +37,16 @@ def eager():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_moves_as_float32_moments_do_and_takes_a_quarter(eager, dtype):
+def test_it_moves_as_float32_moments_do_and_takes_a_quarter(eager, dtype, device):
     runs = {}
     for state in ("float32", "int8"):
-        params = parameters(dtype)
+        params = parameters(device, dtype)
         optimizer = make_optimizer(params, lr=1e-3, weight_decay=0.1, state=state)
         train(params, optimizer, range(6))
         moments = {name: t for name, t in optimizer.state_dict().items() if name.startswith("matrix.exp")}
         runs[state] = ({n: p.detach().double() for n, p in params.items()}, sum(t.nbytes for t in moments.values()))
         assert optimizer.lr == pytest.approx(1e-3 / 6)
-    start = {n: p.detach().double() for n, p in parameters(dtype).items()}
+    start = {n: p.detach().double() for n, p in parameters(device, dtype).items()}
     (exact, size), (coded, small) = runs["float32"], runs["int8"]
     assert small == size // 4 + size // 256, "a byte an element, and a float32 scale to 256"
     for name in start:
@@ -52,8 +55,8 @@ def test_it_moves_as_float32_moments_do_and_takes_a_quarter(eager, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_resume_is_bitwise(eager, tmp_path, dtype):
-    params = parameters(dtype)
+def test_resume_is_bitwise(eager, tmp_path, dtype, device):
+    params = parameters(device, dtype)
     optimizer = make_optimizer(params, lr=1e-3, weight_decay=0.1, state="int8")
     train(params, optimizer, range(3))
     save_file(optimizer.state_dict(), tmp_path / "state.safetensors")
@@ -71,12 +74,12 @@ def test_resume_is_bitwise(eager, tmp_path, dtype):
 
 
 @pytest.mark.full
-def test_the_compiled_step_resumes_bitwise(tmp_path):
+def test_the_compiled_step_resumes_bitwise(tmp_path, device):
     pytest.importorskip("torchao.optim")
     test_resume_is_bitwise(None, tmp_path, torch.bfloat16)
 
 
-def test_without_torchao_it_is_refused_by_name(monkeypatch):
+def test_without_torchao_it_is_refused_by_name(monkeypatch, device):
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -86,4 +89,4 @@ def test_without_torchao_it_is_refused_by_name(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(SetupError, match=r"optim.state = int8 needs torchao.*pip install"):
-        make_optimizer(parameters(), lr=1e-3, state="int8")
+        make_optimizer(parameters(device), lr=1e-3, state="int8")

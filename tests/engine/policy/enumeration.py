@@ -17,21 +17,22 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.policy.advantages import Signals, estimate
 from fusedrl.engine.policy.objectives import make_objective, objective_loss
-from fusedrl.kernels.dispatch import use_impl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 
 class Tree:
     """ref, logits [S, V], rewards [S, V] of completions that end with this token in this state; steps: of each completion its (state, token)."""
 
-    def __init__(self, V: int = 3, T: int = 3, *, beta: float = 0.3, seed: int = 0, apart: float = 0.7, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, V: int = 3, T: int = 3, *, beta: float = 0.3, seed: int = 0, apart: float = 0.7, dtype: torch.dtype = torch.float64,
+                 device: torch.device | str = "cpu") -> None:
         rng = torch.Generator().manual_seed(seed)
-        self.V, self.T, self.beta, self.dtype, self.eos = V, T, beta, dtype, V - 1
+        self.V, self.T, self.beta, self.dtype, self.eos, self.device = V, T, beta, dtype, V - 1, device
         self.offsets = [sum((V - 1) ** i for i in range(d)) for d in range(T + 1)]
         self.states = self.offsets[T]
-        self.ref, noise, self.rewards = (torch.randn(self.states, V, generator=rng, dtype=torch.float64).to(dtype) for _ in range(3))
+        self.ref, noise, self.rewards = (torch.randn(self.states, V, generator=rng, dtype=torch.float64).to(device, dtype) for _ in range(3))
         self.ref = self.ref.log_softmax(1)
         self.logits = (self.ref + apart * noise).requires_grad_()
-        self.critic = torch.randn(self.states, generator=rng, dtype=torch.float64).to(dtype)  # no good one
+        self.critic = torch.randn(self.states, generator=rng, dtype=torch.float64).to(device, dtype)  # no good one
         self.steps: list[list[tuple[int, int]]] = []
         self._grow([], 0)
         self.scores = torch.stack([self.rewards[steps[-1]] for steps in self.steps])
@@ -64,7 +65,7 @@ class Tree:
     def objective(self, *, beta: float | None = None, gamma: float = 1.0) -> Tensor:
         """J; rewards and KL discounted by gamma^t."""
         beta, logp = self.beta if beta is None else beta, self.logp()
-        total = torch.zeros((), dtype=self.dtype)
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
         for chance, steps, score in zip(self.of_completions(logp).exp(), self.steps, self.scores, strict=True):
             value = gamma ** (len(steps) - 1) * score
             for t, step in enumerate(steps):
@@ -79,7 +80,7 @@ class Tree:
 
     def true_values(self, beta: float) -> Tensor:
         """[S] what is still to come in each state: reward less beta k1 of every token from here, undiscounted."""
-        logp, values = self.logp().detach(), torch.zeros(self.states, dtype=self.dtype)
+        logp, values = self.logp().detach(), torch.zeros(self.states, dtype=self.dtype, device=self.device)
         for d in reversed(range(self.T)):
             for state in range(self.offsets[d], self.offsets[d + 1]):
                 q = self.rewards[state].clone()
@@ -95,11 +96,11 @@ class Tree:
         old = self.logp().detach() if old is None else old
         critic = self.critic if critic is None else critic
         flat = [[(0, 0), *self.steps[row]] for row in rows]
-        states, tokens = (torch.tensor([step[i] for steps in flat for step in steps]) for i in (0, 1))
-        batch = PackedBatch.from_sequences(([0], [token for _, token in self.steps[row]]) for row in rows)
+        states, tokens = (torch.tensor([step[i] for steps in flat for step in steps], device=self.device) for i in (0, 1))
+        batch = PackedBatch.from_sequences((([0], [token for _, token in self.steps[row]]) for row in rows), device=self.device)
         mask = batch.action_mask
         batch = batch.with_columns(
-            scores=self.scores[list(rows)], group_ids=torch.arange(len(rows)) // group, old_logp=torch.where(mask, old[states, tokens], 0),
+            scores=self.scores[list(rows)], group_ids=torch.arange(len(rows), device=self.device) // group, old_logp=torch.where(mask, old[states, tokens], 0),
             ref_logp=torch.where(mask, self.ref[states, tokens], 0), values=torch.where(mask, critic[states], 0),
             greedy_scores=self.scores[self.probabilities().argmax()].expand(len(rows)))
         return batch, states, tokens

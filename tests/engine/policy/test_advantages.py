@@ -22,7 +22,7 @@ COEF, GAMMA, LAM, K, BASELINE, LEVEL = 0.3, 0.9, 0.8, 2, 0.7, 0.4
 def rollout(device, groups, seed=0, lengths=None) -> PackedBatch:
     """Completions of these prompts with everything that an advantage may read; NaN under the mask."""
     rng = torch.Generator().manual_seed(seed)
-    lengths = lengths or [2 + int(torch.randint(1, 6, (), generator=rng).to(device)) for _ in groups]
+    lengths = lengths or [2 + int(torch.randint(1, 6, (), generator=rng).item()) for _ in groups]
     batch = PackedBatch.from_sequences([([1, 2], [3] * (n - 2)) for n in lengths]).to(device)
     mask = batch.action_mask.clone()
     for start, n in zip(batch.cu_seqlens.tolist(), lengths, strict=False):

@@ -36,17 +36,17 @@ class Tree:
     prompts: int = PROMPTS
 
     @classmethod
-    def random(cls, seed: int = 0) -> "Tree":
+    def random(cls, device, seed: int = 0) -> "Tree":
         rng = torch.Generator().manual_seed(seed)
-        return cls(torch.randn(STATES, V, generator=rng).mul(0.5).log_softmax(1), torch.randn(STATES, V, generator=rng))
+        return cls(torch.randn(STATES, V, generator=rng).mul(0.5).log_softmax(1).to(device), torch.randn(STATES, V, generator=rng).to(device))
 
     @classmethod
-    def skewed(cls, vocabulary: int = 4, horizon: int = 5, prompts: int = 3, seed: int = 0) -> "Tree":
+    def skewed(cls, device, vocabulary: int = 4, horizon: int = 5, prompts: int = 3, seed: int = 0) -> "Tree":
         """Of rewards Exp(1) - 1: mean 0, standard deviation 1, skewness 2."""
         rng = torch.Generator().manual_seed(seed)
         states = prompts * sum((vocabulary - 1) ** d for d in range(horizon))
-        ref = torch.randn(states, vocabulary, generator=rng).mul(0.5).log_softmax(1)
-        return cls(ref, torch.empty(states, vocabulary).exponential_(generator=rng) - 1, horizon, prompts)
+        ref = torch.randn(states, vocabulary, generator=rng).mul(0.5).log_softmax(1).to(device)
+        return cls(ref, torch.empty(states, vocabulary, device="cpu").exponential_(generator=rng).to(device) - 1, horizon, prompts)
 
     def shifted(self, offset: float) -> "Tree":
         """With a constant added to every reward."""
@@ -63,7 +63,7 @@ class Tree:
 
     def backward(self, combine) -> torch.Tensor:
         """[PROMPTS] values of the roots: combine(slice of states, Q [states, V]) from the leaves up."""
-        below, offsets = torch.empty(0, dtype=torch.float64), self.offsets
+        below, offsets = torch.empty(0, dtype=torch.float64, device=self.ref.device), self.offsets
         for d in reversed(range(self.horizon)):
             here = slice(offsets[d], offsets[d + 1])
             q = self.rewards[here].double().clone()
@@ -87,12 +87,12 @@ class Tree:
 
     def walk(self, logp: torch.Tensor, prompts: torch.Tensor, rng: torch.Generator | None):
         """(states, tokens, alive) [n, T] and scores [n] of one completion for each prompt; greedy without a generator."""
-        code, alive, score = prompts.clone(), torch.ones_like(prompts, dtype=torch.bool), torch.zeros(len(prompts))
+        code, alive, score = prompts.clone(), torch.ones_like(prompts, dtype=torch.bool), torch.zeros(len(prompts), device=prompts.device)
         states, tokens, lives = [], [], []
         for d, offset in enumerate(self.offsets[:-1]):
             state = offset + code
             row = logp[state]
-            token = row.argmax(1) if rng is None else (torch.rand(len(row), 1, generator=rng) > row.exp().cumsum(1)[:, :-1]).sum(1)
+            token = row.argmax(1) if rng is None else (torch.rand(len(row), 1, generator=rng).to(row.device) > row.exp().cumsum(1)[:, :-1]).sum(1)
             states.append(state), tokens.append(token), lives.append(alive)
             ends = alive & ((token == self.eos) | (d == self.horizon - 1))
             score = torch.where(ends, self.rewards[state, token], score)
@@ -101,13 +101,13 @@ class Tree:
         return torch.stack(states, 1), torch.stack(tokens, 1), torch.stack(lives, 1), score
 
 
-def optimise(config: PolicyConfig, tree: Tree | None = None, **settings) -> float:
+def optimise(device, config: PolicyConfig, tree: Tree | None = None, **settings) -> float:
     """The share of the gap that is closed after so many optimizer steps."""
-    tree = tree or Tree.random()
-    return tree.gap(learn(tree, config, **settings)[0])
+    tree = tree or Tree.random(device)
+    return tree.gap(learn(device, tree, config, **settings)[0])
 
 
-def learn(tree: Tree, config: PolicyConfig, *, updates: int, lr: float, batch_size: int = B, seed: int = 1, spoil=None) -> tuple[torch.Tensor, Control]:
+def learn(device, tree: Tree, config: PolicyConfig, *, updates: int, lr: float, batch_size: int = B, seed: int = 1, spoil=None) -> tuple[torch.Tensor, Control]:
     """The loop of stages/policy.py on a table: the policy [STATES, V] after so many optimizer steps, and what steered them. spoil: of (the number of the
     rollout, its scores [n]) the scores that are learned from."""
     torch.manual_seed(seed)
@@ -115,13 +115,13 @@ def learn(tree: Tree, config: PolicyConfig, *, updates: int, lr: float, batch_si
     rng = torch.Generator().manual_seed(seed)
     needs, control = find_advantage(config.advantage).needs, Control(config)
     logits = tree.ref.clone().requires_grad_()
-    critic, every_state = ValueHead(len(tree.ref)), torch.eye(len(tree.ref))
+    critic, every_state = ValueHead(len(tree.ref), device=device), torch.eye(len(tree.ref), device=device)
     adam = torch.optim.Adam([logits, *critic.parameters()], lr=lr)
     n, width = batch_size, tree.horizon + 1
-    groups = torch.arange(n) // config.samples_per_prompt
+    groups = torch.arange(n, device=device) // config.samples_per_prompt
     prompts = groups % tree.prompts
-    cu_seqlens = torch.arange(n + 1, dtype=torch.int32) * width
-    first = torch.zeros(n, 1, dtype=torch.int64)
+    cu_seqlens = torch.arange(n + 1, dtype=torch.int32, device=device) * width
+    first = torch.zeros(n, 1, dtype=torch.int64, device=device)
 
     def column(x, states_N, mask_N):
         return torch.where(mask_N, x[states_N], 0.0)
@@ -131,12 +131,12 @@ def learn(tree: Tree, config: PolicyConfig, *, updates: int, lr: float, batch_si
         states, tokens, alive, scores = tree.walk(logp, prompts, rng)
         scores = scores if spoil is None else spoil(update // config.epochs, scores)
         states, tokens, mask = (torch.cat([first.to(x.dtype), x], 1).reshape(-1) for x in (states, tokens, alive))
-        batch = PackedBatch(tokens, cu_seqlens, torch.arange(width).repeat(n), mask, (width,) * n, scores=scores, group_ids=groups,
+        batch = PackedBatch(tokens, cu_seqlens, torch.arange(width, device=device).repeat(n), mask, (width,) * n, scores=scores, group_ids=groups,
                             old_logp=column(logp.view(-1), states * V + tokens, mask), ref_logp=column(tree.ref.view(-1), states * V + tokens, mask))
         if needs == "critic":
             batch = batch.with_columns(values=column(critic(every_state).detach(), states, mask))
         if needs == "greedy":
-            batch = batch.with_columns(greedy_scores=tree.walk(logp, torch.arange(tree.prompts), None)[3][prompts])
+            batch = batch.with_columns(greedy_scores=tree.walk(logp, torch.arange(tree.prompts, device=device), None)[3][prompts])
         batch = control.scaled(batch)
         signals = Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0)
         signals = settle(signals, control, critic)
@@ -202,17 +202,17 @@ SKEWED = {  # where the second instance takes longer
 QUICK = ("reinforce_baseline", "grpo", "rloo", "ppo", "gspo", "reinforce_pp")
 
 
-TREES = {"normal": Tree.random(), "skewed": Tree.skewed()}
+TREES = {"normal": Tree.random, "skewed": Tree.skewed}
 FAST = {*(("normal", name, 0.0) for name in QUICK), ("normal", "actor_critic", 3.0), ("normal", "ppo", -3.0)}
 
 
 @pytest.mark.parametrize("instance, offset, name", [
     pytest.param(instance, offset, name, marks=() if (instance, name, offset) in FAST else pytest.mark.full)
     for instance in TREES for offset in (0.0, 3.0, -3.0) for name in CASES])
-def test_the_optimum_is_reached(instance, offset, name):
+def test_the_optimum_is_reached(instance, offset, name, device):
     config, settings = CASES[name]
     settings = SKEWED.get(name, settings) if instance == "skewed" else settings
-    assert optimise(config, TREES[instance].shifted(offset), **settings) >= 0.99
+    assert optimise(device, config, TREES[instance](device).shifted(offset), **settings) >= 0.99
 
 
 SPOILS = {  # what a parser, or another service, does to rewards
@@ -225,24 +225,24 @@ SPOILED = ("ppo", "actor_critic", "a2c", "reinforce_learned", "reinforce", "rein
 
 
 @pytest.mark.parametrize("spoil, name", [pytest.param(spoil, name, marks=() if name == "ppo" else pytest.mark.full) for spoil in SPOILS for name in SPOILED])
-def test_the_optimum_is_reached_through_rewards_that_were_spoilt(spoil, name):
+def test_the_optimum_is_reached_through_rewards_that_were_spoilt(spoil, name, device):
     config, settings = CASES[name]
-    assert optimise(config, spoil=SPOILS[spoil], **settings) >= 0.99
+    assert optimise(device, config, spoil=SPOILS[spoil], **settings) >= 0.99
 
 
 @pytest.mark.parametrize("times, name", [pytest.param(times, name, marks=() if name == "ppo" else pytest.mark.full)
                                          for times in (1e-3, 100.0) for name in ("ppo", "actor_critic", "a2c", "reinforce_learned", "reinforce_baseline")])
-def test_the_optimum_is_reached_whatever_rewards_are_counted_in(times, name):
+def test_the_optimum_is_reached_whatever_rewards_are_counted_in(times, name, device):
     """With the coefficient of the KL in the same unit the task is the same, and so is the share of the gap."""
     config, settings = CASES[name]
     config = replace(config, kl=replace(IN_REWARD, coef=BETA * times))
-    assert optimise(config, spoil=lambda _, scores: scores * times, **settings) >= 0.99
+    assert optimise(device, config, spoil=lambda _, scores: scores * times, **settings) >= 0.99
 
 
 # ---- the KL as a loss: other fixed points ----------------------------------------------------------------------------------------
-def fixed_point(tree: Tree, policy) -> torch.Tensor:
+def fixed_point(device, tree: Tree, policy) -> torch.Tensor:
     """The policy [STATES, V] that is, at every state, `policy(ref, Q)` of the reward's own Q under itself, without any KL."""
-    logp = torch.empty(STATES, V, dtype=torch.float64)
+    logp = torch.empty(STATES, V, dtype=torch.float64, device=device)
 
     def combine(here, q):
         logp[here] = policy(tree.ref[here].double(), q)
@@ -267,17 +267,17 @@ def forward_kl(ref, q):
 
 
 @pytest.mark.parametrize("estimator", ["k2", pytest.param("full", marks=pytest.mark.full), pytest.param("k3", marks=pytest.mark.full)])
-def test_a_kl_of_tokens_in_the_loss_ends_elsewhere(estimator):
+def test_a_kl_of_tokens_in_the_loss_ends_elsewhere(estimator, device):
     policy = {"k2": reverse_kl, "full": reverse_kl, "k3": forward_kl}[estimator]
-    tree = Tree.random()
-    expected = tree.gap(fixed_point(tree, policy))
+    tree = Tree.random(device)
+    expected = tree.gap(fixed_point(device, tree, policy))
     assert expected < 0.95
     config = config_of("rloo", kl=KLConfig(coef=BETA, placement="loss", estimator=estimator))
-    assert optimise(config, **PLAIN) == pytest.approx(expected, abs=0.01)
+    assert optimise(device, config, **PLAIN) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("level, estimator, least", [("future", "k2", 0.99), ("future", "full", 0.99), ("sequence", "k2", 0.96)])
-def test_the_exact_losses_reach_the_optimum(level, estimator, least):
+def test_the_exact_losses_reach_the_optimum(level, estimator, least, device):
     config = config_of("rloo", kl=KLConfig(coef=BETA, placement="loss", estimator=estimator, level=level))
-    assert optimise(config, **CLIPPED) >= least
+    assert optimise(device, config, **CLIPPED) >= least

@@ -35,11 +35,11 @@ def test_penalty_controller():
     assert PenaltyController(PenaltyConfig(kl_min=0.1, kl_max=0.2)).thresholds == (0.1, 0.2)
 
 
-def test_scores_are_scaled_by_all_so_far_and_the_state_comes_back():
+def test_scores_are_scaled_by_all_so_far_and_the_state_comes_back(device):
     config = PolicyConfig("m", "d", ("r.py:f",), scale_scores=True)
     control = Control(config)
-    first, second = torch.tensor([1.0, 3.0, 8.0]), torch.tensor([-2.0, 4.0, 4.0])
-    empty = PackedBatch.from_sequences([([1], [2])] * 3)
+    first, second = torch.tensor([1.0, 3.0, 8.0], device=device), torch.tensor([-2.0, 4.0, 4.0], device=device)
+    empty = PackedBatch.from_sequences([([1], [2])] * 3, device=device)
     assert torch.allclose(control.scaled(empty.with_columns(scores=first)).scores, (first - 4.0) / first.std())
     other = Control(config)
     other.load_state_dict(json.loads(json.dumps(control.state_dict())))
@@ -47,7 +47,7 @@ def test_scores_are_scaled_by_all_so_far_and_the_state_comes_back():
     for each in (control, other):
         assert torch.allclose(each.scaled(empty.with_columns(scores=second)).scores, (second - 4.0) / both.std())  # less the mean of the first rollout
     assert control.state_dict() == other.state_dict()
-    assert torch.equal(Control(config).scaled(empty.with_columns(scores=torch.ones(3))).scores, torch.zeros(3))
+    assert torch.equal(Control(config).scaled(empty.with_columns(scores=torch.ones(3, device=device))).scores, torch.zeros(3, device=device))
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -107,13 +107,22 @@ def likes_w3(prompts, completions, completion_ids, **columns):
 
 
 @pytest.fixture
-def make(tiny_model, tmp_path, write_jsonl):
+def make(tiny_model, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
 
     def config(algorithm="grpo", name="run", **kwargs):
-        defaults = dict(steps=2, prompts_per_step=4, samples_per_prompt=3, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=6),
-                        optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False))
+        defaults = dict(
+            device=str(device),
+            dtype="float32",
+            steps=2,
+            prompts_per_step=4,
+            samples_per_prompt=3,
+            tokens_per_microbatch=60,
+            generation=GenerationConfig(max_new_tokens=6),
+            optim=OptimConfig(lr=3e-3, schedule="constant"),
+            run=RunConfig(dir=str(tmp_path / name), progress=False),
+        )
         return PolicyConfig(str(tiny_model), data, (f"{tmp_path / 'rewards.py'}:likes_w3",), algorithm, **(defaults | kwargs))
 
     return config
@@ -123,16 +132,16 @@ def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def _weights(config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model").named_parameters()}
+def _weights(device, config):
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
-def _same(a, b):
-    return all(torch.equal(p, _weights(b)[name]) for name, p in _weights(a).items())
+def _same(device, a, b):
+    return all(torch.equal(p, _weights(device, b)[name]) for name, p in _weights(device, a).items())
 
 
 @pytest.mark.parametrize("algorithm, kwargs", [("grpo", {}), ("ppo", dict(epochs=2))])
-def test_where_the_sampler_is_the_trainer_nothing_changes(make, algorithm, kwargs):
+def test_where_the_sampler_is_the_trainer_nothing_changes(make, algorithm, kwargs, device):
     """Bitwise, in strict mode: every weight is 1, and the ratio to the sampler is the ratio."""
     plain = make(algorithm, name="plain", strict=True, **kwargs)
     train_policy(plain)
@@ -140,7 +149,7 @@ def test_where_the_sampler_is_the_trainer_nothing_changes(make, algorithm, kwarg
                              ("sequence", CorrectionConfig(kind="sequence_masked")), ("bypass", CorrectionConfig(bypass=True))):
         config = make(algorithm, name=name, strict=True, correction=correction, **kwargs)
         train_policy(config)
-        assert _same(plain, config)
+        assert _same(device, plain, config)
         row = _metrics(config)[-1]
         assert row["policy/first_ratio_max"] == 1.0
         if correction.kind != "none":
@@ -167,7 +176,7 @@ def test_a_sampler_that_is_off_is_reported_and_corrected(make, monkeypatch, devi
         train_policy(config)
     rows = {name: _metrics(config) for name, config in runs.items()}
     for name in ("truncated", "masked", "bypass", "left"):
-        assert not _same(runs["none"], runs[name])
+        assert not _same(device, runs["none"], runs[name])
     for name in ("truncated", "masked"):
         row = rows[name][0]
         assert 0.2 < row["correction/fraction"] < 0.8

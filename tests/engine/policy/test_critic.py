@@ -45,23 +45,33 @@ SEQUENCES = [([1, 5, 6], [7, 8, 2]), ([1, 9], [10, 11, 12, 13]), ([1, 4, 4, 4], 
 
 
 @pytest.fixture
-def ppo(tiny_model, tmp_path, write_jsonl):
+def ppo(tiny_model, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
 
     def make(reward="likes_w3", name="run", algorithm="ppo", critic=CriticConfig("policy", optim=OptimConfig(lr=3e-3, schedule="constant")), **kwargs):  # noqa: B008
         defaults = dict(
-            steps=3, prompts_per_step=6, samples_per_prompt=2, epochs=2, minibatches=2, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=8),
-            optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False))
+            device=str(device),
+            dtype="float32",
+            steps=3,
+            prompts_per_step=6,
+            samples_per_prompt=2,
+            epochs=2,
+            minibatches=2,
+            tokens_per_microbatch=60,
+            generation=GenerationConfig(max_new_tokens=8),
+            optim=OptimConfig(lr=3e-3, schedule="constant"),
+            run=RunConfig(dir=str(tmp_path / name), progress=False),
+        )
         return PolicyConfig(str(tiny_model), data, (f"{tmp_path / 'rewards.py'}:{reward}",), algorithm, critic=critic, **(defaults | kwargs))
 
     return make
 
 
 @pytest.fixture
-def reward_model(tiny_model, tmp_path):
+def reward_model(tiny_model, tmp_path, device):
     """A reward model on another trunk than the policy's, with a shift."""
-    model = RewardModel.from_decoder(Decoder.random(load_decoder(tiny_model).config, seed=5), seed=3)
+    model = RewardModel.from_decoder(Decoder.random(load_decoder(tiny_model, dtype="float32", device=device).config, seed=5, device=device), seed=3)
     model.shift = 0.75
     save_reward_model(model, tmp_path / "reward", tokenizer=load_tokenizer(tiny_model))
     return tmp_path / "reward", model
@@ -71,9 +81,13 @@ def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def _weights(config, part="model"):
+def _weights(device, config, part="model"):
     directory = Path(config.run.dir) / part
-    named = load_critic(directory).named_parameters() if part == "critic" else load_decoder(directory).named_parameters()
+    named = (
+        load_critic(directory, dtype="float32", device=device).named_parameters()
+        if part == "critic"
+        else load_decoder(directory, dtype="float32", device=device).named_parameters()
+    )
     return {name: p.detach() for name, p in named}
 
 
@@ -92,47 +106,47 @@ def _without_times(row):
 
 
 # ---- where it starts from ---------------------------------------------------------------------------------------------------------
-def test_of_a_reward_model_the_first_value_is_its_score(reward_model):
+def test_of_a_reward_model_the_first_value_is_its_score(reward_model, device):
     """V(s_t) is the score of what stands before token t: read at the position before, less the shift."""
     directory, reward = reward_model
-    values = load_critic(directory)(PackedBatch.from_sequences(SEQUENCES)).detach()
+    values = load_critic(directory, dtype="float32", device=device)(PackedBatch.from_sequences(SEQUENCES, device=device)).detach()
     slot = 0
     for prompt, completion in SEQUENCES:
         ids = [*prompt, *completion]
         assert values[slot] == 0.0
         for t in range(1, len(ids)):
-            score = reward(PackedBatch.from_sequences([(ids[:t], [])])).item()
+            score = reward(PackedBatch.from_sequences([(ids[:t], [])], device=device)).item()
             assert values[slot + t].item() == pytest.approx(score, abs=1e-5)
         slot += len(ids)
-    unshifted = load_critic(directory)
+    unshifted = load_critic(directory, dtype="float32", device=device)
     torch.nn.init.zeros_(unshifted.head.bias)
-    assert (unshifted(PackedBatch.from_sequences(SEQUENCES))[1:3] - values[1:3]).detach().tolist() == pytest.approx([0.75] * 2, abs=1e-5)
+    assert (unshifted(PackedBatch.from_sequences(SEQUENCES, device=device))[1:3] - values[1:3]).detach().tolist() == pytest.approx([0.75] * 2, abs=1e-5)
 
 
-def test_of_a_language_model_the_first_value_is_zero_and_of_a_trained_one_its_own(tiny_model, tmp_path):
-    batch = PackedBatch.from_sequences(SEQUENCES)
-    assert not load_critic(tiny_model)(batch).any()
-    head = ValueHead(32)
+def test_of_a_language_model_the_first_value_is_zero_and_of_a_trained_one_its_own(tiny_model, tmp_path, device):
+    batch = PackedBatch.from_sequences(SEQUENCES, device=device)
+    assert not load_critic(tiny_model, dtype="float32", device=device)(batch).any()
+    head = ValueHead(32, device=device)
     torch.nn.init.normal_(head.weight), torch.nn.init.constant_(head.bias, 0.3)
-    actor = HybridActor(load_decoder(tiny_model), value_head=head)
+    actor = HybridActor(load_decoder(tiny_model, dtype="float32", device=device), value_head=head)
     actor.save_pretrained(tmp_path / "actor")
-    assert torch.equal(load_critic(tmp_path / "actor")(batch), actor.values(batch, actor.forward(batch)))
+    assert torch.equal(load_critic(tmp_path / "actor", dtype="float32", device=device)(batch), actor.values(batch, actor.forward(batch)))
 
 
 @pytest.mark.parametrize("kind", [{}, {"tie_word_embeddings": False}, OTHER], ids=["tied", "untied", "gpt2"])
-def test_saved_and_loaded_it_is_the_same_and_transformers_reads_its_trunk(tiny_model, tmp_path, kind):
+def test_saved_and_loaded_it_is_the_same_and_transformers_reads_its_trunk(tiny_model, tmp_path, kind, device):
     from transformers import AutoModel
 
-    raw = load_decoder(tiny_model).config.raw | kind if kind is not OTHER else OTHER
-    save_pretrained(Decoder.random(model_config(raw), seed=1), tmp_path / "lm")
-    critic = load_critic(tmp_path / "lm")
+    raw = load_decoder(tiny_model, dtype="float32", device=device).config.raw | kind if kind is not OTHER else OTHER
+    save_pretrained(Decoder.random(model_config(raw), seed=1, device=device), tmp_path / "lm")
+    critic = load_critic(tmp_path / "lm", dtype="float32", device=device)
     torch.nn.init.normal_(critic.head.weight)
     assert not any(name.endswith(("lm_head", "decoder.head")) for name, _ in critic.named_parameters())  # nothing that has no gradient
     critic.save_pretrained(tmp_path / "critic")
-    again = load_critic(tmp_path / "critic")
+    again = load_critic(tmp_path / "critic", dtype="float32", device=device)
     assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in critic.named_parameters())
-    theirs = AutoModel.from_pretrained(tmp_path / "critic").eval()(torch.tensor([[1, 5, 6, 7]])).last_hidden_state[0]
-    values = critic(PackedBatch.from_sequences([([1, 5, 6, 7], [8])])).detach()
+    theirs = AutoModel.from_pretrained(tmp_path / "critic").to(device).eval()(torch.tensor([[1, 5, 6, 7]], device=device)).last_hidden_state[0]
+    values = critic(PackedBatch.from_sequences([([1, 5, 6, 7], [8])], device=device)).detach()
     torch.testing.assert_close(critic.head(theirs).detach(), values[1:], rtol=1e-4, atol=1e-4)
 
 
@@ -152,26 +166,26 @@ def test_it_learns_what_the_prompt_tells(ppo):
 
 @pytest.mark.parametrize("kwargs", [{}, dict(strict=True), dict(lora=LoRAConfig(rank=4)), dict(algorithm="a2c", epochs=1, minibatches=1, kl=KLConfig(coef=0.0)),
                                     dict(algorithm="dro"), dict(checkpoint_activations=True)], ids=["ppo", "strict", "lora", "unscored", "dro", "checkpointed"])
-def test_every_algorithm_with_values_takes_one(ppo, kwargs):
+def test_every_algorithm_with_values_takes_one(ppo, kwargs, device):
     config = ppo(steps=2, **kwargs)
     train_policy(config)
     for row in _metrics(config):
         assert all(value == value and abs(value) < 1e6 for value in row.values() if isinstance(value, float))
         assert row["policy/first_ratio_min"] == row["policy/first_ratio_max"] == 1.0
         assert row["critic/grad_norm"] > 0.0
-    start = dict(load_critic(config.model).named_parameters())
-    moved = {name: (p - start[name]).abs().max().item() for name, p in _weights(config, "critic").items()}
+    start = dict(load_critic(config.model, dtype="float32", device=device).named_parameters())
+    moved = {name: (p - start[name]).abs().max().item() for name, p in _weights(device, config, "critic").items()}
     assert min(moved.values()) > 0.0, moved
     assert max(moved.values()) > 1e-3, moved
 
 
-def test_the_two_are_trained_apart(ppo):
+def test_the_two_are_trained_apart(ppo, device):
     """One rollout on one optimizer step: what the critic is trained with does not reach the policy's weights, though its gradient is far above the clip."""
     found = []
     for name, weight, lr in (("plain", 0.1, 3e-3), ("loud", 1e4, 1.0)):
         config = ppo(name=name, steps=1, epochs=1, minibatches=1, loss=LossConfig(value_coef=weight), critic=CriticConfig("policy", optim=OptimConfig(lr=lr)))
         train_policy(config)
-        found.append((_weights(config), _weights(config, "critic"), _metrics(config)[0]))
+        found.append((_weights(device, config), _weights(device, config, "critic"), _metrics(config)[0]))
     (ours, critic, row), (same, other, loud) = found
     assert all(torch.equal(p, same[name]) for name, p in ours.items())
     assert not torch.equal(critic["head.weight"], other["head.weight"])
@@ -179,7 +193,7 @@ def test_the_two_are_trained_apart(ppo):
     assert loud["critic/grad_norm"] == pytest.approx(1e5 * row["critic/grad_norm"], rel=1e-4)
     shared = ppo(name="shared", critic=None, steps=1, epochs=1, minibatches=1, loss=LossConfig(value_coef=1e4))
     train_policy(shared)
-    assert not all(torch.equal(p, _weights(shared)[name]) for name, p in ours.items())  # one trunk, one clip
+    assert not all(torch.equal(p, _weights(device, shared)[name]) for name, p in ours.items())  # one trunk, one clip
 
 
 def test_without_one_a_run_is_what_it_was(ppo):
@@ -195,25 +209,25 @@ def test_without_one_a_run_is_what_it_was(ppo):
     assert state == ["model.safetensors", "optimizer.safetensors", "rng.safetensors"]
 
 
-def test_a_critic_that_is_not_finite_stops_the_run(ppo, tiny_model, tmp_path):
+def test_a_critic_that_is_not_finite_stops_the_run(ppo, tiny_model, tmp_path, device):
     """At its fifth skipped update in a row, by its name; the policy is not trained on what it says."""
-    head = ValueHead(32)
+    head = ValueHead(32, device=device)
     torch.nn.init.constant_(head.weight, 3e38)
-    HybridActor(load_decoder(tiny_model), load_tokenizer(tiny_model), value_head=head).save_pretrained(tmp_path / "broken")
+    HybridActor(load_decoder(tiny_model, dtype="float32", device=device), load_tokenizer(tiny_model), value_head=head).save_pretrained(tmp_path / "broken")
     with pytest.raises(RuntimeError, match="5 updates of the critic in a row had a non-finite gradient norm"):
         train_policy(ppo(epochs=3, critic=CriticConfig(str(tmp_path / "broken"))))
     assert _metrics(ppo()) == []
 
 
-def test_the_micro_batch_split_does_not_change_the_critic(ppo):
+def test_the_micro_batch_split_does_not_change_the_critic(ppo, device):
     found = []
     for name, tokens in (("whole", 10_000), ("cut", 25)):
         config = ppo(name=name, steps=1, epochs=1, tokens_per_microbatch=tokens)
         train_policy(config)
-        found.append((_weights(config, "critic"), _metrics(config)[0]["critic/grad_norm"]))
+        found.append((_weights(device, config, "critic"), _metrics(config)[0]["critic/grad_norm"]))
     (whole, norm), (cut, other) = found
     assert norm == pytest.approx(other, rel=1e-4)
-    start = dict(load_critic(config.model).named_parameters())
+    start = dict(load_critic(config.model, dtype="float32", device=device).named_parameters())
     moved = max((whole[name] - start[name]).abs().max().item() for name in whole)
     assert all((whole[name] - cut[name]).abs().max().item() <= 2e-3 * moved for name in whole)
 
@@ -241,8 +255,9 @@ def test_warm_up_trains_the_critic_alone(ppo):
     assert second["grad_norm"] > 0.0
 
 
+@pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
 @pytest.mark.parametrize("model, warmup, stop", [("policy", 0, 2), ("policy", 2, 1), ("trunk", 2, 1)])
-def test_resume_continues_bitwise(ppo, model, warmup, stop):
+def test_resume_continues_bitwise(ppo, model, warmup, stop, device):
     critic = CriticConfig(model, warmup_steps=warmup, optim=OptimConfig(lr=3e-3))
     whole = ppo(name="whole", steps=3, critic=critic, run=replace(ppo(name="whole").run, save_every=1))
     train_policy(whole)
@@ -259,11 +274,11 @@ def test_resume_continues_bitwise(ppo, model, warmup, stop):
             train_policy(parts)
     train_policy(replace(parts, run=replace(parts.run, resume=True)))
     for part in ("model", "critic") if model == "policy" else ("model",):
-        assert all(torch.equal(p, _weights(parts, part)[name]) for name, p in _weights(whole, part).items())
+        assert all(torch.equal(p, _weights(device, parts, part)[name]) for name, p in _weights(device, whole, part).items())
     assert [_without_times(row) for row in _metrics(whole)] == [_without_times(row) for row in _metrics(parts)]
 
 
-def test_the_values_of_a_run_are_those_of_what_it_starts_from(ppo, reward_model):
+def test_the_values_of_a_run_are_those_of_what_it_starts_from(ppo, reward_model, device):
     """A critic that an earlier run saved, and a reward model: its score of what stands before each token; but for one constant, by which they are right on
     average."""
     first, (directory, reward) = ppo(name="first", steps=1), reward_model
@@ -271,7 +286,7 @@ def test_the_values_of_a_run_are_those_of_what_it_starts_from(ppo, reward_model)
     saved = Path(first.run.dir) / "critic"
     seen = _first_values(*(ppo(name=name, critic=CriticConfig(str(start))) for name, start in (("second", saved), ("third", directory))))
     for batch, start in zip(seen, (saved, directory), strict=True):
-        expected = torch.cat([load_critic(start)(batch.select([b])).detach() for b in range(batch.num_sequences)])
+        expected = torch.cat([load_critic(start, dtype="float32", device=device)(batch.select([b])).detach() for b in range(batch.num_sequences)])
         to_go = [float(score) - expected[slots][mask].double().mean().item() for score, slots, mask in zip(
             batch.scores, (slice(a, b) for a, b in pairwise(batch.cu_seqlens.tolist())), batch.action_mask.split(list(batch.lengths)), strict=True)]
         short = sum(to_go) / len(to_go)
@@ -280,7 +295,7 @@ def test_the_values_of_a_run_are_those_of_what_it_starts_from(ppo, reward_model)
     batch = seen[1]
     ends = batch.cu_seqlens[1:].tolist()
     starts = batch.cu_seqlens[:-1].tolist()
-    before_the_last = PackedBatch.from_sequences([(batch.token_ids[a:b - 1].tolist(), []) for a, b in zip(starts, ends, strict=True)])
+    before_the_last = PackedBatch.from_sequences([(batch.token_ids[a:b - 1].tolist(), []) for a, b in zip(starts, ends, strict=True)], device=device)
     torch.testing.assert_close(batch.values[[b - 1 for b in ends]], reward(before_the_last).detach() + short, rtol=1e-5, atol=1e-5)
 
 
@@ -319,7 +334,7 @@ QUICK = ("ppo", "its own", "no baseline", "scaled", "warm-up")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in SHIFTS])
-def test_a_constant_in_the_reward_changes_no_course(ppo, reward_model, tmp_path, name):
+def test_a_constant_in_the_reward_changes_no_course(ppo, reward_model, tmp_path, name, device):
     """Three rollouts, at 0 and at +-8: the same draws, and weights that are the same to rounding. The loss of a head of zeros would be 64 times as large."""
     options = {"critic": None} | SHIFTS[name]
     options["critic"] = CriticConfig(str(reward_model[0])) if options["critic"] == "reward model" else options["critic"]
@@ -329,8 +344,8 @@ def test_a_constant_in_the_reward_changes_no_course(ppo, reward_model, tmp_path,
                                                 f"    return [{shift} + t.count('w3') for t in completions]\n")
         config = replace(ppo(name=f"run{shift}", optim=OptimConfig(lr=1e-3, eps=1e-8), **options), reward=(f"{tmp_path}/at{shift}.py:at",))
         train_policy(config)
-        found[shift] = _weights(config), _metrics(config)
-    start = dict(load_decoder(config.model).named_parameters())
+        found[shift] = _weights(device, config), _metrics(config)
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
     weights, rows = found[0]
     moved = max((p - start[n]).abs().max().item() for n, p in weights.items())
     assert moved > 1e-3
@@ -344,7 +359,7 @@ def test_a_constant_in_the_reward_changes_no_course(ppo, reward_model, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["ppo", "td", "k steps", "learned", "its own"])
-def test_a_reward_counted_in_another_unit_changes_no_course(ppo, tmp_path, name):
+def test_a_reward_counted_in_another_unit_changes_no_course(ppo, tmp_path, name, device):
     """Three rollouts, with the KL's coefficient counted in the same and no bound on the gradient: the same draws, and weights that are the same to rounding.
     Where advantages are not whitened a value loss in units of its own would be 64 times too strong, or too weak, against the policy. Whitening adds 1e-8 to a
     variance, which the second rollout's, whose rewards are all alike but for the KL, is not far from: whitened rows are not made smaller."""
@@ -356,8 +371,8 @@ def test_a_reward_counted_in_another_unit_changes_no_course(ppo, tmp_path, name)
         options |= {"critic": replace(options["critic"], optim=replace(optim, lr=3e-3))} if options["critic"] is not None else {}
         config = replace(ppo(name=f"run{times}", optim=optim, kl=KLConfig(coef=0.05 * times), **options), reward=(f"{tmp_path}/by{times}.py:by",))
         train_policy(config)
-        found[times] = _weights(config), _metrics(config)
-    start = dict(load_decoder(config.model).named_parameters())
+        found[times] = _weights(device, config), _metrics(config)
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
     weights, rows = found[1.0]
     moved = max((p - start[n]).abs().max().item() for n, p in weights.items())
     assert moved > 1e-3
@@ -371,7 +386,7 @@ def test_a_reward_counted_in_another_unit_changes_no_course(ppo, tmp_path, name)
 
 
 # ---- the warm-up of a head on the trunk ---------------------------------------------------------------------------------------------------
-def test_a_head_on_the_trunk_warms_up_alone(ppo):
+def test_a_head_on_the_trunk_warms_up_alone(ppo, device):
     """The policy stands still bit by bit, the head learns at a rate of its own, and then one loss trains both."""
     critic = CriticConfig(warmup_steps=2, optim=OptimConfig(lr=1e-2))
     config = ppo(critic=critic, steps=4, optim=OptimConfig(lr=3e-3), kl=KLConfig(coef=0.1, target=0.5, horizon=50),
@@ -382,11 +397,11 @@ def test_a_head_on_the_trunk_warms_up_alone(ppo):
     assert [row["kl_coef"] for row in rows[:3]] == [0.1] * 3
     assert rows[1]["critic/lr"] == pytest.approx(1e-2 / 8)  # of eight steps the last
     assert rows[2]["lr"] == pytest.approx(3e-3 * (8 - 3) / 8)
-    start, saved = dict(load_decoder(config.model).named_parameters(prefix="decoder")), {}
+    start, saved = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters(prefix="decoder")), {}
     for step in range(1, 4):
         saved[step] = load_file(Path(config.run.dir) / "checkpoints" / f"step_0000000{step}" / "model.safetensors")
     for step in (1, 2):
-        assert all(torch.equal(saved[step][name], p) for name, p in start.items())
+        assert all(torch.equal(saved[step][name], p.cpu()) for name, p in start.items())
     assert not torch.equal(saved[1]["value_head.weight"], saved[2]["value_head.weight"])
     assert saved[2]["value_head.weight"].abs().max() > 1e-3
     assert not any(torch.equal(saved[3][name], p) for name, p in start.items())
@@ -443,12 +458,12 @@ def test_options_that_contradict_each_other():
         CriticConfig(warmup_steps=-1)
 
 
-def test_another_vocabulary_is_refused(ppo, tiny_model, tmp_path):
-    raw = load_decoder(tiny_model).config.raw
+def test_another_vocabulary_is_refused(ppo, tiny_model, tmp_path, device):
+    raw = load_decoder(tiny_model, dtype="float32", device=device).config.raw
     small, large = raw | {"vocab_size": 31}, raw | {"vocab_size": 40}
     tokenizer = load_tokenizer(tiny_model)
     for name, shape, with_tokenizer in (("small", small, True), ("large", large, False), ("padded", large, True)):
-        save_pretrained(Decoder.random(model_config(shape), seed=0), tmp_path / name, tokenizer=tokenizer if with_tokenizer else None)
+        save_pretrained(Decoder.random(model_config(shape), seed=0, device=device), tmp_path / name, tokenizer=tokenizer if with_tokenizer else None)
     for name, message in (("small", "read the policy's token ids .a vocabulary of 32., got a vocabulary of 31"), ("large", "got a vocabulary of 40 in")):
         with pytest.raises(ConfigError, match=message):
             train_policy(ppo(name=f"run_{name}", critic=CriticConfig(str(tmp_path / name))))
@@ -456,34 +471,34 @@ def test_another_vocabulary_is_refused(ppo, tiny_model, tmp_path):
     train_policy(ppo(name="run_padded", steps=1, critic=CriticConfig(str(tmp_path / "padded"))))  # more rows, the same ids
     renamed = load_tokenizer(tiny_model)
     renamed.add_tokens(["another"])
-    save_pretrained(Decoder.random(model_config(large), seed=0), tmp_path / "renamed", tokenizer=renamed)
+    save_pretrained(Decoder.random(model_config(large), seed=0, device=device), tmp_path / "renamed", tokenizer=renamed)
     with pytest.raises(ConfigError, match="and a tokenizer that gives other ids"):
         train_policy(ppo(name="run_renamed", critic=CriticConfig(str(tmp_path / "renamed"))))
-    save_pretrained(Decoder.random(model_config(raw | {"max_position_embeddings": 16}), seed=0), tmp_path / "short", tokenizer=tokenizer)
+    save_pretrained(Decoder.random(model_config(raw | {"max_position_embeddings": 16}), seed=0, device=device), tmp_path / "short", tokenizer=tokenizer)
     with pytest.raises(ConfigError, match=r"have the 64 positions .* got 16 .*lower max_prompt_length to 8 or less"):
         train_policy(ppo(name="run_short", critic=CriticConfig(str(tmp_path / "short"))))
     train_policy(ppo(name="run_fits", steps=1, max_prompt_length=8, critic=CriticConfig(str(tmp_path / "short"))))
-    save_pretrained(Decoder.random(model_config(OTHER), seed=0), tmp_path / "gpt2", tokenizer=tokenizer)
+    save_pretrained(Decoder.random(model_config(OTHER), seed=0, device=device), tmp_path / "gpt2", tokenizer=tokenizer)
     train_policy(ppo(name="run_gpt2", steps=1, max_prompt_length=8, critic=CriticConfig(str(tmp_path / "gpt2"))))  # another family and size
 
 
-def test_a_resumed_run_whose_critic_is_another_model_is_refused(ppo, tiny_model, tmp_path):
-    raw = load_decoder(tiny_model).config.raw
-    save_pretrained(Decoder.random(model_config(raw), seed=0), tmp_path / "start")
+def test_a_resumed_run_whose_critic_is_another_model_is_refused(ppo, tiny_model, tmp_path, device):
+    raw = load_decoder(tiny_model, dtype="float32", device=device).config.raw
+    save_pretrained(Decoder.random(model_config(raw), seed=0, device=device), tmp_path / "start")
     config = ppo(steps=2, critic=CriticConfig(str(tmp_path / "start")))
     train_policy(replace(config, steps=1))
-    save_pretrained(Decoder.random(model_config(raw | {"intermediate_size": 64}), seed=0), tmp_path / "start")
+    save_pretrained(Decoder.random(model_config(raw | {"intermediate_size": 64}), seed=0, device=device), tmp_path / "start")
     with pytest.raises(CheckpointError, match=r"expected tensors .*down_proj \[32, 64\].* got .*down_proj \[32, 48\]"):
         train_policy(replace(config, run=replace(config.run, resume=True)))
 
 
-def test_what_the_critic_holds_is_lent_the_cache_but_for_its_weights():
+def test_what_the_critic_holds_is_lent_the_cache_but_for_its_weights(device):
     raw = {"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
            "num_key_value_heads": 4, "max_position_embeddings": 128}
-    actor = HybridActor(Decoder.random(model_config(raw), 0))
-    critic = SeparateCritic(Decoder.random(model_config(raw), 1), ValueHead(64))
+    actor = HybridActor(Decoder.random(model_config(raw), 0, device=device))
+    critic = SeparateCritic(Decoder.random(model_config(raw), 1, device=device), ValueHead(64, device=device))
     actor.generate([[1, 2, 3]], SamplingParams(max_new_tokens=2))
-    batch, used = PackedBatch.from_sequences([([1] * 50, [2] * 50)]), []
+    batch, used = PackedBatch.from_sequences([([1] * 50, [2] * 50)], device=device), []
     for others in ((), (critic,)):
         with actor.lend_cache(*others) as arena:
             values = critic(batch)

@@ -11,7 +11,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.policy import fisher
 from fusedrl.engine.policy.fisher import FlatParameters, fisher_product, policy_kl
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 SMALL = {"model_type": "llama", "vocab_size": 7, "hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 16, "initializer_range": 0.5, "eos_token_id": 2, "pad_token_id": 0}
@@ -20,19 +20,19 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_h
 SEQUENCES = [([1, 4, 5], [3, 6, 2]), ([1], [5]), ([1, 3, 3, 6, 5], []), ([1, 6], [4, 4, 0, 5, 2])]
 
 
-def random_actor(options, dtype=torch.float64, lora=None, **kwargs):
-    decoder = Decoder.random(model_config(options), 3, dtype=dtype)
+def random_actor(device, options, dtype=torch.float64, lora=None, **kwargs):
+    decoder = Decoder.random(model_config(options), 3, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in decoder.parameters():  # norms and biases, too, say something
-            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float32).to(dtype)
+            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
     actor = HybridActor(decoder, **kwargs)
     if lora is not None:
         actor.add_adapter(lora)
         with torch.no_grad():
             for name, p in decoder.named_parameters():
                 if name.endswith("_b") and p.requires_grad:
-                    p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float32))
+                    p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float32).to(device))
     return actor
 
 
@@ -71,9 +71,9 @@ def distance(x, y):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, alpha=3.0)])
-def test_products_are_those_of_the_enumerated_matrix(tied, lora):
-    actor = random_actor(SMALL | {"tie_word_embeddings": tied}, lora=lora)
-    parameters, batch = FlatParameters(actor.decoder), PackedBatch.from_sequences(SEQUENCES)
+def test_products_are_those_of_the_enumerated_matrix(tied, lora, device):
+    actor = random_actor(device, SMALL | {"tie_word_embeddings": tied}, lora=lora)
+    parameters, batch = FlatParameters(actor.decoder), PackedBatch.from_sequences(SEQUENCES, device=device)
     F = enumerated(actor, parameters, batch, 0.7)
     for seed in range(3):
         v_P = vector(parameters, seed=seed)
@@ -88,13 +88,13 @@ def test_products_are_those_of_the_enumerated_matrix(tied, lora):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_products_are_the_second_derivative_of_the_kl(family):
+def test_products_are_the_second_derivative_of_the_kl(family, device):
     """In float32 with the kernels that train, against float64 and reverse mode twice: of every family's layers."""
     options = GPT2 if family == "gpt2" else SIZES | MODELS[family]
-    actor, exact = (random_actor(options, dtype) for dtype in (torch.float32, torch.float64))
+    actor, exact = (random_actor(device, options, dtype) for dtype in (torch.float32, torch.float64))
     rng = torch.Generator().manual_seed(5)
     batch = PackedBatch.from_sequences([(torch.randint(0, 61, (n,), generator=rng).tolist(), torch.randint(0, 61, (m,), generator=rng).tolist())
-                                        for n, m in ((4, 9), (1, 1), (7, 0), (2, 5))])
+                                        for n, m in ((4, 9), (1, 1), (7, 0), (2, 5))], device=device)
     parameters = FlatParameters(exact.decoder)
     v_P = vector(parameters)
     with sdpa_kernel(SDPBackend.MATH):
@@ -110,19 +110,19 @@ def test_products_are_the_second_derivative_of_the_kl(family):
 
 @pytest.mark.skipif(not native.capability, reason="strict needs the C++ kernels")
 @pytest.mark.parametrize("how", ["strict", "checkpointed"])
-def test_other_forwards_have_the_same_products(how):
+def test_other_forwards_have_the_same_products(how, device):
     options = SIZES | MODELS["qwen3"]
-    actor, other = (random_actor(options, torch.float32, strict=strict) for strict in (False, how == "strict"))
+    actor, other = (random_actor(device, options, torch.float32, strict=strict) for strict in (False, how == "strict"))
     other.decoder.checkpoint_activations = how == "checkpointed"
-    batch = PackedBatch.from_sequences(SEQUENCES)
+    batch = PackedBatch.from_sequences(SEQUENCES, device=device)
     v_P = vector(FlatParameters(actor.decoder), torch.float32)
     assert distance(product(other, batch, v_P), product(actor, batch, v_P).double()) < 1e-4
 
 
-def test_the_kl_is_that_of_the_whole_vocabulary():
+def test_the_kl_is_that_of_the_whole_vocabulary(device):
     """old || new, at the states of actions alone, with the temperature; and half of d F d for a small move."""
-    actor = random_actor(SIZES | MODELS["qwen2"], torch.float32)
-    parameters, batch = FlatParameters(actor.decoder), PackedBatch.from_sequences(SEQUENCES)
+    actor = random_actor(device, SIZES | MODELS["qwen2"], torch.float32)
+    parameters, batch = FlatParameters(actor.decoder), PackedBatch.from_sequences(SEQUENCES, device=device)
     old_P = parameters.values()
     with torch.no_grad():
         states_NH, old_RV = actor.forward(batch), (action_logits(actor, batch).double() / 0.7).log_softmax(1)

@@ -12,17 +12,17 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import CorrectionConfig, KLConfig, LossConfig, PolicyConfig
 from fusedrl.engine.policy.advantages import Signals, estimate
 from fusedrl.engine.policy.objectives import behaviour, make_objective, minibatch_weights, objective_loss, ratio_kl
-from fusedrl.kernels.dispatch import use_impl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 NAN = float("nan")
 
 
 # ---- importance sampling itself --------------------------------------------------------------------------------------------------
-def test_the_variance_of_an_importance_weighted_mean():
+def test_the_variance_of_an_importance_weighted_mean(device):
     """E_q[f p / q] = E_p[f] and Var_q = E_p[f^2 p / q] - E_p[f]^2, over 7 outcomes; the further q is from p, the larger, and what is sampled says so."""
     rng = torch.Generator().manual_seed(0)
-    p, f = torch.randn(7, generator=rng, dtype=torch.float64).softmax(0), torch.randn(7, generator=rng, dtype=torch.float64)
-    away = torch.randn(7, generator=rng, dtype=torch.float64)
+    p, f = torch.randn(7, generator=rng, dtype=torch.float64).to(device).softmax(0), torch.randn(7, generator=rng, dtype=torch.float64).to(device)
+    away = torch.randn(7, generator=rng, dtype=torch.float64).to(device)
     variances, covered = [], []
     for far in (0.0, 1.0, 3.0, 6.0):
         q = (p.log() + far * away).softmax(0)
@@ -32,7 +32,7 @@ def test_the_variance_of_an_importance_weighted_mean():
         by_definition = (q * (x - mean) ** 2).sum()
         torch.testing.assert_close(by_definition, (p * f**2 * p / q).sum() - (p * f).sum() ** 2)
         variances.append(by_definition.item())
-        drawn = x[torch.multinomial(q, 200 * 100, replacement=True, generator=rng)].view(200, 100)
+        drawn = x[torch.multinomial(q.cpu(), 200 * 100, replacement=True, generator=rng).to(device)].view(200, 100)
         assert (drawn.mean() - mean).abs() < 5 * (by_definition / 20_000).sqrt()
         covered.append(((drawn.mean(1) - mean).abs() <= 2 * drawn.std(1) / 10).double().mean().item())
     assert variances == sorted(variances)
@@ -42,7 +42,7 @@ def test_the_variance_of_an_importance_weighted_mean():
 
 
 # ---- every completion of the task, with its probability ------------------------------------------------------------------------------
-def everything(policy):
+def everything(device, policy):
     """(batch, states [N], probability [B] under `policy` [STATES, V] and the prompts) of all 682 completions."""
     rows, states, chances = [], [], []
     for prompt in range(PROMPTS):
@@ -56,37 +56,37 @@ def everything(policy):
                     rows.append(([0], tokens))
                     states += [0, *path]
                     chances.append(sum(policy[s, a].item() for s, a in zip(path, tokens, strict=True)))
-    batch = PackedBatch.from_sequences(rows)
-    states = torch.tensor(states)
-    chance = torch.tensor(chances, dtype=torch.float64).exp() / PROMPTS
+    batch = PackedBatch.from_sequences(rows, device=device)
+    states = torch.tensor(states, device=device)
+    chance = torch.tensor(chances, dtype=torch.float64, device=device).exp() / PROMPTS
     assert chance.sum().item() == pytest.approx(1.0)
-    scores = Tree.random().rewards[states, batch.token_ids][batch.cu_seqlens[1:].long() - 1]
-    return batch.with_columns(scores=scores, group_ids=torch.arange(len(chance))), states, chance
+    scores = Tree.random(device).rewards[states, batch.token_ids][batch.cu_seqlens[1:].long() - 1]
+    return batch.with_columns(scores=scores, group_ids=torch.arange(len(chance), device=device)), states, chance
 
 
-def table(seed, sd=0.7):
-    return torch.randn(STATES, V, generator=torch.Generator().manual_seed(seed)).mul(sd).double().log_softmax(1)
+def table(device, seed, sd=0.7):
+    return torch.randn(STATES, V, generator=torch.Generator().manual_seed(seed)).to(device).mul(sd).double().log_softmax(1)
 
 
 def gather(batch, states, logp):
     return torch.where(batch.action_mask, logp[states, batch.token_ids], 0.0)
 
 
-def true_gradient(logits):
+def true_gradient(device, logits):
     """Of J, by the recursion over the tree."""
-    tree, logp = Tree.random(), logits.log_softmax(1)
+    tree, logp = Tree.random(device), logits.log_softmax(1)
     value = tree.backward(lambda s, q: (logp[s].exp() * (q - BETA * (logp[s] - tree.ref[s].double()))).sum(1)).mean()
     return torch.autograd.grad(value, logits)[0]
 
 
-def expected_gradient(config, logits, mu, *, rollout=True):
+def expected_gradient(device, config, logits, mu, *, rollout=True):
     """Of -loss over completions drawn from mu, exactly: each weighs its probability. Scored by the policy itself; float32, as the engine runs."""
-    batch, states, chance = everything(mu)
+    batch, states, chance = everything(device, mu)
     logp = gather(batch, states, logits.log_softmax(1)).float()
     said = gather(batch, states, mu).float()
-    batch = batch.with_columns(old_logp=logp.detach(), ref_logp=gather(batch, states, Tree.random().ref), rollout_logp=said if rollout else logp.detach())
+    batch = batch.with_columns(old_logp=logp.detach(), ref_logp=gather(batch, states, Tree.random(device).ref), rollout_logp=said if rollout else logp.detach())
     batch = estimate(config, Signals.of(config, batch, config.kl.coef, 0.0))
-    weights = minibatch_weights(config, batch) * torch.repeat_interleave(chance, torch.tensor(batch.lengths)).float() * batch.num_sequences
+    weights = minibatch_weights(config, batch) * torch.repeat_interleave(chance, torch.tensor(batch.lengths, device=device)).float() * batch.num_sequences
     batch, _ = behaviour(config.correction, batch.with_columns(weights=weights), logp)
     loss, stats, _ = objective_loss(config, make_objective(config, 1.0), config.kl.coef, batch, logp, None, None)
     return -torch.autograd.grad(loss, logits)[0], stats
@@ -100,16 +100,16 @@ EXACT = CorrectionConfig(kind="truncated", level="sequence", high=1e9)
 
 
 @pytest.mark.parametrize("advantage", ["monte_carlo", "reward_to_go"])
-def test_a_corrected_sampler_gives_the_gradient_of_the_policy_itself(advantage):
-    logits = table(1).requires_grad_()
-    mu, want = table(2), true_gradient(logits)
+def test_a_corrected_sampler_gives_the_gradient_of_the_policy_itself(advantage, device):
+    logits = table(device, 1).requires_grad_()
+    mu, want = table(device, 2), true_gradient(device, logits)
     errors = {}
     for name, correction in (("none", CorrectionConfig()), ("exact", EXACT), ("token", CorrectionConfig(kind="truncated", high=1e9)),
                              ("truncated", CorrectionConfig(kind="truncated", level="sequence")),
                              ("masked", CorrectionConfig(kind="masked", level="sequence"))):
         config = config_of("reinforce", loss=LossConfig(advantage=advantage), correction=correction)
-        errors[name] = relative(expected_gradient(config, logits, mu)[0], want)
-        on_policy = relative(expected_gradient(config, logits, logits.detach().log_softmax(1))[0], want)
+        errors[name] = relative(expected_gradient(device, config, logits, mu)[0], want)
+        on_policy = relative(expected_gradient(device, config, logits, logits.detach().log_softmax(1))[0], want)
         assert on_policy < 1e-5
     assert errors["exact"] < 1e-5
     assert errors["none"] > 0.5
@@ -118,27 +118,27 @@ def test_a_corrected_sampler_gives_the_gradient_of_the_policy_itself(advantage):
     assert errors["masked"] > 0.01
 
 
-def test_the_sequence_ratio_to_the_sampler_is_exact_too():
+def test_the_sequence_ratio_to_the_sampler_is_exact_too(device):
     """bypass: the ratio itself is pi / mu, and where it is not clipped nothing is left out; a second correction would square it."""
-    logits = table(1).requires_grad_()
-    mu, want = table(2), true_gradient(logits)
+    logits = table(device, 1).requires_grad_()
+    mu, want = table(device, 2), true_gradient(device, logits)
     config = config_of("sequence_ratio", loss=LossConfig(clip_low=0.999999, clip_high=1e9), correction=CorrectionConfig(bypass=True))
-    assert relative(expected_gradient(config, logits, mu)[0], want) < 1e-5
+    assert relative(expected_gradient(device, config, logits, mu)[0], want) < 1e-5
     squared = replace(config, correction=EXACT)
-    both, _ = expected_gradient(squared, logits, mu)  # old_logp is the policy's: the ratio is 1, the weight the whole correction
+    both, _ = expected_gradient(device, squared, logits, mu)  # old_logp is the policy's: the ratio is 1, the weight the whole correction
     assert relative(both, want) < 1e-5
-    batch, states, _ = everything(mu)
-    batch = batch.with_columns(rollout_logp=gather(batch, states, mu).float(), old_logp=torch.zeros(batch.num_tokens))
+    batch, states, _ = everything(device, mu)
+    batch = batch.with_columns(rollout_logp=gather(batch, states, mu).float(), old_logp=torch.zeros(batch.num_tokens, device=device))
     assert torch.equal(behaviour(config.correction, batch, batch.old_logp)[0].old_logp, batch.rollout_logp)
 
 
-def test_off_policy_reinforce_with_a_learned_baseline():
+def test_off_policy_reinforce_with_a_learned_baseline(device):
     """theta += a gamma^t delta grad pi / pi' (S1): advantage learned_baseline, objective importance, discount_states; in later epochs and from a buffer."""
     config = config_of("reinforce_learned", epochs=4, loss=LossConfig(objective="importance", gamma=0.9, discount_states=True, value_clip=None))
-    logits = table(1).requires_grad_()
-    mu, tree = table(2), Tree.random()
-    batch, states, _ = everything(mu)
-    values = torch.where(batch.action_mask, torch.randn(STATES, generator=torch.Generator().manual_seed(3))[states], 0.0)
+    logits = table(device, 1).requires_grad_()
+    mu, tree = table(device, 2), Tree.random(device)
+    batch, states, _ = everything(device, mu)
+    values = torch.where(batch.action_mask, torch.randn(STATES, generator=torch.Generator().manual_seed(3)).to(device)[states], 0.0)
     batch = batch.with_columns(old_logp=gather(batch, states, mu).float(), ref_logp=gather(batch, states, tree.ref), values=values)
     batch = estimate(config, Signals.of(config, batch, config.kl.coef, 0.0))
     batch = batch.with_columns(weights=minibatch_weights(config, batch))
@@ -160,11 +160,11 @@ def test_off_policy_reinforce_with_a_learned_baseline():
 
 # ---- the KL through the ratio ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_the_kl_through_the_ratio_has_the_gradient_of_the_kl_at_each_state(estimator):
+def test_the_kl_through_the_ratio_has_the_gradient_of_the_kl_at_each_state(estimator, device):
     """Of KL(pi || ref), whoever sampled; without the ratio it is that of another thing off policy, and on policy that of nothing (k1) or KL(ref || pi) (k3)."""
-    z = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
-    ref, other = (torch.tensor(x, dtype=torch.float64).log_softmax(0) for x in ([-0.5, 0.2, 0.4, 1.0], [1.0, 0.0, -1.0, 0.5]))
-    pi, mask = z.log_softmax(0), torch.ones(4, dtype=torch.bool)
+    z = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True, device=device)
+    ref, other = (torch.tensor(x, dtype=torch.float64, device=device).log_softmax(0) for x in ([-0.5, 0.2, 0.4, 1.0], [1.0, 0.0, -1.0, 0.5]))
+    pi, mask = z.log_softmax(0), torch.ones(4, dtype=torch.bool, device=device)
     value = (pi.exp() * (pi - ref)).sum()
     (want,) = torch.autograd.grad(value, z, retain_graph=True)
     for mu in (pi.detach(), other):
@@ -177,31 +177,35 @@ def test_the_kl_through_the_ratio_has_the_gradient_of_the_kl_at_each_state(estim
         assert relative(torch.autograd.grad(detached, z, retain_graph=True)[0], want) > 0.1
 
 
-def test_the_kl_through_the_ratio_at_its_edges():
-    logp = torch.tensor([-1.0, 500.0, -500.0, NAN, 0.25], requires_grad=True)
-    mask = torch.tensor([True, True, True, False, True])
+def test_the_kl_through_the_ratio_at_its_edges(device):
+    logp = torch.tensor([-1.0, 500.0, -500.0, NAN, 0.25], requires_grad=True, device=device)
+    mask = torch.tensor([True, True, True, False, True], device=device)
     for estimator in ("k1", "k3"):
-        term = ratio_kl(logp, torch.tensor([-1.0, 0.0, 0.0, NAN, 0.25]), torch.tensor([-1.0, 0.0, 0.0, NAN, 0.0]), mask, estimator)
+        term = ratio_kl(
+            logp, torch.tensor([-1.0, 0.0, 0.0, NAN, 0.25], device=device), torch.tensor([-1.0, 0.0, 0.0, NAN, 0.0], device=device), mask, estimator
+        )
         assert term.isfinite().all()
         (grad,) = torch.autograd.grad(term.sum(), logp)
         assert grad.isfinite().all()
         assert term[0] == term[3] == grad[3] == 0.0
-        assert grad[4] == pytest.approx(0.25 + (1.0 if estimator == "k1" else 0.0))  # on policy: k1 + 1, and k1
+        assert grad[4].item() == pytest.approx(0.25 + (1.0 if estimator == "k1" else 0.0))  # on policy: k1 + 1, and k1
         if estimator == "k3":
             assert grad[1] == grad[2] == 0.0  # beyond the clamps
-    broken = ratio_kl(torch.tensor([NAN]), torch.zeros(1), torch.zeros(1), torch.tensor([True]), "k3")
+    broken = ratio_kl(
+        torch.tensor([NAN], device=device), torch.zeros(1, device=device), torch.zeros(1, device=device), torch.tensor([True], device=device), "k3"
+    )
     assert broken.isnan().all()  # an unmasked NaN is not hidden
 
 
-def test_tokens_in_the_loss_leave_out_what_a_token_changes_behind_it():
+def test_tokens_in_the_loss_leave_out_what_a_token_changes_behind_it(device):
     """Against the gradient of the KL of whole completions: through the ratio the error is that of k2 and of full, and plain k3 is further off."""
-    logits = table(4).requires_grad_()
-    logp, ref = logits.log_softmax(1), table(5)
-    batch, states, chance = everything(logp.detach())
+    logits = table(device, 4).requires_grad_()
+    logp, ref = logits.log_softmax(1), table(device, 5)
+    batch, states, chance = everything(device, logp.detach())
     here, there = gather(batch, states, logp), gather(batch, states, ref)
-    each = torch.repeat_interleave(chance, torch.tensor(batch.lengths))
-    index = torch.repeat_interleave(torch.arange(batch.num_sequences), torch.tensor(batch.lengths))
-    lp, lr = (torch.zeros(batch.num_sequences, dtype=torch.float64).index_add(0, index, x) for x in (here, there))
+    each = torch.repeat_interleave(chance, torch.tensor(batch.lengths, device=device))
+    index = torch.repeat_interleave(torch.arange(batch.num_sequences, device=device), torch.tensor(batch.lengths, device=device))
+    lp, lr = (torch.zeros(batch.num_sequences, dtype=torch.float64, device=device).index_add(0, index, x) for x in (here, there))
     (want,) = torch.autograd.grad(((lp - lp.detach()).exp() * chance * (lp - lr)).sum(), logits, retain_graph=True)
 
     def error(term):
@@ -230,29 +234,29 @@ def test_what_does_not_go_with_it():
 
 
 @pytest.mark.parametrize("epochs", [1, pytest.param(4, marks=pytest.mark.full)])
-def test_where_the_kl_through_the_ratio_ends(epochs):
+def test_where_the_kl_through_the_ratio_ends(epochs, device):
     """Where k2 and the full KL end (test_closed_forms.py)."""
-    tree = Tree.random()
-    expected = tree.gap(fixed_point(tree, reverse_kl))
+    tree = Tree.random(device)
+    expected = tree.gap(fixed_point(device, tree, reverse_kl))
     config = config_of("rloo", epochs=epochs, kl=KLConfig(coef=BETA, through_ratio=True))
-    assert optimise(config, updates=400 if epochs == 1 else 1000, lr=0.1 if epochs == 1 else 0.05) == pytest.approx(expected, abs=0.01 * min(epochs, 2))
+    assert optimise(device, config, updates=400 if epochs == 1 else 1000, lr=0.1 if epochs == 1 else 0.05) == pytest.approx(expected, abs=0.01 * min(epochs, 2))
 
 
 # ---- the sequence ratio ------------------------------------------------------------------------------------------------------------
-def test_the_sequence_ratio_is_its_definition():
+def test_the_sequence_ratio_is_its_definition(device):
     """mean over completions of max(-R s, -R clip(s)), s the product of their ratios: value and gradient, in float64."""
     rng = torch.Generator().manual_seed(0)
     lengths = (1, 5, 3, 7, 2, 4)
-    batch = PackedBatch.from_sequences([([1], [2] * n) for n in lengths])
+    batch = PackedBatch.from_sequences([([1], [2] * n) for n in lengths], device=device)
     mask = batch.action_mask.clone()
     mask[batch.slots([3])[3]] = False  # an observation inside a completion
     batch = replace(batch, action_mask=mask)
     N = batch.num_tokens
-    old = torch.where(mask, -torch.rand(N, generator=rng, dtype=torch.float64) * 3, NAN)
-    logp = torch.where(mask, old + 0.2 * torch.randn(N, generator=rng, dtype=torch.float64), NAN)
+    old = torch.where(mask, -torch.rand(N, generator=rng, dtype=torch.float64).to(device) * 3, NAN)
+    logp = torch.where(mask, old + 0.2 * torch.randn(N, generator=rng, dtype=torch.float64).to(device), NAN)
     logp[batch.slots([5])[1]] += 30.0  # beyond the clamp
-    R = torch.tensor([1.0, -2.0, 3.0, 0.5, -1.5, 1.0], dtype=torch.float64)
-    advantages = torch.where(mask, torch.repeat_interleave(R, torch.tensor(batch.lengths)), NAN)
+    R = torch.tensor([1.0, -2.0, 3.0, 0.5, -1.5, 1.0], dtype=torch.float64, device=device)
+    advantages = torch.where(mask, torch.repeat_interleave(R, torch.tensor(batch.lengths, device=device)), NAN)
     config = PolicyConfig("m", "d", ("r.py:f",), "sequence_ratio")
     assert (config.advantage, config.kl.placement, config.loss.aggregation) == ("monte_carlo", "reward", "sequence_mean_token_mean")
     batch = batch.with_columns(old_logp=old, advantages=advantages, weights=minibatch_weights(config, batch).double())
@@ -264,7 +268,7 @@ def test_the_sequence_ratio_is_its_definition():
     for b in range(len(lengths)):
         live = [t for t in batch.slots([b]).tolist() if mask[t]]
         log_s = sum(logp[t] - old[t] for t in live)
-        s = log_s.exp() if abs(log_s.item()) <= 20 else torch.tensor(math.exp(20.0), dtype=torch.float64)
+        s = log_s.exp() if abs(log_s.item()) <= 20 else torch.tensor(math.exp(20.0), dtype=torch.float64, device=device)
         ratios.append(s.item())
         want = want - torch.minimum(R[b] * s, R[b] * s.clamp(0.8, 1.2)) / len(lengths)
     torch.testing.assert_close(loss, want, rtol=1e-7, atol=1e-9)
@@ -276,14 +280,14 @@ def test_the_sequence_ratio_is_its_definition():
     assert any((s > 1.2 and r < 0) or (s < 0.8 and r > 0) for s, r in zip(ratios, R.tolist(), strict=True))  # beyond, and pulled back
 
 
-def test_a_kl_outside_the_ratio_has_no_gradient():
+def test_a_kl_outside_the_ratio_has_no_gradient(device):
     """Erratum 12: -beta log(pi / ref), differentiated as it is printed, is 0 on average; detached in the reward it is the gradient of the KL."""
-    logits = table(1).requires_grad_()
-    want = true_gradient(logits)
+    logits = table(device, 1).requires_grad_()
+    want = true_gradient(device, logits)
     mu = logits.detach().log_softmax(1)
-    inside, outside = (expected_gradient(config_of("sequence_ratio", kl=kl), logits, mu)[0]
+    inside, outside = (expected_gradient(device, config_of("sequence_ratio", kl=kl), logits, mu)[0]
                        for kl in (KLConfig(coef=BETA), KLConfig(coef=BETA, placement="loss", estimator="k1")))
-    reward_alone = expected_gradient(config_of("sequence_ratio", kl=KLConfig(coef=0.0)), logits, mu)[0]
+    reward_alone = expected_gradient(device, config_of("sequence_ratio", kl=KLConfig(coef=0.0)), logits, mu)[0]
     assert relative(inside, want) < 1e-5
     assert relative(outside, want) > 0.2
     assert relative(outside, reward_alone) > 0.0
@@ -293,5 +297,5 @@ def test_a_kl_outside_the_ratio_has_no_gradient():
 @pytest.mark.parametrize("name, config, least", [
     ("sequence_ratio", config_of("sequence_ratio"), 0.96),
     ("off-policy reinforce", config_of("reinforce_learned", epochs=4, loss=LossConfig(objective="importance", value_clip=None)), 0.99)])
-def test_the_optimum_is_reached(name, config, least):
-    assert optimise(config, updates=1000, lr=0.05) >= least
+def test_the_optimum_is_reached(name, config, least, device):
+    assert optimise(device, config, updates=1000, lr=0.05) >= least

@@ -50,13 +50,22 @@ def sometimes_nan(prompts, completions, completion_ids, **columns):
 
 
 @pytest.fixture
-def make(tiny_model, tmp_path, write_jsonl):
+def make(tiny_model, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
 
     def config(algorithm="grpo", reward="likes_w3", name="run", run=None, **kwargs):
-        defaults = dict(steps=2, prompts_per_step=4, samples_per_prompt=3, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=6),
-                        optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False, **(run or {})))
+        defaults = dict(
+            device=str(device),
+            dtype="float32",
+            steps=2,
+            prompts_per_step=4,
+            samples_per_prompt=3,
+            tokens_per_microbatch=60,
+            generation=GenerationConfig(max_new_tokens=6),
+            optim=OptimConfig(lr=3e-3, schedule="constant"),
+            run=RunConfig(dir=str(tmp_path / name), progress=False, **(run or {})),
+        )
         return PolicyConfig(str(tiny_model), data, (f"{tmp_path / 'rewards.py'}:{reward}",), algorithm, **(defaults | kwargs))
 
     return config
@@ -66,12 +75,12 @@ def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def _weights(config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model").named_parameters()}
+def _weights(device, config):
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_algorithm_trains(make, algorithm):
+def test_every_algorithm_trains(make, algorithm, device):
     config = make(algorithm)
     train_policy(config)
     rows = _metrics(config)
@@ -85,8 +94,8 @@ def test_every_algorithm_trains(make, algorithm):
         assert {"reward", "reward_std", "frac_reward_zero_std", "completions/clipped_ratio", "grad_norm"} <= row.keys()
         assert ("kl" in row) == (config.kl.coef > 0)
         assert ("loss/value_avg" in row) == ("val/explained_variance" in row) == critic
-    start = dict(load_decoder(config.model).named_parameters())
-    assert max((p - start[name]).abs().max().item() for name, p in _weights(config).items()) > 1e-4
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
+    assert max((p - start[name]).abs().max().item() for name, p in _weights(device, config).items()) > 1e-4
 
 
 def test_nothing_is_loaded_or_scored_that_is_not_needed(make, monkeypatch):
@@ -104,7 +113,7 @@ def test_nothing_is_loaded_or_scored_that_is_not_needed(make, monkeypatch):
         assert (len(loaded), len(scored)) == expected, name
 
 
-def test_scoring_first_changes_nothing_on_policy(make):
+def test_scoring_first_changes_nothing_on_policy(make, device):
     """One optimizer step a rollout: the training forward as its own scorer gives the update that a separate scoring gives."""
     alone, scored = make(name="alone"), make(name="scored", kl=KLConfig(placement="loss"))
     train_policy(alone)
@@ -119,7 +128,7 @@ def test_scoring_first_changes_nothing_on_policy(make):
     for row, other in zip(_metrics(alone), _metrics(scored), strict=True):
         for name in ("entropy", "kl", "sampling/logp_diff_mean", "loss/policy_avg", "grad_norm", "perplexity"):
             assert row[name] == other[name], name
-    assert all(torch.equal(p, _weights(scored)[name]) for name, p in _weights(alone).items())
+    assert all(torch.equal(p, _weights(device, scored)[name]) for name, p in _weights(device, alone).items())
 
 
 @pytest.mark.parametrize("algorithm", [name if name == "grpo" else pytest.param(name, marks=pytest.mark.full) for name in ALGORITHMS])
@@ -132,25 +141,26 @@ def test_reward_rises(make, algorithm):
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.5
 
 
-def test_the_micro_batch_split_does_not_change_the_update(make):
+def test_the_micro_batch_split_does_not_change_the_update(make, device):
     for algorithm in ("grpo", "gspo", "dr_grpo", "rloo"):
         moved = []
         for tokens in (25, 10_000):
             config = make(algorithm, name=f"{algorithm}{tokens}", steps=1, tokens_per_microbatch=tokens,
                           optim=OptimConfig(lr=1e-3, eps=1e-5))  # with 1e-8 the sign of a rounding error is a whole step
             train_policy(config)
-            moved.append(_weights(config))
-        start = {name: p.detach() for name, p in load_decoder(config.model).named_parameters()}
+            moved.append(_weights(device, config))
+        start = {name: p.detach() for name, p in load_decoder(config.model, dtype="float32", device=device).named_parameters()}
         most = max((moved[0][name] - start[name]).abs().max().item() for name in start)
         for name in start:
             torch.testing.assert_close(moved[0][name], moved[1][name], rtol=0, atol=2e-3 * most)
 
 
+@pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
 @pytest.mark.parametrize("algorithm, kwargs", [
     ("grpo", dict(kl=KLConfig(target=0.5, horizon=50))), ("reinforce_baseline", {}), ("ppo_penalty", dict(penalty=PenaltyConfig(target=1e-4), epochs=2)),
     ("remax", {}), ("reinforce", dict(scale_scores=True)),
 ])
-def test_resume_continues_bitwise(make, algorithm, kwargs):
+def test_resume_continues_bitwise(make, algorithm, kwargs, device):
     whole = make(algorithm, name="whole", steps=4, run=dict(save_every=1), **kwargs)
     train_policy(whole)
     parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
@@ -165,7 +175,7 @@ def test_resume_continues_bitwise(make, algorithm, kwargs):
         with pytest.raises(KeyboardInterrupt):
             train_policy(parts)
     train_policy(replace(parts, run=replace(parts.run, resume=True)))
-    assert all(torch.equal(p, _weights(parts)[name]) for name, p in _weights(whole).items())
+    assert all(torch.equal(p, _weights(device, parts)[name]) for name, p in _weights(device, whole).items())
     for a, b in zip(_metrics(whole), _metrics(parts), strict=True):
         timing = {k for k in a if k.startswith(("timing/", "tokens_per_s", "mem/"))}
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
@@ -216,7 +226,7 @@ def test_a_kl_in_the_loss_holds_the_policy(make, kl):
     assert all(value == value for row in _metrics(held) for value in row.values())
 
 
-def test_dynamic_sampling(make):
+def test_dynamic_sampling(make, device):
     """Flat groups are replaced by others; prompts are taken from the stream one after another, also by a run that resumes; ids are never used twice."""
     config = make("dapo", reward="rarely", name="whole", steps=3, refill_tries=2, run=dict(save_every=1))
     seen = []
@@ -239,7 +249,7 @@ def test_dynamic_sampling(make):
     parts = replace(config, run=replace(config.run, dir=config.run.dir + "_parts"))
     train_policy(replace(parts, steps=2, optim=config.optim))
     train_policy(replace(parts, run=replace(parts.run, resume=True)))
-    assert all(torch.equal(p, _weights(parts)[name]) for name, p in _weights(config).items())
+    assert all(torch.equal(p, _weights(device, parts)[name]) for name, p in _weights(device, config).items())
 
     config = make("dapo", reward="never", name="never", steps=1, refill_tries=1)
     train_policy(config)
@@ -291,13 +301,13 @@ def test_rows_have_their_papers_updates():
         assert told == [row.samples_per_prompt, row.epochs, row.minibatches], name
 
 
-def test_no_two_rows_are_one_algorithm(make):
+def test_no_two_rows_are_one_algorithm(make, device):
     """After two steps with the rows' own numbers no two policies are the same."""
     found = {}
     for name in ALGORITHMS:
         config = make(name, name=name, prompts_per_step=4, samples_per_prompt=None, reward="ids", optim=OptimConfig(lr=3e-3, schedule="constant"))
         train_policy(config)
-        found[name] = torch.cat([p.flatten() for p in _weights(config).values()])
+        found[name] = torch.cat([p.flatten() for p in _weights(device, config).values()])
     same = [(a, b) for a, b in combinations(found, 2) if torch.equal(found[a], found[b])]
     assert not same
 
@@ -364,7 +374,7 @@ def raw_scores(x: Signals) -> torch.Tensor:
     return x.per_token(x.totals - x.level)
 
 
-def test_registered_functions_and_dotted_paths(make, monkeypatch):
+def test_registered_functions_and_dotted_paths(make, monkeypatch, device):
     monkeypatch.setattr(advantages, "_KNOWN", dict(advantages._KNOWN))
     monkeypatch.setattr(objectives, "_REGISTERED", {})
     register_advantage("mine")(raw_scores)
@@ -380,7 +390,7 @@ def test_registered_functions_and_dotted_paths(make, monkeypatch):
                        ("dotted", LossConfig(advantage="my_module.raw_scores", objective="importance"))):
         config = make(name=name, loss=loss, epochs=2)
         train_policy(config)
-        runs[name] = _weights(config)
+        runs[name] = _weights(device, config)
     for name in ("mine", "dotted"):
         for key, weight in runs["built_in"].items():
             torch.testing.assert_close(runs[name][key], weight, rtol=1e-4, atol=1e-5)

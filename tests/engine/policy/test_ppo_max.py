@@ -27,13 +27,24 @@ def likes_w3(prompts, completions, completion_ids, **columns):
 
 
 @pytest.fixture
-def make(tiny_model, tmp_path, write_jsonl):
+def make(tiny_model, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
 
     def config(algorithm="ppo_max", name="run", **kwargs):
-        defaults = dict(steps=2, prompts_per_step=6, samples_per_prompt=2, epochs=2, minibatches=2, tokens_per_microbatch=60,
-                        generation=GenerationConfig(max_new_tokens=8), optim=OptimConfig(lr=3e-3), run=RunConfig(dir=str(tmp_path / name), progress=False))
+        defaults = dict(
+            device=str(device),
+            dtype="float32",
+            steps=2,
+            prompts_per_step=6,
+            samples_per_prompt=2,
+            epochs=2,
+            minibatches=2,
+            tokens_per_microbatch=60,
+            generation=GenerationConfig(max_new_tokens=8),
+            optim=OptimConfig(lr=3e-3),
+            run=RunConfig(dir=str(tmp_path / name), progress=False),
+        )
         return PolicyConfig(str(tiny_model), data, (f"{tmp_path / 'rewards.py'}:likes_w3",), algorithm, **(defaults | kwargs))
 
     return config
@@ -44,18 +55,18 @@ def _rows(config):
     return [{name: value for name, value in row.items() if not name.startswith(("timing/", "mem/", "tokens_per_s"))} for row in rows]
 
 
-def _weights(config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model").named_parameters()}
+def _weights(device, config):
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
-def _batch(scores):
+def _batch(device, scores):
     """Completions of 1, 2, 3, ... tokens, with values and no KL."""
     sequences = [([1, 4], [5] * (1 + i)) for i in range(len(scores))]
-    batch = PackedBatch.from_sequences(sequences)
+    batch = PackedBatch.from_sequences(sequences, device=device)
     draw = torch.Generator().manual_seed(len(scores))
-    zeros = torch.zeros(batch.num_tokens)
-    return batch.with_columns(scores=torch.tensor(scores), group_ids=torch.arange(len(scores)), old_logp=zeros, ref_logp=zeros,
-                              values=torch.where(batch.action_mask, torch.randn(batch.num_tokens, generator=draw), 0.0))
+    zeros = torch.zeros(batch.num_tokens, device=device)
+    return batch.with_columns(scores=torch.tensor(scores, device=device), group_ids=torch.arange(len(scores), device=device), old_logp=zeros, ref_logp=zeros,
+                              values=torch.where(batch.action_mask, torch.randn(batch.num_tokens, generator=draw).to(device), 0.0))
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +74,7 @@ STEPS = ([3.0, -1.0, 20.0, 0.5], [10.0, 9.0, -30.0], [2.0, 2.5, 1.0, 0.0, 90.0])
 
 
 @pytest.mark.parametrize("centre", [False, True])
-def test_scores_by_hand(centre):
+def test_scores_by_hand(centre, device):
     """All scores so far, these included, give the moments (the deviation over count - 1), or the first rollout the mean; then scaled, then clipped, then placed
     at the last token."""
     clip = 1.2
@@ -74,7 +85,7 @@ def test_scores_by_hand(centre):
         seen = np.concatenate([seen, np.array(scores, dtype=np.float64)])
         expected = (np.array(scores) - (seen.mean() if centre else np.mean(STEPS[0]))) / seen.std(ddof=1)
         bound |= bool((np.abs(expected) > clip).any())
-        batch = control.scaled(_batch(scores))
+        batch = control.scaled(_batch(device, scores))
         assert batch.scores.tolist() == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
         rewards = Signals.of(config, batch, 0.0, 0.0).rewards
         last = batch.cu_seqlens[1:].long() - 1
@@ -91,24 +102,28 @@ def test_scores_by_hand(centre):
     assert all(np.abs(np.clip(x, -clip, clip) - np.clip(expected, -clip, clip)).max() > 1e-3 for x in wrong.values())
 
 
-def test_greedy_scores_and_those_of_tokens_move_along():
+def test_greedy_scores_and_those_of_tokens_move_along(device):
     control = Control(config_of("remax", normalize_scores=True))
-    scores = torch.tensor([1.0, 4.0, 7.0])
-    batch = _batch(scores.tolist()).with_columns(greedy_scores=torch.tensor([2.0, 2.0, 2.0]), token_rewards=torch.arange(12.0))
+    scores = torch.tensor([1.0, 4.0, 7.0], device=device)
+    batch = _batch(device, scores.tolist()).with_columns(
+        greedy_scores=torch.tensor([2.0, 2.0, 2.0], device=device), token_rewards=torch.arange(12.0, device=device)
+    )
     scaled = control.scaled(batch)
     assert torch.allclose(scaled.scores - scaled.greedy_scores, (scores - 2.0) / 3.0)
-    assert torch.allclose(scaled.token_rewards, torch.arange(12.0) / 3.0)
-    assert torch.equal(Control(config_of("remax", normalize_scores=True)).scaled(_batch([2.0, 2.0])).scores, torch.zeros(2))  # no spread to divide by
+    assert torch.allclose(scaled.token_rewards, torch.arange(12.0, device=device) / 3.0)
+    assert torch.equal(
+        Control(config_of("remax", normalize_scores=True)).scaled(_batch(device, [2.0, 2.0])).scores, torch.zeros(2, device=device)
+    )  # no spread to divide by
     assert Control(config_of("remax")).scaled(batch) is batch
 
 
 # ---- advantages -----------------------------------------------------------------------------------------------------------------
-def test_advantages_by_hand():
+def test_advantages_by_hand(device):
     """Whitened over the batch with the population's variance, then clipped; returns are of before."""
-    batch = _batch([3.0, -1.0, 5.0, 0.5, 2.0])
+    batch = _batch(device, [3.0, -1.0, 5.0, 0.5, 2.0])
     whole, plain = (estimate(config, Signals.of(config, batch, 0.0, 0.0)) for config in (
         config_of("ppo_max", loss=LossConfig(advantage_clip=0.5)), config_of("ppo", loss=LossConfig(whiten=False))))
-    raw, mask = plain.advantages.double().numpy(), batch.action_mask.numpy()
+    raw, mask = plain.advantages.double().cpu().numpy(), batch.action_mask.cpu().numpy()
     live = raw[mask]
     expected = np.clip((live - live.mean()) / np.sqrt(live.var() + 1e-8), -0.5, 0.5)
     assert whole.advantages[batch.action_mask].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
@@ -122,11 +137,11 @@ def test_advantages_by_hand():
 
 # ---- the entropy target ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("target, sign", [(10.0, 1.0), (0.5, -1.0)])
-def test_the_entropy_moves_towards_its_target(target, sign):
+def test_the_entropy_moves_towards_its_target(target, sign, device):
     """The gradient is that of c |mean H - target|, by float64 autograd, and in two micro-batches the same as in one."""
     config = config_of("reinforce", kl=KLConfig(coef=0.0), loss=LossConfig(entropy_coef=0.3, entropy_target=target, aggregation="token_mean"))
-    batch = _batch([0.0, 0.0, 0.0])
-    logits = torch.randn(batch.num_tokens, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = _batch(device, [0.0, 0.0, 0.0])
+    logits = torch.randn(batch.num_tokens, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
 
     def entropy_of(x):
         p = x.log_softmax(1)
@@ -136,7 +151,7 @@ def test_the_entropy_moves_towards_its_target(target, sign):
     mean = entropy_of(exact)[batch.action_mask].mean()
     (0.3 * (mean - target).abs()).backward()
     assert (mean < target) == (sign > 0)
-    batch = batch.with_columns(old_entropy=entropy_of(logits).float(), advantages=torch.zeros(batch.num_tokens),
+    batch = batch.with_columns(old_entropy=entropy_of(logits).float(), advantages=torch.zeros(batch.num_tokens, device=device),
                                weights=torch.where(batch.action_mask, 1.0 / batch.action_mask.sum(), 0.0))
     coefficient = entropy_coefficient(config, batch)
     assert coefficient == sign * 0.3
@@ -183,54 +198,55 @@ def test_the_preset_and_its_switches():
             PolicyConfig("m", "d", ("r.py:f",), "ppo_max", **(kwargs | ({"loss": LossConfig(**kwargs["loss"])} if "loss" in kwargs else {})))
 
 
-def test_with_all_of_it_switched_off_it_is_ppo(make):
+def test_with_all_of_it_switched_off_it_is_ppo(make, device):
     """Bit for bit; and each part that is on makes a difference."""
     same = dict(kl=KLConfig(coef=0.05), **OFF)
     plain, off = make("ppo", name="ppo", optim=OptimConfig(lr=3e-3, eps=1e-8)), make(name="off", **same)
     train_policy(plain)
     train_policy(off)
     assert _rows(plain) == _rows(off)
-    assert all(torch.equal(p, _weights(off)[name]) for name, p in _weights(plain).items())
+    assert all(torch.equal(p, _weights(device, off)[name]) for name, p in _weights(device, plain).items())
     for name, part in (("norm", dict(normalize_scores=True)), ("scale", dict(scale_scores=True)), ("score_clip", dict(score_clip=0.5)),
                        ("advantage_clip", dict(loss=LossConfig(advantage_clip=0.5)))):
         config = make(name=name, **(same | part))
         train_policy(config)
-        assert not all(torch.equal(p, _weights(config)[key]) for key, p in _weights(plain).items()), name
+        assert not all(torch.equal(p, _weights(device, config)[key]) for key, p in _weights(device, plain).items()), name
 
 
-def test_resume_continues_bitwise(make):
+@pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
+def test_resume_continues_bitwise(make, device):
     """The moments of the scores come back, too."""
     whole, parts = (make(name=name, steps=3, optim=OptimConfig(lr=3e-3, schedule="constant", eps_mode="tensorflow")) for name in ("whole", "parts"))
     train_policy(whole)
     train_policy(replace(parts, steps=2))
     train_policy(replace(parts, run=replace(parts.run, resume=True)))
-    assert all(torch.equal(p, _weights(parts)[name]) for name, p in _weights(whole).items())
+    assert all(torch.equal(p, _weights(device, parts)[name]) for name, p in _weights(device, whole).items())
     assert _rows(whole) == _rows(parts)
 
 
 # ---- where it ends (with what leaves the optimum alone: test_closed_forms.py) ------------------------------------------------------------
 @pytest.mark.full
-def test_dividing_scores_is_another_kl_coefficient():
+def test_dividing_scores_is_another_kl_coefficient(device):
     """With rewards of deviation 2 the policy ends at ref exp(r / (s beta)), s the deviation of all scores, and not at ref exp(r / beta)."""
-    tree = Tree.random()
-    tree = Tree(tree.ref, 2.0 * tree.rewards)
-    logp, control = learn(tree, config_of("ppo_max", epochs=4, loss=LossConfig(value_clip=None)), updates=1000, lr=0.05)
+    tree = Tree.random(device)
+    tree = Tree(tree.ref, 2.0 * tree.rewards, device=device)
+    logp, control = learn(device, tree, config_of("ppo_max", epochs=4, loss=LossConfig(value_clip=None)), updates=1000, lr=0.05)
     s = control.scores.std
     assert s > 1.5
-    assert Tree(tree.ref, tree.rewards / s).gap(logp) >= 0.99  # beta stays, the rewards are smaller
+    assert Tree(tree.ref, tree.rewards / s, device=device).gap(logp) >= 0.99  # beta stays, the rewards are smaller
     assert tree.gap(logp) < 0.9
 
 
 # ---- the critic's clip ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("scale, reached", [(1.0, True), (20.0, False)])
-def test_a_value_clip_stalls_a_critic_of_large_returns(scale, reached):
+def test_a_value_clip_stalls_a_critic_of_large_returns(scale, reached, device):
     """Values move at most 0.2 a rollout under the clip: fine for returns of about 1, hopeless for those of 20, which scaling by their deviation makes 1 again.
     The loss of an unscaled critic grows with the square of the returns."""
-    returns = scale * torch.tensor([1.0, -1.0, 0.5, 0.8])
-    weights = torch.full((4,), 0.25)
+    returns = scale * torch.tensor([1.0, -1.0, 0.5, 0.8], device=device)
+    weights = torch.full((4,), 0.25, device=device)
 
     def after(returns, rollouts=12):
-        values = torch.zeros(4, requires_grad=True)
+        values = torch.zeros(4, requires_grad=True, device=device)
         adam = torch.optim.Adam([values], lr=0.1)
         losses = []
         for _ in range(rollouts):

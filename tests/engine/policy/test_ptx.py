@@ -18,15 +18,15 @@ from fusedrl.engine.optim.adamw import Optimizer
 from fusedrl.engine.policy.ptx import Ptx
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
-from fusedrl.kernels.dispatch import use_impl
+from fusedrl.kernels.runtime.dispatch import use_impl
 
 SMALL = {"model_type": "llama", "vocab_size": 13, "hidden_size": 8, "intermediate_size": 11, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 32, "initializer_range": 0.4, "eos_token_id": 2, "tie_word_embeddings": True}
 TEXTS = [([1, 4, 5, 6, 2], [False, True, True, True, True]), ([1, 7, 2], [False, False, True]), ([1, 8, 9, 10, 11, 12, 3, 2], [False] + [True] * 7)]
 
 
-def small(dtype):
-    return HybridActor(Decoder.random(model_config(SMALL), 0, dtype=dtype))
+def small(device, dtype):
+    return HybridActor(Decoder.random(model_config(SMALL), 0, dtype=dtype, device=device))
 
 
 def gradients(actor):
@@ -35,7 +35,7 @@ def gradients(actor):
 
 def cross_entropy(actor, texts):
     """The definition, in one packed forward: a mean over the learned tokens of all texts."""
-    batch = PackedBatch.from_masked(texts)
+    batch = PackedBatch.from_masked(texts, device=actor.decoder.device)
     logp = (actor.forward(batch) @ actor.decoder.head_weight.T).log_softmax(1)
     learned = batch.action_mask.nonzero()[:, 0]
     return -logp[learned - 1, batch.token_ids[learned]].mean()
@@ -43,15 +43,15 @@ def cross_entropy(actor, texts):
 
 # ---- the gradient ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
-def test_the_gradient_is_the_sum_however_it_is_cut(dtype, tolerance):
+def test_the_gradient_is_the_sum_however_it_is_cut(dtype, tolerance, device):
     with use_impl("torch"):  # which has float64
-        check_gradients(small(dtype), tolerance)
+        check_gradients(device, small(device, dtype), tolerance)
     if dtype == torch.float32:
-        check_gradients(small(dtype), tolerance)
+        check_gradients(device, small(device, dtype), tolerance)
 
 
-def check_gradients(actor, tolerance, coef=27.8):
-    batch = PackedBatch.from_sequences([([1, 3], [5, 6, 7])])
+def check_gradients(device, actor, tolerance, coef=27.8):
+    batch = PackedBatch.from_sequences([([1, 3], [5, 6, 7])], device=device)
 
     def other():  # what stands there already: any loss of the policy's
         actor.logprobs(batch, actor.forward(batch))[0].square().sum().backward()
@@ -76,11 +76,11 @@ def check_gradients(actor, tolerance, coef=27.8):
     assert abs(wrong / mean - 1) > 1e-3
 
 
-def test_draws_follow_the_number_of_the_step():
+def test_draws_follow_the_number_of_the_step(device):
     ptx = Ptx(PtxConfig("unread", 1.0, sequences_per_step=2), Mixture([TEXTS]), seed=3, tokens_per_microbatch=10)
     asked = []
     ptx.texts.draw = lambda *args, draw=ptx.texts.draw: asked.append(args) or draw(*args)
-    actor = small(torch.float32)
+    actor = small(device, torch.float32)
     forward = [ptx.backward(actor, index).item() for index in range(6)]
     assert asked == [(3, 2 * index, 2 * index + 2) for index in range(6)]
     assert [ptx.loss(actor, index).item() for index in reversed(range(6))] == forward[::-1]  # of nothing else
@@ -92,15 +92,24 @@ REWARD = "def likes_w3(prompts, completions, completion_ids, **columns):\n    re
 
 
 @pytest.fixture
-def make(tiny_model, tmp_path, write_jsonl):
+def make(tiny_model, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARD)
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(12)])
     texts = write_jsonl("texts.jsonl", [{"text": f"w{i} w{i + 4} w{i + 8} w{i} w{i + 4}"} for i in range(9)])
 
     def config(algorithm="grpo", name="run", ptx=True, run=None, **kwargs):
-        defaults = dict(steps=2, prompts_per_step=4, samples_per_prompt=2, tokens_per_microbatch=30, generation=GenerationConfig(max_new_tokens=6),
-                        optim=OptimConfig(lr=3e-3, schedule="constant", max_grad_norm=0.0), kl=KLConfig(coef=0.0),
-                        run=RunConfig(dir=str(tmp_path / name), progress=False, **(run or {})))
+        defaults = dict(
+            device=str(device),
+            dtype="float32",
+            steps=2,
+            prompts_per_step=4,
+            samples_per_prompt=2,
+            tokens_per_microbatch=30,
+            generation=GenerationConfig(max_new_tokens=6),
+            optim=OptimConfig(lr=3e-3, schedule="constant", max_grad_norm=0.0),
+            kl=KLConfig(coef=0.0),
+            run=RunConfig(dir=str(tmp_path / name), progress=False, **(run or {})),
+        )
         ptx = PtxConfig(texts, coef=2.0, sequences_per_step=3) if ptx is True else ptx
         return PolicyConfig(str(tiny_model), data, (f"{tmp_path / 'rewards.py'}:likes_w3",), algorithm, ptx=ptx, **(defaults | kwargs))
 
@@ -111,8 +120,8 @@ def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def _weights(config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model").named_parameters()}
+def _weights(device, config):
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 @pytest.fixture
@@ -128,12 +137,12 @@ def steps(monkeypatch):
     return seen
 
 
-def test_one_optimizer_step_has_both_gradients(make, steps):
+def test_one_optimizer_step_has_both_gradients(make, steps, device):
     config, alone = make(steps=1, minibatches=2), make(name="alone", steps=1, minibatches=2, ptx=None)
     train_policy(config)
     train_policy(alone)
     assert len(steps) == 4  # two for each run: no step of the texts' own
-    actor = HybridActor.from_pretrained(config.model)
+    actor = HybridActor.from_pretrained(config.model, dtype="float32", device=device)
     rows = [[1] + [4 + w for w in (i, i + 4, i + 8, i, i + 4)] + [2] for i in range(9)]
     texts = Mixture([[(ids, [False] + [True] * 6) for ids in rows]]).draw(config.run.seed, 0, 3)  # of the first step: the weights are the model's
     (2.0 * cross_entropy(actor, texts)).backward()
@@ -147,18 +156,19 @@ def test_one_optimizer_step_has_both_gradients(make, steps):
     assert ours["reward"] == theirs["reward"]
 
 
-def test_the_micro_batch_split_does_not_change_the_update(make):
-    moved, start = [], dict(load_decoder(make().model).named_parameters())
+def test_the_micro_batch_split_does_not_change_the_update(make, device):
+    moved, start = [], dict(load_decoder(make().model, dtype="float32", device=device).named_parameters())
     for tokens in (8, 10_000):
         config = make(name=f"cut{tokens}", steps=1, tokens_per_microbatch=tokens)
         train_policy(config)
-        moved.append(_weights(config))
+        moved.append(_weights(device, config))
     most = max((moved[0][name] - start[name]).abs().max().item() for name in start)
     for name in start:
         torch.testing.assert_close(moved[0][name], moved[1][name], rtol=0, atol=2e-3 * most)
 
 
-def test_resume_continues_bitwise(make):
+@pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
+def test_resume_continues_bitwise(make, device):
     whole = make("ppo", name="whole", steps=3, epochs=2, run=dict(save_every=1))
     train_policy(whole)
     parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
@@ -173,7 +183,7 @@ def test_resume_continues_bitwise(make):
         with pytest.raises(KeyboardInterrupt):
             train_policy(parts)
     train_policy(replace(parts, run=replace(parts.run, resume=True)))
-    ours, theirs = _weights(whole), _weights(parts)
+    ours, theirs = _weights(device, whole), _weights(device, parts)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [row["loss/ptx"] for row in _metrics(whole)] == [row["loss/ptx"] for row in _metrics(parts)]
 
@@ -197,26 +207,26 @@ def test_runs_of_before_resume(make):
     assert len(_metrics(config)) == 2
 
 
-def test_what_is_rehearsed_is_not_forgotten(make):
+def test_what_is_rehearsed_is_not_forgotten(make, device):
     common = dict(steps=12, prompts_per_step=8, samples_per_prompt=4, tokens_per_microbatch=4000, optim=OptimConfig(lr=1e-2, schedule="constant"))
     free = make(name="free", ptx=None, **common)
     held = make(name="held", ptx=PtxConfig(make().ptx.data, coef=0.2, sequences_per_step=9), **common)
-    actor = HybridActor.from_pretrained(held.model)
+    actor = HybridActor.from_pretrained(held.model, dtype="float32", device=device)
     texts = [([1] + [4 + w for w in (i, i + 4, i + 8, i, i + 4)] + [2], [False] + [True] * 6) for i in range(9)]
     losses = {"start": cross_entropy(actor, texts).item()}
     for name, config in (("held", held), ("free", free)):
         train_policy(config)
-        losses[name] = cross_entropy(HybridActor.from_pretrained(Path(config.run.dir) / "model"), texts).item()
+        losses[name] = cross_entropy(HybridActor.from_pretrained(Path(config.run.dir) / "model", dtype="float32", device=device), texts).item()
         rows = _metrics(config)
         assert rows[-1]["reward"] > rows[0]["reward"] + 1.0
     assert losses["held"] < losses["start"] < losses["free"] - 1.0
 
 
-def test_a_coefficient_of_zero_is_none(make):
+def test_a_coefficient_of_zero_is_none(make, device):
     config, alone = make(ptx=PtxConfig(make().ptx.data, coef=0.0)), make(name="alone", ptx=None)
     train_policy(config)
     train_policy(alone)
-    assert all(torch.equal(p, _weights(alone)[name]) for name, p in _weights(config).items())
+    assert all(torch.equal(p, _weights(device, alone)[name]) for name, p in _weights(device, config).items())
     assert "loss/ptx" not in _metrics(config)[0]
 
 

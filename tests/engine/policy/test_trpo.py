@@ -41,18 +41,18 @@ from fusedrl.engine.runs.checkpoint import latest_checkpoint
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import recount, settle, train_policy
 from fusedrl.engine.watch.plan import Planner
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------------------
-def positive_definite(n=12, seed=0):
+def positive_definite(device, n=12, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    root, b = torch.randn(n, n, generator=rng, dtype=torch.float64), torch.randn(n, generator=rng, dtype=torch.float64)
-    return root @ root.T + torch.eye(n, dtype=torch.float64), b
+    root, b = torch.randn(n, n, generator=rng, dtype=torch.float64).to(device), torch.randn(n, generator=rng, dtype=torch.float64).to(device)
+    return root @ root.T + torch.eye(n, dtype=torch.float64, device=device), b
 
 
-def test_conjugate_gradient_solves():
-    A, b = positive_definite()
+def test_conjugate_gradient_solves(device):
+    A, b = positive_definite(device)
     calls = []
     x, residual = conjugate_gradient(lambda v: calls.append(1) or A @ v, b, 40, tolerance=1e-12)
     torch.testing.assert_close(x, torch.linalg.solve(A, b), rtol=1e-9, atol=1e-12)
@@ -69,13 +69,13 @@ def test_conjugate_gradient_solves():
     assert not x.any()
 
 
-def test_the_full_move_is_as_long_as_the_bound_allows():
-    F, descent = positive_definite()
+def test_the_full_move_is_as_long_as_the_bound_allows(device):
+    F, descent = positive_definite(device)
     for damping, max_kl in ((0.0, 0.01), (3.0, 0.5)):
         step = natural_step(descent, lambda v: F @ v, TRPOConfig(max_kl=max_kl, damping=damping, cg_iterations=40))
         longer = natural_step(descent, lambda v: F @ v, TRPOConfig(max_kl=max_kl, damping=damping), whole=lambda v: F @ v / 4)
         torch.testing.assert_close(longer.move_P, 2 * natural_step(descent, lambda v: F @ v, TRPOConfig(max_kl=max_kl, damping=damping)).move_P)
-        x = torch.linalg.solve(F + damping * torch.eye(len(F), dtype=torch.float64), descent)
+        x = torch.linalg.solve(F + damping * torch.eye(len(F), dtype=torch.float64, device=device), descent)
         torch.testing.assert_close(step.move_P, x * math.sqrt(2 * max_kl / (x @ F @ x)), rtol=1e-4, atol=0)
         assert (step.move_P @ F @ step.move_P).item() / 2 == pytest.approx(max_kl, rel=1e-9)  # of F itself, whatever the damping
         assert step.decrease == pytest.approx((descent @ step.move_P).item(), rel=1e-12)
@@ -99,9 +99,9 @@ def test_the_line_search_takes_the_first_good_length():
 
 
 # ---- where it ends -----------------------------------------------------------------------------------------------------------------
-def visits(p):
+def visits(device, p):
     """[STATES] how often a policy comes to each state in one completion."""
-    d = torch.zeros(STATES, dtype=p.dtype)
+    d = torch.zeros(STATES, dtype=p.dtype, device=device)
     d[:PROMPTS] = 1 / PROMPTS
     for depth in range(T - 1):
         here = slice(OFFSETS[depth], OFFSETS[depth + 1])
@@ -142,13 +142,13 @@ class Table:
         return self.tree.gap(self.logits.log_softmax(1))
 
 
-def exact(settings, steps=100):
+def exact(device, settings, steps=100):
     """Advantages and states enumerated; the KL to the reference in the reward."""
-    tree = Tree.random()
+    tree = Tree.random(device)
     table = Table(Tree(tree.ref.double(), tree.rewards.double()))
     for step in range(steps):
         old = table.logits.log_softmax(1)
-        p, d, A = old.exp(), visits(old.exp()), torch.empty_like(old)
+        p, d, A = old.exp(), visits(device, old.exp()), torch.empty_like(old)
 
         def combine(here, q, old=old, p=p, A=A):
             A[here] = q - BETA * (old[here] - table.tree.ref[here])
@@ -162,21 +162,21 @@ def exact(settings, steps=100):
     return table.gap
 
 
-def test_the_optimum_is_reached_with_exact_gradients():
+def test_the_optimum_is_reached_with_exact_gradients(device):
     settings = TRPOConfig(max_kl=0.02, damping=1e-4, schedule="linear")
-    assert exact(settings) >= 0.999
-    constant = exact(replace(settings, schedule="constant"))
+    assert exact(device, settings) >= 0.999
+    constant = exact(device, replace(settings, schedule="constant"))
     assert 0.97 <= constant < 0.999  # steps of constant length circle the optimum
-    assert exact(replace(settings, damping=0.1)) < 0.98  # the damping outweighs the curvature of states that are seldom visited
+    assert exact(device, replace(settings, damping=0.1)) < 0.98  # the damping outweighs the curvature of states that are seldom visited
 
 
-def sampled(config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
+def sampled(device, config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
     """As `exact`, with the loop's own advantages, objective and weights on sampled batches; the KL and the Fisher matrix are of the sampled states."""
-    table, rng = Table(Tree.random().shifted(offset)), torch.Generator().manual_seed(seed)
+    table, rng = Table(Tree.random(device).shifted(offset)), torch.Generator().manual_seed(seed)
     needs, control, objective, width = find_advantage(config.advantage).needs, Control(config), make_objective(config, 0.0), T + 1
-    critic, every_state = ValueHead(STATES), torch.eye(STATES)
+    critic, every_state = ValueHead(STATES, device=device), torch.eye(STATES, device=device)
     adam = torch.optim.Adam(critic.parameters(), lr=lr)
-    groups, first = torch.arange(n) // config.samples_per_prompt, torch.zeros(n, 1, dtype=torch.int64)
+    groups, first = torch.arange(n, device=device) // config.samples_per_prompt, torch.zeros(n, 1, dtype=torch.int64, device=device)
 
     def column(x, at_N, mask_N):
         return torch.where(mask_N, x[at_N], 0.0)
@@ -186,8 +186,17 @@ def sampled(config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
         states, tokens, alive, scores = table.tree.walk(old, groups % PROMPTS, rng)
         states, tokens, mask = (torch.cat([first.to(x.dtype), x], 1).reshape(-1) for x in (states, tokens, alive))
         at = states * V + tokens
-        batch = PackedBatch(tokens, torch.arange(n + 1, dtype=torch.int32) * width, torch.arange(width).repeat(n), mask, (width,) * n, scores=scores,
-                            group_ids=groups, old_logp=column(old.view(-1), at, mask), ref_logp=column(table.tree.ref.view(-1), at, mask))
+        batch = PackedBatch(
+            tokens,
+            torch.arange(n + 1, dtype=torch.int32, device=device) * width,
+            torch.arange(width, device=device).repeat(n),
+            mask,
+            (width,) * n,
+            scores=scores,
+            group_ids=groups,
+            old_logp=column(old.view(-1), at, mask),
+            ref_logp=column(table.tree.ref.view(-1), at, mask),
+        )
         batch = batch.with_columns(values=column(critic(every_state).detach(), states, mask)) if needs == "critic" else batch
         signals = Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0)
         signals = settle(signals, control, critic)
@@ -209,14 +218,14 @@ def sampled(config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
     ("trpo", LossConfig(), 3.0), pytest.param("trpo", LossConfig(), 0.0, marks=pytest.mark.full),
     pytest.param("trpo", LossConfig(), -3.0, marks=pytest.mark.full),
     pytest.param("rloo", LossConfig(objective="trpo"), 0.0, marks=pytest.mark.full)])
-def test_the_optimum_is_reached_from_samples(row, loss, offset):
+def test_the_optimum_is_reached_from_samples(row, loss, offset, device):
     """With rewards that are centred or not."""
     settings = TRPOConfig(max_kl=0.01, damping=1e-4, schedule="linear")
-    assert sampled(config_of(row, loss=loss, trpo=settings), 100, offset=offset) >= 0.995
+    assert sampled(device, config_of(row, loss=loss, trpo=settings), 100, offset=offset) >= 0.995
 
 
 # ---- the lower bound ----------------------------------------------------------------------------------------------------------------
-def test_the_lower_bound_holds_and_is_needed():
+def test_the_lower_bound_holds_and_is_needed(device):
     """eta(new) >= L_old(new) - C max_s KL(old || new), C = 4 eps gamma / (1 - gamma)^2, eps = max |A_old| (Schulman et al., 2015, theorem 1): on random MDPs,
     for random policies near and far, everything enumerated. Without the penalty L alone promises too much."""
     S, A, gamma = 5, 3, 0.8
@@ -224,7 +233,7 @@ def test_the_lower_bound_holds_and_is_needed():
     optimistic, tightest = 0, math.inf
 
     def normal(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+        return torch.randn(*shape, generator=rng, dtype=torch.float64).to(device)
 
     for _ in range(20):
         P, r, start = normal(S, A, S).softmax(-1), normal(S, A), normal(S).softmax(0)
@@ -232,8 +241,8 @@ def test_the_lower_bound_holds_and_is_needed():
         def evaluate(p, P=P, r=r, start=start):
             """(eta, discounted visits [S], advantages [S, A]) of a policy."""
             moves = torch.einsum("sa,sat->st", p, P)
-            values = torch.linalg.solve(torch.eye(S, dtype=torch.float64) - gamma * moves, (p * r).sum(1))
-            d = torch.linalg.solve(torch.eye(S, dtype=torch.float64) - gamma * moves.T, start)
+            values = torch.linalg.solve(torch.eye(S, dtype=torch.float64, device=device) - gamma * moves, (p * r).sum(1))
+            d = torch.linalg.solve(torch.eye(S, dtype=torch.float64, device=device) - gamma * moves.T, start)
             return (start @ values).item(), d, r + gamma * P @ values - values[:, None]
 
         logits = normal(S, A)
@@ -268,14 +277,23 @@ def huge(prompts, completions, completion_ids, **columns):
 
 
 @pytest.fixture
-def make(tiny_model, tmp_path, write_jsonl):
+def make(tiny_model, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARD)
     data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
 
     def config(algorithm="trpo", name="run", reward="likes_w3", run=None, **kwargs):
-        defaults = dict(steps=2, prompts_per_step=12, samples_per_prompt=2, tokens_per_microbatch=100, generation=GenerationConfig(max_new_tokens=6),
-                        trpo=TRPOConfig(fisher_fraction=1.0), optim=OptimConfig(lr=1e-2, schedule="constant"),
-                        run=RunConfig(dir=str(tmp_path / name), progress=False, **(run or {})))
+        defaults = dict(
+            device=str(device),
+            dtype="float32",
+            steps=2,
+            prompts_per_step=12,
+            samples_per_prompt=2,
+            tokens_per_microbatch=100,
+            generation=GenerationConfig(max_new_tokens=6),
+            trpo=TRPOConfig(fisher_fraction=1.0),
+            optim=OptimConfig(lr=1e-2, schedule="constant"),
+            run=RunConfig(dir=str(tmp_path / name), progress=False, **(run or {})),
+        )
         return PolicyConfig(str(tiny_model), data, (f"{tmp_path / 'rewards.py'}:{reward}",), algorithm, **(defaults | kwargs))
 
     return config
@@ -285,8 +303,8 @@ def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def _weights(config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model").named_parameters()}
+def _weights(device, config):
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 def all_logp(decoder, batch, temperature=1.0):
@@ -333,28 +351,28 @@ def test_every_step_keeps_its_bound_and_the_reward_rises(make, watched):
     assert rows[-1]["val/explained_variance"] > 0.05  # the head learned
 
 
-def test_a_step_that_is_not_accepted_leaves_every_bit(make, watched):
+def test_a_step_that_is_not_accepted_leaves_every_bit(make, watched, device):
     refused = TRPOConfig(max_kl=50.0, backtracks=0, accept_ratio=0.99, damping=10.0, fisher_fraction=1.0)
     config = make("grpo", steps=1, kl=KLConfig(coef=0.0), loss=LossConfig(objective="trpo"), trpo=refused)
     train_policy(config)
     (row,) = _metrics(config)
     assert row["trpo/accepted"] == row["trpo/kl"] == row["trpo/fraction"] == row["trpo/improvement"] == 0.0
-    start = dict(load_decoder(config.model).named_parameters())
-    assert all(torch.equal(p, start[name]) for name, p in _weights(config).items())
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
+    assert all(torch.equal(p, start[name]) for name, p in _weights(device, config).items())
     config = make("grpo", name="same", reward="same", steps=1, kl=KLConfig(coef=0.0), loss=LossConfig(objective="trpo"))
     train_policy(config)  # nothing to learn: no gradient, no step
     assert _metrics(config)[0]["trpo/accepted"] == 0.0
-    assert all(torch.equal(p, start[name]) for name, p in _weights(config).items())
+    assert all(torch.equal(p, start[name]) for name, p in _weights(device, config).items())
 
 
-def test_gradients_that_are_not_finite_change_nothing(make, monkeypatch):
+def test_gradients_that_are_not_finite_change_nothing(make, monkeypatch, device):
     monkeypatch.setattr("fusedrl.engine.rewards.rewards.LARGEST", math.inf)  # such rewards are refused otherwise
     config = make("reinforce", steps=1, kl=KLConfig(coef=0.0), reward="huge", loss=LossConfig(objective="trpo", advantage="monte_carlo"))
     train_policy(config)
     (row,) = _metrics(config)
     assert row["skipped_updates"] == 1.0
-    start = dict(load_decoder(config.model).named_parameters())
-    assert all(torch.equal(p, start[name]) for name, p in _weights(config).items())
+    start = dict(load_decoder(config.model, dtype="float32", device=device).named_parameters())
+    assert all(torch.equal(p, start[name]) for name, p in _weights(device, config).items())
 
 
 def test_a_row_of_them_stops_the_run(make, monkeypatch):
@@ -398,18 +416,19 @@ def test_values_are_trained_on_a_trunk_that_is_a_constant(make, monkeypatch):
     assert len(seen) == 2
 
 
-def test_the_split_changes_nothing_and_the_draw_of_states_little(make):
-    moved, start = {}, dict(load_decoder(make().model).named_parameters())
+def test_the_split_changes_nothing_and_the_draw_of_states_little(make, device):
+    moved, start = {}, dict(load_decoder(make().model, dtype="float32", device=device).named_parameters())
     for name, tokens, fraction in (("whole", 10_000, 1.0), ("cut", 60, 1.0), ("half", 10_000, 0.5)):
         config = make(name=name, steps=1, kl=KLConfig(coef=0.0), tokens_per_microbatch=tokens, trpo=TRPOConfig(fisher_fraction=fraction))
         train_policy(config)
-        moved[name] = torch.cat([(p - start[n]).double().flatten() for n, p in _weights(config).items()])
+        moved[name] = torch.cat([(p - start[n]).double().flatten() for n, p in _weights(device, config).items()])
     assert (moved["cut"] - moved["whole"]).norm() < 2e-3 * moved["whole"].norm()
     assert torch.cosine_similarity(moved["half"], moved["whole"], dim=0) > 0.7
     assert (moved["half"] - moved["whole"]).norm() > 1e-2 * moved["whole"].norm()
 
 
-def test_resume_continues_bitwise(make):
+@pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
+def test_resume_continues_bitwise(make, device):
     whole = make(name="whole", steps=3, prompts_per_step=6, run=dict(save_every=1), trpo=TRPOConfig(fisher_fraction=0.5, schedule="linear"))
     train_policy(whole)
     parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
@@ -425,12 +444,12 @@ def test_resume_continues_bitwise(make):
             train_policy(parts)
     assert all(name.startswith("value_head.") for name in latest_checkpoint(parts.run.dir).tensors["optimizer"])
     train_policy(replace(parts, run=replace(parts.run, resume=True)))
-    ours, theirs = _weights(whole), _weights(parts)
+    ours, theirs = _weights(device, whole), _weights(device, parts)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for a, b in zip(_metrics(whole), _metrics(parts), strict=True):
         timing = {k for k in a if k.startswith(("timing/", "tokens_per_s", "mem/"))}
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
-    head = [HybridActor.from_pretrained(Path(c.run.dir) / "model", value_head=True).value_head.weight for c in (whole, parts)]
+    head = [HybridActor.from_pretrained(Path(c.run.dir) / "model", value_head=True, dtype="float32", device=device).value_head.weight for c in (whole, parts)]
     assert torch.equal(*head)
     assert head[0].any()
 
@@ -459,13 +478,13 @@ def test_texts_are_a_part_of_the_step(make, write_jsonl):
 
 
 @pytest.mark.skipif(not native.capability, reason="the plan is of the C++ kernels")
-def test_the_plan_counts_its_vectors():
+def test_the_plan_counts_its_vectors(device):
     sizes, tokens = MEDIUM | {"tie_word_embeddings": True}, 400
     config = PolicyConfig("m", "d", ("r.py:r",), "trpo", dtype="float32", device="cpu", trpo=TRPOConfig(cg_iterations=2, fisher_fraction=1.0), epochs=1)
     planned, actor, packed = Planner(model_config(sizes), config, cache=CacheConfig(num_blocks=1)), model_of(sizes, "ppo", "float32"), plan_batch(tokens, 2000)
-    learner, scored, noise = Learner(actor, OptimConfig(lr=1e-3)), actor.score(packed), torch.randn(2, packed.num_tokens)
+    learner, scored, noise = Learner(actor, OptimConfig(lr=1e-3)), actor.score(packed), torch.randn(2, packed.num_tokens).to(device)
     packed = packed.with_columns(old_logp=scored.logp, old_entropy=scored.entropy, values=scored.values, rollout_logp=scored.logp, advantages=noise[0],
-                                 returns=noise[1], scores=torch.zeros(packed.num_sequences))
+                                 returns=noise[1], scores=torch.zeros(packed.num_sequences, device=device))
     measured = allocator_peak(lambda: trpo.trust_region_update(actor, None, learner, packed, [[list(range(packed.num_sequences))]], config, Control(config),
                                                                0))
     parts = planned.parts(tokens, False)

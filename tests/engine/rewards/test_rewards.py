@@ -101,8 +101,8 @@ def test_no_completions():
 
 
 # ---- rewards of tokens and of steps --------------------------------------------------------------------------------------------
-def test_rewards_of_tokens_sum_to_the_score_and_say_where_they_accrued():
-    scores = _score([length, lambda completions: [[1.0, -3.0], 0.5, torch.tensor([2.0, 4.0])]], weights=[1.0, 0.5])
+def test_rewards_of_tokens_sum_to_the_score_and_say_where_they_accrued(device):
+    scores = _score([length, lambda completions: [[1.0, -3.0], 0.5, torch.tensor([2.0, 4.0], device=device)]], weights=[1.0, 0.5])
     assert scores.per_reward == {"length": [2, 1, 4], "<lambda>": [-2.0, 0.5, 6.0]}
     assert scores.total == [1.0, 1.25, 7.0]
     assert scores.tokens == [[0.5, -1.5], None, [1.0, 2.0]]
@@ -139,12 +139,12 @@ def test_rewards_of_steps_stand_at_the_tokens_that_end_them(shared):
         RewardSet([load_reward(steps)]).score(["p"], [text], [prompt], [ids])
 
 
-def test_moved_rewards_change_when_and_not_how_much():
-    batch = PackedBatch.from_sequences([([1, 1], [5, 6, 7]), ([1], [5]), ([1, 1], [5, 6])])
+def test_moved_rewards_change_when_and_not_how_much(device):
+    batch = PackedBatch.from_sequences([([1, 1], [5, 6, 7]), ([1], [5]), ([1, 1], [5, 6])], device=device)
     moved = moved_rewards(batch, [[1.0, 2.0, 4.0], [3.0], None])
     assert moved.tolist() == [0, 0, 1, 2, -3, 0, 0, 0, 0, 0, 0]
-    totals, values = torch.tensor([7.0, 3.0, 0.5]), torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0))
-    logp = torch.zeros(batch.num_tokens)
+    totals, values = torch.tensor([7.0, 3.0, 0.5], device=device), torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0)).to(device)
+    logp = torch.zeros(batch.num_tokens, device=device)
     options = dict(mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, kl_coef=0.1, gamma=1.0, lam=1.0, whiten=False)
     shaped = shaped_gae(logp, logp, values, totals, token_rewards=moved, **options)
     assert shaped.returns.tolist() == pytest.approx([0, 0, 7, 6, 4, 0, 3, 0, 0, 0.5, 0.5])
@@ -243,38 +243,38 @@ def test_specifications_that_are_neither(tmp_path):
 # ---- reward models --------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def reward_directory(tiny_model, tmp_path):
-    model = RewardModel.from_decoder(load_decoder(tiny_model), seed=3)
+    model = RewardModel.from_decoder(load_decoder(tiny_model, device="cpu"), seed=3)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     save_reward_model(model, tmp_path / "judge", tokenizer=AutoTokenizer.from_pretrained(tiny_model))
     return tmp_path / "judge"
 
 
-def _expected(directory, sequences):
-    batch = PackedBatch.from_sequences([(ids[:1], ids[1:]) for ids in sequences])
+def _expected(device, directory, sequences):
+    batch = PackedBatch.from_sequences([(ids[:1], ids[1:]) for ids in sequences], device=device)
     return load_reward_model(directory)(batch).tolist()
 
 
-def test_with_the_policys_tokenizer_its_ids_are_scored_as_they_are(tiny_model, reward_directory):
+def test_with_the_policys_tokenizer_its_ids_are_scored_as_they_are(tiny_model, reward_directory, device):
     policy = AutoTokenizer.from_pretrained(tiny_model)
     policy(["w1", "w1 w2"], padding=True)  # leaves padding switched on in the backend
     rewards = RewardSet([load_reward(str(reward_directory), tokenizer=policy)])
     prompts, completions = [[1, 5], [1], [1, 9, 9]], [[7, 2], [3] * 5, [12]]  # ids that their text would not give back
     scores = rewards.score(["ignored"] * 3, ["ignored"] * 3, prompts, completions)
     assert scores.per_reward.keys() == {"judge"}
-    assert scores.total == pytest.approx(_expected(reward_directory, [p + c for p, c in zip(prompts, completions, strict=True)]), abs=1e-6)
+    assert scores.total == pytest.approx(_expected(device, reward_directory, [p + c for p, c in zip(prompts, completions, strict=True)]), abs=1e-6)
     again = rewards.score(["ignored"], ["ignored"], prompts[:1], completions[:1])
     assert again.total[0] == pytest.approx(scores.total[0], abs=1e-6)  # companions do not matter
 
 
-def test_with_another_tokenizer_the_text_is_scored(reward_directory):
+def test_with_another_tokenizer_the_text_is_scored(reward_directory, device):
     backend = Tokenizer(models.WordLevel({"<x>": 0, "</s>": 1, "w1": 2, "w2": 3}, unk_token="<x>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     policy = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<x>", eos_token="</s>")
     reward = load_reward(str(reward_directory), tokenizer=policy)
     scores = RewardSet([reward]).score(["w1", "w1"], ["w2", "w2"], [[2], [2]], [[3, 1], [3]])
     w1, w2 = 5, 6  # after the four special tokens and w0
-    assert scores.total == pytest.approx(_expected(reward_directory, [[1, w1, w2, 2], [1, w1, w2]]), abs=1e-6)  # EOS only where the policy ended
-    assert load_reward(str(reward_directory))(_rollout("w1", "w2")) == pytest.approx(_expected(reward_directory, [[1, w1, w2, 2]]), abs=1e-6)
+    assert scores.total == pytest.approx(_expected(device, reward_directory, [[1, w1, w2, 2], [1, w1, w2]]), abs=1e-6)  # EOS only where the policy ended
+    assert load_reward(str(reward_directory))(_rollout("w1", "w2")) == pytest.approx(_expected(device, reward_directory, [[1, w1, w2, 2]]), abs=1e-6)
 
 
 def _rollout(prompt, completion):

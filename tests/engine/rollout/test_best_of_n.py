@@ -30,8 +30,8 @@ def distribution(p, scores, n):
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["no ties", "ties"])
-def test_the_kl_is_within_its_bound(rounded):
-    tree = Tree.random()
+def test_the_kl_is_within_its_bound(rounded, device):
+    tree = Tree.random(device)
     completions = Completions(tree)
     count = len(completions.prompts) // PROMPTS
     for p, scores in zip(_logp(completions, tree.ref.double()).exp().split(count), completions.rewards.split(count), strict=True):
@@ -50,29 +50,29 @@ def test_the_kl_is_within_its_bound(rounded):
         assert limit < best_of_n_kl(4096)
 
 
-def test_the_bound_is_an_equality_without_atoms():
+def test_the_bound_is_an_equality_without_atoms(device):
     """Scores uniform on (0, 1): the best has density n x^(n - 1), whose KL to the uniform is log n - (n - 1) / n. By the midpoint rule."""
-    x = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    x = (torch.arange(200_000, dtype=torch.float64, device=device) + 0.5) / 200_000
     for n in (1, 2, 7, 50):
         density = n * x ** (n - 1)
         assert best_of_n_kl(n) == pytest.approx((density * density.log()).nan_to_num(0.0).mean().item(), abs=1e-4)
     assert best_of_n_kl(1) == 0.0
 
 
-def test_what_is_chosen_has_that_distribution():
+def test_what_is_chosen_has_that_distribution(device):
     """first_best on drawn samples, ties among them, against the enumerated distribution: chi-square, fixed seed."""
-    p, scores = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0, 2.0], dtype=torch.float64)
-    drawn = torch.multinomial(p, 3 * 4000, replacement=True, generator=torch.Generator().manual_seed(0)).view(4000, 3)
+    p, scores = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64, device=device), torch.tensor([0.0, 1.0, 1.0, 2.0], dtype=torch.float64, device=device)
+    drawn = torch.multinomial(p.cpu(), 3 * 4000, replacement=True, generator=torch.Generator().manual_seed(0)).to(device).view(4000, 3)
     chosen = Counter(row[first_best(scores[row].tolist())].item() for row in drawn)
     expected = 4000 * distribution(p, scores, 3)
     assert sum((chosen[i] - e) ** 2 / e for i, e in enumerate(expected.tolist())) < 16.3  # 3 degrees of freedom, 0.1%
 
 
 # ---- the estimator ---------------------------------------------------------------------------------------------------------------
-def test_the_estimator_is_the_mean_over_all_subsets():
+def test_the_estimator_is_the_mean_over_all_subsets(device):
     draw = torch.Generator().manual_seed(1)
-    scores = torch.randn(3, 7, generator=draw, dtype=torch.float64)
-    gold = torch.randn(3, 7, generator=draw, dtype=torch.float64)
+    scores = torch.randn(3, 7, generator=draw, dtype=torch.float64).to(device)
+    gold = torch.randn(3, 7, generator=draw, dtype=torch.float64).to(device)
     scores[2, :4] = 0.25  # ties
     for k in range(1, 8):
         found, of_gold = expected_best(scores, k), expected_best(scores[:2], k, gold[:2])
@@ -86,10 +86,10 @@ def test_the_estimator_is_the_mean_over_all_subsets():
     torch.testing.assert_close(expected_best(scores, 1), scores.mean(1), rtol=1e-12, atol=0)
 
 
-def test_the_estimator_is_unbiased():
+def test_the_estimator_is_unbiased(device):
     """Over all 4^5 ways to draw 5 samples, each by its probability: exactly the expected best of k, ties included. The best of the first k wastes samples."""
-    p, scores = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0, 5.0], dtype=torch.float64)
-    ways = torch.tensor(list(itertools.product(range(4), repeat=5)))
+    p, scores = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64, device=device), torch.tensor([0.0, 1.0, 1.0, 5.0], dtype=torch.float64, device=device)
+    ways = torch.tensor(list(itertools.product(range(4), repeat=5)), device=device)
     chance = p[ways].prod(1)
     for k in (1, 2, 3, 5):
         exact = (distribution(p, scores, k) * scores).sum().item()
@@ -101,18 +101,18 @@ def test_the_estimator_is_unbiased():
         assert spread < 0.8 * wasteful or k == 5
 
 
-def test_large_n():
-    scores = torch.arange(800, dtype=torch.float64)[None]
+def test_large_n(device):
+    scores = torch.arange(800, dtype=torch.float64, device=device)[None]
     assert expected_best(scores, 400).item() == pytest.approx(400 * 801 / 401 - 1, rel=1e-12)  # the mean maximum of 400 of 1 .. 800, less 1
 
 
-def test_what_is_no_estimate_is_refused():
-    scores = torch.zeros(1, 4)
+def test_what_is_no_estimate_is_refused(device):
+    scores = torch.zeros(1, 4, device=device)
     for k in (0, 5):
         with pytest.raises(ValueError, match=f"expected 1 <= k <= 4, the samples of a prompt, .* got k = {k}"):
             expected_best(scores, k)
     with pytest.raises(ValueError, match="NaN among the scores"):
-        expected_best(torch.tensor([[1.0, math.nan]]), 1)
+        expected_best(torch.tensor([[1.0, math.nan]], device=device), 1)
 
 
 # ---- on a model --------------------------------------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ GENERATION = GenerationConfig(max_new_tokens=8)
 EXAMPLES = [PromptExample("w1 w2", {"bad": 0}), PromptExample("w3", {"bad": 1})]
 
 
-def test_the_best_is_the_best_of_the_samples(tiny_model):
-    actor = HybridActor.from_pretrained(tiny_model, device="cpu")
+def test_the_best_is_the_best_of_the_samples(tiny_model, device):
+    actor = HybridActor.from_pretrained(tiny_model, dtype="float32", device=device)
     found = best_of_n(actor, EXAMPLES, RewardSet([load_reward(length)]), 6, GENERATION, seed=4)
     outs = actor.generate([example.prompt for example in EXAMPLES], SamplingParams(max_new_tokens=8, n=6, seed=4))
     for one, group in zip(found, outs, strict=True):
@@ -137,14 +137,14 @@ def test_the_best_is_the_best_of_the_samples(tiny_model):
     assert len({len(set(one.scores)) for one in found} - {1}) >= 1
 
 
-def test_invalid_rewards_are_never_best(tiny_model):
+def test_invalid_rewards_are_never_best(tiny_model, device):
     def some(prompts, completions, completion_ids, bad, **columns):
         return [math.nan if b and i % 3 else -1.0 for i, b in enumerate(bad)]
 
     def none(prompts, completions, completion_ids, bad, **columns):
         return [math.nan if b else 1.0 for b in bad]
 
-    actor = HybridActor.from_pretrained(tiny_model, device="cpu")
+    actor = HybridActor.from_pretrained(tiny_model, dtype="float32", device=device)
     found = best_of_n(actor, EXAMPLES, RewardSet([load_reward(some)]), 3, GENERATION, seed=0)
     assert [one.score for one in found] == [-1.0, -1.0]
     with pytest.raises(RewardError, match="none of the 3 completions of prompt 2 has a valid reward"):
@@ -153,13 +153,13 @@ def test_invalid_rewards_are_never_best(tiny_model):
         best_of_n(actor, EXAMPLES, RewardSet([load_reward(length)]), 3, GenerationConfig(temperature=0.0), seed=0)
 
 
-def test_the_command_line(tiny_model, tmp_path, capsys):
+def test_the_command_line(tiny_model, tmp_path, capsys, device):
     (tmp_path / "r.py").write_text("def longest(completion_ids, **columns):\n    return [float(len(ids)) for ids in completion_ids]\n")
     reward = f"{tmp_path / 'r.py'}:longest"
     base = ["generate", "--model", str(tiny_model), "--device", "cpu", "--max_new_tokens", "8", "--prompt", "w1", "--prompt", "w2 w3", "--seed", "4"]
     assert main([*base, "--best_of", "5", "--reward", reward]) == 0
     shown = capsys.readouterr().out
-    found = best_of_n(HybridActor.from_pretrained(tiny_model, device="cpu"), [PromptExample("w1"), PromptExample("w2 w3")],
+    found = best_of_n(HybridActor.from_pretrained(tiny_model, dtype="float32", device=device), [PromptExample("w1"), PromptExample("w2 w3")],
                       RewardSet([load_reward(length)]), 5, GENERATION, seed=4)
     for number, one in enumerate(found):
         assert f"[prompt {number + 1}, best of 5, score {one.score:g}, {one.best.finish_reason}]" in shown

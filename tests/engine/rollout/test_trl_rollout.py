@@ -75,7 +75,7 @@ def test_no_two_requests_have_one_number(tiny_model, monkeypatch):
         rollout_func()(["w1", "w2"] * 6, trainer)
 
 
-def test_the_actor_is_made_where_the_model_lies_and_again_where_it_went(tiny_model):
+def test_the_actor_is_made_where_the_model_lies_and_again_where_it_went(tiny_model, device):
     trainer = Trainer(tiny_model)
     call = rollout_func(partial(HybridActor.from_module, strict=True))
     assert call.actor is None
@@ -94,7 +94,7 @@ def test_the_actor_is_made_where_the_model_lies_and_again_where_it_went(tiny_mod
     trainer.model.tie_weights()
     assert call(PROMPTS, trainer)["prompt_ids"] == out["prompt_ids"]
 
-    for given in (HybridActor.from_pretrained(tiny_model), actor):
+    for given in (HybridActor.from_pretrained(tiny_model, dtype="float32", device=device), actor):
         with pytest.raises(RuntimeError, match=r"not generate from the weights that the trainer trains.*rollout_func\(\) makes one"):
             rollout_func(given)(PROMPTS, trainer)
     mine = HybridActor.from_module(trainer.model, trainer.processing_class)
@@ -160,12 +160,12 @@ def test_one_process_under_torchrun_and_three(count, tiny_model, tmp_path):
     check(told, {"DistributedDataParallel"})
 
 
-def test_grpo_trainer(tiny_model, tmp_path):
+def test_grpo_trainer(tiny_model, tmp_path, device):
     pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), AutoTokenizer.from_pretrained(tiny_model)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).to(device), AutoTokenizer.from_pretrained(tiny_model)
     generate, differences, versions, storages = rollout_func(), [], [], []
 
     def checked(prompts, trainer):
@@ -174,9 +174,9 @@ def test_grpo_trainer(tiny_model, tmp_path):
         storages.append([p.data_ptr() for p in model.parameters()])
         with torch.no_grad():  # transformers' own log-probabilities of what was drawn, with the weights of this moment
             for prompt, completion, logp in zip(out["prompt_ids"], out["completion_ids"], out["logprobs"], strict=True):
-                ids = torch.tensor([prompt + completion])
+                ids = torch.tensor([prompt + completion], device=device)
                 expected = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[len(prompt) - 1:, 0]
-                differences.append(float((expected - torch.tensor(logp)).abs().max()))
+                differences.append(float((expected - torch.tensor(logp, device=device)).abs().max()))
         return out
 
     def likes_w5(completions, **_):
@@ -195,7 +195,7 @@ def test_grpo_trainer(tiny_model, tmp_path):
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert sum(rewards[-2:]) > 2 * sum(rewards[:2])
     actor = generate.actor
-    batch = PackedBatch.from_completions([[1, 4]], actor.generate([[1, 4]], SamplingParams(max_new_tokens=4)))
+    batch = PackedBatch.from_completions([[1, 4]], actor.generate([[1, 4]], SamplingParams(max_new_tokens=4)), device=device)
     assert actor.score(batch).logp.shape == (batch.num_tokens,)
 
 

@@ -23,25 +23,34 @@ from fusedrl.engine.runs.checkpoint import MANIFEST, RunDirectory, RunLock, conf
 IO_CALLS = {"open", "write", "flush", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "close", "scandir"}
 
 
-def _tensors(step: int):
+def _tensors(device, step: int):
     generator = torch.Generator().manual_seed(step)
-    weight = torch.randn(4, 6, generator=generator)
-    return {"model": {"a": weight[:, :3], "b": weight[:, 3:], "bf16": weight.bfloat16(), "scalar": torch.tensor(0.1 * step), "none": torch.zeros(0, 5)},
-            "optimizer": {"step": torch.tensor(step), "m.a": weight.double(), "mask": weight > 0}, "rng": {"cpu": torch.get_rng_state()}}
+    weight = torch.randn(4, 6, generator=generator).to(device)
+    return {
+        "model": {
+            "a": weight[:, :3],
+            "b": weight[:, 3:],
+            "bf16": weight.bfloat16(),
+            "scalar": torch.tensor(0.1 * step, device=device),
+            "none": torch.zeros(0, 5, device=device),
+        },
+        "optimizer": {"step": torch.tensor(step, device=device), "m.a": weight.double(), "mask": weight > 0},
+        "rng": {"cpu": torch.get_rng_state()},
+    }
 
 
 def _state(step: int):
     return {"kl_coef": 0.1 + step, "cursor": {"epoch": step, "index": None}, "flags": [True, "x", 1e-300]}
 
 
-def _save(run, step, keep=2):
-    return save_checkpoint(run, step, _tensors(step), _state(step), keep=keep)
+def _save(device, run, step, keep=2):
+    return save_checkpoint(run, step, _tensors(device, step), _state(step), keep=keep)
 
 
-def _same(checkpoint, step):
+def _same(device, checkpoint, step):
     assert checkpoint is not None
     assert checkpoint.step == step
-    expected = _tensors(step)
+    expected = _tensors(device, step)
     assert checkpoint.tensors.keys() == expected.keys()
     for group, named in expected.items():
         assert checkpoint.tensors[group].keys() == named.keys()
@@ -91,10 +100,10 @@ def _at_io_call(k: int, event: str, act) -> None:
     sys.setprofile(profile)
 
 
-def test_round_trip_is_bitwise(tmp_path):
-    path = _save(tmp_path, 12)
+def test_round_trip_is_bitwise(tmp_path, device):
+    path = _save(device, tmp_path, 12)
     assert path == tmp_path / "checkpoints/step_00000012"
-    _same(latest_checkpoint(tmp_path), 12)
+    _same(device, latest_checkpoint(tmp_path), 12)
     assert load_file(path / "model.safetensors")["bf16"].dtype == torch.bfloat16  # the library's own reader agrees
     assert sorted(p.name for p in path.iterdir()) == [MANIFEST, "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
 
@@ -105,26 +114,26 @@ def test_no_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path) is None
 
 
-def test_rotation_keeps_the_newest(tmp_path):
+def test_rotation_keeps_the_newest(tmp_path, device):
     for step in (1, 2, 30, 4_000):
-        _save(tmp_path, step)
+        _save(device, tmp_path, step)
     assert _entries(tmp_path) == ["step_00000030", "step_00004000"]
-    _same(latest_checkpoint(tmp_path), 4_000)
+    _same(device, latest_checkpoint(tmp_path), 4_000)
 
 
-def test_saving_a_saved_step_again_changes_nothing(tmp_path):
-    path = _save(tmp_path, 3)
+def test_saving_a_saved_step_again_changes_nothing(tmp_path, device):
+    path = _save(device, tmp_path, 3)
     before = {p.name: p.stat().st_mtime_ns for p in path.iterdir()}
-    _save(tmp_path, 3)
+    _save(device, tmp_path, 3)
     assert {p.name: p.stat().st_mtime_ns for p in path.iterdir()} == before
 
 
 # ---- a save that is interrupted -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("event", ["c_call", "c_return"])
-def test_killed_at_every_io_call_the_newest_complete_one_loads(tmp_path, event):
+def test_killed_at_every_io_call_the_newest_complete_one_loads(tmp_path, event, device):
     template = tmp_path / "template"
-    _save(template, 1)
-    _save(template, 2)
+    _save(device, template, 1)
+    _save(device, template, 2)
     outcomes = []
     for k in range(1, 400):
         run = tmp_path / "run"
@@ -132,19 +141,19 @@ def test_killed_at_every_io_call_the_newest_complete_one_loads(tmp_path, event):
 
         def work(run=run, k=k):
             _at_io_call(k, event, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            _save(run, 3)
+            _save(device, run, 3)
 
         status, text = _in_child(work)
         killed = os.WIFSIGNALED(status)
         assert killed or status == 0, text
         checkpoint = latest_checkpoint(run)
         assert checkpoint is not None
-        _same(checkpoint, checkpoint.step if killed else 3)
+        _same(device, checkpoint, checkpoint.step if killed else 3)
         assert checkpoint.step in (2, 3)
         outcomes.append(checkpoint.step)
         assert not [name for name in _entries(run) if not name.startswith("step_")]
-        _save(run, 3)
-        _same(latest_checkpoint(run), 3)
+        _save(device, run, 3)
+        _same(device, latest_checkpoint(run), 3)
         shutil.rmtree(run)
         if not killed:
             break
@@ -155,9 +164,9 @@ def test_killed_at_every_io_call_the_newest_complete_one_loads(tmp_path, event):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ENOSPC])
-def test_a_failure_of_every_io_call_leaves_the_old_one_and_no_temporary(tmp_path, number):
+def test_a_failure_of_every_io_call_leaves_the_old_one_and_no_temporary(tmp_path, number, device):
     template = tmp_path / "template"
-    _save(template, 1)
+    _save(device, template, 1)
     for k in range(1, 400):
         run = tmp_path / "run"
         shutil.copytree(template, run)
@@ -166,7 +175,7 @@ def test_a_failure_of_every_io_call_leaves_the_old_one_and_no_temporary(tmp_path
             def fail():
                 raise OSError(number, os.strerror(number))
             _at_io_call(k, "c_call", fail)
-            _save(run, 2, keep=1)
+            _save(device, run, 2, keep=1)
             finished = sys.getprofile() is not None
             sys.setprofile(None)
             return "untouched" if finished else "survived"
@@ -177,7 +186,7 @@ def test_a_failure_of_every_io_call_leaves_the_old_one_and_no_temporary(tmp_path
             assert not [name for name in _entries(run) if name.startswith(".tmp_step")], (k, text)
         checkpoint = latest_checkpoint(run)
         assert checkpoint is not None
-        _same(checkpoint, 2 if status == 0 else checkpoint.step)
+        _same(device, checkpoint, 2 if status == 0 else checkpoint.step)
         shutil.rmtree(run)
         if text == "untouched":
             break
@@ -185,39 +194,39 @@ def test_a_failure_of_every_io_call_leaves_the_old_one_and_no_temporary(tmp_path
 
 
 @pytest.mark.parametrize("limit", [0, 1, 100, 1_000, 5_000])
-def test_a_full_disk_names_needed_and_free_bytes(tmp_path, limit):
-    _save(tmp_path, 1)
+def test_a_full_disk_names_needed_and_free_bytes(tmp_path, limit, device):
+    _save(device, tmp_path, 1)
 
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        _save(tmp_path, 2)
+        _save(device, tmp_path, 2)
 
     status, text = _in_child(work)
     assert status != 0
     assert re.search(r"this checkpoint needs [\d,]+ bytes and [\d,]+ are free; earlier checkpoints are intact", text), text
     assert _entries(tmp_path) == ["step_00000001"]
-    _same(latest_checkpoint(tmp_path), 1)
+    _same(device, latest_checkpoint(tmp_path), 1)
 
 
-def test_everything_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch):
+def test_everything_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch, device):
     trace = []
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (trace.append(("fsync", Path(os.readlink(f"/proc/self/fd/{fd}")).name)), fsync(fd)))
     monkeypatch.setattr(os, "rename", lambda a, b: (trace.append(("rename", Path(b).name)), rename(a, b)))
-    _save(tmp_path, 7)
+    _save(device, tmp_path, 7)
     files = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
     assert set(trace[:4]) == {("fsync", name) for name in files}
     assert trace[4:] == [("fsync", MANIFEST), ("fsync", ".tmp_step_00000007"), ("rename", "step_00000007"), ("fsync", "checkpoints")]
 
 
-def test_older_ones_go_only_after_the_new_one_verifies(tmp_path, monkeypatch):
-    _save(tmp_path, 1, keep=1)
+def test_older_ones_go_only_after_the_new_one_verifies(tmp_path, monkeypatch, device):
+    _save(device, tmp_path, 1, keep=1)
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: (_flip(Path(a) / "model.safetensors", -1), rename(a, b)))  # a disk that lies
     with pytest.raises(CheckpointError, match="damaged after it was written"):
-        _save(tmp_path, 2, keep=1)
+        _save(device, tmp_path, 2, keep=1)
     monkeypatch.undo()
-    _same(latest_checkpoint(tmp_path), 1)
+    _same(device, latest_checkpoint(tmp_path), 1)
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------------------
@@ -245,20 +254,20 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, caplog, what):
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, caplog, what, device):
     damage, reason = DAMAGE[what]
-    _save(tmp_path, 1)
-    damage(_save(tmp_path, 2))
-    _same(latest_checkpoint(tmp_path), 1)
+    _save(device, tmp_path, 1)
+    damage(_save(device, tmp_path, 2))
+    _same(device, latest_checkpoint(tmp_path), 1)
     assert reason.replace("48", "") in caplog.text
     assert "checkpoint skipped" in caplog.text
-    _save(tmp_path, 2)  # the continued run reaches the step again
-    _same(latest_checkpoint(tmp_path), 2)
+    _save(device, tmp_path, 2)  # the continued run reaches the step again
+    _same(device, latest_checkpoint(tmp_path), 2)
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/hostname", "..", "a\\b", "a/b"])
-def test_a_manifest_cannot_point_elsewhere(tmp_path, caplog, name):
-    path = _save(tmp_path, 1)
+def test_a_manifest_cannot_point_elsewhere(tmp_path, caplog, name, device):
+    path = _save(device, tmp_path, 1)
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["files"][name] = manifest["files"]["state.json"]
     (path / MANIFEST).write_text(json.dumps(manifest))
@@ -266,31 +275,31 @@ def test_a_manifest_cannot_point_elsewhere(tmp_path, caplog, name):
     assert "no plain file of this directory" in caplog.text
 
 
-def test_a_broken_later_checkpoint_never_costs_an_earlier_one(tmp_path):
-    _save(tmp_path, 1, keep=1)
+def test_a_broken_later_checkpoint_never_costs_an_earlier_one(tmp_path, device):
+    _save(device, tmp_path, 1, keep=1)
     shutil.copytree(tmp_path / "checkpoints/step_00000001", tmp_path / "checkpoints/step_00000009")
     (tmp_path / "checkpoints/step_00000009" / MANIFEST).unlink()
-    _save(tmp_path, 2, keep=1)
-    _same(latest_checkpoint(tmp_path), 2)
+    _save(device, tmp_path, 2, keep=1)
+    _same(device, latest_checkpoint(tmp_path), 2)
     assert _entries(tmp_path) == ["step_00000002", "step_00000009"]
 
 
-def test_stale_temporaries_are_cleaned(tmp_path):
-    _save(tmp_path, 1)
+def test_stale_temporaries_are_cleaned(tmp_path, device):
+    _save(device, tmp_path, 1)
     for name in (".tmp_step_00000002", ".tmp_old_step_00000000"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "x").write_text("x")
-    _same(latest_checkpoint(tmp_path), 1)
+    _same(device, latest_checkpoint(tmp_path), 1)
     assert _entries(tmp_path) == ["step_00000001"]
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, value, dtype):
-    _save(tmp_path, 1)
-    tensors = _tensors(2)
-    tensors["optimizer"]["bad"] = torch.tensor([0.0, value], dtype=dtype)
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value, dtype, device):
+    _save(device, tmp_path, 1)
+    tensors = _tensors(device, 2)
+    tensors["optimizer"]["bad"] = torch.tensor([0.0, value], dtype=dtype, device=device)
     with pytest.raises(CheckpointError, match="optimizer/bad at step 2 is not finite"):
         save_checkpoint(tmp_path, 2, tensors, {}, keep=2)
     assert _entries(tmp_path) == ["step_00000001"]
@@ -315,9 +324,9 @@ def test_steps_out_of_range(tmp_path, step):
         save_checkpoint(tmp_path, step, {}, {}, keep=1)
 
 
-def test_types_that_cannot_be_stored(tmp_path):
+def test_types_that_cannot_be_stored(tmp_path, device):
     with pytest.raises(CheckpointError, match="complex64"):
-        save_checkpoint(tmp_path, 1, {"model": {"z": torch.zeros(2, dtype=torch.complex64)}}, {}, keep=1)
+        save_checkpoint(tmp_path, 1, {"model": {"z": torch.zeros(2, dtype=torch.complex64, device=device)}}, {}, keep=1)
 
 
 # ---- the lock ---------------------------------------------------------------------------------------------------------------------
@@ -345,18 +354,18 @@ def config(tmp_path):
     return SFTConfig(model=str(tmp_path / "model"), data=str(tmp_path / "data.jsonl"), run=RunConfig(dir=str(tmp_path / "run")))
 
 
-def test_a_run_is_continued_only_unchanged(config, tmp_path):
+def test_a_run_is_continued_only_unchanged(config, tmp_path, device):
     with RunDirectory(config) as run:
         assert run.checkpoint is None
         assert run.dir == tmp_path / "run"
-        _save(run.dir, 5)
+        _save(device, run.dir, 5)
         with pytest.raises(SetupError):
             RunDirectory(config)
     with pytest.raises(ConfigError, match=r"holds a run \(step 5\)"):
         RunDirectory(config)
     resumed = replace(config, run=replace(config.run, resume=True, keep=7, save_every=3, progress=False))
     with RunDirectory(resumed) as run:
-        _same(run.checkpoint, 5)
+        _same(device, run.checkpoint, 5)
     changed = replace(resumed, epochs=3, optim=replace(config.optim, lr=1e-3, betas=(0.5, 0.9)))
     with pytest.raises(ConfigError) as caught:
         RunDirectory(changed)
@@ -370,9 +379,9 @@ def test_a_run_is_continued_only_unchanged(config, tmp_path):
         RunDirectory(resumed)
 
 
-def test_without_its_configuration_a_run_is_not_continued(config, tmp_path):
+def test_without_its_configuration_a_run_is_not_continued(config, tmp_path, device):
     with RunDirectory(config) as run:
-        _save(run.dir, 5)
+        _save(device, run.dir, 5)
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         RunDirectory(replace(config, run=replace(config.run, resume=True)))

@@ -51,6 +51,8 @@ from fusedrl.engine.stages.reward_model import train_reward_model
 from fusedrl.engine.stages.sft import train_sft
 from fusedrl.engine.watch.monitor import HeldOut
 
+pytestmark = [pytest.mark.cpu_only("bitwise resumption is promised on a CPU")]
+
 # A reward that draws from torch's generator: what is carried from step to step holds that as well.
 REWARD = '''
 import torch

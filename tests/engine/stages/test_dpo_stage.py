@@ -27,17 +27,27 @@ PAIRS = [{"prompt": f"w{i % 9}", "chosen": f"w{i % 13} " * (1 + i % 3) + "w1", "
 
 
 @pytest.fixture
-def config(tiny_model, tmp_path, write_jsonl):
-    return DPOConfig(model=str(tiny_model), data=write_jsonl("pairs.jsonl", PAIRS), eval_fraction=0.2, epochs=2, pairs_per_step=8, tokens_per_microbatch=60,
-                     optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / "run"), progress=False))
+def config(tiny_model, tmp_path, write_jsonl, device):
+    return DPOConfig(
+        model=str(tiny_model),
+        device=str(device),
+        dtype="float32",
+        data=write_jsonl("pairs.jsonl", PAIRS),
+        eval_fraction=0.2,
+        epochs=2,
+        pairs_per_step=8,
+        tokens_per_microbatch=60,
+        optim=OptimConfig(lr=3e-3, schedule="constant"),
+        run=RunConfig(dir=str(tmp_path / "run"), progress=False),
+    )
 
 
 def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def _weights(config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model").named_parameters()}
+def _weights(device, config):
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -87,25 +97,25 @@ def test_the_other_losses_train_too(config, loss):
         assert rows[0]["loss"] == pytest.approx(25.0, rel=1e-12)
 
 
-def _sums(model, tokenizer, row, side):
+def _sums(device, model, tokenizer, row, side):
     """Summed log-probability of an answer, in float64."""
     prompt = tokenizer(row["prompt"])["input_ids"]
     answer = [*tokenizer(row[side], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     with torch.no_grad():
-        logp = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        logp = model(torch.tensor([prompt + answer], device=device)).logits[0].log_softmax(-1)
     return sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer)), len(answer)
 
 
-def test_losses_are_those_of_transformers_in_float64(config):
+def test_losses_are_those_of_transformers_in_float64(config, device):
     train_dpo(replace(config, epochs=1))
     trained, start, tokenizer = Path(config.run.dir) / "model", config.model, AutoTokenizer.from_pretrained(config.model)
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (trained, start))
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).to(device) for path in (trained, start))
     rows = PAIRS[:7]
-    (w, nw), (l, _), (rw, _), (rl, _) = (zip(*(_sums(model, tokenizer, row, side) for row in rows), strict=True)
+    (w, nw), (l, _), (rw, _), (rl, _) = (zip(*(_sums(device, model, tokenizer, row, side) for row in rows), strict=True)
                                          for model in (ours, theirs) for side in ("chosen", "rejected"))
     h = [a - b - (c - d) for a, b, c, d in zip(w, rw, l, rl, strict=True)]
     likelihood = sum(-a / n for a, n in zip(w, nw, strict=True)) / len(rows)
-    actor, reference = (HybridActor.from_pretrained(path, device="cpu") for path in (trained, start))
+    actor, reference = (HybridActor.from_pretrained(path, dtype="float32", device=device) for path in (trained, start))
     pairs = read_pairs(Source(config.data), actor.tokenizer, (), 60, skip_bad_lines=False, rejects=Path("none"), tell=lambda text: None)[:7]
     for options, expected in (({}, lambda d: math.log1p(math.exp(-0.1 * d))), ({"loss": "ipo"}, lambda d: (d - 5) ** 2),
                               ({"loss": "hinge"}, lambda d: max(0.0, 1 - 0.1 * d)),
@@ -125,8 +135,9 @@ def test_the_micro_batch_split_does_not_change_the_gradient(config):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4)], ids=["full", "lora"])
-def test_resume_continues_bitwise(config, monkeypatch, lora):
+def test_resume_continues_bitwise(config, monkeypatch, lora, device):
     whole = replace(config, lora=lora, run=replace(config.run, save_every=2))
     train_dpo(whole)
     parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
@@ -137,7 +148,7 @@ def test_resume_continues_bitwise(config, monkeypatch, lora):
             train_dpo(parts)
     assert len(_metrics(parts)) == 3  # one step past the checkpoint: it is cut and done again
     train_dpo(replace(parts, run=replace(parts.run, resume=True)))
-    ours, theirs = _weights(whole), _weights(parts)
+    ours, theirs = _weights(device, whole), _weights(device, parts)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     a, b = ([{k: v for k, v in row.items() if not k.startswith(("timing/", "tokens_per_s", "mem/"))} for row in _metrics(c)] for c in (whole, parts))
     assert a == b
@@ -175,12 +186,12 @@ def test_pairs_of_a_ranked_list_weigh_one_together(tiny_model, write_jsonl):
     assert [pair.weight for pair in pairs] == pytest.approx([1 / 3] * 3 + [1.0])
 
 
-def test_weights_and_labels_stay_with_their_pairs(config):
+def test_weights_and_labels_stay_with_their_pairs(config, device):
     """A step of pairs of all lengths, labels and weights in micro-batches of their own, longest first, against one pair at a time."""
-    actor, reference = (HybridActor.from_pretrained(config.model, device="cpu") for _ in range(2))
+    actor, reference = (HybridActor.from_pretrained(config.model, dtype="float32", device=device) for _ in range(2))
     with torch.no_grad():
         for p in actor.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(device)
     pairs = [TokenPair([1] * (1 + i % 3), [4 + i] * (1 + 2 * i % 5), [9] * (1 + i), (1.0, 0.5, 0.0)[i % 3], 0.1 * i, 1.0 + i) for i in range(7)]
     alone = [evaluate(actor, Frozen(reference), [replace(pair, weight=1.0)], config) for pair in pairs]
     expected = sum(pair.weight * one["eval_loss"] for pair, one in zip(pairs, alone, strict=True)) / sum(pair.weight for pair in pairs)
@@ -224,13 +235,13 @@ def test_both_sides_of_a_pair_share_a_micro_batch():
     assert batch.lengths[2 * 5] == len(pairs[5].prompt) + len(pairs[5].chosen)
 
 
-def test_companions_do_not_change_a_pair(config):
-    actor = HybridActor.from_pretrained(config.model, device="cpu")
+def test_companions_do_not_change_a_pair(config, device):
+    actor = HybridActor.from_pretrained(config.model, dtype="float32", device=device)
     pairs = read_pairs(Source(config.data), actor.tokenizer, (2,), 60, skip_bad_lines=False, rejects=Path("none"), tell=lambda text: None)
-    reference = Frozen(HybridActor.from_pretrained(config.model, device="cpu"))
+    reference = Frozen(HybridActor.from_pretrained(config.model, dtype="float32", device=device))
     with torch.no_grad():
         for p in actor.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(device)
     whole = replace(config, tokens_per_microbatch=10_000)
     together = evaluate(actor, reference, pairs[:6], whole)["eval_loss"]
     apart = [evaluate(actor, reference, [pair], whole)["eval_loss"] for pair in reversed(pairs[:6])]

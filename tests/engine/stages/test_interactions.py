@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from tests.support.behaviour import POLICY, POLICY_OPTIONS, SFT_OPTIONS, cases, command, differences, furnish, read_run, run_case
 
+pytestmark = [pytest.mark.cpu_only("runs are held to bits, which is promised on a CPU")]
+
 REFUSED_ALONE = {"top_p": "top_p"}  # the trainer has the probabilities before truncation
 SAMPLES_DIFFER = {"bfloat16", "refill"}  # from the plain run's, in the first step already
 OFFSET = 7.0

@@ -12,7 +12,7 @@ from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.rewards.rewards import RewardError
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
-from fusedrl.kernels import faults
+from fusedrl.kernels.runtime import faults
 
 REWARDS = '''
 def likes_w3(prompts, completions, completion_ids, **columns):
@@ -69,8 +69,8 @@ def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def _weights(config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model").named_parameters()}
+def _weights(device, config):
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 def test_ratio_is_exactly_one_before_the_first_update(ppo):
@@ -101,15 +101,15 @@ def test_strict_runs_have_no_difference_at_all(ppo):
     assert rows[2]["kl"] > 1e-4
 
 
-def test_the_micro_batch_split_does_not_change_the_update(ppo):
+def test_the_micro_batch_split_does_not_change_the_update(ppo, device):
     # One rollout, one epoch: the same samples, cut differently. Later steps may sample differently and are not compared.
     results = []
     for name, tokens in (("whole", 10_000), ("cut", 25)):
         config = ppo(name=name, steps=1, epochs=1, minibatches=2, tokens_per_microbatch=tokens)
         train_policy(config)
-        results.append((_weights(config), _metrics(config)[0]))
+        results.append((_weights(device, config), _metrics(config)[0]))
     (whole, row), (cut, other) = results
-    start = {name: p.detach() for name, p in load_decoder(config.model).named_parameters()}
+    start = {name: p.detach() for name, p in load_decoder(config.model, dtype="float32", device=device).named_parameters()}
     moved = max((whole[n] - start[n]).abs().max().item() for n in whole)
     assert moved > 1e-3
     for name in whole:
@@ -118,7 +118,7 @@ def test_the_micro_batch_split_does_not_change_the_update(ppo):
 
 
 @pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
-def test_resume_continues_bitwise(ppo):
+def test_resume_continues_bitwise(ppo, device):
     whole = ppo(name="whole", steps=4, run=RunConfig(dir=ppo(name="whole").run.dir, save_every=1, progress=False),
                 kl=KLConfig(coef=0.1, target=0.5, horizon=50))
     train_policy(whole)
@@ -129,7 +129,7 @@ def test_resume_continues_bitwise(ppo):
             with pytest.raises(KeyboardInterrupt):
                 train_policy(parts)
         train_policy(replace(parts, run=replace(parts.run, resume=True)))
-        ours, theirs = _weights(whole), _weights(parts)
+        ours, theirs = _weights(device, whole), _weights(device, parts)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         for a, b in zip(_metrics(whole), _metrics(parts), strict=True):
             timing = {k for k in a if k.startswith(("timing/", "tokens_per_s", "mem/"))}
@@ -177,21 +177,21 @@ def test_what_a_kernel_reported_stops_the_step(ppo):
     faults.raise_faults()
 
 
-def test_what_comes_out_is_loadable(ppo):
+def test_what_comes_out_is_loadable(ppo, device):
     from transformers import AutoModelForCausalLM
     config = ppo(steps=1)
     result = train_policy(config)
-    actor = HybridActor.from_pretrained(result.model, value_head=True)
-    theirs = AutoModelForCausalLM.from_pretrained(result.model)
-    ids = torch.tensor([[1, 5, 6, 7]])
+    actor = HybridActor.from_pretrained(result.model, value_head=True, dtype="float32", device=device)
+    theirs = AutoModelForCausalLM.from_pretrained(result.model).to(device)
+    ids = torch.tensor([[1, 5, 6, 7]], device=device)
     from fusedrl.engine.base.packing import PackedBatch
-    batch = PackedBatch.from_sequences([([1, 5, 6, 7], [])])
+    batch = PackedBatch.from_sequences([([1, 5, 6, 7], [])], device=device)
     ours = actor.forward(batch) @ actor.decoder.head_weight.T
     torch.testing.assert_close(ours, theirs(ids).logits[0], rtol=1e-4, atol=1e-4)
     assert actor.value_head.weight.abs().sum() > 0  # it was trained, saved and read back
 
 
-def test_a_run_directory_is_one_run(ppo):
+def test_a_run_directory_is_one_run(ppo, device):
     from fusedrl.engine.base.errors import ConfigError
     config = ppo(steps=1)
     train_policy(config)
@@ -200,9 +200,9 @@ def test_a_run_directory_is_one_run(ppo):
     changed = replace(config, loss=LossConfig(lam=0.5), run=replace(config.run, resume=True))
     with pytest.raises(ConfigError, match="lam"):
         train_policy(changed)
-    before = _weights(config)
+    before = _weights(device, config)
     train_policy(replace(config, run=replace(config.run, resume=True)))  # finished already: nothing changes
-    assert all(torch.equal(before[name], p) for name, p in _weights(config).items())
+    assert all(torch.equal(before[name], p) for name, p in _weights(device, config).items())
     assert len(_metrics(config)) == 1
 
 

@@ -33,13 +33,22 @@ def same(prompts, completions, completion_ids, **columns):
 
 
 @pytest.fixture
-def config(tiny_model, tmp_path, write_jsonl):
+def config(tiny_model, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
 
     def make(reward="likes_w3", name="run", **options):
-        defaults = dict(steps=3, prompts_per_step=6, samples_per_prompt=4, tokens_per_microbatch=60, generation=GenerationConfig(max_new_tokens=8),
-                        optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False))
+        defaults = dict(
+            device=str(device),
+            dtype="float32",
+            steps=3,
+            prompts_per_step=6,
+            samples_per_prompt=4,
+            tokens_per_microbatch=60,
+            generation=GenerationConfig(max_new_tokens=8),
+            optim=OptimConfig(lr=3e-3, schedule="constant"),
+            run=RunConfig(dir=str(tmp_path / name), progress=False),
+        )
         return RejectionConfig(model=str(tiny_model), data=data, reward=(f"{tmp_path / 'rewards.py'}:{reward}",), **(defaults | options))
 
     return make
@@ -49,18 +58,20 @@ def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def _weights(config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model").named_parameters()}
+def _weights(device, config):
+    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
 
 
 # ---- what is kept --------------------------------------------------------------------------------------------------------------
-def _rollout(scores, groups):
-    batch = PackedBatch.from_sequences(([1], [2]) for _ in scores).with_columns(scores=torch.tensor(scores), group_ids=torch.tensor(groups))
+def _rollout(device, scores, groups):
+    batch = PackedBatch.from_sequences((([1], [2]) for _ in scores), device=device).with_columns(
+        scores=torch.tensor(scores, device=device), group_ids=torch.tensor(groups, device=device)
+    )
     return Rollout(batch, [], [], {})
 
 
-def test_the_best_of_each_prompt_are_kept():
-    found = _rollout([1.0, 3.0, 3.0, 0.5, -2.0, -1.0, 7.0], [5, 5, 5, 5, 9, 9, 2])
+def test_the_best_of_each_prompt_are_kept(device):
+    found = _rollout(device, [1.0, 3.0, 3.0, 0.5, -2.0, -1.0, 7.0], [5, 5, 5, 5, 9, 9, 2])
     assert best(found, 1, None) == [1, 5, 6]  # of equal scores the first
     assert best(found, 2, None) == [1, 2, 4, 5, 6]
     assert best(found, 4, None) == [0, 1, 2, 3, 4, 5, 6]
@@ -129,8 +140,9 @@ def test_the_micro_batch_split_does_not_change_the_update(config):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+@pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4)], ids=["full", "lora"])
-def test_resume_continues_bitwise(config, lora):
+def test_resume_continues_bitwise(config, lora, device):
     def of(name):
         made = config(name=name, steps=4, keep=2, minibatches=2, epochs=2, lora=lora)
         return replace(made, run=replace(made.run, save_every=1))
@@ -143,7 +155,7 @@ def test_resume_continues_bitwise(config, lora):
         with pytest.raises(KeyboardInterrupt):
             train_rejection(parts)
     train_rejection(replace(parts, run=replace(parts.run, resume=True)))
-    ours, theirs = _weights(whole), _weights(parts)
+    ours, theirs = _weights(device, whole), _weights(device, parts)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     a, b = ([{k: v for k, v in row.items() if not k.startswith(("timing/", "tokens_per_s", "mem/"))} for row in _metrics(c)] for c in (whole, parts))
     assert a == b
@@ -151,7 +163,7 @@ def test_resume_continues_bitwise(config, lora):
     assert (Path(whole.run.dir) / "adapter").is_dir() is (lora is not None)
 
 
-def test_prompts_without_a_good_sample_are_skipped_and_empty_rounds_train_nothing(config):
+def test_prompts_without_a_good_sample_are_skipped_and_empty_rounds_train_nothing(config, device):
     some = config(name="some", keep=4, min_score=1.0)
     train_rejection(some)
     rows = _metrics(some)
@@ -159,12 +171,12 @@ def test_prompts_without_a_good_sample_are_skipped_and_empty_rounds_train_nothin
     assert all(row["kept/reward"] >= 1.0 for row in rows if row["updates"])
     none = config(name="none", keep=4, min_score=100.0, steps=2)
     train_rejection(none)
-    start = {name: p.detach() for name, p in load_decoder(none.model).named_parameters()}
+    start = {name: p.detach() for name, p in load_decoder(none.model, dtype="float32", device=device).named_parameters()}
     for row in _metrics(none):
         assert (row["updates"], row["kept/fraction"], row["kept/prompts_skipped"]) == (0.0, 0.0, 6.0)
         assert "loss" not in row
         assert "kept/reward" not in row
-    assert all(torch.equal(start[name], p) for name, p in _weights(none).items())
+    assert all(torch.equal(start[name], p) for name, p in _weights(device, none).items())
 
 
 def test_invalid_rewards(config):

@@ -28,9 +28,19 @@ PAIRS = [{"prompt": f"w{i % 9}", "chosen": f"w{i % 13} " * (1 + i % 3) + "w1", "
 
 
 @pytest.fixture
-def config(tiny_model, tmp_path, write_jsonl):
-    return RewardModelConfig(model=str(tiny_model), data=write_jsonl("pairs.jsonl", PAIRS), eval_fraction=0.2, epochs=6, pairs_per_step=12,
-                             tokens_per_microbatch=60, optim=OptimConfig(lr=1e-2), run=RunConfig(dir=str(tmp_path / "run"), progress=False))
+def config(tiny_model, tmp_path, write_jsonl, device):
+    return RewardModelConfig(
+        model=str(tiny_model),
+        device=str(device),
+        dtype="float32",
+        data=write_jsonl("pairs.jsonl", PAIRS),
+        eval_fraction=0.2,
+        epochs=6,
+        pairs_per_step=12,
+        tokens_per_microbatch=60,
+        optim=OptimConfig(lr=1e-2),
+        run=RunConfig(dir=str(tmp_path / "run"), progress=False),
+    )
 
 
 def _metrics(config):
@@ -47,22 +57,22 @@ def test_learns_what_is_preferred(config):
     assert rows[0]["loss"] > 5 * rows[-1]["loss"]
 
 
-def test_scores_are_the_same_everywhere_it_is_loaded(config):
+def test_scores_are_the_same_everywhere_it_is_loaded(config, device):
     result = train_reward_model(config)
     ours = load_reward_model(result.model)
-    theirs = AutoModelForSequenceClassification.from_pretrained(result.model)
+    theirs = AutoModelForSequenceClassification.from_pretrained(result.model).to(device)
     sequences = [[1, 5, 6, 5, 2], [1, 7, 2], [1, 4, 4, 4, 4, 4, 6, 2]]
-    scores = ours(PackedBatch.from_sequences((ids, []) for ids in sequences)) + ours.shift
+    scores = ours(PackedBatch.from_sequences(((ids, []) for ids in sequences), device=device)) + ours.shift
     for ids, score in zip(sequences, scores, strict=True):
-        torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0, 0], score, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(theirs(torch.tensor([ids], device=device)).logits[0, 0], score, rtol=1e-4, atol=1e-4)
 
 
-def test_normalised_so_that_chosen_answers_score_zero_on_average(config):
+def test_normalised_so_that_chosen_answers_score_zero_on_average(config, device):
     whole = replace(config, eval_fraction=0.0, epochs=1)
     result = train_reward_model(whole)
     model = load_reward_model(result.model)
     vocabulary = {f"w{i}": i + 4 for i in range(28)}
-    batch = PackedBatch.from_sequences(([1, vocabulary[row["prompt"]]], [*(vocabulary[w] for w in row["chosen"].split()), 2]) for row in PAIRS)
+    batch = PackedBatch.from_sequences((([1, vocabulary[row["prompt"]]], [*(vocabulary[w] for w in row["chosen"].split()), 2]) for row in PAIRS), device=device)
     assert model(batch).mean().item() == pytest.approx(0.0, abs=1e-4)
     assert result.accuracy != result.accuracy  # nothing was held out: no figure is made up
 
@@ -144,15 +154,15 @@ MIXED = [Comparison([1, 5, 6], ([7, 8, 2], [9, 2]), (1, 2), margin=0.4), Compari
          Comparison([1, 11], ([12, 2], [13, 14, 15, 2]), (1, 2), label=0.5, weight=2.0), Comparison([1], ([20, 2], [21, 2]), (2, 1))]
 
 
-def in_float64(directory, head, comparisons, config):
+def in_float64(device, directory, head, comparisons, config):
     """The loss and the gradients of embedding, vocabulary head and reward head, by transformers, a sequence at a time, from the definitions."""
-    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
+    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").to(device)
     vocabulary = peer.get_output_embeddings().weight.detach().clone().requires_grad_()
     w = head.double().clone().requires_grad_()
     ranking = centre = likelihood = 0.0
     tokens = 0
     for c in comparisons:
-        hidden = [peer.model(torch.tensor([c.prompt + y])).last_hidden_state[0] for y in c.completions]
+        hidden = [peer.model(torch.tensor([c.prompt + y], device=device)).last_hidden_state[0] for y in c.completions]
         r = [(h[-1] * w[0]).sum() for h in hidden]
         pairs = [(i, j) for i in range(len(r)) for j in range(len(r)) if c.ranks[i] < c.ranks[j]]
         for i, j in pairs:
@@ -172,17 +182,17 @@ def in_float64(directory, head, comparisons, config):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients_are_the_definition(config, tiny_model, tmp_path, tied):
+def test_loss_and_gradients_are_the_definition(config, tiny_model, tmp_path, tied, device):
     directory = tiny_model
     if not tied:
         directory = tmp_path / "untied"
         raw = json.loads((tiny_model / "config.json").read_text()) | {"tie_word_embeddings": False, "initializer_range": 0.2}
-        save_pretrained(Decoder.random(model_config(raw), seed=3), directory, tokenizer=load_tokenizer(tiny_model))
+        save_pretrained(Decoder.random(model_config(raw), seed=3, device=device), directory, tokenizer=load_tokenizer(tiny_model))
     full = replace(config, model=str(directory), label_noise=0.15, center_coef=0.05, imitation_coef=0.7)
     for tokens in (1, 20, 1000):
         model, _ = new_model(replace(full, tokens_per_microbatch=tokens))
         metrics = gradients(Update(), model, MIXED, replace(full, tokens_per_microbatch=tokens))
-        loss, embedding, vocabulary, head = in_float64(directory, model.head.weight.detach(), MIXED, full)
+        loss, embedding, vocabulary, head = in_float64(device, directory, model.head.weight.detach(), MIXED, full)
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
         ours = model.lm_head if tied else model.decoder.head
         for found, expected in ((model.decoder.embedding.grad, embedding), (ours.grad, vocabulary), (model.head.weight.grad, head)):
@@ -272,14 +282,14 @@ def test_the_second_head_learns_to_write_and_stays_at_home(config):
     assert not torch.equal(checkpoint["lm_head"], checkpoint["decoder.embedding"])
 
 
-def test_without_a_second_head_there_is_nothing_to_imitate_with(config):
+def test_without_a_second_head_there_is_nothing_to_imitate_with(config, device):
     model, _ = new_model(config)
-    batch = PackedBatch.from_sequences([([1], [2])])
+    batch = PackedBatch.from_sequences([([1], [2])], device=device)
     with pytest.raises(ValueError, match="build the model with imitation=True"):
         model.imitation_logp(batch, model.hidden(batch))
 
 
-def test_adapters_are_merged_where_it_is_exported(config, tiny_model, monkeypatch):
+def test_adapters_are_merged_where_it_is_exported(config, tiny_model, monkeypatch, device):
     kept = []
     monkeypatch.setattr("fusedrl.engine.stages.reward_model.save_reward_model", lambda model, *a, **k: kept.append(model) or save_reward_model(model, *a, **k))
     result = train_reward_model(replace(config, lora=LoRAConfig(rank=4, alpha=8.0), optim=OptimConfig(lr=2e-2), normalize="mean_std"))
@@ -288,7 +298,7 @@ def test_adapters_are_merged_where_it_is_exported(config, tiny_model, monkeypatc
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "head.weight" in trained
     assert all(name == "head.weight" or ".lora." in name for name in trained)
-    batch = PackedBatch.from_sequences((ids, []) for ids in ([1, 5, 6, 5, 2], [1, 7, 2], [1, 4, 4, 4, 4, 4, 6, 2]))
+    batch = PackedBatch.from_sequences(((ids, []) for ids in ([1, 5, 6, 5, 2], [1, 7, 2], [1, 4, 4, 4, 4, 4, 6, 2])), device=device)
     with torch.no_grad():
         unmerged = model(batch)
         torch.testing.assert_close(load_reward_model(result.model)(batch), unmerged, rtol=1e-5, atol=1e-5)
@@ -299,17 +309,17 @@ def test_adapters_are_merged_where_it_is_exported(config, tiny_model, monkeypatc
 
 
 # ---- normalisation ----------------------------------------------------------------------------------------------------------------
-def _best_scores(model, rows):
+def _best_scores(device, model, rows):
     vocabulary = {f"w{i}": i + 4 for i in range(28)}
-    batch = PackedBatch.from_sequences(([1, vocabulary[row["prompt"]]], [*(vocabulary[w] for w in row["chosen"].split()), 2]) for row in rows)
+    batch = PackedBatch.from_sequences((([1, vocabulary[row["prompt"]]], [*(vocabulary[w] for w in row["chosen"].split()), 2]) for row in rows), device=device)
     with torch.no_grad():
         return model(batch).double()
 
 
 @pytest.mark.parametrize("normalize", ["none", "mean", "mean_std"])
-def test_normalisation(config, normalize):
+def test_normalisation(config, normalize, device):
     result = train_reward_model(replace(config, eval_fraction=0.0, epochs=2, normalize=normalize))
-    scores = _best_scores(load_reward_model(result.model), PAIRS)
+    scores = _best_scores(device, load_reward_model(result.model), PAIRS)
     if normalize == "none":
         assert "score_shift" not in result.metrics
         assert abs(scores.mean()) > 0.01
@@ -318,10 +328,10 @@ def test_normalisation(config, normalize):
         assert (scores.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)) == (normalize == "mean_std")
 
 
-def test_scaling_changes_no_order(config):
+def test_scaling_changes_no_order(config, device):
     plain, scaled = (train_reward_model(replace(config, normalize=n, run=replace(config.run, dir=config.run.dir + n))) for n in ("none", "mean_std"))
     assert plain.accuracy == scaled.accuracy
-    a, b = (_best_scores(load_reward_model(r.model), PAIRS) for r in (plain, scaled))
+    a, b = (_best_scores(device, load_reward_model(r.model), PAIRS) for r in (plain, scaled))
     torch.testing.assert_close((a - a.mean()) / (a - a.mean()).norm(), (b - b.mean()) / (b - b.mean()).norm(), atol=1e-5, rtol=1e-4)
 
 
@@ -375,7 +385,7 @@ def test_flipped_labels_are_found_by_the_other_folds(config, write_jsonl):
 
 
 @pytest.mark.full
-def test_the_noise_likelihood_says_the_true_probabilities_better(config, write_jsonl):
+def test_the_noise_likelihood_says_the_true_probabilities_better(config, write_jsonl, device):
     """5,000 pairs labelled by Bradley and Terry from known scores, three in ten flipped, one pass: against the true probabilities of fresh pairs."""
     draw = random.Random(0)
 
@@ -393,7 +403,7 @@ def test_the_noise_likelihood_says_the_true_probabilities_better(config, write_j
         rows.append({"prompt": words(prompt), "chosen": words(a if better else b), "rejected": words(b if better else a)})
     fresh = [pair() for _ in range(1000)]
     asked = [Comparison([1, *(i + 4 for i in prompt)], ([*(i + 4 for i in a), 2], [*(i + 4 for i in b), 2]), (1, 2)) for prompt, a, b, _ in fresh]
-    truth = torch.sigmoid(torch.tensor([gap for *_, gap in fresh], dtype=torch.float64))
+    truth = torch.sigmoid(torch.tensor([gap for *_, gap in fresh], dtype=torch.float64, device=device))
     errors = {}
     for noise in (0.0, 0.3):
         result = train_reward_model(replace(config, data=write_jsonl("rater.jsonl", rows), epochs=1, pairs_per_step=32, tokens_per_microbatch=4096,

@@ -18,24 +18,33 @@ ROWS = [{"prompt": f"w{i % 7} w{i % 5}", "completion": " ".join(f"w{(i + j) % 28
 
 
 @pytest.fixture
-def config(tiny_model, tmp_path, write_jsonl):
-    return SFTConfig(model=str(tiny_model), data=write_jsonl("sft.jsonl", ROWS), epochs=2, sequences_per_step=8, tokens_per_microbatch=40,
-                     optim=OptimConfig(lr=1e-2, schedule="constant"), run=RunConfig(dir=str(tmp_path / "run"), progress=False))
+def config(tiny_model, tmp_path, write_jsonl, device):
+    return SFTConfig(
+        model=str(tiny_model),
+        device=str(device),
+        dtype="float32",
+        data=write_jsonl("sft.jsonl", ROWS),
+        epochs=2,
+        sequences_per_step=8,
+        tokens_per_microbatch=40,
+        optim=OptimConfig(lr=1e-2, schedule="constant"),
+        run=RunConfig(dir=str(tmp_path / "run"), progress=False),
+    )
 
 
 def _metrics(config):
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_first_loss_is_the_cross_entropy_of_the_completions(config):
+def test_first_loss_is_the_cross_entropy_of_the_completions(config, device):
     whole = replace(config, epochs=1, sequences_per_step=len(ROWS))
     train_sft(whole)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(config.model), AutoTokenizer.from_pretrained(config.model)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(config.model).to(device), AutoTokenizer.from_pretrained(config.model)
     total, count = 0.0, 0
     for row in ROWS:
         prompt = tokenizer(row["prompt"])["input_ids"]
         completion = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        logp = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+        logp = model(torch.tensor([prompt + completion], device=device)).logits[0].double().log_softmax(-1)
         total -= sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion))
         count += len(completion)
     assert _metrics(whole)[0]["loss"] == pytest.approx(total / count, rel=1e-5)
@@ -74,8 +83,9 @@ def test_held_out_loss_while_training(config):
         replace(config, eval_every=3)
 
 
+@pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
 @pytest.mark.parametrize("data", ["{}", "{}@3,prompt-completion:{}@1"])
-def test_resume_continues_bitwise(config, monkeypatch, data):
+def test_resume_continues_bitwise(config, monkeypatch, data, device):
     whole = replace(config, data=data.format(*[config.data] * 2), run=replace(config.run, save_every=2))
     train_sft(whole)
     parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
@@ -86,7 +96,7 @@ def test_resume_continues_bitwise(config, monkeypatch, data):
             train_sft(parts)
     assert len(_metrics(parts)) == 3  # one step past the checkpoint: it is cut and done again
     train_sft(replace(parts, run=replace(parts.run, resume=True)))
-    ours, theirs = (dict(load_decoder(Path(c.run.dir) / "model").named_parameters()) for c in (whole, parts))
+    ours, theirs = (dict(load_decoder(Path(c.run.dir) / "model", dtype="float32", device=device).named_parameters()) for c in (whole, parts))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [r["loss"] for r in _metrics(whole)] == [r["loss"] for r in _metrics(parts)]
 
@@ -115,7 +125,7 @@ def test_end_of_text_is_the_models_or_the_tokenizers(tiny_model):
         end_of_text(None, ())
 
 
-def test_every_turn_of_a_conversation_is_learnt_where_asked_for(config, tiny_model, tmp_path, write_jsonl):
+def test_every_turn_of_a_conversation_is_learnt_where_asked_for(config, tiny_model, tmp_path, write_jsonl, device):
     chat = tmp_path / "chat"
     shutil.copytree(tiny_model, chat)
     settings = json.loads((chat / "tokenizer_config.json").read_text())
@@ -130,5 +140,5 @@ def test_every_turn_of_a_conversation_is_learnt_where_asked_for(config, tiny_mod
     ids = [words[word] for word in ("w1", "w3", "</s>", "w2", "w4", "w5", "</s>", "w1", "w6", "</s>", "w2", "w7", "</s>")]
     learnt = [4, 5, 6, 11, 12]
     with torch.no_grad():
-        logp = AutoModelForCausalLM.from_pretrained(chat)(torch.tensor([ids])).logits.log_softmax(-1)[0]
+        logp = AutoModelForCausalLM.from_pretrained(chat).to(device)(torch.tensor([ids], device=device)).logits.log_softmax(-1)[0]
     assert _metrics(config)[0]["loss"] == pytest.approx(-sum(logp[i - 1, ids[i]].item() for i in learnt) / len(learnt), rel=1e-5)

@@ -7,7 +7,9 @@ import torch
 
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.tools import doctor
-from fusedrl.kernels import attention, attention_verify, dispatch, logprob, native
+from fusedrl.kernels import attention, logprob
+from fusedrl.kernels.attention import _trial as attention_verify
+from fusedrl.kernels.runtime import dispatch, native
 
 
 def told(capsys, *options, code=0):

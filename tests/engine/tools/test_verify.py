@@ -17,13 +17,13 @@ from fusedrl.engine.tools.verify.catalogue import CATALOGUE
 from fusedrl.engine.tools.verify.grid import examine
 from fusedrl.engine.tools.verify.ops import small_tiles, time_op
 from fusedrl.engine.tools.verify.promises import PROMISES
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 CPU = torch.device("cpu")
 PLANTED = '''
 import ctypes, time, torch
 from fusedrl.engine.tools.verify.grid import Bound, Entry, Problem
-from fusedrl.kernels.dispatch import CannotServe, Implementations
+from fusedrl.kernels.runtime.dispatch import CannotServe, Implementations
 
 calls = 0
 

@@ -15,6 +15,8 @@ from fusedrl.engine.tools.verify.grid import oracle, run
 from fusedrl.engine.tools.verify.ops import try_op
 from fusedrl.kernels import sampling
 
+pytestmark = [pytest.mark.cpu_only("definitions are of float64 on the host")]
+
 CPU = torch.device("cpu")
 SOURCES = sorted(Path(definitions.__file__).parent.glob("*.py"))
 
@@ -108,7 +110,7 @@ def scaled(function):
     return lambda *arguments, **named: _scaled(function(*arguments, **named))
 
 
-# op -> (module, function of the torch implementation, what goes wrong in it)
+# op -> (module of kernels, or one with dots; function of the torch implementation; what goes wrong in it)
 FAULTS = {
     "logprob": ("logprob", "logprob_reference", scaled),
     "full_kl": ("full_kl", "_log_softmax", scaled),
@@ -136,7 +138,7 @@ FAULTS = {
     "swiglu": ("swiglu", "swiglu_reference", scaled),
     "varlen_attention": ("attention", "_padded", scaled),
     "fixed_linear": ("fixed_linear", "fixed_linear_reference", scaled),
-    "decode_step": ("decode_step", "paged_attention_reference", scaled),
+    "decode_step": ("fusedrl.engine.model.step", "paged_attention_reference", scaled),
     "paged_attention": ("paged_attention", "paged_attention_reference", scaled),
     "rope_and_cache": ("kv_cache", "rope_reference", scaled),
 }
@@ -151,7 +153,7 @@ def test_all_that_have_a_torch_implementation_have_a_fault():
 def test_a_fault_in_torch_is_told_of_torch(monkeypatch, op):
     """And of nothing else: the C++ of the op is as right as it was."""
     module, name, wrong = FAULTS[op]
-    module = importlib.import_module(f"fusedrl.kernels.{module}")
+    module = importlib.import_module(module if "." in module else f"fusedrl.kernels.{module}")
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     faulty = try_op(CATALOGUE[op], "torch", CPU, cases=2)
     assert faulty["state"] == "FAIL", faulty

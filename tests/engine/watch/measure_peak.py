@@ -52,7 +52,7 @@ def step(sizes: dict[str, Any], config: PolicyConfig, cache: CacheConfig, steps:
         outs = actor.generate(prompts, SamplingParams(max_new_tokens=half, seed=number))
         rollout = resident("VmHWM")
         batch = PackedBatch.from_completions(prompts, outs)
-        cuts = policy._cuts(batch, config, number, 0)
+        cuts = policy.cuts_of(batch, config, number, 0)
         batch = policy.score(actor, reference, batch, cuts, 1.0)
         noise = torch.randn(2, batch.num_tokens)
         batch = batch.with_columns(advantages=noise[0], returns=noise[1], scores=torch.zeros(batch.num_sequences))

@@ -274,13 +274,14 @@ def test_a_file_of_options(tmp_path):
 
 def test_the_tails_of_the_ratio_are_of_the_last_pass(make, monkeypatch):
     seen = []
-    original = policy.objective_loss
+    original = policy.head_loss
 
-    def objective_loss(config, objective, kl_coef, micro, logp, *rest, **options):
-        seen.append((logp.detach() - micro.old_logp)[micro.action_mask].double().exp())
-        return original(config, objective, kl_coef, micro, logp, *rest, **options)
+    def head_loss(config, objective, kl_coef, micro, *rest, **options):
+        found = original(config, objective, kl_coef, micro, *rest, **options)
+        seen.append((found.logp - micro.old_logp)[micro.action_mask].double().exp())
+        return found
 
-    monkeypatch.setattr(policy, "objective_loss", objective_loss)
+    monkeypatch.setattr(policy, "head_loss", head_loss)
     config = make("ppo", steps=1, epochs=2, minibatches=2, samples_per_prompt=6, tokens_per_microbatch=10_000, evaluation=False, optim=OptimConfig(lr=3e-2))
     train_policy(config)
     (row,) = _rows(config)

@@ -21,7 +21,7 @@ from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.optim.adamw import make_optimizer
 from fusedrl.engine.policy.critic import SeparateCritic
 from fusedrl.engine.watch.plan import Planner, cache_for, parse_memory, plan
-from fusedrl.kernels import native
+from fusedrl.kernels.runtime import native
 
 needs_kernels = pytest.mark.skipif(not native.capability, reason="the native extension is not built")
 SIZES = {"vocab_size": 90, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,

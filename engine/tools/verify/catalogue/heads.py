@@ -145,12 +145,14 @@ def _linear_policy_problem(case: SimpleNamespace, generator: torch.Generator) ->
 
 
 def _linear_policy(x: dict, s: dict, impl: str | None) -> Tensors:
-    return stats_of(*linear_policy_loss.linear_policy_loss(**x, **s, impl=impl))
+    found = linear_policy_loss.linear_policy_loss(**x, **s, impl=impl)
+    return stats_of(found.loss, found.stats) | {"logp": found.logp, "entropy": found.entropy}
 
 
 def _linear_policy_definition(x: dict, s: dict) -> Tensors:
     s = {name: value for name, value in s.items() if name != "workspace_bytes"}
-    return defined_stats(*definitions.linear_policy_loss(**{"bias": None} | s | x))
+    *loss, logp, entropy = definitions.linear_policy_loss(**{"bias": None} | s | x)
+    return defined_stats(*loss) | {"logp": logp, "entropy": entropy}
 
 
 def _linear_policy_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from fusedrl.engine.model import layer, step
 from fusedrl.engine.tools.verify import definitions
 from fusedrl.engine.tools.verify.grid import EPS, Bound, Entry, Problem, Tensors
-from fusedrl.kernels import attention, decode_step, fixed_linear, rms_norm, rope, swiglu
+from fusedrl.kernels import attention, fixed_linear, rms_norm, rope, swiglu
 
 from .common import BF16, F16, F32, FLOATS, floats, laid_out, no_worse, peer_of, uniform
 
@@ -175,20 +176,20 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
         return rand(size) if present else None
 
     q_heads, k_heads = (heads, kv_heads) if family["together"] else (1, 1)
-    layers = tuple(decode_step.LayerWeights(
+    layers = tuple(layer.LayerWeights(
         norm(H, family["before"]), rand((heads + 2 * kv_heads) * D, H), bias((heads + 2 * kv_heads) * D, case.bias), norm(q_heads * D, case.bias),
         norm(k_heads * D, case.bias), rand(H, heads * D), bias(H, case.bias), norm(H, family["before"]), rand(up, H), bias(up, case.bias),
         rand(H, F), bias(H, case.bias), case.window, norm(H, family["behind"]), norm(H, family["behind"]), at, bias(H, family["layer_norm"]),
         bias(H, family["layer_norm"])) for at in family["ropes"])
     embedding, pairs = rand(V, H), family["pairs"]
-    weights = decode_step.DecoderWeights(
+    weights = step.DecoderWeights(
         embedding, layers, norm(H), embedding, rope.RopeTable(1.0 / 100.0 ** (torch.arange(pairs) / pairs)), heads, kv_heads, D, 1e-5,
-        decode_step.Options(**family["options"]), rand(64, H) if family["learned"] else None, bias(H, family["layer_norm"]))
+        layer.Options(**family["options"]), rand(64, H) if family["learned"] else None, bias(H, family["layer_norm"]))
     if case.adapter:
         q, kv = heads * D, kv_heads * D
         slices = ((0, 0, q), (0, q + kv, kv), (1, 0, H), (2, up - F, F), (3, 0, H))
         adapters = tuple((rand(6, H), rand(q + kv, 3), rand(3, q), rand(H, 3), rand(3, H), rand(F, 3), rand(3, F), rand(H, 3)) for _ in range(L))
-        weights = weights._replace(adapter=decode_step.Adapter(adapters, slices, 0.5))
+        weights = weights._replace(adapter=step.Adapter(adapters, slices, 0.5))
     # Every sequence from its first position, its tokens in one call; blocks dealt out at random, the rest of the table and of the cache wild.
     positions = torch.cat([torch.arange(n) for n in case.lengths]) if case.lengths else torch.zeros(0, dtype=torch.int64)
     rows = torch.repeat_interleave(torch.arange(len(case.lengths)), torch.tensor(case.lengths, dtype=torch.int64))
@@ -198,7 +199,7 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
     for b, count in enumerate(needed):
         table[b, :count] = deal[at:at + count]
         at += count
-    k_cache, v_cache = decode_step.allocate_cache(weights, sum(needed) + 2, S)
+    k_cache, v_cache = step.allocate_cache(weights, sum(needed) + 2, S)
     x = {"token_ids": torch.randint(0, V, (len(positions),), generator=generator), "positions": positions, "rows": rows, "block_table": table,
          "k_cache": k_cache.fill_(math.nan), "v_cache": v_cache.fill_(math.nan), "out_slots": torch.arange(len(positions))[::2].contiguous()}
     return Problem(x, {"weights": weights})
@@ -206,7 +207,7 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
 
 def _decode(x: dict, s: dict, impl: str | None) -> Tensors:
     """Also the caches: what was not written is still NaN."""
-    return {"hidden": decode_step.decode_step(s["weights"], **x, impl=impl), "k_cache": x["k_cache"], "v_cache": x["v_cache"]}
+    return {"hidden": step.decode_step(s["weights"], **x, impl=impl), "k_cache": x["k_cache"], "v_cache": x["v_cache"]}
 
 
 def _decode_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
@@ -218,7 +219,7 @@ def _decode_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
 
 
 DECODE_STEP = Entry(
-    "decode_step", decode_step._IMPLS,
+    "decode_step", step._IMPLS,
     {"lengths": ((5, 1, 20), (), (1,), (33, 2), (1,) * 33), "bias": (True, False), "window": (0, 3, 17), "adapter": (False, True), "family": tuple(_FAMILIES),
      "dtype": (F32, BF16)},
     _decode_problem, _decode, lambda x, s: definitions.decode_step(**x, **s), _decode_bounds,

@@ -123,10 +123,10 @@ def linear_full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weigh
 
 def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_logp: Tensor, advantages: Tensor,
                        weights: Tensor, bias: Tensor | None, temperature: float | Tensor,
-                       **settings: Any) -> tuple[Tensor, Columns]:
-    """`policy_loss` of what the head says of the tokens; the rest of the arguments is its own."""
+                       **settings: Any) -> tuple[Tensor, Columns, Tensor, Tensor]:
+    """`policy_loss` of what the head says of the tokens, and what it says; the rest of the arguments is its own."""
     logp, entropy = _head_rows(weights != 0, hidden, weight, token_ids, bias, temperature, None)
-    return policy_loss(logp, old_logp, advantages, weights, entropy=entropy, **settings)
+    return *policy_loss(logp, old_logp, advantages, weights, entropy=entropy, **settings), logp, entropy
 
 
 # ---- sampling -----------------------------------------------------------------------------------------------------
