@@ -19,7 +19,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*/* cs
 demo: venv
 	$(VENV)/bin/fusedrl demo
 
-test: venv
+test: lint types
 	$(RUN) -m pytest -n 2 -m "not full and not real" tests
 
 test-full: venv
@@ -27,11 +27,13 @@ test-full: venv
 
 lint: venv
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check -q .
 
 types: venv
 	$(VENV)/bin/mypy -p fusedrl.kernels -p fusedrl.engine
 
-# The pages of docs/ and an API reference, in build/site. The extra `docs` is part of `make venv` (10 s), so that `make test` builds the site, too (10 s).
+# The pages of docs/ and an API reference, in build/site. The extra `docs` is part of `make venv`
+# (10 s), so that `make test` builds the site, too (10 s).
 docs: venv
 	$(VENV)/bin/mkdocs build --strict
 

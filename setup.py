@@ -1,12 +1,16 @@
-"""Builds the native CPU kernels once per vector capability; everything declarative is in pyproject.toml.
+"""Builds the native CPU kernels once per vector capability; everything declarative is in
+pyproject.toml.
 
-Three extensions from the same sources, because one Extension cannot carry per-file flags and objects built with wider
-vectors must not share a library with those that are not: `fusedrl.kernels._C_default`, `_C_avx2`, `_C_avx512`.
-`kernels/runtime/native.py` imports the one that fits the processor. Without a C++ compiler the install succeeds and says what is slower.
+Three extensions from the same sources, because one Extension cannot carry per-file flags and
+objects built with wider vectors must not share a library with those that are not:
+`fusedrl.kernels._C_default`, `_C_avx2`, `_C_avx512`. `kernels/runtime/native.py` imports the one
+that fits the processor. Without a C++ compiler the install succeeds and says what is slower.
 
-A wheel travels and has all three. A build in place (`pip install -e .`, `setup.py build_ext --inplace`) stays where it is and has the one that
-this processor runs. Two thirds of a file's compilation are torch's headers, so a build parses those once (csrc/cpu/include/precompiled.h).
+A wheel travels and has all three. A build in place (`pip install -e .`, `setup.py build_ext
+--inplace`) stays where it is and has the one that this processor runs. Two thirds of a file's
+compilation are torch's headers, so a build parses those once (csrc/cpu/include/precompiled.h).
 """
+
 import platform
 import runpy
 import shutil
@@ -19,10 +23,14 @@ from setuptools.command.build_py import build_py
 CAPABILITIES = {"default": ("DEFAULT", [])}
 if platform.machine() in ("x86_64", "AMD64"):
     CAPABILITIES["avx2"] = ("AVX2", ["-mavx2", "-mfma", "-mf16c"])
-    CAPABILITIES["avx512"] = ("AVX512", ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"])
+    CAPABILITIES["avx512"] = (
+        "AVX512",
+        ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    )
 
-# `src` goes on sys.path as it is when this is installed in place, so that type checkers find what Python finds. `fusedrl` there is a
-# namespace of links to engine/ and kernels/; an unpacked source distribution has none until they are made here.
+# `src` goes on sys.path as it is when this is installed in place, so that type checkers find what
+# Python finds. `fusedrl` there is a namespace of links to engine/ and kernels/; an unpacked source
+# distribution has none until they are made here.
 for room in ("engine", "kernels"):
     if not (link := Path("src/fusedrl") / room).exists():
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -34,8 +42,9 @@ SOURCES = runpy.run_path("kernels/runtime/sources.py")
 
 
 class BuildPython(build_py):
-    """Gives a wheel what a checkout has in csrc/: the digest of the C++ sources, by which kernels of another install on the same path are
-    told apart, and the sources that are compiled on first use (kernels/runtime/nvrtc.py): csrc/cuda, and what it includes."""
+    """Gives a wheel what a checkout has in csrc/: the digest of the C++ sources, by which kernels
+    of another install on the same path are told apart, and the sources that are compiled on first
+    use (kernels/runtime/nvrtc.py): csrc/cuda, and what it includes."""
 
     def run(self) -> None:
         super().run()
@@ -53,8 +62,13 @@ def native_extensions() -> dict:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        print("fusedrl: torch is not installed in the build environment, so the C++ CPU kernels are not built and every op "
-              "runs on its torch reference (5x to 100x slower on CPU). Install torch, then: pip install --no-build-isolation -e .", file=sys.stderr)
+        print(
+            "fusedrl: torch is not installed in the build environment, so the C++ CPU kernels are "
+            "not built and every op "
+            "runs on its torch reference (5x to 100x slower on CPU). Install torch, then: pip "
+            "install --no-build-isolation -e .",
+            file=sys.stderr,
+        )
         return {"cmdclass": commands}
 
     csrc, digest = Path("csrc"), SOURCES["digest"](Path("csrc"))
@@ -63,35 +77,55 @@ def native_extensions() -> dict:
         def finalize_options(self) -> None:
             super().finalize_options()
             if self.inplace:
-                self.extensions = [extension for extension in self.extensions if extension.name.endswith(f"_C_{capability_here()}")]
+                self.extensions = [
+                    extension
+                    for extension in self.extensions
+                    if extension.name.endswith(f"_C_{capability_here()}")
+                ]
 
         def build_extensions(self) -> None:
             wanted, built, build_temp = self.extensions, [], Path(self.build_temp)
             for extension in wanted:
                 self.extensions = [extension]
-                self.build_temp = str(build_temp / extension.name)  # the same sources, other flags: objects and headers of their own
+                # the same sources, other flags: objects and headers of their own
+                self.build_temp = str(build_temp / extension.name)
                 try:
                     super().build_extensions()
                     built.append(extension)
-                except Exception as error:  # no compiler, no Python.h: the package still works, more slowly
-                    print(f"fusedrl: {extension.name} was not built ({error}). Ops run on their torch reference, which is 5x to 100x "
-                          "slower on CPU. On Debian: apt-get install g++ python3-dev; then reinstall.", file=sys.stderr)
+                # no compiler, no Python.h: the package still works, more slowly
+                except Exception as error:
+                    print(
+                        f"fusedrl: {extension.name} was not built ({error}). Ops run on their "
+                        "torch reference, which is 5x to 100x "
+                        "slower on CPU. On Debian: apt-get install g++ python3-dev; then "
+                        "reinstall.",
+                        file=sys.stderr,
+                    )
             self.extensions = built
 
         def build_extension(self, extension) -> None:
-            """With torch's headers parsed once. The compiler takes the header as it is where it cannot use what was precompiled."""
+            """With torch's headers parsed once. The compiler takes the header as it is where it
+            cannot use what was precompiled."""
             directory = Path(self.build_temp).resolve() / "header"
             directory.mkdir(parents=True, exist_ok=True)
             told = directory / "fusedrl_sources.h"
-            if not told.is_file() or digest not in told.read_text():  # else module.cpp would be compiled at every build
+            # else module.cpp would be compiled at every build
+            if not told.is_file() or digest not in told.read_text():
                 told.write_text(f'#define FUSEDRL_SOURCES "{digest}"\n')
             extension.include_dirs.append(str(directory))
-            header, source, precompiled = (directory / f"precompiled{suffix}" for suffix in (".h", ".cpp", ".h.gch"))
+            header, source, precompiled = (
+                directory / f"precompiled{suffix}" for suffix in (".h", ".cpp", ".h.gch")
+            )
             shutil.copy("csrc/cpu/include/precompiled.h", header)
             shutil.copy(header, source)
             try:
-                (found,) = self.compiler.compile([str(source)], str(directory), include_dirs=extension.include_dirs, extra_preargs=["-x", "c++-header"],
-                                                 extra_postargs=extension.extra_compile_args)
+                (found,) = self.compiler.compile(
+                    [str(source)],
+                    str(directory),
+                    include_dirs=extension.include_dirs,
+                    extra_preargs=["-x", "c++-header"],
+                    extra_postargs=extension.extra_compile_args,
+                )
                 Path(found).replace(precompiled)
                 extension.extra_compile_args["cxx"] += ["-include", str(header)]
             except Exception as error:  # whatever it is, the files themselves will tell
@@ -109,25 +143,45 @@ def native_extensions() -> dict:
 
     def capability_here() -> str:
         """As kernels/runtime/native.py chooses."""
-        found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
+        found = {"AVX512": "avx512", "AVX2": "avx2"}.get(
+            torch.backends.cpu.get_cpu_capability(), "default"
+        )
         return found if found in CAPABILITIES else "default"
 
     sources = sorted(str(path) for path in csrc.glob("cpu/ops/*.cpp"))
-    headers = sorted(str(path) for pattern in ("cpu/include/*.h", "shared/*.h") for path in csrc.glob(pattern))
+    headers = sorted(
+        str(path) for pattern in ("cpu/include/*.h", "shared/*.h") for path in csrc.glob(pattern)
+    )
     extensions = [
         CppExtension(
             f"fusedrl.kernels._C_{name}",
             sources,
             depends=headers,
             include_dirs=[str((csrc / folder).resolve()) for folder in ("cpu/include", "shared")],
-            extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", f"-DCPU_CAPABILITY={macro}",
-                                        f"-DCPU_CAPABILITY_{macro}", f"-DFUSEDRL_MODULE=_C_{name}", *flags]},
+            extra_compile_args={
+                "cxx": [
+                    "-O3",
+                    "-g0",
+                    "-std=c++20",
+                    "-fopenmp",
+                    "-fno-math-errno",
+                    "-Wno-psabi",
+                    f"-DCPU_CAPABILITY={macro}",
+                    f"-DCPU_CAPABILITY_{macro}",
+                    f"-DFUSEDRL_MODULE=_C_{name}",
+                    *flags,
+                ]
+            },
             extra_link_args=["-fopenmp"],
             py_limited_api=True,
         )
         for name, (macro, flags) in CAPABILITIES.items()
     ]
-    return {"ext_modules": extensions, "cmdclass": commands | {"build_ext": Build}, "options": {"bdist_wheel": {"py_limited_api": "cp311"}}}
+    return {
+        "ext_modules": extensions,
+        "cmdclass": commands | {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
 
 
 setup(packages=PACKAGES, package_dir={"": "src"}, package_data=PACKAGE_DATA, **native_extensions())

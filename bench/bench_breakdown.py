@@ -1,14 +1,19 @@
-"""Where a step of `train_policy` goes, on a real model (`--model DIR`): the loop itself, with its rollouts, rewards, metrics and updates.
+"""Where a step of `train_policy` goes, on a real model (`--model DIR`): the loop itself, with its
+rollouts, rewards, metrics and updates.
 
 GRPO step     8 prompts of 8 samples of up to 64 tokens, one optimizer step, KL k3 in the loss
 PPO step      64 prompts, up to 64 tokens, critic, KL in the reward, 4 epochs
 
-The row's extra has the share of each part in per cent, medians over the steps. Calls of generation, the decoder, the head, backward, the optimizer, the reward
-and the run directory are timed around themselves, what they call timed too taken off. "algorithm" is *everything else* that happens between two steps:
-advantages, losses, token weights, batches and their cuts, controllers, metrics, and whatever else there is; "algorithm: loss" and the like are parts of it.
-A loss's own backward is in "backward". The loop halts between steps, in a thread of its own; on a CPU the shares are of that thread's processor time, which
-other processes do not lengthen, and on a GPU of the wall clock.
+The row's extra has the share of each part in per cent, medians over the steps. Calls of generation,
+the decoder, the head, backward, the optimizer, the reward and the run directory are timed around
+themselves, what they call timed too taken off. "algorithm" is *everything else* that happens
+between two steps:
+advantages, losses, token weights, batches and their cuts, controllers, metrics, and whatever else
+there is; "algorithm: loss" and the like are parts of it. A loss's own backward is in "backward".
+The loop halts between steps, in a thread of its own; on a CPU the shares are of that thread's
+processor time, which other processes do not lengthen, and on a GPU of the wall clock.
 """
+
 from __future__ import annotations
 
 import json
@@ -34,20 +39,36 @@ from fusedrl.engine.rewards.rewards import RewardSet
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.stages import policy
 
-TEXTS = [f"Once upon a time there was a {size} {animal} who" for size in ("big", "small", "kind", "shy", "sad", "red", "old", "new")
-         for animal in ("cat", "dog", "fox", "pig", "cow", "hen", "bear", "duck")]
+TEXTS = [
+    f"Once upon a time there was a {size} {animal} who"
+    for size in ("big", "small", "kind", "shy", "sad", "red", "old", "new")
+    for animal in ("cat", "dog", "fox", "pig", "cow", "hen", "bear", "duck")
+]
 REWARD = """
 def share_of_even_ids(completion_ids, **columns):
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 """
 ALGORITHM = "algorithm"
 PARTS: list[tuple[Any, str, str]] = [
-    (HybridActor, "generate", "generation"), (HybridActor, "forward", "forward"), (HybridActor, "logprobs", "head"), (HybridActor, "values", "head"),
-    (torch.Tensor, "backward", "backward"), (Optimizer, "step", "optimizer"), (Optimizer, "zero_grad", "optimizer"), (RewardSet, "score", "reward"),
-    (Run, "log", "run directory"), (Run, "samples", "run directory"), (Run, "save_if_due", "run directory"),
-    (policy, "estimate", "algorithm: advantages"), (policy, "objective_loss", "algorithm: loss"), (policy, "minibatch_weights", "algorithm: weights"),
-    (policy, "measure", "algorithm: metrics"), (Meter, "add", "algorithm: metrics"), (Meter, "metrics", "algorithm: metrics"),
-    (PackedBatch, "select", "algorithm: batches"), (PackedBatch, "from_completions", "algorithm: batches"),
+    (HybridActor, "generate", "generation"),
+    (HybridActor, "forward", "forward"),
+    (HybridActor, "logprobs", "head"),
+    (HybridActor, "values", "head"),
+    (torch.Tensor, "backward", "backward"),
+    (Optimizer, "step", "optimizer"),
+    (Optimizer, "zero_grad", "optimizer"),
+    (RewardSet, "score", "reward"),
+    (Run, "log", "run directory"),
+    (Run, "samples", "run directory"),
+    (Run, "save_if_due", "run directory"),
+    (policy, "estimate", "algorithm: advantages"),
+    (policy, "objective_loss", "algorithm: loss"),
+    (policy, "minibatch_weights", "algorithm: weights"),
+    (policy, "measure", "algorithm: metrics"),
+    (Meter, "add", "algorithm: metrics"),
+    (Meter, "metrics", "algorithm: metrics"),
+    (PackedBatch, "select", "algorithm: batches"),
+    (PackedBatch, "from_completions", "algorithm: batches"),
 ]
 
 
@@ -57,7 +78,8 @@ def now() -> float:
 
 
 class Clock:
-    """Seconds of a step by part, each call's own: what is called within it and timed, too, is not in it."""
+    """Seconds of a step by part, each call's own: what is called within it and timed, too, is not
+    in it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -76,6 +98,7 @@ class Clock:
                 self.seconds[part] += spent - self._within.pop()
                 if self._within:
                     self._within[-1] += spent
+
         return call
 
     def start(self) -> None:
@@ -86,19 +109,27 @@ class Clock:
         """Of the step since `start`: shares in per cent."""
         whole = now() - self._began
         shares = {part: 100 * seconds / whole for part, seconds in self.seconds.items()}
-        shares[ALGORITHM] = 100 - sum(share for part, share in shares.items() if not part.startswith(ALGORITHM))
+        shares[ALGORITHM] = 100 - sum(
+            share for part, share in shares.items() if not part.startswith(ALGORITHM)
+        )
         self.steps.append(shares)
 
     def medians(self, last: int) -> dict[str, float]:
         """Of the newest steps, in the order of size."""
         parts = {part for shares in self.steps[-last:] for part in shares}
-        found = {f"{part} %": statistics.median(shares.get(part, 0.0) for shares in self.steps[-last:]) for part in parts}
+        found = {
+            f"{part} %": statistics.median(shares.get(part, 0.0) for shares in self.steps[-last:])
+            for part in parts
+        }
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 @contextmanager
-def halting_loop(config: PolicyConfig, clock: Clock, patch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """train_policy, standing between two steps; the function does one and returns how many tokens it trained on."""
+def halting_loop(
+    config: PolicyConfig, clock: Clock, patch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], int]]:
+    """train_policy, standing between two steps; the function does one and returns how many tokens
+    it trained on."""
     go, done = threading.Semaphore(0), threading.Semaphore(0)
     state: dict[str, Any] = {"stop": False, "error": None, "tokens": 0}
 
@@ -125,6 +156,7 @@ def halting_loop(config: PolicyConfig, clock: Clock, patch: pytest.MonkeyPatch) 
                 done.release()
             halt()
             return result
+
         return call
 
     def noted(run: Run, step: int, metrics: dict[str, float]) -> None:
@@ -169,12 +201,29 @@ def bench_breakdown(contest, request, tmp_path, monkeypatch, algorithm, prompts,
     if not model.is_dir():
         pytest.skip(f"no model in {model.name}/: name the directory of one by --model")
     data, rewards = Path(tmp_path / "prompts.jsonl"), Path(tmp_path / "rewards.py")
-    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    data.write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS), encoding="utf-8"
+    )
     rewards.write_text(REWARD, encoding="utf-8")
-    config = PolicyConfig(str(model), str(data), (f"{rewards}:share_of_even_ids",), algorithm, prompts_per_step=prompts, samples_per_prompt=samples,
-                          steps=100_000, generation=GenerationConfig(max_new_tokens=64), optim=OptimConfig(lr=1e-6, schedule="constant"),
-                          run=RunConfig(dir=str(tmp_path / "run"), progress=False))
+    config = PolicyConfig(
+        str(model),
+        str(data),
+        (f"{rewards}:share_of_even_ids",),
+        algorithm,
+        prompts_per_step=prompts,
+        samples_per_prompt=samples,
+        steps=100_000,
+        generation=GenerationConfig(max_new_tokens=64),
+        optim=OptimConfig(lr=1e-6, schedule="constant"),
+        run=RunConfig(dir=str(tmp_path / "run"), progress=False),
+    )
     clock = Clock()
     with halting_loop(config, clock, monkeypatch) as step:
-        contest(f"{config.title.upper()} step, by part", f"{prompts} x {samples} x 64", torch.float32, {"fusedrl": step}, same=None,
-                derive=lambda times: clock.medians(len(times["fusedrl"])))
+        contest(
+            f"{config.title.upper()} step, by part",
+            f"{prompts} x {samples} x 64",
+            torch.float32,
+            {"fusedrl": step},
+            same=None,
+            derive=lambda times: clock.medians(len(times["fusedrl"])),
+        )

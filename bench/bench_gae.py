@@ -1,4 +1,6 @@
-"""gae against the textbook loop over T on torch tensors (a [B] vector a step), and shaped_gae against the same chain written in torch."""
+"""gae against the textbook loop over T on torch tensors (a [B] vector a step), and shaped_gae
+against the same chain written in torch."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,7 +13,9 @@ from fusedrl.kernels.gae import gae, shaped_gae
 GAMMA, LAM, KL_COEF = 1.0, 0.95, 0.05
 
 
-def python_loop(rewards_BT: torch.Tensor, values_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def python_loop(
+    rewards_BT: torch.Tensor, values_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """GAE as trainers write it."""
     running, next_value, reversed_advantages = 0.0, 0.0, []
     for t in reversed(range(rewards_BT.shape[1])):
@@ -24,7 +28,8 @@ def python_loop(rewards_BT: torch.Tensor, values_BT: torch.Tensor) -> tuple[torc
 
 
 def python_chain(logp_BT, ref_logp_BT, values_BT, scores_B, mask_BT):
-    """KL-shaped rewards, the loop, whitening; right-padded sequences, one eager op after the other."""
+    """KL-shaped rewards, the loop, whitening; right-padded sequences, one eager op after the
+    other."""
     rewards_BT = torch.where(mask_BT, -KL_COEF * (logp_BT - ref_logp_BT), 0)
     rewards_BT[torch.arange(len(scores_B), device=DEVICE), mask_BT.sum(1) - 1] += scores_B
     advantages_BT, returns_BT = python_loop(rewards_BT, torch.where(mask_BT, values_BT, 0))
@@ -33,17 +38,30 @@ def python_chain(logp_BT, ref_logp_BT, values_BT, scores_B, mask_BT):
     return torch.where(mask_BT, whitened, 0), torch.where(mask_BT, returns_BT, 0)
 
 
-@pytest.mark.parametrize("B, T", on(cpu=[(64, 2048), (512, 512), (8, 16384)], cuda=[(512, 4096), (64, 16384)]))
+@pytest.mark.parametrize(
+    "B, T", on(cpu=[(64, 2048), (512, 512), (8, 16384)], cuda=[(512, 4096), (64, 16384)])
+)
 def bench_gae(contest, B, T):
     random = Random()
     rewards, values = random.normal(B, T), random.normal(B, T)
-    contestants = {name: lambda impl=impl: gae(rewards, values, gamma=GAMMA, lam=LAM, impl=impl) for name, impl in implementations(module, "gae").items()}
+    contestants = {
+        name: lambda impl=impl: gae(rewards, values, gamma=GAMMA, lam=LAM, impl=impl)
+        for name, impl in implementations(module, "gae").items()
+    }
     # Two float32 read and two written a token.
-    contest("gae", f"{B} x {T}", torch.float32, {**contestants, "python loop over T": lambda: python_loop(rewards, values)}, bytes_moved=16 * B * T,
-            same=agree(5e-5, 5e-5))
+    contest(
+        "gae",
+        f"{B} x {T}",
+        torch.float32,
+        {**contestants, "python loop over T": lambda: python_loop(rewards, values)},
+        bytes_moved=16 * B * T,
+        same=agree(5e-5, 5e-5),
+    )
 
 
-@pytest.mark.parametrize("B, T", on(cpu=[(256, 1024), (64, 2048), (8, 16384)], cuda=[(256, 4096), (64, 16384)]))
+@pytest.mark.parametrize(
+    "B, T", on(cpu=[(256, 1024), (64, 2048), (8, 16384)], cuda=[(256, 4096), (64, 16384)])
+)
 def bench_shaped_gae(contest, B, T):
     random = Random()
     values, logp = random.normal(B, T), random.normal(B, T)
@@ -51,9 +69,30 @@ def bench_shaped_gae(contest, B, T):
     mask = torch.arange(T, device=DEVICE)[None] < random.integers(T // 2, T + 1, B, 1)
 
     def ours(impl: str):
-        return lambda: shaped_gae(logp, ref_logp, values, scores, mask=mask, cu_seqlens=None, kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, impl=impl)[:2]
+        return lambda: shaped_gae(
+            logp,
+            ref_logp,
+            values,
+            scores,
+            mask=mask,
+            cu_seqlens=None,
+            kl_coef=KL_COEF,
+            gamma=GAMMA,
+            lam=LAM,
+            impl=impl,
+        )[:2]
 
     contestants = {name: ours(impl) for name, impl in implementations(module, "shaped_gae").items()}
-    # Three float32 and the mask read, three float32 written; whitening reads and writes the advantages and reads the mask once more.
-    contest("shaped_gae, whitened", f"{B} x {T}", torch.float32, {**contestants, "python loop over T": lambda: python_chain(
-        logp, ref_logp, values, scores, mask)}, bytes_moved=34 * B * T, same=agree(5e-5, 5e-5))
+    # Three float32 and the mask read, three float32 written; whitening reads and writes the
+    # advantages and reads the mask once more.
+    contest(
+        "shaped_gae, whitened",
+        f"{B} x {T}",
+        torch.float32,
+        {
+            **contestants,
+            "python loop over T": lambda: python_chain(logp, ref_logp, values, scores, mask),
+        },
+        bytes_moved=34 * B * T,
+        same=agree(5e-5, 5e-5),
+    )

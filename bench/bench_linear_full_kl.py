@@ -1,4 +1,5 @@
 """linear_full_kl against both products with full logits and torch's kl_div, eager and compiled."""
+
 from __future__ import annotations
 
 import pytest
@@ -21,7 +22,12 @@ def eager(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
 def inputs(N: int, H: int, V: int) -> list[Tensor]:
     random = Random()
     hidden, weight = random.normal(N, H, dtype=DTYPE), random.normal(V, H, dtype=DTYPE).div_(H**0.5)
-    return [hidden, weight, hidden + 0.1 * random.normal(N, H, dtype=DTYPE), weight + 0.1 * random.normal(V, H, dtype=DTYPE).div_(H**0.5)]
+    return [
+        hidden,
+        weight,
+        hidden + 0.1 * random.normal(N, H, dtype=DTYPE),
+        weight + 0.1 * random.normal(V, H, dtype=DTYPE).div_(H**0.5),
+    ]
 
 
 def contestants():
@@ -33,21 +39,41 @@ def contestants():
 
 
 def same(of_max: float):
-    return agree(rtol=2e-2, of_max=2e-2) if torch.bfloat16 == DTYPE else agree(rtol=1e-4, atol=1e-6, of_max=of_max)
+    return (
+        agree(rtol=2e-2, of_max=2e-2)
+        if torch.bfloat16 == DTYPE
+        else agree(rtol=1e-4, atol=1e-6, of_max=of_max)
+    )
 
 
 @pytest.mark.parametrize("N, H, V", SIZES)
 def bench_forward(contest, N, H, V):
     arguments = inputs(N, H, V)
     # Two products of 2 N H V.
-    contest("linear_full_kl, reverse, forward", f"{N} x {H} x {V}", DTYPE, {name: no_grad(f, *arguments) for name, f in contestants().items()},
-            flops=4 * N * H * V, same=same(1e-5))
+    contest(
+        "linear_full_kl, reverse, forward",
+        f"{N} x {H} x {V}",
+        DTYPE,
+        {name: no_grad(f, *arguments) for name, f in contestants().items()},
+        flops=4 * N * H * V,
+        same=same(1e-5),
+    )
 
 
 @pytest.mark.parametrize("N, H, V", SIZES)
 def bench_forward_backward(contest, N, H, V):
     hidden, weight, *rest = inputs(N, H, V)
-    leaves, upstream = [hidden.requires_grad_(), weight.requires_grad_()], [torch.full((N,), 1 / N, device=DEVICE)]
-    # The forward's two products and two for the gradients in hidden and weight (ours computes the logits again, which is not the problem's).
-    contest("linear_full_kl, reverse, forward+backward", f"{N} x {H} x {V}", DTYPE, {name: gradients(f, leaves, upstream, *rest) for name, f in
-                                                                                    contestants().items()}, flops=8 * N * H * V, same=same(1e-5))
+    leaves, upstream = (
+        [hidden.requires_grad_(), weight.requires_grad_()],
+        [torch.full((N,), 1 / N, device=DEVICE)],
+    )
+    # The forward's two products and two for the gradients in hidden and weight (ours computes the
+    # logits again, which is not the problem's).
+    contest(
+        "linear_full_kl, reverse, forward+backward",
+        f"{N} x {H} x {V}",
+        DTYPE,
+        {name: gradients(f, leaves, upstream, *rest) for name, f in contestants().items()},
+        flops=8 * N * H * V,
+        same=same(1e-5),
+    )

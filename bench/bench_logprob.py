@@ -1,8 +1,10 @@
 """logprob against eager log_softmax + gather and torch.compile of the same.
 
-"forward" runs under no_grad. "forward+backward" is one call and `torch.autograd.grad` of it with a random upstream gradient; the gradient is a
-fresh tensor, except for logprob_ (and Liger's), whose gradient lands on the logits: each round reads what the round before left there.
+"forward" runs under no_grad. "forward+backward" is one call and `torch.autograd.grad` of it with a
+random upstream gradient; the gradient is a fresh tensor, except for logprob_ (and Liger's), whose
+gradient lands on the logits: each round reads what the round before left there.
 """
+
 from __future__ import annotations
 
 import pytest
@@ -29,6 +31,7 @@ def ours(impl: str | None, entropy: bool, op=logprob):
     def call(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
         out = op(logits, token_ids, entropy=entropy, impl=impl)
         return out if entropy else (out,)
+
     return call
 
 
@@ -36,26 +39,53 @@ def same(dtype: torch.dtype):
     return agree(rtol=2e-2 if dtype == BF16 else 1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("N, V, dtype, entropy", on(
-    cpu=[(2048, 32000, F32, False), (2048, 32000, F32, True), (512, 151936, F32, False), (2048, 32000, BF16, False)],
-    cuda=[(8192, 151936, BF16, False), (8192, 151936, BF16, True), (8192, 32000, F32, True)]))
+@pytest.mark.parametrize(
+    "N, V, dtype, entropy",
+    on(
+        cpu=[
+            (2048, 32000, F32, False),
+            (2048, 32000, F32, True),
+            (512, 151936, F32, False),
+            (2048, 32000, BF16, False),
+        ],
+        cuda=[(8192, 151936, BF16, False), (8192, 151936, BF16, True), (8192, 32000, F32, True)],
+    ),
+)
 def bench_forward(contest, N, V, dtype, entropy):
     random = Random()
     logits, token_ids = random.normal(N, V, dtype=dtype), random.integers(0, V, N)
     plain = eager_entropy if entropy else eager
-    contestants = {name: ours(impl, entropy) for name, impl in implementations(module, "logprob", reference=False).items()}
+    contestants = {
+        name: ours(impl, entropy)
+        for name, impl in implementations(module, "logprob", reference=False).items()
+    }
     contestants |= {"eager": plain, "torch.compile": compiled(plain)}
     peer = liger("transformers.functional.liger_cross_entropy")
     if peer is not None and not entropy:
         contestants["Liger cross entropy"] = lambda z, ids: (-peer(z, ids, reduction="none"),)
     # The logits are read once.
-    contest(f"logprob{' + entropy' if entropy else ''}, forward", f"{N} x {V}", dtype,
-            {name: no_grad(function, logits, token_ids) for name, function in contestants.items()}, bytes_moved=N * V * dtype.itemsize, same=same(dtype))
+    contest(
+        f"logprob{' + entropy' if entropy else ''}, forward",
+        f"{N} x {V}",
+        dtype,
+        {name: no_grad(function, logits, token_ids) for name, function in contestants.items()},
+        bytes_moved=N * V * dtype.itemsize,
+        same=same(dtype),
+    )
 
 
-@pytest.mark.parametrize("N, V, dtype, entropy", on(
-    cpu=[(2048, 32000, F32, False), (2048, 32000, F32, True), (1024, 151936, F32, True), (2048, 32000, BF16, False)],
-    cuda=[(8192, 151936, BF16, False), (8192, 151936, BF16, True), (8192, 32000, F32, True)]))
+@pytest.mark.parametrize(
+    "N, V, dtype, entropy",
+    on(
+        cpu=[
+            (2048, 32000, F32, False),
+            (2048, 32000, F32, True),
+            (1024, 151936, F32, True),
+            (2048, 32000, BF16, False),
+        ],
+        cuda=[(8192, 151936, BF16, False), (8192, 151936, BF16, True), (8192, 32000, F32, True)],
+    ),
+)
 def bench_forward_backward(contest, N, V, dtype, entropy):
     random = Random()
     leaf, token_ids = random.normal(N, V, dtype=dtype).requires_grad_(), random.integers(0, V, N)
@@ -68,16 +98,32 @@ def bench_forward_backward(contest, N, V, dtype, entropy):
         def call():
             computed = buffer.view(N, V)  # not a leaf, so that its memory may become the gradient
             return torch.autograd.grad(function(computed, token_ids), computed, upstream)
+
         return call
 
     def fresh(function):
         return gradients(function, [leaf], upstream, token_ids)
 
-    contestants = {name: fresh(ours(impl, entropy)) for name, impl in implementations(module, "logprob", reference=False).items()}
-    contestants |= {"fusedrl logprob_": in_place(ours(None, entropy, logprob_)), "eager": fresh(plain), "torch.compile": fresh(compiled(plain))}
+    contestants = {
+        name: fresh(ours(impl, entropy))
+        for name, impl in implementations(module, "logprob", reference=False).items()
+    }
+    contestants |= {
+        "fusedrl logprob_": in_place(ours(None, entropy, logprob_)),
+        "eager": fresh(plain),
+        "torch.compile": fresh(compiled(plain)),
+    }
     peer = liger("transformers.functional.liger_cross_entropy")
     if peer is not None and not entropy:
-        contestants["Liger cross entropy"] = in_place(lambda z, ids: (-peer(z, ids, reduction="none").float(),))
+        contestants["Liger cross entropy"] = in_place(
+            lambda z, ids: (-peer(z, ids, reduction="none").float(),)
+        )
     # The logits are read twice and their gradient is written.
-    contest(f"logprob{' + entropy' if entropy else ''}, forward+backward", f"{N} x {V}", dtype, contestants, bytes_moved=3 * N * V * dtype.itemsize,
-            same=same(dtype))
+    contest(
+        f"logprob{' + entropy' if entropy else ''}, forward+backward",
+        f"{N} x {V}",
+        dtype,
+        contestants,
+        bytes_moved=3 * N * V * dtype.itemsize,
+        same=same(dtype),
+    )

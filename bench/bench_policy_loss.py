@@ -1,4 +1,6 @@
-"""policy_loss, value_loss and both in one, forward and backward with every statistic, against the same losses in eager PyTorch and torch.compile."""
+"""policy_loss, value_loss and both in one, forward and backward with every statistic, against the
+same losses in eager PyTorch and torch.compile."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,15 +18,22 @@ OBJECTIVE = PolicyObjective(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
 VALUE_CLIP = 0.2
 
 
-# ---- the opponents: what a careful author writes with tensor operations --------------------------------------------------
-def eager_policy(logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Tensor, mask: Tensor,
-                 metrics: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped loss with a dual clip; with `metrics`, the statistics of PolicyStats (there is no entropy here)."""
+# ---- the opponents: what a careful author writes with tensor operations --------------------------
+def eager_policy(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Tensor, mask: Tensor, metrics: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped loss with a dual clip; with `metrics`, the statistics of PolicyStats (there is
+    no entropy here)."""
     log_ratio = logp - old_logp
     ratio = torch.exp(log_ratio.clamp(-20, 20))
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - OBJECTIVE.clip_low, 1 + OBJECTIVE.clip_high)
+    unclipped, clipped = (
+        -advantages * ratio,
+        -advantages * ratio.clamp(1 - OBJECTIVE.clip_low, 1 + OBJECTIVE.clip_high),
+    )
     pessimistic = torch.maximum(unclipped, clipped)
-    bounded = torch.where(advantages < 0, torch.minimum(pessimistic, -advantages * OBJECTIVE.dual_clip), pessimistic)
+    bounded = torch.where(
+        advantages < 0, torch.minimum(pessimistic, -advantages * OBJECTIVE.dual_clip), pessimistic
+    )
     loss = (weights * torch.where(mask, bounded, 0)).sum()
     if not metrics:
         return loss, {}
@@ -39,13 +48,21 @@ def eager_policy(logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Te
             "clip_fraction_low": mean((advantages < 0) & (ratio < 1 - OBJECTIVE.clip_low)),
             "clip_fraction_high": mean((advantages > 0) & (ratio > 1 + OBJECTIVE.clip_high)),
             "clip_fraction_dual": mean((advantages < 0) & (ratio > OBJECTIVE.dual_clip)),
-            "approx_kl_k1": mean(-log_ratio), "approx_kl_k2": mean(log_ratio * log_ratio) / 2, "approx_kl_k3": mean(ratio - 1 - log_ratio),
-            "ratio_mean": mean(ratio), "ratio_min": torch.where(mask, ratio, float("inf")).min(), "ratio_max": live.max(),
-            "effective_sample_size": live.sum() ** 2 / (live * live).sum(), "clamped_fraction": mean(log_ratio.abs() > 20), "tokens": tokens,
+            "approx_kl_k1": mean(-log_ratio),
+            "approx_kl_k2": mean(log_ratio * log_ratio) / 2,
+            "approx_kl_k3": mean(ratio - 1 - log_ratio),
+            "ratio_mean": mean(ratio),
+            "ratio_min": torch.where(mask, ratio, float("inf")).min(),
+            "ratio_max": live.max(),
+            "effective_sample_size": live.sum() ** 2 / (live * live).sum(),
+            "clamped_fraction": mean(log_ratio.abs() > 20),
+            "tokens": tokens,
         }
 
 
-def eager_value(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+def eager_value(
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     bounded = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
     errors, bounded_errors = (values - returns) ** 2, (bounded - returns) ** 2
     loss = (weights * torch.where(mask, torch.maximum(errors, bounded_errors), 0)).sum() / 2
@@ -55,9 +72,14 @@ def eager_value(values: Tensor, old_values: Tensor, returns: Tensor, weights: Te
         residuals = returns - values
         residual_mean = torch.where(mask, residuals, 0).sum() / tokens
         spread = torch.where(mask, (returns - return_mean) ** 2, 0).sum()
-        return loss, {"clip_fraction": torch.where(mask, bounded_errors > errors, False).sum() / tokens,
-                      "explained_variance": 1 - torch.where(mask, (residuals - residual_mean) ** 2, 0).sum() / spread,
-                      "value_mean": torch.where(mask, values, 0).sum() / tokens, "return_mean": return_mean, "tokens": tokens}
+        return loss, {
+            "clip_fraction": torch.where(mask, bounded_errors > errors, False).sum() / tokens,
+            "explained_variance": 1
+            - torch.where(mask, (residuals - residual_mean) ** 2, 0).sum() / spread,
+            "value_mean": torch.where(mask, values, 0).sum() / tokens,
+            "return_mean": return_mean,
+            "tokens": tokens,
+        }
 
 
 def backward(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -67,7 +89,7 @@ def backward(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 same = agree(rtol=1e-5, atol=1e-6)
 
 
-# ---- the contests --------------------------------------------------------------------------------------------------------
+# ---- the contests --------------------------------------------------------------------------------
 class Inputs:
     def __init__(self, N: int) -> None:
         random = Random()
@@ -83,7 +105,9 @@ class Inputs:
         return loss(self.logp, self.old_logp, self.advantages, self.weights, self.mask, metrics)[0]
 
     def value(self, loss: Callable) -> Tensor:
-        return loss(self.values, self.old_values, self.returns, self.weights, self.mask, VALUE_CLIP)[0]
+        return loss(
+            self.values, self.old_values, self.returns, self.weights, self.mask, VALUE_CLIP
+        )[0]
 
 
 # Forward: four inputs read and a gradient written; backward: it is read and the scaled one written.
@@ -93,26 +117,52 @@ POLICY_BYTES, VALUE_BYTES = 7 * 4, 7 * 4
 @pytest.mark.parametrize("N", SIZES)
 def bench_policy_loss(contest, N):
     x, fast = Inputs(N), compiled(eager_policy)
-    contestants = {name: lambda impl=impl: backward(policy_loss(x.logp, x.old_logp, x.advantages, x.weights, objective=OBJECTIVE, impl=impl)[0], x.logp)
-                   for name, impl in implementations(module, "policy_value_loss").items()}
-    contest("policy_loss forward + backward", f"{N} tokens", torch.float32, {
-        **contestants,
-        "eager": lambda: backward(x.policy(eager_policy), x.logp),
-        "eager without statistics": lambda: backward(x.policy(eager_policy, False), x.logp),
-        "torch.compile": lambda: backward(x.policy(fast), x.logp),
-    }, bytes_moved=POLICY_BYTES * N, same=same)
+    contestants = {
+        name: lambda impl=impl: backward(
+            policy_loss(
+                x.logp, x.old_logp, x.advantages, x.weights, objective=OBJECTIVE, impl=impl
+            )[0],
+            x.logp,
+        )
+        for name, impl in implementations(module, "policy_value_loss").items()
+    }
+    contest(
+        "policy_loss forward + backward",
+        f"{N} tokens",
+        torch.float32,
+        {
+            **contestants,
+            "eager": lambda: backward(x.policy(eager_policy), x.logp),
+            "eager without statistics": lambda: backward(x.policy(eager_policy, False), x.logp),
+            "torch.compile": lambda: backward(x.policy(fast), x.logp),
+        },
+        bytes_moved=POLICY_BYTES * N,
+        same=same,
+    )
 
 
 @pytest.mark.parametrize("N", SIZES)
 def bench_value_loss(contest, N):
     x, fast = Inputs(N), compiled(eager_value)
-    contestants = {name: lambda impl=impl: backward(value_loss(x.values, x.old_values, x.returns, x.weights, clip=VALUE_CLIP, impl=impl)[0], x.values)
-                   for name, impl in implementations(module, "policy_value_loss").items()}
-    contest("value_loss forward + backward", f"{N} tokens", torch.float32, {
-        **contestants,
-        "eager": lambda: backward(x.value(eager_value), x.values),
-        "torch.compile": lambda: backward(x.value(fast), x.values),
-    }, bytes_moved=VALUE_BYTES * N, same=same)
+    contestants = {
+        name: lambda impl=impl: backward(
+            value_loss(x.values, x.old_values, x.returns, x.weights, clip=VALUE_CLIP, impl=impl)[0],
+            x.values,
+        )
+        for name, impl in implementations(module, "policy_value_loss").items()
+    }
+    contest(
+        "value_loss forward + backward",
+        f"{N} tokens",
+        torch.float32,
+        {
+            **contestants,
+            "eager": lambda: backward(x.value(eager_value), x.values),
+            "torch.compile": lambda: backward(x.value(fast), x.values),
+        },
+        bytes_moved=VALUE_BYTES * N,
+        same=same,
+    )
 
 
 @pytest.mark.parametrize("N", SIZES)
@@ -120,13 +170,38 @@ def bench_policy_value_loss(contest, N):
     x, fast_policy, fast_value = Inputs(N), compiled(eager_policy), compiled(eager_value)
 
     def ours(impl: str) -> tuple[Tensor, ...]:
-        loss = policy_value_loss(x.logp, x.old_logp, x.advantages, x.weights, x.values, x.old_values, x.returns, objective=OBJECTIVE, value_clip=VALUE_CLIP,
-                                 value_coef=0.1, impl=impl)[0]
+        loss = policy_value_loss(
+            x.logp,
+            x.old_logp,
+            x.advantages,
+            x.weights,
+            x.values,
+            x.old_values,
+            x.returns,
+            objective=OBJECTIVE,
+            value_clip=VALUE_CLIP,
+            value_coef=0.1,
+            impl=impl,
+        )[0]
         return backward(loss, x.logp, x.values)
 
-    contestants = {name: lambda impl=impl: ours(impl) for name, impl in implementations(module, "policy_value_loss").items()}
-    contest("policy_value_loss forward + backward", f"{N} tokens", torch.float32, {
-        **contestants,
-        "eager": lambda: backward(x.policy(eager_policy) + 0.1 * x.value(eager_value), x.logp, x.values),
-        "torch.compile": lambda: backward(x.policy(fast_policy) + 0.1 * x.value(fast_value), x.logp, x.values),
-    }, bytes_moved=(POLICY_BYTES + VALUE_BYTES - 4) * N, same=same)  # the weights are shared
+    contestants = {
+        name: lambda impl=impl: ours(impl)
+        for name, impl in implementations(module, "policy_value_loss").items()
+    }
+    contest(
+        "policy_value_loss forward + backward",
+        f"{N} tokens",
+        torch.float32,
+        {
+            **contestants,
+            "eager": lambda: backward(
+                x.policy(eager_policy) + 0.1 * x.value(eager_value), x.logp, x.values
+            ),
+            "torch.compile": lambda: backward(
+                x.policy(fast_policy) + 0.1 * x.value(fast_value), x.logp, x.values
+            ),
+        },
+        bytes_moved=(POLICY_BYTES + VALUE_BYTES - 4) * N,
+        same=same,
+    )  # the weights are shared

@@ -1,4 +1,5 @@
 """rope of the queries and keys in the fused projection's output: ours, eager and torch.compile."""
+
 from __future__ import annotations
 
 import torch
@@ -14,6 +15,7 @@ Heads = tuple[int, int, int]
 
 def eager(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
     """As transformers writes it."""
+
     def rotate(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         return x * both_cos + torch.cat([-second, first], dim=-1) * both_sin
@@ -31,11 +33,29 @@ def bench_rope(contest, size, dtype, direction):
         def call(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
             q, k, _ = qkv.split(heads, dim=1)
             return rope(q, k, cos, sin, impl=impl)
+
         return call
 
-    contestants = {name: ours(impl) for name, impl in implementations(module, "rope", reference=False).items()}
+    contestants = {
+        name: ours(impl) for name, impl in implementations(module, "rope", reference=False).items()
+    }
     random = Random()
-    leaves, angles = [random.normal(N, Hq + 2 * Hkv, D, dtype=dtype)], 100 * random.uniform(N, D // 2)
-    # A read and a write of q and k each way. What puts their gradients back into one [N, Hq + 2 Hkv, D] is timed and not counted.
+    leaves, angles = (
+        [random.normal(N, Hq + 2 * Hkv, D, dtype=dtype)],
+        100 * random.uniform(N, D // 2),
+    )
+    # A read and a write of q and k each way. What puts their gradients back into one [N, Hq + 2
+    # Hkv, D] is timed and not counted.
     moved = 2 * N * (Hq + Hkv) * D * dtype.itemsize
-    layer_contest(contest, "rope", f"{N} x {Hq}/{Hkv} x {D}", direction, contestants, eager, leaves, (angles.cos(), angles.sin(), (Hq, Hkv, Hkv)), moved, moved)
+    layer_contest(
+        contest,
+        "rope",
+        f"{N} x {Hq}/{Hkv} x {D}",
+        direction,
+        contestants,
+        eager,
+        leaves,
+        (angles.cos(), angles.sin(), (Hq, Hkv, Hkv)),
+        moved,
+        moved,
+    )

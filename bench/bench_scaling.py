@@ -1,12 +1,16 @@
-"""How decoding scales: tokens per second over the sequences that run at once, and over the length that each of them attends to.
+"""How decoding scales: tokens per second over the sequences that run at once, and over the length
+that each of them attends to.
 
 decode, sequences    1 to 256 sequences behind 128 tokens each
 decode, context      16 sequences behind 128 to 4032 tokens each
 
-A Llama of stories260k's sizes with 4,096 positions and random weights, 32 tokens of each sequence. The prompts are in the prefix cache, all but their last
-tokens, so what is timed is decoding. The ceiling is that of 32 steps, each of which reads the weights once, and all keys and values before its tokens.
-`python -m bench.scaling_plot` draws the rows into docs/scaling.svg; docs/engine-numbers.md says what bends them.
+A Llama of stories260k's sizes with 4,096 positions and random weights, 32 tokens of each sequence.
+The prompts are in the prefix cache, all but their last tokens, so what is timed is decoding. The
+ceiling is that of 32 steps, each of which reads the weights once, and all keys and values before
+its tokens. `python -m bench.scaling_plot` draws the rows into docs/scaling.svg;
+docs/engine-numbers.md says what bends them.
 """
+
 from __future__ import annotations
 
 from functools import cache
@@ -20,8 +24,18 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.tools.workloads import needed, random_workload
 
-CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8,
-          "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": True, "eos_token_id": []}
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "eos_token_id": [],
+}
 NEW, CONTEXT, SEQUENCES = 32, 128, 16
 
 
@@ -34,10 +48,20 @@ def decode(contest, what: str, sequences: int, context: int) -> None:
     asked = random_workload(CONFIG["vocab_size"], sequences, context, NEW + 1)
     prompts, params = [list(prompt) for prompt in asked.prompts], SamplingParams(max_new_tokens=NEW)
     moved_S, flops_S = needed(actor().decoder.config, asked, 4)
-    actor().mark_updated()  # nothing of the contest before takes up the cache; the check of the answers then fills it
-    contest(what, f"{sequences} x {context}", torch.float32, {"fusedrl": lambda: actor().generate(prompts, params)}, same=None,
-            bytes_moved=int(moved_S[1:].sum()), flops=int(flops_S[1:].sum()),
-            derive=lambda times: {"tokens/s": 1e3 * sequences * NEW / torch.tensor(times["fusedrl"]).median().item()})
+    # nothing of the contest before takes up the cache; the check of the answers then fills it
+    actor().mark_updated()
+    contest(
+        what,
+        f"{sequences} x {context}",
+        torch.float32,
+        {"fusedrl": lambda: actor().generate(prompts, params)},
+        same=None,
+        bytes_moved=int(moved_S[1:].sum()),
+        flops=int(flops_S[1:].sum()),
+        derive=lambda times: {
+            "tokens/s": 1e3 * sequences * NEW / torch.tensor(times["fusedrl"]).median().item()
+        },
+    )
 
 
 @pytest.mark.parametrize("sequences", [1, 4, 16, 64, 256])

@@ -1,13 +1,17 @@
 """Whole steps of training with a real model (`--model DIR`, a small Llama-like one).
 
-PPO step, strict    64 x (16 + 64) tokens: generate, score against a frozen reference, advantages, 4 epochs; the same step with strict numerics, whose bits of
+PPO step, strict    64 x (16 + 64) tokens: generate, score against a frozen reference, advantages, 4
+                    epochs; the same step with strict numerics, whose bits of
                     sampler and trainer are the same
-GRPO step           8 prompts of 8 samples of 64 tokens, one optimizer step, no KL; TRL's GRPOTrainer on the same weights, prompts and batch, as it generates by
-                    itself and with our engine in its `rollout_func`
+GRPO step           8 prompts of 8 samples of 64 tokens, one optimizer step, no KL; TRL's
+                    GRPOTrainer on the same weights, prompts and batch, as it generates by itself
+                    and with our engine in its `rollout_func`
 
-Everyone draws all 64 tokens of every completion; a step is everything from its prompts to its updated weights. TRL's own logging, saving and progress are off,
-and so is the gradient checkpointing that it would do by default. It runs in its trainer's loop, halted between steps.
+Everyone draws all 64 tokens of every completion; a step is everything from its prompts to its
+updated weights. TRL's own logging, saving and progress are off, and so is the gradient
+checkpointing that it would do by default. It runs in its trainer's loop, halted between steps.
 """
+
 from __future__ import annotations
 
 import copy
@@ -28,7 +32,10 @@ from fusedrl.engine.tools.bench import PolicyStep
 from fusedrl.engine.tools.workloads import Workload, forward_flops, random_workload
 
 PROMPTS, SAMPLES, NEW = 8, 8, 64
-TEXTS = [f"Once upon a time there was a {animal} who" for animal in ("cat", "dog", "fox", "pig", "cow", "hen", "bear", "duck")]
+TEXTS = [
+    f"Once upon a time there was a {animal} who"
+    for animal in ("cat", "dog", "fox", "pig", "cow", "hen", "bear", "duck")
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +71,21 @@ def bench_strict(contest, path):
     workload = random_workload(config.vocab_size, 64, 16, NEW)
     reference, contestants = HybridActor(copy.deepcopy(actor.decoder)), {}
     for name, strict in (("fusedrl", False), ("fusedrl, strict", True)):
-        trained = HybridActor(copy.deepcopy(actor.decoder), value_head=ValueHead(config.hidden_size, device=DEVICE), strict=strict)
+        trained = HybridActor(
+            copy.deepcopy(actor.decoder),
+            value_head=ValueHead(config.hidden_size, device=DEVICE),
+            strict=strict,
+        )
         step = PolicyStep(trained, workload, algorithm="ppo", epochs=4, reference=reference)
         contestants[name] = one(step)
-    contest("PPO step, strict", "64 x (16 + 64), 4 epochs", torch.float32, contestants, flops=int(sum(step.flops().values())), same=as_it_should)
+    contest(
+        "PPO step, strict",
+        "64 x (16 + 64), 4 epochs",
+        torch.float32,
+        contestants,
+        flops=int(sum(step.flops().values())),
+        same=as_it_should,
+    )
 
 
 def bench_grpo(contest, path, tmp_path):
@@ -76,26 +94,48 @@ def bench_grpo(contest, path, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     actor = endless(HybridActor.from_pretrained(path, dtype=torch.float32, device=DEVICE))
-    workload = Workload("stories", tuple(tuple(tokenizer(text)["input_ids"]) for text in TEXTS), (NEW,) * PROMPTS, SAMPLES)
+    workload = Workload(
+        "stories",
+        tuple(tuple(tokenizer(text)["input_ids"]) for text in TEXTS),
+        (NEW,) * PROMPTS,
+        SAMPLES,
+    )
     step = PolicyStep(actor, workload, algorithm="grpo")
-    # Generation computes every position once, and the head where a token is drawn; training does so once more, and twice as much backwards.
+    # Generation computes every position once, and the head where a token is drawn; training does so
+    # once more, and twice as much backwards.
     flops = 4 * forward_flops(actor.decoder.config, workload.lengths(), workload.output_tokens)
     with ExitStack() as stack:
-        theirs = {name: stack.enter_context(trl_step(path, tokenizer, tmp_path / name, engine))
-                  for name, engine in (("TRL", False), ("TRL, our rollouts", True))}
-        contest("GRPO step", f"{PROMPTS} x {SAMPLES} x {NEW}", torch.float32, {"fusedrl": one(step), **theirs}, flops=flops, same=as_it_should)
+        theirs = {
+            name: stack.enter_context(trl_step(path, tokenizer, tmp_path / name, engine))
+            for name, engine in (("TRL", False), ("TRL, our rollouts", True))
+        }
+        contest(
+            "GRPO step",
+            f"{PROMPTS} x {SAMPLES} x {NEW}",
+            torch.float32,
+            {"fusedrl": one(step), **theirs},
+            flops=flops,
+            same=as_it_should,
+        )
 
 
 @contextmanager
-def trl_step(path: Path, tokenizer: Any, directory: Path, engine: bool) -> Iterator[Callable[[], tuple[int, int]]]:
-    """One step of a GRPOTrainer that stands in its loop, in a thread of its own, between two steps."""
+def trl_step(
+    path: Path, tokenizer: Any, directory: Path, engine: bool
+) -> Iterator[Callable[[], tuple[int, int]]]:
+    """One step of a GRPOTrainer that stands in its loop, in a thread of its own, between two
+    steps."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from fusedrl.engine.rollout.trl import rollout_func
 
-    go, done, state = threading.Semaphore(0), threading.Semaphore(0), {"stop": False, "answer": (0, 0), "error": None}
+    go, done, state = (
+        threading.Semaphore(0),
+        threading.Semaphore(0),
+        {"stop": False, "answer": (0, 0), "error": None},
+    )
 
     def share_of_even_ids(completion_ids, **_):
         state["answer"] = len(completion_ids), sum(map(len, completion_ids))
@@ -113,11 +153,33 @@ def trl_step(path: Path, tokenizer: Any, directory: Path, engine: bool) -> Itera
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     whole = SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW)
     extra = {"rollout_func": rollout_func(params=whole)} if engine else {}
-    arguments = GRPOConfig(output_dir=str(directory), per_device_train_batch_size=PROMPTS * SAMPLES, num_generations=SAMPLES, max_steps=1000,
-                           max_completion_length=NEW, learning_rate=1e-6, temperature=1.0, beta=0.0, use_cpu=DEVICE.type == "cpu", bf16=False, report_to=[],
-                           save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=0)
-    trainer = GRPOTrainer(model=model, processing_class=tokenizer, reward_funcs=share_of_even_ids, args=arguments, callbacks=[Halt()],
-                          train_dataset=Dataset.from_dict({"prompt": TEXTS}), **extra)
+    arguments = GRPOConfig(
+        output_dir=str(directory),
+        per_device_train_batch_size=PROMPTS * SAMPLES,
+        num_generations=SAMPLES,
+        max_steps=1000,
+        max_completion_length=NEW,
+        learning_rate=1e-6,
+        temperature=1.0,
+        beta=0.0,
+        use_cpu=DEVICE.type == "cpu",
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        seed=0,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=share_of_even_ids,
+        args=arguments,
+        callbacks=[Halt()],
+        train_dataset=Dataset.from_dict({"prompt": TEXTS}),
+        **extra,
+    )
     trainer.remove_callback(PrinterCallback)
 
     def train() -> None:

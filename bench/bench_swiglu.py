@@ -1,4 +1,5 @@
 """swiglu of the fused gate and up projections: ours, eager, torch.compile and, on a GPU, Liger."""
+
 from __future__ import annotations
 
 import torch.nn.functional as F
@@ -19,9 +20,24 @@ def eager(gate_up: Tensor) -> tuple[Tensor]:
 @layer_cases
 def bench_swiglu(contest, size, dtype, direction):
     N, width = SIZES[size].N, SIZES[size].F
-    ours = {name: lambda x, impl=impl: (swiglu(x, impl=impl),) for name, impl in implementations(module, "swiglu", reference=False).items()}
+    ours = {
+        name: lambda x, impl=impl: (swiglu(x, impl=impl),)
+        for name, impl in implementations(module, "swiglu", reference=False).items()
+    }
     peer = liger("ops.swiglu.LigerSiLUMulFunction")
-    # Forward: gate and up in, their product out. Backward: its gradient, gate and up in, two gradients out.
+    # Forward: gate and up in, their product out. Backward: its gradient, gate and up in, two
+    # gradients out.
     moved = N * width * dtype.itemsize
-    layer_contest(contest, "swiglu", f"{N} x {width}", direction, ours, eager, [Random().normal(N, 2 * width, dtype=dtype)], (), 3 * moved, 5 * moved,
-                  {} if peer is None else {"Liger": lambda x: (peer.apply(*x.chunk(2, dim=-1)),)})
+    layer_contest(
+        contest,
+        "swiglu",
+        f"{N} x {width}",
+        direction,
+        ours,
+        eager,
+        [Random().normal(N, 2 * width, dtype=dtype)],
+        (),
+        3 * moved,
+        5 * moved,
+        {} if peer is None else {"Liger": lambda x: (peer.apply(*x.chunk(2, dim=-1)),)},
+    )

@@ -1,4 +1,6 @@
-"""The fixture that runs a contest over pytest-benchmark. harness.py says how to call it and what a row is."""
+"""The fixture that runs a contest over pytest-benchmark. harness.py says how to call it and what a
+row is."""
+
 from __future__ import annotations
 
 import sys
@@ -15,12 +17,30 @@ from bench.harness import Row, Times
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fusedrl")
-    group.addoption("--results", type=Path, metavar="DIR", help="write the rows of each contest to DIR/<file>.json (by default they are only printed)")
-    group.addoption("--model", type=Path, metavar="DIR", default=harness.RESULTS.parents[2] / "shared/models/stories260k",
-                    help="the Llama-like model that bench_generate.py generates with")
-    group.addoption("--first", type=int, metavar="N", help="the first N contests of each file alone")
-    group.addoption("--rounds", type=int, metavar="N", help="time so many rounds, without a warm-up beyond the check of the answers (by default as many as "
-                                                            f"fill {harness.SECONDS} seconds, {harness.FEWEST} to {harness.MOST})")
+    group.addoption(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="write the rows of each contest to DIR/<file>.json (by default they are only printed)",
+    )
+    group.addoption(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        default=harness.RESULTS.parents[2] / "shared/models/stories260k",
+        help="the Llama-like model that bench_generate.py generates with",
+    )
+    group.addoption(
+        "--first", type=int, metavar="N", help="the first N contests of each file alone"
+    )
+    group.addoption(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="time so many rounds, without a warm-up beyond the check of the answers (by default "
+        "as many as "
+        f"fill {harness.SECONDS} seconds, {harness.FEWEST} to {harness.MOST})",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,7 +64,8 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.fixture(autouse=True)
 def _alone():
-    """One thread for all contestants: two shared cores make OpenMP's barriers spin. Nothing compiled for another contest's shapes."""
+    """One thread for all contestants: two shared cores make OpenMP's barriers spin. Nothing
+    compiled for another contest's shapes."""
     torch.set_num_threads(1)
     if "torch._dynamo" in sys.modules:  # else nothing was compiled
         torch.compiler.reset()
@@ -54,15 +75,28 @@ def _alone():
 def contest(benchmark, request) -> Callable[..., list[Row]]:
     """Checks that all give the same answer, then times them in turn; one contest a test.
 
-    contest(what, shape, dtype, contestants, *, same, bytes_moved=None, flops=None, note="", unchecked=(), derive=None) -> rows, none if timing is off
+    contest(what, shape, dtype, contestants, *, same, bytes_moved=None, flops=None, note="",
+    unchecked=(), derive=None) -> rows, none if timing is off
         contestants: name -> function; the first is ours. See `harness` for what else a row holds.
-        same: called with (ours, another's answer); raises AssertionError when they differ. None: there is nothing to compare.
-        unchecked: contestants whose answer is not ours by construction, such as the bare products.
-        derive: called with the times of each contestant, round by round; returns what else is to be on our row.
+        same: called with (ours, another's answer); raises AssertionError when they differ. None:
+        there is nothing to compare. unchecked: contestants whose answer is not ours by
+        construction, such as the bare products. derive: called with the times of each contestant,
+        round by round; returns what else is to be on our row.
     """
-    def run(what: str, shape: str, dtype: torch.dtype, contestants: Mapping[str, Callable[[], Any]], *, same: Callable[[Any, Any], None] | None,
-            bytes_moved: int | None = None, flops: int | None = None, note: str = "", unchecked: Collection[str] = (),
-            derive: Callable[[Times], Mapping[str, float]] | None = None) -> list[Row]:
+
+    def run(
+        what: str,
+        shape: str,
+        dtype: torch.dtype,
+        contestants: Mapping[str, Callable[[], Any]],
+        *,
+        same: Callable[[Any, Any], None] | None,
+        bytes_moved: int | None = None,
+        flops: int | None = None,
+        note: str = "",
+        unchecked: Collection[str] = (),
+        derive: Callable[[Times], Mapping[str, float]] | None = None,
+    ) -> list[Row]:
         ours, *others = contestants
         kind = harness.name_of(dtype)
         harness.check_answers(what, contestants, same, unchecked)
@@ -84,11 +118,15 @@ def contest(benchmark, request) -> Callable[..., list[Row]]:
         benchmark.group = file
         benchmark.pedantic(take, args=(ours,), setup=opponents, rounds=rounds, iterations=1)
         extra = derive(times) if derive is not None else None
-        rows = harness.to_rows(what, shape, kind, times, bytes_moved=bytes_moved, flops=flops, note=note, extra=extra)
+        rows = harness.to_rows(
+            what, shape, kind, times, bytes_moved=bytes_moved, flops=flops, note=note, extra=extra
+        )
         benchmark.extra_info["rows"] = [asdict(row) for row in rows]
         print("\n" + harness.as_text(rows), flush=True)
         if request.config.getoption("--results"):
-            harness.merge_results(request.config.getoption("--results") / f"{file}.json", rows, harness.machine())
+            harness.merge_results(
+                request.config.getoption("--results") / f"{file}.json", rows, harness.machine()
+            )
         return rows
 
     return run

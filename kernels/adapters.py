@@ -1,15 +1,20 @@
-"""Adapters: the names and argument orders of other libraries' fused heads and log-probabilities, over this package's ops.
+"""Adapters: the names and argument orders of other libraries' fused heads and log-probabilities,
+over this package's ops.
 
-    verl   FusedLinearForPPO          -> linear_logprob        trl   selective_log_softmax, entropy_from_logits -> logprob
+    verl   FusedLinearForPPO          -> linear_logprob        trl   selective_log_softmax,
+                                                               entropy_from_logits -> logprob
     Liger  LigerFusedLinearGRPOLoss   -> linear_policy_loss
 
-To use one, import it from here instead of from there. What goes in and what comes out is the same but for what each docstring lists; common to
-all: results are float32 (float64 for float64), whatever the dtype of the inputs, and differentiable once; a masked row or token may hold NaN;
-a product of hidden states and head is not rounded to their dtype before the softmax.
+To use one, import it from here instead of from there. What goes in and what comes out is the same
+but for what each docstring lists; common to all: results are float32 (float64 for float64),
+whatever the dtype of the inputs, and differentiable once; a masked row or token may hold NaN; a
+product of hidden states and head is not rounded to their dtype before the softmax.
 
-Source    verl 0.9 (verl/utils/experimental/torch_functional.py), liger-kernel 0.8 (liger_kernel/chunked_loss/grpo_loss.py), trl 1.16
-          (trl/trainer/utils.py), whose definitions the tests state again, eagerly. Nothing of them is imported.
+Source    verl 0.9 (verl/utils/experimental/torch_functional.py), liger-kernel 0.8
+          (liger_kernel/chunked_loss/grpo_loss.py), trl 1.16 (trl/trainer/utils.py), whose
+          definitions the tests state again, eagerly. Nothing of them is imported.
 """
+
 from __future__ import annotations
 
 from typing import cast
@@ -36,12 +41,14 @@ def _leading(x: Tensor) -> str:
     return " ".join(f"d{i}" for i in range(x.ndim - 1))
 
 
-# ---- verl --------------------------------------------------------------------------------------------------------------
+# ---- verl ----------------------------------------------------------------------------------------
 class FusedLinearForPPO(torch.nn.Module):
-    """verl's module of this name: log-probability and entropy of one token a row through the head, without the logits.
+    """verl's module of this name: log-probability and entropy of one token a row through the head,
+    without the logits.
 
-    Differences: the entropy is float32, where verl rounds it to the dtype of the hidden states; a token id of -100 has log-probability 0, entropy 0
-    and no gradient, where verl's torch backend fails; any number of leading dimensions.
+    Differences: the entropy is float32, where verl rounds it to the dtype of the hidden states; a
+    token id of -100 has log-probability 0, entropy 0 and no gradient, where verl's torch backend
+    fails; any number of leading dimensions.
 
     Args:
         chunk_size: rows whose logits are held at a time.
@@ -53,137 +60,284 @@ class FusedLinearForPPO(torch.nn.Module):
         if chunk_size < 1:
             raise ValueError(f"FusedLinearForPPO: expected chunk_size >= 1, got {chunk_size!r}")
         if impl_backend not in ("torch", "liger"):
-            raise ValueError(f"FusedLinearForPPO: expected impl_backend to be torch or liger, got {impl_backend!r}")
+            raise ValueError(
+                "FusedLinearForPPO: expected impl_backend to be torch or liger, got "
+                f"{impl_backend!r}"
+            )
         self.chunk_size, self.impl_backend = chunk_size, impl_backend
 
-    def forward(self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """hidden_states [..., H], vocab_weights [V, H] of the same dtype, input_ids [...]. Returns (log_probs, entropy), both [...] float32."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        vocab_weights: Tensor,
+        input_ids: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [..., H], vocab_weights [V, H] of the same dtype, input_ids [...]. Returns
+        (log_probs, entropy), both [...] float32."""
         leading = _leading(hidden_states)
-        *_, H, V = check("FusedLinearForPPO", {
-            "hidden_states": (hidden_states, f"{leading} H"), "vocab_weights": (vocab_weights, "V H"), "input_ids": (input_ids, leading)})
-        log_probs, entropy = linear_logprob(hidden_states.reshape(-1, H), vocab_weights, input_ids.reshape(-1), temperature=temperature, entropy=True,
-                                            workspace_bytes=4 * V * self.chunk_size, impl=_impl(hidden_states))
+        *_, H, V = check(
+            "FusedLinearForPPO",
+            {
+                "hidden_states": (hidden_states, f"{leading} H"),
+                "vocab_weights": (vocab_weights, "V H"),
+                "input_ids": (input_ids, leading),
+            },
+        )
+        log_probs, entropy = linear_logprob(
+            hidden_states.reshape(-1, H),
+            vocab_weights,
+            input_ids.reshape(-1),
+            temperature=temperature,
+            entropy=True,
+            workspace_bytes=4 * V * self.chunk_size,
+            impl=_impl(hidden_states),
+        )
         return log_probs.view(input_ids.shape), entropy.view(input_ids.shape)
 
 
-# ---- Liger -------------------------------------------------------------------------------------------------------------
+# ---- Liger ---------------------------------------------------------------------------------------
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
-    """Liger's module of this name: the GRPO losses from hidden states, the gradients formed in the forward pass.
+    """Liger's module of this name: the GRPO losses from hidden states, the gradients formed in the
+    forward pass.
 
-    Per token of a sequence with advantage A, r = exp(logp - old_logp), or the exponential of its mean over the sequence (importance_sampling_level
-    "sequence"):
+    Per token of a sequence with advantage A, r = exp(logp - old_logp), or the exponential of its
+    mean over the sequence (importance_sampling_level "sequence"):
 
-        l = max(-A r, -A clip(r, 1 - epsilon_low, 1 + epsilon_high))      "sapo": -A sigmoid(tau (r - 1)) 4 / tau, tau by the sign of A
+        l = max(-A r, -A clip(r, 1 - epsilon_low, 1 + epsilon_high))
+                "sapo": -A sigmoid(tau (r - 1)) 4 / tau, tau by the sign of A
         l = l * vllm_is_ratio + beta (exp(ref_logp - logp) - 1 - (ref_logp - logp))
 
-    and their sum with these weights, for n_b unmasked tokens in sequence b of B (those that have none count):
+    and their sum with these weights, for n_b unmasked tokens in sequence b of B (those that have
+    none count):
 
-        "grpo", "sapo"  1 / (B n_b)         "bnpo"  1 / sum_b n_b         "dr_grpo"  1 / (B max_completion_length)
-        "dapo"          ranks / num_items_in_batch; the latter is by default the unmasked tokens of all ranks of torch.distributed, or of this process
+        "grpo", "sapo"  1 / (B n_b)         "bnpo"  1 / sum_b n_b         "dr_grpo"  1 / (B
+                                                    max_completion_length)
+        "dapo"          ranks / num_items_in_batch; the latter is by default the unmasked tokens of
+                        all ranks of torch.distributed, or of this process
 
-    Differences: a log ratio beyond +-20 is cut inside exponentials and has no gradient there; `lin_weight` and `bias` are converted to the dtype of
-    the hidden states (Liger adds a float32 bias in float32); a token whose vllm_is_ratio is 0 does not count as clipped; without
-    old_per_token_logps the policy is its own old policy as in Liger, which costs a scoring pass unless beta is 0 and the loss is not "sapo".
-    A mask is read as 0 or not 0.
+    Differences: a log ratio beyond +-20 is cut inside exponentials and has no gradient there;
+    `lin_weight` and `bias` are converted to the dtype of the hidden states (Liger adds a float32
+    bias in float32); a token whose vllm_is_ratio is 0 does not count as clipped; without
+    old_per_token_logps the policy is its own old policy as in Liger, which costs a scoring pass
+    unless beta is 0 and the loss is not "sapo". A mask is read as 0 or not 0.
 
-    Args: Liger's, in its order. `compiled` and `chunk_size` change nothing: nothing here is compiled, and linear_policy_loss bounds its workspace.
-        The vespo_* belong to a loss that is refused. `delta`: two-sided clipping, at 1 + epsilon_high or above it.
+    Args: Liger's, in its order. `compiled` and `chunk_size` change nothing: nothing here is
+    compiled, and linear_policy_loss bounds its workspace.
+        The vespo_* belong to a loss that is refused. `delta`: two-sided clipping, at 1 +
+        epsilon_high or above it.
     Raises:
-        ValueError: what is not expressible exactly, by name: loss types "cispo" (whose clip ratio counts positive advantages only; the loss itself
-        is linear_policy_loss with PolicyObjective(kind="cispo", clip_max=epsilon_high)), "luspo" (which counts masked tokens) and "vespo",
-        use_bias_correction_kl, a delta below 1 + epsilon_high or with level "sequence".
+        ValueError: what is not expressible exactly, by name: loss types "cispo" (whose clip ratio
+        counts positive advantages only; the loss itself is linear_policy_loss with
+        PolicyObjective(kind="cispo", clip_max=epsilon_high)), "luspo" (which counts masked tokens)
+        and "vespo", use_bias_correction_kl, a delta below 1 + epsilon_high or with level
+        "sequence".
     """
 
-    def __init__(self, beta: float = 0.04, compiled: bool = True, use_ref_model: bool = True, chunk_size: int = 1, epsilon_low: float = 0.2,
-                 epsilon_high: float = 0.2, loss_type: str = "dapo", max_completion_length: int | None = None, importance_sampling_level: str = "token",
-                 sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05, temperature: float = 1.0, delta: float | None = None,
-                 use_bias_correction_kl: bool = False, vespo_k_pos: float = 2.0, vespo_lambda_pos: float = 3.0, vespo_k_neg: float = 3.0,
-                 vespo_lambda_neg: float = 2.0) -> None:
+    def __init__(
+        self,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: str = "dapo",
+        max_completion_length: int | None = None,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
+    ) -> None:
         super().__init__()
         op = "LigerFusedLinearGRPOLoss"
         if loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo", "sapo"):
-            raise ValueError(f"{op}: expected loss_type to be one of grpo, bnpo, dr_grpo, dapo, sapo, got {loss_type!r}; see the class for what others are")
-        if importance_sampling_level not in ("token", "sequence") or (importance_sampling_level == "sequence" and loss_type == "sapo"):
-            raise ValueError(f"{op}: expected importance_sampling_level to be token, or sequence with a loss_type other than sapo, got "
-                             f"{importance_sampling_level!r} with {loss_type!r}")
+            raise ValueError(
+                f"{op}: expected loss_type to be one of grpo, bnpo, dr_grpo, dapo, sapo, got "
+                f"{loss_type!r}; see the class for what others are"
+            )
+        if importance_sampling_level not in ("token", "sequence") or (
+            importance_sampling_level == "sequence" and loss_type == "sapo"
+        ):
+            raise ValueError(
+                f"{op}: expected importance_sampling_level to be token, or sequence with a "
+                "loss_type other than sapo, got "
+                f"{importance_sampling_level!r} with {loss_type!r}"
+            )
         if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
-            raise ValueError(f"{op}: expected max_completion_length >= 1 with loss_type dr_grpo, got {max_completion_length!r}")
+            raise ValueError(
+                f"{op}: expected max_completion_length >= 1 with loss_type dr_grpo, got "
+                f"{max_completion_length!r}"
+            )
         if use_bias_correction_kl:
-            raise ValueError(f"{op}: expected use_bias_correction_kl=False, got True: its KL term times the ratio is not among the objectives")
+            raise ValueError(
+                f"{op}: expected use_bias_correction_kl=False, got True: its KL term times the "
+                "ratio is not among the objectives"
+            )
         if loss_type == "sapo":
-            self.objective = PolicyObjective(kind="sapo", tau_positive=sapo_temperature_pos, tau_negative=sapo_temperature_neg)
-        elif delta is not None and (importance_sampling_level == "sequence" or delta < 1 + epsilon_high):
-            raise ValueError(f"{op}: expected delta >= 1 + epsilon_high, with importance_sampling_level token, or None, got {delta!r} with "
-                             f"epsilon_high {epsilon_high!r} and level {importance_sampling_level!r}")
+            self.objective = PolicyObjective(
+                kind="sapo", tau_positive=sapo_temperature_pos, tau_negative=sapo_temperature_neg
+            )
+        elif delta is not None and (
+            importance_sampling_level == "sequence" or delta < 1 + epsilon_high
+        ):
+            raise ValueError(
+                f"{op}: expected delta >= 1 + epsilon_high, with importance_sampling_level token, "
+                f"or None, got {delta!r} with "
+                f"epsilon_high {epsilon_high!r} and level {importance_sampling_level!r}"
+            )
         elif importance_sampling_level == "sequence":
-            self.objective = PolicyObjective(kind="gspo", clip_low=epsilon_low, clip_high=epsilon_high)
+            self.objective = PolicyObjective(
+                kind="gspo", clip_low=epsilon_low, clip_high=epsilon_high
+            )
         else:
-            self.objective = PolicyObjective(kind="clip", clip_low=epsilon_low, clip_high=epsilon_high, dual_clip=delta)
-        self.beta, self.use_ref_model, self.loss_type, self.max_completion_length, self.temperature = (
-            beta, use_ref_model, loss_type, max_completion_length, temperature)
+            self.objective = PolicyObjective(
+                kind="clip", clip_low=epsilon_low, clip_high=epsilon_high, dual_clip=delta
+            )
+        (
+            self.beta,
+            self.use_ref_model,
+            self.loss_type,
+            self.max_completion_length,
+            self.temperature,
+        ) = (beta, use_ref_model, loss_type, max_completion_length, temperature)
 
-    def forward(self, _input: Tensor, lin_weight: Tensor, selected_token_ids: Tensor, attention_mask: Tensor, advantages: Tensor,
-                bias: Tensor | None = None, ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
-                ref_input: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, vllm_is_ratio: Tensor | None = None,
-                num_items_in_batch: float | Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self,
+        _input: Tensor,
+        lin_weight: Tensor,
+        selected_token_ids: Tensor,
+        attention_mask: Tensor,
+        advantages: Tensor,
+        bias: Tensor | None = None,
+        ref_per_token_logps: Tensor | None = None,
+        old_per_token_logps: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        vllm_is_ratio: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss and its metrics.
 
         Args:
-            _input: [B, T, H]. lin_weight: [V, H]. selected_token_ids, attention_mask: [B, T]. advantages: [B]. bias: [V].
-            ref_per_token_logps, old_per_token_logps: [B, T]. ref_input, ref_weight, ref_bias: as the policy's, of any H, in its place where
-            ref_per_token_logps is None. vllm_is_ratio: [B], [B, 1] or [B, T].
+            _input: [B, T, H]. lin_weight: [V, H]. selected_token_ids, attention_mask: [B, T].
+            advantages: [B]. bias: [V]. ref_per_token_logps, old_per_token_logps: [B, T]. ref_input,
+            ref_weight, ref_bias: as the policy's, of any H, in its place where ref_per_token_logps
+            is None. vllm_is_ratio: [B], [B, 1] or [B, T].
         Returns:
-            (loss, metrics): a scalar, differentiable in _input, lin_weight and bias; (mean KL, clip ratio) over unmasked tokens, the first only
-            where beta is not 0.
+            (loss, metrics): a scalar, differentiable in _input, lin_weight and bias; (mean KL, clip
+            ratio) over unmasked tokens, the first only where beta is not 0.
         """
         op = "LigerFusedLinearGRPOLoss"
-        ratio = vllm_is_ratio[:, None] if vllm_is_ratio is not None and vllm_is_ratio.ndim == 1 else vllm_is_ratio
-        B, T, *_ = check(op, {
-            "_input": (_input, "B T H"), "lin_weight": (lin_weight, "V H"), "selected_token_ids": (selected_token_ids, "B T"),
-            "attention_mask": (attention_mask, "B T"), "advantages": (advantages, "B"), "bias": (bias, "V"),
-            "ref_per_token_logps": (ref_per_token_logps, "B T"), "old_per_token_logps": (old_per_token_logps, "B T"),
-            "ref_input": (ref_input, "B T R"), "ref_weight": (ref_weight, "V R"), "ref_bias": (ref_bias, "V"),
-            "vllm_is_ratio": (ratio, "B 1" if ratio is not None and ratio.shape[1:] == (1,) else "B T")})
-        if self.use_ref_model and ref_per_token_logps is None and (ref_input is None or ref_weight is None):
-            raise ValueError(f"{op}: expected ref_per_token_logps, or ref_input and ref_weight, with use_ref_model=True, got neither")
+        ratio = (
+            vllm_is_ratio[:, None]
+            if vllm_is_ratio is not None and vllm_is_ratio.ndim == 1
+            else vllm_is_ratio
+        )
+        B, T, *_ = check(
+            op,
+            {
+                "_input": (_input, "B T H"),
+                "lin_weight": (lin_weight, "V H"),
+                "selected_token_ids": (selected_token_ids, "B T"),
+                "attention_mask": (attention_mask, "B T"),
+                "advantages": (advantages, "B"),
+                "bias": (bias, "V"),
+                "ref_per_token_logps": (ref_per_token_logps, "B T"),
+                "old_per_token_logps": (old_per_token_logps, "B T"),
+                "ref_input": (ref_input, "B T R"),
+                "ref_weight": (ref_weight, "V R"),
+                "ref_bias": (ref_bias, "V"),
+                "vllm_is_ratio": (
+                    ratio,
+                    "B 1" if ratio is not None and ratio.shape[1:] == (1,) else "B T",
+                ),
+            },
+        )
+        if (
+            self.use_ref_model
+            and ref_per_token_logps is None
+            and (ref_input is None or ref_weight is None)
+        ):
+            raise ValueError(
+                f"{op}: expected ref_per_token_logps, or ref_input and ref_weight, with "
+                "use_ref_model=True, got neither"
+            )
         wide, mask = torch.promote_types(_input.dtype, torch.float32), attention_mask != 0
         ids = torch.where(mask, selected_token_ids, _IGNORED).flatten()
         weights = self._weights(mask.to(wide), num_items_in_batch).flatten()
         if ratio is not None and self.objective.by_sequence:  # its tokens share one term
-            ratio = torch.where(mask, ratio, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        advantage = (advantages[:, None] if ratio is None else advantages[:, None] * ratio).expand(B, T)
+            ratio = torch.where(mask, ratio, 0).sum(1, keepdim=True) / mask.sum(
+                1, keepdim=True
+            ).clamp(min=1)
+        advantage = (advantages[:, None] if ratio is None else advantages[:, None] * ratio).expand(
+            B, T
+        )
         advantage = torch.where(mask, advantage, 0).to(wide).flatten()
 
-        def score(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        def score(
+            hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+        ) -> Tensor | None:
             if hidden is None or weight is None:
                 return None
             with torch.no_grad():
-                logp = linear_logprob(hidden.flatten(0, 1), weight.to(hidden.dtype), ids, bias=None if bias is None else bias.to(hidden.dtype),
-                                      temperature=self.temperature, impl=_impl(hidden))
+                logp = linear_logprob(
+                    hidden.flatten(0, 1),
+                    weight.to(hidden.dtype),
+                    ids,
+                    bias=None if bias is None else bias.to(hidden.dtype),
+                    temperature=self.temperature,
+                    impl=_impl(hidden),
+                )
             return cast(Tensor, logp).to(wide)
 
         ref_logp = None
         if self.beta and self.use_ref_model:
-            ref_logp = score(ref_input, ref_weight, ref_bias) if ref_per_token_logps is None else ref_per_token_logps.to(wide).flatten()
+            ref_logp = (
+                score(ref_input, ref_weight, ref_bias)
+                if ref_per_token_logps is None
+                else ref_per_token_logps.to(wide).flatten()
+            )
         objective, at_ratio_one = self.objective, None
         if old_per_token_logps is not None:
             old_logp = old_per_token_logps.to(wide).flatten()
-        elif ref_logp is None and objective.kind != "sapo":  # every ratio is 1: the gradient is that of -A logp, and the value is known
+        # every ratio is 1: the gradient is that of -A logp, and the value is known
+        elif ref_logp is None and objective.kind != "sapo":
             old_logp, objective, at_ratio_one = None, _REINFORCE, -(weights * advantage).sum()
         else:
             old_logp = score(_input, lin_weight, bias)
         loss, stats, *_ = linear_policy_loss(
-            _input.flatten(0, 1), lin_weight.to(_input.dtype), ids, old_logp, advantage, weights, objective=objective, ref_logp=ref_logp,
-            kl_coef=self.beta if ref_logp is not None else 0.0, temperature=self.temperature,
-            cu_seqlens=T * torch.arange(B + 1, device=mask.device) if objective.by_sequence else None,
-            bias=None if bias is None else bias.to(_input.dtype), impl=_impl(_input))
+            _input.flatten(0, 1),
+            lin_weight.to(_input.dtype),
+            ids,
+            old_logp,
+            advantage,
+            weights,
+            objective=objective,
+            ref_logp=ref_logp,
+            kl_coef=self.beta if ref_logp is not None else 0.0,
+            temperature=self.temperature,
+            cu_seqlens=T * torch.arange(B + 1, device=mask.device)
+            if objective.by_sequence
+            else None,
+            bias=None if bias is None else bias.to(_input.dtype),
+            impl=_impl(_input),
+        )
         if at_ratio_one is not None:
             loss = loss - loss.detach() + at_ratio_one
         clip_ratio = stats.clip_fraction_low + stats.clip_fraction_high
         return loss, (stats.ref_kl, clip_ratio) if self.beta else (clip_ratio,)
 
     def _weights(self, mask_BT: Tensor, num_items_in_batch: float | Tensor | None) -> Tensor:
-        # token_weights has these but for one thing: its means over sequences leave out those without tokens, Liger's do not.
+        # token_weights has these but for one thing: its means over sequences leave out those
+        # without tokens, Liger's do not.
         B = mask_BT.shape[0]
         if self.loss_type in ("grpo", "sapo"):
             return mask_BT / (B * mask_BT.sum(1, keepdim=True).clamp(min=1))
@@ -192,48 +346,76 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if self.loss_type == "dr_grpo":
             return mask_BT / (B * (self.max_completion_length or 1))
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        items = torch.as_tensor(mask_BT.sum() if num_items_in_batch is None else num_items_in_batch, dtype=mask_BT.dtype, device=mask_BT.device)
+        items = torch.as_tensor(
+            mask_BT.sum() if num_items_in_batch is None else num_items_in_batch,
+            dtype=mask_BT.dtype,
+            device=mask_BT.device,
+        )
         if distributed and num_items_in_batch is None:
             torch.distributed.all_reduce(items)
-        return mask_BT / (items / (torch.distributed.get_world_size() if distributed else 1)).clamp(min=1)
+        return mask_BT / (items / (torch.distributed.get_world_size() if distributed else 1)).clamp(
+            min=1
+        )
 
 
-# ---- trl ---------------------------------------------------------------------------------------------------------------
-def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor:
+# ---- trl -----------------------------------------------------------------------------------------
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
     """trl's function of this name: log-softmax of the logits at an index, or at K of them.
 
-    Differences: float32, where trl's eager code returns the dtype of the logits (its fused kernel float32 too). An index of -100 gives 0 (one per
-    row) instead of an error. A K that is differentiated holds a float32 copy of the logits.
+    Differences: float32, where trl's eager code returns the dtype of the logits (its fused kernel
+    float32 too). An index of -100 gives 0 (one per row) instead of an error. A K that is
+    differentiated holds a float32 copy of the logits.
 
     Args:
-        logits: [..., V]. index: [...], or [..., K] for K log-probabilities a row, in two reads whatever K. temperature: above 0.
-        row_mask: in the shape of the index; where it is 0 the result is 0 without gradient.
+        logits: [..., V]. index: [...], or [..., K] for K log-probabilities a row, in two reads
+        whatever K. temperature: above 0. row_mask: in the shape of the index; where it is 0 the
+        result is 0 without gradient.
     Returns:
         in the shape of the index; float32.
     Raises:
-        ValueError, TypeError, IndexError: as `logprob`; RuntimeError: one of K indices out of range.
+        ValueError, TypeError, IndexError: as `logprob`; RuntimeError: one of K indices out of
+        range.
     """
     op, leading = "selective_log_softmax", _leading(logits)
     several = index.ndim == logits.ndim
-    check(op, {"logits": (logits, f"{leading} V"), "index": (index, f"{leading} K" if several else leading),
-               "row_mask": (row_mask, f"{leading} K" if several else leading)})
+    check(
+        op,
+        {
+            "logits": (logits, f"{leading} V"),
+            "index": (index, f"{leading} K" if several else leading),
+            "row_mask": (row_mask, f"{leading} K" if several else leading),
+        },
+    )
     if not several:
         ids = index if row_mask is None else torch.where(row_mask != 0, index, _IGNORED)
         return cast(Tensor, logprob(logits, ids, temperature=temperature, impl=_impl(logits)))
-    # All from the likeliest token of the row, logp_k = logp_top + (z_k - z_top) / T: it is never -inf, and at it the gradients of the two z_top cancel,
-    # which they must do in float32.
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) if logits.requires_grad and torch.is_grad_enabled() else logits
+    # All from the likeliest token of the row, logp_k = logp_top + (z_k - z_top) / T: it is never
+    # -inf, and at it the gradients of the two z_top cancel, which they must do in float32.
+    z = (
+        logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if logits.requires_grad and torch.is_grad_enabled()
+        else logits
+    )
     top = z.detach().argmax(-1)
-    shifted = (z.gather(-1, index.long()).to(torch.promote_types(z.dtype, torch.float32)) - z.gather(-1, top[..., None])) / temperature
-    logp = cast(Tensor, logprob(z, top, temperature=temperature, impl=_impl(z)))[..., None] + shifted
+    shifted = (
+        z.gather(-1, index.long()).to(torch.promote_types(z.dtype, torch.float32))
+        - z.gather(-1, top[..., None])
+    ) / temperature
+    logp = (
+        cast(Tensor, logprob(z, top, temperature=temperature, impl=_impl(z)))[..., None] + shifted
+    )
     return logp if row_mask is None else torch.where(row_mask != 0, logp, 0)
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """trl's function of this name: the entropy of softmax(logits), in nats; [...] for logits [..., V].
+    """trl's function of this name: the entropy of softmax(logits), in nats; [...] for logits [...,
+    V].
 
-    Differences: float32, where trl's eager code returns the dtype of the logits; -inf logits contribute nothing, where trl gives NaN. `chunk_size`
-    changes nothing: one read and no softmax in memory.
+    Differences: float32, where trl's eager code returns the dtype of the logits; -inf logits
+    contribute nothing, where trl gives NaN. `chunk_size` changes nothing: one read and no softmax
+    in memory.
     """
     ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return logprob(logits, ids, entropy=True, impl=_impl(logits))[1]

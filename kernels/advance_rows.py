@@ -1,16 +1,22 @@
 """advance_rows_: what a decoding step leaves behind it, in one launch. In place.
 
-    ring[cursor] = (token, logp), and the value of the state before the token, where one is given;   cursor += 1
+    ring[cursor] = (token, logp), and the value of the state before the token, where one is given;
+            cursor += 1
     finished |= position >= last_position, or token in stops
-    token_id, positions = token, positions + 1      of rows that are not finished; the others stay as they are
+    token_id, positions = token, positions + 1      of rows that are not finished; the others stay
+                                                    as they are
 
-Shapes    R rows, W stop ids each, laid out [W, R]; a ring of K steps. positions [2, R]: of the token to draw, and of the newest one, which moves with it.
-Bytes     a few integers a row: what counts is one launch in place of a dozen. On a GPU one program does it, since the cursor has to move last.
+Shapes    R rows, W stop ids each, laid out [W, R]; a ring of K steps. positions [2, R]: of the
+          token to draw, and of the newest one, which moves with it.
+Bytes     a few integers a row: what counts is one launch in place of a dozen. On a GPU one program
+          does it, since the cursor has to move last.
 Numerics  integers; logp and values copied.
 Source    the state that continuous batching keeps of a sequence: Yu et al. (2022), Orca.
 
-A row whose logits hold NaN draws -1 on a GPU (sampling.py). With -1 among its stop ids it then ends, and no embedding is asked for token -1.
+A row whose logits hold NaN draws -1 on a GPU (sampling.py). With -1 among its stop ids it then
+ends, and no embedding is asked for token -1.
 """
+
 from __future__ import annotations
 
 import torch
@@ -23,13 +29,26 @@ from fusedrl.kernels.runtime.triton import tl, triton
 
 _IMPLS = Implementations("advance_rows_", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _BLOCK = 256  # rows at a time
-_DTYPES = dict.fromkeys(("logp", "ring_logp", "values", "ring_values"), torch.float32) | {"finished": torch.bool}  # the rest is int64
+_DTYPES = dict.fromkeys(("logp", "ring_logp", "values", "ring_values"), torch.float32) | {
+    "finished": torch.bool
+}  # the rest is int64
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def advance_rows_reference(drawn_R: Tensor, logp_R: Tensor, stops_WR: Tensor, last_positions_R: Tensor, token_ids_R: Tensor, positions_2R: Tensor,
-                           finished_R: Tensor, ring_tokens_KR: Tensor, ring_logp_KR: Tensor, cursor: Tensor, values_R: Tensor | None = None,
-                           ring_values_KR: Tensor | None = None) -> None:
+# ---- reference -----------------------------------------------------------------------------------
+def advance_rows_reference(
+    drawn_R: Tensor,
+    logp_R: Tensor,
+    stops_WR: Tensor,
+    last_positions_R: Tensor,
+    token_ids_R: Tensor,
+    positions_2R: Tensor,
+    finished_R: Tensor,
+    ring_tokens_KR: Tensor,
+    ring_logp_KR: Tensor,
+    cursor: Tensor,
+    values_R: Tensor | None = None,
+    ring_values_KR: Tensor | None = None,
+) -> None:
     """The definition, on any device."""
     ring_tokens_KR.index_copy_(0, cursor, drawn_R[None])
     ring_logp_KR.index_copy_(0, cursor, logp_R[None])
@@ -41,11 +60,28 @@ def advance_rows_reference(drawn_R: Tensor, logp_R: Tensor, stops_WR: Tensor, la
     positions_2R += ~finished_R
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 if triton is not None:
+
     @triton.jit(do_not_specialize=["R", "W", "K"])
-    def _advance_rows_kernel(drawn_ptr, logp_ptr, stops_ptr, last_ptr, token_ids_ptr, positions_ptr, finished_ptr, ring_tokens_ptr, ring_logp_ptr,
-                             cursor_ptr, values_ptr, ring_values_ptr, R, W, K, BLOCK: tl.constexpr):
+    def _advance_rows_kernel(
+        drawn_ptr,
+        logp_ptr,
+        stops_ptr,
+        last_ptr,
+        token_ids_ptr,
+        positions_ptr,
+        finished_ptr,
+        ring_tokens_ptr,
+        ring_logp_ptr,
+        cursor_ptr,
+        values_ptr,
+        ring_values_ptr,
+        R,
+        W,
+        K,
+        BLOCK: tl.constexpr,
+    ):
         step = tl.load(cursor_ptr)
         for start in range(0, R, BLOCK):
             r = start + tl.arange(0, BLOCK)
@@ -53,15 +89,25 @@ if triton is not None:
             token = tl.load(drawn_ptr + r, mask=inside, other=0)
             if (step >= 0) & (step < K):
                 tl.store(ring_tokens_ptr + step * R + r, token, mask=inside)
-                tl.store(ring_logp_ptr + step * R + r, tl.load(logp_ptr + r, mask=inside, other=0.0), mask=inside)
+                tl.store(
+                    ring_logp_ptr + step * R + r,
+                    tl.load(logp_ptr + r, mask=inside, other=0.0),
+                    mask=inside,
+                )
                 if values_ptr is not None:
-                    tl.store(ring_values_ptr + step * R + r, tl.load(values_ptr + r, mask=inside, other=0.0), mask=inside)
+                    tl.store(
+                        ring_values_ptr + step * R + r,
+                        tl.load(values_ptr + r, mask=inside, other=0.0),
+                        mask=inside,
+                    )
             key_at = tl.load(positions_ptr + r, mask=inside, other=0)
             at = tl.load(positions_ptr + R + r, mask=inside, other=0)
             ended = tl.load(finished_ptr + r, mask=inside, other=0).to(tl.int32)
             ended = tl.where(at >= tl.load(last_ptr + r, mask=inside, other=0), 1, ended)
             for w in range(0, W):
-                ended = tl.where(token == tl.load(stops_ptr + w * R + r, mask=inside, other=0), 1, ended)
+                ended = tl.where(
+                    token == tl.load(stops_ptr + w * R + r, mask=inside, other=0), 1, ended
+                )
             moves = inside & (ended == 0)
             tl.store(finished_ptr + r, ended != 0, mask=inside)
             tl.store(token_ids_ptr + r, token, mask=moves)
@@ -71,17 +117,68 @@ if triton is not None:
         tl.store(cursor_ptr, step + 1)
 
 
-# ---- launcher, and the op that torch.compile sees ------------------------------------------------------------------------
-@torch.library.custom_op("fusedrl::advance_rows_triton_", mutates_args=("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor",
-                                                                       "ring_values"))
-def _advance_rows_triton(drawn: Tensor, logp: Tensor, stops: Tensor, last_positions: Tensor, token_ids: Tensor, positions: Tensor, finished: Tensor,
-                         ring_tokens: Tensor, ring_logp: Tensor, cursor: Tensor, values: Tensor | None = None, ring_values: Tensor | None = None) -> None:
-    _advance_rows_kernel[(1,)](drawn, logp, stops, last_positions, token_ids, positions, finished, ring_tokens, ring_logp, cursor, values, ring_values,
-                               drawn.shape[0], stops.shape[0], ring_tokens.shape[0], BLOCK=_BLOCK, num_warps=4)
+# ---- launcher, and the op that torch.compile sees ------------------------------------------------
+@torch.library.custom_op(
+    "fusedrl::advance_rows_triton_",
+    mutates_args=(
+        "token_ids",
+        "positions",
+        "finished",
+        "ring_tokens",
+        "ring_logp",
+        "cursor",
+        "ring_values",
+    ),
+)
+def _advance_rows_triton(
+    drawn: Tensor,
+    logp: Tensor,
+    stops: Tensor,
+    last_positions: Tensor,
+    token_ids: Tensor,
+    positions: Tensor,
+    finished: Tensor,
+    ring_tokens: Tensor,
+    ring_logp: Tensor,
+    cursor: Tensor,
+    values: Tensor | None = None,
+    ring_values: Tensor | None = None,
+) -> None:
+    _advance_rows_kernel[(1,)](
+        drawn,
+        logp,
+        stops,
+        last_positions,
+        token_ids,
+        positions,
+        finished,
+        ring_tokens,
+        ring_logp,
+        cursor,
+        values,
+        ring_values,
+        drawn.shape[0],
+        stops.shape[0],
+        ring_tokens.shape[0],
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
 
 
-def _fake(drawn: Tensor, logp: Tensor, stops: Tensor, last_positions: Tensor, token_ids: Tensor, positions: Tensor, finished: Tensor, ring_tokens: Tensor,
-          ring_logp: Tensor, cursor: Tensor, values: Tensor | None = None, ring_values: Tensor | None = None) -> None:
+def _fake(
+    drawn: Tensor,
+    logp: Tensor,
+    stops: Tensor,
+    last_positions: Tensor,
+    token_ids: Tensor,
+    positions: Tensor,
+    finished: Tensor,
+    ring_tokens: Tensor,
+    ring_logp: Tensor,
+    cursor: Tensor,
+    values: Tensor | None = None,
+    ring_values: Tensor | None = None,
+) -> None:
     return None
 
 
@@ -90,41 +187,101 @@ if native.capability:
     torch.library.register_fake("fusedrl::advance_rows_", _fake)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
+# ---- public --------------------------------------------------------------------------------------
 @torch.no_grad()
-def advance_rows_(drawn: Tensor, logp: Tensor, stops: Tensor, last_positions: Tensor, token_ids: Tensor, positions: Tensor, finished: Tensor,
-                  ring_tokens: Tensor, ring_logp: Tensor, cursor: Tensor, values: Tensor | None = None, ring_values: Tensor | None = None, *,
-                  impl: str | None = None) -> None:
-    """Record what R rows drew, mark those that end, move the others on. All tensors contiguous. No gradient.
+def advance_rows_(
+    drawn: Tensor,
+    logp: Tensor,
+    stops: Tensor,
+    last_positions: Tensor,
+    token_ids: Tensor,
+    positions: Tensor,
+    finished: Tensor,
+    ring_tokens: Tensor,
+    ring_logp: Tensor,
+    cursor: Tensor,
+    values: Tensor | None = None,
+    ring_values: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> None:
+    """Record what R rows drew, mark those that end, move the others on. All tensors contiguous. No
+    gradient.
 
     Args:
-        drawn: [R] int64; logp: [R] float32.
-        stops: [W, R] int64, the tokens that end a row.
+        drawn: [R] int64; logp: [R] float32. stops: [W, R] int64, the tokens that end a row.
         last_positions: [R] int64; a row ends with a token drawn at this position or behind it.
-        token_ids: [R] int64, the newest tokens; positions: [2, R] int64, of the token to draw and of the newest; finished: [R] bool. Written in place.
-        ring_tokens, ring_logp: [K, R] int64 and float32; step `cursor` of them is written. cursor: [1] int64 in [0, K); it moves on by one.
-        values: [R] float32 of the states before the tokens, into ring_values [K, R]; or neither.
-        impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the device.
+        token_ids: [R] int64, the newest tokens; positions: [2, R] int64, of the token to draw and
+        of the newest; finished: [R] bool. Written in place. ring_tokens, ring_logp: [K, R] int64
+        and float32; step `cursor` of them is written. cursor: [1] int64 in [0, K); it moves on by
+        one. values: [R] float32 of the states before the tokens, into ring_values [K, R]; or
+        neither. impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the device.
     Raises:
-        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. IndexError: the cursor (on a GPU nobody looks: such a step is recorded
-        nowhere by Triton). RuntimeError: `impl` cannot run here.
+        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. IndexError: the
+        cursor (on a GPU nobody looks: such a step is recorded nowhere by Triton). RuntimeError:
+        `impl` cannot run here.
     """
-    op, arguments = "advance_rows_", (drawn, logp, stops, last_positions, token_ids, positions, finished, ring_tokens, ring_logp, cursor, values, ring_values)
+    op, arguments = (
+        "advance_rows_",
+        (
+            drawn,
+            logp,
+            stops,
+            last_positions,
+            token_ids,
+            positions,
+            finished,
+            ring_tokens,
+            ring_logp,
+            cursor,
+            values,
+            ring_values,
+        ),
+    )
     chosen = _IMPLS.choose(drawn.device, impl)
-    if chosen == "cpp":  # it checks them itself: a dozen tensors take Python longer than the rows take
+    # it checks them itself: a dozen tensors take Python longer than the rows take
+    if chosen == "cpp":
         torch.ops.fusedrl.advance_rows_(*arguments)
         return
-    names = {"drawn": "R", "logp": "R", "stops": "W R", "last_positions": "R", "token_ids": "R", "positions": "2 R", "finished": "R", "ring_tokens": "K R",
-             "ring_logp": "K R", "cursor": "1", "values": "R", "ring_values": "K R"}
+    names = {
+        "drawn": "R",
+        "logp": "R",
+        "stops": "W R",
+        "last_positions": "R",
+        "token_ids": "R",
+        "positions": "2 R",
+        "finished": "R",
+        "ring_tokens": "K R",
+        "ring_logp": "K R",
+        "cursor": "1",
+        "values": "R",
+        "ring_values": "K R",
+    }
     if (values is None) != (ring_values is None):
-        raise ValueError(f"{op}: expected values and ring_values together, got only {'ring_values' if values is None else 'values'}")
-    check(op, {name: (tensor, pattern) for (name, pattern), tensor in zip(names.items(), arguments, strict=True)})
+        raise ValueError(
+            f"{op}: expected values and ring_values together, got only "
+            f"{'ring_values' if values is None else 'values'}"
+        )
+    check(
+        op,
+        {
+            name: (tensor, pattern)
+            for (name, pattern), tensor in zip(names.items(), arguments, strict=True)
+        },
+    )
     for name, tensor in zip(names, arguments, strict=True):
         check_dtype(op, name, tensor, (_DTYPES.get(name, torch.int64),))
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{op}: expected {name} contiguous, got strides {tensor.stride()}")
-    if drawn.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= int(cursor) < ring_tokens.shape[0]:
-        raise IndexError(f"{op}: expected the cursor in [0, {ring_tokens.shape[0]}), the steps of the ring, got {int(cursor)}")
+    if (
+        drawn.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not 0 <= int(cursor) < ring_tokens.shape[0]
+    ):
+        raise IndexError(
+            f"{op}: expected the cursor in [0, {ring_tokens.shape[0]}), the steps of the ring, got "
+            f"{int(cursor)}"
+        )
     (advance_rows_reference if chosen == "torch" else _advance_rows_triton)(*arguments)
 
 
@@ -133,10 +290,31 @@ if triton is not None:
     OFFLINE_KERNELS = {
         name: {
             "kernel": _advance_rows_kernel,
-            "signature": dict.fromkeys(("drawn_ptr", "stops_ptr", "last_ptr", "token_ids_ptr", "positions_ptr", "ring_tokens_ptr", "cursor_ptr"), "*i64")
-            | {"logp_ptr": "*fp32", "ring_logp_ptr": "*fp32", "finished_ptr": "*i1", "R": "i32", "W": "i32", "K": "i32"} | kinds,
+            "signature": dict.fromkeys(
+                (
+                    "drawn_ptr",
+                    "stops_ptr",
+                    "last_ptr",
+                    "token_ids_ptr",
+                    "positions_ptr",
+                    "ring_tokens_ptr",
+                    "cursor_ptr",
+                ),
+                "*i64",
+            )
+            | {
+                "logp_ptr": "*fp32",
+                "ring_logp_ptr": "*fp32",
+                "finished_ptr": "*i1",
+                "R": "i32",
+                "W": "i32",
+                "K": "i32",
+            }
+            | kinds,
             "constexprs": {"BLOCK": _BLOCK} | absent,
         }
-        for name, kinds, absent in (("advance_rows", {}, dict.fromkeys(("values_ptr", "ring_values_ptr"))),
-                                    ("advance_rows_values", dict.fromkeys(("values_ptr", "ring_values_ptr"), "*fp32"), {}))
+        for name, kinds, absent in (
+            ("advance_rows", {}, dict.fromkeys(("values_ptr", "ring_values_ptr"))),
+            ("advance_rows_values", dict.fromkeys(("values_ptr", "ring_values_ptr"), "*fp32"), {}),
+        )
     }

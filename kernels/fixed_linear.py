@@ -2,17 +2,21 @@
 
     y[n] = x[n] W^T + b      with a softcap then softcap tanh(y / softcap)
 
-A BLAS chooses the order of its sums by the number of rows, so the same row among others comes out with other bits. Here it has one order, which depends
-on the sizes of the weights alone; it is the order of `decode_step`'s own linear layers.
+A BLAS chooses the order of its sums by the number of rows, so the same row among others comes out
+with other bits. Here it has one order, which depends on the sizes of the weights alone; it is the
+order of `decode_step`'s own linear layers.
 
 Shapes    N rows, K inputs, O outputs.
 Bytes     the weights once a 64 rows; x and y once. 2 N K O flops.
-Numerics  float32 sums and results, whatever the dtype of the inputs ("torch": float64 for float64, and the order is the BLAS's: it is the definition, not the
-          promise).
-Triton    a program a tile of 64 rows and 64 outputs, whatever the number of rows; it walks K from the front, 64 inputs at a time (float32 weights: 32 rows, 32
-          inputs). Where the weights are bfloat16 and x is not, x is taken as the sum of two bfloat16 numbers, as split_linear.py has it: 4 N K O flops.
-          Float32 weights take no tensor cores. Not run on a card in this project.
+Numerics  float32 sums and results, whatever the dtype of the inputs ("torch": float64 for float64,
+          and the order is the BLAS's: it is the definition, not the promise).
+Triton    a program a tile of 64 rows and 64 outputs, whatever the number of rows; it walks K from
+          the front, 64 inputs at a time (float32 weights: 32 rows, 32 inputs). Where the weights
+          are bfloat16 and x is not, x is taken as the sum of two bfloat16 numbers, as
+          split_linear.py has it: 4 N K O flops. Float32 weights take no tensor cores. Not run on a
+          card in this project.
 """
+
 from __future__ import annotations
 
 import torch
@@ -28,27 +32,52 @@ if triton is not None:
 
 _IMPLS = Implementations("fixed_linear", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _STAGES = 3  # of the loop
-_GROUP = 16  # tiles of rows that are computed side by side: what they read of the weights is then in a cache
+# tiles of rows that are computed side by side: what they read of the weights is then in a cache
+_GROUP = 16
 
 
 def _tile(float32: bool) -> dict[str, int]:
     """Part of the arithmetic: it follows the dtype of the weights alone."""
-    return {"ROWS": 32, "COLUMNS": 64, "STEP": 32} if float32 else {"ROWS": 64, "COLUMNS": 64, "STEP": 64}
+    return (
+        {"ROWS": 32, "COLUMNS": 64, "STEP": 32}
+        if float32
+        else {"ROWS": 64, "COLUMNS": 64, "STEP": 64}
+    )
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def fixed_linear_reference(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None, softcap: float | None = None) -> Tensor:
+# ---- reference -----------------------------------------------------------------------------------
+def fixed_linear_reference(
+    x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
     """The definition, on any device and in any float dtype (float64 is the oracle)."""
     wide = torch.promote_types(x_NK.dtype, torch.float32)
-    y_NO = torch.nn.functional.linear(x_NK.to(wide), weight_OK.to(wide), None if bias_O is None else bias_O.to(wide))
+    y_NO = torch.nn.functional.linear(
+        x_NK.to(wide), weight_OK.to(wide), None if bias_O is None else bias_O.to(wide)
+    )
     return y_NO if softcap is None else softcap * torch.tanh(y_NO / softcap)
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 if triton is not None:
+
     @triton.jit(do_not_specialize=["N", "O"])
-    def _kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, N, O, softcap, K: tl.constexpr, SPLIT: tl.constexpr, CAPPED: tl.constexpr, WIDEN: tl.constexpr,
-                GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    def _kernel(
+        x_ptr,
+        weight_ptr,
+        bias_ptr,
+        y_ptr,
+        N,
+        O,
+        softcap,
+        K: tl.constexpr,
+        SPLIT: tl.constexpr,
+        CAPPED: tl.constexpr,
+        WIDEN: tl.constexpr,
+        GROUP: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        STEP: tl.constexpr,
+    ):
         n_tiles, o_tiles = tl.cdiv(N, ROWS), tl.cdiv(O, COLUMNS)
         group, place = tl.program_id(0) // (GROUP * o_tiles), tl.program_id(0) % (GROUP * o_tiles)
         high = tl.minimum(n_tiles - group * GROUP, GROUP)  # tiles of rows of this group
@@ -58,7 +87,9 @@ if triton is not None:
         for start in range(0, K, STEP):
             k = start + tl.arange(0, STEP)
             x = tl.load(x_ptr + n * K + k[None, :], mask=(n < N) & (k < K)[None, :], other=0.0)
-            weight = tl.load(weight_ptr + o * K + k[:, None], mask=(o < O) & (k < K)[:, None], other=0.0)
+            weight = tl.load(
+                weight_ptr + o * K + k[:, None], mask=(o < O) & (k < K)[:, None], other=0.0
+            )
             if SPLIT:
                 hi = x.to(weight.dtype)
                 lo = (x.to(tl.float32) - hi.to(tl.float32)).to(weight.dtype)
@@ -76,35 +107,75 @@ if triton is not None:
             acc = _tanh(acc / softcap) * softcap
         tl.store(y_ptr + n * O + o, acc, mask=(n < N) & (o < O))
 
-    # What tests/offline_compile.py compiles: a projection, one with a bias, a head with a softcap, of the inputs and weights that a decoder brings.
+    # What tests/offline_compile.py compiles: a projection, one with a bias, a head with a softcap,
+    # of the inputs and weights that a decoder brings.
     OFFLINE_KERNELS = {
         f"{x}_{weight}_{K}{'_bias' if bias else ''}{'_capped' if capped else ''}": {
             "kernel": _kernel,
-            "signature": {"x_ptr": f"*{x}", "weight_ptr": f"*{weight}", "y_ptr": "*fp32", "N": "i32", "O": "i32", "softcap": "fp32",
-                          **({"bias_ptr": f"*{weight}"} if bias else {})},
-            "constexprs": {"K": K, "SPLIT": x != weight, "CAPPED": capped, "WIDEN": False, "GROUP": _GROUP, **_tile(weight == "fp32"),
-                           **({} if bias else {"bias_ptr": None})},
+            "signature": {
+                "x_ptr": f"*{x}",
+                "weight_ptr": f"*{weight}",
+                "y_ptr": "*fp32",
+                "N": "i32",
+                "O": "i32",
+                "softcap": "fp32",
+                **({"bias_ptr": f"*{weight}"} if bias else {}),
+            },
+            "constexprs": {
+                "K": K,
+                "SPLIT": x != weight,
+                "CAPPED": capped,
+                "WIDEN": False,
+                "GROUP": _GROUP,
+                **_tile(weight == "fp32"),
+                **({} if bias else {"bias_ptr": None}),
+            },
             "num_warps": 4,
             "num_stages": _STAGES,
         }
-        for x, weight, K, bias, capped in (("fp32", "bf16", 4096, False, False), ("fp32", "bf16", 896, True, False), ("fp16", "bf16", 4096, False, False),
-                                           ("bf16", "bf16", 4096, False, True), ("bf16", "bf16", 4096, False, False), ("fp32", "fp32", 4096, True, True),
-                                           ("fp32", "fp32", 896, False, False), ("fp32", "bf16", 100, False, False))
+        for x, weight, K, bias, capped in (
+            ("fp32", "bf16", 4096, False, False),
+            ("fp32", "bf16", 896, True, False),
+            ("fp16", "bf16", 4096, False, False),
+            ("bf16", "bf16", 4096, False, True),
+            ("bf16", "bf16", 4096, False, False),
+            ("fp32", "fp32", 4096, True, True),
+            ("fp32", "fp32", 896, False, False),
+            ("fp32", "bf16", 100, False, False),
+        )
     }
 
 
-# ---- launcher, and the ops that torch.compile sees -------------------------------------------------------------------------
+# ---- launcher, and the ops that torch.compile sees -----------------------------------------------
 @torch.library.custom_op("fusedrl::fixed_linear_triton", mutates_args=())
 def _fixed_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> Tensor:
     (N, K), O = x.shape, weight.shape[0]
     y_NO = x.new_empty(N, O, dtype=torch.float32)
     if N and O:
         tile = _tile(weight.dtype == torch.float32)
-        x, weight = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (x.contiguous(), weight.contiguous()))  # or it would be another kernel
-        widen = weight.dtype == torch.bfloat16 and x.device.type == "cpu"  # exact; the interpreter would multiply the bits of bfloat16 as integers
+        x, weight = (
+            t if t.data_ptr() % 16 == 0 else t.clone()
+            for t in (x.contiguous(), weight.contiguous())
+        )  # or it would be another kernel
+        # exact; the interpreter would multiply the bits of bfloat16 as integers
+        widen = weight.dtype == torch.bfloat16 and x.device.type == "cpu"
         _kernel[(triton.cdiv(N, tile["ROWS"]) * triton.cdiv(O, tile["COLUMNS"]),)](
-            x, weight, None if bias is None else bias.contiguous(), y_NO, N, O, softcap or 1.0, K=K, SPLIT=x.dtype != weight.dtype, CAPPED=softcap > 0,
-            WIDEN=widen, GROUP=_GROUP, **tile, num_warps=4, num_stages=_STAGES)
+            x,
+            weight,
+            None if bias is None else bias.contiguous(),
+            y_NO,
+            N,
+            O,
+            softcap or 1.0,
+            K=K,
+            SPLIT=x.dtype != weight.dtype,
+            CAPPED=softcap > 0,
+            WIDEN=widen,
+            GROUP=_GROUP,
+            **tile,
+            num_warps=4,
+            num_stages=_STAGES,
+        )
     return y_NO
 
 
@@ -117,25 +188,41 @@ if native.capability:
     torch.library.register_fake("fusedrl::fixed_linear", _fake)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
+# ---- public --------------------------------------------------------------------------------------
 @torch.no_grad()
-def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, softcap: float | None = None, impl: str | None = None) -> Tensor:
+def fixed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
     """x W^T + b with one order of summation. No gradient.
 
     Args:
-        x: [N, K]. weight: [O, K] and bias: [O] or None, in x's dtype; cpp and triton take float32 and bfloat16. triton and torch also take x of float32 or
+        x: [N, K]. weight: [O, K] and bias: [O] or None, in x's dtype; cpp and triton take float32
+        and bfloat16. triton and torch also take x of float32 or
             float16 beside bfloat16 weights.
-        softcap: the results become softcap * tanh(results / softcap), by the same arithmetic wherever they lie.
-        impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the device. "torch" has no fixed order.
+        softcap: the results become softcap * tanh(results / softcap), by the same arithmetic
+        wherever they lie. impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the
+        device. "torch" has no fixed order.
     Returns:
         [N, O] float32 (float64 for float64).
     Raises:
-        ValueError: sizes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: sizes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl`
+        cannot run here.
     """
     op = "fixed_linear"
     check(op, {"x": (x, "N K"), "weight": (weight, "O K"), "bias": (bias, "O")})
     mixed = weight.dtype == torch.bfloat16 and x.dtype in (torch.float32, torch.float16)
-    chosen = _IMPLS.choose(x.device, impl, {"cpp": f"it takes x and weights of one dtype, got {x.dtype} and bfloat16"} if mixed else {})
+    chosen = _IMPLS.choose(
+        x.device,
+        impl,
+        {"cpp": f"it takes x and weights of one dtype, got {x.dtype} and bfloat16"}
+        if mixed
+        else {},
+    )
     if not mixed:
         check_dtype(op, "x", x, FLOATS if chosen == "torch" else (torch.float32, torch.bfloat16))
         check_dtype(op, "weight", weight, (x.dtype,))
@@ -144,4 +231,6 @@ def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, softc
         raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
     if chosen == "torch":
         return fixed_linear_reference(x, weight, bias, softcap)
-    return (_fixed_linear_triton if chosen == "triton" else torch.ops.fusedrl.fixed_linear)(x, weight, bias, softcap or 0.0)
+    return (_fixed_linear_triton if chosen == "triton" else torch.ops.fusedrl.fixed_linear)(
+        x, weight, bias, softcap or 0.0
+    )

@@ -1,4 +1,6 @@
-"""What the heads over a vocabulary share: products in float32, the room a chunk of logits may take, and the walk over tiles of their gradient."""
+"""What the heads over a vocabulary share: products in float32, the room a chunk of logits may take,
+and the walk over tiles of their gradient."""
+
 from __future__ import annotations
 
 import math
@@ -33,35 +35,56 @@ def _narrow(a: Tensor, b: Tensor) -> torch.dtype | None:
 
 
 def workspace(workspace_bytes: int | None, N: int, V: int) -> int:
-    """Bytes for the chunk's float32 logits: those asked for, or the smaller of 256 MiB and an eighth of the full logits, but at least 4 MiB."""
-    return max(4 * _MEBI, min(256 * _MEBI, N * V * 4 // 8)) if workspace_bytes is None else workspace_bytes
+    """Bytes for the chunk's float32 logits: those asked for, or the smaller of 256 MiB and an
+    eighth of the full logits, but at least 4 MiB."""
+    return (
+        max(4 * _MEBI, min(256 * _MEBI, N * V * 4 // 8))
+        if workspace_bytes is None
+        else workspace_bytes
+    )
 
 
 def tile_of(elements: int, A: int, V: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most so many logits (at least one): as square as A and V allow, with columns in whole cache lines."""
+    """Rows and columns of a tile of at most so many logits (at least one): as square as A and V
+    allow, with columns in whole cache lines."""
     R = max(1, min(A, math.isqrt(elements)))
     C = max(1, min(V, elements // R))
     C -= C % 64 if 64 < C < V else 0
     return max(1, min(A, elements // C)), C
 
 
-def head_gradients(hidden: Tensor, weight: Tensor, index_A: Tensor, tile: tuple[int, int], of_rows: Callable[[Tensor, Tensor], Callable[[slice], Tensor]],
-                   for_hidden: bool, for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias from those of the logits, a tile of them at a time; rows not in `index_A` have none.
+def head_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    index_A: Tensor,
+    tile: tuple[int, int],
+    of_rows: Callable[[Tensor, Tensor], Callable[[slice], Tensor]],
+    for_hidden: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias from those of the logits, a tile of them at a time; rows
+    not in `index_A` have none.
 
-    `of_rows(index_R, hidden_RH)` prepares some rows, and what it returns gives their gradient [R, C] at a slice of the vocabulary. Sums over
-    tiles are float32. A tile is best square: hidden's sums pass through memory V / C times and weight's A / R times. Those not asked for are empty.
+    `of_rows(index_R, hidden_RH)` prepares some rows, and what it returns gives their gradient [R,
+    C] at a slice of the vocabulary. Sums over tiles are float32. A tile is best square: hidden's
+    sums pass through memory V / C times and weight's A / R times. Those not asked for are empty.
     """
     (R, C), A, V = tile, index_A.numel(), weight.shape[0]
-    wide = torch.float32 if A > R else weight.dtype  # with one block of rows there is no sum over blocks
-    hidden_grad = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
+    # with one block of rows there is no sum over blocks
+    wide = torch.float32 if A > R else weight.dtype
+    hidden_grad = (
+        torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        if for_hidden
+        else hidden.new_empty(0)
+    )
     weight_grad = weight.new_empty(weight.shape if for_weight else 0, dtype=wide)
     bias_grad = weight.new_empty(V if for_bias else 0, dtype=wide)
     if A == 0:
         weight_grad.zero_()
         bias_grad.zero_()
     for begin in range(0, A, R):
-        index_R = index_A[begin:begin + R]
+        index_R = index_A[begin : begin + R]
         hidden_RH = hidden[index_R]
         grad_RH = hidden.new_zeros(hidden_RH.shape if for_hidden else 0, dtype=torch.float32)
         gradient_of = of_rows(index_R, hidden_RH)

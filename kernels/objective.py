@@ -1,14 +1,20 @@
-"""What a policy update minimises, and how its tokens are weighted: descriptions and statistics of the losses in policy_loss.py.
+"""What a policy update minimises, and how its tokens are weighted: descriptions and statistics of
+the losses in policy_loss.py.
 
-    l_t = correction_t * policy term_t (PolicyObjective, RolloutCorrection) + kl_coef * kl_t - entropy_coef * entropy_t
+    l_t = correction_t * policy term_t (PolicyObjective, RolloutCorrection) + kl_coef * kl_t -
+        entropy_coef * entropy_t
     loss = sum_t weights_t * l_t (token_weights)
 
-Shapes    N tokens, B sequences, T steps. Sequence b owns the slots cu_seqlens[b] : cu_seqlens[b + 1] of N, or the row b of [B, T].
-Source    clip, kl_penalty: Schulman et al. (2017), eq. 7 and 8; the dual clip is Ye et al. (2020), eq. 5; gspo: Zheng et al. (2025), group
-          sequence policy optimization; cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025), soft adaptive policy optimization;
-          geometric_mean: Zhao et al. (2025), GMPO; dro: Richemond et al. (2024), offline regularised RL. Aggregations as in Shao et al. (2024),
-          eq. 3 (sequence_mean_token_mean), Yu et al. (2025), eq. 8 (token_mean) and Liu et al. (2025), Dr. GRPO (sequence_sum_norm).
+Shapes    N tokens, B sequences, T steps. Sequence b owns the slots cu_seqlens[b] : cu_seqlens[b +
+          1] of N, or the row b of [B, T].
+Source    clip, kl_penalty: Schulman et al. (2017), eq. 7 and 8; the dual clip is Ye et al. (2020),
+          eq. 5; gspo: Zheng et al. (2025), group sequence policy optimization; cispo: MiniMax-M1
+          (2025); sapo: Gao et al. (2025), soft adaptive policy optimization; geometric_mean: Zhao
+          et al. (2025), GMPO; dro: Richemond et al. (2024), offline regularised RL. Aggregations as
+          in Shao et al. (2024), eq. 3 (sequence_mean_token_mean), Yu et al. (2025), eq. 8
+          (token_mean) and Liu et al. (2025), Dr. GRPO (sequence_sum_norm).
 """
+
 from __future__ import annotations
 
 import math
@@ -20,7 +26,8 @@ from torch import Tensor
 
 from fusedrl.kernels.runtime.checks import check, check_dtype
 
-# kind -> the fields that it uses and their defaults. C++ and CUDA know it by its name: FUSEDRL_KINDS in csrc/shared/objectives.h.
+# kind -> the fields that it uses and their defaults. C++ and CUDA know it by its name:
+# FUSEDRL_KINDS in csrc/shared/objectives.h.
 _DEFAULTS: dict[str, dict[str, float | None]] = {
     "clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
     "ratio": {},
@@ -36,35 +43,63 @@ KINDS = tuple(_DEFAULTS)
 SEQUENCE_KINDS = ("gspo", "geometric_mean")  # a token's term depends on the others of its sequence
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # of tokens; kernels know one more, "sequence_k2"
 # What kernels take beside names, in this order, which is that of FUSEDRL_COEFFICIENTS there.
-COEFFICIENTS = ("lower", "upper", "dual", "tau_positive", "tau_negative", "beta", "kl_coef", "entropy_coef", "value_clip", "value_coef")
-AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_sum_norm", "token_sum")
+COEFFICIENTS = (
+    "lower",
+    "upper",
+    "dual",
+    "tau_positive",
+    "tau_negative",
+    "beta",
+    "kl_coef",
+    "entropy_coef",
+    "value_clip",
+    "value_coef",
+)
+AGGREGATIONS = (
+    "token_mean",
+    "sequence_mean_token_mean",
+    "sequence_mean_token_sum",
+    "sequence_sum_norm",
+    "token_sum",
+)
 MAX_LOG_RATIO = 20.0  # inside exponentials
 
 
-# ---- what is minimised -------------------------------------------------------------------------------------------------
+# ---- what is minimised ---------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PolicyObjective:
-    """The policy term of the loss, per token: lp = logp, d = logp - old_logp, ratio = exp(d), advantage A; sg[] is constant for the gradient.
+    """The policy term of the loss, per token: lp = logp, d = logp - old_logp, ratio = exp(d),
+    advantage A; sg[] is constant for the gradient.
 
-    "clip"            max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)), and with `dual_clip` c, where A < 0, at most -A c
+    "clip"            max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)), and with
+                      `dual_clip` c, where A < 0, at most -A c
     "ratio"           -A ratio
     "reinforce"       -A lp
-    "kl_penalty"      -A ratio + beta (ratio - 1 - d): the second part estimates KL(old || new), its value and its gradient
-    "cispo"           -A sg[min(ratio, clip_max)] lp: a cap on the weight, no token loses its gradient. clip_max bounds the ratio itself.
-    "sapo"            -A sigmoid(tau (ratio - 1)) 4 / tau, tau = tau_positive where A > 0, else tau_negative; slope -A at ratio 1
-    "dro"             -(A lp - beta d^2 / 2), A the soft advantage: the token-level form of an objective stated for whole completions
-    "gspo"            "clip" with the sequence's s = exp(mean d) in place of the ratio, as sg[s] exp(lp - sg[lp])
-    "geometric_mean"  -A sg[s] exp(lp - sg[lp]), s = exp(mean c), c = min(d, clip_high) where A > 0, else max(d, -clip_low): bounds of the log
+    "kl_penalty"      -A ratio + beta (ratio - 1 - d): the second part estimates KL(old || new), its
+                      value and its gradient
+    "cispo"           -A sg[min(ratio, clip_max)] lp: a cap on the weight, no token loses its
+                      gradient. clip_max bounds the ratio itself.
+    "sapo"            -A sigmoid(tau (ratio - 1)) 4 / tau, tau = tau_positive where A > 0, else
+                      tau_negative; slope -A at ratio 1
+    "dro"             -(A lp - beta d^2 / 2), A the soft advantage: the token-level form of an
+                      objective stated for whole completions
+    "gspo"            "clip" with the sequence's s = exp(mean d) in place of the ratio, as sg[s]
+                      exp(lp - sg[lp])
+    "geometric_mean"  -A sg[s] exp(lp - sg[lp]), s = exp(mean c), c = min(d, clip_high) where A > 0,
+                      else max(d, -clip_low): bounds of the log
                       ratio. A token beyond its bound has no gradient.
 
-    The last two need `cu_seqlens`; means are over a sequence's unmasked tokens. Written per token they give every token its own advantage and
-    weight; where both are constant in a sequence (the weights of sequence_mean_token_mean) they are the sequence objective, gradient included.
+    The last two need `cu_seqlens`; means are over a sequence's unmasked tokens. Written per token
+    they give every token its own advantage and weight; where both are constant in a sequence (the
+    weights of sequence_mean_token_mean) they are the sequence objective, gradient included.
 
-    A field left at None takes its kind's default: clip 0.2 and 0.2 with no dual clip; gspo 3e-4 and 4e-4 (at 0.2 it never clips);
-    geometric_mean 0.4 and 0.4; cispo 5.0; sapo 1.0 and 1.05; beta 1.0.
+    A field left at None takes its kind's default: clip 0.2 and 0.2 with no dual clip; gspo 3e-4 and
+    4e-4 (at 0.2 it never clips); geometric_mean 0.4 and 0.4; cispo 5.0; sapo 1.0 and 1.05; beta
+    1.0.
 
     Raises:
-        ValueError: an unknown kind, a number out of range, or a field that the kind does not use and that is not None.
+        ValueError: an unknown kind, a number out of range, or a field that the kind does not use
+        and that is not None.
     """
 
     kind: str = "clip"
@@ -78,28 +113,44 @@ class PolicyObjective:
 
     def __post_init__(self) -> None:
         if self.kind not in _DEFAULTS:
-            raise ValueError(f"PolicyObjective: expected kind to be one of {', '.join(KINDS)}, got {self.kind!r}")
+            raise ValueError(
+                f"PolicyObjective: expected kind to be one of {', '.join(KINDS)}, got {self.kind!r}"
+            )
         used = _DEFAULTS[self.kind]
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "kind" or (value is None and field.name not in used):
                 continue
             if field.name not in used:
-                raise ValueError(f"PolicyObjective: kind {self.kind!r} does not use {field.name}; leave it at None, got {value!r}")
+                raise ValueError(
+                    f"PolicyObjective: kind {self.kind!r} does not use {field.name}; leave it at "
+                    f"None, got {value!r}"
+                )
             if value is None:
                 object.__setattr__(self, field.name, used[field.name])
-        ranges = [("clip_low", 0.0, 1.0 if self.kind in ("clip", "gspo") else math.inf), ("clip_high", 0.0, math.inf), ("beta", 0.0, math.inf)]
+        ranges = [
+            ("clip_low", 0.0, 1.0 if self.kind in ("clip", "gspo") else math.inf),
+            ("clip_high", 0.0, math.inf),
+            ("beta", 0.0, math.inf),
+        ]
         for name, lowest, highest in ranges:
             value = getattr(self, name)
             if value is not None and not lowest <= value <= highest:
-                bound = f"{lowest:g} <= {name} <= {highest:g}" if highest < math.inf else f"{name} >= {lowest:g}"
+                bound = (
+                    f"{lowest:g} <= {name} <= {highest:g}"
+                    if highest < math.inf
+                    else f"{name} >= {lowest:g}"
+                )
                 raise ValueError(f"PolicyObjective: expected {bound}, got {value!r}")
         for name in ("clip_max", "tau_positive", "tau_negative"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"PolicyObjective: expected a finite {name} > 0, got {value!r}")
         if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"PolicyObjective: expected dual_clip > 1 (3 is usual) or None, got {self.dual_clip!r}")
+            raise ValueError(
+                "PolicyObjective: expected dual_clip > 1 (3 is usual) or None, got "
+                f"{self.dual_clip!r}"
+            )
 
     @property
     def by_sequence(self) -> bool:
@@ -108,33 +159,49 @@ class PolicyObjective:
 
     @property
     def bounds(self) -> tuple[float, float, float]:
-        """(lower, upper, dual): where the ratio (geometric_mean: its logarithm) stops to count; infinite where there is no bound."""
+        """(lower, upper, dual): where the ratio (geometric_mean: its logarithm) stops to count;
+        infinite where there is no bound."""
         if self.clip_max is not None:
             return -math.inf, self.clip_max, math.inf
         if self.clip_low is None or self.clip_high is None:
             return -math.inf, math.inf, math.inf
         one = 0.0 if self.kind == "geometric_mean" else 1.0
-        return one - self.clip_low, one + self.clip_high, math.inf if self.dual_clip is None else self.dual_clip
+        return (
+            one - self.clip_low,
+            one + self.clip_high,
+            math.inf if self.dual_clip is None else self.dual_clip,
+        )
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Those of COEFFICIENTS that are its own: the bounds, tau_positive, tau_negative, beta; tau 1 and beta 0 where unused."""
+        """Those of COEFFICIENTS that are its own: the bounds, tau_positive, tau_negative, beta; tau
+        1 and beta 0 where unused."""
         lower, upper, dual = self.bounds
-        return {"lower": lower, "upper": upper, "dual": dual, "tau_positive": self.tau_positive or 1.0, "tau_negative": self.tau_negative or 1.0,
-                "beta": self.beta or 0.0}
+        return {
+            "lower": lower,
+            "upper": upper,
+            "dual": dual,
+            "tau_positive": self.tau_positive or 1.0,
+            "tau_negative": self.tau_negative or 1.0,
+            "beta": self.beta or 0.0,
+        }
 
 
 @dataclass(frozen=True)
 class RolloutCorrection:
-    """Importance weights of tokens that another program sampled: w = exp(old_logp - rollout_logp), detached, times the policy term.
+    """Importance weights of tokens that another program sampled: w = exp(old_logp - rollout_logp),
+    detached, times the policy term.
 
-    kind "truncated": min(w, cap). "masked": w, and 0 where w > cap or w < floor, so that such tokens drop out of the policy term.
-    "sequence_masked": w, and 0 at all tokens of a sequence whose geometric mean of w is above cap or below floor (needs cu_seqlens).
-    level "token": one w a token. "sequence": their product over the sequence's unmasked tokens, for each of them (needs cu_seqlens).
-    The log of a weight is cut at +-20. Do not use it where old_logp is the rollout's own: the weight is then 1.
+    kind "truncated": min(w, cap). "masked": w, and 0 where w > cap or w < floor, so that such
+    tokens drop out of the policy term. "sequence_masked": w, and 0 at all tokens of a sequence
+    whose geometric mean of w is above cap or below floor (needs cu_seqlens). level "token": one w a
+    token. "sequence": their product over the sequence's unmasked tokens, for each of them (needs
+    cu_seqlens). The log of a weight is cut at +-20. Do not use it where old_logp is the rollout's
+    own: the weight is then 1.
 
     Raises:
-        ValueError: an unknown kind or level, a cap that is not above 0, a floor out of [0, cap) or with "truncated".
+        ValueError: an unknown kind or level, a cap that is not above 0, a floor out of [0, cap) or
+        with "truncated".
     """
 
     kind: str = "truncated"
@@ -144,13 +211,21 @@ class RolloutCorrection:
 
     def __post_init__(self) -> None:
         if self.kind not in ("truncated", "masked", "sequence_masked"):
-            raise ValueError(f"RolloutCorrection: expected kind to be truncated, masked or sequence_masked, got {self.kind!r}")
+            raise ValueError(
+                "RolloutCorrection: expected kind to be truncated, masked or sequence_masked, got "
+                f"{self.kind!r}"
+            )
         if self.level not in ("token", "sequence"):
-            raise ValueError(f"RolloutCorrection: expected level to be token or sequence, got {self.level!r}")
+            raise ValueError(
+                f"RolloutCorrection: expected level to be token or sequence, got {self.level!r}"
+            )
         if not self.cap > 0:
             raise ValueError(f"RolloutCorrection: expected cap > 0, got {self.cap!r}")
         if not 0 <= self.floor < self.cap or (self.floor and self.kind == "truncated"):
-            raise ValueError(f"RolloutCorrection: expected 0 <= floor < cap, and 0 unless masked, got floor {self.floor!r} with kind {self.kind!r}")
+            raise ValueError(
+                "RolloutCorrection: expected 0 <= floor < cap, and 0 unless masked, got floor "
+                f"{self.floor!r} with kind {self.kind!r}"
+            )
 
     @property
     def by_sequence(self) -> bool:
@@ -158,19 +233,23 @@ class RolloutCorrection:
         return self.level == "sequence" or self.kind == "sequence_masked"
 
 
-# ---- what is reported --------------------------------------------------------------------------------------------------
+# ---- what is reported ----------------------------------------------------------------------------
 class PolicyStats(NamedTuple):
-    """0-d float32 tensors on the device of the loss, detached. Means are over unmasked tokens, each counting one whatever its weight.
+    """0-d float32 tensors on the device of the loss, detached. Means are over unmasked tokens, each
+    counting one whatever its weight.
 
     loss: sum of weights * (correction * policy term + kl_coef * kl - entropy_coef * entropy).
-    clip_fraction_low, clip_fraction_high, clip_fraction_dual: tokens whose gradient a bound removed: ratio < 1 - clip_low with A < 0,
-    ratio > 1 + clip_high with A > 0, ratio > dual_clip with A < 0 (gspo: the sequence's ratio; geometric_mean: the log ratio and its bounds);
-    cispo: clip_fraction_high counts the ratios above clip_max, whose gradient it shortens.
-    approx_kl_k1, approx_kl_k2, approx_kl_k3: KL(old || new) estimated by the means of -d, d^2 / 2 and exp(d) - 1 - d, d = logp - old_logp.
-    ratio_mean, ratio_min, ratio_max: 1 without tokens. effective_sample_size: (sum ratio)^2 / sum ratio^2, in tokens.
-    clamped_fraction: tokens with |d| > 20, where the exponential is cut and its gradient 0. ref_kl: of the estimator of the KL term, 0 without
-    a reference. entropy: 0 when none is given. correction_mean: of the rollout correction's weights, 1 without. tokens: how many were unmasked.
-    The ratio statistics are of the tokens' own ratios whatever the kind.
+    clip_fraction_low, clip_fraction_high, clip_fraction_dual: tokens whose gradient a bound
+    removed: ratio < 1 - clip_low with A < 0, ratio > 1 + clip_high with A > 0, ratio > dual_clip
+    with A < 0 (gspo: the sequence's ratio; geometric_mean: the log ratio and its bounds); cispo:
+    clip_fraction_high counts the ratios above clip_max, whose gradient it shortens. approx_kl_k1,
+    approx_kl_k2, approx_kl_k3: KL(old || new) estimated by the means of -d, d^2 / 2 and exp(d) - 1
+    - d, d = logp - old_logp. ratio_mean, ratio_min, ratio_max: 1 without tokens.
+    effective_sample_size: (sum ratio)^2 / sum ratio^2, in tokens. clamped_fraction: tokens with |d|
+    > 20, where the exponential is cut and its gradient 0. ref_kl: of the estimator of the KL term,
+    0 without a reference. entropy: 0 when none is given. correction_mean: of the rollout
+    correction's weights, 1 without. tokens: how many were unmasked. The ratio statistics are of the
+    tokens' own ratios whatever the kind.
     """
 
     loss: Tensor
@@ -192,10 +271,12 @@ class PolicyStats(NamedTuple):
 
 
 class ValueStats(NamedTuple):
-    """0-d float32 tensors on the device of the loss, detached. Means are over unmasked tokens, each counting one whatever its weight.
+    """0-d float32 tensors on the device of the loss, detached. Means are over unmasked tokens, each
+    counting one whatever its weight.
 
-    loss: sum of weights * value term, without the coefficient. clip_fraction: tokens whose gradient the clip removed.
-    explained_variance: 1 - Var(returns - values) / Var(returns); 0 where the returns vary by less than float32 resolves.
+    loss: sum of weights * value term, without the coefficient. clip_fraction: tokens whose gradient
+    the clip removed. explained_variance: 1 - Var(returns - values) / Var(returns); 0 where the
+    returns vary by less than float32 resolves.
     """
 
     loss: Tensor
@@ -206,31 +287,49 @@ class ValueStats(NamedTuple):
     tokens: Tensor
 
 
-# ---- how tokens are weighted -------------------------------------------------------------------------------------------
-def token_weights(mask: Tensor | None, aggregation: str, *, cu_seqlens: Tensor | None = None, max_length: int | None = None) -> Tensor:
+# ---- how tokens are weighted ---------------------------------------------------------------------
+def token_weights(
+    mask: Tensor | None,
+    aggregation: str,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+) -> Tensor:
     """Weights of tokens in a loss, 0 where masked.
 
-    Compute them once for everything that one optimizer step sees and cut them like the tokens: the denominators are then those of the
-    whole, so any split into micro-batches adds up to the same gradient, and nothing is divided again.
+    Compute them once for everything that one optimizer step sees and cut them like the tokens: the
+    denominators are then those of the whole, so any split into micro-batches adds up to the same
+    gradient, and nothing is divided again.
 
     Args:
-        mask: bool, [N] packed or [B, T] padded (each row a sequence), True where a token counts; None: every token of
+        mask: bool, [N] packed or [B, T] padded (each row a sequence), True where a token counts;
+        None: every token of
             `cu_seqlens` does (one read by the host).
-        aggregation: with n_b unmasked tokens in sequence b, and S sequences that have any, an unmasked token weighs
-            "token_mean" 1 / sum_b n_b; "sequence_mean_token_mean" 1 / (S n_b); "sequence_mean_token_sum" 1 / S;
+        aggregation: with n_b unmasked tokens in sequence b, and S sequences that have any, an
+        unmasked token weighs
+            "token_mean" 1 / sum_b n_b; "sequence_mean_token_mean" 1 / (S n_b);
+                "sequence_mean_token_sum" 1 / S;
             "sequence_sum_norm" 1 / (S max_length); "token_sum" 1.
-        cu_seqlens: [B + 1] int32 or int64, from 0 to N; needed by the sequence aggregations for a packed mask.
-        max_length: the constant of "sequence_sum_norm": the longest completion allowed, not the longest seen.
+        cu_seqlens: [B + 1] int32 or int64, from 0 to N; needed by the sequence aggregations for a
+        packed mask. max_length: the constant of "sequence_sum_norm": the longest completion
+        allowed, not the longest seen.
     Returns:
         float32 in the shape of the mask; all 0 when nothing is unmasked.
     Raises:
-        ValueError: an unknown aggregation, a missing or superfluous argument, sizes that do not agree. TypeError: dtypes.
+        ValueError: an unknown aggregation, a missing or superfluous argument, sizes that do not
+        agree. TypeError: dtypes.
     """
     op = "token_weights"
     if aggregation not in AGGREGATIONS:
-        raise ValueError(f"{op}: expected aggregation to be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+        raise ValueError(
+            f"{op}: expected aggregation to be one of {', '.join(AGGREGATIONS)}, got "
+            f"{aggregation!r}"
+        )
     if (aggregation == "sequence_sum_norm") != (max_length is not None):
-        raise ValueError(f"{op}: expected max_length with sequence_sum_norm and with nothing else, got {aggregation} and max_length={max_length!r}")
+        raise ValueError(
+            f"{op}: expected max_length with sequence_sum_norm and with nothing else, got "
+            f"{aggregation} and max_length={max_length!r}"
+        )
     if max_length is not None and max_length < 1:
         raise ValueError(f"{op}: expected max_length >= 1, got {max_length!r}")
     if mask is None:
@@ -242,9 +341,14 @@ def token_weights(mask: Tensor | None, aggregation: str, *, cu_seqlens: Tensor |
     check_dtype(op, "mask", mask, (torch.bool,))
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
     if padded and cu_seqlens is not None:
-        raise ValueError(f"{op}: expected cu_seqlens with a packed mask [N] only, got one with {list(mask.shape)}, whose rows are the sequences")
+        raise ValueError(
+            f"{op}: expected cu_seqlens with a packed mask [N] only, got one with "
+            f"{list(mask.shape)}, whose rows are the sequences"
+        )
     if cu_seqlens is not None and cu_seqlens.numel() == 0:
-        raise ValueError(f"{op}: expected cu_seqlens [B + 1], which is [0] for no sequences, got an empty tensor")
+        raise ValueError(
+            f"{op}: expected cu_seqlens [B + 1], which is [0] for no sequences, got an empty tensor"
+        )
 
     if aggregation == "token_sum":
         weight = torch.ones((), dtype=torch.float64, device=mask.device)
@@ -260,27 +364,38 @@ def token_weights(mask: Tensor | None, aggregation: str, *, cu_seqlens: Tensor |
     return torch.where(mask, weight, 0).float()
 
 
-def _per_sequence(op: str, mask: Tensor, cu_seqlens: Tensor | None, padded: bool) -> tuple[Tensor, Tensor]:
-    """Unmasked tokens of each token's sequence (broadcastable to the mask), and the number of sequences that have any."""
+def _per_sequence(
+    op: str, mask: Tensor, cu_seqlens: Tensor | None, padded: bool
+) -> tuple[Tensor, Tensor]:
+    """Unmasked tokens of each token's sequence (broadcastable to the mask), and the number of
+    sequences that have any."""
     if padded:
         counts_B = mask.sum(1)
         return counts_B[:, None], (counts_B > 0).sum()
     if cu_seqlens is None:
-        raise ValueError(f"{op}: expected cu_seqlens with a packed mask {list(mask.shape)} for a sequence aggregation, got None")
+        raise ValueError(
+            f"{op}: expected cu_seqlens with a packed mask {list(mask.shape)} for a sequence "
+            "aggregation, got None"
+        )
     check_bounds(op, cu_seqlens, mask.numel())
     bounds = cu_seqlens.long()
     before = torch.cat([bounds.new_zeros(1), mask.cumsum(0)])
     counts_B = before[bounds[1:]] - before[bounds[:-1]]
-    return torch.repeat_interleave(counts_B, bounds.diff(), output_size=mask.numel()), (counts_B > 0).sum()
+    return torch.repeat_interleave(counts_B, bounds.diff(), output_size=mask.numel()), (
+        counts_B > 0
+    ).sum()
 
 
-# ---- what a token takes from its sequence --------------------------------------------------------------------------------
+# ---- what a token takes from its sequence --------------------------------------------------------
 def check_bounds(op: str, cu_seqlens: Tensor, N: int) -> None:
     """Raises ValueError unless `cu_seqlens` [B + 1], on the CPU, rises from 0 to N."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != N or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"{op}: expected cu_seqlens to rise from 0 to {N}, the number of tokens, got {cu_seqlens.tolist()[:8]} ...")
+        raise ValueError(
+            f"{op}: expected cu_seqlens to rise from 0 to {N}, the number of tokens, got "
+            f"{cu_seqlens.tolist()[:8]} ..."
+        )
 
 
 def sequence_sum(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -290,17 +405,33 @@ def sequence_sum(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.repeat_interleave(sums_B, lengths_B, output_size=x_N.numel())
 
 
-def sequence_log_ratio(objective: PolicyObjective, logp_N: Tensor, old_logp_N: Tensor, advantages_N: Tensor, live_N: Tensor,
-                       cu_seqlens: Tensor) -> Tensor:
+def sequence_log_ratio(
+    objective: PolicyObjective,
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantages_N: Tensor,
+    live_N: Tensor,
+    cu_seqlens: Tensor,
+) -> Tensor:
     """log s of each token's sequence, as "gspo" or "geometric_mean" defines it; [N], detached."""
     d = torch.where(live_N, logp_N.detach() - old_logp_N.detach(), 0)
     if objective.kind == "geometric_mean":
         low, high, _ = objective.bounds
-        d = torch.where(torch.where(live_N, advantages_N, 0) > 0, torch.where(d > high, high, d), torch.where(d < low, low, d))
+        d = torch.where(
+            torch.where(live_N, advantages_N, 0) > 0,
+            torch.where(d > high, high, d),
+            torch.where(d < low, low, d),
+        )
     return (sequence_sum(d, cu_seqlens) / sequence_sum(live_N, cu_seqlens).clamp(min=1)).to(d.dtype)
 
 
-def rollout_weights(correction: RolloutCorrection, old_logp_N: Tensor, rollout_logp_N: Tensor, live_N: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def rollout_weights(
+    correction: RolloutCorrection,
+    old_logp_N: Tensor,
+    rollout_logp_N: Tensor,
+    live_N: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
     """The factors of `correction` on each token's policy term; [N], detached."""
     each = log_w = torch.where(live_N, old_logp_N.detach() - rollout_logp_N.detach(), 0)
     if correction.level == "sequence" and cu_seqlens is not None:
@@ -309,5 +440,9 @@ def rollout_weights(correction: RolloutCorrection, old_logp_N: Tensor, rollout_l
     if correction.kind == "truncated":
         return w.clamp(max=correction.cap)
     if correction.kind == "sequence_masked" and cu_seqlens is not None:
-        judged = (sequence_sum(each, cu_seqlens) / sequence_sum(live_N, cu_seqlens).clamp(min=1)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        judged = (
+            (sequence_sum(each, cu_seqlens) / sequence_sum(live_N, cu_seqlens).clamp(min=1))
+            .clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+            .exp()
+        )
     return torch.where((judged > correction.cap) | (judged < correction.floor), 0, w)

@@ -1,21 +1,30 @@
 """paged_attention: one query token a row over the paged KV cache, o = sum_t softmax_t(z) v_t.
 
-    z_t = c tanh(scale q . k_t / c), or scale q . k_t without a softcap c      t from max(0, len - window) to len - 1 of the row
+    z_t = c tanh(scale q . k_t / c), or scale q . k_t without a softcap c
+            t from max(0, len - window) to len - 1 of the row
 
-Shapes    B rows, Hq query heads, Hkv key/value heads (Hq / Hkv of the former share one of the latter), D head dim, M blocks a row of the table,
-          S positions a block. One layer's caches as kv_cache.py fills them: K transposed inside a block, [blocks, Hkv, D, S].
-Bytes     2 Hkv D s a cached position, once. Triton adds Hq (D + 2) floats, written and read, a split of 256 positions: 3% at 4 query heads a group.
-Numerics  softmax and sums in float32, one rounding at the end; Triton rounds the softmax's weights to the dtype of V before their product, as every
-          tensor-core attention does. A row's bits depend on the row alone: neither on its companions nor on the table's width. What lies in
-          slots beyond a row's length, or in blocks that it does not need, never reaches a result, NaN included.
-Source    Vaswani et al. (2017), eq. 1; Kwon et al. (2023), PagedAttention; splits merged as in Dao et al. (2023), Flash-Decoding, but cut every
-          256 positions, whatever the batch: a number of splits that follows the load would make the arithmetic follow it too.
+Shapes    B rows, Hq query heads, Hkv key/value heads (Hq / Hkv of the former share one of the
+          latter), D head dim, M blocks a row of the table, S positions a block. One layer's caches
+          as kv_cache.py fills them: K transposed inside a block, [blocks, Hkv, D, S].
+Bytes     2 Hkv D s a cached position, once. Triton adds Hq (D + 2) floats, written and read, a
+          split of 256 positions: 3% at 4 query heads a group.
+Numerics  softmax and sums in float32, one rounding at the end; Triton rounds the softmax's weights
+          to the dtype of V before their product, as every tensor-core attention does. A row's bits
+          depend on the row alone: neither on its companions nor on the table's width. What lies in
+          slots beyond a row's length, or in blocks that it does not need, never reaches a result,
+          NaN included.
+Source    Vaswani et al. (2017), eq. 1; Kwon et al. (2023), PagedAttention; splits merged as in Dao
+          et al. (2023), Flash-Decoding, but cut every 256 positions, whatever the batch: a number
+          of splits that follows the load would make the arithmetic follow it too.
 
-Triton runs one program a (row, key/value head, split). The lengths are on the device, so the grid covers the table's width and a program beyond its
-row's length ends after one load; the table should be no wider than the longest row needs. `tl.dot` wants 16 rows: a group of fewer query heads is
-padded. The padding costs multiplications only, of which tensor cores have ten times what reading the cache leaves time for (16 heads x 2 flops an
-element at 2.4e12 elements/s is 77 TFLOP/s), and one code path serves every group size. A larger group takes several programs of 16 heads.
+Triton runs one program a (row, key/value head, split). The lengths are on the device, so the grid
+covers the table's width and a program beyond its row's length ends after one load; the table should
+be no wider than the longest row needs. `tl.dot` wants 16 rows: a group of fewer query heads is
+padded. The padding costs multiplications only, of which tensor cores have ten times what reading
+the cache leaves time for (16 heads x 2 flops an element at 2.4e12 elements/s is 77 TFLOP/s), and
+one code path serves every group size. A larger group takes several programs of 16 heads.
 """
+
 from __future__ import annotations
 
 import torch
@@ -26,45 +35,73 @@ from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import tl, triton
 
-_IMPLS = Implementations("paged_attention", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
-_LARGEST_HEAD = 256    # that Triton holds in registers and shared memory
-_SPLIT = 256           # positions of a program; part of the arithmetic
-_HEADS = 16            # query heads of a program
-_TILE = 32             # positions at a time (64 spill on gfx942), 16 where so many of K are above 8 KB
+_IMPLS = Implementations(
+    "paged_attention", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch")
+)
+_LARGEST_HEAD = 256  # that Triton holds in registers and shared memory
+_SPLIT = 256  # positions of a program; part of the arithmetic
+_HEADS = 16  # query heads of a program
+# positions at a time (64 spill on gfx942), 16 where so many of K are above 8 KB
+_TILE = 32
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def paged_attention_reference(q_BHD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_BM: Tensor, context_lens_B: Tensor, window: int | None = None,
-                              softcap: float | None = None, scale: float | None = None) -> Tensor:
-    """The definition, on any device and in any float dtype (float64 is the oracle). It gathers every row's whole cache."""
+# ---- reference -----------------------------------------------------------------------------------
+def paged_attention_reference(
+    q_BHD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_BM: Tensor,
+    context_lens_B: Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The definition, on any device and in any float dtype (float64 is the oracle). It gathers
+    every row's whole cache."""
     B, heads, D = q_BHD.shape
     wide = torch.promote_types(q_BHD.dtype, torch.float32)
-    blocks, kv_heads, size, M = k_cache.shape[0], k_cache.shape[1], v_cache.shape[2], block_table_BM.shape[1]
+    blocks, kv_heads, size, M = (
+        k_cache.shape[0],
+        k_cache.shape[1],
+        v_cache.shape[2],
+        block_table_BM.shape[1],
+    )
     if blocks == 0:  # nothing to gather, and no row can have a context
         return torch.zeros_like(q_BHD)
     slots = torch.arange(M * size, device=q_BHD.device)
     seen = slots < context_lens_B[:, None]
     if window is not None:
         seen &= slots >= context_lens_B[:, None] - window
-    table = torch.where(seen.view(B, M, size).any(-1), block_table_BM, 0).long()  # entries that the row does not need may hold anything
+    # entries that the row does not need may hold anything
+    table = torch.where(seen.view(B, M, size).any(-1), block_table_BM, 0).long()
     keys = k_cache[table].permute(0, 2, 3, 1, 4).reshape(B, kv_heads, D, M * size).to(wide)
     values = v_cache[table].permute(0, 2, 1, 3, 4).reshape(B, kv_heads, M * size, D).to(wide)
     seen = seen[:, None, None]
-    scores = q_BHD.view(B, kv_heads, heads // kv_heads, D).to(wide) @ keys * (D**-0.5 if scale is None else scale)
+    scores = (
+        q_BHD.view(B, kv_heads, heads // kv_heads, D).to(wide)
+        @ keys
+        * (D**-0.5 if scale is None else scale)
+    )
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     weights = torch.where(seen, scores, -torch.inf).softmax(-1)
     weights = torch.where(seen, weights, 0.0)  # a row with no context is zeros, not NaN
-    values = torch.where(seen.transpose(-1, -2), values, 0.0)  # 0 x what lies in an unwritten slot could be NaN
+    # 0 x what lies in an unwritten slot could be NaN
+    values = torch.where(seen.transpose(-1, -2), values, 0.0)
     return (weights @ values).reshape(B, heads, D).to(q_BHD.dtype)
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 if triton is not None:
+
     @triton.jit
     def _tanh(x):
         """From exp, and from its series near 0, where 1 - exp(-2|x|) cancels."""
         squared = x * x
-        series = x * (1.0 + squared * (-1.0 / 3 + squared * (2.0 / 15 + squared * (-17.0 / 315 + squared * (62.0 / 2835)))))
+        series = x * (
+            1.0
+            + squared
+            * (-1.0 / 3 + squared * (2.0 / 15 + squared * (-17.0 / 315 + squared * (62.0 / 2835))))
+        )
         decay = tl.exp(-2.0 * tl.abs(x))
         large = (1.0 - decay) / (1.0 + decay)
         return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -large, large))
@@ -77,9 +114,32 @@ if triton is not None:
         return first, length, first // SPLIT, tl.cdiv(length, SPLIT) - first // SPLIT
 
     @triton.jit(do_not_specialize=["M", "window", "splits"])
-    def _split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, out_ptr, max_ptr, sum_ptr, acc_ptr, M, window, splits, scale, softcap,
-                      CAPPED: tl.constexpr, WIDEN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-                      SPLIT: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    def _split_kernel(
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        lens_ptr,
+        out_ptr,
+        max_ptr,
+        sum_ptr,
+        acc_ptr,
+        M,
+        window,
+        splits,
+        scale,
+        softcap,
+        CAPPED: tl.constexpr,
+        WIDEN: tl.constexpr,
+        KV_HEADS: tl.constexpr,
+        GROUP: tl.constexpr,
+        D: tl.constexpr,
+        S: tl.constexpr,
+        SPLIT: tl.constexpr,
+        HEADS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
         tiles: tl.constexpr = (GROUP + HEADS - 1) // HEADS
         pair = tl.program_id(0) // tiles  # row and key/value head
         b = pair // KV_HEADS
@@ -101,14 +161,21 @@ if triton is not None:
         acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
         for start in range(low // TILE * TILE, high, TILE):
             t = start + tl.arange(0, TILE)
-            # Before and behind the span K is read from the span's own outer blocks: vector loads stay whole without a mask, and a score that was
-            # not to be seen is replaced. V is masked by position: there 0 x NaN would reach the sum.
+            # Before and behind the span K is read from the span's own outer blocks: vector loads
+            # stay whole without a mask, and a score that was not to be seen is replaced. V is
+            # masked by position: there 0 x NaN would reach the sum.
             column = tl.minimum(tl.maximum(t // S, first // S), (length - 1) // S)
             seen = (t >= low) & (t < high)
             block = tl.load(table_ptr + b.to(tl.int64) * M + column).to(tl.int64)
             base = (block * KV_HEADS + pair % KV_HEADS) * (D * S)
-            k = tl.load(k_ptr + (base + t % S)[None, :] + d[:, None] * S, mask=(d < D)[:, None], other=0.0)
-            v = tl.load(v_ptr + (base + t % S * D)[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
+            k = tl.load(
+                k_ptr + (base + t % S)[None, :] + d[:, None] * S, mask=(d < D)[:, None], other=0.0
+            )
+            v = tl.load(
+                v_ptr + (base + t % S * D)[:, None] + d[None, :],
+                mask=seen[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
             if WIDEN:
                 k = k.to(tl.float32)
             scores = tl.dot(q, k, input_precision="ieee") * scale
@@ -125,7 +192,11 @@ if triton is not None:
             acc = acc * shrink[:, None] + tl.dot(weights, v, input_precision="ieee")
             top = higher
         if own <= 1:  # nothing to merge; a row with no context has no tile, and is zeros
-            tl.store(out_ptr + head[:, None] * D + d[None, :], acc / tl.where(total == 0.0, 1.0, total)[:, None], mask=mine)
+            tl.store(
+                out_ptr + head[:, None] * D + d[None, :],
+                acc / tl.where(total == 0.0, 1.0, total)[:, None],
+                mask=mine,
+            )
         else:
             part = head * splits + split
             tl.store(max_ptr + part, top, mask=g < GROUP)
@@ -133,8 +204,19 @@ if triton is not None:
             tl.store(acc_ptr + part[:, None] * D + d[None, :], acc, mask=mine)
 
     @triton.jit(do_not_specialize=["window", "splits"])
-    def _merge_kernel(lens_ptr, out_ptr, max_ptr, sum_ptr, acc_ptr, window, splits, Q_HEADS: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
-                      BLOCK_D: tl.constexpr):
+    def _merge_kernel(
+        lens_ptr,
+        out_ptr,
+        max_ptr,
+        sum_ptr,
+        acc_ptr,
+        window,
+        splits,
+        Q_HEADS: tl.constexpr,
+        D: tl.constexpr,
+        SPLIT: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
         head = tl.program_id(0).to(tl.int64)
         _first, _length, _first_split, own = _span(lens_ptr, head // Q_HEADS, window, SPLIT)
         if own <= 1:
@@ -148,7 +230,11 @@ if triton is not None:
             part = head * splits + s
             tops = tl.load(max_ptr + part, mask=s < own, other=-float("inf"))
             sums = tl.load(sum_ptr + part, mask=s < own, other=0.0)
-            accs = tl.load(acc_ptr + part[:, None] * D + d[None, :], mask=(s < own)[:, None] & (d < D)[None, :], other=0.0)
+            accs = tl.load(
+                acc_ptr + part[:, None] * D + d[None, :],
+                mask=(s < own)[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
             higher = tl.maximum(top, tl.max(tops, 0))
             shrink = tl.exp(top - higher)
             weights = tl.exp(tops - higher)
@@ -159,41 +245,90 @@ if triton is not None:
 
     def _offline(dtype: str, group: int, D: int, S: int, capped: bool = False) -> dict[str, dict]:
         """Entries for both kernels."""
-        shape, part = _shape(D, 4 if dtype == "fp32" else 2), dict.fromkeys(("max_ptr", "sum_ptr", "acc_ptr"), "*fp32")
-        tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {"table_ptr": "*i32", "lens_ptr": "*i64", "out_ptr": f"*{dtype}"}
+        shape, part = (
+            _shape(D, 4 if dtype == "fp32" else 2),
+            dict.fromkeys(("max_ptr", "sum_ptr", "acc_ptr"), "*fp32"),
+        )
+        tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {
+            "table_ptr": "*i32",
+            "lens_ptr": "*i64",
+            "out_ptr": f"*{dtype}",
+        }
         return {
             f"split_{dtype}_{group}x{D}_{S}{'_capped' if capped else ''}": {
                 "kernel": _split_kernel,
-                "signature": {**tensors, **part, "M": "i32", "window": "i32", "splits": "i32", "scale": "fp32", "softcap": "fp32"},
-                "constexprs": {"CAPPED": capped, "WIDEN": False, "KV_HEADS": 8, "GROUP": group, "D": D, "S": S, "SPLIT": _SPLIT, "HEADS": _HEADS, **shape},
+                "signature": {
+                    **tensors,
+                    **part,
+                    "M": "i32",
+                    "window": "i32",
+                    "splits": "i32",
+                    "scale": "fp32",
+                    "softcap": "fp32",
+                },
+                "constexprs": {
+                    "CAPPED": capped,
+                    "WIDEN": False,
+                    "KV_HEADS": 8,
+                    "GROUP": group,
+                    "D": D,
+                    "S": S,
+                    "SPLIT": _SPLIT,
+                    "HEADS": _HEADS,
+                    **shape,
+                },
                 "num_warps": 4,
                 "num_stages": _stages(D, 4 if dtype == "fp32" else 2),
             },
             f"merge_{dtype}_{D}": {
                 "kernel": _merge_kernel,
-                "signature": {"lens_ptr": "*i64", "out_ptr": f"*{dtype}", **part, "window": "i32", "splits": "i32"},
-                "constexprs": {"Q_HEADS": 8 * group, "D": D, "SPLIT": _SPLIT, "BLOCK_D": shape["BLOCK_D"]},
+                "signature": {
+                    "lens_ptr": "*i64",
+                    "out_ptr": f"*{dtype}",
+                    **part,
+                    "window": "i32",
+                    "splits": "i32",
+                },
+                "constexprs": {
+                    "Q_HEADS": 8 * group,
+                    "D": D,
+                    "SPLIT": _SPLIT,
+                    "BLOCK_D": shape["BLOCK_D"],
+                },
                 "num_warps": 4,
             },
         }
 
 
-# ---- launchers: allocate, grid ------------------------------------------------------------------------------------------
+# ---- launchers: allocate, grid -------------------------------------------------------------------
 def _shape(D: int, bytes_: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(D))
     return {"BLOCK_D": block, "TILE": _TILE if _TILE * block * bytes_ <= 8192 else 16}
 
 
 def _stages(D: int, bytes_: int) -> int:
-    """Of the loop: the pipeliner spends some on looking blocks up, and of five keeps two tiles of K and V in flight. Float32 heads of 256 want 97 KB then."""
+    """Of the loop: the pipeliner spends some on looking blocks up, and of five keeps two tiles of K
+    and V in flight. Float32 heads of 256 want 97 KB then."""
     return 5 if D * bytes_ <= 512 else 3
 
 
 @torch.library.custom_op("fusedrl::paged_attention_triton", mutates_args=())
-def _paged_attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor, window: int, softcap: float,
-                            scale: float) -> Tensor:
+def _paged_attention_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> Tensor:
     (B, heads, D), (_, kv_heads, _, S), M = q.shape, k_cache.shape, block_table.shape[1]
-    out, group, shape = torch.empty_like(q, memory_format=torch.contiguous_format), heads // kv_heads, _shape(D, q.element_size())
+    out, group, shape = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        heads // kv_heads,
+        _shape(D, q.element_size()),
+    )
     if out.numel() == 0:
         return out
     splits = triton.cdiv(M * S, _SPLIT)
@@ -201,20 +336,68 @@ def _paged_attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_t
         splits = min(splits, triton.cdiv(window - 1, _SPLIT) + 1)
     splits, reach = max(1, splits), window or 2**31 - 1
     parts = B * heads * splits if splits > 1 else 0
-    tops, sums, accs = (q.new_empty(size, dtype=torch.float32) for size in (parts, parts, parts * D))
+    tops, sums, accs = (
+        q.new_empty(size, dtype=torch.float32) for size in (parts, parts, parts * D)
+    )
     lens = context_lens.contiguous()
-    widen = q.dtype == torch.bfloat16 and q.device.type == "cpu"  # exact; the interpreter would multiply the bits of bfloat16 as integers
+    # exact; the interpreter would multiply the bits of bfloat16 as integers
+    widen = q.dtype == torch.bfloat16 and q.device.type == "cpu"
     _split_kernel[(B * kv_heads * triton.cdiv(group, _HEADS), splits)](
-        q.contiguous(), k_cache, v_cache, block_table.contiguous(), lens, out, tops, sums, accs, M, reach, splits, scale, softcap or 1.0,
-        CAPPED=softcap > 0, WIDEN=widen, KV_HEADS=kv_heads, GROUP=group, D=D, S=S, SPLIT=_SPLIT, HEADS=_HEADS, **shape, num_warps=4,
-        num_stages=_stages(D, q.element_size()))
+        q.contiguous(),
+        k_cache,
+        v_cache,
+        block_table.contiguous(),
+        lens,
+        out,
+        tops,
+        sums,
+        accs,
+        M,
+        reach,
+        splits,
+        scale,
+        softcap or 1.0,
+        CAPPED=softcap > 0,
+        WIDEN=widen,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        D=D,
+        S=S,
+        SPLIT=_SPLIT,
+        HEADS=_HEADS,
+        **shape,
+        num_warps=4,
+        num_stages=_stages(D, q.element_size()),
+    )
     if splits > 1:
-        _merge_kernel[(B * heads,)](lens, out, tops, sums, accs, reach, splits, Q_HEADS=heads, D=D, SPLIT=_SPLIT, BLOCK_D=shape["BLOCK_D"], num_warps=4)
+        _merge_kernel[(B * heads,)](
+            lens,
+            out,
+            tops,
+            sums,
+            accs,
+            reach,
+            splits,
+            Q_HEADS=heads,
+            D=D,
+            SPLIT=_SPLIT,
+            BLOCK_D=shape["BLOCK_D"],
+            num_warps=4,
+        )
     return out
 
 
-# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
-def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor, window: int, softcap: float, scale: float) -> Tensor:
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
+def _fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -223,42 +406,73 @@ if native.capability:
     torch.library.register_fake("fusedrl::paged_attention", _fake)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
-def _check_ranges(table_BM: Tensor, lens_B: Tensor, blocks: int, size: int, window: int | None) -> None:
+# ---- public --------------------------------------------------------------------------------------
+def _check_ranges(
+    table_BM: Tensor, lens_B: Tensor, blocks: int, size: int, window: int | None
+) -> None:
     """What the cpp op checks itself: torch's indexing would take a negative entry from the end."""
     M = table_BM.shape[1]
     if bool(((lens_B < 0) | (lens_B > M * size)).any()):
-        raise IndexError(f"paged_attention: expected context_lens in [0, {M * size}], got {lens_B.min()} to {lens_B.max()}")
-    column, first_B1 = torch.arange(M), 0 if window is None else (lens_B[:, None] - window).clamp(min=0)
+        raise IndexError(
+            f"paged_attention: expected context_lens in [0, {M * size}], got {lens_B.min()} to "
+            f"{lens_B.max()}"
+        )
+    column, first_B1 = (
+        torch.arange(M),
+        0 if window is None else (lens_B[:, None] - window).clamp(min=0),
+    )
     needed = table_BM[(column * size < lens_B[:, None]) & ((column + 1) * size > first_B1)]
     if bool(((needed < 0) | (needed >= blocks)).any()):
-        raise IndexError(f"paged_attention: expected block_table entries in [0, {blocks}) for every position that a row needs, got {needed.min()} "
-                         f"to {needed.max()}")
+        raise IndexError(
+            f"paged_attention: expected block_table entries in [0, {blocks}) for every position "
+            f"that a row needs, got {needed.min()} "
+            f"to {needed.max()}"
+        )
 
 
 @torch.no_grad()
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor, *, window: int | None = None,
-                    softcap: float | None = None, scale: float | None = None, impl: str | None = None) -> Tensor:
-    """Attention of the newest token of each row over the row's cached positions, its own included. No gradient.
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Attention of the newest token of each row over the row's cached positions, its own included.
+    No gradient.
 
     Args:
-        q: [B, Hq, D]; Hq a multiple of Hkv.
-        k_cache, v_cache: one layer's [blocks, Hkv, D, S] and [blocks, Hkv, S, D], in q's dtype, contiguous ("torch" takes any strides).
-        block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot p % S. Entries that no row needs may hold anything.
-        context_lens: [B] int32 or int64, the cached positions of each row, 0 to M S; a row with none gives zeros.
-        window: only the last `window` positions are seen; None: all.
-        softcap: scores become softcap * tanh(scores / softcap).
-        scale: of the scores; D ** -0.5 by default.
-        impl: "cpp" (CPU; not float64), "triton" (not float64; D up to 256) or "torch"; by default the best one for the device.
+        q: [B, Hq, D]; Hq a multiple of Hkv. k_cache, v_cache: one layer's [blocks, Hkv, D, S] and
+        [blocks, Hkv, S, D], in q's dtype, contiguous ("torch" takes any strides). block_table: [B,
+        M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot p % S. Entries
+        that no row needs may hold anything. context_lens: [B] int32 or int64, the cached positions
+        of each row, 0 to M S; a row with none gives zeros. window: only the last `window` positions
+        are seen; None: all. softcap: scores become softcap * tanh(scores / softcap). scale: of the
+        scores; D ** -0.5 by default. impl: "cpp" (CPU; not float64), "triton" (not float64; D up to
+        256) or "torch"; by default the best one for the device.
     Returns:
         [B, Hq, D], in q's dtype.
     Raises:
-        IndexError: a length, or an entry that a row needs, out of range: on CPU tensors. On a GPU nobody looks: such a call reads other memory.
-        ValueError: sizes, strides, devices or limits that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        IndexError: a length, or an entry that a row needs, out of range: on CPU tensors. On a GPU
+        nobody looks: such a call reads other memory. ValueError: sizes, strides, devices or limits
+        that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
     op = "paged_attention"
-    check(op, {"q": (q, "B Hq D"), "k_cache": (k_cache, "blocks Hkv D S"), "v_cache": (v_cache, "blocks Hkv S D"), "block_table": (block_table, "B M"),
-               "context_lens": (context_lens, "B")})
+    check(
+        op,
+        {
+            "q": (q, "B Hq D"),
+            "k_cache": (k_cache, "blocks Hkv D S"),
+            "v_cache": (v_cache, "blocks Hkv S D"),
+            "block_table": (block_table, "B M"),
+            "context_lens": (context_lens, "B"),
+        },
+    )
     (_, Hq, D), (blocks, Hkv, _, S) = q.shape, k_cache.shape
     refused = {}
     if q.dtype == torch.float64:
@@ -270,30 +484,53 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_dtype(op, name, tensor, (q.dtype,))
         if chosen != "torch" and not tensor.is_contiguous():
-            raise ValueError(f"{op}: expected a contiguous {name}, got strides {tensor.stride()}; allocate it in this shape")
+            raise ValueError(
+                f"{op}: expected a contiguous {name}, got strides {tensor.stride()}; allocate it "
+                "in this shape"
+            )
     check_dtype(op, "block_table", block_table, (torch.int32,))
     check_dtype(op, "context_lens", context_lens, (torch.int32, torch.int64))
     if not Hkv or Hq % Hkv or not D or not S:
-        raise ValueError(f"{op}: expected query heads in a multiple of the key/value heads, a head dim and slots, got Hq {Hq}, Hkv {Hkv}, D {D}, S {S}")
+        raise ValueError(
+            f"{op}: expected query heads in a multiple of the key/value heads, a head dim and "
+            f"slots, got Hq {Hq}, Hkv {Hkv}, D {D}, S {S}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"{op}: expected window >= 1 or None, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
     scale = D**-0.5 if scale is None else scale
     if chosen == "cpp":
-        return torch.ops.fusedrl.paged_attention(q, k_cache, v_cache, block_table, context_lens, window or 0, softcap or 0.0, scale)
+        return torch.ops.fusedrl.paged_attention(
+            q, k_cache, v_cache, block_table, context_lens, window or 0, softcap or 0.0, scale
+        )
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_ranges(block_table, context_lens, blocks, S, window)
     if chosen == "torch":
-        return paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, window, softcap, scale)
-    return _paged_attention_triton(q, k_cache, v_cache, block_table, context_lens, window or 0, softcap or 0.0, scale)
+        return paged_attention_reference(
+            q, k_cache, v_cache, block_table, context_lens, window, softcap, scale
+        )
+    return _paged_attention_triton(
+        q, k_cache, v_cache, block_table, context_lens, window or 0, softcap or 0.0, scale
+    )
 
 
-# What tests/offline_compile.py compiles: groups, head dims and block sizes as models have them, and odd ones.
+# What tests/offline_compile.py compiles: groups, head dims and block sizes as models have them, and
+# odd ones.
 if triton is not None:
     OFFLINE_KERNELS = {
         name: entry
-        for case in (("bf16", 4, 128, 16), ("bf16", 7, 128, 16, True), ("bf16", 4, 64, 64), ("bf16", 2, 32, 16), ("bf16", 1, 256, 32), ("bf16", 5, 80, 24),
-                     ("fp16", 8, 128, 16), ("fp32", 4, 128, 16), ("fp32", 2, 256, 16, True), ("fp32", 4, 64, 32))
+        for case in (
+            ("bf16", 4, 128, 16),
+            ("bf16", 7, 128, 16, True),
+            ("bf16", 4, 64, 64),
+            ("bf16", 2, 32, 16),
+            ("bf16", 1, 256, 32),
+            ("bf16", 5, 80, 24),
+            ("fp16", 8, 128, 16),
+            ("fp32", 4, 128, 16),
+            ("fp32", 2, 256, 16, True),
+            ("fp32", 4, 64, 32),
+        )
         for name, entry in _offline(*case).items()
     }

@@ -1,16 +1,22 @@
 """Ranking losses of reward models.
 
     pairwise   -mean log sigmoid(chosen - rejected - margin)
-    K-wise     mean over prompts of (mean over the prompt's pairs with rank_w < rank_l of -log sigmoid(s_w - s_l))
+    K-wise     mean over prompts of (mean over the prompt's pairs with rank_w < rank_l of -log
+               sigmoid(s_w - s_l))
 
-Shapes    B pairs, one score each; or M scores of B prompts, prompt b owning cu_groups[b] : cu_groups[b + 1].
-Bytes     12 B read and 4 B written: nothing; one call instead of six is the point on small batches. K-wise torch forms M x M differences.
-          Triton is one launch of one program for the pairs. K-wise it is two: a program a prompt for K x K comparisons in tiles (twice: the number of
+Shapes    B pairs, one score each; or M scores of B prompts, prompt b owning cu_groups[b] :
+          cu_groups[b + 1].
+Bytes     12 B read and 4 B written: nothing; one call instead of six is the point on small batches.
+          K-wise torch forms M x M differences. Triton is one launch of one program for the pairs.
+          K-wise it is two: a program a prompt for K x K comparisons in tiles (twice: the number of
           pairs divides the slopes), then a mean over the prompts and its share of the slopes.
-Numerics  softplus(-d) in its stable form: finite, with the right slope, for any finite d. Sums in a fixed order, over pairs or prompts in float64.
-Source    Bradley and Terry (1952); Stiennon et al. (2020), eq. 1; the margin is Llama 2's (Touvron et al., 2023, eq. 2); K-wise InstructGPT's
-          (Ouyang et al., 2022, eq. 1), all pairs of a prompt together and every prompt alike, however many completions it has.
+Numerics  softplus(-d) in its stable form: finite, with the right slope, for any finite d. Sums in a
+          fixed order, over pairs or prompts in float64.
+Source    Bradley and Terry (1952); Stiennon et al. (2020), eq. 1; the margin is Llama 2's (Touvron
+          et al., 2023, eq. 2); K-wise InstructGPT's (Ouyang et al., 2022, eq. 1), all pairs of a
+          prompt together and every prompt alike, however many completions it has.
 """
+
 from __future__ import annotations
 
 import torch
@@ -22,45 +28,68 @@ from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, refuse_do
 from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import tl, triton
 
-_IMPLS = Implementations("pairwise_ranking_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
-_KWISE = Implementations("kwise_ranking_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_IMPLS = Implementations(
+    "pairwise_ranking_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch")
+)
+_KWISE = Implementations(
+    "kwise_ranking_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch")
+)
 _CHUNK = 1024  # pairs, prompts or scores at a time
 _TILE = 16  # completions of a prompt, compared with as many
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def pairwise_ranking_loss_reference(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor | None = None) -> Tensor:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the oracle)."""
+# ---- reference -----------------------------------------------------------------------------------
+def pairwise_ranking_loss_reference(
+    chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor | None = None
+) -> Tensor:
+    """The definition, differentiable, on any device and in any float dtype (float64 is the
+    oracle)."""
     difference = chosen_B - rejected_B if margin_B is None else chosen_B - rejected_B - margin_B
     return F.softplus(-difference).sum() / max(1, difference.numel())
 
 
 def kwise_ranking_loss_reference(scores_M: Tensor, ranks_M: Tensor, cu_groups: Tensor) -> Tensor:
-    """The definition over all M x M pairs, differentiable, on any device and in any float dtype (float64 is the oracle)."""
-    group_M = torch.searchsorted(cu_groups[1:], torch.arange(len(scores_M), device=scores_M.device), right=True)
+    """The definition over all M x M pairs, differentiable, on any device and in any float dtype
+    (float64 is the oracle)."""
+    group_M = torch.searchsorted(
+        cu_groups[1:], torch.arange(len(scores_M), device=scores_M.device), right=True
+    )
     pair_MM = (group_M[:, None] == group_M) & (ranks_M[:, None] < ranks_M)
-    pairs_B = torch.zeros(len(cu_groups) - 1, dtype=torch.int64, device=scores_M.device).index_add(0, group_M, pair_MM.sum(1))
-    loss_MM = torch.where(pair_MM, F.softplus(-torch.where(pair_MM, scores_M[:, None] - scores_M, 0)), 0)
+    pairs_B = torch.zeros(len(cu_groups) - 1, dtype=torch.int64, device=scores_M.device).index_add(
+        0, group_M, pair_MM.sum(1)
+    )
+    loss_MM = torch.where(
+        pair_MM, F.softplus(-torch.where(pair_MM, scores_M[:, None] - scores_M, 0)), 0
+    )
     return (loss_MM.sum(1) / pairs_B[group_M].clamp(min=1)).sum() / (pairs_B > 0).sum().clamp(min=1)
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 if triton is not None:
+
     @triton.jit
     def _terms(d):
         """softplus(-d), sigmoid(-d) and sigmoid(d)."""
         e = tl.exp(-tl.abs(d))
         large = 1.0 / (1.0 + e)
         small = e * large
-        return tl.log(1.0 + e) + tl.where(d < 0.0, -d, 0.0), tl.where(d < 0.0, large, small), tl.where(d < 0.0, small, large)
+        return (
+            tl.log(1.0 + e) + tl.where(d < 0.0, -d, 0.0),
+            tl.where(d < 0.0, large, small),
+            tl.where(d < 0.0, small, large),
+        )
 
     @triton.jit(do_not_specialize=["B"])
-    def _pairwise_kernel(chosen_ptr, rejected_ptr, margin_ptr, loss_ptr, slope_ptr, B, CHUNK: tl.constexpr):
+    def _pairwise_kernel(
+        chosen_ptr, rejected_ptr, margin_ptr, loss_ptr, slope_ptr, B, CHUNK: tl.constexpr
+    ):
         lane = tl.arange(0, CHUNK)
         sums = tl.zeros([CHUNK], tl.float64)
         for at in range(0, B, CHUNK):
             inside = at + lane < B
-            d = tl.load(chosen_ptr + at + lane, mask=inside, other=0.0) - tl.load(rejected_ptr + at + lane, mask=inside, other=0.0)
+            d = tl.load(chosen_ptr + at + lane, mask=inside, other=0.0) - tl.load(
+                rejected_ptr + at + lane, mask=inside, other=0.0
+            )
             if margin_ptr is not None:
                 d -= tl.load(margin_ptr + at + lane, mask=inside, other=0.0)
             loss, sigmoid, _ = _terms(d)
@@ -69,7 +98,9 @@ if triton is not None:
         tl.store(loss_ptr, (tl.sum(sums) / tl.where(B > 0, B, 1)).to(tl.float32))
 
     @triton.jit
-    def _kwise_kernel(scores_ptr, ranks_ptr, cu_groups_ptr, slope_ptr, mean_ptr, paired_ptr, TILE: tl.constexpr):
+    def _kwise_kernel(
+        scores_ptr, ranks_ptr, cu_groups_ptr, slope_ptr, mean_ptr, paired_ptr, TILE: tl.constexpr
+    ):
         """Of one prompt the mean over its pairs, the slope of that, and whether it has a pair."""
         b = tl.program_id(0)
         start, end = tl.load(cu_groups_ptr + b), tl.load(cu_groups_ptr + b + 1)
@@ -81,7 +112,13 @@ if triton is not None:
             for other in range(start, end, TILE):
                 j = other + lane
                 both = (i < end)[:, None] & (j < end)[None, :]
-                better_than += tl.sum((both & (rank[:, None] < tl.load(ranks_ptr + j, mask=j < end, other=0)[None, :])).to(tl.int32), axis=1)
+                better_than += tl.sum(
+                    (
+                        both
+                        & (rank[:, None] < tl.load(ranks_ptr + j, mask=j < end, other=0)[None, :])
+                    ).to(tl.int32),
+                    axis=1,
+                )
         pairs = tl.sum(better_than)
         share = 1.0 / tl.where(pairs > 0, pairs, 1).to(tl.float32)
         total = tl.full([], 0.0, tl.float64)
@@ -94,7 +131,9 @@ if triton is not None:
                 j = other + lane
                 both = (i < end)[:, None] & (j < end)[None, :]
                 other_rank = tl.load(ranks_ptr + j, mask=j < end, other=0)
-                loss, lost, won = _terms(score[:, None] - tl.load(scores_ptr + j, mask=j < end, other=0.0)[None, :])
+                loss, lost, won = _terms(
+                    score[:, None] - tl.load(scores_ptr + j, mask=j < end, other=0.0)[None, :]
+                )
                 wins = both & (rank[:, None] < other_rank[None, :])
                 loses = both & (rank[:, None] > other_rank[None, :])
                 total += tl.sum(tl.where(wins, loss, 0.0)).to(tl.float64)
@@ -105,7 +144,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["B", "M"])
     def _mean_kernel(mean_ptr, paired_ptr, loss_ptr, slope_ptr, B, M, CHUNK: tl.constexpr):
-        # Every program sums up all the prompts in the same order, then divides its share of the slopes by their number.
+        # Every program sums up all the prompts in the same order, then divides its share of the
+        # slopes by their number.
         lane = tl.arange(0, CHUNK)
         sums = tl.zeros([CHUNK], tl.float64)
         counts = tl.zeros([CHUNK], tl.int32)
@@ -120,21 +160,44 @@ if triton is not None:
         tl.store(slope_ptr + i, tl.load(slope_ptr + i, mask=i < M, other=0.0) / prompts, mask=i < M)
 
     # What tests/offline_compile.py compiles.
-    _KINDS = {"ranks_ptr": "*i64", "cu_groups_ptr": "*i32", "mean_ptr": "*fp64", "paired_ptr": "*i32", "B": "i32", "M": "i32"}
+    _KINDS = {
+        "ranks_ptr": "*i64",
+        "cu_groups_ptr": "*i32",
+        "mean_ptr": "*fp64",
+        "paired_ptr": "*i32",
+        "B": "i32",
+        "M": "i32",
+    }
     OFFLINE_KERNELS = {
-        name: {"kernel": kernel, "signature": {key: _KINDS.get(key, "*fp32") for key in kernel.arg_names if key not in constexprs}, "constexprs": constexprs,
-               "num_warps": 1 if name == "kwise" else 4}
+        name: {
+            "kernel": kernel,
+            "signature": {
+                key: _KINDS.get(key, "*fp32") for key in kernel.arg_names if key not in constexprs
+            },
+            "constexprs": constexprs,
+            "num_warps": 1 if name == "kwise" else 4,
+        }
         for name, kernel, constexprs in (
-            ("pairwise", _pairwise_kernel, {"CHUNK": _CHUNK}), ("pairwise_no_margin", _pairwise_kernel, {"CHUNK": _CHUNK, "margin_ptr": None}),
-            ("kwise", _kwise_kernel, {"TILE": _TILE}), ("mean", _mean_kernel, {"CHUNK": _CHUNK}))
+            ("pairwise", _pairwise_kernel, {"CHUNK": _CHUNK}),
+            ("pairwise_no_margin", _pairwise_kernel, {"CHUNK": _CHUNK, "margin_ptr": None}),
+            ("kwise", _kwise_kernel, {"TILE": _TILE}),
+            ("mean", _mean_kernel, {"CHUNK": _CHUNK}),
+        )
     }
 
 
-# ---- launchers, and the ops that torch.compile sees --------------------------------------------------------------------
+# ---- launchers, and the ops that torch.compile sees ----------------------------------------------
 @torch.library.custom_op("fusedrl::pairwise_ranking_loss_triton", mutates_args=())
-def _pairwise_triton(chosen: Tensor, rejected: Tensor, margin: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss, and its derivative by `chosen` for a unit upstream gradient, which by the others is the opposite."""
-    chosen, rejected, margin = chosen.contiguous(), rejected.contiguous(), None if margin is None else margin.contiguous()
+def _pairwise_triton(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its derivative by `chosen` for a unit upstream gradient, which by the others is
+    the opposite."""
+    chosen, rejected, margin = (
+        chosen.contiguous(),
+        rejected.contiguous(),
+        None if margin is None else margin.contiguous(),
+    )
     loss, slope_B = chosen.new_empty(()), torch.empty_like(chosen)
     _pairwise_kernel[(1,)](chosen, rejected, margin, loss, slope_B, chosen.numel(), CHUNK=_CHUNK)
     return loss, slope_B
@@ -144,11 +207,28 @@ def _pairwise_triton(chosen: Tensor, rejected: Tensor, margin: Tensor | None) ->
 def _kwise_triton(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and its derivative by `scores` for a unit upstream gradient."""
     M, B = scores.numel(), cu_groups.numel() - 1
-    loss, slope_M = scores.new_empty(()), torch.empty_like(scores, memory_format=torch.contiguous_format)
-    mean_B, paired_B = scores.new_empty(B, dtype=torch.float64), scores.new_empty(B, dtype=torch.int32)
+    loss, slope_M = (
+        scores.new_empty(()),
+        torch.empty_like(scores, memory_format=torch.contiguous_format),
+    )
+    mean_B, paired_B = (
+        scores.new_empty(B, dtype=torch.float64),
+        scores.new_empty(B, dtype=torch.int32),
+    )
     if B:
-        _kwise_kernel[(B,)](scores.contiguous(), ranks.contiguous(), cu_groups.contiguous(), slope_M, mean_B, paired_B, TILE=_TILE, num_warps=1)
-    _mean_kernel[(max(1, triton.cdiv(M, _CHUNK)),)](mean_B, paired_B, loss, slope_M, B, M, CHUNK=_CHUNK)
+        _kwise_kernel[(B,)](
+            scores.contiguous(),
+            ranks.contiguous(),
+            cu_groups.contiguous(),
+            slope_M,
+            mean_B,
+            paired_B,
+            TILE=_TILE,
+            num_warps=1,
+        )
+    _mean_kernel[(max(1, triton.cdiv(M, _CHUNK)),)](
+        mean_B, paired_B, loss, slope_M, B, M, CHUNK=_CHUNK
+    )
     return loss, slope_M
 
 
@@ -163,7 +243,7 @@ if native.capability:
     torch.library.register_fake("fusedrl::kwise_ranking_loss_forward", _forward_fake)
 
 
-# ---- autograd (that of the C++ implementation is in C++) ----------------------------------------------------------------
+# ---- autograd (that of the C++ implementation is in C++) -----------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
@@ -184,18 +264,24 @@ _pairwise_triton.register_autograd(_pairwise_backward, setup_context=_setup_cont
 _kwise_triton.register_autograd(_kwise_backward, setup_context=_setup_context)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
-def pairwise_ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, *, impl: str | None = None) -> Tensor:
-    """Mean of -log sigmoid(chosen - rejected - margin): the Bradley-Terry loss of a pairwise reward model.
+# ---- public --------------------------------------------------------------------------------------
+def pairwise_ranking_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, *, impl: str | None = None
+) -> Tensor:
+    """Mean of -log sigmoid(chosen - rejected - margin): the Bradley-Terry loss of a pairwise reward
+    model.
 
     Args:
-        chosen, rejected: [B] scores of the preferred and the other completion, of one dtype (float32; the torch implementation also float64).
-        margin: [B], by how much the preferred one should win; None is 0.
-        impl: "cpp", "torch" or "triton"; by default the best one for the device.
+        chosen, rejected: [B] scores of the preferred and the other completion, of one dtype
+        (float32; the torch implementation also float64). margin: [B], by how much the preferred one
+        should win; None is 0. impl: "cpp", "torch" or "triton"; by default the best one for the
+        device.
     Returns:
-        A scalar; 0 for no pairs. Differentiable in all three ("cpp" and "triton" once: a double backward raises).
+        A scalar; 0 for no pairs. Differentiable in all three ("cpp" and "triton" once: a double
+        backward raises).
     Raises:
-        ValueError: sizes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: sizes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl`
+        cannot run here.
     """
     op = "pairwise_ranking_loss"
     check(op, {"chosen": (chosen, "B"), "rejected": (rejected, "B"), "margin": (margin, "B")})
@@ -204,30 +290,46 @@ def pairwise_ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | Non
         check_dtype(op, name, tensor, FLOATS if chosen_impl == "torch" else (torch.float32,))
     if chosen_impl == "torch":
         return pairwise_ranking_loss_reference(chosen, rejected, margin)
-    return _pairwise_triton(chosen, rejected, margin)[0] if chosen_impl == "triton" else torch.ops.fusedrl.pairwise_ranking_loss(chosen, rejected, margin)
+    return (
+        _pairwise_triton(chosen, rejected, margin)[0]
+        if chosen_impl == "triton"
+        else torch.ops.fusedrl.pairwise_ranking_loss(chosen, rejected, margin)
+    )
 
 
-def kwise_ranking_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor, *, impl: str | None = None) -> Tensor:
-    """The loss of a reward model from K ranked completions of each prompt, all its pairs together; K may differ from prompt to prompt.
+def kwise_ranking_loss(
+    scores: Tensor, ranks: Tensor, cu_groups: Tensor, *, impl: str | None = None
+) -> Tensor:
+    """The loss of a reward model from K ranked completions of each prompt, all its pairs together;
+    K may differ from prompt to prompt.
 
     Args:
-        scores: [M] float32 (the torch implementation also float64), the completions of a prompt side by side.
-        ranks: [M] int64 or int32, 1 is best (only their order matters); completions of equal rank form no pair.
-        cu_groups: [B + 1] int32, ascending from 0 to M: where each prompt's completions begin (checked on CPU by "cpp").
-        impl: "cpp", "torch" or "triton"; by default the best one for the device.
+        scores: [M] float32 (the torch implementation also float64), the completions of a prompt
+        side by side. ranks: [M] int64 or int32, 1 is best (only their order matters); completions
+        of equal rank form no pair. cu_groups: [B + 1] int32, ascending from 0 to M: where each
+        prompt's completions begin (checked on CPU by "cpp"). impl: "cpp", "torch" or "triton"; by
+        default the best one for the device.
     Returns:
-        A scalar: the mean over a prompt's pairs, then over the prompts that have one; 0 if none has. Differentiable in scores ("cpp" and "triton" once).
+        A scalar: the mean over a prompt's pairs, then over the prompts that have one; 0 if none
+        has. Differentiable in scores ("cpp" and "triton" once).
     Raises:
-        ValueError: sizes, devices or cu_groups. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: sizes, devices or cu_groups. TypeError: dtypes. RuntimeError: `impl` cannot run
+        here.
     """
     op = "kwise_ranking_loss"
     check(op, {"scores": (scores, "M"), "ranks": (ranks, "M"), "cu_groups": (cu_groups, "B+1")})
     if len(cu_groups) < 1:
-        raise ValueError(f"{op}: expected cu_groups [B + 1], got an empty tensor; no prompts are a single 0")
+        raise ValueError(
+            f"{op}: expected cu_groups [B + 1], got an empty tensor; no prompts are a single 0"
+        )
     chosen_impl = _KWISE.choose(scores.device, impl)
     check_dtype(op, "scores", scores, FLOATS if chosen_impl == "torch" else (torch.float32,))
     check_dtype(op, "ranks", ranks, (torch.int64, torch.int32))
     check_dtype(op, "cu_groups", cu_groups, (torch.int32,))
     if chosen_impl == "torch":
         return kwise_ranking_loss_reference(scores, ranks, cu_groups)
-    return _kwise_triton(scores, ranks, cu_groups)[0] if chosen_impl == "triton" else torch.ops.fusedrl.kwise_ranking_loss(scores, ranks, cu_groups)
+    return (
+        _kwise_triton(scores, ranks, cu_groups)[0]
+        if chosen_impl == "triton"
+        else torch.ops.fusedrl.kwise_ranking_loss(scores, ranks, cu_groups)
+    )

@@ -1,4 +1,5 @@
-"""rms_norm: y = weight * x / rms(x) over the last dimension, optionally of x + residual, whose sum is returned too.
+"""rms_norm: y = weight * x / rms(x) over the last dimension, optionally of x + residual, whose sum
+is returned too.
 
     rstd = (mean(x^2) + eps)^-1/2      u = x rstd      y = weight * u
     dx   = rstd (dy weight - u mean(dy weight u))      dweight = sum over rows of dy u
@@ -6,12 +7,15 @@
 With an offset, offset + weight stands for weight.
 
 Shapes    N tokens of H values, or N tokens of several heads of H values each (QK-norm); weight [H].
-Bytes     forward 2 N H s (read, write), 4 with a residual (two of each); backward 3 (4 with a gradient of the sum).
-Numerics  those of transformers' LlamaRMSNorm: float32 up to u, rounded to the dtype, times the weight, rounded; with an offset those
-          of Gemma's: float32 up to y, offset + weight included. x + residual is rounded before it is
-          normalised. The weight's gradient is summed in float32 in an order that depends on the number of rows alone: no atomics.
+Bytes     forward 2 N H s (read, write), 4 with a residual (two of each); backward 3 (4 with a
+          gradient of the sum).
+Numerics  those of transformers' LlamaRMSNorm: float32 up to u, rounded to the dtype, times the
+          weight, rounded; with an offset those of Gemma's: float32 up to y, offset + weight
+          included. x + residual is rounded before it is normalised. The weight's gradient is summed
+          in float32 in an order that depends on the number of rows alone: no atomics.
 Source    Zhang and Sennrich (2019), Root Mean Square Layer Normalization, eq. 4.
 """
+
 from __future__ import annotations
 
 from typing import overload
@@ -27,32 +31,67 @@ from fusedrl.kernels.runtime.triton import tl, triton
 _IMPLS = Implementations("rms_norm", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 _IMPLS_FLOAT64 = Implementations("rms_norm of float64", cpu=("torch",), cuda=("torch",))
 _LONGEST_ROW = 8192  # that Triton holds in registers: at 16384 the backward spills on sm_90
-_IMPLS_LONG_ROWS = Implementations(f"rms_norm of rows above {_LONGEST_ROW}", cpu=("cpp", "torch"), cuda=("torch",))
-_TILE = 2048         # values of a tile of rows; a longer row is a tile of its own
-_PROGRAMS = 512      # of the backward, each with a sum of its own for the weight's gradient
+_IMPLS_LONG_ROWS = Implementations(
+    f"rms_norm of rows above {_LONGEST_ROW}", cpu=("cpp", "torch"), cuda=("torch",)
+)
+_TILE = 2048  # values of a tile of rows; a longer row is a tile of its own
+_PROGRAMS = 512  # of the backward, each with a sum of its own for the weight's gradient
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(y, what was normalised) by definition, differentiable, on any device and in any float dtype (float64 is the oracle)."""
+# ---- reference -----------------------------------------------------------------------------------
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(y, what was normalised) by definition, differentiable, on any device and in any float dtype
+    (float64 is the oracle)."""
     x = x if residual is None else x + residual
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (weight * unit.to(x.dtype) if offset == 0 else ((weight.to(wide.dtype) + offset) * unit).to(x.dtype)), x
+    return (
+        weight * unit.to(x.dtype)
+        if offset == 0
+        else ((weight.to(wide.dtype) + offset) * unit).to(x.dtype)
+    ), x
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 if triton is not None:
+
     @triton.jit(do_not_specialize=["rows"])
-    def _forward_kernel(x_ptr, weight_ptr, residual_ptr, y_ptr, sum_ptr, rstd_ptr, rows, eps, offset, x_token, x_head, residual_token, residual_head,
-                        HEADS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # one program a tile of rows
+    def _forward_kernel(
+        x_ptr,
+        weight_ptr,
+        residual_ptr,
+        y_ptr,
+        sum_ptr,
+        rstd_ptr,
+        rows,
+        eps,
+        offset,
+        x_token,
+        x_head,
+        residual_token,
+        residual_head,
+        HEADS: tl.constexpr,
+        H: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # one program a tile of rows
         n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         h = tl.arange(0, BLOCK)[None, :]
         inside = (n < rows)[:, None] & (h < H)
-        x = tl.load(x_ptr + (n // HEADS * x_token + n % HEADS * x_head)[:, None] + h, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(
+            x_ptr + (n // HEADS * x_token + n % HEADS * x_head)[:, None] + h, mask=inside, other=0.0
+        ).to(tl.float32)
         at = n[:, None] * H + h
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + (n // HEADS * residual_token + n % HEADS * residual_head)[:, None] + h, mask=inside, other=0.0)
+            residual = tl.load(
+                residual_ptr
+                + (n // HEADS * residual_token + n % HEADS * residual_head)[:, None]
+                + h,
+                mask=inside,
+                other=0.0,
+            )
             x = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + at, x, mask=inside)
             x = x.to(tl.float32)
@@ -64,8 +103,23 @@ if triton is not None:
         tl.store(rstd_ptr + n, rstd, mask=n < rows)
 
     @triton.jit(do_not_specialize=["rows"])
-    def _backward_kernel(y_grad_ptr, sum_grad_ptr, x_ptr, weight_ptr, rstd_ptr, x_grad_ptr, weight_parts_ptr, rows, offset, x_token, x_head,
-                         HEADS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # a program takes every so many-th tile
+    def _backward_kernel(
+        y_grad_ptr,
+        sum_grad_ptr,
+        x_ptr,
+        weight_ptr,
+        rstd_ptr,
+        x_grad_ptr,
+        weight_parts_ptr,
+        rows,
+        offset,
+        x_token,
+        x_head,
+        HEADS: tl.constexpr,
+        H: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # a program takes every so many-th tile
         h = tl.arange(0, BLOCK)[None, :]
         weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32) + offset
         part = tl.zeros([BLOCK], tl.float32)
@@ -74,7 +128,11 @@ if triton is not None:
             inside = (n < rows)[:, None] & (h < H)
             at = n[:, None] * H + h
             dy = tl.load(y_grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + (n // HEADS * x_token + n % HEADS * x_head)[:, None] + h, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(
+                x_ptr + (n // HEADS * x_token + n % HEADS * x_head)[:, None] + h,
+                mask=inside,
+                other=0.0,
+            ).to(tl.float32)
             rstd = tl.load(rstd_ptr + n, mask=n < rows, other=0.0)[:, None]
             unit = x * rstd
             slope = dy * weight
@@ -84,29 +142,60 @@ if triton is not None:
             tl.store(x_grad_ptr + at, dx, mask=inside)
             part += tl.sum(dy * unit, 0)
         if weight_parts_ptr is not None:
-            tl.store(weight_parts_ptr + tl.program_id(0).to(tl.int64) * H + tl.arange(0, BLOCK), part, mask=tl.arange(0, BLOCK) < H)
+            tl.store(
+                weight_parts_ptr + tl.program_id(0).to(tl.int64) * H + tl.arange(0, BLOCK),
+                part,
+                mask=tl.arange(0, BLOCK) < H,
+            )
 
     def _offline(dtype: str, H: int, heads: int, residual: bool) -> dict[str, dict]:
         """Entries for both kernels."""
         tile = _tile(H)
-        name, constexprs = f"{dtype}_{H}{'_residual' if residual else ''}", {"HEADS": heads, "H": H, **tile}
+        name, constexprs = (
+            f"{dtype}_{H}{'_residual' if residual else ''}",
+            {"HEADS": heads, "H": H, **tile},
+        )
         strides = {"x_token": "i64", "x_head": "i64"}
-        absent: dict[str, None] = {} if residual else {"residual_ptr": None, "sum_ptr": None, "sum_grad_ptr": None}
+        absent: dict[str, None] = (
+            {} if residual else {"residual_ptr": None, "sum_ptr": None, "sum_grad_ptr": None}
+        )
 
         def entry(kernel, pointers: str, scalars: dict[str, str]) -> dict:
-            kinds = {p: "*fp32" if p in ("rstd_ptr", "weight_parts_ptr") else f"*{dtype}" for p in pointers.split() if p not in absent}
+            kinds = {
+                p: "*fp32" if p in ("rstd_ptr", "weight_parts_ptr") else f"*{dtype}"
+                for p in pointers.split()
+                if p not in absent
+            }
             missing = {p: None for p in pointers.split() if p in absent}
-            return {"kernel": kernel, "signature": kinds | scalars, "constexprs": constexprs | missing, "num_warps": _warps(H)}
+            return {
+                "kernel": kernel,
+                "signature": kinds | scalars,
+                "constexprs": constexprs | missing,
+                "num_warps": _warps(H),
+            }
 
         return {
-            f"forward_{name}": entry(_forward_kernel, "x_ptr weight_ptr residual_ptr y_ptr sum_ptr rstd_ptr",
-                                     {"rows": "i32", "eps": "fp32", "offset": "fp32", **strides, "residual_token": "i64", "residual_head": "i64"}),
-            f"backward_{name}": entry(_backward_kernel, "y_grad_ptr sum_grad_ptr x_ptr weight_ptr rstd_ptr x_grad_ptr weight_parts_ptr",
-                                      {"rows": "i32", "offset": "fp32", **strides}),
+            f"forward_{name}": entry(
+                _forward_kernel,
+                "x_ptr weight_ptr residual_ptr y_ptr sum_ptr rstd_ptr",
+                {
+                    "rows": "i32",
+                    "eps": "fp32",
+                    "offset": "fp32",
+                    **strides,
+                    "residual_token": "i64",
+                    "residual_head": "i64",
+                },
+            ),
+            f"backward_{name}": entry(
+                _backward_kernel,
+                "y_grad_ptr sum_grad_ptr x_ptr weight_ptr rstd_ptr x_grad_ptr weight_parts_ptr",
+                {"rows": "i32", "offset": "fp32", **strides},
+            ),
         }
 
 
-# ---- launchers: allocate, grid ------------------------------------------------------------------------------------------
+# ---- launchers: allocate, grid -------------------------------------------------------------------
 def _tile(H: int) -> dict[str, int]:
     block = triton.next_power_of_2(H)
     return {"ROWS": max(1, _TILE // block), "BLOCK": block}
@@ -125,21 +214,44 @@ def _heads(x: Tensor) -> int:
 
 
 @torch.library.custom_op("fusedrl::rms_norm_triton", mutates_args=())
-def _rms_norm_triton(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm_triton(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
     H, rows = x.shape[-1], x.shape[:-1].numel()
     y, rstd = x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
     added = x.new_empty(0) if residual is None else torch.empty_like(y)
     if rows:
         tile = _tile(H)
         _forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-            x, weight.contiguous(), residual, y, None if residual is None else added, rstd, rows, eps, offset, *_strides(x),
-            *((0, 0) if residual is None else _strides(residual)), HEADS=_heads(x), H=H, **tile, num_warps=_warps(H))
+            x,
+            weight.contiguous(),
+            residual,
+            y,
+            None if residual is None else added,
+            rstd,
+            rows,
+            eps,
+            offset,
+            *_strides(x),
+            *((0, 0) if residual is None else _strides(residual)),
+            HEADS=_heads(x),
+            H=H,
+            **tile,
+            num_warps=_warps(H),
+        )
     return y, added, rstd
 
 
 @torch.library.custom_op("fusedrl::rms_norm_triton_backward", mutates_args=())
-def _rms_norm_triton_backward(y_grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
-                              weight_wanted: bool, offset: float) -> tuple[Tensor, Tensor]:
+def _rms_norm_triton_backward(
+    y_grad: Tensor,
+    sum_grad: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    weight_wanted: bool,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
     H, rows = x.shape[-1], rstd.shape[0]
     tile = _tile(H)
     programs = min(triton.cdiv(rows, tile["ROWS"]), _PROGRAMS)
@@ -147,21 +259,47 @@ def _rms_norm_triton_backward(y_grad: Tensor, sum_grad: Tensor | None, x: Tensor
     parts = rstd.new_empty(programs, H) if weight_wanted else None
     if rows:
         _backward_kernel[(programs,)](
-            y_grad.contiguous(), None if sum_grad is None else sum_grad.contiguous(), x, weight.contiguous(), rstd, dx, parts, rows, offset, *_strides(x),
-            HEADS=_heads(x), H=H, **tile, num_warps=_warps(H))
+            y_grad.contiguous(),
+            None if sum_grad is None else sum_grad.contiguous(),
+            x,
+            weight.contiguous(),
+            rstd,
+            dx,
+            parts,
+            rows,
+            offset,
+            *_strides(x),
+            HEADS=_heads(x),
+            H=H,
+            **tile,
+            num_warps=_warps(H),
+        )
     return dx, weight.new_empty(0) if parts is None else parts.sum(0).to(weight.dtype)
 
 
-# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
-def _forward_fake(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
+def _forward_fake(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
-    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), x.new_empty(rows, dtype=torch.float32)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(rows, dtype=torch.float32),
+    )
 
 
-def _backward_fake(y_grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_wanted: bool,
-                   offset: float) -> tuple[Tensor, Tensor]:
+def _backward_fake(
+    y_grad: Tensor,
+    sum_grad: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    weight_wanted: bool,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape if weight_wanted else 0)
 
 
@@ -172,7 +310,7 @@ if native.capability:
     torch.library.register_fake("fusedrl::rms_norm_backward", _backward_fake)
 
 
-# ---- autograd (that of the C++ implementation is in C++) ------------------------------------------------------------------
+# ---- autograd (that of the C++ implementation is in C++) -----------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, residual, _, ctx.offset = inputs
     _, added, rstd = output
@@ -187,7 +325,9 @@ def _backward(ctx, y_grad: Tensor | None, sum_grad: Tensor | None, _rstd_grad: N
     dx, dweight = sum_grad, None
     if y_grad is not None:
         wanted = ctx.needs_input_grad[1]
-        dx, dweight = _rms_norm_triton_backward(y_grad, sum_grad if ctx.residual else None, x, weight, rstd, wanted, ctx.offset)
+        dx, dweight = _rms_norm_triton_backward(
+            y_grad, sum_grad if ctx.residual else None, x, weight, rstd, wanted, ctx.offset
+        )
         dweight = dweight if wanted else None
     return dx, dweight, dx if ctx.residual else None, None, None
 
@@ -195,30 +335,62 @@ def _backward(ctx, y_grad: Tensor | None, sum_grad: Tensor | None, _rstd_grad: N
 _rms_norm_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
+# ---- public --------------------------------------------------------------------------------------
 @overload
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: None = None, offset: float = 0.0, impl: str | None = None) -> Tensor: ...
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: None = None,
+    offset: float = 0.0,
+    impl: str | None = None,
+) -> Tensor: ...
 @overload
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor, offset: float = 0.0, impl: str | None = None) -> tuple[Tensor, Tensor]: ...
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None, offset: float = 0.0,
-             impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: Tensor,
+    offset: float = 0.0,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """weight * x / rms(x) over the last dimension, or the same of x + residual.
 
     Args:
-        x: [N, H], or [N, heads, H] for a norm of every head; its last dimension is contiguous, the strides of the others are free.
-        weight: [H], of x's dtype. eps: added to the mean of the squares.
-        residual: as x; None is no residual. offset: added to the weight, in float32.
-        impl: "cpp" (CPU; not float64), "triton" (not float64; H up to 8192) or "torch"; by default the best one for the device.
+        x: [N, H], or [N, heads, H] for a norm of every head; its last dimension is contiguous, the
+        strides of the others are free. weight: [H], of x's dtype. eps: added to the mean of the
+        squares. residual: as x; None is no residual. offset: added to the weight, in float32. impl:
+        "cpp" (CPU; not float64), "triton" (not float64; H up to 8192) or "torch"; by default the
+        best one for the device.
     Returns:
-        y, as x; with a residual (y, x + residual), the second for the next residual connection. Differentiable in x, weight and residual.
+        y, as x; with a residual (y, x + residual), the second for the next residual connection.
+        Differentiable in x, weight and residual.
     Raises:
-        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. RuntimeError:
+        `impl` cannot run here.
     """
     op, pattern = "rms_norm", "N heads H" if getattr(x, "ndim", 2) == 3 else "N H"
     H = check(op, {"x": (x, pattern), "weight": (weight, "H"), "residual": (residual, pattern)})[-1]
     if H == 0:
         raise ValueError(f"{op}: expected rows of at least one value, got x {tuple(x.shape)}")
-    chosen = (_IMPLS_FLOAT64 if x.dtype == torch.float64 else _IMPLS_LONG_ROWS if H > _LONGEST_ROW else _IMPLS).choose(x.device, impl)
+    chosen = (
+        _IMPLS_FLOAT64
+        if x.dtype == torch.float64
+        else _IMPLS_LONG_ROWS
+        if H > _LONGEST_ROW
+        else _IMPLS
+    ).choose(x.device, impl)
     check_dtype(op, "x", x, FLOATS)
     for name, tensor in (("weight", weight), ("residual", residual)):
         check_dtype(op, name, tensor, (x.dtype,))
@@ -233,11 +405,17 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None =
     return y if residual is None else (y, added)
 
 
-# What tests/offline_compile.py compiles: hidden sizes with and without a residual, and the norm of heads.
+# What tests/offline_compile.py compiles: hidden sizes with and without a residual, and the norm of
+# heads.
 if triton is not None:
     OFFLINE_KERNELS = {
         name: entry
         for dtype in ("fp32", "bf16", "fp16")
-        for H, heads, residual in ((1536, 1, True), (4096, 1, False), (8192, 1, True), (128, 16, False))
+        for H, heads, residual in (
+            (1536, 1, True),
+            (4096, 1, False),
+            (8192, 1, True),
+            (128, 16, False),
+        )
         for name, entry in _offline(dtype, H, heads, residual).items()
     }

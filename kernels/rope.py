@@ -1,14 +1,19 @@
-"""rope: rotary position embedding of queries and keys in one call, the halves of a head being the two coordinates.
+"""rope: rotary position embedding of queries and keys in one call, the halves of a head being the
+two coordinates.
 
     y[i]       = x[i] cos[i] - x[i + D/2] sin[i]
-    y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]          the gradient is the inverse rotation: the same with -sin
+    y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]          the gradient is the inverse rotation: the
+                                                          same with -sin
 
 Shapes    N tokens, Hq query and Hkv key heads of D values; the angles' cos and sin [N, D/2].
-Bytes     2 N (Hq + Hkv) D s (read, write), either way. q and k may be slices of the fused projection's output: they are read where they lie.
-Numerics  float32 inside, rounded once to the dtype. The angles' cos and sin are those of `RopeTable`: exact products of position and frequency, cos and sin
-          in float64, rounded once. A float32 angle is off by up to 0.002 at position 40,000.
+Bytes     2 N (Hq + Hkv) D s (read, write), either way. q and k may be slices of the fused
+          projection's output: they are read where they lie.
+Numerics  float32 inside, rounded once to the dtype. The angles' cos and sin are those of
+          `RopeTable`: exact products of position and frequency, cos and sin in float64, rounded
+          once. A float32 angle is off by up to 0.002 at position 40,000.
 Source    Su et al. (2021), RoFormer, eq. 34; the rotate-half layout is GPT-NeoX's.
 """
+
 from __future__ import annotations
 
 import math
@@ -27,35 +32,46 @@ _IMPLS_FLOAT64 = Implementations("rope of float64", cpu=("torch",), cuda=("torch
 _TILE = 1024  # pairs
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
+# ---- reference -----------------------------------------------------------------------------------
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the oracle)."""
+    """The definition, differentiable, on any device and in any float dtype (float64 is the
+    oracle)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]
 
     def rotate(x: Tensor) -> Tensor:
         first, second = x.to(wide).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
+            x.dtype
+        )
 
     return rotate(q), rotate(k)
 
 
-# ---- angles ----------------------------------------------------------------------------------------------------------
+# ---- angles --------------------------------------------------------------------------------------
 _STEP, _CHUNK = 256, 1 << 14  # positions
 
 
 def _exact(inv_freq_TP: Tensor, positions: range) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, [tables, positions, P] float64: a product of 17 bits and 24 is exact, and scalar functions know no neighbours."""
+    """cos and sin of position x frequency, [tables, positions, P] float64: a product of 17 bits and
+    24 is exact, and scalar functions know no neighbours."""
     tables, pairs = inv_freq_TP.shape
     angles = [p * w for table in inv_freq_TP.tolist() for p in positions for w in table]
-    cos, sin = (torch.tensor([f(x) for x in angles], dtype=torch.float64).view(tables, len(positions), pairs) for f in (math.cos, math.sin))
+    cos, sin = (
+        torch.tensor([f(x) for x in angles], dtype=torch.float64).view(
+            tables, len(positions), pairs
+        )
+        for f in (math.cos, math.sin)
+    )
     return cos, sin
 
 
 @torch.library.custom_op("fusedrl::rope_table", mutates_args=())
 def _rope_table(inv_freq: Tensor, scale: float, count: int) -> tuple[Tensor, Tensor]:
     cos_l, sin_l = (x[:, None] for x in _exact(inv_freq, range(_STEP)))
-    cos, sin = (torch.empty(len(inv_freq), count, inv_freq.shape[1], device="cpu") for _ in range(2))
+    cos, sin = (
+        torch.empty(len(inv_freq), count, inv_freq.shape[1], device="cpu") for _ in range(2)
+    )
     for first in range(0, count, _CHUNK):
         rows = slice(first, min(count, first + _CHUNK))
         cos_h, sin_h = (x[:, :, None] for x in _exact(inv_freq, range(first, rows.stop, _STEP)))
@@ -76,20 +92,33 @@ def _rounded(count: int) -> int:
 
 
 class RopeTable:
-    """cos and sin of every position's angles, for all who turn queries and keys: sampler, scorer and trainer read the same numbers.
+    """cos and sin of every position's angles, for all who turn queries and keys: sampler, scorer
+    and trainer read the same numbers.
 
-    An entry is a function of its position and its frequency alone, on every machine and device. A vector library's cos is not: it takes another path for all
-    values of a vector where one of them is large, and the bits of the others follow. So position 256 h + l is composed of 256 h and l by the addition
-    theorems, in float64, and rounded once.
+    An entry is a function of its position and its frequency alone, on every machine and device. A
+    vector library's cos is not: it takes another path for all values of a vector where one of them
+    is large, and the bits of the others follow. So position 256 h + l is composed of 256 h and l by
+    the addition theorems, in float64, and rounded once.
 
-    inv_freq: [tables, P] or [P] frequencies, float32; P <= D / 2: of each head the first 2 P values turn. scale: multiplies cos and sin.
-    device: where the tables are kept. They hold 8 P bytes a position and table, and grow by powers of two as positions are asked for.
+    inv_freq: [tables, P] or [P] frequencies, float32; P <= D / 2: of each head the first 2 P values
+    turn. scale: multiplies cos and sin. device: where the tables are kept. They hold 8 P bytes a
+    position and table, and grow by powers of two as positions are asked for.
     """
 
-    def __init__(self, inv_freq: Tensor | Sequence[Sequence[float]], scale: float = 1.0, *, device: torch.device | str | None = None) -> None:
-        self.inv_freq = torch.atleast_2d(torch.as_tensor(inv_freq, dtype=torch.float32, device=device))
+    def __init__(
+        self,
+        inv_freq: Tensor | Sequence[Sequence[float]],
+        scale: float = 1.0,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.inv_freq = torch.atleast_2d(
+            torch.as_tensor(inv_freq, dtype=torch.float32, device=device)
+        )
         self.scale = scale
-        self._cos = self._sin = self.inv_freq.new_empty(self.inv_freq.shape[0], 0, self.inv_freq.shape[1])
+        self._cos = self._sin = self.inv_freq.new_empty(
+            self.inv_freq.shape[0], 0, self.inv_freq.shape[1]
+        )
 
     @property
     def pairs(self) -> int:
@@ -102,7 +131,8 @@ class RopeTable:
         return self._cos, self._sin
 
     def upto(self, count: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), [tables, positions, P] float32 each, of at least the first `count` positions."""
+        """(cos, sin), [tables, positions, P] float32 each, of at least the first `count`
+        positions."""
         if count > self._cos.shape[1]:
             with torch.inference_mode(False):  # what is kept must serve autograd, too
                 self._cos, self._sin = _rope_table(self.inv_freq, self.scale, _rounded(count))
@@ -112,19 +142,35 @@ class RopeTable:
         """What the tables take once `count` positions were asked for."""
         return 8 * self.inv_freq.numel() * _rounded(count)
 
-    def at(self, positions_N: Tensor, count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """cos and sin, [N, P], of each table at these positions, all below `count`. In float64 for float64, as an oracle wants them; else float32."""
+    def at(
+        self, positions_N: Tensor, count: int, dtype: torch.dtype
+    ) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin, [N, P], of each table at these positions, all below `count`. In float64 for
+        float64, as an oracle wants them; else float32."""
         if dtype == torch.float64:
-            turns = [positions_N.double()[:, None] * inv_freq.double() for inv_freq in self.inv_freq]
+            turns = [
+                positions_N.double()[:, None] * inv_freq.double() for inv_freq in self.inv_freq
+            ]
             return [(turn.cos() * self.scale, turn.sin() * self.scale) for turn in turns]
         cos, sin = self.upto(count)
         return [(c[positions_N], s[positions_N]) for c, s in zip(cos, sin, strict=True)]
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 if triton is not None:
+
     @triton.jit
-    def _rotate(from_ptr, to_ptr, head_stride, cos, sin, COUNT: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    def _rotate(
+        from_ptr,
+        to_ptr,
+        head_stride,
+        cos,
+        sin,
+        COUNT: tl.constexpr,
+        HALF: tl.constexpr,
+        HEADS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         i = tl.arange(0, BLOCK)[None, :]
         for start in range(0, COUNT, HEADS):
             h = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
@@ -136,32 +182,84 @@ if triton is not None:
             tl.store(y_ptr + HALF, second * cos + first * sin, mask=inside)
 
     @triton.jit
-    def _rope_kernel(q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, q_token, q_head, k_token, k_head, Q_HEADS: tl.constexpr,
-                     K_HEADS: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):  # a program a token
+    def _rope_kernel(
+        q_ptr,
+        k_ptr,
+        cos_ptr,
+        sin_ptr,
+        q_out_ptr,
+        k_out_ptr,
+        q_token,
+        q_head,
+        k_token,
+        k_head,
+        Q_HEADS: tl.constexpr,
+        K_HEADS: tl.constexpr,
+        HALF: tl.constexpr,
+        INVERSE: tl.constexpr,
+        HEADS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # a program a token
         n = tl.program_id(0).to(tl.int64)
         i = tl.arange(0, BLOCK)[None, :]
         cos = tl.load(cos_ptr + n * HALF + i, mask=i < HALF, other=0.0)
         sin = tl.load(sin_ptr + n * HALF + i, mask=i < HALF, other=0.0)
         if INVERSE:
             sin = -sin
-        _rotate(q_ptr + n * q_token, q_out_ptr + n * (2 * Q_HEADS * HALF), q_head, cos, sin, Q_HEADS, HALF, HEADS, BLOCK)
-        _rotate(k_ptr + n * k_token, k_out_ptr + n * (2 * K_HEADS * HALF), k_head, cos, sin, K_HEADS, HALF, HEADS, BLOCK)
+        _rotate(
+            q_ptr + n * q_token,
+            q_out_ptr + n * (2 * Q_HEADS * HALF),
+            q_head,
+            cos,
+            sin,
+            Q_HEADS,
+            HALF,
+            HEADS,
+            BLOCK,
+        )
+        _rotate(
+            k_ptr + n * k_token,
+            k_out_ptr + n * (2 * K_HEADS * HALF),
+            k_head,
+            cos,
+            sin,
+            K_HEADS,
+            HALF,
+            HEADS,
+            BLOCK,
+        )
 
 
-# ---- launcher, and the op that torch.compile sees ------------------------------------------------------------------------
+# ---- launcher, and the op that torch.compile sees ------------------------------------------------
 def _tile(heads: int, half: int) -> dict[str, int]:
     block = triton.next_power_of_2(half)
     return {"HEADS": min(max(1, _TILE // block), triton.next_power_of_2(heads)), "BLOCK": block}
 
 
 @torch.library.custom_op("fusedrl::rope_triton", mutates_args=())
-def _rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def _rope_triton(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
     N, Hq, D = q.shape
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if N:
         _rope_kernel[(N,)](
-            q, k, cos.float().contiguous(), sin.float().contiguous(), q_out, k_out, q.stride(0), q.stride(1), k.stride(0), k.stride(1), Q_HEADS=Hq,
-            K_HEADS=k.shape[1], HALF=D // 2, INVERSE=inverse, **_tile(max(Hq, k.shape[1]), D // 2))
+            q,
+            k,
+            cos.float().contiguous(),
+            sin.float().contiguous(),
+            q_out,
+            k_out,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            Q_HEADS=Hq,
+            K_HEADS=k.shape[1],
+            HALF=D // 2,
+            INVERSE=inverse,
+            **_tile(max(Hq, k.shape[1]), D // 2),
+        )
     return q_out, k_out
 
 
@@ -174,7 +272,7 @@ if native.capability:
     torch.library.register_fake("fusedrl::rope_forward", _fake)
 
 
-# ---- autograd (that of the C++ implementation is in C++) ------------------------------------------------------------------
+# ---- autograd (that of the C++ implementation is in C++) -----------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[2:4])
     ctx.inverse = inputs[4]
@@ -182,29 +280,43 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, q_grad: Tensor, k_grad: Tensor):
     cos, sin = ctx.saved_tensors
-    return *_rope_triton(q_grad.contiguous(), k_grad.contiguous(), cos, sin, not ctx.inverse), None, None, None
+    return (
+        *_rope_triton(q_grad.contiguous(), k_grad.contiguous(), cos, sin, not ctx.inverse),
+        None,
+        None,
+        None,
+    )
 
 
 _rope_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
+# ---- public --------------------------------------------------------------------------------------
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Turn the pairs (x[i], x[i + D/2]) of every head by the angles of its token.
 
     Args:
-        q: [N, Hq, D]. k: [N, Hkv, D], of the same dtype. Last dimensions are contiguous, the strides of the others are free.
-        cos, sin: [N, D/2] of the angles; float32, or q's dtype.
-        impl: "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one for the device.
+        q: [N, Hq, D]. k: [N, Hkv, D], of the same dtype. Last dimensions are contiguous, the
+        strides of the others are free. cos, sin: [N, D/2] of the angles; float32, or q's dtype.
+        impl: "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one
+        for the device.
     Returns:
         (q, k) rotated, contiguous. Differentiable in q and k; cos and sin are constants.
     Raises:
-        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. RuntimeError:
+        `impl` cannot run here.
     """
     op = "rope"
-    _, _, D, _, half = check(op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "cos": (cos, "N D/2"), "sin": (sin, "N D/2")})
+    _, _, D, _, half = check(
+        op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "cos": (cos, "N D/2"), "sin": (sin, "N D/2")}
+    )
     if 2 * half != D:
-        raise ValueError(f"{op}: expected cos and sin [N, D/2], one angle for every pair of a head, got D {D} and {half} angles")
+        raise ValueError(
+            f"{op}: expected cos and sin [N, D/2], one angle for every pair of a head, got D {D} "
+            f"and {half} angles"
+        )
     chosen = (_IMPLS_FLOAT64 if q.dtype == torch.float64 else _IMPLS).choose(q.device, impl)
     check_dtype(op, "q", q, FLOATS)
     check_dtype(op, "k", k, (q.dtype,))
@@ -215,17 +327,31 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str | None = N
     cos, sin = cos.detach(), sin.detach()
     if chosen == "torch":
         return rope_reference(q, k, cos, sin)
-    return torch.ops.fusedrl.rope(q, k, cos, sin) if chosen == "cpp" else _rope_triton(q, k, cos, sin, False)
+    return (
+        torch.ops.fusedrl.rope(q, k, cos, sin)
+        if chosen == "cpp"
+        else _rope_triton(q, k, cos, sin, False)
+    )
 
 
-# What tests/offline_compile.py compiles: 12 query and 2 key heads of 128, and heads of 80, which fill no power of two.
+# What tests/offline_compile.py compiles: 12 query and 2 key heads of 128, and heads of 80, which
+# fill no power of two.
 if triton is not None:
     OFFLINE_KERNELS = {
         f"rope_{dtype}_{2 * half}{'_inverse' if inverse else ''}": {
             "kernel": _rope_kernel,
-            "signature": dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}") | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+            "signature": dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}")
+            | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
             | dict.fromkeys(("q_token", "q_head", "k_token", "k_head"), "i64"),
-            "constexprs": {"Q_HEADS": 12, "K_HEADS": 2, "HALF": half, "INVERSE": inverse, **_tile(12, half)},
+            "constexprs": {
+                "Q_HEADS": 12,
+                "K_HEADS": 2,
+                "HALF": half,
+                "INVERSE": inverse,
+                **_tile(12, half),
+            },
         }
-        for dtype in ("fp32", "bf16", "fp16") for half in (64, 40) for inverse in (False, True)
+        for dtype in ("fp32", "bf16", "fp16")
+        for half in (64, 40)
+        for inverse in (False, True)
     }

@@ -1,14 +1,19 @@
-"""split_linear: a linear layer of float32 inputs and bfloat16 weights on tensor cores, which multiply numbers of two bytes.
+"""split_linear: a linear layer of float32 inputs and bfloat16 weights on tensor cores, which
+multiply numbers of two bytes.
 
     x = hi + lo, hi = x rounded, lo = x - hi rounded      y = hi W^T + lo W^T + b
 
 Shapes    N rows, K inputs, O outputs.
-Flops     4 N K O: twice those of one rounded product. The weights are read once for up to 256 rows (hi and lo are then one product), else twice.
-Numerics  hi and lo hold 16 bits of x together, float32 sums and results. One rounding of x to bfloat16 would leave 8, and two programs whose float32 sums
-          differ in the last bit would round to different sides now and then: each such event is an error of 2^-8 in one value, and makes more of them in
-          every layer behind. Inputs that are not finite give NaN.
-Source    Henry, Tang and Heinecke (2019), Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations.
+Flops     4 N K O: twice those of one rounded product. The weights are read once for up to 256 rows
+          (hi and lo are then one product), else twice.
+Numerics  hi and lo hold 16 bits of x together, float32 sums and results. One rounding of x to
+          bfloat16 would leave 8, and two programs whose float32 sums differ in the last bit would
+          round to different sides now and then: each such event is an error of 2^-8 in one value,
+          and makes more of them in every layer behind. Inputs that are not finite give NaN.
+Source    Henry, Tang and Heinecke (2019), Leveraging the bfloat16 artificial intelligence datatype
+          for higher-precision computations.
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,14 +1,18 @@
-"""swiglu: y = silu(gate) * up from the fused projection's output, and its gradient, one pass each way.
+"""swiglu: y = silu(gate) * up from the fused projection's output, and its gradient, one pass each
+way.
 
     y     = s gate up                                   s = sigmoid(gate)
     dgate = dy up s (1 + gate (1 - s))
     dup   = dy gate s
 
 Shapes    N tokens, F feed-forward width; gate_up [N, 2F] holds the gates of a token, then its ups.
-Bytes     forward 3 N F s (two reads, one write); backward 5 N F s. The gradient is written as one [N, 2F]: nothing is put together afterwards.
-Numerics  float32 inside, rounded once to the dtype. s and 1 - s come from e^-|gate|: neither cancels nor overflows.
+Bytes     forward 3 N F s (two reads, one write); backward 5 N F s. The gradient is written as one
+          [N, 2F]: nothing is put together afterwards.
+Numerics  float32 inside, rounded once to the dtype. s and 1 - s come from e^-|gate|: neither
+          cancels nor overflows.
 Source    Shazeer (2020), GLU Variants Improve Transformer, eq. 6.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -27,18 +31,23 @@ _ROWS_IMPLS = Implementations("activate_rows", cpu=("triton",), cuda=("triton",)
 _IMPLS_FLOAT64 = Implementations("swiglu of float64", cpu=("torch",), cuda=("torch",))
 _BLOCK = 1024
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu, "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"), "gelu": torch.nn.functional.gelu}
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "gelu": torch.nn.functional.gelu,
+}
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
+# ---- reference -----------------------------------------------------------------------------------
 def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the oracle)."""
+    """The definition, differentiable, on any device and in any float dtype (float64 is the
+    oracle)."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 if triton is not None:
+
     @triton.jit
     def _sigmoid(x):
         e = tl.exp(-tl.abs(x))
@@ -57,7 +66,9 @@ if triton is not None:
         tl.store(y_ptr + n * F + f, gate * s * up, mask=inside)
 
     @triton.jit
-    def _backward_kernel(y_grad_ptr, gate_up_ptr, grad_ptr, row_stride, F: tl.constexpr, BLOCK: tl.constexpr):
+    def _backward_kernel(
+        y_grad_ptr, gate_up_ptr, grad_ptr, row_stride, F: tl.constexpr, BLOCK: tl.constexpr
+    ):
         n = tl.program_id(0).to(tl.int64)
         f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = f < F
@@ -69,14 +80,23 @@ if triton is not None:
         tl.store(grad_ptr + n * 2 * F + F + f, dy * gate * s, mask=inside)
 
     @triton.jit
-    def _rows_kernel(x_ptr, y_ptr, F: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    def _rows_kernel(
+        x_ptr,
+        y_ptr,
+        F: tl.constexpr,
+        GATED: tl.constexpr,
+        GELU: tl.constexpr,
+        TANH: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         n = tl.program_id(0).to(tl.int64)
         f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = f < F
         row_ptr = x_ptr + n * (2 * F if GATED else F)
         x = tl.load(row_ptr + f, mask=inside, other=0.0).to(tl.float32)
         if TANH:
-            s, _ = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh u) / 2 = sigmoid(2 u), which does not cancel
+            # (1 + tanh u) / 2 = sigmoid(2 u), which does not cancel
+            s, _ = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
             y = x * s
         elif GELU:
             y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -95,24 +115,36 @@ if triton is not None:
             "constexprs": {"F": 8960, "BLOCK": _BLOCK},
         }
         for dtype in ("fp32", "bf16", "fp16")
-        for name, kernel, pointers in (("forward", _forward_kernel, "gate_up_ptr y_ptr"), ("backward", _backward_kernel, "y_grad_ptr gate_up_ptr grad_ptr"))
+        for name, kernel, pointers in (
+            ("forward", _forward_kernel, "gate_up_ptr y_ptr"),
+            ("backward", _backward_kernel, "y_grad_ptr gate_up_ptr grad_ptr"),
+        )
     } | {
         f"rows_{activation}_{'gated_' if gated else ''}{dtype}": {
             "kernel": _rows_kernel,
             "signature": dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}"),
-            "constexprs": {"F": 8960, "GATED": gated, "GELU": activation == "gelu", "TANH": activation == "gelu_tanh", "BLOCK": _BLOCK},
+            "constexprs": {
+                "F": 8960,
+                "GATED": gated,
+                "GELU": activation == "gelu",
+                "TANH": activation == "gelu_tanh",
+                "BLOCK": _BLOCK,
+            },
         }
-        for dtype, gated in (("fp32", False), ("fp32", True), ("bf16", True)) for activation in ("silu", "gelu", "gelu_tanh")
+        for dtype, gated in (("fp32", False), ("fp32", True), ("bf16", True))
+        for activation in ("silu", "gelu", "gelu_tanh")
     }
 
 
-# ---- launchers, and the ops that torch.compile sees ------------------------------------------------------------------------
+# ---- launchers, and the ops that torch.compile sees ----------------------------------------------
 @torch.library.custom_op("fusedrl::swiglu_triton", mutates_args=())
 def _swiglu_triton(gate_up: Tensor) -> Tensor:
     N, F = gate_up.shape[0], gate_up.shape[1] // 2
     y_NF = gate_up.new_empty(N, F)
     if y_NF.numel():
-        _forward_kernel[(N, triton.cdiv(F, _BLOCK))](gate_up, y_NF, gate_up.stride(0), F=F, BLOCK=_BLOCK)
+        _forward_kernel[(N, triton.cdiv(F, _BLOCK))](
+            gate_up, y_NF, gate_up.stride(0), F=F, BLOCK=_BLOCK
+        )
     return y_NF
 
 
@@ -121,7 +153,9 @@ def _swiglu_triton_backward(y_grad: Tensor, gate_up: Tensor) -> Tensor:
     N, F = gate_up.shape[0], gate_up.shape[1] // 2
     grad = gate_up.new_empty(N, 2 * F)
     if grad.numel():
-        _backward_kernel[(N, triton.cdiv(F, _BLOCK))](y_grad.contiguous(), gate_up, grad, gate_up.stride(0), F=F, BLOCK=_BLOCK)
+        _backward_kernel[(N, triton.cdiv(F, _BLOCK))](
+            y_grad.contiguous(), gate_up, grad, gate_up.stride(0), F=F, BLOCK=_BLOCK
+        )
     return grad
 
 
@@ -130,8 +164,15 @@ def _activate_rows(x: Tensor, activation: str, gated: bool) -> Tensor:
     N, F = x.shape[0], x.shape[1] // (2 if gated else 1)
     y_NF = x.new_empty(N, F)
     if y_NF.numel():
-        _rows_kernel[(N, triton.cdiv(F, _BLOCK))](x.contiguous(), y_NF, F=F, GATED=gated, GELU=activation == "gelu", TANH=activation == "gelu_tanh",
-                                                  BLOCK=_BLOCK)
+        _rows_kernel[(N, triton.cdiv(F, _BLOCK))](
+            x.contiguous(),
+            y_NF,
+            F=F,
+            GATED=gated,
+            GELU=activation == "gelu",
+            TANH=activation == "gelu_tanh",
+            BLOCK=_BLOCK,
+        )
     return y_NF
 
 
@@ -155,30 +196,36 @@ if native.capability:
     torch.library.register_fake("fusedrl::swiglu_backward", _backward_fake)
 
 
-# ---- autograd (that of the C++ implementation is in C++) ------------------------------------------------------------------
+# ---- autograd (that of the C++ implementation is in C++) -----------------------------------------
 _swiglu_triton.register_autograd(
     lambda ctx, y_grad: _swiglu_triton_backward(y_grad, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
+# ---- public --------------------------------------------------------------------------------------
 def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     """silu(gate) * up.
 
     Args:
-        gate_up: [N, 2F], a token's gates and then its ups; the last dimension is contiguous.
-        impl: "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one for the device.
+        gate_up: [N, 2F], a token's gates and then its ups; the last dimension is contiguous. impl:
+        "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one for the
+        device.
     Returns:
         [N, F] in the dtype of gate_up. Differentiable.
     Raises:
-        ValueError: a shape or strides that do not fit. TypeError: the dtype. RuntimeError: `impl` cannot run here.
+        ValueError: a shape or strides that do not fit. TypeError: the dtype. RuntimeError: `impl`
+        cannot run here.
     """
     op = "swiglu"
     _, width = check(op, {"gate_up": (gate_up, "N 2F")})
     if width % 2:
-        raise ValueError(f"{op}: expected gate_up [N, 2F] with as many gates as ups, got {width} columns")
-    chosen = (_IMPLS_FLOAT64 if gate_up.dtype == torch.float64 else _IMPLS).choose(gate_up.device, impl)
+        raise ValueError(
+            f"{op}: expected gate_up [N, 2F] with as many gates as ups, got {width} columns"
+        )
+    chosen = (_IMPLS_FLOAT64 if gate_up.dtype == torch.float64 else _IMPLS).choose(
+        gate_up.device, impl
+    )
     check_dtype(op, "gate_up", gate_up, FLOATS)
     check_last_contiguous(op, "gate_up", gate_up)
     if chosen == "torch":
@@ -187,7 +234,8 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
 
 
 def activate_rows(x: Tensor, activation: str, *, gated: bool) -> Tensor:
-    """`activate` in Triton, each row's bits a function of that row alone: torch's own kernels compute the end of a tensor by other code. No gradient.
+    """`activate` in Triton, each row's bits a function of that row alone: torch's own kernels
+    compute the end of a tensor by other code. No gradient.
 
     Raises:
         RuntimeError: Triton cannot run here.
@@ -197,7 +245,8 @@ def activate_rows(x: Tensor, activation: str, *, gated: bool) -> Tensor:
 
 
 def activate(x: Tensor, activation: str, *, gated: bool, impl: str | None = None) -> Tensor:
-    """What an MLP does between its products: the activation "silu", "gelu_tanh" or "gelu", of [N, F]; gated, of the first half of [N, 2F], times the second.
+    """What an MLP does between its products: the activation "silu", "gelu_tanh" or "gelu", of [N,
+    F]; gated, of the first half of [N, 2F], times the second.
 
     `impl` is that of `swiglu`; all else is torch's own kernels. Differentiable.
     """

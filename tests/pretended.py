@@ -1,11 +1,15 @@
-"""A CUDA device for a machine without one (`--device pretended`): tensors that say that they lie on cuda:0 and have their numbers on the CPU.
+"""A CUDA device for a machine without one (`--device pretended`): tensors that say that they lie on
+cuda:0 and have their numbers on the CPU.
 
-What it shows: a test that leaves a tensor on the CPU beside those of its device (the operation fails, as it would there), one that makes nothing on its
-device, one that reads a CUDA tensor by .numpy(). The Python of the ops is that of CUDA: torch and Triton are chosen as there, Triton's kernels interpreted.
-Fails here and not there: a shape changed in place (a product of a vector), gradients that autograd itself fills with zeros, and products of bfloat16,
-whose bits the interpreter truncates.
-What it does not show: compiled kernels, CUDA C++, streams, graphs, torch.compile and opcheck (nothing happens in them), speed, memory, a card's rounding.
+What it shows: a test that leaves a tensor on the CPU beside those of its device (the operation
+fails, as it would there), one that makes nothing on its device, one that reads a CUDA tensor by
+.numpy(). The Python of the ops is that of CUDA: torch and Triton are chosen as there, Triton's
+kernels interpreted. Fails here and not there: a shape changed in place (a product of a vector),
+gradients that autograd itself fills with zeros, and products of bfloat16, whose bits the
+interpreter truncates. What it does not show: compiled kernels, CUDA C++, streams, graphs,
+torch.compile and opcheck (nothing happens in them), speed, memory, a card's rounding.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,10 +20,38 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = torch.device("cuda:0")
-ANYWHERE = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}  # also of tensors on two devices
-FACTORIES = ("arange", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "logspace", "ones", "ones_like", "rand", "rand_like",
-             "randint",
-             "randint_like", "randn", "randn_like", "randperm", "scalar_tensor", "tensor", "zeros", "zeros_like")
+ANYWHERE = {
+    "aten::copy_",
+    "aten::_to_copy",
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+}  # also of tensors on two devices
+FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "logspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
 MEMORY = 64 << 20  # of the card, bytes
 made = 0  # tensors on the device so far
 
@@ -40,8 +72,15 @@ class OnCard(torch.Tensor):
     def __new__(cls, inner: torch.Tensor) -> OnCard:
         global made
         made += 1
-        self = torch.Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-                                                   device="cpu", requires_grad=False)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device="cpu",
+            requires_grad=False,
+        )
         self.inner = inner
         return self
 
@@ -53,10 +92,18 @@ class OnCard(torch.Tensor):
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
         new = OnCard(self.inner.clone()).requires_grad_(self.requires_grad)
-        return memo.setdefault(id(self), torch.nn.Parameter(new, self.requires_grad) if isinstance(self, torch.nn.Parameter) else new)
+        return memo.setdefault(
+            id(self),
+            torch.nn.Parameter(new, self.requires_grad)
+            if isinstance(self, torch.nn.Parameter)
+            else new,
+        )
 
     def numpy(self, **options: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        raise TypeError(
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
+            "to host memory first."
+        )
 
     __array__ = numpy
 
@@ -80,10 +127,16 @@ class OnCard(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        name, leaves = func._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        name, leaves = (
+            func._schema.name,
+            [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)],
+        )
         if name not in ANYWHERE and any(x.ndim and not isinstance(x, OnCard) for x in leaves):
-            raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu: " + ", ".join(
-                f"{tuple(x.shape)} on {x.device}" for x in leaves))
+            raise RuntimeError(
+                f"{name}: Expected all tensors to be on the same device, but found at least two "
+                "devices, cuda:0 and cpu: "
+                + ", ".join(f"{tuple(x.shape)} on {x.device}" for x in leaves)
+            )
         wrappers = {id(x.inner): x for x in leaves if isinstance(x, OnCard)}
         args, kwargs = bare((args, kwargs or {}))
         if is_card(kwargs.get("device")):
@@ -94,7 +147,9 @@ class OnCard(torch.Tensor):
             out = func(*args, **kwargs)
         if name == "aten::copy_" and id(args[0]) not in wrappers:  # to the host
             return out
-        return tree_map_only(torch.Tensor, lambda x: wrappers[id(x)] if id(x) in wrappers else OnCard(x), out)
+        return tree_map_only(
+            torch.Tensor, lambda x: wrappers[id(x)] if id(x) in wrappers else OnCard(x), out
+        )
 
 
 class _Move(torch.autograd.Function):
@@ -131,7 +186,11 @@ def _to(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             where = x
         elif isinstance(x, torch.dtype):
             rest.append(x)
-    if where is not None and torch.device(where).type != "meta" and is_card(where) != isinstance(self, OnCard):
+    if (
+        where is not None
+        and torch.device(where).type != "meta"
+        and is_card(where) != isinstance(self, OnCard)
+    ):
         self = _Move.apply(self, is_card(where))
         where = None
     if where is not None and not is_card(where):
@@ -154,18 +213,27 @@ def begin() -> None:
         setattr(torch, name, _made(getattr(torch, name)))
     as_tensor = torch.as_tensor
     torch.as_tensor = lambda x, dtype=None, device=None: (
-        (x if isinstance(x, torch.Tensor) else as_tensor(x)).to(device=device, dtype=dtype))
+        x if isinstance(x, torch.Tensor) else as_tensor(x)
+    ).to(device=device, dtype=dtype)
     torch.Tensor.to, torch.Tensor.cuda = _to, lambda self, *args: _Move.apply(self, True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     grid.interpreted = lambda impl, device: impl == "triton"
     torch.cuda._lazy_init = lambda: None
     torch.cuda.mem_get_info = lambda device=None: (MEMORY, MEMORY)
     torch.cuda.max_memory_allocated = lambda device=None: 0
-    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(total_memory=MEMORY, name="pretended")
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        total_memory=MEMORY, name="pretended"
+    )
     watch.Tensor = sharing.Tensor = OnCard  # of which its parameters are
     generator.CudaCapture = lambda device: lambda step, state: step
-    torch.cuda.synchronize, torch.cuda.is_current_stream_capturing = lambda device=None: None, lambda: False
+    torch.cuda.synchronize, torch.cuda.is_current_stream_capturing = (
+        lambda device=None: None,
+        lambda: False,
+    )
     torch.compile = lambda function=None, **options: function or (lambda f: f)
-    torch.library.opcheck = lambda *arguments, **options: None  # of fake tensors of the class that it is given
+    # of fake tensors of the class that it is given
+    torch.library.opcheck = lambda *arguments, **options: None
     launch = interpreter.GridExecutor.__call__
-    interpreter.GridExecutor.__call__ = lambda self, *args, **options: launch(self, *bare(args), **options)
+    interpreter.GridExecutor.__call__ = lambda self, *args, **options: launch(
+        self, *bare(args), **options
+    )

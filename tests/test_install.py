@@ -1,4 +1,6 @@
-"""What setup.py builds: for a wheel all vector capabilities, in place this machine's; and what is said where none fits."""
+"""What setup.py builds: for a wheel all vector capabilities, in place this machine's; and what is
+said where none fits."""
+
 import importlib
 import json
 import os
@@ -18,15 +20,19 @@ from fusedrl.kernels.runtime import native, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
-needs_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one capability is all there is")
+needs_x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="one capability is all there is"
+)
 
 FINALIZED = """
 import json, sys
 from setuptools import Distribution
 from distutils.core import run_setup
 found = []
-for arguments, editable in ((["build_ext"], False), (["build_ext", "--inplace"], False), (["build_ext"], True)):
-    command = run_setup("setup.py", arguments, stop_after="commandline").get_command_obj("build_ext")
+ways = ((["build_ext"], False), (["build_ext", "--inplace"], False), (["build_ext"], True))
+for arguments, editable in ways:
+    distribution = run_setup("setup.py", arguments, stop_after="commandline")
+    command = distribution.get_command_obj("build_ext")
     command.editable_mode = command.editable_mode or editable
     command.ensure_finalized()
     found.append([extension.name for extension in command.extensions])
@@ -36,8 +42,13 @@ print(json.dumps(found))
 
 @needs_x86
 def test_a_wheel_has_every_capability_and_a_build_in_place_this_machines():
-    told = subprocess.run([sys.executable, "-c", FINALIZED], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    names = [[name.removeprefix("fusedrl.kernels._C_") for name in found] for found in json.loads(told.splitlines()[-1])]
+    told = subprocess.run(
+        [sys.executable, "-c", FINALIZED], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    names = [
+        [name.removeprefix("fusedrl.kernels._C_") for name in found]
+        for found in json.loads(told.splitlines()[-1])
+    ]
     assert names == [["default", "avx2", "avx512"], [HERE], [HERE]]
 
 
@@ -49,10 +60,16 @@ def test_a_narrower_machine_is_told_to_reinstall(monkeypatch):
         raise ImportError("no such build")
 
     monkeypatch.setattr(native.importlib, "import_module", none)
-    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: name.endswith("_C_avx512") or None)
+    monkeypatch.setattr(
+        native.importlib.util, "find_spec", lambda name: name.endswith("_C_avx512") or None
+    )
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert native._load() == (None, "_C_avx2: no such build; _C_default: no such build; there is one for avx512, and torch finds AVX2 here; reinstall fusedrl "
-                                    "on this machine")
+    assert native._load() == (
+        None,
+        "_C_avx2: no such build; _C_default: no such build; there is one for avx512, and torch "
+        "finds AVX2 here; reinstall fusedrl "
+        "on this machine",
+    )
     assert tried == ["fusedrl.kernels._C_avx2", "fusedrl.kernels._C_default"]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert "reinstall" not in native._load()[1]
@@ -62,9 +79,11 @@ BUILD = """
 import sys
 from distutils.core import run_setup
 options = ["--build-lib", sys.argv[2], "--build-temp", sys.argv[2] + "/temp"]
-command = run_setup("setup.py", ["build_ext", *options], stop_after="commandline").get_command_obj("build_ext")
+distribution = run_setup("setup.py", ["build_ext", *options], stop_after="commandline")
+command = distribution.get_command_obj("build_ext")
 command.ensure_finalized()
-command.extensions = [extension for extension in command.extensions if extension.name.endswith("_C_" + sys.argv[1])]
+wanted = "_C_" + sys.argv[1]
+command.extensions = [built for built in command.extensions if built.name.endswith(wanted)]
 command.run()
 """
 
@@ -78,31 +97,60 @@ def test_the_narrower_builds_keep_the_contract(capability, tmp_path):
         pytest.skip("no compiler here, or this is the build that all tests run on")
     subprocess.run([sys.executable, "-c", BUILD, capability, str(tmp_path)], cwd=ROOT, check=True)
     _tree(tmp_path)  # with this build alone
-    built = _run("from fusedrl.kernels import native; print(native.capability)", tmp_path, ATEN_CPU_CAPABILITY=capability)
+    built = _run(
+        "from fusedrl.kernels import native; print(native.capability)",
+        tmp_path,
+        ATEN_CPU_CAPABILITY=capability,
+    )
     assert built.stdout.split()[-1:] == [capability], built.stderr
-    tests = [str(ROOT / "tests/kernels" / name) for name in ("test_contract.py", "test_decode_step.py")]
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-m", "not full", "-k", "not triton"]
+    tests = [
+        str(ROOT / "tests/kernels" / name) for name in ("test_contract.py", "test_decode_step.py")
+    ]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(ROOT),
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "-m",
+        "not full",
+        "-k",
+        "not triton",
+    ]
     told = _alone(["-m", "pytest", *options, *tests], tmp_path, ATEN_CPU_CAPABILITY=capability)
     assert told.returncode == 0, told.stdout[-5000:]
 
 
 def _alone(arguments: list[str], *path: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Python with these folders and the installed packages, without the editable install of this checkout."""
+    """Python with these folders and the installed packages, without the editable install of this
+    checkout."""
     places = os.pathsep.join([*map(str, path), sysconfig.get_path("purelib")])
     environment = os.environ | {"PYTHONPATH": places} | environment
-    return subprocess.run([sys.executable, "-S", *arguments], env=environment, capture_output=True, text=True, cwd=path[0])
+    return subprocess.run(
+        [sys.executable, "-S", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=path[0],
+    )
 
 
-def _run(code: str, *path: Path, warn: str = "default", **environment: str) -> subprocess.CompletedProcess:
+def _run(
+    code: str, *path: Path, warn: str = "default", **environment: str
+) -> subprocess.CompletedProcess:
     return _alone(["-W", warn, "-c", code], *path, **environment)
 
 
-# ---- a source distribution -------------------------------------------------------------------------------------------------------
+# ---- a source distribution -----------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     """The tracked files, without links."""
     checkout = tmp_path_factory.mktemp("clone") / "checkout"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\0")
     if tracked == [""]:
         pytest.skip("no git checkout to make a distribution of")
     for name in filter(None, tracked):
@@ -116,18 +164,33 @@ def checkout(tmp_path_factory) -> Path:
 def sdist(checkout) -> Path:
     """An unpacked source distribution."""
     here = checkout.parent
-    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", str(here)], cwd=checkout, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(here)],
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+    )
     (archive,) = here.glob("*.tar.gz")
     shutil.unpack_archive(archive, here, filter="data")
     return next(path for path in here.iterdir() if path.is_dir() and path != checkout)
 
 
 def test_a_source_distribution_has_all_that_is_compiled_and_tested(sdist):
-    wanted = {path.relative_to(ROOT) for folder in ("csrc", "engine", "kernels", "tests", "examples", "bench") for path in (ROOT / folder).rglob("*")
-              if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")}
+    wanted = {
+        path.relative_to(ROOT)
+        for folder in ("csrc", "engine", "kernels", "tests", "examples", "bench")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+    }
     assert len(wanted) > 300
-    assert not (missing := sorted(str(path) for path in wanted if not (sdist / path).is_file())), missing
-    assert sources.digest(sdist / "csrc") == sources.digest(ROOT / "csrc") == importlib.import_module(f"fusedrl.kernels._C_{HERE}").sources
+    assert not (missing := sorted(str(path) for path in wanted if not (sdist / path).is_file())), (
+        missing
+    )
+    assert (
+        sources.digest(sdist / "csrc")
+        == sources.digest(ROOT / "csrc")
+        == importlib.import_module(f"fusedrl.kernels._C_{HERE}").sources
+    )
 
 
 EDITABLE = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
@@ -142,16 +205,24 @@ actor: int = HybridActor.from_pretrained
 
 @pytest.fixture(scope="module")
 def path_in_place(checkout) -> Path:
-    """What an install in place puts on sys.path. With no compiler: what is compiled does not matter here."""
+    """What an install in place puts on sys.path. With no compiler: what is compiled does not matter
+    here."""
     wheels = checkout.parent / "wheels"
     wheels.mkdir()
-    subprocess.run([sys.executable, "-c", EDITABLE, str(wheels)], cwd=checkout, env=os.environ | {"CXX": "false", "CC": "false"}, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", EDITABLE, str(wheels)],
+        cwd=checkout,
+        env=os.environ | {"CXX": "false", "CC": "false"},
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (pth,) = [name for name in names if name.endswith(".pth")]
-        assert not [name for name in names if name.endswith(".py")], "an import hook, which type checkers do not run"
+        assert not [name for name in names if name.endswith(".py")], (
+            "an import hook, which type checkers do not run"
+        )
         return Path(archive.read(pth).decode().strip())
 
 
@@ -165,12 +236,22 @@ def test_an_install_in_place_is_one_folder_on_the_path(checkout, path_in_place):
 @pytest.mark.full
 def test_type_checkers_see_an_install_in_place(checkout, path_in_place, tmp_path):
     """mypy, and pyright where it is installed, on a file outside the checkout."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True
+    )
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "fusedrl.pth").write_text(f"{path_in_place}\n{sysconfig.get_path('purelib')}\n")
     (tmp_path / "use.py").write_text(TYPED)
     python = tmp_path / "venv" / "bin" / "python"
-    mypy = [sys.executable, "-m", "mypy", "--follow-imports", "silent", "--cache-dir", str(tmp_path / "cache")]
+    mypy = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--follow-imports",
+        "silent",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
     checkers = [[*mypy, "--python-executable", str(python), "use.py"]]
     if pyright := shutil.which("pyright") or shutil.which("basedpyright"):
         checkers.append([pyright, "--pythonpath", str(python), "use.py"])
@@ -185,7 +266,9 @@ import json, torch
 from fusedrl.kernels.runtime import native
 from fusedrl.kernels.gae import gae
 from fusedrl.kernels.runtime.sources import expected
-print(json.dumps([native.__file__, native.capability, native.reason, bool(torch.isfinite(gae(torch.ones(1, 4), torch.zeros(1, 4))[0]).all())]))
+advantages, _ = gae(torch.ones(1, 4), torch.zeros(1, 4))
+right = bool(torch.isfinite(advantages).all())
+print(json.dumps([native.__file__, native.capability, native.reason, right]))
 """
 
 
@@ -193,28 +276,48 @@ print(json.dumps([native.__file__, native.capability, native.reason, bool(torch.
 def test_a_wheel_from_the_source_distribution_has_the_native_kernels(sdist, tmp_path):
     """Compiles every capability, some minutes."""
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)],
+        check=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel)], check=True)
+    subprocess.run(
+        [
+            *pip,
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(tmp_path / "site"),
+            str(wheel),
+        ],
+        check=True,
+    )
     told = _run(INSTALLED, tmp_path / "site", warn="error")
     assert told.returncode == 0, told.stderr
     file, capability, reason, finite = json.loads(told.stdout.splitlines()[-1])
     assert Path(file).is_relative_to(tmp_path / "site")
     assert (capability, reason, finite) == (HERE, "", True)
-    assert all((tmp_path / "site/fusedrl" / name).is_file() for name in ("engine/py.typed", "kernels/py.typed", "kernels/cuda_src/gae.cu"))
+    assert all(
+        (tmp_path / "site/fusedrl" / name).is_file()
+        for name in ("engine/py.typed", "kernels/py.typed", "kernels/cuda_src/gae.cu")
+    )
 
 
-# ---- installs that are not what they seem --------------------------------------------------------------------------------------------
+# ---- installs that are not what they seem --------------------------------------------------------
 def _tree(folder: Path) -> Path:
-    """fusedrl as PYTHONPATH finds it: the modules of this checkout, linked, and no compiled kernels."""
+    """fusedrl as PYTHONPATH finds it: the modules of this checkout, linked, and no compiled
+    kernels."""
     (folder / "fusedrl/kernels").mkdir(parents=True, exist_ok=True)
     (folder / "fusedrl/engine").symlink_to(ROOT / "engine")
     (folder / "fusedrl/kernels/cuda_src").symlink_to(ROOT / "csrc/cuda")
-    for module in (path for path in (ROOT / "kernels").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()):
+    for module in (
+        path
+        for path in (ROOT / "kernels").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    ):
         (folder / "fusedrl/kernels" / module.name).symlink_to(module)
     return folder
-
-
 
 
 def _kernels_of(tree: Path) -> None:
@@ -239,7 +342,8 @@ def test_the_first_call_without_the_native_kernels_says_so_once(tmp_path):
     assert told.stderr.count("RuntimeWarning: fusedrl: the native extension is not built") == 1
     assert "5x to 100x slower" in told.stderr
     assert "apt-get install g++" in told.stderr
-    assert "RuntimeWarning" not in _run(FALLS_BACK, tmp_path, FUSEDRL_IMPL="torch").stderr  # asked for
+    # asked for
+    assert "RuntimeWarning" not in _run(FALLS_BACK, tmp_path, FUSEDRL_IMPL="torch").stderr
 
 
 @pytest.mark.skipif(not native.capability, reason="the native extension is not built")
@@ -256,8 +360,13 @@ def test_kernels_of_other_sources_are_not_used(tmp_path):
 
 def test_two_installs_on_one_path_are_not_mixed(tmp_path):
     first, second = _tree(tmp_path / "first"), _tree(tmp_path / "second")
-    places = "import fusedrl.engine, fusedrl.kernels.gae as gae; print(fusedrl.engine.__file__, gae.__file__)"
-    assert all(Path(file).is_relative_to(first) for file in _run(places, first, second).stdout.split())
+    places = (
+        "import fusedrl.engine, fusedrl.kernels.gae as gae; print(fusedrl.engine.__file__, "
+        "gae.__file__)"
+    )
+    assert all(
+        Path(file).is_relative_to(first) for file in _run(places, first, second).stdout.split()
+    )
     (first / "fusedrl/engine").unlink()  # an engine of one and kernels of the other
     told = _run("import fusedrl.engine", first, second)
     assert told.returncode == 1
@@ -284,4 +393,15 @@ def test_the_digest_sees_names_and_contents(tmp_path):
         return sources.digest(folder)
 
     assert digest(a_cpp="x", b_h="y") == digest(b_h="y", a_cpp="x", c_txt="z")
-    assert len({digest(a_cpp="x", b_h="y"), digest(a_cpp="y", b_h="x"), digest(a_cpp="x"), digest(a_cpp="xy", b_h=""), digest(c_cpp="x", b_h="y")}) == 5
+    assert (
+        len(
+            {
+                digest(a_cpp="x", b_h="y"),
+                digest(a_cpp="y", b_h="x"),
+                digest(a_cpp="x"),
+                digest(a_cpp="xy", b_h=""),
+                digest(c_cpp="x", b_h="y"),
+            }
+        )
+        == 5
+    )

@@ -1,8 +1,11 @@
-"""What the studies share: a grid of real runs over processes, their rows in bench/results/validation/<study>.json, tables and plots of them.
+"""What the studies share: a grid of real runs over processes, their rows in
+bench/results/validation/<study>.json, tables and plots of them.
 
-A run is a function of one JSON-able specification, {"method": ..., "seed": ..., ...}, and returns numbers; both make its row. Runs are spread over as many
-processes as there are cores, one thread each. A row that is there already for the same specification and commit is not computed again.
+A run is a function of one JSON-able specification, {"method": ..., "seed": ..., ...}, and returns
+numbers; both make its row. Runs are spread over as many processes as there are cores, one thread
+each. A row that is there already for the same specification and commit is not computed again.
 """
+
 from __future__ import annotations
 
 import json
@@ -31,7 +34,9 @@ Spec = Mapping[str, Any]
 RunFunction = Callable[[dict[str, Any], Path], dict[str, Any]]
 
 
-def run_grid(study: str, function: RunFunction, specs: Iterable[Spec], work: Path, workers: int) -> list[dict[str, Any]]:
+def run_grid(
+    study: str, function: RunFunction, specs: Iterable[Spec], work: Path, workers: int
+) -> list[dict[str, Any]]:
     """The rows of all specifications, in their order, saved as each comes in.
 
     Args:
@@ -41,16 +46,28 @@ def run_grid(study: str, function: RunFunction, specs: Iterable[Spec], work: Pat
     torch.set_num_threads(1)
     machine = describe_machine(torch.device("cpu"))
     wanted = [dict(spec) for spec in specs]
-    rows = {_key(row["spec"]): row for row in read_rows(study) if row["run"]["commit"] == machine["commit"] and not machine["commit"].endswith("+changes")}
+    rows = {
+        _key(row["spec"]): row
+        for row in read_rows(study)
+        if row["run"]["commit"] == machine["commit"] and not machine["commit"].endswith("+changes")
+    }
     missing = [spec for spec in wanted if _key(spec) not in rows]
     for spec, found in _results(function, missing, work / study, workers):
         rows[_key(spec)] = {"spec": spec, **found, "run": machine}
-        print(f"{study}: {_name(spec)}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float)), flush=True)
+        print(
+            f"{study}: {_name(spec)}: "
+            + ", ".join(
+                f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float)
+            ),
+            flush=True,
+        )
         _write(study, [rows[_key(each)] for each in wanted if _key(each) in rows])
     return [rows[_key(spec)] for spec in wanted]
 
 
-def _results(function: RunFunction, specs: Sequence[dict[str, Any]], work: Path, workers: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _results(
+    function: RunFunction, specs: Sequence[dict[str, Any]], work: Path, workers: int
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     if not workers:
         yield from ((spec, _timed(function, spec, work / _name(spec))) for spec in specs)
         return
@@ -106,34 +123,61 @@ def _write(study: str, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(json.dumps(row | {"run": runs.index(row["run"])}) for row in rows)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(f'{{"runs": {json.dumps(runs, indent=1)},\n "rows": [\n  {lines}\n]}}\n', encoding="utf-8")
+    unfinished.write_text(
+        f'{{"runs": {json.dumps(runs, indent=1)},\n "rows": [\n  {lines}\n]}}\n', encoding="utf-8"
+    )
     os.replace(unfinished, path)
 
 
-# ---- measuring a policy --------------------------------------------------------------------------------------------------------
-def measure(policy: str, reference: str, data: str | Path, rewards: Mapping[str, str], generation: GenerationConfig, *, samples: int,
-            seed: int = 1) -> dict[str, float]:
-    """Rewards, KL to the reference, perplexity under it and length of fresh samples, with standard errors."""
+# ---- measuring a policy --------------------------------------------------------------------------
+def measure(
+    policy: str,
+    reference: str,
+    data: str | Path,
+    rewards: Mapping[str, str],
+    generation: GenerationConfig,
+    *,
+    samples: int,
+    seed: int = 1,
+) -> dict[str, float]:
+    """Rewards, KL to the reference, perplexity under it and length of fresh samples, with standard
+    errors."""
     actor, base = (HybridActor.from_pretrained(path) for path in (policy, reference))
-    sets = {name: RewardSet([load_reward(spec, tokenizer=actor.tokenizer)]) for name, spec in rewards.items()}
-    return numbers(evaluate(actor, base, load_prompts(str(data)) * samples, sets, generation, seed=seed))
+    sets = {
+        name: RewardSet([load_reward(spec, tokenizer=actor.tokenizer)])
+        for name, spec in rewards.items()
+    }
+    return numbers(
+        evaluate(actor, base, load_prompts(str(data)) * samples, sets, generation, seed=seed)
+    )
 
 
 def numbers(found: Evaluation) -> dict[str, float]:
     """An evaluation as a row has it."""
-    row = {"kl": found.kl.mean, "kl_error": found.kl.error, "perplexity_ref": found.perplexity, "length": found.length.mean, "ended": found.ended.mean,
-           "samples": float(len(found.completions))}
+    row = {
+        "kl": found.kl.mean,
+        "kl_error": found.kl.error,
+        "perplexity_ref": found.perplexity,
+        "length": found.length.mean,
+        "ended": found.ended.mean,
+        "samples": float(len(found.completions)),
+    }
     for name, estimate in found.rewards.items():
         row |= {name: estimate.mean, f"{name}_error": estimate.error}
     return row
 
 
-# ---- over seeds ------------------------------------------------------------------------------------------------------------------
+# ---- over seeds ----------------------------------------------------------------------------------
 def over_seeds(rows: Sequence[Mapping[str, Any]], value: str) -> tuple[float, float]:
-    """Mean and standard error over the rows, which differ by their seeds; the error of one is nan."""
+    """Mean and standard error over the rows, which differ by their seeds; the error of one is
+    nan."""
     found = [float(row[value]) for row in rows]
     mean = math.fsum(found) / len(found)
-    spread = math.sqrt(math.fsum((x - mean) ** 2 for x in found) / (len(found) - 1)) if len(found) > 1 else math.nan
+    spread = (
+        math.sqrt(math.fsum((x - mean) ** 2 for x in found) / (len(found) - 1))
+        if len(found) > 1
+        else math.nan
+    )
     return mean, spread / math.sqrt(len(found))
 
 

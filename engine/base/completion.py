@@ -1,4 +1,5 @@
 """A completion of a prompt, as generation hands it out and packing takes it in."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -9,10 +10,13 @@ from dataclasses import dataclass, replace
 class Completion:
     """One completion of one prompt. Given to `generate` as a prompt, it is continued.
 
-    token_ids includes the token that ended it. logprobs are of the temperature-scaled full distribution (at temperature 0: of T = 1), weights_versions of
-    the weights that drew each token. finish_reason: "stop" (an EOS, a stop token, a stop string), "length" (max_new_tokens) or "aborted". sample: its index
-    among the completions of its prompt. action_mask: False for tokens that the policy did not choose (`extend`), with logprob 0; None: it chose all.
-    values: of the state that drew each token, by an actor with a value head, 0 where the policy did not choose; None: some tokens have none.
+    token_ids includes the token that ended it. logprobs are of the temperature-scaled full
+    distribution (at temperature 0: of T = 1), weights_versions of the weights that drew each token.
+    finish_reason: "stop" (an EOS, a stop token, a stop string), "length" (max_new_tokens) or
+    "aborted". sample: its index among the completions of its prompt. action_mask: False for tokens
+    that the policy did not choose (`extend`), with logprob 0; None: it chose all. values: of the
+    state that drew each token, by an actor with a value head, 0 where the policy did not choose;
+    None: some tokens have none.
     """
 
     prompt_ids: list[int]
@@ -26,9 +30,16 @@ class Completion:
     values: list[float] | None = None
 
     def extend(self, token_ids: Sequence[int], weights_version: int = 0) -> Completion:
-        """The same with observation tokens behind it: a tool's answer, the user's next turn. They are no actions."""
+        """The same with observation tokens behind it: a tool's answer, the user's next turn. They
+        are no actions."""
         added = [int(token) for token in token_ids]
         mask = self.action_mask if self.action_mask is not None else [True] * len(self.token_ids)
-        return replace(self, token_ids=[*self.token_ids, *added], logprobs=[*self.logprobs, *([0.0] * len(added))], text="",
-                       weights_versions=[*self.weights_versions, *([weights_version] * len(added))], action_mask=[*mask, *([False] * len(added))],
-                       values=None if self.values is None else [*self.values, *([0.0] * len(added))])
+        return replace(
+            self,
+            token_ids=[*self.token_ids, *added],
+            logprobs=[*self.logprobs, *([0.0] * len(added))],
+            text="",
+            weights_versions=[*self.weights_versions, *([weights_version] * len(added))],
+            action_mask=[*mask, *([False] * len(added))],
+            values=None if self.values is None else [*self.values, *([0.0] * len(added))],
+        )

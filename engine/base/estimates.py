@@ -1,4 +1,5 @@
 """What is known of a mean, of a share and of pass@k from so many samples."""
+
 from __future__ import annotations
 
 import math
@@ -15,16 +16,25 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float], per: int = 1) -> Estimate:
-        """Of values that are independent, or only those of different prompts, each of which has `per` of them in a row: then of the prompts' means. Values that
-        are not finite are left out. The error of fewer than two is nan; so is the mean of none."""
-        groups = [[value for value in values[start:start + per] if math.isfinite(value)] for start in range(0, len(values), per)]
+        """Of values that are independent, or only those of different prompts, each of which has
+        `per` of them in a row: then of the prompts' means. Values that are not finite are left out.
+        The error of fewer than two is nan; so is the mean of none."""
+        groups = [
+            [value for value in values[start : start + per] if math.isfinite(value)]
+            for start in range(0, len(values), per)
+        ]
         means = [math.fsum(group) / len(group) for group in groups if group]
         if not means:
             return cls(math.nan, math.nan)
         mean = math.fsum(means) / len(means)
         if len(means) == 1:
             return cls(mean, math.nan)
-        return cls(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in means) / (len(means) - 1) / len(means)))
+        return cls(
+            mean,
+            math.sqrt(
+                math.fsum((value - mean) ** 2 for value in means) / (len(means) - 1) / len(means)
+            ),
+        )
 
     def minus(self, other: Estimate) -> Estimate:
         """The difference of two independent estimates."""
@@ -35,23 +45,30 @@ class Estimate:
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% score interval of a proportion (Wilson, 1927, JASA 22). Of a mean of values within [0, 1], `successes` being their sum, it is too wide rather
-    than too narrow: none varies more than a proportion does."""
+    """The 95% score interval of a proportion (Wilson, 1927, JASA 22). Of a mean of values within
+    [0, 1], `successes` being their sum, it is too wide rather than too narrow: none varies more
+    than a proportion does."""
     if trials == 0:
         return 0.0, 1.0
     share, spread = successes / trials, z * z / trials
     centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(max(0.0, share * (1 - share)) / trials + spread / (4 * trials)) / (1 + spread)
+    half = (
+        z * math.sqrt(max(0.0, share * (1 - share)) / trials + spread / (4 * trials)) / (1 + spread)
+    )
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:
-    """The probability that one of k samples is right, of a prompt of whose `samples` `right` were: 1 - C(samples - right, k) / C(samples, k), without bias
-    (Chen et al., 2021, "Evaluating Large Language Models Trained on Code", eq. 1).
+    """The probability that one of k samples is right, of a prompt of whose `samples` `right` were:
+    1 - C(samples - right, k) / C(samples, k), without bias (Chen et al., 2021, "Evaluating Large
+    Language Models Trained on Code", eq. 1).
 
     Raises:
         ValueError: k is not within 1 .. samples, or `right` not within 0 .. samples.
     """
     if not (1 <= k <= samples and 0 <= right <= samples):
-        raise ValueError(f"pass_at_k: expected 1 <= k <= samples and 0 <= right <= samples, got k = {k}, samples = {samples}, right = {right}")
+        raise ValueError(
+            f"pass_at_k: expected 1 <= k <= samples and 0 <= right <= samples, got k = {k}, "
+            f"samples = {samples}, right = {right}"
+        )
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)

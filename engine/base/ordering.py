@@ -1,19 +1,21 @@
 """Orders that are functions of a seed, so that a resumed run needs no cursor but its step."""
+
 from __future__ import annotations
 
 import random
 
 
 def data_order(size: int, seed: int | str, start: int, stop: int) -> list[int]:
-    """Items start .. stop of the endless stream of shuffled passes over `size` items. A function of its arguments alone, so that a resumed
-    run needs no cursor but its step."""
+    """Items start .. stop of the endless stream of shuffled passes over `size` items. A function of
+    its arguments alone, so that a resumed run needs no cursor but its step."""
     order: list[int] = []
     for epoch in range(start // size, (stop - 1) // size + 1) if stop > start else ():
         first, last = max(start, epoch * size), min(stop, (epoch + 1) * size)
-        order += shuffled(size, seed, "epoch", epoch)[first - epoch * size:last - epoch * size]
+        order += shuffled(size, seed, "epoch", epoch)[first - epoch * size : last - epoch * size]
     return order
 
 
 def shuffled(size: int, *key: int | str) -> list[int]:
-    """0 .. size - 1 in an order that is a function of the key. (torch's CPU generator keeps 32 bits of a seed, too few for a key of several numbers.)"""
+    """0 .. size - 1 in an order that is a function of the key. (torch's CPU generator keeps 32 bits
+    of a seed, too few for a key of several numbers.)"""
     return random.Random(repr(key)).sample(range(size), size)

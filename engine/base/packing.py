@@ -1,10 +1,14 @@
-"""PackedBatch: the one batch type. Flat tokens, sequence boundaries, and columns that travel with them; no padding anywhere.
+"""PackedBatch: the one batch type. Flat tokens, sequence boundaries, and columns that travel with
+them; no padding anywhere.
 
 Shapes    N tokens, B sequences. Sequence b owns the slots cu_seqlens[b] : cu_seqlens[b + 1].
-Alignment A per-token column at slot t speaks of token t given the tokens before it. What a model computes at slot t - 1 (the
-          prediction of token t, the value of the state before it) is moved to slot t by `to_next`. The first slot of a sequence
-          has no prediction: it is never an action and its columns are 0.
+Alignment A per-token column at slot t speaks of token t given the tokens before it. What a model
+computes at slot t - 1 (the
+          prediction of token t, the value of the state before it) is moved to slot t by `to_next`.
+          The first slot of a sequence has no prediction: it is never an action and its columns are
+          0.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,14 +23,31 @@ if TYPE_CHECKING:
     from fusedrl.engine.base.completion import Completion
 
 IGNORE = -100
-_PER_TOKEN = ("token_ids", "positions", "action_mask", "rollout_logp", "old_logp", "old_entropy", "ref_logp", "values", "rollout_values", "advantages",
-              "returns", "weights", "token_rewards", "weights_versions")
+_PER_TOKEN = (
+    "token_ids",
+    "positions",
+    "action_mask",
+    "rollout_logp",
+    "old_logp",
+    "old_entropy",
+    "ref_logp",
+    "values",
+    "rollout_values",
+    "advantages",
+    "returns",
+    "weights",
+    "token_rewards",
+    "weights_versions",
+)
 _PER_SEQUENCE = ("scores", "group_ids", "greedy_scores")
 
 
-def split_by_tokens(sized: Iterable[tuple[int, int]], tokens_per_microbatch: int) -> list[list[int]]:
-    """Group (index, tokens) items into micro-batches of at most `tokens_per_microbatch` tokens, longest first, so that the lengths within one
-    are alike; an item above the limit stands alone. The partition depends on its arguments alone."""
+def split_by_tokens(
+    sized: Iterable[tuple[int, int]], tokens_per_microbatch: int
+) -> list[list[int]]:
+    """Group (index, tokens) items into micro-batches of at most `tokens_per_microbatch` tokens,
+    longest first, so that the lengths within one are alike; an item above the limit stands alone.
+    The partition depends on its arguments alone."""
     if tokens_per_microbatch < 1:
         raise ValueError(f"expected tokens_per_microbatch >= 1, got {tokens_per_microbatch}")
     parts: list[list[int]] = []
@@ -44,11 +65,14 @@ def split_by_tokens(sized: Iterable[tuple[int, int]], tokens_per_microbatch: int
 class PackedBatch:
     """Sequences laid end to end.
 
-    token_ids [N] int64; cu_seqlens [B+1] int32; positions [N] int64, from 0 in every sequence; action_mask [N] bool, True where the
-    policy chose the token (the EOS that ended it included). The other columns are optional: float32 [N] log-probabilities, entropies, values,
-    advantages, returns, loss weights and token rewards, int64 [N] weights_versions, float32 [B] scores and scores of the same prompt's greedy completion,
-    int64 [B] group_ids, equal where the prompt is. `rollout_logp` and `rollout_values` are the sampler's words, to compare with; what trains is computed by the
-    training forward, whose bits the next forward reproduces. `lengths` are the host's copy of the sizes.
+    token_ids [N] int64; cu_seqlens [B+1] int32; positions [N] int64, from 0 in every sequence;
+    action_mask [N] bool, True where the policy chose the token (the EOS that ended it included).
+    The other columns are optional: float32 [N] log-probabilities, entropies, values, advantages,
+    returns, loss weights and token rewards, int64 [N] weights_versions, float32 [B] scores and
+    scores of the same prompt's greedy completion, int64 [B] group_ids, equal where the prompt is.
+    `rollout_logp` and `rollout_values` are the sampler's words, to compare with; what trains is
+    computed by the training forward, whose bits the next forward reproduces. `lengths` are the
+    host's copy of the sizes.
     """
 
     token_ids: Tensor
@@ -74,100 +98,186 @@ class PackedBatch:
     def __post_init__(self) -> None:
         n, b = sum(self.lengths), len(self.lengths)
         if self.cu_seqlens.shape != (b + 1,):
-            raise ValueError(f"PackedBatch: expected cu_seqlens [{b + 1}] for {b} lengths, got {list(self.cu_seqlens.shape)}")
+            raise ValueError(
+                f"PackedBatch: expected cu_seqlens [{b + 1}] for {b} lengths, got "
+                f"{list(self.cu_seqlens.shape)}"
+            )
         for names, size in ((_PER_TOKEN, n), (_PER_SEQUENCE, b)):
             for name in names:
                 column = getattr(self, name)
                 if column is not None and column.shape != (size,):
-                    raise ValueError(f"PackedBatch: expected {name} [{size}], got {list(column.shape)}")
+                    raise ValueError(
+                        f"PackedBatch: expected {name} [{size}], got {list(column.shape)}"
+                    )
 
-    # ---- building -------------------------------------------------------------------------------------------------------
+    # ---- building --------------------------------------------------------------------------------
     @classmethod
-    def from_sequences(cls, sequences: Iterable[tuple[Sequence[int], Sequence[int]]], *, device: torch.device | str | None = None) -> PackedBatch:
+    def from_sequences(
+        cls,
+        sequences: Iterable[tuple[Sequence[int], Sequence[int]]],
+        *,
+        device: torch.device | str | None = None,
+    ) -> PackedBatch:
         """Pack (prompt ids, completion ids) pairs; the completion tokens are the actions.
 
         Raises:
-            ValueError: a sequence with no prompt token before its first action (its logprob would have no condition).
+            ValueError: a sequence with no prompt token before its first action (its logprob would
+            have no condition).
         """
         ids: list[int] = []
         sizes: list[int] = []  # of prompts and completions in turn
         for index, (prompt, completion) in enumerate(sequences):
             if not len(prompt) and len(completion):
-                raise ValueError(f"PackedBatch: sequence {index} has {len(completion)} completion tokens and no prompt token; give it at least a BOS")
+                raise ValueError(
+                    f"PackedBatch: sequence {index} has {len(completion)} completion tokens and no "
+                    "prompt token; give it at least a BOS"
+                )
             ids.extend(prompt)
             ids.extend(completion)
             sizes += (len(prompt), len(completion))
         sizes_B2 = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
-        actions = torch.tensor([False, True]).repeat(len(sizes_B2)).repeat_interleave(sizes_B2.flatten())
-        return cls._of(torch.tensor(ids, dtype=torch.int64), actions, sizes_B2.sum(1).tolist(), device)
+        actions = (
+            torch.tensor([False, True]).repeat(len(sizes_B2)).repeat_interleave(sizes_B2.flatten())
+        )
+        return cls._of(
+            torch.tensor(ids, dtype=torch.int64), actions, sizes_B2.sum(1).tolist(), device
+        )
 
     @classmethod
-    def from_masked(cls, sequences: Iterable[tuple[Sequence[int], Sequence[bool]]], *, device: torch.device | str | None = None) -> PackedBatch:
+    def from_masked(
+        cls,
+        sequences: Iterable[tuple[Sequence[int], Sequence[bool]]],
+        *,
+        device: torch.device | str | None = None,
+    ) -> PackedBatch:
         """Pack (ids, actions) pairs, as of conversations where the assistant speaks more than once.
 
         Raises:
-            ValueError: ids and actions of different lengths, or a first token that is an action (its logprob would have no condition).
+            ValueError: ids and actions of different lengths, or a first token that is an action
+            (its logprob would have no condition).
         """
         listed = list(sequences)
         for index, (tokens, chosen) in enumerate(listed):
             if len(tokens) != len(chosen) or (len(chosen) and chosen[0]):
-                raise ValueError(f"PackedBatch: expected an action flag for each token of sequence {index} and none on its first, got {len(tokens)} tokens and "
-                                 f"{len(chosen)} flags" + (", the first of them set" if len(chosen) and chosen[0] else ""))
+                raise ValueError(
+                    f"PackedBatch: expected an action flag for each token of sequence {index} and "
+                    f"none on its first, got {len(tokens)} tokens and "
+                    f"{len(chosen)} flags"
+                    + (", the first of them set" if len(chosen) and chosen[0] else "")
+                )
         ids = [token for tokens, _ in listed for token in tokens]
         actions = [bool(flag) for _, chosen in listed for flag in chosen]
-        return cls._of(torch.tensor(ids, dtype=torch.int64), torch.tensor(actions, dtype=torch.bool), [len(tokens) for tokens, _ in listed], device)
+        return cls._of(
+            torch.tensor(ids, dtype=torch.int64),
+            torch.tensor(actions, dtype=torch.bool),
+            [len(tokens) for tokens, _ in listed],
+            device,
+        )
 
     @classmethod
-    def _of(cls, token_ids: Tensor, action_mask: Tensor, lengths: Sequence[int], device: torch.device | str | None) -> PackedBatch:
+    def _of(
+        cls,
+        token_ids: Tensor,
+        action_mask: Tensor,
+        lengths: Sequence[int],
+        device: torch.device | str | None,
+    ) -> PackedBatch:
         sizes = torch.tensor(lengths, dtype=torch.int64)
         ends = sizes.cumsum(0)
         cu_seqlens = torch.cat([ends.new_zeros(1), ends])
         positions = torch.arange(int(sizes.sum())) - torch.repeat_interleave(cu_seqlens[:-1], sizes)
-        return cls(token_ids.to(device), cu_seqlens.int().to(device), positions.to(device), action_mask.to(device), tuple(int(n) for n in lengths))
+        return cls(
+            token_ids.to(device),
+            cu_seqlens.int().to(device),
+            positions.to(device),
+            action_mask.to(device),
+            tuple(int(n) for n in lengths),
+        )
 
     @classmethod
-    def from_completions(cls, prompts: Sequence[Any], outs: Sequence[Sequence[Completion]], *, device: torch.device | str | None = None) -> PackedBatch:
-        """One sequence per completion, prompt by prompt, with the sampler's log-probabilities as `rollout_logp` and, where all have them, its values as
-        `rollout_values`.
+    def from_completions(
+        cls,
+        prompts: Sequence[Any],
+        outs: Sequence[Sequence[Completion]],
+        *,
+        device: torch.device | str | None = None,
+    ) -> PackedBatch:
+        """One sequence per completion, prompt by prompt, with the sampler's log-probabilities as
+        `rollout_logp` and, where all have them, its values as `rollout_values`.
 
-        The ids are those that were generated from (`Completion.prompt_ids`): nothing is tokenised again. `prompts` may be what was
-        given to `generate`; token-id prompts are checked against the completions.
+        The ids are those that were generated from (`Completion.prompt_ids`): nothing is tokenised
+        again. `prompts` may be what was given to `generate`; token-id prompts are checked against
+        the completions.
         """
         if len(prompts) != len(outs):
-            raise ValueError(f"PackedBatch.from_completions: {len(prompts)} prompts and {len(outs)} lists of completions; expected one list per prompt")
+            raise ValueError(
+                f"PackedBatch.from_completions: {len(prompts)} prompts and {len(outs)} lists of "
+                "completions; expected one list per prompt"
+            )
         flat = [completion for group in outs for completion in group]
         for index, (prompt, group) in enumerate(zip(prompts, outs, strict=True)):
-            is_ids = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(token, int) for token in prompt)
+            is_ids = (
+                not isinstance(prompt, str)
+                and len(prompt) > 0
+                and all(isinstance(token, int) for token in prompt)
+            )
             if is_ids and any(list(completion.prompt_ids) != list(prompt) for completion in group):
-                raise ValueError(f"PackedBatch.from_completions: prompt {index} is not the one its completions were generated from")
+                raise ValueError(
+                    f"PackedBatch.from_completions: prompt {index} is not the one its completions "
+                    "were generated from"
+                )
         batch = cls.from_sequences(((c.prompt_ids, c.token_ids) for c in flat), device=device)
         rollout = torch.zeros(batch.num_tokens)
         versions = torch.zeros(batch.num_tokens, dtype=torch.int64)
         completed = batch.action_mask.cpu()
-        rollout[completed] = torch.tensor([x for c in flat for x in c.logprobs], dtype=torch.float32)
-        versions[completed] = torch.tensor([v for c in flat for v in c.weights_versions], dtype=torch.int64)
-        actions = completed.clone()  # of a completion all tokens, but for those that it was extended by
+        rollout[completed] = torch.tensor(
+            [x for c in flat for x in c.logprobs], dtype=torch.float32
+        )
+        versions[completed] = torch.tensor(
+            [v for c in flat for v in c.weights_versions], dtype=torch.int64
+        )
+        # of a completion all tokens, but for those that it was extended by
+        actions = completed.clone()
         if any(c.action_mask is not None for c in flat):
-            chosen = [x for c in flat for x in (c.action_mask if c.action_mask is not None else [True] * len(c.token_ids))]
+            chosen = [
+                x
+                for c in flat
+                for x in (c.action_mask if c.action_mask is not None else [True] * len(c.token_ids))
+            ]
             actions[completed] = torch.tensor(chosen, dtype=torch.bool)
-        batch = replace(batch, action_mask=actions.to(device), rollout_logp=rollout.to(device), weights_versions=versions.to(device))
+        batch = replace(
+            batch,
+            action_mask=actions.to(device),
+            rollout_logp=rollout.to(device),
+            weights_versions=versions.to(device),
+        )
         if not flat or any(c.values is None for c in flat):
             return batch
         values = torch.zeros(batch.num_tokens)
-        values[completed] = torch.tensor([x for c in flat for x in c.values or ()], dtype=torch.float32)
+        values[completed] = torch.tensor(
+            [x for c in flat for x in c.values or ()], dtype=torch.float32
+        )
         return replace(batch, rollout_values=values.to(device))
 
     @classmethod
     def concat(cls, batches: Sequence[PackedBatch]) -> PackedBatch:
-        """The sequences of all of them, in order, with the columns that every one has. Raises ValueError without any."""
+        """The sequences of all of them, in order, with the columns that every one has. Raises
+        ValueError without any."""
         if not batches:
             raise ValueError("PackedBatch.concat: expected one batch or more, got none")
-        found = {name: [getattr(batch, name) for batch in batches] for name in (*_PER_TOKEN, *_PER_SEQUENCE)}
-        columns = {name: torch.cat(parts) for name, parts in found.items() if all(part is not None for part in parts)}
+        found = {
+            name: [getattr(batch, name) for batch in batches]
+            for name in (*_PER_TOKEN, *_PER_SEQUENCE)
+        }
+        columns = {
+            name: torch.cat(parts)
+            for name, parts in found.items()
+            if all(part is not None for part in parts)
+        }
         lengths = tuple(n for batch in batches for n in batch.lengths)
         return cls(cu_seqlens=_bounds(lengths, batches[0].device), lengths=lengths, **columns)
 
-    # ---- sizes ----------------------------------------------------------------------------------------------------------
+    # ---- sizes -----------------------------------------------------------------------------------
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
@@ -184,9 +294,10 @@ class PackedBatch:
     def device(self) -> torch.device:
         return self.token_ids.device
 
-    # ---- what a model computes at a slot, and what it says of the next one --------------------------------------------------
+    # ---- what a model computes at a slot, and what it says of the next one -----------------------
     def labels(self) -> Tensor:
-        """[N] int64: at slot t the token at t + 1 where that is an action of the same sequence, else IGNORE."""
+        """[N] int64: at slot t the token at t + 1 where that is an action of the same sequence,
+        else IGNORE."""
         labels = torch.full_like(self.token_ids, IGNORE)
         if self.num_tokens:
             labels[:-1] = torch.where(self.action_mask[1:], self.token_ids[1:], IGNORE)
@@ -194,17 +305,19 @@ class PackedBatch:
 
     @staticmethod
     def to_next(x_N: Tensor) -> Tensor:
-        """Move what was computed at slot t - 1 to slot t; slot 0 becomes 0. Differentiable. Mask the result: the first slot of every
-        later sequence receives the last value of the sequence before it."""
+        """Move what was computed at slot t - 1 to slot t; slot 0 becomes 0. Differentiable. Mask
+        the result: the first slot of every later sequence receives the last value of the sequence
+        before it."""
         return torch.cat([x_N.new_zeros(min(1, x_N.shape[0])), x_N[:-1]])
 
     @staticmethod
     def to_previous(x_N: Tensor) -> Tensor:
-        """Move what belongs to slot t to slot t - 1, whose hidden state speaks of it; the last slot becomes 0. Of columns that are 0 at first slots nothing
-        crosses a boundary. Differentiable."""
+        """Move what belongs to slot t to slot t - 1, whose hidden state speaks of it; the last slot
+        becomes 0. Of columns that are 0 at first slots nothing crosses a boundary.
+        Differentiable."""
         return torch.cat([x_N[1:], x_N.new_zeros(min(1, x_N.shape[0]))])
 
-    # ---- parts ----------------------------------------------------------------------------------------------------------
+    # ---- parts -----------------------------------------------------------------------------------
     def with_columns(self, **columns: Tensor) -> PackedBatch:
         """The same batch with these columns set."""
         return replace(self, **columns)  # type: ignore[arg-type]
@@ -213,7 +326,9 @@ class PackedBatch:
         """An optional column that must be there. Raises ValueError where it was not filled."""
         column = getattr(self, name)
         if column is None:
-            raise ValueError(f"PackedBatch: the column {name} is not filled; set it by with_columns({name}=...)")
+            raise ValueError(
+                f"PackedBatch: the column {name} is not filled; set it by with_columns({name}=...)"
+            )
         return column
 
     def slots(self, sequences: Sequence[int]) -> Tensor:
@@ -224,26 +339,51 @@ class PackedBatch:
 
     def select(self, sequences: Sequence[int]) -> PackedBatch:
         """The batch of these sequences, in this order, with all their columns."""
-        slots, rows = self.slots(sequences), torch.tensor(list(sequences), dtype=torch.int64, device=self.device)
-        picked: dict[str, Any] = {name: column[slots] for name in _PER_TOKEN if (column := getattr(self, name)) is not None}
-        picked |= {name: column[rows] for name in _PER_SEQUENCE if (column := getattr(self, name)) is not None}
+        slots, rows = (
+            self.slots(sequences),
+            torch.tensor(list(sequences), dtype=torch.int64, device=self.device),
+        )
+        picked: dict[str, Any] = {
+            name: column[slots]
+            for name in _PER_TOKEN
+            if (column := getattr(self, name)) is not None
+        }
+        picked |= {
+            name: column[rows]
+            for name in _PER_SEQUENCE
+            if (column := getattr(self, name)) is not None
+        }
         lengths = tuple(self.lengths[b] for b in sequences)
         return PackedBatch(cu_seqlens=_bounds(lengths, self.device), lengths=lengths, **picked)
 
-    def split(self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None) -> list[list[int]]:
+    def split(
+        self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None
+    ) -> list[list[int]]:
         """Partition `sequences` (by default all) into micro-batches: see `split_by_tokens`."""
-        return split_by_tokens([(b, self.lengths[b]) for b in (range(self.num_sequences) if sequences is None else sequences)], tokens_per_microbatch)
+        return split_by_tokens(
+            [
+                (b, self.lengths[b])
+                for b in (range(self.num_sequences) if sequences is None else sequences)
+            ],
+            tokens_per_microbatch,
+        )
 
-    def micro_batches(self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None) -> Iterator[PackedBatch]:
+    def micro_batches(
+        self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None
+    ) -> Iterator[PackedBatch]:
         """The batches of `split`, one after the other."""
         return (self.select(group) for group in self.split(tokens_per_microbatch, sequences))
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`."""
-        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved)  # type: ignore[arg-type]
 
-    # ---- padded views: only at the borders ----------------------------------------------------------------------------------
+    # ---- padded views: only at the borders -------------------------------------------------------
     def to_padded(self, x_N: Tensor, *, fill: float | int | bool = 0) -> Tensor:
         """[N, ...] -> [B, T, ...], sequences left-aligned, `fill` behind them."""
         out = x_N.new_full((self.num_sequences, self.max_length, *x_N.shape[1:]), fill)
@@ -253,7 +393,10 @@ class PackedBatch:
     def from_padded(self, x_BT: Tensor) -> Tensor:
         """[B, T, ...] -> [N, ...]: the inverse of `to_padded`."""
         if x_BT.shape[:2] != (self.num_sequences, self.max_length):
-            raise ValueError(f"PackedBatch.from_padded: expected [{self.num_sequences}, {self.max_length}, ...], got {list(x_BT.shape)}")
+            raise ValueError(
+                f"PackedBatch.from_padded: expected [{self.num_sequences}, {self.max_length}, "
+                f"...], got {list(x_BT.shape)}"
+            )
         return x_BT[self._valid()]
 
     def _valid(self) -> Tensor:

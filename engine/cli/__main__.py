@@ -1,4 +1,5 @@
 """python -m fusedrl.engine.cli: the same as the command fusedrl."""
+
 import sys
 
 from fusedrl.engine.cli.main import main

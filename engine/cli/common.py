@@ -1,4 +1,6 @@
-"""What the commands share: exit codes, devices that are not there, names that were meant, figures as JSON."""
+"""What the commands share: exit codes, devices that are not there, names that were meant, figures
+as JSON."""
+
 from __future__ import annotations
 
 import argparse
@@ -27,25 +29,46 @@ def check_device(name: str | None) -> None:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"config: expected device to be cpu, cuda or cuda:N, got {name!r}") from error
+        raise ConfigError(
+            f"config: expected device to be cpu, cuda or cuda:N, got {name!r}"
+        ) from error
     if device.type not in DEVICES:
-        raise ConfigError(f"config: expected device to be cpu, cuda or cuda:N, got {name!r}, which torch knows and no kernel here has been made for; use "
-                          "--device cpu")
+        raise ConfigError(
+            f"config: expected device to be cpu, cuda or cuda:N, got {name!r}, which torch knows "
+            "and no kernel here has been made for; use "
+            "--device cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         built = torch.version.cuda or torch.version.hip
-        remedy = "check the driver with nvidia-smi" if built else "this torch is a CPU build; install a CUDA build from pytorch.org"
-        raise SetupError(f"device {name!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; {remedy}, "
-                         "or use --device cpu")
+        remedy = (
+            "check the driver with nvidia-smi"
+            if built
+            else "this torch is a CPU build; install a CUDA build from pytorch.org"
+        )
+        raise SetupError(
+            f"device {name!r} is not there: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs; {remedy}, "
+            "or use --device cpu"
+        )
 
 
 def nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
-    """A hint at the known name that is meant: another trainer's name for it, or one that is near. Nothing where none is."""
+    """A hint at the known name that is meant: another trainer's name for it, or one that is near.
+    Nothing where none is."""
     if (ours := known_elsewhere(name, known)) is not None:
         return f", which is {dashes}{ours} here"
     if close := nearest_names(name, known):
         return f", did you mean {' or '.join(dashes + one for one in close)}?"
-    theirs = [their for their in nearest_names(name, ELSEWHERE)[:1] if known_elsewhere(their, known) is not None]
-    return f", did you mean {dashes}{known_elsewhere(theirs[0], known)} ({theirs[0]} elsewhere)?" if theirs else ""
+    theirs = [
+        their
+        for their in nearest_names(name, ELSEWHERE)[:1]
+        if known_elsewhere(their, known) is not None
+    ]
+    return (
+        f", did you mean {dashes}{known_elsewhere(theirs[0], known)} ({theirs[0]} elsewhere)?"
+        if theirs
+        else ""
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,15 +77,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         for kind, words in (("int", "a whole number"), ("float", "a number")):
             message = message.replace(f": invalid {kind} value: ", f": expected {words}, got ")
-        if choice := re.fullmatch(r"argument (.*): invalid choice: '(.*)' \(choose from (.*)\)", message):
+        if choice := re.fullmatch(
+            r"argument (.*): invalid choice: '(.*)' \(choose from (.*)\)", message
+        ):
             choices = choice[3].replace("'", "").split(", ")
-            message = f"{choice[1]}: invalid choice: {choice[2]!r}{nearest(choice[2], dict.fromkeys(choices))}; expected one of {', '.join(choices)}"
+            message = (
+                f"{choice[1]}: invalid choice: "
+                f"{choice[2]!r}{nearest(choice[2], dict.fromkeys(choices))}; expected one "
+                f"of {', '.join(choices)}"
+            )
         name = self.prog.removeprefix("fusedrl").strip()
-        raise ConfigError(f"{name + ': ' if name else ''}{message.removeprefix('argument ')}; {self.prog} --help lists what there is")
+        raise ConfigError(
+            f"{name + ': ' if name else ''}{message.removeprefix('argument ')}; {self.prog} --help "
+            "lists what there is"
+        )
 
 
-def refuse_unknown(parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]) -> NoReturn:
-    """Raises ConfigError for arguments that a command does not know, with the option that is meant."""
+def refuse_unknown(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]
+) -> NoReturn:
+    """Raises ConfigError for arguments that a command does not know, with the option that is
+    meant."""
     prog = parser.prog
     for name in (getattr(options, "command", None), getattr(options, "kind", None)):
         for action in parser._actions:
@@ -70,17 +105,27 @@ def refuse_unknown(parser: argparse.ArgumentParser, options: argparse.Namespace,
                 parser, prog = action.choices[name], f"{prog} {name}"
                 break
     first = unknown[0].partition("=")[0]
-    known = {name.removeprefix("--").replace("-", "_"): name for name in parser._option_string_actions if name.startswith("--")}
+    known = {
+        name.removeprefix("--").replace("-", "_"): name
+        for name in parser._option_string_actions
+        if name.startswith("--")
+    }
     hint = nearest(first.lstrip("-").replace("-", "_"), known, "--")
-    raise ConfigError(f"{prog.removeprefix('fusedrl ')}: unknown {'option' if first.startswith('-') else 'argument'} {first!r}{hint}; {prog} --help lists what "
-                      "there is")
+    raise ConfigError(
+        f"{prog.removeprefix('fusedrl ')}: unknown "
+        f"{'option' if first.startswith('-') else 'argument'} {first!r}{hint}; {prog} --help lists "
+        "what "
+        "there is"
+    )
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
     """Shows warnings as one line each, without the place in the source."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"fusedrl: warning: {' '.join(str(message).split()).removeprefix('fusedrl: ')}\n"
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"fusedrl: warning: {' '.join(str(message).split()).removeprefix('fusedrl: ')}\n"
+    )
     try:
         yield
     finally:
@@ -92,27 +137,44 @@ def output_file(text: str) -> str:
     path = Path(text)
     if text == "-" or (text and path.parent.is_dir() and not path.is_dir()):
         return text
-    why = f"{text!r} is a directory" if text and path.is_dir() else no_such(path.parent) if text else "an empty name"
+    why = (
+        f"{text!r} is a directory"
+        if text and path.is_dir()
+        else no_such(path.parent)
+        if text
+        else "an empty name"
+    )
     raise argparse.ArgumentTypeError(f"expected a file to write or -, got {text!r}: {why}")
 
 
 def spelled(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """Arguments with every option in the parser's own spelling: dashes and underscores mean the same."""
+    """Arguments with every option in the parser's own spelling: dashes and underscores mean the
+    same."""
     known: dict[str, str] = {}
     parsers = [parser]
     while parsers:
         one = parsers.pop()
         known |= {name.replace("-", "_"): name for name in one._option_string_actions}
-        parsers += [sub for action in one._actions if isinstance(action, argparse._SubParsersAction) for sub in action.choices.values()]
+        parsers += [
+            sub
+            for action in one._actions
+            if isinstance(action, argparse._SubParsersAction)
+            for sub in action.choices.values()
+        ]
     found = []
     for word in argv:
         name, equals, value = word.partition("=")
-        found.append(known.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else word)
+        found.append(
+            known.get(name.replace("-", "_"), name) + equals + value
+            if name.startswith("--")
+            else word
+        )
     return found
 
 
 def report_json(found: Any, file: str | None, show: Callable[[], None]) -> None:
-    """A command's figures: as JSON on standard output where `file` is "-", else shown, and written to `file` if there is one."""
+    """A command's figures: as JSON on standard output where `file` is "-", else shown, and written
+    to `file` if there is one."""
     text = json.dumps(found, indent=1)
     if file == "-":
         print(text)
@@ -126,7 +188,9 @@ def count(text: str, least: int = 1) -> int:
     """A whole number of at least `least`, for argparse."""
     if text.isdecimal() and int(text) >= least:
         return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number {'above 0' if least else 'from 0 on'}, got {text!r}")
+    raise argparse.ArgumentTypeError(
+        f"expected a whole number {'above 0' if least else 'from 0 on'}, got {text!r}"
+    )
 
 
 def count_or_none(text: str) -> int:

@@ -1,10 +1,15 @@
-"""The command line: fusedrl train sft|reward|dpo|ppo|grpo|..., fusedrl plan sft|reward|dpo|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
+"""The command line: fusedrl train sft|reward|dpo|ppo|grpo|..., fusedrl plan
+sft|reward|dpo|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
 
-Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested ones with a dot. The command line beats --config wherever
-that stands. Exit codes: 0 done, 1 a fault (with its traceback) or something that `fusedrl verify` found wrong, 2 configuration or data, 3 environment,
-4 stopped by the reward-hacking alarm, 128 + n stopped by signal n with its state saved (129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM). torch is imported
-only by what needs it. `fusedrl bench` is in cli_bench.py, `fusedrl judge`, `samples` and `report` in cli_monitor.py, `fusedrl verify` in cli_verify.py.
+Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested
+ones with a dot. The command line beats --config wherever that stands. Exit codes: 0 done, 1 a fault
+(with its traceback) or something that `fusedrl verify` found wrong, 2 configuration or data, 3
+environment, 4 stopped by the reward-hacking alarm, 128 + n stopped by signal n with its state saved
+(129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM). torch is imported only by what needs it.
+`fusedrl bench` is in cli_bench.py, `fusedrl judge`, `samples` and `report` in cli_monitor.py,
+`fusedrl verify` in cli_verify.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,25 +45,66 @@ from fusedrl.engine.cli.common import (
     spelled,
 )
 from fusedrl.engine.cli.monitor import add_commands
-from fusedrl.engine.cli.names import OF_OTHER_STAGES, STAGES_ELSEWHERE, known_elsewhere, nearest_names
+from fusedrl.engine.cli.names import (
+    OF_OTHER_STAGES,
+    STAGES_ELSEWHERE,
+    known_elsewhere,
+    nearest_names,
+)
 from fusedrl.engine.cli.values import keys_of, meant, parts_of, read_yaml
 from fusedrl.engine.cli.verify import verify_options
-from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import (
+    DPOConfig,
+    PolicyConfig,
+    RejectionConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from fusedrl.engine.config.algorithms import ALGORITHMS
 
 STAGES: dict[str, tuple[type, str, str, str]] = {
-    "sft": (SFTConfig, "fusedrl.engine.stages.sft", "train_sft", "supervised fine-tuning on demonstrations"),
-    "reward": (RewardModelConfig, "fusedrl.engine.stages.reward_model", "train_reward_model", "a reward model on preferences: pairs or ranked lists"),
-    "dpo": (DPOConfig, "fusedrl.engine.stages.dpo", "train_dpo", "direct preference optimisation: preferences, no reward model"),
-    "rejection": (RejectionConfig, "fusedrl.engine.stages.rejection", "train_rejection", "rejection sampling: imitate the best of many samples"),
-} | {name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title) for name, row in ALGORITHMS.items()}
-WORDS = {"NoneType": "null", "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}  # for types
+    "sft": (
+        SFTConfig,
+        "fusedrl.engine.stages.sft",
+        "train_sft",
+        "supervised fine-tuning on demonstrations",
+    ),
+    "reward": (
+        RewardModelConfig,
+        "fusedrl.engine.stages.reward_model",
+        "train_reward_model",
+        "a reward model on preferences: pairs or ranked lists",
+    ),
+    "dpo": (
+        DPOConfig,
+        "fusedrl.engine.stages.dpo",
+        "train_dpo",
+        "direct preference optimisation: preferences, no reward model",
+    ),
+    "rejection": (
+        RejectionConfig,
+        "fusedrl.engine.stages.rejection",
+        "train_rejection",
+        "rejection sampling: imitate the best of many samples",
+    ),
+} | {
+    name: (PolicyConfig, "fusedrl.engine.stages.policy", "train_policy", row.title)
+    for name, row in ALGORITHMS.items()
+}
+WORDS = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+}  # for types
 _DASHES = "-\u2013\u2014"  # the longer ones come with text that was copied
 OPTIONAL = ("lora", "critic", "replay", "ptx", "evaluation")  # groups of options that may be null
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Errors a user can mend are one message on standard error, others keep their traceback."""
+    """Run one command; returns the exit code. Errors a user can mend are one message on standard
+    error, others keep their traceback."""
     try:
         with plain_warnings():
             _run(list(sys.argv[1:] if argv is None else argv))
@@ -66,9 +112,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except SystemExit as stop:
         if not _is_ours(stop):
-            return _fail(SetupError(f"something that this command called ended the process with sys.exit({stop.code!r}), and nothing here does; a function "
-                                    "given to it raises an exception where it cannot go on"), FAILED)
-        return stop.code if isinstance(stop.code, int) else 0  # --help, --version, argparse's own errors, and what is missing
+            return _fail(
+                SetupError(
+                    "something that this command called ended the process with "
+                    f"sys.exit({stop.code!r}), and nothing here does; a function "
+                    "given to it raises an exception where it cannot go on"
+                ),
+                FAILED,
+            )
+        # --help, --version, argparse's own errors, and what is missing
+        return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         print("fusedrl: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -84,43 +137,91 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(error, CONFIGURATION)
     except Warning as error:
-        return _fail(SetupError(f"a warning, and Python was told to stop at those: {' '.join(str(error).split())}"), FAILED)
+        return _fail(
+            SetupError(
+                f"a warning, and Python was told to stop at those: {' '.join(str(error).split())}"
+            ),
+            FAILED,
+        )
     return 0
 
 
 def _fail(error: BaseException, code: int) -> int:
-    message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename is not None else str(error)
+    message = (
+        f"{error.filename}: {error.strerror}"
+        if isinstance(error, OSError) and error.filename is not None
+        else str(error)
+    )
     print(f"fusedrl: error: {message}", file=sys.stderr)
     return code
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the engine itself raised it, or a parser of options: its checks say what was expected, what came and what to do. One from a library is a fault
-    to be traced."""
+    """Whether the engine itself raised it, or a parser of options: its checks say what was
+    expected, what came and what to do. One from a library is a fault to be traced."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = frame.f_globals.get("__name__", "")
-    return isinstance(error, UserError) or module.startswith("fusedrl.engine.") or (isinstance(error, SystemExit) and module in (
-        "argparse", "__main__", "jsonargparse._core"))
+    return (
+        isinstance(error, UserError)
+        or module.startswith("fusedrl.engine.")
+        or (
+            isinstance(error, SystemExit)
+            and module in ("argparse", "__main__", "jsonargparse._core")
+        )
+    )
 
 
 def _run(argv: list[str]) -> None:
-    parser = Parser(prog="fusedrl", allow_abbrev=False, description="RLHF on one machine: train and generate from one copy of the weights.")
+    parser = Parser(
+        prog="fusedrl",
+        allow_abbrev=False,
+        description="RLHF on one machine: train and generate from one copy of the weights.",
+    )
     parser.add_argument("--version", action="version", version=f"fusedrl {version('fusedrl')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train a model: sft, reward, dpo, ppo, grpo, ...", add_help=False)
+    train = commands.add_parser(
+        "train", help="train a model: sft, reward, dpo, ppo, grpo, ...", add_help=False
+    )
     train.add_argument("rest", nargs=argparse.REMAINDER)
-    memory = commands.add_parser("plan", help="what a run will take of memory, and the largest micro-batch that fits", add_help=False)
+    memory = commands.add_parser(
+        "plan",
+        help="what a run will take of memory, and the largest micro-batch that fits",
+        add_help=False,
+    )
     memory.add_argument("rest", nargs=argparse.REMAINDER)
-    _generate_options(commands.add_parser("generate", help="print completions of prompts", allow_abbrev=False))
-    bench_options(commands.add_parser("bench", help="measure generation or a step of training", allow_abbrev=False))
+    _generate_options(
+        commands.add_parser("generate", help="print completions of prompts", allow_abbrev=False)
+    )
+    bench_options(
+        commands.add_parser(
+            "bench", help="measure generation or a step of training", allow_abbrev=False
+        )
+    )
     add_commands(commands)
     verify_options(commands)
-    demo = commands.add_parser("demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False)
-    demo.add_argument("--dir", default="runs/demo", help="where models, metrics and the report go (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of everything that draws (default: %(default)s)")
-    doctor = commands.add_parser("doctor", help="what this machine has and lacks; exit code 3 where something required is missing", allow_abbrev=False)
+    demo = commands.add_parser(
+        "demo", help="all three stages on an embedded task, in minutes on a CPU", allow_abbrev=False
+    )
+    demo.add_argument(
+        "--dir",
+        default="runs/demo",
+        help="where models, metrics and the report go (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--seed", type=int, default=0, help="of everything that draws (default: %(default)s)"
+    )
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has and lacks; exit code 3 where something required is missing",
+        allow_abbrev=False,
+    )
     doctor.add_argument("--device", help="a device that is required, such as cuda (default: none)")
-    doctor.add_argument("--output-json", type=output_file, metavar="FILE", help='what was found; "-" is standard output, without the tables')
+    doctor.add_argument(
+        "--output-json",
+        type=output_file,
+        metavar="FILE",
+        help='what was found; "-" is standard output, without the tables',
+    )
     if argv[:1] == ["train"]:  # argparse's REMAINDER does not take options first
         _train(argv[1:])
         return
@@ -144,17 +245,27 @@ def _run(argv: list[str]) -> None:
         run_demo(options.dir, options.seed)
 
 
-# ---- train --------------------------------------------------------------------------------------------------------------------
+# ---- train ---------------------------------------------------------------------------------------
 def _train(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         stages = "\n".join(f"  {name:22}{STAGES[name][3]}" for name in STAGES)
-        print(f"usage: fusedrl train STAGE [--config run.yaml] [--option value ...]\n\nstages:\n{stages}\n\n"
-              "fusedrl train STAGE --help lists its options.", file=sys.stdout if argv else sys.stderr)
+        print(
+            "usage: fusedrl train STAGE [--config run.yaml] [--option value "
+            f"...]\n\nstages:\n{stages}\n\n"
+            "fusedrl train STAGE --help lists its options.",
+            file=sys.stdout if argv else sys.stderr,
+        )
         raise SystemExit(0 if argv else CONFIGURATION)
     if argv[0].startswith("-"):
-        raise ConfigError(f"train: expected a stage before the options, got {argv[0]!r}; such as fusedrl train sft; fusedrl train --help lists them")
+        raise ConfigError(
+            f"train: expected a stage before the options, got {argv[0]!r}; such as fusedrl train "
+            "sft; fusedrl train --help lists them"
+        )
     if argv[0] not in STAGES:
-        raise ConfigError(f"train: unknown stage {argv[0]!r}{_nearest_stage(argv[0])}; expected one of {', '.join(STAGES)}")
+        raise ConfigError(
+            f"train: unknown stage {argv[0]!r}{_nearest_stage(argv[0])}; expected one of "
+            f"{', '.join(STAGES)}"
+        )
     _, module, function, _ = STAGES[argv[0]]
     config = parse_config(argv[0], argv[1:])
     check_device(config.device)
@@ -174,9 +285,19 @@ def _nearest_stage(name: str) -> str:
 
 
 def resume_command(argv: Sequence[str]) -> str:
-    """The command that goes on with the run of `fusedrl train` with these options, for a shell in the same directory."""
-    kept = [word for index, word in enumerate(argv) if not _resumes(word) and not (
-        index and _resumes(argv[index - 1]) and "=" not in argv[index - 1] and not word.startswith("--"))]
+    """The command that goes on with the run of `fusedrl train` with these options, for a shell in
+    the same directory."""
+    kept = [
+        word
+        for index, word in enumerate(argv)
+        if not _resumes(word)
+        and not (
+            index
+            and _resumes(argv[index - 1])
+            and "=" not in argv[index - 1]
+            and not word.startswith("--")
+        )
+    ]
     return shlex.join(["fusedrl", "train", *kept, "--run.resume", "true"])
 
 
@@ -185,13 +306,15 @@ def _resumes(word: str) -> bool:
 
 
 def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
-    """The configuration of a stage ("sft", "reward", or an algorithm) from command-line options and, with --config FILE, YAML.
+    """The configuration of a stage ("sft", "reward", or an algorithm) from command-line options
+    and, with --config FILE, YAML.
 
-    The command line beats the file wherever --config stands. Several --reward options make one list. `defaults`: of keys that have none.
+    The command line beats the file wherever --config stands. Several --reward options make one
+    list. `defaults`: of keys that have none.
 
     Raises:
-        ConfigError: an unknown key (names the nearest), a wrong type, a missing or contradictory value.
-        FileNotFoundError: no such configuration file.
+        ConfigError: an unknown key (names the nearest), a wrong type, a missing or contradictory
+        value. FileNotFoundError: no such configuration file.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -199,28 +322,44 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
     known = dict(keys_of(cls))
     files, options = _sort_options(list(argv), stage, known)
     parser = ArgumentParser(prog=f"fusedrl train {stage}", exit_on_error=False, default_env=False)
-    parser.add_argument("--config", action="config", help="YAML file with these options; the command line beats it")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with these options; the command line beats it"
+    )
     parser.add_class_arguments(cls)
-    parser.set_defaults(dict(defaults or {}) | ({"algorithm": stage} if stage in ALGORITHMS else {}))
-    trees = [json.dumps(read_yaml(file, known, partial(_hint, stage=stage, known=known, dashes="")), default=str) for file in files]
+    parser.set_defaults(
+        dict(defaults or {}) | ({"algorithm": stage} if stage in ALGORITHMS else {})
+    )
+    trees = [
+        json.dumps(
+            read_yaml(file, known, partial(_hint, stage=stage, known=known, dashes="")), default=str
+        )
+        for file in files
+    ]
     try:
         parsed = parser.parse_args([f"--config={tree}" for tree in trees] + options)
         parsed.pop("config", None)
         values = parser.instantiate(parsed)
         if values.get("algorithm", stage) != stage and stage in ALGORITHMS:
-            raise ConfigError(f"config: algorithm is {values['algorithm']!r}, and the command says train {stage}; leave the option out")
+            raise ConfigError(
+                f"config: algorithm is {values['algorithm']!r}, and the command says train "
+                f"{stage}; leave the option out"
+            )
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"config: {_plain(str(error), cls)}") from error
-    except ValueError as error:  # of a group that may be null jsonargparse reports our own message among others
+    # of a group that may be null jsonargparse reports our own message among others
+    except ValueError as error:
         ours = re.search(r"config: expected .*", str(error))
         if isinstance(error, UserError) or ours is None:
             raise
         raise ConfigError(ours[0]) from error
 
 
-def _sort_options(argv: list[str], stage: str, known: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(configuration files, options): files apart, so that they can be read first, and all --reward as one list."""
+def _sort_options(
+    argv: list[str], stage: str, known: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """(configuration files, options): files apart, so that they can be read first, and all --reward
+    as one list."""
     files: list[str] = []
     rewards: dict[str, list[str]] = {"reward": [], "monitor_reward": []}  # may come several times
     options: list[str] = []
@@ -228,17 +367,34 @@ def _sort_options(argv: list[str], stage: str, known: Mapping[str, Any]) -> tupl
     while index < len(argv):
         key, equals, value = argv[index].partition("=")
         before, name = name, key.removeprefix("--").replace("-", "_")
-        if key in ("-h", "--help") or name == "print_config" or name in [f"{group}.help" for group in OPTIONAL]:
+        if (
+            key in ("-h", "--help")
+            or name == "print_config"
+            or name in [f"{group}.help" for group in OPTIONAL]
+        ):
             options.append(argv[index] if key == "-h" else f"--{name}{equals}{value}")
-        elif not equals and key[:1] not in _DASHES and any(get_origin(part) is tuple for part in parts_of(known.get(before))):
-            raise ConfigError(f"config: expected one value after --{before}, and got {argv[index]!r} behind it; " + (
-                f"write --{before} before each" if before in rewards else "several are written with commas and without spaces, such as 1,0.5"))
+        elif (
+            not equals
+            and key[:1] not in _DASHES
+            and any(get_origin(part) is tuple for part in parts_of(known.get(before)))
+        ):
+            raise ConfigError(
+                f"config: expected one value after --{before}, and got {argv[index]!r} behind it; "
+                + (
+                    f"write --{before} before each"
+                    if before in rewards
+                    else "several are written with commas and without spaces, such as 1,0.5"
+                )
+            )
         elif not key.startswith("--") or (name not in known and name != "config"):
             expected = "" if key.startswith("--") else "; options are written --key value"
-            raise ConfigError(f"config: unknown option {key!r}{_hint(name.lstrip('_' + _DASHES), stage=stage, known=known, dashes='--')}{expected}")
+            hint = _hint(name.lstrip("_" + _DASHES), stage=stage, known=known, dashes="--")
+            raise ConfigError(f"config: unknown option {key!r}{hint}{expected}")
         else:
             if not equals:
-                follows = index + 1 < len(argv) and not (argv[index + 1].startswith("--") and argv[index + 1][2:3].isalpha())
+                follows = index + 1 < len(argv) and not (
+                    argv[index + 1].startswith("--") and argv[index + 1][2:3].isalpha()
+                )
                 if not follows and known.get(name) is not bool:
                     raise ConfigError(f"config: expected a value after {key}")
                 value = argv[index + 1] if follows else "true"
@@ -246,29 +402,42 @@ def _sort_options(argv: list[str], stage: str, known: Mapping[str, Any]) -> tupl
             if name == "config":
                 files.append(value)
             elif name in rewards:
-                rewards[name] += json.loads(value) if value.startswith("[") and _is_list(value) else [value]
+                rewards[name] += (
+                    json.loads(value) if value.startswith("[") and _is_list(value) else [value]
+                )
             else:
                 given = meant(value, known[name])
                 options.append(f"--{name}={given if isinstance(given, str) else json.dumps(given)}")
         index += 1
-    return files, options + [f"--{name}={json.dumps(listed)}" for name, listed in rewards.items() if listed]
+    return files, options + [
+        f"--{name}={json.dumps(listed)}" for name, listed in rewards.items() if listed
+    ]
 
 
 def _hint(name: str, *, stage: str, known: Mapping[str, Any], dashes: str) -> str:
-    """What to say behind a name that a stage has not: what it is called here, which stages have it, or what it may be."""
+    """What to say behind a name that a stage has not: what it is called here, which stages have it,
+    or what it may be."""
     if name in known:
         return f", did you mean {dashes}{name}?"
     affirmed = name.removeprefix("no_")
-    if affirmed != name and (option := next(iter(nearest_names(affirmed, known)), None)) is not None and known[option] is bool:
+    if (
+        affirmed != name
+        and (option := next(iter(nearest_names(affirmed, known)), None)) is not None
+        and known[option] is bool
+    ):
         return f", which is {dashes}{option} false here"
     if known_elsewhere(name, known) is not None:
         return nearest(name, known, dashes)
     owners = [other for other, (cls, *_) in STAGES.items() if name in dict(keys_of(cls))]
     if not owners:
         return nearest(name, known, dashes)
-    shown = [other for other in owners if other not in ALGORITHMS] + ["ppo, grpo and the other policy methods"] * ("ppo" in owners)
+    shown = [other for other in owners if other not in ALGORITHMS] + [
+        "ppo, grpo and the other policy methods"
+    ] * ("ppo" in owners)
     ours = next((one for one in OF_OTHER_STAGES.get(name, ()) if one in known), None)
-    return f", which is one of {', '.join(shown)}, not of {stage}" + (f"; the nearest here is {dashes}{ours}" if ours else "")
+    return f", which is one of {', '.join(shown)}, not of {stage}" + (
+        f"; the nearest here is {dashes}{ours}" if ours else ""
+    )
 
 
 def _is_list(text: str) -> bool:
@@ -281,21 +450,42 @@ def _is_list(text: str) -> bool:
 def _plain(message: str, cls: type) -> str:
     """jsonargparse's words on one line and in ours, without Python's spelling of types."""
     message = " ".join(message.split()).replace("Parser key ", "")
-    message = re.sub(r'"(\w+)": Does not validate against any of .*? class_path \S+ "([\w.]+)": (.*?) - (?i:expected) .*', r'"\1.\2": \3', message)
-    if union := re.search(r'"([\w.]+)": Does not validate against any of .*? Given value: (.*)', message):
+    message = re.sub(
+        r'"(\w+)": Does not validate against any of .*? class_path \S+ "([\w.]+)": (.*?) - '
+        r"(?i:expected) .*",
+        r'"\1.\2": \3',
+        message,
+    )
+    if union := re.search(
+        r'"([\w.]+)": Does not validate against any of .*? Given value: (.*)', message
+    ):
         return f'"{union[1]}": expected {_expected(union[1], cls)}, got {union[2]}'
     if group := re.search(r'"([\w.]+)": Unable to load config \'?"?(.*?)\'?"?( - .*|$)', message):
         return f'"{group[1]}": expected {_expected(group[1], cls)}, got {group[2]}'
     if lacking := re.search(r"the following arguments are required: (.*)", message):
         *others, last = (f"--{name}" for name in lacking[1].split(", "))
-        return f"expected {', '.join(others)}{' and ' * bool(others)}{last}, which cannot be left out"
+        return (
+            f"expected {', '.join(others)}{' and ' * bool(others)}{last}, which cannot be left out"
+        )
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", lambda found: f"expected one of {found[1].replace(chr(39), '')}", message)
+    message = re.sub(
+        r"Expected a typing\.Literal\[(.*?)\]",
+        lambda found: f"expected one of {found[1].replace(chr(39), '')}",
+        message,
+    )
     message = message.replace("Expected a ", "expected ")
-    message = re.sub(r"\. Got value:(?: (.*))?$", lambda found: f", got {found[1] or 'nothing'}", message)
+    message = re.sub(
+        r"\. Got value:(?: (.*))?$", lambda found: f", got {found[1] or 'nothing'}", message
+    )
     if listed := re.search(r'"([\w.]+)": expected tuple( with \d+ elements)?, got (.*)', message):
-        return f'"{listed[1]}": expected {_expected(listed[1], cls)}{listed[2] or ""}, got {listed[3]}'
-    return re.sub(r": expected (\w+), got", lambda found: f": expected {WORDS.get(found[1], found[1])}, got", message)
+        return (
+            f'"{listed[1]}": expected {_expected(listed[1], cls)}{listed[2] or ""}, got {listed[3]}'
+        )
+    return re.sub(
+        r": expected (\w+), got",
+        lambda found: f": expected {WORDS.get(found[1], found[1])}, got",
+        message,
+    )
 
 
 def _expected(key: str, cls: type) -> str:
@@ -305,7 +495,11 @@ def _expected(key: str, cls: type) -> str:
         if dataclasses.is_dataclass(part):
             words.append(f"options of its own, such as --{key}.{dataclasses.fields(part)[0].name}")
         elif get_origin(part) is tuple:
-            words.append("a list in brackets, such as [1,0.5]" if float in get_args(part) or int in get_args(part) else 'a list, such as ["a","b"]')
+            words.append(
+                "a list in brackets, such as [1,0.5]"
+                if float in get_args(part) or int in get_args(part)
+                else 'a list, such as ["a","b"]'
+            )
         elif get_origin(part) is Literal:
             words.append(f"one of {', '.join(map(str, get_args(part)))}")
         else:
@@ -313,17 +507,21 @@ def _expected(key: str, cls: type) -> str:
     return " or ".join(words)
 
 
-# ---- plan ---------------------------------------------------------------------------------------------------------------------
-_PLAN_HELP = """usage: fusedrl plan STAGE --model DIR [--memory 8GiB] [--output-json FILE] [--config run.yaml] [--option value ...]
+# ---- plan ----------------------------------------------------------------------------------------
+_PLAN_HELP = """usage: fusedrl plan STAGE --model DIR [--memory 8GiB] [--output-json FILE]
+                    [--config run.yaml] [--option value ...]
 
-What `fusedrl train STAGE` with the same options will take of memory, by what it is for, and the largest tokens_per_microbatch that fits, with and
-without checkpoint_activations. Only the model's config.json is read; --data and --reward may be left out.
+What `fusedrl train STAGE` with the same options will take of memory, by what it is for, and the
+largest tokens_per_microbatch that fits, with and without checkpoint_activations. Only the model's
+config.json is read; --data and --reward may be left out.
 
   --model DIR          model directory, its config.json, or a Hugging Face id
-  --memory AMOUNT      what may be used, such as 8GiB or 16GB (default: all of the device's); with it, --device may be one of another machine
+  --memory AMOUNT      what may be used, such as 8GiB or 16GB (default: all of the device's);
+                       with it, --device may be one of another machine
   --output-json FILE   the numbers, in bytes; "-" is standard output, without the table
 
-stages: sft, reward, dpo, ppo, grpo, ...: those of fusedrl train; fusedrl train STAGE --help lists the other options."""
+stages: sft, reward, dpo, ppo, grpo, ...: those of fusedrl train; fusedrl train STAGE --help lists
+the other options."""
 
 
 def _plan(argv: list[str]) -> None:
@@ -331,14 +529,25 @@ def _plan(argv: list[str]) -> None:
         print(_PLAN_HELP, file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else CONFIGURATION)
     if argv[0].startswith("-"):
-        raise ConfigError(f"plan: expected a stage before the options, got {argv[0]!r}; such as fusedrl plan sft; fusedrl plan --help says more")
+        raise ConfigError(
+            f"plan: expected a stage before the options, got {argv[0]!r}; such as fusedrl plan "
+            "sft; fusedrl plan --help says more"
+        )
     if argv[0] not in STAGES:
-        raise ConfigError(f"plan: unknown stage {argv[0]!r}{_nearest_stage(argv[0])}; expected one of {', '.join(STAGES)}")
+        raise ConfigError(
+            f"plan: unknown stage {argv[0]!r}{_nearest_stage(argv[0])}; expected one of "
+            f"{', '.join(STAGES)}"
+        )
     parser = Parser(prog=f"fusedrl plan {argv[0]}", add_help=False, allow_abbrev=False)
     parser.add_argument("--memory")
     parser.add_argument("--output-json", type=output_file)
     own, rest = parser.parse_known_args(spelled(parser, argv[1:]))
-    config = parse_config(argv[0], rest, {"data": "unread"} | ({"reward": ["unread"]} if "reward" in dict(keys_of(STAGES[argv[0]][0])) else {}))
+    config = parse_config(
+        argv[0],
+        rest,
+        {"data": "unread"}
+        | ({"reward": ["unread"]} if "reward" in dict(keys_of(STAGES[argv[0]][0])) else {}),
+    )
     from fusedrl.engine.watch.plan import parse_memory, plan, print_plan
 
     memory = None if own.memory is None else parse_memory(own.memory)
@@ -351,7 +560,7 @@ def _plan(argv: list[str]) -> None:
     report_json(found.to_json(), own.output_json, lambda: print_plan(found))
 
 
-# ---- doctor -------------------------------------------------------------------------------------------------------------------
+# ---- doctor --------------------------------------------------------------------------------------
 def _doctor(options: argparse.Namespace) -> None:
     with contextlib.suppress(SetupError):  # a device that is not there belongs into the report
         check_device(options.device)
@@ -363,22 +572,63 @@ def _doctor(options: argparse.Namespace) -> None:
         raise SystemExit(ENVIRONMENT)
 
 
-# ---- generate -----------------------------------------------------------------------------------------------------------------
+# ---- generate ------------------------------------------------------------------------------------
 def _generate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="directory or id of the model")
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of that model, in PEFT's files")
-    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="repeatable")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest completion (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token every time: temperature 0")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep the smallest set of this probability (default: all)")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (default: all)")
-    parser.add_argument("--min_p", type=float, default=0.0, help="keep tokens at least this fraction as probable as the likeliest (default: all)")
-    parser.add_argument("--n", type=int, default=1, help="completions of each prompt (default: %(default)s)")
-    parser.add_argument("--best_of", type=count, metavar="N", help="of N completions of each prompt print the one that --reward scores highest")
-    parser.add_argument("--reward", action="append", metavar="SPEC", help="of --best_of: file.py:function or the directory of a reward model; repeatable")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="directory or id of the model"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="a LoRA adapter of that model, in PEFT's files"
+    )
+    parser.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="repeatable"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="longest completion (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--greedy", action="store_true", help="the likeliest token every time: temperature 0"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="keep the smallest set of this probability (default: all)",
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="keep the k likeliest tokens (default: all)"
+    )
+    parser.add_argument(
+        "--min_p",
+        type=float,
+        default=0.0,
+        help="keep tokens at least this fraction as probable as the likeliest (default: all)",
+    )
+    parser.add_argument(
+        "--n", type=int, default=1, help="completions of each prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--best_of",
+        type=count,
+        metavar="N",
+        help="of N completions of each prompt print the one that --reward scores highest",
+    )
+    parser.add_argument(
+        "--reward",
+        action="append",
+        metavar="SPEC",
+        help="of --best_of: file.py:function or the directory of a reward model; repeatable",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: float32 on CPU, bfloat16 on CUDA",
+    )
     parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
 
 
@@ -388,8 +638,15 @@ def _generate(options: argparse.Namespace) -> None:
     from fusedrl.engine.actor import HybridActor
     from fusedrl.engine.generation.sampler import SamplingParams
 
-    params = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=0.0 if options.greedy else options.temperature, top_p=options.top_p,
-                            top_k=options.top_k, min_p=options.min_p, n=options.n, seed=options.seed)
+    params = SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        temperature=0.0 if options.greedy else options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        n=options.n,
+        seed=options.seed,
+    )
     actor = HybridActor.from_pretrained(options.model, dtype=options.dtype, device=options.device)
     if options.adapter is not None:
         actor.load_adapter(options.adapter)
@@ -397,18 +654,33 @@ def _generate(options: argparse.Namespace) -> None:
         _generate_best(actor, options)
         return
     for prompt, sample, completion in actor.stream(options.prompt, params):
-        label = f"[prompt {prompt + 1}, sample {sample + 1}, {completion.finish_reason}]\n" if len(options.prompt) * options.n > 1 else ""
-        text = actor.tokenizer.decode([*completion.prompt_ids, *completion.token_ids], skip_special_tokens=True)  # together: parts may lose a space
+        label = (
+            f"[prompt {prompt + 1}, sample {sample + 1}, {completion.finish_reason}]\n"
+            if len(options.prompt) * options.n > 1
+            else ""
+        )
+        text = actor.tokenizer.decode(
+            [*completion.prompt_ids, *completion.token_ids], skip_special_tokens=True
+        )  # together: parts may lose a space
         print(f"{label}{text}", flush=True)
 
 
 def _check_best_of(options: argparse.Namespace) -> None:
-    """Raises ConfigError where --best_of and the other options of `generate` contradict each other."""
+    """Raises ConfigError where --best_of and the other options of `generate` contradict each
+    other."""
     if (options.best_of is None) is not (options.reward is None):
-        raise ConfigError("generate: expected --best_of N together with --reward SPEC, which says what is best; got one of them alone")
-    if options.best_of is not None and (options.n != 1 or options.greedy or options.temperature == 0):
-        raise ConfigError(f"generate: expected --best_of {options.best_of} without --n (of each prompt one is printed) and with a temperature above 0 "
-                          "(greedy completions are all the same); leave --n, --greedy and --temperature 0 out")
+        raise ConfigError(
+            "generate: expected --best_of N together with --reward SPEC, which says what is best; "
+            "got one of them alone"
+        )
+    if options.best_of is not None and (
+        options.n != 1 or options.greedy or options.temperature == 0
+    ):
+        raise ConfigError(
+            f"generate: expected --best_of {options.best_of} without --n (of each prompt one is "
+            "printed) and with a temperature above 0 "
+            "(greedy completions are all the same); leave --n, --greedy and --temperature 0 out"
+        )
 
 
 def _generate_best(actor: Any, options: argparse.Namespace) -> None:
@@ -417,10 +689,33 @@ def _generate_best(actor: Any, options: argparse.Namespace) -> None:
     from fusedrl.engine.rewards.rewards import RewardSet, load_reward
     from fusedrl.engine.rollout.best_of_n import best_of_n
 
-    generation = GenerationConfig(max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-                                  min_p=options.min_p)
-    rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in options.reward])
-    found = best_of_n(actor, [PromptExample(prompt) for prompt in options.prompt], rewards, options.best_of, generation, options.seed)
+    generation = GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+    )
+    rewards = RewardSet(
+        [
+            load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer)
+            for spec in options.reward
+        ]
+    )
+    found = best_of_n(
+        actor,
+        [PromptExample(prompt) for prompt in options.prompt],
+        rewards,
+        options.best_of,
+        generation,
+        options.seed,
+    )
     for number, one in enumerate(found):
-        text = actor.tokenizer.decode([*one.best.prompt_ids, *one.best.token_ids], skip_special_tokens=True)
-        print(f"[prompt {number + 1}, best of {options.best_of}, score {one.score:.4g}, {one.best.finish_reason}]\n{text}", flush=True)
+        text = actor.tokenizer.decode(
+            [*one.best.prompt_ids, *one.best.token_ids], skip_special_tokens=True
+        )
+        print(
+            f"[prompt {number + 1}, best of {options.best_of}, score {one.score:.4g}, "
+            f"{one.best.finish_reason}]\n{text}",
+            flush=True,
+        )

@@ -1,4 +1,5 @@
 """fusedrl judge, samples, report: what came of a run. Options and what they call."""
+
 from __future__ import annotations
 
 import argparse
@@ -13,30 +14,81 @@ if TYPE_CHECKING:
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     """The three subcommands, whose options know what to call: `options.call(options)`."""
-    judge = commands.add_parser("judge", help="the completions of two models against each other, each pair in both orders", allow_abbrev=False)
+    judge = commands.add_parser(
+        "judge",
+        help="the completions of two models against each other, each pair in both orders",
+        allow_abbrev=False,
+    )
     judge.set_defaults(call=_judge)
     judge.add_argument("--a", required=True, metavar="DIR", help="directory or id of a model")
     judge.add_argument("--b", required=True, metavar="DIR", help="directory or id of the other")
-    judge.add_argument("--data", required=True, metavar="FILE", help="prompts, in any format that train reads")
+    judge.add_argument(
+        "--data", required=True, metavar="FILE", help="prompts, in any format that train reads"
+    )
     by = judge.add_mutually_exclusive_group(required=True)
-    by.add_argument("--judge", metavar="FILE.py:FUNCTION", help='judge(prompts, a, b, **columns) -> list of "a", "b", "tie" or probabilities of a')
-    by.add_argument("--reward", action="append", metavar="SPEC", help="file.py:function or a reward model: the higher score wins; repeatable, then their sum")
-    judge.add_argument("--prompts", type=int, default=0, help="at most so many, drawn by the seed (default: all)")
-    judge.add_argument("--n", type=int, default=1, help="pairs of each prompt (default: %(default)s)")
-    judge.add_argument("--max_new_tokens", type=int, default=256, help="longest completion (default: %(default)s)")
-    judge.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)")
-    judge.add_argument("--stop_token_ids", type=int, nargs="*", default=[], help="ids that end a completion besides the model's own EOS")
+    by.add_argument(
+        "--judge",
+        metavar="FILE.py:FUNCTION",
+        help='judge(prompts, a, b, **columns) -> list of "a", "b", "tie" or probabilities of a',
+    )
+    by.add_argument(
+        "--reward",
+        action="append",
+        metavar="SPEC",
+        help="file.py:function or a reward model: the higher score wins; repeatable, then "
+        "their sum",
+    )
+    judge.add_argument(
+        "--prompts", type=int, default=0, help="at most so many, drawn by the seed (default: all)"
+    )
+    judge.add_argument(
+        "--n", type=int, default=1, help="pairs of each prompt (default: %(default)s)"
+    )
+    judge.add_argument(
+        "--max_new_tokens", type=int, default=256, help="longest completion (default: %(default)s)"
+    )
+    judge.add_argument(
+        "--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)"
+    )
+    judge.add_argument(
+        "--stop_token_ids",
+        type=int,
+        nargs="*",
+        default=[],
+        help="ids that end a completion besides the model's own EOS",
+    )
     judge.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    judge.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, bfloat16 on CUDA")
+    judge.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: float32 on CPU, bfloat16 on CUDA",
+    )
     judge.add_argument("--device", help="cpu or cuda (default: the best there is)")
-    judge.add_argument("--output-json", type=output_file, metavar="FILE", help='the figures; "-" is standard output, without the table')
+    judge.add_argument(
+        "--output-json",
+        type=output_file,
+        metavar="FILE",
+        help='the figures; "-" is standard output, without the table',
+    )
 
-    samples = commands.add_parser("samples", help="how completions of held-out prompts changed in a run", allow_abbrev=False)
+    samples = commands.add_parser(
+        "samples", help="how completions of held-out prompts changed in a run", allow_abbrev=False
+    )
     samples.set_defaults(call=_samples)
     samples.add_argument("run", metavar="RUN", help="a run directory")
-    samples.add_argument("--columns", type=int, default=4, help="evaluations shown: first, last, and between (default: %(default)s)")
+    samples.add_argument(
+        "--columns",
+        type=int,
+        default=4,
+        help="evaluations shown: first, last, and between (default: %(default)s)",
+    )
 
-    report = commands.add_parser("report", help="a run's metrics at the beginning, half-way and at the end, and its alarms", allow_abbrev=False)
+    report = commands.add_parser(
+        "report",
+        help="a run's metrics at the beginning, half-way and at the end, and its alarms",
+        allow_abbrev=False,
+    )
     report.set_defaults(call=_report)
     report.add_argument("run", metavar="RUN", help="a run directory")
 
@@ -54,28 +106,71 @@ def _judge(options: argparse.Namespace) -> None:
     from fusedrl.engine.watch.judge import Answers, Pairs, judge_pairs, load_judge, report_table
 
     require(options.prompts >= 0, "--prompts", ">= 0", options.prompts)
-    params = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature, n=options.n, seed=options.seed,
-                            stop_token_ids=tuple(options.stop_token_ids))
+    params = SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        n=options.n,
+        seed=options.seed,
+        stop_token_ids=tuple(options.stop_token_ids),
+    )
     judge = load_judge(options.judge) if options.judge is not None else None
     examples = load_prompts(options.data)
-    actors = [HybridActor.from_pretrained(path, dtype=options.dtype, device=options.device) for path in (options.a, options.b)]
+    actors = [
+        HybridActor.from_pretrained(path, dtype=options.dtype, device=options.device)
+        for path in (options.a, options.b)
+    ]
     judge = judge or _reward_judge(options.reward, *actors)
     for actor in actors:
         room = actor.decoder.config.max_positions - options.max_new_tokens
-        require(room >= 1, "--max_new_tokens", f"below the model's {actor.decoder.config.max_positions} positions", options.max_new_tokens)
+        require(
+            room >= 1,
+            "--max_new_tokens",
+            f"below the model's {actor.decoder.config.max_positions} positions",
+            options.max_new_tokens,
+        )
         fitting, _ = encode_prompts(actor.tokenizer, examples, room)
         examples = [example for example, _ in fitting]
-    examples = [examples[index] for index in shuffled(len(examples), options.seed, "judge")[:options.prompts or None]]
+    examples = [
+        examples[index]
+        for index in shuffled(len(examples), options.seed, "judge")[: options.prompts or None]
+    ]
     sides, count = [], len(examples)
     for number, actor in enumerate(actors):
-        prompt_ids = [ids for _, ids in encode_prompts(actor.tokenizer, examples, actor.decoder.config.max_positions)[0]]
-        outs = actor.generate(prompt_ids, params, range(number * count, (number + 1) * count))  # draws of their own, also where both are one model
+        prompt_ids = [
+            ids
+            for _, ids in encode_prompts(
+                actor.tokenizer, examples, actor.decoder.config.max_positions
+            )[0]
+        ]
+        # draws of their own, also where both are one model
+        outs = actor.generate(prompt_ids, params, range(number * count, (number + 1) * count))
         drawn = [completion for out in outs for completion in out]
-        sides.append((Answers([c.text for c in drawn], [c.token_ids for c in drawn]), [c.prompt_ids for c in drawn]))
+        sides.append(
+            (
+                Answers([c.text for c in drawn], [c.token_ids for c in drawn]),
+                [c.prompt_ids for c in drawn],
+            )
+        )
     owners = [index for index in range(count) for _ in range(options.n)]
-    columns = {name: [examples[index].columns[name] for index in owners] for name in examples[0].columns}
-    found = judge_pairs(judge, Pairs([examples[index].prompt for index in owners], sides[0][1], sides[0][0], sides[1][0], columns), owners)
-    report_json(found.to_json(), options.output_json, lambda: Console().print(report_table(found, (options.a, options.b))))
+    columns = {
+        name: [examples[index].columns[name] for index in owners] for name in examples[0].columns
+    }
+    found = judge_pairs(
+        judge,
+        Pairs(
+            [examples[index].prompt for index in owners],
+            sides[0][1],
+            sides[0][0],
+            sides[1][0],
+            columns,
+        ),
+        owners,
+    )
+    report_json(
+        found.to_json(),
+        options.output_json,
+        lambda: Console().print(report_table(found, (options.a, options.b))),
+    )
 
 
 def _reward_judge(specs: list[str], a: HybridActor, b: HybridActor) -> Judge:
@@ -83,7 +178,14 @@ def _reward_judge(specs: list[str], a: HybridActor, b: HybridActor) -> Judge:
     from fusedrl.engine.watch.judge import RewardJudge
 
     same = a.tokenizer.get_vocab() == b.tokenizer.get_vocab()  # else a reward model reads texts
-    return RewardJudge(RewardSet([load_reward(spec, device=a.decoder.device, tokenizer=a.tokenizer if same else None) for spec in specs]))
+    return RewardJudge(
+        RewardSet(
+            [
+                load_reward(spec, device=a.decoder.device, tokenizer=a.tokenizer if same else None)
+                for spec in specs
+            ]
+        )
+    )
 
 
 def _samples(options: argparse.Namespace) -> None:

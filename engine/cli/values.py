@@ -1,4 +1,6 @@
-"""Values as people write them, on the command line and in YAML: yes, 1 and True for true, None for null, a list without brackets. And the YAML file itself."""
+"""Values as people write them, on the command line and in YAML: yes, 1 and True for true, None for
+null, a list without brackets. And the YAML file itself."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -10,7 +12,16 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fusedrl.engine.base.errors import ConfigError, no_such
 
-_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_BOOLEANS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
 _NOTHING = ("none", "null", "~")
 
 
@@ -28,22 +39,40 @@ def parts_of(kind: Any) -> tuple[Any, ...]:
 
 
 def group_of(kind: Any) -> type | None:
-    """The configuration class of a group of keys, which may be one that can be left out; None of a key."""
-    return next((part for part in parts_of(kind) if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
+    """The configuration class of a group of keys, which may be one that can be left out; None of a
+    key."""
+    return next(
+        (
+            part
+            for part in parts_of(kind)
+            if isinstance(part, type) and dataclasses.is_dataclass(part)
+        ),
+        None,
+    )
 
 
 def meant(value: Any, kind: Any) -> Any:
-    """What a value for a key of this type means; the value itself where it means nothing else. Whether it fits is found out later."""
+    """What a value for a key of this type means; the value itself where it means nothing else.
+    Whether it fits is found out later."""
     parts, word = parts_of(kind), value.strip().lower() if isinstance(value, str) else None
     if type(None) in parts and word in _NOTHING:
         return None
     if bool in parts:
         return _BOOLEANS.get(str(value) if type(value) is int else word or "", value)
     listed = next((part for part in parts if get_origin(part) is tuple), None)
-    if listed is None or not isinstance(value, str | int | float) or isinstance(value, bool) or (word is not None and word[:1] in ("[", "")):
+    if (
+        listed is None
+        or not isinstance(value, str | int | float)
+        or isinstance(value, bool)
+        or (word is not None and word[:1] in ("[", ""))
+    ):
         return value
     if str in get_args(listed):
-        return [part.strip() for part in str(value).split(",")] if word is not None and re.fullmatch(r"[\w-]+(\s*,\s*[\w-]+)*", word) else [value]
+        return (
+            [part.strip() for part in str(value).split(",")]
+            if word is not None and re.fullmatch(r"[\w-]+(\s*,\s*[\w-]+)*", word)
+            else [value]
+        )
     try:
         return [_number(part) for part in re.split(r"[,\s]+", str(value).strip())]
     except ValueError:
@@ -58,10 +87,13 @@ def read_yaml(path: str, known: Mapping[str, Any], hint: Callable[[str], str]) -
     """The options of a file, by the configuration's names.
 
     Args:
-        known: types by dotted name (`keys_of`). hint: what to say behind a name that is not among them.
+        known: types by dotted name (`keys_of`). hint: what to say behind a name that is not among
+        them.
     Raises:
-        FileNotFoundError: no such file. ConfigError: it is no YAML mapping, or has a key that is not known, or one twice.
+        FileNotFoundError: no such file. ConfigError: it is no YAML mapping, or has a key that is
+        not known, or one twice.
     """
+
     def read(branch: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in branch.items():
@@ -69,12 +101,20 @@ def read_yaml(path: str, known: Mapping[str, Any], hint: Callable[[str], str]) -
             if name not in known:
                 raise ConfigError(f"{path}: unknown key {f'{prefix}{key}'!r}{hint(name)}")
             value = meant(value, known[name])
-            if group_of(known[name]) is not None and not (value is None and type(None) in parts_of(known[name])):
+            if group_of(known[name]) is not None and not (
+                value is None and type(None) in parts_of(known[name])
+            ):
                 if not isinstance(value, dict):
-                    raise ConfigError(f"{path}: expected {name!r} to be a mapping of options, got {type(value).__name__}")
+                    raise ConfigError(
+                        f"{path}: expected {name!r} to be a mapping of options, got "
+                        f"{type(value).__name__}"
+                    )
                 value = read(value, f"{name}.")
             if (own := name.removeprefix(prefix)) in found:
-                raise ConfigError(f"{path}: {name!r} stands there twice, once with dashes and once with underscores; leave one out")
+                raise ConfigError(
+                    f"{path}: {name!r} stands there twice, once with dashes and once with "
+                    "underscores; leave one out"
+                )
             found[own] = value
         return found
 
@@ -102,18 +142,27 @@ def _tree(path: str) -> dict[Any, Any]:
             raise
         mark = getattr(error, "problem_mark", None)
         what = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ConfigError(f"{path}{f':{mark.line + 1}' if mark else ''}: not YAML: {what}") from error
+        raise ConfigError(
+            f"{path}{f':{mark.line + 1}' if mark else ''}: not YAML: {what}"
+        ) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of options to values, got {'an empty file' if tree is None else type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: expected a mapping of options to values, got "
+            f"{'an empty file' if tree is None else type(tree).__name__}"
+        )
     return tree
 
 
 def _check_once(path: str, node: Any) -> None:
-    """Raises ConfigError where a mapping has a key twice, of which YAML would silently take the last."""
+    """Raises ConfigError where a mapping has a key twice, of which YAML would silently take the
+    last."""
     seen: dict[str, int] = {}
     for key, value in node.value if type(node).__name__ == "MappingNode" else ():
         if isinstance(key.value, str):
             if key.value in seen and key.value != "<<":
-                raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value!r} stands there twice, first in line {seen[key.value]}; leave one out")
+                raise ConfigError(
+                    f"{path}:{key.start_mark.line + 1}: {key.value!r} stands there twice, first in "
+                    f"line {seen[key.value]}; leave one out"
+                )
             seen[key.value] = key.start_mark.line + 1
         _check_once(path, value)

@@ -1,8 +1,11 @@
-"""What a run is: frozen dataclasses, one level deep per concern. The command line, YAML and Python construct the same objects.
+"""What a run is: frozen dataclasses, one level deep per concern. The command line, YAML and Python
+construct the same objects.
 
-Sizes of a batch have four words and no others: `prompts_per_step`, `samples_per_prompt`, `minibatches`, `tokens_per_microbatch`.
-The split into micro-batches never changes the gradient, so `tokens_per_microbatch` is about memory alone.
+Sizes of a batch have four words and no others: `prompts_per_step`, `samples_per_prompt`,
+`minibatches`, `tokens_per_microbatch`. The split into micro-batches never changes the gradient, so
+`tokens_per_microbatch` is about memory alone.
 """
+
 from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig
 from fusedrl.engine.config.dpo import DPOConfig
 from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
@@ -12,6 +15,24 @@ from fusedrl.engine.config.parts import CriticConfig, KLConfig, PenaltyConfig, P
 from fusedrl.engine.config.policy import LossConfig, PolicyConfig
 from fusedrl.engine.config.rejection import RejectionConfig
 
-__all__ = ["AlarmConfig", "CorrectionConfig", "CriticConfig", "DPOConfig", "EvaluationConfig", "GenerationConfig", "KLConfig", "LoRAConfig", "LossConfig",
-           "OptimConfig", "PenaltyConfig", "PolicyConfig", "PtxConfig", "RejectionConfig", "ReplayConfig", "RewardModelConfig", "RunConfig", "SFTConfig",
-           "TRPOConfig"]
+__all__ = [
+    "AlarmConfig",
+    "CorrectionConfig",
+    "CriticConfig",
+    "DPOConfig",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "KLConfig",
+    "LoRAConfig",
+    "LossConfig",
+    "OptimConfig",
+    "PenaltyConfig",
+    "PolicyConfig",
+    "PtxConfig",
+    "RejectionConfig",
+    "ReplayConfig",
+    "RewardModelConfig",
+    "RunConfig",
+    "SFTConfig",
+    "TRPOConfig",
+]

@@ -1,43 +1,63 @@
-"""Every policy algorithm as data: an advantage, an objective, where the KL goes, how tokens are weighted, and what is usual.
+"""Every policy algorithm as data: an advantage, an objective, where the KL goes, how tokens are
+weighted, and what is usual.
 
-One loop (stages/policy.py) runs them all. A row's numbers are defaults: whatever a configuration names itself beats them. Advantages are functions in
-advantages.py, objectives are in objectives.py; both take more by registration or by dotted path. This file imports nothing heavy: the command line reads it.
+One loop (stages/policy.py) runs them all. A row's numbers are defaults: whatever a configuration
+names itself beats them. Advantages are functions in advantages.py, objectives are in objectives.py;
+both take more by registration or by dotted path. This file imports nothing heavy: the command line
+reads it.
 
-Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_critic, a2c: ibid. 13.5, Mnih et al. (2016); ppo, ppo_penalty: Schulman et al.
-          (2017), eqs. 7 and 8; KL in the reward, 0.05: Ziegler et al. (2019), Huang et al. (2024); trpo: Schulman et al. (2015), the critic's ten passes
-          as stable-baselines3 has them; rloo: Ahmadian et al. (2024); grpo: Shao et al. (2024), with its 0.04; dr_grpo: Liu et al. (2025); dapo: Yu et al.
-          (2025); gspo: Zheng et al. (2025); cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025); gmpo: Zhao et al. (2025); dro: Richemond et al. (2024);
-          reinforce_pp: Hu (2025); remax: Li et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Chen et al. (2025), as verl has it;
-          sequence_ratio: the objective by which courses introduce PPO for language models, without advantages: for study.
-Updates   optimizer steps on one rollout are epochs x minibatches; with one every ratio is exactly 1, and what bounds ratios never acts. Of each row:
+Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_critic, a2c: ibid.
+          13.5, Mnih et al. (2016); ppo, ppo_penalty: Schulman et al. (2017), eqs. 7 and 8; KL in
+          the reward, 0.05: Ziegler et al. (2019), Huang et al. (2024); trpo: Schulman et al.
+          (2015), the critic's ten passes as stable-baselines3 has them; rloo: Ahmadian et al.
+          (2024); grpo: Shao et al. (2024), with its 0.04; dr_grpo: Liu et al. (2025); dapo: Yu et
+          al. (2025); gspo: Zheng et al. (2025); cispo: MiniMax-M1 (2025); sapo: Gao et al. (2025);
+          gmpo: Zhao et al. (2025); dro: Richemond et al. (2024); reinforce_pp: Hu (2025); remax: Li
+          et al. (2024); opo: Hao et al. (2025); gpg: Chu et al. (2025); pass_at_k: Chen et al.
+          (2025), as verl has it; sequence_ratio: the objective by which courses introduce PPO for
+          language models, without advantages: for study.
+Updates   optimizer steps on one rollout are epochs x minibatches; with one every ratio is exactly
+          1, and what bounds ratios never acts. Of each row:
             ppo, ppo_penalty       4 epochs: Ziegler et al. (2019), Huang et al. (2024)
             dapo                   16: mini-batches of 512 of 512 x 16 completions (section 4.1)
-            cispo                  16 "rounds of off-policy updates per generation batch" (section 3.1)
-            dr_grpo, gmpo          8: rollouts of 128 x 8 completions in batches of 128, as Dr. GRPO's scripts have it, whose setting GMPO takes
-            reinforce_pp           8, with and without the group's mean: OpenRLHF, rollouts of 1024 in batches of 128
+            cispo                  16 "rounds of off-policy updates per generation batch" (section
+                                   3.1)
+            dr_grpo, gmpo          8: rollouts of 128 x 8 completions in batches of 128, as Dr.
+                                   GRPO's scripts have it, whose setting GMPO takes
+            reinforce_pp           8, with and without the group's mean: OpenRLHF, rollouts of 1024
+                                   in batches of 128
             gspo, sapo             4 mini-batches (section 5.1 of each)
-            grpo                   1: "a single update following each exploration stage" (section 4.2). DeepSeek-R1 (2025) has 16: minibatches 16
+            grpo                   1: "a single update following each exploration stage" (section
+                                   4.2). DeepSeek-R1 (2025) has 16: minibatches 16
             sequence_ratio         4 epochs, as ppo
-            ppo_max                1: train_ppo_zh.sh of their code has as many rollouts as there are in a batch
+            ppo_max                1: train_ppo_zh.sh of their code has as many rollouts as there
+                                   are in a batch
             the others             1: their gradient is that of the policy which drew the samples
-          A row's minibatches are of its objective: trpo and reinforce in its place have one. They are no more than there are prompts in a step.
-Epsilon   of Adam: 1e-5 where Huang et al. (2024) have it, in ppo and ppo_penalty, which follow their numbers; elsewhere 1e-8. Beside gradients of large models,
-          which are small in each parameter, 1e-5 shortens steps (docs/metrics.md, optim/below_epsilon).
-ppo_max   Zheng et al. (2023), Secrets of RLHF in Large Language Models, part I, with the numbers of their code (MOSS-RLHF). What it adds to ppo are seven
-          things, each an option of its own:
+          A row's minibatches are of its objective: trpo and reinforce in its place have one. They
+          are no more than there are prompts in a step.
+Epsilon   of Adam: 1e-5 where Huang et al. (2024) have it, in ppo and ppo_penalty, which follow
+          their numbers; elsewhere 1e-8. Beside gradients of large models, which are small in each
+          parameter, 1e-5 shortens steps (docs/metrics.md, optim/below_epsilon).
+ppo_max   Zheng et al. (2023), Secrets of RLHF in Large Language Models, part I, with the numbers of
+          their code (MOSS-RLHF). What it adds to ppo are seven things, each an option of its own:
             1. KL in the reward                      kl.coef 0.02 (their English script: 0.01)
-            2. scores normalised, then clipped       normalize_scores, or scale_scores alone (less one constant); score_clip 10
+            2. scores normalised, then clipped       normalize_scores, or scale_scores alone (less
+               one constant); score_clip 10
             3. advantages normalised, then clipped   loss.whiten; loss.advantage_clip 0.5
             4. the policy's clip                     loss.clip_low, loss.clip_high 0.2
             5. the critic's clip                     loss.value_clip 0.2
-            6. an entropy target                     loss.entropy_coef, loss.entropy_target: off here, and of weight 0 there
+            6. an entropy target                     loss.entropy_coef, loss.entropy_target: off
+               here, and of weight 0 there
             7. a pretraining loss                    off here: it needs data
-          and one pass over each rollout, with a critic that starts from the reward model (critic.model), and Adam's usual epsilon. The English run that
-          they published has less: scale_scores, both clips, kl.coef 0.01, a policy's lr of 5e-7 and a critic's of 1.5e-6. The ratio, and with it 4 and 5,
-          needs more than one optimizer step a rollout (minibatches, epochs).
-          What moves the optimum, ref exp(r / beta): 2, since dividing scores by s is a KL coefficient of s beta (taking a mean off moves nothing), and a
-          clip of scores that binds; 6; 7. Of an exact critic every advantage is 0 there, so 3, 4 and 5 leave it where it is.
+          and one pass over each rollout, with a critic that starts from the reward model
+          (critic.model), and Adam's usual epsilon. The English run that they published has less:
+          scale_scores, both clips, kl.coef 0.01, a policy's lr of 5e-7 and a critic's of 1.5e-6.
+          The ratio, and with it 4 and 5, needs more than one optimizer step a rollout (minibatches,
+          epochs). What moves the optimum, ref exp(r / beta): 2, since dividing scores by s is a KL
+          coefficient of s beta (taking a mean off moves nothing), and a clip of scores that binds;
+          6; 7. Of an exact critic every advantage is 0 there, so 3, 4 and 5 leave it where it is.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -48,14 +68,26 @@ from typing import Any, Literal
 from fusedrl.engine.base.errors import ConfigError
 
 Needs = Literal["", "critic", "group", "greedy"]
-# Built-in advantages, and what each needs beside scores: a critic's values, several completions of a prompt, or the score of the greedy completion.
+# Built-in advantages, and what each needs beside scores: a critic's values, several completions of
+# a prompt, or the score of the greedy completion.
 ADVANTAGES: dict[str, Needs] = {
-    "gae": "critic", "learned_baseline": "critic", "td0": "critic", "k_step": "critic",
-    "monte_carlo": "", "reward_to_go": "", "running_mean": "",
-    "grpo": "group", "dr_grpo": "group", "rloo": "group", "opo": "group", "gpg": "group", "pass_at_k": "group",
+    "gae": "critic",
+    "learned_baseline": "critic",
+    "td0": "critic",
+    "k_step": "critic",
+    "monte_carlo": "",
+    "reward_to_go": "",
+    "running_mean": "",
+    "grpo": "group",
+    "dr_grpo": "group",
+    "rloo": "group",
+    "opo": "group",
+    "gpg": "group",
+    "pass_at_k": "group",
     "remax": "greedy",
 }
-# Built-in objectives: a kind of kernels/objective.py, and the bounds it has here where a configuration names none.
+# Built-in objectives: a kind of kernels/objective.py, and the bounds it has here where a
+# configuration names none.
 OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "reinforce": ("reinforce", {}),
     "importance": ("ratio", {}),
@@ -69,9 +101,11 @@ OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "sapo": ("sapo", {"tau_positive": 1.0, "tau_negative": 1.05}),
     "gmpo": ("geometric_mean", {"clip_low": 0.4, "clip_high": 0.4}),
     "dro": ("dro", {"beta": 1.0}),
-    "sequence_ratio": ("sequence_ratio", {"clip_low": 0.2, "clip_high": 0.2}),  # a function in objectives.py
+    # a function in objectives.py
+    "sequence_ratio": ("sequence_ratio", {"clip_low": 0.2, "clip_high": 0.2}),
 }
-BOUNDS = ("clip_low", "clip_high", "dual_clip", "clip_max", "tau_positive", "tau_negative", "beta")  # what an objective may use of LossConfig
+# what an objective may use of LossConfig
+BOUNDS = ("clip_low", "clip_high", "dual_clip", "clip_max", "tau_positive", "tau_negative", "beta")
 
 
 @dataclass(frozen=True)
@@ -96,49 +130,161 @@ class Algorithm:
     advantage_clip: float | None = None
 
 
-_SUM = "sequence_mean_token_sum"  # the policy gradient as it is derived: log-probabilities of whole completions, a mean over completions
+# the policy gradient as it is derived: log-probabilities of whole completions, a mean over
+# completions
+_SUM = "sequence_mean_token_sum"
 _MEAN = "sequence_mean_token_mean"
 
 
-def _group(title: str, advantage: str, objective: str, aggregation: str, *, kl_coef: float = 0.0, kl_estimator: str = "k3", whiten: bool = False,
-           minibatches: int = 1, refill_tries: int = 0) -> Algorithm:
+def _group(
+    title: str,
+    advantage: str,
+    objective: str,
+    aggregation: str,
+    *,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    whiten: bool = False,
+    minibatches: int = 1,
+    refill_tries: int = 0,
+) -> Algorithm:
     """A row of eight completions of each prompt, whose KL, if any, is in the loss."""
-    return Algorithm(title, advantage, objective, aggregation, kl_placement="loss", kl_coef=kl_coef, kl_estimator=kl_estimator, whiten=whiten,
-                     samples_per_prompt=8, minibatches=minibatches, refill_tries=refill_tries)
+    return Algorithm(
+        title,
+        advantage,
+        objective,
+        aggregation,
+        kl_placement="loss",
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        whiten=whiten,
+        samples_per_prompt=8,
+        minibatches=minibatches,
+        refill_tries=refill_tries,
+    )
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm("PPO: a clipped ratio and a critic", "gae", "ppo_clip", "token_mean", kl_coef=0.05, whiten=True, epochs=4,
-                     eps=1e-5),
-    "ppo_penalty": Algorithm("PPO with an adaptive KL penalty in place of the clip", "gae", "ppo_penalty", "token_mean", kl_coef=0.05, whiten=True, epochs=4,
-                             eps=1e-5),
-    "trpo": Algorithm("TRPO: a natural gradient step within a KL, and a critic", "gae", "trpo", "token_mean", kl_coef=0.05, whiten=True, epochs=10),
-    "ppo_max": Algorithm("PPO-max: scores and advantages normalised and clipped", "gae", "ppo_clip", "token_mean", kl_coef=0.02, whiten=True,
-                         normalize_scores=True, score_clip=10.0, advantage_clip=0.5),
-    "a2c": Algorithm("advantage actor-critic, k steps ahead", "k_step", "reinforce", _SUM, kl_coef=0.05),
-    "actor_critic": Algorithm("actor-critic, one step ahead", "td0", "reinforce", _SUM, kl_coef=0.05),
-    "reinforce": Algorithm("REINFORCE with reward-to-go", "reward_to_go", "reinforce", _SUM, kl_coef=0.05),
-    "reinforce_baseline": Algorithm("REINFORCE less the running mean of past returns", "running_mean", "reinforce", _SUM, kl_coef=0.05),
-    "reinforce_learned": Algorithm("REINFORCE less a learned baseline", "learned_baseline", "reinforce", _SUM, kl_coef=0.05),
-    "reinforce_pp": Algorithm("REINFORCE++: token returns, whitened over the batch", "reward_to_go", "ppo_clip", "token_mean", kl_coef=0.01, whiten=True,
-                              minibatches=8),
-    "reinforce_pp_baseline": _group("REINFORCE++ less the group's mean", "dr_grpo", "ppo_clip", "token_mean", kl_coef=0.01, kl_estimator="k2",
-                                    whiten=True, minibatches=8),
-    "rloo": Algorithm("leave-one-out baseline", "rloo", "ppo_clip", _SUM, kl_coef=0.05, samples_per_prompt=4),
-    "remax": Algorithm("REINFORCE less the greedy completion's score", "remax", "reinforce", _SUM, kl_coef=0.05),
+    "ppo": Algorithm(
+        "PPO: a clipped ratio and a critic",
+        "gae",
+        "ppo_clip",
+        "token_mean",
+        kl_coef=0.05,
+        whiten=True,
+        epochs=4,
+        eps=1e-5,
+    ),
+    "ppo_penalty": Algorithm(
+        "PPO with an adaptive KL penalty in place of the clip",
+        "gae",
+        "ppo_penalty",
+        "token_mean",
+        kl_coef=0.05,
+        whiten=True,
+        epochs=4,
+        eps=1e-5,
+    ),
+    "trpo": Algorithm(
+        "TRPO: a natural gradient step within a KL, and a critic",
+        "gae",
+        "trpo",
+        "token_mean",
+        kl_coef=0.05,
+        whiten=True,
+        epochs=10,
+    ),
+    "ppo_max": Algorithm(
+        "PPO-max: scores and advantages normalised and clipped",
+        "gae",
+        "ppo_clip",
+        "token_mean",
+        kl_coef=0.02,
+        whiten=True,
+        normalize_scores=True,
+        score_clip=10.0,
+        advantage_clip=0.5,
+    ),
+    "a2c": Algorithm(
+        "advantage actor-critic, k steps ahead", "k_step", "reinforce", _SUM, kl_coef=0.05
+    ),
+    "actor_critic": Algorithm(
+        "actor-critic, one step ahead", "td0", "reinforce", _SUM, kl_coef=0.05
+    ),
+    "reinforce": Algorithm(
+        "REINFORCE with reward-to-go", "reward_to_go", "reinforce", _SUM, kl_coef=0.05
+    ),
+    "reinforce_baseline": Algorithm(
+        "REINFORCE less the running mean of past returns",
+        "running_mean",
+        "reinforce",
+        _SUM,
+        kl_coef=0.05,
+    ),
+    "reinforce_learned": Algorithm(
+        "REINFORCE less a learned baseline", "learned_baseline", "reinforce", _SUM, kl_coef=0.05
+    ),
+    "reinforce_pp": Algorithm(
+        "REINFORCE++: token returns, whitened over the batch",
+        "reward_to_go",
+        "ppo_clip",
+        "token_mean",
+        kl_coef=0.01,
+        whiten=True,
+        minibatches=8,
+    ),
+    "reinforce_pp_baseline": _group(
+        "REINFORCE++ less the group's mean",
+        "dr_grpo",
+        "ppo_clip",
+        "token_mean",
+        kl_coef=0.01,
+        kl_estimator="k2",
+        whiten=True,
+        minibatches=8,
+    ),
+    "rloo": Algorithm(
+        "leave-one-out baseline", "rloo", "ppo_clip", _SUM, kl_coef=0.05, samples_per_prompt=4
+    ),
+    "remax": Algorithm(
+        "REINFORCE less the greedy completion's score", "remax", "reinforce", _SUM, kl_coef=0.05
+    ),
     "opo": _group("length-weighted baseline, exactly on policy", "opo", "reinforce", "token_mean"),
     "gpg": _group("group policy gradient", "gpg", "reinforce", "token_mean"),
     "grpo": _group("advantages within the group", "grpo", "ppo_clip", _MEAN, kl_coef=0.04),
-    "dr_grpo": _group("GRPO without its two divisions", "dr_grpo", "ppo_clip", "sequence_sum_norm", minibatches=8),
-    "dapo": _group("GRPO with a higher upper clip, a mean over tokens, dynamic sampling", "grpo", "dapo", "token_mean", minibatches=16,
-                   refill_tries=3),
+    "dr_grpo": _group(
+        "GRPO without its two divisions", "dr_grpo", "ppo_clip", "sequence_sum_norm", minibatches=8
+    ),
+    "dapo": _group(
+        "GRPO with a higher upper clip, a mean over tokens, dynamic sampling",
+        "grpo",
+        "dapo",
+        "token_mean",
+        minibatches=16,
+        refill_tries=3,
+    ),
     "gspo": _group("GRPO with the sequence's ratio", "grpo", "gspo", _MEAN, minibatches=4),
-    "cispo": _group("GRPO with a capped importance weight", "grpo", "cispo", "token_mean", minibatches=16),
-    "sapo": _group("GRPO with a soft gate in place of the clip", "grpo", "sapo", _MEAN, minibatches=4),
-    "gmpo": _group("GRPO with the geometric mean of the ratios", "grpo", "gmpo", _MEAN, minibatches=8),
+    "cispo": _group(
+        "GRPO with a capped importance weight", "grpo", "cispo", "token_mean", minibatches=16
+    ),
+    "sapo": _group(
+        "GRPO with a soft gate in place of the clip", "grpo", "sapo", _MEAN, minibatches=4
+    ),
+    "gmpo": _group(
+        "GRPO with the geometric mean of the ratios", "grpo", "gmpo", _MEAN, minibatches=8
+    ),
     "pass_at_k": _group("GRPO for the best of a group", "pass_at_k", "ppo_clip", _MEAN),
-    "dro": Algorithm("direct reward optimisation with a critic", "learned_baseline", "dro", "token_mean"),
-    "sequence_ratio": Algorithm("a completion's clipped ratio times its reward, for study", "monte_carlo", "sequence_ratio", _MEAN, kl_coef=0.05, epochs=4),
+    "dro": Algorithm(
+        "direct reward optimisation with a critic", "learned_baseline", "dro", "token_mean"
+    ),
+    "sequence_ratio": Algorithm(
+        "a completion's clipped ratio times its reward, for study",
+        "monte_carlo",
+        "sequence_ratio",
+        _MEAN,
+        kl_coef=0.05,
+        epochs=4,
+    ),
 }
 
 
@@ -151,10 +297,14 @@ def resolve(what: str, name: str, known: Mapping[str, Any]) -> Any:
     if name in known:
         return known[name]
     module, dot, attribute = name.rpartition(".")
-    expected = f"config: expected loss.{what} to be one of {', '.join(sorted(known))}, or module.function"
+    expected = (
+        f"config: expected loss.{what} to be one of {', '.join(sorted(known))}, or module.function"
+    )
     if not dot:
         raise ConfigError(f"{expected}; got {name!r}")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, SystemExit) as error:
-        raise ConfigError(f"{expected}; {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{expected}; {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error

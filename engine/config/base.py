@@ -1,4 +1,6 @@
-"""What every stage's configuration is made of: the optimizer, adapters, the run directory, how completions are sampled."""
+"""What every stage's configuration is made of: the optimizer, adapters, the run directory, how
+completions are sampled."""
+
 from __future__ import annotations
 
 import difflib
@@ -17,19 +19,28 @@ def require(condition: bool, where: str, expected: str, found: object) -> None:
 
 
 def check_values(config: Any) -> None:
-    """What holds for every stage: all numbers are finite, model and data are named. Raises ConfigError."""
+    """What holds for every stage: all numbers are finite, model and data are named. Raises
+    ConfigError."""
+
     def check(value: Any, name: str) -> None:
         if is_dataclass(value):
             for one in fields(value):
                 check(getattr(value, one.name), f"{name}.{one.name}" if name else one.name)
         for number in value if isinstance(value, tuple) else (value,):
-            require(not isinstance(number, float) or math.isfinite(number), name, "to be finite", value)
+            require(
+                not isinstance(number, float) or math.isfinite(number), name, "to be finite", value
+            )
 
     check(config, "")
     require(bool(config.model), "model", "a directory or id of a model", config.model)
     require(bool(config.data), "data", "a file", config.data)
     max_length = getattr(config, "max_length", None)
-    require(max_length is None or max_length >= 2, "max_length", ">= 2, or null for the model's own limit", max_length)
+    require(
+        max_length is None or max_length >= 2,
+        "max_length",
+        ">= 2, or null for the model's own limit",
+        max_length,
+    )
 
 
 def either(value: Any, usual: Any) -> Any:
@@ -44,16 +55,21 @@ class OptimConfig:
     Args:
         lr: peak learning rate.
         betas: decay of the two moments.
-        eps: added to the root of the second moment; None: the algorithm's, which is 1e-5 for ppo and ppo_penalty (Huang et al., 2024, "The N+ implementation
-            details"), and 1e-8 everywhere else. Steps of parameters whose gradients are below it are shorter: optim/below_epsilon says of how many.
-        eps_mode: torch adds it to the root of the unbiased moment. tensorflow adds it to that of the biased one (Kingma and Ba, 2015, the form before
-            section 2.1, "epsilon hat"), which is torch's with eps / sqrt(1 - beta2^t): 32 times as much at the first step, so that the first steps are
-            smaller. Runs that are compared with TensorFlow's (Ziegler et al., 2019) want it.
+        eps: added to the root of the second moment; None: the algorithm's, which is 1e-5 for ppo
+            and ppo_penalty (Huang et al., 2024, "The N+ implementation details"), and 1e-8
+            everywhere else. Steps of parameters whose gradients are below it are shorter:
+            optim/below_epsilon says of how many.
+        eps_mode: torch adds it to the root of the unbiased moment. tensorflow adds it to that of
+            the biased one (Kingma and Ba, 2015, the form before section 2.1, "epsilon hat"), which
+            is torch's with eps / sqrt(1 - beta2^t): 32 times as much at the first step, so that the
+            first steps are smaller. Runs that are compared with TensorFlow's (Ziegler et al., 2019)
+            want it.
         weight_decay: decoupled, on matrices only.
         schedule: after the warm-up, constant, or linear to zero at the last step.
         warmup_steps: optimizer steps of linear warm-up.
         max_grad_norm: the global norm above which gradients are scaled down; 0 leaves them.
-        state: of the moments: float32, or int8, which takes a quarter of the memory and needs torchao.
+        state: of the moments: float32, or int8, which takes a quarter of the memory and needs
+            torchao.
     """
 
     lr: float = 1e-5
@@ -68,10 +84,19 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", "> 0", self.lr)
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", "two numbers in [0, 1)", self.betas)
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optim.betas",
+            "two numbers in [0, 1)",
+            self.betas,
+        )
         require(self.eps is None or self.eps > 0, "optim.eps", "> 0", self.eps)
-        require(self.eps_mode == "torch" or self.state == "float32", "optim.eps_mode", "torch with optim.state = int8 (its compiled step has one epsilon)",
-                 self.eps_mode)
+        require(
+            self.eps_mode == "torch" or self.state == "float32",
+            "optim.eps_mode",
+            "torch with optim.state = int8 (its compiled step has one epsilon)",
+            self.eps_mode,
+        )
         require(self.weight_decay >= 0, "optim.weight_decay", ">= 0", self.weight_decay)
         require(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
         require(self.max_grad_norm >= 0, "optim.max_grad_norm", ">= 0", self.max_grad_norm)
@@ -83,12 +108,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters on a frozen model (Hu et al., 2021): W + alpha / rank x B A, of which A and B are trained. No dropout: the sampler has none.
+    """Low-rank adapters on a frozen model (Hu et al., 2021): W + alpha / rank x B A, of which A and
+    B are trained. No dropout: the sampler has none.
 
     Args:
         rank: of A and B.
         alpha: the adapter is scaled by alpha / rank.
-        targets: linear layers by PEFT's names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (Phi-3: qkv_proj, gate_up_proj); all-linear: all.
+        targets: linear layers by PEFT's names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
+            down_proj (Phi-3: qkv_proj, gate_up_proj); all-linear: all.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023).
     """
 
@@ -100,10 +127,20 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         require(self.rank >= 1, "lora.rank", ">= 1", self.rank)
         require(self.alpha > 0, "lora.alpha", "> 0", self.alpha)
-        require(len(self.targets) >= 1 and not isinstance(self.targets, str), "lora.targets", "one target or more", self.targets)
+        require(
+            len(self.targets) >= 1 and not isinstance(self.targets, str),
+            "lora.targets",
+            "one target or more",
+            self.targets,
+        )
         for name in self.targets:
             close = difflib.get_close_matches(name, LORA_TARGETS, 1, 0.5)
-            require(name in LORA_TARGETS, "lora.targets", f"of {', '.join(LORA_TARGETS)}" + (f" (did you mean {close[0]}?)" if close else ""), name)
+            require(
+                name in LORA_TARGETS,
+                "lora.targets",
+                f"of {', '.join(LORA_TARGETS)}" + (f" (did you mean {close[0]}?)" if close else ""),
+                name,
+            )
 
     @property
     def scale(self) -> float:
@@ -111,7 +148,18 @@ class LoRAConfig:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-LORA_TARGETS = ("all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
+LORA_TARGETS = (
+    "all-linear",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "qkv_proj",
+    "gate_up_proj",
+)
 
 
 @dataclass(frozen=True)
@@ -123,10 +171,11 @@ class RunConfig:
         seed: of everything that draws.
         resume: continue the run in `dir` from its newest complete checkpoint.
         save_every: steps between checkpoints, whatever they cost; 0 saves by the clock.
-        save_minutes: minutes between checkpoints, longer where saving would take more than 5% of the time; the first is after the first step and the last at
-            the end. 0 saves at the end only.
-        signals: that stop a run with its state saved, beside SIGINT, SIGTERM and SIGHUP: such as SIGUSR1, which schedulers send before the time is up; several
-            with commas.
+        save_minutes: minutes between checkpoints, longer where saving would take more than 5% of
+            the time; the first is after the first step and the last at the end. 0 saves at the end
+            only.
+        signals: that stop a run with its state saved, beside SIGINT, SIGTERM and SIGHUP: such as
+            SIGUSR1, which schedulers send before the time is up; several with commas.
         keep: complete checkpoints kept; the oldest go first.
         progress: live progress on the terminal.
     """
@@ -147,8 +196,12 @@ class RunConfig:
         require(0 <= self.save_minutes < math.inf, "run.save_minutes", ">= 0", self.save_minutes)
         require(self.keep >= 1, "run.keep", ">= 1", self.keep)
         for name in self.signal_names:
-            require(name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"), "run.signals", "names of signals that a process can catch, such "
-                    "as SIGUSR1 or SIGUSR1,SIGUSR2", self.signals)
+            require(
+                name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"),
+                "run.signals",
+                "names of signals that a process can catch, such as SIGUSR1 or SIGUSR1,SIGUSR2",
+                self.signals,
+            )
 
     @property
     def signal_names(self) -> tuple[str, ...]:
@@ -158,14 +211,16 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How rollouts are sampled. PPO scores the distribution it samples from, so it refuses settings that truncate it.
+    """How rollouts are sampled. PPO scores the distribution it samples from, so it refuses settings
+    that truncate it.
 
     Args:
         max_new_tokens: longest completion.
         temperature: divides the logits, in sampling and in scoring alike.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of this probability; 1 keeps all.
-        min_p: keep tokens of at least this fraction of the likeliest one's probability; 0 keeps all.
+        min_p: keep tokens of at least this fraction of the likeliest one's probability; 0 keeps
+            all.
         stop_token_ids: ids that end a completion besides the model's own EOS.
     """
 
@@ -182,7 +237,12 @@ class GenerationConfig:
         require(self.top_k >= 0, "generation.top_k", ">= 0; 0 keeps all", self.top_k)
         require(0 < self.top_p <= 1, "generation.top_p", "in (0, 1]; 1 keeps all", self.top_p)
         require(0 <= self.min_p <= 1, "generation.min_p", "in [0, 1]; 0 keeps all", self.min_p)
-        require(all(token >= 0 for token in self.stop_token_ids), "generation.stop_token_ids", "token ids >= 0", self.stop_token_ids)
+        require(
+            all(token >= 0 for token in self.stop_token_ids),
+            "generation.stop_token_ids",
+            "token ids >= 0",
+            self.stop_token_ids,
+        )
 
     @property
     def truncates(self) -> bool:

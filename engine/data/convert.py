@@ -1,7 +1,9 @@
 """Rows of each format as records: the functions that the table in formats.py names.
 
-A function raises BadRow where the row is not what its format says, and Dropped where the row is well formed and holds nothing to learn from.
+A function raises BadRow where the row is not what its format says, and Dropped where the row is
+well formed and holds nothing to learn from.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -31,12 +33,13 @@ class ReadOptions:
     """What some formats let one choose.
 
     Args:
-        soft_labels: keep ties (WebGPT) as pairs of label 0.5, for a loss that takes labels; otherwise they are dropped and counted.
-        min_score_ratio: SHP: the votes of the preferred answer over those of the other; below it the label is mostly noise.
-        max_pairs_per_post: SHP: the first so many pairs of a post, or a few posts with many answers are learnt by heart.
+        soft_labels: keep ties (WebGPT) as pairs of label 0.5, for a loss that takes labels;
+        otherwise they are dropped and counted. min_score_ratio: SHP: the votes of the preferred
+        answer over those of the other; below it the label is mostly noise. max_pairs_per_post: SHP:
+        the first so many pairs of a post, or a few posts with many answers are learnt by heart.
         split: summaries: only rows of this split (train, valid1, valid2); None takes all.
-        count_tokens: tokens of a text; given that, posts of summaries are shortened at a line end until the query has `query_tokens`.
-        query_tokens: the length of such a query.
+        count_tokens: tokens of a text; given that, posts of summaries are shortened at a line end
+        until the query has `query_tokens`. query_tokens: the length of such a query.
     """
 
     soft_labels: bool = False
@@ -56,7 +59,7 @@ class Reading:
     seen: Counter[str] = field(default_factory=Counter)
 
 
-# ---- shared by formats --------------------------------------------------------------------------------------------------------
+# ---- shared by formats ---------------------------------------------------------------------------
 def prompt_example(prompt: Prompt, row: Row, *used: str, **extra: Any) -> PromptExample:
     """A prompt with the row's columns, but for those in `used`."""
     columns = {name: value for name, value in row.items() if name not in used}
@@ -65,7 +68,9 @@ def prompt_example(prompt: Prompt, row: Row, *used: str, **extra: Any) -> Prompt
     return PromptExample(prompt, columns | extra)
 
 
-def prompts(of: Callable[[Row, Reading], Prompt], *used: str) -> Callable[[Row, Reading], PromptExample]:
+def prompts(
+    of: Callable[[Row, Reading], Prompt], *used: str
+) -> Callable[[Row, Reading], PromptExample]:
     """The reader of prompts that `of` finds; `used` are the columns that do not travel on."""
     return lambda row, reading: prompt_example(of(row, reading), row, *used)
 
@@ -80,7 +85,8 @@ def question(name: str) -> Callable[[Row, Reading], Prompt]:
 
 
 def given(row: Row, reading: Reading) -> Prompt:
-    """The "prompt" column: messages as they are, a text through the template (which changes nothing unless one was named)."""
+    """The "prompt" column: messages as they are, a text through the template (which changes nothing
+    unless one was named)."""
     prompt = get.text_or_messages(row, "prompt")
     return reading.template.render(prompt, "") if isinstance(prompt, str) else prompt
 
@@ -108,7 +114,7 @@ def _pair(prompt: Prompt, chosen: str, rejected: str, **extra: Any) -> PairExamp
     return PairExample(prompt, chosen, rejected, **extra)
 
 
-# ---- preferences: {"prompt"?, "chosen", "rejected"} ---------------------------------------------------------------------------
+# ---- preferences: {"prompt"?, "chosen", "rejected"} ----------------------------------------------
 def _margin(row: Row) -> dict[str, float]:
     """The optional column "margin" of a pair."""
     return {} if row.get("margin") is None else {"margin": get.number(row, "margin")}
@@ -116,7 +122,13 @@ def _margin(row: Row) -> dict[str, float]:
 
 def explicit_pair(row: Row, reading: Reading) -> PairExample:
     prompt = given(row, reading)
-    return _pair(prompt, _answer(row, "chosen", reading), _answer(row, "rejected", reading), **_margin(row), **_tools(row, prompt))
+    return _pair(
+        prompt,
+        _answer(row, "chosen", reading),
+        _answer(row, "rejected", reading),
+        **_margin(row),
+        **_tools(row, prompt),
+    )
 
 
 def implicit_pair(row: Row, reading: Reading) -> PairExample:
@@ -137,20 +149,23 @@ def implicit_chosen(row: Row, reading: Reading) -> Demonstration:
     return demonstrated(prompt, chosen, **_tools(row, prompt))
 
 
-# ---- comparisons with a schema of their own -----------------------------------------------------------------------------------
+# ---- comparisons with a schema of their own ------------------------------------------------------
 def red_team_prompt(row: Row, reading: Reading) -> PromptExample:
-    """The attacker's first turn; the rest of the transcript is what another model was led to say."""
+    """The attacker's first turn; the rest of the transcript is what another model was led to
+    say."""
     transcript = get.text(row, "transcript")
     end = transcript.find(ASSISTANT)
     if end < 0:
         raise BadRow(f'expected "transcript" to hold the first turn up to {ASSISTANT!r}')
     get.number(row, "min_harmlessness_score_transcript")
-    return prompt_example(transcript[:end + len(ASSISTANT)], row)
+    return prompt_example(transcript[: end + len(ASSISTANT)], row)
 
 
 def shp_pair(row: Row, reading: Reading) -> PairExample:
     first_is_better = get.one_of(row, "labels", 0, 1) == 1
-    answers = [reading.template.answer(get.text(row, name)) for name in ("human_ref_A", "human_ref_B")]
+    answers = [
+        reading.template.answer(get.text(row, name)) for name in ("human_ref_A", "human_ref_B")
+    ]
     ratio, post = get.number(row, "score_ratio"), get.text(row, "post_id")
     prompt = asked(row, "history", reading)
     if ratio < reading.options.min_score_ratio:
@@ -174,7 +189,7 @@ def webgpt_pair(row: Row, reading: Reading) -> PairExample:
     return _pair(prompt, *(answers if scores[0] > scores[1] else answers[::-1]))
 
 
-# ---- summaries ----------------------------------------------------------------------------------------------------------------
+# ---- summaries -----------------------------------------------------------------------------------
 def summary_query(row: Row, reading: Reading, at: str = "") -> str:
     if at and not isinstance(row["info"], dict):
         raise get.wrong("info", "an object", row["info"])
@@ -182,8 +197,13 @@ def summary_query(row: Row, reading: Reading, at: str = "") -> str:
         return news(get.text(row, f"{at}article"))
     options = reading.options
     try:
-        return tldr(get.text(row, f"{at}subreddit"), get.text(row, f"{at}title"), get.text(row, f"{at}post"), count_tokens=options.count_tokens,
-                    limit=options.query_tokens)
+        return tldr(
+            get.text(row, f"{at}subreddit"),
+            get.text(row, f"{at}title"),
+            get.text(row, f"{at}post"),
+            count_tokens=options.count_tokens,
+            limit=options.query_tokens,
+        )
     except ValueError as error:
         raise Dropped(str(error)) from error
 
@@ -210,7 +230,11 @@ def comparison(row: Row, reading: Reading) -> PairExample:
     _in_split(row, reading)
     better = get.one_of(row, "choice", 0, 1)
     summaries = row["summaries"]
-    if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(summary, dict) for summary in summaries):
+    if (
+        not isinstance(summaries, list)
+        or len(summaries) != 2
+        or not all(isinstance(summary, dict) for summary in summaries)
+    ):
         raise BadRow('expected "summaries" to be a list of two objects with a "text" each')
     texts = [spaced(get.text(summary, "text")) for summary in summaries]
     return _pair(in_info(row, reading), texts[better], texts[1 - better])
@@ -227,7 +251,7 @@ def axes(row: Row, reading: Reading) -> ScoredExample:
     return ScoredExample(in_info(row, reading), spaced(get.text(row, "summary.text")), scores)
 
 
-# ---- questions ----------------------------------------------------------------------------------------------------------------
+# ---- questions -----------------------------------------------------------------------------------
 def gold_number(answer: str) -> str:
     """What stands behind the last "####" of a GSM8K answer, without commas.
 
@@ -245,7 +269,9 @@ def gold(row: Row) -> str:
     try:
         return gold_number(get.text(row, "answer"))
     except ValueError as error:
-        raise BadRow(f'{error} as in GSM8K; write other questions as {{"prompt", "completion"}}') from error
+        raise BadRow(
+            f'{error} as in GSM8K; write other questions as {{"prompt", "completion"}}'
+        ) from error
 
 
 def gsm8k_prompt(row: Row, reading: Reading) -> PromptExample:
@@ -255,7 +281,9 @@ def gsm8k_prompt(row: Row, reading: Reading) -> PromptExample:
 
 def gsm8k_demonstration(row: Row, reading: Reading) -> Demonstration:
     gold(row)
-    return demonstrated(asked(row, "question", reading), reading.template.answer(get.text(row, "answer")))
+    return demonstrated(
+        asked(row, "question", reading), reading.template.answer(get.text(row, "answer"))
+    )
 
 
 def _shots(row: Row) -> list[tuple[str, str]]:
@@ -266,8 +294,13 @@ def _shots(row: Row) -> list[tuple[str, str]]:
 
 
 def instruction_prompt(row: Row, reading: Reading) -> Prompt:
-    """An instruction and its input; with solved examples ("shots") the instruction stands first, and the input is the question."""
-    instruction, context, shots = get.text(row, "instruction"), get.optional_text(row, "input"), _shots(row)
+    """An instruction and its input; with solved examples ("shots") the instruction stands first,
+    and the input is the question."""
+    instruction, context, shots = (
+        get.text(row, "instruction"),
+        get.optional_text(row, "input"),
+        _shots(row),
+    )
     if not shots:
         return reading.template.render(instruction, context)
     return few_shot(shots, context, instruction=instruction, form=_style(row, reading))
@@ -275,7 +308,11 @@ def instruction_prompt(row: Row, reading: Reading) -> Prompt:
 
 def _style(row: Row, reading: Reading) -> Template:
     """Solved examples are questions and answers, unless they are turns of a chat."""
-    return TEMPLATES["qa"] if row.get("shots") and reading.template is not TEMPLATES["chat"] else reading.template
+    return (
+        TEMPLATES["qa"]
+        if row.get("shots") and reading.template is not TEMPLATES["chat"]
+        else reading.template
+    )
 
 
 def instructed(row: Row, reading: Reading) -> Demonstration:
@@ -286,7 +323,7 @@ def instructed(row: Row, reading: Reading) -> Demonstration:
     return demonstrated(instruction_prompt(row, reading), _style(row, reading).answer(answer))
 
 
-# ---- TRL's others, and ours ---------------------------------------------------------------------------------------------------
+# ---- TRL's others, and ours ----------------------------------------------------------------------
 def completed(row: Row, reading: Reading) -> Demonstration:
     prompt = given(row, reading)
     return demonstrated(prompt, _answer(row, "completion", reading), **_tools(row, prompt))
@@ -305,16 +342,25 @@ def _label(row: Row) -> bool:
 
 
 def unpaired(row: Row, reading: Reading) -> UnpairedExample:
-    label, prompt, completion = _label(row), given(row, reading), _answer(row, "completion", reading)
+    label, prompt, completion = (
+        _label(row),
+        given(row, reading),
+        _answer(row, "completion", reading),
+    )
     if not completion.strip():
         raise Dropped("the completion is empty")
     return UnpairedExample(prompt, completion, label, **_tools(row, prompt))
 
 
 def steps(row: Row, reading: Reading) -> StepExample:
-    steps, labels = get.many(row, "completions", str, "string"), get.many(row, "labels", bool, "boolean")
+    steps, labels = (
+        get.many(row, "completions", str, "string"),
+        get.many(row, "labels", bool, "boolean"),
+    )
     if len(steps) != len(labels):
-        raise BadRow(f'expected as many "labels" as "completions", got {len(labels)} and {len(steps)}')
+        raise BadRow(
+            f'expected as many "labels" as "completions", got {len(labels)} and {len(steps)}'
+        )
     if not steps:
         raise Dropped("there is no step")
     return StepExample(given(row, reading), steps, labels)
@@ -323,10 +369,15 @@ def steps(row: Row, reading: Reading) -> StepExample:
 def ranked(row: Row, reading: Reading) -> RankedExample:
     if not isinstance(row["completions"], list):
         raise get.wrong("completions", "a list of answers", row["completions"])
-    answers = [get.answer({f"completions[{i}]": value}, f"completions[{i}]") for i, value in enumerate(row["completions"])]
+    answers = [
+        get.answer({f"completions[{i}]": value}, f"completions[{i}]")
+        for i, value in enumerate(row["completions"])
+    ]
     ranks = get.many(row, "ranks", int, "whole number")
     if len(answers) != len(ranks):
-        raise BadRow(f'expected as many "ranks" as "completions", got {len(ranks)} and {len(answers)}')
+        raise BadRow(
+            f'expected as many "ranks" as "completions", got {len(ranks)} and {len(answers)}'
+        )
     prompt, lead = given(row, reading), isinstance(row["prompt"], str)
     kept = [i for i, text in enumerate(answers) if text.strip()]
     texts = tuple(reading.template.answer(answers[i]) if lead else answers[i] for i in kept)
@@ -345,7 +396,10 @@ def expanded(row: Row, reading: Reading) -> list[PairExample]:
     pairs = [(better, worse) for better, worse in pairs if better.strip() != worse.strip()]
     if not pairs:
         raise Dropped("the answers are equal")
-    return [PairExample(example.prompt, better, worse, weight=1 / len(pairs), tools=example.tools) for better, worse in pairs]
+    return [
+        PairExample(example.prompt, better, worse, weight=1 / len(pairs), tools=example.tools)
+        for better, worse in pairs
+    ]
 
 
 def implicit_prompt(row: Row, reading: Reading) -> Prompt:
@@ -369,6 +423,7 @@ def conversation(row: Row, name: str) -> Messages:
 
 def open_prompt(name: str) -> Callable[[Row, Reading], PromptExample]:
     """A conversation without its last turn, if that is the assistant's."""
+
     def read(row: Row, reading: Reading) -> PromptExample:
         found = conversation(row, name)
         prompt = found[:-1] if found[-1]["role"] == "assistant" else found

@@ -1,4 +1,5 @@
 """Columns of a row as what they should be; BadRow says what was expected and what came."""
+
 from __future__ import annotations
 
 import json
@@ -65,17 +66,31 @@ def many(row: Row, name: str, kind: type, what: str) -> tuple[Any, ...]:
     return tuple(values)
 
 
-# ---- messages -----------------------------------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 def messages(row: Row, name: str) -> Messages:
     found = row[name]
     if not found:
         raise BadRow(f'"{name}" is an empty list of messages')
-    if name in (TURNS, "chosen", "rejected") and all(isinstance(turn, str) for turn in found):  # MOSS-RLHF: the user begins, and they take turns
-        return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(found)]
+    # MOSS-RLHF: the user begins, and they take turns
+    if name in (TURNS, "chosen", "rejected") and all(isinstance(turn, str) for turn in found):
+        return [
+            {"role": ("user", "assistant")[index % 2], "content": turn}
+            for index, turn in enumerate(found)
+        ]
     for index, message in enumerate(found):
-        calls = isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not (calls or isinstance(message.get("content"), str)):
-            raise BadRow(f'expected "{name}"[{index}] to be a message {{"role": string, "content": string}}')
+        calls = (
+            isinstance(message, dict)
+            and message.get("tool_calls")
+            and message.get("content") is None
+        )
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not (calls or isinstance(message.get("content"), str))
+        ):
+            raise BadRow(
+                f'expected "{name}"[{index}] to be a message {{"role": string, "content": string}}'
+            )
     return found
 
 
@@ -90,7 +105,10 @@ def text_or_messages(row: Row, name: str) -> Prompt:
 
 def content(message: dict[str, Any], name: str) -> str:
     if message.get("content") is None:
-        raise BadRow(f'the answer in "{name}" is a call of a tool, which has no text; read the file as dialogues')
+        raise BadRow(
+            f'the answer in "{name}" is a call of a tool, which has no text; read the file as '
+            "dialogues"
+        )
     return message["content"]
 
 
@@ -100,7 +118,10 @@ def answer(row: Row, name: str) -> str:
         return text(row, name)
     found = messages(row, name)
     if len(found) != 1 or found[0]["role"] != "assistant":
-        raise BadRow(f'expected "{name}" to be one message of the assistant, got roles {[message["role"] for message in found]}')
+        raise BadRow(
+            f'expected "{name}" to be one message of the assistant, got roles '
+            f"{[message['role'] for message in found]}"
+        )
     return content(found[0], name)
 
 
@@ -109,12 +130,18 @@ def split(row: Row, name: str) -> tuple[Prompt, str]:
     if isinstance(column(row, name), list):
         found = messages(row, name)
         if found[-1]["role"] != "assistant" or len(found) < 2:
-            raise BadRow(f'expected "{name}" to end with an answer of the assistant, got roles {[message["role"] for message in found]}')
+            raise BadRow(
+                f'expected "{name}" to end with an answer of the assistant, got roles '
+                f"{[message['role'] for message in found]}"
+            )
         return found[:-1], content(found[-1], name)
     dialogue = text(row, name)
     end = dialogue.rfind(ASSISTANT)
     if end < 0:
-        raise BadRow(f'expected a "prompt" column, or "{name}" to hold the prompt up to its last {ASSISTANT!r}')
+        raise BadRow(
+            f'expected a "prompt" column, or "{name}" to hold the prompt up to its last '
+            f"{ASSISTANT!r}"
+        )
     end += len(ASSISTANT)
     return dialogue[:end], dialogue[end:]
 
@@ -123,17 +150,29 @@ def common_prompt(row: Row) -> Prompt:
     """What both dialogues share, through the last place where the assistant is to speak."""
     if isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
         pair = messages(row, "chosen"), messages(row, "rejected")
-        shared = next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
-        turns = [i for i in range(1, min(shared + 1, *map(len, pair))) if all(found[i]["role"] == "assistant" for found in pair)]
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair))
+        )
+        turns = [
+            i
+            for i in range(1, min(shared + 1, *map(len, pair)))
+            if all(found[i]["role"] == "assistant" for found in pair)
+        ]
         if not turns:
             raise BadRow("the messages of the two answers share no prompt")
-        return pair[0][:turns[-1]]
+        return pair[0][: turns[-1]]
     first, other = text(row, "chosen"), text(row, "rejected")
-    shared = next((i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b), min(len(first), len(other)))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b),
+        min(len(first), len(other)),
+    )
     end = first.rfind(ASSISTANT, 0, shared)
     if end < 0:
-        raise BadRow(f'expected a "prompt" column, or "chosen" and "rejected" to share a prompt up to {ASSISTANT!r}')
-    return first[:end + len(ASSISTANT)]
+        raise BadRow(
+            'expected a "prompt" column, or "chosen" and "rejected" to share a prompt up to '
+            f"{ASSISTANT!r}"
+        )
+    return first[: end + len(ASSISTANT)]
 
 
 def tools(row: Row) -> Tools | None:
@@ -143,7 +182,10 @@ def tools(row: Row) -> Tools | None:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise BadRow(f'expected "tools" to be a list of JSON schemas, got a string that is not JSON: {error}') from error
+            raise BadRow(
+                'expected "tools" to be a list of JSON schemas, got a string that is not JSON: '
+                f"{error}"
+            ) from error
     if value is None or (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
         return value or None
     raise wrong("tools", "a list of JSON schemas", value)

@@ -1,11 +1,16 @@
-"""The formats of data files: which columns each has, and what its rows become. One table, `FORMATS`.
+"""The formats of data files: which columns each has, and what its rows become. One table,
+`FORMATS`.
 
-A format is recognised by the columns of a file's first rows (`detect`), or named by hand (`shp:FILE`). From then on every row of the file has to be of it: a
-row that lacks a column is a bad line, and never slips into a simpler format.
+A format is recognised by the columns of a file's first rows (`detect`), or named by hand
+(`shp:FILE`). From then on every row of the file has to be of it: a row that lacks a column is a bad
+line, and never slips into a simpler format.
 
-Sources  HH-RLHF and its red-team file: Bai et al. (2022), Ganguli et al. (2022). SHP: Ethayarajh et al. (2022). WebGPT comparisons: Nakano et al. (2021).
-         Summaries: Stiennon et al. (2020). GSM8K: Cobbe et al. (2021). K-wise: Ouyang et al. (2022). MOSS: Zheng et al. (2023). The others: TRL's formats.
+Sources  HH-RLHF and its red-team file: Bai et al. (2022), Ganguli et al. (2022). SHP: Ethayarajh et
+         al. (2022). WebGPT comparisons: Nakano et al. (2021). Summaries: Stiennon et al. (2020).
+         GSM8K: Cobbe et al. (2021). K-wise: Ouyang et al. (2022). MOSS: Zheng et al. (2023). The
+         others: TRL's formats.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -56,78 +61,212 @@ class Format:
     caveat: str = ""
 
     def matches(self, row: Row) -> bool:
-        return all(name in row for name in self.columns) and not any(name in row for name in self.without) and self.fits(row)
+        return (
+            all(name in row for name in self.columns)
+            and not any(name in row for name in self.without)
+            and self.fits(row)
+        )
 
 
-NOUNS = {PromptExample: "prompts", Demonstration: "demonstrations", Dialogue: "dialogues", PairExample: "pairs", RankedExample: "ranked answers",
-         UnpairedExample: "labelled answers", StepExample: "labelled steps", ScoredExample: "scored answers"}
+NOUNS = {
+    PromptExample: "prompts",
+    Demonstration: "demonstrations",
+    Dialogue: "dialogues",
+    PairExample: "pairs",
+    RankedExample: "ranked answers",
+    UnpairedExample: "labelled answers",
+    StepExample: "labelled steps",
+    ScoredExample: "scored answers",
+}
 
 
-# ---- the table: more columns first --------------------------------------------------------------------------------------------
-_NOT_TO_IMITATE = "the transcripts are attempts to make an assistant do harm, often with success; nothing in them is to be imitated"
+# ---- the table: more columns first ---------------------------------------------------------------
+_NOT_TO_IMITATE = (
+    "the transcripts are attempts to make an assistant do harm, often with success; "
+    "nothing in them is to be imitated"
+)
 _TABLE = (
-    Format("hh-red-team", ("transcript", "min_harmlessness_score_transcript", "rating"), {PromptExample: to.red_team_prompt},
-           refuses={Demonstration: _NOT_TO_IMITATE, Dialogue: _NOT_TO_IMITATE}),
-    Format("shp", ("history", "human_ref_A", "human_ref_B", "labels", "score_ratio", "post_id"),
-           {PairExample: to.shp_pair, PromptExample: to.prompts(to.question("history"))}, template="dialogue"),
-    Format("webgpt", ("question", "answer_0", "answer_1", "score_0", "score_1"),
-           {PairExample: to.webgpt_pair, PromptExample: to.prompts(to.question("question.full_text"))}, template="dialogue"),
-    Format("summarize-comparisons", ("info", "summaries", "choice"), {PairExample: to.comparison, PromptExample: to.prompts(to.in_info)}),
-    Format("summarize-axis", ("info", "summary"), {ScoredExample: to.axes, PromptExample: to.prompts(to.in_info)},
-           fits=lambda row: isinstance(row["summary"], dict)),
-    Format("tldr", ("subreddit", "title", "post", "summary"), {Demonstration: to.tldr_demonstration, PromptExample: to.prompts(to.summary_query)}),
-    Format("kwise", ("prompt", "completions", "ranks"),
-           {RankedExample: to.ranked, PairExample: to.expanded, PromptExample: to.prompts(to.given, "prompt", "completions")}, template="plain"),
-    Format("stepwise", ("prompt", "completions", "labels"),
-           {StepExample: to.steps, PromptExample: to.prompts(to.given, "prompt", "completions")}, template="plain"),
-    Format("unpaired", ("prompt", "completion", "label"),
-           {UnpairedExample: to.unpaired, Demonstration: to.desirable, PromptExample: to.prompts(to.given, "prompt")},
-           fits=lambda row: isinstance(row["label"], bool), template="plain"),
-    Format("preference", ("prompt", "chosen", "rejected"),
-           {PairExample: to.explicit_pair, Demonstration: to.explicit_chosen, PromptExample: to.prompts(to.given, "prompt")}, template="plain"),
-    Format("hh-rlhf", ("chosen", "rejected"),
-           {PairExample: to.implicit_pair, Demonstration: to.implicit_chosen, PromptExample: to.prompts(to.implicit_prompt)}, without=("prompt",),
-           fits=lambda row: not isinstance(row["chosen"], list) and not isinstance(row["rejected"], list),
-           caveat="preference data of HH-RLHF's kind is not meant for supervised training of dialogues; its chosen answers are only the better of two"),
-    Format("implicit-preference", ("chosen", "rejected"),
-           {PairExample: to.implicit_pair, Demonstration: to.implicit_chosen, PromptExample: to.prompts(to.implicit_prompt)}, without=("prompt",)),
-    Format("prompt-completion", ("prompt", "completion"),
-           {Demonstration: to.completed, Dialogue: to.completed_dialogue, PromptExample: to.prompts(to.given, "prompt")}, template="plain"),
-    Format("messages", ("messages",),
-           {Demonstration: to.last_answer("messages"), Dialogue: to.dialogues("messages"), PromptExample: to.open_prompt("messages")}),
-    Format("instruction", ("instruction",), {Demonstration: to.instructed, PromptExample: to.prompts(to.instruction_prompt)}, template="alpaca"),
-    Format("gsm8k", ("question", "answer"), {Demonstration: to.gsm8k_demonstration, PromptExample: to.gsm8k_prompt}, template="qa"),
-    Format("moss", (TURNS,), {Demonstration: to.last_answer(TURNS), Dialogue: to.dialogues(TURNS), PromptExample: to.open_prompt(TURNS)}),
+    Format(
+        "hh-red-team",
+        ("transcript", "min_harmlessness_score_transcript", "rating"),
+        {PromptExample: to.red_team_prompt},
+        refuses={Demonstration: _NOT_TO_IMITATE, Dialogue: _NOT_TO_IMITATE},
+    ),
+    Format(
+        "shp",
+        ("history", "human_ref_A", "human_ref_B", "labels", "score_ratio", "post_id"),
+        {PairExample: to.shp_pair, PromptExample: to.prompts(to.question("history"))},
+        template="dialogue",
+    ),
+    Format(
+        "webgpt",
+        ("question", "answer_0", "answer_1", "score_0", "score_1"),
+        {PairExample: to.webgpt_pair, PromptExample: to.prompts(to.question("question.full_text"))},
+        template="dialogue",
+    ),
+    Format(
+        "summarize-comparisons",
+        ("info", "summaries", "choice"),
+        {PairExample: to.comparison, PromptExample: to.prompts(to.in_info)},
+    ),
+    Format(
+        "summarize-axis",
+        ("info", "summary"),
+        {ScoredExample: to.axes, PromptExample: to.prompts(to.in_info)},
+        fits=lambda row: isinstance(row["summary"], dict),
+    ),
+    Format(
+        "tldr",
+        ("subreddit", "title", "post", "summary"),
+        {Demonstration: to.tldr_demonstration, PromptExample: to.prompts(to.summary_query)},
+    ),
+    Format(
+        "kwise",
+        ("prompt", "completions", "ranks"),
+        {
+            RankedExample: to.ranked,
+            PairExample: to.expanded,
+            PromptExample: to.prompts(to.given, "prompt", "completions"),
+        },
+        template="plain",
+    ),
+    Format(
+        "stepwise",
+        ("prompt", "completions", "labels"),
+        {StepExample: to.steps, PromptExample: to.prompts(to.given, "prompt", "completions")},
+        template="plain",
+    ),
+    Format(
+        "unpaired",
+        ("prompt", "completion", "label"),
+        {
+            UnpairedExample: to.unpaired,
+            Demonstration: to.desirable,
+            PromptExample: to.prompts(to.given, "prompt"),
+        },
+        fits=lambda row: isinstance(row["label"], bool),
+        template="plain",
+    ),
+    Format(
+        "preference",
+        ("prompt", "chosen", "rejected"),
+        {
+            PairExample: to.explicit_pair,
+            Demonstration: to.explicit_chosen,
+            PromptExample: to.prompts(to.given, "prompt"),
+        },
+        template="plain",
+    ),
+    Format(
+        "hh-rlhf",
+        ("chosen", "rejected"),
+        {
+            PairExample: to.implicit_pair,
+            Demonstration: to.implicit_chosen,
+            PromptExample: to.prompts(to.implicit_prompt),
+        },
+        without=("prompt",),
+        fits=lambda row: (
+            not isinstance(row["chosen"], list) and not isinstance(row["rejected"], list)
+        ),
+        caveat="preference data of HH-RLHF's kind is not meant for supervised training of "
+        "dialogues; its chosen answers are only the better of two",
+    ),
+    Format(
+        "implicit-preference",
+        ("chosen", "rejected"),
+        {
+            PairExample: to.implicit_pair,
+            Demonstration: to.implicit_chosen,
+            PromptExample: to.prompts(to.implicit_prompt),
+        },
+        without=("prompt",),
+    ),
+    Format(
+        "prompt-completion",
+        ("prompt", "completion"),
+        {
+            Demonstration: to.completed,
+            Dialogue: to.completed_dialogue,
+            PromptExample: to.prompts(to.given, "prompt"),
+        },
+        template="plain",
+    ),
+    Format(
+        "messages",
+        ("messages",),
+        {
+            Demonstration: to.last_answer("messages"),
+            Dialogue: to.dialogues("messages"),
+            PromptExample: to.open_prompt("messages"),
+        },
+    ),
+    Format(
+        "instruction",
+        ("instruction",),
+        {Demonstration: to.instructed, PromptExample: to.prompts(to.instruction_prompt)},
+        template="alpaca",
+    ),
+    Format(
+        "gsm8k",
+        ("question", "answer"),
+        {Demonstration: to.gsm8k_demonstration, PromptExample: to.gsm8k_prompt},
+        template="qa",
+    ),
+    Format(
+        "moss",
+        (TURNS,),
+        {
+            Demonstration: to.last_answer(TURNS),
+            Dialogue: to.dialogues(TURNS),
+            PromptExample: to.open_prompt(TURNS),
+        },
+    ),
     Format("text", ("text",), {Demonstration: to.plain_text}),
-    Format("prompt", ("prompt",), {PromptExample: to.prompts(to.given, "prompt")}, template="plain"),
+    Format(
+        "prompt", ("prompt",), {PromptExample: to.prompts(to.given, "prompt")}, template="plain"
+    ),
 )
 FORMATS = {entry.name: entry for entry in _TABLE}
 
 
-# ---- which one a file has -----------------------------------------------------------------------------------------------------
+# ---- which one a file has ------------------------------------------------------------------------
 def named(name: str) -> Format:
     """The format of that name. Raises DataError with the nearest there is."""
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, 1)
-        raise DataError(f"unknown data format {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
-                        + f" There are: {', '.join(FORMATS)}. A data set is FILE or FORMAT:FILE")
+        raise DataError(
+            f"unknown data format {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else ".")
+            + f" There are: {', '.join(FORMATS)}. A data set is FILE or FORMAT:FILE"
+        )
     return FORMATS[name]
 
 
 def detect(row: Row, kind: type) -> Format | None:
-    """The first format that the row fits and that holds records of this kind; else the first that it fits, so that the refusal can name it."""
+    """The first format that the row fits and that holds records of this kind; else the first that
+    it fits, so that the refusal can name it."""
     fitting = [entry for entry in FORMATS.values() if entry.matches(row)]
-    return next((entry for entry in fitting if kind in entry.reads), fitting[0] if fitting else None)
+    return next(
+        (entry for entry in fitting if kind in entry.reads), fitting[0] if fitting else None
+    )
 
 
 def _nearest(row: Row, kind: type) -> str:
     """The format of such records that comes nearest to a row's columns, and what it lacks."""
-    def nearness(entry: Format) -> float:
-        return sum(max((difflib.SequenceMatcher(None, name, found).ratio() for found in row), default=0.0) for name in entry.columns) / len(entry.columns)
 
-    nearest = max((entry for entry in FORMATS.values() if kind in entry.reads), key=nearness)  # the first of the best
+    def nearness(entry: Format) -> float:
+        return sum(
+            max((difflib.SequenceMatcher(None, name, found).ratio() for found in row), default=0.0)
+            for name in entry.columns
+        ) / len(entry.columns)
+
+    # the first of the best
+    nearest = max((entry for entry in FORMATS.values() if kind in entry.reads), key=nearness)
     lacking = [f'"{name}"' for name in nearest.columns if name not in row]
-    return f"found {', '.join(map(repr, row)) or 'none'}; nearest is {nearest.name}" + (f", which needs {' and '.join(lacking)} too" if lacking else "")
+    return f"found {', '.join(map(repr, row)) or 'none'}; nearest is {nearest.name}" + (
+        f", which needs {' and '.join(lacking)} too" if lacking else ""
+    )
 
 
 def unknown_columns(row: Row, kind: type) -> str:
@@ -136,14 +275,21 @@ def unknown_columns(row: Row, kind: type) -> str:
 
 
 def check_use(entry: Format, kind: type, row: Row, where: str) -> None:
-    """Raises DataError where a file of this format does not hold such records, with the reason and what would."""
+    """Raises DataError where a file of this format does not hold such records, with the reason and
+    what would."""
     if kind in entry.reads:
         return
     if kind in entry.refuses:
-        raise DataError(f"{where}: a file of the format {entry.name} is not read as {NOUNS[kind]}: {entry.refuses[kind]}")
+        raise DataError(
+            f"{where}: a file of the format {entry.name} is not read as {NOUNS[kind]}: "
+            f"{entry.refuses[kind]}"
+        )
     formats = ", ".join(other.name for other in FORMATS.values() if kind in other.reads)
-    raise DataError(f"{where}: a file of the format {entry.name} holds {', '.join(NOUNS[other] for other in entry.reads)}, and no {NOUNS[kind]}: "
-                    f"{_nearest(row, kind)}. Formats that do: {formats}")
+    raise DataError(
+        f"{where}: a file of the format {entry.name} holds "
+        f"{', '.join(NOUNS[other] for other in entry.reads)}, and no {NOUNS[kind]}: "
+        f"{_nearest(row, kind)}. Formats that do: {formats}"
+    )
 
 
 def check_row(entry: Format, row: Row) -> None:
@@ -153,11 +299,18 @@ def check_row(entry: Format, row: Row) -> None:
         raise get.missing(row, f"{' and '.join(lacking)} of the format {entry.name}")
     for name in entry.without:
         if name in row:
-            raise BadRow(f'the file began with rows of the format {entry.name}, which has no column "{name}"; this row has one: split the file by format')
+            raise BadRow(
+                f"the file began with rows of the format {entry.name}, which has no column "
+                f'"{name}"; this row has one: split the file by format'
+            )
 
 
 def template_of(entry: Format, name: str | None) -> Template:
-    """The template of a format, or the one named instead. Raises DataError where the prompt comes whole."""
+    """The template of a format, or the one named instead. Raises DataError where the prompt comes
+    whole."""
     if name is not None and entry.template is None:
-        raise DataError(f"the format {entry.name} takes no prompt template (got {name!r}): its prompts come whole")
+        raise DataError(
+            f"the format {entry.name} takes no prompt template (got {name!r}): its prompts come "
+            "whole"
+        )
     return template(name or entry.template or "plain")

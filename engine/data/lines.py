@@ -1,7 +1,9 @@
 """A data file as rows: JSONL, or one JSON list of rows; plain or gzip.
 
-A bad line is never guessed at. Accepted without complaint: a byte-order mark, CRLF line ends and blank lines.
+A bad line is never guessed at. Accepted without complaint: a byte-order mark, CRLF line ends and
+blank lines.
 """
+
 from __future__ import annotations
 
 import gzip
@@ -24,31 +26,55 @@ class BadRow(Exception):
 
 
 class Dropped(Exception):
-    """A well-formed row that holds no usable example: a condition of the data, counted and not an error."""
+    """A well-formed row that holds no usable example: a condition of the data, counted and not an
+    error."""
 
 
-_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel", ".xls": "excel", ".arrow": "feather", ".feather": "feather"}
+_TABLES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".xlsx": "excel",
+    ".xls": "excel",
+    ".arrow": "feather",
+    ".feather": "feather",
+}
 _MAGIC = {b"PAR1": "parquet", b"ARRO": "feather", b"PK\x03\x04": "excel"}
 
 
 def check_data_file(path: Path) -> None:
-    """Raises FileNotFoundError where there is no such file, and says so of the name of a data set in a hub; DataError for a directory or a special file, and
-    for a table, with what turns it into JSONL."""
+    """Raises FileNotFoundError where there is no such file, and says so of the name of a data set
+    in a hub; DataError for a directory or a special file, and for a table, with what turns it into
+    JSONL."""
     if not path.exists():
         if path.suffix in ("", ".git") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
-            raise FileNotFoundError(f"{path} is no file here; if it is a data set of a hub, save it as JSONL and name that file: with the package "
-                                    f"datasets, load_dataset({str(path)!r}, split='train').to_json('train.jsonl')")
+            raise FileNotFoundError(
+                f"{path} is no file here; if it is a data set of a hub, save it as JSONL and name "
+                "that file: with the package "
+                f"datasets, load_dataset({str(path)!r}, split='train').to_json('train.jsonl')"
+            )
         raise FileNotFoundError(f"no such data file: {no_such(path)}")
     if not path.is_file():
-        raise DataError(f"{path}: expected a JSONL file, got a {'directory' if path.is_dir() else 'special file'}"
-                        + ("; name the file in it" if path.is_dir() else ""))
+        raise DataError(
+            f"{path}: expected a JSONL file, got a "
+            f"{'directory' if path.is_dir() else 'special file'}"
+            + ("; name the file in it" if path.is_dir() else "")
+        )
     with open(path, "rb") as file:
-        kind = _MAGIC.get(file.read(4)) or _TABLES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+        kind = _MAGIC.get(file.read(4)) or _TABLES.get(
+            Path(path.name.removesuffix(".gz")).suffix.lower()
+        )
     if kind is not None:
-        reader = {"csv": f"read_csv({path.name!r}{', sep=chr(9)' if '.tsv' in path.name else ''})"}.get(kind, f"read_{kind}({path.name!r})")
-        name = {"csv": "a CSV", "parquet": "a Parquet", "excel": "an Excel", "feather": "an Arrow"}[kind]
-        raise DataError(f"{path}: expected JSONL, got {name} file; convert it, for instance by pandas: {reader}"
-                        f".to_json('{path.name.split('.')[0]}.jsonl', orient='records', lines=True)")
+        reader = {
+            "csv": f"read_csv({path.name!r}{', sep=chr(9)' if '.tsv' in path.name else ''})"
+        }.get(kind, f"read_{kind}({path.name!r})")
+        name = {"csv": "a CSV", "parquet": "a Parquet", "excel": "an Excel", "feather": "an Arrow"}[
+            kind
+        ]
+        raise DataError(
+            f"{path}: expected JSONL, got {name} file; convert it, for instance by pandas: {reader}"
+            f".to_json('{path.name.split('.')[0]}.jsonl', orient='records', lines=True)"
+        )
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
@@ -81,32 +107,48 @@ def _elements(document: bytes) -> Iterator[tuple[int, bytes, str]]:
     try:
         text = document.removeprefix(_BOM).decode("utf-8")
     except UnicodeDecodeError as error:
-        yield document.count(b"\n", 0, error.start) + 1, b"", f"not UTF-8: byte 0x{document[error.start]:02x}"
+        yield (
+            document.count(b"\n", 0, error.start) + 1,
+            b"",
+            f"not UTF-8: byte 0x{document[error.start]:02x}",
+        )
         return
     scan, at, number, seen = json.JSONDecoder().raw_decode, _skip(text, 0) + 1, 1, 0
     first = True
     while True:
         at = _skip(text, at)
-        if text[at:at + 1] == "]":
+        if text[at : at + 1] == "]":
             break
-        if not first and text[at:at + 1] == ",":
+        if not first and text[at : at + 1] == ",":
             at = _skip(text, at + 1)
         elif not first:
-            yield number + text.count("\n", seen, at), b"", f"not JSON: expected ',' or ']' behind a row of the list, {_found(text, at)}"
+            yield (
+                number + text.count("\n", seen, at),
+                b"",
+                f"not JSON: expected ',' or ']' behind a row of the list, {_found(text, at)}",
+            )
             return
         number, seen, first = number + text.count("\n", seen, at), at, False
         try:
             _, end = scan(text, at)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            yield number, text[at:at + 200].encode(), f"not JSON: {reason} in the row of the list that begins here"
+            yield (
+                number,
+                text[at : at + 200].encode(),
+                f"not JSON: {reason} in the row of the list that begins here",
+            )
             return
         element = text[at:end]
         yield number, (f'{{"{TURNS}": {element}}}' if element[0] == "[" else element).encode(), ""
         at = end
     at = _skip(text, at + 1)
     if at < len(text):
-        yield number + text.count("\n", seen, at), b"", f"not JSON: expected nothing behind the list of rows, {_found(text, at)}"
+        yield (
+            number + text.count("\n", seen, at),
+            b"",
+            f"not JSON: expected nothing behind the list of rows, {_found(text, at)}",
+        )
 
 
 def _found(text: str, at: int) -> str:
@@ -114,7 +156,7 @@ def _found(text: str, at: int) -> str:
 
 
 def _skip(text: str, at: int) -> int:
-    while text[at:at + 1] in (" ", "\t", "\r", "\n"):
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
         at += 1
     return at
 
@@ -126,7 +168,9 @@ def parse_row(raw: bytes) -> Row:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}") from error
+        raise BadRow(
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        ) from error
     try:
         row = json.loads(text, parse_constant=_not_json, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -138,8 +182,11 @@ def parse_row(raw: bytes) -> Row:
     if "\\u" in text:
         try:
             json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair is no character, and a tokenizer refuses it
-            raise BadRow("a lone surrogate escape (\\ud800 to \\udfff) is not a character") from error
+        # half of a surrogate pair is no character, and a tokenizer refuses it
+        except UnicodeEncodeError as error:
+            raise BadRow(
+                "a lone surrogate escape (\\ud800 to \\udfff) is not a character"
+            ) from error
     return row
 
 
@@ -151,11 +198,22 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice in "
+            "one object"
+        )
     return row
 
 
 def type_name(value: object) -> str:
     """What JSON calls it."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names[type(value)]

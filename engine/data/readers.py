@@ -1,13 +1,17 @@
-"""Readers: data files as records. Which format a file has is seen from its first rows, or said by hand; `formats.FORMATS` lists what there is.
+"""Readers: data files as records. Which format a file has is seen from its first rows, or said by
+hand; `formats.FORMATS` lists what there is.
 
     FILE                       JSONL, or one JSON list of rows; .gz too
     FORMAT:FILE                the same, of this format: shp:train.jsonl
-    FORMAT/TEMPLATE:FILE       with another prompt template than the format's own: gsm8k/chat:train.jsonl
+    FORMAT/TEMPLATE:FILE       with another prompt template than the format's own:
+                               gsm8k/chat:train.jsonl
     A@2,B@1                    several files; see mixture.py for what the weights do
 
-A bad line is never guessed at. All of them, of all files, are collected first and reported together as `file:line: reason`, before any device work; or,
-when asked, written to a rejects file while reading goes on.
+A bad line is never guessed at. All of them, of all files, are collected first and reported together
+as `file:line: reason`, before any device work; or, when asked, written to a rejects file while
+reading goes on.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,7 +27,14 @@ from typing import Any, TypeVar
 
 from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.convert import Reading, ReadOptions
-from fusedrl.engine.data.formats import check_row, check_use, detect, named, template_of, unknown_columns
+from fusedrl.engine.data.formats import (
+    check_row,
+    check_use,
+    detect,
+    named,
+    template_of,
+    unknown_columns,
+)
 from fusedrl.engine.data.lines import BadRow, Dropped, parse_row, read_lines
 from fusedrl.engine.data.records import (
     Demonstration,
@@ -37,9 +48,28 @@ from fusedrl.engine.data.records import (
     UnpairedExample,
 )
 
-__all__ = ["Demonstration", "Dialogue", "PairExample", "Prompt", "PromptExample", "RankedExample", "ReadOptions", "ScoredExample", "Source", "StepExample",
-           "UnpairedExample", "load_demonstrations", "load_dialogues", "load_pairs", "load_prompts", "load_ranked", "load_scored", "load_steps",
-           "load_unpaired", "parse_data"]
+__all__ = [
+    "Demonstration",
+    "Dialogue",
+    "PairExample",
+    "Prompt",
+    "PromptExample",
+    "RankedExample",
+    "ReadOptions",
+    "ScoredExample",
+    "Source",
+    "StepExample",
+    "UnpairedExample",
+    "load_demonstrations",
+    "load_dialogues",
+    "load_pairs",
+    "load_prompts",
+    "load_ranked",
+    "load_scored",
+    "load_steps",
+    "load_unpaired",
+    "parse_data",
+]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -48,10 +78,11 @@ REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 SHOWN = 20
 
 
-# ---- what to read -------------------------------------------------------------------------------------------------------------
+# ---- what to read --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Source:
-    """One file: its format and prompt template where they are not to be found out, and its weight in a mixture."""
+    """One file: its format and prompt template where they are not to be found out, and its weight
+    in a mixture."""
 
     path: str
     format: str | None = None
@@ -60,12 +91,15 @@ class Source:
 
 
 Data = str | Path | Source | Sequence[str | Path | Source]
-_ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]*)://(?:(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)/?(?!\S)|\S)*")
+_ADDRESS = re.compile(
+    r"\b([a-z][a-z0-9+.-]*)://(?:(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)/?(?!\S)|\S)*"
+)
 _FORMAT = re.compile(r"(?P<format>[a-z][a-z0-9-]*)(/(?P<template>[a-z]+))?:(?P<rest>.+)", re.DOTALL)
 
 
 def parse_data(data: Data) -> list[Source]:
-    """The files that a --data option names: see the head of this file. A file that exists under the whole name is taken as that.
+    """The files that a --data option names: see the head of this file. A file that exists under the
+    whole name is taken as that.
 
     Raises:
         DataError: an unknown format or template, or a weight that is no positive number.
@@ -86,9 +120,18 @@ def _source(entry: str) -> Source:
     if not entry:
         raise DataError("data: expected a file, got an empty name")
     if address := _ADDRESS.search(entry):
-        how = (f"the package datasets, load_dataset({address[2]!r}, split='train').to_json('train.jsonl')" if address[2] else
-               f"curl -LO {address[0]}" if address[1] in ("http", "https", "ftp") else f"the tool that {address[1]}:// belongs to")
-        raise DataError(f"data: expected a file, got the address {address[0]!r}. Nothing is downloaded here: fetch it with {how}; then name the file.")
+        how = (
+            f"the package datasets, load_dataset({address[2]!r}, "
+            "split='train').to_json('train.jsonl')"
+            if address[2]
+            else f"curl -LO {address[0]}"
+            if address[1] in ("http", "https", "ftp")
+            else f"the tool that {address[1]}:// belongs to"
+        )
+        raise DataError(
+            f"data: expected a file, got the address {address[0]!r}. Nothing is downloaded here: "
+            f"fetch it with {how}; then name the file."
+        )
     match = None if Path(entry).exists() else _FORMAT.fullmatch(entry)
     name, style, rest = match.group("format", "template", "rest") if match else (None, None, entry)
     if name is not None:
@@ -101,69 +144,126 @@ def _source(entry: str) -> Source:
     except ValueError:
         number = math.nan
     if not path or not 0 < number < math.inf:
-        raise DataError(f"data: expected a file and a positive number behind the @ of {entry!r}, got {weight!r}; and no file has that name")
+        raise DataError(
+            f"data: expected a file and a positive number behind the @ of {entry!r}, got "
+            f"{weight!r}; and no file has that name"
+        )
     return Source(path, name, style, number)
 
 
-# ---- the readers --------------------------------------------------------------------------------------------------------------
-def load_prompts(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None) -> list[PromptExample]:
-    """Prompts with their columns, for the policy stages. Every example has the columns of all rows; where a row lacks one it is None.
+# ---- the readers ---------------------------------------------------------------------------------
+def load_prompts(
+    data: Data,
+    *,
+    skip_bad_lines: bool = False,
+    rejects: str | Path | None = None,
+    options: ReadOptions | None = None,
+) -> list[PromptExample]:
+    """Prompts with their columns, for the policy stages. Every example has the columns of all rows;
+    where a row lacks one it is None.
 
     Raises:
-        DataError: bad lines (all of them), nothing usable in the file, or files that hold no such records.
-        FileNotFoundError: no such file.
+        DataError: bad lines (all of them), nothing usable in the file, or files that hold no such
+        records. FileNotFoundError: no such file.
     """
     examples, dropped = _load(data, PromptExample, skip_bad_lines, rejects, options)
     _warn(data, dropped)
     names = dict.fromkeys(name for example in examples for name in example.columns)
     clash = [name for name in REWARD_ARGUMENTS if name in names]
     if clash:
-        raise DataError(f"{_paths(data)}: column {clash[0]!r} has the name of an argument of every reward (prompts, completions, completion_ids); rename it")
-    return [PromptExample(example.prompt, {name: example.columns.get(name) for name in names}) for example in examples]
+        raise DataError(
+            f"{_paths(data)}: column {clash[0]!r} has the name of an argument of every reward "
+            "(prompts, completions, completion_ids); rename it"
+        )
+    return [
+        PromptExample(example.prompt, {name: example.columns.get(name) for name in names})
+        for example in examples
+    ]
 
 
-def load_demonstrations(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
-                        ) -> list[Demonstration]:
-    """Prompts with the completions to imitate, for SFT. Rows with an empty completion are dropped, and a warning counts them. Raises as `load_prompts`."""
+def load_demonstrations(
+    data: Data,
+    *,
+    skip_bad_lines: bool = False,
+    rejects: str | Path | None = None,
+    options: ReadOptions | None = None,
+) -> list[Demonstration]:
+    """Prompts with the completions to imitate, for SFT. Rows with an empty completion are dropped,
+    and a warning counts them. Raises as `load_prompts`."""
     examples, dropped = _load(data, Demonstration, skip_bad_lines, rejects, options)
     _warn(data, dropped)
     return examples
 
 
-def load_pairs(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
-               ) -> tuple[list[PairExample], dict[str, int]]:
-    """Preference pairs, for pairwise reward models and DPO, and how many rows were dropped for which reason (the prompts differ, an answer is empty, the
-    answers are equal, a tie, ...). Raises as `load_prompts`."""
+def load_pairs(
+    data: Data,
+    *,
+    skip_bad_lines: bool = False,
+    rejects: str | Path | None = None,
+    options: ReadOptions | None = None,
+) -> tuple[list[PairExample], dict[str, int]]:
+    """Preference pairs, for pairwise reward models and DPO, and how many rows were dropped for
+    which reason (the prompts differ, an answer is empty, the answers are equal, a tie, ...). Raises
+    as `load_prompts`."""
     return _load(data, PairExample, skip_bad_lines, rejects, options)
 
 
-def load_ranked(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
-                ) -> tuple[list[RankedExample], dict[str, int]]:
-    """Ranked lists of answers, for K-wise reward models, and what was dropped. Raises as `load_prompts`."""
+def load_ranked(
+    data: Data,
+    *,
+    skip_bad_lines: bool = False,
+    rejects: str | Path | None = None,
+    options: ReadOptions | None = None,
+) -> tuple[list[RankedExample], dict[str, int]]:
+    """Ranked lists of answers, for K-wise reward models, and what was dropped. Raises as
+    `load_prompts`."""
     return _load(data, RankedExample, skip_bad_lines, rejects, options)
 
 
-def load_unpaired(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
-                  ) -> tuple[list[UnpairedExample], dict[str, int]]:
+def load_unpaired(
+    data: Data,
+    *,
+    skip_bad_lines: bool = False,
+    rejects: str | Path | None = None,
+    options: ReadOptions | None = None,
+) -> tuple[list[UnpairedExample], dict[str, int]]:
     """Answers labelled wanted or not, for KTO, and what was dropped. Raises as `load_prompts`."""
     return _load(data, UnpairedExample, skip_bad_lines, rejects, options)
 
 
-def load_steps(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
-               ) -> tuple[list[StepExample], dict[str, int]]:
-    """Answers with a label for every step, for process reward models, and what was dropped. Raises as `load_prompts`."""
+def load_steps(
+    data: Data,
+    *,
+    skip_bad_lines: bool = False,
+    rejects: str | Path | None = None,
+    options: ReadOptions | None = None,
+) -> tuple[list[StepExample], dict[str, int]]:
+    """Answers with a label for every step, for process reward models, and what was dropped. Raises
+    as `load_prompts`."""
     return _load(data, StepExample, skip_bad_lines, rejects, options)
 
 
-def load_scored(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
-                ) -> tuple[list[ScoredExample], dict[str, int]]:
-    """Answers scored by people, to judge a reward model by, and what was dropped. Raises as `load_prompts`."""
+def load_scored(
+    data: Data,
+    *,
+    skip_bad_lines: bool = False,
+    rejects: str | Path | None = None,
+    options: ReadOptions | None = None,
+) -> tuple[list[ScoredExample], dict[str, int]]:
+    """Answers scored by people, to judge a reward model by, and what was dropped. Raises as
+    `load_prompts`."""
     return _load(data, ScoredExample, skip_bad_lines, rejects, options)
 
 
-def load_dialogues(data: Data, *, skip_bad_lines: bool = False, rejects: str | Path | None = None, options: ReadOptions | None = None
-                   ) -> tuple[list[Dialogue], dict[str, int]]:
-    """Whole conversations, for SFT on every turn of the assistant, and what was dropped. Raises as `load_prompts`."""
+def load_dialogues(
+    data: Data,
+    *,
+    skip_bad_lines: bool = False,
+    rejects: str | Path | None = None,
+    options: ReadOptions | None = None,
+) -> tuple[list[Dialogue], dict[str, int]]:
+    """Whole conversations, for SFT on every turn of the assistant, and what was dropped. Raises as
+    `load_prompts`."""
     return _load(data, Dialogue, skip_bad_lines, rejects, options)
 
 
@@ -176,7 +276,7 @@ def _paths(data: Data) -> str:
     return ", ".join(source.path for source in parse_data(data))
 
 
-# ---- one pass over the files --------------------------------------------------------------------------------------------------
+# ---- one pass over the files ---------------------------------------------------------------------
 @dataclass
 class _Found:
     """What one file held, or several."""
@@ -186,26 +286,41 @@ class _Found:
     bad: list[tuple[Path, int, str, bytes]] = field(default_factory=list)
 
 
-def _load(data: Data, kind: type[T], skip: bool, rejects: str | Path | None, options: ReadOptions | None) -> tuple[list[T], dict[str, int]]:
+def _load(
+    data: Data, kind: type[T], skip: bool, rejects: str | Path | None, options: ReadOptions | None
+) -> tuple[list[T], dict[str, int]]:
     total, sources = _Found(), parse_data(data)
     if len(sources) > 1 and any(source.weight is not None for source in sources):
-        raise DataError(f"{_paths(data)}: expected files without weights here, where they are read one behind the other; `mixture.mix` is what follows weights")
+        raise DataError(
+            f"{_paths(data)}: expected files without weights here, where they are read one behind "
+            "the other; `mixture.mix` is what follows weights"
+        )
     for source in sources:
         found = _read(source, kind, options or ReadOptions())
         if not found.items and (skip or not found.bad):
             why = [f"{len(found.bad)} bad, the first: {found.bad[0][2]}"] if found.bad else []
             why += [f"{count} dropped: {name}" for name, count in found.dropped.items()]
-            raise DataError(f"{source.path}: no usable row ({'; '.join(why) or 'the file is empty'}); expected one JSON object per line")
+            raise DataError(
+                f"{source.path}: no usable row ({'; '.join(why) or 'the file is empty'}); expected "
+                "one JSON object per line"
+            )
         total.items += found.items
         total.dropped += found.dropped
         total.bad += found.bad
     if total.bad and not skip:
-        shown = "\n".join(f"{path}:{number}: {reason}" for path, number, reason, _ in total.bad[:SHOWN])
+        shown = "\n".join(
+            f"{path}:{number}: {reason}" for path, number, reason, _ in total.bad[:SHOWN]
+        )
         more = f"\n... and {len(total.bad) - SHOWN} more" if len(total.bad) > SHOWN else ""
-        raise DataError(f"{shown}{more}\n{len(total.bad)} bad line{'s'[:len(total.bad) != 1]}, {len(total.items)} good; mend the file, or set skip_bad_lines")
+        raise DataError(
+            f"{shown}{more}\n{len(total.bad)} bad line{'s'[: len(total.bad) != 1]}, "
+            f"{len(total.items)} good; mend the file, or set skip_bad_lines"
+        )
     if total.bad and rejects is not None:
         _write_rejects(Path(rejects), total.bad, {str(Path(source.path)) for source in sources})
-        _log.warning("%s: %d bad lines left out; they are in %s", _paths(data), len(total.bad), rejects)
+        _log.warning(
+            "%s: %d bad lines left out; they are in %s", _paths(data), len(total.bad), rejects
+        )
     return total.items, dict(total.dropped)
 
 
@@ -241,6 +356,15 @@ def _write_rejects(rejects: Path, bad: list[tuple[Path, int, str, bytes]], paths
     rejects.parent.mkdir(parents=True, exist_ok=True)
     old = rejects.read_text(encoding="utf-8").splitlines() if rejects.exists() else []
     kept = [line for line in old if json.loads(line)["file"] not in paths]
-    new = (json.dumps({"file": str(path), "line": number, "reason": reason, "raw": raw.decode("utf-8", "backslashreplace")})
-           for path, number, reason, raw in bad)
+    new = (
+        json.dumps(
+            {
+                "file": str(path),
+                "line": number,
+                "reason": reason,
+                "raw": raw.decode("utf-8", "backslashreplace"),
+            }
+        )
+        for path, number, reason, raw in bad
+    )
     rejects.write_text("".join(f"{line}\n" for line in chain(kept, new)), encoding="utf-8")

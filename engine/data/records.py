@@ -1,18 +1,23 @@
-"""What data becomes: one record type per use. `Prompt` is a text, or a list of messages that the chat template renders."""
+"""What data becomes: one record type per use. `Prompt` is a text, or a list of messages that the
+chat template renders."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-Messages = list[dict[str, Any]]  # {"role", "content"} each; an assistant's may call tools instead ("tool_calls"), and a tool answers as role "tool"
+# {"role", "content"} each; an assistant's may call tools instead ("tool_calls"), and a tool answers
+# as role "tool"
+Messages = list[dict[str, Any]]
 Prompt = str | Messages
 Tools = list[Any]  # JSON schemas, objects each, for the chat template
 
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt and the other columns of its row, which travel to the rewards ("tools" to the chat template as well)."""
+    """A prompt and the other columns of its row, which travel to the rewards ("tools" to the chat
+    template as well)."""
 
     prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
@@ -39,8 +44,8 @@ class Dialogue:
 class PairExample:
     """A prompt with a preferred and a rejected answer.
 
-    margin: by how much the preferred one should score higher (Llama 2). label: the probability that `chosen` is the better one: 1, or 0.5 for a tie.
-    weight: of the pair in a mean.
+    margin: by how much the preferred one should score higher (Llama 2). label: the probability that
+    `chosen` is the better one: 1, or 0.5 for a tie. weight: of the pair in a mean.
     """
 
     prompt: Prompt
@@ -54,7 +59,8 @@ class PairExample:
 
 @dataclass(frozen=True)
 class RankedExample:
-    """A prompt with K >= 2 answers in an order: rank 1 is best, equal ranks are ties. `ranks` is what kwise_ranking_loss takes."""
+    """A prompt with K >= 2 answers in an order: rank 1 is best, equal ranks are ties. `ranks` is
+    what kwise_ranking_loss takes."""
 
     prompt: Prompt
     completions: tuple[str, ...]

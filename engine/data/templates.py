@@ -1,8 +1,10 @@
 """Prompt templates: a question, and text that it is about, as what the model is to continue.
 
-Which one a file gets is a property of its format, or said by hand, as in `gsm8k/chat:FILE`. Answers follow the prompt with the template's `lead`
-between, unless they begin with white space of their own.
+Which one a file gets is a property of its format, or said by hand, as in `gsm8k/chat:FILE`. Answers
+follow the prompt with the template's `lead` between, unless they begin with white space of their
+own.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -33,10 +35,17 @@ def _plain(question: str, context: str) -> str:
 
 def _alpaca(question: str, context: str) -> str:
     if context:
-        return ("Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately "
-                f"completes the request.\n\n### Instruction:\n{question}\n\n### Input:\n{context}\n\n### Response:\n")
-    return ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{question}\n\n### Response:\n")
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately "
+            f"completes the request.\n\n### Instruction:\n{question}\n\n### "
+            f"Input:\n{context}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n"
+        f"### Instruction:\n{question}\n\n### Response:\n"
+    )
 
 
 def _chat(question: str, context: str) -> Messages:
@@ -46,10 +55,17 @@ def _chat(question: str, context: str) -> Messages:
 TEMPLATES = {
     "plain": Template(_plain),
     "chat": Template(_chat),  # the model's own chat template renders it
-    "qa": Template(lambda question, context: f"Question: {_plain(question, context)}\nAnswer:", " "),
+    "qa": Template(
+        lambda question, context: f"Question: {_plain(question, context)}\nAnswer:", " "
+    ),
     # Kojima et al. (2022), "Large Language Models are Zero-Shot Reasoners"
-    "cot": Template(lambda question, context: f"Q: {_plain(question, context)}\nA: Let's think step by step.", " "),
-    "dialogue": Template(lambda question, context: f"{HUMAN} {_plain(question, context)}{ASSISTANT}", " "),  # as HH-RLHF writes
+    "cot": Template(
+        lambda question, context: f"Q: {_plain(question, context)}\nA: Let's think step by step.",
+        " ",
+    ),
+    "dialogue": Template(
+        lambda question, context: f"{HUMAN} {_plain(question, context)}{ASSISTANT}", " "
+    ),  # as HH-RLHF writes
     "alpaca": Template(_alpaca),  # Taori et al. (2023), as the text column of their data has it
 }
 
@@ -61,17 +77,29 @@ def template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def few_shot(shots: Sequence[tuple[str, str]], question: str, context: str = "", *, instruction: str = "", form: str | Template = "qa") -> Prompt:
-    """A question behind N solved ones, (question, answer) each; for a chain of thought write the reasoning into the answers.
+def few_shot(
+    shots: Sequence[tuple[str, str]],
+    question: str,
+    context: str = "",
+    *,
+    instruction: str = "",
+    form: str | Template = "qa",
+) -> Prompt:
+    """A question behind N solved ones, (question, answer) each; for a chain of thought write the
+    reasoning into the answers.
 
-    With a text template the parts stand apart by an empty line, the instruction first; with a chat template the shots are turns, and the instruction is the
-    system's.
+    With a text template the parts stand apart by an empty line, the instruction first; with a chat
+    template the shots are turns, and the instruction is the system's.
     """
     style = template(form) if isinstance(form, str) else form
     prompt = style.render(question, context)
     rendered = [(style.render(asked, ""), answer) for asked, answer in shots]
     if isinstance(prompt, str):
-        parts = [instruction] * bool(instruction) + [f"{asked}{style.answer(answer)}" for asked, answer in rendered] + [prompt]
+        parts = (
+            [instruction] * bool(instruction)
+            + [f"{asked}{style.answer(answer)}" for asked, answer in rendered]
+            + [prompt]
+        )
         return "\n\n".join(parts)
     turns: Messages = [{"role": "system", "content": instruction}] * bool(instruction)
     for asked, answer in rendered:
@@ -79,9 +107,18 @@ def few_shot(shots: Sequence[tuple[str, str]], question: str, context: str = "",
     return turns + prompt
 
 
-# ---- summaries (Stiennon et al., 2020) ----------------------------------------------------------------------------------------
-def tldr(subreddit: str, title: str, post: str, *, count_tokens: Callable[[str], int] | None = None, limit: int = 512) -> str:
-    """The query for a summary of a post. Given `count_tokens` it has at most `limit` tokens: see `shorten`."""
+# ---- summaries (Stiennon et al., 2020) -----------------------------------------------------------
+def tldr(
+    subreddit: str,
+    title: str,
+    post: str,
+    *,
+    count_tokens: Callable[[str], int] | None = None,
+    limit: int = 512,
+) -> str:
+    """The query for a summary of a post. Given `count_tokens` it has at most `limit` tokens: see
+    `shorten`."""
+
     def render(body: str) -> str:
         return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {body}\n\nTL;DR:"
 
@@ -93,9 +130,11 @@ def news(article: str) -> str:
     return f"Article:\n{article}\n\nTL;DR:"
 
 
-def shorten(render: Callable[[str], str], body: str, count_tokens: Callable[[str], int], limit: int) -> str:
-    """render(body), or of its longest beginning that has at most `limit` tokens and ends at a line end; of a first line that is too long itself, as many
-    characters as fit.
+def shorten(
+    render: Callable[[str], str], body: str, count_tokens: Callable[[str], int], limit: int
+) -> str:
+    """render(body), or of its longest beginning that has at most `limit` tokens and ends at a line
+    end; of a first line that is too long itself, as many characters as fit.
 
     Raises:
         ValueError: not even render("") fits.

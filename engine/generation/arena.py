@@ -1,12 +1,16 @@
 """Arena: memory that stands idle between rollouts, lent to the training forward.
 
-Inside `holding`, what autograd saves for the backward pass is copied here as it is saved, so that the original goes when the forward pass lets go of it.
-A copy is of a whole storage and made once, so views and tensors saved twice stay what they were: same bits, same strides. What is small or belongs to
-`keep` (the parameters) is saved as ever, and so is what no longer fits.
+Inside `holding`, what autograd saves for the backward pass is copied here as it is saved, so that
+the original goes when the forward pass lets go of it. A copy is of a whole storage and made once,
+so views and tensors saved twice stay what they were: same bits, same strides. What is small or
+belongs to `keep` (the parameters) is saved as ever, and so is what no longer fits.
 
-Every copy is a storage of its own over a range of the lent bytes. The range is free when that storage has died, which is asked at the next copy: nothing
-can be handed out while a tensor reads it, however it got there. Ranges form a stack, since a backward pass lets go of what was saved last first.
+Every copy is a storage of its own over a range of the lent bytes. The range is free when that
+storage has died, which is asked at the next copy: nothing can be handed out while a tensor reads
+it, however it got there. Ranges form a stack, since a backward pass lets go of what was saved last
+first.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -33,7 +37,8 @@ class _Region:
         start = -(-self.settle() // _ALIGNMENT) * _ALIGNMENT
         if start + size > self.storage.nbytes():
             return None
-        found: torch.UntypedStorage = self.storage[start : start + size]  # a storage of its own, which keeps the lent one alive
+        # a storage of its own, which keeps the lent one alive
+        found: torch.UntypedStorage = self.storage[start : start + size]
         self.ranges.append((start + size, StorageWeakRef(found)))
         return found
 
@@ -45,13 +50,15 @@ class _Region:
 
 
 class Arena:
-    """The bytes of `lent`, whose contents are lost. `keep`: tensors that outlive the graph anyway and are never copied."""
+    """The bytes of `lent`, whose contents are lost. `keep`: tensors that outlive the graph anyway
+    and are never copied."""
 
     def __init__(self, lent: Iterable[Tensor], keep: Iterable[Tensor] = ()) -> None:
         self._regions = [_Region(tensor.untyped_storage()) for tensor in lent]
         self._device = self._regions[0].storage.device
         self._keep = {tensor.untyped_storage()._cdata for tensor in keep}
-        self._copies: dict[int, tuple[StorageWeakRef, int, StorageWeakRef]] = {}  # by the original's address: it, its version, the copy
+        # by the original's address: it, its version, the copy
+        self._copies: dict[int, tuple[StorageWeakRef, int, StorageWeakRef]] = {}
         self._prune_at = 64
         self.peak = 0  # bytes in use at the most
 
@@ -72,8 +79,18 @@ class Arena:
             yield
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage() if type(tensor) is Tensor and tensor.layout == torch.strided else None
-        if storage is None or storage.nbytes() < _SMALLEST or storage.device != self._device or storage._cdata in self._keep or self._holds(storage):
+        storage = (
+            tensor.untyped_storage()
+            if type(tensor) is Tensor and tensor.layout == torch.strided
+            else None
+        )
+        if (
+            storage is None
+            or storage.nbytes() < _SMALLEST
+            or storage.device != self._device
+            or storage._cdata in self._keep
+            or self._holds(storage)
+        ):
             return tensor
         copy = self._copied(storage, tensor._version)
         return tensor if copy is None else _over(copy, tensor)
@@ -81,7 +98,10 @@ class Arena:
     def _holds(self, storage: torch.UntypedStorage) -> bool:
         """Whether it is one of ours already, as what a checkpointed layer got in is."""
         at = storage.data_ptr()
-        return any(region.storage.data_ptr() <= at < region.storage.data_ptr() + region.storage.nbytes() for region in self._regions)
+        return any(
+            region.storage.data_ptr() <= at < region.storage.data_ptr() + region.storage.nbytes()
+            for region in self._regions
+        )
 
     def _copied(self, storage: torch.UntypedStorage, version: int) -> torch.UntypedStorage | None:
         key = storage._cdata
@@ -91,13 +111,26 @@ class Arena:
                 known = torch.UntypedStorage._new_with_weak_ptr(copy.cdata)
                 if known is not None:
                     return known
-        made = next((found for region in self._regions if (found := region.take(storage.nbytes())) is not None), None)
+        made = next(
+            (
+                found
+                for region in self._regions
+                if (found := region.take(storage.nbytes())) is not None
+            ),
+            None,
+        )
         if made is None:
             return None
         made.copy_(storage)
-        self.peak = max(self.peak, sum(region.ranges[-1][0] for region in self._regions if region.ranges))
+        self.peak = max(
+            self.peak, sum(region.ranges[-1][0] for region in self._regions if region.ranges)
+        )
         if len(self._copies) >= self._prune_at:
-            self._copies = {k: entry for k, entry in self._copies.items() if not entry[0].expired() and not entry[2].expired()}
+            self._copies = {
+                k: entry
+                for k, entry in self._copies.items()
+                if not entry[0].expired() and not entry[2].expired()
+            }
             self._prune_at = 64 + 2 * len(self._copies)
         self._copies[key] = (StorageWeakRef(storage), version, StorageWeakRef(made))
         return made
@@ -105,4 +138,6 @@ class Arena:
 
 def _over(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
     """The tensor that `like` is, over another storage."""
-    return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, like.storage_offset(), like.size(), like.stride())
+    return torch.empty(0, dtype=like.dtype, device=like.device).set_(
+        storage, like.storage_offset(), like.size(), like.stride()
+    )

@@ -1,4 +1,5 @@
 """The paged KV cache: how large it is, and its tensors."""
+
 from __future__ import annotations
 
 import os
@@ -17,11 +18,14 @@ _FRACTION = {"cuda": 0.5, "cpu": 0.25}  # of the free device memory, of the host
 class CacheConfig:
     """Size of the KV cache and of the steps over it.
 
-    At most one of num_blocks (blocks that sequences can hold), memory_bytes and memory_fraction (of the memory free on a CUDA device, of the host's memory on
-    CPU) is given. By default the cache holds max_sequences sequences of the model's full length, within half of the free device memory or a quarter of
-    the host's. On CPU, memory that is never written costs nothing. What trains on a GPU sets aside what training needs first (`plan.cache_for`).
+    At most one of num_blocks (blocks that sequences can hold), memory_bytes and memory_fraction (of
+    the memory free on a CUDA device, of the host's memory on CPU) is given. By default the cache
+    holds max_sequences sequences of the model's full length, within half of the free device memory
+    or a quarter of the host's. On CPU, memory that is never written costs nothing. What trains on a
+    GPU sets aside what training needs first (`plan.cache_for`).
 
-    block_size: tokens in a block. max_sequences: sequences that run at once. max_tokens_per_step: tokens of one step, decoded and prefilled together.
+    block_size: tokens in a block. max_sequences: sequences that run at once. max_tokens_per_step:
+    tokens of one step, decoded and prefilled together.
     """
 
     block_size: int = 16
@@ -32,26 +36,57 @@ class CacheConfig:
     max_tokens_per_step: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "num_blocks", "memory_bytes", "max_sequences", "max_tokens_per_step"):
+        for name in (
+            "block_size",
+            "num_blocks",
+            "memory_bytes",
+            "max_sequences",
+            "max_tokens_per_step",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"CacheConfig: expected {name} >= 1, got {value}")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
-            raise ValueError(f"CacheConfig: expected memory_fraction in (0, 1], got {self.memory_fraction}")
-        given = [name for name in ("num_blocks", "memory_bytes", "memory_fraction") if getattr(self, name) is not None]
+            raise ValueError(
+                f"CacheConfig: expected memory_fraction in (0, 1], got {self.memory_fraction}"
+            )
+        given = [
+            name
+            for name in ("num_blocks", "memory_bytes", "memory_fraction")
+            if getattr(self, name) is not None
+        ]
         if len(given) > 1:
-            raise ValueError(f"CacheConfig: {' and '.join(given)} each set the size of the cache; give one of them")
+            raise ValueError(
+                f"CacheConfig: {' and '.join(given)} each set the size of the cache; give one of "
+                "them"
+            )
         if self.max_tokens_per_step < self.max_sequences:
-            raise ValueError(f"CacheConfig: expected max_tokens_per_step >= max_sequences, got {self.max_tokens_per_step} < {self.max_sequences}: "
-                             "every running sequence decodes a token in every step")
+            raise ValueError(
+                "CacheConfig: expected max_tokens_per_step >= max_sequences, got "
+                f"{self.max_tokens_per_step} < {self.max_sequences}: "
+                "every running sequence decodes a token in every step"
+            )
 
 
 def block_bytes(weights: DecoderWeights, block_size: int, dtype: torch.dtype | None = None) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in all layers; in `dtype`, or in the weights'."""
-    return 2 * len(weights.layers) * weights.num_kv_heads * weights.head_dim * block_size * (dtype or weights.embedding.dtype).itemsize
+    """Bytes of one block: keys and values of `block_size` tokens in all layers; in `dtype`, or in
+    the weights'."""
+    return (
+        2
+        * len(weights.layers)
+        * weights.num_kv_heads
+        * weights.head_dim
+        * block_size
+        * (dtype or weights.embedding.dtype).itemsize
+    )
 
 
-def resolve_num_blocks(config: CacheConfig, weights: DecoderWeights, max_positions: int, dtype: torch.dtype | None = None) -> int:
+def resolve_num_blocks(
+    config: CacheConfig,
+    weights: DecoderWeights,
+    max_positions: int,
+    dtype: torch.dtype | None = None,
+) -> int:
     """How many blocks sequences can hold under `config`; `dtype` as for `block_bytes`.
 
     Raises:
@@ -63,12 +98,21 @@ def resolve_num_blocks(config: CacheConfig, weights: DecoderWeights, max_positio
     if config.memory_bytes is not None:
         memory = config.memory_bytes
     elif device.type == "cuda":
-        memory = int(torch.cuda.mem_get_info(device)[0] * (config.memory_fraction or _FRACTION["cuda"]))
+        memory = int(
+            torch.cuda.mem_get_info(device)[0] * (config.memory_fraction or _FRACTION["cuda"])
+        )
     else:
-        memory = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * (config.memory_fraction or _FRACTION["cpu"]))
+        memory = int(
+            os.sysconf("SC_PAGE_SIZE")
+            * os.sysconf("SC_PHYS_PAGES")
+            * (config.memory_fraction or _FRACTION["cpu"])
+        )
     if memory < 2 * size:  # one more than sequences can hold: the null block
-        raise ValueError(f"CacheConfig: {memory} bytes of cache hold no sequence: a block of {config.block_size} tokens takes {size} bytes, and one is "
-                         "the null block; grant more memory or choose a smaller block_size")
+        raise ValueError(
+            f"CacheConfig: {memory} bytes of cache hold no sequence: a block of "
+            f"{config.block_size} tokens takes {size} bytes, and one is "
+            "the null block; grant more memory or choose a smaller block_size"
+        )
     fits = memory // size - 1
     if config.memory_bytes is None and config.memory_fraction is None:
         fits = min(fits, config.max_sequences * -(-max_positions // config.block_size))
@@ -76,9 +120,16 @@ def resolve_num_blocks(config: CacheConfig, weights: DecoderWeights, max_positio
 
 
 class KVCache:
-    """The pool: k [L, blocks, Hkv, D, block_size] and v [L, blocks, Hkv, block_size, D]; block 0 is the null block. dtype: of both, by default the weights'."""
+    """The pool: k [L, blocks, Hkv, D, block_size] and v [L, blocks, Hkv, block_size, D]; block 0 is
+    the null block. dtype: of both, by default the weights'."""
 
-    def __init__(self, config: CacheConfig, weights: DecoderWeights, max_positions: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        weights: DecoderWeights,
+        max_positions: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.block_size = config.block_size
         self.num_blocks = resolve_num_blocks(config, weights, max_positions, dtype) + 1
         self.k: Tensor

@@ -1,10 +1,13 @@
-"""Generator: prompts in, completions out, through the paged cache. `step` reads schedule -> run -> look -> hand out.
+"""Generator: prompts in, completions out, through the paged cache. `step` reads schedule -> run ->
+look -> hand out.
 
 Shapes    N tokens of a step, R sequences that draw one, K steps of a window.
-While the same sequences decode on, their state stays on the device and is advanced there (state.py): a window of steps runs before the host looks at what was
-drawn and sees who ended. What a sequence would have drawn behind its end is cut off, so a window's length changes no completion. On a CPU looking costs
-nothing: there a window ends with the first sequence that does.
+While the same sequences decode on, their state stays on the device and is advanced there
+(state.py): a window of steps runs before the host looks at what was drawn and sees who ended. What
+a sequence would have drawn behind its end is cut off, so a window's length changes no completion.
+On a CPU looking costs nothing: there a window ends with the first sequence that does.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -22,7 +25,14 @@ from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.data.tokenize import encode_prompt
 from fusedrl.engine.generation.blocks import BlockManager
 from fusedrl.engine.generation.cache import CacheConfig, KVCache
-from fusedrl.engine.generation.graphs import CudaCapture, StepGraphs, addresses, pad, padded_blocks, padded_rows
+from fusedrl.engine.generation.graphs import (
+    CudaCapture,
+    StepGraphs,
+    addresses,
+    pad,
+    padded_blocks,
+    padded_rows,
+)
 from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
 from fusedrl.engine.generation.scheduler import Plan, Scheduler
 from fusedrl.engine.generation.scheduler import Sequence as Running
@@ -36,6 +46,7 @@ from fusedrl.engine.model.watch import Depth, Watch
 _WINDOW, _CPU_WINDOW = 8, 16  # steps between two looks of the host; a CPU's end early
 _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
 
+
 class Drawn(NamedTuple):
     """What the steps of a plan drew, [K, R] each."""
 
@@ -45,7 +56,8 @@ class Drawn(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A completion and whose it is: `completion` is sample `sample` of prompt `prompt` of the call."""
+    """A completion and whose it is: `completion` is sample `sample` of prompt `prompt` of the
+    call."""
 
     prompt: int
     sample: int
@@ -54,7 +66,8 @@ class Finished(NamedTuple):
 
 @dataclass(eq=False)
 class Ticket:
-    """What one call asked for: its sequences that are still on the way, and its completions that nobody has fetched.
+    """What one call asked for: its sequences that are still on the way, and its completions that
+    nobody has fetched.
 
     error: why those that were on the way are lost. closed: nobody will fetch any more.
     """
@@ -81,27 +94,55 @@ class _Request:
 class Generator:
     """Continuous batching over one decoder's live weights.
 
-    `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions arrive in the ticket's
-    `finished`. Threads may use it at once: they take turns, a step computes what all of them wait for, and draws are keyed,
-    so that a thread gets what it would have got alone.
+    `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions
+    arrive in the ticket's `finished`. Threads may use it at once: they take turns, a step computes
+    what all of them wait for, and draws are keyed, so that a thread gets what it would have got
+    alone.
 
-    watch: tells, before a step, of weights that have changed; None: whoever changes them tells by `bump`.
-    value_head: computes, in the same step, the value of every state that draws; None: nothing does.
-    window: steps between two looks of the host; by default what suits the device. graphs: the captured steps; by default those of CUDA, and none on a CPU.
+    watch: tells, before a step, of weights that have changed; None: whoever changes them tells by
+    `bump`. value_head: computes, in the same step, the value of every state that draws; None:
+    nothing does. window: steps between two looks of the host; by default what suits the device.
+    graphs: the captured steps; by default those of CUDA, and none on a CPU.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Any = None, config: CacheConfig | None = None, *, watch: Watch | None = None, strict: bool = False,
-                 window: int | None = None, graphs: StepGraphs | None = None, value_head: ValueHead | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Any = None,
+        config: CacheConfig | None = None,
+        *,
+        watch: Watch | None = None,
+        strict: bool = False,
+        window: int | None = None,
+        graphs: StepGraphs | None = None,
+        value_head: ValueHead | None = None,
+    ) -> None:
         config = config or CacheConfig()
         if decoder.dtype not in (allowed := weight_dtypes(decoder.device)):
-            raise TypeError(f"HybridActor.generate: expected weights in {' or '.join(str(dtype).removeprefix('torch.') for dtype in allowed)}, got "
-                            f"{str(decoder.dtype).removeprefix('torch.')}, which the sampler does not compute in on {decoder.device}; cast them: "
-                            "actor.decoder.to(torch.bfloat16)")
-        self.decoder, self.tokenizer, self._watch, self._strict, self.value_head = decoder, tokenizer, watch, strict, value_head
+            raise TypeError(
+                "HybridActor.generate: expected weights in "
+                f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in allowed)}, got "
+                f"{str(decoder.dtype).removeprefix('torch.')}, which the sampler does not compute "
+                f"in on {decoder.device}; cast them: "
+                "actor.decoder.to(torch.bfloat16)"
+            )
+        self.decoder, self.tokenizer, self._watch, self._strict, self.value_head = (
+            decoder,
+            tokenizer,
+            watch,
+            strict,
+            value_head,
+        )
         self.weights_version = 0 if watch is None else watch.version
-        self.cache = KVCache(config, decoder.weights(), decoder.config.max_positions, decoder.cache_dtype)
-        self.scheduler = Scheduler(BlockManager(self.cache.num_blocks, config.block_size), config.max_sequences, config.max_tokens_per_step,
-                                   values=value_head is not None)
+        self.cache = KVCache(
+            config, decoder.weights(), decoder.config.max_positions, decoder.cache_dtype
+        )
+        self.scheduler = Scheduler(
+            BlockManager(self.cache.num_blocks, config.block_size),
+            config.max_sequences,
+            config.max_tokens_per_step,
+            values=value_head is not None,
+        )
         self._table = SamplingTable(config.max_sequences)
         eos = getattr(tokenizer, "eos_token_id", None)
         self._tokenizer_eos = frozenset() if eos is None else frozenset({eos})
@@ -112,26 +153,39 @@ class Generator:
         self._lent = False
         device = self.cache.k.device
         self._window = window or (_CPU_WINDOW if device.type == "cpu" else _WINDOW)
-        self._looks = device.type == "cpu" and graphs is None  # after every step, whether some sequence has ended
-        self._graphs = StepGraphs(CudaCapture(device)) if graphs is None and device.type == "cuda" else graphs
+        # after every step, whether some sequence has ended
+        self._looks = device.type == "cpu" and graphs is None
+        self._graphs = (
+            StepGraphs(CudaCapture(device)) if graphs is None and device.type == "cuda" else graphs
+        )
         self._state: DecodeState | None = None
         self._block_table: Tensor | None = None  # the device's copy
 
-    # ---- asking -----------------------------------------------------------------------------------------------------------
-    def prepare(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams],
-                request_ids: Sequence[int] | None = None) -> tuple[Ticket, list[Running]]:
-        """Check a call and make its sequences; nothing is queued yet. The adapter is as it is now, whenever they are computed.
+    # ---- asking ----------------------------------------------------------------------------------
+    def prepare(
+        self,
+        prompts: Sequence[Any],
+        params: SamplingParams | Sequence[SamplingParams],
+        request_ids: Sequence[int] | None = None,
+    ) -> tuple[Ticket, list[Running]]:
+        """Check a call and make its sequences; nothing is queued yet. The adapter is as it is now,
+        whenever they are computed.
 
         Args and errors as `HybridActor.generate`.
         """
         if isinstance(prompts, str | bytes | Mapping):
-            raise TypeError(f"generate: expected a list of prompts, got one {type(prompts).__name__}; wrap it in a list")
+            raise TypeError(
+                f"generate: expected a list of prompts, got one {type(prompts).__name__}; wrap it "
+                "in a list"
+            )
         ids = self._encode(prompts)
         each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
         keys = list(range(len(ids))) if request_ids is None else list(request_ids)
         for name, given in (("SamplingParams", each), ("request_ids", keys)):
             if len(given) != len(ids):
-                raise ValueError(f"generate: {len(ids)} prompts and {len(given)} {name}; expected one per prompt")
+                raise ValueError(
+                    f"generate: {len(ids)} prompts and {len(given)} {name}; expected one per prompt"
+                )
         vocab, positions = self.decoder.config.vocab_size, self.decoder.config.max_positions
         eos_ids = self._tokenizer_eos.union(self.decoder.config.eos_token_ids)
         ticket = Ticket()
@@ -139,26 +193,54 @@ class Generator:
         special: dict[SamplingParams, SamplingParams] = {}  # most prompts share theirs
         for index, (prompt, p, key) in enumerate(zip(ids, each, keys, strict=True)):
             if not isinstance(p, SamplingParams):
-                raise TypeError(f"generate: expected SamplingParams for prompt {index}, got {type(p).__name__}")
+                raise TypeError(
+                    f"generate: expected SamplingParams for prompt {index}, got {type(p).__name__}"
+                )
             if not isinstance(key, Integral) or not -(2**63) <= key < 2**63:
-                raise TypeError(f"generate: expected an integer of 64 bits as request id of prompt {index}, got {key!r}")
+                raise TypeError(
+                    f"generate: expected an integer of 64 bits as request id of prompt {index}, "
+                    f"got {key!r}"
+                )
             if bad := [t for t in (*prompt, *p.token_ids()) if not 0 <= t < vocab]:
-                raise ValueError(f"generate: token id {bad[0]} of prompt {index} or its SamplingParams is outside the model's vocabulary [0, {vocab})")
+                raise ValueError(
+                    f"generate: token id {bad[0]} of prompt {index} or its SamplingParams is "
+                    f"outside the model's vocabulary [0, {vocab})"
+                )
             if p.stop:
                 p = special[p] = special.get(p) or self._with_special_stops(p)
             if len(prompt) + p.max_new_tokens > positions:
-                raise ValueError(f"generate: prompt {index} has {len(prompt)} tokens, and with max_new_tokens={p.max_new_tokens} that exceeds the model's "
-                                 f"{positions} positions; shorten the prompt or lower max_new_tokens")
+                raise ValueError(
+                    f"generate: prompt {index} has {len(prompt)} tokens, and with "
+                    f"max_new_tokens={p.max_new_tokens} that exceeds the model's "
+                    f"{positions} positions; shorten the prompt or lower max_new_tokens"
+                )
             try:
                 self.scheduler.check_fits(len(prompt), p.max_new_tokens)
             except ValueError as error:
                 raise ValueError(f"generate: prompt {index} can never run: {error}") from None
             before = prompts[index] if isinstance(prompts[index], Completion) else None
-            request = _Request(ticket, index, prompt if before is None else before.prompt_ids, p, int(key), eos_ids | frozenset(p.stop_token_ids), before)
+            request = _Request(
+                ticket,
+                index,
+                prompt if before is None else before.prompt_ids,
+                p,
+                int(key),
+                eos_ids | frozenset(p.stop_token_ids),
+                before,
+            )
             tokens = np.array(prompt, dtype=np.int64)
             for number in range(p.n):
                 sample = number if before is None else before.sample + number
-                sequences.append(Running.start(-1, request, sample, tokens, len(prompt) + p.max_new_tokens, self.decoder.adapter_enabled))
+                sequences.append(
+                    Running.start(
+                        -1,
+                        request,
+                        sample,
+                        tokens,
+                        len(prompt) + p.max_new_tokens,
+                        self.decoder.adapter_enabled,
+                    )
+                )
         return ticket, sequences
 
     def enqueue(self, ticket: Ticket, sequences: list[Running]) -> None:
@@ -177,14 +259,22 @@ class Generator:
             self._tickets.append(ticket)
             self.scheduler.submit(sequences)
 
-    def run(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams],
-            request_ids: Sequence[int] | None = None, to_caller: bool = True) -> Iterator[Finished]:
-        """Completions as they finish. The call is checked at once; an iterator that is closed early takes its sequences out.
-        `to_caller`: completions are handed to code that may write to the weights before it asks for the next one."""
+    def run(
+        self,
+        prompts: Sequence[Any],
+        params: SamplingParams | Sequence[SamplingParams],
+        request_ids: Sequence[int] | None = None,
+        to_caller: bool = True,
+    ) -> Iterator[Finished]:
+        """Completions as they finish. The call is checked at once; an iterator that is closed early
+        takes its sequences out. `to_caller`: completions are handed to code that may write to the
+        weights before it asks for the next one."""
         ticket, sequences = self.prepare(prompts, params, request_ids)
         return self._drive(ticket, sequences, to_caller)
 
-    def _drive(self, ticket: Ticket, sequences: list[Running], to_caller: bool) -> Iterator[Finished]:
+    def _drive(
+        self, ticket: Ticket, sequences: list[Running], to_caller: bool
+    ) -> Iterator[Finished]:
         self.enqueue(ticket, sequences)
         depth: Depth = "counts"
         try:
@@ -198,8 +288,11 @@ class Generator:
                 depth = "first rows" if out and to_caller else "counts"
                 yield from out
                 if over and ticket.error is not None:
-                    raise RuntimeError("generate: a step failed in another call on this actor, and the completions that were on the way are lost "
-                                       f"({type(ticket.error).__name__}: {ticket.error})") from ticket.error
+                    raise RuntimeError(
+                        "generate: a step failed in another call on this actor, and the "
+                        "completions that were on the way are lost "
+                        f"({type(ticket.error).__name__}: {ticket.error})"
+                    ) from ticket.error
                 if over:
                     return
         finally:
@@ -207,8 +300,8 @@ class Generator:
             self.abort(ticket)
 
     def abort(self, ticket: Ticket | None = None) -> None:
-        """End the sequences of one call, or of all, with what they have: their finish_reason is "aborted". Where another
-        thread computes a step, after it."""
+        """End the sequences of one call, or of all, with what they have: their finish_reason is
+        "aborted". Where another thread computes a step, after it."""
         self._leaving.extend([ticket] if ticket is not None else list(self._tickets))
         if self._turns.try_enter():
             try:
@@ -228,13 +321,14 @@ class Generator:
                 self._tickets.remove(ticket)
 
     def bump(self, weights_version: int) -> None:
-        """The weights changed: what is drawn from now on is theirs, and no cached prefix is found again. Running sequences keep their older
-        keys and values."""
+        """The weights changed: what is drawn from now on is theirs, and no cached prefix is found
+        again. Running sequences keep their older keys and values."""
         self.weights_version = weights_version
         self.scheduler.blocks.bump()
 
     def vacate(self) -> tuple[Tensor, Tensor]:
-        """The pool's tensors, to be used for something else until the next call: no cached prefix will be found again.
+        """The pool's tensors, to be used for something else until the next call: no cached prefix
+        will be found again.
 
         Raises:
             RuntimeError: completions in flight need what is in them.
@@ -242,9 +336,14 @@ class Generator:
         with self._turns:
             self._sweep()
             if self._lent:
-                raise RuntimeError("the KV cache is lent to another thread already; train in one at a time")
+                raise RuntimeError(
+                    "the KV cache is lent to another thread already; train in one at a time"
+                )
             if flying := sum(len(ticket.live) for ticket in self._tickets):
-                raise RuntimeError(f"the KV cache cannot be lent: {flying} completions are in flight; let their streams come to an end, or abort them")
+                raise RuntimeError(
+                    f"the KV cache cannot be lent: {flying} completions are in flight; let their "
+                    "streams come to an end, or abort them"
+                )
             self.scheduler.blocks.bump()
             self._lent = True
             return self.cache.k, self.cache.v
@@ -256,23 +355,39 @@ class Generator:
     def _look(self, depth: Depth) -> None:
         """Notice weights that have changed since the last step."""
         if self._lent:
-            raise RuntimeError("HybridActor.generate: the KV cache is lent to training; leave the lend_cache() block first")
-        if self._watch is None or (version := self._watch.look(depth, lightly=depth == "counts")) == self.weights_version:
+            raise RuntimeError(
+                "HybridActor.generate: the KV cache is lent to training; leave the lend_cache() "
+                "block first"
+            )
+        if (
+            self._watch is None
+            or (version := self._watch.look(depth, lightly=depth == "counts"))
+            == self.weights_version
+        ):
             return
-        expected, held = (self.decoder.device, self.decoder.cache_dtype), (self.cache.k.device, self.cache.k.dtype)
+        expected, held = (
+            (self.decoder.device, self.decoder.cache_dtype),
+            (self.cache.k.device, self.cache.k.dtype),
+        )
         if expected != held:
-            raise RuntimeError(f"HybridActor: the model was moved or cast, to {expected[1]} on {expected[0]}, while completions were "
-                               f"on the way whose keys and values are {held[1]} on {held[0]}; let the streams come to an end "
-                               "first, or abort them")
+            raise RuntimeError(
+                f"HybridActor: the model was moved or cast, to {expected[1]} on {expected[0]}, "
+                "while completions were "
+                f"on the way whose keys and values are {held[1]} on {held[0]}; let the streams "
+                "come to an end "
+                "first, or abort them"
+            )
         self.bump(version)
 
-    # ---- a step -----------------------------------------------------------------------------------------------------------
+    # ---- a step ----------------------------------------------------------------------------------
     def step(self) -> None:
-        """Compute a token of every decoding sequence and what fits of the prefills beside them; where nothing prefills, up to a window of tokens.
+        """Compute a token of every decoding sequence and what fits of the prefills beside them;
+        where nothing prefills, up to a window of tokens.
 
         Raises:
-            RuntimeError: no progress, NaN in the logits, or weights that cannot be followed (`Watch.look`). Like any error
-            on the way, it ends everything in flight, and the other calls raise one, too.
+            RuntimeError: no progress, NaN in the logits, or weights that cannot be followed
+            (`Watch.look`). Like any error on the way, it ends everything in flight, and the other
+            calls raise one, too.
         """
         with self._turns:
             self._sweep()
@@ -282,13 +397,20 @@ class Generator:
     def _step(self, ticket: Ticket | None, depth: Depth) -> None:
         """A step that `ticket` waits for."""
         try:
-            with contextlib.nullcontext() if self._watch is None else self._watch.still(), own_precision(self.decoder.device):
+            with (
+                contextlib.nullcontext() if self._watch is None else self._watch.still(),
+                own_precision(self.decoder.device),
+            ):
                 self._look(depth)
-                watched = self._table.watched[self.scheduler.decoding].any()  # a stop string is found by the host
+                # a stop string is found by the host
+                watched = self._table.watched[self.scheduler.decoding].any()
                 plan = self.scheduler.schedule(1 if watched else self._window)
                 drawn = self._run(plan)
             if drawn is not None and (drawn.tokens < 0).any():
-                raise RuntimeError("Generator: the logits of a sequence hold NaN or infinity; look at the weights (a non-finite update?)")
+                raise RuntimeError(
+                    "Generator: the logits of a sequence hold NaN or infinity; look at the weights "
+                    "(a non-finite update?)"
+                )
         except BaseException as error:
             self.scheduler.blocks.bump()  # blocks of the step that failed may be half written
             self._state = None
@@ -304,10 +426,17 @@ class Generator:
 
     def _run(self, plan: Plan) -> Drawn | None:
         """The steps of the plan, on the device. None where no sequence draws."""
-        weights, cache, drew, head = self.decoder.weights(self.scheduler.adapted), self.cache, plan.sampled, self.value_head
+        weights, cache, drew, head = (
+            self.decoder.weights(self.scheduler.adapted),
+            self.cache,
+            plan.sampled,
+            self.value_head,
+        )
         if not len(drew) and not plan.chunks:
             return None
-        captured = self._graphs is not None and not plan.chunks and padded_rows(len(drew)) is not None
+        captured = (
+            self._graphs is not None and not plan.chunks and padded_rows(len(drew)) is not None
+        )
         table_BM = self._device_table()
         tokens = self._tokens(plan) if plan.chunks else None
         state = self._rows_of(drew, captured) if len(drew) else None
@@ -321,11 +450,21 @@ class Generator:
         run = step
         if self._graphs is not None and captured:
             most = min(self.decoder.config.max_positions, cache.k.shape[1] * cache.k.shape[4])
-            weights.rope_table.upto(most)  # at one address for good: a table that grew would have all steps captured again
-            run = self._graphs.replay(step, state, table_BM.shape[1], addresses(weights, cache.k, cache.v, table_BM, *(head.parameters() if head else ())))
+            # at one address for good: a table that grew would have all steps captured again
+            weights.rope_table.upto(most)
+            run = self._graphs.replay(
+                step,
+                state,
+                table_BM.shape[1],
+                addresses(
+                    weights, cache.k, cache.v, table_BM, *(head.parameters() if head else ())
+                ),
+            )
         state.cursor.zero_()
         done = 0
-        while done < plan.steps and not (done and self._looks and bool(state.columns["finished"].any())):
+        while done < plan.steps and not (
+            done and self._looks and bool(state.columns["finished"].any())
+        ):
             run()
             done += 1
         self._state = state if captured or self._graphs is None else None
@@ -333,22 +472,43 @@ class Generator:
         def read(ring_KR: Tensor) -> np.ndarray:
             return ring_KR[:done, : len(drew)].cpu().numpy()
 
-        return Drawn(read(state.tokens_KR), read(state.logp_KR), None if state.values_KR is None else read(state.values_KR))
+        return Drawn(
+            read(state.tokens_KR),
+            read(state.logp_KR),
+            None if state.values_KR is None else read(state.values_KR),
+        )
 
     def _rows_of(self, drew: np.ndarray, captured: bool) -> DecodeState:
-        """The state of the slots that draw: if they are the same as before, what the step before made of it."""
+        """The state of the slots that draw: if they are the same as before, what the step before
+        made of it."""
         slots, device = self.scheduler.slots, self.cache.k.device
         length, state = slots.length[drew], self._state
-        if state is not None and state.slots is drew and ("suppress_ids" in state.columns) == self._table.suppresses(drew, length):
+        if (
+            state is not None
+            and state.slots is drew
+            and ("suppress_ids" in state.columns) == self._table.suppresses(drew, length)
+        ):
             return state
         columns, numbers = self._table.arguments(drew, fixed=captured)
-        columns |= {"token_ids": slots.tokens[drew, length - 1], "positions": length - 1, "rows": drew, "last_positions": slots.limit[drew] - 2,
-                    "finished": np.zeros(len(drew), dtype=bool), "keys": self._table.keys(drew, length), "stops": self._table.stops(drew),
-                    **self._table.suppressed(drew, length), **self._table.biases(drew)}
+        columns |= {
+            "token_ids": slots.tokens[drew, length - 1],
+            "positions": length - 1,
+            "rows": drew,
+            "last_positions": slots.limit[drew] - 2,
+            "finished": np.zeros(len(drew), dtype=bool),
+            "keys": self._table.keys(drew, length),
+            "stops": self._table.stops(drew),
+            **self._table.suppressed(drew, length),
+            **self._table.biases(drew),
+        }
         if self._graphs is None or not captured:
-            return DecodeState(columns, numbers, self._window, device, drew, values=self.value_head is not None)
+            return DecodeState(
+                columns, numbers, self._window, device, drew, values=self.value_head is not None
+            )
         padded = pad(columns, padded_rows(len(drew)) or len(drew), slots.count)
-        return self._graphs.state(padded, numbers, self._window, device, drew, values=self.value_head is not None)
+        return self._graphs.state(
+            padded, numbers, self._window, device, drew, values=self.value_head is not None
+        )
 
     def _tokens(self, plan: Plan) -> Tokens:
         """The tokens of a step that prefills, from the host's arrays."""
@@ -356,49 +516,92 @@ class Generator:
         for chunk in plan.chunks:
             for sequence in (chunk.sequence, *chunk.forks) if chunk.final else ():
                 request: _Request = sequence.request
-                self._table.put(sequence.slot, request.params, request.request_id, sequence.sample, request.stop_ids, sequence.num_prompt)
+                self._table.put(
+                    sequence.slot,
+                    request.params,
+                    request.request_id,
+                    sequence.sample,
+                    request.stop_ids,
+                    sequence.num_prompt,
+                )
         last = slots.length[decode] - 1
         parts = [np.stack([slots.tokens[decode, last], last, decode])]
         out, count = [np.arange(len(decode))], len(decode)
         for chunk in plan.chunks:
             slot, size = chunk.sequence.slot, chunk.stop - chunk.start
-            parts.append(np.stack([slots.tokens[slot, chunk.start : chunk.stop], np.arange(chunk.start, chunk.stop), np.full(size, slot)]))
+            parts.append(
+                np.stack(
+                    [
+                        slots.tokens[slot, chunk.start : chunk.stop],
+                        np.arange(chunk.start, chunk.stop),
+                        np.full(size, slot),
+                    ]
+                )
+            )
             count += size
             if chunk.final:
                 out.append(np.full(1 + len(chunk.forks), count - 1))
-        token_ids, positions, rows = torch.from_numpy(np.concatenate(parts, axis=1)).to(device).unbind(0)
-        return Tokens(token_ids, positions, rows, torch.from_numpy(np.concatenate(out)).to(device), plan.copies)
+        token_ids, positions, rows = (
+            torch.from_numpy(np.concatenate(parts, axis=1)).to(device).unbind(0)
+        )
+        return Tokens(
+            token_ids,
+            positions,
+            rows,
+            torch.from_numpy(np.concatenate(out)).to(device),
+            plan.copies,
+        )
 
     def _device_table(self) -> Tensor:
-        """The block table where the model reads it: the host's array itself, or the device's copy at an address of its own, no wider than it need be."""
+        """The block table where the model reads it: the host's array itself, or the device's copy
+        at an address of its own, no wider than it need be."""
         slots = self.scheduler.slots
         if self._graphs is None:
             return torch.from_numpy(slots.block_table).to(self.cache.k.device)
         if self._block_table is None:
             most = -(-self.decoder.config.max_positions // slots.block_size)
-            self._block_table = torch.zeros(slots.count + 1, most, dtype=torch.int32, device=self.cache.k.device)
+            self._block_table = torch.zeros(
+                slots.count + 1, most, dtype=torch.int32, device=self.cache.k.device
+            )
         if slots.table_changed:
-            self._block_table[:, : slots.block_table.shape[1]].copy_(torch.from_numpy(slots.block_table))
+            self._block_table[:, : slots.block_table.shape[1]].copy_(
+                torch.from_numpy(slots.block_table)
+            )
             slots.table_changed = False
-        return self._block_table[:, : padded_blocks(int(slots.held.max()) // slots.block_size, self._block_table.shape[1])]
+        return self._block_table[
+            :,
+            : padded_blocks(int(slots.held.max()) // slots.block_size, self._block_table.shape[1]),
+        ]
 
     def _take(self, drew: np.ndarray, drawn: Drawn) -> None:
         """Append what was drawn, up to where sequences end, and hand those out."""
         slots, tokens_KR, K = self.scheduler.slots, drawn.tokens, len(drawn.tokens)
         stopped_KR = self._table.is_stop(drew, tokens_KR)
-        ended_KR = stopped_KR | (slots.length[drew] + np.arange(1, K + 1)[:, None] >= slots.limit[drew])
+        ended_KR = stopped_KR | (
+            slots.length[drew] + np.arange(1, K + 1)[:, None] >= slots.limit[drew]
+        )
         ended = ended_KR.any(0)
-        count = np.where(ended, ended_KR.argmax(0) + 1, K) if K > 1 and ended_KR[:-1].any() else None
+        count = (
+            np.where(ended, ended_KR.argmax(0) + 1, K) if K > 1 and ended_KR[:-1].any() else None
+        )
         slots.append(drew, tokens_KR, drawn.logp, self.weights_version, count, drawn.values)
         stopped = stopped_KR[0] if K == 1 else stopped_KR[ended_KR.argmax(0), np.arange(len(drew))]
         for row in np.flatnonzero(self._table.watched[drew] & ~stopped).tolist():
             slot = int(drew[row])
             sequence = self.scheduler.at(slot)
-            stopped[row] = self._stop_string(sequence.request, slots.tokens[slot, : slots.length[slot]], sequence.num_prompt) is not None
+            stopped[row] = (
+                self._stop_string(
+                    sequence.request, slots.tokens[slot, : slots.length[slot]], sequence.num_prompt
+                )
+                is not None
+            )
             ended[row] |= stopped[row]
         if not ended.any():
             return
-        out = [(self.scheduler.at(slot), "stop" if stop else "length") for slot, stop in zip(drew[ended].tolist(), stopped[ended].tolist(), strict=True)]
+        out = [
+            (self.scheduler.at(slot), "stop" if stop else "length")
+            for slot, stop in zip(drew[ended].tolist(), stopped[ended].tolist(), strict=True)
+        ]
         self.scheduler.finish([sequence for sequence, _ in out])
         for sequence, reason in out:
             self._hand_out(sequence, reason)
@@ -406,34 +609,60 @@ class Generator:
     def _hand_out(self, sequence: Running, reason: str) -> None:
         request: _Request = sequence.request
         start, before = sequence.num_prompt, request.before
-        token_ids, logp, versions = (column[start:].tolist() for column in (sequence.tokens, sequence.logp, sequence.versions))
-        values: list[float] | None = sequence.values[start:].tolist() if self.value_head is not None else None
+        token_ids, logp, versions = (
+            column[start:].tolist()
+            for column in (sequence.tokens, sequence.logp, sequence.versions)
+        )
+        values: list[float] | None = (
+            sequence.values[start:].tolist() if self.value_head is not None else None
+        )
         mask = None
         if before is not None:
             if before.action_mask is not None:
                 mask = [*before.action_mask, *([True] * len(token_ids))]
-            token_ids, logp, versions = [*before.token_ids, *token_ids], [*before.logprobs, *logp], [*before.weights_versions, *versions]
+            token_ids, logp, versions = (
+                [*before.token_ids, *token_ids],
+                [*before.logprobs, *logp],
+                [*before.weights_versions, *versions],
+            )
             values = None if values is None or before.values is None else [*before.values, *values]
         text = self._text(request.prompt_ids, token_ids) if self.tokenizer is not None else ""
         if request.params.stop and reason == "stop":
             found = self._stop_string(request, sequence.tokens, start)
             text = text[: text.rindex(found)] if found is not None and found in text else text
-        completion = Completion(request.prompt_ids, token_ids, logp, text, reason, versions, sequence.sample, mask, values)
+        completion = Completion(
+            request.prompt_ids,
+            token_ids,
+            logp,
+            text,
+            reason,
+            versions,
+            sequence.sample,
+            mask,
+            values,
+        )
         del request.ticket.live[sequence.id]
         request.ticket.finished.append(Finished(request.index, sequence.sample, completion))
 
     def _stop_string(self, request: _Request, tokens: np.ndarray, start: int) -> str | None:
-        """The stop string that the text of tokens[start:] ends with, or holds since its last token. Only as much of it is decoded as can matter."""
-        tail = max(start, len(tokens) - 4 * max(map(len, request.params.stop)) - _CONTEXT)  # a character is four tokens at the most: its bytes
+        """The stop string that the text of tokens[start:] ends with, or holds since its last token.
+        Only as much of it is decoded as can matter."""
+        # a character is four tokens at the most: its bytes
+        tail = max(start, len(tokens) - 4 * max(map(len, request.params.stop)) - _CONTEXT)
         text = self._text(tokens[:tail].tolist(), tokens[tail:].tolist())
         return next((stop for stop in request.params.stop if stop in text), None)
 
-    # ---- prompts ----------------------------------------------------------------------------------------------------------
+    # ---- prompts ---------------------------------------------------------------------------------
     def _text(self, prompt_ids: list[int], token_ids: list[int]) -> str:
-        """The text that the tokens add to the prompt's. Decoded behind the prompt's last tokens: alone, a sentencepiece tokenizer drops their first space."""
+        """The text that the tokens add to the prompt's. Decoded behind the prompt's last tokens:
+        alone, a sentencepiece tokenizer drops their first space."""
         before = self.tokenizer.decode(prompt_ids[-_CONTEXT:], skip_special_tokens=True)
         both = self.tokenizer.decode(prompt_ids[-_CONTEXT:] + token_ids, skip_special_tokens=True)
-        return both.removeprefix(before) if both.startswith(before) else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return (
+            both.removeprefix(before)
+            if both.startswith(before)
+            else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        )
 
     def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
         """Token ids of strings, id lists and message lists."""
@@ -445,36 +674,69 @@ class Generator:
                 prompt = prompt.tolist()
             if isinstance(prompt, str):
                 ids.append(encode_prompt(self._need_tokenizer("text"), prompt))
-            elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
-                ids.append(encode_prompt(self._need_tokenizer("messages"), [dict(message) for message in prompt]))
-            elif isinstance(prompt, Sequence) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
+            elif (
+                isinstance(prompt, Sequence)
+                and prompt
+                and all(isinstance(message, Mapping) for message in prompt)
+            ):
+                ids.append(
+                    encode_prompt(
+                        self._need_tokenizer("messages"), [dict(message) for message in prompt]
+                    )
+                )
+            elif isinstance(prompt, Sequence) and all(
+                isinstance(t, Integral) and not isinstance(t, bool) for t in prompt
+            ):
                 ids.append([int(t) for t in prompt])
             else:
-                raise TypeError(f"generate: expected prompt {index} to be a string, a list of token ids, a list of messages or a Completion, "
-                                f"got {repr(prompt)[:80]}")
+                raise TypeError(
+                    f"generate: expected prompt {index} to be a string, a list of token ids, a "
+                    "list of messages or a Completion, "
+                    f"got {repr(prompt)[:80]}"
+                )
             if not ids[-1]:
-                raise ValueError(f"generate: prompt {index} has no token; a completion needs at least one to go on from, such as the BOS")
+                raise ValueError(
+                    f"generate: prompt {index} has no token; a completion needs at least one to go "
+                    "on from, such as the BOS"
+                )
         return ids
 
     def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
-        """Stop strings that are one special token of the tokenizer's as stop token ids: texts are decoded without special tokens, and would never hold them.
+        """Stop strings that are one special token of the tokenizer's as stop token ids: texts are
+        decoded without special tokens, and would never hold them.
 
         Raises:
             ValueError: a stop string holds a special token among other text.
         """
         tokenizer = self._need_tokenizer("stop strings")
-        special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {
+            str(token): number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
         special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         for text in params.stop:
-            if text not in special and (inside := next((token for token in special if token and token in text), None)):
-                raise ValueError(f"generate: the stop string {text!r} holds the special token {inside!r}, which a completion's text never does; give that "
-                                 "token alone, and what stands beside it as a stop string of its own")
+            if text not in special and (
+                inside := next((token for token in special if token and token in text), None)
+            ):
+                raise ValueError(
+                    f"generate: the stop string {text!r} holds the special token {inside!r}, which "
+                    "a completion's text never does; give that "
+                    "token alone, and what stands beside it as a stop string of its own"
+                )
         found = [special[text] for text in params.stop if text in special]
         if not found:
             return params
-        return replace(params, stop=tuple(text for text in params.stop if text not in special), stop_token_ids=(*params.stop_token_ids, *found))
+        return replace(
+            params,
+            stop=tuple(text for text in params.stop if text not in special),
+            stop_token_ids=(*params.stop_token_ids, *found),
+        )
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
-            raise ValueError(f"generate: prompts as {what} need a tokenizer, and this actor has none; give lists of token ids")
+            raise ValueError(
+                f"generate: prompts as {what} need a tokenizer, and this actor has none; give "
+                "lists of token ids"
+            )
         return self.tokenizer

@@ -1,4 +1,5 @@
 """What a caller asks of the sampler, and the same for all running sequences at once."""
+
 from __future__ import annotations
 
 import math
@@ -21,12 +22,16 @@ def _is_int(value: object) -> TypeGuard[int]:
 class SamplingParams:
     """How completions are drawn.
 
-    max_new_tokens: tokens of a completion at the most, its EOS included. temperature: divides the logits; 0 is greedy. top_p in (0, 1], top_k (0: all) and
-    min_p in [0, 1] restrict the draw, in the order top-k, top-p, min-p. n: completions per prompt. seed: with the request id, the sample index and the
-    position it keys every draw. stop_token_ids end a completion, beside the EOS ids of tokenizer and model. min_new_tokens: none of these is drawn before.
-    stop: strings that end a completion when its text comes to hold one; its text then ends before it, its tokens after. One that is a special token of the
-    tokenizer's, such as <|im_end|>, is that token's id among stop_token_ids: texts hold no special tokens. banned_token_ids are never drawn.
-    logit_bias: token id -> number added to that logit before the draw; `logprobs` stay those of the model's own distribution.
+    max_new_tokens: tokens of a completion at the most, its EOS included. temperature: divides the
+    logits; 0 is greedy. top_p in (0, 1], top_k (0: all) and min_p in [0, 1] restrict the draw, in
+    the order top-k, top-p, min-p. n: completions per prompt. seed: with the request id, the sample
+    index and the position it keys every draw. stop_token_ids end a completion, beside the EOS ids
+    of tokenizer and model. min_new_tokens: none of these is drawn before. stop: strings that end a
+    completion when its text comes to hold one; its text then ends before it, its tokens after. One
+    that is a special token of the tokenizer's, such as <|im_end|>, is that token's id among
+    stop_token_ids: texts hold no special tokens. banned_token_ids are never drawn. logit_bias:
+    token id -> number added to that logit before the draw; `logprobs` stay those of the model's own
+    distribution.
 
     Raises:
         TypeError, ValueError: a field outside its range; the message names it.
@@ -46,83 +51,156 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("n", 1), ("seed", -_INT64), ("min_new_tokens", 0)):
+        for name, low in (
+            ("max_new_tokens", 1),
+            ("top_k", 0),
+            ("n", 1),
+            ("seed", -_INT64),
+            ("min_new_tokens", 0),
+        ):
             value = getattr(self, name)
             if not _is_int(value):
                 raise TypeError(f"SamplingParams: expected {name} to be an integer, got {value!r}")
             if not low <= value < _INT64:
-                raise ValueError(f"SamplingParams: expected {name} >= {low}{'' if low >= 0 else ' and < 2**63'}, got {value}")
-        for name, rule, inside in (("temperature", ">= 0 and finite", lambda x: 0 <= x < math.inf), ("top_p", "in (0, 1]", lambda x: 0 < x <= 1),
-                                   ("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)):
+                raise ValueError(
+                    f"SamplingParams: expected {name} >= "
+                    f"{low}{'' if low >= 0 else ' and < 2**63'}, got {value}"
+                )
+        for name, rule, inside in (
+            ("temperature", ">= 0 and finite", lambda x: 0 <= x < math.inf),
+            ("top_p", "in (0, 1]", lambda x: 0 < x <= 1),
+            ("min_p", "in [0, 1]", lambda x: 0 <= x <= 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"SamplingParams: expected {name} to be a number, got {value!r}")
             if not inside(value):
                 raise ValueError(f"SamplingParams: expected {name} {rule}, got {value}")
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"SamplingParams: expected min_new_tokens <= max_new_tokens, got {self.min_new_tokens} > {self.max_new_tokens}")
-        # Lists are taken as well, one string for a tuple of one, a dict of biases; as tuples the dataclass stays hashable.
+            raise ValueError(
+                "SamplingParams: expected min_new_tokens <= max_new_tokens, got "
+                f"{self.min_new_tokens} > {self.max_new_tokens}"
+            )
+        # Lists are taken as well, one string for a tuple of one, a dict of biases; as tuples the
+        # dataclass stays hashable.
         for name in ("stop_token_ids", "banned_token_ids"):
             ids = getattr(self, name)
-            if isinstance(ids, str | bytes) or not isinstance(ids, Sequence) or any(not _is_int(t) or t < 0 for t in ids):
-                raise TypeError(f"SamplingParams: expected {name} to be token ids >= 0, got {ids!r}")
+            if (
+                isinstance(ids, str | bytes)
+                or not isinstance(ids, Sequence)
+                or any(not _is_int(t) or t < 0 for t in ids)
+            ):
+                raise TypeError(
+                    f"SamplingParams: expected {name} to be token ids >= 0, got {ids!r}"
+                )
             object.__setattr__(self, name, tuple(int(t) for t in ids))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence) or any(not isinstance(text, str) or not text for text in stop):
-            raise TypeError(f"SamplingParams: expected stop to be strings that are not empty, got {self.stop!r}")
+        if not isinstance(stop, Sequence) or any(
+            not isinstance(text, str) or not text for text in stop
+        ):
+            raise TypeError(
+                f"SamplingParams: expected stop to be strings that are not empty, got {self.stop!r}"
+            )
         object.__setattr__(self, "stop", tuple(stop))
-        pairs = tuple(self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias)
+        pairs = tuple(
+            self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        )
         for pair in pairs:
-            if len(pair) != 2 or not _is_int(pair[0]) or pair[0] < 0 or not isinstance(pair[1], Real) or not math.isfinite(pair[1]):
-                raise TypeError(f"SamplingParams: expected logit_bias to map token ids >= 0 to finite numbers, got {pair!r}; banned_token_ids bans a token")
-        object.__setattr__(self, "logit_bias", tuple(sorted((int(token), float(bias)) for token, bias in pairs)))
+            if (
+                len(pair) != 2
+                or not _is_int(pair[0])
+                or pair[0] < 0
+                or not isinstance(pair[1], Real)
+                or not math.isfinite(pair[1])
+            ):
+                raise TypeError(
+                    "SamplingParams: expected logit_bias to map token ids >= 0 to finite numbers, "
+                    f"got {pair!r}; banned_token_ids bans a token"
+                )
+        object.__setattr__(
+            self, "logit_bias", tuple(sorted((int(token), float(bias)) for token, bias in pairs))
+        )
 
     @property
     def truncates(self) -> bool:
-        """Whether `logprobs` are not those of the sampling distribution: a token that the model gives probability can never be drawn, or is drawn more or
-        less often."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.min_new_tokens > 0 or bool(self.banned_token_ids)
-                                         or bool(self.logit_bias))
+        """Whether `logprobs` are not those of the sampling distribution: a token that the model
+        gives probability can never be drawn, or is drawn more or less often."""
+        return self.temperature > 0 and (
+            self.top_k > 0
+            or self.top_p < 1
+            or self.min_p > 0
+            or self.min_new_tokens > 0
+            or bool(self.banned_token_ids)
+            or bool(self.logit_bias)
+        )
 
     def biases(self) -> tuple[tuple[int, float], ...]:
         """`logit_bias` as (token id, number), by id."""
-        return cast("tuple[tuple[int, float], ...]", self.logit_bias)  # a dict has become this when the object was made
+        # a dict has become this when the object was made
+        return cast("tuple[tuple[int, float], ...]", self.logit_bias)
 
     def token_ids(self) -> tuple[int, ...]:
         """Every token id that a field names."""
-        return (*self.stop_token_ids, *self.banned_token_ids, *(token for token, _ in self.biases()))
+        return (
+            *self.stop_token_ids,
+            *self.banned_token_ids,
+            *(token for token, _ in self.biases()),
+        )
 
 
 class SamplingTable:
-    """The parameters of the running sequences, one row a slot, in arrays, so that a step touches no Python object per sequence."""
+    """The parameters of the running sequences, one row a slot, in arrays, so that a step touches no
+    Python object per sequence."""
 
     def __init__(self, slots: int) -> None:
-        self._numbers = {name: np.zeros(slots) for name in ("temperature", "top_k", "top_p", "min_p")}
+        self._numbers = {
+            name: np.zeros(slots) for name in ("temperature", "top_k", "top_p", "min_p")
+        }
         self._keys = np.zeros((slots, 4), dtype=np.int64)
         self._stops = np.full((slots, 1), -1, dtype=np.int64)  # -1 is no token
-        self._first_stop = np.zeros(slots, dtype=np.int64)  # length from which on a stop token may be drawn
+        # length from which on a stop token may be drawn
+        self._first_stop = np.zeros(slots, dtype=np.int64)
         self.watched = np.zeros(slots, dtype=bool)  # for stop strings
         self._banned: list[tuple[int, ...]] = [()] * slots
         self._bias: list[tuple[tuple[int, float], ...]] = [()] * slots
         self._bans, self._biased = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
 
-    def put(self, slot: int, params: SamplingParams, request_id: int, sample: int, stop_ids: frozenset[int], num_prompt: int) -> None:
-        """Row `slot` now belongs to sample `sample` of request `request_id`, whose prompt has `num_prompt` tokens."""
+    def put(
+        self,
+        slot: int,
+        params: SamplingParams,
+        request_id: int,
+        sample: int,
+        stop_ids: frozenset[int],
+        num_prompt: int,
+    ) -> None:
+        """Row `slot` now belongs to sample `sample` of request `request_id`, whose prompt has
+        `num_prompt` tokens."""
         for name, column in self._numbers.items():
             column[slot] = getattr(params, name)
         self._keys[slot] = (params.seed, request_id, sample, 0)
         if len(stop_ids) >= self._stops.shape[1]:
-            self._stops = np.pad(self._stops, ((0, 0), (0, len(stop_ids) + 1 - self._stops.shape[1])), constant_values=-1)
+            self._stops = np.pad(
+                self._stops,
+                ((0, 0), (0, len(stop_ids) + 1 - self._stops.shape[1])),
+                constant_values=-1,
+            )
         self._stops[slot] = -1
         self._stops[slot, : len(stop_ids)] = sorted(stop_ids)
         self._first_stop[slot] = num_prompt + params.min_new_tokens
         self.watched[slot] = bool(params.stop)
         self._banned[slot], self._bias[slot] = params.banned_token_ids, params.biases()
-        self._bans[slot], self._biased[slot] = bool(params.banned_token_ids), bool(params.logit_bias)
+        self._bans[slot], self._biased[slot] = (
+            bool(params.banned_token_ids),
+            bool(params.logit_bias),
+        )
 
-    def arguments(self, slots: np.ndarray, fixed: bool) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """temperature, top_k, top_p, min_p for `sample`: as a column where these slots differ, as a number where they agree. `fixed`: a number only where it
-        asks for nothing, since numbers are part of a captured step."""
+    def arguments(
+        self, slots: np.ndarray, fixed: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """temperature, top_k, top_p, min_p for `sample`: as a column where these slots differ, as a
+        number where they agree. `fixed`: a number only where it asks for nothing, since numbers are
+        part of a captured step."""
         columns, numbers = {}, {}
         for name, column in self._numbers.items():
             values = column[slots]
@@ -143,12 +221,14 @@ class SamplingTable:
         return np.ascontiguousarray(self._stops[slots].T)
 
     def suppresses(self, slots: np.ndarray, lengths: np.ndarray) -> bool:
-        """Whether some token of one of these may not be drawn: it is banned, or would end a completion too early."""
+        """Whether some token of one of these may not be drawn: it is banned, or would end a
+        completion too early."""
         return bool((lengths < self._first_stop[slots]).any() or self._bans[slots].any())
 
     def suppressed(self, slots: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """"suppress_ids" and "suppress_until", [R, W] int64: the id may not be drawn by a sequence of less tokens than that; nothing where there is none. Rows
-        are filled up by repeating an entry."""
+        """ "suppress_ids" and "suppress_until", [R, W] int64: the id may not be drawn by a sequence
+        of less tokens than that; nothing where there is none. Rows are filled up by repeating an
+        entry."""
         if not self.suppresses(slots, lengths):
             return {}
         stops = self._stops[slots]
@@ -157,19 +237,28 @@ class SamplingTable:
         ids = np.maximum(ids, 0)
         banned = _padded([self._banned[slot] for slot in slots.tolist()], -1, np.int64)
         if banned.size:
-            until[(ids[:, :, None] == banned[:, None]).any(2)] = _INT64 - 1  # or an id would have two lengths
+            # or an id would have two lengths
+            until[(ids[:, :, None] == banned[:, None]).any(2)] = _INT64 - 1
             none = banned[:, :1] < 0
             more = np.where(none, ids[:, :1], np.where(banned >= 0, banned, banned[:, :1]))
-            ids, until = np.hstack([ids, more]), np.hstack([until, np.broadcast_to(np.where(none, until[:, :1], _INT64 - 1), more.shape)])
+            ids, until = (
+                np.hstack([ids, more]),
+                np.hstack(
+                    [until, np.broadcast_to(np.where(none, until[:, :1], _INT64 - 1), more.shape)]
+                ),
+            )
         return {"suppress_ids": ids, "suppress_until": until}
 
     def biases(self, slots: np.ndarray) -> dict[str, np.ndarray]:
-        """"bias_ids" [R, W] int64 and "bias_values" [R, W] float32, to add to the logits; nothing where there is none. Rows are filled up by 0 for id 0."""
+        """ "bias_ids" [R, W] int64 and "bias_values" [R, W] float32, to add to the logits; nothing
+        where there is none. Rows are filled up by 0 for id 0."""
         if not self._biased[slots].any():
             return {}
         rows = [self._bias[slot] for slot in slots.tolist()]
-        return {"bias_ids": _padded([[token for token, _ in row] for row in rows], 0, np.int64),
-                "bias_values": _padded([[value for _, value in row] for row in rows], 0, np.float32)}
+        return {
+            "bias_ids": _padded([[token for token, _ in row] for row in rows], 0, np.int64),
+            "bias_values": _padded([[value for _, value in row] for row in rows], 0, np.float32),
+        }
 
     def is_stop(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """[..., R] bool: whether the token ends the sequence."""
@@ -177,9 +266,12 @@ class SamplingTable:
 
 
 def _padded(rows: Sequence[Sequence[float]], fill: int, dtype: type) -> np.ndarray:
-    """[R, W] with W the longest row's length, rounded up to a power of two so that few widths occur; [R, 0] where all rows are empty."""
+    """[R, W] with W the longest row's length, rounded up to a power of two so that few widths
+    occur; [R, 0] where all rows are empty."""
     longest = max(map(len, rows))
-    out: np.ndarray = np.full((len(rows), 1 << (longest - 1).bit_length() if longest else 0), fill, dtype=dtype)
+    out: np.ndarray = np.full(
+        (len(rows), 1 << (longest - 1).bit_length() if longest else 0), fill, dtype=dtype
+    )
     for row, values in zip(out, rows, strict=True):
         row[: len(values)] = values
     return out

@@ -1,14 +1,19 @@
-"""Scheduler: which tokens the next step computes. Continuous batching over a fixed number of slots and of blocks.
+"""Scheduler: which tokens the next step computes. Continuous batching over a fixed number of slots
+and of blocks.
 
-All requests are known up front in RL, so the longest are admitted first and the short ones fill the end. The samples of a prompt are admitted together: one
-prefills, the others wait on their slots and fork from it. Prefills are cut to what a step's token budget leaves beside decoding. When blocks run out, the
-newest sequence goes back to the queue with its tokens, and is computed again later (much of it is then found in the prefix cache).
-A sequence of `length` tokens that decodes has the keys and values of all but the last in the cache: a step computes that one and draws the next.
-Where nothing prefills, a plan may be for several steps in a row: every table then holds what all of them write, with blocks that nobody else wants yet.
-A model's adapter is on or off for a whole step. So the sequences that want it on and those that want it off take turns:
-when both wait, those that run are joined by their like until the first of them leaves, and the others are admitted when
-the last has left.
+All requests are known up front in RL, so the longest are admitted first and the short ones fill the
+end. The samples of a prompt are admitted together: one prefills, the others wait on their slots and
+fork from it. Prefills are cut to what a step's token budget leaves beside decoding. When blocks run
+out, the newest sequence goes back to the queue with its tokens, and is computed again later (much
+of it is then found in the prefix cache). A sequence of `length` tokens that decodes has the keys
+and values of all but the last in the cache: a step computes that one and draws the next. Where
+nothing prefills, a plan may be for several steps in a row: every table then holds what all of them
+write, with blocks that nobody else wants yet. A model's adapter is on or off for a whole step. So
+the sequences that want it on and those that want it off take turns:
+when both wait, those that run are joined by their like until the first of them leaves, and the
+others are admitted when the last has left.
 """
+
 from __future__ import annotations
 
 from bisect import insort
@@ -25,7 +30,8 @@ _STALLED_STEPS = 8
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One completion in the making. While it has a slot, its columns live in `Slots` and these are stale."""
+    """One completion in the making. While it has a slot, its columns live in `Slots` and these are
+    stale."""
 
     id: int
     request: Any  # the prompt it belongs to, an object of the caller; its samples share it
@@ -35,7 +41,8 @@ class Sequence:
     tokens: np.ndarray  # [length] int64, the prompt first
     logp: np.ndarray  # [length] float32
     versions: np.ndarray  # [length] int64, the weights that drew the token
-    values: np.ndarray  # [length] float32, of the state that drew the token; [0] where `Slots` has none
+    # [length] float32, of the state that drew the token; [0] where `Slots` has none
+    values: np.ndarray
     adapted: bool = True  # whether it is computed with the adapter
     slot: int = -1
     computed: int = 0  # while it prefills: leading tokens whose keys and values are in the cache
@@ -43,15 +50,26 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
 
     @classmethod
-    def start(cls, id: int, request: Any, sample: int, prompt: np.ndarray, limit: int, adapted: bool = True) -> Sequence:
+    def start(
+        cls,
+        id: int,
+        request: Any,
+        sample: int,
+        prompt: np.ndarray,
+        limit: int,
+        adapted: bool = True,
+    ) -> Sequence:
         """A sequence that is all prompt."""
         size = len(prompt)
-        logp, versions, values = (np.zeros(size, dtype=dtype) for dtype in (np.float32, np.int64, np.float32))
+        logp, versions, values = (
+            np.zeros(size, dtype=dtype) for dtype in (np.float32, np.int64, np.float32)
+        )
         return cls(id, request, sample, size, limit, prompt, logp, versions, values, adapted)
 
 
 class Slots:
-    """The running sequences in arrays, one row each, so that a step advances all of them at once. `values`: whether tokens come with one."""
+    """The running sequences in arrays, one row each, so that a step advances all of them at once.
+    `values`: whether tokens come with one."""
 
     def __init__(self, count: int, block_size: int, values: bool = False) -> None:
         self.count, self.block_size = count, block_size
@@ -62,8 +80,11 @@ class Slots:
         self.logp = np.zeros((count, 0), dtype=np.float32)
         self.versions = np.zeros((count, 0), dtype=np.int64)
         self.values = np.zeros((count, 0), dtype=np.float32)
-        self._columns = ("tokens", "logp", "versions", "values") if values else ("tokens", "logp", "versions")
-        self.block_table = np.zeros((count + 1, 0), dtype=np.int32)  # the last row is nobody's: null blocks, for rows that pad a step
+        self._columns = (
+            ("tokens", "logp", "versions", "values") if values else ("tokens", "logp", "versions")
+        )
+        # the last row is nobody's: null blocks, for rows that pad a step
+        self.block_table = np.zeros((count + 1, 0), dtype=np.int32)
         self.table_changed = True  # since whoever keeps a copy of it looked
 
     def reserve(self, num_tokens: int) -> None:
@@ -73,7 +94,9 @@ class Slots:
             for name in self._columns:
                 setattr(self, name, np.pad(getattr(self, name), ((0, 0), (0, more))))
             blocks = -(-num_tokens // self.block_size)
-            self.block_table = np.pad(self.block_table, ((0, 0), (0, blocks - self.block_table.shape[1])))
+            self.block_table = np.pad(
+                self.block_table, ((0, 0), (0, blocks - self.block_table.shape[1]))
+            )
             self.table_changed = True
 
     def put(self, sequence: Sequence) -> None:
@@ -89,9 +112,17 @@ class Slots:
         for name in self._columns:
             setattr(sequence, name, getattr(self, name)[row].copy())
 
-    def append(self, slots: np.ndarray, tokens: np.ndarray, logp: np.ndarray, version: int, count: np.ndarray | None = None,
-               values: np.ndarray | None = None) -> None:
-        """More tokens each: of tokens, logp and values [K, R] the first `count` [R] of every column, or all; [R] is one token each."""
+    def append(
+        self,
+        slots: np.ndarray,
+        tokens: np.ndarray,
+        logp: np.ndarray,
+        version: int,
+        count: np.ndarray | None = None,
+        values: np.ndarray | None = None,
+    ) -> None:
+        """More tokens each: of tokens, logp and values [K, R] the first `count` [R] of every
+        column, or all; [R] is one token each."""
         tokens, logp = np.atleast_2d(tokens), np.atleast_2d(logp)
         values = None if values is None else np.atleast_2d(values)
         steps, at = np.arange(len(tokens))[:, None], self.length[slots]
@@ -99,15 +130,25 @@ class Slots:
             rows, columns = slots, at + steps
         else:
             drawn = steps < count
-            rows, columns, tokens, logp = np.broadcast_to(slots, drawn.shape)[drawn], (at + steps)[drawn], tokens[drawn], logp[drawn]
+            rows, columns, tokens, logp = (
+                np.broadcast_to(slots, drawn.shape)[drawn],
+                (at + steps)[drawn],
+                tokens[drawn],
+                logp[drawn],
+            )
             values = None if values is None else values[drawn]
-        self.tokens[rows, columns], self.logp[rows, columns], self.versions[rows, columns] = tokens, logp, version
+        self.tokens[rows, columns], self.logp[rows, columns], self.versions[rows, columns] = (
+            tokens,
+            logp,
+            version,
+        )
         if values is not None:
             self.values[rows, columns] = values
         self.length[slots] = at + (len(steps) if count is None else count)
 
     def set_table(self, slot: int, blocks: list[int]) -> None:
-        """The blocks of the row; those it had stay the same, but for some at the end that it may have lost."""
+        """The blocks of the row; those it had stay the same, but for some at the end that it may
+        have lost."""
         had = int(self.held[slot]) // self.block_size
         self.block_table[slot, had : len(blocks)] = blocks[had:]
         self.held[slot] = len(blocks) * self.block_size
@@ -116,7 +157,8 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens start to stop of a sequence that prefills; the last of its chunks is `final`, and tokens are drawn after it for it and its forks."""
+    """Tokens start to stop of a sequence that prefills; the last of its chunks is `final`, and
+    tokens are drawn after it for it and its forks."""
 
     sequence: Sequence
     start: int
@@ -127,8 +169,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: `decode` slots compute their last token, `chunks` prefill; then `copies` (source, destination blocks) are made; `sampled` slots draw a token:
-    those of `decode`, then those of the final chunks, each with its forks. `steps`: how often the same may follow, each drawing on from the one before."""
+    """One step: `decode` slots compute their last token, `chunks` prefill; then `copies` (source,
+    destination blocks) are made; `sampled` slots draw a token:
+    those of `decode`, then those of the final chunks, each with its forks. `steps`: how often the
+    same may follow, each drawing on from the one before."""
 
     decode: np.ndarray
     chunks: list[Chunk]
@@ -138,16 +182,25 @@ class Plan:
 
 
 class Scheduler:
-    """Owns the queue, the slots and the block manager. `submit`, then `schedule` and `complete` in turn; `finish` sequences between steps."""
+    """Owns the queue, the slots and the block manager. `submit`, then `schedule` and `complete` in
+    turn; `finish` sequences between steps."""
 
-    def __init__(self, blocks: BlockManager, max_sequences: int, max_tokens_per_step: int, values: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_sequences: int,
+        max_tokens_per_step: int,
+        values: bool = False,
+    ) -> None:
         self.blocks = blocks
         self.slots = Slots(max_sequences, blocks.block_size, values)
         self._budget = max_tokens_per_step
         self.adapted = True  # whether what runs is computed with the adapter
         self._waiting: list[Sequence] = []  # the next one to admit is the last
-        self._others: list[Sequence] = []  # those that wait for the other state of the adapter, likewise
-        self._draining = False  # someone has left since they wait: it is their turn as soon as nothing runs
+        # those that wait for the other state of the adapter, likewise
+        self._others: list[Sequence] = []
+        # someone has left since they wait: it is their turn as soon as nothing runs
+        self._draining = False
         self._running: dict[int, Sequence] = {}  # by id, in the order of admission
         self._prefilling: list[Sequence] = []
         self._decode = np.zeros(0, dtype=np.int64)  # slots, in the order of admission
@@ -176,10 +229,15 @@ class Scheduler:
 
     def check_fits(self, num_prompt: int, max_new_tokens: int) -> None:
         """Raises ValueError for a sequence that would not fit an empty cache."""
-        need = self.blocks.blocks_for(num_prompt + max_new_tokens - 1)  # the last token drawn is never computed
+        # the last token drawn is never computed
+        need = self.blocks.blocks_for(num_prompt + max_new_tokens - 1)
         if need > self.blocks.total:
-            raise ValueError(f"{num_prompt} prompt tokens and max_new_tokens={max_new_tokens} need {need} KV blocks of {self.blocks.block_size} tokens, "
-                             f"and the cache has {self.blocks.total}; shorten the request or enlarge the cache (CacheConfig)")
+            raise ValueError(
+                f"{num_prompt} prompt tokens and max_new_tokens={max_new_tokens} need {need} KV "
+                f"blocks of {self.blocks.block_size} tokens, "
+                f"and the cache has {self.blocks.total}; shorten the request or enlarge the cache "
+                "(CacheConfig)"
+            )
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Queue sequences that fit (`check_fits`); samples of one request have consecutive ids."""
@@ -189,15 +247,21 @@ class Scheduler:
             queue.sort(key=_order)
         self._blocked = False
 
-    # ---- a step -----------------------------------------------------------------------------------------------------------
+    # ---- a step ----------------------------------------------------------------------------------
     def schedule(self, window: int = 1) -> Plan:
-        """What to compute next. Every table it names holds what the step writes, or all the steps that it allows: at most `window`.
+        """What to compute next. Every table it names holds what the step writes, or all the steps
+        that it allows: at most `window`.
 
         Raises:
-            RuntimeError: several steps in a row found nothing to do while sequences wait; the message describes the state.
+            RuntimeError: several steps in a row found nothing to do while sequences wait; the
+            message describes the state.
         """
         if self._others and not self._running and (self._draining or not self._waiting):
-            self._waiting, self._others, self.adapted = self._others, self._waiting, not self.adapted
+            self._waiting, self._others, self.adapted = (
+                self._others,
+                self._waiting,
+                not self.adapted,
+            )
             self._draining = self._blocked = False
         preempted = self._make_room_to_decode()
         budget = self._budget - len(self._decode)
@@ -208,12 +272,29 @@ class Scheduler:
                 budget -= self._add_chunk(sequence, budget, chunks, copies)
         while budget > 0 and not preempted and (admitted := self._admit()):
             budget -= self._add_chunk(admitted, budget, chunks, copies)
-        drawn = [member.slot for chunk in chunks if chunk.final for member in (chunk.sequence, *chunk.forks)]
-        sampled = np.concatenate([self._decode, np.array(drawn, dtype=np.int64)]) if drawn else self._decode
-        plan = Plan(self._decode, chunks, copies, sampled, 1 if chunks or window == 1 else self._look_ahead(window))
+        drawn = [
+            member.slot
+            for chunk in chunks
+            if chunk.final
+            for member in (chunk.sequence, *chunk.forks)
+        ]
+        sampled = (
+            np.concatenate([self._decode, np.array(drawn, dtype=np.int64)])
+            if drawn
+            else self._decode
+        )
+        plan = Plan(
+            self._decode,
+            chunks,
+            copies,
+            sampled,
+            1 if chunks or window == 1 else self._look_ahead(window),
+        )
         self._stalled = 0 if len(plan.decode) or chunks or not self.busy else self._stalled + 1
         if self._stalled >= _STALLED_STEPS:
-            raise RuntimeError(f"Scheduler: no progress in {self._stalled} steps; {self.describe()}")
+            raise RuntimeError(
+                f"Scheduler: no progress in {self._stalled} steps; {self.describe()}"
+            )
         return plan
 
     def complete(self, plan: Plan) -> None:
@@ -240,33 +321,53 @@ class Scheduler:
     def describe(self) -> str:
         """The state in one line, for errors."""
         head = self._waiting[-1] if self._waiting else None
-        queue = f"{len(self._others)} wait for the adapter to be switched" if self._others else "none waits"
+        queue = (
+            f"{len(self._others)} wait for the adapter to be switched"
+            if self._others
+            else "none waits"
+        )
         if head is not None:
-            queue = f"the next of {len(self._waiting)} waiting has {len(head.tokens)} tokens ({self.blocks.blocks_for(len(head.tokens))} blocks)"
-        running = ", ".join(f"#{s.id}: {self.slots.length[s.slot]} of {s.limit} tokens" for s in list(self._running.values())[:8])
-        return (f"{self.blocks.available} of {self.blocks.total} blocks and {len(self._free_slots)} of {self.slots.count} slots are free; {queue}; "
-                f"{len(self._running)} run ({running or 'none'}), {len(self._prefilling)} of them prefill")
+            queue = (
+                f"the next of {len(self._waiting)} waiting has {len(head.tokens)} tokens "
+                f"({self.blocks.blocks_for(len(head.tokens))} blocks)"
+            )
+        running = ", ".join(
+            f"#{s.id}: {self.slots.length[s.slot]} of {s.limit} tokens"
+            for s in list(self._running.values())[:8]
+        )
+        return (
+            f"{self.blocks.available} of {self.blocks.total} blocks and {len(self._free_slots)} of "
+            f"{self.slots.count} slots are free; {queue}; "
+            f"{len(self._running)} run ({running or 'none'}), {len(self._prefilling)} of them "
+            "prefill"
+        )
 
-    # ---- parts ----------------------------------------------------------------------------------------------------------
+    # ---- parts -----------------------------------------------------------------------------------
     def _make_room_to_decode(self) -> bool:
-        """Give a block to every decoding sequence whose next token starts one, preempting the newest where there is none. Whether it had to."""
+        """Give a block to every decoding sequence whose next token starts one, preempting the
+        newest where there is none. Whether it had to."""
         slots, preempted = self.slots, False
         due = self._decode[slots.length[self._decode] > slots.held[self._decode]]
         for slot in due.tolist():
             sequence = self._by_slot[slot]
-            while sequence is not None and not self.blocks.grow(sequence.id, int(slots.length[slot])):
+            while sequence is not None and not self.blocks.grow(
+                sequence.id, int(slots.length[slot])
+            ):
                 if self._give_back():
                     continue
                 self._requeue(next(reversed(self._running.values())))
-                sequence, preempted = self._by_slot[slot], True  # it may have been the newest itself
+                # it may have been the newest itself
+                sequence, preempted = self._by_slot[slot], True
             if sequence is not None:
                 slots.set_table(slot, self.blocks.table(sequence.id))
         return preempted
 
     def _look_ahead(self, window: int) -> int:
-        """Give the decoding sequences what they write in up to `window` steps, as far as blocks are free. For how many steps that is."""
+        """Give the decoding sequences what they write in up to `window` steps, as far as blocks are
+        free. For how many steps that is."""
         slots, decode, size = self.slots, self._decode, self.blocks.block_size
-        length, last = slots.length[decode], slots.limit[decode] - 1  # the last token drawn is never computed
+        # the last token drawn is never computed
+        length, last = slots.length[decode], slots.limit[decode] - 1
         steps = max(1, min(window, int((slots.limit[decode] - length).max(initial=1))))
         while steps > 1:
             need = np.minimum(length + steps - 1, last)
@@ -285,10 +386,15 @@ class Scheduler:
         return steps
 
     def _give_back(self) -> bool:
-        """Take back what `_look_ahead` gave and no step used: others need it now. Whether there was any."""
+        """Take back what `_look_ahead` gave and no step used: others need it now. Whether there was
+        any."""
         slots, decode, before = self.slots, self._decode, self.blocks.available
         size = self.blocks.block_size
-        for slot in decode[slots.held[decode] >= slots.length[decode] + size].tolist() if self._ahead else ():
+        for slot in (
+            decode[slots.held[decode] >= slots.length[decode] + size].tolist()
+            if self._ahead
+            else ()
+        ):
             sequence = self.at(slot)
             self.blocks.shrink(sequence.id, int(slots.length[slot]))
             slots.set_table(slot, self.blocks.table(sequence.id))
@@ -296,19 +402,32 @@ class Scheduler:
         return self.blocks.available > before
 
     def _admit(self) -> Sequence | None:
-        """The next waiting sequence with a slot and a table, and the fresh samples of its request behind it on slots of their own."""
-        if self._blocked or not self._waiting or not self._free_slots or (self._draining and self._others):
+        """The next waiting sequence with a slot and a table, and the fresh samples of its request
+        behind it on slots of their own."""
+        if (
+            self._blocked
+            or not self._waiting
+            or not self._free_slots
+            or (self._draining and self._others)
+        ):
             return None
         head = self._waiting[-1]
         members = [head]
-        while len(members) < min(len(self._free_slots), len(self._waiting)) and self._forks_from(head, self._waiting[-1 - len(members)]):
+        while len(members) < min(len(self._free_slots), len(self._waiting)) and self._forks_from(
+            head, self._waiting[-1 - len(members)]
+        ):
             members.append(self._waiting[-1 - len(members)])
-        # a block to grow for each that runs and for each partial last block that will be forked, or preemption would follow at once
+        # a block to grow for each that runs and for each partial last block that will be forked, or
+        # preemption would follow at once
         partial = len(head.tokens) % self.blocks.block_size > 0
         keep = len(self._running) + (len(members) - 1) * partial if self._running else 0
-        cached = self.blocks.allocate(head.id, head.tokens.tolist(), keep=keep, adapted=head.adapted)
+        cached = self.blocks.allocate(
+            head.id, head.tokens.tolist(), keep=keep, adapted=head.adapted
+        )
         if cached is None and self._give_back():
-            cached = self.blocks.allocate(head.id, head.tokens.tolist(), keep=keep, adapted=head.adapted)
+            cached = self.blocks.allocate(
+                head.id, head.tokens.tolist(), keep=keep, adapted=head.adapted
+            )
         if cached is None:
             self._blocked = True
             return None
@@ -325,9 +444,14 @@ class Scheduler:
 
     @staticmethod
     def _forks_from(head: Sequence, other: Sequence) -> bool:
-        return other.request is head.request and len(head.tokens) == len(other.tokens) == head.num_prompt
+        return (
+            other.request is head.request
+            and len(head.tokens) == len(other.tokens) == head.num_prompt
+        )
 
-    def _add_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk], copies: list[tuple[int, int]]) -> int:
+    def _add_chunk(
+        self, sequence: Sequence, budget: int, chunks: list[Chunk], copies: list[tuple[int, int]]
+    ) -> int:
         length = len(sequence.tokens)
         stop = min(length, sequence.computed + budget)
         forks = []

@@ -1,12 +1,16 @@
-"""DecodeState: what the steps of the same sequences need, on the device; `advance` is one step, and moves it on there.
+"""DecodeState: what the steps of the same sequences need, on the device; `advance` is one step, and
+moves it on there.
 
-Shapes    R rows (sequences that draw a token), K steps between two looks of the host, W ids a row, N tokens of a step, V vocabulary.
+Shapes    R rows (sequences that draw a token), K steps between two looks of the host, W ids a row,
+          N tokens of a step, V vocabulary.
 
-A step is the model, the head, the sampler, the value head where there is one, and `record`: what was drawn goes into a ring that the host reads every K
-steps, rows that end are marked, the others move on. Sizes follow no value, nothing waits for the host, and what lives on is changed in place: so on CUDA a step
-can be captured (graphs.py).
-A row that has ended stays where it is: it computes its last token once more, into the slot where those very bits are, and nobody reads what it draws.
+A step is the model, the head, the sampler, the value head where there is one, and `record`: what
+was drawn goes into a ring that the host reads every K steps, rows that end are marked, the others
+move on. Sizes follow no value, nothing waits for the host, and what lives on is changed in place:
+so on CUDA a step can be captured (graphs.py). A row that has ended stays where it is: it computes
+its last token once more, into the slot where those very bits are, and nobody reads what it draws.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -30,7 +34,8 @@ ARGUMENTS = ("temperature", "top_k", "top_p", "min_p")
 
 
 class Tokens(NamedTuple):
-    """The tokens of one step, [N] each; `out_slots` [R]: those that draw, None: all. `copies`: blocks to copy once they are computed."""
+    """The tokens of one step, [N] each; `out_slots` [R]: those that draw, None: all. `copies`:
+    blocks to copy once they are computed."""
 
     token_ids: Tensor
     positions: Tensor
@@ -42,27 +47,52 @@ class Tokens(NamedTuple):
 class DecodeState:
     """The columns of R rows, and a ring of K steps.
 
-    columns: "token_ids", "positions" (both of the newest token), "rows" (of the block table), "last_positions" (where the last token but one may be) and
-    "keys" [R, 4]: int64; "stops" [W, R]: tokens that end a row, with -1, which a row of NaN draws, among them; "finished": bool. Only where some row has any:
-    `ARGUMENTS` of the sampler as float64, "suppress_ids" and "suppress_until" [R, W] (the length from which on the id may be drawn; where an id repeats, so
-    does its length), "bias_ids" and "bias_values" [R, W] (a repeated id adds 0).
-    numbers: the sampler's other arguments. slots: whose rows they are, for the host. values: whether a step records the value of each row's state as well.
+    columns: "token_ids", "positions" (both of the newest token), "rows" (of the block table),
+    "last_positions" (where the last token but one may be) and "keys" [R, 4]: int64; "stops" [W, R]:
+    tokens that end a row, with -1, which a row of NaN draws, among them; "finished": bool. Only
+    where some row has any:
+    `ARGUMENTS` of the sampler as float64, "suppress_ids" and "suppress_until" [R, W] (the length
+    from which on the id may be drawn; where an id repeats, so does its length), "bias_ids" and
+    "bias_values" [R, W] (a repeated id adds 0). numbers: the sampler's other arguments. slots:
+    whose rows they are, for the host. values: whether a step records the value of each row's state
+    as well.
     """
 
-    def __init__(self, columns: dict[str, np.ndarray], numbers: dict[str, float], window: int, device: torch.device, slots: np.ndarray | None = None, *,
-                 values: bool = False) -> None:
-        # What moves lies so that one addition moves it: the positions of the keys, and of the newest tokens.
-        counters_5R = torch.from_numpy(np.ascontiguousarray(np.vstack([columns["keys"].T, columns["positions"]]))).to(device)
+    def __init__(
+        self,
+        columns: dict[str, np.ndarray],
+        numbers: dict[str, float],
+        window: int,
+        device: torch.device,
+        slots: np.ndarray | None = None,
+        *,
+        values: bool = False,
+    ) -> None:
+        # What moves lies so that one addition moves it: the positions of the keys, and of the
+        # newest tokens.
+        counters_5R = torch.from_numpy(
+            np.ascontiguousarray(np.vstack([columns["keys"].T, columns["positions"]]))
+        ).to(device)
         self._moving_2R = counters_5R[3:]
-        self.columns = {name: torch.from_numpy(column).to(device) for name, column in columns.items() if name not in ("keys", "positions")}
+        self.columns = {
+            name: torch.from_numpy(column).to(device)
+            for name, column in columns.items()
+            if name not in ("keys", "positions")
+        }
         self.columns |= {"keys": counters_5R[:4].T, "positions": counters_5R[4]}
         self.slots = slots
         R = len(self.columns["token_ids"])
-        self.tokens = Tokens(self.columns["token_ids"], self.columns["positions"], self.columns["rows"])
-        self.arguments: dict[str, Any] = {name: self.columns[name] if name in columns else numbers[name] for name in ARGUMENTS}
+        self.tokens = Tokens(
+            self.columns["token_ids"], self.columns["positions"], self.columns["rows"]
+        )
+        self.arguments: dict[str, Any] = {
+            name: self.columns[name] if name in columns else numbers[name] for name in ARGUMENTS
+        }
         self.tokens_KR = torch.empty(window, R, dtype=torch.int64, device=device)
         self.logp_KR = torch.empty(window, R, dtype=torch.float32, device=device)
-        self.values_KR = torch.empty(window, R, dtype=torch.float32, device=device) if values else None
+        self.values_KR = (
+            torch.empty(window, R, dtype=torch.float32, device=device) if values else None
+        )
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
 
     def refill(self, columns: dict[str, np.ndarray], slots: np.ndarray) -> None:
@@ -75,38 +105,68 @@ class DecodeState:
         """[R, V] bool: what may not be drawn now."""
         if "suppress_ids" not in self.columns:
             return None
-        ids_RW, until_RW, positions_R = (self.columns[name] for name in ("suppress_ids", "suppress_until", "positions"))
+        ids_RW, until_RW, positions_R = (
+            self.columns[name] for name in ("suppress_ids", "suppress_until", "positions")
+        )
         mask_RV = torch.zeros(len(ids_RW), vocab_size, dtype=torch.bool, device=ids_RW.device)
         return mask_RV.scatter_(1, ids_RW, until_RW > positions_R[:, None] + 1)
 
     def record(self, token_ids_R: Tensor, logp_R: Tensor, values_R: Tensor | None = None) -> None:
         """The rows drew these, in states of these values."""
         c = self.columns
-        advance_rows_(token_ids_R, logp_R.to(torch.float32), c["stops"], c["last_positions"], c["token_ids"], self._moving_2R, c["finished"], self.tokens_KR,
-                      self.logp_KR, self.cursor, values_R, self.values_KR)
+        advance_rows_(
+            token_ids_R,
+            logp_R.to(torch.float32),
+            c["stops"],
+            c["last_positions"],
+            c["token_ids"],
+            self._moving_2R,
+            c["finished"],
+            self.tokens_KR,
+            self.logp_KR,
+            self.cursor,
+            values_R,
+            self.values_KR,
+        )
 
 
-def advance(weights: DecoderWeights, state: DecodeState | None, block_table_BM: Tensor, cache: KVCache, strict: bool, tokens: Tokens | None = None,
-            value_head: ValueHead | None = None) -> None:
-    """One step of the rows of `state` (None: no row draws); of `tokens`, where the step computes others beside theirs. `value_head`: of a state that
-    records values."""
+def advance(
+    weights: DecoderWeights,
+    state: DecodeState | None,
+    block_table_BM: Tensor,
+    cache: KVCache,
+    strict: bool,
+    tokens: Tokens | None = None,
+    value_head: ValueHead | None = None,
+) -> None:
+    """One step of the rows of `state` (None: no row draws); of `tokens`, where the step computes
+    others beside theirs. `value_head`: of a state that records values."""
     if tokens is None and state is not None:
         tokens = state.tokens
     if tokens is None:
         return
     token_ids_N, positions_N, rows_N, out_slots_R, copies = tokens
-    hidden_RH = (strict_step if strict else decode_step)(weights, token_ids_N, positions_N, rows_N, block_table_BM, cache.k, cache.v, out_slots_R)
+    hidden_RH = (strict_step if strict else decode_step)(
+        weights, token_ids_N, positions_N, rows_N, block_table_BM, cache.k, cache.v, out_slots_R
+    )
     if copies:
         copy_blocks(cache.k, cache.v, copies)
     if state is None:
         return
-    logits_RV = (strict_logits if strict else _logits)(hidden_RH, weights.head, weights.options.logit_softcap)
+    logits_RV = (strict_logits if strict else _logits)(
+        hidden_RH, weights.head, weights.options.logit_softcap
+    )
     sampled = _sample(logits_RV, state, strict)
-    state.record(sampled.token_ids, sampled.logp, None if value_head is None else value_head(hidden_RH, strict=strict))
+    state.record(
+        sampled.token_ids,
+        sampled.logp,
+        None if value_head is None else value_head(hidden_RH, strict=strict),
+    )
 
 
 def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
-    """A draw, from the biased logits where there is a bias; the log-probability and the entropy are the model's own. `strict`: with the scorer's bits."""
+    """A draw, from the biased logits where there is a bias; the log-probability and the entropy are
+    the model's own. `strict`: with the scorer's bits."""
     c = state.columns
     suppress_RV = state.suppressed(logits_RV.shape[1])
     biased_RV = logits_RV
@@ -115,18 +175,23 @@ def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
     sampled = sample(biased_RV, **state.arguments, keys=c["keys"], suppress=suppress_RV)
     if not strict and biased_RV is logits_RV:
         return sampled
-    T, token_ids_R = state.arguments["temperature"], sampled.token_ids.clamp(min=0)  # -1: a row with NaN, which the host sees
+    # -1: a row with NaN, which the host sees
+    T, token_ids_R = state.arguments["temperature"], sampled.token_ids.clamp(min=0)
     T = torch.where(T > 0, T, 1.0).float() if isinstance(T, Tensor) else T or 1.0
     if strict:
         logp_R, entropy_R = strict_row_logprob(logits_RV, token_ids_R, T)
         return sampled._replace(logp=logp_R, entropy=entropy_R)
     logp_R, entropy_R = logprob(logits_RV, token_ids_R, temperature=T, entropy=True)
     biased_R = (c["bias_values"] != 0).any(1)
-    return sampled._replace(logp=torch.where(biased_R, logp_R, sampled.logp), entropy=torch.where(biased_R, entropy_R, sampled.entropy))
+    return sampled._replace(
+        logp=torch.where(biased_R, logp_R, sampled.logp),
+        entropy=torch.where(biased_R, entropy_R, sampled.entropy),
+    )
 
 
 def _logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None) -> Tensor:
-    """[R, V] in float32 at least: rounded to bfloat16, a logit of 10 would be off by 0.03, and so would its logprob."""
+    """[R, V] in float32 at least: rounded to bfloat16, a logit of 10 would be off by 0.03, and so
+    would its logprob."""
     if hidden_RH.dtype in (torch.float32, torch.float64):
         logits_RV = F.linear(hidden_RH, head_VH)
     elif hidden_RH.device.type == "cuda":

@@ -1,5 +1,5 @@
-"""Turns: a lock that threads get in the order in which they asked for it. Of those that generate together, none waits for
-more than one step of each of the others."""
+"""Turns: a lock that threads get in the order in which they asked for it. Of those that generate
+together, none waits for more than one step of each of the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from types import TracebackType
 
 
 class Turns:
-    """`with turns:` waits for its turn. A thread that has it is refused a second one; `try_enter` never waits, and may be called anywhere."""
+    """`with turns:` waits for its turn. A thread that has it is refused a second one; `try_enter`
+    never waits, and may be called anywhere."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # held for a few instructions at a time
@@ -22,7 +23,8 @@ class Turns:
         with self._mutex:
             if self._holder == me:
                 raise RuntimeError(
-                    "Generator: called from within one of its own steps, such as by a signal handler; let the step come to its end first"
+                    "Generator: called from within one of its own steps, such as by a signal "
+                    "handler; let the step come to its end first"
                 )
             if self._holder is None:
                 self._holder = me
@@ -40,7 +42,10 @@ class Turns:
             raise
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.leave()
 

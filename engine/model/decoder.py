@@ -1,11 +1,16 @@
 """The decoder: one set of fused parameters that training, scoring and generation all read.
 
-Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width, V vocabulary.
-Rounding  as the sampler's `decode_step`: between bfloat16 weights activations are float32 (`Decoder.activation_dtype`), and nothing is rounded but what is
-          returned, and on tensor cores q, k, v and what attention gives (`Decoder.cache_dtype`; wide.py says how). Else activations are of the parameters'
-          dtype: norms as in transformers' Llama, in float32, rounded before their weight (Gemma's multiply by 1 + weight before they round); RoPE and
-          SwiGLU in float32, rounded once (transformers rounds each product); LayerNorm is torch's: float32 inside, rounded once.
+Shapes    N tokens, H hidden, Hq query heads, Hkv key/value heads, D head dim, F feed-forward width,
+          V vocabulary.
+Rounding  as the sampler's `decode_step`: between bfloat16 weights activations are float32
+          (`Decoder.activation_dtype`), and nothing is rounded but what is returned, and on tensor
+          cores q, k, v and what attention gives (`Decoder.cache_dtype`; wide.py says how). Else
+          activations are of the parameters' dtype: norms as in transformers' Llama, in float32,
+          rounded before their weight (Gemma's multiply by 1 + weight before they round); RoPE and
+          SwiGLU in float32, rounded once (transformers rounds each product); LayerNorm is torch's:
+          float32 inside, rounded once.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,46 +30,78 @@ from fusedrl.engine.model.step import Adapter, DecoderWeights, activation_dtype,
 from fusedrl.engine.model.wide import activated, attend, embed, linear
 from fusedrl.kernels.rope import RopeTable
 
-_off: ContextVar[frozenset[int]] = ContextVar("decoders whose adapter is off in this thread", default=frozenset())
+_off: ContextVar[frozenset[int]] = ContextVar(
+    "decoders whose adapter is off in this thread", default=frozenset()
+)
 
 
 def own_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Within the block autocast is off: what computes in dtypes of its own, as the sampler does, shall do so whoever calls it."""
+    """Within the block autocast is off: what computes in dtypes of its own, as the sampler does,
+    shall do so whoever calls it."""
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 class _Training(Ops):
-    """The operations over packed sequences, differentiable; between bfloat16 parameters as wide.py says."""
+    """The operations over packed sequences, differentiable; between bfloat16 parameters as wide.py
+    says."""
 
-    def __init__(self, decoder: Decoder, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> None:
+    def __init__(
+        self, decoder: Decoder, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int
+    ) -> None:
         c, self.dtype = decoder.config, decoder.activation_dtype
         angles = decoder._rope_table.at(positions_N, max_length, self.dtype)
-        super().__init__((c.num_heads, c.num_kv_heads, c.head_dim), c.norm_eps, decoder._options, angles)
-        self.cu_seqlens_B1, self.max_length, self.cache_dtype = cu_seqlens_B1, max_length, decoder.cache_dtype
-        self.adapters = [cast(Layer, each).lora for each in decoder.layers] if decoder.adapter_enabled else None
+        super().__init__(
+            (c.num_heads, c.num_kv_heads, c.head_dim), c.norm_eps, decoder._options, angles
+        )
+        self.cu_seqlens_B1, self.max_length, self.cache_dtype = (
+            cu_seqlens_B1,
+            max_length,
+            decoder.cache_dtype,
+        )
+        self.adapters = (
+            [cast(Layer, each).lora for each in decoder.layers] if decoder.adapter_enabled else None
+        )
 
     def rows(self, ids_N: Tensor, table: Tensor) -> Tensor:
         return embed(ids_N, table, self.dtype)
 
-    def linear(self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return linear(x, weight, bias) if self.adapters is None else adapted_linear(self.adapters[index], product, x, weight, bias)
+    def linear(
+        self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return (
+            linear(x, weight, bias)
+            if self.adapters is None
+            else adapted_linear(self.adapters[index], product, x, weight, bias)
+        )
 
     def attention(self, index: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
         q, k, v = self.heads(weights, qkv)
-        return attend(q, k, v, self.cu_seqlens_B1, self.cache_dtype, max_length=self.max_length, window=weights.window or None,
-                      softcap=self.options.attention_softcap, scale=self.options.attention_scale)
+        return attend(
+            q,
+            k,
+            v,
+            self.cu_seqlens_B1,
+            self.cache_dtype,
+            max_length=self.max_length,
+            window=weights.window or None,
+            softcap=self.options.attention_softcap,
+            scale=self.options.attention_scale,
+        )
 
     def activate(self, weights: LayerWeights, up: Tensor) -> Tensor:
-        return activated(up, self.options.activation, gated=weights.gated, wide=up.dtype != weights.gate_up.dtype)
+        return activated(
+            up, self.options.activation, gated=weights.gated, wide=up.dtype != weights.gate_up.dtype
+        )
 
 
 class Layer(nn.Module):
-    """One layer's parameters, fused: the rows of qkv_proj are q's heads, then k's, then v's; gate_up_proj's are gate, then up (or
-    what the MLP activates, where there is no gate).
+    """One layer's parameters, fused: the rows of qkv_proj are q's heads, then k's, then v's;
+    gate_up_proj's are gate, then up (or what the MLP activates, where there is no gate).
 
-    input_norm and post_norm stand before attention and MLP, attention_out_norm and mlp_out_norm behind them.
+    input_norm and post_norm stand before attention and MLP, attention_out_norm and mlp_out_norm
+    behind them.
     """
 
     input_norm: Tensor | None
@@ -82,7 +119,9 @@ class Layer(nn.Module):
     k_norm: Tensor | None
     lora: LayerAdapter | None
 
-    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> None:
         super().__init__()
         c = config
         self.config, self.window, self.rope = c, c.windows[index], c.ropes[index]
@@ -93,7 +132,10 @@ class Layer(nn.Module):
         def optional(present: bool, size: int) -> nn.Parameter | None:
             return parameter(size) if present else None
 
-        qkv, up = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, (2 if c.gated else 1) * c.intermediate_size
+        qkv, up = (
+            (c.num_heads + 2 * c.num_kv_heads) * c.head_dim,
+            (2 if c.gated else 1) * c.intermediate_size,
+        )
         before, behind = c.norms != "post", c.norms != "pre"
         self.register_parameter("input_norm", optional(before, c.hidden_size))
         self.qkv_proj = parameter(qkv, c.hidden_size)
@@ -114,25 +156,48 @@ class Layer(nn.Module):
         self.register_parameter("post_norm_bias", optional(c.layer_norm, c.hidden_size))
         self.register_module("lora", None)
 
-    def forward(self, ops: Ops, index: int, delta_NH: Tensor, stream_NH: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run `layer` with these parameters, as the decoder's layer `index`: (what it adds, the stream to add it to), of the same two before it."""
+    def forward(
+        self, ops: Ops, index: int, delta_NH: Tensor, stream_NH: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run `layer` with these parameters, as the decoder's layer `index`: (what it adds, the
+        stream to add it to), of the same two before it."""
         return layer(ops, index, self.weights(), delta_NH, stream_NH)
 
     def weights(self) -> LayerWeights:
         """The parameters as `layer` and the native step take them."""
-        return LayerWeights(self.input_norm, self.qkv_proj, self.qkv_bias, self.q_norm, self.k_norm, self.o_proj, self.o_bias, self.post_norm,
-                            self.gate_up_proj, self.gate_up_bias, self.down_proj, self.down_bias, self.window, self.attention_out_norm, self.mlp_out_norm,
-                            self.rope, self.input_norm_bias, self.post_norm_bias)
+        return LayerWeights(
+            self.input_norm,
+            self.qkv_proj,
+            self.qkv_bias,
+            self.q_norm,
+            self.k_norm,
+            self.o_proj,
+            self.o_bias,
+            self.post_norm,
+            self.gate_up_proj,
+            self.gate_up_bias,
+            self.down_proj,
+            self.down_bias,
+            self.window,
+            self.attention_out_norm,
+            self.mlp_out_norm,
+            self.rope,
+            self.input_norm_bias,
+            self.post_norm_bias,
+        )
 
 
 class Decoder(nn.Module):
     """A decoder of any family in `families.FAMILIES`, on packed sequences.
 
-    The parameters are allocated and not initialised: `load_decoder` fills them from a directory, `Decoder.random` at random.
-    Their storage never moves afterwards: an optimizer step changes it in place, and whoever holds `weights()` sees the change.
+    The parameters are allocated and not initialised: `load_decoder` fills them from a directory,
+    `Decoder.random` at random. Their storage never moves afterwards: an optimizer step changes it
+    in place, and whoever holds `weights()` sees the change.
 
-    `checkpoint_activations` may be set at any time: a training forward then keeps only what goes in and out of each layer, and the backward pass computes the
-    rest again, a layer at a time (Chen et al., 2016, Training deep nets with sublinear memory cost). The gradients are the same bits on CPU.
+    `checkpoint_activations` may be set at any time: a training forward then keeps only what goes in
+    and out of each layer, and the backward pass computes the rest again, a layer at a time (Chen et
+    al., 2016, Training deep nets with sublinear memory cost). The gradients are the same bits on
+    CPU.
 
     `lora`: the settings of its adapter (`lora.add_adapter`), or None.
     """
@@ -143,37 +208,81 @@ class Decoder(nn.Module):
     checkpoint_activations = False
     lora: LoRAConfig | None = None
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
-        self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
+        self.embedding = nn.Parameter(
+            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        )
+        self.layers = nn.ModuleList(
+            Layer(config, i, dtype, device) for i in range(config.num_layers)
+        )
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
-        positions = nn.Parameter(self.embedding.new_empty(config.max_positions, config.hidden_size)) if config.learned_positions else None
+        positions = (
+            nn.Parameter(self.embedding.new_empty(config.max_positions, config.hidden_size))
+            if config.learned_positions
+            else None
+        )
         self.register_parameter("position_embedding", positions)
-        self.register_parameter("norm_bias", nn.Parameter(torch.empty_like(self.norm)) if config.layer_norm else None)
-        self.register_parameter("head", None if config.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding)))
+        self.register_parameter(
+            "norm_bias", nn.Parameter(torch.empty_like(self.norm)) if config.layer_norm else None
+        )
+        self.register_parameter(
+            "head",
+            None if config.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding)),
+        )
         self._settle()
 
     @classmethod
-    def random(cls, config: ModelConfig, seed: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Decoder:
-        """A decoder with normal(0, initializer_range) matrices, norms that multiply by 1 and biases 0; drawn on the CPU in float32, so alike everywhere."""
+    def random(
+        cls,
+        config: ModelConfig,
+        seed: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Decoder:
+        """A decoder with normal(0, initializer_range) matrices, norms that multiply by 1 and biases
+        0; drawn on the CPU in float32, so alike everywhere."""
         decoder = cls(config, dtype=dtype, device=device)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
                 if parameter.ndim > 1:
-                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, config.initializer_range, generator=generator))
+                    parameter.copy_(
+                        torch.empty(parameter.shape).normal_(
+                            0.0, config.initializer_range, generator=generator
+                        )
+                    )
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0 - config.norm_offset)
         return decoder
 
     def _settle(self) -> None:
         # Not a buffer: `.to(torch.bfloat16)` would round the angles.
-        frequencies = [self.config.inv_freq, *([self.config.local_inv_freq] if self.config.local_inv_freq else [])]
-        self._rope_table = RopeTable(frequencies, self.config.rope_scale, device=self.embedding.device)
+        frequencies = [
+            self.config.inv_freq,
+            *([self.config.local_inv_freq] if self.config.local_inv_freq else []),
+        ]
+        self._rope_table = RopeTable(
+            frequencies, self.config.rope_scale, device=self.embedding.device
+        )
         c, scale = self.config, torch.tensor(self.config.embedding_scale).to(self.dtype).item()
-        self._options = Options(c.attention_scale, c.attention_softcap, c.logit_softcap, scale, c.norm_offset, c.activation, c.parallel)
+        self._options = Options(
+            c.attention_scale,
+            c.attention_softcap,
+            c.logit_softcap,
+            scale,
+            c.norm_offset,
+            c.activation,
+            c.parallel,
+        )
         self._weights: DecoderWeights | None = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Decoder:
@@ -183,7 +292,8 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, H]: what turns hidden states into logits; the embedding itself where they are tied."""
+        """[V, H]: what turns hidden states into logits; the embedding itself where they are
+        tied."""
         return self.embedding if self.head is None else self.head
 
     @property
@@ -204,32 +314,46 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def forward(self, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> Tensor:
+    def forward(
+        self, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int
+    ) -> Tensor:
         """Hidden states of packed sequences, after the final norm.
 
         Args:
-            token_ids_N: [N] int64. positions_N: [N] int64, from 0 in every sequence. cu_seqlens_B1: [B+1] int32.
-            max_length: the longest sequence.
+            token_ids_N: [N] int64. positions_N: [N] int64, from 0 in every sequence. cu_seqlens_B1:
+            [B+1] int32. max_length: the longest sequence.
         Returns:
             [N, H] in the parameters' dtype, under autocast, too. Differentiable in the parameters.
         """
         with own_precision(self.device):
             return self._hidden(token_ids_N, positions_N, cu_seqlens_B1, max_length)
 
-    def _hidden(self, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int) -> Tensor:
+    def _hidden(
+        self, token_ids_N: Tensor, positions_N: Tensor, cu_seqlens_B1: Tensor, max_length: int
+    ) -> Tensor:
         if self.position_embedding is not None and max_length > len(self.position_embedding):
-            raise ValueError(f"expected sequences of at most {len(self.position_embedding)} tokens, the positions that the model has learned, got one of "
-                             f"{max_length}; shorten it")
+            raise ValueError(
+                f"expected sequences of at most {len(self.position_embedding)} tokens, the "
+                "positions that the model has learned, got one of "
+                f"{max_length}; shorten it"
+            )
         ops = _Training(self, positions_N, cu_seqlens_B1, max_length)
-        delta_NH, stream_NH = ops.embed(token_ids_N, positions_N, self.embedding, self.position_embedding), None
+        delta_NH, stream_NH = (
+            ops.embed(token_ids_N, positions_N, self.embedding, self.position_embedding),
+            None,
+        )
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index, each in enumerate(self.layers):
             arguments = (ops, index, delta_NH, stream_NH)
             # Nothing in a layer draws, so there is no generator's state to keep.
-            delta_NH, stream_NH = checkpoint(each, *arguments, use_reentrant=False, preserve_rng_state=False) if recompute else each(*arguments)
+            delta_NH, stream_NH = (
+                checkpoint(each, *arguments, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else each(*arguments)
+            )
         return ops.end(delta_NH, stream_NH, self.norm, self.norm_bias).to(self.dtype)
 
-    # ---- the adapter ----------------------------------------------------------------------------------------------------------
+    # ---- the adapter -----------------------------------------------------------------------------
     @property
     def adapter_enabled(self) -> bool:
         """Whether there is an adapter, and on in this thread."""
@@ -245,12 +369,14 @@ class Decoder(nn.Module):
         self._settle()
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Within the block the decoder is its base, in training and in generation: the outputs are bitwise those of the weights without adapter."""
+        """Within the block the decoder is its base, in training and in generation: the outputs are
+        bitwise those of the weights without adapter."""
         return self.adapter(enabled=False)
 
     @contextmanager
     def adapter(self, *, enabled: bool) -> Iterator[None]:
-        """The adapter on or off within the block, for the thread that is in it. A backward pass in it follows the forward pass, whichever that was."""
+        """The adapter on or off within the block, for the thread that is in it. A backward pass in
+        it follows the forward pass, whichever that was."""
         before = self._adapted
         self._switch(enabled)
         try:
@@ -262,17 +388,39 @@ class Decoder(nn.Module):
         _off.set(_off.get() - {id(self)} if on else _off.get() | {id(self)})
 
     def weights(self, adapted: bool | None = None) -> DecoderWeights:
-        """The live parameters as `decode_step` takes them: the same tensors, never copies. `adapted`: with the adapter, or without; None: as it is now."""
+        """The live parameters as `decode_step` takes them: the same tensors, never copies.
+        `adapted`: with the adapter, or without; None: as it is now."""
         if self._weights is None:
             c = self.config
             layers = tuple(layer.weights() for layer in self.layers)  # type: ignore[operator]
-            self._weights = DecoderWeights(self.embedding, layers, self.norm, self.head_weight, self._rope_table, c.num_heads, c.num_kv_heads,
-                                           c.head_dim, c.norm_eps, self._options, self.position_embedding, self.norm_bias, self._adapter())
-        return self._weights if (self._adapted if adapted is None else adapted) else self._weights._replace(adapter=None)
+            self._weights = DecoderWeights(
+                self.embedding,
+                layers,
+                self.norm,
+                self.head_weight,
+                self._rope_table,
+                c.num_heads,
+                c.num_kv_heads,
+                c.head_dim,
+                c.norm_eps,
+                self._options,
+                self.position_embedding,
+                self.norm_bias,
+                self._adapter(),
+            )
+        return (
+            self._weights
+            if (self._adapted if adapted is None else adapted)
+            else self._weights._replace(adapter=None)
+        )
 
     def _adapter(self) -> Adapter | None:
         adapters = [cast(LayerAdapter, layer.lora) for layer in self.layers]
         if self.lora is None or not adapters:
             return None
-        slices = tuple((product, first, rows) for product, found in enumerate(adapters[0].rows) for first, rows in found)
+        slices = tuple(
+            (product, first, rows)
+            for product, found in enumerate(adapters[0].rows)
+            for first, rows in found
+        )
         return Adapter(tuple(adapter.tensors() for adapter in adapters), slices, self.lora.scale)

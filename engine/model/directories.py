@@ -1,7 +1,10 @@
-"""Which directory a model is read from; whatever else a path may be is named, with what to say instead.
+"""Which directory a model is read from; whatever else a path may be is named, with what to say
+instead.
 
-A model is a directory with config.json, *.safetensors and a tokenizer, or the id of one in the Hugging Face hub, of which these files are fetched.
+A model is a directory with config.json, *.safetensors and a tokenizer, or the id of one in the
+Hugging Face hub, of which these files are fetched.
 """
+
 from __future__ import annotations
 
 import json
@@ -12,16 +15,21 @@ from pathlib import Path
 
 from fusedrl.engine.base.errors import no_such
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickles are ever fetched
+# no pickles are ever fetched
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z")
-PICKLED = ("pickled weights only, which can run code when they are read and are refused; convert them where you trust them: "
-           "AutoModelForCausalLM.from_pretrained(...).save_pretrained(directory) writes safetensors")
+PICKLED = (
+    "pickled weights only, which can run code when they are read and are refused; convert them "
+    "where you trust them: "
+    "AutoModelForCausalLM.from_pretrained(...).save_pretrained(directory) writes safetensors"
+)
 
 
 def resolve_directory(path_or_id: str | Path) -> Path:
-    """The local directory of a model: the path itself where it exists, else the hub's snapshot of that id (safetensors, JSON and tokenizer files).
+    """The local directory of a model: the path itself where it exists, else the hub's snapshot of
+    that id (safetensors, JSON and tokenizer files).
 
     Raises:
         FileNotFoundError: neither a directory nor an id that could be fetched.
@@ -33,7 +41,8 @@ def resolve_directory(path_or_id: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
+    # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
+    except Exception as error:
         raise not_fetched(path_or_id, error) from error
 
 
@@ -41,7 +50,8 @@ def local_directory(path_or_id: str | Path) -> Path | None:
     """The directory that the path is; None for what is not there and may be an id of the hub.
 
     Raises:
-        FileNotFoundError: it is a file, the directory of a run, an address, or is not there and no id.
+        FileNotFoundError: it is a file, the directory of a run, an address, or is not there and no
+        id.
     """
     path, text = Path(path_or_id), str(path_or_id)
     if path.is_dir() and text:
@@ -57,8 +67,11 @@ def local_directory(path_or_id: str | Path) -> Path | None:
 def not_fetched(path_or_id: str | Path, error: Exception) -> FileNotFoundError:
     """What to raise where an id could not be fetched from the hub."""
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return FileNotFoundError(f"{str(path_or_id)!r} is no directory here, and fetching it from the Hugging Face hub failed ({reason}); "
-                             f"check the path ({no_such(path_or_id)}), the id or the network")
+    return FileNotFoundError(
+        f"{str(path_or_id)!r} is no directory here, and fetching it from the Hugging Face hub "
+        f"failed ({reason}); "
+        f"check the path ({no_such(path_or_id)}), the id or the network"
+    )
 
 
 def check_no_run(path: Path) -> None:
@@ -66,41 +79,77 @@ def check_no_run(path: Path) -> None:
     if not _is_run(path):
         return
     if (path / "model" / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is the directory of a run, and its model lies in it: use {path / 'model'}")
+        raise FileNotFoundError(
+            f"{path} is the directory of a run, and its model lies in it: use {path / 'model'}"
+        )
     raise FileNotFoundError(_unfinished(path))
 
 
 def no_model(directory: Path) -> str:
     """What a directory is that holds no model, or no weights, and what to say instead."""
-    names = sorted(path.name for path in islice(directory.iterdir(), 1000)) if directory.is_dir() else []
+    names = (
+        sorted(path.name for path in islice(directory.iterdir(), 1000))
+        if directory.is_dir()
+        else []
+    )
     ends = {Path(name).suffix.lower() for name in names}
     if not names:
-        return f"expected a model directory with a config.json, and {directory} " + ("is empty" if directory.is_dir() else "does not exist")
+        return f"expected a model directory with a config.json, and {directory} " + (
+            "is empty" if directory.is_dir() else "does not exist"
+        )
     if (run := _run_of_checkpoint(directory)) is not None:
-        ended = f"its model is {run / 'model'}" if (run / "model" / "config.json").is_file() else f"when it ends its model is {run / 'model'}"
-        return (f"{directory} is a checkpoint of the run {run}, from which training goes on, and no model; go on with the command that began it and "
-                f"--run.resume true; {ended}")
+        ended = (
+            f"its model is {run / 'model'}"
+            if (run / "model" / "config.json").is_file()
+            else f"when it ends its model is {run / 'model'}"
+        )
+        return (
+            f"{directory} is a checkpoint of the run {run}, from which training goes on, and no "
+            "model; go on with the command that began it and "
+            f"--run.resume true; {ended}"
+        )
     if "adapter_config.json" in names:
         return _of_adapter(directory)
     if inside := _models_inside(directory):
         found = " or ".join(map(str, inside))
-        return f"{directory} is no model (it has no config.json of one); {'models lie' if len(inside) > 1 else 'a model lies'} in it: use {found}"
+        return (
+            f"{directory} is no model (it has no config.json of one); "
+            f"{'models lie' if len(inside) > 1 else 'a model lies'} in it: use {found}"
+        )
     if gguf := next((name for name in names if name.endswith(".gguf")), None):
         return f"{directory} holds a model as a GGUF file; {_from_gguf(directory, gguf)}"
     if ends & set(_PICKLES):
         return f"{directory} has {PICKLED}"
     if "params.json" in names or ".distcp" in ends or ".onnx" in ends:
-        kind = "of Meta's or Mistral's own layout" if "params.json" in names else "a sharded training state" if ".distcp" in ends else "an ONNX graph"
-        return f"{directory} is {kind}; expected the Hugging Face layout, config.json and *.safetensors: convert it, or take the model's release of that kind"
+        kind = (
+            "of Meta's or Mistral's own layout"
+            if "params.json" in names
+            else "a sharded training state"
+            if ".distcp" in ends
+            else "an ONNX graph"
+        )
+        return (
+            f"{directory} is {kind}; expected the Hugging Face layout, config.json and "
+            "*.safetensors: convert it, or take the model's release of that kind"
+        )
     if "config.json" in names:
-        return f"{directory} has no weights: expected model.safetensors or model.safetensors.index.json; it has {_some(names)}"
-    what = "a tokenizer and no model: expected a config.json and *.safetensors beside it" if "tokenizer_config.json" in names or "tokenizer.json" in names \
-        else f"no config.json, and a model directory has one with *.safetensors; it has {_some(names)}"
+        return (
+            f"{directory} has no weights: expected model.safetensors or "
+            f"model.safetensors.index.json; it has {_some(names)}"
+        )
+    what = (
+        "a tokenizer and no model: expected a config.json and *.safetensors beside it"
+        if "tokenizer_config.json" in names or "tokenizer.json" in names
+        else "no config.json, and a model directory has one with *.safetensors; it has "
+        f"{_some(names)}"
+    )
     return f"{directory} has {what}"
 
 
 def _is_run(path: Path) -> bool:
-    return not any(path.glob("*.safetensors")) and ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file())
+    return not any(path.glob("*.safetensors")) and (
+        (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()
+    )
 
 
 def _is_model_of_run(path: Path) -> bool:
@@ -108,33 +157,51 @@ def _is_model_of_run(path: Path) -> bool:
 
 
 def _unfinished(run: Path) -> str:
-    return f"{run} is the directory of a run that has no model yet; let it end (--run.resume true goes on with it), then use {run / 'model'}"
+    return (
+        f"{run} is the directory of a run that has no model yet; let it end (--run.resume true "
+        f"goes on with it), then use {run / 'model'}"
+    )
 
 
 def _run_of_checkpoint(path: Path) -> Path | None:
     """The run of a checkpoint's directory, or of the directory of all of them."""
     if path.name == "checkpoints" and any(path.glob("step_*")):
         return path.parent
-    return path.parent.parent if path.parent.name == "checkpoints" and path.name.startswith("step_") else None
+    return (
+        path.parent.parent
+        if path.parent.name == "checkpoints" and path.name.startswith("step_")
+        else None
+    )
 
 
 def _of_adapter(directory: Path) -> str:
     merged = directory.parent / "model"
     if directory.name == "adapter" and (merged / "config.json").is_file():
-        return f"{directory} is a LoRA adapter, and a model is expected here; the model with it merged is {merged}"
+        return (
+            f"{directory} is a LoRA adapter, and a model is expected here; the model with it "
+            f"merged is {merged}"
+        )
     base = None
     with suppress(OSError, ValueError, AttributeError):
-        base = json.loads((directory / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-    return (f"{directory} is a LoRA adapter{f' of {base}' if base else ''}, and a model is expected here; fusedrl generate takes it as --adapter beside its "
-            f"--model; for anything else merge it with PEFT: AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}).merge_and_unload()"
-            ".save_pretrained(DIR)")
+        base = json.loads((directory / "adapter_config.json").read_bytes()).get(
+            "base_model_name_or_path"
+        )
+    return (
+        f"{directory} is a LoRA adapter{f' of {base}' if base else ''}, and a model is expected "
+        "here; fusedrl generate takes it as --adapter beside its "
+        "--model; for anything else merge it with PEFT: "
+        f"AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}).merge_and_unload()"
+        ".save_pretrained(DIR)"
+    )
 
 
 def _models_inside(directory: Path) -> list[Path]:
     """Models up to two levels down, three at most."""
     found: list[Path] = []
     with suppress(OSError):
-        for config in islice(chain(directory.glob("*/config.json"), directory.glob("*/*/config.json")), 30):
+        for config in islice(
+            chain(directory.glob("*/config.json"), directory.glob("*/*/config.json")), 30
+        ):
             with suppress(OSError, ValueError):
                 raw = json.loads(config.read_bytes())
                 if isinstance(raw, dict) and "model_type" in raw:
@@ -143,9 +210,13 @@ def _models_inside(directory: Path) -> list[Path]:
 
 
 def _from_gguf(directory: Path, name: str) -> str:
-    return (f"convert it with transformers and the package gguf: AutoModelForCausalLM.from_pretrained({str(directory)!r}, gguf_file={name!r})"
-            ".save_pretrained(DIR), and AutoTokenizer the same way; take quantization_config out of its config.json, since what is written is no longer "
-            "quantised, and give DIR")
+    return (
+        "convert it with transformers and the package gguf: "
+        f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, gguf_file={name!r})"
+        ".save_pretrained(DIR), and AutoTokenizer the same way; take quantization_config out of "
+        "its config.json, since what is written is no longer "
+        "quantised, and give DIR"
+    )
 
 
 def _some(names: list[str]) -> str:
@@ -160,15 +231,27 @@ def _of_file(path: Path) -> str:
             with open(path, "rb") as file:
                 head = file.read(4)
     if head == b"GGUF" or path.suffix.lower() == ".gguf":
-        return f"{path} is a GGUF file, and a model directory is expected here; {_from_gguf(path.parent, path.name)}"
+        return (
+            f"{path} is a GGUF file, and a model directory is expected here; "
+            f"{_from_gguf(path.parent, path.name)}"
+        )
     if (path.parent / "config.json").is_file() and path.suffix in (".safetensors", ".json"):
         return f"{path} is a file of a model, and its directory is expected here: use {path.parent}"
     if path.suffix.lower() in _PICKLES:
-        return f"{path} is a file of pickled weights, which can run code when they are read and are refused; expected a model directory with *.safetensors"
+        return (
+            f"{path} is a file of pickled weights, which can run code when they are read and "
+            "are refused; expected a model directory with *.safetensors"
+        )
     if path.suffix.lower() in _ARCHIVES:
-        return f"{path} is an archive, and a model directory is expected here; unpack it, and give the directory with the config.json"
-    return (f"{path} is {'a file' if path.is_file() else 'no directory'}; expected a model directory or a Hugging Face id such as 'owner/name'; a model is a "
-            "directory with config.json, *.safetensors and a tokenizer")
+        return (
+            f"{path} is an archive, and a model directory is expected here; unpack it, and "
+            "give the directory with the config.json"
+        )
+    return (
+        f"{path} is {'a file' if path.is_file() else 'no directory'}; expected a model directory "
+        "or a Hugging Face id such as 'owner/name'; a model is a "
+        "directory with config.json, *.safetensors and a tokenizer"
+    )
 
 
 def _of_nothing(text: str) -> str:
@@ -177,7 +260,10 @@ def _of_nothing(text: str) -> str:
     if match := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", text):
         return f"{expected}, got the address {text!r}; use the id: {match[1]}"
     if "://" in text:
-        return f"{expected}, got the address {text!r}, from which nothing is downloaded; fetch it yourself, and give the directory"
+        return (
+            f"{expected}, got the address {text!r}, from which nothing is downloaded; fetch it "
+            "yourself, and give the directory"
+        )
     if not text.strip():
         return f"{expected}, got {text!r}"
     if _is_model_of_run(path := Path(text)):

@@ -1,8 +1,10 @@
 """The model families, one row each, and the configuration that the decoder reads.
 
-A family is what its `config.json` leaves unsaid: which projections carry a bias, what is normalised, which layers have a window or
-turn q and k otherwise, and the defaults of keys that older files omit. Everything else is the same decoder.
+A family is what its `config.json` leaves unsaid: which projections carry a bias, what is
+normalised, which layers have a window or turn q and k otherwise, and the defaults of keys that
+older files omit. Everything else is the same decoder.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,11 +18,26 @@ import torch
 
 from fusedrl.engine.model.directories import no_model
 
-_ROPE_KINDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}  # theirs: kernels/swiglu.py's
-_REFUSED = {"use_bidirectional_attention": "a decoder's tokens see those before them", "add_cross_attention": "there is no encoder to attend to",
-            "scale_attn_by_inverse_layer_idx": "attention scales alike in all layers",
-            "reorder_and_upcast_attn": "scores are float32 here whatever it says, so set it to false"}
+_ROPE_KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}  # theirs: kernels/swiglu.py's
+_REFUSED = {
+    "use_bidirectional_attention": "a decoder's tokens see those before them",
+    "add_cross_attention": "there is no encoder to attend to",
+    "scale_attn_by_inverse_layer_idx": "attention scales alike in all layers",
+    "reorder_and_upcast_attn": "scores are float32 here whatever it says, so set it to false",
+}
 
 
 @dataclass(frozen=True)
@@ -32,70 +49,247 @@ class Family:
     o_bias: bool | str
     mlp_bias: bool | str
     qk_norm: str | None  # of q and k: "head": of each head; "projection": of all heads together
-    windows: str  # "none"; "every": sliding_window in all layers; else by layer_types, or "some": from max_window_layers on, "nope": in the layers without
+    # "none"; "every": sliding_window in all layers; else by layer_types, or "some": from
+    # max_window_layers on, "nope": in the layers without
+    windows: str
     #               RoPE, "pattern": in all but every sliding_window_pattern-th
     defaults: Mapping[str, Any]  # what transformers assumes where a key is missing
-    norms: str = "pre"  # before attention and MLP; "post": of what they add instead; "sandwich": both
+    # before attention and MLP; "post": of what they add instead; "sandwich": both
+    norms: str = "pre"
     fused: bool = False  # q, k and v are one tensor in the files, and so are gate and up
-    rope: str = "all"  # "partial": turns a part of each head; "some": not in every layer; "two": layers with a window have frequencies of their own;
+    # "partial": turns a part of each head; "some": not in every layer; "two": layers with a window
+    # have frequencies of their own;
+    rope: str = "all"
     #                    "none": a table of positions is learned instead
     rope_kinds: tuple[str, ...] = tuple(_ROPE_KINDS)
-    classifier: str = "{}ForSequenceClassification"  # transformers' class of a reward model, by the name
+    # transformers' class of a reward model, by the name
+    classifier: str = "{}ForSequenceClassification"
     language_model: str = "{}ForCausalLM"  # and of a language model
-    gemma: bool = False  # norms multiply by 1 + weight, the embedding is scaled, scores and logits may be capped
-    activations: tuple[str, ...] = ("silu", "swish")  # of the MLP; the first where config.json names none
+    # norms multiply by 1 + weight, the embedding is scaled, scores and logits may be capped
+    gemma: bool = False
+    # of the MLP; the first where config.json names none
+    activations: tuple[str, ...] = ("silu", "swish")
     gated: bool = True  # the MLP multiplies the activation of one product by another product
     layer_norm: bool = False  # norms subtract the mean and add a bias
-    parallel: bool | str = False  # attention and MLP read the same stream, and both are added to it; or the config key that decides
+    # attention and MLP read the same stream, and both are added to it; or the config key that
+    # decides
+    parallel: bool | str = False
     keys: Mapping[str, str] = field(default_factory=dict)  # config keys that are called otherwise
 
 
-_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
-_GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
-          "query_pre_attn_scalar": 256, "sliding_window": 4096}
-_GEMMA_MLP: dict[str, Any] = {"gemma": True, "activations": ("gelu_pytorch_tanh",), "keys": {"hidden_act": "hidden_activation"}}
-_GPT2_KEYS = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_head",
-              "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
-              "rms_norm_eps": "layer_norm_epsilon"}
-_NEOX_KEYS = {"num_key_value_heads": "num_attention_heads", "rms_norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base",
-              "partial_rotary_factor": "rotary_pct"}
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_GEMMA = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GEMMA_MLP: dict[str, Any] = {
+    "gemma": True,
+    "activations": ("gelu_pytorch_tanh",),
+    "keys": {"hidden_act": "hidden_activation"},
+}
+_GPT2_KEYS = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+_NEOX_KEYS = {
+    "num_key_value_heads": "num_attention_heads",
+    "rms_norm_eps": "layer_norm_eps",
+    "rope_theta": "rotary_emb_base",
+    "partial_rotary_factor": "rotary_pct",
+}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama", "attention_bias", "attention_bias", "mlp_bias", None, "none",
-                    {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}),
-    "mistral": Family("Mistral", False, False, False, None, "every",
-                      {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2}),
+    "llama": Family(
+        "Llama",
+        "attention_bias",
+        "attention_bias",
+        "mlp_bias",
+        None,
+        "none",
+        {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "mistral": Family(
+        "Mistral",
+        False,
+        False,
+        False,
+        None,
+        "every",
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
     "qwen2": Family("Qwen2", True, False, False, None, "some", _QWEN),
-    "qwen3": Family("Qwen3", "attention_bias", "attention_bias", False, "head", "some", {**_QWEN, "head_dim": 128}),
-    "phi3": Family("Phi3", False, False, False, None, "every",
-                   {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000},
-                   fused=True, rope="partial", rope_kinds=("default",)),
-    "smollm3": Family("SmolLM3", "attention_bias", "attention_bias", "mlp_bias", None, "nope",
-                      {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True, "bos_token_id": 128000,
-                       "eos_token_id": 128001, "pad_token_id": 128004, "no_rope_layer_interval": 4}, rope="some"),
-    "olmo2": Family("Olmo2", "attention_bias", "attention_bias", False, "projection", "none",
-                    {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}, norms="post"),
-    "gemma2": Family("Gemma2", "attention_bias", "attention_bias", False, None, "pattern",
-                     {**_GEMMA, "max_position_embeddings": 8192, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-                     norms="sandwich", **_GEMMA_MLP),
-    "gemma3_text": Family("Gemma3", "attention_bias", "attention_bias", False, "head", "pattern",
-                          {**_GEMMA, "max_position_embeddings": 131072, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
-                          norms="sandwich", rope="two", classifier="{}TextForSequenceClassification", **_GEMMA_MLP),
-    "gpt2": Family("GPT2", True, True, True, None, "none",
-                   {"max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 50256, "eos_token_id": 50256},
-                   rope="none", language_model="{}LMHeadModel", activations=("gelu_new", "gelu_pytorch_tanh", "gelu"), gated=False,
-                   layer_norm=True, keys=_GPT2_KEYS),
-    "gpt_neox": Family("GPTNeoX", "attention_bias", "attention_bias", True, None, "none",
-                       {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 2, "attention_bias": True,
-                        "use_parallel_residual": True, "partial_rotary_factor": 0.25},
-                       rope="partial", rope_kinds=("default",), activations=("gelu", "gelu_new", "gelu_pytorch_tanh"), gated=False, layer_norm=True,
-                       parallel="use_parallel_residual", keys=_NEOX_KEYS),
+    "qwen3": Family(
+        "Qwen3",
+        "attention_bias",
+        "attention_bias",
+        False,
+        "head",
+        "some",
+        {**_QWEN, "head_dim": 128},
+    ),
+    "phi3": Family(
+        "Phi3",
+        False,
+        False,
+        False,
+        None,
+        "every",
+        {
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+        },
+        fused=True,
+        rope="partial",
+        rope_kinds=("default",),
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        "attention_bias",
+        "attention_bias",
+        "mlp_bias",
+        None,
+        "nope",
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+            "no_rope_layer_interval": 4,
+        },
+        rope="some",
+    ),
+    "olmo2": Family(
+        "Olmo2",
+        "attention_bias",
+        "attention_bias",
+        False,
+        "projection",
+        "none",
+        {
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "eos_token_id": 50279,
+            "pad_token_id": 1,
+        },
+        norms="post",
+    ),
+    "gemma2": Family(
+        "Gemma2",
+        "attention_bias",
+        "attention_bias",
+        False,
+        None,
+        "pattern",
+        {
+            **_GEMMA,
+            "max_position_embeddings": 8192,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        norms="sandwich",
+        **_GEMMA_MLP,
+    ),
+    "gemma3_text": Family(
+        "Gemma3",
+        "attention_bias",
+        "attention_bias",
+        False,
+        "head",
+        "pattern",
+        {
+            **_GEMMA,
+            "max_position_embeddings": 131072,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+        norms="sandwich",
+        rope="two",
+        classifier="{}TextForSequenceClassification",
+        **_GEMMA_MLP,
+    ),
+    "gpt2": Family(
+        "GPT2",
+        True,
+        True,
+        True,
+        None,
+        "none",
+        {
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+        },
+        rope="none",
+        language_model="{}LMHeadModel",
+        activations=("gelu_new", "gelu_pytorch_tanh", "gelu"),
+        gated=False,
+        layer_norm=True,
+        keys=_GPT2_KEYS,
+    ),
+    "gpt_neox": Family(
+        "GPTNeoX",
+        "attention_bias",
+        "attention_bias",
+        True,
+        None,
+        "none",
+        {
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "attention_bias": True,
+            "use_parallel_residual": True,
+            "partial_rotary_factor": 0.25,
+        },
+        rope="partial",
+        rope_kinds=("default",),
+        activations=("gelu", "gelu_new", "gelu_pytorch_tanh"),
+        gated=False,
+        layer_norm=True,
+        parallel="use_parallel_residual",
+        keys=_NEOX_KEYS,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's sizes and numbers. `inv_freq`, one a pair of values that turns, are the float32 rotary frequencies, scaling included."""
+    """A decoder's sizes and numbers. `inv_freq`, one a pair of values that turns, are the float32
+    rotary frequencies, scaling included."""
 
     model_type: str
     vocab_size: int
@@ -115,10 +309,12 @@ class ModelConfig:
     norms: str  # "pre", "post" or "sandwich"
     norm_offset: float  # norms multiply by this + their weight
     layer_norm: bool  # norms subtract the mean and add a bias
-    windows: tuple[int, ...]  # per layer; a token sees itself and window - 1 tokens before it; 0: all
+    # per layer; a token sees itself and window - 1 tokens before it; 0: all
+    windows: tuple[int, ...]
     inv_freq: tuple[float, ...]
     local_inv_freq: tuple[float, ...]  # of the layers that turn otherwise; empty: there are none
-    ropes: tuple[int, ...]  # per layer; 0: inv_freq, 1: local_inv_freq, -1: q and k stay as they are
+    # per layer; 0: inv_freq, 1: local_inv_freq, -1: q and k stay as they are
+    ropes: tuple[int, ...]
     rope_scale: float  # multiplies cos and sin
     attention_scale: float  # multiplies q . k
     attention_softcap: float | None
@@ -132,8 +328,10 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json together
     pad_token_id: int | None
-    raw: dict[str, Any] = field(repr=False, compare=False)  # config.json as it was read: what saving writes back
-    raw_generation: dict[str, Any] | None = field(default=None, repr=False, compare=False)  # generation_config.json
+    # config.json as it was read: what saving writes back
+    raw: dict[str, Any] = field(repr=False, compare=False)
+    # generation_config.json
+    raw_generation: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def family(self) -> Family:
@@ -151,15 +349,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def model_config(source: str | Path | Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Read the configuration of a model from its directory (config.json, generation_config.json), or from a dict with the generation config beside it.
+def model_config(
+    source: str | Path | Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """Read the configuration of a model from its directory (config.json, generation_config.json),
+    or from a dict with the generation config beside it.
 
     Raises:
-        FileNotFoundError: no config.json. ValueError: an unknown model_type, a missing key, a size that does not fit, or a feature
-        that the decoder does not have; the message names it.
+        FileNotFoundError: no config.json. ValueError: an unknown model_type, a missing key, a size
+        that does not fit, or a feature that the decoder does not have; the message names it.
     """
     if isinstance(source, Mapping):
-        return _parse(dict(source), None if generation is None else dict(generation), "the configuration")
+        return _parse(
+            dict(source), None if generation is None else dict(generation), "the configuration"
+        )
     path = Path(source) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(no_model(Path(source)))
@@ -168,7 +371,8 @@ def model_config(source: str | Path | Mapping[str, Any], generation: Mapping[str
 
 
 class _Keys:
-    """What a config.json says, and what its family assumes where it is silent. `where`: its name in messages."""
+    """What a config.json says, and what its family assumes where it is silent. `where`: its name in
+    messages."""
 
     def __init__(self, raw: dict[str, Any], family: Family, where: str) -> None:
         self.raw, self.family, self.where = raw, family, where
@@ -184,7 +388,10 @@ class _Keys:
     def size(self, key: str, default: Any = None) -> int:
         value = default if (found := self.get(key)) is None else found
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self.where}: expected a positive whole number for {self.theirs(key)!r}, got {value!r}")
+            raise ValueError(
+                f"{self.where}: expected a positive whole number for {self.theirs(key)!r}, got "
+                f"{value!r}"
+            )
         return value
 
     def flag(self, rule: bool | str) -> bool:
@@ -193,24 +400,36 @@ class _Keys:
 
     def number(self, key: str) -> float | None:
         value = self.get(key)
-        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
+        if value is not None and (
+            not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0
+        ):
             raise ValueError(f"{self.where}: expected a number above 0 for {key!r}, got {value!r}")
         return None if value is None else float(value)
 
 
 def _activation(keys: _Keys) -> str:
-    """The activation as kernels call it. Raises ValueError for another one, and for whatever else the decoder does not have."""
+    """The activation as kernels call it. Raises ValueError for another one, and for whatever else
+    the decoder does not have."""
     family, where = keys.family, keys.where
     if (activation := keys.get("hidden_act") or family.activations[0]) not in family.activations:
-        raise ValueError(f"{where}: expected {keys.theirs('hidden_act')} {family.activations[0]!r}, got {activation!r}; no other activation is "
-                         f"implemented for {family.name}")
+        raise ValueError(
+            f"{where}: expected {keys.theirs('hidden_act')} {family.activations[0]!r}, got "
+            f"{activation!r}; no other activation is "
+            f"implemented for {family.name}"
+        )
     for key, why in _REFUSED.items():
         if keys.get(key):
             raise ValueError(f"{where}: {key} is not implemented: {why}")
     if family is FAMILIES["gemma3_text"] and keys.get("attn_logit_softcapping") is not None:
-        raise ValueError(f"{where}: attn_logit_softcapping is not implemented for Gemma 3 (transformers' ignores it); set it to null")
+        raise ValueError(
+            f"{where}: attn_logit_softcapping is not implemented for Gemma 3 (transformers' "
+            "ignores it); set it to null"
+        )
     if keys.get("quantization_config") is not None:
-        raise ValueError(f"{where}: quantised weights (quantization_config) are not supported; use the unquantised model")
+        raise ValueError(
+            f"{where}: quantised weights (quantization_config) are not supported; use the "
+            "unquantised model"
+        )
     return _ACTIVATIONS[activation]
 
 
@@ -218,13 +437,21 @@ def _heads(keys: _Keys, hidden_size: int, num_heads: int) -> tuple[int, int]:
     """(key/value heads, head dim)."""
     where, num_kv_heads = keys.where, keys.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
-        raise ValueError(f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+        raise ValueError(
+            f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
+            f"{num_kv_heads}"
+        )
     if keys.get("head_dim") is None and hidden_size % num_heads:
-        raise ValueError(f"{where}: {keys.theirs('hidden_size')} {hidden_size} is not a multiple of {keys.theirs('num_attention_heads')} {num_heads}, and "
-                         "there is no head_dim")
+        raise ValueError(
+            f"{where}: {keys.theirs('hidden_size')} {hidden_size} is not a multiple of "
+            f"{keys.theirs('num_attention_heads')} {num_heads}, and "
+            "there is no head_dim"
+        )
     head_dim = keys.size("head_dim", hidden_size // num_heads)
     if head_dim % 2 and keys.family.rope != "none":
-        raise ValueError(f"{where}: expected an even head_dim (rotary embeddings turn pairs), got {head_dim}")
+        raise ValueError(
+            f"{where}: expected an even head_dim (rotary embeddings turn pairs), got {head_dim}"
+        )
     return num_kv_heads, head_dim
 
 
@@ -236,27 +463,50 @@ def _positions(keys: _Keys, num_layers: int, head_dim: int, max_positions: int) 
     if family.rope == "two":
         ropes = tuple(int(kind == "sliding_attention") for kind in kinds)
     inv_freq, rope_scale, local_inv_freq = _rotations(family, get, head_dim, max_positions, where)
-    return {"windows": _windows(family, get, kinds, where), "ropes": ropes, "inv_freq": inv_freq, "local_inv_freq": local_inv_freq,
-            "rope_scale": rope_scale}
+    return {
+        "windows": _windows(family, get, kinds, where),
+        "ropes": ropes,
+        "inv_freq": inv_freq,
+        "local_inv_freq": local_inv_freq,
+        "rope_scale": rope_scale,
+    }
 
 
 def _special_ids(keys: _Keys, generation: dict[str, Any]) -> dict[str, Any]:
-    """The fields of token ids that mean something, of config.json and generation_config.json together."""
-    bos, pad = (found if (found := keys.get(key)) is not None else generation.get(key) for key in ("bos_token_id", "pad_token_id"))
-    return {"bos_token_id": bos[0] if isinstance(bos, list) else bos, "pad_token_id": pad,
-            "eos_token_ids": tuple(dict.fromkeys([*_ids(keys.get("eos_token_id")), *_ids(generation.get("eos_token_id"))]))}
+    """The fields of token ids that mean something, of config.json and generation_config.json
+    together."""
+    bos, pad = (
+        found if (found := keys.get(key)) is not None else generation.get(key)
+        for key in ("bos_token_id", "pad_token_id")
+    )
+    return {
+        "bos_token_id": bos[0] if isinstance(bos, list) else bos,
+        "pad_token_id": pad,
+        "eos_token_ids": tuple(
+            dict.fromkeys([*_ids(keys.get("eos_token_id")), *_ids(generation.get("eos_token_id"))])
+        ),
+    }
 
 
 def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: str) -> ModelConfig:
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"{where}: unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{where}: unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}"
+        )
     family = FAMILIES[model_type]
     keys = _Keys(raw, family, where)
     get, size, flag, number = keys.get, keys.size, keys.flag, keys.number
     activation = _activation(keys)
     num_layers, num_heads, hidden_size, max_positions = (
-        size(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"))
+        size(key)
+        for key in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "hidden_size",
+            "max_position_embeddings",
+        )
+    )
     num_kv_heads, head_dim = _heads(keys, hidden_size, num_heads)
     return ModelConfig(
         model_type=model_type,
@@ -277,7 +527,10 @@ def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: st
         norms=family.norms,
         norm_offset=float(family.gemma),
         layer_norm=family.layer_norm,
-        attention_scale=((number("query_pre_attn_scalar") if family.gemma else None) or head_dim) ** -0.5 if get("scale_attn_weights", True) else 1.0,
+        attention_scale=((number("query_pre_attn_scalar") if family.gemma else None) or head_dim)
+        ** -0.5
+        if get("scale_attn_weights", True)
+        else 1.0,
         attention_softcap=number("attn_logit_softcapping") if family.gemma else None,
         logit_softcap=number("final_logit_softcapping") if family.gemma else None,
         embedding_scale=hidden_size**0.5 if family.gemma else 1.0,
@@ -308,14 +561,28 @@ def _ropes(family: Family, get: Any, num_layers: int, where: str) -> tuple[int, 
     return tuple(0 if kind else -1 for kind in turned[:num_layers])
 
 
-def _layer_kinds(family: Family, get: Any, num_layers: int, ropes: tuple[int, ...], where: str) -> list[str]:
+def _layer_kinds(
+    family: Family, get: Any, num_layers: int, ropes: tuple[int, ...], where: str
+) -> list[str]:
     if family.windows in ("none", "every"):
-        return [{"none": "full_attention", "every": "sliding_attention"}[family.windows]] * num_layers
+        return [
+            {"none": "full_attention", "every": "sliding_attention"}[family.windows]
+        ] * num_layers
     if not (kinds := get("layer_types")):
-        rule = {"some": lambda i: i >= get("max_window_layers"), "nope": lambda i: ropes[i] < 0, "pattern": lambda i: (i + 1) % get("sliding_window_pattern")}
-        kinds = ["sliding_attention" if rule[family.windows](i) else "full_attention" for i in range(num_layers)]
+        rule = {
+            "some": lambda i: i >= get("max_window_layers"),
+            "nope": lambda i: ropes[i] < 0,
+            "pattern": lambda i: (i + 1) % get("sliding_window_pattern"),
+        }
+        kinds = [
+            "sliding_attention" if rule[family.windows](i) else "full_attention"
+            for i in range(num_layers)
+        ]
     if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:
-        raise ValueError(f"{where}: expected {num_layers} layer_types, each 'sliding_attention' or 'full_attention', got {kinds}")
+        raise ValueError(
+            f"{where}: expected {num_layers} layer_types, each 'sliding_attention' or "
+            f"'full_attention', got {kinds}"
+        )
     return list(kinds)
 
 
@@ -330,37 +597,91 @@ def _windows(family: Family, get: Any, kinds: list[str], where: str) -> tuple[in
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _rotations(family: Family, get: Any, head_dim: int, max_positions: int, where: str) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
-    """(inv_freq, rope_scale, local_inv_freq). Reads `rope_parameters` (transformers >= 5) and the older `rope_theta` with `rope_scaling`."""
+def _rotations(
+    family: Family, get: Any, head_dim: int, max_positions: int, where: str
+) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+    """(inv_freq, rope_scale, local_inv_freq). Reads `rope_parameters` (transformers >= 5) and the
+    older `rope_theta` with `rope_scaling`."""
     if family.rope == "none":
         return (), 1.0, ()
     rope = dict(get("rope_scaling") or get("rope_parameters") or {})
     original = get("original_max_position_embeddings") if family.rope != "two" else None
     if family.rope != "two":
-        return (*_inv_freq(family, rope, get("rope_theta"), get("partial_rotary_factor"), original, head_dim, max_positions, where), ())
+        return (
+            *_inv_freq(
+                family,
+                rope,
+                get("rope_theta"),
+                get("partial_rotary_factor"),
+                original,
+                head_dim,
+                max_positions,
+                where,
+            ),
+            (),
+        )
     nested = "full_attention" in rope or "sliding_attention" in rope
-    full, local = ((rope.get(kind) or {}) if nested else {} for kind in ("full_attention", "sliding_attention"))
-    found, scale = _inv_freq(family, full if nested else rope, get("rope_theta"), None, None, head_dim, max_positions, where)
-    theirs, local_scale = _inv_freq(family, local, get("rope_local_base_freq"), None, None, head_dim, max_positions, where)
+    full, local = (
+        (rope.get(kind) or {}) if nested else {} for kind in ("full_attention", "sliding_attention")
+    )
+    found, scale = _inv_freq(
+        family,
+        full if nested else rope,
+        get("rope_theta"),
+        None,
+        None,
+        head_dim,
+        max_positions,
+        where,
+    )
+    theirs, local_scale = _inv_freq(
+        family, local, get("rope_local_base_freq"), None, None, head_dim, max_positions, where
+    )
     if scale != local_scale:
-        raise ValueError(f"{where}: RoPE {rope} is not implemented: its kinds scale attention alike in all layers, or not at all")
+        raise ValueError(
+            f"{where}: RoPE {rope} is not implemented: its kinds scale attention alike in all "
+            "layers, or not at all"
+        )
     return found, scale, theirs
 
 
-def _inv_freq(family: Family, rope: dict[str, Any], theta: float | None, partial: float | None, original: int | None, head_dim: int, max_positions: int,
-              where: str) -> tuple[tuple[float, ...], float]:
-    """theta^(-2i / D) over the values that turn, and what multiplies cos and sin; then the scaling. linear divides by the factor; dynamic changes nothing
-    up to max_position_embeddings, and no sequence here is longer; llama3 divides the long waves and blends into the short ones (Llama 3.1's rule); yarn
-    does so by the turns that a wave makes within the trained length (Peng et al., 2023, YaRN, eq. 17 to 22)."""
+def _inv_freq(
+    family: Family,
+    rope: dict[str, Any],
+    theta: float | None,
+    partial: float | None,
+    original: int | None,
+    head_dim: int,
+    max_positions: int,
+    where: str,
+) -> tuple[tuple[float, ...], float]:
+    """theta^(-2i / D) over the values that turn, and what multiplies cos and sin; then the scaling.
+    linear divides by the factor; dynamic changes nothing up to max_position_embeddings, and no
+    sequence here is longer; llama3 divides the long waves and blends into the short ones (Llama
+    3.1's rule); yarn does so by the turns that a wave makes within the trained length (Peng et al.,
+    2023, YaRN, eq. 17 to 22)."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", partial) or 1.0
     turned = int(head_dim * partial)
-    if kind not in family.rope_kinds or any(isinstance(value, dict) for value in rope.values()) or (turned != head_dim and family.rope != "partial"):
-        shown = {key: value for key, value in rope.items() if not isinstance(value, list)} | ({} if partial == 1 else {"partial_rotary_factor": partial})
-        raise ValueError(f"{where}: RoPE {shown} is not implemented for {family.name}; supported kinds: {', '.join(family.rope_kinds)}, "
-                         + ("" if family.rope == "partial" else "on whole heads, ") + "alike in all layers")
+    if (
+        kind not in family.rope_kinds
+        or any(isinstance(value, dict) for value in rope.values())
+        or (turned != head_dim and family.rope != "partial")
+    ):
+        shown = {key: value for key, value in rope.items() if not isinstance(value, list)} | (
+            {} if partial == 1 else {"partial_rotary_factor": partial}
+        )
+        raise ValueError(
+            f"{where}: RoPE {shown} is not implemented for {family.name}; supported kinds: "
+            f"{', '.join(family.rope_kinds)}, "
+            + ("" if family.rope == "partial" else "on whole heads, ")
+            + "alike in all layers"
+        )
     if not 0 < turned <= head_dim or turned % 2:
-        raise ValueError(f"{where}: expected a partial_rotary_factor that leaves an even number of a head's {head_dim} values to turn, got {partial}")
+        raise ValueError(
+            f"{where}: expected a partial_rotary_factor that leaves an even number of a head's "
+            f"{head_dim} values to turn, got {partial}"
+        )
     theta = rope.get("rope_theta") or theta or 10000.0
     if missing := [key for key in _ROPE_KINDS[kind] if key not in rope]:
         raise ValueError(f"{where}: RoPE kind {kind!r} needs {', '.join(missing)}; got {rope}")
@@ -370,26 +691,38 @@ def _inv_freq(family: Family, rope: dict[str, Any], theta: float | None, partial
     if kind == "linear":
         inv_freq = inv_freq / rope["factor"]
     elif kind == "llama3":
-        low, high, wavelength = rope["low_freq_factor"], rope["high_freq_factor"], 2 * math.pi / inv_freq
+        low, high, wavelength = (
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            2 * math.pi / inv_freq,
+        )
         blend = (original / wavelength - low) / (high - low)
         blended = (1 - blend) * inv_freq / rope["factor"] + blend * inv_freq
         scaled = torch.where(wavelength > original / low, inv_freq / rope["factor"], inv_freq)
-        inv_freq = torch.where((wavelength <= original / low) & (wavelength >= original / high), blended, scaled)
+        inv_freq = torch.where(
+            (wavelength <= original / low) & (wavelength >= original / high), blended, scaled
+        )
     elif kind == "yarn":
         factor = rope.get("factor") or max_positions / original
-        ends = [turned * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))  # the pair that makes so many turns
-                for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)]
+        # the pair that makes so many turns
+        ends = [
+            turned * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+        ]
         if rope.get("truncate", True):
             ends = [math.floor(ends[0]), math.ceil(ends[1])]
         first, last = max(ends[0], 0), min(ends[1], turned - 1)
-        kept = 1 - ((torch.arange(turned // 2).float() - first) / (last - first or 0.001)).clamp(0, 1)
+        kept = 1 - ((torch.arange(turned // 2).float() - first) / (last - first or 0.001)).clamp(
+            0, 1
+        )
         inv_freq = inv_freq / factor * (1 - kept) + inv_freq * kept
         scale = _yarn_scale(rope, factor)
     return tuple(inv_freq.tolist()), scale
 
 
 def _yarn_scale(rope: dict[str, Any], factor: float) -> float:
-    """attention_factor, or 0.1 log(factor) + 1; with mscale and mscale_all_dim the quotient of two such."""
+    """attention_factor, or 0.1 log(factor) + 1; with mscale and mscale_all_dim the quotient of two
+    such."""
     if (given := rope.get("attention_factor")) is not None:
         return float(given)
 

@@ -2,6 +2,7 @@
 
 Both compute in float32 whatever the trunk's dtype: values and scores are float32 everywhere.
 """
+
 from __future__ import annotations
 
 import math
@@ -44,9 +45,10 @@ class ValueHead(nn.Module):
 
         V = level + unit (w . h + b)
 
-    What is trained, w and b, speaks in units of the returns, so that a learning rate means the same whatever rewards are counted in. `level` and `unit` [1] are
-    no parameters: 0 and 1 at first, set by `raise_by` and `count_in`, which keeps every value (van Hasselt et al., 2016, Learning values across many orders of
-    magnitude, "preserving outputs precisely").
+    What is trained, w and b, speaks in units of the returns, so that a learning rate means the same
+    whatever rewards are counted in. `level` and `unit` [1] are no parameters: 0 and 1 at first, set
+    by `raise_by` and `count_in`, which keeps every value (van Hasselt et al., 2016, Learning values
+    across many orders of magnitude, "preserving outputs precisely").
     """
 
     level: Tensor
@@ -66,7 +68,8 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def count_in(self, unit: float) -> None:
-        """Another unit, and the same values up to rounding. Raises ValueError for one that is not finite and above 0."""
+        """Another unit, and the same values up to rounding. Raises ValueError for one that is not
+        finite and above 0."""
         if not 0 < unit < math.inf:
             raise ValueError(f"ValueHead.count_in: expected a finite unit above 0, got {unit!r}")
         ratio = self.unit / unit
@@ -80,34 +83,57 @@ class ValueHead(nn.Module):
         self.unit.fill_(unit)
 
     def forward(self, hidden_NH: Tensor, *, strict: bool = False) -> Tensor:
-        """`strict`: bits that depend on a row of hidden states and the head alone; the gradient is the same.
+        """`strict`: bits that depend on a row of hidden states and the head alone; the gradient is
+        the same.
 
         Raises:
             ValueError: the head was cast, moved or given another shape.
         """
-        H, found = hidden_NH.shape[-1], [(tuple(p.shape), p.dtype, p.device) for p in (self.weight, self.bias, self.level, self.unit)]
+        H, found = (
+            hidden_NH.shape[-1],
+            [
+                (tuple(p.shape), p.dtype, p.device)
+                for p in (self.weight, self.bias, self.level, self.unit)
+            ],
+        )
         wide = torch.promote_types(hidden_NH.dtype, torch.float32)
         if found != [((1, H), wide, hidden_NH.device), *[((1,), wide, hidden_NH.device)] * 3]:
             names = ("weight", "bias", "level", "unit")
-            got = ", ".join(f"{name} {list(shape)} in {dtype} on {device}" for name, (shape, dtype, device) in zip(names, found, strict=True))
-            raise ValueError(f"ValueHead: expected weight [1, {H}] and bias [1] in torch.float32 on {hidden_NH.device}, as values are whatever the trunk's "
-                             f"dtype, got {got}; use value_head.to({str(hidden_NH.device)!r}, torch.float32), or a new ValueHead({H}), and make its optimizer "
-                             "afterwards")
+            got = ", ".join(
+                f"{name} {list(shape)} in {dtype} on {device}"
+                for name, (shape, dtype, device) in zip(names, found, strict=True)
+            )
+            raise ValueError(
+                f"ValueHead: expected weight [1, {H}] and bias [1] in torch.float32 on "
+                f"{hidden_NH.device}, as values are whatever the trunk's "
+                f"dtype, got {got}; use value_head.to({str(hidden_NH.device)!r}, torch.float32), "
+                f"or a new ValueHead({H}), and make its optimizer "
+                "afterwards"
+            )
         with own_precision(hidden_NH.device):
-            return self.level + self.unit * (strict_linear if strict else F.linear)(hidden_NH.to(wide), self.weight, self.bias).squeeze(-1)
+            return self.level + self.unit * (strict_linear if strict else F.linear)(
+                hidden_NH.to(wide), self.weight, self.bias
+            ).squeeze(-1)
 
 
 def save_value_head(head: ValueHead, directory: str | Path) -> None:
-    """Write the head beside a saved actor, atomically: the linear that says its values, in the rewards' own unit."""
+    """Write the head beside a saved actor, atomically: the linear that says its values, in the
+    rewards' own unit."""
     path = Path(directory) / VALUE_HEAD_FILE
     temporary = path.with_name(f".{path.name}.tmp")
     with torch.no_grad():
-        save_file({"weight": head.unit * head.weight, "bias": head.level + head.unit * head.bias}, temporary)
+        save_file(
+            {"weight": head.unit * head.weight, "bias": head.level + head.unit * head.bias},
+            temporary,
+        )
     os.replace(temporary, path)
 
 
-def load_value_head(directory: str | Path, hidden_size: int, *, device: torch.device | str | None = None) -> ValueHead:
-    """Read what `save_value_head` wrote. Raises FileNotFoundError without it and ValueError where its shapes differ."""
+def load_value_head(
+    directory: str | Path, hidden_size: int, *, device: torch.device | str | None = None
+) -> ValueHead:
+    """Read what `save_value_head` wrote. Raises FileNotFoundError without it and ValueError where
+    its shapes differ."""
     path = Path(directory) / VALUE_HEAD_FILE
     if not path.is_file():
         raise FileNotFoundError(f"expected a value head at {path}")
@@ -116,17 +142,25 @@ def load_value_head(directory: str | Path, hidden_size: int, *, device: torch.de
         for name, p in head.named_parameters():
             tensor = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (a safetensors handle is no dict)
             if tensor is None or tensor.shape != p.shape:
-                raise ValueError(f"{path}: expected {name} {list(p.shape)}, got {'none' if tensor is None else list(tensor.shape)}")
+                raise ValueError(
+                    f"{path}: expected {name} {list(p.shape)}, got "
+                    f"{'none' if tensor is None else list(tensor.shape)}"
+                )
             p.copy_(tensor)
     return head
 
 
 class RewardHead(nn.Module):
-    """hidden [B, H] -> scores [B] float32, no bias; normal(0, 1 / sqrt(H + 1)) at first (Stiennon et al., 2020)."""
+    """hidden [B, H] -> scores [B] float32, no bias; normal(0, 1 / sqrt(H + 1)) at first (Stiennon
+    et al., 2020)."""
 
-    def __init__(self, hidden_size: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, hidden_size: int, *, seed: int = 0, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
-        weight = torch.empty(1, hidden_size).normal_(0.0, (hidden_size + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+        weight = torch.empty(1, hidden_size).normal_(
+            0.0, (hidden_size + 1) ** -0.5, generator=torch.Generator().manual_seed(seed)
+        )
         self.weight = nn.Parameter(weight.to(device))
 
     def forward(self, hidden_BH: Tensor) -> Tensor:
@@ -136,37 +170,56 @@ class RewardHead(nn.Module):
 class RewardModel(nn.Module):
     """A decoder with a reward head, read at the last token of each sequence.
 
-    `shift` is subtracted from every score, so that a reference set can be made to score 0 on average; it is saved with the model.
-    transformers reads the same directory without it.
+    `shift` is subtracted from every score, so that a reference set can be made to score 0 on
+    average; it is saved with the model. transformers reads the same directory without it.
 
-    With `imitation` the trunk keeps a second head, over the vocabulary, to learn to write what is preferred as well as to score it. It begins as the language
-    model's: that head itself where the trunk has one of its own, and a copy of the embedding where they are tied, so that it does not pull at what the trunk
-    reads. It is trained and checkpointed with the rest, and is no part of a saved reward model.
+    With `imitation` the trunk keeps a second head, over the vocabulary, to learn to write what is
+    preferred as well as to score it. It begins as the language model's: that head itself where the
+    trunk has one of its own, and a copy of the embedding where they are tied, so that it does not
+    pull at what the trunk reads. It is trained and checkpointed with the rest, and is no part of a
+    saved reward model.
     """
 
     lm_head: Tensor | None
 
-    def __init__(self, decoder: Decoder, head: RewardHead, *, shift: float = 0.0, imitation: bool = False) -> None:
+    def __init__(
+        self, decoder: Decoder, head: RewardHead, *, shift: float = 0.0, imitation: bool = False
+    ) -> None:
         super().__init__()
         self.decoder, self.head, self.shift = decoder, head, shift
         if imitation and decoder.head is not None:
             decoder.head.requires_grad_()  # an adapter froze it with the rest
-        self.register_parameter("lm_head", nn.Parameter(decoder.embedding.detach().clone()) if imitation and decoder.head is None else None)
+        self.register_parameter(
+            "lm_head",
+            nn.Parameter(decoder.embedding.detach().clone())
+            if imitation and decoder.head is None
+            else None,
+        )
         self.imitates = imitation
 
     @classmethod
-    def from_decoder(cls, decoder: Decoder, *, seed: int = 0, imitation: bool = False) -> RewardModel:
+    def from_decoder(
+        cls, decoder: Decoder, *, seed: int = 0, imitation: bool = False
+    ) -> RewardModel:
         """A reward model on this trunk (shared, not copied), with a new head."""
-        return cls(decoder, RewardHead(decoder.config.hidden_size, seed=seed, device=decoder.device), imitation=imitation)
+        return cls(
+            decoder,
+            RewardHead(decoder.config.hidden_size, seed=seed, device=decoder.device),
+            imitation=imitation,
+        )
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[B] float32 scores. Differentiable. Raises ValueError for an empty sequence, which has no last token."""
+        """[B] float32 scores. Differentiable. Raises ValueError for an empty sequence, which has no
+        last token."""
         return self.scores(batch, self.hidden(batch))
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[N, H] hidden states. Raises as `forward`."""
         if not all(batch.lengths):
-            raise ValueError(f"RewardModel: sequence {batch.lengths.index(0)} is empty; a score is read at the last token, so give it one")
+            raise ValueError(
+                f"RewardModel: sequence {batch.lengths.index(0)} is empty; a score is read at the "
+                "last token, so give it one"
+            )
         return self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
 
     def scores(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
@@ -174,39 +227,86 @@ class RewardModel(nn.Module):
         return self.head(hidden_NH.index_select(0, batch.cu_seqlens[1:].long() - 1)) - self.shift
 
     def imitation_logp(self, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
-        """The sum of the log-probabilities of the batch's actions by the second head, in nats; the logits are never held. Raises ValueError without one."""
+        """The sum of the log-probabilities of the batch's actions by the second head, in nats; the
+        logits are never held. Raises ValueError without one."""
         if not self.imitates:
-            raise ValueError("RewardModel: expected a second head to imitate with; build the model with imitation=True")
+            raise ValueError(
+                "RewardModel: expected a second head to imitate with; build the model with "
+                "imitation=True"
+            )
         weight_VH = self.lm_head if self.lm_head is not None else self.decoder.head_weight
-        return cast(Tensor, linear_logprob(hidden_NH, weight_VH, batch.labels(), softcap=self.decoder.config.logit_softcap)).sum()
+        return cast(
+            Tensor,
+            linear_logprob(
+                hidden_NH, weight_VH, batch.labels(), softcap=self.decoder.config.logit_softcap
+            ),
+        ).sum()
 
 
-def load_reward_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None) -> RewardModel:
-    """Load a `*ForSequenceClassification` directory or id with one label, ours or another's. Arguments and errors as `load_decoder`."""
+def load_reward_model(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None
+) -> RewardModel:
+    """Load a `*ForSequenceClassification` directory or id with one label, ours or another's.
+    Arguments and errors as `load_decoder`."""
     directory = resolve_directory(path)
     config = load_config(directory)
-    if not classifier(config) and any("ForCausalLM" in str(name) for name in config.raw.get("architectures") or ()):
-        raise ValueError(f"{directory} is a language model ({', '.join(config.raw['architectures'])}), and a reward model is expected here; train one from "
-                         "it with fusedrl train reward, or give a function, file.py:function")
-    # A classifier has no language model head: the trunk is built as if it were tied, and `raw` keeps what the file said.
-    decoder = Decoder(replace(config, tie_embeddings=True), dtype=resolve_dtype(dtype, device), device=resolve_device(device))
+    if not classifier(config) and any(
+        "ForCausalLM" in str(name) for name in config.raw.get("architectures") or ()
+    ):
+        raise ValueError(
+            f"{directory} is a language model ({', '.join(config.raw['architectures'])}), and a "
+            "reward model is expected here; train one from "
+            "it with fusedrl train reward, or give a function, file.py:function"
+        )
+    # A classifier has no language model head: the trunk is built as if it were tied, and `raw`
+    # keeps what the file said.
+    decoder = Decoder(
+        replace(config, tie_embeddings=True),
+        dtype=resolve_dtype(dtype, device),
+        device=resolve_device(device),
+    )
     model = RewardModel.from_decoder(decoder)
     shift = config.raw.get(_SHIFT_KEY, 0.0)
     if not isinstance(shift, (int, float)) or isinstance(shift, bool):
-        raise ValueError(f"{directory / 'config.json'}: expected a number for {_SHIFT_KEY}, got {shift!r}")
+        raise ValueError(
+            f"{directory / 'config.json'}: expected a number for {_SHIFT_KEY}, got {shift!r}"
+        )
     model.shift = float(shift)
-    load_tensors(directory, hf_views(decoder) | {"score.weight": model.head.weight.detach()}, ignored=harmless(decoder.config))
+    load_tensors(
+        directory,
+        hf_views(decoder) | {"score.weight": model.head.weight.detach()},
+        ignored=harmless(decoder.config),
+    )
     return model
 
 
-def save_reward_model(model: RewardModel, directory: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Write what `AutoModelForSequenceClassification.from_pretrained` loads; otherwise as `save_pretrained`. To score batches transformers
-    needs a pad_token_id in the configuration; where it has none, the tokenizer's is written."""
+def save_reward_model(
+    model: RewardModel,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write what `AutoModelForSequenceClassification.from_pretrained` loads; otherwise as
+    `save_pretrained`. To score batches transformers needs a pad_token_id in the configuration;
+    where it has none, the tokenizer's is written."""
     config = model.decoder.config
-    changes: dict[str, Any] = {"architectures": [config.family.classifier.format(config.family.name)],
-                               "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, _SHIFT_KEY: model.shift}
+    changes: dict[str, Any] = {
+        "architectures": [config.family.classifier.format(config.family.name)],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        _SHIFT_KEY: model.shift,
+    }
     if config.pad_token_id is None and getattr(tokenizer, "pad_token_id", None) is not None:
         changes["pad_token_id"] = tokenizer.pad_token_id
     tensors = {name: view for name, view in hf_views(model.decoder).items() if name not in HEADS}
     with replacing(directory) as temporary:
-        write_model(temporary, config, tensors | {"score.weight": model.head.weight.detach()}, changes, tokenizer, max_shard_bytes, merging(model.decoder))
+        write_model(
+            temporary,
+            config,
+            tensors | {"score.weight": model.head.weight.detach()},
+            changes,
+            tokenizer,
+            max_shard_bytes,
+            merging(model.decoder),
+        )

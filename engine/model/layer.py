@@ -5,8 +5,8 @@
 
 `layer` runs it with the operations of an `Ops`, of which there are three: training over packed
 sequences, with gradients (decoder.py), and over the paged cache the composition for a GPU and the
-reference in plain torch (step.py). The C++ step (csrc/cpu/ops/decode_step.cpp) stands beside them and
-is tested against them.
+reference in plain torch (step.py). The C++ step (csrc/cpu/ops/decode_step.cpp) stands beside them
+and is tested against them.
 
 Families differ: what attention and the MLP add may be normalised too, or instead; q and k may be
 left unturned, or turned in part; a norm with a bias is a LayerNorm, one without an RMSNorm; the MLP
@@ -20,6 +20,7 @@ Stream    x is held in two parts: what was last added, and what to add it to (No
 Source    Touvron et al. (2023), LLaMA; Su et al. (2021), RoFormer, in the rotate-half form;
           Hu et al. (2021), LoRA.
 """
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -33,7 +34,8 @@ from torch import Tensor
 from fusedrl.kernels.rms_norm import rms_norm
 from fusedrl.kernels.rope import rope
 
-QKV, OUT, GATE_UP, DOWN = range(4)  # the products of a layer, numbered as in csrc/cpu/ops/decode_step.cpp
+# the products of a layer, numbered as in csrc/cpu/ops/decode_step.cpp
+QKV, OUT, GATE_UP, DOWN = range(4)
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> x W^T + b
 
@@ -93,8 +95,14 @@ class Ops(ABC):
     rms_norm: ClassVar[Any] = staticmethod(rms_norm)
     rope: ClassVar[Any] = staticmethod(rope)
 
-    def __init__(self, heads: tuple[int, int, int], eps: float, options: Options,
-                 angles: Sequence[tuple[Tensor, Tensor]], impl: str | None = None) -> None:
+    def __init__(
+        self,
+        heads: tuple[int, int, int],
+        eps: float,
+        options: Options,
+        angles: Sequence[tuple[Tensor, Tensor]],
+        impl: str | None = None,
+    ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = heads
         self.eps, self.options, self.angles, self.impl = eps, options, angles, impl
 
@@ -104,8 +112,11 @@ class Ops(ABC):
         """Return [N, H], rows of a table of embeddings, in the activations' dtype."""
 
     @abstractmethod
-    def linear(self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x W^T + b, one of the four products of layer `index`, with what an adapter adds."""
+    def linear(
+        self, index: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return x W^T + b, one of the four products of layer `index`, with what an adapter
+        adds."""
 
     @abstractmethod
     def attention(self, index: int, weights: LayerWeights, qkv: Tensor) -> Tensor:
@@ -122,23 +133,37 @@ class Ops(ABC):
             weight = weight.to(x.dtype)
         if bias is not None:
             return F.layer_norm(x, weight.shape, weight, bias.to(x.dtype), self.eps)
-        y: Tensor = self.rms_norm(x, weight, eps=self.eps, offset=self.options.norm_offset, impl=self.impl)
+        y: Tensor = self.rms_norm(
+            x, weight, eps=self.eps, offset=self.options.norm_offset, impl=self.impl
+        )
         return y
 
-    def add_norm(self, delta: Tensor, stream: Tensor | None, weight: Tensor | None,
-                 bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self,
+        delta: Tensor,
+        stream: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return (the norm of the sum, the sum), or the sum twice where there is no weight."""
         if weight is None or stream is None or bias is not None:
             total = delta if stream is None else delta + stream
             return (total if weight is None else self.norm(total, weight, bias)), total
         if weight.dtype != delta.dtype:
             weight = weight.to(delta.dtype)
-        y, total = self.rms_norm(delta, weight, eps=self.eps, residual=stream,
-                                 offset=self.options.norm_offset, impl=self.impl)
+        y, total = self.rms_norm(
+            delta,
+            weight,
+            eps=self.eps,
+            residual=stream,
+            offset=self.options.norm_offset,
+            impl=self.impl,
+        )
         return y, total
 
     def heads(self, weights: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [N, Hq, D], k and v [N, Hkv, D] of their projection; q and k normed and turned."""
+        """Return q [N, Hq, D], k and v [N, Hkv, D] of their projection; q and k normed and
+        turned."""
         kv_heads = self.num_kv_heads
         heads = qkv.view(qkv.shape[0], self.num_heads + 2 * kv_heads, self.head_dim)
         q, k, v = heads.split((self.num_heads, kv_heads, kv_heads), dim=1)
@@ -163,24 +188,46 @@ class Ops(ABC):
             q, k = self.rope(q, k, cos, sin, impl=self.impl)
             return q, k
         q_turned, k_turned = self.rope(q[..., :turned], k[..., :turned], cos, sin, impl=self.impl)
-        return torch.cat((q_turned, q[..., turned:]), -1), torch.cat((k_turned, k[..., turned:]), -1)
+        return torch.cat((q_turned, q[..., turned:]), -1), torch.cat(
+            (k_turned, k[..., turned:]), -1
+        )
 
-    def embed(self, ids_N: Tensor, positions_N: Tensor, embedding: Tensor, position_embedding: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        ids_N: Tensor,
+        positions_N: Tensor,
+        embedding: Tensor,
+        position_embedding: Tensor | None,
+    ) -> Tensor:
         """Return [N, H], what the first layer reads."""
         x_NH, scale = self.rows(ids_N, embedding), self.options.embedding_scale
         x_NH = x_NH if scale == 1.0 else x_NH * scale
-        return x_NH if position_embedding is None else x_NH + self.rows(positions_N, position_embedding)
+        return (
+            x_NH
+            if position_embedding is None
+            else x_NH + self.rows(positions_N, position_embedding)
+        )
 
-    def end(self, delta_NH: Tensor, stream_NH: Tensor | None, weight: Tensor, bias: Tensor | None,
-            out_slots_R: Tensor | None = None) -> Tensor:
+    def end(
+        self,
+        delta_NH: Tensor,
+        stream_NH: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_slots_R: Tensor | None = None,
+    ) -> Tensor:
         """Return [R, H], the last norm of these tokens' stream, or of all."""
         if out_slots_R is not None:
-            delta_NH, stream_NH = delta_NH[out_slots_R], None if stream_NH is None else stream_NH[out_slots_R]
+            delta_NH, stream_NH = (
+                delta_NH[out_slots_R],
+                None if stream_NH is None else stream_NH[out_slots_R],
+            )
         return self.add_norm(delta_NH, stream_NH, weight, bias)[0]
 
 
-def layer(ops: Ops, index: int, weights: LayerWeights, delta_NH: Tensor, stream_NH: Tensor | None
-          ) -> tuple[Tensor, Tensor]:
+def layer(
+    ops: Ops, index: int, weights: LayerWeights, delta_NH: Tensor, stream_NH: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Run layer `index` on a residual stream in two parts.
 
     Args:
@@ -205,12 +252,23 @@ def layer(ops: Ops, index: int, weights: LayerWeights, delta_NH: Tensor, stream_
     return (delta_NH + attended_NH if parallel else delta_NH), stream_NH
 
 
-def add_adapter_(y_NO: Tensor, u_NR: Tensor, b: Tensor, slices: Sequence[tuple[int, int]], scale: float,
-                 linear: Linear | None = None) -> None:
-    """y += scale B u in each slice (first row, rows) of y's columns, in place; of u = A x [N, P r] and b [all rows, r] each slice has its part."""
+def add_adapter_(
+    y_NO: Tensor,
+    u_NR: Tensor,
+    b: Tensor,
+    slices: Sequence[tuple[int, int]],
+    scale: float,
+    linear: Linear | None = None,
+) -> None:
+    """y += scale B u in each slice (first row, rows) of y's columns, in place; of u = A x [N, P r]
+    and b [all rows, r] each slice has its part."""
     r, done = b.shape[1], 0
     for index, (start, rows) in enumerate(slices):
-        u, part, y = u_NR[:, index * r : (index + 1) * r], b[done : done + rows], y_NO[:, start : start + rows]
+        u, part, y = (
+            u_NR[:, index * r : (index + 1) * r],
+            b[done : done + rows],
+            y_NO[:, start : start + rows],
+        )
         if linear is None:
             y.addmm_(u, part.T, alpha=scale)
         else:

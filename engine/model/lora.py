@@ -1,4 +1,6 @@
-"""LoRA on a decoder: give it adapters, see them under their Hugging Face names, merge them. The mathematics is in adapters.py."""
+"""LoRA on a decoder: give it adapters, see them under their Hugging Face names, merge them. The
+mathematics is in adapters.py."""
+
 from __future__ import annotations
 
 import math
@@ -14,15 +16,21 @@ from fusedrl.engine.model.decoder import Decoder
 
 
 def add_adapter(decoder: Decoder, lora: LoRAConfig, *, seed: int = 0) -> None:
-    """Freeze a decoder's parameters and give it adapters, which alone are trained from now on. It computes what it did before, until B moves from zero.
+    """Freeze a decoder's parameters and give it adapters, which alone are trained from now on. It
+    computes what it did before, until B moves from zero.
 
-    A is uniform in +- 1 / sqrt(inputs), drawn on the CPU in float32, so alike everywhere. Make the optimizer afterwards.
+    A is uniform in +- 1 / sqrt(inputs), drawn on the CPU in float32, so alike everywhere. Make the
+    optimizer afterwards.
 
     Raises:
-        ConfigError: a target that the family does not have. ValueError: the decoder has an adapter already.
+        ConfigError: a target that the family does not have. ValueError: the decoder has an adapter
+        already.
     """
     if decoder.lora is not None:
-        raise ValueError(f"add_adapter: the decoder has an adapter already ({decoder.lora}); a decoder has one, so load the model again for another")
+        raise ValueError(
+            f"add_adapter: the decoder has an adapter already ({decoder.lora}); a decoder has one, "
+            "so load the model again for another"
+        )
     found = tuple(targets(decoder.config, lora).values())
     generator = torch.Generator().manual_seed(seed)
     decoder.requires_grad_(False)
@@ -38,7 +46,8 @@ def add_adapter(decoder: Decoder, lora: LoRAConfig, *, seed: int = 0) -> None:
 
 
 def adapter_views(decoder: Decoder) -> dict[str, Tensor]:
-    """Every A and B under its Hugging Face module, as PEFT names them: model.layers.0.self_attn.q_proj.lora_A.weight; views without gradient."""
+    """Every A and B under its Hugging Face module, as PEFT names them:
+    model.layers.0.self_attn.q_proj.lora_A.weight; views without gradient."""
     if decoder.lora is None:
         return {}
     views: dict[str, Tensor] = {}
@@ -46,12 +55,16 @@ def adapter_views(decoder: Decoder) -> dict[str, Tensor]:
     for index, layer in enumerate(decoder.layers):
         for one in found:
             a, b = cast(LayerAdapter, layer.lora).parts(one)
-            views |= {f"model.layers.{index}.{one.module}.lora_{kind}.weight": x.detach() for kind, x in (("A", a), ("B", b))}
+            views |= {
+                f"model.layers.{index}.{one.module}.lora_{kind}.weight": x.detach()
+                for kind, x in (("A", a), ("B", b))
+            }
     return views
 
 
 def merging(decoder: Decoder) -> Callable[[str, Tensor], Tensor]:
-    """(Hugging Face name, tensor) -> W + s B A where the name is of an adapted weight and the adapter is on; else the tensor itself."""
+    """(Hugging Face name, tensor) -> W + s B A where the name is of an adapted weight and the
+    adapter is on; else the tensor itself."""
     views = adapter_views(decoder) if decoder.adapter_enabled else {}
 
     @torch.no_grad()

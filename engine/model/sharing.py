@@ -1,10 +1,14 @@
-"""A transformers model and a decoder on one storage: whoever trains the model trains the decoder, and nothing is copied again.
+"""A transformers model and a decoder on one storage: whoever trains the model trains the decoder,
+and nothing is copied again.
 
-`share` copies the model's weights once, a layer at a time, into fused storage, and points the model's own parameters at slices of it (the views of
-`weights.hf_views`). The model goes on working as before: its parameters are the same objects, for its optimizer too. Each has a torch storage of its own
-over its part of that memory, so that whoever saves the model (safetensors, accelerate, torch.save) sees tensors that share nothing and writes them all.
-Whether the parameters stay there is watched (watch.py).
+`share` copies the model's weights once, a layer at a time, into fused storage, and points the
+model's own parameters at slices of it (the views of `weights.hf_views`). The model goes on working
+as before: its parameters are the same objects, for its optimizer too. Each has a torch storage of
+its own over its part of that memory, so that whoever saves the model (safetensors, accelerate,
+torch.save) sees tensors that share nothing and writes them all. Whether the parameters stay there
+is watched (watch.py).
 """
+
 from __future__ import annotations
 
 import json
@@ -22,18 +26,29 @@ from fusedrl.engine.model.weights import hf_views
 
 
 def shared_config(module: nn.Module) -> ModelConfig:
-    """The configuration of a transformers model, as its config and generation_config now say. Raises as `share`."""
+    """The configuration of a transformers model, as its config and generation_config now say.
+    Raises as `share`."""
     config = getattr(module, "config", None)
     if not isinstance(module, nn.Module) or not hasattr(config, "to_json_string"):
-        raise TypeError(f"from_module: expected a transformers model such as AutoModelForCausalLM gives, got {type(module).__name__}")
+        raise TypeError(
+            "from_module: expected a transformers model such as AutoModelForCausalLM gives, got "
+            f"{type(module).__name__}"
+        )
     raw = json.loads(cast(Any, config).to_json_string(use_diff=False))
     generation = getattr(module, "generation_config", None)
-    return model_config({key: value for key, value in raw.items() if key not in ("_name_or_path", "transformers_version")},
-                        json.loads(generation.to_json_string()) if generation is not None else None)
+    return model_config(
+        {
+            key: value
+            for key, value in raw.items()
+            if key not in ("_name_or_path", "transformers_version")
+        },
+        json.loads(generation.to_json_string()) if generation is not None else None,
+    )
 
 
 def _with_its_frequencies(module: nn.Module, config: ModelConfig) -> ModelConfig:
-    """The rotary frequencies that the model holds: those of its configuration, or these rounded, as `model.to(torch.bfloat16)` leaves them.
+    """The rotary frequencies that the model holds: those of its configuration, or these rounded, as
+    `model.to(torch.bfloat16)` leaves them.
 
     Raises:
         ValueError: they are others.
@@ -42,61 +57,116 @@ def _with_its_frequencies(module: nn.Module, config: ModelConfig) -> ModelConfig
     for name, b in floating_buffers(module):
         if not name.endswith(("inv_freq", "embed_scale")):
             continue
-        field = "embedding_scale" if name.endswith("embed_scale") else "local_inv_freq" if "sliding_attention" in name else "inv_freq"
+        field = (
+            "embedding_scale"
+            if name.endswith("embed_scale")
+            else "local_inv_freq"
+            if "sliding_attention" in name
+            else "inv_freq"
+        )
         expected = torch.tensor(getattr(config, field)).flatten()
         held = b.detach().float().cpu().flatten()
-        if held.shape != expected.shape or not torch.allclose(held, expected, rtol=max(1e-5, torch.finfo(b.dtype).eps), atol=0.0):
-            raise ValueError(f"from_module: the buffer {name} is not what the model's configuration says (the largest difference is "
-                             f"{float((held - expected).abs().max()) if held.shape == expected.shape else 'of shape'}); set it in the configuration, save the "
-                             "model, and load that")
+        if held.shape != expected.shape or not torch.allclose(
+            held, expected, rtol=max(1e-5, torch.finfo(b.dtype).eps), atol=0.0
+        ):
+            same = held.shape == expected.shape
+            by = float((held - expected).abs().max()) if same else "of shape"
+            raise ValueError(
+                f"from_module: the buffer {name} is not what the model's configuration says (the "
+                f"largest difference is {by}); set it in the configuration, save the model, and "
+                "load that"
+            )
         if b.dtype.itemsize < 4 and field != "embedding_scale" and "original" not in name:
             found[field] = tuple(held.tolist())
     if found:
-        warnings.warn("from_module: model.to(dtype) has rounded the model's rotary frequencies, so it computes otherwise than a model that is loaded in that "
-                      "dtype, at late positions above all; the actor follows. Load it by from_pretrained(..., dtype=...) instead", stacklevel=4)
+        warnings.warn(
+            "from_module: model.to(dtype) has rounded the model's rotary frequencies, so it "
+            "computes otherwise than a model that is loaded in that "
+            "dtype, at late positions above all; the actor follows. Load it by "
+            "from_pretrained(..., dtype=...) instead",
+            stacklevel=4,
+        )
     return replace(config, **found)
 
 
 def _check_plain(module: nn.Module, decoder: Decoder) -> None:
-    """Raise ValueError, with a list, unless a model has the parameters of the decoder and computes as transformers' plain one."""
+    """Raise ValueError, with a list, unless a model has the parameters of the decoder and computes
+    as transformers' plain one."""
     import transformers
 
     config, parameters = decoder.config, dict(module.named_parameters())
     wanted = hf_views(decoder)
     if reordered := [name for name, view in wanted.items() if view.ndim > 2]:
-        raise ValueError(f"from_module: {config.family.name} orders the rows of {reordered[0]} as no view of the fused projection can; load its directory with "
-                         "from_pretrained, and train the actor's own parameters")
-    problems = [f"missing: {name}" for name in wanted if name not in parameters] + [f"unexpected: {name}" for name in parameters if name not in wanted]
-    problems += [f"shape of {name}: expected {list(view.shape)}, got {list(parameters[name].shape)}" for name, view in wanted.items()
-                 if name in parameters and parameters[name].shape != view.shape]
+        raise ValueError(
+            f"from_module: {config.family.name} orders the rows of {reordered[0]} as no view of "
+            "the fused projection can; load its directory with "
+            "from_pretrained, and train the actor's own parameters"
+        )
+    problems = [f"missing: {name}" for name in wanted if name not in parameters] + [
+        f"unexpected: {name}" for name in parameters if name not in wanted
+    ]
+    problems += [
+        f"shape of {name}: expected {list(view.shape)}, got {list(parameters[name].shape)}"
+        for name, view in wanted.items()
+        if name in parameters and parameters[name].shape != view.shape
+    ]
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        adapted = " (it has a PEFT adapter: merge it first, merge_and_unload, or train fusedrl's own adapters, actor.add_adapter)"
-        raise ValueError(f"from_module: the parameters are not those of a plain {config.family.name} language model"
-                         f"{adapted if any('lora_' in name for name in parameters) else ''}:\n  {shown}")
-    if problems := unlike(module, plain(getattr(transformers, config.family.language_model.format(config.family.name)), module.config)):
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"from_module: the model does not compute as transformers' {config.family.name} of its configuration, which is what the actor "
-                         f"computes:\n  {shown}\n  undo it, or set it in the configuration, save the model, and load that")
+        shown = "\n  ".join(problems[:20]) + (
+            f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        )
+        adapted = (
+            " (it has a PEFT adapter: merge it first, merge_and_unload, or train fusedrl's "
+            "own adapters, actor.add_adapter)"
+        )
+        raise ValueError(
+            f"from_module: the parameters are not those of a plain {config.family.name} language "
+            "model"
+            f"{adapted if any('lora_' in name for name in parameters) else ''}:\n  {shown}"
+        )
+    if problems := unlike(
+        module,
+        plain(
+            getattr(transformers, config.family.language_model.format(config.family.name)),
+            module.config,
+        ),
+    ):
+        shown = "\n  ".join(problems[:20]) + (
+            f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        )
+        raise ValueError(
+            f"from_module: the model does not compute as transformers' {config.family.name} of its "
+            "configuration, which is what the actor "
+            f"computes:\n  {shown}\n  undo it, or set it in the configuration, save the model, and "
+            "load that"
+        )
 
 
 def share(module: nn.Module) -> Decoder:
     """A decoder for a transformers causal language model, on storage that both use from now on.
 
-    Beyond the model itself this takes the memory of one layer (of the embeddings, if they are larger).
+    Beyond the model itself this takes the memory of one layer (of the embeddings, if they are
+    larger).
 
     Raises:
-        TypeError: no transformers model, or parameters of several dtypes or devices, or sharded ones. ValueError: a family or feature that the decoder
-        does not have, or parameters that the family does not have (an adapter, a head of another task); the message lists them. Nothing is changed then.
+        TypeError: no transformers model, or parameters of several dtypes or devices, or sharded
+        ones. ValueError: a family or feature that the decoder does not have, or parameters that the
+        family does not have (an adapter, a head of another task); the message lists them. Nothing
+        is changed then.
     """
     parsed = shared_config(module)
     parameters = dict(module.named_parameters())
     kinds = {(p.dtype, p.device) for p in parameters.values()}
     if len(kinds) != 1:
-        raise TypeError(f"from_module: expected parameters of one dtype on one device, got {', '.join(sorted(f'{d} on {where}' for d, where in kinds))}")
-    (dtype, device), = kinds
+        raise TypeError(
+            "from_module: expected parameters of one dtype on one device, got "
+            f"{', '.join(sorted(f'{d} on {where}' for d, where in kinds))}"
+        )
+    ((dtype, device),) = kinds
     if device.type == "meta" or any(type(p.data) is not Tensor for p in parameters.values()):
-        raise TypeError("from_module: expected ordinary tensors in memory; shard, quantise or off-load after from_module, or not at all")
+        raise TypeError(
+            "from_module: expected ordinary tensors in memory; shard, quantise or off-load after "
+            "from_module, or not at all"
+        )
     parsed = _with_its_frequencies(module, parsed)
     decoder = Decoder(parsed, dtype=dtype, device="meta")
     _check_plain(module, decoder)
@@ -106,6 +176,7 @@ def share(module: nn.Module) -> Decoder:
         for name, view in hf_views(decoder).items():
             if view.device.type != "meta" and name not in moved:
                 view.copy_(parameters[name].detach())
-                parameters[name].data = torch.from_dlpack(view)  # keeps the fused memory alive; the parameter's old memory goes
+                # keeps the fused memory alive; the parameter's old memory goes
+                parameters[name].data = torch.from_dlpack(view)
                 moved.add(name)
     return decoder

@@ -1,22 +1,27 @@
 """Watch: are the weights that are read still the ones that are trained, and have they changed?
 
-A decoder's parameters are read in two ways: the training forward goes through its modules, the sampler through one flat
-tuple of tensors (`Decoder.weights`); and a transformers model may lie in the same storage (sharing.py). What keeps them
-one is checked wherever weights are read:
+A decoder's parameters are read in two ways: the training forward goes through its modules, the
+sampler through one flat tuple of tensors (`Decoder.weights`); and a transformers model may lie in
+the same storage (sharing.py). What keeps them one is checked wherever weights are read:
 
-    structure      every module and parameter is the object that it was, under its name, where it was in memory
-    counts         autograd's count of in-place writes of each parameter, and the steps of `torch.optim` optimizers on any
-                   of them, whose fused forms do not count
-    fingerprint    the memory itself: for writes that nobody counts (through `.data`, numpy, DLPack, a replayed graph)
+    structure      every module and parameter is the object that it was, under its name, where it
+                   was in memory
+    counts         autograd's count of in-place writes of each parameter, and the steps of
+                   `torch.optim` optimizers on any of them, whose fused forms do not count
+    fingerprint    the memory itself: for writes that nobody counts (through `.data`, numpy, DLPack,
+                   a replayed graph)
 
-Cost      structure and counts: under a microsecond a parameter. The fingerprint is the first row of every parameter, bit
-          for bit, and the sum of every row's bits as 64-bit integers. It reads the weights once, in about half the time of
-          a decoding step of one sequence, at the start of every call that generates. While a stream is under way the first
-          rows alone are looked at, each time that its consumer had the word.
-Found     at the start of a call: every write that changes one element or one row, or the order of rows or of columns.
-Missed    words of 8 bytes that change places within a single row that is not the first; changes of several words of a row
-          that cancel as integers. Within a stream, until the next call: uncounted writes that leave all first rows alone.
-          What modules compute with beside their parameters is watched by beside.py.
+Cost      structure and counts: under a microsecond a parameter. The fingerprint is the first row of
+          every parameter, bit for bit, and the sum of every row's bits as 64-bit integers. It reads
+          the weights once, in about half the time of a decoding step of one sequence, at the start
+          of every call that generates. While a stream is under way the first rows alone are looked
+          at, each time that its consumer had the word.
+Found     at the start of a call: every write that changes one element or one row, or the order of
+          rows or of columns.
+Missed    words of 8 bytes that change places within a single row that is not the first; changes of
+          several words of a row that cancel as integers. Within a stream, until the next call:
+          uncounted writes that leave all first rows alone. What modules compute with beside their
+          parameters is watched by beside.py.
 """
 
 from __future__ import annotations
@@ -37,7 +42,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from fusedrl.engine.model.adapters import LayerAdapter, inputs, targets
 from fusedrl.engine.model.beside import Beside, classes, differences
@@ -60,12 +68,15 @@ class Watch:
         self.version = 0
         self._decoder, self._module = decoder, module
         self._lock = threading.RLock()
-        self._still, self._writer = threading.Lock(), 0  # held while the weights are read or written, and by which thread's optimizer
+        # held while the weights are read or written, and by which thread's optimizer
+        self._still, self._writer = threading.Lock(), 0
         self._step: FrameType | None = None  # of that optimizer's step
         self._ending = threading.Lock()
         self._steps = 0
         self._kinds = classes(decoder)
-        self._shapes = {name: p.shape for name, p in decoder.named_parameters() if ".lora." not in name}
+        self._shapes = {
+            name: p.shape for name, p in decoder.named_parameters() if ".lora." not in name
+        }
         self._module_kinds = {} if module is None else classes(module)
         self._beside = [Beside(decoder, "the decoder", "the sampler does not run")]
         if module is not None:
@@ -77,7 +88,9 @@ class Watch:
         self._take()
         reference = weakref.ref(self)
 
-        def listening(method: Callable[[Watch, Optimizer], None]) -> Callable[[Optimizer, Any, Any], None]:
+        def listening(
+            method: Callable[[Watch, Optimizer], None],
+        ) -> Callable[[Optimizer, Any, Any], None]:
             def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 watch = reference()
                 if watch is not None:
@@ -92,19 +105,23 @@ class Watch:
         for handle in hooks:
             weakref.finalize(self, handle.remove)
 
-    # ---- looking --------------------------------------------------------------------------------------------------------------
+    # ---- looking ---------------------------------------------------------------------------------
     def look(self, depth: Depth | None = None, *, lightly: bool = False) -> int:
-        """The version of the weights as they now are: a new one where they were written to, or replaced, since the last look.
+        """The version of the weights as they now are: a new one where they were written to, or
+        replaced, since the last look.
 
         Args:
-            depth: how far who generates looks: at what is counted, at the first rows of the parameters as well, or at
-                all of their memory. None: at what is counted, for who only reads the weights as they are and keeps
-                nothing that was computed from them.
-            lightly: not at addresses, shapes, strides and dtypes, which can change alone only where somebody assigns to
+            depth: how far who generates looks: at what is counted, at the first rows of the
+            parameters as well, or at
+                all of their memory. None: at what is counted, for who only reads the weights as
+                they are and keeps nothing that was computed from them.
+            lightly: not at addresses, shapes, strides and dtypes, which can change alone only where
+            somebody assigns to
                 `.data`, nor beside the parameters; for who has looked just before.
         Raises:
-            RuntimeError: the weights are not what they were in a way that cannot be followed; the message says what to
-            do. Nothing is changed then: the next look finds the same, or that it was undone.
+            RuntimeError: the weights are not what they were in a way that cannot be followed; the
+            message says what to do. Nothing is changed then: the next look finds the same, or that
+            it was undone.
         """
         with self._lock:
             moved = self._moved(lightly)
@@ -113,7 +130,11 @@ class Watch:
             elif not lightly:
                 for beside in self._beside:
                     beside.look(deep=depth == "all")
-            if not lightly and self._module is not None and _books(self._module, self._books) is not self._books:
+            if (
+                not lightly
+                and self._module is not None
+                and _books(self._module, self._books) is not self._books
+            ):
                 self._follow_config(self._module)
             counts = [self._steps, *map(_count, self._counted)]
             changed = moved or counts != self._counts
@@ -126,7 +147,8 @@ class Watch:
             return self.version
 
     def mark(self) -> None:
-        """Somebody tells of a change: one new version, whether or not it would have been noticed."""
+        """Somebody tells of a change: one new version, whether or not it would have been
+        noticed."""
         with self._lock:
             before = self.version
             self.look()
@@ -147,7 +169,8 @@ class Watch:
         )
 
     def _written(self, depth: Depth) -> bool:
-        """Whether the memory is not what it was when a fingerprint was last taken; where there is none, one is taken."""
+        """Whether the memory is not what it was when a fingerprint was last taken; where there is
+        none, one is taken."""
         if self._rows is None or self._sums is None:
             self._rows, self._sums = self._first_rows(), self._row_sums()
             return False
@@ -162,8 +185,8 @@ class Watch:
 
     @torch.no_grad()
     def _first_rows(self) -> Tensor:
-        """Their bits, so that NaN is itself. The views are made anew each time: kept, they would hold memory that the
-        weights have left."""
+        """Their bits, so that NaN is itself. The views are made anew each time: kept, they would
+        hold memory that the weights have left."""
         firsts = [p[0] if p.ndim > 1 else p for p in self._own]
         return torch.cat([*firsts, *(_rest(p) for p in self._ragged)]).view(torch.uint8)
 
@@ -171,9 +194,10 @@ class Watch:
     def _row_sums(self) -> Tensor:
         return torch.cat([torch.sum(_words(p), 1) for p in self._own if p.ndim > 1])
 
-    # ---- what is watched ------------------------------------------------------------------------------------------------------
+    # ---- what is watched -------------------------------------------------------------------------
     def _take(self) -> None:
-        """Take note of the weights as they are, if they can be generated from, and have the sampler read these."""
+        """Take note of the weights as they are, if they can be generated from, and have the sampler
+        read these."""
         self._check_decoder()
         if self._module is not None:
             self._check_module(self._module)
@@ -182,7 +206,11 @@ class Watch:
         self._decoder._settle()
         trees = [self._decoder] if self._module is None else [self._decoder, self._module]
         tables: list[dict[str, Any]] = [
-            table for tree in trees for part in tree.modules() for table in (part._parameters, part._modules) if table
+            table
+            for tree in trees
+            for part in tree.modules()
+            for table in (part._parameters, part._modules)
+            if table
         ]
         self._slots = tables
         self._names, self._held = (
@@ -207,18 +235,24 @@ class Watch:
         decoder = self._decoder
         found = dict(decoder.named_parameters(remove_duplicate=False))
         names = {name for name in found if ".lora." not in name}
-        shard = next((type(p.data).__name__ for p in found.values() if type(p.data) is not Tensor), None)
+        shard = next(
+            (type(p.data).__name__ for p in found.values() if type(p.data) is not Tensor), None
+        )
         kinds = {(p.dtype, p.device) for p in found.values()}
         if shard is not None:
             _refuse(
                 f"its parameters are {shard}s",
-                "this actor is one process on one device: shard another copy, or train without sharding",
+                "this actor is one process on one device: shard another copy, or train without "
+                "sharding",
             )
-        if strange := sorted(names ^ self._shapes.keys()) + differences(self._kinds, classes(decoder)):
+        if strange := sorted(names ^ self._shapes.keys()) + differences(
+            self._kinds, classes(decoder)
+        ):
             _refuse(
                 f"{', '.join(strange[:4])} of it came, went or changed its class",
                 "take off what replaced it (prune.remove, remove_parametrizations, "
-                "remove_weight_norm), or load the weights into a new actor; for adapters there is actor.add_adapter",
+                "remove_weight_norm), or load the weights into a new actor; for adapters there is "
+                "actor.add_adapter",
             )
         for name, p in found.items():
             if not p.is_contiguous():
@@ -231,11 +265,16 @@ class Watch:
                 )
         if len(kinds) != 1:
             _refuse(
-                f"its parameters are {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}, expected one dtype on one device",
+                "its parameters are "
+                f"{', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}, expected "
+                "one dtype on one device",
                 "cast and move all of it, by actor.decoder.to(...)",
             )
         if decoder.device.type == "meta":
-            _refuse("its parameters have no memory (device meta)", "load the weights with HybridActor.from_pretrained")
+            _refuse(
+                "its parameters have no memory (device meta)",
+                "load the weights with HybridActor.from_pretrained",
+            )
         self._check_adapter()
 
     def _check_adapter(self) -> None:
@@ -272,7 +311,9 @@ class Watch:
         problems = [
             name
             for name, view in views.items()
-            if name not in found or type(found[name].data) is not Tensor or not _same_place(found[name], view)
+            if name not in found
+            or type(found[name].data) is not Tensor
+            or not _same_place(found[name], view)
         ]
         problems += [name for name, p in found.items() if id(p) not in ours] + differences(
             self._module_kinds, classes(module)
@@ -280,23 +321,40 @@ class Watch:
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             raise RuntimeError(
-                f"HybridActor: {problems[0]}{more} of the shared model no longer lies in the storage that it generates from (the model was cast, "
-                "moved, wrapped, sharded, pruned, resized, given an adapter or to another actor, or loaded with assign=True); change weights in "
+                f"HybridActor: {problems[0]}{more} of the shared model no longer lies in the "
+                "storage that it generates from (the model was cast, "
+                "moved, wrapped, sharded, pruned, resized, given an adapter or to another actor, "
+                "or loaded with assign=True); change weights in "
                 "place, undo it, or build a new actor with from_module"
             )
 
     def _follow_config(self, module: nn.Module) -> None:
-        """The configuration was written to: take over what changes no number, such as the ids that end a completion."""
+        """The configuration was written to: take over what changes no number, such as the ids that
+        end a completion."""
         books = _books(module)
         try:
             now = shared_config(module)
         except ValueError as error:
-            raise RuntimeError(f"HybridActor: the shared model's config is one that the actor cannot follow: {error}; set it back, or "
-                               "build a new actor") from error
-        kept = {name: getattr(self._read, name) for name in ("bos_token_id", "pad_token_id", "eos_token_ids", "initializer_range")}
-        if changed := [f.name for f in fields(now) if f.compare and getattr(replace(now, **kept), f.name) != getattr(self._read, f.name)]:
-            raise RuntimeError(f"HybridActor: the shared model's config was changed: by it {', '.join(changed)} would be another, and neither its "
-                               "modules nor the actor were built so; set it back, or save the model with it and load that")
+            raise RuntimeError(
+                "HybridActor: the shared model's config is one that the actor cannot follow: "
+                f"{error}; set it back, or "
+                "build a new actor"
+            ) from error
+        kept = {
+            name: getattr(self._read, name)
+            for name in ("bos_token_id", "pad_token_id", "eos_token_ids", "initializer_range")
+        }
+        if changed := [
+            f.name
+            for f in fields(now)
+            if f.compare and getattr(replace(now, **kept), f.name) != getattr(self._read, f.name)
+        ]:
+            raise RuntimeError(
+                f"HybridActor: the shared model's config was changed: by it {', '.join(changed)} "
+                "would be another, and neither its "
+                "modules nor the actor were built so; set it back, or save the model with it and "
+                "load that"
+            )
         followed = {name: getattr(now, name) for name in (*kept, "raw", "raw_generation")}
         self._decoder.config = replace(self._decoder.config, **followed)
         for layer in cast(Iterable[Layer], self._decoder.layers):
@@ -305,11 +363,12 @@ class Watch:
         for beside in self._beside:
             beside.expect()
 
-    # ---- threads ---------------------------------------------------------------------------------------------------------------
+    # ---- threads ---------------------------------------------------------------------------------
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
-        """No `torch.optim` optimizer of another thread writes to the weights within the block; one that wants to waits, and
-        one that does is waited for, as long as its step is under way: one that raised is over."""
+        """No `torch.optim` optimizer of another thread writes to the weights within the block; one
+        that wants to waits, and one that does is waited for, as long as its step is under way: one
+        that raised is over."""
         entered = self._enter()
         try:
             yield
@@ -318,7 +377,8 @@ class Watch:
                 self._still.release()
 
     def _enter(self) -> bool:
-        """Wait until nobody reads or writes the weights, and keep others from it. False: this thread's own step does already."""
+        """Wait until nobody reads or writes the weights, and keep others from it. False: this
+        thread's own step does already."""
         while True:
             if (writer := self._writer) and not self._under_way():
                 self._end(writer)
@@ -328,7 +388,8 @@ class Watch:
                 return True
 
     def _under_way(self) -> bool:
-        """Whether the step that began last is still on the stack of its thread. One that raised has no post hook."""
+        """Whether the step that began last is still on the stack of its thread. One that raised has
+        no post hook."""
         frame = sys._current_frames().get(self._writer)
         while frame is not None and frame is not self._step:
             frame = frame.f_back
@@ -344,48 +405,66 @@ class Watch:
     def _stepping(self, optimizer: Optimizer) -> None:
         """The step that begins waits for the decoding step of another thread."""
         if self._ours(optimizer) and self._enter():  # not within a step of a class above
-            self._writer, self._step = threading.get_ident(), sys._getframe(2)  # of the function that calls the hooks and the step
+            # of the function that calls the hooks and the step
+            self._writer, self._step = threading.get_ident(), sys._getframe(2)
 
-    # ---- optimizers -------------------------------------------------------------------------------------------------------------
+    # ---- optimizers ------------------------------------------------------------------------------
     def _stepped(self, optimizer: Optimizer) -> None:
-        """Fused optimizers write without autograd's count, so optimizer steps are listened for: on a parameter, or on a
-        tensor that begins where one does."""
+        """Fused optimizers write without autograd's count, so optimizer steps are listened for: on
+        a parameter, or on a tensor that begins where one does."""
         self._steps += self._ours(optimizer)
         if self._step is sys._getframe(2):
             self._end(threading.get_ident())
 
     def _ours(self, optimizer: Optimizer) -> bool:
         return any(
-            id(p) in self._ids or (type(p) in (Tensor, nn.Parameter) and p.data_ptr() in self._places)
+            id(p) in self._ids
+            or (type(p) in (Tensor, nn.Parameter) and p.data_ptr() in self._places)
             for group in optimizer.param_groups
             for p in group["params"]
         )
 
     def _check_gradients(self, optimizer: Optimizer) -> None:
-        """Fused optimizers pair values by their place in memory. Autograd lays a gradient out as its parameter; who
-        assigns one may not, and a parameter of [in, out] is a transposed view here."""
-        fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+        """Fused optimizers pair values by their place in memory. Autograd lays a gradient out as
+        its parameter; who assigns one may not, and a parameter of [in, out] is a transposed view
+        here."""
+        fused = {
+            id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]
+        }
         if self._module is None or not fused:
             return
         for name, p in self._module.named_parameters():
             if (
                 id(p) in fused
                 and p.grad is not None
-                and any(a != b for a, b, size in zip(p.grad.stride(), p.stride(), p.shape, strict=True) if size > 1)
+                and any(
+                    a != b
+                    for a, b, size in zip(p.grad.stride(), p.stride(), p.shape, strict=True)
+                    if size > 1
+                )
             ):
                 raise RuntimeError(
-                    f"HybridActor: the gradient of {name} has strides {p.grad.stride()} but the parameter {p.stride()}, and a fused optimizer "
-                    "would pair the wrong values; write gradients with p.grad.copy_, or use fused=False"
+                    f"HybridActor: the gradient of {name} has strides {p.grad.stride()} but the "
+                    f"parameter {p.stride()}, and a fused optimizer "
+                    "would pair the wrong values; write gradients with p.grad.copy_, or use "
+                    "fused=False"
                 )
 
 
 def _refuse(what: str, remedy: str) -> None:
-    raise RuntimeError(f"HybridActor: the decoder can no longer be generated from: {what}; {remedy}")
+    raise RuntimeError(
+        f"HybridActor: the decoder can no longer be generated from: {what}; {remedy}"
+    )
 
 
 def _books(module: nn.Module, before: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """What the configurations of a transformers model say, copied; `before` itself where it is that."""
-    now = [vars(found) for name in ("config", "generation_config") if (found := getattr(module, name, None)) is not None]
+    """What the configurations of a transformers model say, copied; `before` itself where it is
+    that."""
+    now = [
+        vars(found)
+        for name in ("config", "generation_config")
+        if (found := getattr(module, name, None)) is not None
+    ]
     return before if before is not None and now == before else copy.deepcopy(now)
 
 
@@ -394,12 +473,14 @@ def _layout(p: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
 
 
 def _same_place(p: Tensor, view: Tensor) -> bool:
-    return p.data_ptr() == view.data_ptr() and p.device == view.device and _layout(p) == _layout(view)
+    return (
+        p.data_ptr() == view.data_ptr() and p.device == view.device and _layout(p) == _layout(view)
+    )
 
 
 def _words(p: Tensor) -> Tensor:
-    """[R, C] int64: the memory of a matrix by rows, or by as few rows together as make whole words. What is left of the
-    last rows is not in it (`_rest`)."""
+    """[R, C] int64: the memory of a matrix by rows, or by as few rows together as make whole words.
+    What is left of the last rows is not in it (`_rest`)."""
     size = p.element_size()
     if p.storage_offset() * size % 8:
         p = p.clone()

@@ -1,8 +1,11 @@
-"""Weights in and out: Hugging Face directories, with the Hugging Face names as views of the fused parameters.
+"""Weights in and out: Hugging Face directories, with the Hugging Face names as views of the fused
+parameters.
 
-Loading copies one tensor at a time from the memory-mapped file into its view, so a load needs no second copy of the model.
-Saving writes a temporary sibling of the directory and renames it, so the final name never holds half a model.
+Loading copies one tensor at a time from the memory-mapped file into its view, so a load needs no
+second copy of the model. Saving writes a temporary sibling of the directory and renames it, so the
+final name never holds half a model.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,51 +28,100 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusedrl.engine.model.decoder import Decoder, Layer
-from fusedrl.engine.model.directories import local_directory, no_model, not_fetched, resolve_directory
+from fusedrl.engine.model.directories import (
+    local_directory,
+    no_model,
+    not_fetched,
+    resolve_directory,
+)
 from fusedrl.engine.model.families import ModelConfig, model_config, read_json
 from fusedrl.engine.model.lora import merging
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_OURS = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|adapter_config|generation_config|vocab|added_tokens|special_tokens_map)\.json"
-                   r"|tokenizer.*|merges\.txt|chat_template.*")
-# Entries of a model's JSON files by which code would be fetched or run: classes, pipelines and decoding loops beside the weights, and attention from a hub.
-_CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "attn_implementation", "_attn_implementation",
-              "experts_implementation", "_experts_implementation")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_OURS = re.compile(
+    r".*\.safetensors|.*\.safetensors\.index\.json|(config|adapter_config|generation_config|vocab|added_tokens|special_tokens_map)\.json"
+    r"|tokenizer.*|merges\.txt|chat_template.*"
+)
+# Entries of a model's JSON files by which code would be fetched or run: classes, pipelines and
+# decoding loops beside the weights, and attention from a hub.
+_CODE_KEYS = (
+    "auto_map",
+    "custom_pipelines",
+    "custom_generate",
+    "trust_remote_code",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 HEADS = ("lm_head.weight", "embed_out.weight")
-_NORMS = {"pre": {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"},
-          "post": {"attention_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"},
-          "sandwich": {"input_norm": "input_layernorm", "attention_out_norm": "post_attention_layernorm", "post_norm": "pre_feedforward_layernorm",
-                       "mlp_out_norm": "post_feedforward_layernorm"}}
+_NORMS = {
+    "pre": {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"},
+    "post": {
+        "attention_out_norm": "post_attention_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    },
+    "sandwich": {
+        "input_norm": "input_layernorm",
+        "attention_out_norm": "post_attention_layernorm",
+        "post_norm": "pre_feedforward_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    },
+}
 
 
-# ---- names --------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 def hf_views(decoder: Decoder) -> dict[str, Tensor]:
-    """Every parameter under its Hugging Face name, as a view of the fused storage without gradient. A tied head is not listed.
+    """Every parameter under its Hugging Face name, as a view of the fused storage without gradient.
+    A tied head is not listed.
 
-    A view of three or four dimensions holds rows that stand elsewhere here: `file_shape` says how they lie in a file.
+    A view of three or four dimensions holds rows that stand elsewhere here: `file_shape` says how
+    they lie in a file.
     """
     c = decoder.config
     if c.model_type in _VIEWS:
         return _VIEWS[c.model_type](decoder)
     rows = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim)
     norms = _NORMS[c.norms]
-    attention, mlp = (("qkv",), ("gate_up",)) if c.family.fused else (("q", "k", "v"), ("gate", "up"))
+    attention, mlp = (
+        (("qkv",), ("gate_up",)) if c.family.fused else (("q", "k", "v"), ("gate", "up"))
+    )
     views: dict[str, Tensor] = {"model.embed_tokens.weight": decoder.embedding}
     for index, layer in enumerate(cast(Iterable[Layer], decoder.layers)):
         at = f"model.layers.{index}."
         views |= {f"{at}{theirs}.weight": getattr(layer, ours) for ours, theirs in norms.items()}
-        for kind, qkv, o, gate_up, down in (("weight", layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj),
-                                            ("bias", layer.qkv_bias, layer.o_bias, layer.gate_up_bias, layer.down_bias)):
+        for kind, qkv, o, gate_up, down in (
+            ("weight", layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj),
+            ("bias", layer.qkv_bias, layer.o_bias, layer.gate_up_bias, layer.down_bias),
+        ):
             if qkv is not None:
                 parts = (qkv,) if c.family.fused else qkv.split(rows)
-                views |= {f"{at}self_attn.{n}_proj.{kind}": part for n, part in zip(attention, parts, strict=True)}
+                views |= {
+                    f"{at}self_attn.{n}_proj.{kind}": part
+                    for n, part in zip(attention, parts, strict=True)
+                }
             if gate_up is not None:
                 parts = (gate_up,) if c.family.fused else gate_up.chunk(2)
-                views |= {f"{at}mlp.{n}_proj.{kind}": part for n, part in zip(mlp, parts, strict=True)}
-            views |= {f"{at}{n}.{kind}": x for n, x in (("self_attn.o_proj", o), ("mlp.down_proj", down)) if x is not None}
-        views |= {f"{at}self_attn.{n}.weight": x for n, x in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)) if x is not None}
+                views |= {
+                    f"{at}mlp.{n}_proj.{kind}": part for n, part in zip(mlp, parts, strict=True)
+                }
+            views |= {
+                f"{at}{n}.{kind}": x
+                for n, x in (("self_attn.o_proj", o), ("mlp.down_proj", down))
+                if x is not None
+            }
+        views |= {
+            f"{at}self_attn.{n}.weight": x
+            for n, x in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm))
+            if x is not None
+        }
     views["model.norm.weight"] = decoder.norm
     if decoder.head is not None:
         views["lm_head.weight"] = decoder.head
@@ -78,28 +130,56 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
 
 def _gpt2_views(decoder: Decoder) -> dict[str, Tensor]:
     """GPT-2's names. Its linear layers (Conv1D) hold [in, out]: transposed views of ours."""
-    views = {"transformer.wte.weight": decoder.embedding, "transformer.wpe.weight": decoder.position_embedding}
+    views = {
+        "transformer.wte.weight": decoder.embedding,
+        "transformer.wpe.weight": decoder.position_embedding,
+    }
     for index, layer in enumerate(cast(Iterable[Layer], decoder.layers)):
-        for name, weight, bias in (("ln_1", layer.input_norm, layer.input_norm_bias), ("attn.c_attn", layer.qkv_proj, layer.qkv_bias),
-                                   ("attn.c_proj", layer.o_proj, layer.o_bias), ("ln_2", layer.post_norm, layer.post_norm_bias),
-                                   ("mlp.c_fc", layer.gate_up_proj, layer.gate_up_bias), ("mlp.c_proj", layer.down_proj, layer.down_bias)):
+        for name, weight, bias in (
+            ("ln_1", layer.input_norm, layer.input_norm_bias),
+            ("attn.c_attn", layer.qkv_proj, layer.qkv_bias),
+            ("attn.c_proj", layer.o_proj, layer.o_bias),
+            ("ln_2", layer.post_norm, layer.post_norm_bias),
+            ("mlp.c_fc", layer.gate_up_proj, layer.gate_up_bias),
+            ("mlp.c_proj", layer.down_proj, layer.down_bias),
+        ):
             at = f"transformer.h.{index}.{name}"
             views |= {f"{at}.weight": cast(Tensor, weight).t(), f"{at}.bias": bias}
-    views |= {"transformer.ln_f.weight": decoder.norm, "transformer.ln_f.bias": decoder.norm_bias, "lm_head.weight": decoder.head}
+    views |= {
+        "transformer.ln_f.weight": decoder.norm,
+        "transformer.ln_f.bias": decoder.norm_bias,
+        "lm_head.weight": decoder.head,
+    }
     return {name: view.detach() for name, view in views.items() if view is not None}
 
 
 def _neox_views(decoder: Decoder) -> dict[str, Tensor]:
-    """GPT-NeoX's names. The rows of its fused projection are q, k and v of the first head, then of the next: [heads, 3, D, H] of ours, [3, heads, D, H]."""
+    """GPT-NeoX's names. The rows of its fused projection are q, k and v of the first head, then of
+    the next: [heads, 3, D, H] of ours, [3, heads, D, H]."""
     c = decoder.config
     views: dict[str, Tensor | None] = {"gpt_neox.embed_in.weight": decoder.embedding}
     for index, layer in enumerate(cast(Iterable[Layer], decoder.layers)):
-        weight, bias = (None if x is None else x.view(3, c.num_heads, c.head_dim, *x.shape[1:]).transpose(0, 1) for x in (layer.qkv_proj, layer.qkv_bias))
-        for name, w, b in (("input_layernorm", layer.input_norm, layer.input_norm_bias), ("post_attention_layernorm", layer.post_norm, layer.post_norm_bias),
-                           ("attention.query_key_value", weight, bias), ("attention.dense", layer.o_proj, layer.o_bias),
-                           ("mlp.dense_h_to_4h", layer.gate_up_proj, layer.gate_up_bias), ("mlp.dense_4h_to_h", layer.down_proj, layer.down_bias)):
-            views |= {f"gpt_neox.layers.{index}.{name}.weight": w, f"gpt_neox.layers.{index}.{name}.bias": b}
-    views |= {"gpt_neox.final_layer_norm.weight": decoder.norm, "gpt_neox.final_layer_norm.bias": decoder.norm_bias, "embed_out.weight": decoder.head}
+        weight, bias = (
+            None if x is None else x.view(3, c.num_heads, c.head_dim, *x.shape[1:]).transpose(0, 1)
+            for x in (layer.qkv_proj, layer.qkv_bias)
+        )
+        for name, w, b in (
+            ("input_layernorm", layer.input_norm, layer.input_norm_bias),
+            ("post_attention_layernorm", layer.post_norm, layer.post_norm_bias),
+            ("attention.query_key_value", weight, bias),
+            ("attention.dense", layer.o_proj, layer.o_bias),
+            ("mlp.dense_h_to_4h", layer.gate_up_proj, layer.gate_up_bias),
+            ("mlp.dense_4h_to_h", layer.down_proj, layer.down_bias),
+        ):
+            views |= {
+                f"gpt_neox.layers.{index}.{name}.weight": w,
+                f"gpt_neox.layers.{index}.{name}.bias": b,
+            }
+    views |= {
+        "gpt_neox.final_layer_norm.weight": decoder.norm,
+        "gpt_neox.final_layer_norm.bias": decoder.norm_bias,
+        "embed_out.weight": decoder.head,
+    }
     return {name: view.detach() for name, view in views.items() if view is not None}
 
 
@@ -114,12 +194,14 @@ def file_shape(view: Tensor) -> list[int]:
 DEVICES = ("cpu", "cuda")  # types that the kernels are made for
 
 
-# ---- loading --------------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 def read_model_config(model: str) -> ModelConfig:
-    """The configuration of a model directory, of a config.json, or of a Hugging Face id (of which nothing else is fetched).
+    """The configuration of a model directory, of a config.json, or of a Hugging Face id (of which
+    nothing else is fetched).
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is not one of a model that the decoder knows.
+        FileNotFoundError: there is none. ValueError: it is not one of a model that the decoder
+        knows.
     """
     path = Path(model)
     if path.is_file() and path.suffix == ".json":
@@ -132,20 +214,28 @@ def read_model_config(model: str) -> ModelConfig:
         return model_config(read_json(Path(hf_hub_download(model, "config.json"))))
     except ValueError:
         raise
-    except Exception as error:  # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
+    # the hub client's own, its HTTP library's, the system's: all mean that there is no model here
+    except Exception as error:
         raise not_fetched(model, error) from error
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device itself, or the best there is: CUDA, else the CPU. Raises ValueError for one that no kernel here has been made for."""
-    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    """The device itself, or the best there is: CUDA, else the CPU. Raises ValueError for one that
+    no kernel here has been made for."""
+    found = torch.device(
+        device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     if found.type not in DEVICES:
-        raise ValueError(f"expected device cpu, cuda or cuda:N, got {str(device)!r}, which torch knows and no kernel here has been made for")
+        raise ValueError(
+            f"expected device cpu, cuda or cuda:N, got {str(device)!r}, which torch knows and no "
+            "kernel here has been made for"
+        )
     return found
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device | str | None) -> torch.dtype:
-    """"auto" is float32 on CPU and bfloat16 on CUDA; names such as "bfloat16" and dtypes stand for themselves."""
+    """ "auto" is float32 on CPU and bfloat16 on CUDA; names such as "bfloat16" and dtypes stand for
+    themselves."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -155,28 +245,35 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device | str | None) -
     return _DTYPES[dtype]
 
 
-def load_decoder(path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None) -> Decoder:
+def load_decoder(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None
+) -> Decoder:
     """Load a decoder from a Hugging Face directory or id.
 
     Args:
-        dtype: of the parameters; "auto" is float32 on CPU and bfloat16 on CUDA, whatever the files hold.
-        device: of the parameters; None is the best there is (CUDA, else the CPU).
+        dtype: of the parameters; "auto" is float32 on CPU and bfloat16 on CUDA, whatever the files
+        hold. device: of the parameters; None is the best there is (CUDA, else the CPU).
     Raises:
-        FileNotFoundError: no such directory, no weights (pickled ones are not read), or a shard missing. ValueError: an unknown model_type, a damaged
-        file, a weight_map that leaves the directory, or tensors that are missing, unexpected or of another shape (listed).
+        FileNotFoundError: no such directory, no weights (pickled ones are not read), or a shard
+        missing. ValueError: an unknown model_type, a damaged file, a weight_map that leaves the
+        directory, or tensors that are missing, unexpected or of another shape (listed).
     """
     directory = resolve_directory(path)
     config = load_config(directory)
     if kind := classifier(config):
-        raise ValueError(f"{directory} is a reward model ({kind}), and a language model is expected here; give it as --reward or --critic.model, and here what "
-                         "it was trained from")
+        raise ValueError(
+            f"{directory} is a reward model ({kind}), and a language model is expected here; give "
+            "it as --reward or --critic.model, and here what "
+            "it was trained from"
+        )
     decoder = Decoder(config, dtype=resolve_dtype(dtype, device), device=resolve_device(device))
     load_tensors(directory, hf_views(decoder), ignored=harmless(decoder.config))
     return decoder
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The transformers tokenizer of a directory or id; None where there is none. Code that comes with it is never run.
+    """The transformers tokenizer of a directory or id; None where there is none. Code that comes
+    with it is never run.
 
     Raises:
         ValueError: transformers knows no such tokenizer, or cannot read its files.
@@ -184,17 +281,26 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     directory = resolve_directory(path)
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not any(
+        (directory / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
         return None
     try:
         with without_code(directory) as clean:
             tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
     except Warning:  # that Python was told to raise
         raise
-    except Exception as error:  # the library's own, the tokenizers package's, the system's: all mean that these files are no tokenizer
-        raise ValueError(f"{directory}: expected a tokenizer that transformers itself has, got files that it cannot load ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:300]}). Code that comes with a model is never run; save it where you trust it as a tokenizer.json: "
-                         "PreTrainedTokenizerFast") from error
+    # the library's own, the tokenizers package's, the system's: all mean that these files are no
+    # tokenizer
+    except Exception as error:
+        raise ValueError(
+            f"{directory}: expected a tokenizer that transformers itself has, got files that it "
+            f"cannot load ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}). Code that comes with a model is never run; "
+            "save it where you trust it as a tokenizer.json: "
+            "PreTrainedTokenizerFast"
+        ) from error
     tokenizer.name_or_path = str(directory)
     return tokenizer
 
@@ -203,23 +309,35 @@ def load_config(directory: Path) -> ModelConfig:
     """`model_config`, without the entries that would name code to run."""
     config = model_config(directory)
     clean, clean_generation = _stripped(config.raw), _stripped(config.raw_generation)
-    for name, raw in (("config.json", config.raw), ("generation_config.json", config.raw_generation)):
+    for name, raw in (
+        ("config.json", config.raw),
+        ("generation_config.json", config.raw_generation),
+    ):
         _warn_of_code(directory / name, _named_code(raw))
     return replace(config, raw=clean, raw_generation=clean_generation)
 
 
 def classifier(config: ModelConfig) -> str | None:
     """The architecture that makes a model one that scores texts; None for a language model."""
-    return next((name for name in config.raw.get("architectures") or () if "ForSequenceClassification" in str(name)), None)
+    return next(
+        (
+            name
+            for name in config.raw.get("architectures") or ()
+            if "ForSequenceClassification" in str(name)
+        ),
+        None,
+    )
 
 
 @contextmanager
 def without_code(directory: Path) -> Iterator[Path]:
-    """The directory itself, or, where its files name code to run, a temporary one without those entries: links to the other files, and no Python file."""
+    """The directory itself, or, where its files name code to run, a temporary one without those
+    entries: links to the other files, and no Python file."""
     stripped: dict[str, Any] = {}
     for path in directory.glob("*.json"):
         if path.name.endswith("config.json") or path.name == "special_tokens_map.json":
-            with suppress(OSError, ValueError):  # who reads the file as what it is says what is wrong with it
+            # who reads the file as what it is says what is wrong with it
+            with suppress(OSError, ValueError):
                 raw = json.loads(path.read_bytes())
                 if found := _named_code(raw):
                     stripped[path.name] = _stripped(raw)
@@ -230,8 +348,12 @@ def without_code(directory: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fusedrl_") as temporary:
         for path in directory.iterdir():
             if path.name in stripped:
-                (Path(temporary) / path.name).write_text(json.dumps(stripped[path.name]), encoding="utf-8")
-            elif path.suffix != ".py" and (path.is_file() or path.name == "additional_chat_templates"):
+                (Path(temporary) / path.name).write_text(
+                    json.dumps(stripped[path.name]), encoding="utf-8"
+                )
+            elif path.suffix != ".py" and (
+                path.is_file() or path.name == "additional_chat_templates"
+            ):
                 (Path(temporary) / path.name).symlink_to(path.resolve())
         yield Path(temporary)
 
@@ -254,22 +376,48 @@ def _named_code(raw: Any) -> tuple[str, ...]:
 def _warn_of_code(path: Path, keys: tuple[str, ...]) -> None:
     """Once a file: the same directory is read by several."""
     if keys:
-        warnings.warn(f"{path}: {', '.join(keys)} is ignored; code that comes with a model, or from a hub, is never run", stacklevel=4)
+        warnings.warn(
+            f"{path}: {', '.join(keys)} is ignored; code that comes with a model, or from a hub, "
+            "is never run",
+            stacklevel=4,
+        )
 
 
 def harmless(config: ModelConfig) -> Callable[[str], bool]:
-    """Names that other writers leave in a file and that carry nothing: rotary frequencies, causal masks, a second copy of a tied head."""
-    masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias") if config.model_type in _VIEWS else ()
-    return lambda name: name.endswith(("rotary_emb.inv_freq", *masks)) or (config.tie_embeddings and name in HEADS)
+    """Names that other writers leave in a file and that carry nothing: rotary frequencies, causal
+    masks, a second copy of a tied head."""
+    masks = (
+        (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+        if config.model_type in _VIEWS
+        else ()
+    )
+    return lambda name: (
+        name.endswith(("rotary_emb.inv_freq", *masks)) or (config.tie_embeddings and name in HEADS)
+    )
 
 
-def load_tensors(directory: Path, views: Mapping[str, Tensor], *, ignored: Callable[[str], bool] = lambda name: False) -> None:
+def load_tensors(
+    directory: Path,
+    views: Mapping[str, Tensor],
+    *,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Copy every tensor of a directory's safetensors into the view of its name, one at a time."""
     files = _files(directory)
-    # The first GPT-2 files hold the model without a head, whose names lack the prefix; transformers 5 calls GPT-NeoX's head as everyone's.
-    others = {name: "lm_head.weight" if name == "embed_out.weight" else name.removeprefix("transformer.") for name in views if name not in files}
-    views = {other if (other := others.get(name, name)) in files else name: view for name, view in views.items()}
-    problems = [f"missing: {name}" for name in views if name not in files] + [f"unexpected: {n}" for n in files if n not in views and not ignored(n)]
+    # The first GPT-2 files hold the model without a head, whose names lack the prefix; transformers
+    # 5 calls GPT-NeoX's head as everyone's.
+    others = {
+        name: "lm_head.weight" if name == "embed_out.weight" else name.removeprefix("transformer.")
+        for name in views
+        if name not in files
+    }
+    views = {
+        other if (other := others.get(name, name)) in files else name: view
+        for name, view in views.items()
+    }
+    problems = [f"missing: {name}" for name in views if name not in files] + [
+        f"unexpected: {n}" for n in files if n not in views and not ignored(n)
+    ]
     for path in dict.fromkeys(files.values()):
         with opened(path) as file:
             for name in (n for n, where in files.items() if where == path and n in views):
@@ -279,7 +427,9 @@ def load_tensors(directory: Path, views: Mapping[str, Tensor], *, ignored: Calla
                 elif not problems:
                     views[name].copy_(file.get_tensor(name).view(views[name].shape))
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        shown = "\n  ".join(problems[:20]) + (
+            f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        )
         raise ValueError(f"{directory}: the tensors do not fit its config.json:\n  {shown}")
 
 
@@ -292,28 +442,46 @@ def _files(directory: Path) -> dict[str, Path]:
         with opened(path) as file:
             return dict.fromkeys(file.keys(), path)
     weight_map = read_json(directory / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{directory / _INDEX}: expected a weight_map of tensor names to file names")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise ValueError(
+            f"{directory / _INDEX}: expected a weight_map of tensor names to file names"
+        )
     present: dict[str, Collection[str]] = {}
     for shard in dict.fromkeys(weight_map.values()):
         path = _inside(directory, shard)
         with opened(path) as file:
             present[shard] = set(file.keys())
     if absent := [name for name, shard in weight_map.items() if name not in present[shard]]:
-        raise ValueError(f"{directory / _INDEX}: tensors that their file does not hold: {', '.join(absent[:10])}")
+        raise ValueError(
+            f"{directory / _INDEX}: tensors that their file does not hold: {', '.join(absent[:10])}"
+        )
     return {name: directory / shard for name, shard in weight_map.items()}
 
 
 def _inside(directory: Path, shard: str) -> Path:
     path = directory / shard
     if Path(shard).name != shard or shard in ("", ".", ".."):
-        raise ValueError(f"{directory / _INDEX}: expected the name of a file in this directory, got {shard!r} in weight_map")
+        raise ValueError(
+            f"{directory / _INDEX}: expected the name of a file in this directory, got {shard!r} "
+            "in weight_map"
+        )
     real = path.resolve()
-    # The hub's cache links snapshots/<revision>/<file> to blobs/<hash>; any other link out of the directory is refused.
+    # The hub's cache links snapshots/<revision>/<file> to blobs/<hash>; any other link out of the
+    # directory is refused.
     if not path.exists():
-        raise FileNotFoundError(f"{directory / _INDEX} names {shard}, which is not there; the download or copy is incomplete")
-    if not path.is_file() or (path.is_symlink() and real.parent not in (directory.resolve(), directory.resolve().parents[1] / "blobs")):
-        raise ValueError(f"{path}: expected a regular file, got a link out of the directory or a special file")
+        raise FileNotFoundError(
+            f"{directory / _INDEX} names {shard}, which is not there; the download or copy is "
+            "incomplete"
+        )
+    if not path.is_file() or (
+        path.is_symlink()
+        and real.parent not in (directory.resolve(), directory.resolve().parents[1] / "blobs")
+    ):
+        raise ValueError(
+            f"{path}: expected a regular file, got a link out of the directory or a special file"
+        )
     return path
 
 
@@ -324,28 +492,59 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or download it again") from error
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or "
+            "download it again"
+        ) from error
 
 
-# ---- saving ---------------------------------------------------------------------------------------------------------------
-def save_pretrained(decoder: Decoder, directory: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Write what `AutoModelForCausalLM.from_pretrained` loads: config, generation config, weights in their dtype, and the tokenizer with
-    its chat template where one is given. A tied head is written once, an adapter that is on is merged. A directory of an earlier save is replaced as a whole.
+# ---- saving --------------------------------------------------------------------------------------
+def save_pretrained(
+    decoder: Decoder,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write what `AutoModelForCausalLM.from_pretrained` loads: config, generation config, weights
+    in their dtype, and the tokenizer with its chat template where one is given. A tied head is
+    written once, an adapter that is on is merged. A directory of an earlier save is replaced as a
+    whole.
 
     Raises:
         FileExistsError: `directory` exists and holds something that is no part of a saved model.
     """
     architecture = decoder.config.family.language_model.format(decoder.config.family.name)
     with replacing(directory) as temporary:
-        write_model(temporary, decoder.config, hf_views(decoder), {"architectures": [architecture]}, tokenizer, max_shard_bytes, merging(decoder))
+        write_model(
+            temporary,
+            decoder.config,
+            hf_views(decoder),
+            {"architectures": [architecture]},
+            tokenizer,
+            max_shard_bytes,
+            merging(decoder),
+        )
 
 
-def write_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor], changes: Mapping[str, Any], tokenizer: Any,
-                max_shard_bytes: int, merge: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor) -> None:
-    """config.json (as it was read, with `changes` and the dtype), generation_config.json, shards and tokenizer, into an existing directory.
-    `merge` changes a tensor as it is written, so that at most a shard of changed ones is held."""
+def write_model(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    changes: Mapping[str, Any],
+    tokenizer: Any,
+    max_shard_bytes: int,
+    merge: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> None:
+    """config.json (as it was read, with `changes` and the dtype), generation_config.json, shards
+    and tokenizer, into an existing directory. `merge` changes a tensor as it is written, so that at
+    most a shard of changed ones is held."""
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    raw = {key: value for key, value in config.raw.items() if key != "torch_dtype"} | {"dtype": dtype} | dict(changes)
+    raw = (
+        {key: value for key, value in config.raw.items() if key != "torch_dtype"}
+        | {"dtype": dtype}
+        | dict(changes)
+    )
     write_json(directory / "config.json", raw)
     if config.raw_generation is not None:
         write_json(directory / "generation_config.json", config.raw_generation)
@@ -359,17 +558,38 @@ def write_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tens
             room = max_shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    names = [_SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        [_SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for shard, file in zip(shards, names, strict=True):
-        save_file(_apart({name: merge(name, tensor).reshape(file_shape(tensor)).contiguous() for name, tensor in shard.items()}), directory / file,
-                  metadata={"format": "pt"})
+        save_file(
+            _apart(
+                {
+                    name: merge(name, tensor).reshape(file_shape(tensor)).contiguous()
+                    for name, tensor in shard.items()
+                }
+            ),
+            directory / file,
+            metadata={"format": "pt"},
+        )
     if len(shards) > 1:
-        weight_map = {name: file for shard, file in zip(shards, names, strict=True) for name in shard}
-        write_json(directory / _INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
+        weight_map = {
+            name: file for shard, file in zip(shards, names, strict=True) for name in shard
+        }
+        write_json(
+            directory / _INDEX,
+            {
+                "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                "weight_map": weight_map,
+            },
+        )
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with a copy of each that lies in another's memory, such as layers that share their parameters: a file holds each name by itself."""
+    """The same with a copy of each that lies in another's memory, such as layers that share their
+    parameters: a file holds each name by itself."""
     out, end = {}, 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
         out[name] = tensor.clone() if tensor.data_ptr() < end else tensor
@@ -379,17 +599,27 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Indented JSON with a newline at its end."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 @contextmanager
 def replacing(directory: str | Path) -> Iterator[Path]:
-    """A new directory beside `directory` to write into; it takes that name when the block ends well and vanishes when it does not."""
+    """A new directory beside `directory` to write into; it takes that name when the block ends well
+    and vanishes when it does not."""
     final = Path(directory).absolute()
-    foreign = sorted(p.name for p in final.iterdir() if not p.is_file() or not _OURS.fullmatch(p.name)) if final.is_dir() else []
+    foreign = (
+        sorted(p.name for p in final.iterdir() if not p.is_file() or not _OURS.fullmatch(p.name))
+        if final.is_dir()
+        else []
+    )
     if foreign or (final.exists() and not final.is_dir()):
-        raise FileExistsError(f"{final} exists and holds what no saved model holds ({', '.join(foreign[:5]) or 'it is a file'}); "
-                              "saving replaces the whole directory, so choose another or an empty one")
+        raise FileExistsError(
+            f"{final} exists and holds what no saved model holds "
+            f"({', '.join(foreign[:5]) or 'it is a file'}); "
+            "saving replaces the whole directory, so choose another or an empty one"
+        )
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
@@ -397,7 +627,9 @@ def replacing(directory: str | Path) -> Iterator[Path]:
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
-        if final.exists():  # a directory cannot be replaced in one step: for a moment the name is absent, never half-written
+        # a directory cannot be replaced in one step: for a moment the name is absent, never
+        # half-written
+        if final.exists():
             old = temporary.with_suffix(".old")
             final.rename(old)
             temporary.rename(final)

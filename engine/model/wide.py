@@ -1,17 +1,21 @@
-"""Layers whose activations are wider than their parameters: float32 between bfloat16 weights, as `decode_step` computes.
+"""Layers whose activations are wider than their parameters: float32 between bfloat16 weights, as
+`decode_step` computes.
 
     y = x W^T + b      dx = dy W      dW = dy^T x      db = sum of dy over tokens
 
 Shapes    N tokens, K inputs and O outputs of a product, V rows of a table, H of its columns.
-On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are: of a weight no more than a tile of rows is wide at
-          a time, in the forward pass and in the backward.
-On a GPU  (`on_tensor_cores`) products are those of split_linear.py; q, k and v are rounded to float16 where the sampler's cache rounds them, and what
-          attention gives is float16 as well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients are of what is
-          held: dy is rounded to bfloat16, as where all is bfloat16; attention is computed again in bfloat16, whose exponents hold any gradient, and
-          differentiated.
-Numerics  the gradient of a parameter is rounded once, when its sum over the tokens is complete. Where activations and parameters are of one dtype, torch's own
-          operations.
+On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are:
+          of a weight no more than a tile of rows is wide at a time, in the forward pass and in the
+          backward.
+On a GPU  (`on_tensor_cores`) products are those of split_linear.py; q, k and v are rounded to
+          float16 where the sampler's cache rounds them, and what attention gives is float16 as
+          well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients
+          are of what is held: dy is rounded to bfloat16, as where all is bfloat16; attention is
+          computed again in bfloat16, whose exponents hold any gradient, and differentiated.
+Numerics  the gradient of a parameter is rounded once, when its sum over the tokens is complete.
+          Where activations and parameters are of one dtype, torch's own operations.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -44,7 +48,7 @@ def kept(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
     return x_NK.to(weight_OK.dtype) if on_tensor_cores(x_NK.device) else x_NK
 
 
-# ---- the three products of a linear layer, without autograd ----------------------------------------------------------------
+# ---- the three products of a linear layer, without autograd --------------------------------------
 def product(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[N, O] x W^T + b in x's dtype."""
     if x_NK.dtype == weight_OK.dtype:
@@ -83,7 +87,7 @@ def weight_grad(grad_NO: Tensor, x_NK: Tensor, dtype: torch.dtype) -> Tensor:
     return out_OK
 
 
-# ---- with autograd ------------------------------------------------------------------------------------------------------------
+# ---- with autograd -------------------------------------------------------------------------------
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -95,8 +99,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NK, weight_OK = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        return (input_grad(grad_NO, weight_OK) if for_x else None, weight_grad(grad_NO, x_NK, weight_OK.dtype) if for_weight else None,
-                grad_NO.sum(0).to(weight_OK.dtype) if for_bias else None)
+        return (
+            input_grad(grad_NO, weight_OK) if for_x else None,
+            weight_grad(grad_NO, x_NK, weight_OK.dtype) if for_weight else None,
+            grad_NO.sum(0).to(weight_OK.dtype) if for_bias else None,
+        )
 
 
 class _Embed(torch.autograd.Function):
@@ -112,14 +119,28 @@ class _Embed(torch.autograd.Function):
         (ids_N,), (shape, dtype) = ctx.saved_tensors, ctx.table
         grad_VH = grad_NH.new_zeros(shape, dtype=dtype)
         found_U, place_N = ids_N.unique(return_inverse=True)
-        sums_UH = torch.ops.aten.embedding_dense_backward(grad_NH.to(torch.promote_types(grad_NH.dtype, torch.float32)), place_N, len(found_U), -1, False)
+        sums_UH = torch.ops.aten.embedding_dense_backward(
+            grad_NH.to(torch.promote_types(grad_NH.dtype, torch.float32)),
+            place_N,
+            len(found_U),
+            -1,
+            False,
+        )
         grad_VH[found_U] = sums_UH.to(dtype)
         return None, grad_VH, None
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_B1: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_B1: Tensor,
+        dtype: torch.dtype,
+        options: dict[str, Any],
+    ) -> Tensor:
         wide, q, k, v = q.dtype, q.to(dtype), k.to(dtype), v.to(dtype)
         ctx.save_for_backward(q, k, v, cu_seqlens_B1)
         ctx.options = options
@@ -153,23 +174,38 @@ class _Activate(torch.autograd.Function):
         return x_grad, None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_B1: Tensor, dtype: torch.dtype, **options: Any) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_B1: Tensor, dtype: torch.dtype, **options: Any
+) -> Tensor:
     """`varlen_attention` in `dtype`, of and to q's dtype. Differentiable in q, k and v."""
-    return varlen_attention(q, k, v, cu_seqlens_B1, **options) if q.dtype == dtype else _Attend.apply(q, k, v, cu_seqlens_B1, dtype, options)
+    return (
+        varlen_attention(q, k, v, cu_seqlens_B1, **options)
+        if q.dtype == dtype
+        else _Attend.apply(q, k, v, cu_seqlens_B1, dtype, options)
+    )
 
 
 def activated(x: Tensor, activation: str, *, gated: bool, wide: bool) -> Tensor:
     """`activate`; `wide`: x is wider than the parameters. Differentiable."""
-    return _Activate.apply(x, activation, gated) if wide and on_tensor_cores(x.device) else activate(x, activation, gated=gated)
+    return (
+        _Activate.apply(x, activation, gated)
+        if wide and on_tensor_cores(x.device)
+        else activate(x, activation, gated=gated)
+    )
 
 
 def linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """[N, O] x W^T + b in x's dtype. Differentiable in all three; the weight's gradient is of its dtype."""
-    return F.linear(x_NK, weight_OK, bias_O) if x_NK.dtype == weight_OK.dtype else _Linear.apply(x_NK, weight_OK, bias_O)
+    """[N, O] x W^T + b in x's dtype. Differentiable in all three; the weight's gradient is of its
+    dtype."""
+    return (
+        F.linear(x_NK, weight_OK, bias_O)
+        if x_NK.dtype == weight_OK.dtype
+        else _Linear.apply(x_NK, weight_OK, bias_O)
+    )
 
 
 def embed(ids_N: Tensor, table_VH: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, H] rows of a table, in `dtype`. Differentiable in the table; the gradients of a row's tokens are added up in float32 at least, as torch does on a GPU
-    but not on a CPU."""
+    """[N, H] rows of a table, in `dtype`. Differentiable in the table; the gradients of a row's
+    tokens are added up in float32 at least, as torch does on a GPU but not on a CPU."""
     wide = dtype == table_VH.dtype and (table_VH.is_cuda or dtype in (torch.float32, torch.float64))
     return F.embedding(ids_N, table_VH) if wide else _Embed.apply(ids_N, table_VH, dtype)

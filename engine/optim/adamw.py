@@ -1,23 +1,31 @@
 """AdamW with float32 masters for low-precision parameters.
 
-A bfloat16 weight of 0.02 has neighbours 1.2e-4 away: a step of 1e-6 rounds back to where it started, and training stands still.
-So every low-precision parameter has a float32 master; the step moves the master and rounds it into the parameter, in place.
-Float32 parameters are their own masters. What somebody else writes to a parameter between two steps (weights that are loaded, an average that
-is swapped in) its master takes over before the next: an element that is not its master rounded is the new master.
+A bfloat16 weight of 0.02 has neighbours 1.2e-4 away: a step of 1e-6 rounds back to where it
+started, and training stands still. So every low-precision parameter has a float32 master; the step
+moves the master and rounds it into the parameter, in place. Float32 parameters are their own
+masters. What somebody else writes to a parameter between two steps (weights that are loaded, an
+average that is swapped in) its master takes over before the next: an element that is not its master
+rounded is the new master.
 
-A sum of gradients has the same trouble: of 256 micro-batches added up in bfloat16 the later ones are rounded away beside the sum of the earlier
-(3.6% off; one micro-batch is 0.17% off, and 256 added up in float32 0.015%). With accumulate="float32", which all stages have, each low-precision
-parameter's gradient goes to a float32 sum as soon as a backward pass has it, and is let go: `.grad` is None afterwards. The sums take 4 bytes a
-parameter until `zero_grad`, where `.grad` takes 2 and their float32 copies in the step 4 more.
+A sum of gradients has the same trouble: of 256 micro-batches added up in bfloat16 the later ones
+are rounded away beside the sum of the earlier (3.6% off; one micro-batch is 0.17% off, and 256
+added up in float32 0.015%). With accumulate="float32", which all stages have, each low-precision
+parameter's gradient goes to a float32 sum as soon as a backward pass has it, and is let go: `.grad`
+is None afterwards. The sums take 4 bytes a parameter until `zero_grad`, where `.grad` takes 2 and
+their float32 copies in the step 4 more.
 
-With eps_mode="tensorflow" epsilon stands beside the root of the biased second moment, as in TensorFlow and in the paper's "epsilon hat":
+With eps_mode="tensorflow" epsilon stands beside the root of the biased second moment, as in
+TensorFlow and in the paper's "epsilon hat":
 
     torch        m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
-    tensorflow   sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)  =  torch's with eps / sqrt(1 - b2^t)          (Kingma and Ba, 2015, section 2)
+    tensorflow   sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)  =  torch's with eps / sqrt(1 -
+                 b2^t)          (Kingma and Ba, 2015, section 2)
 
-With state="int8" the moments are codes of 8 bits in blocks of 256 with a float32 scale each (Dettmers et al., 2022, 8-bit optimizers via block-wise
-quantization), through torchao: 2 bytes a parameter in place of 8. Masters stay float32, and so do the moments of small and odd tensors.
+With state="int8" the moments are codes of 8 bits in blocks of 256 with a float32 scale each
+(Dettmers et al., 2022, 8-bit optimizers via block-wise quantization), through torchao: 2 bytes a
+parameter in place of 8. Masters stay float32, and so do the moments of small and odd tensors.
 """
+
 from __future__ import annotations
 
 import math
@@ -58,16 +66,35 @@ class StepResult(NamedTuple):
 class Optimizer:
     """See `make_optimizer`. `lr` may be set between steps."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-                 state: Literal["float32", "int8"] = "float32", eps_mode: Literal["torch", "tensorflow"] = "torch",
-                 accumulate: Literal["parameter", "float32"] = "parameter") -> None:
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        state: Literal["float32", "int8"] = "float32",
+        eps_mode: Literal["torch", "tensorflow"] = "torch",
+        accumulate: Literal["parameter", "float32"] = "parameter",
+    ) -> None:
         self._params = {name: p for name, p in params.items() if p.requires_grad}
         if not self._params:
-            raise ValueError("make_optimizer: expected parameters that require a gradient, got none")
-        self._masters = {name: p.detach().float() if p.dtype in _NARROW else p for name, p in self._params.items()}
+            raise ValueError(
+                "make_optimizer: expected parameters that require a gradient, got none"
+            )
+        self._masters = {
+            name: p.detach().float() if p.dtype in _NARROW else p
+            for name, p in self._params.items()
+        }
         self._kinds = {name: (p.dtype, p.device) for name, p in self._params.items()}
-        matrices, vectors = ([m for m in self._masters.values() if (m.ndim > 1) is wide] for wide in (True, False))
-        groups = [{"params": group, "weight_decay": decay} for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
+        matrices, vectors = (
+            [m for m in self._masters.values() if (m.ndim > 1) is wide] for wide in (True, False)
+        )
+        groups = [
+            {"params": group, "weight_decay": decay}
+            for group, decay in ((matrices, weight_decay), (vectors, 0.0))
+            if group
+        ]
         self._eps, self._hat, self._done = eps, eps_mode == "tensorflow", 0
         self.begun = 0  # steps that have begun to write, since this object was made
         self._adamw: Any
@@ -76,9 +103,14 @@ class Optimizer:
             self._adamw = _adamw_8bit()(groups, lr=lr, betas=betas, eps=eps, block_size=BLOCK)
         else:
             self._adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        self._sums: dict[str, Tensor] = {}  # of the gradients of low-precision parameters since `zero_grad`, in float32
+        # of the gradients of low-precision parameters since `zero_grad`, in float32
+        self._sums: dict[str, Tensor] = {}
         if accumulate == "float32":
-            hooks = [p.register_post_accumulate_grad_hook(_adder(self._sums, name)) for name, p in self._params.items() if p.dtype in _NARROW]
+            hooks = [
+                p.register_post_accumulate_grad_hook(_adder(self._sums, name))
+                for name, p in self._params.items()
+                if p.dtype in _NARROW
+            ]
             weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
 
     @property
@@ -88,7 +120,8 @@ class Optimizer:
     @lr.setter
     def lr(self, value: float) -> None:
         for group in self._adamw.param_groups:
-            if isinstance(group["lr"], Tensor):  # torchao compiles its step, and a new number would be a new program
+            # torchao compiles its step, and a new number would be a new program
+            if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(value)
             else:
                 group["lr"] = value
@@ -97,23 +130,33 @@ class Optimizer:
     def step(self, *, max_grad_norm: float | None = None) -> StepResult:
         """Clip the gradients to a global norm, and update.
 
-        A parameter without a gradient stays. With a norm that is not finite nothing changes, the moments included. Reads the norm
-        back from the device. Clipping may scale the gradients in place; call `zero_grad` afterwards.
+        A parameter without a gradient stays. With a norm that is not finite nothing changes, the
+        moments included. Reads the norm back from the device. Clipping may scale the gradients in
+        place; call `zero_grad` afterwards.
 
         Raises:
-            RuntimeError: no parameter has a gradient, or one was cast or moved since the optimizer was made.
+            RuntimeError: no parameter has a gradient, or one was cast or moved since the optimizer
+            was made.
         """
         self._check_kinds()
         grads = self.gradients()
         if not grads:
-            raise RuntimeError(f"Optimizer.step: none of its {len(self._params)} parameters has a gradient: no backward pass since zero_grad reached them. "
-                               "Where parameters were replaced since (load_state_dict(assign=True), another module), make a new optimizer")
+            raise RuntimeError(
+                f"Optimizer.step: none of its {len(self._params)} parameters has a gradient: no "
+                "backward pass since zero_grad reached them. "
+                "Where parameters were replaced since (load_state_dict(assign=True), another "
+                "module), make a new optimizer"
+            )
         norm = grad_norm(grads.values())
         if not math.isfinite(norm):
             return StepResult(norm, False)
         if max_grad_norm is not None and norm > max_grad_norm:
             torch._foreach_mul_(list(grads.values()), max_grad_norm / norm)
-        low = {name: grad for name, grad in grads.items() if self._masters[name] is not self._params[name]}
+        low = {
+            name: grad
+            for name, grad in grads.items()
+            if self._masters[name] is not self._params[name]
+        }
         self._follow(low)
         for name, grad in low.items():
             self._masters[name].grad = grad
@@ -131,26 +174,36 @@ class Optimizer:
     def _check_kinds(self) -> None:
         for name, p in self._params.items():
             if (p.dtype, p.device) != self._kinds[name]:
-                was, now = (f"{str(dtype).removeprefix('torch.')} on {device}" for dtype, device in (self._kinds[name], (p.dtype, p.device)))
-                raise RuntimeError(f"Optimizer.step: {name} was {was} when the optimizer was made and is {now}; its master and moments are of then. "
-                                   "Cast and move first, then make the optimizer")
+                was, now = (
+                    f"{str(dtype).removeprefix('torch.')} on {device}"
+                    for dtype, device in (self._kinds[name], (p.dtype, p.device))
+                )
+                raise RuntimeError(
+                    f"Optimizer.step: {name} was {was} when the optimizer was made and is {now}; "
+                    "its master and moments are of then. "
+                    "Cast and move first, then make the optimizer"
+                )
 
     def _follow(self, names: Iterable[str]) -> None:
         """Masters take over what was written to their parameters since the last step."""
         for name in names:
-            for narrow, wide in zip(_parts(self._params[name]), _parts(self._masters[name]), strict=True):
+            for narrow, wide in zip(
+                _parts(self._params[name]), _parts(self._masters[name]), strict=True
+            ):
                 rounded = wide.to(narrow.dtype)
                 if not torch.equal(_bits(rounded), _bits(narrow)):
                     wide.copy_(torch.where(rounded == narrow, wide, narrow.float()))
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients since `zero_grad` by name, in the masters' dtypes: the parameters' own where they are wide, else their float32 sums, or copies
-        of `.grad` where there are no sums. A parameter that no backward pass reached has none."""
+        """The gradients since `zero_grad` by name, in the masters' dtypes: the parameters' own
+        where they are wide, else their float32 sums, or copies of `.grad` where there are no sums.
+        A parameter that no backward pass reached has none."""
         found: dict[str, Tensor] = {}
         for name, p in self._params.items():
             if p.grad is not None and name in self._sums:
-                found[name] = self._sums[name] + p.grad  # somebody set .grad by hand beside the sums
+                # somebody set .grad by hand beside the sums
+                found[name] = self._sums[name] + p.grad
             elif p.grad is not None:
                 found[name] = p.grad if p.dtype == self._masters[name].dtype else p.grad.float()
             elif name in self._sums:
@@ -159,7 +212,9 @@ class Optimizer:
 
     def zero_grad(self) -> int:
         """Drop every gradient. Returns the bytes that they took."""
-        freed = sum(p.grad.nbytes for p in self._params.values() if p.grad is not None) + sum(total.nbytes for total in self._sums.values())
+        freed = sum(p.grad.nbytes for p in self._params.values() if p.grad is not None) + sum(
+            total.nbytes for total in self._sums.values()
+        )
         for p in self._params.values():
             p.grad = None
         self._sums.clear()
@@ -167,30 +222,52 @@ class Optimizer:
 
     @torch.no_grad()
     def below_epsilon(self) -> float | None:
-        """Of the parameters that have met a gradient, the share whose second moment is below epsilon squared: their steps are less than half of Adam's.
+        """Of the parameters that have met a gradient, the share whose second moment is below
+        epsilon squared: their steps are less than half of Adam's.
 
-        Of at most 1,024 evenly spaced elements of each parameter: one slice of each, a few operations on all, and one wait for the device. None before the
-        first step, and with state "int8", which keeps no second moment that small.
+        Of at most 1,024 evenly spaced elements of each parameter: one slice of each, a few
+        operations on all, and one wait for the device. None before the first step, and with state
+        "int8", which keeps no second moment that small.
         """
         group = self._adamw.param_groups[0]  # they differ in decay alone
-        found = [] if self._int8 else [state["exp_avg_sq"].view(-1) for state in self._adamw.state.values() if "exp_avg_sq" in state]
+        found = (
+            []
+            if self._int8
+            else [
+                state["exp_avg_sq"].view(-1)
+                for state in self._adamw.state.values()
+                if "exp_avg_sq" in state
+            ]
+        )
         if not found:
             return None
         every = [-(-moment.numel() // _SAMPLED) or 1 for moment in found]
         some = [moment[::step] for moment, step in zip(found, every, strict=True)]
-        weights = torch.tensor(every, dtype=torch.float64).repeat_interleave(torch.tensor([len(part) for part in some])).to(found[0].device)
-        seen = torch.cat(some) / (1.0 - group["betas"][1] ** max(1, self._done))  # the moments start from 0
+        weights = (
+            torch.tensor(every, dtype=torch.float64)
+            .repeat_interleave(torch.tensor([len(part) for part in some]))
+            .to(found[0].device)
+        )
+        # the moments start from 0
+        seen = torch.cat(some) / (1.0 - group["betas"][1] ** max(1, self._done))
         shares = torch.stack([(seen > 0) & (seen < group["eps"] ** 2), seen > 0]).double() @ weights
         below, live = shares.tolist()
         return below / live if live else None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments and masters as a flat {name: tensor} of live tensors (no copies): `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, `.master`; of 8 bits
-        `.exp_avg.codes` and `.exp_avg.scale`. A parameter that was never updated has no moments. Learning rate and decay belong to the configuration."""
+        """Moments and masters as a flat {name: tensor} of live tensors (no copies):
+        `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, `.master`; of 8 bits `.exp_avg.codes` and
+        `.exp_avg.scale`. A parameter that was never updated has no moments. Learning rate and decay
+        belong to the configuration."""
         state: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             moments = self._adamw.state.get(master, {})
-            state |= {f"{name}.{key}{part}": tensor for key in _MOMENTS if key in moments for part, tensor in _stored(moments[key])}
+            state |= {
+                f"{name}.{key}{part}": tensor
+                for key in _MOMENTS
+                if key in moments
+                for part, tensor in _stored(moments[key])
+            }
             if master is not self._params[name]:
                 state[f"{name}.master"] = master
         return state
@@ -208,29 +285,48 @@ class Optimizer:
                 expected |= {f"{name}.{key}": shape for key, shape in self._shapes(master).items()}
             if master is not self._params[name]:
                 expected[f"{name}.master"] = master.shape
-        wrong = [f"missing {name}" for name in expected if name not in state] + [f"unknown {name}" for name in state if name not in expected]
-        wrong += [f"{n}: expected {list(s)}, got {list(state[n].shape)}" for n, s in expected.items() if n in state and state[n].shape != s]
+        wrong = [f"missing {name}" for name in expected if name not in state] + [
+            f"unknown {name}" for name in state if name not in expected
+        ]
+        wrong += [
+            f"{n}: expected {list(s)}, got {list(state[n].shape)}"
+            for n, s in expected.items()
+            if n in state and state[n].shape != s
+        ]
         if wrong:
-            raise ValueError(f"Optimizer.load_state_dict: the state is of other parameters: {'; '.join(wrong[:10])}")
+            raise ValueError(
+                "Optimizer.load_state_dict: the state is of other parameters: "
+                f"{'; '.join(wrong[:10])}"
+            )
         for name, master in self._masters.items():
             self._adamw.state.pop(master, None)
             if f"{name}.step" in state:
-                self._adamw.state[master] = {key: self._moment(master, name, key, state) for key in _MOMENTS}
+                self._adamw.state[master] = {
+                    key: self._moment(master, name, key, state) for key in _MOMENTS
+                }
             if master is not self._params[name]:
                 master.copy_(state[f"{name}.master"])
                 self._params[name].copy_(master)
-        self._done = int(max((float(tensor) for name, tensor in state.items() if name.endswith(".step")), default=0.0))
+        self._done = int(
+            max(
+                (float(tensor) for name, tensor in state.items() if name.endswith(".step")),
+                default=0.0,
+            )
+        )
 
     def _shapes(self, master: Tensor) -> dict[str, torch.Size]:
         """Of what is saved of a parameter's moments."""
         if not (self._int8 and quantized(master.numel())):
             return {"step": torch.Size(), "exp_avg": master.shape, "exp_avg_sq": master.shape}
         parts = {"codes": master.shape, "scale": torch.Size([master.numel() // BLOCK])}
-        return {"step": torch.Size()} | {f"{key}.{part}": shape for key in _MOMENTS[1:] for part, shape in parts.items()}
+        return {"step": torch.Size()} | {
+            f"{key}.{part}": shape for key in _MOMENTS[1:] for part, shape in parts.items()
+        }
 
     def _moment(self, master: Tensor, name: str, key: str, state: Mapping[str, Tensor]) -> Any:
         if f"{name}.{key}" in state:
-            device = "cpu" if self._int8 and key == "step" else master.device  # where each optimizer makes it
+            # where each optimizer makes it
+            device = "cpu" if self._int8 and key == "step" else master.device
             return state[f"{name}.{key}"].to(device, copy=True)
         moment = self._adamw._new_buffer(master, key == "exp_avg")  # the first moment has a sign
         for part, tensor in _stored(moment):
@@ -240,6 +336,7 @@ class Optimizer:
 
 def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
     """A hook that moves a parameter's gradient into its float32 sum."""
+
     @torch.no_grad()
     def move(p: Tensor) -> None:
         if p.grad is None:  # another optimizer of the same parameter took it
@@ -247,8 +344,11 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
         grad, p.grad = p.grad, None
         if name not in sums:
             sums[name] = grad.float().contiguous()
-        elif grad.device.type == "cpu":  # where a sum of two dtypes first makes a wide copy of the narrow one
-            for total, part in zip(sums[name].view(-1).split(_PART), grad.reshape(-1).split(_PART), strict=True):
+        # where a sum of two dtypes first makes a wide copy of the narrow one
+        elif grad.device.type == "cpu":
+            for total, part in zip(
+                sums[name].view(-1).split(_PART), grad.reshape(-1).split(_PART), strict=True
+            ):
                 total += part
         else:
             sums[name] += grad
@@ -258,60 +358,92 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
 
 def _parts(p: Tensor) -> Sequence[Tensor]:
     """The tensor; on a CPU in parts whose copies stay in the cache."""
-    return p.detach().split(max(1, _FEW * len(p) // p.numel())) if p.device.type == "cpu" and p.numel() > _FEW else (p.detach(),)
+    return (
+        p.detach().split(max(1, _FEW * len(p) // p.numel()))
+        if p.device.type == "cpu" and p.numel() > _FEW
+        else (p.detach(),)
+    )
 
 
 def _bits(p: Tensor) -> Tensor:
-    """A 16-bit tensor as integers, of 64 bits where it can be: they are compared several times faster than bfloat16."""
+    """A 16-bit tensor as integers, of 64 bits where it can be: they are compared several times
+    faster than bfloat16."""
     whole = p.is_contiguous() and p.numel() % 4 == 0 and p.storage_offset() % 4 == 0
     return p.view(-1).view(torch.int64) if whole else p.view(torch.int16)
 
 
 def _stored(moment: Any) -> list[tuple[str, Tensor]]:
     """What of a moment is saved: itself, or its codes and scales."""
-    return [(".codes", moment.codes), (".scale", moment.scale)] if hasattr(moment, "codes") else [("", moment)]
+    return (
+        [(".codes", moment.codes), (".scale", moment.scale)]
+        if hasattr(moment, "codes")
+        else [("", moment)]
+    )
 
 
 def _adamw_8bit() -> Any:
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
-        raise SetupError(f"optim.state = int8 needs torchao, which cannot be imported ({error}); pip install 'fusedrl[torchao]', or use float32") from error
+        raise SetupError(
+            f"optim.state = int8 needs torchao, which cannot be imported ({error}); pip install "
+            "'fusedrl[torchao]', or use float32"
+        ) from error
     return AdamW8bit
 
 
 def grad_norm(grads: Iterable[Tensor]) -> float:
-    """The global L2 norm of these tensors; 0 for none. NaN or infinite where any of them holds such a value.
+    """The global L2 norm of these tensors; 0 for none. NaN or infinite where any of them holds such
+    a value.
 
-    In float32 over rows of 4096, and in float64 over the rows: one float32 sum of 67M squares is 0.5% off on a CPU.
+    In float32 over rows of 4096, and in float64 over the rows: one float32 sum of 67M squares is
+    0.5% off on a CPU.
     """
     rows: list[Tensor] = []
     for grad in grads:
         flat = grad.reshape(-1)
         whole = len(flat) // _ROW * _ROW
         wide = torch.promote_types(grad.dtype, torch.float32)
-        rows.append(torch.linalg.vector_norm(flat[:whole].view(whole // _ROW, _ROW), dim=1, dtype=wide))
+        rows.append(
+            torch.linalg.vector_norm(flat[:whole].view(whole // _ROW, _ROW), dim=1, dtype=wide)
+        )
         rows.append(torch.linalg.vector_norm(flat[whole:], dtype=wide)[None])
-    return float(torch.linalg.vector_norm(torch.cat([row.double() for row in rows]))) if rows else 0.0
+    return (
+        float(torch.linalg.vector_norm(torch.cat([row.double() for row in rows]))) if rows else 0.0
+    )
 
 
-def make_optimizer(params: Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]], *, lr: float, betas: tuple[float, float] = (0.9, 0.95),
-                   eps: float = EPS, weight_decay: float = 0.0, state: Literal["float32", "int8"] = "float32",
-                   eps_mode: Literal["torch", "tensorflow"] = "torch",
-                   accumulate: Literal["parameter", "float32"] = "parameter") -> Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019) over named parameters, with float32 masters where they are bfloat16 or float16.
+def make_optimizer(
+    params: Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = EPS,
+    weight_decay: float = 0.0,
+    state: Literal["float32", "int8"] = "float32",
+    eps_mode: Literal["torch", "tensorflow"] = "torch",
+    accumulate: Literal["parameter", "float32"] = "parameter",
+) -> Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) over named parameters, with float32 masters where they
+    are bfloat16 or float16.
 
     Args:
         params: names and parameters, such as `module.named_parameters()`; frozen ones are left out.
-        lr, betas, eps: AdamW's. weight_decay: decoupled; not applied to parameters of one dimension (norms, biases).
-        state: of the moments; "int8" needs torchao, and a C++ compiler or Triton for its compiled step. eps_mode: where epsilon stands (top of this file).
-        accumulate: where the gradients of several backward passes are added up: "parameter", in `.grad` and its dtype, as torch does; "float32", low-precision
+        lr, betas, eps: AdamW's. weight_decay: decoupled; not applied to parameters of one dimension
+        (norms, biases). state: of the moments; "int8" needs torchao, and a C++ compiler or Triton
+        for its compiled step. eps_mode: where epsilon stands (top of this file). accumulate: where
+        the gradients of several backward passes are added up: "parameter", in `.grad` and its
+        dtype, as torch does; "float32", low-precision
             ones in sums of the optimizer's, and `.grad` is None (top of this file).
     Raises:
-        ValueError: nothing to train, values outside AdamW's range, or eps_mode "tensorflow" with "int8". SetupError: "int8" without torchao.
+        ValueError: nothing to train, values outside AdamW's range, or eps_mode "tensorflow" with
+        "int8". SetupError: "int8" without torchao.
     """
     if eps_mode == "tensorflow" and state == "int8":
-        raise ValueError('make_optimizer: expected eps_mode "torch" with state "int8", whose compiled step has one epsilon, got "tensorflow"')
+        raise ValueError(
+            'make_optimizer: expected eps_mode "torch" with state "int8", whose compiled step has '
+            'one epsilon, got "tensorflow"'
+        )
     return Optimizer(dict(params), lr, betas, eps, weight_decay, state, eps_mode, accumulate)
 
 
@@ -322,6 +454,15 @@ def measure_optimizer(optimizer: Optimizer, prefix: str = "optim/") -> dict[str,
 
 
 def optimizer_of(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-    """The optimizer that a configuration describes, over named parameters; low-precision gradients are added up in float32. Errors as `make_optimizer`."""
-    return make_optimizer(params, lr=config.lr, betas=config.betas, eps=either(config.eps, EPS), weight_decay=config.weight_decay, state=config.state,
-                          eps_mode=config.eps_mode, accumulate="float32")
+    """The optimizer that a configuration describes, over named parameters; low-precision gradients
+    are added up in float32. Errors as `make_optimizer`."""
+    return make_optimizer(
+        params,
+        lr=config.lr,
+        betas=config.betas,
+        eps=either(config.eps, EPS),
+        weight_decay=config.weight_decay,
+        state=config.state,
+        eps_mode=config.eps_mode,
+        accumulate="float32",
+    )

@@ -1,4 +1,6 @@
-"""What trains a model, once for every stage: the optimizer, its schedule, the check of each update and the new version of the weights."""
+"""What trains a model, once for every stage: the optimizer, its schedule, the check of each update
+and the new version of the weights."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ class Model(Protocol):
 class Update:
     """One optimizer step: the loss of its backward passes, and afterwards the norm of the gradient.
 
-    loss: 0-d, the sum of what `backward` was given, in its dtype; None before the first. grad_norm: before clipping; not finite where the step was skipped.
+    loss: 0-d, the sum of what `backward` was given, in its dtype; None before the first. grad_norm:
+    before clipping; not finite where the step was skipped.
     """
 
     def __init__(self) -> None:
@@ -41,9 +44,8 @@ class Learner:
     """Trains the parameters of a model that require a gradient.
 
     Args:
-        model: make it whole first; parameters that come later, an adapter's for one, are not trained.
-        config: of the optimizer and its schedule.
-        name: what messages call the model.
+        model: make it whole first; parameters that come later, an adapter's for one, are not
+        trained. config: of the optimizer and its schedule. name: what messages call the model.
     """
 
     def __init__(self, model: Model, config: OptimConfig, name: str = "model") -> None:
@@ -54,14 +56,16 @@ class Learner:
 
     @contextmanager
     def update(self, index: int, total: int) -> Iterator[Update]:
-        """One optimizer step, the `index`-th (from 0) of `total`: backward passes in the block, the step at its end.
+        """One optimizer step, the `index`-th (from 0) of `total`: backward passes in the block, the
+        step at its end.
 
             with learner.update(step, steps) as update:
                 for micro in batch.micro_batches(tokens):
                     update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / count))
 
         Raises:
-            RuntimeError: five updates in a row had a gradient that is not finite, or no parameter has a gradient.
+            RuntimeError: five updates in a row had a gradient that is not finite, or no parameter
+            has a gradient.
         """
         self.optimizer.zero_grad()
         update = Update()
@@ -78,11 +82,16 @@ class Learner:
         self._in_a_row = 0 if result.applied else self._in_a_row + 1
         self.skipped += not result.applied
         if self._in_a_row >= MOST_SKIPPED:
-            raise RuntimeError(f"{MOST_SKIPPED} updates of the {self.name} in a row had a non-finite gradient norm; stopped. The weights are those of the "
-                               "last finite update. Start another run from this run's model or the one before it, with a lower optim.lr or a score_clip")
+            raise RuntimeError(
+                f"{MOST_SKIPPED} updates of the {self.name} in a row had a non-finite gradient "
+                "norm; stopped. The weights are those of the "
+                "last finite update. Start another run from this run's model or the one before it, "
+                "with a lower optim.lr or a score_clip"
+            )
 
     def metrics(self, rate: str = "lr", epsilon: str = "optim/") -> dict[str, float]:
-        """The learning rate of the last update, and the share of second moments below epsilon, by these names."""
+        """The learning rate of the last update, and the share of second moments below epsilon, by
+        these names."""
         return {rate: self.optimizer.lr} | measure_optimizer(self.optimizer, epsilon)
 
     def release(self) -> None:

@@ -1,15 +1,23 @@
-"""The step of a trust region: along the natural gradient, as long as a KL allows, taken only where it keeps what was promised.
+"""The step of a trust region: along the natural gradient, as long as a KL allows, taken only where
+it keeps what was promised.
 
-    minimise L(theta)   subject to   KL(theta_old || theta) <= max_kl,   KL = d^T F d / 2 + O(|d|^3) for a move d, F the Fisher matrix
+    minimise L(theta)   subject to   KL(theta_old || theta) <= max_kl,   KL = d^T F d / 2 + O(|d|^3)
+                                     for a move d, F the Fisher matrix
 
-    (F + damping I) x = -grad L      by conjugate gradient: products with F are all that is known of it (Hestenes and Stiefel, 1952)
-    d = sqrt(2 max_kl / x^T F x) x   the longest move along x for which the quadratic stays within max_kl; F without its damping
-    d, r d, r^2 d, ...               the first with KL <= max_kl and a decrease of at least accept_ratio times the linear one
+    (F + damping I) x = -grad L      by conjugate gradient: products with F are all that is known of
+                                     it (Hestenes and Stiefel, 1952)
+    d = sqrt(2 max_kl / x^T F x) x   the longest move along x for which the quadratic stays within
+                                     max_kl; F without its damping
+    d, r d, r^2 d, ...               the first with KL <= max_kl and a decrease of at least
+                                     accept_ratio times the linear one
 
 Shapes    P parameters, in one vector of one dtype.
-Memory    `natural_step` holds 4 vectors of P, the gradient among them; a product, and what it takes to make, come on top.
-Source    Schulman et al. (2015), Trust region policy optimization, appendix C; its released code for the line search.
+Memory    `natural_step` holds 4 vectors of P, the gradient among them; a product, and what it takes
+          to make, come on top.
+Source    Schulman et al. (2015), Trust region policy optimization, appendix C; its released code
+          for the line search.
 """
+
 from __future__ import annotations
 
 import math
@@ -29,7 +37,8 @@ class NaturalStep(NamedTuple):
     """The full move, and what the quadratic says of it."""
 
     move_P: Tensor
-    decrease: float  # of the loss, linearly, over the whole move; 0 where there is no direction to go
+    # of the loss, linearly, over the whole move; 0 where there is no direction to go
+    decrease: float
     residual: float  # |(F + damping I) x - b| / |b| that conjugate gradient left
 
 
@@ -43,16 +52,28 @@ class LineSearch(NamedTuple):
 
 
 def _dot(x_P: Tensor, y_P: Tensor) -> float:
-    """In parts, added up in float64: one float32 sum of 67M squares is 0.5% off on a CPU, and CUDA's takes fewer than 2^31 elements."""
-    return torch.stack([torch.dot(x, y) for x, y in zip(x_P.split(_PART), y_P.split(_PART), strict=True)]).double().sum().item()
+    """In parts, added up in float64: one float32 sum of 67M squares is 0.5% off on a CPU, and
+    CUDA's takes fewer than 2^31 elements."""
+    return (
+        torch.stack(
+            [torch.dot(x, y) for x, y in zip(x_P.split(_PART), y_P.split(_PART), strict=True)]
+        )
+        .double()
+        .sum()
+        .item()
+    )
 
 
 @torch.no_grad()
-def conjugate_gradient(product: Product, b_P: Tensor, iterations: int, tolerance: float = 1e-5) -> tuple[Tensor, float]:
-    """(x, residual): x with product(x) = b for a symmetric positive definite product, and |product(x) - b| / |b| as the recursion has it.
+def conjugate_gradient(
+    product: Product, b_P: Tensor, iterations: int, tolerance: float = 1e-5
+) -> tuple[Tensor, float]:
+    """(x, residual): x with product(x) = b for a symmetric positive definite product, and
+    |product(x) - b| / |b| as the recursion has it.
 
     Args:
-        iterations: at most so many products. tolerance: the relative residual at which to stop before.
+        iterations: at most so many products. tolerance: the relative residual at which to stop
+        before.
     """
     x_P, r_P = torch.zeros_like(b_P), b_P.clone()
     p_P = b_P.clone()
@@ -62,7 +83,9 @@ def conjugate_gradient(product: Product, b_P: Tensor, iterations: int, tolerance
             break
         Ap_P = product(p_P)
         curvature = _dot(p_P, Ap_P)
-        if not curvature > 0:  # rounding, or a product that is not positive definite: what was reached so far is a descent direction
+        # rounding, or a product that is not positive definite: what was reached so far is a descent
+        # direction
+        if not curvature > 0:
             break
         x_P.add_(p_P, alpha=squared / curvature)
         r_P.sub_(Ap_P, alpha=squared / curvature)
@@ -72,15 +95,20 @@ def conjugate_gradient(product: Product, b_P: Tensor, iterations: int, tolerance
 
 
 @torch.no_grad()
-def natural_step(descent_P: Tensor, fisher: Product, config: TRPOConfig, whole: Product | None = None) -> NaturalStep:
+def natural_step(
+    descent_P: Tensor, fisher: Product, config: TRPOConfig, whole: Product | None = None
+) -> NaturalStep:
     """The full move along which the loss falls fastest for its KL.
 
     Args:
-        descent_P: the negative gradient of the loss. fisher: v -> F v, without damping, in a tensor of its own.
-        whole: where `fisher` is of a part of the states, the product of all of them, for the length: conjugate gradient finds directions that are flat on
+        descent_P: the negative gradient of the loss. fisher: v -> F v, without damping, in a tensor
+        of its own. whole: where `fisher` is of a part of the states, the product of all of them,
+        for the length: conjugate gradient finds directions that are flat on
             the part, and by its measure their move would be too long.
     """
-    x_P, residual = conjugate_gradient(lambda v_P: fisher(v_P).add_(v_P, alpha=config.damping), descent_P, config.cg_iterations)
+    x_P, residual = conjugate_gradient(
+        lambda v_P: fisher(v_P).add_(v_P, alpha=config.damping), descent_P, config.cg_iterations
+    )
     quadratic = _dot(x_P, (whole or fisher)(x_P))
     if not (quadratic > 0 and math.isfinite(quadratic)):
         return NaturalStep(x_P.zero_(), 0.0, residual)
@@ -88,18 +116,29 @@ def natural_step(descent_P: Tensor, fisher: Product, config: TRPOConfig, whole: 
     return NaturalStep(x_P.mul_(length), _dot(descent_P, x_P), residual)
 
 
-def line_search(evaluate: Callable[[float], tuple[float, float]], before: float, decrease: float, config: TRPOConfig) -> LineSearch:
+def line_search(
+    evaluate: Callable[[float], tuple[float, float]],
+    before: float,
+    decrease: float,
+    config: TRPOConfig,
+) -> LineSearch:
     """Shorten the move until it is good.
 
     Args:
-        evaluate: fraction -> (loss, KL) of the parameters moved by that fraction of the full move; it leaves them there.
-        before: the loss without a move. decrease: the linear one of the full move (`natural_step`).
+        evaluate: fraction -> (loss, KL) of the parameters moved by that fraction of the full move;
+        it leaves them there. before: the loss without a move. decrease: the linear one of the full
+        move (`natural_step`).
     Returns:
-        The first that is accepted, with the parameters where it is. With fraction 0 none was: whoever moves them puts them back.
+        The first that is accepted, with the parameters where it is. With fraction 0 none was:
+        whoever moves them puts them back.
     """
     for tries in range(config.backtracks + 1):
         fraction = config.backtrack_ratio**tries
         loss, kl = evaluate(fraction)
-        if kl <= config.max_kl and before - loss > 0 and before - loss >= config.accept_ratio * fraction * decrease:  # False of NaN
+        if (
+            kl <= config.max_kl
+            and before - loss > 0
+            and before - loss >= config.accept_ratio * fraction * decrease
+        ):  # False of NaN
             return LineSearch(fraction, loss, kl, tries + 1)
     return LineSearch(0.0, before, 0.0, config.backtracks + 1)

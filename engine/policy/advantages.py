@@ -1,11 +1,15 @@
-"""What each token of a rollout is worth: the advantage functions behind ALGORITHMS, and those that users register.
+"""What each token of a rollout is worth: the advantage functions behind ALGORITHMS, and those that
+users register.
 
-    r_t = -coef k1_t at every token, plus the clipped score at the last      (coef 0 unless the KL is placed in the reward)
+    r_t = -coef k1_t at every token, plus the clipped score at the last
+            (coef 0 unless the KL is placed in the reward)
     R   = sum_t r_t = score - coef KL                                        of a completion
 
-A function takes `Signals` and returns advantages [N], or (advantages, returns) where a critic is trained on the returns. What is the same for all of a
-completion's tokens is R-based and spread by `per_token`; what looks ahead is r-based. The mathematics is the kernels'.
+A function takes `Signals` and returns advantages [N], or (advantages, returns) where a critic is
+trained on the returns. What is the same for all of a completion's tokens is R-based and spread by
+`per_token`; what looks ahead is r-based. The mathematics is the kernels'.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,7 +24,14 @@ from torch import Tensor
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.config.algorithms import ADVANTAGES, Needs, resolve
-from fusedrl.kernels.gae import ShapedGAE, discounted_returns, gae, k_step_advantages, shaped_gae, td_advantages
+from fusedrl.kernels.gae import (
+    ShapedGAE,
+    discounted_returns,
+    gae,
+    k_step_advantages,
+    shaped_gae,
+    td_advantages,
+)
 from fusedrl.kernels.kl import token_kl
 from fusedrl.kernels.normalize import group_normalize, masked_whiten
 from fusedrl.kernels.objective import token_weights
@@ -32,10 +43,13 @@ GRPO_EPS = 1e-4  # added to a group's standard deviation, as in TRL
 class Signals:
     """What an advantage may be made of. N tokens, B completions.
 
-    batch: with the columns scores and group_ids [B] (equal where the prompt is, in any number: invalid completions are not there), and, where the
-    algorithm has them, old_logp, ref_logp and values [N] and greedy_scores [B]. kl_coef: of the KL in the reward. future_kl_coef: of the KL of the tokens to
-    come, which `estimate` takes off. baseline: the mean of all returns R of earlier steps. level: that of the first rollout. `settled` fills in both of
-    the first rollout itself, so that a constant added to all rewards adds to no advantage, and corrects both, then as [B], where rewards have moved since.
+    batch: with the columns scores and group_ids [B] (equal where the prompt is, in any number:
+    invalid completions are not there), and, where the algorithm has them, old_logp, ref_logp and
+    values [N] and greedy_scores [B]. kl_coef: of the KL in the reward. future_kl_coef: of the KL of
+    the tokens to come, which `estimate` takes off. baseline: the mean of all returns R of earlier
+    steps. level: that of the first rollout. `settled` fills in both of the first rollout itself, so
+    that a constant added to all rewards adds to no advantage, and corrects both, then as [B], where
+    rewards have moved since.
     """
 
     batch: PackedBatch
@@ -49,22 +63,46 @@ class Signals:
     level: float | Tensor = 0.0
 
     @classmethod
-    def of(cls, config: PolicyConfig, batch: PackedBatch, kl_coef: float, baseline: float, level: float = 0.0) -> Signals:
+    def of(
+        cls,
+        config: PolicyConfig,
+        batch: PackedBatch,
+        kl_coef: float,
+        baseline: float,
+        level: float = 0.0,
+    ) -> Signals:
         """Of a step's batch; `kl_coef` is the coefficient now, wherever the KL is placed."""
         loss, kl = config.loss, config.kl
-        return cls(batch, loss.gamma, loss.lam, loss.k, kl_coef if kl.placement == "reward" else 0.0, kl_coef if kl.level == "future" else 0.0,
-                   config.score_clip or None, baseline, level)
+        return cls(
+            batch,
+            loss.gamma,
+            loss.lam,
+            loss.k,
+            kl_coef if kl.placement == "reward" else 0.0,
+            kl_coef if kl.level == "future" else 0.0,
+            config.score_clip or None,
+            baseline,
+            level,
+        )
 
     def settled(self, first: bool = True) -> tuple[Signals, float]:
-        """The signals with a baseline, a level and values that are right on average, and what all values were short of.
+        """The signals with a baseline, a level and values that are right on average, and what all
+        values were short of.
 
-        Level and baseline are short of the mean R - level and R - baseline, values of the mean over completions of the mean of G_t - V_t over their tokens. A
-        critic that said less would make every completion's last token look like a gain, and one that said more like a loss, whatever stands there; and its own
-        steps are short. The first rollout takes all that it is short of. A later one takes what is `beyond_chance`, so that rewards whose level moved are
-        followed at once; each completion by what the other prompts' say, since a baseline that a completion has a part in would bias its gradient.
+        Level and baseline are short of the mean R - level and R - baseline, values of the mean over
+        completions of the mean of G_t - V_t over their tokens. A critic that said less would make
+        every completion's last token look like a gain, and one that said more like a loss, whatever
+        stands there; and its own steps are short. The first rollout takes all that it is short of.
+        A later one takes what is `beyond_chance`, so that rewards whose level moved are followed at
+        once; each completion by what the other prompts' say, since a baseline that a completion has
+        a part in would bias its gradient.
         """
         batch, short, level, baseline = self.batch, 0.0, self.level, self.baseline
-        prompts_B = torch.arange(batch.num_sequences, device=batch.device) if batch.group_ids is None else batch.group_ids
+        prompts_B = (
+            torch.arange(batch.num_sequences, device=batch.device)
+            if batch.group_ids is None
+            else batch.group_ids
+        )
 
         def off(x_B: Tensor, answered_B: Tensor) -> tuple[float, Tensor]:
             if first:
@@ -73,24 +111,41 @@ class Signals:
             return beyond_chance(x_B, prompts_B, answered_B)
 
         if batch.values is not None:
-            weights_N = token_weights(batch.action_mask, "sequence_mean_token_mean", cu_seqlens=batch.cu_seqlens).double()
+            weights_N = token_weights(
+                batch.action_mask, "sequence_mean_token_mean", cu_seqlens=batch.cu_seqlens
+            ).double()
             short_B, weight_B = self._sums(weights_N * self._targets[0]), self._sums(weights_N)
             short, each_B = off(short_B / weight_B.clamp(min=1e-30), weight_B > 0)
-            each_N = torch.repeat_interleave(each_B, batch.cu_seqlens.long().diff(), output_size=batch.num_tokens)
-            columns = {name: x for name in ("values", "rollout_values") if (x := getattr(batch, name)) is not None}
-            batch = batch.with_columns(**{name: torch.where(batch.positions > 0, x_N + each_N, x_N).to(x_N.dtype) for name, x_N in columns.items()})
+            each_N = torch.repeat_interleave(
+                each_B, batch.cu_seqlens.long().diff(), output_size=batch.num_tokens
+            )
+            columns = {
+                name: x
+                for name in ("values", "rollout_values")
+                if (x := getattr(batch, name)) is not None
+            }
+            batch = batch.with_columns(
+                **{
+                    name: torch.where(batch.positions > 0, x_N + each_N, x_N).to(x_N.dtype)
+                    for name, x_N in columns.items()
+                }
+            )
         totals_B = self.totals.double()
         everyone_B = torch.ones_like(totals_B, dtype=torch.bool)
         if first:
             level = baseline = off(totals_B, everyone_B)[0]
         else:
-            level, baseline = ((start + off(totals_B - start, everyone_B)[1]).to(self.totals.dtype) for start in (level, baseline))
+            level, baseline = (
+                (start + off(totals_B - start, everyone_B)[1]).to(self.totals.dtype)
+                for start in (level, baseline)
+            )
         return replace(self, batch=batch, baseline=baseline, level=level), short
 
     def unit(self, before: float | None, first: bool = False) -> float | None:
-        """The unit of values after this rollout: the standard deviation of G over all actions but those of the completion that adds most to it, within a factor
-        of 2 of the unit `before`, and that where all returns are the same. Of fewer than four completions it is the root mean square of G - V; the first
-        rollout's, whose values are its own mean, says nothing then."""
+        """The unit of values after this rollout: the standard deviation of G over all actions but
+        those of the completion that adds most to it, within a factor of 2 of the unit `before`, and
+        that where all returns are the same. Of fewer than four completions it is the root mean
+        square of G - V; the first rollout's, whose values are its own mean, says nothing then."""
         mask_N, few = self.batch.action_mask, self.batch.num_sequences < 4
         if not mask_N.any() or (few and first):
             return before
@@ -100,7 +155,9 @@ class Signals:
         else:
             count_B, mean = self.lengths.double(), returns_N.sum() / mask_N.sum()
             off_N = torch.where(mask_N, returns_N - mean, 0.0)
-            count, total, square = (x.sum() - x for x in (count_B, self._sums(off_N), self._sums(off_N.square())))  # of all but one
+            count, total, square = (
+                x.sum() - x for x in (count_B, self._sums(off_N), self._sums(off_N.square()))
+            )  # of all but one
             variance_B = square / count.clamp(min=1) - (total / count.clamp(min=1)).square()
             found = math.sqrt(max(0.0, variance_B.min().item()))
         if not found > 1e-6 * max(returns_N.abs().max().item(), 1e-30):  # rounding
@@ -109,7 +166,11 @@ class Signals:
 
     def _sums(self, x_N: Tensor) -> Tensor:
         """[B] sums over completions, in a fixed order."""
-        return torch.segment_reduce(x_N, "sum", lengths=self.batch.cu_seqlens.long().diff()) if len(x_N) else x_N
+        return (
+            torch.segment_reduce(x_N, "sum", lengths=self.batch.cu_seqlens.long().diff())
+            if len(x_N)
+            else x_N
+        )
 
     @cached_property
     def _targets(self) -> tuple[Tensor, Tensor]:
@@ -118,15 +179,33 @@ class Signals:
 
     @cached_property
     def shaped(self) -> ShapedGAE:
-        """GAE and everything on the way to it, not whitened; without a critic, of values that are 0."""
+        """GAE and everything on the way to it, not whitened; without a critic, of values that are
+        0."""
         batch = self.batch
         zeros_N = torch.zeros(batch.num_tokens, device=batch.device)
-        old_N, values_N = (zeros_N if column is None else column for column in (batch.old_logp, batch.values))
+        old_N, values_N = (
+            zeros_N if column is None else column for column in (batch.old_logp, batch.values)
+        )
         if self.kl_coef and (batch.old_logp is None or batch.ref_logp is None):
-            raise ValueError(f"advantages: expected old_logp and ref_logp with a KL coefficient of {self.kl_coef} in the reward, got a batch without")
+            raise ValueError(
+                "advantages: expected old_logp and ref_logp with a KL coefficient of "
+                f"{self.kl_coef} in the reward, got a batch without"
+            )
         ref_N = old_N if batch.old_logp is None or batch.ref_logp is None else batch.ref_logp
-        return shaped_gae(old_N, ref_N, values_N, batch.column("scores"), mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, kl_coef=self.kl_coef,
-                          gamma=self.gamma, lam=self.lam, token_rewards=batch.token_rewards, score_clip=self.score_clip, whiten=False)
+        return shaped_gae(
+            old_N,
+            ref_N,
+            values_N,
+            batch.column("scores"),
+            mask=batch.action_mask,
+            cu_seqlens=batch.cu_seqlens,
+            kl_coef=self.kl_coef,
+            gamma=self.gamma,
+            lam=self.lam,
+            token_rewards=batch.token_rewards,
+            score_clip=self.score_clip,
+            whiten=False,
+        )
 
     @property
     def rewards(self) -> Tensor:
@@ -146,41 +225,62 @@ class Signals:
     @cached_property
     def lengths(self) -> Tensor:
         """[B] int64: how many tokens of each completion are unmasked."""
-        before = torch.cat([self.batch.cu_seqlens.new_zeros(1, dtype=torch.int64), self.batch.action_mask.cumsum(0)])
+        before = torch.cat(
+            [
+                self.batch.cu_seqlens.new_zeros(1, dtype=torch.int64),
+                self.batch.action_mask.cumsum(0),
+            ]
+        )
         return before[self.batch.cu_seqlens[1:].long()] - before[self.batch.cu_seqlens[:-1].long()]
 
     def per_token(self, x_B: Tensor) -> Tensor:
         """[N]: each completion's number at each of its unmasked tokens, 0 elsewhere."""
         sizes = self.batch.cu_seqlens.long().diff()
-        return torch.where(self.batch.action_mask, torch.repeat_interleave(x_B, sizes, output_size=self.batch.num_tokens), 0.0)
+        return torch.where(
+            self.batch.action_mask,
+            torch.repeat_interleave(x_B, sizes, output_size=self.batch.num_tokens),
+            0.0,
+        )
 
     def per_group(self, x_B: Tensor, reduce: str) -> Tensor:
-        """[B] float64: of each completion, the "sum", "min" or "max" of x over its group. In a fixed order."""
+        """[B] float64: of each completion, the "sum", "min" or "max" of x over its group. In a
+        fixed order."""
         if not len(x_B):
             return x_B.double()
         order = torch.sort(self.group_ids, stable=True).indices
-        _, inverse, counts = torch.unique_consecutive(self.group_ids[order], return_inverse=True, return_counts=True)
+        _, inverse, counts = torch.unique_consecutive(
+            self.group_ids[order], return_inverse=True, return_counts=True
+        )
         reduced_B = torch.segment_reduce(x_B.double()[order], reduce, lengths=counts)[inverse]
         return torch.empty_like(reduced_B).scatter(0, order, reduced_B)
 
 
 def beyond_chance(x_B: Tensor, prompts_B: Tensor, answered_B: Tensor) -> tuple[float, Tensor]:
-    """Of the mean c of x over prompts, what chance does not explain: (1 - s^2 / c^2) c, or 0 where that is negative; and for each completion, [B], the same of
-    all prompts but its own. One outlier makes c and s alike, and is nothing.
+    """Of the mean c of x over prompts, what chance does not explain: (1 - s^2 / c^2) c, or 0 where
+    that is negative; and for each completion, [B], the same of all prompts but its own. One outlier
+    makes c and s alike, and is nothing.
 
-    s^2 is the variance of c that the spread of the n prompts' means shows, times (n - 1) / (n - 3), the variance of Student's t with its degrees of freedom:
-    three prompts or fewer say nothing. Source: James and Stein (1961), Estimation with quadratic loss; the positive part.
+    s^2 is the variance of c that the spread of the n prompts' means shows, times (n - 1) / (n - 3),
+    the variance of Student's t with its degrees of freedom:
+    three prompts or fewer say nothing. Source: James and Stein (1961), Estimation with quadratic
+    loss; the positive part.
 
     Args:
-        x_B: float64. prompts_B: equal where the prompt is; completions of one are not independent. answered_B: which count.
+        x_B: float64. prompts_B: equal where the prompt is; completions of one are not independent.
+        answered_B: which count.
     """
     others_B = torch.zeros_like(x_B)
     if not answered_B.any():
         return 0.0, others_B
     order = torch.sort(prompts_B, stable=True).indices
-    _, group, sizes = torch.unique_consecutive(prompts_B[order], return_inverse=True, return_counts=True)
+    _, group, sizes = torch.unique_consecutive(
+        prompts_B[order], return_inverse=True, return_counts=True
+    )
     counted = answered_B[order].double()
-    sums_G, counts_G = (torch.segment_reduce(y, "sum", lengths=sizes) for y in (torch.where(answered_B, x_B, 0.0)[order], counted))
+    sums_G, counts_G = (
+        torch.segment_reduce(y, "sum", lengths=sizes)
+        for y in (torch.where(answered_B, x_B, 0.0)[order], counted)
+    )
     there_G = counts_G > 0
     mean_G = torch.where(there_G, sums_G / counts_G.clamp(min=1), 0.0)
     n, middle = there_G.sum(), mean_G.sum() / there_G.sum()
@@ -192,12 +292,15 @@ def beyond_chance(x_B: Tensor, prompts_B: Tensor, answered_B: Tensor) -> tuple[f
 
 
 def _shrunk(n: Tensor, total: Tensor, square: Tensor, middle: Tensor) -> Tensor:
-    """`beyond_chance` of n numbers by the sum and the sum of squares of what they are off `middle`."""
+    """`beyond_chance` of n numbers by the sum and the sum of squares of what they are off
+    `middle`."""
     n_safe = n.clamp(min=1)
     mean_off = total / n_safe
     c = middle + mean_off
     variance = (square / n_safe - mean_off.square()).clamp(min=0) / (n - 3).clamp(min=1)
-    return torch.where((n > 3) & (c.square() > variance), c - variance / torch.where(c == 0, 1.0, c), 0.0)
+    return torch.where(
+        (n > 3) & (c.square() > variance), c - variance / torch.where(c == 0, 1.0, c), 0.0
+    )
 
 
 AdvantageFunction = Callable[[Signals], Tensor | tuple[Tensor, Tensor]]
@@ -216,8 +319,9 @@ _KNOWN: dict[str, Advantage] = {}
 
 
 def register_advantage(name: str, needs: Needs = "") -> Callable[[F], F]:
-    """Make a function known as `loss.advantage = name`. `needs`: "critic" (values are computed and trained), "group" (several completions of a prompt),
-    "greedy" (the column greedy_scores)."""
+    """Make a function known as `loss.advantage = name`. `needs`: "critic" (values are computed and
+    trained), "group" (several completions of a prompt), "greedy" (the column greedy_scores)."""
+
     def register(function: F) -> F:
         _KNOWN[name] = Advantage(function, needs or ADVANTAGES.get(name, ""))
         return function
@@ -239,24 +343,43 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
     found = find_advantage(config.advantage).function(signals)
     advantages_N, returns_N = found if isinstance(found, tuple) else (found, None)
     if advantages_N.shape != batch.action_mask.shape:
-        raise ValueError(f"advantages: expected {config.advantage} to return [{batch.num_tokens}] numbers, one per token, got {list(advantages_N.shape)}; "
-                         "Signals.per_token spreads one per completion")
+        raise ValueError(
+            f"advantages: expected {config.advantage} to return [{batch.num_tokens}] numbers, one "
+            f"per token, got {list(advantages_N.shape)}; "
+            "Signals.per_token spreads one per completion"
+        )
     if signals.future_kl_coef:
-        kl_N = torch.where(batch.action_mask, token_kl(batch.column("old_logp"), batch.column("ref_logp"), estimator="k1"), 0.0)
-        to_go_N = discounted_returns(kl_N, mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, gamma=loss.gamma)
+        kl_N = torch.where(
+            batch.action_mask,
+            token_kl(batch.column("old_logp"), batch.column("ref_logp"), estimator="k1"),
+            0.0,
+        )
+        to_go_N = discounted_returns(
+            kl_N, mask=batch.action_mask, cu_seqlens=batch.cu_seqlens, gamma=loss.gamma
+        )
         advantages_N = advantages_N - signals.future_kl_coef * (to_go_N - kl_N)
     if loss.discount_states:
-        before = torch.cat([batch.action_mask.new_zeros(1, dtype=torch.int64), batch.action_mask.cumsum(0)])
-        steps = before[:-1] - torch.repeat_interleave(before[batch.cu_seqlens[:-1].long()], batch.cu_seqlens.long().diff(), output_size=batch.num_tokens)
+        before = torch.cat(
+            [batch.action_mask.new_zeros(1, dtype=torch.int64), batch.action_mask.cumsum(0)]
+        )
+        steps = before[:-1] - torch.repeat_interleave(
+            before[batch.cu_seqlens[:-1].long()],
+            batch.cu_seqlens.long().diff(),
+            output_size=batch.num_tokens,
+        )
         advantages_N = advantages_N * (loss.gamma ** steps.double()).to(advantages_N.dtype)
     if loss.whiten:
         advantages_N = masked_whiten(advantages_N, batch.action_mask)
     if loss.advantage_clip:
         advantages_N = advantages_N.clamp(-loss.advantage_clip, loss.advantage_clip)
-    return batch.with_columns(advantages=advantages_N) if returns_N is None else batch.with_columns(advantages=advantages_N, returns=returns_N)
+    return (
+        batch.with_columns(advantages=advantages_N)
+        if returns_N is None
+        else batch.with_columns(advantages=advantages_N, returns=returns_N)
+    )
 
 
-# ---- with a critic -----------------------------------------------------------------------------------------------------------
+# ---- with a critic -------------------------------------------------------------------------------
 @register_advantage("gae")
 def _gae(x: Signals) -> tuple[Tensor, Tensor]:
     return x.shaped.advantages, x.shaped.returns
@@ -265,38 +388,64 @@ def _gae(x: Signals) -> tuple[Tensor, Tensor]:
 @register_advantage("learned_baseline")
 def _learned_baseline(x: Signals) -> tuple[Tensor, Tensor]:
     """G_t - V(s_t)."""
-    return gae(x.rewards, x.batch.column("values"), mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma, lam=1.0)
+    return gae(
+        x.rewards,
+        x.batch.column("values"),
+        mask=x.batch.action_mask,
+        cu_seqlens=x.batch.cu_seqlens,
+        gamma=x.gamma,
+        lam=1.0,
+    )
 
 
 @register_advantage("td0")
 def _td0(x: Signals) -> tuple[Tensor, Tensor]:
     """r_t + gamma V(s_{t+1}) - V(s_t)."""
-    return td_advantages(x.rewards, x.batch.column("values"), mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma)
+    return td_advantages(
+        x.rewards,
+        x.batch.column("values"),
+        mask=x.batch.action_mask,
+        cu_seqlens=x.batch.cu_seqlens,
+        gamma=x.gamma,
+    )
 
 
 @register_advantage("k_step")
 def _k_step(x: Signals) -> tuple[Tensor, Tensor]:
-    return k_step_advantages(x.rewards, x.batch.column("values"), x.k, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma)
+    return k_step_advantages(
+        x.rewards,
+        x.batch.column("values"),
+        x.k,
+        mask=x.batch.action_mask,
+        cu_seqlens=x.batch.cu_seqlens,
+        gamma=x.gamma,
+    )
 
 
-# ---- of a completion alone -----------------------------------------------------------------------------------------------------
+# ---- of a completion alone -----------------------------------------------------------------------
 @register_advantage("monte_carlo")
 def _monte_carlo(x: Signals) -> Tensor:
-    """R at every token, less the level: without, the noise of the gradient would grow with a constant in the reward (Williams, 1992, has b for it)."""
+    """R at every token, less the level: without, the noise of the gradient would grow with a
+    constant in the reward (Williams, 1992, has b for it)."""
     return x.per_token(x.totals - x.level)
 
 
 @register_advantage("reward_to_go")
 def _reward_to_go(x: Signals) -> Tensor:
     """G_t, less the level as in `_monte_carlo`."""
-    to_go_N = discounted_returns(x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma)
-    return torch.where(x.batch.action_mask, to_go_N - x.per_token(torch.zeros_like(x.totals) + x.level), 0.0)
+    to_go_N = discounted_returns(
+        x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma
+    )
+    return torch.where(
+        x.batch.action_mask, to_go_N - x.per_token(torch.zeros_like(x.totals) + x.level), 0.0
+    )
 
 
 @register_advantage("running_mean")
 def _running_mean(x: Signals) -> Tensor:
-    """R - b, b the mean of all earlier R, and where the rollout's other prompts contradict it what they say (`Signals.settled`): neither depends on what it is
-    subtracted from. The first rollout has its own mean, which leaves (B - 1) / B of the gradient."""
+    """R - b, b the mean of all earlier R, and where the rollout's other prompts contradict it what
+    they say (`Signals.settled`): neither depends on what it is subtracted from. The first rollout
+    has its own mean, which leaves (B - 1) / B of the gradient."""
     return x.per_token(x.totals - x.baseline)
 
 
@@ -304,15 +453,21 @@ def _running_mean(x: Signals) -> Tensor:
 def _remax(x: Signals) -> Tensor:
     """Reward-to-go less the score of the same prompt's greedy completion."""
     greedy_B = x.batch.column("greedy_scores")
-    to_go_N = discounted_returns(x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma)
-    return to_go_N - x.per_token(greedy_B if x.score_clip is None else greedy_B.clamp(-x.score_clip, x.score_clip))
+    to_go_N = discounted_returns(
+        x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma
+    )
+    return to_go_N - x.per_token(
+        greedy_B if x.score_clip is None else greedy_B.clamp(-x.score_clip, x.score_clip)
+    )
 
 
-# ---- within a group ------------------------------------------------------------------------------------------------------------
+# ---- within a group ------------------------------------------------------------------------------
 @register_advantage("grpo")
 def _grpo(x: Signals) -> Tensor:
     """(R - mean) / (std + eps) of the group; Bessel's std."""
-    return x.per_token(group_normalize(x.totals, x.group_ids, method="grpo", eps=GRPO_EPS).advantages)
+    return x.per_token(
+        group_normalize(x.totals, x.group_ids, method="grpo", eps=GRPO_EPS).advantages
+    )
 
 
 @register_advantage("dr_grpo")
@@ -329,21 +484,26 @@ def _rloo(x: Signals) -> Tensor:
 
 @register_advantage("opo")
 def _opo(x: Signals) -> Tensor:
-    """R - sum(length R) / sum(length) of the group: the baseline of least variance where a score's gradient grows with its length."""
-    weighted = x.per_group(x.lengths * x.totals.double(), "sum") / x.per_group(x.lengths, "sum").clamp(min=1)
+    """R - sum(length R) / sum(length) of the group: the baseline of least variance where a score's
+    gradient grows with its length."""
+    weighted = x.per_group(x.lengths * x.totals.double(), "sum") / x.per_group(
+        x.lengths, "sum"
+    ).clamp(min=1)
     return x.per_token((x.totals - weighted).to(x.totals.dtype))
 
 
 @register_advantage("gpg")
 def _gpg(x: Signals) -> Tensor:
-    """(R - mean) alpha, alpha = completions / completions in groups that have more than one value."""
+    """(R - mean) alpha, alpha = completions / completions in groups that have more than one
+    value."""
     centred, flat = group_normalize(x.totals, x.group_ids, method="dr_grpo")
     return x.per_token(centred * (len(flat) / (~flat).sum().clamp(min=1)))
 
 
 @register_advantage("pass_at_k")
 def _pass_at_k(x: Signals) -> Tensor:
-    """The best of a group gets what it has before the second, the others nothing; a tie at the top teaches nothing."""
+    """The best of a group gets what it has before the second, the others nothing; a tie at the top
+    teaches nothing."""
     order = torch.sort(x.totals, descending=True, stable=True).indices
     order = order[torch.sort(x.group_ids[order], stable=True).indices]
     ids, totals = x.group_ids[order], x.totals[order]

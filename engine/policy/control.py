@@ -1,4 +1,6 @@
-"""What steers a policy run from step to step: coefficients that adapt, the running baseline, and the place in the data."""
+"""What steers a policy run from step to step: coefficients that adapt, the running baseline, and
+the place in the data."""
+
 from __future__ import annotations
 
 import math
@@ -13,20 +15,28 @@ from fusedrl.kernels.normalize import RunningMoments
 
 
 class KLController:
-    """The KL coefficient, fixed, or adapted towards a target; `kl` is in nats per sequence (the sum over its tokens, averaged over sequences). The update
-    follows the step: step k is penalised with the coefficient that step k - 1 left.
+    """The KL coefficient, fixed, or adapted towards a target; `kl` is in nats per sequence (the sum
+    over its tokens, averaged over sequences). The update follows the step: step k is penalised with
+    the coefficient that step k - 1 left.
 
-    Without a horizon it acts on d = sqrt(kl), which grows about evenly while a policy moves away, smoothed as level and slope (Holt, 1957):
+    Without a horizon it acts on d = sqrt(kl), which grows about evenly while a policy moves away,
+    smoothed as level and slope (Holt, 1957):
 
-        level' = a d + (1 - a) (level + slope)      slope' = a (level' - level) + (1 - a) slope      a = 0.3
-        coef *= exp(0.12 e), or exp(0.1 e) where e < 0     e = clip(2 log((level + 6 slope) / sqrt(target)), -1, 3)
+        level' = a d + (1 - a) (level + slope)      slope' = a (level' - level) + (1 - a) slope
+                                                    a = 0.3
+        coef *= exp(0.12 e), or exp(0.1 e) where e < 0     e = clip(2 log((level + 6 slope) /
+                                                           sqrt(target)), -1, 3)
 
-    It looks 6 steps ahead, since a coefficient acts on where training goes and not on where it is. Below the target e is 0 while the slope leads there
-    within 60 steps, so that a run's first steps, whose KL is near 0 whatever the coefficient, do not wear it down; above it while the slope leads back
-    within 20. Each step counts alike, whatever its number of sequences. Settling: simulated policies (tests/engine/policy/test_kl_control.py) stay within a
-    factor of 1.6 of the target after 25 steps with the right coefficient, 80 with one that is ten times too large or too small, 110 with a hundred times.
+    It looks 6 steps ahead, since a coefficient acts on where training goes and not on where it is.
+    Below the target e is 0 while the slope leads there within 60 steps, so that a run's first
+    steps, whose KL is near 0 whatever the coefficient, do not wear it down; above it while the
+    slope leads back within 20. Each step counts alike, whatever its number of sequences. Settling:
+    simulated policies (tests/engine/policy/test_kl_control.py) stay within a factor of 1.6 of the
+    target after 25 steps with the right coefficient, 80 with one that is ten times too large or too
+    small, 110 with a hundred times.
 
-    With a horizon it is Ziegler et al. (2019), Fine-Tuning Language Models from Human Preferences, section 2.2, `episodes` being the sequences of a step:
+    With a horizon it is Ziegler et al. (2019), Fine-Tuning Language Models from Human Preferences,
+    section 2.2, `episodes` being the sequences of a step:
 
         e = clip(kl / target - 1, -0.2, 0.2);  coef *= 1 + e * episodes / horizon
     """
@@ -42,7 +52,8 @@ class KLController:
         self.away, self._told = 0, False
 
     def update(self, kl: float, episodes: int) -> None:
-        """Adapt to the KL that the step measured; nothing happens without a target, or of a KL that is not finite."""
+        """Adapt to the KL that the step measured; nothing happens without a target, or of a KL that
+        is not finite."""
         target = self.config.target
         if target is None or not math.isfinite(kl):
             return
@@ -54,30 +65,61 @@ class KLController:
         self.level = a * math.sqrt(max(0.0, kl)) + (1 - a) * (self.level + self.slope)
         self.slope = a * (self.level - before) + (1 - a) * self.slope
         error = 2 * math.log(max(self.level + self.AHEAD * self.slope, 1e-6) / wanted)
-        gap, patience = wanted - self.level, self.PATIENCE_BELOW if error < 0 else self.PATIENCE_ABOVE
+        gap, patience = (
+            wanted - self.level,
+            self.PATIENCE_BELOW if error < 0 else self.PATIENCE_ABOVE,
+        )
         if error * gap < 0 and self.slope / gap * patience > 1:  # on its way
             return
-        moved = self.coef * math.exp(self.GAIN_BELOW * max(-1.0, error) if error < 0 else self.GAIN_ABOVE * min(3.0, error))
+        moved = self.coef * math.exp(
+            self.GAIN_BELOW * max(-1.0, error) if error < 0 else self.GAIN_ABOVE * min(3.0, error)
+        )
         self.coef = min(self.config.coef * self.RANGE, max(self.config.coef / self.RANGE, moved))
 
     def warning(self) -> str | None:
         """Once, where the target is not reached: what is so, and what to do."""
         target, first = self.config.target, self.config.coef
-        at_bound = target is not None and self.config.horizon is None and not first / self.RANGE < self.coef < first * self.RANGE
+        at_bound = (
+            target is not None
+            and self.config.horizon is None
+            and not first / self.RANGE < self.coef < first * self.RANGE
+        )
         if self._told or target is None or not (at_bound or self.away >= self.AWAY):
             return None
         self._told = True
-        where = f"at its bound, {self.RANGE:g} times from kl.coef {first:g}" if at_bound else f"{self.coef:.3g}"
-        kept = f"has been off by more than a factor of 2 for {self.away} steps" if self.away >= self.AWAY else "is not reached"
+        where = (
+            f"at its bound, {self.RANGE:g} times from kl.coef {first:g}"
+            if at_bound
+            else f"{self.coef:.3g}"
+        )
+        kept = (
+            f"has been off by more than a factor of 2 for {self.away} steps"
+            if self.away >= self.AWAY
+            else "is not reached"
+        )
         low = self.level < math.sqrt(target) if self.config.horizon is None else self.coef < first
-        remedy = ("the policy hardly moves: more steps, a higher optim.lr, or a lower kl.target" if low
-                  else "a lower optim.lr, fewer epochs x minibatches, a critic of its own (critic.model) or a higher kl.target")
-        remedy = f"leave kl.horizon out, or shorten it (now {self.config.horizon:g} sequences)" if self.config.horizon is not None else remedy
+        remedy = (
+            "the policy hardly moves: more steps, a higher optim.lr, or a lower kl.target"
+            if low
+            else "a lower optim.lr, fewer epochs x minibatches, a critic of its own (critic.model) "
+            "or a higher kl.target"
+        )
+        remedy = (
+            f"leave kl.horizon out, or shorten it (now {self.config.horizon:g} sequences)"
+            if self.config.horizon is not None
+            else remedy
+        )
         return f"kl.target {target:g} {kept}; the coefficient is {where}; {remedy}"
 
     def state_dict(self) -> dict[str, float]:
         """As JSON values."""
-        return {"coef": self.coef, "level": self.level, "slope": self.slope, "away": float(self.away), "told": float(self._told)}
+        return {
+            "coef": self.coef,
+            "level": self.level,
+            "slope": self.slope,
+            "away": float(self.away),
+            "told": float(self._told),
+        }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """What `state_dict` gave."""
@@ -86,8 +128,8 @@ class KLController:
 
 
 class PenaltyController:
-    """The coefficient of ppo_penalty: doubled where KL(old || new) is above its upper threshold, halved where it is below the lower one.
-    Source: Schulman et al. (2017), section 4."""
+    """The coefficient of ppo_penalty: doubled where KL(old || new) is above its upper threshold,
+    halved where it is below the lower one. Source: Schulman et al. (2017), section 4."""
 
     def __init__(self, config: PenaltyConfig) -> None:
         self.thresholds, self.coef = config.thresholds, config.coef
@@ -99,37 +141,52 @@ class PenaltyController:
 
 
 class Control:
-    """All that a policy run carries from step to step beside weights and optimizer: two coefficients, the moments of all returns and of all scores so far,
-    the mean of each in the first rollout, and how many prompts were drawn from the stream."""
+    """All that a policy run carries from step to step beside weights and optimizer: two
+    coefficients, the moments of all returns and of all scores so far, the mean of each in the first
+    rollout, and how many prompts were drawn from the stream."""
 
     def __init__(self, config: PolicyConfig) -> None:
-        self.kl, self.penalty, self.returns = KLController(config.kl), PenaltyController(config.penalty), RunningMoments()
+        self.kl, self.penalty, self.returns = (
+            KLController(config.kl),
+            PenaltyController(config.penalty),
+            RunningMoments(),
+        )
         self.scores = RunningMoments()
         self.level: float | None = None  # mean return of the first rollout
         self.origin: float | None = None  # mean of its scores, where they are scaled
-        self.value_level, self.unit = 0.0, cast("float | None", None)  # of the value head; no unit while all returns were the same
+        # of the value head; no unit while all returns were the same
+        self.value_level, self.unit = 0.0, cast("float | None", None)
         self.next_unit: float | None = None  # after this step
         self.drawn = 0
         self._scale, self._centre = config.scale_scores, config.normalize_scores
         self._penalised = config.objective == "ppo_penalty"
 
     def scaled(self, batch: PackedBatch) -> PackedBatch:
-        """The batch with its scores divided by the standard deviation of all so far, these included (as they are while all were the same), after their mean is
-        taken off: with scale_scores that of the first rollout, which stays (else a mean far from 0 would move with the deviation, and values with it), with
-        normalize_scores that of all so far. With neither option the batch itself. What is clipped is clipped later."""
+        """The batch with its scores divided by the standard deviation of all so far, these included
+        (as they are while all were the same), after their mean is taken off: with scale_scores that
+        of the first rollout, which stays (else a mean far from 0 would move with the deviation, and
+        values with it), with normalize_scores that of all so far. With neither option the batch
+        itself. What is clipped is clipped later."""
         if not (self._scale or self._centre):
             return batch
         self.scores.update(batch.column("scores"))
         self.origin = self.scores.mean if self.origin is None else self.origin
         mean, scale = self.scores.mean if self._centre else self.origin, self.scores.std
-        scale = scale if scale > 1e-6 * max(1.0, abs(self.scores.mean)) else 1.0  # below is the rounding of the mean
+        # below is the rounding of the mean
+        scale = scale if scale > 1e-6 * max(1.0, abs(self.scores.mean)) else 1.0
         batch = batch.with_columns(scores=(batch.column("scores") - mean) / scale)
         if batch.token_rewards is not None:
-            batch = batch.with_columns(token_rewards=batch.token_rewards / scale)  # the mean of the scores is taken off at the end
-        return batch if batch.greedy_scores is None else batch.with_columns(greedy_scores=(batch.greedy_scores - mean) / scale)
+            # the mean of the scores is taken off at the end
+            batch = batch.with_columns(token_rewards=batch.token_rewards / scale)
+        return (
+            batch
+            if batch.greedy_scores is None
+            else batch.with_columns(greedy_scores=(batch.greedy_scores - mean) / scale)
+        )
 
     def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:
-        """After a step: adapt to what it measured (nothing while the policy stood still), and take in its returns."""
+        """After a step: adapt to what it measured (nothing while the policy stood still), and take
+        in its returns."""
         if "kl" in metrics:
             self.kl.update(metrics["kl"], len(totals_B))
         if self._penalised and "policy/last_approxkl" in metrics:
@@ -139,8 +196,17 @@ class Control:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"kl": self.kl.state_dict(), "penalty_coef": self.penalty.coef, "returns": self.returns.state_dict(), "scores": self.scores.state_dict(),
-                "level": self.level, "origin": self.origin, "value_level": self.value_level, "unit": self.unit, "drawn": self.drawn}
+        return {
+            "kl": self.kl.state_dict(),
+            "penalty_coef": self.penalty.coef,
+            "returns": self.returns.state_dict(),
+            "scores": self.scores.state_dict(),
+            "level": self.level,
+            "origin": self.origin,
+            "value_level": self.value_level,
+            "unit": self.unit,
+            "drawn": self.drawn,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave."""

@@ -1,10 +1,14 @@
-"""A critic of its own: another trunk beside the policy's, of any size and family that reads the same tokens, with a linear head.
+"""A critic of its own: another trunk beside the policy's, of any size and family that reads the
+same tokens, with a linear head.
 
-    V(s_t) = w . h_{t-1} + b         read at the position before token t, as from a head on the policy's trunk; 0 at the first slot of a sequence
+    V(s_t) = w . h_{t-1} + b         read at the position before token t, as from a head on the
+                                     policy's trunk; 0 at the first slot of a sequence
 
-From a reward model, score(x) = w . h_last - shift: the same w and b = -shift, so that at first V(s_t) is the score of what stands before token t
-(Ouyang et al., 2022, InstructGPT; Zheng et al., 2023, Secrets of RLHF in Large Language Models, part I).
+From a reward model, score(x) = w . h_last - shift: the same w and b = -shift, so that at first
+V(s_t) is the score of what stands before token t (Ouyang et al., 2022, InstructGPT; Zheng et al.,
+2023, Secrets of RLHF in Large Language Models, part I).
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -21,7 +25,13 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.directories import resolve_directory
-from fusedrl.engine.model.heads import VALUE_HEAD_FILE, ValueHead, load_reward_model, load_value_head, save_value_head
+from fusedrl.engine.model.heads import (
+    VALUE_HEAD_FILE,
+    ValueHead,
+    load_reward_model,
+    load_value_head,
+    save_value_head,
+)
 from fusedrl.engine.model.weights import (
     HEADS,
     classifier,
@@ -46,31 +56,48 @@ class SeparateCritic(nn.Module):
         self.decoder, self.head = decoder, head
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[N] float32: the value of the state before each token; 0 at the first slot of a sequence. Differentiable."""
-        hidden_NH = self.decoder(batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+        """[N] float32: the value of the state before each token; 0 at the first slot of a sequence.
+        Differentiable."""
+        hidden_NH = self.decoder(
+            batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length
+        )
         return torch.where(batch.positions > 0, batch.to_next(self.head(hidden_NH)), 0.0)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch, partition: Sequence[Sequence[int]]) -> Tensor:
-        """[N] float32: `forward` without gradient, in micro-batches of these sequences. The same cuts in training reproduce these bits."""
+        """[N] float32: `forward` without gradient, in micro-batches of these sequences. The same
+        cuts in training reproduce these bits."""
         values_N = torch.zeros(batch.num_tokens, device=batch.device)
         for part in partition:
             values_N[batch.slots(part)] = self(batch.select(part))
         return values_N
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: Any = None) -> None:
-        """Write what `load_critic` reads, and transformers as a bare trunk: config, weights, tokenizer, and the value head beside them."""
+        """Write what `load_critic` reads, and transformers as a bare trunk: config, weights,
+        tokenizer, and the value head beside them."""
         config = self.decoder.config
-        config = replace(config, raw={key: value for key, value in config.raw.items() if key not in ("id2label", "label2id", "fusedrl_score_shift")})
-        trunk = config.family.classifier.format(config.family.name).replace("ForSequenceClassification", "Model")
+        config = replace(
+            config,
+            raw={
+                key: value
+                for key, value in config.raw.items()
+                if key not in ("id2label", "label2id", "fusedrl_score_shift")
+            },
+        )
+        trunk = config.family.classifier.format(config.family.name).replace(
+            "ForSequenceClassification", "Model"
+        )
         tensors = {name: view for name, view in hf_views(self.decoder).items() if name not in HEADS}
         with replacing(directory) as temporary:
-            write_model(temporary, config, tensors, {"architectures": [trunk]}, tokenizer, 5_000_000_000)
+            write_model(
+                temporary, config, tensors, {"architectures": [trunk]}, tokenizer, 5_000_000_000
+            )
             save_value_head(self.head, temporary)
 
 
 class TrunkCritic(nn.Module):
-    """The value head on a policy's trunk, as what is trained while the policy stands still: the trunk is a constant."""
+    """The value head on a policy's trunk, as what is trained while the policy stands still: the
+    trunk is a constant."""
 
     def __init__(self, actor: HybridActor, head: ValueHead) -> None:
         super().__init__()
@@ -92,9 +119,12 @@ class TrainedCritic(NamedTuple):
     rollouts: int
 
 
-def load_critic(path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None) -> SeparateCritic:
-    """A critic from a reward model (a *ForSequenceClassification), from one that was saved, or from a language model: then with the value head beside its
-    weights, or one that says 0. Arguments and errors as `load_decoder`."""
+def load_critic(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None
+) -> SeparateCritic:
+    """A critic from a reward model (a *ForSequenceClassification), from one that was saved, or from
+    a language model: then with the value head beside its weights, or one that says 0. Arguments and
+    errors as `load_decoder`."""
     directory = resolve_directory(path)
     config = load_config(directory)
     if classifier(config):
@@ -104,19 +134,30 @@ def load_critic(path: str | Path, *, dtype: str | torch.dtype = "auto", device: 
             head.weight.copy_(model.head.weight)
             head.bias.fill_(-model.shift)
         return SeparateCritic(model.decoder, head)
-    # Nobody reads a language model's head here: the trunk is built as if it were tied, and `raw` keeps what the file said.
-    decoder = Decoder(replace(config, tie_embeddings=True), dtype=resolve_dtype(dtype, device), device=resolve_device(device))
+    # Nobody reads a language model's head here: the trunk is built as if it were tied, and `raw`
+    # keeps what the file said.
+    decoder = Decoder(
+        replace(config, tie_embeddings=True),
+        dtype=resolve_dtype(dtype, device),
+        device=resolve_device(device),
+    )
     load_tensors(directory, hf_views(decoder), ignored=harmless(decoder.config))
     saved = (directory / VALUE_HEAD_FILE).is_file()
-    head = (load_value_head(directory, config.hidden_size, device=decoder.device) if saved else ValueHead(config.hidden_size, device=decoder.device))
+    head = (
+        load_value_head(directory, config.hidden_size, device=decoder.device)
+        if saved
+        else ValueHead(config.hidden_size, device=decoder.device)
+    )
     return SeparateCritic(decoder, head)
 
 
 def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
-    """What is trained by itself, and its optimizer: a critic of its own, in the policy's dtype, or the head on the policy's trunk while it warms up; or None.
+    """What is trained by itself, and its optimizer: a critic of its own, in the policy's dtype, or
+    the head on the policy's trunk while it warms up; or None.
 
     Raises:
-        ConfigError: its vocabulary is not the policy's, or it has too few positions. Others as `load_critic`.
+        ConfigError: its vocabulary is not the policy's, or it has too few positions. Others as
+        `load_critic`.
     """
     if config.critic is None:
         return None
@@ -124,19 +165,37 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
         if actor.value_head is None or not config.critic.warmup_steps:
             return None
         head = TrunkCritic(actor, actor.value_head)
-        return TrainedCritic(head, Learner(head, config.critic.optim, "critic"), config.critic.warmup_steps)
+        return TrainedCritic(
+            head, Learner(head, config.critic.optim, "critic"), config.critic.warmup_steps
+        )
     path = config.model if config.critic.model == "policy" else config.critic.model
     critic = load_critic(path, dtype=actor.decoder.dtype, device=actor.decoder.device)
     ours, theirs = actor.decoder.config, critic.decoder.config
     tokenizer = load_tokenizer(path) if actor.tokenizer is not None else None
     known = tokenizer is not None and tokenizer.get_vocab() == actor.tokenizer.get_vocab()
-    if (tokenizer is not None and not known) or theirs.vocab_size < ours.vocab_size or (theirs.vocab_size != ours.vocab_size and not known):
-        found = f"a vocabulary of {theirs.vocab_size}" + (", and a tokenizer that gives other ids" if tokenizer is not None and not known else "")
-        raise ConfigError(f"config: expected critic.model to read the policy's token ids (a vocabulary of {ours.vocab_size}), got {found} in {path}; "
-                          "start it from a model with the policy's tokenizer, or from critic.model = policy")
-    longest = min(ours.max_positions, (config.max_prompt_length or ours.max_positions) + config.generation.max_new_tokens)
+    if (
+        (tokenizer is not None and not known)
+        or theirs.vocab_size < ours.vocab_size
+        or (theirs.vocab_size != ours.vocab_size and not known)
+    ):
+        found = f"a vocabulary of {theirs.vocab_size}" + (
+            ", and a tokenizer that gives other ids" if tokenizer is not None and not known else ""
+        )
+        raise ConfigError(
+            "config: expected critic.model to read the policy's token ids (a vocabulary of "
+            f"{ours.vocab_size}), got {found} in {path}; "
+            "start it from a model with the policy's tokenizer, or from critic.model = policy"
+        )
+    longest = min(
+        ours.max_positions,
+        (config.max_prompt_length or ours.max_positions) + config.generation.max_new_tokens,
+    )
     if theirs.max_positions < longest:
-        raise ConfigError(f"config: expected critic.model to have the {longest} positions that a prompt and its completion may take, got "
-                          f"{theirs.max_positions} in {path}; lower max_prompt_length to {theirs.max_positions - config.generation.max_new_tokens} or less")
+        raise ConfigError(
+            f"config: expected critic.model to have the {longest} positions that a prompt and its "
+            "completion may take, got "
+            f"{theirs.max_positions} in {path}; lower max_prompt_length to "
+            f"{theirs.max_positions - config.generation.max_new_tokens} or less"
+        )
     critic.decoder.checkpoint_activations = config.checkpoint_activations
     return TrainedCritic(critic, Learner(critic, config.critic.optim, "critic"), config.steps)

@@ -1,18 +1,28 @@
-"""What a policy says of nearby policies: its Fisher matrix, as a product with vectors, and the KL itself, both over the whole vocabulary.
+"""What a policy says of nearby policies: its Fisher matrix, as a product with vectors, and the KL
+itself, both over the whole vocabulary.
 
-    KL(old || new) = 1/R sum_n sum_v p_nv (log p_nv - log q_nv)       p old, q new: softmax of logits / T, at the R slots with an action behind them
-    F v            = 1/R sum_n J_n^T (diag p_n - p_n p_n^T) J_n v / T^2,   J_n = d logits_n / d theta
+    KL(old || new) = 1/R sum_n sum_v p_nv (log p_nv - log q_nv)
+            p old, q new: softmax of logits / T, at the R slots with an action behind them
+    F v            = 1/R sum_n J_n^T (diag p_n - p_n p_n^T) J_n v / T^2,   J_n = d logits_n / d
+                   theta
 
-F is the Hessian of the KL at new = old, where the curvature of the logits themselves has no part: their gradient there is q - p = 0. A product takes J v from
-forward-mode differentiation of the decoder, whose torch implementations have it (the fused ones do not), and J^T u from the backward pass of training, with
-its fused kernels. Nothing is sampled or differenced: F v is exact, up to rounding.
+F is the Hessian of the KL at new = old, where the curvature of the logits themselves has no part:
+their gradient there is q - p = 0. A product takes J v from forward-mode differentiation of the
+decoder, whose torch implementations have it (the fused ones do not), and J^T u from the backward
+pass of training, with its fused kernels. Nothing is sampled or differenced: F v is exact, up to
+rounding.
 
-Shapes    N tokens, R rows, H hidden, V vocabulary, P trained parameters of the decoder, in one vector.
-Time      of a product: a forward and a backward pass of training and a forward-mode pass; together 3.7 forward and backward passes of the fused kernels on
-          one core (a model of 260k parameters, 3072 tokens: 113 ms, and 421 for the product, of which forward mode is 304).
-Memory    of a product: those of a training micro-batch, a gradient, and 4 x 64 MiB of rows of logits.
-Source    Schulman et al. (2015), Trust region policy optimization, appendix C. The Gauss-Newton form: Schraudolph (2002), Martens (2010).
+Shapes    N tokens, R rows, H hidden, V vocabulary, P trained parameters of the decoder, in one
+          vector.
+Time      of a product: a forward and a backward pass of training and a forward-mode pass; together
+          3.7 forward and backward passes of the fused kernels on one core (a model of 260k
+          parameters, 3072 tokens: 113 ms, and 421 for the product, of which forward mode is 304).
+Memory    of a product: those of a training micro-batch, a gradient, and 4 x 64 MiB of rows of
+          logits.
+Source    Schulman et al. (2015), Trust region policy optimization, appendix C. The Gauss-Newton
+          form: Schraudolph (2002), Martens (2010).
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -34,16 +44,22 @@ _WORKSPACE = 64 << 20  # bytes of logits held at a time, in four tensors
 
 
 class FlatParameters:
-    """The parameters of a decoder that are trained, as one vector [P]: in the order of `named_parameters`."""
+    """The parameters of a decoder that are trained, as one vector [P]: in the order of
+    `named_parameters`."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.named: dict[str, nn.Parameter] = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+        self.named: dict[str, nn.Parameter] = {
+            name: p for name, p in decoder.named_parameters() if p.requires_grad
+        }
         self._ends = list(accumulate(p.numel() for p in self.named.values()))
 
     def views(self, x_P: Tensor) -> dict[str, Tensor]:
         """A vector by parameter, in their shapes; views."""
         parts = torch.tensor_split(x_P, self._ends[:-1])
-        return {name: part.view(p.shape) for (name, p), part in zip(self.named.items(), parts, strict=True)}
+        return {
+            name: part.view(p.shape)
+            for (name, p), part in zip(self.named.items(), parts, strict=True)
+        }
 
     def values(self) -> Tensor:
         """[P], a copy."""
@@ -51,7 +67,12 @@ class FlatParameters:
 
     def gradient(self) -> Tensor:
         """[P], a copy of what backward passes have left; 0 where there is nothing. Drops it."""
-        found_P = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.named.values()])
+        found_P = torch.cat(
+            [
+                (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
+                for p in self.named.values()
+            ]
+        )
         self.zero_grad()
         return found_P
 
@@ -68,18 +89,26 @@ class FlatParameters:
 
 
 @torch.enable_grad()
-def fisher_product(actor: HybridActor, parameters: FlatParameters, batch: PackedBatch, parts: Sequence[Sequence[int]], temperature: float,
-                   v_P: Tensor) -> Tensor:
+def fisher_product(
+    actor: HybridActor,
+    parameters: FlatParameters,
+    batch: PackedBatch,
+    parts: Sequence[Sequence[int]],
+    temperature: float,
+    v_P: Tensor,
+) -> Tensor:
     """[P] F v of the policy at the states of a batch.
 
     Args:
-        parts: the sequences of each micro-batch; their cut changes nothing. Sequences in none of them have no part.
-        temperature: T, above 0. v_P: [P], of the parameters' dtype.
+        parts: the sequences of each micro-batch; their cut changes nothing. Sequences in none of
+        them have no part. temperature: T, above 0. v_P: [P], of the parameters' dtype.
     """
     decoder, tangents = actor.decoder, parameters.views(v_P)
     head_name = "embedding" if decoder.head is None else "head"
     batches = [batch.select(part) for part in parts]
-    scale = 1 / (temperature**2 * max(1, sum(int((micro.labels() != IGNORE).sum()) for micro in batches)))
+    scale = 1 / (
+        temperature**2 * max(1, sum(int((micro.labels() != IGNORE).sum()) for micro in batches))
+    )
     parameters.zero_grad()
     for micro in batches:
         rows_R = (micro.labels() != IGNORE).nonzero()[:, 0]
@@ -105,20 +134,46 @@ def fisher_product(actor: HybridActor, parameters: FlatParameters, batch: Packed
     return parameters.gradient()
 
 
-def _forward_mode(decoder: Decoder, parameters: FlatParameters, tangents: dict[str, Tensor], batch: PackedBatch) -> Tensor:
+def _forward_mode(
+    decoder: Decoder, parameters: FlatParameters, tangents: dict[str, Tensor], batch: PackedBatch
+) -> Tensor:
     """[N, H]: how the hidden states move as the parameters move along `tangents`."""
     with torch.no_grad(), use_impl("torch"), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        moving = {name: forward_ad.make_dual(p.detach(), tangents[name]) for name, p in parameters.named.items()}
-        hidden_NH = functional_call(decoder, moving, (batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length))
+        moving = {
+            name: forward_ad.make_dual(p.detach(), tangents[name])
+            for name, p in parameters.named.items()
+        }
+        hidden_NH = functional_call(
+            decoder, moving, (batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length)
+        )
         tangent_NH = forward_ad.unpack_dual(hidden_NH).tangent
     return torch.zeros_like(hidden_NH) if tangent_NH is None else tangent_NH
 
 
-def policy_kl(actor: HybridActor, batch: PackedBatch, hidden_NH: Tensor, old_hidden_NH: Tensor, old_head_VH: Tensor, temperature: float) -> Tensor:
-    """0-d float64: the sum over the actions of a batch of KL(old || new) of the distributions that they are drawn from, in nats; not differentiable.
+def policy_kl(
+    actor: HybridActor,
+    batch: PackedBatch,
+    hidden_NH: Tensor,
+    old_hidden_NH: Tensor,
+    old_head_VH: Tensor,
+    temperature: float,
+) -> Tensor:
+    """0-d float64: the sum over the actions of a batch of KL(old || new) of the distributions that
+    they are drawn from, in nats; not differentiable.
 
     Args:
         hidden_NH: of the policy now. old_hidden_NH, old_head_VH: of the old one.
     """
-    return linear_full_kl(hidden_NH.detach(), actor.decoder.head_weight.detach(), old_hidden_NH, old_head_VH, temperature=temperature, direction="forward",
-                          mask=batch.labels() != IGNORE).double().sum()
+    return (
+        linear_full_kl(
+            hidden_NH.detach(),
+            actor.decoder.head_weight.detach(),
+            old_hidden_NH,
+            old_head_VH,
+            temperature=temperature,
+            direction="forward",
+            mask=batch.labels() != IGNORE,
+        )
+        .double()
+        .sum()
+    )

@@ -1,4 +1,5 @@
 """What a policy step reports: of its rollout, and of the micro-batches that it trained on."""
+
 from __future__ import annotations
 
 import math
@@ -17,18 +18,24 @@ from fusedrl.kernels.runtime.faults import raise_faults
 
 
 def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[str, float]:
-    """Metrics of the rollout itself, of a batch with old_logp. Raises IndexError when a kernel was given ids outside the vocabulary, RuntimeError when
-    sampler and trainer disagree."""
-    raise_faults(batch.device)  # the host waits here anyway; scores of ids outside the vocabulary are NaN, which would look like disagreement
+    """Metrics of the rollout itself, of a batch with old_logp. Raises IndexError when a kernel was
+    given ids outside the vocabulary, RuntimeError when sampler and trainer disagree."""
+    # the host waits here anyway; scores of ids outside the vocabulary are NaN, which would look
+    # like disagreement
+    raise_faults(batch.device)
     old_N, mask_N = batch.column("old_logp"), batch.action_mask
     old, rolled = (x[mask_N].double() for x in (old_N, batch.column("rollout_logp")))
     difference = (rolled - old).abs()
     ratio = (old - rolled).exp()
     mean, worst = difference.mean().item(), difference.max().item()
     if not mean <= config.max_logp_diff:
-        raise RuntimeError(f"sampler and trainer disagree: mean |logp difference| {mean:.3g} (max {worst:.3g}) over {difference.numel()} tokens, above "
-                           f"max_logp_diff = {config.max_logp_diff}; expected about 1e-6 in float32 and 1e-3 in bfloat16. Every ratio would be wrong, so the "
-                           "run stops; train in float32, or raise max_logp_diff if you mean it")
+        raise RuntimeError(
+            f"sampler and trainer disagree: mean |logp difference| {mean:.3g} (max {worst:.3g}) "
+            f"over {difference.numel()} tokens, above "
+            f"max_logp_diff = {config.max_logp_diff}; expected about 1e-6 in float32 and 1e-3 in "
+            "bfloat16. Every ratio would be wrong, so the "
+            "run stops; train in float32, or raise max_logp_diff if you mean it"
+        )
     found = {
         "entropy": batch.column("old_entropy")[mask_N].double().mean().item(),
         "perplexity": math.exp(min(80.0, -old.mean().item())),
@@ -38,20 +45,43 @@ def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[st
         "num_tokens": float(batch.num_tokens),
     } | correction_metrics(config.correction, batch)
     if config.score_clip:
-        found["score_clip_fraction"] = (batch.column("scores").abs() > config.score_clip).double().mean().item()
+        found["score_clip_fraction"] = (
+            (batch.column("scores").abs() > config.score_clip).double().mean().item()
+        )
     if batch.values is not None and batch.rollout_values is not None:
-        found["sampling/value_diff_max"] = (batch.values - batch.rollout_values)[mask_N].abs().max().item()
+        found["sampling/value_diff_max"] = (
+            (batch.values - batch.rollout_values)[mask_N].abs().max().item()
+        )
     if batch.ref_logp is not None:
-        # Of the same kernel as a KL in the reward: what is reported, and what the coefficient adapts to, is what was charged.
-        shaped = shaped_gae(old_N, batch.ref_logp, old_N, batch.column("scores"), mask=mask_N, cu_seqlens=batch.cu_seqlens, kl_coef=0.0,
-                            score_clip=config.score_clip or None, whiten=False)
+        # Of the same kernel as a KL in the reward: what is reported, and what the coefficient
+        # adapts to, is what was charged.
+        shaped = shaped_gae(
+            old_N,
+            batch.ref_logp,
+            old_N,
+            batch.column("scores"),
+            mask=mask_N,
+            cu_seqlens=batch.cu_seqlens,
+            kl_coef=0.0,
+            score_clip=config.score_clip or None,
+            whiten=False,
+        )
         kl = shaped.kl_per_sequence.double().mean().item()
-        found |= {"kl": kl, "kl_coef": kl_coef, "perplexity_ref": math.exp(min(80.0, -batch.ref_logp[mask_N].double().mean().item()))}
+        found |= {
+            "kl": kl,
+            "kl_coef": kl_coef,
+            "perplexity_ref": math.exp(min(80.0, -batch.ref_logp[mask_N].double().mean().item())),
+        }
         if config.kl.placement == "reward":
-            found |= {"objective/non_score_reward": -kl_coef * kl,
-                      "objective/rlhf_reward": shaped.score_per_sequence.double().mean().item() - kl_coef * kl}
+            found |= {
+                "objective/non_score_reward": -kl_coef * kl,
+                "objective/rlhf_reward": shaped.score_per_sequence.double().mean().item()
+                - kl_coef * kl,
+            }
     if batch.values is not None:
-        found["val/explained_variance"] = _explained_variance(*(batch.column(name)[mask_N].double() for name in ("values", "returns")))
+        found["val/explained_variance"] = _explained_variance(
+            *(batch.column(name)[mask_N].double() for name in ("values", "returns"))
+        )
     return found
 
 
@@ -61,7 +91,8 @@ def _explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 class Meter:
-    """Micro-batch statistics -> one number per step: means weighted by tokens, extremes by min and max. Read once, at the end."""
+    """Micro-batch statistics -> one number per step: means weighted by tokens, extremes by min and
+    max. Read once, at the end."""
 
     def __init__(self) -> None:
         self.policy: list[PolicyStats] = []
@@ -72,9 +103,19 @@ class Meter:
         self.grad_norms: list[float] = []
         self._log_ratios: list[Tensor] = []
 
-    def add(self, policy: PolicyStats, value: ValueStats | None, epoch: int, *, first: bool, replayed: bool = False, dropped: Tensor | None = None) -> None:
-        """Of one micro-batch; `first`: before any optimizer step of this rollout, on this rollout; `replayed`: of earlier rollouts alone; `dropped`: how many
-        tokens correction.off_policy_delta silenced."""
+    def add(
+        self,
+        policy: PolicyStats,
+        value: ValueStats | None,
+        epoch: int,
+        *,
+        first: bool,
+        replayed: bool = False,
+        dropped: Tensor | None = None,
+    ) -> None:
+        """Of one micro-batch; `first`: before any optimizer step of this rollout, on this rollout;
+        `replayed`: of earlier rollouts alone; `dropped`: how many tokens
+        correction.off_policy_delta silenced."""
         self.policy.append(policy)
         self.when.append((epoch, first))
         self.replayed.append(replayed)
@@ -84,7 +125,8 @@ class Meter:
             self.value.append(value)
 
     def add_ratios(self, batch: PackedBatch, logp_N: Tensor) -> None:
-        """Of a micro-batch of the last pass, with old_logp: the ratio of every action, whose tails are reported."""
+        """Of a micro-batch of the last pass, with old_logp: the ratio of every action, whose tails
+        are reported."""
         self._log_ratios.append((logp_N.detach() - batch.column("old_logp"))[batch.action_mask])
 
     def metrics(self) -> dict[str, float]:
@@ -94,31 +136,56 @@ class Meter:
         mean: dict[str, float] = defaultdict(float)
         for p in policy:
             share = p["tokens"] / max(1.0, tokens)
-            for name, number in (("policy/approxkl_avg", p["approx_kl_k3"]), ("policy/clipfrac_avg", p["clip_fraction_low"] + p["clip_fraction_high"]),
-                                 ("clip_ratio/low_mean", p["clip_fraction_low"]), ("clip_ratio/high_mean", p["clip_fraction_high"]),
-                                 ("val/ratio", p["ratio_mean"]), ("policy/clamped_fraction", p["clamped_fraction"])):
+            for name, number in (
+                ("policy/approxkl_avg", p["approx_kl_k3"]),
+                ("policy/clipfrac_avg", p["clip_fraction_low"] + p["clip_fraction_high"]),
+                ("clip_ratio/low_mean", p["clip_fraction_low"]),
+                ("clip_ratio/high_mean", p["clip_fraction_high"]),
+                ("val/ratio", p["ratio_mean"]),
+                ("policy/clamped_fraction", p["clamped_fraction"]),
+            ):
                 mean[name] += share * number
-        if replayed := [p for p, old in zip(policy, self.replayed, strict=True) if old and p["tokens"]]:
+        if replayed := [
+            p for p, old in zip(policy, self.replayed, strict=True) if old and p["tokens"]
+        ]:
             sums = [p["ratio_mean"] * p["tokens"] for p in replayed]
-            squares = sum(total**2 / p["effective_sample_size"] for total, p in zip(sums, replayed, strict=True))
+            squares = sum(
+                total**2 / p["effective_sample_size"]
+                for total, p in zip(sums, replayed, strict=True)
+            )
             mean["replay/ess"] = sum(sums) ** 2 / squares / sum(p["tokens"] for p in replayed)
         if self.dropped:
-            mean["correction/off_policy_fraction"] = torch.stack(self.dropped).sum().item() / max(1.0, tokens)
+            mean["correction/off_policy_fraction"] = torch.stack(self.dropped).sum().item() / max(
+                1.0, tokens
+            )
         live = [p for p in policy if p["tokens"]]
-        first = [p for p, (_, is_first) in zip(policy, self.when, strict=True) if is_first and p["tokens"]]
-        last = [p for p, (epoch, _) in zip(policy, self.when, strict=True) if epoch == self.when[-1][0]]
-        return dict(mean) | value_metrics(self.value, updates) | {
-            "loss/policy_avg": sum(p["loss"] for p in policy) / updates,
-            "val/ratio_min": min((p["ratio_min"] for p in live), default=1.0),
-            "val/ratio_max": max((p["ratio_max"] for p in live), default=1.0),
-            "policy/first_ratio_min": min((p["ratio_min"] for p in first), default=1.0),
-            "policy/first_ratio_max": max((p["ratio_max"] for p in first), default=1.0),
-            "policy/first_approxkl": max((p["approx_kl_k3"] for p in first), default=0.0),
-            "policy/first_clipfrac": max((p["clip_fraction_low"] + p["clip_fraction_high"] for p in first), default=0.0),
-            "policy/last_approxkl": sum(p["approx_kl_k3"] * p["tokens"] for p in last) / max(1.0, sum(p["tokens"] for p in last)),
-            "grad_norm": sum(self.grad_norms) / updates,
-            **_tails(self._log_ratios),
-        }
+        first = [
+            p
+            for p, (_, is_first) in zip(policy, self.when, strict=True)
+            if is_first and p["tokens"]
+        ]
+        last = [
+            p for p, (epoch, _) in zip(policy, self.when, strict=True) if epoch == self.when[-1][0]
+        ]
+        return (
+            dict(mean)
+            | value_metrics(self.value, updates)
+            | {
+                "loss/policy_avg": sum(p["loss"] for p in policy) / updates,
+                "val/ratio_min": min((p["ratio_min"] for p in live), default=1.0),
+                "val/ratio_max": max((p["ratio_max"] for p in live), default=1.0),
+                "policy/first_ratio_min": min((p["ratio_min"] for p in first), default=1.0),
+                "policy/first_ratio_max": max((p["ratio_max"] for p in first), default=1.0),
+                "policy/first_approxkl": max((p["approx_kl_k3"] for p in first), default=0.0),
+                "policy/first_clipfrac": max(
+                    (p["clip_fraction_low"] + p["clip_fraction_high"] for p in first), default=0.0
+                ),
+                "policy/last_approxkl": sum(p["approx_kl_k3"] * p["tokens"] for p in last)
+                / max(1.0, sum(p["tokens"] for p in last)),
+                "grad_norm": sum(self.grad_norms) / updates,
+                **_tails(self._log_ratios),
+            }
+        )
 
 
 def value_metrics(stats: Sequence[ValueStats], updates: int) -> dict[str, float]:
@@ -127,19 +194,32 @@ def value_metrics(stats: Sequence[ValueStats], updates: int) -> dict[str, float]
     if not rows:
         return {}
     tokens = max(1.0, sum(v["tokens"] for v in rows))
-    return {"val/clipfrac_avg": sum(v["tokens"] / tokens * v["clip_fraction"] for v in rows), "loss/value_avg": sum(v["loss"] for v in rows) / updates}
+    return {
+        "val/clipfrac_avg": sum(v["tokens"] / tokens * v["clip_fraction"] for v in rows),
+        "loss/value_avg": sum(v["loss"] for v in rows) / updates,
+    }
 
 
 def _tails(log_ratios: Sequence[Tensor]) -> dict[str, float]:
     ordered = torch.cat(list(log_ratios)).double().sort().values if log_ratios else torch.zeros(0)
     if not len(ordered):
         return {"val/ratio_p01": 1.0, "val/ratio_p99": 1.0, "val/ratio_outside_fraction": 0.0}
-    low, high = (ordered[round(share * (len(ordered) - 1))].clamp(-80, 80).exp().item() for share in (0.01, 0.99))
-    return {"val/ratio_p01": low, "val/ratio_p99": high, "val/ratio_outside_fraction": (ordered.abs() > math.log(2.0)).double().mean().item()}
+    low, high = (
+        ordered[round(share * (len(ordered) - 1))].clamp(-80, 80).exp().item()
+        for share in (0.01, 0.99)
+    )
+    return {
+        "val/ratio_p01": low,
+        "val/ratio_p99": high,
+        "val/ratio_outside_fraction": (ordered.abs() > math.log(2.0)).double().mean().item(),
+    }
 
 
 def _rows(stats: Sequence[PolicyStats] | Sequence[ValueStats]) -> list[dict[str, float]]:
     """Read from the device, all at once."""
     if not stats:
         return []
-    return [dict(zip(stats[0]._fields, row, strict=True)) for row in torch.stack([torch.stack([x.float() for x in s]) for s in stats]).tolist()]
+    return [
+        dict(zip(stats[0]._fields, row, strict=True))
+        for row in torch.stack([torch.stack([x.float() for x in s]) for s in stats]).tolist()
+    ]

@@ -2,12 +2,16 @@
 
     L = policy loss + coef * mean over the learned tokens of a draw of -log p(token)
 
-Every optimizer step has a draw of its own, `sequences_per_step` long. Which texts it holds is a function of the seed and the number of the optimizer step, so
-a resumed run goes on with the texts that come next. The gradients are added before the norm is taken and before the optimizer moves anything: one step
-on the sum. (Two optimizer steps, one for each part, are another method.) Log-probabilities are of temperature 1, whatever the rollouts are sampled at.
+Every optimizer step has a draw of its own, `sequences_per_step` long. Which texts it holds is a
+function of the seed and the number of the optimizer step, so a resumed run goes on with the texts
+that come next. The gradients are added before the norm is taken and before the optimizer moves
+anything: one step on the sum. (Two optimizer steps, one for each part, are another method.)
+Log-probabilities are of temperature 1, whatever the rollouts are sampled at.
 
-Source    Ouyang et al. (2022), Training language models to follow instructions with human feedback, eq. 2, with its coefficient 27.8.
+Source    Ouyang et al. (2022), Training language models to follow instructions with human feedback,
+          eq. 2, with its coefficient 27.8.
 """
+
 from __future__ import annotations
 
 from functools import partial
@@ -31,27 +35,33 @@ class Ptx:
     """The pretraining part of a policy's loss.
 
     Args:
-        texts: what is drawn from. seed: of the draws. tokens_per_microbatch: tokens of one forward and backward; changes no gradient.
+        texts: what is drawn from. seed: of the draws. tokens_per_microbatch: tokens of one forward
+        and backward; changes no gradient.
     """
 
-    def __init__(self, config: PtxConfig, texts: Mixture[Tokens], *, seed: int, tokens_per_microbatch: int) -> None:
+    def __init__(
+        self, config: PtxConfig, texts: Mixture[Tokens], *, seed: int, tokens_per_microbatch: int
+    ) -> None:
         self.config, self.texts = config, texts
         self._seed, self._tokens = seed, tokens_per_microbatch
         self._seen: list[Tensor] = []
 
     def backward(self, actor: HybridActor, index: int) -> Tensor:
-        """Add the gradient for optimizer step `index` (from 0) of the run to what is there. Returns the part of the loss, 0-d."""
+        """Add the gradient for optimizer step `index` (from 0) of the run to what is there. Returns
+        the part of the loss, 0-d."""
         loss = self._loss(actor, index, backward=True)
         self._seen.append(loss / self.config.coef)
         return loss
 
     @torch.no_grad()
     def loss(self, actor: HybridActor, index: int) -> Tensor:
-        """0-d: the part of the loss that `backward` has a gradient of, with the weights as they are now."""
+        """0-d: the part of the loss that `backward` has a gradient of, with the weights as they are
+        now."""
         return self._loss(actor, index, backward=False)
 
     def metrics(self) -> dict[str, float]:
-        """`loss/ptx`: the mean cross-entropy, in nats per token and without the coefficient, of the backward passes since the last call."""
+        """`loss/ptx`: the mean cross-entropy, in nats per token and without the coefficient, of the
+        backward passes since the last call."""
         if not self._seen:
             return {}
         raise_faults(self._seen[0].device)
@@ -60,11 +70,18 @@ class Ptx:
 
     def _loss(self, actor: HybridActor, index: int, *, backward: bool) -> Tensor:
         count = self.config.sequences_per_step
-        batch = PackedBatch.from_masked(self.texts.draw(self._seed, index * count, (index + 1) * count), device=actor.decoder.device)
-        scale, total = self.config.coef / max(1, int(batch.action_mask.sum())), torch.zeros((), device=batch.device)
+        batch = PackedBatch.from_masked(
+            self.texts.draw(self._seed, index * count, (index + 1) * count),
+            device=actor.decoder.device,
+        )
+        scale, total = (
+            self.config.coef / max(1, int(batch.action_mask.sum())),
+            torch.zeros((), device=batch.device),
+        )
         for group in batch.split(self._tokens):
             micro = batch.select(group)
-            part = actor.cross_entropy(micro, actor.forward(micro), scale)  # the denominator is the whole draw's
+            # the denominator is the whole draw's
+            part = actor.cross_entropy(micro, actor.forward(micro), scale)
             if backward:
                 part.backward()
             total += part.detach()
@@ -72,7 +89,8 @@ class Ptx:
 
 
 def load_ptx(config: PolicyConfig, actor: HybridActor, run: Run) -> Ptx | None:
-    """The pretraining part that a configuration asks for, its texts read and tokenised; None without one, or with a coefficient of 0.
+    """The pretraining part that a configuration asks for, its texts read and tokenised; None
+    without one, or with a coefficient of 0.
 
     Raises:
         DataError, OSError: as their messages say.
@@ -83,10 +101,30 @@ def load_ptx(config: PolicyConfig, actor: HybridActor, run: Run) -> Ptx | None:
     limit, learn_prompts = min(most, ptx.max_length or most), ptx.learn_prompts
 
     def read(source: Source) -> list[Tokens]:
-        examples = load_demonstrations(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
-                                       options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
-        pairs, dropped = encode_demonstrations(actor.tokenizer, examples, end_of_text(actor.tokenizer, actor.decoder.config.eos_token_ids), limit)
+        examples = load_demonstrations(
+            source,
+            skip_bad_lines=config.skip_bad_lines,
+            rejects=run.directory / "rejects.jsonl",
+            options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)),
+        )
+        pairs, dropped = encode_demonstrations(
+            actor.tokenizer,
+            examples,
+            end_of_text(actor.tokenizer, actor.decoder.config.eos_token_ids),
+            limit,
+        )
         run.message(f"pretraining texts: {dropped}")
-        return [(prompt + completion, [False] + [learn_prompts] * (len(prompt) - 1) + [True] * len(completion)) for prompt, completion in pairs]
+        return [
+            (
+                prompt + completion,
+                [False] + [learn_prompts] * (len(prompt) - 1) + [True] * len(completion),
+            )
+            for prompt, completion in pairs
+        ]
 
-    return Ptx(ptx, mix(ptx.data, read), seed=config.run.seed, tokens_per_microbatch=config.tokens_per_microbatch)
+    return Ptx(
+        ptx,
+        mix(ptx.data, read),
+        seed=config.run.seed,
+        tokens_per_microbatch=config.tokens_per_microbatch,
+    )

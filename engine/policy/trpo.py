@@ -1,18 +1,26 @@
-"""The update of TRPO: one step of natural_gradient.py on the whole batch of a rollout, in place of passes of an optimizer.
+"""The update of TRPO: one step of natural_gradient.py on the whole batch of a rollout, in place of
+passes of an optimizer.
 
-    loss   sum_t w_t (-A_t ratio_t), and whatever else the configuration adds to an objective: entropy, a KL to the reference in the loss, PPO-ptx
-    KL     mean over the tokens of the rollout of KL(old || new) over the whole vocabulary, in nats per token, of the distribution that was sampled from
-    F      its Hessian at new = old (fisher.py), at the states of `trpo.fisher_fraction` of the completions, drawn anew at each step
+    loss   sum_t w_t (-A_t ratio_t), and whatever else the configuration adds to an objective:
+           entropy, a KL to the reference in the loss, PPO-ptx
+    KL     mean over the tokens of the rollout of KL(old || new) over the whole vocabulary, in nats
+           per token, of the distribution that was sampled from
+    F      its Hessian at new = old (fisher.py), at the states of `trpo.fisher_fraction` of the
+           completions, drawn anew at each step
 
-The values are trained afterwards, by AdamW, `epochs` full-batch steps on the value loss alone. The trunk is the policy's, so it is a constant there: only
-the head learns, from the hidden states that the next rollout will have.
+The values are trained afterwards, by AdamW, `epochs` full-batch steps on the value loss alone. The
+trunk is the policy's, so it is a constant there: only the head learns, from the hidden states that
+the next rollout will have.
 
-Time      cg_iterations products with F on the tokens of the fraction and one on all, and a forward pass over the batch for each length that the line
-          search tries, beside the one forward and backward pass of the gradient.
-Memory    beside weights and activations 7 vectors of the trained parameters (their old values, the gradient and .grad, four of conjugate gradient), and twice
-          the rollout's hidden states: before the step and after it. No moments but those of the value head.
+Time      cg_iterations products with F on the tokens of the fraction and one on all, and a forward
+          pass over the batch for each length that the line search tries, beside the one forward and
+          backward pass of the gradient.
+Memory    beside weights and activations 7 vectors of the trained parameters (their old values, the
+          gradient and .grad, four of conjugate gradient), and twice the rollout's hidden states:
+          before the step and after it. No moments but those of the value head.
 Source    Schulman et al. (2015), Trust region policy optimization, section 6 and appendix C.
 """
+
 from __future__ import annotations
 
 import math
@@ -36,44 +44,90 @@ from fusedrl.engine.optim.schedule import learning_rate
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.policy.fisher import FlatParameters, fisher_product, policy_kl
 from fusedrl.engine.policy.metrics import Meter, measure
-from fusedrl.engine.policy.objectives import ValueScale, entropy_coefficient, make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.policy.objectives import (
+    ValueScale,
+    entropy_coefficient,
+    make_objective,
+    minibatch_weights,
+    objective_loss,
+)
 from fusedrl.engine.policy.ptx import Ptx
 from fusedrl.engine.rollout.reference import Reference
 from fusedrl.kernels.policy_loss import value_loss
 
-AFTER = ("val/ratio", "val/ratio_min", "val/ratio_max", "policy/approxkl_avg", "policy/clamped_fraction")  # metrics of the policy that was accepted
-NAMES = ("accepted", "kl", "improvement", "expected_improvement", "fraction", "cg_residual")  # of the step, below trpo/
+AFTER = (
+    "val/ratio",
+    "val/ratio_min",
+    "val/ratio_max",
+    "policy/approxkl_avg",
+    "policy/clamped_fraction",
+)  # metrics of the policy that was accepted
+# of the step, below trpo/
+NAMES = ("accepted", "kl", "improvement", "expected_improvement", "fraction", "cg_residual")
 
 
 def check_trust_region(config: PolicyConfig) -> None:
-    """Raises ConfigError for a model that TRPO cannot train, before it is loaded; nothing for other objectives."""
+    """Raises ConfigError for a model that TRPO cannot train, before it is loaded; nothing for other
+    objectives."""
     if config.objective != "trpo":
         return
     if (dtype := resolve_dtype(config.dtype, config.device)) != torch.float32:
-        raise ConfigError(f"config: expected dtype float32 with the objective trpo, got {str(dtype).removeprefix('torch.')}: a step within a KL of "
-                          f"{config.trpo.max_kl} is rounded away in 16 bits, and Fisher products lose their sign there; set dtype float32")
+        raise ConfigError(
+            "config: expected dtype float32 with the objective trpo, got "
+            f"{str(dtype).removeprefix('torch.')}: a step within a KL of "
+            f"{config.trpo.max_kl} is rounded away in 16 bits, and Fisher products lose their sign "
+            "there; set dtype float32"
+        )
     if read_model_config(config.model).logit_softcap:
-        raise ConfigError("config: the objective trpo reads logits that are not capped, and this model caps its own; use ppo")
+        raise ConfigError(
+            "config: the objective trpo reads logits that are not capped, and this model caps its "
+            "own; use ppo"
+        )
 
 
 class Surrogate:
-    """The loss of a rollout under the policy as it is, and how far that is from the policy that made the rollout.
+    """The loss of a rollout under the policy as it is, and how far that is from the policy that
+    made the rollout.
 
     `gradient` comes first, with the weights of the rollout; `evaluate` then compares with them.
 
     Args:
-        micros: the micro-batches, with the columns old_logp, advantages and weights, the latter of the whole rollout. step: of the run.
+        micros: the micro-batches, with the columns old_logp, advantages and weights, the latter of
+        the whole rollout. step: of the run.
     """
 
-    def __init__(self, actor: HybridActor, parameters: FlatParameters, micros: Sequence[PackedBatch], config: PolicyConfig, control: Control, step: int,
-                 ptx: Ptx | None, entropy_coef: float) -> None:
-        self.actor, self.parameters, self.micros, self.config, self.step, self.ptx = actor, parameters, micros, config, step, ptx
-        self.meter, self.states = Meter(), list[Tensor]()  # of the weights as they were last: statistics, and the hidden states of each micro-batch
-        self.objective, self.kl_coef, self.entropy_coef = make_objective(config, control.penalty.coef), control.kl.coef, entropy_coef
+    def __init__(
+        self,
+        actor: HybridActor,
+        parameters: FlatParameters,
+        micros: Sequence[PackedBatch],
+        config: PolicyConfig,
+        control: Control,
+        step: int,
+        ptx: Ptx | None,
+        entropy_coef: float,
+    ) -> None:
+        self.actor, self.parameters, self.micros, self.config, self.step, self.ptx = (
+            actor,
+            parameters,
+            micros,
+            config,
+            step,
+            ptx,
+        )
+        # of the weights as they were last: statistics, and the hidden states of each micro-batch
+        self.meter, self.states = Meter(), list[Tensor]()
+        self.objective, self.kl_coef, self.entropy_coef = (
+            make_objective(config, control.penalty.coef),
+            control.kl.coef,
+            entropy_coef,
+        )
         self.actions = max(1, sum(int(micro.action_mask.sum()) for micro in micros))
         self.old_P, self.old_states = parameters.values(), list[Tensor]()
         head = "embedding" if actor.decoder.head is None else "head"
-        self.old_head_VH = parameters.views(self.old_P).get(head, actor.decoder.head_weight.detach())
+        self.old_head_VH = parameters.views(self.old_P).get(
+            head, actor.decoder.head_weight.detach()
+        )
 
     def gradient(self) -> tuple[float, Tensor]:
         """(loss, its gradient [P])."""
@@ -95,7 +149,17 @@ class Surrogate:
         total = self._zeros(2)
         for micro, old_NH in zip(self.micros, self.old_states, strict=True):
             total[0] += self._loss(micro)
-            total[1] += policy_kl(self.actor, micro, self.states[-1], old_NH, self.old_head_VH, self.config.generation.temperature) / self.actions
+            total[1] += (
+                policy_kl(
+                    self.actor,
+                    micro,
+                    self.states[-1],
+                    old_NH,
+                    self.old_head_VH,
+                    self.config.generation.temperature,
+                )
+                / self.actions
+            )
         if self.ptx is not None:
             total[0] += self.ptx.loss(self.actor, self.step)
         loss, kl = total.tolist()
@@ -109,8 +173,19 @@ class Surrogate:
     def _loss(self, micro: PackedBatch) -> Tensor:
         hidden_NH = self.actor.forward(micro)
         self.states.append(hidden_NH.detach())
-        logp_N, entropy_N = self.actor.logprobs(micro, hidden_NH, temperature=self.config.generation.temperature)
-        loss, stats, _ = objective_loss(self.config, self.objective, self.kl_coef, micro, logp_N, entropy_N, None, entropy_coef=self.entropy_coef)
+        logp_N, entropy_N = self.actor.logprobs(
+            micro, hidden_NH, temperature=self.config.generation.temperature
+        )
+        loss, stats, _ = objective_loss(
+            self.config,
+            self.objective,
+            self.kl_coef,
+            micro,
+            logp_N,
+            entropy_N,
+            None,
+            entropy_coef=self.entropy_coef,
+        )
         self.meter.add(stats, None, 0, first=True)
         return loss
 
@@ -118,25 +193,58 @@ class Surrogate:
         return torch.zeros(count, dtype=torch.float64, device=self.actor.decoder.device)
 
 
-def trust_region_update(actor: HybridActor, reference: Reference | None, learner: Learner, batch: PackedBatch, first_cuts: Sequence[Sequence[list[int]]],
-                        config: PolicyConfig, control: Control, step: int, ptx: Ptx | None = None) -> dict[str, float]:
-    """One step of the policy on one rollout, and `epochs` of its values. Arguments and metrics as policy.update; `first_cuts` is one minibatch, whose cut
-    into micro-batches does not change the gradient. Where no length of the step is accepted the weights are bitwise what they were."""
+def trust_region_update(
+    actor: HybridActor,
+    reference: Reference | None,
+    learner: Learner,
+    batch: PackedBatch,
+    first_cuts: Sequence[Sequence[list[int]]],
+    config: PolicyConfig,
+    control: Control,
+    step: int,
+    ptx: Ptx | None = None,
+) -> dict[str, float]:
+    """One step of the policy on one rollout, and `epochs` of its values. Arguments and metrics as
+    policy.update; `first_cuts` is one minibatch, whose cut into micro-batches does not change the
+    gradient. Where no length of the step is accepted the weights are bitwise what they were."""
     measured = measure(batch, control.kl.coef, config)
     weighted = batch.with_columns(weights=minibatch_weights(config, batch))
     micros = [weighted.select(group) for minibatch in first_cuts for group in minibatch]
-    surrogate = Surrogate(actor, FlatParameters(actor.decoder), micros, config, control, step, ptx, entropy_coefficient(config, batch))
+    surrogate = Surrogate(
+        actor,
+        FlatParameters(actor.decoder),
+        micros,
+        config,
+        control,
+        step,
+        ptx,
+        entropy_coefficient(config, batch),
+    )
     metrics, states = _policy_step(surrogate, batch, config, step, learner)
     if actor.value_head is not None:
-        values = [partial(actor.values, micro, hidden_NH) for micro, hidden_NH in zip(micros, states, strict=True)]
+        values = [
+            partial(actor.values, micro, hidden_NH)
+            for micro, hidden_NH in zip(micros, states, strict=True)
+        ]
         metrics |= train_values(values, learner, micros, config, step, control.unit or 1.0)
     give_back(4 * sum(p.numel() for p in actor.parameters() if p.requires_grad))
-    return measured | metrics | {"lr": learner.optimizer.lr} | (ptx.metrics() if ptx is not None else {})
+    return (
+        measured
+        | metrics
+        | {"lr": learner.optimizer.lr}
+        | (ptx.metrics() if ptx is not None else {})
+    )
 
 
-def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig, step: int, learner: Learner) -> tuple[dict[str, float], list[Tensor]]:
+def _policy_step(
+    surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig, step: int, learner: Learner
+) -> tuple[dict[str, float], list[Tensor]]:
     """The step itself: metrics, and the hidden states of each micro-batch after it."""
-    actor, parameters, settings = surrogate.actor, surrogate.parameters, config.trpo.at(step - config.critic_warmup, config.steps - config.critic_warmup)
+    actor, parameters, settings = (
+        surrogate.actor,
+        surrogate.parameters,
+        config.trpo.at(step - config.critic_warmup, config.steps - config.critic_warmup),
+    )
     before, gradient_P = surrogate.gradient()
     norm = grad_norm([gradient_P])
     surrogate.meter.grad_norms.append(norm)
@@ -146,9 +254,20 @@ def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig,
         return metrics, surrogate.states
 
     B = batch.num_sequences
-    chosen = sorted(shuffled(B, config.run.seed, "fisher", step)[:math.ceil(settings.fisher_fraction * B)])
-    sampled, whole = (partial(fisher_product, actor, parameters, batch, batch.split(config.tokens_per_microbatch, part), config.generation.temperature)
-                      for part in (chosen, range(B)))
+    chosen = sorted(
+        shuffled(B, config.run.seed, "fisher", step)[: math.ceil(settings.fisher_fraction * B)]
+    )
+    sampled, whole = (
+        partial(
+            fisher_product,
+            actor,
+            parameters,
+            batch,
+            batch.split(config.tokens_per_microbatch, part),
+            config.generation.temperature,
+        )
+        for part in (chosen, range(B))
+    )
     move_P, decrease, residual = natural_step(gradient_P.neg_(), sampled, settings, whole)
 
     def evaluate(fraction: float) -> tuple[float, float]:
@@ -163,33 +282,66 @@ def _policy_step(surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig,
         metrics |= {name: after[name] for name in AFTER} | {"policy/last_approxkl": found.kl}
     else:
         surrogate.go_back()
-    numbers = (float(found.fraction > 0), found.kl, before - found.loss, found.fraction * decrease, found.fraction, residual)
-    return metrics | {f"trpo/{name}": number for name, number in zip(NAMES, numbers, strict=True)}, surrogate.states
+    numbers = (
+        float(found.fraction > 0),
+        found.kl,
+        before - found.loss,
+        found.fraction * decrease,
+        found.fraction,
+        residual,
+    )
+    return metrics | {
+        f"trpo/{name}": number for name, number in zip(NAMES, numbers, strict=True)
+    }, surrogate.states
 
 
-def train_values(values: Sequence[Callable[[], Tensor]], learner: Learner, micros: Sequence[PackedBatch], config: PolicyConfig, step: int,
-                 unit: float = 1.0) -> dict[str, float]:
+def train_values(
+    values: Sequence[Callable[[], Tensor]],
+    learner: Learner,
+    micros: Sequence[PackedBatch],
+    config: PolicyConfig,
+    step: int,
+    unit: float = 1.0,
+) -> dict[str, float]:
     """`epochs` optimizer steps of a critic on the returns of one rollout, each on all of it.
 
     Args:
-        values: of each micro-batch, what gives its values [N], differentiable in what is to be trained and in nothing else of the learner's.
-        micros: with the columns values, returns and weights, the latter of the whole rollout. unit: of the value head.
+        values: of each micro-batch, what gives its values [N], differentiable in what is to be
+        trained and in nothing else of the learner's. micros: with the columns values, returns and
+        weights, the latter of the whole rollout. unit: of the value head.
     Returns:
-        metrics: the value loss, and the fraction of tokens that `loss.value_clip` stopped, means over the steps.
+        metrics: the value loss, and the fraction of tokens that `loss.value_clip` stopped, means
+        over the steps.
     """
     loss_sum, clipped = torch.zeros(2, dtype=torch.float64, device=micros[0].device).unbind()
     tokens = max(1, sum(int(micro.action_mask.sum()) for micro in micros))
-    scale, optimizer = ValueScale.of(config, PackedBatch.concat(list(micros)), unit), learner.optimizer
+    scale, optimizer = (
+        ValueScale.of(config, PackedBatch.concat(list(micros)), unit),
+        learner.optimizer,
+    )
     for epoch in range(config.epochs):
         optimizer.zero_grad()
         for micro, values_of in zip(micros, values, strict=True):
-            loss, stats = value_loss(values_of(), micro.column("values"), micro.column("returns"), micro.column("weights"), clip=scale.clip)
+            loss, stats = value_loss(
+                values_of(),
+                micro.column("values"),
+                micro.column("returns"),
+                micro.column("weights"),
+                clip=scale.clip,
+            )
             (loss / scale.error**2).backward()
             loss_sum += stats.loss
             clipped += stats.clip_fraction * stats.tokens / tokens
-        optimizer.lr = learning_rate(config.optim, (step - config.critic_warmup) * config.epochs + epoch, (config.steps - config.critic_warmup) * config.epochs)
+        optimizer.lr = learning_rate(
+            config.optim,
+            (step - config.critic_warmup) * config.epochs + epoch,
+            (config.steps - config.critic_warmup) * config.epochs,
+        )
         result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
         if not result.applied:  # those that are do not end a row of policy steps that are not
             learner.check(result)
     optimizer.zero_grad()
-    return {"loss/value_avg": loss_sum.item() / config.epochs, "val/clipfrac_avg": clipped.item() / config.epochs}
+    return {
+        "loss/value_avg": loss_sum.item() / config.epochs,
+        "val/clipfrac_avg": clipped.item() / config.epochs,
+    }

@@ -1,20 +1,29 @@
 """Preferences among completions, and the losses of the reward models that learn from them.
 
     x       = r(better) - r(worse) - margin
-    nll(x)  = -log((1 - e) sigmoid(x) + e sigmoid(-x))          e = label_noise, the rate at which annotators' labels are flipped; 0 is Bradley and Terry's
-    pair    = p nll(x) + (1 - p) nll(-x)                        p = label, the probability that the first really is the better one
+    nll(x)  = -log((1 - e) sigmoid(x) + e sigmoid(-x))          e = label_noise, the rate at which
+                                                                annotators' labels are flipped; 0 is
+                                                                Bradley and Terry's
+    pair    = p nll(x) + (1 - p) nll(-x)                        p = label, the probability that the
+                                                                first really is the better one
     loss    = sum_b weight_b mean over b's pairs of pair / sum_b weight_b
     centre  = the same mean of (r(better) + r(worse))^2
 
-Everything is a ranked list: a pair is one of two, and a list of K completions gives up to K (K - 1) / 2 pairs, of which ties are none. The pairs of a list are
-not independent, so a list counts once, however long it is.
+Everything is a ranked list: a pair is one of two, and a list of K completions gives up to K (K - 1)
+/ 2 pairs, of which ties are none. The pairs of a list are not independent, so a list counts once,
+however long it is.
 
-Noise     Under a flip rate e the loss above is the exact likelihood of the labels, so its optimum is the true difference of scores. Label smoothing,
-          (1 - e) nll(x) + e nll(-x), has its optimum at a smaller one even where labels are clean, and grows without bound for a pair that a sure model
-          contradicts; the likelihood stops at -log e there, and the pair's gradient vanishes.
-Source    Bradley and Terry (1952); Ouyang et al. (2022), eq. 1 (K-wise); Touvron et al. (2023), Llama 2, eq. 2 (margin); Eisenstein et al. (2023), Helping or
-          herding?, section 3.2 (centring). Some lecture notes print the pairwise loss without its minus; -log sigmoid is what is minimised.
+Noise     Under a flip rate e the loss above is the exact likelihood of the labels, so its optimum
+          is the true difference of scores. Label smoothing, (1 - e) nll(x) + e nll(-x), has its
+          optimum at a smaller one even where labels are clean, and grows without bound for a pair
+          that a sure model contradicts; the likelihood stops at -log e there, and the pair's
+          gradient vanishes.
+Source    Bradley and Terry (1952); Ouyang et al. (2022), eq. 1 (K-wise); Touvron et al. (2023),
+          Llama 2, eq. 2 (margin); Eisenstein et al. (2023), Helping or herding?, section 3.2
+          (centring). Some lecture notes print the pairwise loss without its minus; -log sigmoid is
+          what is minimised.
 """
+
 from __future__ import annotations
 
 import math
@@ -31,8 +40,21 @@ from torch import Tensor
 from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.formats import detect, named
 from fusedrl.engine.data.lines import BadRow, parse_row, read_lines
-from fusedrl.engine.data.readers import PairExample, RankedExample, ReadOptions, Source, load_pairs, load_ranked
-from fusedrl.engine.data.tokenize import Dropped, count_tokens, drop_longer, encode_completion, encode_prompt
+from fusedrl.engine.data.readers import (
+    PairExample,
+    RankedExample,
+    ReadOptions,
+    Source,
+    load_pairs,
+    load_ranked,
+)
+from fusedrl.engine.data.tokenize import (
+    Dropped,
+    count_tokens,
+    drop_longer,
+    encode_completion,
+    encode_prompt,
+)
 from fusedrl.kernels.ranking_loss import kwise_ranking_loss
 
 if TYPE_CHECKING:
@@ -43,7 +65,8 @@ Example = PairExample | RankedExample
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt with K >= 2 completions in an order, as token ids: rank 1 is best, equal ranks are ties.
+    """A prompt with K >= 2 completions in an order, as token ids: rank 1 is best, equal ranks are
+    ties.
 
     margin, label, weight: of every pair, as in `PairExample`.
 
@@ -60,7 +83,10 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if len(self.completions) != len(self.ranks) or len(set(self.ranks)) < 2:
-            raise DataError(f"comparison: expected completions and as many ranks, two of which differ, got {len(self.completions)} and {self.ranks}")
+            raise DataError(
+                "comparison: expected completions and as many ranks, two of which differ, got "
+                f"{len(self.completions)} and {self.ranks}"
+            )
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -75,7 +101,8 @@ class Comparison:
 
     @property
     def preferred(self) -> list[int]:
-        """Those that someone really preferred: the best, but nothing where a label calls the pair a tie."""
+        """Those that someone really preferred: the best, but nothing where a label calls the pair a
+        tie."""
         return self.best if self.label > 0.5 else []
 
     @property
@@ -84,7 +111,7 @@ class Comparison:
         return sum(len(self.prompt) + len(completion) for completion in self.completions)
 
 
-# ---- from files ---------------------------------------------------------------------------------------------------------------
+# ---- from files ----------------------------------------------------------------------------------
 def is_ranked(source: Source) -> bool:
     """Whether a file holds ranked lists rather than pairs, as its first rows say."""
     if source.format is not None:
@@ -99,36 +126,59 @@ def is_ranked(source: Source) -> bool:
     return False
 
 
-def load_preferences(source: Source, tokenizer: PreTrainedTokenizerBase, *, soft_labels: bool = False, skip_bad_lines: bool = False,
-                     rejects: str | Path | None = None) -> tuple[list[Example], dict[str, int]]:
-    """The ranked lists of a file that has some, else its pairs; and how many rows were dropped for which reason. Raises as `readers.load_prompts`."""
+def load_preferences(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    soft_labels: bool = False,
+    skip_bad_lines: bool = False,
+    rejects: str | Path | None = None,
+) -> tuple[list[Example], dict[str, int]]:
+    """The ranked lists of a file that has some, else its pairs; and how many rows were dropped for
+    which reason. Raises as `readers.load_prompts`."""
     options = ReadOptions(soft_labels=soft_labels, count_tokens=partial(count_tokens, tokenizer))
     if is_ranked(source):
-        lists, dropped = load_ranked(source, skip_bad_lines=skip_bad_lines, rejects=rejects, options=options)
+        lists, dropped = load_ranked(
+            source, skip_bad_lines=skip_bad_lines, rejects=rejects, options=options
+        )
         return list(lists), dropped
-    pairs, dropped = load_pairs(source, skip_bad_lines=skip_bad_lines, rejects=rejects, options=options)
+    pairs, dropped = load_pairs(
+        source, skip_bad_lines=skip_bad_lines, rejects=rejects, options=options
+    )
     return list(pairs), dropped
 
 
-def encode_preferences(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], eos_id: int, limit: int
-                       ) -> tuple[list[tuple[Example, Comparison]], Dropped]:
-    """The examples whose every side has at most `limit` tokens, the prompt included, each with its token ids. Raises DataError where all are longer."""
-    return drop_longer([(example, _encode(tokenizer, example, eos_id)) for example in examples], limit,
-                       lambda item: len(item[1].prompt) + max(map(len, item[1].completions)))
+def encode_preferences(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], eos_id: int, limit: int
+) -> tuple[list[tuple[Example, Comparison]], Dropped]:
+    """The examples whose every side has at most `limit` tokens, the prompt included, each with its
+    token ids. Raises DataError where all are longer."""
+    return drop_longer(
+        [(example, _encode(tokenizer, example, eos_id)) for example in examples],
+        limit,
+        lambda item: len(item[1].prompt) + max(map(len, item[1].completions)),
+    )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, eos_id: int) -> Comparison:
-    texts = example.completions if isinstance(example, RankedExample) else (example.chosen, example.rejected)
+    texts = (
+        example.completions
+        if isinstance(example, RankedExample)
+        else (example.chosen, example.rejected)
+    )
     prompt = encode_prompt(tokenizer, example.prompt, example.tools)
-    completions = tuple(encode_completion(tokenizer, text, eos_id, first=not example.prompt) for text in texts)
+    completions = tuple(
+        encode_completion(tokenizer, text, eos_id, first=not example.prompt) for text in texts
+    )
     if isinstance(example, RankedExample):
         return Comparison(prompt, completions, example.ranks)
     return Comparison(prompt, completions, (1, 2), example.margin, example.label, example.weight)
 
 
-# ---- pairs --------------------------------------------------------------------------------------------------------------------
+# ---- pairs ---------------------------------------------------------------------------------------
 class Pairs(NamedTuple):
-    """All pairs [P] of some comparisons whose completions lie side by side. `share_P`: of a pair in the mean over comparisons."""
+    """All pairs [P] of some comparisons whose completions lie side by side. `share_P`: of a pair in
+    the mean over comparisons."""
 
     better_P: Tensor  # int64, into the completions
     worse_P: Tensor
@@ -137,56 +187,107 @@ class Pairs(NamedTuple):
     share_P: Tensor
 
     @classmethod
-    def of(cls, comparisons: Sequence[Comparison], *, total_weight: float | None = None, device: torch.device | str | None = None,
-           dtype: torch.dtype = torch.float32) -> Pairs:
-        """`total_weight`: of all comparisons that the mean is over, where these are a part of them."""
+    def of(
+        cls,
+        comparisons: Sequence[Comparison],
+        *,
+        total_weight: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Pairs:
+        """`total_weight`: of all comparisons that the mean is over, where these are a part of
+        them."""
         total = total_weight if total_weight is not None else sum(c.weight for c in comparisons)
         rows: list[tuple[int, int, float, float, float]] = []
         first = 0
         for c in comparisons:
             found = c.pairs
-            rows += [(first + i, first + j, c.margin, c.label, c.weight / len(found) / total) for i, j in found]
+            rows += [
+                (first + i, first + j, c.margin, c.label, c.weight / len(found) / total)
+                for i, j in found
+            ]
             first += len(c.completions)
         better, worse, margin, label, share = zip(*rows, strict=True) if rows else ((),) * 5
-        numbers = (torch.tensor(values, dtype=dtype, device=device) for values in (margin, label, share))
-        return cls(torch.tensor(better, dtype=torch.int64, device=device), torch.tensor(worse, dtype=torch.int64, device=device), *numbers)
+        numbers = (
+            torch.tensor(values, dtype=dtype, device=device) for values in (margin, label, share)
+        )
+        return cls(
+            torch.tensor(better, dtype=torch.int64, device=device),
+            torch.tensor(worse, dtype=torch.int64, device=device),
+            *numbers,
+        )
 
 
 def preference_nll(x: Tensor, label_noise: float = 0.0) -> Tensor:
     """-log((1 - e) sigmoid(x) + e sigmoid(-x)), finite for any finite x; 0 <= e < 0.5."""
     if label_noise == 0.0:
         return F.softplus(-x)
-    return -torch.logaddexp(math.log1p(-label_noise) + F.logsigmoid(x), math.log(label_noise) + F.logsigmoid(-x))
+    return -torch.logaddexp(
+        math.log1p(-label_noise) + F.logsigmoid(x), math.log(label_noise) + F.logsigmoid(-x)
+    )
 
 
 def pair_nll(difference_P: Tensor, label_P: Tensor, label_noise: float = 0.0) -> Tensor:
     """[P] -log-likelihood of soft labels; exactly that of hard ones where they are 1."""
     nll_P = preference_nll(difference_P, label_noise)
-    return torch.where(label_P == 1, nll_P, label_P * nll_P + (1 - label_P) * preference_nll(-difference_P, label_noise))
+    return torch.where(
+        label_P == 1,
+        nll_P,
+        label_P * nll_P + (1 - label_P) * preference_nll(-difference_P, label_noise),
+    )
 
 
-def preference_loss(scores_M: Tensor, comparisons: Sequence[Comparison], *, label_noise: float = 0.0, total_weight: float | None = None) -> Tensor:
+def preference_loss(
+    scores_M: Tensor,
+    comparisons: Sequence[Comparison],
+    *,
+    label_noise: float = 0.0,
+    total_weight: float | None = None,
+) -> Tensor:
     """The loss above.
 
     Args:
-        scores_M: of all completions, comparison by comparison.
-        label_noise: the rate at which labels are flipped, in [0, 0.5).
-        total_weight: of all comparisons of the step, where these are a micro-batch of it: the parts then sum to the step's loss.
+        scores_M: of all completions, comparison by comparison. label_noise: the rate at which
+        labels are flipped, in [0, 0.5). total_weight: of all comparisons of the step, where these
+        are a micro-batch of it: the parts then sum to the step's loss.
     Returns:
         A scalar, differentiable in the scores; 0 for no comparisons.
     """
     if not comparisons:
         return scores_M.sum()
-    if label_noise == 0.0 and scores_M.dtype == torch.float32 and all((c.margin, c.label, c.weight) == (0.0, 1.0, 1.0) for c in comparisons):
-        ranks_M = torch.tensor([rank for c in comparisons for rank in c.ranks], dtype=torch.int64, device=scores_M.device)
+    if (
+        label_noise == 0.0
+        and scores_M.dtype == torch.float32
+        and all((c.margin, c.label, c.weight) == (0.0, 1.0, 1.0) for c in comparisons)
+    ):
+        ranks_M = torch.tensor(
+            [rank for c in comparisons for rank in c.ranks],
+            dtype=torch.int64,
+            device=scores_M.device,
+        )
         sizes = torch.tensor([0, *(len(c.ranks) for c in comparisons)], dtype=torch.int32)
         share = 1.0 if total_weight is None else len(comparisons) / total_weight
-        return kwise_ranking_loss(scores_M, ranks_M, sizes.cumsum(0, dtype=torch.int32).to(scores_M.device)) * share
-    p = Pairs.of(comparisons, total_weight=total_weight, device=scores_M.device, dtype=scores_M.dtype)
-    return (p.share_P * pair_nll(scores_M[p.better_P] - scores_M[p.worse_P] - p.margin_P, p.label_P, label_noise)).sum()
+        return (
+            kwise_ranking_loss(
+                scores_M, ranks_M, sizes.cumsum(0, dtype=torch.int32).to(scores_M.device)
+            )
+            * share
+        )
+    p = Pairs.of(
+        comparisons, total_weight=total_weight, device=scores_M.device, dtype=scores_M.dtype
+    )
+    return (
+        p.share_P
+        * pair_nll(scores_M[p.better_P] - scores_M[p.worse_P] - p.margin_P, p.label_P, label_noise)
+    ).sum()
 
 
-def centre_loss(scores_M: Tensor, comparisons: Sequence[Comparison], *, total_weight: float | None = None) -> Tensor:
-    """The mean of (r(better) + r(worse))^2, by the same shares: scores are drawn towards 0 on average, which the ranking loss leaves open."""
-    p = Pairs.of(comparisons, total_weight=total_weight, device=scores_M.device, dtype=scores_M.dtype)
+def centre_loss(
+    scores_M: Tensor, comparisons: Sequence[Comparison], *, total_weight: float | None = None
+) -> Tensor:
+    """The mean of (r(better) + r(worse))^2, by the same shares: scores are drawn towards 0 on
+    average, which the ranking loss leaves open."""
+    p = Pairs.of(
+        comparisons, total_weight=total_weight, device=scores_M.device, dtype=scores_M.dtype
+    )
     return (p.share_P * (scores_M[p.better_P] + scores_M[p.worse_P]).square()).sum()

@@ -1,14 +1,23 @@
-"""How well a reward model predicts held-out preferences: accuracy, calibration, length bias. Numbers in, a dataclass, JSON and a table out.
+"""How well a reward model predicts held-out preferences: accuracy, calibration, length bias.
+Numbers in, a dataclass, JSON and a table out.
 
-Units     The pairs of one ranked list are not independent, so the example (a pair, or a list) is the unit: each has one vote, split evenly over its pairs,
-          and the interval's n counts examples. (For lists the interval is on the safe side: a mean of agreements varies less than one agreement.) Rows that
-          share a prompt, as those of SHP do, are one unit where the caller says so, else the interval is too narrow.
-Predicted A model says that the first answer of a pair is preferred with probability sigmoid(difference of scores); where labels are known to be flipped at
-          a rate e, that the *label* prefers it with (1 - e) sigmoid(d) + e sigmoid(-d). Calibration is of what is said about labels.
-Bins      of the predicted probability of the answer that the model prefers, which is 0.5 at least: it does not matter in which order a pair stands.
-Ties      Pairs that the labels call a tie have no right answer and are left out. Equal scores for unequal labels count as wrong.
-Source    Wilson (1927); Guo et al. (2017), On calibration of modern neural networks (bins, expected calibration error, temperature); Brier (1950).
+Units     The pairs of one ranked list are not independent, so the example (a pair, or a list) is
+          the unit: each has one vote, split evenly over its pairs, and the interval's n counts
+          examples. (For lists the interval is on the safe side: a mean of agreements varies less
+          than one agreement.) Rows that share a prompt, as those of SHP do, are one unit where the
+          caller says so, else the interval is too narrow.
+Predicted A model says that the first answer of a pair is preferred with probability
+sigmoid(difference of scores); where labels are known to be flipped at
+          a rate e, that the *label* prefers it with (1 - e) sigmoid(d) + e sigmoid(-d). Calibration
+          is of what is said about labels.
+Bins      of the predicted probability of the answer that the model prefers, which is 0.5 at least:
+          it does not matter in which order a pair stands.
+Ties      Pairs that the labels call a tie have no right answer and are left out. Equal scores for
+          unequal labels count as wrong.
+Source    Wilson (1927); Guo et al. (2017), On calibration of modern neural networks (bins, expected
+          calibration error, temperature); Brier (1950).
 """
+
 from __future__ import annotations
 
 import json
@@ -31,7 +40,8 @@ _SHARPEST = 1e3  # temperatures between this and its inverse are looked at
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose predicted probability lies in [low, high): `weight` of all votes, their mean prediction, and the share that the labels confirm."""
+    """Pairs whose predicted probability lies in [low, high): `weight` of all votes, their mean
+    prediction, and the share that the labels confirm."""
 
     low: float
     high: float
@@ -44,13 +54,17 @@ class Bin:
 class RewardReport:
     """What held-out preferences say of a reward model.
 
-    accuracy: mean over examples, with its 95% interval (low, high). loss: nats, of the labels under the prediction. brier: mean squared error of the
-    predicted probability. ece: expected calibration error, the mean over the bins of |observed - predicted|. confidence: the mean predicted probability of
-    the preferred answer, which is the accuracy that the model itself expects. temperature: what the scores would have to be divided by for the least loss on
-    these same pairs (1 is calibrated, above 1 over-confident), and that loss; None where no finite one is best. margin: mean score of the better answer less
-    the worse one's. length_correlation: of difference of scores and difference of lengths, both orders of every pair counted; 0 without length bias.
-    longer_wins, shorter_wins: the accuracy of preferring the longer or the shorter answer (half a point for equal ones). ceiling: what a perfect judge would
-    agree with at most, where labels are flipped at a known rate.
+    accuracy: mean over examples, with its 95% interval (low, high). loss: nats, of the labels under
+    the prediction. brier: mean squared error of the predicted probability. ece: expected
+    calibration error, the mean over the bins of |observed - predicted|. confidence: the mean
+    predicted probability of the preferred answer, which is the accuracy that the model itself
+    expects. temperature: what the scores would have to be divided by for the least loss on these
+    same pairs (1 is calibrated, above 1 over-confident), and that loss; None where no finite one is
+    best. margin: mean score of the better answer less the worse one's. length_correlation: of
+    difference of scores and difference of lengths, both orders of every pair counted; 0 without
+    length bias. longer_wins, shorter_wins: the accuracy of preferring the longer or the shorter
+    answer (half a point for equal ones). ceiling: what a perfect judge would agree with at most,
+    where labels are flipped at a known rate.
     """
 
     examples: int
@@ -74,29 +88,53 @@ class RewardReport:
 
     def metrics(self) -> dict[str, float]:
         """For a line of metrics.jsonl."""
-        return {"eval_loss": self.loss, "eval_accuracy": self.accuracy, "eval_accuracy_low": self.accuracy_low, "eval_accuracy_high": self.accuracy_high,
-                "eval_pairs": float(self.pairs), "eval_examples": float(self.examples), "eval_brier": self.brier, "eval_ece": self.ece,
-                "eval_margin": self.margin, "eval_length_correlation": self.length_correlation}
+        return {
+            "eval_loss": self.loss,
+            "eval_accuracy": self.accuracy,
+            "eval_accuracy_low": self.accuracy_low,
+            "eval_accuracy_high": self.accuracy_high,
+            "eval_pairs": float(self.pairs),
+            "eval_examples": float(self.examples),
+            "eval_brier": self.brier,
+            "eval_ece": self.ece,
+            "eval_margin": self.margin,
+            "eval_length_correlation": self.length_correlation,
+        }
 
 
-def reward_report(difference_P: Tensor, examples: Sequence[int], lengths: Sequence[int], labels: Sequence[float] | None = None, *, label_noise: float = 0.0
-                  ) -> RewardReport | None:
-    """Judge the differences of scores of P pairs, each the better answer's score less the worse one's.
+def reward_report(
+    difference_P: Tensor,
+    examples: Sequence[int],
+    lengths: Sequence[int],
+    labels: Sequence[float] | None = None,
+    *,
+    label_noise: float = 0.0,
+) -> RewardReport | None:
+    """Judge the differences of scores of P pairs, each the better answer's score less the worse
+    one's.
 
     Args:
-        difference_P: float, any device.
-        examples: [P] a number for each pair's example; pairs of equal numbers share one vote.
-        lengths: [P] tokens of the better answer less those of the worse one.
-        labels: [P] the probability that the better one is the better one; None is 1. Pairs of 0.5 are left out.
-        label_noise: the rate at which labels are known to be flipped, in [0, 0.5).
+        difference_P: float, any device. examples: [P] a number for each pair's example; pairs of
+        equal numbers share one vote. lengths: [P] tokens of the better answer less those of the
+        worse one. labels: [P] the probability that the better one is the better one; None is 1.
+        Pairs of 0.5 are left out. label_noise: the rate at which labels are known to be flipped, in
+        [0, 0.5).
     Returns:
         The report; None where no pair is left.
     """
-    label_P = torch.ones(len(examples), dtype=torch.float64) if labels is None else torch.tensor(labels, dtype=torch.float64)
+    label_P = (
+        torch.ones(len(examples), dtype=torch.float64)
+        if labels is None
+        else torch.tensor(labels, dtype=torch.float64)
+    )
     kept = (label_P != 0.5).nonzero().squeeze(1)
     if not len(kept):
         return None
-    d, label, length = difference_P.detach().double().cpu()[kept], label_P[kept], torch.tensor(lengths, dtype=torch.float64)[kept]
+    d, label, length = (
+        difference_P.detach().double().cpu()[kept],
+        label_P[kept],
+        torch.tensor(lengths, dtype=torch.float64)[kept],
+    )
     _, unit = torch.unique(torch.tensor(examples)[kept], return_inverse=True)
     share = 1.0 / unit.bincount()[unit].double() / (int(unit.max()) + 1)
     n = int(unit.max()) + 1
@@ -111,14 +149,29 @@ def reward_report(difference_P: Tensor, examples: Sequence[int], lengths: Sequen
     temperature, at_temperature = _fit_temperature(d, label, share, label_noise)
     spread = math.sqrt(mean(d * d) * mean(length * length))
     sure = torch.maximum(predicted, 1 - predicted)
-    found = _bins(sure, torch.where(d == 0, 0.5, right), share)  # of equal scores either answer is said with 0.5
+    # of equal scores either answer is said with 0.5
+    found = _bins(sure, torch.where(d == 0, 0.5, right), share)
     agreed = torch.where(label > 0.5, length.sign(), -length.sign())
     return RewardReport(
-        examples=n, pairs=len(kept), accuracy=accuracy, accuracy_low=low, accuracy_high=high, loss=mean(pair_nll(d, label, label_noise)),
-        brier=mean((predicted - label).square()), ece=sum(b.weight * abs(b.observed - b.predicted) for b in found), confidence=mean(sure),
-        temperature=temperature, loss_at_temperature=at_temperature, margin=mean(d), length_correlation=mean(d * length) / spread if spread else 0.0,
-        longer_wins=mean(0.5 + agreed / 2), shorter_wins=mean(0.5 - agreed / 2), ceiling=1 - label_noise if label_noise else None, label_noise=label_noise,
-        bins=found)
+        examples=n,
+        pairs=len(kept),
+        accuracy=accuracy,
+        accuracy_low=low,
+        accuracy_high=high,
+        loss=mean(pair_nll(d, label, label_noise)),
+        brier=mean((predicted - label).square()),
+        ece=sum(b.weight * abs(b.observed - b.predicted) for b in found),
+        confidence=mean(sure),
+        temperature=temperature,
+        loss_at_temperature=at_temperature,
+        margin=mean(d),
+        length_correlation=mean(d * length) / spread if spread else 0.0,
+        longer_wins=mean(0.5 + agreed / 2),
+        shorter_wins=mean(0.5 - agreed / 2),
+        ceiling=1 - label_noise if label_noise else None,
+        label_noise=label_noise,
+        bins=found,
+    )
 
 
 def _predicted(d: Tensor, label_noise: float) -> Tensor:
@@ -132,19 +185,28 @@ def _bins(sure_P: Tensor, observed_P: Tensor, share_P: Tensor) -> tuple[Bin, ...
     for i in index_P.unique().tolist():
         inside = index_P == i
         weight = share_P[inside].sum()
-        predicted, observed = (float((share_P[inside] * x[inside]).sum() / weight) for x in (sure_P, observed_P))
-        bins.append(Bin(0.5 + i / 2 / BINS, 0.5 + (i + 1) / 2 / BINS, float(weight), predicted, observed))
+        predicted, observed = (
+            float((share_P[inside] * x[inside]).sum() / weight) for x in (sure_P, observed_P)
+        )
+        bins.append(
+            Bin(0.5 + i / 2 / BINS, 0.5 + (i + 1) / 2 / BINS, float(weight), predicted, observed)
+        )
     return tuple(bins)
 
 
-def _fit_temperature(d: Tensor, label: Tensor, share: Tensor, label_noise: float) -> tuple[float | None, float | None]:
-    """(temperature, loss there) of the least loss, by thirds on its logarithm from the best of a grid."""
+def _fit_temperature(
+    d: Tensor, label: Tensor, share: Tensor, label_noise: float
+) -> tuple[float | None, float | None]:
+    """(temperature, loss there) of the least loss, by thirds on its logarithm from the best of a
+    grid."""
+
     def loss(log_sharpness: float) -> float:
         return float((share * pair_nll(d * math.exp(log_sharpness), label, label_noise)).sum())
 
     most = math.log(_SHARPEST)
     grid = torch.linspace(-most, most, 57).tolist()
-    at = min(range(len(grid)), key=lambda i: (loss(grid[i]), -i))  # of losses that underflow, the sharpest
+    # of losses that underflow, the sharpest
+    at = min(range(len(grid)), key=lambda i: (loss(grid[i]), -i))
     if at in (0, len(grid) - 1):
         return None, None
     low, high = grid[at - 1], grid[at + 1]
@@ -155,7 +217,7 @@ def _fit_temperature(d: Tensor, label: Tensor, share: Tensor, label_noise: float
     return math.exp(-best), loss(best)
 
 
-# ---- what people see ----------------------------------------------------------------------------------------------------------
+# ---- what people see -----------------------------------------------------------------------------
 def save_report(report: RewardReport, path: str | Path) -> None:
     """As JSON, replacing the file at once."""
     write_file(Path(path), (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
@@ -164,13 +226,24 @@ def save_report(report: RewardReport, path: str | Path) -> None:
 def report_table(report: RewardReport) -> Table:
     """The report for a terminal."""
     r = report
-    table = Table(title=f"Held-out preferences: {r.pairs} pairs of {r.examples} examples", title_justify="left", show_header=False)
+    table = Table(
+        title=f"Held-out preferences: {r.pairs} pairs of {r.examples} examples",
+        title_justify="left",
+        show_header=False,
+    )
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("accuracy (95% interval)", f"{r.accuracy:.1%} ({r.accuracy_low:.1%} to {r.accuracy_high:.1%})")
+    table.add_row(
+        "accuracy (95% interval)",
+        f"{r.accuracy:.1%} ({r.accuracy_low:.1%} to {r.accuracy_high:.1%})",
+    )
     if r.ceiling is not None:
-        table.add_row(f"ceiling, where {r.label_noise:.0%} of the labels are flipped", f"{r.ceiling:.1%}")
-    table.add_row("preferring the shorter answer; the longer", f"{r.shorter_wins:.1%}; {r.longer_wins:.1%}")
+        table.add_row(
+            f"ceiling, where {r.label_noise:.0%} of the labels are flipped", f"{r.ceiling:.1%}"
+        )
+    table.add_row(
+        "preferring the shorter answer; the longer", f"{r.shorter_wins:.1%}; {r.longer_wins:.1%}"
+    )
     table.add_row("correlation of score and length", f"{r.length_correlation:+.2f}")
     table.add_row("mean margin", f"{r.margin:.3f}")
     table.add_row("loss, nats; a coin's", f"{r.loss:.4f}; {math.log(2):.4f}")
@@ -178,8 +251,14 @@ def report_table(report: RewardReport) -> Table:
     table.add_row("expected calibration error", f"{r.ece:.1%}")
     table.add_row("accuracy that the model expects", f"{r.confidence:.1%}")
     if r.temperature is not None and r.loss_at_temperature is not None:
-        table.add_row("temperature of the least loss; that loss", f"{r.temperature:.2f}; {r.loss_at_temperature:.4f}")
+        table.add_row(
+            "temperature of the least loss; that loss",
+            f"{r.temperature:.2f}; {r.loss_at_temperature:.4f}",
+        )
     table.add_section()
     for b in r.bins:
-        table.add_row(f"predicted {b.predicted:.1%} ({b.weight:.0%} of the votes)", f"observed {b.observed:.1%}")
+        table.add_row(
+            f"predicted {b.predicted:.1%} ({b.weight:.0%} of the votes)",
+            f"observed {b.observed:.1%}",
+        )
     return table

@@ -1,15 +1,20 @@
-"""Rewards: Python functions with TRL's contract, reward-model directories, and weighted sums of several.
+"""Rewards: Python functions with TRL's contract, reward-model directories, and weighted sums of
+several.
 
-    f(prompts, completions, completion_ids, **columns) -> list[float | None]        sync or async; None: does not apply to this sample
+    f(prompts, completions, completion_ids, **columns) -> list[float | None]
+            sync or async; None: does not apply to this sample
 
-In place of a number a sample may have a list: one number for each of its tokens, or, for the steps of a process, pairs of (characters of the completion
-through the end of the step, its reward). Their sum is the sample's score, wherever one number is needed, as in group methods; `RewardScores.tokens` says
-where it accrued.
+In place of a number a sample may have a list: one number for each of its tokens, or, for the steps
+of a process, pairs of (characters of the completion through the end of the step, its reward). Their
+sum is the sample's score, wherever one number is needed, as in group methods; `RewardScores.tokens`
+says where it accrued.
 
-A message-list prompt gets its completion as a message list too, as in TRL. A function without **kwargs is given those arguments that it names.
-A reward that raises, or returns something other than one value per completion, stops the run; a single value that is no finite number makes that
+A message-list prompt gets its completion as a message list too, as in TRL. A function without
+**kwargs is given those arguments that it names. A reward that raises, or returns something other
+than one value per completion, stops the run; a single value that is no finite number makes that
 sample invalid, never 0.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -45,7 +50,8 @@ LARGEST = 1e15  # of a reward
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a reward sees, one entry per completion: prompts and completions as text (or messages) and as token ids, and the data's other columns."""
+    """What a reward sees, one entry per completion: prompts and completions as text (or messages)
+    and as token ids, and the data's other columns."""
 
     prompts: Sequence[Prompt]
     completions: Sequence[str]
@@ -71,8 +77,9 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class RewardScores:
-    """total [B]: the weighted sum, NaN where invalid. per_reward: {name: [B]}, None where a reward does not apply, NaN where it is invalid.
-    invalid: (index of the completion, name of the reward, reason). tokens [B]: of what is in total, what accrued at each token; None where all of it is
+    """total [B]: the weighted sum, NaN where invalid. per_reward: {name: [B]}, None where a reward
+    does not apply, NaN where it is invalid. invalid: (index of the completion, name of the reward,
+    reason). tokens [B]: of what is in total, what accrued at each token; None where all of it is
     the whole completion's."""
 
     total: list[float]
@@ -81,7 +88,7 @@ class RewardScores:
     tokens: list[list[float] | None]
 
 
-# ---- several rewards ----------------------------------------------------------------------------------------------------------
+# ---- several rewards -----------------------------------------------------------------------------
 class RewardSet:
     """A weighted sum of rewards. Names are made unique, since metrics are filed under them.
 
@@ -90,51 +97,101 @@ class RewardSet:
     """
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None) -> None:
-        self.weights = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+        self.weights = (
+            [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+        )
         if not rewards or len(self.weights) != len(rewards):
-            raise RewardError(f"expected at least one reward and one weight for each, got {len(rewards)} rewards and {len(self.weights)} weights")
+            raise RewardError(
+                f"expected at least one reward and one weight for each, got {len(rewards)} rewards "
+                f"and {len(self.weights)} weights"
+            )
         self.rewards = list(rewards)
         self.names: list[str] = []
         for reward in rewards:
-            taken = sum(name == reward.name or name.startswith(f"{reward.name}#") for name in self.names)
+            taken = sum(
+                name == reward.name or name.startswith(f"{reward.name}#") for name in self.names
+            )
             self.names.append(f"{reward.name}#{taken + 1}" if taken else reward.name)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], prompt_ids: Sequence[Sequence[int]],
-              completion_ids: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]] | None = None) -> RewardScores:
-        """Score B completions; every argument has one entry per completion (a prompt with n samples comes n times).
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> RewardScores:
+        """Score B completions; every argument has one entry per completion (a prompt with n samples
+        comes n times).
 
         Raises:
-            RewardError: a reward raised, or did not return one value per completion; names the reward and the cause.
+            RewardError: a reward raised, or did not return one value per completion; names the
+            reward and the cause.
         """
         rollout = Rollout(prompts, completions, prompt_ids, completion_ids, columns or {})
-        for what, column in (("prompts", prompts), ("prompt_ids", prompt_ids), ("completion_ids", completion_ids), *rollout.columns.items()):
+        for what, column in (
+            ("prompts", prompts),
+            ("prompt_ids", prompt_ids),
+            ("completion_ids", completion_ids),
+            *rollout.columns.items(),
+        ):
             if len(column) != len(completions):
-                raise RewardError(f"rewards: expected {len(completions)} entries in {what}, one per completion, got {len(column)}")
+                raise RewardError(
+                    f"rewards: expected {len(completions)} entries in {what}, one per completion, "
+                    f"got {len(column)}"
+                )
         per_reward: dict[str, list[float | None]] = {}
         invalid: list[tuple[int, str, str]] = []
         tokens: list[list[float] | None] = [None] * len(completions)
-        for name, weight, reward, returned in zip(self.names, self.weights, self.rewards, self._call(rollout), strict=True):
+        for name, weight, reward, returned in zip(
+            self.names, self.weights, self.rewards, self._call(rollout), strict=True
+        ):
             per_reward[name] = []
-            for index, value in enumerate(values_of(f"reward {name!r}", returned, len(completions))):
+            for index, value in enumerate(
+                values_of(f"reward {name!r}", returned, len(completions))
+            ):
                 spread = _spread(value, reward, rollout, index) if _is_list(value) else None
                 if isinstance(spread, list):
-                    tokens[index] = [a + weight * b for a, b in zip(tokens[index] or [0.0] * len(spread), spread, strict=True)]
-                number, reason = _number(value if spread is None else math.fsum(spread) if isinstance(spread, list) else spread)
+                    tokens[index] = [
+                        a + weight * b
+                        for a, b in zip(tokens[index] or [0.0] * len(spread), spread, strict=True)
+                    ]
+                number, reason = _number(
+                    value
+                    if spread is None
+                    else math.fsum(spread)
+                    if isinstance(spread, list)
+                    else spread
+                )
                 per_reward[name].append(number)
                 if reason:
                     invalid.append((index, name, reason))
         total = []
         for index in range(len(completions)):
-            parts = [weight * value for weight, name in zip(self.weights, self.names, strict=True) if (value := per_reward[name][index]) is not None]
+            parts = [
+                weight * value
+                for weight, name in zip(self.weights, self.names, strict=True)
+                if (value := per_reward[name][index]) is not None
+            ]
             total.append(math.fsum(parts) if parts else math.nan)
             if not parts:
-                invalid.append((index, ", ".join(self.names), "no reward applies to this sample: all returned None"))
+                invalid.append(
+                    (
+                        index,
+                        ", ".join(self.names),
+                        "no reward applies to this sample: all returned None",
+                    )
+                )
         return RewardScores(total, per_reward, invalid, tokens)
 
     def _call(self, rollout: Rollout) -> list[Any]:
-        returned = [blame(f"reward {name!r}", partial(reward, rollout)) for name, reward in zip(self.names, self.rewards, strict=True)]
+        returned = [
+            blame(f"reward {name!r}", partial(reward, rollout))
+            for name, reward in zip(self.names, self.rewards, strict=True)
+        ]
         pending = [index for index, value in enumerate(returned) if inspect.isawaitable(value)]
         if pending:
+
             async def caught(value: Awaitable[Any]) -> Any:
                 try:
                     return await value
@@ -144,8 +201,11 @@ class RewardSet:
             async def gather() -> list[Any]:
                 return await asyncio.gather(*(caught(returned[index]) for index in pending))
 
-            with ThreadPoolExecutor(1) as thread:  # a thread of its own: the caller may be inside an event loop, as in a notebook
-                for index, value in zip(pending, thread.submit(asyncio.run, gather()).result(), strict=True):
+            # a thread of its own: the caller may be inside an event loop, as in a notebook
+            with ThreadPoolExecutor(1) as thread:
+                for index, value in zip(
+                    pending, thread.submit(asyncio.run, gather()).result(), strict=True
+                ):
                     returned[index] = blame(f"reward {self.names[index]!r}", partial(_value, value))
         return returned
 
@@ -164,25 +224,35 @@ def _value(value: Any) -> Any:
 
 
 def blame(what: str, call: Callable[[], Any]) -> Any:
-    """The call's result. Raises RewardError, which names `what` and where it happened, in place of whatever it raises, sys.exit among it; but an interrupt
-    stays one, and so does the end of a run that was asked for meanwhile."""
+    """The call's result. Raises RewardError, which names `what` and where it happened, in place of
+    whatever it raises, sys.exit among it; but an interrupt stays one, and so does the end of a run
+    that was asked for meanwhile."""
     try:
         return call()
     except (RewardError, KeyboardInterrupt, Stopped):
         raise
     except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise RewardError(f"{what} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+        raise RewardError(
+            f"{what} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        ) from error
 
 
-def values_of(what: str, returned: Any, count: int, noun: str = "value", subject: str = "completion") -> list[Any]:
+def values_of(
+    what: str, returned: Any, count: int, noun: str = "value", subject: str = "completion"
+) -> list[Any]:
     """What a function returned, as a list of so many. Raises RewardError where it is none."""
     if isinstance(returned, torch.Tensor) or type(returned).__module__ == "numpy":
         returned = returned.tolist()
     if not isinstance(returned, list | tuple):
-        raise RewardError(f"{what}: expected a list of {count} {noun}s, one per {subject}, got {type(returned).__name__}")
+        raise RewardError(
+            f"{what}: expected a list of {count} {noun}s, one per {subject}, got "
+            f"{type(returned).__name__}"
+        )
     if len(returned) != count:
-        raise RewardError(f"{what}: expected {count} {noun}s, one per {subject}, got {len(returned)}")
+        raise RewardError(
+            f"{what}: expected {count} {noun}s, one per {subject}, got {len(returned)}"
+        )
     return list(returned)
 
 
@@ -201,13 +271,19 @@ def _number(value: Any) -> tuple[float | None, str]:
     if not math.isfinite(number):
         return math.nan, f"expected a finite number or None, got {value!r:.80}"
     if abs(number) > LARGEST:
-        return math.nan, f"expected a number of at most {LARGEST:g} (squares are summed in float32), got {value!r:.80}"
+        return (
+            math.nan,
+            f"expected a number of at most {LARGEST:g} (squares are summed in float32), got "
+            f"{value!r:.80}",
+        )
     return number, ""
 
 
-# ---- rewards of tokens and of steps -------------------------------------------------------------------------------------------
+# ---- rewards of tokens and of steps --------------------------------------------------------------
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) or (isinstance(value, torch.Tensor) and value.numel() != 1)
+    return isinstance(value, list | tuple) or (
+        isinstance(value, torch.Tensor) and value.numel() != 1
+    )
 
 
 def _spread(value: Any, reward: Reward, rollout: Rollout, index: int) -> list[float] | Invalid:
@@ -223,22 +299,32 @@ def _spread(value: Any, reward: Reward, rollout: Rollout, index: int) -> list[fl
         numbers.append(number)
     if not steps:
         if len(numbers) != len(ids):
-            return Invalid(f"expected a number or None, got {value!r:.80}; rewards of tokens are one for each, {len(ids)} here")
+            return Invalid(
+                f"expected a number or None, got {value!r:.80}; rewards of tokens are one for "
+                f"each, {len(ids)} here"
+            )
         return numbers
     spread = [0.0] * len(ids)
     for (end, _), number in zip(listed, numbers, strict=True):
         if not isinstance(end, int) or not 0 < end <= len(text):
-            return Invalid(f"expected the end of a step within the {len(text)} characters of the completion, got {end!r:.80}")
+            return Invalid(
+                f"expected the end of a step within the {len(text)} characters of the completion, "
+                f"got {end!r:.80}"
+            )
         spread[_token_at(reward, rollout.prompt_ids[index], ids, end)] += number
     return spread
 
 
 def _token_at(reward: Reward, prompt_ids: Sequence[int], ids: Sequence[int], end: int) -> int:
-    """Index of the token that completes the first `end` characters. Decoded behind the prompt, as completions are: alone, a first space may be lost."""
+    """Index of the token that completes the first `end` characters. Decoded behind the prompt, as
+    completions are: alone, a first space may be lost."""
     tokenizer = getattr(reward, "policy_tokenizer", None)
     if tokenizer is None:
-        raise RewardError(f"reward {reward.name!r} returned rewards of steps, and where a step ends is known in characters; give load_reward the policy's "
-                          "tokenizer, or return a number for each token")
+        raise RewardError(
+            f"reward {reward.name!r} returned rewards of steps, and where a step ends is known in "
+            "characters; give load_reward the policy's "
+            "tokenizer, or return a number for each token"
+        )
     before = list(prompt_ids[-CONTEXT:])
 
     def length(count: int) -> int:
@@ -248,35 +334,44 @@ def _token_at(reward: Reward, prompt_ids: Sequence[int], ids: Sequence[int], end
 
 
 def moved_rewards(batch: PackedBatch, tokens: Sequence[Sequence[float] | None]) -> torch.Tensor:
-    """[N] float32: rewards of tokens, less their sum at the last action of each sequence. The score there holds that sum too, so with this column (shaped_gae's
-    token_rewards) rewards stand where they accrued, and without it the return of the whole sequence is the same."""
-    moved, mask, start = torch.zeros(batch.num_tokens, dtype=torch.float64), batch.action_mask.cpu(), 0
+    """[N] float32: rewards of tokens, less their sum at the last action of each sequence. The score
+    there holds that sum too, so with this column (shaped_gae's token_rewards) rewards stand where
+    they accrued, and without it the return of the whole sequence is the same."""
+    moved, mask, start = (
+        torch.zeros(batch.num_tokens, dtype=torch.float64),
+        batch.action_mask.cpu(),
+        0,
+    )
     for length, rewards in zip(batch.lengths, tokens, strict=True):
         if rewards is not None:
             own = torch.zeros(length, dtype=torch.float64)
-            own[length - len(rewards):] = torch.tensor(rewards, dtype=torch.float64)
-            acted = mask[start:start + length].nonzero()
+            own[length - len(rewards) :] = torch.tensor(rewards, dtype=torch.float64)
+            acted = mask[start : start + length].nonzero()
             if len(acted):
-                own[~mask[start:start + length]] = 0.0
+                own[~mask[start : start + length]] = 0.0
                 own[acted[-1]] -= own.sum()
-                moved[start:start + length] = own
+                moved[start : start + length] = own
         start += length
     return moved.float().to(batch.device)
 
 
-# ---- one reward ---------------------------------------------------------------------------------------------------------------
-def load_reward(spec: str | Path | Callable[..., Any], *, device: torch.device | str | None = None,
-                tokenizer: PreTrainedTokenizerBase | None = None) -> Reward:
+# ---- one reward ----------------------------------------------------------------------------------
+def load_reward(
+    spec: str | Path | Callable[..., Any],
+    *,
+    device: torch.device | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Reward:
     """A reward from `file.py:function`, a reward-model directory, or a function.
 
     Args:
-        device: of a reward model.
-        tokenizer: the policy's. Rewards of steps find their tokens by it. A reward model with the same one reads the policy's token ids; with another, or
+        device: of a reward model. tokenizer: the policy's. Rewards of steps find their tokens by
+        it. A reward model with the same one reads the policy's token ids; with another, or
             without this, it tokenises texts.
 
     Raises:
-        RewardError: no such file, no such function, a failed import, neither a function nor a directory.
-        ValueError, FileNotFoundError: a directory that is no reward model.
+        RewardError: no such file, no such function, a failed import, neither a function nor a
+        directory. ValueError, FileNotFoundError: a directory that is no reward model.
     """
     if callable(spec):
         return FunctionReward(spec, tokenizer)
@@ -285,7 +380,10 @@ def load_reward(spec: str | Path | Callable[..., Any], *, device: torch.device |
         return FunctionReward(import_function(Path(path), function), tokenizer)
     if str(spec) and Path(spec).is_dir():
         return ModelReward(Path(spec), device=device, policy_tokenizer=tokenizer)
-    raise RewardError(f"reward {str(spec)!r}: expected file.py:function or the directory of a reward model; {_no_reward(str(spec))}")
+    raise RewardError(
+        f"reward {str(spec)!r}: expected file.py:function or the directory of a reward model; "
+        f"{_no_reward(str(spec))}"
+    )
 
 
 def _no_reward(spec: str) -> str:
@@ -294,23 +392,40 @@ def _no_reward(spec: str) -> str:
     if not spec:
         return "got nothing"
     if spec.endswith(".py"):
-        return f"name the function, {spec}:NAME" + ("" if Path(spec).is_file() else f"; and {no_such(spec)}")
+        return f"name the function, {spec}:NAME" + (
+            "" if Path(spec).is_file() else f"; and {no_such(spec)}"
+        )
     if "://" in spec:
-        return "nothing is downloaded from an address, and none is asked for a score: a function may ask one"
+        return (
+            "nothing is downloaded from an address, and none is asked for a score: a function "
+            "may ask one"
+        )
     if Path(spec).exists():
         return f"{spec} is a file"
     if colon and function.isidentifier():
         return f"the function's file ends in .py, got {path!r}"
     hub = spec.count("/") == 1 and spec[0] not in "./~"
-    fetched = f"; if it is a reward model of the Hugging Face hub, fetch it: hf download {spec} --local-dir DIR" if hub else ""
+    fetched = (
+        f"; if it is a reward model of the Hugging Face hub, fetch it: hf download {spec} "
+        "--local-dir DIR"
+        if hub
+        else ""
+    )
     return f"there is no such directory: {no_such(spec)}{fetched}"
 
 
 def import_function(path: Path, function: str, what: str = "reward") -> Callable[..., Any]:
-    """A function of a Python file that is no module. Raises RewardError, which calls it `what`: no such file, no such function, a failed import."""
+    """A function of a Python file that is no module. Raises RewardError, which calls it `what`: no
+    such file, no such function, a failed import."""
     if not path.is_file():
-        raise RewardError(f"{what} {path}:{function}: there is no such file: "
-                          + (f"{path} is a directory" if path.is_dir() else no_such(path) + "; of several each is given by itself" * ("," in str(path))))
+        raise RewardError(
+            f"{what} {path}:{function}: there is no such file: "
+            + (
+                f"{path} is a directory"
+                if path.is_dir()
+                else no_such(path) + "; of several each is given by itself" * ("," in str(path))
+            )
+        )
     name = f"fusedrl_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -324,20 +439,34 @@ def import_function(path: Path, function: str, what: str = "reward") -> Callable
     except BaseException as error:  # sys.exit at the end of a script is one
         frame = traceback.extract_tb(error.__traceback__)[-1]
         line = error.lineno if isinstance(error, SyntaxError) else frame.lineno
-        raise RewardError(f"{what} {path}:{function}: importing the file raised {type(error).__name__}: {error} (line {line})") from error
+        raise RewardError(
+            f"{what} {path}:{function}: importing the file raised {type(error).__name__}: {error} "
+            f"(line {line})"
+        ) from error
     found = getattr(module, function, None)
     if found is None:
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == name and not key.startswith("_")]
-        raise RewardError(f"{what} {path}:{function}: the file has no {function!r}; its functions: {', '.join(known) or 'none'}")
+        known = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == name and not key.startswith("_")
+        ]
+        raise RewardError(
+            f"{what} {path}:{function}: the file has no {function!r}; its functions: "
+            f"{', '.join(known) or 'none'}"
+        )
     if not callable(found):
-        raise RewardError(f"{what} {path}:{function}: expected a function, got {type(found).__name__}")
+        raise RewardError(
+            f"{what} {path}:{function}: expected a function, got {type(found).__name__}"
+        )
     return found
 
 
 class FunctionReward:
     """A function with TRL's contract. The policy's tokenizer is for rewards of steps."""
 
-    def __init__(self, function: Callable[..., Any], policy_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], policy_tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         self.function = function
         self.policy_tokenizer = policy_tokenizer
         self.name = getattr(function, "__name__", type(function).__name__)
@@ -347,24 +476,49 @@ class FunctionReward:
         self._needs = {p.name for p in parameters if p.name in named and p.default is p.empty}
 
     def __call__(self, rollout: Rollout) -> list[Any] | Awaitable[list[Any]]:
-        completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-                       for prompt, text in zip(rollout.prompts, rollout.completions, strict=True)]
-        arguments = {"prompts": list(rollout.prompts), "completions": completions, "completion_ids": [list(ids) for ids in rollout.completion_ids]}
-        arguments |= {name: list(column) for name, column in rollout.columns.items() if name not in arguments}
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(rollout.prompts, rollout.completions, strict=True)
+        ]
+        arguments = {
+            "prompts": list(rollout.prompts),
+            "completions": completions,
+            "completion_ids": [list(ids) for ids in rollout.completion_ids],
+        }
+        arguments |= {
+            name: list(column) for name, column in rollout.columns.items() if name not in arguments
+        }
         if missing := sorted(self._needs - arguments.keys()):
-            raise RewardError(f"reward {self.name!r} needs the column {missing[0]!r} of the data, which has {', '.join(sorted(rollout.columns)) or 'none'} "
-                              "beside the prompt; add it there, or give the argument a default")
-        return self.function(**{name: value for name, value in arguments.items() if self._takes is None or name in self._takes})
+            raise RewardError(
+                f"reward {self.name!r} needs the column {missing[0]!r} of the data, which has "
+                f"{', '.join(sorted(rollout.columns)) or 'none'} "
+                "beside the prompt; add it there, or give the argument a default"
+            )
+        return self.function(
+            **{
+                name: value
+                for name, value in arguments.items()
+                if self._takes is None or name in self._takes
+            }
+        )
 
 
 class ModelReward:
-    """A reward model: its score at the last token of prompt and completion. Sequences longer than it can read are invalid.
+    """A reward model: its score at the last token of prompt and completion. Sequences longer than
+    it can read are invalid.
 
     Raises:
-        ValueError, FileNotFoundError: the directory is no reward model, or has no tokenizer with an EOS.
+        ValueError, FileNotFoundError: the directory is no reward model, or has no tokenizer with an
+        EOS.
     """
 
-    def __init__(self, directory: Path, *, device: torch.device | str | None = None, policy_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        device: torch.device | str | None = None,
+        policy_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         from fusedrl.engine.model.heads import load_reward_model
         from fusedrl.engine.model.weights import load_tokenizer
 
@@ -372,42 +526,78 @@ class ModelReward:
         self.model = load_reward_model(directory, device=device).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(directory)
         if self.tokenizer is None:
-            raise RewardError(f"reward {directory}: expected a tokenizer beside the reward model, got none; copy its tokenizer.json and "
-                              "tokenizer_config.json there")
+            raise RewardError(
+                f"reward {directory}: expected a tokenizer beside the reward model, got none; copy "
+                "its tokenizer.json and "
+                "tokenizer_config.json there"
+            )
         self._policy_tokenizer = policy_tokenizer
-        self._same = policy_tokenizer is not None and _identity(policy_tokenizer) == _identity(self.tokenizer)
+        self._same = policy_tokenizer is not None and _identity(policy_tokenizer) == _identity(
+            self.tokenizer
+        )
         config = self.model.decoder.config
         self._limit = config.max_positions
         self._eos = end_of_text(self.tokenizer, config.eos_token_ids)
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> list[float | Invalid]:
-        pairs = list(zip(rollout.prompt_ids, rollout.completion_ids, strict=True)) if self._same else self._tokenize(rollout)
+        pairs = (
+            list(zip(rollout.prompt_ids, rollout.completion_ids, strict=True))
+            if self._same
+            else self._tokenize(rollout)
+        )
         values: list[float | Invalid] = [
-            Invalid(f"{len(prompt) + len(completion)} tokens, and the reward model {self.name!r} reads at most {self._limit}")
-            for prompt, completion in pairs]
-        fitting = [index for index, (prompt, completion) in enumerate(pairs) if 0 < len(prompt) + len(completion) <= self._limit]
-        batch = PackedBatch.from_sequences((pairs[index] for index in fitting), device=self.model.head.weight.device)
+            Invalid(
+                f"{len(prompt) + len(completion)} tokens, and the reward model {self.name!r} reads "
+                f"at most {self._limit}"
+            )
+            for prompt, completion in pairs
+        ]
+        fitting = [
+            index
+            for index, (prompt, completion) in enumerate(pairs)
+            if 0 < len(prompt) + len(completion) <= self._limit
+        ]
+        batch = PackedBatch.from_sequences(
+            (pairs[index] for index in fitting), device=self.model.head.weight.device
+        )
         for part in batch.split(TOKENS_PER_FORWARD):
             for row, value in zip(part, self.model(batch.select(part)).tolist(), strict=True):
                 values[fitting[row]] = value
         return values
 
     def _tokenize(self, rollout: Rollout) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """Another tokenizer than the policy's: from text, with an EOS where the policy ended its answer."""
-        ends = set(self._policy_tokenizer.all_special_ids) if self._policy_tokenizer is not None else None
+        """Another tokenizer than the policy's: from text, with an EOS where the policy ended its
+        answer."""
+        ends = (
+            set(self._policy_tokenizer.all_special_ids)
+            if self._policy_tokenizer is not None
+            else None
+        )
         pairs: list[tuple[Sequence[int], Sequence[int]]] = []
         tools = rollout.columns.get("tools", [None] * len(rollout.prompts))
-        for prompt, text, ids, schemas in zip(rollout.prompts, rollout.completions, rollout.completion_ids, tools, strict=True):
+        for prompt, text, ids, schemas in zip(
+            rollout.prompts, rollout.completions, rollout.completion_ids, tools, strict=True
+        ):
             completion = encode_completion(self.tokenizer, text, self._eos, first=not prompt)
             ended = ends is None or (len(ids) > 0 and ids[-1] in ends)
-            pairs.append((encode_prompt(self.tokenizer, prompt, schemas), completion if ended else completion[:-1]))
+            pairs.append(
+                (
+                    encode_prompt(self.tokenizer, prompt, schemas),
+                    completion if ended else completion[:-1],
+                )
+            )
         return pairs
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What decides the ids of a text; padding and truncation, which calls switch on and off, are left out."""
+    """What decides the ids of a text; padding and truncation, which calls switch on and off, are
+    left out."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer.get_vocab(), type(tokenizer)
-    return {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+    return {
+        key: value
+        for key, value in json.loads(backend.to_str()).items()
+        if key not in ("padding", "truncation")
+    }

@@ -1,10 +1,17 @@
-"""Best-of-n: sample n completions of a prompt, keep the one that scores highest; the baseline that needs no training.
+"""Best-of-n: sample n completions of a prompt, keep the one that scores highest; the baseline that
+needs no training.
 
-    KL(best of n || policy) <= log n - (n - 1) / n          equal where no two completions can score alike and each is improbable; the bound always holds
-                                                            (Beirami et al., 2024; as an equality in Stiennon et al., 2020, appendix G.3)
-    E[best of k] ~ sum_i C(i - 1, k - 1) / C(n, k) s_(i)    s_(1) <= ... <= s_(n) the scores of n >= k samples: the mean over all subsets of k, unbiased
-                                                            (Nakano et al., 2021, WebGPT, appendix I)
+KL(best of n || policy) <= log n - (n - 1) / n          equal where no two completions can score
+                                                        alike and each is improbable; the bound
+                                                        always holds
+                                                        (Beirami et al., 2024; as an equality in
+                                                        Stiennon et al., 2020, appendix G.3)
+E[best of k] ~ sum_i C(i - 1, k - 1) / C(n, k) s_(i)    s_(1) <= ... <= s_(n) the scores of n >= k
+                                                        samples: the mean over all subsets of k,
+                                                        unbiased
+                                                        (Nakano et al., 2021, WebGPT, appendix I)
 """
+
 from __future__ import annotations
 
 import math
@@ -26,7 +33,8 @@ from fusedrl.engine.rewards.rewards import RewardSet
 
 @dataclass(frozen=True)
 class BestOf:
-    """A prompt's n completions with their scores (nan where a reward is invalid), and the index of the best."""
+    """A prompt's n completions with their scores (nan where a reward is invalid), and the index of
+    the best."""
 
     completions: list[Completion]
     scores: list[float]
@@ -41,59 +49,120 @@ class BestOf:
         return self.scores[self.index]
 
 
-def best_of_n(actor: HybridActor, prompts: Sequence[PromptExample], rewards: RewardSet, n: int, generation: GenerationConfig, seed: int) -> list[BestOf]:
+def best_of_n(
+    actor: HybridActor,
+    prompts: Sequence[PromptExample],
+    rewards: RewardSet,
+    n: int,
+    generation: GenerationConfig,
+    seed: int,
+) -> list[BestOf]:
     """Sample n completions of each prompt and choose the best of them; of equal ones the first.
 
     Args:
-        prompts: with their columns, which travel to the rewards. generation: how to sample. seed: of the samples.
+        prompts: with their columns, which travel to the rewards. generation: how to sample. seed:
+        of the samples.
     Raises:
-        ValueError: n < 1, or greedy sampling, of which all completions are one.
-        RewardError: a reward raised or did not return one value per completion, or no completion of a prompt has a valid one.
+        ValueError: n < 1, or greedy sampling, of which all completions are one. RewardError: a
+        reward raised or did not return one value per completion, or no completion of a prompt has a
+        valid one.
     """
     if n < 1 or generation.temperature == 0:
-        raise ValueError(f"best_of_n: expected n >= 1 and a temperature above 0, got n = {n} and {generation.temperature}; greedy completions are all one")
+        raise ValueError(
+            f"best_of_n: expected n >= 1 and a temperature above 0, got n = {n} and "
+            f"{generation.temperature}; greedy completions are all one"
+        )
     g = generation
-    ids = [encode_prompt(actor.tokenizer, example.prompt, example.columns.get("tools")) for example in prompts]
-    outs = actor.generate(ids, SamplingParams(max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, min_p=g.min_p, n=n,
-                                              seed=seed, stop_token_ids=g.stop_token_ids))
-    flat = [(example, tokens, completion) for example, tokens, group in zip(prompts, ids, outs, strict=True) for completion in group]
-    columns = {name: [example.columns.get(name) for example, _, _ in flat] for name in sorted({name for example in prompts for name in example.columns})}
-    scored = rewards.score([example.prompt for example, _, _ in flat], [c.text for _, _, c in flat], [tokens for _, tokens, _ in flat],
-                           [c.token_ids for _, _, c in flat], columns)
+    ids = [
+        encode_prompt(actor.tokenizer, example.prompt, example.columns.get("tools"))
+        for example in prompts
+    ]
+    outs = actor.generate(
+        ids,
+        SamplingParams(
+            max_new_tokens=g.max_new_tokens,
+            temperature=g.temperature,
+            top_k=g.top_k,
+            top_p=g.top_p,
+            min_p=g.min_p,
+            n=n,
+            seed=seed,
+            stop_token_ids=g.stop_token_ids,
+        ),
+    )
+    flat = [
+        (example, tokens, completion)
+        for example, tokens, group in zip(prompts, ids, outs, strict=True)
+        for completion in group
+    ]
+    columns = {
+        name: [example.columns.get(name) for example, _, _ in flat]
+        for name in sorted({name for example in prompts for name in example.columns})
+    }
+    scored = rewards.score(
+        [example.prompt for example, _, _ in flat],
+        [c.text for _, _, c in flat],
+        [tokens for _, tokens, _ in flat],
+        [c.token_ids for _, _, c in flat],
+        columns,
+    )
     found = []
     for number, group in enumerate(outs):
-        scores = scored.total[number * n:(number + 1) * n]
+        scores = scored.total[number * n : (number + 1) * n]
         index = first_best(scores)
         if index is None:
             reason = next(reason for sample, _, reason in scored.invalid if sample // n == number)
-            raise RewardError(f"best_of_n: none of the {n} completions of prompt {number + 1} has a valid reward; the first: {reason}")
+            raise RewardError(
+                f"best_of_n: none of the {n} completions of prompt {number + 1} has a valid "
+                f"reward; the first: {reason}"
+            )
         found.append(BestOf(group, scores, index))
     return found
 
 
 def first_best(scores: Sequence[float]) -> int | None:
     """The index of the highest score, of equal ones the first; None where none is a number."""
-    return max((i for i, score in enumerate(scores) if not math.isnan(score)), key=lambda i: (scores[i], -i), default=None)
+    return max(
+        (i for i, score in enumerate(scores) if not math.isnan(score)),
+        key=lambda i: (scores[i], -i),
+        default=None,
+    )
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n nats: the most that the distribution of the best of n samples can differ from the one that they are drawn from."""
+    """log n - (n - 1) / n nats: the most that the distribution of the best of n samples can differ
+    from the one that they are drawn from."""
     return math.log(n) - (n - 1) / n
 
 
 def expected_best(scores_PN: Tensor, k: int, values_PN: Tensor | None = None) -> Tensor:
-    """[P] float64: for each prompt an unbiased estimate of the expected score of the best of k fresh samples, from the scores of N >= k.
+    """[P] float64: for each prompt an unbiased estimate of the expected score of the best of k
+    fresh samples, from the scores of N >= k.
 
     Args:
-        scores_PN: of N independent samples of each of P prompts. values_PN: what to report of the sample that scores best, such as a gold reward where the
+        scores_PN: of N independent samples of each of P prompts. values_PN: what to report of the
+        sample that scores best, such as a gold reward where the
             scores are a proxy's; None: the score itself.
     Raises:
         ValueError: k outside 1 .. N, or scores that are NaN.
     """
     N = scores_PN.shape[-1]
     if not 1 <= k <= N or bool(scores_PN.isnan().any()):
-        raise ValueError(f"expected_best: expected 1 <= k <= {N}, the samples of a prompt, and scores that are numbers, got k = {k}"
-                         + (" and NaN among the scores: leave invalid samples out" if bool(scores_PN.isnan().any()) else ""))
+        raise ValueError(
+            f"expected_best: expected 1 <= k <= {N}, the samples of a prompt, and scores that are "
+            f"numbers, got k = {k}"
+            + (
+                " and NaN among the scores: leave invalid samples out"
+                if bool(scores_PN.isnan().any())
+                else ""
+            )
+        )
     order = scores_PN.argsort(dim=-1, stable=True)
-    weights = torch.tensor([math.comb(i, k - 1) / math.comb(N, k) for i in range(N)], dtype=torch.float64, device=scores_PN.device)
-    return (torch.gather(scores_PN if values_PN is None else values_PN, -1, order).double() * weights).sum(-1)
+    weights = torch.tensor(
+        [math.comb(i, k - 1) / math.comb(N, k) for i in range(N)],
+        dtype=torch.float64,
+        device=scores_PN.device,
+    )
+    return (
+        torch.gather(scores_PN if values_PN is None else values_PN, -1, order).double() * weights
+    ).sum(-1)

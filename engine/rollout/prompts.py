@@ -1,4 +1,5 @@
 """The prompts of a stage that samples: encoded, and short enough for what is to follow them."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -28,20 +29,30 @@ class NamesPrompts(Protocol):
 
 
 def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[Prompt]:
-    """The prompts of config.data that leave room for max_new_tokens, and are no longer than max_prompt_length; the others are counted.
+    """The prompts of config.data that leave room for max_new_tokens, and are no longer than
+    max_prompt_length; the others are counted.
 
     Raises:
         ConfigError: max_new_tokens leaves no room for any. DataError, OSError: as the readers say.
     """
     room = actor.decoder.config.max_positions - config.generation.max_new_tokens
     if room < 1:
-        raise ConfigError(f"generation.max_new_tokens = {config.generation.max_new_tokens} leaves no room for a prompt in the model's "
-                          f"{actor.decoder.config.max_positions} positions; lower it")
+        raise ConfigError(
+            f"generation.max_new_tokens = {config.generation.max_new_tokens} leaves no room for a "
+            "prompt in the model's "
+            f"{actor.decoder.config.max_positions} positions; lower it"
+        )
 
     def read(source: Source) -> list[Prompt]:
-        examples = load_prompts(source, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects.jsonl",
-                                options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
-        encoded, dropped = encode_prompts(actor.tokenizer, examples, min(room, config.max_prompt_length or room))
+        examples = load_prompts(
+            source,
+            skip_bad_lines=config.skip_bad_lines,
+            rejects=run.directory / "rejects.jsonl",
+            options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)),
+        )
+        encoded, dropped = encode_prompts(
+            actor.tokenizer, examples, min(room, config.max_prompt_length or room)
+        )
         run.message(f"prompts: {dropped}")
         return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
 

@@ -1,9 +1,11 @@
 """What the policy is held near: the model that a run starts from, in one of three places.
 
-    frozen       a second copy beside the policy: the weights once more
-    adapter_off  the policy itself with its LoRA adapter switched off: nothing
-    host         a second copy in the host's memory, on the GPU while it scores: the weights once more, but not while gradients and activations are there
+frozen       a second copy beside the policy: the weights once more
+adapter_off  the policy itself with its LoRA adapter switched off: nothing
+host         a second copy in the host's memory, on the GPU while it scores: the weights once more,
+             but not while gradients and activations are there
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +20,16 @@ from fusedrl.engine.base.packing import PackedBatch
 
 
 class Reference(Protocol):
-    """Whatever scores a batch as `HybridActor.score` does, and has hidden states for an exact KL."""
+    """Whatever scores a batch as `HybridActor.score` does, and has hidden states for an exact
+    KL."""
 
-    def score(self, batch: PackedBatch, temperature: float = 1.0, tokens_per_microbatch: int | None = None,
-              partition: Sequence[Sequence[int]] | None = None) -> Scored: ...
+    def score(
+        self,
+        batch: PackedBatch,
+        temperature: float = 1.0,
+        tokens_per_microbatch: int | None = None,
+        partition: Sequence[Sequence[int]] | None = None,
+    ) -> Scored: ...
 
     def hidden(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """[N, H] of the batch and the head [V, H] that reads it, without gradient."""
@@ -33,8 +41,13 @@ class Frozen:
     def __init__(self, actor: HybridActor) -> None:
         self._actor = actor
 
-    def score(self, batch: PackedBatch, temperature: float = 1.0, tokens_per_microbatch: int | None = None,
-              partition: Sequence[Sequence[int]] | None = None) -> Scored:
+    def score(
+        self,
+        batch: PackedBatch,
+        temperature: float = 1.0,
+        tokens_per_microbatch: int | None = None,
+        partition: Sequence[Sequence[int]] | None = None,
+    ) -> Scored:
         """As `HybridActor.score`."""
         with self._present():
             return self._actor.score(batch, temperature, tokens_per_microbatch, partition)
@@ -51,26 +64,32 @@ class Frozen:
 
 
 class AdapterOff(Frozen):
-    """The policy without its adapter: the base model's bits, from the weights that are there anyway."""
+    """The policy without its adapter: the base model's bits, from the weights that are there
+    anyway."""
 
     def _present(self) -> AbstractContextManager[None]:
         return self._actor.disable_adapter()
 
 
 class OnHost(Frozen):
-    """A model whose weights wait in the host's memory, page-locked where there is a GPU, and are on `device` while it scores."""
+    """A model whose weights wait in the host's memory, page-locked where there is a GPU, and are on
+    `device` while it scores."""
 
     def __init__(self, actor: HybridActor, device: torch.device) -> None:
         super().__init__(actor)
         self._device = device
         pin = device.type == "cuda"
-        self._waiting = {name: p.detach().pin_memory() if pin else p.detach() for name, p in actor.decoder.named_parameters()}
+        self._waiting = {
+            name: p.detach().pin_memory() if pin else p.detach()
+            for name, p in actor.decoder.named_parameters()
+        }
         self._back()  # to the page-locked copy; the other goes
 
     @contextmanager
     def _present(self) -> Iterator[None]:
         try:
-            self._actor.decoder.to(self._device, non_blocking=True)  # once a call, however the batch is cut
+            # once a call, however the batch is cut
+            self._actor.decoder.to(self._device, non_blocking=True)
             yield
         finally:
             self._back()
@@ -93,12 +112,15 @@ class NamesReference(Protocol):
 
 
 def load_reference(config: NamesReference, actor: HybridActor) -> Reference:
-    """The reference that the configuration names (on a CPU the host's copy is a frozen one); `actor`: the policy, with its adapter on it."""
+    """The reference that the configuration names (on a CPU the host's copy is a frozen one);
+    `actor`: the policy, with its adapter on it."""
     if config.reference_kind == "adapter_off":
         return AdapterOff(actor)
     device = actor.decoder.device
     host = config.reference_kind == "host" and device.type != "cpu"
-    copy = HybridActor.from_pretrained(config.model, dtype=actor.decoder.dtype, device="cpu" if host else config.device)
+    copy = HybridActor.from_pretrained(
+        config.model, dtype=actor.decoder.dtype, device="cpu" if host else config.device
+    )
     copy.decoder.requires_grad_(False)
     copy.strict = actor.strict  # before the first step its bits are the policy's, and the KL is 0
     return OnHost(copy, device) if host else Frozen(copy)

@@ -1,10 +1,15 @@
-"""How repetitive completions are, on token ids: text that says the same again earns nothing from a reader, whatever a reward model says.
+"""How repetitive completions are, on token ids: text that says the same again earns nothing from a
+reader, whatever a reward model says.
 
-    repeated triples    share of a completion's triples of tokens that occurred in it before: 1 - distinct / all; 0 without any. Fresh text is near 0
-    loop                the completion ends in one block of 2 to 64 tokens three times over (a block of one token, six times)
-    longest run         most times that one token comes in a row
-    distinct triples    of many completions together: distinct / all. Low also where every completion is fresh but they are all the same
+repeated triples    share of a completion's triples of tokens that occurred in it before: 1 -
+                    distinct / all; 0 without any. Fresh text is near 0
+loop                the completion ends in one block of 2 to 64 tokens three times over (a block of
+                    one token, six times)
+longest run         most times that one token comes in a row
+distinct triples    of many completions together: distinct / all. Low also where every completion is
+                    fresh but they are all the same
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,7 +20,8 @@ LONGEST_BLOCK = 64
 
 
 def trigrams(ids: Sequence[int]) -> np.ndarray:
-    """[max(0, len - 2)] int64: the triples of a completion, each packed into one number. Ids are below 2^21."""
+    """[max(0, len - 2)] int64: the triples of a completion, each packed into one number. Ids are
+    below 2^21."""
     tokens = np.asarray(ids, dtype=np.int64)
     return tokens[:-2] << 42 | tokens[1:-1] << 21 | tokens[2:]
 
@@ -27,7 +33,8 @@ def repeated_share(ids: Sequence[int]) -> float:
 
 
 def distinct_share(completions: Sequence[Sequence[int]]) -> float:
-    """Distinct triples of all completions together, over all of them; 1 without any (Li et al., 2016, "distinct-n")."""
+    """Distinct triples of all completions together, over all of them; 1 without any (Li et al.,
+    2016, "distinct-n")."""
     keys = np.concatenate([np.zeros(0, dtype=np.int64), *map(trigrams, completions)])
     return _distinct(keys) / len(keys) if len(keys) else 1.0
 
@@ -40,11 +47,19 @@ def _distinct(keys: np.ndarray) -> int:
 def longest_run(ids: Sequence[int]) -> int:
     """Most times that one token comes in a row."""
     tokens = np.asarray(ids, dtype=np.int64)
-    edges = np.flatnonzero(np.concatenate([[True], tokens[1:] != tokens[:-1], [True]])) if len(tokens) else np.zeros(1, dtype=np.int64)
+    edges = (
+        np.flatnonzero(np.concatenate([[True], tokens[1:] != tokens[:-1], [True]]))
+        if len(tokens)
+        else np.zeros(1, dtype=np.int64)
+    )
     return int(np.diff(edges).max(initial=0))
 
 
 def ends_in_loop(ids: Sequence[int]) -> bool:
-    """Whether the last tokens are one block of 2 to 64 tokens three times. Give it the tokens without the one that ended the completion."""
+    """Whether the last tokens are one block of 2 to 64 tokens three times. Give it the tokens
+    without the one that ended the completion."""
     tokens = list(ids)
-    return any(tokens[-2 * size:] == tokens[-3 * size:-size] for size in range(2, min(len(tokens) // 3, LONGEST_BLOCK) + 1))
+    return any(
+        tokens[-2 * size :] == tokens[-3 * size : -size]
+        for size in range(2, min(len(tokens) // 3, LONGEST_BLOCK) + 1)
+    )

@@ -1,14 +1,19 @@
 """Earlier rollouts, trained on again: the replay buffer of a policy run.
 
-Each step's completions enter after they were trained on, whole: with the old_logp of the policy that wrote them, ref_logp, values, returns and advantages. A
-step's batch is its own completions and some of the buffer's, drawn without replacement. The ratio exp(logp - old_logp) of a replayed token is then its
-importance weight pi / mu, which the objective keeps, clips or caps as it does in later epochs; so a buffer is more epochs, spread over steps. Advantages are
-those of their own step, normalised in their own group and batch: the surrogate E_mu[pi / mu A^mu] of PPO, about an older mu. So a KL in the reward is what
-the policy of then was charged; kl.through_ratio charges today's, at each state. The older the data, the more the clip is needed: unclipped token weights
-neither follow the states nor stay bounded.
+Each step's completions enter after they were trained on, whole: with the old_logp of the policy
+that wrote them, ref_logp, values, returns and advantages. A step's batch is its own completions and
+some of the buffer's, drawn without replacement. The ratio exp(logp - old_logp) of a replayed token
+is then its importance weight pi / mu, which the objective keeps, clips or caps as it does in later
+epochs; so a buffer is more epochs, spread over steps. Advantages are those of their own step,
+normalised in their own group and batch: the surrogate E_mu[pi / mu A^mu] of PPO, about an older mu.
+So a KL in the reward is what the policy of then was charged; kl.through_ratio charges today's, at
+each state. The older the data, the more the clip is needed: unclipped token weights neither follow
+the states nor stay bounded.
 
-Source    experience replay with importance weights: Lin (1992); Wang et al. (2016), ACER. The truncated weight is the objective's clip.
+Source    experience replay with importance weights: Lin (1992); Wang et al. (2016), ACER. The
+          truncated weight is the objective's clip.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -32,7 +37,8 @@ class Replayed:
 
 
 class ReplayBuffer:
-    """Completions of past steps, in the host's memory. A function of what was added and of `seed`: a resumed run draws the same.
+    """Completions of past steps, in the host's memory. A function of what was added and of `seed`:
+    a resumed run draws the same.
 
     An age counts rollouts: 1 is the step before.
     """
@@ -50,7 +56,8 @@ class ReplayBuffer:
         return self._held[-1][0] if self._held else -1
 
     def add(self, batch: PackedBatch, step: int) -> None:
-        """Take in a step's completions, with all that an update reads of them; the oldest beyond the capacity go."""
+        """Take in a step's completions, with all that an update reads of them; the oldest beyond
+        the capacity go."""
         self._held.append((step, replace(batch, weights=None, old_entropy=None).to("cpu")))
         while (surplus := len(self) - self.config.capacity) > 0:
             written, oldest = self._held.pop(0)
@@ -58,9 +65,14 @@ class ReplayBuffer:
                 self._held.insert(0, (written, oldest.select(range(surplus, oldest.num_sequences))))
 
     def draw(self, step: int, fresh: int, device: torch.device | str) -> Replayed | None:
-        """Completions for step `step` beside `fresh` new ones, so that they are `fraction` of all, or as many as there are; None where there are none. What is
-        older than max_age is dropped before."""
-        self._held = [(written, batch) for written, batch in self._held if step - written <= self.config.max_age]
+        """Completions for step `step` beside `fresh` new ones, so that they are `fraction` of all,
+        or as many as there are; None where there are none. What is older than max_age is dropped
+        before."""
+        self._held = [
+            (written, batch)
+            for written, batch in self._held
+            if step - written <= self.config.max_age
+        ]
         size, count = len(self), round(fresh * self.config.fraction / (1 - self.config.fraction))
         chosen = set(shuffled(size, self._seed, "replay", step)[:count])
         if not chosen:
@@ -74,16 +86,24 @@ class ReplayBuffer:
             if rows:
                 parts.append(batch.select(rows))
                 ages += [step - written] * len(rows)
-        return Replayed(PackedBatch.concat(parts).to(device), {
-            "replay/size": float(size), "replay/fraction": len(ages) / (fresh + len(ages)), "replay/age_mean": sum(ages) / len(ages),
-            "replay/age_max": float(max(ages))})
+        return Replayed(
+            PackedBatch.concat(parts).to(device),
+            {
+                "replay/size": float(size),
+                "replay/fraction": len(ages) / (fresh + len(ages)),
+                "replay/age_mean": sum(ages) / len(ages),
+                "replay/age_max": float(max(ages)),
+            },
+        )
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
         """All it holds."""
         steps = [written for written, batch in self._held for _ in range(batch.num_sequences)]
         columns = vars(PackedBatch.concat([batch for _, batch in self._held])) if self._held else {}
-        return {name: x for name, x in columns.items() if isinstance(x, Tensor)} | {"steps": torch.tensor(steps, dtype=torch.int64)}
+        return {name: x for name, x in columns.items() if isinstance(x, Tensor)} | {
+            "steps": torch.tensor(steps, dtype=torch.int64)
+        }
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """What `tensors` gave. Raises CheckpointError where that is no buffer."""
@@ -96,15 +116,31 @@ class ReplayBuffer:
             lengths = tuple(columns["cu_seqlens"].diff().tolist())
             batch = PackedBatch(lengths=lengths, **columns)  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"checkpoint: replay holds no buffer that this version reads ({error}); start in another --run.dir") from error
+            raise CheckpointError(
+                f"checkpoint: replay holds no buffer that this version reads ({error}); start in "
+                "another --run.dir"
+            ) from error
         if len(lengths) != len(steps):
-            raise CheckpointError(f"checkpoint: replay holds {len(lengths)} completions and {len(steps)} ages; start in another --run.dir")
-        self._held = [(written, batch.select([row for row, of in enumerate(steps) if of == written])) for written in sorted(set(steps))]
+            raise CheckpointError(
+                f"checkpoint: replay holds {len(lengths)} completions and {len(steps)} ages; start "
+                "in another --run.dir"
+            )
+        self._held = [
+            (written, batch.select([row for row, of in enumerate(steps) if of == written]))
+            for written in sorted(set(steps))
+        ]
 
 
-def with_replay(fresh_cuts: list[list[list[int]]], fresh: int, replayed: PackedBatch, tokens_per_microbatch: int) -> list[list[list[int]]]:
-    """Cuts of the new completions 0 .. fresh - 1 as they are, and behind them in each minibatch its share of those replayed, which are numbered from `fresh`
-    on, in micro-batches of their own: the new ones' ratios stay exactly 1."""
+def with_replay(
+    fresh_cuts: list[list[list[int]]], fresh: int, replayed: PackedBatch, tokens_per_microbatch: int
+) -> list[list[list[int]]]:
+    """Cuts of the new completions 0 .. fresh - 1 as they are, and behind them in each minibatch its
+    share of those replayed, which are numbered from `fresh` on, in micro-batches of their own: the
+    new ones' ratios stay exactly 1."""
     R, M = replayed.num_sequences, len(fresh_cuts)
-    shares = [replayed.split(tokens_per_microbatch, range(m, R, M)) for m in range(M)]  # of all ages
-    return [cuts + [[fresh + row for row in group] for group in share] for cuts, share in zip(fresh_cuts, shares, strict=True)]
+    # of all ages
+    shares = [replayed.split(tokens_per_microbatch, range(m, R, M)) for m in range(M)]
+    return [
+        cuts + [[fresh + row for row in group] for group in share]
+        for cuts, share in zip(fresh_cuts, shares, strict=True)
+    ]

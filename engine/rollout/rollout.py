@@ -1,10 +1,13 @@
 """Prompts -> completions -> scores: the batch that a policy step learns from.
 
     score = reward - missing_eos_penalty where the completion was cut off
-                   - overlong_penalty min(1, max(0, length - (max_new_tokens - overlong_buffer)) / overlong_buffer)     (Yu et al., 2025, DAPO, eq. 13)
+                   - overlong_penalty min(1, max(0, length - (max_new_tokens - overlong_buffer)) /
+                     overlong_buffer)     (Yu et al., 2025, DAPO, eq. 13)
 
-Dynamic sampling (same source, 3.2): a group whose scores are all the same has no advantage; it is dropped, and another prompt takes its place.
+Dynamic sampling (same source, 3.2): a group whose scores are all the same has no advantage; it is
+dropped, and another prompt takes its place.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,11 +23,17 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, RunConfig
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.rewards.rewards import RewardError, RewardScores, RewardSet, moved_rewards
-from fusedrl.engine.rollout.repetition import distinct_share, ends_in_loop, longest_run, repeated_share
+from fusedrl.engine.rollout.repetition import (
+    distinct_share,
+    ends_in_loop,
+    longest_run,
+    repeated_share,
+)
 
 
 class RolloutConfig(Protocol):
-    """What a configuration says of sampling and scoring: that of policy optimisation, and of rejection sampling."""
+    """What a configuration says of sampling and scoring: that of policy optimisation, and of
+    rejection sampling."""
 
     @property
     def generation(self) -> GenerationConfig: ...
@@ -48,7 +57,8 @@ class RolloutConfig(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready to generate from: as the data has it, its ids, and its row's other columns, which travel to the rewards."""
+    """A prompt ready to generate from: as the data has it, its ids, and its row's other columns,
+    which travel to the rewards."""
 
     prompt: Any
     ids: list[int]
@@ -57,8 +67,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One step's experience. `batch` has rollout_logp, weights_versions, scores and group_ids, and greedy_scores where asked for; `metrics` describe the
-    completions and their rewards."""
+    """One step's experience. `batch` has rollout_logp, weights_versions, scores and group_ids, and
+    greedy_scores where asked for; `metrics` describe the completions and their rewards."""
 
     batch: PackedBatch
     prompts: list[Prompt]
@@ -69,14 +79,23 @@ class Rollout:
 def sampling_params(config: RolloutConfig) -> SamplingParams:
     """The sampler's settings of a run."""
     g = config.generation
-    return SamplingParams(max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, min_p=g.min_p,
-                          n=config.samples_per_prompt, seed=config.run.seed, stop_token_ids=g.stop_token_ids)
+    return SamplingParams(
+        max_new_tokens=g.max_new_tokens,
+        temperature=g.temperature,
+        top_k=g.top_k,
+        top_p=g.top_p,
+        min_p=g.min_p,
+        n=config.samples_per_prompt,
+        seed=config.run.seed,
+        stop_token_ids=g.stop_token_ids,
+    )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion and what it is worth: rewards by name (None: does not apply), and their weighted sum, NaN where one is invalid. tokens: what of the sum
-    accrued at each token, if anything did."""
+    """A completion and what it is worth: rewards by name (None: does not apply), and their weighted
+    sum, NaN where one is invalid. tokens: what of the sum accrued at each token, if anything
+    did."""
 
     prompt: Prompt
     completion: Completion
@@ -91,19 +110,30 @@ class Sample:
         return math.isfinite(self.score) and math.isfinite(self.greedy_score)
 
 
-def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]], rewards: RewardSet, config: RolloutConfig, *, greedy: bool = False,
-            gold: RewardSet | None = None) -> Rollout:
+def rollout(
+    actor: HybridActor,
+    draw: Callable[[int], tuple[list[Prompt], int]],
+    rewards: RewardSet,
+    config: RolloutConfig,
+    *,
+    greedy: bool = False,
+    gold: RewardSet | None = None,
+) -> Rollout:
     """Generate `samples_per_prompt` completions of `prompts_per_step` prompts and score them.
 
-    Samples whose reward is invalid (raised, NaN, of the wrong type) are left out of the batch, so that groups may differ in size. With `refill_tries` so are
-    groups whose scores are all equal, and as many other prompts are drawn in their place, so many times at most; if there are none but such groups, the first
-    ones stay. Metrics are of all valid samples, dropped ones too: what is kept says less of the policy.
+    Samples whose reward is invalid (raised, NaN, of the wrong type) are left out of the batch, so
+    that groups may differ in size. With `refill_tries` so are groups whose scores are all equal,
+    and as many other prompts are drawn in their place, so many times at most; if there are none but
+    such groups, the first ones stay. Metrics are of all valid samples, dropped ones too: what is
+    kept says less of the policy.
 
     Args:
-        draw: so many prompts, and the request id of the first; the ids count on from it and are never used again, so that repeated prompts differ and a
+        draw: so many prompts, and the request id of the first; the ids count on from it and are
+        never used again, so that repeated prompts differ and a
             replay is identical. They are the batch's group_ids.
-        greedy: complete and score every prompt once more, greedily; where that is invalid, the prompt's samples are.
-        gold: rewards to measure and report alone; samples that one of them cannot score are left out of its mean.
+        greedy: complete and score every prompt once more, greedily; where that is invalid, the
+        prompt's samples are. gold: rewards to measure and report alone; samples that one of them
+        cannot score are left out of its mean.
     Raises:
         RewardError: more than `max_invalid_fraction` of the samples were invalid, or all of them.
     """
@@ -116,94 +146,179 @@ def rollout(actor: HybridActor, draw: Callable[[int], tuple[list[Prompt], int]],
         invalid += [(len(samples) + index, name, reason) for index, name, reason in reasons]
         samples += found
         _check_valid(samples, invalid, config)
-        flat = _flat((sample for sample in found if sample.valid), greedy) if config.refill_tries else set()
+        flat = (
+            _flat((sample for sample in found if sample.valid), greedy)
+            if config.refill_tries
+            else set()
+        )
         kept += [sample for sample in found if sample.valid and sample.group not in flat]
         if len({sample.group for sample in kept}) == config.prompts_per_step:
             break
-    kept = kept or [sample for sample in samples if sample.valid][:config.prompts_per_step * config.samples_per_prompt]
-    batch = PackedBatch.from_completions([s.prompt.ids for s in kept], [[s.completion] for s in kept], device=actor.decoder.device)
-    scores, greedy_scores = (torch.tensor(column, dtype=torch.float32) for column in zip(*((s.score, s.greedy_score) for s in kept), strict=True))
-    batch = batch.with_columns(scores=scores.to(batch.device), group_ids=torch.tensor([s.group for s in kept]).to(batch.device))
+    kept = (
+        kept
+        or [sample for sample in samples if sample.valid][
+            : config.prompts_per_step * config.samples_per_prompt
+        ]
+    )
+    batch = PackedBatch.from_completions(
+        [s.prompt.ids for s in kept], [[s.completion] for s in kept], device=actor.decoder.device
+    )
+    scores, greedy_scores = (
+        torch.tensor(column, dtype=torch.float32)
+        for column in zip(*((s.score, s.greedy_score) for s in kept), strict=True)
+    )
+    batch = batch.with_columns(
+        scores=scores.to(batch.device),
+        group_ids=torch.tensor([s.group for s in kept]).to(batch.device),
+    )
     if any(s.tokens is not None for s in kept):
         batch = batch.with_columns(token_rewards=moved_rewards(batch, [s.tokens for s in kept]))
     if greedy:
         batch = batch.with_columns(greedy_scores=greedy_scores.to(batch.device))
     metrics = _describe(samples, config, greedy) | _gold(gold, samples)
     if config.refill_tries:
-        metrics |= {"refill/generated_groups": float(len({s.group for s in samples})), "refill/kept_groups": float(len({s.group for s in kept}))}
+        metrics |= {
+            "refill/generated_groups": float(len({s.group for s in samples})),
+            "refill/kept_groups": float(len({s.group for s in kept})),
+        }
     return Rollout(batch, [s.prompt for s in kept], [s.completion for s in kept], metrics)
 
 
-def _generate(actor: HybridActor, prompts: Sequence[Prompt], rewards: RewardSet, config: RolloutConfig, first_request_id: int,
-              greedy: bool) -> tuple[list[Sample], list[tuple[int, str, str]]]:
-    """Completions with their rewards, and which of them have none: (index, name of the reward, reason)."""
+def _generate(
+    actor: HybridActor,
+    prompts: Sequence[Prompt],
+    rewards: RewardSet,
+    config: RolloutConfig,
+    first_request_id: int,
+    greedy: bool,
+) -> tuple[list[Sample], list[tuple[int, str, str]]]:
+    """Completions with their rewards, and which of them have none: (index, name of the reward,
+    reason)."""
     request_ids = list(range(first_request_id, first_request_id + len(prompts)))
-    outs = actor.generate([p.ids for p in prompts], sampling_params(config), request_ids=request_ids)
-    flat = [(prompt, completion) for prompt, group in zip(prompts, outs, strict=True) for completion in group]
+    outs = actor.generate(
+        [p.ids for p in prompts], sampling_params(config), request_ids=request_ids
+    )
+    flat = [
+        (prompt, completion)
+        for prompt, group in zip(prompts, outs, strict=True)
+        for completion in group
+    ]
     scored = _score(rewards, flat)
     best = [0.0] * len(prompts)
     if greedy:
-        single = actor.generate([p.ids for p in prompts], replace(sampling_params(config), temperature=0.0, n=1), request_ids=request_ids)
-        pairs = [(prompt, completion) for prompt, (completion,) in zip(prompts, single, strict=True)]
-        best = [_placed(total, completion, config) for total, (_, completion) in zip(_score(rewards, pairs).total, pairs, strict=True)]
+        single = actor.generate(
+            [p.ids for p in prompts],
+            replace(sampling_params(config), temperature=0.0, n=1),
+            request_ids=request_ids,
+        )
+        pairs = [
+            (prompt, completion) for prompt, (completion,) in zip(prompts, single, strict=True)
+        ]
+        best = [
+            _placed(total, completion, config)
+            for total, (_, completion) in zip(_score(rewards, pairs).total, pairs, strict=True)
+        ]
     groups = [number for number, group in enumerate(outs) for _ in group]
-    samples = [Sample(prompt, completion, request_ids[group], {name: values[i] for name, values in scored.per_reward.items()},
-                      _placed(scored.total[i], completion, config), best[group], scored.tokens[i])
-               for i, ((prompt, completion), group) in enumerate(zip(flat, groups, strict=True))]
+    samples = [
+        Sample(
+            prompt,
+            completion,
+            request_ids[group],
+            {name: values[i] for name, values in scored.per_reward.items()},
+            _placed(scored.total[i], completion, config),
+            best[group],
+            scored.tokens[i],
+        )
+        for i, ((prompt, completion), group) in enumerate(zip(flat, groups, strict=True))
+    ]
     return samples, scored.invalid
 
 
-def _check_valid(samples: Sequence[Sample], invalid: Sequence[tuple[int, str, str]], config: RolloutConfig) -> None:
+def _check_valid(
+    samples: Sequence[Sample], invalid: Sequence[tuple[int, str, str]], config: RolloutConfig
+) -> None:
     """Raises RewardError where too many of a step's samples so far are invalid, or all of them."""
-    if (bad := len({index for index, _, _ in invalid})) > config.max_invalid_fraction * len(samples):
+    if (bad := len({index for index, _, _ in invalid})) > config.max_invalid_fraction * len(
+        samples
+    ):
         index, name, reason = invalid[0]
-        raise RewardError(f"{bad} of {len(samples)} samples have no valid reward, more than max_invalid_fraction = {config.max_invalid_fraction}; the first, "
-                          f"sample {index}, by {name}: {reason}")
+        raise RewardError(
+            f"{bad} of {len(samples)} samples have no valid reward, more than max_invalid_fraction "
+            f"= {config.max_invalid_fraction}; the first, "
+            f"sample {index}, by {name}: {reason}"
+        )
     if not any(sample.valid for sample in samples):
-        raise RewardError(f"none of the {len(samples)} samples has a valid reward; the first: "
-                          + (invalid[0][2] if invalid else "that of the greedy completion"))
+        raise RewardError(
+            f"none of the {len(samples)} samples has a valid reward; the first: "
+            + (invalid[0][2] if invalid else "that of the greedy completion")
+        )
 
 
 def _score(rewards: RewardSet, flat: Sequence[tuple[Prompt, Completion]]) -> RewardScores:
-    columns = {name: [prompt.columns.get(name) for prompt, _ in flat] for name in sorted({name for prompt, _ in flat for name in prompt.columns})}
-    return rewards.score([p.prompt for p, _ in flat], [c.text for _, c in flat], [p.ids for p, _ in flat], [c.token_ids for _, c in flat], columns)
+    columns = {
+        name: [prompt.columns.get(name) for prompt, _ in flat]
+        for name in sorted({name for prompt, _ in flat for name in prompt.columns})
+    }
+    return rewards.score(
+        [p.prompt for p, _ in flat],
+        [c.text for _, c in flat],
+        [p.ids for p, _ in flat],
+        [c.token_ids for _, c in flat],
+        columns,
+    )
 
 
 def _placed(total: float, completion: Completion, config: RolloutConfig) -> float:
     """A completion's score: its reward, less what not ending and being long cost."""
     score = total - (config.missing_eos_penalty if completion.finish_reason != "stop" else 0.0)
     if config.overlong_buffer:
-        over = len(completion.token_ids) - (config.generation.max_new_tokens - config.overlong_buffer)
+        over = len(completion.token_ids) - (
+            config.generation.max_new_tokens - config.overlong_buffer
+        )
         score -= config.overlong_penalty * min(1.0, max(0.0, over / config.overlong_buffer))
     return score
 
 
 def _flat(samples: Iterable[Sample], greedy: bool) -> set[int]:
-    """The groups in which all scores are the same, with `greedy` that of the greedy completion among them."""
+    """The groups in which all scores are the same, with `greedy` that of the greedy completion
+    among them."""
     scores: dict[int, set[float]] = {}
     for sample in samples:
-        scores.setdefault(sample.group, {sample.greedy_score} if greedy else set()).add(sample.score)
+        scores.setdefault(sample.group, {sample.greedy_score} if greedy else set()).add(
+            sample.score
+        )
     return {group for group, values in scores.items() if len(values) == 1}
 
 
 def _describe(samples: Sequence[Sample], config: RolloutConfig, greedy: bool) -> dict[str, float]:
     valid = [sample for sample in samples if sample.valid]
     scores = torch.tensor([sample.score for sample in valid], dtype=torch.float32)
-    lengths = torch.tensor([len(sample.completion.token_ids) for sample in valid], dtype=torch.float32)
+    lengths = torch.tensor(
+        [len(sample.completion.token_ids) for sample in valid], dtype=torch.float32
+    )
     metrics = {
         "reward": scores.mean().item(),
         "reward_std": scores.std(correction=0).item(),
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": sum(sample.completion.finish_reason != "stop" for sample in valid) / len(valid),
+        "completions/clipped_ratio": sum(
+            sample.completion.finish_reason != "stop" for sample in valid
+        )
+        / len(valid),
         "completions/invalid": float(len(samples) - len(valid)),
         **_repetition([sample.completion for sample in valid]),
     }
     if config.samples_per_prompt > 1 or greedy:
-        metrics["frac_reward_zero_std"] = len(_flat(valid, greedy)) / len({sample.group for sample in valid})
+        metrics["frac_reward_zero_std"] = len(_flat(valid, greedy)) / len(
+            {sample.group for sample in valid}
+        )
     for name in samples[0].rewards:
-        numbers = [value for sample in samples if (value := sample.rewards[name]) is not None and math.isfinite(value)]
+        numbers = [
+            value
+            for sample in samples
+            if (value := sample.rewards[name]) is not None and math.isfinite(value)
+        ]
         if numbers:
             metrics[f"rewards/{name}/mean"] = sum(numbers) / len(numbers)
     return metrics
@@ -223,6 +338,15 @@ def _gold(gold: RewardSet | None, samples: Sequence[Sample]) -> dict[str, float]
     if gold is None:
         return {}
     with torch.random.fork_rng(devices=[]):  # what it draws changes nothing outside
-        scored = _score(gold, [(sample.prompt, sample.completion) for sample in samples if sample.valid])
-    found = {name: [value for value in values if value is not None and math.isfinite(value)] for name, values in scored.per_reward.items()}
-    return {f"gold/{name}/mean": math.fsum(values) / len(values) for name, values in found.items() if values}
+        scored = _score(
+            gold, [(sample.prompt, sample.completion) for sample in samples if sample.valid]
+        )
+    found = {
+        name: [value for value in values if value is not None and math.isfinite(value)]
+        for name, values in scored.per_reward.items()
+    }
+    return {
+        f"gold/{name}/mean": math.fsum(values) / len(values)
+        for name, values in found.items()
+        if values
+    }

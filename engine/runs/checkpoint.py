@@ -1,10 +1,14 @@
-"""The run directory: one writer, a saved configuration, and checkpoints that are complete or absent. Tensors are safetensors, the rest JSON.
+"""The run directory: one writer, a saved configuration, and checkpoints that are complete or
+absent. Tensors are safetensors, the rest JSON.
 
-    <run>/config.json, lock, metrics.jsonl, checkpoints/step_00000012/{<group>.safetensors, state.json, MANIFEST.json}
+    <run>/config.json, lock, metrics.jsonl, checkpoints/step_00000012/{<group>.safetensors,
+        state.json, MANIFEST.json}
 
-A checkpoint is written as a hidden sibling, each file flushed to the disk, then the directory, then renamed, then the parent flushed: after a
-crash at any point its directory either does not exist or is whole. The manifest holds size and SHA-256 of every file, and loading verifies them.
+A checkpoint is written as a hidden sibling, each file flushed to the disk, then the directory, then
+renamed, then the parent flushed: after a crash at any point its directory either does not exist or
+is whole. The manifest holds size and SHA-256 of every file, and loading verifies them.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -33,16 +37,41 @@ from fusedrl.engine.data.lines import check_data_file
 from fusedrl.engine.data.readers import Data, parse_data
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
-FREE_KEYS = ("run.dir", "run.resume", "run.progress", "run.keep", "run.save_every", "run.save_minutes", "run.signals", "steps",
-             "checkpoint_activations", "eval_every", "evaluation", "alarm", "monitor_reward")  # that a continued run may change; a group's name: all its keys
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
-           torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+FREE_KEYS = (
+    "run.dir",
+    "run.resume",
+    "run.progress",
+    "run.keep",
+    "run.save_every",
+    "run.save_minutes",
+    "run.signals",
+    "steps",
+    # that a continued run may change; a group's name: all its keys
+    "checkpoint_activations",
+    "eval_every",
+    "evaluation",
+    "alarm",
+    "monitor_reward",
+)
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A complete, verified checkpoint: `tensors` {group: {name: CPU tensor}} and `state` as given to `save_checkpoint`."""
+    """A complete, verified checkpoint: `tensors` {group: {name: CPU tensor}} and `state` as given
+    to `save_checkpoint`."""
 
     path: Path
     step: int
@@ -50,15 +79,25 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-# ---- saving -------------------------------------------------------------------------------------------------------------------
-def save_checkpoint(run_dir: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Save `tensors` {group: {name: tensor}} (a file per group) and `state` (JSON values) as the checkpoint of `step`.
+# ---- saving --------------------------------------------------------------------------------------
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Save `tensors` {group: {name: tensor}} (a file per group) and `state` (JSON values) as the
+    checkpoint of `step`.
 
-    When it verifies, all but the `keep` newest are deleted. A step that is already saved and verifies is left as it is.
+    When it verifies, all but the `keep` newest are deleted. A step that is already saved and
+    verifies is left as it is.
 
     Raises:
-        CheckpointError: a tensor that is not finite, a name that is no plain file name, a state that JSON would not give back, a failed verification.
-        OSError: the write failed (no space, no right, a bad disk); earlier checkpoints are untouched and nothing half-written is left.
+        CheckpointError: a tensor that is not finite, a name that is no plain file name, a state
+        that JSON would not give back, a failed verification. OSError: the write failed (no space,
+        no right, a bad disk); earlier checkpoints are untouched and nothing half-written is left.
     """
     root = Path(run_dir) / "checkpoints"
     target = root / f"step_{step:08d}"
@@ -74,7 +113,10 @@ def save_checkpoint(run_dir: str | Path, step: int, tensors: Mapping[str, Mappin
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        files = {f"{group}.safetensors": _write(temporary / f"{group}.safetensors", _safetensors(named)) for group, named in tensors.items()}
+        files = {
+            f"{group}.safetensors": _write(temporary / f"{group}.safetensors", _safetensors(named))
+            for group, named in tensors.items()
+        }
         files[STATE] = _write(temporary / STATE, [_json(state)])
         _write(temporary / MANIFEST, [_json({"format": FORMAT, "step": step, "files": files})])
         _sync(temporary)
@@ -84,34 +126,61 @@ def save_checkpoint(run_dir: str | Path, step: int, tensors: Mapping[str, Mappin
         with suppress(OSError):
             shutil.rmtree(temporary)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            needed, free = sum(t.nbytes for named in tensors.values() for t in named.values()), shutil.disk_usage(root).free
-            earlier = any(path.is_dir() and path.name.startswith("step_") for path in root.iterdir()) if root.is_dir() else False
-            then = ("earlier checkpoints are intact: free some space, then resume" if earlier
-                    else "there is no earlier one: free some space, delete the run directory, and begin again")
-            raise OSError(error.errno, f"{os.strerror(error.errno)}: this checkpoint needs {needed:,} bytes and {free:,} are free; {then}",
-                          str(target)) from error
+            needed, free = (
+                sum(t.nbytes for named in tensors.values() for t in named.values()),
+                shutil.disk_usage(root).free,
+            )
+            earlier = (
+                any(path.is_dir() and path.name.startswith("step_") for path in root.iterdir())
+                if root.is_dir()
+                else False
+            )
+            then = (
+                "earlier checkpoints are intact: free some space, then resume"
+                if earlier
+                else "there is no earlier one: free some space, delete the run directory, and "
+                "begin again"
+            )
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)}: this checkpoint needs {needed:,} bytes and {free:,} "
+                f"are free; {then}",
+                str(target),
+            ) from error
         raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _verify(target)
-    for old in [path for number, path in _steps(root) if number <= step][keep:]:  # later ones are broken, or this step could not be new
+    # later ones are broken, or this step could not be new
+    for old in [path for number, path in _steps(root) if number <= step][keep:]:
         _remove(old)
     return target
 
 
-def _check(step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _check(
+    step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
     if not 0 <= step < 10**8:
         raise CheckpointError(f"checkpoint: expected a step in [0, 10^8), got {step}")
     for group, named in tensors.items():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", group):
-            raise CheckpointError(f"checkpoint: expected a group name of letters, digits, '_', '.' and '-', got {group!r}")
+            raise CheckpointError(
+                "checkpoint: expected a group name of letters, digits, '_', '.' and '-', got "
+                f"{group!r}"
+            )
         for name, tensor in named.items():
             if name == "__metadata__" or tensor.dtype not in _DTYPES:
-                raise CheckpointError(f"checkpoint: {group}/{name} of {tensor.dtype} cannot be stored; known types: {', '.join(map(str, _DTYPES))}")
+                raise CheckpointError(
+                    f"checkpoint: {group}/{name} of {tensor.dtype} cannot be stored; known types: "
+                    f"{', '.join(map(str, _DTYPES))}"
+                )
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"checkpoint: {group}/{name} at step {step} is not finite, and a run cannot go on from it; nothing was saved. "
-                                      "Resume from the checkpoint before with a lower optim.lr")
+                raise CheckpointError(
+                    f"checkpoint: {group}/{name} at step {step} is not finite, and a run cannot go "
+                    "on from it; nothing was saved. "
+                    "Resume from the checkpoint before with a lower optim.lr"
+                )
     _check_state(state, "state")
 
 
@@ -125,18 +194,28 @@ def _check_state(value: Any, where: str) -> None:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _check_state(item, f"{where}[{index}]")
-    elif type(value) not in (str, int, float, bool, type(None)) or value != value or value in (float("inf"), float("-inf")):
-        raise CheckpointError(f"checkpoint: expected a JSON value in {where}, got {value!r} ({type(value).__name__})")
+    elif (
+        type(value) not in (str, int, float, bool, type(None))
+        or value != value
+        or value in (float("inf"), float("-inf"))
+    ):
+        raise CheckpointError(
+            f"checkpoint: expected a JSON value in {where}, got {value!r} ({type(value).__name__})"
+        )
 
 
 def _safetensors(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The file's bytes, a tensor at a time: neither views of shared storage nor the size of a group matter. Wide types come first, so that all
-    are aligned."""
+    """The file's bytes, a tensor at a time: neither views of shared storage nor the size of a group
+    matter. Wide types come first, so that all are aligned."""
     header: dict[str, Any] = {}
     end = 0
     ordered = sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))
     for name, tensor in ordered:
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -171,17 +250,19 @@ def _sync(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint under another name, so that a half-deleted one is never taken for a broken one."""
+    """Delete a checkpoint under another name, so that a half-deleted one is never taken for a
+    broken one."""
     doomed = path.with_name(f".tmp_old_{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-# ---- loading ------------------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
-    """The newest complete checkpoint that verifies, or None. Broken ones are passed over with a warning that names file and reason; what an
-    interrupted save left behind is deleted, so only the owner of the run (`RunLock`) may call this."""
+    """The newest complete checkpoint that verifies, or None. Broken ones are passed over with a
+    warning that names file and reason; what an interrupted save left behind is deleted, so only the
+    owner of the run (`RunLock`) may call this."""
     root = Path(run_dir) / "checkpoints"
     if not root.is_dir():
         return None
@@ -201,7 +282,11 @@ def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
 
 
 def _steps(root: Path) -> list[tuple[int, Path]]:
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := re.fullmatch(r"step_(\d{8})", path.name)) and not path.is_symlink()]
+    found = [
+        (int(match[1]), path)
+        for path in root.iterdir()
+        if (match := re.fullmatch(r"step_(\d{8})", path.name)) and not path.is_symlink()
+    ]
     return sorted(found, reverse=True)
 
 
@@ -214,26 +299,46 @@ def _verify(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path / MANIFEST}: expected format {FORMAT}, got {manifest['format']!r}; a newer fusedrl wrote it")
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+            raise CheckpointError(
+                f"{path / MANIFEST}: expected format {FORMAT}, got {manifest['format']!r}; a newer "
+                "fusedrl wrote it"
+            )
+        files = {
+            str(name): (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
         manifest["step"] = int(manifest["step"])
     except FileNotFoundError:
         raise CheckpointError(f"{path}: has no {MANIFEST}, so its save never finished") from None
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: cannot be read ({type(error).__name__}: {error})") from error
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+    ) as error:
+        raise CheckpointError(
+            f"{path / MANIFEST}: cannot be read ({type(error).__name__}: {error})"
+        ) from error
     if STATE not in files:
         raise CheckpointError(f"{path / MANIFEST}: does not list {STATE}")
     for name, (size, digest) in files.items():
         file = path / name
         if name in (".", "..") or "/" in name or "\\" in name or "\0" in name or file.is_symlink():
-            raise CheckpointError(f"{path / MANIFEST}: lists {name!r}, which is no plain file of this directory")
+            raise CheckpointError(
+                f"{path / MANIFEST}: lists {name!r}, which is no plain file of this directory"
+            )
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{file}: expected {size} bytes, got {file.stat().st_size}")
         try:
             if file_digest(file) != digest:
-                raise CheckpointError(f"{file}: its SHA-256 is not the recorded one; the file was damaged after it was written")
+                raise CheckpointError(
+                    f"{file}: its SHA-256 is not the recorded one; the file was damaged after it "
+                    "was written"
+                )
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error})") from error
     return manifest
@@ -248,7 +353,8 @@ def data_digest(data: Data) -> str:
 
 
 def _all_data(config: Any) -> str:
-    """The digest of everything that a run reads: its data, and the pretraining texts of a policy."""
+    """The digest of everything that a run reads: its data, and the pretraining texts of a
+    policy."""
     ptx = getattr(config, "ptx", None)
     return data_digest(config.data) + (f" ptx {data_digest(ptx.data)}" if ptx is not None else "")
 
@@ -260,16 +366,20 @@ def file_digest(path: str | Path) -> str:
 
 
 def model_digest(model: str | Path) -> str | None:
-    """SHA-256 over names and bytes of a model directory's safetensors files; None for an id that is no directory here."""
+    """SHA-256 over names and bytes of a model directory's safetensors files; None for an id that is
+    no directory here."""
     if not Path(model).is_dir():
         return None
-    parts = [f"{path.name} {file_digest(path)}" for path in sorted(Path(model).glob("*.safetensors"))]
+    parts = [
+        f"{path.name} {file_digest(path)}" for path in sorted(Path(model).glob("*.safetensors"))
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-# ---- the run directory --------------------------------------------------------------------------------------------------------
+# ---- the run directory ---------------------------------------------------------------------------
 class RunLock:
-    """Exclusive ownership of a run directory while this object (a context manager) lives; the system releases it when the process dies.
+    """Exclusive ownership of a run directory while this object (a context manager) lives; the
+    system releases it when the process dies.
 
     Raises:
         SetupError: another live process holds it; names its pid and host.
@@ -278,9 +388,19 @@ class RunLock:
 
     def __init__(self, run_dir: str | Path) -> None:
         path = Path(run_dir) / "lock"
-        if file := next((part for part in (path.parent, *path.parent.parents) if part.exists() and not part.is_dir()), None):
-            raise ConfigError(f"config: expected run.dir to be the directory of a run, or one to be made, got {str(run_dir)!r}, and {file} is a file; choose "
-                              "another --run.dir")
+        if file := next(
+            (
+                part
+                for part in (path.parent, *path.parent.parents)
+                if part.exists() and not part.is_dir()
+            ),
+            None,
+        ):
+            raise ConfigError(
+                "config: expected run.dir to be the directory of a run, or one to be made, got "
+                f"{str(run_dir)!r}, and {file} is a file; choose "
+                "another --run.dir"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open: closing it releases the lock)
         try:
@@ -289,13 +409,17 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "an unknown process"
             self._file.close()
-            raise SetupError(f"{run_dir}: another run writes here ({holder}); wait for it, stop it, or choose another --run.dir") from None
+            raise SetupError(
+                f"{run_dir}: another run writes here ({holder}); wait for it, stop it, or choose "
+                "another --run.dir"
+            ) from None
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on host {platform.node()}\n")
         self._file.flush()
 
     def release(self) -> None:
-        """Let others write here. The file stays: deleting it would let two processes lock two files of one name."""
+        """Let others write here. The file stays: deleting it would let two processes lock two files
+        of one name."""
         self._file.close()
 
     def __enter__(self) -> RunLock:
@@ -306,33 +430,50 @@ class RunLock:
 
 
 class RunDirectory:
-    """A run directory that this process owns: `dir`, and `checkpoint` to continue from (None at the beginning). A context manager.
+    """A run directory that this process owns: `dir`, and `checkpoint` to continue from (None at the
+    beginning). A context manager.
 
-    A new run needs a directory without checkpoints. A resumed one must have the configuration that it was started with, except for what does
-    not change the result (`FREE_KEYS`), and the same bytes of data and of the initial model.
+    A new run needs a directory without checkpoints. A resumed one must have the configuration that
+    it was started with, except for what does not change the result (`FREE_KEYS`), and the same
+    bytes of data and of the initial model.
 
     Raises:
-        ConfigError: the directory holds another run, or the configuration, the data or the model changed; lists the differences.
-        SetupError: another live process writes there.
+        ConfigError: the directory holds another run, or the configuration, the data or the model
+        changed; lists the differences. SetupError: another live process writes there.
     """
 
     def __init__(self, config: Any) -> None:
         self.dir = Path(config.run.dir)
-        current = {"stage": type(config).__name__, "config": config_to_dict(config), "data_sha256": _all_data(config),
-                   "model_sha256": model_digest(config.model)}
+        current = {
+            "stage": type(config).__name__,
+            "config": config_to_dict(config),
+            "data_sha256": _all_data(config),
+            "model_sha256": model_digest(config.model),
+        }
         self._lock = RunLock(self.dir)
         try:
             self.checkpoint = latest_checkpoint(self.dir)
             if self.checkpoint is not None and not config.run.resume:
-                raise ConfigError(f"{self.dir}: holds a run (step {self.checkpoint.step}); continue it with --run.resume true, "
-                                  "or choose another --run.dir")
+                raise ConfigError(
+                    f"{self.dir}: holds a run (step {self.checkpoint.step}); continue it with "
+                    "--run.resume true, "
+                    "or choose another --run.dir"
+                )
             if self.checkpoint is not None:
                 self._check_unchanged(current, config)
             elif found := _records(self.dir):
-                raise ConfigError(f"{self.dir}: holds records of a run ({', '.join(found)}) and no checkpoint to continue it from; expected an empty "
-                                  f"directory or a run. Choose another --run.dir, or move {self.dir} away if the records may go")
+                raise ConfigError(
+                    f"{self.dir}: holds records of a run ({', '.join(found)}) and no checkpoint to "
+                    "continue it from; expected an empty "
+                    f"directory or a run. Choose another --run.dir, or move {self.dir} away if the "
+                    "records may go"
+                )
             elif config.run.resume:
-                _log.warning("%s: no complete checkpoint to resume from, so the run starts from the beginning", self.dir)
+                _log.warning(
+                    "%s: no complete checkpoint to resume from, so the run starts from the "
+                    "beginning",
+                    self.dir,
+                )
             write_file(self.dir / "config.json", _json(current))
         except BaseException:
             self._lock.release()
@@ -343,12 +484,22 @@ class RunDirectory:
         try:
             saved = _upgraded(json.loads(path.read_bytes()), type(config))
             differences = config_diff(saved["config"], current["config"])
-            differences += [f"{key}: {saved[key]} -> {current[key]}" for key in current if key != "config" and saved[key] != current[key]]
+            differences += [
+                f"{key}: {saved[key]} -> {current[key]}"
+                for key in current
+                if key != "config" and saved[key] != current[key]
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}), so what the run was started with is not known; "
-                                  "start in another --run.dir") from error
+            raise CheckpointError(
+                f"{path}: cannot be read ({type(error).__name__}: {error}), so what the run was "
+                "started with is not known; "
+                "start in another --run.dir"
+            ) from error
         if differences:
-            heading = f"{self.dir}: resumed with another configuration; undo these changes, or start in another --run.dir"
+            heading = (
+                f"{self.dir}: resumed with another configuration; undo these changes, or "
+                "start in another --run.dir"
+            )
             raise ConfigError("\n  ".join([heading, *differences]))
 
     def __enter__(self) -> RunDirectory:
@@ -359,9 +510,15 @@ class RunDirectory:
 
 
 def _records(run_dir: Path) -> list[str]:
-    """What a run left behind that a new one would write over: steps in metrics.jsonl, checkpoints that do not verify, a model."""
-    lines = (run_dir / "metrics.jsonl").read_bytes().splitlines() if (run_dir / "metrics.jsonl").is_file() else []
-    found = ["metrics.jsonl"] if any(not line.startswith(b'{"step": 0,') for line in lines) else []  # before the first step there was nothing to lose
+    """What a run left behind that a new one would write over: steps in metrics.jsonl, checkpoints
+    that do not verify, a model."""
+    lines = (
+        (run_dir / "metrics.jsonl").read_bytes().splitlines()
+        if (run_dir / "metrics.jsonl").is_file()
+        else []
+    )
+    # before the first step there was nothing to lose
+    found = ["metrics.jsonl"] if any(not line.startswith(b'{"step": 0,') for line in lines) else []
     root = run_dir / "checkpoints"
     found += [f"checkpoints/{path.name}" for _, path in _steps(root)] if root.is_dir() else []
     return found + [name for name in ("model", "adapter", "critic") if (run_dir / name).exists()]
@@ -386,13 +543,26 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def _upgraded(saved: dict[str, Any], cls: type) -> dict[str, Any]:
-    """What config.json holds, in today's terms: an option that did not exist when it was written has its usual value."""
+    """What config.json holds, in today's terms: an option that did not exist when it was written
+    has its usual value."""
     stage = {"PPOConfig": "PolicyConfig"}.get(saved["stage"], saved["stage"])
     if stage != cls.__name__:
         return saved
     missing = dataclasses.MISSING
-    needed = [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
-    usual = config_to_dict(cls(**{name: saved["config"][name] for name in [*needed, "algorithm"] if name in saved["config"]}))
+    needed = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is missing and f.default_factory is missing
+    ]
+    usual = config_to_dict(
+        cls(
+            **{
+                name: saved["config"][name]
+                for name in [*needed, "algorithm"]
+                if name in saved["config"]
+            }
+        )
+    )
     config = dict(saved["config"])
     if isinstance(config.get("normalize"), bool):
         config["normalize"] = "mean" if config["normalize"] else "none"
@@ -400,19 +570,37 @@ def _upgraded(saved: dict[str, Any], cls: type) -> dict[str, Any]:
 
 
 def _merged(usual: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(usual[key], value) if isinstance(value, Mapping) and isinstance(usual.get(key), Mapping) else value for key, value in saved.items()}
+    both = {
+        key: _merged(usual[key], value)
+        if isinstance(value, Mapping) and isinstance(usual.get(key), Mapping)
+        else value
+        for key, value in saved.items()
+    }
     return {**usual, **both}
 
 
 def config_diff(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """`key: saved -> current` for every dotted key that differs, but for those that a continued run may change (`FREE_KEYS`)."""
+    """`key: saved -> current` for every dotted key that differs, but for those that a continued run
+    may change (`FREE_KEYS`)."""
     old, new = _flat(saved), _flat(current)
-    keys = [key for key in {**old, **new} if key not in FREE_KEYS and key.partition(".")[0] not in FREE_KEYS]
-    return [f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}" for key in keys if old.get(key, "absent") != new.get(key, "absent")]
+    keys = [
+        key
+        for key in {**old, **new}
+        if key not in FREE_KEYS and key.partition(".")[0] not in FREE_KEYS
+    ]
+    return [
+        f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        for key in keys
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat

@@ -1,8 +1,9 @@
 """What a run reports: one JSON line per step in metrics.jsonl, and live progress on the terminal.
 
-Names are TRL's (`reward`, `kl`, `entropy`, `completions/clipped_ratio`, ...) plus `timing/<phase>` in seconds and `sampling/logp_diff_*`. All of them are
-in docs/metrics.md.
+Names are TRL's (`reward`, `kl`, `entropy`, `completions/clipped_ratio`, ...) plus `timing/<phase>`
+in seconds and `sampling/logp_diff_*`. All of them are in docs/metrics.md.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,33 +22,55 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
-KEY_METRICS = ("loss", "reward", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "policy/clipfrac_avg", "accuracy", "margin",
-               "rewards/accuracies", "rewards/margins", "kept/reward",
-               "eval_loss", "eval_accuracy", "grad_norm", "lr")
+KEY_METRICS = (
+    "loss",
+    "reward",
+    "kl",
+    "entropy",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "policy/clipfrac_avg",
+    "accuracy",
+    "margin",
+    "rewards/accuracies",
+    "rewards/margins",
+    "kept/reward",
+    "eval_loss",
+    "eval_accuracy",
+    "grad_norm",
+    "lr",
+)
 SECONDS_BETWEEN_LINES = 5.0
 
 
 def say(text: str) -> None:
-    """A line on standard error. A terminal or a reader that has gone takes nothing from whoever speaks."""
+    """A line on standard error. A terminal or a reader that has gone takes nothing from whoever
+    speaks."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with a "step". Resumed, a torn last line and every line after `resume_step` are cut; None starts
-    afresh. `last` is the newest line that was found and kept, or None."""
+    """A file of JSON objects, one a line, each with a "step". Resumed, a torn last line and every
+    line after `resume_step` are cut; None starts afresh. `last` is the newest line that was found
+    and kept, or None."""
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_bytes().splitlines(keepends=True) if resume_step is not None and self.path.exists() else []
+        lines = (
+            self.path.read_bytes().splitlines(keepends=True)
+            if resume_step is not None and self.path.exists()
+            else []
+        )
         kept = [line for line in lines if _is_of(line, resume_step)]
         write_file(self.path, b"".join(kept))
         self.last: dict[str, Any] | None = json.loads(kept[-1]) if kept else None
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line and hand it to the system. Raises ValueError for NaN and infinity, which JSON has not."""
+        """Write one line and hand it to the system. Raises ValueError for NaN and infinity, which
+        JSON has not."""
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -61,7 +84,9 @@ class JsonLines:
 def _is_of(line: bytes, last_step: int | None) -> bool:
     """Whether a line is whole and of a step up to `last_step`."""
     try:
-        return line.endswith(b"\n") and last_step is not None and json.loads(line)["step"] <= last_step
+        return (
+            line.endswith(b"\n") and last_step is not None and json.loads(line)["step"] <= last_step
+        )
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -74,7 +99,8 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 class Metrics:
-    """<run>/metrics.jsonl. A new run starts it afresh; a resumed one cuts a torn last line and every line after the checkpoint's step.
+    """<run>/metrics.jsonl. A new run starts it afresh; a resumed one cuts a torn last line and
+    every line after the checkpoint's step.
 
     Args:
         run_dir: the run directory; created if needed.
@@ -86,15 +112,25 @@ class Metrics:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def log(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """Append one line: the step, `values` and the timings since the last line; returns what was written. NaN and infinity become null."""
-        record = {name: float(value) for name, value in values.items()} | {f"timing/{name}": seconds for name, seconds in self._seconds.items()}
+        """Append one line: the step, `values` and the timings since the last line; returns what was
+        written. NaN and infinity become null."""
+        record = {name: float(value) for name, value in values.items()} | {
+            f"timing/{name}": seconds for name, seconds in self._seconds.items()
+        }
         self._seconds.clear()
-        self._lines.append({"step": step} | {name: value if math.isfinite(value) else None for name, value in record.items()})
+        self._lines.append(
+            {"step": step}
+            | {name: value if math.isfinite(value) else None for name, value in record.items()}
+        )
         return record
 
     def last(self) -> dict[str, float]:
         """The newest line that a resumed run found, without its step; empty for a new run."""
-        return {name: math.nan if value is None else value for name, value in (self._lines.last or {}).items() if name != "step"}
+        return {
+            name: math.nan if value is None else value
+            for name, value in (self._lines.last or {}).items()
+            if name != "step"
+        }
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -113,19 +149,26 @@ class Metrics:
 
 
 class Progress:
-    """Live progress: a bar with a table of the key metrics on a terminal; elsewhere a plain line every few seconds and one for the last step.
+    """Live progress: a bar with a table of the key metrics on a terminal; elsewhere a plain line
+    every few seconds and one for the last step.
 
     Args:
-        total: steps of the run.
-        enabled: False shows nothing.
-        start: steps already done, when resumed.
-        title: what stands before the bar.
-        keys: metrics to show, of those that come.
-        stream: where to write; standard error by default, so that standard output stays for results.
+        total: steps of the run. enabled: False shows nothing. start: steps already done, when
+        resumed. title: what stands before the bar. keys: metrics to show, of those that come.
+        stream: where to write; standard error by default, so that standard output stays for
+        results.
     """
 
-    def __init__(self, total: int, enabled: bool = True, *, start: int = 0, title: str = "train", keys: Sequence[str] = KEY_METRICS,
-                 stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        enabled: bool = True,
+        *,
+        start: int = 0,
+        title: str = "train",
+        keys: Sequence[str] = KEY_METRICS,
+        stream: TextIO | None = None,
+    ) -> None:
         self._total, self._title, self._keys, self._enabled = total, title, tuple(keys), enabled
         self._stream = stream if stream is not None else sys.stderr
         self._live: Live | None = None
@@ -134,19 +177,35 @@ class Progress:
             return
         from rich import live
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bar
 
-        self._bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._task = self._bar.add_task(title, total=total, completed=start)
-        self._live = live.Live(self._view({}), console=Console(file=self._stream), refresh_per_second=8)
+        self._live = live.Live(
+            self._view({}), console=Console(file=self._stream), refresh_per_second=8
+        )
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """`step` steps are done, the last with these metrics."""
         if self._live is not None:
             self._bar.update(self._task, completed=step)
             self._live.update(self._view(values))
-        elif self._enabled and (step >= self._total or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES):
+        elif self._enabled and (
+            step >= self._total or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
+        ):
             self._last_line = time.monotonic()
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in self._keys if name in values)
             with suppress(OSError, ValueError):  # the reader has gone; the run has not

@@ -1,12 +1,14 @@
-"""One run directory: its lock, resolved configuration, metrics, samples, progress and checkpoints. What the three stages share.
+"""One run directory: its lock, resolved configuration, metrics, samples, progress and checkpoints.
+What the three stages share.
 
-    <run>/config.json          the resolved configuration
-    <run>/metrics.jsonl        one line a step
-    <run>/samples.jsonl        some completions of every step (policy runs)
-    <run>/alarms.jsonl, samples_eval.jsonl   what watches a policy run (monitor.py)
-    <run>/checkpoints/         complete, verified states to resume from
-    <run>/model/               the result, loadable by transformers
+<run>/config.json          the resolved configuration
+<run>/metrics.jsonl        one line a step
+<run>/samples.jsonl        some completions of every step (policy runs)
+<run>/alarms.jsonl, samples_eval.jsonl   what watches a policy run (monitor.py)
+<run>/checkpoints/         complete, verified states to resume from
+<run>/model/               the result, loadable by transformers
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -33,20 +35,25 @@ from fusedrl.engine.runs.metrics import JsonLines, Metrics, Progress, say
 from fusedrl.engine.runs.saving import Parts, Saver
 
 T = TypeVar("T")
-RESUME_COMMAND: ContextVar[str | None] = ContextVar("resume_command", default=None)  # that goes on with a run; the command line sets it
+# that goes on with a run; the command line sets it
+RESUME_COMMAND: ContextVar[str | None] = ContextVar("resume_command", default=None)
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
-    """Open the run directory of a configuration; `total` steps (None: set `run.total` before `restore`).
+    """Open the run directory of a configuration; `total` steps (None: set `run.total` before
+    `restore`).
 
-    SIGINT, SIGTERM, SIGHUP and those of `run.signals` end the run with 128 + the signal, unless they were ignored before it began (nohup). The first saves the
-    last completed step where it stands, lets the step end and saves that as well. The second does not wait for the step, but where the last completed step is
-    not on the disk yet it waits for the update that runs. The third is immediate. Whatever else ends the run, the last completed step is saved first
-    where it still is in memory as it was (saving.py), and where to go on from is said.
+    SIGINT, SIGTERM, SIGHUP and those of `run.signals` end the run with 128 + the signal, unless
+    they were ignored before it began (nohup). The first saves the last completed step where it
+    stands, lets the step end and saves that as well. The second does not wait for the step, but
+    where the last completed step is not on the disk yet it waits for the update that runs. The
+    third is immediate. Whatever else ends the run, the last completed step is saved first where it
+    still is in memory as it was (saving.py), and where to go on from is said.
 
     Raises:
-        ConfigError: the directory holds another run and `run.resume` is off, or a resumed run's configuration, model or data changed.
-        RuntimeError: something called sys.exit within the run.
+        ConfigError: the directory holds another run and `run.resume` is off, or a resumed run's
+        configuration, model or data changed. RuntimeError: something called sys.exit within the
+        run.
     """
 
     def __init__(self, config: StageConfig, total: int | None) -> None:
@@ -67,28 +74,45 @@ class Run(contextlib.AbstractContextManager["Run"]):
             owned = stack.enter_context(RunDirectory(self._config))
             self.directory, self._checkpoint = owned.dir, owned.checkpoint
             self.start = self._checkpoint.step if self._checkpoint else 0
-            self.metrics = stack.enter_context(Metrics(self.directory, resume_step=self.start or None))
-            self._samples = stack.enter_context(JsonLines(self.directory / "samples.jsonl", resume_step=self.start or None))
+            self.metrics = stack.enter_context(
+                Metrics(self.directory, resume_step=self.start or None)
+            )
+            self._samples = stack.enter_context(
+                JsonLines(self.directory / "samples.jsonl", resume_step=self.start or None)
+            )
             self.last_metrics = self.metrics.last()
             if threading.current_thread() is threading.main_thread():
-                for name in dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP", *self.settings.signal_names)):
-                    if (before := signal.getsignal(number := signal.Signals[name])) not in (signal.SIG_IGN, None):  # None: set outside Python
+                for name in dict.fromkeys(
+                    ("SIGINT", "SIGTERM", "SIGHUP", *self.settings.signal_names)
+                ):
+                    if (before := signal.getsignal(number := signal.Signals[name])) not in (
+                        signal.SIG_IGN,
+                        None,
+                    ):  # None: set outside Python
                         stack.callback(signal.signal, number, before)
                         signal.signal(number, self._on_signal)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if error is not None and self._saver is not None:
                 self._leave(self._saver, error)
         finally:
             self._stack.__exit__(kind, error, trace)
         if isinstance(error, SystemExit) and not isinstance(error, Stopped):
-            raise RuntimeError(f"{self._title}: something that the run called ended the process with sys.exit({error.code!r}); a function given to a run "
-                               "raises an exception where it cannot go on") from error
+            raise RuntimeError(
+                f"{self._title}: something that the run called ended the process with "
+                f"sys.exit({error.code!r}); a function given to a run "
+                "raises an exception where it cannot go on"
+            ) from error
 
-    # ---- how a run ends before its end --------------------------------------------------------------------------------------
+    # ---- how a run ends before its end -----------------------------------------------------------
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals += 1
         name, saver = signal.Signals(number).name, self._saver
@@ -97,25 +121,38 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._exit = 128 + number if self._exit is None else self._exit
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if self._signals == 1:
-            say(f"fusedrl: {name}: the run stops when this step is complete and saved; once more to stop before")
+            say(
+                f"fusedrl: {name}: the run stops when this step is complete and saved; once more "
+                "to stop before"
+            )
             if not (saver.safe or saver.saving or capturing) and saver.whole:
                 self._save(saver)
         elif self._signals > 2 or (not saver.saving and (saver.safe or saver.whole)):
             raise Stopped(self._exit)
         else:
-            say(f"fusedrl: {name}: the run stops when this update is complete and saved; once more to stop at once, and lose what was not saved")
+            say(
+                f"fusedrl: {name}: the run stops when this update is complete and saved; once more "
+                "to stop at once, and lose what was not saved"
+            )
 
     def _leave(self, saver: Saver, error: BaseException) -> None:
-        """Save the last completed step if that is possible, and say what is to be had where. Never hides `error`."""
+        """Save the last completed step if that is possible, and say what is to be had where. Never
+        hides `error`."""
         problem = ""
         if not saver.safe and saver.whole:
             try:
                 saver.save()
             except Exception as failed:
-                problem = f"saving the last completed step, {saver.step}, failed ({type(failed).__name__}: {failed}). "
+                problem = (
+                    f"saving the last completed step, {saver.step}, failed "
+                    f"({type(failed).__name__}: {failed}). "
+                )
         elif not saver.safe:
             problem = f"the last completed step, {saver.step}, is not saved: " + (
-                "saving it failed. " if saver.failed else "the weights are half-way through the update after it. ")
+                "saving it failed. "
+                if saver.failed
+                else "the weights are half-way through the update after it. "
+            )
         if saver.saved is None:
             kept = "nothing is saved" + (": no step was completed" if saver.step == 0 else "")
         else:
@@ -124,32 +161,49 @@ class Run(contextlib.AbstractContextManager["Run"]):
         error.add_note(f"{problem}{kept}")
 
     def _how_to_go_on(self) -> str:
-        return f"go on with: {command}" if (command := RESUME_COMMAND.get()) else "go on with run.resume = True in the same configuration"
+        return (
+            f"go on with: {command}"
+            if (command := RESUME_COMMAND.get())
+            else "go on with run.resume = True in the same configuration"
+        )
 
-    # ---- state ----------------------------------------------------------------------------------------------------------
+    # ---- state -----------------------------------------------------------------------------------
     def restore(self, **parts: Any) -> None:
-        """Load the newest complete checkpoint into these objects (`saving.Parts`), in place; on a fresh run nothing is. From here on they are what is saved."""
+        """Load the newest complete checkpoint into these objects (`saving.Parts`), in place; on a
+        fresh run nothing is. From here on they are what is saved."""
         self._step_began = time.perf_counter()
-        self._progress = self._stack.enter_context(Progress(self.total, self.settings.progress, start=self.start, title=self._title))
+        self._progress = self._stack.enter_context(
+            Progress(self.total, self.settings.progress, start=self.start, title=self._title)
+        )
         found, checkpoint = Parts(**parts), self._checkpoint
         self._parts = found
         if checkpoint is not None:
             found.load(checkpoint)
             self._skipped_before = int(checkpoint.state["skipped_updates"])
-        self._saver, self._checkpoint = Saver(self.directory, self.settings, found, checkpoint, self._skipped), None
+        self._saver, self._checkpoint = (
+            Saver(self.directory, self.settings, found, checkpoint, self._skipped),
+            None,
+        )
         if checkpoint is None and self.settings.resume:
             self.message(f"{self.directory}: nothing to resume here, beginning at step 1")
         if checkpoint is not None:
-            where = f"continuing after step {self.start} of {self.total}" if self.start < self.total else f"finished already, at step {self.start}"
+            where = (
+                f"continuing after step {self.start} of {self.total}"
+                if self.start < self.total
+                else f"finished already, at step {self.start}"
+            )
             self.message(f"{self.directory}: {where}")
 
     @property
     def _skipped(self) -> int:
         return self._skipped_before + (0 if self._parts is None else self._parts.skipped)
 
-    def steps(self, train: Mixture[T], per_step: int, epochs: int, **parts: Any) -> Iterator[tuple[int, list[T]]]:
-        """The steps of so many passes over `train`: the number of each and its `per_step` examples, the last with what is left, in an order that is a function
-        of the seed. `parts` are restored before the first, and what is complete is saved when it is due."""
+    def steps(
+        self, train: Mixture[T], per_step: int, epochs: int, **parts: Any
+    ) -> Iterator[tuple[int, list[T]]]:
+        """The steps of so many passes over `train`: the number of each and its `per_step` examples,
+        the last with what is left, in an order that is a function of the seed. `parts` are restored
+        before the first, and what is complete is saved when it is due."""
         end = len(train) * epochs
         self.total = math.ceil(end / per_step)
         self.restore(**parts)
@@ -166,7 +220,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.message(f"saved {path}" + (f"; {self._how_to_go_on()}" if first else ""))
 
     def save_if_due(self, step: int) -> None:
-        """After step `step`: save where it is time to, at the end, or because a signal or `stop` asked for it (which ends the process)."""
+        """After step `step`: save where it is time to, at the end, or because a signal or `stop`
+        asked for it (which ends the process)."""
         saver = self._saver
         if saver is None:
             raise RuntimeError("run: expected restore before the first step")
@@ -177,7 +232,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             raise Stopped(self._exit)
 
     def stop(self, code: int) -> None:
-        """End the process with this exit code once the step is saved. A signal that came before has its own."""
+        """End the process with this exit code once the step is saved. A signal that came before has
+        its own."""
         self._exit = code if self._exit is None else self._exit
 
     def finish(self, save: Callable[[Path], None]) -> str:
@@ -187,26 +243,30 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.message(f"saved {target}")
         return str(target)
 
-    # ---- what is reported ---------------------------------------------------------------------------------------------------
+    # ---- what is reported ------------------------------------------------------------------------
     def time(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Time a part of the step into `timing/<name>`."""
         return self.metrics.time(name)
 
     @contextlib.contextmanager
     def apart(self, name: str) -> Iterator[None]:
-        """Time a part into `timing/<name>` that is none of the step's own: its seconds are not in `timing/step`, nor in `tokens_per_s`."""
+        """Time a part into `timing/<name>` that is none of the step's own: its seconds are not in
+        `timing/step`, nor in `tokens_per_s`."""
         began = time.perf_counter()
         with self.metrics.time(name):
             yield
         self._step_began += time.perf_counter() - began
 
     def lines(self, name: str) -> JsonLines:
-        """Another file of JSON lines in the run directory; a resumed run's is cut as its metrics are."""
-        return self._stack.enter_context(JsonLines(self.directory / name, resume_step=self.start or None))
+        """Another file of JSON lines in the run directory; a resumed run's is cut as its metrics
+        are."""
+        return self._stack.enter_context(
+            JsonLines(self.directory / name, resume_step=self.start or None)
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, numbered by the steps done, with the step's seconds, its tokens per second and the peak memory; and the progress
-        display."""
+        """One line of metrics.jsonl, numbered by the steps done, with the step's seconds, its
+        tokens per second and the peak memory; and the progress display."""
         now = time.perf_counter()
         seconds, self._step_began = now - self._step_began, now
         metrics = metrics | {"timing/step": seconds, "mem/peak_gib": peak_memory()}
@@ -237,14 +297,17 @@ def peak_memory() -> float:
 
 
 def held_out(items: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
-    """(train, held out): `fraction` of the items, drawn by `seed`, rounded to the nearest whole number; the order of the rest is kept.
+    """(train, held out): `fraction` of the items, drawn by `seed`, rounded to the nearest whole
+    number; the order of the rest is kept.
 
     Raises:
         ConfigError: nothing is left to train on.
     """
     count = round(fraction * len(items))
     if count == len(items):
-        raise ConfigError(f"eval_fraction = {fraction} holds out all of the {len(items)} examples and leaves none to train on; lower it or bring more data")
+        raise ConfigError(
+            f"eval_fraction = {fraction} holds out all of the {len(items)} examples and leaves "
+            "none to train on; lower it or bring more data"
+        )
     chosen = set(random.Random(seed).sample(range(len(items)), count))
     return [x for i, x in enumerate(items) if i not in chosen], [items[i] for i in sorted(chosen)]
-

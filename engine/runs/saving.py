@@ -1,10 +1,14 @@
-"""What a checkpoint holds of a run, when one is written, and whether what is in memory still is the last completed step.
+"""What a checkpoint holds of a run, when one is written, and whether what is in memory still is the
+last completed step.
 
-A checkpoint is of the end of a step, and a run that goes on from it is bitwise the undisturbed one. Its small parts (generator, coefficients, counts) are
-kept aside when a step is complete. Weights and moments are not, there is one copy of them: they are those of the last completed step until the next
-update begins, which the optimizers count. So a run that ends while it generates, scores or waits can still be saved as of its last completed step; one
-that ends half-way through an update cannot.
+A checkpoint is of the end of a step, and a run that goes on from it is bitwise the undisturbed one.
+Its small parts (generator, coefficients, counts) are kept aside when a step is complete. Weights
+and moments are not, there is one copy of them: they are those of the last completed step until the
+next update begins, which the optimizers count. So a run that ends while it generates, scores or
+waits can still be saved as of its last completed step; one that ends half-way through an update
+cannot.
 """
+
 from __future__ import annotations
 
 import time
@@ -21,7 +25,8 @@ from fusedrl.engine.config.base import RunConfig
 from fusedrl.engine.optim.learner import Learner, Model
 from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
 
-_SHARE = 20  # a save waits for this many times the seconds that the last one took: 5% of the time at the most
+# a save waits for this many times the seconds that the last one took: 5% of the time at the most
+_SHARE = 20
 
 
 @runtime_checkable
@@ -68,17 +73,30 @@ class Parts:
         return sum(learner.skipped for _, _, learner in self.learners())
 
     def mark(self) -> tuple[int, ...]:
-        """Changes with everything that an update writes: optimizer steps begun, in-place writes of parameters, the newest replayed step."""
-        counts = [count for _, _, learner in self.learners()
-                  for count in (learner.optimizer.begun, sum(p._version for p in trained(learner.model).values()))]
+        """Changes with everything that an update writes: optimizer steps begun, in-place writes of
+        parameters, the newest replayed step."""
+        counts = [
+            count
+            for _, _, learner in self.learners()
+            for count in (
+                learner.optimizer.begun,
+                sum(p._version for p in trained(learner.model).values()),
+            )
+        ]
         return *counts, -1 if self.replay is None else self.replay.newest
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Fill these objects, in place, and the CPU's generator. Raises CheckpointError where it is a checkpoint of others."""
+        """Fill these objects, in place, and the CPU's generator. Raises CheckpointError where it is
+        a checkpoint of others."""
         for group, moments, learner in self.learners():
             parameters, saved = trained(learner.model), checkpoint.tensors[group]
-            if saved.keys() != parameters.keys() or any(saved[name].shape != p.shape for name, p in parameters.items()):
-                raise CheckpointError(f"{checkpoint.path}: expected tensors {_shapes(parameters)}, got {_shapes(saved)}")
+            if saved.keys() != parameters.keys() or any(
+                saved[name].shape != p.shape for name, p in parameters.items()
+            ):
+                raise CheckpointError(
+                    f"{checkpoint.path}: expected tensors {_shapes(parameters)}, got "
+                    f"{_shapes(saved)}"
+                )
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
@@ -87,11 +105,17 @@ class Parts:
             try:
                 self.control.load_state_dict(checkpoint.state)
             except KeyError as error:
-                raise CheckpointError(f"{checkpoint.path}: state.json lacks {error}, so another version of fusedrl wrote it; resume with that version, "
-                                      "or begin another run from a model that it saved") from error
+                raise CheckpointError(
+                    f"{checkpoint.path}: state.json lacks {error}, so another version of fusedrl "
+                    "wrote it; resume with that version, "
+                    "or begin another run from a model that it saved"
+                ) from error
         if self.replay is not None:
             if "replay" not in checkpoint.tensors:
-                raise CheckpointError(f"{checkpoint.path}: expected the group replay, got {sorted(checkpoint.tensors)}")
+                raise CheckpointError(
+                    f"{checkpoint.path}: expected the group replay, got "
+                    f"{sorted(checkpoint.tensors)}"
+                )
             self.replay.load(checkpoint.tensors["replay"])
         if "weights_version" in checkpoint.state and isinstance(self.model.model, Versioned):
             self.model.model.weights_version = checkpoint.state["weights_version"]
@@ -112,11 +136,18 @@ class Saver:
     """Saves a run. `saved`: the newest checkpoint, as (step, directory), or None.
 
     Args:
-        directory: of the run. checkpoint: that it continues from, already loaded into `parts`; None at the beginning.
-        skipped: updates left out so far.
+        directory: of the run. checkpoint: that it continues from, already loaded into `parts`; None
+        at the beginning. skipped: updates left out so far.
     """
 
-    def __init__(self, directory: Path, settings: RunConfig, parts: Parts, checkpoint: Checkpoint | None, skipped: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: RunConfig,
+        parts: Parts,
+        checkpoint: Checkpoint | None,
+        skipped: int,
+    ) -> None:
         self._directory, self._settings, self._parts = directory, settings, parts
         self.saved = None if checkpoint is None else (checkpoint.step, checkpoint.path)
         self.saving = False
@@ -138,7 +169,8 @@ class Saver:
 
     @property
     def safe(self) -> bool:
-        """Whether nothing would be lost if the process ended now: the last completed step is on the disk."""
+        """Whether nothing would be lost if the process ended now: the last completed step is on the
+        disk."""
         return self.step == 0 or (self.saved is not None and self.saved[0] == self.step)
 
     @property
@@ -148,28 +180,37 @@ class Saver:
 
     @property
     def whole(self) -> bool:
-        """Whether the last completed step can be saved: no update has begun since, and saving it has not failed."""
+        """Whether the last completed step can be saved: no update has begun since, and saving it
+        has not failed."""
         return self._parts.mark() == self._completed.mark and not self.failed
 
     def due(self) -> bool:
-        """Whether the step just completed is one to save, by `save_every` or else by the clock: the first, then every `save_minutes`, and never so often that
-        saving takes more than 5% of the time."""
+        """Whether the step just completed is one to save, by `save_every` or else by the clock: the
+        first, then every `save_minutes`, and never so often that saving takes more than 5% of the
+        time."""
         if self._settings.save_every:
             return self.step % self._settings.save_every == 0
         waited = time.perf_counter() - self._last
-        return self._settings.save_minutes > 0 and (self.saved is None or waited >= max(60 * self._settings.save_minutes, _SHARE * self._seconds))
+        return self._settings.save_minutes > 0 and (
+            self.saved is None
+            or waited >= max(60 * self._settings.save_minutes, _SHARE * self._seconds)
+        )
 
     def save(self) -> Path:
         """Write the last completed step; only while `whole`. Errors as `save_checkpoint`."""
         began = time.perf_counter()
         self.saving, self._failed = True, self.step
         try:
-            tensors: dict[str, Mapping[str, Tensor]] = {"rng": {"torch_cpu": self._completed.generator}}
+            tensors: dict[str, Mapping[str, Tensor]] = {
+                "rng": {"torch_cpu": self._completed.generator}
+            }
             for group, moments, learner in self._parts.learners():
                 tensors |= {group: trained(learner.model), moments: learner.optimizer.state_dict()}
             if self._parts.replay is not None:
                 tensors["replay"] = self._parts.replay.tensors()
-            path = save_checkpoint(self._directory, self.step, tensors, self._completed.state, keep=self._settings.keep)
+            path = save_checkpoint(
+                self._directory, self.step, tensors, self._completed.state, keep=self._settings.keep
+            )
             self.saved, self._failed = (self.step, path), None
         finally:
             self.saving, self._last = False, time.perf_counter()

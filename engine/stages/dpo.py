@@ -1,9 +1,12 @@
-"""Direct preference optimisation: pairs in, a policy out; nothing is sampled and nothing scored by a reward model. The losses are in preference_losses.py.
+"""Direct preference optimisation: pairs in, a policy out; nothing is sampled and nothing scored by
+a reward model. The losses are in preference_losses.py.
 
-The reference scores each step's pairs in the micro-batches that are trained on, in the same precision: before the first update policy and reference are the
-same bits, h is exactly 0 and the sigmoid loss exactly log 2. There is no dropout. A micro-batch holds both sides of its pairs; how a step is cut into
-micro-batches does not change its gradient.
+The reference scores each step's pairs in the micro-batches that are trained on, in the same
+precision: before the first update policy and reference are the same bits, h is exactly 0 and the
+sigmoid loss exactly log 2. There is no dropout. A micro-batch holds both sides of its pairs; how a
+step is cut into micro-batches does not change its gradient.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,7 +23,13 @@ from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import Source
 from fusedrl.engine.optim.learner import Learner, Update
 from fusedrl.engine.preference.losses import PairScores, pair_loss, pair_scores
-from fusedrl.engine.preference.pairs import TokenPair, column_of, pack_pairs, read_pairs, sequences_of
+from fusedrl.engine.preference.pairs import (
+    TokenPair,
+    column_of,
+    pack_pairs,
+    read_pairs,
+    sequences_of,
+)
 from fusedrl.engine.rollout.reference import Reference, load_reference
 from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.runtime.faults import raise_faults
@@ -30,7 +39,8 @@ Cuts = list[list[int]]  # [micro-batch] -> pairs
 
 @dataclass(frozen=True)
 class DPOResult:
-    """Where the trained policy is, and the last step's metrics; accuracy on the held-out pairs with its 95% interval (nan where none were held out)."""
+    """Where the trained policy is, and the last step's metrics; accuracy on the held-out pairs with
+    its 95% interval (nan where none were held out)."""
 
     model: str
     steps: int
@@ -43,7 +53,8 @@ class DPOResult:
 def train_dpo(config: DPOConfig) -> DPOResult:
     """Train a policy on preference pairs.
 
-    The run directory receives config.json, metrics.jsonl, checkpoints and, at the end, model/ (loadable by transformers).
+    The run directory receives config.json, metrics.jsonl, checkpoints and, at the end, model/
+    (loadable by transformers).
 
     Raises:
         DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
@@ -61,10 +72,19 @@ def train_dpo(config: DPOConfig) -> DPOResult:
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
 
         def read(source: Source) -> list[TokenPair]:
-            return read_pairs(source, actor.tokenizer, trunk.eos_token_ids, limit, skip_bad_lines=config.skip_bad_lines,
-                              rejects=run.directory / "rejects.jsonl", tell=run.message)
+            return read_pairs(
+                source,
+                actor.tokenizer,
+                trunk.eos_token_ids,
+                limit,
+                skip_bad_lines=config.skip_bad_lines,
+                rejects=run.directory / "rejects.jsonl",
+                tell=run.message,
+            )
 
-        train, held = mix(config.data, read).split(lambda pairs: held_out(pairs, config.eval_fraction, config.run.seed))
+        train, held = mix(config.data, read).split(
+            lambda pairs: held_out(pairs, config.eval_fraction, config.run.seed)
+        )
         for step, pairs in run.steps(train, config.pairs_per_step, config.epochs, model=learner):
             batch, cuts = pack_pairs(pairs, config.tokens_per_microbatch, actor.decoder.device)
             with run.time("reference"):
@@ -72,8 +92,13 @@ def train_dpo(config: DPOConfig) -> DPOResult:
             with run.time("train"), learner.update(step, run.total) as update:
                 scores = _backward(update, actor, batch, cuts, pairs, config)
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
-            metrics = {"loss": 0.0 if update.loss is None else update.loss.item()} | describe(scores, pairs, config.beta)
-            metrics |= {"grad_norm": update.grad_norm, "num_tokens": float(batch.num_tokens)} | learner.metrics()
+            metrics = {"loss": 0.0 if update.loss is None else update.loss.item()} | describe(
+                scores, pairs, config.beta
+            )
+            metrics |= {
+                "grad_norm": update.grad_norm,
+                "num_tokens": float(batch.num_tokens),
+            } | learner.metrics()
             if step == run.total - 1:
                 with run.time("evaluate"):
                     metrics |= evaluate(actor, reference, held, config)
@@ -81,17 +106,37 @@ def train_dpo(config: DPOConfig) -> DPOResult:
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
         last = run.last_metrics
-        interval = (last.get("eval_accuracy_low", math.nan), last.get("eval_accuracy_high", math.nan))
-        return DPOResult(run.finish(actor.save_pretrained), run.total, last, last.get("eval_accuracy", math.nan), interval, len(held))
+        interval = (
+            last.get("eval_accuracy_low", math.nan),
+            last.get("eval_accuracy_high", math.nan),
+        )
+        return DPOResult(
+            run.finish(actor.save_pretrained),
+            run.total,
+            last,
+            last.get("eval_accuracy", math.nan),
+            interval,
+            len(held),
+        )
 
 
 def with_reference(reference: Reference, batch: PackedBatch, cuts: Cuts) -> PackedBatch:
     """The batch with ref_logp, scored in these cuts."""
-    return batch.with_columns(ref_logp=reference.score(batch, partition=[sequences_of(cut) for cut in cuts]).logp)
+    return batch.with_columns(
+        ref_logp=reference.score(batch, partition=[sequences_of(cut) for cut in cuts]).logp
+    )
 
 
-def _backward(update: Update, actor: HybridActor, batch: PackedBatch, cuts: Cuts, pairs: Sequence[TokenPair], config: DPOConfig) -> PairScores:
-    """Add the gradient of a step's loss, the mean over its pairs by their weights. Returns the scores that it is of."""
+def _backward(
+    update: Update,
+    actor: HybridActor,
+    batch: PackedBatch,
+    cuts: Cuts,
+    pairs: Sequence[TokenPair],
+    config: DPOConfig,
+) -> PairScores:
+    """Add the gradient of a step's loss, the mean over its pairs by their weights. Returns the
+    scores that it is of."""
     total = sum(pair.weight for pair in pairs)
     seen: list[PairScores] = []
     for cut in cuts:
@@ -103,49 +148,86 @@ def _backward(update: Update, actor: HybridActor, batch: PackedBatch, cuts: Cuts
     return in_order(seen, cuts)
 
 
-def weighted_loss(scores: PairScores, pairs: Sequence[TokenPair], config: DPOConfig) -> torch.Tensor:
+def weighted_loss(
+    scores: PairScores, pairs: Sequence[TokenPair], config: DPOConfig
+) -> torch.Tensor:
     """The sum over pairs of weight x loss."""
-    label_P, margin_P, weight_P = (column_of(pairs, name, scores.h.device) for name in ("label", "margin", "weight"))
-    loss_P = pair_loss(config.loss, scores, label_P, margin_P, beta=config.beta, label_smoothing=config.label_smoothing, nll_coef=config.nll_coef)
+    label_P, margin_P, weight_P = (
+        column_of(pairs, name, scores.h.device) for name in ("label", "margin", "weight")
+    )
+    loss_P = pair_loss(
+        config.loss,
+        scores,
+        label_P,
+        margin_P,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        nll_coef=config.nll_coef,
+    )
     return (weight_P * loss_P).sum()
 
 
 def in_order(seen: Sequence[PairScores], cuts: Cuts) -> PairScores:
     """The scores of micro-batches as those of the pairs in their own order."""
     back = torch.tensor([index for cut in cuts for index in cut]).argsort()
-    return PairScores(*(torch.cat(parts)[back.to(parts[0].device)] for parts in zip(*seen, strict=True)))
+    return PairScores(
+        *(torch.cat(parts)[back.to(parts[0].device)] for parts in zip(*seen, strict=True))
+    )
 
 
 def describe(scores: PairScores, pairs: Sequence[TokenPair], beta: float) -> dict[str, float]:
-    """Means over pairs, by TRL's names: rewards beta (log pi - log ref), their difference and how often it has the label's sign (ties of the data left out),
-    log-probabilities of answers. drift/chosen: nats per token by which the chosen answers became less likely than under the reference; it often rises while
-    the margins do, and nll_coef is what holds it."""
+    """Means over pairs, by TRL's names: rewards beta (log pi - log ref), their difference and how
+    often it has the label's sign (ties of the data left out), log-probabilities of answers.
+    drift/chosen: nats per token by which the chosen answers became less likely than under the
+    reference; it often rises while the margins do, and nll_coef is what holds it."""
     chosen, rejected = beta * scores.chosen_ratio, beta * scores.rejected_ratio
-    found = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected, "logps/chosen": scores.chosen_logp,
-             "logps/rejected": scores.rejected_logp}
+    found = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": scores.chosen_logp,
+        "logps/rejected": scores.rejected_logp,
+    }
     right, judged = agreement(scores, pairs)
-    return {name: values.mean().item() for name, values in found.items()} | ({"rewards/accuracies": right / judged} if judged else {}) | {
-        "drift/chosen": (0.0 - scores.chosen_ratio.sum() / scores.chosen_tokens.sum()).item()}
+    return (
+        {name: values.mean().item() for name, values in found.items()}
+        | ({"rewards/accuracies": right / judged} if judged else {})
+        | {"drift/chosen": (0.0 - scores.chosen_ratio.sum() / scores.chosen_tokens.sum()).item()}
+    )
 
 
 def agreement(scores: PairScores, pairs: Sequence[TokenPair]) -> tuple[int, int]:
-    """(pairs whose difference has the label's sign, pairs that are no tie in the data). A difference of 0 counts as wrong."""
+    """(pairs whose difference has the label's sign, pairs that are no tie in the data). A
+    difference of 0 counts as wrong."""
     signs = torch.sign(column_of(pairs, "label", scores.h.device) - 0.5)
     return int((scores.h * signs > 0).sum()), int((signs != 0).sum())
 
 
 @torch.no_grad()
-def evaluate(actor: HybridActor, reference: Reference, pairs: Sequence[TokenPair], config: DPOConfig) -> dict[str, float]:
-    """Loss, margin and accuracy on held-out pairs, with the accuracy's 95% interval; nothing for no pairs."""
+def evaluate(
+    actor: HybridActor, reference: Reference, pairs: Sequence[TokenPair], config: DPOConfig
+) -> dict[str, float]:
+    """Loss, margin and accuracy on held-out pairs, with the accuracy's 95% interval; nothing for no
+    pairs."""
     if not pairs:
         return {}
     batch, cuts = pack_pairs(pairs, config.tokens_per_microbatch, actor.decoder.device)
     batch = with_reference(reference, batch, cuts)
-    scores = pair_scores(batch, actor.score(batch, partition=[sequences_of(cut) for cut in cuts]).logp)
-    found = {"eval_loss": weighted_loss(scores, pairs, config).item() / sum(pair.weight for pair in pairs), "eval_pairs": float(len(pairs)),
-             "eval_margin": config.beta * scores.h.mean().item()}
+    scores = pair_scores(
+        batch, actor.score(batch, partition=[sequences_of(cut) for cut in cuts]).logp
+    )
+    found = {
+        "eval_loss": weighted_loss(scores, pairs, config).item()
+        / sum(pair.weight for pair in pairs),
+        "eval_pairs": float(len(pairs)),
+        "eval_margin": config.beta * scores.h.mean().item(),
+    }
     right, judged = agreement(scores, pairs)
     if judged:
         low, high = wilson_interval(right, judged)
-        found |= {"eval_accuracy": right / judged, "eval_accuracy_low": low, "eval_accuracy_high": high}
+        found |= {
+            "eval_accuracy": right / judged,
+            "eval_accuracy_low": low,
+            "eval_accuracy_high": high,
+        }
     return found

@@ -1,9 +1,13 @@
-"""Rejection-sampling fine-tuning: sample, score, keep the best, train on them by cross-entropy, and again from the new weights.
+"""Rejection-sampling fine-tuning: sample, score, keep the best, train on them by cross-entropy, and
+again from the new weights.
 
-Each step draws prompts_per_step prompts and samples_per_prompt completions of each, keeps the best, and makes epochs x minibatches optimizer steps on them.
-The loss is a mean over all the completion tokens of a minibatch, however it is cut. There is no ratio and no reference: a completion is imitated or it is not.
-A prompt none of whose samples is kept is skipped and counted; where no sample of a step is kept, the step trains nothing (`updates` is 0).
+Each step draws prompts_per_step prompts and samples_per_prompt completions of each, keeps the best,
+and makes epochs x minibatches optimizer steps on them. The loss is a mean over all the completion
+tokens of a minibatch, however it is cut. There is no ratio and no reference: a completion is
+imitated or it is not. A prompt none of whose samples is kept is skipped and counted; where no
+sample of a step is kept, the step trains nothing (`updates` is 0).
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -39,23 +43,35 @@ class RejectionResult:
 def train_rejection(config: RejectionConfig) -> RejectionResult:
     """Train a policy on the best of its own samples.
 
-    The run directory receives config.json, metrics.jsonl, samples.jsonl, checkpoints and, at the end, model/ (loadable by transformers).
+    The run directory receives config.json, metrics.jsonl, samples.jsonl, checkpoints and, at the
+    end, model/ (loadable by transformers).
 
     Raises:
-        DataError, RewardError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
-        RuntimeError: five updates in a row had a non-finite gradient.
+        DataError, RewardError, ConfigError, OSError: as their messages say; nothing half-written is
+        left behind. RuntimeError: five updates in a row had a non-finite gradient.
     """
     torch.manual_seed(config.run.seed)
-    actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device, cache=cache_for(config))
+    actor = HybridActor.from_pretrained(
+        config.model, dtype=config.dtype, device=config.device, cache=cache_for(config)
+    )
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
-    rewards = RewardSet([load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer) for spec in config.reward], config.reward_weights)
+    rewards = RewardSet(
+        [
+            load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer)
+            for spec in config.reward
+        ],
+        config.reward_weights,
+    )
     learner = Learner(actor, config.optim)
     with Run(config, config.steps) as run:
         prompts = read_prompts(config, actor, run)
-        flat = FlatRewards("group" if config.min_score is None else "", config.prompts_per_step * config.samples_per_prompt,
-                           config.generation.max_new_tokens)
+        flat = FlatRewards(
+            "group" if config.min_score is None else "",
+            config.prompts_per_step * config.samples_per_prompt,
+            config.generation.max_new_tokens,
+        )
         for row in read_rows(run.directory / "metrics.jsonl"):  # a resumed run's
             flat.update(row)
         run.restore(model=learner)
@@ -69,12 +85,25 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
                 experience = rollout(actor, draw, rewards, config)
             kept = best(experience, config.keep, config.min_score)
             with run.time("train"), actor.lend_cache():
-                metrics = experience.metrics | _describe(experience, kept, config) | imitate(actor, learner, experience.batch, kept, config, step)
+                metrics = (
+                    experience.metrics
+                    | _describe(experience, kept, config)
+                    | imitate(actor, learner, experience.batch, kept, config, step)
+                )
             if said := flat.update(metrics):
                 run.message(f"step {step + 1}: {said}")
             run.log(step, metrics)
-            run.samples(step, [{"prompt": experience.prompts[b].prompt, "completion": experience.completions[b].text,
-                                "score": experience.batch.column("scores")[b].item()} for b in kept[:4]])
+            run.samples(
+                step,
+                [
+                    {
+                        "prompt": experience.prompts[b].prompt,
+                        "completion": experience.completions[b].text,
+                        "score": experience.batch.column("scores")[b].item(),
+                    }
+                    for b in kept[:4]
+                ],
+            )
             run.save_if_due(step)
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
@@ -82,45 +111,77 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
 
 
 def best(experience: Rollout, keep: int, min_score: float | None) -> list[int]:
-    """The sequences to imitate, in the batch's order: of each prompt the `keep` best of at least `min_score`; of equal ones the earlier."""
+    """The sequences to imitate, in the batch's order: of each prompt the `keep` best of at least
+    `min_score`; of equal ones the earlier."""
     scores = experience.batch.column("scores").tolist()
     groups: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(experience.batch.column("group_ids").tolist()):
         if min_score is None or scores[index] >= min_score:
             groups[group].append(index)
-    return sorted(index for members in groups.values() for index in sorted(members, key=lambda i: (-scores[i], i))[:keep])
+    return sorted(
+        index
+        for members in groups.values()
+        for index in sorted(members, key=lambda i: (-scores[i], i))[:keep]
+    )
 
 
-def imitate(actor: HybridActor, learner: Learner, batch: PackedBatch, kept: Sequence[int], config: RejectionConfig, step: int) -> dict[str, float]:
-    """epochs x minibatches optimizer steps of cross-entropy on these sequences of the batch; fewer minibatches where there are fewer sequences."""
+def imitate(
+    actor: HybridActor,
+    learner: Learner,
+    batch: PackedBatch,
+    kept: Sequence[int],
+    config: RejectionConfig,
+    step: int,
+) -> dict[str, float]:
+    """epochs x minibatches optimizer steps of cross-entropy on these sequences of the batch; fewer
+    minibatches where there are fewer sequences."""
     updates: list[Update] = []
     total = config.steps * config.epochs * config.minibatches
     for epoch in range(config.epochs):
-        order, count = [kept[i] for i in shuffled(len(kept), config.run.seed, "rejection", step, epoch)], min(config.minibatches, len(kept))
+        order, count = (
+            [kept[i] for i in shuffled(len(kept), config.run.seed, "rejection", step, epoch)],
+            min(config.minibatches, len(kept)),
+        )
         for part in range(count):
-            members = order[part * len(order) // count:(part + 1) * len(order) // count]
+            members = order[part * len(order) // count : (part + 1) * len(order) // count]
             tokens = int(batch.select(members).action_mask.sum())
-            with learner.update((step * config.epochs + epoch) * config.minibatches + part, total) as update:
+            with learner.update(
+                (step * config.epochs + epoch) * config.minibatches + part, total
+            ) as update:
                 for micro in batch.micro_batches(config.tokens_per_microbatch, members):
-                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))  # the denominator is the whole minibatch's
+                    # the denominator is the whole minibatch's
+                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))
             updates.append(update)
     raise_faults(batch.device)  # where the host reads the losses anyway
-    learner.release()  # the next rollout runs beside the weights, the optimizer's state and the cache alone
+    # the next rollout runs beside the weights, the optimizer's state and the cache alone
+    learner.release()
     if not updates:
         return {"updates": 0.0}
     losses = [update.loss.item() for update in updates if update.loss is not None]
-    return {"updates": float(len(updates)), "loss": sum(losses) / len(losses),
-            "grad_norm": sum(update.grad_norm for update in updates) / len(updates)} | learner.metrics()
+    return {
+        "updates": float(len(updates)),
+        "loss": sum(losses) / len(losses),
+        "grad_norm": sum(update.grad_norm for update in updates) / len(updates),
+    } | learner.metrics()
 
 
-def _describe(experience: Rollout, kept: Sequence[int], config: RejectionConfig) -> dict[str, float]:
-    """What was kept of a step's samples: the share of the valid ones, prompts of which nothing was, and the scores and lengths of the kept."""
+def _describe(
+    experience: Rollout, kept: Sequence[int], config: RejectionConfig
+) -> dict[str, float]:
+    """What was kept of a step's samples: the share of the valid ones, prompts of which nothing was,
+    and the scores and lengths of the kept."""
     batch = experience.batch
     groups = batch.column("group_ids").tolist()
-    found = {"kept/fraction": len(kept) / len(groups), "kept/prompts_skipped": float(config.prompts_per_step - len({groups[b] for b in kept})),
-             "num_tokens": float(batch.num_tokens)}
+    found = {
+        "kept/fraction": len(kept) / len(groups),
+        "kept/prompts_skipped": float(config.prompts_per_step - len({groups[b] for b in kept})),
+        "num_tokens": float(batch.num_tokens),
+    }
     if kept:
         scores = batch.column("scores").tolist()
-        found |= {"kept/reward": sum(scores[b] for b in kept) / len(kept),
-                  "kept/mean_length": sum(len(experience.completions[b].token_ids) for b in kept) / len(kept)}
+        found |= {
+            "kept/reward": sum(scores[b] for b in kept) / len(kept),
+            "kept/mean_length": sum(len(experience.completions[b].token_ids) for b in kept)
+            / len(kept),
+        }
     return found

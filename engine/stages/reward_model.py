@@ -1,4 +1,6 @@
-"""A reward model: the trunk of a language model, one linear, the score at the last token, learnt from pairs or ranked lists (preferences.py)."""
+"""A reward model: the trunk of a language model, one linear, the score at the last token, learnt
+from pairs or ranked lists (preferences.py)."""
+
 from __future__ import annotations
 
 import json
@@ -22,18 +24,40 @@ from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 from fusedrl.engine.optim.learner import Learner, Update
-from fusedrl.engine.preference.comparisons import Comparison, Pairs, centre_loss, encode_preferences, load_preferences, preference_loss
-from fusedrl.engine.preference.reward_report import RewardReport, report_table, reward_report, save_report
+from fusedrl.engine.preference.comparisons import (
+    Comparison,
+    Pairs,
+    centre_loss,
+    encode_preferences,
+    load_preferences,
+    preference_loss,
+)
+from fusedrl.engine.preference.reward_report import (
+    RewardReport,
+    report_table,
+    reward_report,
+    save_report,
+)
 from fusedrl.engine.runs.checkpoint import write_file
 from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.runtime.faults import raise_faults
 
-__all__ = ["RewardModelResult", "cross_fitted_margins", "evaluate", "gradients", "new_model", "report", "score_pairs", "train_reward_model"]
+__all__ = [
+    "RewardModelResult",
+    "cross_fitted_margins",
+    "evaluate",
+    "gradients",
+    "new_model",
+    "report",
+    "score_pairs",
+    "train_reward_model",
+]
 
 
 @dataclass(frozen=True)
 class RewardModelResult:
-    """Where the reward model is; accuracy on the held-out examples with its 95% interval (nan where none were held out)."""
+    """Where the reward model is; accuracy on the held-out examples with its 95% interval (nan where
+    none were held out)."""
 
     model: str
     steps: int
@@ -46,8 +70,9 @@ class RewardModelResult:
 def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     """Train a reward model on preferences.
 
-    The run directory receives config.json, metrics.jsonl, checkpoints, denoise.json (where asked for) and, at the end, report.json (accuracy and calibration
-    on what was held out) and model/ (a *ForSequenceClassification of one label, loadable by transformers).
+    The run directory receives config.json, metrics.jsonl, checkpoints, denoise.json (where asked
+    for) and, at the end, report.json (accuracy and calibration on what was held out) and model/ (a
+    *ForSequenceClassification of one label, loadable by transformers).
 
     Raises:
         DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
@@ -61,15 +86,27 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
 
         def read(source: Source) -> list[Comparison]:
-            examples, unusable = load_preferences(source, tokenizer, soft_labels=config.soft_labels, skip_bad_lines=config.skip_bad_lines,
-                                                  rejects=run.directory / "rejects.jsonl")
+            examples, unusable = load_preferences(
+                source,
+                tokenizer,
+                soft_labels=config.soft_labels,
+                skip_bad_lines=config.skip_bad_lines,
+                rejects=run.directory / "rejects.jsonl",
+            )
             for reason, count in unusable.items():
-                run.message(f"preferences: {count} of {len(examples) + sum(unusable.values())} are not used: {reason}")
-            encoded, dropped = encode_preferences(tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit)
+                run.message(
+                    f"preferences: {count} of {len(examples) + sum(unusable.values())} are not "
+                    f"used: {reason}"
+                )
+            encoded, dropped = encode_preferences(
+                tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit
+            )
             run.message(f"preferences: {dropped}")
             return [comparison for _, comparison in encoded]
 
-        train, held = mix(config.data, read).split(lambda comparisons: _hold_out(comparisons, config))
+        train, held = mix(config.data, read).split(
+            lambda comparisons: _hold_out(comparisons, config)
+        )
         if config.denoise_folds:
             del model, learner  # the others need the room
             train = _denoised(train, config, run)
@@ -78,10 +115,19 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
             last = step == run.total - 1
             with run.time("train"), learner.update(step, run.total) as update:
                 metrics = gradients(update, model, chosen, config)
-            metrics |= {"grad_norm": update.grad_norm, "num_tokens": float(sum(c.tokens for c in chosen))} | learner.metrics()
+            metrics |= {
+                "grad_norm": update.grad_norm,
+                "num_tokens": float(sum(c.tokens for c in chosen)),
+            } | learner.metrics()
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 with run.time("evaluate"):
-                    found = report(model, held, config.tokens_per_microbatch, config.label_noise, by_prompt=config.by_prompt)
+                    found = report(
+                        model,
+                        held,
+                        config.tokens_per_microbatch,
+                        config.label_noise,
+                        by_prompt=config.by_prompt,
+                    )
                     metrics |= found.metrics() if found is not None else {}
             if last:
                 if found is not None:
@@ -93,11 +139,19 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
                         _normalize(model, train.examples, config)
                     metrics["score_shift"] = model.shift
             run.log(step, metrics)
-        model.shift = run.last_metrics.get("score_shift", model.shift)  # a run that had finished already
+        # a run that had finished already
+        model.shift = run.last_metrics.get("score_shift", model.shift)
         known = run.last_metrics
-        interval = (known.get("eval_accuracy_low", math.nan), known.get("eval_accuracy_high", math.nan))
-        path = run.finish(lambda directory: save_reward_model(model, directory, tokenizer=tokenizer))
-        return RewardModelResult(path, run.total, known, known.get("eval_accuracy", math.nan), interval, len(held))
+        interval = (
+            known.get("eval_accuracy_low", math.nan),
+            known.get("eval_accuracy_high", math.nan),
+        )
+        path = run.finish(
+            lambda directory: save_reward_model(model, directory, tokenizer=tokenizer)
+        )
+        return RewardModelResult(
+            path, run.total, known, known.get("eval_accuracy", math.nan), interval, len(held)
+        )
 
 
 def new_model(config: RewardModelConfig) -> tuple[RewardModel, Learner]:
@@ -106,11 +160,15 @@ def new_model(config: RewardModelConfig) -> tuple[RewardModel, Learner]:
     decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         add_adapter(decoder, config.lora, seed=config.run.seed)
-    model = RewardModel.from_decoder(decoder, seed=config.run.seed, imitation=config.imitation_coef > 0)
+    model = RewardModel.from_decoder(
+        decoder, seed=config.run.seed, imitation=config.imitation_coef > 0
+    )
     return model, Learner(model, config.optim)
 
 
-def _hold_out(comparisons: list[Comparison], config: RewardModelConfig) -> tuple[list[Comparison], list[Comparison]]:
+def _hold_out(
+    comparisons: list[Comparison], config: RewardModelConfig
+) -> tuple[list[Comparison], list[Comparison]]:
     """(train, held out) of one file."""
     if not config.by_prompt:
         return held_out(comparisons, config.eval_fraction, config.run.seed)
@@ -121,23 +179,33 @@ def _hold_out(comparisons: list[Comparison], config: RewardModelConfig) -> tuple
     return [c for group in train for c in group], [c for group in held for c in group]
 
 
-# ---- one step -----------------------------------------------------------------------------------------------------------------
-def gradients(update: Update, model: RewardModel, chosen: Sequence[Comparison], config: RewardModelConfig) -> dict[str, float]:
-    """Add the gradient of one step's loss to the parameters', micro-batch by micro-batch; returns what it measured.
+# ---- one step ------------------------------------------------------------------------------------
+def gradients(
+    update: Update, model: RewardModel, chosen: Sequence[Comparison], config: RewardModelConfig
+) -> dict[str, float]:
+    """Add the gradient of one step's loss to the parameters', micro-batch by micro-batch; returns
+    what it measured.
 
-        loss = ranking + center_coef * centre + imitation_coef * cross-entropy of the best answers' tokens
+        loss = ranking + center_coef * centre + imitation_coef * cross-entropy of the best answers'
+        tokens
 
-    Each term is a mean over the whole step (examples, examples, tokens), so the split changes nothing. All scores of an example come from one forward.
+    Each term is a mean over the whole step (examples, examples, tokens), so the split changes
+    nothing. All scores of an example come from one forward.
     """
     device, weight = model.decoder.device, sum(c.weight for c in chosen)
     tokens = sum(len(c.completions[i]) for c in chosen for i in c.preferred)
-    sums = {name: torch.zeros((), device=device) for name in ("loss", "ranking_loss", "imitation_loss", "accuracy", "margin")}
+    sums = {
+        name: torch.zeros((), device=device)
+        for name in ("loss", "ranking_loss", "imitation_loss", "accuracy", "margin")
+    }
     for index in _split(chosen, config.tokens_per_microbatch):
         group = [chosen[i] for i in index]
         batch = _batch(group, device)
         hidden_NH = model.hidden(batch)
         scores = model.scores(batch, hidden_NH)
-        ranking = loss = preference_loss(scores, group, label_noise=config.label_noise, total_weight=weight)
+        ranking = loss = preference_loss(
+            scores, group, label_noise=config.label_noise, total_weight=weight
+        )
         if config.center_coef:
             loss = loss + config.center_coef * centre_loss(scores, group, total_weight=weight)
         if config.imitation_coef and any(c.preferred for c in group):
@@ -148,8 +216,12 @@ def gradients(update: Update, model: RewardModel, chosen: Sequence[Comparison], 
         with torch.no_grad():
             pairs = Pairs.of(group, total_weight=weight, device=device)
             margin = scores[pairs.better_P] - scores[pairs.worse_P]
-            for name, value in (("loss", loss), ("ranking_loss", ranking), ("accuracy", (pairs.share_P * (margin > 0)).sum()),
-                                ("margin", (pairs.share_P * margin).sum())):
+            for name, value in (
+                ("loss", loss),
+                ("ranking_loss", ranking),
+                ("accuracy", (pairs.share_P * (margin > 0)).sum()),
+                ("margin", (pairs.share_P * margin).sum()),
+            ):
                 sums[name] += value.detach()
     raise_faults(device)  # where the host reads the loss anyway
     left_out = set() if config.imitation_coef else {"imitation_loss"}
@@ -159,53 +231,90 @@ def gradients(update: Update, model: RewardModel, chosen: Sequence[Comparison], 
 
 def _split(comparisons: Sequence[Comparison], tokens_per_microbatch: int) -> list[list[int]]:
     """Micro-batches that keep the completions of a prompt together."""
-    return split_by_tokens([(i, c.tokens) for i, c in enumerate(comparisons)], tokens_per_microbatch)
+    return split_by_tokens(
+        [(i, c.tokens) for i, c in enumerate(comparisons)], tokens_per_microbatch
+    )
 
 
 def _batch(comparisons: Sequence[Comparison], device: torch.device) -> PackedBatch:
-    """All completions side by side, each behind its prompt; the actions are the tokens to imitate."""
-    return PackedBatch.from_masked(((c.prompt + completion, [False] * len(c.prompt) + [i in c.preferred] * len(completion))
-                                    for c in comparisons for i, completion in enumerate(c.completions)), device=device)
+    """All completions side by side, each behind its prompt; the actions are the tokens to
+    imitate."""
+    return PackedBatch.from_masked(
+        (
+            (c.prompt + completion, [False] * len(c.prompt) + [i in c.preferred] * len(completion))
+            for c in comparisons
+            for i, completion in enumerate(c.completions)
+        ),
+        device=device,
+    )
 
 
-# ---- noisy labels -------------------------------------------------------------------------------------------------------------
-def cross_fitted_margins(config: RewardModelConfig, comparisons: Sequence[Comparison]) -> list[float]:
-    """What a reward model that never saw a comparison, nor another of the same prompt, says of it: the mean over its pairs of the better score less the worse.
+# ---- noisy labels --------------------------------------------------------------------------------
+def cross_fitted_margins(
+    config: RewardModelConfig, comparisons: Sequence[Comparison]
+) -> list[float]:
+    """What a reward model that never saw a comparison, nor another of the same prompt, says of it:
+    the mean over its pairs of the better score less the worse.
 
-    The comparisons are dealt out by prompt to `denoise_folds` parts, and for each part a model is trained on the others as the configuration says, and let go.
+    The comparisons are dealt out by prompt to `denoise_folds` parts, and for each part a model is
+    trained on the others as the configuration says, and let go.
 
     Raises:
         ConfigError: there are fewer prompts than parts.
     """
     prompts = list(dict.fromkeys(tuple(c.prompt) for c in comparisons))
     if len(prompts) < config.denoise_folds:
-        raise ConfigError(f"denoise_folds = {config.denoise_folds} needs as many different prompts, and the training examples have {len(prompts)}")
-    part = {prompts[index]: place % config.denoise_folds for place, index in enumerate(shuffled(len(prompts), config.run.seed, "folds"))}
+        raise ConfigError(
+            f"denoise_folds = {config.denoise_folds} needs as many different prompts, and the "
+            f"training examples have {len(prompts)}"
+        )
+    part = {
+        prompts[index]: place % config.denoise_folds
+        for place, index in enumerate(shuffled(len(prompts), config.run.seed, "folds"))
+    }
     margins = [0.0] * len(comparisons)
     for fold in range(config.denoise_folds):
-        inside, outside = ([i for i, c in enumerate(comparisons) if (part[tuple(c.prompt)] == fold) is wanted] for wanted in (True, False))
+        inside, outside = (
+            [i for i, c in enumerate(comparisons) if (part[tuple(c.prompt)] == fold) is wanted]
+            for wanted in (True, False)
+        )
         model, learner = new_model(config)
         total = math.ceil(len(outside) * config.epochs / config.pairs_per_step)
         for step in range(total):
             start = step * config.pairs_per_step
-            order = data_order(len(outside), config.run.seed, start, min(start + config.pairs_per_step, len(outside) * config.epochs))
+            order = data_order(
+                len(outside),
+                config.run.seed,
+                start,
+                min(start + config.pairs_per_step, len(outside) * config.epochs),
+            )
             with learner.update(step, total) as update:
                 gradients(update, model, [comparisons[outside[i]] for i in order], config)
         asked = [comparisons[i] for i in inside]
         better, worse = score_pairs(model, asked, config.tokens_per_microbatch)
-        for i, differences in zip(inside, (better - worse).split([len(c.pairs) for c in asked]), strict=True):
+        for i, differences in zip(
+            inside, (better - worse).split([len(c.pairs) for c in asked]), strict=True
+        ):
             margins[i] = differences.mean().item()
     return margins
 
 
-def _denoised(train: Mixture[Comparison], config: RewardModelConfig, run: Run) -> Mixture[Comparison]:
-    """Without the examples that the other folds contradict. What they said is in <run>/denoise.json, from which a resumed run goes on."""
+def _denoised(
+    train: Mixture[Comparison], config: RewardModelConfig, run: Run
+) -> Mixture[Comparison]:
+    """Without the examples that the other folds contradict. What they said is in
+    <run>/denoise.json, from which a resumed run goes on."""
     path = run.directory / "denoise.json"
     if run.start and path.is_file():
         margins = json.loads(path.read_bytes())["margins"]
     else:
         margins = cross_fitted_margins(config, train.examples)
-        write_file(path, (json.dumps({"threshold": config.denoise_threshold, "margins": margins}) + "\n").encode())
+        write_file(
+            path,
+            (
+                json.dumps({"threshold": config.denoise_threshold, "margins": margins}) + "\n"
+            ).encode(),
+        )
     noisy = iter([margin < -config.denoise_threshold for margin in margins])
 
     def leave_out(source: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
@@ -213,33 +322,53 @@ def _denoised(train: Mixture[Comparison], config: RewardModelConfig, run: Run) -
         return [c for flag, c in marked if not flag], [c for flag, c in marked if flag]
 
     kept, left_out = train.split(leave_out)
-    run.message(f"preferences: {len(left_out)} of {len(margins)} are left out: a model that has not seen them contradicts them by more than "
-                f"{config.denoise_threshold:g}")
+    run.message(
+        f"preferences: {len(left_out)} of {len(margins)} are left out: a model that has not seen "
+        "them contradicts them by more than "
+        f"{config.denoise_threshold:g}"
+    )
     return kept
 
 
-# ---- scores -------------------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 @torch.no_grad()
-def _score(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int) -> list[Tensor]:
+def _score(
+    model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int
+) -> list[Tensor]:
     """The scores [K] of each comparison's completions."""
     found = [torch.empty(0)] * len(comparisons)
     for index in _split(comparisons, tokens_per_microbatch):
         group = [comparisons[i] for i in index]
-        for i, scores in zip(index, model(_batch(group, model.decoder.device)).split([len(c.ranks) for c in group]), strict=True):
+        for i, scores in zip(
+            index,
+            model(_batch(group, model.decoder.device)).split([len(c.ranks) for c in group]),
+            strict=True,
+        ):
             found[i] = scores
     return found
 
 
-def score_pairs(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int) -> tuple[Tensor, Tensor]:
-    """[P] scores of the better and of the worse side of every pair, comparison by comparison in the order of `Comparison.pairs`."""
-    scores_M = torch.cat([*_score(model, comparisons, tokens_per_microbatch), torch.empty(0, device=model.decoder.device)])
+def score_pairs(
+    model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int
+) -> tuple[Tensor, Tensor]:
+    """[P] scores of the better and of the worse side of every pair, comparison by comparison in the
+    order of `Comparison.pairs`."""
+    scores_M = torch.cat(
+        [
+            *_score(model, comparisons, tokens_per_microbatch),
+            torch.empty(0, device=model.decoder.device),
+        ]
+    )
     pairs = Pairs.of(comparisons, device=model.decoder.device)
     return scores_M[pairs.better_P], scores_M[pairs.worse_P]
 
 
-def _normalize(model: RewardModel, comparisons: Sequence[Comparison], config: RewardModelConfig) -> None:
-    """Move the scores of the best answers to mean 0 (Stiennon et al., 2020, appendix), and scale them to variance 1 if asked (Ziegler et al., 2019, 2.1). The
-    scale goes into the head, so that every reader of the directory has it."""
+def _normalize(
+    model: RewardModel, comparisons: Sequence[Comparison], config: RewardModelConfig
+) -> None:
+    """Move the scores of the best answers to mean 0 (Stiennon et al., 2020, appendix), and scale
+    them to variance 1 if asked (Ziegler et al., 2019, 2.1). The scale goes into the head, so that
+    every reader of the directory has it."""
     scores = _score(model, comparisons, config.tokens_per_microbatch)
     best = torch.cat([s[c.best] for s, c in zip(scores, comparisons, strict=True)]).double()
     spread = best.std(correction=0).item() if config.normalize == "mean_std" else 1.0
@@ -249,21 +378,41 @@ def _normalize(model: RewardModel, comparisons: Sequence[Comparison], config: Re
         model.head.weight.mul_(scale)
 
 
-# ---- held-out preferences -----------------------------------------------------------------------------------------------------
-def report(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int, label_noise: float = 0.0, *, by_prompt: bool = False
-           ) -> RewardReport | None:
-    """Accuracy and calibration on these; None for none. `by_prompt`: those of one prompt have one vote together."""
+# ---- held-out preferences ------------------------------------------------------------------------
+def report(
+    model: RewardModel,
+    comparisons: Sequence[Comparison],
+    tokens_per_microbatch: int,
+    label_noise: float = 0.0,
+    *,
+    by_prompt: bool = False,
+) -> RewardReport | None:
+    """Accuracy and calibration on these; None for none. `by_prompt`: those of one prompt have one
+    vote together."""
     if not comparisons:
         return None
     better, worse = score_pairs(model, comparisons, tokens_per_microbatch)
     numbers: dict[tuple[int, ...], int] = {}
-    units = [numbers.setdefault(tuple(c.prompt) if by_prompt else (index,), len(numbers)) for index, c in enumerate(comparisons)]
-    listed = [(unit, len(c.completions[i]) - len(c.completions[j]), c.label) for unit, c in zip(units, comparisons, strict=True) for i, j in c.pairs]
+    units = [
+        numbers.setdefault(tuple(c.prompt) if by_prompt else (index,), len(numbers))
+        for index, c in enumerate(comparisons)
+    ]
+    listed = [
+        (unit, len(c.completions[i]) - len(c.completions[j]), c.label)
+        for unit, c in zip(units, comparisons, strict=True)
+        for i, j in c.pairs
+    ]
     examples, lengths, labels = zip(*listed, strict=True)
     return reward_report(better - worse, examples, lengths, labels, label_noise=label_noise)
 
 
-def evaluate(model: RewardModel, comparisons: Sequence[Comparison], tokens_per_microbatch: int, label_noise: float = 0.0) -> dict[str, float]:
-    """The report's main figures as metrics; nothing for no pairs. A tie of scores counts as wrong."""
+def evaluate(
+    model: RewardModel,
+    comparisons: Sequence[Comparison],
+    tokens_per_microbatch: int,
+    label_noise: float = 0.0,
+) -> dict[str, float]:
+    """The report's main figures as metrics; nothing for no pairs. A tie of scores counts as
+    wrong."""
     found = report(model, comparisons, tokens_per_microbatch, label_noise)
     return {} if found is None else found.metrics()

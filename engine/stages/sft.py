@@ -1,4 +1,6 @@
-"""Supervised fine-tuning: cross-entropy of demonstrations, a mean over all the completion tokens of an optimizer step."""
+"""Supervised fine-tuning: cross-entropy of demonstrations, a mean over all the completion tokens of
+an optimizer step."""
+
 from __future__ import annotations
 
 import math
@@ -12,7 +14,12 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import SFTConfig
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations, load_dialogues
-from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, encode_dialogues, end_of_text
+from fusedrl.engine.data.tokenize import (
+    count_tokens,
+    encode_demonstrations,
+    encode_dialogues,
+    end_of_text,
+)
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.runtime.faults import raise_faults
@@ -32,7 +39,8 @@ class SFTResult:
 def train_sft(config: SFTConfig) -> SFTResult:
     """Fine-tune a language model on demonstrations.
 
-    The run directory receives config.json, metrics.jsonl, checkpoints and, at the end, model/ (loadable by transformers).
+    The run directory receives config.json, metrics.jsonl, checkpoints and, at the end, model/
+    (loadable by transformers).
 
     Raises:
         DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
@@ -49,39 +57,65 @@ def train_sft(config: SFTConfig) -> SFTResult:
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
 
         def read(source: Source) -> list[Tokens]:
-            end, rejects = end_of_text(actor.tokenizer, trunk.eos_token_ids), run.directory / "rejects.jsonl"
+            end, rejects = (
+                end_of_text(actor.tokenizer, trunk.eos_token_ids),
+                run.directory / "rejects.jsonl",
+            )
             if config.every_turn:
-                dialogues, unusable = load_dialogues(source, skip_bad_lines=config.skip_bad_lines, rejects=rejects)
+                dialogues, unusable = load_dialogues(
+                    source, skip_bad_lines=config.skip_bad_lines, rejects=rejects
+                )
                 for reason, count in unusable.items():
-                    run.message(f"dialogues: {count} of {len(dialogues) + sum(unusable.values())} are not used: {reason}")
+                    run.message(
+                        f"dialogues: {count} of {len(dialogues) + sum(unusable.values())} are not "
+                        f"used: {reason}"
+                    )
                 sequences, dropped = encode_dialogues(actor.tokenizer, dialogues, end, limit)
             else:
-                examples = load_demonstrations(source, skip_bad_lines=config.skip_bad_lines, rejects=rejects,
-                                               options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
+                examples = load_demonstrations(
+                    source,
+                    skip_bad_lines=config.skip_bad_lines,
+                    rejects=rejects,
+                    options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)),
+                )
                 pairs, dropped = encode_demonstrations(actor.tokenizer, examples, end, limit)
-                sequences = [(prompt + completion, [False] * len(prompt) + [True] * len(completion)) for prompt, completion in pairs]
+                sequences = [
+                    (prompt + completion, [False] * len(prompt) + [True] * len(completion))
+                    for prompt, completion in pairs
+                ]
             run.message(f"demonstrations: {dropped}")
             return sequences
 
-        train, held = mix(config.data, read).split(lambda sequences: held_out(sequences, config.eval_fraction, config.run.seed))
+        train, held = mix(config.data, read).split(
+            lambda sequences: held_out(sequences, config.eval_fraction, config.run.seed)
+        )
 
         def held_loss() -> dict[str, float]:
             with run.apart("evaluate"):
                 return {"eval_loss": cross_entropy(actor, held, config.tokens_per_microbatch)}
 
-        for step, chosen in run.steps(train, config.sequences_per_step, config.epochs, model=learner):
+        for step, chosen in run.steps(
+            train, config.sequences_per_step, config.epochs, model=learner
+        ):
             if step == 0 and held and config.eval_every:
                 run.metrics.log(0, held_loss())
             batch = PackedBatch.from_masked(chosen, device=actor.decoder.device)
             tokens = int(batch.action_mask.sum())
             with run.time("train"), learner.update(step, run.total) as update:
                 for micro in batch.micro_batches(config.tokens_per_microbatch):
-                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))  # the denominator is the whole step's
+                    # the denominator is the whole step's
+                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
             loss = 0.0 if update.loss is None else update.loss.item()
-            metrics = {"loss": loss, "perplexity": math.exp(min(80.0, loss)), "grad_norm": update.grad_norm,
-                       "num_tokens": float(batch.num_tokens)} | learner.metrics()
-            if held and (step == run.total - 1 or (config.eval_every and (step + 1) % config.eval_every == 0)):
+            metrics = {
+                "loss": loss,
+                "perplexity": math.exp(min(80.0, loss)),
+                "grad_norm": update.grad_norm,
+                "num_tokens": float(batch.num_tokens),
+            } | learner.metrics()
+            if held and (
+                step == run.total - 1 or (config.eval_every and (step + 1) % config.eval_every == 0)
+            ):
                 metrics |= held_loss()
             run.log(step, metrics)
         if config.lora is not None:

@@ -1,8 +1,12 @@
-"""What `fusedrl bench throughput|latency|step` measures; the floors beside the figures are those of workloads.py, on ceilings measured in the same run.
+"""What `fusedrl bench throughput|latency|step` measures; the floors beside the figures are those of
+workloads.py, on ceilings measured in the same run.
 
-Rounds are interleaved: every contestant has its turn in each. Medians are reported. Nobody stops at an EOS, so the work is the same for all and in every round.
-Prefix caches are emptied before a round of ours. Weights may be random, in the shapes of published models: what a step costs does not depend on them.
+Rounds are interleaved: every contestant has its turn in each. Medians are reported. Nobody stops at
+an EOS, so the work is the same for all and in every round. Prefix caches are emptied before a round
+of ours. Weights may be random, in the shapes of published models: what a step costs does not depend
+on them.
 """
+
 from __future__ import annotations
 
 import copy
@@ -32,17 +36,35 @@ from fusedrl.engine.policy.control import Control
 from fusedrl.engine.rollout.reference import Frozen
 from fusedrl.engine.runs.run import peak_memory
 from fusedrl.engine.stages.policy import cuts_of, recount, score, settle, update
-from fusedrl.engine.tools.machine import copy_bandwidth, describe_machine, gemm_rate, seconds_of, wait_for
-from fusedrl.engine.tools.workloads import SHAPES, WORKLOADS, Workload, count_weights, floor_of, forward_flops, kv_bytes_per_token, random_workload
+from fusedrl.engine.tools.machine import (
+    copy_bandwidth,
+    describe_machine,
+    gemm_rate,
+    seconds_of,
+    wait_for,
+)
+from fusedrl.engine.tools.workloads import (
+    SHAPES,
+    WORKLOADS,
+    Workload,
+    count_weights,
+    floor_of,
+    forward_flops,
+    kv_bytes_per_token,
+    random_workload,
+)
 
-_AT_ONCE = 256  # sequences of one padded batch of an opponent, as many as our engine runs at once by default
+# sequences of one padded batch of an opponent, as many as our engine runs at once by default
+_AT_ONCE = 256
 _LR = 1e-6  # of steps that are timed: the weights hardly move
-Contestant = Callable[[], list[list[int]]]  # generates the whole workload; the new ids of every sequence
+# generates the whole workload; the new ids of every sequence
+Contestant = Callable[[], list[list[int]]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a directory or id, or one of `SHAPES` with random weights; one of the two is None."""
+    """What is measured: a directory or id, or one of `SHAPES` with random weights; one of the two
+    is None."""
 
     model: str | None = None
     shape: str | None = None
@@ -58,7 +80,14 @@ class Subject:
         device = resolve_device(self.device)
         if self.model is not None:
             return _endless(load_decoder(self.model, dtype=self.dtype, device=device))
-        return _endless(Decoder.random(model_config(SHAPES[self.shape or ""]), seed=0, dtype=resolve_dtype(self.dtype, device), device=device))
+        return _endless(
+            Decoder.random(
+                model_config(SHAPES[self.shape or ""]),
+                seed=0,
+                dtype=resolve_dtype(self.dtype, device),
+                device=device,
+            )
+        )
 
     def peer(self) -> Any:
         """The transformers model, likewise."""
@@ -70,9 +99,15 @@ class Subject:
         dtype = resolve_dtype(self.dtype, device)
         if self.model is not None:
             with without_code(resolve_directory(self.model)) as directory:
-                model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+                model = AutoModelForCausalLM.from_pretrained(
+                    directory, dtype=dtype, trust_remote_code=False, use_safetensors=True
+                )
         else:
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[self.shape or ""]), dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**SHAPES[self.shape or ""]),
+                dtype=dtype,
+                trust_remote_code=False,
+            )
         model.generation_config.eos_token_id = None
         return model.eval().to(device)
 
@@ -82,85 +117,151 @@ def _endless(decoder: Decoder) -> Decoder:
     return decoder
 
 
-# ---- throughput -------------------------------------------------------------------------------------------------------------------
-def throughput(subject: Subject, name: str, *, opponents: Sequence[str] = (), iterations: int = 3, warmup: int = 1, **sizes: int) -> dict[str, Any]:
-    """Generate a whole workload. Keys of vLLM's `bench throughput --output-json` are at the top and are ours; `contestants` has everyone's.
+# ---- throughput ----------------------------------------------------------------------------------
+def throughput(
+    subject: Subject,
+    name: str,
+    *,
+    opponents: Sequence[str] = (),
+    iterations: int = 3,
+    warmup: int = 1,
+    **sizes: int,
+) -> dict[str, Any]:
+    """Generate a whole workload. Keys of vLLM's `bench throughput --output-json` are at the top and
+    are ours; `contestants` has everyone's.
 
     Args:
-        name: of the workload, one of WORKLOADS; sizes: its arguments. opponents: of OPPONENTS; they and our actor have one copy of the weights.
+        name: of the workload, one of WORKLOADS; sizes: its arguments. opponents: of OPPONENTS; they
+        and our actor have one copy of the weights.
     Raises:
         ConfigError: an unknown opponent, or sequences longer than the model has positions.
     """
     if unknown := [o for o in opponents if o not in OPPONENTS]:
-        raise ConfigError(f"bench: unknown opponent {unknown[0]!r}; expected a list of {', '.join(OPPONENTS)}, separated by commas")
+        raise ConfigError(
+            f"bench: unknown opponent {unknown[0]!r}; expected a list of {', '.join(OPPONENTS)}, "
+            "separated by commas"
+        )
     peer: Any = subject.peer() if opponents else None
     actor = HybridActor.from_module(peer) if opponents else HybridActor(subject.decoder())
     _endless(actor.decoder)
     workload = WORKLOADS[name](actor.decoder.config.vocab_size, **sizes)
     workload.check(actor.decoder.config)
-    makers: dict[str, Callable[[Workload, float], Contestant]] = {"fusedrl": lambda w, t: ours(actor, w, t)}
+    makers: dict[str, Callable[[Workload, float], Contestant]] = {
+        "fusedrl": lambda w, t: ours(actor, w, t)
+    }
     makers |= {o: lambda w, t, o=o: OPPONENTS[o](peer, w, t) for o in opponents}  # type: ignore[misc]
 
-    trial = Workload("trial", workload.prompts[:8], tuple(min(16, n) for n in workload.new_tokens[:8]))
+    trial = Workload(
+        "trial", workload.prompts[:8], tuple(min(16, n) for n in workload.new_tokens[:8])
+    )
     greedy = {who: make(trial, 0.0)() for who, make in makers.items()}
-    times = interleaved({who: make(workload, 1.0) for who, make in makers.items()}, iterations, warmup, actor.decoder.device)
+    times = interleaved(
+        {who: make(workload, 1.0) for who, make in makers.items()},
+        iterations,
+        warmup,
+        actor.decoder.device,
+    )
     found = _about(subject, actor.decoder, workload)
-    floor, requests, tokens = found["floor"], workload.num_sequences, workload.input_tokens + workload.output_tokens
+    floor, requests, tokens = (
+        found["floor"],
+        workload.num_sequences,
+        workload.input_tokens + workload.output_tokens,
+    )
     medians = {who: statistics.median(seconds) for who, seconds in times.items()}
-    contestants = {who: {
-        "elapsed_time": medians[who], "elapsed_times": seconds, "requests_per_second": requests / medians[who], "tokens_per_second": tokens / medians[who],
-        "output_tokens_per_second": workload.output_tokens / medians[who], "percent_of_roofline": 100 * floor["seconds"] / medians[who],
-        "times_ours": medians[who] / medians["fusedrl"],
-        "same_greedy_tokens": sum(a == b for a, b in zip(greedy[who], greedy["fusedrl"], strict=True)) / len(greedy[who]),
-    } for who, seconds in times.items()}
+    contestants = {
+        who: {
+            "elapsed_time": medians[who],
+            "elapsed_times": seconds,
+            "requests_per_second": requests / medians[who],
+            "tokens_per_second": tokens / medians[who],
+            "output_tokens_per_second": workload.output_tokens / medians[who],
+            "percent_of_roofline": 100 * floor["seconds"] / medians[who],
+            "times_ours": medians[who] / medians["fusedrl"],
+            "same_greedy_tokens": sum(
+                a == b for a, b in zip(greedy[who], greedy["fusedrl"], strict=True)
+            )
+            / len(greedy[who]),
+        }
+        for who, seconds in times.items()
+    }
     mine = contestants["fusedrl"]
-    return {"elapsed_time": mine["elapsed_time"], "num_requests": requests, "total_num_tokens": tokens, "requests_per_second": mine["requests_per_second"],
-            "tokens_per_second": mine["tokens_per_second"], "output_tokens_per_second": mine["output_tokens_per_second"], **found, "contestants": contestants}
+    return {
+        "elapsed_time": mine["elapsed_time"],
+        "num_requests": requests,
+        "total_num_tokens": tokens,
+        "requests_per_second": mine["requests_per_second"],
+        "tokens_per_second": mine["tokens_per_second"],
+        "output_tokens_per_second": mine["output_tokens_per_second"],
+        **found,
+        "contestants": contestants,
+    }
 
 
 def ours(actor: HybridActor, workload: Workload, temperature: float) -> Contestant:
     """Our engine; no prefix of an earlier call is found again."""
     prompts = [list(prompt) for prompt in workload.prompts]
-    params = [SamplingParams(max_new_tokens=n, temperature=temperature, n=workload.samples) for n in workload.new_tokens]
+    params = [
+        SamplingParams(max_new_tokens=n, temperature=temperature, n=workload.samples)
+        for n in workload.new_tokens
+    ]
 
     def generate() -> list[list[int]]:
         actor.mark_updated()
-        return [completion.token_ids for completions in actor.generate(prompts, params) for completion in completions]
+        return [
+            completion.token_ids
+            for completions in actor.generate(prompts, params)
+            for completion in completions
+        ]
 
     return generate
 
 
 def padded_generate(model: Any, workload: Workload, temperature: float) -> Contestant:
-    """transformers' `generate`: batches padded on the left, all of which run to their longest completion and are cut to what was asked."""
+    """transformers' `generate`: batches padded on the left, all of which run to their longest
+    completion and are cut to what was asked."""
     device, rows = model.device, max(1, _AT_ONCE // workload.samples)
     how: dict[str, Any] = {"do_sample": False}
     if temperature:
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": workload.samples}
+        how = {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_k": 0,
+            "num_return_sequences": workload.samples,
+        }
     batches = []
     for start in range(0, len(workload.prompts), rows):
-        prompts, new = workload.prompts[start:start + rows], workload.new_tokens[start:start + rows]
+        prompts, new = (
+            workload.prompts[start : start + rows],
+            workload.new_tokens[start : start + rows],
+        )
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         if not temperature:  # greedily it returns one sequence of each
-            ids, mask = ids.repeat_interleave(workload.samples, 0), mask.repeat_interleave(workload.samples, 0)
+            ids, mask = (
+                ids.repeat_interleave(workload.samples, 0),
+                mask.repeat_interleave(workload.samples, 0),
+            )
         batches.append((ids, mask, [n for n in new for _ in range(workload.samples)]))
 
     @torch.no_grad()
     def generate() -> list[list[int]]:
         out: list[list[int]] = []
         for ids, mask, new in batches:
-            made = model.generate(ids, attention_mask=mask, max_new_tokens=max(new), pad_token_id=0, **how)
-            out += [row[:n] for row, n in zip(made[:, ids.shape[1]:].tolist(), new, strict=True)]
+            made = model.generate(
+                ids, attention_mask=mask, max_new_tokens=max(new), pad_token_id=0, **how
+            )
+            out += [row[:n] for row, n in zip(made[:, ids.shape[1] :].tolist(), new, strict=True)]
         return out
 
     return generate
 
 
 def generate_batch(model: Any, workload: Workload, temperature: float) -> Contestant:
-    """transformers' continuous batching, each request with its own length. Its manager and cache are made once and kept, as ours are; on a CPU, where by
-    default they would take most of the machine's memory and far more time, the cache is cut to the workload. A model has one manager: making another
-    contestant ends the one before.
+    """transformers' continuous batching, each request with its own length. Its manager and cache
+    are made once and kept, as ours are; on a CPU, where by default they would take most of the
+    machine's memory and far more time, the cache is cut to the workload. A model has one manager:
+    making another contestant ends the one before.
 
     Raises:
         SetupError: this transformers has none.
@@ -168,18 +269,46 @@ def generate_batch(model: Any, workload: Workload, temperature: float) -> Contes
     try:
         from transformers import ContinuousBatchingConfig, GenerationConfig
     except ImportError as error:
-        raise SetupError("bench: this transformers has no continuous batching (generate_batch); upgrade it, or leave that opponent out") from error
-    model.destroy_cached_continuous_batching_manager()  # it would be used again, with its own sizes and its own way to draw
-    draw: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    how = GenerationConfig(max_new_tokens=max(workload.new_tokens), eos_token_id=-1, pad_token_id=0, **draw)
-    page, requests = 32, [(list(p), n) for p, n in zip(workload.prompts, workload.new_tokens, strict=True) for _ in range(workload.samples)]
-    fits: dict[str, Any] = {"page_size": page, "num_blocks": sum(-(-(len(p) + n) // page) + 1 for p, n in requests),
-                            "max_batch_tokens": max(256, 8 * len(requests))}
+        raise SetupError(
+            "bench: this transformers has no continuous batching (generate_batch); upgrade it, or "
+            "leave that opponent out"
+        ) from error
+    # it would be used again, with its own sizes and its own way to draw
+    model.destroy_cached_continuous_batching_manager()
+    draw: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
+    )
+    how = GenerationConfig(
+        max_new_tokens=max(workload.new_tokens), eos_token_id=-1, pad_token_id=0, **draw
+    )
+    page, requests = (
+        32,
+        [
+            (list(p), n)
+            for p, n in zip(workload.prompts, workload.new_tokens, strict=True)
+            for _ in range(workload.samples)
+        ],
+    )
+    fits: dict[str, Any] = {
+        "page_size": page,
+        "num_blocks": sum(-(-(len(p) + n) // page) + 1 for p, n in requests),
+        "max_batch_tokens": max(256, 8 * len(requests)),
+    }
     sizes = ContinuousBatchingConfig(**(fits if model.device.type == "cpu" else {}))
 
     def generate() -> list[list[int]]:
-        with torch.no_grad(), model.continuous_batching_context_manager(generation_config=how, continuous_batching_config=sizes, block=True, timeout=5,
-                                                                        persistent_manager=True) as manager:
+        with (
+            torch.no_grad(),
+            model.continuous_batching_context_manager(
+                generation_config=how,
+                continuous_batching_config=sizes,
+                block=True,
+                timeout=5,
+                persistent_manager=True,
+            ) as manager,
+        ):
             asked = [manager.add_request(prompt, max_new_tokens=n) for prompt, n in requests]
             done: dict[str, list[int]] = {}
             while len(done) < len(asked):
@@ -187,18 +316,30 @@ def generate_batch(model: Any, workload: Workload, temperature: float) -> Contes
                 if result is not None and result.is_finished():
                     done[result.request_id] = list(result.generated_tokens)
                 elif result is None and not manager.is_running():
-                    raise RuntimeError(f"bench: transformers' continuous batching stopped with {len(done)} of {len(asked)} requests done")
+                    raise RuntimeError(
+                        f"bench: transformers' continuous batching stopped with {len(done)} of "
+                        f"{len(asked)} requests done"
+                    )
         return [done[key] for key in asked]
 
     return generate
 
 
-OPPONENTS: Mapping[str, Callable[[Any, Workload, float], Contestant]] = {"generate": padded_generate, "generate_batch": generate_batch}
+OPPONENTS: Mapping[str, Callable[[Any, Workload, float], Contestant]] = {
+    "generate": padded_generate,
+    "generate_batch": generate_batch,
+}
 
 
-def interleaved(contestants: Mapping[str, Callable[[], Any]], iterations: int, warmup: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every contestant in each of `iterations` rounds, after `warmup` that are not counted."""
-    rounds = [{who: seconds_of(run, device) for who, run in contestants.items()} for _ in range(warmup + iterations)]
+def interleaved(
+    contestants: Mapping[str, Callable[[], Any]], iterations: int, warmup: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every contestant in each of `iterations` rounds, after `warmup` that are not
+    counted."""
+    rounds = [
+        {who: seconds_of(run, device) for who, run in contestants.items()}
+        for _ in range(warmup + iterations)
+    ]
     return {who: [each[who] for each in rounds[warmup:]] for who in contestants}
 
 
@@ -208,69 +349,148 @@ def _about(subject: Subject, decoder: Decoder, workload: Workload) -> dict[str, 
     copied, multiplied = copy_bandwidth(device), gemm_rate(device)
     floor = floor_of(config, workload, size, copied, multiplied)
     return {
-        "model": {"name": subject.name, "dtype": str(decoder.dtype).removeprefix("torch."), "device": str(device),
-                  "parameters": count_weights(config).parameters, "kv_bytes_per_token": kv_bytes_per_token(config, decoder.cache_dtype.itemsize)},
-        "workload": {"name": workload.name, "num_prompts": len(workload.prompts), "n": workload.samples, "input_tokens": workload.input_tokens,
-                     "output_tokens": workload.output_tokens},
-        "floor": floor._asdict() | {"output_tokens_per_second": workload.output_tokens / floor.seconds},
-        "machine": describe_machine(device) | {"copy_gb_per_s": copied / 1e9, "gemm_gflop_per_s": multiplied / 1e9},
+        "model": {
+            "name": subject.name,
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "device": str(device),
+            "parameters": count_weights(config).parameters,
+            "kv_bytes_per_token": kv_bytes_per_token(config, decoder.cache_dtype.itemsize),
+        },
+        "workload": {
+            "name": workload.name,
+            "num_prompts": len(workload.prompts),
+            "n": workload.samples,
+            "input_tokens": workload.input_tokens,
+            "output_tokens": workload.output_tokens,
+        },
+        "floor": floor._asdict()
+        | {"output_tokens_per_second": workload.output_tokens / floor.seconds},
+        "machine": describe_machine(device)
+        | {"copy_gb_per_s": copied / 1e9, "gemm_gflop_per_s": multiplied / 1e9},
     }
 
 
-# ---- latency ------------------------------------------------------------------------------------------------------------------------
-def latency(subject: Subject, *, batch_size: int, input_len: int, output_len: int, samples: int = 1, iterations: int = 30, warmup: int = 10,
-            seed: int = 0) -> dict[str, Any]:
-    """One batch from start to end, and the same for its first tokens alone. Keys of vLLM's `bench latency --output-json` are at the top; beside them the time
-    to the first token (the batch with one token each) and per token after it, (latency - that) / (output_len - 1), round by round.
+# ---- latency -------------------------------------------------------------------------------------
+def latency(
+    subject: Subject,
+    *,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    samples: int = 1,
+    iterations: int = 30,
+    warmup: int = 10,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One batch from start to end, and the same for its first tokens alone. Keys of vLLM's `bench
+    latency --output-json` are at the top; beside them the time to the first token (the batch with
+    one token each) and per token after it, (latency - that) / (output_len - 1), round by round.
 
     Raises:
         ConfigError: sequences longer than the model has positions.
     """
     actor = HybridActor(subject.decoder())
-    workload = random_workload(actor.decoder.config.vocab_size, batch_size, input_len, output_len, samples, seed)
+    workload = random_workload(
+        actor.decoder.config.vocab_size, batch_size, input_len, output_len, samples, seed
+    )
     workload.check(actor.decoder.config)
     first = replace(workload, new_tokens=(1,) * batch_size)
-    times = interleaved({"first": ours(actor, first, 1.0), "all": ours(actor, workload, 1.0)}, iterations, warmup, actor.decoder.device)
-    per_token = [(whole - start) / (output_len - 1) for start, whole in zip(times["first"], times["all"], strict=True)] if output_len > 1 else []
+    times = interleaved(
+        {"first": ours(actor, first, 1.0), "all": ours(actor, workload, 1.0)},
+        iterations,
+        warmup,
+        actor.decoder.device,
+    )
+    per_token = (
+        [
+            (whole - start) / (output_len - 1)
+            for start, whole in zip(times["first"], times["all"], strict=True)
+        ]
+        if output_len > 1
+        else []
+    )
     found = _about(subject, actor.decoder, workload)
     ranks = (10, 25, 50, 75, 90, 99)
-    return {"avg_latency": statistics.fmean(times["all"]), "latencies": times["all"], "percentiles": _percentiles(times["all"], ranks),
-            "time_to_first_token": _percentiles(times["first"], ranks), "time_per_output_token": _percentiles(per_token, ranks) if per_token else None, **found}
+    return {
+        "avg_latency": statistics.fmean(times["all"]),
+        "latencies": times["all"],
+        "percentiles": _percentiles(times["all"], ranks),
+        "time_to_first_token": _percentiles(times["first"], ranks),
+        "time_per_output_token": _percentiles(per_token, ranks) if per_token else None,
+        **found,
+    }
 
 
 def _percentiles(values: Sequence[float], ranks: Sequence[int]) -> dict[str, float]:
-    quantiles = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([rank / 100 for rank in ranks], dtype=torch.float64))
+    quantiles = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([rank / 100 for rank in ranks], dtype=torch.float64)
+    )
     return {str(rank): x for rank, x in zip(ranks, quantiles.tolist(), strict=True)}
 
 
-# ---- a step of training -----------------------------------------------------------------------------------------------------------------
+# ---- a step of training --------------------------------------------------------------------------
 PHASES = ("generate", "reward", "score", "advantage", "train", "other")
 
 
 class PolicyStep:
-    """One step of PPO or GRPO as `fusedrl train` makes it, on prompts that are token ids; called, it returns the seconds of PHASES and "step".
+    """One step of PPO or GRPO as `fusedrl train` makes it, on prompts that are token ids; called,
+    it returns the seconds of PHASES and "step".
 
-    PPO: value head, a frozen reference whose KL is in the reward, GAE, `epochs` passes. GRPO: groups of the workload's samples, no reference; with one epoch
-    nothing is scored, the training forward is the scorer. One optimizer step an epoch.
+    PPO: value head, a frozen reference whose KL is in the reward, GAE, `epochs` passes. GRPO:
+    groups of the workload's samples, no reference; with one epoch nothing is scored, the training
+    forward is the scorer. One optimizer step an epoch.
 
     Args:
-        actor: is trained; for PPO with a value head. reference: for PPO. reward: f(prompt ids, completion ids) -> score.
+        actor: is trained; for PPO with a value head. reference: for PPO. reward: f(prompt ids,
+        completion ids) -> score.
     """
 
-    def __init__(self, actor: HybridActor, workload: Workload, *, algorithm: str, epochs: int = 1, reference: HybridActor | None = None,
-                 reward: Callable[[list[int], list[int]], float] | None = None, tokens_per_microbatch: int = 8192, lr: float = _LR, seed: int = 0) -> None:
+    def __init__(
+        self,
+        actor: HybridActor,
+        workload: Workload,
+        *,
+        algorithm: str,
+        epochs: int = 1,
+        reference: HybridActor | None = None,
+        reward: Callable[[list[int], list[int]], float] | None = None,
+        tokens_per_microbatch: int = 8192,
+        lr: float = _LR,
+        seed: int = 0,
+    ) -> None:
         ppo = algorithm == "ppo"
         if ppo and (reference is None or actor.value_head is None):
-            raise ValueError(f"PolicyStep: ppo needs a reference and an actor with a value head, got no {'reference' if reference is None else 'value head'}")
+            raise ValueError(
+                "PolicyStep: ppo needs a reference and an actor with a value head, got no "
+                f"{'reference' if reference is None else 'value head'}"
+            )
         self.actor, self.workload, self._reward = actor, workload, reward or _share_of_even_ids
-        self._reference, self._scored = Frozen(reference) if ppo and reference is not None else None, ppo or epochs > 1
+        self._reference, self._scored = (
+            Frozen(reference) if ppo and reference is not None else None,
+            ppo or epochs > 1,
+        )
         self.config = PolicyConfig(
-            "-", "-", ("-",), algorithm, prompts_per_step=len(workload.prompts), samples_per_prompt=workload.samples, epochs=epochs, minibatches=1,
-            tokens_per_microbatch=tokens_per_microbatch, kl=KLConfig(coef=0.05 if ppo else 0.0), strict=actor.strict,
-            generation=GenerationConfig(max_new_tokens=max(workload.new_tokens)), optim=OptimConfig(lr=lr, schedule="constant"), run=RunConfig(seed=seed))
+            "-",
+            "-",
+            ("-",),
+            algorithm,
+            prompts_per_step=len(workload.prompts),
+            samples_per_prompt=workload.samples,
+            epochs=epochs,
+            minibatches=1,
+            tokens_per_microbatch=tokens_per_microbatch,
+            kl=KLConfig(coef=0.05 if ppo else 0.0),
+            strict=actor.strict,
+            generation=GenerationConfig(max_new_tokens=max(workload.new_tokens)),
+            optim=OptimConfig(lr=lr, schedule="constant"),
+            run=RunConfig(seed=seed),
+        )
         self._learner, self._control = Learner(actor, self.config.optim), Control(self.config)
         self._prompts = [list(prompt) for prompt in workload.prompts]
-        self._params = [SamplingParams(max_new_tokens=n, n=workload.samples, seed=seed) for n in workload.new_tokens]
+        self._params = [
+            SamplingParams(max_new_tokens=n, n=workload.samples, seed=seed)
+            for n in workload.new_tokens
+        ]
         self._steps = 0
         self.batch: PackedBatch | None = None  # of the last step
         self.metrics: dict[str, float] = {}
@@ -280,21 +500,48 @@ class PolicyStep:
         seconds, device = dict.fromkeys(PHASES, 0.0), actor.decoder.device
         began = time.perf_counter()
         with _timed(seconds, "generate", device):
-            first = self._steps * len(self._prompts)  # of the request ids, of which none comes twice
-            outs = actor.generate(self._prompts, self._params, request_ids=list(range(first, first + len(self._prompts))))
-            groups = torch.arange(len(self._prompts), device=device).repeat_interleave(self.workload.samples)
-            batch = PackedBatch.from_completions(self._prompts, outs, device=device).with_columns(group_ids=groups)
+            # of the request ids, of which none comes twice
+            first = self._steps * len(self._prompts)
+            outs = actor.generate(
+                self._prompts,
+                self._params,
+                request_ids=list(range(first, first + len(self._prompts))),
+            )
+            groups = torch.arange(len(self._prompts), device=device).repeat_interleave(
+                self.workload.samples
+            )
+            batch = PackedBatch.from_completions(self._prompts, outs, device=device).with_columns(
+                group_ids=groups
+            )
         with _timed(seconds, "reward", device):
-            scores = [self._reward(c.prompt_ids, c.token_ids) for completions in outs for c in completions]
-            batch = batch.with_columns(scores=torch.tensor(scores, dtype=torch.float32, device=device))
+            scores = [
+                self._reward(c.prompt_ids, c.token_ids) for completions in outs for c in completions
+            ]
+            batch = batch.with_columns(
+                scores=torch.tensor(scores, dtype=torch.float32, device=device)
+            )
         with _timed(seconds, "score", device):
             cuts = cuts_of(batch, config, self._steps, epoch=0)
-            batch = score(actor if self._scored else None, self._reference, batch, cuts, config.generation.temperature)
+            batch = score(
+                actor if self._scored else None,
+                self._reference,
+                batch,
+                cuts,
+                config.generation.temperature,
+            )
         with _timed(seconds, "advantage", device):
-            signals = settle(Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0), control, actor.value_head)
+            signals = settle(
+                Signals.of(
+                    config, batch, control.kl.coef, control.returns.mean, control.level or 0.0
+                ),
+                control,
+                actor.value_head,
+            )
             batch = estimate(config, signals)
         with _timed(seconds, "train", device), actor.lend_cache():
-            self.metrics = update(actor, self._reference, self._learner, batch, cuts, config, control, self._steps)
+            self.metrics = update(
+                actor, self._reference, self._learner, batch, cuts, config, control, self._steps
+            )
             recount(control, actor.value_head)
             control.update(self.metrics, signals.totals)
         self.batch, self._steps = batch, self._steps + 1
@@ -307,7 +554,11 @@ class PolicyStep:
         config, lengths = self.actor.decoder.config, self.workload.lengths()
         forward = forward_flops(config, lengths, self.workload.output_tokens)
         scorers = int(self._scored) + (self._reference is not None)
-        return {"generate": floor_of(config, self.workload, 1, 1.0, 1.0).flops, "score": scorers * forward, "train": 3 * self.config.epochs * forward}
+        return {
+            "generate": floor_of(config, self.workload, 1, 1.0, 1.0).flops,
+            "score": scorers * forward,
+            "train": 3 * self.config.epochs * forward,
+        }
 
 
 @contextmanager
@@ -322,15 +573,33 @@ def _share_of_even_ids(prompt_ids: list[int], token_ids: list[int]) -> float:
     return sum(token % 2 == 0 for token in token_ids) / len(token_ids)
 
 
-def step(subject: Subject, *, algorithm: str, num_prompts: int, samples: int, input_len: int, output_len: int, epochs: int,
-         tokens_per_microbatch: int = 8192, strict: bool = False, iterations: int = 3, warmup: int = 1, seed: int = 0) -> dict[str, Any]:
-    """Whole steps on random prompts, with what each phase takes; `strict`: in turn with steps of strict numerics on the same weights and sizes.
+def step(
+    subject: Subject,
+    *,
+    algorithm: str,
+    num_prompts: int,
+    samples: int,
+    input_len: int,
+    output_len: int,
+    epochs: int,
+    tokens_per_microbatch: int = 8192,
+    strict: bool = False,
+    iterations: int = 3,
+    warmup: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Whole steps on random prompts, with what each phase takes; `strict`: in turn with steps of
+    strict numerics on the same weights and sizes.
 
     Raises:
-        ConfigError: sequences longer than the model has positions; GRPO with groups of one. ValueError: strict where it cannot be kept.
+        ConfigError: sequences longer than the model has positions; GRPO with groups of one.
+        ValueError: strict where it cannot be kept.
     """
     if algorithm == "grpo" and samples < 2:
-        raise ConfigError(f"bench: expected --n >= 2 for grpo, whose advantages are relative to the other samples of a prompt, got {samples}")
+        raise ConfigError(
+            "bench: expected --n >= 2 for grpo, whose advantages are relative to the other "
+            f"samples of a prompt, got {samples}"
+        )
     decoder = subject.decoder()
     config, device = decoder.config, decoder.device
     workload = random_workload(config.vocab_size, num_prompts, input_len, output_len, samples, seed)
@@ -341,18 +610,45 @@ def step(subject: Subject, *, algorithm: str, num_prompts: int, samples: int, in
     steps: dict[str, PolicyStep] = {}
     for kind in ("step", "strict") if strict else ("step",):
         head = ValueHead(config.hidden_size, device=device) if algorithm == "ppo" else None
-        actor = HybridActor(copy.deepcopy(decoder) if kind == "strict" else decoder, value_head=head, strict=kind == "strict")
-        steps[kind] = PolicyStep(actor, workload, algorithm=algorithm, epochs=epochs, reference=reference, seed=seed,
-                                 tokens_per_microbatch=tokens_per_microbatch)
-    rounds = [{kind: run() for kind, run in steps.items()} for _ in range(warmup + iterations)][warmup:]
+        actor = HybridActor(
+            copy.deepcopy(decoder) if kind == "strict" else decoder,
+            value_head=head,
+            strict=kind == "strict",
+        )
+        steps[kind] = PolicyStep(
+            actor,
+            workload,
+            algorithm=algorithm,
+            epochs=epochs,
+            reference=reference,
+            seed=seed,
+            tokens_per_microbatch=tokens_per_microbatch,
+        )
+    rounds = [{kind: run() for kind, run in steps.items()} for _ in range(warmup + iterations)][
+        warmup:
+    ]
     seconds = {kind: _median_of([each[kind] for each in rounds]) for kind in steps}
     found, flops = _about(subject, decoder, workload), steps["step"].flops()
     tokens, taken, rate = sum(workload.lengths()), seconds["step"], gemm_rate(device)
-    return {"algorithm": algorithm, "epochs": epochs, "seconds": taken, "tokens_per_second": tokens / taken["step"],
-            "output_tokens_per_second": workload.output_tokens / taken["generate"], "mfu": sum(flops.values()) / taken["step"] / rate,
-            "train_mfu": flops["train"] / taken["train"] / rate, "flops": flops, "peak_memory_gib": peak_memory(),
-            "strict": {"seconds": seconds["strict"], "times_the_step": seconds["strict"]["step"] / taken["step"]} if strict else None,
-            "steps": [each["step"]["step"] for each in rounds], **found}
+    return {
+        "algorithm": algorithm,
+        "epochs": epochs,
+        "seconds": taken,
+        "tokens_per_second": tokens / taken["step"],
+        "output_tokens_per_second": workload.output_tokens / taken["generate"],
+        "mfu": sum(flops.values()) / taken["step"] / rate,
+        "train_mfu": flops["train"] / taken["train"] / rate,
+        "flops": flops,
+        "peak_memory_gib": peak_memory(),
+        "strict": {
+            "seconds": seconds["strict"],
+            "times_the_step": seconds["strict"]["step"] / taken["step"],
+        }
+        if strict
+        else None,
+        "steps": [each["step"]["step"] for each in rounds],
+        **found,
+    }
 
 
 def _median_of(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -360,15 +656,21 @@ def _median_of(steps: list[dict[str, float]]) -> dict[str, float]:
     return sorted(steps, key=lambda seconds: seconds["step"])[(len(steps) - 1) // 2]
 
 
-# ---- what is printed ----------------------------------------------------------------------------------------------------------------
+# ---- what is printed -----------------------------------------------------------------------------
 def print_report(found: Mapping[str, Any]) -> None:
     """The table of a result, on standard output."""
     from rich.console import Console
     from rich.table import Table
 
     model, work, machine, floor = (found[key] for key in ("model", "workload", "machine", "floor"))
-    size = f"{model['parameters'] / 1e6:,.1f}M parameters, {model['dtype']} on {model['device']}, {model['kv_bytes_per_token']:,} bytes of cache a token"
-    asked = f"{work['num_prompts']} prompts x {work['n']} samples ({work['name']}): {work['input_tokens']:,} tokens in, {work['output_tokens']:,} out"
+    size = (
+        f"{model['parameters'] / 1e6:,.1f}M parameters, {model['dtype']} on {model['device']}, "
+        f"{model['kv_bytes_per_token']:,} bytes of cache a token"
+    )
+    asked = (
+        f"{work['num_prompts']} prompts x {work['n']} samples ({work['name']}): "
+        f"{work['input_tokens']:,} tokens in, {work['output_tokens']:,} out"
+    )
     table = Table()
     for column in _columns(found):
         table.add_column(column, justify="right" if table.columns else "left")
@@ -377,12 +679,23 @@ def print_report(found: Mapping[str, Any]) -> None:
     console = Console(width=120)
     console.print(f"{model['name']}: {size}\n{asked}", highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(f"roofline of generation: {floor['seconds']:.4g} s, {_number(floor['output_tokens_per_second'])} tokens/s "
-                  f"({floor['bytes_moved'] / 1e9:,.4g} GB at {machine['copy_gb_per_s']:,.4g} GB/s, "
-                  f"{floor['flops'] / 1e9:,.4g} GFLOP at {machine['gemm_gflop_per_s']:,.4g} GFLOP/s, step by step)",
-                  highlight=False, soft_wrap=True)
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads"
-    console.print(f"{where}; torch {machine['torch']}; {machine['commit']}; {machine['date']}", highlight=False, soft_wrap=True)
+    console.print(
+        f"roofline of generation: {floor['seconds']:.4g} s, "
+        f"{_number(floor['output_tokens_per_second'])} tokens/s "
+        f"({floor['bytes_moved'] / 1e9:,.4g} GB at {machine['copy_gb_per_s']:,.4g} GB/s, "
+        f"{floor['flops'] / 1e9:,.4g} GFLOP at {machine['gemm_gflop_per_s']:,.4g} GFLOP/s, step by "
+        "step)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    where = (
+        machine["gpu"] or f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads"
+    )
+    console.print(
+        f"{where}; torch {machine['torch']}; {machine['commit']}; {machine['date']}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _number(x: float) -> str:
@@ -391,31 +704,77 @@ def _number(x: float) -> str:
 
 def _columns(found: Mapping[str, Any]) -> tuple[str, ...]:
     if "contestants" in found:
-        return "", "seconds", "requests/s", "tokens/s", "out tokens/s", "of the roofline", "times ours", "same greedy tokens"
+        return (
+            "",
+            "seconds",
+            "requests/s",
+            "tokens/s",
+            "out tokens/s",
+            "of the roofline",
+            "times ours",
+            "same greedy tokens",
+        )
     if "latencies" in found:
         return "milliseconds", "p50", "p99", "of the roofline"
-    return "phase", "seconds", "of the step", *(("strict, seconds", "strict / not") if found["strict"] else ())
+    return (
+        "phase",
+        "seconds",
+        "of the step",
+        *(("strict, seconds", "strict / not") if found["strict"] else ()),
+    )
 
 
 def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     floor, work = found["floor"], found["workload"]
     if "contestants" in found:
         for who, c in found["contestants"].items():
-            yield (who, f"{c['elapsed_time']:.4g}", _number(c['requests_per_second']), _number(c['tokens_per_second']),
-                   _number(c['output_tokens_per_second']), f"{c['percent_of_roofline']:.3g}%", f"{c['times_ours']:.3g}", f"{c['same_greedy_tokens']:.0%}")
+            yield (
+                who,
+                f"{c['elapsed_time']:.4g}",
+                _number(c["requests_per_second"]),
+                _number(c["tokens_per_second"]),
+                _number(c["output_tokens_per_second"]),
+                f"{c['percent_of_roofline']:.3g}%",
+                f"{c['times_ours']:.3g}",
+                f"{c['same_greedy_tokens']:.0%}",
+            )
     elif "latencies" in found:
         later = work["output_tokens"] / (work["num_prompts"] * work["n"]) - 1
-        least = {"time_to_first_token": floor["prefill_seconds"], "time_per_output_token": floor["decode_seconds"] / later if later else math.nan,
-                 "percentiles": floor["seconds"]}
-        for key, label in (("time_to_first_token", "to the first token"), ("time_per_output_token", "per token after it"), ("percentiles", "the whole batch")):
+        least = {
+            "time_to_first_token": floor["prefill_seconds"],
+            "time_per_output_token": floor["decode_seconds"] / later if later else math.nan,
+            "percentiles": floor["seconds"],
+        }
+        for key, label in (
+            ("time_to_first_token", "to the first token"),
+            ("time_per_output_token", "per token after it"),
+            ("percentiles", "the whole batch"),
+        ):
             if (p := found[key]) is not None:
-                yield label, f"{1e3 * p['50']:.4g}", f"{1e3 * p['99']:.4g}", f"{100 * least[key] / p['50']:.3g}%"
+                yield (
+                    label,
+                    f"{1e3 * p['50']:.4g}",
+                    f"{1e3 * p['99']:.4g}",
+                    f"{100 * least[key] / p['50']:.3g}%",
+                )
     else:
         taken, strict = found["seconds"], found["strict"]
         for phase in (*PHASES, "step"):
-            beside = (f"{strict['seconds'][phase]:.4g}", f"{strict['seconds'][phase] / taken[phase]:.3g}" if taken[phase] else "") if strict else ()
+            beside = (
+                (
+                    f"{strict['seconds'][phase]:.4g}",
+                    f"{strict['seconds'][phase] / taken[phase]:.3g}" if taken[phase] else "",
+                )
+                if strict
+                else ()
+            )
             yield phase, f"{taken[phase]:.4g}", f"{taken[phase] / taken['step']:.1%}", *beside
         yield "MFU", f"{found['mfu']:.1%}", "", *(("", "") if strict else ())
         yield "MFU of train", f"{found['train_mfu']:.1%}", "", *(("", "") if strict else ())
-        yield "tokens/s", _number(found['tokens_per_second']), "", *(("", "") if strict else ())
-        yield "peak memory, GiB", f"{found['peak_memory_gib']:.3g}", "", *(("", "") if strict else ())
+        yield "tokens/s", _number(found["tokens_per_second"]), "", *(("", "") if strict else ())
+        yield (
+            "peak memory, GiB",
+            f"{found['peak_memory_gib']:.3g}",
+            "",
+            *(("", "") if strict else ()),
+        )

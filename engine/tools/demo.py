@@ -1,8 +1,11 @@
-"""The whole path on an embedded task, in minutes on a CPU: SFT from random weights, a reward model from noisy preferences, PPO against it.
+"""The whole path on an embedded task, in minutes on a CPU: SFT from random weights, a reward model
+from noisy preferences, PPO against it.
 
-`run_demo` calls the three stages exactly as a user would, and then measures what came of it on prompts that no stage has seen: the gold reward, which
-nothing was trained on, next to the reward model's score, which PPO was.
+`run_demo` calls the three stages exactly as a user would, and then measures what came of it on
+prompts that no stage has seen: the gold reward, which nothing was trained on, next to the reward
+model's score, which PPO was.
 """
+
 from __future__ import annotations
 
 import time
@@ -14,7 +17,16 @@ from rich.console import Console
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.estimates import Estimate
-from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, RewardModelConfig, RunConfig, SFTConfig
+from fusedrl.engine.config import (
+    GenerationConfig,
+    KLConfig,
+    LossConfig,
+    OptimConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    RunConfig,
+    SFTConfig,
+)
 from fusedrl.engine.data.readers import load_pairs, load_prompts
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
@@ -61,22 +73,30 @@ class DemoResult:
         return self.after.rewards["gold"].minus(self.before.rewards["gold"])
 
 
-def run_demo(directory: str | Path = "runs/demo", seed: int = 0, *, size: DemoSize | None = None, device: str = "cpu",
-             progress: bool = True) -> DemoResult:
+def run_demo(
+    directory: str | Path = "runs/demo",
+    seed: int = 0,
+    *,
+    size: DemoSize | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+) -> DemoResult:
     """Write the task's files, train all three stages, measure, and print a table.
 
     Args:
-        directory: where everything goes; where it holds something already, the first free of directory-2, directory-3, ... is used.
-        seed: of the task, the initial weights and the runs.
-        size: smaller for a quick look; None is the demo as it is meant.
-        device: of the models, in float32 on every one; the CPU unless asked, so that the demo is the same everywhere.
+        directory: where everything goes; where it holds something already, the first free of
+        directory-2, directory-3, ... is used. seed: of the task, the initial weights and the runs.
+        size: smaller for a quick look; None is the demo as it is meant. device: of the models, in
+        float32 on every one; the CPU unless asked, so that the demo is the same everywhere.
         progress: live progress and the table on the terminal.
 
     Returns:
         The stages' results and both evaluations.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for a model this small a second thread is all hand-over; beside busy neighbours it took 3 to 10 times as long
+    # for a model this small a second thread is all hand-over; beside busy neighbours it took 3 to
+    # 10 times as long
+    torch.set_num_threads(1)
     try:
         return _run(_free(Path(directory)), seed, size or DemoSize(), device, progress)
     finally:
@@ -92,49 +112,102 @@ def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> 
         return time.perf_counter()
 
     console.print(f"Everything goes to {root}/")
-    files = write_demo_files(root / "task", seed, stories=size.stories, pairs=size.pairs, held_out=size.held_out, rater_temperature=RATER_TEMPERATURE)
+    files = write_demo_files(
+        root / "task",
+        seed,
+        stories=size.stories,
+        pairs=size.pairs,
+        held_out=size.held_out,
+        rater_temperature=RATER_TEMPERATURE,
+    )
     start_model = random_model(files / "model", root / "random", seed)
 
-    started = chapter(1, f"SFT: a language model from random weights, {size.sft_epochs} passes over {size.stories} stories")
-    sft = train_sft(SFTConfig(
-        model=str(start_model), data=str(files / "sft.jsonl"), eval_fraction=0.05, epochs=size.sft_epochs, sequences_per_step=32,
-        dtype="float32", device=device, optim=OptimConfig(lr=2e-3, warmup_steps=20),
-        run=RunConfig(str(root / "sft"), seed=seed, progress=progress)))
+    started = chapter(
+        1,
+        f"SFT: a language model from random weights, {size.sft_epochs} passes over {size.stories} "
+        "stories",
+    )
+    sft = train_sft(
+        SFTConfig(
+            model=str(start_model),
+            data=str(files / "sft.jsonl"),
+            eval_fraction=0.05,
+            epochs=size.sft_epochs,
+            sequences_per_step=32,
+            dtype="float32",
+            device=device,
+            optim=OptimConfig(lr=2e-3, warmup_steps=20),
+            run=RunConfig(str(root / "sft"), seed=seed, progress=progress),
+        )
+    )
     seconds["sft"] = time.perf_counter() - started
 
-    started = chapter(2, f"Reward model: {size.pairs} preference pairs from a rater who is often wrong")
-    reward_model = train_reward_model(RewardModelConfig(
-        model=sft.model, data=str(files / "pairs.jsonl"), eval_fraction=0.125, pairs_per_step=32,
-        dtype="float32", device=device, optim=OptimConfig(lr=2e-3, warmup_steps=10),
-        run=RunConfig(str(root / "reward"), seed=seed, progress=progress)))
+    started = chapter(
+        2, f"Reward model: {size.pairs} preference pairs from a rater who is often wrong"
+    )
+    reward_model = train_reward_model(
+        RewardModelConfig(
+            model=sft.model,
+            data=str(files / "pairs.jsonl"),
+            eval_fraction=0.125,
+            pairs_per_step=32,
+            dtype="float32",
+            device=device,
+            optim=OptimConfig(lr=2e-3, warmup_steps=10),
+            run=RunConfig(str(root / "reward"), seed=seed, progress=progress),
+        )
+    )
     seconds["reward"] = time.perf_counter() - started
 
-    # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token the whole credit that a value head which has hardly
-    # begun to learn would withhold from it, and a small value_coef keeps that head from bending the trunk that it shares with the policy.
+    # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token the
+    # whole credit that a value head which has hardly begun to learn would withhold from it, and a
+    # small value_coef keeps that head from bending the trunk that it shares with the policy.
     started = chapter(3, f"PPO against the reward model, KL target {KL_TARGET:g} nats per story")
-    ppo = train_policy(PolicyConfig(
-        model=sft.model, data=str(files / "prompts.jsonl"), reward=(reward_model.model,), steps=size.ppo_steps,
-        prompts_per_step=size.prompts_per_step, epochs=4, missing_eos_penalty=1.0, generation=GENERATION, dtype="float32", device=device,
-        kl=KLConfig(coef=0.05, target=KL_TARGET), loss=LossConfig(lam=1.0, value_coef=0.02), optim=OptimConfig(lr=5e-4),
-        run=RunConfig(str(root / "ppo"), seed=seed, progress=progress)))
+    ppo = train_policy(
+        PolicyConfig(
+            model=sft.model,
+            data=str(files / "prompts.jsonl"),
+            reward=(reward_model.model,),
+            steps=size.ppo_steps,
+            prompts_per_step=size.prompts_per_step,
+            epochs=4,
+            missing_eos_penalty=1.0,
+            generation=GENERATION,
+            dtype="float32",
+            device=device,
+            kl=KLConfig(coef=0.05, target=KL_TARGET),
+            loss=LossConfig(lam=1.0, value_coef=0.02),
+            optim=OptimConfig(lr=5e-4),
+            run=RunConfig(str(root / "ppo"), seed=seed, progress=progress),
+        )
+    )
     seconds["ppo"] = time.perf_counter() - started
 
     started = time.perf_counter()
-    reference, policy = (HybridActor.from_pretrained(path, dtype="float32", device=device) for path in (sft.model, ppo.model))
+    reference, policy = (
+        HybridActor.from_pretrained(path, dtype="float32", device=device)
+        for path in (sft.model, ppo.model)
+    )
     proxy = load_reward(reward_model.model, device=device, tokenizer=policy.tokenizer)
     rewards = {"gold": RewardSet([load_reward(gold_reward)]), "proxy": RewardSet([proxy])}
     prompts = load_prompts(str(files / "held_out.jsonl"))
-    before, after = (evaluate(actor, reference, prompts, rewards, GENERATION, seed=seed + 1) for actor in (reference, policy))
+    before, after = (
+        evaluate(actor, reference, prompts, rewards, GENERATION, seed=seed + 1)
+        for actor in (reference, policy)
+    )
     seconds["evaluation"] = time.perf_counter() - started
 
     result = DemoResult(root, sft, reward_model, ppo, before, after, seconds)
-    ceiling = noise_ceiling([vars(pair) for pair in load_pairs(str(files / "pairs.jsonl"))[0]], RATER_TEMPERATURE)
+    ceiling = noise_ceiling(
+        [vars(pair) for pair in load_pairs(str(files / "pairs.jsonl"))[0]], RATER_TEMPERATURE
+    )
     _report(console, result, [str(example.prompt) for example in prompts], ceiling)
     return result
 
 
 def _free(directory: Path) -> Path:
-    """The directory itself where it is absent or empty, else the first such sibling directory-2, directory-3, ..."""
+    """The directory itself where it is absent or empty, else the first such sibling directory-2,
+    directory-3, ..."""
     found, number = directory, 1
     while found.exists() and (not found.is_dir() or any(found.iterdir())):
         number += 1
@@ -144,20 +217,38 @@ def _free(directory: Path) -> Path:
 
 def random_model(files: Path, directory: Path, seed: int) -> Path:
     """A model directory with random weights."""
-    save_pretrained(Decoder.random(model_config(files), seed), directory, tokenizer=load_tokenizer(files))
+    save_pretrained(
+        Decoder.random(model_config(files), seed), directory, tokenizer=load_tokenizer(files)
+    )
     return directory
 
 
-# ---- the report ---------------------------------------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 def _report(console: Console, result: DemoResult, prompts: list[str], ceiling: float) -> None:
     before, after, gain, model = result.before, result.after, result.gain, result.reward_model
-    console.print("\nBefore PPO (the SFT model, which is also the reference) and after it, on prompts that no stage has seen:")
-    labels = {"gold": "gold reward (nothing was trained on it)", "proxy": "proxy reward (the reward model's score)"}
+    console.print(
+        "\nBefore PPO (the SFT model, which is also the reference) and after it, on prompts that "
+        "no stage has seen:"
+    )
+    labels = {
+        "gold": "gold reward (nothing was trained on it)",
+        "proxy": "proxy reward (the reward model's score)",
+    }
     console.print(comparison(before, after, labels=labels, kl_target=KL_TARGET))
     console.print(side_by_side(prompts, before, after, score="gold", count=5))
-    console.print(f"The reward model agrees with {model.accuracy:.1%} of {model.held_out} held-out labels (95% interval {model.interval[0]:.1%} to "
-                  f"{model.interval[1]:.1%}); the labels are so noisy that nobody can expect more than {ceiling:.1%}.")
-    console.print(f"The gold reward {'rose' if gain.mean > 0 else 'fell'} by {abs(gain.mean):.2f}, which is {abs(gain.mean) / gain.error:.0f} "
-                  f"standard errors; the KL is {after.kl.mean / KL_TARGET:.2f} times its target.")
-    console.print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
-                  + f". Models, metrics and samples are in {result.directory}/")
+    console.print(
+        f"The reward model agrees with {model.accuracy:.1%} of {model.held_out} held-out labels "
+        f"(95% interval {model.interval[0]:.1%} to "
+        f"{model.interval[1]:.1%}); the labels are so noisy that nobody can expect more than "
+        f"{ceiling:.1%}."
+    )
+    console.print(
+        f"The gold reward {'rose' if gain.mean > 0 else 'fell'} by {abs(gain.mean):.2f}, which is "
+        f"{abs(gain.mean) / gain.error:.0f} "
+        f"standard errors; the KL is {after.kl.mean / KL_TARGET:.2f} times its target."
+    )
+    console.print(
+        "Seconds: "
+        + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
+        + f". Models, metrics and samples are in {result.directory}/"
+    )

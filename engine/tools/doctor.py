@@ -1,4 +1,6 @@
-"""fusedrl doctor: what this machine has, which implementations run on it and why the others do not, and what to do about what is missing."""
+"""fusedrl doctor: what this machine has, which implementations run on it and why the others do not,
+and what to do about what is missing."""
+
 from __future__ import annotations
 
 import importlib
@@ -28,11 +30,13 @@ _OPTIONAL = ("flash-attn", "torchao", "trl", "cuda-bindings", "nvidia-cuda-nvrtc
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. `missing`: required and not there, with the remedy. `notes`: what would make it faster or do more."""
+    """What was found. `missing`: required and not there, with the remedy. `notes`: what would make
+    it faster or do more."""
 
     machine: dict[str, str]
     packages: dict[str, str]
-    ops: dict[str, dict[str, dict[str, str | None]]]  # op -> "cpu" or "cuda" -> implementation, best first -> why it cannot run, None where it can
+    # op -> "cpu" or "cuda" -> implementation, best first -> why it cannot run, None where it can
+    ops: dict[str, dict[str, dict[str, str | None]]]
     attention: dict[str, dict[str, str]]  # device -> backend -> "verified", or why it is not used
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -50,42 +54,88 @@ def diagnose(device: str | None = None) -> Diagnosis:
     gpus = torch.cuda.device_count()
     built = torch.version.cuda or torch.version.hip
     if native.capability is None:
-        notes.append(f"the C++ kernels are not built ({native.reason}): ops on CPU run in torch, 5x to 100x slower; install a C++ compiler and Python's "
-                     "headers (Debian: apt-get install g++ python3-dev), then reinstall fusedrl")
+        notes.append(
+            f"the C++ kernels are not built ({native.reason}): ops on CPU run in torch, 5x to 100x "
+            "slower; install a C++ compiler and Python's "
+            "headers (Debian: apt-get install g++ python3-dev), then reinstall fusedrl"
+        )
     if found.machine["C++ compiler"] == "none":
-        notes.append("no C++ compiler: torch.compile on CPU and optim.state = int8 need one (Debian: apt-get install g++)")
+        notes.append(
+            "no C++ compiler: torch.compile on CPU and optim.state = int8 need one (Debian: "
+            "apt-get install g++)"
+        )
     if found.machine["GPU driver"] != "none" and not gpus:
-        remedy = "check that nvidia-smi lists one" if built else "this torch is a CPU build; install a CUDA build from pytorch.org"
+        remedy = (
+            "check that nvidia-smi lists one"
+            if built
+            else "this torch is a CPU build; install a CUDA build from pytorch.org"
+        )
         notes.append(f"there is a GPU driver, but torch sees no GPU: {remedy}")
     if gpus and (why := unavailable("triton", "cuda")) is not None:
         missing.append(f"triton, which every op on a GPU runs on: {why}; pip install triton")
     for where, backends in found.attention.items():
-        notes += [f"{name} is installed and not used on {where}: {state}" for name, state in backends.items() if state != "verified"]
+        notes += [
+            f"{name} is installed and not used on {where}: {state}"
+            for name, state in backends.items()
+            if state != "verified"
+        ]
     if device is not None:
         wanted = torch.device(device)
         if wanted.type == "cuda" and (wanted.index or 0) >= gpus:
-            missing.append(f"device {device}: torch {torch.__version__} sees {gpus} GPUs; "
-                           f"{'check the driver with nvidia-smi' if built else 'it is a CPU build; install a CUDA build from pytorch.org'}")
+            remedy = (
+                "check the driver with nvidia-smi"
+                if built
+                else "it is a CPU build; install a CUDA build from pytorch.org"
+            )
+            missing.append(f"device {device}: torch {torch.__version__} sees {gpus} GPUs; {remedy}")
     return found
 
 
 def _machine() -> dict[str, str]:
-    cpu = next((line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in _read("/proc/cpuinfo").splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     compiler = next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") or _read("/sys/module/amdgpu/version").strip()
-    built = next((f"{name} {version}" for name, version in (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)) if version), "CPU alone")
-    found = {"system": platform.platform(), "python": platform.python_version(), "processor": f"{cpu}, {os.cpu_count()} threads",
-             "vectors": f"{torch.backends.cpu.get_cpu_capability()}; C++ kernels: {native.capability or 'not built'}",
-             "memory": format_bytes(machine_memory(torch.device("cpu"))), "C++ compiler": compiler or "none", "GPU driver": driver or "none",
-             "torch is built for": built}
+    driver = (
+        _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        or _read("/sys/module/amdgpu/version").strip()
+    )
+    built = next(
+        (
+            f"{name} {version}"
+            for name, version in (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip))
+            if version
+        ),
+        "CPU alone",
+    )
+    found = {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "processor": f"{cpu}, {os.cpu_count()} threads",
+        "vectors": f"{torch.backends.cpu.get_cpu_capability()}; C++ kernels: "
+        f"{native.capability or 'not built'}",
+        "memory": format_bytes(machine_memory(torch.device("cpu"))),
+        "C++ compiler": compiler or "none",
+        "GPU driver": driver or "none",
+        "torch is built for": built,
+    }
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {format_bytes(properties.total_memory)}"
+        found[f"cuda:{index}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{format_bytes(properties.total_memory)}"
+        )
     return found
 
 
 def _packages(missing: list[str]) -> dict[str, str]:
-    """Versions of what fusedrl requires, and of what it can use; adds to `missing` what is absent or too old."""
+    """Versions of what fusedrl requires, and of what it can use; adds to `missing` what is absent
+    or too old."""
     try:
         required = [Requirement(text) for text in metadata.requires("fusedrl") or ()]
     except metadata.PackageNotFoundError:  # run from its sources
@@ -97,26 +147,50 @@ def _packages(missing: list[str]) -> dict[str, str]:
         version = _version(requirement.name)
         versions[requirement.name] = version or "missing"
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            missing.append(f"{requirement.name}{requirement.specifier}, found {version or 'none'}: pip install '{requirement.name}{requirement.specifier}'")
-    return versions | {name: version for name in _OPTIONAL if (version := _version(name)) is not None}
+            missing.append(
+                f"{requirement.name}{requirement.specifier}, found {version or 'none'}: pip "
+                f"install '{requirement.name}{requirement.specifier}'"
+            )
+    return versions | {
+        name: version for name in _OPTIONAL if (version := _version(name)) is not None
+    }
 
 
 def _ops() -> dict[str, dict[str, dict[str, str | None]]]:
     """Of every op, from its own table."""
     package = importlib.import_module("fusedrl.kernels")
-    names = sorted(found.name for found in pkgutil.iter_modules(package.__path__) if re.fullmatch(r"[a-z]\w*", found.name))
+    names = sorted(
+        found.name
+        for found in pkgutil.iter_modules(package.__path__)
+        if re.fullmatch(r"[a-z]\w*", found.name)
+    )
     modules = [importlib.import_module(f"fusedrl.kernels.{name}") for name in names] + [step]
-    tables = {table.op: table for module in modules for table in vars(module).values() if isinstance(table, Implementations)}
-    return {op: {kind: {name: unavailable(name, kind) for name in getattr(table, kind)} for kind in ("cpu", "cuda")} for op, table in sorted(tables.items())}
+    tables = {
+        table.op: table
+        for module in modules
+        for table in vars(module).values()
+        if isinstance(table, Implementations)
+    }
+    return {
+        op: {
+            kind: {name: unavailable(name, kind) for name in getattr(table, kind)}
+            for kind in ("cpu", "cuda")
+        }
+        for op, table in sorted(tables.items())
+    }
 
 
 def _attention() -> dict[str, dict[str, str]]:
-    """What has to prove itself before it computes attention, tried on every device that it is for."""
+    """What has to prove itself before it computes attention, tried on every device that it is
+    for."""
     found: dict[str, dict[str, str]] = {}
     for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # they are in the table
-            states = {name: attention.fault(name, device) or "verified" for name in attention.tried(device)}
+            states = {
+                name: attention.fault(name, device) or "verified"
+                for name in attention.tried(device)
+            }
         if states:
             found[device] = states
     return found
@@ -152,20 +226,40 @@ def print_diagnosis(found: Diagnosis) -> None:
         for name, value in rows.items():
             table.add_row(name, value)
         console.print(table)
-    table = Table("op", "on CPU", "on CUDA", title="implementations that can run, the one used first", title_justify="left")
+    table = Table(
+        "op",
+        "on CPU",
+        "on CUDA",
+        title="implementations that can run, the one used first",
+        title_justify="left",
+    )
     gpu = torch.cuda.device_count() > 0
     reasons: dict[tuple[str, str], str] = {}
     for op, kinds in found.ops.items():
-        can = {kind: [name for name, why in names.items() if why is None] for kind, names in kinds.items()}
+        can = {
+            kind: [name for name, why in names.items() if why is None]
+            for kind, names in kinds.items()
+        }
         table.add_row(op, ", ".join(can["cpu"]), ", ".join(can["cuda"]) if gpu else "no GPU")
-        reasons |= {(name, kind): why for kind, names in kinds.items() for name, why in names.items() if why is not None and (gpu or kind == "cpu")}
+        reasons |= {
+            (name, kind): why
+            for kind, names in kinds.items()
+            for name, why in names.items()
+            if why is not None and (gpu or kind == "cpu")
+        }
     console.print(table)
     for (name, kind), why in reasons.items():
         console.print(f"{name} cannot run on {kind}: {why}", soft_wrap=True)
     for device, backends in found.attention.items():
-        console.print(f"attention on {device}: {', '.join(f'{name} {state}' for name, state in backends.items())}", soft_wrap=True)
+        console.print(
+            f"attention on {device}: "
+            f"{', '.join(f'{name} {state}' for name, state in backends.items())}",
+            soft_wrap=True,
+        )
     for text in found.notes:
         console.print(f"note: {text}", soft_wrap=True)
     for text in found.missing:
         console.print(f"missing: {text}", soft_wrap=True)
-    console.print("something required is missing" if found.missing else "everything required is here")
+    console.print(
+        "something required is missing" if found.missing else "everything required is here"
+    )

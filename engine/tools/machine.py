@@ -1,4 +1,6 @@
-"""The machine that a figure comes from: what it is, and the two ceilings that figures are held against, measured in the same run."""
+"""The machine that a figure comes from: what it is, and the two ceilings that figures are held
+against, measured in the same run."""
+
 from __future__ import annotations
 
 import functools
@@ -34,7 +36,8 @@ def wait_for(device: torch.device) -> None:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy far larger than the caches, bytes read plus bytes written: the fastest of some."""
+    """Bytes per second of a copy far larger than the caches, bytes read plus bytes written: the
+    fastest of some."""
     source = torch.rand(1 << (28 if device.type == "cuda" else 25), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, 11)
@@ -42,14 +45,16 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @functools.cache
 def gemm_rate(device: torch.device) -> float:
-    """Flops per second of a large matrix product of random numbers, in float32 on a CPU and in bfloat16 on a GPU: the fastest of some."""
+    """Flops per second of a large matrix product of random numbers, in float32 on a CPU and in
+    bfloat16 on a GPU: the fastest of some."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / _fastest(lambda: a @ b, device, 7)
 
 
 def _fastest(function: Callable[[], Tensor], device: torch.device, calls: int) -> float:
-    row = 8 if device.type == "cuda" else 1  # in a row, so that the wait for the device is no part of it
+    # in a row, so that the wait for the device is no part of it
+    row = 8 if device.type == "cuda" else 1
 
     def several() -> None:
         for _ in range(row):
@@ -60,23 +65,55 @@ def _fastest(function: Callable[[], Tensor], device: torch.device, calls: int) -
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The machine, versions and commit of this run. Outside a checkout the commit is that of nothing: "release"."""
-    cpu = next((line.split(":", 1)[1].strip() for line in read_text("/proc/cpuinfo").splitlines() if line.startswith("model name")), platform.processor())
+    """The machine, versions and commit of this run. Outside a checkout the commit is that of
+    nothing: "release"."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in read_text("/proc/cpuinfo").splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "trl", *(["liger-kernel"] if device.type == "cuda" else [])):
+    for name in (
+        "triton",
+        "transformers",
+        "trl",
+        *(["liger-kernel"] if device.type == "cuda" else []),
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     checkout = (ROOT / "bench" / "results").is_dir()
-    commit = output_of(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]) if checkout else "release"
-    dirty = checkout and output_of(["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!bench/results"])
+    commit = (
+        output_of(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
+        if checkout
+        else "release"
+    )
+    dirty = checkout and output_of(
+        ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!bench/results"]
+    )
     gpu: dict[str, Any] = {"gpu": None}
     if device.type == "cuda":
-        asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader", f"--id={device.index or 0}"]
+        asked = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem",
+            "--format=csv,noheader",
+            f"--id={device.index or 0}",
+        ]
         gpu = {"gpu": torch.cuda.get_device_name(device), "driver and clocks": output_of(asked)}
-    return {"cpu": cpu, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), **gpu, "threads": torch.get_num_threads(),
-            **versions, "commit": commit + ("+changes" if dirty else ""), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        **gpu,
+        "threads": torch.get_num_threads(),
+        **versions,
+        "commit": commit + ("+changes" if dirty else ""),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
 
 
 def output_of(command: Sequence[str]) -> str:

@@ -1,15 +1,22 @@
 """What is asked of a model when it is measured, and the least time in which a machine could answer.
 
-Workload  prompts as token ids, how many new tokens each asks for, and how many samples of it. Nobody stops at an EOS. `WORKLOADS` names three:
+Workload  prompts as token ids, how many new tokens each asks for, and how many samples of it.
+          Nobody stops at an EOS. `WORKLOADS` names three:
           random   one length in, one length out, as vLLM's random dataset
-          seed0    nano-vllm's: lengths in and out uniform in 100 .. 1024 under seed 0, 256 requests, 133,966 tokens out; shorter by smaller maxima
+          seed0    nano-vllm's: lengths in and out uniform in 100 .. 1024 under seed 0, 256
+                   requests, 133,966 tokens out; shorter by smaller maxima
           group    64 prompts of 16 samples each, as a GRPO step has them
-Floor     All prompts are read in one step, then every sequence draws a token a step until it has what it asked for. A step takes at least the larger of
-              bytes / copy bandwidth      all weights but an untied input embedding, the keys and values of what its tokens see (those of a prompt once
+Floor     All prompts are read in one step, then every sequence draws a token a step until it has
+          what it asked for. A step takes at least the larger of
+              bytes / copy bandwidth      all weights but an untied input embedding, the keys and
+                                          values of what its tokens see (those of a prompt once
                                           for all its samples) and those it writes
-              flops / GEMM rate           2 a weight and token, the head's where a token is drawn, 4 a query head, its width and a position seen
-          Activations are free, and so is everything else a program does. Real engines run fewer sequences at once than all, and read the weights more often.
+              flops / GEMM rate           2 a weight and token, the head's where a token is drawn, 4
+                                          a query head, its width and a position seen
+          Activations are free, and so is everything else a program does. Real engines run fewer
+          sequences at once than all, and read the weights more often.
 """
+
 from __future__ import annotations
 
 import random
@@ -24,17 +31,57 @@ from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import ModelConfig
 
-_QWEN2 = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-          "bos_token_id": 151643, "eos_token_id": 151643}
+_QWEN2 = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
 SHAPES: dict[str, dict[str, Any]] = {  # config.json of published models, for random weights
-    "qwen2.5-0.5b": {**_QWEN2, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-                     "tie_word_embeddings": True},
-    "qwen2.5-1.5b": {**_QWEN2, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-                     "tie_word_embeddings": True},
-    "qwen2.5-7b": {**_QWEN2, "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-                   "num_key_value_heads": 4, "tie_word_embeddings": False},
-    "qwen3-0.6b": {**_QWEN2, "model_type": "qwen3", "max_position_embeddings": 40960, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-                   "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+    "qwen2.5-0.5b": {
+        **_QWEN2,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-1.5b": {
+        **_QWEN2,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        **_QWEN2,
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-0.6b": {
+        **_QWEN2,
+        "model_type": "qwen3",
+        "max_position_embeddings": 40960,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -62,50 +109,96 @@ class Workload:
 
     def lengths(self) -> list[int]:
         """Tokens of every sequence, prompt and completion."""
-        return [len(prompt) + new for prompt, new in zip(self.prompts, self.new_tokens, strict=True) for _ in range(self.samples)]
+        return [
+            len(prompt) + new
+            for prompt, new in zip(self.prompts, self.new_tokens, strict=True)
+            for _ in range(self.samples)
+        ]
 
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError where a sequence would be longer than the model has positions."""
-        longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]) + self.new_tokens[i])
+        longest = max(
+            range(len(self.prompts)), key=lambda i: len(self.prompts[i]) + self.new_tokens[i]
+        )
         prompt, new = len(self.prompts[longest]), self.new_tokens[longest]
         if prompt + new > config.max_positions:
-            raise ConfigError(f"bench: expected input and output to fit the model's {config.max_positions} positions, got {prompt} + {new} = {prompt + new} "
-                              "tokens; lower --input-len or --output-len")
+            raise ConfigError(
+                f"bench: expected input and output to fit the model's {config.max_positions} "
+                f"positions, got {prompt} + {new} = {prompt + new} "
+                "tokens; lower --input-len or --output-len"
+            )
 
 
-# ---- the workloads ----------------------------------------------------------------------------------------------------------------
-def random_workload(vocab_size: int, num_prompts: int = 64, input_len: int = 128, output_len: int = 128, samples: int = 1, seed: int = 0) -> Workload:
+# ---- the workloads -------------------------------------------------------------------------------
+def random_workload(
+    vocab_size: int,
+    num_prompts: int = 64,
+    input_len: int = 128,
+    output_len: int = 128,
+    samples: int = 1,
+    seed: int = 0,
+) -> Workload:
     """Prompts of `input_len` random ids, and `output_len` tokens of each sample."""
     draw = random.Random(seed)
-    prompts = (tuple(draw.randrange(vocab_size) for _ in range(input_len)) for _ in range(num_prompts))
+    prompts = (
+        tuple(draw.randrange(vocab_size) for _ in range(input_len)) for _ in range(num_prompts)
+    )
     return Workload("random", tuple(prompts), (output_len,) * num_prompts, samples)
 
 
-def seed0_workload(vocab_size: int, num_prompts: int = 256, input_len: int = 1024, output_len: int = 1024, samples: int = 1, seed: int = 0) -> Workload:
-    """Lengths uniform from 100 / 1024 of the maxima to these, drawn in the order of nano-vllm's bench.py: each prompt's length before its ids, all prompts
-    before the first output length. Ids are drawn below 10,001 as there, and wrapped into smaller vocabularies."""
+def seed0_workload(
+    vocab_size: int,
+    num_prompts: int = 256,
+    input_len: int = 1024,
+    output_len: int = 1024,
+    samples: int = 1,
+    seed: int = 0,
+) -> Workload:
+    """Lengths uniform from 100 / 1024 of the maxima to these, drawn in the order of nano-vllm's
+    bench.py: each prompt's length before its ids, all prompts before the first output length. Ids
+    are drawn below 10,001 as there, and wrapped into smaller vocabularies."""
     draw = random.Random(seed)
 
     def shortest(longest: int) -> int:
         return max(1, round(longest * 100 / 1024))
 
-    prompts = [[draw.randint(0, 10_000) for _ in range(draw.randint(shortest(input_len), input_len))] for _ in range(num_prompts)]
+    prompts = [
+        [draw.randint(0, 10_000) for _ in range(draw.randint(shortest(input_len), input_len))]
+        for _ in range(num_prompts)
+    ]
     new = [draw.randint(shortest(output_len), output_len) for _ in range(num_prompts)]
-    return Workload("seed0", tuple(tuple(token % vocab_size for token in prompt) for prompt in prompts), tuple(new), samples)
+    return Workload(
+        "seed0",
+        tuple(tuple(token % vocab_size for token in prompt) for prompt in prompts),
+        tuple(new),
+        samples,
+    )
 
 
-def group_workload(vocab_size: int, num_prompts: int = 64, input_len: int = 128, output_len: int = 128, samples: int = 16, seed: int = 0) -> Workload:
+def group_workload(
+    vocab_size: int,
+    num_prompts: int = 64,
+    input_len: int = 128,
+    output_len: int = 128,
+    samples: int = 16,
+    seed: int = 0,
+) -> Workload:
     """`random_workload` with a group of samples of each prompt."""
     made = random_workload(vocab_size, num_prompts, input_len, output_len, samples, seed)
     return Workload("group", made.prompts, made.new_tokens, samples)
 
 
-WORKLOADS: Mapping[str, Callable[..., Workload]] = {"random": random_workload, "seed0": seed0_workload, "group": group_workload}
+WORKLOADS: Mapping[str, Callable[..., Workload]] = {
+    "random": random_workload,
+    "seed0": seed0_workload,
+    "group": group_workload,
+}
 
 
-# ---- what they need -----------------------------------------------------------------------------------------------------------------
+# ---- what they need ------------------------------------------------------------------------------
 class Weights(NamedTuple):
-    """Numbers of a model: of all parameters, of the matrices inside the layers, of the head, of what a step reads."""
+    """Numbers of a model: of all parameters, of the matrices inside the layers, of the head, of
+    what a step reads."""
 
     parameters: int
     layers: int
@@ -118,7 +211,12 @@ def count_weights(config: ModelConfig) -> Weights:
     decoder = Decoder(config, device="meta")
     parameters, head = sum(p.numel() for p in decoder.parameters()), decoder.head_weight.numel()
     layers = sum(p.numel() for p in decoder.layers.parameters() if p.ndim > 1)
-    return Weights(parameters, layers, head, parameters - (0 if config.tie_embeddings else decoder.embedding.numel()))
+    return Weights(
+        parameters,
+        layers,
+        head,
+        parameters - (0 if config.tie_embeddings else decoder.embedding.numel()),
+    )
 
 
 def kv_bytes_per_token(config: ModelConfig, element_size: int) -> int:
@@ -127,22 +225,41 @@ def kv_bytes_per_token(config: ModelConfig, element_size: int) -> int:
 
 
 def pairs_seen(lengths: Sequence[int], window: int = 0) -> int:
-    """Positions that the tokens of causal sequences see together, themselves included; `window`: each at most so many."""
-    return sum(n * (n + 1) // 2 if not window or n <= window else window * (window + 1) // 2 + (n - window) * window for n in lengths)
+    """Positions that the tokens of causal sequences see together, themselves included; `window`:
+    each at most so many."""
+    return sum(
+        n * (n + 1) // 2
+        if not window or n <= window
+        else window * (window + 1) // 2 + (n - window) * window
+        for n in lengths
+    )
 
 
 def forward_flops(config: ModelConfig, lengths: Sequence[int], drawn: int) -> int:
-    """Of one forward over whole sequences, with the head at `drawn` of their tokens. A training pass has three times as many: nothing recomputed counts."""
+    """Of one forward over whole sequences, with the head at `drawn` of their tokens. A training
+    pass has three times as many: nothing recomputed counts."""
     weights, width = count_weights(config), 4 * config.num_heads * config.head_dim
-    return 2 * weights.layers * sum(lengths) + 2 * weights.head * drawn + width * sum(pairs_seen(lengths, window) for window in config.windows)
+    return (
+        2 * weights.layers * sum(lengths)
+        + 2 * weights.head * drawn
+        + width * sum(pairs_seen(lengths, window) for window in config.windows)
+    )
 
 
 def needed(config: ModelConfig, workload: Workload, element_size: int) -> tuple[Tensor, Tensor]:
-    """(bytes, flops), float64, of every step: at 0 the prompts are read and the first tokens drawn, at t the token t of those that ask for more than t."""
+    """(bytes, flops), float64, of every step: at 0 the prompts are read and the first tokens drawn,
+    at t the token t of those that ask for more than t."""
     weights, width = count_weights(config), 4 * config.num_heads * config.head_dim
-    prompt_G, new_G = (torch.tensor(x, dtype=torch.float64) for x in ([len(p) for p in workload.prompts], workload.new_tokens))
+    prompt_G, new_G = (
+        torch.tensor(x, dtype=torch.float64)
+        for x in ([len(p) for p in workload.prompts], workload.new_tokens)
+    )
     t_S = torch.arange(int(new_G.max()), dtype=torch.float64)[:, None]
-    live_SG, n, cached = new_G > t_S, workload.samples, kv_bytes_per_token(config, element_size) / config.num_layers  # of a layer
+    live_SG, n, cached = (
+        new_G > t_S,
+        workload.samples,
+        kv_bytes_per_token(config, element_size) / config.num_layers,
+    )  # of a layer
     drawn_S = n * live_SG.sum(1).double()
     moved_S = element_size * weights.read + config.num_layers * cached * drawn_S
     flops_S = 2.0 * (weights.layers + weights.head) * drawn_S
@@ -158,7 +275,8 @@ def needed(config: ModelConfig, workload: Workload, element_size: int) -> tuple[
 
 
 class Floor(NamedTuple):
-    """The least time of a workload: in seconds, together and of its two phases; and the sums behind them."""
+    """The least time of a workload: in seconds, together and of its two phases; and the sums behind
+    them."""
 
     seconds: float
     prefill_seconds: float
@@ -167,8 +285,20 @@ class Floor(NamedTuple):
     flops: float
 
 
-def floor_of(config: ModelConfig, workload: Workload, element_size: int, copy_bandwidth: float, gemm_rate: float) -> Floor:
+def floor_of(
+    config: ModelConfig,
+    workload: Workload,
+    element_size: int,
+    copy_bandwidth: float,
+    gemm_rate: float,
+) -> Floor:
     """See the top of this file. copy_bandwidth in bytes, gemm_rate in flops per second."""
     moved_S, flops_S = needed(config, workload, element_size)
     seconds_S = torch.maximum(moved_S / copy_bandwidth, flops_S / gemm_rate)
-    return Floor(seconds_S.sum().item(), seconds_S[0].item(), seconds_S[1:].sum().item(), moved_S.sum().item(), flops_S.sum().item())
+    return Floor(
+        seconds_S.sum().item(),
+        seconds_S[0].item(),
+        seconds_S[1:].sum().item(),
+        moved_S.sum().item(),
+        flops_S.sum().item(),
+    )

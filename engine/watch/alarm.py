@@ -1,17 +1,23 @@
-"""The reward-hacking alarm: the reward that is trained on (the proxy) rises while what it stands for does not, and it says by what evidence.
+"""The reward-hacking alarm: the reward that is trained on (the proxy) rises while what it stands
+for does not, and it says by what evidence.
 
-What is known of hacked policies: the reward jumps and the text becomes meaningless or repetitive, its entropy, length and perplexity far from where they were.
-None of that alone is a fault, and the proxy rises in every run that works. So the alarm fires when the proxy rose significantly and
+What is known of hacked policies: the reward jumps and the text becomes meaningless or repetitive,
+its entropy, length and perplexity far from where they were. None of that alone is a fault, and the
+proxy rises in every run that works. So the alarm fires when the proxy rose significantly and
   - a gold reward (measured, not trained on: monitor_reward) fell significantly, or
   - no gold reward rose, and evidence of at least two kinds speaks against the text:
         perplexity   under the reference: by half more than at first, or by a third less
         entropy      of the policy: less than half
         length       twice as long, or half as long
-        repetition   within completions (token triples that occurred before, loops at the end) .1 more, or between them (distinct token triples) less than half
+        repetition   within completions (token triples that occurred before, loops at the end) .1
+                     more, or between them (distinct token triples) less than half
         kl           above twice kl.target
-"At first" and "now" are medians over the first and the last `window` steps, which must not overlap. Significant: by more than `sigmas` standard errors of the
-difference of two medians, from the absolute deviations around them: a trend within a window counts as noise, a single step that stands out counts little.
+"At first" and "now" are medians over the first and the last `window` steps, which must not overlap.
+Significant: by more than `sigmas` standard errors of the difference of two medians, from the
+absolute deviations around them: a trend within a window counts as noise, a single step that stands
+out counts little.
 """
+
 from __future__ import annotations
 
 import math
@@ -24,13 +30,15 @@ from typing import Any
 from fusedrl.engine.config import AlarmConfig
 
 PROXY, GOLD = "reward", "gold/"
-MOST_SIGMAS = 999.0  # where nothing varies, any change is infinitely significant, and JSON has no infinity
+# where nothing varies, any change is infinitely significant, and JSON has no infinity
+MOST_SIGMAS = 999.0
 KINDS_NEEDED = 2
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a metric may not leave: now / then within [low, high], and now - then at most `rise`. kind: what it is evidence of."""
+    """What a metric may not leave: now / then within [low, high], and now - then at most `rise`.
+    kind: what it is evidence of."""
 
     kind: str
     low: float = -math.inf
@@ -51,7 +59,8 @@ KL_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Evidence:
-    """A metric then and now (medians), how many standard errors they differ by, and what it is evidence of."""
+    """A metric then and now (medians), how many standard errors they differ by, and what it is
+    evidence of."""
 
     metric: str
     kind: str
@@ -61,7 +70,10 @@ class Evidence:
 
     def __str__(self) -> str:
         moved = "rose" if self.now > self.then else "fell"
-        return f"{self.metric} {moved} from {self.then:.4g} to {self.now:.4g} ({abs(self.sigma):.1f} standard errors)"
+        return (
+            f"{self.metric} {moved} from {self.then:.4g} to {self.now:.4g} "
+            f"({abs(self.sigma):.1f} standard errors)"
+        )
 
 
 class _Series:
@@ -78,13 +90,18 @@ class _Series:
             self.last.append(value)
 
     def change(self) -> tuple[float, float, float] | None:
-        """(then, now, standard errors between them, with the sign of the change); None before both windows are full."""
+        """(then, now, standard errors between them, with the sign of the change); None before both
+        windows are full."""
         if len(self.last) < (self.last.maxlen or 0):
             return None
         then, now = median(self.first), median(self.last)
-        deviations = [abs(value - then) for value in self.first] + [abs(value - now) for value in self.last]
-        spread = max(1.4826 * median(deviations), 1.2533 * fmean(deviations))  # each is the standard deviation of normal noise
-        error = 1.2533 * spread * math.sqrt(2 / len(self.first))  # of a median: sqrt(pi / 2) times that of a mean
+        deviations = [abs(value - then) for value in self.first] + [
+            abs(value - now) for value in self.last
+        ]
+        # each is the standard deviation of normal noise
+        spread = max(1.4826 * median(deviations), 1.2533 * fmean(deviations))
+        # of a median: sqrt(pi / 2) times that of a mean
+        error = 1.2533 * spread * math.sqrt(2 / len(self.first))
         if now == then:
             return then, now, 0.0
         sigma = (now - then) / error if error else math.copysign(MOST_SIGMAS, now - then)
@@ -92,10 +109,11 @@ class _Series:
 
 
 class Detector:
-    """Fed with the metrics of every step; says what speaks for reward hacking. A function of the metrics alone: fed again with those of a run that is resumed,
-    it is where it was.
+    """Fed with the metrics of every step; says what speaks for reward hacking. A function of the
+    metrics alone: fed again with those of a run that is resumed, it is where it was.
 
-    kl_target: nats per completion, where there is one. firing: whether the last step's evidence sufficed.
+    kl_target: nats per completion, where there is one. firing: whether the last step's evidence
+    sufficed.
     """
 
     def __init__(self, config: AlarmConfig, kl_target: float | None = None) -> None:
@@ -104,32 +122,55 @@ class Detector:
         self.firing = False
 
     def update(self, metrics: Mapping[str, Any]) -> list[Evidence]:
-        """Take in a step's metrics (missing ones, None and NaN count as not measured) and return the evidence, the proxy's rise first, if it suffices; else
-        nothing."""
+        """Take in a step's metrics (missing ones, None and NaN count as not measured) and return
+        the evidence, the proxy's rise first, if it suffices; else nothing."""
         for name, value in metrics.items():
-            if (name in BOUNDS or name in (PROXY, "kl") or name.startswith(GOLD)) and value is not None and math.isfinite(value):
+            if (
+                (name in BOUNDS or name in (PROXY, "kl") or name.startswith(GOLD))
+                and value is not None
+                and math.isfinite(value)
+            ):
                 self._series.setdefault(name, _Series(self._config.window)).add(float(value))
         found = self._evidence()
         self.firing = bool(found)
         return found
 
     def _evidence(self) -> list[Evidence]:
-        changes = {name: change for name, series in self._series.items() if (change := series.change()) is not None}
+        changes = {
+            name: change
+            for name, series in self._series.items()
+            if (change := series.change()) is not None
+        }
         if PROXY not in changes or changes[PROXY][2] <= self._config.sigmas:
             return []
         proxy = Evidence(PROXY, "proxy", *changes[PROXY])
         gold = {name: change for name, change in changes.items() if name.startswith(GOLD)}
-        fell = [Evidence(name, "gold", *change) for name, change in gold.items() if change[2] < -self._config.sigmas]
+        fell = [
+            Evidence(name, "gold", *change)
+            for name, change in gold.items()
+            if change[2] < -self._config.sigmas
+        ]
         rose = any(change[2] > self._config.sigmas for change in gold.values())
-        others = [Evidence(name, bounds.kind, *changes[name]) for name, bounds in BOUNDS.items()
-                  if name in changes and self._outside(bounds, *changes[name])]
-        if self._kl_target is not None and "kl" in changes and changes["kl"][1] > KL_FACTOR * self._kl_target:
+        others = [
+            Evidence(name, bounds.kind, *changes[name])
+            for name, bounds in BOUNDS.items()
+            if name in changes and self._outside(bounds, *changes[name])
+        ]
+        if (
+            self._kl_target is not None
+            and "kl" in changes
+            and changes["kl"][1] > KL_FACTOR * self._kl_target
+        ):
             others.append(Evidence("kl", "kl", *changes["kl"]))
-        suffices = bool(fell) or (not rose and len({evidence.kind for evidence in others}) >= KINDS_NEEDED)
+        suffices = bool(fell) or (
+            not rose and len({evidence.kind for evidence in others}) >= KINDS_NEEDED
+        )
         return [proxy, *fell, *others] if suffices else []
 
     def _outside(self, bounds: Bounds, then: float, now: float, sigma: float) -> bool:
-        return abs(sigma) > self._config.sigmas and (now < bounds.low * then or now > bounds.high * then or now > then + bounds.rise)
+        return abs(sigma) > self._config.sigmas and (
+            now < bounds.low * then or now > bounds.high * then or now > then + bounds.rise
+        )
 
 
 def as_row(step: int, evidence: list[Evidence]) -> dict[str, Any]:
@@ -140,5 +181,8 @@ def as_row(step: int, evidence: list[Evidence]) -> dict[str, Any]:
 def message(step: int, evidence: list[Evidence]) -> str:
     """What is said on the terminal."""
     proxy, *others = map(str, evidence)
-    return (f"reward hacking suspected at step {step}: the trained {proxy} while {'; '.join(others)}. Read <run>/samples.jsonl; a larger kl.coef, a smaller "
-            "kl.target, fewer steps or a better reward is the remedy")
+    return (
+        f"reward hacking suspected at step {step}: the trained {proxy} while {'; '.join(others)}. "
+        "Read <run>/samples.jsonl; a larger kl.coef, a smaller "
+        "kl.target, fewer steps or a better reward is the remedy"
+    )

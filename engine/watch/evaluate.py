@@ -1,4 +1,6 @@
-"""How a policy does on given prompts, with fresh samples: rewards, KL to a reference, perplexity, length, repetition, pass@k."""
+"""How a policy does on given prompts, with fresh samples: rewards, KL to a reference, perplexity,
+length, repetition, pass@k."""
+
 from __future__ import annotations
 
 import math
@@ -27,19 +29,27 @@ TOKENS_PER_FORWARD = 8192
 class Scorer(Protocol):
     """Whatever has the log-probabilities of a batch: an actor, or a run's reference."""
 
-    def score(self, batch: PackedBatch, temperature: float = 1.0, tokens_per_microbatch: int | None = None,
-              partition: Sequence[Sequence[int]] | None = None) -> Scored: ...
+    def score(
+        self,
+        batch: PackedBatch,
+        temperature: float = 1.0,
+        tokens_per_microbatch: int | None = None,
+        partition: Sequence[Sequence[int]] | None = None,
+    ) -> Scored: ...
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One policy's completions of the prompts, `samples` each, one prompt after the other, and what they measure. Standard errors are over prompts.
+    """One policy's completions of the prompts, `samples` each, one prompt after the other, and what
+    they measure. Standard errors are over prompts.
 
-    rewards: by name, per completion the mean and its standard error. kl: nats per completion, the sum over its tokens of log policy - log reference.
-    perplexity: of the completions under the reference, exp of its mean loss per token (both nan without a reference). own_perplexity: the same under the
-    policy. length: tokens, the EOS included. ended: the share that ended by itself. repetition: share of a completion's token triples that occurred in it
-    before. loops: share of the completions that end in a loop. scores: per completion, by name. pass_at: by k, where the first of the rewards is 0 or 1
-    throughout: the probability that one of k samples earns it.
+    rewards: by name, per completion the mean and its standard error. kl: nats per completion, the
+    sum over its tokens of log policy - log reference. perplexity: of the completions under the
+    reference, exp of its mean loss per token (both nan without a reference). own_perplexity: the
+    same under the policy. length: tokens, the EOS included. ended: the share that ended by itself.
+    repetition: share of a completion's token triples that occurred in it before. loops: share of
+    the completions that end in a loop. scores: per completion, by name. pass_at: by k, where the
+    first of the rewards is 0 or 1 throughout: the probability that one of k samples earns it.
     """
 
     rewards: dict[str, Estimate]
@@ -55,61 +65,117 @@ class Evaluation:
     pass_at: dict[int, Estimate]
 
 
-def evaluate(policy: HybridActor, reference: Scorer | None, prompts: Sequence[PromptExample], rewards: Mapping[str, RewardSet],
-             generation: GenerationConfig, *, seed: int, samples: int = 1, request_ids: Sequence[int] | None = None,
-             tokens_per_forward: int = TOKENS_PER_FORWARD) -> Evaluation:
+def evaluate(
+    policy: HybridActor,
+    reference: Scorer | None,
+    prompts: Sequence[PromptExample],
+    rewards: Mapping[str, RewardSet],
+    generation: GenerationConfig,
+    *,
+    seed: int,
+    samples: int = 1,
+    request_ids: Sequence[int] | None = None,
+    tokens_per_forward: int = TOKENS_PER_FORWARD,
+) -> Evaluation:
     """Sample completions of the prompts from the policy and measure them.
 
-    It leaves nothing behind that a draw or a gradient depends on: the KV cache forgets its prefixes.
+    It leaves nothing behind that a draw or a gradient depends on: the KV cache forgets its
+    prefixes.
 
     Args:
-        policy: what is measured. reference: what KL and perplexity refer to; may be the policy itself.
-        prompts: with their columns, which travel to the rewards; one that comes several times gets as many different samples.
-        rewards: by the name they are reported under; where one is a sum of several, those are reported as name/part.
-        generation: how to sample; KL and perplexity are of the distributions at its temperature.
-        seed: of the samples. samples: of each prompt. request_ids: of the prompts; a draw depends on them and the seed. None: 0, 1, ...
-        tokens_per_forward: of scoring.
+        policy: what is measured. reference: what KL and perplexity refer to; may be the policy
+        itself. prompts: with their columns, which travel to the rewards; one that comes several
+        times gets as many different samples. rewards: by the name they are reported under; where
+        one is a sum of several, those are reported as name/part. generation: how to sample; KL and
+        perplexity are of the distributions at its temperature. seed: of the samples. samples: of
+        each prompt. request_ids: of the prompts; a draw depends on them and the seed. None: 0, 1,
+        ... tokens_per_forward: of scoring.
 
     Raises:
-        RewardError: a reward raised or did not return one value per completion. RuntimeError: other completions are in flight.
+        RewardError: a reward raised or did not return one value per completion. RuntimeError: other
+        completions are in flight.
     """
     g = generation
-    ids = [encode_prompt(policy.tokenizer, example.prompt, example.columns.get("tools")) for example in prompts]
-    params = SamplingParams(max_new_tokens=g.max_new_tokens, temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, min_p=g.min_p, seed=seed, n=samples,
-                            stop_token_ids=g.stop_token_ids)
+    ids = [
+        encode_prompt(policy.tokenizer, example.prompt, example.columns.get("tools"))
+        for example in prompts
+    ]
+    params = SamplingParams(
+        max_new_tokens=g.max_new_tokens,
+        temperature=g.temperature,
+        top_k=g.top_k,
+        top_p=g.top_p,
+        min_p=g.min_p,
+        seed=seed,
+        n=samples,
+        stop_token_ids=g.stop_token_ids,
+    )
     outs = policy.generate(ids, params, request_ids)
     batch = PackedBatch.from_completions(ids, outs, device=policy.decoder.device)
     parts, temperature = batch.split(tokens_per_forward), g.temperature or 1.0
-    with policy.lend_cache():  # as in training; and what was cached here is not found by the next rollout, whose bits are then its own
+    # as in training; and what was cached here is not found by the next rollout, whose bits are then
+    # its own
+    with policy.lend_cache():
         ours = policy.score(batch, temperature=temperature, partition=parts).logp
-        theirs = None if reference is None else reference.score(batch, temperature=temperature, partition=parts).logp
+        theirs = (
+            None
+            if reference is None
+            else reference.score(batch, temperature=temperature, partition=parts).logp
+        )
     examples = [example for example in prompts for _ in range(samples)]
     completions = [completion for out in outs for completion in out]
     texts = [completion.text for completion in completions]
     written = [c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids for c in completions]
-    scores = _scores(rewards, examples, texts, [sample for sample in ids for _ in range(samples)], [c.token_ids for c in completions])
+    scores = _scores(
+        rewards,
+        examples,
+        texts,
+        [sample for sample in ids for _ in range(samples)],
+        [c.token_ids for c in completions],
+    )
 
     def estimate(values: Sequence[float]) -> Estimate:
         return Estimate.of(values, per=samples)
 
     return Evaluation(
         rewards={name: estimate(values) for name, values in scores.items()},
-        kl=Estimate(math.nan, math.nan) if theirs is None else estimate(_sums(ours - theirs, batch)),
-        perplexity=math.nan if theirs is None else _perplexity(theirs, batch), own_perplexity=_perplexity(ours, batch),
-        length=estimate([float(len(c.token_ids)) for c in completions]), ended=estimate([float(c.finish_reason == "stop") for c in completions]),
-        repetition=estimate([repeated_share(tokens) for tokens in written]), loops=estimate([float(ends_in_loop(tokens)) for tokens in written]),
-        completions=texts, scores=scores, pass_at=_pass_at(next(iter(scores.values())), samples) if scores else {})
+        kl=Estimate(math.nan, math.nan)
+        if theirs is None
+        else estimate(_sums(ours - theirs, batch)),
+        perplexity=math.nan if theirs is None else _perplexity(theirs, batch),
+        own_perplexity=_perplexity(ours, batch),
+        length=estimate([float(len(c.token_ids)) for c in completions]),
+        ended=estimate([float(c.finish_reason == "stop") for c in completions]),
+        repetition=estimate([repeated_share(tokens) for tokens in written]),
+        loops=estimate([float(ends_in_loop(tokens)) for tokens in written]),
+        completions=texts,
+        scores=scores,
+        pass_at=_pass_at(next(iter(scores.values())), samples) if scores else {},
+    )
 
 
-def _scores(rewards: Mapping[str, RewardSet], examples: Sequence[PromptExample], texts: list[str], prompt_ids: list[list[int]],
-            completion_ids: list[list[int]]) -> dict[str, list[float]]:
-    columns = {name: [example.columns.get(name) for example in examples] for name in sorted({name for example in examples for name in example.columns})}
+def _scores(
+    rewards: Mapping[str, RewardSet],
+    examples: Sequence[PromptExample],
+    texts: list[str],
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+) -> dict[str, list[float]]:
+    columns = {
+        name: [example.columns.get(name) for example in examples]
+        for name in sorted({name for example in examples for name in example.columns})
+    }
     scores: dict[str, list[float]] = {}
     for name, reward in rewards.items():
-        found = reward.score([example.prompt for example in examples], texts, prompt_ids, completion_ids, columns)
+        found = reward.score(
+            [example.prompt for example in examples], texts, prompt_ids, completion_ids, columns
+        )
         scores[name] = found.total
         if len(found.per_reward) > 1:
-            scores |= {f"{name}/{part}": [math.nan if value is None else value for value in values] for part, values in found.per_reward.items()}
+            scores |= {
+                f"{name}/{part}": [math.nan if value is None else value for value in values]
+                for part, values in found.per_reward.items()
+            }
     return scores
 
 
@@ -118,7 +184,7 @@ def _pass_at(values: Sequence[float], samples: int) -> dict[int, Estimate]:
     if not values or not set(values) <= {0.0, 1.0}:
         return {}
     counts = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    right = [int(sum(values[start:start + samples])) for start in range(0, len(values), samples)]
+    right = [int(sum(values[start : start + samples])) for start in range(0, len(values), samples)]
     return {k: Estimate.of([pass_at_k(c, samples, k) for c in right]) for k in counts}
 
 
@@ -128,13 +194,25 @@ def _perplexity(logp_N: Tensor, batch: PackedBatch) -> float:
 
 def _sums(values_N: Tensor, batch: PackedBatch) -> list[float]:
     """[B] sums of an action column over each sequence."""
-    return [part.double().sum().item() for part in torch.where(batch.action_mask, values_N, 0.0).split(list(batch.lengths))]
+    return [
+        part.double().sum().item()
+        for part in torch.where(batch.action_mask, values_N, 0.0).split(list(batch.lengths))
+    ]
 
 
-# ---- two policies side by side ------------------------------------------------------------------------------------------------
-def comparison(before: Evaluation, after: Evaluation, *, labels: Mapping[str, str] | None = None, kl_target: float | None = None) -> Table:
+# ---- two policies side by side -------------------------------------------------------------------
+def comparison(
+    before: Evaluation,
+    after: Evaluation,
+    *,
+    labels: Mapping[str, str] | None = None,
+    kl_target: float | None = None,
+) -> Table:
     """A table of both and their difference. `labels`: what to call the rewards."""
-    table = Table(title=f"{len(before.completions)} fresh samples each (mean ± standard error)", title_justify="left")
+    table = Table(
+        title=f"{len(before.completions)} fresh samples each (mean ± standard error)",
+        title_justify="left",
+    )
     table.add_column("")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
@@ -144,18 +222,43 @@ def comparison(before: Evaluation, after: Evaluation, *, labels: Mapping[str, st
     aim = f"{after.kl.mean / kl_target:.2f} x target {kl_target:g}" if kl_target else ""
     table.add_row("KL to the reference, nats per completion", str(before.kl), str(after.kl), aim)
     perplexities = before.perplexity, after.perplexity
-    table.add_row("perplexity under the reference", *(f"{p:.2f}" for p in perplexities), f"{perplexities[1] - perplexities[0]:+.2f}")
-    table.add_row("length, tokens", str(before.length), str(after.length), str(after.length.minus(before.length)))
+    table.add_row(
+        "perplexity under the reference",
+        *(f"{p:.2f}" for p in perplexities),
+        f"{perplexities[1] - perplexities[0]:+.2f}",
+    )
+    table.add_row(
+        "length, tokens",
+        str(before.length),
+        str(after.length),
+        str(after.length.minus(before.length)),
+    )
     ended = before.ended.mean, after.ended.mean
-    table.add_row("ended by themselves", *(f"{share:.1%}" for share in ended), f"{100 * (ended[1] - ended[0]):+.1f} points")
+    table.add_row(
+        "ended by themselves",
+        *(f"{share:.1%}" for share in ended),
+        f"{100 * (ended[1] - ended[0]):+.1f} points",
+    )
     return table
 
 
-def side_by_side(prompts: Sequence[str], before: Evaluation, after: Evaluation, *, score: str, count: int) -> Table:
+def side_by_side(
+    prompts: Sequence[str], before: Evaluation, after: Evaluation, *, score: str, count: int
+) -> Table:
     """The first `count` completions of both, the reward `score` in front."""
-    table = Table(title=f"The same prompts before and after; in front the score: {score}", title_justify="left", show_lines=True)
+    table = Table(
+        title=f"The same prompts before and after; in front the score: {score}",
+        title_justify="left",
+        show_lines=True,
+    )
     for name in ("prompt", "before", "after"):
         table.add_column(name, ratio=1)
     for index in range(min(count, len(prompts))):
-        table.add_row(Text(prompts[index].strip()), *(Text(f"{e.scores[score][index]:+.1f} {e.completions[index].strip()}") for e in (before, after)))
+        table.add_row(
+            Text(prompts[index].strip()),
+            *(
+                Text(f"{e.scores[score][index]:+.1f} {e.completions[index].strip()}")
+                for e in (before, after)
+            ),
+        )
     return table

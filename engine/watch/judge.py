@@ -1,17 +1,23 @@
-"""Pairwise judging: whose completions are better, and how much of the verdict is the judge's own bias.
+"""Pairwise judging: whose completions are better, and how much of the verdict is the judge's own
+bias.
 
     judge(prompts, a, b, **columns) -> list[str | float]
 
-One verdict per pair: "a", "b" or "tie", or the probability in [0, 1] that a is the better one. A judge is given those arguments that it names, and the columns
-of the prompts. Every pair is judged in both orders, since judges, people and language models alike, prefer a place (Wang et al., 2023, "Large Language Models
-are not Fair Evaluators"). With p1 the verdict on (A, B) and p2 that on (B, A), as probabilities of what stands first:
+One verdict per pair: "a", "b" or "tie", or the probability in [0, 1] that a is the better one. A
+judge is given those arguments that it names, and the columns of the prompts. Every pair is judged
+in both orders, since judges, people and language models alike, prefer a place (Wang et al., 2023,
+"Large Language Models are not Fair Evaluators"). With p1 the verdict on (A, B) and p2 that on (B,
+A), as probabilities of what stands first:
 
     preference of a pair    (p1 + 1 - p2) / 2
     A wins                  p1 > 1/2 and 1 - p2 > 1/2: in both orders. B the same; else it is a tie
-    first                   (p1 + p2) / 2: how much of the verdict goes to what stands first; 1/2 for a judge without that bias
+    first                   (p1 + p2) / 2: how much of the verdict goes to what stands first; 1/2
+                            for a judge without that bias
 
-Means are over prompts, and intervals are Wilson's with as many trials as there are prompts, which is wide enough for probabilities and repeated prompts alike.
+Means are over prompts, and intervals are Wilson's with as many trials as there are prompts, which
+is wide enough for probabilities and repeated prompts alike.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -75,9 +81,21 @@ class FunctionJudge:
         self._takes = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else named
 
     def __call__(self, pairs: Pairs) -> Any:
-        arguments = {"prompts": list(pairs.prompts), "a": list(pairs.first.texts), "b": list(pairs.second.texts)}
-        arguments |= {name: list(column) for name, column in pairs.columns.items() if name not in arguments}
-        return self.function(**{name: value for name, value in arguments.items() if self._takes is None or name in self._takes})
+        arguments = {
+            "prompts": list(pairs.prompts),
+            "a": list(pairs.first.texts),
+            "b": list(pairs.second.texts),
+        }
+        arguments |= {
+            name: list(column) for name, column in pairs.columns.items() if name not in arguments
+        }
+        return self.function(
+            **{
+                name: value
+                for name, value in arguments.items()
+                if self._takes is None or name in self._takes
+            }
+        )
 
 
 class RewardJudge:
@@ -87,8 +105,16 @@ class RewardJudge:
         self.rewards, self.name = rewards, " + ".join(rewards.names)
 
     def __call__(self, pairs: Pairs) -> list[str]:
-        ours, theirs = (self.rewards.score(pairs.prompts, side.texts, pairs.prompt_ids, side.ids, pairs.columns).total for side in (pairs.first, pairs.second))
-        keys = [[-math.inf if math.isnan(total) else total for total in totals] for totals in (ours, theirs)]
+        ours, theirs = (
+            self.rewards.score(
+                pairs.prompts, side.texts, pairs.prompt_ids, side.ids, pairs.columns
+            ).total
+            for side in (pairs.first, pairs.second)
+        )
+        keys = [
+            [-math.inf if math.isnan(total) else total for total in totals]
+            for totals in (ours, theirs)
+        ]
         return ["a" if x > y else "b" if x < y else "tie" for x, y in zip(*keys, strict=True)]
 
 
@@ -106,7 +132,7 @@ def load_judge(spec: str | Path | Callable[..., Any]) -> Judge:
     raise RewardError(f"judge {str(spec)!r}: expected file.py:function")
 
 
-# ---- judging ------------------------------------------------------------------------------------------------------------------
+# ---- judging -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Share:
     """A share with its 95% interval (Wilson)."""
@@ -117,12 +143,15 @@ class Share:
 
     @classmethod
     def of(cls, values: Sequence[float], groups: Sequence[int]) -> Share:
-        """The mean over groups of the mean within each of values within [0, 1]; nan, with the interval [0, 1], without any."""
+        """The mean over groups of the mean within each of values within [0, 1]; nan, with the
+        interval [0, 1], without any."""
         members: dict[int, list[float]] = defaultdict(list)
         for value, group in zip(values, groups, strict=True):
             members[group].append(value)
         total = math.fsum(math.fsum(group) / len(group) for group in members.values())
-        return cls(total / len(members) if members else math.nan, *wilson_interval(total, len(members)))
+        return cls(
+            total / len(members) if members else math.nan, *wilson_interval(total, len(members))
+        )
 
     def __str__(self) -> str:
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
@@ -132,9 +161,11 @@ class Share:
 class JudgeReport:
     """What a judge says of A against B.
 
-    win_rate: the mean preference for A, ties counting a half. wins, losses, ties: of A, pairs. inconsistent: share of the pairs whose winner depends on the
-    order. first_wins: how much of the verdicts goes to what stands first; 1/2 without bias. longer_wins: the mean preference for the longer text (characters),
-    of the pairs whose lengths differ. pairs, prompts: how many. preferences: per pair, for A.
+    win_rate: the mean preference for A, ties counting a half. wins, losses, ties: of A, pairs.
+    inconsistent: share of the pairs whose winner depends on the order. first_wins: how much of the
+    verdicts goes to what stands first; 1/2 without bias. longer_wins: the mean preference for the
+    longer text (characters), of the pairs whose lengths differ. pairs, prompts: how many.
+    preferences: per pair, for A.
     """
 
     judge: str
@@ -153,31 +184,49 @@ class JudgeReport:
         """As JSON values; nan is null."""
         found = asdict(self)
         for name in ("win_rate", "inconsistent", "first_wins", "longer_wins"):
-            found[name] = {key: value if math.isfinite(value) else None for key, value in found[name].items()}
+            found[name] = {
+                key: value if math.isfinite(value) else None for key, value in found[name].items()
+            }
         return found
 
 
 def judge_pairs(judge: Judge, pairs: Pairs, groups: Sequence[int] | None = None) -> JudgeReport:
-    """Judge every pair in both orders; `pairs.first` are A's answers. groups: equal numbers for pairs of the same prompt; None: all are of different ones.
+    """Judge every pair in both orders; `pairs.first` are A's answers. groups: equal numbers for
+    pairs of the same prompt; None: all are of different ones.
 
     Raises:
-        RewardError: there is no pair, or the judge raised, or did not return one verdict per pair; names the judge and the pair.
+        RewardError: there is no pair, or the judge raised, or did not return one verdict per pair;
+        names the judge and the pair.
     """
     count = len(pairs.prompts)
     if count == 0:
         raise RewardError(f"judge {judge.name!r}: expected at least one pair, got none")
     orders = [_verdicts(judge, one) for one in (pairs, pairs.swapped())]
-    ours = [(p1, 1.0 - p2) for p1, p2 in zip(*orders, strict=True)]  # A's probability, standing first and standing second
+    # A's probability, standing first and standing second
+    ours = [(p1, 1.0 - p2) for p1, p2 in zip(*orders, strict=True)]
     preferences = [(p + q) / 2 for p, q in ours]
     signs = [(_sign(p), _sign(q)) for p, q in ours]
     groups = list(range(count)) if groups is None else list(groups)
     lengths = [(len(a), len(b)) for a, b in zip(pairs.first.texts, pairs.second.texts, strict=True)]
     unequal = [index for index, (a, b) in enumerate(lengths) if a != b]
-    longer = [preferences[index] if lengths[index][0] > lengths[index][1] else 1.0 - preferences[index] for index in unequal]
+    longer = [
+        preferences[index] if lengths[index][0] > lengths[index][1] else 1.0 - preferences[index]
+        for index in unequal
+    ]
     wins, losses = signs.count((1, 1)), signs.count((-1, -1))
-    return JudgeReport(judge.name, Share.of(preferences, groups), wins, losses, count - wins - losses, Share.of([float(p != q) for p, q in signs], groups),
-                       Share.of([(p + 1.0 - q) / 2 for p, q in ours], groups), Share.of(longer, [groups[index] for index in unequal]), count,
-                       len(set(groups)), preferences)
+    return JudgeReport(
+        judge.name,
+        Share.of(preferences, groups),
+        wins,
+        losses,
+        count - wins - losses,
+        Share.of([float(p != q) for p, q in signs], groups),
+        Share.of([(p + 1.0 - q) / 2 for p, q in ours], groups),
+        Share.of(longer, [groups[index] for index in unequal]),
+        count,
+        len(set(groups)),
+        preferences,
+    )
 
 
 def _sign(probability: float) -> int:
@@ -187,23 +236,37 @@ def _sign(probability: float) -> int:
 def _verdicts(judge: Judge, pairs: Pairs) -> list[float]:
     what = f"judge {judge.name!r}"
     found = []
-    for index, value in enumerate(values_of(what, blame(what, partial(judge, pairs)), len(pairs.prompts), "verdict", "pair")):
+    for index, value in enumerate(
+        values_of(what, blame(what, partial(judge, pairs)), len(pairs.prompts), "verdict", "pair")
+    ):
         number = VERDICTS.get(value) if isinstance(value, str) else value
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
-            raise RewardError(f'{what}: expected "a", "b", "tie" or a probability within 0 and 1 for pair {index}, got {value!r:.80}')
+            raise RewardError(
+                f'{what}: expected "a", "b", "tie" or a probability within 0 and 1 for pair '
+                f"{index}, got {value!r:.80}"
+            )
         found.append(float(number))
     return found
 
 
 def report_table(report: JudgeReport, labels: tuple[str, str] = ("A", "B")) -> Table:
     """The report for a terminal."""
-    table = Table(title=f"{labels[0]} (A) against {labels[1]} (B), by {report.judge}: {report.pairs} pairs of {report.prompts} prompts, both orders each",
-                  title_justify="left", show_header=False)
+    table = Table(
+        title=f"{labels[0]} (A) against {labels[1]} (B), by {report.judge}: {report.pairs} pairs "
+        f"of {report.prompts} prompts, both orders each",
+        title_justify="left",
+        show_header=False,
+    )
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("win rate of A, ties a half (95% interval)", str(report.win_rate))
-    table.add_row("A wins / ties / B wins, in both orders", f"{report.wins} / {report.ties} / {report.losses}")
+    table.add_row(
+        "A wins / ties / B wins, in both orders", f"{report.wins} / {report.ties} / {report.losses}"
+    )
     table.add_row("what stands first wins (50%: no bias)", str(report.first_wins))
     table.add_row("the winner depends on the order", str(report.inconsistent))
-    table.add_row("the longer text wins", str(report.longer_wins) if math.isfinite(report.longer_wins.value) else "none is longer")
+    table.add_row(
+        "the longer text wins",
+        str(report.longer_wins) if math.isfinite(report.longer_wins.value) else "none is longer",
+    )
     return table

@@ -1,10 +1,14 @@
-"""What watches a policy run: evaluation on held-out prompts, sample tables over time, the reward-hacking alarm, and a word about rewards that teach nothing.
-Training is bitwise what it is without.
+"""What watches a policy run: evaluation on held-out prompts, sample tables over time, the
+reward-hacking alarm, and a word about rewards that teach nothing. Training is bitwise what it is
+without.
 
-    <run>/metrics.jsonl        eval/... in the lines of the steps that were evaluated; the policy as it starts is the line of step 0
-    <run>/samples_eval.jsonl   completions of the same few prompts at every evaluation: step, prompt, completion, scores by name
+    <run>/metrics.jsonl        eval/... in the lines of the steps that were evaluated; the policy as
+                               it starts is the line of step 0
+    <run>/samples_eval.jsonl   completions of the same few prompts at every evaluation: step,
+                               prompt, completion, scores by name
     <run>/alarms.jsonl         a line per alarm: step, and the evidence
 """
+
 from __future__ import annotations
 
 import math
@@ -31,7 +35,8 @@ FLAT_STEPS = 5  # rollouts in a row whose rewards are all equal, after which tha
 
 
 class Monitor:
-    """Made once the run directory is open, before anything is restored; `begin` after that, and `after` at the end of every step.
+    """Made once the run directory is open, before anything is restored; `begin` after that, and
+    `after` at the end of every step.
 
     Args:
         rewards: those that are trained on. gold: those that are only measured.
@@ -39,16 +44,33 @@ class Monitor:
         DataError, ConfigError, FileNotFoundError: held-out prompts that cannot be used.
     """
 
-    def __init__(self, config: PolicyConfig, actor: HybridActor, reference: Scorer | None, rewards: RewardSet, gold: RewardSet | None, run: Run) -> None:
+    def __init__(
+        self,
+        config: PolicyConfig,
+        actor: HybridActor,
+        reference: Scorer | None,
+        rewards: RewardSet,
+        gold: RewardSet | None,
+        run: Run,
+    ) -> None:
         self._config, self._run = config, run
-        self._held_out = None if config.evaluation is None else HeldOut(config, config.evaluation, actor, reference, rewards, gold, run)
+        self._held_out = (
+            None
+            if config.evaluation is None
+            else HeldOut(config, config.evaluation, actor, reference, rewards, gold, run)
+        )
         self._detector: Detector | None = None
         if config.alarm.action != "off":
             self._alarms = run.lines("alarms.jsonl")
             self._detector = Detector(config.alarm, config.kl.target)
-        self._flat = FlatRewards(find_advantage(config.advantage).needs, config.prompts_per_step * config.samples_per_prompt,
-                                 config.generation.max_new_tokens, config.score_clip)
-        for row in read_rows(run.directory / "metrics.jsonl"):  # a resumed run's: what watches it is where it was
+        self._flat = FlatRewards(
+            find_advantage(config.advantage).needs,
+            config.prompts_per_step * config.samples_per_prompt,
+            config.generation.max_new_tokens,
+            config.score_clip,
+        )
+        # a resumed run's: what watches it is where it was
+        for row in read_rows(run.directory / "metrics.jsonl"):
             self._flat.update(row)
             if self._detector is not None:
                 self._detector.update(row)
@@ -59,7 +81,8 @@ class Monitor:
             self._run.metrics.log(0, self._held_out.evaluate(0))
 
     def after(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What there is to add to the metrics of step `step`, counted from 0: eval/... where an evaluation is due, and the alarm's verdict."""
+        """What there is to add to the metrics of step `step`, counted from 0: eval/... where an
+        evaluation is due, and the alarm's verdict."""
         done, found = step + 1, dict[str, float]()
         if self._held_out is not None and self._held_out.due(done):
             found |= self._held_out.evaluate(done)
@@ -77,68 +100,136 @@ class Monitor:
 
 
 class FlatRewards:
-    """Rollouts that have nothing to tell apart: all rewards are equal (of methods that compare the completions of a prompt, those of each prompt), or all
-    beyond score_clip.
+    """Rollouts that have nothing to tell apart: all rewards are equal (of methods that compare the
+    completions of a prompt, those of each prompt), or all beyond score_clip.
 
     Args:
-        needs: of the advantage: "group" compares the completions of a prompt, "greedy" each with the greedy one, anything else all of them.
-        completions: of a rollout; one alone is equal to no other. max_new_tokens, score_clip: of the run.
+        needs: of the advantage: "group" compares the completions of a prompt, "greedy" each with
+        the greedy one, anything else all of them. completions: of a rollout; one alone is equal to
+        no other. max_new_tokens, score_clip: of the run.
     """
 
-    def __init__(self, needs: str, completions: int, max_new_tokens: int, score_clip: float | None = None) -> None:
-        self._needs, self._alone, self._max_new_tokens, self._score_clip = needs, completions == 1, max_new_tokens, score_clip
+    def __init__(
+        self, needs: str, completions: int, max_new_tokens: int, score_clip: float | None = None
+    ) -> None:
+        self._needs, self._alone, self._max_new_tokens, self._score_clip = (
+            needs,
+            completions == 1,
+            max_new_tokens,
+            score_clip,
+        )
         self._stretch, self._said = 0, False
 
     def update(self, metrics: Mapping[str, float]) -> str | None:
-        """Take in a step's metrics (a line without a reward counts for nothing). What to say: at the run's first such rollout, and at FLAT_STEPS of them in a
-        row, once in each row."""
+        """Take in a step's metrics (a line without a reward counts for nothing). What to say: at
+        the run's first such rollout, and at FLAT_STEPS of them in a row, once in each row."""
         if "reward_std" not in metrics:
             return None
         beyond = metrics.get("score_clip_fraction") == 1.0
-        equal = metrics["reward_std"] <= 1e-6 * abs(metrics["reward"])  # below is the rounding of the mean
-        flat = (equal and self._needs != "greedy" and not self._alone) or (self._needs in ("group", "greedy") and metrics.get("frac_reward_zero_std") == 1.0)
+        # below is the rounding of the mean
+        equal = metrics["reward_std"] <= 1e-6 * abs(metrics["reward"])
+        flat = (equal and self._needs != "greedy" and not self._alone) or (
+            self._needs in ("group", "greedy") and metrics.get("frac_reward_zero_std") == 1.0
+        )
         self._stretch = self._stretch + 1 if flat or beyond else 0
         first, self._said = not self._said and self._stretch > 0, self._said or self._stretch > 0
         if not first and self._stretch != FLAT_STEPS:
             return None
-        when, there = (f"in the last {FLAT_STEPS} rollouts", "them") if self._stretch == FLAT_STEPS else ("in this rollout", "it")
-        each = f"were all equal (now {metrics['reward']:.4g})" if equal and self._needs != "greedy" else "of each prompt were equal"
+        when, there = (
+            (f"in the last {FLAT_STEPS} rollouts", "them")
+            if self._stretch == FLAT_STEPS
+            else ("in this rollout", "it")
+        )
+        each = (
+            f"were all equal (now {metrics['reward']:.4g})"
+            if equal and self._needs != "greedy"
+            else "of each prompt were equal"
+        )
         each += ", that of the greedy completion among them" * (self._needs == "greedy")
-        what = f"all scores were beyond score_clip = {self._score_clip or 0:.4g}" if beyond and not flat else f"the rewards {each}"
+        what = (
+            f"all scores were beyond score_clip = {self._score_clip or 0:.4g}"
+            if beyond and not flat
+            else f"the rewards {each}"
+        )
         causes = "; ".join(self._causes(metrics, beyond))
-        return (f"{when} {what}, so that there is nothing to learn from {there}. Likely causes: {causes}. Completions with their scores are in "
-                f"samples.jsonl{'' if self._stretch == FLAT_STEPS else f'. Where it lasts, this is said again after {FLAT_STEPS} rollouts'}")
+        again = f". Where it lasts, this is said again after {FLAT_STEPS} rollouts"
+        return (
+            f"{when} {what}, so that there is nothing to learn from {there}. Likely causes: "
+            f"{causes}. Completions with their scores are in "
+            f"samples.jsonl{'' if self._stretch == FLAT_STEPS else again}"
+        )
 
     def _causes(self, metrics: Mapping[str, float], beyond: bool) -> list[str]:
         """Those that the metrics speak for, then those that always may be."""
-        causes = ["scores far from 0: raise score_clip, or centre them with normalize_scores"] if beyond else []
+        causes = (
+            ["scores far from 0: raise score_clip, or centre them with normalize_scores"]
+            if beyond
+            else []
+        )
         if metrics.get("completions/clipped_ratio") == 1.0:
-            causes.append(f"every completion is cut off, perhaps before its answer: raise generation.max_new_tokens ({self._max_new_tokens})")
+            causes.append(
+                "every completion is cut off, perhaps before its answer: raise "
+                f"generation.max_new_tokens ({self._max_new_tokens})"
+            )
         if metrics.get("completions/mean_length", math.inf) <= 2.0:
             causes.append("completions are empty or nearly so: look at the prompts' template")
         if metrics.get("completions/distinct_trigrams", 1.0) < 0.1:
-            causes.append("all completions say the same: raise generation.temperature, or the policy has collapsed")
+            causes.append(
+                "all completions say the same: raise generation.temperature, or the policy has "
+                "collapsed"
+            )
         if beyond:
             return causes
-        causes.append("the reward never finds what it looks for (the format of an answer, a column of the data)")
-        causes.append("the prompts are all too hard for the policy, or all too easy: take others, or more samples_per_prompt")
+        causes.append(
+            "the reward never finds what it looks for (the format of an answer, a column of the "
+            "data)"
+        )
+        causes.append(
+            "the prompts are all too hard for the policy, or all too easy: take others, or more "
+            "samples_per_prompt"
+        )
         return causes
 
 
 class HeldOut:
-    """The policy on prompts that it does not train on, with the same draws every time. Arguments and errors as `Monitor`."""
+    """The policy on prompts that it does not train on, with the same draws every time. Arguments
+    and errors as `Monitor`."""
 
-    def __init__(self, config: PolicyConfig, evaluation: EvaluationConfig, actor: HybridActor, reference: Scorer | None, rewards: RewardSet,
-                 gold: RewardSet | None, run: Run) -> None:
-        self._config, self._evaluation, self._actor, self._reference, self._run = config, evaluation, actor, reference, run
+    def __init__(
+        self,
+        config: PolicyConfig,
+        evaluation: EvaluationConfig,
+        actor: HybridActor,
+        reference: Scorer | None,
+        rewards: RewardSet,
+        gold: RewardSet | None,
+        run: Run,
+    ) -> None:
+        self._config, self._evaluation, self._actor, self._reference, self._run = (
+            config,
+            evaluation,
+            actor,
+            reference,
+            run,
+        )
         parts = zip(gold.names, gold.rewards, strict=True) if gold is not None else ()
-        self._rewards = {"reward": rewards} | {f"gold/{name}": RewardSet([reward]) for name, reward in parts}
+        self._rewards = {"reward": rewards} | {
+            f"gold/{name}": RewardSet([reward]) for name, reward in parts
+        }
         room = actor.decoder.config.max_positions - config.generation.max_new_tokens
-        examples = load_prompts(evaluation.data, skip_bad_lines=config.skip_bad_lines, rejects=run.directory / "rejects_eval.jsonl",
-                                options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)))
-        fitting, dropped = encode_prompts(actor.tokenizer, examples, min(room, config.max_prompt_length or room))
+        examples = load_prompts(
+            evaluation.data,
+            skip_bad_lines=config.skip_bad_lines,
+            rejects=run.directory / "rejects_eval.jsonl",
+            options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)),
+        )
+        fitting, dropped = encode_prompts(
+            actor.tokenizer, examples, min(room, config.max_prompt_length or room)
+        )
         run.message(f"held-out prompts: {dropped}")
-        order = shuffled(len(fitting), config.run.seed, "held-out prompts")[:evaluation.prompts or None]
+        order = shuffled(len(fitting), config.run.seed, "held-out prompts")[
+            : evaluation.prompts or None
+        ]
         self._prompts = [fitting[index][0] for index in order]
         self._samples = run.lines("samples_eval.jsonl")
 
@@ -148,19 +239,55 @@ class HeldOut:
 
     def evaluate(self, done: int) -> dict[str, float]:
         """Metrics of the policy as it is; samples go to the run directory."""
-        config, count, samples = self._config, len(self._prompts), self._evaluation.samples_per_prompt
-        with self._run.apart("evaluate"), torch.random.fork_rng(devices=[]):  # what a reward draws inside changes nothing outside
-            found = evaluate(self._actor, self._reference, self._prompts, self._rewards, config.generation, seed=config.run.seed, samples=samples,
-                             request_ids=range(-1, -1 - count, -1), tokens_per_forward=config.tokens_per_microbatch)  # a rollout's ids are 0 and above
-        for index, example in enumerate(self._prompts[:self._evaluation.show]):
-            scores = {name: value if math.isfinite(value := values[index * samples]) else None for name, values in found.scores.items()}
-            self._samples.append({"step": done, "prompt": example.prompt, "completion": found.completions[index * samples], "scores": scores})
+        config, count, samples = (
+            self._config,
+            len(self._prompts),
+            self._evaluation.samples_per_prompt,
+        )
+        # what a reward draws inside changes nothing outside
+        with self._run.apart("evaluate"), torch.random.fork_rng(devices=[]):
+            found = evaluate(
+                self._actor,
+                self._reference,
+                self._prompts,
+                self._rewards,
+                config.generation,
+                seed=config.run.seed,
+                samples=samples,
+                request_ids=range(-1, -1 - count, -1),
+                tokens_per_forward=config.tokens_per_microbatch,
+            )  # a rollout's ids are 0 and above
+        for index, example in enumerate(self._prompts[: self._evaluation.show]):
+            scores = {
+                name: value if math.isfinite(value := values[index * samples]) else None
+                for name, values in found.scores.items()
+            }
+            self._samples.append(
+                {
+                    "step": done,
+                    "prompt": example.prompt,
+                    "completion": found.completions[index * samples],
+                    "scores": scores,
+                }
+            )
         return _metrics(found, self._reference is not None)
 
 
 def _metrics(found: Evaluation, referred: bool) -> dict[str, float]:
     estimates: dict[str, Estimate] = dict(found.rewards) | {
-        "length": found.length, "ended": found.ended, "repeated_trigrams": found.repetition, "loop_fraction": found.loops}
-    estimates |= {f"pass@{k}": value for k, value in found.pass_at.items()} | ({"kl": found.kl} if referred else {})
-    metrics = {f"eval/{name}": value.mean for name, value in estimates.items()} | {f"eval/{name}_stderr": value.error for name, value in estimates.items()}
-    return metrics | {"eval/perplexity": found.own_perplexity} | ({"eval/perplexity_ref": found.perplexity} if referred else {})
+        "length": found.length,
+        "ended": found.ended,
+        "repeated_trigrams": found.repetition,
+        "loop_fraction": found.loops,
+    }
+    estimates |= {f"pass@{k}": value for k, value in found.pass_at.items()} | (
+        {"kl": found.kl} if referred else {}
+    )
+    metrics = {f"eval/{name}": value.mean for name, value in estimates.items()} | {
+        f"eval/{name}_stderr": value.error for name, value in estimates.items()
+    }
+    return (
+        metrics
+        | {"eval/perplexity": found.own_perplexity}
+        | ({"eval/perplexity_ref": found.perplexity} if referred else {})
+    )

@@ -1,19 +1,31 @@
 """What a run will take of memory, before it is started: the tables of `fusedrl plan`.
 
-Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head dim, F feed-forward width, V vocabulary; e bytes of a
-          parameter, a of an activation (`step.activation_dtype`): 4 beside bfloat16 parameters, else e; the KV cache is of `step.cache_dtype`.
-Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE
-          N (Hq + Hkv) D, attention's output N Hq D, the feed-forward's N 3F; times a, and some floats a token. Checkpointed: what goes in, 2 N H.
-          While a policy trains, its KV pool's memory takes of it what fits (HybridActor.lend_cache).
-Gradients the sums over micro-batches, 4 bytes a trained parameter, also of bfloat16 ones (optim.py); each backward pass's own, of e bytes, goes into its sum
+Shapes    N tokens of a micro-batch, L layers, H hidden, Hq query and Hkv key/value heads, D head
+          dim, F feed-forward width, V vocabulary; e bytes of a parameter, a of an activation
+          (`step.activation_dtype`): 4 beside bfloat16 parameters, else e; the KV cache is of
+          `step.cache_dtype`.
+Held      per layer, between the passes: two norms' inputs and outputs 4 N H, the fused projection N
+          (Hq + 2 Hkv) D (v is a part of it), q and k after RoPE N (Hq + Hkv) D, attention's output
+          N Hq D, the feed-forward's N 3F; times a, and some floats a token. Checkpointed: what goes
+          in, 2 N H. While a policy trains, its KV pool's memory takes of it what fits
+          (HybridActor.lend_cache).
+Gradients the sums over micro-batches, 4 bytes a trained parameter, also of bfloat16 ones
+(optim.py); each backward pass's own, of e bytes, goes into its sum
           as soon as it is whole, and the optimizer's step reads the sums where they are.
-Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the head's backward pass, whose gradient V H is whole before it
-          is added; the last layer's; or the embedding's. What generation needs beside the weights and the gradients is compared, too.
-Critic    one of its own is trained before the policy: its weights and moments stay, its gradients and activations are never there together with the policy's.
-Exact     weights, gradients, optimizer, reference, KV pool, cos and sin, activations held (C++ kernels). The rest are bounds from the kernels' own rules.
-Beside    the interpreter and its libraries, about half a GiB, or the CUDA context. On a CPU glibc's heap keeps some of what is freed: a float32 model of
-          1.0 GiB peaked 5 and 7% above the plan (plain, checkpointed), and 0.4% with MALLOC_MMAP_THRESHOLD_=131072, which turns that off.
+Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the
+          head's backward pass, whose gradient V H is whole before it is added; the last layer's; or
+          the embedding's. What generation needs beside the weights and the gradients is compared,
+          too.
+Critic    one of its own is trained before the policy: its weights and moments stay, its gradients
+          and activations are never there together with the policy's.
+Exact     weights, gradients, optimizer, reference, KV pool, cos and sin, activations held (C++
+          kernels). The rest are bounds from the kernels' own rules.
+Beside    the interpreter and its libraries, about half a GiB, or the CUDA context. On a CPU glibc's
+          heap keeps some of what is freed: a float32 model of 1.0 GiB peaked 5 and 7% above the
+          plan (plain, checkpointed), and 0.4% with MALLOC_MMAP_THRESHOLD_=131072, which turns that
+          off.
 """
+
 from __future__ import annotations
 
 import os
@@ -25,7 +37,13 @@ from typing import Any, cast
 import torch
 
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig, SFTConfig
+from fusedrl.engine.config import (
+    DPOConfig,
+    PolicyConfig,
+    RejectionConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.model.adapters import LayerAdapter
 from fusedrl.engine.model.decoder import Decoder
@@ -41,7 +59,17 @@ from fusedrl.kernels.linear_head import workspace
 
 SamplingConfig = PolicyConfig | RejectionConfig  # of the stages that generate
 StageConfig = SFTConfig | RewardModelConfig | DPOConfig | SamplingConfig
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
 _SHARE = 0.9  # of the memory that training leaves on a GPU: the rest is for what allocators lose
 _MOST_TOKENS = 1 << 24  # more than any micro-batch: int32 counts its tokens
 
@@ -55,7 +83,10 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower() or "b") if match else None
     if match is None or unit is None or not (amount := int(float(match[1]) * unit)):
-        raise ConfigError(f"plan: expected an amount of memory above 0 such as 8GiB, 512MiB, 16GB or a number of bytes, got {text!r}")
+        raise ConfigError(
+            "plan: expected an amount of memory above 0 such as 8GiB, 512MiB, 16GB or a number of "
+            f"bytes, got {text!r}"
+        )
     return amount
 
 
@@ -63,7 +94,10 @@ def machine_memory(device: torch.device) -> int:
     """Bytes of the device; of the host, no more than its control group allows."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    memory, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    memory, limit = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        Path("/sys/fs/cgroup/memory.max"),
+    )
     allowed = limit.read_text().strip() if limit.is_file() else "max"
     return min(memory, int(allowed)) if allowed.isdigit() else memory
 
@@ -78,13 +112,21 @@ class Parts:
     optimizer: int
     kv_pool: int
     rotary: int  # cos and sin of every position (kernels/rope.py), of each model that is loaded
-    activations: int  # held between forward and backward, beyond what the KV pool's memory takes of them
+    # held between forward and backward, beyond what the KV pool's memory takes of them
+    activations: int
     workspace: int  # at the peak, beside all of the above
 
     @property
     def fixed(self) -> int:
         """What does not depend on the micro-batch."""
-        return self.weights + self.reference + self.gradients + self.optimizer + self.kv_pool + self.rotary
+        return (
+            self.weights
+            + self.reference
+            + self.gradients
+            + self.optimizer
+            + self.kv_pool
+            + self.rotary
+        )
 
     @property
     def peak(self) -> int:
@@ -93,7 +135,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of a run. `largest`: the most tokens of a micro-batch that fit in `memory`, 0 where none does; without and with checkpointed activations."""
+    """The memory of a run. `largest`: the most tokens of a micro-batch that fit in `memory`, 0
+    where none does; without and with checkpointed activations."""
 
     model: str
     dtype: str
@@ -113,23 +156,44 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         names = {False: "plain", True: "checkpointed"}
-        tables = {key: {names[c]: value for c, value in getattr(self, key).items()} for key in ("activations", "peaks", "largest")}
-        return {"model": self.model, "dtype": self.dtype, "device": self.device, "memory_bytes": self.memory, "fits": self.fits,
-                "tokens_per_microbatch": self.tokens_per_microbatch, "checkpoint_activations": self.checkpoint_activations,
-                "bytes": vars(self.parts) | {"peak": self.parts.peak}, "activation_bytes": tables["activations"], "peak_bytes": tables["peaks"],
-                "largest_tokens_per_microbatch": tables["largest"]}
+        tables = {
+            key: {names[c]: value for c, value in getattr(self, key).items()}
+            for key in ("activations", "peaks", "largest")
+        }
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "memory_bytes": self.memory,
+            "fits": self.fits,
+            "tokens_per_microbatch": self.tokens_per_microbatch,
+            "checkpoint_activations": self.checkpoint_activations,
+            "bytes": vars(self.parts) | {"peak": self.parts.peak},
+            "activation_bytes": tables["activations"],
+            "peak_bytes": tables["peaks"],
+            "largest_tokens_per_microbatch": tables["largest"],
+        }
 
 
 class Planner:
     """Byte counts of one configuration, as functions of the micro-batch.
 
     Args:
-        model: the decoder's configuration. config: of the stage. cache: of the KV pool, where it is not the default.
-        memory: bytes of the device, of which the default KV pool takes its share on CUDA. values: of a reward model's trunk with a value at every token, which
+        model: the decoder's configuration. config: of the stage. cache: of the KV pool, where it is
+        not the default. memory: bytes of the device, of which the default KV pool takes its share
+        on CUDA. values: of a reward model's trunk with a value at every token, which
             is what a critic of its own is.
     """
 
-    def __init__(self, model: ModelConfig, config: StageConfig, *, cache: CacheConfig | None = None, memory: int | None = None, values: bool = False) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: StageConfig,
+        *,
+        cache: CacheConfig | None = None,
+        memory: int | None = None,
+        values: bool = False,
+    ) -> None:
         self.model, self.config, self._values = model, config, values
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, config.device)
@@ -140,44 +204,84 @@ class Planner:
         if self._lora is not None:
             add_adapter(self._decoder, self._lora)
         self._imitates = isinstance(config, RewardModelConfig) and config.imitation_coef > 0
-        whole = RewardModel.from_decoder(self._decoder, imitation=self._imitates) if isinstance(config, RewardModelConfig) else self._decoder
+        whole = (
+            RewardModel.from_decoder(self._decoder, imitation=self._imitates)
+            if isinstance(config, RewardModelConfig)
+            else self._decoder
+        )
         trained = [(p.numel(), p.element_size()) for p in whole.parameters() if p.requires_grad]
-        head, idle = self._decoder.head, isinstance(config, RewardModelConfig) and not self._imitates
-        unused = [(head.numel(), self._e)] if idle and head is not None and head.requires_grad else []
-        self._critic = isinstance(config, PolicyConfig) and config.own_critic is None and find_advantage(config.advantage).needs == "critic"
-        value_head = [(model.hidden_size, 4), (1, 4)] if self._critic else [(1, 4)] if values else []
+        head, idle = (
+            self._decoder.head,
+            isinstance(config, RewardModelConfig) and not self._imitates,
+        )
+        unused = (
+            [(head.numel(), self._e)] if idle and head is not None and head.requires_grad else []
+        )
+        self._critic = (
+            isinstance(config, PolicyConfig)
+            and config.own_critic is None
+            and find_advantage(config.advantage).needs == "critic"
+        )
+        value_head = (
+            [(model.hidden_size, 4), (1, 4)] if self._critic else [(1, 4)] if values else []
+        )
         trained += value_head
         self.weights = sum(p.nbytes for p in whole.parameters()) + sum(n * e for n, e in value_head)
-        reached = [(n, e, sign) for found, sign in ((trained, 1), (unused, -1)) for n, e in found]  # a reward model uses all but the language model's head
-        self.gradients = sum(sign * n * max(e, 4) for n, e, sign in reached)  # those of 2 bytes are added up in float32
+        # a reward model uses all but the language model's head
+        reached = [(n, e, sign) for found, sign in ((trained, 1), (unused, -1)) for n, e in found]
+        # those of 2 bytes are added up in float32
+        self.gradients = sum(sign * n * max(e, 4) for n, e, sign in reached)
         self._backward = sum(sign * n * e for n, e, sign in reached)  # of one backward pass
-        moments = sum(self._moments(n) for n, _ in trained) - sum(self._moments(n) for n, _ in unused)
+        moments = sum(self._moments(n) for n, _ in trained) - sum(
+            self._moments(n) for n, _ in unused
+        )
         self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
-        if isinstance(config, PolicyConfig) and config.objective == "trpo":  # old values, gradient, four of conjugate gradient; moments of the value head
+        # old values, gradient, four of conjugate gradient; moments of the value head
+        if isinstance(config, PolicyConfig) and config.objective == "trpo":
             decoder = [p.numel() for p in self._decoder.parameters() if p.requires_grad]
             self.optimizer += sum(6 * 4 * n - self._moments(n) for n in decoder)
-        if self._critic and isinstance(config, PolicyConfig) and config.critic_warmup:  # the head's own, while it warms up
+        # the head's own, while it warms up
+        if self._critic and isinstance(config, PolicyConfig) and config.critic_warmup:
             self.optimizer += sum(4 + 8 * n for n, _ in value_head)
-        kind = config.reference_kind if isinstance(config, DPOConfig) or (isinstance(config, PolicyConfig) and config.needs_reference) else "adapter_off"
-        self._visiting = base if kind == "host" and self.device.type == "cuda" else 0  # only while it scores
+        kind = (
+            config.reference_kind
+            if isinstance(config, DPOConfig)
+            or (isinstance(config, PolicyConfig) and config.needs_reference)
+            else "adapter_off"
+        )
+        # only while it scores
+        self._visiting = base if kind == "host" and self.device.type == "cuda" else 0
         self.reference = 0 if kind == "adapter_off" or self._visiting else base
         judges = config.reward if isinstance(config, SamplingConfig) else ()
         judges += config.monitor_reward if isinstance(config, PolicyConfig) else ()
         self.reference += sum(self._reward_bytes(spec) for spec in judges)
         self.rotary = self._rotary_bytes(self._decoder) * (1 if kind == "adapter_off" else 2)
-        self.rotary += sum(self._rotary_bytes(self._reward_trunk(spec)) for spec in judges if Path(spec).is_dir())
+        self.rotary += sum(
+            self._rotary_bytes(self._reward_trunk(spec)) for spec in judges if Path(spec).is_dir()
+        )
         self._phases: list[Planner] = [self]  # what trains, one after the other
         if isinstance(config, PolicyConfig) and (critic := config.own_critic) is not None:
             trunk = model if critic.model == "policy" else read_model_config(critic.model)
-            apart = RewardModelConfig(critic.model, config.data, optim=critic.optim, dtype=config.dtype, device=config.device)
-            self._phases.insert(0, Planner(replace(trunk, tie_embeddings=True), apart, values=True))  # without a head
+            apart = RewardModelConfig(
+                critic.model,
+                config.data,
+                optim=critic.optim,
+                dtype=config.dtype,
+                device=config.device,
+            )
+            # without a head
+            self._phases.insert(0, Planner(replace(trunk, tie_embeddings=True), apart, values=True))
             self.weights += self._phases[0].weights
             self.optimizer += self._phases[0].optimizer
             self.rotary += self._rotary_bytes(self._phases[0]._decoder)
         self._cache = cache or CacheConfig()
         self.kv_pool = 0
         if isinstance(config, SamplingConfig):
-            pool = self._kv_pool(machine_memory(self.device) if memory is None and self.device.type == "cuda" else memory or 0)
+            pool = self._kv_pool(
+                machine_memory(self.device)
+                if memory is None and self.device.type == "cuda"
+                else memory or 0
+            )
             for phase in self._phases:
                 phase.kv_pool = pool
 
@@ -190,73 +294,148 @@ class Planner:
         if not Path(spec).is_dir():
             return 0
         trunk = self._reward_trunk(spec)
-        return sum(p.nbytes for name, p in trunk.named_parameters() if name != "head") + 4 * trunk.config.hidden_size
+        return (
+            sum(p.nbytes for name, p in trunk.named_parameters() if name != "head")
+            + 4 * trunk.config.hidden_size
+        )
 
     def _reward_trunk(self, spec: str) -> Decoder:
         return Decoder(model_config(spec), dtype=self.dtype, device="meta")
 
     def _rotary_bytes(self, decoder: Decoder) -> int:
-        """Of a model's tables, once the longest text that the configuration allows has come; captured steps have them of all positions from the first."""
+        """Of a model's tables, once the longest text that the configuration allows has come;
+        captured steps have them of all positions from the first."""
         config, most = self.config, decoder.config.max_positions
         if isinstance(config, SamplingConfig):
-            longest = None if config.max_prompt_length is None else config.max_prompt_length + config.generation.max_new_tokens
-            longest = None if self.device.type == "cuda" or (isinstance(config, PolicyConfig) and config.ptx is not None) else longest
+            longest = (
+                None
+                if config.max_prompt_length is None
+                else config.max_prompt_length + config.generation.max_new_tokens
+            )
+            longest = (
+                None
+                if self.device.type == "cuda"
+                or (isinstance(config, PolicyConfig) and config.ptx is not None)
+                else longest
+            )
         else:
             longest = config.max_length
         return decoder.weights().rope_table.bytes_upto(min(most, longest or most))
 
     def _kv_pool(self, memory: int) -> int:
-        c, size = self._cache, block_bytes(self._decoder.weights(), self._cache.block_size, self._cached)
+        c, size = (
+            self._cache,
+            block_bytes(self._decoder.weights(), self._cache.block_size, self._cached),
+        )
         if self.device.type != "cuda" or c.num_blocks is not None or c.memory_bytes is not None:
-            return (resolve_num_blocks(c, self._decoder.weights(), self.model.max_positions, self._cached) + 1) * size
-        free = memory - self.weights - self.reference - self.rotary  # when the first rollout asks, there is nothing else
+            return (
+                resolve_num_blocks(
+                    c, self._decoder.weights(), self.model.max_positions, self._cached
+                )
+                + 1
+            ) * size
+        # when the first rollout asks, there is nothing else
+        free = memory - self.weights - self.reference - self.rotary
         if c.memory_fraction is not None:
             return max(2, int(free * c.memory_fraction) // size) * size
         tokens, checkpointed = self.config.tokens_per_microbatch, self.config.checkpoint_activations
         for phase in self._phases:
-            phase.kv_pool = phase.activation_bytes(tokens, checkpointed)  # what training keeps lies in the pool, and what it needs beside it comes first
-        spare = free - self.optimizer - max(phase.gradients + phase.workspace_bytes(tokens, checkpointed) for phase in self._phases)
+            # what training keeps lies in the pool, and what it needs beside it comes first
+            phase.kv_pool = phase.activation_bytes(tokens, checkpointed)
+        spare = (
+            free
+            - self.optimizer
+            - max(
+                phase.gradients + phase.workspace_bytes(tokens, checkpointed)
+                for phase in self._phases
+            )
+        )
         most = c.max_sequences * -(-self.model.max_positions // c.block_size)
         return max(2, min(int(spare * _SHARE) // size, most + 1)) * size
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the KV pool that sequences can hold."""
-        return self.kv_pool // block_bytes(self._decoder.weights(), self._cache.block_size, self._cached) - 1
+        return (
+            self.kv_pool
+            // block_bytes(self._decoder.weights(), self._cache.block_size, self._cached)
+            - 1
+        )
 
-    # ---- the training forward -------------------------------------------------------------------------------------------------
+    # ---- the training forward --------------------------------------------------------------------
     def layer_bytes(self, tokens: int) -> int:
         """What one layer holds for its backward pass, its input included."""
         c, N, layer = self.model, tokens, self._decoder.layers[0]
         qkv, out = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
         rotated = (c.num_heads + c.num_kv_heads) * c.head_dim if c.inv_freq else 0
         norms = 4 if c.norms == "sandwich" else 2
-        floats = norms + c.num_heads + {"head": c.num_heads + c.num_kv_heads, "projection": 2, None: 0}[c.qk_norm]  # 1 / rms of norms, attention's log-sum-exps
-        feed_forward = 2 if not c.gated else 3 if c.activation == "silu" else 4  # gated GELU is torch's own, and keeps its gate's value as well
-        width = (1 if c.parallel else 2) * c.hidden_size + norms * c.hidden_size + feed_forward * c.intermediate_size
+        floats = (
+            norms
+            + c.num_heads
+            + {"head": c.num_heads + c.num_kv_heads, "projection": 2, None: 0}[c.qk_norm]
+        )  # 1 / rms of norms, attention's log-sum-exps
+        # gated GELU is torch's own, and keeps its gate's value as well
+        feed_forward = 2 if not c.gated else 3 if c.activation == "silu" else 4
+        width = (
+            (1 if c.parallel else 2) * c.hidden_size
+            + norms * c.hidden_size
+            + feed_forward * c.intermediate_size
+        )
         floats += norms if c.layer_norm else 0  # means
-        inner = sum(self._lora.rank * len(rows) for rows in cast(LayerAdapter, layer.lora).rows) if self._lora is not None else 0  # A x
-        if self._cached.itemsize < self._a:  # products, attention and the MLP hold what goes into them in two bytes (model/wide.py)
+        inner = (
+            sum(self._lora.rank * len(rows) for rows in cast(LayerAdapter, layer.lora).rows)
+            if self._lora is not None
+            else 0
+        )  # A x
+        # products, attention and the MLP hold what goes into them in two bytes (model/wide.py)
+        if self._cached.itemsize < self._a:
             behind = {"pre": 0, "post": 2, "sandwich": 2}[c.norms]
-            wide = (1 if c.parallel else 2) * c.hidden_size + behind * c.hidden_size + inner + (qkv if c.qk_norm else 0)
+            wide = (
+                (1 if c.parallel else 2) * c.hidden_size
+                + behind * c.hidden_size
+                + inner
+                + (qkv if c.qk_norm else 0)
+            )
             narrow = 2 * c.hidden_size + qkv + out + (3 if c.gated else 2) * c.intermediate_size
             copies = sum(p.numel() for name, p in layer.named_parameters() if "norm" in name)
-            return N * (wide * self._a + narrow * self._e + 4 * (floats - c.num_heads)) + copies * self._a
-        copies = sum(p.numel() for name, p in layer.named_parameters() if "norm" in name) if self._a > self._e else 0  # as wide as what they multiply
+            return (
+                N * (wide * self._a + narrow * self._e + 4 * (floats - c.num_heads))
+                + copies * self._a
+            )
+        copies = (
+            sum(p.numel() for name, p in layer.named_parameters() if "norm" in name)
+            if self._a > self._e
+            else 0
+        )  # as wide as what they multiply
         return N * ((width + qkv + rotated + out + inner) * self._a + 4 * floats) + copies * self._a
 
     def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
-        """What the training forward holds between the passes, heads included, as autograd's saved tensors count it."""
+        """What the training forward holds between the passes, heads included, as autograd's saved
+        tensors count it."""
         c, N, e, L = self.model, tokens, self._e, self.model.num_layers
         boundary = N * c.hidden_size * self._a
         # The first layer has one input; in parallel it is the second's stream, too.
-        layers = (2 * L - 1 - (c.parallel and L > 1)) * boundary if checkpointed else L * self.layer_bytes(N)
+        layers = (
+            (2 * L - 1 - (c.parallel and L > 1)) * boundary
+            if checkpointed
+            else L * self.layer_bytes(N)
+        )
         angles = 1 if c.learned_positions else len(c.inv_freq)  # positions, or cos and sin
         ids = N * 8 if self._lora is None else 0  # for an embedding that is trained
-        trunk = ids + N * 8 * angles + layers + boundary + (8 if c.layer_norm else 4) * N  # token ids, angles, the last norm
+        # token ids, angles, the last norm
+        trunk = ids + N * 8 * angles + layers + boundary + (8 if c.layer_norm else 4) * N
         if isinstance(self.config, RewardModelConfig):
-            return trunk + (N * c.hidden_size * e + N * (8 + 12) if self._imitates else 0) + (N * (4 * c.hidden_size + 1) if self._values else 0)
-        return trunk + N * c.hidden_size * e + N * (8 + 12 + 1) + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
+            return (
+                trunk
+                + (N * c.hidden_size * e + N * (8 + 12) if self._imitates else 0)
+                + (N * (4 * c.hidden_size + 1) if self._values else 0)
+            )
+        return (
+            trunk
+            + N * c.hidden_size * e
+            + N * (8 + 12 + 1)
+            + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
+        )
 
     def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
         """Those of the activations that do not fit the KV pool's memory, which they are lent."""
@@ -266,7 +445,9 @@ class Planner:
         """What the worst moment holds beside the fixed parts and the activations; 0 at least."""
         c, N, e, a = self.model, tokens, self._e, self._a
         boundary, F = N * c.hidden_size * a, c.intermediate_size
-        head, down = (c.vocab_size * c.hidden_size, F * c.hidden_size) if self._lora is None else (0, 0)  # what has a gradient
+        head, down = (
+            (c.vocab_size * c.hidden_size, F * c.hidden_size) if self._lora is None else (0, 0)
+        )  # what has a gradient
         rise = 0
 
         def widened(numel: int) -> int:
@@ -274,32 +455,67 @@ class Planner:
             return min(TILE, 4 * numel) if a > e else 0
 
         if not isinstance(self.config, RewardModelConfig) or self._imitates:
-            logits, learnt = min(workspace(None, N, c.vocab_size), 4 * N * c.vocab_size), c.vocab_size * c.hidden_size if self._imitates else head
-            rise = N * c.hidden_size * e + logits + learnt * 4 + (max(learnt * e, widened(c.vocab_size * c.hidden_size)) if e < 4 else 0)
-        # The last layer, backwards: its feed-forward's gradients, as what they are made of is let go; or that of its wider product, with a tile of it wide.
+            logits, learnt = (
+                min(workspace(None, N, c.vocab_size), 4 * N * c.vocab_size),
+                c.vocab_size * c.hidden_size if self._imitates else head,
+            )
+            rise = (
+                N * c.hidden_size * e
+                + logits
+                + learnt * 4
+                + (max(learnt * e, widened(c.vocab_size * c.hidden_size)) if e < 4 else 0)
+            )
+        # The last layer, backwards: its feed-forward's gradients, as what they are made of is let
+        # go; or that of its wider product, with a tile of it wide.
         up = (2 if c.gated else 1) * F * c.hidden_size
-        inside = max(max(2 * N * F * a, N * F * a + down * e, 2 * down * e) + widened(F * c.hidden_size),
-                     (up * e if down else 0) + widened(up)) + 2 * boundary
+        inside = (
+            max(
+                max(2 * N * F * a, N * F * a + down * e, 2 * down * e) + widened(F * c.hidden_size),
+                (up * e if down else 0) + widened(up),
+            )
+            + 2 * boundary
+        )
         inside += self.layer_bytes(N) if checkpointed else 0
         held = self.beyond_pool(N, checkpointed)
         embedding = head * e + 3 * boundary - held  # by then the activations are gone
         generate = max(self._generation_bytes(), self._visiting) - held
-        tied = head * e if c.tie_embeddings and rise and not self._imitates else 0  # the head's part waits for the embedding's
+        # the head's part waits for the embedding's
+        tied = head * e if c.tie_embeddings and rise and not self._imitates else 0
         if isinstance(self.config, PolicyConfig) and self.config.strict:
-            embedding += self._backward  # the recomputed forward's gradients are whole before they are added
+            # the recomputed forward's gradients are whole before they are added
+            embedding += self._backward
         return max(0, rise, inside + tied, embedding + tied, generate)
 
     def _generation_bytes(self) -> int:
         if not isinstance(self.config, SamplingConfig):
             return 0
-        c, rows = self.model, min(self._cache.max_sequences, self.config.prompts_per_step * self.config.samples_per_prompt)
-        widened = 4 * c.vocab_size * c.hidden_size if self._e < 4 and self.device.type == "cpu" else 0
+        c, rows = (
+            self.model,
+            min(
+                self._cache.max_sequences,
+                self.config.prompts_per_step * self.config.samples_per_prompt,
+            ),
+        )
+        widened = (
+            4 * c.vocab_size * c.hidden_size if self._e < 4 and self.device.type == "cpu" else 0
+        )
         return 4 * rows * c.vocab_size + widened
 
-    # ---- together ---------------------------------------------------------------------------------------------------------------
+    # ---- together --------------------------------------------------------------------------------
     def parts(self, tokens: int, checkpointed: bool) -> Parts:
-        each = (Parts(self.weights, self.reference, phase.gradients, self.optimizer, self.kv_pool, self.rotary, phase.beyond_pool(tokens, checkpointed),
-                      phase.workspace_bytes(tokens, checkpointed)) for phase in self._phases)
+        each = (
+            Parts(
+                self.weights,
+                self.reference,
+                phase.gradients,
+                self.optimizer,
+                self.kv_pool,
+                self.rotary,
+                phase.beyond_pool(tokens, checkpointed),
+                phase.workspace_bytes(tokens, checkpointed),
+            )
+            for phase in self._phases
+        )
         return max(each, key=lambda parts: parts.peak)
 
     def largest(self, memory: int, checkpointed: bool) -> int:
@@ -307,15 +523,22 @@ class Planner:
         low, high = 0, _MOST_TOKENS
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.parts(middle, checkpointed).peak <= memory else (low, middle - 1)
+            low, high = (
+                (middle, high)
+                if self.parts(middle, checkpointed).peak <= memory
+                else (low, middle - 1)
+            )
         return low
 
 
-def plan(config: StageConfig, *, memory: int | None = None, cache: CacheConfig | None = None) -> Plan:
+def plan(
+    config: StageConfig, *, memory: int | None = None, cache: CacheConfig | None = None
+) -> Plan:
     """The memory that a run of this configuration takes; only the model's config.json is read.
 
     Args:
-        memory: bytes that it may take; None: those of its device. cache: of the KV pool, where it is not the default.
+        memory: bytes that it may take; None: those of its device. cache: of the KV pool, where it
+        is not the default.
     Raises:
         FileNotFoundError, ValueError: the model is not there, or none that the decoder knows.
     """
@@ -323,14 +546,24 @@ def plan(config: StageConfig, *, memory: int | None = None, cache: CacheConfig |
     memory = machine_memory(device) if memory is None else memory
     planner = Planner(read_model_config(config.model), config, cache=cache, memory=memory)
     tokens, both = config.tokens_per_microbatch, (False, True)
-    return Plan(config.model, str(planner.dtype).removeprefix("torch."), str(device), memory, tokens, config.checkpoint_activations,
-                planner.parts(tokens, config.checkpoint_activations), {c: planner.activation_bytes(tokens, c) for c in both},
-                {c: planner.parts(tokens, c).peak for c in both}, {c: planner.largest(memory, c) for c in both})
+    return Plan(
+        config.model,
+        str(planner.dtype).removeprefix("torch."),
+        str(device),
+        memory,
+        tokens,
+        config.checkpoint_activations,
+        planner.parts(tokens, config.checkpoint_activations),
+        {c: planner.activation_bytes(tokens, c) for c in both},
+        {c: planner.parts(tokens, c).peak for c in both},
+        {c: planner.largest(memory, c) for c in both},
+    )
 
 
 def cache_for(config: SamplingConfig) -> CacheConfig:
-    """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory that is free now, before anything is loaded, but never more
-    than max_sequences sequences of the model's full length. On a CPU the default, since memory that is never written costs nothing.
+    """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory
+    that is free now, before anything is loaded, but never more than max_sequences sequences of the
+    model's full length. On a CPU the default, since memory that is never written costs nothing.
 
     Raises:
         ConfigError: training leaves nothing, with the figures.
@@ -342,10 +575,18 @@ def cache_for(config: SamplingConfig) -> CacheConfig:
     planner = Planner(read_model_config(config.model), config, memory=free)
     parts = planner.parts(config.tokens_per_microbatch, config.checkpoint_activations)
     if parts.peak > free:
-        held, rest = format_bytes(parts.fixed - parts.kv_pool), format_bytes(parts.peak - parts.fixed + parts.kv_pool)
-        raise ConfigError(f"config: expected training to leave memory for the KV cache: of {format_bytes(free)} free on {device}, weights, reference, "
-                          f"gradients and optimizer take {held}, and a micro-batch of {config.tokens_per_microbatch} tokens {rest}; lower "
-                          "tokens_per_microbatch, or set checkpoint_activations or optim.state int8; fusedrl plan shows what would fit")
+        held, rest = (
+            format_bytes(parts.fixed - parts.kv_pool),
+            format_bytes(parts.peak - parts.fixed + parts.kv_pool),
+        )
+        raise ConfigError(
+            f"config: expected training to leave memory for the KV cache: of {format_bytes(free)} "
+            f"free on {device}, weights, reference, "
+            f"gradients and optimizer take {held}, and a micro-batch of "
+            f"{config.tokens_per_microbatch} tokens {rest}; lower "
+            "tokens_per_microbatch, or set checkpoint_activations or optim.state int8; fusedrl "
+            "plan shows what would fit"
+        )
     return CacheConfig(num_blocks=planner.num_blocks)
 
 
@@ -360,15 +601,24 @@ def print_plan(found: Plan) -> None:
     from rich.table import Table
 
     parts, tokens = found.parts, found.tokens_per_microbatch
-    table = Table(title=f"{found.model}: {found.dtype} on {found.device}, {tokens:,} tokens a micro-batch", title_justify="left")
+    table = Table(
+        title=f"{found.model}: {found.dtype} on {found.device}, {tokens:,} tokens a micro-batch",
+        title_justify="left",
+    )
     table.add_column("memory")
     table.add_column("bytes", justify="right")
-    more = f"{', checkpointed' if found.checkpoint_activations else ''}{', beyond the cache' if parts.kv_pool else ''}"
-    rows = {"weights": parts.weights, "reference and reward models": parts.reference, "gradients": parts.gradients,
-            "optimizer: moments and float32 masters": parts.optimizer, "KV cache": parts.kv_pool,
-            "tables of cos and sin": parts.rotary,
-            f"activations of a micro-batch{more}": parts.activations,
-            "workspace at the peak": parts.workspace}
+    more = ", checkpointed" if found.checkpoint_activations else ""
+    more += ", beyond the cache" if parts.kv_pool else ""
+    rows = {
+        "weights": parts.weights,
+        "reference and reward models": parts.reference,
+        "gradients": parts.gradients,
+        "optimizer: moments and float32 masters": parts.optimizer,
+        "KV cache": parts.kv_pool,
+        "tables of cos and sin": parts.rotary,
+        f"activations of a micro-batch{more}": parts.activations,
+        "workspace at the peak": parts.workspace,
+    }
     for name, count in rows.items():
         if count:
             table.add_row(name, format_bytes(count))
@@ -379,8 +629,20 @@ def print_plan(found: Plan) -> None:
     console.print(table)
     for checkpointed, name in ((False, "without"), (True, "with")):
         most, needed = found.largest[checkpointed], format_bytes(parts.fixed)
-        verdict = (f"at most {most:,} tokens a micro-batch" if 0 < most < _MOST_TOKENS else "any micro-batch fits" if most
-                   else f"nothing fits: {needed} are taken before the first token")
-        console.print(f"{name} checkpoint_activations: {verdict} (activations of {tokens:,}: {format_bytes(found.activations[checkpointed])})",
-                      highlight=False, soft_wrap=True)
-    console.print("The interpreter and its libraries, about 0.5 GiB, or a CUDA context come on top.", highlight=False)
+        verdict = (
+            f"at most {most:,} tokens a micro-batch"
+            if 0 < most < _MOST_TOKENS
+            else "any micro-batch fits"
+            if most
+            else f"nothing fits: {needed} are taken before the first token"
+        )
+        console.print(
+            f"{name} checkpoint_activations: {verdict} (activations of {tokens:,}: "
+            f"{format_bytes(found.activations[checkpointed])})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        "The interpreter and its libraries, about 0.5 GiB, or a CUDA context come on top.",
+        highlight=False,
+    )

@@ -1,7 +1,9 @@
-"""Tables of a run directory for a terminal: samples over time, and metrics at the beginning, half-way and at the end with the alarms.
+"""Tables of a run directory for a terminal: samples over time, and metrics at the beginning,
+half-way and at the end with the alarms.
 
 They read the files alone, also of a run that is going on.
 """
+
 from __future__ import annotations
 
 import math
@@ -18,27 +20,72 @@ from fusedrl.engine.base.errors import ConfigError, no_such
 from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.watch.alarm import Evidence, message
 
-SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "reward", "rewards/*", "gold/*", "eval/reward", "eval/gold/*", "eval/pass@*", "kl", "eval/kl",
-         "kl_coef", "entropy", "perplexity", "perplexity_ref", "eval/perplexity_ref", "completions/mean_length", "completions/clipped_ratio",
-         "completions/repeated_trigrams", "completions/distinct_trigrams", "policy/clipfrac_avg", "policy/approxkl_avg", "val/explained_variance",
-         "sampling/logp_diff_max", "grad_norm", "lr", "tokens_per_s", "timing/step")
+SHOWN = (
+    "loss",
+    "eval_loss",
+    "accuracy",
+    "eval_accuracy",
+    "reward",
+    "rewards/*",
+    "gold/*",
+    "eval/reward",
+    "eval/gold/*",
+    "eval/pass@*",
+    "kl",
+    "eval/kl",
+    "kl_coef",
+    "entropy",
+    "perplexity",
+    "perplexity_ref",
+    "eval/perplexity_ref",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "completions/repeated_trigrams",
+    "completions/distinct_trigrams",
+    "policy/clipfrac_avg",
+    "policy/approxkl_avg",
+    "val/explained_variance",
+    "sampling/logp_diff_max",
+    "grad_norm",
+    "lr",
+    "tokens_per_s",
+    "timing/step",
+)
 
 
 def samples_table(directory: str | Path, columns: int = 4) -> Table:
-    """Held-out prompts in rows, evaluations in columns: the first, the last, and what fits evenly between; scores in front of the completions.
+    """Held-out prompts in rows, evaluations in columns: the first, the last, and what fits evenly
+    between; scores in front of the completions.
 
     Raises:
         ConfigError: the run was not evaluated, or `columns` is below 1.
     """
-    rows = list(read_rows(_file(directory, "samples_eval.jsonl", "it has no held-out samples; train with --evaluation.data FILE")))
+    rows = list(
+        read_rows(
+            _file(
+                directory,
+                "samples_eval.jsonl",
+                "it has no held-out samples; train with --evaluation.data FILE",
+            )
+        )
+    )
     if columns < 1:
         raise ConfigError(f"samples: expected columns >= 1, got {columns}")
     by_prompt: defaultdict[str, dict[int, Text]] = defaultdict(dict)
     for row in rows:
-        scores = ", ".join(f"{name} {'invalid' if value is None else format(value, '.3g')}" for name, value in row["scores"].items())
-        by_prompt[_text(row["prompt"])][row["step"]] = Text.assemble((f"{scores}\n", "bold"), row["completion"].strip())
+        scores = ", ".join(
+            f"{name} {'invalid' if value is None else format(value, '.3g')}"
+            for name, value in row["scores"].items()
+        )
+        by_prompt[_text(row["prompt"])][row["step"]] = Text.assemble(
+            (f"{scores}\n", "bold"), row["completion"].strip()
+        )
     steps = spread(sorted({row["step"] for row in rows}), columns)
-    table = Table(title=f"{directory}: the same draws of the same prompts as training goes on", title_justify="left", show_lines=True)
+    table = Table(
+        title=f"{directory}: the same draws of the same prompts as training goes on",
+        title_justify="left",
+        show_lines=True,
+    )
     for name in ("prompt", *(f"step {step}" for step in steps)):
         table.add_column(name, ratio=1)
     for prompt, found in by_prompt.items():
@@ -58,20 +105,39 @@ def metrics_table(directory: str | Path) -> Table:
             if value is not None and name != "step":
                 series[name].append((row["step"], value))
     steps = sorted({step for values in series.values() for step, _ in values})
-    table = Table(title=f"{directory}: {steps[-1] if steps else 0} steps", title_justify="left", box=SIMPLE)
+    table = Table(
+        title=f"{directory}: {steps[-1] if steps else 0} steps", title_justify="left", box=SIMPLE
+    )
     table.add_column("", overflow="fold")
     for heading in ("first", "middle", "last", "least", "most"):
         table.add_column(heading, justify="right")
     for pattern in SHOWN:
-        for name in sorted(name for name in series if fnmatch(name, pattern) and not name.endswith("_stderr")):
+        for name in sorted(
+            name for name in series if fnmatch(name, pattern) and not name.endswith("_stderr")
+        ):
             values = [value for _, value in series[name] if math.isfinite(value)]
-            table.add_row(name, *(f"{value:.4g}" for value in (values[0], values[len(values) // 2], values[-1], min(values), max(values))))
+            table.add_row(
+                name,
+                *(
+                    f"{value:.4g}"
+                    for value in (
+                        values[0],
+                        values[len(values) // 2],
+                        values[-1],
+                        min(values),
+                        max(values),
+                    )
+                ),
+            )
     return table
 
 
 def alarm_messages(directory: str | Path) -> list[str]:
     """What the reward-hacking alarm said."""
-    return [message(row["step"], [Evidence(**one) for one in row["evidence"]]) for row in read_rows(Path(directory) / "alarms.jsonl")]
+    return [
+        message(row["step"], [Evidence(**one) for one in row["evidence"]])
+        for row in read_rows(Path(directory) / "alarms.jsonl")
+    ]
 
 
 def spread(items: list[int], count: int) -> list[int]:
@@ -84,7 +150,10 @@ def spread(items: list[int], count: int) -> list[int]:
 def _file(directory: str | Path, name: str, lack: str) -> Path:
     path = Path(directory) / name
     if not Path(directory).is_dir():
-        raise ConfigError(f"expected the directory of a run, and {f'{directory} is a file' if Path(directory).exists() else no_such(directory)}")
+        raise ConfigError(
+            "expected the directory of a run, and "
+            f"{f'{directory} is a file' if Path(directory).exists() else no_such(directory)}"
+        )
     if not path.is_file() or not path.stat().st_size:
         raise ConfigError(f"{directory}: expected a run directory with {name}, but {lack}")
     return path

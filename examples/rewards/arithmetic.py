@@ -1,11 +1,22 @@
-"""An exact verifier: 1 where the completion is the answer and nothing else, else 0. examples/arithmetic.py writes the task."""
+"""An exact verifier: 1 where the completion is the answer and nothing else, else 0.
+examples/arithmetic.py writes the task."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
 
-def exact(prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]] | None = None, *, answer: Sequence[str],
-          **columns: Any) -> list[float]:
+def exact(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    *,
+    answer: Sequence[str],
+    **columns: Any,
+) -> list[float]:
     """The column `answer` is compared with the whole completion."""
-    return [float(completion.strip() == right) for completion, right in zip(completions, answer, strict=True)]
+    return [
+        float(completion.strip() == right)
+        for completion, right in zip(completions, answer, strict=True)
+    ]

@@ -1,10 +1,14 @@
-"""An exact verifier of grade-school mathematics (GSM8K): the last "#### number" of the completion against the gold one.
+"""An exact verifier of grade-school mathematics (GSM8K): the last "#### number" of the completion
+against the gold one.
 
-    fusedrl train ppo --model MODEL --data gsm8k/chat:train.jsonl --reward examples/rewards/gsm8k.py:exact
+    fusedrl train ppo --model MODEL --data gsm8k/chat:train.jsonl --reward
+    examples/rewards/gsm8k.py:exact
 
-Reading a file of GSM8K adds the column "gold" to its prompts. `exact` asks for the form that the demonstrations have; `last_number` takes any answer whose
-last number is right, for models that were not trained on that form.
+Reading a file of GSM8K adds the column "gold" to its prompts. `exact` asks for the form that the
+demonstrations have; `last_number` takes any answer whose last number is right, for models that were
+not trained on that form.
 """
+
 from __future__ import annotations
 
 import re
@@ -17,19 +21,27 @@ MARKED = re.compile(rf"####\s*\$?\s*({NUMBER})(?![\d,]*\d)")
 ANY = re.compile(rf"(?<![\d.])({NUMBER})(?<=\d)")
 
 
-def exact(completions: Sequence[Any], gold: Sequence[str | None], **columns: Any) -> list[float | None]:
+def exact(
+    completions: Sequence[Any], gold: Sequence[str | None], **columns: Any
+) -> list[float | None]:
     """1 where the last "#### number" is the gold number, else 0; None for rows without one."""
     return _agree(MARKED, completions, gold)
 
 
-def last_number(completions: Sequence[Any], gold: Sequence[str | None], **columns: Any) -> list[float | None]:
+def last_number(
+    completions: Sequence[Any], gold: Sequence[str | None], **columns: Any
+) -> list[float | None]:
     """1 where the last number of all is the gold one, else 0; None for rows without one."""
     return _agree(ANY, completions, gold)
 
 
-def _agree(pattern: re.Pattern[str], completions: Sequence[Any], gold: Sequence[str | None]) -> list[float | None]:
-    return [None if number is None else float(_last(pattern, _text(completion)) == Decimal(number))
-            for completion, number in zip(completions, gold, strict=True)]
+def _agree(
+    pattern: re.Pattern[str], completions: Sequence[Any], gold: Sequence[str | None]
+) -> list[float | None]:
+    return [
+        None if number is None else float(_last(pattern, _text(completion)) == Decimal(number))
+        for completion, number in zip(completions, gold, strict=True)
+    ]
 
 
 def _text(completion: Any) -> str:

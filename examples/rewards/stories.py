@@ -1,33 +1,93 @@
-"""A reward for short stories that a reader can check by eye: fables, in which animals turn up and someone speaks.
+"""A reward for short stories that a reader can check by eye: fables, in which animals turn up and
+someone speaks.
 
-    fusedrl train ppo --model MODEL --data examples/prompts/stories.jsonl --reward examples/rewards/stories.py:fable
+    fusedrl train ppo --model MODEL --data examples/prompts/stories.jsonl --reward
+    examples/rewards/stories.py:fable
 
-`fable` asks for whole sentences and for speech, so a list of animals earns nothing, and text that repeats itself loses more than it can earn.
+`fable` asks for whole sentences and for speech, so a list of animals earns nothing, and text that
+repeats itself loses more than it can earn.
 """
+
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-ANIMALS = frozenset({
-    "ant", "bear", "bee", "bird", "bunny", "butterfly", "cat", "chicken", "cow", "deer", "dog", "dolphin", "donkey", "duck", "elephant", "fish",
-    "fox", "frog", "giraffe", "goat", "goose", "hen", "horse", "kitten", "kitty", "lamb", "lion", "lizard", "monkey", "mouse", "owl", "parrot",
-    "penguin", "pig", "pony", "puppy", "rabbit", "rat", "sheep", "snail", "snake", "spider", "squirrel", "tiger", "turtle", "whale", "wolf",
-    "worm", "zebra"})
+ANIMALS = frozenset(
+    {
+        "ant",
+        "bear",
+        "bee",
+        "bird",
+        "bunny",
+        "butterfly",
+        "cat",
+        "chicken",
+        "cow",
+        "deer",
+        "dog",
+        "dolphin",
+        "donkey",
+        "duck",
+        "elephant",
+        "fish",
+        "fox",
+        "frog",
+        "giraffe",
+        "goat",
+        "goose",
+        "hen",
+        "horse",
+        "kitten",
+        "kitty",
+        "lamb",
+        "lion",
+        "lizard",
+        "monkey",
+        "mouse",
+        "owl",
+        "parrot",
+        "penguin",
+        "pig",
+        "pony",
+        "puppy",
+        "rabbit",
+        "rat",
+        "sheep",
+        "snail",
+        "snake",
+        "spider",
+        "squirrel",
+        "tiger",
+        "turtle",
+        "whale",
+        "wolf",
+        "worm",
+        "zebra",
+    }
+)
 SENTENCE = 5  # words that make a sentence
 SPEECH = 3  # words that make a speech
 MOST_ANIMALS, MOST_SPEECHES = 3, 2
 
 
-def fable(prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]] | None = None, **columns: Any) -> list[float]:
+def fable(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    **columns: Any,
+) -> list[float]:
     """From -5 to 5 per completion:
 
-        +1  each sentence of at least five words with an animal that neither the prompt nor an earlier sentence named; three at the most
-        +1  each different speech "..." of at least three words; two at the most
-        -5 x the share of word triples that occurred before (fresh text is near 0; a loop is near 1)
+    +1  each sentence of at least five words with an animal that neither the prompt nor an earlier
+        sentence named; three at the most
+    +1  each different speech "..." of at least three words; two at the most
+    -5 x the share of word triples that occurred before (fresh text is near 0; a loop is near 1)
     """
-    return [_fable(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    return [
+        _fable(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def _fable(prompt: str, completion: str) -> float:
@@ -38,7 +98,11 @@ def _fable(prompt: str, completion: str) -> float:
         if new and len(words) >= SENTENCE:
             known |= new
             animals += 1
-    speeches = {tuple(words) for words in map(_words, re.findall(r'"([^"]*)"', completion)) if len(words) >= SPEECH}
+    speeches = {
+        tuple(words)
+        for words in map(_words, re.findall(r'"([^"]*)"', completion))
+        if len(words) >= SPEECH
+    }
     words = _words(completion)
     triples = list(zip(words, words[1:], words[2:], strict=False))
     repeated = 1 - len(set(triples)) / len(triples) if triples else 0.0

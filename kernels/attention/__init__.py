@@ -1,20 +1,28 @@
-"""varlen_attention: packed attention for training, o_i = sum_j softmax_j(z_ij) v_j over the tokens j that i may see.
+"""varlen_attention: packed attention for training, o_i = sum_j softmax_j(z_ij) v_j over the tokens
+j that i may see.
 
     z_ij = c tanh(scale q_i . k_j / c), or scale q_i . k_j without a softcap c
 
-Shapes    N tokens of B sequences laid end to end, Hq query heads, Hkv key/value heads (Hq / Hkv of the former share one of the latter),
-          D head dim, T the longest sequence.
-Bytes     q, k, v and o once each in C++, plus Hq floats a token for the backward. The torch implementation adds padded copies: sequences are
-          sorted into groups of like length (on CPU, where the lengths are at hand), each group right-padded and given to
-          scaled_dot_product_attention in one call, so that many short sequences cost a few calls. Right padding needs no mask under a
-          causal rule: what is padded comes later. A softcap takes it the T x T scores, which scaled_dot_product_attention does without.
-Numerics  softmax and sums in float32 at least. Nothing of a companion, NaN included, reaches a sequence; in C++ its bits do not depend on
-          companions at all. Bitwise reproducible on CPU, forward and backward (every index is unique, so nothing is summed in an open order).
-On CUDA   flash-attn if it is installed, else torch.nn.attention.varlen, else Triton (attention/_triton.py), else the torch implementation: the first that
-          serves the call. None has run on a card in this project: before their first call on a device the first three are tried against the reference
-          (attention/_trial.py), and one that is wrong is not used, and says why.
-Source    Vaswani et al. (2017), eq. 1; windows as in Mistral 7B (Jiang et al., 2023); softcaps as in Gemma 2 (Gemma Team, 2024).
+Shapes    N tokens of B sequences laid end to end, Hq query heads, Hkv key/value heads (Hq / Hkv of
+          the former share one of the latter), D head dim, T the longest sequence.
+Bytes     q, k, v and o once each in C++, plus Hq floats a token for the backward. The torch
+          implementation adds padded copies: sequences are sorted into groups of like length (on
+          CPU, where the lengths are at hand), each group right-padded and given to
+          scaled_dot_product_attention in one call, so that many short sequences cost a few calls.
+          Right padding needs no mask under a causal rule: what is padded comes later. A softcap
+          takes it the T x T scores, which scaled_dot_product_attention does without.
+Numerics  softmax and sums in float32 at least. Nothing of a companion, NaN included, reaches a
+          sequence; in C++ its bits do not depend on companions at all. Bitwise reproducible on CPU,
+          forward and backward (every index is unique, so nothing is summed in an open order).
+On CUDA   flash-attn if it is installed, else torch.nn.attention.varlen, else Triton
+          (attention/_triton.py), else the torch implementation: the first that serves the call.
+          None has run on a card in this project: before their first call on a device the first
+          three are tried against the reference (attention/_trial.py), and one that is wrong is not
+          used, and says why.
+Source    Vaswani et al. (2017), eq. 1; windows as in Mistral 7B (Jiang et al., 2023); softcaps as
+          in Gemma 2 (Gemma Team, 2024).
 """
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -29,28 +37,59 @@ from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.runtime.dispatch import Implementations, unavailable
 
-_IMPLS = Implementations("varlen_attention", cpu=("cpp", "torch", "triton"), cuda=("flash_attn", "torch_varlen", "triton", "torch"))
+_IMPLS = Implementations(
+    "varlen_attention",
+    cpu=("cpp", "torch", "triton"),
+    cuda=("flash_attn", "torch_varlen", "triton", "torch"),
+)
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool = True, window: int | None = None,
-                               softcap: float | None = None, scale: float | None = None) -> Tensor:
-    """The definition, one sequence at a time, differentiable, on any device and in any float dtype (float64 is the oracle)."""
+# ---- reference -----------------------------------------------------------------------------------
+def varlen_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The definition, one sequence at a time, differentiable, on any device and in any float dtype
+    (float64 is the oracle)."""
     groups = q.shape[1] // k.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
     outs = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-        queries, keys, values = (x[start:end].transpose(0, 1) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
-        outs.append(_attend(queries, keys, values, _visible(end - start, causal, window, q.device), softcap, scale).transpose(0, 1))
+        queries, keys, values = (
+            x[start:end].transpose(0, 1)
+            for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+        )
+        outs.append(
+            _attend(
+                queries,
+                keys,
+                values,
+                _visible(end - start, causal, window, q.device),
+                softcap,
+                scale,
+            ).transpose(0, 1)
+        )
     return torch.cat(outs) if outs else torch.zeros_like(q)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None, scale: float) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None, scale: float
+) -> Tensor:
     """[..., T, D] each, and `seen` [..., T, T]."""
     scores = (q @ k.transpose(-1, -2)) * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)  # finite: a padded row may see nothing, and NaN would reach the gradients of v
-    return torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+    # finite: a padded row may see nothing, and NaN would reach the gradients of v
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return (
+        torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+    )
 
 
 def _visible(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
@@ -61,14 +100,27 @@ def _visible(length: int, causal: bool, window: int | None, device: torch.device
     return seen if window is None else seen & (behind.abs() < window)
 
 
-# ---- torch: a few padded calls -------------------------------------------------------------------------------------------
-def _padded(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor | None, B: int, T: int, causal: bool, window: int | None,
-            softcap: float | None, scale: float) -> Tensor:
-    """Attention of B sequences whose tokens go to the rows `slots` of a [B * T] layout. `lengths` are needed only without a causal rule."""
+# ---- torch: a few padded calls -------------------------------------------------------------------
+def _padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    lengths: Tensor | None,
+    B: int,
+    T: int,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """Attention of B sequences whose tokens go to the rows `slots` of a [B * T] layout. `lengths`
+    are needed only without a causal rule."""
     groups = q.shape[1] // k.shape[1]
 
     def pad(x: Tensor) -> Tensor:
-        if x.shape[0] != B * T:  # else every sequence is T long and the packed layout is the padded one
+        # else every sequence is T long and the packed layout is the padded one
+        if x.shape[0] != B * T:
             x = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, slots, x)
         x = x.view(B, T, *x.shape[1:])
         return x.transpose(1, 2)
@@ -84,44 +136,91 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor | No
             mask = mask & (torch.arange(T, device=q.device) < lengths[:, None])[:, None, None]
     queries, keys, values = pad(q), repeat(pad(k)), repeat(pad(v))
     if softcap is None or mask is None:
-        o = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
+        o = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
     else:
         o = _attend(queries, keys, values, mask, softcap, scale)
     o = o.transpose(1, 2).reshape(B * T, *q.shape[1:])
     return o if q.shape[0] == B * T else o.index_select(0, slots)
 
 
-def _varlen_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, window: int | None, softcap: float | None,
-                  scale: float) -> Tensor:
+def _varlen_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
     N, B = q.shape[0], cu_seqlens.shape[0] - 1
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
 
     def slots_of(sequences: Tensor, T: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """For the tokens of `sequences` in order: their rows in the packed tensors and in the padded layout."""
+        """For the tokens of `sequences` in order: their rows in the packed tensors and in the
+        padded layout."""
         sizes = lengths[sequences]
         first = sizes.cumsum(0) - sizes
-        shift = torch.stack([starts[sequences] - first, torch.arange(len(sequences), device=q.device) * T - first])
+        shift = torch.stack(
+            [starts[sequences] - first, torch.arange(len(sequences), device=q.device) * T - first]
+        )
         at = torch.arange(tokens, device=q.device)
         packed, padded = torch.repeat_interleave(shift, sizes, dim=1, output_size=tokens) + at
         return packed, padded
 
-    groups = _groups(lengths.tolist()) if q.device.type == "cpu" and not torch.compiler.is_compiling() else [list(range(B))]
+    groups = (
+        _groups(lengths.tolist())
+        if q.device.type == "cpu" and not torch.compiler.is_compiling()
+        else [list(range(B))]
+    )
     if len(groups) == 1 and len(groups[0]) == B:
         _, slots = slots_of(torch.arange(B, device=q.device), max_length, N)
-        return _padded(q, k, v, slots, None if causal else lengths, B, max_length, causal, window, softcap, scale)
+        return _padded(
+            q,
+            k,
+            v,
+            slots,
+            None if causal else lengths,
+            B,
+            max_length,
+            causal,
+            window,
+            softcap,
+            scale,
+        )
     outs, order, sizes = [], [], lengths.tolist()
     for group in groups:
         T, sequences = sizes[group[0]], torch.tensor(group)
         rows, slots = slots_of(sequences, T, sum(sizes[b] for b in group))
         own_q, own_k, own_v = (x.index_select(0, rows) for x in (q, k, v))
-        outs.append(_padded(own_q, own_k, own_v, slots, None if causal else lengths[sequences], len(group), T, causal, window, softcap, scale))
+        outs.append(
+            _padded(
+                own_q,
+                own_k,
+                own_v,
+                slots,
+                None if causal else lengths[sequences],
+                len(group),
+                T,
+                causal,
+                window,
+                softcap,
+                scale,
+            )
+        )
         order.append(rows)
     rows = torch.cat(order)
-    return torch.cat(outs).index_select(0, torch.empty_like(rows).index_copy_(0, rows, torch.arange(N)))
+    return torch.cat(outs).index_select(
+        0, torch.empty_like(rows).index_copy_(0, rows, torch.arange(N))
+    )
 
 
 def _groups(lengths: list[int]) -> list[list[int]]:
-    """Sequences to pad together: all, where that wastes at most half the slots; else, longest first, each group down to half its longest."""
+    """Sequences to pad together: all, where that wastes at most half the slots; else, longest
+    first, each group down to half its longest."""
     if len(lengths) * max(lengths) <= 2 * sum(lengths):
         return [list(range(len(lengths)))]
     groups: list[list[int]] = []
@@ -133,75 +232,149 @@ def _groups(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-# ---- custom ops: what torch.compile sees -------------------------------------------------------------------------------------
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
 if native.capability:
+
     @torch.library.register_fake("fusedrl::varlen_attention_forward")
-    def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    def _(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        causal: bool,
+        window: int,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
     @torch.library.register_fake("fusedrl::varlen_attention_backward")
-    def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool, window: int,
-          scale: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        causal: bool,
+        window: int,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
-def _varlen_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, window: int | None, softcap: float | None,
-                   scale: float) -> Tensor:
-    return _triton.varlen_triton(q, k, v, cu_seqlens, max_length, causal, window or 0, scale, softcap or 0.0)[0]
+# ---- public --------------------------------------------------------------------------------------
+def _varlen_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    return _triton.varlen_triton(
+        q, k, v, cu_seqlens, max_length, causal, window or 0, scale, softcap or 0.0
+    )[0]
 
 
-ROUTES: dict[str, _trial.Route] = {"flash_attn": _flash.flash_attn, "torch_varlen": _flash.torch_varlen, "triton": _varlen_triton,
-                                             "torch": _varlen_torch}
+ROUTES: dict[str, _trial.Route] = {
+    "flash_attn": _flash.flash_attn,
+    "torch_varlen": _flash.torch_varlen,
+    "triton": _varlen_triton,
+    "torch": _varlen_torch,
+}
 
 
 def tried(device: str) -> list[str]:
-    """What is installed and has to prove itself on `device`: the attention of others, and our own Triton on a card, which it has not run on in this project."""
+    """What is installed and has to prove itself on `device`: the attention of others, and our own
+    Triton on a card, which it has not run on in this project."""
     kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
-    names = ("flash_attn", "torch_varlen", "triton") if kind == "cuda" else ("flash_attn", "torch_varlen")
+    names = (
+        ("flash_attn", "torch_varlen", "triton")
+        if kind == "cuda"
+        else ("flash_attn", "torch_varlen")
+    )
     return [name for name in names if unavailable(name, kind) is None]
 
 
 @torch.compiler.assume_constant_result  # a call that is being traced has it tried, too
 def fault(name: str, device: str) -> str | None:
-    """What was wrong with an implementation when it was tried on `device` ("cuda:0"), now or before; None of a sound one."""
-    return _trial.fault(name, device, ROUTES[name], varlen_attention_reference, name != "torch_varlen") if name in tried(device) else None
+    """What was wrong with an implementation when it was tried on `device` ("cuda:0"), now or
+    before; None of a sound one."""
+    return (
+        _trial.fault(name, device, ROUTES[name], varlen_attention_reference, name != "torch_varlen")
+        if name in tried(device)
+        else None
+    )
 
 
-def _refused(device: torch.device, dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None) -> dict[str, str]:
+def _refused(
+    device: torch.device, dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None
+) -> dict[str, str]:
     """Which implementations do not serve such a call, and why."""
     refused = _flash.refused(dtype, head_dim, groups, softcap)
     if dtype == torch.float64:
         return refused | dict.fromkeys(("cpp", "triton"), "it computes in float32")
     if head_dim > _triton.LARGEST_HEAD:
-        refused["triton"] = f"it serves head dims up to {_triton.LARGEST_HEAD}, and this one is {head_dim}"
+        refused["triton"] = (
+            f"it serves head dims up to {_triton.LARGEST_HEAD}, and this one is {head_dim}"
+        )
     elif device.type == "cuda" and (dtype == torch.float32 or torch.version.hip is not None):
         refused["triton"] = "it serves bfloat16 and float16 on NVIDIA GPUs"
     return refused
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_length: int, causal: bool = True, window: int | None = None,
-                     softcap: float | None = None, scale: float | None = None, impl: str | None = None) -> Tensor:
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_length: int,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
     """Attention within each of the packed sequences.
 
     Args:
-        q: [N, Hq, D]. k, v: [N, Hkv, D], of one dtype; Hq a multiple of Hkv.
-        cu_seqlens: [B+1] int32, from 0 to N, not decreasing (not read back from a CUDA device to be checked).
-        max_length: the longest sequence, or more; the host knows it.
-        causal: a token sees itself and those before it. window: only those fewer than `window` away; None is no limit.
-        softcap: scores become softcap * tanh(scores / softcap).
-        scale: of the scores; D ** -0.5 by default.
-        impl: "cpp" (CPU; not float64), "flash_attn" or "torch_varlen" (CUDA; bfloat16 and float16, D a multiple of 8 up to 256, the latter without a
-            softcap), "triton" (D up to 256; on CUDA bfloat16 and float16), or "torch"; by default the first that serves the call.
+        q: [N, Hq, D]. k, v: [N, Hkv, D], of one dtype; Hq a multiple of Hkv. cu_seqlens: [B+1]
+        int32, from 0 to N, not decreasing (not read back from a CUDA device to be checked).
+        max_length: the longest sequence, or more; the host knows it. causal: a token sees itself
+        and those before it. window: only those fewer than `window` away; None is no limit. softcap:
+        scores become softcap * tanh(scores / softcap). scale: of the scores; D ** -0.5 by default.
+        impl: "cpp" (CPU; not float64), "flash_attn" or "torch_varlen" (CUDA; bfloat16 and float16,
+        D a multiple of 8 up to 256, the latter without a
+            softcap), "triton" (D up to 256; on CUDA bfloat16 and float16), or "torch"; by default
+            the first that serves the call.
     Returns:
         [N, Hq, D]. Differentiable in q, k and v.
     Raises:
-        ValueError: sizes, devices or limits that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here, or not this call.
+        ValueError: sizes, devices or limits that do not agree. TypeError: dtypes. RuntimeError:
+        `impl` cannot run here, or not this call.
     """
     op = "varlen_attention"
-    N, Hq, D, Hkv, B1 = check(op, {"q": (q, "N Hq D"), "k": (k, "N Hkv D"), "v": (v, "N Hkv D"), "cu_seqlens": (cu_seqlens, "B+1")})
+    N, Hq, D, Hkv, B1 = check(
+        op,
+        {
+            "q": (q, "N Hq D"),
+            "k": (k, "N Hkv D"),
+            "v": (v, "N Hkv D"),
+            "cu_seqlens": (cu_seqlens, "B+1"),
+        },
+    )
     if Hkv == 0 or Hq % Hkv or B1 < 1:
-        raise ValueError(f"{op}: expected query heads in a multiple of the key/value heads and cu_seqlens [B+1], got Hq {Hq}, Hkv {Hkv}, B+1 {B1}")
+        raise ValueError(
+            f"{op}: expected query heads in a multiple of the key/value heads and cu_seqlens "
+            f"[B+1], got Hq {Hq}, Hkv {Hkv}, B+1 {B1}"
+        )
     refused = _refused(q.device, q.dtype, D, Hq // Hkv, softcap)
     chosen = _IMPLS.choose(q.device, impl, refused)
     while (why := fault(chosen, str(q.device))) is not None:
@@ -217,12 +390,21 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max
         raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != N or any(b < a or b - a > max_length for a, b in pairwise(ends)):
-            raise ValueError(f"{op}: expected cu_seqlens from 0 to N = {N}, not decreasing, in steps of at most max_length {max_length}, "
-                             f"got {ends[:8]}{'...' if len(ends) > 8 else ''}")
+        if (
+            ends[0] != 0
+            or ends[-1] != N
+            or any(b < a or b - a > max_length for a, b in pairwise(ends))
+        ):
+            raise ValueError(
+                f"{op}: expected cu_seqlens from 0 to N = {N}, not decreasing, in steps of at most "
+                f"max_length {max_length}, "
+                f"got {ends[:8]}{'...' if len(ends) > 8 else ''}"
+            )
     scale = D**-0.5 if scale is None else scale
     if chosen == "cpp":
-        return torch.ops.fusedrl.varlen_attention(q, k, v, cu_seqlens, causal, window or 0, scale, softcap or 0.0)
+        return torch.ops.fusedrl.varlen_attention(
+            q, k, v, cu_seqlens, causal, window or 0, scale, softcap or 0.0
+        )
     if N == 0:
         return q + (k.sum() + v.sum())  # empty too, and a part of the graph
     return ROUTES[chosen](q, k, v, cu_seqlens, max_length, causal, window, softcap, scale)

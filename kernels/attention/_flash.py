@@ -1,11 +1,16 @@
-"""varlen_attention by others' FlashAttention on CUDA: the package flash-attn, or the one inside torch (torch.nn.attention.varlen).
+"""varlen_attention by others' FlashAttention on CUDA: the package flash-attn, or the one inside
+torch (torch.nn.attention.varlen).
 
-runtime/flash.py looks whether they are there; whether a call is served (`refused`) is decided by its dtype, head dim and features before anything is
-launched. Neither route has run on a card in this project: what is tested is the choice and the translation
-of the arguments, against stand-ins that compute what these functions document.
-Numerics  theirs. flash-attn is asked for its deterministic backward; torch's sums dq in an open order unless torch.use_deterministic_algorithms(True).
-Source    Dao (2023), FlashAttention-2; https://github.com/Dao-AILab/flash-attention; torch.nn.attention.varlen.varlen_attn.
+runtime/flash.py looks whether they are there; whether a call is served (`refused`) is decided by
+its dtype, head dim and features before anything is launched. Neither route has run on a card in
+this project: what is tested is the choice and the translation of the arguments, against stand-ins
+that compute what these functions document.
+Numerics  theirs. flash-attn is asked for its deterministic backward; torch's sums dq in an open
+          order unless torch.use_deterministic_algorithms(True).
+Source    Dao (2023), FlashAttention-2; https://github.com/Dao-AILab/flash-attention;
+          torch.nn.attention.varlen.varlen_attn.
 """
+
 from __future__ import annotations
 
 import torch
@@ -13,15 +18,25 @@ from torch import Tensor
 
 from fusedrl.kernels.runtime.flash import FLASH_ATTN, TORCH_VARLEN
 
-_flash_attn, _torch_varlen, _torch_knows = FLASH_ATTN.function, TORCH_VARLEN.function, TORCH_VARLEN.knows
+_flash_attn, _torch_varlen, _torch_knows = (
+    FLASH_ATTN.function,
+    TORCH_VARLEN.function,
+    TORCH_VARLEN.knows,
+)
 
 
-def refused(dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None) -> dict[str, str]:
-    """Which of the two do not serve such a call, and why. `groups`: query heads a key/value head."""
+def refused(
+    dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None
+) -> dict[str, str]:
+    """Which of the two do not serve such a call, and why. `groups`: query heads a key/value
+    head."""
     if dtype not in (torch.bfloat16, torch.float16):
         return dict.fromkeys(("flash_attn", "torch_varlen"), "it serves bfloat16 and float16 only")
     if head_dim % 8 or head_dim > 256:
-        return dict.fromkeys(("flash_attn", "torch_varlen"), f"it serves head dims in multiples of 8 up to 256, and this one is {head_dim}")
+        return dict.fromkeys(
+            ("flash_attn", "torch_varlen"),
+            f"it serves head dims in multiples of 8 up to 256, and this one is {head_dim}",
+        )
     if softcap is not None:
         return {"torch_varlen": "it has no softcap"}
     if groups > 1 and "enable_gqa" not in _torch_knows:
@@ -39,14 +54,54 @@ def _dense_heads(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, window: int | None, softcap: float | None,
-               scale: float) -> Tensor:
-    return _flash_attn(_dense_heads(q), _dense_heads(k), _dense_heads(v), cu_seqlens, cu_seqlens, max_length, max_length, softmax_scale=scale,
-                       causal=causal, window_size=_sides(causal, window), softcap=softcap or 0.0, deterministic=True)
+def flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    return _flash_attn(
+        _dense_heads(q),
+        _dense_heads(k),
+        _dense_heads(v),
+        cu_seqlens,
+        cu_seqlens,
+        max_length,
+        max_length,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=_sides(causal, window),
+        softcap=softcap or 0.0,
+        deterministic=True,
+    )
 
 
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, window: int | None, softcap: float | None,
-                 scale: float) -> Tensor:
+def torch_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return _torch_varlen(_dense_heads(q), _dense_heads(k), _dense_heads(v), cu_seqlens, cu_seqlens, max_length, max_length, scale=scale,
-                         window_size=_sides(causal, window), **grouped)
+    return _torch_varlen(
+        _dense_heads(q),
+        _dense_heads(k),
+        _dense_heads(v),
+        cu_seqlens,
+        cu_seqlens,
+        max_length,
+        max_length,
+        scale=scale,
+        window_size=_sides(causal, window),
+        **grouped,
+    )

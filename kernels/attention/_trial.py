@@ -1,13 +1,15 @@
-"""Whether an attention, of others or ours, computes attention on this card: each is tried on a small problem before it first serves a call, once per
-process and device.
+"""Whether an attention, of others or ours, computes attention on this card: each is tried on a
+small problem before it first serves a call, once per process and device.
 
-The problem: two sequences of unlike length, grouped heads; causal, with a window, without a causal rule, and with a softcap where that is served; forward and
-backward, in bfloat16.
-The bound: no element farther from float64 than four times the worst element of the reference in the same dtype. FlashAttention's own tests allow two and
-three; a missing mask, a wrong row or a window off by one is beyond it by far, and NaN is beyond any bound.
-A thread of its own tries it: gradient mode, autocast, checkpointing's hooks and the tracer of torch.compile belong to a thread, so that the first call of
-a backend may come from under any of them.
+The problem: two sequences of unlike length, grouped heads; causal, with a window, without a causal
+rule, and with a softcap where that is served; forward and backward, in bfloat16. The bound: no
+element farther from float64 than four times the worst element of the reference in the same dtype.
+FlashAttention's own tests allow two and three; a missing mask, a wrong row or a window off by one
+is beyond it by far, and NaN is beyond any bound. A thread of its own tries it: gradient mode,
+autocast, checkpointing's hooks and the tracer of torch.compile belong to a thread, so that the
+first call of a backend may come from under any of them.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -20,25 +22,44 @@ import torch
 from torch import Tensor
 
 Form = tuple[bool, int | None, float | None]  # causal, window, softcap
-Route = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool, int | None, float | None, float], Tensor]  # q, k, v, cu_seqlens, max_length, form, scale
+Route = Callable[
+    [Tensor, Tensor, Tensor, Tensor, int, bool, int | None, float | None, float], Tensor
+]  # q, k, v, cu_seqlens, max_length, form, scale
 _LENGTHS, _HEADS, _HEAD_DIM, _SCALE, _WITHIN = (37, 70), (4, 2), 32, 0.25, 4.0
-_FORMS: tuple[Form, ...] = ((True, None, None), (True, 9, None), (False, None, None), (True, None, 4.0))
+_FORMS: tuple[Form, ...] = (
+    (True, None, None),
+    (True, 9, None),
+    (False, None, None),
+    (True, None, 4.0),
+)
 _found: dict[tuple[str, str], str | None] = {}  # (backend, device) -> what is wrong with it there
 _lock = threading.Lock()
 
 
-def fault(name: str, device: str, route: Route, reference: Callable[..., Tensor], capped: bool) -> str | None:
-    """Why a backend must not be used on `device`; None where it computed what `reference` (`varlen_attention_reference`) does. A fault is warned of once.
+def fault(
+    name: str, device: str, route: Route, reference: Callable[..., Tensor], capped: bool
+) -> str | None:
+    """Why a backend must not be used on `device`; None where it computed what `reference`
+    (`varlen_attention_reference`) does. A fault is warned of once.
 
     capped: it serves a softcap.
     """
     with _lock:
         if (name, device) not in _found:
             if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
-                return "it was not tried on this device yet, and a CUDA graph is being captured: make a call before"
-            _found[name, device] = why = _in_a_thread(device, route, reference, [form for form in _FORMS if form[2] is None or capped])
+                return (
+                    "it was not tried on this device yet, and a CUDA graph is being captured: "
+                    "make a call before"
+                )
+            _found[name, device] = why = _in_a_thread(
+                device, route, reference, [form for form in _FORMS if form[2] is None or capped]
+            )
             if why is not None:
-                warnings.warn(f"varlen_attention: {name} is not used on {device}: {why}", RuntimeWarning, stacklevel=4)
+                warnings.warn(
+                    f"varlen_attention: {name} is not used on {device}: {why}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
         return _found[name, device]
 
 
@@ -54,32 +75,67 @@ def _in_a_thread(*arguments: Any) -> str | None:
     return outcome[0]
 
 
-def _fault(device: str, route: Route, reference: Callable[..., Tensor], forms: list[Form]) -> str | None:
+def _fault(
+    device: str, route: Route, reference: Callable[..., Tensor], forms: list[Form]
+) -> str | None:
     draw = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(sum(_LENGTHS), heads, _HEAD_DIM, generator=draw).bfloat16() for heads in (_HEADS[0], _HEADS[1], _HEADS[1], _HEADS[0])]
+    inputs = [
+        torch.randn(sum(_LENGTHS), heads, _HEAD_DIM, generator=draw).bfloat16()
+        for heads in (_HEADS[0], _HEADS[1], _HEADS[1], _HEADS[0])
+    ]
     ends = torch.tensor([0, *_LENGTHS]).cumsum(0).int()
     for causal, window, softcap in forms:
         options = {"causal": causal, "window": window, "softcap": softcap, "scale": _SCALE}
         try:
-            with torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext():
+            with (
+                torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext()
+            ):
                 arguments = (ends.to(device), max(_LENGTHS), causal, window, softcap, _SCALE)
                 got = _passes(route, inputs, torch.bfloat16, device, *arguments)
         except Exception as error:  # whatever the code of others raises: it cannot serve
-            return f"on a small problem, {options}, it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        exact, naive = (_passes(reference, inputs, dtype, "cpu", ends, **options) for dtype in (torch.float64, torch.bfloat16))
-        for what, ours, want, other in zip(("the output", "the gradient of q", "the gradient of k", "the gradient of v"), got, exact, naive, strict=True):
-            off, allowed = (ours - want).abs().max().item(), _WITHIN * (other - want).abs().max().item()
+            return (
+                f"on a small problem, {options}, it raised {type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]}"
+            )
+        exact, naive = (
+            _passes(reference, inputs, dtype, "cpu", ends, **options)
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+        for what, ours, want, other in zip(
+            ("the output", "the gradient of q", "the gradient of k", "the gradient of v"),
+            got,
+            exact,
+            naive,
+            strict=True,
+        ):
+            off, allowed = (
+                (ours - want).abs().max().item(),
+                _WITHIN * (other - want).abs().max().item(),
+            )
             if not off <= allowed:
-                return f"on a small problem, {options}, {what} is off by {off:.3g}, where {allowed:.3g} is allowed"
+                return (
+                    f"on a small problem, {options}, {what} is off by {off:.3g}, where "
+                    f"{allowed:.3g} is allowed"
+                )
     return None
 
 
-def _passes(attention: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, device: str, *rest: Any, **options: Any) -> list[Tensor]:
+def _passes(
+    attention: Callable[..., Tensor],
+    inputs: list[Tensor],
+    dtype: torch.dtype,
+    device: str,
+    *rest: Any,
+    **options: Any,
+) -> list[Tensor]:
     """The output and the gradients of q, k and v, in float64 on the CPU."""
     *leaves, upstream = (x.to(device, dtype).detach() for x in inputs)
     for x in leaves:
         x.requires_grad_()
     o = attention(*leaves, *rest, **options)
     if not isinstance(o, Tensor) or o.shape != upstream.shape or o.dtype != dtype:
-        raise TypeError(f"expected {dtype} {list(upstream.shape)}, got {f'{o.dtype} {list(o.shape)}' if isinstance(o, Tensor) else type(o).__name__}")
+        raise TypeError(
+            f"expected {dtype} {list(upstream.shape)}, got "
+            f"{f'{o.dtype} {list(o.shape)}' if isinstance(o, Tensor) else type(o).__name__}"
+        )
     return [x.detach().cpu().double() for x in (o, *torch.autograd.grad(o, leaves, upstream))]

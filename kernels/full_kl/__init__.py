@@ -1,17 +1,23 @@
-"""full_kl: the divergence of two rows of logits over the whole vocabulary, and its gradient in the first.
+"""full_kl: the divergence of two rows of logits over the whole vocabulary, and its gradient in the
+first.
 
     p = softmax(z / T), r = softmax(z_r / T), l = log p - log r, m = (p + r) / 2
     reverse  KL(p || r) = E_p[l]                        dz_j = p_j (l_j - KL) / T
     forward  KL(r || p) = -E_r[l]                       dz_j = (p_j - r_j) / T
-    jsd      (KL(p || m) + KL(r || m)) / 2 <= ln 2      dz_j = p_j (log(p_j / m_j) - KL(p || m)) / (2 T)
+    jsd      (KL(p || m) + KL(r || m)) / 2 <= ln 2      dz_j = p_j (log(p_j / m_j) - KL(p || m)) /
+                                                        (2 T)
 
 Shapes    N rows behind any leading dimensions; V vocabulary.
 Bytes     forward 2 N V s (jsd twice), backward 2 N V s read and N V s written.
-Numerics  float32 inside and out, whatever the logits. reverse and forward are one pass: E_p[d - d_r] - (log S - log S_r), with d shifted by the
-          running maxima; exactly 0 for equal logits, never below 0. -inf logits contribute exactly nothing; where p > 0 = r (forward: r > 0 = p) the
-          KL is infinite and its gradient 0, as is that of a row with -inf only. NaN or +inf in a pair of rows gives NaN there, and nothing else does.
-Source    Kullback and Leibler (1951); Lin (1991) for the Jensen-Shannon divergence; gradients by differentiating the softmax.
+Numerics  float32 inside and out, whatever the logits. reverse and forward are one pass: E_p[d -
+          d_r] - (log S - log S_r), with d shifted by the running maxima; exactly 0 for equal
+          logits, never below 0. -inf logits contribute exactly nothing; where p > 0 = r (forward: r
+          > 0 = p) the KL is infinite and its gradient 0, as is that of a row with -inf only. NaN or
+          +inf in a pair of rows gives NaN there, and nothing else does.
+Source    Kullback and Leibler (1951); Lin (1991) for the Jensen-Shannon divergence; gradients by
+          differentiating the softmax.
 """
+
 from __future__ import annotations
 
 import math
@@ -25,7 +31,8 @@ from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, check_las
 from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import triton
 
-DIRECTIONS = ("reverse", "forward", "jsd")  # the order of Direction in csrc/cpu/include/full_kl_rows.h
+# the order of Direction in csrc/cpu/include/full_kl_rows.h
+DIRECTIONS = ("reverse", "forward", "jsd")
 if triton is not None:
     from fusedrl.kernels.full_kl import _triton  # noqa: F401  (registers fusedrl::full_kl_triton)
 
@@ -33,15 +40,21 @@ _IMPLS = Implementations("full_kl", cpu=("cpp", "torch", "triton"), cuda=("trito
 _LN2 = math.log(2.0)
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def full_kl_reference(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: str) -> Tensor:
-    """The definition, differentiable in the logits, on any device and in any float dtype (float64 is the oracle)."""
+# ---- reference -----------------------------------------------------------------------------------
+def full_kl_reference(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: str
+) -> Tensor:
+    """The definition, differentiable in the logits, on any device and in any float dtype (float64
+    is the oracle)."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     own, other = (logits, ref_logits) if direction == "reverse" else (ref_logits, logits)
     infinite = ((own != -torch.inf) & (other == -torch.inf)).any(-1) & (direction != "jsd")
-    infinite &= (logits.detach().amax(-1) < torch.inf) & (ref_logits.amax(-1) < torch.inf)  # neither NaN nor +inf
+    # neither NaN nor +inf
+    infinite &= (logits.detach().amax(-1) < torch.inf) & (ref_logits.amax(-1) < torch.inf)
     unread = (infinite if mask is None else infinite | ~mask)[..., None]
-    (logp, p, no_p), (logr, r, no_r) = (_log_softmax(x.to(wide).masked_fill(unread, 0.0), temperature) for x in (logits, ref_logits))
+    (logp, p, no_p), (logr, r, no_r) = (
+        _log_softmax(x.to(wide).masked_fill(unread, 0.0), temperature) for x in (logits, ref_logits)
+    )
     if direction == "reverse":
         kl = torch.where(no_p, 0, p * (logp - logr)).sum(-1)
     elif direction == "forward":
@@ -50,7 +63,8 @@ def full_kl_reference(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t
         of_p = torch.where(no_p, 0, p * torch.where(no_r, _LN2, _LN2 - F.softplus(logr - logp)))
         of_r = torch.where(no_r, 0, r * torch.where(no_p, _LN2, _LN2 - F.softplus(logp - logr)))
         kl = 0.5 * (of_p.sum(-1) + of_r.sum(-1))
-    kl = kl + (kl.clamp(0.0, _LN2 if direction == "jsd" else torch.inf) - kl).detach()  # what rounding took below 0; the gradient stays
+    # what rounding took below 0; the gradient stays
+    kl = kl + (kl.clamp(0.0, _LN2 if direction == "jsd" else torch.inf) - kl).detach()
     kl = torch.where(infinite, torch.inf, kl)
     return kl if mask is None else torch.where(mask, kl, 0)
 
@@ -67,47 +81,77 @@ def _log_softmax(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]
     return d - torch.log(S), e / S, absent
 
 
-# ---- custom ops: what torch.compile sees -------------------------------------------------------------------------------
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
 if native.capability:
+
     @torch.library.register_fake("fusedrl::full_kl_forward")
-    def _(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int) -> tuple[Tensor, Tensor]:
-        return logits.new_empty(logits.shape[0], dtype=torch.float32), logits.new_empty(logits.shape[0], 5, dtype=torch.float32)
+    def _(
+        logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int
+    ) -> tuple[Tensor, Tensor]:
+        return logits.new_empty(logits.shape[0], dtype=torch.float32), logits.new_empty(
+            logits.shape[0], 5, dtype=torch.float32
+        )
 
     @torch.library.register_fake("fusedrl::full_kl_backward")
-    def _(kl_grad: Tensor, logits: Tensor, ref_logits: Tensor, stats: Tensor, temperature: float, direction: int) -> Tensor:
+    def _(
+        kl_grad: Tensor,
+        logits: Tensor,
+        ref_logits: Tensor,
+        stats: Tensor,
+        temperature: float,
+        direction: int,
+    ) -> Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
+# ---- public --------------------------------------------------------------------------------------
 def check_direction(op: str, direction: str, temperature: float) -> None:
     """Raises ValueError unless `direction` is one of DIRECTIONS and the temperature above 0."""
     if direction not in DIRECTIONS:
-        raise ValueError(f"{op}: expected a direction of {', '.join(DIRECTIONS)}, got {direction!r}")
+        raise ValueError(
+            f"{op}: expected a direction of {', '.join(DIRECTIONS)}, got {direction!r}"
+        )
     if not temperature > 0:
         raise ValueError(f"{op}: expected a temperature above 0, got {temperature}")
 
 
-def full_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, direction: str = "reverse", mask: Tensor | None = None,
-            impl: str | None = None) -> Tensor:
-    """Divergence of softmax(logits / temperature) from softmax(ref_logits / temperature), exact over the vocabulary, in nats.
+def full_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    direction: str = "reverse",
+    mask: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Divergence of softmax(logits / temperature) from softmax(ref_logits / temperature), exact
+    over the vocabulary, in nats.
 
     Args:
-        logits, ref_logits: [..., V] float32, bfloat16 or float16 (the torch implementation also float64), of one dtype; contiguous last dimension.
+        logits, ref_logits: [..., V] float32, bfloat16 or float16 (the torch implementation also
+        float64), of one dtype; contiguous last dimension.
             ref_logits is a constant.
-        temperature: above 0, of both.
-        direction: "reverse" KL(policy || reference), "forward" KL(reference || policy) or "jsd", the Jensen-Shannon divergence.
-        mask: [...] bool; rows that are False have KL 0 and no gradient, and are not read. None: every row counts.
-        impl: "cpp", "triton" or "torch"; by default the best one for the device.
+        temperature: above 0, of both. direction: "reverse" KL(policy || reference), "forward"
+        KL(reference || policy) or "jsd", the Jensen-Shannon divergence. mask: [...] bool; rows that
+        are False have KL 0 and no gradient, and are not read. None: every row counts. impl: "cpp",
+        "triton" or "torch"; by default the best one for the device.
     Returns:
         [...] float32 (float64 for float64). Differentiable, once, in the logits.
     Raises:
-        ValueError: an unknown direction, a temperature, sizes, devices or strides that do not fit. TypeError: dtypes.
-        RuntimeError: `impl` cannot run here.
+        ValueError: an unknown direction, a temperature, sizes, devices or strides that do not fit.
+        TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
     op = "full_kl"
     check_direction(op, direction, temperature)
     leading = " ".join(f"d{i}" for i in range(logits.ndim - 1))
-    check(op, {"logits": (logits, f"{leading} V"), "ref_logits": (ref_logits, f"{leading} V"), "mask": (mask, leading)})
+    check(
+        op,
+        {
+            "logits": (logits, f"{leading} V"),
+            "ref_logits": (ref_logits, f"{leading} V"),
+            "mask": (mask, leading),
+        },
+    )
     chosen_impl = _IMPLS.choose(logits.device, impl)
     check_dtype(op, "logits", logits, FLOATS if chosen_impl == "torch" else FLOATS[:3])
     check_dtype(op, "ref_logits", ref_logits, (logits.dtype,))
@@ -120,6 +164,16 @@ def full_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, dir
     if chosen_impl == "torch":
         return full_kl_reference(logits, ref_logits, mask, float(temperature), direction)
     V = logits.shape[-1]
-    rows = (logits.reshape(-1, V), ref_logits.reshape(-1, V), None if mask is None else mask.reshape(-1), float(temperature), DIRECTIONS.index(direction))
-    kl = torch.ops.fusedrl.full_kl(*rows) if chosen_impl == "cpp" else torch.ops.fusedrl.full_kl_triton(*rows)[0]
+    rows = (
+        logits.reshape(-1, V),
+        ref_logits.reshape(-1, V),
+        None if mask is None else mask.reshape(-1),
+        float(temperature),
+        DIRECTIONS.index(direction),
+    )
+    kl = (
+        torch.ops.fusedrl.full_kl(*rows)
+        if chosen_impl == "cpp"
+        else torch.ops.fusedrl.full_kl_triton(*rows)[0]
+    )
     return kl.view(logits.shape[:-1])

@@ -1,7 +1,10 @@
-"""full_kl in Triton: one program a row walks the vocabulary once (jsd twice) for the divergence; the gradient goes block by block.
+"""full_kl in Triton: one program a row walks the vocabulary once (jsd twice) for the divergence;
+the gradient goes block by block.
 
-The mathematics, shapes and numerics are those of full_kl.py. A logit of -inf gives d = -1e30: its weight e^d is 0, and 0 times it stays 0.
+The mathematics, shapes and numerics are those of full_kl.py. A logit of -inf gives d = -1e30: its
+weight e^d is 0, and 0 times it stays 0.
 """
+
 from __future__ import annotations
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 _BLOCK, _WARPS = 4096, 8
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 @triton.jit
 def _scaled(z, top, inverse):
     d = (z - top) * inverse
@@ -34,8 +37,19 @@ def _against_mixture(u):
 
 
 @triton.jit
-def _forward_kernel(logits_ptr, ref_ptr, mask_ptr, kl_ptr, stats_ptr, temperature, V, row_stride, ref_stride,
-                    DIRECTION: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(
+    logits_ptr,
+    ref_ptr,
+    mask_ptr,
+    kl_ptr,
+    stats_ptr,
+    temperature,
+    V,
+    row_stride,
+    ref_stride,
+    DIRECTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
     columns = V
     if mask_ptr is not None:
@@ -101,8 +115,19 @@ def _forward_kernel(logits_ptr, ref_ptr, mask_ptr, kl_ptr, stats_ptr, temperatur
 
 
 @triton.jit
-def _backward_kernel(kl_grad_ptr, logits_ptr, ref_ptr, stats_ptr, grad_ptr, temperature, V, row_stride, ref_stride,
-                     DIRECTION: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(
+    kl_grad_ptr,
+    logits_ptr,
+    ref_ptr,
+    stats_ptr,
+    grad_ptr,
+    temperature,
+    V,
+    row_stride,
+    ref_stride,
+    DIRECTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = tl.load(stats_ptr + n * 5)
@@ -119,8 +144,16 @@ def _backward_kernel(kl_grad_ptr, logits_ptr, ref_ptr, stats_ptr, grad_ptr, temp
     m_ref = tl.where(live, m_ref, 0.0)
     inverse = 1.0 / temperature
     inside = v < tl.where(live, V, 0)
-    d = _scaled(tl.load(logits_ptr + n * row_stride + v, mask=inside, other=-float("inf")).to(tl.float32), m, inverse)
-    d_ref = _scaled(tl.load(ref_ptr + n * ref_stride + v, mask=inside, other=-float("inf")).to(tl.float32), m_ref, inverse)
+    d = _scaled(
+        tl.load(logits_ptr + n * row_stride + v, mask=inside, other=-float("inf")).to(tl.float32),
+        m,
+        inverse,
+    )
+    d_ref = _scaled(
+        tl.load(ref_ptr + n * ref_stride + v, mask=inside, other=-float("inf")).to(tl.float32),
+        m_ref,
+        inverse,
+    )
     p = tl.exp(d) / S
     if DIRECTION == 1:
         grad = p - tl.exp(d_ref) / S_ref
@@ -136,48 +169,106 @@ def _backward_kernel(kl_grad_ptr, logits_ptr, ref_ptr, stats_ptr, grad_ptr, temp
     tl.store(grad_ptr + n * V + v, tl.where(live, grad, 0.0), mask=v < V)
 
 
-# ---- launchers, and the ops that torch.compile sees ------------------------------------------------------------------
-def full_kl_backward(kl_grad: Tensor, logits: Tensor, ref_logits: Tensor, stats: Tensor, grad: Tensor, temperature: float, direction: int) -> None:
-    """The gradient of rows that `full_kl_forward` gave `stats`, or of some of their columns, into the contiguous `grad`, which may be the logits."""
+# ---- launchers, and the ops that torch.compile sees ----------------------------------------------
+def full_kl_backward(
+    kl_grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    temperature: float,
+    direction: int,
+) -> None:
+    """The gradient of rows that `full_kl_forward` gave `stats`, or of some of their columns, into
+    the contiguous `grad`, which may be the logits."""
     N, V = logits.shape
     if N:
-        _backward_kernel[(N, triton.cdiv(V, _BLOCK))](kl_grad.contiguous(), logits, ref_logits, stats, grad, temperature, V, logits.stride(0),
-                                                      ref_logits.stride(0), DIRECTION=direction, BLOCK=_BLOCK, num_warps=_WARPS)
+        _backward_kernel[(N, triton.cdiv(V, _BLOCK))](
+            kl_grad.contiguous(),
+            logits,
+            ref_logits,
+            stats,
+            grad,
+            temperature,
+            V,
+            logits.stride(0),
+            ref_logits.stride(0),
+            DIRECTION=direction,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+        )
 
 
-def full_kl_forward(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int) -> tuple[Tensor, Tensor]:
+def full_kl_forward(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int
+) -> tuple[Tensor, Tensor]:
     """(kl [N], stats [N, 5] = max and S of either row, and what the gradient is centred on)."""
     N, V = logits.shape
-    kl_N, stats_N5 = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, 5, dtype=torch.float32)
+    kl_N, stats_N5 = (
+        logits.new_empty(N, dtype=torch.float32),
+        logits.new_empty(N, 5, dtype=torch.float32),
+    )
     if N:
-        _forward_kernel[(N,)](logits, ref_logits, None if mask is None else mask.contiguous(), kl_N, stats_N5, temperature, V, logits.stride(0),
-                              ref_logits.stride(0), DIRECTION=direction, BLOCK=_BLOCK, num_warps=_WARPS)
+        _forward_kernel[(N,)](
+            logits,
+            ref_logits,
+            None if mask is None else mask.contiguous(),
+            kl_N,
+            stats_N5,
+            temperature,
+            V,
+            logits.stride(0),
+            ref_logits.stride(0),
+            DIRECTION=direction,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+        )
     return kl_N, stats_N5
 
 
 @torch.library.custom_op("fusedrl::full_kl_triton", mutates_args=())
-def _full_kl_triton(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int) -> tuple[Tensor, Tensor]:
+def _full_kl_triton(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int
+) -> tuple[Tensor, Tensor]:
     return full_kl_forward(logits, ref_logits, mask, temperature, direction)
 
 
 @_full_kl_triton.register_fake
-def _(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32), logits.new_empty(logits.shape[0], 5, dtype=torch.float32)
+def _(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: int
+) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32), logits.new_empty(
+        logits.shape[0], 5, dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("fusedrl::full_kl_triton_backward", mutates_args=())
-def _full_kl_triton_backward(kl_grad: Tensor, logits: Tensor, ref_logits: Tensor, stats: Tensor, temperature: float, direction: int) -> Tensor:
+def _full_kl_triton_backward(
+    kl_grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    stats: Tensor,
+    temperature: float,
+    direction: int,
+) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     full_kl_backward(kl_grad, logits, ref_logits, stats, grad, temperature, direction)
     return grad
 
 
 @_full_kl_triton_backward.register_fake
-def _(kl_grad: Tensor, logits: Tensor, ref_logits: Tensor, stats: Tensor, temperature: float, direction: int) -> Tensor:
+def _(
+    kl_grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    stats: Tensor,
+    temperature: float,
+    direction: int,
+) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-# ---- autograd --------------------------------------------------------------------------------------------------------
+# ---- autograd ------------------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     logits, ref_logits, _, ctx.temperature, ctx.direction = inputs
     ctx.save_for_backward(logits, ref_logits, output[1])
@@ -185,13 +276,19 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, kl_grad: Tensor, _stats_grad: Tensor):
-    return _full_kl_triton_backward(kl_grad, *ctx.saved_tensors, ctx.temperature, ctx.direction), None, None, None, None
+    return (
+        _full_kl_triton_backward(kl_grad, *ctx.saved_tensors, ctx.temperature, ctx.direction),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _full_kl_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
-# ---- what is compiled offline -------------------------------------------------------------------------------------------
+# ---- what is compiled offline --------------------------------------------------------------------
 _SCALARS = {"temperature": "fp32", "V": "i32", "row_stride": "i64", "ref_stride": "i64"}
 
 
@@ -208,12 +305,33 @@ def _offline(kernel, pointers: dict[str, str], dtype: str) -> dict[str, dict]:
 
 
 def offline_backward(dtype: str, grad_dtype: str) -> dict[str, dict]:
-    pointers = {"kl_grad_ptr": "*fp32", "logits_ptr": f"*{dtype}", "ref_ptr": f"*{dtype}", "stats_ptr": "*fp32", "grad_ptr": f"*{grad_dtype}"}
-    return _offline(_backward_kernel, pointers, dtype if dtype == grad_dtype else f"{dtype}_to_{grad_dtype}")
+    pointers = {
+        "kl_grad_ptr": "*fp32",
+        "logits_ptr": f"*{dtype}",
+        "ref_ptr": f"*{dtype}",
+        "stats_ptr": "*fp32",
+        "grad_ptr": f"*{grad_dtype}",
+    }
+    return _offline(
+        _backward_kernel, pointers, dtype if dtype == grad_dtype else f"{dtype}_to_{grad_dtype}"
+    )
 
 
 OFFLINE_KERNELS = {
-    name: entry for dtype in ("fp32", "bf16") for name, entry in (_offline(
-        _forward_kernel, {"logits_ptr": f"*{dtype}", "ref_ptr": f"*{dtype}", "mask_ptr": "*i1", "kl_ptr": "*fp32", "stats_ptr": "*fp32"}, dtype)
-        | offline_backward(dtype, dtype)).items()
+    name: entry
+    for dtype in ("fp32", "bf16")
+    for name, entry in (
+        _offline(
+            _forward_kernel,
+            {
+                "logits_ptr": f"*{dtype}",
+                "ref_ptr": f"*{dtype}",
+                "mask_ptr": "*i1",
+                "kl_ptr": "*fp32",
+                "stats_ptr": "*fp32",
+            },
+            dtype,
+        )
+        | offline_backward(dtype, dtype)
+    ).items()
 }

@@ -1,21 +1,32 @@
-"""Generalised advantage estimation, alone and with the KL-shaped rewards before it and the whitening after it; k-step, TD and plain returns.
+"""Generalised advantage estimation, alone and with the KL-shaped rewards before it and the
+whitening after it; k-step, TD and plain returns.
 
-    delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}          returns_t = A_t + V_t
-    A_t^k   = sum_{i < k} gamma^i delta_{t+i}: k rewards, then gamma^k V_{t+k}, less V_t      (k_step_advantages; lam = 0 is k = 1, lam = 1 every k >= n)
+    delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}
+                                                 returns_t = A_t + V_t
+    A_t^k   = sum_{i < k} gamma^i delta_{t+i}: k rewards, then gamma^k V_{t+k}, less V_t
+            (k_step_advantages; lam = 0 is k = 1, lam = 1 every k >= n)
     With n steps left GAE = (1 - lam) sum_{k < n} lam^(k-1) A^k + lam^(n-1) A^n.
-    r_t     = token_rewards_t - kl_coef KL_t, plus the clipped score at the last unmasked token          (shaped_gae)
+    r_t     = token_rewards_t - kl_coef KL_t, plus the clipped score at the last unmasked token
+            (shaped_gae)
 
-    t + 1 is the next *unmasked* token of the sequence: where mask is False (padding, observations, a tool's tokens) the next value and the running
-    advantage pass over the gap, and the outputs are 0. Behind the last one V is 0, or last_values[b] for an episode that was cut off.
-    As a linear recurrence GAE is an associative scan from the right over (a, b): (gamma lam, delta) where live, the identity (1, 0) where not.
+    t + 1 is the next *unmasked* token of the sequence: where mask is False (padding, observations,
+    a tool's tokens) the next value and the running advantage pass over the gap, and the outputs are
+    0. Behind the last one V is 0, or last_values[b] for an episode that was cut off. As a linear
+    recurrence GAE is an associative scan from the right over (a, b): (gamma lam, delta) where live,
+    the identity (1, 0) where not.
 
 Shapes    N tokens in B sequences: packed [N] with cu_seqlens [B + 1] int32, or [B, T].
-Bytes     gae 8 read, 8 written; shaped_gae 12 read, 12 written, plus the mask, whitening 8 more: launches dominate on a GPU, hence one (and one to whiten).
-Numerics  float32 recurrence whatever the input; sums over tokens and moments wider. Fixed order of summation everywhere: deterministic, and neither the
-          thread count nor the other sequences change a sequence's advantages before whitening. What the mask hides never enters arithmetic.
-          k-step windows are summed by doubling (Triton: from two blocks), never as a difference of suffix sums, which cancels.
-Source    Schulman et al. (2016), eqs. 14 to 16; the reward Ziegler et al. (2019), eq. 2; gaps as in multi-turn rollouts.
+Bytes     gae 8 read, 8 written; shaped_gae 12 read, 12 written, plus the mask, whitening 8 more:
+          launches dominate on a GPU, hence one (and one to whiten).
+Numerics  float32 recurrence whatever the input; sums over tokens and moments wider. Fixed order of
+          summation everywhere: deterministic, and neither the thread count nor the other sequences
+          change a sequence's advantages before whitening. What the mask hides never enters
+          arithmetic. k-step windows are summed by doubling (Triton: from two blocks), never as a
+          difference of suffix sums, which cancels.
+Source    Schulman et al. (2016), eqs. 14 to 16; the reward Ziegler et al. (2019), eq. 2; gaps as in
+          multi-turn rollouts.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -36,8 +47,12 @@ if triton is not None:
     from fusedrl.kernels.gae import _triton  # noqa: F401  (registers fusedrl::gae_triton, shaped_gae_triton and k_step_advantages_triton)
 
 _GAE = Implementations("gae", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
-_K_STEP = Implementations("k_step_advantages", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
-_SHAPED = Implementations("shaped_gae", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
+_K_STEP = Implementations(
+    "k_step_advantages", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch")
+)
+_SHAPED = Implementations(
+    "shaped_gae", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda")
+)
 
 
 class ShapedGAE(NamedTuple):
@@ -50,9 +65,10 @@ class ShapedGAE(NamedTuple):
     score_per_sequence: Tensor  # [B] the score after clipping, placed or not
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
+# ---- reference -----------------------------------------------------------------------------------
 class _Layout(NamedTuple):
-    """Of every token: its sequence, that sequence's end, the next live token (N: none), and whether there is one in the sequence. No host reads."""
+    """Of every token: its sequence, that sequence's end, the next live token (N: none), and whether
+    there is one in the sequence. No host reads."""
 
     sequence_N: Tensor
     end_N: Tensor
@@ -71,12 +87,17 @@ class _Layout(NamedTuple):
             bounds, longest = cu_seqlens.long(), live.numel()
         sequence_N = torch.searchsorted(bounds[1:], slots, right=True)
         end_N = bounds[1:][sequence_N]
-        at_or_after = torch.where(live.reshape(-1), slots, live.numel()).flip(0).cummin(0).values.flip(0)
-        next_N = torch.cat([at_or_after[1:], at_or_after.new_full((min(1, live.numel()),), live.numel())])
+        at_or_after = (
+            torch.where(live.reshape(-1), slots, live.numel()).flip(0).cummin(0).values.flip(0)
+        )
+        next_N = torch.cat(
+            [at_or_after[1:], at_or_after.new_full((min(1, live.numel()),), live.numel())]
+        )
         return cls(sequence_N, end_N, next_N, next_N < end_N, bounds[:-1], longest)
 
     def suffix_scan(self, a_N: Tensor, b_N: Tensor) -> Tensor:
-        """y_t = b_t + a_t y_{t+1} within each sequence: after the step with `distance` y_t holds the terms of t ... t + 2 distance - 1."""
+        """y_t = b_t + a_t y_{t+1} within each sequence: after the step with `distance` y_t holds
+        the terms of t ... t + 2 distance - 1."""
         remaining = self.end_N - torch.arange(b_N.numel(), device=b_N.device)
         distance = 1
         while distance < self.longest:
@@ -87,15 +108,32 @@ class _Layout(NamedTuple):
         return b_N
 
 
-def _deltas(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Tensor, gamma: float, last_values_B: Tensor) -> Tensor:
+def _deltas(
+    layout: _Layout,
+    live_N: Tensor,
+    rewards_N: Tensor,
+    values_N: Tensor,
+    gamma: float,
+    last_values_B: Tensor,
+) -> Tensor:
     padded = torch.cat([values_N, values_N.new_zeros(1)])
-    next_values = torch.where(layout.has_next_N, padded[layout.next_N], last_values_B[layout.sequence_N])
+    next_values = torch.where(
+        layout.has_next_N, padded[layout.next_N], last_values_B[layout.sequence_N]
+    )
     return torch.where(live_N, rewards_N + (gamma * next_values - values_N), 0)
 
 
-def _advantages(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Tensor, gamma: float, lam: float,
-                last_values_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) in the rewards' dtype, each rounded once: sums over thousands of tokens in float32 err by more than that."""
+def _advantages(
+    layout: _Layout,
+    live_N: Tensor,
+    rewards_N: Tensor,
+    values_N: Tensor,
+    gamma: float,
+    lam: float,
+    last_values_B: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) in the rewards' dtype, each rounded once: sums over thousands of tokens
+    in float32 err by more than that."""
     dtype, values_N = rewards_N.dtype, values_N.double()
     delta = _deltas(layout, live_N, rewards_N.double(), values_N, gamma, last_values_B.double())
     decay = torch.where(live_N, gamma * lam, torch.ones_like(delta))
@@ -103,24 +141,42 @@ def _advantages(layout: _Layout, live_N: Tensor, rewards_N: Tensor, values_N: Te
     return advantages.to(dtype), torch.where(live_N, advantages + values_N, 0).to(dtype)
 
 
-def gae_reference(rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float,
-                  last_values: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The definition as a scan by doubling, on any device and in any float dtype (float64 is the oracle)."""
+def gae_reference(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    lam: float,
+    last_values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition as a scan by doubling, on any device and in any float dtype (float64 is the
+    oracle)."""
     live = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     layout = _Layout.of(live, cu_seqlens)
     last = rewards.new_zeros(layout.starts.shape) if last_values is None else last_values
-    advantages, returns = _advantages(layout, live.reshape(-1), rewards.reshape(-1), values.reshape(-1), gamma, lam, last)
+    advantages, returns = _advantages(
+        layout, live.reshape(-1), rewards.reshape(-1), values.reshape(-1), gamma, lam, last
+    )
     return advantages.view(rewards.shape), returns.view(rewards.shape)
 
 
-def k_step_advantages_reference(rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, k: int, gamma: float,
-                                last_values: Tensor | None) -> tuple[Tensor, Tensor]:
+def k_step_advantages_reference(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    k: int,
+    gamma: float,
+    last_values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The definition, on any device and in any float dtype (float64 is the oracle)."""
     live = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     layout, live_N, values_N = _Layout.of(live, cu_seqlens), live.reshape(-1), values.reshape(-1)
     last = rewards.new_zeros(layout.starts.shape) if last_values is None else last_values
     delta = _deltas(layout, live_N, rewards.reshape(-1), values_N, gamma, last)
-    # The live tokens side by side, the masked ones behind them all; of each, how many follow in its sequence.
+    # The live tokens side by side, the masked ones behind them all; of each, how many follow in its
+    # sequence.
     place = torch.sort(~live_N, stable=True).indices
     before = torch.cat([layout.end_N.new_zeros(1), live_N.cumsum(0)])
     following = before[layout.end_N[place]] - torch.arange(len(place), device=place.device) - 1
@@ -136,30 +192,60 @@ def k_step_advantages_reference(rewards: Tensor, values: Tensor, mask: Tensor | 
         window = torch.where(following >= width, window + gamma**width * ahead, window)
         width *= 2
     advantages = torch.where(live_N, torch.zeros_like(total).scatter(0, place, total), 0)
-    return advantages.view(rewards.shape), torch.where(live_N, advantages + values_N, 0).view(rewards.shape)
+    return advantages.view(rewards.shape), torch.where(live_N, advantages + values_N, 0).view(
+        rewards.shape
+    )
 
 
-def shaped_gae_reference(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None, kl_coef: float | Tensor,
-                         kl_estimator: str, gamma: float, lam: float, token_rewards: Tensor | None, score_clip: float | None, whiten: bool,
-                         whiten_unbiased: bool) -> ShapedGAE:
+def shaped_gae_reference(
+    logp: Tensor,
+    ref_logp: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    kl_coef: float | Tensor,
+    kl_estimator: str,
+    gamma: float,
+    lam: float,
+    token_rewards: Tensor | None,
+    score_clip: float | None,
+    whiten: bool,
+    whiten_unbiased: bool,
+) -> ShapedGAE:
     """The definition, on any device and in any float dtype (float64 is the oracle)."""
     layout, live = _Layout.of(mask, cu_seqlens), mask.reshape(-1)
-    kl = torch.where(live, token_kl_reference(logp.reshape(-1), ref_logp.reshape(-1), kl_estimator), 0)
+    kl = torch.where(
+        live, token_kl_reference(logp.reshape(-1), ref_logp.reshape(-1), kl_estimator), 0
+    )
     score_B = scores.clone() if score_clip is None else scores.clamp(-score_clip, score_clip)
     rewards = -kl_coef * kl if token_rewards is None else token_rewards.reshape(-1) - kl_coef * kl
     rewards = torch.where(layout.has_next_N, rewards, rewards + score_B[layout.sequence_N])
     rewards = torch.where(live, rewards, 0)
-    advantages, returns = _advantages(layout, live, rewards, values.reshape(-1), gamma, lam, torch.zeros_like(scores))
+    advantages, returns = _advantages(
+        layout, live, rewards, values.reshape(-1), gamma, lam, torch.zeros_like(scores)
+    )
     sums = torch.cat([layout.suffix_scan(torch.ones_like(kl), kl), kl.new_zeros(1)])
-    ends = torch.cat([layout.starts[1:], layout.starts.new_full((min(1, len(layout.starts)),), kl.numel())])
+    ends = torch.cat(
+        [layout.starts[1:], layout.starts.new_full((min(1, len(layout.starts)),), kl.numel())]
+    )
     kl_B = torch.where(ends > layout.starts, sums[layout.starts], 0)
     if whiten:
-        advantages = masked_whiten_reference(advantages, live, unbiased=whiten_unbiased, eps=WHITEN_EPS)
-    return ShapedGAE(advantages.view(logp.shape), returns.view(logp.shape), rewards.view(logp.shape), kl_B, score_B)
+        advantages = masked_whiten_reference(
+            advantages, live, unbiased=whiten_unbiased, eps=WHITEN_EPS
+        )
+    return ShapedGAE(
+        advantages.view(logp.shape),
+        returns.view(logp.shape),
+        rewards.view(logp.shape),
+        kl_B,
+        score_B,
+    )
 
 
-# ---- custom ops: what torch.compile sees -------------------------------------------------------------------------------
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
 if native.capability:
+
     @torch.library.register_fake("fusedrl::gae")
     def _(rewards, values, mask, cu_seqlens, gamma, lam, last_values):
         like = torch.empty_like(rewards, memory_format=torch.contiguous_format)
@@ -171,54 +257,116 @@ if native.capability:
         return like, torch.empty_like(like)
 
     @torch.library.register_fake("fusedrl::shaped_gae")
-    def _(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef, kl_coef_tensor, kl_estimator, gamma, lam, token_rewards, score_clip, whiten,
-          whiten_unbiased):
+    def _(
+        logp,
+        ref_logp,
+        values,
+        scores,
+        mask,
+        cu_seqlens,
+        kl_coef,
+        kl_coef_tensor,
+        kl_estimator,
+        gamma,
+        lam,
+        token_rewards,
+        score_clip,
+        whiten,
+        whiten_unbiased,
+    ):
         like = torch.empty_like(logp, memory_format=torch.contiguous_format)
-        return like, torch.empty_like(like), torch.empty_like(like), torch.empty_like(scores), torch.empty_like(scores)
+        return (
+            like,
+            torch.empty_like(like),
+            torch.empty_like(like),
+            torch.empty_like(scores),
+            torch.empty_like(scores),
+        )
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
+# ---- public --------------------------------------------------------------------------------------
 def _prepare(op: str, impl: str, tensors: dict[str, Tensor | None]) -> list[Any]:
-    """Detached, and in the one dtype that `impl` computes in: float64 if any is (torch only), else float32."""
+    """Detached, and in the one dtype that `impl` computes in: float64 if any is (torch only), else
+    float32."""
     for name, tensor in tensors.items():
         check_dtype(op, name, tensor, FLOATS if impl == "torch" else FLOATS[:3])
-    wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors.values()) else torch.float32
+    wide = (
+        torch.float64
+        if any(t is not None and t.dtype == torch.float64 for t in tensors.values())
+        else torch.float32
+    )
     return [None if t is None else t.detach().to(wide) for t in tensors.values()]
 
 
-def _check_layout(op: str, name: str, first: Tensor, cu_seqlens: Tensor | None, per_sequence: dict[str, Tensor | None], gamma: float, lam: float) -> None:
+def _check_layout(
+    op: str,
+    name: str,
+    first: Tensor,
+    cu_seqlens: Tensor | None,
+    per_sequence: dict[str, Tensor | None],
+    gamma: float,
+    lam: float,
+) -> None:
     """What gae and shaped_gae ask of their sizes and coefficients, beyond patterns."""
     if cu_seqlens is None and first.ndim != 2:
-        raise ValueError(f"{op}: expected {name} [B, T], or [N] together with cu_seqlens [B + 1], got {describe(first)} and no cu_seqlens")
+        raise ValueError(
+            f"{op}: expected {name} [B, T], or [N] together with cu_seqlens [B + 1], got "
+            f"{describe(first)} and no cu_seqlens"
+        )
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,))
     for other, tensor in per_sequence.items():
-        if tensor is not None and cu_seqlens is not None and cu_seqlens.shape[0] != tensor.shape[0] + 1:
-            raise ValueError(f"{op}: expected cu_seqlens [B + 1] for {other} [B], got {describe(cu_seqlens)} and {describe(tensor)}")
+        if (
+            tensor is not None
+            and cu_seqlens is not None
+            and cu_seqlens.shape[0] != tensor.shape[0] + 1
+        ):
+            raise ValueError(
+                f"{op}: expected cu_seqlens [B + 1] for {other} [B], got {describe(cu_seqlens)} "
+                f"and {describe(tensor)}"
+            )
     if cu_seqlens is not None and cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: expected cu_seqlens [B + 1], got {describe(cu_seqlens)}; no sequences are a single 0")
+        raise ValueError(
+            f"{op}: expected cu_seqlens [B + 1], got {describe(cu_seqlens)}; no sequences are a "
+            "single 0"
+        )
     for other, value in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{op}: expected {other} within [0, 1], got {value}")
 
 
-def gae(rewards: Tensor, values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0, lam: float = 0.95,
-        last_values: Tensor | None = None, impl: str | None = None) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    last_values: Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns (equations at the top of this file).
 
     Args:
-        rewards, values: [N] with `cu_seqlens`, or [B, T]; float32, or bf16 and fp16, which are upcast (float64 with the torch implementation only).
+        rewards, values: [N] with `cu_seqlens`, or [B, T]; float32, or bf16 and fp16, which are
+        upcast (float64 with the torch implementation only).
             values[t] is the value of the state before token t.
-        mask: bool like `rewards`; False slots are passed over and come back as 0, whatever they held. None: every slot is live.
-        cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; on a GPU the caller answers for it).
-        gamma, lam: discount and lambda, within [0, 1].
-        last_values: [B] value of the state behind each sequence's last token, for truncated episodes; None is 0.
-        impl: "cpp", "torch", "triton" or "cuda"; by default the best one for the device.
+        mask: bool like `rewards`; False slots are passed over and come back as 0, whatever they
+        held. None: every slot is live. cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on
+        CPU by "cpp"; on a GPU the caller answers for it). gamma, lam: discount and lambda, within
+        [0, 1]. last_values: [B] value of the state behind each sequence's last token, for truncated
+        episodes; None is 0. impl: "cpp", "torch", "triton" or "cuda"; by default the best one for
+        the device.
     Returns:
-        (advantages, returns) like `rewards`, float32 (float64 for float64). They carry no gradient: the inputs are detached.
+        (advantages, returns) like `rewards`, float32 (float64 for float64). They carry no gradient:
+        the inputs are detached.
     Raises:
-        ValueError: sizes, devices or coefficients. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: sizes, devices or coefficients. TypeError: dtypes. RuntimeError: `impl` cannot
+        run here.
     """
-    rewards, values, last_values, chosen_impl = _prepare_gae("gae", _GAE, rewards, values, mask, cu_seqlens, gamma, lam, last_values, impl)
+    rewards, values, last_values, chosen_impl = _prepare_gae(
+        "gae", _GAE, rewards, values, mask, cu_seqlens, gamma, lam, last_values, impl
+    )
     call = gae_reference if chosen_impl == "torch" else _native("gae", chosen_impl)
     return call(rewards, values, mask, cu_seqlens, gamma, lam, last_values)
 
@@ -227,90 +375,230 @@ def _native(op: str, impl: str) -> Callable[..., Any]:
     return getattr(torch.ops.fusedrl, op if impl == "cpp" else f"{op}_{impl}")
 
 
-def _prepare_gae(op: str, table: Implementations, rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float,
-                 last_values: Tensor | None, impl: str | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
+def _prepare_gae(
+    op: str,
+    table: Implementations,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    lam: float,
+    last_values: Tensor | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None, str]:
     """The checks that gae and its kin share: (rewards, values, last_values, implementation)."""
     tokens = "N" if cu_seqlens is not None else "B T"
     _check_layout(op, "rewards", rewards, cu_seqlens, {"last_values": last_values}, gamma, lam)
-    check(op, {"rewards": (rewards, tokens), "values": (values, tokens), "mask": (mask, tokens), "cu_seqlens": (cu_seqlens, "B+1"),
-               "last_values": (last_values, "B")})
+    check(
+        op,
+        {
+            "rewards": (rewards, tokens),
+            "values": (values, tokens),
+            "mask": (mask, tokens),
+            "cu_seqlens": (cu_seqlens, "B+1"),
+            "last_values": (last_values, "B"),
+        },
+    )
     check_dtype(op, "mask", mask, (torch.bool,))
     chosen_impl = table.choose(rewards.device, impl)
-    rewards, values, last_values = _prepare(op, chosen_impl, {"rewards": rewards, "values": values, "last_values": last_values})
+    rewards, values, last_values = _prepare(
+        op, chosen_impl, {"rewards": rewards, "values": values, "last_values": last_values}
+    )
     return rewards, values, last_values, chosen_impl
 
 
-def td_advantages(rewards: Tensor, values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0,
-                  last_values: Tensor | None = None, impl: str | None = None) -> tuple[Tensor, Tensor]:
-    """The one-step temporal differences delta_t and their returns r_t + gamma V_{t+1}: `gae` with lam = 0. Arguments, results and errors as there."""
-    return gae(rewards, values, mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, lam=0.0, last_values=last_values, impl=impl)
+def td_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    last_values: Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The one-step temporal differences delta_t and their returns r_t + gamma V_{t+1}: `gae` with
+    lam = 0. Arguments, results and errors as there."""
+    return gae(
+        rewards,
+        values,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        gamma=gamma,
+        lam=0.0,
+        last_values=last_values,
+        impl=impl,
+    )
 
 
-def discounted_returns(rewards: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0,
-                       last_values: Tensor | None = None, impl: str | None = None) -> Tensor:
-    """Reward-to-go: sum_i gamma^i r_{t+i} over the live tokens from t on, plus gamma^n last_values. Arguments and errors as `gae`; like `rewards`, float32."""
-    return gae(rewards, torch.zeros_like(rewards), mask=mask, cu_seqlens=cu_seqlens, gamma=gamma, lam=1.0, last_values=last_values, impl=impl)[0]
+def discounted_returns(
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    last_values: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Reward-to-go: sum_i gamma^i r_{t+i} over the live tokens from t on, plus gamma^n last_values.
+    Arguments and errors as `gae`; like `rewards`, float32."""
+    return gae(
+        rewards,
+        torch.zeros_like(rewards),
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        gamma=gamma,
+        lam=1.0,
+        last_values=last_values,
+        impl=impl,
+    )[0]
 
 
-def k_step_advantages(rewards: Tensor, values: Tensor, k: int, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, gamma: float = 1.0,
-                      last_values: Tensor | None = None, impl: str | None = None) -> tuple[Tensor, Tensor]:
-    """k discounted rewards, then the value of the state behind them, less values[t] (equations at the top of this file).
+def k_step_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    last_values: Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """k discounted rewards, then the value of the state behind them, less values[t] (equations at
+    the top of this file).
 
     Args:
-        k: live tokens to look ahead, at least 1; fewer where the sequence ends, with `last_values` (or 0) behind the end.
-        others: as `gae`.
+        k: live tokens to look ahead, at least 1; fewer where the sequence ends, with `last_values`
+        (or 0) behind the end. others: as `gae`.
     Returns:
         (advantages, returns) like `rewards`, as `gae`. Errors as there.
     """
     op = "k_step_advantages"
     if k < 1:
         raise ValueError(f"{op}: expected k >= 1, got {k}")
-    rewards, values, last_values, chosen_impl = _prepare_gae(op, _K_STEP, rewards, values, mask, cu_seqlens, gamma, 1.0, last_values, impl)
+    rewards, values, last_values, chosen_impl = _prepare_gae(
+        op, _K_STEP, rewards, values, mask, cu_seqlens, gamma, 1.0, last_values, impl
+    )
     call = k_step_advantages_reference if chosen_impl == "torch" else _native(op, chosen_impl)
     return call(rewards, values, mask, cu_seqlens, k, gamma, last_values)
 
 
-def shaped_gae(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, *, mask: Tensor, cu_seqlens: Tensor | None, kl_coef: float | Tensor,
-               kl_estimator: str = "k1", gamma: float = 1.0, lam: float = 0.95, token_rewards: Tensor | None = None, score_clip: float | None = None,
-               whiten: bool = True, whiten_unbiased: bool = False, allow_biased_kl: bool = False, impl: str | None = None) -> ShapedGAE:
-    """From log-probabilities, values and scores to advantages: KL-shaped rewards, GAE, returns, whitening.
+def shaped_gae(
+    logp: Tensor,
+    ref_logp: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    *,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    kl_coef: float | Tensor,
+    kl_estimator: str = "k1",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    token_rewards: Tensor | None = None,
+    score_clip: float | None = None,
+    whiten: bool = True,
+    whiten_unbiased: bool = False,
+    allow_biased_kl: bool = False,
+    impl: str | None = None,
+) -> ShapedGAE:
+    """From log-probabilities, values and scores to advantages: KL-shaped rewards, GAE, returns,
+    whitening.
 
     Args:
-        logp, ref_logp, values: [N] with `cu_seqlens`, or [B, T] with None; float32, or bf16 and fp16, which are upcast (float64 with "torch" only).
-        scores: [B], placed at the last unmasked token; a sequence without one gets none.
-        mask: bool like `logp`, True where the policy acted; elsewhere the outputs are 0, whatever the inputs held.
-        cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; on a GPU the caller answers for it).
-        kl_coef: nats to reward; a float, or a float32 scalar tensor on the same device, which is not read on the host.
-        kl_estimator: "k1"; another one in a reward is biased and must be confirmed by `allow_biased_kl`.
-        gamma, lam: discount and lambda, within [0, 1].
-        token_rewards: like `logp`, added token by token; None is 0.
-        score_clip: scores are clipped to +-score_clip first.
-        whiten: advantages get mean 0 and variance 1 over all unmasked tokens of the call (eps 1e-8); returns are computed before it.
-        whiten_unbiased: variance over count - 1 instead of count.
-        impl: "cpp", "torch", "triton" or "cuda"; by default the best one for the device.
+        logp, ref_logp, values: [N] with `cu_seqlens`, or [B, T] with None; float32, or bf16 and
+        fp16, which are upcast (float64 with "torch" only). scores: [B], placed at the last unmasked
+        token; a sequence without one gets none. mask: bool like `logp`, True where the policy
+        acted; elsewhere the outputs are 0, whatever the inputs held. cu_seqlens: [B + 1] int32,
+        ascending from 0 to N (checked on CPU by "cpp"; on a GPU the caller answers for it).
+        kl_coef: nats to reward; a float, or a float32 scalar tensor on the same device, which is
+        not read on the host. kl_estimator: "k1"; another one in a reward is biased and must be
+        confirmed by `allow_biased_kl`. gamma, lam: discount and lambda, within [0, 1].
+        token_rewards: like `logp`, added token by token; None is 0. score_clip: scores are clipped
+        to +-score_clip first. whiten: advantages get mean 0 and variance 1 over all unmasked tokens
+        of the call (eps 1e-8); returns are computed before it. whiten_unbiased: variance over count
+        - 1 instead of count. impl: "cpp", "torch", "triton" or "cuda"; by default the best one for
+        the device.
     Returns:
         ShapedGAE. Its tensors carry no gradient: the inputs are detached.
     Raises:
-        ValueError: sizes, devices, coefficients, or a biased estimator not asked for. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: sizes, devices, coefficients, or a biased estimator not asked for. TypeError:
+        dtypes. RuntimeError: `impl` cannot run here.
     """
     op, tokens = "shaped_gae", "N" if cu_seqlens is not None else "B T"
     check_estimator(op, kl_estimator)
     if kl_estimator != "k1" and not allow_biased_kl:
-        raise ValueError(f"{op}: expected kl_estimator 'k1', got {kl_estimator!r}: in a reward any other estimator drops a term of the gradient of the KL and "
-                         "moves the optimum; pass allow_biased_kl=True if that is what you want")
+        raise ValueError(
+            f"{op}: expected kl_estimator 'k1', got {kl_estimator!r}: in a reward any other "
+            "estimator drops a term of the gradient of the KL and "
+            "moves the optimum; pass allow_biased_kl=True if that is what you want"
+        )
     if score_clip is not None and not score_clip >= 0.0:
         raise ValueError(f"{op}: expected score_clip >= 0 or None, got {score_clip}")
     _check_layout(op, "logp", logp, cu_seqlens, {"scores": scores}, gamma, lam)
     on_device = kl_coef if isinstance(kl_coef, Tensor) else None
-    check(op, {"logp": (logp, tokens), "ref_logp": (ref_logp, tokens), "values": (values, tokens), "scores": (scores, "B"), "mask": (mask, tokens),
-               "cu_seqlens": (cu_seqlens, "B+1"), "kl_coef": (on_device, ""), "token_rewards": (token_rewards, tokens)})
+    check(
+        op,
+        {
+            "logp": (logp, tokens),
+            "ref_logp": (ref_logp, tokens),
+            "values": (values, tokens),
+            "scores": (scores, "B"),
+            "mask": (mask, tokens),
+            "cu_seqlens": (cu_seqlens, "B+1"),
+            "kl_coef": (on_device, ""),
+            "token_rewards": (token_rewards, tokens),
+        },
+    )
     check_dtype(op, "mask", mask, (torch.bool,))
     chosen_impl = _SHAPED.choose(logp.device, impl)
-    logp, ref_logp, values, scores, token_rewards, on_device = _prepare(op, chosen_impl, {
-        "logp": logp, "ref_logp": ref_logp, "values": values, "scores": scores, "token_rewards": token_rewards, "kl_coef": on_device})
+    logp, ref_logp, values, scores, token_rewards, on_device = _prepare(
+        op,
+        chosen_impl,
+        {
+            "logp": logp,
+            "ref_logp": ref_logp,
+            "values": values,
+            "scores": scores,
+            "token_rewards": token_rewards,
+            "kl_coef": on_device,
+        },
+    )
     if chosen_impl == "torch":
-        return shaped_gae_reference(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef if on_device is None else on_device, kl_estimator, gamma, lam,
-                                    token_rewards, score_clip, whiten, whiten_unbiased)
-    return ShapedGAE(*_native(op, chosen_impl)(
-        logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef if on_device is None else 0.0, on_device, ESTIMATORS.index(kl_estimator), gamma, lam,
-        token_rewards, score_clip, whiten, whiten_unbiased))
+        return shaped_gae_reference(
+            logp,
+            ref_logp,
+            values,
+            scores,
+            mask,
+            cu_seqlens,
+            kl_coef if on_device is None else on_device,
+            kl_estimator,
+            gamma,
+            lam,
+            token_rewards,
+            score_clip,
+            whiten,
+            whiten_unbiased,
+        )
+    return ShapedGAE(
+        *_native(op, chosen_impl)(
+            logp,
+            ref_logp,
+            values,
+            scores,
+            mask,
+            cu_seqlens,
+            kl_coef if on_device is None else 0.0,
+            on_device,
+            ESTIMATORS.index(kl_estimator),
+            gamma,
+            lam,
+            token_rewards,
+            score_clip,
+            whiten,
+            whiten_unbiased,
+        )
+    )

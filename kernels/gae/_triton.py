@@ -1,18 +1,25 @@
 """gae, shaped_gae and k_step_advantages in Triton, one program a sequence.
 
-The mathematics and shapes are those of gae.py. A sequence is walked in chunks, and what a chunk leaves to the next is carried, so that its length is a
-run-time argument. gae and shaped_gae go from the end, in one launch: associative scans from the right find the next live value (where there are gaps)
-and compose the recurrence's (a, b). A second launch applies shaped_gae's whitening.
+The mathematics and shapes are those of gae.py. A sequence is walked in chunks, and what a chunk
+leaves to the next is carried, so that its length is a run-time argument. gae and shaped_gae go from
+the end, in one launch: associative scans from the right find the next live value (where there are
+gaps) and compose the recurrence's (a, b). A second launch applies shaped_gae's whitening.
 
-k_step_advantages is two launches and O(N) work, whatever k. The live tokens of a sequence are cut into blocks of k, and a window of k is the end of one
-block and the beginning of the next: the first launch goes from the left and leaves the sums from each block's beginning, side by side; the second goes
-from the right, sums to each block's end and puts the two together. Sums only, of k terms or fewer, so nothing cancels.
+k_step_advantages is two launches and O(N) work, whatever k. The live tokens of a sequence are cut
+into blocks of k, and a window of k is the end of one block and the beginning of the next: the first
+launch goes from the left and leaves the sums from each block's beginning, side by side; the second
+goes from the right, sums to each block's end and puts the two together. Sums only, of k terms or
+fewer, so nothing cancels.
 
-Bytes     gae and shaped_gae read the values and the mask twice (the second time shifted by one, from the cache), the rest once. k-step 24 read and
-          16 written a token, and twice the mask; without one 20 and 12.
-Numerics  float32 elements; what shaped_gae sums over chunks and sequences is float64, a few scalars a program. Fixed order, no atomics.
-Source    blocks and windows: van Herk (1992), A fast algorithm for local minimum and maximum filters; Gil and Werman (1993), for any associative operation.
+Bytes     gae and shaped_gae read the values and the mask twice (the second time shifted by one,
+          from the cache), the rest once. k-step 24 read and 16 written a token, and twice the mask;
+          without one 20 and 12.
+Numerics  float32 elements; what shaped_gae sums over chunks and sequences is float64, a few scalars
+          a program. Fixed order, no atomics.
+Source    blocks and windows: van Herk (1992), A fast algorithm for local minimum and maximum
+          filters; Gil and Werman (1993), for any associative operation.
 """
+
 from __future__ import annotations
 
 import math
@@ -31,7 +38,7 @@ _CHUNK, _WARPS = 1024, 8
 _BLOCK, _MERGED = 1024, 256  # whitening: tokens, and sequences' moments, at a time
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 @triton.jit
 def _compose(a_right, b_right, a_left, b_left):
     return a_left * a_right, b_left + a_left * b_right
@@ -46,14 +53,22 @@ def _nearest(live_right, v_right, live_left, v_left):
 def _from_beginning(begins_left, a_left, b_left, begins_right, a_right, b_right):
     # b = b_left + a_left b_right, but what lies left of a block's beginning is forgotten.
     begins = begins_right != 0
-    return begins_left | begins_right, tl.where(begins, a_right, a_left * a_right), tl.where(begins, b_right, b_left + a_left * b_right)
+    return (
+        begins_left | begins_right,
+        tl.where(begins, a_right, a_left * a_right),
+        tl.where(begins, b_right, b_left + a_left * b_right),
+    )
 
 
 @triton.jit
 def _to_end(ends_right, a_right, b_right, ends_left, a_left, b_left):
     # The same from the right: what lies right of a block's end is forgotten.
     ends = ends_left != 0
-    return ends_left | ends_right, tl.where(ends, a_left, a_left * a_right), tl.where(ends, b_left, b_left + a_left * b_right)
+    return (
+        ends_left | ends_right,
+        tl.where(ends, a_left, a_left * a_right),
+        tl.where(ends, b_left, b_left + a_left * b_right),
+    )
 
 
 @triton.jit
@@ -91,7 +106,8 @@ def _at(x, lane, wanted):
 
 @triton.jit
 def _next_value(values_ptr, mask_ptr, t, length, carry_value):
-    """Of each slot the nearest live value behind it, and whether that is of this chunk or the next slot; carried is the nearest behind those."""
+    """Of each slot the nearest live value behind it, and whether that is of this chunk or the next
+    slot; carried is the nearest behind those."""
     live_1 = _live(mask_ptr, t + 1, length)
     v_1 = tl.load(values_ptr + t + 1, mask=live_1, other=0.0).to(tl.float32)
     has_next = live_1.to(tl.int32)
@@ -108,7 +124,19 @@ def _advantages(delta, live, decay, carry_advantage):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _gae_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_values_ptr, advantages_ptr, returns_ptr, T, gamma, decay, CHUNK: tl.constexpr):
+def _gae_kernel(
+    rewards_ptr,
+    values_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    last_values_ptr,
+    advantages_ptr,
+    returns_ptr,
+    T,
+    gamma,
+    decay,
+    CHUNK: tl.constexpr,
+):
     b = tl.program_id(0)
     start, length = _place(cu_seqlens_ptr, b, T)
     rewards_ptr += start
@@ -138,10 +166,28 @@ def _gae_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_values_p
 
 @triton.jit(do_not_specialize=["T"])
 def _shaped_gae_kernel(
-    logp_ptr, ref_logp_ptr, values_ptr, scores_ptr, mask_ptr, cu_seqlens_ptr, kl_coef_ptr, token_rewards_ptr,
-    advantages_ptr, returns_ptr, rewards_ptr, kl_ptr, score_ptr, moments_ptr,
-    T, kl_coef, gamma, decay, score_bound,
-    ESTIMATOR: tl.constexpr, WHITEN: tl.constexpr, CHUNK: tl.constexpr,
+    logp_ptr,
+    ref_logp_ptr,
+    values_ptr,
+    scores_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    kl_coef_ptr,
+    token_rewards_ptr,
+    advantages_ptr,
+    returns_ptr,
+    rewards_ptr,
+    kl_ptr,
+    score_ptr,
+    moments_ptr,
+    T,
+    kl_coef,
+    gamma,
+    decay,
+    score_bound,
+    ESTIMATOR: tl.constexpr,
+    WHITEN: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     b = tl.program_id(0)
     start, length = _place(cu_seqlens_ptr, b, T)
@@ -156,7 +202,9 @@ def _shaped_gae_kernel(
     if kl_coef_ptr is not None:
         kl_coef = tl.load(kl_coef_ptr)
     score = tl.load(scores_ptr + b).to(tl.float32)
-    score = tl.where(score > score_bound, score_bound, tl.where(score < -score_bound, -score_bound, score))
+    score = tl.where(
+        score > score_bound, score_bound, tl.where(score < -score_bound, -score_bound, score)
+    )
 
     lane = tl.arange(0, CHUNK)
     carry_advantage = tl.full([], 0.0, tl.float32)
@@ -181,7 +229,9 @@ def _shaped_gae_kernel(
 
         reward = -kl_coef * kl
         if token_rewards_ptr is not None:
-            reward = tl.load(token_rewards_ptr + t, mask=live, other=0.0).to(tl.float32) - kl_coef * kl
+            reward = (
+                tl.load(token_rewards_ptr + t, mask=live, other=0.0).to(tl.float32) - kl_coef * kl
+            )
         reward = tl.where(has_next != 0, reward, reward + score)
         reward = tl.where(live, reward, 0.0)
 
@@ -206,10 +256,24 @@ def _shaped_gae_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "k"])
-def _beginnings_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_values_ptr, sums_ptr, live_values_ptr, tails_ptr, counts_ptr, T, k, gamma,
-                       CHUNK: tl.constexpr):
-    """Of the p-th live token the discounted rewards from the beginning of its block, and its value, at place p of its sequence; with the last token's
-    also what is behind it (tails), and how many live tokens there are."""
+def _beginnings_kernel(
+    rewards_ptr,
+    values_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    last_values_ptr,
+    sums_ptr,
+    live_values_ptr,
+    tails_ptr,
+    counts_ptr,
+    T,
+    k,
+    gamma,
+    CHUNK: tl.constexpr,
+):
+    """Of the p-th live token the discounted rewards from the beginning of its block, and its value,
+    at place p of its sequence; with the last token's also what is behind it (tails), and how many
+    live tokens there are."""
     b = tl.program_id(0)
     start, length = _place(cu_seqlens_ptr, b, T)
     rewards_ptr += start
@@ -229,7 +293,9 @@ def _beginnings_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_v
         if mask_ptr is not None:
             p = count + tl.cumsum(live.to(tl.int32), 0) - 1
         begins = live & (p % k == 0)
-        seen, a, total = tl.associative_scan((begins.to(tl.int32), tl.where(live, gamma, 1.0), reward), 0, _from_beginning)
+        seen, a, total = tl.associative_scan(
+            (begins.to(tl.int32), tl.where(live, gamma, 1.0), reward), 0, _from_beginning
+        )
         total = tl.where(seen != 0, total, carry + carry_a * total)
         a = tl.where(seen != 0, a, carry_a * a)
         tl.store(sums_ptr + p, total, mask=live)
@@ -246,8 +312,24 @@ def _beginnings_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_v
 
 
 @triton.jit(do_not_specialize=["T", "k"])
-def _k_step_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_values_ptr, sums_ptr, live_values_ptr, tails_ptr, counts_ptr, advantages_ptr,
-                   returns_ptr, T, k, gamma, gamma_k, CHUNK: tl.constexpr):
+def _k_step_kernel(
+    rewards_ptr,
+    values_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    last_values_ptr,
+    sums_ptr,
+    live_values_ptr,
+    tails_ptr,
+    counts_ptr,
+    advantages_ptr,
+    returns_ptr,
+    T,
+    k,
+    gamma,
+    gamma_k,
+    CHUNK: tl.constexpr,
+):
     b = tl.program_id(0)
     start, length = _place(cu_seqlens_ptr, b, T)
     rewards_ptr += start
@@ -279,42 +361,64 @@ def _k_step_kernel(rewards_ptr, values_ptr, mask_ptr, cu_seqlens_ptr, last_value
         in_block = p % k
         reward = tl.where(live & (p == count - 1), reward + gamma * last_value, reward)
         ends = live & (in_block == k - 1)
-        seen, a, window = tl.associative_scan((ends.to(tl.int32), tl.where(live, gamma, 1.0), reward), 0, _to_end, reverse=True)
+        seen, a, window = tl.associative_scan(
+            (ends.to(tl.int32), tl.where(live, gamma, 1.0), reward), 0, _to_end, reverse=True
+        )
         window = tl.where(seen != 0, window, window + a * carry)
         a = tl.where(seen != 0, a, a * carry_a)
         carry_a = _at(a, lane, 0)
         carry = _at(window, lane, 0)
 
-        last = tl.minimum(p + k, count) - 1  # of the window; in the next block if that exists and this is not all of its own
+        # of the window; in the next block if that exists and this is not all of its own
+        last = tl.minimum(p + k, count) - 1
         crosses = live & (in_block > 0) & (p - in_block + k < count)
         beginning = tl.load(sums_ptr + last, mask=crosses & (last < count - 1), other=0.0)
         beginning = tl.where(last == count - 1, tail, beginning)
         window += tl.where(crosses, a * beginning, 0.0)
         goes_on = live & (p + k < count)
-        window += tl.where(goes_on, gamma_k * tl.load(live_values_ptr + p + k, mask=goes_on, other=0.0), 0.0)
+        window += tl.where(
+            goes_on, gamma_k * tl.load(live_values_ptr + p + k, mask=goes_on, other=0.0), 0.0
+        )
         advantage = tl.where(live, window - v, 0.0)
         tl.store(advantages_ptr + t, advantage, mask=t < length)
         tl.store(returns_ptr + t, tl.where(live, advantage + v, 0.0), mask=t < length)
 
 
-# ---- launchers, and the ops that torch.compile sees ------------------------------------------------------------------
+# ---- launchers, and the ops that torch.compile sees ----------------------------------------------
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _like(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Advantages and returns, to be written."""
-    return torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device), torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
+    return torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device), torch.empty(
+        tokens.shape, dtype=torch.float32, device=tokens.device
+    )
 
 
 @torch.library.custom_op("fusedrl::gae_triton", mutates_args=())
-def _gae_triton(rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, gamma: float, lam: float,
-                last_values: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gae_triton(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    lam: float,
+    last_values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     advantages, returns = _like(rewards)
     B = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if rewards.numel():
-        _gae_kernel[(B,)](*_contiguous(rewards, values, mask, cu_seqlens, last_values), advantages, returns, rewards.shape[-1], gamma, gamma * lam,
-                          CHUNK=_CHUNK, num_warps=_WARPS)
+        _gae_kernel[(B,)](
+            *_contiguous(rewards, values, mask, cu_seqlens, last_values),
+            advantages,
+            returns,
+            rewards.shape[-1],
+            gamma,
+            gamma * lam,
+            CHUNK=_CHUNK,
+            num_warps=_WARPS,
+        )
     return advantages, returns
 
 
@@ -324,19 +428,46 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, last_values):
 
 
 @torch.library.custom_op("fusedrl::k_step_advantages_triton", mutates_args=())
-def _k_step_advantages_triton(rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, k: int, gamma: float,
-                              last_values: Tensor | None) -> tuple[Tensor, Tensor]:
+def _k_step_advantages_triton(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    k: int,
+    gamma: float,
+    last_values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     advantages, returns = _like(rewards)
     N, B = rewards.numel(), rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if N:
         k = min(k, N)  # no window is longer; places and k add up in int32
-        rewards, values, mask, cu_seqlens, last_values = _contiguous(rewards, values, mask, cu_seqlens, last_values)
+        rewards, values, mask, cu_seqlens, last_values = _contiguous(
+            rewards, values, mask, cu_seqlens, last_values
+        )
         sums = torch.empty(N, dtype=torch.float32, device=rewards.device)
         live_values = values if mask is None else torch.empty_like(sums)
-        tails, counts = torch.empty(B, dtype=torch.float32, device=rewards.device), torch.empty(B, dtype=torch.int32, device=rewards.device)
-        inputs, scratch, T = (rewards, values, mask, cu_seqlens, last_values), (sums, live_values, tails, counts), advantages.shape[-1]
+        tails, counts = (
+            torch.empty(B, dtype=torch.float32, device=rewards.device),
+            torch.empty(B, dtype=torch.int32, device=rewards.device),
+        )
+        inputs, scratch, T = (
+            (rewards, values, mask, cu_seqlens, last_values),
+            (sums, live_values, tails, counts),
+            advantages.shape[-1],
+        )
         _beginnings_kernel[(B,)](*inputs, *scratch, T, k, gamma, CHUNK=_CHUNK, num_warps=_WARPS)
-        _k_step_kernel[(B,)](*inputs, *scratch, advantages, returns, T, k, gamma, gamma**k, CHUNK=_CHUNK, num_warps=_WARPS)
+        _k_step_kernel[(B,)](
+            *inputs,
+            *scratch,
+            advantages,
+            returns,
+            T,
+            k,
+            gamma,
+            gamma**k,
+            CHUNK=_CHUNK,
+            num_warps=_WARPS,
+        )
     return advantages, returns
 
 
@@ -347,41 +478,119 @@ def _(rewards, values, mask, cu_seqlens, k, gamma, last_values):
 
 @torch.library.custom_op("fusedrl::shaped_gae_triton", mutates_args=())
 def _shaped_gae_triton(
-    logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None, kl_coef: float, kl_coef_tensor: Tensor | None,
-    kl_estimator: int, gamma: float, lam: float, token_rewards: Tensor | None, score_clip: float | None, whiten: bool, whiten_unbiased: bool,
+    logp: Tensor,
+    ref_logp: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    kl_coef: float,
+    kl_coef_tensor: Tensor | None,
+    kl_estimator: int,
+    gamma: float,
+    lam: float,
+    token_rewards: Tensor | None,
+    score_clip: float | None,
+    whiten: bool,
+    whiten_unbiased: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (advantages, returns), rewards = _like(logp), torch.empty(logp.shape, dtype=torch.float32, device=logp.device)
+    (advantages, returns), rewards = (
+        _like(logp),
+        torch.empty(logp.shape, dtype=torch.float32, device=logp.device),
+    )
     N, B = logp.numel(), scores.shape[0]
     kl_B, score_B = (torch.empty(B, dtype=torch.float32, device=logp.device) for _ in range(2))
-    logp, ref_logp, values, scores, mask, cu_seqlens, token_rewards = _contiguous(logp, ref_logp, values, scores, mask, cu_seqlens, token_rewards)
+    logp, ref_logp, values, scores, mask, cu_seqlens, token_rewards = _contiguous(
+        logp, ref_logp, values, scores, mask, cu_seqlens, token_rewards
+    )
     parts = torch.empty(3 * B, dtype=torch.float64, device=logp.device) if whiten else None
     if B:
         _shaped_gae_kernel[(B,)](
-            logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef_tensor, token_rewards, advantages, returns, rewards, kl_B, score_B, parts,
-            advantages.shape[-1], kl_coef, gamma, gamma * lam, math.inf if score_clip is None else score_clip,
-            ESTIMATOR=kl_estimator, WHITEN=whiten, CHUNK=_CHUNK, num_warps=_WARPS)
+            logp,
+            ref_logp,
+            values,
+            scores,
+            mask,
+            cu_seqlens,
+            kl_coef_tensor,
+            token_rewards,
+            advantages,
+            returns,
+            rewards,
+            kl_B,
+            score_B,
+            parts,
+            advantages.shape[-1],
+            kl_coef,
+            gamma,
+            gamma * lam,
+            math.inf if score_clip is None else score_clip,
+            ESTIMATOR=kl_estimator,
+            WHITEN=whiten,
+            CHUNK=_CHUNK,
+            num_warps=_WARPS,
+        )
     if whiten and N:
         # In place, at most 512 programs: each reads every sequence's moments.
-        whiten_kernel[(min(triton.cdiv(N, _BLOCK), 512),)](advantages, mask, parts, advantages, N, B, int(whiten_unbiased), WHITEN_EPS, 0, BLOCK=_BLOCK,
-                                                           MERGED=_MERGED)
+        whiten_kernel[(min(triton.cdiv(N, _BLOCK), 512),)](
+            advantages,
+            mask,
+            parts,
+            advantages,
+            N,
+            B,
+            int(whiten_unbiased),
+            WHITEN_EPS,
+            0,
+            BLOCK=_BLOCK,
+            MERGED=_MERGED,
+        )
     return advantages, returns, rewards, kl_B, score_B
 
 
 @_shaped_gae_triton.register_fake
-def _(logp, ref_logp, values, scores, mask, cu_seqlens, kl_coef, kl_coef_tensor, kl_estimator, gamma, lam, token_rewards, score_clip, whiten,
-      whiten_unbiased):
+def _(
+    logp,
+    ref_logp,
+    values,
+    scores,
+    mask,
+    cu_seqlens,
+    kl_coef,
+    kl_coef_tensor,
+    kl_estimator,
+    gamma,
+    lam,
+    token_rewards,
+    score_clip,
+    whiten,
+    whiten_unbiased,
+):
     per_sequence = torch.empty(scores.shape, dtype=torch.float32, device=logp.device)
     return *_like(logp), _like(logp)[0], per_sequence, torch.empty_like(per_sequence)
 
 
-# ---- what is compiled offline -------------------------------------------------------------------------------------------
-_SCALARS = {"T": "i32", "k": "i32", **dict.fromkeys(("kl_coef", "gamma", "gamma_k", "decay", "score_bound"), "fp32")}
-_POINTERS = {"mask_ptr": "*i1", "cu_seqlens_ptr": "*i32", "counts_ptr": "*i32", "moments_ptr": "*fp64"}  # the others float32
+# ---- what is compiled offline --------------------------------------------------------------------
+_SCALARS = {
+    "T": "i32",
+    "k": "i32",
+    **dict.fromkeys(("kl_coef", "gamma", "gamma_k", "decay", "score_bound"), "fp32"),
+}
+_POINTERS = {
+    "mask_ptr": "*i1",
+    "cu_seqlens_ptr": "*i32",
+    "counts_ptr": "*i32",
+    "moments_ptr": "*fp64",
+}  # the others float32
 
 
 def _offline(kernel, *absent: str, **constexprs: int | bool) -> dict:
     fixed = {"CHUNK": _CHUNK} | constexprs | dict.fromkeys(absent)
-    signature = {name: (_SCALARS | _POINTERS).get(name, "*fp32") for name in kernel.arg_names if name not in fixed}
+    signature = {
+        name: (_SCALARS | _POINTERS).get(name, "*fp32")
+        for name in kernel.arg_names
+        if name not in fixed
+    }
     return {"kernel": kernel, "signature": signature, "constexprs": fixed, "num_warps": _WARPS}
 
 
@@ -390,11 +599,28 @@ OFFLINE_KERNELS = {
     "gae_packed_unmasked": _offline(_gae_kernel, "mask_ptr", "last_values_ptr"),
     "gae_padded_last_values": _offline(_gae_kernel, "cu_seqlens_ptr"),
     "beginnings_packed": _offline(_beginnings_kernel),
-    "beginnings_padded_unmasked": _offline(_beginnings_kernel, "mask_ptr", "cu_seqlens_ptr", "last_values_ptr"),
+    "beginnings_padded_unmasked": _offline(
+        _beginnings_kernel, "mask_ptr", "cu_seqlens_ptr", "last_values_ptr"
+    ),
     "k_step_packed": _offline(_k_step_kernel),
-    "k_step_padded_unmasked": _offline(_k_step_kernel, "mask_ptr", "cu_seqlens_ptr", "last_values_ptr"),
-    "shaped_packed_k1": _offline(_shaped_gae_kernel, "kl_coef_ptr", "token_rewards_ptr", ESTIMATOR=0, WHITEN=True),
-    "shaped_packed_k1_device_coef": _offline(_shaped_gae_kernel, "token_rewards_ptr", ESTIMATOR=0, WHITEN=True),
-    "shaped_padded_k1": _offline(_shaped_gae_kernel, "kl_coef_ptr", "token_rewards_ptr", "cu_seqlens_ptr", ESTIMATOR=0, WHITEN=True),
-    "shaped_packed_k3_token_rewards": _offline(_shaped_gae_kernel, "kl_coef_ptr", "moments_ptr", ESTIMATOR=2, WHITEN=False),
+    "k_step_padded_unmasked": _offline(
+        _k_step_kernel, "mask_ptr", "cu_seqlens_ptr", "last_values_ptr"
+    ),
+    "shaped_packed_k1": _offline(
+        _shaped_gae_kernel, "kl_coef_ptr", "token_rewards_ptr", ESTIMATOR=0, WHITEN=True
+    ),
+    "shaped_packed_k1_device_coef": _offline(
+        _shaped_gae_kernel, "token_rewards_ptr", ESTIMATOR=0, WHITEN=True
+    ),
+    "shaped_padded_k1": _offline(
+        _shaped_gae_kernel,
+        "kl_coef_ptr",
+        "token_rewards_ptr",
+        "cu_seqlens_ptr",
+        ESTIMATOR=0,
+        WHITEN=True,
+    ),
+    "shaped_packed_k3_token_rewards": _offline(
+        _shaped_gae_kernel, "kl_coef_ptr", "moments_ptr", ESTIMATOR=2, WHITEN=False
+    ),
 }

@@ -1,20 +1,29 @@
-"""Estimators of KL(pi || ref) from one sampled token's log-probabilities, and losses made of them. The exact ones are in full_kl.py.
+"""Estimators of KL(pi || ref) from one sampled token's log-probabilities, and losses made of them.
+The exact ones are in full_kl.py.
 
-    k1  = logp - ref_logp                                  unbiased; the only one that belongs in a reward
-    k2  = k1^2 / 2                                         biased; as a loss its expected gradient per state is that of the KL
-    k3  = expm1(-k1) + k1, at least 0                      unbiased, never negative; as a loss it follows KL(ref || pi)
+    k1  = logp - ref_logp                                  unbiased; the only one that belongs in a
+                                                           reward
+    k2  = k1^2 / 2                                         biased; as a loss its expected gradient
+                                                           per state is that of the KL
+    k3  = expm1(-k1) + k1, at least 0                      unbiased, never negative; as a loss it
+                                                           follows KL(ref || pi)
     abs = |k1|
 
     kl_loss   value     token sum_t w_t value(k1_t)        sequence sum_b w_b value(sum_t k1_t)
-              gradient  token w_t slope(k1_t) at logp_t    sequence w_b slope(sum_t k1_t) at each of its tokens      slope = d gradient-estimator / d k1
+              gradient  token w_t slope(k1_t) at logp_t    sequence w_b slope(sum_t k1_t) at each of
+                                                           its tokens      slope = d
+                                                           gradient-estimator / d k1
 
 Shapes    any, the same for both; one estimate an element. A loss takes N tokens of B sequences.
 Bytes     8 B read and 4 B written an element; kl_loss 12 and 4, and 8 in its backward.
-Numerics  -k1 is clamped to +-20 inside the exponential (k3 stays finite up to 4.9e8); clamped_count says how often. k3 carries the rounding of
-          logp - ref_logp along (C++, Triton) or works in float64 (torch): the exponential would turn it into a relative error of 1e-6.
-          In a loss k3's slope is 0 beyond the clamp.
-Source    Schulman (2020), Approximating KL Divergence; Tang and Munos (2025), On a few pitfalls in KL divergence gradient estimation for RL.
+Numerics  -k1 is clamped to +-20 inside the exponential (k3 stays finite up to 4.9e8); clamped_count
+          says how often. k3 carries the rounding of logp - ref_logp along (C++, Triton) or works in
+          float64 (torch): the exponential would turn it into a relative error of 1e-6. In a loss
+          k3's slope is 0 beyond the clamp.
+Source    Schulman (2020), Approximating KL Divergence; Tang and Munos (2025), On a few pitfalls in
+          KL divergence gradient estimation for RL.
 """
+
 from __future__ import annotations
 
 import torch
@@ -30,8 +39,18 @@ from fusedrl.kernels.runtime.triton import triton
 if triton is not None:
     from fusedrl.kernels.kl import _triton  # noqa: F401  (registers fusedrl::token_kl_triton and fusedrl::kl_loss_triton)
 
-__all__ = ["ESTIMATORS", "MAX_LOG_RATIO", "check_estimator", "clamped_count", "full_kl", "kl_loss", "kl_loss_reference", "linear_full_kl", "token_kl",
-           "token_kl_reference"]
+__all__ = [
+    "ESTIMATORS",
+    "MAX_LOG_RATIO",
+    "check_estimator",
+    "clamped_count",
+    "full_kl",
+    "kl_loss",
+    "kl_loss_reference",
+    "linear_full_kl",
+    "token_kl",
+    "token_kl_reference",
+]
 ESTIMATORS = ("k1", "k2", "k3", "abs")  # the order of KlEstimator in csrc/cpu/include/kl.h
 MAX_LOG_RATIO = 20.0
 _IMPLS = Implementations("token_kl", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
@@ -41,10 +60,12 @@ _LOSS = Implementations("kl_loss", cpu=("cpp", "torch", "triton"), cuda=("triton
 def check_estimator(op: str, estimator: str) -> None:
     """Raises ValueError unless `estimator` is one of ESTIMATORS."""
     if estimator not in ESTIMATORS:
-        raise ValueError(f"{op}: expected an estimator of {', '.join(ESTIMATORS)}, got {estimator!r}")
+        raise ValueError(
+            f"{op}: expected an estimator of {', '.join(ESTIMATORS)}, got {estimator!r}"
+        )
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
+# ---- reference -----------------------------------------------------------------------------------
 def token_kl_reference(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Tensor:
     """The definition, on any device and in any float dtype (float64 is the oracle)."""
     k1 = logp_N - ref_logp_N
@@ -55,62 +76,107 @@ def token_kl_reference(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Te
     if estimator == "abs":
         return k1.abs()
     exact = logp_N.double() - ref_logp_N.double()
-    return (torch.expm1((-exact).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + exact).clamp(min=0.0).to(k1.dtype)
+    return (
+        (torch.expm1((-exact).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + exact)
+        .clamp(min=0.0)
+        .to(k1.dtype)
+    )
 
 
 def _descended(k1: Tensor, estimator: str) -> Tensor:
-    """The estimator as autograd is to see it: k3 without the clip at 0, and constant beyond the clamp."""
+    """The estimator as autograd is to see it: k3 without the clip at 0, and constant beyond the
+    clamp."""
     if estimator != "k3":
         return token_kl_reference(k1, torch.zeros_like(k1), estimator)
-    return torch.where(k1.abs() > MAX_LOG_RATIO, k1.detach(), torch.expm1(-k1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + k1)
+    return torch.where(
+        k1.abs() > MAX_LOG_RATIO,
+        k1.detach(),
+        torch.expm1(-k1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + k1,
+    )
 
 
-def kl_loss_reference(logp_N: Tensor, ref_logp_N: Tensor, weights_N: Tensor, estimator: str, gradient: str, cu_seqlens: Tensor | None) -> Tensor:
-    """The definition, differentiable, on any device, in float64; cu_seqlens for the sequence level, None for tokens."""
+def kl_loss_reference(
+    logp_N: Tensor,
+    ref_logp_N: Tensor,
+    weights_N: Tensor,
+    estimator: str,
+    gradient: str,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """The definition, differentiable, on any device, in float64; cu_seqlens for the sequence level,
+    None for tokens."""
     live = weights_N != 0
     k1 = torch.where(live, logp_N.double() - ref_logp_N.double(), 0)
     weights = weights_N.double()
     if cu_seqlens is not None:
-        sequence_N = torch.searchsorted(cu_seqlens[1:], torch.arange(len(k1), device=k1.device), right=True)
+        sequence_N = torch.searchsorted(
+            cu_seqlens[1:], torch.arange(len(k1), device=k1.device), right=True
+        )
         offsets = cu_seqlens.long()
-        sums, weight_sums, counts = (torch.segment_reduce(x, "sum", offsets=offsets, unsafe=True) for x in (k1.detach(), weights, live.double()))
-        k1 = sums.index_add(0, sequence_N, k1 - k1.detach())  # the sums in a fixed order; what is added is 0 and brings the gradient
+        sums, weight_sums, counts = (
+            torch.segment_reduce(x, "sum", offsets=offsets, unsafe=True)
+            for x in (k1.detach(), weights, live.double())
+        )
+        # the sums in a fixed order; what is added is 0 and brings the gradient
+        k1 = sums.index_add(0, sequence_N, k1 - k1.detach())
         weights = weight_sums / counts.clamp(min=1)
     descended = (weights * _descended(k1, gradient)).sum()
     value = (weights * token_kl_reference(k1.detach(), torch.zeros_like(k1), estimator)).sum()
     return (value + (descended - descended.detach())).to(logp_N.dtype)
 
 
-# ---- custom ops: what torch.compile sees -------------------------------------------------------------------------------
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
 if native.capability:
+
     @torch.library.register_fake("fusedrl::token_kl")
     def _(logp: Tensor, ref_logp: Tensor, estimator: int) -> Tensor:
         return torch.empty_like(logp, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("fusedrl::kl_loss_forward")
-    def _(logp: Tensor, ref_logp: Tensor, weights: Tensor, estimator: int, gradient: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _(
+        logp: Tensor,
+        ref_logp: Tensor,
+        weights: Tensor,
+        estimator: int,
+        gradient: int,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         return logp.new_empty(()), torch.empty_like(logp, memory_format=torch.contiguous_format)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
+# ---- public --------------------------------------------------------------------------------------
 def token_kl(logp: Tensor, ref_logp: Tensor, *, estimator: str, impl: str | None = None) -> Tensor:
     """One estimate of KL(pi || ref), in nats, for every sampled token.
 
     Args:
-        logp, ref_logp: log-probabilities of the sampled tokens, of one shape, float32 (the torch implementation also float64).
-        estimator: "k1", "k2", "k3" or "abs" (formulas at the top of this file).
-        impl: "cpp", "torch" or "triton"; by default the best one for the device.
+        logp, ref_logp: log-probabilities of the sampled tokens, of one shape, float32 (the torch
+        implementation also float64). estimator: "k1", "k2", "k3" or "abs" (formulas at the top of
+        this file). impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
-        The estimates in the inputs' shape and dtype. A value only: it carries no gradient (which estimator to differentiate is another question).
+        The estimates in the inputs' shape and dtype. A value only: it carries no gradient (which
+        estimator to differentiate is another question).
     Raises:
-        ValueError: unknown estimator, shapes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: unknown estimator, shapes or devices that do not agree. TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "token_kl"
     check_estimator(op, estimator)
-    if logp.shape != ref_logp.shape or logp.device != ref_logp.device or logp.dtype != ref_logp.dtype:
-        raise ValueError(f"{op}: expected logp and ref_logp of one shape, dtype and device, got {describe(logp)} and {describe(ref_logp)}")
+    if (
+        logp.shape != ref_logp.shape
+        or logp.device != ref_logp.device
+        or logp.dtype != ref_logp.dtype
+    ):
+        raise ValueError(
+            f"{op}: expected logp and ref_logp of one shape, dtype and device, got "
+            f"{describe(logp)} and {describe(ref_logp)}"
+        )
     chosen_impl = _IMPLS.choose(logp.device, impl)
-    check_dtype(op, "logp", logp, (torch.float32, torch.float64) if chosen_impl == "torch" else (torch.float32,))
+    check_dtype(
+        op,
+        "logp",
+        logp,
+        (torch.float32, torch.float64) if chosen_impl == "torch" else (torch.float32,),
+    )
     logp, ref_logp = logp.detach(), ref_logp.detach()
     if chosen_impl == "torch":
         return token_kl_reference(logp, ref_logp, estimator)
@@ -119,11 +185,13 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, estimator: str, impl: str | None
 
 
 def clamped_count(logp: Tensor, ref_logp: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """How many log ratios are beyond +-20, where k3 clamps its exponential and, in a loss, has no gradient. A policy that drifts so far shows here first.
+    """How many log ratios are beyond +-20, where k3 clamps its exponential and, in a loss, has no
+    gradient. A policy that drifts so far shows here first.
 
     Args:
-        logp, ref_logp: as in `token_kl`, on any device and in any float dtype. For the sequence level of `kl_loss`, sums over the sequences.
-        mask: bool of their shape, False where a token does not count and may hold anything (weights != 0); None counts every token.
+        logp, ref_logp: as in `token_kl`, on any device and in any float dtype. For the sequence
+        level of `kl_loss`, sums over the sequences. mask: bool of their shape, False where a token
+        does not count and may hold anything (weights != 0); None counts every token.
     Returns:
         An int64 scalar on the device of the inputs, not read on the host. NaN is no clamp.
     Raises:
@@ -132,33 +200,52 @@ def clamped_count(logp: Tensor, ref_logp: Tensor, *, mask: Tensor | None = None)
     op = "clamped_count"
     for other, tensor in (("ref_logp", ref_logp), ("mask", mask)):
         if tensor is not None and (tensor.shape != logp.shape or tensor.device != logp.device):
-            raise ValueError(f"{op}: expected logp and {other} of one shape and device, got {describe(logp)} and {describe(tensor)}")
+            raise ValueError(
+                f"{op}: expected logp and {other} of one shape and device, got {describe(logp)} "
+                f"and {describe(tensor)}"
+            )
     check_dtype(op, "mask", mask, (torch.bool,))
     beyond = (logp.detach() - ref_logp.detach()).abs() > MAX_LOG_RATIO
     return (beyond if mask is None else beyond & mask).sum()
 
 
-def kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, *, estimator: str, gradient: str, level: str = "token", cu_seqlens: Tensor | None = None,
-            impl: str | None = None) -> Tensor:
-    """KL(pi || ref) as a loss, of log-probabilities sampled from pi: what it reports, what it descends and over what are separate choices.
+def kl_loss(
+    logp: Tensor,
+    ref_logp: Tensor,
+    weights: Tensor,
+    *,
+    estimator: str,
+    gradient: str,
+    level: str = "token",
+    cu_seqlens: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """KL(pi || ref) as a loss, of log-probabilities sampled from pi: what it reports, what it
+    descends and over what are separate choices.
 
-    Descended on policy, in expectation over the token a state samples: k1 goes nowhere (its gradient is 0 on average), k2 follows KL(pi || ref),
-    k3 follows KL(ref || pi), the other direction. So the usual default, k3 for both, is not the penalty its value shows; gradient="k2" is.
-    Over sequences every token-level loss, k2 and the exact full_kl included, drops that a token changes the states behind it (relative error of the
-    gradient at three tokens .51, k3 .61). Right there are: k1 in the reward (shaped_gae); level="sequence" with gradient="k2" (noisy); token k2 or
-    full_kl together with the detached KL of the tokens to come in the advantage.
+    Descended on policy, in expectation over the token a state samples: k1 goes nowhere (its
+    gradient is 0 on average), k2 follows KL(pi || ref), k3 follows KL(ref || pi), the other
+    direction. So the usual default, k3 for both, is not the penalty its value shows; gradient="k2"
+    is. Over sequences every token-level loss, k2 and the exact full_kl included, drops that a token
+    changes the states behind it (relative error of the gradient at three tokens .51, k3 .61). Right
+    there are: k1 in the reward (shaped_gae); level="sequence" with gradient="k2" (noisy); token k2
+    or full_kl together with the detached KL of the tokens to come in the advantage.
 
     Args:
-        logp, ref_logp: [N], or any shape, float32 (the torch implementation also float64), finite where they count; ref_logp is a constant.
-        weights: like `logp`, as of `token_weights`; 0 where a token does not count, and may hold anything.
-        estimator: "k1", "k2", "k3" or "abs", whose value the loss is. gradient: the one whose slope it has.
-        level: "token", or "sequence": the estimators of the whole sequence's log ratio, weighted by the mean of its non-zero weights.
-        cu_seqlens: [B + 1] int32, for the sequence level of packed [N]; without it rows of [B, T] are the sequences.
-        impl: "cpp", "torch" or "triton"; by default the best one for the device.
+        logp, ref_logp: [N], or any shape, float32 (the torch implementation also float64), finite
+        where they count; ref_logp is a constant. weights: like `logp`, as of `token_weights`; 0
+        where a token does not count, and may hold anything. estimator: "k1", "k2", "k3" or "abs",
+        whose value the loss is. gradient: the one whose slope it has. level: "token", or
+        "sequence": the estimators of the whole sequence's log ratio, weighted by the mean of its
+        non-zero weights. cu_seqlens: [B + 1] int32, for the sequence level of packed [N]; without
+        it rows of [B, T] are the sequences. impl: "cpp", "torch" or "triton"; by default the best
+        one for the device.
     Returns:
-        A scalar; 0 without tokens. Differentiable in logp ("cpp" and "triton" once: a double backward raises).
+        A scalar; 0 without tokens. Differentiable in logp ("cpp" and "triton" once: a double
+        backward raises).
     Raises:
-        ValueError: unknown estimators or level, shapes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: unknown estimators or level, shapes or devices that do not agree. TypeError:
+        dtypes. RuntimeError: `impl` cannot run here.
     """
     op = "kl_loss"
     check_estimator(op, estimator)
@@ -167,21 +254,43 @@ def kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, *, estimator: str, 
         raise ValueError(f"{op}: expected level to be token or sequence, got {level!r}")
     for other, tensor in (("ref_logp", ref_logp), ("weights", weights)):
         if tensor.shape != logp.shape or tensor.device != logp.device or tensor.dtype != logp.dtype:
-            raise ValueError(f"{op}: expected logp and {other} of one shape, dtype and device, got {describe(logp)} and {describe(tensor)}")
+            raise ValueError(
+                f"{op}: expected logp and {other} of one shape, dtype and device, got "
+                f"{describe(logp)} and {describe(tensor)}"
+            )
     chosen_impl = _LOSS.choose(logp.device, impl)
-    check_dtype(op, "logp", logp, (torch.float32, torch.float64) if chosen_impl == "torch" else (torch.float32,))
+    check_dtype(
+        op,
+        "logp",
+        logp,
+        (torch.float32, torch.float64) if chosen_impl == "torch" else (torch.float32,),
+    )
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,))
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.device != logp.device):
-        raise ValueError(f"{op}: expected cu_seqlens [B + 1] on {logp.device}, got {describe(cu_seqlens)}; no sequences are a single 0")
+    if cu_seqlens is not None and (
+        cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.device != logp.device
+    ):
+        raise ValueError(
+            f"{op}: expected cu_seqlens [B + 1] on {logp.device}, got {describe(cu_seqlens)}; no "
+            "sequences are a single 0"
+        )
     if level == "sequence" and logp.ndim != (2 if cu_seqlens is None else 1):
-        raise ValueError(f"{op}: expected logp [N] with cu_seqlens, or [B, T] without, at the sequence level, got {describe(logp)} and "
-                         f"{'no cu_seqlens' if cu_seqlens is None else describe(cu_seqlens)}")
+        raise ValueError(
+            f"{op}: expected logp [N] with cu_seqlens, or [B, T] without, at the sequence level, "
+            f"got {describe(logp)} and "
+            f"{'no cu_seqlens' if cu_seqlens is None else describe(cu_seqlens)}"
+        )
     if level == "token":
         cu_seqlens = None
     elif cu_seqlens is None:
-        cu_seqlens = torch.arange(logp.shape[0] + 1, dtype=torch.int32, device=logp.device) * logp.shape[1]
+        cu_seqlens = (
+            torch.arange(logp.shape[0] + 1, dtype=torch.int32, device=logp.device) * logp.shape[1]
+        )
     flat = (logp.reshape(-1), ref_logp.detach().reshape(-1), weights.detach().reshape(-1))
     if chosen_impl == "torch":
         return kl_loss_reference(*flat, estimator, gradient, cu_seqlens)
     arguments = (*flat, ESTIMATORS.index(estimator), ESTIMATORS.index(gradient), cu_seqlens)
-    return torch.ops.fusedrl.kl_loss(*arguments) if chosen_impl == "cpp" else torch.ops.fusedrl.kl_loss_triton(*arguments)[0]
+    return (
+        torch.ops.fusedrl.kl_loss(*arguments)
+        if chosen_impl == "cpp"
+        else torch.ops.fusedrl.kl_loss_triton(*arguments)[0]
+    )

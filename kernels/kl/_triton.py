@@ -1,12 +1,17 @@
-"""token_kl and kl_loss in Triton: one launch an estimate; a loss and its slope in one pass, and a second launch of one program that adds up.
+"""token_kl and kl_loss in Triton: one launch an estimate; a loss and its slope in one pass, and a
+second launch of one program that adds up.
 
-The mathematics and shapes are those of kl.py. The estimators here are also those of shaped_gae and of the policy loss.
+The mathematics and shapes are those of kl.py. The estimators here are also those of shaped_gae and
+of the policy loss.
 
-Bytes     token level as in kl.py; the sequence level reads the weights twice (the second time from the cache). Whole blocks are read and written
-          without a mask, whose unknown alignment would bring every access from 16 bytes down to 4.
-Numerics  float32 elements. k3 carries the rounding of logp - ref_logp along, and takes its exponential from a polynomial: the hardware's errs by 2e-6
-          at 20 nats. Sums of a block in float32, of a sequence and of the blocks in float64, in a fixed order, no atomics.
+Bytes     token level as in kl.py; the sequence level reads the weights twice (the second time from
+          the cache). Whole blocks are read and written without a mask, whose unknown alignment
+          would bring every access from 16 bytes down to 4.
+Numerics  float32 elements. k3 carries the rounding of logp - ref_logp along, and takes its
+          exponential from a polynomial: the hardware's errs by 2e-6 at 20 nats. Sums of a block in
+          float32, of a sequence and of the blocks in float64, in a fixed order, no atomics.
 """
+
 from __future__ import annotations
 
 import torch
@@ -21,7 +26,7 @@ _CHUNK = 1024
 _K1, _K2, _K3, _ABS = (tl.constexpr(i) for i in range(4))  # the order of ESTIMATORS in kl.py
 
 
-# ---- Triton: estimators ------------------------------------------------------------------------------------------------
+# ---- Triton: estimators --------------------------------------------------------------------------
 @triton.jit
 def clamp(d):
     return tl.where(d > 20.0, 20.0, tl.where(d < -20.0, -20.0, d))  # where, since minimum drops NaN
@@ -29,8 +34,9 @@ def clamp(d):
 
 @triton.jit
 def exponential(clamped, d):
-    """e^clamped, and e^clamped - 1 - d. With d = k ln 2 + f, e^f - 1 - f = f^2 q(f) is free of cancellation, which matters where d is small,
-    and there k = 0. Exactly 1 and 0 at d = 0, which the hardware's approximate exp does not promise."""
+    """e^clamped, and e^clamped - 1 - d. With d = k ln 2 + f, e^f - 1 - f = f^2 q(f) is free of
+    cancellation, which matters where d is small, and there k = 0. Exactly 1 and 0 at d = 0, which
+    the hardware's approximate exp does not promise."""
     k = tl.floor(clamped * 1.44269504 + 0.5)
     k = tl.where(k == k, k, 0.0)  # NaN has no integer; it comes back by f
     f = clamped - k * 0.693359375 + k * 2.12194440e-4
@@ -82,7 +88,7 @@ def kl_slope(d, ESTIMATOR: tl.constexpr):
     return slope
 
 
-# ---- Triton: kernels -----------------------------------------------------------------------------------------------------
+# ---- Triton: kernels -----------------------------------------------------------------------------
 @triton.jit
 def _estimates(logp_ptr, ref_logp_ptr, kl_ptr, n, inside, ESTIMATOR: tl.constexpr):
     d, rest = difference(tl.load(logp_ptr + n, mask=inside), tl.load(ref_logp_ptr + n, mask=inside))
@@ -90,7 +96,9 @@ def _estimates(logp_ptr, ref_logp_ptr, kl_ptr, n, inside, ESTIMATOR: tl.constexp
 
 
 @triton.jit(do_not_specialize=["N"])
-def _token_kl_kernel(logp_ptr, ref_logp_ptr, kl_ptr, N, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
+def _token_kl_kernel(
+    logp_ptr, ref_logp_ptr, kl_ptr, N, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr
+):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     n = start + tl.arange(0, BLOCK)
     if start + BLOCK <= N:
@@ -100,7 +108,16 @@ def _token_kl_kernel(logp_ptr, ref_logp_ptr, kl_ptr, N, ESTIMATOR: tl.constexpr,
 
 
 @triton.jit
-def _weighted(logp_ptr, ref_logp_ptr, weights_ptr, slope_ptr, n, inside, ESTIMATOR: tl.constexpr, GRADIENT: tl.constexpr):
+def _weighted(
+    logp_ptr,
+    ref_logp_ptr,
+    weights_ptr,
+    slope_ptr,
+    n,
+    inside,
+    ESTIMATOR: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
     """Store the weighted slopes; the sum of the weighted values."""
     weights = tl.load(weights_ptr + n, mask=inside)
     live = weights != 0.0
@@ -114,23 +131,50 @@ def _weighted(logp_ptr, ref_logp_ptr, weights_ptr, slope_ptr, n, inside, ESTIMAT
 
 
 @triton.jit(do_not_specialize=["N"])
-def _token_loss_kernel(logp_ptr, ref_logp_ptr, weights_ptr, slope_ptr, partials_ptr, N, ESTIMATOR: tl.constexpr, GRADIENT: tl.constexpr,
-                       BLOCK: tl.constexpr):
+def _token_loss_kernel(
+    logp_ptr,
+    ref_logp_ptr,
+    weights_ptr,
+    slope_ptr,
+    partials_ptr,
+    N,
+    ESTIMATOR: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     block = tl.program_id(0)
     start = block.to(tl.int64) * BLOCK
     n = start + tl.arange(0, BLOCK)
     if start + BLOCK <= N:
-        total = _weighted(logp_ptr, ref_logp_ptr, weights_ptr, slope_ptr, n, None, ESTIMATOR, GRADIENT)
+        total = _weighted(
+            logp_ptr, ref_logp_ptr, weights_ptr, slope_ptr, n, None, ESTIMATOR, GRADIENT
+        )
     else:
-        total = _weighted(logp_ptr, ref_logp_ptr, weights_ptr, slope_ptr, n, n < N, ESTIMATOR, GRADIENT)
+        total = _weighted(
+            logp_ptr, ref_logp_ptr, weights_ptr, slope_ptr, n, n < N, ESTIMATOR, GRADIENT
+        )
     tl.store(partials_ptr + block, total.to(tl.float64))
 
 
 @triton.jit
-def _sequence_loss_kernel(logp_ptr, ref_logp_ptr, weights_ptr, cu_seqlens_ptr, slope_ptr, partials_ptr, ESTIMATOR: tl.constexpr, GRADIENT: tl.constexpr,
-                          CHUNK: tl.constexpr):  # one program a sequence: its log ratio, then the one slope of all its tokens
+def _sequence_loss_kernel(
+    logp_ptr,
+    ref_logp_ptr,
+    weights_ptr,
+    cu_seqlens_ptr,
+    slope_ptr,
+    partials_ptr,
+    ESTIMATOR: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    # one program a sequence: its log ratio, then the one slope of all its
+    # tokens
+    CHUNK: tl.constexpr,
+):
     b = tl.program_id(0)
-    start, end = tl.load(cu_seqlens_ptr + b).to(tl.int64), tl.load(cu_seqlens_ptr + b + 1).to(tl.int64)
+    start, end = (
+        tl.load(cu_seqlens_ptr + b).to(tl.int64),
+        tl.load(cu_seqlens_ptr + b + 1).to(tl.int64),
+    )
     lane = tl.arange(0, CHUNK)
     ratios = tl.zeros([CHUNK], tl.float64)
     weight_sums = tl.zeros([CHUNK], tl.float64)
@@ -166,13 +210,15 @@ def _sum_kernel(partials_ptr, sum_ptr, count, CHUNK: tl.constexpr):
     tl.store(sum_ptr, tl.sum(sums).to(tl.float32))
 
 
-# ---- launchers, and the ops that torch.compile sees ------------------------------------------------------------------
+# ---- launchers, and the ops that torch.compile sees ----------------------------------------------
 @torch.library.custom_op("fusedrl::token_kl_triton", mutates_args=())
 def _token_kl(logp: Tensor, ref_logp: Tensor, estimator: int) -> Tensor:
     kl = torch.empty_like(logp, memory_format=torch.contiguous_format)
     N = kl.numel()
     if N:
-        _token_kl_kernel[(triton.cdiv(N, _BLOCK),)](logp.contiguous(), ref_logp.contiguous(), kl, N, ESTIMATOR=estimator, BLOCK=_BLOCK)
+        _token_kl_kernel[(triton.cdiv(N, _BLOCK),)](
+            logp.contiguous(), ref_logp.contiguous(), kl, N, ESTIMATOR=estimator, BLOCK=_BLOCK
+        )
     return kl
 
 
@@ -182,7 +228,14 @@ def _(logp: Tensor, ref_logp: Tensor, estimator: int) -> Tensor:
 
 
 @torch.library.custom_op("fusedrl::kl_loss_triton", mutates_args=())
-def _kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, estimator: int, gradient: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _kl_loss(
+    logp: Tensor,
+    ref_logp: Tensor,
+    weights: Tensor,
+    estimator: int,
+    gradient: int,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The loss, and d loss / d logp [N] for a unit upstream gradient."""
     logp, ref_logp, weights = logp.contiguous(), ref_logp.contiguous(), weights.contiguous()
     loss, slope_N = logp.new_empty(()), torch.empty_like(logp)
@@ -192,20 +245,46 @@ def _kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, estimator: int, gr
     if parts == 0:
         pass
     elif cu_seqlens is None:
-        _token_loss_kernel[(parts,)](logp, ref_logp, weights, slope_N, partials, N, ESTIMATOR=estimator, GRADIENT=gradient, BLOCK=_BLOCK)
+        _token_loss_kernel[(parts,)](
+            logp,
+            ref_logp,
+            weights,
+            slope_N,
+            partials,
+            N,
+            ESTIMATOR=estimator,
+            GRADIENT=gradient,
+            BLOCK=_BLOCK,
+        )
     else:
-        _sequence_loss_kernel[(parts,)](logp, ref_logp, weights, cu_seqlens.contiguous(), slope_N, partials, ESTIMATOR=estimator, GRADIENT=gradient,
-                                        CHUNK=_CHUNK)
+        _sequence_loss_kernel[(parts,)](
+            logp,
+            ref_logp,
+            weights,
+            cu_seqlens.contiguous(),
+            slope_N,
+            partials,
+            ESTIMATOR=estimator,
+            GRADIENT=gradient,
+            CHUNK=_CHUNK,
+        )
     _sum_kernel[(1,)](partials, loss, parts, CHUNK=_CHUNK)
     return loss, slope_N
 
 
 @_kl_loss.register_fake
-def _(logp: Tensor, ref_logp: Tensor, weights: Tensor, estimator: int, gradient: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    logp: Tensor,
+    ref_logp: Tensor,
+    weights: Tensor,
+    estimator: int,
+    gradient: int,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     return logp.new_empty(()), torch.empty_like(logp, memory_format=torch.contiguous_format)
 
 
-# ---- autograd --------------------------------------------------------------------------------------------------------
+# ---- autograd ------------------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
@@ -219,17 +298,34 @@ def _backward(ctx, loss_grad: Tensor, _slope_grad: Tensor):
 _kl_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-# ---- what is compiled offline -------------------------------------------------------------------------------------------
-_POINTERS = {"logp_ptr": "*fp32", "ref_logp_ptr": "*fp32", "weights_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "slope_ptr": "*fp32",
-             "partials_ptr": "*fp64", "kl_ptr": "*fp32", "sum_ptr": "*fp32", "N": "i32", "count": "i32"}
+# ---- what is compiled offline --------------------------------------------------------------------
+_POINTERS = {
+    "logp_ptr": "*fp32",
+    "ref_logp_ptr": "*fp32",
+    "weights_ptr": "*fp32",
+    "cu_seqlens_ptr": "*i32",
+    "slope_ptr": "*fp32",
+    "partials_ptr": "*fp64",
+    "kl_ptr": "*fp32",
+    "sum_ptr": "*fp32",
+    "N": "i32",
+    "count": "i32",
+}
 
 
 def _offline(kernel, **constexprs: int) -> dict:
-    return {"kernel": kernel, "signature": {name: kind for name, kind in _POINTERS.items() if name in kernel.arg_names}, "constexprs": constexprs}
+    return {
+        "kernel": kernel,
+        "signature": {name: kind for name, kind in _POINTERS.items() if name in kernel.arg_names},
+        "constexprs": constexprs,
+    }
 
 
 OFFLINE_KERNELS = {
-    **{f"token_{name}": _offline(_token_kl_kernel, ESTIMATOR=i, BLOCK=_BLOCK) for i, name in enumerate(("k1", "k2", "k3", "abs"))},
+    **{
+        f"token_{name}": _offline(_token_kl_kernel, ESTIMATOR=i, BLOCK=_BLOCK)
+        for i, name in enumerate(("k1", "k2", "k3", "abs"))
+    },
     "loss_k3_k2": _offline(_token_loss_kernel, ESTIMATOR=2, GRADIENT=1, BLOCK=_BLOCK),
     "loss_k1_k3": _offline(_token_loss_kernel, ESTIMATOR=0, GRADIENT=2, BLOCK=_BLOCK),
     "sequence_k2_k2": _offline(_sequence_loss_kernel, ESTIMATOR=1, GRADIENT=1, CHUNK=_CHUNK),

@@ -1,13 +1,19 @@
-"""linear_full_kl: full_kl of the logits of two heads, hidden weight^T and ref_hidden ref_weight^T, without ever holding N V logits.
+"""linear_full_kl: full_kl of the logits of two heads, hidden weight^T and ref_hidden ref_weight^T,
+without ever holding N V logits.
 
-Shapes    N rows; H hidden (the reference may have another); V vocabulary; R rows a chunk, whose 2 R V float32 logits are the workspace.
-Flops     forward 2 N V (H + H_ref); backward the same again, as it computes each chunk's logits anew, and 4 N V H for the gradients. N counts the
-          rows that matter: masked rows, and in the backward rows no gradient reaches, are compacted away before the products.
-Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtypes. The rows are those of full_kl.py.
-          Narrow dtypes on a GPU: the gradient of the logits is rounded to them for its two products, as tensor cores take it.
-Host      which rows count is read on the host: forward where there is a mask, and backward; on a GPU that synchronises.
+Shapes    N rows; H hidden (the reference may have another); V vocabulary; R rows a chunk, whose 2 R
+          V float32 logits are the workspace.
+Flops     forward 2 N V (H + H_ref); backward the same again, as it computes each chunk's logits
+          anew, and 4 N V H for the gradients. N counts the rows that matter: masked rows, and in
+          the backward rows no gradient reaches, are compacted away before the products.
+Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the
+          dtypes. The rows are those of full_kl.py. Narrow dtypes on a GPU: the gradient of the
+          logits is rounded to them for its two products, as tensor cores take it.
+Host      which rows count is read on the host: forward where there is a mask, and backward; on a
+          GPU that synchronises.
 Source    full_kl.py; chunked heads as in linear_logprob.py.
 """
+
 from __future__ import annotations
 
 import torch
@@ -26,25 +32,46 @@ if triton is not None:
 _IMPLS = Implementations("linear_full_kl", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def linear_full_kl_reference(hidden_NH: Tensor, weight_VH: Tensor, ref_hidden_NH: Tensor, ref_weight_VH: Tensor, bias_V: Tensor | None = None,
-                             ref_bias_V: Tensor | None = None, mask_N: Tensor | None = None, temperature: float = 1.0, direction: str = "reverse") -> Tensor:
-    """By definition, with all N V logits; differentiable, on any device and in any float dtype (float64 is the oracle)."""
+# ---- reference -----------------------------------------------------------------------------------
+def linear_full_kl_reference(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    ref_hidden_NH: Tensor,
+    ref_weight_VH: Tensor,
+    bias_V: Tensor | None = None,
+    ref_bias_V: Tensor | None = None,
+    mask_N: Tensor | None = None,
+    temperature: float = 1.0,
+    direction: str = "reverse",
+) -> Tensor:
+    """By definition, with all N V logits; differentiable, on any device and in any float dtype
+    (float64 is the oracle)."""
+
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        hidden = hidden.to(wide) if mask_N is None else hidden.to(wide).masked_fill(~mask_N[:, None], 0.0)  # a masked row may hold anything
+        hidden = (
+            hidden.to(wide)
+            if mask_N is None
+            else hidden.to(wide).masked_fill(~mask_N[:, None], 0.0)
+        )  # a masked row may hold anything
         z = hidden @ weight.to(wide).t()
         return z if bias is None else z + bias.to(wide)
 
     ref_logits = logits(ref_hidden_NH, ref_weight_VH, ref_bias_V).detach()
-    return full_kl_reference(logits(hidden_NH, weight_VH, bias_V), ref_logits, mask_N, temperature, direction)
+    return full_kl_reference(
+        logits(hidden_NH, weight_VH, bias_V), ref_logits, mask_N, temperature, direction
+    )
 
 
-# ---- torch, a chunk at a time ------------------------------------------------------------------------------------------
+# ---- torch, a chunk at a time --------------------------------------------------------------------
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None):
-        return rows.split(max(1, workspace(workspace_bytes, 2 * N, V) // (8 * V))) if rows.numel() else ()
+        return (
+            rows.split(max(1, workspace(workspace_bytes, 2 * N, V) // (8 * V)))
+            if rows.numel()
+            else ()
+        )
 
     @staticmethod
     def logits(hidden_RH: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,12 +85,32 @@ class _Chunked(torch.autograd.Function):
         return full_kl_reference(z_RV, ref_RV, None, temperature, direction)
 
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, temperature, direction, workspace_bytes):
-        kl_N = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
-        rows = torch.arange(hidden.shape[0], device=hidden.device) if mask is None else mask.nonzero().squeeze(1)
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        bias,
+        ref_bias,
+        mask,
+        temperature,
+        direction,
+        workspace_bytes,
+    ):
+        kl_N = hidden.new_zeros(
+            hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
+        rows = (
+            torch.arange(hidden.shape[0], device=hidden.device)
+            if mask is None
+            else mask.nonzero().squeeze(1)
+        )
         for index in _Chunked.chunks(rows, hidden.shape[0], weight.shape[0], workspace_bytes):
             ref_RV = _Chunked.logits(ref_hidden[index], ref_weight, ref_bias).to(kl_N.dtype)
-            kl_N[index] = _Chunked.row_results(_Chunked.logits(hidden[index], weight, bias), ref_RV, temperature, direction)
+            kl_N[index] = _Chunked.row_results(
+                _Chunked.logits(hidden[index], weight, bias), ref_RV, temperature, direction
+            )
         ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask)
         ctx.rest = (temperature, direction, workspace_bytes)
         return kl_N
@@ -78,60 +125,125 @@ class _Chunked(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         bias_grad = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[4] else None
         active = kl_grad != 0 if mask is None else mask & (kl_grad != 0)
-        for index in _Chunked.chunks(active.nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes):
+        for index in _Chunked.chunks(
+            active.nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes
+        ):
             ref_RV = _Chunked.logits(ref_hidden[index], ref_weight, ref_bias).to(kl_grad.dtype)
             with torch.enable_grad():
                 z_RV = _Chunked.logits(hidden[index], weight, bias).detach().requires_grad_()
-                (dz_RV,) = torch.autograd.grad(_Chunked.row_results(z_RV, ref_RV, temperature, direction), z_RV, kl_grad[index])
+                (dz_RV,) = torch.autograd.grad(
+                    _Chunked.row_results(z_RV, ref_RV, temperature, direction), z_RV, kl_grad[index]
+                )
             if hidden_grad is not None:
                 hidden_grad[index] = product(dz_RV, weight).to(hidden.dtype)
             if weight_grad is not None:
                 weight_grad += product(dz_RV.t(), hidden[index])
             if bias_grad is not None:
                 bias_grad += dz_RV.sum(0)
-        return (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None,
-                None if bias_grad is None else bias_grad.to(bias.dtype), *(None,) * 5)
+        return (
+            hidden_grad,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None,
+            None,
+            None if bias_grad is None else bias_grad.to(bias.dtype),
+            *(None,) * 5,
+        )
 
 
-# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
 if native.capability:
+
     @torch.library.register_fake("fusedrl::linear_full_kl_forward")
-    def _(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None, ref_bias: Tensor | None, mask: Tensor | None,
-          temperature: float, direction: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-        return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(hidden.shape[0], 5, dtype=torch.float32)
+    def _(
+        hidden: Tensor,
+        weight: Tensor,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        bias: Tensor | None,
+        ref_bias: Tensor | None,
+        mask: Tensor | None,
+        temperature: float,
+        direction: int,
+        workspace_bytes: int,
+    ) -> tuple[Tensor, Tensor]:
+        return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(
+            hidden.shape[0], 5, dtype=torch.float32
+        )
 
     @torch.library.register_fake("fusedrl::linear_full_kl_backward")
-    def _(kl_grad: Tensor, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None, ref_bias: Tensor | None,
-          stats: Tensor, temperature: float, direction: int, workspace_bytes: int, for_hidden: bool, for_weight: bool,
-          for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return (hidden.new_empty(hidden.shape if for_hidden else (0,)), weight.new_empty(weight.shape if for_weight else (0,)),
-                bias.new_empty(bias.shape) if for_bias and bias is not None else hidden.new_empty(0, dtype=torch.float32))
+    def _(
+        kl_grad: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        bias: Tensor | None,
+        ref_bias: Tensor | None,
+        stats: Tensor,
+        temperature: float,
+        direction: int,
+        workspace_bytes: int,
+        for_hidden: bool,
+        for_weight: bool,
+        for_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            hidden.new_empty(hidden.shape if for_hidden else (0,)),
+            weight.new_empty(weight.shape if for_weight else (0,)),
+            bias.new_empty(bias.shape)
+            if for_bias and bias is not None
+            else hidden.new_empty(0, dtype=torch.float32),
+        )
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
-def linear_full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, temperature: float = 1.0, direction: str = "reverse",
-                   bias: Tensor | None = None, ref_bias: Tensor | None = None, mask: Tensor | None = None, workspace_bytes: int | None = None,
-                   impl: str | None = None) -> Tensor:
-    """`full_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias)` with a bounded workspace in place of the logits.
+# ---- public --------------------------------------------------------------------------------------
+def linear_full_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    direction: str = "reverse",
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """`full_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias)` with a bounded
+    workspace in place of the logits.
 
     Args:
-        hidden, weight: [N, H] and [V, H], of one dtype: float32, bfloat16 or float16 (the torch implementation also float64).
-        ref_hidden, ref_weight: [N, H_ref] and [V, H_ref], of one dtype; constants. With one set of weights and two adapters pass the same weight.
-        temperature, direction: as `full_kl`.
-        bias, ref_bias: [V], of their weight's dtype.
-        mask: [N] bool; rows that are False have KL 0 and no gradient, take part in no product and may hold anything.
-        workspace_bytes: bound of a chunk's logits, both together; at least one row is always held. By default the smaller of 256 MiB and an
+        hidden, weight: [N, H] and [V, H], of one dtype: float32, bfloat16 or float16 (the torch
+        implementation also float64). ref_hidden, ref_weight: [N, H_ref] and [V, H_ref], of one
+        dtype; constants. With one set of weights and two adapters pass the same weight.
+        temperature, direction: as `full_kl`. bias, ref_bias: [V], of their weight's dtype. mask:
+        [N] bool; rows that are False have KL 0 and no gradient, take part in no product and may
+        hold anything. workspace_bytes: bound of a chunk's logits, both together; at least one row
+        is always held. By default the smaller of 256 MiB and an
             eighth of the full logits, but never less than 4 MiB.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         [N] float32. Differentiable, once, in hidden, weight and bias.
     Raises:
-        ValueError: an unknown direction, a number, sizes or devices that do not fit. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: an unknown direction, a number, sizes or devices that do not fit. TypeError:
+        dtypes. RuntimeError: `impl` cannot run here.
     """
     op = "linear_full_kl"
     check_direction(op, direction, temperature)
-    check(op, {"hidden": (hidden, "N H"), "weight": (weight, "V H"), "ref_hidden": (ref_hidden, "N H_ref"), "ref_weight": (ref_weight, "V H_ref"),
-               "bias": (bias, "V"), "ref_bias": (ref_bias, "V"), "mask": (mask, "N")})
+    check(
+        op,
+        {
+            "hidden": (hidden, "N H"),
+            "weight": (weight, "V H"),
+            "ref_hidden": (ref_hidden, "N H_ref"),
+            "ref_weight": (ref_weight, "V H_ref"),
+            "bias": (bias, "V"),
+            "ref_bias": (ref_bias, "V"),
+            "mask": (mask, "N"),
+        },
+    )
     chosen_impl = _IMPLS.choose(hidden.device, impl)
     allowed = FLOATS if chosen_impl == "torch" else FLOATS[:3]
     check_dtype(op, "hidden", hidden, allowed)
@@ -145,10 +257,39 @@ def linear_full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weigh
         raise ValueError(f"{op}: expected a vocabulary, got a weight of size {list(weight.shape)}")
     if workspace_bytes is not None and workspace_bytes <= 0:
         raise ValueError(f"{op}: expected workspace_bytes above 0 or None, got {workspace_bytes}")
-    ref_hidden, ref_weight, ref_bias = ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
+    ref_hidden, ref_weight, ref_bias = (
+        ref_hidden.detach(),
+        ref_weight.detach(),
+        None if ref_bias is None else ref_bias.detach(),
+    )
     if chosen_impl == "torch":
-        return _Chunked.apply(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, float(temperature), direction, workspace_bytes)
-    inputs = (hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, float(temperature), DIRECTIONS.index(direction))
+        return _Chunked.apply(
+            hidden,
+            weight,
+            ref_hidden,
+            ref_weight,
+            bias,
+            ref_bias,
+            mask,
+            float(temperature),
+            direction,
+            workspace_bytes,
+        )
+    inputs = (
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        bias,
+        ref_bias,
+        mask,
+        float(temperature),
+        DIRECTIONS.index(direction),
+    )
     if chosen_impl == "triton":
-        return torch.ops.fusedrl.linear_full_kl_triton(*inputs, workspace(workspace_bytes, 2 * hidden.shape[0], weight.shape[0]))[0]
-    return torch.ops.fusedrl.linear_full_kl(*inputs, -1 if workspace_bytes is None else workspace_bytes)
+        return torch.ops.fusedrl.linear_full_kl_triton(
+            *inputs, workspace(workspace_bytes, 2 * hidden.shape[0], weight.shape[0])
+        )[0]
+    return torch.ops.fusedrl.linear_full_kl(
+        *inputs, -1 if workspace_bytes is None else workspace_bytes
+    )

@@ -1,13 +1,18 @@
-"""linear_full_kl in Triton: the products by the library, chunk by chunk, the rows by the kernels of full_kl/_triton.py.
+"""linear_full_kl in Triton: the products by the library, chunk by chunk, the rows by the kernels of
+full_kl/_triton.py.
 
 The mathematics and numerics are those of linear_full_kl.py.
 
 Forward    R rows of both heads' logits, 8 R V bytes, and the divergence of each pair of rows.
-Backward   both heads' logits of R rows and C columns again, the first overwritten by (float32; else narrowed to the dtype of hidden beside) their
-           gradient, then the two products of that tile. Tiles are square, as in linear_logprob/_triton.py and for its reason.
-Bytes      besides the products' own: 16 N V written and read forward (jsd 24), and 20 N V (narrow dtypes) or 24 N V backward.
-Host       the forward reads the mask once, where there is one; the backward reads once which rows a gradient reaches.
+Backward   both heads' logits of R rows and C columns again, the first overwritten by (float32; else
+           narrowed to the dtype of hidden beside) their gradient, then the two products of that
+           tile. Tiles are square, as in linear_logprob/_triton.py and for its reason.
+Bytes      besides the products' own: 16 N V written and read forward (jsd 24), and 20 N V (narrow
+           dtypes) or 24 N V backward.
+Host       the forward reads the mask once, where there is one; the backward reads once which rows a
+           gradient reaches.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,18 +29,34 @@ def _logits(hidden_RH: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return z_RV if bias is None else z_RV.add_(bias)
 
 
-# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
 @torch.library.custom_op("fusedrl::linear_full_kl_triton", mutates_args=())
-def _linear_full_kl_triton(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None, ref_bias: Tensor | None,
-                           mask: Tensor | None, temperature: float, direction: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+def _linear_full_kl_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    direction: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
     """kl [N], stats [N, 5]."""
     N, V = hidden.shape[0], weight.shape[0]
-    kl, stats = hidden.new_zeros(N, dtype=torch.float32), hidden.new_zeros(N, 5, dtype=torch.float32)
+    kl, stats = (
+        hidden.new_zeros(N, dtype=torch.float32),
+        hidden.new_zeros(N, 5, dtype=torch.float32),
+    )
     index_M = None if mask is None else mask.nonzero().squeeze(1)
     M, R = N if index_M is None else index_M.numel(), max(1, workspace_bytes // (8 * V))
 
     def chunk(rows: slice | Tensor) -> None:
-        z_RV, ref_RV = _logits(hidden[rows], weight, bias), _logits(ref_hidden[rows], ref_weight, ref_bias)
+        z_RV, ref_RV = (
+            _logits(hidden[rows], weight, bias),
+            _logits(ref_hidden[rows], ref_weight, ref_bias),
+        )
         kl[rows], stats[rows] = full_kl_forward(z_RV, ref_RV, None, temperature, direction)
 
     for begin in range(0, M, R):
@@ -51,11 +72,26 @@ def _(hidden: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("fusedrl::linear_full_kl_triton_backward", mutates_args=())
-def _linear_full_kl_triton_backward(kl_grad: Tensor, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None,
-                                    ref_bias: Tensor | None, mask: Tensor | None, stats: Tensor, temperature: float, direction: int,
-                                    workspace_bytes: int, for_hidden: bool, for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_full_kl_triton_backward(
+    kl_grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    stats: Tensor,
+    temperature: float,
+    direction: int,
+    workspace_bytes: int,
+    for_hidden: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those not asked for are empty."""
-    index_A = (kl_grad != 0 if mask is None else mask & (kl_grad != 0)).nonzero().squeeze(1)  # the one read
+    # the one read
+    index_A = (kl_grad != 0 if mask is None else mask & (kl_grad != 0)).nonzero().squeeze(1)
     per_logit = 8 if hidden.dtype == torch.float32 else 8 + hidden.dtype.itemsize
     tile = tile_of(workspace_bytes // per_logit, index_A.numel(), weight.shape[0])
 
@@ -64,23 +100,33 @@ def _linear_full_kl_triton_backward(kl_grad: Tensor, hidden: Tensor, weight: Ten
 
         def gradient_of(columns: slice) -> Tensor:
             z_RC = _logits(hidden_RH, weight[columns], None if bias is None else bias[columns])
-            ref_RC = _logits(ref_hidden_RH, ref_weight[columns], None if ref_bias is None else ref_bias[columns])
-            dz_RC = z_RC if hidden.dtype == z_RC.dtype else torch.empty_like(z_RC, dtype=hidden.dtype)
+            ref_RC = _logits(
+                ref_hidden_RH, ref_weight[columns], None if ref_bias is None else ref_bias[columns]
+            )
+            dz_RC = (
+                z_RC if hidden.dtype == z_RC.dtype else torch.empty_like(z_RC, dtype=hidden.dtype)
+            )
             full_kl_backward(g, z_RC, ref_RC, stats_R5, dz_RC, temperature, direction)
             return dz_RC
+
         return gradient_of
 
     return head_gradients(hidden, weight, index_A, tile, of_rows, for_hidden, for_weight, for_bias)
 
 
 @_linear_full_kl_triton_backward.register_fake
-def _(kl_grad: Tensor, hidden: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    kl_grad: Tensor, hidden: Tensor, weight: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
     for_hidden, for_weight, for_bias = rest[-3:]
-    return (hidden.new_empty(hidden.shape if for_hidden else 0), weight.new_empty(weight.shape if for_weight else 0),
-            weight.new_empty(weight.shape[0] if for_bias else 0))
+    return (
+        hidden.new_empty(hidden.shape if for_hidden else 0),
+        weight.new_empty(weight.shape if for_weight else 0),
+        weight.new_empty(weight.shape[0] if for_bias else 0),
+    )
 
 
-# ---- autograd -----------------------------------------------------------------------------------------------------------
+# ---- autograd ------------------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.temperature, ctx.direction, ctx.workspace_bytes = inputs
     ctx.save_for_backward(*tensors, output[1])
@@ -89,14 +135,22 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, kl_grad: Tensor, _stats_grad: Tensor):
     if torch.is_grad_enabled():  # create_graph: the gradients would pass for constants
-        raise RuntimeError("linear_full_kl: expected one backward pass, got a double backward (create_graph=True), which this op does not have")
+        raise RuntimeError(
+            "linear_full_kl: expected one backward pass, got a double backward "
+            "(create_graph=True), which this op does not have"
+        )
     wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
-    grads = _linear_full_kl_triton_backward(kl_grad, *ctx.saved_tensors, ctx.temperature, ctx.direction, ctx.workspace_bytes, *wanted)
-    hidden_grad, weight_grad, bias_grad = (grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
+    grads = _linear_full_kl_triton_backward(
+        kl_grad, *ctx.saved_tensors, ctx.temperature, ctx.direction, ctx.workspace_bytes, *wanted
+    )
+    hidden_grad, weight_grad, bias_grad = (
+        grad if needed else None for grad, needed in zip(grads, wanted, strict=True)
+    )
     return hidden_grad, weight_grad, None, None, bias_grad, *(None,) * 5
 
 
 _linear_full_kl_triton.register_autograd(_backward, setup_context=_setup_context)
 
-# ---- what is compiled offline: the gradient of float32 logits in a narrow dtype (the other kernels are in the table of full_kl/_triton.py) -----
+# ---- offline compilation: the gradient of float32 logits in a narrow dtype
+# The other kernels are in the table of full_kl/_triton.py.
 OFFLINE_KERNELS = offline_backward("fp32", "bf16") | offline_backward("fp32", "fp16")

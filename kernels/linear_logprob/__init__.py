@@ -1,16 +1,23 @@
-"""linear_logprob: hidden states -> log-probability of one token a row through the head, without ever holding N V logits.
+"""linear_logprob: hidden states -> log-probability of one token a row through the head, without
+ever holding N V logits.
 
-    z = hidden weight^T + bias      z' = softcap tanh(z / softcap)      then logprob.py on z' row by row
+    z = hidden weight^T + bias      z' = softcap tanh(z / softcap)      then logprob.py on z' row by
+                                    row
 
-Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logits are the workspace. Triton holds none of them in its forward, and
-          tiles of them in its backward (linear_logprob/_triton.py).
-Flops     forward 2 N H V; backward 6 N H V, as it computes each chunk's logits again before the two products of the gradients. N counts the
-          rows that matter: ignored rows, and in the backward rows no gradient reaches, are compacted away before the products.
-Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtype of hidden and weight. The forward
-          does not depend on whether a gradient will follow: scoring and training the same rows agree in every bit.
-          Narrow dtypes on a GPU: the gradient of the logits is rounded to them for its two products, as tensor cores take it.
-Source    chunked heads as in Wijmans et al. (2024), Cut your losses in large-vocabulary language models, without its approximation.
+Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logits are the
+          workspace. Triton holds none of them in its forward, and tiles of them in its backward
+          (linear_logprob/_triton.py).
+Flops     forward 2 N H V; backward 6 N H V, as it computes each chunk's logits again before the two
+          products of the gradients. N counts the rows that matter: ignored rows, and in the
+          backward rows no gradient reaches, are compacted away before the products.
+Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtype
+          of hidden and weight. The forward does not depend on whether a gradient will follow:
+          scoring and training the same rows agree in every bit. Narrow dtypes on a GPU: the
+          gradient of the logits is rounded to them for its two products, as tensor cores take it.
+Source    chunked heads as in Wijmans et al. (2024), Cut your losses in large-vocabulary language
+          models, without its approximation.
 """
+
 from __future__ import annotations
 
 import torch
@@ -29,13 +36,27 @@ if triton is not None:
 _IMPLS = Implementations("linear_logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def linear_logprob_reference(hidden_NH: Tensor, weight_VH: Tensor, token_ids_N: Tensor, bias_V: Tensor | None = None,
-                             temperature: float | Tensor = 1.0, softcap: float | None = None, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) by definition, with all N V logits; differentiable, on any device and in any float dtype (float64 is the oracle)."""
+# ---- reference -----------------------------------------------------------------------------------
+def linear_logprob_reference(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    token_ids_N: Tensor,
+    bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) by definition, with all N V logits; differentiable, on any device and in any
+    float dtype (float64 is the oracle)."""
     wide = torch.promote_types(hidden_NH.dtype, torch.float32)
-    hidden = hidden_NH.to(wide).masked_fill((token_ids_N == ignore_index)[:, None], 0.0)  # an ignored row may hold anything
-    return logprob_reference(finish(hidden @ weight_VH.to(wide).t(), bias_V, softcap), token_ids_N, temperature, ignore_index)
+    # an ignored row may hold anything
+    hidden = hidden_NH.to(wide).masked_fill((token_ids_N == ignore_index)[:, None], 0.0)
+    return logprob_reference(
+        finish(hidden @ weight_VH.to(wide).t(), bias_V, softcap),
+        token_ids_N,
+        temperature,
+        ignore_index,
+    )
 
 
 def finish(z_RV: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
@@ -44,15 +65,22 @@ def finish(z_RV: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor
     return z_RV if softcap is None else softcap * torch.tanh(z_RV / softcap)
 
 
-# ---- torch, a chunk at a time ------------------------------------------------------------------------------------------
+# ---- torch, a chunk at a time --------------------------------------------------------------------
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def chunks(rows: Tensor, N: int, V: int, workspace_bytes: int | None):
-        return rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ()
+        return (
+            rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ()
+        )
 
     @staticmethod
-    def row_results(z_RV: Tensor, bias_V: Tensor | None, token_ids: Tensor, temperature: float | Tensor,
-                    softcap: float | None) -> tuple[Tensor, Tensor]:
+    def row_results(
+        z_RV: Tensor,
+        bias_V: Tensor | None,
+        token_ids: Tensor,
+        temperature: float | Tensor,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
         z_RV = finish(z_RV, bias_V, softcap)
         if z_RV.is_cuda and z_RV.dtype != torch.float64:  # which no kernel computes in
             logp_R, entropy_R = logprob(z_RV, token_ids, temperature=temperature, entropy=True)
@@ -60,13 +88,30 @@ class _Chunked(torch.autograd.Function):
         return logprob_reference(z_RV, token_ids, temperature)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, token_ids, temperature, softcap, ignore_index, workspace_bytes):
-        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature if isinstance(temperature, Tensor) else None)
+    def forward(
+        ctx, hidden, weight, bias, token_ids, temperature, softcap, ignore_index, workspace_bytes
+    ):
+        ctx.save_for_backward(
+            hidden,
+            weight,
+            bias,
+            token_ids,
+            temperature if isinstance(temperature, Tensor) else None,
+        )
         ctx.rest = (temperature, softcap, ignore_index, workspace_bytes)
-        logp, entropy = hidden.new_zeros(2, hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)).unbind()
-        for index in _Chunked.chunks((token_ids != ignore_index).nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes):
+        logp, entropy = hidden.new_zeros(
+            2, hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)
+        ).unbind()
+        for index in _Chunked.chunks(
+            (token_ids != ignore_index).nonzero().squeeze(1),
+            hidden.shape[0],
+            weight.shape[0],
+            workspace_bytes,
+        ):
             scale = temperature[index] if isinstance(temperature, Tensor) else temperature
-            logp[index], entropy[index] = _Chunked.row_results(product(hidden[index], weight.t()), bias, token_ids[index], scale, softcap)
+            logp[index], entropy[index] = _Chunked.row_results(
+                product(hidden[index], weight.t()), bias, token_ids[index], scale, softcap
+            )
         return logp, entropy
 
     @staticmethod
@@ -78,65 +123,129 @@ class _Chunked(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         bias_grad = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         active = (token_ids != ignore_index) & ((logp_grad != 0) | (entropy_grad != 0))
-        for index in _Chunked.chunks(active.nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes):
+        for index in _Chunked.chunks(
+            active.nonzero().squeeze(1), hidden.shape[0], weight.shape[0], workspace_bytes
+        ):
             scale = temperature[index] if isinstance(temperature, Tensor) else temperature
             with torch.enable_grad():
                 z_RV = product(hidden[index], weight.t()).detach().requires_grad_()
                 results = _Chunked.row_results(z_RV, bias, token_ids[index], scale, softcap)
-                (dz_RV,) = torch.autograd.grad(results, z_RV, (logp_grad[index], entropy_grad[index]))
+                (dz_RV,) = torch.autograd.grad(
+                    results, z_RV, (logp_grad[index], entropy_grad[index])
+                )
             if hidden_grad is not None:
                 hidden_grad[index] = product(dz_RV, weight).to(hidden.dtype)
             if weight_grad is not None:
                 weight_grad += product(dz_RV.t(), hidden[index])
             if bias_grad is not None:
                 bias_grad += dz_RV.sum(0)
-        return (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None if bias_grad is None else bias_grad.to(bias.dtype),
-                *(None,) * 5)
+        return (
+            hidden_grad,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None if bias_grad is None else bias_grad.to(bias.dtype),
+            *(None,) * 5,
+        )
 
 
-# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
 if native.capability:
+
     @torch.library.register_fake("fusedrl::linear_logprob_forward")
-    def _(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float,
-          entropy: bool, ignore_index: int, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _(
+        hidden: Tensor,
+        weight: Tensor,
+        token_ids: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        temperatures: Tensor | None,
+        softcap: float,
+        entropy: bool,
+        ignore_index: int,
+        workspace_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logp_N = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        return logp_N, torch.empty_like(logp_N) if entropy else logp_N.new_empty(0), logp_N.new_empty(hidden.shape[0], 3)
+        return (
+            logp_N,
+            torch.empty_like(logp_N) if entropy else logp_N.new_empty(0),
+            logp_N.new_empty(hidden.shape[0], 3),
+        )
 
     @torch.library.register_fake("fusedrl::linear_logprob_backward")
-    def _(logp_grad: Tensor | None, entropy_grad: Tensor | None, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None,
-          stats: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, ignore_index: int, workspace_bytes: int, for_hidden: bool,
-          for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return (hidden.new_empty(hidden.shape if for_hidden else (0,)), weight.new_empty(weight.shape if for_weight else (0,)),
-                bias.new_empty(bias.shape) if for_bias and bias is not None else hidden.new_empty(0, dtype=torch.float32))
+    def _(
+        logp_grad: Tensor | None,
+        entropy_grad: Tensor | None,
+        hidden: Tensor,
+        weight: Tensor,
+        token_ids: Tensor,
+        bias: Tensor | None,
+        stats: Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
+        softcap: float,
+        ignore_index: int,
+        workspace_bytes: int,
+        for_hidden: bool,
+        for_weight: bool,
+        for_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            hidden.new_empty(hidden.shape if for_hidden else (0,)),
+            weight.new_empty(weight.shape if for_weight else (0,)),
+            bias.new_empty(bias.shape)
+            if for_bias and bias is not None
+            else hidden.new_empty(0, dtype=torch.float32),
+        )
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
-def linear_logprob(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
-                   softcap: float | None = None, entropy: bool = False, ignore_index: int = -100, workspace_bytes: int | None = None,
-                   impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """`logprob(hidden @ weight.T + bias, token_ids)` with a bounded workspace in place of the logits.
+# ---- public --------------------------------------------------------------------------------------
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`logprob(hidden @ weight.T + bias, token_ids)` with a bounded workspace in place of the
+    logits.
 
     Args:
-        hidden, weight: [N, H] and [V, H], of one dtype: float32, bfloat16 or float16 (the torch implementation also float64).
-        token_ids: [N] int64 or int32.
-        bias: [V], of the same dtype.
-        temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the logits after the softcap.
-        softcap: logits become softcap * tanh(logits / softcap).
-        entropy: also return the entropy of each row.
-        ignore_index: rows with this id have logp 0, entropy 0 and no gradient; they take part in no product and may hold anything.
-        workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By default the smaller of 256 MiB and an
-            eighth of the full logits, but never less than 4 MiB: small problems stay whole, and thinner chunks make slower products.
+        hidden, weight: [N, H] and [V, H], of one dtype: float32, bfloat16 or float16 (the torch
+        implementation also float64). token_ids: [N] int64 or int32. bias: [V], of the same dtype.
+        temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the
+        logits after the softcap. softcap: logits become softcap * tanh(logits / softcap). entropy:
+        also return the entropy of each row. ignore_index: rows with this id have logp 0, entropy 0
+        and no gradient; they take part in no product and may hold anything. workspace_bytes: bound
+        of the chunk's float32 logits; at least one row is always held. By default the smaller of
+        256 MiB and an
+            eighth of the full logits, but never less than 4 MiB: small problems stay whole, and
+            thinner chunks make slower products.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
-        logp [N], or (logp [N], entropy [N]); float32. Differentiable, once, in hidden, weight and bias.
-        Equal workspaces and equal rows give equal bits, with and without a gradient.
+        logp [N], or (logp [N], entropy [N]); float32. Differentiable, once, in hidden, weight and
+        bias. Equal workspaces and equal rows give equal bits, with and without a gradient.
     Raises:
-        IndexError: an id outside [0, V), on the CPU (on a GPU that row is NaN). ValueError: sizes, devices, or a number that does not fit.
-        TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        IndexError: an id outside [0, V), on the CPU (on a GPU that row is NaN). ValueError: sizes,
+        devices, or a number that does not fit. TypeError: dtypes. RuntimeError: `impl` cannot run
+        here.
     """
     op = "linear_logprob"
     per_row = temperature if isinstance(temperature, Tensor) else None
-    check(op, {"hidden": (hidden, "N H"), "weight": (weight, "V H"), "token_ids": (token_ids, "N"), "bias": (bias, "V"), "temperature": (per_row, "N")})
+    check(
+        op,
+        {
+            "hidden": (hidden, "N H"),
+            "weight": (weight, "V H"),
+            "token_ids": (token_ids, "N"),
+            "bias": (bias, "V"),
+            "temperature": (per_row, "N"),
+        },
+    )
     chosen = _IMPLS.choose(hidden.device, impl)
     check_dtype(op, "hidden", hidden, FLOATS if chosen == "torch" else FLOATS[:3])
     check_dtype(op, "weight", weight, (hidden.dtype,))
@@ -144,23 +253,45 @@ def linear_logprob(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: T
     check_dtype(op, "token_ids", token_ids, (torch.int64, torch.int32))
     check_dtype(op, "temperature", per_row, FLOATS)
     if per_row is None and not temperature > 0:
-        raise ValueError(f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use temperature=1.0")
+        raise ValueError(
+            f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use "
+            "temperature=1.0"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
     if workspace_bytes is not None and workspace_bytes <= 0:
         raise ValueError(f"{op}: expected workspace_bytes above 0 or None, got {workspace_bytes}")
     if chosen == "cpp":
-        logp, entropies = torch.ops.fusedrl.linear_logprob(hidden, weight, token_ids, bias, 1.0 if per_row is not None else float(temperature),
-                                                           None if per_row is None else per_row.detach(), softcap or 0.0, entropy, ignore_index,
-                                                           -1 if workspace_bytes is None else workspace_bytes)
+        logp, entropies = torch.ops.fusedrl.linear_logprob(
+            hidden,
+            weight,
+            token_ids,
+            bias,
+            1.0 if per_row is not None else float(temperature),
+            None if per_row is None else per_row.detach(),
+            softcap or 0.0,
+            entropy,
+            ignore_index,
+            -1 if workspace_bytes is None else workspace_bytes,
+        )
         return (logp, entropies) if entropy else logp
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, weight.shape[0], ignore_index)
     if chosen == "triton":
         logp, entropies, _ = torch.ops.fusedrl.linear_logprob_triton(
-            hidden, weight, token_ids, bias, 1.0 if per_row is not None else float(temperature), None if per_row is None else per_row.detach(),
-            softcap or 0.0, ignore_index, workspace(workspace_bytes, hidden.shape[0], weight.shape[0]))
+            hidden,
+            weight,
+            token_ids,
+            bias,
+            1.0 if per_row is not None else float(temperature),
+            None if per_row is None else per_row.detach(),
+            softcap or 0.0,
+            ignore_index,
+            workspace(workspace_bytes, hidden.shape[0], weight.shape[0]),
+        )
         return (logp, entropies) if entropy else logp
     scale = float(temperature) if per_row is None else per_row.detach()
-    logp, entropies = _Chunked.apply(hidden, weight, bias, token_ids, scale, softcap, ignore_index, workspace_bytes)
+    logp, entropies = _Chunked.apply(
+        hidden, weight, bias, token_ids, scale, softcap, ignore_index, workspace_bytes
+    )
     return (logp, entropies) if entropy else logp

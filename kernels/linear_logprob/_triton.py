@@ -1,18 +1,27 @@
-"""linear_logprob in Triton: the forward is one product whose epilogue keeps three numbers of 32 logits, so that no logit is ever written.
+"""linear_logprob in Triton: the forward is one product whose epilogue keeps three numbers of 32
+logits, so that no logit is ever written.
 
 The mathematics and numerics are those of linear_logprob.py.
 
-Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap), and leaves of each row and part of 32 columns the maximum m,
-          S = sum e^d and W = sum d e^d with d = (z - m) / T, and the label's logit where the part has it. A second kernel merges a row's parts in
-          the order of the vocabulary. A row's arithmetic depends on V, H and the dtype alone: not on N, the other rows, the workspace, or a later
-          backward. Rows to skip are sorted to the end on the device, and programs that find only such rows stop: nothing is read by the host.
-Backward  the logits of R rows and C columns again by the library's product, overwritten by (float32; else narrowed to the dtype of hidden beside)
-          their gradient, then the two products of that tile. What is accumulated in float32 moves 8 H (1 / R + 1 / C) bytes a logit, so tiles are
-          square; chunks of whole rows would have weight's gradient pass through memory once for some 400 rows of 256 MiB.
-Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 3 N V / 4 for the parts, written and read; the logits would be 8 N V.
+Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap), and leaves of each
+          row and part of 32 columns the maximum m, S = sum e^d and W = sum d e^d with d = (z - m) /
+          T, and the label's logit where the part has it. A second kernel merges a row's parts in
+          the order of the vocabulary. A row's arithmetic depends on V, H and the dtype alone: not
+          on N, the other rows, the workspace, or a later backward. Rows to skip are sorted to the
+          end on the device, and programs that find only such rows stop: nothing is read by the
+          host.
+Backward  the logits of R rows and C columns again by the library's product, overwritten by
+          (float32; else narrowed to the dtype of hidden beside) their gradient, then the two
+          products of that tile. What is accumulated in float32 moves 8 H (1 / R + 1 / C) bytes a
+          logit, so tiles are square; chunks of whole rows would have weight's gradient pass through
+          memory once for some 400 rows of 256 MiB.
+Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 3 N V / 4 for the parts, written
+          and read; the logits would be 8 N V.
 Host      the forward never waits. The backward reads once which rows a gradient reaches.
-Source    linear_logprob.py; partial results a tile as in Wijmans et al. (2024), Cut your losses in large-vocabulary language models.
+Source    linear_logprob.py; partial results a tile as in Wijmans et al. (2024), Cut your losses in
+          large-vocabulary language models.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -26,18 +35,21 @@ from torch import Tensor
 from fusedrl.kernels.linear_head import head_gradients, product, tile_of
 from fusedrl.kernels.runtime import faults
 
-# BLOCK_R, BLOCK_V, BLOCK_H, warps, stages. The wide tile has no registers left for the addresses of logits to be written, and its operands do not
-# fit the 64 KB that AMD's processors share.
+# BLOCK_R, BLOCK_V, BLOCK_H, warps, stages. The wide tile has no registers left for the addresses of
+# logits to be written, and its operands do not fit the 64 KB that AMD's processors share.
 _WIDE, _NARROW, _FLOAT32 = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 16, 8, 2)
 BLOCK_ROWS = 128
-_PART = 32  # columns whose partial results are kept together; one number for all tiles, so that they merge in one order
+# columns whose partial results are kept together; one number for all tiles, so that they merge in
+# one order
+_PART = 32
 _GROUP = 16  # row tiles that share a tile of weight while it is in L2
 _COMBINE_ROWS, _COMBINE_PARTS = 16, 64
 _GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_WARPS = 4, 1024, 8
-_INTERPRETED = triton.knobs.runtime.interpret  # whose tl.dot takes the bits of bfloat16 for integers: operands are widened there, exactly
+# whose tl.dot takes the bits of bfloat16 for integers: operands are widened there, exactly
+_INTERPRETED = triton.knobs.runtime.interpret
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 @triton.jit
 def _cap(z, softcap):
     # softcap tanh(z / softcap)
@@ -57,8 +69,24 @@ def _halves(z):
 
 
 @triton.jit
-def _keep(z, part, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
-          SOFTCAP: tl.constexpr):
+def _keep(
+    z,
+    part,
+    i,
+    limit,
+    bias_ptr,
+    ids_ptr,
+    temperatures_ptr,
+    logits_ptr,
+    partials_ptr,
+    label_ptr,
+    temperature,
+    softcap,
+    begin,
+    end,
+    V,
+    SOFTCAP: tl.constexpr,
+):
     """What is kept of rows i, up to `limit`, at the columns of one part of the vocabulary."""
     WIDTH: tl.constexpr = z.shape[1]
     inside = i < limit
@@ -69,10 +97,14 @@ def _keep(z, part, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, pa
         z = _cap(z, softcap)
     local = (i - begin).to(tl.int64)
     if logits_ptr is not None:
-        tl.store(logits_ptr + local[:, None] * V + v[None, :], z, mask=inside[:, None] & (v < V)[None, :])
+        tl.store(
+            logits_ptr + local[:, None] * V + v[None, :], z, mask=inside[:, None] & (v < V)[None, :]
+        )
     label = tl.load(ids_ptr + i, mask=inside, other=-1)
     here = (label >= part * WIDTH) & (label < tl.minimum(part * WIDTH + WIDTH, V))
-    tl.store(label_ptr + i, tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1), mask=inside & here)
+    tl.store(
+        label_ptr + i, tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1), mask=inside & here
+    )
     T = temperature
     if temperatures_ptr is not None:
         T = tl.load(temperatures_ptr + i, mask=inside, other=1.0)[:, None]
@@ -89,24 +121,130 @@ def _keep(z, part, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, pa
 
 
 @triton.jit
-def _keep_four(z, four, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
-               SOFTCAP: tl.constexpr):
+def _keep_four(
+    z,
+    four,
+    i,
+    limit,
+    bias_ptr,
+    ids_ptr,
+    temperatures_ptr,
+    logits_ptr,
+    partials_ptr,
+    label_ptr,
+    temperature,
+    softcap,
+    begin,
+    end,
+    V,
+    SOFTCAP: tl.constexpr,
+):
     left, right = _halves(z)
     a, b = _halves(left)
-    _keep(a, 4 * four, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V, SOFTCAP)
-    _keep(b, 4 * four + 1, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
-          SOFTCAP)
+    _keep(
+        a,
+        4 * four,
+        i,
+        limit,
+        bias_ptr,
+        ids_ptr,
+        temperatures_ptr,
+        logits_ptr,
+        partials_ptr,
+        label_ptr,
+        temperature,
+        softcap,
+        begin,
+        end,
+        V,
+        SOFTCAP,
+    )
+    _keep(
+        b,
+        4 * four + 1,
+        i,
+        limit,
+        bias_ptr,
+        ids_ptr,
+        temperatures_ptr,
+        logits_ptr,
+        partials_ptr,
+        label_ptr,
+        temperature,
+        softcap,
+        begin,
+        end,
+        V,
+        SOFTCAP,
+    )
     c, d = _halves(right)
-    _keep(c, 4 * four + 2, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
-          SOFTCAP)
-    _keep(d, 4 * four + 3, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end, V,
-          SOFTCAP)
+    _keep(
+        c,
+        4 * four + 2,
+        i,
+        limit,
+        bias_ptr,
+        ids_ptr,
+        temperatures_ptr,
+        logits_ptr,
+        partials_ptr,
+        label_ptr,
+        temperature,
+        softcap,
+        begin,
+        end,
+        V,
+        SOFTCAP,
+    )
+    _keep(
+        d,
+        4 * four + 3,
+        i,
+        limit,
+        bias_ptr,
+        ids_ptr,
+        temperatures_ptr,
+        logits_ptr,
+        partials_ptr,
+        label_ptr,
+        temperature,
+        softcap,
+        begin,
+        end,
+        V,
+        SOFTCAP,
+    )
 
 
 @triton.jit(do_not_specialize=["begin", "end", "V", "H", "hidden_stride", "weight_stride"])
-def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, live_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature,
-                   softcap, begin, end, V, H, hidden_stride, weight_stride, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
-                   BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr):
+def _logits_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    ids_ptr,
+    rows_ptr,
+    live_ptr,
+    temperatures_ptr,
+    logits_ptr,
+    partials_ptr,
+    label_ptr,
+    temperature,
+    softcap,
+    begin,
+    end,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    SOFTCAP: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PART: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     if EVEN:  # strides come in units of 16, which is how the compiler learns that rows are aligned
         hidden_stride *= 16
         weight_stride *= 16
@@ -127,7 +265,9 @@ def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, live_ptr
         # Rows and columns past the end repeat the first row and the last column; neither is stored.
         row = tl.load(rows_ptr + tl.where(inside, i, begin)).to(tl.int64)
         hidden_at = hidden_ptr + row[:, None] * hidden_stride + k[None, :]
-        weight_at = weight_ptr + tl.minimum(v, V - 1).to(tl.int64)[None, :] * weight_stride + k[:, None]
+        weight_at = (
+            weight_ptr + tl.minimum(v, V - 1).to(tl.int64)[None, :] * weight_stride + k[:, None]
+        )
         z = tl.zeros([BLOCK_R, BLOCK_V], dtype=tl.float32)
         for start in range(0, H, BLOCK_H):
             if EVEN:
@@ -142,21 +282,86 @@ def _logits_kernel(hidden_ptr, weight_ptr, bias_ptr, ids_ptr, rows_ptr, live_ptr
             z = tl.dot(x, w, z, input_precision="ieee")
             hidden_at += BLOCK_H
             weight_at += BLOCK_H
-        # In parts: registers that hold a tile's logits do not hold what becomes of all of them as well.
+        # In parts: registers that hold a tile's logits do not hold what becomes of all of them as
+        # well.
         if BLOCK_V == 4 * PART:
-            _keep_four(z, tile_V, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap, begin, end,
-                      V, SOFTCAP)
+            _keep_four(
+                z,
+                tile_V,
+                i,
+                limit,
+                bias_ptr,
+                ids_ptr,
+                temperatures_ptr,
+                logits_ptr,
+                partials_ptr,
+                label_ptr,
+                temperature,
+                softcap,
+                begin,
+                end,
+                V,
+                SOFTCAP,
+            )
         else:
             left, right = _halves(z)
-            _keep_four(left, 2 * tile_V, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature, softcap,
-                      begin, end, V, SOFTCAP)
-            _keep_four(right, 2 * tile_V + 1, i, limit, bias_ptr, ids_ptr, temperatures_ptr, logits_ptr, partials_ptr, label_ptr, temperature,
-                      softcap, begin, end, V, SOFTCAP)
+            _keep_four(
+                left,
+                2 * tile_V,
+                i,
+                limit,
+                bias_ptr,
+                ids_ptr,
+                temperatures_ptr,
+                logits_ptr,
+                partials_ptr,
+                label_ptr,
+                temperature,
+                softcap,
+                begin,
+                end,
+                V,
+                SOFTCAP,
+            )
+            _keep_four(
+                right,
+                2 * tile_V + 1,
+                i,
+                limit,
+                bias_ptr,
+                ids_ptr,
+                temperatures_ptr,
+                logits_ptr,
+                partials_ptr,
+                label_ptr,
+                temperature,
+                softcap,
+                begin,
+                end,
+                V,
+                SOFTCAP,
+            )
 
 
 @triton.jit(do_not_specialize=["begin", "end", "V", "parts"])
-def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr, logp_ptr, entropy_ptr, stats_ptr, fault_ptr, temperature, begin, end, V,
-                    parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
+def _combine_kernel(
+    partials_ptr,
+    label_ptr,
+    ids_ptr,
+    live_ptr,
+    temperatures_ptr,
+    logp_ptr,
+    entropy_ptr,
+    stats_ptr,
+    fault_ptr,
+    temperature,
+    begin,
+    end,
+    V,
+    parts,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     i = begin + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < end
     live = inside
@@ -172,7 +377,15 @@ def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr
     m = tl.full([ROWS], -float("inf"), dtype=tl.float32)
     for start in range(0, parts, PARTS):
         wanted = (start + t < parts) & live[None, :]
-        m = tl.maximum(m, tl.max(tl.load(at + (start + t).to(tl.int64) * (end - begin), mask=wanted, other=-float("inf")), 0))
+        m = tl.maximum(
+            m,
+            tl.max(
+                tl.load(
+                    at + (start + t).to(tl.int64) * (end - begin), mask=wanted, other=-float("inf")
+                ),
+                0,
+            ),
+        )
     base = _base(m)
     S = tl.zeros([ROWS], dtype=tl.float32)
     W = tl.zeros([ROWS], dtype=tl.float32)
@@ -182,7 +395,9 @@ def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr
         m_t = tl.load(part_at, mask=wanted, other=-float("inf"))
         S_t = tl.load(part_at + plane, mask=wanted, other=0.0)
         W_t = tl.load(part_at + 2 * plane, mask=wanted, other=0.0)
-        shift = tl.where(m_t == -float("inf"), 0.0, tl.maximum((m_t - base[None, :]) * inverse, -200.0))
+        shift = tl.where(
+            m_t == -float("inf"), 0.0, tl.maximum((m_t - base[None, :]) * inverse, -200.0)
+        )
         factor = tl.exp(shift)
         W += tl.sum(factor * (W_t + shift * S_t), 0)
         S += tl.sum(factor * S_t, 0)
@@ -203,10 +418,30 @@ def _combine_kernel(partials_ptr, label_ptr, ids_ptr, live_ptr, temperatures_ptr
 
 
 @triton.jit(do_not_specialize=["A", "V", "first", "width"])
-def _gradient_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, bias_ptr, ids_ptr, logp_ptr, stats_ptr, source_ptr, temperatures_ptr, grad_ptr,
-                     temperature, softcap, A, V, first, width, SOFTCAP: tl.constexpr, FINISH: tl.constexpr, ROWS: tl.constexpr,
-                     COLUMNS: tl.constexpr):
-    """Row j of the gradient from row source[j] (else j) of columns [first, first + width) of the logits; FINISH: these are the bare product yet."""
+def _gradient_kernel(
+    logp_grad_ptr,
+    entropy_grad_ptr,
+    logits_ptr,
+    bias_ptr,
+    ids_ptr,
+    logp_ptr,
+    stats_ptr,
+    source_ptr,
+    temperatures_ptr,
+    grad_ptr,
+    temperature,
+    softcap,
+    A,
+    V,
+    first,
+    width,
+    SOFTCAP: tl.constexpr,
+    FINISH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Row j of the gradient from row source[j] (else j) of columns [first, first + width) of the
+    logits; FINISH: these are the bare product yet."""
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = j < A
@@ -221,7 +456,11 @@ def _gradient_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, bias_ptr, ids_
     S = tl.load(stats_ptr + i * 3 + 1, mask=inside, other=0.0)
     mean = tl.load(stats_ptr + i * 3 + 2, mask=inside, other=0.0)
     # A label on -inf gets nothing from g.
-    g = tl.where(tl.load(logp_ptr + i, mask=inside, other=0.0) == -float("inf"), 0.0, tl.load(logp_grad_ptr + i, mask=inside, other=0.0))
+    g = tl.where(
+        tl.load(logp_ptr + i, mask=inside, other=0.0) == -float("inf"),
+        0.0,
+        tl.load(logp_grad_ptr + i, mask=inside, other=0.0),
+    )
     h = tl.load(entropy_grad_ptr + i, mask=inside, other=0.0)
     live = inside & ((g != 0.0) | (h != 0.0)) & (S != 0.0)
     g = tl.where((label >= 0) & (label < V), g, float("nan"))
@@ -239,12 +478,17 @@ def _gradient_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, bias_ptr, ids_
     if SOFTCAP:
         t = z / softcap
         grad *= 1.0 - t * t
-    tl.store(grad_ptr + j.to(tl.int64)[:, None] * width + c[None, :], tl.where(live[:, None], grad, 0.0), mask=inside[:, None] & (c < width)[None, :])
+    tl.store(
+        grad_ptr + j.to(tl.int64)[:, None] * width + c[None, :],
+        tl.where(live[:, None], grad, 0.0),
+        mask=inside[:, None] & (c < width)[None, :],
+    )
 
 
-# ---- launchers: allocate, grid ------------------------------------------------------------------------------------------
+# ---- launchers: allocate, grid -------------------------------------------------------------------
 class Rows(NamedTuple):
-    """Rows to score, and what is known of each: row i is row `row[i]` of hidden. Rows from `live` on (a number on the device; None: none) are skipped."""
+    """Rows to score, and what is known of each: row i is row `row[i]` of hidden. Rows from `live`
+    on (a number on the device; None: none) are skipped."""
 
     row: Tensor
     ids: Tensor
@@ -275,97 +519,265 @@ def unscored(rows: Rows) -> Scores:
     return Scores(logp, torch.empty_like(logp), logp.new_empty(*logp.shape, 3))
 
 
-def score(hidden: Tensor, head: HeadOf, rows: Rows, scores: Scores, begin: int, end: int, workspace_bytes: int, logits: Tensor | None = None) -> None:
-    """Write the scores of rows [begin, end), and their logits [end - begin, V] where they are asked for."""
+def score(
+    hidden: Tensor,
+    head: HeadOf,
+    rows: Rows,
+    scores: Scores,
+    begin: int,
+    end: int,
+    workspace_bytes: int,
+    logits: Tensor | None = None,
+) -> None:
+    """Write the scores of rows [begin, end), and their logits [end - begin, V] where they are asked
+    for."""
     weight, bias, temperature, softcap = head
     hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     (V, H), narrow = weight.shape, hidden.dtype.itemsize == 2
-    block_R, block_V, block_H, warps, stages = _FLOAT32 if not narrow else _NARROW if logits is not None or torch.version.hip else _WIDE
+    block_R, block_V, block_H, warps, stages = (
+        _FLOAT32 if not narrow else _NARROW if logits is not None or torch.version.hip else _WIDE
+    )
     tiles, parts = triton.cdiv(V, block_V), triton.cdiv(V, _PART)
     even = H % block_H == 0 and hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0
     unit = 16 if even else 1
-    step = end - begin if logits is not None else max(1, workspace_bytes // (12 * parts * block_R)) * block_R
+    step = (
+        end - begin
+        if logits is not None
+        else max(1, workspace_bytes // (12 * parts * block_R)) * block_R
+    )
     label_z = torch.empty_like(scores.logp)
     for first in range(begin, end, max(1, step)):
         last = min(first + step, end)
         partials = scores.logp.new_empty(3, parts, last - first)
         _logits_kernel[(tiles * triton.cdiv(last - first, block_R),)](
-            hidden, weight, bias, rows.ids, rows.row, rows.live, rows.temperatures, logits, partials, label_z, temperature, softcap, first, last,
-            V, H, hidden.stride(0) // unit, weight.stride(0) // unit, SOFTCAP=softcap > 0, EVEN=even, WIDEN=_INTERPRETED and narrow,
-            BLOCK_R=block_R, BLOCK_V=block_V, BLOCK_H=block_H, PART=_PART, GROUP=_GROUP, num_warps=warps, num_stages=stages)
+            hidden,
+            weight,
+            bias,
+            rows.ids,
+            rows.row,
+            rows.live,
+            rows.temperatures,
+            logits,
+            partials,
+            label_z,
+            temperature,
+            softcap,
+            first,
+            last,
+            V,
+            H,
+            hidden.stride(0) // unit,
+            weight.stride(0) // unit,
+            SOFTCAP=softcap > 0,
+            EVEN=even,
+            WIDEN=_INTERPRETED and narrow,
+            BLOCK_R=block_R,
+            BLOCK_V=block_V,
+            BLOCK_H=block_H,
+            PART=_PART,
+            GROUP=_GROUP,
+            num_warps=warps,
+            num_stages=stages,
+        )
         _combine_kernel[(triton.cdiv(last - first, _COMBINE_ROWS),)](
-            partials, label_z, rows.ids, rows.live, rows.temperatures, *scores, faults.flag("linear_logprob", partials.device), temperature, first, last, V,
-            parts, ROWS=_COMBINE_ROWS, PARTS=_COMBINE_PARTS)
+            partials,
+            label_z,
+            rows.ids,
+            rows.live,
+            rows.temperatures,
+            *scores,
+            faults.flag("linear_logprob", partials.device),
+            temperature,
+            first,
+            last,
+            V,
+            parts,
+            ROWS=_COMBINE_ROWS,
+            PARTS=_COMBINE_PARTS,
+        )
 
 
-def logits_gradient(logp_grad: Tensor, entropy_grad: Tensor, logits: Tensor, head: HeadOf, rows: Rows, scores: Scores, source: Tensor | None,
-                    out: Tensor, first: int = 0, finished: bool = False) -> None:
-    """The gradient of the product into `out` [A, width], which may be the logits where `source` is None."""
+def logits_gradient(
+    logp_grad: Tensor,
+    entropy_grad: Tensor,
+    logits: Tensor,
+    head: HeadOf,
+    rows: Rows,
+    scores: Scores,
+    source: Tensor | None,
+    out: Tensor,
+    first: int = 0,
+    finished: bool = False,
+) -> None:
+    """The gradient of the product into `out` [A, width], which may be the logits where `source` is
+    None."""
     A, width = out.shape
     if A and width:
         _gradient_kernel[(triton.cdiv(A, _GRADIENT_ROWS), triton.cdiv(width, _GRADIENT_COLUMNS))](
-            logp_grad, entropy_grad, logits, head.bias, rows.ids, scores.logp, scores.stats, source, rows.temperatures, out, head.temperature,
-            head.softcap, A, head.weight.shape[0], first, width, SOFTCAP=head.softcap > 0, FINISH=not finished, ROWS=_GRADIENT_ROWS,
-            COLUMNS=_GRADIENT_COLUMNS, num_warps=_GRADIENT_WARPS)
+            logp_grad,
+            entropy_grad,
+            logits,
+            head.bias,
+            rows.ids,
+            scores.logp,
+            scores.stats,
+            source,
+            rows.temperatures,
+            out,
+            head.temperature,
+            head.softcap,
+            A,
+            head.weight.shape[0],
+            first,
+            width,
+            SOFTCAP=head.softcap > 0,
+            FINISH=not finished,
+            ROWS=_GRADIENT_ROWS,
+            COLUMNS=_GRADIENT_COLUMNS,
+            num_warps=_GRADIENT_WARPS,
+        )
 
 
-# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
 @torch.library.custom_op("fusedrl::linear_logprob_triton", mutates_args=())
-def _linear_logprob_triton(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None,
-                           softcap: float, ignore_index: int, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_logprob_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """logp [N], entropy [N], stats [N, 3]."""
     ignored = token_ids == ignore_index
     order = ignored.to(torch.uint8).argsort(stable=True)
-    rows = Rows(order, token_ids[order], None if temperatures is None else temperatures[order].float(), (~ignored).sum())
+    rows = Rows(
+        order,
+        token_ids[order],
+        None if temperatures is None else temperatures[order].float(),
+        (~ignored).sum(),
+    )
     scores = unscored(rows)
-    score(hidden, HeadOf(weight, bias, temperature, softcap), rows, scores, 0, hidden.shape[0], workspace_bytes)
+    score(
+        hidden,
+        HeadOf(weight, bias, temperature, softcap),
+        rows,
+        scores,
+        0,
+        hidden.shape[0],
+        workspace_bytes,
+    )
     logp, entropy, stats = (torch.empty_like(t).index_copy_(0, order, t) for t in scores)
     return logp, entropy, stats
 
 
 @_linear_logprob_triton.register_fake
-def _(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, temperature: float, temperatures: Tensor | None, softcap: float,
-      ignore_index: int, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     logp = token_ids.new_empty(token_ids.shape, dtype=torch.float32)
     return logp, torch.empty_like(logp), logp.new_empty(*logp.shape, 3)
 
 
 @torch.library.custom_op("fusedrl::linear_logprob_triton_backward", mutates_args=())
-def _linear_logprob_triton_backward(logp_grad: Tensor, entropy_grad: Tensor, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None,
-                                    logp: Tensor, stats: Tensor, temperature: float, temperatures: Tensor | None, softcap: float, ignore_index: int,
-                                    workspace_bytes: int, for_hidden: bool, for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_logprob_triton_backward(
+    logp_grad: Tensor,
+    entropy_grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None,
+    logp: Tensor,
+    stats: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    workspace_bytes: int,
+    for_hidden: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those not asked for are empty."""
     head = HeadOf(weight, bias, temperature, softcap)
-    index_A = ((token_ids != ignore_index) & ((logp_grad != 0) | (entropy_grad != 0))).nonzero().squeeze(1)  # the one read
+    index_A = (
+        ((token_ids != ignore_index) & ((logp_grad != 0) | (entropy_grad != 0)))
+        .nonzero()
+        .squeeze(1)
+    )  # the one read
     per_logit = 4 if hidden.dtype == torch.float32 else 4 + hidden.dtype.itemsize
     tile = tile_of(workspace_bytes // per_logit, index_A.numel(), weight.shape[0])
 
     def of_rows(index: Tensor, hidden_RH: Tensor) -> Callable[[slice], Tensor]:
-        rows = Rows(index, token_ids[index], None if temperatures is None else temperatures[index].float())
+        rows = Rows(
+            index, token_ids[index], None if temperatures is None else temperatures[index].float()
+        )
         scores = Scores(logp[index], logp, stats[index])
         g, h = logp_grad[index], entropy_grad[index]
 
         def gradient_of(columns: slice) -> Tensor:
             z_RC = product(hidden_RH, weight[columns].t())
-            dz_RC = z_RC if hidden.dtype == z_RC.dtype else torch.empty_like(z_RC, dtype=hidden.dtype)
+            dz_RC = (
+                z_RC if hidden.dtype == z_RC.dtype else torch.empty_like(z_RC, dtype=hidden.dtype)
+            )
             logits_gradient(g, h, z_RC, head, rows, scores, None, dz_RC, columns.start)
             return dz_RC
+
         return gradient_of
 
     return head_gradients(hidden, weight, index_A, tile, of_rows, for_hidden, for_weight, for_bias)
 
 
 @_linear_logprob_triton_backward.register_fake
-def _(logp_grad: Tensor, entropy_grad: Tensor, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None, logp: Tensor, stats: Tensor,
-      temperature: float, temperatures: Tensor | None, softcap: float, ignore_index: int, workspace_bytes: int, for_hidden: bool, for_weight: bool,
-      for_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return (hidden.new_empty(hidden.shape if for_hidden else 0), weight.new_empty(weight.shape if for_weight else 0),
-            weight.new_empty(weight.shape[0] if for_bias else 0))
+def _(
+    logp_grad: Tensor,
+    entropy_grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None,
+    logp: Tensor,
+    stats: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    workspace_bytes: int,
+    for_hidden: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if for_hidden else 0),
+        weight.new_empty(weight.shape if for_weight else 0),
+        weight.new_empty(weight.shape[0] if for_bias else 0),
+    )
 
 
-# ---- autograd -----------------------------------------------------------------------------------------------------------
+# ---- autograd ------------------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, token_ids, bias, ctx.temperature, temperatures, ctx.softcap, ctx.ignore_index, ctx.workspace_bytes = inputs
+    (
+        hidden,
+        weight,
+        token_ids,
+        bias,
+        ctx.temperature,
+        temperatures,
+        ctx.softcap,
+        ctx.ignore_index,
+        ctx.workspace_bytes,
+    ) = inputs
     logp, _, stats = output
     ctx.save_for_backward(hidden, weight, token_ids, bias, logp, stats, temperatures)
     ctx.mark_non_differentiable(stats)
@@ -373,61 +785,169 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, logp_grad: Tensor, entropy_grad: Tensor, _stats_grad: None):
     if torch.is_grad_enabled():  # create_graph: the gradients would pass for constants
-        raise RuntimeError("linear_logprob: expected one backward pass, got a double backward (create_graph=True), which this op does not have")
+        raise RuntimeError(
+            "linear_logprob: expected one backward pass, got a double backward "
+            "(create_graph=True), which this op does not have"
+        )
     hidden, weight, token_ids, bias, logp, stats, temperatures = ctx.saved_tensors
     needed = ctx.needs_input_grad
     for_hidden, for_weight, for_bias = needed[0], needed[1], bias is not None and needed[3]
-    grads = _linear_logprob_triton_backward(logp_grad, entropy_grad, hidden, weight, token_ids, bias, logp, stats, ctx.temperature, temperatures,
-                                            ctx.softcap, ctx.ignore_index, ctx.workspace_bytes, for_hidden, for_weight, for_bias)
-    hidden_grad, weight_grad, bias_grad = (grad if wanted else None for grad, wanted in zip(grads, (for_hidden, for_weight, for_bias), strict=True))
+    grads = _linear_logprob_triton_backward(
+        logp_grad,
+        entropy_grad,
+        hidden,
+        weight,
+        token_ids,
+        bias,
+        logp,
+        stats,
+        ctx.temperature,
+        temperatures,
+        ctx.softcap,
+        ctx.ignore_index,
+        ctx.workspace_bytes,
+        for_hidden,
+        for_weight,
+        for_bias,
+    )
+    hidden_grad, weight_grad, bias_grad = (
+        grad if wanted else None
+        for grad, wanted in zip(grads, (for_hidden, for_weight, for_bias), strict=True)
+    )
     return hidden_grad, weight_grad, None, bias_grad, None, None, None, None, None
 
 
 _linear_logprob_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
-# ---- what is compiled offline -------------------------------------------------------------------------------------------
+# ---- what is compiled offline --------------------------------------------------------------------
 def _offline_logits(dtype: str, tile: tuple[int, ...], everything: bool, store: bool) -> dict:
     """`everything`: each optional input and the softcap; `store`: the logits are written."""
-    optional = {"bias_ptr": (f"*{dtype}", everything), "live_ptr": ("*i64", not store), "temperatures_ptr": ("*fp32", everything),
-                "logits_ptr": ("*fp32", store)}
+    optional = {
+        "bias_ptr": (f"*{dtype}", everything),
+        "live_ptr": ("*i64", not store),
+        "temperatures_ptr": ("*fp32", everything),
+        "logits_ptr": ("*fp32", store),
+    }
     block_R, block_V, block_H, warps, stages = tile
     return {
         "kernel": _logits_kernel,
-        "signature": {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "ids_ptr": "*i64", "rows_ptr": "*i64", "partials_ptr": "*fp32",
-                      "label_ptr": "*fp32", "temperature": "fp32", "softcap": "fp32", "begin": "i32", "end": "i32", "V": "i32", "H": "i32",
-                      "hidden_stride": "i32", "weight_stride": "i32"} | {name: kind for name, (kind, used) in optional.items() if used},
-        "constexprs": {"SOFTCAP": everything, "EVEN": True, "WIDEN": False, "BLOCK_R": block_R, "BLOCK_V": block_V, "BLOCK_H": block_H, "PART": _PART,
-                       "GROUP": _GROUP} | {name: None for name, (_, used) in optional.items() if not used},
-        "num_warps": warps, "num_stages": stages,
+        "signature": {
+            "hidden_ptr": f"*{dtype}",
+            "weight_ptr": f"*{dtype}",
+            "ids_ptr": "*i64",
+            "rows_ptr": "*i64",
+            "partials_ptr": "*fp32",
+            "label_ptr": "*fp32",
+            "temperature": "fp32",
+            "softcap": "fp32",
+            "begin": "i32",
+            "end": "i32",
+            "V": "i32",
+            "H": "i32",
+            "hidden_stride": "i32",
+            "weight_stride": "i32",
+        }
+        | {name: kind for name, (kind, used) in optional.items() if used},
+        "constexprs": {
+            "SOFTCAP": everything,
+            "EVEN": True,
+            "WIDEN": False,
+            "BLOCK_R": block_R,
+            "BLOCK_V": block_V,
+            "BLOCK_H": block_H,
+            "PART": _PART,
+            "GROUP": _GROUP,
+        }
+        | {name: None for name, (_, used) in optional.items() if not used},
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 
 def _offline_gradient(dtype: str, finish: bool) -> dict:
-    """`finish`: as linear_logprob's backward has it, with everything; else as linear_policy_loss has it."""
-    pointers = {"logp_grad_ptr": "*fp32", "entropy_grad_ptr": "*fp32", "logits_ptr": "*fp32", "ids_ptr": "*i64", "logp_ptr": "*fp32",
-                "stats_ptr": "*fp32", "grad_ptr": f"*{dtype}"}
-    pointers |= {"bias_ptr": f"*{dtype}", "temperatures_ptr": "*fp32"} if finish else {"source_ptr": "*i64"}
+    """`finish`: as linear_logprob's backward has it, with everything; else as linear_policy_loss
+    has it."""
+    pointers = {
+        "logp_grad_ptr": "*fp32",
+        "entropy_grad_ptr": "*fp32",
+        "logits_ptr": "*fp32",
+        "ids_ptr": "*i64",
+        "logp_ptr": "*fp32",
+        "stats_ptr": "*fp32",
+        "grad_ptr": f"*{dtype}",
+    }
+    pointers |= (
+        {"bias_ptr": f"*{dtype}", "temperatures_ptr": "*fp32"} if finish else {"source_ptr": "*i64"}
+    )
     return {
         "kernel": _gradient_kernel,
-        "signature": pointers | {"temperature": "fp32", "softcap": "fp32", "A": "i32", "V": "i32", "first": "i32", "width": "i32"},
-        "constexprs": {"SOFTCAP": finish, "FINISH": finish, "ROWS": _GRADIENT_ROWS, "COLUMNS": _GRADIENT_COLUMNS}
+        "signature": pointers
+        | {
+            "temperature": "fp32",
+            "softcap": "fp32",
+            "A": "i32",
+            "V": "i32",
+            "first": "i32",
+            "width": "i32",
+        },
+        "constexprs": {
+            "SOFTCAP": finish,
+            "FINISH": finish,
+            "ROWS": _GRADIENT_ROWS,
+            "COLUMNS": _GRADIENT_COLUMNS,
+        }
         | ({"source_ptr": None} if finish else {"bias_ptr": None, "temperatures_ptr": None}),
         "num_warps": _GRADIENT_WARPS,
     }
 
 
-OFFLINE_KERNELS = {
-    f"logits{'_store' if store else ''}{'_everything' if everything else ''}_{dtype}{'_wide' if tile is _WIDE else ''}":
-        _offline_logits(dtype, tile, everything, store) | ({"targets": ("sm_80", "sm_90", "sm_100")} if tile is _WIDE else {})
-    for dtype, tiles in (("fp32", (_FLOAT32,)), ("bf16", (_WIDE, _NARROW)), ("fp16", (_WIDE, _NARROW)))
-    for tile in tiles for everything in (False, True) for store in ((False,) if tile is _WIDE else (False, True))
-} | {
-    "combine": {
-        "kernel": _combine_kernel,
-        "signature": {"partials_ptr": "*fp32", "label_ptr": "*fp32", "ids_ptr": "*i64", "live_ptr": "*i64", "temperatures_ptr": "*fp32",
-                      "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "stats_ptr": "*fp32", "fault_ptr": "*i32", "temperature": "fp32",
-                      "begin": "i32", "end": "i32", "V": "i32", "parts": "i32"},
-        "constexprs": {"ROWS": _COMBINE_ROWS, "PARTS": _COMBINE_PARTS},
-    },
-} | {f"gradient_{'finish_' if finish else ''}{dtype}": _offline_gradient(dtype, finish) for dtype in ("fp32", "bf16", "fp16") for finish in (False, True)}
+OFFLINE_KERNELS = (
+    {
+        "_".join(
+            (
+                "logits",
+                *(["store"] if store else ()),
+                *(["everything"] if everything else ()),
+                dtype,
+            )
+            + (("wide",) if tile is _WIDE else ())
+        ): _offline_logits(dtype, tile, everything, store)
+        | ({"targets": ("sm_80", "sm_90", "sm_100")} if tile is _WIDE else {})
+        for dtype, tiles in (
+            ("fp32", (_FLOAT32,)),
+            ("bf16", (_WIDE, _NARROW)),
+            ("fp16", (_WIDE, _NARROW)),
+        )
+        for tile in tiles
+        for everything in (False, True)
+        for store in ((False,) if tile is _WIDE else (False, True))
+    }
+    | {
+        "combine": {
+            "kernel": _combine_kernel,
+            "signature": {
+                "partials_ptr": "*fp32",
+                "label_ptr": "*fp32",
+                "ids_ptr": "*i64",
+                "live_ptr": "*i64",
+                "temperatures_ptr": "*fp32",
+                "logp_ptr": "*fp32",
+                "entropy_ptr": "*fp32",
+                "stats_ptr": "*fp32",
+                "fault_ptr": "*i32",
+                "temperature": "fp32",
+                "begin": "i32",
+                "end": "i32",
+                "V": "i32",
+                "parts": "i32",
+            },
+            "constexprs": {"ROWS": _COMBINE_ROWS, "PARTS": _COMBINE_PARTS},
+        },
+    }
+    | {
+        f"gradient_{'finish_' if finish else ''}{dtype}": _offline_gradient(dtype, finish)
+        for dtype in ("fp32", "bf16", "fp16")
+        for finish in (False, True)
+    }
+)

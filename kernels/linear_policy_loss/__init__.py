@@ -1,22 +1,31 @@
-"""linear_policy_loss: hidden states -> the policy loss and its gradients through the head, with no logits kept and none computed twice.
+"""linear_policy_loss: hidden states -> the policy loss and its gradients through the head, with no
+logits kept and none computed twice.
 
-    z = hidden weight^T + bias, softcapped      logp_n, H_n: logprob.py on z_n      loss = sum_n weights_n l_n(logp_n, H_n): policy_loss.py
-    g_n = d loss / d logp_n      h_n = d loss / d H_n      dz_nj = (g_n (1[j = y_n] - p_nj) - h_n p_nj (log p_nj + H_n)) / T
+    z = hidden weight^T + bias, softcapped      logp_n, H_n: logprob.py on z_n      loss = sum_n
+                                                weights_n l_n(logp_n, H_n): policy_loss.py
+    g_n = d loss / d logp_n      h_n = d loss / d H_n      dz_nj = (g_n (1[j = y_n] - p_nj) - h_n
+                                                           p_nj (log p_nj + H_n)) / T
     d hidden = dz weight         d weight = dz^T hidden    d bias = sum_n dz_n
 
-Weights and coefficients are known before the head runs, so the gradient of a chunk of rows is formed while its logits are there, and written
-over them. The loss needs no upstream gradient for that: backward scales by it what forward has computed.
+Weights and coefficients are known before the head runs, so the gradient of a chunk of rows is
+formed while its logits are there, and written over them. The loss needs no upstream gradient for
+that: backward scales by it what forward has computed.
 
-Shapes    N rows, H hidden, V vocabulary, M rows with a weight other than 0, A active ones among them: g_n or h_n is not 0.
-Flops     2 M H V + 4 A H V. Masked rows are left out of every product; rows that are clipped, or whose advantage is 0, with no KL and no entropy
-          term, are left out of the last two. The kinds and levels that need whole sequences score them first, 2 M H V more.
+Shapes    N rows, H hidden, V vocabulary, M rows with a weight other than 0, A active ones among
+          them: g_n or h_n is not 0.
+Flops     2 M H V + 4 A H V. Masked rows are left out of every product; rows that are clipped, or
+          whose advantage is 0, with no KL and no entropy term, are left out of the last two. The
+          kinds and levels that need whole sequences score them first, 2 M H V more.
 Memory    the workspace of one chunk, the gradients, a few numbers a row.
-Numerics  those of logprob and policy_loss; products and weight gradient in float32 whatever the dtype of hidden and weight. A row left out would
-          have added exact zeros: the result differs only by how the products group the other rows.
-Host      the rows with a weight, then the active rows of each chunk, are read on the host; on a GPU that synchronises. Triton reads nothing where
-          no gradient is to be formed.
-Source    the losses and chunked heads of the files named above; rows with zero gradient are dropped as in cut cross-entropy, but exactly.
+Numerics  those of logprob and policy_loss; products and weight gradient in float32 whatever the
+          dtype of hidden and weight. A row left out would have added exact zeros: the result
+          differs only by how the products group the other rows.
+Host      the rows with a weight, then the active rows of each chunk, are read on the host; on a GPU
+          that synchronises. Triton reads nothing where no gradient is to be formed.
+Source    the losses and chunked heads of the files named above; rows with zero gradient are dropped
+          as in cut cross-entropy, but exactly.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -37,13 +46,16 @@ from fusedrl.kernels.runtime.triton import triton
 if triton is not None:
     from fusedrl.kernels.linear_policy_loss import _triton  # noqa: F401  (registers fusedrl::linear_policy_loss_triton)
 
-_IMPLS = Implementations("linear_policy_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+_IMPLS = Implementations(
+    "linear_policy_loss", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch")
+)
 _CLIP = PolicyObjective()
 _IGNORED = -100
 
 
 class LinearPolicyLoss(NamedTuple):
-    """What `linear_policy_loss` returns. The last two are constants, float32 (float64 of float64), and 0 where the weight is 0."""
+    """What `linear_policy_loss` returns. The last two are constants, float32 (float64 of float64),
+    and 0 where the weight is 0."""
 
     loss: Tensor  # [], differentiable in hidden, weight and bias
     stats: PolicyStats
@@ -51,28 +63,68 @@ class LinearPolicyLoss(NamedTuple):
     entropy: Tensor  # [N] nats
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def linear_policy_loss_reference(hidden_NH: Tensor, weight_VH: Tensor, token_ids_N: Tensor, old_logp_N: Tensor | None, advantages_N: Tensor,
-                                 weights_N: Tensor, *, bias_V: Tensor | None = None, temperature: float | Tensor = 1.0,
-                                 softcap: float | None = None, **settings: object) -> LinearPolicyLoss:
-    """The definition, differentiable, on any device and in any float dtype (float64 is the oracle). `settings` are policy_loss_reference's."""
+# ---- reference -----------------------------------------------------------------------------------
+def linear_policy_loss_reference(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    token_ids_N: Tensor,
+    old_logp_N: Tensor | None,
+    advantages_N: Tensor,
+    weights_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    **settings: object,
+) -> LinearPolicyLoss:
+    """The definition, differentiable, on any device and in any float dtype (float64 is the oracle).
+    `settings` are policy_loss_reference's."""
     ids = torch.where(weights_N != 0, token_ids_N, _IGNORED)
-    logp_N, entropy_N = linear_logprob_reference(hidden_NH, weight_VH, ids, bias_V, temperature, softcap)
-    loss, stats = policy_loss_reference(logp_N, old_logp_N, advantages_N, weights_N, entropy_N=entropy_N, **settings)  # type: ignore[arg-type]
+    logp_N, entropy_N = linear_logprob_reference(
+        hidden_NH, weight_VH, ids, bias_V, temperature, softcap
+    )
+    loss, stats = policy_loss_reference(
+        logp_N, old_logp_N, advantages_N, weights_N, entropy_N=entropy_N, **settings
+    )  # type: ignore[arg-type]
     return LinearPolicyLoss(loss, stats, logp_N.detach(), entropy_N.detach())
 
 
-# ---- torch, a chunk at a time ------------------------------------------------------------------------------------------
+# ---- torch, a chunk at a time --------------------------------------------------------------------
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, token_ids, weights, temperature, softcap, part, derived, workspace_bytes):
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        weights,
+        temperature,
+        softcap,
+        part,
+        derived,
+        workspace_bytes,
+    ):
         rows = (weights != 0).nonzero().squeeze(1)
-        N, V, wide = hidden.shape[0], weight.shape[0], torch.promote_types(weight.dtype, torch.float32)
+        N, V, wide = (
+            hidden.shape[0],
+            weight.shape[0],
+            torch.promote_types(weight.dtype, torch.float32),
+        )
         logp_N, entropy_N = hidden.new_zeros(2, N, dtype=wide).unbind()
-        grads = [torch.zeros_like(t, dtype=t.dtype if t is hidden else wide) if t is not None and needed else None
-                 for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)]
-        for index in rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ():
-            ids, scale = token_ids[index], temperature[index] if isinstance(temperature, Tensor) else temperature
+        grads = [
+            torch.zeros_like(t, dtype=t.dtype if t is hidden else wide)
+            if t is not None and needed
+            else None
+            for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        ]
+        for index in (
+            rows.split(max(1, workspace(workspace_bytes, N, V) // (4 * V))) if rows.numel() else ()
+        ):
+            ids, scale = (
+                token_ids[index],
+                temperature[index] if isinstance(temperature, Tensor) else temperature,
+            )
             z_RV = product(hidden[index], weight.t())
             with torch.enable_grad():
                 z_RV.requires_grad_()
@@ -84,10 +136,16 @@ class _Chunked(torch.autograd.Function):
                 logp_N[index], entropy_N[index] = logp_R.detach(), entropy_R.detach()
                 if not any(ctx.needs_input_grad[:3]):
                     continue
-                g_R, h_R = _coefficients(part, derived, logp_N[index], entropy_N[index], weights, index)
+                g_R, h_R = _coefficients(
+                    part, derived, logp_N[index], entropy_N[index], weights, index
+                )
                 (dz_RV,) = torch.autograd.grad((logp_R, entropy_R), z_RV, (g_R, h_R))
             active = ((g_R != 0) | (h_R != 0)).nonzero().squeeze(1)
-            dz_AV, index_A = (dz_RV, index) if active.numel() == index.numel() else (dz_RV[active], index[active])
+            dz_AV, index_A = (
+                (dz_RV, index)
+                if active.numel() == index.numel()
+                else (dz_RV[active], index[active])
+            )
             if grads[0] is not None:
                 grads[0][index_A] = product(dz_AV, weight).to(hidden.dtype)
             if grads[1] is not None:
@@ -95,7 +153,15 @@ class _Chunked(torch.autograd.Function):
             if grads[2] is not None:
                 grads[2] += dz_AV.sum(0)
         loss, stats = part._replace(logp=logp_N, entropy=entropy_N).reference(weights, derived)
-        ctx.save_for_backward(*(None if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias), strict=True)), hidden, weight, bias)
+        ctx.save_for_backward(
+            *(
+                None if g is None else g.to(t.dtype)
+                for g, t in zip(grads, (hidden, weight, bias), strict=True)
+            ),
+            hidden,
+            weight,
+            bias,
+        )
         stats = torch.stack(list(stats))
         ctx.mark_non_differentiable(stats, logp_N, entropy_N)
         return loss, stats, logp_N, entropy_N
@@ -103,11 +169,18 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad, *_):
         *grads, hidden, weight, bias = ctx.saved_tensors
-        return (*(None if g is None else _Scaled.apply(g, loss_grad, of) for g, of in zip(grads, (hidden, weight, bias), strict=True)), *(None,) * 7)
+        return (
+            *(
+                None if g is None else _Scaled.apply(g, loss_grad, of)
+                for g, of in zip(grads, (hidden, weight, bias), strict=True)
+            ),
+            *(None,) * 7,
+        )
 
 
 class _Scaled(torch.autograd.Function):
-    """gradient * scale, once: how the gradient depends on the input `of` is not known any more, and a double backward is refused."""
+    """gradient * scale, once: how the gradient depends on the input `of` is not known any more, and
+    a double backward is refused."""
 
     @staticmethod
     def forward(ctx, gradient, scale, of):
@@ -115,23 +188,42 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _grad):
-        raise RuntimeError("linear_policy_loss: expected one backward pass, got a double backward; use linear_policy_loss_reference for second derivatives")
+        raise RuntimeError(
+            "linear_policy_loss: expected one backward pass, got a double backward; use "
+            "linear_policy_loss_reference for second derivatives"
+        )
 
 
-def _coefficients(part: PolicyPart, derived: Derived, logp_R: Tensor, entropy_R: Tensor, weights_N: Tensor, index_R: Tensor) -> tuple[Tensor, Tensor]:
-    """d loss / d logp and d loss / d entropy of the rows of a chunk; by a chunk of rows each is a function of its own row."""
+def _coefficients(
+    part: PolicyPart,
+    derived: Derived,
+    logp_R: Tensor,
+    entropy_R: Tensor,
+    weights_N: Tensor,
+    index_R: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """d loss / d logp and d loss / d entropy of the rows of a chunk; by a chunk of rows each is a
+    function of its own row."""
+
     def rows(column: Tensor | None) -> Tensor | None:
         return None if column is None else column[index_R]
 
     logp_R, entropy_R = logp_R.requires_grad_(), entropy_R.requires_grad_()
-    here = part._replace(logp=logp_R, entropy=entropy_R, old_logp=rows(part.old_logp), advantages=rows(part.advantages), ref_logp=rows(part.ref_logp))
+    here = part._replace(
+        logp=logp_R,
+        entropy=entropy_R,
+        old_logp=rows(part.old_logp),
+        advantages=rows(part.advantages),
+        ref_logp=rows(part.ref_logp),
+    )
     loss, _ = here.reference(weights_N[index_R], Derived(*map(rows, derived)))
     g_R, h_R = torch.autograd.grad(loss, (logp_R, entropy_R), materialize_grads=True)
     return g_R, h_R
 
 
-# ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
+# ---- custom op: what torch.compile sees ----------------------------------------------------------
 if native.capability:
+
     @torch.library.register_fake("fusedrl::linear_policy_loss_forward")
     def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> tuple[Tensor, ...]:
         for_hidden, for_weight, for_bias = rest[-3:]
@@ -146,40 +238,95 @@ if native.capability:
         )
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
-def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor, *,
-                       objective: PolicyObjective = _CLIP, ref_logp: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3",
-                       kl_gradient: str | None = None, kl_level: str = "token", entropy_coef: float = 0.0, rollout_logp: Tensor | None = None,
-                       rollout_correction: RolloutCorrection | None = None, cu_seqlens: Tensor | None = None, temperature: float | Tensor = 1.0,
-                       softcap: float | None = None, bias: Tensor | None = None, workspace_bytes: int | None = None,
-                       impl: str | None = None) -> LinearPolicyLoss:
-    """`policy_loss(linear_logprob(hidden, weight, token_ids), ...)` in 6 N H V flops, forward and backward.
+# ---- public --------------------------------------------------------------------------------------
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    objective: PolicyObjective = _CLIP,
+    ref_logp: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_gradient: str | None = None,
+    kl_level: str = "token",
+    entropy_coef: float = 0.0,
+    rollout_logp: Tensor | None = None,
+    rollout_correction: RolloutCorrection | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    impl: str | None = None,
+) -> LinearPolicyLoss:
+    """`policy_loss(linear_logprob(hidden, weight, token_ids), ...)` in 6 N H V flops, forward and
+    backward.
 
     Args:
-        hidden, weight, bias: [N, H], [V, H] and [V] or None, of one dtype: float32, bfloat16 or float16 (the torch implementation also float64).
-        token_ids: [N] int64 or int32; anything where the weight is 0, as is everything else there.
-        old_logp, advantages, weights, and the keywords up to cu_seqlens: as in `policy_loss`; [N] float32, constant. old_logp None: it is the
-            policy's own, every ratio exactly 1; not for kinds by sequence, nor with a rollout_correction.
-        temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the logits after the softcap.
-        softcap: logits become softcap * tanh(logits / softcap).
-        workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By default the smaller of 256 MiB and an
+        hidden, weight, bias: [N, H], [V, H] and [V] or None, of one dtype: float32, bfloat16 or
+        float16 (the torch implementation also float64). token_ids: [N] int64 or int32; anything
+        where the weight is 0, as is everything else there. old_logp, advantages, weights, and the
+        keywords up to cu_seqlens: as in `policy_loss`; [N] float32, constant. old_logp None: it is
+        the
+            policy's own, every ratio exactly 1; not for kinds by sequence, nor with a
+            rollout_correction.
+        temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the
+        logits after the softcap. softcap: logits become softcap * tanh(logits / softcap).
+        workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By
+        default the smaller of 256 MiB and an
             eighth of the full logits, but never less than 4 MiB.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
-        (loss, stats, logp, entropy): a scalar, differentiable once in hidden, weight and bias, whose gradients exist when it returns (no gradient is
-        formed for what requires none); the statistics of `policy_loss`, entropy always among them; what `linear_logprob` says of the rows with a
-        weight, as constants.
+        (loss, stats, logp, entropy): a scalar, differentiable once in hidden, weight and bias,
+        whose gradients exist when it returns (no gradient is formed for what requires none); the
+        statistics of `policy_loss`, entropy always among them; what `linear_logprob` says of the
+        rows with a weight, as constants.
     Raises:
-        IndexError: an id outside [0, V) where the weight is not 0, on the CPU. ValueError: sizes, devices or settings that do not fit.
-        TypeError: dtypes. RuntimeError: `impl` cannot run here, or a double backward.
+        IndexError: an id outside [0, V) where the weight is not 0, on the CPU. ValueError: sizes,
+        devices or settings that do not fit. TypeError: dtypes. RuntimeError: `impl` cannot run
+        here, or a double backward.
     """
     op = "linear_policy_loss"
-    part = PolicyPart(None, old_logp, advantages, objective, ref_logp, kl_coef, kl_estimator, kl_gradient, kl_level, None, entropy_coef, rollout_logp,
-                      rollout_correction, cu_seqlens)
+    part = PolicyPart(
+        None,
+        old_logp,
+        advantages,
+        objective,
+        ref_logp,
+        kl_coef,
+        kl_estimator,
+        kl_gradient,
+        kl_level,
+        None,
+        entropy_coef,
+        rollout_logp,
+        rollout_correction,
+        cu_seqlens,
+    )
     per_row = temperature if isinstance(temperature, Tensor) else None
-    columns = {"old_logp": old_logp, "advantages": advantages, "weights": weights, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
-    N, _, V, *_ = check(op, {"hidden": (hidden, "N H"), "weight": (weight, "V H"), "token_ids": (token_ids, "N"), "bias": (bias, "V"),
-                             "temperature": (per_row, "N"), **{name: (column, "N") for name, column in columns.items()}, "cu_seqlens": (cu_seqlens, "E")})
+    columns = {
+        "old_logp": old_logp,
+        "advantages": advantages,
+        "weights": weights,
+        "ref_logp": ref_logp,
+        "rollout_logp": rollout_logp,
+    }
+    N, _, V, *_ = check(
+        op,
+        {
+            "hidden": (hidden, "N H"),
+            "weight": (weight, "V H"),
+            "token_ids": (token_ids, "N"),
+            "bias": (bias, "V"),
+            "temperature": (per_row, "N"),
+            **{name: (column, "N") for name, column in columns.items()},
+            "cu_seqlens": (cu_seqlens, "E"),
+        },
+    )
     check_policy(op, part, N)
     chosen = _IMPLS.choose(hidden.device, impl)
     check_dtype(op, "hidden", hidden, FLOATS if chosen == "torch" else FLOATS[:3])
@@ -190,7 +337,10 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
     for name, column in columns.items():
         check_dtype(op, name, column, (torch.promote_types(hidden.dtype, torch.float32),))
     if per_row is None and not temperature > 0:
-        raise ValueError(f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use temperature=1.0")
+        raise ValueError(
+            f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use "
+            "temperature=1.0"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
     if workspace_bytes is not None and workspace_bytes <= 0:
@@ -201,22 +351,66 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_lo
     scored = part
     if part.by_sequence:
         with torch.no_grad():
-            logp, _ = linear_logprob(hidden, weight, ids, bias=bias, temperature=scale, softcap=softcap, entropy=True, ignore_index=_IGNORED,
-                                     workspace_bytes=workspace_bytes, impl=chosen)
+            logp, _ = linear_logprob(
+                hidden,
+                weight,
+                ids,
+                bias=bias,
+                temperature=scale,
+                softcap=softcap,
+                entropy=True,
+                ignore_index=_IGNORED,
+                workspace_bytes=workspace_bytes,
+                impl=chosen,
+            )
         scored = part._replace(logp=logp)
     derived = scored.derived(weights)
     if chosen == "cpp":
         loss, stats, logp, entropy = torch.ops.fusedrl.linear_policy_loss(
-            hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, None if per_row is None else scale, *part.settings(),
-            1.0 if per_row is not None else scale, softcap or 0.0, -1 if workspace_bytes is None else workspace_bytes)
+            hidden,
+            weight,
+            bias,
+            token_ids,
+            old_logp,
+            advantages,
+            weights,
+            ref_logp,
+            *derived,
+            None if per_row is None else scale,
+            *part.settings(),
+            1.0 if per_row is not None else scale,
+            softcap or 0.0,
+            -1 if workspace_bytes is None else workspace_bytes,
+        )
         return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, ids, V, _IGNORED)
     if chosen == "triton":
-        for_hidden, for_weight, for_bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
+        for_hidden, for_weight, for_bias = (
+            torch.is_grad_enabled() and t is not None and t.requires_grad
+            for t in (hidden, weight, bias)
+        )
         loss, stats, logp, entropy, *_ = torch.ops.fusedrl.linear_policy_loss_triton(
-            hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived, None if per_row is None else per_row.detach(), *part.settings(),
-            1.0 if per_row is not None else float(temperature), softcap or 0.0, workspace(workspace_bytes, N, V), for_hidden, for_weight, for_bias)
+            hidden,
+            weight,
+            bias,
+            token_ids,
+            old_logp,
+            advantages,
+            weights,
+            ref_logp,
+            *derived,
+            None if per_row is None else per_row.detach(),
+            *part.settings(),
+            1.0 if per_row is not None else float(temperature),
+            softcap or 0.0,
+            workspace(workspace_bytes, N, V),
+            for_hidden,
+            for_weight,
+            for_bias,
+        )
     else:
-        loss, stats, logp, entropy = _Chunked.apply(hidden, weight, bias, token_ids, weights, scale, softcap, part, derived, workspace_bytes)
+        loss, stats, logp, entropy = _Chunked.apply(
+            hidden, weight, bias, token_ids, weights, scale, softcap, part, derived, workspace_bytes
+        )
     return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)

@@ -1,27 +1,43 @@
-"""linear_policy_loss in Triton: the scores come out of the product itself, the gradient is formed while the chunk's logits are there.
+"""linear_policy_loss in Triton: the scores come out of the product itself, the gradient is formed
+while the chunk's logits are there.
 
-The mathematics and numerics are those of linear_policy_loss.py. Rows are scored by linear_logprob/_triton.py and their coefficients formed by
-policy_loss/_triton.py: loss and statistics are those of the two ops one after the other on the rows that count, up to the order in which the compiler
-adds 32 columns, which it chooses for each size of tile (under the interpreter: in every bit).
+The mathematics and numerics are those of linear_policy_loss.py. Rows are scored by
+linear_logprob/_triton.py and their coefficients formed by policy_loss/_triton.py: loss and
+statistics are those of the two ops one after the other on the rows that count, up to the order in
+which the compiler adds 32 columns, which it chooses for each size of tile (under the interpreter:
+in every bit).
 
-    R rows -> product, whose epilogue keeps the logits and the row statistics -> coefficients -> active rows appended to the gradients dz
-    C - R pending rows of dz, or the end -> d hidden = dz weight, d weight += dz^T hidden
+    R rows -> product, whose epilogue keeps the logits and the row statistics -> coefficients ->
+    active rows appended to the gradients dz C - R pending rows of dz, or the end -> d hidden = dz
+    weight, d weight += dz^T hidden
 
-Workspace  R V float32 logits and C V gradients of hidden's dtype, C >= 2 R: rows gather over several chunks, so that the last two products stay thick
-           when few rows are active. R is a whole number of the product's tiles where there is room for one. The row statistics take 3/8 of a
-           byte a logit besides.
-Bytes      a chunk reads weight (V H s), writes its logits and reads them once; dz is written once and read twice. Each flush reads and writes
-           the float32 gradient of weight, 8 V H: with V = 151936 and H = 4096 that is 5 GB for some 600 rows of 256 MiB. Where memory allows,
+Workspace  R V float32 logits and C V gradients of hidden's dtype, C >= 2 R: rows gather over
+           several chunks, so that the last two products stay thick when few rows are active. R is a
+           whole number of the product's tiles where there is room for one. The row statistics take
+           3/8 of a byte a logit besides.
+Bytes      a chunk reads weight (V H s), writes its logits and reads them once; dz is written once
+           and read twice. Each flush reads and writes the float32 gradient of weight, 8 V H: with V
+           = 151936 and H = 4096 that is 5 GB for some 600 rows of 256 MiB. Where memory allows,
            give more: with 2 GiB it is 5 GB for some 4,000 rows, and no longer counts.
-Host       with a gradient to form, reads which rows have a weight, and of each chunk which are active, while the device waits; without one, nothing.
+Host       with a gradient to form, reads which rows have a weight, and of each chunk which are
+           active, while the device waits; without one, nothing.
 """
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from fusedrl.kernels.linear_head import add_product, product
-from fusedrl.kernels.linear_logprob._triton import BLOCK_ROWS, HeadOf, Rows, Scores, logits_gradient, score, unscored
+from fusedrl.kernels.linear_logprob._triton import (
+    BLOCK_ROWS,
+    HeadOf,
+    Rows,
+    Scores,
+    logits_gradient,
+    score,
+    unscored,
+)
 from fusedrl.kernels.objective import COEFFICIENTS, PolicyStats
 from fusedrl.kernels.policy_loss._triton import policy_value_loss_triton
 
@@ -35,26 +51,54 @@ def rows_of(workspace_bytes: int, V: int, itemsize: int) -> tuple[int, int]:
     return R, max(R, (workspace_bytes // max(1, V) - 4 * R) // itemsize)
 
 
-# ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
+# ---- custom op: what torch.compile sees ----------------------------------------------------------
 @torch.library.custom_op("fusedrl::linear_policy_loss_triton", mutates_args=())
 def _linear_policy_loss_triton(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor,
-        ref_logp: Tensor | None, correction: Tensor | None, sequence_log_ratio: Tensor | None, kl_sum: Tensor | None, temperatures: Tensor | None,
-        kind: str, kl_estimator: str, kl_gradient: str, coefficients: list[float], temperature: float, softcap: float, workspace_bytes: int,
-        for_hidden: bool, for_weight: bool, for_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's gradients for a unit upstream gradient (those not asked
-    for are empty)."""
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    ref_logp: Tensor | None,
+    correction: Tensor | None,
+    sequence_log_ratio: Tensor | None,
+    kl_sum: Tensor | None,
+    temperatures: Tensor | None,
+    kind: str,
+    kl_estimator: str,
+    kl_gradient: str,
+    coefficients: list[float],
+    temperature: float,
+    softcap: float,
+    workspace_bytes: int,
+    for_hidden: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics, logp and entropy [N] (0 where the weight is 0), and the loss's gradients
+    for a unit upstream gradient (those not asked for are empty)."""
     V = weight.shape[0]
     head = HeadOf(weight, bias, temperature, softcap)
     backward = for_hidden or for_weight or for_bias
     if backward:
         index, count = (weights != 0).nonzero().squeeze(1), None
-    else:  # nothing to read: rows without a weight go last, and the kernels stop at the first of them
+    # nothing to read: rows without a weight go last, and the kernels stop at the first of them
+    else:
         index, count = (weights == 0).to(torch.uint8).argsort(stable=True), (weights != 0).sum()
     M = index.numel()
     weights_M = weights[index]
-    columns = [None if t is None else t[index] for t in (old_logp, advantages, ref_logp, correction, sequence_log_ratio, kl_sum)]
-    rows = Rows(index, token_ids[index], None if temperatures is None else temperatures[index].float(), count)
+    columns = [
+        None if t is None else t[index]
+        for t in (old_logp, advantages, ref_logp, correction, sequence_log_ratio, kl_sum)
+    ]
+    rows = Rows(
+        index,
+        token_ids[index],
+        None if temperatures is None else temperatures[index].float(),
+        count,
+    )
     scores = unscored(rows)
 
     def policy(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,8 +106,21 @@ def _linear_policy_loss_triton(
         logp, entropy = scores.logp[begin:end], scores.entropy[begin:end]
         old, advantage, ref, *derived = (None if t is None else t[begin:end] for t in columns)
         loss, stats, grad, _ = policy_value_loss_triton(
-            logp, logp if old is None else old, advantage, weights_M[begin:end], entropy, None, None, None, ref, *derived, kind, kl_estimator, kl_gradient,
-            coefficients)
+            logp,
+            logp if old is None else old,
+            advantage,
+            weights_M[begin:end],
+            entropy,
+            None,
+            None,
+            None,
+            ref,
+            *derived,
+            kind,
+            kl_estimator,
+            kl_gradient,
+            coefficients,
+        )
         return loss, stats[:_STATS], grad
 
     hidden_grad = hidden.new_zeros(hidden.shape if for_hidden else 0)
@@ -84,9 +141,25 @@ def _linear_policy_loss_triton(
             _, _, g = policy(begin, end)
             h = entropy_grad[begin:end]
             active = ((g != 0) | (h != 0)).nonzero().squeeze(1)
-            here = Rows(index[begin:end], rows.ids[begin:end], None if rows.temperatures is None else rows.temperatures[begin:end])
-            scored = Scores(scores.logp[begin:end], scores.entropy[begin:end], scores.stats[begin:end])
-            logits_gradient(g, h, logits_RV, head, here, scored, active, dz_CV[held:held + active.numel()], finished=True)
+            here = Rows(
+                index[begin:end],
+                rows.ids[begin:end],
+                None if rows.temperatures is None else rows.temperatures[begin:end],
+            )
+            scored = Scores(
+                scores.logp[begin:end], scores.entropy[begin:end], scores.stats[begin:end]
+            )
+            logits_gradient(
+                g,
+                h,
+                logits_RV,
+                head,
+                here,
+                scored,
+                active,
+                dz_CV[held : held + active.numel()],
+                finished=True,
+            )
             pending.append(here.row[active])
             held += active.numel()
             if held and (held + R > C or end == M):
@@ -100,8 +173,19 @@ def _linear_policy_loss_triton(
                 pending, held = [], 0
     loss, stats, _ = policy(0, M)
     live_N = weights != 0  # rows without one were not scored
-    logp_N, entropy_N = (torch.where(live_N, torch.zeros_like(weights).index_copy_(0, index, x), 0) for x in (scores.logp, scores.entropy))
-    return loss, stats.clone(), logp_N, entropy_N, hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype)
+    logp_N, entropy_N = (
+        torch.where(live_N, torch.zeros_like(weights).index_copy_(0, index, x), 0)
+        for x in (scores.logp, scores.entropy)
+    )
+    return (
+        loss,
+        stats.clone(),
+        logp_N,
+        entropy_N,
+        hidden_grad,
+        weight_grad.to(weight.dtype),
+        bias_grad.to(weight.dtype),
+    )
 
 
 @_linear_policy_loss_triton.register_fake
@@ -120,7 +204,7 @@ def _(hidden: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
     )
 
 
-# ---- autograd: forward has formed the gradients ---------------------------------------------------------------------------
+# ---- autograd: forward has formed the gradients --------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
     _, *rows, grads = output[:4] + (output[4:],)
     ctx.mark_non_differentiable(*rows, *grads)
@@ -130,8 +214,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, loss_grad: Tensor, *unused: Tensor):
     if torch.is_grad_enabled():  # create_graph: the gradients would pass for constants
-        raise RuntimeError("linear_policy_loss: expected one backward pass, got a double backward (create_graph=True), which this op does not have")
-    grads = [grad * loss_grad if wanted else None for grad, wanted in zip(ctx.saved_tensors, ctx.has, strict=True)]
+        raise RuntimeError(
+            "linear_policy_loss: expected one backward pass, got a double backward "
+            "(create_graph=True), which this op does not have"
+        )
+    grads = [
+        grad * loss_grad if wanted else None
+        for grad, wanted in zip(ctx.saved_tensors, ctx.has, strict=True)
+    ]
     return *grads, *(None,) * (ctx.parameters - len(grads))
 
 

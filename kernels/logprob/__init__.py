@@ -1,17 +1,25 @@
 """logprob: logits -> log-probability of one token a row, and the entropy of the row, in one read.
 
-    d_j = (z_j - max z) / T     S = sum e^d     W = sum d e^d     logp = d_y - log S     H = log S - W / S
-    dz_j = (g (1[j = y] - p_j) - h p_j (d_j - W / S)) / T          for upstream gradients g of logp and h of H
+    d_j = (z_j - max z) / T     S = sum e^d     W = sum d e^d     logp = d_y - log S     H = log S -
+                                                W / S
+    dz_j = (g (1[j = y] - p_j) - h p_j (d_j - W / S)) / T
+            for upstream gradients g of logp and h of H
 
 Shapes    N rows behind any leading dimensions; V vocabulary.
-Bytes     forward N V s (one read), backward 2 N V s (read and write); `logprob_` writes the gradient over the logits.
-Numerics  float32 inside and out, whatever the logits. The maximum is subtracted before dividing by T (dividing first at an offset of 1e4
-          and T = 0.7 costs 4e-4 nats) and the weighted sum is the shifted one (the unshifted one cancels at large logits).
-          -inf logits contribute exactly nothing; a label on -inf gives -inf with a zero gradient from g; a row that is all -inf gives
-          logp -inf, entropy 0, gradient 0; NaN or +inf in a row gives NaN in its results, and nothing else does.
-Kept      the sums, and j, run over the tokens that truncation left of the row: the others count as -inf, are not read, and get a gradient of exactly 0.
-Source    the log-softmax; online maximum as in Milakov and Gimelshein (2018), Online normalizer calculation for softmax.
+Bytes     forward N V s (one read), backward 2 N V s (read and write); `logprob_` writes the
+          gradient over the logits.
+Numerics  float32 inside and out, whatever the logits. The maximum is subtracted before dividing by
+          T (dividing first at an offset of 1e4 and T = 0.7 costs 4e-4 nats) and the weighted sum is
+          the shifted one (the unshifted one cancels at large logits). -inf logits contribute
+          exactly nothing; a label on -inf gives -inf with a zero gradient from g; a row that is all
+          -inf gives logp -inf, entropy 0, gradient 0; NaN or +inf in a row gives NaN in its
+          results, and nothing else does.
+Kept      the sums, and j, run over the tokens that truncation left of the row: the others count as
+          -inf, are not read, and get a gradient of exactly 0.
+Source    the log-softmax; online maximum as in Milakov and Gimelshein (2018), Online normalizer
+          calculation for softmax.
 """
+
 from __future__ import annotations
 
 import torch
@@ -27,20 +35,32 @@ from fusedrl.kernels.runtime.triton import triton
 if triton is not None:
     from fusedrl.kernels.logprob._triton import InPlaceTriton, logprob_triton
 
-_IMPLS = Implementations("logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda"))
+_IMPLS = Implementations(
+    "logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch", "cuda")
+)
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
-def logprob_reference(logits: Tensor, token_ids: Tensor, temperature: float | Tensor = 1.0, ignore_index: int = -100,
-                      kept: Kept | None = None) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) by definition, differentiable, on any device and in any float dtype (float64 is the oracle)."""
+# ---- reference -----------------------------------------------------------------------------------
+def logprob_reference(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    kept: Kept | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) by definition, differentiable, on any device and in any float dtype (float64
+    is the oracle)."""
     ignored = token_ids == ignore_index
     in_range = (token_ids >= 0) & (token_ids < logits.shape[-1])
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(ignored[..., None], 0.0)  # an ignored row may hold anything
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(
+        ignored[..., None], 0.0
+    )  # an ignored row may hold anything
     if kept is not None:
         z = z.masked_fill(~_kept_mask(kept, logits.shape[-1]).view(logits.shape), -torch.inf)
     top = z.detach().amax(-1, keepdim=True).nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=0.0)
-    d = (z - top) / (temperature[..., None].to(z.dtype) if isinstance(temperature, Tensor) else temperature)
+    d = (z - top) / (
+        temperature[..., None].to(z.dtype) if isinstance(temperature, Tensor) else temperature
+    )
     missing = d == -torch.inf
     d = d.masked_fill(missing, 0.0)
     e = torch.exp(d).masked_fill(missing, 0.0)
@@ -58,31 +78,70 @@ def logprob_reference(logits: Tensor, token_ids: Tensor, temperature: float | Te
 def _kept_mask(kept: Kept, V: int) -> Tensor:
     """[N, V] bool. Sizes follow from those of `kept` alone: nothing of it is read on the host."""
     N = kept.offsets.numel() - 1
-    row_K = torch.searchsorted(kept.offsets[1:], torch.arange(kept.token_ids.numel(), device=kept.offsets.device), right=True)  # N behind the last row
-    mask = kept.token_ids.new_zeros(N + 1, V, dtype=torch.bool).index_put((row_K, kept.token_ids.long().clamp(0, V - 1)), row_K.new_ones((), dtype=torch.bool))
+    row_K = torch.searchsorted(
+        kept.offsets[1:],
+        torch.arange(kept.token_ids.numel(), device=kept.offsets.device),
+        right=True,
+    )  # N behind the last row
+    mask = kept.token_ids.new_zeros(N + 1, V, dtype=torch.bool).index_put(
+        (row_K, kept.token_ids.long().clamp(0, V - 1)), row_K.new_ones((), dtype=torch.bool)
+    )
     return mask[:N] | (kept.offsets.diff() == 0)[:, None]
 
 
-# ---- what torch.compile sees of the C++ ops -----------------------------------------------------------------------------
+# ---- what torch.compile sees of the C++ ops ------------------------------------------------------
 if native.capability:
+
     @torch.library.register_fake("fusedrl::logprob_forward")
-    def _(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool, ignore_index: int,
-          kept_ids: Tensor | None = None, kept_offsets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _(
+        logits: Tensor,
+        token_ids: Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
+        entropy: bool,
+        ignore_index: int,
+        kept_ids: Tensor | None = None,
+        kept_offsets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         per_row = logits.new_empty(token_ids.shape, dtype=torch.float32)
-        return per_row, torch.empty_like(per_row) if entropy else per_row.new_empty(0), per_row.new_empty(token_ids.numel(), 3)
+        return (
+            per_row,
+            torch.empty_like(per_row) if entropy else per_row.new_empty(0),
+            per_row.new_empty(token_ids.numel(), 3),
+        )
 
     @torch.library.register_fake("fusedrl::logprob_backward")
-    def _(logp_grad: Tensor | None, entropy_grad: Tensor | None, logits: Tensor, token_ids: Tensor, stats: Tensor, temperature: float,
-          temperatures: Tensor | None, ignore_index: int, kept_ids: Tensor | None = None, kept_offsets: Tensor | None = None) -> Tensor:
+    def _(
+        logp_grad: Tensor | None,
+        entropy_grad: Tensor | None,
+        logits: Tensor,
+        token_ids: Tensor,
+        stats: Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
+        ignore_index: int,
+        kept_ids: Tensor | None = None,
+        kept_offsets: Tensor | None = None,
+    ) -> Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("fusedrl::logprob_backward_")
-    def _(logits: Tensor, logp_grad: Tensor | None, entropy_grad: Tensor | None, token_ids: Tensor, stats: Tensor, temperature: float,
-          temperatures: Tensor | None, ignore_index: int, kept_ids: Tensor | None = None, kept_offsets: Tensor | None = None) -> None:
+    def _(
+        logits: Tensor,
+        logp_grad: Tensor | None,
+        entropy_grad: Tensor | None,
+        token_ids: Tensor,
+        stats: Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
+        ignore_index: int,
+        kept_ids: Tensor | None = None,
+        kept_offsets: Tensor | None = None,
+    ) -> None:
         return None
 
 
-# ---- autograd: the in-place reference (the other implementations bring their own) -----------------------------------------
+# ---- autograd: the in-place reference (the other implementations bring their own) ----------------
 class _InPlaceTorch(torch.autograd.Function):
     """The reference, with its gradient copied over the logits."""
 
@@ -101,52 +160,98 @@ class _InPlaceTorch(torch.autograd.Function):
         return target.copy_(grad), *(None,) * len(ctx.rest)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
-def logprob(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor = 1.0, entropy: bool = False, ignore_index: int = -100,
-            kept: Kept | None = None, impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+# ---- public --------------------------------------------------------------------------------------
+def logprob(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    kept: Kept | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of one token a row under softmax(logits / temperature), in nats.
 
     Args:
-        logits: [..., V] float32, bfloat16 or float16 (the torch implementation also float64); any row strides, contiguous last dimension.
-        token_ids: [...] int64 or int32.
-        temperature: above 0; a number, or a tensor [...] with one value a row (it receives no gradient).
-        entropy: also return the entropy of each row.
-        ignore_index: rows with this id have logp 0, entropy 0 and no gradient, and are not read.
-        kept: the tokens that truncation left of each row, in the order of the rows (`sample` returns them). A row is then scored under the distribution
-            over its kept tokens alone: its logits outside are not read and get a gradient of exactly 0, a label outside has logp -inf.
+        logits: [..., V] float32, bfloat16 or float16 (the torch implementation also float64); any
+        row strides, contiguous last dimension. token_ids: [...] int64 or int32. temperature: above
+        0; a number, or a tensor [...] with one value a row (it receives no gradient). entropy: also
+        return the entropy of each row. ignore_index: rows with this id have logp 0, entropy 0 and
+        no gradient, and are not read. kept: the tokens that truncation left of each row, in the
+        order of the rows (`sample` returns them). A row is then scored under the distribution
+            over its kept tokens alone: its logits outside are not read and get a gradient of
+            exactly 0, a label outside has logp -inf.
         impl: "cpp", "triton", "cuda" or "torch"; by default the best one for the device.
     Returns:
         logp [...], or (logp [...], entropy [...]); float32. Differentiable, once, in the logits.
     Raises:
-        IndexError: an id outside [0, V), or kept ids that do not ascend, on CPU tensors. On a GPU a row with an id outside is NaN, and
-            `fusedrl.kernels.runtime.faults.raise_faults` raises it later (the torch implementation only has the NaN); whether kept ids ascend is not looked at.
-        ValueError: sizes, devices, strides or a temperature that does not fit. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        IndexError: an id outside [0, V), or kept ids that do not ascend, on CPU tensors. On a GPU a
+        row with an id outside is NaN, and
+            `fusedrl.kernels.runtime.faults.raise_faults` raises it later (the torch implementation
+            only has the NaN); whether kept ids ascend is not looked at.
+        ValueError: sizes, devices, strides or a temperature that does not fit. TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
-    return _logprob("logprob", logits, token_ids, temperature, entropy, ignore_index, kept, impl, in_place=False)
+    return _logprob(
+        "logprob", logits, token_ids, temperature, entropy, ignore_index, kept, impl, in_place=False
+    )
 
 
-def logprob_(logits: Tensor, token_ids: Tensor, *, temperature: float | Tensor = 1.0, entropy: bool = False, ignore_index: int = -100,
-             kept: Kept | None = None, impl: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """`logprob` whose backward overwrites `logits` with their gradient: no second [..., V] tensor, and no page faults for one.
+def logprob_(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    kept: Kept | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`logprob` whose backward overwrites `logits` with their gradient: no second [..., V] tensor,
+    and no page faults for one.
 
-    Afterwards `logits` holds the gradient. Autograd refuses whatever would read the old values: a second backward through this call, or
-    an operation that saved these logits (such as the tanh that made them), raises "modified by an inplace operation" when it is reached.
-    Within torch.compile only "cpp" does so; the others are `logprob` there. Arguments, results and errors as `logprob`; in addition:
+    Afterwards `logits` holds the gradient. Autograd refuses whatever would read the old values: a
+    second backward through this call, or an operation that saved these logits (such as the tanh
+    that made them), raises "modified by an inplace operation" when it is reached. Within
+    torch.compile only "cpp" does so; the others are `logprob` there. Arguments, results and errors
+    as `logprob`; in addition:
 
     Raises:
-        ValueError: logits that are a leaf requiring a gradient (its .grad would be the leaf itself), whose rows overlap in memory,
-            or whose leading dimensions have more strides of their own than the implementation walks (cpp two, the others one).
+        ValueError: logits that are a leaf requiring a gradient (its .grad would be the leaf
+        itself), whose rows overlap in memory,
+            or whose leading dimensions have more strides of their own than the implementation walks
+            (cpp two, the others one).
     """
-    return _logprob("logprob_", logits, token_ids, temperature, entropy, ignore_index, kept, impl, in_place=True)
+    return _logprob(
+        "logprob_", logits, token_ids, temperature, entropy, ignore_index, kept, impl, in_place=True
+    )
 
 
-def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Tensor, entropy: bool, ignore_index: int, kept: Kept | None,
-             impl: str | None, in_place: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _logprob(
+    op: str,
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    entropy: bool,
+    ignore_index: int,
+    kept: Kept | None,
+    impl: str | None,
+    in_place: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     leading = " ".join(f"d{i}" for i in range(logits.ndim - 1))
     per_row = temperature if isinstance(temperature, Tensor) else None
     kept_ids, kept_offsets = (None, None) if kept is None else kept
-    check(op, {"logits": (logits, f"{leading} V"), "token_ids": (token_ids, leading), "temperature": (per_row, leading),
-               "kept.token_ids": (kept_ids, "K"), "kept.offsets": (kept_offsets, "M")})
+    check(
+        op,
+        {
+            "logits": (logits, f"{leading} V"),
+            "token_ids": (token_ids, leading),
+            "temperature": (per_row, leading),
+            "kept.token_ids": (kept_ids, "K"),
+            "kept.offsets": (kept_offsets, "M"),
+        },
+    )
     chosen = _IMPLS.choose(logits.device, impl)
     check_dtype(op, "logits", logits, FLOATS if chosen == "torch" else FLOATS[:3])
     check_dtype(op, "token_ids", token_ids, (torch.int64, torch.int32))
@@ -155,68 +260,117 @@ def _logprob(op: str, logits: Tensor, token_ids: Tensor, temperature: float | Te
     check_dtype(op, "kept.offsets", kept_offsets, (torch.int64,))
     check_last_contiguous(op, "logits", logits)
     if kept_offsets is not None and kept_offsets.shape[0] != token_ids.numel() + 1:
-        raise ValueError(f"{op}: expected {token_ids.numel() + 1} kept.offsets, one more than rows, got {kept_offsets.shape[0]}; keep what the same rows kept")
+        raise ValueError(
+            f"{op}: expected {token_ids.numel() + 1} kept.offsets, one more than rows, got "
+            f"{kept_offsets.shape[0]}; keep what the same rows kept"
+        )
     if per_row is None and not temperature > 0:
-        raise ValueError(f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use temperature=1.0")
+        raise ValueError(
+            f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use "
+            "temperature=1.0"
+        )
     if in_place and logits.requires_grad and torch.is_grad_enabled():
         _check_overwritable(op, logits)
     value, per_row = (1.0, per_row.detach()) if per_row is not None else (float(temperature), None)
     if chosen == "cpp":
         native_op = torch.ops.fusedrl.logprob_in_place if in_place else torch.ops.fusedrl.logprob
-        logp, entropies = native_op(logits, token_ids, value, per_row, entropy, ignore_index, kept_ids, kept_offsets)
+        logp, entropies = native_op(
+            logits, token_ids, value, per_row, entropy, ignore_index, kept_ids, kept_offsets
+        )
         return (logp, entropies) if entropy else logp
-    in_place = in_place and not torch.compiler.is_compiling()  # in a graph these gradients would be opaque; the compiler plans its memory itself
+    # in a graph these gradients would be opaque; the compiler plans its memory itself
+    in_place = in_place and not torch.compiler.is_compiling()
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, logits.shape[-1], ignore_index)
         if kept is not None:
             _check_kept(op, kept, logits.shape[-1])
     if chosen == "torch":
         scale = value if per_row is None else per_row
-        logp, entropies = (_InPlaceTorch.apply if in_place else logprob_reference)(logits, token_ids, scale, ignore_index, kept)
+        logp, entropies = (_InPlaceTorch.apply if in_place else logprob_reference)(
+            logits, token_ids, scale, ignore_index, kept
+        )
     else:
         V = logits.shape[-1]
         rows = logits.reshape(-1, V)  # a copy where the leading dimensions do not merge
         if in_place and rows.data_ptr() != logits.data_ptr():
-            raise ValueError(f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with strides {logits.stride()}; "
-                             "use logprob")
+            raise ValueError(
+                f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with "
+                f"strides {logits.stride()}; "
+                "use logprob"
+            )
         temperature_N = None if per_row is None else per_row.reshape(-1).float()
-        functions = (logprob_cuda, InPlaceCuda.apply) if chosen == "cuda" else (logprob_triton, InPlaceTriton.apply)
+        functions = (
+            (logprob_cuda, InPlaceCuda.apply)
+            if chosen == "cuda"
+            else (logprob_triton, InPlaceTriton.apply)
+        )
         function = functions[in_place]
-        logp, entropies, _ = function(rows, token_ids.reshape(-1), value, temperature_N, entropy, ignore_index, kept_ids, kept_offsets)
-        logp, entropies = logp.view(token_ids.shape), entropies.view(token_ids.shape) if entropy else entropies
+        logp, entropies, _ = function(
+            rows,
+            token_ids.reshape(-1),
+            value,
+            temperature_N,
+            entropy,
+            ignore_index,
+            kept_ids,
+            kept_offsets,
+        )
+        logp, entropies = (
+            logp.view(token_ids.shape),
+            entropies.view(token_ids.shape) if entropy else entropies,
+        )
     return (logp, entropies) if entropy else logp
 
 
 def check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
-    """Raises IndexError for an id that is neither in [0, V) nor `ignore_index`; it reads the ids, so on a GPU it would wait."""
+    """Raises IndexError for an id that is neither in [0, V) nor `ignore_index`; it reads the ids,
+    so on a GPU it would wait."""
     wrong = (token_ids != ignore_index) & ((token_ids < 0) | (token_ids >= V))
     if wrong.any():
         row = int(wrong.reshape(-1).nonzero()[0])
-        raise IndexError(f"{op}: expected token ids in [0, {V}) or ignore_index {ignore_index}, got {int(token_ids.reshape(-1)[row])} in row {row}")
+        raise IndexError(
+            f"{op}: expected token ids in [0, {V}) or ignore_index {ignore_index}, got "
+            f"{int(token_ids.reshape(-1)[row])} in row {row}"
+        )
 
 
 def _check_kept(op: str, kept: Kept, V: int) -> None:
-    """Raises ValueError for offsets and IndexError for ids that are not as Kept says; it reads them, so on a GPU it would wait."""
+    """Raises ValueError for offsets and IndexError for ids that are not as Kept says; it reads
+    them, so on a GPU it would wait."""
     ids_K, offsets = kept
     if offsets[0] != 0 or (offsets.diff() < 0).any() or offsets[-1] > len(ids_K):
-        raise ValueError(f"{op}: expected kept.offsets that ascend from 0 to at most {len(ids_K)}, the number of kept ids, got {offsets[0]} to {offsets[-1]}")
-    ids_K = ids_K[:int(offsets[-1])].long()
+        raise ValueError(
+            f"{op}: expected kept.offsets that ascend from 0 to at most {len(ids_K)}, the number "
+            f"of kept ids, got {offsets[0]} to {offsets[-1]}"
+        )
+    ids_K = ids_K[: int(offsets[-1])].long()
     before_K = ids_K.roll(1)
     before_K[offsets[:-1][offsets.diff() > 0]] = -1  # the first of a row
     wrong = (ids_K >= V) | (ids_K <= before_K)
     if wrong.any():
         place = wrong.nonzero()[0]
         row = int(torch.searchsorted(offsets[1:], place, right=True))
-        raise IndexError(f"{op}: expected kept ids that ascend in [0, {V}), got {int(ids_K[place])} after {int(before_K[place])} in row {row}")
+        raise IndexError(
+            f"{op}: expected kept ids that ascend in [0, {V}), got {int(ids_K[place])} after "
+            f"{int(before_K[place])} in row {row}"
+        )
 
 
 def _check_overwritable(op: str, logits: Tensor) -> None:
     if logits.is_leaf:
-        raise ValueError(f"{op}: expected logits that an operation computed, got a leaf that requires a gradient: its .grad would be the "
-                         "overwritten leaf itself; use logprob")
+        raise ValueError(
+            f"{op}: expected logits that an operation computed, got a leaf that requires a "
+            "gradient: its .grad would be the "
+            "overwritten leaf itself; use logprob"
+        )
     needed = 1  # elements that one index of the dimension to the right spans
-    for size, stride in sorted(zip(logits.shape, logits.stride(), strict=True), key=lambda pair: pair[1]):
+    for size, stride in sorted(
+        zip(logits.shape, logits.stride(), strict=True), key=lambda pair: pair[1]
+    ):
         if size > 1 and stride < needed:
-            raise ValueError(f"{op}: expected logits whose rows lie apart in memory, got sizes {tuple(logits.shape)} with strides "
-                             f"{logits.stride()}; use logprob")
+            raise ValueError(
+                f"{op}: expected logits whose rows lie apart in memory, got sizes "
+                f"{tuple(logits.shape)} with strides "
+                f"{logits.stride()}; use logprob"
+            )
         needed = max(needed, size * stride)

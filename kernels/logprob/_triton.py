@@ -1,7 +1,9 @@
-"""logprob in Triton: one program a row walks the vocabulary, or what the row kept of it, with an online maximum; the gradient goes block by block.
+"""logprob in Triton: one program a row walks the vocabulary, or what the row kept of it, with an
+online maximum; the gradient goes block by block.
 
 The mathematics, shapes and numerics are those of logprob.py.
 """
+
 from __future__ import annotations
 
 import torch
@@ -12,18 +14,24 @@ from torch import Tensor
 from fusedrl.kernels.runtime import faults
 
 _BLOCK, _WARPS = 4096, 8
-_KEPT_BLOCK, _KEPT_WARPS = 1024, 4  # of the backward where rows list what they kept: a thread counts a 32nd of the columns, so more of them spill
+# of the backward where rows list what they kept: a thread counts a 32nd of the columns, so more of
+# them spill
+_KEPT_BLOCK, _KEPT_WARPS = 1024, 4
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 @triton.jit
 def _kept_columns(ids_ptr, count, first, BLOCK: tl.constexpr):
-    # Which of the columns first .. first + BLOCK - 1 are among `count` ascending ids, at most BLOCK squared of them. Two loads find the first.
+    # Which of the columns first .. first + BLOCK - 1 are among `count` ascending ids, at most BLOCK
+    # squared of them. Two loads find the first.
     lanes = tl.arange(0, BLOCK)
     step = tl.cdiv(count, BLOCK)
     below = tl.load(ids_ptr + lanes * step, mask=lanes < tl.cdiv(count, step), other=first) < first
     start = tl.maximum(tl.sum(below.to(tl.int32), 0) - 1, 0) * step
-    below = tl.load(ids_ptr + start + lanes, mask=(lanes < step) & (start + lanes < count), other=first) < first
+    below = (
+        tl.load(ids_ptr + start + lanes, mask=(lanes < step) & (start + lanes < count), other=first)
+        < first
+    )
     start += tl.sum(below.to(tl.int32), 0)
     column = tl.load(ids_ptr + start + lanes, mask=start + lanes < count, other=first - 1) - first
     inside = (column >= 0) & (column < BLOCK)
@@ -34,8 +42,25 @@ def _kept_columns(ids_ptr, count, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(logits_ptr, ids_ptr, logp_ptr, entropy_ptr, stats_ptr, temperatures_ptr, kept_ids_ptr, kept_offsets_ptr, fault_ptr, temperature, V,
-                    row_stride, ignore_index, ENTROPY: tl.constexpr, PER_ROW: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(
+    logits_ptr,
+    ids_ptr,
+    logp_ptr,
+    entropy_ptr,
+    stats_ptr,
+    temperatures_ptr,
+    kept_ids_ptr,
+    kept_offsets_ptr,
+    fault_ptr,
+    temperature,
+    V,
+    row_stride,
+    ignore_index,
+    ENTROPY: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
     label = tl.load(ids_ptr + n)
     row_ptr = logits_ptr + n * row_stride
@@ -51,13 +76,24 @@ def _forward_kernel(logits_ptr, ids_ptr, logp_ptr, entropy_ptr, stats_ptr, tempe
     m = -float("inf")
     S = 0.0
     W = 0.0
-    seen = tl.full((), 0, tl.int32)  # of the kept ids: 1, the label is among them; 2, one is out of range
+    # of the kept ids: 1, the label is among them; 2, one is out of range
+    seen = tl.full((), 0, tl.int32)
     for start in range(0, tl.where(label == ignore_index, 0, count), BLOCK):
         v = start + tl.arange(0, BLOCK)
         inside = v < count
         if KEPT:
-            v = tl.load(kept_ids_ptr + begin + v, mask=v < kept_count, other=0) + tl.where(kept_count > 0, 0, v)
-            seen = tl.maximum(seen, tl.max(tl.where(inside, tl.where((v < 0) | (v >= V), 2, tl.where(v == label, 1, 0)), 0), 0))
+            v = tl.load(kept_ids_ptr + begin + v, mask=v < kept_count, other=0) + tl.where(
+                kept_count > 0, 0, v
+            )
+            seen = tl.maximum(
+                seen,
+                tl.max(
+                    tl.where(
+                        inside, tl.where((v < 0) | (v >= V), 2, tl.where(v == label, 1, 0)), 0
+                    ),
+                    0,
+                ),
+            )
             inside = inside & (v >= 0) & (v < V)
         z = tl.load(row_ptr + v, mask=inside, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(m, tl.max(z, 0))
@@ -77,7 +113,9 @@ def _forward_kernel(logits_ptr, ids_ptr, logp_ptr, entropy_ptr, stats_ptr, tempe
         readable = in_range & (seen == 1)
         fault = fault | (seen == 2)
         S = tl.where(seen == 2, float("nan"), S)
-    z_y = tl.load(row_ptr + tl.where(readable, label, 0), mask=readable, other=-float("inf")).to(tl.float32)
+    z_y = tl.load(row_ptr + tl.where(readable, label, 0), mask=readable, other=-float("inf")).to(
+        tl.float32
+    )
     log_S = tl.log(tl.where(S == 0.0, 1.0, S))
     logp = tl.where((z_y == -float("inf")) & (S == S), -float("inf"), (z_y - m) / T - log_S)
     logp = tl.where(label == ignore_index, 0.0, tl.where(in_range, logp, float("nan")))
@@ -92,9 +130,27 @@ def _forward_kernel(logits_ptr, ids_ptr, logp_ptr, entropy_ptr, stats_ptr, tempe
 
 
 @triton.jit
-def _backward_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, ids_ptr, logp_ptr, stats_ptr, grad_ptr, temperatures_ptr, kept_ids_ptr, kept_offsets_ptr,
-                     temperature, V, row_stride, grad_stride, ignore_index, ENTROPY: tl.constexpr, PER_ROW: tl.constexpr, KEPT: tl.constexpr,
-                     BLOCK: tl.constexpr):
+def _backward_kernel(
+    logp_grad_ptr,
+    entropy_grad_ptr,
+    logits_ptr,
+    ids_ptr,
+    logp_ptr,
+    stats_ptr,
+    grad_ptr,
+    temperatures_ptr,
+    kept_ids_ptr,
+    kept_offsets_ptr,
+    temperature,
+    V,
+    row_stride,
+    grad_stride,
+    ignore_index,
+    ENTROPY: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     v = first + tl.arange(0, BLOCK)
@@ -106,7 +162,8 @@ def _backward_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, ids_ptr, logp_
     S = tl.load(stats_ptr + n * 3 + 1)
     mean = tl.load(stats_ptr + n * 3 + 2)
     in_range = (label >= 0) & (label < V)
-    # A label on -inf gets nothing from g. The logit itself may be gone: another block of an in-place call may have been here.
+    # A label on -inf gets nothing from g. The logit itself may be gone: another block of an
+    # in-place call may have been here.
     g = tl.where(tl.load(logp_ptr + n) == -float("inf"), 0.0, tl.load(logp_grad_ptr + n))
     h = 0.0
     if ENTROPY:
@@ -129,26 +186,63 @@ def _backward_kernel(logp_grad_ptr, entropy_grad_ptr, logits_ptr, ids_ptr, logp_
     tl.store(grad_ptr + n * grad_stride + v, tl.where(inside, grad / T, 0.0), mask=v < V)
 
 
-# ---- launchers: allocate, grid ------------------------------------------------------------------------------------------
-def _forward_triton(logits_NV: Tensor, ids_N: Tensor, temperature: float, temperature_N: Tensor | None, entropy: bool, ignore_index: int,
-                    kept_ids_K: Tensor | None, kept_offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+# ---- launchers: allocate, grid -------------------------------------------------------------------
+def _forward_triton(
+    logits_NV: Tensor,
+    ids_N: Tensor,
+    temperature: float,
+    temperature_N: Tensor | None,
+    entropy: bool,
+    ignore_index: int,
+    kept_ids_K: Tensor | None,
+    kept_offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or [0], stats [N, 3] = max, S, W / S)."""
     N, V = logits_NV.shape
-    logp_N, stats_N3 = logits_NV.new_empty(N, dtype=torch.float32), logits_NV.new_empty(N, 3, dtype=torch.float32)
+    logp_N, stats_N3 = (
+        logits_NV.new_empty(N, dtype=torch.float32),
+        logits_NV.new_empty(N, 3, dtype=torch.float32),
+    )
     entropy_N = torch.empty_like(logp_N) if entropy else logp_N.new_empty(0)
     if N:
         fault = faults.flag("logprob", logits_NV.device)
         _forward_kernel[(N,)](
-            logits_NV, ids_N.contiguous(), logp_N, entropy_N if entropy else logp_N, stats_N3, logp_N if temperature_N is None else temperature_N,
-            fault if kept_ids_K is None else kept_ids_K.contiguous(), fault if kept_offsets is None else kept_offsets.contiguous(), fault, temperature, V,
-            logits_NV.stride(0), ignore_index, ENTROPY=entropy, PER_ROW=temperature_N is not None, KEPT=kept_ids_K is not None, BLOCK=_BLOCK,
-            num_warps=_WARPS)
+            logits_NV,
+            ids_N.contiguous(),
+            logp_N,
+            entropy_N if entropy else logp_N,
+            stats_N3,
+            logp_N if temperature_N is None else temperature_N,
+            fault if kept_ids_K is None else kept_ids_K.contiguous(),
+            fault if kept_offsets is None else kept_offsets.contiguous(),
+            fault,
+            temperature,
+            V,
+            logits_NV.stride(0),
+            ignore_index,
+            ENTROPY=entropy,
+            PER_ROW=temperature_N is not None,
+            KEPT=kept_ids_K is not None,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+        )
     return logp_N, entropy_N, stats_N3
 
 
-def _backward_triton(logp_grad_N: Tensor | None, entropy_grad_N: Tensor | None, logits_NV: Tensor, ids_N: Tensor, logp_N: Tensor, stats_N3: Tensor,
-                     temperature: float, temperature_N: Tensor | None, ignore_index: int, kept_ids_K: Tensor | None, kept_offsets: Tensor | None,
-                     out_NV: Tensor) -> None:
+def _backward_triton(
+    logp_grad_N: Tensor | None,
+    entropy_grad_N: Tensor | None,
+    logits_NV: Tensor,
+    ids_N: Tensor,
+    logp_N: Tensor,
+    stats_N3: Tensor,
+    temperature: float,
+    temperature_N: Tensor | None,
+    ignore_index: int,
+    kept_ids_K: Tensor | None,
+    kept_offsets: Tensor | None,
+    out_NV: Tensor,
+) -> None:
     """The gradient into `out_NV`, which may be the logits."""
     N, V = logits_NV.shape
     if N == 0:
@@ -158,44 +252,119 @@ def _backward_triton(logp_grad_N: Tensor | None, entropy_grad_N: Tensor | None, 
     ids_N = ids_N.contiguous()
     block, warps = (_BLOCK, _WARPS) if kept_ids_K is None else (_KEPT_BLOCK, _KEPT_WARPS)
     _backward_kernel[(N, triton.cdiv(V, block))](
-        g_N, h_N, logits_NV, ids_N, logp_N, stats_N3, out_NV, logp_N if temperature_N is None else temperature_N,
-        ids_N if kept_ids_K is None else kept_ids_K.contiguous(), ids_N if kept_offsets is None else kept_offsets.contiguous(), temperature, V,
-        logits_NV.stride(0), out_NV.stride(0), ignore_index, ENTROPY=entropy_grad_N is not None, PER_ROW=temperature_N is not None,
-        KEPT=kept_ids_K is not None, BLOCK=block, num_warps=warps)
+        g_N,
+        h_N,
+        logits_NV,
+        ids_N,
+        logp_N,
+        stats_N3,
+        out_NV,
+        logp_N if temperature_N is None else temperature_N,
+        ids_N if kept_ids_K is None else kept_ids_K.contiguous(),
+        ids_N if kept_offsets is None else kept_offsets.contiguous(),
+        temperature,
+        V,
+        logits_NV.stride(0),
+        out_NV.stride(0),
+        ignore_index,
+        ENTROPY=entropy_grad_N is not None,
+        PER_ROW=temperature_N is not None,
+        KEPT=kept_ids_K is not None,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
-# ---- custom ops: what torch.compile sees --------------------------------------------------------------------------------
+# ---- custom ops: what torch.compile sees ---------------------------------------------------------
 @torch.library.custom_op("fusedrl::logprob_triton", mutates_args=())
-def logprob_triton(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool, ignore_index: int,
-                   kept_ids: Tensor | None, kept_offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_triton(logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets)
+def logprob_triton(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    entropy: bool,
+    ignore_index: int,
+    kept_ids: Tensor | None,
+    kept_offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_triton(
+        logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets
+    )
 
 
 @logprob_triton.register_fake
-def _(logits: Tensor, token_ids: Tensor, temperature: float, temperatures: Tensor | None, entropy: bool, ignore_index: int,
-      kept_ids: Tensor | None, kept_offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    entropy: bool,
+    ignore_index: int,
+    kept_ids: Tensor | None,
+    kept_offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     per_row = logits.new_empty(token_ids.shape, dtype=torch.float32)
-    return per_row, torch.empty_like(per_row) if entropy else per_row.new_empty(0), per_row.new_empty(token_ids.numel(), 3)
+    return (
+        per_row,
+        torch.empty_like(per_row) if entropy else per_row.new_empty(0),
+        per_row.new_empty(token_ids.numel(), 3),
+    )
 
 
 @torch.library.custom_op("fusedrl::logprob_triton_backward", mutates_args=())
-def _logprob_triton_backward(logp_grad: Tensor | None, entropy_grad: Tensor | None, logits: Tensor, token_ids: Tensor, logp: Tensor, stats: Tensor,
-                             temperature: float, temperatures: Tensor | None, ignore_index: int, kept_ids: Tensor | None,
-                             kept_offsets: Tensor | None) -> Tensor:
+def _logprob_triton_backward(
+    logp_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    logits: Tensor,
+    token_ids: Tensor,
+    logp: Tensor,
+    stats: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    ignore_index: int,
+    kept_ids: Tensor | None,
+    kept_offsets: Tensor | None,
+) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _backward_triton(logp_grad, entropy_grad, logits, token_ids, logp, stats, temperature, temperatures, ignore_index, kept_ids, kept_offsets, grad)
+    _backward_triton(
+        logp_grad,
+        entropy_grad,
+        logits,
+        token_ids,
+        logp,
+        stats,
+        temperature,
+        temperatures,
+        ignore_index,
+        kept_ids,
+        kept_offsets,
+        grad,
+    )
     return grad
 
 
 @_logprob_triton_backward.register_fake
-def _(logp_grad: Tensor | None, entropy_grad: Tensor | None, logits: Tensor, token_ids: Tensor, logp: Tensor, stats: Tensor, temperature: float,
-      temperatures: Tensor | None, ignore_index: int, kept_ids: Tensor | None, kept_offsets: Tensor | None) -> Tensor:
+def _(
+    logp_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    logits: Tensor,
+    token_ids: Tensor,
+    logp: Tensor,
+    stats: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    ignore_index: int,
+    kept_ids: Tensor | None,
+    kept_offsets: Tensor | None,
+) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-# ---- autograd ------------------------------------------------------------------------------------------------------------
+# ---- autograd ------------------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output) -> None:
-    logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets = inputs
+    logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets = (
+        inputs
+    )
     logp, entropies, stats = output
     ctx.save_for_backward(logits, token_ids, logp, stats, temperatures, kept_ids, kept_offsets)
     ctx.temperature, ctx.entropy, ctx.ignore_index = temperature, entropy, ignore_index
@@ -205,8 +374,19 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, logp_grad: Tensor | None, entropy_grad: Tensor | None, _stats_grad: None):
     logits, token_ids, logp, stats, temperatures, kept_ids, kept_offsets = ctx.saved_tensors
-    grad = _logprob_triton_backward(logp_grad, entropy_grad, logits, token_ids, logp, stats, ctx.temperature, temperatures, ctx.ignore_index, kept_ids,
-                                    kept_offsets)
+    grad = _logprob_triton_backward(
+        logp_grad,
+        entropy_grad,
+        logits,
+        token_ids,
+        logp,
+        stats,
+        ctx.temperature,
+        temperatures,
+        ctx.ignore_index,
+        kept_ids,
+        kept_offsets,
+    )
     return grad, *(None,) * 7
 
 
@@ -224,28 +404,69 @@ class InPlaceTriton(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, logp_grad, entropy_grad, _stats_grad):
-        logits, token_ids, logp, stats, temperatures, kept_ids, kept_offsets = ctx.saved_tensors  # raises when the logits were written to since
-        grad = logits.detach()  # shares the version counter: whoever else saved these logits is told
-        _backward_triton(logp_grad, entropy_grad, grad, token_ids, logp, stats, ctx.temperature, temperatures, ctx.ignore_index, kept_ids, kept_offsets, grad)
+        # raises when the logits were written to since
+        logits, token_ids, logp, stats, temperatures, kept_ids, kept_offsets = ctx.saved_tensors
+        # shares the version counter: whoever else saved these logits is told
+        grad = logits.detach()
+        _backward_triton(
+            logp_grad,
+            entropy_grad,
+            grad,
+            token_ids,
+            logp,
+            stats,
+            ctx.temperature,
+            temperatures,
+            ctx.ignore_index,
+            kept_ids,
+            kept_offsets,
+            grad,
+        )
         torch.autograd.graph.increment_version(grad)
         return grad, *(None,) * 7
 
 
-# ---- what is compiled offline -------------------------------------------------------------------------------------------
+# ---- what is compiled offline --------------------------------------------------------------------
 _KEPT = {"temperatures_ptr": "*fp32", "kept_ids_ptr": "*i32", "kept_offsets_ptr": "*i64"}
 _SCALARS = {"temperature": "fp32", "V": "i32", "row_stride": "i64", "ignore_index": "i32"}
-_FORWARD = {"logits_ptr": "*logits", "ids_ptr": "*i64", "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "stats_ptr": "*fp32", "fault_ptr": "*i32"}
-_BACKWARD = {"logp_grad_ptr": "*fp32", "entropy_grad_ptr": "*fp32", "logits_ptr": "*logits", "ids_ptr": "*i64", "logp_ptr": "*fp32", "stats_ptr": "*fp32",
-             "grad_ptr": "*logits", "grad_stride": "i64"}
+_FORWARD = {
+    "logits_ptr": "*logits",
+    "ids_ptr": "*i64",
+    "logp_ptr": "*fp32",
+    "entropy_ptr": "*fp32",
+    "stats_ptr": "*fp32",
+    "fault_ptr": "*i32",
+}
+_BACKWARD = {
+    "logp_grad_ptr": "*fp32",
+    "entropy_grad_ptr": "*fp32",
+    "logits_ptr": "*logits",
+    "ids_ptr": "*i64",
+    "logp_ptr": "*fp32",
+    "stats_ptr": "*fp32",
+    "grad_ptr": "*logits",
+    "grad_stride": "i64",
+}
 OFFLINE_KERNELS = {
-    f"{kernel.__name__.strip('_')}_{dtype}{'_entropy' if entropy else ''}{'_kept' if kept else ''}": {
+    "_".join(
+        (kernel.__name__.strip("_"), dtype, *(["entropy"] if entropy else ()))
+        + (("kept",) if kept else ())
+    ): {
         "kernel": kernel,
-        "signature": {name: kind.replace("logits", dtype) for name, kind in {**arguments, **_KEPT, **_SCALARS}.items()},
+        "signature": {
+            name: kind.replace("logits", dtype)
+            for name, kind in {**arguments, **_KEPT, **_SCALARS}.items()
+        },
         "constexprs": {"ENTROPY": entropy, "PER_ROW": entropy, "KEPT": kept, "BLOCK": block},
         "num_warps": warps,
     }
     for kernel, arguments, kept, block, warps in (
-        (_forward_kernel, _FORWARD, False, _BLOCK, _WARPS), (_forward_kernel, _FORWARD, True, _BLOCK, _WARPS),
-        (_backward_kernel, _BACKWARD, False, _BLOCK, _WARPS), (_backward_kernel, _BACKWARD, True, _KEPT_BLOCK, _KEPT_WARPS))
-    for dtype in ("fp32", "bf16", "fp16") for entropy in (False, True) if entropy or not kept
+        (_forward_kernel, _FORWARD, False, _BLOCK, _WARPS),
+        (_forward_kernel, _FORWARD, True, _BLOCK, _WARPS),
+        (_backward_kernel, _BACKWARD, False, _BLOCK, _WARPS),
+        (_backward_kernel, _BACKWARD, True, _KEPT_BLOCK, _KEPT_WARPS),
+    )
+    for dtype in ("fp32", "bf16", "fp16")
+    for entropy in (False, True)
+    if entropy or not kept
 }

@@ -1,13 +1,19 @@
-"""masked_whiten in Triton, two launches: moments of each program's blocks, then every program merges them and whitens its share. group_normalize in one.
+"""masked_whiten in Triton, two launches: moments of each program's blocks, then every program
+merges them and whitens its share. group_normalize in one.
 
-The mathematics and shapes are those of normalize.py. Group ids are in any order, so that a program compares its rows' ids with all others, tile by tile,
-twice: for the sum and the count, then for the squared deviations.
+The mathematics and shapes are those of normalize.py. Group ids are in any order, so that a program
+compares its rows' ids with all others, tile by tile, twice: for the sum and the count, then for the
+squared deviations.
 
-Bytes     masked_whiten 8 read and 4 written an element, and the mask twice. group_normalize next to nothing; its cost is the comparisons, 2 B^2 (2 B G with
-          group_size, which says where to look, unless the method is batch): nothing below 10^4 scores, some milliseconds at 10^5, where a sort would win.
-Numerics  whitening: float32 deviations from a pivot near the mean of their block, the rest float64. Groups are computed in float64. Fixed order of summation,
-          no atomics; a group's members add up in the order of their tiles and every other score adds an exact 0.
+Bytes     masked_whiten 8 read and 4 written an element, and the mask twice. group_normalize next to
+          nothing; its cost is the comparisons, 2 B^2 (2 B G with group_size, which says where to
+          look, unless the method is batch): nothing below 10^4 scores, some milliseconds at 10^5,
+          where a sort would win.
+Numerics  whitening: float32 deviations from a pivot near the mean of their block, the rest float64.
+          Groups are computed in float64. Fixed order of summation, no atomics; a group's members
+          add up in the order of their tiles and every other score adds an exact 0.
 """
+
 from __future__ import annotations
 
 import torch
@@ -16,12 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK, _MERGED = 1024, 256  # whitening: elements, and moments, at a time
-_PROGRAMS = 512  # of either launch, at most: each of the second reads the moments of all of the first
+# of either launch, at most: each of the second reads the moments of all of the first
+_PROGRAMS = 512
 _ROWS, _COLUMNS = 32, 32  # groups: scores of a program, and scores they are compared with at a time
-_GRPO, _DR_GRPO, _RLOO, _OF_BATCH, _NONE = (tl.constexpr(i) for i in range(5))  # the order of GROUP_METHODS in normalize.py
+# the order of GROUP_METHODS in normalize.py
+_GRPO, _DR_GRPO, _RLOO, _OF_BATCH, _NONE = (tl.constexpr(i) for i in range(5))
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 @triton.jit
 def merge(count, mean, m2, other_count, other_mean, other_m2):
     # Chan's merge in float64; an empty side changes nothing.
@@ -67,21 +75,39 @@ def _moments_kernel(x_ptr, mask_ptr, moments_ptr, N, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "parts", "unbiased", "keep_mean"])
-def whiten_kernel(x_ptr, mask_ptr, moments_ptr, out_ptr, N, parts, unbiased, eps, keep_mean, BLOCK: tl.constexpr, MERGED: tl.constexpr):
-    # Every program sums up all the moments in the same order, then whitens its share. out_ptr may be x_ptr.
+def whiten_kernel(
+    x_ptr,
+    mask_ptr,
+    moments_ptr,
+    out_ptr,
+    N,
+    parts,
+    unbiased,
+    eps,
+    keep_mean,
+    BLOCK: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    # Every program sums up all the moments in the same order, then whitens its share. out_ptr may
+    # be x_ptr.
     row = tl.arange(0, MERGED)
     count = tl.full([], 0.0, tl.float64)
     total = tl.full([], 0.0, tl.float64)
     m2 = tl.full([], 0.0, tl.float64)
     for at in range(0, parts, MERGED):
         n = tl.load(moments_ptr + 3 * (at + row), mask=at + row < parts, other=0.0)
-        total += tl.sum(n * tl.load(moments_ptr + 3 * (at + row) + 1, mask=at + row < parts, other=0.0))
+        total += tl.sum(
+            n * tl.load(moments_ptr + 3 * (at + row) + 1, mask=at + row < parts, other=0.0)
+        )
         count += tl.sum(n)
     mean = total / tl.where(count > 0.0, count, 1.0)
     for at in range(0, parts, MERGED):
         n = tl.load(moments_ptr + 3 * (at + row), mask=at + row < parts, other=0.0)
         shift = tl.load(moments_ptr + 3 * (at + row) + 1, mask=at + row < parts, other=0.0) - mean
-        m2 += tl.sum(tl.load(moments_ptr + 3 * (at + row) + 2, mask=at + row < parts, other=0.0) + n * shift * shift)
+        m2 += tl.sum(
+            tl.load(moments_ptr + 3 * (at + row) + 2, mask=at + row < parts, other=0.0)
+            + n * shift * shift
+        )
     divisor = count - unbiased
     rstd = (1.0 / tl.sqrt(m2 / tl.where(divisor > 1.0, divisor, 1.0) + eps)).to(tl.float32)
     high = mean.to(tl.float32)  # mean = high + low: the difference to a large mean stays exact
@@ -106,12 +132,25 @@ def _ids(ids_ptr, i, B, group_size):
 
 
 @triton.jit(do_not_specialize=["B", "group_size", "unbiased"])
-def _group_kernel(scores_ptr, ids_ptr, out_ptr, equal_ptr, B, group_size, eps, unbiased, METHOD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _group_kernel(
+    scores_ptr,
+    ids_ptr,
+    out_ptr,
+    equal_ptr,
+    B,
+    group_size,
+    eps,
+    unbiased,
+    METHOD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x = tl.load(scores_ptr + i, mask=i < B, other=0.0)
     group = _ids(ids_ptr, i, B, group_size)
     first, end = 0, B
-    if ids_ptr is None and METHOD != _OF_BATCH:  # only where the rows' groups lie, in the same tiles as with ids: the sums have the same bits
+    # only where the rows' groups lie, in the same tiles as with ids: the sums have the same bits
+    if ids_ptr is None and METHOD != _OF_BATCH:
         first = tl.program_id(0) * ROWS // group_size * group_size // COLUMNS * COLUMNS
         end = tl.minimum(B, ((tl.program_id(0) + 1) * ROWS // group_size + 1) * group_size)
     total = tl.zeros([ROWS], tl.float64)
@@ -141,7 +180,11 @@ def _group_kernel(scores_ptr, ids_ptr, out_ptr, equal_ptr, B, group_size, eps, u
     if METHOD == _OF_BATCH:
         for at in range(first, end, COLUMNS):
             j = at + tl.arange(0, COLUMNS)
-            deviation = tl.where(j < B, tl.load(scores_ptr + j, mask=j < B, other=0.0).to(tl.float64) - batch_mean, 0.0)
+            deviation = tl.where(
+                j < B,
+                tl.load(scores_ptr + j, mask=j < B, other=0.0).to(tl.float64) - batch_mean,
+                0.0,
+            )
             batch_squares += tl.sum(deviation * deviation)
     centred = tl.where(equal, 0.0, x.to(tl.float64) - mean)
     others = tl.where(count > 1, count - 1, 1)
@@ -152,7 +195,9 @@ def _group_kernel(scores_ptr, ids_ptr, out_ptr, equal_ptr, B, group_size, eps, u
         out = centred * (count / others.to(tl.float64))
     elif METHOD == _OF_BATCH:
         batch_divisor = tl.where(B - unbiased > 1, B - unbiased, 1)
-        out = tl.where(equal, 0.0, centred / tl.where(equal, 1.0, tl.sqrt(batch_squares / batch_divisor) + eps))
+        out = tl.where(
+            equal, 0.0, centred / tl.where(equal, 1.0, tl.sqrt(batch_squares / batch_divisor) + eps)
+        )
     elif METHOD == _DR_GRPO:
         out = centred
     else:
@@ -161,16 +206,30 @@ def _group_kernel(scores_ptr, ids_ptr, out_ptr, equal_ptr, B, group_size, eps, u
     tl.store(equal_ptr + i, equal, mask=i < B)
 
 
-# ---- launchers, and the ops that torch.compile sees ------------------------------------------------------------------
+# ---- launchers, and the ops that torch.compile sees ----------------------------------------------
 @torch.library.custom_op("fusedrl::masked_whiten_triton", mutates_args=())
-def _masked_whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float) -> Tensor:
+def _masked_whiten(
+    x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
+) -> Tensor:
     x, mask = x.contiguous(), None if mask is None else mask.contiguous()
     out, N = torch.empty_like(x), x.numel()
     programs = min(triton.cdiv(N, _BLOCK), _PROGRAMS)
     if N:
         partials = torch.empty(3 * programs, dtype=torch.float64, device=x.device)
         _moments_kernel[(programs,)](x, mask, partials, N, BLOCK=_BLOCK)
-        whiten_kernel[(programs,)](x, mask, partials, out, N, programs, int(unbiased), eps, int(not shift_mean), BLOCK=_BLOCK, MERGED=_MERGED)
+        whiten_kernel[(programs,)](
+            x,
+            mask,
+            partials,
+            out,
+            N,
+            programs,
+            int(unbiased),
+            eps,
+            int(not shift_mean),
+            BLOCK=_BLOCK,
+            MERGED=_MERGED,
+        )
     return out
 
 
@@ -180,27 +239,77 @@ def _(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: flo
 
 
 @torch.library.custom_op("fusedrl::group_normalize_triton", mutates_args=())
-def _group_normalize(scores: Tensor, group_ids: Tensor | None, group_size: int, method: int, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
+def _group_normalize(
+    scores: Tensor,
+    group_ids: Tensor | None,
+    group_size: int,
+    method: int,
+    eps: float,
+    unbiased: bool,
+) -> tuple[Tensor, Tensor]:
     scores, group_ids = scores.contiguous(), None if group_ids is None else group_ids.contiguous()
-    out, equal, B = torch.empty_like(scores), torch.empty_like(scores, dtype=torch.bool), scores.numel()
+    out, equal, B = (
+        torch.empty_like(scores),
+        torch.empty_like(scores, dtype=torch.bool),
+        scores.numel(),
+    )
     if B:
-        _group_kernel[(triton.cdiv(B, _ROWS),)](scores, group_ids, out, equal, B, group_size, eps, int(unbiased), METHOD=method, ROWS=_ROWS, COLUMNS=_COLUMNS)
+        _group_kernel[(triton.cdiv(B, _ROWS),)](
+            scores,
+            group_ids,
+            out,
+            equal,
+            B,
+            group_size,
+            eps,
+            int(unbiased),
+            METHOD=method,
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+        )
     return out, equal
 
 
 @_group_normalize.register_fake
-def _(scores: Tensor, group_ids: Tensor | None, group_size: int, method: int, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(scores, memory_format=torch.contiguous_format), scores.new_empty(scores.shape, dtype=torch.bool)
+def _(
+    scores: Tensor,
+    group_ids: Tensor | None,
+    group_size: int,
+    method: int,
+    eps: float,
+    unbiased: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scores, memory_format=torch.contiguous_format), scores.new_empty(
+        scores.shape, dtype=torch.bool
+    )
 
 
-# ---- what is compiled offline -------------------------------------------------------------------------------------------
-_KINDS = {"x_ptr": "*fp32", "mask_ptr": "*i1", "moments_ptr": "*fp64", "out_ptr": "*fp32", "N": "i64", "parts": "i32", "unbiased": "i32", "eps": "fp32",
-          "keep_mean": "i32", "scores_ptr": "*fp32", "ids_ptr": "*i64", "equal_ptr": "*i1", "B": "i32", "group_size": "i32"}
+# ---- what is compiled offline --------------------------------------------------------------------
+_KINDS = {
+    "x_ptr": "*fp32",
+    "mask_ptr": "*i1",
+    "moments_ptr": "*fp64",
+    "out_ptr": "*fp32",
+    "N": "i64",
+    "parts": "i32",
+    "unbiased": "i32",
+    "eps": "fp32",
+    "keep_mean": "i32",
+    "scores_ptr": "*fp32",
+    "ids_ptr": "*i64",
+    "equal_ptr": "*i1",
+    "B": "i32",
+    "group_size": "i32",
+}
 
 
 def _offline(kernel, *absent: str, **constexprs: int) -> dict:
     fixed = constexprs | dict.fromkeys(absent)
-    return {"kernel": kernel, "signature": {name: _KINDS[name] for name in kernel.arg_names if name not in fixed}, "constexprs": fixed}
+    return {
+        "kernel": kernel,
+        "signature": {name: _KINDS[name] for name in kernel.arg_names if name not in fixed},
+        "constexprs": fixed,
+    }
 
 
 OFFLINE_KERNELS = {
@@ -208,7 +317,10 @@ OFFLINE_KERNELS = {
     "moments_unmasked": _offline(_moments_kernel, "mask_ptr", BLOCK=_BLOCK),
     "whiten": _offline(whiten_kernel, BLOCK=_BLOCK, MERGED=_MERGED),
     "whiten_unmasked": _offline(whiten_kernel, "mask_ptr", BLOCK=_BLOCK, MERGED=_MERGED),
-    **{f"group_{name}": _offline(_group_kernel, METHOD=i, ROWS=_ROWS, COLUMNS=_COLUMNS) for i, name in enumerate(("grpo", "dr_grpo", "rloo", "batch", "none"))},
+    **{
+        f"group_{name}": _offline(_group_kernel, METHOD=i, ROWS=_ROWS, COLUMNS=_COLUMNS)
+        for i, name in enumerate(("grpo", "dr_grpo", "rloo", "batch", "none"))
+    },
     "group_size_grpo": _offline(_group_kernel, "ids_ptr", METHOD=0, ROWS=_ROWS, COLUMNS=_COLUMNS),
     "group_size_batch": _offline(_group_kernel, "ids_ptr", METHOD=3, ROWS=_ROWS, COLUMNS=_COLUMNS),
 }

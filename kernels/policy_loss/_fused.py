@@ -1,4 +1,6 @@
-"""What the Triton and the CUDA C++ op of policy_value_loss share: shapes of the results, and the gradient, which the forward pass has formed."""
+"""What the Triton and the CUDA C++ op of policy_value_loss share: shapes of the results, and the
+gradient, which the forward pass has formed."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -13,7 +15,8 @@ STATS = len(PolicyStats._fields) + len(ValueStats._fields)
 
 
 class Arguments(NamedTuple):
-    """The op's parameters: tensors [N], names of the kind and of the KL's estimators, and the numbers of COEFFICIENTS."""
+    """The op's parameters: tensors [N], names of the kind and of the KL's estimators, and the
+    numbers of COEFFICIENTS."""
 
     logp: Tensor | None
     old_logp: Tensor | None
@@ -43,17 +46,29 @@ class Arguments(NamedTuple):
 _NO_GRADIENTS: dict[str, Tensor | None] = dict.fromkeys(Arguments._fields)
 
 
-def outputs(logp: Tensor | None, weights: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss [], statistics [STATS], and d loss / d logp and d loss / d values [N] (empty where that part is absent), to be written."""
+def outputs(
+    logp: Tensor | None, weights: Tensor, values: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [], statistics [STATS], and d loss / d logp and d loss / d values [N] (empty where that
+    part is absent), to be written."""
     N = weights.numel()
-    sizes: tuple[tuple[int, ...], ...] = ((), (STATS,), (0 if logp is None else N,), (0 if values is None else N,))
+    sizes: tuple[tuple[int, ...], ...] = (
+        (),
+        (STATS,),
+        (0 if logp is None else N,),
+        (0 if values is None else N,),
+    )
     loss, stats, logp_grad, values_grad = (weights.new_empty(size) for size in sizes)
     return loss, stats, logp_grad, values_grad
 
 
 def attach(op: torch.library.CustomOpDef) -> None:
     """Give an op of policy_value_loss's parameters its fake and its autograd."""
-    op.register_fake(lambda logp, old_logp, advantages, weights, entropy, values, *rest: outputs(logp, weights, values))
+    op.register_fake(
+        lambda logp, old_logp, advantages, weights, entropy, values, *rest: outputs(
+            logp, weights, values
+        )
+    )
     op.register_autograd(_backward, setup_context=_setup)
 
 
@@ -69,8 +84,13 @@ def _backward(ctx, loss_grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, .
     refuse_double_backward("policy_value_loss")
     logp_grad, weights, values_grad = ctx.saved_tensors
     needed = Arguments(*ctx.needs_input_grad)
-    return tuple((_NO_GRADIENTS | {
-        "logp": logp_grad * loss_grad if needed.logp else None,
-        "entropy": weights * (loss_grad * -ctx.entropy_coef) if needed.entropy else None,
-        "values": values_grad * loss_grad if needed.values else None,
-    }).values())
+    return tuple(
+        (
+            _NO_GRADIENTS
+            | {
+                "logp": logp_grad * loss_grad if needed.logp else None,
+                "entropy": weights * (loss_grad * -ctx.entropy_coef) if needed.entropy else None,
+                "values": values_grad * loss_grad if needed.values else None,
+            }
+        ).values()
+    )

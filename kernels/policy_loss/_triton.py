@@ -1,10 +1,15 @@
-"""policy_value_loss in Triton: one launch forms the gradients and the sums of each block of tokens, a second one adds the blocks up.
+"""policy_value_loss in Triton: one launch forms the gradients and the sums of each block of tokens,
+a second one adds the blocks up.
 
-The mathematics, shapes and numerics are those of policy_loss.py; C++ (csrc/cpu/ops/policy_value_loss.cpp) does the same in the same order.
+The mathematics, shapes and numerics are those of policy_loss.py; C++
+(csrc/cpu/ops/policy_value_loss.cpp) does the same in the same order.
 
-Shapes    N tokens in blocks of BLOCK; partials [ROWS, blocks] float32, one row per sum: read by columns in a fixed order, so no atomics.
-Bytes     policy 16 N read (4 N more for each optional input) and 4 N written; value 8 N (12 N with a clip) and 4 N; the partials are N / 16 bytes.
+Shapes    N tokens in blocks of BLOCK; partials [ROWS, blocks] float32, one row per sum: read by
+          columns in a fixed order, so no atomics.
+Bytes     policy 16 N read (4 N more for each optional input) and 4 N written; value 8 N (12 N with
+          a clip) and 4 N; the partials are N / 16 bytes.
 """
+
 from __future__ import annotations
 
 import torch
@@ -20,16 +25,34 @@ _BLOCK = 2048
 _CHUNK = 256
 _ROWS = 32
 
-# Rows of the partials. 0 to 16 are sums over the tokens of a block; then two maxima; then the moments of a block, of count _TOKENS.
-_LOSS, _LOW, _HIGH, _DUAL, _K1, _K2, _K3, _RATIO, _SQUARED, _CLAMPED, _ENTROPY, _TOKENS, _REF_KL, _CORRECTION = (tl.constexpr(i) for i in range(14))
+# Rows of the partials. 0 to 16 are sums over the tokens of a block; then two maxima; then the
+# moments of a block, of count _TOKENS.
+(
+    _LOSS,
+    _LOW,
+    _HIGH,
+    _DUAL,
+    _K1,
+    _K2,
+    _K3,
+    _RATIO,
+    _SQUARED,
+    _CLAMPED,
+    _ENTROPY,
+    _TOKENS,
+    _REF_KL,
+    _CORRECTION,
+) = (tl.constexpr(i) for i in range(14))
 _VALUE_LOSS, _VALUE_CLIPPED, _VALUE = (tl.constexpr(i) for i in range(14, 17))
 _NEGATED_MIN, _MAX = (tl.constexpr(i) for i in range(17, 19))
-_RETURN, _RESIDUAL = tl.constexpr(19), tl.constexpr(22)  # three rows each: a mean, what its rounding left over, squared deviations
+# three rows each: a mean, what its rounding left over, squared deviations
+_RETURN, _RESIDUAL = tl.constexpr(19), tl.constexpr(22)
 
-_KL_SEQUENCE = tl.constexpr(len(KL_ESTIMATORS))  # the number of "sequence_k2", behind those of kl/_triton.py
+# the number of "sequence_k2", behind those of kl/_triton.py
+_KL_SEQUENCE = tl.constexpr(len(KL_ESTIMATORS))
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 @triton.jit
 def _kl_value(k, kl_sum, ESTIMATOR: tl.constexpr):
     if ESTIMATOR == _KL_SEQUENCE:
@@ -50,7 +73,8 @@ def _kl_slope(k, kl_sum, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def _store_moments(out_ptr, blocks, x, live, count):
-    """Mean and sum of squared deviations of a block. The mean is two numbers: far from 0 one float32 is too coarse for the variance."""
+    """Mean and sum of squared deviations of a block. The mean is two numbers: far from 0 one
+    float32 is too coarse for the variance."""
     mean = tl.sum(tl.where(live, x, 0.0)) / tl.maximum(count, 1.0)
     deviation = tl.where(live, x - mean, 0.0)
     rest = tl.sum(deviation) / tl.maximum(count, 1.0)
@@ -60,10 +84,42 @@ def _store_moments(out_ptr, blocks, x, live, count):
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
-def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_ptr, values_ptr, old_values_ptr, returns_ptr, ref_logp_ptr,
-                  correction_ptr, log_s_ptr, kl_sum_ptr, logp_grad_ptr, values_grad_ptr, partials_ptr, N, blocks, lower, upper, dual, tau_positive,
-                  tau_negative, beta, kl_coef, entropy_coef, value_clip, value_coef, POLICY: tl.constexpr, KIND: tl.constexpr,
-                  KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, VALUE: tl.constexpr, VALUE_CLIP: tl.constexpr, BLOCK: tl.constexpr):
+def _block_kernel(
+    logp_ptr,
+    old_logp_ptr,
+    advantages_ptr,
+    weights_ptr,
+    entropy_ptr,
+    values_ptr,
+    old_values_ptr,
+    returns_ptr,
+    ref_logp_ptr,
+    correction_ptr,
+    log_s_ptr,
+    kl_sum_ptr,
+    logp_grad_ptr,
+    values_grad_ptr,
+    partials_ptr,
+    N,
+    blocks,
+    lower,
+    upper,
+    dual,
+    tau_positive,
+    tau_negative,
+    beta,
+    kl_coef,
+    entropy_coef,
+    value_clip,
+    value_coef,
+    POLICY: tl.constexpr,
+    KIND: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_CLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     block = tl.program_id(0).to(tl.int64)
     n = block * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -119,7 +175,9 @@ def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_p
             high = (advantages > 0.0) & (r > upper)
             low = (advantages < 0.0) & (r < lower)
             too_far = (advantages < 0.0) & (r > dual)
-            terms = -advantages * tl.where(high, upper, tl.where(low, lower, tl.where(too_far, dual, r)))
+            terms = -advantages * tl.where(
+                high, upper, tl.where(low, lower, tl.where(too_far, dual, r))
+            )
             slope = -advantages * tl.where(high | low | too_far | cut, 0.0, r)
         if correction_ptr is not None:
             correction = tl.load(correction_ptr + n, mask=live, other=0.0)
@@ -167,14 +225,20 @@ def _block_kernel(logp_ptr, old_logp_ptr, advantages_ptr, weights_ptr, entropy_p
         if VALUE_CLIP:
             old = tl.load(old_values_ptr + n, mask=live, other=0.0)
             top, bottom = old + value_clip, old - value_clip
-            bounded_error = tl.where(values > top, top, tl.where(values < bottom, bottom, values)) - returns
-            clipped = ((values > top) | (values < bottom)) & (bounded_error * bounded_error > squares)
+            bounded_error = (
+                tl.where(values > top, top, tl.where(values < bottom, bottom, values)) - returns
+            )
+            clipped = ((values > top) | (values < bottom)) & (
+                bounded_error * bounded_error > squares
+            )
             squares = tl.where(clipped, bounded_error * bounded_error, squares)
             error = tl.where(clipped, 0.0, error)
             tl.store(out_ptr + _VALUE_CLIPPED * blocks, tl.sum(clipped.to(tl.float32)))
         else:
             tl.store(out_ptr + _VALUE_CLIPPED * blocks, 0.0)
-        tl.store(values_grad_ptr + n, tl.where(live, value_coef * weights * error, 0.0), mask=inside)
+        tl.store(
+            values_grad_ptr + n, tl.where(live, value_coef * weights * error, 0.0), mask=inside
+        )
         tl.store(out_ptr + _VALUE_LOSS * blocks, tl.sum(weights * (0.5 * squares)))
         tl.store(out_ptr + _VALUE * blocks, tl.sum(values))
         _store_moments(out_ptr + _RETURN * blocks, blocks, returns, live, tokens)
@@ -188,30 +252,46 @@ def _row(x, rows, wanted: tl.constexpr):
 
 @triton.jit
 def _mean(ptr, blocks, inside):
-    return tl.load(ptr, mask=inside, other=0.0).to(tl.float64) + tl.load(ptr + blocks, mask=inside, other=0.0)
+    return tl.load(ptr, mask=inside, other=0.0).to(tl.float64) + tl.load(
+        ptr + blocks, mask=inside, other=0.0
+    )
 
 
 @triton.jit
 def _merge_moments(counts_ptr, moments_ptr, blocks, seen, CHUNK: tl.constexpr):
-    """Mean and sum of squared deviations of everything from those of the blocks (Chan's merge), chunks of blocks in order, in float64."""
+    """Mean and sum of squared deviations of everything from those of the blocks (Chan's merge),
+    chunks of blocks in order, in float64."""
     at = tl.arange(0, CHUNK)
     sums = tl.zeros([CHUNK], dtype=tl.float64)
     for start in range(0, blocks, CHUNK):
         inside = start + at < blocks
-        sums += tl.load(counts_ptr + start + at, mask=inside, other=0.0) * _mean(moments_ptr + start + at, blocks, inside)
+        sums += tl.load(counts_ptr + start + at, mask=inside, other=0.0) * _mean(
+            moments_ptr + start + at, blocks, inside
+        )
     center = tl.sum(sums) / seen
     squares = tl.zeros([CHUNK], dtype=tl.float64)
     for start in range(0, blocks, CHUNK):
         inside = start + at < blocks
         difference = _mean(moments_ptr + start + at, blocks, inside) - center
-        squares += tl.load(counts_ptr + start + at, mask=inside, other=0.0) * (difference * difference)
+        squares += tl.load(counts_ptr + start + at, mask=inside, other=0.0) * (
+            difference * difference
+        )
         squares += tl.load(moments_ptr + 2 * blocks + start + at, mask=inside, other=0.0)
     return center, tl.sum(squares)
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLICY: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
-                    CHUNK: tl.constexpr):
+def _combine_kernel(
+    partials_ptr,
+    loss_ptr,
+    stats_ptr,
+    blocks,
+    value_coef,
+    POLICY: tl.constexpr,
+    VALUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """Every statistic from the partials: one program, chunks of blocks in order, in float64."""
     rows = tl.arange(0, ROWS)
     at = tl.arange(0, CHUNK)
@@ -219,7 +299,11 @@ def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLIC
     maxima = tl.full([ROWS, CHUNK], float("-inf"), dtype=tl.float32)
     for start in range(0, blocks, CHUNK):
         inside = (start + at)[None, :] < blocks
-        part = tl.load(partials_ptr + rows[:, None].to(tl.int64) * blocks + (start + at)[None, :], mask=inside & (rows < 19)[:, None], other=0.0)
+        part = tl.load(
+            partials_ptr + rows[:, None].to(tl.int64) * blocks + (start + at)[None, :],
+            mask=inside & (rows < 19)[:, None],
+            other=0.0,
+        )
         sums += part.to(tl.float64)
         maxima = tl.maximum(maxima, tl.where(inside, part, float("-inf")))
     total, largest = tl.sum(sums, axis=1), tl.max(maxima, axis=1)
@@ -235,9 +319,18 @@ def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLIC
         for i in tl.static_range(1, 7):  # the clip fractions and the KLs
             tl.store(stats_ptr + i, _row(total, rows, i) / seen)
         tl.store(stats_ptr + 7, tl.where(some, ratio_sum / seen, 1.0))
-        tl.store(stats_ptr + 8, tl.where(some, tl.where(whole, -_row(largest, rows, _NEGATED_MIN), ratio_sum), 1.0))
-        tl.store(stats_ptr + 9, tl.where(some, tl.where(whole, _row(largest, rows, _MAX), ratio_sum), 1.0))
-        tl.store(stats_ptr + 10, tl.where(some, ratio_sum * ratio_sum / tl.where(some, squared, 1.0), 0.0))
+        tl.store(
+            stats_ptr + 8,
+            tl.where(some, tl.where(whole, -_row(largest, rows, _NEGATED_MIN), ratio_sum), 1.0),
+        )
+        tl.store(
+            stats_ptr + 9,
+            tl.where(some, tl.where(whole, _row(largest, rows, _MAX), ratio_sum), 1.0),
+        )
+        tl.store(
+            stats_ptr + 10,
+            tl.where(some, ratio_sum * ratio_sum / tl.where(some, squared, 1.0), 0.0),
+        )
         tl.store(stats_ptr + 11, _row(total, rows, _CLAMPED) / seen)
         tl.store(stats_ptr + 12, _row(total, rows, _REF_KL) / seen)
         tl.store(stats_ptr + 13, _row(total, rows, _ENTROPY) / seen)
@@ -249,13 +342,19 @@ def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLIC
     if VALUE:
         value_loss = _row(total, rows, _VALUE_LOSS)
         loss += value_coef * value_loss
-        return_mean, spread = _merge_moments(partials_ptr + _TOKENS * blocks, partials_ptr + _RETURN * blocks, blocks, seen, CHUNK)
-        _, unexplained = _merge_moments(partials_ptr + _TOKENS * blocks, partials_ptr + _RESIDUAL * blocks, blocks, seen, CHUNK)
+        return_mean, spread = _merge_moments(
+            partials_ptr + _TOKENS * blocks, partials_ptr + _RETURN * blocks, blocks, seen, CHUNK
+        )
+        _, unexplained = _merge_moments(
+            partials_ptr + _TOKENS * blocks, partials_ptr + _RESIDUAL * blocks, blocks, seen, CHUNK
+        )
         resolution = 1.1920928955078125e-07 * return_mean
         varies = spread > seen * resolution * resolution
         tl.store(stats_ptr + 16, value_loss)
         tl.store(stats_ptr + 17, _row(total, rows, _VALUE_CLIPPED) / seen)
-        tl.store(stats_ptr + 18, tl.where(varies, 1.0 - unexplained / tl.where(varies, spread, 1.0), 0.0))
+        tl.store(
+            stats_ptr + 18, tl.where(varies, 1.0 - unexplained / tl.where(varies, spread, 1.0), 0.0)
+        )
         tl.store(stats_ptr + 19, _row(total, rows, _VALUE) / seen)
         tl.store(stats_ptr + 20, return_mean)
         tl.store(stats_ptr + 21, tokens)
@@ -265,26 +364,82 @@ def _combine_kernel(partials_ptr, loss_ptr, stats_ptr, blocks, value_coef, POLIC
     tl.store(loss_ptr, loss)
 
 
-# ---- custom op and launcher: what torch.compile sees, allocate, grid ------------------------------------------------------
+# ---- custom op and launcher: what torch.compile sees, allocate, grid -----------------------------
 @torch.library.custom_op("fusedrl::policy_value_loss_triton", mutates_args=())
 def policy_value_loss_triton(
-        logp: Tensor | None, old_logp: Tensor | None, advantages: Tensor | None, weights: Tensor, entropy: Tensor | None, values: Tensor | None,
-        old_values: Tensor | None, returns: Tensor | None, ref_logp: Tensor | None, correction: Tensor | None,
-        sequence_log_ratio: Tensor | None, kl_sum: Tensor | None, kind: str, kl_estimator: str, kl_gradient: str,
-        coefficients: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient (empty where that part is absent)."""
-    x = policy_loss_fused.Arguments(logp, old_logp, advantages, weights, entropy, values, old_values, returns, ref_logp, correction, sequence_log_ratio,
-                                    kl_sum, kind, kl_estimator, kl_gradient, coefficients)
+    logp: Tensor | None,
+    old_logp: Tensor | None,
+    advantages: Tensor | None,
+    weights: Tensor,
+    entropy: Tensor | None,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    ref_logp: Tensor | None,
+    correction: Tensor | None,
+    sequence_log_ratio: Tensor | None,
+    kl_sum: Tensor | None,
+    kind: str,
+    kl_estimator: str,
+    kl_gradient: str,
+    coefficients: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient
+    (empty where that part is absent)."""
+    x = policy_loss_fused.Arguments(
+        logp,
+        old_logp,
+        advantages,
+        weights,
+        entropy,
+        values,
+        old_values,
+        returns,
+        ref_logp,
+        correction,
+        sequence_log_ratio,
+        kl_sum,
+        kind,
+        kl_estimator,
+        kl_gradient,
+        coefficients,
+    )
     loss, stats, logp_grad, values_grad = policy_loss_fused.outputs(logp, weights, values)
     N = weights.numel()
     blocks = triton.cdiv(N, _BLOCK)
-    partials = weights.new_empty(_ROWS, blocks)  # rows of an absent part stay unwritten and reach no statistic
+    # rows of an absent part stay unwritten and reach no statistic
+    partials = weights.new_empty(_ROWS, blocks)
     policy, value = logp is not None, values is not None
     if blocks:
         _block_kernel[(blocks,)](
-            *x.columns(), logp_grad, values_grad, partials, N, blocks, *coefficients, POLICY=policy, KIND=kind, KL_ESTIMATOR=_estimator(kl_estimator),
-            KL_GRADIENT=_estimator(kl_gradient), VALUE=value, VALUE_CLIP=old_values is not None, BLOCK=_BLOCK, num_warps=8)
-    _combine_kernel[(1,)](partials, loss, stats, blocks, x.coefficient("value_coef"), POLICY=policy, VALUE=value, ROWS=_ROWS, CHUNK=_CHUNK, num_warps=8)
+            *x.columns(),
+            logp_grad,
+            values_grad,
+            partials,
+            N,
+            blocks,
+            *coefficients,
+            POLICY=policy,
+            KIND=kind,
+            KL_ESTIMATOR=_estimator(kl_estimator),
+            KL_GRADIENT=_estimator(kl_gradient),
+            VALUE=value,
+            VALUE_CLIP=old_values is not None,
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
+    _combine_kernel[(1,)](
+        partials,
+        loss,
+        stats,
+        blocks,
+        x.coefficient("value_coef"),
+        POLICY=policy,
+        VALUE=value,
+        ROWS=_ROWS,
+        CHUNK=_CHUNK,
+        num_warps=8,
+    )
     return loss, stats, logp_grad, values_grad
 
 
@@ -295,32 +450,78 @@ def _estimator(name: str) -> int:
 policy_loss_fused.attach(policy_value_loss_triton)
 
 
-# ---- offline compilation: name -> what triton.compile needs (tests/offline_compile.py) ----------------------------------
-def _offline(policy: bool = True, kind: str = "clip", kl: tuple[str, str] | None = None, value: bool = False, **given: bool) -> dict:
-    used = {"logp_ptr": policy, "old_logp_ptr": policy, "advantages_ptr": policy, "weights_ptr": True, "entropy_ptr": False, "values_ptr": value,
-            "old_values_ptr": value, "returns_ptr": value, "ref_logp_ptr": kl is not None, "correction_ptr": False, "log_s_ptr": False,
-            "kl_sum_ptr": False, "logp_grad_ptr": True, "values_grad_ptr": True, "partials_ptr": True} | given
+# ---- offline compilation: name -> what triton.compile needs (tests/offline_compile.py) -----------
+def _offline(
+    policy: bool = True,
+    kind: str = "clip",
+    kl: tuple[str, str] | None = None,
+    value: bool = False,
+    **given: bool,
+) -> dict:
+    used = {
+        "logp_ptr": policy,
+        "old_logp_ptr": policy,
+        "advantages_ptr": policy,
+        "weights_ptr": True,
+        "entropy_ptr": False,
+        "values_ptr": value,
+        "old_values_ptr": value,
+        "returns_ptr": value,
+        "ref_logp_ptr": kl is not None,
+        "correction_ptr": False,
+        "log_s_ptr": False,
+        "kl_sum_ptr": False,
+        "logp_grad_ptr": True,
+        "values_grad_ptr": True,
+        "partials_ptr": True,
+    } | given
     scalars = dict.fromkeys(COEFFICIENTS, "fp32")
     estimator, gradient = map(_estimator, kl or ("k3", "k3"))
-    flags = {"POLICY": policy, "KIND": kind, "KL_ESTIMATOR": estimator, "KL_GRADIENT": gradient, "VALUE": value, "VALUE_CLIP": value,
-             "BLOCK": _BLOCK}
-    return {"kernel": _block_kernel, "signature": {name: "*fp32" for name, is_used in used.items() if is_used} | {"N": "i32", "blocks": "i32"} | scalars,
-            "constexprs": {name: None for name, is_used in used.items() if not is_used} | flags, "num_warps": 8}
+    flags = {
+        "POLICY": policy,
+        "KIND": kind,
+        "KL_ESTIMATOR": estimator,
+        "KL_GRADIENT": gradient,
+        "VALUE": value,
+        "VALUE_CLIP": value,
+        "BLOCK": _BLOCK,
+    }
+    return {
+        "kernel": _block_kernel,
+        "signature": {name: "*fp32" for name, is_used in used.items() if is_used}
+        | {"N": "i32", "blocks": "i32"}
+        | scalars,
+        "constexprs": {name: None for name, is_used in used.items() if not is_used} | flags,
+        "num_warps": 8,
+    }
 
 
 OFFLINE_KERNELS = {
     "block_policy_value": _offline(value=True, entropy_ptr=True),
     "block_policy": _offline(),
-    "block_policy_value_everything": _offline(kl=("k3", "k2"), value=True, entropy_ptr=True, correction_ptr=True),
+    "block_policy_value_everything": _offline(
+        kl=("k3", "k2"), value=True, entropy_ptr=True, correction_ptr=True
+    ),
     "block_reinforce": _offline(kind="reinforce", entropy_ptr=True),
     "block_kl_penalty": _offline(kind="kl_penalty"),
-    "block_gspo": _offline(kind="gspo", kl=("sequence_k2", "sequence_k2"), log_s_ptr=True, kl_sum_ptr=True),
+    "block_gspo": _offline(
+        kind="gspo", kl=("sequence_k2", "sequence_k2"), log_s_ptr=True, kl_sum_ptr=True
+    ),
     "block_cispo": _offline(kind="cispo"),
     "block_sapo": _offline(kind="sapo", kl=("abs", "k1")),
     "block_geometric_mean": _offline(kind="geometric_mean", log_s_ptr=True),
     "block_dro": _offline(kind="dro"),
     "block_value": _offline(policy=False, value=True),
-    "combine": {"kernel": _combine_kernel,
-                "signature": {"partials_ptr": "*fp32", "loss_ptr": "*fp32", "stats_ptr": "*fp32", "blocks": "i32", "value_coef": "fp32"},
-                "constexprs": {"POLICY": True, "VALUE": True, "ROWS": _ROWS, "CHUNK": _CHUNK}, "num_warps": 8},
+    "combine": {
+        "kernel": _combine_kernel,
+        "signature": {
+            "partials_ptr": "*fp32",
+            "loss_ptr": "*fp32",
+            "stats_ptr": "*fp32",
+            "blocks": "i32",
+            "value_coef": "fp32",
+        },
+        "constexprs": {"POLICY": True, "VALUE": True, "ROWS": _ROWS, "CHUNK": _CHUNK},
+        "num_warps": 8,
+    },
 }

@@ -1,9 +1,13 @@
-"""Checks of tensor arguments: sizes are names, bound across the tensors of one call, and a mismatch prints the whole pattern.
+"""Checks of tensor arguments: sizes are names, bound across the tensors of one call, and a mismatch
+prints the whole pattern.
 
-    N, H, V = check("linear_logprob", {"hidden": (hidden, "N H"), "weight": (weight, "V H"), "token_ids": (token_ids, "N")})
+    N, H, V = check("linear_logprob", {"hidden": (hidden, "N H"), "weight": (weight, "V H"),
+        "token_ids": (token_ids, "N")})
 
-Callers add what is special to them (dtype families, strides) with `check_dtype` and `check_last_contiguous`.
+Callers add what is special to them (dtype families, strides) with `check_dtype` and
+`check_last_contiguous`.
 """
+
 from __future__ import annotations
 
 import functools
@@ -26,17 +30,20 @@ def _parse(pattern: str) -> tuple[str | int, ...]:
     return tuple(int(symbol) if symbol.isdigit() else symbol for symbol in pattern.split())
 
 
-_parsed = functools.lru_cache(maxsize=512)(_parse)  # a decoding step checks two dozen tensors in a millisecond
+# a decoding step checks two dozen tensors in a millisecond
+_parsed = functools.lru_cache(maxsize=512)(_parse)
 
 
 def check(op: str, arguments: Mapping[str, tuple[Tensor | None, str]]) -> tuple[int, ...]:
-    """Bind the named sizes of every tensor; all tensors on one device. Returns the sizes in order of first appearance.
+    """Bind the named sizes of every tensor; all tensors on one device. Returns the sizes in order
+    of first appearance.
 
     Args:
-        op: name for the message.
-        arguments: name -> (tensor or None to skip, pattern such as "N V"; a number in a pattern is that size).
+        op: name for the message. arguments: name -> (tensor or None to skip, pattern such as "N V";
+        a number in a pattern is that size).
     Raises:
-        TypeError: not a tensor. ValueError: sizes or devices that do not agree; the message lists every argument with its pattern.
+        TypeError: not a tensor. ValueError: sizes or devices that do not agree; the message lists
+        every argument with its pattern.
     """
     sizes: dict[str, int] = {}
     device: torch.device | None = None
@@ -51,10 +58,19 @@ def check(op: str, arguments: Mapping[str, tuple[Tensor | None, str]]) -> tuple[
         agrees = len(shape) == len(symbols) and at == device
         if agrees:
             for symbol, size in zip(symbols, shape, strict=True):
-                agrees &= size == (sizes.setdefault(symbol, size) if isinstance(symbol, str) else symbol)
+                agrees &= size == (
+                    sizes.setdefault(symbol, size) if isinstance(symbol, str) else symbol
+                )
         if not agrees:
-            found = ", ".join(f"{n} [{p.replace(' ', ', ')}] = {describe(t)}" for n, (t, p) in arguments.items() if t is not None)
-            raise ValueError(f"{op}: {name} does not fit its pattern [{pattern.replace(' ', ', ')}] with {sizes}; arguments: {found}")
+            found = ", ".join(
+                f"{n} [{p.replace(' ', ', ')}] = {describe(t)}"
+                for n, (t, p) in arguments.items()
+                if t is not None
+            )
+            raise ValueError(
+                f"{op}: {name} does not fit its pattern [{pattern.replace(' ', ', ')}] with "
+                f"{sizes}; arguments: {found}"
+            )
     return tuple(sizes.values())
 
 
@@ -63,16 +79,27 @@ def check_dtype(op: str, name: str, tensor: Tensor | None, allowed: Iterable[tor
     allowed = tuple(allowed)
     if tensor is not None and tensor.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"{op}: expected {name} of dtype {names}, got {describe(tensor)}; convert it before the call")
+        raise TypeError(
+            f"{op}: expected {name} of dtype {names}, got {describe(tensor)}; convert it before "
+            "the call"
+        )
 
 
 def check_last_contiguous(op: str, name: str, tensor: Tensor | None) -> None:
-    """Raises ValueError unless the last dimension of `tensor` has stride 1 (or at most one element)."""
+    """Raises ValueError unless the last dimension of `tensor` has stride 1 (or at most one
+    element)."""
     if tensor is not None and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{op}: expected {name} with a contiguous last dimension, got strides {tensor.stride()}; call .contiguous() on it")
+        raise ValueError(
+            f"{op}: expected {name} with a contiguous last dimension, got strides "
+            f"{tensor.stride()}; call .contiguous() on it"
+        )
 
 
 def refuse_double_backward(op: str) -> None:
-    """Called in a backward whose gradients were computed by hand and carry no graph: with create_graph they would pass for constants."""
+    """Called in a backward whose gradients were computed by hand and carry no graph: with
+    create_graph they would pass for constants."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: expected one backward pass, got a double backward (create_graph=True), which this op does not have")
+        raise RuntimeError(
+            f"{op}: expected one backward pass, got a double backward (create_graph=True), which "
+            "this op does not have"
+        )

@@ -4,10 +4,12 @@ An op declares what it has, best first for each device type:
 
     _IMPLS = Implementations("logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 
-`choose` returns a name. One asked for by `impl=` or `use_impl` must be able to run or the call raises; nothing falls back silently: a default that this machine
-lacks is told of once, with the reason and what to do.
-FUSEDRL_IMPL names a preference for a whole run: it applies to the ops that have that implementation, and the others use their default.
+`choose` returns a name. One asked for by `impl=` or `use_impl` must be able to run or the call
+raises; nothing falls back silently: a default that this machine lacks is told of once, with the
+reason and what to do. FUSEDRL_IMPL names a preference for a whole run: it applies to the ops that
+have that implementation, and the others use their default.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,7 +26,10 @@ from fusedrl.kernels.runtime import flash, native, nvrtc, triton
 NAMES = ("torch", "cpp", "triton", "cuda", "flash_attn", "torch_varlen")
 _preferred = os.environ.get("FUSEDRL_IMPL") or None
 if _preferred not in (None, *NAMES):
-    raise ValueError(f"FUSEDRL_IMPL: expected one of {', '.join(NAMES)}, got {_preferred!r}; unset it for the default of each device")
+    raise ValueError(
+        f"FUSEDRL_IMPL: expected one of {', '.join(NAMES)}, got {_preferred!r}; unset it for the "
+        "default of each device"
+    )
 _forced: str | None = None
 
 
@@ -36,11 +41,14 @@ def _why_not_triton(device_type: str) -> str | None:
     return "triton needs a CUDA device, or TRITON_INTERPRET=1 set before it is imported"
 
 
-# (implementation, device type) -> why it cannot run here, None when it can. Filled once, so that torch.compile sees constants.
+# (implementation, device type) -> why it cannot run here, None when it can. Filled once, so that
+# torch.compile sees constants.
 _WHY_NOT: dict[tuple[str, str], str | None] = {
     ("torch", "cpu"): None,
     ("torch", "cuda"): None,
-    ("cpp", "cpu"): None if native.capability else f"the native extension is not built ({native.reason})",
+    ("cpp", "cpu"): None
+    if native.capability
+    else f"the native extension is not built ({native.reason})",
     ("cpp", "cuda"): "the C++ kernels serve CPU tensors only",
     ("triton", "cpu"): _why_not_triton("cpu"),
     ("triton", "cuda"): _why_not_triton("cuda"),
@@ -53,31 +61,54 @@ _WHY_NOT: dict[tuple[str, str], str | None] = {
 }
 
 
-# What to do where an implementation that every machine of its kind can have is missing. FlashAttention is a choice, not a lack.
+# What to do where an implementation that every machine of its kind can have is missing.
+# FlashAttention is a choice, not a lack.
 _REMEDIES = {
-    ("cpp", "cpu"): "ops run on torch alone, 5x to 100x slower; install a C++ compiler (Debian: apt-get install g++ python3-dev) and reinstall fusedrl, or "
-                    "see `fusedrl doctor`",
-    ("triton", "cuda"): "ops run on torch alone, several times slower and with more memory; pip install triton, or see `fusedrl doctor`",
-    ("cuda", "cuda"): "ops that have CUDA C++ run on Triton or torch; pip install 'fusedrl[cuda]', or see `fusedrl doctor`",
+    (
+        "cpp",
+        "cpu",
+    ): "ops run on torch alone, 5x to 100x slower; install a C++ compiler (Debian: apt-get install "
+    "g++ python3-dev) and reinstall fusedrl, or "
+    "see `fusedrl doctor`",
+    (
+        "triton",
+        "cuda",
+    ): "ops run on torch alone, several times slower and with more memory; pip install triton, or "
+    "see `fusedrl doctor`",
+    (
+        "cuda",
+        "cuda",
+    ): "ops that have CUDA C++ run on Triton or torch; pip install 'fusedrl[cuda]', or see "
+    "`fusedrl doctor`",
 }
 _told: set[tuple[str, str]] = set()
 
 
 def _tell_of_lack(name: str, kind: str) -> None:
     """Warn, once a process, that the default implementation `name` is missing on this machine."""
-    if (name, kind) in _REMEDIES and (name, kind) not in _told and not torch.compiler.is_compiling():
+    if (
+        (name, kind) in _REMEDIES
+        and (name, kind) not in _told
+        and not torch.compiler.is_compiling()
+    ):
         _told.add((name, kind))
-        warnings.warn(f"fusedrl: {unavailable(name, kind)}: {_REMEDIES[name, kind]}", RuntimeWarning, stacklevel=4)
+        warnings.warn(
+            f"fusedrl: {unavailable(name, kind)}: {_REMEDIES[name, kind]}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def unavailable(name: str, device_type: str) -> str | None:
-    """Why implementation `name` cannot run on `device_type` ("cpu" or "cuda") on this machine; None when it can."""
+    """Why implementation `name` cannot run on `device_type` ("cpu" or "cuda") on this machine; None
+    when it can."""
     return _WHY_NOT.get((name, device_type), f"there is no implementation called {name!r} for it")
 
 
 @contextlib.contextmanager
 def use_impl(name: str) -> Iterator[None]:
-    """Within the block every op of this process uses implementation `name`, or raises CannotServe."""
+    """Within the block every op of this process uses implementation `name`, or raises
+    CannotServe."""
     global _forced
     before, _forced = _forced, name
     try:
@@ -87,7 +118,8 @@ def use_impl(name: str) -> Iterator[None]:
 
 
 class CannotServe(RuntimeError):
-    """The implementation that was asked for does not serve this call, or does not run on this machine."""
+    """The implementation that was asked for does not serve this call, or does not run on this
+    machine."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +134,14 @@ class Implementations:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", frozenset(self.cpu) | frozenset(self.cuda))
 
-    def choose(self, device: torch.device, impl: str | None = None, refused: Mapping[str, str] = MappingProxyType({})) -> str:
-        """Name of the implementation for tensors on `device`. Raises CannotServe when the one asked for cannot run.
+    def choose(
+        self,
+        device: torch.device,
+        impl: str | None = None,
+        refused: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
+        """Name of the implementation for tensors on `device`. Raises CannotServe when the one asked
+        for cannot run.
 
         `refused`: implementations that do not serve this very call (its dtype, its sizes), and why.
         """
@@ -121,9 +159,19 @@ class Implementations:
                     return name
                 if unavailable(name, kind) is not None:
                     _tell_of_lack(name, kind)
-            raise RuntimeError(f"{self.op}: nothing serves this call on {device.type}: " + "; ".join(f"{n}: {why_not(n)}" for n in sorted(self.names)))
-        why = why_not(wanted) if wanted in self.names else f"this op has {', '.join(n for n in NAMES if n in self.names)}"
+            raise RuntimeError(
+                f"{self.op}: nothing serves this call on {device.type}: "
+                + "; ".join(f"{n}: {why_not(n)}" for n in sorted(self.names))
+            )
+        why = (
+            why_not(wanted)
+            if wanted in self.names
+            else f"this op has {', '.join(n for n in NAMES if n in self.names)}"
+        )
         if why is not None:
             can = [name for name in NAMES if name in self.names and why_not(name) is None]
-            raise CannotServe(f"{self.op}: implementation {wanted!r} cannot run on {device.type}: {why}; these can: {', '.join(can)}")
+            raise CannotServe(
+                f"{self.op}: implementation {wanted!r} cannot run on {device.type}: {why}; these "
+                f"can: {', '.join(can)}"
+            )
         return wanted

@@ -1,4 +1,6 @@
-"""Others' FlashAttention: whether the package flash-attn, or the one inside torch, is there and takes the arguments used here."""
+"""Others' FlashAttention: whether the package flash-attn, or the one inside torch, is there and
+takes the arguments used here."""
+
 from __future__ import annotations
 
 import importlib
@@ -9,7 +11,8 @@ import torch
 
 
 class Found(NamedTuple):
-    """A function of others. `knows`: the names of its parameters. `why_not`: why it is not available, or None."""
+    """A function of others. `knows`: the names of its parameters. `why_not`: why it is not
+    available, or None."""
 
     function: Any
     knows: frozenset[str]
@@ -26,9 +29,17 @@ def probe(module: str, function: str, needed: set[str]) -> Found:
         return Found(None, frozenset(), f"{module}.{function} is not importable ({error})")
     known = frozenset(inspect.signature(found).parameters)
     missing = ", ".join(sorted(needed - known))
-    why_not = f"{module}.{function} of this version does not take {missing}; install a newer one" if missing else None
+    why_not = (
+        f"{module}.{function} of this version does not take {missing}; install a newer one"
+        if missing
+        else None
+    )
     return Found(found, known, why_not)
 
 
-FLASH_ATTN = probe("flash_attn", "flash_attn_varlen_func", {"window_size", "softcap", "softmax_scale", "deterministic"})
+FLASH_ATTN = probe(
+    "flash_attn",
+    "flash_attn_varlen_func",
+    {"window_size", "softcap", "softmax_scale", "deterministic"},
+)
 TORCH_VARLEN = probe("torch.nn.attention.varlen", "varlen_attn", {"window_size", "scale"})

@@ -1,8 +1,11 @@
 """The compiled CPU kernels: which build was loaded, or why none was.
 
-`setup.py` builds the same sources once per vector capability: all of them for a wheel, this machine's for an install in place. The choice follows torch's
-own (`torch.backends.cpu.get_cpu_capability()`, which honours ATEN_CPU_CAPABILITY), falling back to narrower builds.
+`setup.py` builds the same sources once per vector capability: all of them for a wheel, this
+machine's for an install in place. The choice follows torch's own
+(`torch.backends.cpu.get_cpu_capability()`, which honours ATEN_CPU_CAPABILITY), falling back to
+narrower builds.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -27,11 +30,22 @@ def _load() -> tuple[str | None, str]:
             continue
         if wanted is None or getattr(built, "sources", None) == wanted:
             return name, ""
-        reasons.append(f"_C_{name}: {built.__file__} was built from other C++ sources than those of {_KERNELS}: an older build, or another "
-                       "install of fusedrl on the same path; rebuild (`make venv`, or `python setup.py build_ext --inplace`), or remove the other one")
-    wider = [name for name in _ORDER["AVX512"] if name not in fitting and importlib.util.find_spec(f"fusedrl.kernels._C_{name}")]
+        reasons.append(
+            f"_C_{name}: {built.__file__} was built from other C++ sources than those of "
+            f"{_KERNELS}: an older build, or another "
+            "install of fusedrl on the same path; rebuild (`make venv`, or `python setup.py "
+            "build_ext --inplace`), or remove the other one"
+        )
+    wider = [
+        name
+        for name in _ORDER["AVX512"]
+        if name not in fitting and importlib.util.find_spec(f"fusedrl.kernels._C_{name}")
+    ]
     if wider:
-        reasons.append(f"there is one for {' and '.join(wider)}, and torch finds {here} here; reinstall fusedrl on this machine")
+        reasons.append(
+            f"there is one for {' and '.join(wider)}, and torch finds {here} here; reinstall "
+            "fusedrl on this machine"
+        )
     return None, "; ".join(reasons)
 
 

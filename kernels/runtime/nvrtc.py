@@ -1,13 +1,17 @@
-"""CUDA C++ at run time: a launch as data, compilation by NVRTC, a cache on disk, and the launch itself on torch's current stream.
+"""CUDA C++ at run time: a launch as data, compilation by NVRTC, a cache on disk, and the launch
+itself on torch's current stream.
 
     plan (kernels/*_cuda.py) -> Launch: source, options, kernel, grid, block, arguments -> `run`
 
-A Launch says everything about itself, so that tests hand the very same ones to a CPU build of the same sources (csrc/simt/).
-The sources are the package data of `fusedrl.kernels.cuda_src` and `shared_src` (csrc/cuda and csrc/shared in a checkout). They include no CUDA header,
-so NVRTC itself is all that is needed: `cuda-bindings` and `nvidia-cuda-nvrtc`, which the CUDA wheels of torch bring along. A cubin is compiled once for a
-source, its options, an architecture and a compiler version, and kept in ~/.cache/fusedrl/cuda. The first launch of a kernel compiles and loads: warm up
-before capturing a CUDA graph.
+A Launch says everything about itself, so that tests hand the very same ones to a CPU build of the
+same sources (csrc/simt/). The sources are the package data of `fusedrl.kernels.cuda_src` and
+`shared_src` (csrc/cuda and csrc/shared in a checkout). They include no CUDA header, so NVRTC itself
+is all that is needed: `cuda-bindings` and `nvidia-cuda-nvrtc`, which the CUDA wheels of torch bring
+along. A cubin is compiled once for a source, its options, an architecture and a compiler version,
+and kept in ~/.cache/fusedrl/cuda. The first launch of a kernel compiles and loads: warm up before
+capturing a CUDA graph.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -25,13 +29,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-Scalar = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.Array[ctypes.c_float]  # an array: a struct of so many
+# an array: a struct of so many
+Scalar = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.Array[ctypes.c_float]
 
 
-# ---- a launch as data --------------------------------------------------------------------------------------------------
+# ---- a launch as data ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. Arguments are those of the kernel, in order: tensors (their first element), None (a null pointer), or ctypes scalars."""
+    """One kernel launch. Arguments are those of the kernel, in order: tensors (their first
+    element), None (a null pointer), or ctypes scalars."""
 
     source: str  # a file of cuda_src
     kernel: str
@@ -41,8 +47,14 @@ class Launch:
     options: tuple[str, ...] = ()
 
     def packed(self) -> tuple[ctypes.Array, list]:
-        """What cuLaunchKernel takes: an array of addresses, one an argument, and what they point to, to be kept alive until it returns."""
-        values = [ctypes.c_void_p(None if a is None else a.data_ptr()) if a is None or isinstance(a, Tensor) else a for a in self.arguments]
+        """What cuLaunchKernel takes: an array of addresses, one an argument, and what they point
+        to, to be kept alive until it returns."""
+        values = [
+            ctypes.c_void_p(None if a is None else a.data_ptr())
+            if a is None or isinstance(a, Tensor)
+            else a
+            for a in self.arguments
+        ]
         return (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values)), values
 
 
@@ -51,14 +63,20 @@ def aligned(tensors: Iterable[Tensor | None], bytes_: int = 16) -> bool:
     return all(t is None or t.data_ptr() % bytes_ == 0 for t in tensors)
 
 
-# ---- sources -----------------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 def source_folder(name: str = "cuda") -> Path:
-    """Where the .cu files are ("shared": what they include beside their own): in the installed package, or in the checkout of this file."""
+    """Where the .cu files are ("shared": what they include beside their own): in the installed
+    package, or in the checkout of this file."""
     try:
-        installed = [Path(path) for path in importlib.import_module(f"fusedrl.kernels.{name}_src").__path__]
+        installed = [
+            Path(path) for path in importlib.import_module(f"fusedrl.kernels.{name}_src").__path__
+        ]
     except ImportError:
         installed = []
-    return next((path for path in installed if path.is_dir()), Path(__file__).resolve().parents[2] / "csrc" / name)
+    return next(
+        (path for path in installed if path.is_dir()),
+        Path(__file__).resolve().parents[2] / "csrc" / name,
+    )
 
 
 def headers() -> list[Path]:
@@ -66,10 +84,12 @@ def headers() -> list[Path]:
     return [*sorted(source_folder().glob("*.cuh")), *sorted(source_folder("shared").glob("*.h"))]
 
 
-# ---- what is available -------------------------------------------------------------------------------------------------
+# ---- what is available ---------------------------------------------------------------------------
 def _bindings() -> tuple[ModuleType, ModuleType]:
     """(cuda.bindings.nvrtc, cuda.bindings.driver)"""
-    return importlib.import_module("cuda.bindings.nvrtc"), importlib.import_module("cuda.bindings.driver")
+    return importlib.import_module("cuda.bindings.nvrtc"), importlib.import_module(
+        "cuda.bindings.driver"
+    )
 
 
 def loading_fault() -> str | None:
@@ -88,21 +108,30 @@ def why_not() -> str | None:
     fault = loading_fault()
     if fault is not None:
         major = torch.version.cuda.split(".")[0]
-        return f"NVRTC is not usable ({fault}); pip install 'cuda-bindings=={major}.*' 'nvidia-cuda-nvrtc{'-cu12' if major == '12' else ''}=={major}.*'"
-    return None if (source_folder() / "common.cuh").is_file() else f"the CUDA sources are not in {source_folder()}; reinstall fusedrl"
+        return (
+            f"NVRTC is not usable ({fault}); pip install 'cuda-bindings=={major}.*' "
+            f"'nvidia-cuda-nvrtc{'-cu12' if major == '12' else ''}=={major}.*'"
+        )
+    return (
+        None
+        if (source_folder() / "common.cuh").is_file()
+        else f"the CUDA sources are not in {source_folder()}; reinstall fusedrl"
+    )
 
 
 def _check(what: str, result: tuple) -> tuple:
-    """The results of a call to cuda.bindings without its status. Raises RuntimeError when that is not success."""
+    """The results of a call to cuda.bindings without its status. Raises RuntimeError when that is
+    not success."""
     status, *values = result
     if int(status) != 0:
         raise RuntimeError(f"{what}: expected success, got {getattr(status, 'name', status)}")
     return tuple(values)
 
 
-# ---- compilation -------------------------------------------------------------------------------------------------------
+# ---- compilation ---------------------------------------------------------------------------------
 def compile_cubin(source: str, options: tuple[str, ...], architecture: str) -> bytes:
-    """Machine code of one file of `cuda_src`, such as ("gae.cu", ("-DALIGNED=1",), "sm_90"). Needs no GPU.
+    """Machine code of one file of `cuda_src`, such as ("gae.cu", ("-DALIGNED=1",), "sm_90"). Needs
+    no GPU.
 
     Raises:
         RuntimeError: the compiler refuses; its log follows. ImportError: no cuda-bindings.
@@ -110,16 +139,30 @@ def compile_cubin(source: str, options: tuple[str, ...], architecture: str) -> b
     nvrtc, _ = _bindings()
     folder = source_folder()
     included = headers()
-    (program,) = _check("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(
-        (folder / source).read_bytes(), source.encode(), len(included), [h.read_bytes() for h in included], [h.name.encode() for h in included]))
-    arguments = [option.encode() for option in ("--std=c++17", f"--gpu-architecture={architecture}", *options)]
+    (program,) = _check(
+        "nvrtcCreateProgram",
+        nvrtc.nvrtcCreateProgram(
+            (folder / source).read_bytes(),
+            source.encode(),
+            len(included),
+            [h.read_bytes() for h in included],
+            [h.name.encode() for h in included],
+        ),
+    )
+    arguments = [
+        option.encode()
+        for option in ("--std=c++17", f"--gpu-architecture={architecture}", *options)
+    ]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
         if int(status) != 0:
             log = b" " * _check("nvrtcGetProgramLogSize", nvrtc.nvrtcGetProgramLogSize(program))[0]
             _check("nvrtcGetProgramLog", nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{source} {' '.join(options)}: expected NVRTC to compile it for {architecture}, got {status.name}:\n"
-                               f"{log.rstrip(bytes(1)).decode()}")
+            raise RuntimeError(
+                f"{source} {' '.join(options)}: expected NVRTC to compile it for {architecture}, "
+                f"got {status.name}:\n"
+                f"{log.rstrip(bytes(1)).decode()}"
+            )
         cubin = b" " * _check("nvrtcGetCUBINSize", nvrtc.nvrtcGetCUBINSize(program))[0]
         _check("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
@@ -127,13 +170,23 @@ def compile_cubin(source: str, options: tuple[str, ...], architecture: str) -> b
     return cubin
 
 
-def cached_cubin(source: str, options: tuple[str, ...], architecture: str, cache: Path | None = None) -> bytes:
-    """`compile_cubin`, kept in `cache` (~/.cache/fusedrl/cuda by default). A cache that cannot be written costs a warning and a compilation per process."""
+def cached_cubin(
+    source: str, options: tuple[str, ...], architecture: str, cache: Path | None = None
+) -> bytes:
+    """`compile_cubin`, kept in `cache` (~/.cache/fusedrl/cuda by default). A cache that cannot be
+    written costs a warning and a compilation per process."""
     folder = source_folder()
-    parts = [str(_check("nvrtcVersion", _bindings()[0].nvrtcVersion())), architecture, source, *options]
+    parts = [
+        str(_check("nvrtcVersion", _bindings()[0].nvrtcVersion())),
+        architecture,
+        source,
+        *options,
+    ]
     contents = [(folder / source).read_bytes(), *(h.read_bytes() for h in headers())]
     key = hashlib.sha256(b"\0".join([*(part.encode() for part in parts), *contents])).hexdigest()
-    path = (cache or Path.home() / ".cache" / "fusedrl" / "cuda") / f"{Path(source).stem}-{architecture}-{key[:32]}.cubin"
+    path = (
+        cache or Path.home() / ".cache" / "fusedrl" / "cuda"
+    ) / f"{Path(source).stem}-{architecture}-{key[:32]}.cubin"
     try:
         return path.read_bytes()
     except OSError:
@@ -144,11 +197,15 @@ def cached_cubin(source: str, options: tuple[str, ...], architecture: str, cache
             file.write(cubin)
         os.replace(file.name, path)  # whoever reads sees a whole file or none
     except OSError as error:
-        warnings.warn(f"{path.parent} cannot be written ({error}): CUDA kernels are compiled again in every process", stacklevel=2)
+        warnings.warn(
+            f"{path.parent} cannot be written ({error}): CUDA kernels are compiled again in every "
+            "process",
+            stacklevel=2,
+        )
     return cubin
 
 
-# ---- the launch --------------------------------------------------------------------------------------------------------
+# ---- the launch ----------------------------------------------------------------------------------
 @functools.cache
 def _context(device: int) -> object:
     """torch's context of a device: the primary one."""
@@ -161,24 +218,45 @@ def _context(device: int) -> object:
 @functools.cache
 def _function(source: str, options: tuple[str, ...], kernel: str, device: int) -> object:
     """A loaded kernel; the context must be current."""
-    return _check(f"cuModuleGetFunction({kernel})", _bindings()[1].cuModuleGetFunction(_module(source, options, device), kernel.encode()))[0]
+    return _check(
+        f"cuModuleGetFunction({kernel})",
+        _bindings()[1].cuModuleGetFunction(_module(source, options, device), kernel.encode()),
+    )[0]
 
 
 @functools.cache
 def _module(source: str, options: tuple[str, ...], device: int) -> object:
     major, minor = torch.cuda.get_device_capability(device)
-    return _check(f"cuModuleLoadData({source})", _bindings()[1].cuModuleLoadData(cached_cubin(source, options, f"sm_{major}{minor}")))[0]
+    return _check(
+        f"cuModuleLoadData({source})",
+        _bindings()[1].cuModuleLoadData(cached_cubin(source, options, f"sm_{major}{minor}")),
+    )[0]
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Enqueue launches, in order, on torch's current stream of `device`; nothing waits. Raises RuntimeError when CUDA refuses."""
+    """Enqueue launches, in order, on torch's current stream of `device`; nothing waits. Raises
+    RuntimeError when CUDA refuses."""
     _, driver = _bindings()
     index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):
-        _check("cuCtxSetCurrent", driver.cuCtxSetCurrent(_context(index)))  # threads such as autograd's may have none yet
+        # threads such as autograd's may have none yet
+        _check("cuCtxSetCurrent", driver.cuCtxSetCurrent(_context(index)))
         stream = torch.cuda.current_stream(index).cuda_stream
         for each in launches:
             function = _function(each.source, each.options, each.kernel, index)
             addresses, kept = each.packed()
-            _check(f"cuLaunchKernel({each.kernel})", driver.cuLaunchKernel(function, *each.grid, each.block, 1, 1, 0, stream, ctypes.addressof(addresses), 0))
+            _check(
+                f"cuLaunchKernel({each.kernel})",
+                driver.cuLaunchKernel(
+                    function,
+                    *each.grid,
+                    each.block,
+                    1,
+                    1,
+                    0,
+                    stream,
+                    ctypes.addressof(addresses),
+                    0,
+                ),
+            )
             del kept  # the arguments were copied

@@ -1,4 +1,6 @@
-"""Triton and its language, or None where they cannot be imported: kernels are then not defined, and dispatch says why."""
+"""Triton and its language, or None where they cannot be imported: kernels are then not defined, and
+dispatch says why."""
+
 from __future__ import annotations
 
 fault: str | None = None

@@ -1,21 +1,31 @@
 """sample: draw one token a row from logits, with its log-probabilities.
 
-    x = (z - max z) / T;   kept = top-k, then top-p of what is left, then min-p;   w = exp(x) over the kept set
-    token = the first in vocabulary order whose running sum of w exceeds u sum w,   u = Philox(seed; request, sample, position) in [0, 1)
-    logp = x - ln sum exp x over all tokens;   logp_processed = ln w - ln sum w over the kept set;   entropy of softmax(x) over all tokens
+    x = (z - max z) / T;   kept = top-k, then top-p of what is left, then min-p;   w = exp(x) over
+                           the kept set
+    token = the first in vocabulary order whose running sum of w exceeds u sum w,
+            u = Philox(seed; request, sample, position) in [0, 1)
+    logp = x - ln sum exp x over all tokens;   logp_processed = ln w - ln sum w over the kept set;
+                                               entropy of softmax(x) over all tokens
 
 Shapes    B sequences, V vocabulary.
-Bytes     B V s read from memory; a row is then in cache for what follows: where nothing truncates, the block that holds the token; else, on a GPU, the
-          search for the last token kept (at most 8 passes over bfloat16, 10 over float16, 16 over float32; for top-k and for top-p) and one sum.
-Numerics  float32 terms (float64 for float64), sums in double. Below exp(-87) of the largest a probability counts as 0: it is never drawn or kept.
-          Implementations draw the same token unless u sum w falls within rounding of a boundary between two.
-Ties      top-k and top-p rank by logit, then by lower id, so the kept set is one definite set. top-p keeps the shortest prefix of that ranking that
-          reaches its share; min-p keeps x >= ln(min_p). Greedy takes the lowest id of the largest logit.
-Kept      all three cut the ranking's end off, and `suppress` picks single tokens: with the lowest kept logit and the highest id kept at it, a second
-          walk lists a row without its exponentials. A row is listed if some token of probability (above exp(-87)) is not kept.
-Source    Salmon et al. (2011), Parallel random numbers: as easy as 1, 2, 3 (Philox 4x32-10); Fan et al. (2018), top-k; Holtzman et al. (2020), top-p;
-          Nguyen et al. (2024), min-p. The order is that of transformers' logits processors.
+Bytes     B V s read from memory; a row is then in cache for what follows: where nothing truncates,
+          the block that holds the token; else, on a GPU, the search for the last token kept (at
+          most 8 passes over bfloat16, 10 over float16, 16 over float32; for top-k and for top-p)
+          and one sum.
+Numerics  float32 terms (float64 for float64), sums in double. Below exp(-87) of the largest a
+          probability counts as 0: it is never drawn or kept. Implementations draw the same token
+          unless u sum w falls within rounding of a boundary between two.
+Ties      top-k and top-p rank by logit, then by lower id, so the kept set is one definite set.
+          top-p keeps the shortest prefix of that ranking that reaches its share; min-p keeps x >=
+          ln(min_p). Greedy takes the lowest id of the largest logit.
+Kept      all three cut the ranking's end off, and `suppress` picks single tokens: with the lowest
+          kept logit and the highest id kept at it, a second walk lists a row without its
+          exponentials. A row is listed if some token of probability (above exp(-87)) is not kept.
+Source    Salmon et al. (2011), Parallel random numbers: as easy as 1, 2, 3 (Philox 4x32-10); Fan et
+          al. (2018), top-k; Holtzman et al. (2020), top-p; Nguyen et al. (2024), min-p. The order
+          is that of transformers' logits processors.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -42,38 +52,60 @@ class Sampled(NamedTuple):
     """What `sample` drew, one entry a row."""
 
     token_ids: Tensor  # [B] int64
-    logp: Tensor  # [B] float32: of the temperature-scaled full distribution (at temperature 0: of T = 1)
+    # [B] float32: of the temperature-scaled full distribution (at temperature 0: of T = 1)
+    logp: Tensor
     logp_processed: Tensor  # [B] float32: renormalised over the tokens that could be drawn
     entropy: Tensor  # [B] float32: of the temperature-scaled full distribution
-    kept: Kept | None  # the tokens that could be drawn, in the rows where some token of probability could not; None unless asked for
+    # the tokens that could be drawn, in the rows where some token of probability could not; None
+    # unless asked for
+    kept: Kept | None
     kept_count: Tensor  # [B] int64: how many tokens could be drawn
 
 
-# ---- reference -------------------------------------------------------------------------------------------------------
+# ---- reference -----------------------------------------------------------------------------------
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox 4x32-10. counter [..., 4] and key [..., 2] int64 holding 32-bit words; returns [..., 4] words in int64."""
+    """Philox 4x32-10. counter [..., 4] and key [..., 2] int64 holding 32-bit words; returns [...,
+    4] words in int64."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
     for _ in range(10):
-        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps, which keeps all 64 bits of the unsigned product
-        c0, c1, c2, c3 = ((second >> 32) & low) ^ c1 ^ k0, second & low, ((first >> 32) & low) ^ c3 ^ k1, first & low
+        # int64 wraps, which keeps all 64 bits of the unsigned product
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((second >> 32) & low) ^ c1 ^ k0,
+            second & low,
+            ((first >> 32) & low) ^ c3 ^ k1,
+            first & low,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
 def uniform(keys_B4: Tensor) -> Tensor:
-    """[B] float64 in [0, 1) with 53 random bits, a function of keys [B, 4] int64 (seed, request id, sample index, position) alone."""
+    """[B] float64 in [0, 1) with 53 random bits, a function of keys [B, 4] int64 (seed, request id,
+    sample index, position) alone."""
     low = 0xFFFFFFFF
     seed, request, sample, position = keys_B4.unbind(-1)
-    counter = torch.stack((request & low, (request >> 32) & low, sample & low, position & low), dim=-1)
+    counter = torch.stack(
+        (request & low, (request >> 32) & low, sample & low, position & low), dim=-1
+    )
     words = philox4x32(counter, torch.stack((seed & low, (seed >> 32) & low), dim=-1))
     return ((words[..., 0] >> 5) * 2**26 + (words[..., 1] >> 6)).double() * 2.0**-53
 
 
-def sample_reference(logits_BV: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, keys_B4: Tensor,
-                     suppress_BV: Tensor | None = None, kept_capacity: int | None = None) -> Sampled:
-    """The definition, without a loop over rows or a look from the host. Parameters are [B] or [1]; a row with nothing to draw gets token -1."""
+def sample_reference(
+    logits_BV: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    keys_B4: Tensor,
+    suppress_BV: Tensor | None = None,
+    kept_capacity: int | None = None,
+) -> Sampled:
+    """The definition, without a loop over rows or a look from the host. Parameters are [B] or [1];
+    a row with nothing to draw gets token -1."""
     z = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     B, V = z.shape
     T = temperature.to(z.dtype)[:, None]
@@ -93,11 +125,15 @@ def sample_reference(logits_BV: Tensor, temperature: Tensor, top_k: Tensor | Non
         ranked = w.gather(-1, order)
         in_ranking = ranked > 0
         if top_k is not None:
-            in_ranking &= (torch.arange(V, device=z.device) < top_k[:, None]) | (top_k <= 0)[:, None]
+            in_ranking &= (torch.arange(V, device=z.device) < top_k[:, None]) | (top_k <= 0)[
+                :, None
+            ]
         if top_p is not None:
             ranked = torch.where(in_ranking, ranked, 0.0)
             before = torch.nn.functional.pad(ranked.cumsum(-1), (1, 0))
-            in_ranking &= (before[:, :-1] < top_p[:, None] * ranked.sum(-1, keepdim=True)) | (top_p >= 1)[:, None]
+            in_ranking &= (before[:, :-1] < top_p[:, None] * ranked.sum(-1, keepdim=True)) | (
+                top_p >= 1
+            )[:, None]
         kept &= torch.zeros_like(kept).scatter(-1, order, in_ranking) | greedy[:, None]
     if min_p is not None:
         kept &= (y >= min_p.log().to(y.dtype)[:, None]) | greedy[:, None]
@@ -106,7 +142,8 @@ def sample_reference(logits_BV: Tensor, temperature: Tensor, top_k: Tensor | Non
     running = w.cumsum(-1)
     drawn = (running <= (uniform(keys_B4)[:, None] * running[:, -1:])).sum(-1)
     last = torch.where(kept, torch.arange(V, device=z.device), -1).amax(-1)
-    token_ids = torch.where(greedy, candidates.argmax(-1), torch.minimum(drawn, last))  # rounding may carry u sum w to the sum itself
+    # rounding may carry u sum w to the sum itself
+    token_ids = torch.where(greedy, candidates.argmax(-1), torch.minimum(drawn, last))
     chosen = token_ids.clamp(min=0)[:, None]
     logp = x.double().gather(-1, chosen)[:, 0] - log_sum
     logp_processed = y.double().gather(-1, chosen)[:, 0] - running[:, -1].log()
@@ -118,82 +155,138 @@ def sample_reference(logits_BV: Tensor, temperature: Tensor, top_k: Tensor | Non
     if kept_capacity is not None:
         truncated = ((x >= _SMALLEST) & ~kept).any(-1)
         listed, token_ids = _list_reference(kept & truncated[:, None], token_ids, kept_capacity)
-    logp, logp_processed, entropy = (torch.where(bad, torch.nan, column).to(z.dtype) for column in (logp, logp_processed, entropy))
+    logp, logp_processed, entropy = (
+        torch.where(bad, torch.nan, column).to(z.dtype)
+        for column in (logp, logp_processed, entropy)
+    )
     return Sampled(token_ids, logp, logp_processed, entropy, listed, kept.sum(-1))
 
 
 def _list_reference(kept_BV: Tensor, token_ids_B: Tensor, capacity: int) -> tuple[Kept, Tensor]:
-    """The CSR of the rows that fit into `capacity`, and the tokens, -1 where the row does not fit; the first that does not stops the ones behind it."""
+    """The CSR of the rows that fit into `capacity`, and the tokens, -1 where the row does not fit;
+    the first that does not stops the ones behind it."""
     V, count = kept_BV.shape[1], kept_BV.sum(-1)
     ends = count.cumsum(0)
     fits = ends <= capacity
     offsets = torch.nn.functional.pad(torch.where(fits, ends, 0).cummax(0).values, (1, 0))
-    place = torch.where(kept_BV & fits[:, None], (ends - count)[:, None] + kept_BV.cumsum(-1) - 1, capacity)  # the rest goes behind the end
+    place = torch.where(
+        kept_BV & fits[:, None], (ends - count)[:, None] + kept_BV.cumsum(-1) - 1, capacity
+    )  # the rest goes behind the end
     ids = torch.arange(V, dtype=torch.int32, device=kept_BV.device).expand_as(place)
     buffer = ids.new_zeros(capacity + 1).scatter_(0, place.flatten(), ids.flatten())
     return Kept(buffer[:capacity], offsets), torch.where(fits | (count == 0), token_ids_B, -1)
 
 
-# ---- custom op: what torch.compile sees --------------------------------------------------------------------------------
+# ---- custom op: what torch.compile sees ----------------------------------------------------------
 if native.capability:
+
     @torch.library.register_fake("fusedrl::sample")
-    def _(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, keys: Tensor,
-          suppress: Tensor | None, kept_capacity: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _(
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        min_p: Tensor | None,
+        keys: Tensor,
+        suppress: Tensor | None,
+        kept_capacity: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return empty_outputs(logits, kept_capacity)
 
 
-# ---- public ------------------------------------------------------------------------------------------------------------
-def _parameter(name: str, value: float | Tensor, logits: Tensor, inside: Callable[..., Any], meaning: str, look: bool) -> Tensor:
-    """A number or [B] tensor as a float64 tensor [1] or [B]; a tensor's values are looked at only if `look`."""
+# ---- public --------------------------------------------------------------------------------------
+def _parameter(
+    name: str,
+    value: float | Tensor,
+    logits: Tensor,
+    inside: Callable[..., Any],
+    meaning: str,
+    look: bool,
+) -> Tensor:
+    """A number or [B] tensor as a float64 tensor [1] or [B]; a tensor's values are looked at only
+    if `look`."""
     if isinstance(value, Tensor):
         if value.shape != logits.shape[:1] or value.device != logits.device:
-            raise ValueError(f"sample: expected {name} as a number or [{logits.shape[0]}] on {logits.device}, got {describe(value)}")
+            raise ValueError(
+                f"sample: expected {name} as a number or [{logits.shape[0]}] on {logits.device}, "
+                f"got {describe(value)}"
+            )
         fits, tensor = not look or bool(inside(value).all()), value.double()
     else:
-        fits, tensor = bool(inside(value)), torch.full((1,), float(value), dtype=torch.float64, device=logits.device)
+        fits, tensor = (
+            bool(inside(value)),
+            torch.full((1,), float(value), dtype=torch.float64, device=logits.device),
+        )
     if not fits:
         raise ValueError(f"sample: expected {name} {meaning}, got {value}")
     return tensor
 
 
-def _capacity(B: int, V: int, temperature: float | Tensor, top_k: float | Tensor, truncates: bool, suppress: Tensor | None) -> int:
+def _capacity(
+    B: int,
+    V: int,
+    temperature: float | Tensor,
+    top_k: float | Tensor,
+    truncates: bool,
+    suppress: Tensor | None,
+) -> int:
     """Ids that B rows can hold at the most, as far as the host knows without a look."""
     if not truncates and suppress is None:
         return 0
     by_k = not isinstance(top_k, Tensor) and top_k > 0
-    greedy_lists = suppress is not None and (isinstance(temperature, Tensor) or temperature == 0)  # all but what is suppressed, whatever top_k
+    # all but what is suppressed, whatever top_k
+    greedy_lists = suppress is not None and (isinstance(temperature, Tensor) or temperature == 0)
     return B * min(int(top_k), V) if by_k and not greedy_lists else B * V
 
 
 @torch.no_grad()
-def sample(logits: Tensor, *, temperature: float | Tensor, top_k: int | Tensor = 0, top_p: float | Tensor = 1.0, min_p: float | Tensor = 0.0,
-           keys: Tensor, suppress: Tensor | None = None, return_kept: bool = False, kept_capacity: int | None = None, impl: str | None = None) -> Sampled:
-    """Draw one token a row. The draw depends on the row's logits, parameters and key alone: not on its companions, nor on any state.
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    keys: Tensor,
+    suppress: Tensor | None = None,
+    return_kept: bool = False,
+    kept_capacity: int | None = None,
+    impl: str | None = None,
+) -> Sampled:
+    """Draw one token a row. The draw depends on the row's logits, parameters and key alone: not on
+    its companions, nor on any state.
 
     Args:
         logits: [B, V] float32, bfloat16 or float16 (torch also float64); rows may be strided.
-        temperature: number or [B]; 0 takes the largest logit, with logp, entropy, kept and kept_count of T = 1 and no truncation.
-        top_k: number or [B]; keep the k largest; 0: all.
+        temperature: number or [B]; 0 takes the largest logit, with logp, entropy, kept and
+        kept_count of T = 1 and no truncation. top_k: number or [B]; keep the k largest; 0: all.
         top_p: number or [B] in (0, 1]; then the most probable ones that together reach this share.
         min_p: number or [B] in [0, 1]; then those of at least this share of the most probable one.
-        keys: [B, 4] int64 (seed, request id, sample index, position); of the last two the low 32 bits count.
-        suppress: [B, V] bool, tokens that are never drawn (an EOS before min_new_tokens); they still count in logp and entropy, and not as kept.
-        return_kept: also list the tokens that could be drawn, so that `logprob(..., kept=...)` scores exactly the distribution that was sampled. A row
-            is listed if some token of probability could not be drawn, by truncation or `suppress`; the others are empty rows, where logp_processed is logp.
-        kept_capacity: ids to make room for, since a GPU is not asked how many there are. By default all that there can be: B top_k where top_k is a
-            number, else 4 B V bytes, as much as float32 logits; give a smaller number where the sets are known to be small. On a CPU the list is
-            trimmed to what it holds.
+        keys: [B, 4] int64 (seed, request id, sample index, position); of the last two the low 32
+        bits count. suppress: [B, V] bool, tokens that are never drawn (an EOS before
+        min_new_tokens); they still count in logp and entropy, and not as kept. return_kept: also
+        list the tokens that could be drawn, so that `logprob(..., kept=...)` scores exactly the
+        distribution that was sampled. A row
+            is listed if some token of probability could not be drawn, by truncation or `suppress`;
+            the others are empty rows, where logp_processed is logp.
+        kept_capacity: ids to make room for, since a GPU is not asked how many there are. By default
+        all that there can be: B top_k where top_k is a
+            number, else 4 B V bytes, as much as float32 logits; give a smaller number where the
+            sets are known to be small. On a CPU the list is trimmed to what it holds.
         impl: "cpp", "triton", "cuda" or "torch"; by default the best one for the device.
     Returns:
         `Sampled`.
     Raises:
-        ValueError: sizes, devices or parameters; on CPU also a row with NaN or +inf, or with nothing to draw, or kept tokens beyond kept_capacity. On
-        CUDA, where looking would synchronise, such a row's token is -1 and its row of kept is empty (of rows beyond the capacity: from the first one
-        on, all that are listed), and [B] parameters are not looked at.
+        ValueError: sizes, devices or parameters; on CPU also a row with NaN or +inf, or with
+        nothing to draw, or kept tokens beyond kept_capacity. On CUDA, where looking would
+        synchronise, such a row's token is -1 and its row of kept is empty (of rows beyond the
+        capacity: from the first one on, all that are listed), and [B] parameters are not looked at.
         TypeError: dtypes. RuntimeError: `impl` cannot run here.
     """
     op = "sample"
-    B, V = check(op, {"logits": (logits, "B V"), "keys": (keys, "B 4"), "suppress": (suppress, "B V")})[:2]
+    B, V = check(
+        op, {"logits": (logits, "B V"), "keys": (keys, "B 4"), "suppress": (suppress, "B V")}
+    )[:2]
     chosen = _IMPLS.choose(logits.device, impl)
     check_dtype(op, "logits", logits, FLOATS if chosen == "torch" else FLOATS[:3])
     check_dtype(op, "keys", keys, (torch.int64,))
@@ -203,27 +296,62 @@ def sample(logits: Tensor, *, temperature: float | Tensor, top_k: int | Tensor =
     on_host = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     look = on_host and chosen != "cpp"  # the cpp op looks for itself
     T = _parameter("temperature", temperature, logits, lambda x: x >= 0, "of 0 or more", look)
-    k = None if not isinstance(top_k, Tensor) and top_k == 0 else _parameter("top_k", top_k, logits, lambda x: x >= 0, "of 0 (all) or more", look)
-    p = None if not isinstance(top_p, Tensor) and top_p == 1 else _parameter("top_p", top_p, logits, lambda x: (x > 0) & (x <= 1), "in (0, 1]", look)
-    m = None if not isinstance(min_p, Tensor) and min_p == 0 else _parameter("min_p", min_p, logits, lambda x: (x >= 0) & (x <= 1), "in [0, 1]", look)
+    k = (
+        None
+        if not isinstance(top_k, Tensor) and top_k == 0
+        else _parameter("top_k", top_k, logits, lambda x: x >= 0, "of 0 (all) or more", look)
+    )
+    p = (
+        None
+        if not isinstance(top_p, Tensor) and top_p == 1
+        else _parameter("top_p", top_p, logits, lambda x: (x > 0) & (x <= 1), "in (0, 1]", look)
+    )
+    m = (
+        None
+        if not isinstance(min_p, Tensor) and min_p == 0
+        else _parameter("min_p", min_p, logits, lambda x: (x >= 0) & (x <= 1), "in [0, 1]", look)
+    )
     capacity = None
     if return_kept:
-        capacity = _capacity(B, V, temperature, top_k, any(x is not None for x in (k, p, m)), suppress) if kept_capacity is None else kept_capacity
+        capacity = (
+            _capacity(B, V, temperature, top_k, any(x is not None for x in (k, p, m)), suppress)
+            if kept_capacity is None
+            else kept_capacity
+        )
         if capacity < 0:
             raise ValueError(f"sample: expected kept_capacity of 0 or more, got {kept_capacity}")
     arguments = (logits, T, k, p, m, keys, suppress, capacity)
     if chosen == "torch":
         drawn = sample_reference(*arguments)
     else:
-        native_op = sample_cuda if chosen == "cuda" else torch.ops.fusedrl.sample if chosen == "cpp" else torch.ops.fusedrl.sample_triton
+        native_op = (
+            sample_cuda
+            if chosen == "cuda"
+            else torch.ops.fusedrl.sample
+            if chosen == "cpp"
+            else torch.ops.fusedrl.sample_triton
+        )
         ids, logp, processed, entropy, count, kept_ids, offsets = native_op(*arguments)
-        drawn = Sampled(ids, logp, processed, entropy, Kept(kept_ids, offsets) if return_kept else None, count)
+        drawn = Sampled(
+            ids, logp, processed, entropy, Kept(kept_ids, offsets) if return_kept else None, count
+        )
     if look and bool((drawn.token_ids < 0).any()):
         row = int((drawn.token_ids < 0).nonzero()[0])
         if not drawn.logp[row].isnan():
-            raise ValueError(f"sample: expected the kept tokens to fit into kept_capacity {capacity}, got more, from row {row} of {B} on; leave "
-                             "kept_capacity out, or make it larger")
-        raise ValueError(f"sample: row {row} of {B} holds NaN or +inf, or no token that may be drawn; look at the logits of that row and at `suppress`")
-    if on_host and drawn.kept is not None:  # what is behind the end was never touched: exact, and no larger than it looks
-        drawn = drawn._replace(kept=Kept(drawn.kept.token_ids[: int(drawn.kept.offsets[-1])].clone(), drawn.kept.offsets))
+            raise ValueError(
+                f"sample: expected the kept tokens to fit into kept_capacity {capacity}, got more, "
+                f"from row {row} of {B} on; leave "
+                "kept_capacity out, or make it larger"
+            )
+        raise ValueError(
+            f"sample: row {row} of {B} holds NaN or +inf, or no token that may be drawn; look at "
+            "the logits of that row and at `suppress`"
+        )
+    # what is behind the end was never touched: exact, and no larger than it looks
+    if on_host and drawn.kept is not None:
+        drawn = drawn._replace(
+            kept=Kept(
+                drawn.kept.token_ids[: int(drawn.kept.offsets[-1])].clone(), drawn.kept.offsets
+            )
+        )
     return drawn

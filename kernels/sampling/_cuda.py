@@ -1,4 +1,6 @@
-"""sample in CUDA C++ (csrc/cuda/sampling.cu): what is launched, and the op that torch.compile sees. The mathematics is in sampling.py."""
+"""sample in CUDA C++ (csrc/cuda/sampling.cu): what is launched, and the op that torch.compile sees.
+The mathematics is in sampling.py."""
+
 from __future__ import annotations
 
 from ctypes import c_int32, c_int64
@@ -11,19 +13,31 @@ from fusedrl.kernels.runtime.nvrtc import Launch
 
 _THREADS = 512  # kThreads of sampling.cu
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-OFFLINE_SOURCES = {"sampling.cu": [(f"-DDTYPE={number}",) for number in _DTYPES.values()]}  # what tests compile: a file's sets of options
+# what tests compile: a file's sets of options
+OFFLINE_SOURCES = {"sampling.cu": [(f"-DDTYPE={number}",) for number in _DTYPES.values()]}
 
-# token ids, logp, logp_processed, entropy, kept count [B]; kept ids [capacity] and offsets [B + 1], both [0] where they are not asked for
+# token ids, logp, logp_processed, entropy, kept count [B]; kept ids [capacity] and offsets [B + 1],
+# both [0] where they are not asked for
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-# ---- launchers: allocate, grid (the first two for the other implementations as well) -------------------------------------
+# ---- launchers: allocate, grid (the first two for the other implementations as well) -------------
 def empty_outputs(logits_BV: Tensor, kept_capacity: int | None) -> Outputs:
     B = logits_BV.shape[0]
-    ids, logp = logits_BV.new_empty(B, dtype=torch.int64), logits_BV.new_empty(B, dtype=torch.float32)
+    ids, logp = (
+        logits_BV.new_empty(B, dtype=torch.int64),
+        logits_BV.new_empty(B, dtype=torch.float32),
+    )
     kept, offsets = (0, 0) if kept_capacity is None else (kept_capacity, B + 1)
-    return (ids, logp, torch.empty_like(logp), torch.empty_like(logp), torch.empty_like(ids), logits_BV.new_empty(kept, dtype=torch.int32),
-            logits_BV.new_empty(offsets, dtype=torch.int64))
+    return (
+        ids,
+        logp,
+        torch.empty_like(logp),
+        torch.empty_like(logp),
+        torch.empty_like(ids),
+        logits_BV.new_empty(kept, dtype=torch.int32),
+        logits_BV.new_empty(offsets, dtype=torch.int64),
+    )
 
 
 def step(parameter: Tensor | None) -> int:
@@ -31,8 +45,16 @@ def step(parameter: Tensor | None) -> int:
     return int(parameter is not None and parameter.numel() > 1)
 
 
-def plan_sample(logits_BV: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, keys_B4: Tensor,
-                suppress_BV: Tensor | None, kept_capacity: int | None) -> tuple[Outputs, list[Launch]]:
+def plan_sample(
+    logits_BV: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    keys_B4: Tensor,
+    suppress_BV: Tensor | None,
+    kept_capacity: int | None,
+) -> tuple[Outputs, list[Launch]]:
     """The outputs of `sample`, to be written by the launches."""
     B, V = logits_BV.shape
     outputs = empty_outputs(logits_BV, kept_capacity)
@@ -45,25 +67,62 @@ def plan_sample(logits_BV: Tensor, temperature: Tensor, top_k: Tensor | None, to
     cuts_B3 = None if kept_capacity is None else logits.new_empty((B, 3), dtype=torch.int32)
     parameters = [None if t is None else t.contiguous() for t in (temperature, top_k, top_p, min_p)]
     options = (f"-DDTYPE={_DTYPES[logits.dtype]}",)
-    arguments = (logits, *parameters, keys_B4.contiguous(), suppress, *per_row, cuts_B3, c_int32(V), c_int64(logits.stride(0)),
-                 *(c_int32(step(t)) for t in parameters))
+    arguments = (
+        logits,
+        *parameters,
+        keys_B4.contiguous(),
+        suppress,
+        *per_row,
+        cuts_B3,
+        c_int32(V),
+        c_int64(logits.stride(0)),
+        *(c_int32(step(t)) for t in parameters),
+    )
     launches = [Launch("sampling.cu", "sample", arguments, (B, 1, 1), _THREADS, options)]
     if kept_capacity is not None:
-        arguments = (logits, suppress, cuts_B3, per_row[0], kept_ids, offsets, c_int32(V), c_int64(logits.stride(0)), c_int64(kept_capacity))
+        arguments = (
+            logits,
+            suppress,
+            cuts_B3,
+            per_row[0],
+            kept_ids,
+            offsets,
+            c_int32(V),
+            c_int64(logits.stride(0)),
+            c_int64(kept_capacity),
+        )
         launches.append(Launch("sampling.cu", "list_kept", arguments, (B, 1, 1), _THREADS, options))
     return outputs, launches
 
 
-# ---- custom op: what torch.compile sees -----------------------------------------------------------------------------------
+# ---- custom op: what torch.compile sees ----------------------------------------------------------
 @torch.library.custom_op("fusedrl::sample_cuda", mutates_args=(), device_types="cuda")
-def sample_cuda(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, keys: Tensor,
-                suppress: Tensor | None, kept_capacity: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs, launches = plan_sample(logits, temperature, top_k, top_p, min_p, keys, suppress, kept_capacity)
+def sample_cuda(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    keys: Tensor,
+    suppress: Tensor | None,
+    kept_capacity: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs, launches = plan_sample(
+        logits, temperature, top_k, top_p, min_p, keys, suppress, kept_capacity
+    )
     nvrtc.run(launches, logits.device)
     return outputs
 
 
 @sample_cuda.register_fake
-def _(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, keys: Tensor, suppress: Tensor | None,
-      kept_capacity: int | None) -> Outputs:
+def _(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    keys: Tensor,
+    suppress: Tensor | None,
+    kept_capacity: int | None,
+) -> Outputs:
     return empty_outputs(logits, kept_capacity)

@@ -1,10 +1,13 @@
 """sample in Triton: one program a row; a second launch lists the kept ids where they are asked for.
 
-The mathematics and numerics are those of sampling.py. A row is read once with an online maximum; the sums of up to 256 groups of consecutive tokens stay in
-registers, one a thread, so that the draw finds its group there and reads that group again. Truncation has no sort: the key of the last token kept is
-searched for by its bits, two a pass, from sums over what lies at or above three keys; a pass that leaves one token to decide on is the last.
-Whether a row needs that is decided on the device, row by row.
+The mathematics and numerics are those of sampling.py. A row is read once with an online maximum;
+the sums of up to 256 groups of consecutive tokens stay in registers, one a thread, so that the draw
+finds its group there and reads that group again. Truncation has no sort: the key of the last token
+kept is searched for by its bits, two a pass, from sums over what lies at or above three keys; a
+pass that leaves one token to decide on is the last. Whether a row needs that is decided on the
+device, row by row.
 """
+
 from __future__ import annotations
 
 import torch
@@ -15,11 +18,12 @@ from torch import Tensor
 from fusedrl.kernels.sampling._cuda import Outputs, empty_outputs, step
 
 _BLOCK, _SEARCH_BLOCK, _GROUPS, _WARPS = 4096, 2048, 256, 8
-_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 20}  # leading bits of the float32, in which all values of a dtype differ; a multiple of 2
+# leading bits of the float32, in which all values of a dtype differ; a multiple of 2
+_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 20}
 _SMALLEST = tl.constexpr(-87.0)
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 @triton.jit
 def _tile(row_ptr, suppress_ptr, start, V, BLOCK: tl.constexpr):
     """Ids, logits, and logits of what may be drawn; -inf behind the end."""
@@ -53,13 +57,26 @@ def _logit(key, BITS: tl.constexpr):
 
 
 @triton.jit
-def _search(row_ptr, suppress_ptr, top, inverse, V, target, floor, MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key t, not below `floor`, at or above which the candidates number (MASS: weigh) at least `target`; what lies above t; and whether
-    t may be a key between two tokens, at which nothing is left to decide because all at or above it stay."""
+def _search(
+    row_ptr,
+    suppress_ptr,
+    top,
+    inverse,
+    V,
+    target,
+    floor,
+    MASS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The largest key t, not below `floor`, at or above which the candidates number (MASS: weigh)
+    at least `target`; what lies above t; and whether t may be a key between two tokens, at which
+    nothing is left to decide because all at or above it stay."""
     none: tl.constexpr = -(1 << (BITS - 1))
     t = tl.full((), none, tl.int32)
     unit = tl.full((), 1 << (BITS - 2), tl.int32)
-    at_least = V + tl.zeros((), tl.int32)  # candidates from t on, and from the end of what is still open on
+    # candidates from t on, and from the end of what is still open on
+    at_least = V + tl.zeros((), tl.int32)
     beyond = tl.zeros((), tl.int32)
     above = target * 0
     decided = tl.full((), 0, tl.int32)
@@ -106,7 +123,9 @@ def _search(row_ptr, suppress_ptr, top, inverse, V, target, floor, MASS: tl.cons
 
 
 @triton.jit
-def _mass(row_ptr, suppress_ptr, top, inverse, V, t, quota, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _mass(
+    row_ptr, suppress_ptr, top, inverse, V, t, quota, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
     """The weight of the candidates with a key above t, and of up to `quota` of those with key t."""
     none: tl.constexpr = -(1 << (BITS - 1))
     m = tl.zeros([BLOCK], tl.float64)
@@ -124,16 +143,51 @@ def _mass(row_ptr, suppress_ptr, top, inverse, V, t, quota, BITS: tl.constexpr, 
 
 @triton.jit
 def _uniform(key_ptr):
-    seed, request, sample, position = tl.load(key_ptr), tl.load(key_ptr + 1), tl.load(key_ptr + 2), tl.load(key_ptr + 3)
+    seed, request, sample, position = (
+        tl.load(key_ptr),
+        tl.load(key_ptr + 1),
+        tl.load(key_ptr + 2),
+        tl.load(key_ptr + 3),
+    )
     low = 0xFFFFFFFF
-    words = tl.philox(seed, (request & low).to(tl.uint32), ((request >> 32) & low).to(tl.uint32), (sample & low).to(tl.uint32), (position & low).to(tl.uint32))
-    return ((words[0] >> 5).to(tl.float64) * 67108864.0 + (words[1] >> 6).to(tl.float64)) * (1.0 / 9007199254740992.0)
+    words = tl.philox(
+        seed,
+        (request & low).to(tl.uint32),
+        ((request >> 32) & low).to(tl.uint32),
+        (sample & low).to(tl.uint32),
+        (position & low).to(tl.uint32),
+    )
+    return ((words[0] >> 5).to(tl.float64) * 67108864.0 + (words[1] >> 6).to(tl.float64)) * (
+        1.0 / 9007199254740992.0
+    )
 
 
 @triton.jit(do_not_specialize=["T_step", "k_step", "p_step", "m_step"])
-def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_ptr, ids_ptr, logp_ptr, processed_ptr, entropy_ptr, count_ptr, cuts_ptr, V,
-                   row_stride, T_step, k_step, p_step, m_step,
-                   BITS: tl.constexpr, BLOCK: tl.constexpr, SEARCH_BLOCK: tl.constexpr, GROUPS: tl.constexpr):
+def _sample_kernel(
+    logits_ptr,
+    T_ptr,
+    k_ptr,
+    p_ptr,
+    m_ptr,
+    keys_ptr,
+    suppress_ptr,
+    ids_ptr,
+    logp_ptr,
+    processed_ptr,
+    entropy_ptr,
+    count_ptr,
+    cuts_ptr,
+    V,
+    row_stride,
+    T_step,
+    k_step,
+    p_step,
+    m_step,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEARCH_BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     none: tl.constexpr = -(1 << (BITS - 1))
     n = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + n * row_stride
@@ -158,7 +212,9 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
         v, z, c = _tile(row_ptr, hidden_ptr, start, V, BLOCK)
         higher = tl.maximum(top, tl.max(z, 0))
         base = tl.where(higher == -float("inf"), 0.0, higher)
-        shift = tl.where(top == -float("inf"), 0.0, tl.maximum((top - base) * inverse, -200.0)).to(tl.float64)
+        shift = tl.where(top == -float("inf"), 0.0, tl.maximum((top - base) * inverse, -200.0)).to(
+            tl.float64
+        )
         factor = tl.exp(shift)
         d = (z - base) * inverse
         e = tl.exp(d)
@@ -174,7 +230,8 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
         top_c = top
     bad = (S != S) | (top_c == -float("inf"))
 
-    # What each truncation asks of this row; all of them nothing: the sums are those of what can be drawn, unless some weights count as 0.
+    # What each truncation asks of this row; all of them nothing: the sums are those of what can be
+    # drawn, unless some weights count as 0.
     plain = (tl.min(lowest, 0) - top) * inverse >= _SMALLEST
     if suppress_ptr is not None:
         plain = plain & False
@@ -190,7 +247,9 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
     cut = -float("inf")
     if m_ptr is not None:
         m = tl.load(m_ptr + n * m_step)
-        cut = tl.where(greedy | (m <= 0.0), -float("inf"), tl.log(tl.where(m > 0.0, m, 1.0)).to(tl.float32))
+        cut = tl.where(
+            greedy | (m <= 0.0), -float("inf"), tl.log(tl.where(m > 0.0, m, 1.0)).to(tl.float32)
+        )
         plain = plain & (cut == -float("inf"))
 
     total = S
@@ -202,18 +261,27 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
         quota = V + tl.zeros((), tl.int32)
         if k_ptr is not None:  # noqa: SIM102  (this one is decided when it is compiled)
             if k < V:
-                t, above, decided = _search(row_ptr, hidden_ptr, top_c, inverse, V, k, none, False, BITS, SEARCH_BLOCK)
+                t, above, decided = _search(
+                    row_ptr, hidden_ptr, top_c, inverse, V, k, none, False, BITS, SEARCH_BLOCK
+                )
                 quota = tl.where(decided == 1, V, k - above)
         if p_ptr is not None:  # noqa: SIM102
             if p < 1.0:
-                target = p * _mass(row_ptr, hidden_ptr, top_c, inverse, V, t, quota, BITS, SEARCH_BLOCK)
-                t_p, above_p, decided_p = _search(row_ptr, hidden_ptr, top_c, inverse, V, target, t, True, BITS, SEARCH_BLOCK)
+                target = p * _mass(
+                    row_ptr, hidden_ptr, top_c, inverse, V, t, quota, BITS, SEARCH_BLOCK
+                )
+                t_p, above_p, decided_p = _search(
+                    row_ptr, hidden_ptr, top_c, inverse, V, target, t, True, BITS, SEARCH_BLOCK
+                )
                 _, w_p = _weights(_logit(t_p, BITS), top_c, inverse)
-                share = tl.minimum(tl.ceil((target - above_p) / tl.where(w_p > 0.0, w_p, 1.0).to(tl.float64)), V).to(tl.int32)
+                share = tl.minimum(
+                    tl.ceil((target - above_p) / tl.where(w_p > 0.0, w_p, 1.0).to(tl.float64)), V
+                ).to(tl.int32)
                 share = tl.where(decided_p == 1, V, tl.maximum(share, 1))
                 quota = tl.where(t_p > t, share, tl.minimum(share, quota))
                 t = tl.maximum(t_p, t)
-        # The kept weights by groups, and the kept set as one key and one id: all above, and those of that key up to that id.
+        # The kept weights by groups, and the kept set as one key and one id: all above, and those
+        # of that key up to that id.
         sums = tl.zeros([GROUPS], tl.float64)
         kept_N = tl.zeros([SEARCH_BLOCK], tl.int32)
         dropped_N = tl.zeros([SEARCH_BLOCK], tl.int32)
@@ -240,7 +308,8 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
                 low_N = tl.minimum(low_N, tl.where(keep == 1, key, 0x7FFFFFFF))
             sums += tl.where(groups == group, tl.sum(of_group, 0), 0.0)
         low = tl.min(low_N, 0)
-        last = tl.where((low == t) & (quota < V), highest, V)  # what cuts by value cuts between keys
+        # what cuts by value cuts between keys
+        last = tl.where((low == t) & (quota < V), highest, V)
         t = low
         count = tl.sum(kept_N, 0)
         dropped = tl.sum(dropped_N, 0)
@@ -249,7 +318,9 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
     # The group that the running sum exceeds u times the whole in, then its token.
     target = _uniform(keys_ptr + 4 * n) * total
     reached = (tl.cumsum(sums, 0) > target) & (sums > 0.0)
-    group = tl.minimum(tl.min(tl.where(reached, groups, GROUPS), 0), tl.max(tl.where(sums > 0.0, groups, 0), 0))  # rounding may leave none: the last
+    group = tl.minimum(
+        tl.min(tl.where(reached, groups, GROUPS), 0), tl.max(tl.where(sums > 0.0, groups, 0), 0)
+    )  # rounding may leave none: the last
     running = tl.sum(tl.where(groups < group, sums, 0.0), 0)
     start = tl.where(greedy, 0, group * span)
     end = tl.where(bad, 0, tl.where(greedy, V, tl.minimum(start + span, V)))
@@ -272,7 +343,11 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
     nan = float("nan")
     log_S = tl.log(S)
     logp = (z_y - top) / T.to(tl.float64) - log_S
-    processed = tl.where(dropped == 0, logp, (z_y - top_c) / T.to(tl.float64) - tl.log(tl.where(dropped == 0, 1.0, total)))
+    processed = tl.where(
+        dropped == 0,
+        logp,
+        (z_y - top_c) / T.to(tl.float64) - tl.log(tl.where(dropped == 0, 1.0, total)),
+    )
     tl.store(ids_ptr + n, tl.where(bad, -1, token).to(tl.int64))
     tl.store(logp_ptr + n, tl.where(bad, nan, logp.to(tl.float32)))
     tl.store(processed_ptr + n, tl.where(bad, nan, processed.to(tl.float32)))
@@ -285,8 +360,21 @@ def _sample_kernel(logits_ptr, T_ptr, k_ptr, p_ptr, m_ptr, keys_ptr, suppress_pt
 
 
 @triton.jit(do_not_specialize=["B", "capacity"])
-def _list_kernel(logits_ptr, suppress_ptr, cuts_ptr, ids_ptr, kept_ids_ptr, offsets_ptr, B, V, row_stride, capacity,
-                 BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _list_kernel(
+    logits_ptr,
+    suppress_ptr,
+    cuts_ptr,
+    ids_ptr,
+    kept_ids_ptr,
+    offsets_ptr,
+    B,
+    V,
+    row_stride,
+    capacity,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     n = tl.program_id(0)
     begin = tl.zeros((), tl.int64)  # of the rows that fit, which are the first ones
     end = tl.zeros((), tl.int64)
@@ -323,10 +411,18 @@ def _list_kernel(logits_ptr, suppress_ptr, cuts_ptr, ids_ptr, kept_ids_ptr, offs
                 place += tl.sum(keep.to(tl.int32), 0)
 
 
-# ---- launchers, and the op that torch.compile sees ---------------------------------------------------------------------
+# ---- launchers, and the op that torch.compile sees -----------------------------------------------
 @torch.library.custom_op("fusedrl::sample_triton", mutates_args=())
-def sample_triton(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, keys: Tensor,
-                  suppress: Tensor | None, kept_capacity: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def sample_triton(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    keys: Tensor,
+    suppress: Tensor | None,
+    kept_capacity: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, V = logits.shape
     outputs = empty_outputs(logits, kept_capacity)
     *per_row, kept_ids, offsets = outputs
@@ -337,40 +433,110 @@ def sample_triton(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top
     suppress = None if suppress is None else suppress.contiguous()
     cuts_B3 = None if kept_capacity is None else logits.new_empty((B, 3), dtype=torch.int32)
     parameters = [None if t is None else t.contiguous() for t in (temperature, top_k, top_p, min_p)]
-    _sample_kernel[(B,)](logits, *parameters, keys.contiguous(), suppress, *per_row, cuts_B3, V, logits.stride(0), *map(step, parameters),
-                         BITS=_BITS[logits.dtype], BLOCK=_BLOCK, SEARCH_BLOCK=_SEARCH_BLOCK, GROUPS=_GROUPS, num_warps=_WARPS)
+    _sample_kernel[(B,)](
+        logits,
+        *parameters,
+        keys.contiguous(),
+        suppress,
+        *per_row,
+        cuts_B3,
+        V,
+        logits.stride(0),
+        *map(step, parameters),
+        BITS=_BITS[logits.dtype],
+        BLOCK=_BLOCK,
+        SEARCH_BLOCK=_SEARCH_BLOCK,
+        GROUPS=_GROUPS,
+        num_warps=_WARPS,
+    )
     if kept_capacity is not None:
-        _list_kernel[(B,)](logits, suppress, cuts_B3, per_row[0], kept_ids, offsets, B, V, logits.stride(0), kept_capacity, BITS=_BITS[logits.dtype],
-                           BLOCK=_SEARCH_BLOCK, ROWS=1024, num_warps=_WARPS)
+        _list_kernel[(B,)](
+            logits,
+            suppress,
+            cuts_B3,
+            per_row[0],
+            kept_ids,
+            offsets,
+            B,
+            V,
+            logits.stride(0),
+            kept_capacity,
+            BITS=_BITS[logits.dtype],
+            BLOCK=_SEARCH_BLOCK,
+            ROWS=1024,
+            num_warps=_WARPS,
+        )
     return outputs
 
 
 @sample_triton.register_fake
-def _(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, keys: Tensor, suppress: Tensor | None,
-      kept_capacity: int | None) -> Outputs:
+def _(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    keys: Tensor,
+    suppress: Tensor | None,
+    kept_capacity: int | None,
+) -> Outputs:
     return empty_outputs(logits, kept_capacity)
 
 
-# ---- what is compiled offline ------------------------------------------------------------------------------------------
+# ---- what is compiled offline --------------------------------------------------------------------
 _SIZES = {"V": "i32", "row_stride": "i64"}
 _SHORT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ASKED = {"k_ptr": "*fp64", "p_ptr": "*fp64", "m_ptr": "*fp64", "suppress_ptr": "*i1", "cuts_ptr": "*i32"}
-_OUT = {"ids_ptr": "*i64", "logp_ptr": "*fp32", "processed_ptr": "*fp32", "entropy_ptr": "*fp32", "count_ptr": "*i64"}
+_ASKED = {
+    "k_ptr": "*fp64",
+    "p_ptr": "*fp64",
+    "m_ptr": "*fp64",
+    "suppress_ptr": "*i1",
+    "cuts_ptr": "*i32",
+}
+_OUT = {
+    "ids_ptr": "*i64",
+    "logp_ptr": "*fp32",
+    "processed_ptr": "*fp32",
+    "entropy_ptr": "*fp32",
+    "count_ptr": "*i64",
+}
 OFFLINE_KERNELS = {
     f"sample_kernel_{dtype}{name}": {
         "kernel": _sample_kernel,
-        "signature": {"logits_ptr": f"*{dtype}", "T_ptr": "*fp64", "keys_ptr": "*i64", **_OUT, **_SIZES, **{f"{x}_step": "i32" for x in "Tkpm"},
-                      **{key: _ASKED[key] for key in asked}},
-        "constexprs": {"BITS": _BITS[_SHORT[dtype]], "BLOCK": _BLOCK, "SEARCH_BLOCK": _SEARCH_BLOCK, "GROUPS": _GROUPS,
-                       **{key: None for key in _ASKED if key not in asked}},
+        "signature": {
+            "logits_ptr": f"*{dtype}",
+            "T_ptr": "*fp64",
+            "keys_ptr": "*i64",
+            **_OUT,
+            **_SIZES,
+            **{f"{x}_step": "i32" for x in "Tkpm"},
+            **{key: _ASKED[key] for key in asked},
+        },
+        "constexprs": {
+            "BITS": _BITS[_SHORT[dtype]],
+            "BLOCK": _BLOCK,
+            "SEARCH_BLOCK": _SEARCH_BLOCK,
+            "GROUPS": _GROUPS,
+            **{key: None for key in _ASKED if key not in asked},
+        },
         "num_warps": _WARPS,
     }
-    for dtype in _SHORT for name, asked in (("", ()), ("_all", tuple(_ASKED)))
+    for dtype in _SHORT
+    for name, asked in (("", ()), ("_all", tuple(_ASKED)))
 } | {
     f"list_kernel_{dtype}": {
         "kernel": _list_kernel,
-        "signature": {"logits_ptr": f"*{dtype}", "suppress_ptr": "*i1", "cuts_ptr": "*i32", "ids_ptr": "*i64", "kept_ids_ptr": "*i32", "offsets_ptr": "*i64",
-                      "B": "i32", "capacity": "i64", **_SIZES},
+        "signature": {
+            "logits_ptr": f"*{dtype}",
+            "suppress_ptr": "*i1",
+            "cuts_ptr": "*i32",
+            "ids_ptr": "*i64",
+            "kept_ids_ptr": "*i32",
+            "offsets_ptr": "*i64",
+            "B": "i32",
+            "capacity": "i64",
+            **_SIZES,
+        },
         "constexprs": {"BITS": _BITS[_SHORT[dtype]], "BLOCK": _SEARCH_BLOCK, "ROWS": 1024},
         "num_warps": _WARPS,
     }

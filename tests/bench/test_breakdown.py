@@ -1,4 +1,6 @@
-"""The clock of bench_breakdown.py: a part's time is its own, and what nobody times is the algorithm layer's."""
+"""The clock of bench_breakdown.py: a part's time is its own, and what nobody times is the algorithm
+layer's."""
+
 import pytest
 from bench import bench_breakdown
 from bench.bench_breakdown import ALGORITHM, PARTS, Clock
@@ -33,7 +35,12 @@ def test_what_is_called_within_and_timed_is_taken_off(ticks):
     clock.stop()
     (shares,) = clock.steps
     assert shares == {"forward": 30.0, "algorithm: loss": 5.0, "head": 20.0, ALGORITHM: 50.0}
-    assert clock.medians(5) == {"algorithm %": 50.0, "forward %": 30.0, "head %": 20.0, "algorithm: loss %": 5.0}
+    assert clock.medians(5) == {
+        "algorithm %": 50.0,
+        "forward %": 30.0,
+        "head %": 20.0,
+        "algorithm: loss %": 5.0,
+    }
 
 
 def test_a_call_that_fails_is_counted_and_leaves_the_clock_right(ticks):

@@ -1,4 +1,6 @@
-"""make first-light: every step is a line whatever becomes of it, from a checkout that nobody installed."""
+"""make first-light: every step is a line whatever becomes of it, from a checkout that nobody
+installed."""
+
 import json
 import subprocess
 import sys
@@ -13,26 +15,48 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def few_steps(monkeypatch, tmp_path):
-    """A part of steps that end in every way; returns (exit code, what was found, what was printed by the steps)."""
+    """A part of steps that end in every way; returns (exit code, what was found, what was printed
+    by the steps)."""
+
     def go(*steps: Step, seconds: float = 60.0):
         monkeypatch.setattr(first_light, "steps", lambda part, device, scratch: iter(steps))
         monkeypatch.setattr(first_light, "SECONDS", seconds)
-        monkeypatch.setattr(sys, "argv", ["first_light.py", "truth", "--device", "cpu", "--out", str(tmp_path / "out")])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["first_light.py", "truth", "--device", "cpu", "--out", str(tmp_path / "out")],
+        )
         code = first_light.main()
-        return code, json.loads((tmp_path / "out/truth.json").read_text()), (tmp_path / "out/truth.txt").read_text()
+        return (
+            code,
+            json.loads((tmp_path / "out/truth.json").read_text()),
+            (tmp_path / "out/truth.txt").read_text(),
+        )
 
     return go
 
 
 def test_a_step_that_fails_or_hangs_is_a_line_and_the_next_one_begins(few_steps, tmp_path):
     written = tmp_path / "written.json"
-    half, whole = (("-c", f"print('aloud'); open({str(written)!r}, 'w').write({content!r})") for content in ("[1", "[1]"))
+    half, whole = (
+        ("-c", f"print('aloud'); open({str(written)!r}, 'w').write({content!r})")
+        for content in ("[1", "[1]")
+    )
     code, found, text = few_steps(
-        Step("fails", ("-c", "raise SystemExit(7)")), Step("hangs", ("-c", "import time; time.sleep(600)"), most=1.0),
-        Step("lacks", (), lacking="no such tool"), Step("half", half, json=written), Step("speaks", whole, json=written))
+        Step("fails", ("-c", "raise SystemExit(7)")),
+        Step("hangs", ("-c", "import time; time.sleep(600)"), most=1.0),
+        Step("lacks", (), lacking="no such tool"),
+        Step("half", half, json=written),
+        Step("speaks", whole, json=written),
+    )
     assert code == 1
     assert {name: step["state"] for name, step in found.items()} == {
-        "fails": "exit status 7", "hangs": "stopped after 1 s", "lacks": "skipped", "half": "ok, half a file", "speaks": "ok"}
+        "fails": "exit status 7",
+        "hangs": "stopped after 1 s",
+        "lacks": "skipped",
+        "half": "ok, half a file",
+        "speaks": "ok",
+    }
     assert found["lacks"]["why"] == "no such tool"
     assert found["speaks"]["found"] == [1]
     assert "==== speaks\naloud" in text
@@ -40,7 +64,11 @@ def test_a_step_that_fails_or_hangs_is_a_line_and_the_next_one_begins(few_steps,
 
 
 def test_what_does_not_fit_is_named(few_steps):
-    code, found, _ = few_steps(Step("first", ("-c", "import time; time.sleep(1.5)")), Step("late", ("-c", "pass")), seconds=6.0)
+    code, found, _ = few_steps(
+        Step("first", ("-c", "import time; time.sleep(1.5)")),
+        Step("late", ("-c", "pass")),
+        seconds=6.0,
+    )
     assert code == 0
     assert found["late"] == {"state": "skipped", "why": "the 0.1 minutes are over"}
 
@@ -59,12 +87,37 @@ def test_steps_have_names_and_ask_for_what_is_there(part, device, tmp_path):
 
 def test_the_checkout_is_the_package():
     """Without site-packages: neither an installation nor torch."""
-    program = "import importlib.util as u; print(*(u.find_spec(f'fusedrl.{name}').origin for name in ('kernels.gae', 'kernels.attention')))"
-    done = subprocess.run([sys.executable, "-S", "-c", program], env=first_light.environment(), capture_output=True, text=True, check=True)
-    assert [Path(path).resolve() for path in done.stdout.split()] == [ROOT / "kernels" / name / "__init__.py" for name in ("gae", "attention")]
+    program = (
+        "import importlib.util as u; print(*(u.find_spec(f'fusedrl.{name}').origin for name "
+        "in ('kernels.gae', 'kernels.attention')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        env=first_light.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [Path(path).resolve() for path in done.stdout.split()] == [
+        ROOT / "kernels" / name / "__init__.py" for name in ("gae", "attention")
+    ]
 
 
 def test_the_first_contest_of_a_file():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "--first", "1", "bench/bench_gae.py", "bench/bench_rope.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--collect-only",
+        "--first",
+        "1",
+        "bench/bench_gae.py",
+        "bench/bench_rope.py",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert [line.split("::")[0] for line in done.stdout.splitlines() if "::" in line] == ["bench/bench_gae.py", "bench/bench_rope.py"]
+    assert [line.split("::")[0] for line in done.stdout.splitlines() if "::" in line] == [
+        "bench/bench_gae.py",
+        "bench/bench_rope.py",
+    ]

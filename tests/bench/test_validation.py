@@ -1,4 +1,6 @@
-"""The studies' machinery: rows saved as they come and not computed twice, means over seeds, charts that hold their points."""
+"""The studies' machinery: rows saved as they come and not computed twice, means over seeds, charts
+that hold their points."""
+
 import math
 import re
 
@@ -37,7 +39,10 @@ def test_rows_are_kept_and_only_missing_ones_computed(tmp_path):
 def test_rows_of_another_commit_are_computed_again(tmp_path, monkeypatch):
     study.run_grid("s", lambda spec, directory: {"x": 1.0}, [{"seed": 0}], tmp_path, 0)
     monkeypatch.setattr(study, "describe_machine", lambda device: {"commit": "def"})
-    assert study.run_grid("s", lambda spec, directory: {"x": 2.0}, [{"seed": 0}], tmp_path, 0)[0]["x"] == 2.0
+    assert (
+        study.run_grid("s", lambda spec, directory: {"x": 2.0}, [{"seed": 0}], tmp_path, 0)[0]["x"]
+        == 2.0
+    )
 
 
 def test_over_seeds_by_hand():
@@ -48,7 +53,10 @@ def test_over_seeds_by_hand():
     assert study.plus_minus(study.over_seeds([{"x": 1.0}], "x")) == "1.00"
 
 
-@pytest.mark.parametrize("points", [[(0.0, 0.0), (10.0, 3.5)], [(1.0, -2.0)], [(0.001, 5e3), (0.002, 7e3), (0.0015, 6e3)]])
+@pytest.mark.parametrize(
+    "points",
+    [[(0.0, 0.0), (10.0, 3.5)], [(1.0, -2.0)], [(0.001, 5e3), (0.002, 7e3), (0.0015, 6e3)]],
+)
 def test_a_chart_holds_its_points(points):
     drawing = chart("t", "x", "y", {"a": [Dot(x, y, 0.1) for x, y in points]})
     found = re.findall(r'<circle cx="([\d.-]+)" cy="([\d.-]+)"', drawing)
@@ -70,12 +78,23 @@ def test_the_arithmetic_task(tmp_path):
     again = write_task(tmp_path / "b", 3, demonstrations=50, prompts=40, held_out=30)
     for name in ("sft.jsonl", "prompts.jsonl", "held_out.jsonl", "model/model.safetensors"):
         assert (task / name).read_bytes() == (again / name).read_bytes()
-    held, prompts = load_prompts(str(task / "held_out.jsonl")), load_prompts(str(task / "prompts.jsonl"))
-    assert not {row.prompt for row in held} & ({row.prompt for row in prompts} | {row.prompt for row in load_demonstrations(str(task / "sft.jsonl"))})
-    shown = [(answer_of(row.prompt), int(row.completion[::-1])) for row in load_demonstrations(str(task / "sft.jsonl"))]
+    held, prompts = (
+        load_prompts(str(task / "held_out.jsonl")),
+        load_prompts(str(task / "prompts.jsonl")),
+    )
+    assert not {row.prompt for row in held} & (
+        {row.prompt for row in prompts}
+        | {row.prompt for row in load_demonstrations(str(task / "sft.jsonl"))}
+    )
+    shown = [
+        (answer_of(row.prompt), int(row.completion[::-1]))
+        for row in load_demonstrations(str(task / "sft.jsonl"))
+    ]
     assert 0.2 < sum(answer != given for answer, given in shown) / len(shown) < 0.8
     assert all(abs(answer - given) <= 9 for answer, given in shown)
     for row in prompts:
         right = str(answer_of(row.prompt))[::-1]
         assert row.columns["answer"] == right
-        assert exact([row.prompt] * 3, [right, right + "0", ""], answer=[row.columns["answer"]] * 3) == [1.0, 0.0, 0.0]
+        assert exact(
+            [row.prompt] * 3, [right, right + "0", ""], answer=[row.columns["answer"]] * 3
+        ) == [1.0, 0.0, 0.0]

@@ -16,6 +16,7 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture
 def write_jsonl(tmp_path):
     """Write rows as JSONL and return the path as a string."""
+
     def write(name: str, rows: list[dict]) -> str:
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

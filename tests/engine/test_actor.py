@@ -1,4 +1,5 @@
 """HybridActor: what generates is what scores is what trains is what is saved."""
+
 import pytest
 import torch
 
@@ -7,8 +8,21 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 
-CONFIG = {"model_type": "qwen3", "vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
-          "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1, "tie_word_embeddings": True}
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.3,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "tie_word_embeddings": True,
+}
 PROMPTS = [[1, 4, 9], [1], [1, 7, 8, 30, 41, 5, 5, 9], [1, 50]]
 PARAMS = SamplingParams(max_new_tokens=24, n=3)
 
@@ -36,7 +50,9 @@ def batch(actor, device):
 def test_generate_returns_n_completions_per_prompt_in_order(actor):
     outs = actor.generate(PROMPTS, [SamplingParams(max_new_tokens=5, n=n) for n in (1, 3, 2, 1)])
     assert [len(group) for group in outs] == [1, 3, 2, 1]
-    assert [c.prompt_ids for group in outs for c in group] == [p for p, n in zip(PROMPTS, (1, 3, 2, 1), strict=True) for _ in range(n)]
+    assert [c.prompt_ids for group in outs for c in group] == [
+        p for p, n in zip(PROMPTS, (1, 3, 2, 1), strict=True) for _ in range(n)
+    ]
     assert actor.generate([]) == []
 
 
@@ -50,15 +66,23 @@ def test_scorer_says_what_the_sampler_said(actor, temperature):
 
 def test_scorer_against_a_dense_definition(actor, batch):
     scored, at = actor.score(batch, temperature=0.7), 0
-    for ids, mask in ((batch.token_ids[at : at + n], batch.action_mask[at : at + n]) for at, n in zip(batch.cu_seqlens.tolist(), batch.lengths, strict=False)):
+    for ids, mask in (
+        (batch.token_ids[at : at + n], batch.action_mask[at : at + n])
+        for at, n in zip(batch.cu_seqlens.tolist(), batch.lengths, strict=False)
+    ):
         n = len(ids)
         with torch.no_grad():
-            positions, ends = torch.arange(n, device=ids.device), torch.tensor([0, n], dtype=torch.int32, device=ids.device)
+            positions, ends = (
+                torch.arange(n, device=ids.device),
+                torch.tensor([0, n], dtype=torch.int32, device=ids.device),
+            )
             hidden = actor.decoder(ids, positions, ends, n).double()
         z = torch.log_softmax(hidden @ actor.decoder.head_weight.detach().double().T / 0.7, -1)
         values = (hidden @ actor.value_head.weight.detach().double().T).squeeze(-1) + 0.25
         for t in range(n):
-            logp, entropy = (z[t - 1, ids[t]], -(z[t - 1].exp() * z[t - 1]).sum()) if mask[t] else (0.0, 0.0)
+            logp, entropy = (
+                (z[t - 1, ids[t]], -(z[t - 1].exp() * z[t - 1]).sum()) if mask[t] else (0.0, 0.0)
+            )
             assert abs(scored.logp[at + t] - logp) < 1e-4
             assert abs(scored.entropy[at + t] - entropy) < 1e-4
             assert abs(scored.values[at + t] - (values[t - 1] if t else 0.0)) < 1e-4
@@ -122,7 +146,9 @@ def test_releasing_the_cache(device):
     actor.release_cache()
     assert actor._generator is None
     again = actor.generate(PROMPTS, PARAMS)
-    assert [[c.token_ids for c in group] for group in again] == [[c.token_ids for c in group] for group in want]
+    assert [[c.token_ids for c in group] for group in again] == [
+        [c.token_ids for c in group] for group in want
+    ]
     assert set(again[0][0].weights_versions) == {1}
     stream = actor.stream(PROMPTS, PARAMS)
     next(stream)
@@ -164,25 +190,40 @@ def test_tokenizer_larger_than_the_model(device):
 def test_round_trip_of_a_directory(tmp_path, batch, device):
     actor = make_actor(device)
     actor.save_pretrained(tmp_path / "saved")
-    loaded = HybridActor.from_pretrained(tmp_path / "saved", dtype="float32", device=device, value_head=True)
+    loaded = HybridActor.from_pretrained(
+        tmp_path / "saved", dtype="float32", device=device, value_head=True
+    )
     assert loaded.tokenizer is None
-    for (name, a), (other, b) in zip(actor.named_parameters(), loaded.named_parameters(), strict=True):
+    for (name, a), (other, b) in zip(
+        actor.named_parameters(), loaded.named_parameters(), strict=True
+    ):
         assert name == other
         assert torch.equal(a, b)
     for a, b in zip(actor.score(batch), loaded.score(batch), strict=True):
         assert torch.equal(a, b)
-    assert HybridActor.from_pretrained(tmp_path / "saved", dtype="float32", device=device).value_head is None
+    assert (
+        HybridActor.from_pretrained(tmp_path / "saved", dtype="float32", device=device).value_head
+        is None
+    )
 
 
 def test_real_model_with_its_tokenizer(shared, tmp_path, device):
-    actor = HybridActor.from_pretrained(shared / "models" / "stories260k", dtype="float32", device=device, value_head=True)
+    actor = HybridActor.from_pretrained(
+        shared / "models" / "stories260k", dtype="float32", device=device, value_head=True
+    )
     outs = actor.generate(["Once upon a time", "The dog"], SamplingParams(max_new_tokens=40, n=4))
     batch = PackedBatch.from_completions(["Once upon a time", "The dog"], outs, device=device)
     scored = actor.score(batch, tokens_per_microbatch=128)
     assert (scored.logp - batch.rollout_logp).abs().max() <= 1e-4
     assert not scored.values.any()  # a new value head says 0
     actor.save_pretrained(tmp_path / "saved")
-    again = HybridActor.from_pretrained(tmp_path / "saved", dtype="float32", device=device, value_head=True)
+    again = HybridActor.from_pretrained(
+        tmp_path / "saved", dtype="float32", device=device, value_head=True
+    )
     assert again.tokenizer("The dog")["input_ids"] == actor.tokenizer("The dog")["input_ids"]
-    outs_again = again.generate(["Once upon a time", "The dog"], SamplingParams(max_new_tokens=40, n=4))
-    assert [[c.text for c in group] for group in outs_again] == [[c.text for c in group] for group in outs]
+    outs_again = again.generate(
+        ["Once upon a time", "The dog"], SamplingParams(max_new_tokens=40, n=4)
+    )
+    assert [[c.text for c in group] for group in outs_again] == [
+        [c.text for c in group] for group in outs
+    ]

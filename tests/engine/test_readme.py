@@ -1,4 +1,6 @@
-"""README.md and docs/guide.md, held to the code: commands run in the order in which they stand, Python runs, tables say what the rows are."""
+"""README.md and docs/guide.md, held to the code: commands run in the order in which they stand,
+Python runs, tables say what the rows are."""
+
 import json
 import re
 import runpy
@@ -14,17 +16,28 @@ from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
-README, GUIDE, METHODS = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/guide.md", "docs/algorithms.md"))
-COMMANDS = [shlex.split(line, comments=True) for block in re.findall(r"```bash\n(.*?)```", README + GUIDE, re.DOTALL)
-            for line in block.splitlines() if line.startswith("fusedrl ")]
+README, GUIDE, METHODS = (
+    (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", "docs/guide.md", "docs/algorithms.md")
+)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README + GUIDE, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("fusedrl ")
+]
 
 
 def python(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
+
 # What makes each command small enough for a test; what the README shows stays as it stands.
 SMALL = {
-    "sft": [], "reward": [], "dpo": [], "report": [],
+    "sft": [],
+    "reward": [],
+    "dpo": [],
+    "report": [],
     "rejection": ["--steps", "1", "--prompts_per_step", "4", "--generation.max_new_tokens", "6"],
     "policy": ["--steps", "2", "--prompts_per_step", "4", "--generation.max_new_tokens", "6"],
     "generate": ["--max_new_tokens", "6"],
@@ -34,8 +47,11 @@ SMALL = {
 
 def table(heading: str) -> list[dict[str, str]]:
     """The rows of the table of docs/algorithms.md whose first column has this heading."""
-    lines = METHODS[METHODS.index(f"| {heading} |"):].splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:next(i for i, line in enumerate(lines) if not line.startswith("|"))]]
+    lines = METHODS[METHODS.index(f"| {heading} |") :].splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
+    ]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
@@ -62,11 +78,15 @@ def folder(tmp_path, tiny_model, monkeypatch):
         lines = [json.dumps(row).replace("WORD", f"w{i}") for i in range(8)]
         (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     (tmp_path / "my_rewards.py").write_text(REWARDS)
-    (tmp_path / "my_judge.py").write_text("def better(a, b):\n    return ['a' if len(x) >= len(y) else 'b' for x, y in zip(a, b)]\n")
+    (tmp_path / "my_judge.py").write_text(
+        "def better(a, b):\n    return ['a' if len(x) >= len(y) else 'b' for x, y in zip(a, b)]\n"
+    )
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copytree(tiny_model, tmp_path / "MODEL")
     config = json.loads((tmp_path / "MODEL/config.json").read_text())
-    (tmp_path / "MODEL/config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    (tmp_path / "MODEL/config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 128})
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -82,11 +102,25 @@ def test_the_commands_run_as_they_stand(folder, capsys):
             words += ["--run.dir", f"runs/{number}"]
         small = SMALL["policy" if kind in ALGORITHMS else kind]
         if "--critic.warmup_steps" in words:  # fewer steps than that would train no policy
-            small = [*small, "--steps", str(int(words[words.index("--critic.warmup_steps") + 1]) + 1)]
+            small = [
+                *small,
+                "--steps",
+                str(int(words[words.index("--critic.warmup_steps") + 1]) + 1),
+            ]
         code = main([*words, *small])
         said = capsys.readouterr()
         assert code == 0, f"{' '.join(command)}: exit code {code}\n{said.err[-2000:]}"
-    assert {"sft", "reward", "ppo", "grpo", "dpo", "rejection", "generate", "judge", "report"} <= shown
+    assert {
+        "sft",
+        "reward",
+        "ppo",
+        "grpo",
+        "dpo",
+        "rejection",
+        "generate",
+        "judge",
+        "report",
+    } <= shown
     assert (folder / "runs/ppo/model/model.safetensors").is_file()
 
 
@@ -98,7 +132,11 @@ def test_the_python_of_the_guide_runs_as_it_stands(folder):
     assert (scored.logp - batch.rollout_logp)[batch.action_mask].abs().max() < 1e-5
 
 
-SIZES = {"stories=4096": "stories=256", "steps=20": "steps=1, prompts_per_step=4", "epochs=2": "epochs=1"}  # what a test has time for
+SIZES = {
+    "stories=4096": "stories=256",
+    "steps=20": "steps=1, prompts_per_step=4",
+    "epochs=2": "epochs=1",
+}  # what a test has time for
 
 
 def test_the_python_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
@@ -130,14 +168,27 @@ def test_the_table_of_algorithms_is_the_rows():
 
 
 def test_every_stage_of_the_command_line_is_named():
-    named = set(re.findall(r"fusedrl train (\w+)", README + GUIDE)) | {re.findall(r"`(\w+)`", row["algorithm"])[0] for row in table("algorithm")}
+    named = set(re.findall(r"fusedrl train (\w+)", README + GUIDE)) | {
+        re.findall(r"`(\w+)`", row["algorithm"])[0] for row in table("algorithm")
+    }
     assert named >= STAGES.keys()
     shown = re.search(r"`fusedrl train ppo`, (.*?) and (\d+) other methods", README)
     assert len(re.findall(r"`\w+`", shown[1])) + 1 + int(shown[2]) == len(ALGORITHMS)
 
 
-SPOKEN = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2/2.5", "qwen3": "Qwen3", "phi3": "Phi-3", "smollm3": "SmolLM 3", "olmo2": "OLMo 2",
-          "gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX/Pythia"}
+SPOKEN = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2/2.5",
+    "qwen3": "Qwen3",
+    "phi3": "Phi-3",
+    "smollm3": "SmolLM 3",
+    "olmo2": "OLMo 2",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (text)",
+    "gpt2": "GPT-2",
+    "gpt_neox": "GPT-NeoX/Pythia",
+}
 NUMBERS = {10: "ten", 11: "eleven", 12: "twelve", 13: "thirteen", 14: "fourteen"}
 
 

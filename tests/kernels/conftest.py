@@ -1,4 +1,6 @@
-"""CUDA C++ on a CPU: the launches of the product, run by the same .cu files built with g++ against csrc/simt/simt.h."""
+"""CUDA C++ on a CPU: the launches of the product, run by the same .cu files built with g++ against
+csrc/simt/simt.h."""
+
 import ctypes
 import re
 import shutil
@@ -17,21 +19,53 @@ KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+
 
 
 class Simt:
-    """Builds a source once for its options, and runs launches as nvrtc.run does. `descending`: the order in which the threads of a block run."""
+    """Builds a source once for its options, and runs launches as nvrtc.run does. `descending`: the
+    order in which the threads of a block run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.descending, self._libraries = folder, False, {}
 
-    def library(self, source: str, options: tuple[str, ...] = (), sources: Path | None = None) -> ctypes.CDLL:
+    def library(
+        self, source: str, options: tuple[str, ...] = (), sources: Path | None = None
+    ) -> ctypes.CDLL:
         sources = sources or nvrtc.source_folder()
         key = (sources / source, options)
         if key not in self._libraries:
-            main, built = (self.folder / f"{Path(source).stem}{len(self._libraries)}{suffix}" for suffix in (".cpp", ".so"))
+            main, built = (
+                self.folder / f"{Path(source).stem}{len(self._libraries)}{suffix}"
+                for suffix in (".cpp", ".so")
+            )
             names = KERNEL.findall((sources / source).read_text())
-            main.write_text("\n".join(['#include "simt.h"', f'#include "{source}"', *(f"SIMT_KERNEL({name})" for name in names), ""]))
-            folders = [f"-I{folder}" for folder in (HEADERS, sources, nvrtc.source_folder("shared"))]
-            subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", *folders, *options, str(main),
-                            "-o", str(built)], check=True)
+            main.write_text(
+                "\n".join(
+                    [
+                        '#include "simt.h"',
+                        f'#include "{source}"',
+                        *(f"SIMT_KERNEL({name})" for name in names),
+                        "",
+                    ]
+                )
+            )
+            folders = [
+                f"-I{folder}" for folder in (HEADERS, sources, nvrtc.source_folder("shared"))
+            ]
+            subprocess.run(
+                [
+                    "g++",
+                    "-O1",
+                    "-std=c++17",
+                    "-shared",
+                    "-fPIC",
+                    "-U_FORTIFY_SOURCE",
+                    "-Wno-unknown-pragmas",
+                    *folders,
+                    *options,
+                    str(main),
+                    "-o",
+                    str(built),
+                ],
+                check=True,
+            )
             self._libraries[key] = ctypes.CDLL(str(built))
         return self._libraries[key]
 
@@ -44,12 +78,23 @@ class Simt:
             expected = []
             while sizes()[len(expected)]:
                 expected.append(sizes()[len(expected)])
-            assert [ctypes.sizeof(value) for value in kept] == expected, f"{each.kernel}: the sizes of the arguments"
-            strided = each.source in ("kv_cache.cu", "logprob.cu", "sampling.cu")  # rows whose stride is an argument
-            assert all(a is None or not isinstance(a, Tensor) or a.is_contiguous() or strided for a in each.arguments)
+            assert [ctypes.sizeof(value) for value in kept] == expected, (
+                f"{each.kernel}: the sizes of the arguments"
+            )
+            # rows whose stride is an argument
+            strided = each.source in ("kv_cache.cu", "logprob.cu", "sampling.cu")
+            assert all(
+                a is None or not isinstance(a, Tensor) or a.is_contiguous() or strided
+                for a in each.arguments
+            )
             call = getattr(library, f"simt_{each.kernel}")
             call.restype = ctypes.c_char_p
-            error = call(addresses, (ctypes.c_uint * 3)(*each.grid), ctypes.c_uint(each.block), int(self.descending))
+            error = call(
+                addresses,
+                (ctypes.c_uint * 3)(*each.grid),
+                ctypes.c_uint(each.block),
+                int(self.descending),
+            )
             if error is not None:
                 raise RuntimeError(f"{each.kernel}: {error.decode()}")
 

@@ -1,10 +1,17 @@
-"""The adapters against the definitions of the libraries whose names they bear, stated again here, eagerly and in float64."""
+"""The adapters against the definitions of the libraries whose names they bear, stated again here,
+eagerly and in float64."""
+
 import inspect
 
 import pytest
 import torch
 
-from fusedrl.kernels.adapters import FusedLinearForPPO, LigerFusedLinearGRPOLoss, entropy_from_logits, selective_log_softmax
+from fusedrl.kernels.adapters import (
+    FusedLinearForPPO,
+    LigerFusedLinearGRPOLoss,
+    entropy_from_logits,
+    selective_log_softmax,
+)
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "sapo"]
 
@@ -21,12 +28,16 @@ def close(got, want, rtol=1e-5, atol=1e-6):
     torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=atol)
 
 
-# ---- verl ------------------------------------------------------------------------------------------------------------------
+# ---- verl ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(9,), (3, 4), (0,), (2, 0), ()], ids=str)
 @pytest.mark.parametrize("chunk_size", [1, 4, 512])
 def test_fused_linear_for_ppo(dtype, shape, chunk_size, device):
-    hidden, weight, ids = rand(device, *shape, 16, dtype=dtype), rand(device, 50, 16, seed=1, dtype=dtype), randint(device, 50, *shape)
+    hidden, weight, ids = (
+        rand(device, *shape, 16, dtype=dtype),
+        rand(device, 50, 16, seed=1, dtype=dtype),
+        randint(device, 50, *shape),
+    )
     g, h = rand(device, *shape, seed=2), rand(device, *shape, seed=3)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
     log_probs, entropy = FusedLinearForPPO(chunk_size=chunk_size)(*leaves, ids, 0.7)
@@ -40,7 +51,9 @@ def test_fused_linear_for_ppo(dtype, shape, chunk_size, device):
         assert got.shape == ids.shape
         close(got, expected, atol=2e-5)
     rounding = {"rtol": 2.0**-8, "atol": 1e-4} if dtype == torch.bfloat16 else {"atol": 2e-5}
-    for got, expected in zip(grads, torch.autograd.grad((want[0] * g + want[1] * h).sum(), exact), strict=True):
+    for got, expected in zip(
+        grads, torch.autograd.grad((want[0] * g + want[1] * h).sum(), exact), strict=True
+    ):
         assert got.dtype == dtype
         close(got, expected, **rounding)
 
@@ -49,10 +62,14 @@ def test_fused_linear_for_ppo_is_called_as_verl_does(device):
     hidden, weight, ids = rand(device, 2, 3, 8), rand(device, 20, 8), randint(device, 20, 2, 3)
     ids[0, 1] = -100
     module = FusedLinearForPPO(impl_backend="liger")
-    log_probs, entropy = module.forward(hidden_states=hidden, vocab_weights=weight, input_ids=ids, temperature=1.0)
+    log_probs, entropy = module.forward(
+        hidden_states=hidden, vocab_weights=weight, input_ids=ids, temperature=1.0
+    )
     assert log_probs[0, 1] == entropy[0, 1] == 0
     assert (log_probs != 0).sum() == 5
-    with pytest.raises(ValueError, match="expected impl_backend to be torch or liger, got 'triton'"):
+    with pytest.raises(
+        ValueError, match="expected impl_backend to be torch or liger, got 'triton'"
+    ):
         FusedLinearForPPO(impl_backend="triton")
     with pytest.raises(ValueError, match="expected chunk_size >= 1"):
         FusedLinearForPPO(chunk_size=0)
@@ -60,15 +77,26 @@ def test_fused_linear_for_ppo_is_called_as_verl_does(device):
         module(hidden, weight, ids[:, :2])
 
 
-# ---- Liger -----------------------------------------------------------------------------------------------------------------
+# ---- Liger ---------------------------------------------------------------------------------------
 def problem(device, B=6, T=7, H=5, V=40, dtype=torch.float32):
-    """One sequence without a token, one with all; advantages of both signs and 0; what is masked is nonsense."""
+    """One sequence without a token, one with all; advantages of both signs and 0; what is masked is
+    nonsense."""
     mask = torch.rand(B, T, generator=torch.Generator().manual_seed(8)).to(device) < 0.6
     mask[1], mask[2] = False, True
-    p = {"_input": rand(device, B, T, H, dtype=dtype), "lin_weight": rand(device, V, H, seed=1, dtype=dtype), "bias": rand(device, V, seed=2, dtype=dtype),
-         "selected_token_ids": randint(device, V, B, T), "attention_mask": mask.long(), "advantages": rand(device, B, seed=4)}
+    p = {
+        "_input": rand(device, B, T, H, dtype=dtype),
+        "lin_weight": rand(device, V, H, seed=1, dtype=dtype),
+        "bias": rand(device, V, seed=2, dtype=dtype),
+        "selected_token_ids": randint(device, V, B, T),
+        "attention_mask": mask.long(),
+        "advantages": rand(device, B, seed=4),
+    }
     p["advantages"][3] = 0.0
-    logp = logp_of(*(p[name].double() for name in ("_input", "lin_weight", "bias")), p["selected_token_ids"], 0.8).float()
+    logp = logp_of(
+        *(p[name].double() for name in ("_input", "lin_weight", "bias")),
+        p["selected_token_ids"],
+        0.8,
+    ).float()
     for seed, name in enumerate(("ref_per_token_logps", "old_per_token_logps")):
         p[name] = torch.where(mask, logp + 0.3 * rand(device, B, T, seed=5 + seed), torch.nan)
     p["_input"][~mask], p["selected_token_ids"][~mask] = torch.nan, 10**9
@@ -79,8 +107,21 @@ def logp_of(x, weight, bias, ids, temperature):
     return ((x @ weight.T + bias) / temperature).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
-def restated(device, p, *, beta=0.04, loss_type="dapo", level="token", low=0.2, high=0.2, delta=None, tau=(1.0, 1.05), longest=None, temperature=0.8,
-             items=None):
+def restated(
+    device,
+    p,
+    *,
+    beta=0.04,
+    loss_type="dapo",
+    level="token",
+    low=0.2,
+    high=0.2,
+    delta=None,
+    tau=(1.0, 1.05),
+    longest=None,
+    temperature=0.8,
+    items=None,
+):
     """(loss, metrics, gradients): a sequence at a time, its unmasked tokens only."""
     leaves = [p[name].double().requires_grad_() for name in ("_input", "lin_weight", "bias")]
     B = len(p["advantages"])
@@ -90,15 +131,25 @@ def restated(device, p, *, beta=0.04, loss_type="dapo", level="token", low=0.2, 
         if not live.any():
             continue
         A = p["advantages"][b].double()
-        logp = logp_of(leaves[0][b][live], *leaves[1:], p["selected_token_ids"][b][live], temperature)
-        old = logp.detach() if p.get("old_per_token_logps") is None else p["old_per_token_logps"][b][live].double()
-        ratio = (logp - old).exp() if level == "token" else (logp - old).mean().exp().expand(len(logp))
+        logp = logp_of(
+            leaves[0][b][live], *leaves[1:], p["selected_token_ids"][b][live], temperature
+        )
+        old = (
+            logp.detach()
+            if p.get("old_per_token_logps") is None
+            else p["old_per_token_logps"][b][live].double()
+        )
+        ratio = (
+            (logp - old).exp() if level == "token" else (logp - old).mean().exp().expand(len(logp))
+        )
         if loss_type == "sapo":
             t = tau[0] if A > 0 else tau[1]
             term = -A * 4 / t / (1 + (-t * (ratio - 1)).exp())
         else:
             bounded = ratio.clamp(1 - low, 1 + high)
-            term = -torch.minimum(A * (ratio if delta is None else ratio.clamp(max=delta)), A * bounded)
+            term = -torch.minimum(
+                A * (ratio if delta is None else ratio.clamp(max=delta)), A * bounded
+            )
             clipped += int(((ratio > 1 + high) if A > 0 else (ratio < 1 - low) & (A < 0)).sum())
         if p.get("vllm_is_ratio") is not None:
             term = term * p["vllm_is_ratio"].double().reshape(B, -1).expand(B, len(live))[b][live]
@@ -106,16 +157,32 @@ def restated(device, p, *, beta=0.04, loss_type="dapo", level="token", low=0.2, 
             gap = p["ref_per_token_logps"][b][live].double() - logp
             kl = gap.exp() - gap - 1
             kl_sum, term = kl_sum + kl.sum().item(), term + beta * kl
-        total = total + {"grpo": term.mean() / B, "sapo": term.mean() / B, "bnpo": term.sum() / tokens,
-                         "dr_grpo": term.sum() / (B * (longest or 1)), "dapo": term.sum() / (tokens if items is None else items)}[loss_type]
+        total = (
+            total
+            + {
+                "grpo": term.mean() / B,
+                "sapo": term.mean() / B,
+                "bnpo": term.sum() / tokens,
+                "dr_grpo": term.sum() / (B * (longest or 1)),
+                "dapo": term.sum() / (tokens if items is None else items),
+            }[loss_type]
+        )
     metrics = ([kl_sum / tokens] if beta else []) + [clipped / tokens]
-    return total.detach(), torch.tensor(metrics, dtype=torch.float64, device=device), torch.autograd.grad(total, leaves)
+    return (
+        total.detach(),
+        torch.tensor(metrics, dtype=torch.float64, device=device),
+        torch.autograd.grad(total, leaves),
+    )
 
 
 def ours(p, names=("_input", "lin_weight", "bias"), **options):
     inputs = p | {name: p[name].clone().requires_grad_() for name in names}
     loss, metrics = LigerFusedLinearGRPOLoss(temperature=0.8, **options)(**inputs)
-    return loss.detach(), torch.stack(metrics), torch.autograd.grad(loss, [inputs[name] for name in names])
+    return (
+        loss.detach(),
+        torch.stack(metrics),
+        torch.autograd.grad(loss, [inputs[name] for name in names]),
+    )
 
 
 def same(got, want, **tolerance):
@@ -136,22 +203,51 @@ def test_grpo(loss_type, level, beta, on_policy, device):
     p, longest = problem(device), 9 if loss_type == "dr_grpo" else None
     if on_policy:
         p["old_per_token_logps"] = None
-    got = ours(p, beta=beta, loss_type=loss_type, importance_sampling_level=level, max_completion_length=longest, epsilon_low=0.1, epsilon_high=0.15)
-    want = restated(device, p, beta=beta, loss_type=loss_type, level=level, longest=longest, low=0.1, high=0.15)
+    got = ours(
+        p,
+        beta=beta,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        max_completion_length=longest,
+        epsilon_low=0.1,
+        epsilon_high=0.15,
+    )
+    want = restated(
+        device, p, beta=beta, loss_type=loss_type, level=level, longest=longest, low=0.1, high=0.15
+    )
     same(got, want)
     assert got[1].shape == ((2,) if beta else (1,))
     assert bool(got[1][-1] > 0) == (not on_policy and loss_type != "sapo")
     assert not got[2][0][p["attention_mask"] == 0].any()
     if not on_policy:  # another loss type, or level, is another loss
         for other in LOSS_TYPES[:3]:
-            if other != loss_type and (other, loss_type) != ("bnpo", "dapo"):  # (the latter two differ over micro-batches)
-                assert abs(restated(device, p, beta=beta, loss_type=other, level=level, longest=11, low=0.1, high=0.15)[0] - got[0]) > 1e-3
+            # (the latter two differ over micro-batches)
+            if other != loss_type and (other, loss_type) != ("bnpo", "dapo"):
+                assert (
+                    abs(
+                        restated(
+                            device,
+                            p,
+                            beta=beta,
+                            loss_type=other,
+                            level=level,
+                            longest=11,
+                            low=0.1,
+                            high=0.15,
+                        )[0]
+                        - got[0]
+                    )
+                    > 1e-3
+                )
 
 
 def test_grpo_counts_every_sequence(device):
-    """A sequence without tokens counts in the means over sequences, as in Liger, whatever token_weights would make of it."""
+    """A sequence without tokens counts in the means over sequences, as in Liger, whatever
+    token_weights would make of it."""
     p = problem(device)
-    without = {name: t if name in ("lin_weight", "bias") else t[[0, 2, 3, 4, 5]] for name, t in p.items()}
+    without = {
+        name: t if name in ("lin_weight", "bias") else t[[0, 2, 3, 4, 5]] for name, t in p.items()
+    }
     close(ours(p, loss_type="grpo")[0] * 6, ours(without, loss_type="grpo")[0] * 5)
 
 
@@ -168,18 +264,30 @@ def test_grpo_two_sided_clip(device):
 def test_grpo_importance_ratio(shape, device):
     p = problem(device) | {"vllm_is_ratio": rand(device, *shape, seed=9).exp()}
     for loss_type, level in (("grpo", "token"), ("dapo", "sequence"), ("sapo", "token")):
-        same(ours(p, loss_type=loss_type, importance_sampling_level=level), restated(device, p, loss_type=loss_type, level=level))
+        same(
+            ours(p, loss_type=loss_type, importance_sampling_level=level),
+            restated(device, p, loss_type=loss_type, level=level),
+        )
 
 
 def test_grpo_reference_model(device):
     p = problem(device)
     mask = p["attention_mask"] == 1
-    reference = {"ref_input": rand(device, 6, 7, 3, seed=20), "ref_weight": rand(device, 40, 3, seed=21), "ref_bias": rand(device, 40, seed=22)}
-    ref_logp = logp_of(*(t.double() for t in reference.values()), torch.where(mask, p["selected_token_ids"], 0), 0.8).float()
+    reference = {
+        "ref_input": rand(device, 6, 7, 3, seed=20),
+        "ref_weight": rand(device, 40, 3, seed=21),
+        "ref_bias": rand(device, 40, seed=22),
+    }
+    ref_logp = logp_of(
+        *(t.double() for t in reference.values()),
+        torch.where(mask, p["selected_token_ids"], 0),
+        0.8,
+    ).float()
     reference["ref_input"][~mask] = torch.nan
     scored = ours(p | reference | {"ref_per_token_logps": None}, beta=0.1)
     same(scored, restated(device, p | {"ref_per_token_logps": ref_logp}, beta=0.1))
-    same(ours(p | reference, beta=0.1), restated(device, p, beta=0.1))  # the log-probabilities come first
+    # the log-probabilities come first
+    same(ours(p | reference, beta=0.1), restated(device, p, beta=0.1))
     without = ours(p, beta=0.1, use_ref_model=False)
     assert without[1][0] == 0
     same(without, restated(device, p | {"ref_per_token_logps": None}, beta=0.1))
@@ -192,7 +300,8 @@ def test_grpo_low_precision(dtype, device):
     assert got[0].dtype == torch.float32
     assert [grad.dtype for grad in got[2]] == [dtype] * 3
     same(got, restated(device, p, beta=0.1), rtol=torch.finfo(dtype).eps, atol=2e-4)
-    mixed = ours(p | {"lin_weight": p["lin_weight"].float()}, beta=0.1)  # a head of another dtype: its gradient has that dtype
+    # a head of another dtype: its gradient has that dtype
+    mixed = ours(p | {"lin_weight": p["lin_weight"].float()}, beta=0.1)
     assert mixed[2][1].dtype == torch.float32
     assert torch.equal(mixed[0], got[0])
 
@@ -208,11 +317,17 @@ def test_grpo_float64_and_upstream_gradient(device):
 
 @pytest.mark.parametrize("items", [50, "tensor", None])
 def test_dapo_normalises_over_ranks(monkeypatch, items, device):
-    p = problem(device) | {"num_items_in_batch": torch.tensor(50, device=device) if items == "tensor" else items}
+    p = problem(device) | {
+        "num_items_in_batch": torch.tensor(50, device=device) if items == "tensor" else items
+    }
     tokens = int(p["attention_mask"].sum())
     if items is not None:
         same(ours(p), restated(device, p, items=50))
-    for name, fake in {"is_initialized": lambda: True, "get_world_size": lambda: 2, "all_reduce": lambda t: t.add_(tokens + 6)}.items():
+    for name, fake in {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: 2,
+        "all_reduce": lambda t: t.add_(tokens + 6),
+    }.items():
         monkeypatch.setattr(torch.distributed, name, fake)
     same(ours(p), restated(device, p, items=25 if items is not None else (2 * tokens + 6) / 2))
 
@@ -222,26 +337,47 @@ def test_grpo_nothing_unmasked(device):
     p["attention_mask"] = torch.zeros_like(p["attention_mask"])
     for loss_type in LOSS_TYPES:
         for old in (None, p["old_per_token_logps"]):
-            loss, metrics, grads = ours(p | {"old_per_token_logps": old}, loss_type=loss_type, max_completion_length=3)
+            loss, metrics, grads = ours(
+                p | {"old_per_token_logps": old}, loss_type=loss_type, max_completion_length=3
+            )
             assert loss == 0
             assert not metrics.any()
             assert not any(grad.any() for grad in grads)
 
 
 def test_grpo_refuses_what_it_cannot_express(device):
-    for options, message in (({"loss_type": "cispo"}, "expected loss_type to be one of grpo, bnpo, dr_grpo, dapo, sapo, got 'cispo'"),
-                             ({"loss_type": "luspo"}, "got 'luspo'"), ({"loss_type": "vespo"}, "got 'vespo'"),
-                             ({"importance_sampling_level": "word"}, "expected importance_sampling_level to be token"),
-                             ({"importance_sampling_level": "sequence", "loss_type": "sapo"}, "a loss_type other than sapo"),
-                             ({"loss_type": "dr_grpo"}, "expected max_completion_length >= 1 with loss_type dr_grpo, got None"),
-                             ({"use_bias_correction_kl": True}, "expected use_bias_correction_kl=False"),
-                             ({"delta": 1.1}, "expected delta >= 1 \\+ epsilon_high"),
-                             ({"delta": 2.0, "importance_sampling_level": "sequence"}, "with importance_sampling_level token"),
-                             ({"epsilon_low": -0.1}, "clip_low"), ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "tau_negative")):
+    for options, message in (
+        (
+            {"loss_type": "cispo"},
+            "expected loss_type to be one of grpo, bnpo, dr_grpo, dapo, sapo, got 'cispo'",
+        ),
+        ({"loss_type": "luspo"}, "got 'luspo'"),
+        ({"loss_type": "vespo"}, "got 'vespo'"),
+        ({"importance_sampling_level": "word"}, "expected importance_sampling_level to be token"),
+        (
+            {"importance_sampling_level": "sequence", "loss_type": "sapo"},
+            "a loss_type other than sapo",
+        ),
+        (
+            {"loss_type": "dr_grpo"},
+            "expected max_completion_length >= 1 with loss_type dr_grpo, got None",
+        ),
+        ({"use_bias_correction_kl": True}, "expected use_bias_correction_kl=False"),
+        ({"delta": 1.1}, "expected delta >= 1 \\+ epsilon_high"),
+        (
+            {"delta": 2.0, "importance_sampling_level": "sequence"},
+            "with importance_sampling_level token",
+        ),
+        ({"epsilon_low": -0.1}, "clip_low"),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "tau_negative"),
+    ):
         with pytest.raises(ValueError, match=message):
             LigerFusedLinearGRPOLoss(**options)
     p = problem(device)
-    with pytest.raises(ValueError, match="expected ref_per_token_logps, or ref_input and ref_weight, with use_ref_model=True"):
+    with pytest.raises(
+        ValueError,
+        match="expected ref_per_token_logps, or ref_input and ref_weight, with use_ref_model=True",
+    ):
         LigerFusedLinearGRPOLoss()(**p | {"ref_per_token_logps": None})
     with pytest.raises(ValueError, match="advantages does not fit its pattern"):
         LigerFusedLinearGRPOLoss()(**p | {"advantages": p["advantages"][:2]})
@@ -249,15 +385,20 @@ def test_grpo_refuses_what_it_cannot_express(device):
         LigerFusedLinearGRPOLoss()(**p | {"vllm_is_ratio": torch.ones(6, 3, device=device)})
 
 
-# ---- trl -------------------------------------------------------------------------------------------------------------------
+# ---- trl -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("index_shape", [(3, 4), (3, 4, 1), (3, 4, 5), (9,), (9, 3), (0,), (0, 2)], ids=str)
+@pytest.mark.parametrize(
+    "index_shape", [(3, 4), (3, 4, 1), (3, 4, 5), (9,), (9, 3), (0,), (0, 2)], ids=str
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_selective_log_softmax(dtype, index_shape, masked, device):
     leading = index_shape[:2] if index_shape[0] == 3 else index_shape[:1]
     V, several = 300, len(index_shape) > len(leading)
-    # Rows of many likely tokens, and rows of one: what cancels at the likeliest token cancels most in the first.
-    logits = (rand(device, *leading, V) * torch.linspace(0.01, 8, V if not several else 1, device=device)).to(dtype)
+    # Rows of many likely tokens, and rows of one: what cancels at the likeliest token cancels most
+    # in the first.
+    logits = (
+        rand(device, *leading, V) * torch.linspace(0.01, 8, V if not several else 1, device=device)
+    ).to(dtype)
     index, g = randint(device, V, *index_shape), rand(device, *index_shape, seed=3)
     if several and index.numel():
         index[..., 0] = logits.argmax(-1)
@@ -274,12 +415,19 @@ def test_selective_log_softmax(dtype, index_shape, masked, device):
     (want_grad,) = torch.autograd.grad((want * g).sum(), z)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert got.shape == index.shape
-    assert ((got.double() - want).abs() <= 16 * torch.finfo(got.dtype).eps * want.abs().clamp(min=1)).all()
+    assert (
+        (got.double() - want).abs() <= 16 * torch.finfo(got.dtype).eps * want.abs().clamp(min=1)
+    ).all()
     assert grad.dtype == dtype
     ulp = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
     assert ((grad.double() - want_grad).abs() <= ulp * want_grad.abs() + 3e-6).all()
     with torch.no_grad():
-        close(selective_log_softmax(logits, index.int(), 0.7, mask), got.detach(), rtol=1e-6, atol=1e-6)
+        close(
+            selective_log_softmax(logits, index.int(), 0.7, mask),
+            got.detach(),
+            rtol=1e-6,
+            atol=1e-6,
+        )
 
 
 def test_selective_log_softmax_masked_rows_and_infinite_logits(device):
@@ -296,7 +444,12 @@ def test_selective_log_softmax_masked_rows_and_infinite_logits(device):
         (grad,) = torch.autograd.grad(got[[0, 1, 3]].sum(), leaf)
         assert not grad.isnan().any()
         assert not grad[1].any()
-        want = logits[[0, 3]].log_softmax(-1).gather(-1, picks[[0, 3]].view(2, -1)).view(got[[0, 3]].shape)
+        want = (
+            logits[[0, 3]]
+            .log_softmax(-1)
+            .gather(-1, picks[[0, 3]].view(2, -1))
+            .view(got[[0, 3]].shape)
+        )
         close(got[[0, 3]].detach(), want)
 
 
@@ -310,7 +463,9 @@ def test_entropy_from_logits(dtype, shape, device):
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert got.shape == shape
     close(got, want, rtol=0, atol=1e-5)
-    (grad,), (want_grad,) = (torch.autograd.grad((x * h).sum(), of) for x, of in ((got, leaf), (want, z)))
+    (grad,), (want_grad,) = (
+        torch.autograd.grad((x * h).sum(), of) for x, of in ((got, leaf), (want, z))
+    )
     close(grad, want_grad, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-5, atol=5e-6)
     if shape:
         missing = logits.clone()
@@ -324,28 +479,66 @@ def test_trl_refusals(device):
     with pytest.raises(ValueError, match="index does not fit its pattern"):
         selective_log_softmax(rand(device, 3, 9), randint(device, 9, 4))
     with pytest.raises(ValueError, match="row_mask does not fit its pattern"):
-        selective_log_softmax(rand(device, 3, 9), randint(device, 9, 3, 2), row_mask=torch.ones(3, device=device))
+        selective_log_softmax(
+            rand(device, 3, 9), randint(device, 9, 3, 2), row_mask=torch.ones(3, device=device)
+        )
     with pytest.raises(ValueError, match="temperature above 0"):
         selective_log_softmax(rand(device, 3, 9), randint(device, 9, 3, 2), 0.0)
     with pytest.raises(IndexError, match="expected token ids"):
         selective_log_softmax(rand(device, 3, 9), randint(device, 9, 3) + 9)
 
 
-# ---- all -------------------------------------------------------------------------------------------------------------------
+# ---- all -----------------------------------------------------------------------------------------
 def test_signatures():
     """As of verl 0.9, liger-kernel 0.8 and trl 1.16."""
-    assert {f.__qualname__: [name for name in inspect.signature(f).parameters if name != "self"] for f in (
-        FusedLinearForPPO.__init__, FusedLinearForPPO.forward, LigerFusedLinearGRPOLoss.__init__, LigerFusedLinearGRPOLoss.forward, selective_log_softmax,
-        entropy_from_logits)} == {
+    assert {
+        f.__qualname__: [name for name in inspect.signature(f).parameters if name != "self"]
+        for f in (
+            FusedLinearForPPO.__init__,
+            FusedLinearForPPO.forward,
+            LigerFusedLinearGRPOLoss.__init__,
+            LigerFusedLinearGRPOLoss.forward,
+            selective_log_softmax,
+            entropy_from_logits,
+        )
+    } == {
         "FusedLinearForPPO.__init__": ["chunk_size", "impl_backend"],
         "FusedLinearForPPO.forward": ["hidden_states", "vocab_weights", "input_ids", "temperature"],
         "LigerFusedLinearGRPOLoss.__init__": [
-            "beta", "compiled", "use_ref_model", "chunk_size", "epsilon_low", "epsilon_high", "loss_type", "max_completion_length",
-            "importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg", "temperature", "delta", "use_bias_correction_kl", "vespo_k_pos",
-            "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"],
+            "beta",
+            "compiled",
+            "use_ref_model",
+            "chunk_size",
+            "epsilon_low",
+            "epsilon_high",
+            "loss_type",
+            "max_completion_length",
+            "importance_sampling_level",
+            "sapo_temperature_pos",
+            "sapo_temperature_neg",
+            "temperature",
+            "delta",
+            "use_bias_correction_kl",
+            "vespo_k_pos",
+            "vespo_lambda_pos",
+            "vespo_k_neg",
+            "vespo_lambda_neg",
+        ],
         "LigerFusedLinearGRPOLoss.forward": [
-            "_input", "lin_weight", "selected_token_ids", "attention_mask", "advantages", "bias", "ref_per_token_logps", "old_per_token_logps", "ref_input",
-            "ref_weight", "ref_bias", "vllm_is_ratio", "num_items_in_batch"],
+            "_input",
+            "lin_weight",
+            "selected_token_ids",
+            "attention_mask",
+            "advantages",
+            "bias",
+            "ref_per_token_logps",
+            "old_per_token_logps",
+            "ref_input",
+            "ref_weight",
+            "ref_bias",
+            "vllm_is_ratio",
+            "num_items_in_batch",
+        ],
         "selective_log_softmax": ["logits", "index", "temperature", "row_mask"],
         "entropy_from_logits": ["logits", "chunk_size"],
     }
@@ -356,9 +549,15 @@ def test_compiles_as_one_graph(name, device):
     p, logits, index = problem(device), rand(device, 3, 9), randint(device, 9, 3)
     grpo = LigerFusedLinearGRPOLoss(beta=0.1)
     function, leaf = {
-        "ppo": (lambda w: FusedLinearForPPO()(p["_input"][2], w, p["selected_token_ids"][2])[0].sum(), p["lin_weight"]),
+        "ppo": (
+            lambda w: FusedLinearForPPO()(p["_input"][2], w, p["selected_token_ids"][2])[0].sum(),
+            p["lin_weight"],
+        ),
         "grpo": (lambda w: grpo(**p | {"lin_weight": w})[0], p["lin_weight"]),
-        "selective": (lambda z: selective_log_softmax(z, index).sum() + entropy_from_logits(z).sum(), logits),
+        "selective": (
+            lambda z: selective_log_softmax(z, index).sum() + entropy_from_logits(z).sum(),
+            logits,
+        ),
         "several": (lambda z: selective_log_softmax(z, index[:, None]).sum(), logits),
     }[name]
     outcomes = []

@@ -3,7 +3,15 @@ import torch
 
 from fusedrl.kernels.advance_rows import _advance_rows_triton, advance_rows_
 
-WRITTEN = ("token_ids", "positions", "finished", "ring_tokens", "ring_logp", "cursor", "ring_values")
+WRITTEN = (
+    "token_ids",
+    "positions",
+    "finished",
+    "ring_tokens",
+    "ring_logp",
+    "cursor",
+    "ring_values",
+)
 
 
 def make(device, R=9, W=3, K=4, seed=0, cursor=2, values=True):
@@ -14,10 +22,26 @@ def make(device, R=9, W=3, K=4, seed=0, cursor=2, values=True):
 
     drawn, at = ids(R), ids(R, high=40)
     drawn[::5] = -1
-    made = {"drawn": drawn, "logp": -torch.rand(R, generator=generator).to(device), "stops": ids(W, R) - 1, "last_positions": at + ids(R, high=4) - 1,
-            "token_ids": ids(R), "positions": torch.stack([at + 1, at]), "finished": ids(R) == 0, "ring_tokens": torch.full((K, R), -7, device=device),
-            "ring_logp": torch.full((K, R), torch.nan, device=device), "cursor": torch.tensor([cursor], device=device)}
-    return made | ({"values": torch.randn(R, generator=generator).to(device), "ring_values": torch.full((K, R), torch.nan, device=device)} if values else {})
+    made = {
+        "drawn": drawn,
+        "logp": -torch.rand(R, generator=generator).to(device),
+        "stops": ids(W, R) - 1,
+        "last_positions": at + ids(R, high=4) - 1,
+        "token_ids": ids(R),
+        "positions": torch.stack([at + 1, at]),
+        "finished": ids(R) == 0,
+        "ring_tokens": torch.full((K, R), -7, device=device),
+        "ring_logp": torch.full((K, R), torch.nan, device=device),
+        "cursor": torch.tensor([cursor], device=device),
+    }
+    return made | (
+        {
+            "values": torch.randn(R, generator=generator).to(device),
+            "ring_values": torch.full((K, R), torch.nan, device=device),
+        }
+        if values
+        else {}
+    )
 
 
 def run(x, function=advance_rows_, **options):
@@ -56,7 +80,11 @@ def same(one, other):
 
 
 @pytest.mark.each_impl("advance_rows_")
-@pytest.mark.parametrize("R,W,K", [(9, 3, 4), (0, 1, 1), (1, 1, 1), (5, 0, 2), (255, 2, 3), (256, 2, 8), (700, 5, 1)], ids=str)
+@pytest.mark.parametrize(
+    "R,W,K",
+    [(9, 3, 4), (0, 1, 1), (1, 1, 1), (5, 0, 2), (255, 2, 3), (256, 2, 8), (700, 5, 1)],
+    ids=str,
+)
 def test_against_the_definition(impl, R, W, K, device):
     for cursor, values in ((0, True), (K - 1, True), (K - 1, False)):
         x = make(device, R, W, K, cursor=cursor, values=values)
@@ -94,26 +122,50 @@ def test_steps_fill_the_ring_and_what_has_ended_stays(impl, device):
 @pytest.mark.each_impl("advance_rows_")
 def test_rows_are_independent(impl, device):
     x = make(device, 50)
-    alone = {name: tensor if name == "cursor" else tensor[..., 17:18].contiguous() for name, tensor in x.items()}
+    alone = {
+        name: tensor if name == "cursor" else tensor[..., 17:18].contiguous()
+        for name, tensor in x.items()
+    }
     whole, one = run(x, impl=impl), run(alone, impl=impl)
     for name in one.keys() - {"cursor"}:
-        torch.testing.assert_close(whole[name][..., 17:18], one[name], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            whole[name][..., 17:18], one[name], rtol=0, atol=0, equal_nan=True
+        )
 
 
 @pytest.mark.each_impl("advance_rows_")
-@pytest.mark.parametrize("change,error,message", [
-    (lambda x: {"stops": x["stops"][:, :-1].contiguous()}, ValueError, "stops"),
-    (lambda x: {"positions": x["positions"][0]}, ValueError, "positions"),
-    (lambda x: {"positions": x["positions"].T.contiguous().T}, ValueError, "expected positions contiguous, got strides"),
-    (lambda x: {"drawn": x["drawn"].int()}, TypeError, "expected drawn of dtype"),
-    (lambda x: {"finished": x["drawn"]}, TypeError, "expected finished of dtype"),
-    (lambda x: {"cursor": x["cursor"] + 2}, IndexError, r"expected the cursor in \[0, 4\), the steps of the ring, got 4"),
-    (lambda x: {"cursor": x["cursor"] - 3}, IndexError, "got -1"),
-    (lambda x: {"values": None}, ValueError, "expected values and ring_values together, got only ring_values"),
-    (lambda x: {"ring_values": None}, ValueError, "expected values and ring_values together, got only values"),
-    (lambda x: {"values": x["values"].double()}, TypeError, "expected values of dtype"),
-    (lambda x: {"ring_values": x["ring_values"][1:]}, ValueError, "ring_values"),
-])
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (lambda x: {"stops": x["stops"][:, :-1].contiguous()}, ValueError, "stops"),
+        (lambda x: {"positions": x["positions"][0]}, ValueError, "positions"),
+        (
+            lambda x: {"positions": x["positions"].T.contiguous().T},
+            ValueError,
+            "expected positions contiguous, got strides",
+        ),
+        (lambda x: {"drawn": x["drawn"].int()}, TypeError, "expected drawn of dtype"),
+        (lambda x: {"finished": x["drawn"]}, TypeError, "expected finished of dtype"),
+        (
+            lambda x: {"cursor": x["cursor"] + 2},
+            IndexError,
+            r"expected the cursor in \[0, 4\), the steps of the ring, got 4",
+        ),
+        (lambda x: {"cursor": x["cursor"] - 3}, IndexError, "got -1"),
+        (
+            lambda x: {"values": None},
+            ValueError,
+            "expected values and ring_values together, got only ring_values",
+        ),
+        (
+            lambda x: {"ring_values": None},
+            ValueError,
+            "expected values and ring_values together, got only values",
+        ),
+        (lambda x: {"values": x["values"].double()}, TypeError, "expected values of dtype"),
+        (lambda x: {"ring_values": x["ring_values"][1:]}, ValueError, "ring_values"),
+    ],
+)
 def test_bad_arguments_are_refused(impl, change, error, message, device):
     if error is IndexError and device.type != "cpu":
         pytest.skip("the cursor is read on the host for tensors of a CPU alone")
@@ -128,5 +180,11 @@ def test_opcheck_and_one_graph(impl, values, device):
     x = make(device, values=values)
     op = {"cpp": "advance_rows_", "triton": "advance_rows_triton_"}.get(impl)
     if op:
-        torch.library.opcheck(_advance_rows_triton if impl == "triton" else torch.ops.fusedrl.advance_rows_.default, tuple(x.values()))
-    same(run(x, torch.compile(advance_rows_, fullgraph=True, backend="aot_eager"), impl=impl), define(x))
+        torch.library.opcheck(
+            _advance_rows_triton if impl == "triton" else torch.ops.fusedrl.advance_rows_.default,
+            tuple(x.values()),
+        )
+    same(
+        run(x, torch.compile(advance_rows_, fullgraph=True, backend="aot_eager"), impl=impl),
+        define(x),
+    )

@@ -4,16 +4,30 @@ import torch
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
 from fusedrl.kernels.runtime import native
 
-# Lengths: none, one token, empty sequences, alike, and so unlike that they are padded in several groups.
+# Lengths: none, one token, empty sequences, alike, and so unlike that they are padded in several
+# groups.
 LENGTHS = [[], [0], [1], [5, 5], [3, 0, 1, 7, 2], [33, 31, 1, 2, 3, 2, 1, 4, 65]]
-FORMS = [(True, None, None), (True, 1, None), (True, 4, None), (True, 100, None), (False, None, None), (False, 3, None), (True, None, 0.7), (True, 4, 0.7),
-         (False, None, 3.0), (False, 3, 0.7)]
+FORMS = [
+    (True, None, None),
+    (True, 1, None),
+    (True, 4, None),
+    (True, 100, None),
+    (False, None, None),
+    (False, 3, None),
+    (True, None, 0.7),
+    (True, 4, 0.7),
+    (False, None, 3.0),
+    (False, 3, 0.7),
+]
 
 
 def inputs(device, lengths, heads=(6, 2), D=8, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     N = sum(lengths)
-    q, k, v = (torch.randn(N, h, D, generator=generator).to(device).to(dtype) for h in (heads[0], heads[1], heads[1]))
+    q, k, v = (
+        torch.randn(N, h, D, generator=generator).to(device).to(dtype)
+        for h in (heads[0], heads[1], heads[1])
+    )
     return q, k, v, torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
@@ -34,7 +48,19 @@ def test_matches_float64(lengths, causal, window, softcap, heads, impl, device):
     options = {"causal": causal, "window": window, "softcap": softcap}
     ours = {"impl": impl, **options}
     got = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths, default=0), **ours)
-    want = run(q.double(), k.double(), v.double(), cu_seqlens, upstream.double(), varlen_attention_reference, **options) if lengths else None
+    want = (
+        run(
+            q.double(),
+            k.double(),
+            v.double(),
+            cu_seqlens,
+            upstream.double(),
+            varlen_attention_reference,
+            **options,
+        )
+        if lengths
+        else None
+    )
     for mine, theirs in zip(got, want or got, strict=True):
         torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=5e-6)
     again = run(q, k, v, cu_seqlens, upstream, max_length=max(lengths, default=0) + 3, **ours)
@@ -53,8 +79,12 @@ def test_reference_against_the_definition(softcap, device):
             seen = range(max(start, i - 1), i + 1)
             for head in range(2):
                 scores = [0.7 * (q[i, head] @ k[j, 0]) for j in seen]
-                weights = torch.stack([torch.exp(softcap * torch.tanh(z / softcap) if softcap else z) for z in scores])
-                by_hand = sum(w * v[j, 0] for w, j in zip(weights / weights.sum(), seen, strict=True))
+                weights = torch.stack(
+                    [torch.exp(softcap * torch.tanh(z / softcap) if softcap else z) for z in scores]
+                )
+                by_hand = sum(
+                    w * v[j, 0] for w, j in zip(weights / weights.sum(), seen, strict=True)
+                )
                 torch.testing.assert_close(got[i, head], by_hand)
 
 
@@ -63,12 +93,25 @@ def test_softcap_gradients_against_finite_differences(impl, device):
     if impl == "torch":
         q, k, v, cu_seqlens = inputs(device, [4, 3], dtype=torch.float64)
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, cu_seqlens, max_length=4, softcap=0.5, impl=impl), leaves)
+        assert torch.autograd.gradcheck(
+            lambda *x: varlen_attention(*x, cu_seqlens, max_length=4, softcap=0.5, impl=impl),
+            leaves,
+        )
     q, k, v, cu_seqlens = inputs(device, [40, 5])
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device)
     options = {"max_length": 40, "impl": impl}
-    capped, plain = (run(30 * q, k, v, cu_seqlens, upstream, softcap=cap, **options) for cap in (2.0, None))  # most scores beyond the softcap
-    want = run(30 * q.double(), k.double(), v.double(), cu_seqlens, upstream.double(), varlen_attention_reference, softcap=2.0)
+    capped, plain = (
+        run(30 * q, k, v, cu_seqlens, upstream, softcap=cap, **options) for cap in (2.0, None)
+    )  # most scores beyond the softcap
+    want = run(
+        30 * q.double(),
+        k.double(),
+        v.double(),
+        cu_seqlens,
+        upstream.double(),
+        varlen_attention_reference,
+        softcap=2.0,
+    )
     for got, exact, wrong in zip(capped, want, plain, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
         assert (wrong - exact).abs().max() > 0.1
@@ -79,9 +122,18 @@ def test_softcap_gradients_against_finite_differences(impl, device):
 def test_low_precision(dtype, impl, device):
     q, k, v, cu_seqlens = inputs(device, [33, 31, 1, 2, 17], dtype=dtype)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device).to(dtype)
-    exact = run(q.double(), k.double(), v.double(), cu_seqlens, upstream.double(), varlen_attention_reference)
+    exact = run(
+        q.double(),
+        k.double(),
+        v.double(),
+        cu_seqlens,
+        upstream.double(),
+        varlen_attention_reference,
+    )
     naive = run(q, k, v, cu_seqlens, upstream, varlen_attention_reference)
-    for ours, theirs, want in zip(run(q, k, v, cu_seqlens, upstream, max_length=33, impl=impl), naive, exact, strict=True):
+    for ours, theirs, want in zip(
+        run(q, k, v, cu_seqlens, upstream, max_length=33, impl=impl), naive, exact, strict=True
+    ):
         assert (ours.double() - want).norm() <= 2 * (theirs.double() - want).norm() + 1e-5
 
 
@@ -97,7 +149,9 @@ def test_companions_are_not_seen(lengths, poison, impl, device):
         x[own] = poison
     keep = torch.ones(len(q), dtype=torch.bool, device=device)
     keep[own] = False
-    for dirty, want in zip(run(q, k, v, cu_seqlens, upstream, max_length=max(lengths), impl=impl), clean, strict=True):
+    for dirty, want in zip(
+        run(q, k, v, cu_seqlens, upstream, max_length=max(lengths), impl=impl), clean, strict=True
+    ):
         assert torch.equal(dirty[keep], want[keep])
 
 
@@ -111,18 +165,40 @@ def test_bits_do_not_depend_on_companions(window, device):
     packed = run(q, k, v, cu_seqlens, upstream, max_length=40, window=window, impl="cpp")
     for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
         at = slice(start, start + length)
-        alone = run(q[at], k[at], v[at], torch.tensor([0, length], dtype=torch.int32, device=device), upstream[at], max_length=length, window=window,
-                    impl="cpp")
+        alone = run(
+            q[at],
+            k[at],
+            v[at],
+            torch.tensor([0, length], dtype=torch.int32, device=device),
+            upstream[at],
+            max_length=length,
+            window=window,
+            impl="cpp",
+        )
         assert all(torch.equal(x[at], y) for x, y in zip(packed, alone, strict=True))
 
 
 @pytest.mark.each_impl("varlen_attention", interpreted=False)
 def test_large_scores(impl, device):
     q, k, v, cu_seqlens = inputs(device, [20, 3])
-    q, upstream = q * 1000, torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device)
-    want = run(q.double(), k.double(), v.double(), cu_seqlens, upstream.double(), varlen_attention_reference)
-    for got, exact in zip(run(q, k, v, cu_seqlens, upstream, max_length=20, impl=impl), want, strict=True):
-        torch.testing.assert_close(got.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+    q, upstream = (
+        q * 1000,
+        torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device),
+    )
+    want = run(
+        q.double(),
+        k.double(),
+        v.double(),
+        cu_seqlens,
+        upstream.double(),
+        varlen_attention_reference,
+    )
+    for got, exact in zip(
+        run(q, k, v, cu_seqlens, upstream, max_length=20, impl=impl), want, strict=True
+    ):
+        torch.testing.assert_close(
+            got.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item()
+        )
 
 
 @pytest.mark.each_impl("varlen_attention", interpreted=False)
@@ -135,7 +211,9 @@ def test_compiles_and_takes_strided_views(impl, device):
     compiled = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, cu_seqlens, max_length=20, impl=impl), want)
     capped = varlen_attention(q, k, v, cu_seqlens, max_length=20, softcap=0.5, impl=impl)
-    torch.testing.assert_close(compiled(q, k, v, cu_seqlens, max_length=20, softcap=0.5, impl=impl), capped)
+    torch.testing.assert_close(
+        compiled(q, k, v, cu_seqlens, max_length=20, softcap=0.5, impl=impl), capped
+    )
 
 
 @pytest.mark.cpu_only("the C++ kernels")
@@ -143,11 +221,18 @@ def test_compiles_and_takes_strided_views(impl, device):
 def test_opcheck(device):
     q, k, v, cu_seqlens = inputs(device, [9, 0, 4])
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.fusedrl.varlen_attention.default, (*leaves, cu_seqlens, True, 3, 0.5, 2.0))
+    torch.library.opcheck(
+        torch.ops.fusedrl.varlen_attention.default, (*leaves, cu_seqlens, True, 3, 0.5, 2.0)
+    )
     plain = [x.detach() for x in leaves]
     o, lse = torch.ops.fusedrl.varlen_attention_forward(*plain, cu_seqlens, True, 3, 0.5, 2.0)
-    torch.library.opcheck(torch.ops.fusedrl.varlen_attention_forward.default, (*plain, cu_seqlens, True, 3, 0.5, 2.0))
-    torch.library.opcheck(torch.ops.fusedrl.varlen_attention_backward.default, (o, *plain, o, lse, cu_seqlens, True, 3, 0.5, 2.0))
+    torch.library.opcheck(
+        torch.ops.fusedrl.varlen_attention_forward.default, (*plain, cu_seqlens, True, 3, 0.5, 2.0)
+    )
+    torch.library.opcheck(
+        torch.ops.fusedrl.varlen_attention_backward.default,
+        (o, *plain, o, lse, cu_seqlens, True, 3, 0.5, 2.0),
+    )
 
 
 @pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
@@ -163,7 +248,9 @@ def test_refuses_what_it_does_not_support(device):
         varlen_attention(q, k.double(), v, cu_seqlens, max_length=4)
     for wrong in ([0, 3, 8], [1, 3, 7], [0, 5, 3, 7]):
         with pytest.raises(ValueError, match="expected cu_seqlens from 0 to N = 7"):
-            varlen_attention(q, k, v, torch.tensor(wrong, dtype=torch.int32, device=device), max_length=7)
+            varlen_attention(
+                q, k, v, torch.tensor(wrong, dtype=torch.int32, device=device), max_length=7
+            )
     with pytest.raises(ValueError, match="at most max_length 3"):
         varlen_attention(q, k, v, cu_seqlens, max_length=3)
     with pytest.raises(ValueError, match="expected window >= 1"):
@@ -172,5 +259,7 @@ def test_refuses_what_it_does_not_support(device):
         varlen_attention(q, k, v, cu_seqlens, max_length=4, softcap=0.0)
     with pytest.raises(RuntimeError, match=r"these can: "):
         varlen_attention(q, k, v, cu_seqlens, max_length=4, impl="flash_attn")
-    with pytest.raises(RuntimeError, match=r"'cpp' cannot run on cpu: it computes in float32; these can: torch"):
+    with pytest.raises(
+        RuntimeError, match=r"'cpp' cannot run on cpu: it computes in float32; these can: torch"
+    ):
         varlen_attention(q.double(), k.double(), v.double(), cu_seqlens, max_length=4, impl="cpp")

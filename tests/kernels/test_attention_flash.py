@@ -1,4 +1,6 @@
-"""The CUDA routes of varlen_attention on a machine with neither a card nor flash-attn: which is chosen, and what it is given."""
+"""The CUDA routes of varlen_attention on a machine with neither a card nor flash-attn: which is
+chosen, and what it is given."""
+
 import inspect
 import sys
 import types
@@ -19,7 +21,8 @@ pytestmark = pytest.mark.cpu_only("what a card would be asked, on stand-ins")
 
 
 def documented(q, k, v, ends, causal, window_size, softcap, scale):
-    """What both functions say they compute: token i sees keys from i - left to i + right, and with `causal` none behind i; -1 is no limit."""
+    """What both functions say they compute: token i sees keys from i - left to i + right, and with
+    `causal` none behind i; -1 is no limit."""
     out, (left, right) = torch.zeros_like(q), window_size
     for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         for i in range(start, end):
@@ -33,17 +36,52 @@ def documented(q, k, v, ends, causal, window_size, softcap, scale):
     return out
 
 
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-                           window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
     """The parameters of flash-attn 2.6 and later."""
-    assert (dropout_p, alibi_slopes, return_attn_probs, block_table, deterministic) == (0.0, None, False, None, True)
+    assert (dropout_p, alibi_slopes, return_attn_probs, block_table, deterministic) == (
+        0.0,
+        None,
+        False,
+        None,
+        True,
+    )
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert max_seqlen_q == max_seqlen_k == 9
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1
     return documented(q, k, v, cu_seqlens_q, causal, window_size, softcap, softmax_scale)
 
 
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False):
+def varlen_attn(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+):
     """Causal is the window (-1, 0)."""
     assert max_q == max_k == 9
     assert enable_gqa == (query.shape[1] != key.shape[1])
@@ -55,42 +93,82 @@ def routes(monkeypatch):
     """Both stand-ins, available, also on CPU tensors."""
     monkeypatch.setattr(attention_flash, "_flash_attn", flash_attn_varlen_func)
     monkeypatch.setattr(attention_flash, "_torch_varlen", varlen_attn)
-    monkeypatch.setattr(attention_flash, "_torch_knows", frozenset(inspect.signature(varlen_attn).parameters))
-    monkeypatch.setattr(attention_verify, "_found", {(name, "cpu"): None for name in ("flash_attn", "torch_varlen")})  # test_attention_verify.py is about that
+    monkeypatch.setattr(
+        attention_flash, "_torch_knows", frozenset(inspect.signature(varlen_attn).parameters)
+    )
+    monkeypatch.setattr(
+        attention_verify, "_found", {(name, "cpu"): None for name in ("flash_attn", "torch_varlen")}
+    )  # test_attention_verify.py is about that
     for name in ("flash_attn", "torch_varlen"):
         for device in ("cpu", "cuda"):
             monkeypatch.setitem(dispatch._WHY_NOT, (name, device), None)
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 1), (True, 3), (False, None), (False, 1), (False, 3)])
-@pytest.mark.parametrize(("impl", "softcap"), [("flash_attn", None), ("flash_attn", 0.7), ("torch_varlen", None)])
+@pytest.mark.parametrize(
+    ("causal", "window"),
+    [(True, None), (True, 1), (True, 3), (False, None), (False, 1), (False, 3)],
+)
+@pytest.mark.parametrize(
+    ("impl", "softcap"), [("flash_attn", None), ("flash_attn", 0.7), ("torch_varlen", None)]
+)
 def test_arguments_mean_the_same(impl, softcap, causal, window, heads, routes):
-    q, k, v = (torch.randn(14, h, 8, generator=torch.Generator().manual_seed(h)).to(BF16) for h in (heads[0], heads[1], heads[1]))
-    cu_seqlens, options = torch.tensor([0, 5, 5, 14], dtype=torch.int32), {"causal": causal, "window": window, "softcap": softcap, "scale": 0.6}
+    q, k, v = (
+        torch.randn(14, h, 8, generator=torch.Generator().manual_seed(h)).to(BF16)
+        for h in (heads[0], heads[1], heads[1])
+    )
+    cu_seqlens, options = (
+        torch.tensor([0, 5, 5, 14], dtype=torch.int32),
+        {"causal": causal, "window": window, "softcap": softcap, "scale": 0.6},
+    )
     want = varlen_attention_reference(q.double(), k.double(), v.double(), cu_seqlens, **options)
-    got = varlen_attention(q, k, v.transpose(0, 2).contiguous().transpose(0, 2), cu_seqlens, max_length=9, impl=impl, **options)
+    got = varlen_attention(
+        q,
+        k,
+        v.transpose(0, 2).contiguous().transpose(0, 2),
+        cu_seqlens,
+        max_length=9,
+        impl=impl,
+        **options,
+    )
     torch.testing.assert_close(got.double(), want, rtol=0, atol=0.05)
-    assert varlen_attention(q[:0], k[:0], v[:0], torch.zeros(2, dtype=torch.int32), max_length=0, impl=impl).shape == (0, heads[0], 8)
+    assert varlen_attention(
+        q[:0], k[:0], v[:0], torch.zeros(2, dtype=torch.int32), max_length=0, impl=impl
+    ).shape == (0, heads[0], 8)
 
 
 def test_the_installed_torch_takes_these_arguments(routes, monkeypatch):
     from torch.nn.attention.varlen import varlen_attn as real
 
     bound = []
-    monkeypatch.setattr(attention_flash, "_torch_varlen", lambda *a, **k: bound.append(inspect.signature(real).bind(*a, **k)))
+    monkeypatch.setattr(
+        attention_flash,
+        "_torch_varlen",
+        lambda *a, **k: bound.append(inspect.signature(real).bind(*a, **k)),
+    )
     q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
-    attention_flash.torch_varlen(q, k, k, torch.tensor([0, 3], dtype=torch.int32), 3, True, None, None, 0.5)
+    attention_flash.torch_varlen(
+        q, k, k, torch.tensor([0, 3], dtype=torch.int32), 3, True, None, None, 0.5
+    )
     assert bound[0].arguments["window_size"] == (-1, 0)  # its own word for causal
     assert bound[0].arguments["enable_gqa"] is True
 
 
-@pytest.mark.parametrize(("dtype", "head_dim", "groups", "softcap", "want"), [
-    (BF16, 128, 4, None, "flash_attn torch_varlen triton torch"), (F16, 256, 1, None, "flash_attn torch_varlen triton torch"),
-    (BF16, 128, 4, 50.0, "flash_attn triton torch"), (F32, 128, 4, None, "torch"), (F64, 128, 1, None, "torch"), (BF16, 264, 1, None, "torch"),
-    (BF16, 36, 1, 50.0, "triton torch"),
-])
-def test_the_first_route_that_serves_the_call(dtype, head_dim, groups, softcap, want, routes, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "groups", "softcap", "want"),
+    [
+        (BF16, 128, 4, None, "flash_attn torch_varlen triton torch"),
+        (F16, 256, 1, None, "flash_attn torch_varlen triton torch"),
+        (BF16, 128, 4, 50.0, "flash_attn triton torch"),
+        (F32, 128, 4, None, "torch"),
+        (F64, 128, 1, None, "torch"),
+        (BF16, 264, 1, None, "torch"),
+        (BF16, 36, 1, 50.0, "triton torch"),
+    ],
+)
+def test_the_first_route_that_serves_the_call(
+    dtype, head_dim, groups, softcap, want, routes, monkeypatch
+):
     monkeypatch.setitem(dispatch._WHY_NOT, ("triton", "cuda"), None)
     refused = attention._refused(CUDA, dtype, head_dim, groups, softcap)
     assert attention._IMPLS.choose(CUDA, None, refused) == want.split()[0]
@@ -98,12 +176,15 @@ def test_the_first_route_that_serves_the_call(dtype, head_dim, groups, softcap, 
         if name in want:
             assert attention._IMPLS.choose(CUDA, name, refused) == name
         else:
-            with pytest.raises(RuntimeError, match=f"'{name}' cannot run on cuda: it .*; these can: torch"):
+            with pytest.raises(
+                RuntimeError, match=f"'{name}' cannot run on cuda: it .*; these can: torch"
+            ):
                 attention._IMPLS.choose(CUDA, name, refused)
         monkeypatch.setitem(dispatch._WHY_NOT, (name, "cuda"), "it is not installed")
         left = [n for n in want.split() if dispatch.unavailable(n, "cuda") is None]
         assert attention._IMPLS.choose(CUDA, None, refused) == left[0]
-    monkeypatch.setattr(dispatch, "_preferred", "flash_attn")  # FUSEDRL_IMPL is a preference: where it does not serve, the default does
+    # FUSEDRL_IMPL is a preference: where it does not serve, the default does
+    monkeypatch.setattr(dispatch, "_preferred", "flash_attn")
     assert attention._IMPLS.choose(CUDA, None, refused) == left[0]
 
 
@@ -116,19 +197,34 @@ def test_a_torch_without_grouped_heads(routes, monkeypatch):
 def test_probes(monkeypatch):
     assert dispatch.unavailable("flash_attn", "cpu") == "FlashAttention serves CUDA tensors only"
     if torch.version.cuda is None and torch.version.hip is None:
-        assert dispatch.unavailable("flash_attn", "cuda") == dispatch.unavailable("torch_varlen", "cuda") == "this torch was built without CUDA"
+        assert (
+            dispatch.unavailable("flash_attn", "cuda")
+            == dispatch.unavailable("torch_varlen", "cuda")
+            == "this torch was built without CUDA"
+        )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert "flash_attn.flash_attn_varlen_func is not importable" in probe("flash_attn", "flash_attn_varlen_func", set())[2]
+    assert (
+        "flash_attn.flash_attn_varlen_func is not importable"
+        in probe("flash_attn", "flash_attn_varlen_func", set())[2]
+    )
     package = types.ModuleType("flash_attn")
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     assert "has no attribute" in probe("flash_attn", "flash_attn_varlen_func", set())[2]
     package.flash_attn_varlen_func = lambda q, k, window_size: None
-    assert "does not take deterministic, softcap" in probe("flash_attn", "flash_attn_varlen_func",
-                                                                           {"window_size", "softcap", "deterministic"})[2]
+    assert (
+        "does not take deterministic, softcap"
+        in probe(
+            "flash_attn", "flash_attn_varlen_func", {"window_size", "softcap", "deterministic"}
+        )[2]
+    )
     package.flash_attn_varlen_func = flash_attn_varlen_func
-    found, known, why_not = probe("flash_attn", "flash_attn_varlen_func", {"window_size", "softcap"})
+    found, known, why_not = probe(
+        "flash_attn", "flash_attn_varlen_func", {"window_size", "softcap"}
+    )
     assert (found, why_not) == (flash_attn_varlen_func, None)
     assert "deterministic" in known
-    found, known, why_not = probe("torch.nn.attention.varlen", "varlen_attn", {"window_size", "scale"})
+    found, known, why_not = probe(
+        "torch.nn.attention.varlen", "varlen_attn", {"window_size", "scale"}
+    )
     assert (why_not, callable(found)) == (None, True)

@@ -1,4 +1,6 @@
-"""varlen_attention in Triton, through the interpreter: against the definition in float64, over tiles, forms and layouts."""
+"""varlen_attention in Triton, through the interpreter: against the definition in float64, over
+tiles, forms and layouts."""
+
 import pytest
 import torch
 
@@ -6,19 +8,33 @@ from fusedrl.kernels.attention import _triton as attention_triton
 from fusedrl.kernels.attention import varlen_attention, varlen_attention_reference
 
 pytestmark = pytest.mark.usefixtures("triton_runs")
-FORMS = [(True, None, None), (True, 1, None), (True, 20, 0.7), (False, None, None), (False, 3, None), (False, None, 3.0)]
+FORMS = [
+    (True, None, None),
+    (True, 1, None),
+    (True, 20, 0.7),
+    (False, None, None),
+    (False, 3, None),
+    (False, None, 3.0),
+]
 
 
 def inputs(device, lengths, heads=(2, 1), D=8, dtype=torch.float32, seed=0):
     draw = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(sum(lengths), h, D, generator=draw).to(device).to(dtype) for h in (heads[0], heads[1], heads[1]))
+    q, k, v = (
+        torch.randn(sum(lengths), h, D, generator=draw).to(device).to(dtype)
+        for h in (heads[0], heads[1], heads[1])
+    )
     return q, k, v, torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
 def run(device, q, k, v, cu_seqlens, attention=varlen_attention, upstream=None, **options):
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     out = attention(*leaves, cu_seqlens, **options)
-    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device) if upstream is None else upstream
+    upstream = (
+        torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        if upstream is None
+        else upstream
+    )
     out.backward(upstream.to(q.dtype))
     return [out.detach(), *(x.grad for x in leaves)]
 
@@ -26,12 +42,25 @@ def run(device, q, k, v, cu_seqlens, attention=varlen_attention, upstream=None, 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16, so that a short sequence has several."""
-    monkeypatch.setattr(attention_triton, "_shape", lambda D, backward: {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "R": 16, "C": 16})
+    monkeypatch.setattr(
+        attention_triton,
+        "_shape",
+        lambda D, backward: {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "R": 16, "C": 16},
+    )
 
 
 @pytest.mark.cpu_only("in float32, which Triton does not serve on a card")
 @pytest.mark.parametrize(("causal", "window", "softcap"), FORMS)
-@pytest.mark.parametrize(("lengths", "heads", "D"), [([], (2, 1), 8), ([0], (2, 1), 8), ([1], (1, 1), 1), ([3, 0, 18, 1], (2, 1), 18), ([37], (2, 2), 8)])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "D"),
+    [
+        ([], (2, 1), 8),
+        ([0], (2, 1), 8),
+        ([1], (1, 1), 1),
+        ([3, 0, 18, 1], (2, 1), 18),
+        ([37], (2, 2), 8),
+    ],
+)
 def test_matches_float64(lengths, heads, D, causal, window, softcap, small_tiles, device):
     q, k, v, ends = inputs(device, lengths, heads, D)
     options = {"causal": causal, "window": window, "softcap": softcap, "scale": 0.4}
@@ -39,7 +68,9 @@ def test_matches_float64(lengths, heads, D, causal, window, softcap, small_tiles
     if not sum(lengths):
         assert all(x.shape == y.shape for x, y in zip(got, (q, q, k, v), strict=True))
         return
-    want = run(device, q.double(), k.double(), v.double(), ends, varlen_attention_reference, **options)
+    want = run(
+        device, q.double(), k.double(), v.double(), ends, varlen_attention_reference, **options
+    )
     for ours, exact in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=5e-6)
 
@@ -47,10 +78,22 @@ def test_matches_float64(lengths, heads, D, causal, window, softcap, small_tiles
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_and_larger_tiles(dtype, device):
     q, k, v, ends = inputs(device, [70, 5], D=32, dtype=dtype)
-    got, naive = run(device, q, k, v, ends, max_length=70, impl="triton"), run(device, q, k, v, ends, varlen_attention_reference)
+    got, naive = (
+        run(device, q, k, v, ends, max_length=70, impl="triton"),
+        run(device, q, k, v, ends, varlen_attention_reference),
+    )
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device).to(dtype)
-    exact = run(device, q.double(), k.double(), v.double(), ends, varlen_attention_reference, upstream=upstream)
-    for ours, other, want in zip(got, naive, exact, strict=True):  # three, not two: the interpreter truncates to bfloat16
+    exact = run(
+        device,
+        q.double(),
+        k.double(),
+        v.double(),
+        ends,
+        varlen_attention_reference,
+        upstream=upstream,
+    )
+    # three, not two: the interpreter truncates to bfloat16
+    for ours, other, want in zip(got, naive, exact, strict=True):
         assert (ours.double() - want).norm() <= 3 * (other.double() - want).norm() + 1e-5
 
 
@@ -61,14 +104,25 @@ def test_bits_depend_on_the_sequence_alone(small_tiles, device):
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(2)).to(device)
     packed = run(device, q, k, v, ends, upstream=upstream, max_length=20, window=9, impl="triton")
     again = run(device, q, k, v, ends, upstream=upstream, max_length=40, window=9, impl="triton")
-    assert all(torch.equal(x, y) for x, y in zip(packed, again, strict=True)), "two runs, more programs than are needed"
+    assert all(torch.equal(x, y) for x, y in zip(packed, again, strict=True)), (
+        "two runs, more programs than are needed"
+    )
     for x in (q, k, v, upstream):
         x[18:21] = float("nan")
     poisoned = run(device, q, k, v, ends, upstream=upstream, max_length=20, window=9, impl="triton")
     for start, length in ((0, 18), (21, 20)):
         at = slice(start, start + length)
-        alone = run(device, q[at], k[at], v[at], torch.tensor([0, length], dtype=torch.int32, device=device), upstream=upstream[at], max_length=length,
-                    window=9, impl="triton")
+        alone = run(
+            device,
+            q[at],
+            k[at],
+            v[at],
+            torch.tensor([0, length], dtype=torch.int32, device=device),
+            upstream=upstream[at],
+            max_length=length,
+            window=9,
+            impl="triton",
+        )
         for x, y, z in zip(packed, poisoned, alone, strict=True):
             assert torch.equal(x[at], z)
             assert torch.equal(y[at], z)
@@ -85,16 +139,28 @@ def test_slices_of_a_projection_and_large_scores(small_tiles, device):
     large = run(device, 1000 * q, k, v, ends, max_length=20, impl="triton")
     exact = run(device, 1000 * q.double(), k.double(), v.double(), ends, varlen_attention_reference)
     for ours, other in zip(large, exact, strict=True):
-        torch.testing.assert_close(ours.double(), other, rtol=1e-3, atol=1e-3 * max(1.0, other.abs().max().item()))
+        torch.testing.assert_close(
+            ours.double(), other, rtol=1e-3, atol=1e-3 * max(1.0, other.abs().max().item())
+        )
 
 
 @pytest.mark.cpu_only("in float32, which Triton does not serve on a card")
 def test_known_wrong_variants_are_seen(small_tiles, device):
     q, k, v, ends = inputs(device, [20, 18])
-    right = run(device, q.double(), k.double(), v.double(), ends, varlen_attention_reference, window=7)
-    for options in ({"window": 8}, {"window": 6}, {"window": 7, "causal": False}, {"window": 7, "softcap": 1.0}, {"window": 7, "scale": 0.4}):
+    right = run(
+        device, q.double(), k.double(), v.double(), ends, varlen_attention_reference, window=7
+    )
+    for options in (
+        {"window": 8},
+        {"window": 6},
+        {"window": 7, "causal": False},
+        {"window": 7, "softcap": 1.0},
+        {"window": 7, "scale": 0.4},
+    ):
         wrong = run(device, q, k, v, ends, max_length=20, impl="triton", **options)
-        assert all((x.double() - y).abs().max() > 1e-3 for x, y in zip(wrong, right, strict=True)), options
+        assert all(
+            (x.double() - y).abs().max() > 1e-3 for x, y in zip(wrong, right, strict=True)
+        ), options
 
 
 @pytest.mark.cpu_only("in float32, which Triton does not serve on a card")
@@ -104,15 +170,23 @@ def test_as_a_custom_op(device):
     torch.library.opcheck(attention_triton.varlen_triton, (*leaves, ends, 2, True, 3, 0.5, 2.0))
     torch._dynamo.reset()
     compiled = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*leaves, ends, max_length=2, impl="triton"), varlen_attention(*leaves, ends, max_length=2, impl="triton"))
+    assert torch.equal(
+        compiled(*leaves, ends, max_length=2, impl="triton"),
+        varlen_attention(*leaves, ends, max_length=2, impl="triton"),
+    )
     with pytest.raises(RuntimeError, match="varlen_attention"):
-        torch.autograd.grad(varlen_attention(*leaves, ends, max_length=2, impl="triton").sum(), q, create_graph=True)
+        torch.autograd.grad(
+            varlen_attention(*leaves, ends, max_length=2, impl="triton").sum(), q, create_graph=True
+        )
 
 
 @pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
 def test_refuses_what_it_does_not_serve(device):
     q, k, v, ends = inputs(device, [3], D=264)
-    with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: it serves head dims up to 256, and this one is 264"):
+    with pytest.raises(
+        RuntimeError,
+        match="'triton' cannot run on cpu: it serves head dims up to 256, and this one is 264",
+    ):
         varlen_attention(q, k, v, ends, max_length=3, impl="triton")
     q, k, v, ends = inputs(device, [3], dtype=torch.float64)
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: it computes in float32"):

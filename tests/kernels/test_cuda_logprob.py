@@ -1,4 +1,6 @@
-"""logprob in CUDA C++, on a CPU: the product's launches through csrc/simt (tests/kernels/conftest.py), against float64."""
+"""logprob in CUDA C++, on a CPU: the product's launches through csrc/simt
+(tests/kernels/conftest.py), against float64."""
+
 import math
 
 import pytest
@@ -10,30 +12,73 @@ from fusedrl.kernels.logprob import logprob, logprob_reference
 from fusedrl.kernels.logprob._cuda import plan_backward, plan_forward
 from fusedrl.kernels.runtime import faults
 
-pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
+pytestmark = pytest.mark.cpu_only(
+    "csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others"
+)
 
 EPS = torch.finfo(torch.float32).eps
 
 
-def run(simt, logits, ids, temperature=1.0, ignore_index=-100, g=None, h=None, out=None, kept=(None, None)):
+def run(
+    simt,
+    logits,
+    ids,
+    temperature=1.0,
+    ignore_index=-100,
+    g=None,
+    h=None,
+    out=None,
+    kept=(None, None),
+):
     """(logp, entropy, gradient), twice: the same bits in whatever order threads run."""
-    value, per_row = (1.0, temperature.float()) if isinstance(temperature, torch.Tensor) else (temperature, None)
+    value, per_row = (
+        (1.0, temperature.float()) if isinstance(temperature, torch.Tensor) else (temperature, None)
+    )
     results = []
     for simt.descending in (False, True):
-        (logp, entropy, stats), launches = plan_forward(logits, ids, value, per_row, True, ignore_index, *kept)
+        (logp, entropy, stats), launches = plan_forward(
+            logits, ids, value, per_row, True, ignore_index, *kept
+        )
         simt.run(launches)
-        grad = torch.empty_like(logits).contiguous().fill_(9.0) if out is None else out.copy_(logits)
-        simt.run(plan_backward(g, h, logits if out is None else grad, ids, logp, stats, value, per_row, ignore_index, *kept, grad))
+        grad = (
+            torch.empty_like(logits).contiguous().fill_(9.0) if out is None else out.copy_(logits)
+        )
+        simt.run(
+            plan_backward(
+                g,
+                h,
+                logits if out is None else grad,
+                ids,
+                logp,
+                stats,
+                value,
+                per_row,
+                ignore_index,
+                *kept,
+                grad,
+            )
+        )
         results.append((logp, entropy, grad.clone()))
     simt.descending = False
-    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(*results, strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(*results, strict=True)
+    )
     return results[0]
 
 
 def by_reference(logits, ids, temperature=1.0, ignore_index=-100, g=None, h=None):
     z = logits.double().requires_grad_()
-    logp, entropy = logprob_reference(z, ids, temperature.double() if isinstance(temperature, torch.Tensor) else temperature, ignore_index)
-    loss = sum((torch.where(x.isfinite(), x, 0) * upstream.double()).sum() for x, upstream in ((logp, g), (entropy, h)) if upstream is not None)
+    logp, entropy = logprob_reference(
+        z,
+        ids,
+        temperature.double() if isinstance(temperature, torch.Tensor) else temperature,
+        ignore_index,
+    )
+    loss = sum(
+        (torch.where(x.isfinite(), x, 0) * upstream.double()).sum()
+        for x, upstream in ((logp, g), (entropy, h))
+        if upstream is not None
+    )
     (grad,) = torch.autograd.grad(loss, z)
     return logp.detach(), entropy.detach(), grad
 
@@ -41,16 +86,26 @@ def by_reference(logits, ids, temperature=1.0, ignore_index=-100, g=None, h=None
 def compare(simt, logits, ids, mask=None, **options):
     logp, entropy, grad = run(simt, logits, ids, **options)
     options = {name: value for name, value in options.items() if name not in ("out", "kept")}
-    logits = logits if mask is None else logits.masked_fill(~mask, -math.inf)  # the definition of `kept`
+    # the definition of `kept`
+    logits = logits if mask is None else logits.masked_fill(~mask, -math.inf)
     want_logp, want_entropy, want_grad = by_reference(logits, ids, **options)
     finite = want_logp > -math.inf
     assert torch.equal(logp > -math.inf, finite)
-    assert ((logp.double() - want_logp)[finite].abs() <= 8 * EPS * want_logp[finite].abs().clamp(min=1)).all()
-    torch.testing.assert_close(entropy.double(), want_entropy, rtol=0, atol=1e-5 * max(1.0, math.log(logits.shape[-1])))
+    assert (
+        (logp.double() - want_logp)[finite].abs() <= 8 * EPS * want_logp[finite].abs().clamp(min=1)
+    ).all()
+    torch.testing.assert_close(
+        entropy.double(), want_entropy, rtol=0, atol=1e-5 * max(1.0, math.log(logits.shape[-1]))
+    )
     assert grad.dtype == logits.dtype
     ulp = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[logits.dtype]
-    upstream = sum(t.abs()[:, None].double() for t in (options.get("g"), options.get("h")) if t is not None)
-    assert ((grad.double() - want_grad).abs() <= ulp * want_grad.abs() + 1e-6 * upstream.clamp(min=1.0) * (1 + want_entropy[:, None])).all()
+    upstream = sum(
+        t.abs()[:, None].double() for t in (options.get("g"), options.get("h")) if t is not None
+    )
+    assert (
+        (grad.double() - want_grad).abs()
+        <= ulp * want_grad.abs() + 1e-6 * upstream.clamp(min=1.0) * (1 + want_entropy[:, None])
+    ).all()
     return logp, entropy, grad
 
 
@@ -61,7 +116,8 @@ def make(N, V, seed=0, dtype=torch.float32, sd=3.0):
     return logits, torch.randint(V, (N,), generator=generator), g, h
 
 
-# A thread's vector is 4 or 8 columns, a block's step 1024 or 2048, a backward tile 8192. Odd V start the rows at every offset from 16 bytes.
+# A thread's vector is 4 or 8 columns, a block's step 1024 or 2048, a backward tile 8192. Odd V
+# start the rows at every offset from 16 bytes.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("V", [1, 2, 3, 31, 33, 1023, 2049, 8191, 8197, 20001])
 def test_is_the_reference(simt, dtype, V):
@@ -115,7 +171,8 @@ def test_bad_rows_stay_alone(simt):
     assert torch.equal(alone[2], grad[4:])
 
 
-# Rows: a tenth and the label, without the label, not listed, the label alone, every second one, all but one, both ends, ignored. What was not kept is NaN.
+# Rows: a tenth and the label, without the label, not listed, the label alone, every second one, all
+# but one, both ends, ignored. What was not kept is NaN.
 def truncated(V, dtype=torch.float32):
     logits, ids, g, h = make(8, V, dtype=dtype)
     column = torch.arange(V)
@@ -129,19 +186,28 @@ def truncated(V, dtype=torch.float32):
     mask[6] = (column == 0) | (column == V - 1)
     mask[1, (ids[1] + 1) % V] = True
     ids[7] = -100
-    listed = [row.nonzero().squeeze(1).int() if not row.all() else row.new_empty(0, dtype=torch.int32) for row in mask]
-    kept = Kept(torch.cat([*listed, torch.tensor([-3, 2**31 - 1], dtype=torch.int32)]), torch.tensor([0, *map(len, listed)]).cumsum(0))
+    listed = [
+        row.nonzero().squeeze(1).int() if not row.all() else row.new_empty(0, dtype=torch.int32)
+        for row in mask
+    ]
+    kept = Kept(
+        torch.cat([*listed, torch.tensor([-3, 2**31 - 1], dtype=torch.int32)]),
+        torch.tensor([0, *map(len, listed)]).cumsum(0),
+    )
     return logits.masked_fill(~mask, math.nan), ids, g, h, mask, kept
 
 
-# Maps of tiles of 8192 columns; a search for each tile's first kept column; rows at every offset from 16 bytes.
+# Maps of tiles of 8192 columns; a search for each tile's first kept column; rows at every offset
+# from 16 bytes.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("V", [2, 9, 1033, 8195, 16387])
 def test_kept(simt, dtype, V):
     logits, ids, g, h, mask, kept = truncated(V, dtype)
     mask[7] = True
     logits[7] = 0.0  # by_reference looks at it
-    logp, entropy, grad = compare(simt, logits, ids, mask, kept=kept, temperature=torch.linspace(0.5, 2.0, 8), g=g, h=h)
+    logp, entropy, grad = compare(
+        simt, logits, ids, mask, kept=kept, temperature=torch.linspace(0.5, 2.0, 8), g=g, h=h
+    )
     assert (logp[1], logp[3], entropy[3]) == (-math.inf, 0.0, 0.0)
     assert (grad[~mask] == 0).all()
     in_place = compare(simt, logits, ids, mask, kept=kept, g=g, h=h, out=torch.empty_like(logits))
@@ -158,7 +224,11 @@ def test_kept_that_is_wrong_or_holds_nan(simt):
     token_ids[offsets[5] - 1] = 1033  # of row 4
     token_ids[offsets[6]] = -1
     logp, entropy, grad = run(simt, logits, ids, g=g, h=h, kept=(token_ids, offsets))
-    assert logp.isnan().tolist() == entropy.isnan().tolist() == [True, False, False, False, True, False, True, False]
+    assert (
+        logp.isnan().tolist()
+        == entropy.isnan().tolist()
+        == [True, False, False, False, True, False, True, False]
+    )
     assert grad.isnan().any(1).tolist() == logp.isnan().tolist()
     assert (grad[~mask] == 0).all()
     with pytest.raises(IndexError, match="logprob: expected token ids"):
@@ -181,7 +251,8 @@ def test_an_id_out_of_range_raises_the_flag(simt):
 
 
 def test_writes_nothing_else(simt):
-    """Rows of a wider tensor that starts off a 16-byte boundary: nothing between the rows is read into anything or written."""
+    """Rows of a wider tensor that starts off a 16-byte boundary: nothing between the rows is read
+    into anything or written."""
     logits, ids, g, h = make(4, 1001)
     wide = torch.full((4, 1013), float("nan"))
     view = wide[:, 3:1004]
@@ -215,7 +286,9 @@ def test_ops_as_torch_sees_them(simt):
     leaf = logits.clone().requires_grad_()
     kept = Kept(torch.tensor([0, 7, 8, 20, 40], dtype=torch.int32), torch.tensor([0, 3, 5, 5]))
     for truncation in ((None, None), kept):
-        torch.library.opcheck(torch.ops.fusedrl.logprob_cuda, (leaf, ids, 0.7, None, True, -100, *truncation))
+        torch.library.opcheck(
+            torch.ops.fusedrl.logprob_cuda, (leaf, ids, 0.7, None, True, -100, *truncation)
+        )
     want = by_reference(logits, ids, 0.7, g=g, h=h)[2]
     compiled = torch.compile(torch.ops.fusedrl.logprob_cuda, fullgraph=True, backend="aot_eager")
     for function in (logprob_cuda.logprob_cuda, logprob_cuda.InPlaceCuda.apply, compiled):

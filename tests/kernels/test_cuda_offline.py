@@ -1,4 +1,6 @@
-"""The CUDA C++ sources compile for every GPU with no GPU at hand, by nvcc and by NVRTC, where those are, and spill on none."""
+"""The CUDA C++ sources compile for every GPU with no GPU at hand, by nvcc and by NVRTC, where those
+are, and spill on none."""
+
 import re
 import shutil
 import subprocess
@@ -14,8 +16,15 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 def _sources():
     """The first options of a file always, the others by `make test-full`."""
-    return [pytest.param(source, options, id=" ".join((source, *options)), marks=[] if first else [pytest.mark.full])
-            for source, options, first in cuda_sources()]
+    return [
+        pytest.param(
+            source,
+            options,
+            id=" ".join((source, *options)),
+            marks=[] if first else [pytest.mark.full],
+        )
+        for source, options, first in cuda_sources()
+    ]
 
 
 def _needs_nvrtc():
@@ -24,13 +33,16 @@ def _needs_nvrtc():
 
 
 def test_every_source_is_listed():
-    assert {parameter.values[0] for parameter in _sources()} == {path.name for path in nvrtc.source_folder().glob("*.cu")}
+    assert {parameter.values[0] for parameter in _sources()} == {
+        path.name for path in nvrtc.source_folder().glob("*.cu")
+    }
 
 
 def test_sources_hold_device_code_only():
     for path in (*nvrtc.source_folder().glob("*.cu"), *nvrtc.headers()):
         text = path.read_text()
-        assert set(re.findall(r"#include (.*)", text)) <= {'"common.cuh"', '"objectives.h"'}, path  # NVRTC needs nothing but itself
+        # NVRTC needs nothing but itself
+        assert set(re.findall(r"#include (.*)", text)) <= {'"common.cuh"', '"objectives.h"'}, path
         assert "<<<" not in text
         assert not re.search(r"atomic\w*\(", text), "sums are in a fixed order"
         assert text.count("__global__") == text.count('extern "C" __global__')
@@ -41,16 +53,37 @@ def test_nvcc(source, options, tmp_path, record_property):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc (users need none)")
     targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
-    done = subprocess.run(["nvcc", "-fatbin", "-std=c++17", "--resource-usage", f"-I{nvrtc.source_folder('shared')}", *targets, *options,
-                           "-o", str(tmp_path / "x.fatbin"), str(nvrtc.source_folder() / source)], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            "nvcc",
+            "-fatbin",
+            "-std=c++17",
+            "--resource-usage",
+            f"-I{nvrtc.source_folder('shared')}",
+            *targets,
+            *options,
+            "-o",
+            str(tmp_path / "x.fatbin"),
+            str(nvrtc.source_folder() / source),
+        ],
+        capture_output=True,
+        text=True,
+    )
     text = done.stdout + done.stderr
     assert done.returncode == 0, text
-    rows = re.findall(r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-                      text, re.DOTALL)
+    rows = re.findall(
+        r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        text,
+        re.DOTALL,
+    )
     assert {row[1] for row in rows} == set(ARCHITECTURES)
     for kernel, target, stack, stores, loads, registers in rows:
         record_property(f"{kernel} {target}", f"{registers} registers, {stack} bytes of stack")
-        print(f"{source} {' '.join(options)} {kernel} {target}: {registers} registers, {stack} stack, {stores} + {loads} spilled")
+        print(
+            f"{source} {' '.join(options)} {kernel} {target}: {registers} registers, {stack} "
+            f"stack, {stores} + {loads} spilled"
+        )
         assert (stack, stores, loads) == ("0", "0", "0"), f"{kernel} spills for {target}"
 
 
@@ -73,7 +106,10 @@ def test_cache(tmp_path):
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(b"kept")
     assert nvrtc.cached_cubin(*arguments) == b"kept"
-    assert nvrtc.cached_cubin("logprob.cu", ("-DDTYPE=1", "-DKEPT=0"), "sm_90", tmp_path / "cache") != first
+    assert (
+        nvrtc.cached_cubin("logprob.cu", ("-DDTYPE=1", "-DKEPT=0"), "sm_90", tmp_path / "cache")
+        != first
+    )
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="compiled again in every process"):
         assert nvrtc.cached_cubin(*arguments[:3], tmp_path / "file" / "cache") == first
@@ -81,5 +117,7 @@ def test_cache(tmp_path):
 
 def test_a_refusal_shows_the_log():
     _needs_nvrtc()
-    with pytest.raises(RuntimeError, match=r"expected NVRTC to compile it for sm_90(.|\n)*#if DTYPE == 0"):
+    with pytest.raises(
+        RuntimeError, match=r"expected NVRTC to compile it for sm_90(.|\n)*#if DTYPE == 0"
+    ):
         nvrtc.compile_cubin("logprob.cu", ("-DDTYPE=oops+",), "sm_90")

@@ -1,4 +1,6 @@
-"""csrc/simt itself: what it computes, and the faults that it must catch (tests/kernels/conftest.py drives it)."""
+"""csrc/simt itself: what it computes, and the faults that it must catch (tests/kernels/conftest.py
+drives it)."""
+
 from ctypes import c_float, c_int32, c_int64
 
 import pytest
@@ -6,7 +8,9 @@ import torch
 
 from fusedrl.kernels.runtime.nvrtc import Launch
 
-pytestmark = pytest.mark.cpu_only("csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others")
+pytestmark = pytest.mark.cpu_only(
+    "csrc/simt runs the CUDA sources on a CPU; on a card they are an implementation like the others"
+)
 
 SOURCE = """
 constexpr unsigned kAll = 0xffffffffu;
@@ -46,7 +50,9 @@ extern "C" __global__ void two_barriers() {
 extern "C" __global__ void half_a_warp(int* out) {
     if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(kAll, 1, 1);
 }
-extern "C" __global__ void not_in_its_mask(int* out) { out[threadIdx.x] = __shfl_xor_sync(0xffu, 1, 1); }
+extern "C" __global__ void not_in_its_mask(int* out) {
+    out[threadIdx.x] = __shfl_xor_sync(0xffu, 1, 1);
+}
 extern "C" __global__ void outside_the_mask(int* out) {
     if (threadIdx.x < 8) out[threadIdx.x] = __shfl_sync(0xffu, 1, 9);
 }
@@ -63,17 +69,29 @@ def call(simt, tmp_path_factory):
     def run(kernel, *arguments, block=64, grid=1, descending=False):
         simt.descending = descending
         simt.run([Launch("faults.cu", kernel, arguments, (grid, 1, 1), block)], sources=folder)
+
     return run
 
 
 @pytest.mark.parametrize("descending", [False, True])
 def test_warp_operations(call, descending):
-    t, out, total = torch.arange(64), torch.zeros(6, 64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    t, out, total = (
+        torch.arange(64),
+        torch.zeros(6, 64, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+    )
     call("warp", out, total, descending=descending)
     lane, first = t % 32, t // 32 * 32
     votes = sum(1 << i for i in range(0, 32, 3))
     small = torch.where(lane < 8, t ^ 1, 0)
-    rows = (t ^ 5, torch.where(lane < 29, t + 3, t), torch.where(lane >= 3, t - 3, t), first + 7, torch.full((64,), votes), small)
+    rows = (
+        t ^ 5,
+        torch.where(lane < 29, t + 3, t),
+        torch.where(lane >= 3, t - 3, t),
+        first + 7,
+        torch.full((64,), votes),
+        small,
+    )
     assert torch.equal(out, torch.stack(rows).int())
     assert total == 64
 
@@ -96,13 +114,21 @@ def test_shared_memory_starts_as_nan_in_every_block(call):
     assert x.isnan().all()
 
 
-@pytest.mark.parametrize("kernel, message", [
-    ("some_leave", "divergent barrier"), ("two_barriers", "divergent __syncthreads"), ("half_a_warp", "divergent barrier"),
-    ("not_in_its_mask", "not in the mask of its own"), ("outside_the_mask", "outside its mask"),
-])
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        ("some_leave", "divergent barrier"),
+        ("two_barriers", "divergent __syncthreads"),
+        ("half_a_warp", "divergent barrier"),
+        ("not_in_its_mask", "not in the mask of its own"),
+        ("outside_the_mask", "outside its mask"),
+    ],
+)
 @pytest.mark.parametrize("descending", [False, True])
 def test_faults_are_errors(call, kernel, message, descending):
-    arguments = () if kernel in ("some_leave", "two_barriers") else (torch.zeros(64, dtype=torch.int32),)
+    arguments = (
+        () if kernel in ("some_leave", "two_barriers") else (torch.zeros(64, dtype=torch.int32),)
+    )
     with pytest.raises(RuntimeError, match=message):
         call(kernel, *arguments, descending=descending)
     x = torch.arange(64.0)
@@ -114,6 +140,9 @@ def test_arguments_are_checked_by_size(call):
     out = torch.zeros(1)
     call("takes", c_int32(1), c_float(0.5), c_int64(2), out)
     assert out == 3.5
-    for wrong in ((c_int32(1), c_float(0.5), c_int32(2), out), (c_int32(1), c_float(0.5), c_int64(2))):
+    for wrong in (
+        (c_int32(1), c_float(0.5), c_int32(2), out),
+        (c_int32(1), c_float(0.5), c_int64(2)),
+    ):
         with pytest.raises(AssertionError, match="sizes of the arguments"):
             call("takes", *wrong)

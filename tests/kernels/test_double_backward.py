@@ -1,4 +1,6 @@
-"""Gradients computed by hand carry no graph. A second derivative through them must be refused, not taken for zero."""
+"""Gradients computed by hand carry no graph. A second derivative through them must be refused, not
+taken for zero."""
+
 import pytest
 import torch
 
@@ -16,8 +18,12 @@ def ids(x):
 OPS = {
     "logprob": lambda x, impl: logprob(x, ids(x), impl=impl),
     "linear_logprob": lambda x, impl: linear_logprob(x, x.detach().flip(0), ids(x) % 3, impl=impl),
-    "varlen_attention": lambda x, impl: varlen_attention(*(x.view(3, 1, 4),) * 3, x.new_tensor([0, 3], dtype=torch.int32), max_length=3, impl=impl),
-    "policy_loss": lambda x, impl: policy_loss(x[:, 0], x.detach()[:, 1], x.detach()[:, 2], x.new_ones(3) / 3, impl=impl)[0],
+    "varlen_attention": lambda x, impl: varlen_attention(
+        *(x.view(3, 1, 4),) * 3, x.new_tensor([0, 3], dtype=torch.int32), max_length=3, impl=impl
+    ),
+    "policy_loss": lambda x, impl: policy_loss(
+        x[:, 0], x.detach()[:, 1], x.detach()[:, 2], x.new_ones(3) / 3, impl=impl
+    )[0],
 }
 
 
@@ -28,8 +34,13 @@ def test_refused_by_the_fused_ops(name, device):
         pytest.skip(str(unavailable(fused, device.type)))
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     with pytest.raises(RuntimeError, match=r"double backward|no autograd formula"):
-        (gradient,) = torch.autograd.grad(OPS[name](x.bfloat16() if (name, fused) == ("varlen_attention", "triton") else x, fused).square().sum(), x,
-                                          create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            OPS[name](x.bfloat16() if (name, fused) == ("varlen_attention", "triton") else x, fused)
+            .square()
+            .sum(),
+            x,
+            create_graph=True,
+        )
         gradient.square().sum().backward()
 
 

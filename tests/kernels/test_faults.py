@@ -1,4 +1,6 @@
-"""The flag by which kernels on a GPU report ids out of range: here raised by Triton's interpreter on CPU tensors."""
+"""The flag by which kernels on a GPU report ids out of range: here raised by Triton's interpreter
+on CPU tensors."""
+
 import pytest
 import torch
 
@@ -7,8 +9,14 @@ from fusedrl.kernels.logprob import logprob, logprob_, logprob_reference
 from fusedrl.kernels.runtime import faults
 from fusedrl.kernels.runtime.dispatch import unavailable
 
-pytestmark = [pytest.mark.skipif(bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))),
-              pytest.mark.cpu_only("the flag as the interpreter raises it; a card's is read in test_generator.py")]
+pytestmark = [
+    pytest.mark.skipif(
+        bool(unavailable("triton", "cpu")), reason=str(unavailable("triton", "cpu"))
+    ),
+    pytest.mark.cpu_only(
+        "the flag as the interpreter raises it; a card's is read in test_generator.py"
+    ),
+]
 LOGITS = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
 GOOD, BAD = torch.tensor([1, -100, 49, 3]), torch.tensor([1, -100, 50, 3])
 
@@ -42,7 +50,9 @@ def test_an_id_out_of_range_is_raised_once(wrong):
     torch.testing.assert_close(logp[[0, 1, 3]], want[[0, 1, 3]])
     faults.raise_faults(torch.device("cuda"))  # not that one's
     forward(GOOD)  # nobody takes it back
-    with pytest.raises(IndexError, match=r"^logprob: expected token ids .* on cpu.* results of its row are NaN"):
+    with pytest.raises(
+        IndexError, match=r"^logprob: expected token ids .* on cpu.* results of its row are NaN"
+    ):
         faults.raise_faults(torch.device("cpu"))
     faults.raise_faults()
 
@@ -64,7 +74,11 @@ def test_the_heads_report_too():
     from fusedrl.kernels.linear_logprob import linear_logprob
 
     hidden, weight = torch.randn(4, 8), torch.randn(50, 8)
-    compiled = torch.compile(lambda ids: linear_logprob(hidden, weight, ids, impl="triton"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda ids: linear_logprob(hidden, weight, ids, impl="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     compiled(GOOD)
     faults.raise_faults()
     assert compiled(BAD).isnan().tolist() == [False, False, True, False]
@@ -80,8 +94,11 @@ def test_the_checks_on_cpu_tensors_come_first():
 
 
 def test_flag_under_compile_and_inference_mode():
-    # A compiled graph reads no ids on the host, so the flag is all there is; functionalization neither drops the call nor trips over it.
-    compiled = torch.compile(lambda z, ids: logprob(z, ids, impl="triton"), fullgraph=True, backend="aot_eager")
+    # A compiled graph reads no ids on the host, so the flag is all there is; functionalization
+    # neither drops the call nor trips over it.
+    compiled = torch.compile(
+        lambda z, ids: logprob(z, ids, impl="triton"), fullgraph=True, backend="aot_eager"
+    )
     leaf = LOGITS.clone().requires_grad_()
     compiled(leaf, GOOD).sum().backward()
     faults.raise_faults()

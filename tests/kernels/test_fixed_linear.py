@@ -1,4 +1,5 @@
 """fixed_linear: right, and the same bits for a row whatever stands around it."""
+
 import functools
 
 import pytest
@@ -8,12 +9,24 @@ from fusedrl.kernels.fixed_linear import fixed_linear
 from fusedrl.kernels.runtime import native
 
 CPP = pytest.mark.skipif(not native.capability, reason=str(native.reason))
-SIZES = [(1, 1, 1), (3, 257, 5), (64, 256, 32), (65, 300, 33), (130, 24, 100), (0, 8, 4), (5, 0, 3), (5, 8, 0)]
+SIZES = [
+    (1, 1, 1),
+    (3, 257, 5),
+    (64, 256, 32),
+    (65, 300, 33),
+    (130, 24, 100),
+    (0, 8, 4),
+    (5, 0, 3),
+    (5, 8, 0),
+]
 
 
 def inputs(device, N, K, O, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(shape, generator=generator).to(device).to(dtype) for shape in ((N, K), (O, K), (O,)))
+    return tuple(
+        torch.randn(shape, generator=generator).to(device).to(dtype)
+        for shape in ((N, K), (O, K), (O,))
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -25,7 +38,8 @@ def test_against_float64(size, dtype, impl, device):
         expected = x.double() @ w.double().T + (b.double() if bias is not None else 0.0)
         ours = fixed_linear(x, w, bias, impl=impl)
         assert ours.dtype == torch.float32
-        bound = 1e-6 * (x.double().abs() @ w.double().abs().T + 1.0)  # float32 sums of rounded inputs
+        # float32 sums of rounded inputs
+        bound = 1e-6 * (x.double().abs() @ w.double().abs().T + 1.0)
         assert bool(((ours.double() - expected).abs() <= bound).all())
 
 
@@ -34,9 +48,16 @@ def test_against_float64(size, dtype, impl, device):
 def test_softcap_against_float64(size, impl, device):
     x, w, b = inputs(device, *size)
     for bias in (b, None):
-        expected = 2.5 * torch.tanh((x.double() @ w.double().T + (b.double() if bias is not None else 0.0)) / 2.5)
+        expected = 2.5 * torch.tanh(
+            (x.double() @ w.double().T + (b.double() if bias is not None else 0.0)) / 2.5
+        )
         bound = 2e-6 * (x.double().abs() @ w.double().abs().T + 1.0)
-        assert bool(((fixed_linear(x, w, bias, softcap=2.5, impl=impl).double() - expected).abs() <= bound).all())
+        assert bool(
+            (
+                (fixed_linear(x, w, bias, softcap=2.5, impl=impl).double() - expected).abs()
+                <= bound
+            ).all()
+        )
 
 
 @pytest.mark.cpu_only("the C++ kernels; Triton's rows are below")
@@ -49,8 +70,8 @@ def test_a_row_does_not_depend_on_its_companions(dtype, softcap, device):
     whole = run(x, w, b)
     assert torch.equal(whole, run(x, w, b))
     for n in (0, 1, 63, 64, 127, 130):
-        assert torch.equal(run(x[n:n + 1], w, b), whole[n:n + 1])
-        assert torch.equal(run(x[max(0, n - 32):n + 1], w, b)[-1], whole[n])
+        assert torch.equal(run(x[n : n + 1], w, b), whole[n : n + 1])
+        assert torch.equal(run(x[max(0, n - 32) : n + 1], w, b)[-1], whole[n])
     strange = torch.cat([torch.full_like(x[:40], torch.nan), x])
     assert torch.equal(run(strange, w, b)[40:], whole)
 
@@ -61,7 +82,7 @@ def test_the_negative_control(device):
     """The BLAS's rows do depend on their number, or the test above would show nothing."""
     x, w, _ = inputs(device, 131, 300, 70)
     whole = x @ w.T
-    assert any(not torch.equal(x[n:n + 1] @ w.T, whole[n:n + 1]) for n in range(131))
+    assert any(not torch.equal(x[n : n + 1] @ w.T, whole[n : n + 1]) for n in range(131))
 
 
 @pytest.mark.cpu_only("threads of the C++ kernels")
@@ -83,7 +104,10 @@ def test_strides_compile_and_opcheck(device):
     x, w, b = inputs(device, 9, 20, 12)
     wide = torch.randn(9, 40, device=device)
     wide[:, ::2] = x
-    assert torch.equal(fixed_linear(wide[:, ::2], w.T.contiguous().T, b, impl="cpp"), fixed_linear(x, w, b, impl="cpp"))
+    assert torch.equal(
+        fixed_linear(wide[:, ::2], w.T.contiguous().T, b, impl="cpp"),
+        fixed_linear(x, w, b, impl="cpp"),
+    )
     torch.library.opcheck(torch.ops.fusedrl.fixed_linear.default, (x, w, b))
     torch.library.opcheck(torch.ops.fusedrl.fixed_linear.default, (x, w, None, 2.0))
     compiled = torch.compile(lambda x: fixed_linear(x, w, b), fullgraph=True, backend="aot_eager")
@@ -102,11 +126,15 @@ def test_refuses(device):
         fixed_linear(x, w.double())
     with pytest.raises(TypeError, match="expected x of dtype float32, bfloat16"):
         fixed_linear(x.double(), w.double(), impl="cpp")
-    with pytest.raises(RuntimeError, match=r"takes x and weights of one dtype, got torch\.float32 and bfloat16; these can: torch"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"takes x and weights of one dtype, got torch\.float32 and bfloat16; these can: "
+        r"torch",
+    ):
         fixed_linear(x, w.bfloat16(), impl="cpp")
 
 
-# ---- Triton --------------------------------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = [(F32, F32), (BF16, BF16), (F32, BF16), (F16, BF16)]
 
@@ -115,25 +143,41 @@ PAIRS = [(F32, F32), (BF16, BF16), (F32, BF16), (F16, BF16)]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 def test_triton_against_float64(size, dtypes, device):
-    x, w, b = (t.to(dtype) for t, dtype in zip(inputs(device, *size), (dtypes[0], dtypes[1], dtypes[1]), strict=True))
+    x, w, b = (
+        t.to(dtype)
+        for t, dtype in zip(inputs(device, *size), (dtypes[0], dtypes[1], dtypes[1]), strict=True)
+    )
     for bias, softcap in ((b, None), (None, 2.5)):
         expected = x.double() @ w.double().T + (0.0 if bias is None else b.double())
         expected = expected if softcap is None else softcap * torch.tanh(expected / softcap)
-        # float32 sums; of float32 beside bfloat16 two halves hold 16 bits, 15 where the interpreter truncates
-        bound = (2.0**-15 if dtypes == (F32, BF16) else 2e-6) * (x.double().abs() @ w.double().abs().T + 1.0)
-        assert bool(((fixed_linear(x, w, bias, softcap=softcap, impl="triton").double() - expected).abs() <= bound).all())
+        # float32 sums; of float32 beside bfloat16 two halves hold 16 bits, 15 where the interpreter
+        # truncates
+        bound = (2.0**-15 if dtypes == (F32, BF16) else 2e-6) * (
+            x.double().abs() @ w.double().abs().T + 1.0
+        )
+        assert bool(
+            (
+                (fixed_linear(x, w, bias, softcap=softcap, impl="triton").double() - expected).abs()
+                <= bound
+            ).all()
+        )
 
 
 @pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 def test_a_row_of_triton_does_not_depend_on_its_companions(dtypes, device):
-    x, w, b = (t.to(dtype) for t, dtype in zip(inputs(device, 131, 150, 70), (dtypes[0], dtypes[1], dtypes[1]), strict=True))
+    x, w, b = (
+        t.to(dtype)
+        for t, dtype in zip(
+            inputs(device, 131, 150, 70), (dtypes[0], dtypes[1], dtypes[1]), strict=True
+        )
+    )
     run = functools.partial(fixed_linear, weight=w, bias=b, softcap=4.0, impl="triton")
     whole = run(x)
     assert torch.equal(whole, run(x))
     for n in (0, 31, 64, 130):
-        assert torch.equal(run(x[n:n + 1]), whole[n:n + 1])
-        assert torch.equal(run(x[max(0, n - 32):n + 1])[-1], whole[n])
+        assert torch.equal(run(x[n : n + 1]), whole[n : n + 1])
+        assert torch.equal(run(x[max(0, n - 32) : n + 1])[-1], whole[n])
     strange = torch.cat([torch.full_like(x[:40], torch.nan), x])
     assert torch.equal(run(strange)[40:], whole)
 
@@ -142,5 +186,7 @@ def test_a_row_of_triton_does_not_depend_on_its_companions(dtypes, device):
 def test_triton_in_the_compiler(device):
     x, w, b = inputs(device, 3, 20, 5)
     torch.library.opcheck(torch.ops.fusedrl.fixed_linear_triton.default, (x, w, b, 2.0))
-    compiled = torch.compile(lambda x: fixed_linear(x, w, b, impl="triton"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: fixed_linear(x, w, b, impl="triton"), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(x), fixed_linear(x, w, b, impl="triton"))

@@ -12,9 +12,11 @@ INF = float("inf")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Triton's block cut to 32 columns: the interpreter costs time by lane, and the running maxima come into play."""
+    """Triton's block cut to 32 columns: the interpreter costs time by lane, and the running maxima
+    come into play."""
     if unavailable("triton", "cpu") is None:
         from fusedrl.kernels.full_kl import _triton as full_kl_triton
+
         monkeypatch.setattr(full_kl_triton, "_BLOCK", 32)
 
 
@@ -43,14 +45,23 @@ def gradient(z, x, g, impl, **options):
 def test_the_reference_is_the_textbook(direction, device):
     z, x = make(device, 4, 19, dtype=torch.float64)
     for T in (1.0, 0.7):
-        torch.testing.assert_close(full_kl(z, x, temperature=T, direction=direction, impl="torch"), by_hand(z, x, T, direction))
-        assert torch.autograd.gradcheck(lambda y, T=T: full_kl_reference(y, x, None, T, direction), z.clone().requires_grad_())
+        torch.testing.assert_close(
+            full_kl(z, x, temperature=T, direction=direction, impl="torch"),
+            by_hand(z, x, T, direction),
+        )
+        assert torch.autograd.gradcheck(
+            lambda y, T=T: full_kl_reference(y, x, None, T, direction), z.clone().requires_grad_()
+        )
     hidden = x.clone()
     hidden[:, :5] = z[:, :5] = -INF  # masked in both: as if the columns were not there
-    assert torch.autograd.gradcheck(lambda y: full_kl_reference(torch.cat([z[:, :5], y], -1), hidden, None, 1.0, direction), z[:, 5:].clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda y: full_kl_reference(torch.cat([z[:, :5], y], -1), hidden, None, 1.0, direction),
+        z[:, 5:].clone().requires_grad_(),
+    )
 
 
-# One column; around a vector, two, a block of 1024 and one of Triton's; logits far apart, large, nearly equal, offset by 1e4.
+# One column; around a vector, two, a block of 1024 and one of Triton's; logits far apart, large,
+# nearly equal, offset by 1e4.
 @pytest.mark.each_impl("full_kl")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("V", [1, 2, 31, 33, 1023, 1025, 2500])
@@ -59,15 +70,25 @@ def test_matches_float64(impl, direction, V, device):
     if interpreted(impl, device) and V > 100:
         pytest.skip("the interpreter takes milliseconds a block of 32")
     g = torch.tensor([1.0, -2.5, 0.3], device=device)
-    for scale, apart, offset, T in ((3.0, 1.0, 0.0, 1.0), (1.0, 1e-3, 0.0, 0.7), (10.0, 30.0, 0.0, 1.5), (1.0, 1.0, 1e4, 0.7), (100.0, 100.0, 0.0, 1.0)):
+    for scale, apart, offset, T in (
+        (3.0, 1.0, 0.0, 1.0),
+        (1.0, 1e-3, 0.0, 0.7),
+        (10.0, 30.0, 0.0, 1.5),
+        (1.0, 1.0, 1e4, 0.7),
+        (100.0, 100.0, 0.0, 1.0),
+    ):
         z, x = make(device, N, V, scale, apart)
         z, x = z + offset, x + offset
         kl, grad = gradient(z, x, g, impl, temperature=T, direction=direction)
-        want, want_grad = gradient(z.double(), x.double(), g.double(), "torch", temperature=T, direction=direction)
+        want, want_grad = gradient(
+            z.double(), x.double(), g.double(), "torch", temperature=T, direction=direction
+        )
         assert kl.dtype == torch.float32
         torch.testing.assert_close(kl.double(), want, atol=2e-6, rtol=4e-6)
         # p (l - KL): l and KL carry the rounding of their size
-        torch.testing.assert_close(grad.double(), want_grad, atol=2e-6 * max(1.0, want.max().item()), rtol=2e-5)
+        torch.testing.assert_close(
+            grad.double(), want_grad, atol=2e-6 * max(1.0, want.max().item()), rtol=2e-5
+        )
 
 
 @pytest.mark.each_impl("full_kl")
@@ -97,8 +118,12 @@ def test_properties(impl, direction, V, device):
     if direction == "jsd":
         far, near = torch.full((1, V), -1e4, device=device), torch.full((1, V), -1e4, device=device)
         far[0, 0] = near[0, V - 1] = 1e4
-        assert full_kl(far, near, direction=direction, impl=impl).item() == pytest.approx(math.log(2.0), abs=1e-7)
-        torch.testing.assert_close(full_kl(x, z, direction=direction, impl=impl), kl, atol=1e-6, rtol=1e-6)
+        assert full_kl(far, near, direction=direction, impl=impl).item() == pytest.approx(
+            math.log(2.0), abs=1e-7
+        )
+        torch.testing.assert_close(
+            full_kl(x, z, direction=direction, impl=impl), kl, atol=1e-6, rtol=1e-6
+        )
     same, none = gradient(z, z, g, impl, direction=direction)
     assert same.eq(0).all()
     assert none.abs().max() < 2e-7
@@ -110,7 +135,10 @@ def test_properties(impl, direction, V, device):
     assert torch.equal(again, kl)
     assert torch.equal(grad_again, grad)
     # row strides, and canaries behind the rows
-    wide, wide_ref = torch.full((3, 2 * V), float("nan"), device=device), torch.full((3, V + 5), float("nan"), device=device)
+    wide, wide_ref = (
+        torch.full((3, 2 * V), float("nan"), device=device),
+        torch.full((3, V + 5), float("nan"), device=device),
+    )
     wide[:, :V], wide_ref[:, :V] = z, x
     strided, strided_grad = gradient(wide[:, :V], wide_ref[:, :V], g, impl, direction=direction)
     assert torch.equal(strided, kl)
@@ -130,15 +158,27 @@ def test_minus_infinity_contributes_nothing(impl, direction, device):
     z[7, 0] = -200.0  # p underflows where r is absent: still infinite
     x[7, 0] = -INF
     kl, grad = gradient(z, x, torch.ones(8, device=device), impl, direction=direction)
-    want, want_grad = gradient(z.double(), x.double(), torch.ones(8, dtype=torch.float64, device=device), "torch", direction=direction)
+    want, want_grad = gradient(
+        z.double(),
+        x.double(),
+        torch.ones(8, dtype=torch.float64, device=device),
+        "torch",
+        direction=direction,
+    )
     torch.testing.assert_close(kl.double(), want, atol=2e-6, rtol=4e-6)
     torch.testing.assert_close(grad.double(), want_grad, atol=2e-6, rtol=2e-5)
     present = z[1] > -INF
-    compact, _ = gradient(z[1:2, present], x[1:2, present], torch.ones(1, device=device), impl, direction=direction)
+    compact, _ = gradient(
+        z[1:2, present], x[1:2, present], torch.ones(1, device=device), impl, direction=direction
+    )
     torch.testing.assert_close(kl[1:2], compact, atol=1e-6, rtol=1e-6)
     assert grad[1, ~present].eq(0).all()
     ln2 = math.log(2.0)
-    special = {"reverse": [0, INF, 0, 0, INF, INF], "forward": [INF, 0, 0, INF, 0, 0], "jsd": [0, 0, 0, ln2 / 2, ln2 / 2, 0]}[direction]
+    special = {
+        "reverse": [0, INF, 0, 0, INF, INF],
+        "forward": [INF, 0, 0, INF, 0, 0],
+        "jsd": [0, 0, 0, ln2 / 2, ln2 / 2, 0],
+    }[direction]
     for row, value in zip((2, 3, 4, 5, 6, 7), special, strict=True):
         if value or row == 4:
             assert kl[row].item() == pytest.approx(value)
@@ -166,7 +206,9 @@ def test_broken_and_masked_rows_stay_to_themselves(impl, direction, device):
     assert torch.equal(grad[4], clean_grad[4])
     assert kl[~mask].eq(0).all()
     assert grad[~mask].eq(0).all()
-    shaped = full_kl(z.view(2, 3, 70), x.view(2, 3, 70), mask=mask.view(2, 3), direction=direction, impl=impl)
+    shaped = full_kl(
+        z.view(2, 3, 70), x.view(2, 3, 70), mask=mask.view(2, 3), direction=direction, impl=impl
+    )
     assert torch.equal(shaped, kl.view(2, 3))
     assert full_kl(z[:0], x[:0], direction=direction, impl=impl).shape == (0,)
 
@@ -179,16 +221,30 @@ def test_opcheck_and_compile(impl, device):
     if impl == "cpp":
         torch.library.opcheck(torch.ops.fusedrl.full_kl.default, (z, x, mask, 0.9, 2))
         kl, stats = torch.ops.fusedrl.full_kl_forward(z.detach(), x, None, 0.9, 0)
-        torch.library.opcheck(torch.ops.fusedrl.full_kl_forward.default, (z.detach(), x, mask, 0.9, 1))
-        torch.library.opcheck(torch.ops.fusedrl.full_kl_backward.default, (kl, z.detach(), x, stats, 0.9, 0))
-        with pytest.raises(RuntimeError, match="full_kl: expected one backward pass, got a double backward"):
+        torch.library.opcheck(
+            torch.ops.fusedrl.full_kl_forward.default, (z.detach(), x, mask, 0.9, 1)
+        )
+        torch.library.opcheck(
+            torch.ops.fusedrl.full_kl_backward.default, (kl, z.detach(), x, stats, 0.9, 0)
+        )
+        with pytest.raises(
+            RuntimeError, match="full_kl: expected one backward pass, got a double backward"
+        ):
             torch.autograd.grad(full_kl(z, x, impl=impl).sum(), z, create_graph=True)
     if impl == "triton":
-        torch.library.opcheck(torch.ops.fusedrl.full_kl_triton.default, (z, x, mask, 0.9, 2), test_utils=("test_schema", "test_faketensor"))
-    compiled = torch.compile(full_kl, fullgraph=True, backend="aot_eager")(z, x, mask=mask, direction="reverse", impl=impl)
+        torch.library.opcheck(
+            torch.ops.fusedrl.full_kl_triton.default,
+            (z, x, mask, 0.9, 2),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+    compiled = torch.compile(full_kl, fullgraph=True, backend="aot_eager")(
+        z, x, mask=mask, direction="reverse", impl=impl
+    )
     eager = full_kl(z, x, mask=mask, impl=impl)
     torch.testing.assert_close(compiled, eager, atol=0, rtol=0)
-    torch.testing.assert_close(*(torch.autograd.grad(kl.sum(), z)[0] for kl in (compiled, eager)), atol=0, rtol=0)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(kl.sum(), z)[0] for kl in (compiled, eager)), atol=0, rtol=0
+    )
 
 
 def test_refuses_what_it_does_not_support(device):

@@ -1,4 +1,6 @@
-"""Every Triton kernel compiles for sm_80, sm_90, sm_100 and gfx942 with no GPU at hand, and spills on none of them."""
+"""Every Triton kernel compiles for sm_80, sm_90, sm_100 and gfx942 with no GPU at hand, and spills
+on none of them."""
+
 import json
 import os
 import subprocess
@@ -13,10 +15,16 @@ SCRIPT = Path(__file__).resolve().parents[1] / "offline_compile.py"
 
 
 def run(arguments, **environment):
-    # A process of its own: here triton was imported for its interpreter, which has no compiler behind @triton.jit.
+    # A process of its own: here triton was imported for its interpreter, which has no compiler
+    # behind @triton.jit.
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], env=kept | environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

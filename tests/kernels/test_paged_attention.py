@@ -11,47 +11,78 @@ from fusedrl.kernels.paged_attention import paged_attention, paged_attention_ref
 from fusedrl.kernels.runtime import native
 
 LENS = [0, 1, 16, 17, 33, 70]
-# (query heads, key/value heads, head dim, block size): groups of 1, 2, 4, 7, and 17, which takes two Triton programs; odd head dims; block sizes at,
-# off, below and above the vector and the tile.
-SHAPES = [(4, 2, 8, 16), (4, 1, 80, 16), (7, 1, 5, 24), (3, 3, 1, 5), (17, 1, 12, 64), (2, 2, 33, 1)]
+# (query heads, key/value heads, head dim, block size): groups of 1, 2, 4, 7, and 17, which takes
+# two Triton programs; odd head dims; block sizes at, off, below and above the vector and the tile.
+SHAPES = [
+    (4, 2, 8, 16),
+    (4, 1, 80, 16),
+    (7, 1, 5, 24),
+    (3, 3, 1, 5),
+    (17, 1, 12, 64),
+    (2, 2, 33, 1),
+]
 
 
 @pytest.fixture(autouse=True)
 def small_splits(monkeypatch):
-    """Triton's split cut to 32 positions, in tiles of at most 32: short rows then have several of both."""
+    """Triton's split cut to 32 positions, in tiles of at most 32: short rows then have several of
+    both."""
     if module.triton is not None:
         shape = module._shape
         monkeypatch.setattr(module, "_SPLIT", 32)
-        monkeypatch.setattr(module, "_shape", lambda D, bytes_: shape(D, bytes_) | {"TILE": 16 if D < 16 else 32})
+        monkeypatch.setattr(
+            module, "_shape", lambda D, bytes_: shape(D, bytes_) | {"TILE": 16 if D < 16 else 32}
+        )
 
 
 def inputs(device, lens=LENS, shape=SHAPES[0], dtype=torch.float32, fill=math.nan, width=0, seed=0):
-    """q, caches of `fill` in which only the rows' own slots are written, and a table whose other entries are wild."""
+    """q, caches of `fill` in which only the rows' own slots are written, and a table whose other
+    entries are wild."""
     (Hq, Hkv, D, S), generator = shape, torch.Generator().manual_seed(seed)
     need = [-(-n // S) for n in lens]
     blocks = torch.randperm(sum(need) + 2, generator=generator).to(device).int()
-    table = torch.full((len(lens), max([*need, 0]) + width), 2**31 - 1, dtype=torch.int32, device=device)
-    k, v = torch.full((sum(need) + 2, Hkv, D, S), fill, dtype=dtype, device=device), torch.full((sum(need) + 2, Hkv, S, D), fill, dtype=dtype, device=device)
+    table = torch.full(
+        (len(lens), max([*need, 0]) + width), 2**31 - 1, dtype=torch.int32, device=device
+    )
+    k, v = (
+        torch.full((sum(need) + 2, Hkv, D, S), fill, dtype=dtype, device=device),
+        torch.full((sum(need) + 2, Hkv, S, D), fill, dtype=dtype, device=device),
+    )
     for row, n in enumerate(lens):
         table[row, : need[row]] = blocks[sum(need[:row]) :][: need[row]]
         for t in range(n):
             block = table[row, t // S]
-            k[block, :, :, t % S], v[block, :, t % S] = torch.randn(2, Hkv, D, generator=generator).to(device).to(dtype)
+            k[block, :, :, t % S], v[block, :, t % S] = (
+                torch.randn(2, Hkv, D, generator=generator).to(device).to(dtype)
+            )
     q = torch.randn(len(lens), Hq, D, generator=generator).to(device).to(dtype)
     return q, k, v, table, torch.tensor(lens, device=device)
 
 
 def by_hand(device, q, k, v, table, lens, window=None, softcap=None, scale=None):
     """One row, one head at a time, from the words of the docstring."""
-    out, S, group = torch.zeros(q.shape, dtype=torch.float64, device=device), v.shape[2], q.shape[1] // k.shape[1]
+    out, S, group = (
+        torch.zeros(q.shape, dtype=torch.float64, device=device),
+        v.shape[2],
+        q.shape[1] // k.shape[1],
+    )
     for b, n in enumerate(lens.tolist()):
         seen = range(max(0, n - (window or n)), n)
         for h in range(q.shape[1]):
-            z = [(q[b, h].double() @ k[table[b, t // S], h // group, :, t % S].double()) * (scale or q.shape[2] ** -0.5) for t in seen]
+            z = [
+                (q[b, h].double() @ k[table[b, t // S], h // group, :, t % S].double())
+                * (scale or q.shape[2] ** -0.5)
+                for t in seen
+            ]
             z = [softcap * torch.tanh(x / softcap) for x in z] if softcap else z
             weights = torch.tensor(z, dtype=torch.float64, device=device).softmax(0)
-            out[b, h] = sum((w * v[table[b, t // S], h // group, t % S].double() for w, t in zip(weights, seen, strict=True)),
-                            torch.zeros(q.shape[2], device=device))
+            out[b, h] = sum(
+                (
+                    w * v[table[b, t // S], h // group, t % S].double()
+                    for w, t in zip(weights, seen, strict=True)
+                ),
+                torch.zeros(q.shape[2], device=device),
+            )
     return out
 
 
@@ -61,8 +92,12 @@ def torch_attention(q, k, v, table, lens, window=None):
     for b, n in enumerate(lens.tolist()):
         slots = range(max(0, n - (window or n)), n)
         if slots:
-            keys = torch.stack([k[table[b, t // S], :, :, t % S] for t in slots], 1).repeat_interleave(groups, 0)
-            values = torch.stack([v[table[b, t // S], :, t % S] for t in slots], 1).repeat_interleave(groups, 0)
+            keys = torch.stack(
+                [k[table[b, t // S], :, :, t % S] for t in slots], 1
+            ).repeat_interleave(groups, 0)
+            values = torch.stack(
+                [v[table[b, t // S], :, t % S] for t in slots], 1
+            ).repeat_interleave(groups, 0)
             out[b] = F.scaled_dot_product_attention(q[b, :, None], keys, values)[:, 0]
     return out
 
@@ -72,10 +107,20 @@ def torch_attention(q, k, v, table, lens, window=None):
 def test_reference_against_the_definition(shape, window, softcap, scale, device):
     q, *rest = inputs(device, shape=shape, dtype=torch.float64)
     got = paged_attention(q, *rest, window=window, softcap=softcap, scale=scale)
-    torch.testing.assert_close(got, by_hand(device, q, *rest, window, softcap, scale), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, by_hand(device, q, *rest, window, softcap, scale), rtol=1e-12, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize(("shape", "window"), [*((shape, window) for shape in SHAPES for window in (None, 20)), (SHAPES[1], 1), (SHAPES[1], 1000)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        *((shape, window) for shape in SHAPES for window in (None, 20)),
+        (SHAPES[1], 1),
+        (SHAPES[1], 1000),
+    ],
+    ids=str,
+)
 @pytest.mark.each_impl("paged_attention")
 def test_float32_matches_float64(shape, window, impl, device):
     q, k, v, table, lens = inputs(device, shape=shape, width=1)
@@ -94,22 +139,44 @@ def test_low_precision(shape, dtype, impl, device):
     q, *rest = inputs(device, shape=shape, dtype=dtype)
     k, v, *rows = rest
     want = paged_attention_reference(q.double(), k.double(), v.double(), *rows)
-    got, naive = ((x.double() - want).norm() for x in (paged_attention(q, *rest, impl=impl), torch_attention(q, *rest)))
-    # Triton's interpreter truncates to bfloat16: twice the error of a rounding, and all of one sign, in the weights and in the result.
+    got, naive = (
+        (x.double() - want).norm()
+        for x in (paged_attention(q, *rest, impl=impl), torch_attention(q, *rest))
+    )
+    # Triton's interpreter truncates to bfloat16: twice the error of a rounding, and all of one
+    # sign, in the weights and in the result.
     assert got <= (4 if interpreted(impl, device) and dtype == torch.bfloat16 else 2) * naive + 1e-5
 
 
 @pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 def test_every_float16_number_is_widened_exactly(device):
-    """One position a row, so that o = v: all normal and subnormal numbers and infinities, by vector loads and by what is left of them."""
-    numbers = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(torch.float16)
+    """One position a row, so that o = v: all normal and subnormal numbers and infinities, by vector
+    loads and by what is left of them."""
+    numbers = (
+        torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(torch.float16)
+    )
     v = numbers[~numbers.isnan()].view(907, 1, 1, 70)
-    arguments = torch.arange(907, dtype=torch.int32, device=device)[:, None], torch.ones(907, dtype=torch.int64, device=device)
-    got = paged_attention(torch.zeros(907, 1, 70, device=device).half(), torch.zeros(907, 1, 70, 1, device=device).half(), v, *arguments, impl="cpp")
+    arguments = (
+        torch.arange(907, dtype=torch.int32, device=device)[:, None],
+        torch.ones(907, dtype=torch.int64, device=device),
+    )
+    got = paged_attention(
+        torch.zeros(907, 1, 70, device=device).half(),
+        torch.zeros(907, 1, 70, 1, device=device).half(),
+        v,
+        *arguments,
+        impl="cpp",
+    )
     assert torch.equal(got, v[:, 0])
     v[5, 0, 0, ::3] = math.nan
-    got = paged_attention(torch.zeros(907, 1, 70, device=device).half(), torch.zeros(907, 1, 70, 1, device=device).half(), v, *arguments, impl="cpp")
+    got = paged_attention(
+        torch.zeros(907, 1, 70, device=device).half(),
+        torch.zeros(907, 1, 70, 1, device=device).half(),
+        v,
+        *arguments,
+        impl="cpp",
+    )
     assert torch.equal(got.isnan(), v[:, 0].isnan())
 
 
@@ -125,14 +192,22 @@ def test_softcap(impl, softcap, device):
     assert (wrong - want).abs().max() > 1e-2
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, under the interpreter: a score that is replaced afterwards
+# numpy, under the interpreter: a score that is replaced afterwards
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.each_impl("paged_attention")
 def test_what_a_row_does_not_see_changes_nothing(impl, device):
     lens, results = [3, 40, 70], []
     for fill in (math.nan, 0.0, math.inf):
-        q, k, v, table, n = inputs(device, lens, (4, 2, 16, 16), fill=fill, width=1)  # Triton's tile spans two blocks, one of them before the window
-        results.append([paged_attention(q, k, v, table, n, impl=impl), paged_attention(q, k, v, table, n, window=20, impl=impl)])
-        for row, size in enumerate(lens):  # written, but before the window: whole blocks, whose entries may be wild too
+        # Triton's tile spans two blocks, one of them before the window
+        q, k, v, table, n = inputs(device, lens, (4, 2, 16, 16), fill=fill, width=1)
+        results.append(
+            [
+                paged_attention(q, k, v, table, n, impl=impl),
+                paged_attention(q, k, v, table, n, window=20, impl=impl),
+            ]
+        )
+        # written, but before the window: whole blocks, whose entries may be wild too
+        for row, size in enumerate(lens):
             gone = max(0, size - 20) // 16
             k[table[row, :gone].long()], v[table[row, :gone].long()] = fill, fill
             table[row, :gone] = 2**31 - 1
@@ -146,15 +221,28 @@ def test_what_a_row_does_not_see_changes_nothing(impl, device):
 @pytest.mark.parametrize("window", [None, 34])
 @pytest.mark.each_impl("paged_attention", but=("torch",))
 def test_a_row_s_bits_are_its_own(impl, window, device):
-    """Alone, in company, in another order and in a wider table: the number of splits that are launched changes, a row's arithmetic does not."""
+    """Alone, in company, in another order and in a wider table: the number of splits that are
+    launched changes, a row's arithmetic does not."""
     q, k, v, table, lens = inputs(device, [70, 5, 33, 0, 64])
     want = paged_attention(q, k, v, table, lens, window=window, impl=impl)
     wide = torch.cat([table, torch.full((5, 9), -7, dtype=torch.int32, device=device)], 1)
     assert torch.equal(paged_attention(q, k, v, wide, lens, window=window, impl=impl), want)
     order = torch.tensor([4, 2, 0, 1, 3], device=device)
-    assert torch.equal(paged_attention(q[order], k, v, wide[order], lens[order], window=window, impl=impl), want[order])
-    for row, n in enumerate(lens.tolist()):  # a table of its own width: one split where one is enough
-        alone = paged_attention(q[row : row + 1], k, v, table[row : row + 1, : -(-n // 16)], lens[row : row + 1], window=window, impl=impl)
+    assert torch.equal(
+        paged_attention(q[order], k, v, wide[order], lens[order], window=window, impl=impl),
+        want[order],
+    )
+    # a table of its own width: one split where one is enough
+    for row, n in enumerate(lens.tolist()):
+        alone = paged_attention(
+            q[row : row + 1],
+            k,
+            v,
+            table[row : row + 1, : -(-n // 16)],
+            lens[row : row + 1],
+            window=window,
+            impl=impl,
+        )
         assert torch.equal(alone[0], want[row])
 
 
@@ -163,15 +251,26 @@ def test_triton_s_own_split_and_many_of_them(monkeypatch, device):
     q, k, v, table, lens = inputs(device, [600, 257, 256], (2, 1, 16, 64))
     monkeypatch.undo()
     want = paged_attention_reference(q.double(), k.double(), v.double(), table, lens)
-    torch.testing.assert_close(paged_attention(q, k, v, table, lens, impl="triton").double(), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        paged_attention(q, k, v, table, lens, impl="triton").double(), want, rtol=0, atol=1e-6
+    )
     monkeypatch.setattr(module, "_SPLIT", 16)  # more splits than the merge takes at a time
-    torch.testing.assert_close(paged_attention(q[:1], k, v, table[:1], lens[:1], impl="triton").double(), want[:1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        paged_attention(q[:1], k, v, table[:1], lens[:1], impl="triton").double(),
+        want[:1],
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.cpu_only("the C++ kernels")
 @pytest.mark.skipif(not native.capability, reason=native.reason)
 def test_cpp_bits_do_not_depend_on_threads(device):
-    arguments, before, results = inputs(device, [300, 290, 5], (8, 4, 64, 16)), torch.get_num_threads(), []
+    arguments, before, results = (
+        inputs(device, [300, 290, 5], (8, 4, 64, 16)),
+        torch.get_num_threads(),
+        [],
+    )
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -186,19 +285,27 @@ def test_cpp_bits_do_not_depend_on_threads(device):
 def test_large_scores(impl, device):
     q, k, v, table, lens = inputs(device, [1, 40])
     want = paged_attention_reference(1000 * q.double(), k.double(), v.double(), table, lens)
-    torch.testing.assert_close(paged_attention(1000 * q, k, v, table, lens, impl=impl).double(), want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        paged_attention(1000 * q, k, v, table, lens, impl=impl).double(), want, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.each_impl("paged_attention")
 def test_empty_inputs_views_and_gradients(impl, device):
     q, k, v, table, lens = inputs(device, [0, 5, 20])
     assert paged_attention(q[:0], k, v, table[:0], lens[:0], impl=impl).shape == (0, 4, 8)
-    none = paged_attention(q[:1], k[:0], v[:0], table[:1, :0], lens[:1], impl=impl)  # no blocks, and no columns for them
+    # no blocks, and no columns for them
+    none = paged_attention(q[:1], k[:0], v[:0], table[:1, :0], lens[:1], impl=impl)
     assert torch.equal(none, torch.zeros(1, 4, 8, device=device))
     want = paged_attention(q, k, v, table, lens, impl=impl)
-    qkv, columns = torch.randn(3, 12, 8, device=device), torch.full((3, 2 * table.shape[1]), -1, dtype=torch.int32, device=device)
+    qkv, columns = (
+        torch.randn(3, 12, 8, device=device),
+        torch.full((3, 2 * table.shape[1]), -1, dtype=torch.int32, device=device),
+    )
     qkv[:, :4], columns[:, ::2] = q, table
-    views = paged_attention(qkv[:, :4], k, v, columns[:, ::2], torch.stack([lens, -lens], 1)[:, 0], impl=impl)
+    views = paged_attention(
+        qkv[:, :4], k, v, columns[:, ::2], torch.stack([lens, -lens], 1)[:, 0], impl=impl
+    )
     assert torch.equal(views, want)
     assert not paged_attention(q.requires_grad_(), k, v, table, lens, impl=impl).requires_grad
     assert attention.paged_attention is paged_attention
@@ -208,11 +315,17 @@ def test_empty_inputs_views_and_gradients(impl, device):
 def test_opcheck_and_compile(impl, device):
     q, k, v, table, lens = inputs(device, [0, 5, 40], fill=0.0)
     if impl != "torch":
-        op = torch.ops.fusedrl.paged_attention if impl == "cpp" else torch.ops.fusedrl.paged_attention_triton
+        op = (
+            torch.ops.fusedrl.paged_attention
+            if impl == "cpp"
+            else torch.ops.fusedrl.paged_attention_triton
+        )
         torch.library.opcheck(op.default, (q, k, v, table.clamp(max=0), lens, 20, 3.0, 0.5))
     compiled = torch.compile(paged_attention, fullgraph=True, backend="aot_eager")
     want = paged_attention(q, k, v, table, lens, window=20, softcap=3.0, impl=impl)
-    torch.testing.assert_close(compiled(q, k, v, table, lens, window=20, softcap=3.0, impl=impl), want)
+    torch.testing.assert_close(
+        compiled(q, k, v, table, lens, window=20, softcap=3.0, impl=impl), want
+    )
 
 
 @pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
@@ -224,7 +337,8 @@ def test_refuses_what_lies_out_of_range(impl, device):
         broken[row, 0] = entry
         with pytest.raises(IndexError, match="block_table"):
             paged_attention(q, k, v, broken, lens, impl=impl)
-    with pytest.raises(IndexError, match="block_table"):  # the position after the last one that was allotted
+    # the position after the last one that was allotted
+    with pytest.raises(IndexError, match="block_table"):
         paged_attention(q, k, v, table, torch.tensor([5, 49], device=device), impl=impl)
     for wrong in (-1, 65):
         with pytest.raises(IndexError, match="context_lens"):
@@ -248,7 +362,9 @@ def test_refuses_what_it_does_not_support(device):
         paged_attention(q, k, v, table, lens.float())
     with pytest.raises(TypeError, match="expected k_cache of dtype float32"):
         paged_attention(q, k.half(), v, table, lens)
-    with pytest.raises(RuntimeError, match=r"'cpp' cannot run on cpu: it computes in float32; these can: torch"):
+    with pytest.raises(
+        RuntimeError, match=r"'cpp' cannot run on cpu: it computes in float32; these can: torch"
+    ):
         paged_attention(q.double(), k.double(), v.double(), table, lens, impl="cpp")
 
 
@@ -256,7 +372,9 @@ def test_refuses_what_it_does_not_support(device):
 def test_refuses_what_an_implementation_does_not_support(impl, device):
     q, k, v, table, lens = inputs(device, [5, 40])
     with pytest.raises(ValueError, match="expected a contiguous k_cache"):
-        paged_attention(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, table, lens, impl=impl)
+        paged_attention(
+            q, k.transpose(2, 3).contiguous().transpose(2, 3), v, table, lens, impl=impl
+        )
     if impl == "triton":
         q, k, v, table, lens = inputs(device, [2], (1, 1, 257, 16))
         with pytest.raises(RuntimeError, match="head dims up to 256, and this one is 257"):

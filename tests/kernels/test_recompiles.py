@@ -1,10 +1,14 @@
-"""Lengths and coefficients are run-time arguments: no Triton kernel is compiled anew for another one.
+"""Lengths and coefficients are run-time arguments: no Triton kernel is compiled anew for another
+one.
 
-Under the interpreter nothing is compiled, and a launch needs a GPU. So a process without the interpreter runs the launchers as they are and stops each
-launch at `JITFunction.run`, where Triton looks into its cache: the key is the one that Triton's own binder gives for the arguments on an H100
-(types, the constexprs' values, and which integers are 1 or divisible by 16, which pointers are aligned to 16 bytes). Two things are replaced: dispatch
-is told that Triton may serve CPU tensors, and memory comes zeroed, because no kernel writes to it.
+Under the interpreter nothing is compiled, and a launch needs a GPU. So a process without the
+interpreter runs the launchers as they are and stops each launch at `JITFunction.run`, where Triton
+looks into its cache: the key is the one that Triton's own binder gives for the arguments on an H100
+(types, the constexprs' values, and which integers are 1 or divisible by 16, which pointers are
+aligned to 16 bytes). Two things are replaced: dispatch is told that Triton may serve CPU tensors,
+and memory comes zeroed, because no kernel writes to it.
 """
+
 import json
 import os
 import subprocess
@@ -29,7 +33,8 @@ from fusedrl.kernels.runtime import dispatch
 from fusedrl.kernels.objective import PolicyObjective
 
 torch.set_num_threads(1)
-torch.empty, torch.empty_like, torch.Tensor.new_empty = torch.zeros, torch.zeros_like, torch.Tensor.new_zeros
+torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+torch.Tensor.new_empty = torch.Tensor.new_zeros
 dispatch._WHY_NOT["triton", "cpu"] = None
 backend, binders, keys = make_backend(GPUTarget("cuda", 90, 32)), {{}}, set()
 
@@ -37,7 +42,8 @@ def lookup(self, *args, grid, warmup, **kwargs):
     if self not in binders:
         binders[self] = jit.create_function_from_signature(self.signature, self.params, backend)
     _, specialization, options = binders[self](*args, **kwargs)
-    keys.add(f"{{self.__module__}}.{{self.__name__}} {{specialization}} {{sorted(options.items())}}")
+    name = f"{{self.__module__}}.{{self.__name__}}"
+    keys.add(f"{{name}} {{specialization}} {{sorted(options.items())}}")
 
 jit.JITFunction.run = lookup
 from fusedrl.engine.tools.verify.catalogue import CATALOGUE, pairs
@@ -56,7 +62,8 @@ for op in {ops!r}:
             if "V" in entry.levels:
                 changes["V"] = LENGTHS[(7 * i) % 20] + extra
             if "shape" in entry.levels:
-                changes["shape"] = ("packed", (length, 3, 0, length)) if i % 2 else ("padded", (3, length))
+                packed = ("packed", (length, 3, 0, length))
+                changes["shape"] = packed if i % 2 else ("padded", (3, length))
             if "lengths" in entry.levels:
                 changes["lengths"] = (length, 1, 3)
             if "sizes" in entry.levels:
@@ -64,7 +71,8 @@ for op in {ops!r}:
             if op == "group_normalize":
                 changes["N"], changes["groups"] = 4 * length, "ids"
             problem = entry.problem(entry.plain(**changes))
-            settings = {{name: value * scale if isinstance(value, float) else value for name, value in problem.settings.items()}}
+            settings = {{name: value * scale if isinstance(value, float) else value
+                        for name, value in problem.settings.items()}}
             if scale != 1.0 and "objective" in settings:
                 settings["objective"] = PolicyObjective(clip_low=0.1, clip_high=0.3)
             run(entry, dataclasses.replace(problem, settings=settings, period=0), "triton")
@@ -73,19 +81,27 @@ for op in {ops!r}:
 # One that does compile again: the width of a feed-forward layer is a constexpr.
 keys.clear()
 for width in (8, 24, 40):
-    run(CATALOGUE["swiglu"], CATALOGUE["swiglu"].problem(CATALOGUE["swiglu"].plain(F=width)), "triton")
+    entry = CATALOGUE["swiglu"]
+    run(entry, entry.problem(entry.plain(F=width)), "triton")
 report["widths"] = [sorted(keys), []]
 print(json.dumps(report))
 """
-MOST = 4  # variants a kernel of one op: integers that are 1, divisible by 16 or neither; seen are at most 2
+# variants a kernel of one op: integers that are 1, divisible by 16 or neither; seen are at most 2
+MOST = 4
 
 
 @pytest.fixture(scope="module")
 def report():
     ops = [op for op, impl in pairs() if impl == "triton"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FUSEDRL_IMPL")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("TRITON_INTERPRET", "FUSEDRL_IMPL")
+    }
     code = SCRIPT.format(path=[str(Path(__file__).parent), *(p for p in sys.path if p)], ops=ops)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -97,7 +113,9 @@ def test_another_length_compiles_nothing(report, op):
     assert not added, "compiled again for longer inputs or other coefficients:\n" + "\n".join(added)
     kernels = {key.split(" ")[0] for key in first}
     for kernel in kernels:
-        assert sum(key.split(" ")[0] == kernel for key in first) <= MOST, "\n".join(key for key in first if key.startswith(kernel))
+        assert sum(key.split(" ")[0] == kernel for key in first) <= MOST, "\n".join(
+            key for key in first if key.startswith(kernel)
+        )
 
 
 def test_a_constexpr_is_seen(report):

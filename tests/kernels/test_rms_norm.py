@@ -12,13 +12,16 @@ EPS = 1e-5
 def tensors(device, shape, dtype, with_residual, seed=0):
     """x, weight, residual (or None), and upstream gradients of y and of the sum."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    x, residual, dy, dsum = (torch.randn(shape, generator=generator).to(device).to(dtype) for _ in range(4))
+    x, residual, dy, dsum = (
+        torch.randn(shape, generator=generator).to(device).to(dtype) for _ in range(4)
+    )
     weight = (1 + 0.3 * torch.randn(shape[-1], generator=generator).to(device)).to(dtype)
     return x, weight, residual if with_residual else None, dy, dsum
 
 
 def run(x, weight, residual, dy, dsum, impl, offset=0.0):
-    """[y, sum (with a residual), gradients of x, weight and residual]; impl None is the reference."""
+    """[y, sum (with a residual), gradients of x, weight and residual]; impl None is the
+    reference."""
     leaves = [t.detach().requires_grad_() for t in (x, weight, residual) if t is not None]
     added = leaves[2] if residual is not None else None
     if impl is None:
@@ -33,7 +36,8 @@ def run(x, weight, residual, dy, dsum, impl, offset=0.0):
 
 
 def assert_no_worse(got, same_dtype, exact, floor=0.0):
-    """Ours errs at most as much as torch in the same dtype, and a rounding or two of the largest value (or of `floor`, where that cancels)."""
+    """Ours errs at most as much as torch in the same dtype, and a rounding or two of the largest
+    value (or of `floor`, where that cancels)."""
     for ours, theirs, want in zip(got, same_dtype, exact, strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.shape == want.shape
@@ -41,13 +45,31 @@ def assert_no_worse(got, same_dtype, exact, floor=0.0):
             continue
         eps = torch.finfo(ours.dtype).eps * want.abs().max().clamp(min=floor)
         error, bound = (ours.double() - want).abs().max(), (theirs.double() - want).abs().max()
-        assert error <= bound + (4 if ours.dtype == torch.float32 else 1) * eps, f"{error / eps:.2f} eps, torch {bound / eps:.2f}"
+        assert error <= bound + (4 if ours.dtype == torch.float32 else 1) * eps, (
+            f"{error / eps:.2f} eps, torch {bound / eps:.2f}"
+        )
 
 
-# Rows: none, one, around the 64 of a C++ chunk. H: one value, odd ones, around a vector of 8 or 16 and four of them, around Triton's tile of 2048.
+# Rows: none, one, around the 64 of a C++ chunk. H: one value, odd ones, around a vector of 8 or 16
+# and four of them, around Triton's tile of 2048.
 @pytest.mark.each_impl("rms_norm")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (2, 16), (65, 33), (130, 64), (9, 173), (3, 2051), (0, 2, 8), (7, 3, 24), (33, 2, 8)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (0, 5),
+        (1, 1),
+        (3, 7),
+        (2, 16),
+        (65, 33),
+        (130, 64),
+        (9, 173),
+        (3, 2051),
+        (0, 2, 8),
+        (7, 3, 24),
+        (33, 2, 8),
+    ],
+)
 def test_against_float64(impl, dtype, shape, device):
     if interpreted(impl, device) and dtype == torch.float16 and shape[0] > 9:
         return  # the interpreter is slow, and bfloat16 goes the same way
@@ -55,7 +77,12 @@ def test_against_float64(impl, dtype, shape, device):
         inputs = tensors(device, shape, dtype, with_residual)
         exact = run(*(t if t is None else t.double() for t in inputs), None, offset)
         # A single value is its own rms: its gradient is nothing but what cancels.
-        assert_no_worse(run(*inputs, impl, offset), run(*inputs, None, offset), exact, floor=4.0 if shape[-1] == 1 else 0.0)
+        assert_no_worse(
+            run(*inputs, impl, offset),
+            run(*inputs, None, offset),
+            exact,
+            floor=4.0 if shape[-1] == 1 else 0.0,
+        )
 
 
 # Large rows, offsets that make every square alike, and values so small that eps decides.
@@ -74,17 +101,24 @@ def test_rounds_where_transformers_does(impl, dtype, device):
     if interpreted(impl, device) and dtype == torch.bfloat16:
         pytest.skip("the interpreter truncates to bfloat16")
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
     x, weight, residual, *_ = tensors(device, (9, 40), dtype, True)
     norm = LlamaRMSNorm(40, EPS).to(dtype)
     with torch.no_grad():
         norm.weight.copy_(weight)
         y, total = rms_norm(x, weight, eps=EPS, residual=residual, impl=impl)
         assert torch.equal(total, x + residual)
-        # A sum in another order may move a value across a rounding boundary; all but a few must be the same bits.
+        # A sum in another order may move a value across a rounding boundary; all but a few must be
+        # the same bits.
         assert (y != norm(total)).sum() <= 4
         assert (rms_norm(x, weight, eps=EPS, impl=impl) != norm(x)).sum() <= 4
-        once = (x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS) * weight.double()).to(dtype)
-        assert (once != norm(x)).sum() > 20  # rounded once instead of twice: this test tells the difference
+        once = (
+            x.double()
+            * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS)
+            * weight.double()
+        ).to(dtype)
+        # rounded once instead of twice: this test tells the difference
+        assert (once != norm(x)).sum() > 20
 
 
 @pytest.mark.each_impl("rms_norm")
@@ -93,6 +127,7 @@ def test_rounds_where_gemma_does(impl, dtype, device):
     if interpreted(impl, device) and dtype == torch.bfloat16:
         pytest.skip("the interpreter truncates to bfloat16")
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
     x, weight, residual, *_ = tensors(device, (9, 40), dtype, True)
     weight = weight - 1
     norm = Gemma2RMSNorm(40, EPS).to(dtype)
@@ -100,8 +135,14 @@ def test_rounds_where_gemma_does(impl, dtype, device):
         norm.weight.copy_(weight)
         y, total = rms_norm(x, weight, eps=EPS, residual=residual, offset=1.0, impl=impl)
         assert (y != norm(total)).sum() <= 4
-        rounded = rms_norm(x, weight + 1, eps=EPS, impl=impl)  # 1 + weight rounded first: this test tells the difference
-        assert (rms_norm(x, weight, eps=EPS, offset=1.0, impl=impl) != norm(x)).sum() <= 4 < 20 < (rounded != norm(x)).sum()
+        # 1 + weight rounded first: this test tells the difference
+        rounded = rms_norm(x, weight + 1, eps=EPS, impl=impl)
+        assert (
+            (rms_norm(x, weight, eps=EPS, offset=1.0, impl=impl) != norm(x)).sum()
+            <= 4
+            < 20
+            < (rounded != norm(x)).sum()
+        )
 
 
 @pytest.mark.each_impl("rms_norm")
@@ -109,14 +150,21 @@ def test_strides(impl, device):
     wide = torch.randn(6, 5, 24, device=device)
     weight, upstream = torch.randn(24, device=device), torch.randn(6, 2, 24, device=device)
     heads = wide[:, 1:3]  # a slice of a fused projection
-    got, want = run(heads, weight, None, upstream, None, impl), run(heads.clone(), weight, None, upstream, None, impl)
+    got, want = (
+        run(heads, weight, None, upstream, None, impl),
+        run(heads.clone(), weight, None, upstream, None, impl),
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     rows, other = wide.flatten(1)[:, 8:32], wide.flatten(1)[:, 40:64]
     got = run(rows, weight, other, rows, other, impl)
     want = run(rows.clone(), weight, other.clone(), rows.clone(), other.clone(), impl)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    one = torch.randn(24, device=device).expand(6, 24)  # the same row for every token, and a gradient that is broadcast
-    got, want = run(one, weight, None, one, None, impl), run(one.clone(), weight, None, one.clone(), None, impl)
+    # the same row for every token, and a gradient that is broadcast
+    one = torch.randn(24, device=device).expand(6, 24)
+    got, want = (
+        run(one, weight, None, one, None, impl),
+        run(one.clone(), weight, None, one.clone(), None, impl),
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -147,7 +195,9 @@ def test_rows_stand_alone_and_runs_agree(impl, device):
     x[4] = torch.nan
     dirty = run(x, weight, residual, dy, dsum, impl)
     others = torch.arange(9, device=device) != 4
-    for clean, poisoned in zip((first[0], first[1], first[2]), (dirty[0], dirty[1], dirty[2]), strict=True):
+    for clean, poisoned in zip(
+        (first[0], first[1], first[2]), (dirty[0], dirty[1], dirty[2]), strict=True
+    ):
         assert torch.equal(clean[others], poisoned[others])
     assert dirty[0][4].isnan().all()
 
@@ -166,9 +216,14 @@ def test_threads_change_nothing(device):
 
 
 def test_reference_gradcheck(device):
-    x, weight, residual, *_ = (t.double().requires_grad_() for t in tensors(device, (3, 5), torch.float32, True))
+    x, weight, residual, *_ = (
+        t.double().requires_grad_() for t in tensors(device, (3, 5), torch.float32, True)
+    )
     for offset in (0.0, 1.0):
-        assert torch.autograd.gradcheck(lambda x, w, r, offset=offset: rms_norm(x, w, eps=EPS, residual=r, offset=offset), (x, weight, residual))
+        assert torch.autograd.gradcheck(
+            lambda x, w, r, offset=offset: rms_norm(x, w, eps=EPS, residual=r, offset=offset),
+            (x, weight, residual),
+        )
 
 
 @pytest.mark.each_impl("rms_norm", but=("torch",))
@@ -185,7 +240,9 @@ def test_opcheck_and_compile(impl, with_residual, device):
 
     wanted = [t for t in leaves if t is not None]
     eager = torch.autograd.grad(both(*leaves), wanted)
-    compiled = torch.autograd.grad(torch.compile(both, fullgraph=True, backend="aot_eager")(*leaves), wanted)
+    compiled = torch.autograd.grad(
+        torch.compile(both, fullgraph=True, backend="aot_eager")(*leaves), wanted
+    )
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
@@ -207,4 +264,9 @@ def test_refuses_what_it_does_not_support(device):
     with pytest.raises(RuntimeError, match="of float64: implementation 'cpp' cannot run"):
         rms_norm(x.double(), weight.double(), eps=EPS, impl="cpp")
     with pytest.raises(RuntimeError, match="rows above 8192: implementation 'triton' cannot run"):
-        rms_norm(torch.zeros(1, 8193, device=device), torch.ones(8193, device=device), eps=EPS, impl="triton")
+        rms_norm(
+            torch.zeros(1, 8193, device=device),
+            torch.ones(8193, device=device),
+            eps=EPS,
+            impl="triton",
+        )

@@ -9,7 +9,8 @@ from fusedrl.kernels.runtime import native
 
 
 def tensors(device, N, Hq, Hkv, D, dtype=torch.float32):
-    """q and k as slices of a fused projection's output, cos and sin, and upstream gradients of q and k."""
+    """q and k as slices of a fused projection's output, cos and sin, and upstream gradients of q
+    and k."""
     generator = torch.Generator().manual_seed(N + Hq + D)
     qkv = torch.randn(N, Hq + 2 * Hkv, D, generator=generator).to(device).to(dtype)
     angles = 100 * torch.rand(N, D // 2, generator=generator).to(device)
@@ -26,18 +27,38 @@ def run(q, k, cos, sin, dq, dk, function=rope, **options):
 def eager(q, k, cos, sin):
     """As transformers computes it, every product rounded to the dtype."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
     cos, sin = (torch.cat([t, t], dim=-1).to(q.dtype) for t in (cos, sin))
     return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
 
 
-# No token, one; a head of two values; halves around a vector of 8 or 16; more heads than Triton takes at a time (512 pairs of 64).
+# No token, one; a head of two values; halves around a vector of 8 or 16; more heads than Triton
+# takes at a time (512 pairs of 64).
 @pytest.mark.each_impl("rope")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("N,Hq,Hkv,D", [(0, 2, 1, 8), (1, 1, 1, 2), (7, 3, 1, 6), (5, 8, 4, 8), (4, 5, 5, 34), (3, 2, 2, 80), (2, 20, 2, 128)])
+@pytest.mark.parametrize(
+    "N,Hq,Hkv,D",
+    [
+        (0, 2, 1, 8),
+        (1, 1, 1, 2),
+        (7, 3, 1, 6),
+        (5, 8, 4, 8),
+        (4, 5, 5, 34),
+        (3, 2, 2, 80),
+        (2, 20, 2, 128),
+    ],
+)
 def test_against_float64(impl, dtype, N, Hq, Hkv, D, device):
     q, k, cos, sin, dq, dk = tensors(device, N, Hq, Hkv, D, dtype)
-    exact = run(q.double(), k.double(), cos.double(), sin.double(), dq.double(), dk.double(), rope_reference)
-    for ours, theirs, want in zip(run(q, k, cos, sin, dq, dk, impl=impl), run(q, k, cos, sin, dq, dk, eager), exact, strict=True):
+    exact = run(
+        q.double(), k.double(), cos.double(), sin.double(), dq.double(), dk.double(), rope_reference
+    )
+    for ours, theirs, want in zip(
+        run(q, k, cos, sin, dq, dk, impl=impl),
+        run(q, k, cos, sin, dq, dk, eager),
+        exact,
+        strict=True,
+    ):
         assert ours.dtype == dtype
         assert ours.shape == want.shape
         assert ours.is_contiguous()
@@ -64,13 +85,23 @@ def test_is_a_rotation(impl, device):
 def test_strides_runs_and_poison(impl, device):
     q, k, cos, sin, dq, dk = tensors(device, 6, 3, 2, 10)
     got = run(q, k, cos, sin, dq, dk, impl=impl)
-    again = run(q.contiguous(), k.clone(), torch.cat([cos, sin], -1)[:, :5], sin, dq.transpose(0, 1).contiguous().transpose(0, 1), dk, impl=impl)
+    again = run(
+        q.contiguous(),
+        k.clone(),
+        torch.cat([cos, sin], -1)[:, :5],
+        sin,
+        dq.transpose(0, 1).contiguous().transpose(0, 1),
+        dk,
+        impl=impl,
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     poisoned = q.clone()
     poisoned[2, 1] = torch.nan
     dirty_q, dirty_k, *_ = run(poisoned, k, cos, sin, dq, dk, impl=impl)
-    clean = torch.ones(6, 3, dtype=torch.bool, device=device).index_put((torch.tensor(2, device=device), torch.tensor(1, device=device)),
-                                                                        torch.tensor(False, device=device))
+    clean = torch.ones(6, 3, dtype=torch.bool, device=device).index_put(
+        (torch.tensor(2, device=device), torch.tensor(1, device=device)),
+        torch.tensor(False, device=device),
+    )
     assert torch.equal(dirty_q[clean], got[0][clean])
     assert dirty_q[~clean].isnan().all()
     assert torch.equal(dirty_k, got[1])
@@ -108,7 +139,9 @@ def test_threads_change_nothing(device):
 
 def test_reference_gradcheck(device):
     q, k, cos, sin, *_ = (t.double() for t in tensors(device, 3, 2, 1, 6))
-    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q.requires_grad_(), k.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda q, k: rope(q, k, cos, sin), (q.requires_grad_(), k.requires_grad_())
+    )
 
 
 @pytest.mark.each_impl("rope", but=("torch",))
@@ -126,7 +159,9 @@ def test_opcheck_and_compile(impl, device):
 
 def test_refuses_what_it_does_not_support(device):
     q, k, cos, sin, *_ = tensors(device, 3, 2, 1, 8)
-    with pytest.raises(ValueError, match=r"one angle for every pair of a head, got D 8 and 8 angles"):
+    with pytest.raises(
+        ValueError, match=r"one angle for every pair of a head, got D 8 and 8 angles"
+    ):
         rope(q, k, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
     with pytest.raises(ValueError, match="k does not fit its pattern"):
         rope(q, k[:2], cos, sin)
@@ -140,13 +175,19 @@ def test_refuses_what_it_does_not_support(device):
         rope(q.double(), k.double(), cos, sin, impl="triton")
 
 
-# ---- the table of angles --------------------------------------------------------------------------------------------------
-FREQUENCIES = [[500_000.0 ** (-i / 32) for i in range(32)], [10_000.0 ** (-i / 32) / 8 for i in range(32)]]
+# ---- the table of angles -------------------------------------------------------------------------
+FREQUENCIES = [
+    [500_000.0 ** (-i / 32) for i in range(32)],
+    [10_000.0 ** (-i / 32) / 8 for i in range(32)],
+]
 
 
 def test_the_table_is_cos_and_sin_rounded_once(device):
     """Half an ulp, at every position, in decimal arithmetic of 40 digits."""
-    table, chosen = RopeTable(FREQUENCIES, 1.25), [0, 1, 130, 255, 256, 1_000, 16_383, 16_384, 40_000, 65_537, 131_071]
+    table, chosen = (
+        RopeTable(FREQUENCIES, 1.25),
+        [0, 1, 130, 255, 256, 1_000, 16_383, 16_384, 40_000, 65_537, 131_071],
+    )
     tables = table.upto(131_072)
     assert all(x.shape == (2, 131_072, 32) and x.dtype == torch.float32 for x in tables)
     with mpmath.workdps(40):
@@ -169,7 +210,9 @@ def test_an_entry_depends_on_its_position_and_frequency_alone():
         before = grown.upto(count)
         assert before[0].shape[1] >= count
         assert all(torch.equal(x, y[:, : x.shape[1]]) for x, y in zip(before, whole, strict=True))
-    assert all(a is b for a, b in zip(grown.upto(3), grown.tensors, strict=True)), "what is there is kept"
+    assert all(a is b for a, b in zip(grown.upto(3), grown.tensors, strict=True)), (
+        "what is there is kept"
+    )
     for t, i in ((0, 0), (0, 31), (1, 7)):
         one = RopeTable([[FREQUENCIES[t][i]]]).upto(40_000)
         assert all(torch.equal(x[0, :, 0], y[t, :, i]) for x, y in zip(one, whole, strict=True))
@@ -183,10 +226,16 @@ def test_what_a_table_gives(device):
     for t, (cos, sin) in enumerate(table.at(positions, 1_000, torch.float32)):
         assert torch.equal(cos, table.tensors[0][t][positions])
         assert torch.equal(sin, table.tensors[1][t][positions])
-        rope(x, x, cos, sin)[0].sum().backward()  # a table that grew in inference mode serves autograd, too
+        # a table that grew in inference mode serves autograd, too
+        rope(x, x, cos, sin)[0].sum().backward()
     exact = table.at(positions, 1_000, torch.float64)
     assert all(x.dtype == torch.float64 for pair in exact for x in pair)
-    torch.testing.assert_close(exact[1][1], (positions[:, None] * table.inv_freq[1].double()).sin() * 0.75, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        exact[1][1],
+        (positions[:, None] * table.inv_freq[1].double()).sin() * 0.75,
+        rtol=1e-12,
+        atol=0,
+    )
     assert RopeTable([[]]).upto(5)[0].shape == (1, 256, 0)
     assert RopeTable(FREQUENCIES).at(positions[:0], 0, torch.float32)[0][0].shape == (0, 32)
     assert RopeTable(FREQUENCIES, device="meta").upto(300)[1].shape == (2, 512, 32)

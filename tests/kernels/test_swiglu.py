@@ -10,7 +10,9 @@ from fusedrl.kernels.swiglu import _swiglu_triton, activate, swiglu, swiglu_refe
 def tensors(device, N, F, dtype=torch.float32, scale=2.0):
     """gate_up and the upstream gradient."""
     generator = torch.Generator().manual_seed(N + F)
-    return (torch.randn(N, 2 * F, generator=generator).to(device) * scale).to(dtype), torch.randn(N, F, generator=generator).to(device).to(dtype)
+    return (torch.randn(N, 2 * F, generator=generator).to(device) * scale).to(dtype), torch.randn(
+        N, F, generator=generator
+    ).to(device).to(dtype)
 
 
 def run(gate_up, dy, function, **options):
@@ -25,14 +27,29 @@ def eager(gate_up):
     return torch.nn.functional.silu(gate) * up
 
 
-# F: one; around a vector of 8 or 16 and Triton's block of 1024. Scales: where sigmoid is curved, and where it has gone to 0 or 1 (exp(200) overflows).
+# F: one; around a vector of 8 or 16 and Triton's block of 1024. Scales: where sigmoid is curved,
+# and where it has gone to 0 or 1 (exp(200) overflows).
 @pytest.mark.each_impl("swiglu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("N,F,scale", [(0, 3, 1.0), (1, 1, 1.0), (5, 7, 2.0), (3, 16, 2.0), (9, 33, 10.0), (4, 172, 2.0), (3, 1025, 2.0), (2, 40, 100.0)])
+@pytest.mark.parametrize(
+    "N,F,scale",
+    [
+        (0, 3, 1.0),
+        (1, 1, 1.0),
+        (5, 7, 2.0),
+        (3, 16, 2.0),
+        (9, 33, 10.0),
+        (4, 172, 2.0),
+        (3, 1025, 2.0),
+        (2, 40, 100.0),
+    ],
+)
 def test_against_float64(impl, dtype, N, F, scale, device):
     gate_up, dy = tensors(device, N, F, dtype, scale)
     exact = run(gate_up.double(), dy.double(), swiglu_reference)
-    for ours, theirs, want in zip(run(gate_up, dy, swiglu, impl=impl), run(gate_up, dy, eager), exact, strict=True):
+    for ours, theirs, want in zip(
+        run(gate_up, dy, swiglu, impl=impl), run(gate_up, dy, eager), exact, strict=True
+    ):
         assert ours.dtype == dtype
         assert ours.shape == want.shape
         assert ours.isfinite().all()
@@ -50,13 +67,17 @@ def test_rounds_once(impl, dtype, device):
     want = run(gate_up.double(), dy.double(), swiglu_reference)
     for ours, exact in zip(run(gate_up, dy, swiglu, impl=impl), want, strict=True):
         assert (ours != exact.to(dtype)).float().mean() < 1e-3
-    assert (eager(gate_up) != want[0].to(dtype)).float().mean() > 0.05  # rounded twice: this test tells the difference
+    # rounded twice: this test tells the difference
+    assert (eager(gate_up) != want[0].to(dtype)).float().mean() > 0.05
 
 
 @pytest.mark.each_impl("swiglu")
 def test_far_from_zero_keeps_its_digits(impl, device):
-    """Relative accuracy where 1 - sigmoid(gate) and sigmoid(gate) are tiny: a naive 1 - s is 0 from 17 on, and e^-gate overflows below -88."""
-    gate = torch.tensor([-80.0, -60.0, -20.0, -1.0, 0.0, 1.0, 20.0, 60.0, 90.0, 200.0, -200.0], device=device)
+    """Relative accuracy where 1 - sigmoid(gate) and sigmoid(gate) are tiny: a naive 1 - s is 0 from
+    17 on, and e^-gate overflows below -88."""
+    gate = torch.tensor(
+        [-80.0, -60.0, -20.0, -1.0, 0.0, 1.0, 20.0, 60.0, 90.0, 200.0, -200.0], device=device
+    )
     gate_up = torch.cat([gate, torch.ones_like(gate)])[None]
     ours = run(gate_up, torch.ones(1, len(gate), device=device), swiglu, impl=impl)
     want = run(gate_up.double(), torch.ones(1, len(gate), device=device).double(), swiglu_reference)
@@ -67,12 +88,18 @@ def test_far_from_zero_keeps_its_digits(impl, device):
 @pytest.mark.each_impl("swiglu")
 def test_strides_runs_and_poison(impl, device):
     wide, dy = torch.randn(6, 60, device=device), torch.randn(1, 12, device=device).expand(6, 12)
-    got, want = run(wide[:, 4:28], dy, swiglu, impl=impl), run(wide[:, 4:28].clone(), dy.clone(), swiglu, impl=impl)
+    got, want = (
+        run(wide[:, 4:28], dy, swiglu, impl=impl),
+        run(wide[:, 4:28].clone(), dy.clone(), swiglu, impl=impl),
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     poisoned = wide[:, 4:28].clone()
     poisoned[2] = torch.nan
     dirty, others = run(poisoned, dy, swiglu, impl=impl), torch.arange(6, device=device) != 2
-    assert all(torch.equal(a[others], b[others]) and b[2].isnan().all() for a, b in zip(want, dirty, strict=True))
+    assert all(
+        torch.equal(a[others], b[others]) and b[2].isnan().all()
+        for a, b in zip(want, dirty, strict=True)
+    )
 
 
 @pytest.mark.cpu_only("the C++ kernels")
@@ -98,7 +125,12 @@ def test_opcheck_and_compile(impl, device):
     gate_up.requires_grad_()
     torch.library.opcheck(torch.ops.fusedrl.swiglu if impl == "cpp" else _swiglu_triton, (gate_up,))
     compiled = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(run(gate_up, dy, compiled, impl=impl), run(gate_up, dy, swiglu, impl=impl), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            run(gate_up, dy, compiled, impl=impl), run(gate_up, dy, swiglu, impl=impl), strict=True
+        )
+    )
 
 
 @pytest.mark.cpu_only("values are read on the host, or an implementation is named, on a CPU alone")
@@ -122,9 +154,14 @@ def test_activate(activation, gated, dtype, device):
     gate_up, _ = tensors(device, 5, 33, dtype)
     wide = gate_up.double()
     x, up = wide.chunk(2, dim=-1) if gated else (wide, 1.0)
-    inner = {"silu": torch.sigmoid, "gelu_tanh": lambda x: torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)), "gelu": torch.special.ndtr}
+    inner = {
+        "silu": torch.sigmoid,
+        "gelu_tanh": lambda x: torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+        "gelu": torch.special.ndtr,
+    }
     got, want = activate(gate_up, activation, gated=gated), x * inner[activation](x) * up
     assert got.dtype == dtype
     assert got.shape == want.shape
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(got.double(), want, rtol=2 * eps, atol=8 * eps)  # 1 + erf(x) cancels below 0, in torch's kernel
+    # 1 + erf(x) cancels below 0, in torch's kernel
+    torch.testing.assert_close(got.double(), want, rtol=2 * eps, atol=8 * eps)

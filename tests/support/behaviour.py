@@ -4,13 +4,16 @@
     python -m tests.support.behaviour record after.json --only grpo
     python -m tests.support.behaviour compare before.json after.json
 
-A change that says it changes no behaviour shows it by two records, one on each side, that are equal. Both have to be of
-one machine and one install: other kernels round differently. Runs go through the command line and generation through
-`HybridActor`, which stay where they are when the files behind them move.
+A change that says it changes no behaviour shows it by two records, one on each side, that are
+equal. Both have to be of one machine and one install: other kernels round differently. Runs go
+through the command line and generation through `HybridActor`, which stay where they are when the
+files behind them move.
 
-Of a run it holds each line of metrics.jsonl but for times, the samples, the alarms, state.json and, by digest, each
-tensor of the last checkpoint and of the models that were written; of generation the tokens, log-probabilities and ends.
+Of a run it holds each line of metrics.jsonl but for times, the samples, the alarms, state.json and,
+by digest, each tensor of the last checkpoint and of the models that were written; of generation the
+tokens, log-probabilities and ends.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,13 +36,63 @@ from tests.support.tiny import write_model
 
 RUN = ["--run.dir", "run", "--run.progress", "false", "--optim.lr", "3e-3", "--device", "cpu"]
 PAIRS = ["--model", "m", "--data", "pairs.jsonl", "--pairs_per_step", "6", "--epochs", "2", *RUN]
-TEXTS = ["--model", "m", "--data", "texts.jsonl", "--sequences_per_step", "6", "--epochs", "2", *RUN]
-POLICY = ["--model", "m", "--data", "prompts.jsonl", "--reward", "rewards.py:likes_w3", "--steps", "3",
-          "--prompts_per_step", "4", "--tokens_per_microbatch", "60", "--generation.max_new_tokens", "8", *RUN]
-ROWS = ("ppo", "ppo_penalty", "trpo", "ppo_max", "a2c", "actor_critic", "reinforce", "reinforce_baseline",
-        "reinforce_learned", "reinforce_pp", "reinforce_pp_baseline", "rloo", "remax", "opo", "gpg", "grpo", "dr_grpo",
-        "dapo", "gspo", "cispo", "sapo", "gmpo", "pass_at_k", "dro", "sequence_ratio")
-# What is set on top of a stage: one name, its options. The policy's are those whose pairs have to go together.
+TEXTS = [
+    "--model",
+    "m",
+    "--data",
+    "texts.jsonl",
+    "--sequences_per_step",
+    "6",
+    "--epochs",
+    "2",
+    *RUN,
+]
+POLICY = [
+    "--model",
+    "m",
+    "--data",
+    "prompts.jsonl",
+    "--reward",
+    "rewards.py:likes_w3",
+    "--steps",
+    "3",
+    "--prompts_per_step",
+    "4",
+    "--tokens_per_microbatch",
+    "60",
+    "--generation.max_new_tokens",
+    "8",
+    *RUN,
+]
+ROWS = (
+    "ppo",
+    "ppo_penalty",
+    "trpo",
+    "ppo_max",
+    "a2c",
+    "actor_critic",
+    "reinforce",
+    "reinforce_baseline",
+    "reinforce_learned",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "rloo",
+    "remax",
+    "opo",
+    "gpg",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "sapo",
+    "gmpo",
+    "pass_at_k",
+    "dro",
+    "sequence_ratio",
+)
+# What is set on top of a stage: one name, its options. The policy's are those whose pairs have to
+# go together.
 SFT_OPTIONS = {
     "lora": ["--lora.rank", "2"],
     "bfloat16": ["--dtype", "bfloat16"],
@@ -67,19 +120,28 @@ CLOCKED = ("timing/", "mem/", "tokens_per_s")  # metrics of the machine rather t
 REWARDS = """
 def likes_w3(prompts, completions, begins_at=None, **columns):
     scores = [text.split().count("w3") + len(text.split()) / 8 for text in completions]
-    return scores if begins_at is None else [start + score for start, score in zip(begins_at, scores)]
+    if begins_at is None:
+        return scores
+    return [start + score for start, score in zip(begins_at, scores)]
 """
 
 
 def cases() -> dict[str, list[str]]:
     """Name -> arguments of the command line, in a directory that `furnish` has filled."""
     found = {"sft": ["train", "sft", *TEXTS], "reward": ["train", "reward", *PAIRS]}
-    found |= {f"sft {name}": ["train", "sft", *TEXTS, *options] for name, options in SFT_OPTIONS.items()}
-    found |= {f"reward {name}": ["train", "reward", *PAIRS, *options] for name, options in SFT_OPTIONS.items()
-              if name != "held_out"}
+    found |= {
+        f"sft {name}": ["train", "sft", *TEXTS, *options] for name, options in SFT_OPTIONS.items()
+    }
+    found |= {
+        f"reward {name}": ["train", "reward", *PAIRS, *options]
+        for name, options in SFT_OPTIONS.items()
+        if name != "held_out"
+    }
     for loss in ("sigmoid", "ipo", "hinge"):
         found[f"dpo {loss}"] = ["train", "dpo", *PAIRS, "--loss", loss]
-    found |= {f"dpo {name}": ["train", "dpo", *PAIRS, *SFT_OPTIONS[name]] for name in ("lora", "bfloat16")}
+    found |= {
+        f"dpo {name}": ["train", "dpo", *PAIRS, *SFT_OPTIONS[name]] for name in ("lora", "bfloat16")
+    }
     sampled = [*POLICY, "--samples_per_prompt", "4"]
     found["rejection"] = ["train", "rejection", *sampled]
     found |= {row: ["train", row, *POLICY] for row in ROWS}
@@ -95,7 +157,9 @@ def furnish(directory: Path) -> None:
     write_model(directory / "m")
 
     def write(name: str, rows: list[dict[str, Any]]) -> None:
-        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (directory / name).write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
 
     def words(start: int, count: int) -> str:
         return " ".join(f"w{(start + 5 * j) % 28}" for j in range(count))
@@ -104,15 +168,34 @@ def furnish(directory: Path) -> None:
     write("prompts.jsonl", prompts)
     write("prompts_from_7.jsonl", [row | {"begins_at": 7.0} for row in prompts])
     write("held_out.jsonl", [{"prompt": words(3 * i + 1, 2)} for i in range(4)])
-    write("texts.jsonl", [{"prompt": words(i, 1 + i % 3), "completion": " " + words(2 * i, 2 + i % 5)} for i in range(24)])
-    write("pairs.jsonl", [{"prompt": words(i, 2), "chosen": " " + words(3, 1 + i % 3), "rejected": " " + words(i, 2 + i % 4)}
-                          for i in range(24)])
+    write(
+        "texts.jsonl",
+        [
+            {"prompt": words(i, 1 + i % 3), "completion": " " + words(2 * i, 2 + i % 5)}
+            for i in range(24)
+        ],
+    )
+    write(
+        "pairs.jsonl",
+        [
+            {
+                "prompt": words(i, 2),
+                "chosen": " " + words(3, 1 + i % 3),
+                "rejected": " " + words(i, 2 + i % 4),
+            }
+            for i in range(24)
+        ],
+    )
     (directory / "rewards.py").write_text(REWARDS, encoding="utf-8")
 
 
 def command(arguments: list[str]) -> tuple[int, str]:
     """Run a command line; its exit code and what it said."""
-    entry = next(one for one in importlib.metadata.entry_points(group="console_scripts") if one.name == "fusedrl")
+    entry = next(
+        one
+        for one in importlib.metadata.entry_points(group="console_scripts")
+        if one.name == "fusedrl"
+    )
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         code = entry.load()(arguments)
@@ -120,7 +203,8 @@ def command(arguments: list[str]) -> tuple[int, str]:
 
 
 def run_case(arguments: list[str]) -> dict[str, Any]:
-    """What a run in the working directory left behind; {"refused": exit code} where it would not begin.
+    """What a run in the working directory left behind; {"refused": exit code} where it would not
+    begin.
 
     Raises:
         RuntimeError: it ended with another code than 0 after it had begun, which no case should.
@@ -136,14 +220,26 @@ def run_case(arguments: list[str]) -> dict[str, Any]:
 
 def read_run(run: Path) -> dict[str, Any]:
     """A run directory as values that can be compared."""
+
     def lines(name: str) -> list[dict[str, Any]]:
         path = run / name
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        return [{key: value for key, value in row.items() if not key.startswith(CLOCKED)} for row in rows]
+        rows = (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if path.exists()
+            else []
+        )
+        return [
+            {key: value for key, value in row.items() if not key.startswith(CLOCKED)}
+            for row in rows
+        ]
 
-    found: dict[str, Any] = {name: lines(name) for name in ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")}
+    found: dict[str, Any] = {
+        name: lines(name) for name in ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")
+    }
     last = max(run.glob("checkpoints/step_*"), default=None)
-    for part in ([] if last is None else [last]) + [run / name for name in ("model", "critic", "adapter")]:
+    for part in ([] if last is None else [last]) + [
+        run / name for name in ("model", "critic", "adapter")
+    ]:
         for path in sorted(part.rglob("*.safetensors")):
             found[f"{part.name}/{path.name}"] = digests(path)
     if last is not None:
@@ -158,12 +254,15 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    bits = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    bits = (
+        tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    )
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(bits).hexdigest()[:16]}"
 
 
 def generations() -> dict[str, Any]:
-    """Completions of prompts of several lengths under each kind of sampling, with companions and a small cache."""
+    """Completions of prompts of several lengths under each kind of sampling, with companions and a
+    small cache."""
     from fusedrl.engine import HybridActor, SamplingParams
 
     prompts = [[1, *range(4, 4 + 1 + 3 * i)] for i in range(5)]
@@ -172,7 +271,9 @@ def generations() -> dict[str, Any]:
         "sampled": SamplingParams(max_new_tokens=24, seed=3),
         "n": SamplingParams(max_new_tokens=12, n=3, temperature=0.7),
         "kept": SamplingParams(max_new_tokens=24, top_k=12, top_p=0.9, min_p=0.01),
-        "stops": SamplingParams(max_new_tokens=24, stop=("w5",), stop_token_ids=(9,), min_new_tokens=2),
+        "stops": SamplingParams(
+            max_new_tokens=24, stop=("w5",), stop_token_ids=(9,), min_new_tokens=2
+        ),
     }
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -180,8 +281,12 @@ def generations() -> dict[str, Any]:
             actor = HybridActor.from_pretrained("m", dtype=dtype, device="cpu", strict=strict)
             for name, params in kinds.items():
                 found[f"{name}, {str(dtype)[6:]}{', strict' if strict else ''}"] = [
-                    [[list(c.token_ids), [float(x) for x in c.logprobs], c.finish_reason] for c in group]
-                    for group in actor.generate(prompts, params)]
+                    [
+                        [list(c.token_ids), [float(x) for x in c.logprobs], c.finish_reason]
+                        for c in group
+                    ]
+                    for group in actor.generate(prompts, params)
+                ]
     return found
 
 
@@ -213,10 +318,19 @@ def record(only: str = "") -> dict[str, Any]:
 def differences(before: Any, after: Any, where: str = "") -> list[str]:
     """Each place at which two records differ, with what stands there."""
     if isinstance(before, dict) and isinstance(after, dict):
-        return [text for key in dict.fromkeys([*before, *after])
-                for text in differences(before.get(key, "nothing"), after.get(key, "nothing"), f"{where} {key}".strip())]
+        return [
+            text
+            for key in dict.fromkeys([*before, *after])
+            for text in differences(
+                before.get(key, "nothing"), after.get(key, "nothing"), f"{where} {key}".strip()
+            )
+        ]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [text for i, pair in enumerate(zip(before, after, strict=True)) for text in differences(*pair, f"{where}[{i}]")]
+        return [
+            text
+            for i, pair in enumerate(zip(before, after, strict=True))
+            for text in differences(*pair, f"{where}[{i}]")
+        ]
     same = before == after or (before != before and after != after)
     return [] if same else [f"{where}: {_short(before)} -> {_short(after)}"]
 
@@ -227,11 +341,15 @@ def _short(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Record what fixed-seed runs compute, or compare two records.")
+    parser = argparse.ArgumentParser(
+        description="Record what fixed-seed runs compute, or compare two records."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record")
     recording.add_argument("out", type=Path)
-    recording.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds it (default: all)")
+    recording.add_argument(
+        "--only", default="", metavar="TEXT", help="cases whose name holds it (default: all)"
+    )
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
@@ -240,7 +358,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
         options.out.write_text(json.dumps(record(options.only)), encoding="utf-8")
         return 0
-    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (options.before, options.after))
+    before, after = (
+        json.loads(path.read_text(encoding="utf-8")) for path in (options.before, options.after)
+    )
     found = differences(before, after)
     print(*found[:40], f"{len(before)} and {len(after)} cases, {len(found)} differences", sep="\n")
     return int(bool(found))

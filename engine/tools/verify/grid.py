@@ -1,14 +1,20 @@
-"""How the accuracy grid makes its cases, runs an op on them and judges what comes out. What the ops are stands in catalogue/.
+"""How the accuracy grid makes its cases, runs an op on them and judges what comes out. What the ops
+are stands in catalogue/.
 
-An `Entry` names the factors of one public op and their levels. The whole grid is a covering of them: every pair of levels of two factors occurs in
-at least one case (`covering`), which finds what one or two settings cause together in a hundred cases in place of millions. A case becomes a `Problem`,
-its outputs and gradients are compared with those of the `definition`, in float64, of the same rounded inputs, within the entry's `bounds`.
+An `Entry` names the factors of one public op and their levels. The whole grid is a covering of
+them: every pair of levels of two factors occurs in at least one case (`covering`), which finds what
+one or two settings cause together in a hundred cases in place of millions. A case becomes a
+`Problem`, its outputs and gradients are compared with those of the `definition`, in float64, of the
+same rounded inputs, within the entry's `bounds`.
 
-Problems with many rows repeat a few of them: rows n and n + period hold the same bits. The oracle sees one period, so that 4096 x 256000 costs it
-nothing, and the results of all other periods must equal the first bit for bit, which is what "independent of its companions" says.
+Problems with many rows repeat a few of them: rows n and n + period hold the same bits. The oracle
+sees one period, so that 4096 x 256000 costs it nothing, and the results of all other periods must
+equal the first bit for bit, which is what "independent of its companions" says.
 
-Numbers are drawn, and the oracle computed, on the CPU, whatever the device: the same problem everywhere, and nothing of the device in its judgement.
+Numbers are drawn, and the oracle computed, on the CPU, whatever the device: the same problem
+everywhere, and nothing of the device in its judgement.
 """
+
 from __future__ import annotations
 
 import functools
@@ -32,7 +38,8 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Bound:
-    """|got - want| <= atol + rtol |want|. `rounded`: of the oracle rounded to the dtype of what came out, as results in a narrow dtype are."""
+    """|got - want| <= atol + rtol |want|. `rounded`: of the oracle rounded to the dtype of what
+    came out, as results in a narrow dtype are."""
 
     rtol: float = 0.0
     atol: float | Tensor = 0.0
@@ -40,7 +47,11 @@ class Bound:
 
     def of_rows(self, count: int) -> Bound:
         """The bound of the first `count` rows."""
-        return replace(self, atol=self.atol[:count]) if isinstance(self.atol, Tensor) and self.atol.ndim else self
+        return (
+            replace(self, atol=self.atol[:count])
+            if isinstance(self.atol, Tensor) and self.atol.ndim
+            else self
+        )
 
 
 @dataclass(frozen=True)
@@ -50,37 +61,63 @@ class Problem:
     x: dict[str, Any]  # tensors (or None) by argument name
     settings: dict[str, Any] = field(default_factory=dict)  # all other arguments
     upstream: Tensors = field(default_factory=dict)  # gradient of each differentiable output
-    hidden: dict[str, Any] = field(default_factory=dict)  # bool, broadcastable to x[name]: slots that may hold anything
+    # bool, broadcastable to x[name]: slots that may hold anything
+    hidden: dict[str, Any] = field(default_factory=dict)
     period: int = 0  # rows n and n + period of x and of the outputs are the same; 0: no repetition
 
     def rows(self, count: int, names: set[str]) -> Problem:
-        """The first `count` rows of everything that has rows: `names` among x, and every upstream gradient."""
-        x = {name: t[:count] if t is not None and name in names else t for name, t in self.x.items()}
+        """The first `count` rows of everything that has rows: `names` among x, and every upstream
+        gradient."""
+        x = {
+            name: t[:count] if t is not None and name in names else t for name, t in self.x.items()
+        }
         hidden = {name: t[:count] if name in names else t for name, t in self.hidden.items()}
-        return replace(self, x=x, upstream={name: t[:count] for name, t in self.upstream.items()}, hidden=hidden, period=0)
+        return replace(
+            self,
+            x=x,
+            upstream={name: t[:count] for name, t in self.upstream.items()},
+            hidden=hidden,
+            period=0,
+        )
 
     def wide(self, dtype: torch.dtype = torch.float64) -> Problem:
         """In float64, or in another dtype."""
-        def widen(tensors: dict) -> dict:
-            return {name: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in tensors.items()}
 
-        return replace(self, x=widen(self.x), settings=widen(self.settings), upstream=widen(self.upstream))
+        def widen(tensors: dict) -> dict:
+            return {
+                name: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+                for name, t in tensors.items()
+            }
+
+        return replace(
+            self, x=widen(self.x), settings=widen(self.settings), upstream=widen(self.upstream)
+        )
 
     def to(self, device: torch.device | str) -> Problem:
         """On `device`; itself where it lies there."""
-        x, settings, upstream, hidden = (moved(part, torch.device(device)) for part in (self.x, self.settings, self.upstream, self.hidden))
-        if all(a is b for now, was in ((x, self.x), (upstream, self.upstream)) for a, b in zip(now.values(), was.values(), strict=True)):
+        x, settings, upstream, hidden = (
+            moved(part, torch.device(device))
+            for part in (self.x, self.settings, self.upstream, self.hidden)
+        )
+        if all(
+            a is b
+            for now, was in ((x, self.x), (upstream, self.upstream))
+            for a, b in zip(now.values(), was.values(), strict=True)
+        ):
             return self
         return replace(self, x=x, settings=settings, upstream=upstream, hidden=hidden)
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, and tuples, lists and dicts of them, on `device`: with their strides, their offset and what lies around them."""
+    """Tensors, and tuples, lists and dicts of them, on `device`: with their strides, their offset
+    and what lies around them."""
     if isinstance(value, Tensor):
         if value.device.type == device.type and device.index in (None, value.device.index):
             return value
         storage = bytes_of(value).to(device).untyped_storage()
-        return torch.empty(0, dtype=value.dtype, device=device).set_(storage, value.storage_offset(), value.shape, value.stride())
+        return torch.empty(0, dtype=value.dtype, device=device).set_(
+            storage, value.storage_offset(), value.shape, value.stride()
+        )
     if isinstance(value, dict):
         return {name: moved(each, device) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -94,21 +131,26 @@ def moved(value: Any, device: torch.device) -> Any:
 def bytes_of(value: Tensor) -> Tensor:
     """The whole storage of a tensor."""
     storage = value.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage, 0, (storage.nbytes(),), (1,))
+    return torch.empty(0, dtype=torch.uint8, device=value.device).set_(
+        storage, 0, (storage.nbytes(),), (1,)
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
     """One public op.
 
-    op: its name. table: the `Implementations` that serve it. levels: factor -> levels; the first of each make the plain case, small and ordinary.
-    make: (case as a namespace, generator) -> Problem. forward: (x, settings, impl) -> outputs by name; those of the problem's `upstream` are differentiated
-    by `wants`. definition: the same of (x, settings), from definitions/, which share no code with the op. bounds: (problem, want) -> Bound of every output
-    ("d name" for a gradient).
-    triton: levels that replace others where Triton is interpreted (on a CPU). fits: whether a case is to be run. cost: elements that it touches.
-    timed: changes to the plain case, by kind of device, that make one large enough to be timed; empty where none would say much. work: (bytes, flops) that a
-    timed problem needs at least, from its inputs and its results; None: every input read and every result written once.
-    writes: arguments that the op writes to by contract. rows: arguments with a row for each row of the outputs, where rows are independent.
+    op: its name. table: the `Implementations` that serve it. levels: factor -> levels; the first of
+    each make the plain case, small and ordinary. make: (case as a namespace, generator) -> Problem.
+    forward: (x, settings, impl) -> outputs by name; those of the problem's `upstream` are
+    differentiated by `wants`. definition: the same of (x, settings), from definitions/, which share
+    no code with the op. bounds: (problem, want) -> Bound of every output ("d name" for a gradient).
+    triton: levels that replace others where Triton is interpreted (on a CPU). fits: whether a case
+    is to be run. cost: elements that it touches. timed: changes to the plain case, by kind of
+    device, that make one large enough to be timed; empty where none would say much. work: (bytes,
+    flops) that a timed problem needs at least, from its inputs and its results; None: every input
+    read and every result written once. writes: arguments that the op writes to by contract. rows:
+    arguments with a row for each row of the outputs, where rows are independent.
     """
 
     op: str
@@ -130,7 +172,11 @@ class Entry:
     def implementations(self, device: torch.device | str = "cpu") -> list[str]:
         """Those that can run here."""
         kind = torch.device(device).type
-        return [name for name in (self.table.cuda if kind == "cuda" else self.table.cpu) if unavailable(name, kind) is None]
+        return [
+            name
+            for name in (self.table.cuda if kind == "cuda" else self.table.cpu)
+            if unavailable(name, kind) is None
+        ]
 
     def levels_of(self, impl: str, device: torch.device | str = "cpu") -> dict[str, tuple]:
         return self.levels | (self.triton if interpreted(impl, device) else {})
@@ -147,12 +193,22 @@ def interpreted(impl: str, device: torch.device | str) -> bool:
     return impl == "triton" and torch.device(device).type != "cuda"
 
 
-# ---- cases -----------------------------------------------------------------------------------------------------------
-def covering(levels: dict[str, tuple], fits: Callable[[SimpleNamespace], bool] = lambda case: True, seed: int = 0) -> list[Case]:
-    """Cases in which every pair of levels of two factors occurs that a fitting case is found for. Each starts from a pair that is still missing; of a
-    dozen random completions that fit, the one that brings most missing pairs is taken."""
+# ---- cases ---------------------------------------------------------------------------------------
+def covering(
+    levels: dict[str, tuple],
+    fits: Callable[[SimpleNamespace], bool] = lambda case: True,
+    seed: int = 0,
+) -> list[Case]:
+    """Cases in which every pair of levels of two factors occurs that a fitting case is found for.
+    Each starts from a pair that is still missing; of a dozen random completions that fit, the one
+    that brings most missing pairs is taken."""
     chance, names = random.Random(seed), sorted(levels)
-    missing = {((a, i), (b, j)) for a, b in combinations(names, 2) for i in range(len(levels[a])) for j in range(len(levels[b]))}
+    missing = {
+        ((a, i), (b, j))
+        for a, b in combinations(names, 2)
+        for i in range(len(levels[a]))
+        for j in range(len(levels[b]))
+    }
     cases = []
     for pair in sorted(missing):
         if pair not in missing:
@@ -161,7 +217,11 @@ def covering(levels: dict[str, tuple], fits: Callable[[SimpleNamespace], bool] =
         for _ in range(12):
             chosen = {name: chance.randrange(len(levels[name])) for name in names} | dict(pair)
             if fits(SimpleNamespace(**{name: levels[name][i] for name, i in chosen.items()})):
-                best = max(best, (len(missing.intersection(combinations(sorted(chosen.items()), 2))), chosen), key=lambda b: b[0])
+                best = max(
+                    best,
+                    (len(missing.intersection(combinations(sorted(chosen.items()), 2))), chosen),
+                    key=lambda b: b[0],
+                )
         if best[0]:
             missing.difference_update(combinations(sorted(best[1].items()), 2))
             cases.append({name: levels[name][i] for name, i in best[1].items()})
@@ -170,16 +230,33 @@ def covering(levels: dict[str, tuple], fits: Callable[[SimpleNamespace], bool] =
 
 @functools.cache
 def _grid(entry: Entry, small: bool) -> list[Case]:
-    return [case for seed in range(3) for case in covering(entry.levels | (entry.triton if small else {}), entry.fits, seed)]
+    return [
+        case
+        for seed in range(3)
+        for case in covering(entry.levels | (entry.triton if small else {}), entry.fits, seed)
+    ]
 
 
 def grid(entry: Entry, impl: str, most: int, device: torch.device | str = "cpu") -> list[Case]:
-    """The whole grid of an op, three coverings, which pair the levels in different company, but for cases of more than `most` elements."""
-    return [case for case in _grid(entry, interpreted(impl, device)) if entry.cost(SimpleNamespace(**case)) <= most]
+    """The whole grid of an op, three coverings, which pair the levels in different company, but for
+    cases of more than `most` elements."""
+    return [
+        case
+        for case in _grid(entry, interpreted(impl, device))
+        if entry.cost(SimpleNamespace(**case)) <= most
+    ]
 
 
-def sample_of_grid(entry: Entry, impl: str, count: int, most: int, device: torch.device | str = "cpu", seed: int = 0) -> list[Case]:
-    """A draw of `count` cases from the same levels, fixed by `seed`, each of at most `most` elements, one of them perhaps of none."""
+def sample_of_grid(
+    entry: Entry,
+    impl: str,
+    count: int,
+    most: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[Case]:
+    """A draw of `count` cases from the same levels, fixed by `seed`, each of at most `most`
+    elements, one of them perhaps of none."""
     chance = random.Random(f"{entry.op} {impl} {seed}" if seed else f"{entry.op} {impl}")
     levels, cases, empty = entry.levels_of(impl, device), list[Case](), 0
     for _ in range(2000):
@@ -197,43 +274,69 @@ def describe(case: Case) -> str:
     return ", ".join(f"{name}={str(level).removeprefix('torch.')}" for name, level in case.items())
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------------
-def run(entry: Entry, problem: Problem, impl: str | None, forward: Callable | None = None) -> Tensors:
-    """Outputs by name and gradients as "d name". Inputs are not copied, so that they keep their layout, unless the op writes to them."""
-    x = {name: copy_with_storage(t) if name in entry.writes and t is not None else t for name, t in problem.x.items()}
-    leaves = {name: x[name].detach().requires_grad_() for name in entry.wants if x.get(name) is not None and problem.upstream}
+# ---- a run ---------------------------------------------------------------------------------------
+def run(
+    entry: Entry, problem: Problem, impl: str | None, forward: Callable | None = None
+) -> Tensors:
+    """Outputs by name and gradients as "d name". Inputs are not copied, so that they keep their
+    layout, unless the op writes to them."""
+    x = {
+        name: copy_with_storage(t) if name in entry.writes and t is not None else t
+        for name, t in problem.x.items()
+    }
+    leaves = {
+        name: x[name].detach().requires_grad_()
+        for name in entry.wants
+        if x.get(name) is not None and problem.upstream
+    }
     outputs = (forward or entry.forward)(x | leaves, problem.settings, impl)
     return finished(outputs, leaves, problem, materialize=forward is not None)
 
 
 def oracle(entry: Entry, problem: Problem, dtype: torch.dtype = torch.float64) -> Tensors:
-    """The definition's, in float64 or another dtype, on the CPU; of one period where the problem has one."""
+    """The definition's, in float64 or another dtype, on the CPU; of one period where the problem
+    has one."""
     problem = problem.to("cpu")
     if problem.period:
         problem = problem.rows(problem.period, set(entry.rows))
     wide = problem.wide(dtype)
-    leaves = {name: wide.x[name].detach().requires_grad_() for name in entry.wants if wide.x.get(name) is not None and problem.upstream}
+    leaves = {
+        name: wide.x[name].detach().requires_grad_()
+        for name in entry.wants
+        if wide.x.get(name) is not None and problem.upstream
+    }
     return finished(entry.definition(wide.x | leaves, wide.settings), leaves, wide)
 
 
-def finished(outputs: Tensors, leaves: Tensors, problem: Problem, materialize: bool = False) -> Tensors:
+def finished(
+    outputs: Tensors, leaves: Tensors, problem: Problem, materialize: bool = False
+) -> Tensors:
     got = {name: t.detach() for name, t in outputs.items()}
     if leaves:
-        names = [name for name in problem.upstream if name in outputs and outputs[name].requires_grad]
-        grads = torch.autograd.grad([outputs[name] for name in names], list(leaves.values()), [problem.upstream[name] for name in names],
-                                    materialize_grads=materialize)
+        names = [
+            name for name in problem.upstream if name in outputs and outputs[name].requires_grad
+        ]
+        grads = torch.autograd.grad(
+            [outputs[name] for name in names],
+            list(leaves.values()),
+            [problem.upstream[name] for name in names],
+            materialize_grads=materialize,
+        )
         got |= {f"d {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return got
 
 
 def copy_with_storage(t: Tensor) -> Tensor:
     """A copy that keeps strides, offset and what lies around the tensor."""
-    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride())
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(
+        t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride()
+    )
 
 
-# ---- the verdict -----------------------------------------------------------------------------------------------------
+# ---- the verdict ---------------------------------------------------------------------------------
 def excess(got: Tensor, want: Tensor, bound: Bound) -> float:
-    """Largest error in units of what is allowed; infinite where one is NaN or infinite and the other is not, or another infinity."""
+    """Largest error in units of what is allowed; infinite where one is NaN or infinite and the
+    other is not, or another infinity."""
     if got.shape != want.shape:
         return math.inf
     if got.numel() == 0:
@@ -244,27 +347,46 @@ def excess(got: Tensor, want: Tensor, bound: Bound) -> float:
         want = want.to(got.dtype)
     got, want = got.double(), want.double()
     special = ~want.isfinite()
-    if not torch.equal(special, ~got.isfinite()) or not torch.equal(got[special].nan_to_num(nan=0.5), want[special].nan_to_num(nan=0.5)):
+    if not torch.equal(special, ~got.isfinite()) or not torch.equal(
+        got[special].nan_to_num(nan=0.5), want[special].nan_to_num(nan=0.5)
+    ):
         return math.inf
     allowed = bound.atol + bound.rtol * want.abs()
     error = (got - want).abs()
-    return float(torch.where(special | (error == 0), 0.0, error / torch.as_tensor(allowed, dtype=torch.float64)).max())
+    return float(
+        torch.where(
+            special | (error == 0), 0.0, error / torch.as_tensor(allowed, dtype=torch.float64)
+        ).max()
+    )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal, NaN to NaN."""
-    return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
+    return a.shape == b.shape and (
+        torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    )
 
 
-def judge(entry: Entry, problem: Problem, got: Tensors, want: Tensors, exact: bool = True, narrow: bool = False) -> dict[str, float]:
-    """`excess` of every output: accepted where none is above 1. Repetitions of a row that differ from it count as infinite if `exact`, else by their error.
-    `narrow`: products take their operands in the dtype of the inputs, as Triton's do, so that the gradient of the logits is rounded before it (and by the
-    interpreter, to bfloat16, cut): a gradient in a narrow dtype may be off by eps of its largest value."""
+def judge(
+    entry: Entry,
+    problem: Problem,
+    got: Tensors,
+    want: Tensors,
+    exact: bool = True,
+    narrow: bool = False,
+) -> dict[str, float]:
+    """`excess` of every output: accepted where none is above 1. Repetitions of a row that differ
+    from it count as infinite if `exact`, else by their error. `narrow`: products take their
+    operands in the dtype of the inputs, as Triton's do, so that the gradient of the logits is
+    rounded before it (and by the interpreter, to bfloat16, cut): a gradient in a narrow dtype may
+    be off by eps of its largest value."""
     problem, got = problem.to("cpu"), {name: t.cpu() for name, t in got.items()}
     bounds = entry.bounds(problem, want)
     for name, bound in bounds.items() if narrow else ():
         if bound.rounded and name.startswith("d ") and want[name].numel():
-            bounds[name] = replace(bound, atol=bound.atol + torch.finfo(got[name].dtype).eps * want[name].abs().max())
+            bounds[name] = replace(
+                bound, atol=bound.atol + torch.finfo(got[name].dtype).eps * want[name].abs().max()
+            )
     if missing := set(want) ^ set(got):
         raise AssertionError(f"{entry.op}: outputs {sorted(missing)} on one side only")
     worst = {}
@@ -273,23 +395,36 @@ def judge(entry: Entry, problem: Problem, got: Tensors, want: Tensors, exact: bo
         repeated = bool(period) and ours.ndim > 0 and ours.shape[0] > period
         worst[name] = excess(ours[:period] if repeated else ours, expected, bounds[name])
         for n in range(period, ours.shape[0], period) if repeated else ():
-            again = ours[n:n + period]
+            again = ours[n : n + period]
             if not same_bits(again, ours[: len(again)]):
-                worst[name] = math.inf if exact else max(worst[name], excess(again, expected[:len(again)], bounds[name].of_rows(len(again))))
+                worst[name] = (
+                    math.inf
+                    if exact
+                    else max(
+                        worst[name],
+                        excess(again, expected[: len(again)], bounds[name].of_rows(len(again))),
+                    )
+                )
     return worst
 
 
 def rejected(entry: Entry, problem: Problem, got: Tensors) -> set[str]:
     """Names of the outputs that the checks refuse."""
-    return {name for name, value in judge(entry, problem, got, oracle(entry, problem)).items() if not value <= 1}
+    return {
+        name
+        for name, value in judge(entry, problem, got, oracle(entry, problem)).items()
+        if not value <= 1
+    }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one case. worst: error / bound of every output; infinite where an error knows no bound, such as NaN for a number.
+    """Of one case. worst: error / bound of every output; infinite where an error knows no bound,
+    such as NaN for a number.
 
-    companions: outputs in which a row came out with other bits than the same row elsewhere (not looked at in torch's own kernels, which take the ends of a
-    tensor another way). moved: outputs in which a second run gave other bits. written: inputs that were written to, and must not be.
+    companions: outputs in which a row came out with other bits than the same row elsewhere (not
+    looked at in torch's own kernels, which take the ends of a tensor another way). moved: outputs
+    in which a second run gave other bits. written: inputs that were written to, and must not be.
     """
 
     worst: dict[str, float]
@@ -299,32 +434,63 @@ class Verdict:
 
     def faults(self) -> list[str]:
         """What must not be, in words; empty where all is well."""
-        found = [f"{name}: error / bound = {value:.3g}" for name, value in self.worst.items() if not value <= 1]
+        found = [
+            f"{name}: error / bound = {value:.3g}"
+            for name, value in self.worst.items()
+            if not value <= 1
+        ]
         found += [f"{name}: a row's bits depend on its companions" for name in self.companions]
-        return found + [f"{name}: a second run gave other bits" for name in self.moved] + [f"wrote to its input {name}" for name in self.written]
+        return (
+            found
+            + [f"{name}: a second run gave other bits" for name in self.moved]
+            + [f"wrote to its input {name}" for name in self.written]
+        )
 
 
-def examine(entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu", twice: bool = False) -> Verdict:
-    """Run one case, `twice` to see whether the bits are the same, and hold it against the oracle."""
+def examine(
+    entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu", twice: bool = False
+) -> Verdict:
+    """Run one case, `twice` to see whether the bits are the same, and hold it against the
+    oracle."""
     problem = entry.problem(case, device=device)
-    watched = {name: t for name, t in problem.x.items() if t is not None and name not in entry.writes and t.untyped_storage().nbytes() < 64 << 20}
+    watched = {
+        name: t
+        for name, t in problem.x.items()
+        if t is not None and name not in entry.writes and t.untyped_storage().nbytes() < 64 << 20
+    }
     before = {name: t.untyped_storage().clone() for name, t in watched.items()}
     got = run(entry, problem, impl)
-    written = [name for name, t in watched.items() if bytes_differ(t.untyped_storage(), before[name])]
+    written = [
+        name for name, t in watched.items() if bytes_differ(t.untyped_storage(), before[name])
+    ]
     again = run(entry, problem, impl) if twice else got
     moved = [name for name in got if not same_bits(got[name], again[name])]
-    worst = judge(entry, problem, got, oracle(entry, problem), exact=False, narrow=narrow_products(entry, impl, device))
-    companions = [] if impl == "torch" or not problem.period else [name for name, t in got.items() if not repeats(t, problem.period)]
+    worst = judge(
+        entry,
+        problem,
+        got,
+        oracle(entry, problem),
+        exact=False,
+        narrow=narrow_products(entry, impl, device),
+    )
+    companions = (
+        []
+        if impl == "torch" or not problem.period
+        else [name for name, t in got.items() if not repeats(t, problem.period)]
+    )
     return Verdict(worst, companions, moved, written)
 
 
 def repeats(t: Tensor, period: int) -> bool:
     """Whether rows n and n + period of a result have the same bits."""
-    return t.ndim == 0 or all(same_bits(part, t[:len(part)]) for part in t.split(period))
+    return t.ndim == 0 or all(same_bits(part, t[: len(part)]) for part in t.split(period))
 
 
-def verify(entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu") -> dict[str, float]:
-    """Run one case and raise unless every output is within its bounds and no input was written to. Returns the worst excess of each output."""
+def verify(
+    entry: Entry, case: Case, impl: str, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Run one case and raise unless every output is within its bounds and no input was written to.
+    Returns the worst excess of each output."""
     verdict = examine(entry, case, impl, device)
     if faults := verdict.faults():
         raise AssertionError(f"{entry.op} [{impl}] {describe(case)}: {'; '.join(faults)}")
@@ -332,9 +498,17 @@ def verify(entry: Entry, case: Case, impl: str, device: torch.device | str = "cp
 
 
 def narrow_products(entry: Entry, impl: str, device: torch.device | str) -> bool:
-    """Whether an implementation's products take their operands in the dtype of the inputs: Triton's, and on a GPU torch's, too."""
-    return entry.op.startswith("linear_") and (impl == "triton" or torch.device(device).type == "cuda")
+    """Whether an implementation's products take their operands in the dtype of the inputs:
+    Triton's, and on a GPU torch's, too."""
+    return entry.op.startswith("linear_") and (
+        impl == "triton" or torch.device(device).type == "cuda"
+    )
 
 
 def bytes_differ(a: torch.UntypedStorage, b: torch.UntypedStorage) -> bool:
-    return not torch.equal(*(torch.empty(0, dtype=torch.uint8, device=s.device).set_(s, 0, (s.nbytes(),), (1,)) for s in (a, b)))
+    return not torch.equal(
+        *(
+            torch.empty(0, dtype=torch.uint8, device=s.device).set_(s, 0, (s.nbytes(),), (1,))
+            for s in (a, b)
+        )
+    )

@@ -1,4 +1,6 @@
-"""One implementation of one op, tried: accuracy and equal bits over a sample of the grid, and the time of one call."""
+"""One implementation of one op, tried: accuracy and equal bits over a sample of the grid, and the
+time of one call."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,20 +17,33 @@ from typing import Any
 import torch
 
 from fusedrl.engine.tools.machine import seconds_of, wait_for
-from fusedrl.engine.tools.verify.grid import Entry, Problem, Tensors, copy_with_storage, describe, examine, finished, grid, interpreted, sample_of_grid
+from fusedrl.engine.tools.verify.grid import (
+    Entry,
+    Problem,
+    Tensors,
+    copy_with_storage,
+    describe,
+    examine,
+    finished,
+    grid,
+    interpreted,
+    sample_of_grid,
+)
 from fusedrl.kernels.runtime.dispatch import CannotServe, unavailable
 
 # Elements of a case: of a sample, and of the whole grid. "interpreted" is Triton on a CPU.
 QUICK = {"cpp": 1 << 18, "torch": 1 << 17, "interpreted": 1 << 11, "gpu": 1 << 21}
 WHOLE = {"cpp": 1 << 30, "torch": 1 << 23, "interpreted": 1 << 19, "gpu": 1 << 28}
 _SECONDS, _CALLS = 0.3, (5, 200)  # one timing takes so long, within so many calls
-# Tiles as small as the interpreter likes them (it costs time by lane), which also brings carries and running maxima into play.
+# Tiles as small as the interpreter likes them (it costs time by lane), which also brings carries
+# and running maxima into play.
 SMALL_TILES = {"full_kl._triton": {"_BLOCK": 64}, "gae._triton": {"_CHUNK": 16}}
 
 
 @contextlib.contextmanager
 def small_tiles() -> Iterator[None]:
-    """Within the block Triton's tiles are cut to what the interpreter runs in milliseconds; nothing changes where it does not run."""
+    """Within the block Triton's tiles are cut to what the interpreter runs in milliseconds; nothing
+    changes where it does not run."""
     found: list[tuple[Any, str, Any]] = []
     if unavailable("triton", "cpu") is None:
         for module, values in SMALL_TILES.items():
@@ -45,14 +60,26 @@ def small_tiles() -> Iterator[None]:
 
 def budget(sizes: dict[str, int], impl: str, device: torch.device) -> int:
     """The entry of QUICK or WHOLE that an implementation has on a device."""
-    return sizes["gpu" if device.type == "cuda" else "interpreted" if interpreted(impl, device) else impl]
+    return sizes[
+        "gpu" if device.type == "cuda" else "interpreted" if interpreted(impl, device) else impl
+    ]
 
 
-def try_op(entry: Entry, impl: str, device: torch.device, *, cases: int = 6, full: bool = False, seed: int = 0) -> dict[str, Any]:
-    """The row of one op and implementation: how many cases, what was wrong, the largest error in units of what is allowed.
+def try_op(
+    entry: Entry,
+    impl: str,
+    device: torch.device,
+    *,
+    cases: int = 6,
+    full: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The row of one op and implementation: how many cases, what was wrong, the largest error in
+    units of what is allowed.
 
     Args:
-        cases: how many of the grid are drawn, beside the plain one; half as many under Triton's interpreter. full: all of them. seed: of draws and numbers.
+        cases: how many of the grid are drawn, beside the plain one; half as many under Triton's
+        interpreter. full: all of them. seed: of draws and numbers.
     """
     began = time.perf_counter()
     if full:
@@ -60,11 +87,15 @@ def try_op(entry: Entry, impl: str, device: torch.device, *, cases: int = 6, ful
     else:
         count = -(-cases // 2) if interpreted(impl, device) else cases
         drawn = sample_of_grid(entry, impl, count, budget(QUICK, impl, device), device, seed)
-    plain = entry.plain(**{name: levels[0] for name, levels in entry.levels_of(impl, device).items()})
+    plain = entry.plain(
+        **{name: levels[0] for name, levels in entry.levels_of(impl, device).items()}
+    )
     worst, why, refused, moved, fatal = 0.0, list[str](), list[str](), 0, False
-    torchs = impl == "torch" and device.type == "cuda"  # torch's own kernels there add by atomics: their bits are not promised
+    # torch's own kernels there add by atomics: their bits are not promised
+    torchs = impl == "torch" and device.type == "cuda"
     with small_tiles(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's under the interpreter, of NaN and overflow that are meant
+        # numpy's under the interpreter, of NaN and overflow that are meant
+        warnings.simplefilter("ignore", RuntimeWarning)
         for case in (plain, *drawn):
             try:
                 verdict = examine(entry, case, impl, device, twice=True)
@@ -83,20 +114,36 @@ def try_op(entry: Entry, impl: str, device: torch.device, *, cases: int = 6, ful
                 why.append(f"{describe(case)}: {'; '.join(faults)}")
     asked = 1 + len(drawn)
     state = "FAIL" if why else "refused" if len(refused) == asked else "ok"
-    return {"what": entry.op, "impl": impl, "state": state, "cases": asked - len(refused), "failed": len(why),
-            "error_over_bound": worst if worst < math.inf else "inf", "cases_with_moved_bits": moved, "seconds": time.perf_counter() - began,
-            "why": why or (refused[:1] if state == "refused" else []), "fatal": fatal}
+    return {
+        "what": entry.op,
+        "impl": impl,
+        "state": state,
+        "cases": asked - len(refused),
+        "failed": len(why),
+        "error_over_bound": worst if worst < math.inf else "inf",
+        "cases_with_moved_bits": moved,
+        "seconds": time.perf_counter() - began,
+        "why": why or (refused[:1] if state == "refused" else []),
+        "fatal": fatal,
+    }
 
 
 def lost(error: Exception) -> bool:
     """Whether a process can do nothing more on its GPU after this error."""
-    return any(word in str(error) for word in ("CUDA error", "illegal memory access", "HIP error", "device-side assert"))
+    return any(
+        word in str(error)
+        for word in ("CUDA error", "illegal memory access", "HIP error", "device-side assert")
+    )
 
 
-def time_op(entry: Entry, impl: str, device: torch.device, bandwidth: float, rate: float) -> dict[str, Any]:
-    """Milliseconds of one call, forward and backward, from Python to the device's last word: the median; and the share of what this machine could do.
+def time_op(
+    entry: Entry, impl: str, device: torch.device, bandwidth: float, rate: float
+) -> dict[str, Any]:
+    """Milliseconds of one call, forward and backward, from Python to the device's last word: the
+    median; and the share of what this machine could do.
 
-    bandwidth, rate: bytes and flops per second of the ceilings. Empty for an op that has no timed case, and under Triton's interpreter.
+    bandwidth, rate: bytes and flops per second of the ceilings. Empty for an op that has no timed
+    case, and under Triton's interpreter.
     """
     changes = entry.timed.get(device.type)
     if changes is None or interpreted(impl, device):
@@ -107,21 +154,34 @@ def time_op(entry: Entry, impl: str, device: torch.device, bandwidth: float, rat
         results = _call(entry, _prepared(entry, problem), problem, impl)  # compiles, warms up
     except (CannotServe, torch.OutOfMemoryError) as error:
         return {"timed": describe(changes), "not_timed": str(error)}
-    moved, flops = entry.work(problem.to("cpu"), results) if entry.work else (_traffic(problem, results), 0)
+    moved, flops = (
+        entry.work(problem.to("cpu"), results) if entry.work else (_traffic(problem, results), 0)
+    )
     del results
     taken: list[float] = []
     while len(taken) < _CALLS[0] or (sum(taken) < _SECONDS and len(taken) < _CALLS[1]):
         x = _prepared(entry, problem)
         taken.append(seconds_of(lambda x=x: _call(entry, x, problem, impl), device))  # type: ignore[misc]
     median, floor = statistics.median(taken), max(moved / bandwidth, flops / rate)
-    return {"timed": describe(changes), "ms": 1e3 * median, "percent_of_ceiling": 100 * floor / median, "bytes": moved, "flops": flops}
+    return {
+        "timed": describe(changes),
+        "ms": 1e3 * median,
+        "percent_of_ceiling": 100 * floor / median,
+        "bytes": moved,
+        "flops": flops,
+    }
 
 
 def _prepared(entry: Entry, problem: Problem) -> dict[str, Any]:
     """The arguments of one call: fresh where the op writes to them."""
-    x = {name: copy_with_storage(t) if name in entry.writes and t is not None else t for name, t in problem.x.items()}
+    x = {
+        name: copy_with_storage(t) if name in entry.writes and t is not None else t
+        for name, t in problem.x.items()
+    }
     wanted = entry.wants if problem.upstream else ()
-    return x | {name: x[name].detach().requires_grad_() for name in wanted if x.get(name) is not None}
+    return x | {
+        name: x[name].detach().requires_grad_() for name in wanted if x.get(name) is not None
+    }
 
 
 def _call(entry: Entry, x: dict[str, Any], problem: Problem, impl: str) -> Tensors:

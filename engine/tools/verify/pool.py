@@ -1,4 +1,6 @@
-"""Workers side by side. A task whose worker dies or takes too long has that for its answer, and the next task finds a new worker."""
+"""Workers side by side. A task whose worker dies or takes too long has that for its answer, and the
+next task finds a new worker."""
+
 from __future__ import annotations
 
 import json
@@ -25,7 +27,8 @@ class Worker:
         self._late = False
 
     def __call__(self, task: Task, timeout: float) -> dict[str, Any]:
-        """The answer to a task; {"state": "FAIL", "why": [...]} where there came none within `timeout` seconds, the start of the process not counted."""
+        """The answer to a task; {"state": "FAIL", "why": [...]} where there came none within
+        `timeout` seconds, the start of the process not counted."""
         if self._process is None or self._process.poll() is not None:
             self._start()
             if not self._line(max(timeout, _START)):
@@ -40,12 +43,23 @@ class Worker:
 
     def _start(self) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen([sys.executable, "-m", "fusedrl.engine.tools.verify.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=self._said, text=True, encoding="utf-8", env=environment)
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fusedrl.engine.tools.verify.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
 
     def _line(self, timeout: float, task: Task | None = None) -> str:
-        """What the process says next, after it was told a task; "" where it died or was too slow."""
+        """What the process says next, after it was told a task; "" where it died or was too
+        slow."""
         process, self._late = self._process, False
         if process is None or process.stdin is None or process.stdout is None:
             return ""
@@ -67,17 +81,26 @@ class Worker:
             self._process.kill()
 
     def _last_words(self, timeout: float) -> str:
-        """Why there was no answer: what the process died of, and the end of what it wrote to standard error."""
+        """Why there was no answer: what the process died of, and the end of what it wrote to
+        standard error."""
         process, self._process = self._process, None
         status = process.wait() if process is not None else 0
         try:
-            how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+            how = (
+                f"died of {signal.Signals(-status).name}"
+                if status < 0
+                else f"ended with exit status {status}"
+            )
         except ValueError:
             how = f"died of signal {-status}"
         if self._late:
             how = f"took longer than {timeout:g} s (--timeout) and was stopped"
         self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - 1500))
-        said = " | ".join(line.strip() for line in self._said.read().decode("utf-8", "replace").splitlines() if line.strip())
+        said = " | ".join(
+            line.strip()
+            for line in self._said.read().decode("utf-8", "replace").splitlines()
+            if line.strip()
+        )
         return f"the process {how}{': ' + said[-600:] if said and not self._late else ''}"
 
     def stop(self) -> None:
@@ -103,7 +126,9 @@ class Pool:
         for worker in self._workers:
             worker.stop()
 
-    def answers(self, tasks: Sequence[Task], timeout: float, alone: bool = False) -> Iterator[tuple[Task, dict[str, Any]]]:
+    def answers(
+        self, tasks: Sequence[Task], timeout: float, alone: bool = False
+    ) -> Iterator[tuple[Task, dict[str, Any]]]:
         """(task, answer) of all tasks as they come; `alone`: one after the other."""
         waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
         done: queue.SimpleQueue[tuple[Task, dict[str, Any]]] = queue.SimpleQueue()
@@ -122,7 +147,7 @@ class Pool:
                     found = {"state": "FAIL", "why": [f"{type(error).__name__}: {error}"]}
                 done.put((task, found))
 
-        for worker in self._workers[:1 if alone else len(tasks)]:
+        for worker in self._workers[: 1 if alone else len(tasks)]:
             threading.Thread(target=drive, args=(worker,), daemon=True).start()
         for _ in tasks:
             yield done.get()

@@ -1,8 +1,10 @@
-"""What the engine promises, tried on a tiny model with random weights: each promise is a function of the device and returns a row.
+"""What the engine promises, tried on a tiny model with random weights: each promise is a function
+of the device and returns a row.
 
-A row: "state" ("ok", "FAIL", "refused"), "error_over_bound", and "why" where something is wrong. The reference is the same engine on the CPU with every op on
-its torch implementation.
+A row: "state" ("ok", "FAIL", "refused"), "error_over_bound", and "why" where something is wrong.
+The reference is the same engine on the CPU with every op on its torch implementation.
 """
+
 from __future__ import annotations
 
 import copy
@@ -28,12 +30,30 @@ from fusedrl.engine.optim.adamw import make_optimizer
 from fusedrl.kernels.policy_loss import PolicyObjective, policy_loss, token_weights
 from fusedrl.kernels.runtime.dispatch import use_impl
 
-CONFIG = {"model_type": "llama", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "initializer_range": 0.25,
-          "tie_word_embeddings": True, "eos_token_id": 2, "bos_token_id": 1, "hidden_act": "silu"}
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.25,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "hidden_act": "silu",
+}
 ROOMY = CacheConfig(block_size=16, num_blocks=256, max_sequences=32, max_tokens_per_step=256)
-TIGHT = CacheConfig(block_size=16, num_blocks=24, max_sequences=3, max_tokens_per_step=16)  # a quarter of what is asked fits; chunks, preemption
-GREEDY, DRAWN = SamplingParams(max_new_tokens=40, temperature=0.0), SamplingParams(max_new_tokens=40, seed=3)
+# a quarter of what is asked fits; chunks, preemption
+TIGHT = CacheConfig(block_size=16, num_blocks=24, max_sequences=3, max_tokens_per_step=16)
+GREEDY, DRAWN = (
+    SamplingParams(max_new_tokens=40, temperature=0.0),
+    SamplingParams(max_new_tokens=40, seed=3),
+)
 CPU = torch.device("cpu")
 Row = dict[str, Any]
 
@@ -44,7 +64,12 @@ def prompts() -> list[list[int]]:
     return [[1, *torch.randint(3, 97, (4 * i,), generator=draw).tolist()] for i in range(12)]
 
 
-def make(device: torch.device, dtype: torch.dtype = torch.float32, cache: CacheConfig = ROOMY, strict: bool = False) -> HybridActor:
+def make(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    cache: CacheConfig = ROOMY,
+    strict: bool = False,
+) -> HybridActor:
     """An actor with the same weights on every device."""
     decoder = Decoder.random(model_config(CONFIG), seed=0).to(device=device, dtype=dtype)
     return HybridActor(decoder, cache=cache, strict=strict)
@@ -58,7 +83,11 @@ def row(error: float = 0.0, bound: float = 1.0, why: Sequence[str] = ()) -> Row:
     """Of a largest error and what is allowed, and of what must not be."""
     over = error / bound if math.isfinite(error) else math.inf
     found = list(why) if over <= 1 else [*why, f"off by {error:.3g}, where {bound:.3g} is allowed"]
-    return {"state": "FAIL" if found else "ok", "error_over_bound": over if over < math.inf else "inf", "why": found}
+    return {
+        "state": "FAIL" if found else "ok",
+        "error_over_bound": over if over < math.inf else "inf",
+        "why": found,
+    }
 
 
 def apart(ours: list[list[int]], theirs: list[list[int]], whose: str) -> list[str]:
@@ -66,9 +95,15 @@ def apart(ours: list[list[int]], theirs: list[list[int]], whose: str) -> list[st
     if ours == theirs:
         return []
     index = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-    at = next((t for t, (a, b) in enumerate(zip(ours[index], theirs[index], strict=False)) if a != b), min(len(ours[index]), len(theirs[index])))
+    at = next(
+        (t for t, (a, b) in enumerate(zip(ours[index], theirs[index], strict=False)) if a != b),
+        min(len(ours[index]), len(theirs[index])),
+    )
     differ = sum(a != b for a, b in zip(ours, theirs, strict=True))
-    return [f"{differ} of {len(ours)} completions differ from {whose}; number {index} from token {at} on"]
+    return [
+        f"{differ} of {len(ours)} completions differ from {whose}; number {index} from token "
+        f"{at} on"
+    ]
 
 
 @functools.cache
@@ -78,31 +113,49 @@ def reference() -> list[list[int]]:
         return said(make(CPU).generate(prompts(), GREEDY))
 
 
-# ---- generation ---------------------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 def greedy_tokens(device: torch.device) -> Row:
-    return row(why=apart(said(make(device).generate(prompts(), GREEDY)), reference(), "the CPU's reference"))
+    return row(
+        why=apart(
+            said(make(device).generate(prompts(), GREEDY)), reference(), "the CPU's reference"
+        )
+    )
 
 
 def more_requests_than_slots(device: torch.device) -> Row:
     """A cache too small for all, with prefills in chunks and preemption, changes no draw."""
     asked = prompts() + prompts()
-    roomy, tight = (said(make(device, cache=cache).generate(asked, DRAWN)) for cache in (ROOMY, TIGHT))
+    roomy, tight = (
+        said(make(device, cache=cache).generate(asked, DRAWN)) for cache in (ROOMY, TIGHT)
+    )
     return row(why=apart(tight, roomy, "those of a roomy cache"))
 
 
 def captured_steps(device: torch.device) -> Row:
-    """A CUDA graph of a step does what the step does. On a CPU a capture returns the step itself: what is tried is that its state is kept and refilled."""
+    """A CUDA graph of a step does what the step does. On a CPU a capture returns the step itself:
+    what is tried is that its state is kept and refilled."""
     step_itself = StepGraphs(lambda step, state: step)
-    contestants = (StepGraphs(CudaCapture(device)), step_itself) if device.type == "cuda" else (step_itself, None)
+    contestants = (
+        (StepGraphs(CudaCapture(device)), step_itself)
+        if device.type == "cuda"
+        else (step_itself, None)
+    )
     outs = []
     for graphs in contestants:
         actor = make(device)
         actor._generator = Generator(actor.decoder, None, ROOMY, graphs=graphs)
-        outs.append([ids for count in (12, 5) for params in (DRAWN, GREEDY) for ids in said(actor.generate(prompts()[:count], params))])
+        outs.append(
+            [
+                ids
+                for count in (12, 5)
+                for params in (DRAWN, GREEDY)
+                for ids in said(actor.generate(prompts()[:count], params))
+            ]
+        )
     return row(why=apart(outs[0], outs[1], "steps that are not captured"))
 
 
-# ---- sampler and trainer --------------------------------------------------------------------------------------------------------
+# ---- sampler and trainer -------------------------------------------------------------------------
 def one_logprob(device: torch.device, dtype: torch.dtype = torch.float32) -> Row:
     """The trainer's log-probability of a token is the sampler's."""
     actor = make(device, dtype)
@@ -111,7 +164,13 @@ def one_logprob(device: torch.device, dtype: torch.dtype = torch.float32) -> Row
     if dtype == torch.float32:
         return row(float(off.max()), 1e-4)
     mean, most = float(off.mean()), float(off.max())
-    return row(max(mean / 1e-3, most / 2e-2), 1.0, [f"mean {mean:.2g} (1e-3 allowed), largest {most:.2g} (2e-2)"] if mean > 1e-3 or most > 2e-2 else [])
+    return row(
+        max(mean / 1e-3, most / 2e-2),
+        1.0,
+        [f"mean {mean:.2g} (1e-3 allowed), largest {most:.2g} (2e-2)"]
+        if mean > 1e-3 or most > 2e-2
+        else [],
+    )
 
 
 def strict_numerics(device: torch.device, dtype: torch.dtype = torch.float32) -> Row:
@@ -122,22 +181,37 @@ def strict_numerics(device: torch.device, dtype: torch.dtype = torch.float32) ->
         return {"state": "refused", "error_over_bound": None, "why": [str(error)]}
     batch = PackedBatch.from_completions(prompts(), actor.generate(prompts(), DRAWN), device=device)
     differ = int((actor.score(batch).logp != batch.column("rollout_logp"))[batch.action_mask].sum())
-    return row(why=[f"{differ} of {int(batch.action_mask.sum())} log-probabilities differ"] if differ else [])
+    return row(
+        why=[f"{differ} of {int(batch.action_mask.sum())} log-probabilities differ"]
+        if differ
+        else []
+    )
 
 
-# ---- an update --------------------------------------------------------------------------------------------------------------------
+# ---- an update -----------------------------------------------------------------------------------
 def _batch(device: torch.device) -> PackedBatch:
     """The reference's completions with advantages, on `device`: the same on every device."""
     batch = PackedBatch.from_sequences(zip(prompts(), reference(), strict=True))
     noise = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(1))
-    return batch.with_columns(advantages=noise, weights=token_weights(batch.action_mask, "token_mean")).to(device)
+    return batch.with_columns(
+        advantages=noise, weights=token_weights(batch.action_mask, "token_mean")
+    ).to(device)
 
 
-def _loss(actor: HybridActor, batch: PackedBatch, old: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _loss(
+    actor: HybridActor, batch: PackedBatch, old: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(loss, log-probabilities) of a clipped policy loss, with the entropy in it."""
     logp, entropy = actor.logprobs(batch, actor.forward(batch))
-    loss, _ = policy_loss(logp, logp.detach() if old is None else old, batch.column("advantages"), batch.column("weights"), entropy=entropy,
-                          entropy_coef=0.01, objective=PolicyObjective(kind="clip"))
+    loss, _ = policy_loss(
+        logp,
+        logp.detach() if old is None else old,
+        batch.column("advantages"),
+        batch.column("weights"),
+        entropy=entropy,
+        entropy_coef=0.01,
+        objective=PolicyObjective(kind="clip"),
+    )
     return loss, logp
 
 
@@ -148,7 +222,8 @@ def _gradients(actor: HybridActor, batch: PackedBatch) -> list[Tensor]:
 
 
 def ratios_are_one(device: torch.device) -> Row:
-    """What scoring says before the first step, the training forward of the same batch says again, bit for bit."""
+    """What scoring says before the first step, the training forward of the same batch says again,
+    bit for bit."""
     actor, batch = make(device), _batch(device)
     old = actor.score(batch).logp
     differ = int((_loss(actor, batch, old)[1].detach() != old).sum())
@@ -160,22 +235,36 @@ def gradient_of_an_update(device: torch.device) -> Row:
     with use_impl("torch"):
         want = _gradients(make(CPU), _batch(CPU))
     got = [g.cpu() for g in _gradients(make(device), _batch(device))]
-    return row(max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(got, want, strict=True)), 1e-4)
+    return row(
+        max(
+            float((a - b).norm() / b.norm().clamp(min=1e-12))
+            for a, b in zip(got, want, strict=True)
+        ),
+        1e-4,
+    )
 
 
 def lent_cache(device: torch.device) -> Row:
-    """Training in the cache's memory has the same gradients to the bit, and generation goes on as before."""
+    """Training in the cache's memory has the same gradients to the bit, and generation goes on as
+    before."""
     actor, batch = make(device), _batch(device)
     before, plain = said(actor.generate(prompts(), DRAWN)), _gradients(actor, batch)
     with actor.lend_cache() as arena:
         lent = _gradients(actor, batch)
-    why = [] if all(torch.equal(a, b) for a, b in zip(plain, lent, strict=True)) else ["gradients differ from those outside"]
+    why = (
+        []
+        if all(torch.equal(a, b) for a, b in zip(plain, lent, strict=True))
+        else ["gradients differ from those outside"]
+    )
     why += [] if arena is not None else ["nothing was lent"]
-    return row(why=why + apart(said(actor.generate(prompts(), DRAWN)), before, "those before the loan"))
+    return row(
+        why=why + apart(said(actor.generate(prompts(), DRAWN)), before, "those before the loan")
+    )
 
 
 def optimizer_step(device: torch.device) -> Row:
-    """After a step the actor samples from the new weights, as an actor that was made of them does: no prefix, no captured step of the old ones is left."""
+    """After a step the actor samples from the new weights, as an actor that was made of them does:
+    no prefix, no captured step of the old ones is left."""
     actor, batch = make(device), _batch(device)
     old = said(actor.generate(prompts(), DRAWN))
     optimizer = make_optimizer(actor.named_parameters(), lr=0.02)
@@ -184,7 +273,9 @@ def optimizer_step(device: torch.device) -> Row:
     actor.mark_updated()
     fresh = HybridActor(copy.deepcopy(actor.decoder), cache=ROOMY)
     new = said(actor.generate(prompts(), DRAWN))
-    why = apart(new, said(fresh.generate(prompts(), DRAWN)), "those of an actor made of the new weights")
+    why = apart(
+        new, said(fresh.generate(prompts(), DRAWN)), "those of an actor made of the new weights"
+    )
     return row(why=[*why, *(["the step changed nothing"] if new == old else [])])
 
 
@@ -199,7 +290,9 @@ def values_of_states(device: torch.device) -> Row:
     scored = actor.score(batch).values
     if scored is None:
         return row(why=["score returned no values"])
-    return row(float((scored - batch.column("rollout_values"))[batch.action_mask].abs().max()), 1e-4)
+    return row(
+        float((scored - batch.column("rollout_values"))[batch.action_mask].abs().max()), 1e-4
+    )
 
 
 def adapter(device: torch.device) -> Row:
@@ -213,12 +306,20 @@ def adapter(device: torch.device) -> Row:
     with torch.no_grad():
         for name, p in actor.named_parameters():
             if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))).to(p))
+                p.add_(
+                    torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))).to(p)
+                )
     actor.mark_updated()
     moved = said(actor.generate(prompts(), GREEDY))
     with actor.disable_adapter():
         off = apart(said(actor.generate(prompts(), GREEDY)), before, "those without an adapter")
-    return row(why=[*fresh, *off, *(["an adapter of random numbers changed nothing"] if moved == before else [])])
+    return row(
+        why=[
+            *fresh,
+            *off,
+            *(["an adapter of random numbers changed nothing"] if moved == before else []),
+        ]
+    )
 
 
 PROMISES: dict[str, Callable[[torch.device], Row]] = {

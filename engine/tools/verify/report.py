@@ -1,4 +1,6 @@
-"""fusedrl verify: everything that this machine runs is tried, first for truth in parallel processes, then for time in one; a table and a verdict."""
+"""fusedrl verify: everything that this machine runs is tried, first for truth in parallel
+processes, then for time in one; a table and a verdict."""
+
 from __future__ import annotations
 
 import difflib
@@ -24,21 +26,37 @@ Row = dict[str, Any]
 
 def default_jobs(device: torch.device) -> int:
     """One a processor; on a GPU at most eight, whose contexts take memory of it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(8, cores) if device.type == "cuda" else cores
 
 
-def verify_machine(device: torch.device, *, ops: Sequence[str] | None = None, engine: bool = True, cases: int = 6, full: bool = False, seed: int = 0,
-                   jobs: int | None = None, timeout: float = 300.0, catalogue: str = CATALOGUE,
-                   told: Callable[[Row], None] = lambda row: None) -> dict[str, Any]:
+def verify_machine(
+    device: torch.device,
+    *,
+    ops: Sequence[str] | None = None,
+    engine: bool = True,
+    cases: int = 6,
+    full: bool = False,
+    seed: int = 0,
+    jobs: int | None = None,
+    timeout: float = 300.0,
+    catalogue: str = CATALOGUE,
+    told: Callable[[Row], None] = lambda row: None,
+) -> dict[str, Any]:
     """Try every op x implementation of `device`, then the engine.
 
     Args:
-        ops: these alone; None: all. engine: its promises, too. cases: drawn from the grid for each implementation. full: the whole grid instead. seed: of it.
-        jobs: processes at once. timeout: seconds of one row. catalogue: the module whose CATALOGUE has the entries. told: of each row as it comes.
+        ops: these alone; None: all. engine: its promises, too. cases: drawn from the grid for each
+        implementation. full: the whole grid instead. seed: of it. jobs: processes at once. timeout:
+        seconds of one row. catalogue: the module whose CATALOGUE has the entries. told: of each row
+        as it comes.
     Returns:
-        {"ok", "device", "machine", "rows": [...], "seconds"}, JSON values. Of a row: "what", "impl", "state" ("ok"; "FAIL"; "refused": it serves none of the
-        cases; "absent": it cannot run here), "cases", "failed", "error_over_bound", "cases_with_moved_bits", "ms", "percent_of_ceiling", "timed", "why".
+        {"ok", "device", "machine", "rows": [...], "seconds"}, JSON values. Of a row: "what",
+        "impl", "state" ("ok"; "FAIL"; "refused": it serves none of the cases; "absent": it cannot
+        run here), "cases", "failed", "error_over_bound", "cases_with_moved_bits", "ms",
+        "percent_of_ceiling", "timed", "why".
     Raises:
         ConfigError: an op that is none, or fewer cases than 0.
     """
@@ -48,36 +66,77 @@ def verify_machine(device: torch.device, *, ops: Sequence[str] | None = None, en
     entries: dict[str, Entry] = importlib.import_module(catalogue).CATALOGUE
     if unknown := [name for name in ops or () if name not in entries]:
         close = difflib.get_close_matches(unknown[0], entries, 1)
-        raise ConfigError(f"verify: unknown op {unknown[0]!r}{f', did you mean {close[0]}?' if close else ''}; expected some of {', '.join(entries)}")
+        raise ConfigError(
+            f"verify: unknown op {unknown[0]!r}{f', did you mean {close[0]}?' if close else ''}; "
+            f"expected some of {', '.join(entries)}"
+        )
     jobs = jobs or default_jobs(device)
     chosen = [entries[name] for name in entries if ops is None or name in ops]
-    pairs = [(entry, impl) for entry in chosen for impl in (entry.table.cuda if device.type == "cuda" else entry.table.cpu)]
+    pairs = [
+        (entry, impl)
+        for entry in chosen
+        for impl in (entry.table.cuda if device.type == "cuda" else entry.table.cpu)
+    ]
     common: Task = {"device": str(device), "catalogue": catalogue}
     tried = [(entry, impl) for entry, impl in pairs if unavailable(impl, device.type) is None]
-    tried.sort(key=lambda pair: (pair[1] != "triton", pair[1] != "torch", -cost_of(pair[0])))  # what takes longest first
-    tasks = [common | {"do": "op", "what": entry.op, "impl": impl, "cases": cases, "full": full, "seed": seed} for entry, impl in tried]
-    tasks += [common | {"do": "promise", "what": name, "impl": "engine"} for name in PROMISES] if engine else []
+    # what takes longest first
+    tried.sort(key=lambda pair: (pair[1] != "triton", pair[1] != "torch", -cost_of(pair[0])))
+    tasks = [
+        common
+        | {"do": "op", "what": entry.op, "impl": impl, "cases": cases, "full": full, "seed": seed}
+        for entry, impl in tried
+    ]
+    tasks += (
+        [common | {"do": "promise", "what": name, "impl": "engine"} for name in PROMISES]
+        if engine
+        else []
+    )
     rows: dict[tuple[str, str], Row] = {}
     with Pool(jobs) as pool:
         for task, found in pool.answers(tasks, timeout):
-            row = rows[task["what"], task["impl"]] = {"what": task["what"], "impl": task["impl"]} | found
+            row = rows[task["what"], task["impl"]] = {
+                "what": task["what"],
+                "impl": task["impl"],
+            } | found
             told(row)
         machine = _timed(pool, rows, common, timeout)
-    absent = {(entry.op, impl): {"what": entry.op, "impl": impl, "state": "absent", "why": [why]} for entry, impl in pairs
-              if (why := unavailable(impl, device.type)) is not None}
-    order = [(entry.op, impl) for entry, impl in pairs] + [(name, "engine") for name in PROMISES if engine]
+    absent = {
+        (entry.op, impl): {"what": entry.op, "impl": impl, "state": "absent", "why": [why]}
+        for entry, impl in pairs
+        if (why := unavailable(impl, device.type)) is not None
+    }
+    order = [(entry.op, impl) for entry, impl in pairs] + [
+        (name, "engine") for name in PROMISES if engine
+    ]
     ordered = [(rows | absent)[key] for key in order]
-    return {"ok": all(row["state"] != "FAIL" for row in ordered), "device": str(device), "machine": machine, "cases": "all" if full else cases, "seed": seed,
-            "rows": ordered, "seconds": time.perf_counter() - began}
+    return {
+        "ok": all(row["state"] != "FAIL" for row in ordered),
+        "device": str(device),
+        "machine": machine,
+        "cases": "all" if full else cases,
+        "seed": seed,
+        "rows": ordered,
+        "seconds": time.perf_counter() - began,
+    }
 
 
-def _timed(pool: Pool, rows: dict[tuple[str, str], Row], common: Task, timeout: float) -> dict[str, Any]:
-    """Adds time and share of the ceiling to what computes what it should; one at a time, alone on the machine. Returns the machine and its ceilings."""
+def _timed(
+    pool: Pool, rows: dict[tuple[str, str], Row], common: Task, timeout: float
+) -> dict[str, Any]:
+    """Adds time and share of the ceiling to what computes what it should; one at a time, alone on
+    the machine. Returns the machine and its ceilings."""
     ((_, machine),) = pool.answers([common | {"do": "machine"}], max(timeout, 120.0), alone=True)
     if "copy_gb_per_s" not in machine:
         return machine
-    ceilings = {"bandwidth": machine["copy_gb_per_s"] * 1e9, "rate": machine["gemm_gflop_per_s"] * 1e9}
-    tasks = [common | ceilings | {"do": "time", "what": what, "impl": impl} for (what, impl), row in rows.items() if impl != "engine" and row["state"] == "ok"]
+    ceilings = {
+        "bandwidth": machine["copy_gb_per_s"] * 1e9,
+        "rate": machine["gemm_gflop_per_s"] * 1e9,
+    }
+    tasks = [
+        common | ceilings | {"do": "time", "what": what, "impl": impl}
+        for (what, impl), row in rows.items()
+        if impl != "engine" and row["state"] == "ok"
+    ]
     for task, found in pool.answers(tasks, timeout, alone=True):
         row = rows[task["what"], task["impl"]]
         if found.get("state") == "FAIL":
@@ -87,21 +146,38 @@ def _timed(pool: Pool, rows: dict[tuple[str, str], Row], common: Task, timeout: 
     return machine
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 def line_of(row: Row) -> str:
     """One row of the table."""
+
     def number(key: str, form: str) -> str:
         value = row.get(key)
         return "-" if value is None else value if isinstance(value, str) else format(value, form)
 
-    bits = "-" if "cases_with_moved_bits" not in row else "equal" if not row["cases_with_moved_bits"] else "differ"
-    cells = (row["state"], row["what"], row["impl"], number("cases", "d"), number("error_over_bound", ".3g"), bits, number("ms", ".4g"),
-             number("percent_of_ceiling", ".3g"))
+    bits = (
+        "-"
+        if "cases_with_moved_bits" not in row
+        else "equal"
+        if not row["cases_with_moved_bits"]
+        else "differ"
+    )
+    cells = (
+        row["state"],
+        row["what"],
+        row["impl"],
+        number("cases", "d"),
+        number("error_over_bound", ".3g"),
+        bits,
+        number("ms", ".4g"),
+        number("percent_of_ceiling", ".3g"),
+    )
     return _FORM.format(*cells).rstrip()
 
 
 _FORM = "{:8}{:28}{:14}{:>6}{:>14}{:>8}{:>11}{:>10}"
-_HEAD = _FORM.format("", "op or promise", "implementation", "cases", "error/bound", "bits", "ms", "% ceiling")
+_HEAD = _FORM.format(
+    "", "op or promise", "implementation", "cases", "error/bound", "bits", "ms", "% ceiling"
+)
 
 
 def print_report(found: dict[str, Any]) -> None:
@@ -123,13 +199,19 @@ def print_report(found: dict[str, Any]) -> None:
     for why, names in reasons.items():
         print(f"\nnot tried, {len(names)} ops: {why}")
     if "copy_gb_per_s" in machine:
-        print(f"\nceilings {machine['copy_gb_per_s']:.4g} GB/s, {machine['gemm_gflop_per_s']:.5g} GFLOP/s; torch {torch.__version__}; ms: one call from "
-              "Python, forward and backward; data that fit a cache may pass the ceiling")
+        print(
+            f"\nceilings {machine['copy_gb_per_s']:.4g} GB/s, {machine['gemm_gflop_per_s']:.5g} "
+            f"GFLOP/s; torch {torch.__version__}; ms: one call from "
+            "Python, forward and backward; data that fit a cache may pass the ceiling"
+        )
     elif machine:
         print(f"\nnothing was timed: {machine['why'][0]}")
     bad = sum(row["state"] == "FAIL" for row in rows)
     tried = sum(row["state"] in ("ok", "FAIL") for row in rows)
-    print(f"{tried - bad} of {tried} rows keep their bounds on {found['device']}, in {found['seconds']:.0f} s" + (f"; {bad} FAIL" if bad else ""))
+    print(
+        f"{tried - bad} of {tried} rows keep their bounds on {found['device']}, in "
+        f"{found['seconds']:.0f} s" + (f"; {bad} FAIL" if bad else "")
+    )
 
 
 def tell(row: Row) -> None:

@@ -1,4 +1,5 @@
 """Estimates against enumeration and simulation."""
+
 import math
 import random
 from itertools import combinations
@@ -20,9 +21,17 @@ def test_pass_at_k_is_the_share_of_all_choices():
 def test_pass_at_k_is_unbiased_and_the_plain_estimate_is_not():
     p, samples, k = 0.3, 5, 3
     truth = 1 - (1 - p) ** k
-    chance = [math.comb(samples, right) * p**right * (1 - p) ** (samples - right) for right in range(samples + 1)]
-    assert sum(q * pass_at_k(right, samples, k) for right, q in enumerate(chance)) == pytest.approx(truth)
-    assert abs(sum(q * (1 - (1 - right / samples) ** k) for right, q in enumerate(chance)) - truth) > 0.02
+    chance = [
+        math.comb(samples, right) * p**right * (1 - p) ** (samples - right)
+        for right in range(samples + 1)
+    ]
+    assert sum(q * pass_at_k(right, samples, k) for right, q in enumerate(chance)) == pytest.approx(
+        truth
+    )
+    assert (
+        abs(sum(q * (1 - (1 - right / samples) ** k) for right, q in enumerate(chance)) - truth)
+        > 0.02
+    )
 
 
 @pytest.mark.parametrize("arguments", [(1, 2, 0), (1, 2, 3), (3, 2, 1), (-1, 2, 1)])
@@ -43,11 +52,16 @@ def test_an_estimate_over_prompts():
 
 
 def test_errors_over_prompts_cover_where_samples_of_a_prompt_are_alike():
-    """Four samples of each of 30 prompts, which agree within the prompt: an error over samples would be half as large as it is."""
+    """Four samples of each of 30 prompts, which agree within the prompt: an error over samples
+    would be half as large as it is."""
     rng = random.Random(1)
     covered, naive = 0, 0
     for _ in range(300):
-        values = [level + 0.1 * rng.gauss(0, 1) for level in (rng.gauss(0, 1) for _ in range(30)) for _ in range(4)]
+        values = [
+            level + 0.1 * rng.gauss(0, 1)
+            for level in (rng.gauss(0, 1) for _ in range(30))
+            for _ in range(4)
+        ]
         covered += abs(Estimate.of(values, per=4).mean) < 1.96 * Estimate.of(values, per=4).error
         naive += abs(Estimate.of(values).mean) < 1.96 * Estimate.of(values).error
     assert 270 <= covered <= 297

@@ -1,4 +1,5 @@
 """The process's memory: huge pages where they are asked for, and freed memory given back."""
+
 import re
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def test_what_is_small_is_left_alone():
 @pytest.mark.skipif(not SMAPS.exists(), reason="needs /proc")
 def test_little_is_kept_and_much_is_given_back(monkeypatch):
     calls = []
-    monkeypatch.setattr("fusedrl.engine.base.memory._malloc_trim", lambda: lambda pad: calls.append(pad))
+    monkeypatch.setattr(
+        "fusedrl.engine.base.memory._malloc_trim", lambda: lambda pad: calls.append(pad)
+    )
     give_back((256 << 20) - 1)
     assert not calls
     give_back(256 << 20)

@@ -13,7 +13,8 @@ def test_layout_labels_and_alignment(device):
     assert batch.cu_seqlens.tolist() == [0, 5, 6, 8, 12]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 0, 1, 0, 1, 2, 3]
     assert batch.action_mask.int().tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 0, 1]
-    # The label stands one slot before its token, never across a boundary, and only where that token is an action.
+    # The label stands one slot before its token, never across a boundary, and only where that token
+    # is an action.
     i = IGNORE
     assert batch.labels().tolist() == [i, 7, 8, 9, i, i, 3, i, i, i, 4, i]
     labels = batch.labels()
@@ -23,8 +24,10 @@ def test_layout_labels_and_alignment(device):
 
 
 def test_columns_follow_their_sequences(device):
-    batch = PackedBatch.from_sequences(SEQUENCES, device=device).with_columns(old_logp=torch.arange(12.0, device=device),
-                                                               scores=torch.tensor([10.0, 11, 12, 13], device=device))
+    batch = PackedBatch.from_sequences(SEQUENCES, device=device).with_columns(
+        old_logp=torch.arange(12.0, device=device),
+        scores=torch.tensor([10.0, 11, 12, 13], device=device),
+    )
     part = batch.select([2, 0])
     assert part.lengths == (2, 5)
     assert part.old_logp.tolist() == [6, 7, 0, 1, 2, 3, 4]
@@ -51,7 +54,12 @@ def test_split_covers_everything_once_and_keeps_to_the_budget():
 def test_padded_round_trip(device):
     batch = PackedBatch.from_sequences(SEQUENCES, device=device)
     padded = batch.to_padded(batch.token_ids, fill=-1)
-    assert padded.tolist() == [[5, 6, 7, 8, 9], [1, -1, -1, -1, -1], [2, 3, -1, -1, -1], [4, 4, 4, 4, -1]]
+    assert padded.tolist() == [
+        [5, 6, 7, 8, 9],
+        [1, -1, -1, -1, -1],
+        [2, 3, -1, -1, -1],
+        [4, 4, 4, 4, -1],
+    ]
     assert torch.equal(batch.from_padded(padded), batch.token_ids)
     with pytest.raises(ValueError, match=r"expected \[4, 5"):
         batch.from_padded(padded[:, :4])
@@ -59,8 +67,14 @@ def test_padded_round_trip(device):
 
 def test_from_completions_uses_the_ids_that_were_generated_from(device):
     def completion(prompt, tokens):
-        return Completion(prompt_ids=prompt, token_ids=tokens, logprobs=[-0.5 * t for t in tokens], text="", finish_reason="stop",
-                          weights_versions=[3] * len(tokens))
+        return Completion(
+            prompt_ids=prompt,
+            token_ids=tokens,
+            logprobs=[-0.5 * t for t in tokens],
+            text="",
+            finish_reason="stop",
+            weights_versions=[3] * len(tokens),
+        )
 
     outs = [[completion([1, 2], [3]), completion([1, 2], [4, 5])], [completion([9], [8])]]
     batch = PackedBatch.from_completions([[1, 2], "any text"], outs, device=device)
@@ -77,5 +91,7 @@ def test_refuses_what_cannot_be(device):
     with pytest.raises(ValueError, match="no prompt token"):
         PackedBatch.from_sequences([([], [1])], device=device)
     with pytest.raises(ValueError, match=r"expected scores \[4\], got \[3\]"):
-        PackedBatch.from_sequences(SEQUENCES, device=device).with_columns(scores=torch.zeros(3, device=device))
+        PackedBatch.from_sequences(SEQUENCES, device=device).with_columns(
+            scores=torch.zeros(3, device=device)
+        )
     assert PackedBatch.from_sequences([], device=device).num_sequences == 0

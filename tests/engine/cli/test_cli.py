@@ -1,4 +1,6 @@
-"""The command line: start-up, precedence, exit codes, one clear message per mistake, and the commands themselves on a tiny model."""
+"""The command line: start-up, precedence, exit codes, one clear message per mistake, and the
+commands themselves on a tiny model."""
+
 import json
 import subprocess
 import sys
@@ -25,11 +27,24 @@ def yaml_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["train", "ppo", "--help"], ["train", "grpo", "--help"],
-                                       ["generate", "--help"],
-                                       ["train", "ppo", *PPO, "--optim.lrr", "1"], ["train", "sft", "--model", "m", "--data", "d", "--optim.lr", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["train", "ppo", "--help"],
+        ["train", "grpo", "--help"],
+        ["generate", "--help"],
+        ["train", "ppo", *PPO, "--optim.lrr", "1"],
+        ["train", "sft", "--model", "m", "--data", "d", "--optim.lr", "x"],
+    ],
+)
 def test_light_commands_do_not_import_torch(arguments):
-    code = f"import sys; from fusedrl.engine.cli.main import main; code = main({arguments!r}); sys.exit(99 if 'torch' in sys.modules else code)"
+    code = (
+        f"import sys; from fusedrl.engine.cli.main import main; code = main({arguments!r}); "
+        "sys.exit(99 if 'torch' in sys.modules else code)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == (0 if {"--help", "--version"} & set(arguments) else 2), done.stderr
     assert "Traceback" not in done.stderr
@@ -48,32 +63,75 @@ def test_help_names_the_options_and_what_they_mean(capsys):
     assert "--config" in shown
 
 
-# ---- configuration ----------------------------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 def test_options_of_every_kind():
-    config = parse_config("ppo", [*PPO, "--optim.lr=1e-6", "--optim.betas", "[0.9, 0.95]",
-                                  "--loss.dual_clip", "3", "--loss.value_clip", "null",
-                                  "--missing_eos_penalty", "-1.5", "--run.resume", "true",
-                                  "--generation.stop_token_ids", "[7, 8]", "--kl.target", "6", "--dtype", "float32"])
+    config = parse_config(
+        "ppo",
+        [
+            *PPO,
+            "--optim.lr=1e-6",
+            "--optim.betas",
+            "[0.9, 0.95]",
+            "--loss.dual_clip",
+            "3",
+            "--loss.value_clip",
+            "null",
+            "--missing_eos_penalty",
+            "-1.5",
+            "--run.resume",
+            "true",
+            "--generation.stop_token_ids",
+            "[7, 8]",
+            "--kl.target",
+            "6",
+            "--dtype",
+            "float32",
+        ],
+    )
     assert isinstance(config, PolicyConfig)
-    assert (config.optim.lr, config.optim.betas, config.missing_eos_penalty) == (1e-6, (0.9, 0.95), -1.5)
+    assert (config.optim.lr, config.optim.betas, config.missing_eos_penalty) == (
+        1e-6,
+        (0.9, 0.95),
+        -1.5,
+    )
     assert (config.loss.dual_clip, config.loss.value_clip) == (3.0, None)
-    assert (config.run.resume, config.generation.stop_token_ids, config.kl.target, config.dtype, config.reward) == (True, (7, 8), 6.0, "float32", ("x.py:f",))
+    assert (
+        config.run.resume,
+        config.generation.stop_token_ids,
+        config.kl.target,
+        config.dtype,
+        config.reward,
+    ) == (True, (7, 8), 6.0, "float32", ("x.py:f",))
     assert config == PolicyConfig(**{**vars(config)})
 
 
 def test_the_command_line_beats_the_file_wherever_it_stands(yaml_file):
-    path = yaml_file("model: m\ndata: d\nepochs: 3\noptim:\n  lr: 1e-6\n  eps: 1e-7\nrun:\n  seed: 5\n")
-    for arguments in (["--config", path, "--optim.lr", "1e-3"], ["--optim.lr", "1e-3", f"--config={path}"]):
+    path = yaml_file(
+        "model: m\ndata: d\nepochs: 3\noptim:\n  lr: 1e-6\n  eps: 1e-7\nrun:\n  seed: 5\n"
+    )
+    for arguments in (
+        ["--config", path, "--optim.lr", "1e-3"],
+        ["--optim.lr", "1e-3", f"--config={path}"],
+    ):
         config = parse_config("sft", arguments)
         assert isinstance(config, SFTConfig)
-        assert (config.optim.lr, config.optim.eps, config.epochs, config.run.seed) == (1e-3, 1e-7, 3, 5)
+        assert (config.optim.lr, config.optim.eps, config.epochs, config.run.seed) == (
+            1e-3,
+            1e-7,
+            3,
+            5,
+        )
 
 
 def test_rewards_repeat_and_beat_the_file(yaml_file):
     path = yaml_file("model: m\ndata: d\nreward: [a.py:f, judge]\n")
     assert parse_config("ppo", ["--config", path]).reward == ("a.py:f", "judge")
-    assert parse_config("ppo", ["--reward", "b.py:g", "--config", path, "--reward=c.py:h"]).reward == ("b.py:g", "c.py:h")
-    assert parse_config("ppo", ["--config", path, "--reward", '["b.py:g"]', "--reward", "[odd]"]).reward == ("b.py:g", "[odd]")
+    assert parse_config(
+        "ppo", ["--reward", "b.py:g", "--config", path, "--reward=c.py:h"]
+    ).reward == ("b.py:g", "c.py:h")
+    assert parse_config(
+        "ppo", ["--config", path, "--reward", '["b.py:g"]', "--reward", "[odd]"]
+    ).reward == ("b.py:g", "[odd]")
 
 
 MISTAKES = [
@@ -104,32 +162,70 @@ def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2(capsys, ar
     assert shown.count("\n") == 1
 
 
-@pytest.mark.parametrize("text, message", [
-    ("optim:\n  lrr: 1\n", "unknown key 'optim.lrr', did you mean optim.lr?"), ("lr: 1\n", "unknown key 'lr', did you mean optim.lr?"),
-    ("optim: 3\n", "expected 'optim' to be a mapping"), ("- 1\n", "expected a mapping of options to values, got list"), ("", "an empty file"),
-    ("a: [", "not YAML"), ("optim:\n  lr: fast\n", '"optim.lr": expected a number, got fast'), ("model: !!python/object/apply:os.system [id]\n", "not YAML"),
-    ("steps: 1\n3: 4\n", "unknown key '3'"), ("run:\n  keep: 0\n", "run.keep >= 1, got 0"), ("reward: {a: 1}\n", '"reward"'),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("optim:\n  lrr: 1\n", "unknown key 'optim.lrr', did you mean optim.lr?"),
+        ("lr: 1\n", "unknown key 'lr', did you mean optim.lr?"),
+        ("optim: 3\n", "expected 'optim' to be a mapping"),
+        ("- 1\n", "expected a mapping of options to values, got list"),
+        ("", "an empty file"),
+        ("a: [", "not YAML"),
+        ("optim:\n  lr: fast\n", '"optim.lr": expected a number, got fast'),
+        ("model: !!python/object/apply:os.system [id]\n", "not YAML"),
+        ("steps: 1\n3: 4\n", "unknown key '3'"),
+        ("run:\n  keep: 0\n", "run.keep >= 1, got 0"),
+        ("reward: {a: 1}\n", '"reward"'),
+    ],
+)
 def test_a_mistake_in_the_file_names_the_file_or_the_key(capsys, yaml_file, text, message):
-    assert main(["train", "ppo", "--model", "m", "--data", "d", *([] if "reward" in text else ["--reward", "x.py:f"]), "--config", yaml_file(text)]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "ppo",
+                "--model",
+                "m",
+                "--data",
+                "d",
+                *([] if "reward" in text else ["--reward", "x.py:f"]),
+                "--config",
+                yaml_file(text),
+            ]
+        )
+        == 2
+    )
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "COMMAND"), (["bogus"], "invalid choice: 'bogus'"), (["train"], "usage: fusedrl train STAGE"),
-    (["train", "spt"], "unknown stage 'spt', did you mean sft?"),
-    (["train", "sft"], "--model and --data"), (["train", "sft", "--config", "/none.yaml"], "no such configuration file: /none.yaml does not exist"),
-    (["generate", "--model", "m"], "--prompt"), (["generate", "--model", "/none", "--prompt", "x"], "/none"), (["demo", "--sede", "1"], "--sede"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "COMMAND"),
+        (["bogus"], "invalid choice: 'bogus'"),
+        (["train"], "usage: fusedrl train STAGE"),
+        (["train", "spt"], "unknown stage 'spt', did you mean sft?"),
+        (["train", "sft"], "--model and --data"),
+        (
+            ["train", "sft", "--config", "/none.yaml"],
+            "no such configuration file: /none.yaml does not exist",
+        ),
+        (["generate", "--model", "m"], "--prompt"),
+        (["generate", "--model", "/none", "--prompt", "x"], "/none"),
+        (["demo", "--sede", "1"], "--sede"),
+    ],
+)
 def test_other_mistakes_exit_with_2(capsys, arguments, message):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is to be missing")
-@pytest.mark.parametrize("command", [["train", "sft", "--data", "d"], ["generate", "--prompt", "x"]])
+@pytest.mark.parametrize(
+    "command", [["train", "sft", "--data", "d"], ["generate", "--prompt", "x"]]
+)
 def test_devices(capsys, command):
     assert main([*command, "--model", "m", "--device", "cuda"]) == 3
     assert "device 'cuda' is not there" in capsys.readouterr().err
@@ -141,6 +237,7 @@ def test_exit_codes_by_kind_of_error(capsys, monkeypatch):
     def run_with(error):
         def fail(argv):
             raise error
+
         monkeypatch.setattr("fusedrl.engine.cli.main._run", fail)
         return main([])
 
@@ -149,24 +246,44 @@ def test_exit_codes_by_kind_of_error(capsys, monkeypatch):
     assert run_with(PermissionError(13, "Permission denied", "/root/x")) == 3
     assert run_with(KeyboardInterrupt()) == 130
     assert run_with(Stopped(143)) == 143
-    assert capsys.readouterr().err.splitlines() == ["fusedrl: error: mend this", "fusedrl: error: no GPU",
-                                                       "fusedrl: error: /root/x: Permission denied", "fusedrl: interrupted"]
+    assert capsys.readouterr().err.splitlines() == [
+        "fusedrl: error: mend this",
+        "fusedrl: error: no GPU",
+        "fusedrl: error: /root/x: Permission denied",
+        "fusedrl: interrupted",
+    ]
     for code in (0, None, "a word", 143):  # of something that is none of ours
         assert run_with(SystemExit(code)) == 1
         assert f"ended the process with sys.exit({code!r})" in capsys.readouterr().err
     with pytest.raises(RuntimeError):
         run_with(RuntimeError("a fault of ours"))
     with pytest.raises(ValueError, match="from a library"):
-        run_with(ValueError("from a library"))  # raised outside fusedrl.engine: it keeps its traceback
+        # raised outside fusedrl.engine: it keeps its traceback
+        run_with(ValueError("from a library"))
 
 
-# ---- the commands ---------------------------------------------------------------------------------------------------------------------
+# ---- the commands --------------------------------------------------------------------------------
 def test_train_then_generate(tiny_model, write_jsonl, tmp_path, capsys):
     data = write_jsonl("data.jsonl", [{"prompt": "w1 w2", "completion": "w3 w4"}] * 4)
     run = tmp_path / "run"
-    train = ["train", "sft", "--model", str(tiny_model), "--data", data, "--sequences_per_step", "2", "--device", "cpu", "--run.dir", str(run)]
+    train = [
+        "train",
+        "sft",
+        "--model",
+        str(tiny_model),
+        "--data",
+        data,
+        "--sequences_per_step",
+        "2",
+        "--device",
+        "cpu",
+        "--run.dir",
+        str(run),
+    ]
     assert main([*train, "--run.progress", "false"]) == 0
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [
+        json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2]
     assert json.loads((run / "config.json").read_text())["config"]["sequences_per_step"] == 2
     AutoModelForCausalLM.from_pretrained(run / "model")
     capsys.readouterr()
@@ -175,10 +292,19 @@ def test_train_then_generate(tiny_model, write_jsonl, tmp_path, capsys):
     assert "continue it with --run.resume true" in capsys.readouterr().err
     assert main([*train, "--run.resume", "true", "--optim.lr", "1"]) == 2
     assert "optim.lr: 1e-05 -> 1.0" in capsys.readouterr().err
-    assert main([*train, "--run.resume", "true", "--run.progress", "false"]) == 0  # finished already
+    # finished already
+    assert main([*train, "--run.resume", "true", "--run.progress", "false"]) == 0
     capsys.readouterr()
 
-    generate = ["generate", "--model", str(run / "model"), "--device", "cpu", "--max_new_tokens", "4"]
+    generate = [
+        "generate",
+        "--model",
+        str(run / "model"),
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "4",
+    ]
     assert main([*generate, "--prompt", "w1 w2", "--greedy"]) == 0
     once = capsys.readouterr().out
     assert once.startswith("w1 w2")
@@ -186,7 +312,11 @@ def test_train_then_generate(tiny_model, write_jsonl, tmp_path, capsys):
     assert capsys.readouterr().out == once
     assert main([*generate, "--prompt", "w1", "--prompt", "w2", "--n", "2", "--seed", "3"]) == 0
     shown = capsys.readouterr().out
-    assert all(shown.count(f"[prompt {prompt}, sample {sample}, ") == 1 for prompt in (1, 2) for sample in (1, 2))
+    assert all(
+        shown.count(f"[prompt {prompt}, sample {sample}, ") == 1
+        for prompt in (1, 2)
+        for sample in (1, 2)
+    )
     assert main([*generate, "--prompt", "w1", "--top_p", "7"]) == 2
     assert "top_p" in capsys.readouterr().err
 
@@ -195,7 +325,25 @@ def test_bad_data_is_reported_before_any_training(tiny_model, tmp_path, capsys):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "w1", "completion": "w2"}\n{"prompt": \n{"prompt": "w1"}\n')
     run = tmp_path / "run"
-    assert main(["train", "sft", "--model", str(tiny_model), "--data", str(path), "--device", "cpu", "--run.dir", str(run), "--run.progress", "false"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "sft",
+                "--model",
+                str(tiny_model),
+                "--data",
+                str(path),
+                "--device",
+                "cpu",
+                "--run.dir",
+                str(run),
+                "--run.progress",
+                "false",
+            ]
+        )
+        == 2
+    )
     shown = capsys.readouterr().err
     assert f"{path}:2: not JSON" in shown
     assert f"{path}:3: missing column" in shown
@@ -206,6 +354,20 @@ def test_bad_data_is_reported_before_any_training(tiny_model, tmp_path, capsys):
 def test_a_model_directory_without_weights(tmp_path, write_jsonl, capsys):
     (tmp_path / "empty").mkdir()
     data = write_jsonl("data.jsonl", [{"text": "w1"}])
-    assert main(["train", "sft", "--model", str(tmp_path / "empty"), "--data", data, "--run.dir", str(tmp_path / "run")]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "sft",
+                "--model",
+                str(tmp_path / "empty"),
+                "--data",
+                data,
+                "--run.dir",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 2
+    )
     assert "config.json" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

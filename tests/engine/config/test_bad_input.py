@@ -1,4 +1,6 @@
-"""What a policy run is given and cannot mean: refused before any device work with a message that says what was expected and why, or defined."""
+"""What a policy run is given and cannot mean: refused before any device work with a message that
+says what was expected and why, or defined."""
+
 import json
 import math
 from pathlib import Path
@@ -8,7 +10,16 @@ import torch
 
 from fusedrl.engine.base.errors import ConfigError, DataError
 from fusedrl.engine.base.packing import PackedBatch
-from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, OptimConfig, PenaltyConfig, PolicyConfig, RewardModelConfig, RunConfig
+from fusedrl.engine.config import (
+    GenerationConfig,
+    KLConfig,
+    LossConfig,
+    OptimConfig,
+    PenaltyConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    RunConfig,
+)
 from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS
 from fusedrl.engine.data.readers import load_pairs, load_ranked
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
@@ -27,48 +38,122 @@ def config(algorithm="ppo", **kwargs):
 # what is asked for -> the words that its refusal cannot do without
 OPTIONS = {
     # groups of one
-    **{f"one completion for {name}": (lambda name=name: config(name, samples_per_prompt=1), ("samples_per_prompt > 1", name, "teaches nothing"))
-       for name, row in ALGORITHMS.items() if ADVANTAGES[row.advantage] == "group"},
-    "refills of single completions": (lambda: config(refill_tries=2), ("refill_tries", "0 with samples_per_prompt = 1")),
+    **{
+        f"one completion for {name}": (
+            lambda name=name: config(name, samples_per_prompt=1),
+            ("samples_per_prompt > 1", name, "teaches nothing"),
+        )
+        for name, row in ALGORITHMS.items()
+        if ADVANTAGES[row.advantage] == "group"
+    },
+    "refills of single completions": (
+        lambda: config(refill_tries=2),
+        ("refill_tries", "0 with samples_per_prompt = 1"),
+    ),
     # the KL
-    **{f"{name} in the reward": (lambda name=name: KLConfig(placement="reward", estimator=name), ("k1 with kl.placement = reward", "moves the optimum"))
-       for name in ("k2", "k3", "abs", "full")},
-    "k3 of sequences": (lambda: KLConfig(level="sequence", estimator="k3"), ("kl.level", "kl.estimator = k2")),
-    "the KL to come beside the reward": (lambda: KLConfig(level="future", placement="reward"), ("kl.level", "future only with loss")),
-    "a target for no KL": (lambda: KLConfig(coef=0.0, target=6.0), ("kl.target", "it is multiplied, so 0 stays 0")),
+    **{
+        f"{name} in the reward": (
+            lambda name=name: KLConfig(placement="reward", estimator=name),
+            ("k1 with kl.placement = reward", "moves the optimum"),
+        )
+        for name in ("k2", "k3", "abs", "full")
+    },
+    "k3 of sequences": (
+        lambda: KLConfig(level="sequence", estimator="k3"),
+        ("kl.level", "kl.estimator = k2"),
+    ),
+    "the KL to come beside the reward": (
+        lambda: KLConfig(level="future", placement="reward"),
+        ("kl.level", "future only with loss"),
+    ),
+    "a target for no KL": (
+        lambda: KLConfig(coef=0.0, target=6.0),
+        ("kl.target", "it is multiplied, so 0 stays 0"),
+    ),
     "a negative KL": (lambda: KLConfig(coef=-1.0), ("kl.coef >= 0",)),
     "an infinite KL": (lambda: KLConfig(coef=math.inf), ("kl.coef",)),
-    "a place that there is not": (lambda: KLConfig(placement="rewards"), ("kl.placement reward or loss", "'rewards'")),
+    "a place that there is not": (
+        lambda: KLConfig(placement="rewards"),
+        ("kl.placement reward or loss", "'rewards'"),
+    ),
     "an estimator that there is not": (lambda: KLConfig(estimator="k4"), ("kl.estimator", "'k4'")),
     "a level that there is not": (lambda: KLConfig(level="tokens"), ("kl.level", "'tokens'")),
-    "both forms of the penalty": (lambda: PenaltyConfig(target=0.1, kl_min=0.1, kl_max=0.2), ("either target, or both kl_min and kl_max",)),
-    "half a penalty": (lambda: PenaltyConfig(kl_min=0.1), ("either target, or both kl_min and kl_max",)),
-    "thresholds the wrong way round": (lambda: PenaltyConfig(kl_min=0.2, kl_max=0.1), ("penalty.kl_min", "below kl_max")),
+    "both forms of the penalty": (
+        lambda: PenaltyConfig(target=0.1, kl_min=0.1, kl_max=0.2),
+        ("either target, or both kl_min and kl_max",),
+    ),
+    "half a penalty": (
+        lambda: PenaltyConfig(kl_min=0.1),
+        ("either target, or both kl_min and kl_max",),
+    ),
+    "thresholds the wrong way round": (
+        lambda: PenaltyConfig(kl_min=0.2, kl_max=0.1),
+        ("penalty.kl_min", "below kl_max"),
+    ),
     # the loss
-    "an aggregation that there is not": (lambda: LossConfig(aggregation="mean"), ("loss.aggregation one of token_mean", "'mean'")),
-    "a bound of another objective": (lambda: make_objective(config("grpo", loss=LossConfig(clip_max=5.0)), 1.0), ("does not use clip_max",)),
+    "an aggregation that there is not": (
+        lambda: LossConfig(aggregation="mean"),
+        ("loss.aggregation one of token_mean", "'mean'"),
+    ),
+    "a bound of another objective": (
+        lambda: make_objective(config("grpo", loss=LossConfig(clip_max=5.0)), 1.0),
+        ("does not use clip_max",),
+    ),
     "a dual clip below the ratio": (lambda: LossConfig(dual_clip=1.0), ("loss.dual_clip > 1",)),
     "no room for values": (lambda: LossConfig(value_clip=0.0), ("loss.value_clip > 0", "null")),
-    "a value loss that is climbed": (lambda: LossConfig(value_coef=-0.1), ("loss.value_coef >= 0",)),
+    "a value loss that is climbed": (
+        lambda: LossConfig(value_coef=-0.1),
+        ("loss.value_coef >= 0",),
+    ),
     "a discount above 1": (lambda: LossConfig(gamma=1.1), (r"loss.gamma in [0, 1]",)),
     # the scores
-    "a buffer longer than completions": (lambda: config(overlong_buffer=65), ("overlong_buffer", "64")),
-    "weights of other rewards": (lambda: config(reward_weights=(1.0, 2.0)), ("reward_weights 1 numbers",)),
-    "a weight that is no number": (lambda: config(reward_weights=(math.nan,)), ("reward_weights to be finite",)),
-    "a number of its groups that is none": (lambda: config(optim=OptimConfig(lr=math.inf)), ("optim.lr to be finite, got inf",)),
+    "a buffer longer than completions": (
+        lambda: config(overlong_buffer=65),
+        ("overlong_buffer", "64"),
+    ),
+    "weights of other rewards": (
+        lambda: config(reward_weights=(1.0, 2.0)),
+        ("reward_weights 1 numbers",),
+    ),
+    "a weight that is no number": (
+        lambda: config(reward_weights=(math.nan,)),
+        ("reward_weights to be finite",),
+    ),
+    "a number of its groups that is none": (
+        lambda: config(optim=OptimConfig(lr=math.inf)),
+        ("optim.lr to be finite, got inf",),
+    ),
     "one of a list": (lambda: config(optim=OptimConfig(betas=(0.0, math.nan))), ("optim.betas",)),
     "no model": (lambda: PolicyConfig("", "d", ("r.py:f",), "grpo"), ("expected model",)),
     "a decay that grows": (lambda: OptimConfig(weight_decay=-1.0), ("optim.weight_decay >= 0",)),
-    "more than all of the probability": (lambda: GenerationConfig(top_p=1.5), ("generation.top_p in (0, 1]",)),
+    "more than all of the probability": (
+        lambda: GenerationConfig(top_p=1.5),
+        ("generation.top_p in (0, 1]",),
+    ),
     "less than none of it": (lambda: GenerationConfig(min_p=-0.5), ("generation.min_p in [0, 1]",)),
-    "more invalid than all": (lambda: config(max_invalid_fraction=1.5), (r"max_invalid_fraction in [0, 1]",)),
+    "more invalid than all": (
+        lambda: config(max_invalid_fraction=1.5),
+        (r"max_invalid_fraction in [0, 1]",),
+    ),
     "no disagreement at all": (lambda: config(max_logp_diff=0.0), ("max_logp_diff > 0",)),
     # sampling
-    "a truncated sampler": (lambda: config(generation=GenerationConfig(top_p=0.9)), ("without top_k, top_p and min_p", "biases every ratio")),
-    "a greedy sampler": (lambda: config(generation=GenerationConfig(temperature=0.0)), ("generation.temperature > 0", "do not explore")),
+    "a truncated sampler": (
+        lambda: config(generation=GenerationConfig(top_p=0.9)),
+        ("without top_k, top_p and min_p", "biases every ratio"),
+    ),
+    "a greedy sampler": (
+        lambda: config(generation=GenerationConfig(temperature=0.0)),
+        ("generation.temperature > 0", "do not explore"),
+    ),
     "prompts without a token": (lambda: config(max_prompt_length=0), ("max_prompt_length >= 1",)),
-    "more minibatches than completions": (lambda: config(prompts_per_step=2, minibatches=3), ("minibatches <=", "= 2")),
-    "an adapter that is not there": (lambda: config(reference="adapter_off"), ("without lora", "no adapter to switch off")),
+    "more minibatches than completions": (
+        lambda: config(prompts_per_step=2, minibatches=3),
+        ("minibatches <=", "= 2"),
+    ),
+    "an adapter that is not there": (
+        lambda: config(reference="adapter_off"),
+        ("without lora", "no adapter to switch off"),
+    ),
 }
 
 
@@ -77,36 +162,66 @@ def test_contradictory_options(what):
     make, words = OPTIONS[what]
     with pytest.raises(ConfigError) as caught:
         make()
-    assert all(word in str(caught.value) for word in ("expected" if "does not use" not in words[0] else "", *words)), str(caught.value)
+    assert all(
+        word in str(caught.value)
+        for word in ("expected" if "does not use" not in words[0] else "", *words)
+    ), str(caught.value)
 
 
 def test_what_is_not_refused():
     """The neighbours of what is: one number further everything is a run."""
-    for make in (lambda: config("grpo", samples_per_prompt=2), lambda: KLConfig(placement="loss", estimator="k3"), lambda: KLConfig(coef=0.0),
-                 lambda: config(score_clip=0.1), lambda: LossConfig(value_clip=None), lambda: config(max_invalid_fraction=1.0),
-                 lambda: config("dapo", refill_tries=0), lambda: config("remax", samples_per_prompt=2)):
+    for make in (
+        lambda: config("grpo", samples_per_prompt=2),
+        lambda: KLConfig(placement="loss", estimator="k3"),
+        lambda: KLConfig(coef=0.0),
+        lambda: config(score_clip=0.1),
+        lambda: LossConfig(value_clip=None),
+        lambda: config(max_invalid_fraction=1.0),
+        lambda: config("dapo", refill_tries=0),
+        lambda: config("remax", samples_per_prompt=2),
+    ):
         make()
 
 
-# ---- columns ---------------------------------------------------------------------------------------------------------------------
+# ---- columns -------------------------------------------------------------------------------------
 @pytest.fixture
 def run(tiny_model, tmp_path, write_jsonl):
-    def make(rows, reward="def f(completions, **columns):\n    return [1.0] * len(completions)\n", **kwargs):
+    def make(
+        rows,
+        reward="def f(completions, **columns):\n    return [1.0] * len(completions)\n",
+        **kwargs,
+    ):
         (tmp_path / "rewards.py").write_text(reward)
-        return PolicyConfig(str(tiny_model), write_jsonl("data.jsonl", rows), (f"{tmp_path / 'rewards.py'}:f",), "grpo", samples_per_prompt=2, steps=1,
-                            prompts_per_step=2, generation=GenerationConfig(max_new_tokens=4), optim=OptimConfig(lr=1e-3),
-                            run=RunConfig(dir=str(tmp_path / "run"), progress=False), **kwargs)
+        return PolicyConfig(
+            str(tiny_model),
+            write_jsonl("data.jsonl", rows),
+            (f"{tmp_path / 'rewards.py'}:f",),
+            "grpo",
+            samples_per_prompt=2,
+            steps=1,
+            prompts_per_step=2,
+            generation=GenerationConfig(max_new_tokens=4),
+            optim=OptimConfig(lr=1e-3),
+            run=RunConfig(dir=str(tmp_path / "run"), progress=False),
+            **kwargs,
+        )
 
     return make
 
 
-@pytest.mark.parametrize("rows, words", [
-    ([{"question": "w1"}], ("prompt",)),
-    ([{"prompt": "w1"}, {"promt": "w2"}], (":2: missing column", "found 'promt'")),
-    ([{"prompt": 3}], ("prompt", "string")),
-    ([{"prompt": "w1", "completions": "x"}], ("completions", "argument of every reward", "rename")),
-    ([], ("no usable row",)),
-])
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([{"question": "w1"}], ("prompt",)),
+        ([{"prompt": "w1"}, {"promt": "w2"}], (":2: missing column", "found 'promt'")),
+        ([{"prompt": 3}], ("prompt", "string")),
+        (
+            [{"prompt": "w1", "completions": "x"}],
+            ("completions", "argument of every reward", "rename"),
+        ),
+        ([], ("no usable row",)),
+    ],
+)
 def test_data_without_its_columns(run, rows, words):
     chosen = run(rows)
     with pytest.raises((DataError, ConfigError)) as caught:
@@ -116,57 +231,106 @@ def test_data_without_its_columns(run, rows, words):
 
 
 def test_a_reward_without_its_column(run):
-    needs_gold = "def f(completions, gold):\n    return [float(c == g) for c, g in zip(completions, gold)]\n"
-    with pytest.raises(RewardError, match="reward 'f' needs the column 'gold' of the data, which has answer beside the prompt; add it there, or give"):
+    needs_gold = (
+        "def f(completions, gold):\n    return [float(c == g) for c, g in zip(completions, gold)]\n"
+    )
+    with pytest.raises(
+        RewardError,
+        match="reward 'f' needs the column 'gold' of the data, which has answer beside the prompt; "
+        "add it there, or give",
+    ):
         train_policy(run([{"prompt": "w1 w2", "answer": "w3"}], needs_gold))
-    rewards = RewardSet([load_reward(lambda completions, gold=None: [0.0 if gold is None else 1.0] * len(completions))])
+    rewards = RewardSet(
+        [
+            load_reward(
+                lambda completions, gold=None: [0.0 if gold is None else 1.0] * len(completions)
+            )
+        ]
+    )
     assert rewards.score(["p"], ["c"], [[1]], [[2]]).total == [0.0]
 
 
-@pytest.mark.parametrize("advantage, words", [("gae", "values"), ("td0", "values"), ("remax", "greedy_scores"), ("grpo", "group_ids")])
+@pytest.mark.parametrize(
+    "advantage, words",
+    [("gae", "values"), ("td0", "values"), ("remax", "greedy_scores"), ("grpo", "group_ids")],
+)
 def test_a_batch_without_its_columns(advantage, words):
-    batch = PackedBatch.from_sequences([([1], [2, 3])]).with_columns(scores=torch.ones(1), old_logp=torch.zeros(3), ref_logp=torch.zeros(3))
+    batch = PackedBatch.from_sequences([([1], [2, 3])]).with_columns(
+        scores=torch.ones(1), old_logp=torch.zeros(3), ref_logp=torch.zeros(3)
+    )
     if advantage == "gae":  # of a critic that says 0: what is trained on it is refused
         ready = estimate(config(), Signals(batch)).with_columns(weights=torch.ones(3))
-        with pytest.raises(ValueError, match="the column values is not filled; set it by with_columns"):
-            objective_loss(config(), make_objective(config(), 1.0), 0.0, ready, torch.zeros(3), None, torch.zeros(3))
+        with pytest.raises(
+            ValueError, match="the column values is not filled; set it by with_columns"
+        ):
+            objective_loss(
+                config(),
+                make_objective(config(), 1.0),
+                0.0,
+                ready,
+                torch.zeros(3),
+                None,
+                torch.zeros(3),
+            )
         return
-    with pytest.raises(ValueError, match=f"the column {words} is not filled; set it by with_columns"):
+    with pytest.raises(
+        ValueError, match=f"the column {words} is not filled; set it by with_columns"
+    ):
         find_advantage(advantage).function(Signals(batch))
 
 
-# ---- ties, and nothing at all ------------------------------------------------------------------------------------------------------
+# ---- ties, and nothing at all --------------------------------------------------------------------
 def test_ties(tiny_model, tmp_path, write_jsonl):
-    """Of pairs and lists: dropped and counted; within a list they form no pair; data of ties alone is refused; of scores, no lead."""
+    """Of pairs and lists: dropped and counted; within a list they form no pair; data of ties alone
+    is refused; of scores, no lead."""
     tie = {"prompt": "w1", "chosen": "w2", "rejected": "w2"}
     pairs, dropped = load_pairs(write_jsonl("pairs.jsonl", [tie, tie | {"rejected": "w3"}]))
     assert (len(pairs), dropped) == (1, {"the answers are equal": 1})
-    lists = [{"prompt": "w1", "completions": ["w2", "w3"], "ranks": ranks} for ranks in ([1, 1], [1, 2])]
+    lists = [
+        {"prompt": "w1", "completions": ["w2", "w3"], "ranks": ranks} for ranks in ([1, 1], [1, 2])
+    ]
     ranked, dropped = load_ranked(write_jsonl("lists.jsonl", lists))
     assert (len(ranked), dropped) == (1, {"all answers tie": 1})
     with pytest.raises(DataError, match="the answers are equal"):
-        train_reward_model(RewardModelConfig(str(tiny_model), write_jsonl("ties.jsonl", [tie] * 3), run=RunConfig(dir=str(tmp_path / "rm"), progress=False)))
+        train_reward_model(
+            RewardModelConfig(
+                str(tiny_model),
+                write_jsonl("ties.jsonl", [tie] * 3),
+                run=RunConfig(dir=str(tmp_path / "rm"), progress=False),
+            )
+        )
     scores, groups = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0, 3], dtype=torch.int32)
     tied = kwise_ranking_loss(scores, torch.tensor([1, 1, 2]), groups)
     assert tied == pytest.approx(math.log1p(math.exp(-1.0))), "two pairs of three, and their mean"
-    batch = PackedBatch.from_sequences([([1], [2])] * 3).with_columns(scores=torch.tensor([2.0, 2.0, 1.0]), group_ids=torch.zeros(3, dtype=torch.int64))
+    batch = PackedBatch.from_sequences([([1], [2])] * 3).with_columns(
+        scores=torch.tensor([2.0, 2.0, 1.0]), group_ids=torch.zeros(3, dtype=torch.int64)
+    )
     assert not find_advantage("pass_at_k").function(Signals(batch)).any()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_empty_completions_are_defined(algorithm):
-    """A completion without a token has a score and nothing to learn from; a batch of nothing but such has a loss of 0 and no gradient."""
+    """A completion without a token has a score and nothing to learn from; a batch of nothing but
+    such has a loss of 0 and no gradient."""
     row, chosen = ALGORITHMS[algorithm], config(algorithm, kl=KLConfig(coef=0.1))
     for lengths in ([3, 0, 2, 4], [0, 0]):
         batch = PackedBatch.from_sequences([([1, 2], [3] * n) for n in lengths])
         zeros = torch.zeros(batch.num_tokens)
-        batch = batch.with_columns(scores=torch.arange(float(len(lengths))), group_ids=torch.zeros(len(lengths), dtype=torch.int64),
-                                   greedy_scores=torch.ones(len(lengths)), old_logp=zeros - 1, ref_logp=zeros - 2, values=zeros)
+        batch = batch.with_columns(
+            scores=torch.arange(float(len(lengths))),
+            group_ids=torch.zeros(len(lengths), dtype=torch.int64),
+            greedy_scores=torch.ones(len(lengths)),
+            old_logp=zeros - 1,
+            ref_logp=zeros - 2,
+            values=zeros,
+        )
         batch = estimate(chosen, Signals.of(chosen, batch, 0.1, 0.0))
         batch = batch.with_columns(weights=minibatch_weights(chosen, batch))
         logp = (zeros - 1).requires_grad_()
         values = zeros.clone() if ADVANTAGES[row.advantage] == "critic" else None
-        loss, stats, _ = objective_loss(chosen, make_objective(chosen, 1.0), 0.1, batch, logp, None, values)
+        loss, stats, _ = objective_loss(
+            chosen, make_objective(chosen, 1.0), 0.1, batch, logp, None, values
+        )
         loss.backward()
         assert loss.isfinite()
         assert logp.grad.isfinite().all()
@@ -176,8 +340,11 @@ def test_empty_completions_are_defined(algorithm):
 
 
 def test_nothing_of_a_refused_run_is_left_or_loaded(run, monkeypatch):
-    """A contradiction that only the registered functions can tell is told before the model is read."""
-    monkeypatch.setattr(policy.HybridActor, "from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+    """A contradiction that only the registered functions can tell is told before the model is
+    read."""
+    monkeypatch.setattr(
+        policy.HybridActor, "from_pretrained", lambda *a, **k: pytest.fail("the model was loaded")
+    )
     chosen = run([{"prompt": "w1"}], loss=LossConfig(clip_max=3.0))
     with pytest.raises(ConfigError, match="does not use clip_max"):
         train_policy(chosen)

@@ -1,4 +1,5 @@
 """The converter, against a model that is computed here the way llama2.c does."""
+
 import importlib.util
 import json
 import struct
@@ -26,9 +27,20 @@ def weights():
     """llama2.c's own names and layout; matrices are [out, in]."""
     generator = torch.Generator().manual_seed(0)
     kv = KV_HEADS * HEAD
-    shapes = {"embed": (VOCABULARY, DIM), "norm1": (LAYERS, DIM), "wq": (LAYERS, DIM, DIM), "wk": (LAYERS, kv, DIM), "wv": (LAYERS, kv, DIM),
-              "wo": (LAYERS, DIM, DIM), "norm2": (LAYERS, DIM), "w1": (LAYERS, HIDDEN, DIM), "w2": (LAYERS, DIM, HIDDEN), "w3": (LAYERS, HIDDEN, DIM),
-              "norm": (DIM,), "head": (VOCABULARY, DIM)}
+    shapes = {
+        "embed": (VOCABULARY, DIM),
+        "norm1": (LAYERS, DIM),
+        "wq": (LAYERS, DIM, DIM),
+        "wk": (LAYERS, kv, DIM),
+        "wv": (LAYERS, kv, DIM),
+        "wo": (LAYERS, DIM, DIM),
+        "norm2": (LAYERS, DIM),
+        "w1": (LAYERS, HIDDEN, DIM),
+        "w2": (LAYERS, DIM, HIDDEN),
+        "w3": (LAYERS, HIDDEN, DIM),
+        "norm": (DIM,),
+        "head": (VOCABULARY, DIM),
+    }
     return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
 
 
@@ -42,8 +54,12 @@ def write(path, weights, version, tied):
         names = ["norm1", "norm2", "norm", "embed", "wq", "wk", "wv", "wo", "w1", "w2", "w3"]
     parts = [weights[name] for name in names]
     if version == 0:
-        parts += [torch.rand(POSITIONS, HEAD // 2), torch.rand(POSITIONS, HEAD // 2)]  # its tables of cos and sin
-    path.write_bytes(head + b"".join(part.numpy().tobytes() for part in parts + ([] if tied else [weights["head"]])))
+        # its tables of cos and sin
+        parts += [torch.rand(POSITIONS, HEAD // 2), torch.rand(POSITIONS, HEAD // 2)]
+    path.write_bytes(
+        head
+        + b"".join(part.numpy().tobytes() for part in parts + ([] if tied else [weights["head"]]))
+    )
 
 
 def forward(weights, ids, tied):
@@ -71,9 +87,16 @@ def forward(weights, ids, tied):
             values[n].append(w["wv"][n] @ h)
             out = []
             for head in range(HEADS):
-                at = slice(head // (HEADS // KV_HEADS) * HEAD, (head // (HEADS // KV_HEADS) + 1) * HEAD)
-                scores = torch.stack([q[head * HEAD:(head + 1) * HEAD] @ k[at] for k in keys[n]]) / HEAD**0.5
-                out.append(sum(p * v[at] for p, v in zip(scores.softmax(0), values[n], strict=True)))
+                at = slice(
+                    head // (HEADS // KV_HEADS) * HEAD, (head // (HEADS // KV_HEADS) + 1) * HEAD
+                )
+                scores = (
+                    torch.stack([q[head * HEAD : (head + 1) * HEAD] @ k[at] for k in keys[n]])
+                    / HEAD**0.5
+                )
+                out.append(
+                    sum(p * v[at] for p, v in zip(scores.softmax(0), values[n], strict=True))
+                )
             x = x + w["wo"][n] @ torch.cat(out)
             h = norm(x, w["norm2"][n])
             x = x + w["w2"][n] @ (torch.nn.functional.silu(w["w1"][n] @ h) * (w["w3"][n] @ h))
@@ -91,16 +114,24 @@ def test_logits_are_those_of_llama2c(converter, weights, tmp_path, version, tied
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == tied
     ids = [1, 5, 5, 18, 0, 7, 2]
     with torch.no_grad():
-        torch.testing.assert_close(peer(torch.tensor([ids])).logits[0].double(), forward(weights, ids, tied), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            peer(torch.tensor([ids])).logits[0].double(),
+            forward(weights, ids, tied),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_refuses_other_files(converter, weights, tmp_path):
     path = tmp_path / "model.bin"
     write(path, weights, 0, True)
     whole = path.read_bytes()
-    for data, message in ((whole[:-4], "expected .* bytes for its header"), (b"", "not a whole llama2.c checkpoint"),
-                          (b"PK\x03\x04" * 20, "80 bytes begin with"),
-                          (struct.pack("<Ii", 0x616B3432, 2).ljust(300, b"\0"), "expected version 0 or 1")):
+    for data, message in (
+        (whole[:-4], "expected .* bytes for its header"),
+        (b"", "not a whole llama2.c checkpoint"),
+        (b"PK\x03\x04" * 20, "80 bytes begin with"),
+        (struct.pack("<Ii", 0x616B3432, 2).ljust(300, b"\0"), "expected version 0 or 1"),
+    ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):
             converter.main([str(path), "--out", str(tmp_path / "out")])
@@ -114,16 +145,33 @@ def test_tokenizer(converter, shared, tmp_path):
     pieces = sorted(vocabulary, key=vocabulary.__getitem__)
     pieces[1:3] = ["\n<s>\n", "\n</s>\n"]  # as llama2.c writes them
     encoded = [piece.replace("▁", " ").encode() for piece in pieces]
-    parts = [struct.pack("<fi", -(i - 259.0) if i > 258 else 0.0, len(piece)) + piece for i, piece in enumerate(encoded)]
+    parts = [
+        struct.pack("<fi", -(i - 259.0) if i > 258 else 0.0, len(piece)) + piece
+        for i, piece in enumerate(encoded)
+    ]
     path = tmp_path / "tok512.bin"
     path.write_bytes(struct.pack("<i", max(map(len, encoded))) + b"".join(parts))
     config = converter.model_config(directory)
     converter.convert_tokenizer(path, config).save_pretrained(tmp_path / "out")
-    ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(directory)
-    for text in ("Once upon a time, there was a little girl named Lily.", "", "  two  spaces\n", "Zoë said: “héllo” 🙂", "the the\tThe THE"):
+    ours, theirs = (
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(directory),
+    )
+    for text in (
+        "Once upon a time, there was a little girl named Lily.",
+        "",
+        "  two  spaces\n",
+        "Zoë said: “héllo” 🙂",
+        "the the\tThe THE",
+    ):
         assert ours(text).input_ids == theirs(text).input_ids
         assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
-    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id, ours.padding_side) == (1, 2, 0, "left")
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id, ours.padding_side) == (
+        1,
+        2,
+        0,
+        "left",
+    )
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="piece 511 runs past the end"):
         converter.convert_tokenizer(path, config)

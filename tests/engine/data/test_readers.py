@@ -1,4 +1,6 @@
-"""Readers: rows of the plain formats, and every way in which a line can be bad. The formats with a schema of their own are in test_formats.py."""
+"""Readers: rows of the plain formats, and every way in which a line can be bad. The formats with a
+schema of their own are in test_formats.py."""
+
 import gzip
 import json
 
@@ -7,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedrl.engine.base.errors import DataError
-from fusedrl.engine.data.readers import Demonstration, PairExample, PromptExample, Source, load_demonstrations, load_pairs, load_prompts, parse_data
+from fusedrl.engine.data.readers import (
+    Demonstration,
+    PairExample,
+    PromptExample,
+    Source,
+    load_demonstrations,
+    load_pairs,
+    load_prompts,
+    parse_data,
+)
 
 HH = "\n\nHuman: hi\n\nAssistant:"
 
@@ -30,27 +41,50 @@ def _assistant(text):
     return {"role": "assistant", "content": text}
 
 
-# ---- forms --------------------------------------------------------------------------------------------------------------------
+# ---- forms ---------------------------------------------------------------------------------------
 def test_prompts_carry_their_columns(tmp_path):
-    path = _rows(tmp_path, {"prompt": "a", "answer": 3}, {"prompt": [_user("b")], "level": "x"}, {"prompt": ""})
-    assert load_prompts(path) == [PromptExample("a", {"answer": 3, "level": None}), PromptExample([_user("b")], {"answer": None, "level": "x"}),
-                                  PromptExample("", {"answer": None, "level": None})]
+    path = _rows(
+        tmp_path,
+        {"prompt": "a", "answer": 3},
+        {"prompt": [_user("b")], "level": "x"},
+        {"prompt": ""},
+    )
+    assert load_prompts(path) == [
+        PromptExample("a", {"answer": 3, "level": None}),
+        PromptExample([_user("b")], {"answer": None, "level": "x"}),
+        PromptExample("", {"answer": None, "level": None}),
+    ]
 
 
 def test_prompts_of_preference_rows_are_the_common_prefix(tmp_path):
     deeper = HH + " yes\n\nHuman: why\n\nAssistant:"
-    path = _rows(tmp_path, {"chosen": HH + " x", "rejected": HH + " y"}, {"chosen": deeper + " because", "rejected": deeper + ""},
-                 {"chosen": deeper + " because", "rejected": HH + " no"})
+    path = _rows(
+        tmp_path,
+        {"chosen": HH + " x", "rejected": HH + " y"},
+        {"chosen": deeper + " because", "rejected": deeper + ""},
+        {"chosen": deeper + " because", "rejected": HH + " no"},
+    )
     assert [example.prompt for example in load_prompts(path)] == [HH, deeper, HH]
     longer = [_user("q"), _assistant("a"), _user("why")]
-    path = _rows(tmp_path, {"chosen": [_user("q"), _assistant("a")], "rejected": [_user("q"), _assistant("b")]},
-                 {"chosen": [*longer, _assistant("x")], "rejected": [*longer, _assistant("y")]})
+    path = _rows(
+        tmp_path,
+        {"chosen": [_user("q"), _assistant("a")], "rejected": [_user("q"), _assistant("b")]},
+        {"chosen": [*longer, _assistant("x")], "rejected": [*longer, _assistant("y")]},
+    )
     assert [example.prompt for example in load_prompts(path)] == [[_user("q")], longer]
-    assert [example.prompt for example in load_prompts(_rows(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b"}))] == ["p"]
+    assert [
+        example.prompt
+        for example in load_prompts(
+            _rows(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b"})
+        )
+    ] == ["p"]
 
 
 def test_rows_stay_in_order_and_duplicates_stay(tmp_path):
-    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "c", "rejected": "d"}]
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "c", "rejected": "d"},
+    ]
     pairs, dropped = load_pairs(_rows(tmp_path, *rows, *rows))
     assert pairs == [PairExample("p", "a", "b"), PairExample("q", "c", "d")] * 2
     assert dropped == {}
@@ -58,12 +92,21 @@ def test_rows_stay_in_order_and_duplicates_stay(tmp_path):
 
 def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path):
     other = "\n\nHuman: hello\n\nAssistant:"
-    path = _rows(tmp_path, {"chosen": HH + " a", "rejected": other + " b"}, {"chosen": HH + " a", "rejected": HH + " a "},
-                 {"chosen": HH, "rejected": HH + " b"},
-                 {"chosen": HH + " a\n\nHuman: go on\n\nAssistant: z", "rejected": HH + " b"}, {"chosen": HH + " a", "rejected": HH + " b"})
+    path = _rows(
+        tmp_path,
+        {"chosen": HH + " a", "rejected": other + " b"},
+        {"chosen": HH + " a", "rejected": HH + " a "},
+        {"chosen": HH, "rejected": HH + " b"},
+        {"chosen": HH + " a\n\nHuman: go on\n\nAssistant: z", "rejected": HH + " b"},
+        {"chosen": HH + " a", "rejected": HH + " b"},
+    )
     pairs, dropped = load_pairs(path)
     assert pairs == [PairExample(HH, " a", " b")]
-    assert dropped == {"the prompts of the two answers differ": 2, "the answers are equal": 1, "an answer is empty": 1}
+    assert dropped == {
+        "the prompts of the two answers differ": 2,
+        "the answers are equal": 1,
+        "an answer is empty": 1,
+    }
 
 
 def test_an_empty_completion_is_dropped_with_a_warning(tmp_path, caplog):
@@ -74,11 +117,15 @@ def test_an_empty_completion_is_dropped_with_a_warning(tmp_path, caplog):
 
 def test_encodings_that_are_accepted(tmp_path):
     plain = b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n   \n{"prompt": "\xe2\x82\xac"}'
-    for path in (_file(tmp_path, plain), _file(tmp_path, gzip.compress(plain), "data.jsonl.gz"), _file(tmp_path, gzip.compress(plain), "no-suffix")):
+    for path in (
+        _file(tmp_path, plain),
+        _file(tmp_path, gzip.compress(plain), "data.jsonl.gz"),
+        _file(tmp_path, gzip.compress(plain), "no-suffix"),
+    ):
         assert [example.prompt for example in load_prompts(path)] == ["a", "€"]
 
 
-# ---- bad lines ----------------------------------------------------------------------------------------------------------------
+# ---- bad lines -----------------------------------------------------------------------------------
 BAD = {
     b'{"prompt": ': "not JSON",
     b'{"prompt": "a"} x': "not JSON: Extra data at column 17",
@@ -104,7 +151,9 @@ BAD = {
 
 @pytest.mark.parametrize("raw", BAD, ids=lambda raw: repr(raw[:20]))
 def test_a_bad_line_is_named_with_its_reason(tmp_path, raw):
-    path = _file(tmp_path, b'{"prompt": "fine"}\n' + raw.replace(b"\n", b"") + b'\n{"prompt": "fine"}\n')
+    path = _file(
+        tmp_path, b'{"prompt": "fine"}\n' + raw.replace(b"\n", b"") + b'\n{"prompt": "fine"}\n'
+    )
     with pytest.raises(DataError) as caught:
         load_prompts(path)
     assert f"{path}:2: " in str(caught.value)
@@ -113,18 +162,33 @@ def test_a_bad_line_is_named_with_its_reason(tmp_path, raw):
     assert "1 bad line, 2 good" in str(caught.value)
 
 
-@pytest.mark.parametrize("raw, reason", [(b'{"chosen": "a", "rejected": "b"}', "share a prompt"), (b'{"chosen": "x"}', 'missing column "rejected"'),
-                                         (b'{"chosen": 1, "rejected": "b"}', 'expected "chosen" to be a string, got a number')])
+@pytest.mark.parametrize(
+    "raw, reason",
+    [
+        (b'{"chosen": "a", "rejected": "b"}', "share a prompt"),
+        (b'{"chosen": "x"}', 'missing column "rejected"'),
+        (b'{"chosen": 1, "rejected": "b"}', 'expected "chosen" to be a string, got a number'),
+    ],
+)
 def test_a_bad_preference_row(tmp_path, raw, reason):
     good = json.dumps({"chosen": HH + " a", "rejected": HH + " b"}).encode()
     with pytest.raises(DataError) as caught:
         load_prompts(_file(tmp_path, good + b"\n" + raw))
-    assert f"data.jsonl:2: {reason}" in str(caught.value).replace("expected a \"prompt\" column, or \"chosen\" and \"rejected\" to ", "")
+    assert f"data.jsonl:2: {reason}" in str(caught.value).replace(
+        'expected a "prompt" column, or "chosen" and "rejected" to ', ""
+    )
 
 
 def test_characters_that_are_accepted(tmp_path):
-    path = _file(tmp_path, rb'{"prompt": "\ud83d\ude00 \u0000 \u2028 e\u0301", "x": "\\ud800"}' + "\n{\"prompt\": \"😀\u2028\x85\"}".encode())
-    assert [example.prompt for example in load_prompts(path)] == ["😀 \0 \u2028 e\u0301", "😀\u2028\x85"]  # only \n ends a line
+    path = _file(
+        tmp_path,
+        rb'{"prompt": "\ud83d\ude00 \u0000 \u2028 e\u0301", "x": "\\ud800"}'
+        + '\n{"prompt": "😀\u2028\x85"}'.encode(),
+    )
+    assert [example.prompt for example in load_prompts(path)] == [
+        "😀 \0 \u2028 e\u0301",
+        "😀\u2028\x85",
+    ]  # only \n ends a line
 
 
 def test_all_bad_lines_are_reported_at_once(tmp_path):
@@ -155,8 +219,13 @@ def test_a_damaged_gzip_is_an_error(tmp_path):
 
 
 def test_bad_lines_can_be_left_out_into_a_rejects_file(tmp_path, caplog):
-    path, rejects = _file(tmp_path, b'x\xff\n{"prompt": "a"}\n{"promt": "b"}\n'), tmp_path / "run" / "rejects.jsonl"
-    assert [example.prompt for example in load_prompts(path, skip_bad_lines=True, rejects=rejects)] == ["a"]
+    path, rejects = (
+        _file(tmp_path, b'x\xff\n{"prompt": "a"}\n{"promt": "b"}\n'),
+        tmp_path / "run" / "rejects.jsonl",
+    )
+    assert [
+        example.prompt for example in load_prompts(path, skip_bad_lines=True, rejects=rejects)
+    ] == ["a"]
     rows = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert [(row["line"], row["raw"]) for row in rows] == [(1, "x\\xff"), (3, '{"promt": "b"}')]
     assert "not UTF-8" in rows[0]["reason"]
@@ -187,8 +256,10 @@ def test_columns_must_not_collide_with_reward_arguments(tmp_path):
         load_prompts(_rows(tmp_path, {"prompt": "a", "completions": []}))
 
 
-# ---- HH-RLHF's prompts --------------------------------------------------------------------------------------------------------
-_speech = st.text(st.sampled_from("abA:\n "), max_size=12).filter(lambda text: "\n\nAssistant:" not in text and "\n\nHuman:" not in text)
+# ---- HH-RLHF's prompts ---------------------------------------------------------------------------
+_speech = st.text(st.sampled_from("abA:\n "), max_size=12).filter(
+    lambda text: "\n\nAssistant:" not in text and "\n\nHuman:" not in text
+)
 _turns = st.lists(st.tuples(_speech, _speech), min_size=1, max_size=3)
 
 
@@ -197,10 +268,14 @@ def _transcript(turns):
 
 
 @given(_turns, _turns)
-def test_the_prompt_of_both_sides_is_what_stands_before_their_last_answers(tmp_path_factory, chosen, rejected):
+def test_the_prompt_of_both_sides_is_what_stands_before_their_last_answers(
+    tmp_path_factory, chosen, rejected
+):
     path = tmp_path_factory.getbasetemp() / "hypothesis.jsonl"
-    path.write_text(json.dumps({"chosen": _transcript(chosen), "rejected": _transcript(rejected)}) + "\n")
-    prompts = [_transcript(turns)[:-len(turns[-1][1]) - 1] for turns in (chosen, rejected)]
+    path.write_text(
+        json.dumps({"chosen": _transcript(chosen), "rejected": _transcript(rejected)}) + "\n"
+    )
+    prompts = [_transcript(turns)[: -len(turns[-1][1]) - 1] for turns in (chosen, rejected)]
     answers = [f" {turns[-1][1]}" for turns in (chosen, rejected)]
     if prompts[0] != prompts[1]:
         reason = "the prompts of the two answers differ"
@@ -215,24 +290,35 @@ def test_the_prompt_of_both_sides_is_what_stands_before_their_last_answers(tmp_p
         load_pairs(path)
 
 
-# ---- several files ------------------------------------------------------------------------------------------------------------
+# ---- several files -------------------------------------------------------------------------------
 def test_what_a_data_option_names(tmp_path):
     odd = _file(tmp_path, b"", "a,b@2:c.jsonl")
     assert parse_data("a.jsonl") == [Source("a.jsonl")]
     assert parse_data(odd) == [Source(str(odd))]  # a file of that name
     other = _file(tmp_path, b"", "c@d.jsonl")
-    assert parse_data(f"a@2, shp:b@0.5,gsm8k/chat:{other},{other}@3") == [Source("a", weight=2.0), Source("b", "shp", weight=0.5),
-                                                                          Source(str(other), "gsm8k", "chat"), Source(str(other), weight=3.0)]
+    assert parse_data(f"a@2, shp:b@0.5,gsm8k/chat:{other},{other}@3") == [
+        Source("a", weight=2.0),
+        Source("b", "shp", weight=0.5),
+        Source(str(other), "gsm8k", "chat"),
+        Source(str(other), weight=3.0),
+    ]
     assert parse_data(["a@1", Source("b")]) == [Source("a", weight=1.0), Source("b")]
     for weight in ("0", "-1", "nan", "inf", "two"):
-        with pytest.raises(DataError, match=f"expected a file and a positive number behind the @ of 'a@{weight}', got '{weight}'"):
+        with pytest.raises(
+            DataError,
+            match=f"expected a file and a positive number behind the @ of 'a@{weight}', got "
+            f"'{weight}'",
+        ):
             parse_data(f"a@{weight}")
     with pytest.raises(DataError, match="expected at least one file"):
         parse_data([])
 
 
 def test_several_files_are_read_in_order_and_their_faults_reported_together(tmp_path):
-    a, b = _file(tmp_path, b'{"prompt": "a"}\nx\n', "a.jsonl"), _file(tmp_path, b'y\n{"question": "q", "answer": "#### 1"}\n', "b.jsonl")
+    a, b = (
+        _file(tmp_path, b'{"prompt": "a"}\nx\n', "a.jsonl"),
+        _file(tmp_path, b'y\n{"question": "q", "answer": "#### 1"}\n', "b.jsonl"),
+    )
     with pytest.raises(DataError) as caught:
         load_prompts([a, b])
     assert f"{a}:2: not JSON" in str(caught.value)
@@ -241,9 +327,15 @@ def test_several_files_are_read_in_order_and_their_faults_reported_together(tmp_
     for _ in range(2):  # reading again, as a resumed run does, changes nothing
         prompts = load_prompts(f"{a},gsm8k/plain:{b}", skip_bad_lines=True, rejects=rejects)
         assert [example.prompt for example in prompts] == ["a", "q"]
-        assert [json.loads(line)["file"] for line in rejects.read_text().splitlines()] == [str(a), str(b)]
+        assert [json.loads(line)["file"] for line in rejects.read_text().splitlines()] == [
+            str(a),
+            str(b),
+        ]
     load_prompts(a, skip_bad_lines=True, rejects=rejects)
-    assert [json.loads(line)["file"] for line in rejects.read_text().splitlines()] == [str(b), str(a)]
+    assert [json.loads(line)["file"] for line in rejects.read_text().splitlines()] == [
+        str(b),
+        str(a),
+    ]
 
 
 def test_real_preferences(shared):
@@ -251,5 +343,7 @@ def test_real_preferences(shared):
     pairs, dropped = load_pairs(path)
     assert len(pairs) == 2303
     assert dropped == {"an answer is empty": 4, "the prompts of the two answers differ": 5}
-    assert all(pair.prompt.endswith("\n\nAssistant:") and pair.chosen.startswith(" ") for pair in pairs)
+    assert all(
+        pair.prompt.endswith("\n\nAssistant:") and pair.chosen.startswith(" ") for pair in pairs
+    )
     assert len(load_prompts(path)) == 2312

@@ -1,14 +1,31 @@
 """Tokenisation: special tokens, the boundary between prompt and completion, limits."""
+
 import json
 from functools import partial
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.base.packing import PackedBatch
-from fusedrl.engine.data.readers import Demonstration, Dialogue, PairExample, PromptExample, ReadOptions, load_demonstrations, load_pairs
+from fusedrl.engine.data.readers import (
+    Demonstration,
+    Dialogue,
+    PairExample,
+    PromptExample,
+    ReadOptions,
+    load_demonstrations,
+    load_pairs,
+)
 from fusedrl.engine.data.tokenize import (
     Dropped,
     count_tokens,
@@ -25,19 +42,42 @@ WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "user", "assistant"]
 
 
 def _tokenizer(template: str | None = None, *, bos: str | None = "<s>"):
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if template:
-        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="</s>", unk_token="<unk>", model_max_length=4)
+        backend.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=4,
+    )
 
 
-@pytest.mark.parametrize("template, prompt, expected", [
-    (None, "a b", [3, 4]), ("<s> $A", "a b", [1, 3, 4]), ("<s> $A </s>", "a b", [1, 3, 4]), ("$A </s>", "a", [3]),
-    ("<s> $A </s>", "a </s>", [1, 3, 2]), (None, "a </s>", [3, 2]), ("<s> $A", "a </s>", [1, 3, 2]),  # an EOS that the author wrote is his
-    ("<s> $A </s>", "", [1]), (None, "", [1]), ("<s> $A", "  ", [1]),
-])
-def test_prompts_have_the_tokenizers_special_tokens_but_no_eos_at_the_end(template, prompt, expected):
+@pytest.mark.parametrize(
+    "template, prompt, expected",
+    [
+        (None, "a b", [3, 4]),
+        ("<s> $A", "a b", [1, 3, 4]),
+        ("<s> $A </s>", "a b", [1, 3, 4]),
+        ("$A </s>", "a", [3]),
+        # an EOS that the author wrote is his
+        ("<s> $A </s>", "a </s>", [1, 3, 2]),
+        (None, "a </s>", [3, 2]),
+        ("<s> $A", "a </s>", [1, 3, 2]),
+        ("<s> $A </s>", "", [1]),
+        (None, "", [1]),
+        ("<s> $A", "  ", [1]),
+    ],
+)
+def test_prompts_have_the_tokenizers_special_tokens_but_no_eos_at_the_end(
+    template, prompt, expected
+):
     assert encode_prompt(_tokenizer(template), prompt) == expected
 
 
@@ -56,7 +96,10 @@ def test_messages_go_through_the_chat_template():
     tokenizer, messages = _tokenizer("<s> $A"), [{"role": "user", "content": "a b"}]
     with pytest.raises(DataError, match="no chat template"):
         encode_prompt(tokenizer, messages)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% "
+        "endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
     assert encode_prompt(tokenizer, messages) == [6, 3, 4, 7]
 
 
@@ -69,38 +112,66 @@ def test_completions_have_one_eos_and_nothing_else_added(template):
 
 def test_a_completion_is_not_given_a_space_that_the_text_has_not():
     backend = Tokenizer(models.BPE({"▁": 0, "a": 1, "▁a": 2, "\n": 3, "</s>": 4}, [("▁", "a")]))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="</s>")
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", bos_token="</s>"
+    )
     assert encode_prompt(tokenizer, "a") == [2]
-    assert encode_completion(tokenizer, " a", 4) == [2, 4]  # "a" + " a" is "a a"; with the tokenizer's own space it would be "a  a"
+    # "a" + " a" is "a a"; with the tokenizer's own space it would be "a  a"
+    assert encode_completion(tokenizer, " a", 4) == [2, 4]
     assert encode_completion(tokenizer, "a", 4) == [1, 4]
     assert encode_completion(tokenizer, "\na", 4) == [3, 1, 4]
-    assert encode_completion(tokenizer, "a", 4, first=True) == [2, 4]  # at the beginning of a text the space belongs
+    # at the beginning of a text the space belongs
+    assert encode_completion(tokenizer, "a", 4, first=True) == [2, 4]
 
 
 def test_limits_drop_and_count():
     tokenizer = _tokenizer("<s> $A")
-    pairs = [PairExample("a", "b", "c"), PairExample("a", "b", "c b"), PairExample("a", "b a b", "c")]
+    pairs = [
+        PairExample("a", "b", "c"),
+        PairExample("a", "b", "c b"),
+        PairExample("a", "b a b", "c"),
+    ]
     ((kept, found),), dropped = encode_preferences(tokenizer, pairs, 2, 4)
     assert (kept, found.prompt, found.completions) == (pairs[0], [1, 3], ([4, 2], [5, 2]))
     assert dropped == Dropped(2, 3, 4)
     assert str(dropped) == "2 of 3 (66.7%) are longer than 4 tokens and were dropped"
-    assert encode_demonstrations(tokenizer, [Demonstration("a", "b"), Demonstration("", "a b c")], 2, 4) == ([([1, 3], [4, 2])], Dropped(1, 2, 4))
+    assert encode_demonstrations(
+        tokenizer, [Demonstration("a", "b"), Demonstration("", "a b c")], 2, 4
+    ) == ([([1, 3], [4, 2])], Dropped(1, 2, 4))
     example = PromptExample("a b", {"x": 1})
     assert encode_prompts(tokenizer, [example], 3) == ([(example, [1, 3, 4])], Dropped(0, 1, 3))
     assert encode_prompts(tokenizer, [], 3) == ([], Dropped(0, 0, 3))
-    with pytest.raises(DataError, match=r"all 3 examples are longer than 2 tokens \(the shortest has 4\)"):
+    with pytest.raises(
+        DataError, match=r"all 3 examples are longer than 2 tokens \(the shortest has 4\)"
+    ):
         encode_preferences(tokenizer, pairs, 2, 2)
 
 
-# ---- whole conversations ------------------------------------------------------------------------------------------------------
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{{ m['content'] or (m['tool_calls'] | tojson) }}{{ '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
-          "{{ '<think></think>' if loop.last else '' }}{{ m['content'] + '<|im_end|>' }}{%- endgeneration -%}\n{% else %}"
-          "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi\n"}, {"role": "assistant", "content": "\n\nhello"},
-         {"role": "user", "content": "and?"}, {"role": "assistant", "content": "so so\n"}, {"role": "user", "content": "bye"}]
+# ---- whole conversations -------------------------------------------------------------------------
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{{ m['content'] or "
+    "(m['tool_calls'] | tojson) }}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' "
+    "%}{% generation %}"
+    "{{ '<think></think>' if loop.last else '' }}{{ m['content'] + '<|im_end|>' }}{%- "
+    "endgeneration -%}\n{% else %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt "
+    "%}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "hi\n"},
+    {"role": "assistant", "content": "\n\nhello"},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "so so\n"},
+    {"role": "user", "content": "bye"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +181,24 @@ def chat():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     specials = ["<|im_start|>", "<|im_end|>", "</s>"]
-    text = ["system\nbe brief", "user\nhi\n", "assistant\n\n\nhello", "assistant\nso so\n", "user\nbye", "\n\n\nhello"] * 5
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    text = [
+        "system\nbe brief",
+        "user\nhi\n",
+        "assistant\n\n\nhello",
+        "assistant\nso so\n",
+        "user\nbye",
+        "\n\n\nhello",
+    ] * 5
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     backend.train_from_iterator(text, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", additional_special_tokens=specials[:2])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", additional_special_tokens=specials[:2]
+    )
 
 
 def _spoken(tokenizer, ids, actions):
@@ -138,20 +223,30 @@ def test_only_the_assistants_turns_are_actions(chat):
 
 
 def test_no_token_spans_the_beginning_of_a_turn(chat):
-    # Tokenised as one text the line end of the header and those of the answer are one token, which the model could never begin with.
+    # Tokenised as one text the line end of the header and those of the answer are one token, which
+    # the model could never begin with.
     chat.chat_template = CHATML
     whole = chat.apply_chat_template(TURNS, tokenize=True, return_dict=False)
     ids, actions = encode_dialogue(chat, Dialogue(TURNS), 2)
     assert whole != ids
     for turn in (2, 4):
         prompt = encode_prompt(chat, TURNS[:turn])
-        start = next(i for i in range(len(ids)) if actions[i] and not actions[i - 1] and chat.decode(ids[:i]) == chat.decode(prompt))
-        assert ids[start - 2:start] == prompt[-2:]
-    assert encode_dialogue(chat, Dialogue(TURNS[:3]), 2)[0][:-1] == encode_prompt(chat, TURNS[:2]) + encode_completion(chat, "\n\nhello", 1)
+        start = next(
+            i
+            for i in range(len(ids))
+            if actions[i] and not actions[i - 1] and chat.decode(ids[:i]) == chat.decode(prompt)
+        )
+        assert ids[start - 2 : start] == prompt[-2:]
+    assert encode_dialogue(chat, Dialogue(TURNS[:3]), 2)[0][:-1] == encode_prompt(
+        chat, TURNS[:2]
+    ) + encode_completion(chat, "\n\nhello", 1)
 
 
 def test_a_turn_that_no_special_token_ends_gets_the_eos_at_the_end_only(chat):
-    chat.chat_template = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '|' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    chat.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '|' }}{% "
+        "endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     ids, actions = encode_dialogue(chat, Dialogue(TURNS[1:5]), 2)
     assert _spoken(chat, ids, actions) == ["\n\nhello|", "so so\n|</s>"]
     ids, actions = encode_dialogue(chat, Dialogue(TURNS[1:4]), 2)
@@ -164,11 +259,21 @@ def test_a_template_that_rewrites_earlier_turns_needs_generation_marks(chat):
     dialogue = Dialogue(TURNS[:5])
     ids, actions = encode_dialogue(chat, dialogue, 2)
     assert chat.decode(ids) == chat.apply_chat_template(dialogue.messages, tokenize=False)
-    assert _spoken(chat, ids, actions) == ["\n\nhello<|im_end|>", "<think></think>so so\n<|im_end|>"]
-    theirs = chat.apply_chat_template(dialogue.messages, return_assistant_tokens_mask=True, return_dict=True)
-    assert _spoken(chat, theirs["input_ids"], theirs["assistant_masks"])[0] == "assistant\n\n\nhello<|im_end|>"  # why we do not take their mask
+    assert _spoken(chat, ids, actions) == [
+        "\n\nhello<|im_end|>",
+        "<think></think>so so\n<|im_end|>",
+    ]
+    theirs = chat.apply_chat_template(
+        dialogue.messages, return_assistant_tokens_mask=True, return_dict=True
+    )
+    assert (
+        _spoken(chat, theirs["input_ids"], theirs["assistant_masks"])[0]
+        == "assistant\n\n\nhello<|im_end|>"
+    )  # why we do not take their mask
     chat.chat_template = MARKED.replace("{% generation %}", "").replace("{%- endgeneration -%}", "")
-    with pytest.raises(DataError, match=r"put \{% generation %\} and \{% endgeneration %\} around them"):
+    with pytest.raises(
+        DataError, match=r"put \{% generation %\} and \{% endgeneration %\} around them"
+    ):
         encode_dialogue(chat, dialogue, 2)
 
 
@@ -176,14 +281,24 @@ def test_tools_reach_the_chat_template(chat):
     chat.chat_template = "{% for t in tools or [] %}{{ t['name'] }};{% endfor %}" + CHATML
     tools = [{"name": "add"}, {"name": "sub"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
-    ids, actions = encode_dialogue(chat, Dialogue([TURNS[1], call, {"role": "tool", "content": "3"}, TURNS[4]], tools), 2)
+    ids, actions = encode_dialogue(
+        chat, Dialogue([TURNS[1], call, {"role": "tool", "content": "3"}, TURNS[4]], tools), 2
+    )
     assert chat.decode(ids).startswith("add;sub;<|im_start|>user")
     assert _spoken(chat, ids, actions) == ['[{"name": "add"}]<|im_end|>', "so so\n<|im_end|>"]
     prompt = encode_prompt(chat, TURNS[:2], tools)
     assert chat.decode(prompt).startswith("add;sub;")
     assert encode_prompts(chat, [PromptExample(TURNS[:2], {"tools": tools})], 99)[0][0][1] == prompt
-    assert encode_demonstrations(chat, [Demonstration(TURNS[:2], "a", tools)], 2, 99)[0][0][0] == prompt
-    assert encode_preferences(chat, [PairExample(TURNS[:2], "a", "b", tools=tools)], 2, 99)[0][0][1].prompt == prompt
+    assert (
+        encode_demonstrations(chat, [Demonstration(TURNS[:2], "a", tools)], 2, 99)[0][0][0]
+        == prompt
+    )
+    assert (
+        encode_preferences(chat, [PairExample(TURNS[:2], "a", "b", tools=tools)], 2, 99)[0][0][
+            1
+        ].prompt
+        == prompt
+    )
 
 
 def test_dialogues_have_a_limit_and_need_a_template(chat):
@@ -196,15 +311,25 @@ def test_dialogues_have_a_limit_and_need_a_template(chat):
     with pytest.raises(DataError, match="text needs a tokenizer"):
         encode_dialogue(None, Dialogue(TURNS), 2)
     for wrong in (([1, 2], [True, True]), ([1, 2], [False])):
-        with pytest.raises(ValueError, match="expected an action flag for each token of sequence 0 and none on its first"):
+        with pytest.raises(
+            ValueError,
+            match="expected an action flag for each token of sequence 0 and none on its first",
+        ):
             PackedBatch.from_masked([wrong])
 
 
 def test_posts_to_be_summarized_are_shortened_by_the_models_own_tokens(tmp_path):
     path = tmp_path / "tldr.jsonl"
-    path.write_text(json.dumps({"subreddit": "a", "title": "b", "post": "a b c\na b\nc c", "summary": "c"}))
+    path.write_text(
+        json.dumps({"subreddit": "a", "title": "b", "post": "a b c\na b\nc c", "summary": "c"})
+    )
     tokenizer = _tokenizer("<s> $A")
-    for limit, kept in ((20, "a b c\na b\nc c"), (14, "a b c\na b\nc c"), (13, "a b c\na b"), (11, "a b c")):
+    for limit, kept in (
+        (20, "a b c\na b\nc c"),
+        (14, "a b c\na b\nc c"),
+        (13, "a b c\na b"),
+        (11, "a b c"),
+    ):
         options = ReadOptions(count_tokens=partial(count_tokens, tokenizer), query_tokens=limit)
         (example,) = load_demonstrations(path, options=options)
         assert example.prompt == f"SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: {kept}\n\nTL;DR:"
@@ -219,4 +344,6 @@ def test_real_text_survives_the_boundary(shared):
             assert tokenizer.decode(found.prompt[1:] + ids[:-1]) == pair.prompt + text
     kept, dropped = encode_preferences(tokenizer, pairs, 2, 512)
     assert (len(kept), dropped.count) == (1606, 697)
-    assert encode_prompt(tokenizer, "Once upon a time") == tokenizer("Once upon a time")["input_ids"]
+    assert (
+        encode_prompt(tokenizer, "Once upon a time") == tokenizer("Once upon a time")["input_ids"]
+    )

@@ -1,4 +1,6 @@
-"""The KV cache's memory, lent to training: the same gradients to the bit, the same tokens afterwards, and nothing handed out while a tensor reads it."""
+"""The KV cache's memory, lent to training: the same gradients to the bit, the same tokens
+afterwards, and nothing handed out while a tensor reads it."""
+
 import random
 
 import pytest
@@ -15,10 +17,22 @@ from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.watch.plan import Planner
 from fusedrl.kernels.runtime import native
 
-SIZES = {"vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 10, "max_position_embeddings": 64, "initializer_range": 0.2}
-KINDS = {"llama": {"model_type": "llama", "attention_bias": True}, "qwen3 tied": {"model_type": "qwen3", "tie_word_embeddings": True},
-         "gemma2": {"model_type": "gemma2", "sliding_window": 9, "query_pre_attn_scalar": 8}}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+KINDS = {
+    "llama": {"model_type": "llama", "attention_bias": True},
+    "qwen3 tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 9, "query_pre_attn_scalar": 8},
+}
 PROMPTS = [[1, 4, 9], [1], [1, 7, 8, 30, 41, 5, 5, 9], [1, 50]]
 PARAMS = SamplingParams(max_new_tokens=20, n=2)
 POOL = CacheConfig(num_blocks=2000, max_sequences=8)  # more than training needs
@@ -30,7 +44,10 @@ def small_counts(monkeypatch):
 
 
 def make(device, kind="llama", dtype=torch.float32, cache=POOL, **options):
-    decoder, head = Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype, device=device), ValueHead(40)
+    decoder, head = (
+        Decoder.random(model_config(SIZES | KINDS[kind]), 0, dtype=dtype, device=device),
+        ValueHead(40),
+    )
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
     return HybridActor(decoder, value_head=head.to(device), cache=cache, **options)
 
@@ -51,7 +68,9 @@ def train(actor, batch, parts=3):
 
 
 def equal(found, expected):
-    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return len(found) == len(expected) and all(
+        torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,11 +79,22 @@ def equal(found, expected):
 @pytest.mark.parametrize("blocks", [2000, 100, 5])
 def test_gradients_are_the_same_bits(kind, dtype, mode, blocks, device):
     if mode == "strict" and (not native.capability or device.type != "cpu"):
-        pytest.skip("strict mode is the C++ kernels', and they are not built or serve no such device")
-    actor = make(device, kind, dtype, CacheConfig(num_blocks=blocks, max_sequences=8), strict=mode == "strict")
+        pytest.skip(
+            "strict mode is the C++ kernels', and they are not built or serve no such device"
+        )
+    actor = make(
+        device,
+        kind,
+        dtype,
+        CacheConfig(num_blocks=blocks, max_sequences=8),
+        strict=mode == "strict",
+    )
     actor.decoder.checkpoint_activations = mode == "checkpointed"
-    batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, PARAMS if blocks > 5 else SamplingParams(max_new_tokens=20)),
-                                         device=device)
+    batch = PackedBatch.from_completions(
+        PROMPTS,
+        actor.generate(PROMPTS, PARAMS if blocks > 5 else SamplingParams(max_new_tokens=20)),
+        device=device,
+    )
     expected = train(actor, batch)
     with actor.lend_cache() as arena:
         assert equal(train(actor, batch), expected)
@@ -80,11 +110,19 @@ def test_it_holds_what_the_plan_says_is_held(checkpointed, device):
     actor = make(device)
     actor.decoder.checkpoint_activations = checkpointed
     actor.generate(PROMPTS, PARAMS)
-    batch = PackedBatch.from_sequences(((torch.randint(61, (5,)).tolist(), torch.randint(61, (45,)).tolist()) for _ in range(12)), device=device)
-    planned = Planner(model_config(SIZES | KINDS["llama"]), PolicyConfig("m", "d", ("r.py:r",), dtype="float32", device="cpu"))
+    batch = PackedBatch.from_sequences(
+        ((torch.randint(61, (5,)).tolist(), torch.randint(61, (45,)).tolist()) for _ in range(12)),
+        device=device,
+    )
+    planned = Planner(
+        model_config(SIZES | KINDS["llama"]),
+        PolicyConfig("m", "d", ("r.py:r",), dtype="float32", device="cpu"),
+    )
     with actor.lend_cache() as arena:
         train(actor, batch, parts=1)
-        assert arena.peak == pytest.approx(planned.activation_bytes(batch.num_tokens, checkpointed), rel=0.06)
+        assert arena.peak == pytest.approx(
+            planned.activation_bytes(batch.num_tokens, checkpointed), rel=0.06
+        )
 
 
 def test_what_is_generated_next_is_what_would_have_been(device):
@@ -107,7 +145,9 @@ def test_what_is_generated_next_is_what_would_have_been(device):
                         p -= 0.01 * p.grad
                 actor.mark_updated()
             outs.append(actor.generate(PROMPTS, PARAMS))
-            assert actor._generator.cache.k.data_ptr() == pool, "neither unmapped nor allocated anew"
+            assert actor._generator.cache.k.data_ptr() == pool, (
+                "neither unmapped nor allocated anew"
+            )
         return [[(c.token_ids, c.logprobs) for group in out for c in group] for out in outs]
 
     assert run(lend=True) == run(lend=False)
@@ -125,13 +165,21 @@ def test_refuses_what_is_in_flight_and_what_wants_the_cache(device):
     actor = make(device)
     stream = actor.stream(PROMPTS, [SamplingParams(max_new_tokens=m, n=2) for m in (4, 20, 20, 20)])
     next(stream)
-    with pytest.raises(RuntimeError, match=r"cannot be lent: \d completions are in flight; let their streams .* or abort"), actor.lend_cache():
+    with (
+        pytest.raises(
+            RuntimeError,
+            match=r"cannot be lent: \d completions are in flight; let their streams .* or abort",
+        ),
+        actor.lend_cache(),
+    ):
         pass
     actor.abort()
     with actor.lend_cache() as arena:
         assert arena.capacity > 0
         for ask in (actor.generate, actor.stream):
-            with pytest.raises(RuntimeError, match="the KV cache is lent to training; leave the lend_cache"):
+            with pytest.raises(
+                RuntimeError, match="the KV cache is lent to training; leave the lend_cache"
+            ):
                 ask(PROMPTS, PARAMS)
         with actor.lend_cache() as inner:
             assert inner is None, "lent once is lent"
@@ -144,7 +192,13 @@ def test_a_graph_that_outlives_the_block(device):
     batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, PARAMS), device=device)
     expected = train(actor, batch, parts=1)
     kept = []
-    with pytest.raises(RuntimeError, match=r"\d+ bytes of the cache still belong to a graph .* call backward inside it"), actor.lend_cache():
+    with (
+        pytest.raises(
+            RuntimeError,
+            match=r"\d+ bytes of the cache still belong to a graph .* call backward inside it",
+        ),
+        actor.lend_cache(),
+    ):
         hidden = actor.forward(batch)
         logp, entropy = actor.logprobs(batch, hidden)
         kept.append((logp.square() + 0.1 * entropy + actor.values(batch, hidden).square()).sum())
@@ -152,7 +206,9 @@ def test_a_graph_that_outlives_the_block(device):
         p.grad = None
     actor.generate(PROMPTS, PARAMS)  # in memory of its own
     kept[0].backward()
-    assert equal([kept[0].detach(), *(p.grad for p in actor.parameters())], expected), "the graph kept what it had"
+    assert equal([kept[0].detach(), *(p.grad for p in actor.parameters())], expected), (
+        "the graph kept what it had"
+    )
 
 
 def test_an_error_inside_leaves_an_actor_that_generates(device):
@@ -164,13 +220,20 @@ def test_an_error_inside_leaves_an_actor_that_generates(device):
         raise ZeroDivisionError
     assert caught.traceback
     again = actor.generate(PROMPTS, PARAMS)
-    assert [c.token_ids for group in again for c in group] == [c.token_ids for group in outs for c in group]
+    assert [c.token_ids for group in again for c in group] == [
+        c.token_ids for group in outs for c in group
+    ]
     graph.sum().backward()
 
 
-# ---- the arena itself -----------------------------------------------------------------------------------------------------------
+# ---- the arena itself ----------------------------------------------------------------------------
 def lent(device, bytes_=1 << 16):
-    return Arena([torch.empty(bytes_, dtype=torch.uint8, device=device), torch.empty(bytes_ // 2, dtype=torch.uint8, device=device)])
+    return Arena(
+        [
+            torch.empty(bytes_, dtype=torch.uint8, device=device),
+            torch.empty(bytes_ // 2, dtype=torch.uint8, device=device),
+        ]
+    )
 
 
 def inside(arena, tensor):
@@ -185,7 +248,11 @@ def test_views_of_one_storage_are_copied_once_and_keep_their_strides(device):
     assert all(inside(arena, p) for p in packed)
     for view, p in zip(views, packed, strict=True):
         assert torch.equal(view, p)
-        assert (view.stride(), view.storage_offset(), view.dtype) == (p.stride(), p.storage_offset(), p.dtype)
+        assert (view.stride(), view.storage_offset(), view.dtype) == (
+            p.stride(),
+            p.storage_offset(),
+            p.dtype,
+        )
     assert arena.used == x.nbytes
     assert arena._pack(packed[2]) is packed[2], "what is in there stays there"
     before = packed[0].clone()
@@ -248,7 +315,8 @@ def test_a_gradient_that_is_a_saved_tensor_survives(device):
 
         @staticmethod
         def backward(ctx, grad):
-            return ctx.saved_tensors[0]  # as a loss does that computed its gradient in the forward pass
+            # as a loss does that computed its gradient in the forward pass
+            return ctx.saved_tensors[0]
 
     arena, x = lent(device), torch.randn(100, requires_grad=True, device=device)
     with arena.holding():
@@ -261,7 +329,8 @@ def test_a_gradient_that_is_a_saved_tensor_survives(device):
 
 
 def test_random_graphs_in_random_memory(device):
-    """Functions of all sorts, shared and dropped graphs, checkpoints, in regions of any size: the same gradients as without."""
+    """Functions of all sorts, shared and dropped graphs, checkpoints, in regions of any size: the
+    same gradients as without."""
     draw = random.Random(0)
 
     def step(x, w, number):
@@ -274,14 +343,23 @@ def test_random_graphs_in_random_memory(device):
             return torch.cat([x[:, 5:].exp().clamp(max=3), x[:, :5]], 1)
         if kind == 3:
             return checkpoint(lambda x: (x @ w.t()).relu().sin() + x, x, use_reentrant=False)
-        return torch.nn.functional.layer_norm(x, (20,)).view(2, -1, 20).transpose(0, 1).reshape(-1, 20)
+        return (
+            torch.nn.functional.layer_norm(x, (20,)).view(2, -1, 20).transpose(0, 1).reshape(-1, 20)
+        )
 
     for _ in range(20):
-        size, kinds, seed = draw.choice([300, 5000, 40_000]), [draw.randrange(5) for _ in range(draw.randint(1, 12))], draw.randrange(1000)
+        size, kinds, seed = (
+            draw.choice([300, 5000, 40_000]),
+            [draw.randrange(5) for _ in range(draw.randint(1, 12))],
+            draw.randrange(1000),
+        )
 
         def gradients(kinds=kinds, seed=seed):
             torch.manual_seed(seed)
-            x, w = torch.randn(8, 20, requires_grad=True, device=device), torch.randn(20, 20, requires_grad=True, device=device)
+            x, w = (
+                torch.randn(8, 20, requires_grad=True, device=device),
+                torch.randn(20, 20, requires_grad=True, device=device),
+            )
             dropped = step(x, w, 0)
             out = x
             for number in kinds:

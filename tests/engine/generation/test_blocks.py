@@ -3,7 +3,13 @@ import random
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from fusedrl.engine.generation.blocks import BlockManager
 
@@ -18,7 +24,8 @@ class Collides(int):
 
 
 class Machine(RuleBasedStateMachine):
-    """The manager against a naive model: `written` is what each block physically holds, `tokens` what each sequence must find there."""
+    """The manager against a naive model: `written` is what each block physically holds, `tokens`
+    what each sequence must find there."""
 
     manager_type = BlockManager
 
@@ -26,7 +33,9 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.manager = self.manager_type(8, SIZE)
         self.tokens = {}  # sequence -> its tokens
-        self.written = {}  # block -> list of (version, whole prefix up to and with the token), as a cache of keys and values would hold them
+        # block -> list of (version, whole prefix up to and with the token), as a cache of keys and
+        # values would hold them
+        self.written = {}
         self.birth = {}  # sequence -> version of its first token
         self.adapted = {}  # sequence -> whether an adapter computes it
         self.next = 0
@@ -34,17 +43,28 @@ class Machine(RuleBasedStateMachine):
 
     def snapshot(self):
         m = self.manager
-        return list(m._free), list(m._references), list(m._keys), dict(m._cache), {s: list(t.blocks) for s, t in m._tables.items()}
+        return (
+            list(m._free),
+            list(m._references),
+            list(m._keys),
+            dict(m._cache),
+            {s: list(t.blocks) for s, t in m._tables.items()},
+        )
 
     def write(self, sequence, start):
-        """What the model does: compute the tokens from `start` on and put them into the sequence's blocks."""
+        """What the model does: compute the tokens from `start` on and put them into the sequence's
+        blocks."""
         tokens, table = self.tokens[sequence], self.manager.table(sequence)
         for t in range(start, len(tokens)):
             held = self.written.setdefault(table[t // SIZE], [None] * SIZE)
             held[t % SIZE] = (self.version, tuple(tokens[: t + 1]), self.adapted[sequence])
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), keep=st.integers(0, 3), commit=st.booleans(),
-          adapted=st.sampled_from([True, True, False]))
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        keep=st.integers(0, 3),
+        commit=st.booleans(),
+        adapted=st.sampled_from([True, True, False]),
+    )
     def allocate(self, tokens, keep, commit, adapted):
         tokens = [Collides(t) for t in tokens]
         before, available = self.snapshot(), self.manager.available
@@ -52,15 +72,25 @@ class Machine(RuleBasedStateMachine):
         cached = self.manager.allocate(self.next, tokens, keep=keep, adapted=adapted)
         if cached is None:
             assert self.snapshot() == before
-            assert -(-len(tokens) // SIZE) + keep > available - self.manager.total  # never refused by an empty pool
+            # never refused by an empty pool
+            assert -(-len(tokens) // SIZE) + keep > available - self.manager.total
             return
         assert self.manager.available >= keep
         assert cached < len(tokens)
         assert cached % SIZE == 0
         table = self.manager.table(self.next)
-        for t in range(cached):  # a hit holds these very tokens after this very prefix, by the present weights
-            assert self.written[table[t // SIZE]][t % SIZE] == (self.version, tuple(tokens[: t + 1]), adapted)
-        self.tokens[self.next], self.birth[self.next], self.adapted[self.next] = tokens, self.version, adapted
+        # a hit holds these very tokens after this very prefix, by the present weights
+        for t in range(cached):
+            assert self.written[table[t // SIZE]][t % SIZE] == (
+                self.version,
+                tuple(tokens[: t + 1]),
+                adapted,
+            )
+        self.tokens[self.next], self.birth[self.next], self.adapted[self.next] = (
+            tokens,
+            self.version,
+            adapted,
+        )
         self.write(self.next, cached)
         if commit:
             self.manager.commit(self.next, tokens)
@@ -107,7 +137,11 @@ class Machine(RuleBasedStateMachine):
         assert len(copies) == (1 if length % SIZE else 0)
         for source, destination in copies:
             self.written[destination] = list(self.written[source])
-        self.tokens[self.next], self.birth[self.next], self.adapted[self.next] = self.tokens[parent][:length], self.birth[parent], self.adapted[parent]
+        self.tokens[self.next], self.birth[self.next], self.adapted[self.next] = (
+            self.tokens[parent][:length],
+            self.birth[parent],
+            self.adapted[parent],
+        )
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -149,7 +183,9 @@ class Machine(RuleBasedStateMachine):
         assert not any(counts[b] for b in m._free)
         for key, (block, _) in m._cache.items():
             assert m._keys[block] == key
-            assert [entry and (entry[0], entry[1][-1]) for entry in self.written[block]] == [(key[0], token) for token in key[2]]
+            assert [entry and (entry[0], entry[1][-1]) for entry in self.written[block]] == [
+                (key[0], token) for token in key[2]
+            ]
         assert sum(key is not None for key in m._keys) == len(m._cache)
 
     @invariant()
@@ -161,7 +197,9 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def no_block_is_writable_by_two(self):
-        writable = [self.manager.table(s)[-1] for s, tokens in self.tokens.items() if len(tokens) % SIZE]
+        writable = [
+            self.manager.table(s)[-1] for s, tokens in self.tokens.items() if len(tokens) % SIZE
+        ]
         assert all(self.manager._references[block] == 1 for block in writable)
 
     def teardown(self):
@@ -170,14 +208,21 @@ class Machine(RuleBasedStateMachine):
         assert self.manager.available == self.manager.total
 
 
-RUN = settings(max_examples=200, stateful_step_count=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+RUN = settings(
+    max_examples=200,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 def test_against_a_naive_model():
     run_state_machine_as_test(Machine, settings=RUN)
 
 
-# ---- bugs that the machine has to catch ------------------------------------------------------------------------------
+# ---- bugs that the machine has to catch ----------------------------------------------------------
 class ForgetsVersion(BlockManager):
     def bump(self):
         pass
@@ -208,7 +253,14 @@ class KeysWithoutPrefix(BlockManager):
         hits = []
         for start in range(0, len(tokens) - self.block_size, self.block_size):
             piece = tuple(tokens[start : start + self.block_size])
-            found = next((entry for key, entry in self._cache.items() if key[0] == self.version and key[2] == piece), None)
+            found = next(
+                (
+                    entry
+                    for key, entry in self._cache.items()
+                    if key[0] == self.version and key[2] == piece
+                ),
+                None,
+            )
             if found is None:
                 break
             hits.append(found[0])
@@ -262,22 +314,35 @@ class IgnoresDoubleFree(BlockManager):
 
 @pytest.mark.parametrize(
     "bug",
-    [ForgetsVersion, ForgetsTheAdapter, SharesPartialBlock, KeysWithoutPrefix, TrustsHashes, LeavesKeyOnReuse, IssuesHitTwice, LosesABlock, IgnoresDoubleFree],
+    [
+        ForgetsVersion,
+        ForgetsTheAdapter,
+        SharesPartialBlock,
+        KeysWithoutPrefix,
+        TrustsHashes,
+        LeavesKeyOnReuse,
+        IssuesHitTwice,
+        LosesABlock,
+        IgnoresDoubleFree,
+    ],
     ids=lambda bug: bug.__name__,
 )
 def test_the_machine_catches(bug):
     machine = type("Broken", (Machine,), {"manager_type": bug})
     with pytest.raises((AssertionError, KeyError, pytest.fail.Exception)):
-        run_state_machine_as_test(machine, settings=settings(RUN, report_multiple_bugs=False, phases=RUN.phases[:3]))
+        run_state_machine_as_test(
+            machine, settings=settings(RUN, report_multiple_bugs=False, phases=RUN.phases[:3])
+        )
 
 
-# ---- by hand ---------------------------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 def test_prefix_hit_leaves_one_token_and_survives_its_owner():
     manager = BlockManager(8, 4)
     manager.allocate(1, range(8))
     manager.commit(1, range(8))
     manager.free(1)
-    assert manager.allocate(2, range(8)) == 4  # the last token is computed again: its hidden state is wanted
+    # the last token is computed again: its hidden state is wanted
+    assert manager.allocate(2, range(8)) == 4
     assert manager.allocate(3, range(9)) == 8
     assert manager.table(3)[:1] == manager.table(2)[:1]
     assert manager.allocate(4, [0, 1, 2, 9, 4]) == 0

@@ -1,4 +1,6 @@
-"""Generation from the paged cache, against transformers on a real model and against itself on a random one."""
+"""Generation from the paged cache, against transformers on a real model and against itself on a
+random one."""
+
 import random
 
 import numpy as np
@@ -14,8 +16,20 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 
-CONFIG = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1, "tie_word_embeddings": True}
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.3,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +39,10 @@ def decoder(device):
 
 def ragged_prompts(count, longest, vocab=61, seed=0):
     draw = random.Random(seed)
-    return [[1] + [draw.randrange(3, vocab) for _ in range(draw.randrange(longest))] for _ in range(count)]
+    return [
+        [1] + [draw.randrange(3, vocab) for _ in range(draw.randrange(longest))]
+        for _ in range(count)
+    ]
 
 
 def generate(generator, prompts, params, request_ids=None):
@@ -50,7 +67,12 @@ def logprobs_by_the_training_forward(decoder, completion, temperature=1.0):
     ids = torch.tensor(completion.prompt_ids + completion.token_ids, device=decoder.device)
     n, first = len(ids), len(completion.prompt_ids)
     with torch.no_grad():
-        hidden = decoder(ids, torch.arange(n, device=ids.device), torch.tensor([0, n], dtype=torch.int32, device=ids.device), n)
+        hidden = decoder(
+            ids,
+            torch.arange(n, device=ids.device),
+            torch.tensor([0, n], dtype=torch.int32, device=ids.device),
+            n,
+        )
         logp = torch.log_softmax(hidden.double() @ decoder.head_weight.double().T / temperature, -1)
     return logp[first - 1 : n - 1].gather(1, ids[first:, None])[:, 0].cpu()
 
@@ -65,7 +87,11 @@ def check_logprobs(device, decoder, outs, temperature=1.0):
 def count_preemptions(monkeypatch):
     seen = []
     requeue = Scheduler._requeue
-    monkeypatch.setattr(Scheduler, "_requeue", lambda self, sequence: (seen.append(sequence.id), requeue(self, sequence))[1])
+    monkeypatch.setattr(
+        Scheduler,
+        "_requeue",
+        lambda self, sequence: (seen.append(sequence.id), requeue(self, sequence))[1],
+    )
     return seen
 
 
@@ -73,11 +99,15 @@ def count_preemptions(monkeypatch):
 def count_tokens(monkeypatch):
     seen = []
     step = state_module.decode_step
-    monkeypatch.setattr(state_module, "decode_step", lambda weights, ids, *rest: (seen.append(len(ids)), step(weights, ids, *rest))[1])
+    monkeypatch.setattr(
+        state_module,
+        "decode_step",
+        lambda weights, ids, *rest: (seen.append(len(ids)), step(weights, ids, *rest))[1],
+    )
     return seen
 
 
-# ---- a real model ----------------------------------------------------------------------------------------------------
+# ---- a real model --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def greedy_by_transformers(device):
     cached = {}
@@ -89,8 +119,12 @@ def greedy_by_transformers(device):
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
             width = max(map(len, prompts))
             ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-            out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0)
+            mask = torch.tensor(
+                [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
+            )
+            out = model.generate(
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0
+            )
             for index, row in enumerate(out[:, width:].tolist()):
                 cached[index] = row[: row.index(2) + 1] if 2 in row else row
             cached["model"] = model
@@ -99,10 +133,18 @@ def greedy_by_transformers(device):
     return run
 
 
-@pytest.mark.parametrize("config,preempts", [(CacheConfig(), False), (CacheConfig(num_blocks=34), True),
-                                             (CacheConfig(max_sequences=9, max_tokens_per_step=13), False)],
-                         ids=["roomy", "preempting", "few slots, small chunks"])
-def test_greedy_tokens_are_those_of_transformers(shared, config, preempts, count_preemptions, greedy_by_transformers, device):
+@pytest.mark.parametrize(
+    "config,preempts",
+    [
+        (CacheConfig(), False),
+        (CacheConfig(num_blocks=34), True),
+        (CacheConfig(max_sequences=9, max_tokens_per_step=13), False),
+    ],
+    ids=["roomy", "preempting", "few slots, small chunks"],
+)
+def test_greedy_tokens_are_those_of_transformers(
+    shared, config, preempts, count_preemptions, greedy_by_transformers, device
+):
     path = shared / "models" / "stories260k"
     decoder = load_decoder(path, dtype="float32", device=device)
     prompts = [p[:60] for p in ragged_prompts(32, 59, vocab=512)]
@@ -114,12 +156,22 @@ def test_greedy_tokens_are_those_of_transformers(shared, config, preempts, count
     check_logprobs(device, decoder, outs)
     for (completion,) in outs:
         with torch.no_grad():
-            logp = want["model"](torch.tensor([completion.prompt_ids + completion.token_ids], device=device)).logits[0].log_softmax(-1)
-        theirs = logp[len(completion.prompt_ids) - 1:-1].gather(1, torch.tensor(completion.token_ids, device=device)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(completion.logprobs, device=device), theirs, rtol=0, atol=1e-4)
+            logp = (
+                want["model"](
+                    torch.tensor([completion.prompt_ids + completion.token_ids], device=device)
+                )
+                .logits[0]
+                .log_softmax(-1)
+            )
+        theirs = logp[len(completion.prompt_ids) - 1 : -1].gather(
+            1, torch.tensor(completion.token_ids, device=device)[:, None]
+        )[:, 0]
+        torch.testing.assert_close(
+            torch.tensor(completion.logprobs, device=device), theirs, rtol=0, atol=1e-4
+        )
 
 
-# ---- draws do not depend on the schedule -----------------------------------------------------------------------------
+# ---- draws do not depend on the schedule ---------------------------------------------------------
 PARAMS = SamplingParams(max_new_tokens=30, temperature=0.8, n=3, seed=5)
 
 
@@ -138,8 +190,15 @@ def same(outs, want):
 
 @pytest.mark.parametrize(
     "config",
-    [CacheConfig(num_blocks=6), CacheConfig(block_size=4, num_blocks=40), CacheConfig(max_sequences=2), CacheConfig(max_sequences=1, max_tokens_per_step=1),
-     CacheConfig(max_sequences=4, max_tokens_per_step=5), CacheConfig(block_size=64), CacheConfig(block_size=1)],
+    [
+        CacheConfig(num_blocks=6),
+        CacheConfig(block_size=4, num_blocks=40),
+        CacheConfig(max_sequences=2),
+        CacheConfig(max_sequences=1, max_tokens_per_step=1),
+        CacheConfig(max_sequences=4, max_tokens_per_step=5),
+        CacheConfig(block_size=64),
+        CacheConfig(block_size=1),
+    ],
     ids=lambda c: f"{c.block_size}-{c.num_blocks}-{c.max_sequences}-{c.max_tokens_per_step}",
 )
 def test_schedule_changes_no_token(decoder, plain, config):
@@ -153,7 +212,10 @@ def test_two_runs_are_bitwise_alike(decoder, plain):
 def test_companions_and_order_change_no_token(decoder, plain):
     prompts = ragged_prompts(9, 40)
     order = [4, 0, 8]
-    same(generate(Generator(decoder), [prompts[i] for i in order], PARAMS, request_ids=order), [plain[i] for i in order])
+    same(
+        generate(Generator(decoder), [prompts[i] for i in order], PARAMS, request_ids=order),
+        [plain[i] for i in order],
+    )
 
 
 def test_draws_are_keyed_by_seed_request_and_sample(plain, decoder):
@@ -167,24 +229,44 @@ def test_draws_are_keyed_by_seed_request_and_sample(plain, decoder):
 def test_logprobs_are_of_the_full_scaled_distribution(decoder, plain, device):
     check_logprobs(device, decoder, plain, temperature=0.8)
     restrictions = ({"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.2}, {"min_new_tokens": 7})
-    outs = generate(Generator(decoder), ragged_prompts(4, 10), [SamplingParams(max_new_tokens=20, temperature=0.8, **r) for r in restrictions])
+    outs = generate(
+        Generator(decoder),
+        ragged_prompts(4, 10),
+        [SamplingParams(max_new_tokens=20, temperature=0.8, **r) for r in restrictions],
+    )
     check_logprobs(device, decoder, outs, temperature=0.8)
-    mixed = generate(Generator(decoder), ragged_prompts(2, 10), [SamplingParams(max_new_tokens=9, temperature=t) for t in (0.0, 1.0)])
+    mixed = generate(
+        Generator(decoder),
+        ragged_prompts(2, 10),
+        [SamplingParams(max_new_tokens=9, temperature=t) for t in (0.0, 1.0)],
+    )
     check_logprobs(device, decoder, mixed)
 
 
 def test_bfloat16_is_as_near_to_float64_as_the_training_forward(decoder, device):
     config = model_config({**CONFIG, "initializer_range": 0.1})
-    half, oracle = (Decoder.random(config, 0, dtype=dtype, device=decoder.device) for dtype in (torch.bfloat16, torch.float64))
+    half, oracle = (
+        Decoder.random(config, 0, dtype=dtype, device=decoder.device)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
     oracle.load_state_dict(half.state_dict())
-    outs = [group[0] for group in generate(Generator(half), ragged_prompts(16, 10), SamplingParams(max_new_tokens=20))]
-    want, trained = (torch.cat([logprobs_by_the_training_forward(d, c) for c in outs]) for d in (oracle, half))
+    outs = [
+        group[0]
+        for group in generate(
+            Generator(half), ragged_prompts(16, 10), SamplingParams(max_new_tokens=20)
+        )
+    ]
+    want, trained = (
+        torch.cat([logprobs_by_the_training_forward(d, c) for c in outs]) for d in (oracle, half)
+    )
     ours = torch.tensor([x for c in outs for x in c.logprobs], device=device)
     assert (ours - want).abs().mean() <= 1.5 * (trained - want).abs().mean()
     assert (ours - trained).abs().max() <= 2e-2
 
 
-@pytest.mark.parametrize("config", [CacheConfig(), CacheConfig(num_blocks=7)], ids=["roomy", "preempting"])
+@pytest.mark.parametrize(
+    "config", [CacheConfig(), CacheConfig(num_blocks=7)], ids=["roomy", "preempting"]
+)
 def test_nan_in_blocks_that_nobody_wrote_changes_nothing(decoder, plain, config):
     generator = Generator(decoder, None, config)
     generator.cache.k.fill_(torch.nan)
@@ -192,7 +274,7 @@ def test_nan_in_blocks_that_nobody_wrote_changes_nothing(decoder, plain, config)
     same(generate(generator, ragged_prompts(9, 40), PARAMS), plain)
 
 
-# ---- the prefix cache ------------------------------------------------------------------------------------------------
+# ---- the prefix cache ----------------------------------------------------------------------------
 def test_a_prompt_is_prefilled_once_for_its_samples(decoder, count_tokens):
     generate(Generator(decoder), [list(range(3, 50))], SamplingParams(max_new_tokens=1, n=8))
     assert count_tokens == [47]
@@ -224,22 +306,33 @@ def test_a_bump_makes_cached_prefixes_unreachable(count_tokens, device):
 
 def test_weights_that_change_under_way_are_told_token_by_token(decoder):
     generator = Generator(decoder)
-    stream = generator.run([[1, 4], [1, 4, 5]], [SamplingParams(max_new_tokens=n, temperature=0.0, min_new_tokens=n) for n in (3, 9)])
+    stream = generator.run(
+        [[1, 4], [1, 4, 5]],
+        [SamplingParams(max_new_tokens=n, temperature=0.0, min_new_tokens=n) for n in (3, 9)],
+    )
     next(stream)
     generator.bump(1)
     assert next(stream).completion.weights_versions == [0] * 3 + [1] * 6
     assert list(stream) == []
 
 
-# ---- how completions end ---------------------------------------------------------------------------------------------
+# ---- how completions end -------------------------------------------------------------------------
 def test_finish_reasons_and_stop_tokens(decoder):
-    free = generate(Generator(decoder), [[1, 7, 9]], SamplingParams(max_new_tokens=40, temperature=0.0, min_new_tokens=40))[0][0]
+    free = generate(
+        Generator(decoder),
+        [[1, 7, 9]],
+        SamplingParams(max_new_tokens=40, temperature=0.0, min_new_tokens=40),
+    )[0][0]
     assert (free.finish_reason, len(free.token_ids)) == ("length", 40)
     stop = free.token_ids[12]
     first = free.token_ids.index(stop)
     for limit, reason in ((40, "stop"), (first + 1, "stop"), (first, "length")):
         if limit:
-            cut = generate(Generator(decoder), [[1, 7, 9]], SamplingParams(max_new_tokens=limit, temperature=0.0, stop_token_ids=(stop, 60)))[0][0]
+            cut = generate(
+                Generator(decoder),
+                [[1, 7, 9]],
+                SamplingParams(max_new_tokens=limit, temperature=0.0, stop_token_ids=(stop, 60)),
+            )[0][0]
             assert cut.finish_reason == reason
             assert cut.token_ids == free.token_ids[: min(first + 1, limit)]
             assert len(cut.logprobs) == len(cut.weights_versions) == len(cut.token_ids)
@@ -253,22 +346,33 @@ def test_eos_of_the_model_and_of_the_tokenizer_both_end(decoder):
         def decode(ids, skip_special_tokens):
             return " ".join(map(str, ids))
 
-    outs = generate(Generator(decoder, Tokenizer()), [[1, 5]] * 60, SamplingParams(max_new_tokens=40, temperature=2.0))
+    outs = generate(
+        Generator(decoder, Tokenizer()),
+        [[1, 5]] * 60,
+        SamplingParams(max_new_tokens=40, temperature=2.0),
+    )
     last = {group[0].token_ids[-1] for group in outs if group[0].finish_reason == "stop"}
     assert last == {2, 17}
     assert not any({2, 17} & set(group[0].token_ids[:-1]) for group in outs)
-    assert outs[0][0].text == "".join(f" {token}" for token in outs[0][0].token_ids)  # what they add to the prompt's text
+    # what they add to the prompt's text
+    assert outs[0][0].text == "".join(f" {token}" for token in outs[0][0].token_ids)
 
 
 def test_min_new_tokens(decoder):
     stops = tuple(range(20, 60))
-    outs = generate(Generator(decoder), [[1, 5]] * 20, SamplingParams(max_new_tokens=30, temperature=3.0, min_new_tokens=6, stop_token_ids=stops))
+    outs = generate(
+        Generator(decoder),
+        [[1, 5]] * 20,
+        SamplingParams(max_new_tokens=30, temperature=3.0, min_new_tokens=6, stop_token_ids=stops),
+    )
     assert min(len(group[0].token_ids) for group in outs) == 7
     assert not {2, *stops} & {t for group in outs for t in group[0].token_ids[:6]}
 
 
-# ---- streams and aborts ----------------------------------------------------------------------------------------------
-LENGTHS = [SamplingParams(max_new_tokens=n, min_new_tokens=n, temperature=0.0) for n in (12, 3, 7, 1)]
+# ---- streams and aborts --------------------------------------------------------------------------
+LENGTHS = [
+    SamplingParams(max_new_tokens=n, min_new_tokens=n, temperature=0.0) for n in (12, 3, 7, 1)
+]
 
 
 def test_stream_yields_each_once_as_it_finishes(decoder):
@@ -308,10 +412,20 @@ def test_abort_delivers_what_there_is(decoder):
 
 
 def test_an_abort_storm_leaks_nothing(decoder):
-    generator, draw = Generator(decoder, None, CacheConfig(max_sequences=4, num_blocks=9, max_tokens_per_step=11)), random.Random(0)
+    generator, draw = (
+        Generator(
+            decoder, None, CacheConfig(max_sequences=4, num_blocks=9, max_tokens_per_step=11)
+        ),
+        random.Random(0),
+    )
     for seed in range(30):
-        streams = [generator.run(ragged_prompts(3, 40, seed=seed), SamplingParams(max_new_tokens=draw.randrange(1, 25), n=draw.randrange(1, 4)))
-                   for _ in range(3)]
+        streams = [
+            generator.run(
+                ragged_prompts(3, 40, seed=seed),
+                SamplingParams(max_new_tokens=draw.randrange(1, 25), n=draw.randrange(1, 4)),
+            )
+            for _ in range(3)
+        ]
         for _ in range(draw.randrange(12)):
             next(draw.choice(streams), None)
         draw.shuffle(streams)
@@ -329,7 +443,9 @@ def test_generate_within_a_stream(decoder, plain):
     for f in generator.run(ragged_prompts(9, 40), PARAMS):
         found.append(f)
         if len(found) in (1, 20):
-            inner = list(generator.run([[1, 9, 9]], SamplingParams(max_new_tokens=60, min_new_tokens=60)))
+            inner = list(
+                generator.run([[1, 9, 9]], SamplingParams(max_new_tokens=60, min_new_tokens=60))
+            )
             assert len(inner) == 1
     for f in sorted(found, key=lambda f: f[:2]):
         outs[f.prompt].append(f.completion)
@@ -341,28 +457,73 @@ def test_no_prompts(decoder):
     assert generate(Generator(decoder), [], SamplingParams()) == []
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "prompts,params,ids,error,message",
     [
         ("text", SamplingParams(), None, TypeError, "a list of prompts, got one str"),
         (["text"], SamplingParams(), None, ValueError, "need a tokenizer"),
         ([[]], SamplingParams(), None, ValueError, "prompt 0 has no token"),
-        ([[1], [1, 61]], SamplingParams(max_new_tokens=4), None, ValueError, r"token id 61 of prompt 1 .* outside the model's vocabulary \[0, 61\)"),
+        (
+            [[1], [1, 61]],
+            SamplingParams(max_new_tokens=4),
+            None,
+            ValueError,
+            r"token id 61 of prompt 1 .* outside the model's vocabulary \[0, 61\)",
+        ),
         ([[-1]], SamplingParams(max_new_tokens=4), None, ValueError, "token id -1"),
-        ([[1]], SamplingParams(max_new_tokens=4, stop_token_ids=(99,)), None, ValueError, "token id 99"),
-        ([[1.5]], SamplingParams(), None, TypeError, "expected prompt 0 to be a string, a list of token ids, a list of messages or a Completion"),
-        ([[1] * 90], SamplingParams(max_new_tokens=7), None, ValueError,
-         "prompt 0 has 90 tokens, and with max_new_tokens=7 that exceeds the model's 96 positions"),
-        ([[1] * 70], SamplingParams(max_new_tokens=20), None, ValueError,
-         "prompt 0 can never run: 70 prompt tokens and max_new_tokens=20 need 6 KV blocks of 16 tokens, and the cache has 5"),
+        (
+            [[1]],
+            SamplingParams(max_new_tokens=4, stop_token_ids=(99,)),
+            None,
+            ValueError,
+            "token id 99",
+        ),
+        (
+            [[1.5]],
+            SamplingParams(),
+            None,
+            TypeError,
+            "expected prompt 0 to be a string, a list of token ids, a list of messages or a "
+            "Completion",
+        ),
+        (
+            [[1] * 90],
+            SamplingParams(max_new_tokens=7),
+            None,
+            ValueError,
+            "prompt 0 has 90 tokens, and with max_new_tokens=7 that exceeds the model's 96 "
+            "positions",
+        ),
+        (
+            [[1] * 70],
+            SamplingParams(max_new_tokens=20),
+            None,
+            ValueError,
+            "prompt 0 can never run: 70 prompt tokens and max_new_tokens=20 need 6 KV blocks of 16 "
+            "tokens, and the cache has 5",
+        ),
         ([[1]], [SamplingParams()] * 2, None, ValueError, "1 prompts and 2 SamplingParams"),
-        ([[1]], SamplingParams(max_new_tokens=4), [1, 2], ValueError, "1 prompts and 2 request_ids"),
-        ([[1]], SamplingParams(max_new_tokens=4), ["a"], TypeError, "an integer of 64 bits as request id of prompt 0"),
+        (
+            [[1]],
+            SamplingParams(max_new_tokens=4),
+            [1, 2],
+            ValueError,
+            "1 prompts and 2 request_ids",
+        ),
+        (
+            [[1]],
+            SamplingParams(max_new_tokens=4),
+            ["a"],
+            TypeError,
+            "an integer of 64 bits as request id of prompt 0",
+        ),
         ([[1]], [{"n": 2}], None, TypeError, "expected SamplingParams for prompt 0, got dict"),
     ],
 )
-def test_bad_requests_are_refused_before_anything_runs(decoder, count_tokens, prompts, params, ids, error, message):
+def test_bad_requests_are_refused_before_anything_runs(
+    decoder, count_tokens, prompts, params, ids, error, message
+):
     generator = Generator(decoder, None, CacheConfig(num_blocks=5))
     with pytest.raises(error, match=message):
         generator.run(prompts, params, ids)
@@ -387,7 +548,7 @@ def test_a_failure_in_a_step_ends_all_and_the_next_call_works(device):
     same(generate(generator, prompts, SamplingParams(max_new_tokens=20, temperature=0.0)), want)
 
 
-# ---- prompts by a tokenizer ------------------------------------------------------------------------------------------
+# ---- prompts by a tokenizer ----------------------------------------------------------------------
 def test_text_and_messages(shared, device):
     from transformers import AutoTokenizer
 
@@ -408,12 +569,15 @@ def test_text_and_messages(shared, device):
     assert outs[0][0].text == tokenizer.decode(outs[0][0].token_ids)
 
 
-# ---- the size of the cache -------------------------------------------------------------------------------------------
+# ---- the size of the cache -----------------------------------------------------------------------
 def test_cache_sizes(decoder):
     weights = decoder.weights()
     assert block_bytes(weights, 16) == 2 * 2 * 2 * 8 * 16 * 4
     assert resolve_num_blocks(CacheConfig(num_blocks=9), weights, 96) == 9
-    assert resolve_num_blocks(CacheConfig(memory_bytes=10 * block_bytes(weights, 16) + 5), weights, 96) == 9
+    assert (
+        resolve_num_blocks(CacheConfig(memory_bytes=10 * block_bytes(weights, 16) + 5), weights, 96)
+        == 9
+    )
     assert resolve_num_blocks(CacheConfig(max_sequences=4), weights, 90) == 4 * 6
     assert resolve_num_blocks(CacheConfig(memory_fraction=0.01), weights, 96) > 1000
     generator = Generator(decoder, None, CacheConfig(num_blocks=9))
@@ -422,22 +586,31 @@ def test_cache_sizes(decoder):
         resolve_num_blocks(CacheConfig(memory_bytes=100), weights, 96)
 
 
-@pytest.mark.parametrize("fields,message", [
-    ({"block_size": 0}, "block_size >= 1"),
-    ({"num_blocks": 3, "memory_bytes": 9}, "num_blocks and memory_bytes"),
-    ({"memory_fraction": 1.5}, r"memory_fraction in \(0, 1\]"),
-    ({"max_sequences": 9, "max_tokens_per_step": 8}, "max_tokens_per_step >= max_sequences"),
-])
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"block_size": 0}, "block_size >= 1"),
+        ({"num_blocks": 3, "memory_bytes": 9}, "num_blocks and memory_bytes"),
+        ({"memory_fraction": 1.5}, r"memory_fraction in \(0, 1\]"),
+        ({"max_sequences": 9, "max_tokens_per_step": 8}, "max_tokens_per_step >= max_sequences"),
+    ],
+)
 def test_cache_config_is_checked(fields, message):
     with pytest.raises(ValueError, match=message):
         CacheConfig(**fields)
 
 
 def test_text_goes_on_from_the_prompt(shared):
-    # A sentencepiece tokenizer drops the first space of what it decodes: alone, " and" would become "and".
+    # A sentencepiece tokenizer drops the first space of what it decodes: alone, " and" would become
+    # "and".
     tokenizer = load_tokenizer(shared / "models/stories260k")
     prompts = ["Once upon a time", "The cat", "Lily was so", "One day,"]
     generator = Generator(load_decoder(shared / "models/stories260k", device="cpu"), tokenizer)
     outs = generate(generator, prompts, SamplingParams(max_new_tokens=24, temperature=0.0))
     for prompt, (completion,) in zip(prompts, outs, strict=True):
-        assert prompt + completion.text == tokenizer.decode(completion.prompt_ids + completion.token_ids, skip_special_tokens=True).strip()
+        assert (
+            prompt + completion.text
+            == tokenizer.decode(
+                completion.prompt_ids + completion.token_ids, skip_special_tokens=True
+            ).strip()
+        )

@@ -40,7 +40,9 @@ def test_params_are_frozen_hashable_and_take_lists():
         params.n = 2
 
 
-@pytest.mark.parametrize("field,value", [("top_k", 5), ("top_p", 0.9), ("min_p", 0.1), ("min_new_tokens", 3)])
+@pytest.mark.parametrize(
+    "field,value", [("top_k", 5), ("top_p", 0.9), ("min_p", 0.1), ("min_new_tokens", 3)]
+)
 def test_truncates(field, value):
     assert not SamplingParams().truncates
     assert SamplingParams(**{field: value}).truncates
@@ -50,34 +52,52 @@ def test_truncates(field, value):
 def test_table_speaks_for_each_slot():
     table = SamplingTable(4)
     table.put(2, SamplingParams(temperature=0.5, seed=-7), 10, 1, frozenset({5}), 3)
-    table.put(0, SamplingParams(temperature=0.5, top_k=3, min_new_tokens=2), 11, 0, frozenset({1, 6, 2}), 4)
+    table.put(
+        0,
+        SamplingParams(temperature=0.5, top_k=3, min_new_tokens=2),
+        11,
+        0,
+        frozenset({1, 6, 2}),
+        4,
+    )
     slots = np.array([2, 0])
     columns, numbers = table.arguments(slots, fixed=False)
     assert numbers == {"temperature": 0.5, "top_p": 1.0, "min_p": 0.0}
     assert {name: column.tolist() for name, column in columns.items()} == {"top_k": [0, 3]}
-    columns, numbers = table.arguments(slots, fixed=True)  # the numbers of a captured step are no request's
+    # the numbers of a captured step are no request's
+    columns, numbers = table.arguments(slots, fixed=True)
     assert numbers == {"top_p": 1.0, "min_p": 0.0}
     assert columns["temperature"].tolist() == [0.5, 0.5]
     assert table.keys(slots, np.array([9, 4])).tolist() == [[-7, 10, 1, 9], [0, 11, 0, 4]]
     assert table.biases(slots) == {}
     assert table.is_stop(slots, np.array([5, 5])).tolist() == [True, False]
     assert table.is_stop(slots, np.array([6, 2])).tolist() == [False, True]
-    assert table.is_stop(slots, np.array([[5, 5], [6, 2]])).tolist() == [[True, False], [False, True]]
+    assert table.is_stop(slots, np.array([[5, 5], [6, 2]])).tolist() == [
+        [True, False],
+        [False, True],
+    ]
     table.put(2, SamplingParams(logit_bias={0: 1.0, 4: -1.0, 6: 0.5}), 10, 1, frozenset({5}), 3)
-    assert {name: column.tolist() for name, column in table.biases(slots).items()} == {"bias_ids": [[0, 4, 6, 0], [0] * 4],
-                                                                                      "bias_values": [[1.0, -1.0, 0.5, 0.0], [0.0] * 4]}
+    assert {name: column.tolist() for name, column in table.biases(slots).items()} == {
+        "bias_ids": [[0, 4, 6, 0], [0] * 4],
+        "bias_values": [[1.0, -1.0, 0.5, 0.0], [0.0] * 4],
+    }
 
 
 def mask(table, slots, lengths, vocab_size):
-    """What a `DecodeState` makes of the columns; an id that comes twice in a row has to have one length."""
+    """What a `DecodeState` makes of the columns; an id that comes twice in a row has to have one
+    length."""
     columns = table.suppressed(slots, lengths)
     assert bool(columns) == table.suppresses(slots, lengths)
     if not columns:
         return None
     out = np.zeros((len(slots), vocab_size), dtype=int)
-    for row, (ids, until) in enumerate(zip(columns["suppress_ids"].tolist(), columns["suppress_until"].tolist(), strict=True)):
+    for row, (ids, until) in enumerate(
+        zip(columns["suppress_ids"].tolist(), columns["suppress_until"].tolist(), strict=True)
+    ):
         for token in set(ids):
-            out[row, token], = {length > lengths[row] for i, length in zip(ids, until, strict=True) if i == token}
+            (out[row, token],) = {
+                length > lengths[row] for i, length in zip(ids, until, strict=True) if i == token
+            }
     return out.tolist()
 
 
@@ -89,7 +109,8 @@ def test_stop_tokens_are_suppressed_until_min_new_tokens():
     slots = np.array([1, 0, 2])
     assert mask(table, slots, np.array([4, 6, 9]), 5) is None
     assert mask(table, slots, np.array([4, 5, 9]), 5) == [[0, 0, 0, 0, 0], [0, 1, 0, 1, 0], [0] * 5]
-    for banned, row in (((4,), [0, 0, 0, 0, 1]), ((2, 0, 4), [1, 0, 1, 0, 1])):  # one of them a stop token too
+    # one of them a stop token too
+    for banned, row in (((4,), [0, 0, 0, 0, 1]), ((2, 0, 4), [1, 0, 1, 0, 1])):
         table.put(1, SamplingParams(banned_token_ids=banned), 1, 0, frozenset({2}), 4)
         assert mask(table, slots, np.array([4, 5, 9]), 5) == [row, [0, 1, 0, 1, 0], [0] * 5]
         assert mask(table, slots, np.array([4, 6, 9]), 5) == [row, [0, 0, 0, 0, 0], [0] * 5]

@@ -15,10 +15,14 @@ def next_token(tokens, sample):
 
 
 class Simulator:
-    """Runs a scheduler's plans on a cache that remembers what was written where, and checks that each token finds its whole prefix."""
+    """Runs a scheduler's plans on a cache that remembers what was written where, and checks that
+    each token finds its whole prefix."""
 
-    def __init__(self, num_blocks, max_sequences, budget, scheduler_type=Scheduler, window=1, looks=False):
-        """window: steps that a plan may be for. looks: the first sequence that ends ends the plan too; else those that ended wait for the others."""
+    def __init__(
+        self, num_blocks, max_sequences, budget, scheduler_type=Scheduler, window=1, looks=False
+    ):
+        """window: steps that a plan may be for. looks: the first sequence that ends ends the plan
+        too; else those that ended wait for the others."""
         self.scheduler = scheduler_type(BlockManager(num_blocks + 1, SIZE), max_sequences, budget)
         self.window, self.looks = window, looks
         self.budget, self.cache = budget, {}
@@ -30,7 +34,15 @@ class Simulator:
         for tokens, max_new, n in prompts:
             request = object()
             for sample in range(n):
-                made.append(Sequence.start(self.next_id, request, sample, np.array(tokens, dtype=np.int64), len(tokens) + max_new))
+                made.append(
+                    Sequence.start(
+                        self.next_id,
+                        request,
+                        sample,
+                        np.array(tokens, dtype=np.int64),
+                        len(tokens) + max_new,
+                    )
+                )
                 self.next_id += 1
         self.scheduler.submit(made)
         return made
@@ -42,7 +54,9 @@ class Simulator:
         self.cache[table[position // SIZE], position % SIZE] = tuple(tokens)
         for p in range(position + 1):
             assert table[p // SIZE] != 0
-            assert self.cache.get((table[p // SIZE], p % SIZE)) == tuple(tokens[: p + 1]), f"slot {slot} reads at {p} what is not its own"
+            assert self.cache.get((table[p // SIZE], p % SIZE)) == tuple(tokens[: p + 1]), (
+                f"slot {slot} reads at {p} what is not its own"
+            )
         self.computed += 1
 
     def step(self):
@@ -66,7 +80,13 @@ class Simulator:
             going = drew[s.length[drew] < s.limit[drew]]
             for slot in going.tolist() if done else ():
                 self.compute(slot, int(s.length[slot]) - 1)
-            tokens = np.array([next_token(s.tokens[i, : s.length[i]].tolist(), scheduler.at(i).sample) for i in going.tolist()], dtype=np.int64)
+            tokens = np.array(
+                [
+                    next_token(s.tokens[i, : s.length[i]].tolist(), scheduler.at(i).sample)
+                    for i in going.tolist()
+                ],
+                dtype=np.int64,
+            )
             s.append(going, tokens, -tokens.astype(np.float32), 0)
             done += 1
             if self.looks and (s.length[drew] >= s.limit[drew]).any():
@@ -89,7 +109,10 @@ class Simulator:
             table = blocks.table(sequence.id)
             assert scheduler.slots.block_table[sequence.slot, : len(table)].tolist() == table
             assert scheduler.slots.held[sequence.slot] == len(table) * SIZE
-            assert len(table) <= -(-max(scheduler.slots.length[sequence.slot] + self.window - 1, len(sequence.tokens)) // SIZE)
+            assert len(table) <= -(
+                -max(scheduler.slots.length[sequence.slot] + self.window - 1, len(sequence.tokens))
+                // SIZE
+            )
 
     def drain(self):
         while self.scheduler.busy:
@@ -102,7 +125,9 @@ class Simulator:
             while len(tokens) < sequence.limit:
                 tokens.append(next_token(tokens, sequence.sample))
             assert self.done[sequence.id].tokens.tolist() == tokens
-            assert self.done[sequence.id].logp.tolist() == [0.0] * sequence.num_prompt + [-float(t) for t in tokens[sequence.num_prompt :]]
+            assert self.done[sequence.id].logp.tolist() == [0.0] * sequence.num_prompt + [
+                -float(t) for t in tokens[sequence.num_prompt :]
+            ]
 
     def check_empty(self):
         assert self.scheduler.blocks.available == self.scheduler.blocks.total
@@ -110,13 +135,28 @@ class Simulator:
         assert not self.scheduler.busy
 
 
-PROMPTS = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=14), st.integers(1, 14), st.integers(1, 4)), min_size=1, max_size=8)
+PROMPTS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 2), min_size=1, max_size=14), st.integers(1, 14), st.integers(1, 4)
+    ),
+    min_size=1,
+    max_size=8,
+)
 
 
 @settings(max_examples=250, deadline=None, derandomize=True, database=None)
-@given(prompts=PROMPTS, num_blocks=st.integers(7, 40), slots=st.integers(1, 9), budget=st.integers(0, 12), window=st.integers(1, 9), looks=st.booleans(),
-       data=st.data())
-def test_every_plan_is_computable_and_every_sequence_ends_as_if_alone(prompts, num_blocks, slots, budget, window, looks, data):
+@given(
+    prompts=PROMPTS,
+    num_blocks=st.integers(7, 40),
+    slots=st.integers(1, 9),
+    budget=st.integers(0, 12),
+    window=st.integers(1, 9),
+    looks=st.booleans(),
+    data=st.data(),
+)
+def test_every_plan_is_computable_and_every_sequence_ends_as_if_alone(
+    prompts, num_blocks, slots, budget, window, looks, data
+):
     simulator = Simulator(num_blocks, slots, slots + budget, window=window, looks=looks)
     sequences = simulator.submit(prompts)
     for _ in range(data.draw(st.integers(0, 12))):
@@ -134,7 +174,7 @@ def test_every_plan_is_computable_and_every_sequence_ends_as_if_alone(prompts, n
     simulator.check_empty()
 
 
-# ---- bugs that the simulator has to catch ----------------------------------------------------------------------------
+# ---- bugs that the simulator has to catch --------------------------------------------------------
 class ForgetsCopies(Scheduler):
     def schedule(self, window=1):
         plan = super().schedule(window)
@@ -144,8 +184,14 @@ class ForgetsCopies(Scheduler):
 
 class CommitsTheTokenNotComputed(Scheduler):
     def _release(self, sequence):
-        if sequence.leader is None and len(self.blocks.table(sequence.id)) * SIZE >= self.slots.length[sequence.slot]:
-            self.blocks.commit(sequence.id, self.slots.tokens[sequence.slot, : self.slots.length[sequence.slot]].tolist())
+        if (
+            sequence.leader is None
+            and len(self.blocks.table(sequence.id)) * SIZE >= self.slots.length[sequence.slot]
+        ):
+            self.blocks.commit(
+                sequence.id,
+                self.slots.tokens[sequence.slot, : self.slots.length[sequence.slot]].tolist(),
+            )
         super()._release(sequence)
 
 
@@ -182,31 +228,51 @@ def runs(scheduler_type):
         draw = np.random.default_rng(seed)
         simulator = Simulator(8, 4, 5, scheduler_type, window=1 + seed % 9, looks=bool(seed % 2))
         prompt = draw.integers(0, 2, 9).tolist()
-        sequences = simulator.submit([(prompt, 8, 3), (prompt, 11, 2), (draw.integers(0, 2, 6).tolist(), 12, 3)])
+        sequences = simulator.submit(
+            [(prompt, 8, 3), (prompt, 11, 2), (draw.integers(0, 2, 6).tolist(), 12, 3)]
+        )
         simulator.drain()
-        for _ in range(2):  # then a prompt that goes on from the whole of the sequence before it, which ended with a full block
+        # then a prompt that goes on from the whole of the sequence before it, which ended with a
+        # full block
+        for _ in range(2):
             sequences += simulator.submit([(prompt, 11, 1)])
             simulator.drain()
             prompt = [*sequences[-1].tokens.tolist(), 1]
         simulator.check_done(sequences)
         simulator.check_empty()
-        # Many that end one after the other, at windows that were meant to be longer: what lay ahead of the others goes to those that wait.
+        # Many that end one after the other, at windows that were meant to be longer: what lay ahead
+        # of the others goes to those that wait.
         simulator = Simulator(10, 5, 9, scheduler_type, window=9, looks=True)
-        sequences = simulator.submit([(draw.integers(0, 2, draw.integers(1, 7)).tolist(), int(draw.integers(1, 20)), 1) for _ in range(14)])
+        sequences = simulator.submit(
+            [
+                (draw.integers(0, 2, draw.integers(1, 7)).tolist(), int(draw.integers(1, 20)), 1)
+                for _ in range(14)
+            ]
+        )
         simulator.drain()
         simulator.check_done(sequences)
         simulator.check_empty()
 
 
-@pytest.mark.parametrize("bug", [ForgetsCopies, CommitsTheTokenNotComputed, KeepsBlocksOfPreempted, LosesTokensOfPreempted, LooksTooFarAhead,
-                                 GivesBackTooMuch], ids=lambda bug: bug.__name__)
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ForgetsCopies,
+        CommitsTheTokenNotComputed,
+        KeepsBlocksOfPreempted,
+        LosesTokensOfPreempted,
+        LooksTooFarAhead,
+        GivesBackTooMuch,
+    ],
+    ids=lambda bug: bug.__name__,
+)
 def test_the_simulator_catches(bug):
     runs(Scheduler)
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
         runs(bug)
 
 
-# ---- policy ----------------------------------------------------------------------------------------------------------
+# ---- policy --------------------------------------------------------------------------------------
 def test_longest_first_and_groups_together():
     simulator = Simulator(40, 4, 64)
     short, long, middle = simulator.submit([([1], 3, 1), ([1, 2], 30, 1), ([2, 1], 9, 1)])
@@ -232,7 +298,10 @@ def test_preempts_the_newest_and_recomputes_it():
     sequences = simulator.submit([([1, 1, 1], 20, 1), ([2, 2, 2], 19, 1), ([0, 0, 0], 18, 1)])
     preempted = []
     requeue = simulator.scheduler._requeue
-    simulator.scheduler._requeue = lambda sequence: (preempted.append(sequence.id), requeue(sequence))
+    simulator.scheduler._requeue = lambda sequence: (
+        preempted.append(sequence.id),
+        requeue(sequence),
+    )
     simulator.drain()
     assert preempted[0] == sequences[2].id
     assert sequences[0].id not in preempted
@@ -247,13 +316,14 @@ def test_a_window_looks_ahead_and_gives_back_what_others_need():
     simulator.step()  # prefills, and draws one each
     plan = scheduler.schedule(9)
     assert plan.steps == 9
-    assert [len(blocks.table(s.id)) for s in (first, short)] == [4, 2]  # of 5 + 8 tokens, and of the 6 that are computed of 7
+    # of 5 + 8 tokens, and of the 6 that are computed of 7
+    assert [len(blocks.table(s.id)) for s in (first, short)] == [4, 2]
     simulator.step()
     assert simulator.done.keys() == {short.id}
     assert scheduler.slots.length[first.slot] == 8
     assert len(blocks.table(first.id)) == 4
     blocks.allocate(10**6, [7] * 4 * blocks.available)  # somebody takes all the rest
-    newer, = simulator.submit([([0, 0, 0, 0], 3, 1)])
+    (newer,) = simulator.submit([([0, 0, 0, 0], 3, 1)])
     scheduler._blocked = False
     plan = scheduler.schedule(9)
     assert [chunk.sequence for chunk in plan.chunks] == [newer]
@@ -274,5 +344,9 @@ def test_no_progress_raises_with_a_dump():
     simulator.submit([([1, 2], 4, 1)])
     for _ in range(7):
         assert not simulator.scheduler.schedule().chunks
-    with pytest.raises(RuntimeError, match=r"no progress in 8 steps; 0 of 8 blocks and 2 of 2 slots are free; the next of 1 waiting has 2 tokens \(1 bl"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"no progress in 8 steps; 0 of 8 blocks and 2 of 2 slots are free; the next of 1 "
+        r"waiting has 2 tokens \(1 bl",
+    ):
         simulator.scheduler.schedule()

@@ -1,5 +1,5 @@
-"""What may happen while completions are under way: updates, a switched adapter, other threads. The judge is the training
-forward of each token's own weights, or what one call alone gives."""
+"""What may happen while completions are under way: updates, a switched adapter, other threads. The
+judge is the training forward of each token's own weights, or what one call alone gives."""
 
 import copy
 import gc
@@ -59,7 +59,7 @@ def fixed(count: int, **more) -> SamplingParams:
     return SamplingParams(max_new_tokens=count, min_new_tokens=count, seed=4, **more)
 
 
-# ---- updates ---------------------------------------------------------------------------------------------------------------
+# ---- updates -------------------------------------------------------------------------------------
 def by_optimizer(actor):
     for p in actor.parameters():
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(p)
@@ -84,7 +84,8 @@ def replaced(actor):
 
 @pytest.mark.parametrize("update", [by_optimizer, in_place, by_data, replaced])
 def test_what_starts_after_an_update_is_of_the_new_weights_alone(update, device):
-    """Two slots: the third request is admitted after the update, and its prompt's blocks are in the cache, of the older weights."""
+    """Two slots: the third request is admitted after the update, and its prompt's blocks are in the
+    cache, of the older weights."""
     actor = make(device, max_sequences=2)
     prompts, older = [LONG, [5, 6], LONG], copy.deepcopy(actor.decoder)
     stream = actor.stream(prompts, [fixed(60), fixed(40), fixed(9)])
@@ -129,10 +130,13 @@ def test_a_cast_while_completions_are_under_way_is_refused_and_the_actor_goes_on
     stream = actor.stream([LONG, [4]], [fixed(40), fixed(2)])
     next(stream)
     kept = actor._generator.cache.k
-    actor._generator.cache.k = kept.to(torch.bfloat16)  # as if the model had been float32 on another device
+    # as if the model had been float32 on another device
+    actor._generator.cache.k = kept.to(torch.bfloat16)
     in_place(actor)
     with pytest.raises(
-        RuntimeError, match=r"the model was moved or cast, to torch\.float32 on cpu, while completions were on the way"
+        RuntimeError,
+        match=r"the model was moved or cast, to torch\.float32 on cpu, while completions were on "
+        r"the way",
     ):
         next(stream)
     assert worst(device, actor, LONG, actor.generate([LONG], fixed(9))[0][0]) < 1e-4
@@ -147,14 +151,18 @@ def test_a_stream_that_begins_within_a_loan_is_refused(device):
     assert actor.generate([LONG], fixed(4))
 
 
-# ---- the adapter -------------------------------------------------------------------------------------------------------------
+# ---- the adapter ---------------------------------------------------------------------------------
 def test_a_request_keeps_the_adapter_it_was_asked_under(device):
     actor = make(device, lora=True)
     alone = make(device, lora=True)
     want_on = [c for (c,) in alone.generate([LONG, [5, 6], LONG, [7]] * 2, fixed(30))]
     with alone.disable_adapter():
         want_off = alone.generate([LONG, [9]], fixed(12))
-        assert alone.score(PackedBatch.from_completions([LONG], want_off[:1], device=device)).logp.sub(0).any()
+        assert (
+            alone.score(PackedBatch.from_completions([LONG], want_off[:1], device=device))
+            .logp.sub(0)
+            .any()
+        )
     found, inner = [], None
     for finished in actor.stream([LONG, [5, 6], LONG, [7]] * 2, fixed(30)):
         found.append(finished)
@@ -162,8 +170,12 @@ def test_a_request_keeps_the_adapter_it_was_asked_under(device):
             with actor.disable_adapter():
                 inner = actor.generate([LONG, [9]], fixed(12))
                 unbegun = actor.stream([LONG], fixed(12))
-    assert [[c.token_ids for c in group] for group in inner] == [[c.token_ids for c in group] for group in want_off]
-    assert [f.completion.token_ids for f in sorted(found, key=lambda f: f[:2])] == [c.token_ids for c in want_on]
+    assert [[c.token_ids for c in group] for group in inner] == [
+        [c.token_ids for c in group] for group in want_off
+    ]
+    assert [f.completion.token_ids for f in sorted(found, key=lambda f: f[:2])] == [
+        c.token_ids for c in want_on
+    ]
     for finished in found:
         prompt = ([LONG, [5, 6], LONG, [7]] * 2)[finished.prompt]
         assert worst(device, actor, prompt, finished.completion) < 1e-4
@@ -177,7 +189,9 @@ def test_a_request_keeps_the_adapter_it_was_asked_under(device):
     assert not actor._generator.scheduler.busy
 
 
-@pytest.mark.parametrize("cache", [{}, {"num_blocks": 20, "max_sequences": 3}], ids=["roomy", "preempting"])
+@pytest.mark.parametrize(
+    "cache", [{}, {"num_blocks": 20, "max_sequences": 3}], ids=["roomy", "preempting"]
+)
 def test_calls_of_both_states_take_turns_and_none_waits_for_ever(cache, device):
     actor, alone = make(device, lora=True, **cache), make(device, lora=True)
     prompts = [LONG[:n] for n in (3, 9, 5, 12, 7, 4)]
@@ -213,7 +227,9 @@ def test_the_adapter_is_of_the_thread_that_switches_it(device):
         off = actor.score(batch).logp
         seen = {}
         thread = threading.Thread(
-            target=lambda: seen.update(logp=actor.score(batch).logp, enabled=actor.decoder.adapter_enabled)
+            target=lambda: seen.update(
+                logp=actor.score(batch).logp, enabled=actor.decoder.adapter_enabled
+            )
         )
         thread.start()
         thread.join()
@@ -223,7 +239,7 @@ def test_the_adapter_is_of_the_thread_that_switches_it(device):
     assert not torch.equal(off, on)
 
 
-# ---- threads -------------------------------------------------------------------------------------------------------------------
+# ---- threads -------------------------------------------------------------------------------------
 def together(*works) -> list:
     """Run them at once; what each returned, or the exception."""
     outs: list = [None] * len(works)
@@ -248,7 +264,9 @@ def together(*works) -> list:
 def calls(index):
     """The prompts, parameters and request ids of one thread's calls."""
     for round_ in range(4):
-        prompts = [[3 + (7 * index + 5 * round_ + i) % 50 for i in range(2 + 3 * j)] for j in range(3)]
+        prompts = [
+            [3 + (7 * index + 5 * round_ + i) % 50 for i in range(2 + 3 * j)] for j in range(3)
+        ]
         yield (
             prompts,
             SamplingParams(max_new_tokens=25, n=2, seed=index),
@@ -257,16 +275,21 @@ def calls(index):
 
 
 @pytest.mark.parametrize(
-    "cache", [{}, {"num_blocks": 24, "max_sequences": 5, "max_tokens_per_step": 7}], ids=["roomy", "preempting"]
+    "cache",
+    [{}, {"num_blocks": 24, "max_sequences": 5, "max_tokens_per_step": 7}],
+    ids=["roomy", "preempting"],
 )
 def test_threads_get_what_they_would_have_got_alone(cache, device):
     alone, actor = make(device), make(device, **cache)
     want = [
-        [[c.token_ids for group in alone.generate(*call) for c in group] for call in calls(index)] for index in range(4)
+        [[c.token_ids for group in alone.generate(*call) for c in group] for call in calls(index)]
+        for index in range(4)
     ]
 
     def work(index):
-        return lambda: [[c.token_ids for group in actor.generate(*call) for c in group] for call in calls(index)]
+        return lambda: [
+            [c.token_ids for group in actor.generate(*call) for c in group] for call in calls(index)
+        ]
 
     assert together(*map(work, range(4))) == want
     generator = actor._generator
@@ -285,7 +308,9 @@ def test_an_exception_in_one_threads_consumer_is_its_own(device):
 
     error, outs = together(breaks, lambda: actor.generate([LONG, [5]], fixed(50, n=2)))
     assert isinstance(error, KeyError)
-    assert [[c.token_ids for c in group] for group in outs] == [[c.token_ids for c in group] for group in want]
+    assert [[c.token_ids for c in group] for group in outs] == [
+        [c.token_ids for c in group] for group in want
+    ]
     gc.collect()
     actor.generate([[1]], fixed(2))
     assert not actor._generator.scheduler.busy
@@ -315,11 +340,16 @@ def test_a_step_that_fails_is_an_error_in_every_thread_and_the_actor_works_on(mo
     told = next(out for out in outs if isinstance(out, RuntimeError))
     assert "a step failed in another call on this actor" in str(told)
     assert isinstance(told.__cause__, OSError)
-    assert [c.token_ids for c in actor.generate([LONG], fixed(60))[0]] == [c.token_ids for c in want[0]]
+    assert [c.token_ids for c in actor.generate([LONG], fixed(60))[0]] == [
+        c.token_ids for c in want[0]
+    ]
 
 
 def test_training_in_one_thread_while_another_generates(device):
-    actor, batch = make(device), PackedBatch.from_sequences([(LONG, [7, 8, 9]), ([1, 2], [3])], device=device)
+    actor, batch = (
+        make(device),
+        PackedBatch.from_sequences([(LONG, [7, 8, 9]), ([1, 2], [3])], device=device),
+    )
     stop = threading.Event()
 
     def trains():
@@ -354,7 +384,10 @@ def test_training_in_one_thread_while_another_generates(device):
 def test_an_optimizers_step_waits_for_the_decoding_step_of_another_thread(options, device):
     """The weights are one of two sets at any time, and no token is of a mixture of both."""
     actor, sets = make(device), [make(device), make(device)]
-    moves = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(device) * 0.1 for i, p in enumerate(actor.parameters())]
+    moves = [
+        torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(device) * 0.1
+        for i, p in enumerate(actor.parameters())
+    ]
     optimizer = torch.optim.SGD(actor.parameters(), lr=1.0, **options)
 
     def move(sign: float) -> None:
@@ -376,7 +409,9 @@ def test_an_optimizers_step_waits_for_the_decoding_step_of_another_thread(option
 
     def generates():
         try:
-            return [actor.generate([LONG], replace(fixed(3), seed=seed))[0][0] for seed in range(40)]
+            return [
+                actor.generate([LONG], replace(fixed(3), seed=seed))[0][0] for seed in range(40)
+            ]
         finally:
             stop.set()
 
@@ -400,12 +435,14 @@ def test_an_optimizer_that_raised_holds_nobody_up(device):
             optimizer.step(closure)
 
     fails()
-    assert actor.generate([LONG], fixed(4))[0][0].token_ids == want[0][0].token_ids  # in the same thread
+    # in the same thread
+    assert actor.generate([LONG], fixed(4))[0][0].token_ids == want[0][0].token_ids
     thread = threading.Thread(target=fails)
     optimizer.step()
     thread.start()
     thread.join()
-    assert actor.generate([LONG], fixed(4))[0][0].token_ids == want[0][0].token_ids  # its thread has ended
+    # its thread has ended
+    assert actor.generate([LONG], fixed(4))[0][0].token_ids == want[0][0].token_ids
 
 
 @pytest.mark.parametrize("how", ["closure", "hook", "in the step", "after a step within"])
@@ -421,7 +458,9 @@ def test_after_an_optimizer_that_raised_other_threads_go_on(how, device):
                 inside.append(actor._watch._still.locked())
             raise KeyError("half-way")
 
-    optimizer = (Raises if how in ("in the step", "after a step within") else torch.optim.SGD)(actor.parameters(), lr=0.1)
+    optimizer = (Raises if how in ("in the step", "after a step within") else torch.optim.SGD)(
+        actor.parameters(), lr=0.1
+    )
 
     def raises(*_):
         raise KeyError("half-way")

@@ -1,6 +1,8 @@
-"""What a shared model computes with beside its parameters: refused, followed or told of, at sharing and later; never silent.
+"""What a shared model computes with beside its parameters: refused, followed or told of, at sharing
+and later; never silent.
 
-The judge is transformers: its own logits, of the model as it now is, against the actor's log-probabilities.
+The judge is transformers: its own logits, of the model as it now is, against the actor's
+log-probabilities.
 """
 
 import functools
@@ -19,7 +21,11 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 
-pytestmark = [pytest.mark.cpu_only("hooks, attributes and configurations are Python, the same wherever the numbers lie")]
+pytestmark = [
+    pytest.mark.cpu_only(
+        "hooks, attributes and configurations are Python, the same wherever the numbers lie"
+    )
+]
 TIED = SIZES | {"tie_word_embeddings": False}
 
 
@@ -37,14 +43,18 @@ def told(call) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         call()
-    return [str(one.message) for one in found if "HybridActor" in str(one.message) or "from_module" in str(one.message)]
+    return [
+        str(one.message)
+        for one in found
+        if "HybridActor" in str(one.message) or "from_module" in str(one.message)
+    ]
 
 
 def attention(m: nn.Module) -> nn.Module:
     return m.model.layers[1].self_attn
 
 
-# ---- refused ----------------------------------------------------------------------------------------------------------
+# ---- refused -------------------------------------------------------------------------------------
 class Doubled(nn.Linear):
     """A layer with the same parameters that computes otherwise, as a quantising one does."""
 
@@ -96,15 +106,19 @@ REFUSED = {
     "a buffer in place": lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
     "a buffer through data": lambda m: m.model.rotary_emb.inv_freq.data.mul_(0.5),
     "a buffer replaced": buffer_set,
-    "parametrize": lambda m: nn.utils.parametrize.register_parametrization(attention(m).q_proj, "weight", nn.Identity()),
+    "parametrize": lambda m: nn.utils.parametrize.register_parametrization(
+        attention(m).q_proj, "weight", nn.Identity()
+    ),
     "weight_norm": lambda m: nn.utils.weight_norm(attention(m).q_proj),
     "spectral_norm": lambda m: nn.utils.spectral_norm(attention(m).q_proj),
     "spectral_norm, new": lambda m: nn.utils.parametrizations.spectral_norm(attention(m).q_proj),
     "config, epsilon": lambda m: setattr(m.config, "rms_norm_eps", 0.3),
     "config, RoPE": lambda m: m.config.rope_parameters.__setitem__("rope_theta", 100.0),
     "config, activation": lambda m: setattr(m.config, "hidden_act", "gelu"),
-    "config, another": lambda m: setattr(m, "config", AutoConfig.for_model(**TIED | {"rms_norm_eps": 0.3})),
-}  # fmt: skip
+    "config, another": lambda m: setattr(
+        m, "config", AutoConfig.for_model(**TIED | {"rms_norm_eps": 0.3})
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -114,9 +128,17 @@ def test_another_computation_is_refused_later(name):
     batch = PackedBatch.from_completions(PROMPTS, actor.generate(PROMPTS, PARAMS))
     stream = actor.stream(PROMPTS, SamplingParams(max_new_tokens=8, n=4, seed=2))
     REFUSED[name](m)
-    for read in (lambda: actor.generate(PROMPTS, PARAMS), lambda: actor.score(batch), lambda: actor.save_pretrained("nowhere"), lambda: next(stream)):
-        if name != "a buffer through data" or "score" not in read.__code__.co_names:  # memory is looked at by who generates or saves
-            with pytest.raises(RuntimeError, match=r"(?s)HybridActor: .*(load that|build a new actor)"):
+    for read in (
+        lambda: actor.generate(PROMPTS, PARAMS),
+        lambda: actor.score(batch),
+        lambda: actor.save_pretrained("nowhere"),
+        lambda: next(stream),
+    ):
+        # memory is looked at by who generates or saves
+        if name != "a buffer through data" or "score" not in read.__code__.co_names:
+            with pytest.raises(
+                RuntimeError, match=r"(?s)HybridActor: .*(load that|build a new actor)"
+            ):
                 read()
 
 
@@ -136,9 +158,20 @@ def test_what_is_undone_is_followed_again():
     m = model()
     actor = share(m)
     outs = actor.generate(PROMPTS, PARAMS)
-    for change, undo in ((lambda: setattr(m.model.norm, "variance_epsilon", 0.3), lambda: setattr(m.model.norm, "variance_epsilon", 1e-6)),
-                         (lambda: m.model.rotary_emb.inv_freq.mul_(2), lambda: m.model.rotary_emb.inv_freq.mul_(0.5)),
-                         (lambda: setattr(m.config, "rms_norm_eps", 0.3), lambda: setattr(m.config, "rms_norm_eps", 1e-6))):  # fmt: skip
+    for change, undo in (
+        (
+            lambda: setattr(m.model.norm, "variance_epsilon", 0.3),
+            lambda: setattr(m.model.norm, "variance_epsilon", 1e-6),
+        ),
+        (
+            lambda: m.model.rotary_emb.inv_freq.mul_(2),
+            lambda: m.model.rotary_emb.inv_freq.mul_(0.5),
+        ),
+        (
+            lambda: setattr(m.config, "rms_norm_eps", 0.3),
+            lambda: setattr(m.config, "rms_norm_eps", 1e-6),
+        ),
+    ):
         change()
         with pytest.raises(RuntimeError, match="HybridActor"):
             actor.generate(PROMPTS, PARAMS)
@@ -146,10 +179,16 @@ def test_what_is_undone_is_followed_again():
         assert actor.generate(PROMPTS, PARAMS) == outs
 
 
-@pytest.mark.parametrize("change", [lambda d: setattr(d.layers[1], "window", 3), lambda d: setattr(d.layers[1], "rope", -1),
-                                    lambda d: setattr(d, "config", model_config(TIED | {"rms_norm_eps": 0.3})),
-                                    lambda d: setattr(d.layers[0], "config", model_config(TIED | {"rms_norm_eps": 0.3})),
-                                    lambda d: setattr(d.layers[0], "__class__", type("Other", (type(d.layers[0]),), {}))])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: setattr(d.layers[1], "window", 3),
+        lambda d: setattr(d.layers[1], "rope", -1),
+        lambda d: setattr(d, "config", model_config(TIED | {"rms_norm_eps": 0.3})),
+        lambda d: setattr(d.layers[0], "config", model_config(TIED | {"rms_norm_eps": 0.3})),
+        lambda d: setattr(d.layers[0], "__class__", type("Other", (type(d.layers[0]),), {})),
+    ],
+)
 def test_a_decoder_computes_with_what_it_was_built_with(change):
     actor = HybridActor(Decoder.random(model_config(TIED), 0))
     actor.generate(PROMPTS, PARAMS)
@@ -158,7 +197,7 @@ def test_a_decoder_computes_with_what_it_was_built_with(change):
         actor.generate(PROMPTS, PARAMS)
 
 
-# ---- told of ----------------------------------------------------------------------------------------------------------
+# ---- told of -------------------------------------------------------------------------------------
 def replaced_forward(m):
     old = attention(m).q_proj.forward
 
@@ -173,7 +212,9 @@ def bound_forward(m):
     def forward(self, x):
         return nn.functional.linear(x, self.weight) * 2
 
-    attention(m).q_proj.forward = types.MethodType(torch.compile(forward, backend="eager"), attention(m).q_proj)
+    attention(m).q_proj.forward = types.MethodType(
+        torch.compile(forward, backend="eager"), attention(m).q_proj
+    )
 
 
 def accelerate_hook(m):
@@ -202,16 +243,28 @@ def neftune(m):
 
 
 TOLD = {
-    "forward hook": (lambda m: attention(m).q_proj.register_forward_hook(lambda module, args, out: out * 2), "q_proj: forward hook tests"),
-    "forward pre-hook": (lambda m: m.model.layers[0].register_forward_pre_hook(lambda module, args: None), "layers.0: forward pre-hook"),
-    "hook with keywords": (lambda m: m.register_forward_hook(lambda module, args, kwargs, out: out, with_kwargs=True), "the model: forward hook"),
+    "forward hook": (
+        lambda m: attention(m).q_proj.register_forward_hook(lambda module, args, out: out * 2),
+        "q_proj: forward hook tests",
+    ),
+    "forward pre-hook": (
+        lambda m: m.model.layers[0].register_forward_pre_hook(lambda module, args: None),
+        "layers.0: forward pre-hook",
+    ),
+    "hook with keywords": (
+        lambda m: m.register_forward_hook(lambda module, args, kwargs, out: out, with_kwargs=True),
+        "the model: forward hook",
+    ),
     "replaced forward": (replaced_forward, "q_proj: forward tests.engine.model.test_beside"),
     "bound forward": (bound_forward, "q_proj: forward tests.engine.model.test_beside"),
     "accelerate's hook": (accelerate_hook, "q_proj: forward by the hook tests"),
     "attention": (attention_of_ones_own, "attention tests.engine.model.test_beside"),
     "NEFTune": (neftune, "embed_tokens: forward hook transformers.integrations.neftune"),
-    "attention's dropout": (lambda m: setattr(attention(m), "attention_dropout", 0.1), "attention_dropout 0.1 while it trains"),
-}  # fmt: skip
+    "attention's dropout": (
+        lambda m: setattr(attention(m), "attention_dropout", 0.1),
+        "attention_dropout 0.1 while it trains",
+    ),
+}
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -268,8 +321,19 @@ def test_a_global_hook_a_patched_class_and_a_subclass_are_told(monkeypatch):
 
 
 def test_dropout_of_the_configuration_is_told():
-    config = {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 128, "n_inner": 20, "vocab_size": 48, "eos_token_id": None}
-    (found,) = told(lambda: share(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).train()))
+    config = {
+        "model_type": "gpt2",
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 6,
+        "n_positions": 128,
+        "n_inner": 20,
+        "vocab_size": 48,
+        "eos_token_id": None,
+    }
+    (found,) = told(
+        lambda: share(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).train())
+    )
     assert "transformer.drop: p 0.1 while it trains" in found
     assert "set dropout to 0" in found
     (found,) = told(lambda: share(model(attention_dropout=0.2)))
@@ -297,7 +361,7 @@ def bfloat16_accelerator():
     AcceleratorState._reset_state(True)
 
 
-# ---- autocast ---------------------------------------------------------------------------------------------------------
+# ---- autocast ------------------------------------------------------------------------------------
 def test_autocast_changes_nothing_that_an_actor_computes(bfloat16_accelerator):
     """Neither around a call nor by a wrapped forward, with a value head."""
     actor = HybridActor.from_module(model(), value_head=True)
@@ -310,7 +374,9 @@ def test_autocast_changes_nothing_that_an_actor_computes(bfloat16_accelerator):
         assert actor.generate(PROMPTS, PARAMS) == outs
         again = actor.score(batch)
         hidden = actor.forward(batch)
-        assert torch.equal(actor.logprobs(batch, hidden)[0][batch.action_mask], scored.logp[batch.action_mask])
+        assert torch.equal(
+            actor.logprobs(batch, hidden)[0][batch.action_mask], scored.logp[batch.action_mask]
+        )
     assert all(map(torch.equal, again, scored))
     bfloat16_accelerator.prepare(actor.decoder)
     assert told(lambda: actor.generate(PROMPTS, PARAMS)) == []
@@ -331,7 +397,7 @@ def test_a_model_that_accelerate_computes_in_bfloat16_is_told_once(later, bfloat
     assert told(lambda: actors[0].generate(PROMPTS, PARAMS)) == []
 
 
-# ---- ordinary use -----------------------------------------------------------------------------------------------------
+# ---- ordinary use --------------------------------------------------------------------------------
 def trained(m):
     ids = torch.tensor([PROMPTS[0]])
     m.train()
@@ -341,22 +407,28 @@ def trained(m):
 
 ORDINARY = {
     "gradient hooks": lambda m: [p.register_hook(lambda grad: grad) for p in m.parameters()],
-    "backward hooks": lambda m: m.model.layers[0].register_full_backward_hook(lambda module, before, after: None),
+    "backward hooks": lambda m: m.model.layers[0].register_full_backward_hook(
+        lambda module, before, after: None
+    ),
     "compiled in place": lambda m: m.compile(backend="eager"),
     "forward compiled": lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager")),
     "inputs' gradients": lambda m: m.enable_input_require_grads(),
     "checkpointing": lambda m: m.gradient_checkpointing_enable(),
-    "hidden states": lambda m: m(torch.tensor([PROMPTS[0]]), output_hidden_states=True, output_attentions=True),
+    "hidden states": lambda m: m(
+        torch.tensor([PROMPTS[0]]), output_hidden_states=True, output_attentions=True
+    ),
     "a step": trained,
     "no cache": lambda m: setattr(m.config, "use_cache", False),
     "eager attention": lambda m: m.set_attn_implementation("eager"),
     "a padding token": lambda m: setattr(m.config, "pad_token_id", 3),
     "frozen": lambda m: m.requires_grad_(False),
-    "generated": lambda m: m.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, do_sample=False),
+    "generated": lambda m: m.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=3, do_sample=False
+    ),
     "state loaded": lambda m: m.load_state_dict(m.state_dict()),
     "another attribute": lambda m: setattr(attention(m), "mine", 3.0),
     "a buffer of one's own": lambda m: m.register_buffer("seen", torch.zeros(3)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("later", [pytest.param(False, marks=pytest.mark.full), True])
@@ -373,8 +445,18 @@ def test_ordinary_use_is_neither_refused_nor_told(name, later):
     assert off(m, actors[0].generate(PROMPTS, PARAMS)) < 1e-4
 
 
-ROPES = [{"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0},
-         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}]  # fmt: skip
+ROPES = [
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+]
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
@@ -384,11 +466,12 @@ def test_scaled_frequencies_are_the_models(rope):
     assert told(lambda: actors.append(share(m))) == []
     assert off(m, actors[0].generate(PROMPTS, PARAMS)) < 1e-4
     with torch.no_grad():
-        m(torch.randint(0, 48, (1, 300)))  # longer than any here: dynamic frequencies are others meanwhile
+        # longer than any here: dynamic frequencies are others meanwhile
+        m(torch.randint(0, 48, (1, 300)))
     assert off(m, actors[0].generate(PROMPTS, PARAMS)) < 1e-4
 
 
-# ---- followed ---------------------------------------------------------------------------------------------------------
+# ---- followed ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("book", ["config", "generation_config"])
 def test_ids_that_end_a_completion_are_followed(book, tmp_path):
     m = model()
@@ -408,7 +491,13 @@ def test_ids_that_end_a_completion_are_followed(book, tmp_path):
 
 def test_frequencies_that_a_cast_has_rounded_are_followed():
     """At position 1,000 rounded frequencies turn the fastest pairs otherwise by whole radians."""
-    config = AutoConfig.for_model(**TIED | {"max_position_embeddings": 1100, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}})
+    config = AutoConfig.for_model(
+        **TIED
+        | {
+            "max_position_embeddings": 1100,
+            "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+        }
+    )
     torch.manual_seed(0)
     m = AutoModelForCausalLM.from_config(config).eval()
     exact = m.model.rotary_emb.inv_freq.clone()
@@ -423,10 +512,16 @@ def test_frequencies_that_a_cast_has_rounded_are_followed():
 
     def theirs(module):
         with torch.no_grad():
-            logp = module(ids).logits.double().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-        return logp[-len(ours):]
+            logp = (
+                module(ids)
+                .logits.double()
+                .log_softmax(-1)[0, :-1]
+                .gather(-1, ids[0, 1:, None])[:, 0]
+            )
+        return logp[-len(ours) :]
 
-    wide = AutoModelForCausalLM.from_config(config).eval()  # the same weights and rounded frequencies, computed in float32
+    # the same weights and rounded frequencies, computed in float32
+    wide = AutoModelForCausalLM.from_config(config).eval()
     wide.load_state_dict({name: value.float() for name, value in m.state_dict().items()})
     far = float((ours - theirs(wide)).abs().mean())
     wide.model.rotary_emb.inv_freq.copy_(m.model.rotary_emb.inv_freq)
@@ -438,14 +533,24 @@ def completion(ids):
     from fusedrl.engine.base.completion import Completion
 
     found = ids[0, 900:].tolist()
-    return Completion(ids[0, :900].tolist(), found, [0.0] * len(found), "", "length", [0] * len(found))
+    return Completion(
+        ids[0, :900].tolist(), found, [0.0] * len(found), "", "length", [0] * len(found)
+    )
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("change", [lambda h: h.half(), lambda h: h.bfloat16(), lambda h: h.double(), lambda h: h.to("meta"),
-                                    lambda h: setattr(h, "weight", nn.Parameter(torch.zeros(1, 7))),
-                                    lambda h: setattr(h, "unit", h.unit.double()),
-                                    lambda h: setattr(h, "bias", nn.Parameter(torch.zeros(2)))])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.half(),
+        lambda h: h.bfloat16(),
+        lambda h: h.double(),
+        lambda h: h.to("meta"),
+        lambda h: setattr(h, "weight", nn.Parameter(torch.zeros(1, 7))),
+        lambda h: setattr(h, "unit", h.unit.double()),
+        lambda h: setattr(h, "bias", nn.Parameter(torch.zeros(2))),
+    ],
+)
 def test_a_value_head_that_was_cast_or_reshaped_alone_is_refused_and_put_right(change, strict):
     actor = HybridActor.from_module(model(), value_head=True, strict=strict)
     outs = actor.generate(PROMPTS, PARAMS)
@@ -453,7 +558,11 @@ def test_a_value_head_that_was_cast_or_reshaped_alone_is_refused_and_put_right(c
     head = actor.value_head
     change(head)
     for read in (lambda: actor.score(batch), lambda: actor.generate(PROMPTS, PARAMS)):
-        with pytest.raises(ValueError, match=r"ValueHead: expected weight \[1, 32\] and bias \[1\] in torch.float32 on cpu.*, got .*use value_head.to"):
+        with pytest.raises(
+            ValueError,
+            match=r"ValueHead: expected weight \[1, 32\] and bias \[1\] in torch.float32 on cpu.*, "
+            r"got .*use value_head.to",
+        ):
             read()
     actor.value_head = ValueHead(32)
     assert actor.generate(PROMPTS, PARAMS) == outs

@@ -19,18 +19,51 @@ from fusedrl.engine.model.heads import (
 )
 from fusedrl.engine.model.weights import load_decoder
 
-SMALL = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2}
-KINDS = {"tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True}, "untied": {"model_type": "llama", "tie_word_embeddings": False},
-         "mistral": {"model_type": "mistral", "sliding_window": 5},
-         "phi3": {"model_type": "phi3", "sliding_window": 9, "partial_rotary_factor": 0.7},
-         "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
-         "olmo2": {"model_type": "olmo2"},
-         "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
-                    "final_logit_softcapping": 3.0},
-         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
-         "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.7, "tie_word_embeddings": False},
-         "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 20, "bos_token_id": 1, "eos_token_id": 2}}
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+KINDS = {
+    "tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
+    "untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "phi3": {"model_type": "phi3", "sliding_window": 9, "partial_rotary_factor": 0.7},
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+    "olmo2": {"model_type": "olmo2"},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 9,
+        "sliding_window_pattern": 2,
+        "final_logit_softcapping": 3.0,
+    },
+    "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.7, "tie_word_embeddings": False},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "n_inner": 20,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [3], [4, 4, 9]]
 
 
@@ -42,7 +75,7 @@ def batch():
 def padded(device):
     ids = torch.zeros(3, 7, dtype=torch.int64, device=device)
     for row, s in zip(ids, SEQUENCES, strict=True):
-        row[:len(s)] = torch.tensor(s, device=device)
+        row[: len(s)] = torch.tensor(s, device=device)
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
@@ -107,13 +140,17 @@ def test_reward_head_initialisation():
 
 
 def test_scores_are_read_at_the_last_token(batch, device):
-    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS["tied"]), 0, device=device))
+    model = RewardModel.from_decoder(
+        Decoder.random(model_config(SMALL | KINDS["tied"]), 0, device=device)
+    )
     scores = model(batch)
     assert scores.dtype == torch.float32
     for b, sequence in enumerate(SEQUENCES):
         alone = PackedBatch.from_sequences([(sequence, [])])
         hidden = model.decoder(alone.token_ids, alone.positions, alone.cu_seqlens, alone.max_length)
-        torch.testing.assert_close(scores[b], (hidden[-1] * model.head.weight[0]).sum(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            scores[b], (hidden[-1] * model.head.weight[0]).sum(), rtol=1e-5, atol=1e-5
+        )
     model.shift = 0.75
     torch.testing.assert_close(model(batch), scores - 0.75)
     scores.sum().backward()
@@ -125,30 +162,42 @@ def test_scores_are_read_at_the_last_token(batch, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_gives_the_same_scores(tmp_path, batch, kind, device):
-    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS[kind]), 0, device=device))
+    model = RewardModel.from_decoder(
+        Decoder.random(model_config(SMALL | KINDS[kind]), 0, device=device)
+    )
     save_reward_model(model, tmp_path / "rm")
-    peer, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", output_loading_info=True)
+    peer, report = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "rm", output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert peer.config.num_labels == 1
     with torch.no_grad():
-        torch.testing.assert_close(model(batch), peer(**padded(device)).logits[:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(batch), peer(**padded(device)).logits[:, 0], rtol=1e-5, atol=1e-5
+        )
     assert "lm_head.weight" not in load_file(tmp_path / "rm" / "model.safetensors")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reads_what_transformers_writes(tmp_path, batch, kind, device):
     torch.manual_seed(0)
-    peer = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**SMALL | KINDS[kind], num_labels=1)).eval()
+    peer = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model(**SMALL | KINDS[kind], num_labels=1)
+    ).eval()
     peer.save_pretrained(tmp_path)
     model = load_reward_model(tmp_path)
     assert model.shift == 0.0
     with torch.no_grad():
-        torch.testing.assert_close(model(batch), peer(**padded(device)).logits[:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(batch), peer(**padded(device)).logits[:, 0], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_with_its_shift(tmp_path, batch, kind, device):
-    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS[kind]), 0, device=device), seed=3)
+    model = RewardModel.from_decoder(
+        Decoder.random(model_config(SMALL | KINDS[kind]), 0, device=device), seed=3
+    )
     model.shift = 0.1 + 0.2  # a float that needs all its digits
     save_reward_model(model, tmp_path / "rm")
     again = load_reward_model(tmp_path / "rm")
@@ -157,18 +206,26 @@ def test_round_trip_with_its_shift(tmp_path, batch, kind, device):
     save_reward_model(again, tmp_path / "again")
     for path in (tmp_path / "rm").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-    assert json.loads((tmp_path / "rm" / "config.json").read_text())["architectures"][0].endswith("ForSequenceClassification")
+    assert json.loads((tmp_path / "rm" / "config.json").read_text())["architectures"][0].endswith(
+        "ForSequenceClassification"
+    )
 
 
 def test_refuses_what_is_no_reward_model(tmp_path, device):
-    model = RewardModel.from_decoder(Decoder.random(model_config(SMALL | KINDS["untied"]), 0, device=device))
+    model = RewardModel.from_decoder(
+        Decoder.random(model_config(SMALL | KINDS["untied"]), 0, device=device)
+    )
     save_reward_model(model, tmp_path / "rm")
-    with pytest.raises(ValueError, match=r"is a reward model .* and a language model is expected here"):
+    with pytest.raises(
+        ValueError, match=r"is a reward model .* and a language model is expected here"
+    ):
         load_decoder(tmp_path / "rm")
     path = tmp_path / "rm" / "model.safetensors"
     state = load_file(path)
     save_file(state | {"score.weight": torch.zeros(2, 24, device=device)}, path)
-    with pytest.raises(ValueError, match=r"shape of score.weight: expected \[1, 24\], got \[2, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"shape of score.weight: expected \[1, 24\], got \[2, 24\]"
+    ):
         load_reward_model(tmp_path / "rm")
     raw = json.loads((tmp_path / "rm" / "config.json").read_text())
     (tmp_path / "rm" / "config.json").write_text(json.dumps(raw | {"fusedrl_score_shift": "x"}))

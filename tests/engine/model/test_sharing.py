@@ -1,4 +1,6 @@
-"""HybridActor.from_module: a transformers model and the actor on one storage, trained from outside."""
+"""HybridActor.from_module: a transformers model and the actor on one storage, trained from
+outside."""
+
 import copy
 import gc
 import weakref
@@ -11,19 +13,59 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from fusedrl.engine import HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.model.weights import hf_views
 
-SIZES = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
-         "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.3}
-KINDS = {"llama, untied, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
-         "qwen3, tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
-         "qwen2": {"model_type": "qwen2"}, "mistral": {"model_type": "mistral"},
-         "phi3": {"model_type": "phi3", "sliding_window": 9, "partial_rotary_factor": 0.5},
-         "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
-         "olmo2": {"model_type": "olmo2"},
-         "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
-                    "final_logit_softcapping": 3.0},
-         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
-         "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 128, "n_inner": 20,
-                  "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
+KINDS = {
+    "llama, untied, biases": {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "qwen3, tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2"},
+    "mistral": {"model_type": "mistral"},
+    "phi3": {"model_type": "phi3", "sliding_window": 9, "partial_rotary_factor": 0.5},
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+    "olmo2": {"model_type": "olmo2"},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 9,
+        "sliding_window_pattern": 2,
+        "final_logit_softcapping": 3.0,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 6,
+        "n_positions": 128,
+        "n_inner": 20,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [3, 4]]
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
 
@@ -43,7 +85,7 @@ def greedy(module: nn.Module) -> list[list[int]]:
             max_new_tokens=12,
             do_sample=False,
         )
-        outs.append(out[0, len(prompt):].tolist())
+        outs.append(out[0, len(prompt) :].tolist())
     return outs
 
 
@@ -69,7 +111,9 @@ def test_the_actor_follows_the_model_that_is_trained(kind, device):
     named = dict(module.named_parameters())
     actor = HybridActor.from_module(module)
     assert all(named[name] is parameter for name, parameter in module.named_parameters())
-    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(module.parameters(), before.parameters(), strict=True)
+    )
     assert completed(actor) == greedy(module) == greedy(before)
     first = completed(actor)
     for options in ({"foreach": False}, {"foreach": True}, {"fused": True}):
@@ -109,8 +153,13 @@ def test_scores_are_those_of_the_model(device):
     start = 0
     for prompt, (completion,) in zip(PROMPTS, outs, strict=True):
         ids = torch.tensor([prompt + completion.token_ids], device=device)
-        expected = module(ids).logits.double().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0][len(prompt) - 1:]
-        ours = scored.logp[start + len(prompt):start + ids.shape[1]]
+        expected = (
+            module(ids)
+            .logits.double()
+            .log_softmax(-1)[0, :-1]
+            .gather(-1, ids[0, 1:, None])[:, 0][len(prompt) - 1 :]
+        )
+        ours = scored.logp[start + len(prompt) : start + ids.shape[1]]
         torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
         start += ids.shape[1]
 
@@ -146,7 +195,10 @@ def test_bfloat16_and_what_the_actor_trains_is_the_model(device):
     with torch.no_grad():
         for parameter in actor.parameters():
             parameter.add_(1.0)
-    assert all(torch.equal(view, dict(module.named_parameters())[name]) for name, view in hf_views(actor.decoder).items())
+    assert all(
+        torch.equal(view, dict(module.named_parameters())[name])
+        for name, view in hf_views(actor.decoder).items()
+    )
     assert float(module.model.norm.weight.detach().mean()) == 2.0
 
 
@@ -162,18 +214,32 @@ def test_saving_writes_what_the_model_would(tmp_path, kind, device):
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert completed(HybridActor.from_module(AutoModelForCausalLM.from_pretrained(tmp_path / "ours").to(device))) == greedy(module)
+    assert completed(
+        HybridActor.from_module(AutoModelForCausalLM.from_pretrained(tmp_path / "ours").to(device))
+    ) == greedy(module)
 
 
 def reassign(module):
-    module.model.layers[1].mlp.up_proj.weight = nn.Parameter(module.model.layers[1].mlp.up_proj.weight.detach().clone())
+    module.model.layers[1].mlp.up_proj.weight = nn.Parameter(
+        module.model.layers[1].mlp.up_proj.weight.detach().clone()
+    )
 
 
 def assigned(module):
-    module.load_state_dict({name: value.clone() for name, value in module.state_dict().items()}, assign=True)
+    module.load_state_dict(
+        {name: value.clone() for name, value in module.state_dict().items()}, assign=True
+    )
 
 
-@pytest.mark.parametrize("break_it", [reassign, assigned, lambda module: module.to(torch.bfloat16), lambda module: delattr(module, "lm_head")])
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        reassign,
+        assigned,
+        lambda module: module.to(torch.bfloat16),
+        lambda module: delattr(module, "lm_head"),
+    ],
+)
 def test_a_model_that_no_longer_shares_is_refused(break_it, device):
     module = model("llama, untied, biases").to(device)
     actor = HybridActor.from_module(module)
@@ -203,16 +269,34 @@ def test_models_that_do_not_fit_are_refused_and_left_alone(device):
         HybridActor.from_module(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="unknown model_type 'gptj'"):
         HybridActor.from_module(
-            AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=8)).to(device)
+            AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(
+                    "gptj", n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=8
+                )
+            ).to(device)
         )
-    with pytest.raises(ValueError, match=r"GPTNeoX orders the rows of gpt_neox.layers.0.attention.query_key_value.weight as no view"):
-        HybridActor.from_module(AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | {"model_type": "gpt_neox", "rotary_pct": 1.0})).to(device))
+    with pytest.raises(
+        ValueError,
+        match=r"GPTNeoX orders the rows of gpt_neox.layers.0.attention.query_key_value.weight as "
+        r"no view",
+    ):
+        HybridActor.from_module(
+            AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**SIZES | {"model_type": "gpt_neox", "rotary_pct": 1.0})
+            ).to(device)
+        )
     with pytest.raises(ValueError, match=r"missing: lm_head.weight\n  unexpected: score.weight"):
-        HybridActor.from_module(AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**SIZES | KINDS["llama, untied, biases"])).to(device))
+        HybridActor.from_module(
+            AutoModelForSequenceClassification.from_config(
+                AutoConfig.for_model(**SIZES | KINDS["llama, untied, biases"])
+            ).to(device)
+        )
     mixed = model().to(device)
     mixed.model.norm.weight.data = mixed.model.norm.weight.data.double()
     addresses = [p.data_ptr() for p in mixed.parameters()]
-    with pytest.raises(TypeError, match=r"one dtype on one device, got torch.float32 on cpu, torch.float64 on cpu"):
+    with pytest.raises(
+        TypeError, match=r"one dtype on one device, got torch.float32 on cpu, torch.float64 on cpu"
+    ):
         HybridActor.from_module(mixed)
     assert [p.data_ptr() for p in mixed.parameters()] == addresses
     with torch.device("meta"):

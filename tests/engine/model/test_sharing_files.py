@@ -1,4 +1,6 @@
-"""Models that share an actor's storage, saved and loaded by everyone else's code: nothing is lost, and what is loaded the actor generates from."""
+"""Models that share an actor's storage, saved and loaded by everyone else's code: nothing is lost,
+and what is loaded the actor generates from."""
+
 import gc
 
 import pytest
@@ -10,22 +12,28 @@ from transformers import AutoModelForCausalLM
 from fusedrl.engine import HybridActor
 from fusedrl.engine.model.weights import hf_views
 
-pytestmark = [pytest.mark.cpu_only("files and the host's storages: test_sharing.py has the numbers on a card")]
+pytestmark = [
+    pytest.mark.cpu_only("files and the host's storages: test_sharing.py has the numbers on a card")
+]
 
 
 def accelerator():
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
+    accelerate = pytest.importorskip(
+        "accelerate", reason="accelerate is not installed: pip install accelerate"
+    )
     return accelerate.Accelerator(cpu=True)
 
 
 def safetensors_file(module, directory):
     from safetensors.torch import save_model
+
     directory.mkdir()
     save_model(module, str(directory / "model.safetensors"))
 
 
 def from_safetensors_file(module, directory):
     from safetensors.torch import load_model
+
     load_model(module, str(directory / "model.safetensors"))
 
 
@@ -35,6 +43,7 @@ def accelerate_model(module, directory):
 
 def from_accelerate_model(module, directory):
     from accelerate import load_checkpoint_in_model
+
     load_checkpoint_in_model(module, str(directory))
 
 
@@ -55,7 +64,9 @@ def transformers_files(module, directory):
 
 
 def from_transformers_files(module, directory):
-    module.load_state_dict(AutoModelForCausalLM.from_pretrained(directory, dtype=module.dtype).state_dict())
+    module.load_state_dict(
+        AutoModelForCausalLM.from_pretrained(directory, dtype=module.dtype).state_dict()
+    )
 
 
 def pickled(module, directory):
@@ -69,17 +80,25 @@ def from_pickled(module, directory):
 
 def distributed_checkpoint(module, directory):
     import torch.distributed.checkpoint as dcp
+
     dcp.save({"model": module.state_dict()}, checkpoint_id=str(directory))
 
 
 def from_distributed_checkpoint(module, directory):
     import torch.distributed.checkpoint as dcp
-    dcp.load({"model": module.state_dict()}, checkpoint_id=str(directory))  # into the tensors that are there
+
+    # into the tensors that are there
+    dcp.load({"model": module.state_dict()}, checkpoint_id=str(directory))
 
 
-WAYS = {"safetensors": (safetensors_file, from_safetensors_file), "accelerate, save_model": (accelerate_model, from_accelerate_model),
-        "accelerate, save_state": (accelerate_state, from_accelerate_state), "transformers": (transformers_files, from_transformers_files),
-        "torch.save": (pickled, from_pickled), "torch.distributed.checkpoint": (distributed_checkpoint, from_distributed_checkpoint)}
+WAYS = {
+    "safetensors": (safetensors_file, from_safetensors_file),
+    "accelerate, save_model": (accelerate_model, from_accelerate_model),
+    "accelerate, save_state": (accelerate_state, from_accelerate_state),
+    "transformers": (transformers_files, from_transformers_files),
+    "torch.save": (pickled, from_pickled),
+    "torch.distributed.checkpoint": (distributed_checkpoint, from_distributed_checkpoint),
+}
 
 
 EVERY_DAY = {"qwen3, tied": (torch.float32, torch.bfloat16), "gpt2": (torch.float32,)}
@@ -93,10 +112,24 @@ def size(directory) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("kind, dtype, way", [
-    pytest.param(kind, dtype, way, id=f"{kind}, {dtype}, {way}".replace("torch.", "", 1), marks=() if (kind in EVERY_DAY and dtype in EVERY_DAY[kind])
-                 or (dtype == torch.float32 and way == "accelerate, save_state") else pytest.mark.full)
-    for kind in KINDS for dtype in (torch.float32, torch.bfloat16) for way in WAYS])
+@pytest.mark.parametrize(
+    "kind, dtype, way",
+    [
+        pytest.param(
+            kind,
+            dtype,
+            way,
+            id=f"{kind}, {dtype}, {way}".replace("torch.", "", 1),
+            marks=()
+            if (kind in EVERY_DAY and dtype in EVERY_DAY[kind])
+            or (dtype == torch.float32 and way == "accelerate, save_state")
+            else pytest.mark.full,
+        )
+        for kind in KINDS
+        for dtype in (torch.float32, torch.bfloat16)
+        for way in WAYS
+    ],
+)
 def test_what_others_save_is_whole_and_what_they_load_the_actor_follows(kind, dtype, way, tmp_path):
     write, read = WAYS[way]
     module = model(kind, dtype)
@@ -111,9 +144,13 @@ def test_what_others_save_is_whole_and_what_they_load_the_actor_follows(kind, dt
     read(fresh, tmp_path / "files")
     assert fresh.state_dict().keys() == saved.keys()
     assert all(torch.equal(value, saved[name]) for name, value in fresh.state_dict().items())
-    assert (fresh.get_input_embeddings().weight is fresh.get_output_embeddings().weight) == fresh.config.tie_word_embeddings
+    assert (
+        fresh.get_input_embeddings().weight is fresh.get_output_embeddings().weight
+    ) == fresh.config.tie_word_embeddings
     write(fresh, tmp_path / "plain")
-    assert size(tmp_path / "files") == pytest.approx(size(tmp_path / "plain"), rel=0.005), "a parameter's storage is as large as the parameter"
+    assert size(tmp_path / "files") == pytest.approx(size(tmp_path / "plain"), rel=0.005), (
+        "a parameter's storage is as large as the parameter"
+    )
 
     train(module, 2)
     assert completed(actor) != said, "training must have changed something"
@@ -134,7 +171,9 @@ def test_trainers_checkpoints_are_whole_and_resume_into_the_shared_storage(tmp_p
     from transformers import Trainer, TrainingArguments
 
     class Rows(Dataset):
-        rows = torch.randint(0, SIZES["vocab_size"], (16, 12), generator=torch.Generator().manual_seed(2))
+        rows = torch.randint(
+            0, SIZES["vocab_size"], (16, 12), generator=torch.Generator().manual_seed(2)
+        )
 
         def __len__(self):
             return len(self.rows)
@@ -143,9 +182,21 @@ def test_trainers_checkpoints_are_whole_and_resume_into_the_shared_storage(tmp_p
             return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
     def trainer(module):
-        return Trainer(model=module, train_dataset=Rows(), args=TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=4, save_steps=2, learning_rate=3e-2, use_cpu=True, report_to=[],
-            disable_tqdm=True, seed=0))
+        return Trainer(
+            model=module,
+            train_dataset=Rows(),
+            args=TrainingArguments(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=4,
+                max_steps=4,
+                save_steps=2,
+                learning_rate=3e-2,
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                seed=0,
+            ),
+        )
 
     through, resumed = model(), model()
     trainer(through).train()
@@ -160,7 +211,10 @@ def test_trainers_checkpoints_are_whole_and_resume_into_the_shared_storage(tmp_p
     assert all(torch.equal(value, plain[name]) for name, value in written.state_dict().items())
     assert completed(actor) == greedy(through)
 
-    actor, addresses = HybridActor.from_module(resumed), [p.data_ptr() for p in resumed.parameters()]
+    actor, addresses = (
+        HybridActor.from_module(resumed),
+        [p.data_ptr() for p in resumed.parameters()],
+    )
     trainer(resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [p.data_ptr() for p in resumed.parameters()] == addresses
     assert all(torch.equal(value, values(through)[name]) for name, value in values(resumed).items())
@@ -172,7 +226,12 @@ def test_peft_writes_its_adapter_and_a_merged_model_whole(tmp_path):
     module = model()
     HybridActor.from_module(module)
     before = values(module)
-    wrapped = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    wrapped = peft.get_peft_model(
+        module,
+        peft.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+        ),
+    )
     train(wrapped, 1)
     wrapped.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(model(), tmp_path / "adapter")
@@ -182,26 +241,36 @@ def test_peft_writes_its_adapter_and_a_merged_model_whole(tmp_path):
     found = values(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert found.keys() == before.keys()
     assert all(torch.equal(value, found[name]) for name, value in values(merged).items())
-    assert sorted(name.split(".")[-2] for name in found if not torch.equal(found[name], before[name])) == ["down_proj"] * 2 + ["q_proj"] * 2 + ["v_proj"] * 2
+    assert (
+        sorted(name.split(".")[-2] for name in found if not torch.equal(found[name], before[name]))
+        == ["down_proj"] * 2 + ["q_proj"] * 2 + ["v_proj"] * 2
+    )
 
 
 @pytest.mark.parametrize("kind", ["qwen3, tied", "gpt2", "llama, untied, biases"])
 def test_the_actors_own_parameters_are_saved_and_loaded_too(kind, tmp_path):
     from safetensors.torch import load_model, save_model
+
     model(kind).save_pretrained(tmp_path / "model")
     actor = HybridActor.from_pretrained(tmp_path / "model")
     before, said = values(actor.decoder), completed(actor)
     save_model(actor.decoder, str(tmp_path / "decoder.safetensors"))
     torch.save(actor.decoder.state_dict(), tmp_path / "decoder.pt")
-    for read in (lambda: load_model(actor.decoder, str(tmp_path / "decoder.safetensors")),
-                 lambda: actor.decoder.load_state_dict(torch.load(tmp_path / "decoder.pt", weights_only=True))):
+    for read in (
+        lambda: load_model(actor.decoder, str(tmp_path / "decoder.safetensors")),
+        lambda: actor.decoder.load_state_dict(
+            torch.load(tmp_path / "decoder.pt", weights_only=True)
+        ),
+    ):
         with torch.no_grad():
             for p in actor.decoder.parameters():
                 p.zero_()
         read()
         actor.mark_updated()
         assert before.keys() == actor.decoder.state_dict().keys()
-        assert all(torch.equal(value, before[name]) for name, value in actor.decoder.state_dict().items())
+        assert all(
+            torch.equal(value, before[name]) for name, value in actor.decoder.state_dict().items()
+        )
         assert completed(actor) == said
 
 

@@ -1,7 +1,8 @@
-"""Every way to change or replace weights is followed or refused: no actor goes on with others than its trainer's.
+"""Every way to change or replace weights is followed or refused: no actor goes on with others than
+its trainer's.
 
-The judge is transformers, on the weights as they now are. A prompt with full blocks in the prefix cache is completed before
-and after, so that keys and values of older weights would show.
+The judge is transformers, on the weights as they now are. A prompt with full blocks in the prefix
+cache is completed before and after, so that keys and values of older weights would show.
 """
 
 import copy
@@ -77,15 +78,27 @@ class Case:
 
     def fresh(self) -> nn.Module:
         """transformers' model of the weights as they now are, on memory of its own."""
-        other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | {"tie_word_embeddings": self.tied}))
-        values = hf_views(self.root) if self.ours else {name: p.detach() for name, p in self.root.named_parameters()}
+        other = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**SIZES | {"tie_word_embeddings": self.tied})
+        )
+        values = (
+            hf_views(self.root)
+            if self.ours
+            else {name: p.detach() for name, p in self.root.named_parameters()}
+        )
         other.load_state_dict({name: value.float() for name, value in values.items()}, strict=False)
         return other.eval().to(self.device)
 
 
 def case(built: str, device, tied: bool = False) -> Case:
     torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | {"tie_word_embeddings": tied})).eval().to(device)
+    module = (
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**SIZES | {"tie_word_embeddings": tied})
+        )
+        .eval()
+        .to(device)
+    )
     cache = CacheConfig(block_size=4, num_blocks=64)
     if built == "from_module":
         return Case(HybridActor.from_module(module, cache=cache), module, tied)
@@ -103,8 +116,16 @@ def off(model: nn.Module, outs) -> float:
     worst, device = 0.0, next(model.parameters()).device
     for prompt, (completion,) in zip(PROMPTS, outs, strict=True):
         ids = torch.tensor([prompt + completion.token_ids], device=device)
-        logp = model(ids).logits.double().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
-        worst = max(worst, float((logp - torch.tensor(completion.logprobs, device=device).double()).abs().max()))
+        logp = (
+            model(ids)
+            .logits.double()
+            .log_softmax(-1)[0, :-1]
+            .gather(-1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+        )
+        worst = max(
+            worst,
+            float((logp - torch.tensor(completion.logprobs, device=device).double()).abs().max()),
+        )
     return worst
 
 
@@ -264,14 +285,20 @@ def tied(c: Case) -> None:
 
 def loaded(assign: bool) -> Callable[[Case], None]:
     def change(c: Case) -> None:
-        c.root.load_state_dict({name: value * 1.5 for name, value in c.root.state_dict().items()}, assign=assign)
+        c.root.load_state_dict(
+            {name: value * 1.5 for name, value in c.root.state_dict().items()}, assign=assign
+        )
 
     return change
 
 
 def resized(c: Case) -> None:
     if c.ours:
-        c.root.embedding = nn.Parameter(torch.cat([c.root.embedding.detach(), torch.ones(4, SIZES["hidden_size"], device=c.device)]))
+        c.root.embedding = nn.Parameter(
+            torch.cat(
+                [c.root.embedding.detach(), torch.ones(4, SIZES["hidden_size"], device=c.device)]
+            )
+        )
     else:
         c.root.resize_token_embeddings(SIZES["vocab_size"] + 4)
 
@@ -299,7 +326,10 @@ def train_through(model: nn.Module, c: Case) -> None:
     ids = torch.tensor(PROMPTS[0], device=c.device)
     if c.ours:
         model(
-            ids, torch.arange(len(ids), device=c.device), torch.tensor([0, len(ids)], dtype=torch.int32, device=c.device), len(ids)
+            ids,
+            torch.arange(len(ids), device=c.device),
+            torch.tensor([0, len(ids)], dtype=torch.int32, device=c.device),
+            len(ids),
         ).square().sum().backward()
     else:
         model(input_ids=ids[None], labels=ids[None]).loss.backward()
@@ -341,7 +371,8 @@ def sharded(c: Case) -> None:
 
 def peft_wrapped(c: Case) -> None:
     if c.ours:
-        c.root.layers[1].o_proj_adapter = nn.Linear(2, 2)  # what PEFT cannot: our layers have no nn.Linear
+        # what PEFT cannot: our layers have no nn.Linear
+        c.root.layers[1].o_proj_adapter = nn.Linear(2, 2)
     else:
         from peft import LoraConfig, get_peft_model
 
@@ -360,7 +391,9 @@ def peft_merged(c: Case) -> None:
     else:
         from peft import LoraConfig, get_peft_model
 
-        wrapped = get_peft_model(c.root, LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+        wrapped = get_peft_model(
+            c.root, LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+        )
         wrapped.merge_and_unload()
 
 
@@ -428,7 +461,10 @@ def hooked(c: Case) -> None:
     ids = torch.tensor(PROMPTS[0], device=c.device)
     if c.ours:
         c.root(
-            ids, torch.arange(len(ids), device=c.device), torch.tensor([0, len(ids)], dtype=torch.int32, device=c.device), len(ids)
+            ids,
+            torch.arange(len(ids), device=c.device),
+            torch.tensor([0, len(ids)], dtype=torch.int32, device=c.device),
+            len(ids),
         ).square().sum().backward()
     else:
         c.root(input_ids=ids[None], labels=ids[None]).loss.backward()
@@ -441,9 +477,16 @@ CHANGES: dict[
     **{
         f"{kind}, {name}": (step(kind, **options), F, F)
         for kind in ("SGD", "Adam", "AdamW", "Adagrad")
-        for name, options in (("plain", {"foreach": False}), ("foreach", {"foreach": True}), ("fused", {"fused": True}))
+        for name, options in (
+            ("plain", {"foreach": False}),
+            ("foreach", {"foreach": True}),
+            ("fused", {"fused": True}),
+        )
     },
-    **{kind: (step(kind), F, F) for kind in ("RMSprop", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")},
+    **{
+        kind: (step(kind), F, F)
+        for kind in ("RMSprop", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
+    },
     "Adadelta": (step("Adadelta", lr=100.0), F, F),
     "Muon": (muon, F, F),
     "LBFGS": (lbfgs, F, F),
@@ -483,7 +526,11 @@ CHANGES: dict[
     "bfloat16": (lambda c: c.root.bfloat16(), R, F),
     "double": (lambda c: c.root.double(), R, R),
     "half": (lambda c: c.root.half(), R, R),
-    "bfloat16 of a layer": (lambda c: (c.root if c.ours else c.root.model).layers[1].bfloat16(), R, R),
+    "bfloat16 of a layer": (
+        lambda c: (c.root if c.ours else c.root.model).layers[1].bfloat16(),
+        R,
+        R,
+    ),
     "bfloat16, new parameters": (swapped_future, R, F),
     "to meta": (lambda c: c.root.to("meta"), R, R),
     "share_memory": (lambda c: c.root.share_memory(), None, F),
@@ -508,7 +555,8 @@ CHANGES: dict[
     "gradient hooks": (hooked, F, F),
 }
 TIED = {"untied"}
-WIDE = {"bfloat16": 2e-2, "bfloat16, new parameters": 2e-2}  # hidden states are rounded before the head
+# hidden states are rounded before the head
+WIDE = {"bfloat16": 2e-2, "bfloat16, new parameters": 2e-2}
 REMEDIES = (
     "build a new actor",
     "into a new actor",
@@ -525,7 +573,9 @@ UNCHANGED = {"to the same", "to memory_format", "share_memory", "tied"}
 @pytest.fixture
 def one_process(tmp_path):
     """A process group of one, over gloo."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -562,7 +612,9 @@ def test_followed_or_refused(name, built, request, device):
                     read()
         else:  # a new decoder for an actor that has one; a dtype that the sampler does not have
             assert re.search(
-                "'decoder'.* has no setter|expected weights in float32 or bfloat16, got (float16|float64)", str(error)
+                "'decoder'.* has no setter|expected weights in float32 or bfloat16, got "
+                "(float16|float64)",
+                str(error),
             )
         return
     assert wanted != R, "it should have been refused"
@@ -586,9 +638,18 @@ def test_refused_copies(built, device):
 
 
 ODD = {
-    "model_type": "llama", "vocab_size": 11, "hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 3,
-    "head_dim": 2, "num_key_value_heads": 3, "max_position_embeddings": 16, "initializer_range": 0.3, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 6,
+    "intermediate_size": 5,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "head_dim": 2,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -620,7 +681,8 @@ def test_the_fingerprint_misses_no_element_and_no_order(dtype, device):
 
 
 def test_a_watch_keeps_no_memory_that_the_weights_have_left(device):
-    """A model that is moved away, such as a reference that waits on the host, is not held by who watches it."""
+    """A model that is moved away, such as a reference that waits on the host, is not held by who
+    watches it."""
     decoder = Decoder.random(model_config(ODD), 0, device=device)
     watch = Watch(decoder)
     watch.look("all")
@@ -646,7 +708,9 @@ def test_what_is_undone_is_no_longer_refused(built, device):
         parametrize.remove_parametrizations(*c.slot, leave_parametrized=False)
         assert off(c.fresh(), c.actor.generate(PROMPTS, PARAMS)) < 1e-4
         assert torch.equal(c.weight, weight)
-        assert [c.token_ids for c, in c.actor.generate(PROMPTS, PARAMS)] == [c.token_ids for c, in outs]
+        assert [c.token_ids for (c,) in c.actor.generate(PROMPTS, PARAMS)] == [
+            c.token_ids for (c,) in outs
+        ]
 
 
 def test_an_adapters_scale_is_in_one_place(device):
@@ -691,7 +755,9 @@ def tie(d):
 
 
 @pytest.mark.parametrize("share", [layer_twice, matrix_twice, rows_of_another, tie])
-def test_parameters_with_two_names_are_generated_trained_and_saved_as_they_are(share, tmp_path, device):
+def test_parameters_with_two_names_are_generated_trained_and_saved_as_they_are(
+    share, tmp_path, device
+):
     c = case("from_pretrained", device)
     c.actor.generate(PROMPTS, PARAMS)
     share(c.root)
@@ -700,8 +766,15 @@ def test_parameters_with_two_names_are_generated_trained_and_saved_as_they_are(s
     batch = PackedBatch.from_completions(PROMPTS, outs, device=device)
     assert (c.actor.score(batch).logp - batch.rollout_logp)[batch.action_mask].abs().max() < 1e-5
     c.actor.save_pretrained(tmp_path / "saved")
-    again = HybridActor.from_pretrained(tmp_path / "saved", cache=CacheConfig(block_size=4, num_blocks=64), dtype="float32", device=device)
-    assert [[o.token_ids for o in group] for group in again.generate(PROMPTS, PARAMS)] == [[o.token_ids for o in group] for group in outs]
+    again = HybridActor.from_pretrained(
+        tmp_path / "saved",
+        cache=CacheConfig(block_size=4, num_blocks=64),
+        dtype="float32",
+        device=device,
+    )
+    assert [[o.token_ids for o in group] for group in again.generate(PROMPTS, PARAMS)] == [
+        [o.token_ids for o in group] for group in outs
+    ]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval().to(device)
     assert off(theirs, outs) < 1e-4
     step("AdamW", lr=0.01)(c)

@@ -15,49 +15,92 @@ from fusedrl.engine.model.directories import resolve_directory
 from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import hf_views, load_decoder, replacing, save_pretrained
 
-SMALL = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "max_position_embeddings": 64, "pad_token_id": 0}
-KINDS = {"tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
-         "untied": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-         "qwen2": {"model_type": "qwen2"}, "mistral": {"model_type": "mistral"},
-         "phi3": {"model_type": "phi3", "sliding_window": 9, "partial_rotary_factor": 0.7},
-         "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
-         "olmo2": {"model_type": "olmo2"},
-         "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 9, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
-                    "final_logit_softcapping": 3.0},
-         "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 9, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
-         "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.7, "tie_word_embeddings": False},
-         "gpt2": {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 20, "bos_token_id": 1, "eos_token_id": 2}}
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+KINDS = {
+    "tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
+    "untied": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "qwen2": {"model_type": "qwen2"},
+    "mistral": {"model_type": "mistral"},
+    "phi3": {"model_type": "phi3", "sliding_window": 9, "partial_rotary_factor": 0.7},
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+    "olmo2": {"model_type": "olmo2"},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 9,
+        "sliding_window_pattern": 2,
+        "final_logit_softcapping": 3.0,
+    },
+    "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.7, "tie_word_embeddings": False},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "n_inner": 20,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A directory as transformers writes it."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL | KINDS["tied"])).save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL | KINDS["tied"])).save_pretrained(
+        tmp_path / "model"
+    )
     return tmp_path / "model"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 3000])
-def test_round_trip_is_bitwise_and_transformers_reads_it(tmp_path, kind, dtype, max_shard_bytes, device):
+def test_round_trip_is_bitwise_and_transformers_reads_it(
+    tmp_path, kind, dtype, max_shard_bytes, device
+):
     decoder = Decoder.random(model_config(SMALL | KINDS[kind]), 3, dtype=dtype, device=device)
     save_pretrained(decoder, tmp_path / "a", max_shard_bytes=max_shard_bytes)
     again = load_decoder(tmp_path / "a", dtype=dtype, device=device)
-    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(decoder.parameters(), again.parameters(), strict=True)
+    )
     save_pretrained(again, tmp_path / "b", max_shard_bytes=max_shard_bytes)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert ("model.safetensors" in files) == (max_shard_bytes > 10**6)
     assert ("model.safetensors.index.json" in files) == (max_shard_bytes < 10**6)
     assert files == sorted(p.name for p in (tmp_path / "b").iterdir())
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        for name in files
+    )
     peer, report = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
     peer = peer.to(device)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert peer.dtype == dtype
     for name, view in hf_views(decoder).items():
-        assert torch.equal(peer.state_dict()[name.replace("embed_out", "lm_head")].view(view.shape), view), name
+        assert torch.equal(
+            peer.state_dict()[name.replace("embed_out", "lm_head")].view(view.shape), view
+        ), name
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]  # and no temporary
 
 
@@ -71,14 +114,20 @@ def test_reads_what_transformers_writes(tmp_path, kind, device):
     state = peer.state_dict()
     views = hf_views(ours)
     assert len(state) == len(views) + ours.config.tie_embeddings
-    assert all(torch.equal(state[name.replace("embed_out", "lm_head")].view(view.shape), view) for name, view in views.items())
+    assert all(
+        torch.equal(state[name.replace("embed_out", "lm_head")].view(view.shape), view)
+        for name, view in views.items()
+    )
     assert all(p.requires_grad and p.is_leaf for p in ours.parameters())
 
 
 def test_dtypes(saved, device):
     assert load_decoder(saved, dtype="float32", device=device).dtype == torch.float32
     assert load_decoder(saved, dtype="bfloat16", device=device).embedding.dtype == torch.bfloat16
-    assert torch.equal(load_decoder(saved, dtype="bfloat16", device=device).embedding, load_decoder(saved, dtype="float32", device=device).embedding.bfloat16())
+    assert torch.equal(
+        load_decoder(saved, dtype="bfloat16", device=device).embedding,
+        load_decoder(saved, dtype="float32", device=device).embedding.bfloat16(),
+    )
     with pytest.raises(ValueError, match="expected dtype auto, float32"):
         load_decoder(saved, dtype="int8", device=device)
 
@@ -99,35 +148,55 @@ def test_everything_travels(tmp_path, shared, device):
     copy = tmp_path / "source"
     shutil.copytree(source, copy)
     os.chmod(copy, 0o755)
-    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "temperature": 0.7, "do_sample": True}))
+    (copy / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [2, 5], "temperature": 0.7, "do_sample": True})
+    )
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     decoder = load_decoder(copy, dtype="float32", device=device)
     save_pretrained(decoder, tmp_path / "out", tokenizer=tokenizer)
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.7
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert (
+        json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.7
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
     back = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert back("Once upon a time").input_ids == tokenizer("Once upon a time").input_ids
     assert back.chat_template == tokenizer.chat_template
-    stored, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
+    stored, original = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(source / "model.safetensors"),
+    )
     assert stored.keys() == original.keys()
     assert all(torch.equal(stored[name], original[name]) for name in stored)
 
 
 def test_a_second_copy_of_a_tied_head_is_ignored(saved, device):
     state = load_file(saved / "model.safetensors")
-    more = {"lm_head.weight": torch.ones(40, 24, device=device), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, device=device)}
+    more = {
+        "lm_head.weight": torch.ones(40, 24, device=device),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, device=device),
+    }
     save_file(state | more, saved / "model.safetensors")
-    assert torch.equal(load_decoder(saved, dtype="float32", device=device).head_weight.cpu(), state["model.embed_tokens.weight"])
+    assert torch.equal(
+        load_decoder(saved, dtype="float32", device=device).head_weight.cpu(),
+        state["model.embed_tokens.weight"],
+    )
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 def test_directories_without_weights(saved, tmp_path, device):
     (saved / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no weights: expected model.safetensors or model.safetensors.index.json"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"has no weights: expected model.safetensors or model.safetensors.index.json",
+    ):
         load_decoder(saved, dtype="float32", device=device)
     (saved / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(FileNotFoundError, match=r"pickled weights only.*refused; convert them.*save_pretrained"):
+    with pytest.raises(
+        FileNotFoundError, match=r"pickled weights only.*refused; convert them.*save_pretrained"
+    ):
         load_decoder(saved, dtype="float32", device=device)
     with pytest.raises(FileNotFoundError, match="expected a model directory or a Hugging Face id"):
         load_decoder(tmp_path / "nowhere", dtype="float32", device=device)
@@ -141,14 +210,21 @@ def test_tensors_that_do_not_fit_are_listed(saved, device):
     save_file(state, saved / "model.safetensors")
     with pytest.raises(ValueError) as raised:
         load_decoder(saved, dtype="float32", device=device)
-    for line in ("missing: model.layers.1.mlp.up_proj.weight", "unexpected: model.layers.0.input_layernorm.bias",
-                 "shape of model.norm.weight: expected [24], got [23]"):
+    for line in (
+        "missing: model.layers.1.mlp.up_proj.weight",
+        "unexpected: model.layers.0.input_layernorm.bias",
+        "shape of model.norm.weight: expected [24], got [23]",
+    ):
         assert line in str(raised.value)
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""])
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""]
+)
 def test_weight_maps_that_leave_the_directory(saved, shard, device):
-    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    (saved / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": shard}})
+    )
     with pytest.raises(ValueError, match="expected the name of a file in this directory"):
         load_decoder(saved, dtype="float32", device=device)
 
@@ -182,22 +258,37 @@ def test_the_links_of_the_hub_cache_are_followed(saved, tmp_path, device):
     for path in saved.iterdir():
         shutil.copy(path, blobs / f"hash-{path.name}")
         (snapshot / path.name).symlink_to(f"../../blobs/hash-{path.name}")
-    (blobs / "index").write_text(json.dumps({"weight_map": dict.fromkeys(load_file(saved / "model.safetensors"), "model.safetensors")}))
+    (blobs / "index").write_text(
+        json.dumps(
+            {
+                "weight_map": dict.fromkeys(
+                    load_file(saved / "model.safetensors"), "model.safetensors"
+                )
+            }
+        )
+    )
     (snapshot / "model.safetensors.index.json").symlink_to("../../blobs/index")
-    assert torch.equal(load_decoder(snapshot, dtype="float32", device=device).embedding, load_decoder(saved, dtype="float32", device=device).embedding)
+    assert torch.equal(
+        load_decoder(snapshot, dtype="float32", device=device).embedding,
+        load_decoder(saved, dtype="float32", device=device).embedding,
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_truncated_files(saved, keep, device):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model.safetensors: not a whole safetensors file .*truncated or damaged"):
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: not a whole safetensors file .*truncated or damaged"
+    ):
         load_decoder(saved, dtype="float32", device=device)
 
 
 def test_auto_map_is_ignored_with_a_warning(saved, tmp_path, device):
     raw = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(raw | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    (saved / "config.json").write_text(
+        json.dumps(raw | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}})
+    )
     with pytest.warns(UserWarning, match="auto_map is ignored"):
         decoder = load_decoder(saved, dtype="float32", device=device)
     save_pretrained(decoder, tmp_path / "out")
@@ -214,7 +305,11 @@ def test_ids_go_to_the_hub_and_say_so_when_it_is_away(monkeypatch, saved, device
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(FileNotFoundError, match=r"'owner/name' is no directory here, and fetching it .* failed \(ConnectionError: no route\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"'owner/name' is no directory here, and fetching it .* failed \(ConnectionError: no "
+        r"route\)",
+    ):
         load_decoder("owner/name", dtype="float32", device=device)
     assert asked[0][0] == "owner/name"
     assert "*.safetensors" in asked[0][1]
@@ -223,17 +318,20 @@ def test_ids_go_to_the_hub_and_say_so_when_it_is_away(monkeypatch, saved, device
         with pytest.raises(FileNotFoundError):
             resolve_directory(path)
     assert len(asked) == 1
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(saved))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(saved)
+    )
     assert resolve_directory("owner/name") == saved
 
 
-# ---- saving over and dying in between -----------------------------------------------------------------------------------------
+# ---- saving over and dying in between ------------------------------------------------------------
 def test_saving_replaces_a_model_and_nothing_else(tmp_path, device):
     decoder = Decoder.random(model_config(SMALL | KINDS["tied"]), 0, device=device)
     out = tmp_path / "out"
     save_pretrained(decoder, out, max_shard_bytes=3000)
     save_pretrained(decoder, out)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]  # no shard of the earlier save
+    # no shard of the earlier save
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"thesis.txt"):
         save_pretrained(decoder, out)
@@ -266,8 +364,12 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch, device):
 
 
 def test_a_process_killed_in_mid_save_leaves_no_half_model(tmp_path):
-    program = ("import os, signal, sys\nfrom fusedrl.engine.model.weights import replacing\nwith replacing(sys.argv[1]) as directory:\n"
-               "    (directory / 'config.json').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n")
+    program = (
+        "import os, signal, sys\nfrom fusedrl.engine.model.weights import replacing\nwith "
+        "replacing(sys.argv[1]) as directory:\n"
+        "    (directory / 'config.json').write_text('half')\n    os.kill(os.getpid(), "
+        "signal.SIGKILL)\n"
+    )
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False)
     assert killed.returncode == -9
     assert not (tmp_path / "out").exists()
@@ -283,10 +385,24 @@ def test_both_names_of_gpt_neox_heads(tmp_path, device):
     assert "embed_out.weight" in state, "what transformers 4 reads"
     assert state["gpt_neox.layers.0.attention.query_key_value.weight"].shape == (72, 24)
     state["lm_head.weight"] = state.pop("embed_out.weight")
-    masks = {f"gpt_neox.layers.0.attention.{name}": torch.ones(1, 1, 64, 64, device=device) for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}
+    masks = {
+        f"gpt_neox.layers.0.attention.{name}": torch.ones(1, 1, 64, 64, device=device)
+        for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
+    }
     save_file(state | masks, tmp_path / "model.safetensors")
-    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), load_decoder(tmp_path, dtype="float32", device=device).parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(
+            decoder.parameters(),
+            load_decoder(tmp_path, dtype="float32", device=device).parameters(),
+            strict=True,
+        )
+    )
     state["gpt_neox.layers.1.attention.query_key_value.bias"] = torch.zeros(71, device=device)
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"shape of gpt_neox.layers.1.attention.query_key_value.bias: expected \[72\], got \[71\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"shape of gpt_neox.layers.1.attention.query_key_value.bias: expected \[72\], got "
+        r"\[71\]",
+    ):
         load_decoder(tmp_path, dtype="float32", device=device)

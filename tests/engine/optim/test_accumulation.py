@@ -1,6 +1,8 @@
-"""The cut into micro-batches does not change the gradient in bfloat16 either: what the optimizer of every stage is given, against the float32 gradient of the
-same weights, at 1, 16 and 256 micro-batches. (On a CPU activations are float32 beside bfloat16 weights, so that the float32 run differs in the roundings of
-gradients alone.)"""
+"""The cut into micro-batches does not change the gradient in bfloat16 either: what the optimizer of
+every stage is given, against the float32 gradient of the same weights, at 1, 16 and 256
+micro-batches. (On a CPU activations are float32 beside bfloat16 weights, so that the float32 run
+differs in the roundings of gradients alone.)"""
+
 import math
 from typing import Any
 
@@ -34,7 +36,10 @@ from fusedrl.engine.stages.reward_model import train_reward_model
 from fusedrl.engine.stages.sft import train_sft
 
 SEQUENCES = 256
-REWARD = "def f(prompts, completions, completion_ids, **columns):\n    return [float(sum(ids)) % 7 for ids in completion_ids]\n"
+REWARD = (
+    "def f(prompts, completions, completion_ids, **columns):\n    return [float(sum(ids)) % "
+    "7 for ids in completion_ids]\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +56,24 @@ def rounded(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def files(tmp_path, write_jsonl):
-    words = [" ".join(f"w{(5 * i + 3 * j) % 28}" for j in range(2 + i % 4)) for i in range(SEQUENCES)]
+    words = [
+        " ".join(f"w{(5 * i + 3 * j) % 28}" for j in range(2 + i % 4)) for i in range(SEQUENCES)
+    ]
     (tmp_path / "rewards.py").write_text(REWARD)
-    return {"sft": write_jsonl("sft.jsonl", [{"prompt": word, "completion": words[-i]} for i, word in enumerate(words)]),
-            "pairs": write_jsonl("pairs.jsonl", [{"prompt": word, "chosen": f"w1 {words[-i]}", "rejected": f"w2 {words[i - 7]}"}
-                                                 for i, word in enumerate(words)]),
-            "prompts": write_jsonl("prompts.jsonl", [{"prompt": word} for word in words]), "reward": (f"{tmp_path / 'rewards.py'}:f",)}
+    return {
+        "sft": write_jsonl(
+            "sft.jsonl", [{"prompt": word, "completion": words[-i]} for i, word in enumerate(words)]
+        ),
+        "pairs": write_jsonl(
+            "pairs.jsonl",
+            [
+                {"prompt": word, "chosen": f"w1 {words[-i]}", "rejected": f"w2 {words[i - 7]}"}
+                for i, word in enumerate(words)
+            ],
+        ),
+        "prompts": write_jsonl("prompts.jsonl", [{"prompt": word} for word in words]),
+        "reward": (f"{tmp_path / 'rewards.py'}:f",),
+    }
 
 
 def run_of(stage, model, files, **options):
@@ -66,24 +83,65 @@ def run_of(stage, model, files, **options):
     if stage == "sft":
         return train_sft(SFTConfig(model, files["sft"], sequences_per_step=SEQUENCES, **options))
     if stage in ("reward", "imitation"):
-        return train_reward_model(RewardModelConfig(model, files["pairs"], eval_fraction=0.0, pairs_per_step=SEQUENCES, normalize="none",
-                                                    imitation_coef=0.5 * (stage == "imitation"), **options))
+        return train_reward_model(
+            RewardModelConfig(
+                model,
+                files["pairs"],
+                eval_fraction=0.0,
+                pairs_per_step=SEQUENCES,
+                normalize="none",
+                imitation_coef=0.5 * (stage == "imitation"),
+                **options,
+            )
+        )
     if stage in ("dpo", "lora"):
         lora = LoRAConfig(rank=4) if stage == "lora" else None
-        return train_dpo(DPOConfig(model, files["pairs"], eval_fraction=0.0, pairs_per_step=SEQUENCES, lora=lora, **options))
+        return train_dpo(
+            DPOConfig(
+                model,
+                files["pairs"],
+                eval_fraction=0.0,
+                pairs_per_step=SEQUENCES,
+                lora=lora,
+                **options,
+            )
+        )
     if stage == "rejection":
-        return train_rejection(RejectionConfig(model, files["prompts"], files["reward"], prompts_per_step=SEQUENCES, samples_per_prompt=2, **sampled,
-                                               **options))
-    more = {"grpo": groups, "strict": groups | {"strict": True}, "ppo": {"prompts_per_step": SEQUENCES, "epochs": 1, "minibatches": 1},
-            "critic": {"prompts_per_step": SEQUENCES, "epochs": 1, "minibatches": 1, "critic": CriticConfig("policy")},
-            "ptx": groups | {"ptx": PtxConfig(files["sft"], sequences_per_step=SEQUENCES)}}[stage]
+        return train_rejection(
+            RejectionConfig(
+                model,
+                files["prompts"],
+                files["reward"],
+                prompts_per_step=SEQUENCES,
+                samples_per_prompt=2,
+                **sampled,
+                **options,
+            )
+        )
+    more = {
+        "grpo": groups,
+        "strict": groups | {"strict": True},
+        "ppo": {"prompts_per_step": SEQUENCES, "epochs": 1, "minibatches": 1},
+        "critic": {
+            "prompts_per_step": SEQUENCES,
+            "epochs": 1,
+            "minibatches": 1,
+            "critic": CriticConfig("policy"),
+        },
+        "ptx": groups | {"ptx": PtxConfig(files["sft"], sequences_per_step=SEQUENCES)},
+    }[stage]
     algorithm = {"ppo": "ppo", "critic": "ppo"}.get(stage, "grpo")
-    return train_policy(PolicyConfig(model, files["prompts"], files["reward"], algorithm, **sampled, **more, **options))
+    return train_policy(
+        PolicyConfig(
+            model, files["prompts"], files["reward"], algorithm, **sampled, **more, **options
+        )
+    )
 
 
 @pytest.fixture
 def gradients(rounded, files, tmp_path, monkeypatch, device):
-    """(stage, dtype, tokens of a micro-batch) -> what each optimizer is given, as one vector, and the backward passes that made it."""
+    """(stage, dtype, tokens of a micro-batch) -> what each optimizer is given, as one vector, and
+    the backward passes that made it."""
     seen: list[list[torch.Tensor]] = []
     passes = [0]
     backward = torch.Tensor.backward
@@ -96,7 +154,8 @@ def gradients(rounded, files, tmp_path, monkeypatch, device):
         seen.append([g.double().flatten() for g in self.gradients().values()])
         return StepResult(1.0, True)
 
-    first: dict[str, Any] = {}  # completions, of which one in some thousands is another one in the other dtype
+    # completions, of which one in some thousands is another one in the other dtype
+    first: dict[str, Any] = {}
 
     def same(*args, **kwargs):
         if "rollout" not in first:
@@ -130,7 +189,8 @@ def apart(found, right):
 
 
 def errors(gradients, stage):
-    """{backward passes of the optimizers together: relative error}, the largest of the optimizers'."""
+    """{backward passes of the optimizers together: relative error}, the largest of the
+    optimizers'."""
     exact, _ = gradients(stage, "float32", 10_000)
     found = {}
     for tokens in (10_000, 260, 1):
@@ -142,14 +202,35 @@ def errors(gradients, stage):
 QUICK = ("sft", "ppo", "critic", "ptx")
 
 
-@pytest.mark.parametrize("stage", [stage if stage in QUICK else pytest.param(stage, marks=pytest.mark.full)
-                                   for stage in ("sft", "reward", "imitation", "dpo", "lora", "rejection", "grpo", "strict", "ppo", "critic", "ptx")])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        stage if stage in QUICK else pytest.param(stage, marks=pytest.mark.full)
+        for stage in (
+            "sft",
+            "reward",
+            "imitation",
+            "dpo",
+            "lora",
+            "rejection",
+            "grpo",
+            "strict",
+            "ppo",
+            "critic",
+            "ptx",
+        )
+    ],
+)
 def test_more_micro_batches_are_no_less_exact(gradients, stage):
     found = errors(gradients, stage)
     (few, one), (_, some), (most, many) = sorted(found.items())
-    assert (few, most) == {"critic": (2, 2 * SEQUENCES), "ptx": (2, 2 * SEQUENCES)}.get(stage, (1, SEQUENCES))
-    assert one < torch.finfo(torch.bfloat16).eps / 2, found  # weights, activations and what comes of them are rounded
-    assert max(some, many) < 1.2 * one, found  # each micro-batch's gradient rounded once, their sum not at all
+    assert (few, most) == {"critic": (2, 2 * SEQUENCES), "ptx": (2, 2 * SEQUENCES)}.get(
+        stage, (1, SEQUENCES)
+    )
+    # weights, activations and what comes of them are rounded
+    assert one < torch.finfo(torch.bfloat16).eps / 2, found
+    # each micro-batch's gradient rounded once, their sum not at all
+    assert max(some, many) < 1.2 * one, found
 
 
 def test_sums_in_bfloat16_would_not_pass(gradients, monkeypatch):
@@ -158,7 +239,7 @@ def test_sums_in_bfloat16_would_not_pass(gradients, monkeypatch):
     assert found[SEQUENCES] > 1e-2, found
 
 
-# ---- the optimizer ------------------------------------------------------------------------------------------------------------
+# ---- the optimizer -------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_dropped_and_leave_with_the_optimizer(dtype, device):
     p = nn.Parameter(torch.ones(70_001, dtype=dtype, device=device))  # more than is wide at a time
@@ -170,7 +251,9 @@ def test_sums_are_dropped_and_leave_with_the_optimizer(dtype, device):
     for _ in range(1000):
         (1.0078125 * p).sum().backward()
     assert p.grad is None
-    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 1007.8125, device=device)), "1,000 times, in an exact sum"
+    assert torch.equal(wide.gradients()["p"], torch.full((70_001,), 1007.8125, device=device)), (
+        "1,000 times, in an exact sum"
+    )
     assert wide.zero_grad() == 4 * 70_001
     assert wide.gradients() == {}
     (2 * p).sum().backward()
@@ -191,6 +274,8 @@ def test_norms_of_large_tensors(numel, device):
     if numel:
         assert _dot(x, x) == pytest.approx(exact, rel=2e-5)
     if numel == 1 << 24:
-        assert abs(float(torch.linalg.vector_norm(x)) - math.sqrt(exact)) > 3e-4 * math.sqrt(exact), "what one float32 sum makes of it"
+        assert abs(float(torch.linalg.vector_norm(x)) - math.sqrt(exact)) > 3e-4 * math.sqrt(
+            exact
+        ), "what one float32 sum makes of it"
     for value in (math.inf, math.nan):
         assert not math.isfinite(grad_norm([torch.tensor([value, 1.0], device=device)]))

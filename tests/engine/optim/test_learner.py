@@ -1,4 +1,6 @@
-"""One update of every stage: against torch's AdamW by hand, and what happens where it cannot be made."""
+"""One update of every stage: against torch's AdamW by hand, and what happens where it cannot be
+made."""
+
 import math
 
 import pytest
@@ -29,17 +31,29 @@ def parts(device, count=4):
 
 
 def test_updates_are_those_of_adamw_at_the_schedules_rate(device):
-    config = OptimConfig(lr=0.1, warmup_steps=2, schedule="linear", max_grad_norm=0.7, weight_decay=0.01, betas=(0.8, 0.9), eps=1e-6)
+    config = OptimConfig(
+        lr=0.1,
+        warmup_steps=2,
+        schedule="linear",
+        max_grad_norm=0.7,
+        weight_decay=0.01,
+        betas=(0.8, 0.9),
+        eps=1e-6,
+    )
     model, by_hand = Line(device), Line(device)
     learner = Learner(model, config)
-    adam = torch.optim.AdamW(by_hand.parameters(), lr=0.0, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.01)
+    adam = torch.optim.AdamW(
+        by_hand.parameters(), lr=0.0, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.01
+    )
     for step, rate in enumerate([0.05, 0.1, 0.1, 0.1 * 2 / 3, 0.1 / 3]):
         with learner.update(step, 5) as update:
             for x in parts(device):
                 update.backward((x @ model.weight.T).square().sum() / 20)
         assert model.versions == step + 1
         adam.zero_grad()
-        loss = sum((x.double() @ by_hand.weight.double().T).square().sum() / 20 for x in parts(device))
+        loss = sum(
+            (x.double() @ by_hand.weight.double().T).square().sum() / 20 for x in parts(device)
+        )
         loss.backward()
         norm = by_hand.weight.grad.norm().item()
         nn.utils.clip_grad_norm_(by_hand.parameters(), 0.7)
@@ -87,12 +101,17 @@ def test_updates_without_an_end_are_skipped_and_the_fifth_in_a_row_is_told(devic
     assert not torch.equal(model.weight, before)
     for _ in range(MOST_SKIPPED - 1):
         one(math.inf)
-    with pytest.raises(RuntimeError, match="5 updates of the critic in a row had a non-finite gradient norm"):
+    with pytest.raises(
+        RuntimeError, match="5 updates of the critic in a row had a non-finite gradient norm"
+    ):
         one(math.nan)
     assert learner.skipped == 2 * MOST_SKIPPED - 1
 
 
 def test_a_block_without_a_backward_pass_is_told(device):
     learner = Learner(Line(device), OptimConfig(lr=0.1))
-    with pytest.raises(RuntimeError, match="none of its 1 parameters has a gradient"), learner.update(0, 1):
+    with (
+        pytest.raises(RuntimeError, match="none of its 1 parameters has a gradient"),
+        learner.update(0, 1),
+    ):
         pass

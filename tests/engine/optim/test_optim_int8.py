@@ -1,4 +1,6 @@
-"""Moments of 8 bits through torchao: near the float32 ones, a quarter of their size, and resumed bit for bit."""
+"""Moments of 8 bits through torchao: near the float32 ones, a quarter of their size, and resumed
+bit for bit."""
+
 import builtins
 
 import pytest
@@ -30,7 +32,8 @@ def train(params, optimizer, steps):
 
 @pytest.fixture
 def eager():
-    """torchao compiles its step, which takes a CPU many seconds; the arithmetic is the same without."""
+    """torchao compiles its step, which takes a CPU many seconds; the arithmetic is the same
+    without."""
     pytest.importorskip("torchao.optim")
     with torch.compiler.set_stance("force_eager"):
         yield
@@ -43,15 +46,22 @@ def test_it_moves_as_float32_moments_do_and_takes_a_quarter(eager, dtype, device
         params = parameters(device, dtype)
         optimizer = make_optimizer(params, lr=1e-3, weight_decay=0.1, state=state)
         train(params, optimizer, range(6))
-        moments = {name: t for name, t in optimizer.state_dict().items() if name.startswith("matrix.exp")}
-        runs[state] = ({n: p.detach().double() for n, p in params.items()}, sum(t.nbytes for t in moments.values()))
+        moments = {
+            name: t for name, t in optimizer.state_dict().items() if name.startswith("matrix.exp")
+        }
+        runs[state] = (
+            {n: p.detach().double() for n, p in params.items()},
+            sum(t.nbytes for t in moments.values()),
+        )
         assert optimizer.lr == pytest.approx(1e-3 / 6)
     start = {n: p.detach().double() for n, p in parameters(device, dtype).items()}
     (exact, size), (coded, small) = runs["float32"], runs["int8"]
     assert small == size // 4 + size // 256, "a byte an element, and a float32 scale to 256"
     for name in start:
         moved = (exact[name] - start[name]).norm()
-        assert (coded[name] - exact[name]).norm() < (0.05 if name == "matrix" else 1e-3) * moved, name
+        assert (coded[name] - exact[name]).norm() < (0.05 if name == "matrix" else 1e-3) * moved, (
+            name
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -38,16 +38,26 @@ def test_penalty_controller():
 def test_scores_are_scaled_by_all_so_far_and_the_state_comes_back(device):
     config = PolicyConfig("m", "d", ("r.py:f",), scale_scores=True)
     control = Control(config)
-    first, second = torch.tensor([1.0, 3.0, 8.0], device=device), torch.tensor([-2.0, 4.0, 4.0], device=device)
+    first, second = (
+        torch.tensor([1.0, 3.0, 8.0], device=device),
+        torch.tensor([-2.0, 4.0, 4.0], device=device),
+    )
     empty = PackedBatch.from_sequences([([1], [2])] * 3, device=device)
-    assert torch.allclose(control.scaled(empty.with_columns(scores=first)).scores, (first - 4.0) / first.std())
+    assert torch.allclose(
+        control.scaled(empty.with_columns(scores=first)).scores, (first - 4.0) / first.std()
+    )
     other = Control(config)
     other.load_state_dict(json.loads(json.dumps(control.state_dict())))
     both = torch.cat([first, second])
     for each in (control, other):
-        assert torch.allclose(each.scaled(empty.with_columns(scores=second)).scores, (second - 4.0) / both.std())  # less the mean of the first rollout
+        assert torch.allclose(
+            each.scaled(empty.with_columns(scores=second)).scores, (second - 4.0) / both.std()
+        )  # less the mean of the first rollout
     assert control.state_dict() == other.state_dict()
-    assert torch.equal(Control(config).scaled(empty.with_columns(scores=torch.ones(3, device=device))).scores, torch.zeros(3, device=device))
+    assert torch.equal(
+        Control(config).scaled(empty.with_columns(scores=torch.ones(3, device=device))).scores,
+        torch.zeros(3, device=device),
+    )
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -61,9 +71,11 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_data_order_is_a_stream_of_shuffled_passes():
     whole = data_order(10, 3, 0, 40)
-    assert all(sorted(whole[i:i + 10]) == list(range(10)) for i in range(0, 40, 10))
+    assert all(sorted(whole[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
     assert whole[:10] != whole[10:20]
-    assert [x for start in range(0, 40, 7) for x in data_order(10, 3, start, min(start + 7, 40))] == whole
+    assert [
+        x for start in range(0, 40, 7) for x in data_order(10, 3, start, min(start + 7, 40))
+    ] == whole
     assert data_order(10, 4, 0, 10) != whole[:10]
     assert data_order(10, 3, 5, 5) == []
     assert data_order(10, 3 + 2**32, 0, 10) != whole[:10]
@@ -74,9 +86,12 @@ def test_config_refuses_what_ppo_cannot_do():
         return PolicyConfig(model="m", data="d", reward=("r.py:f",), **kwargs)
 
     from fusedrl.engine.config import GenerationConfig
+
     with pytest.raises(ValueError, match="without top_k, top_p and min_p"):
         ppo(generation=GenerationConfig(top_p=0.9))
-    with pytest.raises(ValueError, match=r"minibatches <= prompts_per_step x samples_per_prompt = 4"):
+    with pytest.raises(
+        ValueError, match=r"minibatches <= prompts_per_step x samples_per_prompt = 4"
+    ):
         ppo(prompts_per_step=4, minibatches=5)
     with pytest.raises(ValueError, match=r"kl.target > 0 with a coefficient > 0"):
         KLConfig(coef=0.0, target=1.0)

@@ -1,6 +1,8 @@
-"""Bugs that others shipped, in advantages, losses and what is carried from step to step: each check passes on the product and refuses the faulty variant that
-stands beside it. Numbers are those of the list in docs/algorithms.md, which names the tests of the other items too.
+"""Bugs that others shipped, in advantages, losses and what is carried from step to step: each check
+passes on the product and refuses the faulty variant that stands beside it. Numbers are those of the
+list in docs/algorithms.md, which names the tests of the other items too.
 """
+
 import json
 import math
 import sys
@@ -13,7 +15,14 @@ import torch
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.packing import PackedBatch
-from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, RunConfig
+from fusedrl.engine.config import (
+    GenerationConfig,
+    KLConfig,
+    LossConfig,
+    OptimConfig,
+    PolicyConfig,
+    RunConfig,
+)
 from fusedrl.engine.config.algorithms import ADVANTAGES
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.control import Control, KLController
@@ -28,7 +37,13 @@ GROUP = [name for name, needs in ADVANTAGES.items() if needs == "group"]
 
 
 def config(algorithm="grpo", **kwargs):
-    return PolicyConfig("m", "d", ("r.py:f",), algorithm, **({"generation": GenerationConfig(max_new_tokens=8)} | kwargs))
+    return PolicyConfig(
+        "m",
+        "d",
+        ("r.py:f",),
+        algorithm,
+        **({"generation": GenerationConfig(max_new_tokens=8)} | kwargs),
+    )
 
 
 def rollout(device, lengths, scores, groups=None, seed=0):
@@ -36,31 +51,54 @@ def rollout(device, lengths, scores, groups=None, seed=0):
     rng = torch.Generator().manual_seed(seed)
     batch = PackedBatch.from_sequences([([1, 2], [3] * n) for n in lengths], device=device)
     columns = {
-        name: torch.where(batch.action_mask, torch.randn(batch.num_tokens, generator=rng).to(device), math.nan) for name in ("old_logp", "ref_logp", "values")
+        name: torch.where(
+            batch.action_mask, torch.randn(batch.num_tokens, generator=rng).to(device), math.nan
+        )
+        for name in ("old_logp", "ref_logp", "values")
     }
-    return batch.with_columns(scores=torch.tensor(scores, device=device), group_ids=torch.tensor(groups or [0] * len(lengths), device=device), **columns)
+    return batch.with_columns(
+        scores=torch.tensor(scores, device=device),
+        group_ids=torch.tensor(groups or [0] * len(lengths), device=device),
+        **columns,
+    )
 
 
 def slopes(chosen, batch, logp, kl_coef=0.0):
     """[N] d loss / d logp of a whole minibatch."""
     leaf = logp.clone().requires_grad_()
-    batch = batch.with_columns(weights=minibatch_weights(chosen, batch) if batch.weights is None else batch.weights, old_logp=batch.old_logp.nan_to_num())
-    loss, stats, _ = objective_loss(chosen, make_objective(chosen, 1.0), kl_coef, batch, leaf, None, None)
+    batch = batch.with_columns(
+        weights=minibatch_weights(chosen, batch) if batch.weights is None else batch.weights,
+        old_logp=batch.old_logp.nan_to_num(),
+    )
+    loss, stats, _ = objective_loss(
+        chosen, make_objective(chosen, 1.0), kl_coef, batch, leaf, None, None
+    )
     loss.backward()
     return leaf.grad, stats
 
 
-# ---- normalisation: 10, 11 ---------------------------------------------------------------------------------------------------------
+# ---- normalisation: 10, 11 -----------------------------------------------------------------------
 X = torch.tensor([3.0, 1.0, -2.0, 6.0, 100.0, 100.0])
 LIVE = torch.tensor([True] * 4 + [False] * 2)
 
 
 @pytest.mark.filterwarnings("ignore:std")
-@pytest.mark.parametrize("x, mask, wrong", [
-    (X, LIVE, lambda x, m: torch.where(m, (x - x.mean()) / (x.std() + 1e-8), 0)),  # SkyRL #1305: moments of the pads too
-    (torch.where(LIVE, X, math.nan), LIVE, lambda x, m: ((x * m) - (x * m).sum() / m.sum()) * m),  # OpenRLHF #1240: NaN x 0
-    (X[:1], LIVE[:1], lambda x, m: (x - x.mean()) / (x.std() + 1e-8)),  # ROLL #475: the standard deviation of one
-], ids=["unmasked mean", "NaN times 0", "one token"])
+@pytest.mark.parametrize(
+    "x, mask, wrong",
+    [
+        # SkyRL #1305: moments of the pads too
+        (X, LIVE, lambda x, m: torch.where(m, (x - x.mean()) / (x.std() + 1e-8), 0)),
+        # OpenRLHF #1240: NaN x 0
+        (
+            torch.where(LIVE, X, math.nan),
+            LIVE,
+            lambda x, m: ((x * m) - (x * m).sum() / m.sum()) * m,
+        ),
+        # ROLL #475: the standard deviation of one
+        (X[:1], LIVE[:1], lambda x, m: (x - x.mean()) / (x.std() + 1e-8)),
+    ],
+    ids=["unmasked mean", "NaN times 0", "one token"],
+)
 def test_10_whitening(x, mask, wrong, device):
     x, mask = x.to(device), mask.to(device)
     live = x[mask].double()
@@ -76,27 +114,44 @@ def test_10_whitening(x, mask, wrong, device):
 
 
 def test_10_one_number_a_completion_is_not_broadcast_against_another(monkeypatch, device):
-    """scores [B] less a mean [B, 1] is [B, B] (OpenRLHF #1250): sizes are checked, with a message."""
+    """scores [B] less a mean [B, 1] is [B, B] (OpenRLHF #1250): sizes are checked, with a
+    message."""
     batch = rollout(device, [3, 3], [1.0, 5.0])
 
     def broadcast(x: Signals):
         return x.totals - x.totals.view(2, 1)
 
     monkeypatch.setitem(sys.modules, "my_advantages", SimpleNamespace(broadcast=broadcast))
-    with pytest.raises(ValueError, match=r"return \[10\] numbers, one per token, got \[2, 2\]; Signals.per_token spreads one per completion"):
+    with pytest.raises(
+        ValueError,
+        match=r"return \[10\] numbers, one per token, got \[2, 2\]; Signals.per_token spreads one "
+        r"per completion",
+    ):
         estimate(config(loss=LossConfig(advantage="my_advantages.broadcast")), Signals(batch))
 
 
 def test_11_groups_by_hand(device):
-    """Scores 1, 2, 3, 6 of one prompt: mean 3, Bessel's deviation sqrt(14 / 3); of lengths 1, 1, 2, 4 the weighted mean is 33 / 8."""
+    """Scores 1, 2, 3, 6 of one prompt: mean 3, Bessel's deviation sqrt(14 / 3); of lengths 1, 1, 2,
+    4 the weighted mean is 33 / 8."""
     batch = rollout(device, [1, 1, 2, 4], [1.0, 2.0, 3.0, 6.0])
     sd = math.sqrt(14 / 3)
-    by_hand = {"dr_grpo": [-2, -1, 0, 3], "gpg": [-2, -1, 0, 3], "rloo": [-8 / 3, -4 / 3, 0, 4], "grpo": [x / (sd + 1e-4) for x in (-2, -1, 0, 3)],
-               "opo": [1 - 33 / 8, 2 - 33 / 8, 3 - 33 / 8, 6 - 33 / 8], "pass_at_k": [0, 0, 0, 3]}
+    by_hand = {
+        "dr_grpo": [-2, -1, 0, 3],
+        "gpg": [-2, -1, 0, 3],
+        "rloo": [-8 / 3, -4 / 3, 0, 4],
+        "grpo": [x / (sd + 1e-4) for x in (-2, -1, 0, 3)],
+        "opo": [1 - 33 / 8, 2 - 33 / 8, 3 - 33 / 8, 6 - 33 / 8],
+        "pass_at_k": [0, 0, 0, 3],
+    }
     assert set(by_hand) == set(GROUP)
     for name, expected in by_hand.items():
         found = find_advantage(name).function(Signals(batch))
-        torch.testing.assert_close(found[batch.cu_seqlens[1:].long() - 1], torch.tensor([float(x) for x in expected], device=device), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            found[batch.cu_seqlens[1:].long() - 1],
+            torch.tensor([float(x) for x in expected], device=device),
+            rtol=1e-6,
+            atol=1e-6,
+        )
 
 
 def test_11_one_alone_is_refused_and_not_trained_on_silently(device):
@@ -104,13 +159,21 @@ def test_11_one_alone_is_refused_and_not_trained_on_silently(device):
         with pytest.raises(ConfigError, match="teaches nothing"):
             config("grpo", samples_per_prompt=1, loss=LossConfig(advantage=name))
     batch = rollout(device, [3], [5.0])
-    assert not any(find_advantage(name).function(Signals(batch)).any() for name in GROUP), "what the refusal speaks of"
+    assert not any(find_advantage(name).function(Signals(batch)).any() for name in GROUP), (
+        "what the refusal speaks of"
+    )
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda s: (s - s.mean()) / ((s * s).mean() - s.mean() ** 2).clamp(min=0).sqrt().add(1e-6),  # NeMo-RL #4158: E[x^2] - E[x]^2
-    lambda s: (s - s.mean()) / (s.std() + 1e-6),  # rounding of the mean over a deviation of rounding
-], ids=["squares less square", "equal scores over eps"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        # NeMo-RL #4158: E[x^2] - E[x]^2
+        lambda s: (s - s.mean()) / ((s * s).mean() - s.mean() ** 2).clamp(min=0).sqrt().add(1e-6),
+        # rounding of the mean over a deviation of rounding
+        lambda s: (s - s.mean()) / (s.std() + 1e-6),
+    ],
+    ids=["squares less square", "equal scores over eps"],
+)
 def test_11_equal_scores_have_no_advantage(wrong, device):
     scores = torch.full((7,), 4001.1, device=device)
 
@@ -132,11 +195,15 @@ def test_11_small_differences_of_large_scores(device):
 
     check(group_normalize(scores, group_size=4, method="grpo", eps=1e-6).advantages)
     with pytest.raises(AssertionError):
-        check((scores - scores.mean()) / (((scores * scores).mean() - scores.mean() ** 2).clamp(min=0).sqrt() + 1e-6))
+        check(
+            (scores - scores.mean())
+            / (((scores * scores).mean() - scores.mean() ** 2).clamp(min=0).sqrt() + 1e-6)
+        )
 
 
 def test_11_a_sibling_without_actions_counts_with_its_score(device):
-    """Its score is placed at no token; a group mean of placed rewards would take it for 0 (OpenRLHF #1239)."""
+    """Its score is placed at no token; a group mean of placed rewards would take it for 0 (OpenRLHF
+    #1239)."""
     batch = rollout(device, [3, 0, 3], [4.0, 4.0, 1.0])
     signals = Signals(batch)
     last = batch.cu_seqlens[1:].long() - 1
@@ -168,12 +235,16 @@ def test_11_a_flat_group_is_still_held_near_the_reference(device):
         check(slopes(chosen, skipped, at, kl_coef=0.3)[0])
 
 
-# ---- ratios and aggregation: 13, 14, 17 -------------------------------------------------------------------------------------------
+# ---- ratios and aggregation: 13, 14, 17 ----------------------------------------------------------
 def sequence_ratios(batch, logp, reduce):
-    """Of each completion, exp of the mean or the sum of its log ratios; `all` takes masked slots in."""
+    """Of each completion, exp of the mean or the sum of its log ratios; `all` takes masked slots
+    in."""
     d = logp - batch.old_logp.nan_to_num()
     parts, masks = d.split(list(batch.lengths)), batch.action_mask.split(list(batch.lengths))
-    return [float({"mean": part[keep].mean, "sum": part[keep].sum, "all": part.mean}[reduce]().exp()) for part, keep in zip(parts, masks, strict=True)]
+    return [
+        float({"mean": part[keep].mean, "sum": part[keep].sum, "all": part.mean}[reduce]().exp())
+        for part, keep in zip(parts, masks, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("wrong", ["sum", "all"])
@@ -184,7 +255,10 @@ def test_13_gspo_has_one_ratio_a_completion_the_geometric_mean(wrong, device):
     batch = estimate(chosen, Signals(batch))
     logp = torch.where(batch.action_mask, batch.old_logp.nan_to_num() + 0.3, 0.7)
     grad, _ = slopes(chosen, batch, logp)
-    found = [float(grad[batch.slots([b])].sum() / -(batch.advantages[batch.slots([b])][-1] / 2)) for b in range(2)]
+    found = [
+        float(grad[batch.slots([b])].sum() / -(batch.advantages[batch.slots([b])][-1] / 2))
+        for b in range(2)
+    ]
 
     def check(ratios):
         assert found == pytest.approx(ratios, rel=1e-4)
@@ -196,7 +270,8 @@ def test_13_gspo_has_one_ratio_a_completion_the_geometric_mean(wrong, device):
 
 
 def test_13_gspo_does_not_weigh_by_length(device):
-    """Every completion pulls alike; summed over tokens, or a mean over all tokens, the longer one pulls more (TRL #3823)."""
+    """Every completion pulls alike; summed over tokens, or a mean over all tokens, the longer one
+    pulls more (TRL #3823)."""
     batch = rollout(device, [2, 6], [1.0, -1.0])
 
     def check(aggregation):
@@ -213,7 +288,8 @@ def test_13_gspo_does_not_weigh_by_length(device):
 
 
 def test_17_the_ratio_is_to_the_policy_of_the_rollout(device):
-    """exp(logp - logp.detach()) is always 1: nothing is ever clipped (torchforge #571). The loop scores first wherever there is a second update."""
+    """exp(logp - logp.detach()) is always 1: nothing is ever clipped (torchforge #571). The loop
+    scores first wherever there is a second update."""
     chosen = config("rloo", epochs=2, samples_per_prompt=2)
     batch = estimate(chosen, Signals(rollout(device, [4, 4], [1.0, -1.0])))
     logp = torch.where(batch.action_mask, batch.old_logp.nan_to_num() + 0.5, 0.0)
@@ -222,20 +298,24 @@ def test_17_the_ratio_is_to_the_policy_of_the_rollout(device):
         grad, stats = slopes(chosen, batch, logp)
         assert stats.ratio_mean.item() == pytest.approx(math.exp(0.5), rel=1e-5)
         assert stats.clip_fraction_high == 0.5
-        assert not grad[batch.slots([0])].any(), "beyond its bound the better completion pulls no more"
+        assert not grad[batch.slots([0])].any(), (
+            "beyond its bound the better completion pulls no more"
+        )
 
     check(batch)
     with pytest.raises(AssertionError):
         check(batch.with_columns(old_logp=logp.detach().clone()))
 
 
-# ---- returns and values: 16, 21, 27 ----------------------------------------------------------------------------------------------
+# ---- returns and values: 16, 21, 27 --------------------------------------------------------------
 def test_16_returns_are_sums_to_the_end_without_the_kl_of_pads(device):
     """Not the rewards themselves, and nothing of masked slots in them (rlhf-book #216)."""
     batch = rollout(device, [3, 2], [1.0, -2.0])
     kl = torch.where(batch.action_mask, batch.old_logp - batch.ref_logp, 0.0)
     right = torch.zeros(batch.num_tokens, device=device)
-    for b, (start, end) in enumerate(zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False)):
+    for b, (start, end) in enumerate(
+        zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False)
+    ):
         for t in range(start + 2, end):
             right[t] = batch.scores[b] - 0.3 * kl[t:end].sum()
 
@@ -250,18 +330,36 @@ def test_16_returns_are_sums_to_the_end_without_the_kl_of_pads(device):
     leaking = signals.rewards.clone()
     leaking[1] -= 0.3 * 2.0  # the KL of a prompt slot, summed along
     with pytest.raises(AssertionError):
-        check(torch.cat([part.flip(0).cumsum(0).flip(0) for part in leaking.split(list(batch.lengths))]))
+        check(
+            torch.cat(
+                [part.flip(0).cumsum(0).flip(0) for part in leaking.split(list(batch.lengths))]
+            )
+        )
 
 
 def test_21_scaled_scores_keep_the_value_loss_in_its_units(device):
-    """Rewards that grow from 4 to 20 multiply the value loss by 25 (DeepSpeedExamples #556); divided by their running deviation they do not."""
+    """Rewards that grow from 4 to 20 multiply the value loss by 25 (DeepSpeedExamples #556);
+    divided by their running deviation they do not."""
     rng = torch.Generator().manual_seed(0)
-    raw = [size * torch.randn(256, generator=rng).to(device) for size in (4.0, 4.0, 20.0, 20.0, 20.0, 20.0)]
-    control, empty = Control(config("ppo", scale_scores=True)), PackedBatch.from_sequences([([1], [2])] * 256, device=device)
+    raw = [
+        size * torch.randn(256, generator=rng).to(device)
+        for size in (4.0, 4.0, 20.0, 20.0, 20.0, 20.0)
+    ]
+    control, empty = (
+        Control(config("ppo", scale_scores=True)),
+        PackedBatch.from_sequences([([1], [2])] * 256, device=device),
+    )
 
     def check(scores):
         losses = [
-            float(value_loss(torch.zeros(256, device=device), torch.zeros(256, device=device), x, torch.full((256,), 1 / 256, device=device))[0])
+            float(
+                value_loss(
+                    torch.zeros(256, device=device),
+                    torch.zeros(256, device=device),
+                    x,
+                    torch.full((256,), 1 / 256, device=device),
+                )[0]
+            )
             for x in scores
         ]
         assert max(losses) < 6 * losses[0]
@@ -272,18 +370,25 @@ def test_21_scaled_scores_keep_the_value_loss_in_its_units(device):
 
 
 def fitted(device, returns, clip, rollouts=30, steps=8, share=0.02):
-    """The largest relative error left after so many rollouts of clipped regression, each of whose steps goes a share of the way."""
-    values, weights = torch.zeros(4, requires_grad=True, device=device), torch.full((4,), 0.25, device=device)
+    """The largest relative error left after so many rollouts of clipped regression, each of whose
+    steps goes a share of the way."""
+    values, weights = (
+        torch.zeros(4, requires_grad=True, device=device),
+        torch.full((4,), 0.25, device=device),
+    )
     for _ in range(rollouts):
         old = values.detach().clone()
         for _ in range(steps):
-            (grad,) = torch.autograd.grad(value_loss(values, old, returns, weights, clip=clip)[0], values)
+            (grad,) = torch.autograd.grad(
+                value_loss(values, old, returns, weights, clip=clip)[0], values
+            )
             values = (values - 4 * share * grad).detach().requires_grad_()
     return float((values - returns).abs().max() / returns.abs().max())
 
 
 def test_27_a_value_clip_is_in_the_units_of_the_returns(device):
-    """Moves of 0.2 a rollout stall a critic whose returns are hundreds (RLlib #2921): scale_scores, or value_clip null."""
+    """Moves of 0.2 a rollout stall a critic whose returns are hundreds (RLlib #2921): scale_scores,
+    or value_clip null."""
     returns = torch.tensor([300.0, -200.0, 120.0, 50.0], device=device)
 
     def check(error):
@@ -295,9 +400,10 @@ def test_27_a_value_clip_is_in_the_units_of_the_returns(device):
         check(fitted(device, returns, 0.2))
 
 
-# ---- metrics and coefficients: 22, 26, 29 -----------------------------------------------------------------------------------------
+# ---- metrics and coefficients: 22, 26, 29 --------------------------------------------------------
 def test_26_a_coefficient_is_never_set_to_zero_silently():
-    """A small or decaying one stays what it is, and one that makes no sense is refused (OpenRLHF's guard set 0)."""
+    """A small or decaying one stays what it is, and one that makes no sense is refused (OpenRLHF's
+    guard set 0)."""
     with pytest.raises(ConfigError, match=r"kl\.coef >= 0, got -0\.1"):
         KLConfig(coef=-0.1)
     with pytest.raises(ConfigError, match=r"it is multiplied, so 0 stays 0"):
@@ -320,10 +426,16 @@ def test_26_a_coefficient_is_never_set_to_zero_silently():
 
 
 def test_29_the_kl_is_per_completion_over_its_own_tokens(device):
-    """The sum over a completion's tokens, averaged over completions: what `kl.target` is in. A mean per token is another unit, one over pads another number."""
+    """The sum over a completion's tokens, averaged over completions: what `kl.target` is in. A mean
+    per token is another unit, one over pads another number."""
     batch = rollout(device, [2, 6], [1.0, -1.0])
     chosen = config("rloo")
-    batch = replace(batch, rollout_logp=batch.old_logp, old_entropy=torch.zeros(batch.num_tokens, device=device), values=None)
+    batch = replace(
+        batch,
+        rollout_logp=batch.old_logp,
+        old_entropy=torch.zeros(batch.num_tokens, device=device),
+        values=None,
+    )
     k1 = torch.where(batch.action_mask, batch.old_logp - batch.ref_logp, 0.0).double()
     per_completion = torch.stack([part.sum() for part in k1.split(list(batch.lengths))])
 
@@ -336,13 +448,16 @@ def test_29_the_kl_is_per_completion_over_its_own_tokens(device):
             check(float(wrong))
 
 
-# ---- what a step leaves for the next: 30 --------------------------------------------------------------------------------------------
+# ---- what a step leaves for the next: 30 ---------------------------------------------------------
 CARRIED = ("kl", "returns", "scores", "level", "origin", "drawn")
 
 
 @pytest.fixture
 def run(tiny_model, tmp_path, write_jsonl, device):
-    (tmp_path / "rewards.py").write_text("def count(prompts, completion_ids, **columns):\n    return [20.0 + sum(ids) % 5 for ids in completion_ids]\n")
+    (tmp_path / "rewards.py").write_text(
+        "def count(prompts, completion_ids, **columns):\n    return [20.0 + sum(ids) % 5 for ids "
+        "in completion_ids]\n"
+    )
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(12)])
 
     def make(name, **kwargs):
@@ -366,10 +481,22 @@ def run(tiny_model, tmp_path, write_jsonl, device):
 
 
 def test_30_everything_that_is_carried_is_resumed(run, monkeypatch):
-    """A run that is stopped and continued logs what an uninterrupted one does; with any one thing forgotten it does not."""
+    """A run that is stopped and continued logs what an uninterrupted one does; with any one thing
+    forgotten it does not."""
+
     def logged(config):
-        rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in row.items() if not key.startswith(("timing/", "tokens_per_s", "mem/"))} for row in rows]
+        rows = [
+            json.loads(line)
+            for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+        ]
+        return [
+            {
+                key: value
+                for key, value in row.items()
+                if not key.startswith(("timing/", "tokens_per_s", "mem/"))
+            }
+            for row in rows
+        ]
 
     whole = run("whole", steps=3)
     train_policy(whole)
@@ -378,6 +505,7 @@ def test_30_everything_that_is_carried_is_resumed(run, monkeypatch):
         parts = run(name, steps=3)
         remaining = iter(range(2))
         with pytest.MonkeyPatch.context() as patch:
+
             def dies(*args, original=policy.rollout, **kwargs):
                 if next(remaining, None) is None:
                     raise KeyboardInterrupt
@@ -388,8 +516,17 @@ def test_30_everything_that_is_carried_is_resumed(run, monkeypatch):
                 train_policy(parts)
         with pytest.MonkeyPatch.context() as patch:
             if forgotten:
+
                 def forgets(self, state, load=Control.load_state_dict):
-                    load(self, state | {forgotten: Control(parts).state_dict()[forgotten] if forgotten != "drawn" else 4})
+                    load(
+                        self,
+                        state
+                        | {
+                            forgotten: Control(parts).state_dict()[forgotten]
+                            if forgotten != "drawn"
+                            else 4
+                        },
+                    )
 
                 patch.setattr(Control, "load_state_dict", forgets)
             train_policy(replace(parts, run=replace(parts.run, resume=True)))
@@ -403,8 +540,18 @@ def test_30_everything_that_is_carried_is_resumed(run, monkeypatch):
 
 def test_22_a_reward_that_is_one_number_for_all_shows(run, tmp_path):
     """Collapse is reported: no spread, every group flat, no gradient of the policy."""
-    (tmp_path / "rewards.py").write_text("def count(prompts, completions, completion_ids, **columns):\n    return [1.0] * len(completions)\n")
-    flat = replace(run("flat", steps=1), algorithm="grpo", samples_per_prompt=2, scale_scores=False, kl=KLConfig(coef=0.0), loss=LossConfig())
+    (tmp_path / "rewards.py").write_text(
+        "def count(prompts, completions, completion_ids, **columns):\n    return [1.0] * "
+        "len(completions)\n"
+    )
+    flat = replace(
+        run("flat", steps=1),
+        algorithm="grpo",
+        samples_per_prompt=2,
+        scale_scores=False,
+        kl=KLConfig(coef=0.0),
+        loss=LossConfig(),
+    )
     train_policy(flat)
     row = json.loads((Path(flat.run.dir) / "metrics.jsonl").read_text())
     assert (row["reward_std"], row["frac_reward_zero_std"], row["grad_norm"]) == (0.0, 1.0, 0.0)

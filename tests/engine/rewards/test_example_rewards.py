@@ -1,4 +1,5 @@
 """The verifier of GSM8K and the reward for abstaining, through the loader that runs use."""
+
 import math
 from pathlib import Path
 
@@ -12,16 +13,36 @@ REWARDS = Path(__file__).resolve().parents[3] / "examples/rewards"
 
 def _score(name, completions, prompts=None, **columns):
     count = len(completions)
-    return RewardSet([load_reward(f"{REWARDS}/{name}")]).score(prompts or ["p"] * count, completions, [[1]] * count, [[2]] * count, columns)
+    return RewardSet([load_reward(f"{REWARDS}/{name}")]).score(
+        prompts or ["p"] * count, completions, [[1]] * count, [[2]] * count, columns
+    )
 
 
-# ---- GSM8K --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("completion, gold, exact, last", [
-    ("6*7=42\n#### 42", "42", 1, 1), ("#### 1,042", "1042", 1, 1), ("#### $42.00.", "42", 1, 1), ("#### 42%", "42", 1, 1), ("####42", "42", 1, 1),
-    ("#### 41\n#### 42", "42", 1, 1), ("#### 42\n#### 41", "42", 0, 0), ("#### -3.5", "-3.5", 1, 1), ("#### .5", "0.5", 1, 1),
-    ("The answer is 42.", "42", 0, 1), ("42 of 43", "42", 0, 0), ("#### 420", "42", 0, 0), ("#### 42.5", "42", 0, 0), ("#### 1,04", "1", 0, 0),
-    ("#### forty-two", "42", 0, 0), ("", "42", 0, 0), ("#### ", "42", 0, 0), ("#### 2\nso 7 in all", "2", 1, 0), ("#### 1" + "0" * 5000, "1", 0, 0),
-])
+# ---- GSM8K ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "completion, gold, exact, last",
+    [
+        ("6*7=42\n#### 42", "42", 1, 1),
+        ("#### 1,042", "1042", 1, 1),
+        ("#### $42.00.", "42", 1, 1),
+        ("#### 42%", "42", 1, 1),
+        ("####42", "42", 1, 1),
+        ("#### 41\n#### 42", "42", 1, 1),
+        ("#### 42\n#### 41", "42", 0, 0),
+        ("#### -3.5", "-3.5", 1, 1),
+        ("#### .5", "0.5", 1, 1),
+        ("The answer is 42.", "42", 0, 1),
+        ("42 of 43", "42", 0, 0),
+        ("#### 420", "42", 0, 0),
+        ("#### 42.5", "42", 0, 0),
+        ("#### 1,04", "1", 0, 0),
+        ("#### forty-two", "42", 0, 0),
+        ("", "42", 0, 0),
+        ("#### ", "42", 0, 0),
+        ("#### 2\nso 7 in all", "2", 1, 0),
+        ("#### 1" + "0" * 5000, "1", 0, 0),
+    ],
+)
 def test_the_number_behind_the_mark_is_compared_as_a_number(completion, gold, exact, last):
     assert _score("gsm8k.py:exact", [completion], gold=[gold]).total == [exact]
     assert _score("gsm8k.py:last_number", [completion], gold=[gold]).total == [last]
@@ -29,7 +50,12 @@ def test_the_number_behind_the_mark_is_compared_as_a_number(completion, gold, ex
 
 def test_rows_without_a_gold_number_are_left_to_other_rewards_and_chats_are_read():
     chat = [{"role": "user", "content": "q"}]
-    scores = _score("gsm8k.py:exact", ["#### 1", "#### 1", "#### 2"], prompts=["p", chat, chat], gold=[None, "1", "1"])
+    scores = _score(
+        "gsm8k.py:exact",
+        ["#### 1", "#### 1", "#### 2"],
+        prompts=["p", chat, chat],
+        gold=[None, "1", "1"],
+    )
     assert scores.per_reward == {"exact": [None, 1.0, 0.0]}
     assert math.isnan(scores.total[0])
 
@@ -43,25 +69,46 @@ def test_every_real_solution_is_right_and_its_neighbours_is_not(shared):
     assert sum(shifted) == sum(a == b for a, b in zip(gold, gold[1:] + gold[:1], strict=True))
 
 
-# ---- abstention ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("completion, answers, kind, value", [
-    ("It is the Eiffel Tower, in Paris.", "Eiffel Tower", "knowledge-seeking", 1.0), ("It is in Rome.", ["Paris"], "knowledge-seeking", -5.0),
-    ("I don't know.", ["Paris"], "knowledge-seeking", -0.5), ("I\u2019m not sure, but Paris.", ["Paris"], "knowledge-seeking", -0.5),
-    ("paris!", ["Lyon", "PARIS"], None, 1.0), ("Parisian", "Paris", None, -5.0), ("我不知道", "巴黎", None, -0.5), ("答案是巴黎。", "巴黎", None, 1.0),
-    ("I cannot say.", "Paris", "text-grounded", -0.5), ("Rome", "Paris", "text-grounded", -1.0), ("There is not enough information.", [], "text-grounded", 1.0),
-    ("Rome", None, "text-grounded", -1.0), ("", "Paris", None, -5.0), ("Once upon a time", None, "creative", None),
-])
-def test_right_answers_beat_abstaining_and_abstaining_beats_mistakes(completion, answers, kind, value):
-    assert _score("abstention.py:honest", [completion], answers=[answers], type=[kind]).per_reward == {"honest": [value]}
+# ---- abstention ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "completion, answers, kind, value",
+    [
+        ("It is the Eiffel Tower, in Paris.", "Eiffel Tower", "knowledge-seeking", 1.0),
+        ("It is in Rome.", ["Paris"], "knowledge-seeking", -5.0),
+        ("I don't know.", ["Paris"], "knowledge-seeking", -0.5),
+        ("I\u2019m not sure, but Paris.", ["Paris"], "knowledge-seeking", -0.5),
+        ("paris!", ["Lyon", "PARIS"], None, 1.0),
+        ("Parisian", "Paris", None, -5.0),
+        ("我不知道", "巴黎", None, -0.5),
+        ("答案是巴黎。", "巴黎", None, 1.0),
+        ("I cannot say.", "Paris", "text-grounded", -0.5),
+        ("Rome", "Paris", "text-grounded", -1.0),
+        ("There is not enough information.", [], "text-grounded", 1.0),
+        ("Rome", None, "text-grounded", -1.0),
+        ("", "Paris", None, -5.0),
+        ("Once upon a time", None, "creative", None),
+    ],
+)
+def test_right_answers_beat_abstaining_and_abstaining_beats_mistakes(
+    completion, answers, kind, value
+):
+    assert _score(
+        "abstention.py:honest", [completion], answers=[answers], type=[kind]
+    ).per_reward == {"honest": [value]}
 
 
 def test_the_type_column_may_be_missing_and_may_not_be_unknown():
-    assert _score("abstention.py:honest", ["Paris", "Rome"], answers=["Paris", "Paris"]).total == [1.0, -5.0]
-    with pytest.raises(ValueError, match="expected a type of text-grounded, knowledge-seeking or creative, got 'x'"):
+    assert _score("abstention.py:honest", ["Paris", "Rome"], answers=["Paris", "Paris"]).total == [
+        1.0,
+        -5.0,
+    ]
+    with pytest.raises(
+        ValueError, match="expected a type of text-grounded, knowledge-seeking or creative, got 'x'"
+    ):
         _score("abstention.py:honest", ["Paris"], answers=["Paris"], type=["x"])
 
 
-# ---- a reward that is there to be hacked ------------------------------------------------------------------------------------------
+# ---- a reward that is there to be hacked ---------------------------------------------------------
 def test_cheerful_words_are_counted_however_often_they_come():
     texts = ["", "Tom was HAPPY. He smiled!", "unhappy unhappily", "happy " * 9]
     assert _score("cheerful.py:cheerful", texts).total == [0.0, 2.0, 0.0, 9.0]

@@ -1,14 +1,25 @@
 """Repetition against its definitions, spelled out in plain loops."""
+
 import random
 
 import pytest
 
-from fusedrl.engine.rollout.repetition import distinct_share, ends_in_loop, longest_run, repeated_share, trigrams
+from fusedrl.engine.rollout.repetition import (
+    distinct_share,
+    ends_in_loop,
+    longest_run,
+    repeated_share,
+    trigrams,
+)
 
 
 def _cases() -> list[list[int]]:
     rng = random.Random(0)
-    drawn = [[rng.randrange(size) for _ in range(length)] for size in (1, 2, 5, 2**21) for length in (0, 1, 2, 3, 4, 7, 33)]
+    drawn = [
+        [rng.randrange(size) for _ in range(length)]
+        for size in (1, 2, 5, 2**21)
+        for length in (0, 1, 2, 3, 4, 7, 33)
+    ]
     return [*drawn, [1, 2, 3] * 5, [7] * 9, [5, *[1, 2] * 3], list(range(100))]
 
 
@@ -16,12 +27,15 @@ def test_shares_against_sets():
     for ids in _cases():
         seen, repeated = set(), 0
         for start in range(len(ids) - 2):
-            triple = tuple(ids[start:start + 3])
+            triple = tuple(ids[start : start + 3])
             repeated += triple in seen
             seen.add(triple)
         count = max(0, len(ids) - 2)
-        unpacked = [(key >> 42, key >> 21 & (2**21 - 1), key & (2**21 - 1)) for key in trigrams(ids).tolist()]
-        assert unpacked == [tuple(ids[i:i + 3]) for i in range(count)]
+        unpacked = [
+            (key >> 42, key >> 21 & (2**21 - 1), key & (2**21 - 1))
+            for key in trigrams(ids).tolist()
+        ]
+        assert unpacked == [tuple(ids[i : i + 3]) for i in range(count)]
         assert repeated_share(ids) == pytest.approx(repeated / count if count else 0.0)
         assert distinct_share([ids]) == pytest.approx(len(seen) / count if count else 1.0)
 
@@ -50,7 +64,11 @@ def _runs(ids):
 
 def test_loops():
     def defined(ids):
-        return any(ids[-size:] == ids[-2 * size:-size] == ids[-3 * size:-2 * size] for size in range(2, 65) if len(ids) >= 3 * size)
+        return any(
+            ids[-size:] == ids[-2 * size : -size] == ids[-3 * size : -2 * size]
+            for size in range(2, 65)
+            if len(ids) >= 3 * size
+        )
 
     for ids in _cases():
         assert ends_in_loop(ids) == defined(ids), ids

@@ -1,4 +1,5 @@
 """TRL's GRPOTrainer trains a transformers model, and the actor in its storage generates."""
+
 import json
 import os
 import subprocess
@@ -23,12 +24,25 @@ class Trainer:
     chat_template, chat_template_kwargs, tools = None, {}, None
 
     def __init__(self, directory, rank=0, step=0, training=True):
-        self.args = SimpleNamespace(max_completion_length=6, temperature=0.9, top_p=1.0, top_k=0, min_p=None, seed=5, repetition_penalty=1.0,
-                                    generation_kwargs=None)
-        self.model, self.processing_class = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+        self.args = SimpleNamespace(
+            max_completion_length=6,
+            temperature=0.9,
+            top_p=1.0,
+            top_k=0,
+            min_p=None,
+            seed=5,
+            repetition_penalty=1.0,
+            generation_kwargs=None,
+        )
+        self.model, self.processing_class = (
+            AutoModelForCausalLM.from_pretrained(directory),
+            AutoTokenizer.from_pretrained(directory),
+        )
         self.model.train(training)
         self.state = SimpleNamespace(global_step=step)
-        self.accelerator = SimpleNamespace(process_index=rank, unwrap_model=lambda model, keep_torch_compile: model)
+        self.accelerator = SimpleNamespace(
+            process_index=rank, unwrap_model=lambda model, keep_torch_compile: model
+        )
 
 
 def test_one_completion_a_prompt_in_order_and_never_the_same_draw(tiny_model):
@@ -36,20 +50,34 @@ def test_one_completion_a_prompt_in_order_and_never_the_same_draw(tiny_model):
     call = rollout_func()
     first, second = call(PROMPTS, trainer), call(PROMPTS, trainer)
     assert [len(column) for column in first.values()] == [4, 4, 4]
-    assert first["prompt_ids"] == second["prompt_ids"] == [trainer.processing_class(p)["input_ids"] for p in PROMPTS]
+    assert (
+        first["prompt_ids"]
+        == second["prompt_ids"]
+        == [trainer.processing_class(p)["input_ids"] for p in PROMPTS]
+    )
     assert first["completion_ids"] != second["completion_ids"]
     assert len({tuple(ids) for out in (first, second) for ids in out["completion_ids"]}) > 4
-    assert all(0 < len(ids) <= 6 and len(ids) == len(logp) for ids, logp in zip(first["completion_ids"], first["logprobs"], strict=True))
+    assert all(
+        0 < len(ids) <= 6 and len(ids) == len(logp)
+        for ids, logp in zip(first["completion_ids"], first["logprobs"], strict=True)
+    )
     again = rollout_func()(PROMPTS, trainer)
     assert again == first
-    greedy = rollout_func(params=SamplingParams(max_new_tokens=3, temperature=0.0))(PROMPTS, trainer)
+    greedy = rollout_func(params=SamplingParams(max_new_tokens=3, temperature=0.0))(
+        PROMPTS, trainer
+    )
     assert greedy["completion_ids"][0] == greedy["completion_ids"][1] == greedy["completion_ids"][3]
 
 
 def test_no_two_requests_have_one_number(tiny_model, monkeypatch):
-    """Over processes with batches of different sizes, steps, and evaluations between; a run that goes on from a step has the numbers that it would have had."""
+    """Over processes with batches of different sizes, steps, and evaluations between; a run that
+    goes on from a step has the numbers that it would have had."""
     asked = []
-    monkeypatch.setattr(HybridActor, "generate", lambda self, prompts, params, request_ids: asked.extend(request_ids) or [])
+    monkeypatch.setattr(
+        HybridActor,
+        "generate",
+        lambda self, prompts, params, request_ids: asked.extend(request_ids) or [],
+    )
 
     def run(rank, steps):
         trainer, call = Trainer(tiny_model, rank), rollout_func()
@@ -66,7 +94,7 @@ def test_no_two_requests_have_one_number(tiny_model, monkeypatch):
     later = [*asked]
     asked.clear()
     run(2, range(2, 4))
-    assert asked == later[-len(asked):]
+    assert asked == later[-len(asked) :]
     asked.clear()
     run(4095, [2**30 - 1])
     assert max(asked) < 2**63
@@ -90,12 +118,18 @@ def test_the_actor_is_made_where_the_model_lies_and_again_where_it_went(tiny_mod
     out = call(PROMPTS, trainer)
     assert call.actor is not actor
     assert call.actor.decoder.dtype == torch.bfloat16
-    trainer.model.load_state_dict({name: value.clone() for name, value in trainer.model.state_dict().items()}, assign=True)
+    trainer.model.load_state_dict(
+        {name: value.clone() for name, value in trainer.model.state_dict().items()}, assign=True
+    )
     trainer.model.tie_weights()
     assert call(PROMPTS, trainer)["prompt_ids"] == out["prompt_ids"]
 
     for given in (HybridActor.from_pretrained(tiny_model, dtype="float32", device=device), actor):
-        with pytest.raises(RuntimeError, match=r"not generate from the weights that the trainer trains.*rollout_func\(\) makes one"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"not generate from the weights that the trainer trains.*rollout_func\(\) "
+            r"makes one",
+        ):
             rollout_func(given)(PROMPTS, trainer)
     mine = HybridActor.from_module(trainer.model, trainer.processing_class)
     assert len(rollout_func(mine)(PROMPTS, trainer)["logprobs"]) == 4
@@ -103,30 +137,57 @@ def test_the_actor_is_made_where_the_model_lies_and_again_where_it_went(tiny_mod
 
 def test_what_the_trainer_asks_for_is_followed_or_refused(tiny_model):
     trainer = Trainer(tiny_model)
-    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}{{ last }}{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt "
+        "%}{{ last }}{% endif %}"
+    )
     trainer.processing_class.chat_template, trainer.chat_template_kwargs = template, {"last": "w9"}
     out = rollout_func()([[{"role": "user", "content": "w4"}]] * 2, trainer)
-    assert out["prompt_ids"] == [trainer.processing_class("w4 w9")["input_ids"]] * 2 or out["prompt_ids"] == [[8, 13]] * 2
+    assert (
+        out["prompt_ids"] == [trainer.processing_class("w4 w9")["input_ids"]] * 2
+        or out["prompt_ids"] == [[8, 13]] * 2
+    )
     for change in ({"repetition_penalty": 1.1}, {"generation_kwargs": {"num_beams": 2}}):
         vars(trainer.args).update(change)
         with pytest.raises(ValueError, match="give rollout_func the params to draw with"):
             rollout_func()(PROMPTS, trainer)
-        assert len(rollout_func(params=SamplingParams(max_new_tokens=3))(PROMPTS, trainer)["logprobs"]) == 4
+        assert (
+            len(rollout_func(params=SamplingParams(max_new_tokens=3))(PROMPTS, trainer)["logprobs"])
+            == 4
+        )
 
 
 def processes(count, model, out, **options):
     """What each of `count` processes of torchrun wrote."""
     pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     script = Path(__file__).with_name("trl_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-               str(script), str(model), str(out), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        str(script),
+        str(model),
+        str(out),
+        json.dumps(options),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(count)]
 
 
 def check(told, wrapped):
-    """Nothing drawn twice, every rollout from the weights of its moment, and these equal in all processes."""
+    """Nothing drawn twice, every rollout from the weights of its moment, and these equal in all
+    processes."""
     rollouts = [one for each in told for one in each["seen"]]
     long = [tuple(ids) for one in rollouts for ids in one["completions"] if len(ids) >= 6]
     assert len(long) > 20
@@ -137,19 +198,33 @@ def check(told, wrapped):
         assert len({one["weights"] for one in mine}) == 1
     assert len({each["end"] for each in told}) == 1
     steps = [one for one in told[0]["seen"] if one["training"]]
-    assert len({one["weights"] for one in steps}) == len(steps) == len({one["step"] for one in steps}), "a rollout a step, each from other weights"
+    assert (
+        len({one["weights"] for one in steps}) == len(steps) == len({one["step"] for one in steps})
+    ), "a rollout a step, each from other weights"
     versions = [one["version"] for one in steps]
     assert versions == sorted(set(versions))
 
 
 def test_two_processes_draw_differently_and_train_one_model(tiny_model, tmp_path):
-    told = processes(2, tiny_model, tmp_path, gradient_accumulation_steps=2, max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="steps",
-                     eval_steps=2, resume=2)
+    told = processes(
+        2,
+        tiny_model,
+        tmp_path,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        resume=2,
+    )
     assert [each["world"] for each in told] == [2, 2]
     check(told, {"DistributedDataParallel"})
     for each in told:  # what is resumed draws what the run drew, from the same weights
         after = [one for one in each["seen"] if one["training"] and one["step"] >= 2]
-        assert [(one["completions"], one["weights"]) for one in each["resumed"] if one["training"]] == [(one["completions"], one["weights"]) for one in after]
+        assert [
+            (one["completions"], one["weights"]) for one in each["resumed"] if one["training"]
+        ] == [(one["completions"], one["weights"]) for one in after]
         assert each["resumed_end"] == each["end"]
 
 
@@ -165,28 +240,61 @@ def test_grpo_trainer(tiny_model, tmp_path, device):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).to(device), AutoTokenizer.from_pretrained(tiny_model)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).to(device),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
     generate, differences, versions, storages = rollout_func(), [], [], []
 
     def checked(prompts, trainer):
         out = generate(prompts, trainer)
         versions.append(generate.actor.weights_version)
         storages.append([p.data_ptr() for p in model.parameters()])
-        with torch.no_grad():  # transformers' own log-probabilities of what was drawn, with the weights of this moment
-            for prompt, completion, logp in zip(out["prompt_ids"], out["completion_ids"], out["logprobs"], strict=True):
+        # transformers' own log-probabilities of what was drawn, with the weights of this moment
+        with torch.no_grad():
+            for prompt, completion, logp in zip(
+                out["prompt_ids"], out["completion_ids"], out["logprobs"], strict=True
+            ):
                 ids = torch.tensor([prompt + completion], device=device)
-                expected = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[len(prompt) - 1:, 0]
-                differences.append(float((expected - torch.tensor(logp, device=device)).abs().max()))
+                expected = (
+                    model(ids)
+                    .logits[0, :-1]
+                    .log_softmax(-1)
+                    .gather(-1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+                )
+                differences.append(
+                    float((expected - torch.tensor(logp, device=device)).abs().max())
+                )
         return out
 
     def likes_w5(completions, **_):
         return [float(text.split().count("w5")) for text in completions]
 
-    arguments = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=16, num_generations=8, max_steps=8, max_completion_length=12,
-                           learning_rate=2e-2, temperature=1.0, beta=0.0, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
-                           logging_steps=1, disable_tqdm=True, seed=0)
-    trainer = GRPOTrainer(model=model, processing_class=tokenizer, reward_funcs=likes_w5, args=arguments, rollout_func=checked,
-                          train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(16)]}))
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_steps=8,
+        max_completion_length=12,
+        learning_rate=2e-2,
+        temperature=1.0,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=0,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=likes_w5,
+        args=arguments,
+        rollout_func=checked,
+        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(16)]}),
+    )
     trainer.train()
     assert trainer.model is model
     assert all(found == storages[0] for found in storages)
@@ -195,12 +303,15 @@ def test_grpo_trainer(tiny_model, tmp_path, device):
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert sum(rewards[-2:]) > 2 * sum(rewards[:2])
     actor = generate.actor
-    batch = PackedBatch.from_completions([[1, 4]], actor.generate([[1, 4]], SamplingParams(max_new_tokens=4)), device=device)
+    batch = PackedBatch.from_completions(
+        [[1, 4]], actor.generate([[1, 4]], SamplingParams(max_new_tokens=4)), device=device
+    )
     assert actor.score(batch).logp.shape == (batch.num_tokens,)
 
 
 def test_a_trainer_under_autocast_is_told_once_with_the_remedy(tiny_model, tmp_path):
-    """TRL sets bf16=True by itself: the model then computes in bfloat16 what the actor draws in float32."""
+    """TRL sets bf16=True by itself: the model then computes in bfloat16 what the actor draws in
+    float32."""
     import warnings
 
     from accelerate.state import AcceleratorState
@@ -209,11 +320,32 @@ def test_a_trainer_under_autocast_is_told_once_with_the_remedy(tiny_model, tmp_p
 
     def run(dtype: torch.dtype, **options) -> list[str]:
         AcceleratorState._reset_state(True)  # accelerate keeps its precision for the whole process
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype), AutoTokenizer.from_pretrained(tiny_model)
-        arguments = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_steps=2, max_completion_length=4, beta=0.0,
-                               use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, seed=0, **options)
-        trainer = GRPOTrainer(model=model, processing_class=tokenizer, reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-                              args=arguments, rollout_func=rollout_func(), train_dataset=Dataset.from_dict({"prompt": ["w1 w2", "w2 w3"]}))
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype),
+            AutoTokenizer.from_pretrained(tiny_model),
+        )
+        arguments = GRPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_steps=2,
+            max_completion_length=4,
+            beta=0.0,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=0,
+            **options,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            processing_class=tokenizer,
+            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            args=arguments,
+            rollout_func=rollout_func(),
+            train_dataset=Dataset.from_dict({"prompt": ["w1 w2", "w2 w3"]}),
+        )
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             trainer.train()

@@ -1,4 +1,6 @@
-"""Checkpoints: whatever happens to a save, the newest complete one loads and none that was acknowledged is lost."""
+"""Checkpoints: whatever happens to a save, the newest complete one loads and none that was
+acknowledged is lost."""
+
 import errno
 import json
 import os
@@ -18,9 +20,29 @@ from safetensors.torch import load_file
 
 from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError
 from fusedrl.engine.config import RunConfig, SFTConfig
-from fusedrl.engine.runs.checkpoint import MANIFEST, RunDirectory, RunLock, config_diff, config_to_dict, latest_checkpoint, save_checkpoint
+from fusedrl.engine.runs.checkpoint import (
+    MANIFEST,
+    RunDirectory,
+    RunLock,
+    config_diff,
+    config_to_dict,
+    latest_checkpoint,
+    save_checkpoint,
+)
 
-IO_CALLS = {"open", "write", "flush", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "close", "scandir"}
+IO_CALLS = {
+    "open",
+    "write",
+    "flush",
+    "fsync",
+    "rename",
+    "replace",
+    "mkdir",
+    "unlink",
+    "rmdir",
+    "close",
+    "scandir",
+}
 
 
 def _tensors(device, step: int):
@@ -34,13 +56,21 @@ def _tensors(device, step: int):
             "scalar": torch.tensor(0.1 * step, device=device),
             "none": torch.zeros(0, 5, device=device),
         },
-        "optimizer": {"step": torch.tensor(step, device=device), "m.a": weight.double(), "mask": weight > 0},
+        "optimizer": {
+            "step": torch.tensor(step, device=device),
+            "m.a": weight.double(),
+            "mask": weight > 0,
+        },
         "rng": {"cpu": torch.get_rng_state()},
     }
 
 
 def _state(step: int):
-    return {"kl_coef": 0.1 + step, "cursor": {"epoch": step, "index": None}, "flags": [True, "x", 1e-300]}
+    return {
+        "kl_coef": 0.1 + step,
+        "cursor": {"epoch": step, "index": None},
+        "flags": [True, "x", 1e-300],
+    }
 
 
 def _save(device, run, step, keep=2):
@@ -104,8 +134,15 @@ def test_round_trip_is_bitwise(tmp_path, device):
     path = _save(device, tmp_path, 12)
     assert path == tmp_path / "checkpoints/step_00000012"
     _same(device, latest_checkpoint(tmp_path), 12)
-    assert load_file(path / "model.safetensors")["bf16"].dtype == torch.bfloat16  # the library's own reader agrees
-    assert sorted(p.name for p in path.iterdir()) == [MANIFEST, "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+    # the library's own reader agrees
+    assert load_file(path / "model.safetensors")["bf16"].dtype == torch.bfloat16
+    assert sorted(p.name for p in path.iterdir()) == [
+        MANIFEST,
+        "model.safetensors",
+        "optimizer.safetensors",
+        "rng.safetensors",
+        "state.json",
+    ]
 
 
 def test_no_checkpoint(tmp_path):
@@ -128,7 +165,7 @@ def test_saving_a_saved_step_again_changes_nothing(tmp_path, device):
     assert {p.name: p.stat().st_mtime_ns for p in path.iterdir()} == before
 
 
-# ---- a save that is interrupted -------------------------------------------------------------------------------------------------
+# ---- a save that is interrupted ------------------------------------------------------------------
 @pytest.mark.parametrize("event", ["c_call", "c_return"])
 def test_killed_at_every_io_call_the_newest_complete_one_loads(tmp_path, event, device):
     template = tmp_path / "template"
@@ -174,6 +211,7 @@ def test_a_failure_of_every_io_call_leaves_the_old_one_and_no_temporary(tmp_path
         def work(run=run, k=k):
             def fail():
                 raise OSError(number, os.strerror(number))
+
             _at_io_call(k, "c_call", fail)
             _save(device, run, 2, keep=1)
             finished = sys.getprofile() is not None
@@ -203,7 +241,10 @@ def test_a_full_disk_names_needed_and_free_bytes(tmp_path, limit, device):
 
     status, text = _in_child(work)
     assert status != 0
-    assert re.search(r"this checkpoint needs [\d,]+ bytes and [\d,]+ are free; earlier checkpoints are intact", text), text
+    assert re.search(
+        r"this checkpoint needs [\d,]+ bytes and [\d,]+ are free; earlier checkpoints are intact",
+        text,
+    ), text
     assert _entries(tmp_path) == ["step_00000001"]
     _same(device, latest_checkpoint(tmp_path), 1)
 
@@ -211,25 +252,41 @@ def test_a_full_disk_names_needed_and_free_bytes(tmp_path, limit, device):
 def test_everything_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch, device):
     trace = []
     fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (trace.append(("fsync", Path(os.readlink(f"/proc/self/fd/{fd}")).name)), fsync(fd)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (trace.append(("rename", Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (
+            trace.append(("fsync", Path(os.readlink(f"/proc/self/fd/{fd}")).name)),
+            fsync(fd),
+        ),
+    )
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (trace.append(("rename", Path(b).name)), rename(a, b))
+    )
     _save(device, tmp_path, 7)
     files = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
     assert set(trace[:4]) == {("fsync", name) for name in files}
-    assert trace[4:] == [("fsync", MANIFEST), ("fsync", ".tmp_step_00000007"), ("rename", "step_00000007"), ("fsync", "checkpoints")]
+    assert trace[4:] == [
+        ("fsync", MANIFEST),
+        ("fsync", ".tmp_step_00000007"),
+        ("rename", "step_00000007"),
+        ("fsync", "checkpoints"),
+    ]
 
 
 def test_older_ones_go_only_after_the_new_one_verifies(tmp_path, monkeypatch, device):
     _save(device, tmp_path, 1, keep=1)
     rename = os.rename
-    monkeypatch.setattr(os, "rename", lambda a, b: (_flip(Path(a) / "model.safetensors", -1), rename(a, b)))  # a disk that lies
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (_flip(Path(a) / "model.safetensors", -1), rename(a, b))
+    )  # a disk that lies
     with pytest.raises(CheckpointError, match="damaged after it was written"):
         _save(device, tmp_path, 2, keep=1)
     monkeypatch.undo()
     _same(device, latest_checkpoint(tmp_path), 1)
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 def _flip(path, position):
     data = bytearray(path.read_bytes())
     data[position] ^= 1
@@ -237,18 +294,39 @@ def _flip(path, position):
 
 
 DAMAGE = {
-    "bit flip in the tensors": (lambda d: _flip(d / "model.safetensors", -3), "model.safetensors: its SHA-256"),
-    "bit flip in the header": (lambda d: _flip(d / "optimizer.safetensors", 3), "optimizer.safetensors: its SHA-256"),
+    "bit flip in the tensors": (
+        lambda d: _flip(d / "model.safetensors", -3),
+        "model.safetensors: its SHA-256",
+    ),
+    "bit flip in the header": (
+        lambda d: _flip(d / "optimizer.safetensors", 3),
+        "optimizer.safetensors: its SHA-256",
+    ),
     "bit flip in the state": (lambda d: _flip(d / "state.json", 10), "state.json: its SHA-256"),
-    "truncation": (lambda d: os.truncate(d / "model.safetensors", 100), "model.safetensors: expected 48"),
+    "truncation": (
+        lambda d: os.truncate(d / "model.safetensors", 100),
+        "model.safetensors: expected 48",
+    ),
     "emptied": (lambda d: os.truncate(d / "state.json", 0), "state.json: expected"),
     "missing file": (lambda d: (d / "rng.safetensors").unlink(), "rng.safetensors: missing"),
     "missing manifest": (lambda d: (d / MANIFEST).unlink(), "its save never finished"),
     "manifest is no JSON": (lambda d: (d / MANIFEST).write_text("{"), "cannot be read"),
     "manifest is no object": (lambda d: (d / MANIFEST).write_text("[]"), "cannot be read"),
-    "manifest without files": (lambda d: (d / MANIFEST).write_text('{"format": 1, "step": 2, "files": {}}'), "does not list state.json"),
-    "format of the future": (lambda d: (d / MANIFEST).write_text('{"format": 2}'), "expected format 1, got 2"),
-    "link out of the directory": (lambda d: ((d / "state.json").rename(d.parent / "x"), (d / "state.json").symlink_to(d.parent / "x")), "no plain file"),
+    "manifest without files": (
+        lambda d: (d / MANIFEST).write_text('{"format": 1, "step": 2, "files": {}}'),
+        "does not list state.json",
+    ),
+    "format of the future": (
+        lambda d: (d / MANIFEST).write_text('{"format": 2}'),
+        "expected format 1, got 2",
+    ),
+    "link out of the directory": (
+        lambda d: (
+            (d / "state.json").rename(d.parent / "x"),
+            (d / "state.json").symlink_to(d.parent / "x"),
+        ),
+        "no plain file",
+    ),
     "another step": (lambda d: d.rename(d.with_name("step_00000003")), "is of step 2"),
 }
 
@@ -293,7 +371,7 @@ def test_stale_temporaries_are_cleaned(tmp_path, device):
     assert _entries(tmp_path) == ["step_00000001"]
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, value, dtype, device):
@@ -312,7 +390,17 @@ def test_group_names_cannot_traverse(tmp_path, group):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("state", [{"a": {1: 2}}, {"a": float("nan")}, {"a": [float("inf")]}, {"a": torch.tensor(1.0)}, {"a": {1, 2}}, {"a": Path("x")}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": {1: 2}},
+        {"a": float("nan")},
+        {"a": [float("inf")]},
+        {"a": torch.tensor(1.0)},
+        {"a": {1, 2}},
+        {"a": Path("x")},
+    ],
+)
 def test_a_state_that_json_would_change_is_refused(tmp_path, state):
     with pytest.raises(CheckpointError, match=r"state\.a|state"):
         save_checkpoint(tmp_path, 1, {}, state, keep=1)
@@ -326,18 +414,32 @@ def test_steps_out_of_range(tmp_path, step):
 
 def test_types_that_cannot_be_stored(tmp_path, device):
     with pytest.raises(CheckpointError, match="complex64"):
-        save_checkpoint(tmp_path, 1, {"model": {"z": torch.zeros(2, dtype=torch.complex64, device=device)}}, {}, keep=1)
+        save_checkpoint(
+            tmp_path,
+            1,
+            {"model": {"z": torch.zeros(2, dtype=torch.complex64, device=device)}},
+            {},
+            keep=1,
+        )
 
 
-# ---- the lock ---------------------------------------------------------------------------------------------------------------------
-HOLD = "import sys, time; from fusedrl.engine.runs.checkpoint import RunLock; lock = RunLock(sys.argv[1]); print('held', flush=True); time.sleep(600)"
+# ---- the lock ------------------------------------------------------------------------------------
+HOLD = (
+    "import sys, time; from fusedrl.engine.runs.checkpoint import RunLock; lock = "
+    "RunLock(sys.argv[1]); print('held', flush=True); time.sleep(600)"
+)
 
 
 def test_a_second_writer_is_refused_until_the_first_dies(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(SetupError, match=rf"another run writes here \(pid {holder.pid} on host {os.uname().nodename}\)"):
+        with pytest.raises(
+            SetupError,
+            match=rf"another run writes here \(pid {holder.pid} on host {os.uname().nodename}\)",
+        ):
             RunLock(tmp_path)
         holder.kill()
     with RunLock(tmp_path), pytest.raises(SetupError, match=f"pid {os.getpid()}"):
@@ -345,13 +447,17 @@ def test_a_second_writer_is_refused_until_the_first_dies(tmp_path):
     RunLock(tmp_path).release()
 
 
-# ---- the run directory --------------------------------------------------------------------------------------------------------------
+# ---- the run directory ---------------------------------------------------------------------------
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "data.jsonl").write_text("{}\n")
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").write_bytes(b"weights")
-    return SFTConfig(model=str(tmp_path / "model"), data=str(tmp_path / "data.jsonl"), run=RunConfig(dir=str(tmp_path / "run")))
+    return SFTConfig(
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "data.jsonl"),
+        run=RunConfig(dir=str(tmp_path / "run")),
+    )
 
 
 def test_a_run_is_continued_only_unchanged(config, tmp_path, device):
@@ -363,13 +469,19 @@ def test_a_run_is_continued_only_unchanged(config, tmp_path, device):
             RunDirectory(config)
     with pytest.raises(ConfigError, match=r"holds a run \(step 5\)"):
         RunDirectory(config)
-    resumed = replace(config, run=replace(config.run, resume=True, keep=7, save_every=3, progress=False))
+    resumed = replace(
+        config, run=replace(config.run, resume=True, keep=7, save_every=3, progress=False)
+    )
     with RunDirectory(resumed) as run:
         _same(device, run.checkpoint, 5)
     changed = replace(resumed, epochs=3, optim=replace(config.optim, lr=1e-3, betas=(0.5, 0.9)))
     with pytest.raises(ConfigError) as caught:
         RunDirectory(changed)
-    assert str(caught.value).splitlines()[1:] == ["  epochs: 1 -> 3", "  optim.lr: 1e-05 -> 0.001", "  optim.betas: [0.9, 0.999] -> [0.5, 0.9]"]
+    assert str(caught.value).splitlines()[1:] == [
+        "  epochs: 1 -> 3",
+        "  optim.lr: 1e-05 -> 0.001",
+        "  optim.betas: [0.9, 0.999] -> [0.5, 0.9]",
+    ]
     Path(config.data).write_text("{ }\n")
     with pytest.raises(ConfigError, match="data_sha256"):
         RunDirectory(resumed)

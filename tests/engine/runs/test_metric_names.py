@@ -1,4 +1,6 @@
-"""docs/metrics.md against what runs write: every metric has its row, and every row is written by some run."""
+"""docs/metrics.md against what runs write: every metric has its row, and every row is written by
+some run."""
+
 import json
 import re
 from pathlib import Path
@@ -29,7 +31,7 @@ from fusedrl.engine.stages.reward_model import train_reward_model
 from fusedrl.engine.stages.sft import train_sft
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
-REWARDS = '''
+REWARDS = """
 def binary(prompts, completions, completion_ids, **columns):
     return [float(len(ids) % 2) for ids in completion_ids]
 
@@ -38,53 +40,105 @@ def likes_w3(prompts, completions, completion_ids, **columns):
 
 def huge(prompts, completions, completion_ids, **columns):
     return [3e38 * (-1) ** i for i in range(len(completions))]
-'''
+"""
 
 
 def _patterns(*headings: str) -> dict[str, re.Pattern[str]]:
-    """Of the tables under these headings: the names as they stand there, and what they stand for."""
+    """Of the tables under these headings: the names as they stand there, and what they stand
+    for."""
     found: dict[str, re.Pattern[str]] = {}
     for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
         if section.splitlines()[0] in headings:
             for cell in re.findall(r"^\| (`[^|]*`) \|", section, flags=re.MULTILINE):
                 for name in re.findall(r"`([^`]+)`", cell):
-                    text = re.escape(name).replace("<name>", "[^/]+").replace("<k>", r"\d+").replace("<phase>", "(?!step)[a-z_]+")
-                    found[name] = re.compile(text + ("(_stderr)?" if name.startswith("eval/") else ""))
+                    text = (
+                        re.escape(name)
+                        .replace("<name>", "[^/]+")
+                        .replace("<k>", r"\d+")
+                        .replace("<phase>", "(?!step)[a-z_]+")
+                    )
+                    found[name] = re.compile(
+                        text + ("(_stderr)?" if name.startswith("eval/") else "")
+                    )
     return found
 
 
 def _names(directory: str) -> set[str]:
-    return {name for line in (Path(directory) / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    return {
+        name
+        for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()
+        for name in json.loads(line)
+    }
 
 
 @pytest.fixture
 def policy_names(tiny_model, tmp_path, write_jsonl, monkeypatch) -> set[str]:
-    monkeypatch.setattr("fusedrl.engine.rewards.rewards.LARGEST", float("inf"))  # rewards that overflow are refused otherwise
+    # rewards that overflow are refused otherwise
+    monkeypatch.setattr("fusedrl.engine.rewards.rewards.LARGEST", float("inf"))
     (tmp_path / "rewards.py").write_text(REWARDS)
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(6)])
 
     def run(name, rewards, algorithm="grpo", steps=1, **options):
-        config = PolicyConfig(str(tiny_model), data, tuple(f"{tmp_path / 'rewards.py'}:{reward}" for reward in rewards), algorithm, steps=steps,
-                              prompts_per_step=2, generation=GenerationConfig(max_new_tokens=4), run=RunConfig(str(tmp_path / name), progress=False), **options)
+        config = PolicyConfig(
+            str(tiny_model),
+            data,
+            tuple(f"{tmp_path / 'rewards.py'}:{reward}" for reward in rewards),
+            algorithm,
+            steps=steps,
+            prompts_per_step=2,
+            generation=GenerationConfig(max_new_tokens=4),
+            run=RunConfig(str(tmp_path / name), progress=False),
+            **options,
+        )
         train_policy(config)
         return _names(config.run.dir)
 
-    kinds = {(row.advantage, row.objective, row.kl_coef > 0, row.kl_placement, row.refill_tries > 0): name for name, row in ALGORITHMS.items()}
+    kinds = {
+        (
+            row.advantage,
+            row.objective,
+            row.kl_coef > 0,
+            row.kl_placement,
+            row.refill_tries > 0,
+        ): name
+        for name, row in ALGORITHMS.items()
+    }
     names = set().union(*(run(name, ["likes_w3"], name) for name in kinds.values()))
     names |= run("huge", ["huge"], "reinforce")  # a gradient that is not finite
-    watched = dict(evaluation=EvaluationConfig(data, samples_per_prompt=2), monitor_reward=(f"{tmp_path / 'rewards.py'}:likes_w3",))
+    watched = dict(
+        evaluation=EvaluationConfig(data, samples_per_prompt=2),
+        monitor_reward=(f"{tmp_path / 'rewards.py'}:likes_w3",),
+    )
     texts = write_jsonl("texts.jsonl", [{"prompt": "w1", "completion": "w2 w3"}] * 4)
-    names |= run("apart", ["likes_w3"], "ppo", critic=CriticConfig("policy"), ptx=PtxConfig(texts, sequences_per_step=2),
-                 loss=LossConfig(entropy_coef=0.01, entropy_target=1.0),
-                 correction=CorrectionConfig("truncated", off_policy_delta=0.1))
+    names |= run(
+        "apart",
+        ["likes_w3"],
+        "ppo",
+        critic=CriticConfig("policy"),
+        ptx=PtxConfig(texts, sequences_per_step=2),
+        loss=LossConfig(entropy_coef=0.01, entropy_target=1.0),
+        correction=CorrectionConfig("truncated", off_policy_delta=0.1),
+    )
     names |= run("replayed", ["likes_w3"], replay=ReplayConfig(), steps=2)
-    return names | run("watched", ["binary"], **watched) | run("two", ["binary", "likes_w3"], **watched)
+    return (
+        names
+        | run("watched", ["binary"], **watched)
+        | run("two", ["binary", "likes_w3"], **watched)
+    )
 
 
 def _compare(names: set[str], patterns: dict[str, re.Pattern[str]]) -> None:
-    unknown = [name for name in names if sum(bool(pattern.fullmatch(name)) for pattern in patterns.values()) != 1]
+    unknown = [
+        name
+        for name in names
+        if sum(bool(pattern.fullmatch(name)) for pattern in patterns.values()) != 1
+    ]
     assert not unknown, f"docs/metrics.md has no row, or several, for {sorted(unknown)}"
-    unused = [row for row, pattern in patterns.items() if not any(pattern.fullmatch(name) for name in names)]
+    unused = [
+        row
+        for row, pattern in patterns.items()
+        if not any(pattern.fullmatch(name) for name in names)
+    ]
     assert not unused, f"no run writes {unused}"
 
 
@@ -93,36 +147,82 @@ def test_every_metric_of_a_policy_run_has_its_row_and_no_row_is_left_over(policy
     with pytest.raises(AssertionError, match="kl2"):
         _compare(policy_names | {"kl2"}, _patterns("A policy step", "Time and memory"))
     with pytest.raises(AssertionError, match="no run writes"):
-        _compare(policy_names, _patterns("A policy step", "Time and memory") | {"x": re.compile("x")})
+        _compare(
+            policy_names, _patterns("A policy step", "Time and memory") | {"x": re.compile("x")}
+        )
 
 
 def _compare_stage(directory: str, *headings: str) -> None:
     names, shared = _names(directory), _patterns("Time and memory") | {"step": re.compile("step")}
-    _compare({name for name in names if not any(pattern.fullmatch(name) for pattern in shared.values())}, _patterns(*headings))
+    _compare(
+        {name for name in names if not any(pattern.fullmatch(name) for pattern in shared.values())},
+        _patterns(*headings),
+    )
 
 
 def test_every_metric_of_an_sft_run_has_its_row(tiny_model, tmp_path, write_jsonl):
-    data = write_jsonl("sft.jsonl", [{"prompt": f"w{i}", "completion": f"w{i + 1} w{i + 2}"} for i in range(8)])
-    train_sft(SFTConfig(str(tiny_model), data, eval_fraction=0.25, eval_every=1, sequences_per_step=4, optim=OptimConfig(),
-                        run=RunConfig(str(tmp_path / "run"), progress=False)))
+    data = write_jsonl(
+        "sft.jsonl", [{"prompt": f"w{i}", "completion": f"w{i + 1} w{i + 2}"} for i in range(8)]
+    )
+    train_sft(
+        SFTConfig(
+            str(tiny_model),
+            data,
+            eval_fraction=0.25,
+            eval_every=1,
+            sequences_per_step=4,
+            optim=OptimConfig(),
+            run=RunConfig(str(tmp_path / "run"), progress=False),
+        )
+    )
     _compare_stage(str(tmp_path / "run"), "Supervised fine-tuning")
 
 
 def test_every_metric_of_preferences_has_its_row(tiny_model, tmp_path, write_jsonl):
-    data = write_jsonl("pairs.jsonl", [{"prompt": f"w{i}", "chosen": f"w{i + 1} w{i + 2}", "rejected": "w3"} for i in range(8)])
-    train_reward_model(RewardModelConfig(str(tiny_model), data, eval_fraction=0.25, imitation_coef=0.1,
-                                         run=RunConfig(str(tmp_path / "reward"), progress=False)))
+    data = write_jsonl(
+        "pairs.jsonl",
+        [{"prompt": f"w{i}", "chosen": f"w{i + 1} w{i + 2}", "rejected": "w3"} for i in range(8)],
+    )
+    train_reward_model(
+        RewardModelConfig(
+            str(tiny_model),
+            data,
+            eval_fraction=0.25,
+            imitation_coef=0.1,
+            run=RunConfig(str(tmp_path / "reward"), progress=False),
+        )
+    )
     _compare_stage(str(tmp_path / "reward"), "Reward models")
-    train_dpo(DPOConfig(str(tiny_model), data, eval_fraction=0.25, run=RunConfig(str(tmp_path / "dpo"), progress=False)))
+    train_dpo(
+        DPOConfig(
+            str(tiny_model),
+            data,
+            eval_fraction=0.25,
+            run=RunConfig(str(tmp_path / "dpo"), progress=False),
+        )
+    )
     _compare_stage(str(tmp_path / "dpo"), "Direct preference optimisation")
 
 
 def test_every_metric_of_rejection_sampling_has_its_row(tiny_model, tmp_path, write_jsonl):
     (tmp_path / "rewards.py").write_text(REWARDS)
-    config = RejectionConfig(str(tiny_model), write_jsonl("prompts.jsonl", [{"prompt": f"w{i}"} for i in range(4)]), (f"{tmp_path / 'rewards.py'}:likes_w3",),
-                             steps=1, prompts_per_step=2, generation=GenerationConfig(max_new_tokens=4), run=RunConfig(str(tmp_path / "run"), progress=False))
+    config = RejectionConfig(
+        str(tiny_model),
+        write_jsonl("prompts.jsonl", [{"prompt": f"w{i}"} for i in range(4)]),
+        (f"{tmp_path / 'rewards.py'}:likes_w3",),
+        steps=1,
+        prompts_per_step=2,
+        generation=GenerationConfig(max_new_tokens=4),
+        run=RunConfig(str(tmp_path / "run"), progress=False),
+    )
     train_rejection(config)
     patterns = _patterns("Rejection sampling")
     assert not (set(patterns) - _names(config.run.dir)), "no run writes them"
     completions = {name for name in _names(config.run.dir) if name not in patterns}
-    assert all(any(pattern.fullmatch(name) for pattern in _patterns("A policy step", "Time and memory").values()) for name in completions)
+    assert all(
+        any(
+            pattern.fullmatch(name)
+            for pattern in _patterns("A policy step", "Time and memory").values()
+        )
+        for name in completions
+    )

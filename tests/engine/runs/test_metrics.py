@@ -1,4 +1,6 @@
-"""Metrics and progress: valid JSON always, resume without duplicates or gaps, quiet off the terminal."""
+"""Metrics and progress: valid JSON always, resume without duplicates or gaps, quiet off the
+terminal."""
+
 import io
 import json
 import math
@@ -19,7 +21,11 @@ def test_one_line_per_step_readable_at_once(tmp_path):
         assert metrics.log(1, {"loss": 2, "kl": torch.tensor(0.5)}) == {"loss": 2.0, "kl": 0.5}
         assert _read(tmp_path) == [{"step": 1, "loss": 2.0, "kl": 0.5}]
         metrics.log(2, {"loss": math.nan, "kl": math.inf, "entropy": -math.inf})
-    assert (tmp_path / "metrics.jsonl").read_text().endswith('{"step": 2, "loss": null, "kl": null, "entropy": null}\n')
+    assert (
+        (tmp_path / "metrics.jsonl")
+        .read_text()
+        .endswith('{"step": 2, "loss": null, "kl": null, "entropy": null}\n')
+    )
 
 
 def test_timings_add_up_and_start_over(tmp_path):
@@ -44,7 +50,10 @@ def test_a_new_run_starts_afresh(tmp_path):
     assert len(_read(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"step": 4, "lo', b'{"step": 3}', b"\x00\x00", b'{"step": 9}\n', b'{"step": 2}\n{"st'])
+@pytest.mark.parametrize(
+    "torn",
+    [b"", b'{"step": 4, "lo', b'{"step": 3}', b"\x00\x00", b'{"step": 9}\n', b'{"step": 2}\n{"st'],
+)
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_resume_neither_repeats_nor_skips_a_step(tmp_path, torn, step):
     with Metrics(tmp_path) as metrics:
@@ -55,10 +64,18 @@ def test_resume_neither_repeats_nor_skips_a_step(tmp_path, torn, step):
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(torn)
     with Metrics(tmp_path, resume_step=step) as metrics:
-        assert metrics.last() == pytest.approx({"loss": step, "bad": math.nan} if step else {}, nan_ok=True)
+        assert metrics.last() == pytest.approx(
+            {"loss": step, "bad": math.nan} if step else {}, nan_ok=True
+        )
         for done in range(step + 1, 6):
             metrics.log(done, {"loss": done, "bad": 0})
-    assert [(row["step"], row["loss"]) for row in _read(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]
+    assert [(row["step"], row["loss"]) for row in _read(tmp_path)] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 4),
+        (5, 5),
+    ]
 
 
 def test_resume_without_a_file(tmp_path):
@@ -86,7 +103,10 @@ def test_off_the_terminal_a_plain_line_now_and_then_and_at_the_end():
     with Progress(1000, stream=stream, title="sft") as progress:
         for step in range(1, 1001):
             progress.update(step, {"loss": 1 / step, "other": 3, "lr": 1e-5})
-    assert stream.getvalue().splitlines() == ["sft 1/1000  loss 1  lr 1e-05", "sft 1000/1000  loss 0.001  lr 1e-05"]
+    assert stream.getvalue().splitlines() == [
+        "sft 1/1000  loss 1  lr 1e-05",
+        "sft 1000/1000  loss 0.001  lr 1e-05",
+    ]
 
 
 def test_on_a_terminal_a_bar_and_a_table():

@@ -1,10 +1,14 @@
-"""Options beside options: every pair runs and keeps what each of the two promises alone, or is refused with a message.
+"""Options beside options: every pair runs and keeps what each of the two promises alone, or is
+refused with a message.
 
-Each pair is a run of three steps through the command line, held to what does not depend on how the pair is built:
-interrupted in its last step and resumed it is bitwise the undisturbed run; the first update finds the ratios at exactly 1;
-sampler and trainer agree, exactly under strict; recomputing activations and evaluating leave the other option's run as it
-was, to the bit; a constant added to the reward leaves its course; its first completions are those of the plain run.
+Each pair is a run of three steps through the command line, held to what does not depend on how the
+pair is built:
+interrupted in its last step and resumed it is bitwise the undisturbed run; the first update finds
+the ratios at exactly 1; sampler and trainer agree, exactly under strict; recomputing activations
+and evaluating leave the other option's run as it was, to the bit; a constant added to the reward
+leaves its course; its first completions are those of the plain run.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -16,7 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.behaviour import POLICY, POLICY_OPTIONS, SFT_OPTIONS, cases, command, differences, furnish, read_run, run_case
+from tests.support.behaviour import (
+    POLICY,
+    POLICY_OPTIONS,
+    SFT_OPTIONS,
+    cases,
+    command,
+    differences,
+    furnish,
+    read_run,
+    run_case,
+)
 
 pytestmark = [pytest.mark.cpu_only("runs are held to bits, which is promised on a CPU")]
 
@@ -55,11 +69,17 @@ def place(tmp_path_factory) -> Iterator[dict[str, Any]]:
 
 
 def _arguments(row: str, *names: str) -> list[str]:
-    return ["train", row, *POLICY, *itertools.chain.from_iterable(POLICY_OPTIONS[name] for name in names)]
+    return [
+        "train",
+        row,
+        *POLICY,
+        *itertools.chain.from_iterable(POLICY_OPTIONS[name] for name in names),
+    ]
 
 
 def _run(ran: dict[str, Any], row: str, *names: str) -> dict[str, Any]:
-    """What a run with these options computes, and {"calls": of its reward}; each is run once a module."""
+    """What a run with these options computes, and {"calls": of its reward}; each is run once a
+    module."""
     key = " ".join((row, *names))
     if key not in ran:
         ran[key] = _counted(_arguments(row, *names))
@@ -68,7 +88,9 @@ def _run(ran: dict[str, Any], row: str, *names: str) -> dict[str, Any]:
 
 def _counted(arguments: list[str]) -> dict[str, Any]:
     Path("calls").unlink(missing_ok=True)
-    return run_case(arguments) | {"calls": Path("calls").stat().st_size if Path("calls").exists() else 0}
+    return run_case(arguments) | {
+        "calls": Path("calls").stat().st_size if Path("calls").exists() else 0
+    }
 
 
 def _steps(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -77,9 +99,17 @@ def _steps(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _trained(found: dict[str, Any]) -> dict[str, Any]:
     """Weights, and the metrics of the steps less those of evaluation."""
-    parts = {name: part for name, part in found.items() if name.startswith(("model/", "critic/", "adapter/"))}
-    return parts | {"steps": [{key: value for key, value in line.items() if not key.startswith("eval/")}
-                              for line in _steps(found)]}
+    parts = {
+        name: part
+        for name, part in found.items()
+        if name.startswith(("model/", "critic/", "adapter/"))
+    }
+    return parts | {
+        "steps": [
+            {key: value for key, value in line.items() if not key.startswith("eval/")}
+            for line in _steps(found)
+        ]
+    }
 
 
 def _same_course(steps: list[dict[str, Any]], shifted: list[dict[str, Any]]) -> None:
@@ -101,15 +131,26 @@ def _resumes_bitwise(found: dict[str, Any], arguments: list[str]) -> None:
         Path("dies_at").unlink()
     code, said = command([*arguments, "--run.resume", "true"])
     assert code == 0, said
-    assert differences({name: part for name, part in found.items() if name != "calls"}, read_run(Path("run"))) == []
+    assert (
+        differences(
+            {name: part for name, part in found.items() if name != "calls"}, read_run(Path("run"))
+        )
+        == []
+    )
 
 
-PAIRS = [(row, a, b) for row in ("ppo", "grpo") for a, b in itertools.combinations(POLICY_OPTIONS, 2)
-         if not (row == "grpo" and "critic" in (a, b))]
+PAIRS = [
+    (row, a, b)
+    for row in ("ppo", "grpo")
+    for a, b in itertools.combinations(POLICY_OPTIONS, 2)
+    if not (row == "grpo" and "critic" in (a, b))
+]
 
 
-@pytest.mark.parametrize("row, a, b", [pytest.param(*pair, marks=[pytest.mark.full] if pair[0] == "grpo" else [])
-                                       for pair in PAIRS])
+@pytest.mark.parametrize(
+    "row, a, b",
+    [pytest.param(*pair, marks=[pytest.mark.full] if pair[0] == "grpo" else []) for pair in PAIRS],
+)
 def test_pair(place, row, a, b):
     names = {a, b}
     if refused := names & REFUSED_ALONE.keys():
@@ -122,7 +163,9 @@ def test_pair(place, row, a, b):
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
         assert (line["policy/first_ratio_min"], line["policy/first_ratio_max"]) == (1.0, 1.0)
-        assert line["sampling/logp_diff_max"] <= (0.0 if "strict" in names else 2e-2 if "bfloat16" in names else 1e-4)
+        assert line["sampling/logp_diff_max"] <= (
+            0.0 if "strict" in names else 2e-2 if "bfloat16" in names else 1e-4
+        )
         assert line["grad_norm"] > 0
     for neutral, other in ((a, b), (b, a)):
         if neutral in ("checkpointed", "evaluation"):
@@ -132,12 +175,18 @@ def test_pair(place, row, a, b):
     if not names & SAMPLES_DIFFER:
         plain = _steps(_run(place, row))[0]
         assert steps[0]["completions/mean_length"] == plain["completions/mean_length"]
-        assert steps[0]["reward"] == pytest.approx(plain["reward"] + OFFSET * ("offset" in names), abs=1e-6)
+        assert steps[0]["reward"] == pytest.approx(
+            plain["reward"] + OFFSET * ("offset" in names), abs=1e-6
+        )
     _resumes_bitwise(found, _arguments(row, a, b))
 
 
-STAGE_PAIRS = [(stage, a, b) for stage in ("sft", "reward", "dpo") for a, b in itertools.combinations(SFT_OPTIONS, 2)
-               if f"{stage} {a}" in cases() and f"{stage} {b}" in cases()]
+STAGE_PAIRS = [
+    (stage, a, b)
+    for stage in ("sft", "reward", "dpo")
+    for a, b in itertools.combinations(SFT_OPTIONS, 2)
+    if f"{stage} {a}" in cases() and f"{stage} {b}" in cases()
+]
 
 
 @pytest.mark.parametrize("stage, a, b", STAGE_PAIRS)
@@ -145,7 +194,9 @@ def test_pair_of_a_stage_on_data(place, stage, a, b):
     base = cases()[stage if stage != "dpo" else "dpo sigmoid"]
 
     def run(*names: str) -> dict[str, Any]:
-        return run_case([*base, *itertools.chain.from_iterable(SFT_OPTIONS[name] for name in names)])
+        return run_case(
+            [*base, *itertools.chain.from_iterable(SFT_OPTIONS[name] for name in names)]
+        )
 
     found = run(a, b)
     assert all(math.isfinite(line["loss"]) for line in _steps(found))

@@ -7,14 +7,21 @@ import pytest
 import torch
 
 from fusedrl.engine.actor import HybridActor
-from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, OptimConfig, PolicyConfig, RunConfig
+from fusedrl.engine.config import (
+    GenerationConfig,
+    KLConfig,
+    LossConfig,
+    OptimConfig,
+    PolicyConfig,
+    RunConfig,
+)
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.rewards.rewards import RewardError
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
 from fusedrl.kernels.runtime import faults
 
-REWARDS = '''
+REWARDS = """
 def likes_w3(prompts, completions, completion_ids, **columns):
     return [float(sum(word == "w3" for word in text.split())) for text in completions]
 
@@ -35,20 +42,37 @@ def each_w3(prompts, completions, completion_ids, **columns):
 
 def short(prompts, completions, completion_ids, **columns):
     return [0.0]
-'''
+"""
 
 
 @pytest.fixture
 def ppo(tiny_model, tmp_path, write_jsonl, device):
     (tmp_path / "rewards.py").write_text(REWARDS)
-    data = write_jsonl("prompts.jsonl", [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)])
+    data = write_jsonl(
+        "prompts.jsonl",
+        [{"prompt": " ".join(f"w{(3 * i + j) % 28}" for j in range(1 + i % 5))} for i in range(12)],
+    )
 
     def make(reward="likes_w3", name="run", **kwargs):
         defaults = dict(
-            device=str(device), dtype="float32", steps=3, prompts_per_step=6, samples_per_prompt=2, epochs=2, minibatches=2, tokens_per_microbatch=60,
+            device=str(device),
+            dtype="float32",
+            steps=3,
+            prompts_per_step=6,
+            samples_per_prompt=2,
+            epochs=2,
+            minibatches=2,
+            tokens_per_microbatch=60,
             generation=GenerationConfig(max_new_tokens=8),
-            optim=OptimConfig(lr=3e-3, schedule="constant"), run=RunConfig(dir=str(tmp_path / name), progress=False))
-        return PolicyConfig(model=str(tiny_model), data=data, reward=(f"{tmp_path / 'rewards.py'}:{reward}",), **(defaults | kwargs))
+            optim=OptimConfig(lr=3e-3, schedule="constant"),
+            run=RunConfig(dir=str(tmp_path / name), progress=False),
+        )
+        return PolicyConfig(
+            model=str(tiny_model),
+            data=data,
+            reward=(f"{tmp_path / 'rewards.py'}:{reward}",),
+            **(defaults | kwargs),
+        )
 
     return make
 
@@ -66,11 +90,19 @@ def _dies_after(calls, function):
 
 
 def _metrics(config):
-    return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def _weights(device, config):
-    return {name: p.detach() for name, p in load_decoder(Path(config.run.dir) / "model", dtype="float32", device=device).named_parameters()}
+    return {
+        name: p.detach()
+        for name, p in load_decoder(
+            Path(config.run.dir) / "model", dtype="float32", device=device
+        ).named_parameters()
+    }
 
 
 def test_ratio_is_exactly_one_before_the_first_update(ppo):
@@ -102,14 +134,18 @@ def test_strict_runs_have_no_difference_at_all(ppo):
 
 
 def test_the_micro_batch_split_does_not_change_the_update(ppo, device):
-    # One rollout, one epoch: the same samples, cut differently. Later steps may sample differently and are not compared.
+    # One rollout, one epoch: the same samples, cut differently. Later steps may sample differently
+    # and are not compared.
     results = []
     for name, tokens in (("whole", 10_000), ("cut", 25)):
         config = ppo(name=name, steps=1, epochs=1, minibatches=2, tokens_per_microbatch=tokens)
         train_policy(config)
         results.append((_weights(device, config), _metrics(config)[0]))
     (whole, row), (cut, other) = results
-    start = {name: p.detach() for name, p in load_decoder(config.model, dtype="float32", device=device).named_parameters()}
+    start = {
+        name: p.detach()
+        for name, p in load_decoder(config.model, dtype="float32", device=device).named_parameters()
+    }
     moved = max((whole[n] - start[n]).abs().max().item() for n in whole)
     assert moved > 1e-3
     for name in whole:
@@ -119,12 +155,17 @@ def test_the_micro_batch_split_does_not_change_the_update(ppo, device):
 
 @pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
 def test_resume_continues_bitwise(ppo, device):
-    whole = ppo(name="whole", steps=4, run=RunConfig(dir=ppo(name="whole").run.dir, save_every=1, progress=False),
-                kl=KLConfig(coef=0.1, target=0.5, horizon=50))
+    whole = ppo(
+        name="whole",
+        steps=4,
+        run=RunConfig(dir=ppo(name="whole").run.dir, save_every=1, progress=False),
+        kl=KLConfig(coef=0.1, target=0.5, horizon=50),
+    )
     train_policy(whole)
     for stop in (1, 3):
         parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + f"_parts{stop}"))
-        with pytest.MonkeyPatch.context() as patch:  # the process "dies" in the step after the last save
+        # the process "dies" in the step after the last save
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(policy, "rollout", _dies_after(stop, policy.rollout))
             with pytest.raises(KeyboardInterrupt):
                 train_policy(parts)
@@ -133,12 +174,21 @@ def test_resume_continues_bitwise(ppo, device):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         for a, b in zip(_metrics(whole), _metrics(parts), strict=True):
             timing = {k for k in a if k.startswith(("timing/", "tokens_per_s", "mem/"))}
-            assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+            assert {k: v for k, v in a.items() if k not in timing} == {
+                k: v for k, v in b.items() if k not in timing
+            }
 
 
 def test_reward_rises_and_the_kl_penalty_holds_it(ppo):
-    common = dict(steps=15, prompts_per_step=12, samples_per_prompt=4, minibatches=1, epochs=4, tokens_per_microbatch=4000,
-                  optim=OptimConfig(lr=1e-2, schedule="constant"))
+    common = dict(
+        steps=15,
+        prompts_per_step=12,
+        samples_per_prompt=4,
+        minibatches=1,
+        epochs=4,
+        tokens_per_microbatch=4000,
+        optim=OptimConfig(lr=1e-2, schedule="constant"),
+    )
     free = ppo(name="free", kl=KLConfig(coef=0.0, measure=True), **common)
     held = ppo(name="held", kl=KLConfig(coef=1.0), **common)
     train_policy(free)
@@ -149,8 +199,18 @@ def test_reward_rises_and_the_kl_penalty_holds_it(ppo):
 
 
 def test_the_value_head_learns_what_the_prompt_tells(ppo):
-    config = ppo(reward="by_prompt", steps=25, prompts_per_step=24, samples_per_prompt=1, minibatches=1, epochs=4, tokens_per_microbatch=4000,
-                 kl=KLConfig(coef=0.0), loss=LossConfig(value_coef=0.5), optim=OptimConfig(lr=3e-3, schedule="constant"))
+    config = ppo(
+        reward="by_prompt",
+        steps=25,
+        prompts_per_step=24,
+        samples_per_prompt=1,
+        minibatches=1,
+        epochs=4,
+        tokens_per_microbatch=4000,
+        kl=KLConfig(coef=0.0),
+        loss=LossConfig(value_coef=0.5),
+        optim=OptimConfig(lr=3e-3, schedule="constant"),
+    )
     train_policy(config)
     rows = _metrics(config)
     assert rows[0]["val/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # a head of zeros
@@ -162,7 +222,11 @@ def test_rewards_that_fail(ppo):
     assert _metrics(ppo(name="some"))[0]["completions/invalid"] == 1.0
     with pytest.raises(RewardError, match="none of the 12 samples has a valid reward"):
         train_policy(ppo(reward="mostly_nan", name="tolerant", max_invalid_fraction=1.0))
-    for reward, message in (("mostly_nan", "12 of 12 samples have no valid reward"), ("raises", "KeyError"), ("short", "12")):
+    for reward, message in (
+        ("mostly_nan", "12 of 12 samples have no valid reward"),
+        ("raises", "KeyError"),
+        ("short", "12"),
+    ):
         config = ppo(reward=reward, name=reward)
         with pytest.raises(RewardError, match=message):
             train_policy(config)
@@ -179,12 +243,16 @@ def test_what_a_kernel_reported_stops_the_step(ppo):
 
 def test_what_comes_out_is_loadable(ppo, device):
     from transformers import AutoModelForCausalLM
+
     config = ppo(steps=1)
     result = train_policy(config)
-    actor = HybridActor.from_pretrained(result.model, value_head=True, dtype="float32", device=device)
+    actor = HybridActor.from_pretrained(
+        result.model, value_head=True, dtype="float32", device=device
+    )
     theirs = AutoModelForCausalLM.from_pretrained(result.model).to(device)
     ids = torch.tensor([[1, 5, 6, 7]], device=device)
     from fusedrl.engine.base.packing import PackedBatch
+
     batch = PackedBatch.from_sequences([([1, 5, 6, 7], [])], device=device)
     ours = actor.forward(batch) @ actor.decoder.head_weight.T
     torch.testing.assert_close(ours, theirs(ids).logits[0], rtol=1e-4, atol=1e-4)
@@ -193,6 +261,7 @@ def test_what_comes_out_is_loadable(ppo, device):
 
 def test_a_run_directory_is_one_run(ppo, device):
     from fusedrl.engine.base.errors import ConfigError
+
     config = ppo(steps=1)
     train_policy(config)
     with pytest.raises(ConfigError, match="holds a run"):
@@ -201,7 +270,8 @@ def test_a_run_directory_is_one_run(ppo, device):
     with pytest.raises(ConfigError, match="lam"):
         train_policy(changed)
     before = _weights(device, config)
-    train_policy(replace(config, run=replace(config.run, resume=True)))  # finished already: nothing changes
+    # finished already: nothing changes
+    train_policy(replace(config, run=replace(config.run, resume=True)))
     assert all(torch.equal(before[name], p) for name, p in _weights(device, config).items())
     assert len(_metrics(config)) == 1
 
@@ -210,7 +280,11 @@ def test_rewards_of_tokens_are_credited_where_they_accrue(ppo, monkeypatch):
     """Each reward stands at its token, and the return of the whole completion is the score."""
     seen = []
     original = policy.estimate
-    monkeypatch.setattr(policy, "estimate", lambda config, signals: seen.append(signals) or original(config, signals))
+    monkeypatch.setattr(
+        policy,
+        "estimate",
+        lambda config, signals: seen.append(signals) or original(config, signals),
+    )
     train_policy(ppo("each_w3", steps=1, kl=KLConfig(coef=0.0)))
     (signals,) = seen
     batch = signals.batch
@@ -220,10 +294,18 @@ def test_rewards_of_tokens_are_credited_where_they_accrue(ppo, monkeypatch):
     assert torch.equal(signals.totals, batch.scores)
 
 
-def test_prompts_of_several_files_come_in_the_proportions_of_their_weights(ppo, write_jsonl, monkeypatch):
-    config = ppo("by_prompt", steps=2, prompts_per_step=8, samples_per_prompt=1, epochs=1, minibatches=1)
+def test_prompts_of_several_files_come_in_the_proportions_of_their_weights(
+    ppo, write_jsonl, monkeypatch
+):
+    config = ppo(
+        "by_prompt", steps=2, prompts_per_step=8, samples_per_prompt=1, epochs=1, minibatches=1
+    )
     other, seen = write_jsonl("other.jsonl", [{"prompt": "w20 w21 w22", "x": 1}]), []
     original = policy.rollout
-    monkeypatch.setattr(policy, "rollout", lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1])
+    monkeypatch.setattr(
+        policy,
+        "rollout",
+        lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1],
+    )
     train_policy(replace(config, data=f"{config.data}@3,{other}@1"))
     assert [sum("x" in prompt.columns for prompt in step.prompts) for step in seen] == [2, 2]

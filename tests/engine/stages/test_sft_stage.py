@@ -14,7 +14,13 @@ from fusedrl.engine.data.tokenize import end_of_text
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.stages.sft import train_sft
 
-ROWS = [{"prompt": f"w{i % 7} w{i % 5}", "completion": " ".join(f"w{(i + j) % 28}" for j in range(1 + i % 6))} for i in range(20)]
+ROWS = [
+    {
+        "prompt": f"w{i % 7} w{i % 5}",
+        "completion": " ".join(f"w{(i + j) % 28}" for j in range(1 + i % 6)),
+    }
+    for i in range(20)
+]
 
 
 @pytest.fixture
@@ -33,18 +39,32 @@ def config(tiny_model, tmp_path, write_jsonl, device):
 
 
 def _metrics(config):
-    return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_first_loss_is_the_cross_entropy_of_the_completions(config, device):
     whole = replace(config, epochs=1, sequences_per_step=len(ROWS))
     train_sft(whole)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(config.model).to(device), AutoTokenizer.from_pretrained(config.model)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(config.model).to(device),
+        AutoTokenizer.from_pretrained(config.model),
+    )
     total, count = 0.0, 0
     for row in ROWS:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        completion = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        logp = model(torch.tensor([prompt + completion], device=device)).logits[0].double().log_softmax(-1)
+        completion = [
+            *tokenizer(row["completion"], add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+        logp = (
+            model(torch.tensor([prompt + completion], device=device))
+            .logits[0]
+            .double()
+            .log_softmax(-1)
+        )
         total -= sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion))
         count += len(completion)
     assert _metrics(whole)[0]["loss"] == pytest.approx(total / count, rel=1e-5)
@@ -53,7 +73,13 @@ def test_first_loss_is_the_cross_entropy_of_the_completions(config, device):
 def test_the_micro_batch_split_does_not_change_the_gradient(config):
     norms = []
     for name, tokens in (("a", 10_000), ("b", 12)):
-        one = replace(config, epochs=1, sequences_per_step=len(ROWS), tokens_per_microbatch=tokens, run=replace(config.run, dir=config.run.dir + name))
+        one = replace(
+            config,
+            epochs=1,
+            sequences_per_step=len(ROWS),
+            tokens_per_microbatch=tokens,
+            run=replace(config.run, dir=config.run.dir + name),
+        )
         train_sft(one)
         norms.append(_metrics(one)[0]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -69,7 +95,9 @@ def test_loss_falls_and_is_evaluated_on_what_was_held_out(config):
 
 
 def test_held_out_loss_while_training(config):
-    plain = replace(config, eval_fraction=0.2, run=replace(config.run, dir=config.run.dir + "_plain"))
+    plain = replace(
+        config, eval_fraction=0.2, run=replace(config.run, dir=config.run.dir + "_plain")
+    )
     train_sft(plain)
     watched = replace(config, eval_fraction=0.2, eval_every=3)
     train_sft(watched)
@@ -77,7 +105,9 @@ def test_held_out_loss_while_training(config):
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 4]
     assert rows[0].keys() == {"step", "eval_loss", "timing/evaluate"}
     kept = ("loss", "grad_norm", "lr", "num_tokens")
-    assert [[row[name] for name in kept] for row in rows[1:]] == [[row[name] for name in kept] for row in _metrics(plain)]  # and nothing else changes
+    assert [[row[name] for name in kept] for row in rows[1:]] == [
+        [row[name] for name in kept] for row in _metrics(plain)
+    ]  # and nothing else changes
     assert rows[-1]["eval_loss"] == _metrics(plain)[-1]["eval_loss"] < rows[0]["eval_loss"]
     with pytest.raises(ConfigError, match="eval_every"):
         replace(config, eval_every=3)
@@ -86,17 +116,32 @@ def test_held_out_loss_while_training(config):
 @pytest.mark.cpu_only("bitwise resumption is promised on a CPU")
 @pytest.mark.parametrize("data", ["{}", "{}@3,prompt-completion:{}@1"])
 def test_resume_continues_bitwise(config, monkeypatch, data, device):
-    whole = replace(config, data=data.format(*[config.data] * 2), run=replace(config.run, save_every=2))
+    whole = replace(
+        config, data=data.format(*[config.data] * 2), run=replace(config.run, save_every=2)
+    )
     train_sft(whole)
     parts = replace(whole, run=replace(whole.run, dir=whole.run.dir + "_parts"))
     original, calls = Mixture.draw, iter(range(100))
     with monkeypatch.context() as patch:
-        patch.setattr(Mixture, "draw", lambda *a: original(*a) if next(calls) < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            Mixture,
+            "draw",
+            lambda *a: (
+                original(*a) if next(calls) < 3 else (_ for _ in ()).throw(KeyboardInterrupt)
+            ),
+        )
         with pytest.raises(KeyboardInterrupt):
             train_sft(parts)
     assert len(_metrics(parts)) == 3  # one step past the checkpoint: it is cut and done again
     train_sft(replace(parts, run=replace(parts.run, resume=True)))
-    ours, theirs = (dict(load_decoder(Path(c.run.dir) / "model", dtype="float32", device=device).named_parameters()) for c in (whole, parts))
+    ours, theirs = (
+        dict(
+            load_decoder(
+                Path(c.run.dir) / "model", dtype="float32", device=device
+            ).named_parameters()
+        )
+        for c in (whole, parts)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [r["loss"] for r in _metrics(whole)] == [r["loss"] for r in _metrics(parts)]
 
@@ -125,20 +170,67 @@ def test_end_of_text_is_the_models_or_the_tokenizers(tiny_model):
         end_of_text(None, ())
 
 
-def test_every_turn_of_a_conversation_is_learnt_where_asked_for(config, tiny_model, tmp_path, write_jsonl, device):
+def test_every_turn_of_a_conversation_is_learnt_where_asked_for(
+    config, tiny_model, tmp_path, write_jsonl, device
+):
     chat = tmp_path / "chat"
     shutil.copytree(tiny_model, chat)
     settings = json.loads((chat / "tokenizer_config.json").read_text())
-    template = ("{% for m in messages %}{{ (' w1 ' if m['role'] == 'user' else ' w2 ') + m['content'] + ' </s>' }}{% endfor %}"
-                "{% if add_generation_prompt %} w2 {% endif %}")
+    template = (
+        "{% for m in messages %}{{ (' w1 ' if m['role'] == 'user' else ' w2 ') + m['content'] + ' "
+        "</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %} w2 {% endif %}"
+    )
     (chat / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-    turns = [{"role": role, "content": text} for role, text in (("user", "w3"), ("assistant", "w4 w5"), ("user", "w6"), ("assistant", "w7"))]
-    config = replace(config, model=str(chat), data=write_jsonl("chat.jsonl", [{"messages": turns}]), epochs=1, every_turn=True,
-                     optim=OptimConfig(lr=1e-9))
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (
+            ("user", "w3"),
+            ("assistant", "w4 w5"),
+            ("user", "w6"),
+            ("assistant", "w7"),
+        )
+    ]
+    config = replace(
+        config,
+        model=str(chat),
+        data=write_jsonl("chat.jsonl", [{"messages": turns}]),
+        epochs=1,
+        every_turn=True,
+        optim=OptimConfig(lr=1e-9),
+    )
     train_sft(config)
-    words = {name: i for i, name in enumerate(AutoTokenizer.from_pretrained(chat).convert_ids_to_tokens(range(32)))}
-    ids = [words[word] for word in ("w1", "w3", "</s>", "w2", "w4", "w5", "</s>", "w1", "w6", "</s>", "w2", "w7", "</s>")]
+    words = {
+        name: i
+        for i, name in enumerate(
+            AutoTokenizer.from_pretrained(chat).convert_ids_to_tokens(range(32))
+        )
+    }
+    ids = [
+        words[word]
+        for word in (
+            "w1",
+            "w3",
+            "</s>",
+            "w2",
+            "w4",
+            "w5",
+            "</s>",
+            "w1",
+            "w6",
+            "</s>",
+            "w2",
+            "w7",
+            "</s>",
+        )
+    ]
     learnt = [4, 5, 6, 11, 12]
     with torch.no_grad():
-        logp = AutoModelForCausalLM.from_pretrained(chat).to(device)(torch.tensor([ids], device=device)).logits.log_softmax(-1)[0]
-    assert _metrics(config)[0]["loss"] == pytest.approx(-sum(logp[i - 1, ids[i]].item() for i in learnt) / len(learnt), rel=1e-5)
+        logp = (
+            AutoModelForCausalLM.from_pretrained(chat)
+            .to(device)(torch.tensor([ids], device=device))
+            .logits.log_softmax(-1)[0]
+        )
+    assert _metrics(config)[0]["loss"] == pytest.approx(
+        -sum(logp[i - 1, ids[i]].item() for i in learnt) / len(learnt), rel=1e-5
+    )

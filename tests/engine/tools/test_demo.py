@@ -1,4 +1,5 @@
 """The demo: the whole path in small, and (in `make test-full`) what it promises in full."""
+
 import json
 
 import pytest
@@ -9,24 +10,46 @@ from fusedrl.engine.tools.demo import KL_TARGET, DemoSize, run_demo
 
 
 def test_whole_path_in_small(tmp_path, capsys) -> None:
-    size = DemoSize(stories=800, sft_epochs=3, pairs=400, ppo_steps=3, prompts_per_step=16, held_out=48)
+    size = DemoSize(
+        stories=800, sft_epochs=3, pairs=400, ppo_steps=3, prompts_per_step=16, held_out=48
+    )
     result = run_demo(tmp_path / "demo", 1, size=size)
     assert result.directory == tmp_path / "demo"
-    assert result.sft.metrics["eval_loss"] < 2.5                       # from log(112) = 4.7
+    assert result.sft.metrics["eval_loss"] < 2.5  # from log(112) = 4.7
     assert result.reward_model.held_out == 50
     assert result.before.kl.mean == 0
     assert result.before.kl.error == 0
     assert 0 < abs(result.after.kl.mean) < 5
     assert all(len(e.completions) == 48 for e in (result.before, result.after))
     printed = capsys.readouterr().out
-    for part in ("gold reward", "proxy reward", "KL to the reference", "perplexity", "length", "standard errors"):
+    for part in (
+        "gold reward",
+        "proxy reward",
+        "KL to the reference",
+        "perplexity",
+        "length",
+        "standard errors",
+    ):
         assert part in printed
-    for stage, steps in (("sft", result.sft.steps), ("reward", result.reward_model.steps), ("ppo", 3)):
-        lines = [json.loads(line) for line in (tmp_path / "demo" / stage / "metrics.jsonl").read_text().splitlines()]
+    for stage, steps in (
+        ("sft", result.sft.steps),
+        ("reward", result.reward_model.steps),
+        ("ppo", 3),
+    ):
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / "demo" / stage / "metrics.jsonl").read_text().splitlines()
+        ]
         assert len({line["step"] for line in lines}) >= steps
     ids = torch.tensor([[1, 5, 6, 7]])
     assert AutoModelForCausalLM.from_pretrained(result.ppo.model)(ids).logits.isfinite().all()
-    assert AutoModelForSequenceClassification.from_pretrained(result.reward_model.model, num_labels=1)(ids).logits.isfinite().all()
+    assert (
+        AutoModelForSequenceClassification.from_pretrained(result.reward_model.model, num_labels=1)(
+            ids
+        )
+        .logits.isfinite()
+        .all()
+    )
 
 
 def test_an_earlier_demo_is_left_alone(tmp_path, capsys) -> None:

@@ -1,4 +1,5 @@
 """fusedrl doctor: what is here is named, what is missing has a reason, a remedy and exit code 3."""
+
 import json
 from importlib import metadata
 
@@ -21,20 +22,31 @@ def test_a_sound_machine(capsys, tmp_path):
     found = told(capsys)
     assert found["missing"] == []
     assert found["packages"]["torch"] == torch.__version__
-    assert {"system", "python", "processor", "memory", "C++ compiler", "GPU driver"} <= set(found["machine"])
+    assert {"system", "python", "processor", "memory", "C++ compiler", "GPU driver"} <= set(
+        found["machine"]
+    )
     for device in ("cpu", "cuda"):
-        assert list(found["ops"]["logprob"][device]) == list(getattr(logprob._IMPLS, device)), "best first, as the op's own table has it"
+        assert list(found["ops"]["logprob"][device]) == list(getattr(logprob._IMPLS, device)), (
+            "best first, as the op's own table has it"
+        )
     assert found["ops"]["logprob"]["cpu"]["torch"] is None
     assert len(found["ops"]) > 20
     assert main(["doctor", "--output-json", str(tmp_path / "found.json")]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("machine", "packages", "linear_policy_loss", "everything required is here"))
+    assert all(
+        word in shown
+        for word in ("machine", "packages", "linear_policy_loss", "everything required is here")
+    )
     assert json.loads((tmp_path / "found.json").read_text()) == found
 
 
-@pytest.mark.parametrize("absent, version, message", [
-    ("safetensors", None, r"safetensors>=0.5, found none: pip install 'safetensors>=0.5'"),
-    ("transformers", "4.9", r"transformers>=5, found 4.9: pip install 'transformers>=5'")])
+@pytest.mark.parametrize(
+    "absent, version, message",
+    [
+        ("safetensors", None, r"safetensors>=0.5, found none: pip install 'safetensors>=0.5'"),
+        ("transformers", "4.9", r"transformers>=5, found 4.9: pip install 'transformers>=5'"),
+    ],
+)
 def test_a_missing_package_and_an_old_one(absent, version, message, capsys, monkeypatch):
     real = metadata.version
 
@@ -46,8 +58,17 @@ def test_a_missing_package_and_an_old_one(absent, version, message, capsys, monk
         return version
 
     monkeypatch.setattr(doctor.metadata, "version", fake)
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch>=2.11", "transformers>=5", "safetensors>=0.5", "pywin32; sys_platform == 'win32'",
-                                                                   "ruff; extra == 'test'"])
+    monkeypatch.setattr(
+        doctor.metadata,
+        "requires",
+        lambda name: [
+            "torch>=2.11",
+            "transformers>=5",
+            "safetensors>=0.5",
+            "pywin32; sys_platform == 'win32'",
+            "ruff; extra == 'test'",
+        ],
+    )
     assert told(capsys, code=3)["missing"] == [message]
     assert main(["doctor"]) == 3
     shown = capsys.readouterr().out
@@ -78,9 +99,16 @@ def test_attention_of_others_is_tried(capsys, monkeypatch):
     monkeypatch.setattr(attention_verify, "_found", {})
     for name in ("flash_attn", "torch_varlen"):
         monkeypatch.setitem(dispatch._WHY_NOT, (name, "cpu"), None)
-    monkeypatch.setitem(attention.ROUTES, "flash_attn", lambda q, k, v, *rest: q * (k.mean() + v.mean()))
-    monkeypatch.setitem(attention.ROUTES, "torch_varlen", lambda q, k, v, e, m, causal, window, softcap, scale: attention.varlen_attention_reference(
-        q, k, v, e, causal=causal, window=window, scale=scale))
+    monkeypatch.setitem(
+        attention.ROUTES, "flash_attn", lambda q, k, v, *rest: q * (k.mean() + v.mean())
+    )
+    monkeypatch.setitem(
+        attention.ROUTES,
+        "torch_varlen",
+        lambda q, k, v, e, m, causal, window, softcap, scale: attention.varlen_attention_reference(
+            q, k, v, e, causal=causal, window=window, scale=scale
+        ),
+    )
     found = told(capsys)
     assert found["attention"]["cpu"]["torch_varlen"] == "verified"
     assert "the output is off by" in found["attention"]["cpu"]["flash_attn"]

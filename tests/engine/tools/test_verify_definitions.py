@@ -1,4 +1,6 @@
-"""The definitions that fusedrl verify measures by: one for every op, none of its code, and torch seen by them."""
+"""The definitions that fusedrl verify measures by: one for every op, none of its code, and torch
+seen by them."""
+
 import ast
 import importlib
 import sys
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 SOURCES = sorted(Path(definitions.__file__).parent.glob("*.py"))
 
 
-# ---- independence -------------------------------------------------------------------------------------------------
+# ---- independence --------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_definitions_import_nothing_of_the_product(path):
     """Nor a way to import at run time, nor torch.ops, behind which the compiled kernels lie."""
@@ -29,8 +31,12 @@ def test_definitions_import_nothing_of_the_product(path):
         if isinstance(node, ast.Import):
             assert {alias.name for alias in node.names} <= {"math", "numpy", "torch"}
         if isinstance(node, ast.ImportFrom):
-            near = node.level == 1 or node.module.startswith("fusedrl.engine.tools.verify.definitions.")
-            assert near or node.module in ("__future__", "itertools", "typing", "torch"), node.module
+            near = node.level == 1 or node.module.startswith(
+                "fusedrl.engine.tools.verify.definitions."
+            )
+            assert near or node.module in ("__future__", "itertools", "typing", "torch"), (
+                node.module
+            )
         if isinstance(node, ast.Name | ast.Attribute):
             name = ast.unparse(node).split(".")[-1]
             assert name not in ("ops", "import_module", "__import__", "modules"), node.lineno
@@ -63,10 +69,15 @@ class Watched(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", CATALOGUE)
 def test_every_op_has_a_definition_of_its_own(op):
-    """Neither it nor the bounds made from it run a line of the kernels, whatever level is changed; a run of the op does."""
+    """Neither it nor the bounds made from it run a line of the kernels, whatever level is changed;
+    a run of the op does."""
     entry = CATALOGUE[op]
     sizes = ("N", "V", "shape")
-    changes = [{name: levels[1]} for name, levels in entry.levels.items() if len(levels) > 1 and name not in sizes]
+    changes = [
+        {name: levels[1]}
+        for name, levels in entry.levels.items()
+        if len(levels) > 1 and name not in sizes
+    ]
     for case in (entry.plain(**change) for change in [{}, *changes]):
         problem = entry.problem(case)
         with Watched() as watched:
@@ -77,7 +88,7 @@ def test_every_op_has_a_definition_of_its_own(op):
     assert watched.seen, "the watch sees nothing at all"
 
 
-# ---- faults in torch ----------------------------------------------------------------------------------------------
+# ---- faults in torch -----------------------------------------------------------------------------
 def _scaled(found):
     """Any result, off by a part in a thousand: floats alone, whatever they lie in."""
     if isinstance(found, torch.Tensor):
@@ -90,9 +101,11 @@ def _scaled(found):
 
 def _first_token(function):
     """It draws the first token of the vocabulary, always."""
+
     def faulty(*arguments):
         drawn = function(*arguments)
         return drawn._replace(token_ids=torch.zeros_like(drawn.token_ids))
+
     return faulty
 
 
@@ -103,14 +116,17 @@ def _never_ends(function):
 
 def _same_estimator(function):
     """k3 is taken for k1."""
-    return lambda logp, ref_logp, estimator: function(logp, ref_logp, "k1" if estimator == "k3" else estimator)
+    return lambda logp, ref_logp, estimator: function(
+        logp, ref_logp, "k1" if estimator == "k3" else estimator
+    )
 
 
 def scaled(function):
     return lambda *arguments, **named: _scaled(function(*arguments, **named))
 
 
-# op -> (module of kernels, or one with dots; function of the torch implementation; what goes wrong in it)
+# op -> (module of kernels, or one with dots; function of the torch implementation; what goes wrong
+# in it)
 FAULTS = {
     "logprob": ("logprob", "logprob_reference", scaled),
     "full_kl": ("full_kl", "_log_softmax", scaled),
@@ -121,7 +137,11 @@ FAULTS = {
     "linear_policy_loss": ("linear_policy_loss", "logprob_reference", scaled),
     "policy_loss": ("policy_loss", "_policy_terms", scaled),
     "policy_value_loss": ("policy_loss", "_policy_terms", scaled),
-    "value_loss": ("policy_loss", "_squared_deviations", lambda function: lambda x, seen: x.abs().sum()),
+    "value_loss": (
+        "policy_loss",
+        "_squared_deviations",
+        lambda function: lambda x, seen: x.abs().sum(),
+    ),
     "token_kl": ("kl", "token_kl_reference", _same_estimator),
     "kl_loss": ("kl", "_descended", scaled),
     "gae": ("gae", "_advantages", scaled),
@@ -146,7 +166,9 @@ FAULTS = {
 
 def test_all_that_have_a_torch_implementation_have_a_fault():
     """logprob_ runs logprob's."""
-    assert set(FAULTS) == {op for op, entry in CATALOGUE.items() if "torch" in entry.implementations()} - {"logprob_"}
+    assert set(FAULTS) == {
+        op for op, entry in CATALOGUE.items() if "torch" in entry.implementations()
+    } - {"logprob_"}
 
 
 @pytest.mark.parametrize("op", FAULTS)
@@ -163,30 +185,46 @@ def test_a_fault_in_torch_is_told_of_torch(monkeypatch, op):
         assert right["state"] == "ok", right
 
 
-# ---- the definitions, where something else says what is right -----------------------------------------------------
+# ---- the definitions, where something else says what is right ------------------------------------
 def test_definitions_by_hand():
     """Values that were worked out with a pencil."""
-    rewards, values = torch.tensor([[1.0, 9.0, 2.0]]).double(), torch.tensor([[0.5, 9.0, 0.25]]).double()
+    rewards, values = (
+        torch.tensor([[1.0, 9.0, 2.0]]).double(),
+        torch.tensor([[0.5, 9.0, 0.25]]).double(),
+    )
     mask, last = torch.tensor([[True, False, True]]), torch.tensor([4.0])
     found = definitions.gae(rewards, values, mask, None, 0.5, 0.5, last)
     # delta_2 = 2 + .5 * 4 - .25 = 3.75; delta_0 = 1 + .5 * .25 - .5 = .625; A_0 = .625 + .25 * 3.75
     assert found["advantages"].tolist() == [[1.5625, 0.0, 3.75]]
     assert found["returns"].tolist() == [[2.0625, 0.0, 4.0]]
-    assert definitions.discounted_returns(rewards, mask, None, 0.5, last).tolist() == [[3.0, 0.0, 4.0]]
+    assert definitions.discounted_returns(rewards, mask, None, 0.5, last).tolist() == [
+        [3.0, 0.0, 4.0]
+    ]
     two_steps = definitions.k_step_advantages(rewards, values, mask, None, 2, 0.5, None)
     assert two_steps["advantages"].tolist() == [[1.5, 0.0, 1.75]]
-    groups = definitions.group_normalize(torch.tensor([1.0, 3.0, 5.0, 5.0]).double(), [0, 0, 7, 7], "rloo", False)
+    groups = definitions.group_normalize(
+        torch.tensor([1.0, 3.0, 5.0, 5.0]).double(), [0, 0, 7, 7], "rloo", False
+    )
     assert groups["advantages"].tolist() == [-2.0, 2.0, 0.0, 0.0]
     assert groups["zero_variance"].tolist() == [False, False, True, True]
-    logp, entropy = definitions.logprob(torch.tensor([[0.0, 0.0, -torch.inf, 0.0]]).double(), torch.tensor([3]))
-    torch.testing.assert_close(torch.cat([logp, -entropy]), torch.tensor(1 / 3).double().log().expand(2))
+    logp, entropy = definitions.logprob(
+        torch.tensor([[0.0, 0.0, -torch.inf, 0.0]]).double(), torch.tensor([3])
+    )
+    torch.testing.assert_close(
+        torch.cat([logp, -entropy]), torch.tensor(1 / 3).double().log().expand(2)
+    )
 
 
 def test_philox_is_that_of_its_authors():
     """The known answers of Random123's kat_vectors, of zeros, of ones and of digits of pi."""
     pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0]
-    for counter, key, want in (([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-                               ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-                               (pi[:4], pi[4:], "d16cfe09 94fdcceb 5001e420 24126ea1")):
+    for counter, key, want in (
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (pi[:4], pi[4:], "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ):
         assert " ".join(f"{word:08x}" for word in philox(counter, key)) == want
-        assert philox(counter, key) == sampling.philox4x32(torch.tensor(counter), torch.tensor(key)).tolist()
+        assert (
+            philox(counter, key)
+            == sampling.philox4x32(torch.tensor(counter), torch.tensor(key)).tolist()
+        )

@@ -1,4 +1,6 @@
-"""Measuring a policy: against transformers' probabilities of the very completions, and where the answer is known."""
+"""Measuring a policy: against transformers' probabilities of the very completions, and where the
+answer is known."""
+
 import io
 import math
 import re
@@ -31,7 +33,10 @@ def prompts() -> list[PromptExample]:
 @pytest.fixture
 def actors(tiny_model) -> tuple[HybridActor, HybridActor]:
     """The tiny model, and another not far from it."""
-    reference, policy = HybridActor.from_pretrained(tiny_model), HybridActor.from_pretrained(tiny_model)
+    reference, policy = (
+        HybridActor.from_pretrained(tiny_model),
+        HybridActor.from_pretrained(tiny_model),
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -50,9 +55,17 @@ def test_estimate() -> None:
 
 def test_a_policy_is_at_no_distance_from_itself(actors, prompts) -> None:
     _, reference = actors
-    found = evaluate(reference, reference, prompts, {"length": RewardSet([load_reward(length_reward)])}, GENERATION, seed=0)
+    found = evaluate(
+        reference,
+        reference,
+        prompts,
+        {"length": RewardSet([load_reward(length_reward)])},
+        GENERATION,
+        seed=0,
+    )
     assert found.kl == Estimate(0.0, 0.0)
-    assert found.rewards["length"].mean == pytest.approx(found.length.mean + 4.5)  # the rows' own columns reach the reward
+    # the rows' own columns reach the reward
+    assert found.rewards["length"].mean == pytest.approx(found.length.mean + 4.5)
     assert 1 < found.perplexity < 32
 
 
@@ -60,36 +73,68 @@ def test_a_policy_is_at_no_distance_from_itself(actors, prompts) -> None:
 def test_kl_and_perplexity_against_transformers(actors, prompts, tiny_model, temperature) -> None:
     policy, reference = actors
     generation = GenerationConfig(max_new_tokens=12, temperature=temperature)
-    found = evaluate(policy, reference, prompts, {"length": RewardSet([load_reward(length_reward)])}, generation, seed=3)
-    outs = policy.generate([p.prompt for p in prompts], SamplingParams(max_new_tokens=12, temperature=temperature, seed=3))
+    found = evaluate(
+        policy,
+        reference,
+        prompts,
+        {"length": RewardSet([load_reward(length_reward)])},
+        generation,
+        seed=3,
+    )
+    outs = policy.generate(
+        [p.prompt for p in prompts],
+        SamplingParams(max_new_tokens=12, temperature=temperature, seed=3),
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_model).double()
     distances, losses = [], []
     for example, (completion,) in zip(prompts, outs, strict=True):
         prompt = policy.tokenizer(example.prompt).input_ids
         ids = torch.tensor([prompt + completion.token_ids])
-        logits = model(ids).logits[0, len(prompt) - 1:-1] / temperature
-        logp = torch.log_softmax(logits, dim=-1)[range(len(completion.token_ids)), completion.token_ids]
+        logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
+        logp = torch.log_softmax(logits, dim=-1)[
+            range(len(completion.token_ids)), completion.token_ids
+        ]
         distances.append(sum(completion.logprobs) - logp.sum().item())
         losses += (-logp).tolist()
     assert found.kl.mean == pytest.approx(Estimate.of(distances).mean, abs=1e-4)
     assert found.kl.error == pytest.approx(Estimate.of(distances).error, abs=1e-4)
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert found.completions == [completion.text for (completion,) in outs]
-    assert found.ended.mean == sum(completion.finish_reason == "stop" for (completion,) in outs) / len(outs)
+    assert found.ended.mean == sum(
+        completion.finish_reason == "stop" for (completion,) in outs
+    ) / len(outs)
 
 
 def test_repeated_prompts_get_different_samples(actors, prompts) -> None:
     _, reference = actors
-    found = evaluate(reference, reference, prompts[:1] * 8, {"length": RewardSet([load_reward(length_reward)])}, GENERATION, seed=0)
+    found = evaluate(
+        reference,
+        reference,
+        prompts[:1] * 8,
+        {"length": RewardSet([load_reward(length_reward)])},
+        GENERATION,
+        seed=0,
+    )
     assert len(set(found.completions)) > 1
 
 
 def test_tables_show_both(actors, prompts) -> None:
     rewards = {"length": RewardSet([load_reward(length_reward)])}
-    after, before = (evaluate(actor, actors[1], prompts, rewards, GENERATION, seed=0) for actor in actors)
+    after, before = (
+        evaluate(actor, actors[1], prompts, rewards, GENERATION, seed=0) for actor in actors
+    )
     console = Console(width=150, record=True, file=io.StringIO())
     console.print(comparison(before, after, labels={"length": "a long one"}, kl_target=2.0))
-    console.print(side_by_side([str(p.prompt) for p in prompts], before, after, score="length", count=2))
+    console.print(
+        side_by_side([str(p.prompt) for p in prompts], before, after, score="length", count=2)
+    )
     text = re.sub(r"\s+", " ", console.export_text())
-    for part in ("a long one", f"{before.rewards['length']}", f"{after.kl}", "x target 2", f"{before.perplexity:.2f}", "w1 w2"):
+    for part in (
+        "a long one",
+        f"{before.rewards['length']}",
+        f"{after.kl}",
+        "x target 2",
+        f"{before.perplexity:.2f}",
+        "w1 w2",
+    ):
         assert part in text

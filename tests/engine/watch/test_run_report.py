@@ -1,4 +1,5 @@
 """fusedrl samples and fusedrl report on a run directory."""
+
 import json
 
 import pytest
@@ -12,22 +13,55 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     directory = tmp_path / "run"
     directory.mkdir()
-    metrics = [{"step": 0, "eval/reward": 0.125},
-               *({"step": step, "reward": step / 8, "kl": None if step == 2 else 2.0 * step, "gold/g/mean": -step, "odd": 7.7} for step in range(1, 6))]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics) + '{"step": 6, "rew')
-    evidence = [{"metric": "reward", "kind": "proxy", "then": 0.1, "now": 0.9, "sigma": 8.0}, {"metric": "gold/g/mean", "kind": "gold", "then": 1.0, "now": 0.2,
-                                                                                               "sigma": -6.5}]
+    metrics = [
+        {"step": 0, "eval/reward": 0.125},
+        *(
+            {
+                "step": step,
+                "reward": step / 8,
+                "kl": None if step == 2 else 2.0 * step,
+                "gold/g/mean": -step,
+                "odd": 7.7,
+            }
+            for step in range(1, 6)
+        ),
+    ]
+    (directory / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in metrics) + '{"step": 6, "rew'
+    )
+    evidence = [
+        {"metric": "reward", "kind": "proxy", "then": 0.1, "now": 0.9, "sigma": 8.0},
+        {"metric": "gold/g/mean", "kind": "gold", "then": 1.0, "now": 0.2, "sigma": -6.5},
+    ]
     (directory / "alarms.jsonl").write_text(json.dumps({"step": 4, "evidence": evidence}) + "\n")
-    samples = [{"step": step, "prompt": prompt, "completion": f" text [{step}] of {name}", "scores": {"reward": step / 2, "gold/g": None}}
-               for step in (0, 2, 4, 6, 8) for name, prompt in (("p", "Once"), ("m", [{"role": "user", "content": "Tell me"}]))]
-    (directory / "samples_eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    samples = [
+        {
+            "step": step,
+            "prompt": prompt,
+            "completion": f" text [{step}] of {name}",
+            "scores": {"reward": step / 2, "gold/g": None},
+        }
+        for step in (0, 2, 4, 6, 8)
+        for name, prompt in (("p", "Once"), ("m", [{"role": "user", "content": "Tell me"}]))
+    ]
+    (directory / "samples_eval.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in samples)
+    )
     return directory
 
 
 def test_samples_over_time(run, capsys):
     assert main(["samples", str(run), "--columns", "3"]) == 0
     shown = capsys.readouterr().out
-    for part in ("step 0", "step 4", "step 8", "Once", "Tell me", "text [8] of m", "reward 4, gold/g invalid"):
+    for part in (
+        "step 0",
+        "step 4",
+        "step 8",
+        "Once",
+        "Tell me",
+        "text [8] of m",
+        "reward 4, gold/g invalid",
+    ):
         assert part in shown
     assert "step 2" not in shown
     assert main(["samples", str(run), "--columns", "1"]) == 0
@@ -38,19 +72,29 @@ def test_samples_over_time(run, capsys):
 def test_report(run, capsys):
     assert main(["report", str(run)]) == 0
     shown = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith("  ") and len(line.split()) == 6}
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in shown.splitlines()
+        if line.startswith("  ") and len(line.split()) == 6
+    }
     assert rows["reward"] == ["0.125", "0.375", "0.625", "0.125", "0.625"]
     assert rows["kl"] == ["2", "8", "10", "2", "10"]
     assert rows["eval/reward"] == ["0.125"] * 5
     assert "odd" not in rows
     text = " ".join(shown.split())
-    assert "reward hacking suspected at step 4: the trained reward rose from 0.1 to 0.9 (8.0 standard errors) while gold/g/mean fell from 1 to 0.2" in text
+    assert (
+        "reward hacking suspected at step 4: the trained reward rose from 0.1 to 0.9 (8.0 standard "
+        "errors) while gold/g/mean fell from 1 to 0.2" in text
+    )
 
 
 def test_runs_that_are_not_there(run, tmp_path, capsys):
     (run / "samples_eval.jsonl").unlink()
-    for command, message in ((["samples", str(run)], "train with --evaluation.data FILE"), (["report", str(tmp_path / "no")], "no does not exist"),
-                             (["samples", str(tmp_path / "no")], "no does not exist")):
+    for command, message in (
+        (["samples", str(run)], "train with --evaluation.data FILE"),
+        (["report", str(tmp_path / "no")], "no does not exist"),
+        (["samples", str(tmp_path / "no")], "no does not exist"),
+    ):
         assert main(command) == 2
         assert message in capsys.readouterr().err
 

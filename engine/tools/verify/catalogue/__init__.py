@@ -1,27 +1,34 @@
-"""Every public op of fusedrl.kernels: its inputs, its definition, its bounds. The grid, the properties and the contract are tested over this table.
+"""Every public op of fusedrl.kernels: its inputs, its definition, its bounds. The grid, the
+properties and the contract are tested over this table.
 
-To add an op, write its definition in ../definitions, one function that makes its inputs and one `Entry`; `test_contract.py` fails until every
-`Implementations` table has one:
+To add an op, write its definition in ../definitions, one function that makes its inputs and one
+`Entry`; `test_contract.py` fails until every `Implementations` table has one:
 
     def _double(case, generator):
         x = floats(generator, case.N, 4, dtype=case.dtype)
-        return Problem({"x": x}, {"factor": case.factor}, {"y": floats(generator, case.N, 4)}, {}, 0)
+        upstream = floats(generator, case.N, 4)
+        return Problem({"x": x}, {"factor": case.factor}, {"y": upstream}, {}, 0)
 
     Entry(
         "double", double_op._IMPLS,
-        levels={"N": (33, 0, 1, 127), "factor": (2.0, 0.5), "dtype": FLOATS},               # the first levels are the plain case
+        # the first levels are the plain case
+        levels={"N": (33, 0, 1, 127), "factor": (2.0, 0.5), "dtype": FLOATS},
         make=_double,
         forward=lambda x, s, impl: {"y": double(x["x"], **s, impl=impl)},
         definition=lambda x, s: {"y": definitions.double(x["x"], **s)},
         bounds=lambda problem, want: {"y": Bound(rtol=1e-6), "d x": Bound(rtol=1e-6, rounded=True)},
-        wants=("x",),                                                                          # differentiated; leave out if nothing is
-        triton={"N": (5, 0, 1)},                                                               # smaller levels for the interpreter
-        timed={"cpu": {"N": 1 << 18}, "cuda": {"N": 1 << 22}},                                 # changes to the plain case that make it worth timing
+        wants=("x",),  # differentiated; leave out if nothing is
+        triton={"N": (5, 0, 1)},
+                # smaller levels for the interpreter
+        timed={"cpu": {"N": 1 << 18}, "cuda": {"N": 1 << 22}},
+                # changes to the plain case that make it worth timing
     )
 
-Where an op is held to what rounding costs and not to a number, `no_worse` makes the bounds. Bounds that are wider than the numerical
-contract, or that it does not name, say why where they stand, with the measured error.
+Where an op is held to what rounding costs and not to a number, `no_worse` makes the bounds. Bounds
+that are wider than the numerical contract, or that it does not name, say why where they stand, with
+the measured error.
 """
+
 from __future__ import annotations
 
 import torch
@@ -31,7 +38,12 @@ from fusedrl.engine.tools.verify.grid import Entry
 from . import advantages, cache, heads, layers, losses, rows
 
 MODULES = [rows, heads, losses, advantages, layers, cache]
-CATALOGUE = {entry.op: entry for module in MODULES for entry in vars(module).values() if isinstance(entry, Entry)}
+CATALOGUE = {
+    entry.op: entry
+    for module in MODULES
+    for entry in vars(module).values()
+    if isinstance(entry, Entry)
+}
 
 
 def pairs(device: torch.device | str = "cpu") -> list[tuple[str, str]]:

@@ -1,4 +1,5 @@
 """Ops on one layer of the paged cache: paged_attention, rope_and_cache."""
+
 from __future__ import annotations
 
 import math
@@ -16,24 +17,34 @@ from .common import BF16, FLOATS, floats, laid_out, no_worse, peer_of, uniform
 
 def _caches(blocks: int, heads: int, D: int, S: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(k_cache, v_cache), of NaN."""
-    return torch.full((blocks, heads, D, S), math.nan, dtype=dtype), torch.full((blocks, heads, S, D), math.nan, dtype=dtype)
+    return torch.full((blocks, heads, D, S), math.nan, dtype=dtype), torch.full(
+        (blocks, heads, S, D), math.nan, dtype=dtype
+    )
 
 
 def _paged_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
-    """Blocks dealt out at random; what no row needs, of the table, of the caches and behind a row's last position, is wild."""
+    """Blocks dealt out at random; what no row needs, of the table, of the caches and behind a row's
+    last position, is wild."""
     B, (Hq, Hkv, D), S = len(case.lengths), case.heads, case.size
     needed = [-(-n // S) for n in case.lengths]
     k_cache, v_cache = _caches(sum(needed) + 2, Hkv, D, S, case.dtype)
     table = torch.full((B, max(needed, default=0) + 1), -1, dtype=torch.int32)
     deal, at = torch.randperm(sum(needed) + 2, generator=generator).int(), 0
     for b, (length, count) in enumerate(zip(case.lengths, needed, strict=True)):
-        table[b, :count] = deal[at:at + count]
+        table[b, :count] = deal[at : at + count]
         at += count
         for p in range(length):
             block = int(table[b, p // S])
-            k_cache[block, :, :, p % S], v_cache[block, :, p % S] = floats(generator, 2, Hkv, D, dtype=case.dtype).unbind()
-    x = {"q": laid_out(floats(generator, B, Hq, D, dtype=case.dtype), case.layout), "k_cache": k_cache, "v_cache": v_cache, "block_table": table,
-         "context_lens": torch.tensor(case.lengths, dtype=torch.int32)}
+            k_cache[block, :, :, p % S], v_cache[block, :, p % S] = floats(
+                generator, 2, Hkv, D, dtype=case.dtype
+            ).unbind()
+    x = {
+        "q": laid_out(floats(generator, B, Hq, D, dtype=case.dtype), case.layout),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_table": table,
+        "context_lens": torch.tensor(case.lengths, dtype=torch.int32),
+    }
     return Problem(x, {"window": case.window, "softcap": case.softcap})
 
 
@@ -41,20 +52,48 @@ def _paged_work(problem: Problem, got: Tensors) -> tuple[int, int]:
     """The keys and values of what is seen are read once for all query heads."""
     _, heads, D, _ = problem.x["k_cache"].shape
     tokens = int(problem.x["context_lens"].sum())
-    return 2 * tokens * heads * D * problem.x["k_cache"].element_size() + 2 * problem.x["q"].nbytes, 4 * tokens * problem.x["q"].shape[1] * D
+    return 2 * tokens * heads * D * problem.x["k_cache"].element_size() + 2 * problem.x[
+        "q"
+    ].nbytes, 4 * tokens * problem.x["q"].shape[1] * D
 
 
 PAGED_ATTENTION = Entry(
-    "paged_attention", paged_attention._IMPLS,
-    {"lengths": ((5, 0, 20), (), (1,), (129, 2), (33,) * 9, (700, 1)), "heads": ((4, 2, 8), (3, 3, 18), (8, 1, 64)), "size": (16, 32, 64),
-     "window": (None, 1, 17), "softcap": (None, 3.0), "dtype": FLOATS, "layout": ("plain", "misaligned")},
-    _paged_problem, forward=lambda x, s, impl: {"o": paged_attention.paged_attention(**x, **s, impl=impl)},
+    "paged_attention",
+    paged_attention._IMPLS,
+    {
+        "lengths": ((5, 0, 20), (), (1,), (129, 2), (33,) * 9, (700, 1)),
+        "heads": ((4, 2, 8), (3, 3, 18), (8, 1, 64)),
+        "size": (16, 32, 64),
+        "window": (None, 1, 17),
+        "softcap": (None, 3.0),
+        "dtype": FLOATS,
+        "layout": ("plain", "misaligned"),
+    },
+    _paged_problem,
+    forward=lambda x, s, impl: {"o": paged_attention.paged_attention(**x, **s, impl=impl)},
     definition=lambda x, s: {"o": definitions.paged_attention(**x, **s)},
     # Contract: at most twice what rounding costs, and 1e-5 (a rounding more in a narrow dtype).
-    bounds=lambda problem, want: {"o": Bound(0.0, 1e-5 + no_worse(
-        problem, want, peer_of(PAGED_ATTENTION, problem, problem.x["q"].dtype), 1.0, 1.0, 2.0)["o"].atol)},
+    bounds=lambda problem, want: {
+        "o": Bound(
+            0.0,
+            1e-5
+            + no_worse(
+                problem,
+                want,
+                peer_of(PAGED_ATTENTION, problem, problem.x["q"].dtype),
+                1.0,
+                1.0,
+                2.0,
+            )["o"].atol,
+        )
+    },
     cost=lambda case: sum(case.lengths) * case.heads[0] * case.heads[2],
-    timed={"cpu": {"lengths": (256,) * 16, "heads": (8, 2, 64)}, "cuda": {"lengths": (1024,) * 64, "heads": (32, 8, 128), "dtype": BF16}}, work=_paged_work)
+    timed={
+        "cpu": {"lengths": (256,) * 16, "heads": (8, 2, 64)},
+        "cuda": {"lengths": (1024,) * 64, "heads": (32, 8, 128), "dtype": BF16},
+    },
+    work=_paged_work,
+)
 
 
 def _rope_and_cache_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -64,26 +103,54 @@ def _rope_and_cache_problem(case: SimpleNamespace, generator: torch.Generator) -
     slots = torch.randperm(blocks * S, generator=generator)[:N]
     slots[2::3] = -1  # padding
     angles = 100 * uniform(generator, N, D // 2)
-    x = {"qkv": laid_out(floats(generator, N, (Hq + 2 * Hkv) * D, dtype=case.dtype), case.layout), "cos": angles.cos(), "sin": angles.sin(),
-         "k_cache": k_cache, "v_cache": v_cache, "slots": slots}
+    x = {
+        "qkv": laid_out(floats(generator, N, (Hq + 2 * Hkv) * D, dtype=case.dtype), case.layout),
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "slots": slots,
+    }
     if case.norm:
-        x |= {name: (1 + 0.3 * floats(generator, D)).to(case.dtype) for name in ("q_norm", "k_norm")}
+        x |= {
+            name: (1 + 0.3 * floats(generator, D)).to(case.dtype) for name in ("q_norm", "k_norm")
+        }
     return Problem(x, {"num_heads": Hq})
 
 
 def _rope_and_cache(x: dict, s: dict, impl: str | None) -> Tensors:
     """Also the caches: what was not written is still NaN."""
-    return {"q": kv_cache.rope_and_cache(**x, **s, impl=impl), "k_cache": x["k_cache"], "v_cache": x["v_cache"]}
+    return {
+        "q": kv_cache.rope_and_cache(**x, **s, impl=impl),
+        "k_cache": x["k_cache"],
+        "v_cache": x["v_cache"],
+    }
 
 
 ROPE_AND_CACHE = Entry(
-    "rope_and_cache", kv_cache._IMPLS,
-    {"N": (7, 0, 1, 33, 127), "heads": ((3, 1), (1, 1), (8, 4)), "D": (8, 2, 34, 80, 128), "size": (16, 5, 64), "norm": (True, False), "dtype": FLOATS,
-     "layout": ("plain", "padded", "misaligned")},
-    _rope_and_cache_problem, _rope_and_cache,
+    "rope_and_cache",
+    kv_cache._IMPLS,
+    {
+        "N": (7, 0, 1, 33, 127),
+        "heads": ((3, 1), (1, 1), (8, 4)),
+        "D": (8, 2, 34, 80, 128),
+        "size": (16, 5, 64),
+        "norm": (True, False),
+        "dtype": FLOATS,
+        "layout": ("plain", "padded", "misaligned"),
+    },
+    _rope_and_cache_problem,
+    _rope_and_cache,
     definition=lambda x, s: definitions.rope_and_cache(**{"q_norm": None, "k_norm": None} | x, **s),
-    bounds=lambda problem, want: no_worse(problem, want, peer_of(ROPE_AND_CACHE, problem, problem.x["qkv"].dtype), 1.0),
-    triton={"N": (5, 0, 1, 9)}, writes=("k_cache", "v_cache"),
+    bounds=lambda problem, want: no_worse(
+        problem, want, peer_of(ROPE_AND_CACHE, problem, problem.x["qkv"].dtype), 1.0
+    ),
+    triton={"N": (5, 0, 1, 9)},
+    writes=("k_cache", "v_cache"),
     cost=lambda case: case.N * case.D * (case.heads[0] + 2 * case.heads[1]),
-    timed={"cpu": {"N": 2048, "heads": (8, 2), "D": 64}, "cuda": {"N": 16384, "heads": (32, 8), "D": 128, "dtype": BF16}},
-    work=lambda problem, got: (2 * problem.x["qkv"].nbytes + 2 * problem.x["cos"].nbytes, 0))
+    timed={
+        "cpu": {"N": 2048, "heads": (8, 2), "D": 64},
+        "cuda": {"N": 16384, "heads": (32, 8), "D": 128, "dtype": BF16},
+    },
+    work=lambda problem, got: (2 * problem.x["qkv"].nbytes + 2 * problem.x["cos"].nbytes, 0),
+)

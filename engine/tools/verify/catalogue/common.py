@@ -1,4 +1,6 @@
-"""What the entries of the catalogue share: numbers, layouts, masks, and bounds that are torch's own error."""
+"""What the entries of the catalogue share: numbers, layouts, masks, and bounds that are torch's own
+error."""
+
 from __future__ import annotations
 
 import math
@@ -26,13 +28,16 @@ def repeat(t: Tensor, N: int) -> Tensor:
     return t[:N].clone() if t.shape[0] >= N else t[torch.arange(N) % t.shape[0]]
 
 
-# ---- layouts: NaN around what is handed over ------------------------------------------------------------------------------
+# ---- layouts: NaN around what is handed over -----------------------------------------------------
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The same values in another layout; what surrounds them is NaN, so that reading it shows and writing it is seen."""
+    """The same values in another layout; what surrounds them is NaN, so that reading it shows and
+    writing it is seen."""
     if layout == "plain":
         return t
     if layout == "padded":  # of the last dimension
-        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), math.nan if t.is_floating_point() else True)
+        wide = t.new_full(
+            (*t.shape[:-1], t.shape[-1] + 5), math.nan if t.is_floating_point() else True
+        )
         wide[..., : t.shape[-1]] = t
         return wide[..., : t.shape[-1]]
     if layout == "misaligned":
@@ -46,31 +51,56 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     raise ValueError(layout)
 
 
-# ---- masks and bounds ---------------------------------------------------------------------------------------------------------
+# ---- masks and bounds ----------------------------------------------------------------------------
 def token_mask(kind: str, lengths: list[int], generator: torch.Generator) -> Tensor:
     """A mask over the sequences laid end to end."""
     parts = []
     for length in lengths:
         part = torch.zeros(length, dtype=torch.bool)
-        part[{"all": slice(None), "none": slice(0), "first": slice(1), "last": slice(-1, None), "random": slice(None)}[kind]] = True
+        part[
+            {
+                "all": slice(None),
+                "none": slice(0),
+                "first": slice(1),
+                "last": slice(-1, None),
+                "random": slice(None),
+            }[kind]
+        ] = True
         parts.append(part & (uniform(generator, length) < 0.6) if kind == "random" else part)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 
 
-def no_worse(problem: Problem, want: Tensors, peer: Tensors, floor: float = 0.0, roundings: float = 1.0, factor: float = 1.0) -> dict[str, Bound]:
-    """Bounds of an op that is held to what rounding costs: `factor` times the largest error of `peer`, and a few roundings of the largest value."""
+def no_worse(
+    problem: Problem,
+    want: Tensors,
+    peer: Tensors,
+    floor: float = 0.0,
+    roundings: float = 1.0,
+    factor: float = 1.0,
+) -> dict[str, Bound]:
+    """Bounds of an op that is held to what rounding costs: `factor` times the largest error of
+    `peer`, and a few roundings of the largest value."""
     bounds = {}
     for name, expected in want.items():
         if expected.numel() == 0:
             bounds[name] = Bound()
             continue
         dtype = peer[name].dtype
-        theirs, largest = float((peer[name].double() - expected).abs().nan_to_num().max()), float(expected.abs().nan_to_num().max())
-        bounds[name] = Bound(0.0, factor * theirs + (4 if dtype == F32 else roundings) * torch.finfo(dtype).eps * max(floor, largest))
+        theirs, largest = (
+            float((peer[name].double() - expected).abs().nan_to_num().max()),
+            float(expected.abs().nan_to_num().max()),
+        )
+        bounds[name] = Bound(
+            0.0,
+            factor * theirs
+            + (4 if dtype == F32 else roundings) * torch.finfo(dtype).eps * max(floor, largest),
+        )
     return bounds
 
 
 def peer_of(entry: Entry, problem: Problem, dtype: torch.dtype | dict[str, torch.dtype]) -> Tensors:
     """The definition in float32, rounded once to the dtype of the results, or of each by name."""
     got = oracle(entry, problem, torch.float32)
-    return {name: t.to(dtype[name] if isinstance(dtype, dict) else dtype) for name, t in got.items()}
+    return {
+        name: t.to(dtype[name] if isinstance(dtype, dict) else dtype) for name, t in got.items()
+    }

@@ -1,4 +1,5 @@
 """Advantages, normalisation and rankings by definition: loops over sequences, groups and pairs."""
+
 from __future__ import annotations
 
 import math
@@ -8,15 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedrl.engine.tools.verify.definitions.common import Columns, estimate, mean_of, numbers, variance_of
+from fusedrl.engine.tools.verify.definitions.common import (
+    Columns,
+    estimate,
+    mean_of,
+    numbers,
+    variance_of,
+)
 
 WHITEN_EPS, GROUP_EPS = 1e-8, 1e-6
 
 
-# ---- advantages: loops over the live tokens of each sequence ------------------------------------------------------
+# ---- advantages: loops over the live tokens of each sequence -------------------------------------
 def _live_tokens(mask: Tensor, cu_seqlens: Tensor | None) -> list[list[int]]:
-    """Of each sequence the places of its unmasked tokens in the flattened batch; a row, without cu_seqlens."""
-    bounds = [b * mask.shape[1] for b in range(mask.shape[0] + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    """Of each sequence the places of its unmasked tokens in the flattened batch; a row, without
+    cu_seqlens."""
+    bounds = (
+        [b * mask.shape[1] for b in range(mask.shape[0] + 1)]
+        if cu_seqlens is None
+        else cu_seqlens.tolist()
+    )
     live = mask.reshape(-1).tolist()
     return [[t for t in range(start, end) if live[t]] for start, end in pairwise(bounds)]
 
@@ -25,9 +37,17 @@ def _like(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(like.shape)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, cu_seqlens: Tensor | None, gamma: float, lam: float,
-        last_values: Tensor | None) -> Columns:
-    """delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1}. Schulman et al. (2016), eq. 16."""
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    lam: float,
+    last_values: Tensor | None,
+) -> Columns:
+    """delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1}. Schulman et al.
+    (2016), eq. 16."""
     r, v = numbers(rewards), numbers(values)
     advantages, returns = [0.0] * len(r), [0.0] * len(r)
     for b, tokens in enumerate(_live_tokens(mask, cu_seqlens)):
@@ -39,9 +59,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, cu_seqlens: Tensor | None
     return {"advantages": _like(advantages, rewards), "returns": _like(returns, rewards)}
 
 
-def discounted_returns(rewards: Tensor, mask: Tensor, cu_seqlens: Tensor | None, gamma: float,
-                       last_values: Tensor | None) -> Tensor:
-    """G_t = r_t + gamma G_{t+1}, behind the last token the last value. Sutton and Barto (2018), eq. 3.9."""
+def discounted_returns(
+    rewards: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    last_values: Tensor | None,
+) -> Tensor:
+    """G_t = r_t + gamma G_{t+1}, behind the last token the last value. Sutton and Barto (2018), eq.
+    3.9."""
     r = numbers(rewards)
     returns = [0.0] * len(r)
     for b, tokens in enumerate(_live_tokens(mask, cu_seqlens)):
@@ -51,32 +77,62 @@ def discounted_returns(rewards: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
     return _like(returns, rewards)
 
 
-def k_step_advantages(rewards: Tensor, values: Tensor, mask: Tensor, cu_seqlens: Tensor | None, k: int, gamma: float,
-                      last_values: Tensor | None) -> Columns:
-    """A_t = sum of gamma^i delta_{t+i} over k steps, or as many as are left. Schulman et al. (2016), eq. 14.
+def k_step_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    k: int,
+    gamma: float,
+    last_values: Tensor | None,
+) -> Columns:
+    """A_t = sum of gamma^i delta_{t+i} over k steps, or as many as are left. Schulman et al.
+    (2016), eq. 14.
 
     One step of the sum at a time, for all tokens of a sequence at once."""
     r, v = np.array(numbers(rewards)), np.array(numbers(values))
     advantages, returns = np.zeros(len(r)), np.zeros(len(r))
     for b, tokens in enumerate(_live_tokens(mask, cu_seqlens)):
-        n, V = len(tokens), np.append(v[tokens], 0.0 if last_values is None else float(last_values[b]))
+        n, V = (
+            len(tokens),
+            np.append(v[tokens], 0.0 if last_values is None else float(last_values[b])),
+        )
         with np.errstate(invalid="ignore"):  # infinities that came in
             delta, total = r[tokens] + gamma * V[1:] - V[:-1], np.zeros(n)
             for i in range(min(k, n)):
                 total[: n - i] += gamma**i * delta[i:]
             advantages[tokens], returns[tokens] = total, total + V[:-1]
-    return {"advantages": _like(advantages.tolist(), rewards), "returns": _like(returns.tolist(), rewards)}
+    return {
+        "advantages": _like(advantages.tolist(), rewards),
+        "returns": _like(returns.tolist(), rewards),
+    }
 
 
-def shaped_gae(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
-               kl_coef: float, kl_estimator: str, gamma: float, lam: float, token_rewards: Tensor | None,
-               score_clip: float | None, whiten: bool, whiten_unbiased: bool) -> Columns:
-    """GAE, then whitened, of r_t = token_rewards_t - kl_coef KL_t, plus the clipped score at a sequence's last token.
+def shaped_gae(
+    logp: Tensor,
+    ref_logp: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    gamma: float,
+    lam: float,
+    token_rewards: Tensor | None,
+    score_clip: float | None,
+    whiten: bool,
+    whiten_unbiased: bool,
+) -> Columns:
+    """GAE, then whitened, of r_t = token_rewards_t - kl_coef KL_t, plus the clipped score at a
+    sequence's last token.
 
     Ziegler et al. (2019), eq. 2."""
     lp, ref = numbers(logp), numbers(ref_logp)
     given = [0.0] * len(lp) if token_rewards is None else numbers(token_rewards)
-    score = [s if score_clip is None else min(max(s, -score_clip), score_clip) for s in numbers(scores)]
+    score = [
+        s if score_clip is None else min(max(s, -score_clip), score_clip) for s in numbers(scores)
+    ]
     rewards, kl = [0.0] * len(lp), [0.0] * len(score)
     for b, tokens in enumerate(_live_tokens(mask, cu_seqlens)):
         for t in tokens:
@@ -93,21 +149,28 @@ def shaped_gae(logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, m
     }
 
 
-# ---- normalisation ------------------------------------------------------------------------------------------------
+# ---- normalisation -------------------------------------------------------------------------------
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) over what the mask shows, plus the mean if it is to stay."""
+    """(x - mean) / sqrt(variance + eps) over what the mask shows, plus the mean if it is to
+    stay."""
     all_of, live = numbers(x), mask.reshape(-1).tolist()
     shown = [value for value, seen in zip(all_of, live, strict=True) if seen]
     mean, scale = mean_of(shown), math.sqrt(variance_of(shown, unbiased) + WHITEN_EPS)
     kept = 0.0 if shift_mean else mean
-    return _like([(value - mean) / scale + kept if seen else 0.0 for value, seen in zip(all_of, live, strict=True)], x)
+    return _like(
+        [
+            (value - mean) / scale + kept if seen else 0.0
+            for value, seen in zip(all_of, live, strict=True)
+        ],
+        x,
+    )
 
 
 def group_normalize(scores: Tensor, group_ids: list[int], method: str, unbiased: bool) -> Columns:
     """Advantages within groups.
 
-    "grpo": Shao et al. (2024). "dr_grpo": Liu et al. (2025). "rloo": Kool et al. (2019). "batch": grpo, but over the
-    spread of all scores. A group of one value gets 0, but for "none"."""
+    "grpo": Shao et al. (2024). "dr_grpo": Liu et al. (2025). "rloo": Kool et al. (2019). "batch":
+    grpo, but over the spread of all scores. A group of one value gets 0, but for "none"."""
     of_all = numbers(scores)
     spread_of_all = math.sqrt(variance_of(of_all, unbiased))
     groups: dict[int, list[int]] = {}
@@ -127,10 +190,13 @@ def group_normalize(scores: Tensor, group_ids: list[int], method: str, unbiased:
                 advantages[i] = 0.0 if equal else mine[at] - mean_of(mine[:at] + mine[at + 1 :])
             else:
                 advantages[i] = 0.0 if equal else (mine[at] - mean) / divisor
-    return {"advantages": _like(advantages, scores), "zero_variance": torch.tensor(zero, dtype=torch.bool)}
+    return {
+        "advantages": _like(advantages, scores),
+        "zero_variance": torch.tensor(zero, dtype=torch.bool),
+    }
 
 
-# ---- rankings -----------------------------------------------------------------------------------------------------
+# ---- rankings ------------------------------------------------------------------------------------
 def _log_loss(d: Tensor) -> Tensor:
     """-log sigmoid(d) = log(1 + e^-d)."""
     return torch.logaddexp(torch.zeros_like(d), -d)
@@ -140,15 +206,23 @@ def pairwise_ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | Non
     """The mean of -log sigmoid(chosen - rejected - margin).
 
     Bradley and Terry (1952); the margin: Touvron et al. (2023), Llama 2, eq. 2."""
-    return _log_loss(chosen - rejected if margin is None else chosen - rejected - margin).sum() / max(1, len(chosen))
+    return _log_loss(
+        chosen - rejected if margin is None else chosen - rejected - margin
+    ).sum() / max(1, len(chosen))
 
 
 def kwise_ranking_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> Tensor:
-    """Mean over prompts of the mean over their pairs of -log sigmoid(better - worse). Ouyang et al. (2022), eq. 1."""
+    """Mean over prompts of the mean over their pairs of -log sigmoid(better - worse). Ouyang et al.
+    (2022), eq. 1."""
     bounds, means = cu_groups.tolist(), []
     for start, end in pairwise(bounds):
         rank = ranks[start:end].tolist()
-        pairs = [(start + i, start + j) for i in range(end - start) for j in range(end - start) if rank[i] < rank[j]]
+        pairs = [
+            (start + i, start + j)
+            for i in range(end - start)
+            for j in range(end - start)
+            if rank[i] < rank[j]
+        ]
         if pairs:
             better, worse = zip(*pairs, strict=True)
             means.append(_log_loss(scores[list(better)] - scores[list(worse)]).mean())

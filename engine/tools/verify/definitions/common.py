@@ -1,4 +1,5 @@
 """What several definitions take: numbers of a tensor, moments, one estimate of a KL."""
+
 from __future__ import annotations
 
 import math
@@ -26,7 +27,8 @@ def variance_of(values: list[float], unbiased: bool) -> float:
 
 
 def estimate(k: float, estimator: str) -> float:
-    """An estimate of KL(pi || ref) from k = logp - ref_logp. Schulman (2020), Approximating KL divergence."""
+    """An estimate of KL(pi || ref) from k = logp - ref_logp. Schulman (2020), Approximating KL
+    divergence."""
     if estimator == "k3":
         return max(0.0, math.expm1(min(max(-k, -CUT), CUT)) + k)
     return {"k1": k, "k2": k * k / 2, "abs": abs(k)}[estimator]

@@ -1,4 +1,5 @@
 """Layers and the decoder by definition: matrix products, a softmax and a rotation by hand."""
+
 from __future__ import annotations
 
 import math
@@ -13,7 +14,7 @@ from fusedrl.engine.tools.verify.definitions.common import Columns
 HEAD_NORM_EPS = 1e-6
 
 
-# ---- layers -------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """(offset + weight) x / sqrt(mean of x^2 + eps). Zhang and Sennrich (2019), eq. 4."""
     return (offset + weight) * (x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps))
@@ -22,11 +23,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """weight (x - mean) / sqrt(variance + eps) + bias. Ba, Kiros and Hinton (2016)."""
     centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
-    return weight * (centred / torch.sqrt((centred * centred).sum(-1, keepdim=True) / x.shape[-1] + eps)) + bias
+    return (
+        weight
+        * (centred / torch.sqrt((centred * centred).sum(-1, keepdim=True) / x.shape[-1] + eps))
+        + bias
+    )
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (x[i], x[i + P]) of each head as complex numbers, times cos + i sin [N, P]; what is behind 2 P stays.
+    """The pairs (x[i], x[i + P]) of each head as complex numbers, times cos + i sin [N, P]; what is
+    behind 2 P stays.
 
     Su et al. (2021), eq. 34, in the layout of GPT-NeoX."""
     P = cos.shape[-1]
@@ -35,7 +41,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def activation(x: Tensor, name: str) -> Tensor:
-    """silu x sigmoid(x); gelu x Phi(x); gelu_tanh its approximation. Hendrycks and Gimpel (2016)."""
+    """silu x sigmoid(x); gelu x Phi(x); gelu_tanh its approximation. Hendrycks and Gimpel
+    (2016)."""
     if name == "silu":
         return x * torch.sigmoid(x)
     if name == "gelu":
@@ -44,7 +51,8 @@ def activation(x: Tensor, name: str) -> Tensor:
 
 
 def mlp_hidden(x: Tensor, name: str, gated: bool) -> Tensor:
-    """activation(gate) up, the gates before the ups; or the activation alone. Shazeer (2020), eq. 6."""
+    """activation(gate) up, the gates before the ups; or the activation alone. Shazeer (2020), eq.
+    6."""
     half = x.shape[-1] // 2
     return activation(x[..., :half], name) * x[..., half:] if gated else activation(x, name)
 
@@ -54,9 +62,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight.T if bias is None else x @ weight.T + bias
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """softmax(scale q . k) v, q [T, Hq, D] over the k [U, Hkv, D] it sees [T, U]. Vaswani et al. (2017), eq. 1."""
-    own = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])  # each query head's key/value head
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """softmax(scale q . k) v, q [T, Hq, D] over the k [U, Hkv, D] it sees [T, U]. Vaswani et al.
+    (2017), eq. 1."""
+    # each query head's key/value head
+    own = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     scores = scale * torch.einsum("thd,uhd->htu", q, k[:, own])
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen, -math.inf)
@@ -64,7 +76,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap
     return torch.einsum("htu,uhd->thd", e / e.sum(-1, keepdim=True), v[:, own])
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int | None) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int | None
+) -> Tensor:
     """Each sequence by itself; token i sees j <= i if causal, and |i - j| < window."""
     bounds, parts = cu_seqlens.tolist(), [q[:0] + k[:0].sum() + v[:0].sum()]
     for start, end in pairwise(bounds):
@@ -73,13 +87,24 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal
             behind = at[:, None] - at
             seen = (behind >= 0) | (not causal)
             seen = seen if window is None else seen & (behind.abs() < window)
-            parts.append(_attend(q[start:end], k[start:end], v[start:end], seen, q.shape[2] ** -0.5, None))
+            parts.append(
+                _attend(q[start:end], k[start:end], v[start:end], seen, q.shape[2] ** -0.5, None)
+            )
     return torch.cat(parts)
 
 
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor,
-                    window: int | None, softcap: float | None, scale: float | None = None) -> Tensor:
-    """A query a row over the last `window` of its cached positions; p lies in block table[p // S], slot p % S.
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None = None,
+) -> Tensor:
+    """A query a row over the last `window` of its cached positions; p lies in block table[p // S],
+    slot p % S.
 
     Kwon et al. (2023)."""
     rows, size, scale = [q[:0]], v_cache.shape[2], q.shape[2] ** -0.5 if scale is None else scale
@@ -89,37 +114,68 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
             rows.append(torch.zeros_like(q[b : b + 1]))
             continue
         blocks, slots = block_table[b, seen // size].long(), seen % size
-        k, v, whole = k_cache[blocks, :, :, slots], v_cache[blocks, :, slots], torch.ones_like(seen, dtype=torch.bool)
+        k, v, whole = (
+            k_cache[blocks, :, :, slots],
+            v_cache[blocks, :, slots],
+            torch.ones_like(seen, dtype=torch.bool),
+        )
         rows.append(_attend(q[b : b + 1], k, v, whole[None], scale, softcap))
     return torch.cat(rows)
 
 
 def _cache(k: Tensor, v: Tensor, slots: list[int], k_cache: Tensor, v_cache: Tensor) -> None:
-    """Token n's k and v into slot n of the blocks laid end to end, in place; slots outside of them are none."""
+    """Token n's k and v into slot n of the blocks laid end to end, in place; slots outside of them
+    are none."""
     size = v_cache.shape[2]
     for n, slot in enumerate(slots):
         if 0 <= slot < len(k_cache) * size:
-            k_cache[slot // size, :, :, slot % size], v_cache[slot // size, :, slot % size] = k[n], v[n]
+            k_cache[slot // size, :, :, slot % size], v_cache[slot // size, :, slot % size] = (
+                k[n],
+                v[n],
+            )
 
 
-def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
-                   num_heads: int, q_norm: Tensor | None, k_norm: Tensor | None) -> Columns:
-    """A token's heads taken apart; q and k normed where there is a weight, and turned; k and v into the caches."""
+def rope_and_cache(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    num_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> Columns:
+    """A token's heads taken apart; q and k normed where there is a weight, and turned; k and v into
+    the caches."""
     D = k_cache.shape[2]
     heads = qkv.reshape(len(qkv), qkv.shape[1] // D, D)
     q, k, v = heads.split((num_heads, k_cache.shape[1], k_cache.shape[1]), 1)
-    q, k = (x if weight is None else rms_norm(x, weight, HEAD_NORM_EPS) for x, weight in ((q, q_norm), (k, k_norm)))
+    q, k = (
+        x if weight is None else rms_norm(x, weight, HEAD_NORM_EPS)
+        for x, weight in ((q, q_norm), (k, k_norm))
+    )
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     _cache(rope(k, cos, sin), v, slots.tolist(), k_cache, v_cache)
     return {"q": rope(q, cos, sin), "k_cache": k_cache, "v_cache": v_cache}
 
 
-# ---- the decoder --------------------------------------------------------------------------------------------------
-def decode_step(weights: Any, token_ids: Tensor, positions: Tensor, rows: Tensor, block_table: Tensor, k_cache: Tensor,
-                v_cache: Tensor, out_slots: Tensor) -> Columns:
-    """One step of a decoder in the dtype of the caches: Touvron et al. (2023), and what families change.
+# ---- the decoder ---------------------------------------------------------------------------------
+def decode_step(
+    weights: Any,
+    token_ids: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    block_table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out_slots: Tensor,
+) -> Columns:
+    """One step of a decoder in the dtype of the caches: Touvron et al. (2023), and what families
+    change.
 
-    Every token's k and v are cached before any token attends; it then sees the positions of its row up to its own."""
+    Every token's k and v are cached before any token attends; it then sees the positions of its row
+    up to its own."""
     w, o, dtype, size = weights, weights.options, k_cache.dtype, v_cache.shape[3]
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     tables = block_table[rows]
@@ -147,30 +203,56 @@ def decode_step(weights: Any, token_ids: Tensor, positions: Tensor, rows: Tensor
         q, k = heads_norm(q, layer.q_norm), heads_norm(k, layer.k_norm)
         if layer.rope >= 0:
             angles = positions.double()[:, None] * w.rope_table.inv_freq[layer.rope].double()
-            cos, sin = ((w.rope_table.scale * turn).to(dtype) for turn in (angles.cos(), angles.sin()))
+            cos, sin = (
+                (w.rope_table.scale * turn).to(dtype) for turn in (angles.cos(), angles.sin())
+            )
             q, k = rope(q, cos, sin), rope(k, cos, sin)
         keys, values = k_cache[index], v_cache[index]
         _cache(k, v, slots, keys, values)
         attended = paged_attention(
-            q, keys, values, tables, positions + 1, layer.window or None, o.attention_softcap, o.attention_scale)
-        x = x + norm(_projected(w, index, 1, attended.flatten(1), layer.o, layer.o_bias), layer.attention_out_norm)
+            q,
+            keys,
+            values,
+            tables,
+            positions + 1,
+            layer.window or None,
+            o.attention_softcap,
+            o.attention_scale,
+        )
+        x = x + norm(
+            _projected(w, index, 1, attended.flatten(1), layer.o, layer.o_bias),
+            layer.attention_out_norm,
+        )
         h = norm(before if o.parallel else x, layer.post_norm, layer.post_norm_bias)
         up = _projected(w, index, 2, h, layer.gate_up, layer.gate_up_bias)
         hidden = mlp_hidden(up, o.activation, gated=up.shape[1] != layer.down.shape[1])
-        x = x + norm(_projected(w, index, 3, hidden, layer.down, layer.down_bias), layer.mlp_out_norm)
-    return {"hidden": norm(x[out_slots], w.norm, w.norm_bias), "k_cache": k_cache, "v_cache": v_cache}
+        x = x + norm(
+            _projected(w, index, 3, hidden, layer.down, layer.down_bias), layer.mlp_out_norm
+        )
+    return {
+        "hidden": norm(x[out_slots], w.norm, w.norm_bias),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+    }
 
 
-def _projected(weights: Any, layer: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One of a layer's four products, plus scale B (A x) in the slices that an adapter has. Hu et al. (2021), eq. 3."""
+def _projected(
+    weights: Any, layer: int, product: int, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """One of a layer's four products, plus scale B (A x) in the slices that an adapter has. Hu et
+    al. (2021), eq. 3."""
     y = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if weights.adapter is None or weights.adapter.layers[layer][2 * product] is None:
         return y
-    a, b = (part.to(x.dtype) for part in weights.adapter.layers[layer][2 * product : 2 * product + 2])
+    a, b = (
+        part.to(x.dtype) for part in weights.adapter.layers[layer][2 * product : 2 * product + 2]
+    )
     rank, done = b.shape[1], 0
     added = torch.zeros_like(y)
     slices = [(start, count) for of, start, count in weights.adapter.slices if of == product]
     for index, (start, count) in enumerate(slices):
-        added[:, start : start + count] += x @ a[index * rank : (index + 1) * rank].T @ b[done : done + count].T
+        added[:, start : start + count] += (
+            x @ a[index * rank : (index + 1) * rank].T @ b[done : done + count].T
+        )
         done += count
     return y + weights.adapter.scale * added

@@ -1,4 +1,6 @@
-"""Estimates of a KL, the policy objectives and the value loss by definition, over the tokens that have a weight."""
+"""Estimates of a KL, the policy objectives and the value loss by definition, over the tokens that
+have a weight."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -7,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrl.engine.tools.verify.definitions.common import CUT, Columns, estimate, mean_of, numbers, variance_of
+from fusedrl.engine.tools.verify.definitions.common import (
+    CUT,
+    Columns,
+    estimate,
+    mean_of,
+    numbers,
+    variance_of,
+)
 
 F32_EPS = 2.0**-23
 
 
-# ---- estimates of a KL --------------------------------------------------------------------------------------------
+# ---- estimates of a KL ---------------------------------------------------------------------------
 def token_kl(k: Tensor, estimator: str) -> Tensor:
     """The estimate of every log ratio k = logp - ref_logp."""
     each = [estimate(ratio, estimator) for ratio in numbers(k)]
@@ -34,24 +43,36 @@ def _estimated(k: Tensor, estimator: str, gradient: str) -> Tensor:
 
 def _sequence_of(cu_seqlens: Tensor) -> Tensor:
     """Of each token the number of its sequence."""
-    numbered = [b for b, (start, end) in enumerate(pairwise(cu_seqlens.tolist())) for _ in range(start, end)]
+    numbered = [
+        b for b, (start, end) in enumerate(pairwise(cu_seqlens.tolist())) for _ in range(start, end)
+    ]
     return torch.tensor(numbered, dtype=torch.int64, device=cu_seqlens.device)
 
 
-def kl_loss(logp: Tensor, ref_logp: Tensor, weights: Tensor, estimator: str, gradient: str,
-            cu_seqlens: Tensor | None) -> Tensor:
-    """sum_t w_t estimate(k_t); with cu_seqlens sum_b w_b estimate(sum_t k_t), w_b a sequence's mean weight."""
+def kl_loss(
+    logp: Tensor,
+    ref_logp: Tensor,
+    weights: Tensor,
+    estimator: str,
+    gradient: str,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """sum_t w_t estimate(k_t); with cu_seqlens sum_b w_b estimate(sum_t k_t), w_b a sequence's mean
+    weight."""
     live = weights != 0
     k, w = logp[live] - ref_logp[live], weights[live]
     if cu_seqlens is not None:
         of = _sequence_of(cu_seqlens)[live]
         mine = [of == b for b in of.unique().tolist()]
         if mine:
-            k, w = torch.stack([k[tokens].sum() for tokens in mine]), torch.stack([w[tokens].mean() for tokens in mine])
+            k, w = (
+                torch.stack([k[tokens].sum() for tokens in mine]),
+                torch.stack([w[tokens].mean() for tokens in mine]),
+            )
     return (w * _estimated(k, estimator, gradient)).sum()
 
 
-# ---- policy and value losses --------------------------------------------------------------------------------------
+# ---- policy and value losses ---------------------------------------------------------------------
 def _exp(d: Tensor) -> Tensor:
     """e^d, d cut at +-20, where it has no slope."""
     return d.clamp(-CUT, CUT).exp()
@@ -66,9 +87,11 @@ def _of_sequences(x: Tensor, sequence: Tensor, mean: bool) -> Tensor:
     return out
 
 
-def _policy_term(o: Any, lp: Tensor, old: Tensor, A: Tensor,
-                 sequence: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(term of every token, which are below their bound, which above it, which above the dual one), kind by kind."""
+def _policy_term(
+    o: Any, lp: Tensor, old: Tensor, A: Tensor, sequence: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(term of every token, which are below their bound, which above it, which above the dual one),
+    kind by kind."""
     d, never = lp - old, torch.zeros_like(A, dtype=torch.bool)
     fixed, r = d.detach(), _exp(d)
     if o.kind == "reinforce":  # Williams (1992)
@@ -95,8 +118,13 @@ def _policy_term(o: Any, lp: Tensor, old: Tensor, A: Tensor,
         r = _exp(log_s) * (1 + torch.where(log_s.abs() > CUT, 0.0, 1.0) * (lp - lp.detach()))
     elif o.kind != "clip":
         raise ValueError(f"expected a kind that has a definition, got {o.kind!r}")
-    term = torch.maximum(-A * r, -A * r.clamp(1 - o.clip_low, 1 + o.clip_high))  # Schulman et al. (2017), eq. 7
-    low, high, dual = (A < 0) & (r.detach() < 1 - o.clip_low), (A > 0) & (r.detach() > 1 + o.clip_high), never
+    # Schulman et al. (2017), eq. 7
+    term = torch.maximum(-A * r, -A * r.clamp(1 - o.clip_low, 1 + o.clip_high))
+    low, high, dual = (
+        (A < 0) & (r.detach() < 1 - o.clip_low),
+        (A > 0) & (r.detach() > 1 + o.clip_high),
+        never,
+    )
     if o.dual_clip is not None:  # Ye et al. (2020), eq. 5
         dual = (A < 0) & (r.detach() > o.dual_clip)
         term = torch.where(A < 0, torch.minimum(term, -A * o.dual_clip), term)
@@ -113,13 +141,29 @@ def _rollout_weights(c: Any, old: Tensor, rollout: Tensor, sequence: Tensor) -> 
     return torch.where((judged > c.cap) | (judged < c.floor), 0.0, w)
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Tensor, *, objective: Any,
-                ref_logp: Tensor, entropy: Tensor, cu_seqlens: Tensor, kl_coef: float = 0.0, kl_estimator: str = "k3",
-                kl_gradient: str | None = None, kl_level: str = "token", entropy_coef: float = 0.0,
-                rollout_logp: Tensor | None = None, rollout_correction: Any = None) -> tuple[Tensor, Columns]:
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    objective: Any,
+    ref_logp: Tensor,
+    entropy: Tensor,
+    cu_seqlens: Tensor,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_gradient: str | None = None,
+    kl_level: str = "token",
+    entropy_coef: float = 0.0,
+    rollout_logp: Tensor | None = None,
+    rollout_correction: Any = None,
+) -> tuple[Tensor, Columns]:
     """(loss, statistics): sum_t w_t (correction_t term_t + kl_coef kl_t - entropy_coef H_t)."""
     live = weights != 0
-    lp, old, A, w, ref, H = (x[live] for x in (logp, old_logp, advantages, weights, ref_logp, entropy))
+    lp, old, A, w, ref, H = (
+        x[live] for x in (logp, old_logp, advantages, weights, ref_logp, entropy)
+    )
     sequence = _sequence_of(cu_seqlens)[live]
     term, low, high, dual = _policy_term(objective, lp, old, A, sequence)
     correction = torch.ones_like(A)
@@ -144,7 +188,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Ten
 
 
 def _ratio_stats(d: Tensor, low: Tensor, high: Tensor, dual: Tensor) -> Columns:
-    """What is reported of the log ratios d of the tokens, and of those that a bound stopped; means over tokens."""
+    """What is reported of the log ratios d of the tokens, and of those that a bound stopped; means
+    over tokens."""
     n, none, r = max(1, len(d)), len(d) == 0, _exp(d)
     one, zero = d.new_ones(()), d.new_zeros(())
     return {
@@ -162,8 +207,9 @@ def _ratio_stats(d: Tensor, low: Tensor, high: Tensor, dual: Tensor) -> Columns:
     }
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor,
-               clip: float | None) -> tuple[Tensor, Columns]:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
+) -> tuple[Tensor, Columns]:
     """(loss, statistics): sum_t w_t max((V - R)^2, (clip(V, V_old +- c) - R)^2) / 2.
 
     Schulman et al. (2017), eq. 9, clipped."""
