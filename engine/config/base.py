@@ -6,45 +6,55 @@ from __future__ import annotations
 import difflib
 import math
 import signal
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from operator import attrgetter
+from typing import Any, Literal
 
 from fusedrl.engine.base.errors import ConfigError
 
 
 def require(condition: bool, where: str, expected: str, found: object) -> None:
-    """Raises ConfigError unless the condition holds."""
+    """Raise ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(f"config: expected {where} {expected}, got {found!r}")
 
 
-def check_values(config: Any) -> None:
-    """What holds for every stage: all numbers are finite, model and data are named. Raises
-    ConfigError."""
+def check(config: Any, group: str, *rows: tuple[Any, ...]) -> None:
+    """Raise ConfigError for the first row whose condition does not hold.
 
-    def check(value: Any, name: str) -> None:
+    Args:
+        config: what the rows are about.
+        group: where its fields are among the options ("optim": as optim.lr); "" for the top.
+        rows: (field, condition, what is expected), and fourth what was found, where that is not the
+            field's value; the field "" is the whole group.
+    """
+    for field_, condition, expected, *found in rows:
+        where = ".".join(name for name in (group, field_) if name)
+        require(condition, where, expected, found[0] if found else attrgetter(field_)(config))
+
+
+def check_values(config: StageConfig) -> None:
+    """Raise ConfigError unless all numbers are finite, and model and data are named."""
+
+    def finite(value: Any, name: str) -> None:
         if is_dataclass(value):
             for one in fields(value):
-                check(getattr(value, one.name), f"{name}.{one.name}" if name else one.name)
+                finite(getattr(value, one.name), f"{name}.{one.name}" if name else one.name)
         for number in value if isinstance(value, tuple) else (value,):
-            require(
-                not isinstance(number, float) or math.isfinite(number), name, "to be finite", value
-            )
+            holds = not isinstance(number, float) or math.isfinite(number)
+            require(holds, name, "to be finite", value)
 
-    check(config, "")
-    require(bool(config.model), "model", "a directory or id of a model", config.model)
-    require(bool(config.data), "data", "a file", config.data)
-    max_length = getattr(config, "max_length", None)
-    require(
-        max_length is None or max_length >= 2,
-        "max_length",
-        ">= 2, or null for the model's own limit",
-        max_length,
+    finite(config, "")
+    check(
+        config,
+        "",
+        ("model", bool(config.model), "a directory or id of a model"),
+        ("data", bool(config.data), "a file"),
     )
 
 
 def either(value: Any, usual: Any) -> Any:
-    """The value, or what is usual where it was left out."""
+    """Return the value, or what is usual where it was left out."""
     return usual if value is None else value
 
 
@@ -83,23 +93,25 @@ class OptimConfig:
     state: Literal["float32", "int8"] = "float32"
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr", "> 0", self.lr)
-        require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "optim.betas",
-            "two numbers in [0, 1)",
-            self.betas,
+        check(
+            self,
+            "optim",
+            ("lr", self.lr > 0, "> 0"),
+            (
+                "betas",
+                len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+                "two numbers in [0, 1)",
+            ),
+            ("eps", self.eps is None or self.eps > 0, "> 0"),
+            (
+                "eps_mode",
+                self.eps_mode == "torch" or self.state == "float32",
+                "torch with optim.state = int8 (its compiled step has one epsilon)",
+            ),
+            ("weight_decay", self.weight_decay >= 0, ">= 0"),
+            ("warmup_steps", self.warmup_steps >= 0, ">= 0"),
+            ("max_grad_norm", self.max_grad_norm >= 0, ">= 0"),
         )
-        require(self.eps is None or self.eps > 0, "optim.eps", "> 0", self.eps)
-        require(
-            self.eps_mode == "torch" or self.state == "float32",
-            "optim.eps_mode",
-            "torch with optim.state = int8 (its compiled step has one epsilon)",
-            self.eps_mode,
-        )
-        require(self.weight_decay >= 0, "optim.weight_decay", ">= 0", self.weight_decay)
-        require(self.warmup_steps >= 0, "optim.warmup_steps", ">= 0", self.warmup_steps)
-        require(self.max_grad_norm >= 0, "optim.max_grad_norm", ">= 0", self.max_grad_norm)
 
     def filled(self, eps: float) -> OptimConfig:
         """With this epsilon where nothing was said."""
@@ -108,8 +120,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters on a frozen model (Hu et al., 2021): W + alpha / rank x B A, of which A and
-    B are trained. No dropout: the sampler has none.
+    """Low-rank adapters on a frozen model (Hu et al., 2021).
+
+    W + alpha / rank x B A, of which A and B are trained. No dropout: the sampler has none.
 
     Args:
         rank: of A and B.
@@ -125,13 +138,16 @@ class LoRAConfig:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "lora.rank", ">= 1", self.rank)
-        require(self.alpha > 0, "lora.alpha", "> 0", self.alpha)
-        require(
-            len(self.targets) >= 1 and not isinstance(self.targets, str),
-            "lora.targets",
-            "one target or more",
-            self.targets,
+        check(
+            self,
+            "lora",
+            ("rank", self.rank >= 1, ">= 1"),
+            ("alpha", self.alpha > 0, "> 0"),
+            (
+                "targets",
+                len(self.targets) >= 1 and not isinstance(self.targets, str),
+                "one target or more",
+            ),
         )
         for name in self.targets:
             close = difflib.get_close_matches(name, LORA_TARGETS, 1, 0.5)
@@ -190,11 +206,15 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        require(-(2**63) <= self.seed < 2**63, "run.seed", "an integer of 64 bits", self.seed)
-        require(bool(self.dir), "run.dir", "a directory", self.dir)
-        require(self.save_every >= 0, "run.save_every", ">= 0", self.save_every)
-        require(0 <= self.save_minutes < math.inf, "run.save_minutes", ">= 0", self.save_minutes)
-        require(self.keep >= 1, "run.keep", ">= 1", self.keep)
+        check(
+            self,
+            "run",
+            ("seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits"),
+            ("dir", bool(self.dir), "a directory"),
+            ("save_every", self.save_every >= 0, ">= 0"),
+            ("save_minutes", 0 <= self.save_minutes < math.inf, ">= 0"),
+            ("keep", self.keep >= 1, ">= 1"),
+        )
         for name in self.signal_names:
             require(
                 name in signal.Signals.__members__ and name not in ("SIGKILL", "SIGSTOP"),
@@ -211,8 +231,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How rollouts are sampled. PPO scores the distribution it samples from, so it refuses settings
-    that truncate it.
+    """How rollouts are sampled.
+
+    PPO scores the distribution it samples from, so it refuses settings that truncate it.
 
     Args:
         max_new_tokens: longest completion.
@@ -232,16 +253,15 @@ class GenerationConfig:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, "generation.max_new_tokens", ">= 1", self.max_new_tokens)
-        require(self.temperature >= 0, "generation.temperature", ">= 0", self.temperature)
-        require(self.top_k >= 0, "generation.top_k", ">= 0; 0 keeps all", self.top_k)
-        require(0 < self.top_p <= 1, "generation.top_p", "in (0, 1]; 1 keeps all", self.top_p)
-        require(0 <= self.min_p <= 1, "generation.min_p", "in [0, 1]; 0 keeps all", self.min_p)
-        require(
-            all(token >= 0 for token in self.stop_token_ids),
-            "generation.stop_token_ids",
-            "token ids >= 0",
-            self.stop_token_ids,
+        check(
+            self,
+            "generation",
+            ("max_new_tokens", self.max_new_tokens >= 1, ">= 1"),
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_k", self.top_k >= 0, ">= 0; 0 keeps all"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 keeps all"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 keeps all"),
+            ("stop_token_ids", all(token >= 0 for token in self.stop_token_ids), "token ids >= 0"),
         )
 
     @property
@@ -250,16 +270,161 @@ class GenerationConfig:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
-class StageConfig(Protocol):
-    """What the configurations of all stages have."""
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Options of every stage.
+
+    Args:
+        model: directory or id of the model to train.
+        data: JSONL file (.gz too).
+        tokens_per_microbatch: tokens of one forward and backward.
+        checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward
+            pass: less memory, one more forward.
+        skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping
+            with all of them listed.
+        dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
+        device: cpu, cuda, or None for the best there is.
+        lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora
+            turns it on. <run>/model then holds them merged, <run>/adapter by themselves.
+
+    Raises:
+        ConfigError: a value that is out of range, or options that contradict each other.
+    """
+
+    model: str
+    data: str
+    tokens_per_microbatch: int = 8192
+    checkpoint_activations: bool = False
+    skip_bad_lines: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str | None = None
+    lora: LoRAConfig | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check_stage(self) -> None:
+        """Raise ConfigError unless the options of every stage are in range."""
+        check_values(self)
+        check(self, "", ("tokens_per_microbatch", self.tokens_per_microbatch >= 1, ">= 1"))
 
     @property
-    def model(self) -> str: ...
+    def title(self) -> str:
+        """What the run is called on the terminal."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenTextsConfig:
+    """Options of the stages that learn from given texts.
+
+    Args:
+        epochs: passes over the data.
+        eval_fraction: part of the data held out; its loss is reported after the last step.
+        max_length: longer examples are dropped and counted; None is the model's own limit.
+    """
+
+    epochs: int = 1
+    eval_fraction: float = 0.0
+    max_length: int | None = None
+
+    def check_texts(self) -> None:
+        """Raise ConfigError unless the options of these stages are in range."""
+        long_enough = self.max_length is None or self.max_length >= 2
+        check(
+            self,
+            "",
+            ("epochs", self.epochs >= 1, ">= 1"),
+            ("max_length", long_enough, ">= 2, or null for the model's own limit"),
+            ("eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Options of the stages that learn from completions of their own.
+
+    Args:
+        reward: rewards, each file.py:function, or a directory of a reward model.
+        reward_weights: one weight per reward; None weighs each 1.
+        steps: rollouts, each followed by epochs x minibatches optimizer steps.
+        prompts_per_step: prompts of one rollout.
+        samples_per_prompt: completions of each prompt.
+        epochs: passes over a rollout.
+        minibatches: optimizer steps of one pass.
+        max_prompt_length: longer prompts are dropped before the first step and counted; None is
+            what fits the model with max_new_tokens.
+        missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+        max_invalid_fraction: of a rollout's rewards (raised, NaN, wrong type); above it the run
+            stops, below it those samples are left out.
+    """
+
+    model: str
+    data: str
+    reward: tuple[str, ...]
+    steps: int
+    prompts_per_step: int
+    samples_per_prompt: int
+    epochs: int
+    minibatches: int
+    reward_weights: tuple[float, ...] | None = None
+    max_prompt_length: int | None = None
+    missing_eos_penalty: float = 0.0
+    max_invalid_fraction: float = 0.1
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def check_sampling(self) -> None:
+        """Raise ConfigError unless the options of these stages are in range."""
+        rewards = len(self.reward)
+        check(
+            self,
+            "",
+            ("steps", self.steps >= 1, ">= 1"),
+            ("prompts_per_step", self.prompts_per_step >= 1, ">= 1"),
+            ("samples_per_prompt", self.samples_per_prompt >= 1, ">= 1"),
+            ("epochs", self.epochs >= 1, ">= 1"),
+            ("minibatches", self.minibatches >= 1, ">= 1"),
+            ("reward", rewards >= 1, "at least one file.py:function or reward-model directory"),
+            (
+                "reward_weights",
+                self.reward_weights is None or len(self.reward_weights) == rewards,
+                f"{rewards} numbers, one per reward",
+            ),
+            (
+                "max_prompt_length",
+                self.max_prompt_length is None or self.max_prompt_length >= 1,
+                ">= 1, or null for what fits",
+            ),
+            ("max_invalid_fraction", 0 <= self.max_invalid_fraction <= 1, "in [0, 1]"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig(StageConfig):
+    """Options of the stages that stay near a reference, their initial weights.
+
+    Args:
+        reference: frozen is a second copy of the weights; adapter_off is the policy with its
+            adapter switched off, which takes no memory; host is a copy in the host's memory that
+            comes to the GPU to score; auto is adapter_off with lora and frozen without.
+    """
+
+    reference: Literal["auto", "frozen", "adapter_off", "host"] = "auto"
+
+    def check_reference(self) -> None:
+        """Raise ConfigError unless the options of these stages are in range."""
+        check(
+            self,
+            "",
+            (
+                "reference",
+                self.reference != "adapter_off" or self.lora is not None,
+                "frozen, host or auto without lora (there is no adapter to switch off)",
+            ),
+        )
+
     @property
-    def data(self) -> str: ...
-    @property
-    def device(self) -> str | None: ...
-    @property
-    def run(self) -> RunConfig: ...
-    @property
-    def title(self) -> str: ...
+    def reference_kind(self) -> str:
+        """`reference`, with auto resolved: frozen, adapter_off or host."""
+        if self.reference != "auto":
+            return self.reference
+        return "frozen" if self.lora is None else "adapter_off"

@@ -6,16 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fusedrl.engine.config.base import require
+from fusedrl.engine.config.base import check, require
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out evaluation during a policy run: before the first step, every so many steps, and
-    after the last.
+    """Held-out evaluation during a policy run.
 
-    The draws are the same every time (the run's seed, request ids of their own), sampled as
-    rollouts are, and training is bitwise what it is without.
+    It takes place before the first step, every so many steps and after the last. The draws are the
+    same every time (the run's seed, request ids of their own), sampled as rollouts are, and
+    training is bitwise what it is without.
 
     Args:
         data: held-out prompts, as the run's own data; evaluation.data turns it on.
@@ -46,8 +46,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class AlarmConfig:
-    """The reward-hacking alarm (alarm.py): the trained reward rises while what it stands for does
-    not.
+    """The reward-hacking alarm: the trained reward rises while what it stands for does not.
 
     Args:
         action: report it (a message, <run>/alarms.jsonl, alarm/reward_hacking), stop the run with a
@@ -61,7 +60,9 @@ class AlarmConfig:
     sigmas: float = 5.0
 
     def __post_init__(self) -> None:
-        require(
-            self.window >= 3, "alarm.window", ">= 3 (a spread is estimated from it)", self.window
+        check(
+            self,
+            "alarm",
+            ("window", self.window >= 3, ">= 3 (a spread is estimated from it)"),
+            ("sigmas", self.sigmas > 0, "> 0"),
         )
-        require(self.sigmas > 0, "alarm.sigmas", "> 0", self.sigmas)

@@ -6,15 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fusedrl.engine.config.base import require
+from fusedrl.engine.config.base import check
 
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    """What makes up for a sampler whose log-probabilities are not the trainer's (another precision,
-    other kernels): the policy term of a token is multiplied by w = exp(old_logp - rollout_logp), a
-    constant. Here the two agree to rounding (sampling/logp_diff_*), and bitwise in strict mode,
-    where every w is 1.
+    """Correction for a sampler whose log-probabilities are not the trainer's.
+
+    Another precision or other kernels make them differ. The policy term of a token is multiplied by
+    w = exp(old_logp - rollout_logp), a constant. Here the two agree to rounding
+    (sampling/logp_diff_*), and bitwise in strict mode, where every w is 1.
 
     Args:
         kind: none; truncated is min(w, high) (Yao et al., 2025, TIS); masked is w, and 0 outside
@@ -39,30 +40,32 @@ class CorrectionConfig:
     off_policy_delta: float | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.low is None or self.kind in ("masked", "sequence_masked"),
-            "correction.low",
-            "only with correction.kind = masked or sequence_masked",
-            (self.low, self.kind),
-        )
-        require(
-            0 <= self.floor <= 1 <= self.high,
+        check(
+            self,
             "correction",
-            "0 <= low <= 1 <= high, since an exact sampler's weight is 1",
-            (self.floor, self.high),
-        )
-        require(
-            not self.bypass or self.kind == "none",
-            "correction.kind",
-            "none with correction.bypass (the ratio to rollout_logp holds the weight already; "
-            "twice would square it)",
-            self.kind,
-        )
-        require(
-            self.off_policy_delta is None or self.off_policy_delta > 0,
-            "correction.off_policy_delta",
-            "> 0, in nats per token",
-            self.off_policy_delta,
+            (
+                "low",
+                self.low is None or self.kind in ("masked", "sequence_masked"),
+                "only with correction.kind = masked or sequence_masked",
+                (self.low, self.kind),
+            ),
+            (
+                "correction",
+                0 <= self.floor <= 1 <= self.high,
+                "0 <= low <= 1 <= high, since an exact sampler's weight is 1",
+                (self.floor, self.high),
+            ),
+            (
+                "kind",
+                not self.bypass or self.kind == "none",
+                "none with correction.bypass (the ratio to rollout_logp holds the weight already; "
+                "twice would square it)",
+            ),
+            (
+                "off_policy_delta",
+                self.off_policy_delta is None or self.off_policy_delta > 0,
+                "> 0, in nats per token",
+            ),
         )
 
     @property
@@ -87,6 +90,10 @@ class ReplayConfig:
     max_age: int = 8
 
     def __post_init__(self) -> None:
-        require(self.capacity >= 1, "replay.capacity", ">= 1", self.capacity)
-        require(0 < self.fraction < 1, "replay.fraction", "in (0, 1)", self.fraction)
-        require(self.max_age >= 1, "replay.max_age", ">= 1", self.max_age)
+        check(
+            self,
+            "replay",
+            ("capacity", self.capacity >= 1, ">= 1"),
+            ("fraction", 0 < self.fraction < 1, "in (0, 1)"),
+            ("max_age", self.max_age >= 1, ">= 1"),
+        )

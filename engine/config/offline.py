@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from fusedrl.engine.config.base import LoRAConfig, OptimConfig, RunConfig, check_values, require
+from fusedrl.engine.config.base import GivenTextsConfig, StageConfig, check
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning: cross-entropy of completions (or of whole texts), a mean over all
-    their tokens.
+class SFTConfig(StageConfig, GivenTextsConfig):
+    """Supervised fine-tuning: the mean cross-entropy of the tokens of completions or whole texts.
 
     Args:
         model: directory or id of the model to train.
@@ -20,47 +18,30 @@ class SFTConfig:
             pairs, whose chosen answers are used.
         eval_fraction: part of the data held out; its loss is reported after the last step.
         eval_every: report it before the first step and every so many steps, too; 0 does not.
-        epochs: passes over the data.
         sequences_per_step: sequences of one optimizer step.
-        tokens_per_microbatch: tokens of one forward and backward.
         every_turn: learn every turn of the assistant in conversations ({"messages"}, MOSS), not the
             last alone; needs a chat template.
-        checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward
-            pass: less memory, one more forward.
-        max_length: longer examples are dropped and counted; None is the model's own limit.
-        skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping
-            with all of them listed.
-        dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
-        device: cpu, cuda, or None for the best there is.
-        lora: train adapters on the frozen model; lora.rank, lora.alpha, lora.targets or lora.rslora
-            turns it on. <run>/model then holds them merged, <run>/adapter by themselves.
     """
 
     model: str
     data: str
-    eval_fraction: float = 0.0
+    _: KW_ONLY
     eval_every: int = 0
-    epochs: int = 1
     sequences_per_step: int = 32
-    tokens_per_microbatch: int = 8192
     every_turn: bool = False
-    checkpoint_activations: bool = False
-    max_length: int | None = None
-    skip_bad_lines: bool = False
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str | None = None
-    lora: LoRAConfig | None = None
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check_data(self)
-        require(self.sequences_per_step >= 1, "sequences_per_step", ">= 1", self.sequences_per_step)
-        require(
-            self.eval_every >= 0 and (self.eval_every == 0 or self.eval_fraction > 0),
-            "eval_every",
-            ">= 0, and 0 with eval_fraction = 0 (nothing is held out)",
-            self.eval_every,
+        self.check_stage()
+        self.check_texts()
+        check(
+            self,
+            "",
+            ("sequences_per_step", self.sequences_per_step >= 1, ">= 1"),
+            (
+                "eval_every",
+                self.eval_every >= 0 and (self.eval_every == 0 or self.eval_fraction > 0),
+                ">= 0, and 0 with eval_fraction = 0 (nothing is held out)",
+            ),
         )
 
     @property
@@ -70,9 +51,10 @@ class SFTConfig:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig:
-    """A reward model on the trunk of a language model, from preferences (Bradley-Terry) between two
-    answers or among K.
+class RewardModelConfig(StageConfig, GivenTextsConfig):
+    """A reward model on the trunk of a language model, from preferences among K answers.
+
+    The preferences are Bradley and Terry's, between two answers or among more.
 
     Args:
         model: directory or id of the language model whose trunk is used (an SFT model, usually).
@@ -88,8 +70,6 @@ class RewardModelConfig:
         epochs: passes over the examples; one is usual, more over-fit.
         pairs_per_step: examples (pairs, or lists) of one optimizer step.
         tokens_per_microbatch: tokens of one forward and backward; an example is never split.
-        checkpoint_activations: keep layers' inputs alone and compute the rest again in the backward
-            pass: less memory, one more forward.
         max_length: examples with a longer side are dropped and counted; None is the model's own
             limit.
         label_noise: the rate at which labels are known to be flipped, in [0, 0.5): what is learnt
@@ -109,24 +89,17 @@ class RewardModelConfig:
         normalize: after training, over the best answers of the training examples: mean, shift the
             scores to mean 0; mean_std, scale them to variance 1, too (they are log-odds no more);
             none, leave them.
-        skip_bad_lines: write malformed lines to <run>/rejects.jsonl and go on, instead of stopping
-            with all of them listed.
-        dtype: of the parameters: auto is float32 on CPU and bfloat16 on CUDA.
-        device: cpu, cuda, or None for the best there is.
         lora: train adapters on the frozen trunk; lora.rank, lora.alpha, lora.targets or lora.rslora
             turns it on. The heads are trained in full, and <run>/model holds the adapters merged.
     """
 
     model: str
     data: str
+    _: KW_ONLY
     eval_fraction: float = 0.1
     by_prompt: bool = False
     eval_every: int = 0
-    epochs: int = 1
     pairs_per_step: int = 32
-    tokens_per_microbatch: int = 8192
-    checkpoint_activations: bool = False
-    max_length: int | None = None
     label_noise: float = 0.0
     denoise_folds: int = 0
     denoise_threshold: float = 0.5
@@ -134,46 +107,36 @@ class RewardModelConfig:
     center_coef: float = 0.0
     imitation_coef: float = 0.0
     normalize: Literal["none", "mean", "mean_std"] = "mean"
-    skip_bad_lines: bool = False
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str | None = None
-    lora: LoRAConfig | None = None
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check_data(self)
-        require(self.pairs_per_step >= 1, "pairs_per_step", ">= 1", self.pairs_per_step)
-        require(self.eval_every >= 0, "eval_every", ">= 0", self.eval_every)
-        require(
-            0 <= self.label_noise < 0.5,
-            "label_noise",
-            "in [0, 0.5); at one half labels say nothing",
-            self.label_noise,
-        )
-        require(
-            self.denoise_folds == 0 or self.denoise_folds >= 2,
-            "denoise_folds",
-            "0, or 2 and more",
-            self.denoise_folds,
-        )
-        for name in ("center_coef", "imitation_coef", "denoise_threshold"):
-            require(0 <= getattr(self, name) < math.inf, name, ">= 0", getattr(self, name))
-        require(
-            self.normalize in ("none", "mean", "mean_std"),
-            "normalize",
-            "none, mean or mean_std (it was true or false: mean or none)",
-            self.normalize,
+        self.check_stage()
+        self.check_texts()
+        check(
+            self,
+            "",
+            ("pairs_per_step", self.pairs_per_step >= 1, ">= 1"),
+            ("eval_every", self.eval_every >= 0, ">= 0"),
+            (
+                "label_noise",
+                0 <= self.label_noise < 0.5,
+                "in [0, 0.5); at one half labels say nothing",
+            ),
+            (
+                "denoise_folds",
+                self.denoise_folds == 0 or self.denoise_folds >= 2,
+                "0, or 2 and more",
+            ),
+            ("center_coef", self.center_coef >= 0, ">= 0"),
+            ("imitation_coef", self.imitation_coef >= 0, ">= 0"),
+            ("denoise_threshold", self.denoise_threshold >= 0, ">= 0"),
+            (
+                "normalize",
+                self.normalize in ("none", "mean", "mean_std"),
+                "none, mean or mean_std (it was true or false: mean or none)",
+            ),
         )
 
     @property
     def title(self) -> str:
         """What the run is called on the terminal."""
         return "reward model"
-
-
-def _check_data(config: SFTConfig | RewardModelConfig) -> None:
-    check_values(config)
-    require(0 <= config.eval_fraction < 1, "eval_fraction", "in [0, 1)", config.eval_fraction)
-    for name in ("epochs", "tokens_per_microbatch"):
-        require(getattr(config, name) >= 1, name, ">= 1", getattr(config, name))

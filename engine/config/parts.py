@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fusedrl.engine.config.algorithms import Algorithm
-from fusedrl.engine.config.base import OptimConfig, either, require
+from fusedrl.engine.config.base import OptimConfig, check, either
 
 # the default of a field that the algorithm's row fills in where it is left out
 OF_ALGORITHM: Any = None
@@ -16,8 +16,9 @@ OF_ALGORITHM: Any = None
 
 @dataclass(frozen=True)
 class KLConfig:
-    """What keeps the policy near its reference, and where it acts. The place decides what is
-    converged to, not only how fast:
+    """The KL that keeps the policy near its reference, and where it acts.
+
+    The place decides what is converged to, not only how fast:
 
     reward  -coef * k1 at every token (Ziegler et al., 2019). Exact: the optimum is ref * exp(reward
             / coef), whatever is done to advantages.
@@ -60,65 +61,61 @@ class KLConfig:
     measure: bool = False
 
     def __post_init__(self) -> None:
-        require(self.coef is None or 0 <= self.coef < math.inf, "kl.coef", ">= 0", self.coef)
-        require(
-            self.placement in (None, "reward", "loss"),
-            "kl.placement",
-            "reward or loss",
-            self.placement,
-        )
-        require(
-            self.estimator in (None, "k1", "k2", "k3", "abs", "full"),
-            "kl.estimator",
-            "k1, k2, k3, abs or full",
-            self.estimator,
-        )
-        require(
-            self.level in ("token", "sequence", "future"),
-            "kl.level",
-            "token, sequence or future",
-            self.level,
-        )
-        require(
-            self.target is None or (self.target > 0 and self.coef != 0),
-            "kl.target",
-            "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0; "
-            "kl.coef 0.05 is a usual start)",
-            (self.target, self.coef),
-        )
-        require(
-            self.horizon is None or (self.horizon > 0 and self.target is not None),
-            "kl.horizon",
-            "> 0, and only with kl.target",
-            (self.horizon, self.target),
-        )
-        require(
-            self.placement != "reward" or self.estimator in (None, "k1"),
-            "kl.estimator",
-            "k1 with kl.placement = reward (any other drops a term of "
-            "the gradient of the KL there and moves the optimum; put it into the loss)",
-            self.estimator,
+        check(
+            self,
+            "kl",
+            ("coef", self.coef is None or 0 <= self.coef < math.inf, ">= 0"),
+            ("placement", self.placement in (None, "reward", "loss"), "reward or loss"),
+            (
+                "estimator",
+                self.estimator in (None, "k1", "k2", "k3", "abs", "full"),
+                "k1, k2, k3, abs or full",
+            ),
+            ("level", self.level in ("token", "sequence", "future"), "token, sequence or future"),
+            (
+                "target",
+                self.target is None or (self.target > 0 and self.coef != 0),
+                "> 0 with a coefficient > 0 (it is multiplied, so 0 stays 0; kl.coef 0.05 is a "
+                "usual start)",
+                (self.target, self.coef),
+            ),
+            (
+                "horizon",
+                self.horizon is None or (self.horizon > 0 and self.target is not None),
+                "> 0, and only with kl.target",
+                (self.horizon, self.target),
+            ),
+            (
+                "estimator",
+                self.placement != "reward" or self.estimator in (None, "k1"),
+                "k1 with kl.placement = reward (any other drops a term of the gradient of the KL "
+                "there and moves the optimum; put it into the loss)",
+            ),
         )
         fitting = {"token": None, "sequence": (None, "k2"), "future": (None, "k2", "full")}[
             self.level
         ]
-        require(
-            fitting is None or (self.placement != "reward" and self.estimator in fitting),
-            "kl.level",
-            "sequence only with kl.placement = loss and "
-            "kl.estimator = k2, future only with loss and k2 or full",
-            (self.level, self.placement, self.estimator),
-        )
-        require(
-            not self.through_ratio
-            or (
-                self.placement != "reward"
-                and self.estimator in (None, "k1", "k3")
-                and self.level == "token"
+        check(
+            self,
+            "kl",
+            (
+                "level",
+                fitting is None or (self.placement != "reward" and self.estimator in fitting),
+                "sequence only with kl.placement = loss and kl.estimator = k2, future only with "
+                "loss and k2 or full",
+                (self.level, self.placement, self.estimator),
             ),
-            "kl.through_ratio",
-            "only with kl.placement = loss, kl.estimator = k1 or k3, and kl.level = token",
-            (self.placement, self.estimator, self.level),
+            (
+                "through_ratio",
+                not self.through_ratio
+                or (
+                    self.placement != "reward"
+                    and self.estimator in (None, "k1", "k3")
+                    and (self.level == "token")
+                ),
+                "only with kl.placement = loss, kl.estimator = k1 or k3, and kl.level = token",
+                (self.placement, self.estimator, self.level),
+            ),
         )
 
     def filled(self, row: Algorithm) -> KLConfig:
@@ -142,10 +139,10 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """The coefficient of the objective ppo_penalty, which adapts to the KL from the policy of the
-    rollout to that of the last pass, per token.
+    """The adaptive KL coefficient of the objective ppo_penalty.
 
-    Either between two thresholds, or around a target d: thresholds d / 1.5 and 1.5 d (Schulman et
+    It adapts to the KL from the policy of the rollout to that of the last pass, per token: either
+    between two thresholds, or around a target d: thresholds d / 1.5 and 1.5 d (Schulman et
     al., 2017, section 4). Above the upper one the coefficient is doubled, below the lower one
     halved.
 
@@ -161,20 +158,24 @@ class PenaltyConfig:
     kl_max: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.coef > 0, "penalty.coef", "> 0", self.coef)
-        require(self.target is None or self.target > 0, "penalty.target", "> 0", self.target)
-        require(
-            (self.kl_min is None) == (self.kl_max is None)
-            and (self.target is None or self.kl_min is None),
+        check(
+            self,
             "penalty",
-            "either target, or both kl_min and kl_max",
-            (self.target, self.kl_min, self.kl_max),
-        )
-        require(
-            self.kl_min is None or self.kl_max is None or 0 <= self.kl_min < self.kl_max,
-            "penalty.kl_min",
-            ">= 0 and below kl_max",
-            (self.kl_min, self.kl_max),
+            ("coef", self.coef > 0, "> 0"),
+            ("target", self.target is None or self.target > 0, "> 0"),
+            (
+                "penalty",
+                (self.kl_min is None) == (self.kl_max is None)
+                and (self.target is None or self.kl_min is None),
+                "either target, or both kl_min and kl_max",
+                (self.target, self.kl_min, self.kl_max),
+            ),
+            (
+                "kl_min",
+                self.kl_min is None or self.kl_max is None or 0 <= self.kl_min < self.kl_max,
+                ">= 0 and below kl_max",
+                (self.kl_min, self.kl_max),
+            ),
         )
 
     @property
@@ -188,8 +189,9 @@ class PenaltyConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The critic: a value head on the policy's trunk, or another decoder with a linear head, which
-    takes the memory of a second model.
+    """The critic: a value head on the policy's trunk, or another decoder with a linear head.
+
+    The latter takes the memory of a second model.
 
     One of its own may be of any size and family that has the policy's vocabulary. It is optimised
     by itself, so neither its gradients nor their norm reach the policy. InstructGPT and MOSS start
@@ -215,13 +217,12 @@ class CriticConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.model),
-            "critic.model",
-            "trunk, policy, or a directory or id of a model",
-            self.model,
+        check(
+            self,
+            "critic",
+            ("model", bool(self.model), "trunk, policy, or a directory or id of a model"),
+            ("warmup_steps", self.warmup_steps >= 0, ">= 0"),
         )
-        require(self.warmup_steps >= 0, "critic.warmup_steps", ">= 0", self.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -260,17 +261,17 @@ class TRPOConfig:
     schedule: Literal["constant", "linear"] = "constant"
 
     def __post_init__(self) -> None:
-        require(self.max_kl > 0, "trpo.max_kl", "> 0", self.max_kl)
-        require(self.cg_iterations >= 1, "trpo.cg_iterations", ">= 1", self.cg_iterations)
-        require(self.damping >= 0, "trpo.damping", ">= 0", self.damping)
-        require(
-            0 < self.fisher_fraction <= 1, "trpo.fisher_fraction", "in (0, 1]", self.fisher_fraction
+        check(
+            self,
+            "trpo",
+            ("max_kl", self.max_kl > 0, "> 0"),
+            ("cg_iterations", self.cg_iterations >= 1, ">= 1"),
+            ("damping", self.damping >= 0, ">= 0"),
+            ("fisher_fraction", 0 < self.fisher_fraction <= 1, "in (0, 1]"),
+            ("backtracks", self.backtracks >= 0, ">= 0"),
+            ("backtrack_ratio", 0 < self.backtrack_ratio < 1, "in (0, 1)"),
+            ("accept_ratio", 0 <= self.accept_ratio < 1, "in [0, 1)"),
         )
-        require(self.backtracks >= 0, "trpo.backtracks", ">= 0", self.backtracks)
-        require(
-            0 < self.backtrack_ratio < 1, "trpo.backtrack_ratio", "in (0, 1)", self.backtrack_ratio
-        )
-        require(0 <= self.accept_ratio < 1, "trpo.accept_ratio", "in [0, 1)", self.accept_ratio)
 
     def at(self, step: int, total: int) -> TRPOConfig:
         """With the bound of step `step` (from 0) of `total`."""
@@ -306,19 +307,11 @@ class PtxConfig:
     learn_prompts: bool = False
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.data),
-            "ptx.data",
-            "a file of texts beside the other options of ptx",
-            self.data,
-        )
-        require(self.coef >= 0, "ptx.coef", ">= 0", self.coef)
-        require(
-            self.sequences_per_step >= 1, "ptx.sequences_per_step", ">= 1", self.sequences_per_step
-        )
-        require(
-            self.max_length is None or self.max_length >= 2,
-            "ptx.max_length",
-            ">= 2",
-            self.max_length,
+        check(
+            self,
+            "ptx",
+            ("data", bool(self.data), "a file of texts beside the other options of ptx"),
+            ("coef", self.coef >= 0, ">= 0"),
+            ("sequences_per_step", self.sequences_per_step >= 1, ">= 1"),
+            ("max_length", self.max_length is None or self.max_length >= 2, ">= 2"),
         )

@@ -37,13 +37,8 @@ from typing import Any, cast
 import torch
 
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.config import (
-    DPOConfig,
-    PolicyConfig,
-    RejectionConfig,
-    RewardModelConfig,
-    SFTConfig,
-)
+from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig
+from fusedrl.engine.config.base import GivenTextsConfig, SamplingConfig, StageConfig
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.model.adapters import LayerAdapter
 from fusedrl.engine.model.decoder import Decoder
@@ -57,8 +52,6 @@ from fusedrl.engine.optim.adamw import BLOCK, quantized
 from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.kernels.linear_head import workspace
 
-SamplingConfig = PolicyConfig | RejectionConfig  # of the stages that generate
-StageConfig = SFTConfig | RewardModelConfig | DPOConfig | SamplingConfig
 _UNITS = {
     "b": 1,
     "kb": 10**3,
@@ -319,7 +312,7 @@ class Planner:
                 else longest
             )
         else:
-            longest = config.max_length
+            longest = config.max_length if isinstance(config, GivenTextsConfig) else None
         return decoder.weights().rope_table.bytes_upto(min(most, longest or most))
 
     def _kv_pool(self, memory: int) -> int:
@@ -560,7 +553,7 @@ def plan(
     )
 
 
-def cache_for(config: SamplingConfig) -> CacheConfig:
+def cache_for(config: PolicyConfig | RejectionConfig) -> CacheConfig:
     """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory
     that is free now, before anything is loaded, but never more than max_sequences sequences of the
     model's full length. On a CPU the default, since memory that is never written costs nothing.
