@@ -30,11 +30,20 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # `src` goes on sys.path as it is when this is installed in place, so that type checkers find what
 # Python finds. `fusedrl` there is a namespace of links to engine/ and kernels/; an unpacked source
-# distribution has none until they are made here.
+# distribution has none until they are made here. Where git may not make links, it writes files.
 for room in ("engine", "kernels"):
-    if not (link := Path("src/fusedrl") / room).exists():
+    link = Path("src/fusedrl") / room
+    try:
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(Path("../..") / room)
+        if not link.exists():
+            link.symlink_to(Path("../..") / room, target_is_directory=True)
+        list(link.iterdir())
+    except OSError as error:
+        sys.exit(
+            f"fusedrl: expected {link} to be a symbolic link to {room}/, got: {error}. Put the "
+            "sources where links are possible (in a git checkout there: git config core.symlinks "
+            "true && git checkout -- src), or install a wheel that was built elsewhere"
+        )
 PACKAGES = find_namespace_packages("src", exclude=["*__pycache__*"])
 PACKAGE_DATA = {"fusedrl.engine": ["py.typed"], "fusedrl.kernels": ["py.typed"]}
 

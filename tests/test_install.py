@@ -300,7 +300,12 @@ def test_a_wheel_from_the_source_distribution_has_the_native_kernels(sdist, tmp_
     assert (capability, reason, finite) == (HERE, "", True)
     assert all(
         (tmp_path / "site/fusedrl" / name).is_file()
-        for name in ("engine/py.typed", "kernels/py.typed", "kernels/cuda_src/gae.cu")
+        for name in (
+            "engine/py.typed",
+            "kernels/py.typed",
+            "kernels/cuda_src/gae.cu",
+            "kernels/shared_src/objectives.h",
+        )
     )
 
 

@@ -69,4 +69,4 @@ def test_commit_hooks_run_what_make_runs():
         tool, arguments = hook["entry"].split(maxsplit=1)
         assert hook["language"] == "system"
         assert f"{tool} {arguments.replace(' --force-exclude', '')}" in makefile
-    assert [hook["id"] for hook in repo["hooks"]] == ["ruff", "mypy"]
+    assert [hook["id"] for hook in repo["hooks"]] == ["ruff", "ruff-format", "mypy"]
