@@ -254,7 +254,7 @@ def environment() -> dict[str, str]:
 
 
 def namespace() -> Path:
-    """A folder in which `fusedrl` has engine/ and kernels/ of this checkout, as src/ has them, whose
+    """A folder in which `fusedrl` has engine/ and kernels/ of this checkout, as in src/, whose
     links a copy may have lost."""
     folder = ROOT / "build" / "first-light"
     (folder / "fusedrl").mkdir(parents=True, exist_ok=True)

@@ -206,7 +206,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def type_name(value: object) -> str:
-    """What JSON calls it."""
+    """Return JSON's name of a value's type."""
     names = {
         dict: "an object",
         list: "a list",

@@ -249,8 +249,8 @@ class Scheduler:
 
     # ---- a step ----------------------------------------------------------------------------------
     def schedule(self, window: int = 1) -> Plan:
-        """What to compute next. Every table it names holds what the step writes, or all the steps
-        that it allows: at most `window`.
+        """Plan what to compute next. Every table that the plan names holds what the step writes, or
+        all the steps that it allows: at most `window`.
 
         Raises:
             RuntimeError: several steps in a row found nothing to do while sequences wait; the

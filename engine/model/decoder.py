@@ -298,20 +298,23 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.embedding.dtype
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What the training forward computes in: what the sampler computes in on this device."""
+        """Dtype that the training forward computes in: the one that the sampler computes in on this
+        device."""
         return activation_dtype(self.dtype, self.device)
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """What the KV cache holds, and the training forward attends in."""
+        """Dtype of the KV cache, in which the training forward attends, too."""
         return cache_dtype(self.dtype, self.device)
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.embedding.device
 
     def forward(

@@ -335,6 +335,7 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
+        """Row of the family that the model is of."""
         return FAMILIES[self.model_type]
 
 

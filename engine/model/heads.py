@@ -164,6 +164,7 @@ class RewardHead(nn.Module):
         self.weight = nn.Parameter(weight.to(device))
 
     def forward(self, hidden_BH: Tensor) -> Tensor:
+        """Return scores [B] of hidden states [B, H]."""
         return F.linear(hidden_BH.to(self.weight.dtype), self.weight).squeeze(-1)
 
 

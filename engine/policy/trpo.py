@@ -166,7 +166,7 @@ class Surrogate:
         return loss, kl
 
     def go_back(self) -> None:
-        """To the weights of the rollout, bitwise."""
+        """Go back to the weights of the rollout, bitwise."""
         self.parameters.write(self.old_P)
         self.states = self.old_states
 

@@ -107,7 +107,7 @@ class Comparison:
 
     @property
     def tokens(self) -> int:
-        """Of all its sequences."""
+        """Number of tokens of all its sequences."""
         return sum(len(self.prompt) + len(completion) for completion in self.completions)
 
 

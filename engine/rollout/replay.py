@@ -30,7 +30,7 @@ from fusedrl.engine.config import ReplayConfig
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a step gets from the buffer: completions, and metrics of how old they are."""
+    """A step's share of the buffer: completions, and metrics of how old they are."""
 
     batch: PackedBatch
     metrics: dict[str, float]
@@ -106,7 +106,7 @@ class ReplayBuffer:
         }
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """What `tensors` gave. Raises CheckpointError where that is no buffer."""
+        """Take over what `tensors` gave. Raises CheckpointError where that is no buffer."""
         columns = dict(saved)
         try:
             steps = columns.pop("steps").tolist()

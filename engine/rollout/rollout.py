@@ -32,8 +32,8 @@ from fusedrl.engine.rollout.repetition import (
 
 
 class RolloutConfig(Protocol):
-    """What a configuration says of sampling and scoring: that of policy optimisation, and of
-    rejection sampling."""
+    """A configuration of sampling and scoring: that of policy optimisation, and of rejection
+    sampling."""
 
     @property
     def generation(self) -> GenerationConfig: ...

@@ -45,7 +45,7 @@ KL_TARGET = 6.0
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything; the defaults are what `fusedrl demo` runs."""
+    """Sizes of the demo; the defaults are what `fusedrl demo` runs."""
 
     stories: int = 8192
     sft_epochs: int = 5
@@ -57,7 +57,7 @@ class DemoSize:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the three stages returned, and the policy before and after PPO on held-out prompts."""
+    """Results of the three stages, and the policy before and after PPO on held-out prompts."""
 
     directory: Path
     sft: SFTResult

@@ -111,7 +111,7 @@ class Parts:
 
     @property
     def fixed(self) -> int:
-        """What does not depend on the micro-batch."""
+        """Bytes that do not depend on the micro-batch."""
         return (
             self.weights
             + self.reference
@@ -147,7 +147,7 @@ class Plan:
         return self.parts.peak <= self.memory
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the plan as JSON values."""
         names = {False: "plain", True: "checkpointed"}
         tables = {
             key: {names[c]: value for c, value in getattr(self, key).items()}
@@ -357,7 +357,7 @@ class Planner:
 
     # ---- the training forward --------------------------------------------------------------------
     def layer_bytes(self, tokens: int) -> int:
-        """What one layer holds for its backward pass, its input included."""
+        """Return the bytes that one layer holds for its backward pass, its input included."""
         c, N, layer = self.model, tokens, self._decoder.layers[0]
         qkv, out = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
         rotated = (c.num_heads + c.num_kv_heads) * c.head_dim if c.inv_freq else 0
@@ -403,8 +403,8 @@ class Planner:
         return N * ((width + qkv + rotated + out + inner) * self._a + 4 * floats) + copies * self._a
 
     def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
-        """What the training forward holds between the passes, heads included, as autograd's saved
-        tensors count it."""
+        """Return the bytes that the training forward holds between the passes, heads included, as
+        autograd's saved tensors count them."""
         c, N, e, L = self.model, tokens, self._e, self.model.num_layers
         boundary = N * c.hidden_size * self._a
         # The first layer has one input; in parallel it is the second's stream, too.
@@ -435,7 +435,8 @@ class Planner:
         return max(0, self.activation_bytes(tokens, checkpointed) - self.kv_pool)
 
     def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
-        """What the worst moment holds beside the fixed parts and the activations; 0 at least."""
+        """Return the bytes that the worst moment holds beside the fixed parts and the activations;
+        0 at least."""
         c, N, e, a = self.model, tokens, self._e, self._a
         boundary, F = N * c.hidden_size * a, c.intermediate_size
         head, down = (
@@ -584,7 +585,7 @@ def cache_for(config: PolicyConfig | RejectionConfig) -> CacheConfig:
 
 
 def format_bytes(count: int) -> str:
-    """In GiB, or MiB below a tenth of one."""
+    """Write a number of bytes in GiB, or MiB below a tenth of one."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
 
 

@@ -124,7 +124,7 @@ class CannotServe(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementations:
-    """What one op has: implementation names per device type, best first."""
+    """Table of one op: implementation names per device type, best first."""
 
     op: str
     cpu: tuple[str, ...]

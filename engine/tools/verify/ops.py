@@ -196,5 +196,5 @@ def _traffic(problem: Problem, results: Tensors) -> int:
 
 
 def cost_of(entry: Entry) -> int:
-    """How much there is to do in its plain case: the large ones are begun first."""
+    """Return how much there is to do in the op's plain case: the large ones are begun first."""
     return entry.cost(SimpleNamespace(**entry.plain())) * max(1, len(entry.wants))

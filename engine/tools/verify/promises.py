@@ -80,7 +80,8 @@ def said(outs: Sequence[Sequence[Completion]]) -> list[list[int]]:
 
 
 def row(error: float = 0.0, bound: float = 1.0, why: Sequence[str] = ()) -> Row:
-    """Of a largest error and what is allowed, and of what must not be."""
+    """Make a row of a report from a largest error and what is allowed, and from what must not
+    be."""
     over = error / bound if math.isfinite(error) else math.inf
     found = list(why) if over <= 1 else [*why, f"off by {error:.3g}, where {bound:.3g} is allowed"]
     return {
@@ -91,7 +92,7 @@ def row(error: float = 0.0, bound: float = 1.0, why: Sequence[str] = ()) -> Row:
 
 
 def apart(ours: list[list[int]], theirs: list[list[int]], whose: str) -> list[str]:
-    """Where two generations part, in words."""
+    """Say in words where two generations part."""
     if ours == theirs:
         return []
     index = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
