@@ -1,5 +1,5 @@
-"""Adds the API reference to the site: a page for what `fusedrl.engine` hands out, one for its
-options, one for each module of `fusedrl.kernels`.
+"""Adds the API reference to the site: a page for what `fusedrl.engine` hands out, one for each of
+its rooms, one for each module of `fusedrl.kernels`.
 
 Modules are found by walking the folders, and their documentation is read from the sources: nothing
 is imported.
@@ -36,29 +36,36 @@ def kernels() -> list[str]:
     return sorted(name for name, path in found.items() if name[0] != "_" and _public(path))
 
 
+def rooms() -> dict[str, list[str]]:
+    """Rooms of the engine and the modules of each; without the command line, which has a help of
+    its own."""
+    found = {
+        folder.name: sorted(
+            path.stem for path in folder.glob("*.py") if path.stem[0] != "_" and _public(path)
+        )
+        for folder in sorted((ROOT / "engine").iterdir())
+        if (folder / "__init__.py").is_file() and folder.name != "cli"
+    }
+    return {room: modules for room, modules in found.items() if modules}
+
+
 def on_config(config: Any) -> Any:
-    pages = [
-        "reference/engine.md",
-        "reference/config.md",
-        *(f"reference/kernels/{name}.md" for name in kernels()),
-    ]
+    pages: list[Any] = ["reference/engine.md"]
+    pages.append({"fusedrl.engine": [f"reference/engine/{room}.md" for room in rooms()]})
+    pages.append({"fusedrl.kernels": [f"reference/kernels/{name}.md" for name in kernels()]})
     config.nav.append({"API reference": pages})
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    homes = _homes()
-    engine = "\n\n".join(f"::: {homes[name]}.{name}" for name in homes)
+    names = "\n".join(f"- [`{name}`][{home}.{name}]" for name, home in _homes().items())
     pages = {
-        "engine": f"# fusedrl.engine\n\n{engine}\n",
-        "config": "# fusedrl.engine.config\n\n"
-        + "\n\n".join(
-            f"::: fusedrl.engine.config.{path.stem}"
-            for path in sorted((ROOT / "engine/config").glob("*.py"))
-            if path.stem != "__init__"
-        )
-        + "\n",
+        "engine": "# fusedrl.engine\n\n`fusedrl.engine` itself hands out:\n\n"
+        f"{names}\n\n::: fusedrl.engine.actor\n"
     }
+    for room, modules in rooms().items():
+        shown = "\n\n".join(f"::: fusedrl.engine.{room}.{module}" for module in modules)
+        pages[f"engine/{room}"] = f"# {room}\n\n{shown}\n"
     pages |= {f"kernels/{name}": f"# {name}\n\n::: fusedrl.kernels.{name}\n" for name in kernels()}
     for name, content in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=content))
@@ -66,12 +73,17 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def _homes() -> dict[str, str]:
-    """What `fusedrl.engine` hands out, and the module of each: the literal table of its
-    __init__.py."""
-    for node in ast.parse((ROOT / "engine/__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES":
-            return ast.literal_eval(node.value)
-    raise ValueError("engine/__init__.py has no table _HOMES")
+    """What `fusedrl.engine` hands out, and the module that defines each: by the imports that type
+    checkers read in __init__.py."""
+    found = {}
+    for node in ast.walk(ast.parse((ROOT / "engine/__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fusedrl.engine."):
+            found |= {alias.name: node.module or "" for alias in node.names}
+    options = ROOT / "engine/config/__init__.py"
+    for node in ast.parse(options.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            found |= {a.name: node.module or "" for a in node.names if a.name in found}
+    return found
 
 
 class PlainDocstrings(griffe.Extension):
