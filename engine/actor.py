@@ -374,7 +374,8 @@ class HybridActor:
         self, batch: PackedBatch, hidden_NH: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """(logp, entropy), both [N] float32, of the batch's actions given the tokens before them; 0
-        elsewhere. Differentiable.
+        elsewhere. Differentiable. Where the batch says what tokens were drawn from (`kept`), of the
+        distribution over that.
 
         Training and `score` both come through here, so the same cut of a batch gives the same bits.
         At temperature 0: of T = 1, as `generate` reports it.
@@ -386,12 +387,21 @@ class HybridActor:
             temperature or 1.0,
             self.decoder.config.logit_softcap,
         )
+        kept = batch.kept_of_labels()
         with own_precision(head_VH.device):
             if self.strict:
-                logp_N, entropy_N = strict_logprob(hidden_NH, head_VH, labels_N, T, softcap)
+                logp_N, entropy_N = strict_logprob(
+                    hidden_NH, head_VH, labels_N, T, softcap, kept=kept
+                )
             else:
                 logp_N, entropy_N = linear_logprob(
-                    hidden_NH, head_VH, labels_N, temperature=T, softcap=softcap, entropy=True
+                    hidden_NH,
+                    head_VH,
+                    labels_N,
+                    temperature=T,
+                    softcap=softcap,
+                    entropy=True,
+                    kept=kept,
                 )
         mask_N = batch.action_mask
         return torch.where(mask_N, batch.to_next(logp_N), 0.0), torch.where(
@@ -421,9 +431,14 @@ class HybridActor:
             (loss, stats, logp, entropy); the last two [N] float32, constants, of the actions with a
             weight and 0 elsewhere: the bits of `logprobs` where every action has one.
         Raises:
-            ValueError: in strict mode, whose products are the sampler's; use `logprobs` and the
-            losses on it.
+            ValueError: in strict mode, whose products are the sampler's, and of a batch with
+            `kept`; use `logprobs` and the losses on it.
         """
+        if batch.kept is not None:
+            raise ValueError(
+                "HybridActor.policy_loss: its head is over the whole vocabulary, and the batch was "
+                "drawn from parts of it; use logprobs, and policy_loss on what it returns"
+            )
         if self.strict:
             raise ValueError(
                 "HybridActor.policy_loss: a strict actor computes the head as its sampler does; "
@@ -466,7 +481,7 @@ class HybridActor:
     def cross_entropy(self, batch: PackedBatch, hidden_NH: Tensor, scale: float) -> Tensor:
         """0-d: `scale` times the sum over the batch's actions of -log p, in nats.
         Differentiable."""
-        if self.strict:
+        if self.strict or batch.kept is not None:
             return -scale * self.logprobs(batch, hidden_NH)[0].sum()
         weights_N = (
             batch.action_mask.to(torch.promote_types(hidden_NH.dtype, torch.float32)) * scale

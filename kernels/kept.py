@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -15,3 +18,41 @@ class Kept(NamedTuple):
     # [K] int32, K at least offsets[-1]; what lies behind offsets[-1] means nothing
     token_ids: Tensor
     offsets: Tensor  # [N + 1] int64, ascending from 0
+
+    @classmethod
+    def whole(cls, rows: int, device: torch.device | str = "cpu") -> Kept:
+        """So many rows of which nothing was truncated."""
+        ids = torch.zeros(0, dtype=torch.int32, device=device)
+        return cls(ids, torch.zeros(rows + 1, dtype=torch.int64, device=device))
+
+    @classmethod
+    def of_lists(cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Kept:
+        """The CSR of one list of ascending ids a row; an empty one is the whole vocabulary."""
+        sizes = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        ids = np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, np.int32) for row in rows)])
+        offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+        return cls(torch.from_numpy(ids).to(device), offsets.to(device))
+
+    @classmethod
+    def concat(cls, parts: Sequence[Kept]) -> Kept:
+        """The rows of all parts, in order; at least one part."""
+        sizes = torch.cat([part.offsets.diff() for part in parts])
+        ids = torch.cat([part.token_ids[: int(part.offsets[-1])] for part in parts])
+        return cls(ids, torch.nn.functional.pad(sizes.cumsum(0), (1, 0)))
+
+    def select(self, rows: Tensor) -> Kept:
+        """These rows, [R] int64, in this order. The host waits for how many ids they have."""
+        sizes = self.offsets.diff()[rows]
+        offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+        moved = torch.repeat_interleave(self.offsets[rows] - offsets[:-1], sizes)
+        return Kept(self.token_ids[moved + torch.arange(len(moved), device=moved.device)], offsets)
+
+    def only(self, rows: Tensor) -> Kept:
+        """Those of the rows marked, [N] bool; the others become empty."""
+        sizes = self.offsets.diff()
+        ids = self.token_ids[: int(self.offsets[-1])][torch.repeat_interleave(rows, sizes)]
+        return Kept(ids, torch.nn.functional.pad((sizes * rows).cumsum(0), (1, 0)))
+
+    def to(self, device: torch.device | str) -> Kept:
+        """The same rows on `device`."""
+        return Kept(self.token_ids.to(device), self.offsets.to(device))

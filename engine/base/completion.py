@@ -12,6 +12,8 @@ class Completion:
 
     token_ids includes the token that ended it. logprobs are of the temperature-scaled full
     distribution (at temperature 0: of T = 1), weights_versions of the weights that drew each token.
+    kept, where it was asked for: the ids that each token was drawn from, ascending, and none where
+    that is the whole vocabulary; logprobs are then of the distribution over these.
     finish_reason: "stop" (an EOS, a stop token, a stop string), "length" (max_new_tokens) or
     "aborted". sample: its index among the completions of its prompt. action_mask: False for tokens
     that the policy did not choose (`extend`), with logprob 0; None: it chose all. values: of the
@@ -28,6 +30,7 @@ class Completion:
     sample: int = 0
     action_mask: list[bool] | None = None
     values: list[float] | None = None
+    kept: list[Sequence[int]] | None = None
 
     def extend(self, token_ids: Sequence[int], weights_version: int = 0) -> Completion:
         """The same with observation tokens behind it: a tool's answer, the user's next turn. They
@@ -42,4 +45,5 @@ class Completion:
             weights_versions=[*self.weights_versions, *([weights_version] * len(added))],
             action_mask=[*mask, *([False] * len(added))],
             values=None if self.values is None else [*self.values, *([0.0] * len(added))],
+            kept=None if self.kept is None else [*self.kept, *([()] * len(added))],
         )

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedrl.kernels.kept import Kept
+
 if TYPE_CHECKING:
     from fusedrl.engine.base.completion import Completion
 
@@ -71,8 +73,9 @@ class PackedBatch:
     returns, loss weights and token rewards, int64 [N] weights_versions, float32 [B] scores and
     scores of the same prompt's greedy completion, int64 [B] group_ids, equal where the prompt is.
     `rollout_logp` and `rollout_values` are the sampler's words, to compare with; what trains is
-    computed by the training forward, whose bits the next forward reproduces. `lengths` are the
-    host's copy of the sizes.
+    computed by the training forward, whose bits the next forward reproduces. `kept` has a row a
+    slot: the ids that its token was drawn from (an empty row: the whole vocabulary), over which
+    alone it is scored. `lengths` are the host's copy of the sizes.
     """
 
     token_ids: Tensor
@@ -94,9 +97,14 @@ class PackedBatch:
     scores: Tensor | None = None
     group_ids: Tensor | None = None
     greedy_scores: Tensor | None = None
+    kept: Kept | None = None
 
     def __post_init__(self) -> None:
         n, b = sum(self.lengths), len(self.lengths)
+        if self.kept is not None and self.kept.offsets.shape != (n + 1,):
+            raise ValueError(
+                f"PackedBatch: expected kept of {n} rows, got {len(self.kept.offsets) - 1}"
+            )
         if self.cu_seqlens.shape != (b + 1,):
             raise ValueError(
                 f"PackedBatch: expected cu_seqlens [{b + 1}] for {b} lengths, got "
@@ -203,7 +211,8 @@ class PackedBatch:
         device: torch.device | str | None = None,
     ) -> PackedBatch:
         """One sequence per completion, prompt by prompt, with the sampler's log-probabilities as
-        `rollout_logp` and, where all have them, its values as `rollout_values`.
+        `rollout_logp` and, where all have them, its values as `rollout_values`. `kept` is there
+        where truncation left a part of the vocabulary somewhere.
 
         The ids are those that were generated from (`Completion.prompt_ids`): nothing is tokenised
         again. `prompts` may be what was given to `generate`; token-id prompts are checked against
@@ -250,6 +259,7 @@ class PackedBatch:
             action_mask=actions.to(device),
             rollout_logp=rollout.to(device),
             weights_versions=versions.to(device),
+            kept=_kept(flat, device),
         )
         if not flat or any(c.values is None for c in flat):
             return batch
@@ -275,7 +285,12 @@ class PackedBatch:
             if all(part is not None for part in parts)
         }
         lengths = tuple(n for batch in batches for n in batch.lengths)
-        return cls(cu_seqlens=_bounds(lengths, batches[0].device), lengths=lengths, **columns)
+        device = batches[0].device
+        kept = None
+        if any(batch.kept is not None for batch in batches):
+            parts = [batch.kept or Kept.whole(batch.num_tokens, device) for batch in batches]
+            kept = Kept.concat(parts)
+        return cls(cu_seqlens=_bounds(lengths, device), lengths=lengths, kept=kept, **columns)
 
     # ---- sizes -----------------------------------------------------------------------------------
     @property
@@ -307,6 +322,14 @@ class PackedBatch:
             labels[:-1] = torch.where(self.action_mask[1:], self.token_ids[1:], IGNORE)
         return labels  # a first slot is never an action, so nothing crosses a boundary
 
+    def kept_of_labels(self) -> Kept | None:
+        """`kept` as rows of `labels`: at slot t what the token at t + 1 was drawn from."""
+        if self.kept is None or not self.num_tokens:
+            return None
+        # the first slot is no action, and its row is empty
+        ids, offsets = self.kept
+        return Kept(ids, torch.cat([offsets[1:], offsets[-1:]]))
+
     @staticmethod
     def to_next(x_N: Tensor) -> Tensor:
         """Move what was computed at slot t - 1 to slot t; slot 0 becomes 0. Differentiable. Mask
@@ -322,7 +345,7 @@ class PackedBatch:
         return torch.cat([x_N[1:], x_N.new_zeros(min(1, x_N.shape[0]))])
 
     # ---- parts -----------------------------------------------------------------------------------
-    def with_columns(self, **columns: Tensor) -> PackedBatch:
+    def with_columns(self, **columns: Tensor | Kept | None) -> PackedBatch:
         """The same batch with these columns set."""
         return replace(self, **columns)  # type: ignore[arg-type]
 
@@ -358,7 +381,10 @@ class PackedBatch:
             if (column := getattr(self, name)) is not None
         }
         lengths = tuple(self.lengths[b] for b in sequences)
-        return PackedBatch(cu_seqlens=_bounds(lengths, self.device), lengths=lengths, **picked)
+        kept = None if self.kept is None else self.kept.select(slots)
+        return PackedBatch(
+            cu_seqlens=_bounds(lengths, self.device), lengths=lengths, kept=kept, **picked
+        )
 
     def split(
         self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None
@@ -383,7 +409,7 @@ class PackedBatch:
         moved = {
             f.name: value.to(device)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), Tensor | Kept)
         }
         return replace(self, **moved)  # type: ignore[arg-type]
 
@@ -410,3 +436,14 @@ class PackedBatch:
 
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+
+
+def _kept(completions: Sequence[Completion], device: torch.device | str | None) -> Kept | None:
+    """Of the slots of these completions behind their prompts; None where nothing was truncated."""
+    if not any(len(row) for c in completions for row in c.kept or ()):
+        return None
+    rows: list[Sequence[int]] = []
+    for c in completions:
+        rows += [()] * len(c.prompt_ids)
+        rows += c.kept if c.kept is not None else [()] * len(c.token_ids)
+    return Kept.of_lists(rows, device or "cpu")

@@ -233,7 +233,8 @@ class RunConfig:
 class GenerationConfig:
     """Options of sampling rollouts.
 
-    PPO scores the distribution it samples from, so it refuses settings that truncate it.
+    With top_k, top_p or min_p, policies are scored over the tokens that these left, and the
+    reference over all (docs/one-logprob.md).
 
     Args:
         max_new_tokens: longest completion.

@@ -213,6 +213,7 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
         self.check_reference()
         self._check_completions()
         self._check_critic()
+        self._check_truncation()
         self._check_objective()
 
     def _fill(self) -> None:
@@ -248,13 +249,6 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
                 "minibatches",
                 self.minibatches <= rollouts,
                 f"<= prompts_per_step x samples_per_prompt = {rollouts}",
-            ),
-            (
-                "generation",
-                not self.generation.truncates,
-                "without top_k, top_p and min_p (the trainer scores the full distribution, so a "
-                "truncated sampler biases every ratio; use temperature)",
-                (self.generation.top_k, self.generation.top_p, self.generation.min_p),
             ),
             (
                 "generation.temperature",
@@ -305,6 +299,29 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
                 "only with critic.model (policy is a copy of its weights) or critic.warmup_steps: "
                 "a head on the policy's trunk is trained by optim, with the policy",
                 "neither",
+            ),
+        )
+
+    def _check_truncation(self) -> None:
+        if not self.generation.truncates:
+            return
+        truncated = (self.generation.top_k, self.generation.top_p, self.generation.min_p)
+        check(
+            self,
+            "",
+            (
+                "generation",
+                self.objective != "trpo",
+                "without top_k, top_p and min_p with the objective trpo (its Fisher matrix and its "
+                "bound are of the whole vocabulary)",
+                truncated,
+            ),
+            (
+                "generation",
+                self.kl.estimator != "full" or not self.needs_reference,
+                "without top_k, top_p and min_p with kl.estimator = full (the KL of the whole "
+                "vocabulary is not that of what was sampled; use k1, k2 or k3)",
+                truncated,
             ),
         )
 

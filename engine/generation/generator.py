@@ -53,6 +53,8 @@ class Drawn(NamedTuple):
     tokens: np.ndarray
     logp: np.ndarray
     values: np.ndarray | None  # None without a value head
+    # of each step (ids, offsets), where some row returns them
+    kept: list[tuple[np.ndarray, np.ndarray]]
 
 
 class Finished(NamedTuple):
@@ -218,6 +220,11 @@ class Generator:
             except ValueError as error:
                 raise ValueError(f"generate: prompt {index} can never run: {error}") from None
             before = prompts[index] if isinstance(prompts[index], Completion) else None
+            if before is not None and before.kept is not None and not p.return_kept:
+                raise ValueError(
+                    f"generate: prompt {index} is a completion that says what its tokens were "
+                    "drawn from; continue it with return_kept=True"
+                )
             request = _Request(
                 ticket,
                 index,
@@ -434,7 +441,10 @@ class Generator:
         if not len(drew) and not plan.chunks:
             return None
         captured = (
-            self._graphs is not None and not plan.chunks and padded_rows(len(drew)) is not None
+            self._graphs is not None
+            and not plan.chunks
+            and padded_rows(len(drew)) is not None
+            and not self._table.returns_kept[drew].any()
         )
         table_BM = self._device_table()
         tokens = self._tokens(plan) if plan.chunks else None
@@ -460,6 +470,7 @@ class Generator:
                 ),
             )
         state.cursor.zero_()
+        state.kept.clear()
         done = 0
         while done < plan.steps and not (
             done and self._looks and bool(state.columns["finished"].any())
@@ -475,6 +486,7 @@ class Generator:
             read(state.tokens_KR),
             read(state.logp_KR),
             None if state.values_KR is None else read(state.values_KR),
+            [(kept.token_ids.numpy(), kept.offsets.numpy()) for kept in state.kept],
         )
 
     def _rows_of(self, drew: np.ndarray, captured: bool) -> DecodeState:
@@ -500,6 +512,8 @@ class Generator:
             **self._table.suppressed(drew, length),
             **self._table.biases(drew),
         }
+        if self._table.returns_kept[drew].any():
+            columns["returns_kept"] = self._table.returns_kept[drew]
         if self._graphs is None or not captured:
             return DecodeState(
                 columns, numbers, self._window, device, drew, values=self.value_head is not None
@@ -584,6 +598,11 @@ class Generator:
             np.where(ended, ended_KR.argmax(0) + 1, K) if K > 1 and ended_KR[:-1].any() else None
         )
         slots.append(drew, tokens_KR, drawn.logp, self.weights_version, count, drawn.values)
+        if drawn.kept:
+            for row in np.flatnonzero(self._table.returns_kept[drew]).tolist():
+                sequence = self.scheduler.at(int(drew[row]))
+                for ids, offsets in drawn.kept[: K if count is None else int(count[row])]:
+                    sequence.kept.append(ids[offsets[row] : offsets[row + 1]].copy())
         stopped = stopped_KR[0] if K == 1 else stopped_KR[ended_KR.argmax(0), np.arange(len(drew))]
         for row in np.flatnonzero(self._table.watched[drew] & ~stopped).tolist():
             slot = int(drew[row])
@@ -616,7 +635,11 @@ class Generator:
             sequence.values[start:].tolist() if self.value_head is not None else None
         )
         mask = None
+        kept: list[Any] | None = sequence.kept if request.params.return_kept else None
         if before is not None:
+            if kept is not None:
+                drawn_whole: list[Any] = [()] * len(before.token_ids)
+                kept = [*(drawn_whole if before.kept is None else before.kept), *kept]
             if before.action_mask is not None:
                 mask = [*before.action_mask, *([True] * len(token_ids))]
             token_ids, logp, versions = (
@@ -639,6 +662,7 @@ class Generator:
             sequence.sample,
             mask,
             values,
+            kept,
         )
         del request.ticket.live[sequence.id]
         request.ticket.finished.append(Finished(request.index, sequence.sample, completion))

@@ -31,7 +31,9 @@ class SamplingParams:
     that is a special token of the tokenizer's, such as <|im_end|>, is that token's id among
     stop_token_ids: texts hold no special tokens. banned_token_ids are never drawn. logit_bias:
     token id -> number added to that logit before the draw; `logprobs` stay those of the model's own
-    distribution.
+    distribution. return_kept: completions say what each token was drawn from (`Completion.kept`),
+    and their logprobs are those of the draw, so that a trainer can score the distribution that was
+    sampled; without logit_bias, which no set of tokens describes.
 
     Raises:
         TypeError, ValueError: a field outside its range; the message names it.
@@ -49,6 +51,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     banned_token_ids: tuple[int, ...] = ()
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    return_kept: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -120,6 +123,11 @@ class SamplingParams:
         object.__setattr__(
             self, "logit_bias", tuple(sorted((int(token), float(bias)) for token, bias in pairs))
         )
+        if self.return_kept and pairs:
+            raise ValueError(
+                "SamplingParams: expected no logit_bias with return_kept (a bias moves the "
+                f"probabilities of the tokens that are left, too), got {dict(self.biases())}"
+            )
 
     @property
     def truncates(self) -> bool:
@@ -161,6 +169,7 @@ class SamplingTable:
         # length from which on a stop token may be drawn
         self._first_stop = np.zeros(slots, dtype=np.int64)
         self.watched = np.zeros(slots, dtype=bool)  # for stop strings
+        self.returns_kept = np.zeros(slots, dtype=bool)
         self._banned: list[tuple[int, ...]] = [()] * slots
         self._bias: list[tuple[tuple[int, float], ...]] = [()] * slots
         self._bans, self._biased = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
@@ -188,7 +197,7 @@ class SamplingTable:
         self._stops[slot] = -1
         self._stops[slot, : len(stop_ids)] = sorted(stop_ids)
         self._first_stop[slot] = num_prompt + params.min_new_tokens
-        self.watched[slot] = bool(params.stop)
+        self.watched[slot], self.returns_kept[slot] = bool(params.stop), params.return_kept
         self._banned[slot], self._bias[slot] = params.banned_token_ids, params.biases()
         self._bans[slot], self._biased[slot] = (
             bool(params.banned_token_ids),

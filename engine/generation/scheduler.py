@@ -48,6 +48,8 @@ class Sequence:
     computed: int = 0  # while it prefills: leading tokens whose keys and values are in the cache
     leader: Sequence | None = None  # whose prefill it waits for; it has no blocks of its own then
     followers: list[Sequence] = field(default_factory=list)
+    # what each token behind the prompt was drawn from, where its request asks for it
+    kept: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
     def start(

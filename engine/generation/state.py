@@ -26,6 +26,7 @@ from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.step import DecoderWeights, decode_step
 from fusedrl.engine.model.strict import strict_logits, strict_row_logprob, strict_step
 from fusedrl.kernels.advance_rows import advance_rows_
+from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.kv_cache import copy_blocks
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.sampling import Sampled, sample
@@ -53,9 +54,9 @@ class DecodeState:
     where some row has any:
     `ARGUMENTS` of the sampler as float64, "suppress_ids" and "suppress_until" [R, W] (the length
     from which on the id may be drawn; where an id repeats, so does its length), "bias_ids" and
-    "bias_values" [R, W] (a repeated id adds 0). numbers: the sampler's other arguments. slots:
-    whose rows they are, for the host. values: whether a step records the value of each row's state
-    as well.
+    "bias_values" [R, W] (a repeated id adds 0); "returns_kept" [R], bool. numbers: the sampler's
+    other arguments. slots: whose rows they are, for the host. values: whether a step records the
+    value of each row's state as well.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class DecodeState:
             torch.empty(window, R, dtype=torch.float32, device=device) if values else None
         )
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        # what each step's tokens were drawn from, in the host's memory: such steps are not captured
+        self.kept: list[Kept] = []
 
     def refill(self, columns: dict[str, np.ndarray], slots: np.ndarray) -> None:
         """Other rows of the same shapes, at the same addresses."""
@@ -166,20 +169,32 @@ def advance(
 
 def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
     """A draw, from the biased logits where there is a bias; the log-probability and the entropy are
-    the model's own. `strict`: with the scorer's bits."""
+    the model's own, but for rows that return what they were drawn from: their log-probability is
+    that of the draw. `strict`: with the scorer's bits."""
     c = state.columns
     suppress_RV = state.suppressed(logits_RV.shape[1])
-    biased_RV = logits_RV
+    biased_RV, wanted_R, kept = logits_RV, c.get("returns_kept"), None
     if "bias_ids" in c:
         biased_RV = logits_RV.scatter_add(1, c["bias_ids"], c["bias_values"].to(logits_RV.dtype))
-    sampled = sample(biased_RV, **state.arguments, keys=c["keys"], suppress=suppress_RV)
+    sampled = sample(
+        biased_RV,
+        **state.arguments,
+        keys=c["keys"],
+        suppress=suppress_RV,
+        return_kept=wanted_R is not None,
+    )
+    if wanted_R is not None and sampled.kept is not None:
+        kept = sampled.kept.only(wanted_R)
+        state.kept.append(kept.to("cpu"))
+        drawn_R = torch.where(wanted_R, sampled.logp_processed, sampled.logp)
+        sampled = sampled._replace(logp=drawn_R)
     if not strict and biased_RV is logits_RV:
         return sampled
     # -1: a row with NaN, which the host sees
     T, token_ids_R = state.arguments["temperature"], sampled.token_ids.clamp(min=0)
     T = torch.where(T > 0, T, 1.0).float() if isinstance(T, Tensor) else T or 1.0
     if strict:
-        logp_R, entropy_R = strict_row_logprob(logits_RV, token_ids_R, T)
+        logp_R, entropy_R = strict_row_logprob(logits_RV, token_ids_R, T, kept)
         return sampled._replace(logp=logp_R, entropy=entropy_R)
     logp_R, entropy_R = logprob(logits_RV, token_ids_R, temperature=T, entropy=True)
     biased_R = (c["bias_values"] != 0).any(1)

@@ -25,6 +25,7 @@ from torch import Tensor
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.step import DecoderWeights, allocate_cache, decode_step, on_tensor_cores
 from fusedrl.kernels.fixed_linear import fixed_linear
+from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.runtime.dispatch import unavailable
@@ -142,16 +143,22 @@ def strict_logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None = No
 
 
 def strict_row_logprob(
-    logits_RV: Tensor, token_ids_R: Tensor, temperature: float | Tensor
+    logits_RV: Tensor, token_ids_R: Tensor, temperature: float | Tensor, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy), [R] float32: of a row's bits, whatever the rest of the batch asks for."""
+    """(logp, entropy), [R] float32: of a row's bits, whatever the rest of the batch asks for; of
+    the tokens `kept` of it alone, where some are."""
     T_R = (
         torch.as_tensor(temperature, dtype=torch.float32, device=logits_RV.device)
         .expand(len(token_ids_R))
         .contiguous()
     )
     logp_R, entropy_R = logprob(
-        logits_RV, token_ids_R, temperature=T_R, entropy=True, impl=_impl(logits_RV.device)
+        logits_RV,
+        token_ids_R,
+        temperature=T_R,
+        entropy=True,
+        kept=kept,
+        impl=_impl(logits_RV.device),
     )
     return logp_R, entropy_R
 
@@ -189,9 +196,15 @@ class _Logprob(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         ignore_index: int,
+        kept: Kept | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden_NH, head_VH, labels_N)
-        ctx.options = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
+        ctx.options = {
+            "temperature": temperature,
+            "softcap": softcap,
+            "ignore_index": ignore_index,
+            "kept": kept,
+        }
         logp_N, entropy_N = (
             torch.zeros(len(labels_N), dtype=torch.float32, device=hidden_NH.device)
             for _ in range(2)
@@ -200,7 +213,10 @@ class _Logprob(torch.autograd.Function):
         for rows_R in labelled.split(max(1, _WORKSPACE // (4 * len(head_VH)))):
             logits_RV = strict_logits(hidden_NH[rows_R], head_VH, softcap)
             logp_N[rows_R], entropy_N[rows_R] = strict_row_logprob(
-                logits_RV, labels_N[rows_R], temperature
+                logits_RV,
+                labels_N[rows_R],
+                temperature,
+                None if kept is None else kept.select(rows_R),
             )
         return logp_N, entropy_N
 
@@ -217,7 +233,14 @@ class _Logprob(torch.autograd.Function):
             outs = linear_logprob(inputs[0], inputs[1], labels_N, entropy=True, **ctx.options)
             wanted = [x for x in inputs if x.requires_grad]
             grads = iter(torch.autograd.grad(outs, wanted, (logp_grad_N, entropy_grad_N)))
-        return (*(next(grads) if x.requires_grad else None for x in inputs), None, None, None, None)
+        return (
+            *(next(grads) if x.requires_grad else None for x in inputs),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def strict_logprob(
@@ -227,7 +250,8 @@ def strict_logprob(
     temperature: float,
     softcap: float | None = None,
     ignore_index: int = -100,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprob` with the sampler's bits: (logp, entropy), [N] float32, differentiable in the
     hidden states and the head."""
-    return _Logprob.apply(hidden_NH, head_VH, labels_N, temperature, softcap, ignore_index)
+    return _Logprob.apply(hidden_NH, head_VH, labels_N, temperature, softcap, ignore_index, kept)

@@ -280,6 +280,9 @@ def two_steps(
             objective, PolicyObjective
         ),
         "kl.through_ratio is a function of log-probabilities": config.kl.through_ratio,
+        "truncated rollouts are scored over the tokens they were drawn from": (
+            config.generation.truncates
+        ),
         "correction.off_policy_delta asks how far completions have been left": (
             config.correction.off_policy_delta is not None
         ),

@@ -26,6 +26,7 @@ from fusedrl.engine.base.errors import CheckpointError
 from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import ReplayConfig
+from fusedrl.kernels.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,10 @@ class ReplayBuffer:
         """All it holds."""
         steps = [written for written, batch in self._held for _ in range(batch.num_sequences)]
         columns = vars(PackedBatch.concat([batch for _, batch in self._held])) if self._held else {}
-        return {name: x for name, x in columns.items() if isinstance(x, Tensor)} | {
-            "steps": torch.tensor(steps, dtype=torch.int64)
-        }
+        found = {name: x for name, x in columns.items() if isinstance(x, Tensor)}
+        if (kept := columns.get("kept")) is not None:
+            found |= {"kept_ids": kept.token_ids, "kept_offsets": kept.offsets}
+        return found | {"steps": torch.tensor(steps, dtype=torch.int64)}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave. Raises CheckpointError where that is no buffer."""
@@ -114,7 +116,10 @@ class ReplayBuffer:
                 self._held = []
                 return
             lengths = tuple(columns["cu_seqlens"].diff().tolist())
-            batch = PackedBatch(lengths=lengths, **columns)  # type: ignore[arg-type]
+            kept = None
+            if "kept_ids" in columns:
+                kept = Kept(columns.pop("kept_ids"), columns.pop("kept_offsets"))
+            batch = PackedBatch(lengths=lengths, kept=kept, **columns)  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint: replay holds no buffer that this version reads ({error}); start in "

@@ -88,6 +88,7 @@ def sampling_params(config: RolloutConfig) -> SamplingParams:
         n=config.samples_per_prompt,
         seed=config.run.seed,
         stop_token_ids=g.stop_token_ids,
+        return_kept=g.truncates,
     )
 
 

@@ -323,8 +323,11 @@ def score(
         batch = batch.with_columns(old_logp=ours.logp, old_entropy=ours.entropy)
         batch = batch if ours.values is None else batch.with_columns(values=ours.values)
     if reference is not None:
+        # the reference is the whole model: over the tokens that truncation left alone, a policy
+        # that narrows to what the reference never says would be at no distance from it
+        whole = batch.with_columns(kept=None)
         batch = batch.with_columns(
-            ref_logp=reference.score(batch, temperature=temperature, partition=partition).logp
+            ref_logp=reference.score(whole, temperature=temperature, partition=partition).logp
         )
     return batch
 

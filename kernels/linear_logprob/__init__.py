@@ -14,6 +14,8 @@ Numerics  logits, row results and the weight's gradient across chunks are float3
           of hidden and weight. The forward does not depend on whether a gradient will follow:
           scoring and training the same rows agree in every bit. Narrow dtypes on a GPU: the
           gradient of the logits is rounded to them for its two products, as tensor cores take it.
+Kept      rows of which truncation left some tokens are scored over those alone (logprob), by chunks
+          of logits, whichever implementation scores them.
 Source    chunked heads as in Wijmans et al. (2024), Cut your losses in large-vocabulary language
           models, without its approximation.
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.linear_head import product, workspace
 from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
 from fusedrl.kernels.runtime import native
@@ -45,6 +48,7 @@ def linear_logprob_reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy) by definition, with all N V logits; differentiable, on any device and in any
     float dtype (float64 is the oracle)."""
@@ -56,6 +60,7 @@ def linear_logprob_reference(
         token_ids_N,
         temperature,
         ignore_index,
+        kept,
     )
 
 
@@ -80,16 +85,31 @@ class _Chunked(torch.autograd.Function):
         token_ids: Tensor,
         temperature: float | Tensor,
         softcap: float | None,
+        kept: Kept | None,
+        impl: str | None,
     ) -> tuple[Tensor, Tensor]:
         z_RV = finish(z_RV, bias_V, softcap)
-        if z_RV.is_cuda and z_RV.dtype != torch.float64:  # which no kernel computes in
-            logp_R, entropy_R = logprob(z_RV, token_ids, temperature=temperature, entropy=True)
+        # float64 is what no kernel computes in
+        if (z_RV.is_cuda or kept is not None) and z_RV.dtype != torch.float64:
+            logp_R, entropy_R = logprob(
+                z_RV, token_ids, temperature=temperature, entropy=True, kept=kept, impl=impl
+            )
             return logp_R, entropy_R
-        return logprob_reference(z_RV, token_ids, temperature)
+        return logprob_reference(z_RV, token_ids, temperature, kept=kept)
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, token_ids, temperature, softcap, ignore_index, workspace_bytes
+        ctx,
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        temperature,
+        softcap,
+        ignore_index,
+        workspace_bytes,
+        kept,
+        impl,
     ):
         ctx.save_for_backward(
             hidden,
@@ -98,7 +118,7 @@ class _Chunked(torch.autograd.Function):
             token_ids,
             temperature if isinstance(temperature, Tensor) else None,
         )
-        ctx.rest = (temperature, softcap, ignore_index, workspace_bytes)
+        ctx.rest = (temperature, softcap, ignore_index, workspace_bytes, kept, impl)
         logp, entropy = hidden.new_zeros(
             2, hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)
         ).unbind()
@@ -110,14 +130,20 @@ class _Chunked(torch.autograd.Function):
         ):
             scale = temperature[index] if isinstance(temperature, Tensor) else temperature
             logp[index], entropy[index] = _Chunked.row_results(
-                product(hidden[index], weight.t()), bias, token_ids[index], scale, softcap
+                product(hidden[index], weight.t()),
+                bias,
+                token_ids[index],
+                scale,
+                softcap,
+                None if kept is None else kept.select(index),
+                impl,
             )
         return logp, entropy
 
     @staticmethod
     def backward(ctx, logp_grad, entropy_grad):
         hidden, weight, bias, token_ids, _ = ctx.saved_tensors
-        temperature, softcap, ignore_index, workspace_bytes = ctx.rest
+        temperature, softcap, ignore_index, workspace_bytes, kept, impl = ctx.rest
         wide = torch.promote_types(weight.dtype, torch.float32)
         hidden_grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
@@ -129,7 +155,15 @@ class _Chunked(torch.autograd.Function):
             scale = temperature[index] if isinstance(temperature, Tensor) else temperature
             with torch.enable_grad():
                 z_RV = product(hidden[index], weight.t()).detach().requires_grad_()
-                results = _Chunked.row_results(z_RV, bias, token_ids[index], scale, softcap)
+                results = _Chunked.row_results(
+                    z_RV,
+                    bias,
+                    token_ids[index],
+                    scale,
+                    softcap,
+                    None if kept is None else kept.select(index),
+                    impl,
+                )
                 (dz_RV,) = torch.autograd.grad(
                     results, z_RV, (logp_grad[index], entropy_grad[index])
                 )
@@ -143,7 +177,7 @@ class _Chunked(torch.autograd.Function):
             hidden_grad,
             None if weight_grad is None else weight_grad.to(weight.dtype),
             None if bias_grad is None else bias_grad.to(bias.dtype),
-            *(None,) * 5,
+            *(None,) * 7,
         )
 
 
@@ -208,6 +242,7 @@ def linear_logprob(
     softcap: float | None = None,
     entropy: bool = False,
     ignore_index: int = -100,
+    kept: Kept | None = None,
     workspace_bytes: int | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -220,11 +255,11 @@ def linear_logprob(
         temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the
         logits after the softcap. softcap: logits become softcap * tanh(logits / softcap). entropy:
         also return the entropy of each row. ignore_index: rows with this id have logp 0, entropy 0
-        and no gradient; they take part in no product and may hold anything. workspace_bytes: bound
-        of the chunk's float32 logits; at least one row is always held. By default the smaller of
-        256 MiB and an
-            eighth of the full logits, but never less than 4 MiB: small problems stay whole, and
-            thinner chunks make slower products.
+        and no gradient; they take part in no product and may hold anything. kept: as of
+        `logprob`: the tokens that truncation left of each row, over which alone it is scored.
+        workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By
+            default the smaller of 256 MiB and an eighth of the full logits, but never less than 4
+            MiB: small problems stay whole, and thinner chunks make slower products.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         logp [N], or (logp [N], entropy [N]); float32. Differentiable, once, in hidden, weight and
@@ -261,7 +296,12 @@ def linear_logprob(
         raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
     if workspace_bytes is not None and workspace_bytes <= 0:
         raise ValueError(f"{op}: expected workspace_bytes above 0 or None, got {workspace_bytes}")
-    if chosen == "cpp":
+    if kept is not None and kept.offsets.shape[0] != token_ids.shape[0] + 1:
+        raise ValueError(
+            f"{op}: expected {token_ids.shape[0] + 1} kept.offsets, one more than rows, got "
+            f"{kept.offsets.shape[0]}; keep what the same rows kept"
+        )
+    if chosen == "cpp" and kept is None:
         logp, entropies = torch.ops.fusedrl.linear_logprob(
             hidden,
             weight,
@@ -277,7 +317,7 @@ def linear_logprob(
         return (logp, entropies) if entropy else logp
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, weight.shape[0], ignore_index)
-    if chosen == "triton":
+    if chosen == "triton" and kept is None:
         logp, entropies, _ = torch.ops.fusedrl.linear_logprob_triton(
             hidden,
             weight,
@@ -292,6 +332,15 @@ def linear_logprob(
         return (logp, entropies) if entropy else logp
     scale = float(temperature) if per_row is None else per_row.detach()
     logp, entropies = _Chunked.apply(
-        hidden, weight, bias, token_ids, scale, softcap, ignore_index, workspace_bytes
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        scale,
+        softcap,
+        ignore_index,
+        workspace_bytes,
+        kept,
+        chosen if kept is not None else None,
     )
     return (logp, entropies) if entropy else logp

@@ -147,7 +147,10 @@ MISTAKES = [
     (["--steps", "0"], "expected steps >= 1, got 0"),
     (["--dtype", "int8"], '"dtype": expected one of auto, float32, bfloat16, got int8'),
     (["--optim.betas", "[0.9]"], '"optim.betas"'),
-    (["--generation.top_p", "0.9"], "without top_k, top_p and min_p"),
+    (
+        ["--generation.top_p", "0.9", "--loss.objective", "trpo", "--minibatches", "1"],
+        "without top_k, top_p and min_p",
+    ),
     (["--reward_weights", "[1, 2]"], "reward_weights 1 numbers, one per reward"),
     (["--minibatches", "65"], "minibatches <= prompts_per_step x samples_per_prompt = 64"),
 ]

@@ -137,9 +137,17 @@ OPTIONS = {
     ),
     "no disagreement at all": (lambda: config(max_logp_diff=0.0), ("max_logp_diff > 0",)),
     # sampling
-    "a truncated sampler": (
-        lambda: config(generation=GenerationConfig(top_p=0.9)),
-        ("without top_k, top_p and min_p", "biases every ratio"),
+    "a truncated sampler and a natural gradient": (
+        lambda: config("trpo", generation=GenerationConfig(top_p=0.9)),
+        ("without top_k, top_p and min_p", "trpo", "(0, 0.9, 0.0)"),
+    ),
+    "a truncated sampler and the whole vocabulary's KL": (
+        lambda: config(
+            "grpo",
+            generation=GenerationConfig(top_k=5),
+            kl=KLConfig(coef=0.1, placement="loss", estimator="full"),
+        ),
+        ("without top_k, top_p and min_p", "kl.estimator = full", "k1, k2 or k3"),
     ),
     "a greedy sampler": (
         lambda: config(generation=GenerationConfig(temperature=0.0)),

@@ -85,10 +85,6 @@ def test_config_refuses_what_ppo_cannot_do():
     def ppo(**kwargs):
         return PolicyConfig(model="m", data="d", reward=("r.py:f",), **kwargs)
 
-    from fusedrl.engine.config import GenerationConfig
-
-    with pytest.raises(ValueError, match="without top_k, top_p and min_p"):
-        ppo(generation=GenerationConfig(top_p=0.9))
     with pytest.raises(
         ValueError, match=r"minibatches <= prompts_per_step x samples_per_prompt = 4"
     ):

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusedrl.engine import HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.base.completion import Completion
-from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import GenerationConfig, PolicyConfig
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.families import model_config
@@ -19,6 +18,7 @@ from fusedrl.engine.model.weights import load_decoder, save_pretrained
 from fusedrl.engine.policy.advantages import Signals
 from fusedrl.engine.rewards.rewards import Rollout, load_reward
 from fusedrl.engine.rollout.rollout import _placed, sampling_params
+from fusedrl.kernels.logprob import logprob
 from fusedrl.kernels.sampling import sample, uniform
 
 EOS = 2
@@ -309,9 +309,9 @@ TRUNCATED = dict(top_k=3), dict(top_p=0.8), dict(min_p=0.2)
 def test_7_and_8_a_truncated_sampler_biases_ratios_and_the_kl(truncation, device):
     """Scored in full, its tokens have a mean weight of the kept mass and not 1 (TRL #6789), and a
     policy that *is* its reference seems to be at a negative distance of one that keeps the rest
-    (TRL #235): both are refused before anything is loaded."""
-    with pytest.raises(ConfigError, match=r"without top_k, top_p and min_p .*biases every ratio"):
-        config(generation=GenerationConfig(**truncation))
+    (TRL #235): rollouts say what they were drawn from, and that is scored."""
+    asked = sampling_params(config(generation=GenerationConfig(**truncation)))
+    assert asked == SamplingParams(max_new_tokens=64, return_kept=True, **truncation)
     plain = SamplingParams(max_new_tokens=8, temperature=0.7)
     assert (
         sampling_params(config(generation=GenerationConfig(max_new_tokens=8, temperature=0.7)))
@@ -347,6 +347,11 @@ def test_7_and_8_a_truncated_sampler_biases_ratios_and_the_kl(truncation, device
     policy, ref = z.log_softmax(1)[0], (1.3 * z).log_softmax(1)[0]
     assert (policy.exp() * (policy - ref)).sum() > 0
     assert (policy - ref)[drawn.token_ids].mean() < 0
+    drawn, _ = weights(**truncation, return_kept=True)
+    scored = logprob(z.expand(n, -1).contiguous(), drawn.token_ids, kept=drawn.kept)
+    check((scored - drawn.logp_processed).exp())
+    # of the whole reference: over the kept tokens alone it would be close to whatever they are
+    assert (scored - ref[drawn.token_ids]).mean() > 0
     everything = weights()[0].token_ids
     assert (policy - ref)[everything].mean() > 0
 

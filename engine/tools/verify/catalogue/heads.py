@@ -24,6 +24,7 @@ from .losses import (
     stats_of,
     token_columns,
 )
+from .rows import csr
 
 
 # ---- heads ---------------------------------------------------------------------------------------
@@ -122,6 +123,12 @@ def _linear_logprob_problem(case: SimpleNamespace, generator: torch.Generator) -
         live, torch.randint(0, case.V, (case.N,), generator=generator), -100
     )
     _by_row(case, generator, x, settings)
+    if case.kept:
+        # every third row lists nothing; all labels but the first were kept
+        kept = uniform(generator, case.N, case.V) < 0.3
+        kept[1:].scatter_(1, x["token_ids"][1:, None].clamp(min=0), True)
+        kept[::3] = False
+        x["kept"] = kept
     g, h = floats(generator, case.N), floats(generator, case.N)
     g[3:5], h[3:5] = 0.0, 0.0  # rows that no gradient reaches
     return Problem(
@@ -133,6 +140,7 @@ def _linear_logprob_problem(case: SimpleNamespace, generator: torch.Generator) -
 
 
 def _linear_logprob(x: dict, s: dict, impl: str | None) -> Tensors:
+    x = x | ({"kept": csr(x["kept"])} if "kept" in x else {})
     logp, entropy = linear_logprob.linear_logprob(**x, **s, entropy=True, impl=impl)
     return {"logp": logp, "entropy": entropy}
 
@@ -140,7 +148,7 @@ def _linear_logprob(x: dict, s: dict, impl: str | None) -> Tensors:
 def _linear_logprob_definition(x: dict, s: dict) -> Tensors:
     T = x.get("temperature", s.get("temperature"))
     logp, entropy = definitions.linear_logprob(
-        x["hidden"], x["weight"], x["token_ids"], x.get("bias"), T, s["softcap"]
+        x["hidden"], x["weight"], x["token_ids"], x.get("bias"), T, s["softcap"], x.get("kept")
     )
     return {"logp": logp, "entropy": entropy}
 
@@ -148,7 +156,7 @@ def _linear_logprob_definition(x: dict, s: dict) -> Tensors:
 LINEAR_LOGPROB = Entry(
     "linear_logprob",
     linear_logprob._IMPLS,
-    _HEAD_LEVELS | {"softcap": (None, 3.0)},
+    _HEAD_LEVELS | {"softcap": (None, 3.0), "kept": (False, True)},
     _linear_logprob_problem,
     _linear_logprob,
     _linear_logprob_definition,

@@ -132,7 +132,8 @@ def _not_kept(kept_NV: Tensor) -> Tensor:
     return ~kept_NV & kept_NV.any(-1, keepdim=True)
 
 
-def _csr(kept_NV: Tensor) -> Kept:
+def csr(kept_NV: Tensor) -> Kept:
+    """The CSR of a bool mask."""
     return Kept(
         kept_NV.nonzero()[:, 1].int(), torch.nn.functional.pad(kept_NV.sum(-1).cumsum(0), (1, 0))
     )
@@ -202,7 +203,7 @@ def _logprob_entry(function: object, **changes: object) -> Entry:
     def forward(x: dict, s: dict, impl: str | None) -> Tensors:
         # in place: not a leaf
         logits = x["logits"].view_as(x["logits"]) if function is logprob.logprob_ else x["logits"]
-        kept = _csr(x["kept"]) if "kept" in x else None
+        kept = csr(x["kept"]) if "kept" in x else None
         return _logprob_outputs(
             function(
                 logits,

@@ -119,10 +119,12 @@ def _head_rows(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy) [N] of the live rows, 0 in the others."""
     T = temperature[live] if isinstance(temperature, Tensor) else temperature
-    found = logprob(_logits(hidden[live], weight, bias, softcap), token_ids[live], T)
+    z = _logits(hidden[live], weight, bias, softcap)
+    found = logprob(z, token_ids[live], T, None if kept is None else kept[live])
     logp, entropy = (
         hidden.new_zeros(len(live)).index_put((live.nonzero()[:, 0],), each) for each in found
     )
@@ -136,9 +138,11 @@ def linear_logprob(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`logprob` of the logits hidden W^T + b, softcapped."""
-    return _head_rows(token_ids != -100, hidden, weight, token_ids, bias, temperature, softcap)
+    live = token_ids != -100
+    return _head_rows(live, hidden, weight, token_ids, bias, temperature, softcap, kept)
 
 
 def linear_full_kl(
