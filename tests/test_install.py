@@ -392,9 +392,10 @@ def test_a_link_to_the_install_is_no_second_one(tmp_path):
 def test_the_digest_sees_names_and_contents(tmp_path):
     def digest(**files: str) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
         for name, text in files.items():
-            (folder / name.replace("_", ".")).write_text(text)
+            below = folder / ("shared" if name.endswith("_h") else "cpu/ops")
+            below.mkdir(parents=True, exist_ok=True)
+            (below / name.replace("_", ".")).write_text(text)
         return sources.digest(folder)
 
     assert digest(a_cpp="x", b_h="y") == digest(b_h="y", a_cpp="x", c_txt="z")
