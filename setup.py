@@ -17,8 +17,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # `--no-build-isolation` takes what is there
+    sys.exit(
+        f"fusedrl: expected setuptools >= 77, got {setuptools.__version__}; first: "
+        "pip install --upgrade setuptools wheel ninja"
+    )
 
 CAPABILITIES = {"default": ("DEFAULT", [])}
 if platform.machine() in ("x86_64", "AMD64"):
