@@ -281,7 +281,7 @@ class HybridActor:
 
     @contextlib.contextmanager
     def lend_cache(self, *others: nn.Module) -> Iterator[Arena | None]:
-        """Within the block the KV cache's memory holds what training forwards keep for their
+        """Lend the KV cache's memory, within the block, to what training forwards keep for their
         backward passes, the actor's and those of `others` that are trained there; both belong
         inside. Yields the arena.
 

@@ -443,6 +443,48 @@ def test_the_tree_of_the_page_is_the_tree():
     assert not missing, f"the tree of docs/structure.md lacks {sorted(missing)}"
 
 
+# ---- words ---------------------------------------------------------------------------------------
+UNSAID = re.compile(
+    "(After|As|At|Before|By|For|From|How|In|It|Its|Of|On|That|They|Those|To|Until|What|When|Where|"
+    r"Which|Who|With|Within|Without)\b"
+)
+
+
+def _beginnings(tree: ast.Module) -> list[str]:
+    """Public functions and classes whose docstring begins as the rest of a sentence does: it should
+    say by a verb or a noun what the thing does or is."""
+    return [
+        f"{node.lineno}: {node.name}: {text.splitlines()[0]}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.name[0] != "_"
+        and (text := ast.get_docstring(node))
+        and UNSAID.match(text)
+    ]
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstrings_begin_with_what_a_thing_does_or_is(path):
+    assert _beginnings(_tree(path)) == []
+
+
+def test_a_planted_docstring_is_found():
+    source = '''
+class Report:
+    """What a step did."""
+    def to_json(self):
+        """Return JSON values."""
+    def _rows(self):
+        """Of everything."""
+def total(x):
+    """Of a batch, what counts."""
+'''
+    assert [line.split(":")[1].strip() for line in _beginnings(ast.parse(source))] == [
+        "Report",
+        "total",
+    ]
+
+
 # ---- tests on any device -------------------------------------------------------------------------
 FACTORIES = {
     f"torch.{name}"

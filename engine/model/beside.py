@@ -282,8 +282,8 @@ def _held(part: nn.Module) -> Iterator[str]:
 
 
 def floating_buffers(tree: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that a model computes with: no masks. A dynamic rotary embedding replaces its
-    frequencies for texts longer than any here, and keeps the original ones."""
+    """Return the buffers that a model computes with: no masks. A dynamic rotary embedding replaces
+    its frequencies for texts longer than any here, and keeps the original ones."""
     for name, b in tree.named_buffers():
         owner = tree.get_submodule(name.rpartition(".")[0])
         if b.is_floating_point() and not (

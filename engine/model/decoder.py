@@ -36,8 +36,8 @@ _off: ContextVar[frozenset[int]] = ContextVar(
 
 
 def own_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Within the block autocast is off: what computes in dtypes of its own, as the sampler does,
-    shall do so whoever calls it."""
+    """Switch autocast off within the block: what computes in dtypes of its own, as the sampler
+    does, shall do so whoever calls it."""
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -372,8 +372,8 @@ class Decoder(nn.Module):
         self._settle()
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Within the block the decoder is its base, in training and in generation: the outputs are
-        bitwise those of the weights without adapter."""
+        """Make the decoder its base within the block, in training and in generation: the outputs
+        are bitwise those of the weights without adapter."""
         return self.adapter(enabled=False)
 
     @contextmanager

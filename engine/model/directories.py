@@ -75,7 +75,7 @@ def not_fetched(path_or_id: str | Path, error: Exception) -> FileNotFoundError:
 
 
 def check_no_run(path: Path) -> None:
-    """Raises FileNotFoundError for the directory of a run, which holds its model one level down."""
+    """Raise FileNotFoundError for the directory of a run, which holds its model one level down."""
     if not _is_run(path):
         return
     if (path / "model" / "config.json").is_file():

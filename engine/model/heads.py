@@ -78,7 +78,7 @@ class ValueHead(nn.Module):
         self.unit.fill_(unit)
 
     def restore(self, level: float, unit: float) -> None:
-        """Those that the weights were trained with."""
+        """Restore the heads that the weights were trained with."""
         self.level.fill_(level)
         self.unit.fill_(unit)
 

@@ -115,6 +115,7 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
+        """Learning rate of all parameters."""
         return float(self._adamw.param_groups[0]["lr"])
 
     @lr.setter

@@ -67,7 +67,7 @@ NAMES = ("accepted", "kl", "improvement", "expected_improvement", "fraction", "c
 
 
 def check_trust_region(config: PolicyConfig) -> None:
-    """Raises ConfigError for a model that TRPO cannot train, before it is loaded; nothing for other
+    """Raise ConfigError for a model that TRPO cannot train, before it is loaded; nothing for other
     objectives."""
     if config.objective != "trpo":
         return

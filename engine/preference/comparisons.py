@@ -101,8 +101,8 @@ class Comparison:
 
     @property
     def preferred(self) -> list[int]:
-        """Those that someone really preferred: the best, but nothing where a label calls the pair a
-        tie."""
+        """Return the completions that someone really preferred: the best, but nothing where a label
+        calls the pair a tie."""
         return self.best if self.label > 0.5 else []
 
     @property

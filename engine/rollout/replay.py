@@ -99,7 +99,7 @@ class ReplayBuffer:
 
     # ---- checkpoints -----------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
-        """All it holds."""
+        """Return all that the buffer holds."""
         steps = [written for written, batch in self._held for _ in range(batch.num_sequences)]
         columns = vars(PackedBatch.concat([batch for _, batch in self._held])) if self._held else {}
         found = {name: x for name, x in columns.items() if isinstance(x, Tensor)}

@@ -108,6 +108,7 @@ class Sample:
 
     @property
     def valid(self) -> bool:
+        """Whether a reward could score it."""
         return math.isfinite(self.score) and math.isfinite(self.greedy_score)
 
 

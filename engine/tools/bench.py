@@ -73,6 +73,7 @@ class Subject:
 
     @property
     def name(self) -> str:
+        """Name of the model in reports."""
         return self.model if self.model is not None else f"{self.shape}, random weights"
 
     def decoder(self) -> Decoder:

@@ -29,7 +29,7 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until everything that was started on a GPU is done."""
+    """Wait until everything that was started on a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

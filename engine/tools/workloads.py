@@ -116,7 +116,7 @@ class Workload:
         ]
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ConfigError where a sequence would be longer than the model has positions."""
+        """Raise ConfigError where a sequence would be longer than the model has positions."""
         longest = max(
             range(len(self.prompts)), key=lambda i: len(self.prompts[i]) + self.new_tokens[i]
         )

@@ -123,6 +123,7 @@ class Parts:
 
     @property
     def peak(self) -> int:
+        """Bytes at the worst moment."""
         return self.fixed + self.activations + self.workspace
 
 
@@ -144,6 +145,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether the run fits the memory."""
         return self.parts.peak <= self.memory
 
     def to_json(self) -> dict[str, Any]:
@@ -431,7 +433,8 @@ class Planner:
         )
 
     def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
-        """Those of the activations that do not fit the KV pool's memory, which they are lent."""
+        """Return the bytes of the activations that do not fit the KV pool's memory, which they are
+        lent."""
         return max(0, self.activation_bytes(tokens, checkpointed) - self.kv_pool)
 
     def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
@@ -445,7 +448,7 @@ class Planner:
         rise = 0
 
         def widened(numel: int) -> int:
-            """Of a weight, what is wide at a time."""
+            """Return the bytes of a weight that are wide at a time."""
             return min(TILE, 4 * numel) if a > e else 0
 
         if not isinstance(self.config, RewardModelConfig) or self._imitates:
@@ -497,6 +500,7 @@ class Planner:
 
     # ---- together --------------------------------------------------------------------------------
     def parts(self, tokens: int, checkpointed: bool) -> Parts:
+        """Return what a run takes whose micro-batches have so many tokens."""
         each = (
             Parts(
                 self.weights,

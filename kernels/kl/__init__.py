@@ -58,7 +58,7 @@ _LOSS = Implementations("kl_loss", cpu=("cpp", "torch", "triton"), cuda=("triton
 
 
 def check_estimator(op: str, estimator: str) -> None:
-    """Raises ValueError unless `estimator` is one of ESTIMATORS."""
+    """Raise ValueError unless `estimator` is one of ESTIMATORS."""
     if estimator not in ESTIMATORS:
         raise ValueError(
             f"{op}: expected an estimator of {', '.join(ESTIMATORS)}, got {estimator!r}"

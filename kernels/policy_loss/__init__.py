@@ -718,8 +718,8 @@ def _checked(
 
 
 def check_policy(op: str, policy: PolicyPart, N: int) -> None:
-    """Raises unless the settings of the policy part fit together; tensors' sizes are checked
-    before, their dtypes after."""
+    """Raise unless the settings of the policy part fit together; tensors' sizes are checked before,
+    their dtypes after."""
     objective, correction, cu_seqlens = (
         policy.objective,
         policy.rollout_correction,

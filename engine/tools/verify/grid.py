@@ -138,7 +138,7 @@ def bytes_of(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One public op.
+    """Entry of one public op in the catalogue.
 
     op: its name. table: the `Implementations` that serve it. levels: factor -> levels; the first of
     each make the plain case, small and ordinary. make: (case as a namespace, generator) -> Problem.
@@ -170,7 +170,7 @@ class Entry:
     work: Callable[[Problem, Tensors], tuple[int, int]] | None = None
 
     def implementations(self, device: torch.device | str = "cpu") -> list[str]:
-        """Those that can run here."""
+        """Return the implementations that can run here."""
         kind = torch.device(device).type
         return [
             name

@@ -42,7 +42,7 @@ SMALL_TILES = {"full_kl._triton": {"_BLOCK": 64}, "gae._triton": {"_CHUNK": 16}}
 
 @contextlib.contextmanager
 def small_tiles() -> Iterator[None]:
-    """Within the block Triton's tiles are cut to what the interpreter runs in milliseconds; nothing
+    """Cut Triton's tiles, within the block, to what the interpreter runs in milliseconds; nothing
     changes where it does not run."""
     found: list[tuple[Any, str, Any]] = []
     if unavailable("triton", "cpu") is None:
