@@ -160,8 +160,8 @@ def _varlen_torch(
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
 
     def slots_of(sequences: Tensor, T: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return, for the tokens of `sequences` in order, their rows in the packed tensors and in the
-        padded layout."""
+        """Return, for the tokens of `sequences` in order, their rows in the packed tensors and in
+        the padded layout."""
         sizes = lengths[sequences]
         first = sizes.cumsum(0) - sizes
         shift = torch.stack(
