@@ -233,6 +233,37 @@ def test_an_install_in_place_is_one_folder_on_the_path(checkout, path_in_place):
         assert (path_in_place / "fusedrl" / room / "py.typed").is_file()
 
 
+def _setup(folder: Path) -> subprocess.CompletedProcess:
+    shutil.copy(ROOT / "setup.py", folder)
+    return subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_checkout_without_links_is_told_what_to_do(tmp_path):
+    (tmp_path / "src/fusedrl").mkdir(parents=True)
+    (tmp_path / "src/fusedrl/engine").write_text("../../engine")  # as git writes a link there
+    told = _setup(tmp_path)
+    assert told.returncode == 1
+    assert "expected src/fusedrl/engine to be a symbolic link to engine/, got:" in told.stderr
+    assert "git checkout -- src" in told.stderr
+
+
+def test_an_old_setuptools_is_told_apart(tmp_path):
+    (tmp_path / "setuptools/command").mkdir(parents=True)
+    (tmp_path / "setuptools/__init__.py").write_text(
+        "__version__ = '65.5.0'\nsetup = find_namespace_packages = None\n"
+    )
+    (tmp_path / "setuptools/command/build_py.py").write_text("build_py = object\n")
+    told = _setup(tmp_path)
+    assert told.returncode == 1
+    assert "expected setuptools >= 77, got 65.5.0; first: pip install --upgrade" in told.stderr
+
+
 @pytest.mark.full
 def test_type_checkers_see_an_install_in_place(checkout, path_in_place, tmp_path):
     """mypy, and pyright where it is installed, on a file outside the checkout."""
