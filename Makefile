@@ -4,7 +4,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test test-full lint types bench validate tables kernel-report first-light clean
+.PHONY: venv demo test test-full lint types docs bench validate tables kernel-report first-light clean
 
 venv: $(INSTALLED)
 
@@ -12,7 +12,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*/* cs
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --upgrade setuptools wheel ninja
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,docs]'
 	$(VENV)/bin/python -c "from fusedrl.kernels.runtime import native; print('native kernels:', native.capability or 'none: ' + native.reason)"
 	touch $@
 
@@ -31,6 +31,11 @@ lint: venv
 
 types: venv
 	$(VENV)/bin/mypy -p fusedrl.kernels -p fusedrl.engine
+
+# The pages of docs/ and an API reference, in build/site. The extra `docs` is part of `make venv`
+# (10 s), so that `make test` builds the site, too (10 s).
+docs: venv
+	$(VENV)/bin/mkdocs build --strict
 
 # `make bench BENCH="bench/bench_gae.py -k 2048"` runs some; the rows of the others stay as they are.
 # malloc keeps what contestants free (bench/harness.py says why).

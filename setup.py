@@ -17,8 +17,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # `--no-build-isolation` takes what is there
+    sys.exit(
+        f"fusedrl: expected setuptools >= 77, got {setuptools.__version__}; first: "
+        "pip install --upgrade setuptools wheel ninja"
+    )
 
 CAPABILITIES = {"default": ("DEFAULT", [])}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -28,59 +35,32 @@ if platform.machine() in ("x86_64", "AMD64"):
         ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
     )
 
-# Discovery with a package_dir map is not supported by setuptools in editable mode, so every package
-# is listed. There is no fusedrl/ folder: `fusedrl` is a namespace, and so is kernels/ (an
-# __init__.py there would shadow the PyPI package `kernels`, which transformers imports, for whoever
-# runs Python in this directory).
-PACKAGES = {
-    "fusedrl.engine": "engine",
-    "fusedrl.engine.base": "engine/base",
-    "fusedrl.engine.cli": "engine/cli",
-    "fusedrl.engine.config": "engine/config",
-    "fusedrl.engine.data": "engine/data",
-    "fusedrl.engine.generation": "engine/generation",
-    "fusedrl.engine.model": "engine/model",
-    "fusedrl.engine.optim": "engine/optim",
-    "fusedrl.engine.policy": "engine/policy",
-    "fusedrl.engine.preference": "engine/preference",
-    "fusedrl.engine.rewards": "engine/rewards",
-    "fusedrl.engine.rollout": "engine/rollout",
-    "fusedrl.engine.runs": "engine/runs",
-    "fusedrl.engine.stages": "engine/stages",
-    "fusedrl.engine.tools": "engine/tools",
-    "fusedrl.engine.tools.verify": "engine/tools/verify",
-    "fusedrl.engine.tools.verify.catalogue": "engine/tools/verify/catalogue",
-    "fusedrl.engine.tools.verify.definitions": "engine/tools/verify/definitions",
-    "fusedrl.engine.watch": "engine/watch",
-    "fusedrl.kernels": "kernels",
-    "fusedrl.kernels.attention": "kernels/attention",
-    "fusedrl.kernels.full_kl": "kernels/full_kl",
-    "fusedrl.kernels.gae": "kernels/gae",
-    "fusedrl.kernels.kl": "kernels/kl",
-    "fusedrl.kernels.kv_cache": "kernels/kv_cache",
-    "fusedrl.kernels.linear_full_kl": "kernels/linear_full_kl",
-    "fusedrl.kernels.linear_logprob": "kernels/linear_logprob",
-    "fusedrl.kernels.linear_policy_loss": "kernels/linear_policy_loss",
-    "fusedrl.kernels.logprob": "kernels/logprob",
-    "fusedrl.kernels.normalize": "kernels/normalize",
-    "fusedrl.kernels.policy_loss": "kernels/policy_loss",
-    "fusedrl.kernels.runtime": "kernels/runtime",
-    "fusedrl.kernels.sampling": "kernels/sampling",
-    "fusedrl.kernels.cuda_src": "csrc/cuda",  # compiled on first use: kernels/runtime/nvrtc.py
-    "fusedrl.kernels.shared_src": "csrc/shared",  # included there, and by csrc/cpu
-}
-PACKAGE_DATA = {
-    "fusedrl.kernels.cuda_src": ["*.cu", "*.cuh"],
-    "fusedrl.kernels.shared_src": ["*.h"],
-}
-
+# `src` goes on sys.path as it is when this is installed in place, so that type checkers find what
+# Python finds. `fusedrl` there is a namespace of links to engine/ and kernels/; an unpacked source
+# distribution has none until they are made here. Where git may not make links, it writes files.
+for room in ("engine", "kernels"):
+    link = Path("src/fusedrl") / room
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(Path("../..") / room, target_is_directory=True)
+        list(link.iterdir())
+    except OSError as error:
+        sys.exit(
+            f"fusedrl: expected {link} to be a symbolic link to {room}/, got: {error}. Put the "
+            "sources where links are possible (in a git checkout there: git config core.symlinks "
+            "true && git checkout -- src), or install a wheel that was built elsewhere"
+        )
+PACKAGES = find_namespace_packages("src", exclude=["*__pycache__*"])
+PACKAGE_DATA = {"fusedrl.engine": ["py.typed"], "fusedrl.kernels": ["py.typed"]}
 
 SOURCES = runpy.run_path("kernels/runtime/sources.py")
 
 
 class BuildPython(build_py):
-    """Records the sources in a wheel, which has none to compare kernels with: its own, or those of
-    another install on the same path."""
+    """Gives a wheel what a checkout has in csrc/: the digest of the C++ sources, by which kernels
+    of another install on the same path are told apart, and the sources that are compiled on first
+    use (kernels/runtime/nvrtc.py): csrc/cuda, and what it includes."""
 
     def run(self) -> None:
         super().run()
@@ -88,6 +68,8 @@ class BuildPython(build_py):
             folder = Path(self.build_lib) / "fusedrl" / "kernels"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SOURCES["RECORD"]).write_text(SOURCES["digest"](Path("csrc")) + "\n")
+            for name in ("cuda", "shared"):
+                shutil.copytree(Path("csrc") / name, folder / f"{name}_src", dirs_exist_ok=True)
 
 
 def native_extensions() -> dict:
@@ -218,6 +200,4 @@ def native_extensions() -> dict:
     }
 
 
-setup(
-    packages=list(PACKAGES), package_dir=PACKAGES, package_data=PACKAGE_DATA, **native_extensions()
-)
+setup(packages=PACKAGES, package_dir={"": "src"}, package_data=PACKAGE_DATA, **native_extensions())

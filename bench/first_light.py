@@ -254,8 +254,8 @@ def environment() -> dict[str, str]:
 
 
 def namespace() -> Path:
-    """A folder in which `fusedrl` has engine/ and kernels/ of this checkout, as setup.py maps
-    them."""
+    """A folder in which `fusedrl` has engine/ and kernels/ of this checkout, as in src/, whose
+    links a copy may have lost."""
     folder = ROOT / "build" / "first-light"
     (folder / "fusedrl").mkdir(parents=True, exist_ok=True)
     for room in ("engine", "kernels"):

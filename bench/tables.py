@@ -1,4 +1,5 @@
-"""Render bench/results/*.json into the README, between its markers: `make tables`."""
+"""Render bench/results/*.json into docs/numbers.md, and some of it into the README, between their
+markers: `make tables`."""
 
 from __future__ import annotations
 
@@ -9,8 +10,58 @@ from typing import Any
 
 from bench.harness import RESULTS, Result, contest_of, read_results
 
-README = RESULTS.parents[1] / "README.md"
+README, NUMBERS = (RESULTS.parents[1] / page for page in ("README.md", "docs/numbers.md"))
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SHORT_BEGIN, SHORT_END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
+
+# The README's rows: (file, row, shape, contestant) of a contest on a CPU, and what they are called
+# there.
+SHORT = {
+    (
+        "generate",
+        "generate, sampled",
+        "64 x (8 + 128)",
+        "transformers",
+    ): "generation: 64 prompts, 128 tokens each",
+    (
+        "generate",
+        "generate, lengths",
+        "64 x (8 + 16..256)",
+        "transformers",
+    ): "generation: 64 prompts, 16 to 256 tokens each",
+    (
+        "model",
+        "training pass",
+        "20 x 100..300: 4155 tokens",
+        "transformers, padded",
+    ): "training: 20 texts of 100 to 300 tokens",
+    (
+        "model",
+        "training pass",
+        "8 x 64 tokens, hidden 512",
+        "transformers, padded",
+    ): "training: 8 texts of 64 tokens, a wider model",
+    (
+        "step",
+        "GRPO step",
+        "8 x 8 x 64",
+        "TRL",
+    ): "a GRPO step: 8 prompts x 8 completions x 64 tokens",
+    (
+        "logprob",
+        "logprob + entropy, forward+backward",
+        "2048 x 32000",
+        "eager",
+    ): "log-probability and entropy, both ways, 2,048 x 32,000 logits",
+    (
+        "linear_policy_loss",
+        "linear_policy_loss fwd + bwd, 100% of the rows active",
+        "2048 x 512 x 32000",
+        "eager",
+    ): "hidden states to policy loss, both ways, in 5% of the memory",
+    ("gae", "gae", "64 x 2048", "python loop over T"): "advantages (GAE) of 64 x 2,048 tokens",
+}
+WITH_MODEL = {"generate", "step"}  # contests that take --model
 
 
 def render(folder: Path = RESULTS) -> str:
@@ -51,10 +102,35 @@ def _line(rows: list[dict[str, Any]]) -> str:
     ratios = [f"{row['contestant']} **{row['ratio']:.3g}x**" for row in others] + [
         f"{name} {value:.3g}" for name, value in ours.get("extra", {}).items()
     ]
-    what = ours["what"] + (f", {ours['note']}" if ours["note"] else "")
     return (
-        f"| {what} | {ours['shape']} {ours['dtype']} | {times} | {ceiling} | {', '.join(ratios)} |"
+        f"| {_what(ours)} | {ours['shape']} {ours['dtype']} | {times} | {ceiling} | "
+        f"{', '.join(ratios)} |"
     )
+
+
+def _what(row: dict[str, Any]) -> str:
+    return row["what"] + (f", {row['note']}" if row["note"] else "")
+
+
+def render_short(folder: Path = RESULTS) -> str:
+    """The README's table. Raises KeyError where a row of SHORT was not measured."""
+    lines = ["| what | beside | times as fast | command |", "|---|---|---|---|"]
+    for (file, what, shape, contestant), name in SHORT.items():
+        rows = [row for row, run in read_results(folder / f"{file}.json") if not run["gpu"]]
+        ratios = {
+            (_what(row), row["shape"], row["dtype"], row["contestant"]): row["ratio"]
+            for row in rows
+        }
+        command = (
+            "make bench "
+            f'BENCH="bench/bench_{file}.py{" --model MODEL" if file in WITH_MODEL else ""}"'
+        )
+        beside = "torch, eager" if contestant == "eager" else contestant
+        lines.append(
+            f"| {name} | {beside} | **{ratios[what, shape, 'float32', contestant]:.3g}** | "
+            f"`{command}` |"
+        )
+    return "\n".join(lines)
 
 
 def _where(run: dict[str, Any]) -> str:
@@ -100,9 +176,13 @@ def replace_between(text: str, begin: str, end: str, inside: str) -> str:
 
 
 def main() -> None:
-    README.write_text(
-        replace_between(README.read_text(encoding="utf-8"), BEGIN, END, render()), encoding="utf-8"
-    )
+    for page, begin, end, table in (
+        (NUMBERS, BEGIN, END, render()),
+        (README, SHORT_BEGIN, SHORT_END, render_short()),
+    ):
+        page.write_text(
+            replace_between(page.read_text(encoding="utf-8"), begin, end, table), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

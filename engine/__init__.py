@@ -12,17 +12,13 @@ __version__ = "0.1.0"
 
 
 def _check_one_install() -> None:
-    """Raise ImportError where `fusedrl.kernels` is not, or not only, the one that was installed
-    with this engine: `fusedrl` is a namespace, in which Python merges whatever several installs
-    bring."""
+    """Raise ImportError where `fusedrl.kernels` is not the one that was installed with this engine:
+    `fusedrl` is a namespace, in which Python may take the engine of one install and the kernels of
+    another."""
     spec = importlib.util.find_spec("fusedrl.kernels")
-    places = (
-        [Path(place) for place in spec.submodule_search_locations or ()] if spec is not None else []
-    )
-    # An editable install adds a hook that is no folder; a link to the one install is no second one.
-    found = sorted(
-        {str(place.resolve()) for place in places if (place / "runtime/dispatch.py").is_file()}
-    )
+    places = spec.submodule_search_locations or () if spec is not None else ()
+    # (some installs add hooks that are no folders)
+    found = sorted({str(Path(place).resolve()) for place in places if Path(place).is_dir()})
     ours = str((Path(__file__).parent.parent / "kernels").resolve())
     if found != [ours]:
         raise ImportError(
@@ -63,9 +59,15 @@ if TYPE_CHECKING:
     from fusedrl.engine.generation.sampler import SamplingParams
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(
-            f"module 'fusedrl.engine' has no attribute {name!r}; it has {', '.join(__all__)}"
-        )
-    return getattr(importlib.import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # else a checker would believe in every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(
+                f"module 'fusedrl.engine' has no attribute {name!r}; it has {', '.join(__all__)}"
+            )
+        return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -38,8 +38,8 @@ _LIKELIHOOD = PolicyObjective(kind="reinforce")  # of advantages that are 1
 
 
 class Scored(NamedTuple):
-    """What the training forward says of a batch, per token slot; 0 where no action is (values: at
-    the first slot of a sequence)."""
+    """Result of scoring a batch by the training forward, per token slot; 0 where no action is
+    (values: at the first slot of a sequence)."""
 
     logp: Tensor  # [N] float32
     entropy: Tensor  # [N] float32
@@ -180,13 +180,13 @@ class HybridActor:
 
     @property
     def weights_version(self) -> int:
-        """How often the weights have changed, as far as it was noticed or told."""
+        """Number of changes of the weights, as far as they were noticed or told."""
         return self._watch.version
 
     @weights_version.setter
     def weights_version(self, version: int) -> None:
-        """What the weights as they now are shall count as: those of a checkpoint go on from its
-        number."""
+        """Set the version that the weights count as from now on: those of a checkpoint go on from
+        its number."""
         self._watch.look()
         self._watch.version = version
 
@@ -281,7 +281,7 @@ class HybridActor:
 
     @contextlib.contextmanager
     def lend_cache(self, *others: nn.Module) -> Iterator[Arena | None]:
-        """Within the block the KV cache's memory holds what training forwards keep for their
+        """Lend the KV cache's memory, within the block, to what training forwards keep for their
         backward passes, the actor's and those of `others` that are trained there; both belong
         inside. Yields the arena.
 

@@ -21,7 +21,7 @@ class Kept(NamedTuple):
 
     @classmethod
     def whole(cls, rows: int, device: torch.device | str = "cpu") -> Kept:
-        """So many rows of which nothing was truncated."""
+        """Make so many rows of which nothing was truncated."""
         ids = torch.zeros(0, dtype=torch.int32, device=device)
         return cls(ids, torch.zeros(rows + 1, dtype=torch.int64, device=device))
 
@@ -41,14 +41,15 @@ class Kept(NamedTuple):
         return cls(ids, torch.nn.functional.pad(sizes.cumsum(0), (1, 0)))
 
     def select(self, rows: Tensor) -> Kept:
-        """These rows, [R] int64, in this order. The host waits for how many ids they have."""
+        """Return these rows, [R] int64, in this order. The host waits for how many ids they
+        have."""
         sizes = self.offsets.diff()[rows]
         offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
         moved = torch.repeat_interleave(self.offsets[rows] - offsets[:-1], sizes)
         return Kept(self.token_ids[moved + torch.arange(len(moved), device=moved.device)], offsets)
 
     def only(self, rows: Tensor) -> Kept:
-        """Those of the rows marked, [N] bool; the others become empty."""
+        """Keep the rows marked, [N] bool; the others become empty."""
         sizes = self.offsets.diff()
         ids = self.token_ids[: int(self.offsets[-1])][torch.repeat_interleave(rows, sizes)]
         return Kept(ids, torch.nn.functional.pad((sizes * rows).cumsum(0), (1, 0)))

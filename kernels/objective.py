@@ -174,8 +174,8 @@ class PolicyObjective:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Those of COEFFICIENTS that are its own: the bounds, tau_positive, tau_negative, beta; tau
-        1 and beta 0 where unused."""
+        """Return the objective's own numbers among COEFFICIENTS: the bounds, tau_positive,
+        tau_negative, beta; tau 1 and beta 0 where unused."""
         lower, upper, dual = self.bounds
         return {
             "lower": lower,
@@ -388,7 +388,7 @@ def _per_sequence(
 
 # ---- what a token takes from its sequence --------------------------------------------------------
 def check_bounds(op: str, cu_seqlens: Tensor, N: int) -> None:
-    """Raises ValueError unless `cu_seqlens` [B + 1], on the CPU, rises from 0 to N."""
+    """Raise ValueError unless `cu_seqlens` [B + 1], on the CPU, rises from 0 to N."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != N or bool((cu_seqlens.diff() < 0).any()):

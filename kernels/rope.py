@@ -139,7 +139,7 @@ class RopeTable:
         return self._cos, self._sin
 
     def bytes_upto(self, count: int) -> int:
-        """What the tables take once `count` positions were asked for."""
+        """Return the bytes that the tables take once `count` positions were asked for."""
         return 8 * self.inv_freq.numel() * _rounded(count)
 
     def at(

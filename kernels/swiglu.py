@@ -245,8 +245,8 @@ def activate_rows(x: Tensor, activation: str, *, gated: bool) -> Tensor:
 
 
 def activate(x: Tensor, activation: str, *, gated: bool, impl: str | None = None) -> Tensor:
-    """What an MLP does between its products: the activation "silu", "gelu_tanh" or "gelu", of [N,
-    F]; gated, of the first half of [N, 2F], times the second.
+    """Compute what stands between an MLP's products: the activation "silu", "gelu_tanh" or "gelu",
+    of [N, F]; gated, of the first half of [N, 2F], times the second.
 
     `impl` is that of `swiglu`; all else is torch's own kernels. Differentiable.
     """

@@ -1,10 +1,12 @@
 """The rules of the house, read off the sources themselves."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 
@@ -312,17 +314,70 @@ def test_planted_reads_of_the_environment_are_found(source):
     )
 
 
-def test_kernels_is_a_namespace():
-    # A regular package of this name in the working directory would shadow Hugging Face's `kernels`,
-    # which transformers imports.
-    assert not (ROOT / "kernels" / "__init__.py").exists()
-    subprocess.run(
-        [sys.executable, "-c", "import transformers.integrations.hub_kernels"],
+def _python(code: str, *path: Path) -> str:
+    """What a Python says that finds packages in the working directory, as `python -c` does, then in
+    these folders."""
+    told = subprocess.run(
+        [sys.executable, "-c", code],
         cwd=ROOT,
-        check=True,
         capture_output=True,
+        text=True,
         timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
     )
+    assert told.returncode == 0, told.stderr
+    return told.stdout
+
+
+def test_the_folder_kernels_hides_no_package_of_that_name(tmp_path):
+    """Hugging Face's `kernels`, which transformers imports, where Python runs in the root of a
+    checkout."""
+    absent = (
+        "import kernels; from transformers.utils.import_utils import is_kernels_available; "
+        "print(hasattr(kernels, '__file__'), is_kernels_available())"
+    )
+    assert _python(absent + "; import transformers.integrations.hub_kernels").split() == [
+        "False",
+        "False",
+    ]
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from .layer import get_kernel\n")
+    (tmp_path / "kernels" / "layer.py").write_text("def get_kernel():\n    return 'theirs'\n")
+    there = (
+        "import kernels.layer; from kernels import get_kernel; import fusedrl.kernels.gae; "
+        "print(get_kernel(), fusedrl.kernels.gae.__name__)"
+    )
+    assert _python(there, tmp_path, ROOT / "src").split() == ["theirs", "fusedrl.kernels.gae"]
+
+
+def test_the_kernels_show_what_is_there():
+    listed = _python(
+        "import sys, fusedrl.kernels as k; print(*dir(k), 'torch' in sys.modules)", ROOT / "src"
+    ).split()
+    assert listed.pop() == "False"  # nor anything else that takes time
+    present = {
+        path.stem
+        for path in (ROOT / "kernels").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert set(listed) == {name for name in present if not name.startswith("_")}
+    assert len(listed) > 15
+    shown = _python(
+        "import fusedrl.kernels as k\nhelp(k)\ntry: k.nothing_of_this_name\nexcept AttributeError "
+        "as error: print(error)",
+        ROOT / "src",
+    )
+    assert "from fusedrl.kernels.gae import gae" in shown
+    assert "has no attribute 'nothing_of_this_name'; it has" in shown
+    assert all(f"\n    {name}" in shown for name in listed)
+
+
+def test_the_engine_shows_what_is_there():
+    from fusedrl import engine
+
+    assert dir(engine) == sorted(engine.__all__)
+    assert all(getattr(engine, name) for name in engine.__all__)
+    assert engine.__version__ == metadata.version("fusedrl")
 
 
 @pytest.mark.skipif(
@@ -335,20 +390,13 @@ def test_native_kernels_are_built():
     assert native.capability is not None, native.reason
 
 
-def test_packages_are_all_listed():
-    listed = set(
-        re.findall(
-            r"\"fusedrl\.[a-z_.]+\": \"((?:engine|kernels)[a-z_/]*)\"",
-            (ROOT / "setup.py").read_text(encoding="utf-8"),
-        )
+def test_every_folder_is_a_package():
+    assert [
+        room for room in {p.parent for p in PRODUCT} if not (room / "__init__.py").is_file()
+    ] == []
+    assert all(
+        (ROOT / "src" / "fusedrl" / room).resolve() == ROOT / room for room in ("engine", "kernels")
     )
-    present = {p.parent.relative_to(ROOT).as_posix() for p in PRODUCT}
-    assert present == listed
-    assert not [
-        room
-        for room in present
-        if room.startswith("engine") and not (ROOT / room / "__init__.py").is_file()
-    ]
 
 
 def test_git_ignores_nothing_of_the_product():
@@ -368,11 +416,13 @@ def test_git_ignores_nothing_of_the_product():
     assert found.returncode == 1, found.stdout
 
 
-def test_readme_tree_is_the_tree():
+def test_the_tree_of_the_page_is_the_tree():
     block = re.search(
-        r"```text\n(fusedrl/\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+        r"```text\n(fusedrl/\n.*?)```",
+        (ROOT / "docs" / "structure.md").read_text(encoding="utf-8"),
+        re.DOTALL,
     )
-    assert block, "README.md holds no ```text tree that starts with fusedrl/"
+    assert block, "docs/structure.md holds no ```text tree that starts with fusedrl/"
     stack: list[str] = []
     named = set()
     for line in block[1].splitlines()[1:]:
@@ -385,12 +435,54 @@ def test_readme_tree_is_the_tree():
         stack = stack[: indent // 2 - 1]
         for entry in entries:
             path = "/".join([*stack, entry.rstrip("/")])
-            assert (ROOT / path).exists(), f"README names {path}, which is not there"
+            assert (ROOT / path).exists(), f"docs/structure.md names {path}, which is not there"
             named.add(path)
         if len(entries) == 1 and entries[0].endswith("/"):
             stack.append(entries[0].rstrip("/"))
     missing = {p.relative_to(ROOT).as_posix() for p in PRODUCT if p.stem != "__init__"} - named
-    assert not missing, f"README's tree lacks {sorted(missing)}"
+    assert not missing, f"the tree of docs/structure.md lacks {sorted(missing)}"
+
+
+# ---- words ---------------------------------------------------------------------------------------
+UNSAID = re.compile(
+    "(After|As|At|Before|By|For|From|How|In|It|Its|Of|On|That|They|Those|To|Until|What|When|Where|"
+    r"Which|Who|With|Within|Without)\b"
+)
+
+
+def _beginnings(tree: ast.Module) -> list[str]:
+    """Public functions and classes whose docstring begins as the rest of a sentence does: it should
+    say by a verb or a noun what the thing does or is."""
+    return [
+        f"{node.lineno}: {node.name}: {text.splitlines()[0]}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.name[0] != "_"
+        and (text := ast.get_docstring(node))
+        and UNSAID.match(text)
+    ]
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstrings_begin_with_what_a_thing_does_or_is(path):
+    assert _beginnings(_tree(path)) == []
+
+
+def test_a_planted_docstring_is_found():
+    source = '''
+class Report:
+    """What a step did."""
+    def to_json(self):
+        """Return JSON values."""
+    def _rows(self):
+        """Of everything."""
+def total(x):
+    """Of a batch, what counts."""
+'''
+    assert [line.split(":")[1].strip() for line in _beginnings(ast.parse(source))] == [
+        "Report",
+        "total",
+    ]
 
 
 # ---- tests on any device -------------------------------------------------------------------------

@@ -5,10 +5,12 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -143,10 +145,9 @@ def _run(
 
 # ---- a source distribution -----------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory) -> Path:
-    """An unpacked source distribution of the tracked files."""
-    here = tmp_path_factory.mktemp("sdist")
-    checkout = here / "checkout"
+def checkout(tmp_path_factory) -> Path:
+    """The tracked files, without links."""
+    checkout = tmp_path_factory.mktemp("clone") / "checkout"
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split("\0")
@@ -156,6 +157,13 @@ def sdist(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, checkout / name)
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout) -> Path:
+    """An unpacked source distribution."""
+    here = checkout.parent
     subprocess.run(
         [sys.executable, "setup.py", "-q", "sdist", "-d", str(here)],
         cwd=checkout,
@@ -183,6 +191,105 @@ def test_a_source_distribution_has_all_that_is_compiled_and_tested(sdist):
         == sources.digest(ROOT / "csrc")
         == importlib.import_module(f"fusedrl.kernels._C_{HERE}").sources
     )
+
+
+EDITABLE = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
+TYPED = """
+from fusedrl.engine.actor import HybridActor
+from fusedrl.kernels.gae import gae
+from fusedrl.kernels.not_there import gae as other
+rewards: int = gae
+actor: int = HybridActor.from_pretrained
+"""
+
+
+@pytest.fixture(scope="module")
+def path_in_place(checkout) -> Path:
+    """What an install in place puts on sys.path. With no compiler: what is compiled does not matter
+    here."""
+    wheels = checkout.parent / "wheels"
+    wheels.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", EDITABLE, str(wheels)],
+        cwd=checkout,
+        env=os.environ | {"CXX": "false", "CC": "false"},
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (pth,) = [name for name in names if name.endswith(".pth")]
+        assert not [name for name in names if name.endswith(".py")], (
+            "an import hook, which type checkers do not run"
+        )
+        return Path(archive.read(pth).decode().strip())
+
+
+def test_an_install_in_place_is_one_folder_on_the_path(checkout, path_in_place):
+    assert path_in_place == checkout / "src"
+    for room in ("engine", "kernels"):
+        assert (path_in_place / "fusedrl" / room).resolve() == checkout / room
+        assert (path_in_place / "fusedrl" / room / "py.typed").is_file()
+
+
+def _setup(folder: Path) -> subprocess.CompletedProcess:
+    shutil.copy(ROOT / "setup.py", folder)
+    return subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_checkout_without_links_is_told_what_to_do(tmp_path):
+    (tmp_path / "src/fusedrl").mkdir(parents=True)
+    (tmp_path / "src/fusedrl/engine").write_text("../../engine")  # as git writes a link there
+    told = _setup(tmp_path)
+    assert told.returncode == 1
+    assert "expected src/fusedrl/engine to be a symbolic link to engine/, got:" in told.stderr
+    assert "git checkout -- src" in told.stderr
+
+
+def test_an_old_setuptools_is_told_apart(tmp_path):
+    (tmp_path / "setuptools/command").mkdir(parents=True)
+    (tmp_path / "setuptools/__init__.py").write_text(
+        "__version__ = '65.5.0'\nsetup = find_namespace_packages = None\n"
+    )
+    (tmp_path / "setuptools/command/build_py.py").write_text("build_py = object\n")
+    told = _setup(tmp_path)
+    assert told.returncode == 1
+    assert "expected setuptools >= 77, got 65.5.0; first: pip install --upgrade" in told.stderr
+
+
+@pytest.mark.full
+def test_type_checkers_see_an_install_in_place(checkout, path_in_place, tmp_path):
+    """mypy, and pyright where it is installed, on a file outside the checkout."""
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True
+    )
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "fusedrl.pth").write_text(f"{path_in_place}\n{sysconfig.get_path('purelib')}\n")
+    (tmp_path / "use.py").write_text(TYPED)
+    python = tmp_path / "venv" / "bin" / "python"
+    mypy = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--follow-imports",
+        "silent",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    checkers = [[*mypy, "--python-executable", str(python), "use.py"]]
+    if pyright := shutil.which("pyright") or shutil.which("basedpyright"):
+        checkers.append([pyright, "--pythonpath", str(python), "use.py"])
+    for command in checkers:
+        told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+        errors = sorted({int(line) for line in re.findall(r"use\.py:(\d+):.*error", told)})
+        assert errors == [4, 5, 6], told  # it finds the others, and knows their types
 
 
 INSTALLED = """
@@ -222,6 +329,15 @@ def test_a_wheel_from_the_source_distribution_has_the_native_kernels(sdist, tmp_
     file, capability, reason, finite = json.loads(told.stdout.splitlines()[-1])
     assert Path(file).is_relative_to(tmp_path / "site")
     assert (capability, reason, finite) == (HERE, "", True)
+    assert all(
+        (tmp_path / "site/fusedrl" / name).is_file()
+        for name in (
+            "engine/py.typed",
+            "kernels/py.typed",
+            "kernels/cuda_src/gae.cu",
+            "kernels/shared_src/objectives.h",
+        )
+    )
 
 
 # ---- installs that are not what they seem --------------------------------------------------------
@@ -278,15 +394,21 @@ def test_kernels_of_other_sources_are_not_used(tmp_path):
     assert "RuntimeWarning: fusedrl: the native extension is not built" in told.stderr
 
 
-def test_two_installs_on_one_path_are_refused(tmp_path):
+def test_two_installs_on_one_path_are_not_mixed(tmp_path):
     first, second = _tree(tmp_path / "first"), _tree(tmp_path / "second")
-    assert _run("import fusedrl.engine", first).returncode == 0
+    places = (
+        "import fusedrl.engine, fusedrl.kernels.gae as gae; print(fusedrl.engine.__file__, "
+        "gae.__file__)"
+    )
+    assert all(
+        Path(file).is_relative_to(first) for file in _run(places, first, second).stdout.split()
+    )
+    (first / "fusedrl/engine").unlink()  # an engine of one and kernels of the other
     told = _run("import fusedrl.engine", first, second)
     assert told.returncode == 1
     assert "ImportError: fusedrl: expected the kernels of this install" in told.stderr
     assert str(second / "fusedrl/kernels") in told.stderr
-    (first / "fusedrl/engine").unlink()  # an engine of one and kernels of the other
-    assert "several installs of fusedrl" in _run("import fusedrl.engine", first, second).stderr
+    assert "several installs of fusedrl" in told.stderr
 
 
 def test_a_link_to_the_install_is_no_second_one(tmp_path):
@@ -301,9 +423,10 @@ def test_a_link_to_the_install_is_no_second_one(tmp_path):
 def test_the_digest_sees_names_and_contents(tmp_path):
     def digest(**files: str) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
         for name, text in files.items():
-            (folder / name.replace("_", ".")).write_text(text)
+            below = folder / ("shared" if name.endswith("_h") else "cpu/ops")
+            below.mkdir(parents=True, exist_ok=True)
+            (below / name.replace("_", ".")).write_text(text)
         return sources.digest(folder)
 
     assert digest(a_cpp="x", b_h="y") == digest(b_h="y", a_cpp="x", c_txt="z")

@@ -16,9 +16,9 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float], per: int = 1) -> Estimate:
-        """Of values that are independent, or only those of different prompts, each of which has
-        `per` of them in a row: then of the prompts' means. Values that are not finite are left out.
-        The error of fewer than two is nan; so is the mean of none."""
+        """Return the mean of values that are independent, or only those of different prompts, each
+        of which has `per` of them in a row: then of the prompts' means. Values that are not finite
+        are left out. The error of fewer than two is nan; so is the mean of none."""
         groups = [
             [value for value in values[start : start + per] if math.isfinite(value)]
             for start in range(0, len(values), per)

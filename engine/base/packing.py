@@ -295,18 +295,22 @@ class PackedBatch:
     # ---- sizes -----------------------------------------------------------------------------------
     @property
     def num_tokens(self) -> int:
+        """Number of tokens of all sequences."""
         return sum(self.lengths)
 
     @property
     def num_sequences(self) -> int:
+        """Number of sequences."""
         return len(self.lengths)
 
     @property
     def max_length(self) -> int:
+        """Length of the longest sequence."""
         return max(self.lengths, default=0)
 
     @property
     def device(self) -> torch.device:
+        """Device of the tensors."""
         return self.token_ids.device
 
     # ---- what a model computes at a slot, and what it says of the next one -----------------------

@@ -19,7 +19,7 @@ FAILED, CONFIGURATION, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 130
 
 
 def check_device(name: str | None) -> None:
-    """Raises ConfigError for what is no device, SetupError for one that this machine has not."""
+    """Raise ConfigError for what is no device, SetupError for one that this machine has not."""
     if name is None:
         return
     import torch
@@ -72,7 +72,7 @@ def nearest(name: str, known: Mapping[str, Any], dashes: str = "") -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are one message, in our words. Raises ConfigError."""
+    """Parser whose errors are one message, in our words. Raises ConfigError."""
 
     def error(self, message: str) -> NoReturn:
         for kind, words in (("int", "a whole number"), ("float", "a number")):
@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
 def refuse_unknown(
     parser: argparse.ArgumentParser, options: argparse.Namespace, unknown: Sequence[str]
 ) -> NoReturn:
-    """Raises ConfigError for arguments that a command does not know, with the option that is
+    """Raise ConfigError for arguments that a command does not know, with the option that is
     meant."""
     prog = parser.prog
     for name in (getattr(options, "command", None), getattr(options, "kind", None)):

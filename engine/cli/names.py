@@ -214,8 +214,8 @@ STAGES_ELSEWHERE = {
 
 
 def known_elsewhere(name: str, known: Mapping[str, object]) -> str | None:
-    """What another trainer's option is called among `known`; None where it is none of theirs. Their
-    prefixes may be there or not."""
+    """Return the name among `known` of another trainer's option; None where it is none of theirs.
+    Their prefixes may be there or not."""
     parts = name.lower().replace("-", "_").split(".")
     for first in range(len(parts)):
         if (

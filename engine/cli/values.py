@@ -52,8 +52,8 @@ def group_of(kind: Any) -> type | None:
 
 
 def meant(value: Any, kind: Any) -> Any:
-    """What a value for a key of this type means; the value itself where it means nothing else.
-    Whether it fits is found out later."""
+    """Return the meaning of a value for a key of this type; the value itself where it means nothing
+    else. Whether it fits is found out later."""
     parts, word = parts_of(kind), value.strip().lower() if isinstance(value, str) else None
     if type(None) in parts and word in _NOTHING:
         return None

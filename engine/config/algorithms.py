@@ -110,7 +110,7 @@ BOUNDS = ("clip_low", "clip_high", "dual_clip", "clip_max", "tau_positive", "tau
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row: see the columns of the table in the README."""
+    """One row: see the columns of the table in docs/algorithms.md."""
 
     title: str
     advantage: str

@@ -114,7 +114,7 @@ class OptimConfig:
         )
 
     def filled(self, eps: float) -> OptimConfig:
-        """With this epsilon where nothing was said."""
+        """Return these options with this epsilon where nothing was said."""
         return self if self.eps is not None else replace(self, eps=eps)
 
 
@@ -160,7 +160,7 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What multiplies B A."""
+        """Factor of the product B A."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
@@ -180,7 +180,7 @@ LORA_TARGETS = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and what it keeps.
+    """Place of a run, and how much it keeps.
 
     Args:
         dir: run directory; metrics, checkpoints and the final model go there.
@@ -231,7 +231,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How rollouts are sampled.
+    """Options of sampling rollouts.
 
     With top_k, top_p or min_p, policies are scored over the tokens that these left, and the
     reference over all (docs/one-logprob.md).
@@ -310,7 +310,7 @@ class StageConfig:
 
     @property
     def title(self) -> str:
-        """What the run is called on the terminal."""
+        """Name of the run on the terminal."""
         raise NotImplementedError
 
 

@@ -91,5 +91,5 @@ class DPOConfig(ReferenceConfig, GivenTextsConfig):
 
     @property
     def title(self) -> str:
-        """What the run is called on the terminal."""
+        """Name of the run on the terminal."""
         return "dpo"

@@ -46,7 +46,7 @@ class SFTConfig(StageConfig, GivenTextsConfig):
 
     @property
     def title(self) -> str:
-        """What the run is called on the terminal."""
+        """Name of the run on the terminal."""
         return "sft"
 
 
@@ -138,5 +138,5 @@ class RewardModelConfig(StageConfig, GivenTextsConfig):
 
     @property
     def title(self) -> str:
-        """What the run is called on the terminal."""
+        """Name of the run on the terminal."""
         return "reward model"

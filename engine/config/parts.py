@@ -119,7 +119,7 @@ class KLConfig:
         )
 
     def filled(self, row: Algorithm) -> KLConfig:
-        """With the row's values where nothing was said."""
+        """Return these options with the algorithm's values where nothing was said."""
         placement = self.placement or (
             "loss" if self.level != "token" or self.through_ratio else row.kl_placement
         )
@@ -274,7 +274,7 @@ class TRPOConfig:
         )
 
     def at(self, step: int, total: int) -> TRPOConfig:
-        """With the bound of step `step` (from 0) of `total`."""
+        """Return these options with the bound of step `step` (from 0) of `total`."""
         return (
             self
             if self.schedule == "constant"

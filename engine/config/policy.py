@@ -114,7 +114,8 @@ class LossConfig:
         )
 
     def filled(self, row: Algorithm) -> LossConfig:
-        """With the row's values, and its objective's, where nothing was said."""
+        """Return these options with the values of the algorithm, and of its objective, where
+        nothing was said."""
         usual = OBJECTIVES.get(self.objective or row.objective, ("", {}))[1]
         bounds = {name: either(getattr(self, name), usual.get(name)) for name in BOUNDS}
         return replace(
@@ -366,7 +367,7 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
 
     @property
     def title(self) -> str:
-        """What the run is called on the terminal."""
+        """Name of the run on the terminal."""
         return self.algorithm
 
     @property
@@ -391,13 +392,13 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
 
     @property
     def critic_warmup(self) -> int:
-        """How many rollouts train the critic alone."""
+        """Number of rollouts that train the critic alone."""
         return 0 if self.critic is None else self.critic.warmup_steps
 
     @property
     def idle_bounds(self) -> tuple[str, ...]:
-        """What bounds ratios or values here and never acts, as with one optimizer step a rollout
-        all of them are what they were: `name value`."""
+        """List the options, `name value`, that bound ratios or values and never act here: with one
+        optimizer step a rollout nothing has moved yet."""
         if (
             self.epochs * self.minibatches > 1
             or self.replay is not None

@@ -77,7 +77,7 @@ class RejectionConfig(StageConfig, SamplingConfig):
 
     @property
     def title(self) -> str:
-        """What the run is called on the terminal."""
+        """Name of the run on the terminal."""
         return "rejection"
 
     # What `rollout` asks for beside the fields: no length shaping, and no other prompts in the

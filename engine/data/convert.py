@@ -30,7 +30,7 @@ from fusedrl.engine.data.templates import ASSISTANT, TEMPLATES, Template, few_sh
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What some formats let one choose.
+    """Choices that some formats leave open.
 
     Args:
         soft_labels: keep ties (WebGPT) as pairs of label 0.5, for a loss that takes labels;
@@ -253,7 +253,7 @@ def axes(row: Row, reading: Reading) -> ScoredExample:
 
 # ---- questions -----------------------------------------------------------------------------------
 def gold_number(answer: str) -> str:
-    """What stands behind the last "####" of a GSM8K answer, without commas.
+    """Return the text behind the last "####" of a GSM8K answer, without commas.
 
     Raises:
         ValueError: nothing stands there.

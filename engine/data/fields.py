@@ -19,7 +19,7 @@ def wrong(name: str, expected: str, value: object) -> BadRow:
 
 
 def column(row: Row, name: str) -> Any:
-    """What stands at `name`, or at a path with dots."""
+    """Return the value of a row at `name`, or at a path with dots."""
     value: Any = row
     for part in name.split("."):
         if not isinstance(value, dict):
@@ -147,7 +147,8 @@ def split(row: Row, name: str) -> tuple[Prompt, str]:
 
 
 def common_prompt(row: Row) -> Prompt:
-    """What both dialogues share, through the last place where the assistant is to speak."""
+    """Return the beginning that both dialogues share, through the last place where the assistant is
+    to speak."""
     if isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
         pair = messages(row, "chosen"), messages(row, "rejected")
         shared = next(

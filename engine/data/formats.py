@@ -275,7 +275,7 @@ def unknown_columns(row: Row, kind: type) -> str:
 
 
 def check_use(entry: Format, kind: type, row: Row, where: str) -> None:
-    """Raises DataError where a file of this format does not hold such records, with the reason and
+    """Raise DataError where a file of this format does not hold such records, with the reason and
     what would."""
     if kind in entry.reads:
         return
@@ -293,7 +293,7 @@ def check_use(entry: Format, kind: type, row: Row, where: str) -> None:
 
 
 def check_row(entry: Format, row: Row) -> None:
-    """Raises BadRow where the columns are not the format's."""
+    """Raise BadRow where the columns are not the format's."""
     lacking = [f'"{name}"' for name in entry.columns if name not in row]
     if lacking:
         raise get.missing(row, f"{' and '.join(lacking)} of the format {entry.name}")

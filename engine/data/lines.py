@@ -43,8 +43,8 @@ _MAGIC = {b"PAR1": "parquet", b"ARRO": "feather", b"PK\x03\x04": "excel"}
 
 
 def check_data_file(path: Path) -> None:
-    """Raises FileNotFoundError where there is no such file, and says so of the name of a data set
-    in a hub; DataError for a directory or a special file, and for a table, with what turns it into
+    """Raise FileNotFoundError where there is no such file, and says so of the name of a data set in
+    a hub; DataError for a directory or a special file, and for a table, with what turns it into
     JSONL."""
     if not path.exists():
         if path.suffix in ("", ".git") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
@@ -206,7 +206,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def type_name(value: object) -> str:
-    """What JSON calls it."""
+    """Return JSON's name of a value's type."""
     names = {
         dict: "an object",
         list: "a list",

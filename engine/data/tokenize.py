@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Dropped:
-    """How many of `total` examples were longer than `limit` tokens."""
+    """Number of examples, of `total`, that were longer than `limit` tokens."""
 
     count: int
     total: int

@@ -74,7 +74,7 @@ class Arena:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Within the block, graphs that are built keep their saved tensors here."""
+        """Keep here, within the block, the saved tensors of graphs that are built."""
         with saved_tensors_hooks(self._pack, lambda held: held):
             yield
 

@@ -87,7 +87,8 @@ def resolve_num_blocks(
     max_positions: int,
     dtype: torch.dtype | None = None,
 ) -> int:
-    """How many blocks sequences can hold under `config`; `dtype` as for `block_bytes`.
+    """Return the number of blocks that sequences can hold under `config`; `dtype` as for
+    `block_bytes`.
 
     Raises:
         ValueError: the memory granted does not hold a single block; both sizes are named.

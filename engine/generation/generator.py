@@ -48,7 +48,7 @@ _CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
 
 
 class Drawn(NamedTuple):
-    """What the steps of a plan drew, [K, R] each."""
+    """Tokens that the steps of a plan drew, with what is known of them, [K, R] each."""
 
     tokens: np.ndarray
     logp: np.ndarray
@@ -68,8 +68,7 @@ class Finished(NamedTuple):
 
 @dataclass(eq=False)
 class Ticket:
-    """What one call asked for: its sequences that are still on the way, and its completions that
-    nobody has fetched.
+    """One call's sequences that are still on the way, and its completions that nobody has fetched.
 
     error: why those that were on the way are lost. closed: nobody will fetch any more.
     """

@@ -37,14 +37,15 @@ Step = Callable[[], None]
 
 
 def padded_rows(count: int) -> int | None:
-    """To how many rows a step of `count` is padded; None: it is not captured."""
+    """Return the number of rows to which a step of `count` is padded; None: it is not captured."""
     if count > _LARGEST:
         return None
     return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 16) * 16
 
 
 def padded_blocks(count: int, most: int) -> int:
-    """To how many columns of the block table a step is padded whose longest row needs `count`."""
+    """Return the number of columns to which the block table of a step is padded whose longest row
+    needs `count`."""
     return min(most, max(_NARROWEST, 1 << max(0, count - 1).bit_length()))
 
 
@@ -61,7 +62,8 @@ def pad(columns: dict[str, np.ndarray], rows: int, null_row: int) -> dict[str, n
 
 
 def addresses(*things: object) -> tuple[Hashable, ...]:
-    """What a captured step has of these tensors, numbers and (named) tuples of them in itself."""
+    """Return the addresses and values by which a captured step knows these tensors, numbers and
+    (named) tuples of them."""
     found: list[Hashable] = []
     for thing in things:
         if isinstance(thing, Tensor):

@@ -20,7 +20,7 @@ def _is_int(value: object) -> TypeGuard[int]:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn.
+    """Options of drawing completions.
 
     max_new_tokens: tokens of a completion at the most, its EOS included. temperature: divides the
     logits; 0 is greedy. top_p in (0, 1], top_k (0: all) and min_p in [0, 1] restrict the draw, in

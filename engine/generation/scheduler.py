@@ -102,14 +102,14 @@ class Slots:
             self.table_changed = True
 
     def put(self, sequence: Sequence) -> None:
-        """Its columns into the row `sequence.slot`."""
+        """Write the columns into the row `sequence.slot`."""
         slot, size = sequence.slot, len(sequence.tokens)
         self.length[slot], self.limit[slot], self.held[slot] = size, sequence.limit, 0
         for name in self._columns:
             getattr(self, name)[slot, :size] = getattr(sequence, name)
 
     def take(self, sequence: Sequence) -> None:
-        """Its columns out of the row again."""
+        """Read the columns out of the row again."""
         row = (sequence.slot, slice(0, self.length[sequence.slot]))
         for name in self._columns:
             setattr(sequence, name, getattr(self, name)[row].copy())
@@ -230,7 +230,7 @@ class Scheduler:
         return sequence
 
     def check_fits(self, num_prompt: int, max_new_tokens: int) -> None:
-        """Raises ValueError for a sequence that would not fit an empty cache."""
+        """Raise ValueError for a sequence that would not fit an empty cache."""
         # the last token drawn is never computed
         need = self.blocks.blocks_for(num_prompt + max_new_tokens - 1)
         if need > self.blocks.total:
@@ -251,8 +251,8 @@ class Scheduler:
 
     # ---- a step ----------------------------------------------------------------------------------
     def schedule(self, window: int = 1) -> Plan:
-        """What to compute next. Every table it names holds what the step writes, or all the steps
-        that it allows: at most `window`.
+        """Plan what to compute next. Every table that the plan names holds what the step writes, or
+        all the steps that it allows: at most `window`.
 
         Raises:
             RuntimeError: several steps in a row found nothing to do while sequences wait; the

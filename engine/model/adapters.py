@@ -51,8 +51,8 @@ def inputs(config: ModelConfig) -> tuple[int, int, int, int]:
 
 
 def slices(config: ModelConfig) -> dict[str, Slice]:
-    """What can be adapted, by PEFT's target names: the linear layers of the family in the Hugging
-    Face layout. Raises ConfigError where they are others."""
+    """Return what can be adapted, by PEFT's target names: the linear layers of the family in the
+    Hugging Face layout. Raises ConfigError where they are others."""
     c = config
     if not c.gated:
         raise ConfigError(
@@ -215,7 +215,7 @@ class LayerAdapter(nn.Module):
         return self._scale
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Of its parameters."""
+        """Shapes of the adapter's parameters."""
         return {name: p.shape for name, p in self.named_parameters()}
 
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -123,7 +123,7 @@ class Beside:
         self.take()
 
     def expect(self) -> None:
-        """From now on the numbers are to stay what they are."""
+        """Hold the numbers to what they are now."""
         self._numbers = numbers(self._tree)
         self.take()
 
@@ -238,8 +238,8 @@ def differences(before: dict[str, type], now: dict[str, type]) -> list[str]:
 
 
 def numbers(tree: nn.Module) -> dict[str, dict[str, Any]]:
-    """By module, the numbers and functions that it holds; without dropout's rates, and those of
-    adapters."""
+    """Collect, by module, the numbers and functions that it holds; without dropout's rates, and
+    those of adapters."""
     return {
         name: {
             key: vars(part)[key]
@@ -282,8 +282,8 @@ def _held(part: nn.Module) -> Iterator[str]:
 
 
 def floating_buffers(tree: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that a model computes with: no masks. A dynamic rotary embedding replaces its
-    frequencies for texts longer than any here, and keeps the original ones."""
+    """Return the buffers that a model computes with: no masks. A dynamic rotary embedding replaces
+    its frequencies for texts longer than any here, and keeps the original ones."""
     for name, b in tree.named_buffers():
         owner = tree.get_submodule(name.rpartition(".")[0])
         if b.is_floating_point() and not (
@@ -403,7 +403,7 @@ def plain(cls: type, config: Any) -> Any:
 
 
 def unlike(module: nn.Module, reference: nn.Module) -> list[str]:
-    """What a model holds otherwise than transformers' model of its configuration: classes and
+    """List what a model holds otherwise than transformers' model of its configuration: classes and
     numbers, each with both."""
     theirs, ours = classes(reference), classes(module)
     names = [name for name in differences(theirs, ours) if name != "the model"]

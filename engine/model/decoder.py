@@ -36,8 +36,8 @@ _off: ContextVar[frozenset[int]] = ContextVar(
 
 
 def own_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Within the block autocast is off: what computes in dtypes of its own, as the sampler does,
-    shall do so whoever calls it."""
+    """Switch autocast off within the block: what computes in dtypes of its own, as the sampler
+    does, shall do so whoever calls it."""
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -298,20 +298,23 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.embedding.dtype
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What the training forward computes in: what the sampler computes in on this device."""
+        """Dtype that the training forward computes in: the one that the sampler computes in on this
+        device."""
         return activation_dtype(self.dtype, self.device)
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """What the KV cache holds, and the training forward attends in."""
+        """Dtype of the KV cache, in which the training forward attends, too."""
         return cache_dtype(self.dtype, self.device)
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.embedding.device
 
     def forward(
@@ -369,8 +372,8 @@ class Decoder(nn.Module):
         self._settle()
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Within the block the decoder is its base, in training and in generation: the outputs are
-        bitwise those of the weights without adapter."""
+        """Make the decoder its base within the block, in training and in generation: the outputs
+        are bitwise those of the weights without adapter."""
         return self.adapter(enabled=False)
 
     @contextmanager

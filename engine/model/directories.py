@@ -65,7 +65,7 @@ def local_directory(path_or_id: str | Path) -> Path | None:
 
 
 def not_fetched(path_or_id: str | Path, error: Exception) -> FileNotFoundError:
-    """What to raise where an id could not be fetched from the hub."""
+    """Make the error for an id that could not be fetched from the hub."""
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return FileNotFoundError(
         f"{str(path_or_id)!r} is no directory here, and fetching it from the Hugging Face hub "
@@ -75,7 +75,7 @@ def not_fetched(path_or_id: str | Path, error: Exception) -> FileNotFoundError:
 
 
 def check_no_run(path: Path) -> None:
-    """Raises FileNotFoundError for the directory of a run, which holds its model one level down."""
+    """Raise FileNotFoundError for the directory of a run, which holds its model one level down."""
     if not _is_run(path):
         return
     if (path / "model" / "config.json").is_file():
@@ -86,7 +86,7 @@ def check_no_run(path: Path) -> None:
 
 
 def no_model(directory: Path) -> str:
-    """What a directory is that holds no model, or no weights, and what to say instead."""
+    """Say what a directory is that holds no model, or no weights, and what to give instead."""
     names = (
         sorted(path.name for path in islice(directory.iterdir(), 1000))
         if directory.is_dir()

@@ -335,6 +335,7 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
+        """Row of the family that the model is of."""
         return FAMILIES[self.model_type]
 
 
@@ -378,7 +379,7 @@ class _Keys:
         self.raw, self.family, self.where = raw, family, where
 
     def theirs(self, key: str) -> str:
-        """What the family calls a key."""
+        """Return the family's name of a key."""
         return self.family.keys.get(key, key)
 
     def get(self, key: str, default: Any = None) -> Any:

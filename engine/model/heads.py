@@ -78,7 +78,7 @@ class ValueHead(nn.Module):
         self.unit.fill_(unit)
 
     def restore(self, level: float, unit: float) -> None:
-        """Those that the weights were trained with."""
+        """Restore the heads that the weights were trained with."""
         self.level.fill_(level)
         self.unit.fill_(unit)
 
@@ -164,6 +164,7 @@ class RewardHead(nn.Module):
         self.weight = nn.Parameter(weight.to(device))
 
     def forward(self, hidden_BH: Tensor) -> Tensor:
+        """Return scores [B] of hidden states [B, H]."""
         return F.linear(hidden_BH.to(self.weight.dtype), self.weight).squeeze(-1)
 
 

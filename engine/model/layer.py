@@ -74,7 +74,7 @@ class LayerWeights(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the arithmetic of most families leaves at its default."""
+    """Arithmetic that most families leave at its default."""
 
     attention_scale: float | None = None  # multiplies q . k; None: D ** -0.5
     attention_softcap: float | None = None  # scores become softcap * tanh(scores / softcap)

@@ -113,8 +113,8 @@ class DecoderWeights(NamedTuple):
 
 # ---- dtypes --------------------------------------------------------------------------------------
 def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What to compute in between the weights of a decoder of this dtype: float32 between bfloat16
-    weights; else their own dtype."""
+    """Return the dtype to compute in between the weights of a decoder of this dtype: float32
+    between bfloat16 weights; else their own dtype."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
@@ -126,8 +126,8 @@ def on_tensor_cores(device: torch.device) -> bool:
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What to cache keys and values in, and to attend in, for a decoder of this dtype: float16 for
-    bfloat16 on tensor cores, which has three bits more; else `activation_dtype`."""
+    """Return the dtype to cache keys and values in, and to attend in, for a decoder of this dtype:
+    float16 for bfloat16 on tensor cores, which has three bits more; else `activation_dtype`."""
     return (
         torch.float16
         if dtype == torch.bfloat16 and on_tensor_cores(device)

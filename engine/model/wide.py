@@ -44,7 +44,7 @@ def _tiles(weight_OK: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
 
 
 def kept(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
-    """What a product keeps of its input for the weight's gradient."""
+    """Return the part of a product's input that is kept for the weight's gradient."""
     return x_NK.to(weight_OK.dtype) if on_tensor_cores(x_NK.device) else x_NK
 
 

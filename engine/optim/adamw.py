@@ -57,7 +57,7 @@ def quantized(numel: int) -> bool:
 
 
 class StepResult(NamedTuple):
-    """What a step did."""
+    """Report of an optimizer step."""
 
     grad_norm: float  # before clipping
     applied: bool  # False: the norm was not finite, and nothing changed
@@ -115,6 +115,7 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
+        """Learning rate of all parameters."""
         return float(self._adamw.param_groups[0]["lr"])
 
     @lr.setter
@@ -222,7 +223,7 @@ class Optimizer:
 
     @torch.no_grad()
     def below_epsilon(self) -> float | None:
-        """Of the parameters that have met a gradient, the share whose second moment is below
+        """Return the share of the parameters that have met a gradient whose second moment is below
         epsilon squared: their steps are less than half of Adam's.
 
         Of at most 1,024 evenly spaced elements of each parameter: one slice of each, a few
@@ -448,7 +449,7 @@ def make_optimizer(
 
 
 def measure_optimizer(optimizer: Optimizer, prefix: str = "optim/") -> dict[str, float]:
-    """What every stage logs of its optimizer beside rate and norm."""
+    """Return the metrics of an optimizer that every stage logs beside rate and norm."""
     share = optimizer.below_epsilon()
     return {} if share is None else {f"{prefix}below_epsilon": share}
 

@@ -18,7 +18,8 @@ MOST_SKIPPED = 5  # updates in a row that changed nothing
 
 
 class Model(Protocol):
-    """What is trained. Where it has a `mark_updated`, that is called after each update."""
+    """A model that a learner trains. Where it has a `mark_updated`, that is called after each
+    update."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 

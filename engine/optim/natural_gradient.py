@@ -43,7 +43,7 @@ class NaturalStep(NamedTuple):
 
 
 class LineSearch(NamedTuple):
-    """What was accepted; nothing where `fraction` is 0."""
+    """Step that a line search accepted; none where `fraction` is 0."""
 
     fraction: float  # of the full move
     loss: float

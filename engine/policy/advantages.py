@@ -41,7 +41,7 @@ GRPO_EPS = 1e-4  # added to a group's standard deviation, as in TRL
 
 @dataclass(frozen=True)
 class Signals:
-    """What an advantage may be made of. N tokens, B completions.
+    """Inputs of an advantage. N tokens, B completions.
 
     batch: with the columns scores and group_ids [B] (equal where the prompt is, in any number:
     invalid completions are not there), and, where the algorithm has them, old_logp, ref_logp and
@@ -71,7 +71,8 @@ class Signals:
         baseline: float,
         level: float = 0.0,
     ) -> Signals:
-        """Of a step's batch; `kl_coef` is the coefficient now, wherever the KL is placed."""
+        """Take them from a step's batch; `kl_coef` is the coefficient now, wherever the KL is
+        placed."""
         loss, kl = config.loss, config.kl
         return cls(
             batch,
@@ -256,9 +257,9 @@ class Signals:
 
 
 def beyond_chance(x_B: Tensor, prompts_B: Tensor, answered_B: Tensor) -> tuple[float, Tensor]:
-    """Of the mean c of x over prompts, what chance does not explain: (1 - s^2 / c^2) c, or 0 where
-    that is negative; and for each completion, [B], the same of all prompts but its own. One outlier
-    makes c and s alike, and is nothing.
+    """Shrink the mean c of x over prompts to what chance does not explain: (1 - s^2 / c^2) c, or 0
+    where that is negative; and for each completion, [B], the same of all prompts but its own. One
+    outlier makes c and s alike, and is nothing.
 
     s^2 is the variance of c that the spread of the n prompts' means shows, times (n - 1) / (n - 3),
     the variance of Student's t with its degrees of freedom:

@@ -112,7 +112,7 @@ class KLController:
         return f"kl.target {target:g} {kept}; the coefficient is {where}; {remedy}"
 
     def state_dict(self) -> dict[str, float]:
-        """As JSON values."""
+        """Return the state as JSON values."""
         return {
             "coef": self.coef,
             "level": self.level,
@@ -122,7 +122,7 @@ class KLController:
         }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """What `state_dict` gave."""
+        """Take over a state that `state_dict` gave."""
         self.coef, self.level, self.slope = state["coef"], state["level"], state["slope"]
         self.away, self._told = int(state["away"]), bool(state["told"])
 
@@ -185,8 +185,8 @@ class Control:
         )
 
     def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:
-        """After a step: adapt to what it measured (nothing while the policy stood still), and take
-        in its returns."""
+        """Adapt to what a step measured (nothing while the policy stood still), and take in its
+        returns."""
         if "kl" in metrics:
             self.kl.update(metrics["kl"], len(totals_B))
         if self._penalised and "policy/last_approxkl" in metrics:
@@ -195,7 +195,7 @@ class Control:
         self.level = self.returns.mean if self.level is None else self.level
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the state as JSON values."""
         return {
             "kl": self.kl.state_dict(),
             "penalty_coef": self.penalty.coef,
@@ -209,7 +209,7 @@ class Control:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Take over a state that `state_dict` gave."""
         self.kl.load_state_dict(state["kl"])
         self.penalty.coef = float(state["penalty_coef"])
         self.returns.load_state_dict(state["returns"])

@@ -152,8 +152,8 @@ def load_critic(
 
 
 def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
-    """What is trained by itself, and its optimizer: a critic of its own, in the policy's dtype, or
-    the head on the policy's trunk while it warms up; or None.
+    """Return the critic that is trained by itself, and its optimizer: a critic of its own, in the
+    policy's dtype, or the head on the policy's trunk while it warms up; or None.
 
     Raises:
         ConfigError: its vocabulary is not the policy's, or it has too few positions. Others as

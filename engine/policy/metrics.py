@@ -113,7 +113,7 @@ class Meter:
         replayed: bool = False,
         dropped: Tensor | None = None,
     ) -> None:
-        """Of one micro-batch; `first`: before any optimizer step of this rollout, on this rollout;
+        """Add one micro-batch; `first`: before any optimizer step of this rollout, on this rollout;
         `replayed`: of earlier rollouts alone; `dropped`: how many tokens
         correction.off_policy_delta silenced."""
         self.policy.append(policy)
@@ -125,12 +125,12 @@ class Meter:
             self.value.append(value)
 
     def add_ratios(self, batch: PackedBatch, logp_N: Tensor) -> None:
-        """Of a micro-batch of the last pass, with old_logp: the ratio of every action, whose tails
-        are reported."""
+        """Add the ratio of every action of a micro-batch of the last pass, with old_logp; their
+        tails are reported."""
         self._log_ratios.append((logp_N.detach() - batch.column("old_logp"))[batch.action_mask])
 
     def metrics(self) -> dict[str, float]:
-        """Of all that was added."""
+        """Return the metrics of all that was added."""
         policy, updates = _rows(self.policy), len(self.grad_norms)
         tokens = sum(p["tokens"] for p in policy)
         mean: dict[str, float] = defaultdict(float)
@@ -189,7 +189,8 @@ class Meter:
 
 
 def value_metrics(stats: Sequence[ValueStats], updates: int) -> dict[str, float]:
-    """Of the micro-batches that a critic was trained on in so many updates; nothing of none."""
+    """Return the metrics of the micro-batches that a critic was trained on in so many updates;
+    nothing of none."""
     rows = _rows(stats)
     if not rows:
         return {}

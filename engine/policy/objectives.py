@@ -155,7 +155,7 @@ def ratio_kl(
 
 # ---- samplers and policies that are not the trainer's --------------------------------------------
 def rollout_correction(config: CorrectionConfig) -> RolloutCorrection | None:
-    """What the kernels make of it; None: nothing."""
+    """Translate the options of a correction for the kernels; None: no correction."""
     return (
         None
         if config.kind == "none"
@@ -183,9 +183,9 @@ def behaviour(
 
 
 def correction_metrics(config: CorrectionConfig, batch: PackedBatch) -> dict[str, float]:
-    """Of the weights exp(old_logp - rollout_logp) before any bound: mean, max, effective sample
-    size as a fraction, chi2 = E[w^2] - 1 under the sampler; and the fraction of tokens whose weight
-    a bound changed. Over tokens, or completions at the sequence level. Empty without a
+    """Measure the weights exp(old_logp - rollout_logp) before any bound: mean, max, effective
+    sample size as a fraction, chi2 = E[w^2] - 1 under the sampler; and the fraction of tokens whose
+    weight a bound changed. Over tokens, or completions at the sequence level. Empty without a
     correction."""
     correction = rollout_correction(config)
     if correction is None:
@@ -240,16 +240,16 @@ def entropy_coefficient(config: PolicyConfig, batch: PackedBatch) -> float:
 
 
 class ValueScale(NamedTuple):
-    """In what the value loss of a rollout counts. `clip`: how far values may move, in rewards, or
-    None. `error`: what errors are divided by."""
+    """Unit in which the value loss of a rollout counts. `clip`: how far values may move, in
+    rewards, or None. `error`: what errors are divided by."""
 
     clip: float | None
     error: float
 
     @classmethod
     def of(cls, config: PolicyConfig, batch: PackedBatch, unit: float) -> ValueScale:
-        """Of a rollout's batch, however it is cut, and the unit of the head. The clip is so many
-        units: absolute, it would stop values that have far to go.
+        """Derive it from a rollout's batch, however that is cut, and the unit of the head. The clip
+        is so many units: absolute, it would stop values that have far to go.
 
         An error is divided by the unit, or where it is larger by the root mean square of what all
         values are off by, so that no rollout's value loss is far above 1 / 2. In rewards it grows
@@ -330,7 +330,7 @@ def _with(
 
 
 class HeadLoss(NamedTuple):
-    """What `head_loss` returns."""
+    """Result of `head_loss`."""
 
     loss: Tensor  # 0-d, differentiable
     policy: PolicyStats

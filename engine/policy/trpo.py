@@ -67,7 +67,7 @@ NAMES = ("accepted", "kl", "improvement", "expected_improvement", "fraction", "c
 
 
 def check_trust_region(config: PolicyConfig) -> None:
-    """Raises ConfigError for a model that TRPO cannot train, before it is loaded; nothing for other
+    """Raise ConfigError for a model that TRPO cannot train, before it is loaded; nothing for other
     objectives."""
     if config.objective != "trpo":
         return
@@ -166,7 +166,7 @@ class Surrogate:
         return loss, kl
 
     def go_back(self) -> None:
-        """To the weights of the rollout, bitwise."""
+        """Go back to the weights of the rollout, bitwise."""
         self.parameters.write(self.old_P)
         self.states = self.old_states
 

@@ -101,13 +101,13 @@ class Comparison:
 
     @property
     def preferred(self) -> list[int]:
-        """Those that someone really preferred: the best, but nothing where a label calls the pair a
-        tie."""
+        """Return the completions that someone really preferred: the best, but nothing where a label
+        calls the pair a tie."""
         return self.best if self.label > 0.5 else []
 
     @property
     def tokens(self) -> int:
-        """Of all its sequences."""
+        """Number of tokens of all its sequences."""
         return sum(len(self.prompt) + len(completion) for completion in self.completions)
 
 

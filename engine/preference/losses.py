@@ -93,7 +93,7 @@ def preference_loss(
 
 
 class PairScores(NamedTuple):
-    """What a batch of pairs says, [P] float64 each: sums over the tokens of an answer of log pi
+    """Scores of a batch of pairs, [P] float64 each: sums over the tokens of an answer of log pi
     (`logp`) and of log pi - log ref (`ratio`), and its tokens."""
 
     chosen_logp: Tensor
@@ -110,8 +110,8 @@ class PairScores(NamedTuple):
 
 
 def pair_scores(batch: PackedBatch, logp_N: Tensor) -> PairScores:
-    """Of a batch whose sequences are chosen and rejected answers in turn, with the column ref_logp.
-    Differentiable in logp_N.
+    """Score a batch whose sequences are chosen and rejected answers in turn, with the column
+    ref_logp. Differentiable in logp_N.
 
     Ratios are taken token by token and then summed, in float64: where policy and reference are the
     same bits they are exactly 0.

@@ -37,7 +37,7 @@ class TokenPair:
 
     @property
     def num_tokens(self) -> int:
-        """Of both sides with their prompts: what a micro-batch holds of the pair."""
+        """Number of tokens of both sides with their prompts, as a micro-batch holds them."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 

@@ -52,7 +52,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class RewardReport:
-    """What held-out preferences say of a reward model.
+    """Accuracy and calibration of a reward model on held-out preferences.
 
     accuracy: mean over examples, with its 95% interval (low, high). loss: nats, of the labels under
     the prediction. brier: mean squared error of the predicted probability. ece: expected
@@ -87,7 +87,7 @@ class RewardReport:
     bins: tuple[Bin, ...]
 
     def metrics(self) -> dict[str, float]:
-        """For a line of metrics.jsonl."""
+        """Return the numbers for a line of metrics.jsonl."""
         return {
             "eval_loss": self.loss,
             "eval_accuracy": self.accuracy,
@@ -219,7 +219,7 @@ def _fit_temperature(
 
 # ---- what people see -----------------------------------------------------------------------------
 def save_report(report: RewardReport, path: str | Path) -> None:
-    """As JSON, replacing the file at once."""
+    """Write a report as JSON, replacing the file at once."""
     write_file(Path(path), (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
 
 

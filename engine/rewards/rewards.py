@@ -50,7 +50,7 @@ LARGEST = 1e15  # of a reward
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a reward sees, one entry per completion: prompts and completions as text (or messages)
+    """Input of a reward, one entry per completion: prompts and completions as text (or messages)
     and as token ids, and the data's other columns."""
 
     prompts: Sequence[Prompt]
@@ -62,7 +62,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Invalid:
-    """In place of a value: this sample cannot be scored, and why."""
+    """A value's place holder: this sample cannot be scored, and why."""
 
     reason: str
 
@@ -241,7 +241,8 @@ def blame(what: str, call: Callable[[], Any]) -> Any:
 def values_of(
     what: str, returned: Any, count: int, noun: str = "value", subject: str = "completion"
 ) -> list[Any]:
-    """What a function returned, as a list of so many. Raises RewardError where it is none."""
+    """Return a function's answer as a list of so many values. Raises RewardError where it is
+    none."""
     if isinstance(returned, torch.Tensor) or type(returned).__module__ == "numpy":
         returned = returned.tolist()
     if not isinstance(returned, list | tuple):

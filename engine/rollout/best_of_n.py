@@ -42,10 +42,12 @@ class BestOf:
 
     @property
     def best(self) -> Completion:
+        """Completion with the highest score."""
         return self.completions[self.index]
 
     @property
     def score(self) -> float:
+        """Score of the best completion."""
         return self.scores[self.index]
 
 

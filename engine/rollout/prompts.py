@@ -16,7 +16,7 @@ from fusedrl.engine.runs.run import Run
 
 
 class NamesPrompts(Protocol):
-    """What a configuration says of its prompts."""
+    """A configuration that names prompts."""
 
     @property
     def data(self) -> str: ...

@@ -48,13 +48,13 @@ class Frozen:
         tokens_per_microbatch: int | None = None,
         partition: Sequence[Sequence[int]] | None = None,
     ) -> Scored:
-        """As `HybridActor.score`."""
+        """Score a batch as `HybridActor.score` does."""
         with self._present():
             return self._actor.score(batch, temperature, tokens_per_microbatch, partition)
 
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """As `Reference.hidden`."""
+        """Return hidden states as `Reference.hidden` does."""
         with self._present():
             return self._actor.forward(batch), self._actor.decoder.head_weight.detach()
 
@@ -101,7 +101,7 @@ class OnHost(Frozen):
 
 
 class NamesReference(Protocol):
-    """What a configuration says of its reference."""
+    """A configuration that names a reference."""
 
     @property
     def model(self) -> str: ...

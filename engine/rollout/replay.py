@@ -31,7 +31,7 @@ from fusedrl.kernels.kept import Kept
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a step gets from the buffer: completions, and metrics of how old they are."""
+    """A step's share of the buffer: completions, and metrics of how old they are."""
 
     batch: PackedBatch
     metrics: dict[str, float]
@@ -99,7 +99,7 @@ class ReplayBuffer:
 
     # ---- checkpoints -----------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
-        """All it holds."""
+        """Return all that the buffer holds."""
         steps = [written for written, batch in self._held for _ in range(batch.num_sequences)]
         columns = vars(PackedBatch.concat([batch for _, batch in self._held])) if self._held else {}
         found = {name: x for name, x in columns.items() if isinstance(x, Tensor)}
@@ -108,7 +108,7 @@ class ReplayBuffer:
         return found | {"steps": torch.tensor(steps, dtype=torch.int64)}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """What `tensors` gave. Raises CheckpointError where that is no buffer."""
+        """Take over what `tensors` gave. Raises CheckpointError where that is no buffer."""
         columns = dict(saved)
         try:
             steps = columns.pop("steps").tolist()

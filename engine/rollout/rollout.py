@@ -32,8 +32,8 @@ from fusedrl.engine.rollout.repetition import (
 
 
 class RolloutConfig(Protocol):
-    """What a configuration says of sampling and scoring: that of policy optimisation, and of
-    rejection sampling."""
+    """A configuration of sampling and scoring: that of policy optimisation, and of rejection
+    sampling."""
 
     @property
     def generation(self) -> GenerationConfig: ...
@@ -108,6 +108,7 @@ class Sample:
 
     @property
     def valid(self) -> bool:
+        """Whether a reward could score it."""
         return math.isfinite(self.score) and math.isfinite(self.greedy_score)
 
 

@@ -29,8 +29,8 @@ def rollout_func(
     actor: HybridActor | Callable[[nn.Module, Any], HybridActor] = HybridActor.from_module,
     params: SamplingParams | None = None,
 ) -> Rollouts:
-    """What TRL's `GRPOTrainer(rollout_func=...)` calls: f(prompts, trainer) -> {"prompt_ids",
-    "completion_ids", "logprobs"}, one completion a prompt.
+    """Make the function that TRL's `GRPOTrainer(rollout_func=...)` calls: f(prompts, trainer) ->
+    {"prompt_ids", "completion_ids", "logprobs"}, one completion a prompt.
 
     TRL repeats a prompt once for each of its completions; equal neighbours are prefilled once.
     `logprobs` are of the temperature-scaled distribution. No draw is used twice: each is numbered

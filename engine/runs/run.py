@@ -220,7 +220,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.message(f"saved {path}" + (f"; {self._how_to_go_on()}" if first else ""))
 
     def save_if_due(self, step: int) -> None:
-        """After step `step`: save where it is time to, at the end, or because a signal or `stop`
+        """Save after step `step` where it is time to, at the end, or because a signal or `stop`
         asked for it (which ends the process)."""
         saver = self._saver
         if saver is None:

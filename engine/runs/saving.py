@@ -37,14 +37,14 @@ class Versioned(Protocol):
 
 
 class Stateful(Protocol):
-    """What has a small state, as JSON values."""
+    """An object with a small state, as JSON values."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
 
 
 class Buffer(Protocol):
-    """What keeps tensors of earlier steps; `newest` is the last of these steps."""
+    """An object that keeps tensors of earlier steps; `newest` is the last of these steps."""
 
     @property
     def newest(self) -> int: ...
@@ -62,7 +62,7 @@ class Parts:
     replay: Buffer | None = None
 
     def learners(self) -> Iterator[tuple[str, str, Learner]]:
-        """What a checkpoint calls the weights and the optimizer's state, and whose they are."""
+        """Names in a checkpoint of the weights and the optimizer's state, and whose they are."""
         yield "model", "optimizer", self.model
         if self.critic is not None:
             yield "critic", "critic_optimizer", self.critic
@@ -219,7 +219,8 @@ class Saver:
 
 
 def trained(model: Model) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: not what LoRA froze, which is the initial model's."""
+    """Return the part of a model that a checkpoint holds: not what LoRA froze, which is the initial
+    model's."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -39,7 +39,7 @@ Cuts = list[list[int]]  # [micro-batch] -> pairs
 
 @dataclass(frozen=True)
 class DPOResult:
-    """Where the trained policy is, and the last step's metrics; accuracy on the held-out pairs with
+    """Place of the trained policy, and the last step's metrics; accuracy on the held-out pairs with
     its 95% interval (nan where none were held out)."""
 
     model: str

@@ -65,7 +65,7 @@ Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """Where the trained policy is, and the last step's metrics."""
+    """Place of the trained policy, and the last step's metrics."""
 
     model: str
     steps: int
@@ -314,9 +314,9 @@ def _trained(
 
 
 def settle(signals: Signals, control: Control, head: ValueHead | None) -> Signals:
-    """What advantages are counted from, before they are: of the first rollout the mean of its
-    returns, of every rollout the level of values. What unit they show is for the next rollout
-    (`recount`); the first one's is its own."""
+    """Settle what advantages are counted from, before there are any: of the first rollout the mean
+    of its returns, of every rollout the level of values. The unit that they show is for the next
+    rollout (`recount`); the first one's is its own."""
     first = control.level is None
     signals, short = signals.settled(first=first)
     if head is None or signals.batch.values is None:

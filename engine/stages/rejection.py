@@ -33,7 +33,7 @@ from fusedrl.kernels.runtime.faults import raise_faults
 
 @dataclass(frozen=True)
 class RejectionResult:
-    """Where the trained policy is, and the last step's metrics."""
+    """Place of the trained policy, and the last step's metrics."""
 
     model: str
     steps: int

@@ -56,7 +56,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RewardModelResult:
-    """Where the reward model is; accuracy on the held-out examples with its 95% interval (nan where
+    """Place of the reward model; accuracy on the held-out examples with its 95% interval (nan where
     none were held out)."""
 
     model: str
@@ -253,8 +253,8 @@ def _batch(comparisons: Sequence[Comparison], device: torch.device) -> PackedBat
 def cross_fitted_margins(
     config: RewardModelConfig, comparisons: Sequence[Comparison]
 ) -> list[float]:
-    """What a reward model that never saw a comparison, nor another of the same prompt, says of it:
-    the mean over its pairs of the better score less the worse.
+    """Return each comparison's margin by a reward model that never saw it, nor another of the same
+    prompt: the mean over its pairs of the better score less the worse.
 
     The comparisons are dealt out by prompt to `denoise_folds` parts, and for each part a model is
     trained on the others as the configuration says, and let go.

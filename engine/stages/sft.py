@@ -29,7 +29,7 @@ Tokens = tuple[list[int], list[bool]]  # ids, and which of them are to be learnt
 
 @dataclass(frozen=True)
 class SFTResult:
-    """Where the trained model is, and the last step's metrics."""
+    """Place of the trained model, and the last step's metrics."""
 
     model: str
     steps: int

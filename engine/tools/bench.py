@@ -63,7 +63,7 @@ Contestant = Callable[[], list[list[int]]]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a directory or id, or one of `SHAPES` with random weights; one of the two
+    """A model to measure: a directory or id, or one of `SHAPES` with random weights; one of the two
     is None."""
 
     model: str | None = None
@@ -73,10 +73,11 @@ class Subject:
 
     @property
     def name(self) -> str:
+        """Name of the model in reports."""
         return self.model if self.model is not None else f"{self.shape}, random weights"
 
     def decoder(self) -> Decoder:
-        """With no EOS, so that nobody stops at one."""
+        """Load the decoder, without an EOS, so that no sequence stops at one."""
         device = resolve_device(self.device)
         if self.model is not None:
             return _endless(load_decoder(self.model, dtype=self.dtype, device=device))
@@ -550,7 +551,8 @@ class PolicyStep:
         return seconds
 
     def flops(self) -> dict[str, float]:
-        """What the model's arithmetic needs in each phase; nothing recomputed counts."""
+        """Floating-point operations that the model's arithmetic needs in each phase; nothing
+        recomputed counts."""
         config, lengths = self.actor.decoder.config, self.workload.lengths()
         forward = forward_flops(config, lengths, self.workload.output_tokens)
         scorers = int(self._scored) + (self._reference is not None)

@@ -45,7 +45,7 @@ KL_TARGET = 6.0
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything; the defaults are what `fusedrl demo` runs."""
+    """Sizes of the demo; the defaults are what `fusedrl demo` runs."""
 
     stories: int = 8192
     sft_epochs: int = 5
@@ -57,7 +57,7 @@ class DemoSize:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the three stages returned, and the policy before and after PPO on held-out prompts."""
+    """Results of the three stages, and the policy before and after PPO on held-out prompts."""
 
     directory: Path
     sft: SFTResult
@@ -120,7 +120,7 @@ def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> 
         held_out=size.held_out,
         rater_temperature=RATER_TEMPERATURE,
     )
-    start_model = _initial_model(files / "model", root / "random", seed)
+    start_model = random_model(files / "model", root / "random", seed)
 
     started = chapter(
         1,
@@ -215,7 +215,7 @@ def _free(directory: Path) -> Path:
     return found
 
 
-def _initial_model(files: Path, directory: Path, seed: int) -> Path:
+def random_model(files: Path, directory: Path, seed: int) -> Path:
     """A model directory with random weights."""
     save_pretrained(
         Decoder.random(model_config(files), seed), directory, tokenizer=load_tokenizer(files)

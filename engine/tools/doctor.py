@@ -30,8 +30,8 @@ _OPTIONAL = ("flash-attn", "torchao", "trl", "cuda-bindings", "nvidia-cuda-nvrtc
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. `missing`: required and not there, with the remedy. `notes`: what would make
-    it faster or do more."""
+    """Findings of `diagnose`. `missing`: required and not there, with the remedy. `notes`: what
+    would make it faster or do more."""
 
     machine: dict[str, str]
     packages: dict[str, str]
@@ -42,7 +42,7 @@ class Diagnosis:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the findings as JSON values."""
         return dict(vars(self))
 
 

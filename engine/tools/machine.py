@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Of one call, whatever it started on the device included."""
+    """Time one call, whatever it started on the device included."""
     wait_for(device)
     before = time.perf_counter()
     function()
@@ -29,7 +29,7 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until everything that was started on a GPU is done."""
+    """Wait until everything that was started on a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -117,7 +117,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def output_of(command: Sequence[str]) -> str:
-    """What a command prints; nothing where it is not there."""
+    """Return what a command prints; nothing where it is not there."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:

@@ -100,7 +100,7 @@ class Workload:
 
     @property
     def input_tokens(self) -> int:
-        """Of the prompts, each counted once."""
+        """Number of tokens of the prompts, each counted once."""
         return sum(map(len, self.prompts))
 
     @property
@@ -116,7 +116,7 @@ class Workload:
         ]
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ConfigError where a sequence would be longer than the model has positions."""
+        """Raise ConfigError where a sequence would be longer than the model has positions."""
         longest = max(
             range(len(self.prompts)), key=lambda i: len(self.prompts[i]) + self.new_tokens[i]
         )
@@ -207,7 +207,7 @@ class Weights(NamedTuple):
 
 
 def count_weights(config: ModelConfig) -> Weights:
-    """Without allocating any."""
+    """Count a model's weights without allocating any."""
     decoder = Decoder(config, device="meta")
     parameters, head = sum(p.numel() for p in decoder.parameters()), decoder.head_weight.numel()
     layers = sum(p.numel() for p in decoder.layers.parameters() if p.ndim > 1)
@@ -236,8 +236,8 @@ def pairs_seen(lengths: Sequence[int], window: int = 0) -> int:
 
 
 def forward_flops(config: ModelConfig, lengths: Sequence[int], drawn: int) -> int:
-    """Of one forward over whole sequences, with the head at `drawn` of their tokens. A training
-    pass has three times as many: nothing recomputed counts."""
+    """Return the floating-point operations of one forward over whole sequences, with the head at
+    `drawn` of their tokens. A training pass has three times as many: nothing recomputed counts."""
     weights, width = count_weights(config), 4 * config.num_heads * config.head_dim
     return (
         2 * weights.layers * sum(lengths)

@@ -37,8 +37,8 @@ KINDS_NEEDED = 2
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a metric may not leave: now / then within [low, high], and now - then at most `rise`.
-    kind: what it is evidence of."""
+    """Bounds that a metric may not leave: now / then within [low, high], and now - then at most
+    `rise`. kind: what it is evidence of."""
 
     kind: str
     low: float = -math.inf
@@ -179,7 +179,7 @@ def as_row(step: int, evidence: list[Evidence]) -> dict[str, Any]:
 
 
 def message(step: int, evidence: list[Evidence]) -> str:
-    """What is said on the terminal."""
+    """Say an alarm in words, for the terminal."""
     proxy, *others = map(str, evidence)
     return (
         f"reward hacking suspected at step {step}: the trained {proxy} while {'; '.join(others)}. "

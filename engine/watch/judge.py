@@ -49,7 +49,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a judge sees, one entry per pair."""
+    """Input of a judge, one entry per pair."""
 
     prompts: Sequence[Prompt]
     prompt_ids: Sequence[Sequence[int]]
@@ -159,7 +159,7 @@ class Share:
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """What a judge says of A against B.
+    """A judge's verdict on A against B.
 
     win_rate: the mean preference for A, ties counting a half. wins, losses, ties: of A, pairs.
     inconsistent: share of the pairs whose winner depends on the order. first_wins: how much of the
@@ -181,7 +181,7 @@ class JudgeReport:
     preferences: list[float]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; nan is null."""
+        """Return the verdict as JSON values; nan is null."""
         found = asdict(self)
         for name in ("win_rate", "inconsistent", "first_wins", "longer_wins"):
             found[name] = {

@@ -81,8 +81,8 @@ class Monitor:
             self._run.metrics.log(0, self._held_out.evaluate(0))
 
     def after(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What there is to add to the metrics of step `step`, counted from 0: eval/... where an
-        evaluation is due, and the alarm's verdict."""
+        """Return what there is to add to the metrics of step `step`, counted from 0: eval/... where
+        an evaluation is due, and the alarm's verdict."""
         done, found = step + 1, dict[str, float]()
         if self._held_out is not None and self._held_out.due(done):
             found |= self._held_out.evaluate(done)

@@ -111,7 +111,7 @@ class Parts:
 
     @property
     def fixed(self) -> int:
-        """What does not depend on the micro-batch."""
+        """Bytes that do not depend on the micro-batch."""
         return (
             self.weights
             + self.reference
@@ -123,6 +123,7 @@ class Parts:
 
     @property
     def peak(self) -> int:
+        """Bytes at the worst moment."""
         return self.fixed + self.activations + self.workspace
 
 
@@ -144,10 +145,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether the run fits the memory."""
         return self.parts.peak <= self.memory
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the plan as JSON values."""
         names = {False: "plain", True: "checkpointed"}
         tables = {
             key: {names[c]: value for c, value in getattr(self, key).items()}
@@ -357,7 +359,7 @@ class Planner:
 
     # ---- the training forward --------------------------------------------------------------------
     def layer_bytes(self, tokens: int) -> int:
-        """What one layer holds for its backward pass, its input included."""
+        """Return the bytes that one layer holds for its backward pass, its input included."""
         c, N, layer = self.model, tokens, self._decoder.layers[0]
         qkv, out = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
         rotated = (c.num_heads + c.num_kv_heads) * c.head_dim if c.inv_freq else 0
@@ -403,8 +405,8 @@ class Planner:
         return N * ((width + qkv + rotated + out + inner) * self._a + 4 * floats) + copies * self._a
 
     def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
-        """What the training forward holds between the passes, heads included, as autograd's saved
-        tensors count it."""
+        """Return the bytes that the training forward holds between the passes, heads included, as
+        autograd's saved tensors count them."""
         c, N, e, L = self.model, tokens, self._e, self.model.num_layers
         boundary = N * c.hidden_size * self._a
         # The first layer has one input; in parallel it is the second's stream, too.
@@ -431,11 +433,13 @@ class Planner:
         )
 
     def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
-        """Those of the activations that do not fit the KV pool's memory, which they are lent."""
+        """Return the bytes of the activations that do not fit the KV pool's memory, which they are
+        lent."""
         return max(0, self.activation_bytes(tokens, checkpointed) - self.kv_pool)
 
     def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
-        """What the worst moment holds beside the fixed parts and the activations; 0 at least."""
+        """Return the bytes that the worst moment holds beside the fixed parts and the activations;
+        0 at least."""
         c, N, e, a = self.model, tokens, self._e, self._a
         boundary, F = N * c.hidden_size * a, c.intermediate_size
         head, down = (
@@ -444,7 +448,7 @@ class Planner:
         rise = 0
 
         def widened(numel: int) -> int:
-            """Of a weight, what is wide at a time."""
+            """Return the bytes of a weight that are wide at a time."""
             return min(TILE, 4 * numel) if a > e else 0
 
         if not isinstance(self.config, RewardModelConfig) or self._imitates:
@@ -496,6 +500,7 @@ class Planner:
 
     # ---- together --------------------------------------------------------------------------------
     def parts(self, tokens: int, checkpointed: bool) -> Parts:
+        """Return what a run takes whose micro-batches have so many tokens."""
         each = (
             Parts(
                 self.weights,
@@ -584,7 +589,7 @@ def cache_for(config: PolicyConfig | RejectionConfig) -> CacheConfig:
 
 
 def format_bytes(count: int) -> str:
-    """In GiB, or MiB below a tenth of one."""
+    """Write a number of bytes in GiB, or MiB below a tenth of one."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
 
 

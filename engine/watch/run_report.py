@@ -133,7 +133,7 @@ def metrics_table(directory: str | Path) -> Table:
 
 
 def alarm_messages(directory: str | Path) -> list[str]:
-    """What the reward-hacking alarm said."""
+    """List what the reward-hacking alarm said."""
     return [
         message(row["step"], [Evidence(**one) for one in row["evidence"]])
         for row in read_rows(Path(directory) / "alarms.jsonl")
@@ -141,7 +141,7 @@ def alarm_messages(directory: str | Path) -> list[str]:
 
 
 def spread(items: list[int], count: int) -> list[int]:
-    """At most `count` of the items: the first, the last, and others evenly between."""
+    """Choose at most `count` of the items: the first, the last, and others evenly between."""
     if len(items) <= count or count < 2:
         return items if len(items) <= count else items[-1:]
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]

@@ -160,8 +160,8 @@ def _varlen_torch(
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
 
     def slots_of(sequences: Tensor, T: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """For the tokens of `sequences` in order: their rows in the packed tensors and in the
-        padded layout."""
+        """Return, for the tokens of `sequences` in order, their rows in the packed tensors and in
+        the padded layout."""
         sizes = lengths[sequences]
         first = sizes.cumsum(0) - sizes
         shift = torch.stack(
@@ -291,8 +291,8 @@ ROUTES: dict[str, _trial.Route] = {
 
 
 def tried(device: str) -> list[str]:
-    """What is installed and has to prove itself on `device`: the attention of others, and our own
-    Triton on a card, which it has not run on in this project."""
+    """List what is installed and has to prove itself on `device`: the attention of others, and our
+    own Triton on a card, which it has not run on in this project."""
     kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
     names = (
         ("flash_attn", "torch_varlen", "triton")
@@ -304,7 +304,7 @@ def tried(device: str) -> list[str]:
 
 @torch.compiler.assume_constant_result  # a call that is being traced has it tried, too
 def fault(name: str, device: str) -> str | None:
-    """What was wrong with an implementation when it was tried on `device` ("cuda:0"), now or
+    """Say what was wrong with an implementation when it was tried on `device` ("cuda:0"), now or
     before; None of a sound one."""
     return (
         _trial.fault(name, device, ROUTES[name], varlen_attention_reference, name != "torch_varlen")

@@ -28,7 +28,7 @@ _flash_attn, _torch_varlen, _torch_knows = (
 def refused(
     dtype: torch.dtype, head_dim: int, groups: int, softcap: float | None
 ) -> dict[str, str]:
-    """Which of the two do not serve such a call, and why. `groups`: query heads a key/value
+    """Say which of the two do not serve such a call, and why. `groups`: query heads a key/value
     head."""
     if dtype not in (torch.bfloat16, torch.float16):
         return dict.fromkeys(("flash_attn", "torch_varlen"), "it serves bfloat16 and float16 only")

@@ -106,7 +106,7 @@ if native.capability:
 
 # ---- public --------------------------------------------------------------------------------------
 def check_direction(op: str, direction: str, temperature: float) -> None:
-    """Raises ValueError unless `direction` is one of DIRECTIONS and the temperature above 0."""
+    """Raise ValueError unless `direction` is one of DIRECTIONS and the temperature above 0."""
     if direction not in DIRECTIONS:
         raise ValueError(
             f"{op}: expected a direction of {', '.join(DIRECTIONS)}, got {direction!r}"

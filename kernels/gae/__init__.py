@@ -56,7 +56,7 @@ _SHAPED = Implementations(
 
 
 class ShapedGAE(NamedTuple):
-    """What `shaped_gae` returns. Per-token tensors are 0 where masked."""
+    """Result of `shaped_gae`. Per-token tensors are 0 where masked."""
 
     advantages: Tensor  # [N] or [B, T], whitened unless whiten=False
     returns: Tensor  # [N] or [B, T], advantages before whitening plus values
@@ -504,7 +504,7 @@ def shaped_gae(
     allow_biased_kl: bool = False,
     impl: str | None = None,
 ) -> ShapedGAE:
-    """From log-probabilities, values and scores to advantages: KL-shaped rewards, GAE, returns,
+    """Turn log-probabilities, values and scores into advantages: KL-shaped rewards, GAE, returns,
     whitening.
 
     Args:

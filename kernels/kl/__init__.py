@@ -58,7 +58,7 @@ _LOSS = Implementations("kl_loss", cpu=("cpp", "torch", "triton"), cuda=("triton
 
 
 def check_estimator(op: str, estimator: str) -> None:
-    """Raises ValueError unless `estimator` is one of ESTIMATORS."""
+    """Raise ValueError unless `estimator` is one of ESTIMATORS."""
     if estimator not in ESTIMATORS:
         raise ValueError(
             f"{op}: expected an estimator of {', '.join(ESTIMATORS)}, got {estimator!r}"
@@ -185,8 +185,8 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, estimator: str, impl: str | None
 
 
 def clamped_count(logp: Tensor, ref_logp: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """How many log ratios are beyond +-20, where k3 clamps its exponential and, in a loss, has no
-    gradient. A policy that drifts so far shows here first.
+    """Count the log ratios that are beyond +-20, where k3 clamps its exponential and, in a loss,
+    has no gradient. A policy that drifts so far shows here first.
 
     Args:
         logp, ref_logp: as in `token_kl`, on any device and in any float dtype. For the sequence

@@ -59,7 +59,7 @@ def difference(a, b):
 
 @triton.jit
 def kl_value(d, rest, ESTIMATOR: tl.constexpr):
-    """Of the log ratio d + rest, where d is what float32 holds of it."""
+    """Return the estimate of the KL at log ratio d + rest, where d is what float32 holds of it."""
     if ESTIMATOR == _K1:
         value = d
     elif ESTIMATOR == _K2:

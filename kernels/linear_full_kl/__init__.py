@@ -44,8 +44,8 @@ def linear_full_kl_reference(
     temperature: float = 1.0,
     direction: str = "reverse",
 ) -> Tensor:
-    """By definition, with all N V logits; differentiable, on any device and in any float dtype
-    (float64 is the oracle)."""
+    """Compute it by definition, with all N V logits; differentiable, on any device and in any float
+    dtype (float64 is the oracle)."""
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)

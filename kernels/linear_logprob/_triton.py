@@ -497,7 +497,7 @@ class Rows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of each of the rows, 0 where skipped: logp, entropy, and (max z, S, W / S)."""
+    """Results of each of the rows, 0 where skipped: logp, entropy, and (max z, S, W / S)."""
 
     logp: Tensor
     entropy: Tensor
@@ -505,7 +505,7 @@ class Scores(NamedTuple):
 
 
 class HeadOf(NamedTuple):
-    """How hidden states become logits."""
+    """Arithmetic that turns hidden states into logits."""
 
     weight: Tensor
     bias: Tensor | None

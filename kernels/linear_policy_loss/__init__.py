@@ -54,8 +54,8 @@ _IGNORED = -100
 
 
 class LinearPolicyLoss(NamedTuple):
-    """What `linear_policy_loss` returns. The last two are constants, float32 (float64 of float64),
-    and 0 where the weight is 0."""
+    """Result of `linear_policy_loss`. The last two are constants, float32 (float64 of float64), and
+    0 where the weight is 0."""
 
     loss: Tensor  # [], differentiable in hidden, weight and bias
     stats: PolicyStats

@@ -323,8 +323,8 @@ def _logprob(
 
 
 def check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:
-    """Raises IndexError for an id that is neither in [0, V) nor `ignore_index`; it reads the ids,
-    so on a GPU it would wait."""
+    """Raise IndexError for an id that is neither in [0, V) nor `ignore_index`; it reads the ids, so
+    on a GPU it would wait."""
     wrong = (token_ids != ignore_index) & ((token_ids < 0) | (token_ids >= V))
     if wrong.any():
         row = int(wrong.reshape(-1).nonzero()[0])

@@ -253,7 +253,7 @@ logprob_cuda.register_autograd(_backward, setup_context=_setup_context)
 
 
 class InPlaceCuda(torch.autograd.Function):
-    """As above, with the gradient written over the logits."""
+    """The op above, with the gradient written over the logits."""
 
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]

@@ -394,7 +394,7 @@ logprob_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
 class InPlaceTriton(torch.autograd.Function):
-    """As above, with the gradient written over the logits."""
+    """The op above, with the gradient written over the logits."""
 
     @staticmethod
     def forward(ctx, *inputs):

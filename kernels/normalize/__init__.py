@@ -45,7 +45,7 @@ GROUP_METHODS = ("grpo", "dr_grpo", "rloo", "batch", "none")
 
 
 class GroupNormalized(NamedTuple):
-    """What `group_normalize` returns."""
+    """Result of `group_normalize`."""
 
     advantages: Tensor  # [B]
     # [B] bool: whether the score's group has a single value (so do all groups of one), and nothing
@@ -290,10 +290,11 @@ class RunningMoments:
         return batch_mean, batch_variance
 
     def state_dict(self) -> dict[str, float]:
+        """Return the moments as JSON values."""
         return {"mean": self.mean, "variance": self.variance, "count": self.count}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Raises KeyError for a missing entry."""
+        """Take over moments that `state_dict` gave. Raises KeyError for a missing entry."""
         self.mean, self.variance, self.count = (
             float(state["mean"]),
             float(state["variance"]),

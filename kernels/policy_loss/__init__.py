@@ -276,7 +276,7 @@ def _kl_term(k: Tensor, estimator: str, kl_sum: Tensor | None) -> Tensor:
 
 
 class Derived(NamedTuple):
-    """What tokens take from their sequences and from the rollout: constants [N], or None."""
+    """Constants [N], or None, that tokens take from their sequences and from the rollout."""
 
     correction: Tensor | None
     sequence_log_ratio: Tensor | None
@@ -336,6 +336,7 @@ class PolicyPart(NamedTuple):
         return Derived(correction, log_s, kl_sum)
 
     def reference(self, weights_N: Tensor, derived: Derived) -> tuple[Tensor, PolicyStats]:
+        """Return the policy loss and its statistics by the torch reference."""
         if self.logp is None or self.advantages is None:
             raise TypeError(
                 f"policy_loss: expected tensors for logp and advantages, got {self.logp!r} and "
@@ -359,8 +360,8 @@ class PolicyPart(NamedTuple):
     def settings(
         self, value_clip: float = math.inf, value_coef: float = 0.0
     ) -> tuple[str, str, str, list[float]]:
-        """What kernels take beside tensors: the kind, the estimators of the KL's value and slope,
-        and COEFFICIENTS."""
+        """Arguments of kernels beside tensors: the kind, the estimators of the KL's value and
+        slope, and COEFFICIENTS."""
         of_sequence = self.kl_level == "sequence"
         value, slope = (
             ("sequence_k2",) * 2
@@ -717,8 +718,8 @@ def _checked(
 
 
 def check_policy(op: str, policy: PolicyPart, N: int) -> None:
-    """Raises unless the settings of the policy part fit together; tensors' sizes are checked
-    before, their dtypes after."""
+    """Raise unless the settings of the policy part fit together; tensors' sizes are checked before,
+    their dtypes after."""
     objective, correction, cu_seqlens = (
         policy.objective,
         policy.rollout_correction,

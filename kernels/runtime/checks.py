@@ -75,7 +75,7 @@ def check(op: str, arguments: Mapping[str, tuple[Tensor | None, str]]) -> tuple[
 
 
 def check_dtype(op: str, name: str, tensor: Tensor | None, allowed: Iterable[torch.dtype]) -> None:
-    """Raises TypeError unless `tensor` (None passes) has one of the `allowed` dtypes."""
+    """Raise TypeError unless `tensor` (None passes) has one of the `allowed` dtypes."""
     allowed = tuple(allowed)
     if tensor is not None and tensor.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
@@ -86,7 +86,7 @@ def check_dtype(op: str, name: str, tensor: Tensor | None, allowed: Iterable[tor
 
 
 def check_last_contiguous(op: str, name: str, tensor: Tensor | None) -> None:
-    """Raises ValueError unless the last dimension of `tensor` has stride 1 (or at most one
+    """Raise ValueError unless the last dimension of `tensor` has stride 1 (or at most one
     element)."""
     if tensor is not None and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(

@@ -107,7 +107,7 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 @contextlib.contextmanager
 def use_impl(name: str) -> Iterator[None]:
-    """Within the block every op of this process uses implementation `name`, or raises
+    """Make every op of this process use implementation `name` within the block, or raise
     CannotServe."""
     global _forced
     before, _forced = _forced, name
@@ -124,7 +124,7 @@ class CannotServe(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementations:
-    """What one op has: implementation names per device type, best first."""
+    """Table of one op: implementation names per device type, best first."""
 
     op: str
     cpu: tuple[str, ...]

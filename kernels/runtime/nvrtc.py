@@ -47,8 +47,8 @@ class Launch:
     options: tuple[str, ...] = ()
 
     def packed(self) -> tuple[ctypes.Array, list]:
-        """What cuLaunchKernel takes: an array of addresses, one an argument, and what they point
-        to, to be kept alive until it returns."""
+        """Pack the arguments for cuLaunchKernel: an array of addresses, one an argument, and what
+        they point to, to be kept alive until it returns."""
         values = [
             ctypes.c_void_p(None if a is None else a.data_ptr())
             if a is None or isinstance(a, Tensor)
@@ -65,8 +65,8 @@ def aligned(tensors: Iterable[Tensor | None], bytes_: int = 16) -> bool:
 
 # ---- sources -------------------------------------------------------------------------------------
 def source_folder(name: str = "cuda") -> Path:
-    """Where the .cu files are ("shared": what they include beside their own): in the installed
-    package, or in the checkout of this file."""
+    """Find the folder of the .cu files ("shared": what they include beside their own): in the
+    installed package, or in the checkout of this file."""
     try:
         installed = [
             Path(path) for path in importlib.import_module(f"fusedrl.kernels.{name}_src").__path__
@@ -80,7 +80,7 @@ def source_folder(name: str = "cuda") -> Path:
 
 
 def headers() -> list[Path]:
-    """What the .cu files may include."""
+    """Return the headers that the .cu files may include."""
     return [*sorted(source_folder().glob("*.cuh")), *sorted(source_folder("shared").glob("*.h"))]
 
 

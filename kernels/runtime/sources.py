@@ -1,8 +1,8 @@
 """Digest of the C++ sources: in the compiled kernels when they are built, and compared when they
 are loaded.
 
-`fusedrl` is a namespace package, so two installs on one path merge without a word. setup.py runs
-this file by itself: it imports nothing of the package.
+Without it kernels of an older build, or of another install on the same path, would be loaded
+without a word. setup.py runs this file by itself: it imports nothing of the package.
 """
 
 from __future__ import annotations

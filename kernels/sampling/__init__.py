@@ -49,7 +49,7 @@ _SMALLEST = -87.0  # exp of less is not a normal float32
 
 
 class Sampled(NamedTuple):
-    """What `sample` drew, one entry a row."""
+    """Result of `sample`, one entry a row."""
 
     token_ids: Tensor  # [B] int64
     # [B] float32: of the temperature-scaled full distribution (at temperature 0: of T = 1)

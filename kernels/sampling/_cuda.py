@@ -41,7 +41,7 @@ def empty_outputs(logits_BV: Tensor, kept_capacity: int | None) -> Outputs:
 
 
 def step(parameter: Tensor | None) -> int:
-    """From one row's value of a [B] or [1] parameter to the next one's."""
+    """Distance from one row's value of a [B] or [1] parameter to the next one's."""
     return int(parameter is not None and parameter.numel() > 1)
 
 

@@ -179,7 +179,7 @@ def test_tables(tmp_path):
         tables.replace_between("nothing", "<b>", "<e>", "new")
 
 
-def test_the_committed_results_and_readme_fit_the_tables():
+def test_the_committed_results_fit_the_tables_of_the_pages():
     text = tables.render()
     contests = {
         (path.stem, harness.contest_of(result))
@@ -187,7 +187,19 @@ def test_the_committed_results_and_readme_fit_the_tables():
         for result in harness.read_results(path)
     }
     assert text.count("\n| ") - text.count("\n| what |") == len(contests) > 0
-    tables.replace_between(tables.README.read_text(encoding="utf-8"), tables.BEGIN, tables.END, "")
+    assert tables.BEGIN + "\n" + text + "\n" + tables.END in tables.NUMBERS.read_text(
+        encoding="utf-8"
+    ), "run `make tables`"
+    short = tables.render_short()
+    assert f"{tables.SHORT_BEGIN}\n{short}\n{tables.SHORT_END}" in tables.README.read_text(
+        encoding="utf-8"
+    ), "run `make tables`"
+    assert 5 <= short.count("\n") - 1 <= 8
+    extras = [
+        row["extra"] for row, _ in harness.read_results(harness.RESULTS / "linear_policy_loss.json")
+    ]
+    (share,) = [extra["ours / eager's, %"] for extra in extras if "ours / eager's, %" in extra]
+    assert f"in {round(share)}% of the memory" in short
 
 
 # ---- memory --------------------------------------------------------------------------------------

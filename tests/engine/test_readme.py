@@ -1,5 +1,5 @@
-"""README.md, held to the code: its commands run in the order in which they stand, its Python runs,
-its tables say what the rows are."""
+"""README.md and docs/guide.md, held to the code: commands run in the order in which they stand,
+Python runs, tables say what the rows are."""
 
 import json
 import re
@@ -9,20 +9,28 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.support.import_graph import FLOORS
 
 from fusedrl.engine.cli.main import STAGES, main
 from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
+README, GUIDE, METHODS = (
+    (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", "docs/guide.md", "docs/algorithms.md")
+)
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", README + GUIDE, re.DOTALL)
     for line in block.splitlines()
     if line.startswith("fusedrl ")
 ]
-PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def python(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
 
 # What makes each command small enough for a test; what the README shows stays as it stands.
 SMALL = {
@@ -38,8 +46,8 @@ SMALL = {
 
 
 def table(heading: str) -> list[dict[str, str]]:
-    """The rows of the table whose first column has this heading."""
-    lines = PAGE[PAGE.index(f"| {heading} |") :].splitlines()
+    """The rows of the table of docs/algorithms.md whose first column has this heading."""
+    lines = METHODS[METHODS.index(f"| {heading} |") :].splitlines()
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
@@ -116,12 +124,33 @@ def test_the_commands_run_as_they_stand(folder, capsys):
     assert (folder / "runs/ppo/model/model.safetensors").is_file()
 
 
-def test_the_python_runs_as_it_stands(folder):
-    (folder / "block.py").write_text(PYTHON[0], encoding="utf-8")
+def test_the_python_of_the_guide_runs_as_it_stands(folder):
+    (folder / "block.py").write_text(python(GUIDE)[0], encoding="utf-8")
     made = runpy.run_path(str(folder / "block.py"))
     scored, batch = made["scored"], made["batch"]
     assert batch.action_mask.sum() >= 4
     assert (scored.logp - batch.rollout_logp)[batch.action_mask].abs().max() < 1e-5
+
+
+SIZES = {
+    "stories=4096": "stories=256",
+    "steps=20": "steps=1, prompts_per_step=4",
+    "epochs=2": "epochs=1",
+}  # what a test has time for
+
+
+def test_the_python_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """In an empty folder, on the data that it makes."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = python(README)
+    for shown, small in SIZES.items():
+        assert block.count(shown) == 1, f"README no longer shows {shown}"
+        block = block.replace(shown, small)
+    (tmp_path / "block.py").write_text(block, encoding="utf-8")
+    made = runpy.run_path(str(tmp_path / "block.py"))
+    assert made["gap"] < 1e-5
+    assert made["outs"][0][0].text in capsys.readouterr().out
+    assert (tmp_path / "runs/first/grpo/model/model.safetensors").is_file()
 
 
 def test_the_table_of_algorithms_is_the_rows():
@@ -139,10 +168,12 @@ def test_the_table_of_algorithms_is_the_rows():
 
 
 def test_every_stage_of_the_command_line_is_named():
-    named = set(re.findall(r"fusedrl train (\w+)", PAGE)) | {
+    named = set(re.findall(r"fusedrl train (\w+)", README + GUIDE)) | {
         re.findall(r"`(\w+)`", row["algorithm"])[0] for row in table("algorithm")
     }
     assert named >= STAGES.keys()
+    shown = re.search(r"`fusedrl train ppo`, (.*?) and (\d+) other methods", README)
+    assert len(re.findall(r"`\w+`", shown[1])) + 1 + int(shown[2]) == len(ALGORITHMS)
 
 
 SPOKEN = {
@@ -163,5 +194,14 @@ NUMBERS = {10: "ten", 11: "eleven", 12: "twelve", 13: "thirteen", 14: "fourteen"
 
 def test_the_families_are_those_of_the_code():
     assert FAMILIES.keys() == SPOKEN.keys()
-    assert all(name in PAGE for name in SPOKEN.values())
-    assert f"{NUMBERS[len(FAMILIES)]} families of decoders" in PAGE
+    assert all(name in README and name in GUIDE for name in SPOKEN.values())
+    assert f"{NUMBERS[len(FAMILIES)]} families of decoders" in README
+
+
+def test_the_rooms_are_those_of_the_tree():
+    (block,) = re.findall(r"## The rooms\n.*?```text\n(.*?)```", README, re.DOTALL)
+    assert [line.split()[0] for line in block.splitlines()] == [*FLOORS, "kernels", "csrc"]
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 140

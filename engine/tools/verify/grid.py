@@ -81,7 +81,7 @@ class Problem:
         )
 
     def wide(self, dtype: torch.dtype = torch.float64) -> Problem:
-        """In float64, or in another dtype."""
+        """Return the problem in float64, or in another dtype."""
 
         def widen(tensors: dict) -> dict:
             return {
@@ -94,7 +94,7 @@ class Problem:
         )
 
     def to(self, device: torch.device | str) -> Problem:
-        """On `device`; itself where it lies there."""
+        """Return the problem on `device`; itself where it lies there."""
         x, settings, upstream, hidden = (
             moved(part, torch.device(device))
             for part in (self.x, self.settings, self.upstream, self.hidden)
@@ -138,7 +138,7 @@ def bytes_of(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One public op.
+    """Entry of one public op in the catalogue.
 
     op: its name. table: the `Implementations` that serve it. levels: factor -> levels; the first of
     each make the plain case, small and ordinary. make: (case as a namespace, generator) -> Problem.
@@ -170,7 +170,7 @@ class Entry:
     work: Callable[[Problem, Tensors], tuple[int, int]] | None = None
 
     def implementations(self, device: torch.device | str = "cpu") -> list[str]:
-        """Those that can run here."""
+        """Return the implementations that can run here."""
         kind = torch.device(device).type
         return [
             name
@@ -419,8 +419,8 @@ def rejected(entry: Entry, problem: Problem, got: Tensors) -> set[str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one case. worst: error / bound of every output; infinite where an error knows no bound,
-    such as NaN for a number.
+    """Judgement of one case. worst: error / bound of every output; infinite where an error knows no
+    bound, such as NaN for a number.
 
     companions: outputs in which a row came out with other bits than the same row elsewhere (not
     looked at in torch's own kernels, which take the ends of a tensor another way). moved: outputs
@@ -433,7 +433,7 @@ class Verdict:
     written: list[str]
 
     def faults(self) -> list[str]:
-        """What must not be, in words; empty where all is well."""
+        """Say in words what must not be; empty where all is well."""
         found = [
             f"{name}: error / bound = {value:.3g}"
             for name, value in self.worst.items()

@@ -42,7 +42,7 @@ SMALL_TILES = {"full_kl._triton": {"_BLOCK": 64}, "gae._triton": {"_CHUNK": 16}}
 
 @contextlib.contextmanager
 def small_tiles() -> Iterator[None]:
-    """Within the block Triton's tiles are cut to what the interpreter runs in milliseconds; nothing
+    """Cut Triton's tiles, within the block, to what the interpreter runs in milliseconds; nothing
     changes where it does not run."""
     found: list[tuple[Any, str, Any]] = []
     if unavailable("triton", "cpu") is None:
@@ -196,5 +196,5 @@ def _traffic(problem: Problem, results: Tensors) -> int:
 
 
 def cost_of(entry: Entry) -> int:
-    """How much there is to do in its plain case: the large ones are begun first."""
+    """Return how much there is to do in the op's plain case: the large ones are begun first."""
     return entry.cost(SimpleNamespace(**entry.plain())) * max(1, len(entry.wants))

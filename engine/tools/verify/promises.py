@@ -80,7 +80,8 @@ def said(outs: Sequence[Sequence[Completion]]) -> list[list[int]]:
 
 
 def row(error: float = 0.0, bound: float = 1.0, why: Sequence[str] = ()) -> Row:
-    """Of a largest error and what is allowed, and of what must not be."""
+    """Make a row of a report from a largest error and what is allowed, and from what must not
+    be."""
     over = error / bound if math.isfinite(error) else math.inf
     found = list(why) if over <= 1 else [*why, f"off by {error:.3g}, where {bound:.3g} is allowed"]
     return {
@@ -91,7 +92,7 @@ def row(error: float = 0.0, bound: float = 1.0, why: Sequence[str] = ()) -> Row:
 
 
 def apart(ours: list[list[int]], theirs: list[list[int]], whose: str) -> list[str]:
-    """Where two generations part, in words."""
+    """Say in words where two generations part."""
     if ours == theirs:
         return []
     index = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
@@ -174,7 +175,7 @@ def one_logprob(device: torch.device, dtype: torch.dtype = torch.float32) -> Row
 
 
 def strict_numerics(device: torch.device, dtype: torch.dtype = torch.float32) -> Row:
-    """With strict=True it is the sampler's to the last bit."""
+    """The trainer's log-probability with strict=True is the sampler's to the last bit."""
     try:
         actor = make(device, dtype, TIGHT, strict=True)
     except ValueError as error:
@@ -222,8 +223,8 @@ def _gradients(actor: HybridActor, batch: PackedBatch) -> list[Tensor]:
 
 
 def ratios_are_one(device: torch.device) -> Row:
-    """What scoring says before the first step, the training forward of the same batch says again,
-    bit for bit."""
+    """The training forward of a batch says again, bit for bit, what scoring said before the first
+    step."""
     actor, batch = make(device), _batch(device)
     old = actor.score(batch).logp
     differ = int((_loss(actor, batch, old)[1].detach() != old).sum())
@@ -231,7 +232,7 @@ def ratios_are_one(device: torch.device) -> Row:
 
 
 def gradient_of_an_update(device: torch.device) -> Row:
-    """It is the reference's, each parameter's within 1e-4 of its norm."""
+    """The gradient of an update is the reference's, each parameter's within 1e-4 of its norm."""
     with use_impl("torch"):
         want = _gradients(make(CPU), _batch(CPU))
     got = [g.cpu() for g in _gradients(make(device), _batch(device))]
@@ -263,7 +264,7 @@ def lent_cache(device: torch.device) -> Row:
 
 
 def optimizer_step(device: torch.device) -> Row:
-    """After a step the actor samples from the new weights, as an actor that was made of them does:
+    """The actor samples from the new weights after a step, as an actor that was made of them does:
     no prefix, no captured step of the old ones is left."""
     actor, batch = make(device), _batch(device)
     old = said(actor.generate(prompts(), DRAWN))

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def default_jobs(device: torch.device) -> int:
-    """One a processor; on a GPU at most eight, whose contexts take memory of it."""
+    """Return one job a processor; on a GPU at most eight, whose contexts take memory of it."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

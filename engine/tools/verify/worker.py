@@ -23,7 +23,7 @@ from fusedrl.engine.tools.verify.ops import lost, time_op, try_op
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """What came of a task. Its "do": "op", "time", "promise" or "machine"."""
+    """Do a task and return what came of it. Its "do": "op", "time", "promise" or "machine"."""
     device = torch.device(task["device"])
     if task["do"] == "machine":
         return describe_machine(device) | {

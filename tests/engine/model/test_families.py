@@ -304,8 +304,7 @@ def test_token_ids_come_from_both_files(tmp_path):
     [
         (
             {"model_type": "gptj"},
-            "unknown model_type 'gptj'; known: llama, mistral, qwen2, qwen3, phi3, smollm3, olmo2, "
-            "gemma2, gemma3_text, gpt2, gpt_neox",
+            f"unknown model_type 'gptj'; known: {', '.join(FAMILIES)}",
         ),
         ({"model_type": "gpt2"}, "expected a positive whole number for 'n_layer', got None"),
         (GPT2 | {"n_embd": 30}, "n_embd 30 is not a multiple of n_head 4"),

@@ -32,7 +32,7 @@ from fusedrl.engine.runs.run import Run
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
 
-README = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+TABLE = (Path(__file__).resolve().parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 REWARDS = """
 def likes_w3(prompts, completions, completion_ids, **columns):
     return [float(sum(word == "w3" for word in text.split())) for text in completions]
@@ -472,12 +472,12 @@ def test_rows_have_their_papers_updates():
             ).minibatches
             == 1
         )
-    (line,) = [line for line in README.splitlines() if line.startswith("| algorithm |")]
+    (line,) = [line for line in TABLE.splitlines() if line.startswith("| algorithm |")]
     assert line.split("|")[-3:-1] == [" epochs ", " minibatches "]
     for name in ALGORITHMS:
         (line,) = [
             line
-            for line in README.splitlines()
+            for line in TABLE.splitlines()
             if line.startswith(f"| `{name}`") and line.count("|") == 9
         ]
         row = ALGORITHMS[name]

@@ -59,7 +59,8 @@ def logprob(
 def full_kl(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: str
 ) -> Tensor:
-    """Of each pair of rows p = softmax(z / T), r = softmax(z_r / T) the divergence in a direction.
+    """Return the divergence in a direction of each pair of rows p = softmax(z / T), r = softmax(z_r
+    / T).
 
     "reverse" KL(p || r), "forward" KL(r || p), "jsd" the mean of KL(p || m) and KL(r || m), m = (p
     + r) / 2. Infinite where a token of the first is none of the second; NaN where a row holds NaN
@@ -198,7 +199,8 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def uniform(seed: int, request: int, sample: int, position: int) -> float:
-    """In [0, 1), from 53 bits of the generator; of sample and position the low 32 bits count."""
+    """Return numbers in [0, 1), from 53 bits of the generator; of sample and position the low 32
+    bits count."""
     word = 2**32
     counter = [request % word, request // word % word, sample % word, position % word]
     bits = philox(counter, [seed % word, seed // word % word])
@@ -260,7 +262,7 @@ def sample(
 
 
 def advance_rows(x: Columns) -> Columns:
-    """What a decoding step leaves: the token in the ring; a row ended by its last position or a
+    """Advance rows by a decoding step: the token in the ring; a row ended by its last position or a
     stop id, or moved."""
     changed = (
         "token_ids",

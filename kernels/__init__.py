@@ -1,0 +1,57 @@
+"""Operations of RLHF, one module each: `from fusedrl.kernels.gae import gae`.
+
+`dir(fusedrl.kernels)` names the modules, which are imported when first used;
+`help(fusedrl.kernels.gae)` says what one computes, from which shapes, in how many bytes, and where
+the mathematics is from. `fusedrl doctor` says which implementations of each operation run on this
+machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+def _modules() -> set[str]:
+    return {
+        found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_")
+    }
+
+
+if not TYPE_CHECKING:  # else a checker would believe in every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _modules():
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}; it has "
+                f"{', '.join(sorted(_modules()))}"
+            )
+        return importlib.import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted(_modules())
+
+
+def _step_aside() -> None:
+    """Be what `import kernels` means: Hugging Face's package of that name, which transformers
+    imports, and which this folder hides from whoever runs Python in the root of a checkout. Where
+    that package is not installed, look like a folder without code."""
+    root = Path(__file__).resolve().parent.parent
+    spec = PathFinder.find_spec(
+        __name__, [place for place in sys.path if Path(place).resolve() != root]
+    )
+    if spec is None or spec.loader is None or not spec.has_location:
+        del globals()["__file__"]  # by which transformers tells a package from such a folder
+        return
+    sys.modules[__name__] = meant = module_from_spec(spec)
+    spec.loader.exec_module(meant)
+
+
+if __name__ == "kernels":
+    _step_aside()
