@@ -41,7 +41,9 @@ class MicroLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class RolloutLoss:
-    """What the updates on one rollout minimise: the same for all of its micro-batches, however they
+    """The loss of the updates on one rollout.
+
+    It is the same for all of its micro-batches, however they
     are cut.
 
     kl_coef, entropy_coef: the coefficients now. value: what the value loss counts in. apart: why

@@ -166,7 +166,7 @@ class _Parts:
 
     @property
     def head(self) -> ValueHead | None:
-        """What says values."""
+        """The value head: of the critic of its own, or on the trunk."""
         return self.actor.value_head if self.own_critic is None else self.own_critic.head
 
 
