@@ -32,7 +32,7 @@ from torch import Tensor
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.ordering import shuffled
-from fusedrl.engine.base.packing import IGNORE, PackedBatch
+from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.model.heads import ValueHead
@@ -41,14 +41,11 @@ from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.policy.critic import SeparateCritic, TrainedCritic, critic_of
 from fusedrl.engine.policy.metrics import Meter, measure, value_metrics
+from fusedrl.engine.policy.micro_loss import RolloutLoss
 from fusedrl.engine.policy.objectives import (
     ValueScale,
-    behaviour,
-    entropy_coefficient,
-    head_loss,
     make_objective,
     minibatch_weights,
-    objective_loss,
     two_steps,
 )
 from fusedrl.engine.policy.ptx import Ptx, load_ptx
@@ -61,8 +58,6 @@ from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import Monitor
 from fusedrl.engine.watch.plan import cache_for
-from fusedrl.kernels.linear_full_kl import linear_full_kl
-from fusedrl.kernels.objective import PolicyObjective
 from fusedrl.kernels.policy_loss import ValueStats, value_loss
 
 Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
@@ -90,40 +85,127 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         trainer disagree by more than `max_logp_diff`.
     """
     needs = find_advantage(config.advantage).needs
+    _check(config, needs)
+    torch.manual_seed(config.run.seed)
+    parts = _load(config, needs)
+    actor, control, own_critic, head = parts.actor, parts.control, parts.own_critic, parts.head
+    with Run(config, config.steps) as run:
+        _announce(config, needs, run)
+        prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
+        monitor = Monitor(config, actor, parts.reference, parts.rewards, parts.gold, run)
+        run.restore(
+            model=parts.learner,
+            control=control,
+            critic=None if parts.critic is None else parts.critic.learner,
+            replay=parts.replay,
+        )
+        # a checkpoint of before prompts were counted
+        control.drawn = control.drawn or run.start * config.prompts_per_step
+        if head is not None and run.start:
+            head.restore(control.value_level, control.unit or 1.0)
+        monitor.begin()
+        for step in range(run.start, config.steps):
+            learns = step >= config.critic_warmup
+            with run.time("generate_and_reward"):
+                experience = rollout(
+                    actor,
+                    partial(_draw, prompts, config, control),
+                    parts.rewards,
+                    config,
+                    greedy=needs == "greedy",
+                    gold=parts.gold,
+                )
+            with run.time("score"):
+                batch, cuts = _scored(config, parts, experience.batch, step)
+            with run.time("advantage"):
+                batch, totals = _estimated(config, parts, batch)
+            with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
+                metrics = experience.metrics | _trained(config, parts, batch, cuts, step, ptx)
+            if recount(control, head) and own_critic is None:
+                actor.mark_updated()
+            control.update(metrics if learns else {}, totals)
+            if warning := control.kl.warning():
+                run.message(warning)
+            if parts.replay is not None:
+                parts.replay.add(batch, step)
+            metrics |= monitor.after(step, metrics)
+            run.log(step, metrics)
+            run.samples(step, _samples(experience))
+            run.save_if_due(step)
+        if own_critic is not None:
+            own_critic.save_pretrained(run.directory / "critic", tokenizer=actor.tokenizer)
+        if config.lora is not None:
+            actor.save_adapter(run.directory / "adapter", base_model=config.model)
+        return PolicyResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
+
+
+# ---- before the first step -----------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Parts:
+    """The models of a run, what trains them, and what is carried from step to step.
+
+    gold: rewards that are measured alone. scores_first: whether old log-probabilities, values or
+    the KL are needed before the update.
+    """
+
+    actor: HybridActor
+    reference: Reference | None
+    rewards: RewardSet
+    gold: RewardSet | None
+    learner: Learner
+    critic: TrainedCritic | None
+    control: Control
+    replay: ReplayBuffer | None
+    scores_first: bool
+
+    @property
+    def own_critic(self) -> SeparateCritic | None:
+        """The critic, where it is a model of its own."""
+        model = None if self.critic is None else self.critic.model
+        return model if isinstance(model, SeparateCritic) else None
+
+    @property
+    def head(self) -> ValueHead | None:
+        """What says values."""
+        return self.actor.value_head if self.own_critic is None else self.own_critic.head
+
+
+def _check(config: PolicyConfig, needs: str | None) -> None:
+    """Raise ConfigError, before anything is loaded, for what depends on functions by name."""
     if needs == "group" and config.samples_per_prompt == 1:
         raise ConfigError(
             f"config: expected samples_per_prompt > 1 for the advantage {config.advantage}, which "
             "compares the completions of one prompt"
         )
-    # a mistake in its name or bounds is told before anything is loaded
-    objective = make_objective(config, config.penalty.coef)
+    make_objective(config, config.penalty.coef)
     if config.critic is not None and needs != "critic":
         raise ConfigError(
             f"config: expected no critic with the advantage {config.advantage}, which has no use "
             "for values; leave critic out"
         )
     check_trust_region(config)
-    trust_region = config.objective == "trpo"
-    kl_in_advantage = config.kl.coef > 0 and (
-        config.kl.placement == "reward" or config.kl.level == "future"
-    )
-    on_trunk = needs == "critic" and config.own_critic is None
-    several = config.epochs * config.minibatches > 1 and not config.correction.bypass
-    scored_first = (
-        on_trunk
-        or kl_in_advantage
-        or trust_region
-        or several
+
+
+def _scores_first(config: PolicyConfig, needs: str | None) -> bool:
+    """Whether a rollout is scored before its update, by the policy as it was: else the training
+    forward is the scorer."""
+    in_advantage = config.kl.placement == "reward" or config.kl.level == "future"
+    return (
+        (needs == "critic" and config.own_critic is None)
+        or (config.kl.coef > 0 and in_advantage)
+        or config.objective == "trpo"
+        or (config.epochs * config.minibatches > 1 and not config.correction.bypass)
         or config.replay is not None
         or config.loss.entropy_target is not None
     )
 
-    torch.manual_seed(config.run.seed)
+
+def _load(config: PolicyConfig, needs: str | None) -> _Parts:
     actor = HybridActor.from_pretrained(
         config.model,
         dtype=config.dtype,
         device=config.device,
-        value_head=on_trunk,
+        value_head=needs == "critic" and config.own_critic is None,
         strict=config.strict,
         cache=cache_for(config),
     )
@@ -136,127 +218,99 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor) if config.needs_reference else None
-    rewards = RewardSet(
-        [
-            load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer)
-            for spec in config.reward
-        ],
-        config.reward_weights,
+    load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
+    rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights)
+    gold = [load(spec) for spec in config.monitor_reward]
+    return _Parts(
+        actor,
+        reference,
+        rewards,
+        RewardSet(gold) if gold else None,
+        Learner(actor, config.optim),
+        critic_of(config, actor),
+        Control(config),
+        None if config.replay is None else ReplayBuffer(config.replay, config.run.seed),
+        _scores_first(config, needs),
     )
-    gold = [
-        load_reward(spec, device=actor.decoder.device, tokenizer=actor.tokenizer)
-        for spec in config.monitor_reward
-    ]
-    measured_only = RewardSet(gold) if gold else None
-    learner = Learner(actor, config.optim)
-    critic = critic_of(config, actor)
-    own_critic = (
-        critic.model if critic is not None and isinstance(critic.model, SeparateCritic) else None
-    )
-    control = Control(config)
-    replay = None if config.replay is None else ReplayBuffer(config.replay, config.run.seed)
 
-    with Run(config, config.steps) as run:
-        if config.idle_bounds:
-            run.message(
-                "one optimizer step a rollout, so that every ratio is 1: "
-                f"{', '.join(config.idle_bounds)} will never act; raise minibatches or epochs "
-                "where they should"
-            )
-        why = two_steps(
-            config, objective, strict=config.strict, scored=scored_first or config.correction.bypass
+
+def _announce(config: PolicyConfig, needs: str | None, run: Run) -> None:
+    """Say which options will do nothing, and what is computed twice."""
+    if config.idle_bounds:
+        run.message(
+            "one optimizer step a rollout, so that every ratio is 1: "
+            f"{', '.join(config.idle_bounds)} will never act; raise minibatches or epochs "
+            "where they should"
         )
-        if why is not None and not trust_region:
-            run.message(
-                "log-probabilities are computed by themselves before the loss, one product over "
-                f"the head more: {why}"
-            )
-        prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
-        monitor = Monitor(config, actor, reference, rewards, measured_only, run)
-        run.restore(
-            model=learner,
-            control=control,
-            critic=None if critic is None else critic.learner,
-            replay=replay,
+    why = two_steps(
+        config,
+        make_objective(config, config.penalty.coef),
+        strict=config.strict,
+        scored=_scores_first(config, needs) or config.correction.bypass,
+    )
+    if why is not None and config.objective != "trpo":
+        run.message(
+            "log-probabilities are computed by themselves before the loss, one product over "
+            f"the head more: {why}"
         )
-        # a checkpoint of before prompts were counted
-        control.drawn = control.drawn or run.start * config.prompts_per_step
-        head = actor.value_head if own_critic is None else own_critic.head
-        if head is not None and run.start:
-            head.restore(control.value_level, control.unit or 1.0)
-        monitor.begin()
-        for step in range(run.start, config.steps):
-            with run.time("generate_and_reward"):
-                experience = rollout(
-                    actor,
-                    partial(_draw, prompts, config, control),
-                    rewards,
-                    config,
-                    greedy=needs == "greedy",
-                    gold=measured_only,
-                )
-            learns = step >= config.critic_warmup
-            with run.time("score"):
-                batch = control.scaled(experience.batch)
-                cuts = cuts_of(batch, config, step, epoch=0)
-                batch = score(
-                    actor if scored_first or not learns else None,
-                    reference,
-                    batch,
-                    cuts,
-                    config.generation.temperature,
-                )
-                if own_critic is not None:
-                    batch = batch.with_columns(
-                        values=own_critic.score(
-                            batch, [group for minibatch in cuts for group in minibatch]
-                        )
-                    )
-            with run.time("advantage"):
-                signals = Signals.of(
-                    config, batch, control.kl.coef, control.returns.mean, control.level or 0.0
-                )
-                signals = settle(signals, control, head)
-                if own_critic is None and head is not None:
-                    actor.mark_updated()
-                batch = estimate(config, signals)
-            with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
-                metrics = experience.metrics
-                if critic is not None and step < critic.rollouts:
-                    metrics |= update_critic(critic, batch, cuts, config, control, step)
-                    if own_critic is None:
-                        actor.mark_updated()
-                if not learns:
-                    metrics |= measure(batch, control.kl.coef, config)
-                elif trust_region:
-                    metrics |= trust_region_update(
-                        actor, reference, learner, batch, cuts, config, control, step, ptx
-                    )
-                else:
-                    replayed = (
-                        None
-                        if replay is None
-                        else replay.draw(step, batch.num_sequences, batch.device)
-                    )
-                    metrics |= update(
-                        actor, reference, learner, batch, cuts, config, control, step, ptx, replayed
-                    )
-            if recount(control, head) and own_critic is None:
-                actor.mark_updated()
-            control.update(metrics if learns else {}, signals.totals)
-            if warning := control.kl.warning():
-                run.message(warning)
-            if replay is not None:
-                replay.add(batch, step)
-            metrics |= monitor.after(step, metrics)
-            run.log(step, metrics)
-            run.samples(step, _samples(experience))
-            run.save_if_due(step)
-        if own_critic is not None:
-            own_critic.save_pretrained(run.directory / "critic", tokenizer=actor.tokenizer)
-        if config.lora is not None:
-            actor.save_adapter(run.directory / "adapter", base_model=config.model)
-        return PolicyResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
+
+
+# ---- a step --------------------------------------------------------------------------------------
+def _scored(
+    config: PolicyConfig, parts: _Parts, batch: PackedBatch, step: int
+) -> tuple[PackedBatch, Cuts]:
+    """A rollout's batch with what is known of it before the update, and its first cuts."""
+    batch = parts.control.scaled(batch)
+    cuts = cuts_of(batch, config, step, epoch=0)
+    scored = parts.scores_first or step < config.critic_warmup
+    batch = score(
+        parts.actor if scored else None,
+        parts.reference,
+        batch,
+        cuts,
+        config.generation.temperature,
+    )
+    if parts.own_critic is not None:
+        partition = [group for minibatch in cuts for group in minibatch]
+        batch = batch.with_columns(values=parts.own_critic.score(batch, partition))
+    return batch, cuts
+
+
+def _estimated(
+    config: PolicyConfig, parts: _Parts, batch: PackedBatch
+) -> tuple[PackedBatch, Tensor]:
+    """The batch with advantages and returns, and the total reward of each sequence."""
+    control = parts.control
+    signals = Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0)
+    signals = settle(signals, control, parts.head)
+    if parts.own_critic is None and parts.head is not None:
+        parts.actor.mark_updated()
+    return estimate(config, signals), signals.totals
+
+
+def _trained(
+    config: PolicyConfig,
+    parts: _Parts,
+    batch: PackedBatch,
+    cuts: Cuts,
+    step: int,
+    ptx: Ptx | None,
+) -> dict[str, float]:
+    """Train critic and policy on a rollout; its metrics."""
+    actor, control, critic = parts.actor, parts.control, parts.critic
+    metrics: dict[str, float] = {}
+    if critic is not None and step < critic.rollouts:
+        metrics |= update_critic(critic, batch, cuts, config, control, step)
+        if parts.own_critic is None:
+            actor.mark_updated()
+    if step < config.critic_warmup:
+        return metrics | measure(batch, control.kl.coef, config)
+    of_policy = (actor, parts.reference, parts.learner, batch, cuts, config, control, step, ptx)
+    if config.objective == "trpo":
+        return metrics | trust_region_update(*of_policy)
+    replay = parts.replay
+    drawn = None if replay is None else replay.draw(step, batch.num_sequences, batch.device)
+    return metrics | update(*of_policy, drawn)
 
 
 def settle(signals: Signals, control: Control, head: ValueHead | None) -> Signals:
@@ -347,23 +401,11 @@ def update(
 ) -> dict[str, float]:
     """epochs x minibatches optimizer steps on one rollout and what is replayed beside it; the
     gradient of `ptx` is added to each."""
-    objective = make_objective(config, control.penalty.coef)
+    loss_of = RolloutLoss.of(config, actor, reference, batch, control)
     total_updates, done = _updates(
         config, step - config.critic_warmup, config.steps - config.critic_warmup
     )
-    entropy_coef, value = (
-        entropy_coefficient(config, batch),
-        ValueScale.of(config, batch, control.unit or 1.0),
-    )
-    meter, apart = (
-        Meter(),
-        two_steps(
-            config,
-            objective,
-            strict=actor.strict,
-            scored=batch.old_logp is not None or config.correction.bypass,
-        ),
-    )
+    meter = Meter()
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
     fresh = batch.num_sequences
     if replayed is not None:
@@ -376,78 +418,28 @@ def update(
             seen = torch.zeros(2, batch.num_tokens, device=batch.device)
             with learner.update(done, total_updates) as one:
                 for group in minibatch:
-                    micro = weighted.select(group)
-                    hidden = actor.forward(micro)
-                    values = actor.values(micro, hidden) if actor.value_head is not None else None
-                    full = (
-                        _full_kl(actor, reference, micro, hidden, config)
-                        if reference is not None and config.kl.estimator == "full"
-                        else None
-                    )
-                    if apart is None and isinstance(objective, PolicyObjective):
-                        micro, dropped = behaviour(config.correction, micro, None)
-                        loss, policy_stats, value_stats, logp, entropy = head_loss(
-                            config,
-                            objective,
-                            control.kl.coef,
-                            micro,
-                            actor,
-                            hidden,
-                            values,
-                            full,
-                            entropy_coef=entropy_coef,
-                            value=value,
-                        )
-                        micro = (
-                            micro
-                            if micro.old_logp is not None
-                            else micro.with_columns(old_logp=logp)
-                        )
-                    else:
-                        logp, entropy = actor.logprobs(
-                            micro, hidden, temperature=config.generation.temperature
-                        )
-                        micro = (
-                            micro
-                            if micro.old_logp is not None
-                            else micro.with_columns(old_logp=logp.detach())
-                        )
-                        micro, dropped = behaviour(config.correction, micro, logp)
-                        loss, policy_stats, value_stats = objective_loss(
-                            config,
-                            objective,
-                            control.kl.coef,
-                            micro,
-                            logp,
-                            entropy,
-                            values,
-                            full,
-                            entropy_coef=entropy_coef,
-                            value=value,
-                        )
+                    micro = loss_of(weighted.select(group))
                     if measured is None:
-                        seen[:, batch.slots(group)] = torch.stack([logp.detach(), entropy.detach()])
-                    one.backward(loss)
+                        seen[:, batch.slots(group)] = torch.stack([micro.logp, micro.entropy])
+                    one.backward(micro.loss)
                     # only in the first pass are there micro-batches of replayed completions alone
                     old = epoch == 0 and group[0] >= fresh
                     meter.add(
-                        policy_stats,
-                        value_stats,
+                        micro.policy,
+                        micro.value,
                         epoch,
                         first=epoch == 0 and minibatch is first_cuts[0] and not old,
                         replayed=old,
-                        dropped=dropped,
+                        dropped=micro.dropped,
                     )
                     if epoch == config.epochs - 1:
-                        meter.add_ratios(micro, logp)
+                        meter.add_ratios(micro.batch, micro.logp)
                 # of what was seen before the weights change: all, or with correction.bypass the
                 # first minibatch
                 if measured is None:
                     members = sorted(b for group in minibatch for b in group)
-                    first = batch.with_columns(old_logp=seen[0], old_entropy=seen[1]).select(
-                        members
-                    )
-                    measured = measure(first, control.kl.coef, config) | {
+                    first = batch.with_columns(old_logp=seen[0], old_entropy=seen[1])
+                    measured = measure(first.select(members), control.kl.coef, config) | {
                         "num_tokens": float(batch.num_tokens)
                     }
                 if ptx is not None:
@@ -457,12 +449,11 @@ def update(
     # what runs next runs beside the weights, the optimizer's state and the cache alone
     learner.release()
     metrics = (measured or {}) | meter.metrics() | learner.metrics()
-    metrics |= {} if config.loss.entropy_target is None else {"entropy_coef": entropy_coef}
-    return (
-        metrics
-        | (ptx.metrics() if ptx is not None else {})
-        | (replayed.metrics if replayed is not None else {})
-    )
+    if config.loss.entropy_target is not None:
+        metrics["entropy_coef"] = loss_of.entropy_coef
+    for beside in (ptx.metrics() if ptx is not None else {}, replayed.metrics if replayed else {}):
+        metrics |= beside
+    return metrics
 
 
 def update_critic(
@@ -517,27 +508,6 @@ def _weighted(batch: PackedBatch, minibatch: list[list[int]], config: PolicyConf
     weights = torch.zeros(batch.num_tokens, device=batch.device)
     weights[batch.slots(members)] = minibatch_weights(config, batch.select(members))
     return batch.with_columns(weights=weights)
-
-
-def _full_kl(
-    actor: HybridActor,
-    reference: Reference,
-    batch: PackedBatch,
-    hidden_NH: Tensor,
-    config: PolicyConfig,
-) -> Tensor:
-    """[N] KL(policy || reference) of the distribution that each action was drawn from, over the
-    whole vocabulary; differentiable. 0 elsewhere."""
-    theirs_NH, head_VH = reference.hidden(batch)
-    kl_N = linear_full_kl(
-        hidden_NH,
-        actor.decoder.head_weight,
-        theirs_NH,
-        head_VH,
-        temperature=config.generation.temperature,
-        mask=batch.labels() != IGNORE,
-    )
-    return torch.where(batch.action_mask, batch.to_next(kl_N), 0.0)
 
 
 def _samples(experience: Rollout, count: int = 4) -> list[dict]:

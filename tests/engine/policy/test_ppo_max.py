@@ -391,7 +391,7 @@ def test_dividing_scores_is_another_kl_coefficient(device):
     """With rewards of deviation 2 the policy ends at ref exp(r / (s beta)), s the deviation of all
     scores, and not at ref exp(r / beta)."""
     tree = Tree.random(device)
-    tree = Tree(tree.ref, 2.0 * tree.rewards, device=device)
+    tree = Tree(tree.ref, 2.0 * tree.rewards)
     logp, control = learn(
         device,
         tree,
@@ -402,7 +402,7 @@ def test_dividing_scores_is_another_kl_coefficient(device):
     s = control.scores.std
     assert s > 1.5
     # beta stays, the rewards are smaller
-    assert Tree(tree.ref, tree.rewards / s, device=device).gap(logp) >= 0.99
+    assert Tree(tree.ref, tree.rewards / s).gap(logp) >= 0.99
     assert tree.gap(logp) < 0.9
 
 

@@ -22,6 +22,7 @@ from fusedrl.engine.config import (
     RunConfig,
 )
 from fusedrl.engine.model.weights import load_decoder
+from fusedrl.engine.policy import micro_loss
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.objectives import make_objective, minibatch_weights, objective_loss
 from fusedrl.engine.rollout.replay import ReplayBuffer, with_replay
@@ -254,14 +255,14 @@ def test_replayed_ratios_are_to_the_policy_that_wrote_them(make, monkeypatch):
     """The importance weights are pi / mu, mu the policy of then: what the sampler said then,
     too."""
     seen = []
-    original = policy.head_loss
+    original = micro_loss.head_loss
 
     def head_loss(config, objective, kl_coef, micro, *rest, **options):
         found = original(config, objective, kl_coef, micro, *rest, **options)
         seen.append((micro, found.logp))
         return found
 
-    monkeypatch.setattr(policy, "head_loss", head_loss)
+    monkeypatch.setattr(micro_loss, "head_loss", head_loss)
     config = make(steps=2, tokens_per_microbatch=1000)
     train_policy(config)
     # step 0; of step 1 the new ones, then the replayed ones

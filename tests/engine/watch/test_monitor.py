@@ -25,6 +25,7 @@ from fusedrl.engine.config import (
 )
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.weights import load_decoder
+from fusedrl.engine.policy import micro_loss
 from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.engine.rollout.rollout import Prompt, Sample, _flat
 from fusedrl.engine.stages import policy
@@ -445,14 +446,14 @@ def test_a_file_of_options(tmp_path):
 
 def test_the_tails_of_the_ratio_are_of_the_last_pass(make, monkeypatch):
     seen = []
-    original = policy.head_loss
+    original = micro_loss.head_loss
 
     def head_loss(config, objective, kl_coef, micro, *rest, **options):
         found = original(config, objective, kl_coef, micro, *rest, **options)
         seen.append((found.logp - micro.old_logp)[micro.action_mask].double().exp())
         return found
 
-    monkeypatch.setattr(policy, "head_loss", head_loss)
+    monkeypatch.setattr(micro_loss, "head_loss", head_loss)
     config = make(
         "ppo",
         steps=1,

@@ -1,0 +1,138 @@
+"""The loss of a micro-batch of a policy update, from hidden states to what is minimised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.packing import IGNORE, PackedBatch
+from fusedrl.engine.config import PolicyConfig
+from fusedrl.engine.policy.control import Control
+from fusedrl.engine.policy.objectives import (
+    Objective,
+    ValueScale,
+    behaviour,
+    entropy_coefficient,
+    head_loss,
+    make_objective,
+    objective_loss,
+    two_steps,
+)
+from fusedrl.engine.rollout.reference import Reference
+from fusedrl.kernels.linear_full_kl import linear_full_kl
+from fusedrl.kernels.objective import PolicyObjective, PolicyStats, ValueStats
+
+
+class MicroLoss(NamedTuple):
+    """A micro-batch's part of the loss, and what it was made of."""
+
+    loss: Tensor  # 0-d, differentiable
+    policy: PolicyStats
+    value: ValueStats | None
+    logp: Tensor  # [N] float32, as the entropy: of the policy before this update
+    entropy: Tensor
+    batch: PackedBatch  # with old_logp, and with the advantages that were used
+    dropped: Tensor | None  # tokens that correction.off_policy_delta left out
+
+
+@dataclass(frozen=True)
+class RolloutLoss:
+    """What the updates on one rollout minimise: the same for all of its micro-batches, however they
+    are cut.
+
+    kl_coef, entropy_coef: the coefficients now. value: what the value loss counts in. apart: why
+    log-probabilities are computed before the loss; None: both come out of the head in one pass.
+    """
+
+    config: PolicyConfig
+    actor: HybridActor
+    reference: Reference | None
+    objective: Objective
+    kl_coef: float
+    entropy_coef: float
+    value: ValueScale
+    apart: str | None
+
+    @classmethod
+    def of(
+        cls,
+        config: PolicyConfig,
+        actor: HybridActor,
+        reference: Reference | None,
+        batch: PackedBatch,
+        control: Control,
+    ) -> RolloutLoss:
+        """Of a rollout's whole batch."""
+        objective = make_objective(config, control.penalty.coef)
+        scored = batch.old_logp is not None or config.correction.bypass
+        return cls(
+            config,
+            actor,
+            reference,
+            objective,
+            control.kl.coef,
+            entropy_coefficient(config, batch),
+            ValueScale.of(config, batch, control.unit or 1.0),
+            two_steps(config, objective, strict=actor.strict, scored=scored),
+        )
+
+    def __call__(self, batch: PackedBatch) -> MicroLoss:
+        """The loss of a micro-batch, with the column weights. Without old_logp the ratio is exactly
+        1."""
+        config, actor = self.config, self.actor
+        hidden = actor.forward(batch)
+        values = actor.values(batch, hidden) if actor.value_head is not None else None
+        whole = None
+        if self.reference is not None and config.kl.estimator == "full":
+            whole = _full_kl(actor, self.reference, batch, hidden, config.generation.temperature)
+        options: dict[str, Any] = {"entropy_coef": self.entropy_coef, "value": self.value}
+        if self.apart is None and isinstance(self.objective, PolicyObjective):
+            batch, dropped = behaviour(config.correction, batch, None)
+            loss, policy, value, logp, entropy = head_loss(
+                config,
+                self.objective,
+                self.kl_coef,
+                batch,
+                actor,
+                hidden,
+                values,
+                whole,
+                **options,
+            )
+            return MicroLoss(loss, policy, value, logp, entropy, _scored(batch, logp), dropped)
+        logp, entropy = actor.logprobs(batch, hidden, temperature=config.generation.temperature)
+        batch, dropped = behaviour(config.correction, _scored(batch, logp), logp)
+        loss, policy, value = objective_loss(
+            config, self.objective, self.kl_coef, batch, logp, entropy, values, whole, **options
+        )
+        return MicroLoss(loss, policy, value, logp.detach(), entropy.detach(), batch, dropped)
+
+
+def _scored(batch: PackedBatch, logp: Tensor) -> PackedBatch:
+    """The batch with old_logp: these, where it has none."""
+    return batch if batch.old_logp is not None else batch.with_columns(old_logp=logp.detach())
+
+
+def _full_kl(
+    actor: HybridActor,
+    reference: Reference,
+    batch: PackedBatch,
+    hidden_NH: Tensor,
+    temperature: float,
+) -> Tensor:
+    """[N] KL(policy || reference) of the distribution that each action was drawn from, over the
+    whole vocabulary; differentiable. 0 elsewhere."""
+    theirs_NH, head_VH = reference.hidden(batch)
+    kl_N = linear_full_kl(
+        hidden_NH,
+        actor.decoder.head_weight,
+        theirs_NH,
+        head_VH,
+        temperature=temperature,
+        mask=batch.labels() != IGNORE,
+    )
+    return torch.where(batch.action_mask, batch.to_next(kl_N), 0.0)
