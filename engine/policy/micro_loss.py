@@ -41,9 +41,7 @@ class MicroLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class RolloutLoss:
-    """The loss of the updates on one rollout.
-
-    It is the same for all of its micro-batches, however they
+    """Objective of the updates on one rollout: the same for all of its micro-batches, however they
     are cut.
 
     kl_coef, entropy_coef: the coefficients now. value: what the value loss counts in. apart: why
@@ -68,7 +66,7 @@ class RolloutLoss:
         batch: PackedBatch,
         control: Control,
     ) -> RolloutLoss:
-        """Of a rollout's whole batch."""
+        """Derive it from a rollout's whole batch."""
         objective = make_objective(config, control.penalty.coef)
         scored = batch.old_logp is not None or config.correction.bypass
         return cls(

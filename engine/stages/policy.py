@@ -166,7 +166,7 @@ class _Parts:
 
     @property
     def head(self) -> ValueHead | None:
-        """The value head: of the critic of its own, or on the trunk."""
+        """Value head, of the policy or of its critic; None without."""
         return self.actor.value_head if self.own_critic is None else self.own_critic.head
 
 

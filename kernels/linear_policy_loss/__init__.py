@@ -28,7 +28,7 @@ Source    the losses and chunked heads of the files named above; rows with zero 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def linear_policy_loss_reference(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> LinearPolicyLoss:
     """The definition, differentiable, on any device and in any float dtype (float64 is the oracle).
     `settings` are policy_loss_reference's."""
@@ -85,7 +85,7 @@ def linear_policy_loss_reference(
     )
     loss, stats = policy_loss_reference(
         logp_N, old_logp_N, advantages_N, weights_N, entropy_N=entropy_N, **settings
-    )  # type: ignore[arg-type]
+    )
     return LinearPolicyLoss(loss, stats, logp_N.detach(), entropy_N.detach())
 
 
