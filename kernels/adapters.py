@@ -235,12 +235,10 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             (loss, metrics): a scalar, differentiable in _input, lin_weight and bias; (mean KL, clip
             ratio) over unmasked tokens, the first only where beta is not 0.
         """
-        op = "LigerFusedLinearGRPOLoss"
-        ratio = (
-            vllm_is_ratio[:, None]
-            if vllm_is_ratio is not None and vllm_is_ratio.ndim == 1
-            else vllm_is_ratio
-        )
+        op, ratio = "LigerFusedLinearGRPOLoss", vllm_is_ratio
+        if ratio is not None and ratio.ndim == 1:
+            ratio = ratio[:, None]
+        of_ratio = "B 1" if ratio is not None and ratio.shape[1:] == (1,) else "B T"
         B, T, *_ = check(
             op,
             {
@@ -255,17 +253,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 "ref_input": (ref_input, "B T R"),
                 "ref_weight": (ref_weight, "V R"),
                 "ref_bias": (ref_bias, "V"),
-                "vllm_is_ratio": (
-                    ratio,
-                    "B 1" if ratio is not None and ratio.shape[1:] == (1,) else "B T",
-                ),
+                "vllm_is_ratio": (ratio, of_ratio),
             },
         )
-        if (
-            self.use_ref_model
-            and ref_per_token_logps is None
-            and (ref_input is None or ref_weight is None)
-        ):
+        no_reference = ref_per_token_logps is None and (ref_input is None or ref_weight is None)
+        if self.use_ref_model and no_reference:
             raise ValueError(
                 f"{op}: expected ref_per_token_logps, or ref_input and ref_weight, with "
                 "use_ref_model=True, got neither"
@@ -273,35 +265,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         wide, mask = torch.promote_types(_input.dtype, torch.float32), attention_mask != 0
         ids = torch.where(mask, selected_token_ids, _IGNORED).flatten()
         weights = self._weights(mask.to(wide), num_items_in_batch).flatten()
-        if ratio is not None and self.objective.by_sequence:  # its tokens share one term
-            ratio = torch.where(mask, ratio, 0).sum(1, keepdim=True) / mask.sum(
-                1, keepdim=True
-            ).clamp(min=1)
-        advantage = (advantages[:, None] if ratio is None else advantages[:, None] * ratio).expand(
-            B, T
-        )
-        advantage = torch.where(mask, advantage, 0).to(wide).flatten()
-
-        def score(
-            hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
-        ) -> Tensor | None:
-            if hidden is None or weight is None:
-                return None
-            with torch.no_grad():
-                logp = linear_logprob(
-                    hidden.flatten(0, 1),
-                    weight.to(hidden.dtype),
-                    ids,
-                    bias=None if bias is None else bias.to(hidden.dtype),
-                    temperature=self.temperature,
-                    impl=_impl(hidden),
-                )
-            return cast(Tensor, logp).to(wide)
-
+        advantage = self._advantages(advantages, ratio, mask).to(wide).flatten()
         ref_logp = None
         if self.beta and self.use_ref_model:
             ref_logp = (
-                score(ref_input, ref_weight, ref_bias)
+                self._score(ref_input, ref_weight, ref_bias, ids, wide)
                 if ref_per_token_logps is None
                 else ref_per_token_logps.to(wide).flatten()
             )
@@ -312,7 +280,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         elif ref_logp is None and objective.kind != "sapo":
             old_logp, objective, at_ratio_one = None, _REINFORCE, -(weights * advantage).sum()
         else:
-            old_logp = score(_input, lin_weight, bias)
+            old_logp = self._score(_input, lin_weight, bias, ids, wide)
+        ends = T * torch.arange(B + 1, device=mask.device)
         loss, stats, *_ = linear_policy_loss(
             _input.flatten(0, 1),
             lin_weight.to(_input.dtype),
@@ -324,9 +293,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             ref_logp=ref_logp,
             kl_coef=self.beta if ref_logp is not None else 0.0,
             temperature=self.temperature,
-            cu_seqlens=T * torch.arange(B + 1, device=mask.device)
-            if objective.by_sequence
-            else None,
+            cu_seqlens=ends if objective.by_sequence else None,
             bias=None if bias is None else bias.to(_input.dtype),
             impl=_impl(_input),
         )
@@ -334,6 +301,36 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             loss = loss - loss.detach() + at_ratio_one
         clip_ratio = stats.clip_fraction_low + stats.clip_fraction_high
         return loss, (stats.ref_kl, clip_ratio) if self.beta else (clip_ratio,)
+
+    def _advantages(self, advantages_B: Tensor, ratio: Tensor | None, mask_BT: Tensor) -> Tensor:
+        """[B, T] advantages times the sampler's ratios; 0 where the mask is."""
+        if ratio is not None and self.objective.by_sequence:  # its tokens share one term
+            count = mask_BT.sum(1, keepdim=True).clamp(min=1)
+            ratio = torch.where(mask_BT, ratio, 0).sum(1, keepdim=True) / count
+        advantage = advantages_B[:, None] if ratio is None else advantages_B[:, None] * ratio
+        return torch.where(mask_BT, advantage.expand(mask_BT.shape), 0)
+
+    def _score(
+        self,
+        hidden: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        ids: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """[B T] log-probabilities, without gradient."""
+        if hidden is None or weight is None:
+            return None
+        with torch.no_grad():
+            logp = linear_logprob(
+                hidden.flatten(0, 1),
+                weight.to(hidden.dtype),
+                ids,
+                bias=None if bias is None else bias.to(hidden.dtype),
+                temperature=self.temperature,
+                impl=_impl(hidden),
+            )
+        return cast(Tensor, logp).to(dtype)
 
     def _weights(self, mask_BT: Tensor, num_items_in_batch: float | Tensor | None) -> Tensor:
         # token_weights has these but for one thing: its means over sequences leave out those

@@ -221,22 +221,10 @@ def advance_rows_(
         cursor (on a GPU nobody looks: such a step is recorded nowhere by Triton). RuntimeError:
         `impl` cannot run here.
     """
-    op, arguments = (
-        "advance_rows_",
-        (
-            drawn,
-            logp,
-            stops,
-            last_positions,
-            token_ids,
-            positions,
-            finished,
-            ring_tokens,
-            ring_logp,
-            cursor,
-            values,
-            ring_values,
-        ),
+    op = "advance_rows_"
+    arguments = (
+        *(drawn, logp, stops, last_positions, token_ids, positions, finished),
+        *(ring_tokens, ring_logp, cursor, values, ring_values),
     )
     chosen = _IMPLS.choose(drawn.device, impl)
     # it checks them itself: a dozen tensors take Python longer than the rows take

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fusedrl.kernels.runtime.checks import FLOATS, check_dtype
+
 _MEBI = 1 << 20
 
 
@@ -105,3 +107,32 @@ def head_gradients(
         if for_hidden:
             hidden_grad[index_R] = grad_RH.to(hidden.dtype)
     return hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype)
+
+
+def check_head(
+    op: str,
+    impl: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    workspace_bytes: int | None,
+) -> None:
+    """Raise TypeError or ValueError for dtypes and numbers that no head takes."""
+    check_dtype(op, "hidden", hidden, FLOATS if impl == "torch" else FLOATS[:3])
+    check_dtype(op, "weight", weight, (hidden.dtype,))
+    check_dtype(op, "bias", bias, (hidden.dtype,))
+    check_dtype(op, "token_ids", token_ids, (torch.int64, torch.int32))
+    if isinstance(temperature, Tensor):
+        check_dtype(op, "temperature", temperature, FLOATS)
+    elif not temperature > 0:
+        raise ValueError(
+            f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use "
+            "temperature=1.0"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
+    if workspace_bytes is not None and workspace_bytes <= 0:
+        raise ValueError(f"{op}: expected workspace_bytes above 0 or None, got {workspace_bytes}")

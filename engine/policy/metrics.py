@@ -53,35 +53,44 @@ def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[st
             (batch.values - batch.rollout_values)[mask_N].abs().max().item()
         )
     if batch.ref_logp is not None:
-        # Of the same kernel as a KL in the reward: what is reported, and what the coefficient
-        # adapts to, is what was charged.
-        shaped = shaped_gae(
-            old_N,
-            batch.ref_logp,
-            old_N,
-            batch.column("scores"),
-            mask=mask_N,
-            cu_seqlens=batch.cu_seqlens,
-            kl_coef=0.0,
-            score_clip=config.score_clip or None,
-            whiten=False,
-        )
-        kl = shaped.kl_per_sequence.double().mean().item()
-        found |= {
-            "kl": kl,
-            "kl_coef": kl_coef,
-            "perplexity_ref": math.exp(min(80.0, -batch.ref_logp[mask_N].double().mean().item())),
-        }
-        if config.kl.placement == "reward":
-            found |= {
-                "objective/non_score_reward": -kl_coef * kl,
-                "objective/rlhf_reward": shaped.score_per_sequence.double().mean().item()
-                - kl_coef * kl,
-            }
+        found |= _distance(batch, kl_coef, config)
     if batch.values is not None:
         found["val/explained_variance"] = _explained_variance(
             *(batch.column(name)[mask_N].double() for name in ("values", "returns"))
         )
+    return found
+
+
+def _distance(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[str, float]:
+    """The KL from the reference, and what it is worth."""
+    old_N, mask_N = batch.column("old_logp"), batch.action_mask
+    # Of the same kernel as a KL in the reward: what is reported, and what the coefficient
+    # adapts to, is what was charged.
+    shaped = shaped_gae(
+        old_N,
+        batch.column("ref_logp"),
+        old_N,
+        batch.column("scores"),
+        mask=mask_N,
+        cu_seqlens=batch.cu_seqlens,
+        kl_coef=0.0,
+        score_clip=config.score_clip or None,
+        whiten=False,
+    )
+    kl = shaped.kl_per_sequence.double().mean().item()
+    found = {
+        "kl": kl,
+        "kl_coef": kl_coef,
+        "perplexity_ref": math.exp(
+            min(80.0, -batch.column("ref_logp")[mask_N].double().mean().item())
+        ),
+    }
+    if config.kl.placement == "reward":
+        found |= {
+            "objective/non_score_reward": -kl_coef * kl,
+            "objective/rlhf_reward": shaped.score_per_sequence.double().mean().item()
+            - kl_coef * kl,
+        }
     return found
 
 

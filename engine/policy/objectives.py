@@ -384,6 +384,25 @@ def head_loss(
     return HeadLoss(total, stats, value_stats, found.logp, found.entropy)
 
 
+def _registered(
+    config: PolicyConfig, objective: Callable[..., Tensor], batch: PackedBatch, logp_N: Tensor
+) -> Tensor:
+    """[N] terms of an objective that is a function, times the weights of the correction."""
+    live_N, old_N = batch.column("weights") != 0, batch.column("old_logp")
+    seen = (logp_N, old_N, batch.column("advantages"))
+    term_N = objective(*(torch.where(live_N, x, 0) for x in seen), batch)
+    if term_N.shape != logp_N.shape:
+        raise ValueError(
+            f"objective {config.objective}: expected [{len(logp_N)}] terms, one per token, got "
+            f"{list(term_N.shape)}"
+        )
+    correction = rollout_correction(config.correction)
+    if correction is None:
+        return term_N
+    rolled_N = batch.column("rollout_logp")
+    return rollout_weights(correction, old_N, rolled_N, live_N, batch.cu_seqlens) * term_N
+
+
 def objective_loss(
     config: PolicyConfig,
     objective: Objective,
@@ -442,26 +461,7 @@ def objective_loss(
         )
     terms_N: list[Tensor] = []
     if not isinstance(objective, PolicyObjective):
-        live_N, correction = weights_N != 0, common.get("rollout_correction")
-        term_N = objective(
-            torch.where(live_N, logp_N, 0),
-            torch.where(live_N, old_N, 0),
-            torch.where(live_N, advantages_N, 0),
-            batch,
-        )
-        if term_N.shape != logp_N.shape:
-            raise ValueError(
-                f"objective {config.objective}: expected [{len(logp_N)}] terms, one per token, got "
-                f"{list(term_N.shape)}"
-            )
-        w_N = (
-            1.0
-            if correction is None
-            else rollout_weights(
-                correction, old_N, batch.column("rollout_logp"), live_N, batch.cu_seqlens
-            )
-        )
-        terms_N.append(w_N * term_N)
+        terms_N.append(_registered(config, objective, batch, logp_N))
     if full_kl_N is not None:
         terms_N.append(kl_coef * full_kl_N)
     if kl.placement == "loss" and kl_coef > 0 and kl.through_ratio:

@@ -8,6 +8,8 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -82,29 +84,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     tokenizer = load_tokenizer(config.model)
     model, learner = new_model(config)
     with Run(config, None) as run:
-        trunk = model.decoder.config
-        limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
-
-        def read(source: Source) -> list[Comparison]:
-            examples, unusable = load_preferences(
-                source,
-                tokenizer,
-                soft_labels=config.soft_labels,
-                skip_bad_lines=config.skip_bad_lines,
-                rejects=run.directory / "rejects.jsonl",
-            )
-            for reason, count in unusable.items():
-                run.message(
-                    f"preferences: {count} of {len(examples) + sum(unusable.values())} are not "
-                    f"used: {reason}"
-                )
-            encoded, dropped = encode_preferences(
-                tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit
-            )
-            run.message(f"preferences: {dropped}")
-            return [comparison for _, comparison in encoded]
-
-        train, held = mix(config.data, read).split(
+        train, held = mix(config.data, partial(_read, config, model, tokenizer, run)).split(
             lambda comparisons: _hold_out(comparisons, config)
         )
         if config.denoise_folds:
@@ -152,6 +132,31 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
         return RewardModelResult(
             path, run.total, known, known.get("eval_accuracy", math.nan), interval, len(held)
         )
+
+
+def _read(
+    config: RewardModelConfig, model: RewardModel, tokenizer: Any, run: Run, source: Source
+) -> list[Comparison]:
+    """The preferences of a file, encoded."""
+    trunk = model.decoder.config
+    limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
+    examples, unusable = load_preferences(
+        source,
+        tokenizer,
+        soft_labels=config.soft_labels,
+        skip_bad_lines=config.skip_bad_lines,
+        rejects=run.directory / "rejects.jsonl",
+    )
+    for reason, count in unusable.items():
+        run.message(
+            f"preferences: {count} of {len(examples) + sum(unusable.values())} are not "
+            f"used: {reason}"
+        )
+    encoded, dropped = encode_preferences(
+        tokenizer, examples, end_of_text(tokenizer, trunk.eos_token_ids), limit
+    )
+    run.message(f"preferences: {dropped}")
+    return [comparison for _, comparison in encoded]
 
 
 def new_model(config: RewardModelConfig) -> tuple[RewardModel, Learner]:

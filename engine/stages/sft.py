@@ -53,40 +53,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
         actor.add_adapter(config.lora, seed=config.run.seed)
     learner = Learner(actor, config.optim)
     with Run(config, None) as run:
-        trunk = actor.decoder.config
-        limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
-
-        def read(source: Source) -> list[Tokens]:
-            end, rejects = (
-                end_of_text(actor.tokenizer, trunk.eos_token_ids),
-                run.directory / "rejects.jsonl",
-            )
-            if config.every_turn:
-                dialogues, unusable = load_dialogues(
-                    source, skip_bad_lines=config.skip_bad_lines, rejects=rejects
-                )
-                for reason, count in unusable.items():
-                    run.message(
-                        f"dialogues: {count} of {len(dialogues) + sum(unusable.values())} are not "
-                        f"used: {reason}"
-                    )
-                sequences, dropped = encode_dialogues(actor.tokenizer, dialogues, end, limit)
-            else:
-                examples = load_demonstrations(
-                    source,
-                    skip_bad_lines=config.skip_bad_lines,
-                    rejects=rejects,
-                    options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)),
-                )
-                pairs, dropped = encode_demonstrations(actor.tokenizer, examples, end, limit)
-                sequences = [
-                    (prompt + completion, [False] * len(prompt) + [True] * len(completion))
-                    for prompt, completion in pairs
-                ]
-            run.message(f"demonstrations: {dropped}")
-            return sequences
-
-        train, held = mix(config.data, read).split(
+        train, held = mix(config.data, partial(_read, config, actor, run)).split(
             lambda sequences: held_out(sequences, config.eval_fraction, config.run.seed)
         )
 
@@ -121,6 +88,40 @@ def train_sft(config: SFTConfig) -> SFTResult:
         if config.lora is not None:
             actor.save_adapter(run.directory / "adapter", base_model=config.model)
         return SFTResult(run.finish(actor.save_pretrained), run.total, run.last_metrics)
+
+
+def _read(config: SFTConfig, actor: HybridActor, run: Run, source: Source) -> list[Tokens]:
+    """The demonstrations of a file as (ids, which of them are learnt)."""
+    trunk = actor.decoder.config
+    limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
+    end, rejects = (
+        end_of_text(actor.tokenizer, trunk.eos_token_ids),
+        run.directory / "rejects.jsonl",
+    )
+    if config.every_turn:
+        dialogues, unusable = load_dialogues(
+            source, skip_bad_lines=config.skip_bad_lines, rejects=rejects
+        )
+        for reason, count in unusable.items():
+            run.message(
+                f"dialogues: {count} of {len(dialogues) + sum(unusable.values())} are not "
+                f"used: {reason}"
+            )
+        sequences, dropped = encode_dialogues(actor.tokenizer, dialogues, end, limit)
+    else:
+        examples = load_demonstrations(
+            source,
+            skip_bad_lines=config.skip_bad_lines,
+            rejects=rejects,
+            options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)),
+        )
+        pairs, dropped = encode_demonstrations(actor.tokenizer, examples, end, limit)
+        sequences = [
+            (prompt + completion, [False] * len(prompt) + [True] * len(completion))
+            for prompt, completion in pairs
+        ]
+    run.message(f"demonstrations: {dropped}")
+    return sequences
 
 
 def cross_entropy(actor: HybridActor, sequences: list[Tokens], tokens_per_microbatch: int) -> float:

@@ -566,39 +566,10 @@ def shaped_gae(
             "kl_coef": on_device,
         },
     )
+    columns = (logp, ref_logp, values, scores, mask, cu_seqlens)
+    rest = (gamma, lam, token_rewards, score_clip, whiten, whiten_unbiased)
     if chosen_impl == "torch":
-        return shaped_gae_reference(
-            logp,
-            ref_logp,
-            values,
-            scores,
-            mask,
-            cu_seqlens,
-            kl_coef if on_device is None else on_device,
-            kl_estimator,
-            gamma,
-            lam,
-            token_rewards,
-            score_clip,
-            whiten,
-            whiten_unbiased,
-        )
-    return ShapedGAE(
-        *_native(op, chosen_impl)(
-            logp,
-            ref_logp,
-            values,
-            scores,
-            mask,
-            cu_seqlens,
-            kl_coef if on_device is None else 0.0,
-            on_device,
-            ESTIMATORS.index(kl_estimator),
-            gamma,
-            lam,
-            token_rewards,
-            score_clip,
-            whiten,
-            whiten_unbiased,
-        )
-    )
+        coef = kl_coef if on_device is None else on_device
+        return shaped_gae_reference(*columns, coef, kl_estimator, *rest)
+    coef, number = kl_coef if on_device is None else 0.0, ESTIMATORS.index(kl_estimator)
+    return ShapedGAE(*_native(op, chosen_impl)(*columns, coef, on_device, number, *rest))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.kernels.full_kl import DIRECTIONS, check_direction, full_kl, full_kl_reference
-from fusedrl.kernels.linear_head import product, workspace
+from fusedrl.kernels.linear_head import check_head, product, workspace
 from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.runtime.dispatch import Implementations
@@ -246,17 +246,13 @@ def linear_full_kl(
     )
     chosen_impl = _IMPLS.choose(hidden.device, impl)
     allowed = FLOATS if chosen_impl == "torch" else FLOATS[:3]
-    check_dtype(op, "hidden", hidden, allowed)
-    check_dtype(op, "weight", weight, (hidden.dtype,))
-    check_dtype(op, "bias", bias, (hidden.dtype,))
+    check_head(op, chosen_impl, hidden, weight, bias, None, temperature, None, workspace_bytes)
     check_dtype(op, "ref_hidden", ref_hidden, allowed)
     check_dtype(op, "ref_weight", ref_weight, (ref_hidden.dtype,))
     check_dtype(op, "ref_bias", ref_bias, (ref_hidden.dtype,))
     check_dtype(op, "mask", mask, (torch.bool,))
     if weight.shape[0] == 0:
         raise ValueError(f"{op}: expected a vocabulary, got a weight of size {list(weight.shape)}")
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(f"{op}: expected workspace_bytes above 0 or None, got {workspace_bytes}")
     ref_hidden, ref_weight, ref_bias = (
         ref_hidden.detach(),
         ref_weight.detach(),

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from fusedrl.kernels.kept import Kept
-from fusedrl.kernels.linear_head import product, workspace
+from fusedrl.kernels.linear_head import check_head, product, workspace
 from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
 from fusedrl.kernels.runtime import native
-from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
+from fusedrl.kernels.runtime.checks import check
 from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import triton
 
@@ -282,61 +282,31 @@ def linear_logprob(
         },
     )
     chosen = _IMPLS.choose(hidden.device, impl)
-    check_dtype(op, "hidden", hidden, FLOATS if chosen == "torch" else FLOATS[:3])
-    check_dtype(op, "weight", weight, (hidden.dtype,))
-    check_dtype(op, "bias", bias, (hidden.dtype,))
-    check_dtype(op, "token_ids", token_ids, (torch.int64, torch.int32))
-    check_dtype(op, "temperature", per_row, FLOATS)
-    if per_row is None and not temperature > 0:
-        raise ValueError(
-            f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use "
-            "temperature=1.0"
-        )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(f"{op}: expected workspace_bytes above 0 or None, got {workspace_bytes}")
+    check_head(op, chosen, hidden, weight, bias, token_ids, temperature, softcap, workspace_bytes)
     if kept is not None and kept.offsets.shape[0] != token_ids.shape[0] + 1:
         raise ValueError(
             f"{op}: expected {token_ids.shape[0] + 1} kept.offsets, one more than rows, got "
             f"{kept.offsets.shape[0]}; keep what the same rows kept"
         )
+    value, rows_T = (1.0, per_row.detach()) if per_row is not None else (float(temperature), None)
+    arguments = (hidden, weight, token_ids, bias, value, rows_T, softcap or 0.0)
     if chosen == "cpp" and kept is None:
         logp, entropies = torch.ops.fusedrl.linear_logprob(
-            hidden,
-            weight,
-            token_ids,
-            bias,
-            1.0 if per_row is not None else float(temperature),
-            None if per_row is None else per_row.detach(),
-            softcap or 0.0,
-            entropy,
-            ignore_index,
-            -1 if workspace_bytes is None else workspace_bytes,
+            *arguments, entropy, ignore_index, -1 if workspace_bytes is None else workspace_bytes
         )
         return (logp, entropies) if entropy else logp
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, token_ids, weight.shape[0], ignore_index)
     if chosen == "triton" and kept is None:
-        logp, entropies, _ = torch.ops.fusedrl.linear_logprob_triton(
-            hidden,
-            weight,
-            token_ids,
-            bias,
-            1.0 if per_row is not None else float(temperature),
-            None if per_row is None else per_row.detach(),
-            softcap or 0.0,
-            ignore_index,
-            workspace(workspace_bytes, hidden.shape[0], weight.shape[0]),
-        )
+        room = workspace(workspace_bytes, hidden.shape[0], weight.shape[0])
+        logp, entropies, _ = torch.ops.fusedrl.linear_logprob_triton(*arguments, ignore_index, room)
         return (logp, entropies) if entropy else logp
-    scale = float(temperature) if per_row is None else per_row.detach()
     logp, entropies = _Chunked.apply(
         hidden,
         weight,
         bias,
         token_ids,
-        scale,
+        value if rows_T is None else rows_T,
         softcap,
         ignore_index,
         workspace_bytes,

@@ -33,13 +33,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrl.kernels.linear_head import product, workspace
+from fusedrl.kernels.linear_head import check_head, product, workspace
 from fusedrl.kernels.linear_logprob import finish, linear_logprob, linear_logprob_reference
 from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
 from fusedrl.kernels.objective import PolicyObjective, PolicyStats, RolloutCorrection
 from fusedrl.kernels.policy_loss import Derived, PolicyPart, check_policy, policy_loss_reference
 from fusedrl.kernels.runtime import native
-from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
+from fusedrl.kernels.runtime.checks import check, check_dtype
 from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import triton
 
@@ -292,20 +292,8 @@ def linear_policy_loss(
     """
     op = "linear_policy_loss"
     part = PolicyPart(
-        None,
-        old_logp,
-        advantages,
-        objective,
-        ref_logp,
-        kl_coef,
-        kl_estimator,
-        kl_gradient,
-        kl_level,
-        None,
-        entropy_coef,
-        rollout_logp,
-        rollout_correction,
-        cu_seqlens,
+        *(None, old_logp, advantages, objective, ref_logp, kl_coef, kl_estimator, kl_gradient),
+        *(kl_level, None, entropy_coef, rollout_logp, rollout_correction, cu_seqlens),
     )
     per_row = temperature if isinstance(temperature, Tensor) else None
     columns = {
@@ -329,88 +317,47 @@ def linear_policy_loss(
     )
     check_policy(op, part, N)
     chosen = _IMPLS.choose(hidden.device, impl)
-    check_dtype(op, "hidden", hidden, FLOATS if chosen == "torch" else FLOATS[:3])
-    check_dtype(op, "weight", weight, (hidden.dtype,))
-    check_dtype(op, "bias", bias, (hidden.dtype,))
-    check_dtype(op, "token_ids", token_ids, (torch.int64, torch.int32))
-    check_dtype(op, "temperature", per_row, FLOATS)
+    check_head(op, chosen, hidden, weight, bias, token_ids, temperature, softcap, workspace_bytes)
     for name, column in columns.items():
         check_dtype(op, name, column, (torch.promote_types(hidden.dtype, torch.float32),))
-    if per_row is None and not temperature > 0:
-        raise ValueError(
-            f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use "
-            "temperature=1.0"
-        )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(f"{op}: expected workspace_bytes above 0 or None, got {workspace_bytes}")
-
     scale = float(temperature) if per_row is None else per_row.detach()
     ids = torch.where(weights != 0, token_ids, _IGNORED)
-    scored = part
-    if part.by_sequence:
+    if part.by_sequence:  # what a token takes from its sequence is known before it is its turn
+        head: dict[str, Any] = {"bias": bias, "temperature": scale, "softcap": softcap}
+        head |= {"workspace_bytes": workspace_bytes, "impl": chosen}
         with torch.no_grad():
             logp, _ = linear_logprob(
-                hidden,
-                weight,
-                ids,
-                bias=bias,
-                temperature=scale,
-                softcap=softcap,
-                entropy=True,
-                ignore_index=_IGNORED,
-                workspace_bytes=workspace_bytes,
-                impl=chosen,
+                hidden, weight, ids, entropy=True, ignore_index=_IGNORED, **head
             )
-        scored = part._replace(logp=logp)
-    derived = scored.derived(weights)
-    if chosen == "cpp":
-        loss, stats, logp, entropy = torch.ops.fusedrl.linear_policy_loss(
-            hidden,
-            weight,
-            bias,
-            token_ids,
-            old_logp,
-            advantages,
-            weights,
-            ref_logp,
-            *derived,
-            None if per_row is None else scale,
-            *part.settings(),
-            1.0 if per_row is not None else scale,
-            softcap or 0.0,
-            -1 if workspace_bytes is None else workspace_bytes,
-        )
-        return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_ids(op, ids, V, _IGNORED)
-    if chosen == "triton":
-        for_hidden, for_weight, for_bias = (
-            torch.is_grad_enabled() and t is not None and t.requires_grad
-            for t in (hidden, weight, bias)
-        )
-        loss, stats, logp, entropy, *_ = torch.ops.fusedrl.linear_policy_loss_triton(
-            hidden,
-            weight,
-            bias,
-            token_ids,
-            old_logp,
-            advantages,
-            weights,
-            ref_logp,
-            *derived,
-            None if per_row is None else per_row.detach(),
-            *part.settings(),
-            1.0 if per_row is not None else float(temperature),
-            softcap or 0.0,
-            workspace(workspace_bytes, N, V),
-            for_hidden,
-            for_weight,
-            for_bias,
-        )
+        derived = part._replace(logp=logp).derived(weights)
     else:
+        derived = part.derived(weights)
+    if chosen != "cpp" and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ids(op, ids, V, _IGNORED)
+    if chosen == "torch":
         loss, stats, logp, entropy = _Chunked.apply(
             hidden, weight, bias, token_ids, weights, scale, softcap, part, derived, workspace_bytes
         )
+    else:
+        arguments = (
+            *(hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, *derived),
+            *(None if per_row is None else per_row.detach(), *part.settings()),
+            *(1.0 if per_row is not None else float(temperature), softcap or 0.0),
+        )
+        loss, stats, logp, entropy = _compiled(chosen, arguments, workspace_bytes, N, V)
     return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)
+
+
+def _compiled(
+    impl: str, arguments: tuple[Any, ...], workspace_bytes: int | None, N: int, V: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The C++ or the Triton op; which gradients are formed, the former sees by itself."""
+    if impl == "cpp":
+        return torch.ops.fusedrl.linear_policy_loss(
+            *arguments, -1 if workspace_bytes is None else workspace_bytes
+        )
+    wanted = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in arguments[:3])
+    found = torch.ops.fusedrl.linear_policy_loss_triton(
+        *arguments, workspace(workspace_bytes, N, V), *wanted
+    )
+    return found[:4]

@@ -22,6 +22,8 @@ Source    the log-softmax; online maximum as in Milakov and Gimelshein (2018), O
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -290,36 +292,39 @@ def _logprob(
             logits, token_ids, scale, ignore_index, kept
         )
     else:
-        V = logits.shape[-1]
-        rows = logits.reshape(-1, V)  # a copy where the leading dimensions do not merge
-        if in_place and rows.data_ptr() != logits.data_ptr():
-            raise ValueError(
-                f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with "
-                f"strides {logits.stride()}; "
-                "use logprob"
-            )
-        temperature_N = None if per_row is None else per_row.reshape(-1).float()
-        functions = (
-            (logprob_cuda, InPlaceCuda.apply)
-            if chosen == "cuda"
-            else (logprob_triton, InPlaceTriton.apply)
-        )
-        function = functions[in_place]
-        logp, entropies, _ = function(
-            rows,
-            token_ids.reshape(-1),
-            value,
-            temperature_N,
-            entropy,
-            ignore_index,
-            kept_ids,
-            kept_offsets,
-        )
-        logp, entropies = (
-            logp.view(token_ids.shape),
-            entropies.view(token_ids.shape) if entropy else entropies,
-        )
+        rest = (value, per_row, entropy, ignore_index, kept_ids, kept_offsets)
+        logp, entropies = _on_a_gpu(op, chosen, in_place, logits, token_ids, *rest)
     return (logp, entropies) if entropy else logp
+
+
+def _on_a_gpu(
+    op: str,
+    impl: str,
+    in_place: bool,
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    per_row: Tensor | None,
+    entropy: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """By Triton or CUDA C++, whose rows are those of a matrix."""
+    rows = logits.reshape(-1, logits.shape[-1])  # a copy where the leading dimensions do not merge
+    if in_place and rows.data_ptr() != logits.data_ptr():
+        raise ValueError(
+            f"{op}: expected logits that view as [N, V], got sizes {tuple(logits.shape)} with "
+            f"strides {logits.stride()}; use logprob"
+        )
+    temperature_N = None if per_row is None else per_row.reshape(-1).float()
+    if impl == "cuda":
+        function = InPlaceCuda.apply if in_place else logprob_cuda
+    else:
+        function = InPlaceTriton.apply if in_place else logprob_triton
+    logp, entropies, _ = function(
+        rows, token_ids.reshape(-1), temperature, temperature_N, entropy, *rest
+    )
+    shape = token_ids.shape
+    return logp.view(shape), entropies.view(shape) if entropy else entropies
 
 
 def check_ids(op: str, token_ids: Tensor, V: int, ignore_index: int) -> None:

@@ -175,41 +175,65 @@ def _reference(
         terms = terms - entropy_coef * torch.where(live, entropy_N, 0)
     loss = (weights * terms).sum()
 
-    with torch.no_grad():
-        tokens = live.sum().to(loss.dtype)
-        seen, any_token = tokens.clamp(min=1), tokens > 0
-        infinity = ratio.new_full((1,), math.inf)
-        k3 = (clamped.expm1() - d).clamp(min=0)
-        live_ratio = torch.where(live, ratio, 0)
-        stats = PolicyStats(
-            loss=loss.detach(),
-            clip_fraction_low=low.sum() / seen,
-            clip_fraction_high=high.sum() / seen,
-            clip_fraction_dual=too_far.sum() / seen,
-            approx_kl_k1=-d.sum() / seen,
-            approx_kl_k2=(d * d).sum() / 2 / seen,
-            approx_kl_k3=k3.sum() / seen,
-            ratio_mean=torch.where(any_token, live_ratio.sum() / seen, 1),
-            ratio_min=torch.where(
-                any_token, torch.cat([torch.where(live, ratio, math.inf), infinity]).amin(), 1
-            ),
-            ratio_max=torch.where(
-                any_token, torch.cat([torch.where(live, ratio, -math.inf), -infinity]).amax(), 1
-            ),
-            effective_sample_size=torch.where(
-                any_token, live_ratio.sum() ** 2 / (live_ratio**2).sum(), 0
-            ),
-            clamped_fraction=(d.abs() > MAX_LOG_RATIO).sum() / seen,
-            ref_kl=kl.sum() / seen,
-            entropy=torch.zeros_like(tokens)
-            if entropy_N is None
-            else torch.where(live, entropy_N, 0).sum() / seen,
-            correction_mean=torch.ones_like(tokens)
-            if derived.correction is None
-            else torch.where(any_token, torch.where(live, derived.correction, 0).sum() / seen, 1),
-            tokens=tokens,
-        )
-    return loss, stats
+    return loss, _statistics(
+        loss.detach(),
+        live,
+        d.detach(),
+        ratio.detach(),
+        (low, high, too_far),
+        kl.detach(),
+        entropy_N,
+        derived.correction,
+    )
+
+
+@torch.no_grad()
+def _statistics(
+    loss: Tensor,
+    live: Tensor,
+    d: Tensor,
+    ratio: Tensor,
+    bounded: tuple[Tensor, Tensor, Tensor],
+    kl: Tensor,
+    entropy_N: Tensor | None,
+    correction: Tensor | None,
+) -> PolicyStats:
+    """Means over the live tokens. bounded: those that the lower, the upper and the dual bound
+    stopped."""
+    (low, high, too_far), clamped = bounded, _clamp(d)
+    tokens = live.sum().to(loss.dtype)
+    seen, any_token = tokens.clamp(min=1), tokens > 0
+    infinity = ratio.new_full((1,), math.inf)
+    k3 = (clamped.expm1() - d).clamp(min=0)
+    live_ratio = torch.where(live, ratio, 0)
+    return PolicyStats(
+        loss=loss,
+        clip_fraction_low=low.sum() / seen,
+        clip_fraction_high=high.sum() / seen,
+        clip_fraction_dual=too_far.sum() / seen,
+        approx_kl_k1=-d.sum() / seen,
+        approx_kl_k2=(d * d).sum() / 2 / seen,
+        approx_kl_k3=k3.sum() / seen,
+        ratio_mean=torch.where(any_token, live_ratio.sum() / seen, 1),
+        ratio_min=torch.where(
+            any_token, torch.cat([torch.where(live, ratio, math.inf), infinity]).amin(), 1
+        ),
+        ratio_max=torch.where(
+            any_token, torch.cat([torch.where(live, ratio, -math.inf), -infinity]).amax(), 1
+        ),
+        effective_sample_size=torch.where(
+            any_token, live_ratio.sum() ** 2 / (live_ratio**2).sum(), 0
+        ),
+        clamped_fraction=(d.abs() > MAX_LOG_RATIO).sum() / seen,
+        ref_kl=kl.sum() / seen,
+        entropy=torch.zeros_like(tokens)
+        if entropy_N is None
+        else torch.where(live, entropy_N, 0).sum() / seen,
+        correction_mean=torch.ones_like(tokens)
+        if correction is None
+        else torch.where(any_token, torch.where(live, correction, 0).sum() / seen, 1),
+        tokens=tokens,
+    )
 
 
 def _clamp(d: Tensor) -> Tensor:

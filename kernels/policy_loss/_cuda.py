@@ -42,12 +42,8 @@ OFFLINE_SOURCES = {
 
 
 # ---- launcher: check, allocate, grid -------------------------------------------------------------
-def plan_policy_value_loss(
-    *given: object,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[Launch]]:
-    """Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient
-    (empty where that part is absent), to be written. given: the Arguments of _fused.py."""
-    x = policy_loss_fused.Arguments(*given)  # type: ignore[arg-type]
+def _check(x: policy_loss_fused.Arguments) -> None:
+    """Raise ValueError for sums of sequences that are not there, and numbers too many or few."""
     if x.logp is not None and x.kind in SEQUENCE_KINDS and x.sequence_log_ratio is None:
         raise ValueError(
             f"policy_value_loss: expected sequence_log_ratio [N] for kind {x.kind}, got None; pass "
@@ -67,6 +63,15 @@ def plan_policy_value_loss(
             f"policy_value_loss: expected {len(COEFFICIENTS)} coefficients, got "
             f"{len(x.coefficients)}"
         )
+
+
+def plan_policy_value_loss(
+    *given: object,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[Launch]]:
+    """Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient
+    (empty where that part is absent), to be written. given: the Arguments of _fused.py."""
+    x = policy_loss_fused.Arguments(*given)  # type: ignore[arg-type]
+    _check(x)
     outputs = loss, stats, logp_grad, values_grad = policy_loss_fused.outputs(
         x.logp, x.weights, x.values
     )

@@ -239,6 +239,22 @@ def _capacity(
     return B * min(int(top_k), V) if by_k and not greedy_lists else B * V
 
 
+def _check_drawn(drawn: Sampled, capacity: int | None) -> None:
+    """Raise ValueError for a row that drew nothing."""
+    if not bool((drawn.token_ids < 0).any()):
+        return
+    row, B = int((drawn.token_ids < 0).nonzero()[0]), len(drawn.token_ids)
+    if not drawn.logp[row].isnan():
+        raise ValueError(
+            f"sample: expected the kept tokens to fit into kept_capacity {capacity}, got more, "
+            f"from row {row} of {B} on; leave kept_capacity out, or make it larger"
+        )
+    raise ValueError(
+        f"sample: row {row} of {B} holds NaN or +inf, or no token that may be drawn; look at "
+        "the logits of that row and at `suppress`"
+    )
+
+
 @torch.no_grad()
 def sample(
     logits: Tensor,
@@ -335,18 +351,8 @@ def sample(
         drawn = Sampled(
             ids, logp, processed, entropy, Kept(kept_ids, offsets) if return_kept else None, count
         )
-    if look and bool((drawn.token_ids < 0).any()):
-        row = int((drawn.token_ids < 0).nonzero()[0])
-        if not drawn.logp[row].isnan():
-            raise ValueError(
-                f"sample: expected the kept tokens to fit into kept_capacity {capacity}, got more, "
-                f"from row {row} of {B} on; leave "
-                "kept_capacity out, or make it larger"
-            )
-        raise ValueError(
-            f"sample: row {row} of {B} holds NaN or +inf, or no token that may be drawn; look at "
-            "the logits of that row and at `suppress`"
-        )
+    if look:
+        _check_drawn(drawn, capacity)
     # what is behind the end was never touched: exact, and no larger than it looks
     if on_host and drawn.kept is not None:
         drawn = drawn._replace(
