@@ -20,12 +20,10 @@ Source    Kullback and Leibler (1951); Lin (1991) for the Jensen-Shannon diverge
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fusedrl.kernels.full_kl._reference import full_kl_reference
 from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, check_last_contiguous
 from fusedrl.kernels.runtime.dispatch import Implementations
@@ -37,48 +35,6 @@ if triton is not None:
     from fusedrl.kernels.full_kl import _triton  # noqa: F401  (registers fusedrl::full_kl_triton)
 
 _IMPLS = Implementations("full_kl", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
-_LN2 = math.log(2.0)
-
-
-# ---- reference -----------------------------------------------------------------------------------
-def full_kl_reference(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, direction: str
-) -> Tensor:
-    """The definition, differentiable in the logits, on any device and in any float dtype (float64
-    is the oracle)."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    own, other = (logits, ref_logits) if direction == "reverse" else (ref_logits, logits)
-    infinite = ((own != -torch.inf) & (other == -torch.inf)).any(-1) & (direction != "jsd")
-    # neither NaN nor +inf
-    infinite &= (logits.detach().amax(-1) < torch.inf) & (ref_logits.amax(-1) < torch.inf)
-    unread = (infinite if mask is None else infinite | ~mask)[..., None]
-    (logp, p, no_p), (logr, r, no_r) = (
-        _log_softmax(x.to(wide).masked_fill(unread, 0.0), temperature) for x in (logits, ref_logits)
-    )
-    if direction == "reverse":
-        kl = torch.where(no_p, 0, p * (logp - logr)).sum(-1)
-    elif direction == "forward":
-        kl = torch.where(no_r, 0, r * (logr - logp)).sum(-1)
-    else:
-        of_p = torch.where(no_p, 0, p * torch.where(no_r, _LN2, _LN2 - F.softplus(logr - logp)))
-        of_r = torch.where(no_r, 0, r * torch.where(no_p, _LN2, _LN2 - F.softplus(logp - logr)))
-        kl = 0.5 * (of_p.sum(-1) + of_r.sum(-1))
-    # what rounding took below 0; the gradient stays
-    kl = kl + (kl.clamp(0.0, _LN2 if direction == "jsd" else torch.inf) - kl).detach()
-    kl = torch.where(infinite, torch.inf, kl)
-    return kl if mask is None else torch.where(mask, kl, 0)
-
-
-def _log_softmax(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p, p, p is absent); log p is finite where p is absent."""
-    top = z.detach().amax(-1, keepdim=True).nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=0.0)
-    d = (z - top) / temperature
-    absent = d == -torch.inf
-    d = d.masked_fill(absent, 0.0)
-    e = torch.exp(d).masked_fill(absent, 0.0)
-    S = e.sum(-1, keepdim=True)
-    S = S.masked_fill(S == 0, 1.0)
-    return d - torch.log(S), e / S, absent
 
 
 # ---- custom ops: what torch.compile sees ---------------------------------------------------------

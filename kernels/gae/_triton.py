@@ -18,6 +18,8 @@ Numerics  float32 elements; what shaped_gae sums over chunks and sequences is fl
           a program. Fixed order, no atomics.
 Source    blocks and windows: van Herk (1992), A fast algorithm for local minimum and maximum
           filters; Gil and Werman (1993), for any associative operation.
+
+One file: the kernels share tiles, and the layout of partial results, with their launchers.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import triton
 
 if triton is not None:
-    from fusedrl.kernels.linear_logprob import _triton  # noqa: F401  (registers fusedrl::linear_logprob_triton)
+    from fusedrl.kernels.linear_logprob import _triton_ops  # noqa: F401  (registers fusedrl::linear_logprob_triton)
 
 _IMPLS = Implementations("linear_logprob", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
 

@@ -37,7 +37,8 @@ from fusedrl.kernels.linear_head import check_head, product, workspace
 from fusedrl.kernels.linear_logprob import finish, linear_logprob, linear_logprob_reference
 from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
 from fusedrl.kernels.objective import PolicyObjective, PolicyStats, RolloutCorrection
-from fusedrl.kernels.policy_loss import Derived, PolicyPart, check_policy, policy_loss_reference
+from fusedrl.kernels.policy_loss import check_policy, policy_loss_reference
+from fusedrl.kernels.policy_loss._reference import Derived, PolicyPart
 from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.checks import check, check_dtype
 from fusedrl.kernels.runtime.dispatch import Implementations

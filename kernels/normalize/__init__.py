@@ -27,6 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedrl.kernels.normalize._reference import (
+    WHITEN_EPS,
+    group_normalize_reference,
+    masked_whiten_reference,
+)
 from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, describe
 from fusedrl.kernels.runtime.dispatch import Implementations
@@ -39,7 +44,6 @@ _IMPLS = Implementations("masked_whiten", cpu=("cpp", "torch", "triton"), cuda=(
 _GROUP = Implementations(
     "group_normalize", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch")
 )
-WHITEN_EPS = 1e-8  # added to the variance
 # the order of GroupMethod in csrc/cpu/ops/normalize.cpp
 GROUP_METHODS = ("grpo", "dr_grpo", "rloo", "batch", "none")
 
@@ -51,67 +55,6 @@ class GroupNormalized(NamedTuple):
     # [B] bool: whether the score's group has a single value (so do all groups of one), and nothing
     # to learn from
     zero_variance: Tensor
-
-
-# ---- reference -----------------------------------------------------------------------------------
-def masked_whiten_reference(
-    x: Tensor,
-    mask: Tensor | None,
-    shift_mean: bool = True,
-    unbiased: bool = False,
-    eps: float = WHITEN_EPS,
-) -> Tensor:
-    """The definition, on any device and in any float dtype (float64 is the oracle)."""
-    live = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    count = live.sum().to(x.dtype).clamp(min=1)
-    mean = torch.where(live, x, 0).sum() / count
-    centred = torch.where(live, x - mean, 0)
-    residual = centred.sum() / count
-    centred = torch.where(live, centred - residual, 0)
-    variance = centred.square().sum() / (count - int(unbiased)).clamp(min=1)
-    whitened = centred * torch.rsqrt(variance + eps)
-    return whitened if shift_mean else torch.where(live, whitened + (mean + residual), 0)
-
-
-def group_normalize_reference(
-    scores_B: Tensor, group_ids_B: Tensor, method: str, eps: float, unbiased: bool
-) -> tuple[Tensor, Tensor]:
-    """The definition, on any device, in float64; no host reads, whatever the ids."""
-    x, B = scores_B.double(), scores_B.numel()
-    ids, order = torch.sort(group_ids_B, stable=True)
-    # of each sorted score, from 0
-    group = torch.cat([ids.new_zeros(min(1, B)), (ids[1:] != ids[:-1]).cumsum(0)])
-    # groups that do not exist are empty
-    offsets = torch.searchsorted(group, torch.arange(B + 1, device=ids.device))
-    x = x[order]
-
-    def of_group(values: Tensor, reduce: str) -> Tensor:
-        return (
-            torch.segment_reduce(values, reduce, offsets=offsets, unsafe=True)[group]
-            if B
-            else values
-        )
-
-    def std(squares: Tensor, count: Tensor | int) -> Tensor:
-        return torch.sqrt(
-            squares / torch.as_tensor(count - int(unbiased), device=x.device).clamp(min=1)
-        )
-
-    count = (offsets[1:] - offsets[:-1])[group] if B else ids
-    equal = of_group(x, "max") == of_group(x, "min")
-    centred = torch.where(equal, 0, x - of_group(x, "sum") / count)
-    if method == "grpo":
-        out = torch.where(equal, 0, centred / (std(of_group(centred.square(), "sum"), count) + eps))
-    elif method == "rloo":
-        out = centred * (count / (count - 1).clamp(min=1))
-    elif method == "batch":
-        out = torch.where(
-            equal, 0, centred / (std((x - x.sum() / max(1, B)).square().sum(), B) + eps)
-        )
-    else:
-        out = x if method == "none" else centred
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(B, device=ids.device))
-    return out[back].to(scores_B.dtype), equal[back]
 
 
 # ---- custom ops: what torch.compile sees ---------------------------------------------------------

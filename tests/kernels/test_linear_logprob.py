@@ -439,7 +439,7 @@ def test_narrow_error_is_at_most_twice_that_of_torch(dtype, cap, device):
 def test_the_forward_reads_nothing_on_the_host(device):
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fusedrl.kernels.linear_logprob._triton import _linear_logprob_triton
+    from fusedrl.kernels.linear_logprob._triton_ops import _linear_logprob_triton
 
     class Seen(TorchDispatchMode):
         def __init__(self):

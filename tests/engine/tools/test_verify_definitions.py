@@ -125,30 +125,30 @@ def scaled(function):
     return lambda *arguments, **named: _scaled(function(*arguments, **named))
 
 
-# op -> (module of kernels, or one with dots; function of the torch implementation; what goes wrong
+# op -> (module of kernels, or a whole name; function of the torch implementation; what goes wrong
 # in it)
 FAULTS = {
     "logprob": ("logprob", "logprob_reference", scaled),
-    "full_kl": ("full_kl", "_log_softmax", scaled),
+    "full_kl": ("full_kl._reference", "_log_softmax", scaled),
     "sample": ("sampling", "sample_reference", _first_token),
     "advance_rows_": ("advance_rows", "advance_rows_reference", _never_ends),
     "linear_logprob": ("linear_logprob", "logprob_reference", scaled),
     "linear_full_kl": ("linear_full_kl", "full_kl_reference", scaled),
     "linear_policy_loss": ("linear_policy_loss", "logprob_reference", scaled),
-    "policy_loss": ("policy_loss", "_policy_terms", scaled),
-    "policy_value_loss": ("policy_loss", "_policy_terms", scaled),
+    "policy_loss": ("policy_loss._reference", "_policy_terms", scaled),
+    "policy_value_loss": ("policy_loss._reference", "_policy_terms", scaled),
     "value_loss": (
-        "policy_loss",
+        "policy_loss._reference",
         "_squared_deviations",
         lambda function: lambda x, seen: x.abs().sum(),
     ),
     "token_kl": ("kl", "token_kl_reference", _same_estimator),
-    "kl_loss": ("kl", "_descended", scaled),
-    "gae": ("gae", "_advantages", scaled),
-    "td_advantages": ("gae", "_deltas", scaled),
-    "discounted_returns": ("gae", "_deltas", scaled),
-    "k_step_advantages": ("gae", "_deltas", scaled),
-    "shaped_gae": ("gae", "token_kl_reference", scaled),
+    "kl_loss": ("kl._reference", "_descended", scaled),
+    "gae": ("gae._reference", "_advantages", scaled),
+    "td_advantages": ("gae._reference", "_deltas", scaled),
+    "discounted_returns": ("gae._reference", "_deltas", scaled),
+    "k_step_advantages": ("gae._reference", "_deltas", scaled),
+    "shaped_gae": ("gae._reference", "token_kl_reference", scaled),
     "masked_whiten": ("normalize", "masked_whiten_reference", scaled),
     "group_normalize": ("normalize", "group_normalize_reference", scaled),
     "pairwise_ranking_loss": ("ranking_loss", "pairwise_ranking_loss_reference", scaled),
@@ -175,7 +175,9 @@ def test_all_that_have_a_torch_implementation_have_a_fault():
 def test_a_fault_in_torch_is_told_of_torch(monkeypatch, op):
     """And of nothing else: the C++ of the op is as right as it was."""
     module, name, wrong = FAULTS[op]
-    module = importlib.import_module(module if "." in module else f"fusedrl.kernels.{module}")
+    module = importlib.import_module(
+        module if module.startswith("fusedrl.") else f"fusedrl.kernels.{module}"
+    )
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     faulty = try_op(CATALOGUE[op], "torch", CPU, cases=2)
     assert faulty["state"] == "FAIL", faulty
