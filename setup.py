@@ -72,24 +72,50 @@ class BuildPython(build_py):
                 shutil.copytree(Path("csrc") / name, folder / f"{name}_src", dirs_exist_ok=True)
 
 
-def native_extensions() -> dict:
-    commands = {"build_py": BuildPython}
+def capability_here() -> str:
+    """As kernels/runtime/native.py chooses."""
+    import torch
+
+    found = {"AVX512": "avx512", "AVX2": "avx2"}.get(
+        torch.backends.cpu.get_cpu_capability(), "default"
+    )
+    return found if found in CAPABILITIES else "default"
+
+
+def precompile(compiler, build_temp: Path, extension, digest: str) -> Path:
+    """Parse torch's headers once for an extension. The compiler takes the header as it is where it
+    cannot use what was precompiled."""
+    directory = build_temp.resolve() / "header"
+    directory.mkdir(parents=True, exist_ok=True)
+    told = directory / "fusedrl_sources.h"
+    # else module.cpp would be compiled at every build
+    if not told.is_file() or digest not in told.read_text():
+        told.write_text(f'#define FUSEDRL_SOURCES "{digest}"\n')
+    extension.include_dirs.append(str(directory))
+    header, source, precompiled = (
+        directory / f"precompiled{suffix}" for suffix in (".h", ".cpp", ".h.gch")
+    )
+    shutil.copy("csrc/cpu/include/precompiled.h", header)
+    shutil.copy(header, source)
     try:
-        import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        print(
-            "fusedrl: torch is not installed in the build environment, so the C++ CPU kernels are "
-            "not built and every op "
-            "runs on its torch reference (5x to 100x slower on CPU). Install torch, then: pip "
-            "install --no-build-isolation -e .",
-            file=sys.stderr,
+        (found,) = compiler.compile(
+            [str(source)],
+            str(directory),
+            include_dirs=extension.include_dirs,
+            extra_preargs=["-x", "c++-header"],
+            extra_postargs=extension.extra_compile_args,
         )
-        return {"cmdclass": commands}
+        Path(found).replace(precompiled)
+        extension.extra_compile_args["cxx"] += ["-include", str(header)]
+    except Exception as error:  # whatever it is, the files themselves will tell
+        print(f"fusedrl: torch's headers were not precompiled ({error})", file=sys.stderr)
+    return precompiled
 
-    csrc, digest = Path("csrc"), SOURCES["digest"](Path("csrc"))
 
-    class Build(BuildExtension):
+def build_command(base: type, digest: str) -> type:
+    """The command that builds the extensions of every capability, or this machine's alone."""
+
+    class Build(base):
         def finalize_options(self) -> None:
             super().finalize_options()
             if self.inplace:
@@ -120,32 +146,8 @@ def native_extensions() -> dict:
             self.extensions = built
 
         def build_extension(self, extension) -> None:
-            """With torch's headers parsed once. The compiler takes the header as it is where it
-            cannot use what was precompiled."""
-            directory = Path(self.build_temp).resolve() / "header"
-            directory.mkdir(parents=True, exist_ok=True)
-            told = directory / "fusedrl_sources.h"
-            # else module.cpp would be compiled at every build
-            if not told.is_file() or digest not in told.read_text():
-                told.write_text(f'#define FUSEDRL_SOURCES "{digest}"\n')
-            extension.include_dirs.append(str(directory))
-            header, source, precompiled = (
-                directory / f"precompiled{suffix}" for suffix in (".h", ".cpp", ".h.gch")
-            )
-            shutil.copy("csrc/cpu/include/precompiled.h", header)
-            shutil.copy(header, source)
-            try:
-                (found,) = self.compiler.compile(
-                    [str(source)],
-                    str(directory),
-                    include_dirs=extension.include_dirs,
-                    extra_preargs=["-x", "c++-header"],
-                    extra_postargs=extension.extra_compile_args,
-                )
-                Path(found).replace(precompiled)
-                extension.extra_compile_args["cxx"] += ["-include", str(header)]
-            except Exception as error:  # whatever it is, the files themselves will tell
-                print(f"fusedrl: torch's headers were not precompiled ({error})", file=sys.stderr)
+            """With torch's headers parsed once."""
+            precompiled = precompile(self.compiler, Path(self.build_temp), extension, digest)
             try:
                 super().build_extension(extension)
             finally:
@@ -157,12 +159,24 @@ def native_extensions() -> dict:
                 path.unlink()
             super().copy_extensions_to_source()
 
-    def capability_here() -> str:
-        """As kernels/runtime/native.py chooses."""
-        found = {"AVX512": "avx512", "AVX2": "avx2"}.get(
-            torch.backends.cpu.get_cpu_capability(), "default"
+    return Build
+
+
+def native_extensions() -> dict:
+    commands = {"build_py": BuildPython}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print(
+            "fusedrl: torch is not installed in the build environment, so the C++ CPU kernels are "
+            "not built and every op "
+            "runs on its torch reference (5x to 100x slower on CPU). Install torch, then: pip "
+            "install --no-build-isolation -e .",
+            file=sys.stderr,
         )
-        return found if found in CAPABILITIES else "default"
+        return {"cmdclass": commands}
+
+    csrc, digest = Path("csrc"), SOURCES["digest"](Path("csrc"))
 
     sources = sorted(str(path) for path in csrc.glob("cpu/ops/*.cpp"))
     headers = sorted(
@@ -195,7 +209,7 @@ def native_extensions() -> dict:
     ]
     return {
         "ext_modules": extensions,
-        "cmdclass": commands | {"build_ext": Build},
+        "cmdclass": commands | {"build_ext": build_command(BuildExtension, digest)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fusedrl.engine.base.errors import ConfigError, SetupError
 from fusedrl.engine.cli.common import (
@@ -17,53 +17,72 @@ from fusedrl.engine.cli.common import (
     report_json,
 )
 
+Kinds: TypeAlias = "argparse._SubParsersAction[Any]"
+
 
 def bench_options(parser: argparse.ArgumentParser) -> None:
     """Names and meanings as in `vllm bench`, where it has them."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
+    _throughput(kinds)
+    _latency(kinds)
+    _step(kinds)
+    ops = kinds.add_parser(
+        "kernels",
+        help="the contests of bench/ (a source tree), by pytest-benchmark",
+        allow_abbrev=False,
+    )
+    ops.add_argument("op", nargs="*", help="such as gae; all of them where none is named")
+    ops.add_argument(
+        "--output-json", type=output_file, metavar="FILE", help="pytest-benchmark's report"
+    )
 
-    def kind(name: str, text: str, **defaults: Any) -> argparse.ArgumentParser:
-        one = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-        what = one.add_mutually_exclusive_group(required=True)
-        what.add_argument("--model", metavar="DIR", help="directory or id of the model")
-        what.add_argument(
-            "--shape",
-            choices=("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-0.6b"),
-            help="random weights in the shape of this model",
-        )
-        for option, (default, text) in {
-            "--input-len": (defaults["input_len"], "tokens of a prompt"),
-            "--output-len": (defaults["output_len"], "tokens drawn"),
-            "--n": (defaults["n"], "samples of a prompt"),
-            "--num-iters": (defaults["iters"], "rounds that count"),
-            "--num-iters-warmup": (defaults["warmup"], "rounds before them"),
-        }.items():
-            shown = "(default: %(default)s)" if default is not None else "(default: by workload)"
-            one.add_argument(
-                option,
-                type=count_or_none if option == "--num-iters-warmup" else count,
-                default=default,
-                help=f"{text} {shown}",
-            )
-        one.add_argument(
-            "--seed", type=int, default=0, help="of prompts and draws (default: %(default)s)"
-        )
-        one.add_argument(
-            "--dtype",
-            default="auto",
-            choices=("auto", "float32", "bfloat16"),
-            help="auto: float32 on CPU, bfloat16 on CUDA",
-        )
-        one.add_argument("--device", help="cpu or cuda (default: the best there is)")
-        one.add_argument(
-            "--output-json",
-            type=output_file,
-            metavar="FILE",
-            help='the figures; "-" is standard output, without the table',
-        )
-        return one
 
-    one = kind(
+def _kind(kinds: Kinds, name: str, text: str, **defaults: Any) -> argparse.ArgumentParser:
+    """What all measurements of a model are told."""
+    one = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+    what = one.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="DIR", help="directory or id of the model")
+    what.add_argument(
+        "--shape",
+        choices=("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-0.6b"),
+        help="random weights in the shape of this model",
+    )
+    for option, (default, text) in {
+        "--input-len": (defaults["input_len"], "tokens of a prompt"),
+        "--output-len": (defaults["output_len"], "tokens drawn"),
+        "--n": (defaults["n"], "samples of a prompt"),
+        "--num-iters": (defaults["iters"], "rounds that count"),
+        "--num-iters-warmup": (defaults["warmup"], "rounds before them"),
+    }.items():
+        shown = "(default: %(default)s)" if default is not None else "(default: by workload)"
+        one.add_argument(
+            option,
+            type=count_or_none if option == "--num-iters-warmup" else count,
+            default=default,
+            help=f"{text} {shown}",
+        )
+    one.add_argument(
+        "--seed", type=int, default=0, help="of prompts and draws (default: %(default)s)"
+    )
+    one.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: float32 on CPU, bfloat16 on CUDA",
+    )
+    one.add_argument("--device", help="cpu or cuda (default: the best there is)")
+    one.add_argument(
+        "--output-json",
+        type=output_file,
+        metavar="FILE",
+        help='the figures; "-" is standard output, without the table',
+    )
+    return one
+
+
+def _throughput(kinds: Kinds) -> None:
+    one = _kind(
+        kinds,
         "throughput",
         "tokens per second of a whole workload",
         input_len=None,
@@ -87,7 +106,11 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="generate, generate_batch (transformers), or both with a comma, in the same process",
     )
-    one = kind(
+
+
+def _latency(kinds: Kinds) -> None:
+    one = _kind(
+        kinds,
         "latency",
         "of one batch: to the first token, per token after it, to the end",
         input_len=32,
@@ -97,7 +120,11 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
         warmup=10,
     )
     one.add_argument("--batch-size", type=count, default=8, help="prompts (default: %(default)s)")
-    one = kind(
+
+
+def _step(kinds: Kinds) -> None:
+    one = _kind(
+        kinds,
         "step",
         "a whole PPO or GRPO step by phases",
         input_len=128,
@@ -120,15 +147,6 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
         "--strict",
         action="store_true",
         help="in turn with steps of strict numerics: what they cost",
-    )
-    ops = kinds.add_parser(
-        "kernels",
-        help="the contests of bench/ (a source tree), by pytest-benchmark",
-        allow_abbrev=False,
-    )
-    ops.add_argument("op", nargs="*", help="such as gae; all of them where none is named")
-    ops.add_argument(
-        "--output-json", type=output_file, metavar="FILE", help="pytest-benchmark's report"
     )
 
 

@@ -171,7 +171,7 @@ def _is_ours(error: BaseException) -> bool:
     )
 
 
-def _run(argv: list[str]) -> None:
+def _parser() -> Parser:
     parser = Parser(
         prog="fusedrl",
         allow_abbrev=False,
@@ -222,12 +222,17 @@ def _run(argv: list[str]) -> None:
         metavar="FILE",
         help='what was found; "-" is standard output, without the tables',
     )
+    return parser
+
+
+def _run(argv: list[str]) -> None:
     if argv[:1] == ["train"]:  # argparse's REMAINDER does not take options first
         _train(argv[1:])
         return
     if argv[:1] == ["plan"]:
         _plan(argv[1:])
         return
+    parser = _parser()
     options, unknown = parser.parse_known_args(spelled(parser, argv))
     if unknown:
         refuse_unknown(parser, options, unknown)

@@ -9,11 +9,36 @@ from fusedrl.engine.cli.common import Parser, check_device, output_file, report_
 
 if TYPE_CHECKING:
     from fusedrl.engine.actor import HybridActor
-    from fusedrl.engine.watch.judge import Judge
+    from fusedrl.engine.data.readers import PromptExample
+    from fusedrl.engine.generation.sampler import SamplingParams
+    from fusedrl.engine.watch.judge import Answers, Judge
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     """The three subcommands, whose options know what to call: `options.call(options)`."""
+    _judge_options(commands)
+    samples = commands.add_parser(
+        "samples", help="how completions of held-out prompts changed in a run", allow_abbrev=False
+    )
+    samples.set_defaults(call=_samples)
+    samples.add_argument("run", metavar="RUN", help="a run directory")
+    samples.add_argument(
+        "--columns",
+        type=int,
+        default=4,
+        help="evaluations shown: first, last, and between (default: %(default)s)",
+    )
+
+    report = commands.add_parser(
+        "report",
+        help="a run's metrics at the beginning, half-way and at the end, and its alarms",
+        allow_abbrev=False,
+    )
+    report.set_defaults(call=_report)
+    report.add_argument("run", metavar="RUN", help="a run directory")
+
+
+def _judge_options(commands: argparse._SubParsersAction[Parser]) -> None:
     judge = commands.add_parser(
         "judge",
         help="the completions of two models against each other, each pair in both orders",
@@ -72,26 +97,6 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         help='the figures; "-" is standard output, without the table',
     )
 
-    samples = commands.add_parser(
-        "samples", help="how completions of held-out prompts changed in a run", allow_abbrev=False
-    )
-    samples.set_defaults(call=_samples)
-    samples.add_argument("run", metavar="RUN", help="a run directory")
-    samples.add_argument(
-        "--columns",
-        type=int,
-        default=4,
-        help="evaluations shown: first, last, and between (default: %(default)s)",
-    )
-
-    report = commands.add_parser(
-        "report",
-        help="a run's metrics at the beginning, half-way and at the end, and its alarms",
-        allow_abbrev=False,
-    )
-    report.set_defaults(call=_report)
-    report.add_argument("run", metavar="RUN", help="a run directory")
-
 
 def _judge(options: argparse.Namespace) -> None:
     check_device(options.device)
@@ -103,7 +108,7 @@ def _judge(options: argparse.Namespace) -> None:
     from fusedrl.engine.data.readers import load_prompts
     from fusedrl.engine.data.tokenize import encode_prompts
     from fusedrl.engine.generation.sampler import SamplingParams
-    from fusedrl.engine.watch.judge import Answers, Pairs, judge_pairs, load_judge, report_table
+    from fusedrl.engine.watch.judge import Pairs, judge_pairs, load_judge, report_table
 
     require(options.prompts >= 0, "--prompts", ">= 0", options.prompts)
     params = SamplingParams(
@@ -134,36 +139,19 @@ def _judge(options: argparse.Namespace) -> None:
         examples[index]
         for index in shuffled(len(examples), options.seed, "judge")[: options.prompts or None]
     ]
-    sides, count = [], len(examples)
-    for number, actor in enumerate(actors):
-        prompt_ids = [
-            ids
-            for _, ids in encode_prompts(
-                actor.tokenizer, examples, actor.decoder.config.max_positions
-            )[0]
-        ]
-        # draws of their own, also where both are one model
-        outs = actor.generate(prompt_ids, params, range(number * count, (number + 1) * count))
-        drawn = [completion for out in outs for completion in out]
-        sides.append(
-            (
-                Answers([c.text for c in drawn], [c.token_ids for c in drawn]),
-                [c.prompt_ids for c in drawn],
-            )
-        )
+    count = len(examples)
+    # draws of their own, also where both are one model
+    (prompt_ids, a), (_, b) = (
+        _answers(actor, examples, params, range(number * count, (number + 1) * count))
+        for number, actor in enumerate(actors)
+    )
     owners = [index for index in range(count) for _ in range(options.n)]
     columns = {
         name: [examples[index].columns[name] for index in owners] for name in examples[0].columns
     }
     found = judge_pairs(
         judge,
-        Pairs(
-            [examples[index].prompt for index in owners],
-            sides[0][1],
-            sides[0][0],
-            sides[1][0],
-            columns,
-        ),
+        Pairs([examples[index].prompt for index in owners], prompt_ids, a, b, columns),
         owners,
     )
     report_json(
@@ -171,6 +159,21 @@ def _judge(options: argparse.Namespace) -> None:
         options.output_json,
         lambda: Console().print(report_table(found, (options.a, options.b))),
     )
+
+
+def _answers(
+    actor: HybridActor, examples: list[PromptExample], params: SamplingParams, request_ids: range
+) -> tuple[list[list[int]], Answers]:
+    """Completions of every prompt, with the ids of what each completes."""
+    from fusedrl.engine.data.tokenize import encode_prompts
+    from fusedrl.engine.watch.judge import Answers
+
+    room = actor.decoder.config.max_positions
+    prompt_ids = [ids for _, ids in encode_prompts(actor.tokenizer, examples, room)[0]]
+    outs = actor.generate(prompt_ids, params, request_ids)
+    drawn = [completion for out in outs for completion in out]
+    said = Answers([c.text for c in drawn], [c.token_ids for c in drawn])
+    return [c.prompt_ids for c in drawn], said
 
 
 def _reward_judge(specs: list[str], a: HybridActor, b: HybridActor) -> Judge:

@@ -187,44 +187,15 @@ class Generator:
                 raise ValueError(
                     f"generate: {len(ids)} prompts and {len(given)} {name}; expected one per prompt"
                 )
-        vocab, positions = self.decoder.config.vocab_size, self.decoder.config.max_positions
         eos_ids = self._tokenizer_eos.union(self.decoder.config.eos_token_ids)
         ticket = Ticket()
         sequences: list[Running] = []
         special: dict[SamplingParams, SamplingParams] = {}  # most prompts share theirs
         for index, (prompt, p, key) in enumerate(zip(ids, each, keys, strict=True)):
-            if not isinstance(p, SamplingParams):
-                raise TypeError(
-                    f"generate: expected SamplingParams for prompt {index}, got {type(p).__name__}"
-                )
-            if not isinstance(key, Integral) or not -(2**63) <= key < 2**63:
-                raise TypeError(
-                    f"generate: expected an integer of 64 bits as request id of prompt {index}, "
-                    f"got {key!r}"
-                )
-            if bad := [t for t in (*prompt, *p.token_ids()) if not 0 <= t < vocab]:
-                raise ValueError(
-                    f"generate: token id {bad[0]} of prompt {index} or its SamplingParams is "
-                    f"outside the model's vocabulary [0, {vocab})"
-                )
+            before = prompts[index] if isinstance(prompts[index], Completion) else None
+            self._check(index, prompt, p, key, before)
             if p.stop:
                 p = special[p] = special.get(p) or self._with_special_stops(p)
-            if len(prompt) + p.max_new_tokens > positions:
-                raise ValueError(
-                    f"generate: prompt {index} has {len(prompt)} tokens, and with "
-                    f"max_new_tokens={p.max_new_tokens} that exceeds the model's "
-                    f"{positions} positions; shorten the prompt or lower max_new_tokens"
-                )
-            try:
-                self.scheduler.check_fits(len(prompt), p.max_new_tokens)
-            except ValueError as error:
-                raise ValueError(f"generate: prompt {index} can never run: {error}") from None
-            before = prompts[index] if isinstance(prompts[index], Completion) else None
-            if before is not None and before.kept is not None and not p.return_kept:
-                raise ValueError(
-                    f"generate: prompt {index} is a completion that says what its tokens were "
-                    "drawn from; continue it with return_kept=True"
-                )
             request = _Request(
                 ticket,
                 index,
@@ -248,6 +219,41 @@ class Generator:
                     )
                 )
         return ticket, sequences
+
+    def _check(
+        self, index: int, prompt: list[int], p: Any, key: Any, before: Completion | None
+    ) -> None:
+        """Raise TypeError or ValueError for one prompt of a call that can never run."""
+        vocab, positions = self.decoder.config.vocab_size, self.decoder.config.max_positions
+        if not isinstance(p, SamplingParams):
+            raise TypeError(
+                f"generate: expected SamplingParams for prompt {index}, got {type(p).__name__}"
+            )
+        if not isinstance(key, Integral) or not -(2**63) <= int(key) < 2**63:
+            raise TypeError(
+                f"generate: expected an integer of 64 bits as request id of prompt {index}, "
+                f"got {key!r}"
+            )
+        if bad := [t for t in (*prompt, *p.token_ids()) if not 0 <= t < vocab]:
+            raise ValueError(
+                f"generate: token id {bad[0]} of prompt {index} or its SamplingParams is "
+                f"outside the model's vocabulary [0, {vocab})"
+            )
+        if len(prompt) + p.max_new_tokens > positions:
+            raise ValueError(
+                f"generate: prompt {index} has {len(prompt)} tokens, and with "
+                f"max_new_tokens={p.max_new_tokens} that exceeds the model's "
+                f"{positions} positions; shorten the prompt or lower max_new_tokens"
+            )
+        try:
+            self.scheduler.check_fits(len(prompt), p.max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"generate: prompt {index} can never run: {error}") from None
+        if before is not None and before.kept is not None and not p.return_kept:
+            raise ValueError(
+                f"generate: prompt {index} is a completion that says what its tokens were "
+                "drawn from; continue it with return_kept=True"
+            )
 
     def enqueue(self, ticket: Ticket, sequences: list[Running]) -> None:
         """Queue what `prepare` made.

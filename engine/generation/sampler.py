@@ -84,6 +84,10 @@ class SamplingParams:
                 "SamplingParams: expected min_new_tokens <= max_new_tokens, got "
                 f"{self.min_new_tokens} > {self.max_new_tokens}"
             )
+        self._take_lists()
+
+    def _take_lists(self) -> None:
+        """Ids, stop strings and biases as tuples."""
         # Lists are taken as well, one string for a tuple of one, a dict of biases; as tuples the
         # dataclass stays hashable.
         for name in ("stop_token_ids", "banned_token_ids"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,6 +107,7 @@ def run_demo(
 def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> DemoResult:
     console = Console(quiet=not progress)
     seconds: dict[str, float] = {}
+    at = partial(RunConfig, seed=seed, progress=progress)
 
     def chapter(number: int, title: str) -> float:
         console.print(f"[bold]{number}. {title}[/bold]")
@@ -127,59 +129,18 @@ def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> 
         f"SFT: a language model from random weights, {size.sft_epochs} passes over {size.stories} "
         "stories",
     )
-    sft = train_sft(
-        SFTConfig(
-            model=str(start_model),
-            data=str(files / "sft.jsonl"),
-            eval_fraction=0.05,
-            epochs=size.sft_epochs,
-            sequences_per_step=32,
-            dtype="float32",
-            device=device,
-            optim=OptimConfig(lr=2e-3, warmup_steps=20),
-            run=RunConfig(str(root / "sft"), seed=seed, progress=progress),
-        )
-    )
+    sft = train_sft(_sft(start_model, files, size, device, at(str(root / "sft"))))
     seconds["sft"] = time.perf_counter() - started
 
     started = chapter(
         2, f"Reward model: {size.pairs} preference pairs from a rater who is often wrong"
     )
-    reward_model = train_reward_model(
-        RewardModelConfig(
-            model=sft.model,
-            data=str(files / "pairs.jsonl"),
-            eval_fraction=0.125,
-            pairs_per_step=32,
-            dtype="float32",
-            device=device,
-            optim=OptimConfig(lr=2e-3, warmup_steps=10),
-            run=RunConfig(str(root / "reward"), seed=seed, progress=progress),
-        )
-    )
+    reward_model = train_reward_model(_reward(sft.model, files, device, at(str(root / "reward"))))
     seconds["reward"] = time.perf_counter() - started
 
-    # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token the
-    # whole credit that a value head which has hardly begun to learn would withhold from it, and a
-    # small value_coef keeps that head from bending the trunk that it shares with the policy.
     started = chapter(3, f"PPO against the reward model, KL target {KL_TARGET:g} nats per story")
     ppo = train_policy(
-        PolicyConfig(
-            model=sft.model,
-            data=str(files / "prompts.jsonl"),
-            reward=(reward_model.model,),
-            steps=size.ppo_steps,
-            prompts_per_step=size.prompts_per_step,
-            epochs=4,
-            missing_eos_penalty=1.0,
-            generation=GENERATION,
-            dtype="float32",
-            device=device,
-            kl=KLConfig(coef=0.05, target=KL_TARGET),
-            loss=LossConfig(lam=1.0, value_coef=0.02),
-            optim=OptimConfig(lr=5e-4),
-            run=RunConfig(str(root / "ppo"), seed=seed, progress=progress),
-        )
+        _ppo(sft.model, reward_model.model, files, size, device, at(str(root / "ppo")))
     )
     seconds["ppo"] = time.perf_counter() - started
 
@@ -203,6 +164,57 @@ def _run(root: Path, seed: int, size: DemoSize, device: str, progress: bool) -> 
     )
     _report(console, result, [str(example.prompt) for example in prompts], ceiling)
     return result
+
+
+def _sft(model: Path, files: Path, size: DemoSize, device: str, run: RunConfig) -> SFTConfig:
+    return SFTConfig(
+        model=str(model),
+        data=str(files / "sft.jsonl"),
+        eval_fraction=0.05,
+        epochs=size.sft_epochs,
+        sequences_per_step=32,
+        dtype="float32",
+        device=device,
+        optim=OptimConfig(lr=2e-3, warmup_steps=20),
+        run=run,
+    )
+
+
+def _reward(model: str, files: Path, device: str, run: RunConfig) -> RewardModelConfig:
+    return RewardModelConfig(
+        model=model,
+        data=str(files / "pairs.jsonl"),
+        eval_fraction=0.125,
+        pairs_per_step=32,
+        dtype="float32",
+        device=device,
+        optim=OptimConfig(lr=2e-3, warmup_steps=10),
+        run=run,
+    )
+
+
+def _ppo(
+    model: str, reward: str, files: Path, size: DemoSize, device: str, run: RunConfig
+) -> PolicyConfig:
+    # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token the
+    # whole credit that a value head which has hardly begun to learn would withhold from it, and a
+    # small value_coef keeps that head from bending the trunk that it shares with the policy.
+    return PolicyConfig(
+        model=model,
+        data=str(files / "prompts.jsonl"),
+        reward=(reward,),
+        steps=size.ppo_steps,
+        prompts_per_step=size.prompts_per_step,
+        epochs=4,
+        missing_eos_penalty=1.0,
+        generation=GENERATION,
+        dtype="float32",
+        device=device,
+        kl=KLConfig(coef=0.05, target=KL_TARGET),
+        loss=LossConfig(lam=1.0, value_coef=0.02),
+        optim=OptimConfig(lr=5e-4),
+        run=run,
+    )
 
 
 def _free(directory: Path) -> Path:

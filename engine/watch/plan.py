@@ -204,6 +204,24 @@ class Planner:
             if isinstance(config, RewardModelConfig)
             else self._decoder
         )
+        self._count_trained(whole, values)
+        self._count_others(base)
+        self._phases: list[Planner] = [self]  # what trains, one after the other
+        self._count_critic()
+        self._cache = cache or CacheConfig()
+        self.kv_pool = 0
+        if isinstance(config, SamplingConfig):
+            pool = self._kv_pool(
+                machine_memory(self.device)
+                if memory is None and self.device.type == "cuda"
+                else memory or 0
+            )
+            for phase in self._phases:
+                phase.kv_pool = pool
+
+    def _count_trained(self, whole: Decoder | RewardModel, values: bool) -> None:
+        """Weights, gradients and the optimizer's state of what is trained here."""
+        model, config = self.model, self.config
         trained = [(p.numel(), p.element_size()) for p in whole.parameters() if p.requires_grad]
         head, idle = (
             self._decoder.head,
@@ -238,6 +256,10 @@ class Planner:
         # the head's own, while it warms up
         if self._critic and isinstance(config, PolicyConfig) and config.critic_warmup:
             self.optimizer += sum(4 + 8 * n for n, _ in value_head)
+
+    def _count_others(self, base: int) -> None:
+        """The reference and the reward models, and the rotary tables of all."""
+        config = self.config
         kind = (
             config.reference_kind
             if isinstance(config, DPOConfig)
@@ -254,7 +276,10 @@ class Planner:
         self.rotary += sum(
             self._rotary_bytes(self._reward_trunk(spec)) for spec in judges if Path(spec).is_dir()
         )
-        self._phases: list[Planner] = [self]  # what trains, one after the other
+
+    def _count_critic(self) -> None:
+        """A critic of its own, which is trained before the policy."""
+        model, config = self.model, self.config
         if isinstance(config, PolicyConfig) and (critic := config.own_critic) is not None:
             trunk = model if critic.model == "policy" else read_model_config(critic.model)
             apart = RewardModelConfig(
@@ -269,16 +294,6 @@ class Planner:
             self.weights += self._phases[0].weights
             self.optimizer += self._phases[0].optimizer
             self.rotary += self._rotary_bytes(self._phases[0]._decoder)
-        self._cache = cache or CacheConfig()
-        self.kv_pool = 0
-        if isinstance(config, SamplingConfig):
-            pool = self._kv_pool(
-                machine_memory(self.device)
-                if memory is None and self.device.type == "cuda"
-                else memory or 0
-            )
-            for phase in self._phases:
-                phase.kv_pool = pool
 
     def _moments(self, numel: int) -> int:
         eight = self.config.optim.state == "int8" and quantized(numel)

@@ -355,9 +355,6 @@ def sample(
         _check_drawn(drawn, capacity)
     # what is behind the end was never touched: exact, and no larger than it looks
     if on_host and drawn.kept is not None:
-        drawn = drawn._replace(
-            kept=Kept(
-                drawn.kept.token_ids[: int(drawn.kept.offsets[-1])].clone(), drawn.kept.offsets
-            )
-        )
+        ids, offsets = drawn.kept
+        drawn = drawn._replace(kept=Kept(ids[: int(offsets[-1])].clone(), offsets))
     return drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -397,22 +398,39 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
         bias(H, family["layer_norm"]),
     )
     if case.adapter:
-        q, kv = heads * D, kv_heads * D
-        slices = ((0, 0, q), (0, q + kv, kv), (1, 0, H), (2, up - F, F), (3, 0, H))
-        adapters = tuple(
-            (
-                rand(6, H),
-                rand(q + kv, 3),
-                rand(3, q),
-                rand(H, 3),
-                rand(3, H),
-                rand(F, 3),
-                rand(3, F),
-                rand(H, 3),
-            )
-            for _ in range(L)
+        weights = weights._replace(adapter=_adapter(rand, heads * D, kv_heads * D, H, F, up, L))
+    return Problem(_decode_inputs(case, generator, weights, V, S), {"weights": weights})
+
+
+def _adapter(
+    rand: Callable[..., Tensor], q: int, kv: int, H: int, F: int, up: int, L: int
+) -> step.Adapter:
+    """Of q, v, the output, the upper half of up, and down."""
+    slices = ((0, 0, q), (0, q + kv, kv), (1, 0, H), (2, up - F, F), (3, 0, H))
+    adapters = tuple(
+        (
+            rand(6, H),
+            rand(q + kv, 3),
+            rand(3, q),
+            rand(H, 3),
+            rand(3, H),
+            rand(F, 3),
+            rand(3, F),
+            rand(H, 3),
         )
-        weights = weights._replace(adapter=step.Adapter(adapters, slices, 0.5))
+        for _ in range(L)
+    )
+    return step.Adapter(adapters, slices, 0.5)
+
+
+def _decode_inputs(
+    case: SimpleNamespace,
+    generator: torch.Generator,
+    weights: step.DecoderWeights,
+    V: int,
+    S: int,
+) -> Tensors:
+    """The tokens of a step and the paged cache that they are written to."""
     # Every sequence from its first position, its tokens in one call; blocks dealt out at random,
     # the rest of the table and of the cache wild.
     positions = (
@@ -432,7 +450,7 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
         table[b, :count] = deal[at : at + count]
         at += count
     k_cache, v_cache = step.allocate_cache(weights, sum(needed) + 2, S)
-    x = {
+    return {
         "token_ids": torch.randint(0, V, (len(positions),), generator=generator),
         "positions": positions,
         "rows": rows,
@@ -441,7 +459,6 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
         "v_cache": v_cache.fill_(math.nan),
         "out_slots": torch.arange(len(positions))[::2].contiguous(),
     }
-    return Problem(x, {"weights": weights})
 
 
 def _decode(x: dict, s: dict, impl: str | None) -> Tensors:
