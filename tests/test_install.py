@@ -98,7 +98,7 @@ def test_the_narrower_builds_keep_the_contract(capability, tmp_path):
     subprocess.run([sys.executable, "-c", BUILD, capability, str(tmp_path)], cwd=ROOT, check=True)
     _tree(tmp_path)  # with this build alone
     built = _run(
-        "from fusedrl.kernels import native; print(native.capability)",
+        "from fusedrl.kernels.runtime import native; print(native.capability)",
         tmp_path,
         ATEN_CPU_CAPABILITY=capability,
     )

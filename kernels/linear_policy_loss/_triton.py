@@ -25,6 +25,9 @@ Host       with a gradient to form, reads which rows have a weight, and of each 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -52,6 +55,23 @@ def rows_of(workspace_bytes: int, V: int, itemsize: int) -> tuple[int, int]:
 
 
 # ---- custom op: what torch.compile sees ----------------------------------------------------------
+class Gradients(NamedTuple):
+    """Sums of the gradients that are asked for; weight and bias in float32."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def add(self, hidden: Tensor, weight: Tensor, dz_AV: Tensor, members_A: Tensor) -> None:
+        """The products with the gradients of the logits of some rows of hidden."""
+        if self.hidden is not None:
+            self.hidden[members_A] = product(dz_AV, weight).to(hidden.dtype)
+        if self.weight is not None:
+            add_product(self.weight, dz_AV.t(), hidden[members_A])
+        if self.bias is not None:
+            self.bias.add_(dz_AV.sum(0, dtype=torch.float32))
+
+
 @torch.library.custom_op("fusedrl::linear_policy_loss_triton", mutates_args=())
 def _linear_policy_loss_triton(
     hidden: Tensor,
@@ -106,71 +126,22 @@ def _linear_policy_loss_triton(
         logp, entropy = scores.logp[begin:end], scores.entropy[begin:end]
         old, advantage, ref, *derived = (None if t is None else t[begin:end] for t in columns)
         loss, stats, grad, _ = policy_value_loss_triton(
-            logp,
-            logp if old is None else old,
-            advantage,
-            weights_M[begin:end],
-            entropy,
-            None,
-            None,
-            None,
-            ref,
-            *derived,
-            kind,
-            kl_estimator,
-            kl_gradient,
-            coefficients,
+            *(logp, logp if old is None else old, advantage, weights_M[begin:end], entropy),
+            *(None, None, None, ref, *derived),
+            *(kind, kl_estimator, kl_gradient, coefficients),
         )
         return loss, stats[:_STATS], grad
 
-    hidden_grad = hidden.new_zeros(hidden.shape if for_hidden else 0)
-    weight_grad = hidden.new_zeros(weight.shape if for_weight else 0, dtype=torch.float32)
-    bias_grad = hidden.new_zeros(V if for_bias else 0, dtype=torch.float32)
+    grads = Gradients(
+        hidden.new_zeros(hidden.shape) if for_hidden else None,
+        hidden.new_zeros(weight.shape, dtype=torch.float32) if for_weight else None,
+        hidden.new_zeros(V, dtype=torch.float32) if for_bias else None,
+    )
     if not backward:
         score(hidden, head, rows, scores, 0, M, workspace_bytes)
     else:
         entropy_grad = weights_M * -coefficients[COEFFICIENTS.index("entropy_coef")]
-        R, C = rows_of(workspace_bytes, V, hidden.dtype.itemsize)
-        R, C = min(R, M), min(C, M)
-        logits_RV, dz_CV = hidden.new_empty(R, V, dtype=torch.float32), hidden.new_empty(C, V)
-        pending: list[Tensor] = []  # rows of hidden whose gradients stand in dz, in order
-        held = 0
-        for begin in range(0, M, max(1, R)):
-            end = min(begin + R, M)
-            score(hidden, head, rows, scores, begin, end, workspace_bytes, logits_RV)
-            _, _, g = policy(begin, end)
-            h = entropy_grad[begin:end]
-            active = ((g != 0) | (h != 0)).nonzero().squeeze(1)
-            here = Rows(
-                index[begin:end],
-                rows.ids[begin:end],
-                None if rows.temperatures is None else rows.temperatures[begin:end],
-            )
-            scored = Scores(
-                scores.logp[begin:end], scores.entropy[begin:end], scores.stats[begin:end]
-            )
-            logits_gradient(
-                g,
-                h,
-                logits_RV,
-                head,
-                here,
-                scored,
-                active,
-                dz_CV[held : held + active.numel()],
-                finished=True,
-            )
-            pending.append(here.row[active])
-            held += active.numel()
-            if held and (held + R > C or end == M):
-                dz, members = dz_CV[:held], torch.cat(pending)
-                if for_hidden:
-                    hidden_grad[members] = product(dz, weight).to(hidden.dtype)
-                if for_weight:
-                    add_product(weight_grad, dz.t(), hidden[members])
-                if for_bias:
-                    bias_grad += dz.sum(0, dtype=torch.float32)
-                pending, held = [], 0
+        _walk(hidden, head, rows, scores, policy, entropy_grad, grads, workspace_bytes)
     loss, stats, _ = policy(0, M)
     live_N = weights != 0  # rows without one were not scored
     logp_N, entropy_N = (
@@ -182,10 +153,49 @@ def _linear_policy_loss_triton(
         stats.clone(),
         logp_N,
         entropy_N,
-        hidden_grad,
-        weight_grad.to(weight.dtype),
-        bias_grad.to(weight.dtype),
+        weight.new_zeros(0) if grads.hidden is None else grads.hidden,
+        weight.new_zeros(0) if grads.weight is None else grads.weight.to(weight.dtype),
+        weight.new_zeros(0) if grads.bias is None else grads.bias.to(weight.dtype),
     )
+
+
+def _walk(
+    hidden: Tensor,
+    head: HeadOf,
+    rows: Rows,
+    scores: Scores,
+    policy: Callable[[int, int], tuple[Tensor, Tensor, Tensor]],
+    entropy_grad: Tensor,
+    grads: Gradients,
+    workspace_bytes: int,
+) -> None:
+    """Score the rows and add up their gradients, chunk by chunk; those of rows that reach no
+    gradient are left out of the products."""
+    M, V = rows.row.numel(), head.weight.shape[0]
+    R, C = rows_of(workspace_bytes, V, hidden.dtype.itemsize)
+    R, C = min(R, M), min(C, M)
+    logits_RV, dz_CV = hidden.new_empty(R, V, dtype=torch.float32), hidden.new_empty(C, V)
+    pending: list[Tensor] = []  # rows of hidden whose gradients stand in dz, in order
+    held = 0
+    for begin in range(0, M, max(1, R)):
+        end = min(begin + R, M)
+        score(hidden, head, rows, scores, begin, end, workspace_bytes, logits_RV)
+        _, _, g = policy(begin, end)
+        h = entropy_grad[begin:end]
+        active = ((g != 0) | (h != 0)).nonzero().squeeze(1)
+        here = Rows(
+            rows.row[begin:end],
+            rows.ids[begin:end],
+            None if rows.temperatures is None else rows.temperatures[begin:end],
+        )
+        scored = Scores(*(column[begin:end] for column in scores))
+        room = dz_CV[held : held + active.numel()]
+        logits_gradient(g, h, logits_RV, head, here, scored, active, room, finished=True)
+        pending.append(here.row[active])
+        held += active.numel()
+        if held and (held + R > C or end == M):
+            grads.add(hidden, head.weight, dz_CV[:held], torch.cat(pending))
+            pending, held = [], 0
 
 
 @_linear_policy_loss_triton.register_fake
