@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fusedrl.engine import HybridActor
 from fusedrl.engine.base.packing import PackedBatch
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import hf_views
 from fusedrl.engine.tools.workloads import forward_flops
 

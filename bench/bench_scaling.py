@@ -20,8 +20,8 @@ import torch
 from bench.harness import DEVICE
 
 from fusedrl.engine import HybridActor, SamplingParams
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.tools.workloads import needed, random_workload
 
 CONFIG = {

@@ -28,7 +28,7 @@ from bench.harness import DEVICE
 
 from fusedrl.engine import HybridActor, SamplingParams
 from fusedrl.engine.model.heads import ValueHead
-from fusedrl.engine.tools.bench import PolicyStep
+from fusedrl.engine.tools.bench_step import PolicyStep
 from fusedrl.engine.tools.workloads import Workload, forward_flops, random_workload
 
 PROMPTS, SAMPLES, NEW = 8, 8, 64

@@ -1,5 +1,8 @@
 """HybridActor: one copy of the weights, and everything that reads it: generation, scoring, the
-training forward, the value head."""
+training forward, the value head.
+
+One file: generating and scoring read the same weights by the same rules.
+"""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_tokenizer, save_pretrained
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")

@@ -21,8 +21,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from fusedrl.engine.model.configuration import ModelConfig, model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import ModelConfig, model_config
 from fusedrl.engine.model.weights import hf_views, save_pretrained
 
 MAGIC = 0x616B3432

@@ -97,6 +97,12 @@ class FusedLinearForPPO(torch.nn.Module):
 
 
 # ---- Liger ---------------------------------------------------------------------------------------
+_NO_REFERENCE = (
+    "LigerFusedLinearGRPOLoss: expected ref_per_token_logps, or ref_input and ref_weight, with "
+    "use_ref_model=True, got neither"
+)
+
+
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
     """Liger's module of this name: the GRPO losses from hidden states, the gradients formed in the
     forward pass.
@@ -235,12 +241,15 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             (loss, metrics): a scalar, differentiable in _input, lin_weight and bias; (mean KL, clip
             ratio) over unmasked tokens, the first only where beta is not 0.
         """
-        op, ratio = "LigerFusedLinearGRPOLoss", vllm_is_ratio
+        no_reference = ref_per_token_logps is None and (ref_input is None or ref_weight is None)
+        if self.use_ref_model and no_reference:
+            raise ValueError(_NO_REFERENCE)
+        ratio = vllm_is_ratio
         if ratio is not None and ratio.ndim == 1:
             ratio = ratio[:, None]
         of_ratio = "B 1" if ratio is not None and ratio.shape[1:] == (1,) else "B T"
         B, T, *_ = check(
-            op,
+            "LigerFusedLinearGRPOLoss",
             {
                 "_input": (_input, "B T H"),
                 "lin_weight": (lin_weight, "V H"),
@@ -256,23 +265,17 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 "vllm_is_ratio": (ratio, of_ratio),
             },
         )
-        no_reference = ref_per_token_logps is None and (ref_input is None or ref_weight is None)
-        if self.use_ref_model and no_reference:
-            raise ValueError(
-                f"{op}: expected ref_per_token_logps, or ref_input and ref_weight, with "
-                "use_ref_model=True, got neither"
-            )
         wide, mask = torch.promote_types(_input.dtype, torch.float32), attention_mask != 0
         ids = torch.where(mask, selected_token_ids, _IGNORED).flatten()
         weights = self._weights(mask.to(wide), num_items_in_batch).flatten()
         advantage = self._advantages(advantages, ratio, mask).to(wide).flatten()
-        ref_logp = None
-        if self.beta and self.use_ref_model:
-            ref_logp = (
-                self._score(ref_input, ref_weight, ref_bias, ids, wide)
-                if ref_per_token_logps is None
-                else ref_per_token_logps.to(wide).flatten()
-            )
+        ref_logp = ref_per_token_logps
+        if not (self.beta and self.use_ref_model):
+            ref_logp = None
+        elif ref_logp is None:
+            ref_logp = self._score(ref_input, ref_weight, ref_bias, ids, wide)
+        else:
+            ref_logp = ref_logp.to(wide).flatten()
         objective, at_ratio_one = self.objective, None
         if old_per_token_logps is not None:
             old_logp = old_per_token_logps.to(wide).flatten()
@@ -283,12 +286,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             old_logp = self._score(_input, lin_weight, bias, ids, wide)
         ends = T * torch.arange(B + 1, device=mask.device)
         loss, stats, *_ = linear_policy_loss(
-            _input.flatten(0, 1),
-            lin_weight.to(_input.dtype),
-            ids,
-            old_logp,
-            advantage,
-            weights,
+            *(_input.flatten(0, 1), lin_weight.to(_input.dtype), ids),
+            *(old_logp, advantage, weights),
             objective=objective,
             ref_logp=ref_logp,
             kl_coef=self.beta if ref_logp is not None else 0.0,

@@ -443,6 +443,94 @@ def test_the_tree_of_the_page_is_the_tree():
     assert not missing, f"the tree of docs/structure.md lacks {sorted(missing)}"
 
 
+# ---- sizes ---------------------------------------------------------------------------------------
+MOST_LINES, LONGEST_FILE = 60, 600
+# Of tests and benchmarks, functions that are longer; nothing may join them.
+LONGER = {
+    "bench/bench_breakdown.py::halting_loop",
+    "bench/bench_step.py::trl_step",
+    "bench/first_light.py::steps",
+    "bench/scaling_plot.py::svg",
+    "examples/compare.py::main",
+    "examples/convert_llama2c.py::convert_tokenizer",
+    "examples/sample_pairs.py::main",
+    "tests/engine/cli/test_asked.py::test_what_is_no_model",
+    "tests/engine/policy/test_closed_forms.py::learn",
+    "tests/engine/policy/test_critic.py::test_another_vocabulary_is_refused",
+    "tests/engine/policy/test_ppo_max.py::test_the_preset_and_its_switches",
+    "tests/engine/policy/test_trpo.py::sampled",
+    "tests/engine/rollout/test_trl_rollout.py::test_grpo_trainer",
+    "tests/engine/runs/test_saving.py::make",
+    "tests/engine/stages/test_rejection_stage.py::test_the_commands",
+    "tests/engine/stages/test_sft_stage.py::test_every_turn_of_a_conversation_is_learnt_where_asked_for",
+    "tests/engine/watch/test_judge.py::test_the_command",
+    "tests/engine/watch/test_plan.py::test_a_critic_of_its_own",
+    "tests/engine/watch/test_plan.py::test_the_command_line",
+    "tests/kernels/test_decode_step.py::dense",
+    "tests/kernels/test_decode_step.py::make",
+    "tests/kernels/test_kl_loss.py::test_sequence_level_is_the_definition",
+    "tests/kernels/test_kl_loss.py::test_value_opcheck_compile_and_refusals",
+    "tests/kernels/test_kv_cache.py::test_fills_the_cache_of_decode_step",
+}
+
+
+def _functions(tree: ast.Module) -> dict[str, int]:
+    """Name -> lines of its body without the docstring; bodies of GPU kernels are left out."""
+    found = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or any(
+            "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
+        ):
+            continue
+        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+        if body:
+            found[node.name] = (body[-1].end_lineno or 0) - body[0].lineno + 1
+    return found
+
+
+def _too_long(source: str, where: str) -> list[str]:
+    tree = ast.parse(source)
+    found = [
+        f"{where}::{name} has {lines} lines"
+        for name, lines in _functions(tree).items()
+        if lines > MOST_LINES
+    ]
+    lines = source.count("\n")
+    if lines > LONGEST_FILE and "One file: " not in (ast.get_docstring(tree) or ""):
+        found.append(f"{where} has {lines} lines, and its first docstring no reason")
+    return found
+
+
+def test_functions_fit_a_screen_and_files_have_a_reason():
+    found = [
+        line
+        for path in PRODUCT
+        for line in _too_long(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+    ]
+    assert not found
+
+
+def test_no_test_grows():
+    """What is longer than a screen may only become shorter."""
+    found = set()
+    for folder in ("tests", "bench", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            functions = _functions(_tree(path))
+            name = path.relative_to(ROOT).as_posix()
+            found |= {f"{name}::{one}" for one, lines in functions.items() if lines > MOST_LINES}
+    assert found <= LONGER
+
+
+def test_a_planted_length_is_found():
+    body = "\n".join("    x = 1" for _ in range(MOST_LINES))
+    assert not _too_long(f"def f():\n    'What it is for.'\n{body}\n", "a.py")
+    assert _too_long(f"def f():\n{body}\n    return x\n", "a.py") == ["a.py::f has 61 lines"]
+    assert not _too_long(f"@triton.jit\ndef f():\n{body}\n    return x\n", "a.py")
+    lines = "x = 1\n" * (LONGEST_FILE + 1)
+    assert _too_long(lines, "a.py") == ["a.py has 601 lines, and its first docstring no reason"]
+    assert not _too_long(f"'One file: it is one.'\n{lines}", "a.py")
+
+
 # ---- words ---------------------------------------------------------------------------------------
 UNSAID = re.compile(
     "(After|As|At|Before|By|For|From|How|In|It|Its|Of|On|That|They|Those|To|Until|What|When|Where|"

@@ -156,6 +156,7 @@ def run_bench(options: argparse.Namespace) -> None:
         return
     check_device(options.device)
     from fusedrl.engine.tools import bench
+    from fusedrl.engine.tools.bench_step import step
 
     subject = bench.Subject(options.model, options.shape, options.dtype, options.device)
     rounds = {"iterations": options.num_iters, "warmup": options.num_iters_warmup}
@@ -186,7 +187,7 @@ def run_bench(options: argparse.Namespace) -> None:
         )
     else:
         ppo = options.algorithm == "ppo"
-        found = bench.step(
+        found = step(
             subject,
             algorithm=options.algorithm,
             num_prompts=options.num_prompts or (64 if ppo else 8),

@@ -6,6 +6,8 @@ While the same sequences decode on, their state stays on the device and is advan
 (state.py): a window of steps runs before the host looks at what was drawn and sees who ended. What
 a sequence would have drawn behind its end is cut off, so a window's length changes no completion.
 On a CPU looking costs nothing: there a window ends with the first sequence that does.
+
+One file: a call, its steps and what is handed out share one state and one lock.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -22,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.base.completion import Completion
-from fusedrl.engine.data.tokenize import encode_prompt
 from fusedrl.engine.generation.blocks import BlockManager
 from fusedrl.engine.generation.cache import CacheConfig, KVCache
 from fusedrl.engine.generation.graphs import (
@@ -37,6 +38,7 @@ from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
 from fusedrl.engine.generation.scheduler import Plan, Scheduler
 from fusedrl.engine.generation.scheduler import Sequence as Running
 from fusedrl.engine.generation.state import DecodeState, Tokens, advance
+from fusedrl.engine.generation.texts import Texts
 from fusedrl.engine.generation.turns import Turns
 from fusedrl.engine.model.decoder import Decoder, own_precision
 from fusedrl.engine.model.heads import ValueHead
@@ -44,7 +46,6 @@ from fusedrl.engine.model.step import weight_dtypes
 from fusedrl.engine.model.watch import Depth, Watch
 
 _WINDOW, _CPU_WINDOW = 8, 16  # steps between two looks of the host; a CPU's end early
-_CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
 
 
 class Drawn(NamedTuple):
@@ -145,6 +146,7 @@ class Generator:
             values=value_head is not None,
         )
         self._table = SamplingTable(config.max_sequences)
+        self._texts = Texts(tokenizer)
         eos = getattr(tokenizer, "eos_token_id", None)
         self._tokenizer_eos = frozenset() if eos is None else frozenset({eos})
         self._turns = Turns()
@@ -179,7 +181,7 @@ class Generator:
                 f"generate: expected a list of prompts, got one {type(prompts).__name__}; wrap it "
                 "in a list"
             )
-        ids = self._encode(prompts)
+        ids = self._texts.encode(prompts)
         each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
         keys = list(range(len(ids))) if request_ids is None else list(request_ids)
         for name, given in (("SamplingParams", each), ("request_ids", keys)):
@@ -195,7 +197,7 @@ class Generator:
             before = prompts[index] if isinstance(prompts[index], Completion) else None
             self._check(index, prompt, p, key, before)
             if p.stop:
-                p = special[p] = special.get(p) or self._with_special_stops(p)
+                p = special[p] = special.get(p) or self._texts.with_special_stops(p)
             request = _Request(
                 ticket,
                 index,
@@ -614,8 +616,10 @@ class Generator:
             slot = int(drew[row])
             sequence = self.scheduler.at(slot)
             stopped[row] = (
-                self._stop_string(
-                    sequence.request, slots.tokens[slot, : slots.length[slot]], sequence.num_prompt
+                self._texts.stop_string(
+                    sequence.request.params,
+                    slots.tokens[slot, : slots.length[slot]],
+                    sequence.num_prompt,
                 )
                 is not None
             )
@@ -654,9 +658,9 @@ class Generator:
                 [*before.weights_versions, *versions],
             )
             values = None if values is None or before.values is None else [*before.values, *values]
-        text = self._text(request.prompt_ids, token_ids) if self.tokenizer is not None else ""
+        text = self._texts.text(request.prompt_ids, token_ids) if self.tokenizer is not None else ""
         if request.params.stop and reason == "stop":
-            found = self._stop_string(request, sequence.tokens, start)
+            found = self._texts.stop_string(request.params, sequence.tokens, start)
             text = text[: text.rindex(found)] if found is not None and found in text else text
         completion = Completion(
             request.prompt_ids,
@@ -672,100 +676,3 @@ class Generator:
         )
         del request.ticket.live[sequence.id]
         request.ticket.finished.append(Finished(request.index, sequence.sample, completion))
-
-    def _stop_string(self, request: _Request, tokens: np.ndarray, start: int) -> str | None:
-        """The stop string that the text of tokens[start:] ends with, or holds since its last token.
-        Only as much of it is decoded as can matter."""
-        # a character is four tokens at the most: its bytes
-        tail = max(start, len(tokens) - 4 * max(map(len, request.params.stop)) - _CONTEXT)
-        text = self._text(tokens[:tail].tolist(), tokens[tail:].tolist())
-        return next((stop for stop in request.params.stop if stop in text), None)
-
-    # ---- prompts ---------------------------------------------------------------------------------
-    def _text(self, prompt_ids: list[int], token_ids: list[int]) -> str:
-        """The text that the tokens add to the prompt's. Decoded behind the prompt's last tokens:
-        alone, a sentencepiece tokenizer drops their first space."""
-        before = self.tokenizer.decode(prompt_ids[-_CONTEXT:], skip_special_tokens=True)
-        both = self.tokenizer.decode(prompt_ids[-_CONTEXT:] + token_ids, skip_special_tokens=True)
-        return (
-            both.removeprefix(before)
-            if both.startswith(before)
-            else self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        )
-
-    def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Token ids of strings, id lists and message lists."""
-        ids: list[list[int]] = []
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, Completion):
-                prompt = [*prompt.prompt_ids, *prompt.token_ids]
-            elif isinstance(prompt, Tensor | np.ndarray):
-                prompt = prompt.tolist()
-            if isinstance(prompt, str):
-                ids.append(encode_prompt(self._need_tokenizer("text"), prompt))
-            elif (
-                isinstance(prompt, Sequence)
-                and prompt
-                and all(isinstance(message, Mapping) for message in prompt)
-            ):
-                ids.append(
-                    encode_prompt(
-                        self._need_tokenizer("messages"), [dict(message) for message in prompt]
-                    )
-                )
-            elif isinstance(prompt, Sequence) and all(
-                isinstance(t, Integral) and not isinstance(t, bool) for t in prompt
-            ):
-                ids.append([int(t) for t in prompt])
-            else:
-                raise TypeError(
-                    f"generate: expected prompt {index} to be a string, a list of token ids, a "
-                    "list of messages or a Completion, "
-                    f"got {repr(prompt)[:80]}"
-                )
-            if not ids[-1]:
-                raise ValueError(
-                    f"generate: prompt {index} has no token; a completion needs at least one to go "
-                    "on from, such as the BOS"
-                )
-        return ids
-
-    def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
-        """Stop strings that are one special token of the tokenizer's as stop token ids: texts are
-        decoded without special tokens, and would never hold them.
-
-        Raises:
-            ValueError: a stop string holds a special token among other text.
-        """
-        tokenizer = self._need_tokenizer("stop strings")
-        special = {
-            str(token): number
-            for number, token in tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
-        special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        for text in params.stop:
-            if text not in special and (
-                inside := next((token for token in special if token and token in text), None)
-            ):
-                raise ValueError(
-                    f"generate: the stop string {text!r} holds the special token {inside!r}, which "
-                    "a completion's text never does; give that "
-                    "token alone, and what stands beside it as a stop string of its own"
-                )
-        found = [special[text] for text in params.stop if text in special]
-        if not found:
-            return params
-        return replace(
-            params,
-            stop=tuple(text for text in params.stop if text not in special),
-            stop_token_ids=(*params.stop_token_ids, *found),
-        )
-
-    def _need_tokenizer(self, what: str) -> Any:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"generate: prompts as {what} need a tokenizer, and this actor has none; give "
-                "lists of token ids"
-            )
-        return self.tokenizer

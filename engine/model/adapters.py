@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import LoRAConfig
-from fusedrl.engine.model.families import ModelConfig
+from fusedrl.engine.model.configuration import ModelConfig
 from fusedrl.engine.model.layer import DOWN, GATE_UP, OUT, QKV, add_adapter_
 from fusedrl.engine.model.wide import input_grad, kept, linear, product, weight_grad
 

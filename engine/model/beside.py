@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from fusedrl.engine.model.families import ModelConfig
+from fusedrl.engine.model.configuration import ModelConfig
 
 # whose forwards compute what a model computes
 _OWN = ("torch", "transformers", "accelerate", "trl", "fusedrl")

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.adapters import LayerAdapter, adapted_linear
-from fusedrl.engine.model.families import ModelConfig
+from fusedrl.engine.model.configuration import ModelConfig
 from fusedrl.engine.model.layer import LayerWeights, Ops, Options, layer
 from fusedrl.engine.model.step import Adapter, DecoderWeights, activation_dtype, cache_dtype
 from fusedrl.engine.model.wide import activated, attend, embed, linear

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from fusedrl.engine.base.errors import no_such
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.adapters import inputs, slices, targets
+from fusedrl.engine.model.configuration import read_json
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import read_json
 from fusedrl.engine.model.lora import adapter_views, add_adapter
 from fusedrl.engine.model.weights import opened, replacing, write_json
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedrl.engine.model.beside import floating_buffers, plain, unlike
+from fusedrl.engine.model.configuration import ModelConfig, model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import ModelConfig, model_config
 from fusedrl.engine.model.weights import hf_views
 
 

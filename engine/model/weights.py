@@ -4,6 +4,8 @@ parameters.
 Loading copies one tensor at a time from the memory-mapped file into its view, so a load needs no
 second copy of the model. Saving writes a temporary sibling of the directory and renames it, so the
 final name never holds half a model.
+
+One file: what is written is what is read, name by name.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fusedrl.engine.model.configuration import ModelConfig, model_config, read_json
 from fusedrl.engine.model.decoder import Decoder, Layer
 from fusedrl.engine.model.directories import (
     local_directory,
@@ -34,7 +37,6 @@ from fusedrl.engine.model.directories import (
     not_fetched,
     resolve_directory,
 )
-from fusedrl.engine.model.families import ModelConfig, model_config, read_json
 from fusedrl.engine.model.lora import merging
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

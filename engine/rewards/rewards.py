@@ -13,6 +13,8 @@ A message-list prompt gets its completion as a message list too, as in TRL. A fu
 **kwargs is given those arguments that it names. A reward that raises, or returns something other
 than one value per completion, stops the run; a single value that is no finite number makes that
 sample invalid, never 0.
+
+One file: a reward's protocol, its loading and what is told of its mistakes.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ absent. Tensors are safetensors, the rest JSON.
 A checkpoint is written as a hidden sibling, each file flushed to the disk, then the directory, then
 renamed, then the parent flushed: after a crash at any point its directory either does not exist or
 is whole. The manifest holds size and SHA-256 of every file, and loading verifies them.
+
+One file: what is written is what is read, and what is checked on the way.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from fusedrl.engine.config import (
     SFTConfig,
 )
 from fusedrl.engine.data.readers import load_pairs, load_prompts
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_tokenizer, save_pretrained
 from fusedrl.engine.rewards.rewards import RewardSet, load_reward
 from fusedrl.engine.stages.policy import PolicyResult, train_policy

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.model.configuration import ModelConfig
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import ModelConfig
 
 _QWEN2 = {
     "model_type": "qwen2",

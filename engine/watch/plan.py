@@ -24,6 +24,8 @@ Beside    the interpreter and its libraries, about half a GiB, or the CUDA conte
           heap keeps some of what is freed: a float32 model of 1.0 GiB peaked 5 and 7% above the
           plan (plain, checkpointed), and 0.4% with MALLOC_MMAP_THRESHOLD_=131072, which turns that
           off.
+
+One file: the terms of one sum.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, Rewa
 from fusedrl.engine.config.base import GivenTextsConfig, SamplingConfig, StageConfig
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.model.adapters import LayerAdapter
+from fusedrl.engine.model.configuration import ModelConfig, model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import ModelConfig, model_config
 from fusedrl.engine.model.heads import RewardModel
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.step import activation_dtype, cache_dtype

@@ -12,8 +12,8 @@ from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, KLConfig, LossConfig, PolicyConfig
 from fusedrl.engine.config.algorithms import ADVANTAGES, ALGORITHMS
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.policy.advantages import Signals, estimate
 from fusedrl.engine.policy.objectives import make_objective, minibatch_weights, objective_loss

@@ -6,8 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import save_pretrained
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *[f"w{i}" for i in range(28)]]

@@ -23,8 +23,8 @@ from fusedrl.engine.generation.cache import CacheConfig
 from fusedrl.engine.generation.generator import Generator
 from fusedrl.engine.generation.graphs import CudaCapture, StepGraphs
 from fusedrl.engine.generation.sampler import SamplingParams
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.adamw import make_optimizer
 from fusedrl.kernels.policy_loss import PolicyObjective, policy_loss, token_weights

@@ -27,8 +27,8 @@ from fusedrl.engine.cli.names import (
 from fusedrl.engine.cli.values import keys_of
 from fusedrl.engine.data.readers import parse_data
 from fusedrl.engine.generation.sampler import SamplingParams
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.weights import load_tokenizer, resolve_device
 from fusedrl.engine.rewards.rewards import load_reward

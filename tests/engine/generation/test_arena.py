@@ -11,8 +11,8 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.generation import arena as arena_module
 from fusedrl.engine.generation.arena import Arena
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.watch.plan import Planner
 from fusedrl.kernels.runtime import native

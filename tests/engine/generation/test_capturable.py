@@ -25,8 +25,8 @@ from fusedrl.engine.generation.generator import Generator
 from fusedrl.engine.generation.graphs import pad
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.generation.state import DecodeState, advance
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.kernels.rope import RopeTable
 from fusedrl.kernels.runtime.dispatch import unavailable, use_impl

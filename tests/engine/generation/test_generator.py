@@ -12,8 +12,8 @@ from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_nu
 from fusedrl.engine.generation.generator import Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.generation.scheduler import Scheduler
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 
 CONFIG = {

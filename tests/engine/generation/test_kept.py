@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.policy_loss import policy_loss

@@ -14,8 +14,8 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation import state as state_module
 from fusedrl.engine.generation.turns import Turns
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 
 CONFIG = {
     "model_type": "qwen3",

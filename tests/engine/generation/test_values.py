@@ -10,8 +10,8 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.generation.generator import Generator
 from fusedrl.engine.generation.graphs import StepGraphs
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.policy.metrics import measure
 from fusedrl.kernels.runtime import native

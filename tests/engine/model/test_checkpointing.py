@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusedrl.engine import HybridActor, PackedBatch
 from fusedrl.engine.config import RunConfig, SFTConfig
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder, Layer
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel
 from fusedrl.engine.stages.sft import train_sft
 from fusedrl.kernels.runtime import native

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fusedrl.engine import CacheConfig, HybridActor, SamplingParams
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.generation.scheduler import Scheduler
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.strict import strict_hidden
 from fusedrl.engine.model.weights import hf_views, load_decoder
 

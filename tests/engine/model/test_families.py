@@ -5,7 +5,8 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fusedrl.engine.model.families import FAMILIES, model_config
+from fusedrl.engine.model.configuration import model_config
+from fusedrl.engine.model.families import FAMILIES
 
 LLAMA = {
     "model_type": "llama",

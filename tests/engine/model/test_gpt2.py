@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from fusedrl.engine import HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import GenerationConfig, OptimConfig, PolicyConfig, RunConfig
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_decoder, save_pretrained
 from fusedrl.engine.stages.policy import train_policy
 

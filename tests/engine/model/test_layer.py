@@ -10,8 +10,9 @@ import torch
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model import layer as layer_module
 from fusedrl.engine.model import step as step_module
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import FAMILIES, model_config
+from fusedrl.engine.model.families import FAMILIES
 from fusedrl.engine.model.layer import Ops
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.step import allocate_cache, decode_step

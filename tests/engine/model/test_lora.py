@@ -18,8 +18,8 @@ from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation import blocks
 from fusedrl.engine.model.adapters import slices
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.lora import adapter_views, add_adapter
 from fusedrl.engine.model.lora_files import load_adapter, save_adapter
 from fusedrl.engine.model.weights import hf_views, save_pretrained

@@ -14,8 +14,8 @@ from tests.engine.conftest import CONFIG
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.data.tokenize import encode_prompt
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, load_reward_model, save_reward_model
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, read_model_config
 from fusedrl.engine.policy.critic import load_critic

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.kernels.runtime import native
 
 pytestmark = pytest.mark.skipif(not native.capability, reason="the native extension is not built")

@@ -13,8 +13,9 @@ from tests.engine.model import test_strict
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import LoRAConfig
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import FAMILIES, model_config
+from fusedrl.engine.model.families import FAMILIES
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.step import decode_step

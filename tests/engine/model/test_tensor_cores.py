@@ -13,8 +13,8 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model import step as step_module
 from fusedrl.engine.model import wide
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.step import allocate_cache, cache_dtype
 from fusedrl.engine.model.strict import strict_step

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import LoRAConfig
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import hf_views
 from fusedrl.engine.optim.adamw import make_optimizer

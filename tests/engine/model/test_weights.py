@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fusedrl.engine.model import weights as weights_module
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.directories import resolve_directory
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import hf_views, load_decoder, replacing, save_pretrained
 
 SMALL = {

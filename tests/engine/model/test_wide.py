@@ -10,8 +10,8 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model import decoder as decoder_module
 from fusedrl.engine.model import wide
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.step import activation_dtype
 from fusedrl.kernels.runtime.dispatch import unavailable, use_impl
 

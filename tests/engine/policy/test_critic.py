@@ -27,8 +27,8 @@ from fusedrl.engine.config import (
 )
 from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.generation.sampler import SamplingParams
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, ValueHead, save_reward_model
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, save_pretrained
 from fusedrl.engine.policy.critic import SeparateCritic, load_critic

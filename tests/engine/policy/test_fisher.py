@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fusedrl.engine import HybridActor, PackedBatch
 from fusedrl.engine.base.packing import IGNORE
 from fusedrl.engine.config import LoRAConfig
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.policy import fisher
 from fusedrl.engine.policy.fisher import FlatParameters, fisher_product, policy_kl
 from fusedrl.kernels.runtime import native

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusedrl.engine import HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.config import GenerationConfig, PolicyConfig
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.weights import load_decoder, save_pretrained
 from fusedrl.engine.policy.advantages import Signals

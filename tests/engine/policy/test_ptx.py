@@ -21,8 +21,8 @@ from fusedrl.engine.config import (
     RunConfig,
 )
 from fusedrl.engine.data.mixture import Mixture
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.optim.adamw import Optimizer
 from fusedrl.engine.policy.ptx import Ptx

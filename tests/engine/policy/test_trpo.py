@@ -40,7 +40,7 @@ from fusedrl.engine.config import (
     RunConfig,
     TRPOConfig,
 )
-from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.optim.learner import Learner

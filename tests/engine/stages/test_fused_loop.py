@@ -16,8 +16,8 @@ from fusedrl.engine.config import (
     LossConfig,
     PolicyConfig,
 )
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.policy.objectives import (
     head_loss,

@@ -14,8 +14,8 @@ from fusedrl.engine.base.estimates import wilson_interval
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import LoRAConfig, OptimConfig, RewardModelConfig, RunConfig
 from fusedrl.engine.data.mixture import Mixture
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, load_reward_model, save_reward_model
 from fusedrl.engine.model.weights import load_tokenizer, save_pretrained
 from fusedrl.engine.optim.learner import Update

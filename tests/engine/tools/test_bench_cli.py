@@ -17,19 +17,19 @@ from fusedrl.engine import HybridActor
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.cli import bench as cli_bench
 from fusedrl.engine.cli.main import main
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.tools import machine
 from fusedrl.engine.tools.bench import (
     PHASES,
-    PolicyStep,
     Subject,
     generate_batch,
     interleaved,
     ours,
     padded_generate,
 )
+from fusedrl.engine.tools.bench_step import PolicyStep
 from fusedrl.engine.tools.workloads import (
     SHAPES,
     WORKLOADS,

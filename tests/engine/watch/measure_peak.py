@@ -16,8 +16,8 @@ import torch
 
 from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.config import GenerationConfig, OptimConfig, PolicyConfig
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.policy.control import Control

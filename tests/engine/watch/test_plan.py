@@ -23,8 +23,8 @@ from fusedrl.engine.config import (
     SFTConfig,
 )
 from fusedrl.engine.generation.cache import KVCache, block_bytes
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
-from fusedrl.engine.model.families import model_config
 from fusedrl.engine.model.heads import RewardModel, ValueHead
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.optim.adamw import make_optimizer

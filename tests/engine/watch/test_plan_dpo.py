@@ -19,7 +19,7 @@ from tests.engine.watch.test_plan import (
 from fusedrl.engine.cli.main import main
 from fusedrl.engine.config import DPOConfig, LoRAConfig, PolicyConfig, RejectionConfig, SFTConfig
 from fusedrl.engine.generation.cache import CacheConfig, KVCache
-from fusedrl.engine.model.families import model_config
+from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.optim.adamw import make_optimizer
 from fusedrl.engine.preference.losses import pair_scores
 from fusedrl.engine.preference.pairs import TokenPair, pack_pairs, sequences_of

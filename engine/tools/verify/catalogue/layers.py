@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -328,19 +329,21 @@ _FAMILIES: dict[str, dict] = {
 }
 
 
+_PLAIN: dict[str, Any] = {
+    "options": {},
+    "before": True,
+    "behind": False,
+    "together": False,
+    "layer_norm": False,
+    "learned": False,
+    "gated": True,
+    "ropes": (0, 0),
+}
+
+
 def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
     heads, kv_heads, D, H, F, V, L, S = 4, 2, 8, 20, 27, 31, 2, 16
-    family = {
-        "options": {},
-        "before": True,
-        "behind": False,
-        "together": False,
-        "layer_norm": False,
-        "learned": False,
-        "gated": True,
-        "ropes": (0, 0),
-        "pairs": D // 2,
-    } | _FAMILIES[case.family]
+    family = _PLAIN | {"pairs": D // 2} | _FAMILIES[case.family]
     up = 2 * F if family["gated"] else F
 
     def rand(*shape: int) -> Tensor:
@@ -389,10 +392,7 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
         norm(H),
         embedding,
         rope.RopeTable(1.0 / 100.0 ** (torch.arange(pairs) / pairs)),
-        heads,
-        kv_heads,
-        D,
-        1e-5,
+        *(heads, kv_heads, D, 1e-5),
         layer.Options(**family["options"]),
         rand(64, H) if family["learned"] else None,
         bias(H, family["layer_norm"]),

@@ -1,0 +1,477 @@
+"""A model's config.json as numbers: shapes, positions and rotations, whatever family it is of."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedrl.engine.model.directories import no_model
+from fusedrl.engine.model.families import FAMILIES, ROPE_KINDS, Family
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}  # theirs: kernels/swiglu.py's
+_REFUSED = {
+    "use_bidirectional_attention": "a decoder's tokens see those before them",
+    "add_cross_attention": "there is no encoder to attend to",
+    "scale_attn_by_inverse_layer_idx": "attention scales alike in all layers",
+    "reorder_and_upcast_attn": "scores are float32 here whatever it says, so set it to false",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's sizes and numbers. `inv_freq`, one a pair of values that turns, are the float32
+    rotary frequencies, scaling included."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_positions: int
+    tie_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: str | None  # "head", "projection" or none
+    norms: str  # "pre", "post" or "sandwich"
+    norm_offset: float  # norms multiply by this + their weight
+    layer_norm: bool  # norms subtract the mean and add a bias
+    # per layer; a token sees itself and window - 1 tokens before it; 0: all
+    windows: tuple[int, ...]
+    inv_freq: tuple[float, ...]
+    local_inv_freq: tuple[float, ...]  # of the layers that turn otherwise; empty: there are none
+    # per layer; 0: inv_freq, 1: local_inv_freq, -1: q and k stay as they are
+    ropes: tuple[int, ...]
+    rope_scale: float  # multiplies cos and sin
+    attention_scale: float  # multiplies q . k
+    attention_softcap: float | None
+    logit_softcap: float | None
+    embedding_scale: float  # multiplies the embedding, rounded to its dtype
+    activation: str  # of the MLP: "silu", "gelu_tanh" or "gelu"
+    gated: bool  # the MLP multiplies the activation of one product by another product
+    parallel: bool  # attention and MLP read the same stream
+    learned_positions: bool  # a vector of each of max_positions is added to the embedding
+    initializer_range: float
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json together
+    pad_token_id: int | None
+    # config.json as it was read: what saving writes back
+    raw: dict[str, Any] = field(repr=False, compare=False)
+    # generation_config.json
+    raw_generation: dict[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def family(self) -> Family:
+        """Row of the family that the model is of."""
+        return FAMILIES[self.model_type]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def model_config(
+    source: str | Path | Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """Read the configuration of a model from its directory (config.json, generation_config.json),
+    or from a dict with the generation config beside it.
+
+    Raises:
+        FileNotFoundError: no config.json. ValueError: an unknown model_type, a missing key, a size
+        that does not fit, or a feature that the decoder does not have; the message names it.
+    """
+    if isinstance(source, Mapping):
+        return _parse(
+            dict(source), None if generation is None else dict(generation), "the configuration"
+        )
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(no_model(Path(source)))
+    beside = path.with_name("generation_config.json")
+    return _parse(read_json(path), read_json(beside) if beside.is_file() else None, str(path))
+
+
+class _Keys:
+    """What a config.json says, and what its family assumes where it is silent. `where`: its name in
+    messages."""
+
+    def __init__(self, raw: dict[str, Any], family: Family, where: str) -> None:
+        self.raw, self.family, self.where = raw, family, where
+
+    def theirs(self, key: str) -> str:
+        """Return the family's name of a key."""
+        return self.family.keys.get(key, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        found = self.theirs(key)
+        return self.raw[found] if found in self.raw else self.family.defaults.get(key, default)
+
+    def size(self, key: str, default: Any = None) -> int:
+        value = default if (found := self.get(key)) is None else found
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"{self.where}: expected a positive whole number for {self.theirs(key)!r}, got "
+                f"{value!r}"
+            )
+        return value
+
+    def flag(self, rule: bool | str) -> bool:
+        """A rule of the family, or what the key of that name says."""
+        return bool(self.get(rule, False)) if isinstance(rule, str) else rule
+
+    def number(self, key: str) -> float | None:
+        value = self.get(key)
+        if value is not None and (
+            not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0
+        ):
+            raise ValueError(f"{self.where}: expected a number above 0 for {key!r}, got {value!r}")
+        return None if value is None else float(value)
+
+
+def _activation(keys: _Keys) -> str:
+    """The activation as kernels call it. Raises ValueError for another one, and for whatever else
+    the decoder does not have."""
+    family, where = keys.family, keys.where
+    if (activation := keys.get("hidden_act") or family.activations[0]) not in family.activations:
+        raise ValueError(
+            f"{where}: expected {keys.theirs('hidden_act')} {family.activations[0]!r}, got "
+            f"{activation!r}; no other activation is "
+            f"implemented for {family.name}"
+        )
+    for key, why in _REFUSED.items():
+        if keys.get(key):
+            raise ValueError(f"{where}: {key} is not implemented: {why}")
+    if family is FAMILIES["gemma3_text"] and keys.get("attn_logit_softcapping") is not None:
+        raise ValueError(
+            f"{where}: attn_logit_softcapping is not implemented for Gemma 3 (transformers' "
+            "ignores it); set it to null"
+        )
+    if keys.get("quantization_config") is not None:
+        raise ValueError(
+            f"{where}: quantised weights (quantization_config) are not supported; use the "
+            "unquantised model"
+        )
+    return _ACTIVATIONS[activation]
+
+
+def _heads(keys: _Keys, hidden_size: int, num_heads: int) -> tuple[int, int]:
+    """(key/value heads, head dim)."""
+    where, num_kv_heads = keys.where, keys.size("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
+            f"{num_kv_heads}"
+        )
+    if keys.get("head_dim") is None and hidden_size % num_heads:
+        raise ValueError(
+            f"{where}: {keys.theirs('hidden_size')} {hidden_size} is not a multiple of "
+            f"{keys.theirs('num_attention_heads')} {num_heads}, and "
+            "there is no head_dim"
+        )
+    head_dim = keys.size("head_dim", hidden_size // num_heads)
+    if head_dim % 2 and keys.family.rope != "none":
+        raise ValueError(
+            f"{where}: expected an even head_dim (rotary embeddings turn pairs), got {head_dim}"
+        )
+    return num_kv_heads, head_dim
+
+
+def _positions(keys: _Keys, num_layers: int, head_dim: int, max_positions: int) -> dict[str, Any]:
+    """The fields that say what each layer sees, and how it tells positions."""
+    family, get, where = keys.family, keys.get, keys.where
+    ropes = _ropes(family, get, num_layers, where)
+    kinds = _layer_kinds(family, get, num_layers, ropes, where)
+    if family.rope == "two":
+        ropes = tuple(int(kind == "sliding_attention") for kind in kinds)
+    inv_freq, rope_scale, local_inv_freq = _rotations(family, get, head_dim, max_positions, where)
+    return {
+        "windows": _windows(family, get, kinds, where),
+        "ropes": ropes,
+        "inv_freq": inv_freq,
+        "local_inv_freq": local_inv_freq,
+        "rope_scale": rope_scale,
+    }
+
+
+def _special_ids(keys: _Keys, generation: dict[str, Any]) -> dict[str, Any]:
+    """The fields of token ids that mean something, of config.json and generation_config.json
+    together."""
+    bos, pad = (
+        found if (found := keys.get(key)) is not None else generation.get(key)
+        for key in ("bos_token_id", "pad_token_id")
+    )
+    return {
+        "bos_token_id": bos[0] if isinstance(bos, list) else bos,
+        "pad_token_id": pad,
+        "eos_token_ids": tuple(
+            dict.fromkeys([*_ids(keys.get("eos_token_id")), *_ids(generation.get("eos_token_id"))])
+        ),
+    }
+
+
+def _parse(raw: dict[str, Any], raw_generation: dict[str, Any] | None, where: str) -> ModelConfig:
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{where}: unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    keys = _Keys(raw, family, where)
+    get, size, flag, number = keys.get, keys.size, keys.flag, keys.number
+    activation = _activation(keys)
+    num_layers, num_heads, hidden_size, max_positions = (
+        size(key)
+        for key in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "hidden_size",
+            "max_position_embeddings",
+        )
+    )
+    num_kv_heads, head_dim = _heads(keys, hidden_size, num_heads)
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=size("intermediate_size", None if family.gated else 4 * hidden_size),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=float(get("rms_norm_eps", 1e-6)),
+        max_positions=max_positions,
+        tie_embeddings=bool(get("tie_word_embeddings", False)),
+        qkv_bias=flag(family.qkv_bias),
+        o_bias=flag(family.o_bias),
+        mlp_bias=flag(family.mlp_bias),
+        qk_norm=family.qk_norm,
+        norms=family.norms,
+        norm_offset=float(family.gemma),
+        layer_norm=family.layer_norm,
+        attention_scale=((number("query_pre_attn_scalar") if family.gemma else None) or head_dim)
+        ** -0.5
+        if get("scale_attn_weights", True)
+        else 1.0,
+        attention_softcap=number("attn_logit_softcapping") if family.gemma else None,
+        logit_softcap=number("final_logit_softcapping") if family.gemma else None,
+        embedding_scale=hidden_size**0.5 if family.gemma else 1.0,
+        activation=activation,
+        gated=family.gated,
+        parallel=flag(family.parallel),
+        learned_positions=family.rope == "none",
+        initializer_range=float(get("initializer_range", 0.02)),
+        **_positions(keys, num_layers, head_dim, max_positions),
+        **_special_ids(keys, raw_generation or {}),
+        raw=raw,
+        raw_generation=raw_generation,
+    )
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _ropes(family: Family, get: Any, num_layers: int, where: str) -> tuple[int, ...]:
+    if family.rope != "some":
+        return (-1 if family.rope == "none" else 0,) * num_layers
+    interval, turned = get("no_rope_layer_interval"), get("no_rope_layers")
+    if turned is None:
+        turned = [(i + 1) % interval for i in range(num_layers)]
+    if len(turned) < num_layers:
+        raise ValueError(f"{where}: expected no_rope_layers for {num_layers} layers, got {turned}")
+    return tuple(0 if kind else -1 for kind in turned[:num_layers])
+
+
+def _layer_kinds(
+    family: Family, get: Any, num_layers: int, ropes: tuple[int, ...], where: str
+) -> list[str]:
+    if family.windows in ("none", "every"):
+        return [
+            {"none": "full_attention", "every": "sliding_attention"}[family.windows]
+        ] * num_layers
+    if not (kinds := get("layer_types")):
+        rule = {
+            "some": lambda i: i >= get("max_window_layers"),
+            "nope": lambda i: ropes[i] < 0,
+            "pattern": lambda i: (i + 1) % get("sliding_window_pattern"),
+        }
+        kinds = [
+            "sliding_attention" if rule[family.windows](i) else "full_attention"
+            for i in range(num_layers)
+        ]
+    if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:
+        raise ValueError(
+            f"{where}: expected {num_layers} layer_types, each 'sliding_attention' or "
+            f"'full_attention', got {kinds}"
+        )
+    return list(kinds)
+
+
+def _windows(family: Family, get: Any, kinds: list[str], where: str) -> tuple[int, ...]:
+    window = get("sliding_window") if family.windows != "none" else None
+    if family.windows in ("some", "nope") and not get("use_sliding_window", False):
+        window = None
+    if window is None:
+        return (0,) * len(kinds)
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"{where}: expected a positive sliding_window, got {window!r}")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _rotations(
+    family: Family, get: Any, head_dim: int, max_positions: int, where: str
+) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+    """(inv_freq, rope_scale, local_inv_freq). Reads `rope_parameters` (transformers >= 5) and the
+    older `rope_theta` with `rope_scaling`."""
+    if family.rope == "none":
+        return (), 1.0, ()
+    rope = dict(get("rope_scaling") or get("rope_parameters") or {})
+    original = get("original_max_position_embeddings") if family.rope != "two" else None
+    if family.rope != "two":
+        return (
+            *_inv_freq(
+                family,
+                rope,
+                get("rope_theta"),
+                get("partial_rotary_factor"),
+                original,
+                head_dim,
+                max_positions,
+                where,
+            ),
+            (),
+        )
+    nested = "full_attention" in rope or "sliding_attention" in rope
+    full, local = (
+        (rope.get(kind) or {}) if nested else {} for kind in ("full_attention", "sliding_attention")
+    )
+    found, scale = _inv_freq(
+        family,
+        full if nested else rope,
+        get("rope_theta"),
+        None,
+        None,
+        head_dim,
+        max_positions,
+        where,
+    )
+    theirs, local_scale = _inv_freq(
+        family, local, get("rope_local_base_freq"), None, None, head_dim, max_positions, where
+    )
+    if scale != local_scale:
+        raise ValueError(
+            f"{where}: RoPE {rope} is not implemented: its kinds scale attention alike in all "
+            "layers, or not at all"
+        )
+    return found, scale, theirs
+
+
+def _inv_freq(
+    family: Family,
+    rope: dict[str, Any],
+    theta: float | None,
+    partial: float | None,
+    original: int | None,
+    head_dim: int,
+    max_positions: int,
+    where: str,
+) -> tuple[tuple[float, ...], float]:
+    """theta^(-2i / D) over the values that turn, and what multiplies cos and sin; then the scaling.
+    linear divides by the factor; dynamic changes nothing up to max_position_embeddings, and no
+    sequence here is longer; llama3 divides the long waves and blends into the short ones (Llama
+    3.1's rule); yarn does so by the turns that a wave makes within the trained length (Peng et al.,
+    2023, YaRN, eq. 17 to 22)."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    partial = rope.get("partial_rotary_factor", partial) or 1.0
+    turned = int(head_dim * partial)
+    if (
+        kind not in family.rope_kinds
+        or any(isinstance(value, dict) for value in rope.values())
+        or (turned != head_dim and family.rope != "partial")
+    ):
+        shown = {key: value for key, value in rope.items() if not isinstance(value, list)} | (
+            {} if partial == 1 else {"partial_rotary_factor": partial}
+        )
+        raise ValueError(
+            f"{where}: RoPE {shown} is not implemented for {family.name}; supported kinds: "
+            f"{', '.join(family.rope_kinds)}, "
+            + ("" if family.rope == "partial" else "on whole heads, ")
+            + "alike in all layers"
+        )
+    if not 0 < turned <= head_dim or turned % 2:
+        raise ValueError(
+            f"{where}: expected a partial_rotary_factor that leaves an even number of a head's "
+            f"{head_dim} values to turn, got {partial}"
+        )
+    theta = rope.get("rope_theta") or theta or 10000.0
+    if missing := [key for key in ROPE_KINDS[kind] if key not in rope]:
+        raise ValueError(f"{where}: RoPE kind {kind!r} needs {', '.join(missing)}; got {rope}")
+    inv_freq = 1.0 / (theta ** (torch.arange(0, turned, 2, dtype=torch.int64).float() / turned))
+    original = original or rope.get("original_max_position_embeddings") or max_positions
+    scale = 1.0
+    if kind == "linear":
+        inv_freq = inv_freq / rope["factor"]
+    elif kind == "llama3":
+        low, high, wavelength = (
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            2 * math.pi / inv_freq,
+        )
+        blend = (original / wavelength - low) / (high - low)
+        blended = (1 - blend) * inv_freq / rope["factor"] + blend * inv_freq
+        scaled = torch.where(wavelength > original / low, inv_freq / rope["factor"], inv_freq)
+        inv_freq = torch.where(
+            (wavelength <= original / low) & (wavelength >= original / high), blended, scaled
+        )
+    elif kind == "yarn":
+        factor = rope.get("factor") or max_positions / original
+        # the pair that makes so many turns
+        ends = [
+            turned * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+        ]
+        if rope.get("truncate", True):
+            ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        first, last = max(ends[0], 0), min(ends[1], turned - 1)
+        kept = 1 - ((torch.arange(turned // 2).float() - first) / (last - first or 0.001)).clamp(
+            0, 1
+        )
+        inv_freq = inv_freq / factor * (1 - kept) + inv_freq * kept
+        scale = _yarn_scale(rope, factor)
+    return tuple(inv_freq.tolist()), scale
+
+
+def _yarn_scale(rope: dict[str, Any], factor: float) -> float:
+    """attention_factor, or 0.1 log(factor) + 1; with mscale and mscale_all_dim the quotient of two
+    such."""
+    if (given := rope.get("attention_factor")) is not None:
+        return float(given)
+
+    def grown(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    return grown(over) / grown(under) if over and under else grown(1.0)
