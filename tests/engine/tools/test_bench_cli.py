@@ -65,7 +65,8 @@ TINY = {
 def ceilings(monkeypatch):
     """Those of the machine take seconds to measure."""
     monkeypatch.setattr("fusedrl.engine.tools.bench.copy_bandwidth", lambda device: COPY)
-    monkeypatch.setattr("fusedrl.engine.tools.bench.gemm_rate", lambda device: GEMM)
+    for module in ("bench", "bench_step"):
+        monkeypatch.setattr(f"fusedrl.engine.tools.{module}.gemm_rate", lambda device: GEMM)
 
 
 @pytest.fixture
