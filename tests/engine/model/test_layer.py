@@ -174,7 +174,8 @@ def test_what_families_differ_in_is_looked_at_in_one_file():
         } & names
         if used:
             read[path.name] = used
-    held = {"families.py", "weights.py", "sharing.py"}  # which tensors there are, and where
+    # which tensors there are, and where
+    held = {"configuration.py", "families.py", "weights.py", "sharing.py"}
     assert read.pop("layer.py") == names
     assert read.pop("step.py") == {"parallel"}  # handed to the C++ op
     assert read.pop("decoder.py") == names  # handed to `LayerWeights` and `Options`
