@@ -2,21 +2,28 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
+PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 
 .PHONY: venv demo test test-full lint types docs bench validate tables kernel-report first-light clean
 
-venv: $(INSTALLED)
+venv: $(TOOLS)
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/cpu/*/* csrc/shared/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --upgrade setuptools wheel ninja
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,docs]'
+	$(PIP) --upgrade setuptools wheel ninja
+	$(PIP) torch numpy
+	$(PIP) --no-build-isolation -e .
 	$(VENV)/bin/python -c "from fusedrl.kernels.runtime import native; print('native kernels:', native.capability or 'none: ' + native.reason)"
 	touch $@
 
-demo: venv
+# What only tests and docs need; fusedrl is there already and is not built again.
+$(TOOLS): $(INSTALLED)
+	$(PIP) 'fusedrl[test,docs]'
+	touch $@
+
+demo: $(INSTALLED)
 	$(VENV)/bin/fusedrl demo
 
 test: lint types

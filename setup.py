@@ -7,8 +7,8 @@ objects built with wider vectors must not share a library with those that are no
 that fits the processor. Without a C++ compiler the install succeeds and says what is slower.
 
 A wheel travels and has all three. A build in place (`pip install -e .`, `setup.py build_ext
---inplace`) stays where it is and has the one that this processor runs. Two thirds of a file's
-compilation are torch's headers, so a build parses those once (csrc/cpu/include/precompiled.h).
+--inplace`) stays where it is and has the one that this processor runs. Torch's headers take longer
+than most files' own code, so a build parses those once (csrc/cpu/include/precompiled.h).
 """
 
 import platform

@@ -1,7 +1,7 @@
 // float32, bfloat16 or float16 in memory, float32 vectors in registers: load, store and round, with a count for the end of a row.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 

@@ -3,7 +3,10 @@
 // Shapes   hidden [R, H], weight [V, H], logits and their gradient [R, V] float32. A weight of a lower dtype is widened in tiles.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 

@@ -8,7 +8,7 @@
 //          float32 before a sum becomes double; what belongs to the label alone is computed in double, where 1 - p_y does not cancel.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 

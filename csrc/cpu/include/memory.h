@@ -1,7 +1,8 @@
 // A fresh tensor whose memory, when there is much of it, comes in huge pages: faulting it in page by page costs more than the arithmetic of most ops here.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <cstdint>
 #if defined(__linux__)

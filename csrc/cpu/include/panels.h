@@ -4,8 +4,8 @@
 // trained, are read in order without packing or copies. Everything is float32; a sum has one order, whatever the panel's width or the threads.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>

@@ -8,7 +8,7 @@
 // Numerics a token's terms in float32; 16 vectors of them are added in float32, the rest in double.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>

@@ -7,11 +7,11 @@
 // Numerics  float32 throughout; softmax by its own maximum over the block's scores (two passes, nothing rescaled). Every sum has a fixed order that depends
 //           on the sequence alone: neither companions nor threads change a bit.
 // Source    the backward is that of Dao et al. (2022), FlashAttention, appendix B.
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -23,6 +23,8 @@
 #include "autograd.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 using at::Tensor;
 using Vec = at::vec::Vectorized<float>;
@@ -290,37 +292,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& do_, const Tensor& q_,
   return {dq, dk, dv};
 }
 
-struct VarlenAttention : torch::autograd::Function<VarlenAttention> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, bool causal,
-                        int64_t window, double scale, double softcap) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton()
-                         .findSchemaOrThrow("fusedrl::varlen_attention_forward", "")
-                         .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, int64_t, double, double)>();
-    auto [o, lse] = op.call(q, k, v, cu_seqlens, causal, window, scale, softcap);
-    ctx->save_for_backward({q, k, v, o, lse, cu_seqlens});
-    ctx->saved_data["causal"] = causal;
-    ctx->saved_data["window"] = window;
-    ctx->saved_data["scale"] = scale;
-    ctx->saved_data["softcap"] = softcap;
-    return o;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("varlen_attention");
-    static auto op = c10::Dispatcher::singleton()
-                         .findSchemaOrThrow("fusedrl::varlen_attention_backward", "")
-                         .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                                   const Tensor&, bool, int64_t, double, double)>();
-    const auto saved = ctx->get_saved_variables();
-    auto [dq, dk, dv] = op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], ctx->saved_data["causal"].toBool(),
-                                ctx->saved_data["window"].toInt(), ctx->saved_data["scale"].toDouble(), ctx->saved_data["softcap"].toDouble());
-    return {dq, dk, dv, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
-  }
-};
-
 Tensor varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, bool causal, int64_t window, double scale,
                         double softcap) {
-  return VarlenAttention::apply(q, k, v, cu_seqlens, causal, window, scale, softcap);
+  const auto compute = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(forward)>("fusedrl::varlen_attention_forward");
+    auto [o, lse] = op.call(q, k, v, cu_seqlens, causal, window, scale, softcap);
+    saved.tensors = {q, k, v, o, lse, cu_seqlens};
+    saved.values = {causal, window, scale, softcap};
+    return {o};
+  };
+  const auto gradients = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(backward)>("fusedrl::varlen_attention_backward");
+    const auto& [t, x] = std::tie(saved.tensors, saved.values);
+    auto [dq, dk, dv] = op.call(grads[0], t[0], t[1], t[2], t[3], t[4], t[5], x[0].toBool(), x[1].toInt(), x[2].toDouble(), x[3].toDouble());
+    return {dq, dk, dv};
+  };
+  return with_gradient("varlen_attention", {q, k, v}, compute, gradients)[0];
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {

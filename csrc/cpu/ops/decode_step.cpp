@@ -6,9 +6,10 @@
 //          sizes of the model alone (and for attention on the token's own position): not on companions, panel widths, or threads. Lanes are tokens,
 //          so no function of a vector may take another path for another lane's sake: cos and sin come from a table, one row a position.
 // Checked  beforehand and in one place (`check_ranges`), so that no index leaves its tensor.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>

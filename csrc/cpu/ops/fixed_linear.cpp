@@ -4,7 +4,8 @@
 // Numerics float32 sums over blocks of 256 inputs, then over blocks, in order: a row of y depends on its row of x, the weights and their sizes alone.
 #include "panels.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>

@@ -2,7 +2,7 @@
 //
 // Shapes   logits and ref_logits [N, V], row strides free; stats [N, 5] are those of KlRow (full_kl_rows.h).
 // Bytes    forward reads 2 N V s (jsd twice), backward reads 2 N V s and writes N V s. A row is one thread's work.
-#include <torch/csrc/autograd/custom_function.h>
+#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -12,6 +12,8 @@
 #include "full_kl_rows.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 template <typename Function>
 void dispatch(at::ScalarType type, const Function& function) {
@@ -61,29 +63,19 @@ Tensor full_kl_backward(const Tensor& kl_grad, const Tensor& logits, const Tenso
   return grad_NV;
 }
 
-struct FullKl : torch::autograd::Function<FullKl> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& logits, const Tensor& ref_logits, const MaybeTensor& mask, double temperature,
-                        int64_t direction) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::full_kl_forward", "").typed<decltype(full_kl_forward)>();
-    auto [kl_N, stats_N5] = op.call(logits, ref_logits, mask, temperature, direction);
-    ctx->save_for_backward({logits, ref_logits, stats_N5});
-    ctx->saved_data["temperature"] = temperature;
-    ctx->saved_data["direction"] = direction;
-    return kl_N;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("full_kl");
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::full_kl_backward", "").typed<decltype(full_kl_backward)>();
-    const auto saved = ctx->get_saved_variables();
-    const Tensor none;
-    return {op.call(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["temperature"].toDouble(), ctx->saved_data["direction"].toInt()),
-            none, none, none, none};
-  }
-};
-
 Tensor full_kl(const Tensor& logits, const Tensor& ref_logits, const MaybeTensor& mask, double temperature, int64_t direction) {
-  return FullKl::apply(logits, ref_logits, mask, temperature, direction);
+  const auto forward = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(full_kl_forward)>("fusedrl::full_kl_forward");
+    auto [kl_N, stats_N5] = op.call(logits, ref_logits, mask, temperature, direction);
+    saved.tensors = {logits, ref_logits, stats_N5};
+    saved.values = {temperature, direction};
+    return {kl_N};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(full_kl_backward)>("fusedrl::full_kl_backward");
+    return {op.call(grads[0], saved.tensors[0], saved.tensors[1], saved.tensors[2], saved.values[0].toDouble(), saved.values[1].toInt())};
+  };
+  return with_gradient("full_kl", {logits}, forward, backward)[0];
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {

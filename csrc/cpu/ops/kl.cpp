@@ -6,9 +6,9 @@
 #include "autograd.h"
 #include "kl.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -16,6 +16,8 @@
 #include <vector>
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 using at::Tensor;
 
@@ -125,25 +127,15 @@ std::tuple<Tensor, Tensor> kl_loss_forward(const Tensor& logp, const Tensor& ref
   return {loss, slope_N};
 }
 
-struct KlLoss : torch::autograd::Function<KlLoss> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& logp, const Tensor& ref_logp, const Tensor& weights, int64_t estimator, int64_t gradient,
-                        const std::optional<Tensor>& cu_seqlens) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::kl_loss_forward", "").typed<decltype(kl_loss_forward)>();
-    auto [loss, slope_N] = op.call(logp, ref_logp, weights, estimator, gradient, cu_seqlens);
-    ctx->save_for_backward({slope_N});
-    return loss;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("kl_loss");
-    const auto saved = ctx->get_saved_variables();
-    const Tensor none;
-    return {saved[0] * grads[0], none, none, none, none, none};
-  }
-};
-
 Tensor kl_loss(const Tensor& logp, const Tensor& ref_logp, const Tensor& weights, int64_t estimator, int64_t gradient, const std::optional<Tensor>& cu_seqlens) {
-  return KlLoss::apply(logp, ref_logp, weights, estimator, gradient, cu_seqlens);
+  const auto forward = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(kl_loss_forward)>("fusedrl::kl_loss_forward");
+    auto [loss, slope_N] = op.call(logp, ref_logp, weights, estimator, gradient, cu_seqlens);
+    saved.tensors = {slope_N};
+    return {loss};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors { return {saved.tensors[0].mul(grads[0])}; };
+  return with_gradient("kl_loss", {logp}, forward, backward)[0];
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {

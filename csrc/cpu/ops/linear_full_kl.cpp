@@ -5,9 +5,12 @@
 // Flops    forward 2 N V (H + H_ref); backward the same again, and 4 N V H for the gradients; N counts the rows that matter: masked rows, and in
 //          the backward rows without a gradient, are compacted away before any product.
 // Numerics float32 products and logits whatever the dtype of the weights (lower ones are widened in tiles); the weight's gradient gathers in float32.
-#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -18,6 +21,8 @@
 #include "linear_head.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 // function(row numbers, rows, hidden [R, H], ref_hidden [R, H_ref], logits [R, V], ref logits [R, V]) for each chunk of `rows`.
 template <typename Function>
@@ -92,37 +97,24 @@ std::tuple<Tensor, Tensor, Tensor> linear_full_kl_backward(const Tensor& kl_grad
   return {hidden_grad, weight_grad.to(weight.scalar_type()), for_bias ? bias_grad.to(bias->scalar_type()) : bias_grad};
 }
 
-struct LinearFullKl : torch::autograd::Function<LinearFullKl> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const Tensor& ref_hidden, const Tensor& ref_weight,
-                        const MaybeTensor& bias, const MaybeTensor& ref_bias, const MaybeTensor& mask, double temperature, int64_t direction, int64_t workspace_bytes) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_full_kl_forward", "").typed<decltype(linear_full_kl_forward)>();
-    auto [kl_N, stats_N5] = op.call(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, temperature, direction, workspace_bytes);
-    ctx->save_for_backward({hidden, weight, ref_hidden, ref_weight, bias.value_or(Tensor()), ref_bias.value_or(Tensor()), stats_N5});
-    ctx->saved_data["temperature"] = temperature;
-    ctx->saved_data["direction"] = direction;
-    ctx->saved_data["workspace_bytes"] = workspace_bytes;
-    return kl_N;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("linear_full_kl");
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_full_kl_backward", "").typed<decltype(linear_full_kl_backward)>();
-    const auto saved = ctx->get_saved_variables();
-    const MaybeTensor bias = defined(saved[4]);
-    // Edges are numbered over the tensors that were given: hidden, weight, ref_hidden, ref_weight, bias.
-    const bool for_hidden = ctx->needs_input_grad(0), for_weight = ctx->needs_input_grad(1), for_bias = bias && ctx->needs_input_grad(4);
-    auto [hidden_grad, weight_grad, bias_grad] =
-        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], bias, defined(saved[5]), saved[6],
-                ctx->saved_data["temperature"].toDouble(), ctx->saved_data["direction"].toInt(),
-                ctx->saved_data["workspace_bytes"].toInt(), for_hidden, for_weight, for_bias);
-    const Tensor none;
-    return {for_hidden ? hidden_grad : none, for_weight ? weight_grad : none, none, none, for_bias ? bias_grad : none, none, none, none, none, none};
-  }
-};
-
 Tensor linear_full_kl(const Tensor& hidden, const Tensor& weight, const Tensor& ref_hidden, const Tensor& ref_weight, const MaybeTensor& bias, const MaybeTensor& ref_bias,
                       const MaybeTensor& mask, double temperature, int64_t direction, int64_t workspace_bytes) {
-  return LinearFullKl::apply(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, temperature, direction, workspace_bytes);
+  const auto forward = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(linear_full_kl_forward)>("fusedrl::linear_full_kl_forward");
+    auto [kl_N, stats_N5] = op.call(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask, temperature, direction, workspace_bytes);
+    saved.tensors = {hidden, weight, ref_hidden, ref_weight, bias.value_or(Tensor()), ref_bias.value_or(Tensor()), stats_N5};
+    saved.values = {temperature, direction, workspace_bytes};
+    return {kl_N};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(linear_full_kl_backward)>("fusedrl::linear_full_kl_backward");
+    const auto& [t, x] = std::tie(saved.tensors, saved.values);
+    const bool for_hidden = saved.needed[0], for_weight = saved.needed[1], for_bias = saved.needed[2];
+    auto [hidden_grad, weight_grad, bias_grad] = op.call(grads[0], t[0], t[1], t[2], t[3], defined(t[4]), defined(t[5]), t[6], x[0].toDouble(), x[1].toInt(),
+                                                         x[2].toInt(), for_hidden, for_weight, for_bias);
+    return {for_hidden ? hidden_grad : Tensor(), for_weight ? weight_grad : Tensor(), for_bias ? bias_grad : Tensor()};
+  };
+  return with_gradient("linear_full_kl", {hidden, weight, bias}, forward, backward)[0];
 }
 
 #define FUSEDRL_HEADS "Tensor hidden, Tensor weight, Tensor ref_hidden, Tensor ref_weight, Tensor? bias, Tensor? ref_bias, "

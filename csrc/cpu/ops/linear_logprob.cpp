@@ -5,9 +5,12 @@
 //          ignored rows, and in the backward rows without an upstream gradient, are compacted away before any product.
 // Numerics float32 products and logits whatever the dtype of the weight (lower ones are widened in tiles); the weight's gradient gathers in float32.
 //          Forward makes the same products whether or not a gradient will follow, so scoring and training agree in every bit.
-#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -18,6 +21,8 @@
 #include "linear_head.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 // The rows of one call that matter, cut into chunks that fit the workspace.
 class Chunks {
@@ -130,40 +135,27 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const MaybeTensor& lo
   return {hidden_grad, weight_grad.to(weight.scalar_type()), for_bias ? bias_grad.to(bias->scalar_type()) : bias_grad};
 }
 
-struct LinearLogprob : torch::autograd::Function<LinearLogprob> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const Tensor& token_ids,
-                                                const MaybeTensor& bias, double temperature, const MaybeTensor& temperatures, double softcap, bool entropy,
-                                                int64_t ignore_index, int64_t workspace_bytes) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_logprob_forward", "").typed<decltype(linear_logprob_forward)>();
-    auto [logp_N, entropy_N, stats_N3] = op.call(hidden, weight, token_ids, bias, temperature, temperatures, softcap, entropy, ignore_index, workspace_bytes);
-    ctx->save_for_backward({hidden, weight, token_ids, bias ? *bias : Tensor(), stats_N3, temperatures ? *temperatures : Tensor()});
-    ctx->saved_data["temperature"] = temperature;
-    ctx->saved_data["softcap"] = softcap;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["workspace_bytes"] = workspace_bytes;
-    ctx->set_materialize_grads(false);
-    if (!entropy) ctx->mark_non_differentiable({entropy_N});
-    return {logp_N, entropy_N};
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("linear_logprob");
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::linear_logprob_backward", "").typed<decltype(linear_logprob_backward)>();
-    const auto saved = ctx->get_saved_variables();
-    const MaybeTensor bias = defined(saved[3]);
-    // Edges are numbered over the tensors that were given: hidden, weight, token_ids, bias.
-    const bool for_hidden = ctx->needs_input_grad(0), for_weight = ctx->needs_input_grad(1), for_bias = bias && ctx->needs_input_grad(3);
-    auto [hidden_grad, weight_grad, bias_grad] =
-        op.call(defined(grads[0]), defined(grads[1]), saved[0], saved[1], saved[2], bias, saved[4], ctx->saved_data["temperature"].toDouble(), defined(saved[5]),
-                ctx->saved_data["softcap"].toDouble(), ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["workspace_bytes"].toInt(), for_hidden, for_weight, for_bias);
-    const Tensor none;
-    return {for_hidden ? hidden_grad : none, for_weight ? weight_grad : none, none, for_bias ? bias_grad : none, none, none, none, none, none, none};
-  }
-};
-
 std::tuple<Tensor, Tensor> linear_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& token_ids, const MaybeTensor& bias, double temperature,
                                           const MaybeTensor& temperatures, double softcap, bool entropy, int64_t ignore_index, int64_t workspace_bytes) {
-  const auto out = LinearLogprob::apply(hidden, weight, token_ids, bias, temperature, temperatures, softcap, entropy, ignore_index, workspace_bytes);
+  const auto forward = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(linear_logprob_forward)>("fusedrl::linear_logprob_forward");
+    auto [logp_N, entropy_N, stats_N3] = op.call(hidden, weight, token_ids, bias, temperature, temperatures, softcap, entropy, ignore_index, workspace_bytes);
+    saved.tensors = {hidden, weight, token_ids, bias.value_or(Tensor()), stats_N3, temperatures.value_or(Tensor())};
+    saved.values = {temperature, softcap, ignore_index, workspace_bytes};
+    saved.zeros_for_missing = false;
+    if (!entropy) saved.non_differentiable = {entropy_N};
+    return {logp_N, entropy_N};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(linear_logprob_backward)>("fusedrl::linear_logprob_backward");
+    const auto& [t, x] = std::tie(saved.tensors, saved.values);
+    const bool for_hidden = saved.needed[0], for_weight = saved.needed[1], for_bias = saved.needed[2];
+    auto [hidden_grad, weight_grad, bias_grad] =
+        op.call(defined(grads[0]), defined(grads[1]), t[0], t[1], t[2], defined(t[3]), t[4], x[0].toDouble(), defined(t[5]), x[1].toDouble(), x[2].toInt(),
+                x[3].toInt(), for_hidden, for_weight, for_bias);
+    return {for_hidden ? hidden_grad : Tensor(), for_weight ? weight_grad : Tensor(), for_bias ? bias_grad : Tensor()};
+  };
+  const auto out = with_gradient("linear_logprob", {hidden, weight, bias}, forward, backward);
   return {out[0], out[1]};
 }
 

@@ -9,9 +9,15 @@
 // Numerics as logprob and policy_value_loss; the weight's gradient gathers in float32. An inactive row would add exact zeros: leaving it out
 //          changes only how the products group their rows. Chunks begin where those of linear_logprob do, whichever rows are active: a product's bits
 //          depend on how many rows it has, and a row has to score as it did before its advantage was known.
-#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -24,6 +30,8 @@
 
 namespace {
 
+using namespace fusedrl;  // autograd.h
+
 #define FUSEDRL_LINEAR_POLICY_PARAMETERS                                                                                                             \
   const Tensor &hidden, const Tensor &weight, const MaybeTensor &bias, const Tensor &token_ids, const MaybeTensor &old_logp,                         \
       const Tensor &advantages, const Tensor &weights, const MaybeTensor &ref_logp, const MaybeTensor &correction,                                   \
@@ -31,16 +39,6 @@ namespace {
 #define FUSEDRL_LINEAR_POLICY_NAMES                                                                                                                  \
   hidden, weight, bias, token_ids, old_logp, advantages, weights, ref_logp, correction, sequence_log_ratio, kl_sum, temperatures
 #define FUSEDRL_LINEAR_POLICY_SETTINGS FUSEDRL_OBJECTIVE_PARAMETERS, double temperature, double softcap, int64_t workspace_bytes
-constexpr int kParameters = 13;  // of autograd: the tensors, and the rest as one
-
-// What is no tensor.
-struct Settings {
-  ObjectiveNames names;
-  double temperature, softcap;
-  int64_t workspace_bytes;
-  bool for_hidden, for_weight, for_bias;
-};
-
 // What the loss says about the unmasked rows, in their order: inputs gathered once, results as chunks arrive.
 struct Rows {
   Tensor index, ids, weights, advantages, old_logp, ref_logp, correction, sequence_log_ratio, kl_sum, logp, entropy, logp_grad;
@@ -181,37 +179,26 @@ bool is_one(const Tensor& scale) {
   return !traced && *scale.const_data_ptr<float>() == 1.0f;
 }
 
-struct LinearPolicyLoss : torch::autograd::Function<LinearPolicyLoss> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, FUSEDRL_LINEAR_POLICY_PARAMETERS, const Settings& s) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton()
-                         .findSchemaOrThrow("fusedrl::linear_policy_loss_forward", "")
-                         .typed<decltype(linear_policy_loss_forward)>();
-    auto [loss, stats, logp, entropy, hidden_grad, weight_grad, bias_grad] = op.call(
-        FUSEDRL_LINEAR_POLICY_NAMES, s.names.kind, s.names.kl_estimator, s.names.kl_gradient, s.names.coefficients, s.temperature, s.softcap,
-        s.workspace_bytes, s.for_hidden, s.for_weight, s.for_bias);
-    ctx->save_for_backward({hidden_grad, weight_grad, bias_grad});
-    ctx->mark_non_differentiable({stats, logp, entropy});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    return {loss, stats, logp, entropy};
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("linear_policy_loss");
-    const auto saved = ctx->get_saved_variables();
-    torch::autograd::variable_list out(kParameters);
-    const bool one = is_one(grads[0]);
-    for (int i = 0; i < (ctx->saved_data["has_bias"].toBool() ? 3 : 2); ++i) {
-      if (ctx->needs_input_grad(i)) out[i] = one ? saved[i] : saved[i] * grads[0];
-    }
-    return out;
-  }
-};
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_policy_loss(FUSEDRL_LINEAR_POLICY_PARAMETERS, FUSEDRL_LINEAR_POLICY_SETTINGS) {
   const auto needed = [](const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); };
-  const Settings settings{{kind, kl_estimator, kl_gradient, coefficients}, temperature, softcap, workspace_bytes, needed(hidden), needed(weight),
-                          bias && needed(*bias)};
-  const auto out = LinearPolicyLoss::apply(FUSEDRL_LINEAR_POLICY_NAMES, settings);
+  const bool for_hidden = needed(hidden), for_weight = needed(weight), for_bias = bias && needed(*bias);
+  const auto forward = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(linear_policy_loss_forward)>("fusedrl::linear_policy_loss_forward");
+    auto [loss, stats, logp, entropy, hidden_grad, weight_grad, bias_grad] =
+        op.call(FUSEDRL_LINEAR_POLICY_NAMES, kind, kl_estimator, kl_gradient, coefficients, temperature, softcap, workspace_bytes, for_hidden, for_weight,
+                for_bias);
+    saved.tensors = {hidden_grad, weight_grad, bias_grad};
+    saved.non_differentiable = {stats, logp, entropy};
+    return {loss, stats, logp, entropy};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    Tensors out(3);
+    const bool one = is_one(grads[0]);
+    for (int i = 0; i < 3; ++i)
+      if (saved.needed[i]) out[i] = one ? saved.tensors[i] : saved.tensors[i].mul(grads[0]);
+    return out;
+  };
+  const auto out = with_gradient("linear_policy_loss", {hidden, weight, bias}, forward, backward);
   return {out[0], out[1], out[2], out[3]};
 }
 

@@ -4,9 +4,9 @@
 // Bytes    forward reads rows V s; backward reads and writes rows V s. A large fresh gradient is asked for in huge pages (page faults
 //          cost more than the arithmetic) and written past the caches. Of a row that lists what truncation kept, the forward reads those columns only.
 // Threads  rows are divided; a row is always computed by one thread in one order.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,6 +19,8 @@
 #include "memory.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 // Where the rows of a tensor [..., V] lie: at most two leading dimensions with strides of their own; more are copied together.
 struct Rows {
@@ -208,44 +210,38 @@ void logprob_backward_(Tensor& logits, const MaybeTensor& logp_grad, const Maybe
   gradient_rows<false>(rows, rows, logp_grad, entropy_grad, token_ids, stats_N3, temperature, temperatures, ignore_index, kept_ids, kept_offsets);
 }
 
-struct Logprob : torch::autograd::Function<Logprob> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& logits, const Tensor& token_ids, double temperature,
-                                                const MaybeTensor& temperatures, bool entropy, int64_t ignore_index,
-                                                const MaybeTensor& kept_ids, const MaybeTensor& kept_offsets, bool in_place) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::logprob_forward", "").typed<decltype(logprob_forward)>();
+std::tuple<Tensor, Tensor> logprob_with_gradient(const Tensor& logits, const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, bool entropy,
+                                                 int64_t ignore_index, const MaybeTensor& kept_ids, const MaybeTensor& kept_offsets, bool in_place) {
+  const auto forward = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(logprob_forward)>("fusedrl::logprob_forward");
     auto [logp, entropies, stats_N3] = op.call(logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets);
-    ctx->save_for_backward({logits, token_ids, stats_N3, temperatures.value_or(Tensor()), kept_ids.value_or(Tensor()), kept_offsets.value_or(Tensor())});
-    ctx->saved_data["temperature"] = temperature;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["in_place"] = in_place;
-    ctx->set_materialize_grads(false);
-    if (!entropy) ctx->mark_non_differentiable({entropies});
+    saved.tensors = {logits, token_ids, stats_N3, temperatures.value_or(Tensor()), kept_ids.value_or(Tensor()), kept_offsets.value_or(Tensor())};
+    saved.values = {temperature, ignore_index, in_place};
+    saved.zeros_for_missing = false;
+    if (!entropy) saved.non_differentiable = {entropies};
     return {logp, entropies};
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("logprob");
-    const auto saved = ctx->get_saved_variables();  // raises when the logits were written to since
-    const double temperature = ctx->saved_data["temperature"].toDouble();
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-    Tensor grad;
-    if (ctx->saved_data["in_place"].toBool()) {
-      static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::logprob_backward_", "").typed<decltype(logprob_backward_)>();
-      grad = saved[0].detach();  // shares the version counter: whoever else saved these logits is told
-      op.call(grad, defined(grads[0]), defined(grads[1]), saved[1], saved[2], temperature, defined(saved[3]), ignore_index, defined(saved[4]), defined(saved[5]));
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    const auto& [t, x] = std::tie(saved.tensors, saved.values);
+    const double temperature = x[0].toDouble();
+    const int64_t ignore_index = x[1].toInt();
+    if (x[2].toBool()) {
+      static auto op = find_op<decltype(logprob_backward_)>("fusedrl::logprob_backward_");
+      Tensor grad = t[0].detach();  // shares the version counter: whoever else saved these logits is told
+      op.call(grad, defined(grads[0]), defined(grads[1]), t[1], t[2], temperature, defined(t[3]), ignore_index, defined(t[4]), defined(t[5]));
       grad.unsafeGetTensorImpl()->bump_version();
-    } else {
-      static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::logprob_backward", "").typed<decltype(logprob_backward)>();
-      grad = op.call(defined(grads[0]), defined(grads[1]), saved[0], saved[1], saved[2], temperature, defined(saved[3]), ignore_index, defined(saved[4]), defined(saved[5]));
+      return {grad};
     }
-    return {grad, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
-  }
-};
+    static auto op = find_op<decltype(logprob_backward)>("fusedrl::logprob_backward");
+    return {op.call(defined(grads[0]), defined(grads[1]), t[0], t[1], t[2], temperature, defined(t[3]), ignore_index, defined(t[4]), defined(t[5]))};
+  };
+  const auto out = with_gradient("logprob", {logits}, forward, backward);
+  return {out[0], out[1]};
+}
 
 std::tuple<Tensor, Tensor> logprob(const Tensor& logits, const Tensor& token_ids, double temperature, const MaybeTensor& temperatures, bool entropy, int64_t ignore_index,
                                    const MaybeTensor& kept_ids, const MaybeTensor& kept_offsets) {
-  const auto out = Logprob::apply(logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets, false);
-  return {out[0], out[1]};
+  return logprob_with_gradient(logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets, false);
 }
 
 // The backward overwrites the logits; the Python function has checked that it may.
@@ -253,8 +249,7 @@ std::tuple<Tensor, Tensor> logprob_in_place(const Tensor& logits, const Tensor& 
                                             int64_t ignore_index, const MaybeTensor& kept_ids, const MaybeTensor& kept_offsets) {
   TORCH_CHECK_VALUE(Rows(logits).tensor.is_same(logits), "logprob_: expected at most two leading dimensions with strides of their own, got sizes ", logits.sizes(),
                     " with strides ", logits.strides(), "; use logprob");
-  const auto out = Logprob::apply(logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets, true);
-  return {out[0], out[1]};
+  return logprob_with_gradient(logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets, true);
 }
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {

@@ -4,7 +4,8 @@
 // Numerics moments in double, two passes over each block of kBlock elements, blocks merged in order: the same for any thread count.
 #include "moments.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -3,7 +3,8 @@
 // Shapes   B rows, Hq query heads, Hkv key/value heads, D head dim, M blocks a row of the table, S positions a block.
 // Work     one task is a row and a key/value head.
 // Checked  beforehand, every length and every table entry that a row needs.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -4,9 +4,9 @@
 // Bytes    policy 16 read (4 more for each of entropy, ref_logp, correction, ...) and 4 written a token; value 8 (12 with a clip) and 4 more; the weights are read once for both.
 // Numerics a token's terms in float32; 16 vectors of them are added in float32, the rest in double. Blocks have a fixed size and their sums
 //          are combined in order, so nothing depends on the number of threads. Variances are taken about each block's mean and merged (Chan).
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,6 +19,8 @@
 #include "policy_terms.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -131,7 +133,6 @@ OptionalTensor contiguous(const OptionalTensor& tensor) { return tensor ? Option
       const OptionalTensor &ref_logp, const OptionalTensor &correction, const OptionalTensor &sequence_log_ratio, const OptionalTensor &kl_sum
 #define FUSEDRL_POLICY_VALUE_NAMES                                                                                                                   \
   logp, old_logp, advantages, weights, entropy, values, old_values, returns, ref_logp, correction, sequence_log_ratio, kl_sum
-constexpr int kParameters = 13;  // of autograd: the tensors, and the objective
 
 // Loss, statistics, and d loss / d logp and d loss / d values for a unit upstream gradient (empty where that part is absent).
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(FUSEDRL_POLICY_VALUE_PARAMETERS, FUSEDRL_OBJECTIVE_PARAMETERS) {
@@ -172,39 +173,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(FUSEDRL_POLICY_VALUE_PARAMETE
   return {loss, stats, logp_grad_N, values_grad_N};
 }
 
-struct PolicyValueLoss : torch::autograd::Function<PolicyValueLoss> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, FUSEDRL_POLICY_VALUE_PARAMETERS, const ObjectiveNames& names) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton()
-                         .findSchemaOrThrow("fusedrl::policy_value_loss_forward", "")
-                         .typed<decltype(::forward)>();
-    auto [loss, stats, logp_grad_N, values_grad_N] = op.call(FUSEDRL_POLICY_VALUE_NAMES, names.kind, names.kl_estimator, names.kl_gradient, names.coefficients);
-    ctx->save_for_backward({logp_grad_N, entropy ? weights : Tensor(), values_grad_N});
-    ctx->saved_data["entropy_coef"] = Objective(names).coefficients.entropy_coef;
-    // Edges count the tensors that were given: logp, old_logp, advantages, weights, entropy, values, ...
-    ctx->saved_data["logp_edge"] = logp ? 0 : -1;
-    ctx->saved_data["entropy_edge"] = entropy ? 4 : -1;
-    ctx->saved_data["values_edge"] = values ? (logp ? 4 : 1) + (entropy ? 1 : 0) : -1;
-    ctx->mark_non_differentiable({stats});
-    return {loss, stats};
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("policy_value_loss");
-    const auto saved = ctx->get_saved_variables();
-    torch::autograd::variable_list out(kParameters);
-    const auto needed = [&](const char* edge) {
-      const int64_t index = ctx->saved_data[edge].toInt();
-      return index >= 0 && ctx->needs_input_grad(index);
-    };
-    if (needed("logp_edge")) out[0] = saved[0] * grads[0];
-    if (needed("entropy_edge")) out[4] = saved[1] * (grads[0] * -ctx->saved_data["entropy_coef"].toDouble());
-    if (needed("values_edge")) out[5] = saved[2] * grads[0];
-    return out;
-  }
-};
-
 std::tuple<Tensor, Tensor> policy_value_loss(FUSEDRL_POLICY_VALUE_PARAMETERS, FUSEDRL_OBJECTIVE_PARAMETERS) {
-  const auto out = PolicyValueLoss::apply(FUSEDRL_POLICY_VALUE_NAMES, ObjectiveNames{kind, kl_estimator, kl_gradient, coefficients});
+  const auto compute = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(::forward)>("fusedrl::policy_value_loss_forward");
+    auto [loss, stats, logp_grad_N, values_grad_N] = op.call(FUSEDRL_POLICY_VALUE_NAMES, kind, kl_estimator, kl_gradient, coefficients);
+    saved.tensors = {logp_grad_N, entropy ? weights : Tensor(), values_grad_N};
+    saved.values = {Objective({kind, kl_estimator, kl_gradient, coefficients}).coefficients.entropy_coef};
+    saved.non_differentiable = {stats};
+    return {loss, stats};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    Tensors out(3);
+    if (saved.needed[0]) out[0] = saved.tensors[0].mul(grads[0]);
+    if (saved.needed[1]) out[1] = saved.tensors[1].mul(grads[0].mul(-saved.values[0].toDouble()));
+    if (saved.needed[2]) out[2] = saved.tensors[2].mul(grads[0]);
+    return out;
+  };
+  const auto out = with_gradient("policy_value_loss", {logp, entropy, values}, compute, backward);
   return {out[0], out[1]};
 }
 

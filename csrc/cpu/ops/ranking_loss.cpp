@@ -2,8 +2,9 @@
 //
 // Shapes   B pairs, or M scores in groups. Bytes: 8 to 12 read and 4 written a pair.
 // Numerics float32 terms (double in groups), summed in double in index order by one thread (a batch of sequences, never of tokens).
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -13,6 +14,8 @@
 #include "autograd.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 using at::Tensor;
 
@@ -37,26 +40,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& chosen, const Tensor& rejected,
   return {loss, slope_B};
 }
 
-struct PairwiseRankingLoss : torch::autograd::Function<PairwiseRankingLoss> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& margin) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton()
-                         .findSchemaOrThrow("fusedrl::pairwise_ranking_loss_forward", "")
-                         .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&)>();
-    auto [loss, slope_B] = op.call(chosen, rejected, margin);
-    ctx->save_for_backward({slope_B});
-    ctx->saved_data["margin"] = margin.has_value();
-    return loss;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("pairwise_ranking_loss");
-    const Tensor chosen_grad = ctx->get_saved_variables()[0] * grads[0], opposite = -chosen_grad;
-    return {chosen_grad, opposite, ctx->saved_data["margin"].toBool() ? opposite : Tensor()};
-  }
-};
-
 Tensor pairwise_ranking_loss(const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& margin) {
-  return PairwiseRankingLoss::apply(chosen, rejected, margin);
+  const auto compute = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(forward)>("fusedrl::pairwise_ranking_loss_forward");
+    auto [loss, slope_B] = op.call(chosen, rejected, margin);
+    saved.tensors = {slope_B};
+    return {loss};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    const Tensor chosen_grad = saved.tensors[0].mul(grads[0]), opposite = chosen_grad.neg();
+    return {chosen_grad, opposite, opposite};
+  };
+  return with_gradient("pairwise_ranking_loss", {chosen, rejected, margin}, compute, backward)[0];
 }
 
 // Loss and d loss / d scores for a unit upstream gradient.
@@ -99,21 +94,16 @@ std::tuple<Tensor, Tensor> kwise_forward(const Tensor& scores, const Tensor& ran
   return {loss, slope_M};
 }
 
-struct KwiseRankingLoss : torch::autograd::Function<KwiseRankingLoss> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& scores, const Tensor& ranks, const Tensor& cu_groups) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::kwise_ranking_loss_forward", "").typed<decltype(kwise_forward)>();
+Tensor kwise_ranking_loss(const Tensor& scores, const Tensor& ranks, const Tensor& cu_groups) {
+  const auto compute = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(kwise_forward)>("fusedrl::kwise_ranking_loss_forward");
     auto [loss, slope_M] = op.call(scores, ranks, cu_groups);
-    ctx->save_for_backward({slope_M});
-    return loss;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    refuse_double_backward("kwise_ranking_loss");
-    return {ctx->get_saved_variables()[0] * grads[0], Tensor(), Tensor()};
-  }
-};
-
-Tensor kwise_ranking_loss(const Tensor& scores, const Tensor& ranks, const Tensor& cu_groups) { return KwiseRankingLoss::apply(scores, ranks, cu_groups); }
+    saved.tensors = {slope_M};
+    return {loss};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors { return {saved.tensors[0].mul(grads[0])}; };
+  return with_gradient("kwise_ranking_loss", {scores}, compute, backward)[0];
+}
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
   m.def("kwise_ranking_loss_forward(Tensor scores, Tensor ranks, Tensor cu_groups) -> (Tensor, Tensor)");

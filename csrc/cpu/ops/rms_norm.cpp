@@ -4,18 +4,22 @@
 // Bytes    forward 2 rows H s (4 with a residual), backward 3 (4); in both, a row is read a second time from the cache.
 // Numerics float32 between loads and stores. The weight's gradient is summed in float32 over CHUNK rows, then over chunks: its order depends on the
 //          number of rows alone.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
 #include "lanes.h"
 #include "memory.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 constexpr int64_t SUMS = 4;  // in flight: they hide the latency of an FMA, and shorter sums err less
 
@@ -123,33 +127,25 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& y_grad, const MaybeTe
   return {dx, dweight};
 }
 
-struct RmsNorm : torch::autograd::Function<RmsNorm> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight, const MaybeTensor& residual, double eps,
-                                               double offset) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::rms_norm_forward", "").typed<decltype(rms_norm_forward)>();
-    auto [y, sum, rstd] = op.call(x, weight, residual, eps, offset);
-    ctx->save_for_backward({residual ? sum : x, weight, rstd});
-    ctx->saved_data["residual"] = residual.has_value();
-    ctx->saved_data["offset"] = offset;
-    ctx->saved_data["weight_wanted"] = weight.requires_grad();
-    ctx->set_materialize_grads(false);
-    if (!residual) ctx->mark_non_differentiable({sum});
-    return {y, sum};
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::rms_norm_backward", "").typed<decltype(rms_norm_backward)>();
-    const auto saved = ctx->get_saved_variables();
-    const bool residual = ctx->saved_data["residual"].toBool(), weight_wanted = ctx->saved_data["weight_wanted"].toBool();
-    if (!grads[0].defined()) return {grads[1], Tensor(), residual ? grads[1] : Tensor(), Tensor(), Tensor()};
-    auto [dx, dweight] = op.call(grads[0], residual ? defined(grads[1]) : std::nullopt, saved[0], saved[1], saved[2], weight_wanted,
-                              ctx->saved_data["offset"].toDouble());
-    return {dx, weight_wanted ? dweight : Tensor(), residual ? dx : Tensor(), Tensor(), Tensor()};
-  }
-};
-
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& residual, double eps, double offset) {
-  const auto out = RmsNorm::apply(x, weight, residual, eps, offset);
+  const auto forward = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(rms_norm_forward)>("fusedrl::rms_norm_forward");
+    auto [y, sum, rstd] = op.call(x, weight, residual, eps, offset);
+    saved.tensors = {residual ? sum : x, weight, rstd};
+    saved.values = {residual.has_value(), offset, weight.requires_grad()};
+    saved.zeros_for_missing = false;
+    if (!residual) saved.non_differentiable = {sum};
+    return {y, sum};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(rms_norm_backward)>("fusedrl::rms_norm_backward");
+    const bool residual = saved.values[0].toBool(), weight_wanted = saved.values[2].toBool();
+    if (!grads[0].defined()) return {grads[1], Tensor(), residual ? grads[1] : Tensor()};
+    auto [dx, dweight] = op.call(grads[0], residual ? defined(grads[1]) : std::nullopt, saved.tensors[0], saved.tensors[1], saved.tensors[2], weight_wanted,
+                                 saved.values[1].toDouble());
+    return {dx, weight_wanted ? dweight : Tensor(), residual ? dx : Tensor()};
+  };
+  const auto out = with_gradient("rms_norm", {x, weight, residual}, forward, backward);
   return {out[0], out[1]};
 }
 

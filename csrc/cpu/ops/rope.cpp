@@ -4,15 +4,17 @@
 // Bytes    2 N (Hq + Hkv) D s.
 // Numerics float32 between loads and stores, rounded once.
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <tuple>
 
+#include "autograd.h"
 #include "lanes.h"
 #include "memory.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 // One token's heads: pairs (x[i], x[i + half]) turned by (cos[i], sign sin[i]).
 template <typename T>
@@ -50,26 +52,21 @@ std::tuple<Tensor, Tensor> rope_forward(const Tensor& q, const Tensor& k, const 
 }
 
 std::tuple<Tensor, Tensor> call(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool inverse) {
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::rope_forward", "").typed<decltype(rope_forward)>();
+  static auto op = find_op<decltype(rope_forward)>("fusedrl::rope_forward");
   return op.call(q, k, cos, sin, inverse);
 }
 
-struct Rope : torch::autograd::Function<Rope> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({cos, sin});
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
+  const auto forward = [&](Saved& saved) -> Tensors {
+    saved.tensors = {cos, sin};
     auto [q_out, k_out] = call(q, k, cos, sin, false);
     return {q_out, k_out};
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    auto [dq, dk] = call(grads[0].contiguous(), grads[1].contiguous(), saved[0], saved[1], true);
-    return {dq, dk, Tensor(), Tensor()};
-  }
-};
-
-std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
-  const auto out = Rope::apply(q, k, cos, sin);
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    auto [dq, dk] = call(grads[0].contiguous(), grads[1].contiguous(), saved.tensors[0], saved.tensors[1], true);
+    return {dq, dk};
+  };
+  const auto out = with_gradient("rope", {q, k}, forward, backward);
   return {out[0], out[1]};
 }
 

@@ -3,10 +3,11 @@
 // Bytes    V s a row, read once; the exponentials of a row stay in cache between the sum and the draw.
 // Numerics float32 terms; within a block of fixed size each lane adds its own in float32, lanes and blocks are added in double. A row depends on nothing but itself, whatever the number of threads.
 // Cost     rows that ask for no truncation need no order; for the others a few linear passes, and an order of the tokens next to the boundary.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -4,15 +4,17 @@
 // Bytes    forward 3 N F s, backward 5 N F s, one pass each.
 // Numerics float32 between loads and stores; both s = sigmoid(gate) and 1 - s from e^-|gate|, so that neither cancels or overflows.
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <utility>
 
+#include "autograd.h"
 #include "lanes.h"
 #include "memory.h"
 
 namespace {
+
+using namespace fusedrl;  // autograd.h
 
 // sigmoid(x) and 1 - sigmoid(x)
 inline std::pair<Vec, Vec> sigmoid(const Vec& x) {
@@ -65,20 +67,18 @@ Tensor swiglu_backward(const Tensor& y_grad, const Tensor& gate_up) {
   return grad;
 }
 
-struct Swiglu : torch::autograd::Function<Swiglu> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate_up) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::swiglu_forward", "").typed<decltype(swiglu_forward)>();
-    ctx->save_for_backward({gate_up});
-    return op.call(gate_up);
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fusedrl::swiglu_backward", "").typed<decltype(swiglu_backward)>();
-    return {op.call(grads[0], ctx->get_saved_variables()[0])};
-  }
-};
-
-Tensor swiglu(const Tensor& gate_up) { return Swiglu::apply(gate_up); }
+Tensor swiglu(const Tensor& gate_up) {
+  const auto forward = [&](Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(swiglu_forward)>("fusedrl::swiglu_forward");
+    saved.tensors = {gate_up};
+    return {op.call(gate_up)};
+  };
+  const auto backward = [](const Tensors& grads, const Saved& saved) -> Tensors {
+    static auto op = find_op<decltype(swiglu_backward)>("fusedrl::swiglu_backward");
+    return {op.call(grads[0], saved.tensors[0])};
+  };
+  return with_gradient("swiglu", {gate_up}, forward, backward)[0];
+}
 
 TORCH_LIBRARY_FRAGMENT(fusedrl, m) {
   m.def("swiglu_forward(Tensor gate_up) -> Tensor");
