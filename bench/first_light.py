@@ -221,7 +221,7 @@ def steps(part: str, device: str, scratch: Path) -> Iterator[Step]:
         )
         for name in CONTESTS:
             results = scratch / name
-            some = () if gpu else ("--rounds", "5", "--first", "1")
+            some = () if gpu else ("--rounds", "2", "--first", "1")  # a rehearsal
             yield Step(
                 name,
                 (
@@ -236,7 +236,7 @@ def steps(part: str, device: str, scratch: Path) -> Iterator[Step]:
                     *some,
                     f"bench/bench_{name}.py",
                 ),
-                120,
+                120 if gpu else 180,
                 results / f"{name}.json",
                 missing,
             )

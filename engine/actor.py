@@ -67,15 +67,16 @@ class HybridActor:
     `decoder.checkpoint_activations` trades time for the memory of the training forward.
 
     Args:
-        decoder: the weights. tokenizer: a transformers tokenizer, or None where prompts are token
-        ids. value_head: on the same trunk, or None. cache: size of the KV cache and of the steps
-        over it. strict: what the training forward says of a token is bitwise what the sampler said,
-        whatever the
-            batch, at the cost of one more forward in training; in float32 and bfloat16, with the
-            C++ kernels on a CPU and Triton on a GPU.
+        decoder: the weights.
+        tokenizer: a transformers tokenizer, or None where prompts are token ids.
+        value_head: on the same trunk, or None.
+        cache: size of the KV cache and of the steps over it.
+        strict: what the training forward says of a token is bitwise what the sampler said, whatever
+            the batch, at the cost of one more forward in training; in float32 and bfloat16, with
+            the C++ kernels on a CPU and Triton on a GPU.
     Raises:
         ValueError: the tokenizer has ids that the model does not know, or `strict` where it cannot
-        be kept.
+            be kept.
     """
 
     def __init__(
@@ -127,8 +128,8 @@ class HybridActor:
         head saved there, or one that says 0.
 
         Args:
-            dtype: "auto" is float32 on CPU and bfloat16 on CUDA. device: None is the best there is
-            (CUDA, else the CPU).
+            dtype: "auto" is float32 on CPU and bfloat16 on CUDA.
+            device: None is the best there is (CUDA, else the CPU).
         Raises:
             As `load_decoder`; ValueError where tokenizer and model vocabulary differ.
         """
@@ -162,12 +163,13 @@ class HybridActor:
 
         Args:
             module: of a family in `families.FAMILIES`, parameters of one dtype on one device. It is
-            not wrapped and keeps working. tokenizer: a transformers tokenizer, or None where
-            prompts are token ids. value_head: a fresh one, which says 0.
+                not wrapped and keeps working.
+            tokenizer: a transformers tokenizer, or None where prompts are token ids.
+            value_head: a fresh one, which says 0.
         Raises:
             TypeError, ValueError: a model that does not fit (`sharing.share`). Later, wherever the
-            weights are read, RuntimeError: the model was cast, moved or otherwise re-allocated, and
-            no longer shares them.
+                weights are read, RuntimeError: the model was cast, moved or otherwise re-allocated,
+                and no longer shares them.
         """
         decoder = share(module)
         head = ValueHead(decoder.config.hidden_size, device=decoder.device) if value_head else None
@@ -212,19 +214,18 @@ class HybridActor:
 
         Args:
             prompts: strings (tokenised with the tokenizer's special tokens), token-id lists,
-            message lists (through the chat template), or completions
-                to continue: aborted ones, or such as `extend` returns. Under the same request id
-                and the same weights one goes on as if it had never stopped; max_new_tokens counts
-                what this call adds.
+                message lists (through the chat template), or completions to continue: aborted ones,
+                or such as `extend` returns. Under the same request id and the same weights one goes
+                on as if it had never stopped; max_new_tokens counts what this call adds.
             params: one for all prompts, or one per prompt; None: the defaults of `SamplingParams`.
             request_ids: one integer per prompt, by default its index. A draw depends on (seed,
-            request id, sample index, position) and the logits alone.
+                request id, sample index, position) and the logits alone.
         Returns:
             Per prompt the list of its n completions.
         Raises:
             TypeError, ValueError: before anything is generated: a prompt without tokens, ids
-            outside the vocabulary, more tokens than the model has positions or than the cache can
-            ever hold (with the two numbers), numbers of prompts and params that differ.
+                outside the vocabulary, more tokens than the model has positions or than the cache
+                can ever hold (with the two numbers), numbers of prompts and params that differ.
         """
         found = sorted(
             self._run(prompts, params, request_ids, to_caller=False),
@@ -294,7 +295,7 @@ class HybridActor:
 
         Raises:
             RuntimeError: completions are in flight; `generate` inside; or a graph made inside
-            outlives the block, which then keeps the memory.
+                outlives the block, which then keeps the memory.
         """
         if (generator := self._generator) is None or self._lent:
             yield None
@@ -429,13 +430,13 @@ class HybridActor:
 
         Args:
             weights_N, advantages_N, old_logp, ref_logp, rollout_logp: [N] float32, each action's at
-            its own slot. `terms`: those of `linear_policy_loss`.
+                its own slot. `terms`: those of `linear_policy_loss`.
         Returns:
             (loss, stats, logp, entropy); the last two [N] float32, constants, of the actions with a
             weight and 0 elsewhere: the bits of `logprobs` where every action has one.
         Raises:
             ValueError: in strict mode, whose products are the sampler's, and of a batch with
-            `kept`; use `logprobs` and the losses on it.
+                `kept`; use `logprobs` and the losses on it.
         """
         if batch.kept is not None:
             raise ValueError(
@@ -521,10 +522,10 @@ class HybridActor:
         gradient.
 
         Args:
-            temperature: divides the logits, as in sampling. tokens_per_microbatch: cut the batch by
-            `batch.split`; None: one micro-batch. partition: the sequence indices of each
-            micro-batch instead. The
-                same cuts in training reproduce these bits.
+            temperature: divides the logits, as in sampling.
+            tokens_per_microbatch: cut the batch by `batch.split`; None: one micro-batch.
+            partition: the sequence indices of each micro-batch instead. The same cuts in training
+                reproduce these bits.
         Raises:
             ValueError: both given, or a partition that is none of the batch's sequences.
         """
@@ -585,8 +586,8 @@ class HybridActor:
         Make the optimizer afterwards.
 
         Raises:
-            ConfigError: a target that the family does not have. ValueError: there is an adapter
-            already.
+            ConfigError: a target that the family does not have.
+            ValueError: there is an adapter already.
         """
         add_adapter(self.decoder, lora, seed=seed)
         self.mark_updated()

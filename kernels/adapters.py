@@ -1,8 +1,8 @@
 """Adapters: the names and argument orders of other libraries' fused heads and log-probabilities,
 over this package's ops.
 
-    verl   FusedLinearForPPO          -> linear_logprob        trl   selective_log_softmax,
-                                                               entropy_from_logits -> logprob
+    verl   FusedLinearForPPO          -> linear_logprob
+    trl    selective_log_softmax, entropy_from_logits -> logprob
     Liger  LigerFusedLinearGRPOLoss   -> linear_policy_loss
 
 To use one, import it from here instead of from there. What goes in and what comes out is the same
@@ -117,8 +117,9 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
     and their sum with these weights, for n_b unmasked tokens in sequence b of B (those that have
     none count):
 
-        "grpo", "sapo"  1 / (B n_b)         "bnpo"  1 / sum_b n_b         "dr_grpo"  1 / (B
-                                                    max_completion_length)
+        "grpo", "sapo"  1 / (B n_b)
+        "bnpo"          1 / sum_b n_b
+        "dr_grpo"       1 / (B max_completion_length)
         "dapo"          ranks / num_items_in_batch; the latter is by default the unmasked tokens of
                         all ranks of torch.distributed, or of this process
 
@@ -134,10 +135,10 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         epsilon_high or above it.
     Raises:
         ValueError: what is not expressible exactly, by name: loss types "cispo" (whose clip ratio
-        counts positive advantages only; the loss itself is linear_policy_loss with
-        PolicyObjective(kind="cispo", clip_max=epsilon_high)), "luspo" (which counts masked tokens)
-        and "vespo", use_bias_correction_kl, a delta below 1 + epsilon_high or with level
-        "sequence".
+            counts positive advantages only; the loss itself is linear_policy_loss with
+            PolicyObjective(kind="cispo", clip_max=epsilon_high)), "luspo" (which counts masked
+            tokens) and "vespo", use_bias_correction_kl, a delta below 1 + epsilon_high or with
+            level "sequence".
     """
 
     def __init__(
@@ -233,10 +234,15 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         """The loss and its metrics.
 
         Args:
-            _input: [B, T, H]. lin_weight: [V, H]. selected_token_ids, attention_mask: [B, T].
-            advantages: [B]. bias: [V]. ref_per_token_logps, old_per_token_logps: [B, T]. ref_input,
-            ref_weight, ref_bias: as the policy's, of any H, in its place where ref_per_token_logps
-            is None. vllm_is_ratio: [B], [B, 1] or [B, T].
+            _input: [B, T, H].
+            lin_weight: [V, H].
+            selected_token_ids, attention_mask: [B, T].
+            advantages: [B].
+            bias: [V].
+            ref_per_token_logps, old_per_token_logps: [B, T].
+            ref_input, ref_weight, ref_bias: as the policy's, of any H, in its place where
+                ref_per_token_logps is None.
+            vllm_is_ratio: [B], [B, 1] or [B, T].
         Returns:
             (loss, metrics): a scalar, differentiable in _input, lin_weight and bias; (mean KL, clip
             ratio) over unmasked tokens, the first only where beta is not 0.
@@ -365,14 +371,15 @@ def selective_log_softmax(
     differentiated holds a float32 copy of the logits.
 
     Args:
-        logits: [..., V]. index: [...], or [..., K] for K log-probabilities a row, in two reads
-        whatever K. temperature: above 0. row_mask: in the shape of the index; where it is 0 the
-        result is 0 without gradient.
+        logits: [..., V].
+        index: [...], or [..., K] for K log-probabilities a row, in two reads whatever K.
+        temperature: above 0.
+        row_mask: in the shape of the index; where it is 0 the result is 0 without gradient.
     Returns:
         in the shape of the index; float32.
     Raises:
-        ValueError, TypeError, IndexError: as `logprob`; RuntimeError: one of K indices out of
-        range.
+        ValueError, TypeError, IndexError: as `logprob`.
+        RuntimeError: one of K indices out of range.
     """
     op, leading = "selective_log_softmax", _leading(logits)
     several = index.ndim == logits.ndim

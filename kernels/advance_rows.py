@@ -1,7 +1,7 @@
 """advance_rows_: what a decoding step leaves behind it, in one launch. In place.
 
-    ring[cursor] = (token, logp), and the value of the state before the token, where one is given;
-            cursor += 1
+    ring[cursor] = (token, logp), and the value of the state before the token, where one is given
+    cursor += 1
     finished |= position >= last_position, or token in stops
     token_id, positions = token, positions + 1      of rows that are not finished; the others stay
                                                     as they are
@@ -209,17 +209,22 @@ def advance_rows_(
     gradient.
 
     Args:
-        drawn: [R] int64; logp: [R] float32. stops: [W, R] int64, the tokens that end a row.
+        drawn: [R] int64.
+        logp: [R] float32.
+        stops: [W, R] int64, the tokens that end a row.
         last_positions: [R] int64; a row ends with a token drawn at this position or behind it.
-        token_ids: [R] int64, the newest tokens; positions: [2, R] int64, of the token to draw and
-        of the newest; finished: [R] bool. Written in place. ring_tokens, ring_logp: [K, R] int64
-        and float32; step `cursor` of them is written. cursor: [1] int64 in [0, K); it moves on by
-        one. values: [R] float32 of the states before the tokens, into ring_values [K, R]; or
-        neither. impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the device.
+        token_ids: [R] int64, the newest tokens.
+        positions: [2, R] int64, of the token to draw and of the newest.
+        finished: [R] bool. Written in place.
+        ring_tokens, ring_logp: [K, R] int64 and float32; step `cursor` of them is written.
+        cursor: [1] int64 in [0, K); it moves on by one.
+        values: [R] float32 of the states before the tokens, into ring_values [K, R]; or neither.
+        impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the device.
     Raises:
-        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. IndexError: the
-        cursor (on a GPU nobody looks: such a step is recorded nowhere by Triton). RuntimeError:
-        `impl` cannot run here.
+        ValueError: sizes, strides or devices that do not agree.
+        TypeError: dtypes.
+        IndexError: the cursor (on a GPU nobody looks: such a step is recorded nowhere by Triton).
+        RuntimeError: `impl` cannot run here.
     """
     op = "advance_rows_"
     arguments = (

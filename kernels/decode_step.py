@@ -1,8 +1,8 @@
 """decode_step: one step of a decoder over the paged KV cache as one native op, from token ids to
 what the head reads.
 
-    a = norm(x);   q, k, v = a W_qkv + b;   q, k = rope(norm(q)), rope(norm(k));   k, v of every
-                                            token -> cache
+    a = norm(x);   q, k, v = a W_qkv + b;   q, k = rope(norm(q)), rope(norm(k))
+    k, v of every token -> cache
     x = x + attend(q, cache positions max(0, pos - window + 1) .. pos of the token's row) W_o
     x = x + activate(norm(x) W_gate_up) W_down
 
@@ -86,34 +86,38 @@ def decode_step(
 
     Args:
         token_ids, positions, rows: [N] int64. Token n is at `positions[n]` of the sequence whose
-        blocks are
-            `block_table[rows[n]]`. block_table: [B, M] int32.
+            blocks are `block_table[rows[n]]`.
+        block_table: [B, M] int32.
         k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the parameters'
-        dtype, or in float32. out_slots: [R] int64, the tokens whose hidden state is wanted; None:
-        all. embedding: [V, H]; like all parameters float32 or bfloat16. embedding_scale: multiplies
-        its rows.
-            position_embedding: [positions, H], added to them.
+            dtype, or in float32.
+        out_slots: [R] int64, the tokens whose hidden state is wanted; None: all.
+        embedding: [V, H]; like all parameters float32 or bfloat16.
+        embedding_scale: multiplies its rows.
+        position_embedding: [positions, H], added to them.
         norm, norm_bias: [H], of the last norm; every norm that has a bias is a LayerNorm, the
-        others are RMSNorms that
-            multiply by norm_offset + their weight. eps: of all of them.
+            others are RMSNorms that multiply by norm_offset + their weight.
+        eps: of all of them.
         cos, sin: [tables, positions, P] float32.
         layers: sixteen a layer: input_norm, qkv, qkv_bias, q_norm, k_norm, o, o_bias, post_norm,
-            gate_up, gate_up_bias,
-            down, down_bias, attention_out_norm, mlp_out_norm, input_norm_bias, post_norm_bias; None
-            where there is none.
-        windows: a layer each: a token sees itself and window - 1 tokens before it; 0: all. ropes: a
-        layer each: the rotary table that turns q and k; -1: none. attention_scale: multiplies q .
-        k. attention_softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
-        activation: "silu", "gelu_tanh" or "gelu". parallel: the MLP reads what attention read.
-        adapters: eight a layer, a [P' r, in] and b [rows, r] of qkv, o, gate_up and down, or None;
+            gate_up, gate_up_bias, down, down_bias, attention_out_norm, mlp_out_norm,
+            input_norm_bias, post_norm_bias; None where there is none.
+        windows: a layer each: a token sees itself and window - 1 tokens before it; 0: all.
+        ropes: a layer each: the rotary table that turns q and k; -1: none.
+        attention_scale: multiplies q . k.
+        attention_softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
+        activation: "silu", "gelu_tanh" or "gelu".
+        parallel: the MLP reads what attention read.
+        adapters: eight a layer, a [P' r, in] and b [rows, r] of qkv, o, gate_up and down, or None.
         empty: no adapter.
-            slices: (product, first row, rows) of each, one after the other. adapter_scale:
-            multiplies what they add.
+        slices: (product, first row, rows) of each, one after the other.
+        adapter_scale: multiplies what they add.
     Returns:
         [R, H] hidden states after the last norm, in the parameters' dtype.
     Raises:
-        ValueError: parameters that do not fit. TypeError: dtypes. IndexError: an id, a position or
-        a block out of range. AttributeError: the native extension is not built.
+        ValueError: parameters that do not fit.
+        TypeError: dtypes.
+        IndexError: an id, a position or a block out of range.
+        AttributeError: the native extension is not built.
     """
     return torch.ops.fusedrl.decode_step(
         token_ids,

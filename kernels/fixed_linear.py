@@ -201,17 +201,19 @@ def fixed_linear(
     """x W^T + b with one order of summation. No gradient.
 
     Args:
-        x: [N, K]. weight: [O, K] and bias: [O] or None, in x's dtype; cpp and triton take float32
-        and bfloat16. triton and torch also take x of float32 or
-            float16 beside bfloat16 weights.
+        x: [N, K].
+        weight: [O, K] and bias: [O] or None, in x's dtype; cpp and triton take float32 and
+            bfloat16. triton and torch also take x of float32 or float16 beside bfloat16 weights.
         softcap: the results become softcap * tanh(results / softcap), by the same arithmetic
-        wherever they lie. impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the
-        device. "torch" has no fixed order.
+            wherever they lie.
+        impl: "cpp" (CPU), "triton" or "torch"; by default the best one for the device. "torch" has
+            no fixed order.
     Returns:
         [N, O] float32 (float64 for float64).
     Raises:
-        ValueError: sizes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl`
-        cannot run here.
+        ValueError: sizes or devices that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "fixed_linear"
     check(op, {"x": (x, "N K"), "weight": (weight, "O K"), "bias": (bias, "O")})

@@ -99,7 +99,7 @@ class PolicyObjective:
 
     Raises:
         ValueError: an unknown kind, a number out of range, or a field that the kind does not use
-        and that is not None.
+            and that is not None.
     """
 
     kind: str = "clip"
@@ -192,16 +192,20 @@ class RolloutCorrection:
     """Importance weights of tokens that another program sampled: w = exp(old_logp - rollout_logp),
     detached, times the policy term.
 
-    kind "truncated": min(w, cap). "masked": w, and 0 where w > cap or w < floor, so that such
-    tokens drop out of the policy term. "sequence_masked": w, and 0 at all tokens of a sequence
-    whose geometric mean of w is above cap or below floor (needs cu_seqlens). level "token": one w a
-    token. "sequence": their product over the sequence's unmasked tokens, for each of them (needs
-    cu_seqlens). The log of a weight is cut at +-20. Do not use it where old_logp is the rollout's
-    own: the weight is then 1.
+    The log of a weight is cut at +-20. Do not use it where old_logp is the rollout's own: the
+    weight is then 1.
+
+    Attributes:
+        kind: "truncated": min(w, cap). "masked": w, and 0 where w > cap or w < floor, so that such
+            tokens drop out of the policy term. "sequence_masked": w, and 0 at all tokens of a
+            sequence whose geometric mean of w is above cap or below floor (needs cu_seqlens).
+        level: "token": one w a token. "sequence": their product over the sequence's unmasked
+            tokens, for each of them (needs cu_seqlens).
+        cap, floor: bounds of w, as `kind` uses them.
 
     Raises:
         ValueError: an unknown kind or level, a cap that is not above 0, a floor out of [0, cap) or
-        with "truncated".
+            with "truncated".
     """
 
     kind: str = "truncated"
@@ -235,21 +239,27 @@ class RolloutCorrection:
 
 # ---- what is reported ----------------------------------------------------------------------------
 class PolicyStats(NamedTuple):
-    """0-d float32 tensors on the device of the loss, detached. Means are over unmasked tokens, each
-    counting one whatever its weight.
+    """Statistics of the policy term: 0-d float32 tensors on the device of the loss, detached.
 
-    loss: sum of weights * (correction * policy term + kl_coef * kl - entropy_coef * entropy).
-    clip_fraction_low, clip_fraction_high, clip_fraction_dual: tokens whose gradient a bound
-    removed: ratio < 1 - clip_low with A < 0, ratio > 1 + clip_high with A > 0, ratio > dual_clip
-    with A < 0 (gspo: the sequence's ratio; geometric_mean: the log ratio and its bounds); cispo:
-    clip_fraction_high counts the ratios above clip_max, whose gradient it shortens. approx_kl_k1,
-    approx_kl_k2, approx_kl_k3: KL(old || new) estimated by the means of -d, d^2 / 2 and exp(d) - 1
-    - d, d = logp - old_logp. ratio_mean, ratio_min, ratio_max: 1 without tokens.
-    effective_sample_size: (sum ratio)^2 / sum ratio^2, in tokens. clamped_fraction: tokens with |d|
-    > 20, where the exponential is cut and its gradient 0. ref_kl: of the estimator of the KL term,
-    0 without a reference. entropy: 0 when none is given. correction_mean: of the rollout
-    correction's weights, 1 without. tokens: how many were unmasked. The ratio statistics are of the
-    tokens' own ratios whatever the kind.
+    Means are over unmasked tokens, each counting one whatever its weight. The statistics of ratios
+    are those of the tokens' own ratios, whatever the kind.
+
+    Attributes:
+        loss: sum of weights * (correction * policy term + kl_coef * kl - entropy_coef * entropy).
+        clip_fraction_low, clip_fraction_high, clip_fraction_dual: tokens whose gradient a bound
+            removed: ratio < 1 - clip_low with A < 0, ratio > 1 + clip_high with A > 0, ratio >
+            dual_clip with A < 0 (gspo: the sequence's ratio; geometric_mean: the log ratio and its
+            bounds). With cispo clip_fraction_high counts the ratios above clip_max, whose gradient
+            it shortens.
+        approx_kl_k1, approx_kl_k2, approx_kl_k3: KL(old || new) estimated by the means of -d,
+            d^2 / 2 and exp(d) - 1 - d, where d = logp - old_logp.
+        ratio_mean, ratio_min, ratio_max: 1 without tokens.
+        effective_sample_size: (sum ratio)^2 / sum ratio^2, in tokens.
+        clamped_fraction: tokens with |d| > 20, where the exponential is cut and its gradient 0.
+        ref_kl: of the estimator of the KL term; 0 without a reference.
+        entropy: 0 when none is given.
+        correction_mean: of the rollout correction's weights; 1 without.
+        tokens: how many were unmasked.
     """
 
     loss: Tensor
@@ -271,12 +281,17 @@ class PolicyStats(NamedTuple):
 
 
 class ValueStats(NamedTuple):
-    """0-d float32 tensors on the device of the loss, detached. Means are over unmasked tokens, each
-    counting one whatever its weight.
+    """Statistics of the value term: 0-d float32 tensors on the device of the loss, detached.
 
-    loss: sum of weights * value term, without the coefficient. clip_fraction: tokens whose gradient
-    the clip removed. explained_variance: 1 - Var(returns - values) / Var(returns); 0 where the
-    returns vary by less than float32 resolves.
+    Means are over unmasked tokens, each counting one whatever its weight.
+
+    Attributes:
+        loss: sum of weights * value term, without the coefficient.
+        clip_fraction: tokens whose gradient the clip removed.
+        explained_variance: 1 - Var(returns - values) / Var(returns); 0 where the returns vary by
+            less than float32 resolves.
+        value_mean, return_mean: of the values and of their targets.
+        tokens: how many were unmasked.
     """
 
     loss: Tensor
@@ -303,21 +318,21 @@ def token_weights(
 
     Args:
         mask: bool, [N] packed or [B, T] padded (each row a sequence), True where a token counts;
-        None: every token of
-            `cu_seqlens` does (one read by the host).
+            None: every token of `cu_seqlens` does (one read by the host).
         aggregation: with n_b unmasked tokens in sequence b, and S sequences that have any, an
-        unmasked token weighs
-            "token_mean" 1 / sum_b n_b; "sequence_mean_token_mean" 1 / (S n_b);
-                "sequence_mean_token_sum" 1 / S;
-            "sequence_sum_norm" 1 / (S max_length); "token_sum" 1.
+            unmasked token weighs "token_mean" 1 / sum_b n_b; "sequence_mean_token_mean" 1 / (S
+            n_b); "sequence_mean_token_sum" 1 / S; "sequence_sum_norm" 1 / (S max_length);
+            "token_sum" 1.
         cu_seqlens: [B + 1] int32 or int64, from 0 to N; needed by the sequence aggregations for a
-        packed mask. max_length: the constant of "sequence_sum_norm": the longest completion
-        allowed, not the longest seen.
+            packed mask.
+        max_length: the constant of "sequence_sum_norm": the longest completion allowed, not the
+            longest seen.
     Returns:
         float32 in the shape of the mask; all 0 when nothing is unmasked.
     Raises:
         ValueError: an unknown aggregation, a missing or superfluous argument, sizes that do not
-        agree. TypeError: dtypes.
+            agree.
+        TypeError: dtypes.
     """
     op = "token_weights"
     if aggregation not in AGGREGATIONS:

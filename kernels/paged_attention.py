@@ -1,7 +1,7 @@
 """paged_attention: one query token a row over the paged KV cache, o = sum_t softmax_t(z) v_t.
 
     z_t = c tanh(scale q . k_t / c), or scale q . k_t without a softcap c
-            t from max(0, len - window) to len - 1 of the row
+    for t from max(0, len - window) to len - 1 of the row
 
 Shapes    B rows, Hq query heads, Hkv key/value heads (Hq / Hkv of the former share one of the
           latter), D head dim, M blocks a row of the table, S positions a block. One layer's caches
@@ -439,20 +439,26 @@ def paged_attention(
     No gradient.
 
     Args:
-        q: [B, Hq, D]; Hq a multiple of Hkv. k_cache, v_cache: one layer's [blocks, Hkv, D, S] and
-        [blocks, Hkv, S, D], in q's dtype, contiguous ("torch" takes any strides). block_table: [B,
-        M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot p % S. Entries
-        that no row needs may hold anything. context_lens: [B] int32 or int64, the cached positions
-        of each row, 0 to M S; a row with none gives zeros. window: only the last `window` positions
-        are seen; None: all. softcap: scores become softcap * tanh(scores / softcap). scale: of the
-        scores; D ** -0.5 by default. impl: "cpp" (CPU; not float64), "triton" (not float64; D up to
-        256) or "torch"; by default the best one for the device.
+        q: [B, Hq, D]; Hq a multiple of Hkv.
+        k_cache, v_cache: one layer's [blocks, Hkv, D, S] and [blocks, Hkv, S, D], in q's dtype,
+            contiguous ("torch" takes any strides).
+        block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot
+            p % S. Entries that no row needs may hold anything.
+        context_lens: [B] int32 or int64, the cached positions of each row, 0 to M S; a row with
+            none gives zeros.
+        window: only the last `window` positions are seen; None: all.
+        softcap: scores become softcap * tanh(scores / softcap).
+        scale: of the scores; D ** -0.5 by default.
+        impl: "cpp" (CPU; not float64), "triton" (not float64; D up to 256) or "torch"; by default
+            the best one for the device.
     Returns:
         [B, Hq, D], in q's dtype.
     Raises:
         IndexError: a length, or an entry that a row needs, out of range: on CPU tensors. On a GPU
-        nobody looks: such a call reads other memory. ValueError: sizes, strides, devices or limits
-        that do not agree. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+            nobody looks: such a call reads other memory.
+        ValueError: sizes, strides, devices or limits that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "paged_attention"
     check(

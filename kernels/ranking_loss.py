@@ -273,15 +273,16 @@ def pairwise_ranking_loss(
 
     Args:
         chosen, rejected: [B] scores of the preferred and the other completion, of one dtype
-        (float32; the torch implementation also float64). margin: [B], by how much the preferred one
-        should win; None is 0. impl: "cpp", "torch" or "triton"; by default the best one for the
-        device.
+            (float32; the torch implementation also float64).
+        margin: [B], by how much the preferred one should win; None is 0.
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         A scalar; 0 for no pairs. Differentiable in all three ("cpp" and "triton" once: a double
         backward raises).
     Raises:
-        ValueError: sizes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl`
-        cannot run here.
+        ValueError: sizes or devices that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "pairwise_ranking_loss"
     check(op, {"chosen": (chosen, "B"), "rejected": (rejected, "B"), "margin": (margin, "B")})
@@ -305,16 +306,19 @@ def kwise_ranking_loss(
 
     Args:
         scores: [M] float32 (the torch implementation also float64), the completions of a prompt
-        side by side. ranks: [M] int64 or int32, 1 is best (only their order matters); completions
-        of equal rank form no pair. cu_groups: [B + 1] int32, ascending from 0 to M: where each
-        prompt's completions begin (checked on CPU by "cpp"). impl: "cpp", "torch" or "triton"; by
-        default the best one for the device.
+            side by side.
+        ranks: [M] int64 or int32, 1 is best (only their order matters); completions of equal rank
+            form no pair.
+        cu_groups: [B + 1] int32, ascending from 0 to M: where each prompt's completions begin
+            (checked on CPU by "cpp").
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         A scalar: the mean over a prompt's pairs, then over the prompts that have one; 0 if none
         has. Differentiable in scores ("cpp" and "triton" once).
     Raises:
-        ValueError: sizes, devices or cu_groups. TypeError: dtypes. RuntimeError: `impl` cannot run
-        here.
+        ValueError: sizes, devices or cu_groups.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "kwise_ranking_loss"
     check(op, {"scores": (scores, "M"), "ranks": (ranks, "M"), "cu_groups": (cu_groups, "B+1")})

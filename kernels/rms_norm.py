@@ -369,16 +369,20 @@ def rms_norm(
 
     Args:
         x: [N, H], or [N, heads, H] for a norm of every head; its last dimension is contiguous, the
-        strides of the others are free. weight: [H], of x's dtype. eps: added to the mean of the
-        squares. residual: as x; None is no residual. offset: added to the weight, in float32. impl:
-        "cpp" (CPU; not float64), "triton" (not float64; H up to 8192) or "torch"; by default the
-        best one for the device.
+            strides of the others are free.
+        weight: [H], of x's dtype.
+        eps: added to the mean of the squares.
+        residual: as x; None is no residual.
+        offset: added to the weight, in float32.
+        impl: "cpp" (CPU; not float64), "triton" (not float64; H up to 8192) or "torch"; by default
+            the best one for the device.
     Returns:
         y, as x; with a residual (y, x + residual), the second for the next residual connection.
         Differentiable in x, weight and residual.
     Raises:
-        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. RuntimeError:
-        `impl` cannot run here.
+        ValueError: sizes, strides or devices that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op, pattern = "rms_norm", "N heads H" if getattr(x, "ndim", 2) == 3 else "N H"
     H = check(op, {"x": (x, pattern), "weight": (weight, "H"), "residual": (residual, pattern)})[-1]

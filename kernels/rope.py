@@ -2,8 +2,9 @@
 two coordinates.
 
     y[i]       = x[i] cos[i] - x[i + D/2] sin[i]
-    y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]          the gradient is the inverse rotation: the
-                                                          same with -sin
+    y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]
+
+The gradient is the inverse rotation: the same with -sin.
 
 Shapes    N tokens, Hq query and Hkv key heads of D values; the angles' cos and sin [N, D/2].
 Bytes     2 N (Hq + Hkv) D s (read, write), either way. q and k may be slices of the fused
@@ -298,15 +299,18 @@ def rope(
     """Turn the pairs (x[i], x[i + D/2]) of every head by the angles of its token.
 
     Args:
-        q: [N, Hq, D]. k: [N, Hkv, D], of the same dtype. Last dimensions are contiguous, the
-        strides of the others are free. cos, sin: [N, D/2] of the angles; float32, or q's dtype.
+        q: [N, Hq, D].
+        k: [N, Hkv, D], of the same dtype. Last dimensions are contiguous, the strides of the others
+            are free.
+        cos, sin: [N, D/2] of the angles; float32, or q's dtype.
         impl: "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one
-        for the device.
+            for the device.
     Returns:
         (q, k) rotated, contiguous. Differentiable in q and k; cos and sin are constants.
     Raises:
-        ValueError: sizes, strides or devices that do not agree. TypeError: dtypes. RuntimeError:
-        `impl` cannot run here.
+        ValueError: sizes, strides or devices that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "rope"
     _, _, D, _, half = check(

@@ -208,14 +208,15 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     """silu(gate) * up.
 
     Args:
-        gate_up: [N, 2F], a token's gates and then its ups; the last dimension is contiguous. impl:
-        "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one for the
-        device.
+        gate_up: [N, 2F], a token's gates and then its ups; the last dimension is contiguous.
+        impl: "cpp" (CPU; not float64), "triton" (not float64) or "torch"; by default the best one
+            for the device.
     Returns:
         [N, F] in the dtype of gate_up. Differentiable.
     Raises:
-        ValueError: a shape or strides that do not fit. TypeError: the dtype. RuntimeError: `impl`
-        cannot run here.
+        ValueError: a shape or strides that do not fit.
+        TypeError: the dtype.
+        RuntimeError: `impl` cannot run here.
     """
     op = "swiglu"
     _, width = check(op, {"gate_up": (gate_up, "N 2F")})

@@ -130,7 +130,7 @@ class PackedBatch:
 
         Raises:
             ValueError: a sequence with no prompt token before its first action (its logprob would
-            have no condition).
+                have no condition).
         """
         ids: list[int] = []
         sizes: list[int] = []  # of prompts and completions in turn
@@ -162,7 +162,7 @@ class PackedBatch:
 
         Raises:
             ValueError: ids and actions of different lengths, or a first token that is an action
-            (its logprob would have no condition).
+                (its logprob would have no condition).
         """
         listed = list(sequences)
         for index, (tokens, chosen) in enumerate(listed):

@@ -319,7 +319,8 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
 
     Raises:
         ConfigError: an unknown key (names the nearest), a wrong type, a missing or contradictory
-        value. FileNotFoundError: no such configuration file.
+            value.
+        FileNotFoundError: no such configuration file.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 

@@ -87,11 +87,11 @@ def read_yaml(path: str, known: Mapping[str, Any], hint: Callable[[str], str]) -
     """The options of a file, by the configuration's names.
 
     Args:
-        known: types by dotted name (`keys_of`). hint: what to say behind a name that is not among
-        them.
+        known: types by dotted name (`keys_of`).
+        hint: what to say behind a name that is not among them.
     Raises:
-        FileNotFoundError: no such file. ConfigError: it is no YAML mapping, or has a key that is
-        not known, or one twice.
+        FileNotFoundError: no such file.
+        ConfigError: it is no YAML mapping, or has a key that is not known, or one twice.
     """
 
     def read(branch: Mapping[Any, Any], prefix: str) -> dict[str, Any]:

@@ -34,12 +34,15 @@ class ReadOptions:
 
     Args:
         soft_labels: keep ties (WebGPT) as pairs of label 0.5, for a loss that takes labels;
-        otherwise they are dropped and counted. min_score_ratio: SHP: the votes of the preferred
-        answer over those of the other; below it the label is mostly noise. max_pairs_per_post: SHP:
-        the first so many pairs of a post, or a few posts with many answers are learnt by heart.
+            otherwise they are dropped and counted.
+        min_score_ratio: SHP: the votes of the preferred answer over those of the other; below it
+            the label is mostly noise.
+        max_pairs_per_post: SHP: the first so many pairs of a post, or a few posts with many answers
+            are learnt by heart.
         split: summaries: only rows of this split (train, valid1, valid2); None takes all.
         count_tokens: tokens of a text; given that, posts of summaries are shortened at a line end
-        until the query has `query_tokens`. query_tokens: the length of such a query.
+            until the query has `query_tokens`.
+        query_tokens: the length of such a query.
     """
 
     soft_labels: bool = False

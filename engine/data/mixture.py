@@ -31,7 +31,7 @@ class Mixture(Generic[T]):
 
     Raises:
         DataError: no source, an empty one, another number of weights, or a weight that leaves a
-        source less than one place in a thousand.
+            source less than one place in a thousand.
     """
 
     def __init__(

@@ -164,7 +164,8 @@ def load_prompts(
 
     Raises:
         DataError: bad lines (all of them), nothing usable in the file, or files that hold no such
-        records. FileNotFoundError: no such file.
+            records.
+        FileNotFoundError: no such file.
     """
     examples, dropped = _load(data, PromptExample, skip_bad_lines, rejects, options)
     _warn(data, dropped)

@@ -48,7 +48,7 @@ def encode_prompt(
 
     Raises:
         DataError: no tokenizer, an empty prompt without a BOS token, or messages without a chat
-        template.
+            template.
     """
     if tokenizer is None:
         raise _no_tokenizer()
@@ -125,7 +125,7 @@ def encode_dialogue(
 
     Raises:
         DataError: no tokenizer, no chat template, or one that neither goes turn by turn nor has the
-        marks.
+            marks.
     """
     if tokenizer is None:
         raise _no_tokenizer()

@@ -400,8 +400,8 @@ class Generator:
 
         Raises:
             RuntimeError: no progress, NaN in the logits, or weights that cannot be followed
-            (`Watch.look`). Like any error on the way, it ends everything in flight, and the other
-            calls raise one, too.
+                (`Watch.look`). Like any error on the way, it ends everything in flight, and the
+                other calls raise one, too.
         """
         with self._turns:
             self._sweep()

@@ -256,7 +256,7 @@ class Scheduler:
 
         Raises:
             RuntimeError: several steps in a row found nothing to do while sequences wait; the
-            message describes the state.
+                message describes the state.
         """
         if self._others and not self._running and (self._draining or not self._waiting):
             self._waiting, self._others, self.adapted = (

@@ -100,8 +100,9 @@ def model_config(
     or from a dict with the generation config beside it.
 
     Raises:
-        FileNotFoundError: no config.json. ValueError: an unknown model_type, a missing key, a size
-        that does not fit, or a feature that the decoder does not have; the message names it.
+        FileNotFoundError: no config.json.
+        ValueError: an unknown model_type, a missing key, a size that does not fit, or a feature
+            that the decoder does not have; the message names it.
     """
     if isinstance(source, Mapping):
         return _parse(

@@ -323,8 +323,10 @@ class Decoder(nn.Module):
         """Hidden states of packed sequences, after the final norm.
 
         Args:
-            token_ids_N: [N] int64. positions_N: [N] int64, from 0 in every sequence. cu_seqlens_B1:
-            [B+1] int32. max_length: the longest sequence.
+            token_ids_N: [N] int64.
+            positions_N: [N] int64, from 0 in every sequence.
+            cu_seqlens_B1: [B+1] int32.
+            max_length: the longest sequence.
         Returns:
             [N, H] in the parameters' dtype, under autocast, too. Differentiable in the parameters.
         """

@@ -51,7 +51,7 @@ def local_directory(path_or_id: str | Path) -> Path | None:
 
     Raises:
         FileNotFoundError: it is a file, the directory of a run, an address, or is not there and no
-        id.
+            id.
     """
     path, text = Path(path_or_id), str(path_or_id)
     if path.is_dir() and text:

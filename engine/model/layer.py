@@ -231,7 +231,8 @@ def layer(
     """Run layer `index` on a residual stream in two parts.
 
     Args:
-        delta_NH: what was last added. stream_NH: what to add it to; None before the first layer.
+        delta_NH: what was last added.
+        stream_NH: what to add it to; None before the first layer.
     Returns:
         (what the layer adds, the stream to add it to), [N, H] each.
     """

@@ -23,8 +23,8 @@ def add_adapter(decoder: Decoder, lora: LoRAConfig, *, seed: int = 0) -> None:
     optimizer afterwards.
 
     Raises:
-        ConfigError: a target that the family does not have. ValueError: the decoder has an adapter
-        already.
+        ConfigError: a target that the family does not have.
+        ValueError: the decoder has an adapter already.
     """
     if decoder.lora is not None:
         raise ValueError(

@@ -60,8 +60,8 @@ def save_adapter(decoder: Decoder, directory: str | Path, *, base_model: str | N
     Args:
         base_model: the directory or id of the model without it, for PEFT's base_model_name_or_path.
     Raises:
-        ValueError: the decoder has no adapter. FileExistsError: `directory` holds something that is
-        no part of a saved model.
+        ValueError: the decoder has no adapter.
+        FileExistsError: `directory` holds something that is no part of a saved model.
     """
     lora = decoder.lora
     if lora is None:
@@ -115,8 +115,9 @@ def load_adapter(decoder: Decoder, directory: str | Path) -> None:
     the base is frozen.
 
     Raises:
-        FileNotFoundError: no such files. ValueError: another kind of adapter, a damaged file, or
-        tensors that are not those of this model's linear layers.
+        FileNotFoundError: no such files.
+        ValueError: another kind of adapter, a damaged file, or tensors that are not those of this
+            model's linear layers.
     """
     directory = Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):

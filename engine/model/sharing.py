@@ -149,9 +149,10 @@ def share(module: nn.Module) -> Decoder:
 
     Raises:
         TypeError: no transformers model, or parameters of several dtypes or devices, or sharded
-        ones. ValueError: a family or feature that the decoder does not have, or parameters that the
-        family does not have (an adapter, a head of another task); the message lists them. Nothing
-        is changed then.
+            ones.
+        ValueError: a family or feature that the decoder does not have, or parameters that the
+            family does not have (an adapter, a head of another task); the message lists them.
+            Nothing is changed then.
     """
     parsed = shared_config(module)
     parameters = dict(module.named_parameters())

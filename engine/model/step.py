@@ -1,8 +1,8 @@
 """One step of a decoder over the paged KV cache: from token ids to the hidden states that the head
 reads.
 
-    x = embedding[ids];   for each layer: k, v of every token -> cache, attention over the cache
-                          positions
+    x = embedding[ids]
+    for each layer: k, v of every token -> cache, attention over the cache positions
     max(0, pos - window + 1) .. pos of the token's row, the rest as in layer.py;   norm(x)
 
 One call serves decoding (one token a sequence) and chunks of prompts (many tokens of a row), mixed
@@ -503,29 +503,29 @@ def decode_step(
     No gradient.
 
     Args:
-        weights: the live parameters, of one dtype; cpp takes float32 and bfloat16. token_ids,
-        positions, rows: [N] int64. Token n is at `positions[n]` of the sequence whose blocks are
-        `block_table[rows[n]]`. Every
-            position before it in its window is in the cache or among the tokens of this call; no
-            (row, position) comes twice.
+        weights: the live parameters, of one dtype; cpp takes float32 and bfloat16.
+        token_ids, positions, rows: [N] int64. Token n is at `positions[n]` of the sequence whose
+            blocks are `block_table[rows[n]]`. Every position before it in its window is in the
+            cache or among the tokens of this call; no (row, position) comes twice.
         block_table: [B, M] int32. Position p of row b lies in block `block_table[b, p // S]`, slot
-        p % S. Entries that no token needs may
-            hold anything.
+            p % S. Entries that no token needs may hold anything.
         k_cache, v_cache: [L, blocks, Hkv, D, S] and [L, blocks, Hkv, S, D] in the weights' dtype
-        (`allocate_cache`), in float32, or for triton and torch
-            in float16 beside bfloat16 weights (`cache_dtype`); written in place.
-        out_slots: [R] int64, the tokens whose hidden state is wanted; None: all. fixed: the bits of
-        a token do not depend on the other tokens of the call. They never do in cpp; triton then
-        takes `fixed_linear` for its products
-            (float32 and bfloat16); torch cannot.
+            (`allocate_cache`), in float32, or for triton and torch in float16 beside bfloat16
+            weights (`cache_dtype`); written in place.
+        out_slots: [R] int64, the tokens whose hidden state is wanted; None: all.
+        fixed: the bits of a token do not depend on the other tokens of the call. They never do in
+            cpp; triton then takes `fixed_linear` for its products (float32 and bfloat16); torch
+            cannot.
         impl: "cpp" (CPU), "triton" (not float64) or "torch"; by default the best one for the
-        device.
+            device.
     Returns:
         [R, H] hidden states after the final norm, in the weights' dtype. The head is
         `weights.head`.
     Raises:
-        ValueError: sizes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl`
-        cannot run here. IndexError: an id, a position or a block out of range (on CPU).
+        ValueError: sizes or devices that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
+        IndexError: an id, a position or a block out of range (on CPU).
     """
     chosen = _chosen(
         weights, token_ids, positions, rows, block_table, k_cache, v_cache, out_slots, fixed, impl

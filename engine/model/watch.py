@@ -112,16 +112,15 @@ class Watch:
 
         Args:
             depth: how far who generates looks: at what is counted, at the first rows of the
-            parameters as well, or at
-                all of their memory. None: at what is counted, for who only reads the weights as
-                they are and keeps nothing that was computed from them.
+                parameters as well, or at all of their memory. None: at what is counted, for who
+                only reads the weights as they are and keeps nothing that was computed from them.
             lightly: not at addresses, shapes, strides and dtypes, which can change alone only where
-            somebody assigns to
-                `.data`, nor beside the parameters; for who has looked just before.
+                somebody assigns to `.data`, nor beside the parameters; for who has looked just
+                before.
         Raises:
             RuntimeError: the weights are not what they were in a way that cannot be followed; the
-            message says what to do. Nothing is changed then: the next look finds the same, or that
-            it was undone.
+                message says what to do. Nothing is changed then: the next look finds the same, or
+                that it was undone.
         """
         with self._lock:
             moved = self._moved(lightly)

@@ -202,8 +202,8 @@ def read_model_config(model: str) -> ModelConfig:
     nothing else is fetched).
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is not one of a model that the decoder
-        knows.
+        FileNotFoundError: there is none.
+        ValueError: it is not one of a model that the decoder knows.
     """
     path = Path(model)
     if path.is_file() and path.suffix == ".json":
@@ -254,11 +254,13 @@ def load_decoder(
 
     Args:
         dtype: of the parameters; "auto" is float32 on CPU and bfloat16 on CUDA, whatever the files
-        hold. device: of the parameters; None is the best there is (CUDA, else the CPU).
+            hold.
+        device: of the parameters; None is the best there is (CUDA, else the CPU).
     Raises:
         FileNotFoundError: no such directory, no weights (pickled ones are not read), or a shard
-        missing. ValueError: an unknown model_type, a damaged file, a weight_map that leaves the
-        directory, or tensors that are missing, unexpected or of another shape (listed).
+            missing.
+        ValueError: an unknown model_type, a damaged file, a weight_map that leaves the directory,
+            or tensors that are missing, unexpected or of another shape (listed).
     """
     directory = resolve_directory(path)
     config = load_config(directory)

@@ -137,7 +137,7 @@ class Optimizer:
 
         Raises:
             RuntimeError: no parameter has a gradient, or one was cast or moved since the optimizer
-            was made.
+                was made.
         """
         self._check_kinds()
         grads = self.gradients()
@@ -430,15 +430,18 @@ def make_optimizer(
 
     Args:
         params: names and parameters, such as `module.named_parameters()`; frozen ones are left out.
-        lr, betas, eps: AdamW's. weight_decay: decoupled; not applied to parameters of one dimension
-        (norms, biases). state: of the moments; "int8" needs torchao, and a C++ compiler or Triton
-        for its compiled step. eps_mode: where epsilon stands (top of this file). accumulate: where
-        the gradients of several backward passes are added up: "parameter", in `.grad` and its
-        dtype, as torch does; "float32", low-precision
-            ones in sums of the optimizer's, and `.grad` is None (top of this file).
+        lr, betas, eps: AdamW's.
+        weight_decay: decoupled; not applied to parameters of one dimension (norms, biases).
+        state: of the moments; "int8" needs torchao, and a C++ compiler or Triton for its compiled
+            step.
+        eps_mode: where epsilon stands (top of this file).
+        accumulate: where the gradients of several backward passes are added up: "parameter", in
+            `.grad` and its dtype, as torch does; "float32", low-precision ones in sums of the
+            optimizer's, and `.grad` is None (top of this file).
     Raises:
         ValueError: nothing to train, values outside AdamW's range, or eps_mode "tensorflow" with
-        "int8". SetupError: "int8" without torchao.
+            "int8".
+        SetupError: "int8" without torchao.
     """
     if eps_mode == "tensorflow" and state == "int8":
         raise ValueError(

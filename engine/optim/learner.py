@@ -46,7 +46,9 @@ class Learner:
 
     Args:
         model: make it whole first; parameters that come later, an adapter's for one, are not
-        trained. config: of the optimizer and its schedule. name: what messages call the model.
+            trained.
+        config: of the optimizer and its schedule.
+        name: what messages call the model.
     """
 
     def __init__(self, model: Model, config: OptimConfig, name: str = "model") -> None:
@@ -66,7 +68,7 @@ class Learner:
 
         Raises:
             RuntimeError: five updates in a row had a gradient that is not finite, or no parameter
-            has a gradient.
+                has a gradient.
         """
         self.optimizer.zero_grad()
         update = Update()

@@ -1,8 +1,8 @@
 """The step of a trust region: along the natural gradient, as long as a KL allows, taken only where
 it keeps what was promised.
 
-    minimise L(theta)   subject to   KL(theta_old || theta) <= max_kl,   KL = d^T F d / 2 + O(|d|^3)
-                                     for a move d, F the Fisher matrix
+    minimise L(theta)   subject to   KL(theta_old || theta) <= max_kl
+    KL = d^T F d / 2 + O(|d|^3) for a move d, F the Fisher matrix
 
     (F + damping I) x = -grad L      by conjugate gradient: products with F are all that is known of
                                      it (Hestenes and Stiefel, 1952)
@@ -72,8 +72,8 @@ def conjugate_gradient(
     |product(x) - b| / |b| as the recursion has it.
 
     Args:
-        iterations: at most so many products. tolerance: the relative residual at which to stop
-        before.
+        iterations: at most so many products.
+        tolerance: the relative residual at which to stop before.
     """
     x_P, r_P = torch.zeros_like(b_P), b_P.clone()
     p_P = b_P.clone()
@@ -101,10 +101,11 @@ def natural_step(
     """The full move along which the loss falls fastest for its KL.
 
     Args:
-        descent_P: the negative gradient of the loss. fisher: v -> F v, without damping, in a tensor
-        of its own. whole: where `fisher` is of a part of the states, the product of all of them,
-        for the length: conjugate gradient finds directions that are flat on
-            the part, and by its measure their move would be too long.
+        descent_P: the negative gradient of the loss.
+        fisher: v -> F v, without damping, in a tensor of its own.
+        whole: where `fisher` is of a part of the states, the product of all of them, for the
+            length: conjugate gradient finds directions that are flat on the part, and by its
+            measure their move would be too long.
     """
     x_P, residual = conjugate_gradient(
         lambda v_P: fisher(v_P).add_(v_P, alpha=config.damping), descent_P, config.cg_iterations
@@ -126,8 +127,9 @@ def line_search(
 
     Args:
         evaluate: fraction -> (loss, KL) of the parameters moved by that fraction of the full move;
-        it leaves them there. before: the loss without a move. decrease: the linear one of the full
-        move (`natural_step`).
+            it leaves them there.
+        before: the loss without a move.
+        decrease: the linear one of the full move (`natural_step`).
     Returns:
         The first that is accepted, with the parameters where it is. With fraction 0 none was:
         whoever moves them puts them back.

@@ -267,7 +267,8 @@ def beyond_chance(x_B: Tensor, prompts_B: Tensor, answered_B: Tensor) -> tuple[f
     loss; the positive part.
 
     Args:
-        x_B: float64. prompts_B: equal where the prompt is; completions of one are not independent.
+        x_B: float64.
+        prompts_B: equal where the prompt is; completions of one are not independent.
         answered_B: which count.
     """
     others_B = torch.zeros_like(x_B)

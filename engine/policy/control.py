@@ -22,10 +22,10 @@ class KLController:
     Without a horizon it acts on d = sqrt(kl), which grows about evenly while a policy moves away,
     smoothed as level and slope (Holt, 1957):
 
-        level' = a d + (1 - a) (level + slope)      slope' = a (level' - level) + (1 - a) slope
-                                                    a = 0.3
-        coef *= exp(0.12 e), or exp(0.1 e) where e < 0     e = clip(2 log((level + 6 slope) /
-                                                           sqrt(target)), -1, 3)
+        level' = a d + (1 - a) (level + slope)      a = 0.3
+        slope' = a (level' - level) + (1 - a) slope
+        e = clip(2 log((level + 6 slope) / sqrt(target)), -1, 3)
+        coef *= exp(0.12 e), or exp(0.1 e) where e < 0
 
     It looks 6 steps ahead, since a coefficient acts on where training goes and not on where it is.
     Below the target e is 0 while the slope leads there within 60 steps, so that a run's first

@@ -157,7 +157,7 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
 
     Raises:
         ConfigError: its vocabulary is not the policy's, or it has too few positions. Others as
-        `load_critic`.
+            `load_critic`.
     """
     if config.critic is None:
         return None

@@ -101,7 +101,9 @@ def fisher_product(
 
     Args:
         parts: the sequences of each micro-batch; their cut changes nothing. Sequences in none of
-        them have no part. temperature: T, above 0. v_P: [P], of the parameters' dtype.
+            them have no part.
+        temperature: T, above 0.
+        v_P: [P], of the parameters' dtype.
     """
     decoder, tangents = actor.decoder, parameters.views(v_P)
     head_name = "embedding" if decoder.head is None else "head"
@@ -162,7 +164,8 @@ def policy_kl(
     they are drawn from, in nats; not differentiable.
 
     Args:
-        hidden_NH: of the policy now. old_hidden_NH, old_head_VH: of the old one.
+        hidden_NH: of the policy now.
+        old_hidden_NH, old_head_VH: of the old one.
     """
     return (
         linear_full_kl(

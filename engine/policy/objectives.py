@@ -93,8 +93,8 @@ class SequenceRatio:
     """The clipped ratio of whole completions, on whatever the advantage says of each (monte_carlo:
     its reward itself, with no baseline and no critic).
 
-        s = exp(sum_t logp_t - old_logp_t)      term = max(-A s, -A clip(s, 1 - clip_low, 1 +
-                                                clip_high))
+        s = exp(sum_t logp_t - old_logp_t)
+        term = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high))
 
     The term of every token is its completion's, so that with the weights of
     sequence_mean_token_mean the loss is the mean over completions; A is the mean over the
@@ -420,10 +420,11 @@ def objective_loss(
     where a critic is trained; ref_logp with the KL in the loss.
 
     Args:
-        kl_coef: the coefficient now, wherever the KL is placed. logp_N, entropy_N, values_N: of the
-        policy and critic that are trained. full_kl_N: KL(policy || reference) at each token, for
-        kl.estimator = full. entropy_coef: in place of the configuration's, as `entropy_coefficient`
-        gives it. value: what values count in; None: rewards.
+        kl_coef: the coefficient now, wherever the KL is placed.
+        logp_N, entropy_N, values_N: of the policy and critic that are trained.
+        full_kl_N: KL(policy || reference) at each token, for kl.estimator = full.
+        entropy_coef: in place of the configuration's, as `entropy_coefficient` gives it.
+        value: what values count in; None: rewards.
     """
     kl, old_N, advantages_N, weights_N = (
         config.kl,

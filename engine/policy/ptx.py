@@ -35,8 +35,9 @@ class Ptx:
     """The pretraining part of a policy's loss.
 
     Args:
-        texts: what is drawn from. seed: of the draws. tokens_per_microbatch: tokens of one forward
-        and backward; changes no gradient.
+        texts: what is drawn from.
+        seed: of the draws.
+        tokens_per_microbatch: tokens of one forward and backward; changes no gradient.
     """
 
     def __init__(

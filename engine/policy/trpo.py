@@ -93,7 +93,8 @@ class Surrogate:
 
     Args:
         micros: the micro-batches, with the columns old_logp, advantages and weights, the latter of
-        the whole rollout. step: of the run.
+            the whole rollout.
+        step: of the run.
     """
 
     def __init__(
@@ -307,8 +308,9 @@ def train_values(
 
     Args:
         values: of each micro-batch, what gives its values [N], differentiable in what is to be
-        trained and in nothing else of the learner's. micros: with the columns values, returns and
-        weights, the latter of the whole rollout. unit: of the value head.
+            trained and in nothing else of the learner's.
+        micros: with the columns values, returns and weights, the latter of the whole rollout.
+        unit: of the value head.
     Returns:
         metrics: the value loss, and the fraction of tokens that `loss.value_clip` stopped, means
         over the steps.

@@ -1,11 +1,11 @@
 """Preferences among completions, and the losses of the reward models that learn from them.
 
     x       = r(better) - r(worse) - margin
-    nll(x)  = -log((1 - e) sigmoid(x) + e sigmoid(-x))          e = label_noise, the rate at which
-                                                                annotators' labels are flipped; 0 is
-                                                                Bradley and Terry's
-    pair    = p nll(x) + (1 - p) nll(-x)                        p = label, the probability that the
-                                                                first really is the better one
+    nll(x)  = -log((1 - e) sigmoid(x) + e sigmoid(-x))
+    pair    = p nll(x) + (1 - p) nll(-x)
+
+    e = label_noise, the rate at which annotators' labels are flipped; 0 is Bradley and Terry's
+    p = label, the probability that the first really is the better one
     loss    = sum_b weight_b mean over b's pairs of pair / sum_b weight_b
     centre  = the same mean of (r(better) + r(worse))^2
 
@@ -247,9 +247,10 @@ def preference_loss(
     """The loss above.
 
     Args:
-        scores_M: of all completions, comparison by comparison. label_noise: the rate at which
-        labels are flipped, in [0, 0.5). total_weight: of all comparisons of the step, where these
-        are a micro-batch of it: the parts then sum to the step's loss.
+        scores_M: of all completions, comparison by comparison.
+        label_noise: the rate at which labels are flipped, in [0, 0.5).
+        total_weight: of all comparisons of the step, where these are a micro-batch of it: the parts
+            then sum to the step's loss.
     Returns:
         A scalar, differentiable in the scores; 0 for no comparisons.
     """

@@ -2,19 +2,19 @@
 file brings log-probabilities; nothing here knows a model.
 
     h = (log pi(w) - log ref(w)) - (log pi(l) - log ref(l))
-            sums over the tokens of the answers w (chosen) and l (rejected)
-    u = beta h - margin                                            of the pair the other way round
-            -beta h - margin
+    u = beta h - margin, and of the pair the other way round -beta h - margin
     loss = q term(u) + (1 - q) term(-beta h - margin)
-            q: how much the label says that w is the better one
 
-    name      term(u)                     q of label p, smoothing e        minimum of one pair
-                                          without a margin
-    sigmoid   -log sigmoid(u)             p (1 - e) + (1 - p) e            beta h = logit q
-    robust    -log sigmoid(u)             (p - e) / (1 - 2 e)              as sigmoid without noise,
-                                          in expectation over flips of probability e
-    ipo       ((u - 1/2) / beta)^2        p                                h = (2 p - 1) / (2 beta)
-    hinge     max(0, 1 - u)               p                                p = 1: any beta h >= 1
+    w, l: the chosen and the rejected answer, their log-probabilities summed over tokens
+    q: how much the label says that w is the better one
+
+    name      term(u)                  q of label p, smoothing e   minimum of one pair, no margin
+    sigmoid   -log sigmoid(u)          p (1 - e) + (1 - p) e       beta h = logit q
+    robust    -log sigmoid(u)          (p - e) / (1 - 2 e)         as sigmoid without noise, in
+                                                                   expectation over flips
+                                                                   of probability e
+    ipo       ((u - 1/2) / beta)^2     p                           h = (2 p - 1) / (2 beta)
+    hinge     max(0, 1 - u)            p                           p = 1: any beta h >= 1
 
 With labels p = sigmoid(r_w - r_l) of all pairs, each weighing alike, sigmoid's minimum is ref exp(r
 / beta) / Z, that of the KL-regularised reward, and ipo's is ref exp(mean_l p(w, l) / beta) / Z. A
@@ -83,8 +83,9 @@ def preference_loss(
     """[P] losses of pairs, differentiable in h_P; names and formulas are at the head of this file.
 
     Args:
-        h_P: log-ratio of the chosen answer less that of the rejected one, in nats. label_P: the
-        probability that the chosen one is the better. margin_P: what beta h should exceed; None: 0.
+        h_P: log-ratio of the chosen answer less that of the rejected one, in nats.
+        label_P: the probability that the chosen one is the better.
+        margin_P: what beta h should exceed; None: 0.
     """
     loss = PREFERENCE_LOSSES[name]
     q_P, u_P = loss.label(label_P, label_smoothing), beta * h_P

@@ -56,7 +56,7 @@ def read_pairs(
 
     Raises:
         DataError: bad lines (all of them), nothing usable, no tokenizer, no EOS, all pairs longer,
-        or all of one and the same answer in tokens.
+            or all of one and the same answer in tokens.
     """
     examples, unusable = load_pairs(
         source,

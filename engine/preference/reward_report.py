@@ -114,11 +114,12 @@ def reward_report(
     one's.
 
     Args:
-        difference_P: float, any device. examples: [P] a number for each pair's example; pairs of
-        equal numbers share one vote. lengths: [P] tokens of the better answer less those of the
-        worse one. labels: [P] the probability that the better one is the better one; None is 1.
-        Pairs of 0.5 are left out. label_noise: the rate at which labels are known to be flipped, in
-        [0, 0.5).
+        difference_P: float, any device.
+        examples: [P] a number for each pair's example; pairs of equal numbers share one vote.
+        lengths: [P] tokens of the better answer less those of the worse one.
+        labels: [P] the probability that the better one is the better one; None is 1. Pairs of 0.5
+            are left out.
+        label_noise: the rate at which labels are known to be flipped, in [0, 0.5).
     Returns:
         The report; None where no pair is left.
     """

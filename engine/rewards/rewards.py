@@ -128,7 +128,7 @@ class RewardSet:
 
         Raises:
             RewardError: a reward raised, or did not return one value per completion; names the
-            reward and the cause.
+                reward and the cause.
         """
         rollout = Rollout(prompts, completions, prompt_ids, completion_ids, columns or {})
         for what, column in (
@@ -368,13 +368,15 @@ def load_reward(
     """A reward from `file.py:function`, a reward-model directory, or a function.
 
     Args:
-        device: of a reward model. tokenizer: the policy's. Rewards of steps find their tokens by
-        it. A reward model with the same one reads the policy's token ids; with another, or
-            without this, it tokenises texts.
+        device: of a reward model.
+        tokenizer: the policy's. Rewards of steps find their tokens by it. A reward model with the
+            same one reads the policy's token ids; with another, or without this, it tokenises
+            texts.
 
     Raises:
         RewardError: no such file, no such function, a failed import, neither a function nor a
-        directory. ValueError, FileNotFoundError: a directory that is no reward model.
+            directory.
+        ValueError, FileNotFoundError: a directory that is no reward model.
     """
     if callable(spec):
         return FunctionReward(spec, tokenizer)
@@ -512,7 +514,7 @@ class ModelReward:
 
     Raises:
         ValueError, FileNotFoundError: the directory is no reward model, or has no tokenizer with an
-        EOS.
+            EOS.
     """
 
     def __init__(

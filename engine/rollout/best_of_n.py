@@ -62,12 +62,13 @@ def best_of_n(
     """Sample n completions of each prompt and choose the best of them; of equal ones the first.
 
     Args:
-        prompts: with their columns, which travel to the rewards. generation: how to sample. seed:
-        of the samples.
+        prompts: with their columns, which travel to the rewards.
+        generation: how to sample.
+        seed: of the samples.
     Raises:
-        ValueError: n < 1, or greedy sampling, of which all completions are one. RewardError: a
-        reward raised or did not return one value per completion, or no completion of a prompt has a
-        valid one.
+        ValueError: n < 1, or greedy sampling, of which all completions are one.
+        RewardError: a reward raised or did not return one value per completion, or no completion of
+            a prompt has a valid one.
     """
     if n < 1 or generation.temperature == 0:
         raise ValueError(
@@ -142,8 +143,8 @@ def expected_best(scores_PN: Tensor, k: int, values_PN: Tensor | None = None) ->
     fresh samples, from the scores of N >= k.
 
     Args:
-        scores_PN: of N independent samples of each of P prompts. values_PN: what to report of the
-        sample that scores best, such as a gold reward where the
+        scores_PN: of N independent samples of each of P prompts.
+        values_PN: what to report of the sample that scores best, such as a gold reward where the
             scores are a proxy's; None: the score itself.
     Raises:
         ValueError: k outside 1 .. N, or scores that are NaN.

@@ -33,7 +33,8 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
     max_prompt_length; the others are counted.
 
     Raises:
-        ConfigError: max_new_tokens leaves no room for any. DataError, OSError: as the readers say.
+        ConfigError: max_new_tokens leaves no room for any.
+        DataError, OSError: as the readers say.
     """
     room = actor.decoder.config.max_positions - config.generation.max_new_tokens
     if room < 1:

@@ -1,8 +1,8 @@
 """Prompts -> completions -> scores: the batch that a policy step learns from.
 
     score = reward - missing_eos_penalty where the completion was cut off
-                   - overlong_penalty min(1, max(0, length - (max_new_tokens - overlong_buffer)) /
-                     overlong_buffer)     (Yu et al., 2025, DAPO, eq. 13)
+            - overlong_penalty min(1, max(0, length - (max_new_tokens - overlong_buffer))
+                                      / overlong_buffer)      (Yu et al., 2025, DAPO, eq. 13)
 
 Dynamic sampling (same source, 3.2): a group whose scores are all the same has no advantage; it is
 dropped, and another prompt takes its place.
@@ -131,11 +131,12 @@ def rollout(
 
     Args:
         draw: so many prompts, and the request id of the first; the ids count on from it and are
-        never used again, so that repeated prompts differ and a
-            replay is identical. They are the batch's group_ids.
+            never used again, so that repeated prompts differ and a replay is identical. They are
+            the batch's group_ids.
         greedy: complete and score every prompt once more, greedily; where that is invalid, the
-        prompt's samples are. gold: rewards to measure and report alone; samples that one of them
-        cannot score are left out of its mean.
+            prompt's samples are.
+        gold: rewards to measure and report alone; samples that one of them cannot score are left
+            out of its mean.
     Raises:
         RewardError: more than `max_invalid_fraction` of the samples were invalid, or all of them.
     """

@@ -39,14 +39,15 @@ def rollout_func(
 
     Args:
         actor: how to make one of the trainer's unwrapped model and its tokenizer, such as
-        functools.partial(HybridActor.from_module, cache=...). It is called
-            at the first rollout, and again where the trainer has moved the weights since. Or an
-            actor, made from the model where the trainer leaves it.
+            functools.partial(HybridActor.from_module, cache=...). It is called at the first
+            rollout, and again where the trainer has moved the weights since. Or an actor, made from
+            the model where the trainer leaves it.
         params: how to draw (its n is not used); None: as the trainer's arguments say
-        (max_completion_length, temperature, top_p, top_k, min_p, seed).
+            (max_completion_length, temperature, top_p, top_k, min_p, seed).
     Raises:
         TypeError, ValueError: at the first rollout, a model that `HybridActor.from_module` does not
-        take: sharded, with PEFT's adapter; or arguments of the trainer that nothing here follows.
+            take: sharded, with PEFT's adapter; or arguments of the trainer that nothing here
+            follows.
         RuntimeError: at a rollout, an actor whose weights are not those that the trainer trains.
     """
     return Rollouts(actor, params)

@@ -98,8 +98,9 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: a tensor that is not finite, a name that is no plain file name, a state
-        that JSON would not give back, a failed verification. OSError: the write failed (no space,
-        no right, a bad disk); earlier checkpoints are untouched and nothing half-written is left.
+            that JSON would not give back, a failed verification.
+        OSError: the write failed (no space, no right, a bad disk); earlier checkpoints are
+            untouched and nothing half-written is left.
     """
     root = Path(run_dir) / "checkpoints"
     target = root / f"step_{step:08d}"
@@ -441,7 +442,8 @@ class RunDirectory:
 
     Raises:
         ConfigError: the directory holds another run, or the configuration, the data or the model
-        changed; lists the differences. SetupError: another live process writes there.
+            changed; lists the differences.
+        SetupError: another live process writes there.
     """
 
     def __init__(self, config: Any) -> None:

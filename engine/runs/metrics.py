@@ -153,10 +153,13 @@ class Progress:
     every few seconds and one for the last step.
 
     Args:
-        total: steps of the run. enabled: False shows nothing. start: steps already done, when
-        resumed. title: what stands before the bar. keys: metrics to show, of those that come.
+        total: steps of the run.
+        enabled: False shows nothing.
+        start: steps already done, when resumed.
+        title: what stands before the bar.
+        keys: metrics to show, of those that come.
         stream: where to write; standard error by default, so that standard output stays for
-        results.
+            results.
     """
 
     def __init__(

@@ -52,8 +52,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     Raises:
         ConfigError: the directory holds another run and `run.resume` is off, or a resumed run's
-        configuration, model or data changed. RuntimeError: something called sys.exit within the
-        run.
+            configuration, model or data changed.
+        RuntimeError: something called sys.exit within the run.
     """
 
     def __init__(self, config: StageConfig, total: int | None) -> None:

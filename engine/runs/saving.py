@@ -136,8 +136,9 @@ class Saver:
     """Saves a run. `saved`: the newest checkpoint, as (step, directory), or None.
 
     Args:
-        directory: of the run. checkpoint: that it continues from, already loaded into `parts`; None
-        at the beginning. skipped: updates left out so far.
+        directory: of the run.
+        checkpoint: that it continues from, already loaded into `parts`; None at the beginning.
+        skipped: updates left out so far.
     """
 
     def __init__(

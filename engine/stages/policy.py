@@ -81,8 +81,9 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
 
     Raises:
         DataError, RewardError, ConfigError, OSError: as their messages say; nothing half-written is
-        left behind. RuntimeError: five updates in a row had a non-finite gradient, or sampler and
-        trainer disagree by more than `max_logp_diff`.
+            left behind.
+        RuntimeError: five updates in a row had a non-finite gradient, or sampler and trainer
+            disagree by more than `max_logp_diff`.
     """
     needs = find_advantage(config.advantage).needs
     _check(config, needs)

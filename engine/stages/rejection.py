@@ -48,7 +48,8 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
 
     Raises:
         DataError, RewardError, ConfigError, OSError: as their messages say; nothing half-written is
-        left behind. RuntimeError: five updates in a row had a non-finite gradient.
+            left behind.
+        RuntimeError: five updates in a row had a non-finite gradient.
     """
     torch.manual_seed(config.run.seed)
     actor = HybridActor.from_pretrained(

@@ -118,8 +118,9 @@ def throughput(
     are ours; `contestants` has everyone's.
 
     Args:
-        name: of the workload, one of WORKLOADS; sizes: its arguments. opponents: of OPPONENTS; they
-        and our actor have one copy of the weights.
+        name: of the workload, one of WORKLOADS.
+        sizes: its arguments.
+        opponents: of OPPONENTS; they and our actor have one copy of the weights.
     Raises:
         ConfigError: an unknown opponent, or sequences longer than the model has positions.
     """

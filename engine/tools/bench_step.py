@@ -46,8 +46,9 @@ class PolicyStep:
     forward is the scorer. One optimizer step an epoch.
 
     Args:
-        actor: is trained; for PPO with a value head. reference: for PPO. reward: f(prompt ids,
-        completion ids) -> score.
+        actor: is trained; for PPO with a value head.
+        reference: for PPO.
+        reward: f(prompt ids, completion ids) -> score.
     """
 
     def __init__(

@@ -86,9 +86,11 @@ def run_demo(
 
     Args:
         directory: where everything goes; where it holds something already, the first free of
-        directory-2, directory-3, ... is used. seed: of the task, the initial weights and the runs.
-        size: smaller for a quick look; None is the demo as it is meant. device: of the models, in
-        float32 on every one; the CPU unless asked, so that the demo is the same everywhere.
+            directory-2, directory-3, ... is used.
+        seed: of the task, the initial weights and the runs.
+        size: smaller for a quick look; None is the demo as it is meant.
+        device: of the models, in float32 on every one; the CPU unless asked, so that the demo is
+            the same everywhere.
         progress: live progress and the table on the terminal.
 
     Returns:

@@ -83,17 +83,21 @@ def evaluate(
     prefixes.
 
     Args:
-        policy: what is measured. reference: what KL and perplexity refer to; may be the policy
-        itself. prompts: with their columns, which travel to the rewards; one that comes several
-        times gets as many different samples. rewards: by the name they are reported under; where
-        one is a sum of several, those are reported as name/part. generation: how to sample; KL and
-        perplexity are of the distributions at its temperature. seed: of the samples. samples: of
-        each prompt. request_ids: of the prompts; a draw depends on them and the seed. None: 0, 1,
-        ... tokens_per_forward: of scoring.
+        policy: what is measured.
+        reference: what KL and perplexity refer to; may be the policy itself.
+        prompts: with their columns, which travel to the rewards; one that comes several times gets
+            as many different samples.
+        rewards: by the name they are reported under; where one is a sum of several, those are
+            reported as name/part.
+        generation: how to sample; KL and perplexity are of the distributions at its temperature.
+        seed: of the samples.
+        samples: of each prompt.
+        request_ids: of the prompts; a draw depends on them and the seed. None: 0, 1, ...
+        tokens_per_forward: of scoring.
 
     Raises:
-        RewardError: a reward raised or did not return one value per completion. RuntimeError: other
-        completions are in flight.
+        RewardError: a reward raised or did not return one value per completion.
+        RuntimeError: other completions are in flight.
     """
     g = generation
     ids = [

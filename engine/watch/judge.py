@@ -196,7 +196,7 @@ def judge_pairs(judge: Judge, pairs: Pairs, groups: Sequence[int] | None = None)
 
     Raises:
         RewardError: there is no pair, or the judge raised, or did not return one verdict per pair;
-        names the judge and the pair.
+            names the judge and the pair.
     """
     count = len(pairs.prompts)
     if count == 0:

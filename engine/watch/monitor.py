@@ -39,7 +39,8 @@ class Monitor:
     `after` at the end of every step.
 
     Args:
-        rewards: those that are trained on. gold: those that are only measured.
+        rewards: those that are trained on.
+        gold: those that are only measured.
     Raises:
         DataError, ConfigError, FileNotFoundError: held-out prompts that cannot be used.
     """
@@ -105,8 +106,9 @@ class FlatRewards:
 
     Args:
         needs: of the advantage: "group" compares the completions of a prompt, "greedy" each with
-        the greedy one, anything else all of them. completions: of a rollout; one alone is equal to
-        no other. max_new_tokens, score_clip: of the run.
+            the greedy one, anything else all of them.
+        completions: of a rollout; one alone is equal to no other.
+        max_new_tokens, score_clip: of the run.
     """
 
     def __init__(

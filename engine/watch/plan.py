@@ -176,10 +176,12 @@ class Planner:
     """Byte counts of one configuration, as functions of the micro-batch.
 
     Args:
-        model: the decoder's configuration. config: of the stage. cache: of the KV pool, where it is
-        not the default. memory: bytes of the device, of which the default KV pool takes its share
-        on CUDA. values: of a reward model's trunk with a value at every token, which
-            is what a critic of its own is.
+        model: the decoder's configuration.
+        config: of the stage.
+        cache: of the KV pool, where it is not the default.
+        memory: bytes of the device, of which the default KV pool takes its share on CUDA.
+        values: of a reward model's trunk with a value at every token, which is what a critic of its
+            own is.
     """
 
     def __init__(
@@ -552,8 +554,8 @@ def plan(
     """The memory that a run of this configuration takes; only the model's config.json is read.
 
     Args:
-        memory: bytes that it may take; None: those of its device. cache: of the KV pool, where it
-        is not the default.
+        memory: bytes that it may take; None: those of its device.
+        cache: of the KV pool, where it is not the default.
     Raises:
         FileNotFoundError, ValueError: the model is not there, or none that the decoder knows.
     """

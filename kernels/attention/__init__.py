@@ -345,20 +345,24 @@ def varlen_attention(
     """Attention within each of the packed sequences.
 
     Args:
-        q: [N, Hq, D]. k, v: [N, Hkv, D], of one dtype; Hq a multiple of Hkv. cu_seqlens: [B+1]
-        int32, from 0 to N, not decreasing (not read back from a CUDA device to be checked).
-        max_length: the longest sequence, or more; the host knows it. causal: a token sees itself
-        and those before it. window: only those fewer than `window` away; None is no limit. softcap:
-        scores become softcap * tanh(scores / softcap). scale: of the scores; D ** -0.5 by default.
+        q: [N, Hq, D].
+        k, v: [N, Hkv, D], of one dtype; Hq a multiple of Hkv.
+        cu_seqlens: [B+1] int32, from 0 to N, not decreasing (not read back from a CUDA device to be
+            checked).
+        max_length: the longest sequence, or more; the host knows it.
+        causal: a token sees itself and those before it.
+        window: only those fewer than `window` away; None is no limit.
+        softcap: scores become softcap * tanh(scores / softcap).
+        scale: of the scores; D ** -0.5 by default.
         impl: "cpp" (CPU; not float64), "flash_attn" or "torch_varlen" (CUDA; bfloat16 and float16,
-        D a multiple of 8 up to 256, the latter without a
-            softcap), "triton" (D up to 256; on CUDA bfloat16 and float16), or "torch"; by default
-            the first that serves the call.
+            D a multiple of 8 up to 256, the latter without a softcap), "triton" (D up to 256; on
+            CUDA bfloat16 and float16), or "torch"; by default the first that serves the call.
     Returns:
         [N, Hq, D]. Differentiable in q, k and v.
     Raises:
-        ValueError: sizes, devices or limits that do not agree. TypeError: dtypes. RuntimeError:
-        `impl` cannot run here, or not this call.
+        ValueError: sizes, devices or limits that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here, or not this call.
     """
     op = "varlen_attention"
     N, Hq, D, Hkv, B1 = check(

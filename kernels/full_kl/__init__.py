@@ -2,10 +2,9 @@
 first.
 
     p = softmax(z / T), r = softmax(z_r / T), l = log p - log r, m = (p + r) / 2
-    reverse  KL(p || r) = E_p[l]                        dz_j = p_j (l_j - KL) / T
-    forward  KL(r || p) = -E_r[l]                       dz_j = (p_j - r_j) / T
-    jsd      (KL(p || m) + KL(r || m)) / 2 <= ln 2      dz_j = p_j (log(p_j / m_j) - KL(p || m)) /
-                                                        (2 T)
+    reverse  KL(p || r) = E_p[l]                       dz_j = p_j (l_j - KL) / T
+    forward  KL(r || p) = -E_r[l]                      dz_j = (p_j - r_j) / T
+    jsd      (KL(p || m) + KL(r || m)) / 2 <= ln 2     dz_j = p_j (log(p_j / m_j) - KL(p || m)) / 2T
 
 Shapes    N rows behind any leading dimensions; V vocabulary.
 Bytes     forward 2 N V s (jsd twice), backward 2 N V s read and N V s written.
@@ -85,17 +84,19 @@ def full_kl(
 
     Args:
         logits, ref_logits: [..., V] float32, bfloat16 or float16 (the torch implementation also
-        float64), of one dtype; contiguous last dimension.
-            ref_logits is a constant.
-        temperature: above 0, of both. direction: "reverse" KL(policy || reference), "forward"
-        KL(reference || policy) or "jsd", the Jensen-Shannon divergence. mask: [...] bool; rows that
-        are False have KL 0 and no gradient, and are not read. None: every row counts. impl: "cpp",
-        "triton" or "torch"; by default the best one for the device.
+            float64), of one dtype; contiguous last dimension. ref_logits is a constant.
+        temperature: above 0, of both.
+        direction: "reverse" KL(policy || reference), "forward" KL(reference || policy) or "jsd",
+            the Jensen-Shannon divergence.
+        mask: [...] bool; rows that are False have KL 0 and no gradient, and are not read. None:
+            every row counts.
+        impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         [...] float32 (float64 for float64). Differentiable, once, in the logits.
     Raises:
         ValueError: an unknown direction, a temperature, sizes, devices or strides that do not fit.
-        TypeError: dtypes. RuntimeError: `impl` cannot run here.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "full_kl"
     check_direction(op, direction, temperature)

@@ -1,8 +1,8 @@
 """Generalised advantage estimation, alone and with the KL-shaped rewards before it and the
 whitening after it; k-step, TD and plain returns.
 
-    delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}
-                                                 returns_t = A_t + V_t
+    delta_t = r_t + gamma V_{t+1} - V_t
+    A_t = delta_t + gamma lam A_{t+1}         returns_t = A_t + V_t
     A_t^k   = sum_{i < k} gamma^i delta_{t+i}: k rewards, then gamma^k V_{t+k}, less V_t
             (k_step_advantages; lam = 0 is k = 1, lam = 1 every k >= n)
     With n steps left GAE = (1 - lam) sum_{k < n} lam^(k-1) A^k + lam^(n-1) A^n.
@@ -166,20 +166,23 @@ def gae(
 
     Args:
         rewards, values: [N] with `cu_seqlens`, or [B, T]; float32, or bf16 and fp16, which are
-        upcast (float64 with the torch implementation only).
-            values[t] is the value of the state before token t.
+            upcast (float64 with the torch implementation only). values[t] is the value of the state
+            before token t.
         mask: bool like `rewards`; False slots are passed over and come back as 0, whatever they
-        held. None: every slot is live. cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on
-        CPU by "cpp"; on a GPU the caller answers for it). gamma, lam: discount and lambda, within
-        [0, 1]. last_values: [B] value of the state behind each sequence's last token, for truncated
-        episodes; None is 0. impl: "cpp", "torch", "triton" or "cuda"; by default the best one for
-        the device.
+            held. None: every slot is live.
+        cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; on a GPU the
+            caller answers for it).
+        gamma, lam: discount and lambda, within [0, 1].
+        last_values: [B] value of the state behind each sequence's last token, for truncated
+            episodes; None is 0.
+        impl: "cpp", "torch", "triton" or "cuda"; by default the best one for the device.
     Returns:
         (advantages, returns) like `rewards`, float32 (float64 for float64). They carry no gradient:
         the inputs are detached.
     Raises:
-        ValueError: sizes, devices or coefficients. TypeError: dtypes. RuntimeError: `impl` cannot
-        run here.
+        ValueError: sizes, devices or coefficients.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     rewards, values, last_values, chosen_impl = _prepare_gae(
         "gae", _GAE, rewards, values, mask, cu_seqlens, gamma, lam, last_values, impl
@@ -288,7 +291,8 @@ def k_step_advantages(
 
     Args:
         k: live tokens to look ahead, at least 1; fewer where the sequence ends, with `last_values`
-        (or 0) behind the end. others: as `gae`.
+            (or 0) behind the end.
+        others: as `gae`.
     Returns:
         (advantages, returns) like `rewards`, as `gae`. Errors as there.
     """
@@ -326,23 +330,29 @@ def shaped_gae(
 
     Args:
         logp, ref_logp, values: [N] with `cu_seqlens`, or [B, T] with None; float32, or bf16 and
-        fp16, which are upcast (float64 with "torch" only). scores: [B], placed at the last unmasked
-        token; a sequence without one gets none. mask: bool like `logp`, True where the policy
-        acted; elsewhere the outputs are 0, whatever the inputs held. cu_seqlens: [B + 1] int32,
-        ascending from 0 to N (checked on CPU by "cpp"; on a GPU the caller answers for it).
+            fp16, which are upcast (float64 with "torch" only).
+        scores: [B], placed at the last unmasked token; a sequence without one gets none.
+        mask: bool like `logp`, True where the policy acted; elsewhere the outputs are 0, whatever
+            the inputs held.
+        cu_seqlens: [B + 1] int32, ascending from 0 to N (checked on CPU by "cpp"; on a GPU the
+            caller answers for it).
         kl_coef: nats to reward; a float, or a float32 scalar tensor on the same device, which is
-        not read on the host. kl_estimator: "k1"; another one in a reward is biased and must be
-        confirmed by `allow_biased_kl`. gamma, lam: discount and lambda, within [0, 1].
-        token_rewards: like `logp`, added token by token; None is 0. score_clip: scores are clipped
-        to +-score_clip first. whiten: advantages get mean 0 and variance 1 over all unmasked tokens
-        of the call (eps 1e-8); returns are computed before it. whiten_unbiased: variance over count
-        - 1 instead of count. impl: "cpp", "torch", "triton" or "cuda"; by default the best one for
-        the device.
+            not read on the host.
+        kl_estimator: "k1"; another one in a reward is biased and must be confirmed by
+            `allow_biased_kl`.
+        gamma, lam: discount and lambda, within [0, 1].
+        token_rewards: like `logp`, added token by token; None is 0.
+        score_clip: scores are clipped to +-score_clip first.
+        whiten: advantages get mean 0 and variance 1 over all unmasked tokens of the call (eps
+            1e-8); returns are computed before it.
+        whiten_unbiased: variance over count - 1 instead of count.
+        impl: "cpp", "torch", "triton" or "cuda"; by default the best one for the device.
     Returns:
         ShapedGAE. Its tensors carry no gradient: the inputs are detached.
     Raises:
-        ValueError: sizes, devices, coefficients, or a biased estimator not asked for. TypeError:
-        dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: sizes, devices, coefficients, or a biased estimator not asked for.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op, tokens = "shaped_gae", "N" if cu_seqlens is not None else "B T"
     check_estimator(op, kl_estimator)

@@ -1,18 +1,16 @@
 """Estimators of KL(pi || ref) from one sampled token's log-probabilities, and losses made of them.
 The exact ones are in full_kl.py.
 
-    k1  = logp - ref_logp                                  unbiased; the only one that belongs in a
-                                                           reward
-    k2  = k1^2 / 2                                         biased; as a loss its expected gradient
-                                                           per state is that of the KL
-    k3  = expm1(-k1) + k1, at least 0                      unbiased, never negative; as a loss it
-                                                           follows KL(ref || pi)
+    k1  = logp - ref_logp               unbiased; the only one that belongs in a reward
+    k2  = k1^2 / 2                      biased; as a loss its expected gradient per state is that
+                                        of the KL
+    k3  = expm1(-k1) + k1, at least 0   unbiased, never negative; as a loss it follows KL(ref || pi)
     abs = |k1|
 
     kl_loss   value     token sum_t w_t value(k1_t)        sequence sum_b w_b value(sum_t k1_t)
               gradient  token w_t slope(k1_t) at logp_t    sequence w_b slope(sum_t k1_t) at each of
-                                                           its tokens      slope = d
-                                                           gradient-estimator / d k1
+                                                           its tokens
+              slope     d gradient-estimator / d k1
 
 Shapes    any, the same for both; one estimate an element. A loss takes N tokens of B sequences.
 Bytes     8 B read and 4 B written an element; kl_loss 12 and 4, and 8 in its backward.
@@ -90,13 +88,15 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, estimator: str, impl: str | None
 
     Args:
         logp, ref_logp: log-probabilities of the sampled tokens, of one shape, float32 (the torch
-        implementation also float64). estimator: "k1", "k2", "k3" or "abs" (formulas at the top of
-        this file). impl: "cpp", "torch" or "triton"; by default the best one for the device.
+            implementation also float64).
+        estimator: "k1", "k2", "k3" or "abs" (formulas at the top of this file).
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         The estimates in the inputs' shape and dtype. A value only: it carries no gradient (which
         estimator to differentiate is another question).
     Raises:
-        ValueError: unknown estimator, shapes or devices that do not agree. TypeError: dtypes.
+        ValueError: unknown estimator, shapes or devices that do not agree.
+        TypeError: dtypes.
         RuntimeError: `impl` cannot run here.
     """
     op = "token_kl"
@@ -130,12 +130,14 @@ def clamped_count(logp: Tensor, ref_logp: Tensor, *, mask: Tensor | None = None)
 
     Args:
         logp, ref_logp: as in `token_kl`, on any device and in any float dtype. For the sequence
-        level of `kl_loss`, sums over the sequences. mask: bool of their shape, False where a token
-        does not count and may hold anything (weights != 0); None counts every token.
+            level of `kl_loss`, sums over the sequences.
+        mask: bool of their shape, False where a token does not count and may hold anything (weights
+            != 0); None counts every token.
     Returns:
         An int64 scalar on the device of the inputs, not read on the host. NaN is no clamp.
     Raises:
-        ValueError: shapes or devices that do not agree. TypeError: the mask's dtype.
+        ValueError: shapes or devices that do not agree.
+        TypeError: the mask's dtype.
     """
     op = "clamped_count"
     for other, tensor in (("ref_logp", ref_logp), ("mask", mask)):
@@ -173,19 +175,23 @@ def kl_loss(
 
     Args:
         logp, ref_logp: [N], or any shape, float32 (the torch implementation also float64), finite
-        where they count; ref_logp is a constant. weights: like `logp`, as of `token_weights`; 0
-        where a token does not count, and may hold anything. estimator: "k1", "k2", "k3" or "abs",
-        whose value the loss is. gradient: the one whose slope it has. level: "token", or
-        "sequence": the estimators of the whole sequence's log ratio, weighted by the mean of its
-        non-zero weights. cu_seqlens: [B + 1] int32, for the sequence level of packed [N]; without
-        it rows of [B, T] are the sequences. impl: "cpp", "torch" or "triton"; by default the best
-        one for the device.
+            where they count; ref_logp is a constant.
+        weights: like `logp`, as of `token_weights`; 0 where a token does not count, and may hold
+            anything.
+        estimator: "k1", "k2", "k3" or "abs", whose value the loss is.
+        gradient: the one whose slope it has.
+        level: "token", or "sequence": the estimators of the whole sequence's log ratio, weighted by
+            the mean of its non-zero weights.
+        cu_seqlens: [B + 1] int32, for the sequence level of packed [N]; without it rows of [B, T]
+            are the sequences.
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         A scalar; 0 without tokens. Differentiable in logp ("cpp" and "triton" once: a double
         backward raises).
     Raises:
-        ValueError: unknown estimators or level, shapes or devices that do not agree. TypeError:
-        dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: unknown estimators or level, shapes or devices that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "kl_loss"
     check_estimator(op, estimator)

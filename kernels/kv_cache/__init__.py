@@ -1,9 +1,9 @@
 """rope_and_cache: from the qkv projection to rotated queries and the paged KV cache, in one launch.
 
-    q, k, v of a token = the rows of its projection      u = norm_weight * x / rms(x), where a head
-                                                         norm is given
-    rotated[i] = u[i] cos[i] - u[i + D/2] sin[i]         rotated[i + D/2] = u[i + D/2] cos[i] + u[i]
-                                                         sin[i]
+    q, k, v of a token = the rows of its projection
+    u = norm_weight * x / rms(x), where a head norm is given
+    rotated[i] = u[i] cos[i] - u[i + D/2] sin[i]
+    rotated[i + D/2] = u[i + D/2] cos[i] + u[i] sin[i]
     q -> result      k, v -> cache, at block slot // S, position slot % S
 
 Shapes    N tokens; Hq query and Hkv key/value heads of D values, in this order in a row of the
@@ -251,22 +251,27 @@ def rope_and_cache(
 
     Args:
         qkv: [N, (Hq + 2 Hkv) D], the output of the fused projection; its last dimension is
-        contiguous, the stride of the tokens is free. cos, sin: [N, D/2] of the angles; float32, or
-        qkv's dtype. k_cache, v_cache: [blocks, Hkv, D, S] and [blocks, Hkv, S, D], contiguous: one
-        layer's; written in place. In qkv's dtype; triton and
-            torch also take bfloat16 or float16 beside qkv of float32.
+            contiguous, the stride of the tokens is free.
+        cos, sin: [N, D/2] of the angles; float32, or qkv's dtype.
+        k_cache, v_cache: [blocks, Hkv, D, S] and [blocks, Hkv, S, D], contiguous: one layer's;
+            written in place. In qkv's dtype; triton and torch also take bfloat16 or float16 beside
+            qkv of float32.
         slots: [N] int64, block * S + position in the block. The row of a negative slot (padding) is
-        not written; its query is computed all the
-            same. Which of the rows with one slot is written last is undefined.
-        num_heads: Hq. q_norm, k_norm: [D] weights of the heads' RMS norm, in qkv's dtype; None: no
-        norm. eps: added to the mean of the squares. impl: "cpp" (CPU), "triton", "cuda" (none of
-        them float64) or "torch"; by default the best one for the device.
+            not written; its query is computed all the same. Which of the rows with one slot is
+            written last is undefined.
+        num_heads: Hq.
+        q_norm, k_norm: [D] weights of the heads' RMS norm, in qkv's dtype; None: no norm.
+        eps: added to the mean of the squares.
+        impl: "cpp" (CPU), "triton", "cuda" (none of them float64) or "torch"; by default the best
+            one for the device.
     Returns:
         [N, Hq, D] rotated queries, contiguous, in the caches' dtype.
     Raises:
         IndexError: a slot of blocks * S or above, on the CPU, before anything is written (on a GPU
-        that row is not written). ValueError: sizes, strides or devices that do not agree.
-        TypeError: dtypes. RuntimeError: `impl` cannot run here.
+            that row is not written).
+        ValueError: sizes, strides or devices that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "rope_and_cache"
     _, C, half, blocks, Hkv, D, size = check(

@@ -216,19 +216,23 @@ def linear_full_kl(
 
     Args:
         hidden, weight: [N, H] and [V, H], of one dtype: float32, bfloat16 or float16 (the torch
-        implementation also float64). ref_hidden, ref_weight: [N, H_ref] and [V, H_ref], of one
-        dtype; constants. With one set of weights and two adapters pass the same weight.
-        temperature, direction: as `full_kl`. bias, ref_bias: [V], of their weight's dtype. mask:
-        [N] bool; rows that are False have KL 0 and no gradient, take part in no product and may
-        hold anything. workspace_bytes: bound of a chunk's logits, both together; at least one row
-        is always held. By default the smaller of 256 MiB and an
-            eighth of the full logits, but never less than 4 MiB.
+            implementation also float64).
+        ref_hidden, ref_weight: [N, H_ref] and [V, H_ref], of one dtype; constants. With one set of
+            weights and two adapters pass the same weight.
+        temperature, direction: as `full_kl`.
+        bias, ref_bias: [V], of their weight's dtype.
+        mask: [N] bool; rows that are False have KL 0 and no gradient, take part in no product and
+            may hold anything.
+        workspace_bytes: bound of a chunk's logits, both together; at least one row is always held.
+            By default the smaller of 256 MiB and an eighth of the full logits, but never less than
+            4 MiB.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         [N] float32. Differentiable, once, in hidden, weight and bias.
     Raises:
-        ValueError: an unknown direction, a number, sizes or devices that do not fit. TypeError:
-        dtypes. RuntimeError: `impl` cannot run here.
+        ValueError: an unknown direction, a number, sizes or devices that do not fit.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "linear_full_kl"
     check_direction(op, direction, temperature)

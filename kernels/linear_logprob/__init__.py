@@ -1,8 +1,9 @@
 """linear_logprob: hidden states -> log-probability of one token a row through the head, without
 ever holding N V logits.
 
-    z = hidden weight^T + bias      z' = softcap tanh(z / softcap)      then logprob.py on z' row by
-                                    row
+    z = hidden weight^T + bias      z' = softcap tanh(z / softcap)
+
+and of every row of z' what kernels/logprob says.
 
 Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logits are the
           workspace. Triton holds none of them in its forward, and tiles of them in its backward
@@ -251,12 +252,17 @@ def linear_logprob(
 
     Args:
         hidden, weight: [N, H] and [V, H], of one dtype: float32, bfloat16 or float16 (the torch
-        implementation also float64). token_ids: [N] int64 or int32. bias: [V], of the same dtype.
+            implementation also float64).
+        token_ids: [N] int64 or int32.
+        bias: [V], of the same dtype.
         temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the
-        logits after the softcap. softcap: logits become softcap * tanh(logits / softcap). entropy:
-        also return the entropy of each row. ignore_index: rows with this id have logp 0, entropy 0
-        and no gradient; they take part in no product and may hold anything. kept: as of
-        `logprob`: the tokens that truncation left of each row, over which alone it is scored.
+            logits after the softcap.
+        softcap: logits become softcap * tanh(logits / softcap).
+        entropy: also return the entropy of each row.
+        ignore_index: rows with this id have logp 0, entropy 0 and no gradient; they take part in no
+            product and may hold anything.
+        kept: as of `logprob`: the tokens that truncation left of each row, over which alone it is
+            scored.
         workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By
             default the smaller of 256 MiB and an eighth of the full logits, but never less than 4
             MiB: small problems stay whole, and thinner chunks make slower products.
@@ -265,9 +271,10 @@ def linear_logprob(
         logp [N], or (logp [N], entropy [N]); float32. Differentiable, once, in hidden, weight and
         bias. Equal workspaces and equal rows give equal bits, with and without a gradient.
     Raises:
-        IndexError: an id outside [0, V), on the CPU (on a GPU that row is NaN). ValueError: sizes,
-        devices, or a number that does not fit. TypeError: dtypes. RuntimeError: `impl` cannot run
-        here.
+        IndexError: an id outside [0, V), on the CPU (on a GPU that row is NaN).
+        ValueError: sizes, devices, or a number that does not fit.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "linear_logprob"
     per_row = temperature if isinstance(temperature, Tensor) else None

@@ -1,10 +1,11 @@
 """linear_policy_loss: hidden states -> the policy loss and its gradients through the head, with no
 logits kept and none computed twice.
 
-    z = hidden weight^T + bias, softcapped      logp_n, H_n: logprob.py on z_n      loss = sum_n
-                                                weights_n l_n(logp_n, H_n): policy_loss.py
-    g_n = d loss / d logp_n      h_n = d loss / d H_n      dz_nj = (g_n (1[j = y_n] - p_nj) - h_n
-                                                           p_nj (log p_nj + H_n)) / T
+    z = hidden weight^T + bias, softcapped
+    logp_n, H_n of z_n as in kernels/logprob
+    loss = sum_n weights_n l_n(logp_n, H_n) as in kernels/policy_loss
+    g_n = d loss / d logp_n         h_n = d loss / d H_n
+    dz_nj = (g_n (1[j = y_n] - p_nj) - h_n p_nj (log p_nj + H_n)) / T
     d hidden = dz weight         d weight = dz^T hidden    d bias = sum_n dz_n
 
 Weights and coefficients are known before the head runs, so the gradient of a chunk of rows is
@@ -269,17 +270,17 @@ def linear_policy_loss(
 
     Args:
         hidden, weight, bias: [N, H], [V, H] and [V] or None, of one dtype: float32, bfloat16 or
-        float16 (the torch implementation also float64). token_ids: [N] int64 or int32; anything
-        where the weight is 0, as is everything else there. old_logp, advantages, weights, and the
-        keywords up to cu_seqlens: as in `policy_loss`; [N] float32, constant. old_logp None: it is
-        the
-            policy's own, every ratio exactly 1; not for kinds by sequence, nor with a
-            rollout_correction.
+            float16 (the torch implementation also float64).
+        token_ids: [N] int64 or int32; anything where the weight is 0, as is everything else there.
+            old_logp, advantages, weights, and the keywords up to cu_seqlens: as in `policy_loss`;
+            [N] float32, constant. old_logp None: it is the policy's own, every ratio exactly 1; not
+            for kinds by sequence, nor with a rollout_correction.
         temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the
-        logits after the softcap. softcap: logits become softcap * tanh(logits / softcap).
+            logits after the softcap.
+        softcap: logits become softcap * tanh(logits / softcap).
         workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By
-        default the smaller of 256 MiB and an
-            eighth of the full logits, but never less than 4 MiB.
+            default the smaller of 256 MiB and an eighth of the full logits, but never less than 4
+            MiB.
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         (loss, stats, logp, entropy): a scalar, differentiable once in hidden, weight and bias,
@@ -287,9 +288,10 @@ def linear_policy_loss(
         statistics of `policy_loss`, entropy always among them; what `linear_logprob` says of the
         rows with a weight, as constants.
     Raises:
-        IndexError: an id outside [0, V) where the weight is not 0, on the CPU. ValueError: sizes,
-        devices or settings that do not fit. TypeError: dtypes. RuntimeError: `impl` cannot run
-        here, or a double backward.
+        IndexError: an id outside [0, V) where the weight is not 0, on the CPU.
+        ValueError: sizes, devices or settings that do not fit.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here, or a double backward.
     """
     op = "linear_policy_loss"
     part = PolicyPart(

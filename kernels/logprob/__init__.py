@@ -1,9 +1,10 @@
 """logprob: logits -> log-probability of one token a row, and the entropy of the row, in one read.
 
-    d_j = (z_j - max z) / T     S = sum e^d     W = sum d e^d     logp = d_y - log S     H = log S -
-                                                W / S
+    d_j = (z_j - max z) / T     S = sum e^d     W = sum d e^d
+    logp = d_y - log S          H = log S - W / S
     dz_j = (g (1[j = y] - p_j) - h p_j (d_j - W / S)) / T
-            for upstream gradients g of logp and h of H
+
+with g and h the upstream gradients of logp and of H.
 
 Shapes    N rows behind any leading dimensions; V vocabulary.
 Bytes     forward N V s (one read), backward 2 N V s (read and write); `logprob_` writes the
@@ -129,22 +130,26 @@ def logprob(
 
     Args:
         logits: [..., V] float32, bfloat16 or float16 (the torch implementation also float64); any
-        row strides, contiguous last dimension. token_ids: [...] int64 or int32. temperature: above
-        0; a number, or a tensor [...] with one value a row (it receives no gradient). entropy: also
-        return the entropy of each row. ignore_index: rows with this id have logp 0, entropy 0 and
-        no gradient, and are not read. kept: the tokens that truncation left of each row, in the
-        order of the rows (`sample` returns them). A row is then scored under the distribution
-            over its kept tokens alone: its logits outside are not read and get a gradient of
-            exactly 0, a label outside has logp -inf.
+            row strides, contiguous last dimension.
+        token_ids: [...] int64 or int32.
+        temperature: above 0; a number, or a tensor [...] with one value a row (it receives no
+            gradient).
+        entropy: also return the entropy of each row.
+        ignore_index: rows with this id have logp 0, entropy 0 and no gradient, and are not read.
+        kept: the tokens that truncation left of each row, in the order of the rows (`sample`
+            returns them). A row is then scored under the distribution over its kept tokens alone:
+            its logits outside are not read and get a gradient of exactly 0, a label outside has
+            logp -inf.
         impl: "cpp", "triton", "cuda" or "torch"; by default the best one for the device.
     Returns:
         logp [...], or (logp [...], entropy [...]); float32. Differentiable, once, in the logits.
     Raises:
         IndexError: an id outside [0, V), or kept ids that do not ascend, on CPU tensors. On a GPU a
-        row with an id outside is NaN, and
-            `fusedrl.kernels.runtime.faults.raise_faults` raises it later (the torch implementation
-            only has the NaN); whether kept ids ascend is not looked at.
-        ValueError: sizes, devices, strides or a temperature that does not fit. TypeError: dtypes.
+            row with an id outside is NaN, and `fusedrl.kernels.runtime.faults.raise_faults` raises
+            it later (the torch implementation only has the NaN); whether kept ids ascend is not
+            looked at.
+        ValueError: sizes, devices, strides or a temperature that does not fit.
+        TypeError: dtypes.
         RuntimeError: `impl` cannot run here.
     """
     return _logprob(
@@ -173,9 +178,8 @@ def logprob_(
 
     Raises:
         ValueError: logits that are a leaf requiring a gradient (its .grad would be the leaf
-        itself), whose rows overlap in memory,
-            or whose leading dimensions have more strides of their own than the implementation walks
-            (cpp two, the others one).
+            itself), whose rows overlap in memory, or whose leading dimensions have more strides of
+            their own than the implementation walks (cpp two, the others one).
     """
     return _logprob(
         "logprob_", logits, token_ids, temperature, entropy, ignore_index, kept, impl, in_place=True

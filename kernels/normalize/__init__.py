@@ -2,8 +2,8 @@
 from batch to batch.
 
     masked_whiten     (x - mean) / sqrt(variance + eps), + mean where the mean is to stay
-    group_normalize   grpo (s - mean_g) / (std_g + eps)     dr_grpo s - mean_g     rloo s - mean of
-                                                            the others = G / (G - 1) (s - mean_g)
+    group_normalize   grpo (s - mean_g) / (std_g + eps)     dr_grpo s - mean_g
+                      rloo s - mean of the others = G / (G - 1) (s - mean_g)
                       batch (s - mean_g) / (std of all scores + eps)               none s
 
 Shapes    masked_whiten any; one mean and one variance over all unmasked elements. group_normalize B
@@ -93,15 +93,19 @@ def masked_whiten(
 
     Args:
         x: any shape, any float dtype, computed in float32 (float64 with the torch implementation
-        only). mask: bool in the shape of `x`; None takes every element. shift_mean: False keeps the
-        mean and sets only the variance. unbiased: divide by count - 1 instead of count. eps: added
-        to the variance. impl: "cpp", "torch" or "triton"; by default the best one for the device.
+            only).
+        mask: bool in the shape of `x`; None takes every element.
+        shift_mean: False keeps the mean and sets only the variance.
+        unbiased: divide by count - 1 instead of count.
+        eps: added to the variance.
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         Like `x`, in float32 (float64 for float64). One unmasked element becomes 0 (itself without
         shift_mean). Carries no gradient.
     Raises:
-        ValueError: shapes or devices that do not agree. TypeError: dtypes. RuntimeError: `impl`
-        cannot run here.
+        ValueError: shapes or devices that do not agree.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "masked_whiten"
     if mask is not None and (mask.shape != x.shape or mask.device != x.device):
@@ -137,19 +141,23 @@ def group_normalize(
     of this file).
 
     Args:
-        scores: [B], any float dtype, computed in float64. group_ids: [B] int64 or int32, equal
-        where the group is; any values in any order. An integer is taken for `group_size`.
-        group_size: in place of ids, groups of so many consecutive scores. method: "grpo",
-        "dr_grpo", "rloo", "batch" or "none" (the scores as they are). eps: added to the standard
-        deviation (grpo, batch). unbiased: that deviation over count - 1 (grpo, batch). impl: "cpp",
-        "torch" or "triton"; by default the best one for the device.
+        scores: [B], any float dtype, computed in float64.
+        group_ids: [B] int64 or int32, equal where the group is; any values in any order. An integer
+            is taken for `group_size`.
+        group_size: in place of ids, groups of so many consecutive scores.
+        method: "grpo", "dr_grpo", "rloo", "batch" or "none" (the scores as they are).
+        eps: added to the standard deviation (grpo, batch).
+        unbiased: that deviation over count - 1 (grpo, batch).
+        impl: "cpp", "torch" or "triton"; by default the best one for the device.
     Returns:
         GroupNormalized(advantages [B], zero_variance [B]), float32 (float64 for float64), without a
         gradient. Where a group has a single value, as a group of one always does, its advantages
         are exactly 0 (unless "none"). A NaN score makes its group NaN ("batch": all).
     Raises:
         ValueError: an unknown method, sizes or devices that do not agree, neither or both of ids
-        and size. TypeError: dtypes. RuntimeError: `impl` cannot run here.
+            and size.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "group_normalize"
     if method not in GROUP_METHODS:

@@ -1,8 +1,8 @@
 """The policy objectives and the value loss: values, gradients and every statistic from one pass
 over the tokens.
 
-    d         = logp - old_logp                    ratio = exp(clamp(d, -20, 20)), without gradient
-                                                   beyond the clamp
+    d         = logp - old_logp
+    ratio     = exp(clamp(d, -20, 20)), without gradient beyond the clamp
     policy    l_t = correction_t term_t + kl_coef kl_t - entropy_coef H_t; objective.py has the term
               of every kind and the correction
     value     v_t = max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2
@@ -241,24 +241,27 @@ def policy_loss(
     Args:
         logp: [N] float32 log-probabilities of the tokens under the policy that is trained.
         old_logp: [N], under the policy of the last rollout or scoring, constant. None, for kind
-        "reinforce" only: the policy is that
-            policy, and the ratio statistics say so (ratio 1, KL 0). "reinforce" uses it for the
-            statistics alone.
-        advantages: [N], constant. weights: [N], constant, as from `token_weights`; 0 means masked:
-        the token counts nowhere, and may be NaN in every other input. objective: the policy term.
+            "reinforce" only: the policy is that policy, and the ratio statistics say so (ratio 1,
+            KL 0). "reinforce" uses it for the statistics alone.
+        advantages: [N], constant.
+        weights: [N], constant, as from `token_weights`; 0 means masked: the token counts nowhere,
+            and may be NaN in every other input.
+        objective: the policy term.
         ref_logp: [N], under the reference policy, constant; for the KL term and its statistic.
-        kl_coef: the term's factor. kl_estimator: "k1", "k2", "k3" or "abs", the term's value.
-        kl_gradient: whose slope it has, by default the same one's: k1's is
-            useless, k2's follows KL(pi || ref), k3's KL(ref || pi) (see the top of this file).
+        kl_coef: the term's factor.
+        kl_estimator: "k1", "k2", "k3" or "abs", the term's value.
+        kl_gradient: whose slope it has, by default the same one's: k1's is useless, k2's follows
+            KL(pi || ref), k3's KL(ref || pi) (see the top of this file).
         kl_level: "token"; or "sequence", with kl_estimator "k2" and cu_seqlens: half the square of
-        the sequence's log ratio. entropy: [N] of the policy's distribution at each token, for the
-        bonus and the statistics. entropy_coef: the bonus's factor. rollout_logp: [N], under the
-        program that sampled, constant. rollout_correction: what becomes of exp(old_logp -
-        rollout_logp);
-            both or neither.
+            the sequence's log ratio.
+        entropy: [N] of the policy's distribution at each token, for the bonus and the statistics.
+        entropy_coef: the bonus's factor.
+        rollout_logp: [N], under the program that sampled, constant.
+        rollout_correction: what becomes of exp(old_logp - rollout_logp); both or neither.
         cu_seqlens: [B + 1] int32 or int64, from 0 to N; for the kinds gspo and geometric_mean and
-        whatever has level "sequence". impl: "cpp", "triton" or "torch" (which also takes float64);
-        by default the best one for the device.
+            whatever has level "sequence".
+        impl: "cpp", "triton" or "torch" (which also takes float64); by default the best one for the
+            device.
     Returns:
         (loss, PolicyStats): a scalar, differentiable once (with "torch" any number of times) in
         `logp` and `entropy` only. A log ratio beyond +-20 is cut inside the exponential and has no
@@ -266,8 +269,9 @@ def policy_loss(
         "cispo" has no gradient anyway).
     Raises:
         ValueError: sizes or devices that do not agree, a coefficient without its tensor, a missing
-        old_logp or cu_seqlens, an unknown estimator or level. TypeError: dtypes. RuntimeError:
-        `impl` cannot run here, or a double backward.
+            old_logp or cu_seqlens, an unknown estimator or level.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here, or a double backward.
     """
     policy = PolicyPart(
         logp,
@@ -305,18 +309,21 @@ def value_loss(
     returns)^2) / 2.
 
     Args:
-        values: [N] float32, of the critic that is trained. old_values: [N], of the critic at the
-        rollout, constant; not read, and may be
-            None, without a clip. returns, weights: [N], constant; weights as in `policy_loss`.
+        values: [N] float32, of the critic that is trained.
+        old_values: [N], of the critic at the rollout, constant; not read, and may be None, without
+            a clip.
+        returns, weights: [N], constant; weights as in `policy_loss`.
         clip: how far a value may move from the old one before the gradient stops; None: no bound.
         impl: "cpp", "triton" or "torch" (which also takes float64); by default the best one for the
-        device.
+            device.
     Returns:
         (loss, ValueStats): a scalar, differentiable once (with "torch" any number of times) in
         `values` only.
     Raises:
         ValueError: sizes or devices that do not agree, a clip that is not positive or has no
-        old_values. TypeError: dtypes. RuntimeError: `impl` cannot run here, or a double backward.
+            old_values.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here, or a double backward.
     """
     chosen = _checked(
         "value_loss",

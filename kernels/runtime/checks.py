@@ -39,11 +39,13 @@ def check(op: str, arguments: Mapping[str, tuple[Tensor | None, str]]) -> tuple[
     of first appearance.
 
     Args:
-        op: name for the message. arguments: name -> (tensor or None to skip, pattern such as "N V";
-        a number in a pattern is that size).
+        op: name for the message.
+        arguments: name -> (tensor or None to skip, pattern such as "N V"; a number in a pattern is
+            that size).
     Raises:
-        TypeError: not a tensor. ValueError: sizes or devices that do not agree; the message lists
-        every argument with its pattern.
+        TypeError: not a tensor.
+        ValueError: sizes or devices that do not agree; the message lists every argument with its
+            pattern.
     """
     sizes: dict[str, int] = {}
     device: torch.device | None = None

@@ -134,7 +134,8 @@ def compile_cubin(source: str, options: tuple[str, ...], architecture: str) -> b
     no GPU.
 
     Raises:
-        RuntimeError: the compiler refuses; its log follows. ImportError: no cuda-bindings.
+        RuntimeError: the compiler refuses; its log follows.
+        ImportError: no cuda-bindings.
     """
     nvrtc, _ = _bindings()
     folder = source_folder()

@@ -1,11 +1,12 @@
 """sample: draw one token a row from logits, with its log-probabilities.
 
-    x = (z - max z) / T;   kept = top-k, then top-p of what is left, then min-p;   w = exp(x) over
-                           the kept set
-    token = the first in vocabulary order whose running sum of w exceeds u sum w,
-            u = Philox(seed; request, sample, position) in [0, 1)
-    logp = x - ln sum exp x over all tokens;   logp_processed = ln w - ln sum w over the kept set;
-                                               entropy of softmax(x) over all tokens
+    x = (z - max z) / T
+    kept = top-k, then top-p of what is left, then min-p;   w = exp(x) over the kept set
+    u = Philox(seed; request, sample, position) in [0, 1)
+    token = the first in vocabulary order whose running sum of w exceeds u sum w
+    logp = x - ln sum exp x over all tokens
+    logp_processed = ln w - ln sum w over the kept set
+    entropy of softmax(x) over all tokens
 
 Shapes    B sequences, V vocabulary.
 Bytes     B V s read from memory; a row is then in cache for what follows: where nothing truncates,
@@ -275,29 +276,33 @@ def sample(
     Args:
         logits: [B, V] float32, bfloat16 or float16 (torch also float64); rows may be strided.
         temperature: number or [B]; 0 takes the largest logit, with logp, entropy, kept and
-        kept_count of T = 1 and no truncation. top_k: number or [B]; keep the k largest; 0: all.
+            kept_count of T = 1 and no truncation.
+        top_k: number or [B]; keep the k largest; 0: all.
         top_p: number or [B] in (0, 1]; then the most probable ones that together reach this share.
         min_p: number or [B] in [0, 1]; then those of at least this share of the most probable one.
         keys: [B, 4] int64 (seed, request id, sample index, position); of the last two the low 32
-        bits count. suppress: [B, V] bool, tokens that are never drawn (an EOS before
-        min_new_tokens); they still count in logp and entropy, and not as kept. return_kept: also
-        list the tokens that could be drawn, so that `logprob(..., kept=...)` scores exactly the
-        distribution that was sampled. A row
-            is listed if some token of probability could not be drawn, by truncation or `suppress`;
-            the others are empty rows, where logp_processed is logp.
+            bits count.
+        suppress: [B, V] bool, tokens that are never drawn (an EOS before min_new_tokens); they
+            still count in logp and entropy, and not as kept.
+        return_kept: also list the tokens that could be drawn, so that `logprob(..., kept=...)`
+            scores exactly the distribution that was sampled. A row is listed if some token of
+            probability could not be drawn, by truncation or `suppress`; the others are empty rows,
+            where logp_processed is logp.
         kept_capacity: ids to make room for, since a GPU is not asked how many there are. By default
-        all that there can be: B top_k where top_k is a
-            number, else 4 B V bytes, as much as float32 logits; give a smaller number where the
-            sets are known to be small. On a CPU the list is trimmed to what it holds.
+            all that there can be: B top_k where top_k is a number, else 4 B V bytes, as much as
+            float32 logits; give a smaller number where the sets are known to be small. On a CPU the
+            list is trimmed to what it holds.
         impl: "cpp", "triton", "cuda" or "torch"; by default the best one for the device.
     Returns:
         `Sampled`.
     Raises:
         ValueError: sizes, devices or parameters; on CPU also a row with NaN or +inf, or with
-        nothing to draw, or kept tokens beyond kept_capacity. On CUDA, where looking would
-        synchronise, such a row's token is -1 and its row of kept is empty (of rows beyond the
-        capacity: from the first one on, all that are listed), and [B] parameters are not looked at.
-        TypeError: dtypes. RuntimeError: `impl` cannot run here.
+            nothing to draw, or kept tokens beyond kept_capacity. On CUDA, where looking would
+            synchronise, such a row's token is -1 and its row of kept is empty (of rows beyond the
+            capacity: from the first one on, all that are listed), and [B] parameters are not looked
+            at.
+        TypeError: dtypes.
+        RuntimeError: `impl` cannot run here.
     """
     op = "sample"
     B, V = check(

@@ -79,7 +79,9 @@ def try_op(
 
     Args:
         cases: how many of the grid are drawn, beside the plain one; half as many under Triton's
-        interpreter. full: all of them. seed: of draws and numbers.
+            interpreter.
+        full: all of them.
+        seed: of draws and numbers.
     """
     began = time.perf_counter()
     if full:

@@ -48,10 +48,15 @@ def verify_machine(
     """Try every op x implementation of `device`, then the engine.
 
     Args:
-        ops: these alone; None: all. engine: its promises, too. cases: drawn from the grid for each
-        implementation. full: the whole grid instead. seed: of it. jobs: processes at once. timeout:
-        seconds of one row. catalogue: the module whose CATALOGUE has the entries. told: of each row
-        as it comes.
+        ops: these alone; None: all.
+        engine: its promises, too.
+        cases: drawn from the grid for each implementation.
+        full: the whole grid instead.
+        seed: of it.
+        jobs: processes at once.
+        timeout: seconds of one row.
+        catalogue: the module whose CATALOGUE has the entries.
+        told: of each row as it comes.
     Returns:
         {"ok", "device", "machine", "rows": [...], "seconds"}, JSON values. Of a row: "what",
         "impl", "state" ("ok"; "FAIL"; "refused": it serves none of the cases; "absent": it cannot

@@ -18,10 +18,9 @@ To add an op, write its definition in ../definitions, one function that makes it
         definition=lambda x, s: {"y": definitions.double(x["x"], **s)},
         bounds=lambda problem, want: {"y": Bound(rtol=1e-6), "d x": Bound(rtol=1e-6, rounded=True)},
         wants=("x",),  # differentiated; leave out if nothing is
-        triton={"N": (5, 0, 1)},
-                # smaller levels for the interpreter
+        triton={"N": (5, 0, 1)},  # smaller levels for the interpreter
+        # changes to the plain case that make it worth timing
         timed={"cpu": {"N": 1 << 18}, "cuda": {"N": 1 << 22}},
-                # changes to the plain case that make it worth timing
     )
 
 Where an op is held to what rounding costs and not to a number, `no_worse` makes the bounds. Bounds
