@@ -31,6 +31,7 @@ if triton is not None:
     from fusedrl.kernels.paged_attention import _tanh
 
 _IMPLS = Implementations("fixed_linear", cpu=("cpp", "torch", "triton"), cuda=("triton", "torch"))
+FIXED_LINEAR_DTYPES = (torch.float32, torch.bfloat16)  # of weights, but with "torch"
 _STAGES = 3  # of the loop
 # tiles of rows that are computed side by side: what they read of the weights is then in a cache
 _GROUP = 16
@@ -226,7 +227,7 @@ def fixed_linear(
         else {},
     )
     if not mixed:
-        check_dtype(op, "x", x, FLOATS if chosen == "torch" else (torch.float32, torch.bfloat16))
+        check_dtype(op, "x", x, FLOATS if chosen == "torch" else FIXED_LINEAR_DTYPES)
         check_dtype(op, "weight", weight, (x.dtype,))
     check_dtype(op, "bias", bias, (weight.dtype,))
     if softcap is not None and not softcap > 0:

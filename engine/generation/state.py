@@ -26,6 +26,7 @@ from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.step import DecoderWeights, decode_step
 from fusedrl.engine.model.strict import strict_logits, strict_row_logprob, strict_step
 from fusedrl.kernels.advance_rows import advance_rows_
+from fusedrl.kernels.fixed_linear import FIXED_LINEAR_DTYPES, fixed_linear
 from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.kv_cache import copy_blocks
 from fusedrl.kernels.logprob import logprob
@@ -207,6 +208,9 @@ def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
 def _logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None) -> Tensor:
     """[R, V] in float32 at least: rounded to bfloat16, a logit of 10 would be off by 0.03, and so
     would its logprob."""
+    one_dtype = hidden_RH.dtype == head_VH.dtype
+    if hidden_RH.device.type == "cpu" and one_dtype and head_VH.dtype in FIXED_LINEAR_DTYPES:
+        return fixed_linear(hidden_RH, head_VH, softcap=softcap)  # each weight is read once
     if hidden_RH.dtype in (torch.float32, torch.float64):
         logits_RV = F.linear(hidden_RH, head_VH)
     elif hidden_RH.device.type == "cuda":

@@ -76,6 +76,23 @@ def test_a_row_does_not_depend_on_its_companions(dtype, softcap, device):
     assert torch.equal(run(strange, w, b)[40:], whole)
 
 
+@pytest.mark.cpu_only("the C++ kernels, which have a way for few rows and one for many")
+@CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K", [1, 15, 16, 31, 33, 64, 255, 257, 576])
+@pytest.mark.parametrize("O", [1, 15, 16, 17, 32, 47, 70])
+def test_few_rows_have_the_bits_of_many(O, K, dtype, device):
+    x, w, b = inputs(device, 70, K, O, dtype)
+    whole = fixed_linear(x, w, b, impl="cpp")
+    for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 65, 66):
+        for bias in (b, None):
+            expected = whole if bias is not None else fixed_linear(x, w, impl="cpp")
+            assert torch.equal(fixed_linear(x[-n:], w, bias, impl="cpp"), expected[-n:]), n
+    spoilt = x[:3].clone()
+    spoilt[0], spoilt[2] = torch.nan, torch.inf
+    assert torch.equal(fixed_linear(spoilt, w, b, impl="cpp")[1], whole[1])
+
+
 @pytest.mark.cpu_only("what its BLAS does")
 @CPP
 def test_the_negative_control(device):

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 namespace {
 
@@ -33,27 +35,92 @@ struct Panels {
 inline float to_float(float x) { return x; }
 inline float to_float(c10::BFloat16 x) { return static_cast<float>(x); }
 
-// ---- y (+)= W x + b ------------------------------------------------------------------------------------------------------
+// ---- vectors ---------------------------------------------------------------------------------------------------------------
 // The compiler's own vectors, of the width of Vec: `a * b + c` becomes one FMA where there is one, and stays in registers where Vec is an array.
 typedef float Lanes __attribute__((vector_size(sizeof(float) * VL), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(sizeof(float) * VL), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(sizeof(uint16_t) * VL), aligned(2), may_alias));
 
-template <int R, int C, typename T>
-inline void tile(const T* w, int64_t ld, const T* bias, const float* x, int64_t width, int64_t K, float* y, bool add) {
+template <typename To, typename From>
+inline To as(const From& bits) {
+  To value;
+  static_assert(sizeof value == sizeof bits);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline Lanes widened(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
+inline Lanes widened(const c10::BFloat16* from) {
+  return as<Lanes>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Ints) << 16);
+}
+
+// Lane j is lane Index::at(j) of a and, from VL on, b.
+template <typename Index, size_t... j>
+inline Lanes pick(const Lanes& a, const Lanes& b, std::index_sequence<j...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Index::at(j)...);
+#else
+  return __builtin_shuffle(a, b, Ints{Index::at(j)...});
+#endif
+}
+template <typename Index>
+inline Lanes pick(const Lanes& a, const Lanes& b) {
+  return pick<Index>(a, b, std::make_index_sequence<size_t(VL)>());
+}
+
+// Within every four lanes, as one instruction each has it: a0 b0 a1 b1, a2 b2 a3 b3; a0 a1 b0 b1, a2 a3 b2 b3. Of fours: every other one of a, then of b.
+struct Low { static constexpr int at(int j) { return j / 4 * 4 + j % 4 / 2 + j % 2 * int(VL); } };
+struct High { static constexpr int at(int j) { return Low::at(j) + 2; } };
+struct LowPairs { static constexpr int at(int j) { return j / 4 * 4 + j % 2 + j % 4 / 2 * int(VL); } };
+struct HighPairs { static constexpr int at(int j) { return LowPairs::at(j) + 2; } };
+struct EvenFours { static constexpr int at(int j) { return j / 4 * 8 + j % 4; } };
+struct OddFours { static constexpr int at(int j) { return EvenFours::at(j) + 4; } };
+
+// Lane j of vector i becomes lane i of vector j.
+inline void transpose(Lanes (&v)[VL]) {
+  static_assert(VL == 8 || VL == 16);
+  Lanes t[VL];
+#pragma GCC unroll 4
+  for (int i = 0; i < VL; i += 4) {  // squares of four by four
+    const Lanes a = pick<Low>(v[i], v[i + 1]), b = pick<High>(v[i], v[i + 1]), c = pick<Low>(v[i + 2], v[i + 3]), d = pick<High>(v[i + 2], v[i + 3]);
+    t[i] = pick<LowPairs>(a, c), t[i + 1] = pick<HighPairs>(a, c), t[i + 2] = pick<LowPairs>(b, d), t[i + 3] = pick<HighPairs>(b, d);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {  // then the squares among each other
+    if constexpr (VL == 8) {
+      v[c] = pick<EvenFours>(t[c], t[c + 4]), v[c + 4] = pick<OddFours>(t[c], t[c + 4]);
+    } else {
+      const Lanes even = pick<EvenFours>(t[c], t[c + 4]), odd = pick<OddFours>(t[c], t[c + 4]);
+      const Lanes even_below = pick<EvenFours>(t[c + 8], t[c + 12]), odd_below = pick<OddFours>(t[c + 8], t[c + 12]);
+      v[c] = pick<EvenFours>(even, even_below), v[c + 8] = pick<OddFours>(even, even_below);
+      v[c + 4] = pick<EvenFours>(odd, odd_below), v[c + 12] = pick<OddFours>(odd, odd_below);
+    }
+  }
+}
+
+// ---- y (+)= W x + b ------------------------------------------------------------------------------------------------------
+// The sum of every output and token begins with the bias and takes the inputs of a block in order, one rounding each, whichever of the two ways below it
+// goes. So a token's bits do not tell how many others were there.
+
+// Many tokens: they are the lanes, and a weight is broadcast.
+template <int R, int C>
+inline void tile(const float* w, int64_t ld, const float* bias, const float* x, int64_t width, int64_t K, float* y, bool add) {
   Lanes sum[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) sum[r][c] = Lanes{} + (bias ? to_float(bias[r]) : 0.0f);
+    for (int c = 0; c < C; ++c) sum[r][c] = Lanes{} + (bias ? bias[r] : 0.0f);
+  if constexpr (R > 1)  // the next rows: so many streams at once are too many for the hardware to see; into the second cache, they come before they are used
+    for (int r = 0; r < R; ++r)
+      for (int64_t k = 0; k < K; k += 16) __builtin_prefetch(w + (r + R) * ld + k, 0, 2);
   for (int64_t k = 0; k < K; ++k) {
     Lanes column[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) column[c] = *reinterpret_cast<const Lanes*>(x + k * width + c * VL);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const float weight = to_float(w[r * ld + k]);
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sum[r][c] += weight * column[c];
-    }
+      for (int c = 0; c < C; ++c) sum[r][c] += w[r * ld + k] * column[c];
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -64,12 +131,89 @@ inline void tile(const T* w, int64_t ld, const T* bias, const float* x, int64_t 
     }
 }
 
-template <int C, typename T>
-inline void strip(const T* w, int64_t ld, const T* bias, int64_t rows, const float* x, int64_t width, int64_t K, float* y, bool add) {
+template <int C>
+inline void strip(const float* w, int64_t ld, const float* bias, int64_t rows, const float* x, int64_t width, int64_t K, float* y, bool add) {
   constexpr int R = C >= 4 ? 4 : 8;  // at least eight sums in flight hide the latency of an FMA
   int64_t r = 0;
   for (; r + R <= rows; r += R) tile<R, C>(w + r * ld, ld, bias ? bias + r : nullptr, x, width, K, y + r * width, add);
   for (; r < rows; ++r) tile<1, C>(w + r * ld, ld, bias ? bias + r : nullptr, x, width, K, y + r * width, add);
+}
+
+inline void widen(const c10::BFloat16* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) *reinterpret_cast<Lanes*>(to + i) = widened(from + i);
+  for (; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+// Narrow weights are widened, some rows at a time, before they meet their tokens.
+template <typename T>
+inline void strips(const T* w, int64_t ld, const T* bias, int64_t rows, const float* x, int64_t width, int64_t K, float* y, bool add) {
+  if constexpr (std::is_same_v<T, float>) {
+    int64_t c = 0;
+    for (; c + 4 * VL <= width; c += 4 * VL) strip<4>(w, ld, bias, rows, x + c, width, K, y + c, add);
+    for (; c + 2 * VL <= width; c += 2 * VL) strip<2>(w, ld, bias, rows, x + c, width, K, y + c, add);
+    for (; c < width; c += VL) strip<1>(w, ld, bias, rows, x + c, width, K, y + c, add);
+  } else {
+    constexpr int64_t SOME = 8;
+    alignas(64) float wide[SOME * K_BLOCK], starts[SOME];
+    for (int64_t r = 0; r < rows; r += SOME) {
+      const int64_t n = std::min(SOME, rows - r);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t k = 0; k < K; k += 32) __builtin_prefetch(w + (r + SOME + i) * ld + k, 0, 2);
+        widen(w + (r + i) * ld, K, wide + i * K_BLOCK);
+      }
+      if (bias) widen(bias + r, n, starts);
+      strips<float>(wide, K_BLOCK, bias ? starts : nullptr, n, x, width, K, y + r * width, add);
+    }
+  }
+}
+
+// Few tokens: VL outputs are the lanes, a token's input is broadcast, and the weights are read as they lie, VL rows of one vector at a time.
+constexpr int64_t FEW = 8;
+
+template <int N, typename T>
+inline void few_tokens(const T* w, int64_t ld, const T* bias, const float* x, int64_t width, int64_t K, float* y, bool add) {
+  constexpr int PER_WORD = sizeof(float) / sizeof(T);
+  Lanes sum[N] = {};
+  if (bias)
+    for (int r = 0; r < VL; ++r)
+      for (int n = 0; n < N; ++n) sum[n][r] = to_float(bias[r]);
+  const auto take = [&](const Lanes& weights, int64_t k) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[n] += weights * x[k * width + n];
+  };
+  int64_t k = 0;
+  for (; k + VL * PER_WORD <= K; k += VL * PER_WORD) {
+    Lanes words[VL];
+#pragma GCC unroll 16
+    for (int r = 0; r < VL; ++r) {
+      std::memcpy(&words[r], w + r * ld + k, sizeof(Lanes));
+      __builtin_prefetch(w + (r + VL) * ld + k, 0, 2);  // as in `tile`
+    }
+    transpose(words);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) {
+      if constexpr (PER_WORD == 1) {
+        take(words[i], k + i);
+      } else {
+        const Ints pair = as<Ints>(words[i]);
+        take(as<Lanes>(pair << 16), k + 2 * i);
+        take(as<Lanes>(pair & int32_t(0xffff0000)), k + 2 * i + 1);
+      }
+    }
+  }
+  for (; k < K; ++k) {
+    Lanes weights;
+    for (int r = 0; r < VL; ++r) weights[r] = to_float(w[r * ld + k]);
+    take(weights, k);
+  }
+  Lanes out[VL] = {};
+  for (int n = 0; n < N; ++n) out[n] = sum[n];
+  transpose(out);
+  for (int r = 0; r < VL; ++r) {
+    Lanes* to = reinterpret_cast<Lanes*>(y + r * width);
+    *to = add ? *to + out[r] : out[r];
+  }
 }
 
 // w [O, K], x panels of K rows, y panels of O rows.
@@ -80,31 +224,25 @@ void linear(const T* w, const T* bias, int64_t O, int64_t K, const Panels& panel
   at::parallel_for(0, blocks * panels.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t p = task % panels.count, row = task / panels.count * ROW_BLOCK, rows = std::min(ROW_BLOCK, O - row), width = panels.width(p);
+      const int64_t used = panels.used(p);
+      // the lanes beyond `used` are zeros; one token beside a zero one takes 3/4 of the time of one alone
+      const auto few = used > FEW ? nullptr : used > 4 ? &few_tokens<8, T> : used > 2 ? &few_tokens<4, T> : &few_tokens<2, T>;
       const float* from = x + p * PANEL * K;
       float* to = y + p * PANEL * O + row * width;
-      for (int64_t k = 0; k < K; k += K_BLOCK) {
-        const T* weights = w + row * K + k;
-        const T* start = bias && k == 0 ? bias + row : nullptr;
-        const int64_t length = std::min(K_BLOCK, K - k);
-        const bool onto = add || k > 0;
-        int64_t c = 0;
-        for (; c + 4 * VL <= width; c += 4 * VL) strip<4>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
-        for (; c + 2 * VL <= width; c += 2 * VL) strip<2>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
-        for (; c < width; c += VL) strip<1>(weights, K, start, rows, from + k * width + c, width, length, to + c, onto);
-      }
+      const auto each_block = [&](int64_t r, auto&& product) {  // of the inputs of outputs from `row + r` on
+        for (int64_t k = 0; k < K; k += K_BLOCK)
+          product(w + (row + r) * K + k, bias && k == 0 ? bias + row + r : nullptr, from + k * width, std::min(K_BLOCK, K - k), to + r * width, add || k > 0);
+      };
+      int64_t r = 0;
+      for (; few && r + VL <= rows; r += VL)
+        each_block(r, [&](const T* weights, const T* start, const float* inputs, int64_t length, float* sums, bool onto) {
+          few(weights, K, start, inputs, width, length, sums, onto);
+        });
+      each_block(r, [&](const T* weights, const T* start, const float* inputs, int64_t length, float* sums, bool onto) {
+        strips(weights, K, start, rows - r, inputs, width, length, sums, onto);
+      });
     }
   });
-}
-
-// ---- vectors ---------------------------------------------------------------------------------------------------------------
-typedef int32_t Ints __attribute__((vector_size(sizeof(Lanes)), may_alias));
-
-template <typename To, typename From>
-inline To as(const From& bits) {
-  To value;
-  static_assert(sizeof value == sizeof bits);
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
 }
 
 // exp(x) for x <= 0, within 1.01 ulp; 0 below -87, where it is no normal number; NaN stays NaN. Inlined, half the time of Vec::exp.

@@ -8,11 +8,44 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 
 namespace {
 
 using at::Tensor;
+
+// `used` rows x [.., K] -> a panel [K][width], zeros behind them.
+template <typename T>
+void to_panel(const T* x, int64_t used, int64_t K, int64_t width, float* panel) {
+  for (int64_t c = 0; c < width; c += VL) {
+    int64_t k = 0;
+    for (; k + VL <= K; k += VL) {
+      Lanes v[VL] = {};
+      for (int64_t i = 0; i < std::min(VL, used - c); ++i) v[i] = widened(x + (c + i) * K + k);
+      transpose(v);
+      for (int64_t i = 0; i < VL; ++i) *reinterpret_cast<Lanes*>(panel + (k + i) * width + c) = v[i];
+    }
+    for (; k < K; ++k)
+      for (int64_t i = c; i < c + VL; ++i) panel[k * width + i] = i < used ? to_float(x[i * K + k]) : 0.0f;
+  }
+}
+
+// Outputs `begin` to `end` of a panel [O][width] -> `used` rows of out [.., O].
+void from_panel(const float* panel, int64_t begin, int64_t end, int64_t used, int64_t O, int64_t width, float* out) {
+  for (int64_t c = 0; c < used; c += VL) {
+    int64_t o = begin;
+    for (; o + VL <= end; o += VL) {
+      Lanes v[VL];
+      for (int64_t i = 0; i < VL; ++i) v[i] = *reinterpret_cast<const Lanes*>(panel + (o + i) * width + c);
+      transpose(v);
+      for (int64_t i = 0; i < std::min(VL, used - c); ++i) *reinterpret_cast<Lanes*>(out + (c + i) * O + o) = v[i];
+    }
+    for (; o < end; ++o)
+      for (int64_t i = c; i < std::min(c + VL, used); ++i) out[i * O + o] = panel[o * width + i];
+  }
+}
 
 template <typename T>
 void run(const Tensor& x_NK, const Tensor& weight_OK, const std::optional<Tensor>& bias_O, float softcap, Tensor& out_NO) {
@@ -27,15 +60,14 @@ void run(const Tensor& x_NK, const Tensor& weight_OK, const std::optional<Tensor
   for (int64_t first = 0; first < N; first += PANEL) {
     const Panels panel(std::min(PANEL, N - first));
     const int64_t used = panel.used(0), width = panel.width(0);
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t c = 0; c < width; ++c) from[k * width + c] = c < used ? to_float(x[(first + c) * K + k]) : 0.0f;
+    to_panel(x + first * K, used, K, width, from);
     linear(w, bias, O, K, panel, from, to, false);
     constexpr int64_t BLOCK = 64;  // of outputs: their lines stay in the cache while 64 rows are written
     at::parallel_for(0, (O + BLOCK - 1) / BLOCK, std::max<int64_t>(1, 32768 / (BLOCK * used)), [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        if (softcap > 0) cap_scores(to + block * BLOCK * width, (std::min(O, (block + 1) * BLOCK) - block * BLOCK) * width, softcap);
-        for (int64_t c = 0; c < used; ++c)
-          for (int64_t o = block * BLOCK; o < std::min(O, (block + 1) * BLOCK); ++o) out[(first + c) * O + o] = to[o * width + c];
+      for (int64_t o = begin * BLOCK; o < std::min(O, end * BLOCK); o += BLOCK) {
+        const int64_t behind = std::min(O, o + BLOCK);
+        if (softcap > 0) cap_scores(to + o * width, (behind - o) * width, softcap);
+        from_panel(to, o, behind, used, O, width, out + first * O);
       }
     });
   }
