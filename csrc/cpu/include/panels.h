@@ -78,7 +78,7 @@ struct OddFours { static constexpr int at(int j) { return EvenFours::at(j) + 4; 
 
 // Lane j of vector i becomes lane i of vector j.
 inline void transpose(Lanes (&v)[VL]) {
-  static_assert(VL == 8 || VL == 16);
+  static_assert(VL == 4 || VL == 8 || VL == 16);
   Lanes t[VL];
 #pragma GCC unroll 4
   for (int i = 0; i < VL; i += 4) {  // squares of four by four
@@ -87,7 +87,9 @@ inline void transpose(Lanes (&v)[VL]) {
   }
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {  // then the squares among each other
-    if constexpr (VL == 8) {
+    if constexpr (VL == 4) {
+      v[c] = t[c];
+    } else if constexpr (VL == 8) {
       v[c] = pick<EvenFours>(t[c], t[c + 4]), v[c + 4] = pick<OddFours>(t[c], t[c + 4]);
     } else {
       const Lanes even = pick<EvenFours>(t[c], t[c + 4]), odd = pick<OddFours>(t[c], t[c + 4]);
@@ -169,7 +171,7 @@ inline void strips(const T* w, int64_t ld, const T* bias, int64_t rows, const fl
 }
 
 // Few tokens: VL outputs are the lanes, a token's input is broadcast, and the weights are read as they lie, VL rows of one vector at a time.
-constexpr int64_t FEW = 8;
+constexpr int64_t FEW = VL < 8 ? VL : 8;
 
 template <int N, typename T>
 inline void few_tokens(const T* w, int64_t ld, const T* bias, const float* x, int64_t width, int64_t K, float* y, bool add) {
@@ -226,7 +228,7 @@ void linear(const T* w, const T* bias, int64_t O, int64_t K, const Panels& panel
       const int64_t p = task % panels.count, row = task / panels.count * ROW_BLOCK, rows = std::min(ROW_BLOCK, O - row), width = panels.width(p);
       const int64_t used = panels.used(p);
       // the lanes beyond `used` are zeros; one token beside a zero one takes 3/4 of the time of one alone
-      const auto few = used > FEW ? nullptr : used > 4 ? &few_tokens<8, T> : used > 2 ? &few_tokens<4, T> : &few_tokens<2, T>;
+      const auto few = used > FEW ? nullptr : used > 4 ? &few_tokens<FEW, T> : used > 2 ? &few_tokens<4, T> : &few_tokens<2, T>;
       const float* from = x + p * PANEL * K;
       float* to = y + p * PANEL * O + row * width;
       const auto each_block = [&](int64_t r, auto&& product) {  // of the inputs of outputs from `row + r` on
