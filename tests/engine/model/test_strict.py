@@ -140,6 +140,19 @@ def test_tokens_and_logprobs_do_not_depend_on_the_schedule(device):
         ), "a prefix hit"
 
 
+@pytest.mark.cpu_only("on a GPU the sampler's products are the BLAS's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_samples_without_regard_to_companions(dtype, device):
+    asked = prompts(33)
+    params = SamplingParams(max_new_tokens=20, seed=4)
+    among = make(device, strict=False, dtype=dtype).generate(asked, params)
+    alone = [
+        make(device, strict=False, dtype=dtype).generate([prompt], params, request_ids=[index])[0]
+        for index, prompt in enumerate(asked)
+    ]
+    assert said(alone) == said(among)
+
+
 def test_the_negative_control_differs(device):
     asked = prompts(33)
     params = SamplingParams(max_new_tokens=20, seed=4)
