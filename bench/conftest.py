@@ -31,6 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the Llama-like model that bench_generate.py generates with",
     )
     group.addoption(
+        "--instruct",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/smollm2"),
+        help="SmolLM2-135M-Instruct for bench_decode.py, as examples/smollm2.py writes it",
+    )
+    group.addoption(
         "--first", type=int, metavar="N", help="the first N contests of each file alone"
     )
     group.addoption(

@@ -18,6 +18,18 @@ SHORT_BEGIN, SHORT_END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 # there.
 SHORT = {
     (
+        "decode",
+        "decode, 135M",
+        "1 x (8 + 32)",
+        "transformers",
+    ): "generation, a model of 135M: 1 sequence",
+    (
+        "decode",
+        "decode, 135M",
+        "16 x (8 + 16)",
+        "transformers",
+    ): "generation, a model of 135M: 16 sequences",
+    (
         "generate",
         "generate, sampled",
         "64 x (8 + 128)",

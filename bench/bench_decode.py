@@ -1,0 +1,67 @@
+"""Decoding with a model of a real size (`--instruct DIR`, SmolLM2-135M-Instruct by
+examples/smollm2.py), few sequences and many: fusedrl against transformers.
+
+Prompts of 8 random tokens, greedy, nobody stops at an EOS. The ceiling counts every weight once a
+step, the keys and values that are read, and the multiplications. In float32 the tokens are checked
+to be equal; in bfloat16 the two round differently, and only how many there are is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bench.bench_generate import ceilings, equal, workload
+from bench.harness import DEVICE
+from transformers import AutoModelForCausalLM
+
+from fusedrl.engine import HybridActor
+from fusedrl.engine.tools.bench import ours, padded_generate
+
+NEW = {1: 32, 8: 24, 16: 16, 64: 8}  # tokens of each of so many sequences
+PROMPT = 8
+
+
+@cache
+def models(path: Path, dtype: torch.dtype) -> SimpleNamespace:
+    """The same weights in both, neither of which stops at an EOS."""
+    model = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        .eval()
+        .to(DEVICE)
+    )
+    model.generation_config.eos_token_id = None
+    actor = HybridActor.from_pretrained(path, dtype=dtype, device=DEVICE)
+    actor.decoder.config = dataclasses.replace(actor.decoder.config, eos_token_ids=())
+    actor.tokenizer = None
+    return SimpleNamespace(actor=actor, model=model, vocab=actor.decoder.config.vocab_size)
+
+
+def as_many(a: list[list[int]], b: list[list[int]]) -> None:
+    if list(map(len, a)) != list(map(len, b)):
+        raise AssertionError(f"{list(map(len, a))} and {list(map(len, b))} tokens")
+
+
+@pytest.mark.parametrize("sequences", NEW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def bench_decode(contest, request, dtype, sequences):
+    path = request.config.getoption("--instruct")
+    if not path.is_dir():
+        pytest.skip(f"no model in {path}: python examples/smollm2.py {path} writes it")
+    both = models(path, dtype)
+    asked = workload([PROMPT] * sequences, [NEW[sequences]] * sequences, both.vocab)
+    contest(
+        "decode, 135M",
+        f"{sequences} x ({PROMPT} + {NEW[sequences]})",
+        dtype,
+        {
+            "fusedrl": ours(both.actor, asked, 0.0),
+            "transformers": padded_generate(both.model, asked, 0.0),
+        },
+        **ceilings(both, asked),
+        same=equal if dtype == torch.float32 else as_many,
+    )
