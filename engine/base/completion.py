@@ -10,15 +10,20 @@ from dataclasses import dataclass, replace
 class Completion:
     """One completion of one prompt. Given to `generate` as a prompt, it is continued.
 
-    token_ids includes the token that ended it. logprobs are of the temperature-scaled full
-    distribution (at temperature 0: of T = 1), weights_versions of the weights that drew each token.
-    kept, where it was asked for: the ids that each token was drawn from, ascending, and none where
-    that is the whole vocabulary; logprobs are then of the distribution over these.
-    finish_reason: "stop" (an EOS, a stop token, a stop string), "length" (max_new_tokens) or
-    "aborted". sample: its index among the completions of its prompt. action_mask: False for tokens
-    that the policy did not choose (`extend`), with logprob 0; None: it chose all. values: of the
-    state that drew each token, by an actor with a value head, 0 where the policy did not choose;
-    None: some tokens have none.
+    Attributes:
+        token_ids: with the token that ended it.
+        logprobs: of the temperature-scaled full distribution (at temperature 0: of T = 1); where
+            `kept` was asked for, of the distribution over the kept ids.
+        weights_versions: of the weights that drew each token.
+        finish_reason: "stop" (an EOS, a stop token, a stop string), "length" (max_new_tokens) or
+            "aborted".
+        sample: its index among the completions of its prompt.
+        action_mask: False for tokens that the policy did not choose (`extend`), with logprob 0;
+            None: it chose all.
+        values: of the state that drew each token, by an actor with a value head; 0 where the policy
+            did not choose. None: some tokens have none.
+        kept: where it was asked for, the ids that each token was drawn from, ascending; an empty
+            list stands for the whole vocabulary.
     """
 
     prompt_ids: list[int]

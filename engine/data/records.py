@@ -44,8 +44,10 @@ class Dialogue:
 class PairExample:
     """A prompt with a preferred and a rejected answer.
 
-    margin: by how much the preferred one should score higher (Llama 2). label: the probability that
-    `chosen` is the better one: 1, or 0.5 for a tie. weight: of the pair in a mean.
+    Attributes:
+        margin: by how much the preferred one should score higher (Llama 2).
+        label: the probability that `chosen` is the better one: 1, or 0.5 for a tie.
+        weight: of the pair in a mean.
     """
 
     prompt: Prompt

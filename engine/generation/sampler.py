@@ -22,18 +22,24 @@ def _is_int(value: object) -> TypeGuard[int]:
 class SamplingParams:
     """Options of drawing completions.
 
-    max_new_tokens: tokens of a completion at the most, its EOS included. temperature: divides the
-    logits; 0 is greedy. top_p in (0, 1], top_k (0: all) and min_p in [0, 1] restrict the draw, in
-    the order top-k, top-p, min-p. n: completions per prompt. seed: with the request id, the sample
-    index and the position it keys every draw. stop_token_ids end a completion, beside the EOS ids
-    of tokenizer and model. min_new_tokens: none of these is drawn before. stop: strings that end a
-    completion when its text comes to hold one; its text then ends before it, its tokens after. One
-    that is a special token of the tokenizer's, such as <|im_end|>, is that token's id among
-    stop_token_ids: texts hold no special tokens. banned_token_ids are never drawn. logit_bias:
-    token id -> number added to that logit before the draw; `logprobs` stay those of the model's own
-    distribution. return_kept: completions say what each token was drawn from (`Completion.kept`),
-    and their logprobs are those of the draw, so that a trainer can score the distribution that was
-    sampled; without logit_bias, which no set of tokens describes.
+    Attributes:
+        max_new_tokens: tokens of a completion at the most, its EOS included.
+        temperature: divides the logits; 0 is greedy.
+        top_p, top_k, min_p: restrict the draw, in the order top-k (0: all), top-p in (0, 1], min-p
+            in [0, 1].
+        n: completions per prompt.
+        seed: keys every draw, with the request id, the sample index and the position.
+        stop_token_ids: tokens that end a completion, beside the EOS ids of tokenizer and model.
+        min_new_tokens: no token that ends a completion is drawn before so many.
+        stop: strings that end a completion when its text comes to hold one; its text then ends
+            before the string, its tokens after. A string that is a special token of the tokenizer,
+            such as <|im_end|>, becomes one of stop_token_ids, since texts hold no special tokens.
+        banned_token_ids: tokens that are never drawn.
+        logit_bias: token id -> number added to that logit before the draw; `logprobs` stay those of
+            the model's own distribution.
+        return_kept: completions say what each token was drawn from (`Completion.kept`), and their
+            logprobs are those of the draw, so that a trainer can score the distribution that was
+            sampled. Not with logit_bias, which no set of tokens describes.
 
     Raises:
         TypeError, ValueError: a field outside its range; the message names it.

@@ -171,10 +171,16 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: `decode` slots compute their last token, `chunks` prefill; then `copies` (source,
-    destination blocks) are made; `sampled` slots draw a token:
-    those of `decode`, then those of the final chunks, each with its forks. `steps`: how often the
-    same may follow, each drawing on from the one before."""
+    """What one step computes.
+
+    Attributes:
+        decode: slots that compute the token they drew last.
+        chunks: parts of prompts to prefill.
+        copies: (source, destination) blocks, copied once the step is computed.
+        sampled: slots that draw a token: those of `decode`, then those of the chunks that end a
+            prompt, each with its forks.
+        steps: how many such steps may follow one another before the host looks again.
+    """
 
     decode: np.ndarray
     chunks: list[Chunk]

@@ -43,13 +43,18 @@ GRPO_EPS = 1e-4  # added to a group's standard deviation, as in TRL
 class Signals:
     """Inputs of an advantage. N tokens, B completions.
 
-    batch: with the columns scores and group_ids [B] (equal where the prompt is, in any number:
-    invalid completions are not there), and, where the algorithm has them, old_logp, ref_logp and
-    values [N] and greedy_scores [B]. kl_coef: of the KL in the reward. future_kl_coef: of the KL of
-    the tokens to come, which `estimate` takes off. baseline: the mean of all returns R of earlier
-    steps. level: that of the first rollout. `settled` fills in both of the first rollout itself, so
-    that a constant added to all rewards adds to no advantage, and corrects both, then as [B], where
-    rewards have moved since.
+    Attributes:
+        batch: with the columns scores and group_ids [B] (equal where the prompt is; a group may
+            have any size, since invalid completions are left out), and, where the algorithm has
+            them, old_logp, ref_logp and values [N] and greedy_scores [B].
+        gamma, lam, k: discount, lambda of GAE, rewards of a k-step advantage.
+        kl_coef: of the KL in the reward.
+        future_kl_coef: of the KL of the tokens to come, which `estimate` takes off.
+        score_clip: scores are clipped to +-score_clip.
+        baseline: the mean of all returns of earlier steps.
+        level: the mean return of the first rollout. `settled` fills in both for the first rollout
+            itself, so that a constant added to all rewards adds to no advantage, and where rewards
+            have moved since it corrects both, then as [B].
     """
 
     batch: PackedBatch

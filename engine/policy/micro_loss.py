@@ -44,8 +44,11 @@ class RolloutLoss:
     """Objective of the updates on one rollout: the same for all of its micro-batches, however they
     are cut.
 
-    kl_coef, entropy_coef: the coefficients now. value: what the value loss counts in. apart: why
-    log-probabilities are computed before the loss; None: both come out of the head in one pass.
+    Attributes:
+        kl_coef, entropy_coef: the coefficients now.
+        value: what the value loss counts in.
+        apart: why log-probabilities are computed before the loss; None: both come out of the head
+            in one pass.
     """
 
     config: PolicyConfig

@@ -6,6 +6,7 @@
 
     e = label_noise, the rate at which annotators' labels are flipped; 0 is Bradley and Terry's
     p = label, the probability that the first really is the better one
+
     loss    = sum_b weight_b mean over b's pairs of pair / sum_b weight_b
     centre  = the same mean of (r(better) + r(worse))^2
 
@@ -244,7 +245,7 @@ def preference_loss(
     label_noise: float = 0.0,
     total_weight: float | None = None,
 ) -> Tensor:
-    """The loss above.
+    """Return the weighted mean loss of comparisons, `loss` at the top of this file.
 
     Args:
         scores_M: of all completions, comparison by comparison.

@@ -54,17 +54,26 @@ class Bin:
 class RewardReport:
     """Accuracy and calibration of a reward model on held-out preferences.
 
-    accuracy: mean over examples, with its 95% interval (low, high). loss: nats, of the labels under
-    the prediction. brier: mean squared error of the predicted probability. ece: expected
-    calibration error, the mean over the bins of |observed - predicted|. confidence: the mean
-    predicted probability of the preferred answer, which is the accuracy that the model itself
-    expects. temperature: what the scores would have to be divided by for the least loss on these
-    same pairs (1 is calibrated, above 1 over-confident), and that loss; None where no finite one is
-    best. margin: mean score of the better answer less the worse one's. length_correlation: of
-    difference of scores and difference of lengths, both orders of every pair counted; 0 without
-    length bias. longer_wins, shorter_wins: the accuracy of preferring the longer or the shorter
-    answer (half a point for equal ones). ceiling: what a perfect judge would agree with at most,
-    where labels are flipped at a known rate.
+    Attributes:
+        examples, pairs: how many.
+        accuracy, accuracy_low, accuracy_high: mean over examples, with its 95% interval.
+        loss: nats, of the labels under the prediction.
+        brier: mean squared error of the predicted probability.
+        ece: expected calibration error, the mean over the bins of |observed - predicted|.
+        confidence: the mean predicted probability of the preferred answer, which is the accuracy
+            that the model itself expects.
+        temperature, loss_at_temperature: what the scores would have to be divided by for the least
+            loss on these same pairs (1 is calibrated, above 1 over-confident), and that loss; None
+            where no finite one is best.
+        margin: mean score of the better answer less the worse one's.
+        length_correlation: of difference of scores and difference of lengths, both orders of every
+            pair counted; 0 without length bias.
+        longer_wins, shorter_wins: the accuracy of preferring the longer or the shorter answer (half
+            a point for equal ones).
+        ceiling: what a perfect judge would agree with at most, where labels are flipped at a known
+            rate.
+        label_noise: that rate.
+        bins: predicted and observed agreement, by predicted probability.
     """
 
     examples: int

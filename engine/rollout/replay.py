@@ -139,9 +139,12 @@ class ReplayBuffer:
 def with_replay(
     fresh_cuts: list[list[list[int]]], fresh: int, replayed: PackedBatch, tokens_per_microbatch: int
 ) -> list[list[list[int]]]:
-    """Cuts of the new completions 0 .. fresh - 1 as they are, and behind them in each minibatch its
-    share of those replayed, which are numbered from `fresh` on, in micro-batches of their own: the
-    new ones' ratios stay exactly 1."""
+    """Return the cuts of a batch that has replayed completions behind its new ones.
+
+    The new completions, 0 .. fresh - 1, keep the micro-batches they have, so that their ratios stay
+    exactly 1. Behind them each minibatch gets its share of the replayed ones, numbered from `fresh`
+    on, in micro-batches of their own.
+    """
     R, M = replayed.num_sequences, len(fresh_cuts)
     # of all ages
     shares = [replayed.split(tokens_per_microbatch, range(m, R, M)) for m in range(M)]

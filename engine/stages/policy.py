@@ -330,9 +330,9 @@ def settle(signals: Signals, control: Control, head: ValueHead | None) -> Signal
 
 
 def recount(control: Control, head: ValueHead | None) -> bool:
-    """The unit that the last rollout showed is that of values from now on. Returns whether it is
-    another; then parameters were written, which a step may do only where its update begins or at
-    its end: until then what is in memory is the step before, whole."""
+    """Let values count from now on in the unit that the last rollout showed; return whether that
+    changed it. A change writes parameters, so a step calls this only where its update begins or
+    ends: in between, memory must hold the step before, whole."""
     if head is None or control.next_unit is None or control.next_unit == control.unit:
         return False
     control.unit = control.next_unit

@@ -40,16 +40,24 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One policy's completions of the prompts, `samples` each, one prompt after the other, and what
-    they measure. Standard errors are over prompts.
+    """Completions of the prompts by one policy, `samples` each, and what they measure. Prompts
+    follow one another; standard errors are over prompts.
 
-    rewards: by name, per completion the mean and its standard error. kl: nats per completion, the
-    sum over its tokens of log policy - log reference. perplexity: of the completions under the
-    reference, exp of its mean loss per token (both nan without a reference). own_perplexity: the
-    same under the policy. length: tokens, the EOS included. ended: the share that ended by itself.
-    repetition: share of a completion's token triples that occurred in it before. loops: share of
-    the completions that end in a loop. scores: per completion, by name. pass_at: by k, where the
-    first of the rewards is 0 or 1 throughout: the probability that one of k samples earns it.
+    Attributes:
+        rewards: by name, per completion the mean and its standard error.
+        kl: nats per completion, the sum over its tokens of log policy - log reference; nan without
+            a reference.
+        perplexity: of the completions under the reference, exp of its mean loss per token; nan
+            without a reference.
+        own_perplexity: the same under the policy.
+        length: tokens, the EOS included.
+        ended: share of the completions that ended by themselves.
+        repetition: share of a completion's token triples that occurred in it before.
+        loops: share of the completions that end in a loop.
+        completions: their texts.
+        scores: per completion, by name.
+        pass_at: by k, the probability that one of k samples earns the first of the rewards; only
+            where that reward is 0 or 1 throughout.
     """
 
     rewards: dict[str, Estimate]

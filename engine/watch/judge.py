@@ -161,11 +161,16 @@ class Share:
 class JudgeReport:
     """A judge's verdict on A against B.
 
-    win_rate: the mean preference for A, ties counting a half. wins, losses, ties: of A, pairs.
-    inconsistent: share of the pairs whose winner depends on the order. first_wins: how much of the
-    verdicts goes to what stands first; 1/2 without bias. longer_wins: the mean preference for the
-    longer text (characters), of the pairs whose lengths differ. pairs, prompts: how many.
-    preferences: per pair, for A.
+    Attributes:
+        judge: its name.
+        win_rate: the mean preference for A, ties counting a half.
+        wins, losses, ties: of A, in pairs.
+        inconsistent: share of the pairs whose winner depends on the order.
+        first_wins: how much of the verdicts goes to what stands first; 1/2 without bias.
+        longer_wins: the mean preference for the longer text (characters), of the pairs whose
+            lengths differ.
+        pairs, prompts: how many.
+        preferences: for A, of every pair.
     """
 
     judge: str

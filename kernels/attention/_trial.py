@@ -39,10 +39,11 @@ _lock = threading.Lock()
 def fault(
     name: str, device: str, route: Route, reference: Callable[..., Tensor], capped: bool
 ) -> str | None:
-    """Why a backend must not be used on `device`; None where it computed what `reference`
-    (`varlen_attention_reference`) does. A fault is warned of once.
+    """Try a backend on `device`, once: return why it must not be used there, with one warning, or
+    None where it computes what `reference` (`varlen_attention_reference`) does.
 
-    capped: it serves a softcap.
+    Args:
+        capped: the backend serves a softcap.
     """
     with _lock:
         if (name, device) not in _found:

@@ -271,10 +271,12 @@ def linear_policy_loss(
     Args:
         hidden, weight, bias: [N, H], [V, H] and [V] or None, of one dtype: float32, bfloat16 or
             float16 (the torch implementation also float64).
-        token_ids: [N] int64 or int32; anything where the weight is 0, as is everything else there.
-            old_logp, advantages, weights, and the keywords up to cu_seqlens: as in `policy_loss`;
-            [N] float32, constant. old_logp None: it is the policy's own, every ratio exactly 1; not
-            for kinds by sequence, nor with a rollout_correction.
+        token_ids: [N] int64 or int32. Where the weight is 0, this and everything else may be
+            anything.
+        old_logp: [N] float32, constant. None: the policy's own, every ratio exactly 1; not for
+            kinds by sequence, nor with a rollout_correction.
+        advantages, weights: [N] float32, constant; these and the keywords up to cu_seqlens are
+            those of `policy_loss`.
         temperature: above 0; a number, or a tensor [N] (it receives no gradient). It divides the
             logits after the softcap.
         softcap: logits become softcap * tanh(logits / softcap).

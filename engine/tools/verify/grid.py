@@ -375,11 +375,15 @@ def judge(
     exact: bool = True,
     narrow: bool = False,
 ) -> dict[str, float]:
-    """`excess` of every output: accepted where none is above 1. Repetitions of a row that differ
-    from it count as infinite if `exact`, else by their error. `narrow`: products take their
-    operands in the dtype of the inputs, as Triton's do, so that the gradient of the logits is
-    rounded before it (and by the interpreter, to bfloat16, cut): a gradient in a narrow dtype may
-    be off by eps of its largest value."""
+    """Return error / bound of every output; the case is accepted where none is above 1.
+
+    Args:
+        exact: repetitions of a row that differ from it count as infinite, else by their error.
+        narrow: products take their operands in the dtype of the inputs, as Triton's do. The
+            gradient of the logits is then rounded before its products (the interpreter truncates
+            it to bfloat16), and a gradient in a narrow dtype may be off by eps of its largest
+            value.
+    """
     problem, got = problem.to("cpu"), {name: t.cpu() for name, t in got.items()}
     bounds = entry.bounds(problem, want)
     for name, bound in bounds.items() if narrow else ():
@@ -419,12 +423,15 @@ def rejected(entry: Entry, problem: Problem, got: Tensors) -> set[str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Judgement of one case. worst: error / bound of every output; infinite where an error knows no
-    bound, such as NaN for a number.
+    """Judgement of one case.
 
-    companions: outputs in which a row came out with other bits than the same row elsewhere (not
-    looked at in torch's own kernels, which take the ends of a tensor another way). moved: outputs
-    in which a second run gave other bits. written: inputs that were written to, and must not be.
+    Attributes:
+        worst: error / bound of every output; infinite where an error knows no bound, such as NaN
+            for a number.
+        companions: outputs in which a row came out with other bits than the same row elsewhere (not
+            looked at in torch's own kernels, which take the ends of a tensor another way).
+        moved: outputs in which a second run gave other bits.
+        written: inputs that were written to, and must not be.
     """
 
     worst: dict[str, float]

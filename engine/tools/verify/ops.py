@@ -74,8 +74,8 @@ def try_op(
     full: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The row of one op and implementation: how many cases, what was wrong, the largest error in
-    units of what is allowed.
+    """Try one op and implementation; return its row: how many cases, what was wrong, the largest
+    error in units of what is allowed.
 
     Args:
         cases: how many of the grid are drawn, beside the plain one; half as many under Triton's
