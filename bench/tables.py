@@ -34,13 +34,7 @@ SHORT = {
         "generate, sampled",
         "64 x (8 + 128)",
         "transformers",
-    ): "generation: 64 prompts, 128 tokens each",
-    (
-        "generate",
-        "generate, lengths",
-        "64 x (8 + 16..256)",
-        "transformers",
-    ): "generation: 64 prompts, 16 to 256 tokens each",
+    ): "generation, a model of 260 thousand: 64 prompts",
     (
         "model",
         "training pass",
@@ -71,7 +65,6 @@ SHORT = {
         "2048 x 512 x 32000",
         "eager",
     ): "hidden states to policy loss, both ways, in 5% of the memory",
-    ("gae", "gae", "64 x 2048", "python loop over T"): "advantages (GAE) of 64 x 2,048 tokens",
 }
 WITH_MODEL = {"generate", "step"}  # contests that take --model
 

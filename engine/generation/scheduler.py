@@ -171,7 +171,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step computes.
+    """The work of one step.
 
     Attributes:
         decode: slots that compute the token they drew last.
