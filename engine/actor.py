@@ -11,6 +11,7 @@ import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,7 +22,7 @@ from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.base.packing import IGNORE, PackedBatch
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation.arena import Arena
-from fusedrl.engine.generation.cache import CacheConfig
+from fusedrl.engine.generation.cache import CacheConfig, resolve_num_blocks
 from fusedrl.engine.generation.generator import Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder, own_precision
@@ -276,6 +277,20 @@ class HybridActor:
         streams deliver them."""
         if self._generator is not None:
             self._generator.abort()
+
+    def limit_cache(self, sequences: int, tokens: int) -> None:
+        """Make the KV cache no larger than so many sequences of so many tokens each need, where
+        that is all that will be generated. More sequences wait for one another; a longer one is
+        refused. It holds for the next cache that is allocated: call it before the first
+        `generate`."""
+        c, weights = self._cache, self.decoder.weights()
+        needed = min(sequences, c.max_sequences) * -(-tokens // c.block_size)
+        granted = resolve_num_blocks(
+            c, weights, self.decoder.config.max_positions, self.decoder.cache_dtype
+        )
+        self._cache = replace(
+            c, num_blocks=min(needed, granted), memory_bytes=None, memory_fraction=None
+        )
 
     def release_cache(self) -> None:
         """Give the KV cache's memory back; the next `generate` allocates it again. Completions in

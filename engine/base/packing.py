@@ -11,7 +11,7 @@ computes at slot t - 1 (the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -387,16 +387,22 @@ class PackedBatch:
         )
 
     def split(
-        self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None
+        self,
+        tokens_per_microbatch: int,
+        sequences: Sequence[int] | None = None,
+        apart: Collection[int] = (),
     ) -> list[list[int]]:
-        """Partition `sequences` (by default all) into micro-batches: see `split_by_tokens`."""
-        return split_by_tokens(
-            [
-                (b, self.lengths[b])
-                for b in (range(self.num_sequences) if sequences is None else sequences)
-            ],
-            tokens_per_microbatch,
-        )
+        """Partition `sequences` (by default all) into micro-batches: see `split_by_tokens`. Those
+        that are in `apart` come last, in micro-batches of their own."""
+        members = range(self.num_sequences) if sequences is None else sequences
+        return [
+            group
+            for among in (False, True)
+            for group in split_by_tokens(
+                [(b, self.lengths[b]) for b in members if (b in apart) is among],
+                tokens_per_microbatch,
+            )
+        ]
 
     def micro_batches(
         self, tokens_per_microbatch: int, sequences: Sequence[int] | None = None

@@ -518,8 +518,9 @@ _PLAN_HELP = """usage: fusedrl plan STAGE --model DIR [--memory 8GiB] [--output-
                     [--config run.yaml] [--option value ...]
 
 What `fusedrl train STAGE` with the same options will take of memory, by what it is for, and the
-largest tokens_per_microbatch that fits, with and without checkpoint_activations. Only the model's
-config.json is read; --data and --reward may be left out.
+largest tokens_per_microbatch that fits, with and without checkpoint_activations. Of the model only
+config.json is read. --data and --reward may be left out; with prompts the KV cache is counted for
+the longest of them, without for max_prompt_length or the model's full length.
 
   --model DIR          model directory, its config.json, or a Hugging Face id
   --memory AMOUNT      what may be used, such as 8GiB or 16GB (default: all of the device's);

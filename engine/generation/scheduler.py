@@ -425,10 +425,12 @@ class Scheduler:
             head, self._waiting[-1 - len(members)]
         ):
             members.append(self._waiting[-1 - len(members)])
-        # a block to grow for each that runs and for each partial last block that will be forked, or
-        # preemption would follow at once
+        # a block for each that runs and is not yet as long as it may become, and for each partial
+        # last block that will be forked, or preemption would follow at once
         partial = len(head.tokens) % self.blocks.block_size > 0
-        keep = len(self._running) + (len(members) - 1) * partial if self._running else 0
+        running = np.array([one.slot for one in self._running.values()], dtype=np.int64)
+        growing = int((self.slots.limit[running] - 1 > self.slots.held[running]).sum())
+        keep = growing + (len(members) - 1) * partial if self._running else 0
         cached = self.blocks.allocate(
             head.id, head.tokens.tolist(), keep=keep, adapted=head.adapted
         )

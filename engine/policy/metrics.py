@@ -17,13 +17,25 @@ from fusedrl.kernels.policy_loss import PolicyStats, ValueStats
 from fusedrl.kernels.runtime.faults import raise_faults
 
 
-def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[str, float]:
-    """Metrics of the rollout itself, of a batch with old_logp. Raises IndexError when a kernel was
-    given ids outside the vocabulary, RuntimeError when sampler and trainer disagree."""
+def measure(
+    batch: PackedBatch, kl_coef: float, config: PolicyConfig, scored_N: Tensor | None = None
+) -> dict[str, float]:
+    """Metrics of the rollout itself, of a batch with old_logp and old_entropy.
+
+    Args:
+        scored_N: bool [N], the tokens whose old_logp and old_entropy are of the trainer; None: all.
+            Of the others old_logp is what the sampler said, from which the KL is measured as well.
+
+    Raises:
+        IndexError: a kernel was given ids outside the vocabulary.
+        RuntimeError: sampler and trainer disagree.
+    """
     # the host waits here anyway; scores of ids outside the vocabulary are NaN, which would look
     # like disagreement
     raise_faults(batch.device)
     old_N, mask_N = batch.column("old_logp"), batch.action_mask
+    if scored_N is not None:
+        mask_N = mask_N & scored_N
     old, rolled = (x[mask_N].double() for x in (old_N, batch.column("rollout_logp")))
     difference = (rolled - old).abs()
     ratio = (old - rolled).exp()
@@ -43,7 +55,7 @@ def measure(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[st
         "sampling/logp_diff_max": worst,
         "sampling/ratio_outside_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
         "num_tokens": float(batch.num_tokens),
-    } | correction_metrics(config.correction, batch)
+    } | correction_metrics(config.correction, batch.with_columns(action_mask=mask_N))
     if config.score_clip:
         found["score_clip_fraction"] = (
             (batch.column("scores").abs() > config.score_clip).double().mean().item()

@@ -45,6 +45,8 @@ ObjectiveFunction = Callable[[Tensor, Tensor, Tensor, PackedBatch], Tensor]
 Objective = PolicyObjective | ObjectiveFunction
 _REGISTERED: dict[str, ObjectiveFunction] = {}
 _NONE = PolicyObjective(kind="reinforce")  # of advantages that are 0
+# kinds whose term has no gradient where the advantage is 0, whatever the ratio
+_OF_ADVANTAGES = {"reinforce", "ratio", "clip", "gspo", "cispo", "sapo", "geometric_mean"}
 
 
 def register_objective(name: str) -> Callable[[ObjectiveFunction], ObjectiveFunction]:
@@ -226,6 +228,32 @@ def minibatch_weights(config: PolicyConfig, batch: PackedBatch) -> Tensor:
     return token_weights(
         batch.action_mask, aggregation, cu_seqlens=batch.cu_seqlens, max_length=longest
     )
+
+
+def leaves_out(config: PolicyConfig) -> bool:
+    """Whether updates leave out completions whose advantages are all 0: nothing else in the loss
+    has a gradient there, be it KL, entropy, values or a registered objective."""
+    kind = OBJECTIVES.get(config.objective, ("", {}))[0]
+    return (
+        kind in _OF_ADVANTAGES
+        and config.objective != "trpo"
+        and not (config.kl.placement == "loss" and config.kl.coef > 0)
+        and config.loss.entropy_coef == 0
+    )
+
+
+def without_gradient(config: PolicyConfig, batch: PackedBatch) -> set[int]:
+    """The completions, by number, that add nothing to the gradient of an update: all of their
+    advantages are exactly 0, as in groups of equal rewards. None where the batch has no
+    advantages, where a critic on the policy's trunk learns from it, or where the loss has terms
+    beside (`leaves_out`)."""
+    shared_critic = batch.returns is not None and config.own_critic is None
+    if batch.advantages is None or shared_critic or not leaves_out(config):
+        return set()
+    moved_N = batch.action_mask & (batch.advantages != 0)
+    before = torch.cat([moved_N.new_zeros(1, dtype=torch.int64), moved_N.cumsum(0)])
+    moved_B = before[batch.cu_seqlens.long()].diff()
+    return {b for b, count in enumerate(moved_B.tolist()) if not count}
 
 
 def entropy_coefficient(config: PolicyConfig, batch: PackedBatch) -> float:

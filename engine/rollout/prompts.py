@@ -58,3 +58,8 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
         return [Prompt(example.prompt, ids, example.columns) for example, ids in encoded]
 
     return mix(config.data, read)
+
+
+def longest_of(prompts: Mixture[Prompt]) -> int:
+    """Tokens of the longest prompt."""
+    return max(len(prompt.ids) for prompt in prompts.examples)

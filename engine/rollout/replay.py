@@ -16,7 +16,7 @@ Source    experience replay with importance weights: Lin (1992); Wang et al. (20
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -137,17 +137,22 @@ class ReplayBuffer:
 
 
 def with_replay(
-    fresh_cuts: list[list[list[int]]], fresh: int, replayed: PackedBatch, tokens_per_microbatch: int
+    fresh_cuts: list[list[list[int]]],
+    fresh: int,
+    replayed: PackedBatch,
+    tokens_per_microbatch: int,
+    apart: Collection[int] = (),
 ) -> list[list[list[int]]]:
     """Return the cuts of a batch that has replayed completions behind its new ones.
 
     The new completions, 0 .. fresh - 1, keep the micro-batches they have, so that their ratios stay
     exactly 1. Behind them each minibatch gets its share of the replayed ones, numbered from `fresh`
-    on, in micro-batches of their own.
+    on, in micro-batches of their own, and those of them that are in `apart`, numbered from 0 on,
+    apart from the others.
     """
     R, M = replayed.num_sequences, len(fresh_cuts)
     # of all ages
-    shares = [replayed.split(tokens_per_microbatch, range(m, R, M)) for m in range(M)]
+    shares = [replayed.split(tokens_per_microbatch, range(m, R, M), apart) for m in range(M)]
     return [
         cuts + [[fresh + row for row in group] for group in share]
         for cuts, share in zip(fresh_cuts, shares, strict=True)

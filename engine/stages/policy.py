@@ -34,6 +34,7 @@ from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
+from fusedrl.engine.config.algorithms import ADVANTAGES
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.learner import Learner
@@ -44,20 +45,22 @@ from fusedrl.engine.policy.metrics import Meter, measure, value_metrics
 from fusedrl.engine.policy.micro_loss import RolloutLoss
 from fusedrl.engine.policy.objectives import (
     ValueScale,
+    leaves_out,
     make_objective,
     minibatch_weights,
     two_steps,
+    without_gradient,
 )
 from fusedrl.engine.policy.ptx import Ptx, load_ptx
 from fusedrl.engine.policy.trpo import check_trust_region, trust_region_update
 from fusedrl.engine.rewards.rewards import RewardSet, load_reward
-from fusedrl.engine.rollout.prompts import read_prompts
+from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.reference import Reference, load_reference
 from fusedrl.engine.rollout.replay import ReplayBuffer, Replayed, with_replay
 from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import Monitor
-from fusedrl.engine.watch.plan import cache_for
+from fusedrl.engine.watch.plan import cache_for, demand_of
 from fusedrl.kernels.policy_loss import ValueStats, value_loss
 
 Cuts = list[list[list[int]]]  # [minibatch][micro-batch] -> sequence indices
@@ -94,6 +97,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         _announce(config, needs, run)
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, parts.reference, parts.rewards, parts.gold, run)
+        longest = max(longest_of(prompts), monitor.longest)
+        actor.limit_cache(*demand_of(config, actor.decoder.config, longest))
         run.restore(
             model=parts.learner,
             control=control,
@@ -116,10 +121,7 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
                     greedy=needs == "greedy",
                     gold=parts.gold,
                 )
-            with run.time("score"):
-                batch, cuts = _scored(config, parts, experience.batch, step)
-            with run.time("advantage"):
-                batch, totals = _estimated(config, parts, batch)
+            batch, totals, cuts = _judged(config, parts, experience.batch, step, run)
             with run.time("train"), actor.lend_cache(*([] if own_critic is None else [own_critic])):
                 metrics = experience.metrics | _trained(config, parts, batch, cuts, step, ptx)
             if recount(control, head) and own_critic is None:
@@ -187,13 +189,17 @@ def _check(config: PolicyConfig, needs: str | None) -> None:
     check_trust_region(config)
 
 
+def _in_advantage(config: PolicyConfig) -> bool:
+    """Whether advantages contain the KL."""
+    return config.kl.coef > 0 and (config.kl.placement == "reward" or config.kl.level == "future")
+
+
 def _scores_first(config: PolicyConfig, needs: str | None) -> bool:
     """Whether a rollout is scored before its update, by the policy as it was: else the training
     forward is the scorer."""
-    in_advantage = config.kl.placement == "reward" or config.kl.level == "future"
     return (
         (needs == "critic" and config.own_critic is None)
-        or (config.kl.coef > 0 and in_advantage)
+        or _in_advantage(config)
         or config.objective == "trpo"
         or (config.epochs * config.minibatches > 1 and not config.correction.bypass)
         or config.replay is not None
@@ -257,11 +263,41 @@ def _announce(config: PolicyConfig, needs: str | None, run: Run) -> None:
 
 
 # ---- a step --------------------------------------------------------------------------------------
+def _judged(
+    config: PolicyConfig, parts: _Parts, batch: PackedBatch, step: int, run: Run
+) -> tuple[PackedBatch, Tensor, Cuts]:
+    """A rollout's batch with all that is known of it before the update, the total reward of each
+    sequence, and the first cuts.
+
+    Advantages come first where they may: what has no gradient is then cut apart, and the cuts of
+    scoring are those of training.
+    """
+    batch, totals = parts.control.scaled(batch), None
+    if advantages_first(config):
+        with run.time("advantage"):
+            batch, totals = _estimated(config, parts, batch)
+    with run.time("score"):
+        batch, cuts = _scored(config, parts, batch, step)
+    if totals is None:
+        with run.time("advantage"):
+            batch, totals = _estimated(config, parts, batch)
+    return batch, totals, cuts
+
+
+def advantages_first(config: PolicyConfig) -> bool:
+    """Whether advantages are estimated before the rollout is scored: where updates leave out
+    completions by their advantages, which are a built-in function of scores alone."""
+    return (
+        leaves_out(config)
+        and ADVANTAGES.get(config.advantage, "critic") != "critic"
+        and not _in_advantage(config)
+    )
+
+
 def _scored(
     config: PolicyConfig, parts: _Parts, batch: PackedBatch, step: int
 ) -> tuple[PackedBatch, Cuts]:
-    """A rollout's batch with what is known of it before the update, and its first cuts."""
-    batch = parts.control.scaled(batch)
+    """The batch with what the models say of it, and its first cuts."""
     cuts = cuts_of(batch, config, step, epoch=0)
     scored = parts.scores_first or step < config.critic_warmup
     batch = score(
@@ -351,12 +387,13 @@ def _draw(
 
 
 def cuts_of(batch: PackedBatch, config: PolicyConfig, step: int, epoch: int) -> Cuts:
-    """Sequences shuffled into minibatches, and each minibatch cut into micro-batches by tokens; a
-    function of the seed, step and epoch."""
+    """Sequences shuffled into minibatches, and each minibatch cut into micro-batches by tokens,
+    those without a gradient apart; a function of the batch, the seed, step and epoch."""
     B, M = batch.num_sequences, min(config.minibatches, batch.num_sequences)
     order = shuffled(B, config.run.seed, "minibatches", step, epoch)
+    apart = without_gradient(config, batch)
     return [
-        batch.split(config.tokens_per_microbatch, order[m * B // M : (m + 1) * B // M])
+        batch.split(config.tokens_per_microbatch, order[m * B // M : (m + 1) * B // M], apart)
         for m in range(M)
     ]
 
@@ -401,7 +438,8 @@ def update(
     replayed: Replayed | None = None,
 ) -> dict[str, float]:
     """epochs x minibatches optimizer steps on one rollout and what is replayed beside it; the
-    gradient of `ptx` is added to each."""
+    gradient of `ptx` is added to each. Micro-batches without a gradient are left out, all but one
+    where a minibatch has no others."""
     loss_of = RolloutLoss.of(config, actor, reference, batch, control)
     total_updates, done = _updates(
         config, step - config.critic_warmup, config.steps - config.critic_warmup
@@ -410,15 +448,22 @@ def update(
     measured = None if batch.old_logp is None else measure(batch, control.kl.coef, config)
     fresh = batch.num_sequences
     if replayed is not None:
-        first_cuts = with_replay(first_cuts, fresh, replayed.batch, config.tokens_per_microbatch)
+        apart = without_gradient(config, replayed.batch)
+        first_cuts = with_replay(
+            first_cuts, fresh, replayed.batch, config.tokens_per_microbatch, apart
+        )
         batch = PackedBatch.concat([batch, replayed.batch])
+    idle, trained, given = without_gradient(config, batch), 0, 0
     for epoch in range(config.epochs):
         for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
+            moving = [group for group in minibatch if not idle.issuperset(group)] or minibatch[:1]
+            trained += sum(map(len, moving))
+            given += sum(map(len, minibatch))
             # log-probabilities and entropies
             seen = torch.zeros(2, batch.num_tokens, device=batch.device)
             with learner.update(done, total_updates) as one:
-                for group in minibatch:
+                for group in moving:
                     micro = loss_of(weighted.select(group))
                     if measured is None:
                         seen[:, batch.slots(group)] = torch.stack([micro.logp, micro.entropy])
@@ -435,14 +480,8 @@ def update(
                     )
                     if epoch == config.epochs - 1:
                         meter.add_ratios(micro.batch, micro.logp)
-                # of what was seen before the weights change: all, or with correction.bypass the
-                # first minibatch
                 if measured is None:
-                    members = sorted(b for group in minibatch for b in group)
-                    first = batch.with_columns(old_logp=seen[0], old_entropy=seen[1])
-                    measured = measure(first.select(members), control.kl.coef, config) | {
-                        "num_tokens": float(batch.num_tokens)
-                    }
+                    measured = _measured(batch, minibatch, moving, seen, config, control)
                 if ptx is not None:
                     ptx.backward(actor, done)
             meter.grad_norms.append(one.grad_norm)
@@ -452,9 +491,33 @@ def update(
     metrics = (measured or {}) | meter.metrics() | learner.metrics()
     if config.loss.entropy_target is not None:
         metrics["entropy_coef"] = loss_of.entropy_coef
+    if advantages_first(config) or trained < given:
+        metrics["policy/left_out_fraction"] = 1 - trained / given
     for beside in (ptx.metrics() if ptx is not None else {}, replayed.metrics if replayed else {}):
         metrics |= beside
     return metrics
+
+
+def _measured(
+    batch: PackedBatch,
+    minibatch: list[list[int]],
+    trained: list[list[int]],
+    seen_2N: Tensor,
+    config: PolicyConfig,
+    control: Control,
+) -> dict[str, float]:
+    """Metrics of a rollout that only its update scores, from the log-probabilities and entropies
+    seen in the first minibatch, before the weights change: with correction.bypass there are more
+    minibatches."""
+    scored_N = torch.zeros(batch.num_tokens, dtype=torch.bool, device=batch.device)
+    scored_N[batch.slots([b for group in trained for b in group])] = True
+    members = sorted(b for group in minibatch for b in group)
+    first = batch.with_columns(
+        old_logp=torch.where(scored_N, seen_2N[0], batch.column("rollout_logp")),
+        old_entropy=seen_2N[1],
+    ).select(members)
+    found = measure(first, control.kl.coef, config, scored_N[batch.slots(members)])
+    return found | {"num_tokens": float(batch.num_tokens)}
 
 
 def update_critic(

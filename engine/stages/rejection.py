@@ -22,12 +22,12 @@ from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import RejectionConfig
 from fusedrl.engine.optim.learner import Learner, Update
 from fusedrl.engine.rewards.rewards import RewardSet, load_reward
-from fusedrl.engine.rollout.prompts import read_prompts
+from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
 from fusedrl.engine.runs.metrics import read_rows
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import FlatRewards
-from fusedrl.engine.watch.plan import cache_for
+from fusedrl.engine.watch.plan import cache_for, demand_of
 from fusedrl.kernels.runtime.faults import raise_faults
 
 
@@ -68,6 +68,7 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
     learner = Learner(actor, config.optim)
     with Run(config, config.steps) as run:
         prompts = read_prompts(config, actor, run)
+        actor.limit_cache(*demand_of(config, actor.decoder.config, longest_of(prompts)))
         flat = FlatRewards(
             "group" if config.min_score is None else "",
             config.prompts_per_step * config.samples_per_prompt,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import ConfigError
@@ -21,7 +22,7 @@ from fusedrl.engine.policy.advantages import Signals, estimate
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.rollout.reference import Frozen
 from fusedrl.engine.runs.run import peak_memory
-from fusedrl.engine.stages.policy import cuts_of, recount, score, settle, update
+from fusedrl.engine.stages.policy import advantages_first, cuts_of, recount, score, settle, update
 from fusedrl.engine.tools.bench import PHASES, Subject, about
 from fusedrl.engine.tools.machine import (
     gemm_rate,
@@ -126,6 +127,9 @@ class PolicyStep:
             batch = batch.with_columns(
                 scores=torch.tensor(scores, dtype=torch.float32, device=device)
             )
+        if advantages_first(config):
+            with _timed(seconds, "advantage", device):
+                batch, totals = self._estimated(batch)
         with _timed(seconds, "score", device):
             cuts = cuts_of(batch, config, self._steps, epoch=0)
             batch = score(
@@ -135,25 +139,27 @@ class PolicyStep:
                 cuts,
                 config.generation.temperature,
             )
-        with _timed(seconds, "advantage", device):
-            signals = settle(
-                Signals.of(
-                    config, batch, control.kl.coef, control.returns.mean, control.level or 0.0
-                ),
-                control,
-                actor.value_head,
-            )
-            batch = estimate(config, signals)
+        if not advantages_first(config):
+            with _timed(seconds, "advantage", device):
+                batch, totals = self._estimated(batch)
         with _timed(seconds, "train", device), actor.lend_cache():
             self.metrics = update(
                 actor, self._reference, self._learner, batch, cuts, config, control, self._steps
             )
             recount(control, actor.value_head)
-            control.update(self.metrics, signals.totals)
+            control.update(self.metrics, totals)
         self.batch, self._steps = batch, self._steps + 1
         seconds["step"] = time.perf_counter() - began
         seconds["other"] = seconds["step"] - sum(seconds[phase] for phase in PHASES)
         return seconds
+
+    def _estimated(self, batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
+        config, control = self.config, self._control
+        signals = Signals.of(
+            config, batch, control.kl.coef, control.returns.mean, control.level or 0.0
+        )
+        signals = settle(signals, control, self.actor.value_head)
+        return estimate(config, signals), signals.totals
 
     def flops(self) -> dict[str, float]:
         """Floating-point operations that the model's arithmetic needs in each phase; nothing

@@ -76,6 +76,11 @@ class Monitor:
             if self._detector is not None:
                 self._detector.update(row)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt that the policy is evaluated on."""
+        return 0 if self._held_out is None else self._held_out.longest
+
     def begin(self) -> None:
         """Evaluate the policy as it starts; a resumed run has done so."""
         if self._held_out is not None and self._run.start == 0:
@@ -233,6 +238,7 @@ class HeldOut:
             : evaluation.prompts or None
         ]
         self._prompts = [fitting[index][0] for index in order]
+        self.longest = max((len(fitting[index][1]) for index in order), default=0)
         self._samples = run.lines("samples_eval.jsonl")
 
     def due(self, done: int) -> bool:

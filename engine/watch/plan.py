@@ -33,22 +33,31 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, RewardModelConfig
 from fusedrl.engine.config.base import GivenTextsConfig, SamplingConfig, StageConfig
+from fusedrl.engine.data.readers import ReadOptions, load_prompts, parse_data
+from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
 from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
 from fusedrl.engine.model.adapters import LayerAdapter
 from fusedrl.engine.model.configuration import ModelConfig, model_config
 from fusedrl.engine.model.decoder import Decoder
+from fusedrl.engine.model.directories import local_directory
 from fusedrl.engine.model.heads import RewardModel
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.step import activation_dtype, cache_dtype
-from fusedrl.engine.model.weights import read_model_config, resolve_device, resolve_dtype
+from fusedrl.engine.model.weights import (
+    load_tokenizer,
+    read_model_config,
+    resolve_device,
+    resolve_dtype,
+)
 from fusedrl.engine.model.wide import TILE
 from fusedrl.engine.optim.adamw import BLOCK, quantized
 from fusedrl.engine.policy.advantages import find_advantage
@@ -131,8 +140,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of a run. `largest`: the most tokens of a micro-batch that fit in `memory`, 0
-    where none does; without and with checkpointed activations."""
+    """The memory of a run.
+
+    Attributes:
+        demand: the most that the run asks of its KV cache; None: it does not generate.
+        demand_met: whether the cache holds that; else the memory bounds it, and sequences wait.
+        largest: the most tokens of a micro-batch that fit in `memory`, 0 where none does; without
+            and with checkpointed activations.
+    """
 
     model: str
     dtype: str
@@ -140,6 +155,8 @@ class Plan:
     memory: int
     tokens_per_microbatch: int
     checkpoint_activations: bool
+    demand: Demand | None
+    demand_met: bool
     parts: Parts
     activations: dict[bool, int]
     peaks: dict[bool, int]
@@ -165,11 +182,68 @@ class Plan:
             "fits": self.fits,
             "tokens_per_microbatch": self.tokens_per_microbatch,
             "checkpoint_activations": self.checkpoint_activations,
+            "kv_cache": None
+            if self.demand is None
+            else {**self.demand._asdict(), "bound_by": "demand" if self.demand_met else "memory"},
             "bytes": vars(self.parts) | {"peak": self.parts.peak},
             "activation_bytes": tables["activations"],
             "peak_bytes": tables["peaks"],
             "largest_tokens_per_microbatch": tables["largest"],
         }
+
+
+class Demand(NamedTuple):
+    """The most that a run asks of its KV cache: `sequences` at once, of `tokens` tokens each."""
+
+    sequences: int
+    tokens: int
+
+
+def demand_of(
+    config: PolicyConfig | RejectionConfig, model: ModelConfig, longest: int | None = None
+) -> Demand:
+    """The most that a run asks of its KV cache: by its rollout, or its evaluation.
+
+    Args:
+        longest: tokens of the longest prompt; None: not known, so max_prompt_length or what fits
+            the model.
+    """
+    new, sequences = (
+        config.generation.max_new_tokens,
+        config.prompts_per_step * config.samples_per_prompt,
+    )
+    if longest is None:
+        longest = min(model.max_positions - new, config.max_prompt_length or model.max_positions)
+    most = CacheConfig().max_sequences
+    if isinstance(config, PolicyConfig) and (held_out := config.evaluation) is not None:
+        sequences = max(sequences, (held_out.prompts or most) * held_out.samples_per_prompt)
+    return Demand(min(sequences, most), min(model.max_positions, max(1, longest) + new))
+
+
+def longest_prompt(config: PolicyConfig | RejectionConfig) -> int | None:
+    """Tokens of the longest prompt that a run would generate from, held-out ones too; None where
+    its data or the model's tokenizer is not there.
+
+    Raises:
+        DataError: data that a run would refuse.
+    """
+    names = [config.data]
+    if isinstance(config, PolicyConfig) and config.evaluation is not None:
+        names.append(config.evaluation.data)
+    sources = [source for name in names for source in parse_data(name)]
+    directory = None if Path(config.model).is_file() else local_directory(config.model)
+    tokenizer = None if directory is None else load_tokenizer(directory)
+    if tokenizer is None or not all(Path(source.path).is_file() for source in sources):
+        return None
+    room = read_model_config(config.model).max_positions - config.generation.max_new_tokens
+    options = ReadOptions(count_tokens=partial(count_tokens, tokenizer))
+    found = 0
+    for source in sources:
+        examples = load_prompts(source, skip_bad_lines=config.skip_bad_lines, options=options)
+        limit = min(room, config.max_prompt_length or room)
+        fitting, _ = encode_prompts(tokenizer, examples, limit)
+        found = max(found, *(len(ids) for _, ids in fitting))
+    return found
 
 
 class Planner:
@@ -180,6 +254,7 @@ class Planner:
         config: of the stage.
         cache: of the KV pool, where it is not the default.
         memory: bytes of the device, of which the default KV pool takes its share on CUDA.
+        longest: tokens of the longest prompt, as for `demand_of`.
         values: of a reward model's trunk with a value at every token, which is what a critic of its
             own is.
     """
@@ -191,6 +266,7 @@ class Planner:
         *,
         cache: CacheConfig | None = None,
         memory: int | None = None,
+        longest: int | None = None,
         values: bool = False,
     ) -> None:
         self.model, self.config, self._values = model, config, values
@@ -213,12 +289,15 @@ class Planner:
         self._phases: list[Planner] = [self]  # what trains, one after the other
         self._count_critic()
         self._cache = cache or CacheConfig()
-        self.kv_pool = 0
-        if isinstance(config, SamplingConfig):
+        self.kv_pool, self.demand_met = 0, True
+        self.demand: Demand | None = None
+        if isinstance(config, PolicyConfig | RejectionConfig):
+            self.demand = demand_of(config, model, longest)
             pool = self._kv_pool(
+                self.demand,
                 machine_memory(self.device)
                 if memory is None and self.device.type == "cuda"
-                else memory or 0
+                else memory or 0,
             )
             for phase in self._phases:
                 phase.kv_pool = pool
@@ -336,22 +415,28 @@ class Planner:
             longest = config.max_length if isinstance(config, GivenTextsConfig) else None
         return decoder.weights().rope_table.bytes_upto(min(most, longest or most))
 
-    def _kv_pool(self, memory: int) -> int:
+    def _kv_pool(self, demand: Demand, memory: int) -> int:
         c, size = (
             self._cache,
             block_bytes(self._decoder.weights(), self._cache.block_size, self._cached),
         )
+        granted = self._granted_blocks(memory, size)
+        needed = min(demand.sequences, c.max_sequences) * -(-demand.tokens // c.block_size)
+        self.demand_met = needed <= granted
+        given = (c.num_blocks, c.memory_bytes, c.memory_fraction) != (None, None, None)
+        return ((granted if given else min(needed, granted)) + 1) * size
+
+    def _granted_blocks(self, memory: int, size: int) -> int:
+        """Blocks that the memory grants the KV pool, whatever is asked of it."""
+        c = self._cache
         if self.device.type != "cuda" or c.num_blocks is not None or c.memory_bytes is not None:
-            return (
-                resolve_num_blocks(
-                    c, self._decoder.weights(), self.model.max_positions, self._cached
-                )
-                + 1
-            ) * size
+            return resolve_num_blocks(
+                c, self._decoder.weights(), self.model.max_positions, self._cached
+            )
         # when the first rollout asks, there is nothing else
         free = memory - self.weights - self.reference - self.rotary
         if c.memory_fraction is not None:
-            return max(2, int(free * c.memory_fraction) // size) * size
+            return max(2, int(free * c.memory_fraction) // size) - 1
         tokens, checkpointed = self.config.tokens_per_microbatch, self.config.checkpoint_activations
         for phase in self._phases:
             # what training keeps lies in the pool, and what it needs beside it comes first
@@ -364,8 +449,7 @@ class Planner:
                 for phase in self._phases
             )
         )
-        most = c.max_sequences * -(-self.model.max_positions // c.block_size)
-        return max(2, min(int(spare * _SHARE) // size, most + 1)) * size
+        return max(2, int(spare * _SHARE) // size) - 1
 
     @property
     def num_blocks(self) -> int:
@@ -551,17 +635,22 @@ class Planner:
 def plan(
     config: StageConfig, *, memory: int | None = None, cache: CacheConfig | None = None
 ) -> Plan:
-    """The memory that a run of this configuration takes; only the model's config.json is read.
+    """The memory that a run of this configuration takes; of the model only config.json is read,
+    and of data the prompts, where they are there, for the longest.
 
     Args:
         memory: bytes that it may take; None: those of its device.
         cache: of the KV pool, where it is not the default.
     Raises:
         FileNotFoundError, ValueError: the model is not there, or none that the decoder knows.
+        DataError: prompts that the run would refuse.
     """
     device = resolve_device(config.device)
     memory = machine_memory(device) if memory is None else memory
-    planner = Planner(read_model_config(config.model), config, cache=cache, memory=memory)
+    longest = longest_prompt(config) if isinstance(config, PolicyConfig | RejectionConfig) else None
+    planner = Planner(
+        read_model_config(config.model), config, cache=cache, memory=memory, longest=longest
+    )
     tokens, both = config.tokens_per_microbatch, (False, True)
     return Plan(
         config.model,
@@ -570,6 +659,8 @@ def plan(
         memory,
         tokens,
         config.checkpoint_activations,
+        planner.demand,
+        planner.demand_met,
         planner.parts(tokens, config.checkpoint_activations),
         {c: planner.activation_bytes(tokens, c) for c in both},
         {c: planner.parts(tokens, c).peak for c in both},
@@ -579,8 +670,9 @@ def plan(
 
 def cache_for(config: PolicyConfig | RejectionConfig) -> CacheConfig:
     """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory
-    that is free now, before anything is loaded, but never more than max_sequences sequences of the
-    model's full length. On a CPU the default, since memory that is never written costs nothing.
+    that is free now, before anything is loaded, but never more than the run asks for
+    (`demand_of`). On a CPU the default. Once the prompts are read, `HybridActor.limit_cache` has
+    the last word.
 
     Raises:
         ConfigError: training leaves nothing, with the figures.
@@ -612,6 +704,14 @@ def format_bytes(count: int) -> str:
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
 
 
+def _cache_row(found: Plan) -> str:
+    if found.demand is None:
+        return "KV cache"
+    sequences, tokens = found.demand
+    asked = f"{sequences:,} sequences of {tokens:,} tokens"
+    return f"KV cache: {asked}" if found.demand_met else f"KV cache: what is left; {asked} wait"
+
+
 def print_plan(found: Plan) -> None:
     """The table, on standard output."""
     from rich.console import Console
@@ -631,7 +731,7 @@ def print_plan(found: Plan) -> None:
         "reference and reward models": parts.reference,
         "gradients": parts.gradients,
         "optimizer: moments and float32 masters": parts.optimizer,
-        "KV cache": parts.kv_pool,
+        _cache_row(found): parts.kv_pool,
         "tables of cos and sin": parts.rotary,
         f"activations of a micro-batch{more}": parts.activations,
         "workspace at the peak": parts.workspace,

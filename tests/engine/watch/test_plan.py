@@ -22,7 +22,8 @@ from fusedrl.engine.config import (
     RewardModelConfig,
     SFTConfig,
 )
-from fusedrl.engine.generation.cache import KVCache, block_bytes
+from fusedrl.engine.generation.cache import block_bytes
+from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import RewardModel, ValueHead
@@ -341,11 +342,15 @@ def test_moments_of_8_bits_are_exact():
     ids=str,
 )
 def test_the_kv_pool_is_exact(cache):
+    """Of a size that is given, and of the default for what a run asks for."""
     decoder = Decoder.random(model_config(SIZES | KINDS["llama"]), 0)
-    assert (
-        planner(SIZES | KINDS["llama"], cache=cache).kv_pool
-        == KVCache(cache or CacheConfig(), decoder.weights(), 256).nbytes
-    )
+    planned = planner(SIZES | KINDS["llama"], cache=cache)
+    actor = HybridActor(decoder, cache=cache)
+    if cache is None or cache.max_sequences == 9:
+        assert (planned.demand, planned.demand_met) == ((64, 256), True)
+        actor.limit_cache(*planned.demand)
+    actor.generate([[1]], SamplingParams(max_new_tokens=1))
+    assert planned.kv_pool == actor._generator.cache.nbytes
     assert planner(SIZES | KINDS["llama"], "sft", cache=cache).kv_pool == 0
 
 
@@ -531,7 +536,8 @@ def test_the_command_line(tmp_path, capsys):
 
 def test_a_gpu_that_is_elsewhere(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(MEDIUM | {"max_position_embeddings": 1 << 20}))
-    asked = ["plan", "ppo", "--model", str(tmp_path), "--device", "cuda:7"]
+    asked = ["plan", "ppo", "--prompts_per_step", "256", "--model", str(tmp_path)]
+    asked += ["--device", "cuda:7"]
     assert main([*asked, "--memory", "80GiB", "--output-json", "-"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["dtype"] == "bfloat16"
@@ -568,9 +574,7 @@ def test_the_cache_of_a_run_is_what_training_leaves(tmp_path, monkeypatch):
     )
     assert small.parts.kv_pool == pytest.approx((80 << 30) / 4, rel=0.01)
     (tmp_path / "config.json").write_text(json.dumps(MEDIUM))  # 256 positions
-    assert cache_for(config).num_blocks == 256 * 256 // 16, (
-        "never more than max_sequences of full length"
-    )
+    assert cache_for(config).num_blocks == 64 * 256 // 16, "never more than the run asks for"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 << 20, 96 << 30))
     with pytest.raises(
         ConfigError,
