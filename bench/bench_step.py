@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,18 @@ def bench_grpo(contest, path, tmp_path):
 
 @contextmanager
 def trl_step(
-    path: Path, tokenizer: Any, directory: Path, engine: bool
+    path: Path,
+    tokenizer: Any,
+    directory: Path,
+    engine: bool = False,
+    *,
+    texts: Sequence[str] = TEXTS,
+    samples: int = SAMPLES,
+    new: int = NEW,
+    parts: int = 1,
 ) -> Iterator[Callable[[], tuple[int, int]]]:
     """One step of a GRPOTrainer that stands in its loop, in a thread of its own, between two
-    steps."""
+    steps; its batch is trained on in so many parts."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -151,14 +159,16 @@ def trl_step(
             control.should_training_stop = state["stop"]
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-    whole = SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW)
+    whole = SamplingParams(max_new_tokens=new, min_new_tokens=new)
     extra = {"rollout_func": rollout_func(params=whole)} if engine else {}
     arguments = GRPOConfig(
         output_dir=str(directory),
-        per_device_train_batch_size=PROMPTS * SAMPLES,
-        num_generations=SAMPLES,
+        per_device_train_batch_size=len(texts) * samples // parts,
+        gradient_accumulation_steps=parts,
+        num_generations=samples,
         max_steps=1000,
-        max_completion_length=NEW,
+        max_completion_length=new,
+        generation_kwargs={"min_new_tokens": new},
         learning_rate=1e-6,
         temperature=1.0,
         beta=0.0,
@@ -177,7 +187,7 @@ def trl_step(
         reward_funcs=share_of_even_ids,
         args=arguments,
         callbacks=[Halt()],
-        train_dataset=Dataset.from_dict({"prompt": TEXTS}),
+        train_dataset=Dataset.from_dict({"prompt": list(texts)}),
         **extra,
     )
     trainer.remove_callback(PrinterCallback)

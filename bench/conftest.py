@@ -35,7 +35,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         metavar="DIR",
         default=Path("runs/smollm2"),
-        help="SmolLM2-135M-Instruct for bench_decode.py, as examples/smollm2.py writes it",
+        help="SmolLM2-135M-Instruct for bench_decode.py and bench_instruct.py, as "
+        "examples/smollm2.py writes it",
+    )
+    group.addoption(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        default=harness.RESULTS.parents[2] / "shared/data/gsm8k/train.jsonl",
+        help="JSON lines with `question`, such as GSM8K's, for bench_instruct.py",
     )
     group.addoption(
         "--first", type=int, metavar="N", help="the first N contests of each file alone"
