@@ -6,7 +6,9 @@
 Shapes    N tokens, K inputs and O outputs of a product, V rows of a table, H of its columns.
 On a CPU  everything in the activations' dtype. Held: what goes in, and the parameters as they are:
           of a weight no more than a tile of rows is wide at a time, in the forward pass and in the
-          backward.
+          backward. Where the processor multiplies bfloat16 (`narrow_products`) the two products of
+          the backward pass are of dy and x rounded to it, with sums in float32: twice as fast, and
+          nothing of it is in a log-probability.
 On a GPU  (`on_tensor_cores`) products are those of split_linear.py; q, k and v are rounded to
           float16 where the sampler's cache rounds them, and what attention gives is float16 as
           well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients
@@ -18,6 +20,7 @@ Numerics  the gradient of a parameter is rounded once, when its sum over the tok
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +35,7 @@ from fusedrl.kernels.attention import varlen_attention
 from fusedrl.kernels.split_linear import split_linear
 from fusedrl.kernels.swiglu import activate
 
+NARROW = torch.bfloat16
 TILE = 4 << 20  # bytes of a weight that are wide at a time: they stay in a cache
 
 
@@ -46,6 +50,18 @@ def _tiles(weight_OK: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
 def kept(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
     """Return the part of a product's input that is kept for the weight's gradient."""
     return x_NK.to(weight_OK.dtype) if on_tensor_cores(x_NK.device) else x_NK
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16: AVX-512 BF16 or AMX."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def narrow_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether gradients of products with weights of this dtype are computed from numbers of two
+    bytes on a CPU."""
+    return device.type == "cpu" and dtype == NARROW and _multiplies_bfloat16()
 
 
 # ---- the three products of a linear layer, without autograd --------------------------------------
@@ -70,6 +86,8 @@ def input_grad(grad_NO: Tensor, weight_OK: Tensor) -> Tensor:
         return grad_NO @ weight_OK
     if on_tensor_cores(grad_NO.device):
         return linear_head.product(grad_NO.to(weight_OK.dtype), weight_OK)
+    if narrow_products(grad_NO.device, weight_OK.dtype):
+        return (grad_NO.to(NARROW) @ weight_OK).to(grad_NO.dtype)
     out_NK = grad_NO.new_zeros(len(grad_NO), weight_OK.shape[1])
     for rows, tile in _tiles(weight_OK, grad_NO.dtype):
         out_NK.addmm_(grad_NO[:, rows], tile)
@@ -80,6 +98,8 @@ def weight_grad(grad_NO: Tensor, x_NK: Tensor, dtype: torch.dtype) -> Tensor:
     """[O, K] dy^T x of `kept` x, rounded to `dtype`."""
     if x_NK.dtype == dtype:
         return grad_NO.to(dtype).T @ x_NK
+    if narrow_products(grad_NO.device, dtype):
+        return grad_NO.to(NARROW).T @ x_NK.to(NARROW)
     out_OK = grad_NO.new_empty(grad_NO.shape[1], x_NK.shape[1], dtype=dtype)
     step = max(1, TILE // (grad_NO.itemsize * max(1, x_NK.shape[1])))
     for part_NO, out in zip(grad_NO.split(step, 1), out_OK.split(step), strict=True):

@@ -58,7 +58,7 @@ from fusedrl.engine.model.weights import (
     resolve_device,
     resolve_dtype,
 )
-from fusedrl.engine.model.wide import TILE
+from fusedrl.engine.model.wide import TILE, narrow_products
 from fusedrl.engine.optim.adamw import BLOCK, quantized
 from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.kernels.linear_head import workspace
@@ -566,12 +566,15 @@ class Planner:
                 + (max(learnt * e, widened(c.vocab_size * c.hidden_size)) if e < 4 else 0)
             )
         # The last layer, backwards: its feed-forward's gradients, as what they are made of is let
-        # go; or that of its wider product, with a tile of it wide.
+        # go; or that of its wider product, with a tile of it wide, or with what it is computed from
+        # in two bytes.
         up = (2 if c.gated else 1) * F * c.hidden_size
+        narrow = narrow_products(self.device, self.dtype)
+        rounded = N * (up // c.hidden_size + 2 * c.hidden_size) * e if narrow else 0
         inside = (
             max(
                 max(2 * N * F * a, N * F * a + down * e, 2 * down * e) + widened(F * c.hidden_size),
-                (up * e if down else 0) + widened(up),
+                (up * e if down else 0) + (rounded if narrow else widened(up)),
             )
             + 2 * boundary
         )
@@ -596,10 +599,7 @@ class Planner:
                 self.config.prompts_per_step * self.config.samples_per_prompt,
             ),
         )
-        widened = (
-            4 * c.vocab_size * c.hidden_size if self._e < 4 and self.device.type == "cpu" else 0
-        )
-        return 4 * rows * c.vocab_size + widened
+        return 4 * rows * c.vocab_size
 
     # ---- together --------------------------------------------------------------------------------
     def parts(self, tokens: int, checkpointed: bool) -> Parts:

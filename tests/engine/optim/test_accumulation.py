@@ -24,6 +24,7 @@ from fusedrl.engine.config import (
 )
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, save_pretrained
+from fusedrl.engine.model.wide import narrow_products
 from fusedrl.engine.optim import adamw as optim
 from fusedrl.engine.optim.adamw import Optimizer, StepResult, grad_norm, make_optimizer
 from fusedrl.engine.optim.natural_gradient import _dot
@@ -227,8 +228,10 @@ def test_more_micro_batches_are_no_less_exact(gradients, stage):
     assert (few, most) == {"critic": (2, 2 * SEQUENCES), "ptx": (2, 2 * SEQUENCES)}.get(
         stage, (1, SEQUENCES)
     )
-    # weights, activations and what comes of them are rounded
-    assert one < torch.finfo(torch.bfloat16).eps / 2, found
+    # weights and what comes of them are rounded, and on some processors what goes into the products
+    # of the backward pass
+    narrow = narrow_products(torch.device("cpu"), torch.bfloat16)
+    assert one < torch.finfo(torch.bfloat16).eps / (1 if narrow else 2), found
     # each micro-batch's gradient rounded once, their sum not at all
     assert max(some, many) < 1.2 * one, found
 
