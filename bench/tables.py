@@ -36,17 +36,17 @@ SHORT = {
         "transformers",
     ): "generation, a model of 260 thousand: 64 prompts",
     (
+        "instruct",
+        "training pass, 135M",
+        "8 of GSM8K: 1263 tokens",
+        "transformers, padded",
+    ): "training, a model of 135M: 8 texts of 95 to 233 tokens",
+    (
         "model",
         "training pass",
         "20 x 100..300: 4155 tokens",
         "transformers, padded",
-    ): "training: 20 texts of 100 to 300 tokens",
-    (
-        "model",
-        "training pass",
-        "8 x 64 tokens, hidden 512",
-        "transformers, padded",
-    ): "training: 8 texts of 64 tokens, a wider model",
+    ): "training, a model of 260 thousand: 20 texts",
     (
         "step",
         "GRPO step",

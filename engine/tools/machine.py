@@ -107,13 +107,23 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": _capability(),
         **gpu,
         "threads": torch.get_num_threads(),
         **versions,
         "commit": commit + ("+changes" if dirty else ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def _capability() -> str:
+    """The vectors of this processor, and what multiplies bfloat16."""
+    found = {
+        "BF16": torch.cpu._is_avx512_bf16_supported(),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return " + ".join([vectors, *(name for name, there in found.items() if there)])
 
 
 def output_of(command: Sequence[str]) -> str:
