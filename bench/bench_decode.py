@@ -1,20 +1,24 @@
 """Decoding with a model of a real size (`--instruct DIR`, SmolLM2-135M-Instruct by
-examples/smollm2.py), few sequences and many: fusedrl against transformers.
+examples/smollm2.py), few sequences and many: fusedrl against transformers, and llama.cpp where its
+package is installed (bench/llamacpp.py).
 
 Prompts of 8 random tokens, greedy, nobody stops at an EOS. The ceiling counts every weight once a
 step, the keys and values that are read, and the multiplications. In float32 the tokens are checked
-to be equal; in bfloat16 the two round differently, and only how many there are is.
+to be equal; in bfloat16 the two round differently, and only how many there are is, as of llama.cpp,
+whose keys and values are float16.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bench import llamacpp
 from bench.bench_generate import ceilings, equal, workload
 from bench.harness import DEVICE
 from transformers import AutoModelForCausalLM
@@ -46,22 +50,35 @@ def as_many(a: list[list[int]], b: list[list[int]]) -> None:
         raise AssertionError(f"{list(map(len, a))} and {list(map(len, b))} tokens")
 
 
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory) -> Path | None:
+    """Folder of llama.cpp's files; None without its package, or on a GPU."""
+    there = all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
+    return tmp_path_factory.mktemp("gguf") if there and DEVICE.type == "cpu" else None
+
+
 @pytest.mark.parametrize("sequences", NEW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def bench_decode(contest, request, dtype, sequences):
+def bench_decode(contest, request, dtype, sequences, gguf):
     path = request.config.getoption("--instruct")
     if not path.is_dir():
         pytest.skip(f"no model in {path}: python examples/smollm2.py {path} writes it")
     both = models(path, dtype)
     asked = workload([PROMPT] * sequences, [NEW[sequences]] * sequences, both.vocab)
+    contestants = {
+        "fusedrl": ours(both.actor, asked, 0.0),
+        "transformers": padded_generate(both.model, asked, 0.0),
+    }
+    if gguf is not None:
+        contestants["llama.cpp"] = llamacpp.contestant(
+            path, dtype, asked.prompts, NEW[sequences], gguf
+        )
     contest(
         "decode, 135M",
         f"{sequences} x ({PROMPT} + {NEW[sequences]})",
         dtype,
-        {
-            "fusedrl": ours(both.actor, asked, 0.0),
-            "transformers": padded_generate(both.model, asked, 0.0),
-        },
+        contestants,
         **ceilings(both, asked),
         same=equal if dtype == torch.float32 else as_many,
+        unchecked=["llama.cpp"],
     )

@@ -1,3 +1,8 @@
+"""A decoder step over the paged cache against a dense decoder written a second time.
+
+One file: the dense decoder and the layouts that every case is made of.
+"""
+
 import functools
 import math
 import operator

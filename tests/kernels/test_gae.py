@@ -1,3 +1,8 @@
+"""GAE and the returns beside it, against a loop over time in float64.
+
+One file: the loop and the ragged cases that all its functions share.
+"""
+
 import math
 
 import pytest

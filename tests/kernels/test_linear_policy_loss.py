@@ -1,3 +1,8 @@
+"""The policy loss from hidden states against log-probabilities and a loss of their own in float64.
+
+One file: the definition and the cases of objectives that values and gradients share.
+"""
+
 import math
 
 import pytest

@@ -1,3 +1,8 @@
+"""Log-probabilities and entropies of logits, and their gradients, against float64.
+
+One file: the cases of rows, dtypes and masks that both ways share.
+"""
+
 import math
 
 import pytest

@@ -1,5 +1,8 @@
 """The kinds of PolicyObjective, the reference-KL term and the rollout correction, against
-definitions written a second time."""
+definitions written a second time.
+
+One file: the definitions, which every kind is held against.
+"""
 
 import math
 

@@ -1,3 +1,8 @@
+"""Draws from logits: their law, their keys, truncation, and rows that cannot be drawn from.
+
+One file: the law of a row, which every kind of truncation is held against.
+"""
+
 import math
 
 import pytest

@@ -1,5 +1,8 @@
 """What people bring along, and what they are told: other trainers' options, spellings, devices,
-models and data of another kind, stop strings."""
+models and data of another kind, stop strings.
+
+One file: each case is a few lines, and a new one is looked for among the others.
+"""
 
 import gzip
 import json

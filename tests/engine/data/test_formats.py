@@ -1,5 +1,8 @@
 """Formats: small files written by each schema, byte for byte, and what they become for every
-use."""
+use.
+
+One file: the sample files, of which every use reads all.
+"""
 
 import gzip
 import json

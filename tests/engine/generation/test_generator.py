@@ -1,5 +1,8 @@
 """Generation from the paged cache, against transformers on a real model and against itself on a
-random one."""
+random one.
+
+One file: the two models and the requests that all cases share.
+"""
 
 import random
 

@@ -1,5 +1,8 @@
 """LoRA: against float64 and transformers, unmerged wherever the model is read, off without a trace,
-in PEFT's files, and in training."""
+in PEFT's files, and in training.
+
+One file: the adapted model, which every reader of weights is tried on.
+"""
 
 import json
 import math

@@ -3,6 +3,8 @@ its trainer's.
 
 The judge is transformers, on the weights as they now are. A prompt with full blocks in the prefix
 cache is completed before and after, so that keys and values of older weights would show.
+
+One file: the list of ways is one table, tried with every reader.
 """
 
 import copy

@@ -1,5 +1,8 @@
 """A critic of its own beside the policy: what it says at first, that it learns, that it is trained
-apart, comes back, and is refused where it does not fit."""
+apart, comes back, and is refused where it does not fit.
+
+One file: the configurations of a critic that all cases vary.
+"""
 
 import json
 from dataclasses import replace

@@ -1,5 +1,8 @@
 """Every algorithm through the one loop on a tiny model: what is loaded, what is scored, what is
-logged, and that runs resume bitwise."""
+logged, and that runs resume bitwise.
+
+One file: one configuration that all cases vary.
+"""
 
 import json
 from dataclasses import replace

@@ -1,5 +1,8 @@
 """TRPO: its parts against linear algebra, where it ends against the exact optimum, its lower bound
-by enumeration, and its step on a language model."""
+by enumeration, and its step on a language model.
+
+One file: the enumerable problem that parts and whole are tried on.
+"""
 
 import json
 import math

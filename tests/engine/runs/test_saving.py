@@ -1,5 +1,8 @@
 """Whatever ends a run, its last completed step is on the disk where it can be, and going on from
-there is bitwise the undisturbed run."""
+there is bitwise the undisturbed run.
+
+One file: the run that every kind of end is tried on.
+"""
 
 import errno
 import json

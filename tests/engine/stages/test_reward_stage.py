@@ -1,3 +1,8 @@
+"""The reward model stage: what it learns from pairs and lists, what it writes, and what it refuses.
+
+One file: one configuration that all cases vary.
+"""
+
 import json
 import math
 import random

@@ -1,5 +1,8 @@
 """`fusedrl bench`: workloads that reproduce, floors against arithmetic of their own, reports that
-say what they measured, steps that learn what they should."""
+say what they measured, steps that learn what they should.
+
+One file: the small model that all reports are of.
+"""
 
 import copy
 import json

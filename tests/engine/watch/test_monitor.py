@@ -1,5 +1,8 @@
 """A policy run that is watched: held-out evaluation that changes nothing, samples over time, gold
-rewards, and the alarm with its consequences."""
+rewards, and the alarm with its consequences.
+
+One file: the run that all that watches is tried on.
+"""
 
 import json
 import re

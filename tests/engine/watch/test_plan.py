@@ -1,5 +1,8 @@
 """fusedrl plan: its byte counts against autograd's saved tensors, the allocator, the optimizer's
-state, the KV pool, and a process's own peak."""
+state, the KV pool, and a process's own peak.
+
+One file: the terms of one sum, as in plan.py.
+"""
 
 import json
 import subprocess
