@@ -549,11 +549,17 @@ def _plan(argv: list[str]) -> None:
     parser.add_argument("--memory")
     parser.add_argument("--output-json", type=output_file)
     own, rest = parser.parse_known_args(spelled(parser, argv[1:]))
+    keys = dict(keys_of(STAGES[argv[0]][0]))
+    for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
+        name = option.removeprefix("--").replace("-", "_")
+        if name not in keys and (close := nearest_names(name, {"memory": 0, "output_json": 0})):
+            raise ConfigError(
+                f"plan: unknown option {option!r}, did you mean --{close[0].replace('_', '-')}?"
+            )
     config = parse_config(
         argv[0],
         rest,
-        {"data": "unread"}
-        | ({"reward": ["unread"]} if "reward" in dict(keys_of(STAGES[argv[0]][0])) else {}),
+        {"data": "unread"} | ({"reward": ["unread"]} if "reward" in keys else {}),
     )
     from fusedrl.engine.watch.plan import parse_memory, plan, print_plan
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.config.algorithms import ADVANTAGES
+from fusedrl.engine.data.lines import check_data_file
 from fusedrl.engine.data.mixture import Mixture
+from fusedrl.engine.data.readers import parse_data
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
@@ -174,7 +177,12 @@ class _Parts:
 
 
 def _check(config: PolicyConfig, needs: str | None) -> None:
-    """Raise ConfigError, before anything is loaded, for what depends on functions by name."""
+    """Raise ConfigError, before anything is loaded, for what depends on functions by name, and
+    DataError or FileNotFoundError for data that is not there."""
+    named = [config.data]
+    named += [part.data for part in (config.evaluation, config.ptx) if part is not None]
+    for source in (source for data in named for source in parse_data(data)):
+        check_data_file(Path(source.path))
     if needs == "group" and config.samples_per_prompt == 1:
         raise ConfigError(
             f"config: expected samples_per_prompt > 1 for the advantage {config.advantage}, which "

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -178,3 +179,22 @@ def test_a_limited_cache(tiny_model, device):
 def test_demand_of_a_model_without_room(make):
     config = make(generation=GenerationConfig(max_new_tokens=500))
     assert demand_of(config, read_model_config(config.model)) == (15, 64)
+
+
+def test_an_option_that_is_nearly_one_of_plans(tiny_model, capsys):
+    asked = ["plan", "grpo", "--model", str(tiny_model), "--device", "cpu"]
+    for wrong, right in (("--memry", "--memory"), ("--output-jsn", "--output-json")):
+        assert main([*asked, wrong, "8GiB"]) == 2
+        assert f"unknown option '{wrong}', did you mean {right}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["data", "held_out"])
+def test_data_that_is_not_there_is_found_before_the_model_is_loaded(make, monkeypatch, missing):
+    config = make(evaluated=(2, 1, 3))
+    (Path(config.data).parent / {"data": "prompts", "held_out": "held_out"}[missing]).with_suffix(
+        ".jsonl"
+    ).unlink()
+    monkeypatch.setattr(HybridActor, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(FileNotFoundError, match="no such data file"):
+        train_policy(config)
+    assert not Path(config.run.dir).exists()
