@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.support.behaviour import (
     POLICY,
     POLICY_OPTIONS,
@@ -31,6 +32,8 @@ from tests.support.behaviour import (
     read_run,
     run_case,
 )
+
+from fusedrl.engine.model.wide import narrow_products
 
 pytestmark = [pytest.mark.cpu_only("runs are held to bits, which is promised on a CPU")]
 
@@ -111,12 +114,15 @@ def _trained(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _same_course(steps: list[dict[str, Any]], shifted: list[dict[str, Any]]) -> None:
+def _same_course(steps: list[dict[str, Any]], shifted: list[dict[str, Any]], rounded: bool) -> None:
+    """rounded: gradients are rounded to bfloat16 on the way, so that a last bit of the values may
+    become one of bfloat16."""
+    rel, abs_ = (2e-2, 1e-3) if rounded else (1e-4, 1e-5)
     for line, other in zip(steps, shifted, strict=True):
         assert other["reward"] - line["reward"] == pytest.approx(OFFSET, abs=1e-6)
         for key in ("kl", "entropy", "grad_norm", "completions/mean_length"):
             if key in line:
-                assert other[key] == pytest.approx(line[key], rel=1e-4, abs=1e-5), key
+                assert other[key] == pytest.approx(line[key], rel=rel, abs=abs_), key
 
 
 def _resumes_bitwise(found: dict[str, Any], arguments: list[str]) -> None:
@@ -165,7 +171,8 @@ def test_pair(place, row, a, b):
         if neutral in ("checkpointed", "evaluation"):
             assert differences(_trained(_run(place, row, other)), _trained(found)) == []
     if "offset" in names:
-        _same_course(_steps(_run(place, row, *(names - {"offset"}))), steps)
+        rounded = "bfloat16" in names and narrow_products(torch.device("cpu"), torch.bfloat16)
+        _same_course(_steps(_run(place, row, *(names - {"offset"}))), steps, rounded)
     if not names & SAMPLES_DIFFER:
         plain = _steps(_run(place, row))[0]
         assert steps[0]["completions/mean_length"] == plain["completions/mean_length"]
