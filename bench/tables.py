@@ -26,8 +26,14 @@ SHORT = {
     (
         "decode",
         "decode, 135M",
+        "1 x (8 + 32)",
+        "llama.cpp",
+    ): "generation, a model of 135M: 1 sequence",
+    (
+        "decode",
+        "decode, 135M",
         "16 x (8 + 16)",
-        "transformers",
+        "llama.cpp",
     ): "generation, a model of 135M: 16 sequences",
     (
         "generate",
@@ -41,12 +47,6 @@ SHORT = {
         "8 of GSM8K: 1263 tokens",
         "transformers, padded",
     ): "training, a model of 135M: 8 texts of 95 to 233 tokens",
-    (
-        "model",
-        "training pass",
-        "20 x 100..300: 4155 tokens",
-        "transformers, padded",
-    ): "training, a model of 260 thousand: 20 texts",
     (
         "step",
         "GRPO step",
