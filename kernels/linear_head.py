@@ -46,6 +46,16 @@ def workspace(workspace_bytes: int | None, N: int, V: int) -> int:
     )
 
 
+KEPT_BYTES = 64 * _MEBI
+
+
+def keeps_logits(workspace_bytes: int | None, kept_bytes: int) -> bool:
+    """Whether the C++ implementations keep so many bytes of logits from the forward to the
+    backward pass, which then need not be computed again: where all of them fit the workspace that
+    was asked for, or 64 MiB by default."""
+    return kept_bytes <= (KEPT_BYTES if workspace_bytes is None else workspace_bytes)
+
+
 def tile_of(elements: int, A: int, V: int) -> tuple[int, int]:
     """Rows and columns of a tile of at most so many logits (at least one): as square as A and V
     allow, with columns in whole cache lines."""

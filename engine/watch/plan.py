@@ -61,7 +61,9 @@ from fusedrl.engine.model.weights import (
 from fusedrl.engine.model.wide import TILE, narrow_products
 from fusedrl.engine.optim.adamw import BLOCK, quantized
 from fusedrl.engine.policy.advantages import find_advantage
-from fusedrl.kernels.linear_head import workspace
+from fusedrl.engine.policy.objectives import make_objective, two_steps
+from fusedrl.kernels.linear_head import keeps_logits, workspace
+from fusedrl.kernels.runtime import native
 
 _UNITS = {
     "b": 1,
@@ -279,6 +281,11 @@ class Planner:
         if self._lora is not None:
             add_adapter(self._decoder, self._lora)
         self._imitates = isinstance(config, RewardModelConfig) and config.imitation_coef > 0
+        # whether log-probabilities are computed by themselves, and not with the loss
+        self._apart = self._imitates or isinstance(config, DPOConfig)
+        if isinstance(config, PolicyConfig) and not (config.strict or config.generation.truncates):
+            objective = make_objective(config, config.penalty.coef)
+            self._apart = two_steps(config, objective, strict=False, scored=True) is not None
         whole = (
             RewardModel.from_decoder(self._decoder, imitation=self._imitates)
             if isinstance(config, RewardModelConfig)
@@ -508,8 +515,8 @@ class Planner:
         return N * ((width + qkv + rotated + out + inner) * self._a + 4 * floats) + copies * self._a
 
     def activation_bytes(self, tokens: int, checkpointed: bool) -> int:
-        """Return the bytes that the training forward holds between the passes, heads included, as
-        autograd's saved tensors count them."""
+        """Return the bytes that the training forward holds between the passes, heads included but
+        for kept logits, as autograd's saved tensors count them."""
         c, N, e, L = self.model, tokens, self._e, self.model.num_layers
         boundary = N * c.hidden_size * self._a
         # The first layer has one input; in parallel it is the second's stream, too.
@@ -535,6 +542,22 @@ class Planner:
             + (N + (N * c.hidden_size * 4 if e < 4 else 0) if self._critic else 0)
         )
 
+    def _kept_logits(self, tokens: int) -> int:
+        """Return the bytes of logits that the C++ heads leave for their backward pass, which comes
+        first: one model's where log-probabilities are computed by themselves, two for the KL over
+        the vocabulary."""
+        config, each = self.config, 4 * tokens * self.model.vocab_size
+        if self.device.type != "cpu" or not native.capability:
+            return 0
+        whole = (
+            isinstance(config, PolicyConfig)
+            and config.kl.estimator == "full"
+            and config.kl.placement == "loss"
+        )
+        return (each if self._apart and keeps_logits(None, each) else 0) + (
+            2 * each if whole and keeps_logits(None, 2 * each) else 0
+        )
+
     def beyond_pool(self, tokens: int, checkpointed: bool) -> int:
         """Return the bytes of the activations that do not fit the KV pool's memory, which they are
         lent."""
@@ -555,16 +578,20 @@ class Planner:
             return min(TILE, 4 * numel) if a > e else 0
 
         if not isinstance(self.config, RewardModelConfig) or self._imitates:
-            logits, learnt = (
-                min(workspace(None, N, c.vocab_size), 4 * N * c.vocab_size),
+            each, learnt = (
+                4 * N * c.vocab_size,
                 c.vocab_size * c.hidden_size if self._imitates else head,
             )
-            rise = (
-                N * c.hidden_size * e
-                + logits
-                + learnt * 4
-                + (max(learnt * e, widened(c.vocab_size * c.hidden_size)) if e < 4 else 0)
-            )
+            logits = min(workspace(None, N, c.vocab_size), each)
+            if isinstance(self.config, PolicyConfig) and self.config.strict:
+                # within the backward pass: the logits and their gradient
+                logits = 2 * each if keeps_logits(None, each) else logits
+            tile, narrow_copy = widened(c.vocab_size * c.hidden_size), learnt * e if e < 4 else 0
+            rise = N * c.hidden_size * e
+            if kept := self._kept_logits(N):  # the weight is not read again beside its gradient
+                rise += kept + max(each + max(learnt * 4, tile), learnt * 4 + narrow_copy)
+            else:
+                rise += logits + learnt * 4 + max(narrow_copy, tile)
         # The last layer, backwards: its feed-forward's gradients, as what they are made of is let
         # go; or that of its wider product, with a tile of it wide, or with what it is computed from
         # in two bytes.

@@ -1,11 +1,13 @@
 """linear_full_kl: full_kl of the logits of two heads, hidden weight^T and ref_hidden ref_weight^T,
-without ever holding N V logits.
+without ever holding N V logits where these are many.
 
 Shapes    N rows; H hidden (the reference may have another); V vocabulary; R rows a chunk, whose 2 R
           V float32 logits are the workspace.
 Flops     forward 2 N V (H + H_ref); backward the same again, as it computes each chunk's logits
-          anew, and 4 N V H for the gradients. N counts the rows that matter: masked rows, and in
-          the backward rows no gradient reaches, are compacted away before the products.
+          anew, and 4 N V H for the gradients. In C++ logits of up to 64 MiB in all (or that fit the
+          workspace asked for) are kept where a backward will follow. N counts the rows that matter:
+          masked rows, and in the backward rows no gradient reaches, are compacted away before the
+          products.
 Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the
           dtypes. The rows are those of full_kl.py. Narrow dtypes on a GPU: the gradient of the
           logits is rounded to them for its two products, as tensor cores take it.
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.kernels.full_kl import DIRECTIONS, check_direction, full_kl, full_kl_reference
-from fusedrl.kernels.linear_head import check_head, product, workspace
+from fusedrl.kernels.linear_head import check_head, keeps_logits, product, workspace
 from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype
 from fusedrl.kernels.runtime.dispatch import Implementations
@@ -165,10 +167,12 @@ if native.capability:
         temperature: float,
         direction: int,
         workspace_bytes: int,
-    ) -> tuple[Tensor, Tensor]:
-        return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(
-            hidden.shape[0], 5, dtype=torch.float32
-        )
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        N, V = hidden.shape[0], weight.shape[0]
+        kl_N = hidden.new_empty(N, dtype=torch.float32)
+        kept = keep and keeps_logits(None if workspace_bytes < 0 else workspace_bytes, 8 * N * V)
+        return kl_N, kl_N.new_empty(N, 5), kl_N.new_empty(2, N if kept else 0, V)
 
     @torch.library.register_fake("fusedrl::linear_full_kl_backward")
     def _(
@@ -180,6 +184,8 @@ if native.capability:
         bias: Tensor | None,
         ref_bias: Tensor | None,
         stats: Tensor,
+        kept: Tensor,
+        mask: Tensor | None,
         temperature: float,
         direction: int,
         workspace_bytes: int,

@@ -1,5 +1,5 @@
 """linear_logprob: hidden states -> log-probability of one token a row through the head, without
-ever holding N V logits.
+ever holding N V logits where these are many.
 
     z = hidden weight^T + bias      z' = softcap tanh(z / softcap)
 
@@ -9,8 +9,10 @@ Shapes    N rows, H hidden, V vocabulary; R rows a chunk, whose R V float32 logi
           workspace. Triton holds none of them in its forward, and tiles of them in its backward
           (linear_logprob/_triton.py).
 Flops     forward 2 N H V; backward 6 N H V, as it computes each chunk's logits again before the two
-          products of the gradients. N counts the rows that matter: ignored rows, and in the
-          backward rows no gradient reaches, are compacted away before the products.
+          products of the gradients. In C++ logits of up to 64 MiB in all (or that fit the workspace
+          asked for) are kept where a backward will follow, and it is 4 N H V. N counts the rows
+          that matter: ignored rows, and in the backward rows no gradient reaches, are compacted
+          away before the products.
 Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the dtype
           of hidden and weight. The forward does not depend on whether a gradient will follow:
           scoring and training the same rows agree in every bit. Narrow dtypes on a GPU: the
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.kernels.kept import Kept
-from fusedrl.kernels.linear_head import check_head, product, workspace
+from fusedrl.kernels.linear_head import check_head, keeps_logits, product, workspace
 from fusedrl.kernels.logprob import check_ids, logprob, logprob_reference
 from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.checks import check
@@ -197,12 +199,16 @@ if native.capability:
         entropy: bool,
         ignore_index: int,
         workspace_bytes: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logp_N = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        N, V = hidden.shape[0], weight.shape[0]
+        logp_N = hidden.new_empty(N, dtype=torch.float32)
+        kept = keep and keeps_logits(None if workspace_bytes < 0 else workspace_bytes, 4 * N * V)
         return (
             logp_N,
             torch.empty_like(logp_N) if entropy else logp_N.new_empty(0),
-            logp_N.new_empty(hidden.shape[0], 3),
+            logp_N.new_empty(N, 3),
+            logp_N.new_empty(N if kept else 0, V),
         )
 
     @torch.library.register_fake("fusedrl::linear_logprob_backward")
@@ -214,6 +220,7 @@ if native.capability:
         token_ids: Tensor,
         bias: Tensor | None,
         stats: Tensor,
+        kept: Tensor,
         temperature: float,
         temperatures: Tensor | None,
         softcap: float,
@@ -265,7 +272,8 @@ def linear_logprob(
             scored.
         workspace_bytes: bound of the chunk's float32 logits; at least one row is always held. By
             default the smaller of 256 MiB and an eighth of the full logits, but never less than 4
-            MiB: small problems stay whole, and thinner chunks make slower products.
+            MiB: small problems stay whole, and thinner chunks make slower products. Logits that
+            fit it whole, by default 64 MiB, are kept for the backward (C++).
         impl: "cpp", "triton" or "torch"; by default the best one for the device.
     Returns:
         logp [N], or (logp [N], entropy [N]); float32. Differentiable, once, in hidden, weight and

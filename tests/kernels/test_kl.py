@@ -5,6 +5,7 @@ import torch
 
 from fusedrl.engine.tools.verify.catalogue import CATALOGUE
 from fusedrl.kernels.kl import ESTIMATORS, clamped_count, token_kl, token_kl_reference
+from fusedrl.kernels.runtime import native
 
 
 # Sizes around a vector and Triton's block; differences where expm1(-x) + x cancels, where it grows,
@@ -23,6 +24,18 @@ def test_matches_float64(impl, estimator, N, scale, device):
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
     if estimator != "k1":
         assert (got >= 0).all()
+
+
+@pytest.mark.cpu_only("the C++ kernels")
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_the_exponential_errs_by_one_and_a_half_units(device):
+    """In the last place of the larger term, over all that lies within the clamp."""
+    near = torch.logspace(-30, 0, 50_001)
+    x = torch.cat([torch.linspace(-20, 20, 400_001), near, -near]).to(device)
+    got = token_kl(torch.zeros_like(x), x, estimator="k3", impl="cpp").double()
+    wide = x.double()
+    unit = torch.maximum(torch.expm1(wide).abs(), wide.abs()).clamp(min=1e-38) * 2**-23
+    assert ((got - (torch.expm1(wide) - wide)).abs() / unit).max() < 1.5
 
 
 # numpy, under the interpreter, where something is infinite

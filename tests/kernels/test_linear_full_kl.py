@@ -88,15 +88,16 @@ def test_matches_float64(impl, direction, N, H, V, H_ref, workspace, device):
 
 
 @pytest.mark.each_impl("linear_full_kl")
+@pytest.mark.parametrize("workspace", [1, None], ids=["computed again", "kept"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_is_full_kl_of_the_logits(impl, direction, device):
+def test_is_full_kl_of_the_logits(impl, direction, workspace, device):
     x = make(device, 6, 12, 77)
     mask = torch.tensor([True, True, False, True, False, True], device=device)
     g = torch.tensor([1.0, 0.0, 2.0, -1.0, 1.0, 0.5], device=device)
     poisoned = x | {
         name: torch.where(mask[:, None], x[name], float("nan")) for name in ("hidden", "ref_hidden")
     }
-    got = run(poisoned, g, impl, mask=mask, direction=direction, workspace_bytes=1)
+    got = run(poisoned, g, impl, mask=mask, direction=direction, workspace_bytes=workspace)
 
     def materialised(hidden, weight, ref_hidden, ref_weight, bias, ref_bias):
         return full_kl(

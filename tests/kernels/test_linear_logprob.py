@@ -278,7 +278,11 @@ def test_opcheck_and_compile(device):
         )
         torch.library.opcheck(
             torch.ops.fusedrl.linear_logprob_forward.default,
-            (hidden, weight, ids, None, 0.7, None, 3.0, entropy, -100, -1),
+            (hidden, weight, ids, None, 0.7, None, 3.0, entropy, -100, -1, False),
+        )
+        torch.library.opcheck(
+            torch.ops.fusedrl.linear_logprob_forward.default,
+            (hidden, weight, ids, None, 0.7, None, 3.0, entropy, -100, -1, True),
         )
     torch.library.opcheck(
         torch.ops.fusedrl.linear_logprob_backward.default,
@@ -290,6 +294,7 @@ def test_opcheck_and_compile(device):
             ids,
             bias,
             torch.ones(6, 3, device=device),
+            torch.empty(0, 40, device=device),
             0.7,
             None,
             3.0,
@@ -497,3 +502,42 @@ def test_tiles_fit_the_workspace(elements, A, V):
     tile = R * C
     assert tile <= elements
     assert 4 * tile >= min(elements, A * V)  # and use it
+
+
+@pytest.mark.cpu_only("the C++ kernels")
+@pytest.mark.skipif(not native.capability, reason=native.reason)
+def test_logits_that_fit_are_kept_and_only_read(device):
+    """Of up to 64 MiB, or of the workspace asked for; a second backward pass gives the same bits,
+    and a scoring pass keeps nothing."""
+    N, H, V = 9, 8, 70
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (
+        torch.randn(*shape, generator=generator).requires_grad_() for shape in ((N, H), (V, H))
+    )
+    ids = torch.randint(V, (N,), generator=generator)
+    ids[[2, 5]] = -100
+    upstream = torch.randn(N, generator=generator)
+    upstream[4] = 0.0  # a row that matters and has no gradient
+
+    def kept(**options):
+        shapes = []
+
+        def pack(tensor):
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logp = linear_logprob(hidden, weight, ids, softcap=2.0, impl="cpp", **options)
+        return logp, (N, V) in shapes
+
+    logp, whole = kept()
+    again, recomputed = kept(workspace_bytes=4 * N * V - 1)
+    assert (whole, recomputed, kept(workspace_bytes=4 * N * V)[1]) == (True, False, True)
+    torch.testing.assert_close(again, logp)
+    first, second = (
+        torch.autograd.grad(logp, (hidden, weight), upstream, retain_graph=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.testing.assert_close(torch.autograd.grad(again, (hidden, weight), upstream), first)
+    with torch.no_grad():
+        assert torch.equal(linear_logprob(hidden, weight, ids, softcap=2.0, impl="cpp"), logp)

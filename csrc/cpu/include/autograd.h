@@ -21,6 +21,7 @@ struct Saved {
   Tensors non_differentiable;      // outputs
   bool zeros_for_missing = true;   // in the backward, for gradients of outputs that nothing was computed from; else they are undefined
   std::vector<bool> needed;        // in the backward: which inputs want a gradient
+  bool recorded = false;           // in the forward: a backward may follow
 };
 
 using Inputs = std::vector<std::optional<at::Tensor>>;

@@ -2,6 +2,11 @@
 #pragma once
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
+#include <cstdint>
+
+#include "exponential.h"
+
 namespace {
 
 using Vec = at::vec::Vectorized<float>;
@@ -17,7 +22,7 @@ inline Vec token_kl(Vec logp, Vec ref_logp, KlEstimator estimator) {
     case KlEstimator::abs: return d.abs();
     case KlEstimator::k3: break;
   }
-  const Vec m = at::vec::clamp(d.neg(), Vec(-kMaxLogRatio), Vec(kMaxLogRatio)).expm1();
+  const Vec m = expm1_bounded(at::vec::clamp(d.neg(), Vec(-kMaxLogRatio), Vec(kMaxLogRatio)));
   // The difference is rounded by up to half an ulp of 16 = 1e-6, which the exponential would hand on as a relative error: add its first-order effect.
   const Vec t = d - logp, rounding = (logp - (d - t)) - (ref_logp + t);
   const Vec inside = (d > Vec(-kMaxLogRatio)) & (rounding == rounding);  // infinite log-probabilities have no rounding error

@@ -6,6 +6,8 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -37,11 +39,33 @@ inline void store(const Vec& value, T* p, int64_t count = L) {
   else at::vec::convert_from_float<T>(value, value).store(p, count);
 }
 
+// outs[k][i] = values(i, count)[k] for n values. Rounding to two bytes makes two vectors at a time, for the price of one.
+template <typename T, size_t K, typename Values>
+inline void store_rows(int64_t n, const std::array<T*, K>& outs, const Values& values) {
+  int64_t i = 0;
+  if constexpr (!std::is_same_v<T, float>) {
+    const std::integral_constant<int64_t, L> whole;
+    for (; i + 2 * L <= n; i += 2 * L) {
+      const std::array<Vec, K> low = values(i, whole), high = values(i + L, whole);
+      for (size_t k = 0; k < K; ++k) at::vec::convert_from_float<T>(low[k], high[k]).store(outs[k] + i);
+    }
+  }
+  for (; i < n; i += L) {
+    const int64_t count = std::min(L, n - i);
+    const std::array<Vec, K> of = count == L ? values(i, std::integral_constant<int64_t, L>()) : values(i, count);
+    for (size_t k = 0; k < K; ++k) store(of[k], outs[k] + i, count);
+  }
+}
+
 // As `store` and `load` would leave it.
 template <typename T>
 inline Vec round_to(const Vec& value) {
   if constexpr (std::is_same_v<T, float>) return value;
-  else return std::get<0>(at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(value, value)));
+  else if constexpr (std::is_same_v<T, at::BFloat16>) {  // to nearest, ties to even, in place
+    using Bits = at::vec::Vectorized<int32_t>;
+    const Bits bits = at::vec::cast<int32_t>(value), up = bits + Bits(0x7fff) + ((bits >> Bits(16)) & Bits(1));
+    return Vec::blendv(value, at::vec::cast<float>(up & Bits(-65536)), value == value);
+  } else return std::get<0>(at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(value, value)));
 }
 
 inline float sum_lanes(const Vec& value) {

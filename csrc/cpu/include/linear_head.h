@@ -43,6 +43,11 @@ struct Head {
     if (bias.defined()) z_RV.add_(bias);
   }
 
+  // Adds a chunk's part to the weight's gradient [V, H] float32, which is undefined before the first.
+  static void add_weight_grad(Tensor& grad_VH, const Tensor& dz_RV, const Tensor& hidden_RH) {
+    if (grad_VH.defined()) grad_VH.addmm_(dz_RV.t(), hidden_RH); else grad_VH = at::mm(dz_RV.t(), hidden_RH);
+  }
+
   Tensor hidden_grad(const Tensor& dz_RV) const {
     if (!widen()) return at::mm(dz_RV, weight);
     Tensor grad_RH = at::zeros({dz_RV.size(0), weight.size(1)}, dz_RV.options());
@@ -65,5 +70,9 @@ inline int64_t workspace_rows(int64_t bytes, int64_t N, int64_t V, int64_t rows)
   if (bytes < 0) bytes = std::max(4 * kMebi, std::min(256 * kMebi, N * V * 4 / 8));
   return std::clamp<int64_t>(bytes / (4 * std::max<int64_t>(1, V)), 1, std::max<int64_t>(1, rows));
 }
+
+// Whether the logits of a forward pass that will be followed by a backward pass stay until then, which saves the products that compute them again: where all
+// of them, `bytes`, fit the workspace that was asked for, or 64 MiB by default.
+inline bool keeps_logits(int64_t workspace_bytes, int64_t bytes) { return bytes <= (workspace_bytes < 0 ? 64 * kMebi : workspace_bytes); }
 
 }  // namespace

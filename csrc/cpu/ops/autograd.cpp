@@ -18,6 +18,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
   static Tensors forward(AutogradContext* ctx, at::TensorList, int64_t given, const char* op, const Forward& forward, Backward backward) {
     at::AutoDispatchBelowADInplaceOrView below;
     Saved saved;
+    saved.recorded = true;
     Tensors outputs = forward(saved);
     ctx->save_for_backward(std::move(saved.tensors));
     ctx->mark_non_differentiable(saved.non_differentiable);

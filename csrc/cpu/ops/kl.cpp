@@ -62,7 +62,7 @@ Vec slope_of(KlEstimator estimator, const Vec& k1) {
     case KlEstimator::abs: return Vec::blendv(Vec::blendv(k1, one, k1 > zero), one.neg(), k1 < zero);
     case KlEstimator::k3: break;
   }
-  return Vec::blendv(at::vec::clamp(k1.neg(), bound.neg(), bound).expm1().neg(), zero, k1.abs() > bound);
+  return Vec::blendv(expm1_bounded(at::vec::clamp(k1.neg(), bound.neg(), bound)).neg(), zero, k1.abs() > bound);
 }
 
 // The loss, and d loss / d logp for a unit upstream gradient. cu_seqlens: the sequence level.

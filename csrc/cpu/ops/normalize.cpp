@@ -56,33 +56,37 @@ std::tuple<Tensor, Tensor> group_normalize(const Tensor& scores, const std::opti
   const int64_t* ids = ids_B.defined() ? ids_B.const_data_ptr<int64_t>() : nullptr;
   float* advantages = advantages_B.mutable_data_ptr<float>();
   bool* flat = flat_B.mutable_data_ptr<bool>();
-  std::vector<int64_t> order(B);  // the groups side by side
+  std::vector<int64_t> order(ids ? B : 0);  // the groups side by side
   std::iota(order.begin(), order.end(), 0);
   if (ids) std::stable_sort(order.begin(), order.end(), [=](int64_t a, int64_t b) { return ids[a] < ids[b]; });
   const auto deviation = [&](const Moments& of) { return std::sqrt(of.variance(unbiased)) + eps; };
-  const double batch_deviation = static_cast<GroupMethod>(method) == GroupMethod::batch ? deviation(moments(score, B)) : 0.0;
-  std::vector<float> group;
+  const auto kind = static_cast<GroupMethod>(method);
+  const double batch_deviation = kind == GroupMethod::batch ? deviation(moments(score, B)) : 0.0;
+  std::vector<float> gathered, results;
   for (int64_t begin = 0, end; begin < B; begin = end) {
     if (ids) for (end = begin + 1; end < B && ids[order[end]] == ids[order[begin]];) ++end;
     else end = begin + group_size;
     const int64_t G = end - begin;
-    group.resize(G);
-    for (int64_t i = 0; i < G; ++i) group[i] = score[order[begin + i]];
-    const Moments of = moments(group.data(), G);
-    const bool equal = std::all_of(group.begin(), group.end(), [&](float s) { return s == group[0]; });
-    for (int64_t i = 0; i < G; ++i) {
-      const double centred = equal ? 0.0 : group[i] - of.mean;
-      double out = centred;
-      switch (static_cast<GroupMethod>(method)) {
-        case GroupMethod::grpo: out = equal ? 0.0 : centred / deviation(of); break;
-        case GroupMethod::dr_grpo: break;
-        case GroupMethod::rloo: out = equal ? 0.0 : centred * (static_cast<double>(G) / static_cast<double>(G - 1)); break;
-        case GroupMethod::batch: out = equal ? 0.0 : centred / batch_deviation; break;
-        case GroupMethod::none: out = group[i]; break;
-      }
-      advantages[order[begin + i]] = static_cast<float>(out);
-      flat[order[begin + i]] = equal;
+    gathered.resize(ids ? G : 0);
+    results.resize(ids ? G : 0);
+    for (int64_t i = 0; ids && i < G; ++i) gathered[i] = score[order[begin + i]];
+    const float* group = ids ? gathered.data() : score + begin;
+    float* out = ids ? results.data() : advantages + begin;
+    const bool equal = std::all_of(group, group + G, [&](float s) { return s == group[0]; });
+    if (equal && kind != GroupMethod::none) {
+      std::fill(out, out + G, 0.0f);
+    } else if (kind == GroupMethod::none) {
+      std::copy(group, group + G, out);
+    } else {
+      const Moments of = moments(group, G);
+      double scale = 1.0;  // dr_grpo
+      if (kind == GroupMethod::grpo) scale = 1.0 / deviation(of);
+      if (kind == GroupMethod::batch) scale = 1.0 / batch_deviation;
+      if (kind == GroupMethod::rloo) scale = static_cast<double>(G) / static_cast<double>(G - 1);
+      for (int64_t i = 0; i < G; ++i) out[i] = static_cast<float>((group[i] - of.mean) * scale);
     }
+    for (int64_t i = 0; i < G; ++i) flat[ids ? order[begin + i] : begin + i] = equal;
+    for (int64_t i = 0; ids && i < G; ++i) advantages[order[begin + i]] = results[i];
   }
   return {advantages_B, flat_B};
 }

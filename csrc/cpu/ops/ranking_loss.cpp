@@ -1,14 +1,16 @@
 // Ranking losses on CPU, value and derivative in one pass: pairwise, -mean log sigmoid(chosen - rejected - margin), and K-wise over groups.
 //
 // Shapes   B pairs, or M scores in groups. Bytes: 8 to 12 read and 4 written a pair.
-// Numerics float32 terms (double in groups), summed in double in index order by one thread (a batch of sequences, never of tokens).
+// Numerics float32 terms (double in groups), a vector of pairs at a time, summed in double in index order by one thread (a batch of sequences, never of tokens).
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <cmath>
+#include <algorithm>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "autograd.h"
@@ -18,6 +20,8 @@ namespace {
 using namespace fusedrl;  // autograd.h
 
 using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+using Wide = at::vec::Vectorized<double>;
 
 // Loss and d loss / d chosen (= -d loss / d rejected) for a unit upstream gradient.
 std::tuple<Tensor, Tensor> forward(const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& margin) {
@@ -29,12 +33,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& chosen, const Tensor& rejected,
   const float* r = rejected_B.const_data_ptr<float>();
   const float* m = margin_B.defined() ? margin_B.const_data_ptr<float>() : nullptr;
   float* slope = slope_B.mutable_data_ptr<float>();
+  const Vec zero(0.0f), one(1.0f), share(1.0f / static_cast<float>(std::max<int64_t>(1, B)));
   double sum = 0.0;
-  for (int64_t b = 0; b < B; ++b) {
-    const float d = c[b] - r[b] - (m ? m[b] : 0.0f);
-    const float e = std::exp(-std::abs(d));
-    sum += std::log1p(e) + (d < 0 ? -d : 0.0f);
-    slope[b] = -(d < 0 ? 1.0f : e) / (1.0f + e) / static_cast<float>(B);  // -sigmoid(-d) / B
+  for (int64_t b = 0; b < B; b += Vec::size()) {
+    const int64_t count = std::min<int64_t>(Vec::size(), B - b);
+    Vec d = Vec::loadu(c + b, count) - Vec::loadu(r + b, count);
+    if (m) d = d - Vec::loadu(m + b, count);
+    const Vec e = d.abs().neg().exp();
+    float terms[Vec::size()];
+    (e.log1p() + at::vec::maximum(d.neg(), zero)).store(terms);
+    (Vec::blendv(e, one, d < zero).neg() / (one + e) * share).store(slope + b, count);  // -sigmoid(-d) / B
+    for (int64_t i = 0; i < count; ++i) sum += terms[i];
   }
   *loss.mutable_data_ptr<float>() = B ? static_cast<float>(sum / static_cast<double>(B)) : 0.0f;
   return {loss, slope_B};
@@ -66,26 +75,38 @@ std::tuple<Tensor, Tensor> kwise_forward(const Tensor& scores, const Tensor& ran
                     "; give the cumulative sizes of the groups");
   const float* score = scores_M.const_data_ptr<float>();
   const int64_t* rank = ranks_M.const_data_ptr<int64_t>();
-  std::vector<double> slope(M, 0.0);
+  std::vector<double> slope(M, 0.0), differences;
+  std::vector<std::pair<int64_t, int64_t>> pairs;  // of a group: the better and the worse one
   double sum = 0.0;
   int64_t prompts = 0;  // that have a pair
   for (int64_t b = 0; b < B; ++b) {
-    double of_group = 0.0;
-    int64_t pairs = 0;
+    pairs.clear();
+    differences.clear();
     for (int64_t w = starts[b]; w < starts[b + 1]; ++w) {
       for (int64_t l = starts[b]; l < starts[b + 1]; ++l) {
         if (rank[w] >= rank[l]) continue;
-        const double d = static_cast<double>(score[w]) - score[l], e = std::exp(-std::abs(d)), s = (d < 0 ? 1.0 : e) / (1.0 + e);  // s = sigmoid(-d)
-        of_group += std::log1p(e) + (d < 0 ? -d : 0.0);
-        slope[w] -= s;
-        slope[l] += s;
-        ++pairs;
+        pairs.emplace_back(w, l);
+        differences.push_back(static_cast<double>(score[w]) - score[l]);
       }
     }
-    if (pairs == 0) continue;
+    if (pairs.empty()) continue;
+    double of_group = 0.0;
+    for (size_t i = 0; i < pairs.size(); i += Wide::size()) {
+      const int64_t count = std::min<int64_t>(Wide::size(), pairs.size() - i);
+      const Wide d = Wide::loadu(differences.data() + i, count), zero(0.0), one(1.0), e = d.abs().neg().exp();
+      double terms[Wide::size()], sigmoids[Wide::size()];
+      (e.log1p() + at::vec::maximum(d.neg(), zero)).store(terms);
+      (Wide::blendv(e, one, d < zero) / (one + e)).store(sigmoids);  // sigmoid(-d)
+      for (int64_t j = 0; j < count; ++j) {
+        of_group += terms[j];
+        slope[pairs[i + j].first] -= sigmoids[j];
+        slope[pairs[i + j].second] += sigmoids[j];
+      }
+    }
     ++prompts;
-    sum += of_group / static_cast<double>(pairs);
-    for (int64_t i = starts[b]; i < starts[b + 1]; ++i) slope[i] /= static_cast<double>(pairs);
+    const double each = 1.0 / static_cast<double>(pairs.size());
+    sum += of_group * each;
+    for (int64_t i = starts[b]; i < starts[b + 1]; ++i) slope[i] *= each;
   }
   const double count = static_cast<double>(std::max<int64_t>(1, prompts));
   float* out = slope_M.mutable_data_ptr<float>();

@@ -9,6 +9,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -58,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tenso
         if (adds) {
           const T* other = added[n];
           T* both = sums[n];
-          each_vector(H, [&](int64_t i, auto count) { store(load(row + i, count) + load(other + i, count), both + i, count); });
+          store_rows<T, 1>(H, {both}, [&](int64_t i, auto count) { return std::array<Vec, 1>{load(row + i, count) + load(other + i, count)}; });
           row = both;
         }
         const float squares = sum_row(H, [&](int64_t i, auto count, Vec& sum) {
@@ -69,9 +70,9 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tenso
         const Vec scale(rstd_out[n]);
         T* out = to[n];
         if (offset == 0)
-          each_vector(H, [&](int64_t i, auto count) { store(round_to<T>(load(row + i, count) * scale) * load(w + i, count), out + i, count); });
+          store_rows<T, 1>(H, {out}, [&](int64_t i, auto count) { return std::array<Vec, 1>{round_to<T>(load(row + i, count) * scale) * load(w + i, count)}; });
         else
-          each_vector(H, [&](int64_t i, auto count) { store(load(row + i, count) * scale * (load(w + i, count) + shift), out + i, count); });
+          store_rows<T, 1>(H, {out}, [&](int64_t i, auto count) { return std::array<Vec, 1>{load(row + i, count) * scale * (load(w + i, count) + shift)}; });
       }
     });
   });
@@ -107,11 +108,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& y_grad, const MaybeTe
             if (part) (load(part + i, count) + dyu).store(part + i, count);
           });
           const Vec mean(along / static_cast<float>(H));
-          each_vector(H, [&](int64_t i, auto count) {
+          store_rows<T, 1>(H, {out + n * H}, [&](int64_t i, auto count) {
             const Vec unit = load(row + i, count) * scale;
-            Vec value = (load(grad + i, count) * (load(w + i, count) + shift) - unit * mean) * scale;
-            if (adds) value = value + load(dsum_in + n * H + i, count);
-            store(value, out + n * H + i, count);
+            const Vec value = (load(grad + i, count) * (load(w + i, count) + shift) - unit * mean) * scale;
+            return std::array<Vec, 1>{adds ? value + load(dsum_in + n * H + i, count) : value};
           });
         }
       }

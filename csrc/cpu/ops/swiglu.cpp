@@ -6,9 +6,12 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <array>
+#include <type_traits>
 #include <utility>
 
 #include "autograd.h"
+#include "exponential.h"
 #include "lanes.h"
 #include "memory.h"
 
@@ -16,9 +19,10 @@ namespace {
 
 using namespace fusedrl;  // autograd.h
 
-// sigmoid(x) and 1 - sigmoid(x)
+// sigmoid(x) and 1 - sigmoid(x); within 20 units in the last place of float32 where T, to which the result is rounded, has two bytes.
+template <typename T>
 inline std::pair<Vec, Vec> sigmoid(const Vec& x) {
-  const Vec e = x.abs().neg().exp(), large = Vec(1.0f) / (Vec(1.0f) + e), small = e * large, positive = x >= Vec(0.0f);
+  const Vec down = x.abs().neg(), e = std::is_same_v<T, float> ? exp_nonpositive(down) : down.exp_u20(), large = Vec(1.0f) / (Vec(1.0f) + e), small = e * large, positive = x >= Vec(0.0f);
   return {Vec::blendv(small, large, positive), Vec::blendv(large, small, positive)};
 }
 
@@ -32,10 +36,9 @@ Tensor swiglu_forward(const Tensor& gate_up) {
     at::parallel_for(0, N, rows_a_task(F), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         const T *gates = from[n], *ups = gates + F;
-        T* y = to[n];
-        each_vector(F, [&](int64_t i, auto count) {
+        store_rows<T, 1>(F, {to[n]}, [&](int64_t i, auto count) {
           const Vec gate = load(gates + i, count);
-          store(gate * sigmoid(gate).first * load(ups + i, count), y + i, count);
+          return std::array<Vec, 1>{gate * sigmoid<T>(gate).first * load(ups + i, count)};
         });
       }
     });
@@ -54,12 +57,10 @@ Tensor swiglu_backward(const Tensor& y_grad, const Tensor& gate_up) {
     at::parallel_for(0, N, rows_a_task(F), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         const T *gates = from[n], *ups = gates + F, *dys = grads[n];
-        T *dgates = to[n], *dups = dgates + F;
-        each_vector(F, [&](int64_t i, auto count) {
+        store_rows<T, 2>(F, {to[n], to[n] + F}, [&](int64_t i, auto count) {
           const Vec gate = load(gates + i, count), dy = load(dys + i, count);
-          const auto [s, rest] = sigmoid(gate);
-          store(dy * load(ups + i, count) * s * at::vec::fmadd(gate, rest, Vec(1.0f)), dgates + i, count);
-          store(dy * gate * s, dups + i, count);
+          const auto [s, rest] = sigmoid<T>(gate);
+          return std::array<Vec, 2>{dy * load(ups + i, count) * s * at::vec::fmadd(gate, rest, Vec(1.0f)), dy * gate * s};
         });
       }
     });

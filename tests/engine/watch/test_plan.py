@@ -74,7 +74,11 @@ STAGES = {
 
 
 def planner(sizes, stage="ppo", dtype="float32", **more):
-    return Planner(model_config(sizes), replace(STAGES[stage], dtype=dtype, device="cpu"), **more)
+    """Of a stage whose log-probabilities are computed by themselves, as `forward` does."""
+    config = replace(STAGES[stage], dtype=dtype, device="cpu")
+    planned = Planner(model_config(sizes), config, **more)
+    planned._apart = stage != "reward"
+    return planned
 
 
 def batch(tokens, vocabulary, sequences=4):
@@ -145,7 +149,7 @@ def test_activations_are_what_autograd_holds(kind, stage, dtype):
         for checkpointed in (False, True):
             model.decoder.checkpoint_activations = checkpointed
             found, expected = (
-                planned.activation_bytes(tokens, checkpointed),
+                planned.activation_bytes(tokens, checkpointed) + planned._kept_logits(tokens),
                 held_bytes(model, batch(tokens, 90)),
             )
             assert found == pytest.approx(expected, rel=0.05), (tokens, checkpointed)
@@ -207,6 +211,7 @@ def test_adapters(kind, targets, dtype):
     for stage in ("reward", "imitation", "sft", "ppo"):
         config = replace(STAGES[stage], dtype=dtype, device="cpu", lora=lora)
         planned = Planner(model_config(sizes), config)
+        planned._apart = stage != "reward"
         decoder = Decoder.random(model_config(sizes), 0, dtype=getattr(torch, dtype))
         base, everything = (
             sum(p.nbytes for p in decoder.parameters()),
@@ -228,7 +233,8 @@ def test_adapters(kind, targets, dtype):
         for tokens in (40, 200):
             for checkpointed in (False, True):
                 model.decoder.checkpoint_activations = checkpointed
-                assert planned.activation_bytes(tokens, checkpointed) == pytest.approx(
+                found = planned.activation_bytes(tokens, checkpointed)
+                assert found + planned._kept_logits(tokens) == pytest.approx(
                     held_bytes(model, batch(tokens, 90)), rel=0.05
                 )
     assert Planner(model_config(sizes), replace(config, reference="frozen")).reference == base
@@ -236,6 +242,22 @@ def test_adapters(kind, targets, dtype):
     assert Planner(model_config(sizes), replace(config, reference="host")).reference == base
     full = Planner(model_config(sizes), replace(config, lora=None))
     assert planned.parts(200, False).peak < full.parts(200, False).peak
+
+
+def saved_bytes(forward, ours):
+    """What a forward pass keeps for its backward pass, without the storages that are `ours`."""
+    held: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = forward()
+    assert value.requires_grad
+    return sum(held.values())
 
 
 @needs_kernels
@@ -275,19 +297,8 @@ def test_a_critic_of_its_own(tmp_path, kind, dtype):
         for checkpointed in (False, True):
             critic.decoder.checkpoint_activations = checkpointed
             ours = {p.untyped_storage().data_ptr() for p in critic.parameters()}
-            held: dict[int, int] = {}
-
-            def pack(tensor, held=held, ours=ours):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in ours:
-                    held[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with saved_tensors_hooks(pack, lambda tensor: tensor):
-                value = critic(batch(tokens, 90))
-            assert value.requires_grad
             assert apart.activation_bytes(tokens, checkpointed) == pytest.approx(
-                sum(held.values()), rel=0.05
+                saved_bytes(lambda tokens=tokens: critic(batch(tokens, 90)), ours), rel=0.05
             )
             parts = planned.parts(tokens, checkpointed)
             fixed = (
@@ -511,29 +522,14 @@ def test_the_command_line(tmp_path, capsys):
     assert plan(
         PolicyConfig(str(config), "d", ("r.py:r",), device="cpu"), memory=2 << 30
     ).to_json() == told | {"model": str(config)}, "from config.json"
-    assert (
-        main(
-            [
-                "plan",
-                "sft",
-                "--model",
-                str(config),
-                "--device",
-                "cpu",
-                "--memory",
-                "1MiB",
-                "--output-json",
-                "-",
-            ]
-        )
-        == 0
-    )
+    sft = ["plan", "sft", "--model", str(config), "--device", "cpu", "--memory", "1MiB"]
+    assert main([*sft, "--output-json", "-"]) == 0
     small = json.loads(capsys.readouterr().out)
     assert (small["fits"], small["largest_tokens_per_microbatch"]) == (
         False,
         {"plain": 0, "checkpointed": 0},
     )
-    assert main(["plan", "sft", "--model", str(config), "--device", "cpu", "--memory", "1MiB"]) == 0
+    assert main(sft) == 0
     assert "nothing fits" in capsys.readouterr().out
 
 
