@@ -126,6 +126,13 @@ class Clock:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def _time_parts(clock: Clock, patch: pytest.MonkeyPatch) -> None:
+    for owner, name, part in PARTS:
+        found = vars(owner)[name]
+        timed = clock.timed(found.__func__ if isinstance(found, classmethod) else found, part)
+        patch.setattr(owner, name, classmethod(timed) if isinstance(found, classmethod) else timed)
+
+
 @contextmanager
 def halting_loop(
     config: PolicyConfig, clock: Clock, patch: pytest.MonkeyPatch
@@ -134,6 +141,8 @@ def halting_loop(
     it trained on."""
     go, done = threading.Semaphore(0), threading.Semaphore(0)
     state: dict[str, Any] = {"stop": False, "error": None, "tokens": 0}
+    _time_parts(clock, patch)
+    restore, save_if_due, log = Run.restore, Run.save_if_due, Run.log
 
     class Stop(BaseException):
         pass
@@ -143,12 +152,6 @@ def halting_loop(
         if state["stop"]:
             raise Stop
         clock.start()
-
-    for owner, name, part in PARTS:
-        found = vars(owner)[name]
-        timed = clock.timed(found.__func__ if isinstance(found, classmethod) else found, part)
-        patch.setattr(owner, name, classmethod(timed) if isinstance(found, classmethod) else timed)
-    restore, save_if_due, log = Run.restore, Run.save_if_due, Run.log
 
     def after(function: Callable, *, ends: bool) -> Callable:
         def call(*arguments: Any, **named: Any) -> Any:

@@ -119,51 +119,13 @@ def bench_grpo(contest, path, tmp_path):
         )
 
 
-@contextmanager
-def trl_step(
-    path: Path,
-    tokenizer: Any,
-    directory: Path,
-    engine: bool = False,
-    *,
-    texts: Sequence[str] = TEXTS,
-    samples: int = SAMPLES,
-    new: int = NEW,
-    parts: int = 1,
-) -> Iterator[Callable[[], tuple[int, int]]]:
-    """One step of a GRPOTrainer that stands in its loop, in a thread of its own, between two
-    steps; its batch is trained on in so many parts."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+def trl_arguments(directory: Path, sequences: int, samples: int, new: int, parts: int) -> Any:
+    """GRPOConfig of steps of so many completions of `new` tokens, trained on in `parts`."""
+    from trl import GRPOConfig
 
-    from fusedrl.engine.rollout.trl import rollout_func
-
-    go, done, state = (
-        threading.Semaphore(0),
-        threading.Semaphore(0),
-        {"stop": False, "answer": (0, 0), "error": None},
-    )
-
-    def share_of_even_ids(completion_ids, **_):
-        state["answer"] = len(completion_ids), sum(map(len, completion_ids))
-        return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-    class Halt(TrainerCallback):
-        def on_step_begin(self, args, state_, control, **_):
-            go.acquire()
-            control.should_training_stop = state["stop"]
-
-        def on_step_end(self, args, state_, control, **_):
-            done.release()
-            control.should_training_stop = state["stop"]
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-    whole = SamplingParams(max_new_tokens=new, min_new_tokens=new)
-    extra = {"rollout_func": rollout_func(params=whole)} if engine else {}
-    arguments = GRPOConfig(
+    return GRPOConfig(
         output_dir=str(directory),
-        per_device_train_batch_size=len(texts) * samples // parts,
+        per_device_train_batch_size=sequences // parts,
         gradient_accumulation_steps=parts,
         num_generations=samples,
         max_steps=1000,
@@ -181,11 +143,52 @@ def trl_step(
         gradient_checkpointing=False,
         seed=0,
     )
+
+
+@contextmanager
+def trl_step(
+    path: Path,
+    tokenizer: Any,
+    directory: Path,
+    engine: bool = False,
+    *,
+    texts: Sequence[str] = TEXTS,
+    samples: int = SAMPLES,
+    new: int = NEW,
+    parts: int = 1,
+) -> Iterator[Callable[[], tuple[int, int]]]:
+    """One step of a GRPOTrainer that stands in its loop, in a thread of its own, between two
+    steps; its batch is trained on in so many parts."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+    from trl import GRPOTrainer
+
+    from fusedrl.engine.rollout.trl import rollout_func
+
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
+    state: dict[str, Any] = {"stop": False, "answer": (0, 0), "error": None}
+
+    def share_of_even_ids(completion_ids, **_):
+        state["answer"] = len(completion_ids), sum(map(len, completion_ids))
+        return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+    class Halt(TrainerCallback):
+        def on_step_begin(self, args, state_, control, **_):
+            go.acquire()
+            control.should_training_stop = state["stop"]
+
+        def on_step_end(self, args, state_, control, **_):
+            done.release()
+            control.should_training_stop = state["stop"]
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    whole = SamplingParams(max_new_tokens=new, min_new_tokens=new)
+    extra = {"rollout_func": rollout_func(params=whole)} if engine else {}
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=share_of_even_ids,
-        args=arguments,
+        args=trl_arguments(directory, len(texts) * samples, samples, new, parts),
         callbacks=[Halt()],
         train_dataset=Dataset.from_dict({"prompt": list(texts)}),
         **extra,

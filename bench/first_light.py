@@ -33,6 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 480.0  # of a part
+PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
 CLI = ("-c", "import sys; from fusedrl.engine.cli.main import main; sys.exit(main())")
 CONTESTS = (
     "gae",
@@ -98,148 +99,102 @@ class Step:
     tool: tuple[str, ...] = ()  # in front of Python
 
 
-def steps(part: str, device: str, scratch: Path) -> Iterator[Step]:
-    """Of one part, the most telling first."""
-    gpu = device != "cpu"
-    pytest = None if importlib.util.find_spec("pytest") else "pytest is not installed"
-    shared = ROOT.parent / "shared/models/stories260k"
+class Part:
+    """What the steps of a part share: the device, where their results go, what is lacking here."""
 
-    def suite(*what: str) -> tuple[str, ...]:
-        return (
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not full",
-            "--device",
-            device,
-            *what,
-        )
+    def __init__(self, device: str, scratch: Path) -> None:
+        self.device, self.scratch, self.gpu = device, scratch, device != "cpu"
+        self.no_pytest = None if importlib.util.find_spec("pytest") else "pytest is not installed"
 
-    def ran(name: str, *command: str, most: float = 240.0, lacking: str | None = None) -> Step:
-        file = scratch / f"{name.replace(' ', '_')}.json"
-        return Step(
-            name,
-            (*CLI, *command, "--device", device, "--output-json", str(file)),
-            most,
-            file,
-            lacking,
-        )
+    def suite(self, *what: str) -> tuple[str, ...]:
+        return (*PYTEST, "-m", "not full", "--device", self.device, *what)
 
-    if part == "truth":
+    def ran(
+        self, name: str, *command: str, most: float = 240.0, lacking: str | None = None
+    ) -> Step:
+        """A command of the command line that leaves a JSON file."""
+        file = self.scratch / f"{name.replace(' ', '_')}.json"
+        where = ("--device", self.device, "--output-json", str(file))
+        return Step(name, (*CLI, *command, *where), most, file, lacking)
+
+    def truth(self) -> Iterator[Step]:
         yield Step("versions", ("-c", VERSIONS), 60)
-        yield ran("doctor", "doctor", most=120)
-        yield ran("verify gae", "verify", "--ops", "gae", most=120)
-        yield ran("verify", "verify", "--cases", "8" if gpu else "3", "--timeout", "120", most=300)
-        yield Step(
-            "offsets beyond 2^31",
-            suite("tests/kernels/test_grid.py", "-k", "offsets"),
-            120,
-            lacking=pytest,
-        )
+        yield self.ran("doctor", "doctor", most=120)
+        yield self.ran("verify gae", "verify", "--ops", "gae", most=120)
+        cases = "8" if self.gpu else "3"
+        yield self.ran("verify", "verify", "--cases", cases, "--timeout", "120", most=300)
+        offsets = self.suite("tests/kernels/test_grid.py", "-k", "offsets")
+        yield Step("offsets beyond 2^31", offsets, 120, lacking=self.no_pytest)
+        found = shutil.which("compute-sanitizer")
+        if not self.gpu:
+            lacking = "there is no GPU in this run"
+        else:
+            lacking = None if found else "compute-sanitizer is not on the PATH"
+        only = ("--error-exitcode", "9", "--target-processes", "application-only")
         for tool in ("memcheck", "racecheck"):
-            found = shutil.which("compute-sanitizer")
-            lacking = (
-                "there is no GPU in this run"
-                if not gpu
-                else None
-                if found
-                else "compute-sanitizer is not on the PATH"
-            )
             yield Step(
                 f"compute-sanitizer {tool}",
-                ("-c", SANITIZED, device),
+                ("-c", SANITIZED, self.device),
                 120,
                 lacking=lacking,
-                tool=(
-                    found or "",
-                    "--tool",
-                    tool,
-                    "--error-exitcode",
-                    "9",
-                    "--target-processes",
-                    "application-only",
-                ),
+                tool=(found or "", "--tool", tool, *only),
             )
-        some = "not gradcheck" if gpu else "written or exercised"
-        yield Step(
-            "contract", suite("tests/kernels/test_contract.py", "-k", some), 240, lacking=pytest
-        )
-    elif part == "engine":
-        file = scratch / "promises.json"
-        yield Step("promises", ("-c", PROMISES, device, str(file)), 180, file)
-        model = ("--shape", "qwen2.5-0.5b") if gpu else ("--model", str(shared))
-        lacking = (
-            None
-            if gpu or shared.is_dir()
-            else f"there is no {shared.name} beside the checkout, and a published shape is too "
-            "large for a CPU"
-        )
-        small = () if gpu else ("--num-prompts", "8", "--input-len", "16", "--output-len", "32")
-        yield ran("throughput", "bench", "throughput", *model, *small, lacking=lacking)
-        yield ran(
-            "latency",
-            "bench",
-            "latency",
-            *model,
-            "--num-iters",
-            "10",
-            "--num-iters-warmup",
-            "3",
-            most=120,
-            lacking=lacking,
-        )
-        size = (
-            ("--num-prompts", "8", "--n", "8")
-            if gpu
-            else ("--num-prompts", "4", "--n", "4", "--input-len", "16", "--output-len", "32")
-        )
-        yield ran(
-            "grpo step",
-            "bench",
-            "step",
-            "--algorithm",
-            "grpo",
-            *model,
-            *size,
-            most=180,
-            lacking=lacking,
-        )
+        some = "not gradcheck" if self.gpu else "written or exercised"
+        contract = self.suite("tests/kernels/test_contract.py", "-k", some)
+        yield Step("contract", contract, 240, lacking=self.no_pytest)
+
+    def engine(self) -> Iterator[Step]:
+        file = self.scratch / "promises.json"
+        yield Step("promises", ("-c", PROMISES, self.device, str(file)), 180, file)
+        shared, lacking = ROOT.parent / "shared/models/stories260k", None
+        if self.gpu:
+            model = ("--shape", "qwen2.5-0.5b")
+            small, groups = (), ("--num-prompts", "8", "--n", "8")
+        else:
+            model = ("--model", str(shared))
+            short = ("--input-len", "16", "--output-len", "32")
+            small = ("--num-prompts", "8", *short)
+            groups = ("--num-prompts", "4", "--n", "4", *short)
+            if not shared.is_dir():
+                lacking = (
+                    f"there is no {shared.name} beside the checkout, and a published shape is too "
+                    "large for a CPU"
+                )
+        yield self.ran("throughput", "bench", "throughput", *model, *small, lacking=lacking)
+        few = ("--num-iters", "10", "--num-iters-warmup", "3")
+        yield self.ran("latency", "bench", "latency", *model, *few, most=120, lacking=lacking)
+        step = ("bench", "step", "--algorithm", "grpo")
+        yield self.ran("grpo step", *step, *model, *groups, most=180, lacking=lacking)
         for name in (
             "model/test_windows",
             "generation/test_generator",
             "test_actor",
             "generation/test_arena",
         ):
-            yield Step(f"suite {name}", suite(f"tests/engine/{name}.py"), 120, lacking=pytest)
-    else:
-        missing = pytest or (
-            None
-            if importlib.util.find_spec("pytest_benchmark")
-            else "pytest-benchmark is not installed"
-        )
+            what = self.suite(f"tests/engine/{name}.py")
+            yield Step(f"suite {name}", what, 120, lacking=self.no_pytest)
+
+    def kernels(self) -> Iterator[Step]:
+        missing = self.no_pytest
+        if missing is None and not importlib.util.find_spec("pytest_benchmark"):
+            missing = "pytest-benchmark is not installed"
+        some = () if self.gpu else ("--rounds", "2", "--first", "1")  # a rehearsal
         for name in CONTESTS:
-            results = scratch / name
-            some = () if gpu else ("--rounds", "2", "--first", "1")  # a rehearsal
+            results = self.scratch / name
+            command = (*PYTEST, "-s", "--benchmark-enable", "--results", str(results), *some)
             yield Step(
                 name,
-                (
-                    "-m",
-                    "pytest",
-                    "-p",
-                    "no:cacheprovider",
-                    "-s",
-                    "--benchmark-enable",
-                    "--results",
-                    str(results),
-                    *some,
-                    f"bench/bench_{name}.py",
-                ),
-                120 if gpu else 180,
+                (*command, f"bench/bench_{name}.py"),
+                120 if self.gpu else 180,
                 results / f"{name}.json",
                 missing,
             )
+
+
+def steps(part: str, device: str, scratch: Path) -> Iterator[Step]:
+    """Of one part, the most telling first."""
+    of = Part(device, scratch)
+    return {"truth": of.truth, "engine": of.engine, "kernels": of.kernels}[part]()
 
 
 def environment() -> dict[str, str]:

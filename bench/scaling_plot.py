@@ -67,6 +67,50 @@ def table(what: str, line: Sequence[Point]) -> str:
     return "\n".join(rows)
 
 
+def _panel(name: str, line: list[Point], left: int, low: float, high: float) -> list[str]:
+    def across(x: float) -> float:
+        return left + WIDTH * math.log(x / line[0].x) / math.log(line[-1].x / line[0].x)
+
+    def down(y: float) -> float:
+        return TOP + HEIGHT * (1 - math.log(y / low) / math.log(high / low))
+
+    out: list[str] = []
+    out.append(f'<text x="{left}" y="{TOP - 12}" font-weight="bold">tokens/s over {name}</text>')
+    tick = low
+    while tick <= high:
+        out.append(
+            f'<path d="M{left} {down(tick):.1f}h{WIDTH}" stroke="#d0d7de"/>'
+            f'<text x="{left - 6}" y="{down(tick) + 4:.1f}" '
+            f'text-anchor="end">{tick:,.0f}</text>'
+        )
+        tick *= 10
+    for point in line:
+        out.append(
+            f'<text x="{across(point.x):.1f}" y="{TOP + HEIGHT + 18}" '
+            f'text-anchor="middle">{point.x}</text>'
+        )
+    for color, dash, which in (
+        (ROOF, ' stroke-dasharray="5 4"', "roofline"),
+        (OURS, "", "tokens_per_s"),
+    ):
+        path = " ".join(
+            f"{across(point.x):.1f},{down(getattr(point, which)):.1f}" for point in line
+        )
+        out.append(
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
+        )
+    out += [
+        f'<circle cx="{across(p.x):.1f}" cy="{down(p.tokens_per_s):.1f}" r="3.5" '
+        f'fill="{OURS}"><title>{p.x}: {p.tokens_per_s:,.0f}</title></circle>'
+        for p in line
+    ]
+    out.append(
+        f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 38}" '
+        f'text-anchor="middle">{name} (logarithmic)</text>'
+    )
+    return out
+
+
 def svg(lines: dict[str, list[Point]]) -> str:
     """One panel a contest, both axes logarithmic: what was measured, and its roofline."""
     speeds = [
@@ -82,50 +126,7 @@ def svg(lines: dict[str, list[Point]]) -> str:
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for index, (what, line) in enumerate(lines.items()):
-        left = LEFT + index * (WIDTH + GAP)
-
-        def across(x: float, left: int = left, line: list[Point] = line) -> float:
-            return left + WIDTH * math.log(x / line[0].x) / math.log(line[-1].x / line[0].x)
-
-        def down(y: float) -> float:
-            return TOP + HEIGHT * (1 - math.log(y / low) / math.log(high / low))
-
-        out.append(
-            f'<text x="{left}" y="{TOP - 12}" font-weight="bold">tokens/s over '
-            f"{PANELS[what][0]}</text>"
-        )
-        tick = low
-        while tick <= high:
-            out.append(
-                f'<path d="M{left} {down(tick):.1f}h{WIDTH}" stroke="#d0d7de"/>'
-                f'<text x="{left - 6}" y="{down(tick) + 4:.1f}" '
-                f'text-anchor="end">{tick:,.0f}</text>'
-            )
-            tick *= 10
-        for point in line:
-            out.append(
-                f'<text x="{across(point.x):.1f}" y="{TOP + HEIGHT + 18}" '
-                f'text-anchor="middle">{point.x}</text>'
-            )
-        for color, dash, which in (
-            (ROOF, ' stroke-dasharray="5 4"', "roofline"),
-            (OURS, "", "tokens_per_s"),
-        ):
-            path = " ".join(
-                f"{across(point.x):.1f},{down(getattr(point, which)):.1f}" for point in line
-            )
-            out.append(
-                f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
-            )
-        out += [
-            f'<circle cx="{across(p.x):.1f}" cy="{down(p.tokens_per_s):.1f}" r="3.5" '
-            f'fill="{OURS}"><title>{p.x}: {p.tokens_per_s:,.0f}</title></circle>'
-            for p in line
-        ]
-        out.append(
-            f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 38}" '
-            f'text-anchor="middle">{PANELS[what][0]} (logarithmic)</text>'
-        )
+        out += _panel(PANELS[what][0], line, LEFT + index * (WIDTH + GAP), low, high)
     for offset, color, label in ((0, OURS, "measured"), (70, ROOF, "roofline")):
         out.append(
             f'<text x="{LEFT + offset}" y="{TOP + HEIGHT + 54}" fill="{color}">{label}</text>'

@@ -20,7 +20,8 @@ from fusedrl.engine.rewards.rewards import RewardSet, load_reward
 from fusedrl.engine.watch.evaluate import comparison, evaluate, side_by_side
 
 
-def main() -> None:
+def asked() -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,8 +54,11 @@ def main() -> None:
         "--show", type=int, default=4, help="completions to print (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = asked()
     before, after = (HybridActor.from_pretrained(path) for path in (options.before, options.after))
     generation = GenerationConfig(
         max_new_tokens=options.max_new_tokens, stop_token_ids=tuple(options.stop_token_ids)

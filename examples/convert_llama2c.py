@@ -153,9 +153,8 @@ def convert_weights(path: Path) -> Decoder:
     return decoder
 
 
-def convert_tokenizer(path: Path, config: ModelConfig) -> PreTrainedTokenizerFast:
-    """The SentencePiece vocabulary of a tokenizer.bin as a fast tokenizer. Raises ValueError where
-    it does not fit the model."""
+def read_pieces(path: Path) -> list[tuple[str, float]]:
+    """(piece, score) of each token of a tokenizer.bin. Raises ValueError where it is cut short."""
     data = path.read_bytes()
     pieces: list[tuple[str, float]] = []
     at = 4  # after the longest piece's length
@@ -176,6 +175,13 @@ def convert_tokenizer(path: Path, config: ModelConfig) -> PreTrainedTokenizerFas
             )
         )
         at += 8 + length
+    return pieces
+
+
+def convert_tokenizer(path: Path, config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The SentencePiece vocabulary of a tokenizer.bin as a fast tokenizer. Raises ValueError where
+    it does not fit the model."""
+    pieces = read_pieces(path)
     if len(pieces) != config.vocab_size:
         raise ValueError(
             f"{path}: expected {config.vocab_size} pieces, as the model has tokens, got "

@@ -26,7 +26,8 @@ from fusedrl.engine.rollout.best_of_n import BestOf, best_of_n, best_of_n_kl, ex
 from fusedrl.engine.watch.evaluate import Estimate
 
 
-def main() -> None:
+def asked() -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,8 +51,11 @@ def main() -> None:
         help="ids that end a completion besides the model's own EOS",
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = asked()
     actor = HybridActor.from_pretrained(options.model)
     generation = GenerationConfig(
         max_new_tokens=options.max_new_tokens, stop_token_ids=tuple(options.stop_token_ids)

@@ -151,6 +151,7 @@ def _step(kinds: Kinds) -> None:
 
 
 def run_bench(options: argparse.Namespace) -> None:
+    """Run `fusedrl bench`."""
     if options.kind == "kernels":
         _bench_kernels(options)
         return

@@ -14,6 +14,7 @@ from fusedrl.engine.cli.common import (
 
 # ---- generate ------------------------------------------------------------------------------------
 def generate_options(parser: argparse.ArgumentParser) -> None:
+    """Give the parser the options of `fusedrl generate`."""
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="directory or id of the model"
     )
@@ -73,6 +74,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
+    """Run `fusedrl generate`."""
     _check_best_of(options)
     check_device(options.device)
     from fusedrl.engine.actor import HybridActor

@@ -79,6 +79,7 @@ def prompts(
 
 
 def asked(row: Row, name: str, reading: Reading) -> Prompt:
+    """The column as a question, through the template."""
     return reading.template.render(get.text(row, name), "")
 
 
@@ -104,6 +105,7 @@ def _tools(row: Row, prompt: Prompt) -> dict[str, Any]:
 
 
 def demonstrated(prompt: Prompt, completion: str, **extra: Any) -> Demonstration:
+    """The demonstration, or Dropped where the completion is blank."""
     if not completion.strip():
         raise Dropped("the completion is empty")
     return Demonstration(prompt, completion, **extra)
@@ -124,6 +126,7 @@ def _margin(row: Row) -> dict[str, float]:
 
 
 def explicit_pair(row: Row, reading: Reading) -> PairExample:
+    """A pair whose prompt has a column of its own."""
     prompt = given(row, reading)
     return _pair(
         prompt,
@@ -135,6 +138,8 @@ def explicit_pair(row: Row, reading: Reading) -> PairExample:
 
 
 def implicit_pair(row: Row, reading: Reading) -> PairExample:
+    """A pair of two whole texts or conversations: the prompt is what they begin with, and
+    must be the same in both."""
     prompt, chosen = get.split(row, "chosen")
     other, rejected = get.split(row, "rejected")
     if prompt != other:
@@ -143,11 +148,13 @@ def implicit_pair(row: Row, reading: Reading) -> PairExample:
 
 
 def explicit_chosen(row: Row, reading: Reading) -> Demonstration:
+    """The better answer of a pair as a demonstration; the prompt has a column of its own."""
     prompt = given(row, reading)
     return demonstrated(prompt, _answer(row, "chosen", reading), **_tools(row, prompt))
 
 
 def implicit_chosen(row: Row, reading: Reading) -> Demonstration:
+    """The better one of two whole conversations as a demonstration."""
     prompt, chosen = get.split(row, "chosen")
     return demonstrated(prompt, chosen, **_tools(row, prompt))
 
@@ -165,6 +172,8 @@ def red_team_prompt(row: Row, reading: Reading) -> PromptExample:
 
 
 def shp_pair(row: Row, reading: Reading) -> PairExample:
+    """A pair of the Stanford Human Preferences: ratios below `min_score_ratio` and pairs beyond
+    `max_pairs_per_post` of a post are dropped."""
     first_is_better = get.one_of(row, "labels", 0, 1) == 1
     answers = [
         reading.template.answer(get.text(row, name)) for name in ("human_ref_A", "human_ref_B")
@@ -181,6 +190,7 @@ def shp_pair(row: Row, reading: Reading) -> PairExample:
 
 
 def webgpt_pair(row: Row, reading: Reading) -> PairExample:
+    """A pair of WebGPT's comparisons; a tie is dropped, or with `soft_labels` has label 0.5."""
     prompt = asked(row, "question.full_text", reading)
     answers = [reading.template.answer(get.text(row, name)) for name in ("answer_0", "answer_1")]
     scores = get.number(row, "score_0"), get.number(row, "score_1")
@@ -194,6 +204,8 @@ def webgpt_pair(row: Row, reading: Reading) -> PairExample:
 
 # ---- summaries -----------------------------------------------------------------------------------
 def summary_query(row: Row, reading: Reading, at: str = "") -> str:
+    """The query for a summary of a post, cut as in TL;DR, or of an article; `at` is the path of its
+    columns."""
     if at and not isinstance(row["info"], dict):
         raise get.wrong("info", "an object", row["info"])
     if at and "article" in row["info"]:
@@ -217,6 +229,7 @@ def _in_split(row: Row, reading: Reading) -> None:
 
 
 def spaced(text: str) -> str:
+    """The text with one space before it, unless it begins with one."""
     return text if text[:1].isspace() else f" {text}"
 
 
@@ -226,10 +239,12 @@ def in_info(row: Row, reading: Reading) -> Prompt:
 
 
 def tldr_demonstration(row: Row, reading: Reading) -> Demonstration:
+    """A post and its author's summary."""
     return demonstrated(summary_query(row, reading), spaced(get.text(row, "summary")))
 
 
 def comparison(row: Row, reading: Reading) -> PairExample:
+    """Two summaries of a post or article, and which one was chosen."""
     _in_split(row, reading)
     better = get.one_of(row, "choice", 0, 1)
     summaries = row["summaries"]
@@ -244,6 +259,7 @@ def comparison(row: Row, reading: Reading) -> PairExample:
 
 
 def axes(row: Row, reading: Reading) -> ScoredExample:
+    """A summary with its scores on each axis that was judged."""
     _in_split(row, reading)
     axes = get.column(row, "summary.axes")
     if not isinstance(axes, dict):
@@ -269,6 +285,7 @@ def gold_number(answer: str) -> str:
 
 
 def gold(row: Row) -> str:
+    """The number that a GSM8K answer ends with; BadRow where it does not."""
     try:
         return gold_number(get.text(row, "answer"))
     except ValueError as error:
@@ -283,6 +300,7 @@ def gsm8k_prompt(row: Row, reading: Reading) -> PromptExample:
 
 
 def gsm8k_demonstration(row: Row, reading: Reading) -> Demonstration:
+    """The question and its solution."""
     gold(row)
     return demonstrated(
         asked(row, "question", reading), reading.template.answer(get.text(row, "answer"))
@@ -328,11 +346,13 @@ def instructed(row: Row, reading: Reading) -> Demonstration:
 
 # ---- TRL's others, and ours ----------------------------------------------------------------------
 def completed(row: Row, reading: Reading) -> Demonstration:
+    """A prompt and its completion."""
     prompt = given(row, reading)
     return demonstrated(prompt, _answer(row, "completion", reading), **_tools(row, prompt))
 
 
 def desirable(row: Row, reading: Reading) -> Demonstration:
+    """The completion of a row that is labelled as wanted; others are Dropped."""
     if not _label(row):
         raise Dropped("the answer is labelled as not wanted")
     return completed(row, reading)
@@ -345,6 +365,7 @@ def _label(row: Row) -> bool:
 
 
 def unpaired(row: Row, reading: Reading) -> UnpairedExample:
+    """A completion with its label, as KTO takes it."""
     label, prompt, completion = (
         _label(row),
         given(row, reading),
@@ -356,6 +377,7 @@ def unpaired(row: Row, reading: Reading) -> UnpairedExample:
 
 
 def steps(row: Row, reading: Reading) -> StepExample:
+    """A solution in steps, each labelled right or wrong."""
     steps, labels = (
         get.many(row, "completions", str, "string"),
         get.many(row, "labels", bool, "boolean"),
@@ -370,6 +392,7 @@ def steps(row: Row, reading: Reading) -> StepExample:
 
 
 def ranked(row: Row, reading: Reading) -> RankedExample:
+    """Several answers with their ranks; blank ones are left out."""
     if not isinstance(row["completions"], list):
         raise get.wrong("completions", "a list of answers", row["completions"])
     answers = [
@@ -406,6 +429,7 @@ def expanded(row: Row, reading: Reading) -> list[PairExample]:
 
 
 def implicit_prompt(row: Row, reading: Reading) -> Prompt:
+    """The prompt that the better and the worse conversation begin with."""
     return get.common_prompt(row)
 
 
@@ -415,10 +439,12 @@ def dialogues(name: str) -> Callable[[Row, Reading], Dialogue]:
 
 
 def plain_text(row: Row, reading: Reading) -> Demonstration:
+    """A text that is learned as a whole, after no prompt."""
     return demonstrated("", get.text(row, "text"))
 
 
 def conversation(row: Row, name: str) -> Messages:
+    """The messages of a column."""
     if not isinstance(row[name], list):
         raise get.wrong(name, "a list of messages", row[name])
     return get.messages(row, name)
@@ -438,6 +464,8 @@ def open_prompt(name: str) -> Callable[[Row, Reading], PromptExample]:
 
 
 def last_answer(name: str) -> Callable[[Row, Reading], Demonstration]:
+    """The reader of a conversation whose last answer is what is learned."""
+
     def read(row: Row, reading: Reading) -> Demonstration:
         conversation(row, name)
         prompt, completion = get.split(row, name)
@@ -447,12 +475,14 @@ def last_answer(name: str) -> Callable[[Row, Reading], Demonstration]:
 
 
 def whole_dialogue(messages: Messages, row: Row) -> Dialogue:
+    """A dialogue with its tools; Dropped where the assistant says nothing."""
     if not any(message["role"] == "assistant" for message in messages):
         raise Dropped("the assistant says nothing")
     return Dialogue(messages, get.tools(row))
 
 
 def completed_dialogue(row: Row, reading: Reading) -> Dialogue:
+    """The dialogue of a prompt and a completion that are both messages."""
     prompt, completion = given(row, reading), row["completion"]
     if isinstance(prompt, str) or not isinstance(completion, list):
         raise BadRow('expected "prompt" and "completion" to be lists of messages for a dialogue')

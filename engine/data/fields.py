@@ -11,10 +11,12 @@ from fusedrl.engine.data.templates import ASSISTANT
 
 
 def missing(row: Row, expected: str) -> BadRow:
+    """The error of a column that is not there, with those that are."""
     return BadRow(f"missing column {expected}; found {', '.join(map(repr, row)) or 'none'}")
 
 
 def wrong(name: str, expected: str, value: object) -> BadRow:
+    """The error of a column of another type than expected."""
     return BadRow(f'expected "{name}" to be {expected}, got {type_name(value)}')
 
 
@@ -31,6 +33,7 @@ def column(row: Row, name: str) -> Any:
 
 
 def text(row: Row, name: str) -> str:
+    """The column as a string."""
     value = column(row, name)
     if not isinstance(value, str):
         raise wrong(name, "a string", value)
@@ -38,10 +41,12 @@ def text(row: Row, name: str) -> str:
 
 
 def optional_text(row: Row, name: str) -> str:
+    """The column as a string; empty where it is missing or null."""
     return "" if row.get(name) is None else text(row, name)
 
 
 def number(row: Row, name: str) -> float:
+    """The column as a float; true and false are no numbers."""
     value = column(row, name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong(name, "a number", value)
@@ -49,6 +54,7 @@ def number(row: Row, name: str) -> float:
 
 
 def one_of(row: Row, name: str, *known: int) -> int:
+    """The column as one of the whole numbers that are known."""
     value = column(row, name)
     if isinstance(value, bool) or value not in known:
         raise BadRow(f'expected "{name}" to be {" or ".join(map(str, known))}, got {value!r:.80}')
@@ -68,6 +74,7 @@ def many(row: Row, name: str, kind: type, what: str) -> tuple[Any, ...]:
 
 # ---- messages ------------------------------------------------------------------------------------
 def messages(row: Row, name: str) -> Messages:
+    """The column as messages; strings that take turns, the user first, become messages."""
     found = row[name]
     if not found:
         raise BadRow(f'"{name}" is an empty list of messages')
@@ -95,6 +102,7 @@ def messages(row: Row, name: str) -> Messages:
 
 
 def text_or_messages(row: Row, name: str) -> Prompt:
+    """The column as a string, or as messages."""
     value = column(row, name)
     if isinstance(value, list):
         return messages(row, name)
@@ -104,6 +112,7 @@ def text_or_messages(row: Row, name: str) -> Prompt:
 
 
 def content(message: dict[str, Any], name: str) -> str:
+    """The text of an answer; BadRow where it is a call of a tool and has none."""
     if message.get("content") is None:
         raise BadRow(
             f'the answer in "{name}" is a call of a tool, which has no text; read the file as '

@@ -61,6 +61,7 @@ class Format:
     caveat: str = ""
 
     def matches(self, row: Row) -> bool:
+        """Whether a row has the columns of this format."""
         return (
             all(name in row for name in self.columns)
             and not any(name in row for name in self.without)

@@ -47,18 +47,23 @@ def encode_prompt(
     An empty prompt is the BOS token alone.
 
     Raises:
-        DataError: no tokenizer, an empty prompt without a BOS token, or messages without a chat
-            template.
+        DataError: no tokenizer, an empty prompt without a BOS token, messages without a chat
+            template or of which it makes nothing, or a text with a lone surrogate.
     """
     if tokenizer is None:
         raise _no_tokenizer()
     if not isinstance(prompt, str):
         _needs_template(tokenizer)
         with _templates():
-            rendered: Any = tokenizer.apply_chat_template(
-                prompt, tools=tools, tokenize=True, add_generation_prompt=True, return_dict=False
+            text = tokenizer.apply_chat_template(
+                prompt, tools=tools, tokenize=False, add_generation_prompt=True
             )
-        return list(rendered)
+        if not (ids := _ids(tokenizer, str(text), special=False)):
+            raise DataError(
+                "the chat template makes nothing of the prompt's messages; a completion needs at "
+                f"least one token to go on from: {str(prompt)[:120]}"
+            )
+        return ids
     plain = _ids(tokenizer, prompt, special=False)
     if not plain:
         if tokenizer.bos_token_id is None:
@@ -329,7 +334,15 @@ def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    encoded: Any = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
+    try:
+        encoded: Any = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
+    except (TypeError, UnicodeEncodeError):  # as tokenizers in Rust and in Python say it
+        if not any("\ud800" <= character <= "\udfff" for character in text):
+            raise
+        raise DataError(
+            "a text has a lone surrogate (\\ud800 to \\udfff), which is not a character: "
+            f"{text[:80]!a}"
+        ) from None
     return list(encoded["input_ids"])
 
 

@@ -149,9 +149,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 )
         elif not saver.safe:
             problem = f"the last completed step, {saver.step}, is not saved: " + (
-                "saving it failed. "
-                if saver.failed
-                else "the weights are half-way through the update after it. "
+                "saving it failed. " if saver.failed else "the weights have begun to change since. "
             )
         if saver.saved is None:
             kept = "nothing is saved" + (": no step was completed" if saver.step == 0 else "")

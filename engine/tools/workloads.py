@@ -96,6 +96,7 @@ class Workload:
 
     @property
     def num_sequences(self) -> int:
+        """Prompts times samples."""
         return len(self.prompts) * self.samples
 
     @property
@@ -105,6 +106,7 @@ class Workload:
 
     @property
     def output_tokens(self) -> int:
+        """Tokens to generate in all."""
         return sum(self.new_tokens) * self.samples
 
     def lengths(self) -> list[int]:

@@ -65,6 +65,7 @@ def flash_attn(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
+    """Attention by the package flash-attn."""
     return _flash_attn(
         _dense_heads(q),
         _dense_heads(k),
@@ -92,6 +93,7 @@ def torch_varlen(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
+    """Attention by torch.nn.attention.varlen."""
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     return _torch_varlen(
         _dense_heads(q),

@@ -107,6 +107,7 @@ def rope_and_cache_cuda(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
+    """The op's CUDA C++ implementation."""
     q, launches = plan_rope_and_cache(
         qkv, cos, sin, k_cache, v_cache, slots, num_heads, q_norm, k_norm, eps
     )

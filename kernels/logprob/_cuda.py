@@ -137,6 +137,7 @@ def logprob_cuda(
     kept_ids: Tensor | None,
     kept_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's CUDA C++ implementation."""
     outputs, launches = plan_forward(
         logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets
     )

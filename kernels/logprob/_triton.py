@@ -287,6 +287,7 @@ def logprob_triton(
     kept_ids: Tensor | None,
     kept_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's Triton implementation."""
     return _forward_triton(
         logits, token_ids, temperature, temperatures, entropy, ignore_index, kept_ids, kept_offsets
     )

@@ -23,6 +23,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # ---- launchers: allocate, grid (the first two for the other implementations as well) -------------
 def empty_outputs(logits_BV: Tensor, kept_capacity: int | None) -> Outputs:
+    """Outputs that a launch fills."""
     B = logits_BV.shape[0]
     ids, logp = (
         logits_BV.new_empty(B, dtype=torch.int64),
@@ -107,6 +108,7 @@ def sample_cuda(
     suppress: Tensor | None,
     kept_capacity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op's CUDA C++ implementation."""
     outputs, launches = plan_sample(
         logits, temperature, top_k, top_p, min_p, keys, suppress, kept_capacity
     )

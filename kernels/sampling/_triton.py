@@ -423,6 +423,7 @@ def sample_triton(
     suppress: Tensor | None,
     kept_capacity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op's Triton implementation."""
     B, V = logits.shape
     outputs = empty_outputs(logits, kept_capacity)
     *per_row, kept_ids, offsets = outputs

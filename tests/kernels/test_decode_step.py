@@ -88,73 +88,82 @@ KINDS = {
 }
 
 
-def make(device, kind, dtype=torch.float32, V=37, seed=0):
-    k = {
-        "bias": False,
-        "qk_norm": False,
-        "rope_scale": 1.0,
-        "windows": (0, 0),
-        "norms": "before",
-        "tables": 1,
-        "options": Options(),
-        "layer_norm": False,
-        "gated": True,
-        "positions": None,
-        **KINDS[kind],
-    }
-    generator = torch.Generator().manual_seed(seed)
+DEFAULTS = {
+    "bias": False,
+    "qk_norm": False,
+    "rope_scale": 1.0,
+    "windows": (0, 0),
+    "norms": "before",
+    "tables": 1,
+    "options": Options(),
+    "layer_norm": False,
+    "gated": True,
+    "positions": None,
+}
 
-    def rand(*shape, scale=None):
-        return (
-            torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
-            * (scale or shape[-1] ** -0.5)
-        ).to(dtype)
 
-    def norm(size):
-        return (
-            1 + 0.2 * torch.randn(size, generator=generator, dtype=torch.float64).to(device)
-        ).to(dtype)
+class Drawn:
+    """The random weights of a kind."""
 
-    def norm_bias(size):
-        return rand(size, scale=0.3) if k["layer_norm"] else None
+    def __init__(self, device, k, dtype, seed):
+        self.device, self.k, self.dtype = device, k, dtype
+        self.generator = torch.Generator().manual_seed(seed)
 
-    heads, kv, D, H, F = (k[name] for name in ("heads", "kv_heads", "D", "H", "F"))
-    up = 2 * F if k["gated"] else F
-    layers = []
-    for window, turned in zip(k["windows"], k.get("ropes", (0,) * len(k["windows"])), strict=True):
-        qkv, bias = (
-            (heads + 2 * kv) * D,
-            (lambda size: rand(size, scale=0.3)) if k["bias"] else (lambda size: None),
-        )
-        head_norm = norm if k["qk_norm"] else lambda size: None
+    def rand(self, *shape, scale=None):
+        x = torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.device)
+        return (x * (scale or shape[-1] ** -0.5)).to(self.dtype)
+
+    def norm(self, size):
+        x = torch.randn(size, generator=self.generator, dtype=torch.float64).to(self.device)
+        return (1 + 0.2 * x).to(self.dtype)
+
+    def norm_bias(self, size):
+        return self.rand(size, scale=0.3) if self.k["layer_norm"] else None
+
+    def bias(self, size):
+        return self.rand(size, scale=0.3) if self.k["bias"] else None
+
+    def norm_if(self, present, size):
+        return self.norm(size) if present else None
+
+    def layer(self, window, turned):
+        k = self.k
+        heads, kv, D, H, F = (k[name] for name in ("heads", "kv_heads", "D", "H", "F"))
+        qkv, up = (heads + 2 * kv) * D, 2 * F if k["gated"] else F
         q_size, k_size = (heads * D, kv * D) if k["qk_norm"] == "together" else (D, D)
-        before, behind = (
-            norm if k["norms"] in (where, "both") else lambda size: None
-            for where in ("before", "behind")
+        before, behind = (k["norms"] in (where, "both") for where in ("before", "behind"))
+        return LayerWeights(
+            self.norm_if(before, H),
+            self.rand(qkv, H, scale=2 * H**-0.5),
+            self.bias(qkv),
+            self.norm_if(k["qk_norm"], q_size),
+            self.norm_if(k["qk_norm"], k_size),
+            self.rand(H, heads * D),
+            self.bias(H),
+            self.norm_if(before, H),
+            self.rand(up, H),
+            self.bias(up),
+            self.rand(H, F),
+            self.bias(H),
+            window,
+            self.norm_if(behind, H),
+            self.norm_if(behind, H),
+            turned,
+            self.norm_bias(H),
+            self.norm_bias(H),
         )
-        layers.append(
-            LayerWeights(
-                before(H),
-                rand(qkv, H, scale=2 * H**-0.5),
-                bias(qkv),
-                head_norm(q_size),
-                head_norm(k_size),
-                rand(H, heads * D),
-                bias(H),
-                before(H),
-                rand(up, H),
-                bias(up),
-                rand(H, F),
-                bias(H),
-                window,
-                behind(H),
-                behind(H),
-                turned,
-                norm_bias(H),
-                norm_bias(H),
-            )
+
+
+def make(device, kind, dtype=torch.float32, V=37, seed=0):
+    k = DEFAULTS | KINDS[kind]
+    drawn, heads, D, H = Drawn(device, k, dtype, seed), k["heads"], k["D"], k["H"]
+    layers = [
+        drawn.layer(window, turned)
+        for window, turned in zip(
+            k["windows"], k.get("ropes", (0,) * len(k["windows"])), strict=True
         )
-    embedding = rand(V, H, scale=1.0)
+    ]
+    embedding = drawn.rand(V, H, scale=1.0)
     inv_freq = 1.0 / 100.0 ** (
         torch.arange(k.get("pairs", D // 2), dtype=torch.float32, device=device) / (D // 2)
     )
@@ -163,20 +172,20 @@ def make(device, kind, dtype=torch.float32, V=37, seed=0):
         if k["tables"] == 1
         else torch.stack([inv_freq / (1 + 3 * t) for t in range(k["tables"])])
     )
-    learned = None if k["positions"] is None else rand(k["positions"], H, scale=0.5)
+    learned = None if k["positions"] is None else drawn.rand(k["positions"], H, scale=0.5)
     return DecoderWeights(
         embedding,
         tuple(layers),
-        norm(H),
+        drawn.norm(H),
         embedding,
         RopeTable(inv_freq, k["rope_scale"]),
         heads,
-        kv,
+        k["kv_heads"],
         D,
         1e-5,
         k["options"],
         learned,
-        norm_bias(H),
+        drawn.norm_bias(H),
     )
 
 
@@ -244,6 +253,23 @@ def merged(weights):
     return wide
 
 
+ACTIVATIONS = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: x * torch.special.ndtr(x),
+    "gelu_tanh": lambda x: x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+}
+
+
+def normed(x, g, b=None, *, offset, eps):
+    """RMSNorm, or with a bias LayerNorm, of the last dimension; without a weight nothing."""
+    if b is not None:
+        centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+        return centred / (centred.square().sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt() * g + b
+    if g is None:
+        return x
+    return (g + offset) * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
 def dense(device, weights, ids):
     """One whole sequence in float64 with no cache, position by position: the definition, written
     independently."""
@@ -254,22 +280,7 @@ def dense(device, weights, ids):
     tables = w.rope_table.inv_freq.double()
     P = tables.shape[1]
 
-    def norm(x, g, b=None):
-        if b is not None:
-            centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
-            return (
-                centred
-                / (centred.square().sum(-1, keepdim=True) / x.shape[-1] + w.norm_eps).sqrt()
-                * g
-                + b
-            )
-        return (
-            x
-            if g is None
-            else (g + options.norm_offset)
-            * x
-            / (x.square().mean(-1, keepdim=True) + w.norm_eps).sqrt()
-        )
+    norm = functools.partial(normed, offset=options.norm_offset, eps=w.norm_eps)
 
     def turn(x, t, inv_freq):
         z = torch.complex(x[..., :P], x[..., P : 2 * P]) * torch.polar(
@@ -313,13 +324,7 @@ def dense(device, weights, ids):
             before if options.parallel else x, layer.post_norm, layer.post_norm_bias
         ) @ layer.gate_up.T + zero(layer.gate_up_bias)
         gate, up = h.chunk(2, -1) if h.shape[-1] > layer.down.shape[1] else (h, 1.0)
-        gate = {
-            "silu": lambda x: x * torch.sigmoid(x),
-            "gelu": lambda x: x * torch.special.ndtr(x),
-            "gelu_tanh": lambda x: (
-                x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-            ),
-        }[options.activation](gate)
+        gate = ACTIVATIONS[options.activation](gate)
         x = x + norm((gate * up) @ layer.down.T + zero(layer.down_bias), layer.mlp_out_norm)
     return norm(x, w.norm, w.norm_bias)
 

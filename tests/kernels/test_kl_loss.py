@@ -93,6 +93,11 @@ def test_sequence_level_is_the_definition(impl, device):
                 want[live] = weight * SLOPE[gradient](ratio)
         assert loss.item() == pytest.approx(total, rel=2e-6, abs=1e-6)
         torch.testing.assert_close(slope, want, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.each_impl("kl_loss")
+def test_sequence_level_of_padded_and_packed_rows(impl, device):
+    logp, ref_logp, _ = make(device, 12, 0.5)
     uniform = torch.full((12,), 0.25, device=device)
     padded = kl_loss(
         logp[:12].view(3, 4),
@@ -239,7 +244,7 @@ def test_long_sequences_twice_the_same_and_companions_change_nothing(impl, devic
 
 
 @pytest.mark.each_impl("kl_loss")
-def test_value_opcheck_compile_and_refusals(impl, device):
+def test_value_opcheck_and_double_backward(impl, device):
     logp, ref_logp, weights = make(device, 20, 0.3)
     loss = kl_loss(
         logp,
@@ -293,6 +298,13 @@ def test_value_opcheck_compile_and_refusals(impl, device):
                 cu_seqlens=cu[:2],
                 impl=impl,
             )
+
+
+@pytest.mark.each_impl("kl_loss")
+def test_compiled_and_refused(impl, device):
+    logp, ref_logp, weights = make(device, 20, 0.3)
+    logp.requires_grad_()
+    cu = torch.tensor([0, 5, 20], dtype=torch.int32, device=device)
     for options in (
         {"estimator": "k3", "gradient": "k2"},
         {"estimator": "k1", "gradient": "k2", "level": "sequence", "cu_seqlens": cu},

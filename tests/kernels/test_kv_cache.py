@@ -292,11 +292,9 @@ def test_threads_change_nothing(device):
     )
 
 
-@pytest.mark.each_impl("rope_and_cache")
-def test_fills_the_cache_of_decode_step(impl, device):
-    """A decoder step and this op write the same keys and values, from the same hidden states and
-    block table."""
-    generator, H, heads, kv_heads, D, N, S = torch.Generator().manual_seed(5), 24, 4, 2, 12, 7, 4
+def small_decoder(device, heads=4, kv_heads=2, D=12, H=24):
+    """Two layers of one set of weights, their heads' norms included."""
+    generator = torch.Generator().manual_seed(5)
 
     def rand(*shape):
         return torch.randn(*shape, generator=generator).to(device) * 0.3
@@ -317,7 +315,7 @@ def test_fills_the_cache_of_decode_step(impl, device):
         0,
     )
     embedding = rand(9, H)
-    weights = DecoderWeights(
+    return DecoderWeights(
         embedding,
         (layer, layer),
         rand(H),
@@ -328,6 +326,14 @@ def test_fills_the_cache_of_decode_step(impl, device):
         D,
         1e-5,
     )
+
+
+@pytest.mark.each_impl("rope_and_cache")
+def test_fills_the_cache_of_decode_step(impl, device):
+    """A decoder step and this op write the same keys and values, from the same hidden states and
+    block table."""
+    weights, N, S = small_decoder(device), 7, 4
+    layer, embedding = weights.layers[0], weights.embedding
     ids, positions, table = (
         torch.arange(N, device=device),
         torch.arange(N, device=device),
@@ -344,7 +350,9 @@ def test_fills_the_cache_of_decode_step(impl, device):
         *theirs,
         impl="torch",
     )
-    hidden = torch.nn.functional.rms_norm(embedding[ids], (H,), layer.input_norm, weights.norm_eps)
+    hidden = torch.nn.functional.rms_norm(
+        embedding[ids], layer.input_norm.shape, layer.input_norm, weights.norm_eps
+    )
     angles = positions[:, None] * weights.rope_table.inv_freq
     rope_and_cache(
         hidden @ layer.qkv.T,
@@ -353,7 +361,7 @@ def test_fills_the_cache_of_decode_step(impl, device):
         ours[0][0],
         ours[1][0],
         table[0].long()[positions // S] * S + positions % S,
-        num_heads=heads,
+        num_heads=weights.num_heads,
         q_norm=layer.q_norm,
         k_norm=layer.k_norm,
         eps=weights.norm_eps,

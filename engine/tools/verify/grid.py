@@ -179,12 +179,15 @@ class Entry:
         ]
 
     def levels_of(self, impl: str, device: torch.device | str = "cpu") -> dict[str, tuple]:
+        """The levels of each dimension for an implementation on a device."""
         return self.levels | (self.triton if interpreted(impl, device) else {})
 
     def plain(self, **changes: object) -> Case:
+        """The case of every dimension's first level, but for the changes."""
         return {name: levels[0] for name, levels in self.levels.items()} | changes
 
     def problem(self, case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
+        """The inputs of a case, drawn on the CPU from the seed."""
         return self.make(SimpleNamespace(**case), torch.Generator().manual_seed(seed)).to(device)
 
 
@@ -271,6 +274,7 @@ def sample_of_grid(
 
 
 def describe(case: Case) -> str:
+    """The case in one line, for messages."""
     return ", ".join(f"{name}={str(level).removeprefix('torch.')}" for name, level in case.items())
 
 
@@ -311,6 +315,7 @@ def oracle(entry: Entry, problem: Problem, dtype: torch.dtype = torch.float64) -
 def finished(
     outputs: Tensors, leaves: Tensors, problem: Problem, materialize: bool = False
 ) -> Tensors:
+    """Outputs by name, and gradients as "d name" where there are leaves."""
     got = {name: t.detach() for name, t in outputs.items()}
     if leaves:
         names = [
@@ -513,6 +518,7 @@ def narrow_products(entry: Entry, impl: str, device: torch.device | str) -> bool
 
 
 def bytes_differ(a: torch.UntypedStorage, b: torch.UntypedStorage) -> bool:
+    """Whether two storages of one size hold other bytes."""
     return not torch.equal(
         *(
             torch.empty(0, dtype=torch.uint8, device=s.device).set_(s, 0, (s.nbytes(),), (1,))

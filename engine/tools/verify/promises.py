@@ -76,6 +76,7 @@ def make(
 
 
 def said(outs: Sequence[Sequence[Completion]]) -> list[list[int]]:
+    """The token ids of every completion, in order."""
     return [completion.token_ids for completions in outs for completion in completions]
 
 
@@ -116,6 +117,7 @@ def reference() -> list[list[int]]:
 
 # ---- generation ----------------------------------------------------------------------------------
 def greedy_tokens(device: torch.device) -> Row:
+    """Greedy completions on the device against the CPU's reference."""
     return row(
         why=apart(
             said(make(device).generate(prompts(), GREEDY)), reference(), "the CPU's reference"

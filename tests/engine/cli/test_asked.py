@@ -542,14 +542,8 @@ def test_a_run_where_its_model_is_meant(capsys, tiny_model, write_jsonl, tmp_pat
     assert "is the directory of a run that has no model yet" in text
 
 
-def test_what_is_no_model(capsys, tiny_model, tmp_path, write_jsonl, monkeypatch):
-    """Each is named for what it is, wherever a model is expected."""
-    monkeypatch.chdir(tmp_path)
-    data, reward = (
-        write_jsonl("data.jsonl", [{"prompt": "w1", "completion": "w2"}]),
-        tmp_path / "r.py",
-    )
-    reward.write_text("def f(completions, **_):\n    return [1.0] * len(completions)\n")
+def no_models(tiny_model, tmp_path):
+    """Path -> what a message says of it; all made in tmp_path, the working directory."""
 
     def made(name, *files):
         (tmp_path / name).mkdir()
@@ -599,6 +593,18 @@ def test_what_is_no_model(capsys, tiny_model, tmp_path, write_jsonl, monkeypatch
         "run/checkpoints/step_00000003": "go on with the command that began it and --run.resume "
         "true",
     }
+    return wrong
+
+
+def test_what_is_no_model(capsys, tiny_model, tmp_path, write_jsonl, monkeypatch):
+    """Each is named for what it is, wherever a model is expected."""
+    monkeypatch.chdir(tmp_path)
+    data, reward = (
+        write_jsonl("data.jsonl", [{"prompt": "w1", "completion": "w2"}]),
+        tmp_path / "r.py",
+    )
+    reward.write_text("def f(completions, **_):\n    return [1.0] * len(completions)\n")
+    wrong = no_models(tiny_model, tmp_path)
     for path, message in wrong.items():
         code, text = told(capsys, "generate", "--model", path, "--prompt", "w1")
         assert (code, message in text, text.count("\n")) == (2, True, 1), text

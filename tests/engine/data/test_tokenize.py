@@ -86,6 +86,22 @@ def test_an_empty_prompt_without_bos_is_an_error():
         encode_prompt(_tokenizer(bos=None), "")
 
 
+def test_messages_of_which_a_template_makes_nothing_are_an_error():
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = "{% if tools %}{{ tools }}{% endif %}"
+    with pytest.raises(DataError, match=r"makes nothing of the prompt's messages.*'hi'"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_a_lone_surrogate_is_an_error(messages):
+    tokenizer, text = _tokenizer(), "a \ud83d b"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    prompt = [{"role": "user", "content": text}] if messages else text
+    with pytest.raises(DataError, match=r"lone surrogate .* not a character: 'a \\ud83d b'"):
+        encode_prompt(tokenizer, prompt)
+
+
 def test_bos_and_eos_may_be_one_token():
     tokenizer = _tokenizer("<s> $A", bos="</s>")
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == 2

@@ -158,6 +158,45 @@ def optimise(device, config: PolicyConfig, tree: Tree | None = None, **settings)
     return tree.gap(learn(device, tree, config, **settings)[0])
 
 
+def column(x, at_N, mask_N):
+    """[N] of the values at these places, 0 behind the end of a completion."""
+    return torch.where(mask_N, x[at_N], 0.0)
+
+
+def sample(tree: Tree, logp, groups, rng, spoil=None):
+    """A batch of one completion of the policy [STATES, V] for each entry of groups, whose prompts
+    follow one another, and the places [N] of its states and of its actions. spoil: as in `learn`,
+    of the scores alone."""
+    n, width, device = len(groups), tree.horizon + 1, groups.device
+    states, tokens, alive, scores = tree.walk(logp, groups % tree.prompts, rng)
+    first = torch.zeros(n, 1, dtype=torch.int64, device=device)
+    states, tokens, mask = (
+        torch.cat([first.to(x.dtype), x], 1).reshape(-1) for x in (states, tokens, alive)
+    )
+    at = states * logp.shape[1] + tokens
+    batch = PackedBatch(
+        tokens,
+        torch.arange(n + 1, dtype=torch.int32, device=device) * width,
+        torch.arange(width, device=device).repeat(n),
+        mask,
+        (width,) * n,
+        scores=scores if spoil is None else spoil(scores),
+        group_ids=groups,
+        old_logp=column(logp.view(-1), at, mask),
+        ref_logp=column(tree.ref.view(-1), at, mask),
+    )
+    return batch, states, at
+
+
+def prepared(config: PolicyConfig, batch: PackedBatch, control: Control, critic):
+    """The batch with advantages, returns and weights, as the loop gives it to the loss, and the
+    totals that the loop tells its controllers."""
+    signals = Signals.of(config, batch, control.kl.coef, control.returns.mean, control.level or 0.0)
+    signals = settle(signals, control, critic)
+    batch = estimate(config, signals)
+    return batch.with_columns(weights=minibatch_weights(config, batch)), signals.totals
+
+
 def learn(
     device,
     tree: Tree,
@@ -173,7 +212,6 @@ def learn(
     steps, and what steered them. spoil: of (the number of the rollout, its scores [n]) the scores
     that are learned from."""
     torch.manual_seed(seed)
-    V = tree.eos + 1
     rng = torch.Generator().manual_seed(seed)
     needs, control = find_advantage(config.advantage).needs, Control(config)
     logits = tree.ref.clone().requires_grad_()
@@ -182,73 +220,37 @@ def learn(
         torch.eye(len(tree.ref), device=device),
     )
     adam = torch.optim.Adam([logits, *critic.parameters()], lr=lr)
-    n, width = batch_size, tree.horizon + 1
-    groups = torch.arange(n, device=device) // config.samples_per_prompt
-    prompts = groups % tree.prompts
-    cu_seqlens = torch.arange(n + 1, dtype=torch.int32, device=device) * width
-    first = torch.zeros(n, 1, dtype=torch.int64, device=device)
-
-    def column(x, states_N, mask_N):
-        return torch.where(mask_N, x[states_N], 0.0)
-
+    groups = torch.arange(batch_size, device=device) // config.samples_per_prompt
     for update in range(0, updates, config.epochs):
         logp = logits.detach().log_softmax(1)
-        states, tokens, alive, scores = tree.walk(logp, prompts, rng)
-        scores = scores if spoil is None else spoil(update // config.epochs, scores)
-        states, tokens, mask = (
-            torch.cat([first.to(x.dtype), x], 1).reshape(-1) for x in (states, tokens, alive)
+        number = update // config.epochs
+        batch, states, at = sample(
+            tree, logp, groups, rng, spoil and (lambda scores, number=number: spoil(number, scores))
         )
-        batch = PackedBatch(
-            tokens,
-            cu_seqlens,
-            torch.arange(width, device=device).repeat(n),
-            mask,
-            (width,) * n,
-            scores=scores,
-            group_ids=groups,
-            old_logp=column(logp.view(-1), states * V + tokens, mask),
-            ref_logp=column(tree.ref.view(-1), states * V + tokens, mask),
-        )
+        mask = batch.action_mask
         if needs == "critic":
             batch = batch.with_columns(values=column(critic(every_state).detach(), states, mask))
         if needs == "greedy":
-            batch = batch.with_columns(
-                greedy_scores=tree.walk(logp, torch.arange(tree.prompts, device=device), None)[3][
-                    prompts
-                ]
-            )
-        batch = control.scaled(batch)
-        signals = Signals.of(
-            config, batch, control.kl.coef, control.returns.mean, control.level or 0.0
-        )
-        signals = settle(signals, control, critic)
-        batch = estimate(config, signals)
-        batch = batch.with_columns(weights=minibatch_weights(config, batch))
+            greedy = tree.walk(logp, torch.arange(tree.prompts, device=device), None)[3]
+            batch = batch.with_columns(greedy_scores=greedy[groups % tree.prompts])
+        batch, totals = prepared(config, control.scaled(batch), control, critic)
         objective, value = (
             make_objective(config, control.penalty.coef),
             ValueScale.of(config, batch, control.unit or 1.0),
         )
         for epoch in range(config.epochs):
             now = logits.log_softmax(1)
-            logp_N, entropy_N = (
-                column(now.view(-1), states * V + tokens, mask),
-                column(-(now.exp() * now).sum(1), states, mask),
-            )
-            values_N = column(critic(every_state), states, mask) if needs == "critic" else None
-            full_N = (
-                column((now.exp() * (now - tree.ref)).sum(1), states, mask)
-                if config.kl.estimator == "full"
-                else None
-            )
             loss, stats, _ = objective_loss(
                 config,
                 objective,
                 control.kl.coef,
                 batch,
-                logp_N,
-                entropy_N,
-                values_N,
-                full_N,
+                column(now.view(-1), at, mask),
+                column(-(now.exp() * now).sum(1), states, mask),
+                column(critic(every_state), states, mask) if needs == "critic" else None,
+                column((now.exp() * (now - tree.ref)).sum(1), states, mask)
+                if config.kl.estimator == "full"
+                else None,
                 value=value,
             )
             adam.param_groups[0]["lr"] = lr * (1 - (update + epoch) / updates)
@@ -256,7 +258,7 @@ def learn(
             loss.backward()
             adam.step()
         recount(control, critic)
-        control.update({"policy/last_approxkl": stats.approx_kl_k3.item()}, signals.totals)
+        control.update({"policy/last_approxkl": stats.approx_kl_k3.item()}, totals)
     return logits.detach().log_softmax(1), control
 
 

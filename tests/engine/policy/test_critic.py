@@ -833,6 +833,12 @@ def test_another_vocabulary_is_refused(ppo, tiny_model, tmp_path, device):
     )
     with pytest.raises(ConfigError, match="and a tokenizer that gives other ids"):
         train_policy(ppo(name="run_renamed", critic=CriticConfig(str(tmp_path / "renamed"))))
+
+
+def test_a_critic_of_another_size(ppo, tiny_model, tmp_path, device):
+    """Of another family and width it works; with fewer positions it is refused, with the remedy."""
+    raw = load_decoder(tiny_model, dtype="float32", device=device).config.raw
+    tokenizer = load_tokenizer(tiny_model)
     save_pretrained(
         Decoder.random(model_config(raw | {"max_position_embeddings": 16}), seed=0, device=device),
         tmp_path / "short",

@@ -314,6 +314,9 @@ def test_the_preset_and_its_switches():
         again.loss.advantage_clip,
         again.loss.whiten,
     ) == (False, 0.0, 0.0, False)
+
+
+def test_switches_that_are_refused():
     plain = PolicyConfig("m", "d", ("r.py:f",))
     assert (plain.normalize_scores, plain.score_clip, plain.loss.advantage_clip) == (
         False,

@@ -21,8 +21,10 @@ from tests.engine.policy.test_closed_forms import (
     STATES,
     T,
     Tree,
-    V,
+    column,
     config_of,
+    prepared,
+    sample,
 )
 from tests.engine.watch.test_plan import MEDIUM, allocator_peak, model_of
 from tests.engine.watch.test_plan import batch as plan_batch
@@ -30,7 +32,7 @@ from tests.engine.watch.test_plan import batch as plan_batch
 from fusedrl.engine import CacheConfig
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.errors import ConfigError
-from fusedrl.engine.base.packing import IGNORE, PackedBatch
+from fusedrl.engine.base.packing import IGNORE
 from fusedrl.engine.config import (
     CriticConfig,
     GenerationConfig,
@@ -49,12 +51,12 @@ from fusedrl.engine.model.weights import load_decoder
 from fusedrl.engine.optim.learner import Learner
 from fusedrl.engine.optim.natural_gradient import conjugate_gradient, line_search, natural_step
 from fusedrl.engine.policy import trpo
-from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
+from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.engine.policy.control import Control
-from fusedrl.engine.policy.objectives import make_objective, minibatch_weights, objective_loss
+from fusedrl.engine.policy.objectives import make_objective, objective_loss
 from fusedrl.engine.runs.checkpoint import latest_checkpoint
 from fusedrl.engine.stages import policy
-from fusedrl.engine.stages.policy import recount, settle, train_policy
+from fusedrl.engine.stages.policy import recount, train_policy
 from fusedrl.engine.watch.plan import Planner
 from fusedrl.kernels.runtime import native
 
@@ -218,51 +220,17 @@ def sampled(device, config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
     """As `exact`, with the loop's own advantages, objective and weights on sampled batches; the KL
     and the Fisher matrix are of the sampled states."""
     table, rng = Table(Tree.random(device).shifted(offset)), torch.Generator().manual_seed(seed)
-    needs, control, objective, width = (
-        find_advantage(config.advantage).needs,
-        Control(config),
-        make_objective(config, 0.0),
-        T + 1,
-    )
+    needs, control = find_advantage(config.advantage).needs, Control(config)
+    objective = make_objective(config, 0.0)
     critic, every_state = ValueHead(STATES, device=device), torch.eye(STATES, device=device)
     adam = torch.optim.Adam(critic.parameters(), lr=lr)
-    groups, first = (
-        torch.arange(n, device=device) // config.samples_per_prompt,
-        torch.zeros(n, 1, dtype=torch.int64, device=device),
-    )
-
-    def column(x, at_N, mask_N):
-        return torch.where(mask_N, x[at_N], 0.0)
-
+    groups = torch.arange(n, device=device) // config.samples_per_prompt
     for step in range(steps):
-        old = table.logits.log_softmax(1)
-        states, tokens, alive, scores = table.tree.walk(old, groups % PROMPTS, rng)
-        states, tokens, mask = (
-            torch.cat([first.to(x.dtype), x], 1).reshape(-1) for x in (states, tokens, alive)
-        )
-        at = states * V + tokens
-        batch = PackedBatch(
-            tokens,
-            torch.arange(n + 1, dtype=torch.int32, device=device) * width,
-            torch.arange(width, device=device).repeat(n),
-            mask,
-            (width,) * n,
-            scores=scores,
-            group_ids=groups,
-            old_logp=column(old.view(-1), at, mask),
-            ref_logp=column(table.tree.ref.view(-1), at, mask),
-        )
-        batch = (
-            batch.with_columns(values=column(critic(every_state).detach(), states, mask))
-            if needs == "critic"
-            else batch
-        )
-        signals = Signals.of(
-            config, batch, control.kl.coef, control.returns.mean, control.level or 0.0
-        )
-        signals = settle(signals, control, critic)
-        batch = estimate(config, signals)
-        batch = batch.with_columns(weights=minibatch_weights(config, batch))
+        batch, states, at = sample(table.tree, table.logits.log_softmax(1), groups, rng)
+        mask = batch.action_mask
+        if needs == "critic":
+            batch = batch.with_columns(values=column(critic(every_state).detach(), states, mask))
+        batch, totals = prepared(config, batch, control, critic)
         d = torch.bincount(states[mask], minlength=STATES) / mask.sum()
         table.step(
             d,
@@ -284,7 +252,7 @@ def sampled(device, config, steps, n=4096, seed=1, lr=0.05, offset=0.0):
             ).sum().backward()
             adam.step()
         recount(control, critic)
-        control.update({}, signals.totals)
+        control.update({}, totals)
     return table.gap
 
 

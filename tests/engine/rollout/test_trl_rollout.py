@@ -235,10 +235,31 @@ def test_one_process_under_torchrun_and_three(count, tiny_model, tmp_path):
     check(told, {"DistributedDataParallel"})
 
 
+def grpo_arguments(directory, **options):
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(directory),
+        beta=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=0,
+        **options,
+    )
+
+
+def their_logps(model, prompt, completion):
+    ids = torch.tensor([prompt + completion], device=model.device)
+    logp = model(ids).logits[0, :-1].log_softmax(-1)
+    return logp.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+
+
 def test_grpo_trainer(tiny_model, tmp_path, device):
     pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).to(device),
@@ -255,13 +276,7 @@ def test_grpo_trainer(tiny_model, tmp_path, device):
             for prompt, completion, logp in zip(
                 out["prompt_ids"], out["completion_ids"], out["logprobs"], strict=True
             ):
-                ids = torch.tensor([prompt + completion], device=device)
-                expected = (
-                    model(ids)
-                    .logits[0, :-1]
-                    .log_softmax(-1)
-                    .gather(-1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
-                )
+                expected = their_logps(model, prompt, completion)
                 differences.append(
                     float((expected - torch.tensor(logp, device=device)).abs().max())
                 )
@@ -270,22 +285,15 @@ def test_grpo_trainer(tiny_model, tmp_path, device):
     def likes_w5(completions, **_):
         return [float(text.split().count("w5")) for text in completions]
 
-    arguments = GRPOConfig(
-        output_dir=str(tmp_path),
+    arguments = grpo_arguments(
+        tmp_path,
         per_device_train_batch_size=16,
         num_generations=8,
         max_steps=8,
         max_completion_length=12,
         learning_rate=2e-2,
-        temperature=1.0,
-        beta=0.0,
-        use_cpu=True,
         bf16=False,
-        report_to=[],
-        save_strategy="no",
         logging_steps=1,
-        disable_tqdm=True,
-        seed=0,
     )
     trainer = GRPOTrainer(
         model=model,
@@ -316,7 +324,7 @@ def test_a_trainer_under_autocast_is_told_once_with_the_remedy(tiny_model, tmp_p
 
     from accelerate.state import AcceleratorState
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     def run(dtype: torch.dtype, **options) -> list[str]:
         AcceleratorState._reset_state(True)  # accelerate keeps its precision for the whole process
@@ -324,18 +332,12 @@ def test_a_trainer_under_autocast_is_told_once_with_the_remedy(tiny_model, tmp_p
             AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype),
             AutoTokenizer.from_pretrained(tiny_model),
         )
-        arguments = GRPOConfig(
-            output_dir=str(tmp_path),
+        arguments = grpo_arguments(
+            tmp_path,
             per_device_train_batch_size=4,
             num_generations=4,
             max_steps=2,
             max_completion_length=4,
-            beta=0.0,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            seed=0,
             **options,
         )
         trainer = GRPOTrainer(

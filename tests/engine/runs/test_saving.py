@@ -93,6 +93,24 @@ def _signals_as_on_a_terminal():
         signal.signal(number, handler)
 
 
+def policy_options(kind, texts, prompts):
+    """The options of a kind of policy run beyond those that all have."""
+    return {
+        "everything": dict(
+            algorithm="ppo",
+            lora=LoRAConfig(rank=2),
+            critic=CriticConfig(model="policy", warmup_steps=1, optim=OPTIM),
+            scale_scores=True,
+            ptx=PtxConfig(data=texts, sequences_per_step=2),
+            replay=ReplayConfig(capacity=12, fraction=0.3, max_age=3),
+            kl=KLConfig(coef=0.1, target=0.5, horizon=50),
+            evaluation=EvaluationConfig(data=prompts, every=1, samples_per_prompt=1),
+        ),
+        "int8": dict(algorithm="grpo", optim=replace(OPTIM, state="int8")),
+        "bfloat16": dict(algorithm="grpo", dtype="bfloat16"),
+    }.get(kind, dict(algorithm=kind))
+
+
 @pytest.fixture
 def make(tiny_model, tmp_path, write_jsonl):
     """The configuration of a stage or an algorithm; the run directory is `name`."""
@@ -137,20 +155,7 @@ def make(tiny_model, tmp_path, write_jsonl):
             return RejectionConfig(
                 data=prompts, **sampled | dict(samples_per_prompt=3, minibatches=2) | common
             )
-        extra = {
-            "everything": dict(
-                algorithm="ppo",
-                lora=LoRAConfig(rank=2),
-                critic=CriticConfig(model="policy", warmup_steps=1, optim=OPTIM),
-                scale_scores=True,
-                ptx=PtxConfig(data=texts, sequences_per_step=2),
-                replay=ReplayConfig(capacity=12, fraction=0.3, max_age=3),
-                kl=KLConfig(coef=0.1, target=0.5, horizon=50),
-                evaluation=EvaluationConfig(data=prompts, every=1, samples_per_prompt=1),
-            ),
-            "int8": dict(algorithm="grpo", optim=replace(OPTIM, state="int8")),
-            "bfloat16": dict(algorithm="grpo", dtype="bfloat16"),
-        }.get(kind, dict(algorithm=kind))
+        extra = policy_options(kind, texts, prompts)
         group = ADVANTAGES[ALGORITHMS[extra["algorithm"]].advantage] == "group"
         return PolicyConfig(
             data=prompts,
@@ -335,8 +340,8 @@ def test_half_way_through_an_update_the_checkpoint_before_is_named(make, capsys)
         run_of(parts)
     told = capsys.readouterr().err
     assert (
-        f"the last completed step, {AT}, is not saved: the weights are half-way through the update "
-        "after it" in told
+        f"the last completed step, {AT}, is not saved: the weights have begun to change "
+        "since" in told
     )
     # the first step is saved always
     assert f"step 1 is in {parts.run.dir}/checkpoints/step_00000001" in told

@@ -304,9 +304,6 @@ def test_the_commands(tiny_model, tmp_path, write_jsonl, capsys):
     (tmp_path / "rewards.py").write_text(REWARDS)
     base = ["--model", str(tiny_model), "--device", "cpu", "--run.progress", "false"]
     prompts = write_jsonl("p.jsonl", [{"prompt": "w1 w2"}, {"prompt": "w3"}])
-    pairs = write_jsonl(
-        "pairs.jsonl", [{"prompt": "w1", "chosen": f"w{i}", "rejected": "w20"} for i in range(8)]
-    )
     assert (
         main(
             [
@@ -333,6 +330,13 @@ def test_the_commands(tiny_model, tmp_path, write_jsonl, capsys):
     )
     assert json.loads((tmp_path / "r" / "config.json").read_text())["stage"] == "RejectionConfig"
     assert len((tmp_path / "r" / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_commands_of_dpo(tiny_model, tmp_path, write_jsonl, capsys):
+    base = ["--model", str(tiny_model), "--device", "cpu", "--run.progress", "false"]
+    pairs = write_jsonl(
+        "pairs.jsonl", [{"prompt": "w1", "chosen": f"w{i}", "rejected": "w20"} for i in range(8)]
+    )
     assert (
         main(
             [

@@ -206,24 +206,8 @@ def test_every_turn_of_a_conversation_is_learnt_where_asked_for(
             AutoTokenizer.from_pretrained(chat).convert_ids_to_tokens(range(32))
         )
     }
-    ids = [
-        words[word]
-        for word in (
-            "w1",
-            "w3",
-            "</s>",
-            "w2",
-            "w4",
-            "w5",
-            "</s>",
-            "w1",
-            "w6",
-            "</s>",
-            "w2",
-            "w7",
-            "</s>",
-        )
-    ]
+    text = "w1 w3 </s> w2 w4 w5 </s> w1 w6 </s> w2 w7 </s>"
+    ids = [words[word] for word in text.split()]
     learnt = [4, 5, 6, 11, 12]
     with torch.no_grad():
         logp = (

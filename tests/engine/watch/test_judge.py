@@ -267,19 +267,8 @@ def test_the_command(tiny_model, tmp_path, write_jsonl, capsys):
         "def broken(a, b):\n    return [2.0] * len(a)\n"
     )
     data = write_jsonl("prompts.jsonl", [{"prompt": f"w{i}", "row": i} for i in range(6)])
-    common = [
-        "judge",
-        "--a",
-        str(tiny_model),
-        "--b",
-        str(tiny_model),
-        "--data",
-        data,
-        "--max_new_tokens",
-        "5",
-        "--n",
-        "2",
-    ]
+    models = ["--a", str(tiny_model), "--b", str(tiny_model)]
+    common = ["judge", *models, "--data", data, "--max_new_tokens", "5", "--n", "2"]
     found = {}
     for way in (
         ["--judge", f"{tmp_path / 'judges.py'}:longer"],

@@ -16,10 +16,12 @@ PERIOD = 11  # rows that differ; odd, so that no tile holds whole periods
 
 
 def floats(generator: torch.Generator, *shape: int, dtype: torch.dtype = F32) -> Tensor:
+    """Normal numbers in float32, rounded to the dtype."""
     return torch.randn(shape, generator=generator).to(dtype)
 
 
 def uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    """Numbers in [0, 1)."""
     return torch.rand(shape, generator=generator)
 
 

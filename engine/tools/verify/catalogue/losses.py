@@ -97,6 +97,7 @@ TIMED_TOKENS = {"cpu": {"N": 1 << 18, "mask": "all"}, "cuda": {"N": 1 << 22, "ma
 
 
 def policy_settings(case: SimpleNamespace, x: dict) -> dict:
+    """The settings of a case of the policy loss; removes from x what it does not take."""
     settings: dict[str, object] = {
         "objective": OBJECTIVES[case.objective],
         "entropy_coef": case.entropy_coef,
@@ -119,6 +120,7 @@ def _policy_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
 
 
 def stats_of(loss: Tensor, *stats: tuple) -> Tensors:
+    """The loss and each statistic by name, from an op's named tuples."""
     return {"loss": loss} | {
         f"{i}.{name}": t for i, group in enumerate(stats) for name, t in group._asdict().items()
     }
@@ -131,6 +133,7 @@ def _policy(x: dict, s: dict, impl: str | None) -> Tensors:
 
 
 def defined_stats(loss: Tensor, *stats: Tensors) -> Tensors:
+    """The same names, from a definition's dictionaries."""
     return {"loss": loss} | {
         f"{i}.{name}": t for i, group in enumerate(stats) for name, t in group.items()
     }
