@@ -120,7 +120,7 @@ def test_it_holds_what_the_plan_says_is_held(checkpointed, device):
     )
     with actor.lend_cache() as arena:
         train(actor, batch, parts=1)
-        kept = 4 * int(batch.action_mask.sum()) * SIZES["vocab_size"]  # logits that wait for backward
+        kept = 4 * int(batch.action_mask.sum()) * SIZES["vocab_size"]  # logits wait
         assert arena.peak == pytest.approx(
             planned.activation_bytes(batch.num_tokens, checkpointed) + kept, rel=0.06
         )
