@@ -229,8 +229,8 @@ def known_elsewhere(name: str, known: Mapping[str, object]) -> str | None:
 
 def nearest_names(name: str, known: Iterable[str]) -> list[str]:
     """The known dotted names, three at most, that a mistyped one may mean: the same last part, a
-    slip or two in the whole or in the last part, or the beginning of one. None where all of them
-    are far."""
+    slip or two in the whole or in the last part, the beginning of one, or a longer word for one.
+    None where all of them are far."""
     name = name.lower().replace("-", "_")
     known = sorted(known, key=lambda key: (key.count("."), key))
     own = name.rpartition(".")[2]
@@ -259,7 +259,11 @@ def nearest_names(name: str, known: Iterable[str]) -> list[str]:
         for key, leaf in leaves
         if len(own) >= 3
         and key.startswith(group)
-        and (leaf.startswith(own) or set(own.split("_")) < set(leaf.split("_")))
+        and (
+            leaf.startswith(own)
+            or (group and len(leaf) >= 3 and own.startswith(leaf))
+            or set(own.split("_")) < set(leaf.split("_"))
+        )
     ]
     return begun if len(begun) <= 3 else []
 

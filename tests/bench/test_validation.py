@@ -1,6 +1,7 @@
 """The studies' machinery: rows saved as they come and not computed twice, means over seeds, charts
 that hold their points."""
 
+import itertools
 import math
 import re
 
@@ -9,6 +10,7 @@ from bench.validation import study
 from bench.validation.plot import Dot, chart
 from examples.arithmetic import write_task
 from examples.rewards.arithmetic import exact
+from examples.word_problems import KINDS, problems
 
 from fusedrl.engine.data.readers import load_demonstrations, load_prompts
 
@@ -98,3 +100,30 @@ def test_the_arithmetic_task(tmp_path):
         assert exact(
             [row.prompt] * 3, [right, right + "0", ""], answer=[row.columns["answer"]] * 3
         ) == [1.0, 0.0, 0.0]
+
+
+def test_word_problems_have_the_answers_that_their_numbers_give():
+    """Each kind's own sum, from the numbers as the question has them."""
+    answers = {
+        "gift": lambda x, y: x + y,
+        "loss": lambda x, y: x - y,
+        "groups": lambda x, y: x * y,
+        "share": lambda x, y: x // y,
+        "price": lambda x, y: x * y,
+        "more_than": lambda x, y: x + y,
+        "altogether": lambda x, y: x + y,
+        "twice": lambda x: 2 * x,
+        "packed_and_eaten": lambda x, y, z: x * y - z,
+        "change": lambda x, y, z: x - y * z,
+    }
+    rows = list(itertools.islice(problems(3), 600))
+    assert {row["kind"] for row in rows} == set(answers) == {kind.__name__ for kind in KINDS}
+    assert len({row["prompt"][0]["content"] for row in rows}) == 600
+    for row in rows:
+        numbers = [int(n) for n in re.findall(r"\d+", row["prompt"][0]["content"])]
+        assert answers[row["kind"]](*numbers) == int(row["gold"]) > 0
+    assert (
+        rows[:50]
+        == list(itertools.islice(problems(3), 50))
+        != list(itertools.islice(problems(4), 50))
+    )

@@ -127,6 +127,7 @@ def test_names_of_other_trainers(stage, theirs, ours, tmp_path):
         ("ppo", "-steps", "did you mean --steps?"),
         ("ppo", "—steps", "did you mean --steps?"),
         ("ppo", "--samples_per_promt", "did you mean --samples_per_prompt?"),
+        ("ppo", "--run.directory", "did you mean --run.dir?"),
         ("ppo", "--temp", "did you mean --generation.temperature?"),
         ("ppo", "--save", "did you mean --run.save_every or --run.save_minutes?"),
         ("ppo", "--lerning-rate", "did you mean --optim.lr (learning_rate elsewhere)?"),
