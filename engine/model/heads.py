@@ -24,6 +24,7 @@ from fusedrl.engine.model.strict import strict_linear
 from fusedrl.engine.model.weights import (
     HEADS,
     classifier,
+    disk_faults,
     harmless,
     hf_views,
     load_config,
@@ -121,12 +122,15 @@ def save_value_head(head: ValueHead, directory: str | Path) -> None:
     rewards' own unit."""
     path = Path(directory) / VALUE_HEAD_FILE
     temporary = path.with_name(f".{path.name}.tmp")
-    with torch.no_grad():
-        save_file(
-            {"weight": head.unit * head.weight, "bias": head.level + head.unit * head.bias},
-            temporary,
-        )
-    os.replace(temporary, path)
+    with torch.no_grad(), disk_faults(path):
+        try:
+            save_file(
+                {"weight": head.unit * head.weight, "bias": head.level + head.unit * head.bias},
+                temporary,
+            )
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_value_head(

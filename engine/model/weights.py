@@ -10,6 +10,7 @@ One file: what is written is what is read, name by name.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -626,23 +627,47 @@ def replacing(directory: str | Path) -> Iterator[Path]:
         )
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
+    with disk_faults(final):
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in [*temporary.iterdir(), temporary]:
+                _sync(path)
+            # a directory cannot be replaced in one step: for a moment the name is absent, never
+            # half-written
+            if final.exists():
+                old = temporary.with_suffix(".old")
+                final.rename(old)
+                temporary.rename(final)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(final)
+            _sync(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def disk_faults(target: Path) -> Iterator[None]:
+    """Where writing `target` fails on the disk, an OSError that names it and says what to do: of
+    safetensors and tokenizers, too, which have exceptions of their own and the system's number in
+    their text."""
     try:
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        # a directory cannot be replaced in one step: for a moment the name is absent, never
-        # half-written
-        if final.exists():
-            old = temporary.with_suffix(".old")
-            final.rename(old)
-            temporary.rename(final)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(final)
-        _sync(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else told and int(told[1])
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(target.parent).free
+            raise OSError(
+                number,
+                f"{os.strerror(number)}: {free:,} bytes are free; free some space, then save again "
+                "(a run: resume it)",
+                str(target),
+            ) from error
+        if number is not None and not isinstance(error, OSError):
+            raise OSError(number, os.strerror(number), str(target)) from error
+        raise
 
 
 def _sync(path: Path) -> None:

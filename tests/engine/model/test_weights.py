@@ -1,5 +1,8 @@
+import contextlib
+import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -7,13 +10,22 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.support.tiny import write_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fusedrl.engine import HybridActor, LoRAConfig
 from fusedrl.engine.model import weights as weights_module
 from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.directories import resolve_directory
+from fusedrl.engine.model.heads import (
+    VALUE_HEAD_FILE,
+    RewardModel,
+    save_reward_model,
+    save_value_head,
+)
 from fusedrl.engine.model.weights import hf_views, load_decoder, replacing, save_pretrained
+from fusedrl.engine.policy.critic import SeparateCritic
 
 SMALL = {
     "vocab_size": 40,
@@ -361,6 +373,52 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch, device):
         save_pretrained(decoder, tmp_path / "new")
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+@contextlib.contextmanager
+def no_file_above(limit):
+    """A disk that is full after so many bytes of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [0, 200, 1_000, 2_500])
+def test_a_full_disk_names_the_target_and_the_remedy(tmp_path, limit, device):
+    """Everything that is saved, whichever of its files does not fit, and whichever library
+    writes it."""
+    actor = HybridActor.from_pretrained(
+        write_model(tmp_path / "model"), value_head=True, device=device
+    )
+    actor.add_adapter(LoRAConfig(rank=4))
+    decoder, head, tokenizer = actor.decoder, actor.value_head, actor.tokenizer
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    saves = {
+        tmp_path / "actor": actor.save_pretrained,
+        tmp_path / "adapter": actor.save_adapter,
+        tmp_path / "bare": lambda path: save_pretrained(decoder, path),
+        tmp_path / "critic": lambda path: SeparateCritic(decoder, head).save_pretrained(path),
+        tmp_path / "reward": lambda path: save_reward_model(
+            RewardModel.from_decoder(decoder), path, tokenizer=tokenizer
+        ),
+    }
+    if limit == 0:
+        saves[beside / VALUE_HEAD_FILE] = lambda path: save_value_head(head, beside)
+    for path, save in saves.items():
+        with (
+            no_file_above(limit),
+            pytest.raises(OSError, match="bytes are free; free some") as told,
+        ):
+            save(path)
+        assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(path))
+    assert sorted(os.listdir(tmp_path)) == ["beside", "model"]
+    assert not os.listdir(beside)
+    for path, save in saves.items():
+        save(path)
 
 
 def test_a_process_killed_in_mid_save_leaves_no_half_model(tmp_path):
