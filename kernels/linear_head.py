@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedrl.kernels.runtime.checks import FLOATS, check_dtype
+from fusedrl.kernels.runtime.checks import FLOATS, check_dtype, check_temperature
 
 _MEBI = 1 << 20
 
@@ -137,11 +137,8 @@ def check_head(
     check_dtype(op, "token_ids", token_ids, (torch.int64, torch.int32))
     if isinstance(temperature, Tensor):
         check_dtype(op, "temperature", temperature, FLOATS)
-    elif not temperature > 0:
-        raise ValueError(
-            f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use "
-            "temperature=1.0"
-        )
+    else:
+        check_temperature(op, temperature)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: expected a softcap above 0 or None, got {softcap}")
     if workspace_bytes is not None and workspace_bytes <= 0:

@@ -78,6 +78,7 @@ def run_generate(options: argparse.Namespace) -> None:
     _check_best_of(options)
     check_device(options.device)
     from fusedrl.engine.actor import HybridActor
+    from fusedrl.engine.data.tokenize import no_tokenizer
     from fusedrl.engine.generation.sampler import SamplingParams
 
     params = SamplingParams(
@@ -90,6 +91,8 @@ def run_generate(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     actor = HybridActor.from_pretrained(options.model, dtype=options.dtype, device=options.device)
+    if actor.tokenizer is None:
+        raise no_tokenizer()
     if options.adapter is not None:
         actor.load_adapter(options.adapter)
     if options.best_of is not None:

@@ -571,6 +571,8 @@ def _plan(argv: list[str]) -> None:
             raise
     found = plan(config, memory=memory)
     report_json(found.to_json(), own.output_json, lambda: print_plan(found))
+    if not found.fits:
+        raise SystemExit(ENVIRONMENT)
 
 
 # ---- doctor --------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def encode_prompt(
             template or of which it makes nothing, or a text with a lone surrogate.
     """
     if tokenizer is None:
-        raise _no_tokenizer()
+        raise no_tokenizer()
     if not isinstance(prompt, str):
         _needs_template(tokenizer)
         with _templates():
@@ -133,7 +133,7 @@ def encode_dialogue(
             marks.
     """
     if tokenizer is None:
-        raise _no_tokenizer()
+        raise no_tokenizer()
     _needs_template(tokenizer)
     text = _render(tokenizer, dialogue)
     turns = _turns_by_prefix(tokenizer, dialogue, text) or _turns_by_marks(
@@ -308,7 +308,8 @@ def drop_longer(
     return kept, Dropped(len(items) - len(kept), len(items), limit)
 
 
-def _no_tokenizer() -> DataError:
+def no_tokenizer() -> DataError:
+    """Return the error to raise where there is text and no tokenizer."""
     return DataError(
         "text needs a tokenizer, and the model's directory has none; put its tokenizer.json and "
         "tokenizer_config.json there"

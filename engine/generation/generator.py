@@ -189,7 +189,7 @@ class Generator:
                 raise ValueError(
                     f"generate: {len(ids)} prompts and {len(given)} {name}; expected one per prompt"
                 )
-        eos_ids = self._tokenizer_eos.union(self.decoder.config.eos_token_ids)
+        eos_ids = self._ends_of_model()
         ticket = Ticket()
         sequences: list[Running] = []
         special: dict[SamplingParams, SamplingParams] = {}  # most prompts share theirs
@@ -222,6 +222,9 @@ class Generator:
                 )
         return ticket, sequences
 
+    def _ends_of_model(self) -> frozenset[int]:
+        return self._tokenizer_eos.union(self.decoder.config.eos_token_ids)
+
     def _check(
         self, index: int, prompt: list[int], p: Any, key: Any, before: Completion | None
     ) -> None:
@@ -240,6 +243,15 @@ class Generator:
             raise ValueError(
                 f"generate: token id {bad[0]} of prompt {index} or its SamplingParams is "
                 f"outside the model's vocabulary [0, {vocab})"
+            )
+        never = set(p.banned_token_ids)
+        if p.min_new_tokens:
+            never |= self._ends_of_model().union(p.stop_token_ids)
+        if len(never) >= vocab:
+            raise ValueError(
+                f"generate: the SamplingParams of prompt {index} leave no token of {vocab} to "
+                "draw; shorten banned_token_ids"
+                + (", or lower min_new_tokens" if p.min_new_tokens else "")
             )
         if len(prompt) + p.max_new_tokens > positions:
             raise ValueError(

@@ -10,7 +10,10 @@ from typing import TypeGuard, cast
 
 import numpy as np
 
+from fusedrl.kernels.runtime.checks import LEAST_TEMPERATURE
+
 _INT64 = 2**63
+_FLOAT32 = float(np.finfo(np.float32).max)
 _NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0}  # of these values a sampler keeps all
 
 
@@ -76,7 +79,11 @@ class SamplingParams:
                     f"{low}{'' if low >= 0 else ' and < 2**63'}, got {value}"
                 )
         for name, rule, inside in (
-            ("temperature", ">= 0 and finite", lambda x: 0 <= x < math.inf),
+            (
+                "temperature",
+                f"0 (greedy) or from {LEAST_TEMPERATURE:.2g} on, and finite",
+                lambda x: x == 0 or LEAST_TEMPERATURE <= x < math.inf,
+            ),
             ("top_p", "in (0, 1]", lambda x: 0 < x <= 1),
             ("min_p", "in [0, 1]", lambda x: 0 <= x <= 1),
         ):
@@ -124,10 +131,11 @@ class SamplingParams:
                 or not _is_int(pair[0])
                 or pair[0] < 0
                 or not isinstance(pair[1], Real)
-                or not math.isfinite(pair[1])
+                or not abs(pair[1]) <= _FLOAT32
             ):
                 raise TypeError(
-                    "SamplingParams: expected logit_bias to map token ids >= 0 to finite numbers, "
+                    "SamplingParams: expected logit_bias to map token ids >= 0 to numbers that are "
+                    "finite in float32, "
                     f"got {pair!r}; banned_token_ids bans a token"
                 )
         object.__setattr__(

@@ -649,8 +649,8 @@ def replacing(directory: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_faults(target: Path) -> Iterator[None]:
-    """Where writing `target` fails on the disk, an OSError that names it and says what to do: of
-    safetensors and tokenizers, too, which have exceptions of their own and the system's number in
+    """Turn a failure to write `target` into an OSError that names it and says what to do, also
+    where safetensors or tokenizers raise exceptions of their own, with the system's number in
     their text."""
     try:
         yield

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from fusedrl.kernels.full_kl._reference import full_kl_reference
 from fusedrl.kernels.runtime import native
-from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, check_last_contiguous
+from fusedrl.kernels.runtime.checks import (
+    FLOATS,
+    check,
+    check_dtype,
+    check_last_contiguous,
+    check_temperature,
+)
 from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import triton
 
@@ -66,8 +72,7 @@ def check_direction(op: str, direction: str, temperature: float) -> None:
         raise ValueError(
             f"{op}: expected a direction of {', '.join(DIRECTIONS)}, got {direction!r}"
         )
-    if not temperature > 0:
-        raise ValueError(f"{op}: expected a temperature above 0, got {temperature}")
+    check_temperature(op, temperature)
 
 
 def full_kl(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LN2 = math.log(2.0)
+_LOWEST = -1e30  # so far below a row's largest a logit is taken for -inf: a mask
 
 
 def full_kl_reference(
@@ -18,7 +19,8 @@ def full_kl_reference(
     is the oracle)."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     own, other = (logits, ref_logits) if direction == "reverse" else (ref_logits, logits)
-    infinite = ((own != -torch.inf) & (other == -torch.inf)).any(-1) & (direction != "jsd")
+    absent, missing = (_scaled(x.detach().to(wide), temperature) <= _LOWEST for x in (own, other))
+    infinite = (~absent & missing).any(-1) & (direction != "jsd")
     # neither NaN nor +inf
     infinite &= (logits.detach().amax(-1) < torch.inf) & (ref_logits.amax(-1) < torch.inf)
     unread = (infinite if mask is None else infinite | ~mask)[..., None]
@@ -39,11 +41,16 @@ def full_kl_reference(
     return kl if mask is None else torch.where(mask, kl, 0)
 
 
+def _scaled(z: Tensor, temperature: float) -> Tensor:
+    """(z - the row's largest) / temperature; NaN in a row that holds NaN or +inf."""
+    top = z.detach().amax(-1, keepdim=True).nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=0.0)
+    return (z - top) / temperature
+
+
 def _log_softmax(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, p, p is absent); log p is finite where p is absent."""
-    top = z.detach().amax(-1, keepdim=True).nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=0.0)
-    d = (z - top) / temperature
-    absent = d == -torch.inf
+    d = _scaled(z, temperature)
+    absent = d <= _LOWEST
     d = d.masked_fill(absent, 0.0)
     e = torch.exp(d).masked_fill(absent, 0.0)
     S = e.sum(-1, keepdim=True)

@@ -1,8 +1,8 @@
 """full_kl in Triton: one program a row walks the vocabulary once (jsd twice) for the divergence;
 the gradient goes block by block.
 
-The mathematics, shapes and numerics are those of full_kl.py. A logit of -inf gives d = -1e30: its
-weight e^d is 0, and 0 times it stays 0.
+The mathematics, shapes and numerics are those of full_kl.py. A logit that lies 1e30 below the
+largest, or is -inf, gives d = -1e30: its weight e^d is 0, and 0 times it stays 0.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _forward_kernel(
         e = tl.exp(d)
         if DIRECTION != 2:
             W = tl.exp(shift) * (W + (shift - shift_other) * S) + tl.sum(e * (d - d_other), 0)
-            missing += tl.sum(tl.where((z > -float("inf")) & (x == -float("inf")), 1.0, 0.0), 0)
+            missing += tl.sum(tl.where((d > -1e30) & (d_other <= -1e30), 1.0, 0.0), 0)
         S = tl.exp(shift) * S + tl.sum(e, 0)
         S_other = tl.exp(shift_other) * S_other + tl.sum(tl.exp(d_other), 0)
     some, some_other = tl.where(S == 0.0, 1.0, S), tl.where(S_other == 0.0, 1.0, S_other)

@@ -32,7 +32,13 @@ from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.logprob._cuda import InPlaceCuda, logprob_cuda
 from fusedrl.kernels.logprob._reference import logprob_reference
 from fusedrl.kernels.runtime import native
-from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, check_last_contiguous
+from fusedrl.kernels.runtime.checks import (
+    FLOATS,
+    check,
+    check_dtype,
+    check_last_contiguous,
+    check_temperature,
+)
 from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import triton
 
@@ -222,11 +228,8 @@ def _logprob(
             f"{op}: expected {token_ids.numel() + 1} kept.offsets, one more than rows, got "
             f"{kept_offsets.shape[0]}; keep what the same rows kept"
         )
-    if per_row is None and not temperature > 0:
-        raise ValueError(
-            f"{op}: expected a temperature above 0, got {temperature}; for greedy scores use "
-            "temperature=1.0"
-        )
+    if not isinstance(temperature, Tensor):
+        check_temperature(op, temperature)
     if in_place and logits.requires_grad and torch.is_grad_enabled():
         _check_overwritable(op, logits)
     value, per_row = (1.0, per_row.detach()) if per_row is not None else (float(temperature), None)

@@ -19,6 +19,19 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+LEAST_TEMPERATURE = 2.0**-126  # below it 1 / T is infinite in float32
+
+
+def check_temperature(op: str, temperature: float) -> None:
+    """Raise ValueError unless logits can be divided by it in float32."""
+    if not temperature >= LEAST_TEMPERATURE:
+        least = f" (at least {LEAST_TEMPERATURE:.2g})" if temperature > 0 else ""
+        raise ValueError(
+            f"{op}: expected a temperature above 0{least}, got {temperature}; for greedy scores "
+            "use temperature=1.0"
+        )
+
+
 def describe(tensor: object) -> str:
     """A tensor as errors print it."""
     if not isinstance(tensor, Tensor):

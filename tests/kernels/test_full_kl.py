@@ -147,6 +147,35 @@ def test_properties(impl, direction, V, device):
 
 @pytest.mark.each_impl("full_kl")
 @pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_lowest_number_masks_as_minus_infinity_does(impl, direction, temperature, device):
+    """Libraries mask by finfo.min, too; divided by a temperature it may be -inf, or not."""
+    z, x = make(device, 6, 70, seed=2)
+    z[0, 3:9] = x[0, 3:9] = -INF
+    z[1, :40], x[2, 40:] = -INF, -INF
+    x[3, 69], z[4, 0] = -INF, -INF
+    found = [
+        gradient(
+            own,
+            other,
+            torch.ones(6, device=device),
+            impl,
+            direction=direction,
+            temperature=temperature,
+        )
+        for own, other in (
+            (z, x),
+            tuple(t.clamp_min(torch.finfo(torch.float32).min) for t in (z, x)),
+        )
+    ]
+    for masked, lowest in zip(*found, strict=True):
+        torch.testing.assert_close(lowest, masked, atol=0, rtol=0)
+    if direction == "reverse":
+        assert found[1][0][[2, 3]].eq(INF).all()
+
+
+@pytest.mark.each_impl("full_kl")
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_minus_infinity_contributes_nothing(impl, direction, device):
     z, x = make(device, 8, 70, seed=1)
     z[0, :69] = x[0, :69] = -INF  # all but one
@@ -253,6 +282,8 @@ def test_refuses_what_it_does_not_support(device):
         full_kl(z, z, direction="k1")
     with pytest.raises(ValueError, match="a temperature above 0, got 0"):
         full_kl(z, z, temperature=0)
+    with pytest.raises(ValueError, match=r"above 0 .at least 1.2e-38., got 1e-39"):
+        full_kl(z, z, temperature=1e-39)
     with pytest.raises(ValueError, match=r"ref_logits does not fit its pattern \[d0, V\]"):
         full_kl(z, z[:, :4])
     with pytest.raises(TypeError, match="expected ref_logits of dtype float32"):

@@ -86,6 +86,19 @@ def test_far_from_zero_keeps_its_digits(impl, device):
 
 
 @pytest.mark.each_impl("swiglu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_below_the_normal_numbers(impl, dtype, device):
+    """e^-88 is no normal float32, but times 3e38 and more it is seen."""
+    gate_up = torch.tensor(
+        [[-88.0] * 40 + [3e38] * 20 + [math.inf] * 20], dtype=dtype, device=device
+    )
+    got = swiglu(gate_up, impl=impl).double()
+    want = swiglu_reference(gate_up.double())
+    rtol = 5e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(got, want, rtol=rtol, atol=0)
+
+
+@pytest.mark.each_impl("swiglu")
 def test_strides_runs_and_poison(impl, device):
     wide, dy = torch.randn(6, 60, device=device), torch.randn(1, 12, device=device).expand(6, 12)
     got, want = (

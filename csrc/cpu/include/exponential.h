@@ -29,11 +29,13 @@ inline at::vec::Vectorized<float> expm1_bounded(const at::vec::Vectorized<float>
   return at::vec::fmadd(e.power, e.rest, e.power - at::vec::Vectorized<float>(1.0f));
 }
 
-// exp(x) for x <= 0; what would not be a normal float32 is 0.
+// exp(x) for x <= 0, down to the smallest number there is: the last e^-44 of what lies below -44 are multiplied on.
 inline at::vec::Vectorized<float> exp_nonpositive(const at::vec::Vectorized<float>& x) {
-  const at::vec::Vectorized<float> least(-87.0f);
-  const Exponential e(at::vec::Vectorized<float>::blendv(x, least, x < least));
-  return at::vec::Vectorized<float>::blendv(at::vec::fmadd(e.power, e.rest, e.power), at::vec::Vectorized<float>(0.0f), x < least);
+  using Vec = at::vec::Vectorized<float>;
+  const Vec zero(0.0f), one(1.0f), half(-44.0f), deep = x < half;
+  const Vec above = Vec::blendv(x, x - half, deep), least(-87.0f);
+  const Exponential e(Vec::blendv(above, least, above < least));
+  return at::vec::fmadd(e.power, e.rest, e.power) * Vec::blendv(one, Vec(7.781132e-20f), deep);
 }
 
 }  // namespace

@@ -4,7 +4,8 @@
 //   KL(p || r) = E_p[d - dr] - (log S - log Sr)          JSD = (KL(p || m) + KL(r || m)) / 2,  m = (p + r) / 2
 //
 // Shapes   V columns, in blocks of kBlock. reverse and forward are one pass: both maxima run along, and the weighted sum is shifted with them.
-// Numerics as logprob_rows.h. -inf is kept finite (kLowest), so that weight 0 times it is 0; where p > 0 meets r = 0 the KL is infinite, by flag.
+// Numerics as logprob_rows.h. What lies 1e30 below the row's largest is taken for -inf, as masks of the lowest float32 are meant; it is kept finite (kLowest),
+//          so that weight 0 times it is 0. Where p > 0 meets r = 0 the KL is infinite, by flag.
 #pragma once
 
 #include "logprob_rows.h"
@@ -58,7 +59,7 @@ struct Cross {  // of KL(own || other)
 template <typename scalar_t>
 inline Cross cross(const scalar_t* own, const scalar_t* other, int64_t V, double temperature) {
   Cross at;
-  const Vec scale(static_cast<float>(1.0 / temperature)), nothing(-kInfinity), zero(0.0f), one(1.0f);
+  const Vec scale(static_cast<float>(1.0 / temperature)), nothing(kLowest), zero(0.0f), one(1.0f);
   const auto rise = [&](float& max, float block) {  // how much d falls
     const float before = max;
     max = std::max(max, block);
@@ -79,7 +80,7 @@ inline Cross cross(const scalar_t* own, const scalar_t* other, int64_t V, double
       s = s + e;
       so = so + exp_nonpositive(d_other);
       w = at::vec::fmadd(e, d - d_other, w);
-      missing = missing + Vec::blendv(zero, one, (zs > nothing) & (xs == nothing));
+      missing = missing + Vec::blendv(zero, one, (d > nothing) & (d_other == nothing));
     });
     at.sum += sum_lanes(s);
     at.other_sum += sum_lanes(so);

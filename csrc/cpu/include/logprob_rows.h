@@ -36,7 +36,7 @@ class Temperatures {
     if (!per_row) return;
     per_row_ = per_row->to(at::kFloat).contiguous().view(-1);
     pointer_ = per_row_.const_data_ptr<float>();
-    for (int64_t n = 0; n < per_row_.numel(); ++n) TORCH_CHECK_VALUE(pointer_[n] > 0.0f, op, ": expected temperatures above 0, got ", pointer_[n], " in row ", n);
+    for (int64_t n = 0; n < per_row_.numel(); ++n) TORCH_CHECK_VALUE(pointer_[n] >= std::numeric_limits<float>::min(), op, ": expected temperatures above 0, got ", pointer_[n], " in row ", n);
   }
   double operator[](int64_t n) const { return pointer_ ? pointer_[n] : value_; }
 

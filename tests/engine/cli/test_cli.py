@@ -2,8 +2,10 @@
 commands themselves on a tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,6 +268,15 @@ def test_exit_codes_by_kind_of_error(capsys, monkeypatch):
 
 
 # ---- the commands --------------------------------------------------------------------------------
+def test_generate_without_a_tokenizer_says_what_is_missing(tiny_model, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(tiny_model) / name, tmp_path / name)
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "w1"]) == 2
+    told = capsys.readouterr().err
+    assert "put its tokenizer.json and tokenizer_config.json" in told
+    assert "token ids" not in told
+
+
 def test_train_then_generate(tiny_model, write_jsonl, tmp_path, capsys):
     data = write_jsonl("data.jsonl", [{"prompt": "w1 w2", "completion": "w3 w4"}] * 4)
     run = tmp_path / "run"

@@ -506,6 +506,28 @@ def test_no_prompts(decoder):
             "prompt 0 can never run: 70 prompt tokens and max_new_tokens=20 need 6 KV blocks of 16 "
             "tokens, and the cache has 5",
         ),
+        (
+            [[1], [2]],
+            [
+                SamplingParams(max_new_tokens=4),
+                SamplingParams(max_new_tokens=4, banned_token_ids=tuple(range(61))),
+            ],
+            None,
+            ValueError,
+            "SamplingParams of prompt 1 leave no token of 61 to draw; shorten banned_token_ids$",
+        ),
+        (
+            [[1]],
+            SamplingParams(
+                max_new_tokens=4,
+                min_new_tokens=2,
+                stop_token_ids=(7,),
+                banned_token_ids=tuple(i for i in range(61) if i != 7),
+            ),
+            None,
+            ValueError,
+            "shorten banned_token_ids, or lower min_new_tokens",
+        ),
         ([[1]], [SamplingParams()] * 2, None, ValueError, "1 prompts and 2 SamplingParams"),
         (
             [[1]],

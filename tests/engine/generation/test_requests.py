@@ -191,7 +191,7 @@ def test_what_truncates():
         ({"stop": (3,)}, "expected stop to be strings"),
         ({"banned_token_ids": (-1,)}, "expected banned_token_ids to be token ids >= 0"),
         ({"banned_token_ids": "ab"}, "banned_token_ids"),
-        ({"logit_bias": {-1: 2.0}}, "expected logit_bias to map token ids >= 0 to finite numbers"),
+        ({"logit_bias": {-1: 2.0}}, "expected logit_bias to map token ids >= 0 to numbers"),
         ({"logit_bias": {1: float("-inf")}}, "banned_token_ids bans a token"),
         ({"logit_bias": {1: "x"}}, "logit_bias"),
     ],
@@ -212,12 +212,7 @@ def test_requests_are_checked(tiny_model, device):
             actor.generate([[1]], SamplingParams(max_new_tokens=4, **fields))
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         HybridActor(actor.decoder).generate([[1]], SamplingParams(max_new_tokens=4, stop=("a",)))
-    said = (
-        "row 0 of 1 holds NaN or \\+inf, or no token that may be drawn"
-        if device.type == "cpu"
-        else "hold NaN"
-    )
-    with pytest.raises((ValueError, RuntimeError), match=said):
+    with pytest.raises(ValueError, match="leave no token of 32 to draw; shorten banned_token_ids"):
         actor.generate([[1]], SamplingParams(max_new_tokens=4, banned_token_ids=tuple(range(32))))
     assert actor.generate([[1]], SamplingParams(max_new_tokens=2))[0][0].token_ids, (
         "and nothing leaked"

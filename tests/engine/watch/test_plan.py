@@ -523,13 +523,13 @@ def test_the_command_line(tmp_path, capsys):
         PolicyConfig(str(config), "d", ("r.py:r",), device="cpu"), memory=2 << 30
     ).to_json() == told | {"model": str(config)}, "from config.json"
     sft = ["plan", "sft", "--model", str(config), "--device", "cpu", "--memory", "1MiB"]
-    assert main([*sft, "--output-json", "-"]) == 0
+    assert main([*sft, "--output-json", "-"]) == 3
     small = json.loads(capsys.readouterr().out)
     assert (small["fits"], small["largest_tokens_per_microbatch"]) == (
         False,
         {"plain": 0, "checkpointed": 0},
     )
-    assert main(sft) == 0
+    assert main(sft) == 3
     assert "nothing fits" in capsys.readouterr().out
 
 
@@ -642,6 +642,14 @@ def test_errors_are_one_message_and_exit_2(options, message, tmp_path, capsys):
     (tmp_path / "broken.json").write_text("{")
     assert main(["plan", *(option.format(tmp_path) for option in options)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_exit_code_says_whether_the_run_fits(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM))
+    command = ["plan", "sft", "--model", str(tmp_path), "--device", "cpu", "--memory"]
+    assert main([*command, "1MiB"]) == 3
+    assert "nothing fits" in capsys.readouterr().out
+    assert main([*command, "64GiB"]) == 0
 
 
 def test_help(capsys):
