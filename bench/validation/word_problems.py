@@ -43,7 +43,7 @@ REWARD = f"{ROOT / 'examples/rewards/gsm8k.py'}:last_number"
 ASKED = " Reply with one short sentence."
 GENERATION = GenerationConfig(max_new_tokens=40, temperature=0.7)
 TRIED, HELD_OUT, CHOICE = 320, 150, 8  # problems, problems, samples of each
-STEPS, PROMPTS, SAMPLES = 80, 8, 8
+STEPS, PROMPTS, SAMPLES = 40, 8, 8
 RATES = {"full": 2e-5, "lora": 5e-4}
 
 
