@@ -23,6 +23,7 @@ from fusedrl.engine.base.packing import IGNORE, PackedBatch
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation.arena import Arena
 from fusedrl.engine.generation.cache import CacheConfig, resolve_num_blocks
+from fusedrl.engine.generation.divided import divided
 from fusedrl.engine.generation.generator import Finished, Generator
 from fusedrl.engine.generation.sampler import SamplingParams
 from fusedrl.engine.model.decoder import Decoder, own_precision
@@ -34,6 +35,8 @@ from fusedrl.engine.model.sharing import share
 from fusedrl.engine.model.strict import strict_fault, strict_hidden, strict_logprob
 from fusedrl.engine.model.watch import Watch
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer, save_pretrained
+from fusedrl.engine.parallel.lanes import costs_of, deal
+from fusedrl.engine.parallel.ranks import ALONE
 from fusedrl.kernels.linear_logprob import linear_logprob
 from fusedrl.kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fusedrl.kernels.objective import PolicyObjective
@@ -66,6 +69,11 @@ class HybridActor:
 
     The KV cache is allocated by the first `generate`, and given back by `release_cache`. Setting
     `decoder.checkpoint_activations` trades time for the memory of the training forward.
+
+    Attributes:
+        ranks: that hold the same weights and call `generate` and `score` with the same arguments:
+            the work is divided among them, and each has the whole result. By default this process
+            alone.
 
     Args:
         decoder: the weights.
@@ -111,6 +119,7 @@ class HybridActor:
         )
         self._watch = Watch(decoder)
         self._cache = cache or CacheConfig()
+        self.ranks = ALONE
         self._generator: Generator | None = None
         self._making = threading.Lock()  # of a generator
         self._lent = False
@@ -228,6 +237,16 @@ class HybridActor:
                 outside the vocabulary, more tokens than the model has positions or than the cache
                 can ever hold (with the two numbers), numbers of prompts and params that differ.
         """
+        if self.ranks.size > 1:
+            return divided(self.ranks, self._generate, prompts, params, request_ids)
+        return self._generate(prompts, params, request_ids)
+
+    def _generate(
+        self,
+        prompts: Sequence[Any],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        request_ids: Sequence[int] | None,
+    ) -> list[list[Completion]]:
         found = sorted(
             self._run(prompts, params, request_ids, to_caller=False),
             key=lambda finished: finished[:2],
@@ -561,7 +580,8 @@ class HybridActor:
             torch.zeros(batch.num_tokens, dtype=torch.float32, device=batch.device)
             for _ in range(2 if self.value_head is None else 3)
         ]
-        for part in partition:
+        mine = deal(costs_of(batch.lengths, partition), self.ranks.size)[self.ranks.rank]
+        for part in (partition[index] for index in mine):
             if not len(part):
                 continue
             micro = batch.select(part)
@@ -573,6 +593,7 @@ class HybridActor:
             slots = batch.slots(part)
             for column, x_N in zip(columns, scored, strict=True):
                 column[slots] = x_N
+        self.ranks.sum("scores", *columns)
         return Scored(columns[0], columns[1], columns[2] if self.value_head is not None else None)
 
     # ---- the weights -----------------------------------------------------------------------------

@@ -41,6 +41,10 @@ class SetupError(RuntimeError):
     directory that another process holds."""
 
 
+class Elsewhere(Exception):
+    """Marks an error that happened on another rank, which has told of it."""
+
+
 def no_such(path: str | Path) -> str:
     """Says that a path does not exist, from which part on, and what stands there under nearly that
     name."""

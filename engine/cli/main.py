@@ -27,7 +27,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal, get_args, get_origin
 
-from fusedrl.engine.base.errors import ConfigError, SetupError, Stopped, UserError
+from fusedrl.engine.base.errors import ConfigError, Elsewhere, SetupError, Stopped, UserError
 from fusedrl.engine.cli.bench import bench_options, run_bench
 from fusedrl.engine.cli.common import (
     CONFIGURATION,
@@ -43,6 +43,7 @@ from fusedrl.engine.cli.common import (
     report_json,
     spelled,
 )
+from fusedrl.engine.cli.devices import devices_of, joined_by, launch
 from fusedrl.engine.cli.generate import generate_options, run_generate
 from fusedrl.engine.cli.monitor import add_commands
 from fusedrl.engine.cli.names import (
@@ -147,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BaseException, code: int) -> int:
+    if isinstance(error, Elsewhere):  # the rank that failed says it
+        return code
     message = (
         f"{error.filename}: {error.strerror}"
         if isinstance(error, OSError) and error.filename is not None
@@ -272,14 +275,21 @@ def _train(argv: list[str]) -> None:
             f"{', '.join(STAGES)}"
         )
     _, module, function, _ = STAGES[argv[0]]
+    argv, devices, place = devices_of(argv)
     config = parse_config(argv[0], argv[1:])
     check_device(config.device)
+    if devices > 1 and place is None:
+        if code := launch([*argv, f"--devices={devices}"], devices):
+            raise Stopped(code)
+        return
     train = getattr(importlib.import_module(module), function)
     from fusedrl.engine.runs.run import RESUME_COMMAND
 
-    told = RESUME_COMMAND.set(resume_command(argv))
+    again = [*argv, "--devices", str(devices)] if devices > 1 else argv
+    told = RESUME_COMMAND.set(resume_command(again))
     try:
-        train(config)
+        with joined_by(place):
+            train(config)
     finally:
         RESUME_COMMAND.reset(told)
 

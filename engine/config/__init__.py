@@ -6,7 +6,13 @@ Sizes of a batch have four words and no others: `prompts_per_step`, `samples_per
 `tokens_per_microbatch` is about memory alone.
 """
 
-from fusedrl.engine.config.base import GenerationConfig, LoRAConfig, OptimConfig, RunConfig
+from fusedrl.engine.config.base import (
+    GenerationConfig,
+    LoRAConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from fusedrl.engine.config.dpo import DPOConfig
 from fusedrl.engine.config.monitor import AlarmConfig, EvaluationConfig
 from fusedrl.engine.config.off_policy import CorrectionConfig, ReplayConfig
@@ -26,6 +32,7 @@ __all__ = [
     "LoRAConfig",
     "LossConfig",
     "OptimConfig",
+    "ParallelConfig",
     "PenaltyConfig",
     "PolicyConfig",
     "PtxConfig",

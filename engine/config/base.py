@@ -230,6 +230,23 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Several devices.
+
+    Args:
+        lanes: in how many lanes gradients are summed: with the same number, a multiple of the
+            ranks, a run has the same bits on any number of ranks, and on one. None: as many as
+            there are ranks; with `strict` 8, where there are several.
+    """
+
+    lanes: int | None = None
+
+    def __post_init__(self) -> None:
+        whole = self.lanes is None or (self.lanes >= 1 and self.lanes & (self.lanes - 1) == 0)
+        check(self, "parallel", ("lanes", whole, "a power of two: 1, 2, 4, 8, ..."))
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """Options of sampling rollouts.
 
@@ -302,6 +319,7 @@ class StageConfig:
     lora: LoRAConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def check_stage(self) -> None:
         """Raise ConfigError unless the options of every stage are in range."""

@@ -164,7 +164,10 @@ def advance(
     state.record(
         sampled.token_ids,
         sampled.logp,
-        None if value_head is None else value_head(hidden_RH, strict=strict),
+        # on a CPU a row's value depends on no other row, as its logits do
+        None
+        if value_head is None
+        else value_head(hidden_RH, strict=strict or hidden_RH.device.type == "cpu"),
     )
 
 

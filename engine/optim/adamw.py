@@ -24,11 +24,15 @@ TensorFlow and in the paper's "epsilon hat":
 With state="int8" the moments are codes of 8 bits in blocks of 256 with a float32 scale each
 (Dettmers et al., 2022, 8-bit optimizers via block-wise quantization), through torchao: 2 bytes a
 parameter in place of 8. Masters stay float32, and so do the moments of small and odd tensors.
+
+Among several ranks each parameter is updated by the one that owns it, which alone has its master
+and its moments, and is sent to the others (Rajbhandari et al., 2020, ZeRO, stage 1).
 """
 
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -39,6 +43,8 @@ from torch import Tensor, nn
 from fusedrl.engine.base.errors import SetupError
 from fusedrl.engine.config import OptimConfig
 from fusedrl.engine.config.base import either
+from fusedrl.engine.parallel.lanes import Gradients, Tree, added, owners_of, send_parameters
+from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
 EPS = 1e-8  # of Adam, where neither a configuration nor an algorithm names one
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -47,6 +53,7 @@ SMALLEST = 4096  # elements below which torchao keeps the moments in float32
 _NARROW = (torch.bfloat16, torch.float16)
 _ROW = 4096  # elements whose squares are added up in float32
 _SAMPLED = 1024  # second moments of a parameter that are looked at
+_PART_OF_STATE = re.compile(r"\.(step|exp_avg(_sq)?(\.codes|\.scale)?|master)$")
 _PART = 1 << 16  # elements that are wide at a time on a CPU
 _FEW = 1 << 18  # elements that are rounded at a time on a CPU
 
@@ -76,15 +83,19 @@ class Optimizer:
         state: Literal["float32", "int8"] = "float32",
         eps_mode: Literal["torch", "tensorflow"] = "torch",
         accumulate: Literal["parameter", "float32"] = "parameter",
+        ranks: Ranks = ALONE,
     ) -> None:
         self._params = {name: p for name, p in params.items() if p.requires_grad}
         if not self._params:
             raise ValueError(
                 "make_optimizer: expected parameters that require a gradient, got none"
             )
+        self._ranks = ranks
+        self._owners = owners_of({n: p.numel() for n, p in self._params.items()}, ranks.size)
         self._masters = {
             name: p.detach().float() if p.dtype in _NARROW else p
             for name, p in self._params.items()
+            if self._owners[name] == ranks.rank
         }
         self._kinds = {name: (p.dtype, p.device) for name, p in self._params.items()}
         matrices, vectors = (
@@ -97,9 +108,11 @@ class Optimizer:
         ]
         self._eps, self._hat, self._done = eps, eps_mode == "tensorflow", 0
         self.begun = 0  # steps that have begun to write, since this object was made
-        self._adamw: Any
-        self._int8 = state == "int8"
-        if self._int8:
+        self._adamw: Any = None  # of a rank that owns nothing
+        self._lr, self._int8 = lr, state == "int8"
+        if not groups:
+            pass
+        elif self._int8:
             self._adamw = _adamw_8bit()(groups, lr=lr, betas=betas, eps=eps, block_size=BLOCK)
         else:
             self._adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -116,61 +129,96 @@ class Optimizer:
     @property
     def lr(self) -> float:
         """Learning rate of all parameters."""
-        return float(self._adamw.param_groups[0]["lr"])
+        return self._lr
 
     @lr.setter
     def lr(self, value: float) -> None:
-        for group in self._adamw.param_groups:
+        self._lr = value
+        for group in self._groups:
             # torchao compiles its step, and a new number would be a new program
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(value)
             else:
                 group["lr"] = value
 
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self._adamw is None else self._adamw.param_groups
+
+    def tree(self) -> Tree:
+        """An empty sum of the gradients of lanes, for `step`."""
+        like = {
+            name: p.detach().new_empty((), dtype=_wide(p)).expand(p.shape)  # takes no memory
+            for name, p in self._params.items()
+        }
+        return Tree(self._ranks, self._owners, like)
+
     @torch.no_grad()
-    def step(self, *, max_grad_norm: float | None = None) -> StepResult:
+    def step(self, *, max_grad_norm: float | None = None, trees: Sequence[Tree] = ()) -> StepResult:
         """Clip the gradients to a global norm, and update.
 
         A parameter without a gradient stays. With a norm that is not finite nothing changes, the
         moments included. Reads the norm back from the device. Clipping may scale the gradients in
         place; call `zero_grad` afterwards.
 
+        Args:
+            trees: sums of parts that this and other ranks have; the gradient is their sum. None:
+                it is what backward passes left, the whole of it on every rank.
         Raises:
             RuntimeError: no parameter has a gradient, or one was cast or moved since the optimizer
                 was made.
         """
         self._check_kinds()
-        grads = self.gradients()
-        if not grads:
+        if not trees:
+            whole = self.gradients()
+            live, norm = list(whole), grad_norm(whole.values())
+            grads = {name: grad for name, grad in whole.items() if name in self._masters}
+        else:
+            grads, found = {}, set[str]()
+            for tree in trees:
+                part, names = tree.result()
+                grads, found = added(grads, part), found.union(names)
+            live = [name for name in self._params if name in found]
+            norm = self._norm(grads)
+        if not live:
             raise RuntimeError(
                 f"Optimizer.step: none of its {len(self._params)} parameters has a gradient: no "
                 "backward pass since zero_grad reached them. "
                 "Where parameters were replaced since (load_state_dict(assign=True), another "
                 "module), make a new optimizer"
             )
-        norm = grad_norm(grads.values())
         if not math.isfinite(norm):
             return StepResult(norm, False)
-        if max_grad_norm is not None and norm > max_grad_norm:
+        if max_grad_norm is not None and norm > max_grad_norm and grads:
             torch._foreach_mul_(list(grads.values()), max_grad_norm / norm)
-        low = {
-            name: grad
-            for name, grad in grads.items()
-            if self._masters[name] is not self._params[name]
-        }
+        low = [name for name in grads if self._masters[name] is not self._params[name]]
         self._follow(low)
-        for name, grad in low.items():
+        for name, grad in grads.items():
             self._masters[name].grad = grad
         self._done += 1
         if self._hat:
-            for group in self._adamw.param_groups:
+            for group in self._groups:
                 group["eps"] = self._eps / math.sqrt(1.0 - group["betas"][1] ** self._done)
         self.begun += 1
-        self._adamw.step()
+        if self._adamw is not None:
+            self._adamw.step()
         for name in low:
             self._masters[name].grad = None
             self._params[name].copy_(self._masters[name])
+        send_parameters(self._ranks, self._owners, self._params, live)
         return StepResult(norm, True)
+
+    def _norm(self, grads: Gradients) -> float:
+        """The global norm of gradients that each rank has its own of: the same bits on any number
+        of ranks."""
+        device = next(iter(self._params.values())).device
+        sizes = [p.numel() // _ROW + 1 for p in self._params.values()]
+        rows = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        for name, part in zip(self._params, rows.split(sizes), strict=True):
+            if name in grads:
+                part.copy_(_row_norms(grads[name]))
+        self._ranks.sum("gradient norms", rows)
+        return float(torch.linalg.vector_norm(rows))
 
     def _check_kinds(self) -> None:
         for name, p in self._params.items():
@@ -206,9 +254,15 @@ class Optimizer:
                 # somebody set .grad by hand beside the sums
                 found[name] = self._sums[name] + p.grad
             elif p.grad is not None:
-                found[name] = p.grad if p.dtype == self._masters[name].dtype else p.grad.float()
+                found[name] = p.grad if p.dtype == _wide(p) else p.grad.float()
             elif name in self._sums:
                 found[name] = self._sums[name]
+        return found
+
+    def take(self) -> Gradients:
+        """Return `gradients`, which are the caller's from now on; none are left."""
+        found = self.gradients()
+        self.zero_grad()
         return found
 
     def zero_grad(self) -> int:
@@ -230,18 +284,28 @@ class Optimizer:
         operations on all, and one wait for the device. None before the first step, and with state
         "int8", which keeps no second moment that small.
         """
-        group = self._adamw.param_groups[0]  # they differ in decay alone
+        if self._int8 or not self._done:
+            return None
+        shares = self._below_epsilon()
+        self._ranks.sum("second moments", shares)
+        below, live = shares.tolist()
+        return below / live if live else None
+
+    def _below_epsilon(self) -> Tensor:
+        """(those below epsilon squared, all that have met a gradient), of this rank's."""
         found = (
-            []
-            if self._int8
-            else [
+            [
                 state["exp_avg_sq"].view(-1)
                 for state in self._adamw.state.values()
                 if "exp_avg_sq" in state
             ]
+            if self._adamw is not None
+            else []
         )
         if not found:
-            return None
+            device = next(iter(self._params.values())).device
+            return torch.zeros(2, dtype=torch.float64, device=device)
+        group = self._groups[0]  # they differ in decay alone
         every = [-(-moment.numel() // _SAMPLED) or 1 for moment in found]
         some = [moment[::step] for moment, step in zip(found, every, strict=True)]
         weights = (
@@ -251,9 +315,7 @@ class Optimizer:
         )
         # the moments start from 0
         seen = torch.cat(some) / (1.0 - group["betas"][1] ** max(1, self._done))
-        shares = torch.stack([(seen > 0) & (seen < group["eps"] ** 2), seen > 0]).double() @ weights
-        below, live = shares.tolist()
-        return below / live if live else None
+        return torch.stack([(seen > 0) & (seen < group["eps"] ** 2), seen > 0]).double() @ weights
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and masters as a flat {name: tensor} of live tensors (no copies):
@@ -275,11 +337,19 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy in what `state_dict` gave; nothing changes where it does not fit.
+        """Copy in what `state_dict` gave, of other ranks' parameters too; nothing changes where it
+        does not fit.
 
         Raises:
             ValueError: names that are missing or unknown, or shapes that differ.
         """
+        steps = [float(tensor) for name, tensor in state.items() if name.endswith(".step")]
+        elsewhere = self._params.keys() - self._masters.keys()
+        state = {
+            name: tensor
+            for name, tensor in state.items()
+            if _PART_OF_STATE.sub("", name) not in elsewhere
+        }
         expected: dict[str, torch.Size] = {}
         for name, master in self._masters.items():
             if f"{name}.step" in state or f"{name}.exp_avg" in state:
@@ -308,12 +378,7 @@ class Optimizer:
             if master is not self._params[name]:
                 master.copy_(state[f"{name}.master"])
                 self._params[name].copy_(master)
-        self._done = int(
-            max(
-                (float(tensor) for name, tensor in state.items() if name.endswith(".step")),
-                default=0.0,
-            )
-        )
+        self._done = int(max(steps, default=0.0))
 
     def _shapes(self, master: Tensor) -> dict[str, torch.Size]:
         """Of what is saved of a parameter's moments."""
@@ -400,18 +465,23 @@ def grad_norm(grads: Iterable[Tensor]) -> float:
     In float32 over rows of 4096, and in float64 over the rows: one float32 sum of 67M squares is
     0.5% off on a CPU.
     """
-    rows: list[Tensor] = []
-    for grad in grads:
-        flat = grad.reshape(-1)
-        whole = len(flat) // _ROW * _ROW
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        rows.append(
-            torch.linalg.vector_norm(flat[:whole].view(whole // _ROW, _ROW), dim=1, dtype=wide)
-        )
-        rows.append(torch.linalg.vector_norm(flat[whole:], dtype=wide)[None])
-    return (
-        float(torch.linalg.vector_norm(torch.cat([row.double() for row in rows]))) if rows else 0.0
-    )
+    rows = [_row_norms(grad) for grad in grads]
+    return float(torch.linalg.vector_norm(torch.cat(rows))) if rows else 0.0
+
+
+def _row_norms(grad: Tensor) -> Tensor:
+    """[numel // 4096 + 1] float64: the norms of a gradient's rows of 4096 and of what is left."""
+    flat = grad.reshape(-1)
+    whole = len(flat) // _ROW * _ROW
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    rows = torch.linalg.vector_norm(flat[:whole].view(whole // _ROW, _ROW), dim=1, dtype=wide)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=wide)
+    return torch.cat([rows, rest[None]]).double()
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    """Of what a parameter's gradients are added up in, and of its master."""
+    return torch.float32 if p.dtype in _NARROW else p.dtype
 
 
 def make_optimizer(
@@ -424,6 +494,7 @@ def make_optimizer(
     state: Literal["float32", "int8"] = "float32",
     eps_mode: Literal["torch", "tensorflow"] = "torch",
     accumulate: Literal["parameter", "float32"] = "parameter",
+    ranks: Ranks = ALONE,
 ) -> Optimizer:
     """AdamW (Loshchilov and Hutter, 2019) over named parameters, with float32 masters where they
     are bfloat16 or float16.
@@ -438,6 +509,7 @@ def make_optimizer(
         accumulate: where the gradients of several backward passes are added up: "parameter", in
             `.grad` and its dtype, as torch does; "float32", low-precision ones in sums of the
             optimizer's, and `.grad` is None (top of this file).
+        ranks: those that share the parameters; each updates its own.
     Raises:
         ValueError: nothing to train, values outside AdamW's range, or eps_mode "tensorflow" with
             "int8".
@@ -448,7 +520,7 @@ def make_optimizer(
             'make_optimizer: expected eps_mode "torch" with state "int8", whose compiled step has '
             'one epsilon, got "tensorflow"'
         )
-    return Optimizer(dict(params), lr, betas, eps, weight_decay, state, eps_mode, accumulate)
+    return Optimizer(dict(params), lr, betas, eps, weight_decay, state, eps_mode, accumulate, ranks)
 
 
 def measure_optimizer(optimizer: Optimizer, prefix: str = "optim/") -> dict[str, float]:
@@ -457,7 +529,9 @@ def measure_optimizer(optimizer: Optimizer, prefix: str = "optim/") -> dict[str,
     return {} if share is None else {f"{prefix}below_epsilon": share}
 
 
-def optimizer_of(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+def optimizer_of(
+    config: OptimConfig, params: Iterable[tuple[str, nn.Parameter]], ranks: Ranks = ALONE
+) -> Optimizer:
     """The optimizer that a configuration describes, over named parameters; low-precision gradients
     are added up in float32. Errors as `make_optimizer`."""
     return make_optimizer(
@@ -469,4 +543,5 @@ def optimizer_of(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter]]
         state=config.state,
         eps_mode=config.eps_mode,
         accumulate="float32",
+        ranks=ranks,
     )

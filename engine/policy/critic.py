@@ -46,6 +46,8 @@ from fusedrl.engine.model.weights import (
     write_model,
 )
 from fusedrl.engine.optim.learner import Learner
+from fusedrl.engine.parallel.lanes import costs_of, deal
+from fusedrl.engine.parallel.ranks import ALONE
 
 
 class SeparateCritic(nn.Module):
@@ -54,6 +56,7 @@ class SeparateCritic(nn.Module):
     def __init__(self, decoder: Decoder, head: ValueHead) -> None:
         super().__init__()
         self.decoder, self.head = decoder, head
+        self.ranks = ALONE  # that score together
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """[N] float32: the value of the state before each token; 0 at the first slot of a sequence.
@@ -68,8 +71,10 @@ class SeparateCritic(nn.Module):
         """[N] float32: `forward` without gradient, in micro-batches of these sequences. The same
         cuts in training reproduce these bits."""
         values_N = torch.zeros(batch.num_tokens, device=batch.device)
-        for part in partition:
+        mine = deal(costs_of(batch.lengths, partition), self.ranks.size)[self.ranks.rank]
+        for part in (partition[index] for index in mine):
             values_N[batch.slots(part)] = self(batch.select(part))
+        self.ranks.sum("values", values_N)
         return values_N
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: Any = None) -> None:
@@ -166,7 +171,9 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
             return None
         head = TrunkCritic(actor, actor.value_head)
         return TrainedCritic(
-            head, Learner(head, config.critic.optim, "critic"), config.critic.warmup_steps
+            head,
+            Learner(head, config.critic.optim, "critic", actor.ranks),
+            config.critic.warmup_steps,
         )
     path = config.model if config.critic.model == "policy" else config.critic.model
     critic = load_critic(path, dtype=actor.decoder.dtype, device=actor.decoder.device)
@@ -198,4 +205,6 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
             f"{theirs.max_positions - config.generation.max_new_tokens} or less"
         )
     critic.decoder.checkpoint_activations = config.checkpoint_activations
-    return TrainedCritic(critic, Learner(critic, config.critic.optim, "critic"), config.steps)
+    critic.ranks = actor.ranks
+    learner = Learner(critic, config.critic.optim, "critic", actor.ranks)
+    return TrainedCritic(critic, learner, config.steps)

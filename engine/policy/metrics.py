@@ -128,15 +128,15 @@ class Meter:
         self,
         policy: PolicyStats,
         value: ValueStats | None,
+        dropped: Tensor | None,
         epoch: int,
         *,
         first: bool,
         replayed: bool = False,
-        dropped: Tensor | None = None,
     ) -> None:
-        """Add one micro-batch; `first`: before any optimizer step of this rollout, on this rollout;
-        `replayed`: of earlier rollouts alone; `dropped`: how many tokens
-        correction.off_policy_delta silenced."""
+        """Add one micro-batch; `dropped`: how many tokens correction.off_policy_delta silenced;
+        `first`: before any optimizer step of this rollout, on this rollout; `replayed`: of earlier
+        rollouts alone."""
         self.policy.append(policy)
         self.when.append((epoch, first))
         self.replayed.append(replayed)
@@ -145,10 +145,9 @@ class Meter:
         if value is not None:
             self.value.append(value)
 
-    def add_ratios(self, batch: PackedBatch, logp_N: Tensor) -> None:
-        """Add the ratio of every action of a micro-batch of the last pass, with old_logp; their
-        tails are reported."""
-        self._log_ratios.append((logp_N.detach() - batch.column("old_logp"))[batch.action_mask])
+    def add_ratios(self, log_ratios: Tensor) -> None:
+        """Add the log ratios of actions in the last pass; their tails are reported."""
+        self._log_ratios.append(log_ratios)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of all that was added."""

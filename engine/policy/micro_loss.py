@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,6 +38,34 @@ class MicroLoss(NamedTuple):
     entropy: Tensor
     batch: PackedBatch  # with old_logp, and with the advantages that were used
     dropped: Tensor | None  # tokens that correction.off_policy_delta left out
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """All statistics, 0-d each, for `statistics`."""
+        dropped = () if self.dropped is None else (self.dropped,)
+        return *self.policy, *(self.value or ()), *dropped
+
+    def of_tokens(self) -> Tensor:
+        """[3, N]: log-probabilities, entropies, and log ratios to the policy before; 0 where no
+        action is."""
+        ratio = self.logp.detach() - self.batch.column("old_logp")
+        return torch.stack(
+            [self.logp, self.entropy, torch.where(self.batch.action_mask, ratio, 0.0)]
+        )
+
+
+def statistics(
+    numbers: Sequence[Tensor], loss: RolloutLoss
+) -> tuple[PolicyStats, ValueStats | None, Tensor | None]:
+    """Return (policy, value, dropped) of a micro-batch from its `numbers`."""
+    policy, rest = len(PolicyStats._fields), len(PolicyStats._fields) + len(ValueStats._fields)
+    valued = loss.actor.value_head is not None
+    left = numbers[rest if valued else policy :]
+    return (
+        PolicyStats(*numbers[:policy]),
+        ValueStats(*numbers[policy:rest]) if valued else None,
+        left[0] if left else None,
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from fusedrl.engine.config import PolicyConfig, PtxConfig
 from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_demonstrations
 from fusedrl.engine.data.tokenize import count_tokens, encode_demonstrations, end_of_text
+from fusedrl.engine.optim.learner import Update
+from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.runs.run import Run
 from fusedrl.kernels.runtime.faults import raise_faults
 
@@ -47,10 +49,27 @@ class Ptx:
         self._seed, self._tokens = seed, tokens_per_microbatch
         self._seen: list[Tensor] = []
 
-    def backward(self, actor: HybridActor, index: int) -> Tensor:
+    def backward(self, actor: HybridActor, index: int, update: Update | None = None) -> Tensor:
         """Add the gradient for optimizer step `index` (from 0) of the run to what is there. Returns
-        the part of the loss, 0-d."""
-        loss = self._loss(actor, index, backward=True)
+        the part of the loss, 0-d.
+
+        Args:
+            update: divides the work among the ranks; None: all of it is done here.
+        """
+        batch, scale = self._drawn(actor, index)
+        groups = batch.split(self._tokens)
+        if update is None:
+            loss = torch.zeros((), device=batch.device)
+            for group in groups:
+                part = self._part(actor, batch.select(group), scale)
+                part.backward()
+                loss += part.detach()
+        else:
+            work = update.share(groups, costs_of(batch.lengths, groups))
+            for group in work:
+                work.backward(self._part(actor, batch.select(group), scale))
+            total = work.loss()
+            loss = torch.zeros((), device=batch.device) if total is None else total
         self._seen.append(loss / self.config.coef)
         return loss
 
@@ -58,7 +77,11 @@ class Ptx:
     def loss(self, actor: HybridActor, index: int) -> Tensor:
         """0-d: the part of the loss that `backward` has a gradient of, with the weights as they are
         now."""
-        return self._loss(actor, index, backward=False)
+        batch, scale = self._drawn(actor, index)
+        total = torch.zeros((), device=batch.device)
+        for group in batch.split(self._tokens):
+            total += self._part(actor, batch.select(group), scale)
+        return total
 
     def metrics(self) -> dict[str, float]:
         """`loss/ptx`: the mean cross-entropy, in nats per token and without the coefficient, of the
@@ -69,24 +92,19 @@ class Ptx:
         mean, self._seen = torch.stack(self._seen).double().mean().item(), []
         return {"loss/ptx": mean}
 
-    def _loss(self, actor: HybridActor, index: int, *, backward: bool) -> Tensor:
+    def _drawn(self, actor: HybridActor, index: int) -> tuple[PackedBatch, float]:
+        """The texts of an optimizer step, and the weight of each of their learned tokens."""
         count = self.config.sequences_per_step
         batch = PackedBatch.from_masked(
             self.texts.draw(self._seed, index * count, (index + 1) * count),
             device=actor.decoder.device,
         )
-        scale, total = (
-            self.config.coef / max(1, int(batch.action_mask.sum())),
-            torch.zeros((), device=batch.device),
-        )
-        for group in batch.split(self._tokens):
-            micro = batch.select(group)
-            # the denominator is the whole draw's
-            part = actor.cross_entropy(micro, actor.forward(micro), scale)
-            if backward:
-                part.backward()
-            total += part.detach()
-        return total
+        return batch, self.config.coef / max(1, int(batch.action_mask.sum()))
+
+    @staticmethod
+    def _part(actor: HybridActor, micro: PackedBatch, scale: float) -> Tensor:
+        """The loss of a micro-batch; the denominator is the whole draw's."""
+        return actor.cross_entropy(micro, actor.forward(micro), scale)
 
 
 def load_ptx(config: PolicyConfig, actor: HybridActor, run: Run) -> Ptx | None:
@@ -105,7 +123,7 @@ def load_ptx(config: PolicyConfig, actor: HybridActor, run: Run) -> Ptx | None:
         examples = load_demonstrations(
             source,
             skip_bad_lines=config.skip_bad_lines,
-            rejects=run.directory / "rejects.jsonl",
+            rejects=run.rejects(),
             options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)),
         )
         pairs, dropped = encode_demonstrations(

@@ -187,7 +187,7 @@ class Surrogate:
             None,
             entropy_coef=self.entropy_coef,
         )
-        self.meter.add(stats, None, 0, first=True)
+        self.meter.add(stats, None, None, 0, first=True)
         return loss
 
     def _zeros(self, count: int) -> Tensor:

@@ -48,7 +48,7 @@ def read_pairs(
     limit: int,
     *,
     skip_bad_lines: bool,
-    rejects: Path,
+    rejects: Path | None,
     tell: Callable[[str], None],
 ) -> list[TokenPair]:
     """The pairs of one file whose longer side has at most `limit` tokens, ties among them. What is

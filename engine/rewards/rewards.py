@@ -20,6 +20,7 @@ One file: a reward's protocol, its loading and what is told of its mistakes.
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import inspect
 import json
@@ -29,7 +30,7 @@ import traceback
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,6 +41,7 @@ from fusedrl.engine.base.errors import RewardError, Stopped, no_such
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.data.records import Prompt
 from fusedrl.engine.data.tokenize import encode_completion, encode_prompt, end_of_text
+from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +62,16 @@ class Rollout:
     prompt_ids: Sequence[Sequence[int]]
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]
+
+    def part(self, start: int, stop: int) -> Rollout:
+        """The completions from `start` up to `stop`."""
+        return Rollout(
+            self.prompts[start:stop],
+            self.completions[start:stop],
+            self.prompt_ids[start:stop],
+            self.completion_ids[start:stop],
+            {name: column[start:stop] for name, column in self.columns.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -94,11 +106,20 @@ class RewardScores:
 class RewardSet:
     """A weighted sum of rewards. Names are made unique, since metrics are filed under them.
 
+    Args:
+        ranks: that call `score` with the same arguments: each scores a part of the completions,
+            those of a prompt together, and has all scores. A reward sees only its rank's part.
     Raises:
         RewardError: no reward, or another number of weights than rewards.
     """
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        weights: Sequence[float] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
         self.weights = (
             [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
         )
@@ -142,6 +163,34 @@ class RewardSet:
                     f"rewards: expected {len(completions)} entries in {what}, one per completion, "
                     f"got {len(column)}"
                 )
+        if self.ranks.size > 1:
+            return self._divided(rollout)
+        return self._score(rollout)
+
+    def _divided(self, rollout: Rollout) -> RewardScores:
+        """The scores of all ranks' parts, one behind the other."""
+        count, size, rank = len(rollout.completions), self.ranks.size, self.ranks.rank
+        starts = [
+            i for i in range(count) if i == 0 or rollout.prompt_ids[i] != rollout.prompt_ids[i - 1]
+        ] + [count]
+        cuts = [starts[len(starts[1:]) * r // size] for r in range(size + 1)]
+        mine = rollout.part(cuts[rank], cuts[rank + 1])
+        nothing = RewardScores([], {name: [] for name in self.names}, [], [])
+        found = self._score(mine) if len(mine.completions) else nothing
+        parts = [RewardScores(**told) for told in self.ranks.gather("rewards", asdict(found))]
+        return RewardScores(
+            [x for part in parts for x in part.total],
+            {name: [x for part in parts for x in part.per_reward[name]] for name in self.names},
+            [
+                (first + index, name, reason)
+                for first, part in zip(cuts, parts, strict=False)
+                for index, name, reason in part.invalid
+            ],
+            [x for part in parts for x in part.tokens],
+        )
+
+    def _score(self, rollout: Rollout) -> RewardScores:
+        completions = rollout.completions
         per_reward: dict[str, list[float | None]] = {}
         invalid: list[tuple[int, str, str]] = []
         tokens: list[list[float] | None] = [None] * len(completions)
@@ -466,6 +515,13 @@ def import_function(path: Path, function: str, what: str = "reward") -> Callable
     return found
 
 
+def own_copies(values: Sequence[Any]) -> list[Any]:
+    """The values for a function that may write to them: lists and objects are copies, each one's
+    own, since the data has them again for the next sample, reward and step."""
+    fixed = (str, int, float, bool, type(None))
+    return [value if isinstance(value, fixed) else copy.deepcopy(value) for value in values]
+
+
 class FunctionReward:
     """A function with TRL's contract. The policy's tokenizer is for rewards of steps."""
 
@@ -486,12 +542,14 @@ class FunctionReward:
             for prompt, text in zip(rollout.prompts, rollout.completions, strict=True)
         ]
         arguments = {
-            "prompts": list(rollout.prompts),
+            "prompts": own_copies(rollout.prompts),
             "completions": completions,
             "completion_ids": [list(ids) for ids in rollout.completion_ids],
         }
         arguments |= {
-            name: list(column) for name, column in rollout.columns.items() if name not in arguments
+            name: own_copies(column)
+            for name, column in rollout.columns.items()
+            if name not in arguments
         }
         if missing := sorted(self._needs - arguments.keys()):
             raise RewardError(

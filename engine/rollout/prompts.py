@@ -48,7 +48,7 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
         examples = load_prompts(
             source,
             skip_bad_lines=config.skip_bad_lines,
-            rejects=run.directory / "rejects.jsonl",
+            rejects=run.rejects(),
             options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)),
         )
         encoded, dropped = encode_prompts(

@@ -19,6 +19,7 @@ import torch
 
 from fusedrl.engine.actor import HybridActor
 from fusedrl.engine.base.completion import Completion
+from fusedrl.engine.base.draws import generators_kept
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import GenerationConfig, RunConfig
 from fusedrl.engine.generation.sampler import SamplingParams
@@ -340,7 +341,7 @@ def _repetition(completions: Sequence[Completion]) -> dict[str, float]:
 def _gold(gold: RewardSet | None, samples: Sequence[Sample]) -> dict[str, float]:
     if gold is None:
         return {}
-    with torch.random.fork_rng(devices=[]):  # what it draws changes nothing outside
+    with generators_kept():  # what it draws changes nothing outside
         scored = _score(
             gold, [(sample.prompt, sample.completion) for sample in samples if sample.valid]
         )

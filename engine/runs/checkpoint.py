@@ -37,6 +37,7 @@ from torch import Tensor
 from fusedrl.engine.base.errors import CheckpointError, ConfigError, SetupError
 from fusedrl.engine.data.lines import check_data_file
 from fusedrl.engine.data.readers import Data, parse_data
+from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
 MANIFEST, STATE, FORMAT = "MANIFEST.json", "state.json", 1
 FREE_KEYS = (
@@ -89,6 +90,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int = 2,
+    shares: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Save `tensors` {group: {name: tensor}} (a file per group) and `state` (JSON values) as the
     checkpoint of `step`.
@@ -96,6 +99,9 @@ def save_checkpoint(
     When it verifies, all but the `keep` newest are deleted. A step that is already saved and
     verifies is left as it is.
 
+    Args:
+        shares: more groups, of which each rank has a part and writes a file of its own.
+        ranks: that all call this; the first writes `tensors` and `state`.
     Raises:
         CheckpointError: a tensor that is not finite, a name that is no plain file name, a state
             that JSON would not give back, a failed verification.
@@ -104,19 +110,30 @@ def save_checkpoint(
     """
     root = Path(run_dir) / "checkpoints"
     target = root / f"step_{step:08d}"
-    _check(step, tensors, state)
-    if target.is_dir():
-        try:
-            _verify(target)
-            return target
-        except CheckpointError:
-            _remove(target)  # it could never be loaded, and it stands where the new one goes
-    root.mkdir(parents=True, exist_ok=True)
     temporary = root / f".tmp_{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    if ranks.size == 1:
+        tensors = {**tensors, **(shares or {})}
+    _check(step, tensors if ranks.first else {}, state)
+    if ranks.size > 1:
+        _check(step, shares or {}, {})
+    there = ranks.first and _room_for(target, temporary)
+    if ranks.gather("checkpoint", there)[0]:
+        return target
     try:
-        temporary.mkdir()
-        files = {
+        files = {}
+        if ranks.size > 1:
+            mine = {
+                f"{group}.{ranks.rank:05d}-of-{ranks.size:05d}.safetensors": named
+                for group, named in (shares or {}).items()
+            }
+            found = {
+                name: _write(temporary / name, _safetensors(named)) for name, named in mine.items()
+            }
+            files = {n: f for part in ranks.gather("its files", found) for n, f in part.items()}
+        if not ranks.first:
+            ranks.meet("the end of a checkpoint")
+            return target
+        files |= {
             f"{group}.safetensors": _write(temporary / f"{group}.safetensors", _safetensors(named))
             for group, named in tensors.items()
         }
@@ -158,7 +175,23 @@ def save_checkpoint(
     # later ones are broken, or this step could not be new
     for old in [path for number, path in _steps(root) if number <= step][keep:]:
         _remove(old)
+    ranks.meet("the end of a checkpoint")
     return target
+
+
+def _room_for(target: Path, temporary: Path) -> bool:
+    """Whether the checkpoint is there and verifies; else the directory that it is written in is
+    made."""
+    if target.is_dir():
+        try:
+            _verify(target)
+            return True
+        except CheckpointError:
+            _remove(target)  # it could never be loaded, and it stands where the new one goes
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return False
 
 
 def _check(
@@ -276,12 +309,20 @@ def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
             manifest = _verify(path)
             if manifest["step"] != step:
                 raise CheckpointError(f"{path / MANIFEST}: is of step {manifest['step']}")
-            groups = [name for name in manifest["files"] if name.endswith(".safetensors")]
-            tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in groups}
-            return Checkpoint(path, step, tensors, json.loads((path / STATE).read_bytes()))
+            return read_checkpoint(path, step, manifest["files"])
         except (CheckpointError, SafetensorError, OSError, ValueError) as error:
             _log.warning("checkpoint skipped: %s", error)
     return None
+
+
+def read_checkpoint(path: Path, step: int, files: Iterable[str]) -> Checkpoint:
+    """Read the files of a checkpoint that verifies; groups of which each rank wrote a part are
+    whole."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(name for name in files if name.endswith(".safetensors")):
+        group = re.sub(r"(\.\d{5}-of-\d{5})?\.safetensors$", "", name)
+        tensors[group] = tensors.get(group, {}) | load_file(path / name)
+    return Checkpoint(path, step, tensors, json.loads((path / STATE).read_bytes()))
 
 
 def _steps(root: Path) -> list[tuple[int, Path]]:
@@ -360,6 +401,17 @@ def _all_data(config: Any) -> str:
     policy."""
     ptx = getattr(config, "ptx", None)
     return data_digest(config.data) + (f" ptx {data_digest(ptx.data)}" if ptx is not None else "")
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """What a run is a function of, as JSON values: its configuration, and digests of the data and
+    of the initial model. Errors as `check_data_file`."""
+    return {
+        "stage": type(config).__name__,
+        "config": config_to_dict(config),
+        "data_sha256": _all_data(config),
+        "model_sha256": model_digest(config.model),
+    }
 
 
 def file_digest(path: str | Path) -> str:
@@ -448,12 +500,7 @@ class RunDirectory:
 
     def __init__(self, config: Any) -> None:
         self.dir = Path(config.run.dir)
-        current = {
-            "stage": type(config).__name__,
-            "config": config_to_dict(config),
-            "data_sha256": _all_data(config),
-            "model_sha256": model_digest(config.model),
-        }
+        current = identity(config)
         self._lock = RunLock(self.dir)
         try:
             self.checkpoint = latest_checkpoint(self.dir)
@@ -586,7 +633,7 @@ def _merged(usual: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any
 def config_diff(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """`key: saved -> current` for every dotted key that differs, but for those that a continued run
     may change (`FREE_KEYS`)."""
-    old, new = _flat(saved), _flat(current)
+    old, new = flat(saved), flat(current)
     keys = [
         key
         for key in {**old, **new}
@@ -599,12 +646,13 @@ def config_diff(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     ]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
+        found |= (
+            flat(value, f"{prefix}{key}.")
             if isinstance(value, Mapping)
             else {f"{prefix}{key}": value}
         )
-    return flat
+    return found

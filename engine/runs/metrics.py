@@ -53,9 +53,11 @@ def say(text: str) -> None:
 class JsonLines:
     """A file of JSON objects, one a line, each with a "step". Resumed, a torn last line and every
     line after `resume_step` are cut; None starts afresh. `last` is the newest line that was found
-    and kept, or None."""
+    and kept, or None. write=False: nothing is written, another process does that."""
 
-    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, resume_step: int | None = None, write: bool = True
+    ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = (
@@ -64,21 +66,26 @@ class JsonLines:
             else []
         )
         kept = [line for line in lines if _is_of(line, resume_step)]
-        write_file(self.path, b"".join(kept))
         self.last: dict[str, Any] | None = json.loads(kept[-1]) if kept else None
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._file: TextIO | None = None
+        if write:
+            write_file(self.path, b"".join(kept))
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one line and hand it to the system. Raises ValueError for NaN and infinity, which
         JSON has not."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(row, allow_nan=False) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _is_of(line: bytes, last_step: int | None) -> bool:
@@ -105,10 +112,15 @@ class Metrics:
     Args:
         run_dir: the run directory; created if needed.
         resume_step: the step of the checkpoint that the run continues from, or None for a new run.
+        write: False where another process writes the file.
     """
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None = None) -> None:
-        self._lines = JsonLines(Path(run_dir) / "metrics.jsonl", resume_step=resume_step)
+    def __init__(
+        self, run_dir: str | Path, *, resume_step: int | None = None, write: bool = True
+    ) -> None:
+        self._lines = JsonLines(
+            Path(run_dir) / "metrics.jsonl", resume_step=resume_step, write=write
+        )
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def log(self, step: int, values: Mapping[str, float]) -> dict[str, float]:

@@ -30,7 +30,8 @@ import torch
 from fusedrl.engine.base.errors import ConfigError, Stopped
 from fusedrl.engine.config.base import StageConfig
 from fusedrl.engine.data.mixture import Mixture
-from fusedrl.engine.runs.checkpoint import RunDirectory
+from fusedrl.engine.parallel.ranks import ALONE, Ranks, versions
+from fusedrl.engine.runs.checkpoint import RunDirectory, flat, identity, read_checkpoint
 from fusedrl.engine.runs.metrics import JsonLines, Metrics, Progress, say
 from fusedrl.engine.runs.saving import Parts, Saver
 
@@ -50,13 +51,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
     third is immediate. Whatever else ends the run, the last completed step is saved first where it
     still is in memory as it was (saving.py), and where to go on from is said.
 
+    Of several ranks the first alone writes and speaks. They save together, so a signal waits for
+    the end of the step, and what ends one of them ends all.
+
     Raises:
         ConfigError: the directory holds another run and `run.resume` is off, or a resumed run's
-            configuration, model or data changed.
+            configuration, model or data changed; or ranks that were started with different ones.
         RuntimeError: something called sys.exit within the run.
     """
 
-    def __init__(self, config: StageConfig, total: int | None) -> None:
+    def __init__(self, config: StageConfig, total: int | None, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.settings = config.run
         self.total = total or 0
         self.last_metrics: dict[str, float] = {}
@@ -71,15 +76,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            owned = stack.enter_context(RunDirectory(self._config))
-            self.directory, self._checkpoint = owned.dir, owned.checkpoint
+            self._stack = stack
+            self._open()
             self.start = self._checkpoint.step if self._checkpoint else 0
+            if not self.ranks.first:
+                self.ranks.meet("the files of the run")  # the first cuts them
             self.metrics = stack.enter_context(
-                Metrics(self.directory, resume_step=self.start or None)
+                Metrics(self.directory, resume_step=self.start or None, write=self.ranks.first)
             )
-            self._samples = stack.enter_context(
-                JsonLines(self.directory / "samples.jsonl", resume_step=self.start or None)
-            )
+            self._samples = self.lines("samples.jsonl")
+            if self.ranks.first:
+                self.ranks.meet("the files of the run")
             self.last_metrics = self.metrics.last()
             if threading.current_thread() is threading.main_thread():
                 for name in dict.fromkeys(
@@ -94,6 +101,23 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._stack = stack.pop_all()
         return self
 
+    def _open(self) -> None:
+        """Open the directory, on the first rank, and find the checkpoint to go on from."""
+        ranks, self.directory = self.ranks, Path(self.settings.dir)
+        if ranks.size == 1:
+            self._checkpoint = self._stack.enter_context(RunDirectory(self._config)).checkpoint
+            return
+        ranks.same("run", flat(identity(self._config)) | versions())
+        owned = self._stack.enter_context(RunDirectory(self._config)) if ranks.first else None
+        self._checkpoint = None if owned is None else owned.checkpoint
+        step = None if self._checkpoint is None else self._checkpoint.step
+        path = None if self._checkpoint is None else str(self._checkpoint.path)
+        step, path = ranks.gather("checkpoint to go on from", [step, path])[0]
+        if path is not None and not ranks.first:
+            self._checkpoint = read_checkpoint(
+                Path(path), step, [file.name for file in Path(path).iterdir()]
+            )
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -101,8 +125,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
         trace: TracebackType | None,
     ) -> None:
         try:
+            together = error is None or self.ranks.fail(error)
             if error is not None and self._saver is not None:
-                self._leave(self._saver, error)
+                self._leave(self._saver, error, together)
         finally:
             self._stack.__exit__(kind, error, trace)
         if isinstance(error, SystemExit) and not isinstance(error, Stopped):
@@ -121,28 +146,33 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self._exit = 128 + number if self._exit is None else self._exit
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if self._signals == 1:
-            say(
+            self._say(
                 f"fusedrl: {name}: the run stops when this step is complete and saved; once more "
                 "to stop before"
             )
-            if not (saver.safe or saver.saving or capturing) and saver.whole:
+            alone = self.ranks.size == 1
+            if alone and not (saver.safe or saver.saving or capturing) and saver.whole:
                 self._save(saver)
         elif self._signals > 2 or (not saver.saving and (saver.safe or saver.whole)):
             raise Stopped(self._exit)
         else:
-            say(
+            self._say(
                 f"fusedrl: {name}: the run stops when this update is complete and saved; once more "
                 "to stop at once, and lose what was not saved"
             )
 
-    def _leave(self, saver: Saver, error: BaseException) -> None:
+    def _leave(self, saver: Saver, error: BaseException, together: bool) -> None:
         """Save the last completed step if that is possible, and say what is to be had where. Never
-        hides `error`."""
+        hides `error`. `together`: all ranks are here."""
         problem = ""
-        if not saver.safe and saver.whole:
+        if not together:
+            problem = "the ranks are not together any more, so that nothing more is saved. "
+        elif all(self._of_all(not saver.safe and saver.whole)):
             try:
                 saver.save()
             except Exception as failed:
+                self.ranks.told = False
+                self.ranks.fail(failed)
                 problem = (
                     f"saving the last completed step, {saver.step}, failed "
                     f"({type(failed).__name__}: {failed}). "
@@ -155,8 +185,19 @@ class Run(contextlib.AbstractContextManager["Run"]):
             kept = "nothing is saved" + (": no step was completed" if saver.step == 0 else "")
         else:
             kept = f"step {saver.saved[0]} is in {saver.saved[1]}; {self._how_to_go_on()}"
-        say(f"fusedrl: {problem}{kept}")
+        self._say(f"fusedrl: {problem}{kept}")
         error.add_note(f"{problem}{kept}")
+
+    def _of_all(self, value: bool) -> list[bool]:
+        """The value on each rank; [False] where one is gone."""
+        try:
+            return self.ranks.gather("what may be saved", value)
+        except Exception:
+            return [False]
+
+    def _say(self, text: str) -> None:
+        if self.ranks.first:
+            say(text)
 
     def _how_to_go_on(self) -> str:
         return (
@@ -171,7 +212,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         fresh run nothing is. From here on they are what is saved."""
         self._step_began = time.perf_counter()
         self._progress = self._stack.enter_context(
-            Progress(self.total, self.settings.progress, start=self.start, title=self._title)
+            Progress(
+                self.total,
+                self.settings.progress and self.ranks.first,
+                start=self.start,
+                title=self._title,
+            )
         )
         found, checkpoint = Parts(**parts), self._checkpoint
         self._parts = found
@@ -179,7 +225,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             found.load(checkpoint)
             self._skipped_before = int(checkpoint.state["skipped_updates"])
         self._saver, self._checkpoint = (
-            Saver(self.directory, self.settings, found, checkpoint, self._skipped),
+            Saver(self.directory, self.settings, found, checkpoint, self._skipped, self.ranks),
             None,
         )
         if checkpoint is None and self.settings.resume:
@@ -224,7 +270,10 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if saver is None:
             raise RuntimeError("run: expected restore before the first step")
         saver.complete(step + 1, self._skipped)
-        if saver.step == self.total or saver.due() or self._exit is not None:
+        # a signal may reach one rank, and only the first looks at the clock
+        told = self.ranks.gather("the end of a step", [self._exit, saver.due()])
+        self._exit = next((code for code, _ in told if code is not None), None)
+        if saver.step == self.total or told[0][1] or self._exit is not None:
             self._save(saver)
         if self._exit is not None:
             raise Stopped(self._exit)
@@ -237,9 +286,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def finish(self, save: Callable[[Path], None]) -> str:
         """Write <run>/model and return its path."""
         target = self.directory / "model"
-        save(target)
+        self.write("model", save)
         self.message(f"saved {target}")
         return str(target)
+
+    def write(self, name: str, save: Callable[[Path], None]) -> None:
+        """Have `save` write <run>/name, on the first rank while the others wait."""
+        self.ranks.once(f"writing {name}", lambda: save(self.directory / name))
+
+    def rejects(self, name: str = "rejects.jsonl") -> Path | None:
+        """Return where malformed lines of data go; None on ranks that write nothing."""
+        return self.directory / name if self.ranks.first else None
 
     # ---- what is reported ------------------------------------------------------------------------
     def time(self, name: str) -> contextlib.AbstractContextManager[None]:
@@ -259,7 +316,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         """Another file of JSON lines in the run directory; a resumed run's is cut as its metrics
         are."""
         return self._stack.enter_context(
-            JsonLines(self.directory / name, resume_step=self.start or None)
+            JsonLines(self.directory / name, resume_step=self.start or None, write=self.ranks.first)
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -270,6 +327,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         metrics = metrics | {"timing/step": seconds, "mem/peak_gib": peak_memory()}
         if "num_tokens" in metrics:
             metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
+        metrics |= self.ranks.metrics()
         if self._skipped:
             metrics = metrics | {"skipped_updates": float(self._skipped)}
         self.last_metrics = self.metrics.log(step + 1, metrics)
@@ -283,7 +341,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     def message(self, text: str) -> None:
         """A line on standard error: what a person should know, whether or not progress is shown."""
-        say(f"{self._title}: {text}")
+        self._say(f"{self._title}: {text}")
 
 
 def peak_memory() -> float:

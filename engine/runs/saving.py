@@ -20,9 +20,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fusedrl.engine.base.draws import generator_states, set_generator_states
 from fusedrl.engine.base.errors import CheckpointError
 from fusedrl.engine.config.base import RunConfig
 from fusedrl.engine.optim.learner import Learner, Model
+from fusedrl.engine.parallel.ranks import ALONE, Ranks
 from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
 
 # a save waits for this many times the seconds that the last one took: 5% of the time at the most
@@ -86,8 +88,8 @@ class Parts:
         return *counts, -1 if self.replay is None else self.replay.newest
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Fill these objects, in place, and the CPU's generator. Raises CheckpointError where it is
-        a checkpoint of others."""
+        """Fill these objects, in place, and the process's generators. Raises CheckpointError where
+        it is a checkpoint of others."""
         for group, moments, learner in self.learners():
             parameters, saved = trained(learner.model), checkpoint.tensors[group]
             if saved.keys() != parameters.keys() or any(
@@ -119,7 +121,7 @@ class Parts:
             self.replay.load(checkpoint.tensors["replay"])
         if "weights_version" in checkpoint.state and isinstance(self.model.model, Versioned):
             self.model.model.weights_version = checkpoint.state["weights_version"]
-        torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
+        set_generator_states(checkpoint.tensors["rng"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,18 +129,20 @@ class _Completed:
     """The end of a step: what is small of it, and the mark of what is not."""
 
     step: int
-    generator: Tensor
+    generators: dict[str, Tensor]
     state: dict[str, Any]
     mark: tuple[int, ...]
 
 
 class Saver:
-    """Saves a run. `saved`: the newest checkpoint, as (step, directory), or None.
+    """Saves a run. `saved`: the newest checkpoint, as (step, directory), or None. Of several ranks
+    all save at once.
 
     Args:
         directory: of the run.
         checkpoint: that it continues from, already loaded into `parts`; None at the beginning.
         skipped: updates left out so far.
+        ranks: of the run.
     """
 
     def __init__(
@@ -148,8 +152,10 @@ class Saver:
         parts: Parts,
         checkpoint: Checkpoint | None,
         skipped: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._directory, self._settings, self._parts = directory, settings, parts
+        self._ranks = ranks
         self.saved = None if checkpoint is None else (checkpoint.step, checkpoint.path)
         self.saving = False
         self._failed: int | None = None
@@ -161,7 +167,7 @@ class Saver:
         model, control = self._parts.model.model, self._parts.control
         state = {"skipped_updates": skipped} | (control.state_dict() if control is not None else {})
         state |= {"weights_version": model.weights_version} if isinstance(model, Versioned) else {}
-        self._completed = _Completed(step, torch.get_rng_state(), state, self._parts.mark())
+        self._completed = _Completed(step, generator_states(), state, self._parts.mark())
 
     @property
     def step(self) -> int:
@@ -202,15 +208,21 @@ class Saver:
         began = time.perf_counter()
         self.saving, self._failed = True, self.step
         try:
-            tensors: dict[str, Mapping[str, Tensor]] = {
-                "rng": {"torch_cpu": self._completed.generator}
-            }
+            tensors: dict[str, Mapping[str, Tensor]] = {"rng": self._completed.generators}
+            shares: dict[str, Mapping[str, Tensor]] = {}
             for group, moments, learner in self._parts.learners():
-                tensors |= {group: trained(learner.model), moments: learner.optimizer.state_dict()}
+                tensors[group] = trained(learner.model)
+                shares[moments] = learner.optimizer.state_dict()
             if self._parts.replay is not None:
                 tensors["replay"] = self._parts.replay.tensors()
             path = save_checkpoint(
-                self._directory, self.step, tensors, self._completed.state, keep=self._settings.keep
+                self._directory,
+                self.step,
+                tensors,
+                self._completed.state,
+                keep=self._settings.keep,
+                shares=shares,
+                ranks=self._ranks,
             )
             self.saved, self._failed = (self.step, path), None
         finally:

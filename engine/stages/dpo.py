@@ -12,16 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.draws import seed_generators
 from fusedrl.engine.base.estimates import wilson_interval
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import DPOConfig
 from fusedrl.engine.data.mixture import mix
 from fusedrl.engine.data.readers import Source
 from fusedrl.engine.optim.learner import Learner, Update
+from fusedrl.engine.parallel.lanes import costs_of
+from fusedrl.engine.parallel.ranks import Ranks, joined
 from fusedrl.engine.preference.losses import PairScores, pair_loss, pair_scores
 from fusedrl.engine.preference.pairs import (
     TokenPair,
@@ -60,14 +64,20 @@ def train_dpo(config: DPOConfig) -> DPOResult:
         DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
-    torch.manual_seed(config.run.seed)
+    with joined(config.parallel.lanes) as ranks:
+        return _train(config, ranks)
+
+
+def _train(config: DPOConfig, ranks: Ranks) -> DPOResult:
+    seed_generators(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+    actor.ranks = ranks
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor)
-    learner = Learner(actor, config.optim)
-    with Run(config, None) as run:
+    learner = Learner(actor, config.optim, ranks=ranks)
+    with Run(config, None, ranks) as run:
         trunk = actor.decoder.config
         limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
 
@@ -78,7 +88,7 @@ def train_dpo(config: DPOConfig) -> DPOResult:
                 trunk.eos_token_ids,
                 limit,
                 skip_bad_lines=config.skip_bad_lines,
-                rejects=run.directory / "rejects.jsonl",
+                rejects=run.rejects(),
                 tell=run.message,
             )
 
@@ -90,11 +100,9 @@ def train_dpo(config: DPOConfig) -> DPOResult:
             with run.time("reference"):
                 batch = with_reference(reference, batch, cuts)
             with run.time("train"), learner.update(step, run.total) as update:
-                scores = _backward(update, actor, batch, cuts, pairs, config)
+                scores, loss = _backward(update, actor, batch, cuts, pairs, config)
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
-            metrics = {"loss": 0.0 if update.loss is None else update.loss.item()} | describe(
-                scores, pairs, config.beta
-            )
+            metrics = {"loss": loss} | describe(scores, pairs, config.beta)
             metrics |= {
                 "grad_norm": update.grad_norm,
                 "num_tokens": float(batch.num_tokens),
@@ -104,7 +112,7 @@ def train_dpo(config: DPOConfig) -> DPOResult:
                     metrics |= evaluate(actor, reference, held, config)
             run.log(step, metrics)
         if config.lora is not None:
-            actor.save_adapter(run.directory / "adapter", base_model=config.model)
+            run.write("adapter", partial(actor.save_adapter, base_model=config.model))
         last = run.last_metrics
         interval = (
             last.get("eval_accuracy_low", math.nan),
@@ -134,18 +142,21 @@ def _backward(
     cuts: Cuts,
     pairs: Sequence[TokenPair],
     config: DPOConfig,
-) -> PairScores:
+) -> tuple[PairScores, float]:
     """Add the gradient of a step's loss, the mean over its pairs by their weights. Returns the
-    scores that it is of."""
+    scores that it is of, and the loss."""
     total = sum(pair.weight for pair in pairs)
-    seen: list[PairScores] = []
-    for cut in cuts:
+    logp_N = torch.zeros(batch.num_tokens, device=batch.device)
+    work = update.share(cuts, costs_of(batch.lengths, map(sequences_of, cuts)))
+    for cut in work:
         micro = batch.select(sequences_of(cut))
-        logp_N, _ = actor.logprobs(micro, actor.forward(micro))
-        scores = pair_scores(micro, logp_N)
-        update.backward((weighted_loss(scores, [pairs[i] for i in cut], config) / total).double())
-        seen.append(PairScores(*(x.detach() for x in scores)))
-    return in_order(seen, cuts)
+        logp, _ = actor.logprobs(micro, actor.forward(micro))
+        scores = pair_scores(micro, logp)
+        work.backward((weighted_loss(scores, [pairs[i] for i in cut], config) / total).double())
+        logp_N[batch.slots(sequences_of(cut))] = logp.detach()
+    actor.ranks.sum("log-probabilities", logp_N)
+    loss = work.loss()
+    return pair_scores(batch, logp_N), 0.0 if loss is None else loss.item()
 
 
 def weighted_loss(
@@ -165,14 +176,6 @@ def weighted_loss(
         nll_coef=config.nll_coef,
     )
     return (weight_P * loss_P).sum()
-
-
-def in_order(seen: Sequence[PairScores], cuts: Cuts) -> PairScores:
-    """The scores of micro-batches as those of the pairs in their own order."""
-    back = torch.tensor([index for cut in cuts for index in cut]).argsort()
-    return PairScores(
-        *(torch.cat(parts)[back.to(parts[0].device)] for parts in zip(*seen, strict=True))
-    )
 
 
 def describe(scores: PairScores, pairs: Sequence[TokenPair], beta: float) -> dict[str, float]:

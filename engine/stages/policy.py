@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.draws import seed_generators
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
@@ -41,11 +42,13 @@ from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.data.readers import parse_data
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.learner import Learner
+from fusedrl.engine.parallel.lanes import LANES, costs_of
+from fusedrl.engine.parallel.ranks import Ranks, joined, world
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.policy.critic import SeparateCritic, TrainedCritic, critic_of
 from fusedrl.engine.policy.metrics import Meter, measure, value_metrics
-from fusedrl.engine.policy.micro_loss import RolloutLoss
+from fusedrl.engine.policy.micro_loss import RolloutLoss, statistics
 from fusedrl.engine.policy.objectives import (
     ValueScale,
     leaves_out,
@@ -91,12 +94,23 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         RuntimeError: five updates in a row had a non-finite gradient, or sampler and trainer
             disagree by more than `max_logp_diff`.
     """
+    with joined(lanes_of(config)) as ranks:
+        return _train(config, ranks)
+
+
+def lanes_of(config: PolicyConfig) -> int | None:
+    """In how many lanes a run's gradients are summed; None: as many as there are ranks."""
+    strict = LANES if config.strict and world().size > 1 else None
+    return config.parallel.lanes or strict
+
+
+def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
     needs = find_advantage(config.advantage).needs
     _check(config, needs)
-    torch.manual_seed(config.run.seed)
-    parts = _load(config, needs)
+    seed_generators(config.run.seed)
+    parts = _load(config, needs, ranks)
     actor, control, own_critic, head = parts.actor, parts.control, parts.own_critic, parts.head
-    with Run(config, config.steps) as run:
+    with Run(config, config.steps, ranks) as run:
         _announce(config, needs, run)
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, parts.reference, parts.rewards, parts.gold, run)
@@ -139,9 +153,9 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
             run.samples(step, _samples(experience))
             run.save_if_due(step)
         if own_critic is not None:
-            own_critic.save_pretrained(run.directory / "critic", tokenizer=actor.tokenizer)
+            run.write("critic", partial(own_critic.save_pretrained, tokenizer=actor.tokenizer))
         if config.lora is not None:
-            actor.save_adapter(run.directory / "adapter", base_model=config.model)
+            run.write("adapter", partial(actor.save_adapter, base_model=config.model))
         return PolicyResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
 
 
@@ -215,7 +229,7 @@ def _scores_first(config: PolicyConfig, needs: str | None) -> bool:
     )
 
 
-def _load(config: PolicyConfig, needs: str | None) -> _Parts:
+def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
     actor = HybridActor.from_pretrained(
         config.model,
         dtype=config.dtype,
@@ -224,6 +238,7 @@ def _load(config: PolicyConfig, needs: str | None) -> _Parts:
         strict=config.strict,
         cache=cache_for(config),
     )
+    actor.ranks = ranks
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.kl.estimator == "full" and actor.decoder.config.logit_softcap:
         raise ConfigError(
@@ -234,14 +249,14 @@ def _load(config: PolicyConfig, needs: str | None) -> _Parts:
         actor.add_adapter(config.lora, seed=config.run.seed)
     reference = load_reference(config, actor) if config.needs_reference else None
     load = partial(load_reward, device=actor.decoder.device, tokenizer=actor.tokenizer)
-    rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights)
+    rewards = RewardSet([load(spec) for spec in config.reward], config.reward_weights, ranks)
     gold = [load(spec) for spec in config.monitor_reward]
     return _Parts(
         actor,
         reference,
         rewards,
-        RewardSet(gold) if gold else None,
-        Learner(actor, config.optim),
+        RewardSet(gold, ranks=ranks) if gold else None,
+        Learner(actor, config.optim, ranks=ranks),
         critic_of(config, actor),
         Control(config),
         None if config.replay is None else ReplayBuffer(config.replay, config.run.seed),
@@ -465,33 +480,38 @@ def update(
     for epoch in range(config.epochs):
         for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
+            last = epoch == config.epochs - 1
             moving = [group for group in minibatch if not idle.issuperset(group)] or minibatch[:1]
             trained += sum(map(len, moving))
             given += sum(map(len, minibatch))
-            # log-probabilities and entropies
-            seen = torch.zeros(2, batch.num_tokens, device=batch.device)
+            # log-probabilities, entropies, and log ratios to the policy before
+            seen = torch.zeros(3, batch.num_tokens, device=batch.device)
             with learner.update(done, total_updates) as one:
-                for group in moving:
+                work = one.share(moving, costs_of(batch.lengths, moving))
+                for group in work:
                     micro = loss_of(weighted.select(group))
-                    if measured is None:
-                        seen[:, batch.slots(group)] = torch.stack([micro.logp, micro.entropy])
-                    one.backward(micro.loss)
+                    work.backward(micro.loss)
+                    work.tell(*micro.numbers)
+                    if measured is None or last:
+                        seen[:, batch.slots(group)] = micro.of_tokens()
+                if measured is None or last:
+                    learner.ranks.sum("log-probabilities", seen)
+                if measured is None:
+                    measured = _measured(batch, minibatch, moving, seen[:2], config, control)
+                for group, numbers in zip(moving, work.rows(), strict=True):
                     # only in the first pass are there micro-batches of replayed completions alone
                     old = epoch == 0 and group[0] >= fresh
                     meter.add(
-                        micro.policy,
-                        micro.value,
+                        *statistics(numbers, loss_of),
                         epoch,
                         first=epoch == 0 and minibatch is first_cuts[0] and not old,
                         replayed=old,
-                        dropped=micro.dropped,
                     )
-                    if epoch == config.epochs - 1:
-                        meter.add_ratios(micro.batch, micro.logp)
-                if measured is None:
-                    measured = _measured(batch, minibatch, moving, seen, config, control)
                 if ptx is not None:
-                    ptx.backward(actor, done)
+                    ptx.backward(actor, done, one)
+            if last:
+                slots = batch.slots([b for group in moving for b in group])
+                meter.add_ratios(seen[2, slots][batch.action_mask[slots]])
             meter.grad_norms.append(one.grad_norm)
             done += 1
     # what runs next runs beside the weights, the optimizer's state and the cache alone
@@ -547,7 +567,8 @@ def update_critic(
         for minibatch in first_cuts if epoch == 0 else cuts_of(batch, config, step, epoch):
             weighted = _weighted(batch, minibatch, config)
             with learner.update(done, total_updates) as one:
-                for group in minibatch:
+                work = one.share(minibatch, costs_of(batch.lengths, minibatch))
+                for group in work:
                     micro = weighted.select(group)
                     old, returns, weights = (
                         micro.column(name) for name in ("values", "returns", "weights")
@@ -555,8 +576,9 @@ def update_critic(
                     loss, value_stats = value_loss(
                         model(micro), old, returns, weights, clip=scale.clip
                     )
-                    one.backward(config.loss.value_coef / scale.error**2 * loss)
-                    stats.append(value_stats)
+                    work.backward(config.loss.value_coef / scale.error**2 * loss)
+                    work.tell(*value_stats)
+                stats += [ValueStats(*numbers) for numbers in work.rows()]
             norms.append(one.grad_norm)
             done += 1
     learner.release()

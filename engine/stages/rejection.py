@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.draws import seed_generators
 from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import RejectionConfig
-from fusedrl.engine.optim.learner import Learner, Update
+from fusedrl.engine.optim.learner import Learner
+from fusedrl.engine.parallel.lanes import costs_of
+from fusedrl.engine.parallel.ranks import Ranks, joined
 from fusedrl.engine.rewards.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
@@ -51,10 +53,16 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
             left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
-    torch.manual_seed(config.run.seed)
+    with joined(config.parallel.lanes) as ranks:
+        return _train(config, ranks)
+
+
+def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
+    seed_generators(config.run.seed)
     actor = HybridActor.from_pretrained(
         config.model, dtype=config.dtype, device=config.device, cache=cache_for(config)
     )
+    actor.ranks = ranks
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
@@ -64,9 +72,10 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
             for spec in config.reward
         ],
         config.reward_weights,
+        ranks,
     )
-    learner = Learner(actor, config.optim)
-    with Run(config, config.steps) as run:
+    learner = Learner(actor, config.optim, ranks=ranks)
+    with Run(config, config.steps, ranks) as run:
         prompts = read_prompts(config, actor, run)
         actor.limit_cache(*demand_of(config, actor.decoder.config, longest_of(prompts)))
         flat = FlatRewards(
@@ -108,7 +117,7 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
             )
             run.save_if_due(step)
         if config.lora is not None:
-            actor.save_adapter(run.directory / "adapter", base_model=config.model)
+            run.write("adapter", partial(actor.save_adapter, base_model=config.model))
         return RejectionResult(run.finish(actor.save_pretrained), config.steps, run.last_metrics)
 
 
@@ -137,7 +146,8 @@ def imitate(
 ) -> dict[str, float]:
     """epochs x minibatches optimizer steps of cross-entropy on these sequences of the batch; fewer
     minibatches where there are fewer sequences."""
-    updates: list[Update] = []
+    losses: list[float] = []
+    norms: list[float] = []
     total = config.steps * config.epochs * config.minibatches
     for epoch in range(config.epochs):
         order, count = (
@@ -150,20 +160,24 @@ def imitate(
             with learner.update(
                 (step * config.epochs + epoch) * config.minibatches + part, total
             ) as update:
-                for micro in batch.micro_batches(config.tokens_per_microbatch, members):
+                groups = batch.split(config.tokens_per_microbatch, members)
+                work = update.share(groups, costs_of(batch.lengths, groups))
+                for group in work:
+                    micro = batch.select(group)
                     # the denominator is the whole minibatch's
-                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))
-            updates.append(update)
-    raise_faults(batch.device)  # where the host reads the losses anyway
+                    work.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))
+                loss = work.loss()
+            norms.append(update.grad_norm)
+            losses += [] if loss is None else [loss.item()]
+    raise_faults(batch.device)
     # the next rollout runs beside the weights, the optimizer's state and the cache alone
     learner.release()
-    if not updates:
+    if not norms:
         return {"updates": 0.0}
-    losses = [update.loss.item() for update in updates if update.loss is not None]
     return {
-        "updates": float(len(updates)),
+        "updates": float(len(norms)),
         "loss": sum(losses) / len(losses),
-        "grad_norm": sum(update.grad_norm for update in updates) / len(updates),
+        "grad_norm": sum(norms) / len(norms),
     } | learner.metrics()
 
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fusedrl.engine.base.draws import seed_generators
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.ordering import data_order, shuffled
 from fusedrl.engine.base.packing import PackedBatch, split_by_tokens
@@ -26,6 +27,8 @@ from fusedrl.engine.model.heads import RewardModel, save_reward_model
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.model.weights import load_decoder, load_tokenizer
 from fusedrl.engine.optim.learner import Learner, Update
+from fusedrl.engine.parallel.lanes import costs_of
+from fusedrl.engine.parallel.ranks import ALONE, Ranks, joined
 from fusedrl.engine.preference.comparisons import (
     Comparison,
     Pairs,
@@ -80,17 +83,22 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
         DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
-    torch.manual_seed(config.run.seed)
+    with joined(config.parallel.lanes) as ranks:
+        return _train(config, ranks)
+
+
+def _train(config: RewardModelConfig, ranks: Ranks) -> RewardModelResult:
+    seed_generators(config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    model, learner = new_model(config)
-    with Run(config, None) as run:
+    model, learner = new_model(config, ranks)
+    with Run(config, None, ranks) as run:
         train, held = mix(config.data, partial(_read, config, model, tokenizer, run)).split(
             lambda comparisons: _hold_out(comparisons, config)
         )
         if config.denoise_folds:
             del model, learner  # the others need the room
-            train = _denoised(train, config, run)
-            model, learner = new_model(config)
+            train = _denoised(train, config, run, ranks)
+            model, learner = new_model(config, ranks)
         for step, chosen in run.steps(train, config.pairs_per_step, config.epochs, model=learner):
             last = step == run.total - 1
             with run.time("train"), learner.update(step, run.total) as update:
@@ -111,8 +119,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
                     metrics |= found.metrics() if found is not None else {}
             if last:
                 if found is not None:
-                    save_report(found, run.directory / "report.json")
-                    if config.run.progress:
+                    run.write("report.json", partial(save_report, found))
+                    if config.run.progress and ranks.first:
                         Console(file=sys.stderr).print(report_table(found))
                 if config.normalize != "none":
                     with run.time("normalize"):
@@ -145,7 +153,7 @@ def _read(
         tokenizer,
         soft_labels=config.soft_labels,
         skip_bad_lines=config.skip_bad_lines,
-        rejects=run.directory / "rejects.jsonl",
+        rejects=run.rejects(),
     )
     for reason, count in unusable.items():
         run.message(
@@ -159,7 +167,7 @@ def _read(
     return [comparison for _, comparison in encoded]
 
 
-def new_model(config: RewardModelConfig) -> tuple[RewardModel, Learner]:
+def new_model(config: RewardModelConfig, ranks: Ranks = ALONE) -> tuple[RewardModel, Learner]:
     """The model that a run begins with, and what trains it."""
     decoder = load_decoder(config.model, dtype=config.dtype, device=config.device)
     decoder.checkpoint_activations = config.checkpoint_activations
@@ -168,7 +176,7 @@ def new_model(config: RewardModelConfig) -> tuple[RewardModel, Learner]:
     model = RewardModel.from_decoder(
         decoder, seed=config.run.seed, imitation=config.imitation_coef > 0
     )
-    return model, Learner(model, config.optim)
+    return model, Learner(model, config.optim, ranks=ranks)
 
 
 def _hold_out(
@@ -199,11 +207,10 @@ def gradients(
     """
     device, weight = model.decoder.device, sum(c.weight for c in chosen)
     tokens = sum(len(c.completions[i]) for c in chosen for i in c.preferred)
-    sums = {
-        name: torch.zeros((), device=device)
-        for name in ("loss", "ranking_loss", "imitation_loss", "accuracy", "margin")
-    }
-    for index in _split(chosen, config.tokens_per_microbatch):
+    groups = _split(chosen, config.tokens_per_microbatch)
+    work = update.share(groups, costs_of([c.tokens for c in chosen], groups))
+    nothing = torch.zeros((), device=device)
+    for index in work:
         group = [chosen[i] for i in index]
         batch = _batch(group, device)
         hidden_NH = model.hidden(batch)
@@ -213,21 +220,21 @@ def gradients(
         )
         if config.center_coef:
             loss = loss + config.center_coef * centre_loss(scores, group, total_weight=weight)
+        imitation = nothing
         if config.imitation_coef and any(c.preferred for c in group):
             imitation = -model.imitation_logp(batch, hidden_NH) / tokens
             loss = loss + config.imitation_coef * imitation
-            sums["imitation_loss"] += imitation.detach()
-        update.backward(loss)
+        work.backward(loss)
         with torch.no_grad():
             pairs = Pairs.of(group, total_weight=weight, device=device)
             margin = scores[pairs.better_P] - scores[pairs.worse_P]
-            for name, value in (
-                ("loss", loss),
-                ("ranking_loss", ranking),
-                ("accuracy", (pairs.share_P * (margin > 0)).sum()),
-                ("margin", (pairs.share_P * margin).sum()),
-            ):
-                sums[name] += value.detach()
+            right = (pairs.share_P * (margin > 0)).sum()
+            far = (pairs.share_P * margin).sum()
+        work.tell(*(x.detach() for x in (loss, ranking, imitation, right, far)))
+    names = ("loss", "ranking_loss", "imitation_loss", "accuracy", "margin")
+    sums = dict.fromkeys(names, nothing)
+    for row in work.rows():
+        sums = {name: sums[name] + value for name, value in zip(names, row, strict=True)}
     raise_faults(device)  # where the host reads the loss anyway
     left_out = set() if config.imitation_coef else {"imitation_loss"}
     left_out |= set() if config.imitation_coef or config.center_coef else {"ranking_loss"}
@@ -256,7 +263,7 @@ def _batch(comparisons: Sequence[Comparison], device: torch.device) -> PackedBat
 
 # ---- noisy labels --------------------------------------------------------------------------------
 def cross_fitted_margins(
-    config: RewardModelConfig, comparisons: Sequence[Comparison]
+    config: RewardModelConfig, comparisons: Sequence[Comparison], ranks: Ranks = ALONE
 ) -> list[float]:
     """Return each comparison's margin by a reward model that never saw it, nor another of the same
     prompt: the mean over its pairs of the better score less the worse.
@@ -283,7 +290,7 @@ def cross_fitted_margins(
             [i for i, c in enumerate(comparisons) if (part[tuple(c.prompt)] == fold) is wanted]
             for wanted in (True, False)
         )
-        model, learner = new_model(config)
+        model, learner = new_model(config, ranks)
         total = math.ceil(len(outside) * config.epochs / config.pairs_per_step)
         for step in range(total):
             start = step * config.pairs_per_step
@@ -305,7 +312,7 @@ def cross_fitted_margins(
 
 
 def _denoised(
-    train: Mixture[Comparison], config: RewardModelConfig, run: Run
+    train: Mixture[Comparison], config: RewardModelConfig, run: Run, ranks: Ranks
 ) -> Mixture[Comparison]:
     """Without the examples that the other folds contradict. What they said is in
     <run>/denoise.json, from which a resumed run goes on."""
@@ -313,13 +320,9 @@ def _denoised(
     if run.start and path.is_file():
         margins = json.loads(path.read_bytes())["margins"]
     else:
-        margins = cross_fitted_margins(config, train.examples)
-        write_file(
-            path,
-            (
-                json.dumps({"threshold": config.denoise_threshold, "margins": margins}) + "\n"
-            ).encode(),
-        )
+        margins = cross_fitted_margins(config, train.examples, ranks)
+        told = json.dumps({"threshold": config.denoise_threshold, "margins": margins}) + "\n"
+        run.write("denoise.json", partial(write_file, data=told.encode()))
     noisy = iter([margin < -config.denoise_threshold for margin in margins])
 
     def leave_out(source: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:

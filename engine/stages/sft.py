@@ -7,9 +7,8 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.draws import seed_generators
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import SFTConfig
 from fusedrl.engine.data.mixture import mix
@@ -21,6 +20,8 @@ from fusedrl.engine.data.tokenize import (
     end_of_text,
 )
 from fusedrl.engine.optim.learner import Learner
+from fusedrl.engine.parallel.lanes import costs_of
+from fusedrl.engine.parallel.ranks import Ranks, joined
 from fusedrl.engine.runs.run import Run, held_out
 from fusedrl.kernels.runtime.faults import raise_faults
 
@@ -46,13 +47,19 @@ def train_sft(config: SFTConfig) -> SFTResult:
         DataError, ConfigError, OSError: as their messages say; nothing half-written is left behind.
         RuntimeError: five updates in a row had a non-finite gradient.
     """
-    torch.manual_seed(config.run.seed)
+    with joined(config.parallel.lanes) as ranks:
+        return _train(config, ranks)
+
+
+def _train(config: SFTConfig, ranks: Ranks) -> SFTResult:
+    seed_generators(config.run.seed)
     actor = HybridActor.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+    actor.ranks = ranks
     actor.decoder.checkpoint_activations = config.checkpoint_activations
     if config.lora is not None:
         actor.add_adapter(config.lora, seed=config.run.seed)
-    learner = Learner(actor, config.optim)
-    with Run(config, None) as run:
+    learner = Learner(actor, config.optim, ranks=ranks)
+    with Run(config, None, ranks) as run:
         train, held = mix(config.data, partial(_read, config, actor, run)).split(
             lambda sequences: held_out(sequences, config.eval_fraction, config.run.seed)
         )
@@ -68,12 +75,16 @@ def train_sft(config: SFTConfig) -> SFTResult:
                 run.metrics.log(0, held_loss())
             batch = PackedBatch.from_masked(chosen, device=actor.decoder.device)
             tokens = int(batch.action_mask.sum())
+            groups = batch.split(config.tokens_per_microbatch)
             with run.time("train"), learner.update(step, run.total) as update:
-                for micro in batch.micro_batches(config.tokens_per_microbatch):
+                work = update.share(groups, costs_of(batch.lengths, groups))
+                for group in work:
+                    micro = batch.select(group)
                     # the denominator is the whole step's
-                    update.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))
+                    work.backward(actor.cross_entropy(micro, actor.forward(micro), 1 / tokens))
+                total = work.loss()
             raise_faults(actor.decoder.device)  # where the host reads the loss anyway
-            loss = 0.0 if update.loss is None else update.loss.item()
+            loss = 0.0 if total is None else total.item()
             metrics = {
                 "loss": loss,
                 "perplexity": math.exp(min(80.0, loss)),
@@ -86,7 +97,7 @@ def train_sft(config: SFTConfig) -> SFTResult:
                 metrics |= held_loss()
             run.log(step, metrics)
         if config.lora is not None:
-            actor.save_adapter(run.directory / "adapter", base_model=config.model)
+            run.write("adapter", partial(actor.save_adapter, base_model=config.model))
         return SFTResult(run.finish(actor.save_pretrained), run.total, run.last_metrics)
 
 
@@ -94,10 +105,7 @@ def _read(config: SFTConfig, actor: HybridActor, run: Run, source: Source) -> li
     """The demonstrations of a file as (ids, which of them are learnt)."""
     trunk = actor.decoder.config
     limit = min(trunk.max_positions, config.max_length or trunk.max_positions)
-    end, rejects = (
-        end_of_text(actor.tokenizer, trunk.eos_token_ids),
-        run.directory / "rejects.jsonl",
-    )
+    end, rejects = end_of_text(actor.tokenizer, trunk.eos_token_ids), run.rejects()
     if config.every_turn:
         dialogues, unusable = load_dialogues(
             source, skip_bad_lines=config.skip_bad_lines, rejects=rejects

@@ -34,7 +34,13 @@ from rich.table import Table
 from fusedrl.engine.base.errors import RewardError
 from fusedrl.engine.base.estimates import wilson_interval
 from fusedrl.engine.data.records import Prompt
-from fusedrl.engine.rewards.rewards import RewardSet, blame, import_function, values_of
+from fusedrl.engine.rewards.rewards import (
+    RewardSet,
+    blame,
+    import_function,
+    own_copies,
+    values_of,
+)
 
 VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
@@ -82,12 +88,14 @@ class FunctionJudge:
 
     def __call__(self, pairs: Pairs) -> Any:
         arguments = {
-            "prompts": list(pairs.prompts),
+            "prompts": own_copies(pairs.prompts),
             "a": list(pairs.first.texts),
             "b": list(pairs.second.texts),
         }
         arguments |= {
-            name: list(column) for name, column in pairs.columns.items() if name not in arguments
+            name: own_copies(column)
+            for name, column in pairs.columns.items()
+            if name not in arguments
         }
         return self.function(
             **{

@@ -15,9 +15,8 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.draws import generators_kept
 from fusedrl.engine.base.estimates import Estimate
 from fusedrl.engine.base.ordering import shuffled
 from fusedrl.engine.config import EvaluationConfig, PolicyConfig
@@ -227,7 +226,7 @@ class HeldOut:
         examples = load_prompts(
             evaluation.data,
             skip_bad_lines=config.skip_bad_lines,
-            rejects=run.directory / "rejects_eval.jsonl",
+            rejects=run.rejects("rejects_eval.jsonl"),
             options=ReadOptions(count_tokens=partial(count_tokens, actor.tokenizer)),
         )
         fitting, dropped = encode_prompts(
@@ -253,7 +252,7 @@ class HeldOut:
             self._evaluation.samples_per_prompt,
         )
         # what a reward draws inside changes nothing outside
-        with self._run.apart("evaluate"), torch.random.fork_rng(devices=[]):
+        with self._run.apart("evaluate"), generators_kept():
             found = evaluate(
                 self._actor,
                 self._reference,

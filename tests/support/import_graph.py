@@ -25,6 +25,7 @@ FLOORS = (
     "rewards",
     "model",
     "optim",
+    "parallel",
     "data",
     "config",
     "base",

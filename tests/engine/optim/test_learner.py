@@ -47,8 +47,10 @@ def test_updates_are_those_of_adamw_at_the_schedules_rate(device):
     )
     for step, rate in enumerate([0.05, 0.1, 0.1, 0.1 * 2 / 3, 0.1 / 3]):
         with learner.update(step, 5) as update:
-            for x in parts(device):
-                update.backward((x @ model.weight.T).square().sum() / 20)
+            work = update.share(parts(device), [1] * 4)
+            for x in work:
+                work.backward((x @ model.weight.T).square().sum() / 20)
+            total = work.loss()
         assert model.versions == step + 1
         adam.zero_grad()
         loss = sum(
@@ -59,7 +61,7 @@ def test_updates_are_those_of_adamw_at_the_schedules_rate(device):
         nn.utils.clip_grad_norm_(by_hand.parameters(), 0.7)
         adam.param_groups[0]["lr"] = rate
         adam.step()
-        assert update.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert total.item() == pytest.approx(loss.item(), rel=1e-5)
         assert update.grad_norm == pytest.approx(norm, rel=1e-5)
         assert learner.metrics()["lr"] == pytest.approx(rate)
         torch.testing.assert_close(model.weight, by_hand.weight, rtol=1e-5, atol=1e-6)
@@ -75,13 +77,15 @@ def test_an_error_in_the_block_is_no_update(device):
     learner, undisturbed = Learner(model, OptimConfig(lr=0.1)), Learner(other, OptimConfig(lr=0.1))
     before = model.weight.detach().clone()
     with pytest.raises(KeyboardInterrupt), learner.update(0, 2) as update:
-        update.backward(model.weight.sum())
+        for _ in (work := update.share([0], [1])):
+            work.backward(model.weight.sum())
         raise KeyboardInterrupt
     assert torch.equal(model.weight, before)
     assert (model.versions, learner.skipped, learner.optimizer.begun) == (0, 0, 0)
     for one in (learner, undisturbed):
         with one.update(0, 2) as update:
-            update.backward(one.model.weight.square().sum())
+            for _ in (work := update.share([0], [1])):
+                work.backward(one.model.weight.square().sum())
     assert torch.equal(model.weight, other.weight)
 
 
@@ -91,7 +95,8 @@ def test_updates_without_an_end_are_skipped_and_the_fifth_in_a_row_is_told(devic
 
     def one(factor):
         with learner.update(0, 1) as update:
-            update.backward(model.weight.sum() * factor)
+            for _ in (work := update.share([0], [1])):
+                work.backward(model.weight.sum() * factor)
         return update.grad_norm
 
     for _ in range(MOST_SKIPPED - 1):

@@ -1,0 +1,168 @@
+"""fusedrl train ... --devices N: the same command in N processes, a device each, on this machine.
+
+They find one another through a file, and speak over the loopback interface alone. `torchrun
+--nproc-per-node N -m fusedrl.engine.cli train ...` does the same by torch's own launcher, over the
+interface that torch chooses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from fusedrl.engine.base.errors import ConfigError, SetupError
+
+# a rank that is not there after so long is taken for stuck: rewards and rollouts may take a while
+PATIENCE = timedelta(hours=1)
+_FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+class Place(NamedTuple):
+    """Of a process among those that train together."""
+
+    rank: int
+    size: int
+    store: str
+
+
+def devices_of(argv: Sequence[str]) -> tuple[list[str], int, Place | None]:
+    """Return the arguments without --devices, their number, and this process's place, where it is
+    one of them.
+
+    Raises:
+        ConfigError: a number that is none.
+    """
+    rest: list[str] = []
+    found: dict[str, str] = {}
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--devices", "--place"):
+            rest.append(word)
+            continue
+        found[name] = value if equals else next(words, "")
+    count, place = found.get("--devices", "1"), None
+    if not count.isdecimal() or int(count) < 1:
+        raise ConfigError(f"train: expected --devices to be a whole number >= 1, got {count!r}")
+    if "--place" in found:
+        rank, size, store = found["--place"].split(",", 2)
+        place = Place(int(rank), int(size), store)
+    return rest, int(count), place
+
+
+def launch(argv: Sequence[str], count: int) -> int:
+    """Run `fusedrl train argv` in `count` processes; returns the exit code of the first that did
+    not end well, or 0. Signals go to all of them."""
+    _check_cards(count)
+    with tempfile.TemporaryDirectory(prefix="fusedrl-") as directory:
+        store = str(Path(directory) / "store")
+        children = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "fusedrl.engine.cli", "train", *argv),
+                    *("--place", f"{rank},{count},{store}"),
+                ],
+                env=os.environ | _quiet() | {"GLOO_SOCKET_IFNAME": _loopback()},
+            )
+            for rank in range(count)
+        ]
+        with _forwarding(children):
+            return _ended(children)
+
+
+def _quiet() -> dict[str, str]:
+    """What the processes would otherwise take all cores for."""
+    cores = os.cpu_count() or 1
+    return {} if cores > 8 else {"OMP_NUM_THREADS": "1"}
+
+
+def _loopback() -> str:
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+def _check_cards(count: int) -> None:
+    import torch
+
+    there = torch.cuda.device_count()
+    if there and count > there:
+        raise SetupError(
+            f"train: expected --devices {count} to be at most the {there} GPUs that torch sees; "
+            "each process has one of its own"
+        )
+
+
+@contextlib.contextmanager
+def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Signals to this process go to the children; a terminal sends SIGINT to them by itself."""
+
+    def forward(number: int, _: object) -> None:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(number)
+
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+    for name in _FORWARDED:
+        number = signal.Signals[name]
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, forward)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; the code of the first that did not end well."""
+    code, left = 0, list(children)
+    while left:
+        for child in list(left):
+            if (ended := child.poll()) is not None:
+                left.remove(child)
+                ended = 128 - ended if ended < 0 else ended
+                code = code or ended
+        time.sleep(0.05)
+    return code
+
+
+@contextlib.contextmanager
+def joined_by(place: Place | None) -> Iterator[None]:
+    """Within the block torch.distributed knows the processes that were started together: by
+    --devices, or by torchrun. Nothing where there are none, or where they are known."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_available() or dist.is_initialized():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if place is not None:
+        if cuda:
+            torch.cuda.set_device(place.rank)
+        store = dist.FileStore(place.store, place.size)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=PATIENCE
+        )
+    elif dist.is_torchelastic_launched():
+        if cuda:
+            torch.cuda.set_device(dist.get_node_local_rank())
+        dist.init_process_group(backend, timeout=PATIENCE)
+    else:
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()

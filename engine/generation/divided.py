@@ -1,0 +1,127 @@
+"""Generation by several ranks: prompts are dealt out, and every rank has all completions
+afterwards, in the order in which they were asked for.
+
+Request ids travel with their prompts, so that a rank draws what one process would have drawn. What
+is gathered are tensors of numbers and JSON of texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrl.engine.base.completion import Completion
+from fusedrl.engine.generation.sampler import SamplingParams
+from fusedrl.engine.parallel.lanes import deal
+from fusedrl.engine.parallel.ranks import Ranks
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+Generate = Callable[[Sequence[Any], Params, Sequence[int] | None], list[list[Completion]]]
+
+
+def divided(
+    ranks: Ranks,
+    generate: Generate,
+    prompts: Sequence[Any],
+    params: Params,
+    request_ids: Sequence[int] | None,
+) -> list[list[Completion]]:
+    """Complete prompts as `HybridActor.generate` does, each on one rank.
+
+    The longest go first, each to the rank that has least, and none has more than its share of
+    prompts, so that a cache for that many suffices. Errors as `generate`, and as `Ranks.meet`.
+    """
+    ids = list(range(len(prompts))) if request_ids is None else list(request_ids)
+    one = params if isinstance(params, SamplingParams) else SamplingParams()
+    each = list(params) if isinstance(params, Sequence) else [one] * len(prompts)
+    if not len(ids) == len(each) == len(prompts):
+        return generate(prompts, params, request_ids)  # which says what is wrong
+    costs = [
+        (p.max_new_tokens + len(prompt)) * p.n for prompt, p in zip(prompts, each, strict=True)
+    ]
+    dealt = deal(costs, ranks.size, -(-len(prompts) // ranks.size))
+    mine = dealt[ranks.rank]
+    outs = generate([prompts[i] for i in mine], [each[i] for i in mine], [ids[i] for i in mine])
+    found: list[list[Completion]] = [[] for _ in prompts]
+    for indices, groups in zip(dealt, gathered(ranks, outs), strict=True):
+        for index, group in zip(indices, groups, strict=True):
+            found[index] = group
+    return found
+
+
+def gathered(ranks: Ranks, outs: Sequence[Sequence[Completion]]) -> list[list[list[Completion]]]:
+    """The completions of every rank, in their order. Errors as `Ranks.meet`."""
+    flat = [completion for group in outs for completion in group]
+    told = {
+        "groups": [len(group) for group in outs],
+        "completions": [
+            [
+                c.text,
+                c.finish_reason,
+                c.sample,
+                len(c.prompt_ids),
+                len(c.token_ids),
+                c.action_mask is not None,
+                c.values is not None,
+                None if c.kept is None else [len(row) for row in c.kept],
+            ]
+            for c in flat
+        ],
+    }
+    whole = torch.tensor(
+        [
+            number
+            for c in flat
+            for numbers in (
+                c.prompt_ids,
+                c.token_ids,
+                c.weights_versions,
+                c.action_mask or (),
+                *(c.kept or ()),
+            )
+            for number in numbers
+        ],
+        dtype=torch.int64,
+    )
+    real = torch.tensor(
+        [x for c in flat for numbers in (c.logprobs, c.values or ()) for x in numbers],
+        dtype=torch.float64,
+    )
+    headers = ranks.gather("completions", json.dumps(told))
+    wholes, reals = ranks.rows("token ids", whole), ranks.rows("log-probabilities", real)
+    return [
+        _unpacked(json.loads(header), *numbers)
+        for header, *numbers in zip(headers, wholes, reals, strict=True)
+    ]
+
+
+def _unpacked(told: dict[str, Any], whole: Tensor, real: Tensor) -> list[list[Completion]]:
+    integers, numbers = iter(whole.tolist()), iter(real.tolist())
+
+    def take(source: Iterator[Any], count: int) -> list[Any]:
+        return [next(source) for _ in range(count)]
+
+    flat = []
+    for text, reason, sample, prompt, new, masked, valued, kept in told["completions"]:
+        c = Completion(
+            take(integers, prompt),
+            take(integers, new),
+            take(numbers, new),
+            text,
+            reason,
+            take(integers, new),
+            sample,
+        )
+        mask = [bool(flag) for flag in take(integers, new)] if masked else None
+        rows: list[Sequence[int]] | None = None
+        if kept is not None:
+            rows = [take(integers, count) for count in kept]
+        values = take(numbers, new) if valued else None
+        flat.append(replace(c, action_mask=mask, kept=rows, values=values))
+    each = iter(flat)
+    return [[next(each) for _ in range(count)] for count in told["groups"]]

@@ -1,0 +1,275 @@
+"""The processes that train together, a device each: what they tell one another, and how they end
+together.
+
+Every rank runs the same program on the same data: what is small (experience, advantages, cuts,
+controllers) is whole on all of them, and only what is dear is divided. So all ranks meet in the
+same order, and each meeting begins with a word about what it is for. A rank that failed says so in
+the others' next meeting, whichever that is, and all of them end with its message; ranks that went
+different ways are told instead of waiting for ever.
+
+    with joined(config) as ranks:        # one, where torch.distributed is not initialised
+        mine = parts[ranks.rank]
+        ranks.sum("old_logp", column)    # 0 wherever another rank computed it
+
+Nothing here pickles: a message is JSON, or tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedrl.engine.base import errors
+from fusedrl.engine.base.errors import ConfigError, Elsewhere, SetupError, Stopped
+
+T = TypeVar("T")
+_LONGEST = 4000  # characters of a failure that are told to the others
+# errors that are raised again, under their own names, on ranks that had none
+_KNOWN = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+} | {kind.__name__: kind for kind in (RuntimeError, ValueError, FileNotFoundError, OSError)}
+
+
+class Ranks:
+    """All processes of a run, seen from one of them.
+
+    Attributes:
+        rank, size: this one's number, from 0, and how many there are.
+        lanes: of what is summed over all of them (lanes.py).
+        moved: bytes that this rank sent of gradients and received of parameters.
+        loads: of each division of work, what the busiest rank had over the mean.
+        waited: seconds in which ranks exchanged something or waited for one another.
+        told: whether a failure is known to all: nobody waits for anybody any more.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, lanes: int | None = None) -> None:
+        self.rank, self.size, self.lanes = rank, size, size if lanes is None else lanes
+        self.moved: Counter[str] = Counter()
+        self.loads: list[float] = []
+        self.waited = 0.0
+        self.told = False
+        self._met = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    # ---- meetings --------------------------------------------------------------------------------
+    def meet(self, what: str) -> None:
+        """Wait until every rank is here.
+
+        Raises:
+            the error of a rank that failed, with its message; SetupError: a rank is gone, or does
+            not come in time; RuntimeError: another rank is somewhere else.
+        """
+        if self.size > 1:
+            self._meet(what, "")
+
+    def _meet(self, what: str, failure: str) -> None:
+        """Exchange what each rank is here for, and whether it failed."""
+        self._met += 1
+        text = failure.encode()
+        mine = torch.tensor([zlib.crc32(what.encode()), len(text)])
+        everyone = [torch.zeros_like(mine) for _ in range(self.size)]
+        self._call(what, lambda: dist.all_gather(everyone, mine))
+        words, lengths = zip(*(pair.tolist() for pair in everyone), strict=True)
+        if any(lengths):
+            said = self._texts(what, text, lengths)
+            self.told = True
+            if not failure:
+                raise self._theirs(said)
+        elif len(set(words)) > 1:
+            raise RuntimeError(
+                f"parallel: meeting {self._met}: rank {self.rank} is at {what!r} and others are "
+                "not: ranks went different ways. Every rank must run the same program on the same "
+                "data; a reward or a hook that depends on the rank is the likely cause"
+            )
+
+    def _texts(self, what: str, text: bytes, lengths: Sequence[int]) -> list[str]:
+        longest = max(lengths)
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(text)] = (
+            torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else mine[:0]
+        )
+        everyone = [torch.zeros_like(mine) for _ in range(self.size)]
+        self._call(what, lambda: dist.all_gather(everyone, mine))
+        return [
+            bytes(row[:length].tolist()).decode()
+            for row, length in zip(everyone, lengths, strict=True)
+        ]
+
+    def _theirs(self, said: Sequence[str]) -> Exception:
+        rank = next(rank for rank, text in enumerate(said) if text)
+        name, _, message = said[rank].partition(": ")
+        kind = _KNOWN.get(name, RuntimeError)
+        shown = message if name in _KNOWN else said[rank]
+        marked = type(kind.__name__, (kind, Elsewhere), {})
+        return marked(f"rank {rank} of {self.size}: {shown}")
+
+    def fail(self, error: BaseException) -> bool:
+        """Tell the others that this rank failed, in their next meeting; once. Whether they know."""
+        if self.size == 1 or self.told:
+            return True
+        text = f"{type(error).__name__}: {error}"[:_LONGEST]
+        try:
+            self._meet("an error", text)
+        except Exception:  # somebody is gone: nobody is left to tell
+            return False
+        return self.told
+
+    def _call(self, what: str, collective: Callable[[], Any]) -> None:
+        began = time.perf_counter()
+        try:
+            collective()
+            self.waited += time.perf_counter() - began
+        except RuntimeError as error:  # every failure of a backend is one
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+            raise SetupError(
+                f"parallel: rank {self.rank} of {self.size} waited at {what!r} (meeting "
+                f"{self._met}) and another rank "
+                + ("did not come in time" if late else "is gone")
+                + f" ({reason}); its own output says why. Start all ranks again with --run.resume "
+                "true: the run goes on from its last checkpoint"
+            ) from error
+
+    # ---- small things ----------------------------------------------------------------------------
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Return the JSON value of every rank, in their order. Errors as `meet`."""
+        if self.size == 1:
+            return [value]
+        self._meet(what, "")
+        text = json.dumps(value).encode()
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._call(what, lambda: dist.all_gather(lengths, torch.tensor([len(text)])))
+        texts = self._texts(what, text, [int(length) for length in lengths])
+        return [json.loads(text) for text in texts]
+
+    def once(self, what: str, function: Callable[[], T]) -> T | None:
+        """Call it on the first rank while the others wait; None on those. Errors as `meet`."""
+        found = function() if self.first else None
+        self.meet(what)
+        return found
+
+    def same(self, what: str, values: Mapping[str, Any]) -> None:
+        """Raise ConfigError, naming rank and key, unless all ranks have these JSON values."""
+        for rank, theirs in enumerate(self.gather(what, dict(values))):
+            for key in {**values, **theirs}:
+                if values.get(key) != theirs.get(key):
+                    raise ConfigError(
+                        f"parallel: expected the same {what} on all ranks, and {key} is "
+                        f"{theirs.get(key)!r} on rank {rank} and {values.get(key)!r} on rank "
+                        f"{self.rank}; start every rank with the same command, files and packages"
+                    )
+
+    # ---- tensors ---------------------------------------------------------------------------------
+    def sum(self, what: str, *columns: Tensor) -> None:
+        """Fill in, in place, what other ranks computed: each element is 0 on all ranks but one, so
+        that the sum is exact."""
+        if self.size == 1:
+            return
+        self._meet(what, "")
+        for column in columns:
+            wire = column if column.is_contiguous() else column.contiguous()
+            self._call(what, partial(dist.all_reduce, wire))
+            if wire is not column:
+                column.copy_(wire)
+
+    def rows(self, what: str, mine: Tensor) -> list[Tensor]:
+        """Return every rank's tensor, in their order, of one shape but for the first dimension."""
+        if self.size == 1:
+            return [mine]
+        sizes = [size[0] for size in self.gather(what, list(mine.shape))]
+        longest = max(sizes)
+        padded = mine.new_zeros(longest, *mine.shape[1:])
+        padded[: len(mine)] = mine
+        everyone = [torch.zeros_like(padded) for _ in range(self.size)]
+        self._call(what, lambda: dist.all_gather(everyone, padded))
+        return [row[:size] for row, size in zip(everyone, sizes, strict=True)]
+
+    def to_owners(self, what: str, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send the r-th part, flat, to rank r. Returns what every rank sent here, in their
+        order."""
+        if self.size == 1:
+            return [parts[0]]
+        out, sizes = parts[0].new_empty(self.size * len(parts[self.rank])), [len(p) for p in parts]
+        self._call(
+            what,
+            lambda: dist.all_to_all_single(
+                out, torch.cat(list(parts)), [len(parts[self.rank])] * self.size, sizes
+            ),
+        )
+        self.moved[what] += sum(p.nbytes for rank, p in enumerate(parts) if rank != self.rank)
+        return list(out.split(len(parts[self.rank])))
+
+    def from_owner(self, what: str, owner: int, flat: Tensor) -> None:
+        """Fill `flat` with what it is on its owner."""
+        if self.size == 1:
+            return
+        self._call(what, lambda: dist.broadcast(flat, owner))
+        self.moved[what] += flat.nbytes if owner != self.rank else 0
+
+    # ---- what it came to -------------------------------------------------------------------------
+    def metrics(self) -> dict[str, float]:
+        """Of what was divided since the last call; nothing of one rank."""
+        if self.size == 1:
+            return {}
+        found = {f"parallel/{name}_bytes": float(count) for name, count in self.moved.items()}
+        if self.loads:
+            found["parallel/imbalance"] = max(self.loads)
+        found["timing/waiting"] = self.waited
+        self.moved, self.loads, self.waited = Counter(), [], 0.0
+        return found
+
+
+ALONE = Ranks()
+
+
+def versions() -> dict[str, str]:
+    """Of what ranks must have in common."""
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def world(lanes: int | None = None) -> Ranks:
+    """The processes that torch.distributed has brought together; one, where it has not.
+
+    Args:
+        lanes: None is as many as there are ranks.
+    Raises:
+        ConfigError: lanes that cannot be divided among the ranks.
+    """
+    there = dist.is_available() and dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+    if lanes is not None and lanes % size:
+        raise ConfigError(
+            f"config: expected parallel.lanes to be a multiple of the {size} ranks, got {lanes}; "
+            f"start as many ranks as divide {lanes}, or leave parallel.lanes out"
+        )
+    return Ranks(rank, size, lanes)
+
+
+@contextmanager
+def joined(lanes: int | None = None) -> Iterator[Ranks]:
+    """The ranks of a run, for as long as the block: an error of one of them ends all, with its
+    message. Arguments and errors as `world`."""
+    ranks = world(lanes)
+    try:
+        yield ranks
+    except BaseException as error:
+        if isinstance(error, Exception | Stopped | KeyboardInterrupt):
+            ranks.fail(error)
+        raise
