@@ -1,5 +1,5 @@
 """What a policy update minimises, and how its tokens are weighted: descriptions and statistics of
-the losses in policy_loss.py.
+the losses in policy_loss/.
 
     l_t = correction_t * policy term_t (PolicyObjective, RolloutCorrection) + kl_coef * kl_t -
         entropy_coef * entropy_t

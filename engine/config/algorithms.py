@@ -2,9 +2,9 @@
 weighted, and what is usual.
 
 One loop (stages/policy.py) runs them all. A row's numbers are defaults: whatever a configuration
-names itself beats them. Advantages are functions in advantages.py, objectives are in objectives.py;
-both take more by registration or by dotted path. This file imports nothing heavy: the command line
-reads it.
+names itself beats them. Advantages are functions in policy/advantages.py, objectives are in
+policy/objectives.py; both take more by registration or by dotted path. This file imports nothing
+heavy: the command line reads it.
 
 Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_critic, a2c: ibid.
           13.5, Mnih et al. (2016); ppo, ppo_penalty: Schulman et al. (2017), eqs. 7 and 8; KL in
@@ -95,13 +95,13 @@ OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "dual_clip": ("clip", {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}),
     "dapo": ("clip", {"clip_low": 0.2, "clip_high": 0.28}),
     "ppo_penalty": ("kl_penalty", {}),  # beta is the adaptive coefficient
-    "trpo": ("ratio", {}),  # minimised within a bound on the KL: stages/trpo.py
+    "trpo": ("ratio", {}),  # minimised within a bound on the KL: policy/trpo.py
     "gspo": ("gspo", {"clip_low": 3e-4, "clip_high": 4e-4}),
     "cispo": ("cispo", {"clip_max": 5.0}),
     "sapo": ("sapo", {"tau_positive": 1.0, "tau_negative": 1.05}),
     "gmpo": ("geometric_mean", {"clip_low": 0.4, "clip_high": 0.4}),
     "dro": ("dro", {"beta": 1.0}),
-    # a function in objectives.py
+    # a function in policy/objectives.py
     "sequence_ratio": ("sequence_ratio", {"clip_low": 0.2, "clip_high": 0.2}),
 }
 # what an objective may use of LossConfig

@@ -120,7 +120,7 @@ def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def on_tensor_cores(device: torch.device) -> bool:
     """Whether products take numbers of two bytes there: on a GPU, and where Triton's interpreter
-    stands for one. Float32 is then split in two (split_linear.py), and attention is of
+    stands for one. Float32 is then split in two (kernels/split_linear.py), and attention is of
     `cache_dtype`."""
     return _IMPLS.choose(device) == "triton"
 

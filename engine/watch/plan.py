@@ -10,8 +10,8 @@ Held      per layer, between the passes: two norms' inputs and outputs 4 N H, th
           in, 2 N H. While a policy trains, its KV pool's memory takes of it what fits
           (HybridActor.lend_cache).
 Gradients the sums over micro-batches, 4 bytes a trained parameter, also of bfloat16 ones
-(optim.py); each backward pass's own, of e bytes, goes into its sum
-          as soon as it is whole, and the optimizer's step reads the sums where they are.
+          (optim/adamw.py); each backward pass's own, of e bytes, goes into its sum as soon as it is
+          whole, and the optimizer's step reads the sums where they are.
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the
           head's backward pass, whose gradient V H is whole before it is added; the last layer's; or
           the embedding's. What generation needs beside the weights and the gradients is compared,

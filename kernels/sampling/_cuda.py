@@ -1,5 +1,5 @@
 """sample in CUDA C++ (csrc/cuda/sampling.cu): what is launched, and the op that torch.compile sees.
-The mathematics is in sampling.py."""
+The mathematics is in __init__.py."""
 
 from __future__ import annotations
 
