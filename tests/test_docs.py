@@ -106,6 +106,8 @@ def test_every_row_of_the_tables_is_spoken_of():
         explained = explained.replace(row, "")
     unsaid = [name for name in ALGORITHMS if f"`{name}`" not in explained]
     assert not unsaid, f"docs/algorithms.md has {unsaid} in the table of rows alone"
+    unsaid = [name for name in ALGORITHMS if not re.search(f"(`|::){name}`", ORIGINS)]
+    assert not unsaid, f"docs/origins.md does not say where {unsaid} are from"
     spoken = explained + ORIGINS
     # those three by their kernels
     advantages = {*re.findall(r"::_(\w+)`", spoken), "gae", "td0", "k_step"}
