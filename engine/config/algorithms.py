@@ -110,7 +110,27 @@ BOUNDS = ("clip_low", "clip_high", "dual_clip", "clip_max", "tau_positive", "tau
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row: see the columns of the table in docs/algorithms.md."""
+    """One row of ALGORITHMS: what the algorithm is, and the numbers that are usual for it.
+
+    Attributes:
+        title: what messages call it.
+        advantage: one of ADVANTAGES.
+        objective: one of OBJECTIVES.
+        aggregation: how the losses of tokens become one number (`LossConfig.aggregation`).
+        kl_placement: where the KL to the reference goes: into the reward or the loss.
+        kl_coef: the KL's factor; 0 is no KL, and no reference is loaded.
+        kl_estimator: how the KL of a token is estimated: k1, k2, k3, abs or full.
+        whiten: advantages to mean 0 and variance 1 over the batch of a step.
+        samples_per_prompt: completions of each prompt.
+        epochs: passes over a rollout.
+        minibatches: optimizer steps of a pass.
+        eps: epsilon of Adam.
+        refill_tries: how often, at most, groups of equal scores are replaced by other prompts'.
+        normalize_scores: scores less their mean, over their standard deviation, both of the run so
+            far.
+        score_clip: the largest size of a score; None is no bound.
+        advantage_clip: the largest size of an advantage; None is no bound.
+    """
 
     title: str
     advantage: str

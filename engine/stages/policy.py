@@ -293,8 +293,8 @@ def _judged(
 
 
 def advantages_first(config: PolicyConfig) -> bool:
-    """Whether advantages are estimated before the rollout is scored: where updates leave out
-    completions by their advantages, which are a built-in function of scores alone."""
+    """Whether advantages depend on scores alone and completions whose advantages are 0 are left
+    out: advantages are then estimated before the rollout is scored."""
     return (
         leaves_out(config)
         and ADVANTAGES.get(config.advantage, "critic") != "critic"

@@ -85,7 +85,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 def uniform(keys_B4: Tensor) -> Tensor:
     """[B] float64 in [0, 1) with 53 random bits, a function of keys [B, 4] int64 (seed, request id,
-    sample index, position) alone."""
+    sample index, position) alone. Only the low 32 bits of sample and position are used."""
     low = 0xFFFFFFFF
     seed, request, sample, position = keys_B4.unbind(-1)
     counter = torch.stack(
@@ -105,7 +105,7 @@ def sample_reference(
     suppress_BV: Tensor | None = None,
     kept_capacity: int | None = None,
 ) -> Sampled:
-    """The definition, without a loop over rows or a look from the host. Parameters are [B] or [1];
+    """The definition, without a loop over rows or a device-to-host sync. Parameters are [B] or [1];
     a row with nothing to draw gets token -1."""
     z = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     B, V = z.shape
