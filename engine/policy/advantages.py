@@ -231,13 +231,8 @@ class Signals:
     @cached_property
     def lengths(self) -> Tensor:
         """[B] int64: how many tokens of each completion are unmasked."""
-        before = torch.cat(
-            [
-                self.batch.cu_seqlens.new_zeros(1, dtype=torch.int64),
-                self.batch.action_mask.cumsum(0),
-            ]
-        )
-        return before[self.batch.cu_seqlens[1:].long()] - before[self.batch.cu_seqlens[:-1].long()]
+        before = self.batch.counts_before(self.batch.action_mask)
+        return before[self.batch.cu_seqlens.long()].diff()
 
     def per_token(self, x_B: Tensor) -> Tensor:
         """[N]: each completion's number at each of its unmasked tokens, 0 elsewhere."""
@@ -386,9 +381,7 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
         )
         advantages_N = advantages_N - signals.future_kl_coef * (to_go_N - kl_N)
     if loss.discount_states:
-        before = torch.cat(
-            [batch.action_mask.new_zeros(1, dtype=torch.int64), batch.action_mask.cumsum(0)]
-        )
+        before = batch.counts_before(batch.action_mask)
         steps = before[:-1] - torch.repeat_interleave(
             before[batch.cu_seqlens[:-1].long()],
             batch.cu_seqlens.long().diff(),

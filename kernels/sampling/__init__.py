@@ -40,7 +40,8 @@ from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, describe
 from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import triton
-from fusedrl.kernels.sampling._cuda import empty_outputs, sample_cuda
+from fusedrl.kernels.sampling._cuda import sample_cuda
+from fusedrl.kernels.sampling._fused import empty_outputs
 
 if triton is not None:
     from fusedrl.kernels.sampling import _triton  # noqa: F401  (registers fusedrl::sample_triton)

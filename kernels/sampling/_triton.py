@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedrl.kernels.sampling._cuda import Outputs, empty_outputs, step
+from fusedrl.kernels.sampling._fused import Outputs, empty_outputs, step
 
 _BLOCK, _SEARCH_BLOCK, _GROUPS, _WARPS = 4096, 2048, 256, 8
 # leading bits of the float32, in which all values of a dtype differ; a multiple of 2
