@@ -58,13 +58,13 @@ SHORT = {
         "logprob + entropy, forward+backward",
         "2048 x 32000",
         "eager",
-    ): "log-probability and entropy, both ways, 2,048 x 32,000 logits",
+    ): "log-probability and entropy, forward and backward, 2,048 x 32,000 logits",
     (
         "linear_policy_loss",
         "linear_policy_loss fwd + bwd, 100% of the rows active",
         "2048 x 512 x 32000",
         "eager",
-    ): "hidden states to policy loss, both ways, in 5% of the memory",
+    ): "hidden states to policy loss, forward and backward: the same speed in 5% of the memory",
 }
 WITH_MODEL = {"generate", "step"}  # contests that take --model
 

@@ -13,8 +13,8 @@ Bytes     a few integers a row: what counts is one launch in place of a dozen. O
 Numerics  integers; logp and values copied.
 Source    the state that continuous batching keeps of a sequence: Yu et al. (2022), Orca.
 
-A row whose logits hold NaN draws -1 on a GPU (sampling.py). With -1 among its stop ids it then
-ends, and no embedding is asked for token -1.
+A row whose logits hold NaN draws -1 on a GPU (sampling/_triton.py). With -1 among its stop ids it
+then ends, and no embedding is asked for token -1.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What a policy update minimises, and how its tokens are weighted: descriptions and statistics of
-the losses in policy_loss.py.
+the losses in policy_loss/.
 
     l_t = correction_t * policy term_t (PolicyObjective, RolloutCorrection) + kl_coef * kl_t -
         entropy_coef * entropy_t
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedrl.kernels.kl import ESTIMATORS, MAX_LOG_RATIO
 from fusedrl.kernels.runtime.checks import check, check_dtype
 
 # kind -> the fields that it uses and their defaults. C++ and CUDA know it by its name:
@@ -41,7 +42,7 @@ _DEFAULTS: dict[str, dict[str, float | None]] = {
 }
 KINDS = tuple(_DEFAULTS)
 SEQUENCE_KINDS = ("gspo", "geometric_mean")  # a token's term depends on the others of its sequence
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # of tokens; kernels know one more, "sequence_k2"
+KL_ESTIMATORS = ESTIMATORS  # of tokens; kernels know one more, "sequence_k2"
 # What kernels take beside names, in this order, which is that of FUSEDRL_COEFFICIENTS there.
 COEFFICIENTS = (
     "lower",
@@ -62,7 +63,6 @@ AGGREGATIONS = (
     "sequence_sum_norm",
     "token_sum",
 )
-MAX_LOG_RATIO = 20.0  # inside exponentials
 
 
 # ---- what is minimised ---------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 
 Shapes    B rows, Hq query heads, Hkv key/value heads (Hq / Hkv of the former share one of the
           latter), D head dim, M blocks a row of the table, S positions a block. One layer's caches
-          as kv_cache.py fills them: K transposed inside a block, [blocks, Hkv, D, S].
+          as kv_cache fills them: K transposed inside a block, [blocks, Hkv, D, S].
 Bytes     2 Hkv D s a cached position, once. Triton adds Hq (D + 2) floats, written and read, a
           split of 256 positions: 3% at 4 query heads a group.
 Numerics  softmax and sums in float32, one rounding at the end; Triton rounds the softmax's weights

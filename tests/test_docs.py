@@ -1,7 +1,10 @@
-"""The pages name files, functions and tests: each exists, and nothing of their lists is left
-out."""
+"""Pages, docstrings and comments name files, functions and tests: each exists, and nothing of the
+pages' lists is left out."""
 
+import ast
+import io
 import re
+import tokenize
 from functools import cache
 from pathlib import Path
 
@@ -97,11 +100,15 @@ def test_no_item_is_left_out(page, section, pattern, count):
 
 
 def test_every_row_of_the_tables_is_spoken_of():
-    spoken = METHODS.replace("\n".join(rows(METHODS, "The rows")), "") + ORIGINS
-    for name in ALGORITHMS:
-        assert f"::{name}`" in spoken or f"`{name}`" in spoken, (
-            f"docs/algorithms.md and docs/origins.md have {name} in the table of rows alone"
-        )
+    explained = METHODS
+    for row in rows(METHODS, "The rows"):
+        assert row in explained
+        explained = explained.replace(row, "")
+    unsaid = [name for name in ALGORITHMS if f"`{name}`" not in explained]
+    assert not unsaid, f"docs/algorithms.md has {unsaid} in the table of rows alone"
+    unsaid = [name for name in ALGORITHMS if not re.search(f"(`|::){name}`", ORIGINS)]
+    assert not unsaid, f"docs/origins.md does not say where {unsaid} are from"
+    spoken = explained + ORIGINS
     # those three by their kernels
     advantages = {*re.findall(r"::_(\w+)`", spoken), "gae", "td0", "k_step"}
     assert set(ADVANTAGES) <= advantages, (
@@ -111,6 +118,79 @@ def test_every_row_of_the_tables_is_spoken_of():
         name for name in OBJECTIVES if not re.search(rf"\b{name}\b", spoken) and name != "ppo_clip"
     ]
     assert not missing, f"docs/origins.md does not name the objectives {missing}"
+
+
+# ---- files that docstrings and comments name -----------------------------------------------------
+SOURCES = sorted(
+    path
+    for room in ("engine", "kernels", "csrc")
+    for path in (ROOT / room).rglob("*")
+    if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h")
+)
+# neither a user's file.py:function nor what is included in angle brackets
+FILE = re.compile(r"(?<![\w./<-])((?:\w+/)*\w+\.(?:py|cpp|cuh?|h))\b(?!:\w)")
+OTHERS = re.compile(r"(?:verl|liger_kernel|trl)/|x\.cu$")  # other projects' files, and an example
+
+
+def said(path: Path, text: str) -> list[str]:
+    """The docstrings and comments of a file."""
+    if path.suffix != ".py":
+        return re.findall(r"//.*", text)
+    comments = [
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return comments + [
+        ast.get_docstring(node) or ""
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, documented)
+    ]
+
+
+def absent(path: Path, text: str) -> list[str]:
+    """Files that are named in this one and found from none of the folders around it. C++ sources
+    go by their name alone, as where they are included."""
+    names = FILE.findall("\n".join(said(path, text)))
+    folders = path.parents[: len(path.relative_to(ROOT).parts)]
+    return [
+        name
+        for name in names
+        if not OTHERS.match(name)
+        and not any((folder / name).is_file() for folder in folders)
+        and (name.endswith(".py") or not any((ROOT / "csrc").rglob(name)))
+    ]
+
+
+def test_docstrings_and_comments_name_files_that_are_there():
+    found = {
+        path.relative_to(ROOT).as_posix(): missing
+        for path in SOURCES
+        if (missing := absent(path, path.read_text(encoding="utf-8")))
+    }
+    assert not found
+
+
+def test_a_planted_name_of_a_file_is_found():
+    python = '''
+"""The mathematics is in kl.py, the table in full_kl/_triton.py, both of kernels/objective.py."""
+# the order of _reference.py, and of normalize/reference.py, in kl.h
+def f(x):
+    """Take file.py:function (tests/gone.py shows one)."""
+    return "nowhere.py"
+'''
+    assert sorted(absent(ROOT / "kernels" / "kl" / "_triton.py", python)) == [
+        "kl.py",
+        "normalize/reference.py",
+        "tests/gone.py",
+    ]
+    cpp = '#include <ATen/ATen.h>\n#include "no.h"\n// kl.h, gone.h and csrc/shared/gone.h'
+    assert absent(ROOT / "csrc" / "cpu" / "ops" / "kl.cpp", cpp) == [
+        "gone.h",
+        "csrc/shared/gone.h",
+    ]
+    assert len(SOURCES) > 200
 
 
 # ---- links ---------------------------------------------------------------------------------------

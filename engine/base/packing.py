@@ -3,10 +3,9 @@ them; no padding anywhere.
 
 Shapes    N tokens, B sequences. Sequence b owns the slots cu_seqlens[b] : cu_seqlens[b + 1].
 Alignment A per-token column at slot t speaks of token t given the tokens before it. What a model
-computes at slot t - 1 (the
-          prediction of token t, the value of the state before it) is moved to slot t by `to_next`.
-          The first slot of a sequence has no prediction: it is never an action and its columns are
-          0.
+          computes at slot t - 1 (the prediction of token t, the value of the state before it) is
+          moved to slot t by `to_next`. The first slot of a sequence has no prediction: it is never
+          an action and its columns are 0.
 """
 
 from __future__ import annotations
@@ -343,6 +342,12 @@ class PackedBatch:
         becomes 0. Of columns that are 0 at first slots nothing crosses a boundary.
         Differentiable."""
         return torch.cat([x_N[1:], x_N.new_zeros(min(1, x_N.shape[0]))])
+
+    @staticmethod
+    def counts_before(mask_N: Tensor) -> Tensor:
+        """[N + 1] int64: how many slots of the mask are True before each slot, and before the
+        end."""
+        return torch.cat([mask_N.new_zeros(1, dtype=torch.int64), mask_N.cumsum(0)])
 
     # ---- parts -----------------------------------------------------------------------------------
     def with_columns(self, **columns: Tensor | Kept | None) -> PackedBatch:

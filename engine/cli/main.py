@@ -1,13 +1,13 @@
 """The command line: fusedrl train sft|reward|dpo|ppo|grpo|..., fusedrl plan
 sft|reward|dpo|ppo|grpo|..., fusedrl generate, fusedrl demo, fusedrl doctor.
 
-Options of `train` and `plan` are the fields of the configuration dataclasses (config.py), nested
+Options of `train` and `plan` are the fields of the configuration dataclasses (config/), nested
 ones with a dot. The command line beats --config wherever that stands. Exit codes: 0 done, 1 a fault
 (with its traceback) or something that `fusedrl verify` found wrong, 2 configuration or data, 3
 environment, 4 stopped by the reward-hacking alarm, 128 + n stopped by signal n with its state saved
 (129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM). torch is imported only by what needs it.
-`fusedrl bench` is in cli_bench.py, `fusedrl judge`, `samples` and `report` in cli_monitor.py,
-`fusedrl verify` in cli_verify.py.
+`fusedrl bench` is in bench.py, `generate` in generate.py, `judge`, `samples` and `report` in
+monitor.py, `verify` in verify.py.
 """
 
 from __future__ import annotations

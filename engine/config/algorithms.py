@@ -2,9 +2,9 @@
 weighted, and what is usual.
 
 One loop (stages/policy.py) runs them all. A row's numbers are defaults: whatever a configuration
-names itself beats them. Advantages are functions in advantages.py, objectives are in objectives.py;
-both take more by registration or by dotted path. This file imports nothing heavy: the command line
-reads it.
+names itself beats them. Advantages are functions in policy/advantages.py, objectives are in
+policy/objectives.py; both take more by registration or by dotted path. This file imports nothing
+heavy: the command line reads it.
 
 Sources   reinforce: Williams (1992), Sutton and Barto, 13.3 and 13.4; actor_critic, a2c: ibid.
           13.5, Mnih et al. (2016); ppo, ppo_penalty: Schulman et al. (2017), eqs. 7 and 8; KL in
@@ -95,13 +95,13 @@ OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "dual_clip": ("clip", {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}),
     "dapo": ("clip", {"clip_low": 0.2, "clip_high": 0.28}),
     "ppo_penalty": ("kl_penalty", {}),  # beta is the adaptive coefficient
-    "trpo": ("ratio", {}),  # minimised within a bound on the KL: stages/trpo.py
+    "trpo": ("ratio", {}),  # minimised within a bound on the KL: policy/trpo.py
     "gspo": ("gspo", {"clip_low": 3e-4, "clip_high": 4e-4}),
     "cispo": ("cispo", {"clip_max": 5.0}),
     "sapo": ("sapo", {"tau_positive": 1.0, "tau_negative": 1.05}),
     "gmpo": ("geometric_mean", {"clip_low": 0.4, "clip_high": 0.4}),
     "dro": ("dro", {"beta": 1.0}),
-    # a function in objectives.py
+    # a function in policy/objectives.py
     "sequence_ratio": ("sequence_ratio", {"clip_low": 0.2, "clip_high": 0.2}),
 }
 # what an objective may use of LossConfig
@@ -110,7 +110,27 @@ BOUNDS = ("clip_low", "clip_high", "dual_clip", "clip_max", "tau_positive", "tau
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row: see the columns of the table in docs/algorithms.md."""
+    """One row of ALGORITHMS: what the algorithm is, and the numbers that are usual for it.
+
+    Attributes:
+        title: what messages call it.
+        advantage: one of ADVANTAGES.
+        objective: one of OBJECTIVES.
+        aggregation: how the losses of tokens become one number (`LossConfig.aggregation`).
+        kl_placement: where the KL to the reference goes: into the reward or the loss.
+        kl_coef: the KL's factor; 0 is no KL, and no reference is loaded.
+        kl_estimator: how the KL of a token is estimated: k1, k2, k3, abs or full.
+        whiten: advantages to mean 0 and variance 1 over the batch of a step.
+        samples_per_prompt: completions of each prompt.
+        epochs: passes over a rollout.
+        minibatches: optimizer steps of a pass.
+        eps: epsilon of Adam.
+        refill_tries: how often, at most, groups of equal scores are replaced by other prompts'.
+        normalize_scores: scores less their mean, over their standard deviation, both of the run so
+            far.
+        score_clip: the largest size of a score; None is no bound.
+        advantage_clip: the largest size of an advantage; None is no bound.
+    """
 
     title: str
     advantage: str

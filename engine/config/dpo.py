@@ -20,7 +20,7 @@ class DPOConfig(ReferenceConfig, GivenTextsConfig):
     With h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), sums over
     the tokens of each answer and no means:
     sigmoid -log sigmoid(beta h), ipo (h - 1 / (2 beta))^2, hinge max(0, 1 - beta h); see
-    preference_losses.py.
+    preference/losses.py.
 
     Args:
         model: directory or id of the policy to train; its initial weights are the reference.

@@ -43,8 +43,8 @@ class KLConfig:
             gradients: that of KL(pi || ref) at each state, also where the tokens are another
             policy's, as in later epochs and from a replay buffer (DeepSeek-V3.2, 2025, unbiased KL
             estimate).
-        target: KL per sequence, in nats, that the coefficient adapts to (control.py says how, and
-            how fast); None keeps it fixed.
+        target: KL per sequence, in nats, that the coefficient adapts to (policy/control.py says
+            how, and how fast); None keeps it fixed.
         horizon: adapt as Ziegler et al. (2019) do, by at most 0.2 x sequences of a step / horizon;
             they have 10,000. It has to fit the run: with 64 sequences a step that is 14% in 100
             steps. None adapts by steps, not by sequences.

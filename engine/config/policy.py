@@ -132,8 +132,8 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
     """Policy optimisation by any of the ALGORITHMS.
 
     By default it is PPO with a value head on the policy's trunk and the KL inside the reward.
-    Fields without a default here are filled in from the algorithm's row as the object is made; make
-    another one for another algorithm.
+    Fields without a default here take it from the algorithm's row when the object is made. To
+    change the algorithm, make a new object: `dataclasses.replace` keeps the old one's numbers.
 
     Args:
         model: directory or id of the policy to train; its initial weights are the reference.
@@ -146,14 +146,14 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
             the policy and epochs of its values).
         minibatches: optimizer steps of one pass; by default the algorithm's, but no more than
             prompts_per_step.
-        scale_scores: divide scores by the standard deviation (over count - 1) of all of this run so
-            far, before they are clipped (Zheng et al., 2023, PPO-max). It is a KL coefficient
-            multiplied by that deviation. First the mean of the first rollout is taken off, a
-            constant, which moves no optimum.
-        normalize_scores: the same, less the mean of all of this run so far.
-        score_clip: scores are then clipped to +- this; 0 leaves them. Without scale_scores or
-            normalize_scores they are clipped as the reward gave them: of rewards far from 0 nothing
-            is left (score_clip_fraction).
+        scale_scores: subtract the mean of the first rollout's scores, then divide by the standard
+            deviation (over count - 1) of all scores of the run so far (Zheng et al., 2023,
+            PPO-max). The subtraction moves no optimum; the division is the same as a KL coefficient
+            that is multiplied by the deviation.
+        normalize_scores: the same, but subtract the mean of all scores of the run so far.
+        score_clip: clip scores to +- this, after scale_scores or normalize_scores; 0 leaves them.
+            Without these two the reward's own numbers are clipped: if all of them are beyond the
+            bound, nothing is learned from them. score_clip_fraction is the share that was clipped.
         overlong_buffer: tokens before max_new_tokens over which overlong_penalty rises from 0 to
             its whole; 0 is off.
         overlong_penalty: subtracted from the score of a completion of max_new_tokens.
@@ -167,9 +167,9 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
             turns it on.
         ptx: learn texts in the same optimizer steps, so that the policy does not forget them;
             ptx.data turns it on.
-        critic: for algorithms that have one. None is a value head on the policy's trunk, trained
-            with it by one loss; critic.warmup_steps trains that head alone at first, and
-            critic.model is a critic of its own in its place, which <run>/critic then holds.
+        critic: for algorithms that have one. By default it is a value head on the policy's trunk,
+            trained with the policy by one loss. critic.warmup_steps trains the critic alone at
+            first; critic.model makes it a model of its own, saved in <run>/critic.
         evaluation: on held-out prompts while training; evaluation.data turns it on.
         alarm: what is done about signs of reward hacking.
     """
@@ -387,7 +387,8 @@ class PolicyConfig(ReferenceConfig, SamplingConfig):
 
     @property
     def own_critic(self) -> CriticConfig | None:
-        """The critic, where it is one of its own and no head on the policy's trunk."""
+        """The critic that is a model of its own; None where it is a head on the policy's trunk, or
+        there is none."""
         return None if self.critic is None or self.critic.model == "trunk" else self.critic
 
     @property

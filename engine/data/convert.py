@@ -464,7 +464,8 @@ def open_prompt(name: str) -> Callable[[Row, Reading], PromptExample]:
 
 
 def last_answer(name: str) -> Callable[[Row, Reading], Demonstration]:
-    """The reader of a conversation whose last answer is what is learned."""
+    """Make a reader of conversations: the last answer is the completion, all before it the
+    prompt."""
 
     def read(row: Row, reading: Reading) -> Demonstration:
         conversation(row, name)

@@ -81,6 +81,12 @@ def block_bytes(weights: DecoderWeights, block_size: int, dtype: torch.dtype | N
     )
 
 
+def blocks_for(config: CacheConfig, sequences: int, tokens: int) -> int:
+    """Return the number of blocks that so many sequences of so many tokens each need, of which
+    max_sequences run at once."""
+    return min(sequences, config.max_sequences) * -(-tokens // config.block_size)
+
+
 def resolve_num_blocks(
     config: CacheConfig,
     weights: DecoderWeights,
@@ -116,7 +122,7 @@ def resolve_num_blocks(
         )
     fits = memory // size - 1
     if config.memory_bytes is None and config.memory_fraction is None:
-        fits = min(fits, config.max_sequences * -(-max_positions // config.block_size))
+        fits = min(fits, blocks_for(config, config.max_sequences, max_positions))
     return fits
 
 

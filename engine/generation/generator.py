@@ -35,8 +35,7 @@ from fusedrl.engine.generation.graphs import (
     padded_rows,
 )
 from fusedrl.engine.generation.sampler import SamplingParams, SamplingTable
-from fusedrl.engine.generation.scheduler import Plan, Scheduler
-from fusedrl.engine.generation.scheduler import Sequence as Running
+from fusedrl.engine.generation.scheduler import Plan, Running, Scheduler
 from fusedrl.engine.generation.state import DecodeState, Tokens, advance
 from fusedrl.engine.generation.texts import Texts
 from fusedrl.engine.generation.turns import Turns

@@ -29,7 +29,7 @@ _STALLED_STEPS = 8
 
 
 @dataclass(eq=False, slots=True)
-class Sequence:
+class Running:
     """One completion in the making. While it has a slot, its columns live in `Slots` and these are
     stale."""
 
@@ -46,8 +46,8 @@ class Sequence:
     adapted: bool = True  # whether it is computed with the adapter
     slot: int = -1
     computed: int = 0  # while it prefills: leading tokens whose keys and values are in the cache
-    leader: Sequence | None = None  # whose prefill it waits for; it has no blocks of its own then
-    followers: list[Sequence] = field(default_factory=list)
+    leader: Running | None = None  # whose prefill it waits for; it has no blocks of its own then
+    followers: list[Running] = field(default_factory=list)
     # what each token behind the prompt was drawn from, where its request asks for it
     kept: list[np.ndarray] = field(default_factory=list)
 
@@ -60,7 +60,7 @@ class Sequence:
         prompt: np.ndarray,
         limit: int,
         adapted: bool = True,
-    ) -> Sequence:
+    ) -> Running:
         """A sequence that is all prompt."""
         size = len(prompt)
         logp, versions, values = (
@@ -101,14 +101,14 @@ class Slots:
             )
             self.table_changed = True
 
-    def put(self, sequence: Sequence) -> None:
+    def put(self, sequence: Running) -> None:
         """Write the columns into the row `sequence.slot`."""
         slot, size = sequence.slot, len(sequence.tokens)
         self.length[slot], self.limit[slot], self.held[slot] = size, sequence.limit, 0
         for name in self._columns:
             getattr(self, name)[slot, :size] = getattr(sequence, name)
 
-    def take(self, sequence: Sequence) -> None:
+    def take(self, sequence: Running) -> None:
         """Read the columns out of the row again."""
         row = (sequence.slot, slice(0, self.length[sequence.slot]))
         for name in self._columns:
@@ -162,11 +162,11 @@ class Chunk:
     """Tokens start to stop of a sequence that prefills; the last of its chunks is `final`, and
     tokens are drawn after it for it and its forks."""
 
-    sequence: Sequence
+    sequence: Running
     start: int
     stop: int
     final: bool
-    forks: tuple[Sequence, ...] = ()
+    forks: tuple[Running, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,15 +204,15 @@ class Scheduler:
         self.slots = Slots(max_sequences, blocks.block_size, values)
         self._budget = max_tokens_per_step
         self.adapted = True  # whether what runs is computed with the adapter
-        self._waiting: list[Sequence] = []  # the next one to admit is the last
+        self._waiting: list[Running] = []  # the next one to admit is the last
         # those that wait for the other state of the adapter, likewise
-        self._others: list[Sequence] = []
+        self._others: list[Running] = []
         # someone has left since they wait: it is their turn as soon as nothing runs
         self._draining = False
-        self._running: dict[int, Sequence] = {}  # by id, in the order of admission
-        self._prefilling: list[Sequence] = []
+        self._running: dict[int, Running] = {}  # by id, in the order of admission
+        self._prefilling: list[Running] = []
         self._decode = np.zeros(0, dtype=np.int64)  # slots, in the order of admission
-        self._by_slot: list[Sequence | None] = [None] * max_sequences
+        self._by_slot: list[Running | None] = [None] * max_sequences
         self._free_slots = list(range(max_sequences))[::-1]
         self._blocked = False  # nothing has left since the head of the queue did not fit
         self._stalled = 0
@@ -228,7 +228,7 @@ class Scheduler:
         """The slots that decode."""
         return self._decode
 
-    def at(self, slot: int) -> Sequence:
+    def at(self, slot: int) -> Running:
         """The sequence that runs in `slot`."""
         sequence = self._by_slot[slot]
         if sequence is None:
@@ -247,7 +247,7 @@ class Scheduler:
                 "(CacheConfig)"
             )
 
-    def submit(self, sequences: list[Sequence]) -> None:
+    def submit(self, sequences: list[Running]) -> None:
         """Queue sequences that fit (`check_fits`); samples of one request have consecutive ids."""
         self.slots.reserve(max((sequence.limit for sequence in sequences), default=0))
         for queue, adapted in ((self._waiting, self.adapted), (self._others, not self.adapted)):
@@ -315,7 +315,7 @@ class Scheduler:
                 self._prefilling.remove(sequence)
         self._decode = plan.sampled
 
-    def finish(self, sequences: Iterable[Sequence]) -> None:
+    def finish(self, sequences: Iterable[Running]) -> None:
         """Take sequences out, wherever they are; their columns hold what they have."""
         leaving = set()
         for sequence in sequences:
@@ -409,7 +409,7 @@ class Scheduler:
         self._ahead = False
         return self.blocks.available > before
 
-    def _admit(self) -> Sequence | None:
+    def _admit(self) -> Running | None:
         """The next waiting sequence with a slot and a table, and the fresh samples of its request
         behind it on slots of their own."""
         if (
@@ -453,14 +453,14 @@ class Scheduler:
         return head
 
     @staticmethod
-    def _forks_from(head: Sequence, other: Sequence) -> bool:
+    def _forks_from(head: Running, other: Running) -> bool:
         return (
             other.request is head.request
             and len(head.tokens) == len(other.tokens) == head.num_prompt
         )
 
     def _add_chunk(
-        self, sequence: Sequence, budget: int, chunks: list[Chunk], copies: list[tuple[int, int]]
+        self, sequence: Running, budget: int, chunks: list[Chunk], copies: list[tuple[int, int]]
     ) -> int:
         length = len(sequence.tokens)
         stop = min(length, sequence.computed + budget)
@@ -481,11 +481,11 @@ class Scheduler:
         chunks.append(Chunk(sequence, sequence.computed, stop, stop == length, tuple(forks)))
         return stop - sequence.computed
 
-    def _requeue(self, sequence: Sequence) -> None:
+    def _requeue(self, sequence: Running) -> None:
         self._release(sequence)
         insort(self._waiting, sequence, key=_order)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Running) -> None:
         """Take a running sequence off its slot and its blocks."""
         slots, slot = self.slots, sequence.slot
         slots.take(sequence)
@@ -510,6 +510,6 @@ class Scheduler:
         self._draining = bool(self._others)
 
 
-def _order(sequence: Sequence) -> tuple[int, int]:
+def _order(sequence: Running) -> tuple[int, int]:
     """Longest expected last (the queue is popped from its end), then by id."""
     return sequence.limit, -sequence.id

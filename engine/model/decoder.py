@@ -305,7 +305,7 @@ class Decoder(nn.Module):
     def activation_dtype(self) -> torch.dtype:
         """Dtype that the training forward computes in: the one that the sampler computes in on this
         device."""
-        return activation_dtype(self.dtype, self.device)
+        return activation_dtype(self.dtype)
 
     @property
     def cache_dtype(self) -> torch.dtype:

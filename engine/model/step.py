@@ -112,7 +112,7 @@ class DecoderWeights(NamedTuple):
 
 
 # ---- dtypes --------------------------------------------------------------------------------------
-def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def activation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in between the weights of a decoder of this dtype: float32
     between bfloat16 weights; else their own dtype."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
@@ -120,7 +120,7 @@ def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def on_tensor_cores(device: torch.device) -> bool:
     """Whether products take numbers of two bytes there: on a GPU, and where Triton's interpreter
-    stands for one. Float32 is then split in two (split_linear.py), and attention is of
+    stands for one. Float32 is then split in two (kernels/split_linear.py), and attention is of
     `cache_dtype`."""
     return _IMPLS.choose(device) == "triton"
 
@@ -131,7 +131,7 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return (
         torch.float16
         if dtype == torch.bfloat16 and on_tensor_cores(device)
-        else activation_dtype(dtype, device)
+        else activation_dtype(dtype)
     )
 
 
@@ -554,7 +554,7 @@ def decode_step(
         each = _INTERPRETED if device.type == "cpu" else None  # on a GPU each op has its own best
         ops = _Composition(
             *where,
-            activation_dtype(dtype, device),
+            activation_dtype(dtype),
             each,
             product=_product_of(dtype, fixed),
             fixed=fixed,

@@ -9,8 +9,8 @@ On a CPU  everything in the activations' dtype. Held: what goes in, and the para
           backward. Where the processor multiplies bfloat16 (`narrow_products`) the two products of
           the backward pass are of dy and x rounded to it, with sums in float32: twice as fast, and
           nothing of it is in a log-probability.
-On a GPU  (`on_tensor_cores`) products are those of split_linear.py; q, k and v are rounded to
-          float16 where the sampler's cache rounds them, and what attention gives is float16 as
+On a GPU  (`on_tensor_cores`) products are those of kernels/split_linear.py; q, k and v are rounded
+          to float16 where the sampler's cache rounds them, and what attention gives is float16 as
           well. Held: what goes into a product, a gate or attention, rounded to two bytes. Gradients
           are of what is held: dy is rounded to bfloat16, as where all is bfloat16; attention is
           computed again in bfloat16, whose exponents hold any gradient, and differentiated.

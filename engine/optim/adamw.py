@@ -157,9 +157,9 @@ class Optimizer:
     def step(self, *, max_grad_norm: float | None = None, trees: Sequence[Tree] = ()) -> StepResult:
         """Clip the gradients to a global norm, and update.
 
-        A parameter without a gradient stays. With a norm that is not finite nothing changes, the
-        moments included. Reads the norm back from the device. Clipping may scale the gradients in
-        place; call `zero_grad` afterwards.
+        A parameter without a gradient stays. If the norm is not finite, neither weights nor moments
+        change. Reads the norm back from the device. Clipping may scale the gradients in place; call
+        `zero_grad` afterwards.
 
         Args:
             trees: sums of parts that this and other ranks have; the gradient is their sum. None:

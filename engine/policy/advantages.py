@@ -231,13 +231,8 @@ class Signals:
     @cached_property
     def lengths(self) -> Tensor:
         """[B] int64: how many tokens of each completion are unmasked."""
-        before = torch.cat(
-            [
-                self.batch.cu_seqlens.new_zeros(1, dtype=torch.int64),
-                self.batch.action_mask.cumsum(0),
-            ]
-        )
-        return before[self.batch.cu_seqlens[1:].long()] - before[self.batch.cu_seqlens[:-1].long()]
+        before = self.batch.counts_before(self.batch.action_mask)
+        return before[self.batch.cu_seqlens.long()].diff()
 
     def per_token(self, x_B: Tensor) -> Tensor:
         """[N]: each completion's number at each of its unmasked tokens, 0 elsewhere."""
@@ -326,14 +321,34 @@ _KNOWN: dict[str, Advantage] = {}
 
 
 def register_advantage(name: str, needs: Needs = "") -> Callable[[F], F]:
-    """Make a function known as `loss.advantage = name`. `needs`: "critic" (values are computed and
-    trained), "group" (several completions of a prompt), "greedy" (the column greedy_scores)."""
+    """Make a function known as `loss.advantage = name`.
+
+    Args:
+        name: a new one, or that of a built-in advantage to replace.
+        needs: "critic" (values are computed and trained), "group" (several completions of a
+            prompt), "greedy" (the column greedy_scores), "" (nothing of these). A built-in name's
+            needs stand in ADVANTAGES.
+
+    Raises:
+        ValueError: the name is built in and has other needs.
+    """
+    declared = ADVANTAGES.get(name, needs)
+    if needs not in ("", declared):
+        raise ValueError(
+            f"register_advantage: expected needs {declared!r} of the built-in {name!r}, got "
+            f"{needs!r}; give the function another name"
+        )
 
     def register(function: F) -> F:
-        _KNOWN[name] = Advantage(function, needs or ADVANTAGES.get(name, ""))
+        _KNOWN[name] = Advantage(function, declared)
         return function
 
     return register
+
+
+def _built_in(name: str) -> Callable[[F], F]:
+    """Register one of ADVANTAGES, which says what it needs."""
+    return register_advantage(name, ADVANTAGES[name])
 
 
 def find_advantage(name: str) -> Advantage:
@@ -366,9 +381,7 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
         )
         advantages_N = advantages_N - signals.future_kl_coef * (to_go_N - kl_N)
     if loss.discount_states:
-        before = torch.cat(
-            [batch.action_mask.new_zeros(1, dtype=torch.int64), batch.action_mask.cumsum(0)]
-        )
+        before = batch.counts_before(batch.action_mask)
         steps = before[:-1] - torch.repeat_interleave(
             before[batch.cu_seqlens[:-1].long()],
             batch.cu_seqlens.long().diff(),
@@ -387,12 +400,12 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
 
 
 # ---- with a critic -------------------------------------------------------------------------------
-@register_advantage("gae")
+@_built_in("gae")
 def _gae(x: Signals) -> tuple[Tensor, Tensor]:
     return x.shaped.advantages, x.shaped.returns
 
 
-@register_advantage("learned_baseline")
+@_built_in("learned_baseline")
 def _learned_baseline(x: Signals) -> tuple[Tensor, Tensor]:
     """G_t - V(s_t)."""
     return gae(
@@ -405,7 +418,7 @@ def _learned_baseline(x: Signals) -> tuple[Tensor, Tensor]:
     )
 
 
-@register_advantage("td0")
+@_built_in("td0")
 def _td0(x: Signals) -> tuple[Tensor, Tensor]:
     """r_t + gamma V(s_{t+1}) - V(s_t)."""
     return td_advantages(
@@ -417,7 +430,7 @@ def _td0(x: Signals) -> tuple[Tensor, Tensor]:
     )
 
 
-@register_advantage("k_step")
+@_built_in("k_step")
 def _k_step(x: Signals) -> tuple[Tensor, Tensor]:
     return k_step_advantages(
         x.rewards,
@@ -430,14 +443,14 @@ def _k_step(x: Signals) -> tuple[Tensor, Tensor]:
 
 
 # ---- of a completion alone -----------------------------------------------------------------------
-@register_advantage("monte_carlo")
+@_built_in("monte_carlo")
 def _monte_carlo(x: Signals) -> Tensor:
     """R at every token, less the level: without, the noise of the gradient would grow with a
     constant in the reward (Williams, 1992, has b for it)."""
     return x.per_token(x.totals - x.level)
 
 
-@register_advantage("reward_to_go")
+@_built_in("reward_to_go")
 def _reward_to_go(x: Signals) -> Tensor:
     """G_t, less the level as in `_monte_carlo`."""
     to_go_N = discounted_returns(
@@ -448,7 +461,7 @@ def _reward_to_go(x: Signals) -> Tensor:
     )
 
 
-@register_advantage("running_mean")
+@_built_in("running_mean")
 def _running_mean(x: Signals) -> Tensor:
     """R - b, b the mean of all earlier R, and where the rollout's other prompts contradict it what
     they say (`Signals.settled`): neither depends on what it is subtracted from. The first rollout
@@ -456,7 +469,7 @@ def _running_mean(x: Signals) -> Tensor:
     return x.per_token(x.totals - x.baseline)
 
 
-@register_advantage("remax")
+@_built_in("remax")
 def _remax(x: Signals) -> Tensor:
     """Reward-to-go less the score of the same prompt's greedy completion."""
     greedy_B = x.batch.column("greedy_scores")
@@ -469,7 +482,7 @@ def _remax(x: Signals) -> Tensor:
 
 
 # ---- within a group ------------------------------------------------------------------------------
-@register_advantage("grpo")
+@_built_in("grpo")
 def _grpo(x: Signals) -> Tensor:
     """(R - mean) / (std + eps) of the group; Bessel's std."""
     return x.per_token(
@@ -477,19 +490,19 @@ def _grpo(x: Signals) -> Tensor:
     )
 
 
-@register_advantage("dr_grpo")
+@_built_in("dr_grpo")
 def _dr_grpo(x: Signals) -> Tensor:
     """R - mean of the group."""
     return x.per_token(group_normalize(x.totals, x.group_ids, method="dr_grpo").advantages)
 
 
-@register_advantage("rloo")
+@_built_in("rloo")
 def _rloo(x: Signals) -> Tensor:
     """R - mean of the others in the group."""
     return x.per_token(group_normalize(x.totals, x.group_ids, method="rloo").advantages)
 
 
-@register_advantage("opo")
+@_built_in("opo")
 def _opo(x: Signals) -> Tensor:
     """R - sum(length R) / sum(length) of the group: the baseline of least variance where a score's
     gradient grows with its length."""
@@ -499,7 +512,7 @@ def _opo(x: Signals) -> Tensor:
     return x.per_token((x.totals - weighted).to(x.totals.dtype))
 
 
-@register_advantage("gpg")
+@_built_in("gpg")
 def _gpg(x: Signals) -> Tensor:
     """(R - mean) alpha, alpha = completions / completions in groups that have more than one
     value."""
@@ -507,7 +520,7 @@ def _gpg(x: Signals) -> Tensor:
     return x.per_token(centred * (len(flat) / (~flat).sum().clamp(min=1)))
 
 
-@register_advantage("pass_at_k")
+@_built_in("pass_at_k")
 def _pass_at_k(x: Signals) -> Tensor:
     """The best of a group gets what it has before the second, the others nothing; a tie at the top
     teaches nothing."""

@@ -251,8 +251,7 @@ def without_gradient(config: PolicyConfig, batch: PackedBatch) -> set[int]:
     if batch.advantages is None or shared_critic or not leaves_out(config):
         return set()
     moved_N = batch.action_mask & (batch.advantages != 0)
-    before = torch.cat([moved_N.new_zeros(1, dtype=torch.int64), moved_N.cumsum(0)])
-    moved_B = before[batch.cu_seqlens.long()].diff()
+    moved_B = batch.counts_before(moved_N)[batch.cu_seqlens.long()].diff()
     return {b for b, count in enumerate(moved_B.tolist()) if not count}
 
 
@@ -461,6 +460,8 @@ def objective_loss(
         batch.column("weights"),
     )
     fused = isinstance(objective, PolicyObjective)
+    if not fused:
+        advantages_N = torch.zeros_like(advantages_N)
     common = _terms(config, kl_coef, batch, entropy_coef) | {
         "objective": objective if fused else _NONE,
         "entropy": entropy_N,
@@ -471,7 +472,7 @@ def objective_loss(
         total, stats = policy_loss(
             logp_N,
             old_N,
-            advantages_N if fused else torch.zeros_like(advantages_N),
+            advantages_N,
             weights_N,
             **common,
         )
@@ -479,7 +480,7 @@ def objective_loss(
         total, stats, value_stats = policy_value_loss(
             logp_N,
             old_N,
-            advantages_N if fused else torch.zeros_like(advantages_N),
+            advantages_N,
             weights_N,
             values_N,
             batch.column("values"),

@@ -1,5 +1,5 @@
-"""The update of TRPO: one step of natural_gradient.py on the whole batch of a rollout, in place of
-passes of an optimizer.
+"""The update of TRPO: one step of optim/natural_gradient.py on the whole batch of a rollout, in
+place of passes of an optimizer.
 
     loss   sum_t w_t (-A_t ratio_t), and whatever else the configuration adds to an objective:
            entropy, a KL to the reference in the loss, PPO-ptx

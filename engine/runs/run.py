@@ -1,10 +1,10 @@
 """One run directory: its lock, resolved configuration, metrics, samples, progress and checkpoints.
-What the three stages share.
+What the five stages share.
 
 <run>/config.json          the resolved configuration
 <run>/metrics.jsonl        one line a step
 <run>/samples.jsonl        some completions of every step (policy runs)
-<run>/alarms.jsonl, samples_eval.jsonl   what watches a policy run (monitor.py)
+<run>/alarms.jsonl, samples_eval.jsonl   what watches a policy run (watch/monitor.py)
 <run>/checkpoints/         complete, verified states to resume from
 <run>/model/               the result, loadable by transformers
 """

@@ -1,5 +1,5 @@
 """Direct preference optimisation: pairs in, a policy out; nothing is sampled and nothing scored by
-a reward model. The losses are in preference_losses.py.
+a reward model. The losses are in preference/losses.py.
 
 The reference scores each step's pairs in the micro-batches that are trained on, in the same
 precision: before the first update policy and reference are the same bits, h is exactly 0 and the

@@ -1,11 +1,11 @@
 """Policy optimisation: roll out, score, estimate advantages, update; one weight copy throughout,
-and every algorithm a row of algorithms.py.
+and every algorithm a row of config/algorithms.py.
 
-Read `train_policy` from top to bottom. What holds for all algorithms, with sources in config.py:
-  1. advantages are functions (advantages.py) of the scores, of the KL to a frozen reference where
-     it is placed in the reward (-coef k1 at every token), and of values where there is a critic:
+Read `train_policy` from top to bottom. What holds for all algorithms, with sources in config/:
+  1. advantages are functions (policy/advantages.py) of the scores, of the KL to a frozen reference
+     where it is in the reward (-coef k1 at every token), and of values where there is a critic:
      read at the position before the token, from a linear head on the policy's own trunk; 0 after
-     the end. With `critic.model` the values are those of another model (critic.py), which is
+     the end. With `critic.model` the values are those of another model (policy/critic.py), which is
      trained by itself on the same minibatches, before the policy. Whichever it is begins with the
      first rollout's mean return for its bias, and what has no baseline is counted from that return:
      a constant added to the reward changes no course;
@@ -308,8 +308,8 @@ def _judged(
 
 
 def advantages_first(config: PolicyConfig) -> bool:
-    """Whether advantages are estimated before the rollout is scored: where updates leave out
-    completions by their advantages, which are a built-in function of scores alone."""
+    """Whether advantages depend on scores alone and completions whose advantages are 0 are left
+    out: advantages are then estimated before the rollout is scored."""
     return (
         leaves_out(config)
         and ADVANTAGES.get(config.advantage, "critic") != "critic"

@@ -1,5 +1,5 @@
 """A reward model: the trunk of a language model, one linear, the score at the last token, learnt
-from pairs or ranked lists (preferences.py)."""
+from pairs or ranked lists (preference/comparisons.py)."""
 
 from __future__ import annotations
 

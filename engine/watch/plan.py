@@ -10,8 +10,8 @@ Held      per layer, between the passes: two norms' inputs and outputs 4 N H, th
           in, 2 N H. While a policy trains, its KV pool's memory takes of it what fits
           (HybridActor.lend_cache).
 Gradients the sums over micro-batches, 4 bytes a trained parameter, also of bfloat16 ones
-(optim.py); each backward pass's own, of e bytes, goes into its sum
-          as soon as it is whole, and the optimizer's step reads the sums where they are.
+          (optim/adamw.py); each backward pass's own, of e bytes, goes into its sum as soon as it is
+          whole, and the optimizer's step reads the sums where they are.
 Peak      the worst moment of training, with the gradients of earlier micro-batches in memory: the
           head's backward pass, whose gradient V H is whole before it is added; the last layer's; or
           the embedding's. What generation needs beside the weights and the gradients is compared,
@@ -44,7 +44,7 @@ from fusedrl.engine.config import DPOConfig, PolicyConfig, RejectionConfig, Rewa
 from fusedrl.engine.config.base import GivenTextsConfig, SamplingConfig, StageConfig
 from fusedrl.engine.data.readers import ReadOptions, load_prompts, parse_data
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
-from fusedrl.engine.generation.cache import CacheConfig, block_bytes, resolve_num_blocks
+from fusedrl.engine.generation.cache import CacheConfig, block_bytes, blocks_for, resolve_num_blocks
 from fusedrl.engine.model.adapters import LayerAdapter
 from fusedrl.engine.model.configuration import ModelConfig, model_config
 from fusedrl.engine.model.decoder import Decoder
@@ -276,7 +276,7 @@ class Planner:
         self.dtype = resolve_dtype(config.dtype, config.device)
         self._decoder = Decoder(model, dtype=self.dtype, device="meta")
         self._cached = cache_dtype(self.dtype, self.device)
-        self._e, self._a = self.dtype.itemsize, activation_dtype(self.dtype, self.device).itemsize
+        self._e, self._a = self.dtype.itemsize, activation_dtype(self.dtype).itemsize
         base, self._lora = sum(p.nbytes for p in self._decoder.parameters()), config.lora
         if self._lora is not None:
             add_adapter(self._decoder, self._lora)
@@ -428,7 +428,7 @@ class Planner:
             block_bytes(self._decoder.weights(), self._cache.block_size, self._cached),
         )
         granted = self._granted_blocks(memory, size)
-        needed = min(demand.sequences, c.max_sequences) * -(-demand.tokens // c.block_size)
+        needed = blocks_for(c, demand.sequences, demand.tokens)
         self.demand_met = needed <= granted
         given = (c.num_blocks, c.memory_bytes, c.memory_fraction) != (None, None, None)
         return ((granted if given else min(needed, granted)) + 1) * size
@@ -445,14 +445,12 @@ class Planner:
         if c.memory_fraction is not None:
             return max(2, int(free * c.memory_fraction) // size) - 1
         tokens, checkpointed = self.config.tokens_per_microbatch, self.config.checkpoint_activations
-        for phase in self._phases:
-            # what training keeps lies in the pool, and what it needs beside it comes first
-            phase.kv_pool = phase.activation_bytes(tokens, checkpointed)
+        # what training keeps lies in the pool, and what it needs beside it comes first
         spare = (
             free
             - self.optimizer
             - max(
-                phase.gradients + phase.workspace_bytes(tokens, checkpointed)
+                phase.gradients + phase.workspace_bytes(tokens, checkpointed, beyond_pool=0)
                 for phase in self._phases
             )
         )
@@ -563,9 +561,12 @@ class Planner:
         lent."""
         return max(0, self.activation_bytes(tokens, checkpointed) - self.kv_pool)
 
-    def workspace_bytes(self, tokens: int, checkpointed: bool) -> int:
+    def workspace_bytes(
+        self, tokens: int, checkpointed: bool, beyond_pool: int | None = None
+    ) -> int:
         """Return the bytes that the worst moment holds beside the fixed parts and the activations;
-        0 at least."""
+        0 at least. `beyond_pool`: of the activations that do not fit the KV pool; by default as the
+        method of that name has it."""
         c, N, e, a = self.model, tokens, self._e, self._a
         boundary, F = N * c.hidden_size * a, c.intermediate_size
         head, down = (
@@ -606,7 +607,7 @@ class Planner:
             + 2 * boundary
         )
         inside += self.layer_bytes(N) if checkpointed else 0
-        held = self.beyond_pool(N, checkpointed)
+        held = self.beyond_pool(N, checkpointed) if beyond_pool is None else beyond_pool
         embedding = head * e + 3 * boundary - held  # by then the activations are gone
         generate = max(self._generation_bytes(), self._visiting) - held
         # the head's part waits for the embedding's

@@ -1,7 +1,7 @@
 """full_kl in Triton: one program a row walks the vocabulary once (jsd twice) for the divergence;
 the gradient goes block by block.
 
-The mathematics, shapes and numerics are those of full_kl.py. A logit that lies 1e30 below the
+The mathematics, shapes and numerics are those of __init__.py. A logit that lies 1e30 below the
 largest, or is -inf, gives d = -1e30: its weight e^d is 0, and 0 times it stays 0.
 """
 

@@ -1,5 +1,5 @@
 """gae and shaped_gae in CUDA C++ (csrc/cuda/gae.cu): what is launched, and the ops that
-torch.compile sees. The mathematics is in gae.py."""
+torch.compile sees. The mathematics is in __init__.py."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """gae, shaped_gae and k_step_advantages in Triton, one program a sequence.
 
-The mathematics and shapes are those of gae.py. A sequence is walked in chunks, and what a chunk
-leaves to the next is carried, so that its length is a run-time argument. gae and shaped_gae go from
-the end, in one launch: associative scans from the right find the next live value (where there are
-gaps) and compose the recurrence's (a, b). A second launch applies shaped_gae's whitening.
+The mathematics and shapes are those of __init__.py. A sequence is walked in chunks, and what a
+chunk leaves to the next is carried, so that its length is a run-time argument. gae and shaped_gae
+go from the end, in one launch: associative scans from the right find the next live value (where
+there are gaps) and compose the recurrence's (a, b). A second launch applies shaped_gae's whitening.
 
 k_step_advantages is two launches and O(N) work, whatever k. The live tokens of a sequence are cut
 into blocks of k, and a window of k is the end of one block and the beginning of the next: the first

@@ -1,5 +1,5 @@
 """Estimators of KL(pi || ref) from one sampled token's log-probabilities, and losses made of them.
-The exact ones are in full_kl.py.
+The exact ones are in full_kl/.
 
     k1  = logp - ref_logp               unbiased; the only one that belongs in a reward
     k2  = k1^2 / 2                      biased; as a loss its expected gradient per state is that

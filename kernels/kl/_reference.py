@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0  # inside exponentials
 
 
 def token_kl_reference(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Tensor:

@@ -1,11 +1,11 @@
 """token_kl and kl_loss in Triton: one launch an estimate; a loss and its slope in one pass, and a
 second launch of one program that adds up.
 
-The mathematics and shapes are those of kl.py. The estimators here are also those of shaped_gae and
-of the policy loss.
+The mathematics and shapes are those of __init__.py. The estimators here are also those of
+shaped_gae and of the policy loss.
 
-Bytes     token level as in kl.py; the sequence level reads the weights twice (the second time from
-          the cache). Whole blocks are read and written without a mask, whose unknown alignment
+Bytes     token level as in __init__.py; the sequence level reads the weights twice (the second time
+          from the cache). Whole blocks are read and written without a mask, whose unknown alignment
           would bring every access from 16 bytes down to 4.
 Numerics  float32 elements. k3 carries the rounding of logp - ref_logp along, and takes its
           exponential from a polynomial: the hardware's errs by 2e-6 at 20 nats. Sums of a block in
@@ -23,7 +23,7 @@ from fusedrl.kernels.runtime.checks import refuse_double_backward
 
 _BLOCK = 1024
 _CHUNK = 1024
-_K1, _K2, _K3, _ABS = (tl.constexpr(i) for i in range(4))  # the order of ESTIMATORS in kl.py
+_K1, _K2, _K3, _ABS = (tl.constexpr(i) for i in range(4))  # the order of ESTIMATORS in __init__.py
 
 
 # ---- Triton: estimators --------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """rope_and_cache in CUDA C++ (csrc/cuda/kv_cache.cu): what is launched, and the op that
-torch.compile sees. The mathematics is in kv_cache.py."""
+torch.compile sees. The mathematics is in __init__.py."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def plan_rope_and_cache(
     ]
 
 
-# ---- custom op: what torch.compile sees (its fake is in kv_cache.py) -----------------------------
+# ---- custom op: what torch.compile sees (its fake is in __init__.py) -----------------------------
 @torch.library.custom_op(
     "fusedrl::rope_and_cache_cuda", mutates_args=("k_cache", "v_cache"), device_types="cuda"
 )

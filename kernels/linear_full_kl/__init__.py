@@ -9,11 +9,11 @@ Flops     forward 2 N V (H + H_ref); backward the same again, as it computes eac
           masked rows, and in the backward rows no gradient reaches, are compacted away before the
           products.
 Numerics  logits, row results and the weight's gradient across chunks are float32 whatever the
-          dtypes. The rows are those of full_kl.py. Narrow dtypes on a GPU: the gradient of the
+          dtypes. The rows are those of full_kl. Narrow dtypes on a GPU: the gradient of the
           logits is rounded to them for its two products, as tensor cores take it.
 Host      which rows count is read on the host: forward where there is a mask, and backward; on a
           GPU that synchronises.
-Source    full_kl.py; chunked heads as in linear_logprob.py.
+Source    full_kl; chunked heads as in linear_logprob.
 """
 
 from __future__ import annotations

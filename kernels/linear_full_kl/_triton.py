@@ -1,7 +1,7 @@
 """linear_full_kl in Triton: the products by the library, chunk by chunk, the rows by the kernels of
 full_kl/_triton.py.
 
-The mathematics and numerics are those of linear_full_kl.py.
+The mathematics and numerics are those of __init__.py.
 
 Forward    R rows of both heads' logits, 8 R V bytes, and the divergence of each pair of rows.
 Backward   both heads' logits of R rows and C columns again, the first overwritten by (float32; else

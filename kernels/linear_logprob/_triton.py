@@ -1,7 +1,7 @@
 """linear_logprob in Triton: the forward is one product whose epilogue keeps three numbers of 32
 logits, so that no logit is ever written.
 
-The mathematics and numerics are those of linear_logprob.py.
+The mathematics and numerics are those of __init__.py.
 
 Forward   a program forms BLOCK_R x BLOCK_V logits in registers (bias, softcap), and leaves of each
           row and part of 32 columns the maximum m, S = sum e^d and W = sum d e^d with d = (z - m) /
@@ -18,7 +18,7 @@ Backward  the logits of R rows and C columns again by the library's product, ove
 Bytes     forward N H s + V H s ceil(N / (BLOCK_R GROUP)) read and 3 N V / 4 for the parts, written
           and read; the logits would be 8 N V.
 Host      the forward never waits. The backward reads once which rows a gradient reaches.
-Source    linear_logprob.py; partial results a tile as in Wijmans et al. (2024), Cut your losses in
+Source    __init__.py; partial results a tile as in Wijmans et al. (2024), Cut your losses in
           large-vocabulary language models.
 
 One file: the kernels share tiles, and the layout of partial results, with their launchers.

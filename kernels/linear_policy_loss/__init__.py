@@ -297,8 +297,18 @@ def linear_policy_loss(
     """
     op = "linear_policy_loss"
     part = PolicyPart(
-        *(None, old_logp, advantages, objective, ref_logp, kl_coef, kl_estimator, kl_gradient),
-        *(kl_level, None, entropy_coef, rollout_logp, rollout_correction, cu_seqlens),
+        old_logp=old_logp,
+        advantages=advantages,
+        objective=objective,
+        ref_logp=ref_logp,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        kl_gradient=kl_gradient,
+        kl_level=kl_level,
+        entropy_coef=entropy_coef,
+        rollout_logp=rollout_logp,
+        rollout_correction=rollout_correction,
+        cu_seqlens=cu_seqlens,
     )
     per_row = temperature if isinstance(temperature, Tensor) else None
     columns = {
@@ -327,16 +337,9 @@ def linear_policy_loss(
         check_dtype(op, name, column, (torch.promote_types(hidden.dtype, torch.float32),))
     scale = float(temperature) if per_row is None else per_row.detach()
     ids = torch.where(weights != 0, token_ids, _IGNORED)
-    if part.by_sequence:  # what a token takes from its sequence is known before it is its turn
-        head: dict[str, Any] = {"bias": bias, "temperature": scale, "softcap": softcap}
-        head |= {"workspace_bytes": workspace_bytes, "impl": chosen}
-        with torch.no_grad():
-            logp, _ = linear_logprob(
-                hidden, weight, ids, entropy=True, ignore_index=_IGNORED, **head
-            )
-        derived = part._replace(logp=logp).derived(weights)
-    else:
-        derived = part.derived(weights)
+    head: dict[str, Any] = {"bias": bias, "temperature": scale, "softcap": softcap}
+    head |= {"workspace_bytes": workspace_bytes, "impl": chosen}
+    derived = _scored(part, hidden, weight, ids, head).derived(weights)
     if chosen != "cpp" and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(op, ids, V, _IGNORED)
     if chosen == "torch":
@@ -351,6 +354,18 @@ def linear_policy_loss(
         )
         loss, stats, logp, entropy = _compiled(chosen, arguments, workspace_bytes, N, V)
     return LinearPolicyLoss(loss, PolicyStats(*stats.unbind()), logp, entropy)
+
+
+def _scored(
+    part: PolicyPart, hidden: Tensor, weight: Tensor, ids: Tensor, head: dict[str, Any]
+) -> PolicyPart:
+    """The part with its log-probabilities where it is by sequence: what a token takes from its
+    sequence is known before it is its turn."""
+    if not part.by_sequence:
+        return part
+    with torch.no_grad():
+        logp, _ = linear_logprob(hidden, weight, ids, entropy=True, ignore_index=_IGNORED, **head)
+    return part._replace(logp=logp)
 
 
 def _compiled(

@@ -1,7 +1,7 @@
 """linear_policy_loss in Triton: the scores come out of the product itself, the gradient is formed
 while the chunk's logits are there.
 
-The mathematics and numerics are those of linear_policy_loss.py. Rows are scored by
+The mathematics and numerics are those of __init__.py. Rows are scored by
 linear_logprob/_triton.py and their coefficients formed by policy_loss/_triton.py: loss and
 statistics are those of the two ops one after the other on the rows that count, up to the order in
 which the compiler adds 32 columns, which it chooses for each size of tile (under the interpreter:

@@ -1,5 +1,5 @@
 """logprob in CUDA C++ (csrc/cuda/logprob.cu): what is launched, the ops that torch.compile sees,
-and their gradient. The mathematics is in logprob.py."""
+and their gradient. The mathematics is in __init__.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """logprob in Triton: one program a row walks the vocabulary, or what the row kept of it, with an
 online maximum; the gradient goes block by block.
 
-The mathematics, shapes and numerics are those of logprob.py.
+The mathematics, shapes and numerics are those of __init__.py.
 """
 
 from __future__ import annotations

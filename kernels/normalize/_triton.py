@@ -1,7 +1,7 @@
 """masked_whiten in Triton, two launches: moments of each program's blocks, then every program
 merges them and whitens its share. group_normalize in one.
 
-The mathematics and shapes are those of normalize.py. Group ids are in any order, so that a program
+The mathematics and shapes are those of __init__.py. Group ids are in any order, so that a program
 compares its rows' ids with all others, tile by tile, twice: for the sum and the count, then for the
 squared deviations.
 
@@ -25,7 +25,7 @@ _BLOCK, _MERGED = 1024, 256  # whitening: elements, and moments, at a time
 # of either launch, at most: each of the second reads the moments of all of the first
 _PROGRAMS = 512
 _ROWS, _COLUMNS = 32, 32  # groups: scores of a program, and scores they are compared with at a time
-# the order of GROUP_METHODS in normalize.py
+# the order of GROUP_METHODS in __init__.py
 _GRPO, _DR_GRPO, _RLOO, _OF_BATCH, _NONE = (tl.constexpr(i) for i in range(5))
 
 

@@ -183,20 +183,20 @@ def policy_value_loss(
     Raises: as the two functions.
     """
     policy = PolicyPart(
-        logp,
-        old_logp,
-        advantages,
-        objective,
-        ref_logp,
-        kl_coef,
-        kl_estimator,
-        kl_gradient,
-        kl_level,
-        entropy,
-        entropy_coef,
-        rollout_logp,
-        rollout_correction,
-        cu_seqlens,
+        logp=logp,
+        old_logp=old_logp,
+        advantages=advantages,
+        objective=objective,
+        ref_logp=ref_logp,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        kl_gradient=kl_gradient,
+        kl_level=kl_level,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        rollout_logp=rollout_logp,
+        rollout_correction=rollout_correction,
+        cu_seqlens=cu_seqlens,
     )
     chosen = _checked(
         "policy_value_loss",
@@ -260,8 +260,8 @@ def policy_loss(
         rollout_correction: what becomes of exp(old_logp - rollout_logp); both or neither.
         cu_seqlens: [B + 1] int32 or int64, from 0 to N; for the kinds gspo and geometric_mean and
             whatever has level "sequence".
-        impl: "cpp", "triton" or "torch" (which also takes float64); by default the best one for the
-            device.
+        impl: "cpp", "triton", "cuda" or "torch" (which also takes float64); by default the best one
+            for the device.
     Returns:
         (loss, PolicyStats): a scalar, differentiable once (with "torch" any number of times) in
         `logp` and `entropy` only. A log ratio beyond +-20 is cut inside the exponential and has no
@@ -274,20 +274,20 @@ def policy_loss(
         RuntimeError: `impl` cannot run here, or a double backward.
     """
     policy = PolicyPart(
-        logp,
-        old_logp,
-        advantages,
-        objective,
-        ref_logp,
-        kl_coef,
-        kl_estimator,
-        kl_gradient,
-        kl_level,
-        entropy,
-        entropy_coef,
-        rollout_logp,
-        rollout_correction,
-        cu_seqlens,
+        logp=logp,
+        old_logp=old_logp,
+        advantages=advantages,
+        objective=objective,
+        ref_logp=ref_logp,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        kl_gradient=kl_gradient,
+        kl_level=kl_level,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        rollout_logp=rollout_logp,
+        rollout_correction=rollout_correction,
+        cu_seqlens=cu_seqlens,
     )
     chosen = _checked("policy_loss", impl, policy, None, weights=weights)
     if chosen == "torch":
@@ -314,8 +314,8 @@ def value_loss(
             a clip.
         returns, weights: [N], constant; weights as in `policy_loss`.
         clip: how far a value may move from the old one before the gradient stops; None: no bound.
-        impl: "cpp", "triton" or "torch" (which also takes float64); by default the best one for the
-            device.
+        impl: "cpp", "triton", "cuda" or "torch" (which also takes float64); by default the best one
+            for the device.
     Returns:
         (loss, ValueStats): a scalar, differentiable once (with "torch" any number of times) in
         `values` only.

@@ -1,7 +1,7 @@
 """policy_value_loss in CUDA C++ (csrc/cuda/policy_value_loss.cu): what is launched, the op that
 torch.compile sees, and its gradient.
 
-The mathematics, shapes and numerics are those of policy_loss.py. The kind and the estimators of the
+The mathematics, shapes and numerics are those of __init__.py. The kind and the estimators of the
 KL term are compile-time options of the kernel: each that a run uses is compiled once. A token's
 mathematics is that of the C++ kernels (csrc/shared/objectives.h).
 """

@@ -44,20 +44,20 @@ def policy_loss_reference(
     """The definition, differentiable, on any device and in any float dtype (float64 is the
     oracle)."""
     part = PolicyPart(
-        logp_N,
-        old_logp_N,
-        advantages_N,
-        objective,
-        ref_logp_N,
-        kl_coef,
-        kl_estimator,
-        kl_gradient,
-        kl_level,
-        entropy_N,
-        entropy_coef,
-        rollout_logp_N,
-        rollout_correction,
-        cu_seqlens,
+        logp=logp_N,
+        old_logp=old_logp_N,
+        advantages=advantages_N,
+        objective=objective,
+        ref_logp=ref_logp_N,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        kl_gradient=kl_gradient,
+        kl_level=kl_level,
+        entropy=entropy_N,
+        entropy_coef=entropy_coef,
+        rollout_logp=rollout_logp_N,
+        rollout_correction=rollout_correction,
+        cu_seqlens=cu_seqlens,
     )
     return part.reference(weights_N, part.derived(weights_N))
 

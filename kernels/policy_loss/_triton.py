@@ -1,7 +1,7 @@
 """policy_value_loss in Triton: one launch forms the gradients and the sums of each block of tokens,
 a second one adds the blocks up.
 
-The mathematics, shapes and numerics are those of policy_loss.py; C++
+The mathematics, shapes and numerics are those of __init__.py; C++
 (csrc/cpu/ops/policy_value_loss.cpp) does the same in the same order.
 
 Shapes    N tokens in blocks of BLOCK; partials [ROWS, blocks] float32, one row per sum: read by

@@ -1,7 +1,7 @@
 """CUDA C++ at run time: a launch as data, compilation by NVRTC, a cache on disk, and the launch
 itself on torch's current stream.
 
-    plan (kernels/*_cuda.py) -> Launch: source, options, kernel, grid, block, arguments -> `run`
+    plan (kernels/*/_cuda.py) -> Launch: source, options, kernel, grid, block, arguments -> `run`
 
 A Launch says everything about itself, so that tests hand the very same ones to a CPU build of the
 same sources (csrc/simt/). The sources are the package data of `fusedrl.kernels.cuda_src` and

@@ -40,7 +40,8 @@ from fusedrl.kernels.runtime import native
 from fusedrl.kernels.runtime.checks import FLOATS, check, check_dtype, describe
 from fusedrl.kernels.runtime.dispatch import Implementations
 from fusedrl.kernels.runtime.triton import triton
-from fusedrl.kernels.sampling._cuda import empty_outputs, sample_cuda
+from fusedrl.kernels.sampling._cuda import sample_cuda
+from fusedrl.kernels.sampling._fused import empty_outputs
 
 if triton is not None:
     from fusedrl.kernels.sampling import _triton  # noqa: F401  (registers fusedrl::sample_triton)
@@ -85,7 +86,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 def uniform(keys_B4: Tensor) -> Tensor:
     """[B] float64 in [0, 1) with 53 random bits, a function of keys [B, 4] int64 (seed, request id,
-    sample index, position) alone."""
+    sample index, position) alone. Only the low 32 bits of sample and position are used."""
     low = 0xFFFFFFFF
     seed, request, sample, position = keys_B4.unbind(-1)
     counter = torch.stack(
@@ -105,7 +106,7 @@ def sample_reference(
     suppress_BV: Tensor | None = None,
     kept_capacity: int | None = None,
 ) -> Sampled:
-    """The definition, without a loop over rows or a look from the host. Parameters are [B] or [1];
+    """The definition, without a loop over rows or a device-to-host sync. Parameters are [B] or [1];
     a row with nothing to draw gets token -1."""
     z = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     B, V = z.shape

@@ -1,5 +1,5 @@
 """sample in CUDA C++ (csrc/cuda/sampling.cu): what is launched, and the op that torch.compile sees.
-The mathematics is in sampling.py."""
+The mathematics is in __init__.py."""
 
 from __future__ import annotations
 
@@ -10,42 +10,15 @@ from torch import Tensor
 
 from fusedrl.kernels.runtime import nvrtc
 from fusedrl.kernels.runtime.nvrtc import Launch
+from fusedrl.kernels.sampling._fused import Outputs, empty_outputs, step
 
 _THREADS = 512  # kThreads of sampling.cu
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # what tests compile: a file's sets of options
 OFFLINE_SOURCES = {"sampling.cu": [(f"-DDTYPE={number}",) for number in _DTYPES.values()]}
 
-# token ids, logp, logp_processed, entropy, kept count [B]; kept ids [capacity] and offsets [B + 1],
-# both [0] where they are not asked for
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-
-# ---- launchers: allocate, grid (the first two for the other implementations as well) -------------
-def empty_outputs(logits_BV: Tensor, kept_capacity: int | None) -> Outputs:
-    """Outputs that a launch fills."""
-    B = logits_BV.shape[0]
-    ids, logp = (
-        logits_BV.new_empty(B, dtype=torch.int64),
-        logits_BV.new_empty(B, dtype=torch.float32),
-    )
-    kept, offsets = (0, 0) if kept_capacity is None else (kept_capacity, B + 1)
-    return (
-        ids,
-        logp,
-        torch.empty_like(logp),
-        torch.empty_like(logp),
-        torch.empty_like(ids),
-        logits_BV.new_empty(kept, dtype=torch.int32),
-        logits_BV.new_empty(offsets, dtype=torch.int64),
-    )
-
-
-def step(parameter: Tensor | None) -> int:
-    """Distance from one row's value of a [B] or [1] parameter to the next one's."""
-    return int(parameter is not None and parameter.numel() > 1)
-
-
+# ---- launcher: allocate, grid --------------------------------------------------------------------
 def plan_sample(
     logits_BV: Tensor,
     temperature: Tensor,

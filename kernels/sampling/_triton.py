@@ -1,6 +1,6 @@
 """sample in Triton: one program a row; a second launch lists the kept ids where they are asked for.
 
-The mathematics and numerics are those of sampling.py. A row is read once with an online maximum;
+The mathematics and numerics are those of __init__.py. A row is read once with an online maximum;
 the sums of up to 256 groups of consecutive tokens stay in registers, one a thread, so that the draw
 finds its group there and reads that group again. Truncation has no sort: the key of the last token
 kept is searched for by its bits, two a pass, from sums over what lies at or above three keys; a
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedrl.kernels.sampling._cuda import Outputs, empty_outputs, step
+from fusedrl.kernels.sampling._fused import Outputs, empty_outputs, step
 
 _BLOCK, _SEARCH_BLOCK, _GROUPS, _WARPS = 4096, 2048, 256, 8
 # leading bits of the float32, in which all values of a dtype differ; a multiple of 2

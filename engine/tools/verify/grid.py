@@ -179,7 +179,8 @@ class Entry:
         ]
 
     def levels_of(self, impl: str, device: torch.device | str = "cpu") -> dict[str, tuple]:
-        """The levels of each dimension for an implementation on a device."""
+        """The levels of each factor that an implementation is tried at on a device: `levels`, or
+        those of `triton` in their place where Triton is interpreted."""
         return self.levels | (self.triton if interpreted(impl, device) else {})
 
     def plain(self, **changes: object) -> Case:

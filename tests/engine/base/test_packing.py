@@ -23,6 +23,15 @@ def test_layout_labels_and_alignment(device):
     assert not moved[~batch.action_mask].any()
 
 
+def test_counts_before_a_slot(device):
+    batch = PackedBatch.from_sequences(SEQUENCES, device=device)
+    counts = batch.counts_before(batch.action_mask)
+    assert counts.tolist() == [0, 0, 0, 1, 2, 3, 3, 3, 4, 4, 4, 4, 5]
+    assert counts[batch.cu_seqlens.long()].diff().tolist() == [3, 0, 1, 1]
+    empty = PackedBatch.from_sequences([], device=device)
+    assert empty.counts_before(empty.action_mask).tolist() == [0]
+
+
 def test_columns_follow_their_sequences(device):
     batch = PackedBatch.from_sequences(SEQUENCES, device=device).with_columns(
         old_logp=torch.arange(12.0, device=device),

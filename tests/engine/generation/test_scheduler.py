@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedrl.engine.generation.blocks import BlockManager
-from fusedrl.engine.generation.scheduler import Scheduler, Sequence
+from fusedrl.engine.generation.scheduler import Running, Scheduler
 
 SIZE = 4
 
@@ -35,7 +35,7 @@ class Simulator:
             request = object()
             for sample in range(n):
                 made.append(
-                    Sequence.start(
+                    Running.start(
                         self.next_id,
                         request,
                         sample,

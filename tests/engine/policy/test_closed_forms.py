@@ -26,6 +26,7 @@ from fusedrl.engine.config import (
     PenaltyConfig,
     PolicyConfig,
 )
+from fusedrl.engine.config.algorithms import ALGORITHMS
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.control import Control
@@ -319,6 +320,12 @@ SKEWED = {  # where the second instance takes longer
     "sequence_ratio": CLIPPED | dict(batch_size=4096),
 }
 QUICK = ("reinforce_baseline", "grpo", "rloo", "ppo", "gspo", "reinforce_pp")
+
+
+def test_every_row_is_a_case():
+    """But for trpo, which test_trpo.py has, and pass_at_k, whose optimum is that of the best of a
+    group."""
+    assert set(ALGORITHMS) - set(CASES) == {"trpo", "pass_at_k"}
 
 
 TREES = {"normal": Tree.random, "skewed": Tree.skewed}

@@ -598,6 +598,23 @@ def raw_scores(x: Signals) -> torch.Tensor:
     return x.per_token(x.totals - x.level)
 
 
+def test_what_an_advantage_needs_is_declared_once(monkeypatch):
+    monkeypatch.setattr(advantages, "_KNOWN", {})
+    with pytest.raises(KeyError):
+        advantages._built_in("not_in_the_table")
+    for name in ("rloo", "gae"):
+        advantages._built_in(name)(raw_scores)
+        register_advantage(name)(raw_scores)
+        register_advantage(name, ADVANTAGES[name])(raw_scores)
+        assert advantages._KNOWN[name].needs == ADVANTAGES[name]
+        with pytest.raises(
+            ValueError, match=f"needs '{ADVANTAGES[name]}' of the built-in '{name}'"
+        ):
+            register_advantage(name, "greedy")
+    register_advantage("mine", "greedy")(raw_scores)
+    assert advantages._KNOWN["mine"].needs == "greedy"
+
+
 def test_registered_functions_and_dotted_paths(make, monkeypatch, device):
     monkeypatch.setattr(advantages, "_KNOWN", dict(advantages._KNOWN))
     monkeypatch.setattr(objectives, "_REGISTERED", {})

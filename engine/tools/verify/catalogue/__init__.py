@@ -2,7 +2,7 @@
 properties and the contract are tested over this table.
 
 To add an op, write its definition in ../definitions, one function that makes its inputs and one
-`Entry`; `test_contract.py` fails until every `Implementations` table has one:
+`Entry`; `tests/kernels/test_contract.py` fails until every `Implementations` table has one:
 
     def _double(case, generator):
         x = floats(generator, case.N, 4, dtype=case.dtype)

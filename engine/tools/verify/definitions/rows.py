@@ -199,8 +199,8 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def uniform(seed: int, request: int, sample: int, position: int) -> float:
-    """Return numbers in [0, 1), from 53 bits of the generator; of sample and position the low 32
-    bits count."""
+    """Return a number in [0, 1), from 53 bits of the generator. Only the low 32 bits of sample and
+    position are used."""
     word = 2**32
     counter = [request % word, request // word % word, sample % word, position % word]
     bits = philox(counter, [seed % word, seed // word % word])
