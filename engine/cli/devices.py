@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,11 +23,12 @@ from fusedrl.engine.base.errors import ConfigError, SetupError
 
 # a rank that is not there after so long is taken for stuck: rewards and rollouts may take a while
 PATIENCE = timedelta(hours=1)
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 class Place(NamedTuple):
-    """Of a process among those that train together."""
+    """Place of a process among those that train together."""
 
     rank: int
     size: int
@@ -72,7 +72,7 @@ def launch(argv: Sequence[str], count: int) -> int:
                     *(sys.executable, "-P", "-m", "fusedrl.engine.cli", "train", *argv),
                     *("--place", f"{rank},{count},{store}"),
                 ],
-                env=os.environ | _quiet() | {"GLOO_SOCKET_IFNAME": _loopback()},
+                env=os.environ | _quiet() | {"GLOO_SOCKET_IFNAME": LOOPBACK},
             )
             for rank in range(count)
         ]
@@ -84,10 +84,6 @@ def _quiet() -> dict[str, str]:
     """What the processes would otherwise take all cores for."""
     cores = os.cpu_count() or 1
     return {} if cores > 8 else {"OMP_NUM_THREADS": "1"}
-
-
-def _loopback() -> str:
-    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 
 def _check_cards(count: int) -> None:
@@ -137,8 +133,8 @@ def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
 
 @contextlib.contextmanager
 def joined_by(place: Place | None) -> Iterator[None]:
-    """Within the block torch.distributed knows the processes that were started together: by
-    --devices, or by torchrun. Nothing where there are none, or where they are known."""
+    """Join the processes that were started together, by --devices or by torchrun, for the block.
+    Nothing where there are none, or where they are known."""
     import torch
     import torch.distributed as dist
 

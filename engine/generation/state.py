@@ -30,6 +30,7 @@ from fusedrl.kernels.fixed_linear import FIXED_LINEAR_DTYPES, fixed_linear
 from fusedrl.kernels.kept import Kept
 from fusedrl.kernels.kv_cache import copy_blocks
 from fusedrl.kernels.logprob import logprob
+from fusedrl.kernels.runtime import native
 from fusedrl.kernels.sampling import Sampled, sample
 
 ARGUMENTS = ("temperature", "top_k", "top_p", "min_p")
@@ -164,10 +165,7 @@ def advance(
     state.record(
         sampled.token_ids,
         sampled.logp,
-        # on a CPU a row's value depends on no other row, as its logits do
-        None
-        if value_head is None
-        else value_head(hidden_RH, strict=strict or hidden_RH.device.type == "cpu"),
+        None if value_head is None else value_head(hidden_RH, strict=strict or _by_rows(hidden_RH)),
     )
 
 
@@ -206,6 +204,11 @@ def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
         logp=torch.where(biased_R, logp_R, sampled.logp),
         entropy=torch.where(biased_R, entropy_R, sampled.entropy),
     )
+
+
+def _by_rows(hidden_RH: Tensor) -> bool:
+    """Whether a row's value depends on no other row at no cost, as its logits do."""
+    return hidden_RH.device.type == "cpu" and native.capability is not None
 
 
 def _logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None) -> Tensor:

@@ -68,8 +68,8 @@ class Work(Generic[T]):
         self._told[self._at] = numbers
 
     def rows(self) -> list[tuple[Tensor, ...]]:
-        """What the parts told, in their order; those that told nothing are left out. Errors as
-        `Ranks.meet`."""
+        """Return what the parts told, in their order; those that told nothing are left out. Errors
+        as `Ranks.meet`."""
         return self._whole(self._told)
 
     def loss(self) -> Tensor | None:

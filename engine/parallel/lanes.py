@@ -26,12 +26,11 @@ from torch import Tensor
 from fusedrl.engine.parallel.ranks import Ranks
 
 _BUCKET = 1 << 24  # numbers that one owner is sent at a time
-LANES = 8  # where sums shall not depend on the number of ranks and nobody says how many
 Gradients = dict[str, Tensor]
 
 
 def costs_of(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> list[int]:
-    """What a forward and backward pass costs over each group of sequences of these lengths, in
+    """Cost of a forward and backward pass over each group of sequences of these lengths, in
     arbitrary units: tokens, and attention's squares."""
     return [sum(lengths[b] * (4096 + lengths[b]) for b in group) for group in groups]
 
@@ -60,8 +59,8 @@ def _reversed(hand: int, hands: int) -> int:
 
 
 def owners_of(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Which rank updates a parameter: whole parameters, the largest first, each to the rank that
-    has least."""
+    """Give each parameter to the rank that updates it: whole ones, the largest first, each to the
+    rank that has least."""
     dealt = deal(list(sizes.values()), ranks)
     names = list(sizes)
     return {names[item]: rank for rank, items in enumerate(dealt) for item in items}

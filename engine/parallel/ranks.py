@@ -34,6 +34,7 @@ from fusedrl.engine.base import errors
 from fusedrl.engine.base.errors import ConfigError, Elsewhere, SetupError, Stopped
 
 T = TypeVar("T")
+LANES = 8  # where sums shall not depend on the number of ranks and nobody says how many
 _LONGEST = 4000  # characters of a failure that are told to the others
 # errors that are raised again, under their own names, on ranks that had none
 _KNOWN = {
@@ -225,7 +226,7 @@ class Ranks:
 
     # ---- what it came to -------------------------------------------------------------------------
     def metrics(self) -> dict[str, float]:
-        """Of what was divided since the last call; nothing of one rank."""
+        """Metrics of what was divided since the last call; none of one rank."""
         if self.size == 1:
             return {}
         found = {f"parallel/{name}_bytes": float(count) for name, count in self.moved.items()}
@@ -240,20 +241,24 @@ ALONE = Ranks()
 
 
 def versions() -> dict[str, str]:
-    """Of what ranks must have in common."""
+    """Versions that all ranks must have."""
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 
-def world(lanes: int | None = None) -> Ranks:
+def world(lanes: int | None = None, strict: bool = False) -> Ranks:
     """The processes that torch.distributed has brought together; one, where it has not.
 
     Args:
         lanes: None is as many as there are ranks.
+        strict: with several ranks and lanes=None: as many as sums have that shall not depend on the
+            number of ranks.
     Raises:
         ConfigError: lanes that cannot be divided among the ranks.
     """
     there = dist.is_available() and dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+    if lanes is None and strict and size > 1:
+        lanes = LANES
     if lanes is not None and lanes % size:
         raise ConfigError(
             f"config: expected parallel.lanes to be a multiple of the {size} ranks, got {lanes}; "
@@ -263,10 +268,10 @@ def world(lanes: int | None = None) -> Ranks:
 
 
 @contextmanager
-def joined(lanes: int | None = None) -> Iterator[Ranks]:
+def joined(lanes: int | None = None, strict: bool = False) -> Iterator[Ranks]:
     """The ranks of a run, for as long as the block: an error of one of them ends all, with its
     message. Arguments and errors as `world`."""
-    ranks = world(lanes)
+    ranks = world(lanes, strict)
     try:
         yield ranks
     except BaseException as error:

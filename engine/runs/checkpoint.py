@@ -120,16 +120,7 @@ def save_checkpoint(
     if ranks.gather("checkpoint", there)[0]:
         return target
     try:
-        files = {}
-        if ranks.size > 1:
-            mine = {
-                f"{group}.{ranks.rank:05d}-of-{ranks.size:05d}.safetensors": named
-                for group, named in (shares or {}).items()
-            }
-            found = {
-                name: _write(temporary / name, _safetensors(named)) for name, named in mine.items()
-            }
-            files = {n: f for part in ranks.gather("its files", found) for n, f in part.items()}
+        files = _parts_of_ranks(temporary, shares or {}, ranks)
         if not ranks.first:
             ranks.meet("the end of a checkpoint")
             return target
@@ -146,27 +137,8 @@ def save_checkpoint(
         with suppress(OSError):
             shutil.rmtree(temporary)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            needed, free = (
-                sum(t.nbytes for named in tensors.values() for t in named.values()),
-                shutil.disk_usage(root).free,
-            )
-            earlier = (
-                any(path.is_dir() and path.name.startswith("step_") for path in root.iterdir())
-                if root.is_dir()
-                else False
-            )
-            then = (
-                "earlier checkpoints are intact: free some space, then resume"
-                if earlier
-                else "there is no earlier one: free some space, delete the run directory, and "
-                "begin again"
-            )
-            raise OSError(
-                error.errno,
-                f"{os.strerror(error.errno)}: this checkpoint needs {needed:,} bytes and {free:,} "
-                f"are free; {then}",
-                str(target),
-            ) from error
+            needed = sum(t.nbytes for named in tensors.values() for t in named.values())
+            raise _full(error, target, needed) from error
         raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -177,6 +149,39 @@ def save_checkpoint(
         _remove(old)
     ranks.meet("the end of a checkpoint")
     return target
+
+
+def _parts_of_ranks(
+    directory: Path, shares: Mapping[str, Mapping[str, Tensor]], ranks: Ranks
+) -> dict[str, Any]:
+    """Write this rank's parts of groups. Returns the files of all ranks; none of one."""
+    if ranks.size == 1:
+        return {}
+    mine = {}
+    for group, named in shares.items():
+        name = f"{group}.{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
+        mine[name] = _write(directory / name, _safetensors(named))
+    return {name: f for part in ranks.gather("its files", mine) for name, f in part.items()}
+
+
+def _full(error: OSError, target: Path, needed: int) -> OSError:
+    """Say of a disk that is full what a checkpoint needs, and what to do."""
+    root = target.parent
+    free = shutil.disk_usage(root).free
+    earlier = root.is_dir() and any(
+        path.is_dir() and path.name.startswith("step_") for path in root.iterdir()
+    )
+    then = (
+        "earlier checkpoints are intact: free some space, then resume"
+        if earlier
+        else "there is no earlier one: free some space, delete the run directory, and begin again"
+    )
+    return OSError(
+        error.errno,
+        f"{os.strerror(error.errno or 0)}: this checkpoint needs {needed:,} bytes and {free:,} are "
+        f"free; {then}",
+        str(target),
+    )
 
 
 def _room_for(target: Path, temporary: Path) -> bool:
@@ -404,8 +409,8 @@ def _all_data(config: Any) -> str:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """What a run is a function of, as JSON values: its configuration, and digests of the data and
-    of the initial model. Errors as `check_data_file`."""
+    """Return what a run is a function of, as JSON values: its configuration, and digests of the
+    data and of the initial model. Errors as `check_data_file`."""
     return {
         "stage": type(config).__name__,
         "config": config_to_dict(config),

@@ -42,8 +42,8 @@ from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.data.readers import parse_data
 from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.optim.learner import Learner
-from fusedrl.engine.parallel.lanes import LANES, costs_of
-from fusedrl.engine.parallel.ranks import Ranks, joined, world
+from fusedrl.engine.parallel.lanes import costs_of
+from fusedrl.engine.parallel.ranks import Ranks, joined
 from fusedrl.engine.policy.advantages import Signals, estimate, find_advantage
 from fusedrl.engine.policy.control import Control
 from fusedrl.engine.policy.critic import SeparateCritic, TrainedCritic, critic_of
@@ -94,14 +94,8 @@ def train_policy(config: PolicyConfig) -> PolicyResult:
         RuntimeError: five updates in a row had a non-finite gradient, or sampler and trainer
             disagree by more than `max_logp_diff`.
     """
-    with joined(lanes_of(config)) as ranks:
+    with joined(config.parallel.lanes, config.strict) as ranks:
         return _train(config, ranks)
-
-
-def lanes_of(config: PolicyConfig) -> int | None:
-    """In how many lanes a run's gradients are summed; None: as many as there are ranks."""
-    strict = LANES if config.strict and world().size > 1 else None
-    return config.parallel.lanes or strict
 
 
 def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
@@ -498,15 +492,12 @@ def update(
                     learner.ranks.sum("log-probabilities", seen)
                 if measured is None:
                     measured = _measured(batch, minibatch, moving, seen[:2], config, control)
+                first = epoch == 0 and minibatch is first_cuts[0]
                 for group, numbers in zip(moving, work.rows(), strict=True):
                     # only in the first pass are there micro-batches of replayed completions alone
                     old = epoch == 0 and group[0] >= fresh
-                    meter.add(
-                        *statistics(numbers, loss_of),
-                        epoch,
-                        first=epoch == 0 and minibatch is first_cuts[0] and not old,
-                        replayed=old,
-                    )
+                    found = statistics(numbers, loss_of)
+                    meter.add(*found, epoch, first=first and not old, replayed=old)
                 if ptx is not None:
                     ptx.backward(actor, done, one)
             if last:

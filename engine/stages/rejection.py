@@ -32,6 +32,8 @@ from fusedrl.engine.watch.monitor import FlatRewards
 from fusedrl.engine.watch.plan import cache_for, demand_of
 from fusedrl.kernels.runtime.faults import raise_faults
 
+Drawn = tuple[list[Prompt], int]  # prompts, and the number of the first
+
 
 @dataclass(frozen=True)
 class RejectionResult:
@@ -87,9 +89,8 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
             flat.update(row)
         run.restore(model=learner)
         for step in range(run.start, config.steps):
-            first = step * config.prompts_per_step
 
-            def draw(count: int, first: int = first) -> tuple[list[Prompt], int]:
+            def draw(count: int, first: int = step * config.prompts_per_step) -> Drawn:
                 return prompts.draw(config.run.seed, first, first + count), first
 
             with run.time("generate_and_reward"):

@@ -151,7 +151,7 @@ def gradients(rounded, files, tmp_path, monkeypatch, device):
         passes[0] += 1
         return backward(self, *args, **kwargs)
 
-    def step(self, *, max_grad_norm=None):
+    def step(self, *, max_grad_norm=None, trees=()):
         seen.append([g.double().flatten() for g in self.gradients().values()])
         return StepResult(1.0, True)
 

@@ -80,8 +80,7 @@ def lanes_gradients(device, lane):
     generator = torch.Generator().manual_seed(lane)
 
     def some(*shape):
-        numbers = torch.randn(*shape, generator=generator) * 10 ** (lane % 4)
-        return numbers.to(device)
+        return torch.randn(*shape, generator=generator).to(device) * 10 ** (lane % 4)
 
     found = {"w": some(7, 5), "bias": some(3), "double": some(4).double()}
     return found | ({"rare": some(2, 2)} if lane in (1, 6) else {})

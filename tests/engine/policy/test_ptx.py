@@ -347,7 +347,7 @@ def test_what_is_learned_of_a_row(make, write_jsonl, capsys, monkeypatch):
     )
     seen = []
     monkeypatch.setattr(
-        Ptx, "backward", lambda self, actor, index: seen.append(self.texts.examples)
+        Ptx, "backward", lambda self, actor, index, update: seen.append(self.texts.examples)
     )
     for learn_prompts, actions in ((False, [False] * 3 + [True] * 3), (True, [False] + [True] * 5)):
         config = make(

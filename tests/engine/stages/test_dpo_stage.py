@@ -18,7 +18,7 @@ from fusedrl.engine.config import DPOConfig, LoRAConfig, OptimConfig, RunConfig
 from fusedrl.engine.data.mixture import Mixture
 from fusedrl.engine.data.readers import Source
 from fusedrl.engine.model.weights import load_decoder
-from fusedrl.engine.optim.learner import Update
+from fusedrl.engine.optim.learner import Learner, Update
 from fusedrl.engine.preference.pairs import TokenPair, pack_pairs, read_pairs, sequences_of
 from fusedrl.engine.rollout.reference import Frozen
 from fusedrl.engine.stages import dpo
@@ -319,11 +319,11 @@ def test_weights_and_labels_stay_with_their_pairs(config, device):
     )
     batch, cuts = pack_pairs(pairs, 15, torch.device("cpu"))
     assert [i for cut in cuts for i in cut] != list(range(7))
-    update = Update()
-    scores = dpo._backward(
+    update = Update(Learner(actor, config.optim))
+    scores, loss = dpo._backward(
         update, actor, dpo.with_reference(Frozen(reference), batch, cuts), cuts, pairs, together
     )
-    assert update.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert loss == pytest.approx(expected, rel=1e-5)
     assert (0.1 * scores.h).tolist() == pytest.approx(
         [one["eval_margin"] for one in alone], rel=1e-4, abs=1e-7
     )

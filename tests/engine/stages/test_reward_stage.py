@@ -298,8 +298,10 @@ def test_loss_and_gradients_are_the_definition(config, tiny_model, tmp_path, tie
         config, model=str(directory), label_noise=0.15, center_coef=0.05, imitation_coef=0.7
     )
     for tokens in (1, 20, 1000):
-        model, _ = new_model(replace(full, tokens_per_microbatch=tokens))
-        metrics = gradients(Update(), model, MIXED, replace(full, tokens_per_microbatch=tokens))
+        model, learner = new_model(replace(full, tokens_per_microbatch=tokens))
+        metrics = gradients(
+            Update(learner), model, MIXED, replace(full, tokens_per_microbatch=tokens)
+        )
         loss, embedding, vocabulary, head = in_float64(
             device, directory, model.head.weight.detach(), MIXED, full
         )
@@ -322,9 +324,9 @@ def test_loss_and_gradients_are_the_definition(config, tiny_model, tmp_path, tie
 def test_plain_options_train_as_before(config):
     """No option set: the mean over pairs of -log sigmoid of the difference, and nothing else in the
     checkpoint."""
-    model, _ = new_model(config)
+    model, learner = new_model(config)
     pairs = [MIXED[3], Comparison([1, 9], ([4, 2], [5, 6, 2]), (1, 2))]
-    metrics = gradients(Update(), model, pairs, config)
+    metrics = gradients(Update(learner), model, pairs, config)
     better, worse = score_pairs(model, pairs, 100)
     assert metrics["loss"] == pytest.approx(
         -torch.nn.functional.logsigmoid(better - worse).mean().item(), rel=1e-6
