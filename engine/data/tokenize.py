@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fusedrl.engine.base.blame import told
 from fusedrl.engine.base.errors import DataError
 from fusedrl.engine.data.records import Demonstration, Dialogue, Prompt, PromptExample, Tools
 
@@ -177,10 +178,10 @@ def _templates() -> Iterator[None]:
 
     try:
         yield
-    # the last three of what a template calls
-    except (TemplateError, TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # a template calls, indexes and divides as it likes
+        said = error if isinstance(error, TemplateError) else told(error)
         raise DataError(
-            f"the model's chat template refuses these messages: {error}; change their roles or "
+            f"the model's chat template refuses these messages: {said}; change their roles or "
             "order (many templates take no system message, and "
             "user and assistant in turn), or the template in the model's directory"
         ) from error

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.model.adapters import LayerAdapter, inputs, targets
 from fusedrl.engine.model.decoder import Decoder
@@ -23,7 +24,8 @@ def add_adapter(decoder: Decoder, lora: LoRAConfig, *, seed: int = 0) -> None:
     optimizer afterwards.
 
     Raises:
-        ConfigError: a target that the family does not have.
+        ConfigError: a target that the family does not have, or a rank above both sides of a
+            projection.
         ValueError: the decoder has an adapter already.
     """
     if decoder.lora is not None:
@@ -32,6 +34,14 @@ def add_adapter(decoder: Decoder, lora: LoRAConfig, *, seed: int = 0) -> None:
             "so load the model again for another"
         )
     found = tuple(targets(decoder.config, lora).values())
+    for one in found:
+        rows, columns = one.rows, inputs(decoder.config)[one.product]
+        if lora.rank > max(rows, columns):
+            raise ConfigError(
+                f"lora.rank: expected at most {max(rows, columns)} on {one.module}, a projection "
+                f"of {rows} x {columns}, got {lora.rank}; lower it, or leave that one out of "
+                "lora.targets"
+            )
     generator = torch.Generator().manual_seed(seed)
     decoder.requires_grad_(False)
     for layer in decoder.layers:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from fusedrl.engine.base.blame import blame, per_token, place_of
+from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import PolicyConfig
 from fusedrl.engine.config.algorithms import ADVANTAGES, Needs, resolve
@@ -360,16 +362,13 @@ def find_advantage(name: str) -> Advantage:
 
 
 def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
-    """The batch with `advantages`, and with `returns` where a critic is trained."""
+    """The batch with `advantages`, and with `returns` where a critic is trained.
+
+    Raises:
+        ConfigError: a user's function raised, or returned something else.
+    """
     batch, loss = signals.batch, config.loss
-    found = find_advantage(config.advantage).function(signals)
-    advantages_N, returns_N = found if isinstance(found, tuple) else (found, None)
-    if advantages_N.shape != batch.action_mask.shape:
-        raise ValueError(
-            f"advantages: expected {config.advantage} to return [{batch.num_tokens}] numbers, one "
-            f"per token, got {list(advantages_N.shape)}; "
-            "Signals.per_token spreads one per completion"
-        )
+    advantages_N, returns_N = _call(config.advantage, signals)
     if signals.future_kl_coef:
         kl_N = torch.where(
             batch.action_mask,
@@ -397,6 +396,26 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
         if returns_N is None
         else batch.with_columns(advantages=advantages_N, returns=returns_N)
     )
+
+
+def _call(name: str, signals: Signals) -> tuple[Tensor, Tensor | None]:
+    """(advantages, returns) by the function of this name."""
+    function = find_advantage(name).function
+    if getattr(function, "__module__", None) == __name__:  # ours, whose errors are
+        found = function(signals)
+        return found if isinstance(found, tuple) else (found, None)
+    what = f"the advantage {name}"
+    found = blame(what, partial(function, signals), ConfigError)
+    parts = found if isinstance(found, tuple) else (found,)
+    what, like_N = f"{what}, {place_of(function)}", signals.batch.action_mask
+    if len(parts) not in (1, 2):
+        raise ConfigError(
+            f"{what}: expected it to return advantages, or advantages and returns, got a tuple of "
+            f"{len(parts)}"
+        )
+    hint = "; Signals.per_token spreads one per completion"
+    tensors = [per_token(what, part, "numbers", like_N, hint) for part in parts]
+    return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 
 # ---- with a critic -------------------------------------------------------------------------------

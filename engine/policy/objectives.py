@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedrl.engine.actor import HybridActor
+from fusedrl.engine.base.blame import blame, per_token, place_of
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.config import CorrectionConfig, PolicyConfig
@@ -417,12 +419,13 @@ def _registered(
     """[N] terms of an objective that is a function, times the weights of the correction."""
     live_N, old_N = batch.column("weights") != 0, batch.column("old_logp")
     seen = (logp_N, old_N, batch.column("advantages"))
-    term_N = objective(*(torch.where(live_N, x, 0) for x in seen), batch)
-    if term_N.shape != logp_N.shape:
-        raise ValueError(
-            f"objective {config.objective}: expected [{len(logp_N)}] terms, one per token, got "
-            f"{list(term_N.shape)}"
-        )
+    call = partial(objective, *(torch.where(live_N, x, 0) for x in seen), batch)
+    if isinstance(objective, SequenceRatio):  # ours, whose errors are
+        term_N = call()
+    else:
+        what = f"the objective {config.objective}"
+        returned = blame(what, call, ConfigError)
+        term_N = per_token(f"{what}, {place_of(objective)}", returned, "terms", logp_N)
     correction = rollout_correction(config.correction)
     if correction is None:
         return term_N

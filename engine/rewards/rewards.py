@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fusedrl.engine.base.blame import blame, shown, told
 from fusedrl.engine.base.errors import RewardError, Stopped, no_such
 from fusedrl.engine.base.packing import PackedBatch
 from fusedrl.engine.data.records import Prompt
@@ -274,21 +275,6 @@ def _value(value: Any) -> Any:
     return value
 
 
-def blame(what: str, call: Callable[[], Any]) -> Any:
-    """The call's result. Raises RewardError, which names `what` and where it happened, in place of
-    whatever it raises, sys.exit among it; but an interrupt stays one, and so does the end of a run
-    that was asked for meanwhile."""
-    try:
-        return call()
-    except (RewardError, KeyboardInterrupt, Stopped):
-        raise
-    except BaseException as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise RewardError(
-            f"{what} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-        ) from error
-
-
 def values_of(
     what: str, returned: Any, count: int, noun: str = "value", subject: str = "completion"
 ) -> list[Any]:
@@ -318,15 +304,15 @@ def _number(value: Any) -> tuple[float | None, str]:
         value = value.item()
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan, f"expected a number or None, got {value!r:.80}"
+    except Exception:  # a user's __float__ may raise anything
+        return math.nan, f"expected a number or None, got {shown(value)}"
     if not math.isfinite(number):
-        return math.nan, f"expected a finite number or None, got {value!r:.80}"
+        return math.nan, f"expected a finite number or None, got {shown(value)}"
     if abs(number) > LARGEST:
         return (
             math.nan,
             f"expected a number of at most {LARGEST:g} (squares are summed in float32), got "
-            f"{value!r:.80}",
+            f"{shown(value)}",
         )
     return number, ""
 
@@ -352,7 +338,7 @@ def _spread(value: Any, reward: Reward, rollout: Rollout, index: int) -> list[fl
     if not steps:
         if len(numbers) != len(ids):
             return Invalid(
-                f"expected a number or None, got {value!r:.80}; rewards of tokens are one for "
+                f"expected a number or None, got {shown(value)}; rewards of tokens are one for "
                 f"each, {len(ids)} here"
             )
         return numbers
@@ -361,7 +347,7 @@ def _spread(value: Any, reward: Reward, rollout: Rollout, index: int) -> list[fl
         if not isinstance(end, int) or not 0 < end <= len(text):
             return Invalid(
                 f"expected the end of a step within the {len(text)} characters of the completion, "
-                f"got {end!r:.80}"
+                f"got {shown(end)}"
             )
         spread[_token_at(reward, rollout.prompt_ids[index], ids, end)] += number
     return spread
@@ -494,8 +480,7 @@ def import_function(path: Path, function: str, what: str = "reward") -> Callable
         frame = traceback.extract_tb(error.__traceback__)[-1]
         line = error.lineno if isinstance(error, SyntaxError) else frame.lineno
         raise RewardError(
-            f"{what} {path}:{function}: importing the file raised {type(error).__name__}: {error} "
-            f"(line {line})"
+            f"{what} {path}:{function}: importing the file raised {told(error)} (line {line})"
         ) from error
     found = getattr(module, function, None)
     if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from fusedrl.engine.config import GenerationConfig
 from fusedrl.engine.data.mixture import Mixture, mix
 from fusedrl.engine.data.readers import ReadOptions, Source, load_prompts
 from fusedrl.engine.data.tokenize import count_tokens, encode_prompts
+from fusedrl.engine.model.configuration import ModelConfig
 from fusedrl.engine.rollout.rollout import Prompt
 from fusedrl.engine.runs.run import Run
 
@@ -33,9 +35,13 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
     max_prompt_length; the others are counted.
 
     Raises:
-        ConfigError: max_new_tokens leaves no room for any.
+        ConfigError: max_new_tokens leaves no room for any, or a stop token is outside the
+            vocabulary.
         DataError, OSError: as the readers say.
     """
+    check_stop_tokens(
+        "generation.stop_token_ids", config.generation.stop_token_ids, actor.decoder.config
+    )
     room = actor.decoder.config.max_positions - config.generation.max_new_tokens
     if room < 1:
         raise ConfigError(
@@ -63,3 +69,12 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
 def longest_of(prompts: Mixture[Prompt]) -> int:
     """Tokens of the longest prompt."""
     return max(len(prompt.ids) for prompt in prompts.examples)
+
+
+def check_stop_tokens(option: str, ids: Sequence[int], model: ModelConfig) -> None:
+    """Raise ConfigError, which names the option, where an id is outside the model's vocabulary."""
+    if bad := [token for token in ids if not 0 <= token < model.vocab_size]:
+        raise ConfigError(
+            f"{option}: expected token ids below the {model.vocab_size} of the model's vocabulary, "
+            f"got {bad[0]}"
+        )

@@ -76,6 +76,18 @@ class Rollout:
     completions: list[Completion]
     metrics: dict[str, float]
 
+    def samples(self, count: int) -> list[dict[str, Any]]:
+        """The first completions with their prompts and scores, as JSON values."""
+        return [
+            {"prompt": p.prompt, "completion": c.text, "finish_reason": c.finish_reason, "score": s}
+            for p, c, s in zip(
+                self.prompts[:count],
+                self.completions[:count],
+                self.batch.column("scores")[:count].tolist(),
+                strict=True,
+            )
+        ]
+
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
     """The sampler's settings of a run."""

@@ -63,7 +63,7 @@ from fusedrl.engine.rewards.rewards import RewardSet, load_reward
 from fusedrl.engine.rollout.prompts import longest_of, read_prompts
 from fusedrl.engine.rollout.reference import Reference, load_reference
 from fusedrl.engine.rollout.replay import ReplayBuffer, Replayed, with_replay
-from fusedrl.engine.rollout.rollout import Prompt, Rollout, rollout
+from fusedrl.engine.rollout.rollout import Prompt, rollout
 from fusedrl.engine.runs.run import Run
 from fusedrl.engine.watch.monitor import Monitor
 from fusedrl.engine.watch.plan import cache_for, demand_of
@@ -144,7 +144,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
                 parts.replay.add(batch, step)
             metrics |= monitor.after(step, metrics)
             run.log(step, metrics)
-            run.samples(step, _samples(experience))
+            run.samples(step, experience.samples(4))
             run.save_if_due(step)
         if own_critic is not None:
             run.write("critic", partial(own_critic.save_pretrained, tokenizer=actor.tokenizer))
@@ -593,15 +593,3 @@ def _weighted(batch: PackedBatch, minibatch: list[list[int]], config: PolicyConf
     weights = torch.zeros(batch.num_tokens, device=batch.device)
     weights[batch.slots(members)] = minibatch_weights(config, batch.select(members))
     return batch.with_columns(weights=weights)
-
-
-def _samples(experience: Rollout, count: int = 4) -> list[dict]:
-    return [
-        {"prompt": p.prompt, "completion": c.text, "finish_reason": c.finish_reason, "score": s}
-        for p, c, s in zip(
-            experience.prompts[:count],
-            experience.completions[:count],
-            experience.batch.column("scores")[:count].tolist(),
-            strict=True,
-        )
-    ]

@@ -86,8 +86,18 @@ class Subject:
         dtype = resolve_dtype(self.dtype, device)
         if self.model is not None:
             with without_code(resolve_directory(self.model)) as directory:
-                model = AutoModelForCausalLM.from_pretrained(
-                    directory, dtype=dtype, trust_remote_code=False, use_safetensors=True
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    directory,
+                    dtype=dtype,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+            model, report = loaded
+            if report["missing_keys"]:
+                raise ValueError(
+                    f"{self.model}: the weights lack {', '.join(sorted(report['missing_keys']))}; "
+                    "copy all of the model's files there"
                 )
         else:
             model = AutoModelForCausalLM.from_config(

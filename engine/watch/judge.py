@@ -31,16 +31,11 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
+from fusedrl.engine.base.blame import blame, shown
 from fusedrl.engine.base.errors import RewardError
 from fusedrl.engine.base.estimates import wilson_interval
 from fusedrl.engine.data.records import Prompt
-from fusedrl.engine.rewards.rewards import (
-    RewardSet,
-    blame,
-    import_function,
-    own_copies,
-    values_of,
-)
+from fusedrl.engine.rewards.rewards import RewardSet, import_function, own_copies, values_of
 
 VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
@@ -256,7 +251,7 @@ def _verdicts(judge: Judge, pairs: Pairs) -> list[float]:
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
             raise RewardError(
                 f'{what}: expected "a", "b", "tie" or a probability within 0 and 1 for pair '
-                f"{index}, got {value!r:.80}"
+                f"{index}, got {shown(value)}"
             )
         found.append(float(number))
     return found

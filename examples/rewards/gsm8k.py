@@ -7,41 +7,54 @@ against the gold one.
 Reading a file of GSM8K adds the column "gold" to its prompts. `exact` asks for the form that the
 demonstrations have; `last_number` takes any answer whose last number is right, for models that were
 not trained on that form.
+
+A number is 18, 1,200, $5, .5, -3, 1.5e3 or a fraction, 1/2; the gold one is read by the same rule.
+A minus (- or U+2212) is a sign where it does not stand behind a letter, a digit or another dash: in
+"the result-18" it is a hyphen. Numbers that +, -, *, / or ^ join, as in 10-4 and 3^2, are a sum
+that nobody worked out, so that an answer that ends with one is wrong; in 10-4=6 it ends with 6.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
-NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
-MARKED = re.compile(rf"####\s*\$?\s*({NUMBER})(?![\d,]*\d)")
-ANY = re.compile(rf"(?<![\d.])({NUMBER})(?<=\d)")
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+# a point that a number begins with does not stand behind a letter or another point
+PLAIN = rf"(?:{DIGITS}(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\w))?"
+SIGN = r"(?:(?<![\w)\-\u2010-\u2015\u2212])[-\u2212])"
+NUMBER = rf"\$?{SIGN}?(?:\$\ ?)?{PLAIN}"
+OPERATOR = r"(?:[-+*/^x\u2212\u00d7\u00f7]|\*\*|\\times|\\cdot|\\div)"
+JOIN = rf"(?:{OPERATOR}|\ +{OPERATOR}\ +)"  # "2 -3" has two numbers
+SUM = re.compile(rf"(?P<number>{NUMBER})(?:/(?P<over>{NUMBER}))?(?P<more>(?:{JOIN}{NUMBER})*)")
+MARK = re.compile(r"####\s*(?:\$\s+)?")
 
 
-def exact(
-    completions: Sequence[Any], gold: Sequence[str | None], **columns: Any
-) -> list[float | None]:
+def exact(completions: Sequence[Any], gold: Sequence[Any], **columns: Any) -> list[float | None]:
     """1 where the last "#### number" is the gold number, else 0; None for rows without one."""
-    return _agree(MARKED, completions, gold)
+    return _agree(_marked, completions, gold)
 
 
 def last_number(
-    completions: Sequence[Any], gold: Sequence[str | None], **columns: Any
+    completions: Sequence[Any], gold: Sequence[Any], **columns: Any
 ) -> list[float | None]:
     """1 where the last number of all is the gold one, else 0; None for rows without one."""
-    return _agree(ANY, completions, gold)
+    return _agree(SUM.finditer, completions, gold)
 
 
 def _agree(
-    pattern: re.Pattern[str], completions: Sequence[Any], gold: Sequence[str | None]
+    find: Callable[[str], Iterator[re.Match[str]]], completions: Sequence[Any], gold: Sequence[Any]
 ) -> list[float | None]:
-    return [
-        None if number is None else float(_last(pattern, _text(completion)) == Decimal(number))
-        for completion, number in zip(completions, gold, strict=True)
-    ]
+    right = [None if number is None else _gold(row, number) for row, number in enumerate(gold)]
+    scores: list[float | None] = []
+    for completion, number in zip(completions, right, strict=True):
+        *_, last = (None, *find(_text(completion)))
+        value = None if last is None else _value(last)
+        scores.append(None if number is None else float(value == number))
+    return scores
 
 
 def _text(completion: Any) -> str:
@@ -49,6 +62,30 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _last(pattern: re.Pattern[str], text: str) -> Decimal | None:
-    found = [number for number in pattern.findall(text) if any(c.isdigit() for c in number)]
-    return Decimal(found[-1].replace(",", "")) if found else None
+def _marked(text: str) -> Iterator[re.Match[str]]:
+    for mark in MARK.finditer(text):
+        found = SUM.match(text, mark.end())
+        if found and not re.match(r",*\d", text[found.end() :]):  # 1,04 is no number
+            yield found
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    """The number's value; None of a sum, and of a fraction over 0."""
+    if found["more"]:
+        return None
+    number, over = (
+        Fraction(Decimal(re.sub(r"[$, ]", "", text).replace("\u2212", "-")))
+        for text in (found["number"], found["over"] or "1")
+    )
+    return number / over if over else None
+
+
+def _gold(row: int, number: Any) -> Fraction:
+    found = SUM.fullmatch(str(number).strip())
+    value = None if found is None else _value(found)
+    if value is None:
+        raise ValueError(
+            f"row {row}: expected a number in the column gold, as 18, 1,200, $5 or 1/2, got "
+            f"{number!r:.80}; null leaves a row to other rewards"
+        )
+    return value

@@ -2,15 +2,18 @@
 that hold their points."""
 
 import itertools
+import json
 import math
 import re
 
 import pytest
 from bench.validation import study
 from bench.validation.plot import Dot, chart
+from bench.validation.word_problems import HELD_OUT, TRIED
 from examples.arithmetic import write_task
 from examples.rewards.arithmetic import exact
 from examples.word_problems import KINDS, problems
+from examples.word_problems import main as write_problems
 
 from fusedrl.engine.data.readers import load_demonstrations, load_prompts
 
@@ -122,8 +125,35 @@ def test_word_problems_have_the_answers_that_their_numbers_give():
     for row in rows:
         numbers = [int(n) for n in re.findall(r"\d+", row["prompt"][0]["content"])]
         assert answers[row["kind"]](*numbers) == int(row["gold"]) > 0
+    assert [row["kind"] for row in rows[:20]] == 2 * [kind.__name__ for kind in KINDS]
     assert (
         rows[:50]
         == list(itertools.islice(problems(3), 50))
         != list(itertools.islice(problems(4), 50))
     )
+
+
+def _kinds_and_numbers(rows):
+    return [
+        (row["kind"], *re.findall(r"\d+", row["prompt"][0]["content"]), row["gold"]) for row in rows
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_word_problem_is_another_with_other_names(seed, tmp_path):
+    """Neither in the files of the example nor in those of the study, which draws both of its own
+    from one stream."""
+    assert HELD_OUT + TRIED <= 1600
+    rows = list(itertools.islice(problems(seed), 1600))
+    assert len(set(_kinds_and_numbers(rows))) == 1600
+    write_problems([str(tmp_path), "--seed", str(seed)])
+    train, held_out = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "held_out")
+    )
+    assert (train, held_out) == (rows[:1200], rows[1200:])
+    assert not set(_kinds_and_numbers(train)) & set(_kinds_and_numbers(held_out))
+
+
+def test_word_problems_end_where_a_kind_has_no_more():
+    assert 1600 < sum(1 for _ in problems(0)) < 10_000

@@ -3,6 +3,8 @@ says what was expected and why, or defined."""
 
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,16 @@ import torch
 
 from fusedrl.engine.base.errors import ConfigError, DataError
 from fusedrl.engine.base.packing import PackedBatch
+from fusedrl.engine.cli.main import main
 from fusedrl.engine.config import (
     GenerationConfig,
     KLConfig,
+    LoRAConfig,
     LossConfig,
     OptimConfig,
     PenaltyConfig,
     PolicyConfig,
+    RejectionConfig,
     RewardModelConfig,
     RunConfig,
 )
@@ -27,6 +32,7 @@ from fusedrl.engine.policy.objectives import make_objective, minibatch_weights, 
 from fusedrl.engine.rewards.rewards import RewardError, RewardSet, load_reward
 from fusedrl.engine.stages import policy
 from fusedrl.engine.stages.policy import train_policy
+from fusedrl.engine.stages.rejection import train_rejection
 from fusedrl.engine.stages.reward_model import train_reward_model
 from fusedrl.kernels.ranking_loss import kwise_ranking_loss
 
@@ -365,3 +371,153 @@ def test_flat_groups_are_counted(run):
     train_policy(chosen)
     row = json.loads((Path(chosen.run.dir) / "metrics.jsonl").read_text())
     assert (row["frac_reward_zero_std"], row["grad_norm"]) == (1.0, 0.0)
+
+
+# ---- functions of loss.objective and loss.advantage ----------------------------------------------
+FUNCTIONS = """
+import sys
+import torch
+
+def raises(*_):
+    return [][0]
+
+def leaves(*_):
+    sys.exit(0)
+
+class Silent(Exception):
+    def __str__(self):
+        return self.missing
+
+def silent(*_):
+    raise Silent
+
+def nothing(*_):
+    return None
+
+def numbers(*_):
+    return [1.0, 2.0]
+
+def short(*_):
+    return torch.zeros(2)
+
+def whole(*given):
+    batch = getattr(given[0], "batch", given[-1])
+    return torch.zeros(batch.num_tokens, dtype=torch.int64, device=batch.device)
+
+def three(x):
+    return (x.batch.action_mask.float(),) * 3
+
+def one_of_two(x):
+    return x.batch.action_mask.float(), None
+
+value = 3
+"""
+ANSWERS = {  # function -> what is said of it, wherever it stands
+    "raises": r"raised IndexError: list index out of range \(.*users_functions.py:6\)",
+    "leaves": r"raised SystemExit: 0 \(.*users_functions.py:9\)",
+    "silent": r"raised Silent: <its text cannot be shown> \(.*users_functions.py:16\)",
+    "nothing": r", nothing \(.*users_functions.py:18\): expected it to return \[\d+\] "
+    r"(terms|numbers), one per token, got NoneType",
+    "numbers": r", numbers \(.*users_functions.py:21\): expected .*, one per token, got list",
+    "short": r"one per token, got \[2\]",
+    "whole": r"one per token, got numbers of torch.int64; make them floating-point ones",
+    "value": "'users_functions.value' is no function, but int",
+    "no": "'users_functions.no' cannot be imported: AttributeError: ",
+}
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch):
+    (tmp_path / "users_functions.py").write_text(FUNCTIONS)
+    (tmp_path / "broken_functions.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in ("users_functions", "broken_functions"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    "option, name, said",
+    [
+        *(("objective", *answer) for answer in ANSWERS.items()),
+        *(("advantage", *answer) for answer in ANSWERS.items()),
+        ("advantage", "three", "to return advantages, or advantages and returns, got a tuple of 3"),
+        ("advantage", "one_of_two", "one per token, got NoneType"),
+    ],
+)
+def test_a_function_that_raises_or_returns_something_else_is_named(run, users, option, name, said):
+    full = f"users_functions.{name}"
+    with pytest.raises(ConfigError, match=said) as caught:
+        train_policy(run([{"prompt": "w1"}] * 2, loss=LossConfig(**{option: full})))
+    assert full in str(caught.value)
+    assert str(caught.value).startswith((f"the {option} {full}", "config: "))
+
+
+def test_by_the_command_line_too(run, users, capsys):
+    chosen = run([{"prompt": "w1"}] * 2)
+    for option, name, said in (
+        (
+            "objective",
+            "users_functions.raises",
+            "the objective users_functions.raises raised Index",
+        ),
+        ("advantage", "users_functions.nothing", "one per token, got NoneType"),
+        ("advantage", "broken_functions.f", "cannot be imported: ZeroDivisionError: division by"),
+    ):
+        argv = ["train", "grpo", "--model", chosen.model, "--data", chosen.data]
+        argv += ["--reward", chosen.reward[0], "--prompts_per_step", "2", "--run.dir"]
+        argv += [f"{chosen.run.dir}-{option}-{name}", f"--loss.{option}", name]
+        assert main([*argv, "--generation.max_new_tokens", "2"]) == 2
+        shown = capsys.readouterr().err
+        assert said in shown
+        assert "Traceback" not in shown
+
+
+def test_the_errors_of_built_in_functions_are_their_own(device):
+    batch = PackedBatch.from_sequences([([1], [2, 3])], device=device)
+    batch = batch.with_columns(scores=torch.zeros(1, device=device))
+    with pytest.raises(ValueError, match="column greedy_scores is not filled") as caught:
+        estimate(config(loss=LossConfig(advantage="remax")), Signals(batch))
+    assert "raised" not in str(caught.value)
+
+
+# ---- what only the model can tell ----------------------------------------------------------------
+@pytest.mark.parametrize("stage", ["policy", "rejection"])
+def test_stop_tokens_outside_the_vocabulary_name_their_option(run, monkeypatch, stage):
+    monkeypatch.setattr(
+        policy.HybridActor, "generate", lambda *a, **k: pytest.fail("something was drawn")
+    )
+    chosen = run([{"prompt": "w1"}] * 2)
+    generation = GenerationConfig(max_new_tokens=4, stop_token_ids=(3, 99999))
+    message = (
+        r"generation.stop_token_ids: expected token ids below the 32 of the model's vocabulary, "
+        "got 99999"
+    )
+    with pytest.raises(ConfigError, match=message):
+        if stage == "policy":
+            train_policy(replace(chosen, generation=generation))
+        else:
+            train_rejection(
+                RejectionConfig(
+                    chosen.model,
+                    chosen.data,
+                    chosen.reward,
+                    samples_per_prompt=2,
+                    generation=generation,
+                    run=chosen.run,
+                )
+            )
+
+
+def test_stop_tokens_of_a_judge_do_too(run, capsys):
+    chosen = run([{"prompt": "w1"}] * 2)
+    argv = ["judge", "--a", chosen.model, "--b", chosen.model, "--data", chosen.data]
+    assert main([*argv, "--reward", chosen.reward[0], "--stop_token_ids", "99999"]) == 2
+    assert "--stop_token_ids: expected token ids below the 32" in capsys.readouterr().err
+
+
+def test_a_rank_that_no_projection_has_names_its_option(run):
+    with pytest.raises(
+        ConfigError, match=r"lora\.rank: expected at most \d+ on self_attn\.\w+, .* got 100000"
+    ):
+        train_policy(run([{"prompt": "w1"}] * 2, lora=LoRAConfig(rank=100_000)))

@@ -334,6 +334,42 @@ def test_dialogues_have_a_limit_and_need_a_template(chat):
             PackedBatch.from_masked([wrong])
 
 
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{{ raise_exception('no system') }}", "messages: no system;"),
+        ("{{ 1 / 0 }}", "messages: ZeroDivisionError: division by zero;"),
+        ("{{ '%(a)s' % {} }}", "messages: KeyError: 'a';"),
+        ("{{ '{1}'.format(2) }}", "messages: IndexError: "),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "messages: RecursionError: "),
+        ("{{ 'a' + 1 }}", "messages: TypeError: "),
+        ("{{ '%d' % 'a' }}", "messages: TypeError: "),
+        ("{{ strftime_now(3) }}", "messages: "),
+        ("{% for m in messages %}{{ m.content.no.more }}{% endfor %}", "messages: "),
+        ("{% for %}", "messages: "),
+    ],
+)
+def test_whatever_a_template_raises_is_the_templates(chat, template, said):
+    chat.chat_template = template
+    for call in (
+        lambda: encode_prompt(chat, TURNS[:2]),
+        lambda: encode_dialogue(chat, Dialogue(TURNS), 2),
+    ):
+        with pytest.raises(DataError, match=f"the model's chat template refuses these {said}"):
+            call()
+
+
+def test_an_attribute_that_a_template_asks_for_in_vain_is_too(chat, monkeypatch):
+    chat.chat_template = CHATML
+
+    def missing(*args, **kwargs):
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(chat, "apply_chat_template", missing)
+    with pytest.raises(DataError, match="messages: AttributeError: no such thing; change their"):
+        encode_prompt(chat, TURNS[:2])
+
+
 def test_posts_to_be_summarized_are_shortened_by_the_models_own_tokens(tmp_path):
     path = tmp_path / "tldr.jsonl"
     path.write_text(

@@ -20,7 +20,7 @@ from fusedrl.engine import CacheConfig, HybridActor, PackedBatch, SamplingParams
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config import LoRAConfig
 from fusedrl.engine.generation import blocks
-from fusedrl.engine.model.adapters import slices
+from fusedrl.engine.model.adapters import inputs, slices
 from fusedrl.engine.model.configuration import model_config
 from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.lora import adapter_views, add_adapter
@@ -382,7 +382,9 @@ def test_bfloat16_adapters_follow_small_steps(device):
 # ---- initialisation and settings -----------------------------------------------------------------
 def test_initialised_as_peft_does():
     decoder = Decoder(
-        model_config(SIZES | MODELS["qwen2"] | {"hidden_size": 96, "intermediate_size": 200})
+        model_config(
+            SIZES | MODELS["qwen2"] | {"hidden_size": 96, "intermediate_size": 200, "head_dim": 64}
+        )
     )
     add_adapter(decoder, LoRAConfig(rank=64, alpha=16.0), seed=1)
     for name, view in adapter_views(decoder).items():
@@ -426,6 +428,23 @@ def test_targets_that_a_family_does_not_have(device):
         add_adapter(tiny(device, lora=SOME), SOME)
     assert LoRAConfig(rank=4, alpha=6.0).scale == 1.5
     assert LoRAConfig(rank=4, alpha=6.0, rslora=True).scale == 3.0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_rank_above_what_a_projection_has_is_refused(name, device):
+    decoder = tiny(device, name)
+    for found in slices(decoder.config).values():
+        target = found.module.rpartition(".")[2]
+        sides = (found.rows, inputs(decoder.config)[found.product])
+        with pytest.raises(
+            ConfigError,
+            match=rf"lora\.rank: expected at most {max(sides)} on {found.module}, a projection of "
+            rf"{sides[0]} x {sides[1]}, got {max(sides) + 1}; lower it",
+        ):
+            add_adapter(decoder, LoRAConfig(rank=max(sides) + 1, targets=(target,)))
+        add_adapter(tiny(device, name), LoRAConfig(rank=max(sides), targets=(target,)))
+    assert decoder.lora is None
+    assert all(p.requires_grad for p in decoder.parameters())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -103,10 +103,16 @@ def trained(monkeypatch, device):
 
     def run(config, whole=False):
         computed.clear()
+        with_replay = policy.with_replay
+
+        def same_replay(cuts, fresh, replayed, tokens, apart):
+            return with_replay(cuts, fresh, replayed, tokens, real(config, replayed))
+
         with monkeypatch.context() as patched:
             patched.setattr(policy.RolloutLoss, "__call__", counted)
             if whole:
                 patched.setattr(policy, "cuts_of", same_cuts)
+                patched.setattr(policy, "with_replay", same_replay)
                 patched.setattr(policy, "without_gradient", lambda *args: set())
             train_policy(config)
         where = Path(config.run.dir)
@@ -147,6 +153,12 @@ def test_what_is_left_out_changes_no_bit(make, trained, algorithm):
         {"lora": LoRAConfig(rank=2)},
         {"checkpoint_activations": True},
         {"replay": ReplayConfig(capacity=30, fraction=0.5, max_age=2)},
+        {
+            "algorithm": "pass_at_k",
+            "tokens_per_microbatch": 20,
+            "replay": ReplayConfig(capacity=30, fraction=0.5, max_age=3),
+            "checkpoint_activations": True,
+        },
         {"correction": CorrectionConfig("truncated")},
         {"correction": CorrectionConfig(off_policy_delta=1e-4)},
         {"minibatches": 1, "epochs": 1},
@@ -164,6 +176,29 @@ def test_beside_every_option(make, trained, options):
     assert _equal(weights, whole)
     assert sum(computed) < sum(whole_computed)
     assert all(0 < row["policy/left_out_fraction"] < 1 for row in rows)
+
+
+def test_replayed_completions_are_cut_alike_where_everything_is_computed(
+    make, trained, monkeypatch
+):
+    """What the comparisons above compare: the same micro-batches, of which some are left out."""
+    seen, apart, with_replay = [], [], policy.with_replay
+
+    def recorded(*args):
+        seen.append(with_replay(*args))
+        apart.append(args[-1])
+        return seen[-1]
+
+    monkeypatch.setattr(policy, "with_replay", recorded)
+    options = {"replay": ReplayConfig(capacity=30, fraction=0.5, max_age=3)}
+    for name in ("run", "whole"):
+        trained(
+            make("pass_at_k", name=name, tokens_per_microbatch=20, **options), whole=name == "whole"
+        )
+    count = len(seen) // 2
+    assert count >= 2
+    assert any(apart)
+    assert seen[:count] == seen[count:]
 
 
 def test_resumed_bitwise(make, trained):

@@ -278,6 +278,53 @@ def test_a_reward_that_raises_is_named_with_the_cause():
         _score([lambda completions, missing: [0]])
 
 
+class Unspeakable(Exception):
+    def __str__(self):
+        return self.missing
+
+    __repr__ = __str__
+
+    def __float__(self):
+        raise self
+
+    def __bool__(self):
+        raise SystemExit(0)
+
+
+def test_what_cannot_be_shown_is_told_all_the_same():
+    """A user's exception, or value, whose own text raises."""
+
+    def culprit(completions, **_):
+        raise Unspeakable
+
+    async def culprit_async(completions, **_):
+        raise Unspeakable
+
+    for function in (culprit, culprit_async):
+        with pytest.raises(
+            RewardError,
+            match=rf"reward '{function.__name__}' raised Unspeakable: <its text cannot be shown> "
+            r"\(.*test_rewards.py:\d+\)",
+        ):
+            _score([function])
+
+    class Text:
+        def __repr__(self):
+            raise SystemExit(0)
+
+    for value, said in (
+        (Unspeakable(), "got a Unspeakable that cannot be shown"),
+        (Text(), "got a Text that cannot be shown"),
+        ([Text(), 1.0], "got a Text that cannot be shown"),
+        ([(Text(), 1.0)], "got a Text that cannot be shown"),
+        ("x" * 200, "got 'xxx"),
+    ):
+        scores = _score([lambda completions, value=value, **_: [value, 1.0, 2.0]])
+        assert said in scores.invalid[0][2]
+        assert len(scores.invalid[0][2]) < 200
+        assert scores.total[1:] == [1.0, 2.0]
+
+
 def test_sizes_are_checked():
     with pytest.raises(
         RewardError, match="expected 3 entries in answer, one per completion, got 2"
@@ -474,6 +521,14 @@ def test_by_the_command_line_it_is_an_error_with_a_word(tiny_model, write_jsonl,
     ]
     assert main(argv) == 2
     assert "reward 'f' raised SystemExit: 0" in capsys.readouterr().err
+    (tmp_path / "r.py").write_text(
+        "class ApiError(Exception):\n    def __str__(self):\n        return self.code\n"
+        "def f(completions, **_):\n    raise ApiError\n"
+    )
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "reward 'f' raised ApiError: <its text cannot be shown>" in said
+    assert "r.py:5)" in said
     (tmp_path / "ending.py").write_text("import sys\nsys.exit(0)\n")
     sys.path.insert(0, str(tmp_path))
     try:

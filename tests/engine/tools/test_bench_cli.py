@@ -8,11 +8,13 @@ import copy
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -345,6 +347,19 @@ def test_opponents_make_the_same_greedy_tokens(tiny_model, monkeypatch):
         drawn = make(peer, longer, 1.0)()
         assert [len(row) for row in drawn] == [20, 30]
         assert drawn != ours(actor, longer, 0.0)()
+
+
+def test_an_opponent_without_all_of_its_weights_is_refused(tiny_model, tmp_path):
+    """transformers draws at random what it does not find."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model, directory)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
+        Subject(str(directory), device="cpu").peer()
 
 
 def test_rounds_are_interleaved():

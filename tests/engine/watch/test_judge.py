@@ -232,6 +232,20 @@ def test_a_judge_that_raises_and_one_that_is_not_there(tmp_path):
         match=r"judge 'broken' raised KeyError: 'no such thing' \(.*test_judge.py:\d+\)",
     ):
         judge_pairs(FunctionJudge(broken), _pairs(["x"], ["y"]))
+
+    class Silent(Exception):
+        def __str__(self):
+            return self.missing
+
+        __repr__ = __str__
+
+    def silent(a, b):
+        raise Silent
+
+    with pytest.raises(RewardError, match="'silent' raised Silent: <its text cannot be shown>"):
+        judge_pairs(FunctionJudge(silent), _pairs(["x"], ["y"]))
+    with pytest.raises(RewardError, match="for pair 0, got a Silent that cannot be shown"):
+        judge_pairs(FunctionJudge(lambda a, b: [Silent()]), _pairs(["x"], ["y"]))
     with pytest.raises(RewardError, match="at least one pair"):
         judge_pairs(FunctionJudge(broken), _pairs([], []))
     (tmp_path / "judges.py").write_text("def first(a, b):\n    return ['a'] * len(a)\n")

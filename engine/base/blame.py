@@ -1,0 +1,76 @@
+"""Functions that users give: what they raise and what they return, told with their names.
+
+Whatever is written about a user's object may run a user's code (__str__, __repr__), which may
+raise in its turn: `told` and `shown` write it all the same.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fusedrl.engine.base.errors import ConfigError, RewardError, Stopped, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def told(error: BaseException) -> str:
+    """The type of an exception, and its text where it can be had."""
+    return f"{type(error).__name__}: {_text(lambda: str(error), '<its text cannot be shown>')}"
+
+
+def shown(value: Any) -> str:
+    """The first 80 characters of a value's repr, and its type where it has none."""
+    return _text(lambda: repr(value)[:80], f"a {type(value).__name__} that cannot be shown")
+
+
+def _text(make: Callable[[], str], otherwise: str) -> str:
+    try:
+        return make()
+    except (KeyboardInterrupt, Stopped):
+        raise
+    except BaseException:  # of a user's code; SystemExit is one
+        return otherwise
+
+
+def blame(what: str, call: Callable[[], Any], kind: type[UserError] = RewardError) -> Any:
+    """The call's result. Raises an error of this kind, which names `what` and where it happened, in
+    place of whatever it raises, sys.exit among it; but an interrupt stays one, and so does the end
+    of a run that was asked for meanwhile."""
+    try:
+        return call()
+    except (kind, KeyboardInterrupt, Stopped):
+        raise
+    except BaseException as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise kind(f"{what} raised {told(error)} ({frame.filename}:{frame.lineno})") from error
+
+
+def place_of(function: Any) -> str:
+    """Name a function and where it is written: "name (file:line)", or its name alone where that
+    is not known."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    code = getattr(function, "__code__", None)
+    return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def per_token(what: str, returned: Any, noun: str, like_N: Tensor, hint: str = "") -> Tensor:
+    """Return what a function returned, where it is a number for each token: floating point, of the
+    shape and on the device of `like_N`. Raises ConfigError where it is not."""
+    import torch  # here, since configurations import this module and start without
+
+    if not isinstance(returned, torch.Tensor):
+        got = type(returned).__name__
+    elif returned.shape != like_N.shape:
+        got = f"{list(returned.shape)}{hint}"
+    elif not returned.is_floating_point():
+        got = f"numbers of {returned.dtype}; make them floating-point ones"
+    elif returned.device != like_N.device:
+        got = f"a tensor on {returned.device}, and the batch is on {like_N.device}"
+    else:
+        return returned
+    raise ConfigError(
+        f"{what}: expected it to return [{len(like_N)}] {noun}, one per token, got {got}"
+    )
