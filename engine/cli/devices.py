@@ -53,7 +53,7 @@ def devices_of(argv: Sequence[str]) -> tuple[list[str], int, Place | None]:
         found[name] = value if equals else next(words, "")
     count, place = found.get("--devices", "1"), None
     if not count.isdecimal() or int(count) < 1:
-        raise ConfigError(f"train: expected --devices to be a whole number >= 1, got {count!r}")
+        raise ConfigError(f"expected --devices to be a whole number >= 1, got {count!r}")
     if "--place" in found:
         rank, size, store = found["--place"].split(",", 2)
         place = Place(int(rank), int(size), store)

@@ -258,8 +258,9 @@ def _train(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         stages = "\n".join(f"  {name:22}{STAGES[name][3]}" for name in STAGES)
         print(
-            "usage: fusedrl train STAGE [--config run.yaml] [--option value "
-            f"...]\n\nstages:\n{stages}\n\n"
+            "usage: fusedrl train STAGE [--config run.yaml] [--devices N] [--option value "
+            "...]\n\n--devices N divides the run among N devices of this machine.\n\n"
+            f"stages:\n{stages}\n\n"
             "fusedrl train STAGE --help lists its options.",
             file=sys.stdout if argv else sys.stderr,
         )
@@ -524,8 +525,8 @@ def _expected(key: str, cls: type) -> str:
 
 
 # ---- plan ----------------------------------------------------------------------------------------
-_PLAN_HELP = """usage: fusedrl plan STAGE --model DIR [--memory 8GiB] [--output-json FILE]
-                    [--config run.yaml] [--option value ...]
+_PLAN_HELP = """usage: fusedrl plan STAGE --model DIR [--memory 8GiB] [--devices N]
+                    [--output-json FILE] [--config run.yaml] [--option value ...]
 
 What `fusedrl train STAGE` with the same options will take of memory, by what it is for, and the
 largest tokens_per_microbatch that fits, with and without checkpoint_activations. Of the model only
@@ -535,6 +536,7 @@ the longest of them, without for max_prompt_length or the model's full length.
   --model DIR          model directory, its config.json, or a Hugging Face id
   --memory AMOUNT      what may be used, such as 8GiB or 16GB (default: all of the device's);
                        with it, --device may be one of another machine
+  --devices N          what the run takes on each of N devices
   --output-json FILE   the numbers, in bytes; "-" is standard output, without the table
 
 stages: sft, reward, dpo, ppo, grpo, ...: those of fusedrl train; fusedrl train STAGE --help lists
@@ -558,6 +560,7 @@ def _plan(argv: list[str]) -> None:
     parser = Parser(prog=f"fusedrl plan {argv[0]}", add_help=False, allow_abbrev=False)
     parser.add_argument("--memory")
     parser.add_argument("--output-json", type=output_file)
+    argv, devices, _ = devices_of(argv)
     own, rest = parser.parse_known_args(spelled(parser, argv[1:]))
     keys = dict(keys_of(STAGES[argv[0]][0]))
     for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
@@ -579,7 +582,7 @@ def _plan(argv: list[str]) -> None:
     except SetupError:
         if memory is None:  # else the plan is for a machine elsewhere
             raise
-    found = plan(config, memory=memory)
+    found = plan(config, memory=memory, devices=devices)
     report_json(found.to_json(), own.output_json, lambda: print_plan(found))
     if not found.fits:
         raise SystemExit(ENVIRONMENT)

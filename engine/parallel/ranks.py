@@ -257,14 +257,19 @@ def world(lanes: int | None = None, strict: bool = False) -> Ranks:
     """
     there = dist.is_available() and dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
-    if lanes is None and strict and size > 1:
-        lanes = LANES
-    if lanes is not None and lanes % size:
+    return Ranks(rank, size, lanes_of(lanes, strict, size))
+
+
+def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
+    """Return in how many lanes so many ranks sum. Arguments and errors as `world`."""
+    if lanes is None:
+        lanes = LANES if strict and size > 1 else size
+    if lanes % size:
         raise ConfigError(
             f"config: expected parallel.lanes to be a multiple of the {size} ranks, got {lanes}; "
             f"start as many ranks as divide {lanes}, or leave parallel.lanes out"
         )
-    return Ranks(rank, size, lanes)
+    return lanes
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
         prompts, ptx = read_prompts(config, actor, run), load_ptx(config, actor, run)
         monitor = Monitor(config, actor, parts.reference, parts.rewards, parts.gold, run)
         longest = max(longest_of(prompts), monitor.longest)
-        actor.limit_cache(*demand_of(config, actor.decoder.config, longest))
+        actor.limit_cache(*demand_of(config, actor.decoder.config, longest, ranks.size))
         run.restore(
             model=parts.learner,
             control=control,
@@ -230,7 +230,7 @@ def _load(config: PolicyConfig, needs: str | None, ranks: Ranks) -> _Parts:
         device=config.device,
         value_head=needs == "critic" and config.own_critic is None,
         strict=config.strict,
-        cache=cache_for(config),
+        cache=cache_for(config, ranks.size),
     )
     actor.ranks = ranks
     actor.decoder.checkpoint_activations = config.checkpoint_activations

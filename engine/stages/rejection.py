@@ -62,7 +62,10 @@ def train_rejection(config: RejectionConfig) -> RejectionResult:
 def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
     seed_generators(config.run.seed)
     actor = HybridActor.from_pretrained(
-        config.model, dtype=config.dtype, device=config.device, cache=cache_for(config)
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        cache=cache_for(config, ranks.size),
     )
     actor.ranks = ranks
     actor.decoder.checkpoint_activations = config.checkpoint_activations
@@ -79,7 +82,8 @@ def _train(config: RejectionConfig, ranks: Ranks) -> RejectionResult:
     learner = Learner(actor, config.optim, ranks=ranks)
     with Run(config, config.steps, ranks) as run:
         prompts = read_prompts(config, actor, run)
-        actor.limit_cache(*demand_of(config, actor.decoder.config, longest_of(prompts)))
+        longest = longest_of(prompts)
+        actor.limit_cache(*demand_of(config, actor.decoder.config, longest, ranks.size))
         flat = FlatRewards(
             "group" if config.min_score is None else "",
             config.prompts_per_step * config.samples_per_prompt,

@@ -60,6 +60,8 @@ from fusedrl.engine.model.weights import (
 )
 from fusedrl.engine.model.wide import TILE, narrow_products
 from fusedrl.engine.optim.adamw import BLOCK, quantized
+from fusedrl.engine.parallel.lanes import deal
+from fusedrl.engine.parallel.ranks import lanes_of
 from fusedrl.engine.policy.advantages import find_advantage
 from fusedrl.engine.policy.objectives import make_objective, two_steps
 from fusedrl.kernels.linear_head import keeps_logits, workspace
@@ -145,6 +147,7 @@ class Plan:
     """The memory of a run.
 
     Attributes:
+        devices: that the run is divided among; all bytes are those of one.
         demand: the most that the run asks of its KV cache; None: it does not generate.
         demand_met: whether the cache holds that; else the memory bounds it, and sequences wait.
         largest: the most tokens of a micro-batch that fit in `memory`, 0 where none does; without
@@ -154,6 +157,7 @@ class Plan:
     model: str
     dtype: str
     device: str
+    devices: int
     memory: int
     tokens_per_microbatch: int
     checkpoint_activations: bool
@@ -180,6 +184,7 @@ class Plan:
             "model": self.model,
             "dtype": self.dtype,
             "device": self.device,
+            "devices": self.devices,
             "memory_bytes": self.memory,
             "fits": self.fits,
             "tokens_per_microbatch": self.tokens_per_microbatch,
@@ -202,23 +207,26 @@ class Demand(NamedTuple):
 
 
 def demand_of(
-    config: PolicyConfig | RejectionConfig, model: ModelConfig, longest: int | None = None
+    config: PolicyConfig | RejectionConfig,
+    model: ModelConfig,
+    longest: int | None = None,
+    devices: int = 1,
 ) -> Demand:
-    """The most that a run asks of its KV cache: by its rollout, or its evaluation.
+    """The most that a run asks of its KV cache, on each of its devices: by its rollout, or its
+    evaluation.
 
     Args:
         longest: tokens of the longest prompt; None: not known, so max_prompt_length or what fits
             the model.
     """
-    new, sequences = (
-        config.generation.max_new_tokens,
-        config.prompts_per_step * config.samples_per_prompt,
-    )
+    new = config.generation.max_new_tokens
+    sequences = -(-config.prompts_per_step // devices) * config.samples_per_prompt
     if longest is None:
         longest = min(model.max_positions - new, config.max_prompt_length or model.max_positions)
     most = CacheConfig().max_sequences
     if isinstance(config, PolicyConfig) and (held_out := config.evaluation) is not None:
-        sequences = max(sequences, (held_out.prompts or most) * held_out.samples_per_prompt)
+        prompts = -(-(held_out.prompts or most) // devices)
+        sequences = max(sequences, prompts * held_out.samples_per_prompt)
     return Demand(min(sequences, most), min(model.max_positions, max(1, longest) + new))
 
 
@@ -259,6 +267,7 @@ class Planner:
         longest: tokens of the longest prompt, as for `demand_of`.
         values: of a reward model's trunk with a value at every token, which is what a critic of its
             own is.
+        devices: that the run is divided among; the bytes are those of one, the fullest.
     """
 
     def __init__(
@@ -270,8 +279,9 @@ class Planner:
         memory: int | None = None,
         longest: int | None = None,
         values: bool = False,
+        devices: int = 1,
     ) -> None:
-        self.model, self.config, self._values = model, config, values
+        self.model, self.config, self._values, self._devices = model, config, values, devices
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, config.device)
         self._decoder = Decoder(model, dtype=self.dtype, device="meta")
@@ -299,7 +309,7 @@ class Planner:
         self.kv_pool, self.demand_met = 0, True
         self.demand: Demand | None = None
         if isinstance(config, PolicyConfig | RejectionConfig):
-            self.demand = demand_of(config, model, longest)
+            self.demand = demand_of(config, model, longest, devices)
             pool = self._kv_pool(
                 self.demand,
                 machine_memory(self.device)
@@ -332,13 +342,15 @@ class Planner:
         self.weights = sum(p.nbytes for p in whole.parameters()) + sum(n * e for n, e in value_head)
         # a reward model uses all but the language model's head
         reached = [(n, e, sign) for found, sign in ((trained, 1), (unused, -1)) for n, e in found]
-        # those of 2 bytes are added up in float32
-        self.gradients = sum(sign * n * max(e, 4) for n, e, sign in reached)
+        # those of 2 bytes are added up in float32; and sums of lanes wait for one another
+        waiting = self._lanes // self._devices
+        self.gradients = sum(sign * n * max(e, 4) for n, e, sign in reached) * waiting.bit_length()
         self._backward = sum(sign * n * e for n, e, sign in reached)  # of one backward pass
-        moments = sum(self._moments(n) for n, _ in trained) - sum(
-            self._moments(n) for n, _ in unused
-        )
-        self.optimizer = moments + sum(4 * n for n, e in trained if e < 4)
+        # moments, and masters; the most that one device owns
+        states = [self._moments(n) + (4 * n if e < 4 else 0) for n, e in trained]
+        owned = deal([n for n, _ in trained], self._devices)
+        self.optimizer = max(sum(states[i] for i in items) for items in owned)
+        self.optimizer -= sum(self._moments(n) for n, _ in unused) if self._devices == 1 else 0
         # old values, gradient, four of conjugate gradient; moments of the value head
         if isinstance(config, PolicyConfig) and config.objective == "trpo":
             decoder = [p.numel() for p in self._decoder.parameters() if p.requires_grad]
@@ -346,6 +358,11 @@ class Planner:
         # the head's own, while it warms up
         if self._critic and isinstance(config, PolicyConfig) and config.critic_warmup:
             self.optimizer += sum(4 + 8 * n for n, _ in value_head)
+
+    @property
+    def _lanes(self) -> int:
+        strict = isinstance(self.config, PolicyConfig) and self.config.strict
+        return lanes_of(self.config.parallel.lanes, strict, self._devices)
 
     def _count_others(self, base: int) -> None:
         """The reference and the reward models, and the rotary tables of all."""
@@ -378,9 +395,11 @@ class Planner:
                 optim=critic.optim,
                 dtype=config.dtype,
                 device=config.device,
+                parallel=config.parallel,
             )
             # without a head
-            self._phases.insert(0, Planner(replace(trunk, tie_embeddings=True), apart, values=True))
+            tied = replace(trunk, tie_embeddings=True)
+            self._phases.insert(0, Planner(tied, apart, values=True, devices=self._devices))
             self.weights += self._phases[0].weights
             self.optimizer += self._phases[0].optimizer
             self.rotary += self._rotary_bytes(self._phases[0]._decoder)
@@ -661,7 +680,11 @@ class Planner:
 
 
 def plan(
-    config: StageConfig, *, memory: int | None = None, cache: CacheConfig | None = None
+    config: StageConfig,
+    *,
+    memory: int | None = None,
+    cache: CacheConfig | None = None,
+    devices: int = 1,
 ) -> Plan:
     """The memory that a run of this configuration takes; of the model only config.json is read,
     and of data the prompts, where they are there, for the longest.
@@ -669,7 +692,9 @@ def plan(
     Args:
         memory: bytes that it may take; None: those of its device.
         cache: of the KV pool, where it is not the default.
+        devices: that it is divided among; the plan is of each.
     Raises:
+        ConfigError: lanes that the devices do not divide.
         FileNotFoundError, ValueError: the model is not there, or none that the decoder knows.
         DataError: prompts that the run would refuse.
     """
@@ -677,13 +702,19 @@ def plan(
     memory = machine_memory(device) if memory is None else memory
     longest = longest_prompt(config) if isinstance(config, PolicyConfig | RejectionConfig) else None
     planner = Planner(
-        read_model_config(config.model), config, cache=cache, memory=memory, longest=longest
+        read_model_config(config.model),
+        config,
+        cache=cache,
+        memory=memory,
+        longest=longest,
+        devices=devices,
     )
     tokens, both = config.tokens_per_microbatch, (False, True)
     return Plan(
         config.model,
         str(planner.dtype).removeprefix("torch."),
         str(device),
+        devices,
         memory,
         tokens,
         config.checkpoint_activations,
@@ -696,7 +727,7 @@ def plan(
     )
 
 
-def cache_for(config: PolicyConfig | RejectionConfig) -> CacheConfig:
+def cache_for(config: PolicyConfig | RejectionConfig, devices: int = 1) -> CacheConfig:
     """The KV cache that `train` gives a policy: on a GPU what training will leave of the memory
     that is free now, before anything is loaded, but never more than the run asks for
     (`demand_of`). On a CPU the default. Once the prompts are read, `HybridActor.limit_cache` has
@@ -709,7 +740,7 @@ def cache_for(config: PolicyConfig | RejectionConfig) -> CacheConfig:
     if device.type != "cuda":
         return CacheConfig()
     free = torch.cuda.mem_get_info(device)[0]
-    planner = Planner(read_model_config(config.model), config, memory=free)
+    planner = Planner(read_model_config(config.model), config, memory=free, devices=devices)
     parts = planner.parts(config.tokens_per_microbatch, config.checkpoint_activations)
     if parts.peak > free:
         held, rest = (
@@ -746,8 +777,10 @@ def print_plan(found: Plan) -> None:
     from rich.table import Table
 
     parts, tokens = found.parts, found.tokens_per_microbatch
+    each = f", each of {found.devices}" if found.devices > 1 else ""
     table = Table(
-        title=f"{found.model}: {found.dtype} on {found.device}, {tokens:,} tokens a micro-batch",
+        title=f"{found.model}: {found.dtype} on {found.device}{each}, {tokens:,} tokens a "
+        "micro-batch",
         title_justify="left",
     )
     table.add_column("memory")

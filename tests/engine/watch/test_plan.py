@@ -21,6 +21,7 @@ from fusedrl.engine.config import (
     CriticConfig,
     LoRAConfig,
     OptimConfig,
+    ParallelConfig,
     PolicyConfig,
     RewardModelConfig,
     SFTConfig,
@@ -32,6 +33,7 @@ from fusedrl.engine.model.decoder import Decoder
 from fusedrl.engine.model.heads import RewardModel, ValueHead
 from fusedrl.engine.model.lora import add_adapter
 from fusedrl.engine.optim.adamw import make_optimizer
+from fusedrl.engine.parallel.lanes import owners_of
 from fusedrl.engine.policy.critic import SeparateCritic
 from fusedrl.engine.watch.plan import Planner, cache_for, parse_memory, plan
 from fusedrl.kernels.runtime import native
@@ -741,3 +743,51 @@ def test_the_tables_of_cos_and_sin_are_planned(kind):
     assert Planner(
         model_config(sizes), replace(STAGES["sft"], device="cpu", max_length=300)
     ).rotary == held / 2 * (512 / (1024 if "short" in kind else 4096))
+
+
+# ---- several devices -----------------------------------------------------------------------------
+def test_what_a_device_holds_of_a_divided_run():
+    """Moments and masters of what it owns, its share of the sequences, and the sums of lanes that
+    wait; all else is whole."""
+    model, settings = model_config(MEDIUM), {"dtype": "bfloat16", "device": "cpu"}
+    ppo = PolicyConfig("m", "d", ("r.py:r",), "ppo", prompts_per_step=10, **settings)
+    one, four = Planner(model, ppo), Planner(model, ppo, devices=4)
+    for name in ("weights", "gradients", "reference", "rotary"):
+        assert getattr(one, name) == getattr(four, name), name
+    owned = owners_of({n: p.numel() for n, p in trained_of(four)}, 4)
+    held = [
+        sum(4 + 12 * p.numel() for n, p in trained_of(four) if owned[n] == rank)
+        for rank in range(4)
+    ]
+    head = 4 + 8 * (model.hidden_size + 1)  # at most: the value head is somebody's
+    assert max(held) <= four.optimizer <= max(held) + head
+    assert one.optimizer / 4 <= four.optimizer < one.optimizer / 2
+    samples = ppo.samples_per_prompt
+    assert (one.demand.sequences, four.demand.sequences) == (10 * samples, 3 * samples)
+    eight = replace(ppo, parallel=ParallelConfig(8))
+    assert Planner(model, eight).gradients == 4 * one.gradients  # 8 lanes: three sums wait
+    assert Planner(model, eight, devices=4).gradients == 2 * one.gradients
+    assert Planner(model, eight, devices=8).gradients == one.gradients
+    strict = replace(ppo, strict=True)
+    assert Planner(model, strict).gradients == one.gradients
+    assert Planner(model, strict, devices=2).gradients == 3 * one.gradients
+    with pytest.raises(ConfigError, match="a multiple of the 3 ranks, got 8"):
+        Planner(model, eight, devices=3)
+
+
+def trained_of(planned):
+    return [(n, p) for n, p in planned._decoder.named_parameters() if p.requires_grad]
+
+
+def test_the_command_line_plans_for_several_devices(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM))
+    command = ["plan", "sft", "--model", str(tmp_path), "--device", "cpu", "--memory", "64GiB"]
+    found = []
+    for devices in ("1", "4"):
+        assert main([*command, "--devices", devices, "--output-json", "-"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [one["devices"] for one in found] == [1, 4]
+    assert found[1]["bytes"]["optimizer"] < found[0]["bytes"]["optimizer"] / 2
+    assert main([*command, "--devices", "4"]) == 0
+    assert "each of 4" in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--devices", "none"]) == 2
