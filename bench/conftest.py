@@ -114,13 +114,13 @@ def contest(benchmark, request) -> Callable[..., list[Row]]:
     ) -> list[Row]:
         ours, *others = contestants
         kind = harness.name_of(dtype)
-        harness.check_answers(what, contestants, same, unchecked)
+        took = harness.check_answers(what, contestants, same, unchecked)
         if benchmark.disabled:
             benchmark.pedantic(lambda: None)  # it complains of a test that does not use it
             return []
         rounds = request.config.getoption("--rounds") or harness.rounds_for(contestants)
         times: dict[str, list[float]] = {name: [] for name in contestants}
-        calls = {name: harness.calls_for(function) for name, function in contestants.items()}
+        calls = {name: harness.calls_for(f, took[name]) for name, f in contestants.items()}
 
         def take(name: str) -> None:
             times[name].append(harness.timed(contestants[name], calls[name]))

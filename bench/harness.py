@@ -112,10 +112,11 @@ def timed(function: Callable[[], Any], calls: int = 1) -> float:
     return milliseconds
 
 
-def calls_for(function: Callable[[], Any]) -> int:
+def calls_for(function: Callable[[], Any], seconds: float) -> int:
     """How many calls in a row fill a millisecond on a CPU; of one short call after the opponents'
-    turns, most is the cold start of its code."""
-    return 1 if DEVICE.type == "cuda" else max(1, math.ceil(1.0 / timed(function)))
+    turns, most is the cold start of its code. `seconds`: that the first call took."""
+    long = DEVICE.type == "cuda" or seconds > 0.1
+    return 1 if long else max(1, math.ceil(1.0 / timed(function)))
 
 
 def copy_bandwidth() -> float:
@@ -242,12 +243,20 @@ def check_answers(
     contestants: Mapping[str, Callable[[], Any]],
     same: Callable[[Any, Any], None] | None,
     unchecked: Collection[str],
-) -> None:
-    """Calls everyone once; raises AssertionError where an answer is not ours."""
-    names = list(contestants)
-    ours = contestants[names[0]]()
+) -> dict[str, float]:
+    """Call everyone once; returns the seconds of each. Raises AssertionError where an answer is not
+    ours."""
+    names, took = list(contestants), dict[str, float]()
+
+    def answer(name: str) -> Any:
+        began = time.perf_counter()
+        found = contestants[name]()
+        took[name] = time.perf_counter() - began
+        return found
+
+    ours = answer(names[0])
     for name in names[1:]:
-        other = contestants[name]()
+        other = answer(name)
         if same is not None and name not in unchecked:
             try:
                 same(ours, other)
@@ -256,6 +265,7 @@ def check_answers(
                     f"{what}: expected the answers of {names[0]!r} and {name!r} to agree before "
                     f"they are timed, got {error}"
                 ) from error
+    return took
 
 
 def rounds_for(contestants: Mapping[str, Callable[[], Any]]) -> int:

@@ -1,0 +1,28 @@
+"""A rule of taste for chat answers: short and whole. 1 for an answer of at most 30 words that ends
+as a sentence does, less a hundredth for each word of any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MOST = 30  # words
+
+
+def _text(completion: str | Sequence[dict[str, str]]) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def concise(prompts: Sequence, completions: Sequence, **columns: object) -> list[float]:
+    """1.0, or minus a hundredth of the words."""
+    texts = [_text(completion).strip() for completion in completions]
+    return [
+        1.0
+        if text and text[-1] in ".!?" and len(text.split()) <= MOST
+        else -len(text.split()) / 100
+        for text in texts
+    ]
+
+
+def whole_and_short(prompts: Sequence, completions: Sequence, **columns: object) -> list[float]:
+    """1.0 where the rule holds, else 0.0: a share that can be compared."""
+    return [max(0.0, score) for score in concise(prompts, completions)]
