@@ -20,7 +20,7 @@ struct Exponential {
     Vec p(1.98412698e-4f);
     for (const float term : {1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f}) p = at::vec::fmadd(p, f, Vec(term));
     rest = at::vec::fmadd(f * f, p, f);
-    power = at::vec::cast<float>((at::vec::convert_to_int_of_same_size(Vec::blendv(Vec(0.0f), n, n == n)) + Bits(127)) << Bits(23));
+    power = at::vec::cast<float>((at::vec::convert_to_int_of_same_size(n) + Bits(127)) << Bits(23));  // of NaN any number: rest is NaN
   }
 };
 
@@ -29,13 +29,13 @@ inline at::vec::Vectorized<float> expm1_bounded(const at::vec::Vectorized<float>
   return at::vec::fmadd(e.power, e.rest, e.power - at::vec::Vectorized<float>(1.0f));
 }
 
-// exp(x) for x <= 0, down to the smallest number there is: the last e^-44 of what lies below -44 are multiplied on.
+// exp(x) for x <= 0, down to the smallest number there is: the square of exp(x / 2), which is a normal number wherever its square is one at all. Within 4 units in
+// the last place.
 inline at::vec::Vectorized<float> exp_nonpositive(const at::vec::Vectorized<float>& x) {
   using Vec = at::vec::Vectorized<float>;
-  const Vec zero(0.0f), one(1.0f), half(-44.0f), deep = x < half;
-  const Vec above = Vec::blendv(x, x - half, deep), least(-87.0f);
-  const Exponential e(Vec::blendv(above, least, above < least));
-  return at::vec::fmadd(e.power, e.rest, e.power) * Vec::blendv(one, Vec(7.781132e-20f), deep);
+  const Exponential e(at::vec::clamp_min(x * Vec(0.5f), Vec(-60.0f)));
+  const Vec root = at::vec::fmadd(e.power, e.rest, e.power);
+  return root * root;
 }
 
 }  // namespace
