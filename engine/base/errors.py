@@ -41,6 +41,9 @@ class SetupError(RuntimeError):
     directory that another process holds."""
 
 
+SAID = "another rank has said so"  # a note on an error that an earlier rank has, too
+
+
 class Elsewhere(Exception):
     """Marks an error that happened on another rank, which has told of it."""
 

@@ -8,6 +8,7 @@ interface that torch chooses.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -131,6 +132,13 @@ def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
     return code
 
 
+def _end_with_parent() -> None:
+    """Have the system send this process SIGTERM when the one that started it is gone, where it
+    can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 @contextlib.contextmanager
 def joined_by(place: Place | None) -> Iterator[None]:
     """Join the processes that were started together, by --devices or by torchrun, for the block.
@@ -144,6 +152,7 @@ def joined_by(place: Place | None) -> Iterator[None]:
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if place is not None:
+        _end_with_parent()
         if cuda:
             torch.cuda.set_device(place.rank)
         store = dist.FileStore(place.store, place.size)

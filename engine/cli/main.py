@@ -27,7 +27,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal, get_args, get_origin
 
-from fusedrl.engine.base.errors import ConfigError, Elsewhere, SetupError, Stopped, UserError
+from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError, Stopped, UserError
 from fusedrl.engine.cli.bench import bench_options, run_bench
 from fusedrl.engine.cli.common import (
     CONFIGURATION,
@@ -148,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BaseException, code: int) -> int:
-    if isinstance(error, Elsewhere):  # the rank that failed says it
+    # the rank that failed says it, and of several the first
+    if isinstance(error, Elsewhere) or SAID in getattr(error, "__notes__", ()):
         return code
     message = (
         f"{error.filename}: {error.strerror}"

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedrl.engine.base import errors
-from fusedrl.engine.base.errors import ConfigError, Elsewhere, SetupError, Stopped
+from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError, Stopped
 
 T = TypeVar("T")
 LANES = 8  # where sums shall not depend on the number of ranks and nobody says how many
@@ -80,8 +80,9 @@ class Ranks:
         if self.size > 1:
             self._meet(what, "")
 
-    def _meet(self, what: str, failure: str) -> None:
-        """Exchange what each rank is here for, and whether it failed."""
+    def _meet(self, what: str, failure: str) -> list[str]:
+        """Exchange what each rank is here for, and whether it failed. Returns the failures of all
+        where this one has one."""
         self._met += 1
         text = failure.encode()
         mine = torch.tensor([zlib.crc32(what.encode()), len(text)])
@@ -93,12 +94,14 @@ class Ranks:
             self.told = True
             if not failure:
                 raise self._theirs(said)
+            return said
         elif len(set(words)) > 1:
             raise RuntimeError(
                 f"parallel: meeting {self._met}: rank {self.rank} is at {what!r} and others are "
                 "not: ranks went different ways. Every rank must run the same program on the same "
                 "data; a reward or a hook that depends on the rank is the likely cause"
             )
+        return []
 
     def _texts(self, what: str, text: bytes, lengths: Sequence[int]) -> list[str]:
         longest = max(lengths)
@@ -127,9 +130,11 @@ class Ranks:
             return True
         text = f"{type(error).__name__}: {error}"[:_LONGEST]
         try:
-            self._meet("an error", text)
+            said = self._meet("an error", text)
         except Exception:  # somebody is gone: nobody is left to tell
             return False
+        if text in said[: self.rank]:
+            error.add_note(SAID)
         return self.told
 
     def _call(self, what: str, collective: Callable[[], Any]) -> None:
@@ -245,8 +250,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 
-def world(lanes: int | None = None, strict: bool = False) -> Ranks:
-    """The processes that torch.distributed has brought together; one, where it has not.
+def world() -> Ranks:
+    """The processes that torch.distributed has brought together; one, where it has not."""
+    there = dist.is_available() and dist.is_initialized()
+    return Ranks(dist.get_rank(), dist.get_world_size()) if there else Ranks()
+
+
+def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
+    """Return in how many lanes so many ranks sum.
 
     Args:
         lanes: None is as many as there are ranks.
@@ -255,13 +266,6 @@ def world(lanes: int | None = None, strict: bool = False) -> Ranks:
     Raises:
         ConfigError: lanes that cannot be divided among the ranks.
     """
-    there = dist.is_available() and dist.is_initialized()
-    rank, size = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
-    return Ranks(rank, size, lanes_of(lanes, strict, size))
-
-
-def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
-    """Return in how many lanes so many ranks sum. Arguments and errors as `world`."""
     if lanes is None:
         lanes = LANES if strict and size > 1 else size
     if lanes % size:
@@ -275,9 +279,10 @@ def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
 @contextmanager
 def joined(lanes: int | None = None, strict: bool = False) -> Iterator[Ranks]:
     """The ranks of a run, for as long as the block: an error of one of them ends all, with its
-    message. Arguments and errors as `world`."""
-    ranks = world(lanes, strict)
+    message. Arguments and errors as `lanes_of`."""
+    ranks = world()
     try:
+        ranks.lanes = lanes_of(lanes, strict, ranks.size)
         yield ranks
     except BaseException as error:
         if isinstance(error, Exception | Stopped | KeyboardInterrupt):

@@ -10,7 +10,7 @@ import torch
 from fusedrl.engine.base.errors import ConfigError
 from fusedrl.engine.config.base import ParallelConfig
 from fusedrl.engine.parallel.lanes import Tree, added, costs_of, deal, owners_of
-from fusedrl.engine.parallel.ranks import Ranks, world
+from fusedrl.engine.parallel.ranks import Ranks, lanes_of, world
 
 
 @pytest.mark.parametrize("hands", [1, 2, 3, 4, 8])
@@ -144,6 +144,8 @@ def test_lanes_that_cannot_be_are_refused():
     for lanes in (0, 3, 6, -8):
         with pytest.raises(ConfigError, match=r"parallel.lanes a power of two"):
             ParallelConfig(lanes)
-    assert world().size == 1
-    assert world().lanes == 1
-    assert world(8).lanes == 8
+    assert (world().size, world().lanes) == (1, 1)
+    asked = [(None, False, 1), (None, True, 1), (None, False, 4), (None, True, 4), (16, True, 4)]
+    assert [lanes_of(*one) for one in asked] == [1, 1, 4, 8, 16]
+    with pytest.raises(ConfigError, match="a multiple of the 3 ranks, got 8"):
+        lanes_of(8, False, 3)
