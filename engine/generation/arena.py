@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_SMALLEST = 1 << 14  # bytes: below, a copy costs more than it frees
+_SMALLEST = 1 << 14  # bytes of a storage below which a copy costs more than it frees
 _ALIGNMENT = 256
 
 
@@ -60,7 +60,7 @@ class Arena:
         # address of the original -> (original, its version, copy)
         self._copies: dict[int, tuple[StorageWeakRef, int, StorageWeakRef]] = {}
         self._prune_at = 64
-        self.peak = 0  # bytes in use at the most
+        self.peak = 0  # largest number of bytes in use
 
     @property
     def capacity(self) -> int:

@@ -6,11 +6,11 @@ block may be shared: between sequences forked from one prompt, and with sequence
 same tokens before (the prefix cache). Only the partial last block is ever written to, and it has a
 single owner.
 
-A full block is cached under (version, parent, tokens): the weights it was computed with, the serial
-number of the content before it (that of the empty prefix says whether an adapter was on), and its
-tokens themselves. Serial numbers are never reused and the key is compared whole, so neither a hash
-collision nor a recycled block can give a wrong hit. A bump of the version makes every earlier key
-unreachable at once.
+A full block is cached under the key (version, parent, tokens): the version of the weights that
+computed it, the serial number of the content before it, and its tokens themselves. The empty prefix
+has one serial number with an adapter and another without. Serial numbers are never reused and the
+key is compared whole, so neither a hash collision nor a recycled block can give a wrong hit. A bump
+of the version makes every earlier key unreachable at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROOTS = {True: 0, False: -1}  # serials of the empty prefix, with an adapter an
 class _Table:
     # version of the weights at allocation; after a bump, the table's blocks are not cached any more
     version: int
-    root: int  # serial of its empty prefix
+    root: int  # serial number of the empty prefix, with or without an adapter
     blocks: list[int] = field(default_factory=list)
     cached: int = 0  # leading blocks whose content has a serial number
     serial: int = 0  # serial number of the last of these blocks

@@ -189,7 +189,7 @@ class SamplingTable:
         self._stops = np.full((slots, 1), -1, dtype=np.int64)  # -1 is no token
         # length from which on a stop token may be drawn
         self._first_stop = np.zeros(slots, dtype=np.int64)
-        self.watched = np.zeros(slots, dtype=bool)  # for stop strings
+        self.watched = np.zeros(slots, dtype=bool)  # whether the text is searched for stop strings
         self.returns_kept = np.zeros(slots, dtype=bool)
         self._banned: list[tuple[int, ...]] = [()] * slots
         self._bias: list[tuple[tuple[int, float], ...]] = [()] * slots
@@ -268,7 +268,7 @@ class SamplingTable:
         ids = np.maximum(ids, 0)
         banned = _padded([self._banned[slot] for slot in slots.tolist()], -1, np.int64)
         if banned.size:
-            # or an id would have two lengths
+            # an id that is banned and a stop token must have the same length in both places
             until[(ids[:, :, None] == banned[:, None]).any(2)] = _INT64 - 1
             none = banned[:, :1] < 0
             more = np.where(none, ids[:, :1], np.where(banned >= 0, banned, banned[:, :1]))

@@ -370,7 +370,7 @@ class Scheduler:
                 if self._give_back():
                     continue
                 self._requeue(next(reversed(self._running.values())))
-                # it may have been the newest itself
+                # the sequence that needs a block may have been the newest itself
                 sequence, preempted = self._by_slot[slot], True
             if sequence is not None:
                 slots.set_table(slot, self.blocks.table(sequence.id))
@@ -380,7 +380,7 @@ class Scheduler:
         """Give the decoding sequences the blocks that they write in up to `window` steps, as far as
         blocks are free. Return the number of steps for which they suffice."""
         slots, decode, size = self.slots, self._decode, self.blocks.block_size
-        # the last token drawn is never computed
+        # the last token drawn needs no keys and values
         length, last = slots.length[decode], slots.limit[decode] - 1
         steps = max(1, min(window, int((slots.limit[decode] - length).max(initial=1))))
         while steps > 1:
@@ -431,8 +431,8 @@ class Scheduler:
             head, self._waiting[-1 - len(members)]
         ):
             members.append(self._waiting[-1 - len(members)])
-        # a block for each that runs and is not yet as long as it may become, and for each partial
-        # last block that will be forked, or preemption would follow at once
+        # Keep a block for each running sequence that may still grow, and one for each partial last
+        # block that will be forked. Otherwise preemption would follow at once.
         partial = len(head.tokens) % self.blocks.block_size > 0
         running = np.array([one.slot for one in self._running.values()], dtype=np.int64)
         growing = int((self.slots.limit[running] - 1 > self.slots.held[running]).sum())

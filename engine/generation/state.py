@@ -196,7 +196,7 @@ def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
         sampled = sampled._replace(logp=drawn_R)
     if not strict and biased_RV is logits_RV:
         return sampled
-    # -1: a row with NaN, which the host sees
+    # a row with NaN draws -1, by which the host notices it
     T, token_ids_R = state.arguments["temperature"], sampled.token_ids.clamp(min=0)
     T = torch.where(T > 0, T, 1.0).float() if isinstance(T, Tensor) else T or 1.0
     if strict:

@@ -107,7 +107,7 @@ class Optimizer:
             if group
         ]
         self._eps, self._hat, self._done = eps, eps_mode == "tensorflow", 0
-        self.begun = 0  # steps that have begun to write, since this object was made
+        self.begun = 0  # number of steps that have begun to write since this object was made
         self._adamw: Any = None  # stays None on a rank that owns nothing
         self._lr, self._int8 = lr, state == "int8"
         if not groups:
@@ -253,7 +253,7 @@ class Optimizer:
         found: dict[str, Tensor] = {}
         for name, p in self._params.items():
             if p.grad is not None and name in self._sums:
-                # somebody set .grad by hand beside the sums
+                # the caller has set .grad by hand although there is a sum
                 found[name] = self._sums[name] + p.grad
             elif p.grad is not None:
                 found[name] = p.grad if p.dtype == _wide(p) else p.grad.float()

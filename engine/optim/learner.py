@@ -94,7 +94,7 @@ class Work(Generic[T]):
         if not kinds:
             return []
         dtypes = [getattr(torch, name) for name in kinds[0]]
-        # float64 holds every number of the others' dtypes
+        # float64 holds every number of the dtypes in use
         table = torch.zeros(
             len(mine), 1 + len(dtypes), dtype=torch.float64, device=self._learner.device
         )
@@ -160,7 +160,7 @@ class Learner:
         self.model, self.config, self.name, self.ranks = model, config, name, ranks
         self.optimizer = optimizer_of(config, model.named_parameters(), ranks)
         self.device = next(p.device for _, p in model.named_parameters())
-        self.skipped = 0  # updates left out, since this object was made
+        self.skipped = 0  # updates skipped since this object was made
         self._in_a_row = 0
 
     @contextmanager

@@ -174,7 +174,7 @@ class Signals:
             off_N = torch.where(mask_N, returns_N - mean, 0.0)
             count, total, square = (
                 x.sum() - x for x in (count_B, self._sums(off_N), self._sums(off_N.square()))
-            )  # of all but one
+            )  # sums over all completions but one
             variance_B = square / count.clamp(min=1) - (total / count.clamp(min=1)).square()
             found = math.sqrt(max(0.0, variance_B.min().item()))
         if not found > 1e-6 * max(returns_N.abs().max().item(), 1e-30):  # rounding
@@ -413,7 +413,7 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
 def _call(name: str, signals: Signals) -> tuple[Tensor, Tensor | None]:
     """Return (advantages, returns) of the function with this name."""
     function = find_advantage(name).function
-    if getattr(function, "__module__", None) == __name__:  # ours, whose errors are
+    if getattr(function, "__module__", None) == __name__:  # built in: its errors are not the user's
         found = function(signals)
         return found if isinstance(found, tuple) else (found, None)
     what = f"the advantage {name}"

@@ -71,7 +71,7 @@ class KLController:
             wanted - self.level,
             self.PATIENCE_BELOW if error < 0 else self.PATIENCE_ABOVE,
         )
-        if error * gap < 0 and self.slope / gap * patience > 1:  # on its way
+        if error * gap < 0 and self.slope / gap * patience > 1:  # soon there
             return
         moved = self.coef * math.exp(
             self.GAIN_BELOW * max(-1.0, error) if error < 0 else self.GAIN_ABOVE * min(3.0, error)

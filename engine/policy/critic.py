@@ -161,8 +161,9 @@ def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
     """Return the critic that has an optimizer of its own, together with that optimizer; None if
     there is no such critic.
 
-    It is a critic with its own trunk, in the policy's dtype, if `critic.model` is set. Otherwise it
-    is the value head on the policy's trunk, while `critic.warmup_steps` last.
+    If `critic.model` names a model, it is a critic with a trunk of its own, in the policy's dtype.
+    If `critic.model` is "trunk", it is the value head on the policy's trunk, during the first
+    `critic.warmup_steps` rollouts.
 
     Raises:
         ConfigError: the critic's vocabulary is not the policy's, or it has too few positions. Other

@@ -439,7 +439,7 @@ def _registered(
     live_N, old_N = batch.column("weights") != 0, batch.column("old_logp")
     seen = (logp_N, old_N, batch.column("advantages"))
     call = partial(objective, *(torch.where(live_N, x, 0) for x in seen), batch)
-    if isinstance(objective, SequenceRatio):  # ours, whose errors are
+    if isinstance(objective, SequenceRatio):  # built in: its errors are not the user's
         term_N = call()
     else:
         what = f"the objective {config.objective}"

@@ -260,7 +260,7 @@ class RewardSet:
             async def gather() -> list[Any]:
                 return await asyncio.gather(*(caught(returned[index]) for index in pending))
 
-            # a thread of its own: the caller may be inside an event loop, as in a notebook
+            # run in a separate thread: the caller may be inside an event loop, as in a notebook
             with ThreadPoolExecutor(1) as thread:
                 for index, value in zip(
                     pending, thread.submit(asyncio.run, gather()).result(), strict=True

@@ -577,7 +577,7 @@ def _records(run_dir: Path) -> list[str]:
         if (run_dir / "metrics.jsonl").is_file()
         else []
     )
-    # before the first step there was nothing to lose
+    # lines of step 0 precede the first training step, so nothing is lost with them
     found = ["metrics.jsonl"] if any(not line.startswith(b'{"step": 0,') for line in lines) else []
     root = run_dir / "checkpoints"
     found += [f"checkpoints/{path.name}" for _, path in _steps(root)] if root.is_dir() else []

@@ -272,7 +272,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         if saver is None:
             raise RuntimeError("run: expected restore before the first step")
         saver.complete(step + 1, self._skipped)
-        # a signal may reach one rank, and only the first looks at the clock
+        # a signal may reach a single rank, and only the first rank's clock counts
         told = self.ranks.gather("the end of a step", [self._exit, saver.due()])
         self._exit = next((code for code, _ in told if code is not None), None)
         if saver.step == self.total or told[0][1] or self._exit is not None:

@@ -27,7 +27,8 @@ from fusedrl.engine.optim.learner import Learner, Model
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
 
-# a save waits for this many times the seconds that the last one took: 5% of the time at the most
+# a save waits for this many times the seconds that the last save took, so that saving takes at most
+# 5% of the time
 _SHARE = 20
 
 
