@@ -99,8 +99,8 @@ class Signals:
         """Return the signals with baseline, level and values corrected to be right on average, and
         the overall correction of the values.
 
-        The level is corrected by the mean of R - level, and the baseline by the mean of R -
-        baseline. Values are corrected by the mean over completions of the mean of G_t - V_t over
+        The level is corrected by the mean of R - level, the baseline by the mean of R - baseline.
+        Values are corrected by the mean over completions of the mean of G_t - V_t over
         their tokens. Values that are too low on average would make the last token of every
         completion look like a gain, whatever the token is. Values that are too high would make it
         look like a loss, and the critic's own training steps are too short to mend this at once.
@@ -159,9 +159,9 @@ class Signals:
         actions, without the completion that adds most to it.
 
         The unit changes by at most a factor of 2 from `before`, the previous unit. If all returns
-        are equal, it stays `before`. With fewer than four completions it is the root mean square of
-        G - V. If these are the first rollout (`first`), it stays `before`, since their values are
-        their own mean.
+        are equal, it stays `before`. With fewer than four completions, the unit is the root mean
+        square of G - V. In the first rollout (`first`), V is the mean of G itself, so fewer than
+        four completions leave the unit at `before`.
         """
         mask_N, few = self.batch.action_mask, self.batch.num_sequences < 4
         if not mask_N.any() or (few and first):
@@ -267,14 +267,15 @@ class Signals:
 
 
 def beyond_chance(x_B: Tensor, prompts_B: Tensor, answered_B: Tensor) -> tuple[float, Tensor]:
-    """Shrink the mean c of x over prompts to the part that chance does not explain: (1 - s^2 / c^2)
-    c, or 0 where that is negative.
+    """Shrink the mean c of x over prompts to the part that chance does not explain:
 
-    Returns this number, and a tensor [B] that holds for each completion the same number computed
+        (1 - s^2 / c^2) c, or 0 where that is negative
+
+    Return this number, and a tensor [B] that holds for each completion the same number computed
     without its own prompt. A single outlier makes c and s equally large, so it gives 0.
 
-    s^2 estimates the variance of c from the spread of the n prompts' means, times (n - 1) / (n -
-    3), the variance of Student's t with n - 1 degrees of freedom. With three prompts or fewer the
+    s^2 estimates the variance of c from the spread of the n prompts' means, times the variance of
+    Student's t with n - 1 degrees of freedom, (n - 1) / (n - 3). With three prompts or fewer the
     result is 0. Source: James and Stein (1961), Estimation with quadratic loss; the positive part.
 
     Args:
@@ -495,9 +496,9 @@ def _reward_to_go(x: Signals) -> Tensor:
 @_built_in("running_mean")
 def _running_mean(x: Signals) -> Tensor:
     """Return R - b, where b is the mean R of all earlier steps. If the other prompts of this
-    rollout contradict b, it is corrected by them (`Signals.settled`); either way b does not depend
-    on the completion it is subtracted from. The first rollout uses its own mean, which leaves (B -
-    1) / B of the gradient."""
+    rollout contradict b, they correct it (`Signals.settled`). Either way b does not depend on the
+    completion it is subtracted from. The first rollout uses its own mean as b, which leaves (B - 1)
+    / B of the gradient."""
     return x.per_token(x.totals - x.baseline)
 
 
