@@ -1,14 +1,13 @@
-"""Arena: memory that stands idle between rollouts, lent to the training forward.
+"""Arena: memory that is unused during training, such as the KV cache, lent to the forward pass.
 
-Inside `holding`, what autograd saves for the backward pass is copied here as it is saved, so that
-the original goes when the forward pass lets go of it. A copy is of a whole storage and made once,
-so views and tensors saved twice stay what they were: same bits, same strides. What is small or
-belongs to `keep` (the parameters) is saved as ever, and so is what no longer fits.
+Inside `holding`, tensors that autograd saves for the backward pass are copied into this memory, so
+that the originals are freed as soon as the forward pass drops them. A whole storage is copied, and
+only once, so views and tensors saved twice keep the same bits and strides. Tensors that are small,
+that belong to `keep` (the parameters), or that no longer fit are saved as usual.
 
-Every copy is a storage of its own over a range of the lent bytes. The range is free when that
-storage has died, which is asked at the next copy: nothing can be handed out while a tensor reads
-it, however it got there. Ranges form a stack, since a backward pass lets go of what was saved last
-first.
+Every copy is a separate storage over a range of the lent bytes. The range is free once that storage
+has died, which is checked at the next copy. So no range is reused while any tensor reads it. Ranges
+form a stack, since a backward pass drops the tensors saved last first.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_SMALLEST = 1 << 14  # bytes: below, a copy costs more than it frees
+_SMALLEST = 1 << 14  # bytes of a storage below which a copy costs more than it frees
 _ALIGNMENT = 256
 
 
 @dataclass(eq=False)
 class _Region:
-    """One lent storage and the stack of ranges in it: (end, the storage over it)."""
+    """One lent storage and the stack of ranges in it: (end of the range, the storage over it)."""
 
     storage: torch.UntypedStorage
     ranges: list[tuple[int, StorageWeakRef]] = field(default_factory=list)
@@ -37,44 +36,46 @@ class _Region:
         start = -(-self.settle() // _ALIGNMENT) * _ALIGNMENT
         if start + size > self.storage.nbytes():
             return None
-        # a storage of its own, which keeps the lent one alive
+        # a separate storage, which keeps the lent one alive
         found: torch.UntypedStorage = self.storage[start : start + size]
         self.ranges.append((start + size, StorageWeakRef(found)))
         return found
 
     def settle(self) -> int:
-        """The end of what is in use."""
+        """Drop ranges whose storage has died from the top of the stack. Return the end of the range
+        on top."""
         while self.ranges and self.ranges[-1][1].expired():
             self.ranges.pop()
         return self.ranges[-1][0] if self.ranges else 0
 
 
 class Arena:
-    """The bytes of `lent`, whose contents are lost. `keep`: tensors that outlive the graph anyway
-    and are never copied."""
+    """Memory of the tensors in `lent`, whose contents are lost. `keep`: tensors that outlive the
+    graph anyway and are never copied."""
 
     def __init__(self, lent: Iterable[Tensor], keep: Iterable[Tensor] = ()) -> None:
         self._regions = [_Region(tensor.untyped_storage()) for tensor in lent]
         self._device = self._regions[0].storage.device
         self._keep = {tensor.untyped_storage()._cdata for tensor in keep}
-        # by the original's address: it, its version, the copy
+        # address of the original -> (original, its version, copy)
         self._copies: dict[int, tuple[StorageWeakRef, int, StorageWeakRef]] = {}
         self._prune_at = 64
-        self.peak = 0  # bytes in use at the most
+        self.peak = 0  # largest number of bytes in use
 
     @property
     def capacity(self) -> int:
-        """Bytes lent."""
+        """Number of bytes lent."""
         return sum(region.storage.nbytes() for region in self._regions)
 
     @property
     def used(self) -> int:
-        """Bytes that some tensor still reads, and what lies below them."""
+        """Number of bytes up to the end of the last range that some tensor still reads."""
         return sum(region.settle() for region in self._regions)
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Keep here, within the block, the saved tensors of graphs that are built."""
+        """Store in this memory the tensors that autograd saves for graphs built within the
+        block."""
         with saved_tensors_hooks(self._pack, lambda held: held):
             yield
 
@@ -96,7 +97,8 @@ class Arena:
         return tensor if copy is None else _over(copy, tensor)
 
     def _holds(self, storage: torch.UntypedStorage) -> bool:
-        """Whether it is one of ours already, as what a checkpointed layer got in is."""
+        """Whether the storage already lies in this memory, as the input of a checkpointed layer
+        may."""
         at = storage.data_ptr()
         return any(
             region.storage.data_ptr() <= at < region.storage.data_ptr() + region.storage.nbytes()
@@ -137,7 +139,7 @@ class Arena:
 
 
 def _over(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
-    """The tensor that `like` is, over another storage."""
+    """Return a tensor with the shape and strides of `like` over another storage."""
     return torch.empty(0, dtype=like.dtype, device=like.device).set_(
         storage, like.storage_offset(), like.size(), like.stride()
     )

@@ -1,15 +1,16 @@
-"""BlockManager: who owns which block of the KV cache. Pure bookkeeping: it never sees a tensor.
+"""BlockManager: which sequence owns which block of the KV cache. Pure bookkeeping: it never sees a
+tensor.
 
 A sequence's table lists the blocks that hold its tokens, block_size to a block, in order. A full
-block may be shared: between sequences forked from one prompt, and with whoever computed the same
-tokens before (the prefix cache). Only the partial last block is ever written to, and that one has
-one owner.
+block may be shared: between sequences forked from one prompt, and with sequences that computed the
+same tokens before (the prefix cache). Only the partial last block is ever written to, and it has a
+single owner.
 
-A full block is cached under (version, parent, tokens): the weights it was computed with, the serial
-number of the content before it (that of the empty prefix says whether an adapter was on), and its
-tokens themselves. Serial numbers are never reused and the key is compared whole, so neither a hash
-collision nor a recycled block can give a wrong hit. A bump of the version makes every earlier key
-unreachable at once.
+A full block is cached under the key (version, parent, tokens): the version of the weights that
+computed it, the serial number of the content before it, and its tokens themselves. The empty prefix
+has one serial number with an adapter and another without. Serial numbers are never reused and the
+key is compared whole, so neither a hash collision nor a recycled block can give a wrong hit. A bump
+of the version makes every earlier key unreachable at once.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ _ROOTS = {True: 0, False: -1}  # serials of the empty prefix, with an adapter an
 
 @dataclass(slots=True)
 class _Table:
-    # of the weights when it was allocated: a table that lived through a bump is cached no more
+    # version of the weights at allocation; after a bump, the table's blocks are not cached any more
     version: int
-    root: int  # serial of its empty prefix
+    root: int  # serial number of the empty prefix, with or without an adapter
     blocks: list[int] = field(default_factory=list)
     cached: int = 0  # leading blocks whose content has a serial number
-    serial: int = 0  # of the last of them
+    serial: int = 0  # serial number of the last of these blocks
 
 
 class BlockManager:
-    """Blocks 1 to num_blocks - 1 of a cache; block 0 is the null block that pads block tables and
-    is never issued.
+    """Owners of blocks 1 to num_blocks - 1 of a cache. Block 0 is the null block: it pads block
+    tables and is never issued.
 
-    Sequences are named by integers of the caller's choice. Everything is O(1) per block touched. A
-    call that fails changes nothing.
+    Sequences are named by integers that the caller chooses. Every operation is O(1) per block
+    touched. A call that fails changes nothing.
 
     Raises:
         ValueError: fewer than two blocks, or a block size below one.
@@ -62,20 +63,22 @@ class BlockManager:
     # ---- sizes -----------------------------------------------------------------------------------
     @property
     def total(self) -> int:
-        """Blocks that can be issued."""
+        """Number of blocks that can be issued."""
         return self.num_blocks - 1
 
     @property
     def available(self) -> int:
-        """Blocks that an allocation may take now: empty ones and cached ones that nobody uses."""
+        """Number of blocks that an allocation may take now: empty blocks, and cached blocks that no
+        sequence uses."""
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
+        """Return the number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def table(self, sequence: int) -> list[int]:
-        """The blocks of a sequence, in order. The list is live: read it, do not keep it."""
+        """Return the blocks of a sequence, in order. The list is live: read it at once, do not keep
+        it."""
         return self._table(sequence).blocks
 
     # ---- life of a sequence ----------------------------------------------------------------------
@@ -84,13 +87,15 @@ class BlockManager:
     ) -> int | None:
         """Give `sequence` a table for `tokens`, starting with the longest cached prefix.
 
-        At least the last token is left to compute, since its hidden state is wanted. With `keep`,
-        so many blocks must stay available. `adapted`: whether an adapter computes its keys and
-        values; they are found again by the like alone.
+        At least the last token is left to compute, since its hidden state is needed.
 
+        Args:
+            keep: number of blocks that must stay available afterwards.
+            adapted: whether an adapter computes the keys and values; a cached prefix is reused only
+                by sequences for which this is the same.
         Returns:
-            How many leading tokens are in the cache already; None (and nothing changed) where there
-            are too few blocks.
+            The number of leading tokens that are in the cache already. If there are too few blocks,
+            None, and nothing changes.
         """
         if sequence in self._tables:
             raise ValueError(
@@ -114,8 +119,8 @@ class BlockManager:
         return len(hits) * self.block_size
 
     def grow(self, sequence: int, num_tokens: int) -> bool:
-        """Make the table of `sequence` hold `num_tokens` tokens; False (and nothing changed) where
-        there are too few blocks."""
+        """Make the table of `sequence` hold `num_tokens` tokens. If there are too few blocks,
+        return False and change nothing."""
         blocks = self._table(sequence).blocks
         fresh = self.blocks_for(num_tokens) - len(blocks)
         if fresh > len(self._free):
@@ -124,8 +129,8 @@ class BlockManager:
         return True
 
     def shrink(self, sequence: int, num_tokens: int) -> None:
-        """Make the table of `sequence` hold no more than `num_tokens` tokens need: take back what
-        `grow` gave ahead of them."""
+        """Take back the blocks of `sequence` that `num_tokens` tokens do not need, such as those
+        that `grow` gave in advance."""
         table, keep = self._table(sequence), self.blocks_for(num_tokens)
         if keep < table.cached:
             raise ValueError(
@@ -136,12 +141,12 @@ class BlockManager:
         del table.blocks[keep:]
 
     def fork(self, parent: int, child: int, num_tokens: int) -> list[tuple[int, int]] | None:
-        """Give `child` the first `num_tokens` tokens of `parent`: full blocks are shared, a partial
-        last one is the child's own.
+        """Give `child` the first `num_tokens` tokens of `parent`. Full blocks are shared; a partial
+        last block is new.
 
         Returns:
-            The (source, destination) block copies that the caller has to make before either writes
-            on; None (and nothing changed) where there is no block for the partial one.
+            The block copies (source, destination) that the caller must make before either sequence
+            writes on. If there is no block for the partial one, None, and nothing changes.
         """
         table, full = self._table(parent), num_tokens // self.block_size
         if child in self._tables:
@@ -164,8 +169,8 @@ class BlockManager:
         return [(table.blocks[full], self._tables[child].blocks[full])] if partial else []
 
     def commit(self, sequence: int, tokens: Sequence[int]) -> None:
-        """Offer the full blocks of `tokens`, whose keys and values have been computed, to later
-        allocations."""
+        """Make the full blocks of `tokens`, whose keys and values have been computed, available as
+        cached prefixes."""
         table, size = self._table(sequence), self.block_size
         if table.version != self.version:
             return
@@ -174,7 +179,7 @@ class BlockManager:
             block = table.blocks[index]
             if key not in self._cache:
                 if self._keys[block] is not None:
-                    # shared, and cached already after an equal prefix that has a number of its own
+                    # shared, and already cached after an equal prefix with another serial number
                     return
                 self._last_serial += 1
                 self._keys[block] = key
@@ -182,18 +187,18 @@ class BlockManager:
             table.serial, table.cached = self._cache[key][1], index + 1
 
     def free(self, sequence: int) -> None:
-        """Give up the table of `sequence`. Cached blocks stay findable until they are evicted, the
-        ends of prefixes first."""
+        """Give up the table of `sequence`. Cached blocks stay findable until they are evicted; the
+        ends of prefixes are evicted first."""
         blocks = self._table(sequence).blocks
         del self._tables[sequence]
         self._give_up(blocks)
 
     def bump(self) -> None:
-        """The weights changed: nothing cached so far will be found again. Of what nobody uses, what
-        was cached last is issued first: its memory is warm."""
+        """Note that the weights changed, so that no block cached so far is found again. Among
+        unused blocks, those cached last are issued first, because their memory is warm."""
         self.version += 1
         for block, _ in list(self._cache.values()):
-            if not self._references[block]:  # the others are forgotten when they are freed
+            if not self._references[block]:  # blocks in use are forgotten when they are freed
                 self._forget(block)
                 self._free.move_to_end(block, last=False)
 
@@ -207,8 +212,8 @@ class BlockManager:
         return self._tables[sequence]
 
     def _match(self, tokens: Sequence[int], serial: int) -> tuple[list[int], int]:
-        """Blocks of the longest cached prefix that leaves a token to compute, and the serial number
-        of its last block."""
+        """Return the blocks of the longest cached prefix that leaves a token to compute, and the
+        serial number of the last of these blocks."""
         hits: list[int] = []
         for start in range(0, len(tokens) - self.block_size, self.block_size):
             found = self._cache.get(
@@ -221,7 +226,7 @@ class BlockManager:
         return hits, serial
 
     def _give_up(self, blocks: list[int]) -> None:
-        """One owner less of each."""
+        """Remove one owner from each of these blocks."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block]:

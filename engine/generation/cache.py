@@ -1,4 +1,4 @@
-"""The paged KV cache: how large it is, and its tensors."""
+"""The paged KV cache: its size and its tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ _FRACTION = {"cuda": 0.5, "cpu": 0.25}  # of the free device memory, of the host
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Size of the KV cache and of the steps over it.
+    """Size of the KV cache and of the steps that use it.
 
     At most one of num_blocks (blocks that sequences can hold), memory_bytes and memory_fraction (of
     the memory free on a CUDA device, of the host's memory on CPU) is given. By default the cache
     holds max_sequences sequences of the model's full length, within half of the free device memory
-    or a quarter of the host's. On CPU, memory that is never written costs nothing. What trains on a
-    GPU sets aside what training needs first (`plan.cache_for`).
+    or a quarter of the host's. On CPU, memory that is never written costs nothing. Stages that
+    train on a GPU first set aside the memory that training needs (`plan.cache_for`).
 
-    block_size: tokens in a block. max_sequences: sequences that run at once. max_tokens_per_step:
-    tokens of one step, decoded and prefilled together.
+    Attributes:
+        block_size: tokens in a block.
+        max_sequences: sequences that run at once.
+        max_tokens_per_step: tokens of one step, decoded and prefilled together.
     """
 
     block_size: int = 16
@@ -69,8 +71,8 @@ class CacheConfig:
 
 
 def block_bytes(weights: DecoderWeights, block_size: int, dtype: torch.dtype | None = None) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in all layers; in `dtype`, or in
-    the weights'."""
+    """Return the bytes of one block: keys and values of `block_size` tokens in all layers, in
+    `dtype` (by default the weights' dtype)."""
     return (
         2
         * len(weights.layers)
@@ -82,8 +84,8 @@ def block_bytes(weights: DecoderWeights, block_size: int, dtype: torch.dtype | N
 
 
 def blocks_for(config: CacheConfig, sequences: int, tokens: int) -> int:
-    """Return the number of blocks that so many sequences of so many tokens each need, of which
-    max_sequences run at once."""
+    """Return the number of blocks for `sequences` sequences of `tokens` tokens each, of which at
+    most max_sequences run at once."""
     return min(sequences, config.max_sequences) * -(-tokens // config.block_size)
 
 
@@ -97,7 +99,7 @@ def resolve_num_blocks(
     `block_bytes`.
 
     Raises:
-        ValueError: the memory granted does not hold a single block; both sizes are named.
+        ValueError: the memory granted does not hold a single block; the message gives both sizes.
     """
     if config.num_blocks is not None:
         return config.num_blocks
@@ -127,8 +129,9 @@ def resolve_num_blocks(
 
 
 class KVCache:
-    """The pool: k [L, blocks, Hkv, D, block_size] and v [L, blocks, Hkv, block_size, D]; block 0 is
-    the null block. dtype: of both, by default the weights'."""
+    """Tensors of the cache: k [L, blocks, Hkv, D, block_size] and v [L, blocks, Hkv, block_size,
+    D], both of `dtype` (by default the weights'). Block 0 is the null block: it pads block tables
+    and holds no sequence."""
 
     def __init__(
         self,
@@ -147,5 +150,5 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool."""
+        """Bytes of both tensors."""
         return self.k.nbytes + self.v.nbytes

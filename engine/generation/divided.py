@@ -1,8 +1,8 @@
-"""Generation by several ranks: prompts are dealt out, and every rank has all completions
-afterwards, in the order in which they were asked for.
+"""Generation by several ranks: prompts are divided among the ranks, and every rank gets all
+completions, in the order of the prompts.
 
-Request ids travel with their prompts, so that a rank draws what one process would have drawn. What
-is gathered are tensors of numbers and JSON of texts.
+Request ids travel with their prompts, so a rank draws the same completions as a single process
+would. Ranks exchange tensors of numbers, and texts as JSON.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ def divided(
     params: Params,
     request_ids: Sequence[int] | None,
 ) -> list[list[Completion]]:
-    """Complete prompts as `HybridActor.generate` does, each on one rank.
+    """Complete prompts as `HybridActor.generate` does, each prompt on one rank.
 
-    The longest go first, each to the rank that has least, and none has more than its share of
-    prompts, so that a cache for that many suffices. Errors as `generate`, and as `Ranks.meet`.
+    The longest prompts are assigned first, each to the rank with the least work so far. No rank
+    gets more than its share of prompts, so a cache for that many suffices. Errors are those of
+    `generate` and of `Ranks.meet`.
     """
     ids = list(range(len(prompts))) if request_ids is None else list(request_ids)
     one = params if isinstance(params, SamplingParams) else SamplingParams()
     each = list(params) if isinstance(params, Sequence) else [one] * len(prompts)
     if not len(ids) == len(each) == len(prompts):
-        return generate(prompts, params, request_ids)  # which says what is wrong
+        return generate(prompts, params, request_ids)  # raises the error that says what is wrong
     costs = [
         (p.max_new_tokens + len(prompt)) * p.n for prompt, p in zip(prompts, each, strict=True)
     ]
@@ -55,7 +56,8 @@ def divided(
 
 
 def gathered(ranks: Ranks, outs: Sequence[Sequence[Completion]]) -> list[list[list[Completion]]]:
-    """The completions of every rank, in their order. Errors as `Ranks.meet`."""
+    """Return the completions of all ranks, in the order of the ranks. Errors are those of
+    `Ranks.meet`."""
     flat = [completion for group in outs for completion in group]
     told = {
         "groups": [len(group) for group in outs],

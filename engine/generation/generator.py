@@ -1,13 +1,13 @@
-"""Generator: prompts in, completions out, through the paged cache. `step` reads schedule -> run ->
-look -> hand out.
+"""Generator: prompts in, completions out, through the paged cache. `step` schedules tokens, runs
+the model, reads the drawn tokens, and hands out completions.
 
-Shapes    N tokens of a step, R sequences that draw one, K steps of a window.
-While the same sequences decode on, their state stays on the device and is advanced there
-(state.py): a window of steps runs before the host looks at what was drawn and sees who ended. What
-a sequence would have drawn behind its end is cut off, so a window's length changes no completion.
-On a CPU looking costs nothing: there a window ends with the first sequence that does.
+Shapes    N tokens of a step, R sequences that draw a token, K steps of a window.
+While the same sequences go on decoding, their state stays on the device and is advanced there
+(state.py). A window of steps runs before the host reads the drawn tokens and learns which sequences
+have ended. Tokens that a sequence drew after its end are cut off, so the length of a window changes
+no completion. On a CPU reading costs nothing: there a window ends as soon as a sequence does.
 
-One file: a call, its steps and what is handed out share one state and one lock.
+One file: a call, its steps and the completions handed out share one state and one lock.
 """
 
 from __future__ import annotations
@@ -44,22 +44,21 @@ from fusedrl.engine.model.heads import ValueHead
 from fusedrl.engine.model.step import weight_dtypes
 from fusedrl.engine.model.watch import Depth, Watch
 
-_WINDOW, _CPU_WINDOW = 8, 16  # steps between two looks of the host; a CPU's end early
+_WINDOW, _CPU_WINDOW = 8, 16  # steps until the host reads the tokens; a CPU's may end early
 
 
 class Drawn(NamedTuple):
-    """Tokens that the steps of a plan drew, with what is known of them, [K, R] each."""
+    """Tokens drawn in the steps of a plan, with their log-probabilities and values, [K, R] each."""
 
     tokens: np.ndarray
     logp: np.ndarray
     values: np.ndarray | None  # None without a value head
-    # of each step (ids, offsets), where some row returns them
+    # (ids, offsets) of each step: the tokens that could be drawn, if some sequence returns them
     kept: list[tuple[np.ndarray, np.ndarray]]
 
 
 class Finished(NamedTuple):
-    """A completion and whose it is: `completion` is sample `sample` of prompt `prompt` of the
-    call."""
+    """A completion and its place in the call: it is sample `sample` of prompt `prompt`."""
 
     prompt: int
     sample: int
@@ -68,9 +67,12 @@ class Finished(NamedTuple):
 
 @dataclass(eq=False)
 class Ticket:
-    """One call's sequences that are still on the way, and its completions that nobody has fetched.
+    """State of one call: its sequences that are not finished, and its completions that nobody has
+    fetched.
 
-    error: why those that were on the way are lost. closed: nobody will fetch any more.
+    Attributes:
+        error: why the unfinished sequences were lost.
+        closed: whether nobody will fetch any more completions.
     """
 
     live: dict[int, Running] = field(default_factory=dict)
@@ -89,21 +91,24 @@ class _Request:
     params: SamplingParams
     request_id: int
     stop_ids: frozenset[int]
-    before: Completion | None  # what it continues
+    before: Completion | None  # the completion that the prompt continues
 
 
 class Generator:
-    """Continuous batching over one decoder's live weights.
+    """Continuous batching over the live weights of one decoder.
 
     `prepare` checks prompts and parameters, `enqueue` starts them, `step` computes; completions
-    arrive in the ticket's `finished`. Threads may use it at once: they take turns, a step computes
-    what all of them wait for, and draws are keyed, so that a thread gets what it would have got
-    alone.
+    arrive in the ticket's `finished`. Several threads may use it at once. They take turns, and each
+    step computes tokens for all of them. Draws are keyed, so every thread gets the completions that
+    it would have got alone.
 
-    watch: tells, before a step, of weights that have changed; None: whoever changes them tells by
-    `bump`. value_head: computes, in the same step, the value of every state that draws; None:
-    nothing does. window: steps between two looks of the host; by default what suits the device.
-    graphs: the captured steps; by default those of CUDA, and none on a CPU.
+    Args:
+        watch: reports, before a step, that weights have changed; None: whoever changes them calls
+            `bump`.
+        value_head: computes the value of every state that draws a token, in the same step; None: no
+            values.
+        window: steps until the host reads the tokens; by default a number that suits the device.
+        graphs: captured steps; by default CUDA's, and none on a CPU.
     """
 
     def __init__(
@@ -155,7 +160,7 @@ class Generator:
         self._lent = False
         device = self.cache.k.device
         self._window = window or (_CPU_WINDOW if device.type == "cpu" else _WINDOW)
-        # after every step, whether some sequence has ended
+        # whether to check after every step if some sequence has ended
         self._looks = device.type == "cpu" and graphs is None
         self._graphs = (
             StepGraphs(CudaCapture(device)) if graphs is None and device.type == "cuda" else graphs
@@ -170,10 +175,10 @@ class Generator:
         params: SamplingParams | Sequence[SamplingParams],
         request_ids: Sequence[int] | None = None,
     ) -> tuple[Ticket, list[Running]]:
-        """Check a call and make its sequences; nothing is queued yet. The adapter is as it is now,
-        whenever they are computed.
+        """Check a call and make its sequences, without queueing them. The sequences will use the
+        adapter as it is now (on or off), however late they are computed.
 
-        Args and errors as `HybridActor.generate`.
+        Args and errors are those of `HybridActor.generate`.
         """
         if isinstance(prompts, str | bytes | Mapping):
             raise TypeError(
@@ -227,7 +232,7 @@ class Generator:
     def _check(
         self, index: int, prompt: list[int], p: Any, key: Any, before: Completion | None
     ) -> None:
-        """Raise TypeError or ValueError for one prompt of a call that can never run."""
+        """Raise TypeError or ValueError if a prompt of a call can never run."""
         vocab, positions = self.decoder.config.vocab_size, self.decoder.config.max_positions
         if not isinstance(p, SamplingParams):
             raise TypeError(
@@ -269,7 +274,7 @@ class Generator:
             )
 
     def enqueue(self, ticket: Ticket, sequences: list[Running]) -> None:
-        """Queue what `prepare` made.
+        """Queue the sequences that `prepare` made.
 
         Raises:
             RuntimeError: the cache is lent.
@@ -291,9 +296,9 @@ class Generator:
         request_ids: Sequence[int] | None = None,
         to_caller: bool = True,
     ) -> Iterator[Finished]:
-        """Completions as they finish. The call is checked at once; an iterator that is closed early
-        takes its sequences out. `to_caller`: completions are handed to code that may write to the
-        weights before it asks for the next one."""
+        """Return an iterator over completions as they finish. The call is checked at once. Closing
+        the iterator early ends its sequences. `to_caller`: whether the completions go to code that
+        may write to the weights before it asks for the next completion."""
         ticket, sequences = self.prepare(prompts, params, request_ids)
         return self._drive(ticket, sequences, to_caller)
 
@@ -325,8 +330,8 @@ class Generator:
             self.abort(ticket)
 
     def abort(self, ticket: Ticket | None = None) -> None:
-        """End the sequences of one call, or of all, with what they have: their finish_reason is
-        "aborted". Where another thread computes a step, after it."""
+        """End the sequences of one call, or of all calls, with the tokens they have; their
+        finish_reason is "aborted". If another thread is computing a step, they end after it."""
         self._leaving.extend([ticket] if ticket is not None else list(self._tickets))
         if self._turns.try_enter():
             try:
@@ -335,7 +340,7 @@ class Generator:
                 self._turns.leave()
 
     def _sweep(self) -> None:
-        """Take out what has been aborted."""
+        """Remove the sequences of aborted calls."""
         while self._leaving:
             ticket = self._leaving.popleft()
             live = list(ticket.live.values())
@@ -346,17 +351,18 @@ class Generator:
                 self._tickets.remove(ticket)
 
     def bump(self, weights_version: int) -> None:
-        """The weights changed: what is drawn from now on is theirs, and no cached prefix is found
-        again. Running sequences keep their older keys and values."""
+        """Note that the weights changed. Tokens drawn from now on get the new version, and no
+        cached prefix is reused. Running sequences keep the keys and values that the older weights
+        computed."""
         self.weights_version = weights_version
         self.scheduler.blocks.bump()
 
     def vacate(self) -> tuple[Tensor, Tensor]:
-        """The pool's tensors, to be used for something else until the next call: no cached prefix
-        will be found again.
+        """Lend the tensors of the cache for another use until the next call. No cached prefix will
+        be found afterwards.
 
         Raises:
-            RuntimeError: completions in flight need what is in them.
+            RuntimeError: the cache is lent already, or unfinished completions need it.
         """
         with self._turns:
             self._sweep()
@@ -374,11 +380,11 @@ class Generator:
             return self.cache.k, self.cache.v
 
     def take_back(self) -> None:
-        """The pool's tensors are used for nothing else any more."""
+        """Note that the tensors of the cache are no longer lent."""
         self._lent = False
 
     def _look(self, depth: Depth) -> None:
-        """Notice weights that have changed since the last step."""
+        """Check whether weights have changed since the last step."""
         if self._lent:
             raise RuntimeError(
                 "HybridActor.generate: the KV cache is lent to training; leave the lend_cache() "
@@ -406,13 +412,13 @@ class Generator:
 
     # ---- a step ----------------------------------------------------------------------------------
     def step(self) -> None:
-        """Compute a token of every decoding sequence and what fits of the prefills beside them;
-        where nothing prefills, up to a window of tokens.
+        """Compute a token of every decoding sequence, and as much prefill as fits in the same step.
+        If nothing prefills, compute up to a window of tokens.
 
         Raises:
             RuntimeError: no progress, NaN in the logits, or weights that cannot be followed
-                (`Watch.look`). Like any error on the way, it ends everything in flight, and the
-                other calls raise one, too.
+                (`Watch.look`). Like any error in a step, it ends all unfinished sequences, and the
+                other calls raise an error, too.
         """
         with self._turns:
             self._sweep()
@@ -420,14 +426,14 @@ class Generator:
 
     @torch.no_grad()
     def _step(self, ticket: Ticket | None, depth: Depth) -> None:
-        """A step that `ticket` waits for."""
+        """Compute a step that `ticket` waits for."""
         try:
             with (
                 contextlib.nullcontext() if self._watch is None else self._watch.still(),
                 own_precision(self.decoder.device),
             ):
                 self._look(depth)
-                # a stop string is found by the host
+                # only the host finds stop strings, so it must read every token
                 watched = self._table.watched[self.scheduler.decoding].any()
                 plan = self.scheduler.schedule(1 if watched else self._window)
                 drawn = self._run(plan)
@@ -450,7 +456,7 @@ class Generator:
             self._take(plan.sampled, drawn)
 
     def _run(self, plan: Plan) -> Drawn | None:
-        """The steps of the plan, on the device. None where no sequence draws."""
+        """Run the steps of the plan on the device. Return None if no sequence draws a token."""
         weights, cache, drew, head = (
             self.decoder.weights(self.scheduler.adapted),
             self.cache,
@@ -478,7 +484,7 @@ class Generator:
         run = step
         if self._graphs is not None and captured:
             most = min(self.decoder.config.max_positions, cache.k.shape[1] * cache.k.shape[4])
-            # at one address for good: a table that grew would have all steps captured again
+            # allocated at full size: a table that grew later would force all captures to be redone
             weights.rope_table.upto(most)
             run = self._graphs.replay(
                 step,
@@ -509,8 +515,8 @@ class Generator:
         )
 
     def _rows_of(self, drew: np.ndarray, captured: bool) -> DecodeState:
-        """The state of the slots that draw: if they are the same as before, what the step before
-        made of it."""
+        """Return the device state of the slots that draw. If they are the same slots as before, it
+        is the state that the previous step left."""
         slots, device = self.scheduler.slots, self.cache.k.device
         length, state = slots.length[drew], self._state
         if (
@@ -543,7 +549,7 @@ class Generator:
         )
 
     def _tokens(self, plan: Plan) -> Tokens:
-        """The tokens of a step that prefills, from the host's arrays."""
+        """Collect the tokens of a step with prefills from the host's arrays."""
         slots, decode, device = self.scheduler.slots, plan.decode, self.cache.k.device
         for chunk in plan.chunks:
             for sequence in (chunk.sequence, *chunk.forks) if chunk.final else ():
@@ -585,8 +591,8 @@ class Generator:
         )
 
     def _device_table(self) -> Tensor:
-        """The block table where the model reads it: the host's array itself, or the device's copy
-        at an address of its own, no wider than it need be."""
+        """Return the block table where the model reads it: the host's array itself, or a copy on
+        the device at a fixed address, no wider than needed."""
         slots = self.scheduler.slots
         if self._graphs is None:
             return torch.from_numpy(slots.block_table).to(self.cache.k.device)
@@ -606,7 +612,8 @@ class Generator:
         ]
 
     def _take(self, drew: np.ndarray, drawn: Drawn) -> None:
-        """Append what was drawn, up to where sequences end, and hand those out."""
+        """Append the drawn tokens up to the end of each sequence, and hand out the sequences that
+        ended."""
         slots, tokens_KR, K = self.scheduler.slots, drawn.tokens, len(drawn.tokens)
         stopped_KR = self._table.is_stop(drew, tokens_KR)
         ended_KR = stopped_KR | (

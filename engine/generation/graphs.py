@@ -1,20 +1,21 @@
 """StepGraphs: the steps of decoding sequences as CUDA graphs, one per padded number of rows.
 
-A small model's step is a few hundred launches of a few microseconds each: issued one by one, the
-host is what limits it. Captured once, they are one launch. A graph holds addresses, not values. So
+A small model's step is a few hundred launches of a few microseconds each. Issued one by one, they
+are limited by the host; captured once, they are one launch. A graph holds addresses, not values. So
 a captured step reads `DecodeState`s that are kept and refilled in place, weights that optimizers
-change in place, and a block table at one address; where any address has changed (weights moved, a
+change in place, and a block table at one address. If any address has changed (weights moved, a
 cache allocated again), everything is captured anew.
 
-Sizes     rows are padded to 1, 2, 4, 8, then to multiples of 16; more than 512 run as they are,
-          since such a step is no longer the host's. Padding rows have ended from the start, at the
-          null block. The block table is as wide as the longest row needs, rounded up to a power of
-          two: a launch grid covers its width.
+Sizes     rows are padded to 1, 2, 4, 8, then to multiples of 16. More than 512 rows run without a
+          graph, since the host no longer limits such a step. Padding rows are marked as ended from
+          the start, and their blocks are the null block (block 0, which no sequence owns). The
+          block table is as wide as the longest row needs, rounded up to a power of two: a launch
+          grid covers its width.
 Memory    graphs share one pool. Nothing in it outlives a replay, and replays are in order on one
           stream.
 
-Not run on a GPU yet. What may not happen in a captured step (a wait for the host, a size that
-follows a value) is tested on fake CUDA tensors, and the control flow on a CPU with a `capture` that
+Not run on a GPU yet. Tests on fake CUDA tensors check for what a captured step may not do (wait for
+the host, choose a size by a value). Tests on a CPU check the control flow, with a `capture` that
 returns the step itself.
 """
 
@@ -31,26 +32,28 @@ from fusedrl.kernels.rope import RopeTable
 
 _LARGEST = 512
 _NARROWEST = 16  # blocks of the table
-_PADDING = {"stops": -1, "temperature": 1, "top_p": 1, "finished": True}  # of rows that pad; else 0
+_PADDING = {"stops": -1, "temperature": 1, "top_p": 1, "finished": True}  # padding rows; else 0
 
 Step = Callable[[], None]
 
 
 def padded_rows(count: int) -> int | None:
-    """Return the number of rows to which a step of `count` is padded; None: it is not captured."""
+    """Return the number of rows to which a step of `count` rows is padded, or None if such a step
+    is not captured."""
     if count > _LARGEST:
         return None
     return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 16) * 16
 
 
 def padded_blocks(count: int, most: int) -> int:
-    """Return the number of columns to which the block table of a step is padded whose longest row
-    needs `count`."""
+    """Return the number of columns to which a block table is padded whose longest row needs
+    `count`, at most `most`."""
     return min(most, max(_NARROWEST, 1 << max(0, count - 1).bit_length()))
 
 
 def pad(columns: dict[str, np.ndarray], rows: int, null_row: int) -> dict[str, np.ndarray]:
-    """The columns of a `DecodeState` with rows behind them that have ended, at the null block."""
+    """Pad the columns of a `DecodeState` to `rows` rows. The added rows are marked as ended, and
+    use row `null_row` of the block table, whose blocks are the null block."""
     out = {}
     for name, column in columns.items():
         shape = (len(column), rows) if name == "stops" else (rows, *column.shape[1:])
@@ -62,8 +65,8 @@ def pad(columns: dict[str, np.ndarray], rows: int, null_row: int) -> dict[str, n
 
 
 def addresses(*things: object) -> tuple[Hashable, ...]:
-    """Return the addresses and values by which a captured step knows these tensors, numbers and
-    (named) tuples of them."""
+    """Return the addresses of tensors, and the values of numbers, by which a captured step
+    recognises its inputs. Tuples are flattened."""
     found: list[Hashable] = []
     for thing in things:
         if isinstance(thing, Tensor):
@@ -78,8 +81,8 @@ def addresses(*things: object) -> tuple[Hashable, ...]:
 
 
 class CudaCapture:
-    """Makes a step a CUDA graph: call it with the step and the state that the step moves, get what
-    replays it."""
+    """Turns steps into CUDA graphs: called with a step and the state that it advances, it returns a
+    function that replays the step."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -89,7 +92,7 @@ class CudaCapture:
     def __call__(self, step: Step, state: DecodeState) -> Step:
         finished = state.columns["finished"]
         before = finished.clone()
-        # then a step moves no row, and writes what the first real one will write again
+        # so a warm-up step advances no row, and writes only what the first real step will rewrite
         finished.fill_(True)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -109,7 +112,7 @@ class CudaCapture:
 
 
 class StepGraphs:
-    """The states that captured steps read, and the captured steps."""
+    """Captured steps, and the states that they read."""
 
     def __init__(self, capture: Callable[[Step, DecodeState], Step]) -> None:
         self._capture = capture
@@ -126,7 +129,7 @@ class StepGraphs:
         slots: np.ndarray,
         values: bool = False,
     ) -> DecodeState:
-        """The state of these shapes, filled with these columns."""
+        """Return the state with these shapes, filled with these columns."""
         key = (
             tuple((name, column.shape) for name, column in sorted(columns.items())),
             tuple(sorted(numbers.items())),
@@ -144,7 +147,7 @@ class StepGraphs:
     def replay(
         self, step: Step, state: DecodeState, width: int, held: tuple[Hashable, ...]
     ) -> Step:
-        """`step`, captured for this state and this width of the block table. `held`: the
+        """Return `step`, captured for this state and this width of the block table. `held` are the
         `addresses` of everything else that it reads or writes."""
         if held != self._addresses:
             self._replays.clear()

@@ -1,4 +1,4 @@
-"""What a caller asks of the sampler, and the same for all running sequences at once."""
+"""Sampling options of a caller, and the same options for all running sequences as arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusedrl.kernels.runtime.checks import LEAST_TEMPERATURE
 
 _INT64 = 2**63
 _FLOAT32 = float(np.finfo(np.float32).max)
-_NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0}  # of these values a sampler keeps all
+_NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0}  # values that exclude no token
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -23,29 +23,32 @@ def _is_int(value: object) -> TypeGuard[int]:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Options of drawing completions.
+    """Options for drawing completions.
 
     Attributes:
-        max_new_tokens: tokens of a completion at the most, its EOS included.
+        max_new_tokens: largest number of tokens of a completion, its EOS included.
         temperature: divides the logits; 0 is greedy.
         top_p, top_k, min_p: restrict the draw, in the order top-k (0: all), top-p in (0, 1], min-p
             in [0, 1].
         n: completions per prompt.
-        seed: keys every draw, with the request id, the sample index and the position.
-        stop_token_ids: tokens that end a completion, beside the EOS ids of tokenizer and model.
-        min_new_tokens: no token that ends a completion is drawn before so many.
-        stop: strings that end a completion when its text comes to hold one; its text then ends
-            before the string, its tokens after. A string that is a special token of the tokenizer,
-            such as <|im_end|>, becomes one of stop_token_ids, since texts hold no special tokens.
+        seed: keys every draw, together with the request id, the sample index and the position.
+        stop_token_ids: tokens that end a completion, in addition to the EOS ids of tokenizer and
+            model.
+        min_new_tokens: number of tokens before which no token that ends a completion is drawn.
+        stop: strings that end a completion as soon as its text contains one. The text then ends
+            before the string, and the tokens end after it. A string that is a special token of the
+            tokenizer, such as <|im_end|>, is treated as one of stop_token_ids, since texts contain
+            no special tokens.
         banned_token_ids: tokens that are never drawn.
         logit_bias: token id -> number added to that logit before the draw; `logprobs` stay those of
             the model's own distribution.
-        return_kept: completions say what each token was drawn from (`Completion.kept`), and their
-            logprobs are those of the draw, so that a trainer can score the distribution that was
-            sampled. Not with logit_bias, which no set of tokens describes.
+        return_kept: completions list the tokens that each token could be drawn from
+            (`Completion.kept`), and their logprobs are those of this restricted distribution. A
+            trainer can then score the distribution that was sampled. Not allowed with logit_bias,
+            which no set of tokens describes.
 
     Raises:
-        TypeError, ValueError: a field outside its range; the message names it.
+        TypeError, ValueError: a field is outside its range; the message names it.
     """
 
     max_new_tokens: int = 256
@@ -100,9 +103,9 @@ class SamplingParams:
         self._take_lists()
 
     def _take_lists(self) -> None:
-        """Ids, stop strings and biases as tuples."""
-        # Lists are taken as well, one string for a tuple of one, a dict of biases; as tuples the
-        # dataclass stays hashable.
+        """Convert ids, stop strings and biases to tuples."""
+        # Lists, a single stop string and a dict of biases are accepted, too. Stored as tuples, they
+        # keep the dataclass hashable.
         for name in ("stop_token_ids", "banned_token_ids"):
             ids = getattr(self, name)
             if (
@@ -149,8 +152,8 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """Whether `logprobs` are not those of the sampling distribution: a token that the model
-        gives probability can never be drawn, or is drawn more or less often."""
+        """Whether `logprobs` differ from those of the distribution that is sampled: a token that
+        the model gives probability can never be drawn, or is drawn more or less often."""
         return self.temperature > 0 and (
             self.top_k > 0
             or self.top_p < 1
@@ -161,12 +164,12 @@ class SamplingParams:
         )
 
     def biases(self) -> tuple[tuple[int, float], ...]:
-        """`logit_bias` as (token id, number), by id."""
-        # a dict has become this when the object was made
+        """Return `logit_bias` as (token id, number) pairs, ordered by id."""
+        # __post_init__ has converted a dict to this type
         return cast("tuple[tuple[int, float], ...]", self.logit_bias)
 
     def token_ids(self) -> tuple[int, ...]:
-        """Every token id that a field names."""
+        """Return every token id that a field names."""
         return (
             *self.stop_token_ids,
             *self.banned_token_ids,
@@ -175,8 +178,8 @@ class SamplingParams:
 
 
 class SamplingTable:
-    """The parameters of the running sequences, one row a slot, in arrays, so that a step touches no
-    Python object per sequence."""
+    """Sampling options of the running sequences, one row per slot, in arrays, so that a step
+    touches no Python object per sequence."""
 
     def __init__(self, slots: int) -> None:
         self._numbers = {
@@ -186,7 +189,7 @@ class SamplingTable:
         self._stops = np.full((slots, 1), -1, dtype=np.int64)  # -1 is no token
         # length from which on a stop token may be drawn
         self._first_stop = np.zeros(slots, dtype=np.int64)
-        self.watched = np.zeros(slots, dtype=bool)  # for stop strings
+        self.watched = np.zeros(slots, dtype=bool)  # whether the text is searched for stop strings
         self.returns_kept = np.zeros(slots, dtype=bool)
         self._banned: list[tuple[int, ...]] = [()] * slots
         self._bias: list[tuple[tuple[int, float], ...]] = [()] * slots
@@ -201,7 +204,7 @@ class SamplingTable:
         stop_ids: frozenset[int],
         num_prompt: int,
     ) -> None:
-        """Row `slot` now belongs to sample `sample` of request `request_id`, whose prompt has
+        """Assign row `slot` to sample `sample` of request `request_id`, whose prompt has
         `num_prompt` tokens."""
         for name, column in self._numbers.items():
             column[slot] = getattr(params, name)
@@ -225,9 +228,9 @@ class SamplingTable:
     def arguments(
         self, slots: np.ndarray, fixed: bool
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """temperature, top_k, top_p, min_p for `sample`: as a column where these slots differ, as a
-        number where they agree. `fixed`: a number only where it asks for nothing, since numbers are
-        part of a captured step."""
+        """Return temperature, top_k, top_p and min_p for `sample`: as a column if these slots
+        differ, as a number if they agree. If `fixed`, a number is used only for a value that
+        restricts nothing, since numbers are part of a captured step."""
         columns, numbers = {}, {}
         for name, column in self._numbers.items():
             values = column[slots]
@@ -238,24 +241,25 @@ class SamplingTable:
         return columns, numbers
 
     def keys(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """[R, 4] int64: (seed, request id, sample index, position of the token to draw)."""
+        """Return [R, 4] int64: (seed, request id, sample index, position of the token to draw)."""
         keys = self._keys[slots]
         keys[:, 3] = positions
         return keys
 
     def stops(self, slots: np.ndarray) -> np.ndarray:
-        """[W, R] int64: the tokens that end each; at least one is -1, which is no token."""
+        """Return [W, R] int64: the tokens that end each sequence. At least one per sequence is -1,
+        which is no token."""
         return np.ascontiguousarray(self._stops[slots].T)
 
     def suppresses(self, slots: np.ndarray, lengths: np.ndarray) -> bool:
-        """Whether some token of one of these may not be drawn: it is banned, or would end a
-        completion too early."""
+        """Whether some token may not be drawn by one of these sequences: it is banned, or would end
+        a completion too early."""
         return bool((lengths < self._first_stop[slots]).any() or self._bans[slots].any())
 
     def suppressed(self, slots: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """ "suppress_ids" and "suppress_until", [R, W] int64: the id may not be drawn by a sequence
-        of less tokens than that; nothing where there is none. Rows are filled up by repeating an
-        entry."""
+        """Return the columns suppress_ids and suppress_until, [R, W] int64, or nothing if all
+        tokens may be drawn. A sequence with fewer than suppress_until tokens may not draw the id in
+        suppress_ids. Rows are padded by repeating an entry."""
         if not self.suppresses(slots, lengths):
             return {}
         stops = self._stops[slots]
@@ -264,7 +268,7 @@ class SamplingTable:
         ids = np.maximum(ids, 0)
         banned = _padded([self._banned[slot] for slot in slots.tolist()], -1, np.int64)
         if banned.size:
-            # or an id would have two lengths
+            # an id that is banned and a stop token must have the same length in both places
             until[(ids[:, :, None] == banned[:, None]).any(2)] = _INT64 - 1
             none = banned[:, :1] < 0
             more = np.where(none, ids[:, :1], np.where(banned >= 0, banned, banned[:, :1]))
@@ -277,8 +281,8 @@ class SamplingTable:
         return {"suppress_ids": ids, "suppress_until": until}
 
     def biases(self, slots: np.ndarray) -> dict[str, np.ndarray]:
-        """ "bias_ids" [R, W] int64 and "bias_values" [R, W] float32, to add to the logits; nothing
-        where there is none. Rows are filled up by 0 for id 0."""
+        """Return the columns bias_ids [R, W] int64 and bias_values [R, W] float32, to be added to
+        the logits, or nothing without biases. Rows are padded with a bias of 0 for id 0."""
         if not self._biased[slots].any():
             return {}
         rows = [self._bias[slot] for slot in slots.tolist()]
@@ -288,13 +292,13 @@ class SamplingTable:
         }
 
     def is_stop(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """[..., R] bool: whether the token ends the sequence."""
+        """Return [..., R] bool: whether the token ends the sequence."""
         return (self._stops[slots] == tokens[..., None]).any(axis=-1)
 
 
 def _padded(rows: Sequence[Sequence[float]], fill: int, dtype: type) -> np.ndarray:
-    """[R, W] with W the longest row's length, rounded up to a power of two so that few widths
-    occur; [R, 0] where all rows are empty."""
+    """Return the rows as an array [R, W]. W is the longest row's length, rounded up to a power of
+    two so that few widths occur; it is 0 if all rows are empty."""
     longest = max(map(len, rows))
     out: np.ndarray = np.full(
         (len(rows), 1 << (longest - 1).bit_length() if longest else 0), fill, dtype=dtype

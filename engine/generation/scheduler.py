@@ -2,16 +2,19 @@
 and of blocks.
 
 All requests are known up front in RL, so the longest are admitted first and the short ones fill the
-end. The samples of a prompt are admitted together: one prefills, the others wait on their slots and
-fork from it. Prefills are cut to what a step's token budget leaves beside decoding. When blocks run
-out, the newest sequence goes back to the queue with its tokens, and is computed again later (much
-of it is then found in the prefix cache). A sequence of `length` tokens that decodes has the keys
-and values of all but the last in the cache: a step computes that one and draws the next. Where
-nothing prefills, a plan may be for several steps in a row: every table then holds what all of them
-write, with blocks that nobody else wants yet. A model's adapter is on or off for a whole step. So
-the sequences that want it on and those that want it off take turns:
-when both wait, those that run are joined by their like until the first of them leaves, and the
-others are admitted when the last has left.
+end. The samples of a prompt are admitted together: one prefills, the rest wait in their slots and
+fork from it. Prefills are split to fit the token budget that decoding leaves in a step. When blocks
+run out, the newest sequence goes back to the queue with its tokens, and is computed again later
+(much of it is then found in the prefix cache).
+
+A decoding sequence of `length` tokens has the keys and values of all but its last token in the
+cache: a step computes the last token and draws the next. If nothing prefills, a plan may cover
+several steps in a row. Every table then has the blocks that all these steps write to, as long as no
+other sequence needs these blocks.
+
+A model's adapter is on or off for a whole step. So the sequences that want it on and those that
+want it off take turns. When both kinds wait, sequences of the running kind are admitted until the
+first running one leaves; the other kind is admitted when the last has left.
 """
 
 from __future__ import annotations
@@ -30,25 +33,25 @@ _STALLED_STEPS = 8
 
 @dataclass(eq=False, slots=True)
 class Running:
-    """One completion in the making. While it has a slot, its columns live in `Slots` and these are
-    stale."""
+    """One completion that is being generated. While the sequence has a slot, its columns are in
+    `Slots`, and those here are out of date."""
 
     id: int
-    request: Any  # the prompt it belongs to, an object of the caller; its samples share it
+    request: Any  # the prompt's request, an object of the caller; all samples of a prompt share it
     sample: int
     num_prompt: int
-    limit: int  # tokens it has at the most: prompt and completion
+    limit: int  # largest number of tokens, prompt and completion together
     tokens: np.ndarray  # [length] int64, the prompt first
     logp: np.ndarray  # [length] float32
-    versions: np.ndarray  # [length] int64, the weights that drew the token
-    # [length] float32, of the state that drew the token; [0] where `Slots` has none
+    versions: np.ndarray  # [length] int64, version of the weights that drew the token
+    # [length] float32, value of the state that drew the token; [0] if `Slots` has no values
     values: np.ndarray
     adapted: bool = True  # whether it is computed with the adapter
     slot: int = -1
     computed: int = 0  # while it prefills: leading tokens whose keys and values are in the cache
-    leader: Running | None = None  # whose prefill it waits for; it has no blocks of its own then
+    leader: Running | None = None  # sequence whose prefill it waits for, without blocks until then
     followers: list[Running] = field(default_factory=list)
-    # what each token behind the prompt was drawn from, where its request asks for it
+    # the tokens that each token after the prompt could be drawn from, if the request asks for them
     kept: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
@@ -61,7 +64,7 @@ class Running:
         limit: int,
         adapted: bool = True,
     ) -> Running:
-        """A sequence that is all prompt."""
+        """Make a sequence that consists of its prompt."""
         size = len(prompt)
         logp, versions, values = (
             np.zeros(size, dtype=dtype) for dtype in (np.float32, np.int64, np.float32)
@@ -71,13 +74,13 @@ class Running:
 
 class Slots:
     """The running sequences in arrays, one row each, so that a step advances all of them at once.
-    `values`: whether tokens come with one."""
+    `values`: whether each token has a value."""
 
     def __init__(self, count: int, block_size: int, values: bool = False) -> None:
         self.count, self.block_size = count, block_size
         self.length = np.zeros(count, dtype=np.int64)
         self.limit = np.zeros(count, dtype=np.int64)
-        self.held = np.zeros(count, dtype=np.int64)  # tokens that the blocks of its table hold
+        self.held = np.zeros(count, dtype=np.int64)  # tokens that the blocks of a row's table hold
         self.tokens = np.zeros((count, 0), dtype=np.int64)
         self.logp = np.zeros((count, 0), dtype=np.float32)
         self.versions = np.zeros((count, 0), dtype=np.int64)
@@ -85,12 +88,12 @@ class Slots:
         self._columns = (
             ("tokens", "logp", "versions", "values") if values else ("tokens", "logp", "versions")
         )
-        # the last row is nobody's: null blocks, for rows that pad a step
+        # the last row belongs to no sequence: null blocks, for rows that pad a step
         self.block_table = np.zeros((count + 1, 0), dtype=np.int32)
-        self.table_changed = True  # since whoever keeps a copy of it looked
+        self.table_changed = True  # whether the table differs from the device's copy
 
     def reserve(self, num_tokens: int) -> None:
-        """Make the rows at least so long."""
+        """Make the rows at least `num_tokens` long."""
         more = num_tokens - self.tokens.shape[1]
         if more > 0:
             for name in self._columns:
@@ -102,14 +105,14 @@ class Slots:
             self.table_changed = True
 
     def put(self, sequence: Running) -> None:
-        """Write the columns into the row `sequence.slot`."""
+        """Write the columns of `sequence` into the row `sequence.slot`."""
         slot, size = sequence.slot, len(sequence.tokens)
         self.length[slot], self.limit[slot], self.held[slot] = size, sequence.limit, 0
         for name in self._columns:
             getattr(self, name)[slot, :size] = getattr(sequence, name)
 
     def take(self, sequence: Running) -> None:
-        """Read the columns out of the row again."""
+        """Read the columns of `sequence` back out of its row."""
         row = (sequence.slot, slice(0, self.length[sequence.slot]))
         for name in self._columns:
             setattr(sequence, name, getattr(self, name)[row].copy())
@@ -123,8 +126,8 @@ class Slots:
         count: np.ndarray | None = None,
         values: np.ndarray | None = None,
     ) -> None:
-        """More tokens each: of tokens, logp and values [K, R] the first `count` [R] of every
-        column, or all; [R] is one token each."""
+        """Append tokens to these slots. `tokens`, `logp` and `values` are [K, R]; of each column,
+        the first `count` [R] entries are appended, by default all. [R] is one token each."""
         tokens, logp = np.atleast_2d(tokens), np.atleast_2d(logp)
         values = None if values is None else np.atleast_2d(values)
         steps, at = np.arange(len(tokens))[:, None], self.length[slots]
@@ -149,8 +152,8 @@ class Slots:
         self.length[slots] = at + (len(steps) if count is None else count)
 
     def set_table(self, slot: int, blocks: list[int]) -> None:
-        """The blocks of the row; those it had stay the same, but for some at the end that it may
-        have lost."""
+        """Set the blocks of the row. The new list may be longer or shorter than the old one, but
+        must agree with it in the part that they share."""
         had = int(self.held[slot]) // self.block_size
         self.block_table[slot, had : len(blocks)] = blocks[had:]
         self.held[slot] = len(blocks) * self.block_size
@@ -159,8 +162,8 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens start to stop of a sequence that prefills; the last of its chunks is `final`, and
-    tokens are drawn after it for it and its forks."""
+    """Tokens `start` to `stop` of a sequence that prefills. The last chunk of a sequence is
+    `final`: after it, tokens are drawn for the sequence and its forks."""
 
     sequence: Running
     start: int
@@ -171,7 +174,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The work of one step.
+    """Work of one step, or of several equal steps in a row.
 
     Attributes:
         decode: slots that compute the token they drew last.
@@ -179,7 +182,8 @@ class Plan:
         copies: (source, destination) blocks, copied once the step is computed.
         sampled: slots that draw a token: those of `decode`, then those of the chunks that end a
             prompt, each with its forks.
-        steps: how many such steps may follow one another before the host looks again.
+        steps: number of such steps that may follow one another before the host must read the
+            tokens.
     """
 
     decode: np.ndarray
@@ -190,8 +194,8 @@ class Plan:
 
 
 class Scheduler:
-    """Owns the queue, the slots and the block manager. `submit`, then `schedule` and `complete` in
-    turn; `finish` sequences between steps."""
+    """Owns the queue, the slots and the block manager. Call `submit`, then `schedule` and
+    `complete` in turn; `finish` sequences between steps."""
 
     def __init__(
         self,
@@ -203,18 +207,18 @@ class Scheduler:
         self.blocks = blocks
         self.slots = Slots(max_sequences, blocks.block_size, values)
         self._budget = max_tokens_per_step
-        self.adapted = True  # whether what runs is computed with the adapter
+        self.adapted = True  # whether the running sequences are computed with the adapter
         self._waiting: list[Running] = []  # the next one to admit is the last
-        # those that wait for the other state of the adapter, likewise
+        # sequences that wait for the other state of the adapter, in the same order
         self._others: list[Running] = []
-        # someone has left since they wait: it is their turn as soon as nothing runs
+        # a sequence has left while `_others` waited: they are next as soon as nothing runs
         self._draining = False
         self._running: dict[int, Running] = {}  # by id, in the order of admission
         self._prefilling: list[Running] = []
         self._decode = np.zeros(0, dtype=np.int64)  # slots, in the order of admission
         self._by_slot: list[Running | None] = [None] * max_sequences
         self._free_slots = list(range(max_sequences))[::-1]
-        self._blocked = False  # nothing has left since the head of the queue did not fit
+        self._blocked = False  # the head of the queue did not fit, and nothing has left since
         self._stalled = 0
         self._ahead = False  # some table may hold more than the next step writes
 
@@ -225,19 +229,19 @@ class Scheduler:
 
     @property
     def decoding(self) -> np.ndarray:
-        """The slots that decode."""
+        """Slots that decode."""
         return self._decode
 
     def at(self, slot: int) -> Running:
-        """The sequence that runs in `slot`."""
+        """Return the sequence that runs in `slot`."""
         sequence = self._by_slot[slot]
         if sequence is None:
             raise RuntimeError(f"Scheduler: slot {slot} is empty; {self.describe()}")
         return sequence
 
     def check_fits(self, num_prompt: int, max_new_tokens: int) -> None:
-        """Raise ValueError for a sequence that would not fit an empty cache."""
-        # the last token drawn is never computed
+        """Raise ValueError if a sequence would not fit into an empty cache."""
+        # the last token drawn needs no keys and values
         need = self.blocks.blocks_for(num_prompt + max_new_tokens - 1)
         if need > self.blocks.total:
             raise ValueError(
@@ -248,7 +252,8 @@ class Scheduler:
             )
 
     def submit(self, sequences: list[Running]) -> None:
-        """Queue sequences that fit (`check_fits`); samples of one request have consecutive ids."""
+        """Queue sequences that fit (`check_fits`). Samples of one request must have consecutive
+        ids."""
         self.slots.reserve(max((sequence.limit for sequence in sequences), default=0))
         for queue, adapted in ((self._waiting, self.adapted), (self._others, not self.adapted)):
             queue.extend(sequence for sequence in sequences if sequence.adapted is adapted)
@@ -257,8 +262,8 @@ class Scheduler:
 
     # ---- a step ----------------------------------------------------------------------------------
     def schedule(self, window: int = 1) -> Plan:
-        """Plan what to compute next. Every table that the plan names holds what the step writes, or
-        all the steps that it allows: at most `window`.
+        """Plan what to compute next, for at most `window` steps. The tables in the plan have the
+        blocks for everything that these steps write.
 
         Raises:
             RuntimeError: several steps in a row found nothing to do while sequences wait; the
@@ -306,7 +311,7 @@ class Scheduler:
         return plan
 
     def complete(self, plan: Plan) -> None:
-        """The step ran: its keys and values are in the cache."""
+        """Note that the step ran, so that its keys and values are in the cache."""
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.computed = chunk.stop
@@ -316,7 +321,8 @@ class Scheduler:
         self._decode = plan.sampled
 
     def finish(self, sequences: Iterable[Running]) -> None:
-        """Take sequences out, wherever they are; their columns hold what they have."""
+        """Remove sequences, whether they wait or run. Their columns then hold the tokens drawn so
+        far."""
         leaving = set()
         for sequence in sequences:
             leaving.add(sequence.id)
@@ -327,7 +333,7 @@ class Scheduler:
                 queue[:] = [sequence for sequence in queue if sequence.id not in leaving]
 
     def describe(self) -> str:
-        """The state in one line, for errors."""
+        """Return the state in one line, for errors."""
         head = self._waiting[-1] if self._waiting else None
         queue = (
             f"{len(self._others)} wait for the adapter to be switched"
@@ -352,8 +358,8 @@ class Scheduler:
 
     # ---- parts -----------------------------------------------------------------------------------
     def _make_room_to_decode(self) -> bool:
-        """Give a block to every decoding sequence whose next token starts one, preempting the
-        newest where there is none. Whether it had to."""
+        """Give a block to every decoding sequence whose next token starts a new block. If there are
+        none left, move the newest sequence back to the queue. Return whether that was necessary."""
         slots, preempted = self.slots, False
         due = self._decode[slots.length[self._decode] > slots.held[self._decode]]
         for slot in due.tolist():
@@ -364,17 +370,17 @@ class Scheduler:
                 if self._give_back():
                     continue
                 self._requeue(next(reversed(self._running.values())))
-                # it may have been the newest itself
+                # the sequence that needs a block may have been the newest itself
                 sequence, preempted = self._by_slot[slot], True
             if sequence is not None:
                 slots.set_table(slot, self.blocks.table(sequence.id))
         return preempted
 
     def _look_ahead(self, window: int) -> int:
-        """Give the decoding sequences what they write in up to `window` steps, as far as blocks are
-        free. For how many steps that is."""
+        """Give the decoding sequences the blocks that they write in up to `window` steps, as far as
+        blocks are free. Return the number of steps for which they suffice."""
         slots, decode, size = self.slots, self._decode, self.blocks.block_size
-        # the last token drawn is never computed
+        # the last token drawn needs no keys and values
         length, last = slots.length[decode], slots.limit[decode] - 1
         steps = max(1, min(window, int((slots.limit[decode] - length).max(initial=1))))
         while steps > 1:
@@ -394,8 +400,8 @@ class Scheduler:
         return steps
 
     def _give_back(self) -> bool:
-        """Take back what `_look_ahead` gave and no step used: others need it now. Whether there was
-        any."""
+        """Take back the unused blocks that `_look_ahead` gave, because other sequences need them
+        now. Return whether there were any."""
         slots, decode, before = self.slots, self._decode, self.blocks.available
         size = self.blocks.block_size
         for slot in (
@@ -410,8 +416,8 @@ class Scheduler:
         return self.blocks.available > before
 
     def _admit(self) -> Running | None:
-        """The next waiting sequence with a slot and a table, and the fresh samples of its request
-        behind it on slots of their own."""
+        """Admit the next waiting sequence, with a slot and a table, and behind it the fresh samples
+        of its request, each with a slot. Return the sequence, or None if it cannot be admitted."""
         if (
             self._blocked
             or not self._waiting
@@ -425,8 +431,8 @@ class Scheduler:
             head, self._waiting[-1 - len(members)]
         ):
             members.append(self._waiting[-1 - len(members)])
-        # a block for each that runs and is not yet as long as it may become, and for each partial
-        # last block that will be forked, or preemption would follow at once
+        # Keep a block for each running sequence that may still grow, and one for each partial last
+        # block that will be forked. Otherwise preemption would follow at once.
         partial = len(head.tokens) % self.blocks.block_size > 0
         running = np.array([one.slot for one in self._running.values()], dtype=np.int64)
         growing = int((self.slots.limit[running] - 1 > self.slots.held[running]).sum())
@@ -486,7 +492,7 @@ class Scheduler:
         insort(self._waiting, sequence, key=_order)
 
     def _release(self, sequence: Running) -> None:
-        """Take a running sequence off its slot and its blocks."""
+        """Take a running sequence off its slot and free its blocks."""
         slots, slot = self.slots, sequence.slot
         slots.take(sequence)
         if sequence.leader is not None:
@@ -511,5 +517,6 @@ class Scheduler:
 
 
 def _order(sequence: Running) -> tuple[int, int]:
-    """Longest expected last (the queue is popped from its end), then by id."""
+    """Sort key: sequences with the most expected tokens last (the queue is popped from its end),
+    then by id."""
     return sequence.limit, -sequence.id

@@ -1,14 +1,14 @@
-"""DecodeState: what the steps of the same sequences need, on the device; `advance` is one step, and
-moves it on there.
+"""DecodeState: the state of decoding sequences on the device. `advance` runs one step, and updates
+the state there.
 
-Shapes    R rows (sequences that draw a token), K steps between two looks of the host, W ids a row,
-          N tokens of a step, V vocabulary.
+Shapes    R rows (sequences that draw a token), K steps until the host reads the tokens, W ids a
+          row, N tokens of a step, V vocabulary.
 
-A step is the model, the head, the sampler, the value head where there is one, and `record`: what
-was drawn goes into a ring that the host reads every K steps, rows that end are marked, the others
-move on. Sizes follow no value, nothing waits for the host, and what lives on is changed in place:
-so on CUDA a step can be captured (graphs.py). A row that has ended stays where it is: it computes
-its last token once more, into the slot where those very bits are, and nobody reads what it draws.
+A step runs the model, the head, the sampler, the value head if there is one, and `record`. The
+drawn tokens go into a ring buffer that the host reads every K steps. Rows that end are marked, and
+the rest move on. No size depends on a value, nothing waits for the host, and the state is changed
+in place: so on CUDA a step can be captured (graphs.py). A row that has ended does not move: it
+computes its last token again, rewrites the same bits in the cache, and its draws are ignored.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ARGUMENTS = ("temperature", "top_k", "top_p", "min_p")
 
 
 class Tokens(NamedTuple):
-    """The tokens of one step, [N] each; `out_slots` [R]: those that draw, None: all. `copies`:
-    blocks to copy once they are computed."""
+    """Tokens of one step, [N] each. `out_slots` [R]: indices of the tokens after which a token is
+    drawn; None: all. `copies`: blocks to copy once the tokens are computed."""
 
     token_ids: Tensor
     positions: Tensor
@@ -48,17 +48,19 @@ class Tokens(NamedTuple):
 
 
 class DecodeState:
-    """The columns of R rows, and a ring of K steps.
+    """Columns of R rows, and a ring buffer of K steps.
 
-    columns: "token_ids", "positions" (both of the newest token), "rows" (of the block table),
-    "last_positions" (where the last token but one may be) and "keys" [R, 4]: int64; "stops" [W, R]:
-    tokens that end a row, with -1, which a row of NaN draws, among them; "finished": bool. Only
-    where some row has any:
-    `ARGUMENTS` of the sampler as float64, "suppress_ids" and "suppress_until" [R, W] (the length
-    from which on the id may be drawn; where an id repeats, so does its length), "bias_ids" and
-    "bias_values" [R, W] (a repeated id adds 0); "returns_kept" [R], bool. numbers: the sampler's
-    other arguments. slots: whose rows they are, for the host. values: whether a step records the
-    value of each row's state as well.
+    Attributes:
+        columns: always "token_ids", "positions" (both of the newest token), "rows" (of the block
+            table), "last_positions" (largest position of the last token but one) and "keys" [R, 4],
+            all int64; "stops" [W, R], tokens that end a row, always with -1, which a row with NaN
+            draws; and "finished", bool. Only if some row needs them: the sampler's `ARGUMENTS` as
+            float64; "suppress_ids" and "suppress_until" [R, W] (the length from which on the id may
+            be drawn; repeated ids have equal lengths); "bias_ids" and "bias_values" [R, W] (a
+            repeated id adds 0); and "returns_kept" [R], bool.
+        numbers: those arguments of the sampler that are the same for all rows.
+        slots: slot of each row, for the host.
+        values: whether a step also records the value of each row's state.
     """
 
     def __init__(
@@ -71,8 +73,8 @@ class DecodeState:
         *,
         values: bool = False,
     ) -> None:
-        # What moves lies so that one addition moves it: the positions of the keys, and of the
-        # newest tokens.
+        # The positions in the keys and those of the newest tokens are adjacent in memory, so that
+        # one addition advances both.
         counters_5R = torch.from_numpy(
             np.ascontiguousarray(np.vstack([columns["keys"].T, columns["positions"]]))
         ).to(device)
@@ -97,17 +99,17 @@ class DecodeState:
             torch.empty(window, R, dtype=torch.float32, device=device) if values else None
         )
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
-        # what each step's tokens were drawn from, in the host's memory: such steps are not captured
+        # the tokens that each step could draw, in the host's memory: such steps are not captured
         self.kept: list[Kept] = []
 
     def refill(self, columns: dict[str, np.ndarray], slots: np.ndarray) -> None:
-        """Other rows of the same shapes, at the same addresses."""
+        """Replace the rows by others of the same shapes, at the same addresses."""
         for name, column in columns.items():
             self.columns[name].copy_(torch.from_numpy(column))
         self.slots = slots
 
     def suppressed(self, vocab_size: int) -> Tensor | None:
-        """[R, V] bool: what may not be drawn now."""
+        """Return [R, V] bool: the tokens that may not be drawn now."""
         if "suppress_ids" not in self.columns:
             return None
         ids_RW, until_RW, positions_R = (
@@ -117,7 +119,8 @@ class DecodeState:
         return mask_RV.scatter_(1, ids_RW, until_RW > positions_R[:, None] + 1)
 
     def record(self, token_ids_R: Tensor, logp_R: Tensor, values_R: Tensor | None = None) -> None:
-        """The rows drew these, in states of these values."""
+        """Record the tokens that the rows drew, their log-probabilities, and the values of their
+        states."""
         c = self.columns
         advance_rows_(
             token_ids_R,
@@ -144,8 +147,9 @@ def advance(
     tokens: Tokens | None = None,
     value_head: ValueHead | None = None,
 ) -> None:
-    """One step of the rows of `state` (None: no row draws); of `tokens`, where the step computes
-    others beside theirs. `value_head`: of a state that records values."""
+    """Run one step of the rows of `state` (None: no row draws). `tokens`: the tokens of the step,
+    if it computes more than the newest token of each row. `value_head`: needed if the state records
+    values."""
     if tokens is None and state is not None:
         tokens = state.tokens
     if tokens is None:
@@ -170,9 +174,9 @@ def advance(
 
 
 def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
-    """A draw, from the biased logits where there is a bias; the log-probability and the entropy are
-    the model's own, but for rows that return what they were drawn from: their log-probability is
-    that of the draw. `strict`: with the scorer's bits."""
+    """Draw a token per row, from the biased logits if there are biases. Log-probability and entropy
+    are those of the model's own distribution. Rows that return the tokens they were drawn from have
+    the log-probability of the restricted draw. `strict`: compute the same bits as the scorer."""
     c = state.columns
     suppress_RV = state.suppressed(logits_RV.shape[1])
     biased_RV, wanted_R, kept = logits_RV, c.get("returns_kept"), None
@@ -192,7 +196,7 @@ def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
         sampled = sampled._replace(logp=drawn_R)
     if not strict and biased_RV is logits_RV:
         return sampled
-    # -1: a row with NaN, which the host sees
+    # a row with NaN draws -1, by which the host notices it
     T, token_ids_R = state.arguments["temperature"], sampled.token_ids.clamp(min=0)
     T = torch.where(T > 0, T, 1.0).float() if isinstance(T, Tensor) else T or 1.0
     if strict:
@@ -207,13 +211,14 @@ def _sample(logits_RV: Tensor, state: DecodeState, strict: bool) -> Sampled:
 
 
 def _by_rows(hidden_RH: Tensor) -> bool:
-    """Whether a row's value depends on no other row at no cost, as its logits do."""
+    """Whether a row's value can be computed independently of the other rows at no cost, as its
+    logits are."""
     return hidden_RH.device.type == "cpu" and native.capability is not None
 
 
 def _logits(hidden_RH: Tensor, head_VH: Tensor, softcap: float | None) -> Tensor:
-    """[R, V] in float32 at least: rounded to bfloat16, a logit of 10 would be off by 0.03, and so
-    would its logprob."""
+    """Return [R, V] logits in float32 at least. Rounded to bfloat16, a logit of 10 would be off by
+    0.03, and so would its logprob."""
     one_dtype = hidden_RH.dtype == head_VH.dtype
     if hidden_RH.device.type == "cpu" and one_dtype and head_VH.dtype in FIXED_LINEAR_DTYPES:
         return fixed_linear(hidden_RH, head_VH, softcap=softcap)  # each weight is read once

@@ -1,4 +1,4 @@
-"""Texts: what a tokenizer makes of prompts, completions and stop strings."""
+"""Texts: prompts, completions and stop strings, converted with a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from fusedrl.engine.base.completion import Completion
 from fusedrl.engine.data.tokenize import encode_prompt
 from fusedrl.engine.generation.sampler import SamplingParams
 
-_CONTEXT = 4  # tokens of a prompt that its completion is decoded behind
+_CONTEXT = 4  # last tokens of the prompt that are decoded together with a completion
 
 
 class Texts:
-    """Prompts to token ids, and token ids to texts. tokenizer: None where prompts are token ids."""
+    """Converts prompts to token ids, and token ids to texts. `tokenizer` may be None if prompts are
+    token ids."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def stop_string(self, params: SamplingParams, tokens: np.ndarray, start: int) -> str | None:
-        """The stop string that the text of tokens[start:] ends with, or holds since its last token.
-        Only as much of it is decoded as can matter."""
+        """Return the stop string that the last token has completed in the text of tokens[start:],
+        or None. Only the end of the text is decoded."""
         # a character is four tokens at the most: its bytes
         tail = max(start, len(tokens) - 4 * max(map(len, params.stop)) - _CONTEXT)
         text = self.text(tokens[:tail].tolist(), tokens[tail:].tolist())
         return next((stop for stop in params.stop if stop in text), None)
 
     def text(self, prompt_ids: list[int], token_ids: list[int]) -> str:
-        """The text that the tokens add to the prompt's. Decoded behind the prompt's last tokens:
-        alone, a sentencepiece tokenizer drops their first space."""
+        """Return the text that the tokens add to the prompt's. They are decoded together with the
+        prompt's last tokens: decoded alone, a sentencepiece tokenizer drops their first space."""
         before = self.tokenizer.decode(prompt_ids[-_CONTEXT:], skip_special_tokens=True)
         both = self.tokenizer.decode(prompt_ids[-_CONTEXT:] + token_ids, skip_special_tokens=True)
         return (
@@ -43,7 +44,7 @@ class Texts:
         )
 
     def encode(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Token ids of strings, id lists and message lists."""
+        """Return the token ids of strings, id lists and message lists."""
         ids: list[list[int]] = []
         for index, prompt in enumerate(prompts):
             if isinstance(prompt, Completion):
@@ -78,11 +79,11 @@ class Texts:
         return ids
 
     def with_special_stops(self, params: SamplingParams) -> SamplingParams:
-        """Stop strings that are one special token of the tokenizer's as stop token ids: texts are
-        decoded without special tokens, and would never hold them.
+        """Return the parameters with stop strings that are special tokens turned into stop token
+        ids. Texts are decoded without special tokens, so such strings would never be found.
 
         Raises:
-            ValueError: a stop string holds a special token among other text.
+            ValueError: a stop string contains a special token among other text.
         """
         tokenizer = self._need("stop strings")
         special = {

@@ -1,5 +1,5 @@
-"""Turns: a lock that threads get in the order in which they asked for it. Of those that generate
-together, none waits for more than one step of each of the others."""
+"""Turns: a lock that threads get in the order in which they asked for it. A thread that generates
+never waits for more than one step of each other thread."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from types import TracebackType
 
 
 class Turns:
-    """`with turns:` waits for its turn. A thread that has it is refused a second one; `try_enter`
-    never waits, and may be called anywhere."""
+    """Lock that is handed out in order: `with turns:` waits for its turn. A thread that already has
+    the turn is refused a second one. `try_enter` never waits, and may be called anywhere."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # held for a few instructions at a time
@@ -62,7 +62,7 @@ class Turns:
             self._mutex.release()
 
     def leave(self) -> None:
-        """The turn goes to the thread that has waited longest."""
+        """Give the turn to the thread that has waited longest."""
         with self._mutex:
             self._holder = None
             if self._waiting:

@@ -3,18 +3,18 @@
 A bfloat16 weight of 0.02 has neighbours 1.2e-4 away: a step of 1e-6 rounds back to where it
 started, and training stands still. So every low-precision parameter has a float32 master; the step
 moves the master and rounds it into the parameter, in place. Float32 parameters are their own
-masters. What somebody else writes to a parameter between two steps (weights that are loaded, an
-average that is swapped in) its master takes over before the next: an element that is not its master
-rounded is the new master.
+masters. Other code may write to a parameter between two steps (weights that are loaded, an average
+that is swapped in). Before the next step the master takes this over: an element that differs from
+its rounded master becomes the new master.
 
-A sum of gradients has the same trouble: of 256 micro-batches added up in bfloat16 the later ones
-are rounded away beside the sum of the earlier (3.6% off; one micro-batch is 0.17% off, and 256
-added up in float32 0.015%). With accumulate="float32", which all stages have, each low-precision
-parameter's gradient goes to a float32 sum as soon as a backward pass has it, and is let go: `.grad`
-is None afterwards. The sums take 4 bytes a parameter until `zero_grad`, where `.grad` takes 2 and
-their float32 copies in the step 4 more.
+A sum of gradients has the same trouble. If 256 micro-batches are added up in bfloat16, the later
+ones are rounded away against the sum of the earlier ones (3.6% off; one micro-batch is 0.17% off,
+and 256 added up in float32 0.015%). All stages use accumulate="float32": as soon as a backward pass
+has a low-precision parameter's gradient, it is added to a float32 sum and freed, so `.grad` is None
+afterwards. The sums take 4 bytes a parameter until `zero_grad`. Without them, `.grad` takes 2 and
+the float32 copies in the step 4 more.
 
-With eps_mode="tensorflow" epsilon stands beside the root of the biased second moment, as in
+With eps_mode="tensorflow", epsilon is added to the root of the biased second moment, as in
 TensorFlow and in the paper's "epsilon hat":
 
     torch        m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
@@ -25,8 +25,8 @@ With state="int8" the moments are codes of 8 bits in blocks of 256 with a float3
 (Dettmers et al., 2022, 8-bit optimizers via block-wise quantization), through torchao: 2 bytes a
 parameter in place of 8. Masters stay float32, and so do the moments of small and odd tensors.
 
-Among several ranks each parameter is updated by the one that owns it, which alone has its master
-and its moments, and is sent to the others (Rajbhandari et al., 2020, ZeRO, stage 1).
+With several ranks, each parameter has one rank that owns it. Only this rank has its master and its
+moments, updates it, and sends it to the other ranks (Rajbhandari et al., 2020, ZeRO, stage 1).
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from fusedrl.engine.config.base import either
 from fusedrl.engine.parallel.lanes import Gradients, Tree, added, owners_of, send_parameters
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
-EPS = 1e-8  # of Adam, where neither a configuration nor an algorithm names one
+EPS = 1e-8  # Adam's epsilon, if neither a configuration nor an algorithm gives one
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-BLOCK = 256  # moments of 8 bits that share a scale
-SMALLEST = 4096  # elements below which torchao keeps the moments in float32
+BLOCK = 256  # number of 8-bit moments that share a scale
+SMALLEST = 4096  # number of elements below which torchao keeps the moments in float32
 _NARROW = (torch.bfloat16, torch.float16)
 _ROW = 4096  # elements whose squares are added up in float32
-_SAMPLED = 1024  # second moments of a parameter that are looked at
+_SAMPLED = 1024  # second moments of a parameter that `below_epsilon` reads
 _PART_OF_STATE = re.compile(r"\.(step|exp_avg(_sq)?(\.codes|\.scale)?|master)$")
-_PART = 1 << 16  # elements that are wide at a time on a CPU
+_PART = 1 << 16  # elements that are converted to float32 at a time on a CPU
 _FEW = 1 << 18  # elements that are rounded at a time on a CPU
 
 
@@ -64,14 +64,14 @@ def quantized(numel: int) -> bool:
 
 
 class StepResult(NamedTuple):
-    """Report of an optimizer step."""
+    """Result of an optimizer step."""
 
     grad_norm: float  # before clipping
     applied: bool  # False: the norm was not finite, and nothing changed
 
 
 class Optimizer:
-    """See `make_optimizer`. `lr` may be set between steps."""
+    """AdamW optimizer made by `make_optimizer`. `lr` may be set between steps."""
 
     def __init__(
         self,
@@ -107,8 +107,8 @@ class Optimizer:
             if group
         ]
         self._eps, self._hat, self._done = eps, eps_mode == "tensorflow", 0
-        self.begun = 0  # steps that have begun to write, since this object was made
-        self._adamw: Any = None  # of a rank that owns nothing
+        self.begun = 0  # number of steps that have begun to write since this object was made
+        self._adamw: Any = None  # stays None on a rank that owns nothing
         self._lr, self._int8 = lr, state == "int8"
         if not groups:
             pass
@@ -116,7 +116,7 @@ class Optimizer:
             self._adamw = _adamw_8bit()(groups, lr=lr, betas=betas, eps=eps, block_size=BLOCK)
         else:
             self._adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        # of the gradients of low-precision parameters since `zero_grad`, in float32
+        # float32 sums of the gradients of low-precision parameters since `zero_grad`
         self._sums: dict[str, Tensor] = {}
         if accumulate == "float32":
             hooks = [
@@ -135,7 +135,7 @@ class Optimizer:
     def lr(self, value: float) -> None:
         self._lr = value
         for group in self._groups:
-            # torchao compiles its step, and a new number would be a new program
+            # torchao compiles its step, and a new Python number would make it compile again
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(value)
             else:
@@ -146,7 +146,7 @@ class Optimizer:
         return [] if self._adamw is None else self._adamw.param_groups
 
     def tree(self) -> Tree:
-        """An empty sum of the gradients of lanes, for `step`."""
+        """Return an empty sum for the gradients of lanes (lanes.py), to be passed to `step`."""
         like = {
             name: p.detach().new_empty((), dtype=_wide(p)).expand(p.shape)  # takes no memory
             for name, p in self._params.items()
@@ -155,15 +155,16 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, *, max_grad_norm: float | None = None, trees: Sequence[Tree] = ()) -> StepResult:
-        """Clip the gradients to a global norm, and update.
+        """Clip the gradients to a global norm, and update the parameters.
 
-        A parameter without a gradient stays. If the norm is not finite, neither weights nor moments
-        change. Reads the norm back from the device. Clipping may scale the gradients in place; call
-        `zero_grad` afterwards.
+        A parameter without a gradient stays unchanged. If the norm is not finite, neither weights
+        nor moments change. Reads the norm back from the device. Clipping may scale the gradients in
+        place; call `zero_grad` afterwards.
 
         Args:
-            trees: sums of parts that this and other ranks have; the gradient is their sum. None:
-                it is what backward passes left, the whole of it on every rank.
+            trees: partial sums of gradients that the ranks hold; the gradient is their total. If
+                empty, the gradient is what backward passes left, and every rank must have all of
+                it.
         Raises:
             RuntimeError: no parameter has a gradient, or one was cast or moved since the optimizer
                 was made.
@@ -209,8 +210,8 @@ class Optimizer:
         return StepResult(norm, True)
 
     def _norm(self, grads: Gradients) -> float:
-        """The global norm of gradients that each rank has its own of: the same bits on any number
-        of ranks."""
+        """Return the global norm of gradients that are divided among the ranks. The bits are the
+        same for any number of ranks."""
         device = next(iter(self._params.values())).device
         sizes = [p.numel() // _ROW + 1 for p in self._params.values()]
         rows = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
@@ -234,7 +235,7 @@ class Optimizer:
                 )
 
     def _follow(self, names: Iterable[str]) -> None:
-        """Masters take over what was written to their parameters since the last step."""
+        """Copy into the masters what other code wrote to their parameters since the last step."""
         for name in names:
             for narrow, wide in zip(
                 _parts(self._params[name]), _parts(self._masters[name]), strict=True
@@ -245,13 +246,14 @@ class Optimizer:
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients since `zero_grad` by name, in the masters' dtypes: the parameters' own
-        where they are wide, else their float32 sums, or copies of `.grad` where there are no sums.
-        A parameter that no backward pass reached has none."""
+        """Return the gradients since `zero_grad` by name, in the masters' dtypes. They are the
+        parameters' own gradients if these are float32 or wider, otherwise their float32 sums, or
+        float32 copies of `.grad` if there are no sums. Parameters that no backward pass reached are
+        missing."""
         found: dict[str, Tensor] = {}
         for name, p in self._params.items():
             if p.grad is not None and name in self._sums:
-                # somebody set .grad by hand beside the sums
+                # the caller has set .grad by hand although there is a sum
                 found[name] = self._sums[name] + p.grad
             elif p.grad is not None:
                 found[name] = p.grad if p.dtype == _wide(p) else p.grad.float()
@@ -260,13 +262,13 @@ class Optimizer:
         return found
 
     def take(self) -> Gradients:
-        """Return `gradients`, which are the caller's from now on; none are left."""
+        """Return `gradients`, and keep none of them: they belong to the caller from now on."""
         found = self.gradients()
         self.zero_grad()
         return found
 
     def zero_grad(self) -> int:
-        """Drop every gradient. Returns the bytes that they took."""
+        """Drop every gradient. Return the number of bytes freed."""
         freed = sum(p.grad.nbytes for p in self._params.values() if p.grad is not None) + sum(
             total.nbytes for total in self._sums.values()
         )
@@ -277,12 +279,12 @@ class Optimizer:
 
     @torch.no_grad()
     def below_epsilon(self) -> float | None:
-        """Return the share of the parameters that have met a gradient whose second moment is below
-        epsilon squared: their steps are less than half of Adam's.
+        """Return the share of parameters whose second moment is below epsilon squared, among those
+        that have had a nonzero gradient. Their steps are less than half of Adam's.
 
-        Of at most 1,024 evenly spaced elements of each parameter: one slice of each, a few
-        operations on all, and one wait for the device. None before the first step, and with state
-        "int8", which keeps no second moment that small.
+        It is estimated from at most 1,024 evenly spaced elements of each parameter. This costs one
+        slice of each, a few operations on all, and one wait for the device. Return None before the
+        first step, and with state "int8", which keeps no second moment that small.
         """
         if self._int8 or not self._done:
             return None
@@ -292,7 +294,8 @@ class Optimizer:
         return below / live if live else None
 
     def _below_epsilon(self) -> Tensor:
-        """(those below epsilon squared, all that have met a gradient), of this rank's."""
+        """Return (number below epsilon squared, number that have had a nonzero gradient) of this
+        rank's parameters."""
         found = (
             [
                 state["exp_avg_sq"].view(-1)
@@ -305,7 +308,7 @@ class Optimizer:
         if not found:
             device = next(iter(self._params.values())).device
             return torch.zeros(2, dtype=torch.float64, device=device)
-        group = self._groups[0]  # they differ in decay alone
+        group = self._groups[0]  # the groups differ only in weight decay
         every = [-(-moment.numel() // _SAMPLED) or 1 for moment in found]
         some = [moment[::step] for moment, step in zip(found, every, strict=True)]
         weights = (
@@ -313,15 +316,15 @@ class Optimizer:
             .repeat_interleave(torch.tensor([len(part) for part in some]))
             .to(found[0].device)
         )
-        # the moments start from 0
+        # correct the bias of moments that start from 0
         seen = torch.cat(some) / (1.0 - group["betas"][1] ** max(1, self._done))
         return torch.stack([(seen > 0) & (seen < group["eps"] ** 2), seen > 0]).double() @ weights
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments and masters as a flat {name: tensor} of live tensors (no copies):
-        `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, `.master`; of 8 bits `.exp_avg.codes` and
-        `.exp_avg.scale`. A parameter that was never updated has no moments. Learning rate and decay
-        belong to the configuration."""
+        """Return moments and masters as a flat {name: tensor} of live tensors (no copies):
+        `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, `.master`. Moments of 8 bits are
+        `.exp_avg.codes` and `.exp_avg.scale`. A parameter that was never updated has no moments.
+        Learning rate and decay are not included, since the configuration sets them."""
         state: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             moments = self._adamw.state.get(master, {})
@@ -337,8 +340,8 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy in what `state_dict` gave, of other ranks' parameters too; nothing changes where it
-        does not fit.
+        """Copy in what `state_dict` returned; it may include parameters that other ranks own. If
+        the state does not fit, nothing changes.
 
         Raises:
             ValueError: names that are missing or unknown, or shapes that differ.
@@ -381,7 +384,7 @@ class Optimizer:
         self._done = int(max(steps, default=0.0))
 
     def _shapes(self, master: Tensor) -> dict[str, torch.Size]:
-        """Of what is saved of a parameter's moments."""
+        """Return the shapes of the moments that are saved for a parameter."""
         if not (self._int8 and quantized(master.numel())):
             return {"step": torch.Size(), "exp_avg": master.shape, "exp_avg_sq": master.shape}
         parts = {"codes": master.shape, "scale": torch.Size([master.numel() // BLOCK])}
@@ -391,7 +394,7 @@ class Optimizer:
 
     def _moment(self, master: Tensor, name: str, key: str, state: Mapping[str, Tensor]) -> Any:
         if f"{name}.{key}" in state:
-            # where each optimizer makes it
+            # the device on which each optimizer creates it
             device = "cpu" if self._int8 and key == "step" else master.device
             return state[f"{name}.{key}"].to(device, copy=True)
         moment = self._adamw._new_buffer(master, key == "exp_avg")  # the first moment has a sign
@@ -401,7 +404,7 @@ class Optimizer:
 
 
 def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
-    """A hook that moves a parameter's gradient into its float32 sum."""
+    """Return a hook that moves a parameter's gradient into its float32 sum."""
 
     @torch.no_grad()
     def move(p: Tensor) -> None:
@@ -410,7 +413,7 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
         grad, p.grad = p.grad, None
         if name not in sums:
             sums[name] = grad.float().contiguous()
-        # where a sum of two dtypes first makes a wide copy of the narrow one
+        # on a CPU, adding two dtypes would first copy the whole gradient to float32
         elif grad.device.type == "cpu":
             for total, part in zip(
                 sums[name].view(-1).split(_PART), grad.reshape(-1).split(_PART), strict=True
@@ -423,7 +426,7 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
 
 
 def _parts(p: Tensor) -> Sequence[Tensor]:
-    """The tensor; on a CPU in parts whose copies stay in the cache."""
+    """Return the tensor; on a CPU, in parts so small that their copies stay in the cache."""
     return (
         p.detach().split(max(1, _FEW * len(p) // p.numel()))
         if p.device.type == "cpu" and p.numel() > _FEW
@@ -432,14 +435,14 @@ def _parts(p: Tensor) -> Sequence[Tensor]:
 
 
 def _bits(p: Tensor) -> Tensor:
-    """A 16-bit tensor as integers, of 64 bits where it can be: they are compared several times
+    """View a 16-bit tensor as integers, of 64 bits if possible: they are compared several times
     faster than bfloat16."""
     whole = p.is_contiguous() and p.numel() % 4 == 0 and p.storage_offset() % 4 == 0
     return p.view(-1).view(torch.int64) if whole else p.view(torch.int16)
 
 
 def _stored(moment: Any) -> list[tuple[str, Tensor]]:
-    """What of a moment is saved: itself, or its codes and scales."""
+    """Return the tensors of a moment that are saved: the moment itself, or its codes and scales."""
     return (
         [(".codes", moment.codes), (".scale", moment.scale)]
         if hasattr(moment, "codes")
@@ -459,18 +462,19 @@ def _adamw_8bit() -> Any:
 
 
 def grad_norm(grads: Iterable[Tensor]) -> float:
-    """The global L2 norm of these tensors; 0 for none. NaN or infinite where any of them holds such
-    a value.
+    """Return the global L2 norm of these tensors; 0 without tensors. It is NaN or infinite if any
+    of them contains such a value.
 
-    In float32 over rows of 4096, and in float64 over the rows: one float32 sum of 67M squares is
-    0.5% off on a CPU.
+    Squares are summed in float32 over rows of 4096, and in float64 over the rows: one float32 sum
+    of 67M squares is 0.5% off on a CPU.
     """
     rows = [_row_norms(grad) for grad in grads]
     return float(torch.linalg.vector_norm(torch.cat(rows))) if rows else 0.0
 
 
 def _row_norms(grad: Tensor) -> Tensor:
-    """[numel // 4096 + 1] float64: the norms of a gradient's rows of 4096 and of what is left."""
+    """Return [numel // 4096 + 1] float64: the norms of a gradient's rows of 4096, and of the
+    rest."""
     flat = grad.reshape(-1)
     whole = len(flat) // _ROW * _ROW
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -480,7 +484,7 @@ def _row_norms(grad: Tensor) -> Tensor:
 
 
 def _wide(p: Tensor) -> torch.dtype:
-    """Of what a parameter's gradients are added up in, and of its master."""
+    """Return the dtype of a parameter's master, in which its gradients are added up."""
     return torch.float32 if p.dtype in _NARROW else p.dtype
 
 
@@ -496,23 +500,23 @@ def make_optimizer(
     accumulate: Literal["parameter", "float32"] = "parameter",
     ranks: Ranks = ALONE,
 ) -> Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019) over named parameters, with float32 masters where they
-    are bfloat16 or float16.
+    """Make AdamW (Loshchilov and Hutter, 2019) over named parameters, with float32 masters for
+    parameters in bfloat16 or float16.
 
     Args:
         params: names and parameters, such as `module.named_parameters()`; frozen ones are left out.
         lr, betas, eps: AdamW's.
         weight_decay: decoupled; not applied to parameters of one dimension (norms, biases).
-        state: of the moments; "int8" needs torchao, and a C++ compiler or Triton for its compiled
-            step.
-        eps_mode: where epsilon stands (top of this file).
-        accumulate: where the gradients of several backward passes are added up: "parameter", in
-            `.grad` and its dtype, as torch does; "float32", low-precision ones in sums of the
-            optimizer's, and `.grad` is None (top of this file).
-        ranks: those that share the parameters; each updates its own.
+        state: precision of the moments; "int8" needs torchao, and a C++ compiler or Triton for its
+            compiled step.
+        eps_mode: where epsilon is added (top of this file).
+        accumulate: where the gradients of several backward passes are added up. "parameter": in
+            `.grad` and its dtype, as torch does. "float32": low-precision gradients in float32 sums
+            of the optimizer, with `.grad` set to None (top of this file).
+        ranks: ranks that share the parameters; each updates the parameters that it owns.
     Raises:
-        ValueError: nothing to train, values outside AdamW's range, or eps_mode "tensorflow" with
-            "int8".
+        ValueError: no parameter to train, values outside AdamW's range, or eps_mode "tensorflow"
+            with "int8".
         SetupError: "int8" without torchao.
     """
     if eps_mode == "tensorflow" and state == "int8":
@@ -524,7 +528,8 @@ def make_optimizer(
 
 
 def measure_optimizer(optimizer: Optimizer, prefix: str = "optim/") -> dict[str, float]:
-    """Return the metrics of an optimizer that every stage logs beside rate and norm."""
+    """Return the metrics of an optimizer that every stage logs, in addition to learning rate and
+    gradient norm."""
     share = optimizer.below_epsilon()
     return {} if share is None else {f"{prefix}below_epsilon": share}
 
@@ -532,8 +537,8 @@ def measure_optimizer(optimizer: Optimizer, prefix: str = "optim/") -> dict[str,
 def optimizer_of(
     config: OptimConfig, params: Iterable[tuple[str, nn.Parameter]], ranks: Ranks = ALONE
 ) -> Optimizer:
-    """The optimizer that a configuration describes, over named parameters; low-precision gradients
-    are added up in float32. Errors as `make_optimizer`."""
+    """Make the optimizer that a configuration describes, over named parameters. Low-precision
+    gradients are added up in float32. Errors are those of `make_optimizer`."""
     return make_optimizer(
         params,
         lr=config.lr,

@@ -1,5 +1,6 @@
-"""What trains a model, once for every stage: the optimizer, its schedule, the check of each update
-and the new version of the weights; among several ranks, who does which part of a step."""
+"""Training of a model, the same for every stage: the optimizer, its schedule, the check of each
+update and the new version of the weights. With several ranks, it also decides which rank does which
+part of a step."""
 
 from __future__ import annotations
 
@@ -17,20 +18,23 @@ from fusedrl.engine.optim.schedule import learning_rate
 from fusedrl.engine.parallel.lanes import Tree, deal
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 
-MOST_SKIPPED = 5  # updates in a row that changed nothing
+MOST_SKIPPED = 5  # number of skipped updates in a row after which training stops
 T = TypeVar("T")
 
 
 class Model(Protocol):
-    """A model that a learner trains. Where it has a `mark_updated`, that is called after each
+    """Model that a learner trains. If it has a method `mark_updated`, it is called after each
     update."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 class Work(Generic[T]):
-    """The parts of an update that are this rank's, one after the other, and what they say of
-    themselves. Iterate over it once; `rows` and `loss` are then of all parts, on every rank."""
+    """This rank's parts of an update, one after the other, and the numbers that each part reports.
+
+    Iterate over it once. Afterwards `rows` and `loss` return the results of all parts, on every
+    rank.
+    """
 
     def __init__(self, learner: Learner, parts: Sequence[T], costs: Sequence[int]) -> None:
         self._learner, self._parts, self._costs = learner, parts, costs
@@ -59,22 +63,22 @@ class Work(Generic[T]):
                 self.tree.take(self._learner.optimizer.take())
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this part of the loss, 0-d, to the parameters'."""
+        """Add the gradient of this part of the loss (0-d) to the gradients of the parameters."""
         loss.backward()
         self._losses[self._at] = (loss.detach(),)
 
     def tell(self, *numbers: Tensor) -> None:
-        """Numbers of this part, 0-d, as many of each."""
+        """Report numbers of this part, 0-d each. Every part must report the same number of them."""
         self._told[self._at] = numbers
 
     def rows(self) -> list[tuple[Tensor, ...]]:
-        """Return what the parts told, in their order; those that told nothing are left out. Errors
-        as `Ranks.meet`."""
+        """Return the numbers that the parts reported, in the order of the parts. Parts without a
+        report are left out. Errors are those of `Ranks.meet`."""
         return self._whole(self._told)
 
     def loss(self) -> Tensor | None:
-        """0-d: the sum of what `backward` was given, in its dtype and in the order of the parts;
-        None without any. Errors as `Ranks.meet`."""
+        """Return the sum of the losses given to `backward`, 0-d, in their dtype and in the order of
+        the parts; None without any. Errors are those of `Ranks.meet`."""
         total: Tensor | None = None
         for (part,) in self._whole(self._losses):
             total = part if total is None else total + part
@@ -90,7 +94,7 @@ class Work(Generic[T]):
         if not kinds:
             return []
         dtypes = [getattr(torch, name) for name in kinds[0]]
-        # float64 holds every number of the others' dtypes
+        # float64 holds every number of the dtypes in use
         table = torch.zeros(
             len(mine), 1 + len(dtypes), dtype=torch.float64, device=self._learner.device
         )
@@ -107,10 +111,11 @@ class Work(Generic[T]):
 
 
 class Update:
-    """One optimizer step, in the making.
+    """One optimizer step, while its gradients are computed.
 
-    grad_norm: afterwards the norm of the gradient before clipping; not finite where the step was
-    skipped.
+    Attributes:
+        grad_norm: norm of the gradient before clipping, set after the step; not finite if the step
+            was skipped.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -119,8 +124,8 @@ class Update:
         self.grad_norm = 0.0
 
     def share(self, parts: Sequence[T], costs: Sequence[int]) -> Work[T]:
-        """Divide parts of the loss among the ranks, by what they cost (`costs_of`). Their
-        gradients are summed over all ranks; called again, those of both are.
+        """Divide parts of the loss among the ranks by their costs (`costs_of`). Gradients are
+        summed over all ranks. After several calls, the gradients of all of them are added.
 
             work = update.share(groups, costs)
             for group in work:
@@ -134,7 +139,7 @@ class Update:
 
     @property
     def trees(self) -> list[Tree]:
-        """The sums of what was shared; none where the gradients are whole on every rank."""
+        """The partial sums of the shared work; empty if every rank has whole gradients."""
         return self._shared
 
 
@@ -142,11 +147,11 @@ class Learner:
     """Trains the parameters of a model that require a gradient.
 
     Args:
-        model: make it whole first; parameters that come later, an adapter's for one, are not
-            trained.
-        config: of the optimizer and its schedule.
-        name: what messages call the model.
-        ranks: that train it together.
+        model: model to train, already complete: parameters added later, such as an adapter's, are
+            not trained.
+        config: configuration of the optimizer and its schedule.
+        name: name of the model in messages.
+        ranks: ranks that train the model together.
     """
 
     def __init__(
@@ -155,13 +160,13 @@ class Learner:
         self.model, self.config, self.name, self.ranks = model, config, name, ranks
         self.optimizer = optimizer_of(config, model.named_parameters(), ranks)
         self.device = next(p.device for _, p in model.named_parameters())
-        self.skipped = 0  # updates left out, since this object was made
+        self.skipped = 0  # updates skipped since this object was made
         self._in_a_row = 0
 
     @contextmanager
     def update(self, index: int, total: int) -> Iterator[Update]:
-        """One optimizer step, the `index`-th (from 0) of `total`: backward passes in the block, the
-        step at its end.
+        """Make one optimizer step, the `index`-th (from 0) of `total`. Backward passes run inside
+        the block, and the step follows at its end.
 
             with learner.update(step, steps) as update:
                 work = update.share(groups, costs_of(batch.lengths, groups))
@@ -186,7 +191,7 @@ class Learner:
         update.grad_norm = result.grad_norm
 
     def check(self, result: StepResult) -> None:
-        """Count an update that was skipped. Raises RuntimeError at the fifth in a row."""
+        """Count an update that was skipped. Raise RuntimeError at the fifth in a row."""
         self._in_a_row = 0 if result.applied else self._in_a_row + 1
         self.skipped += not result.applied
         if self._in_a_row >= MOST_SKIPPED:
@@ -198,10 +203,10 @@ class Learner:
             )
 
     def metrics(self, rate: str = "lr", epsilon: str = "optim/") -> dict[str, float]:
-        """The learning rate of the last update, and the share of second moments below epsilon, by
-        these names."""
+        """Return the learning rate of the last update, under the name `rate`, and the share of
+        second moments below epsilon, under the prefix `epsilon`."""
         return {rate: self.optimizer.lr} | measure_optimizer(self.optimizer, epsilon)
 
     def release(self) -> None:
-        """Drop the gradients, and give their memory back."""
+        """Drop the gradients and release their memory."""
         give_back(self.optimizer.zero_grad())

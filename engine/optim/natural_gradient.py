@@ -1,19 +1,19 @@
-"""The step of a trust region: along the natural gradient, as long as a KL allows, taken only where
-it keeps what was promised.
+"""The step of a trust region: along the natural gradient, as long as a KL allows, and taken only if
+the loss falls nearly as much as predicted.
 
     minimise L(theta)   subject to   KL(theta_old || theta) <= max_kl
     KL = d^T F d / 2 + O(|d|^3) for a move d, F the Fisher matrix
 
-    (F + damping I) x = -grad L      by conjugate gradient: products with F are all that is known of
-                                     it (Hestenes and Stiefel, 1952)
-    d = sqrt(2 max_kl / x^T F x) x   the longest move along x for which the quadratic stays within
+    (F + damping I) x = -grad L      solved by conjugate gradient, which needs only products with F
+                                     (Hestenes and Stiefel, 1952)
+    d = sqrt(2 max_kl / x^T F x) x   the longest move along x whose quadratic KL stays within
                                      max_kl; F without its damping
-    d, r d, r^2 d, ...               the first with KL <= max_kl and a decrease of at least
-                                     accept_ratio times the linear one
+    d, r d, r^2 d, ...               accept the first with KL <= max_kl and a decrease of at least
+                                     accept_ratio times the linear prediction
 
 Shapes    P parameters, in one vector of one dtype.
-Memory    `natural_step` holds 4 vectors of P, the gradient among them; a product, and what it takes
-          to make, come on top.
+Memory    `natural_step` holds 4 vectors of P, the gradient among them; the memory of computing a
+          product comes on top.
 Source    Schulman et al. (2015), Trust region policy optimization, appendix C; its released code
           for the line search.
 """
@@ -34,16 +34,16 @@ _PART = 1 << 18  # elements whose products are added up in float32
 
 
 class NaturalStep(NamedTuple):
-    """The full move, and what the quadratic says of it."""
+    """The full move, and what the quadratic model predicts for it."""
 
     move_P: Tensor
-    # of the loss, linearly, over the whole move; 0 where there is no direction to go
+    # linear prediction of the loss's decrease over the whole move; 0 if no direction was found
     decrease: float
     residual: float  # |(F + damping I) x - b| / |b| that conjugate gradient left
 
 
 class LineSearch(NamedTuple):
-    """Step that a line search accepted; none where `fraction` is 0."""
+    """Step that a line search accepted; `fraction` is 0 if it accepted none."""
 
     fraction: float  # of the full move
     loss: float
@@ -52,8 +52,8 @@ class LineSearch(NamedTuple):
 
 
 def _dot(x_P: Tensor, y_P: Tensor) -> float:
-    """In parts, added up in float64: one float32 sum of 67M squares is 0.5% off on a CPU, and
-    CUDA's takes fewer than 2^31 elements."""
+    """Compute a dot product in parts that are added up in float64. One float32 sum of 67M squares
+    is 0.5% off on a CPU, and CUDA's takes fewer than 2^31 elements."""
     return (
         torch.stack(
             [torch.dot(x, y) for x, y in zip(x_P.split(_PART), y_P.split(_PART), strict=True)]
@@ -68,12 +68,12 @@ def _dot(x_P: Tensor, y_P: Tensor) -> float:
 def conjugate_gradient(
     product: Product, b_P: Tensor, iterations: int, tolerance: float = 1e-5
 ) -> tuple[Tensor, float]:
-    """(x, residual): x with product(x) = b for a symmetric positive definite product, and
-    |product(x) - b| / |b| as the recursion has it.
+    """Solve product(x) = b for a symmetric positive definite product. Return (x, residual); the
+    residual is |product(x) - b| / |b| as the recursion computes it.
 
     Args:
-        iterations: at most so many products.
-        tolerance: the relative residual at which to stop before.
+        iterations: largest number of products.
+        tolerance: relative residual at which to stop early.
     """
     x_P, r_P = torch.zeros_like(b_P), b_P.clone()
     p_P = b_P.clone()
@@ -98,14 +98,14 @@ def conjugate_gradient(
 def natural_step(
     descent_P: Tensor, fisher: Product, config: TRPOConfig, whole: Product | None = None
 ) -> NaturalStep:
-    """The full move along which the loss falls fastest for its KL.
+    """Return the full move in the direction in which the loss falls fastest for its KL.
 
     Args:
-        descent_P: the negative gradient of the loss.
-        fisher: v -> F v, without damping, in a tensor of its own.
-        whole: where `fisher` is of a part of the states, the product of all of them, for the
-            length: conjugate gradient finds directions that are flat on the part, and by its
-            measure their move would be too long.
+        descent_P: negative gradient of the loss.
+        fisher: function v -> F v, without damping, that returns a new tensor.
+        whole: if `fisher` covers only a part of the states, the product over all states, which sets
+            the length of the move. Conjugate gradient finds directions that are flat on the part,
+            so measured by the part alone, the move would be too long.
     """
     x_P, residual = conjugate_gradient(
         lambda v_P: fisher(v_P).add_(v_P, alpha=config.damping), descent_P, config.cg_iterations
@@ -123,16 +123,16 @@ def line_search(
     decrease: float,
     config: TRPOConfig,
 ) -> LineSearch:
-    """Shorten the move until it is good.
+    """Shorten the move until it is accepted.
 
     Args:
-        evaluate: fraction -> (loss, KL) of the parameters moved by that fraction of the full move;
-            it leaves them there.
-        before: the loss without a move.
-        decrease: the linear one of the full move (`natural_step`).
+        evaluate: function fraction -> (loss, KL). It moves the parameters by that fraction of the
+            full move and leaves them there.
+        before: loss without a move.
+        decrease: linear prediction of the full move's decrease (`natural_step`).
     Returns:
-        The first that is accepted, with the parameters where it is. With fraction 0 none was:
-        whoever moves them puts them back.
+        The first step that is accepted; the parameters stay moved by it. If `fraction` is 0, no
+        step was accepted, and the caller must move the parameters back.
     """
     for tries in range(config.backtracks + 1):
         fraction = config.backtrack_ratio**tries
@@ -141,6 +141,6 @@ def line_search(
             kl <= config.max_kl
             and before - loss > 0
             and before - loss >= config.accept_ratio * fraction * decrease
-        ):  # False of NaN
+        ):  # False for NaN
             return LineSearch(fraction, loss, kl, tries + 1)
     return LineSearch(0.0, before, 0.0, config.backtracks + 1)

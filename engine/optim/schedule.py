@@ -6,8 +6,8 @@ from fusedrl.engine.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `total`: linear warm-up, then constant
-    or linear to zero."""
+    """Return the learning rate of optimizer step `step` (from 0) of `total`: linear warm-up, then
+    constant or linear to zero."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

@@ -1,1 +1,1 @@
-"""Several devices of one machine: who trains together, and whose the parts of the work are."""
+"""Training on several devices of one machine: its processes, and how they divide the work."""

@@ -1,10 +1,10 @@
-"""Who does which part of the work, and in which order the parts are added up again.
+"""Lanes: how work is divided among ranks, and in which order its gradients are added up again.
 
-Micro-batches are dealt to lanes, a power of two of them, as a function of their sizes alone. A lane
-adds up its micro-batches' gradients in order, and the lanes are added in one binary tree. A rank
-has neighbouring lanes, so it holds a subtree; the tree goes on across ranks, each parameter's
-gradient on the rank that owns it. With the same lanes the sum has the same bits on 1, 2, 4 and 8
-ranks.
+A lane is a fixed share of the micro-batches. The number of lanes is a power of two, and which
+micro-batches a lane gets depends only on their sizes. Each lane adds up its gradients in order, and
+the lanes are added in one binary tree. A rank has neighbouring lanes, so it holds a subtree. The
+rest of the tree is added across ranks, each parameter's gradient on the rank that owns it. With the
+same lanes the sum has the same bits on 1, 2, 4 and 8 ranks.
 
     lanes       0   1   2   3   4   5   6   7
                  \\ /     \\ /     \\ /     \\ /       on 4 ranks: the first row on each, the others
@@ -25,22 +25,23 @@ from torch import Tensor
 
 from fusedrl.engine.parallel.ranks import Ranks
 
-_BUCKET = 1 << 24  # numbers that one owner is sent at a time
+_BUCKET = 1 << 24  # numbers that are sent to one owner at a time
 Gradients = dict[str, Tensor]
 
 
 def costs_of(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> list[int]:
-    """Cost of a forward and backward pass over each group of sequences of these lengths, in
-    arbitrary units: tokens, and attention's squares."""
+    """Return the cost of a forward and backward pass over each group of sequences, in arbitrary
+    units: proportional to the tokens, plus a quadratic part for attention."""
     return [sum(lengths[b] * (4096 + lengths[b]) for b in group) for group in groups]
 
 
 def deal(costs: Sequence[int], hands: int, most: int | None = None) -> list[list[int]]:
-    """Deal items out, the dearest first, each to the hand that has least so far; a hand takes
-    `most` of them at the most. Each hand is in ascending order. A function of its arguments.
+    """Deal items to hands, the most expensive first, each to the hand with the lowest cost so far;
+    a hand takes at most `most` items. Each hand's items are in ascending order. The result depends
+    only on the arguments.
 
-    Of hands that have the same, those far apart come one after the other: neighbouring lanes are a
-    rank's.
+    Among hands with the same cost, hands far apart come first one after the other, because
+    neighbouring lanes belong to one rank.
     """
     dealt: list[list[int]] = [[] for _ in range(hands)]
     held = [0] * hands
@@ -53,22 +54,22 @@ def deal(costs: Sequence[int], hands: int, most: int | None = None) -> list[list
 
 
 def _reversed(hand: int, hands: int) -> int:
-    """The number with its bits in the opposite order: 0 4 2 6 1 5 3 7 of 8."""
+    """Return the number with its bits in reverse order: 0 4 2 6 1 5 3 7 for 8 hands."""
     digits = max(1, (hands - 1).bit_length())
     return int(f"{hand:0{digits}b}"[::-1], 2)
 
 
 def owners_of(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Give each parameter to the rank that updates it: whole ones, the largest first, each to the
-    rank that has least."""
+    """Assign each parameter to the rank that updates it. Parameters stay whole; the largest are
+    assigned first, each to the rank that has the fewest elements."""
     dealt = deal(list(sizes.values()), ranks)
     names = list(sizes)
     return {names[item]: rank for rank, items in enumerate(dealt) for item in items}
 
 
 def added(left: Gradients, right: Gradients) -> Gradients:
-    """left + right, name by name, in left's memory; a name that one of them lacks is the
-    other's."""
+    """Return left + right, name by name, in left's memory. A name that only one of them has is
+    taken over unchanged."""
     for name, gradient in right.items():
         if name in left:
             left[name] += gradient
@@ -78,12 +79,12 @@ def added(left: Gradients, right: Gradients) -> Gradients:
 
 
 class Tree:
-    """The gradients of lanes, added up as they come: a binary counter.
+    """Sum of the gradients of lanes, added as they arrive, like the digits of a binary counter.
 
     Args:
-        ranks: those that share the lanes.
-        owners: of every parameter, in an order that all ranks have.
-        like: the sums' shapes and dtypes, by name.
+        ranks: ranks that share the lanes.
+        owners: owner of every parameter, in the same order on all ranks.
+        like: shapes and dtypes of the sums, by name.
     """
 
     def __init__(self, ranks: Ranks, owners: Mapping[str, int], like: Mapping[str, Tensor]) -> None:
@@ -91,7 +92,8 @@ class Tree:
         self._held: list[tuple[int, Gradients]] = []  # (lanes in it, their sum)
 
     def take(self, gradients: Gradients) -> None:
-        """Add the next lane of this rank; the tensors are the tree's from now on."""
+        """Add the gradients of this rank's next lane. The tensors belong to the tree from now
+        on."""
         lanes = 1
         while self._held and self._held[-1][0] == lanes:
             gradients = added(self._held.pop()[1], gradients)
@@ -100,10 +102,10 @@ class Tree:
 
     @torch.no_grad()
     def result(self) -> tuple[Gradients, list[str]]:
-        """Return the sums over all lanes of the parameters that this rank owns, and the names of
-        all that have a gradient on any rank. Errors as `Ranks.meet`."""
+        """Return the sums over all lanes for the parameters that this rank owns, and the names of
+        all parameters that have a gradient on any rank. Errors are those of `Ranks.meet`."""
         total: Gradients = {}
-        while self._held:  # of a power of two of lanes one sum is left
+        while self._held:  # a single sum, if the number of lanes is a power of two
             total = added(self._held.pop()[1], total)
         if self._ranks.size == 1:
             return total, [name for name in self._owners if name in total]
@@ -117,7 +119,8 @@ class Tree:
         return found, list(live)
 
     def _buckets(self, names: Sequence[str]) -> list[list[list[str]]]:
-        """[round][owner] -> names of one dtype, so many that a message has `_BUCKET` numbers."""
+        """Return [round][owner] -> names of one dtype, so many that a message has about `_BUCKET`
+        numbers."""
         rounds: list[list[list[str]]] = []
         for dtype in dict.fromkeys(self._like[name].dtype for name in names):
             queues = [
@@ -131,8 +134,8 @@ class Tree:
     def _exchanged(
         self, bucket: list[list[str]], mine: Gradients, live: Mapping[str, Sequence[bool]]
     ) -> Gradients:
-        """The sums of the names in the bucket that this rank owns; what it had of the others is
-        let go."""
+        """Return the sums of the bucket's parameters that this rank owns. Its gradients of the
+        bucket's other parameters are freed."""
         like = next(self._like[name] for names in bucket for name in names)
         parts = [
             torch.cat([like.new_empty(0), *(self._flat(name, mine) for name in names)])
@@ -166,7 +169,7 @@ class Tree:
 
 
 def _taken(queue: list[str], like: Mapping[str, Tensor]) -> list[str]:
-    """Take names off the queue until a message is full; one at least."""
+    """Take names off the queue until a message is full, at least one."""
     names: list[str] = []
     room = _BUCKET
     while queue and (not names or like[queue[0]].numel() <= room):
@@ -178,7 +181,7 @@ def _taken(queue: list[str], like: Mapping[str, Tensor]) -> list[str]:
 def send_parameters(
     ranks: Ranks, owners: Mapping[str, int], parameters: Mapping[str, Tensor], names: Sequence[str]
 ) -> None:
-    """Fill the parameters of these names, in place, with what they are on their owners."""
+    """Fill the parameters with these names, in place, with their owners' values."""
     if ranks.size == 1:
         return
     ranks.meet("parameters")

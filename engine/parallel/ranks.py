@@ -1,13 +1,14 @@
-"""The processes that train together, a device each: what they tell one another, and how they end
-together.
+"""Ranks: the processes that train together, one device each. How they exchange data, and how they
+end together.
 
-Every rank runs the same program on the same data: what is small (experience, advantages, cuts,
-controllers) is whole on all of them, and only what is dear is divided. So all ranks meet in the
-same order, and each meeting begins with a word about what it is for. A rank that failed says so in
-the others' next meeting, whichever that is, and all of them end with its message; ranks that went
-different ways are told instead of waiting for ever.
+Every rank runs the same program on the same data. What is small (experience, advantages, the split
+into micro-batches, controllers) is whole on all ranks, and only what is expensive is divided. So
+all ranks meet in the same order: a meeting is a point where each rank waits for all. Each meeting
+begins with a word about its purpose. A rank that failed reports this in the next meeting of the
+other ranks, whichever that is, and all ranks end with its message. Ranks that have taken different
+paths raise an error instead of waiting for ever.
 
-    with joined(config) as ranks:        # one, where torch.distributed is not initialised
+    with joined(config) as ranks:        # a single rank if torch.distributed is not initialised
         mine = parts[ranks.rank]
         ranks.sum("old_logp", column)    # 0 wherever another rank computed it
 
@@ -34,9 +35,9 @@ from fusedrl.engine.base import errors
 from fusedrl.engine.base.errors import SAID, ConfigError, Elsewhere, SetupError, Stopped
 
 T = TypeVar("T")
-LANES = 8  # where sums shall not depend on the number of ranks and nobody says how many
-_LONGEST = 4000  # characters of a failure that are told to the others
-# errors that are raised again, under their own names, on ranks that had none
+LANES = 8  # default if sums must not depend on the number of ranks
+_LONGEST = 4000  # characters of an error message that are sent to the other ranks
+# errors that are raised under their own names on the ranks that did not fail themselves
 _KNOWN = {
     name: kind
     for name, kind in vars(errors).items()
@@ -48,12 +49,12 @@ class Ranks:
     """All processes of a run, seen from one of them.
 
     Attributes:
-        rank, size: this one's number, from 0, and how many there are.
-        lanes: of what is summed over all of them (lanes.py).
+        rank, size: number of this process, from 0, and number of processes.
+        lanes: number of lanes of sums over all ranks (lanes.py).
         moved: bytes that this rank sent of gradients and received of parameters.
-        loads: of each division of work, what the busiest rank had over the mean.
+        loads: for each division of work, the load of the busiest rank divided by the mean load.
         waited: seconds in which ranks exchanged something or waited for one another.
-        told: whether a failure is known to all: nobody waits for anybody any more.
+        told: whether all ranks know of a failure, so that none waits for another any more.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, lanes: int | None = None) -> None:
@@ -66,23 +67,24 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is the rank that writes files and messages."""
         return self.rank == 0
 
     # ---- meetings --------------------------------------------------------------------------------
     def meet(self, what: str) -> None:
-        """Wait until every rank is here.
+        """Wait until every rank has reached this meeting. `what` names its purpose.
 
         Raises:
-            the error of a rank that failed, with its message; SetupError: a rank is gone, or does
-            not come in time; RuntimeError: another rank is somewhere else.
+            Exception: the error of a rank that failed, of the same type and with its message.
+            SetupError: a rank is gone, or does not come in time.
+            RuntimeError: another rank is in a different meeting.
         """
         if self.size > 1:
             self._meet(what, "")
 
     def _meet(self, what: str, failure: str) -> list[str]:
-        """Exchange what each rank is here for, and whether it failed. Returns the failures of all
-        where this one has one."""
+        """Exchange the purpose of the meeting, and whether a rank failed. Raise the error of
+        another rank, unless this rank failed as well; then return the failures of all."""
         self._met += 1
         text = failure.encode()
         mine = torch.tensor([zlib.crc32(what.encode()), len(text)])
@@ -125,13 +127,14 @@ class Ranks:
         return marked(f"rank {rank} of {self.size}: {shown}")
 
     def fail(self, error: BaseException) -> bool:
-        """Tell the others that this rank failed, in their next meeting; once. Whether they know."""
+        """Report to the other ranks, in their next meeting, that this rank failed; only the first
+        call does so. Return whether they know."""
         if self.size == 1 or self.told:
             return True
         text = f"{type(error).__name__}: {error}"[:_LONGEST]
         try:
             said = self._meet("an error", text)
-        except Exception:  # somebody is gone: nobody is left to tell
+        except Exception:  # some rank is gone, so no meeting is possible any more
             return False
         if text in said[: self.rank]:
             error.add_note(SAID)
@@ -155,7 +158,8 @@ class Ranks:
 
     # ---- small things ----------------------------------------------------------------------------
     def gather(self, what: str, value: Any) -> list[Any]:
-        """Return the JSON value of every rank, in their order. Errors as `meet`."""
+        """Return the JSON value of every rank, in the order of the ranks. Errors are those of
+        `meet`."""
         if self.size == 1:
             return [value]
         self._meet(what, "")
@@ -166,13 +170,15 @@ class Ranks:
         return [json.loads(text) for text in texts]
 
     def once(self, what: str, function: Callable[[], T]) -> T | None:
-        """Call it on the first rank while the others wait; None on those. Errors as `meet`."""
+        """Call `function` on the first rank while the other ranks wait. Return its result there,
+        and None elsewhere. Errors are those of `meet`."""
         found = function() if self.first else None
         self.meet(what)
         return found
 
     def same(self, what: str, values: Mapping[str, Any]) -> None:
-        """Raise ConfigError, naming rank and key, unless all ranks have these JSON values."""
+        """Raise ConfigError unless all ranks have the same JSON values. The message names the rank
+        and the key that differ."""
         for rank, theirs in enumerate(self.gather(what, dict(values))):
             for key in {**values, **theirs}:
                 if values.get(key) != theirs.get(key):
@@ -184,8 +190,8 @@ class Ranks:
 
     # ---- tensors ---------------------------------------------------------------------------------
     def sum(self, what: str, *columns: Tensor) -> None:
-        """Fill in, in place, what other ranks computed: each element is 0 on all ranks but one, so
-        that the sum is exact."""
+        """Fill in, in place, what other ranks computed. Each element is 0 on all ranks but one, so
+        the sum is exact."""
         if self.size == 1:
             return
         self._meet(what, "")
@@ -196,7 +202,8 @@ class Ranks:
                 column.copy_(wire)
 
     def rows(self, what: str, mine: Tensor) -> list[Tensor]:
-        """Return every rank's tensor, in their order, of one shape but for the first dimension."""
+        """Return every rank's tensor, in the order of the ranks. The shapes may differ in the first
+        dimension only."""
         if self.size == 1:
             return [mine]
         sizes = [size[0] for size in self.gather(what, list(mine.shape))]
@@ -208,8 +215,8 @@ class Ranks:
         return [row[:size] for row, size in zip(everyone, sizes, strict=True)]
 
     def to_owners(self, what: str, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Send the r-th part, flat, to rank r. Returns what every rank sent here, in their
-        order."""
+        """Send the r-th part, flat, to rank r. Return the parts that every rank sent here, in the
+        order of the ranks."""
         if self.size == 1:
             return [parts[0]]
         out, sizes = parts[0].new_empty(self.size * len(parts[self.rank])), [len(p) for p in parts]
@@ -223,7 +230,7 @@ class Ranks:
         return list(out.split(len(parts[self.rank])))
 
     def from_owner(self, what: str, owner: int, flat: Tensor) -> None:
-        """Fill `flat` with what it is on its owner."""
+        """Fill `flat`, in place, with the owner's values."""
         if self.size == 1:
             return
         self._call(what, lambda: dist.broadcast(flat, owner))
@@ -231,7 +238,8 @@ class Ranks:
 
     # ---- what it came to -------------------------------------------------------------------------
     def metrics(self) -> dict[str, float]:
-        """Metrics of what was divided since the last call; none of one rank."""
+        """Return metrics of the work divided since the last call; nothing if there is a single
+        rank."""
         if self.size == 1:
             return {}
         found = {f"parallel/{name}_bytes": float(count) for name, count in self.moved.items()}
@@ -246,25 +254,26 @@ ALONE = Ranks()
 
 
 def versions() -> dict[str, str]:
-    """Versions that all ranks must have."""
+    """Return the versions that must be the same on all ranks."""
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def world() -> Ranks:
-    """The processes that torch.distributed has brought together; one, where it has not."""
+    """Return the processes that torch.distributed has brought together; a single one if it is not
+    initialised."""
     there = dist.is_available() and dist.is_initialized()
     return Ranks(dist.get_rank(), dist.get_world_size()) if there else Ranks()
 
 
 def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
-    """Return in how many lanes so many ranks sum.
+    """Return the number of lanes in which `size` ranks sum.
 
     Args:
-        lanes: None is as many as there are ranks.
-        strict: with several ranks and lanes=None: as many as sums have that shall not depend on the
-            number of ranks.
+        lanes: number of lanes; None: as many as there are ranks.
+        strict: whether sums must not depend on the number of ranks. With several ranks and
+            lanes=None, this sets the number to `LANES`.
     Raises:
-        ConfigError: lanes that cannot be divided among the ranks.
+        ConfigError: the lanes cannot be divided among the ranks.
     """
     if lanes is None:
         lanes = LANES if strict and size > 1 else size
@@ -278,8 +287,8 @@ def lanes_of(lanes: int | None, strict: bool, size: int) -> int:
 
 @contextmanager
 def joined(lanes: int | None = None, strict: bool = False) -> Iterator[Ranks]:
-    """The ranks of a run, for as long as the block: an error of one of them ends all, with its
-    message. Arguments and errors as `lanes_of`."""
+    """Provide the ranks of a run within the block. An error on one rank ends all ranks, with its
+    message. Arguments and errors are those of `lanes_of`."""
     ranks = world()
     try:
         ranks.lanes = lanes_of(lanes, strict, ranks.size)

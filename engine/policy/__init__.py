@@ -1,1 +1,1 @@
-"""What one update of a policy is made of: advantages, objectives, control, critic, TRPO."""
+"""The parts of a policy update: advantages, objectives, control, critic, TRPO."""

@@ -1,13 +1,14 @@
-"""What each token of a rollout is worth: the advantage functions behind ALGORITHMS, and those that
-users register.
+"""How much each token of a rollout is worth: the advantage functions behind ALGORITHMS, and those
+that users register.
 
     r_t = -coef k1_t at every token, plus the clipped score at the last
             (coef 0 unless the KL is placed in the reward)
     R   = sum_t r_t = score - coef KL                                        of a completion
 
 A function takes `Signals` and returns advantages [N], or (advantages, returns) where a critic is
-trained on the returns. What is the same for all of a completion's tokens is R-based and spread by
-`per_token`; what looks ahead is r-based. The mathematics is the kernels'.
+trained on the returns. An advantage that is the same for all tokens of a completion is
+computed from R and spread by `per_token`; one that looks ahead is computed from r_t. The kernels do
+the arithmetic.
 """
 
 from __future__ import annotations
@@ -43,20 +44,21 @@ GRPO_EPS = 1e-4  # added to a group's standard deviation, as in TRL
 
 @dataclass(frozen=True)
 class Signals:
-    """Inputs of an advantage. N tokens, B completions.
+    """Inputs of an advantage function. N tokens, B completions.
 
     Attributes:
-        batch: with the columns scores and group_ids [B] (equal where the prompt is; a group may
-            have any size, since invalid completions are left out), and, where the algorithm has
-            them, old_logp, ref_logp and values [N] and greedy_scores [B].
-        gamma, lam, k: discount, lambda of GAE, rewards of a k-step advantage.
-        kl_coef: of the KL in the reward.
-        future_kl_coef: of the KL of the tokens to come, which `estimate` takes off.
+        batch: batch with the columns scores and group_ids [B]. Depending on the algorithm, it also
+            has old_logp, ref_logp and values [N], and greedy_scores [B]. Completions of one prompt
+            have the same group id; a group may have any size, since invalid completions are left
+            out.
+        gamma, lam, k: discount, lambda of GAE, number of rewards in a k-step advantage.
+        kl_coef: coefficient of the KL in the reward.
+        future_kl_coef: coefficient of the KL of the tokens to come, which `estimate` subtracts.
         score_clip: scores are clipped to +-score_clip.
-        baseline: the mean of all returns of earlier steps.
-        level: the mean return of the first rollout. `settled` fills in both for the first rollout
-            itself, so that a constant added to all rewards adds to no advantage, and where rewards
-            have moved since it corrects both, then as [B].
+        baseline: mean of all returns of earlier steps.
+        level: mean return of the first rollout. `settled` computes baseline and level for the first
+            rollout itself, so that a constant added to all rewards changes no advantage. If rewards
+            have moved since then, `settled` corrects both; they are then tensors [B].
     """
 
     batch: PackedBatch
@@ -78,8 +80,8 @@ class Signals:
         baseline: float,
         level: float = 0.0,
     ) -> Signals:
-        """Take them from a step's batch; `kl_coef` is the coefficient now, wherever the KL is
-        placed."""
+        """Build the signals from a step's batch. `kl_coef` is the current KL coefficient, whether
+        the KL is placed in the reward or in the loss."""
         loss, kl = config.loss, config.kl
         return cls(
             batch,
@@ -94,16 +96,19 @@ class Signals:
         )
 
     def settled(self, first: bool = True) -> tuple[Signals, float]:
-        """The signals with a baseline, a level and values that are right on average, and what all
-        values were short of.
+        """Return the signals with baseline, level and values corrected to be right on average, and
+        the overall correction of the values.
 
-        Level and baseline are short of the mean R - level and R - baseline, values of the mean over
-        completions of the mean of G_t - V_t over their tokens. A critic that said less would make
-        every completion's last token look like a gain, and one that said more like a loss, whatever
-        stands there; and its own steps are short. The first rollout takes all that it is short of.
-        A later one takes what is `beyond_chance`, so that rewards whose level moved are followed at
-        once; each completion by what the other prompts' say, since a baseline that a completion has
-        a part in would bias its gradient.
+        The level is corrected by the mean of R - level, the baseline by the mean of R - baseline.
+        Values are corrected by the mean over completions of the mean of G_t - V_t over
+        their tokens. Values that are too low on average would make the last token of every
+        completion look like a gain, whatever the token is. Values that are too high would make it
+        look like a loss, and the critic's own training steps are too short to mend this at once.
+
+        The first rollout applies the whole correction. A later rollout applies the part that
+        `beyond_chance` returns, so that a shift of all rewards is followed at once. Each of its
+        completions is corrected by the completions of the other prompts: a baseline that depends on
+        the completion itself would bias its gradient.
         """
         batch, short, level, baseline = self.batch, 0.0, self.level, self.baseline
         prompts_B = (
@@ -150,10 +155,14 @@ class Signals:
         return replace(self, batch=batch, baseline=baseline, level=level), short
 
     def unit(self, before: float | None, first: bool = False) -> float | None:
-        """The unit of values after this rollout: the standard deviation of G over all actions but
-        those of the completion that adds most to it, within a factor of 2 of the unit `before`, and
-        that where all returns are the same. Of fewer than four completions it is the root mean
-        square of G - V; the first rollout's, whose values are its own mean, says nothing then."""
+        """Return the unit of values after this rollout: the standard deviation of G over all
+        actions, without the completion that adds most to it.
+
+        The unit changes by at most a factor of 2 from `before`, the previous unit. If all returns
+        are equal, it stays `before`. With fewer than four completions, the unit is the root mean
+        square of G - V. In the first rollout (`first`), V is the mean of G itself, so fewer than
+        four completions leave the unit at `before`.
+        """
         mask_N, few = self.batch.action_mask, self.batch.num_sequences < 4
         if not mask_N.any() or (few and first):
             return before
@@ -165,7 +174,7 @@ class Signals:
             off_N = torch.where(mask_N, returns_N - mean, 0.0)
             count, total, square = (
                 x.sum() - x for x in (count_B, self._sums(off_N), self._sums(off_N.square()))
-            )  # of all but one
+            )  # sums over all completions but one
             variance_B = square / count.clamp(min=1) - (total / count.clamp(min=1)).square()
             found = math.sqrt(max(0.0, variance_B.min().item()))
         if not found > 1e-6 * max(returns_N.abs().max().item(), 1e-30):  # rounding
@@ -173,7 +182,7 @@ class Signals:
         return found if before is None else min(2 * before, max(before / 2, found))
 
     def _sums(self, x_N: Tensor) -> Tensor:
-        """[B] sums over completions, in a fixed order."""
+        """Return [B] sums over completions, added in a fixed order."""
         return (
             torch.segment_reduce(x_N, "sum", lengths=self.batch.cu_seqlens.long().diff())
             if len(x_N)
@@ -187,8 +196,7 @@ class Signals:
 
     @cached_property
     def shaped(self) -> ShapedGAE:
-        """GAE and everything on the way to it, not whitened; without a critic, of values that are
-        0."""
+        """Return GAE and its intermediate results, not whitened. Without a critic, values are 0."""
         batch = self.batch
         zeros_N = torch.zeros(batch.num_tokens, device=batch.device)
         old_N, values_N = (
@@ -217,27 +225,27 @@ class Signals:
 
     @property
     def rewards(self) -> Tensor:
-        """[N] r_t; 0 where masked."""
+        """[N] rewards r_t; 0 where masked."""
         return self.shaped.rewards
 
     @property
     def totals(self) -> Tensor:
-        """[B] R."""
+        """[B] return R of each completion."""
         return self.shaped.score_per_sequence - self.kl_coef * self.shaped.kl_per_sequence
 
     @property
     def group_ids(self) -> Tensor:
-        """[B] int64, equal where the prompt is."""
+        """[B] int64 ids that are equal for completions of the same prompt."""
         return self.batch.column("group_ids")
 
     @cached_property
     def lengths(self) -> Tensor:
-        """[B] int64: how many tokens of each completion are unmasked."""
+        """[B] int64 number of unmasked tokens of each completion."""
         before = self.batch.counts_before(self.batch.action_mask)
         return before[self.batch.cu_seqlens.long()].diff()
 
     def per_token(self, x_B: Tensor) -> Tensor:
-        """[N]: each completion's number at each of its unmasked tokens, 0 elsewhere."""
+        """Return [N]: the number of a completion at each of its unmasked tokens, 0 elsewhere."""
         sizes = self.batch.cu_seqlens.long().diff()
         return torch.where(
             self.batch.action_mask,
@@ -259,19 +267,21 @@ class Signals:
 
 
 def beyond_chance(x_B: Tensor, prompts_B: Tensor, answered_B: Tensor) -> tuple[float, Tensor]:
-    """Shrink the mean c of x over prompts to what chance does not explain: (1 - s^2 / c^2) c, or 0
-    where that is negative; and for each completion, [B], the same of all prompts but its own. One
-    outlier makes c and s alike, and is nothing.
+    """Shrink the mean c of x over prompts to the part that chance does not explain:
 
-    s^2 is the variance of c that the spread of the n prompts' means shows, times (n - 1) / (n - 3),
-    the variance of Student's t with its degrees of freedom:
-    three prompts or fewer say nothing. Source: James and Stein (1961), Estimation with quadratic
-    loss; the positive part.
+        (1 - s^2 / c^2) c, or 0 where that is negative
+
+    Return this number, and a tensor [B] that holds for each completion the same number computed
+    without its own prompt. A single outlier makes c and s equally large, so it gives 0.
+
+    s^2 estimates the variance of c from the spread of the n prompts' means, times the variance of
+    Student's t with n - 1 degrees of freedom, (n - 1) / (n - 3). With three prompts or fewer the
+    result is 0. Source: James and Stein (1961), Estimation with quadratic loss; the positive part.
 
     Args:
-        x_B: float64.
-        prompts_B: equal where the prompt is; completions of one are not independent.
-        answered_B: which count.
+        x_B: numbers to average, float64.
+        prompts_B: prompt id of each completion; completions of one prompt are not independent.
+        answered_B: which completions count.
     """
     others_B = torch.zeros_like(x_B)
     if not answered_B.any():
@@ -296,8 +306,8 @@ def beyond_chance(x_B: Tensor, prompts_B: Tensor, answered_B: Tensor) -> tuple[f
 
 
 def _shrunk(n: Tensor, total: Tensor, square: Tensor, middle: Tensor) -> Tensor:
-    """`beyond_chance` of n numbers by the sum and the sum of squares of what they are off
-    `middle`."""
+    """Compute `beyond_chance` of n numbers from the sum and the sum of squares of their differences
+    from `middle`."""
     n_safe = n.clamp(min=1)
     mean_off = total / n_safe
     c = middle + mean_off
@@ -313,7 +323,8 @@ F = TypeVar("F", bound=AdvantageFunction)
 
 @dataclass(frozen=True)
 class Advantage:
-    """A function, and what it needs beside scores: "critic", "group", "greedy" or nothing."""
+    """Advantage function, and what it needs besides scores: "critic", "group", "greedy" or
+    nothing."""
 
     function: AdvantageFunction
     needs: Needs = ""
@@ -323,16 +334,16 @@ _KNOWN: dict[str, Advantage] = {}
 
 
 def register_advantage(name: str, needs: Needs = "") -> Callable[[F], F]:
-    """Make a function known as `loss.advantage = name`.
+    """Register a function under the name that `loss.advantage` refers to.
 
     Args:
-        name: a new one, or that of a built-in advantage to replace.
+        name: a new name, or the name of a built-in advantage to replace.
         needs: "critic" (values are computed and trained), "group" (several completions of a
-            prompt), "greedy" (the column greedy_scores), "" (nothing of these). A built-in name's
-            needs stand in ADVANTAGES.
+            prompt), "greedy" (the column greedy_scores), "" (none of these). The needs of a
+            built-in name are fixed in ADVANTAGES.
 
     Raises:
-        ValueError: the name is built in and has other needs.
+        ValueError: the name is built in and has other needs than given.
     """
     declared = ADVANTAGES.get(name, needs)
     if needs not in ("", declared):
@@ -349,12 +360,13 @@ def register_advantage(name: str, needs: Needs = "") -> Callable[[F], F]:
 
 
 def _built_in(name: str) -> Callable[[F], F]:
-    """Register one of ADVANTAGES, which says what it needs."""
+    """Register a function under a built-in name, with the needs that ADVANTAGES gives for it."""
     return register_advantage(name, ADVANTAGES[name])
 
 
 def find_advantage(name: str) -> Advantage:
-    """The advantage of this name, or of a dotted path. Raises ConfigError."""
+    """Return the advantage with this name, or the function at this dotted path. Raise ConfigError
+    if there is none."""
     found = resolve("advantage", name, _KNOWN)
     if isinstance(found, Advantage):
         return found
@@ -362,10 +374,11 @@ def find_advantage(name: str) -> Advantage:
 
 
 def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
-    """The batch with `advantages`, and with `returns` where a critic is trained.
+    """Return the batch with the column `advantages`, and with `returns` if a critic is trained.
 
     Raises:
-        ConfigError: a user's function raised, or returned something else.
+        ConfigError: a user's function raised, or returned something other than advantages or
+            (advantages, returns).
     """
     batch, loss = signals.batch, config.loss
     advantages_N, returns_N = _call(config.advantage, signals)
@@ -399,9 +412,9 @@ def estimate(config: PolicyConfig, signals: Signals) -> PackedBatch:
 
 
 def _call(name: str, signals: Signals) -> tuple[Tensor, Tensor | None]:
-    """(advantages, returns) by the function of this name."""
+    """Return (advantages, returns) of the function with this name."""
     function = find_advantage(name).function
-    if getattr(function, "__module__", None) == __name__:  # ours, whose errors are
+    if getattr(function, "__module__", None) == __name__:  # built in: its errors are not the user's
         found = function(signals)
         return found if isinstance(found, tuple) else (found, None)
     what = f"the advantage {name}"
@@ -464,14 +477,14 @@ def _k_step(x: Signals) -> tuple[Tensor, Tensor]:
 # ---- of a completion alone -----------------------------------------------------------------------
 @_built_in("monte_carlo")
 def _monte_carlo(x: Signals) -> Tensor:
-    """R at every token, less the level: without, the noise of the gradient would grow with a
-    constant in the reward (Williams, 1992, has b for it)."""
+    """Return R at every token, minus the level. Without the level, the noise of the gradient would
+    grow with a constant in the reward (it is the b of Williams, 1992)."""
     return x.per_token(x.totals - x.level)
 
 
 @_built_in("reward_to_go")
 def _reward_to_go(x: Signals) -> Tensor:
-    """G_t, less the level as in `_monte_carlo`."""
+    """Return G_t minus the level, for the reason given in `_monte_carlo`."""
     to_go_N = discounted_returns(
         x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma
     )
@@ -482,15 +495,16 @@ def _reward_to_go(x: Signals) -> Tensor:
 
 @_built_in("running_mean")
 def _running_mean(x: Signals) -> Tensor:
-    """R - b, b the mean of all earlier R, and where the rollout's other prompts contradict it what
-    they say (`Signals.settled`): neither depends on what it is subtracted from. The first rollout
-    has its own mean, which leaves (B - 1) / B of the gradient."""
+    """Return R - b, where b is the mean R of all earlier steps. If the other prompts of this
+    rollout contradict b, they correct it (`Signals.settled`). Either way b does not depend on the
+    completion it is subtracted from. The first rollout uses its own mean as b, which leaves (B - 1)
+    / B of the gradient."""
     return x.per_token(x.totals - x.baseline)
 
 
 @_built_in("remax")
 def _remax(x: Signals) -> Tensor:
-    """Reward-to-go less the score of the same prompt's greedy completion."""
+    """Return the reward-to-go minus the score of the same prompt's greedy completion."""
     greedy_B = x.batch.column("greedy_scores")
     to_go_N = discounted_returns(
         x.rewards, mask=x.batch.action_mask, cu_seqlens=x.batch.cu_seqlens, gamma=x.gamma
@@ -503,7 +517,7 @@ def _remax(x: Signals) -> Tensor:
 # ---- within a group ------------------------------------------------------------------------------
 @_built_in("grpo")
 def _grpo(x: Signals) -> Tensor:
-    """(R - mean) / (std + eps) of the group; Bessel's std."""
+    """Return (R - mean) / (std + eps) of the group; std has Bessel's correction."""
     return x.per_token(
         group_normalize(x.totals, x.group_ids, method="grpo", eps=GRPO_EPS).advantages
     )
@@ -517,14 +531,14 @@ def _dr_grpo(x: Signals) -> Tensor:
 
 @_built_in("rloo")
 def _rloo(x: Signals) -> Tensor:
-    """R - mean of the others in the group."""
+    """Return R minus the mean R of the other completions in the group."""
     return x.per_token(group_normalize(x.totals, x.group_ids, method="rloo").advantages)
 
 
 @_built_in("opo")
 def _opo(x: Signals) -> Tensor:
-    """R - sum(length R) / sum(length) of the group: the baseline of least variance where a score's
-    gradient grows with its length."""
+    """Return R - sum(length R) / sum(length) of the group. This baseline has the least variance if
+    the gradient of a score grows with the completion's length."""
     weighted = x.per_group(x.lengths * x.totals.double(), "sum") / x.per_group(
         x.lengths, "sum"
     ).clamp(min=1)
@@ -533,16 +547,16 @@ def _opo(x: Signals) -> Tensor:
 
 @_built_in("gpg")
 def _gpg(x: Signals) -> Tensor:
-    """(R - mean) alpha, alpha = completions / completions in groups that have more than one
-    value."""
+    """Return (R - mean) alpha, alpha = completions / completions in groups whose R are not all
+    equal."""
     centred, flat = group_normalize(x.totals, x.group_ids, method="dr_grpo")
     return x.per_token(centred * (len(flat) / (~flat).sum().clamp(min=1)))
 
 
 @_built_in("pass_at_k")
 def _pass_at_k(x: Signals) -> Tensor:
-    """The best of a group gets what it has before the second, the others nothing; a tie at the top
-    teaches nothing."""
+    """Give the best completion of a group its lead over the second best, and the other completions
+    0. If two completions tie for the best, all get 0."""
     order = torch.sort(x.totals, descending=True, stable=True).indices
     order = order[torch.sort(x.group_ids[order], stable=True).indices]
     ids, totals = x.group_ids[order], x.totals[order]

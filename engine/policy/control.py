@@ -1,5 +1,5 @@
-"""What steers a policy run from step to step: coefficients that adapt, the running baseline, and
-the place in the data."""
+"""State that steers a policy run from step to step: coefficients that adapt, the running baseline,
+and the place in the data."""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ from fusedrl.kernels.normalize import RunningMoments
 
 
 class KLController:
-    """The KL coefficient, fixed, or adapted towards a target; `kl` is in nats per sequence (the sum
-    over its tokens, averaged over sequences). The update follows the step: step k is penalised with
-    the coefficient that step k - 1 left.
+    """KL coefficient, fixed or adapted towards a target. `kl` is in nats per sequence (the sum over
+    its tokens, averaged over sequences). The coefficient is updated after a step: step k is
+    penalised with the coefficient that step k - 1 left.
 
-    Without a horizon it acts on d = sqrt(kl), which grows about evenly while a policy moves away,
-    smoothed as level and slope (Holt, 1957):
+    Without a horizon, the controller acts on d = sqrt(kl), which grows about evenly while a policy
+    moves away. It smooths d as level and slope (Holt, 1957):
 
         level' = a d + (1 - a) (level + slope)      a = 0.3
         slope' = a (level' - level) + (1 - a) slope
         e = clip(2 log((level + 6 slope) / sqrt(target)), -1, 3)
         coef *= exp(0.12 e), or exp(0.1 e) where e < 0
 
-    It looks 6 steps ahead, since a coefficient acts on where training goes and not on where it is.
-    Below the target e is 0 while the slope leads there within 60 steps, so that a run's first
-    steps, whose KL is near 0 whatever the coefficient, do not wear it down; above it while the
-    slope leads back within 20. Each step counts alike, whatever its number of sequences. Settling:
-    simulated policies (tests/engine/policy/test_kl_control.py) stay within a factor of 1.6 of the
-    target after 25 steps with the right coefficient, 80 with one that is ten times too large or too
-    small, 110 with a hundred times.
+    The controller extrapolates 6 steps ahead, since a coefficient changes where training goes and
+    not where it is. Below the target, e is taken as 0 while the slope leads to the target within 60
+    steps. So the first steps of a run, whose KL is near 0 whatever the coefficient, do not wear the
+    coefficient down. Above the target, e is taken as 0 while the slope leads back within 20 steps.
+    Each step counts the same, whatever its number of sequences.
 
-    With a horizon it is Ziegler et al. (2019), Fine-Tuning Language Models from Human Preferences,
-    section 2.2, `episodes` being the sequences of a step:
+    Time to reach the target: simulated policies (tests/engine/policy/test_kl_control.py) stay
+    within a factor of 1.6 of the target after 25 steps with the right coefficient, after 80 with
+    one that is ten times too large or too small, and after 110 with one a hundred times off.
+
+    With a horizon, the controller is that of Ziegler et al. (2019), Fine-Tuning Language Models
+    from Human Preferences, section 2.2. `episodes` is the number of sequences of a step:
 
         e = clip(kl / target - 1, -0.2, 0.2);  coef *= 1 + e * episodes / horizon
     """
 
     SMOOTHING, AHEAD, RANGE = 0.3, 6, 1000.0  # the coefficient stays within RANGE of where it began
     GAIN_BELOW, GAIN_ABOVE, PATIENCE_BELOW, PATIENCE_ABOVE = 0.1, 0.12, 60, 20
-    AWAY = 50  # steps outside half and twice the target after which it is told
+    AWAY = 50  # steps with a KL below half or above twice the target after which a warning is given
 
     def __init__(self, config: KLConfig) -> None:
         self.config = config
@@ -52,8 +54,8 @@ class KLController:
         self.away, self._told = 0, False
 
     def update(self, kl: float, episodes: int) -> None:
-        """Adapt to the KL that the step measured; nothing happens without a target, or of a KL that
-        is not finite."""
+        """Adapt the coefficient to the KL that a step measured. Do nothing without a target, or if
+        the KL is not finite."""
         target = self.config.target
         if target is None or not math.isfinite(kl):
             return
@@ -69,7 +71,7 @@ class KLController:
             wanted - self.level,
             self.PATIENCE_BELOW if error < 0 else self.PATIENCE_ABOVE,
         )
-        if error * gap < 0 and self.slope / gap * patience > 1:  # on its way
+        if error * gap < 0 and self.slope / gap * patience > 1:  # soon there
             return
         moved = self.coef * math.exp(
             self.GAIN_BELOW * max(-1.0, error) if error < 0 else self.GAIN_ABOVE * min(3.0, error)
@@ -77,7 +79,8 @@ class KLController:
         self.coef = min(self.config.coef * self.RANGE, max(self.config.coef / self.RANGE, moved))
 
     def warning(self) -> str | None:
-        """Once, where the target is not reached: what is so, and what to do."""
+        """Return a warning with a remedy if the target is not reached, otherwise None. The warning
+        is returned only once."""
         target, first = self.config.target, self.config.coef
         at_bound = (
             target is not None
@@ -122,28 +125,29 @@ class KLController:
         }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over a state that `state_dict` gave."""
+        """Restore a state that `state_dict` returned."""
         self.coef, self.level, self.slope = state["coef"], state["level"], state["slope"]
         self.away, self._told = int(state["away"]), bool(state["told"])
 
 
 class PenaltyController:
-    """The coefficient of ppo_penalty: doubled where KL(old || new) is above its upper threshold,
-    halved where it is below the lower one. Source: Schulman et al. (2017), section 4."""
+    """Coefficient of ppo_penalty. It is doubled if KL(old || new) is above the upper threshold and
+    halved if it is below the lower one. Source: Schulman et al. (2017), section 4."""
 
     def __init__(self, config: PenaltyConfig) -> None:
         self.thresholds, self.coef = config.thresholds, config.coef
 
     def update(self, kl: float) -> None:
-        """Adapt to the KL, in nats per token, that the step's last pass measured."""
+        """Adapt the coefficient to the KL, in nats per token, that the step's last pass over the
+        rollout measured."""
         low, high = self.thresholds
         self.coef *= 2.0 if kl > high else 0.5 if kl < low else 1.0
 
 
 class Control:
-    """All that a policy run carries from step to step beside weights and optimizer: two
+    """State that a policy run carries from step to step besides weights and optimizer. It holds two
     coefficients, the moments of all returns and of all scores so far, the mean of each in the first
-    rollout, and how many prompts were drawn from the stream."""
+    rollout, and the number of prompts drawn so far."""
 
     def __init__(self, config: PolicyConfig) -> None:
         self.kl, self.penalty, self.returns = (
@@ -153,30 +157,34 @@ class Control:
         )
         self.scores = RunningMoments()
         self.level: float | None = None  # mean return of the first rollout
-        self.origin: float | None = None  # mean of its scores, where they are scaled
-        # of the value head; no unit while all returns were the same
+        self.origin: float | None = None  # mean score of the first rollout, if scores are scaled
+        # level and unit of the value head; the unit is None while all returns were the same
         self.value_level, self.unit = 0.0, cast("float | None", None)
-        self.next_unit: float | None = None  # after this step
+        self.next_unit: float | None = None  # the unit after this step
         self.drawn = 0
         self._scale, self._centre = config.scale_scores, config.normalize_scores
         self._penalised = config.objective == "ppo_penalty"
 
     def scaled(self, batch: PackedBatch) -> PackedBatch:
-        """The batch with its scores divided by the standard deviation of all so far, these included
-        (as they are while all were the same), after their mean is taken off: with scale_scores that
-        of the first rollout, which stays (else a mean far from 0 would move with the deviation, and
-        values with it), with normalize_scores that of all so far. With neither option the batch
-        itself. What is clipped is clipped later."""
+        """Return the batch with its scores centred and scaled. If neither scale_scores nor
+        normalize_scores is set, return the batch itself.
+
+        First a mean is subtracted from the scores. With normalize_scores it is the mean of all
+        scores so far. With scale_scores it is the mean of the first rollout's scores, for the whole
+        run: a mean far from 0 would otherwise move with the deviation, and values with it. Then the
+        scores are divided by the standard deviation of all scores so far, including these, or by 1
+        while all scores were the same. Clipping comes later.
+        """
         if not (self._scale or self._centre):
             return batch
         self.scores.update(batch.column("scores"))
         self.origin = self.scores.mean if self.origin is None else self.origin
         mean, scale = self.scores.mean if self._centre else self.origin, self.scores.std
-        # below is the rounding of the mean
+        # a smaller deviation is only the rounding error of the mean
         scale = scale if scale > 1e-6 * max(1.0, abs(self.scores.mean)) else 1.0
         batch = batch.with_columns(scores=(batch.column("scores") - mean) / scale)
         if batch.token_rewards is not None:
-            # the mean of the scores is taken off at the end
+            # the mean of the scores is subtracted from the last token's reward, not here
             batch = batch.with_columns(token_rewards=batch.token_rewards / scale)
         return (
             batch
@@ -185,8 +193,8 @@ class Control:
         )
 
     def update(self, metrics: Mapping[str, float], totals_B: Tensor) -> None:
-        """Adapt to what a step measured (nothing while the policy stood still), and take in its
-        returns."""
+        """Adapt the coefficients to the metrics of a step (metrics are missing while the policy is
+        not trained), and add the step's returns to the moments."""
         if "kl" in metrics:
             self.kl.update(metrics["kl"], len(totals_B))
         if self._penalised and "policy/last_approxkl" in metrics:
@@ -209,7 +217,7 @@ class Control:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that `state_dict` gave."""
+        """Restore a state that `state_dict` returned."""
         self.kl.load_state_dict(state["kl"])
         self.penalty.coef = float(state["penalty_coef"])
         self.returns.load_state_dict(state["returns"])

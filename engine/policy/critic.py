@@ -1,12 +1,12 @@
-"""A critic of its own: another trunk beside the policy's, of any size and family that reads the
-same tokens, with a linear head.
+"""A critic with a trunk of its own, of any size and family that reads the policy's tokens, and a
+linear head.
 
     V(s_t) = w . h_{t-1} + b         read at the position before token t, as from a head on the
                                      policy's trunk; 0 at the first slot of a sequence
 
-From a reward model, score(x) = w . h_last - shift: the same w and b = -shift, so that at first
-V(s_t) is the score of what stands before token t (Ouyang et al., 2022, InstructGPT; Zheng et al.,
-2023, Secrets of RLHF in Large Language Models, part I).
+A reward model computes score(x) = w . h_last - shift. A critic that starts from it takes the same
+w and b = -shift, so that V(s_t) is at first the score of the tokens before token t (Ouyang et al.,
+2022, InstructGPT; Zheng et al., 2023, Secrets of RLHF in Large Language Models, part I).
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from fusedrl.engine.parallel.ranks import ALONE
 
 
 class SeparateCritic(nn.Module):
-    """A decoder without a language model head, and a value head on it."""
+    """Decoder without a language model head, with a value head on top."""
 
     def __init__(self, decoder: Decoder, head: ValueHead) -> None:
         super().__init__()
         self.decoder, self.head = decoder, head
-        self.ranks = ALONE  # that score together
+        self.ranks = ALONE  # the ranks that score together
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[N] float32: the value of the state before each token; 0 at the first slot of a sequence.
-        Differentiable."""
+        """Return [N] float32: the value of the state before each token; 0 at the first slot of a
+        sequence. Differentiable."""
         hidden_NH = self.decoder(
             batch.token_ids, batch.positions, batch.cu_seqlens, batch.max_length
         )
@@ -68,8 +68,8 @@ class SeparateCritic(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: PackedBatch, partition: Sequence[Sequence[int]]) -> Tensor:
-        """[N] float32: `forward` without gradient, in micro-batches of these sequences. The same
-        cuts in training reproduce these bits."""
+        """Return [N] float32: `forward` without gradient, in the micro-batches given by
+        `partition`. Training reproduces the same bits if it splits the batch the same way."""
         values_N = torch.zeros(batch.num_tokens, device=batch.device)
         mine = deal(costs_of(batch.lengths, partition), self.ranks.size)[self.ranks.rank]
         for part in (partition[index] for index in mine):
@@ -78,8 +78,8 @@ class SeparateCritic(nn.Module):
         return values_N
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: Any = None) -> None:
-        """Write what `load_critic` reads, and transformers as a bare trunk: config, weights,
-        tokenizer, and the value head beside them."""
+        """Write config, weights, tokenizer and the value head to a directory. `load_critic` reads
+        all of it; transformers reads it as a bare trunk."""
         config = self.decoder.config
         config = replace(
             config,
@@ -101,23 +101,24 @@ class SeparateCritic(nn.Module):
 
 
 class TrunkCritic(nn.Module):
-    """The value head on a policy's trunk, as what is trained while the policy stands still: the
-    trunk is a constant."""
+    """Value head on the policy's trunk, for the steps in which only the head is trained and the
+    policy stays unchanged."""
 
     def __init__(self, actor: HybridActor, head: ValueHead) -> None:
         super().__init__()
         self.head = head
-        self._actor = actor  # no module: its weights are none of these
+        self._actor = actor  # not a module, so its weights are not among this module's parameters
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[N] float32, as `HybridActor.values`. Differentiable in the head."""
+        """Return [N] float32 values, as `HybridActor.values` does. Differentiable in the head
+        only."""
         with torch.no_grad():
             hidden_NH = self._actor.forward(batch)
         return self._actor.values(batch, hidden_NH)
 
 
 class TrainedCritic(NamedTuple):
-    """A critic with what trains it; over so many rollouts, the first of the run."""
+    """Critic and its learner. The critic is trained in the first `rollouts` rollouts of the run."""
 
     model: SeparateCritic | TrunkCritic
     learner: Learner
@@ -127,9 +128,9 @@ class TrainedCritic(NamedTuple):
 def load_critic(
     path: str | Path, *, dtype: str | torch.dtype = "auto", device: torch.device | str | None = None
 ) -> SeparateCritic:
-    """A critic from a reward model (a *ForSequenceClassification), from one that was saved, or from
-    a language model: then with the value head beside its weights, or one that says 0. Arguments and
-    errors as `load_decoder`."""
+    """Load a critic from a reward model (a *ForSequenceClassification), a saved critic, or a
+    language model. The value head of a language model is the one saved with its weights, or else
+    one that outputs 0. Arguments and errors are those of `load_decoder`."""
     directory = resolve_directory(path)
     config = load_config(directory)
     if classifier(config):
@@ -139,8 +140,8 @@ def load_critic(
             head.weight.copy_(model.head.weight)
             head.bias.fill_(-model.shift)
         return SeparateCritic(model.decoder, head)
-    # Nobody reads a language model's head here: the trunk is built as if it were tied, and `raw`
-    # keeps what the file said.
+    # A language model's head is not needed here: the trunk is built as if the embeddings were tied,
+    # and `raw` keeps what the file said.
     decoder = Decoder(
         replace(config, tie_embeddings=True),
         dtype=resolve_dtype(dtype, device),
@@ -157,12 +158,16 @@ def load_critic(
 
 
 def critic_of(config: PolicyConfig, actor: HybridActor) -> TrainedCritic | None:
-    """Return the critic that is trained by itself, and its optimizer: a critic of its own, in the
-    policy's dtype, or the head on the policy's trunk while it warms up; or None.
+    """Return the critic that has an optimizer of its own, together with that optimizer; None if
+    there is no such critic.
+
+    If `critic.model` names a model, it is a critic with a trunk of its own, in the policy's dtype.
+    If `critic.model` is "trunk", it is the value head on the policy's trunk, during the first
+    `critic.warmup_steps` rollouts.
 
     Raises:
-        ConfigError: its vocabulary is not the policy's, or it has too few positions. Others as
-            `load_critic`.
+        ConfigError: the critic's vocabulary is not the policy's, or it has too few positions. Other
+            errors are those of `load_critic`.
     """
     if config.critic is None:
         return None

@@ -1,16 +1,16 @@
-"""What a policy says of nearby policies: its Fisher matrix, as a product with vectors, and the KL
-itself, both over the whole vocabulary.
+"""Distances between nearby policies: the Fisher matrix of a policy, as a product with vectors, and
+the KL itself, both over the whole vocabulary.
 
     KL(old || new) = 1/R sum_n sum_v p_nv (log p_nv - log q_nv)
             p old, q new: softmax of logits / T, at the R slots with an action behind them
     F v            = 1/R sum_n J_n^T (diag p_n - p_n p_n^T) J_n v / T^2,   J_n = d logits_n / d
                    theta
 
-F is the Hessian of the KL at new = old, where the curvature of the logits themselves has no part:
-their gradient there is q - p = 0. A product takes J v from forward-mode differentiation of the
-decoder, whose torch implementations have it (the fused ones do not), and J^T u from the backward
-pass of training, with its fused kernels. Nothing is sampled or differenced: F v is exact, up to
-rounding.
+F is the Hessian of the KL at new = old. The curvature of the logits plays no part there, because
+their gradient is q - p = 0. To compute a product, J v comes from forward-mode differentiation of
+the decoder in its torch implementations, since the fused kernels lack forward mode. J^T u comes
+from the backward pass of training, with its fused kernels. Nothing is sampled or differenced: F v
+is exact, up to rounding.
 
 Shapes    N tokens, R rows, H hidden, V vocabulary, P trained parameters of the decoder, in one
           vector.
@@ -44,8 +44,7 @@ _WORKSPACE = 64 << 20  # bytes of logits held at a time, in four tensors
 
 
 class FlatParameters:
-    """The parameters of a decoder that are trained, as one vector [P]: in the order of
-    `named_parameters`."""
+    """The trained parameters of a decoder as one vector [P], in the order of `named_parameters`."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.named: dict[str, nn.Parameter] = {
@@ -54,7 +53,7 @@ class FlatParameters:
         self._ends = list(accumulate(p.numel() for p in self.named.values()))
 
     def views(self, x_P: Tensor) -> dict[str, Tensor]:
-        """A vector by parameter, in their shapes; views."""
+        """Split a vector into views with the parameters' names and shapes."""
         parts = torch.tensor_split(x_P, self._ends[:-1])
         return {
             name: part.view(p.shape)
@@ -62,11 +61,12 @@ class FlatParameters:
         }
 
     def values(self) -> Tensor:
-        """[P], a copy."""
+        """Return a copy of the parameters [P]."""
         return torch.cat([p.detach().reshape(-1) for p in self.named.values()])
 
     def gradient(self) -> Tensor:
-        """[P], a copy of what backward passes have left; 0 where there is nothing. Drops it."""
+        """Return a copy of the accumulated gradient [P], and drop the gradient. It is 0 for
+        parameters without one."""
         found_P = torch.cat(
             [
                 (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
@@ -83,7 +83,7 @@ class FlatParameters:
 
     @torch.no_grad()
     def write(self, x_P: Tensor) -> None:
-        """Set them, in place."""
+        """Set the parameters in place."""
         for name, part in self.views(x_P).items():
             self.named[name].copy_(part)
 
@@ -97,13 +97,13 @@ def fisher_product(
     temperature: float,
     v_P: Tensor,
 ) -> Tensor:
-    """[P] F v of the policy at the states of a batch.
+    """Return [P] F v of the policy at the states of a batch.
 
     Args:
-        parts: the sequences of each micro-batch; their cut changes nothing. Sequences in none of
-            them have no part.
+        parts: sequences of each micro-batch. How they are split changes nothing; sequences in none
+            of the micro-batches are left out.
         temperature: T, above 0.
-        v_P: [P], of the parameters' dtype.
+        v_P: vector [P], in the parameters' dtype.
     """
     decoder, tangents = actor.decoder, parameters.views(v_P)
     head_name = "embedding" if decoder.head is None else "head"
@@ -139,7 +139,7 @@ def fisher_product(
 def _forward_mode(
     decoder: Decoder, parameters: FlatParameters, tangents: dict[str, Tensor], batch: PackedBatch
 ) -> Tensor:
-    """[N, H]: how the hidden states move as the parameters move along `tangents`."""
+    """Return [N, H]: how the hidden states change as the parameters move along `tangents`."""
     with torch.no_grad(), use_impl("torch"), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         moving = {
             name: forward_ad.make_dual(p.detach(), tangents[name])
@@ -160,12 +160,12 @@ def policy_kl(
     old_head_VH: Tensor,
     temperature: float,
 ) -> Tensor:
-    """0-d float64: the sum over the actions of a batch of KL(old || new) of the distributions that
-    they are drawn from, in nats; not differentiable.
+    """Return the sum over a batch's actions of KL(old || new), in nats, 0-d float64. Each KL is of
+    the distribution that the action is drawn from. Not differentiable.
 
     Args:
-        hidden_NH: of the policy now.
-        old_hidden_NH, old_head_VH: of the old one.
+        hidden_NH: hidden states of the current policy.
+        old_hidden_NH, old_head_VH: hidden states and head of the old policy.
     """
     return (
         linear_full_kl(

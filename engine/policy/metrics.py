@@ -1,4 +1,5 @@
-"""What a policy step reports: of its rollout, and of the micro-batches that it trained on."""
+"""Metrics that a policy step reports: those of its rollout, and those of the micro-batches that it
+trained on."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ from fusedrl.kernels.runtime.faults import raise_faults
 def measure(
     batch: PackedBatch, kl_coef: float, config: PolicyConfig, scored_N: Tensor | None = None
 ) -> dict[str, float]:
-    """Metrics of the rollout itself, of a batch with old_logp and old_entropy.
+    """Measure a rollout from its batch, which has the columns old_logp and old_entropy.
 
     Args:
-        scored_N: bool [N], the tokens whose old_logp and old_entropy are of the trainer; None: all.
-            Of the others old_logp is what the sampler said, from which the KL is measured as well.
+        scored_N: bool [N], tokens whose old_logp and old_entropy the trainer computed; None: all.
+            The old_logp of the remaining tokens is the sampler's; the KL includes these tokens,
+            too.
 
     Raises:
         IndexError: a kernel was given ids outside the vocabulary.
@@ -74,10 +76,10 @@ def measure(
 
 
 def _distance(batch: PackedBatch, kl_coef: float, config: PolicyConfig) -> dict[str, float]:
-    """The KL from the reference, and what it is worth."""
+    """Measure the KL from the reference, and its part in the reward."""
     old_N, mask_N = batch.column("old_logp"), batch.action_mask
-    # Of the same kernel as a KL in the reward: what is reported, and what the coefficient
-    # adapts to, is what was charged.
+    # The kernel is the one that computes a KL in the reward. So the KL that is reported, and that
+    # the coefficient adapts to, is the KL that was charged.
     shaped = shaped_gae(
         old_N,
         batch.column("ref_logp"),
@@ -112,8 +114,9 @@ def _explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 class Meter:
-    """Micro-batch statistics -> one number per step: means weighted by tokens, extremes by min and
-    max. Read once, at the end."""
+    """Collects the statistics of micro-batches and turns them into one number per metric and step.
+    Means are weighted by tokens; extremes are the min and max over micro-batches. The numbers are
+    read from the device once, at the end."""
 
     def __init__(self) -> None:
         self.policy: list[PolicyStats] = []
@@ -134,9 +137,14 @@ class Meter:
         first: bool,
         replayed: bool = False,
     ) -> None:
-        """Add one micro-batch; `dropped`: how many tokens correction.off_policy_delta silenced;
-        `first`: before any optimizer step of this rollout, on this rollout; `replayed`: of earlier
-        rollouts alone."""
+        """Add one micro-batch.
+
+        Args:
+            dropped: number of tokens whose advantage correction.off_policy_delta set to 0.
+            first: whether the micro-batch is of this rollout and precedes every optimizer step on
+                it.
+            replayed: whether the micro-batch holds completions of earlier rollouts only.
+        """
         self.policy.append(policy)
         self.when.append((epoch, first))
         self.replayed.append(replayed)
@@ -146,11 +154,11 @@ class Meter:
             self.value.append(value)
 
     def add_ratios(self, log_ratios: Tensor) -> None:
-        """Add the log ratios of actions in the last pass; their tails are reported."""
+        """Add the log ratios of actions in the last pass; `metrics` reports their tails."""
         self._log_ratios.append(log_ratios)
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics of all that was added."""
+        """Return the metrics of everything that was added."""
         policy, updates = _rows(self.policy), len(self.grad_norms)
         tokens = sum(p["tokens"] for p in policy)
         mean: dict[str, float] = defaultdict(float)
@@ -209,8 +217,8 @@ class Meter:
 
 
 def value_metrics(stats: Sequence[ValueStats], updates: int) -> dict[str, float]:
-    """Return the metrics of the micro-batches that a critic was trained on in so many updates;
-    nothing of none."""
+    """Return the metrics of the micro-batches that a critic was trained on in `updates` updates.
+    Without micro-batches there are no metrics."""
     rows = _rows(stats)
     if not rows:
         return {}
@@ -237,7 +245,7 @@ def _tails(log_ratios: Sequence[Tensor]) -> dict[str, float]:
 
 
 def _rows(stats: Sequence[PolicyStats] | Sequence[ValueStats]) -> list[dict[str, float]]:
-    """Read from the device, all at once."""
+    """Read all statistics from the device at once."""
     if not stats:
         return []
     return [

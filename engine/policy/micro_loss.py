@@ -1,4 +1,4 @@
-"""The loss of a micro-batch of a policy update, from hidden states to what is minimised."""
+"""The loss of a micro-batch of a policy update, computed from hidden states."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from fusedrl.kernels.objective import PolicyObjective, PolicyStats, ValueStats
 
 
 class MicroLoss(NamedTuple):
-    """A micro-batch's part of the loss, and what it was made of."""
+    """Loss of a micro-batch, and the quantities that it was computed from."""
 
     loss: Tensor  # 0-d, differentiable
     policy: PolicyStats
     value: ValueStats | None
-    logp: Tensor  # [N] float32, as the entropy: of the policy before this update
+    logp: Tensor  # [N] float32, as is entropy: both of the policy before this update
     entropy: Tensor
-    batch: PackedBatch  # with old_logp, and with the advantages that were used
-    dropped: Tensor | None  # tokens that correction.off_policy_delta left out
+    batch: PackedBatch  # has old_logp, and the advantages that the loss used
+    dropped: Tensor | None  # number of tokens that correction.off_policy_delta left out
 
     @property
     def numbers(self) -> tuple[Tensor, ...]:
-        """All statistics, 0-d each, for `statistics`."""
+        """All statistics, 0-d each, in the order that `statistics` reads."""
         dropped = () if self.dropped is None else (self.dropped,)
         return *self.policy, *(self.value or ()), *dropped
 
     def of_tokens(self) -> Tensor:
-        """[3, N]: log-probabilities, entropies, and log ratios to the policy before; 0 where no
-        action is."""
+        """Return [3, N]: log-probabilities, entropies, and log ratios to the policy before the
+        update. The log ratios are 0 where there is no action."""
         ratio = self.logp.detach() - self.batch.column("old_logp")
         return torch.stack(
             [self.logp, self.entropy, torch.where(self.batch.action_mask, ratio, 0.0)]
@@ -57,7 +57,7 @@ class MicroLoss(NamedTuple):
 def statistics(
     numbers: Sequence[Tensor], loss: RolloutLoss
 ) -> tuple[PolicyStats, ValueStats | None, Tensor | None]:
-    """Return (policy, value, dropped) of a micro-batch from its `numbers`."""
+    """Return the statistics (policy, value, dropped) of a micro-batch from its `numbers`."""
     policy, rest = len(PolicyStats._fields), len(PolicyStats._fields) + len(ValueStats._fields)
     valued = loss.actor.value_head is not None
     left = numbers[rest if valued else policy :]
@@ -70,14 +70,14 @@ def statistics(
 
 @dataclass(frozen=True)
 class RolloutLoss:
-    """Objective of the updates on one rollout: the same for all of its micro-batches, however they
-    are cut.
+    """Loss function of the updates on one rollout, the same for all its micro-batches, however the
+    rollout is split.
 
     Attributes:
-        kl_coef, entropy_coef: the coefficients now.
-        value: what the value loss counts in.
-        apart: why log-probabilities are computed before the loss; None: both come out of the head
-            in one pass.
+        kl_coef, entropy_coef: current coefficients.
+        value: scale of the value loss.
+        apart: reason why log-probabilities are computed in a step before the loss (`two_steps`);
+            None if the head computes both in one pass.
     """
 
     config: PolicyConfig
@@ -98,7 +98,7 @@ class RolloutLoss:
         batch: PackedBatch,
         control: Control,
     ) -> RolloutLoss:
-        """Derive it from a rollout's whole batch."""
+        """Derive the loss function from the whole batch of a rollout."""
         objective = make_objective(config, control.penalty.coef)
         scored = batch.old_logp is not None or config.correction.bypass
         return cls(
@@ -113,8 +113,8 @@ class RolloutLoss:
         )
 
     def __call__(self, batch: PackedBatch) -> MicroLoss:
-        """The loss of a micro-batch, with the column weights. Without old_logp the ratio is exactly
-        1."""
+        """Return the loss of a micro-batch, which needs the column weights. Without the column
+        old_logp the ratio is exactly 1."""
         config, actor = self.config, self.actor
         hidden = actor.forward(batch)
         values = actor.values(batch, hidden) if actor.value_head is not None else None
@@ -145,7 +145,7 @@ class RolloutLoss:
 
 
 def _scored(batch: PackedBatch, logp: Tensor) -> PackedBatch:
-    """The batch with old_logp: these, where it has none."""
+    """Return the batch with the column old_logp, set to `logp` if the batch has none."""
     return batch if batch.old_logp is not None else batch.with_columns(old_logp=logp.detach())
 
 
@@ -156,8 +156,8 @@ def _full_kl(
     hidden_NH: Tensor,
     temperature: float,
 ) -> Tensor:
-    """[N] KL(policy || reference) of the distribution that each action was drawn from, over the
-    whole vocabulary; differentiable. 0 elsewhere."""
+    """Return [N] KL(policy || reference) over the whole vocabulary, of the distribution that each
+    action was drawn from; 0 elsewhere. Differentiable."""
     theirs_NH, head_VH = reference.hidden(batch)
     kl_N = linear_full_kl(
         hidden_NH,

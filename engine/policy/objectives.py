@@ -1,14 +1,14 @@
-"""What an update minimises, by name: the kernel's objectives with the engine's bounds, and those
-that users register; with KL, entropy and values beside.
+"""The losses that an update minimises, by name: the kernels' objectives with the engine's bounds,
+and those that users register; together with KL, entropy and value loss.
 
     loss = sum_t w_t (correction_t policy term_t + kl_coef kl_t - entropy_coef H_t) + value_coef
         sum_t w_t value term_t
 
-correction_t makes up for a sampler that is not the trainer (CorrectionConfig); it is 1 without one.
-A registered objective gives the policy terms:
+correction_t makes up for differences between sampler and trainer (CorrectionConfig); it is 1
+without a correction. A registered objective computes the policy terms:
 f(logp_N, old_logp_N, advantages_N, batch) -> [N], differentiable in logp_N; correction, weights,
-KL, entropy and statistics are added around it. The built-in ones are fused (kernels/policy_loss/),
-but for `SequenceRatio`.
+KL, entropy and statistics are added around it. All built-in objectives except `SequenceRatio` are
+fused kernels (kernels/policy_loss/).
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from fusedrl.kernels.policy_loss import (
 ObjectiveFunction = Callable[[Tensor, Tensor, Tensor, PackedBatch], Tensor]
 Objective = PolicyObjective | ObjectiveFunction
 _REGISTERED: dict[str, ObjectiveFunction] = {}
-_NONE = PolicyObjective(kind="reinforce")  # of advantages that are 0
+_NONE = PolicyObjective(kind="reinforce")  # used with advantages of 0, so it adds nothing
 # kinds whose term has no gradient where the advantage is 0, whatever the ratio
 _OF_ADVANTAGES = {"reinforce", "ratio", "clip", "gspo", "cispo", "sapo", "geometric_mean"}
 
 
 def register_objective(name: str) -> Callable[[ObjectiveFunction], ObjectiveFunction]:
-    """Make a function known as `loss.objective = name`."""
+    """Register a function under the name that `loss.objective` refers to."""
 
     def register(function: ObjectiveFunction) -> ObjectiveFunction:
         _REGISTERED[name] = function
@@ -62,10 +62,11 @@ def register_objective(name: str) -> Callable[[ObjectiveFunction], ObjectiveFunc
 
 
 def make_objective(config: PolicyConfig, penalty: float) -> Objective:
-    """The configuration's objective; `penalty` is the coefficient of ppo_penalty, which adapts.
+    """Return the configuration's objective. `penalty` is the current coefficient of ppo_penalty,
+    which adapts from step to step.
 
     Raises:
-        ConfigError: an unknown name, or a bound that the objective has no use for.
+        ConfigError: an unknown name, or a bound that the objective does not use.
     """
     found = resolve("objective", config.objective, OBJECTIVES | _REGISTERED)
     bounds = {name: value for name in BOUNDS if (value := getattr(config.loss, name)) is not None}
@@ -94,19 +95,19 @@ def make_objective(config: PolicyConfig, penalty: float) -> Objective:
 
 @dataclass(frozen=True)
 class SequenceRatio:
-    """The clipped ratio of whole completions, on whatever the advantage says of each (monte_carlo:
-    its reward itself, with no baseline and no critic).
+    """Clipped ratio of whole completions, for any advantage function (with monte_carlo, the
+    advantage is the completion's reward itself, without baseline or critic).
 
         s = exp(sum_t logp_t - old_logp_t)
         term = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high))
 
-    The term of every token is its completion's, so that with the weights of
-    sequence_mean_token_mean the loss is the mean over completions; A is the mean over the
-    completion's tokens. The logarithm of s is cut at +-20 and has no gradient beyond. The
-    importance weight E_p[f] = E_q[f p / q] in full: unbiased, and as noisy as E_p[f^2 p / q] is
-    large, which is why it serves for study and PPO takes ratios of tokens. A KL belongs, detached,
-    into the reward:
-    outside the ratio its expected gradient is 0.
+    Every token of a completion has the same term. With the weights of sequence_mean_token_mean, the
+    loss is therefore the mean over completions. A is the mean advantage over the completion's
+    tokens. The logarithm of s is clipped to +-20 and has no gradient beyond.
+
+    The importance weight E_p[f] = E_q[f p / q] is used in full. It is unbiased, but its noise grows
+    with E_p[f^2 p / q]. So this objective is for study; PPO uses ratios of tokens instead. A KL
+    belongs, detached, into the reward: outside the ratio its expected gradient is 0.
     """
 
     clip_low: float
@@ -130,7 +131,7 @@ class SequenceRatio:
 
 
 def _exp(x: Tensor) -> Tensor:
-    """e^x, cut at +-20 and without gradient beyond; NaN stays NaN."""
+    """Return e^x with x clipped to +-20, without gradient beyond; NaN stays NaN."""
     return torch.where(
         x.abs() > MAX_LOG_RATIO, x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), x
     ).exp()
@@ -139,12 +140,13 @@ def _exp(x: Tensor) -> Tensor:
 def ratio_kl(
     logp_N: Tensor, old_logp_N: Tensor, ref_logp_N: Tensor, mask_N: Tensor, estimator: str
 ) -> Tensor:
-    """[N] ratio * k, ratio = exp(logp - old_logp) and k the estimator k1 or k3 of KL(policy ||
-    reference), differentiable through both; 0 where masked.
+    """Return [N] ratio * k; 0 where masked. ratio = exp(logp - old_logp), and k is the estimator k1
+    or k3 of KL(policy || reference); the result is differentiable through both.
 
-    Its expectation over tokens of the old policy is that of k over the policy's own, at every
-    state, and so is its gradient: that of KL(pi || ref) for k1 and k3 alike (DeepSeek-V3.2, 2025,
-    eq. 7). In float64; log ratios are cut at +-20 inside exponentials, and have no gradient beyond.
+    At every state, its expectation over tokens of the old policy equals the expectation of k over
+    tokens of the policy itself. The same holds for the gradient, which is that of KL(pi || ref) for
+    k1 and k3 alike (DeepSeek-V3.2, 2025, eq. 7). Computed in float64; log ratios inside
+    exponentials are clipped to +-20 and have no gradient beyond.
     """
     logp, old, ref = (
         torch.where(mask_N, x_N, 0).double()
@@ -159,7 +161,8 @@ def ratio_kl(
 
 # ---- samplers and policies that are not the trainer's --------------------------------------------
 def rollout_correction(config: CorrectionConfig) -> RolloutCorrection | None:
-    """Translate the options of a correction for the kernels; None: no correction."""
+    """Translate the options of a correction for the kernels; return None if there is no
+    correction."""
     return (
         None
         if config.kind == "none"
@@ -170,10 +173,13 @@ def rollout_correction(config: CorrectionConfig) -> RolloutCorrection | None:
 def behaviour(
     config: CorrectionConfig, batch: PackedBatch, logp_N: Tensor | None
 ) -> tuple[PackedBatch, Tensor | None]:
-    """The batch as its sampler is to be judged: old_logp is rollout_logp where it is bypassed, and
-    advantages are 0 at all tokens with a negative one of completions that the policy, logp_N, has
-    left by more than off_policy_delta (needed for that alone). Beside it how many tokens those are,
-    or None."""
+    """Return the batch as the loss is to use it, and how many tokens `off_policy_delta` left out.
+
+    If `config.bypass`, old_logp is replaced by rollout_logp. If `off_policy_delta` is set, tokens
+    with a negative advantage get the advantage 0 in completions that the policy has left: those
+    whose mean of rollout_logp - logp exceeds `off_policy_delta`. Only this needs `logp_N`. The
+    number of tokens is None without `off_policy_delta` or `logp_N`.
+    """
     if config.bypass:
         batch = batch.with_columns(old_logp=batch.column("rollout_logp"))
     if config.off_policy_delta is None or logp_N is None:
@@ -187,10 +193,10 @@ def behaviour(
 
 
 def correction_metrics(config: CorrectionConfig, batch: PackedBatch) -> dict[str, float]:
-    """Measure the weights exp(old_logp - rollout_logp) before any bound: mean, max, effective
-    sample size as a fraction, chi2 = E[w^2] - 1 under the sampler; and the fraction of tokens whose
-    weight a bound changed. Over tokens, or completions at the sequence level. Empty without a
-    correction."""
+    """Measure the weights exp(old_logp - rollout_logp) before any bound applies: mean, max,
+    effective sample size as a fraction, and chi2 = E[w^2] - 1 under the sampler. Also measure the
+    fraction of tokens whose weight a bound changed. Weights are per token, or per completion if
+    correction.level is "sequence". Return nothing if there is no correction."""
     correction = rollout_correction(config)
     if correction is None:
         return {}
@@ -223,8 +229,8 @@ def correction_metrics(config: CorrectionConfig, batch: PackedBatch) -> dict[str
 
 
 def minibatch_weights(config: PolicyConfig, batch: PackedBatch) -> Tensor:
-    """[N] weights of one optimizer step's tokens; its cut into micro-batches then changes
-    nothing."""
+    """Return [N] weights of one optimizer step's tokens. Weights of the whole step make the loss
+    independent of how it is split into micro-batches."""
     aggregation = config.loss.aggregation
     longest = config.generation.max_new_tokens if aggregation == "sequence_sum_norm" else None
     return token_weights(
@@ -233,8 +239,8 @@ def minibatch_weights(config: PolicyConfig, batch: PackedBatch) -> Tensor:
 
 
 def leaves_out(config: PolicyConfig) -> bool:
-    """Whether updates leave out completions whose advantages are all 0: nothing else in the loss
-    has a gradient there, be it KL, entropy, values or a registered objective."""
+    """Whether updates may skip completions whose advantages are all 0. They may if no other term of
+    the loss (KL, entropy, a registered objective) has a gradient there."""
     kind = OBJECTIVES.get(config.objective, ("", {}))[0]
     return (
         kind in _OF_ADVANTAGES
@@ -245,10 +251,10 @@ def leaves_out(config: PolicyConfig) -> bool:
 
 
 def without_gradient(config: PolicyConfig, batch: PackedBatch) -> set[int]:
-    """The completions, by number, that add nothing to the gradient of an update: all of their
-    advantages are exactly 0, as in groups of equal rewards. None where the batch has no
-    advantages, where a critic on the policy's trunk learns from it, or where the loss has terms
-    beside (`leaves_out`)."""
+    """Return the indices of the completions that add nothing to the gradient of an update, because
+    all of their advantages are exactly 0 (as in groups of equal rewards). The set is empty if the
+    batch has no advantages, if a critic on the policy's trunk learns from it, or if other terms of
+    the loss have a gradient (`leaves_out`)."""
     shared_critic = batch.returns is not None and config.own_critic is None
     if batch.advantages is None or shared_critic or not leaves_out(config):
         return set()
@@ -258,9 +264,10 @@ def without_gradient(config: PolicyConfig, batch: PackedBatch) -> set[int]:
 
 
 def entropy_coefficient(config: PolicyConfig, batch: PackedBatch) -> float:
-    """The weight of the entropy in the loss of a rollout. With an entropy target the slope of
-    entropy_coef |H - target| in H, the mean entropy of the batch's actions (its column
-    old_entropy): the same for all of a rollout's micro-batches, however they are cut."""
+    """Return the weight of the entropy in the loss of a rollout. With an entropy target, the loss
+    has the term entropy_coef |H - target|, where H is the mean entropy of the batch's actions
+    (column old_entropy). The weight is then entropy_coef if H is below the target and -entropy_coef
+    otherwise, the same for all micro-batches of the rollout."""
     loss = config.loss
     if loss.entropy_target is None:
         return loss.entropy_coef
@@ -269,23 +276,32 @@ def entropy_coefficient(config: PolicyConfig, batch: PackedBatch) -> float:
 
 
 class ValueScale(NamedTuple):
-    """Unit in which the value loss of a rollout counts. `clip`: how far values may move, in
-    rewards, or None. `error`: what errors are divided by."""
+    """Scale of a rollout's value loss.
+
+    Attributes:
+        clip: how far values may move, in units of the reward; None: any distance.
+        error: number that errors of values are divided by.
+    """
 
     clip: float | None
     error: float
 
     @classmethod
     def of(cls, config: PolicyConfig, batch: PackedBatch, unit: float) -> ValueScale:
-        """Derive it from a rollout's batch, however that is cut, and the unit of the head. The clip
-        is so many units: absolute, it would stop values that have far to go.
+        """Derive the scale from a rollout's batch, however the batch is split, and the unit of the
+        value head. `clip` is a multiple of the unit: an absolute clip would stop values that have
+        far to go.
 
-        An error is divided by the unit, or where it is larger by the root mean square of what all
-        values are off by, so that no rollout's value loss is far above 1 / 2. In rewards it grows
-        with their square, which on a trunk that the policy shares would drown the policy's gradient
-        wherever rewards, or the KL's coefficient, are large, or one reward is. On a shared trunk
-        `objective_loss` multiplies by the error once where advantages are not whitened: the
-        policy's gradient is counted in rewards then, and drowned where they are small."""
+        Errors are divided by the unit, or by the root mean square of all values' errors if that is
+        larger. So no rollout's value loss is far above 1 / 2. Undivided, the value loss would grow
+        with the square of the rewards. On a trunk shared with the policy it would then drown the
+        policy's gradient wherever rewards, or the KL's coefficient, are large, or a single reward
+        is.
+
+        If advantages are not whitened, the policy's gradient is proportional to the rewards.
+        `objective_loss` then divides the value loss by `error` instead of its square: on a shared
+        trunk a value loss without units would drown the policy's gradient where rewards are small.
+        """
         clip = None if config.loss.value_clip is None else config.loss.value_clip * unit
         if batch.returns is None:
             return cls(clip, unit)
@@ -298,10 +314,12 @@ class ValueScale(NamedTuple):
 def two_steps(
     config: PolicyConfig, objective: Objective, *, strict: bool, scored: bool
 ) -> str | None:
-    """Why log-probabilities are needed by themselves before there is a loss (`objective_loss`);
-    None: the loss comes out of the head (`head_loss`).
+    """Return the reason why log-probabilities must be computed in a step before the loss
+    (`objective_loss`). Return None if the head can compute the loss directly (`head_loss`).
 
-    scored: old_logp is known before the update.
+    Args:
+        strict: whether the actor is strict.
+        scored: whether old_logp is known before the update.
     """
     reasons = {
         "a strict actor computes the head as its sampler does": strict,
@@ -327,7 +345,7 @@ def two_steps(
 def _terms(
     config: PolicyConfig, kl_coef: float, batch: PackedBatch, entropy_coef: float | None
 ) -> dict[str, Any]:
-    """The keywords of the policy losses that say what stands beside the objective."""
+    """Return the keyword arguments of the policy losses for everything but the objective itself."""
     kl, correction = config.kl, rollout_correction(config.correction)
     penalised = (
         kl.placement == "loss" and kl_coef > 0 and kl.estimator != "full" and not kl.through_ratio
@@ -351,7 +369,7 @@ def _value_coef(config: PolicyConfig, value: ValueScale) -> float:
 def _with(
     total: Tensor, stats: PolicyStats, weights_N: Tensor, terms_N: list[Tensor]
 ) -> tuple[Tensor, PolicyStats]:
-    """The loss with more terms of its tokens."""
+    """Return the loss and its statistics with more terms per token added."""
     for term_N in terms_N:
         added = (weights_N * torch.where(weights_N != 0, term_N, 0)).sum()
         total, stats = total + added, stats._replace(loss=stats.loss + added.detach())
@@ -364,7 +382,7 @@ class HeadLoss(NamedTuple):
     loss: Tensor  # 0-d, differentiable
     policy: PolicyStats
     value: ValueStats | None
-    logp: Tensor  # [N] float32, a constant, as the entropy
+    logp: Tensor  # [N] float32, without gradient, as is entropy
     entropy: Tensor
 
 
@@ -381,10 +399,10 @@ def head_loss(
     entropy_coef: float | None = None,
     value: ValueScale | None = None,
 ) -> HeadLoss:
-    """`objective_loss` of what the actor's head says of these hidden states, in one pass over it:
-    where `two_steps` has nothing against it.
+    """Compute `objective_loss` from hidden states, in one pass over the actor's head. Allowed if
+    `two_steps` returns None.
 
-    Args: those of `objective_loss`. old_logp may be missing; the ratio is then exactly 1.
+    Args are those of `objective_loss`. If the batch has no old_logp, the ratio is exactly 1.
     """
     old_N, weights_N, value = (
         batch.old_logp,
@@ -416,11 +434,12 @@ def head_loss(
 def _registered(
     config: PolicyConfig, objective: Callable[..., Tensor], batch: PackedBatch, logp_N: Tensor
 ) -> Tensor:
-    """[N] terms of an objective that is a function, times the weights of the correction."""
+    """Return [N] terms of an objective that is a Python function, times the weights of the
+    correction."""
     live_N, old_N = batch.column("weights") != 0, batch.column("old_logp")
     seen = (logp_N, old_N, batch.column("advantages"))
     call = partial(objective, *(torch.where(live_N, x, 0) for x in seen), batch)
-    if isinstance(objective, SequenceRatio):  # ours, whose errors are
+    if isinstance(objective, SequenceRatio):  # built in: its errors are not the user's
         term_N = call()
     else:
         what = f"the objective {config.objective}"
@@ -446,15 +465,17 @@ def objective_loss(
     entropy_coef: float | None = None,
     value: ValueScale | None = None,
 ) -> tuple[Tensor, PolicyStats, ValueStats | None]:
-    """The loss of a micro-batch with the columns weights, old_logp and advantages; values, returns
-    where a critic is trained; ref_logp with the KL in the loss.
+    """Return the loss of a micro-batch, with its policy and value statistics.
+
+    The batch needs the columns weights, old_logp and advantages; values and returns if a critic is
+    trained; and ref_logp if the KL is in the loss.
 
     Args:
-        kl_coef: the coefficient now, wherever the KL is placed.
-        logp_N, entropy_N, values_N: of the policy and critic that are trained.
+        kl_coef: current KL coefficient, whether the KL is in the reward or in the loss.
+        logp_N, entropy_N, values_N: outputs of the policy and the critic that are trained.
         full_kl_N: KL(policy || reference) at each token, for kl.estimator = full.
-        entropy_coef: in place of the configuration's, as `entropy_coefficient` gives it.
-        value: what values count in; None: rewards.
+        entropy_coef: replaces the configuration's, as `entropy_coefficient` computes it.
+        value: scale of the value loss; None: units of the reward.
     """
     kl, old_N, advantages_N, weights_N = (
         config.kl,

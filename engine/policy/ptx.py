@@ -1,12 +1,12 @@
-"""PPO-ptx: pretraining beside policy optimisation, in the same optimizer step.
+"""PPO-ptx: pretraining and policy optimisation in the same optimizer step.
 
     L = policy loss + coef * mean over the learned tokens of a draw of -log p(token)
 
-Every optimizer step has a draw of its own, `sequences_per_step` long. Which texts it holds is a
-function of the seed and the number of the optimizer step, so a resumed run goes on with the texts
-that come next. The gradients are added before the norm is taken and before the optimizer moves
-anything: one step on the sum. (Two optimizer steps, one for each part, are another method.)
-Log-probabilities are of temperature 1, whatever the rollouts are sampled at.
+Every optimizer step draws `sequences_per_step` texts. The draw depends only on the seed and the
+number of the optimizer step, so a resumed run goes on with the texts that come next. The two
+gradients are added before the norm is taken and before the optimizer moves anything: it makes one
+step on the sum. (Two optimizer steps, one for each part, are another method.) Log-probabilities
+have temperature 1, whatever the temperature of the rollouts.
 
 Source    Ouyang et al. (2022), Training language models to follow instructions with human feedback,
           eq. 2, with its coefficient 27.8.
@@ -30,16 +30,16 @@ from fusedrl.engine.parallel.lanes import costs_of
 from fusedrl.engine.runs.run import Run
 from fusedrl.kernels.runtime.faults import raise_faults
 
-Tokens = tuple[list[int], list[bool]]  # ids, and which of them are to be learnt
+Tokens = tuple[list[int], list[bool]]  # token ids, and whether each of them is learned
 
 
 class Ptx:
-    """The pretraining part of a policy's loss.
+    """Pretraining part of a policy's loss.
 
     Args:
-        texts: what is drawn from.
-        seed: of the draws.
-        tokens_per_microbatch: tokens of one forward and backward; changes no gradient.
+        texts: texts to draw from.
+        seed: seed of the draws.
+        tokens_per_microbatch: tokens of one forward and backward pass; changes no gradient.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Ptx:
         self._seen: list[Tensor] = []
 
     def backward(self, actor: HybridActor, index: int, update: Update | None = None) -> Tensor:
-        """Add the gradient for optimizer step `index` (from 0) of the run to what is there. Returns
-        the part of the loss, 0-d.
+        """Add the gradient of optimizer step `index` (from 0) of the run to the existing gradients.
+        Return the pretraining part of the loss, 0-d.
 
         Args:
-            update: divides the work among the ranks; None: all of it is done here.
+            update: divides the work among the ranks; None: this rank does all of it.
         """
         batch, scale = self._drawn(actor, index)
         groups = batch.split(self._tokens)
@@ -75,8 +75,8 @@ class Ptx:
 
     @torch.no_grad()
     def loss(self, actor: HybridActor, index: int) -> Tensor:
-        """0-d: the part of the loss that `backward` has a gradient of, with the weights as they are
-        now."""
+        """Return the pretraining part of the loss, 0-d, that `backward` differentiates, computed
+        with the current weights."""
         batch, scale = self._drawn(actor, index)
         total = torch.zeros((), device=batch.device)
         for group in batch.split(self._tokens):
@@ -84,8 +84,8 @@ class Ptx:
         return total
 
     def metrics(self) -> dict[str, float]:
-        """`loss/ptx`: the mean cross-entropy, in nats per token and without the coefficient, of the
-        backward passes since the last call."""
+        """Return `loss/ptx`: the mean cross-entropy of all `backward` calls since the last call of
+        this method. It is in nats per token, without the coefficient."""
         if not self._seen:
             return {}
         raise_faults(self._seen[0].device)
@@ -93,7 +93,7 @@ class Ptx:
         return {"loss/ptx": mean}
 
     def _drawn(self, actor: HybridActor, index: int) -> tuple[PackedBatch, float]:
-        """The texts of an optimizer step, and the weight of each of their learned tokens."""
+        """Return the texts of an optimizer step, and the weight of each of their learned tokens."""
         count = self.config.sequences_per_step
         batch = PackedBatch.from_masked(
             self.texts.draw(self._seed, index * count, (index + 1) * count),
@@ -103,16 +103,17 @@ class Ptx:
 
     @staticmethod
     def _part(actor: HybridActor, micro: PackedBatch, scale: float) -> Tensor:
-        """The loss of a micro-batch; the denominator is the whole draw's."""
+        """Return the loss of a micro-batch. `scale` has the whole draw's number of tokens as
+        denominator."""
         return actor.cross_entropy(micro, actor.forward(micro), scale)
 
 
 def load_ptx(config: PolicyConfig, actor: HybridActor, run: Run) -> Ptx | None:
-    """The pretraining part that a configuration asks for, its texts read and tokenised; None
-    without one, or with a coefficient of 0.
+    """Build the pretraining part that a configuration asks for, with its texts read and tokenised.
+    Return None if there is none, or if its coefficient is 0.
 
     Raises:
-        DataError, OSError: as their messages say.
+        DataError, OSError: the texts cannot be read; the message says why.
     """
     ptx, most = config.ptx, actor.decoder.config.max_positions
     if ptx is None or ptx.coef == 0:

@@ -1,23 +1,23 @@
 """The update of TRPO: one step of optim/natural_gradient.py on the whole batch of a rollout, in
 place of passes of an optimizer.
 
-    loss   sum_t w_t (-A_t ratio_t), and whatever else the configuration adds to an objective:
+    loss   sum_t w_t (-A_t ratio_t), plus the terms that the configuration adds to an objective:
            entropy, a KL to the reference in the loss, PPO-ptx
     KL     mean over the tokens of the rollout of KL(old || new) over the whole vocabulary, in nats
            per token, of the distribution that was sampled from
     F      its Hessian at new = old (fisher.py), at the states of `trpo.fisher_fraction` of the
            completions, drawn anew at each step
 
-The values are trained afterwards, by AdamW, `epochs` full-batch steps on the value loss alone. The
-trunk is the policy's, so it is a constant there: only the head learns, from the hidden states that
-the next rollout will have.
+The values are trained afterwards by AdamW, in `epochs` full-batch steps on the value loss alone.
+The policy's trunk stays constant in these steps: only the value head learns, from the hidden states
+that the policy has after its step.
 
-Time      cg_iterations products with F on the tokens of the fraction and one on all, and a forward
-          pass over the batch for each length that the line search tries, beside the one forward and
-          backward pass of the gradient.
-Memory    beside weights and activations 7 vectors of the trained parameters (their old values, the
-          gradient and .grad, four of conjugate gradient), and twice the rollout's hidden states:
-          before the step and after it. No moments but those of the value head.
+Time      one forward and backward pass for the gradient; cg_iterations products with F on the
+          tokens of the fraction, and one product on all tokens; and a forward pass over the batch
+          for each length that the line search tries.
+Memory    in addition to weights and activations, 7 vectors of the trained parameters (their old
+          values, the gradient and .grad, four of conjugate gradient), and the rollout's hidden
+          states twice: before and after the step. Only the value head has optimizer moments.
 Source    Schulman et al. (2015), Trust region policy optimization, section 6 and appendix C.
 """
 
@@ -61,14 +61,14 @@ AFTER = (
     "val/ratio_max",
     "policy/approxkl_avg",
     "policy/clamped_fraction",
-)  # metrics of the policy that was accepted
-# of the step, below trpo/
+)  # metrics of the accepted policy
+# metrics of the step, reported as trpo/<name>
 NAMES = ("accepted", "kl", "improvement", "expected_improvement", "fraction", "cg_residual")
 
 
 def check_trust_region(config: PolicyConfig) -> None:
-    """Raise ConfigError for a model that TRPO cannot train, before it is loaded; nothing for other
-    objectives."""
+    """Raise ConfigError for a model that TRPO cannot train, before the model is loaded. Do nothing
+    for other objectives."""
     if config.objective != "trpo":
         return
     if (dtype := resolve_dtype(config.dtype, config.device)) != torch.float32:
@@ -86,15 +86,16 @@ def check_trust_region(config: PolicyConfig) -> None:
 
 
 class Surrogate:
-    """The loss of a rollout under the policy as it is, and how far that is from the policy that
-    made the rollout.
+    """Loss of a rollout under the current policy, and the KL of that policy from the one that made
+    the rollout.
 
-    `gradient` comes first, with the weights of the rollout; `evaluate` then compares with them.
+    Call `gradient` first, while the policy still has the weights of the rollout; `evaluate` then
+    compares the current weights with these.
 
     Args:
-        micros: the micro-batches, with the columns old_logp, advantages and weights, the latter of
-            the whole rollout.
-        step: of the run.
+        micros: micro-batches with the columns old_logp, advantages and weights; the weights are
+            those of the whole rollout.
+        step: number of the run's step.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Surrogate:
             step,
             ptx,
         )
-        # of the weights as they were last: statistics, and the hidden states of each micro-batch
+        # statistics, and the hidden states of each micro-batch, from the latest forward passes
         self.meter, self.states = Meter(), list[Tensor]()
         self.objective, self.kl_coef, self.entropy_coef = (
             make_objective(config, control.penalty.coef),
@@ -131,7 +132,7 @@ class Surrogate:
         )
 
     def gradient(self) -> tuple[float, Tensor]:
-        """(loss, its gradient [P])."""
+        """Return (loss, its gradient [P])."""
         self.parameters.zero_grad()
         total = self._zeros(1)
         for micro in self.micros:
@@ -145,7 +146,7 @@ class Surrogate:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """(loss, KL(old || new) in nats per token)."""
+        """Return (loss, KL(old || new) in nats per token)."""
         self.meter, self.states = Meter(), []
         total = self._zeros(2)
         for micro, old_NH in zip(self.micros, self.old_states, strict=True):
@@ -167,7 +168,7 @@ class Surrogate:
         return loss, kl
 
     def go_back(self) -> None:
-        """Go back to the weights of the rollout, bitwise."""
+        """Restore the weights of the rollout, bitwise."""
         self.parameters.write(self.old_P)
         self.states = self.old_states
 
@@ -205,9 +206,12 @@ def trust_region_update(
     step: int,
     ptx: Ptx | None = None,
 ) -> dict[str, float]:
-    """One step of the policy on one rollout, and `epochs` of its values. Arguments and metrics as
-    policy.update; `first_cuts` is one minibatch, whose cut into micro-batches does not change the
-    gradient. Where no length of the step is accepted the weights are bitwise what they were."""
+    """Train the policy by one step on one rollout, and its values by `epochs` steps. If no length
+    of the step is accepted, the policy's weights stay bitwise unchanged.
+
+    Arguments and metrics are those of policy.update. `first_cuts` is one minibatch; how it is split
+    into micro-batches does not change the gradient.
+    """
     measured = measure(batch, control.kl.coef, config)
     weighted = batch.with_columns(weights=minibatch_weights(config, batch))
     micros = [weighted.select(group) for minibatch in first_cuts for group in minibatch]
@@ -240,7 +244,8 @@ def trust_region_update(
 def _policy_step(
     surrogate: Surrogate, batch: PackedBatch, config: PolicyConfig, step: int, learner: Learner
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """The step itself: metrics, and the hidden states of each micro-batch after it."""
+    """Make the policy's step. Return its metrics, and the hidden states of each micro-batch after
+    it."""
     actor, parameters, settings = (
         surrogate.actor,
         surrogate.parameters,
@@ -304,16 +309,18 @@ def train_values(
     step: int,
     unit: float = 1.0,
 ) -> dict[str, float]:
-    """`epochs` optimizer steps of a critic on the returns of one rollout, each on all of it.
+    """Train a critic on the returns of one rollout, by `epochs` optimizer steps on the whole
+    rollout.
 
     Args:
-        values: of each micro-batch, what gives its values [N], differentiable in what is to be
-            trained and in nothing else of the learner's.
-        micros: with the columns values, returns and weights, the latter of the whole rollout.
-        unit: of the value head.
+        values: for each micro-batch, a function that returns its values [N]. Of the learner's
+            parameters, the values depend only on those to be trained.
+        micros: micro-batches with the columns values, returns and weights; the weights are those of
+            the whole rollout.
+        unit: unit of the value head.
     Returns:
-        metrics: the value loss, and the fraction of tokens that `loss.value_clip` stopped, means
-        over the steps.
+        The metrics: the value loss, and the fraction of tokens that `loss.value_clip` stopped, both
+        averaged over the steps.
     """
     loss_sum, clipped = torch.zeros(2, dtype=torch.float64, device=micros[0].device).unbind()
     tokens = max(1, sum(int(micro.action_mask.sum()) for micro in micros))
@@ -340,7 +347,7 @@ def train_values(
             (config.steps - config.critic_warmup) * config.epochs,
         )
         result = optimizer.step(max_grad_norm=config.optim.max_grad_norm or None)
-        if not result.applied:  # those that are do not end a row of policy steps that are not
+        if not result.applied:  # applied steps must not reset the count of skipped policy steps
             learner.check(result)
     optimizer.zero_grad()
     return {

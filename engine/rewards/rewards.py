@@ -2,19 +2,19 @@
 several.
 
     f(prompts, completions, completion_ids, **columns) -> list[float | None]
-            sync or async; None: does not apply to this sample
+            sync or async; None: the reward does not apply to this sample
 
-In place of a number a sample may have a list: one number for each of its tokens, or, for the steps
-of a process, pairs of (characters of the completion through the end of the step, its reward). Their
-sum is the sample's score, wherever one number is needed, as in group methods; `RewardScores.tokens`
-says where it accrued.
+A sample's value may be a list instead of a number. The list holds one number per token, or, for
+rewards of reasoning steps, pairs (number of characters of the completion up to the end of the step,
+reward of the step). Where one number is needed, as in group methods, the sum of the list is the
+sample's score; `RewardScores.tokens` gives the part of each token.
 
-A message-list prompt gets its completion as a message list too, as in TRL. A function without
-**kwargs is given those arguments that it names. A reward that raises, or returns something other
-than one value per completion, stops the run; a single value that is no finite number makes that
-sample invalid, never 0.
+If a prompt is a list of messages, its completion is passed as a list of messages too, as in TRL. A
+function without **kwargs receives only the arguments that it names. A reward that raises, or does
+not return one value per completion, stops the run. A single value that is not a finite number makes
+its sample invalid; it never counts as 0.
 
-One file: a reward's protocol, its loading and what is told of its mistakes.
+One file: a reward's protocol, its loading, and the error messages for its mistakes.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS_PER_FORWARD = 8192
-CONTEXT = 4  # tokens of the prompt that a completion is decoded behind
+CONTEXT = 4  # last tokens of the prompt that are decoded together with a completion
 
-LARGEST = 1e15  # of a reward
+LARGEST = 1e15  # largest absolute value of a reward
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Input of a reward, one entry per completion: prompts and completions as text (or messages)
-    and as token ids, and the data's other columns."""
+    """Input of a reward, with one entry per completion: prompts and completions, both as text (or
+    messages) and as token ids, and the other columns of the data."""
 
     prompts: Sequence[Prompt]
     completions: Sequence[str]
@@ -65,7 +65,7 @@ class Rollout:
     columns: Mapping[str, Sequence[Any]]
 
     def part(self, start: int, stop: int) -> Rollout:
-        """The completions from `start` up to `stop`."""
+        """Return the completions from `start` up to, not including, `stop`."""
         return Rollout(
             self.prompts[start:stop],
             self.completions[start:stop],
@@ -77,13 +77,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Invalid:
-    """A value's place holder: this sample cannot be scored, and why."""
+    """Placeholder for the value of a sample that cannot be scored, with the reason."""
 
     reason: str
 
 
 class Reward(Protocol):
-    """Something with a name that gives one value per completion, or an awaitable of that."""
+    """Object with a name that, when called, returns one value per completion, or an awaitable of
+    such a list."""
 
     name: str
 
@@ -92,10 +93,15 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class RewardScores:
-    """total [B]: the weighted sum, NaN where invalid. per_reward: {name: [B]}, None where a reward
-    does not apply, NaN where it is invalid. invalid: (index of the completion, name of the reward,
-    reason). tokens [B]: of what is in total, what accrued at each token; None where all of it is
-    the whole completion's."""
+    """Scores of B completions.
+
+    Attributes:
+        total: [B] weighted sums, NaN where invalid.
+        per_reward: {name: [B]} values, None where a reward does not apply, NaN where it is invalid.
+        invalid: (index of the completion, name of the reward, reason) of each invalid value.
+        tokens: [B] lists with the part of the total that accrued at each token; None if no reward
+            of the completion is per token.
+    """
 
     total: list[float]
     per_reward: dict[str, list[float | None]]
@@ -105,13 +111,14 @@ class RewardScores:
 
 # ---- several rewards -----------------------------------------------------------------------------
 class RewardSet:
-    """A weighted sum of rewards. Names are made unique, since metrics are filed under them.
+    """Weighted sum of rewards. Names are made unique, since metrics are filed under them.
 
     Args:
-        ranks: that call `score` with the same arguments: each scores a part of the completions,
-            those of a prompt together, and has all scores. A reward sees only its rank's part.
+        ranks: ranks that call `score` together, with the same arguments. Each rank scores a part of
+            the completions (all those of a prompt together) and gets all scores. A reward sees only
+            its rank's part.
     Raises:
-        RewardError: no reward, or another number of weights than rewards.
+        RewardError: no reward, or the numbers of weights and rewards differ.
     """
 
     def __init__(
@@ -145,12 +152,12 @@ class RewardSet:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> RewardScores:
-        """Score B completions; every argument has one entry per completion (a prompt with n samples
-        comes n times).
+        """Score B completions. Every argument has one entry per completion (a prompt with n samples
+        is repeated n times).
 
         Raises:
-            RewardError: a reward raised, or did not return one value per completion; names the
-                reward and the cause.
+            RewardError: a reward raised, or did not return one value per completion. The message
+                names the reward and the cause.
         """
         rollout = Rollout(prompts, completions, prompt_ids, completion_ids, columns or {})
         for what, column in (
@@ -169,7 +176,7 @@ class RewardSet:
         return self._score(rollout)
 
     def _divided(self, rollout: Rollout) -> RewardScores:
-        """The scores of all ranks' parts, one behind the other."""
+        """Return the scores of all ranks' parts, concatenated."""
         count, size, rank = len(rollout.completions), self.ranks.size, self.ranks.rank
         starts = [
             i for i in range(count) if i == 0 or rollout.prompt_ids[i] != rollout.prompt_ids[i - 1]
@@ -253,7 +260,7 @@ class RewardSet:
             async def gather() -> list[Any]:
                 return await asyncio.gather(*(caught(returned[index]) for index in pending))
 
-            # a thread of its own: the caller may be inside an event loop, as in a notebook
+            # run in a separate thread: the caller may be inside an event loop, as in a notebook
             with ThreadPoolExecutor(1) as thread:
                 for index, value in zip(
                     pending, thread.submit(asyncio.run, gather()).result(), strict=True
@@ -264,7 +271,7 @@ class RewardSet:
 
 @dataclass(frozen=True)
 class _Raised:
-    """What an awaitable raised, in place of its value."""
+    """Exception that an awaitable raised, in place of its value."""
 
     error: BaseException
 
@@ -278,8 +285,8 @@ def _value(value: Any) -> Any:
 def values_of(
     what: str, returned: Any, count: int, noun: str = "value", subject: str = "completion"
 ) -> list[Any]:
-    """Return a function's answer as a list of so many values. Raises RewardError where it is
-    none."""
+    """Return a function's answer as a list of `count` values. Raise RewardError if it is not such a
+    list."""
     if isinstance(returned, torch.Tensor) or type(returned).__module__ == "numpy":
         returned = returned.tolist()
     if not isinstance(returned, list | tuple):
@@ -295,7 +302,7 @@ def values_of(
 
 
 def _number(value: Any) -> tuple[float | None, str]:
-    """(the number, why it is none)."""
+    """Return (value as a number, reason if it is not a valid number)."""
     if value is None:
         return None, ""
     if isinstance(value, Invalid):
@@ -325,7 +332,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _spread(value: Any, reward: Reward, rollout: Rollout, index: int) -> list[float] | Invalid:
-    """A number for each token of the completion."""
+    """Return a number for each token of the completion."""
     listed = value.tolist() if isinstance(value, torch.Tensor) else list(value)
     ids, text = rollout.completion_ids[index], rollout.completions[index]
     steps = all(isinstance(step, list | tuple) and len(step) == 2 for step in listed)
@@ -354,8 +361,8 @@ def _spread(value: Any, reward: Reward, rollout: Rollout, index: int) -> list[fl
 
 
 def _token_at(reward: Reward, prompt_ids: Sequence[int], ids: Sequence[int], end: int) -> int:
-    """Index of the token that completes the first `end` characters. Decoded behind the prompt, as
-    completions are: alone, a first space may be lost."""
+    """Return the index of the token that completes the first `end` characters. The completion is
+    decoded together with the last tokens of the prompt: alone, its first space may be lost."""
     tokenizer = getattr(reward, "policy_tokenizer", None)
     if tokenizer is None:
         raise RewardError(
@@ -372,9 +379,13 @@ def _token_at(reward: Reward, prompt_ids: Sequence[int], ids: Sequence[int], end
 
 
 def moved_rewards(batch: PackedBatch, tokens: Sequence[Sequence[float] | None]) -> torch.Tensor:
-    """[N] float32: rewards of tokens, less their sum at the last action of each sequence. The score
-    there holds that sum too, so with this column (shaped_gae's token_rewards) rewards stand where
-    they accrued, and without it the return of the whole sequence is the same."""
+    """Return [N] float32: the rewards of tokens, with their sum subtracted at the last action of
+    each sequence.
+
+    The score at the last action already contains that sum. Added to it, this column (shaped_gae's
+    token_rewards) moves the rewards to the tokens where they accrued. The return of the whole
+    sequence is the same with and without the column.
+    """
     moved, mask, start = (
         torch.zeros(batch.num_tokens, dtype=torch.float64),
         batch.action_mask.cpu(),
@@ -400,18 +411,18 @@ def load_reward(
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Reward:
-    """A reward from `file.py:function`, a reward-model directory, or a function.
+    """Load a reward from `file.py:function`, a reward-model directory, or a function.
 
     Args:
-        device: of a reward model.
-        tokenizer: the policy's. Rewards of steps find their tokens by it. A reward model with the
-            same one reads the policy's token ids; with another, or without this, it tokenises
-            texts.
+        device: device of a reward model.
+        tokenizer: the policy's tokenizer. Rewards of steps use it to find the token where a step
+            ends. A reward model with the same tokenizer reads the policy's token ids; otherwise it
+            tokenises the texts.
 
     Raises:
-        RewardError: no such file, no such function, a failed import, neither a function nor a
+        RewardError: no such file, no such function, a failed import, or neither a function nor a
             directory.
-        ValueError, FileNotFoundError: a directory that is no reward model.
+        ValueError, FileNotFoundError: the directory is not a reward model.
     """
     if callable(spec):
         return FunctionReward(spec, tokenizer)
@@ -427,7 +438,7 @@ def load_reward(
 
 
 def _no_reward(spec: str) -> str:
-    """What something is that is neither."""
+    """Describe a specification that is neither a function nor a directory."""
     path, colon, function = spec.rpartition(":")
     if not spec:
         return "got nothing"
@@ -455,8 +466,12 @@ def _no_reward(spec: str) -> str:
 
 
 def import_function(path: Path, function: str, what: str = "reward") -> Callable[..., Any]:
-    """A function of a Python file that is no module. Raises RewardError, which calls it `what`: no
-    such file, no such function, a failed import."""
+    """Import a function from a Python file that is not part of a package. `what` names the
+    function's role in error messages.
+
+    Raises:
+        RewardError: no such file, no such function, a failed import.
+    """
     if not path.is_file():
         raise RewardError(
             f"{what} {path}:{function}: there is no such file: "
@@ -501,14 +516,14 @@ def import_function(path: Path, function: str, what: str = "reward") -> Callable
 
 
 def own_copies(values: Sequence[Any]) -> list[Any]:
-    """The values for a function that may write to them: lists and objects are copies, each one's
-    own, since the data has them again for the next sample, reward and step."""
+    """Return the values as copies that a function may write to. Lists and objects are copied one by
+    one, because the data passes the originals on to the next sample, reward and step."""
     fixed = (str, int, float, bool, type(None))
     return [value if isinstance(value, fixed) else copy.deepcopy(value) for value in values]
 
 
 class FunctionReward:
-    """A function with TRL's contract. The policy's tokenizer is for rewards of steps."""
+    """Function with TRL's contract. The policy's tokenizer is used for rewards of steps only."""
 
     def __init__(
         self, function: Callable[..., Any], policy_tokenizer: PreTrainedTokenizerBase | None = None
@@ -552,12 +567,12 @@ class FunctionReward:
 
 
 class ModelReward:
-    """A reward model: its score at the last token of prompt and completion. Sequences longer than
-    it can read are invalid.
+    """Reward model: the reward is its score at the last token of prompt and completion. Sequences
+    longer than the model can read are invalid.
 
     Raises:
-        ValueError, FileNotFoundError: the directory is no reward model, or has no tokenizer with an
-            EOS.
+        ValueError, FileNotFoundError: the directory is not a reward model, or has no tokenizer with
+            an EOS.
     """
 
     def __init__(
@@ -615,8 +630,8 @@ class ModelReward:
         return values
 
     def _tokenize(self, rollout: Rollout) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """Another tokenizer than the policy's: from text, with an EOS where the policy ended its
-        answer."""
+        """Tokenise the texts with the reward model's tokenizer, which differs from the policy's.
+        Add an EOS where the policy ended its answer."""
         ends = (
             set(self._policy_tokenizer.all_special_ids)
             if self._policy_tokenizer is not None
@@ -639,8 +654,8 @@ class ModelReward:
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What decides the ids of a text; padding and truncation, which calls switch on and off, are
-    left out."""
+    """Return the parts of a tokenizer that decide the ids of a text. Padding and truncation are
+    left out, since calls switch them on and off."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer.get_vocab(), type(tokenizer)

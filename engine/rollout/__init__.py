@@ -1,1 +1,1 @@
-"""From prompts to scored completions, and what keeps or compares them."""
+"""Rollouts: prompts to scored completions, and the modules that store or compare completions."""

@@ -33,8 +33,8 @@ from fusedrl.engine.rewards.rewards import RewardSet
 
 @dataclass(frozen=True)
 class BestOf:
-    """A prompt's n completions with their scores (nan where a reward is invalid), and the index of
-    the best."""
+    """The n completions of a prompt with their scores (NaN if a reward is invalid), and the index
+    of the best."""
 
     completions: list[Completion]
     scores: list[float]
@@ -59,16 +59,16 @@ def best_of_n(
     generation: GenerationConfig,
     seed: int,
 ) -> list[BestOf]:
-    """Sample n completions of each prompt and choose the best of them; of equal ones the first.
+    """Sample n completions of each prompt and choose the best; among equal ones, the first.
 
     Args:
-        prompts: with their columns, which travel to the rewards.
-        generation: how to sample.
-        seed: of the samples.
+        prompts: prompts with their columns, which are passed to the rewards.
+        generation: options of sampling.
+        seed: seed of the samples.
     Raises:
-        ValueError: n < 1, or greedy sampling, of which all completions are one.
+        ValueError: n < 1, or greedy sampling, whose completions are all the same.
         RewardError: a reward raised or did not return one value per completion, or no completion of
-            a prompt has a valid one.
+            a prompt has a valid reward.
     """
     if n < 1 or generation.temperature == 0:
         raise ValueError(
@@ -124,7 +124,8 @@ def best_of_n(
 
 
 def first_best(scores: Sequence[float]) -> int | None:
-    """The index of the highest score, of equal ones the first; None where none is a number."""
+    """Return the index of the highest score; among equal scores, the first. Return None if all are
+    NaN."""
     return max(
         (i for i, score in enumerate(scores) if not math.isnan(score)),
         key=lambda i: (scores[i], -i),
@@ -133,19 +134,19 @@ def first_best(scores: Sequence[float]) -> int | None:
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n nats: the most that the distribution of the best of n samples can differ
-    from the one that they are drawn from."""
+    """Return log n - (n - 1) / n nats: the largest KL of the best of n samples from the
+    distribution that they are drawn from."""
     return math.log(n) - (n - 1) / n
 
 
 def expected_best(scores_PN: Tensor, k: int, values_PN: Tensor | None = None) -> Tensor:
-    """[P] float64: for each prompt an unbiased estimate of the expected score of the best of k
-    fresh samples, from the scores of N >= k.
+    """Return [P] float64: for each prompt, an unbiased estimate of the expected score of the best
+    of k fresh samples. It is computed from the scores of N >= k samples.
 
     Args:
-        scores_PN: of N independent samples of each of P prompts.
-        values_PN: what to report of the sample that scores best, such as a gold reward where the
-            scores are a proxy's; None: the score itself.
+        scores_PN: scores of N independent samples of each of P prompts.
+        values_PN: numbers to report for the best sample in place of its score, such as a gold
+            reward (the reward that the score only approximates); None: the score.
     Raises:
         ValueError: k outside 1 .. N, or scores that are NaN.
     """

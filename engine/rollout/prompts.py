@@ -1,4 +1,4 @@
-"""The prompts of a stage that samples: encoded, and short enough for what is to follow them."""
+"""The prompts of a stage that samples: encoded, and short enough to leave room for a completion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusedrl.engine.runs.run import Run
 
 
 class NamesPrompts(Protocol):
-    """A configuration that names prompts."""
+    """Configuration that names prompts."""
 
     @property
     def data(self) -> str: ...
@@ -31,13 +31,13 @@ class NamesPrompts(Protocol):
 
 
 def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[Prompt]:
-    """The prompts of config.data that leave room for max_new_tokens, and are no longer than
-    max_prompt_length; the others are counted.
+    """Read the prompts of config.data that leave room for max_new_tokens and are no longer than
+    max_prompt_length. Prompts that are too long are dropped, and a message gives their number.
 
     Raises:
-        ConfigError: max_new_tokens leaves no room for any, or a stop token is outside the
+        ConfigError: max_new_tokens leaves no room for any prompt, or a stop token is outside the
             vocabulary.
-        DataError, OSError: as the readers say.
+        DataError, OSError: the data cannot be read; the message says why.
     """
     check_stop_tokens(
         "generation.stop_token_ids", config.generation.stop_token_ids, actor.decoder.config
@@ -67,12 +67,13 @@ def read_prompts(config: NamesPrompts, actor: HybridActor, run: Run) -> Mixture[
 
 
 def longest_of(prompts: Mixture[Prompt]) -> int:
-    """Tokens of the longest prompt."""
+    """Return the number of tokens of the longest prompt."""
     return max(len(prompt.ids) for prompt in prompts.examples)
 
 
 def check_stop_tokens(option: str, ids: Sequence[int], model: ModelConfig) -> None:
-    """Raise ConfigError, which names the option, where an id is outside the model's vocabulary."""
+    """Raise ConfigError if a stop token id is outside the model's vocabulary. The message names the
+    option."""
     if bad := [token for token in ids if not 0 <= token < model.vocab_size]:
         raise ConfigError(
             f"{option}: expected token ids below the {model.vocab_size} of the model's vocabulary, "

@@ -1,9 +1,10 @@
-"""What the policy is held near: the model that a run starts from, in one of three places.
+"""The reference model that a KL holds the policy near: the model that a run starts from. It is kept
+in one of three places, each with its cost in GPU memory.
 
-frozen       a second copy beside the policy: the weights once more
-adapter_off  the policy itself with its LoRA adapter switched off: nothing
-host         a second copy in the host's memory, on the GPU while it scores: the weights once more,
-             but not while gradients and activations are there
+frozen       a second copy next to the policy: costs the weights once more
+adapter_off  the policy itself with its LoRA adapter switched off: costs nothing
+host         a second copy in the host's memory, on the GPU while it scores: costs the weights once
+             more, but not while gradients and activations are there
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fusedrl.engine.base.packing import PackedBatch
 
 
 class Reference(Protocol):
-    """Whatever scores a batch as `HybridActor.score` does, and has hidden states for an exact
+    """Object that scores a batch as `HybridActor.score` does, and gives hidden states for an exact
     KL."""
 
     def score(
@@ -32,11 +33,12 @@ class Reference(Protocol):
     ) -> Scored: ...
 
     def hidden(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """[N, H] of the batch and the head [V, H] that reads it, without gradient."""
+        """Return the hidden states [N, H] of the batch and the head [V, H] that reads them, without
+        gradient."""
 
 
 class Frozen:
-    """A second copy beside the policy."""
+    """Second copy of the initial model, next to the policy."""
 
     def __init__(self, actor: HybridActor) -> None:
         self._actor = actor
@@ -59,21 +61,21 @@ class Frozen:
             return self._actor.forward(batch), self._actor.decoder.head_weight.detach()
 
     def _present(self) -> AbstractContextManager[None]:
-        """Within the block the actor is the reference."""
+        """Return a context in which the actor has the reference's weights."""
         return nullcontext()
 
 
 class AdapterOff(Frozen):
-    """The policy without its adapter: the base model's bits, from the weights that are there
-    anyway."""
+    """The policy without its adapter. It gives the base model's bits and needs no weights of its
+    own."""
 
     def _present(self) -> AbstractContextManager[None]:
         return self._actor.disable_adapter()
 
 
 class OnHost(Frozen):
-    """A model whose weights wait in the host's memory, page-locked where there is a GPU, and are on
-    `device` while it scores."""
+    """Model whose weights wait in the host's memory and are on `device` only while it scores. Where
+    there is a GPU, the host's memory is page-locked."""
 
     def __init__(self, actor: HybridActor, device: torch.device) -> None:
         super().__init__(actor)
@@ -83,12 +85,12 @@ class OnHost(Frozen):
             name: p.detach().pin_memory() if pin else p.detach()
             for name, p in actor.decoder.named_parameters()
         }
-        self._back()  # to the page-locked copy; the other goes
+        self._back()  # use the page-locked copy, so that the original memory is freed
 
     @contextmanager
     def _present(self) -> Iterator[None]:
         try:
-            # once a call, however the batch is cut
+            # moved once per call, whatever the number of micro-batches
             self._actor.decoder.to(self._device, non_blocking=True)
             yield
         finally:
@@ -96,12 +98,12 @@ class OnHost(Frozen):
 
     def _back(self) -> None:
         for name, parameter in self._actor.decoder.named_parameters():
-            parameter.data = self._waiting[name]  # scoring wrote nothing
+            parameter.data = self._waiting[name]  # still up to date, since scoring writes nothing
         self._actor.decoder.to("cpu")  # copies no parameter; the RoPE tables follow
 
 
 class NamesReference(Protocol):
-    """A configuration that names a reference."""
+    """Configuration that names a reference."""
 
     @property
     def model(self) -> str: ...
@@ -112,8 +114,8 @@ class NamesReference(Protocol):
 
 
 def load_reference(config: NamesReference, actor: HybridActor) -> Reference:
-    """The reference that the configuration names (on a CPU the host's copy is a frozen one);
-    `actor`: the policy, with its adapter on it."""
+    """Load the reference that the configuration names. On a CPU, reference_kind "host" gives a
+    frozen copy. `actor` is the policy, with its adapter."""
     if config.reference_kind == "adapter_off":
         return AdapterOff(actor)
     device = actor.decoder.device

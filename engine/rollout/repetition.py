@@ -1,5 +1,5 @@
-"""How repetitive completions are, on token ids: text that says the same again earns nothing from a
-reader, whatever a reward model says.
+"""Measures of how repetitive completions are, computed on token ids. A reward model may like text
+that repeats itself; a reader does not.
 
 repeated triples    share of a completion's triples of tokens that occurred in it before: 1 -
                     distinct / all; 0 without any. Fresh text is near 0
@@ -20,21 +20,21 @@ LONGEST_BLOCK = 64
 
 
 def trigrams(ids: Sequence[int]) -> np.ndarray:
-    """[max(0, len - 2)] int64: the triples of a completion, each packed into one number. Ids are
-    below 2^21."""
+    """Return [max(0, len - 2)] int64: the triples of a completion, each packed into one number. Ids
+    must be below 2^21."""
     tokens = np.asarray(ids, dtype=np.int64)
     return tokens[:-2] << 42 | tokens[1:-1] << 21 | tokens[2:]
 
 
 def repeated_share(ids: Sequence[int]) -> float:
-    """Share of the triples that occurred before in the completion."""
+    """Return the share of a completion's triples that occurred in it before."""
     keys = trigrams(ids)
     return 1.0 - _distinct(keys) / len(keys) if len(keys) else 0.0
 
 
 def distinct_share(completions: Sequence[Sequence[int]]) -> float:
-    """Distinct triples of all completions together, over all of them; 1 without any (Li et al.,
-    2016, "distinct-n")."""
+    """Return the number of distinct triples in all completions together, divided by the number of
+    all their triples; 1 if there are none (Li et al., 2016, "distinct-n")."""
     keys = np.concatenate([np.zeros(0, dtype=np.int64), *map(trigrams, completions)])
     return _distinct(keys) / len(keys) if len(keys) else 1.0
 
@@ -45,7 +45,7 @@ def _distinct(keys: np.ndarray) -> int:
 
 
 def longest_run(ids: Sequence[int]) -> int:
-    """Most times that one token comes in a row."""
+    """Return the length of the longest run of one and the same token."""
     tokens = np.asarray(ids, dtype=np.int64)
     edges = (
         np.flatnonzero(np.concatenate([[True], tokens[1:] != tokens[:-1], [True]]))
@@ -56,8 +56,8 @@ def longest_run(ids: Sequence[int]) -> int:
 
 
 def ends_in_loop(ids: Sequence[int]) -> bool:
-    """Whether the last tokens are one block of 2 to 64 tokens three times. Give it the tokens
-    without the one that ended the completion."""
+    """Whether the last tokens are one block of 2 to 64 tokens, repeated three times. Leave out the
+    token that ended the completion."""
     tokens = list(ids)
     return any(
         tokens[-2 * size :] == tokens[-3 * size : -size]

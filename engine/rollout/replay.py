@@ -1,14 +1,14 @@
 """Earlier rollouts, trained on again: the replay buffer of a policy run.
 
-Each step's completions enter after they were trained on, whole: with the old_logp of the policy
-that wrote them, ref_logp, values, returns and advantages. A step's batch is its own completions and
-some of the buffer's, drawn without replacement. The ratio exp(logp - old_logp) of a replayed token
-is then its importance weight pi / mu, which the objective keeps, clips or caps as it does in later
-epochs; so a buffer is more epochs, spread over steps. Advantages are those of their own step,
-normalised in their own group and batch: the surrogate E_mu[pi / mu A^mu] of PPO, about an older mu.
-So a KL in the reward is what the policy of then was charged; kl.through_ratio charges today's, at
-each state. The older the data, the more the clip is needed: unclipped token weights neither follow
-the states nor stay bounded.
+Completions enter the buffer whole, after the step that trained on them: with the old_logp of the
+policy mu that wrote them, ref_logp, values, returns and advantages. A step's batch is its new
+completions and some of the buffer's, drawn without replacement. The ratio exp(logp - old_logp) of a
+replayed token is then its importance weight pi / mu. The objective keeps, clips or caps it as in
+later epochs, so a buffer acts like more epochs, spread over steps. Advantages are those of the step
+that wrote the completion, normalised in the group and batch of that step: the surrogate
+E_mu[pi / mu A^mu] of PPO, with an older mu. So a KL in the reward is that of the older policy;
+kl.through_ratio charges the current policy's KL, at each state. The older the data, the more the
+clip is needed: unclipped token weights neither correct the distribution of states nor stay bounded.
 
 Source    experience replay with importance weights: Lin (1992); Wang et al. (2016), ACER. The
           truncated weight is the objective's clip.
@@ -31,17 +31,17 @@ from fusedrl.kernels.kept import Kept
 
 @dataclass(frozen=True)
 class Replayed:
-    """A step's share of the buffer: completions, and metrics of how old they are."""
+    """Completions drawn from the buffer for one step, and metrics of how old they are."""
 
     batch: PackedBatch
     metrics: dict[str, float]
 
 
 class ReplayBuffer:
-    """Completions of past steps, in the host's memory. A function of what was added and of `seed`:
-    a resumed run draws the same.
+    """Completions of past steps, in the host's memory. Draws depend only on the completions added
+    and on `seed`, so a resumed run draws the same ones.
 
-    An age counts rollouts: 1 is the step before.
+    The age of a completion counts rollouts: 1 is the previous step.
     """
 
     def __init__(self, config: ReplayConfig, seed: int) -> None:
@@ -53,12 +53,12 @@ class ReplayBuffer:
 
     @property
     def newest(self) -> int:
-        """The step whose completions came in last; -1 where there are none."""
+        """Step whose completions were added last; -1 if there are none."""
         return self._held[-1][0] if self._held else -1
 
     def add(self, batch: PackedBatch, step: int) -> None:
-        """Take in a step's completions, with all that an update reads of them; the oldest beyond
-        the capacity go."""
+        """Add a step's completions, with all columns that an update reads. The oldest completions
+        beyond the capacity are dropped."""
         self._held.append((step, replace(batch, weights=None, old_entropy=None).to("cpu")))
         while (surplus := len(self) - self.config.capacity) > 0:
             written, oldest = self._held.pop(0)
@@ -66,9 +66,9 @@ class ReplayBuffer:
                 self._held.insert(0, (written, oldest.select(range(surplus, oldest.num_sequences))))
 
     def draw(self, step: int, fresh: int, device: torch.device | str) -> Replayed | None:
-        """Completions for step `step` beside `fresh` new ones, so that they are `fraction` of all,
-        or as many as there are; None where there are none. What is older than max_age is dropped
-        before."""
+        """Draw completions for step `step` to join `fresh` new ones, so that the drawn ones are
+        `fraction` of all. Draw fewer if the buffer holds fewer, and return None if there are none
+        to draw. Completions older than max_age are dropped first."""
         self._held = [
             (written, batch)
             for written, batch in self._held
@@ -99,7 +99,7 @@ class ReplayBuffer:
 
     # ---- checkpoints -----------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that the buffer holds."""
+        """Return everything that the buffer holds, as tensors."""
         steps = [written for written, batch in self._held for _ in range(batch.num_sequences)]
         columns = vars(PackedBatch.concat([batch for _, batch in self._held])) if self._held else {}
         found = {name: x for name, x in columns.items() if isinstance(x, Tensor)}
@@ -108,7 +108,7 @@ class ReplayBuffer:
         return found | {"steps": torch.tensor(steps, dtype=torch.int64)}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave. Raises CheckpointError where that is no buffer."""
+        """Restore what `tensors` returned. Raise CheckpointError if `saved` is not a buffer."""
         columns = dict(saved)
         try:
             steps = columns.pop("steps").tolist()
@@ -143,15 +143,16 @@ def with_replay(
     tokens_per_microbatch: int,
     apart: Collection[int] = (),
 ) -> list[list[list[int]]]:
-    """Return the cuts of a batch that has replayed completions behind its new ones.
+    """Return how to split a batch that has replayed completions after its new ones into minibatches
+    and micro-batches.
 
-    The new completions, 0 .. fresh - 1, keep the micro-batches they have, so that their ratios stay
-    exactly 1. Behind them each minibatch gets its share of the replayed ones, numbered from `fresh`
-    on, in micro-batches of their own, and those of them that are in `apart`, numbered from 0 on,
-    apart from the others.
+    The new completions, 0 .. fresh - 1, keep their micro-batches, so that their ratios stay exactly
+    1. The replayed completions are numbered from `fresh` on. Each minibatch gets its share of them,
+    in micro-batches without new completions. Replayed completions whose number, counted from 0, is
+    in `apart` do not share a micro-batch with the rest.
     """
     R, M = replayed.num_sequences, len(fresh_cuts)
-    # of all ages
+    # each minibatch gets completions of all ages
     shares = [replayed.split(tokens_per_microbatch, range(m, R, M), apart) for m in range(M)]
     return [
         cuts + [[fresh + row for row in group] for group in share]

@@ -1,4 +1,4 @@
-"""Prompts -> completions -> scores: the batch that a policy step learns from.
+"""Prompts -> completions -> scores: how the batch that a policy step learns from is made.
 
     score = reward - missing_eos_penalty where the completion was cut off
             - overlong_penalty min(1, max(0, length - (max_new_tokens - overlong_buffer))
@@ -33,7 +33,7 @@ from fusedrl.engine.rollout.repetition import (
 
 
 class RolloutConfig(Protocol):
-    """A configuration of sampling and scoring: that of policy optimisation, and of rejection
+    """Configuration of sampling and scoring, shared by policy optimisation and rejection
     sampling."""
 
     @property
@@ -58,8 +58,8 @@ class RolloutConfig(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready to generate from: as the data has it, its ids, and its row's other columns,
-    which travel to the rewards."""
+    """Prompt ready to generate from: its text or messages as in the data, its token ids, and the
+    other columns of its data row, which are passed to the rewards."""
 
     prompt: Any
     ids: list[int]
@@ -68,8 +68,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One step's experience. `batch` has rollout_logp, weights_versions, scores and group_ids, and
-    greedy_scores where asked for; `metrics` describe the completions and their rewards."""
+    """One step's experience. `batch` has the columns rollout_logp, weights_versions, scores and
+    group_ids, and greedy_scores if requested. `metrics` describe the completions and their
+    rewards."""
 
     batch: PackedBatch
     prompts: list[Prompt]
@@ -77,7 +78,7 @@ class Rollout:
     metrics: dict[str, float]
 
     def samples(self, count: int) -> list[dict[str, Any]]:
-        """The first completions with their prompts and scores, as JSON values."""
+        """Return the first `count` completions with their prompts and scores, as JSON values."""
         return [
             {"prompt": p.prompt, "completion": c.text, "finish_reason": c.finish_reason, "score": s}
             for p, c, s in zip(
@@ -90,7 +91,7 @@ class Rollout:
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
-    """The sampler's settings of a run."""
+    """Return the sampling options that a configuration describes."""
     g = config.generation
     return SamplingParams(
         max_new_tokens=g.max_new_tokens,
@@ -107,9 +108,13 @@ def sampling_params(config: RolloutConfig) -> SamplingParams:
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion and what it is worth: rewards by name (None: does not apply), and their weighted
-    sum, NaN where one is invalid. tokens: what of the sum accrued at each token, if anything
-    did."""
+    """Completion with its rewards and score.
+
+    Attributes:
+        rewards: values by reward name; None if a reward does not apply.
+        score: weighted sum of the rewards, minus penalties; NaN if a reward is invalid.
+        tokens: part of the weighted sum that accrued at each token; None if no reward is per token.
+    """
 
     prompt: Prompt
     completion: Completion
@@ -121,7 +126,7 @@ class Sample:
 
     @property
     def valid(self) -> bool:
-        """Whether a reward could score it."""
+        """Whether the completion, and the greedy one of its prompt, could be scored."""
         return math.isfinite(self.score) and math.isfinite(self.greedy_score)
 
 
@@ -136,20 +141,20 @@ def rollout(
 ) -> Rollout:
     """Generate `samples_per_prompt` completions of `prompts_per_step` prompts and score them.
 
-    Samples whose reward is invalid (raised, NaN, of the wrong type) are left out of the batch, so
-    that groups may differ in size. With `refill_tries` so are groups whose scores are all equal,
-    and as many other prompts are drawn in their place, so many times at most; if there are none but
-    such groups, the first ones stay. Metrics are of all valid samples, dropped ones too: what is
-    kept says less of the policy.
+    Samples with an invalid reward (raised, NaN, of the wrong type) are left out of the batch, so
+    groups may differ in size. With `refill_tries`, groups whose scores are all equal are left out,
+    too. As many other prompts are drawn in their place, at most `refill_tries` times. If all groups
+    are of this kind, the first ones stay. Metrics cover all valid samples, including those left
+    out: the samples in the batch alone would misrepresent the policy.
 
     Args:
-        draw: so many prompts, and the request id of the first; the ids count on from it and are
-            never used again, so that repeated prompts differ and a replay is identical. They are
-            the batch's group_ids.
-        greedy: complete and score every prompt once more, greedily; where that is invalid, the
-            prompt's samples are.
-        gold: rewards to measure and report alone; samples that one of them cannot score are left
-            out of its mean.
+        draw: returns the given number of prompts, and the request id of the first. Ids count on
+            from there and are never reused, so that repeated prompts get different completions and
+            a replayed run gets the same ones. The ids become the batch's group_ids.
+        greedy: complete and score every prompt once more, greedily. If that score is invalid, all
+            samples of the prompt are invalid.
+        gold: rewards that are only measured and reported, not trained on. Samples that such a
+            reward cannot score are left out of its mean.
     Raises:
         RewardError: more than `max_invalid_fraction` of the samples were invalid, or all of them.
     """
@@ -208,8 +213,8 @@ def _generate(
     first_request_id: int,
     greedy: bool,
 ) -> tuple[list[Sample], list[tuple[int, str, str]]]:
-    """Completions with their rewards, and which of them have none: (index, name of the reward,
-    reason)."""
+    """Return completions with their rewards, and a list of the invalid ones: (index, name of the
+    reward, reason)."""
     request_ids = list(range(first_request_id, first_request_id + len(prompts)))
     outs = actor.generate(
         [p.ids for p in prompts], sampling_params(config), request_ids=request_ids
@@ -253,7 +258,7 @@ def _generate(
 def _check_valid(
     samples: Sequence[Sample], invalid: Sequence[tuple[int, str, str]], config: RolloutConfig
 ) -> None:
-    """Raises RewardError where too many of a step's samples so far are invalid, or all of them."""
+    """Raise RewardError if too many of a step's samples so far are invalid, or all of them."""
     if (bad := len({index for index, _, _ in invalid})) > config.max_invalid_fraction * len(
         samples
     ):
@@ -285,7 +290,8 @@ def _score(rewards: RewardSet, flat: Sequence[tuple[Prompt, Completion]]) -> Rew
 
 
 def _placed(total: float, completion: Completion, config: RolloutConfig) -> float:
-    """A completion's score: its reward, less what not ending and being long cost."""
+    """Return a completion's score: its reward, minus the penalties for not ending and for its
+    length."""
     score = total - (config.missing_eos_penalty if completion.finish_reason != "stop" else 0.0)
     if config.overlong_buffer:
         over = len(completion.token_ids) - (
@@ -296,8 +302,8 @@ def _placed(total: float, completion: Completion, config: RolloutConfig) -> floa
 
 
 def _flat(samples: Iterable[Sample], greedy: bool) -> set[int]:
-    """The groups in which all scores are the same, with `greedy` that of the greedy completion
-    among them."""
+    """Return the groups whose scores are all the same. With `greedy`, the score of the greedy
+    completion counts as well."""
     scores: dict[int, set[float]] = {}
     for sample in samples:
         scores.setdefault(sample.group, {sample.greedy_score} if greedy else set()).add(
@@ -353,7 +359,7 @@ def _repetition(completions: Sequence[Completion]) -> dict[str, float]:
 def _gold(gold: RewardSet | None, samples: Sequence[Sample]) -> dict[str, float]:
     if gold is None:
         return {}
-    with generators_kept():  # what it draws changes nothing outside
+    with generators_kept():  # its random draws leave the process's generators unchanged
         scored = _score(
             gold, [(sample.prompt, sample.completion) for sample in samples if sample.valid]
         )

@@ -3,8 +3,8 @@ is copied, synchronised or re-tokenised.
 
     trainer = GRPOTrainer(model=model, processing_class=tokenizer, rollout_func=rollout_func(), ...)
 
-The actor is made at the first rollout, from the model as the trainer has moved and wrapped it by
-then: on a GPU, under torchrun or `accelerate launch`.
+The actor is made at the first rollout. By then the trainer has moved and wrapped the model: to a
+GPU, and under torchrun or `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ def rollout_func(
     """Make the function that TRL's `GRPOTrainer(rollout_func=...)` calls: f(prompts, trainer) ->
     {"prompt_ids", "completion_ids", "logprobs"}, one completion a prompt.
 
-    TRL repeats a prompt once for each of its completions; equal neighbours are prefilled once.
-    `logprobs` are of the temperature-scaled distribution. No draw is used twice: each is numbered
-    by the trainer's step, by whether it evaluates, and by the process. So a resumed run draws as
-    the run would have gone on.
+    TRL repeats a prompt once for each of its completions; equal neighbours are prefilled only once.
+    `logprobs` are those of the temperature-scaled distribution. No random draw is used twice: a
+    draw is numbered by the trainer's step, by the process, and by whether the trainer evaluates. So
+    a resumed run draws what the uninterrupted run would have drawn.
 
     Args:
-        actor: how to make one of the trainer's unwrapped model and its tokenizer, such as
-            functools.partial(HybridActor.from_module, cache=...). It is called at the first
-            rollout, and again where the trainer has moved the weights since. Or an actor, made from
-            the model where the trainer leaves it.
-        params: how to draw (its n is not used); None: as the trainer's arguments say
+        actor: function that makes an actor from the trainer's unwrapped model and its tokenizer,
+            such as functools.partial(HybridActor.from_module, cache=...). It is called at the first
+            rollout, and again if the trainer has moved the weights since. Or an actor that was made
+            from the model in the place where the trainer keeps it.
+        params: sampling options (n is ignored); None: as the trainer's arguments say
             (max_completion_length, temperature, top_p, top_k, min_p, seed).
     Raises:
         TypeError, ValueError: at the first rollout, a model that `HybridActor.from_module` does not
-            take: sharded, with PEFT's adapter; or arguments of the trainer that nothing here
-            follows.
+            accept (sharded, with PEFT's adapter), or trainer arguments that this function does not
+            support.
         RuntimeError: at a rollout, an actor whose weights are not those that the trainer trains.
     """
     return Rollouts(actor, params)
 
 
 class Rollouts:
-    """The function that `rollout_func` returns. `actor`: the one that generates; None before the
-    first rollout that makes it."""
+    """Function that `rollout_func` returns. `actor` is the actor that generates; it is None until
+    the first rollout makes it."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Rollouts:
         return self._make(model, trainer.processing_class)
 
     def _request_ids(self, count: int, trainer: Any) -> list[int]:
-        """Numbers that no other process, step or evaluation has."""
+        """Return numbers that no other process, step or evaluation uses."""
         step, evaluating, rank = (
             trainer.state.global_step,
             not trainer.model.training,
@@ -133,8 +133,8 @@ def _lies_in(model: nn.Module, decoder: Decoder) -> bool:
 
 
 def _encoded(prompts: list[Any], trainer: Any) -> list[Any]:
-    """Messages as token ids, through the trainer's chat template, its keywords and tools; texts as
-    they are."""
+    """Encode messages as token ids with the trainer's chat template, its keywords and tools. Return
+    texts unchanged."""
     if not prompts or isinstance(prompts[0], str):
         return prompts
     encoded = trainer.processing_class.apply_chat_template(

@@ -1,1 +1,1 @@
-"""The run directory: checkpoints, metrics, what is saved and when."""
+"""The run directory: checkpoints, metrics, and when each is saved."""

@@ -1,14 +1,15 @@
-"""The run directory: one writer, a saved configuration, and checkpoints that are complete or
-absent. Tensors are safetensors, the rest JSON.
+"""The run directory: a single writer, a saved configuration, and checkpoints that are either
+complete or absent. Tensors are stored as safetensors, the rest as JSON.
 
     <run>/config.json, lock, metrics.jsonl, checkpoints/step_00000012/{<group>.safetensors,
         state.json, MANIFEST.json}
 
-A checkpoint is written as a hidden sibling, each file flushed to the disk, then the directory, then
-renamed, then the parent flushed: after a crash at any point its directory either does not exist or
-is whole. The manifest holds size and SHA-256 of every file, and loading verifies them.
+A checkpoint is written into a hidden directory next to its final place. Each file is flushed to the
+disk, then the directory; then the directory is renamed, and its parent flushed. So after a crash at
+any point, the checkpoint either does not exist or is whole. The manifest holds size and SHA-256 of
+every file, and loading verifies them.
 
-One file: what is written is what is read, and what is checked on the way.
+One file: writing, reading and verifying must agree on one format.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ FREE_KEYS = (
     "run.save_minutes",
     "run.signals",
     "steps",
-    # that a continued run may change; a group's name: all its keys
+    # keys that a continued run may change; the name of a group stands for all its keys
     "checkpoint_activations",
     "eval_every",
     "evaluation",
@@ -73,8 +74,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A complete, verified checkpoint: `tensors` {group: {name: CPU tensor}} and `state` as given
-    to `save_checkpoint`."""
+    """Complete, verified checkpoint: `tensors` {group: {name: CPU tensor}} and `state`, as given to
+    `save_checkpoint`."""
 
     path: Path
     step: int
@@ -96,17 +97,17 @@ def save_checkpoint(
     """Save `tensors` {group: {name: tensor}} (a file per group) and `state` (JSON values) as the
     checkpoint of `step`.
 
-    When it verifies, all but the `keep` newest are deleted. A step that is already saved and
-    verifies is left as it is.
+    Once it is verified, all but the `keep` newest checkpoints are deleted. A step whose checkpoint
+    exists and verifies is not written again.
 
     Args:
-        shares: more groups, of which each rank has a part and writes a file of its own.
-        ranks: that all call this; the first writes `tensors` and `state`.
+        shares: further groups, of which each rank holds a part and writes it to a separate file.
+        ranks: ranks that all call this function; the first writes `tensors` and `state`.
     Raises:
-        CheckpointError: a tensor that is not finite, a name that is no plain file name, a state
-            that JSON would not give back, a failed verification.
-        OSError: the write failed (no space, no right, a bad disk); earlier checkpoints are
-            untouched and nothing half-written is left.
+        CheckpointError: a tensor that is not finite, a name that is not a plain file name, a state
+            that JSON would not restore exactly, or a failed verification.
+        OSError: the write failed (no space, no permission, a bad disk). Earlier checkpoints are
+            untouched, and no half-written one is left.
     """
     root = Path(run_dir) / "checkpoints"
     target = root / f"step_{step:08d}"
@@ -154,7 +155,8 @@ def save_checkpoint(
 def _parts_of_ranks(
     directory: Path, shares: Mapping[str, Mapping[str, Tensor]], ranks: Ranks
 ) -> dict[str, Any]:
-    """Write this rank's parts of groups. Returns the files of all ranks; none of one."""
+    """Write this rank's parts of groups. Return the files of all ranks, or nothing if there is a
+    single rank."""
     if ranks.size == 1:
         return {}
     mine = {}
@@ -165,7 +167,7 @@ def _parts_of_ranks(
 
 
 def _full(error: OSError, target: Path, needed: int) -> OSError:
-    """Say of a disk that is full what a checkpoint needs, and what to do."""
+    """Return the error of a full disk with the space that a checkpoint needs, and a remedy."""
     root = target.parent
     free = shutil.disk_usage(root).free
     earlier = root.is_dir() and any(
@@ -185,14 +187,14 @@ def _full(error: OSError, target: Path, needed: int) -> OSError:
 
 
 def _room_for(target: Path, temporary: Path) -> bool:
-    """Whether the checkpoint is there and verifies; else the directory that it is written in is
-    made."""
+    """Return whether the checkpoint exists and verifies. If not, make the directory that it is
+    written in."""
     if target.is_dir():
         try:
             _verify(target)
             return True
         except CheckpointError:
-            _remove(target)  # it could never be loaded, and it stands where the new one goes
+            _remove(target)  # it could never be loaded, and is in the new checkpoint's place
     temporary.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -226,7 +228,8 @@ def _check(
 
 
 def _check_state(value: Any, where: str) -> None:
-    """Refuse what JSON would change silently: numbers as keys, NaN, objects."""
+    """Raise CheckpointError for values that JSON would change silently: numbers as keys, NaN,
+    objects."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -246,8 +249,8 @@ def _check_state(value: Any, where: str) -> None:
 
 
 def _safetensors(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The file's bytes, a tensor at a time: neither views of shared storage nor the size of a group
-    matter. Wide types come first, so that all are aligned."""
+    """Yield the file's bytes, a tensor at a time, so neither views of shared storage nor the size
+    of a group matter. Wide types come first, so that all tensors are aligned."""
     header: dict[str, Any] = {}
     end = 0
     ordered = sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -291,7 +294,7 @@ def _sync(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint under another name, so that a half-deleted one is never taken for a
+    """Rename a checkpoint and then delete it, so that a half-deleted one is never taken for a
     broken one."""
     doomed = path.with_name(f".tmp_old_{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -301,9 +304,9 @@ def _remove(path: Path) -> None:
 
 # ---- loading -------------------------------------------------------------------------------------
 def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
-    """The newest complete checkpoint that verifies, or None. Broken ones are passed over with a
-    warning that names file and reason; what an interrupted save left behind is deleted, so only the
-    owner of the run (`RunLock`) may call this."""
+    """Return the newest complete checkpoint that verifies, or None. A broken checkpoint is skipped,
+    with a warning that names file and reason. Remains of an interrupted save are deleted, so only
+    the owner of the run (`RunLock`) may call this."""
     root = Path(run_dir) / "checkpoints"
     if not root.is_dir():
         return None
@@ -321,8 +324,8 @@ def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
 
 
 def read_checkpoint(path: Path, step: int, files: Iterable[str]) -> Checkpoint:
-    """Read the files of a checkpoint that verifies; groups of which each rank wrote a part are
-    whole."""
+    """Read the files of a verified checkpoint. Groups that the ranks wrote in parts are put
+    together."""
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in sorted(name for name in files if name.endswith(".safetensors")):
         group = re.sub(r"(\.\d{5}-of-\d{5})?\.safetensors$", "", name)
@@ -340,10 +343,10 @@ def _steps(root: Path) -> list[tuple[int, Path]]:
 
 
 def _verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file has the recorded size and digest.
+    """Return the manifest of a checkpoint after checking the size and digest of every file.
 
     Raises:
-        CheckpointError: naming the file and what is wrong with it.
+        CheckpointError: a file is missing or differs; the message names it.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -394,7 +397,8 @@ def _verify(path: Path) -> dict[str, Any]:
 
 
 def data_digest(data: Data) -> str:
-    """SHA-256 of a data file; of several, all of them. Errors as `check_data_file`."""
+    """Return the SHA-256 of a data file; of several files, all digests. Errors are those of
+    `check_data_file`."""
     sources = parse_data(data)
     for source in sources:
         check_data_file(Path(source.path))
@@ -402,15 +406,15 @@ def data_digest(data: Data) -> str:
 
 
 def _all_data(config: Any) -> str:
-    """The digest of everything that a run reads: its data, and the pretraining texts of a
+    """Return the digest of everything that a run reads: its data, and the pretraining texts of a
     policy."""
     ptx = getattr(config, "ptx", None)
     return data_digest(config.data) + (f" ptx {data_digest(ptx.data)}" if ptx is not None else "")
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Return what a run is a function of, as JSON values: its configuration, and digests of the
-    data and of the initial model. Errors as `check_data_file`."""
+    """Return, as JSON values, everything that determines a run's result: its configuration, and
+    digests of the data and of the initial model. Errors are those of `check_data_file`."""
     return {
         "stage": type(config).__name__,
         "config": config_to_dict(config),
@@ -420,14 +424,14 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """Return the SHA-256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_digest(model: str | Path) -> str | None:
-    """SHA-256 over names and bytes of a model directory's safetensors files; None for an id that is
-    no directory here."""
+    """Return the SHA-256 over names and bytes of a model directory's safetensors files. Return None
+    for a model id that is not a local directory."""
     if not Path(model).is_dir():
         return None
     parts = [
@@ -438,12 +442,12 @@ def model_digest(model: str | Path) -> str | None:
 
 # ---- the run directory ---------------------------------------------------------------------------
 class RunLock:
-    """Exclusive ownership of a run directory while this object (a context manager) lives; the
+    """Exclusive ownership of a run directory, for as long as this context manager is open; the
     system releases it when the process dies.
 
     Raises:
-        SetupError: another live process holds it; names its pid and host.
-        ConfigError: the path, or one that it would lie in, is a file.
+        SetupError: another live process owns the directory; the message names its pid and host.
+        ConfigError: the path, or a directory on the way to it, is a file.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -478,8 +482,8 @@ class RunLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let others write here. The file stays: deleting it would let two processes lock two files
-        of one name."""
+        """Let other processes write to the directory. The lock file stays: deleting it would let
+        two processes lock two files of the same name."""
         self._file.close()
 
     def __enter__(self) -> RunLock:
@@ -490,17 +494,17 @@ class RunLock:
 
 
 class RunDirectory:
-    """A run directory that this process owns: `dir`, and `checkpoint` to continue from (None at the
-    beginning). A context manager.
+    """Run directory that this process owns: `dir`, and the `checkpoint` to continue from (None at
+    the beginning). A context manager.
 
-    A new run needs a directory without checkpoints. A resumed one must have the configuration that
-    it was started with, except for what does not change the result (`FREE_KEYS`), and the same
+    A new run needs a directory without checkpoints. A resumed run needs the configuration that it
+    was started with, except for options that do not change the result (`FREE_KEYS`), and the same
     bytes of data and of the initial model.
 
     Raises:
         ConfigError: the directory holds another run, or the configuration, the data or the model
-            changed; lists the differences.
-        SetupError: another live process writes there.
+            changed; the message lists the differences.
+        SetupError: another live process writes to the directory.
     """
 
     def __init__(self, config: Any) -> None:
@@ -566,14 +570,14 @@ class RunDirectory:
 
 
 def _records(run_dir: Path) -> list[str]:
-    """What a run left behind that a new one would write over: steps in metrics.jsonl, checkpoints
-    that do not verify, a model."""
+    """Return the remains of an earlier run that a new one would overwrite: steps in metrics.jsonl,
+    checkpoints that do not verify, a model."""
     lines = (
         (run_dir / "metrics.jsonl").read_bytes().splitlines()
         if (run_dir / "metrics.jsonl").is_file()
         else []
     )
-    # before the first step there was nothing to lose
+    # lines of step 0 precede the first training step, so nothing is lost with them
     found = ["metrics.jsonl"] if any(not line.startswith(b'{"step": 0,') for line in lines) else []
     root = run_dir / "checkpoints"
     found += [f"checkpoints/{path.name}" for _, path in _steps(root)] if root.is_dir() else []
@@ -581,7 +585,8 @@ def _records(run_dir: Path) -> list[str]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace a file at once: readers see the old bytes or the new ones, also after a crash."""
+    """Replace a file atomically: readers see either the old bytes or the new ones, even after a
+    crash."""
     temporary = path.with_name(f".tmp_{path.name}")
     try:
         temporary.unlink(missing_ok=True)
@@ -594,13 +599,13 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as JSON values."""
+    """Return a configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _upgraded(saved: dict[str, Any], cls: type) -> dict[str, Any]:
-    """What config.json holds, in today's terms: an option that did not exist when it was written
-    has its usual value."""
+    """Return the contents of config.json for the current version: options that did not exist when
+    it was written get their default values."""
     stage = {"PPOConfig": "PolicyConfig"}.get(saved["stage"], saved["stage"])
     if stage != cls.__name__:
         return saved
@@ -636,8 +641,8 @@ def _merged(usual: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any
 
 
 def config_diff(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """`key: saved -> current` for every dotted key that differs, but for those that a continued run
-    may change (`FREE_KEYS`)."""
+    """Return `key: saved -> current` for every dotted key that differs, except for keys that a
+    continued run may change (`FREE_KEYS`)."""
     old, new = flat(saved), flat(current)
     keys = [
         key
@@ -652,7 +657,7 @@ def config_diff(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= (

@@ -1,7 +1,7 @@
-"""What a run reports: one JSON line per step in metrics.jsonl, and live progress on the terminal.
+"""Reports of a run: one JSON line per step in metrics.jsonl, and live progress on the terminal.
 
 Names are TRL's (`reward`, `kl`, `entropy`, `completions/clipped_ratio`, ...) plus `timing/<phase>`
-in seconds and `sampling/logp_diff_*`. All of them are in docs/metrics.md.
+in seconds and `sampling/logp_diff_*`. All of them are listed in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -44,16 +44,20 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def say(text: str) -> None:
-    """A line on standard error. A terminal or a reader that has gone takes nothing from whoever
-    speaks."""
+    """Print a line on standard error. If the terminal or the reader is gone, do nothing and raise
+    no error."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with a "step". Resumed, a torn last line and every
-    line after `resume_step` are cut; None starts afresh. `last` is the newest line that was found
-    and kept, or None. write=False: nothing is written, another process does that."""
+    """File of JSON objects, one a line, each with a "step". When a run resumes, a torn last line
+    and every line after `resume_step` are removed; with None the file starts empty.
+
+    Attributes:
+        last: newest line that was found and kept, or None.
+        write: False: write nothing, because another process writes the file.
+    """
 
     def __init__(
         self, path: str | Path, *, resume_step: int | None = None, write: bool = True
@@ -73,8 +77,8 @@ class JsonLines:
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line and hand it to the system. Raises ValueError for NaN and infinity, which
-        JSON has not."""
+        """Write one line and pass it to the operating system. Raise ValueError for NaN and
+        infinity, which JSON does not have."""
         line = json.dumps(row, allow_nan=False) + "\n"
         if self._file is not None:
             self._file.write(line)
@@ -89,7 +93,7 @@ class JsonLines:
 
 
 def _is_of(line: bytes, last_step: int | None) -> bool:
-    """Whether a line is whole and of a step up to `last_step`."""
+    """Whether a line is complete and belongs to a step up to `last_step`."""
     try:
         return (
             line.endswith(b"\n") and last_step is not None and json.loads(line)["step"] <= last_step
@@ -99,20 +103,21 @@ def _is_of(line: bytes, last_step: int | None) -> bool:
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of such a file; a torn last one, and a file that is not there, are passed over."""
+    """Yield the lines of a JSON lines file. A torn last line is skipped, and a missing file has no
+    lines."""
     for line in Path(path).read_bytes().splitlines(keepends=True) if Path(path).is_file() else ():
         if _is_of(line, sys.maxsize):
             yield json.loads(line)
 
 
 class Metrics:
-    """<run>/metrics.jsonl. A new run starts it afresh; a resumed one cuts a torn last line and
-    every line after the checkpoint's step.
+    """Writer of <run>/metrics.jsonl. A new run starts the file empty; a resumed run removes a torn
+    last line and every line after the checkpoint's step.
 
     Args:
         run_dir: the run directory; created if needed.
         resume_step: the step of the checkpoint that the run continues from, or None for a new run.
-        write: False where another process writes the file.
+        write: False if another process writes the file.
     """
 
     def __init__(
@@ -124,8 +129,8 @@ class Metrics:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def log(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """Append one line: the step, `values` and the timings since the last line; returns what was
-        written. NaN and infinity become null."""
+        """Append one line: the step, `values`, and the timings since the last line. Return what was
+        logged. NaN and infinity are written as null."""
         record = {name: float(value) for name, value in values.items()} | {
             f"timing/{name}": seconds for name, seconds in self._seconds.items()
         }
@@ -137,7 +142,8 @@ class Metrics:
         return record
 
     def last(self) -> dict[str, float]:
-        """The newest line that a resumed run found, without its step; empty for a new run."""
+        """Return the newest line that a resumed run found, without its step; empty for a new
+        run."""
         return {
             name: math.nan if value is None else value
             for name, value in (self._lines.last or {}).items()
@@ -146,7 +152,7 @@ class Metrics:
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Add the seconds spent inside to `timing/<phase>` of the next line."""
+        """Add the seconds spent inside the block to `timing/<phase>` of the next line."""
         start = time.perf_counter()
         try:
             yield
@@ -161,16 +167,16 @@ class Metrics:
 
 
 class Progress:
-    """Live progress: a bar with a table of the key metrics on a terminal; elsewhere a plain line
-    every few seconds and one for the last step.
+    """Live progress. On a terminal it is a bar with a table of the key metrics; elsewhere a plain
+    line every few seconds and one for the last step.
 
     Args:
         total: steps of the run.
         enabled: False shows nothing.
         start: steps already done, when resumed.
-        title: what stands before the bar.
-        keys: metrics to show, of those that come.
-        stream: where to write; standard error by default, so that standard output stays for
+        title: text in front of the bar.
+        keys: names of the metrics to show, if they are reported.
+        stream: where to write; standard error by default, so that standard output stays free for
             results.
     """
 
@@ -214,7 +220,7 @@ class Progress:
         )
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """`step` steps are done, the last with these metrics."""
+        """Show that `step` steps are done, and the metrics of the last one."""
         if self._live is not None:
             self._bar.update(self._task, completed=step)
             self._live.update(self._view(values))

@@ -1,5 +1,5 @@
 """One run directory: its lock, resolved configuration, metrics, samples, progress and checkpoints.
-What the five stages share.
+All five stages use it.
 
 <run>/config.json          the resolved configuration
 <run>/metrics.jsonl        one line a step
@@ -41,22 +41,23 @@ RESUME_COMMAND: ContextVar[str | None] = ContextVar("resume_command", default=No
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
-    """Open the run directory of a configuration; `total` steps (None: set `run.total` before
-    `restore`).
+    """Open the run directory of a configuration for a run of `total` steps. If `total` is None, set
+    `run.total` before `restore`.
 
-    SIGINT, SIGTERM, SIGHUP and those of `run.signals` end the run with 128 + the signal, unless
-    they were ignored before it began (nohup). The first saves the last completed step where it
-    stands, lets the step end and saves that as well. The second does not wait for the step, but
-    where the last completed step is not on the disk yet it waits for the update that runs. The
-    third is immediate. Whatever else ends the run, the last completed step is saved first where it
-    still is in memory as it was (saving.py), and where to go on from is said.
+    SIGINT, SIGTERM, SIGHUP and the signals in `run.signals` end the run with exit code 128 + the
+    signal, unless they were ignored before the run began (nohup). The first signal saves the last
+    completed step at once, lets the current step end, and saves that as well. The second does not
+    wait for the current step; but if the last completed step is not on the disk yet, it waits for
+    the update in progress. The third ends the run immediately. Whatever else ends the run, the last
+    completed step is saved first if it is still intact in memory (saving.py), and a message says
+    where to continue from.
 
-    Of several ranks the first alone writes and speaks. They save together, so a signal waits for
-    the end of the step, and what ends one of them ends all.
+    With several ranks, only the first writes files and messages. The ranks save together, so a
+    signal waits for the end of the step, and an error on one rank ends all of them.
 
     Raises:
-        ConfigError: the directory holds another run and `run.resume` is off, or a resumed run's
-            configuration, model or data changed; or ranks that were started with different ones.
+        ConfigError: the directory holds another run and `run.resume` is off; or a resumed run's
+            configuration, model or data changed; or the ranks were started with different ones.
         RuntimeError: something called sys.exit within the run.
     """
 
@@ -67,7 +68,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.last_metrics: dict[str, float] = {}
         self._config = config
         self._title = config.title
-        self._skipped_before = 0  # updates that this run left out in earlier processes
+        self._skipped_before = 0  # updates that this run skipped in earlier processes
         self._parts: Parts | None = None
         self._signals = 0
         self._exit: int | None = None
@@ -80,7 +81,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._open()
             self.start = self._checkpoint.step if self._checkpoint else 0
             if not self.ranks.first:
-                self.ranks.meet("the files of the run")  # the first cuts them
+                self.ranks.meet("the files of the run")  # wait until the first rank has cut them
             self.metrics = stack.enter_context(
                 Metrics(self.directory, resume_step=self.start or None, write=self.ranks.first)
             )
@@ -102,7 +103,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         return self
 
     def _open(self) -> None:
-        """Open the directory, on the first rank, and find the checkpoint to go on from."""
+        """Open the directory on the first rank, and find the checkpoint to continue from."""
         ranks, self.directory = self.ranks, Path(self.settings.dir)
         if ranks.size == 1:
             self._checkpoint = self._stack.enter_context(RunDirectory(self._config)).checkpoint
@@ -162,8 +163,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             )
 
     def _leave(self, saver: Saver, error: BaseException, together: bool) -> None:
-        """Save the last completed step if that is possible, and say what is to be had where. Never
-        hides `error`. `together`: all ranks are here."""
+        """Save the last completed step if possible, and say what was saved and where. Never hides
+        `error`. `together`: whether all ranks can still save together."""
         problem = ""
         if not together:
             problem = "the ranks are not together any more, so that nothing more is saved. "
@@ -189,7 +190,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         error.add_note(f"{problem}{kept}")
 
     def _of_all(self, value: bool) -> list[bool]:
-        """The value on each rank; [False] where one is gone."""
+        """Return the value on each rank, or [False] if a rank is gone."""
         try:
             return self.ranks.gather("what may be saved", value)
         except Exception:
@@ -208,8 +209,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     # ---- state -----------------------------------------------------------------------------------
     def restore(self, **parts: Any) -> None:
-        """Load the newest complete checkpoint into these objects (`saving.Parts`), in place; on a
-        fresh run nothing is. From here on they are what is saved."""
+        """Load the newest complete checkpoint into these objects (`saving.Parts`), in place. In a
+        new run nothing is loaded. From now on, checkpoints are made of these objects."""
         self._step_began = time.perf_counter()
         self._progress = self._stack.enter_context(
             Progress(
@@ -245,9 +246,10 @@ class Run(contextlib.AbstractContextManager["Run"]):
     def steps(
         self, train: Mixture[T], per_step: int, epochs: int, **parts: Any
     ) -> Iterator[tuple[int, list[T]]]:
-        """The steps of so many passes over `train`: the number of each and its `per_step` examples,
-        the last with what is left, in an order that is a function of the seed. `parts` are restored
-        before the first, and what is complete is saved when it is due."""
+        """Yield the steps of `epochs` passes over `train`: the number of each step and its
+        `per_step` examples; the last step has those that are left. The order depends only on the
+        seed. `parts` are restored before the first step, and each completed step is saved when a
+        save is due."""
         end = len(train) * epochs
         self.total = math.ceil(end / per_step)
         self.restore(**parts)
@@ -260,17 +262,17 @@ class Run(contextlib.AbstractContextManager["Run"]):
         first = saver.saved is None
         began = time.perf_counter()
         path = saver.save()
-        self._step_began += time.perf_counter() - began  # none of the step's own
+        self._step_began += time.perf_counter() - began  # saving does not count as the step's time
         self.message(f"saved {path}" + (f"; {self._how_to_go_on()}" if first else ""))
 
     def save_if_due(self, step: int) -> None:
-        """Save after step `step` where it is time to, at the end, or because a signal or `stop`
-        asked for it (which ends the process)."""
+        """Save after step `step` if it is time to, if it is the last step, or if a signal or `stop`
+        asked for it. In the latter case, end the process afterwards."""
         saver = self._saver
         if saver is None:
             raise RuntimeError("run: expected restore before the first step")
         saver.complete(step + 1, self._skipped)
-        # a signal may reach one rank, and only the first looks at the clock
+        # a signal may reach a single rank, and only the first rank's clock counts
         told = self.ranks.gather("the end of a step", [self._exit, saver.due()])
         self._exit = next((code for code, _ in told if code is not None), None)
         if saver.step == self.total or told[0][1] or self._exit is not None:
@@ -279,8 +281,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             raise Stopped(self._exit)
 
     def stop(self, code: int) -> None:
-        """End the process with this exit code once the step is saved. A signal that came before has
-        its own."""
+        """End the process with this exit code once the step is saved. If a signal came before, its
+        exit code is used instead."""
         self._exit = code if self._exit is None else self._exit
 
     def finish(self, save: Callable[[Path], None]) -> str:
@@ -291,37 +293,39 @@ class Run(contextlib.AbstractContextManager["Run"]):
         return str(target)
 
     def write(self, name: str, save: Callable[[Path], None]) -> None:
-        """Have `save` write <run>/name, on the first rank while the others wait."""
+        """Let `save` write <run>/name on the first rank, while the other ranks wait."""
         self.ranks.once(f"writing {name}", lambda: save(self.directory / name))
 
     def rejects(self, name: str = "rejects.jsonl") -> Path | None:
-        """Return where malformed lines of data go; None on ranks that write nothing."""
+        """Return the path of the file for malformed lines of data, or None on ranks that write
+        nothing."""
         return self.directory / name if self.ranks.first else None
 
     # ---- what is reported ------------------------------------------------------------------------
     def time(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Time a part of the step into `timing/<name>`."""
+        """Time a part of the step as `timing/<name>`."""
         return self.metrics.time(name)
 
     @contextlib.contextmanager
     def apart(self, name: str) -> Iterator[None]:
-        """Time a part into `timing/<name>` that is none of the step's own: its seconds are not in
-        `timing/step`, nor in `tokens_per_s`."""
+        """Time work that is not part of the step as `timing/<name>`. Its seconds count neither in
+        `timing/step` nor in `tokens_per_s`."""
         began = time.perf_counter()
         with self.metrics.time(name):
             yield
         self._step_began += time.perf_counter() - began
 
     def lines(self, name: str) -> JsonLines:
-        """Another file of JSON lines in the run directory; a resumed run's is cut as its metrics
-        are."""
+        """Open another file of JSON lines in the run directory. When the run resumes, lines after
+        the checkpoint are removed, as in metrics.jsonl."""
         return self._stack.enter_context(
             JsonLines(self.directory / name, resume_step=self.start or None, write=self.ranks.first)
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, numbered by the steps done, with the step's seconds, its
-        tokens per second and the peak memory; and the progress display."""
+        """Write one line of metrics.jsonl, and update the progress display. The line is numbered by
+        the steps done, and includes the step's seconds, its tokens per second and the peak
+        memory."""
         now = time.perf_counter()
         seconds, self._step_began = now - self._step_began, now
         metrics = metrics | {"timing/step": seconds, "mem/peak_gib": peak_memory()}
@@ -335,26 +339,27 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._progress.update(step + 1, self.last_metrics)
 
     def samples(self, step: int, rows: list[dict]) -> None:
-        """Completions of this step, into samples.jsonl."""
+        """Append completions of this step to samples.jsonl."""
         for row in rows:
             self._samples.append({"step": step + 1, **row})
 
     def message(self, text: str) -> None:
-        """A line on standard error: what a person should know, whether or not progress is shown."""
+        """Print a line on standard error, for information that a person should see even if progress
+        is hidden."""
         self._say(f"{self._title}: {text}")
 
 
 def peak_memory() -> float:
-    """GiB: the most that torch held on the GPU, or that the process held on a CPU, so far."""
+    """Return the peak memory so far in GiB: of torch on the GPU, or of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS gives bytes, other systems KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def held_out(items: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
-    """(train, held out): `fraction` of the items, drawn by `seed`, rounded to the nearest whole
-    number; the order of the rest is kept.
+    """Split the items into (train, held out). The seed decides which items are held out; their
+    number is `fraction` of all, rounded to the nearest whole number. The rest keeps its order.
 
     Raises:
         ConfigError: nothing is left to train on.

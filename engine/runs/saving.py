@@ -1,12 +1,12 @@
-"""What a checkpoint holds of a run, when one is written, and whether what is in memory still is the
-last completed step.
+"""Saving of a run: the contents of a checkpoint, when one is written, and whether the memory still
+holds the last completed step.
 
-A checkpoint is of the end of a step, and a run that goes on from it is bitwise the undisturbed one.
-Its small parts (generator, coefficients, counts) are kept aside when a step is complete. Weights
-and moments are not, there is one copy of them: they are those of the last completed step until the
-next update begins, which the optimizers count. So a run that ends while it generates, scores or
-waits can still be saved as of its last completed step; one that ends half-way through an update
-cannot.
+A checkpoint is the state at the end of a step. A run that continues from it is bitwise the same as
+an uninterrupted run. When a step is complete, its small parts (generators, coefficients, counts)
+are copied. Weights and moments are not copied: they stay those of the last completed step until the
+next update begins, and the optimizers count the updates begun. So a run that ends while it
+generates, scores or waits can still be saved as of its last completed step. A run that ends
+half-way through an update cannot.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from fusedrl.engine.optim.learner import Learner, Model
 from fusedrl.engine.parallel.ranks import ALONE, Ranks
 from fusedrl.engine.runs.checkpoint import Checkpoint, save_checkpoint
 
-# a save waits for this many times the seconds that the last one took: 5% of the time at the most
+# a save waits for this many times the seconds that the last save took, so that saving takes at most
+# 5% of the time
 _SHARE = 20
 
 
 @runtime_checkable
 class Versioned(Protocol):
-    """A model whose weights are numbered."""
+    """Model whose weights have a version number."""
 
     weights_version: int
 
 
 class Stateful(Protocol):
-    """An object with a small state, as JSON values."""
+    """Object whose state is small and consists of JSON values."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
 
 
 class Buffer(Protocol):
-    """An object that keeps tensors of earlier steps; `newest` is the last of these steps."""
+    """Object that keeps tensors of earlier steps; `newest` is the last of these steps."""
 
     @property
     def newest(self) -> int: ...
@@ -56,7 +57,7 @@ class Buffer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """All that a run carries from step to step."""
+    """Everything that a run carries from step to step."""
 
     model: Learner
     control: Stateful | None = None
@@ -64,19 +65,20 @@ class Parts:
     replay: Buffer | None = None
 
     def learners(self) -> Iterator[tuple[str, str, Learner]]:
-        """Names in a checkpoint of the weights and the optimizer's state, and whose they are."""
+        """Yield each learner with the names under which a checkpoint stores its weights and its
+        optimizer's state."""
         yield "model", "optimizer", self.model
         if self.critic is not None:
             yield "critic", "critic_optimizer", self.critic
 
     @property
     def skipped(self) -> int:
-        """Updates left out since these objects were made."""
+        """Number of updates skipped since these objects were made."""
         return sum(learner.skipped for _, _, learner in self.learners())
 
     def mark(self) -> tuple[int, ...]:
-        """Changes with everything that an update writes: optimizer steps begun, in-place writes of
-        parameters, the newest replayed step."""
+        """Return numbers that change with everything that an update writes: optimizer steps begun,
+        in-place writes to parameters, and the newest replayed step."""
         counts = [
             count
             for _, _, learner in self.learners()
@@ -88,8 +90,8 @@ class Parts:
         return *counts, -1 if self.replay is None else self.replay.newest
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Fill these objects, in place, and the process's generators. Raises CheckpointError where
-        it is a checkpoint of others."""
+        """Restore these objects, in place, and the process's random generators. Raise
+        CheckpointError if the checkpoint was made of other objects."""
         for group, moments, learner in self.learners():
             parameters, saved = trained(learner.model), checkpoint.tensors[group]
             if saved.keys() != parameters.keys() or any(
@@ -126,7 +128,7 @@ class Parts:
 
 @dataclass(frozen=True, eq=False)
 class _Completed:
-    """The end of a step: what is small of it, and the mark of what is not."""
+    """The end of a step: copies of its small parts, and the mark that identifies the rest."""
 
     step: int
     generators: dict[str, Tensor]
@@ -135,14 +137,16 @@ class _Completed:
 
 
 class Saver:
-    """Saves a run. `saved`: the newest checkpoint, as (step, directory), or None. Of several ranks
-    all save at once.
+    """Saves the checkpoints of a run. With several ranks, all of them save together.
 
     Args:
-        directory: of the run.
-        checkpoint: that it continues from, already loaded into `parts`; None at the beginning.
-        skipped: updates left out so far.
-        ranks: of the run.
+        directory: the run directory.
+        checkpoint: checkpoint that the run continues from, already loaded into `parts`; None at the
+            beginning.
+        skipped: number of updates skipped so far.
+        ranks: ranks of the run.
+    Attributes:
+        saved: newest checkpoint, as (step, directory), or None.
     """
 
     def __init__(
@@ -163,7 +167,8 @@ class Saver:
         self.complete(0 if checkpoint is None else checkpoint.step, skipped)
 
     def complete(self, step: int, skipped: int) -> None:
-        """`step` steps are complete, and the parts are as the last of them left them."""
+        """Note that `step` steps are complete, and that the parts are in the state after the last
+        of them."""
         model, control = self._parts.model.model, self._parts.control
         state = {"skipped_updates": skipped} | (control.state_dict() if control is not None else {})
         state |= {"weights_version": model.weights_version} if isinstance(model, Versioned) else {}
@@ -171,13 +176,13 @@ class Saver:
 
     @property
     def step(self) -> int:
-        """Steps completed."""
+        """Number of completed steps."""
         return self._completed.step
 
     @property
     def safe(self) -> bool:
-        """Whether nothing would be lost if the process ended now: the last completed step is on the
-        disk."""
+        """Whether nothing would be lost if the process ended now, because the last completed step
+        is on the disk."""
         return self.step == 0 or (self.saved is not None and self.saved[0] == self.step)
 
     @property
@@ -187,14 +192,14 @@ class Saver:
 
     @property
     def whole(self) -> bool:
-        """Whether the last completed step can be saved: no update has begun since, and saving it
-        has not failed."""
+        """Whether the last completed step can still be saved: no update has begun since, and saving
+        it has not failed."""
         return self._parts.mark() == self._completed.mark and not self.failed
 
     def due(self) -> bool:
-        """Whether the step just completed is one to save, by `save_every` or else by the clock: the
-        first, then every `save_minutes`, and never so often that saving takes more than 5% of the
-        time."""
+        """Whether to save the step just completed. With `save_every`, it depends on the number of
+        the step. Otherwise it goes by the clock: the first step, then every `save_minutes`, and
+        never so often that saving takes more than 5% of the time."""
         if self._settings.save_every:
             return self.step % self._settings.save_every == 0
         waited = time.perf_counter() - self._last
@@ -204,7 +209,8 @@ class Saver:
         )
 
     def save(self) -> Path:
-        """Write the last completed step; only while `whole`. Errors as `save_checkpoint`."""
+        """Write a checkpoint of the last completed step; allowed only while `whole`. Errors are
+        those of `save_checkpoint`."""
         began = time.perf_counter()
         self.saving, self._failed = True, self.step
         try:
@@ -232,8 +238,8 @@ class Saver:
 
 
 def trained(model: Model) -> dict[str, Tensor]:
-    """Return the part of a model that a checkpoint holds: not what LoRA froze, which is the initial
-    model's."""
+    """Return the part of a model that a checkpoint holds: without the weights that LoRA froze,
+    which are those of the initial model."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
