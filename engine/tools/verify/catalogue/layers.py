@@ -47,8 +47,8 @@ def _rms_norm_definition(x: dict, s: dict) -> Tensors:
 
 
 def _rms_norm_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
-    """A single value is its own rms: its gradient is nothing but what cancels. The weight's is a
-    float32 sum over rows of terms of size 1."""
+    """Return the bounds. With a single value per row, the terms of its gradient cancel, so only
+    their rounding is left. The weight's gradient is a float32 sum over rows of terms of size 1."""
     bounds = no_worse(
         problem,
         want,
@@ -213,7 +213,8 @@ def _attention_problem(case: SimpleNamespace, generator: torch.Generator) -> Pro
 
 
 def _attention_work(problem: Problem, got: Tensors) -> tuple[int, int]:
-    """Of a causal attention: two products of the pairs that are seen, and five in the backward."""
+    """Count the work of a causal attention: two products for each pair of positions that attend,
+    and five in the backward."""
     _, Hq, D = problem.x["q"].shape
     seen = sum(n * (n + 1) // 2 for n in problem.x["cu_seqlens"].diff().tolist())
     return sum(problem.x[name].nbytes for name in "qkv") + sum(
@@ -405,7 +406,7 @@ def _decode_problem(case: SimpleNamespace, generator: torch.Generator) -> Proble
 def _adapter(
     rand: Callable[..., Tensor], q: int, kv: int, H: int, F: int, up: int, L: int
 ) -> step.Adapter:
-    """Of q, v, the output, the upper half of up, and down."""
+    """Make an adapter of q, v, the output, the upper half of up, and down."""
     slices = ((0, 0, q), (0, q + kv, kv), (1, 0, H), (2, up - F, F), (3, 0, H))
     adapters = tuple(
         (
@@ -430,7 +431,7 @@ def _decode_inputs(
     V: int,
     S: int,
 ) -> Tensors:
-    """The tokens of a step and the paged cache that they are written to."""
+    """Make the tokens of a step and the paged cache that the step writes to."""
     # Every sequence from its first position, its tokens in one call; blocks dealt out at random,
     # the rest of the table and of the cache wild.
     positions = (
@@ -462,7 +463,7 @@ def _decode_inputs(
 
 
 def _decode(x: dict, s: dict, impl: str | None) -> Tensors:
-    """Also the caches: what was not written is still NaN."""
+    """Run the op; return also the caches, to check that unwritten slots are still NaN."""
     return {
         "hidden": step.decode_step(s["weights"], **x, impl=impl),
         "k_cache": x["k_cache"],
@@ -471,8 +472,9 @@ def _decode(x: dict, s: dict, impl: str | None) -> Tensors:
 
 
 def _decode_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
-    """Twice what rounding costs; three times where nothing but what attention and the MLP add is
-    normalised, however little that is (1.1 times the bound of twice in one case of the grid)."""
+    """Return bounds of twice the error of rounding, or three times if only the outputs of attention
+    and MLP are normalised, which may be tiny (one case of the grid has 1.1 times the bound of
+    twice)."""
     behind = problem.settings["weights"].layers[0].input_norm is None
     dtypes = {
         "hidden": problem.settings["weights"].embedding.dtype,
