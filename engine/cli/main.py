@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BaseException, code: int) -> int:
-    # the rank that failed says it, and of several the first
+    # only the rank that failed prints the message; if several failed, the first
     if isinstance(error, Elsewhere) or SAID in getattr(error, "__notes__", ()):
         return code
     message = (
@@ -364,7 +364,7 @@ def parse_config(stage: str, argv: Sequence[str], defaults: Mapping[str, Any] | 
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"config: {_plain(str(error), cls)}") from error
-    # of a group that may be null jsonargparse reports our own message among others
+    # for an optional group, jsonargparse puts our own message among others
     except ValueError as error:
         ours = re.search(r"config: expected .*", str(error))
         if isinstance(error, UserError) or ours is None:

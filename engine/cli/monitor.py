@@ -131,7 +131,7 @@ def _judge(options: argparse.Namespace) -> None:
         for index in shuffled(len(examples), options.seed, "judge")[: options.prompts or None]
     ]
     count = len(examples)
-    # draws of their own, also where both are one model
+    # request ids that differ, so that samples differ even if both models are the same
     (prompt_ids, a), (_, b) = (
         _answers(actor, examples, params, range(number * count, (number + 1) * count))
         for number, actor in enumerate(actors)

@@ -26,7 +26,7 @@ from fusedrl.engine.data.tokenize import (
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A `PairExample` as token ids: the same label, margin and weight."""
+    """Pair of a `PairExample` as token ids, with the same label, margin and weight."""
 
     prompt: list[int]
     chosen: list[int]

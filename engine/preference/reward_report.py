@@ -213,7 +213,7 @@ def _fit_temperature(
 
     most = math.log(_SHARPEST)
     grid = torch.linspace(-most, most, 57).tolist()
-    # of losses that underflow, the sharpest
+    # if several losses underflow to 0, take the sharpest
     at = min(range(len(grid)), key=lambda i: (loss(grid[i]), -i))
     if at in (0, len(grid) - 1):
         return None, None

@@ -115,7 +115,7 @@ def _train(config: PolicyConfig, ranks: Ranks) -> PolicyResult:
             critic=None if parts.critic is None else parts.critic.learner,
             replay=parts.replay,
         )
-        # a checkpoint of before prompts were counted
+        # checkpoints of old versions have no count of prompts
         control.drawn = control.drawn or run.start * config.prompts_per_step
         if head is not None and run.start:
             head.restore(control.value_level, control.unit or 1.0)
@@ -433,8 +433,8 @@ def score(
         batch = batch.with_columns(old_logp=ours.logp, old_entropy=ours.entropy)
         batch = batch if ours.values is None else batch.with_columns(values=ours.values)
     if reference is not None:
-        # the reference is the whole model: over the tokens that truncation left alone, a policy
-        # that narrows to what the reference never says would be at no distance from it
+        # The reference is scored over all tokens. If it were truncated to the kept tokens, too, a
+        # policy that narrows to tokens the reference never gives would have no KL to it.
         whole = batch.with_columns(kept=None)
         batch = batch.with_columns(
             ref_logp=reference.score(whole, temperature=temperature, partition=partition).logp
@@ -479,7 +479,7 @@ def update(
             moving = [group for group in minibatch if not idle.issuperset(group)] or minibatch[:1]
             trained += sum(map(len, moving))
             given += sum(map(len, minibatch))
-            # log-probabilities, entropies, and log ratios to the policy before
+            # log-probabilities, entropies, and log ratios to the old policy
             seen = torch.zeros(3, batch.num_tokens, device=batch.device)
             with learner.update(done, total_updates) as one:
                 work = one.share(moving, costs_of(batch.lengths, moving))
@@ -495,7 +495,7 @@ def update(
                     measured = _measured(batch, minibatch, moving, seen[:2], config, control)
                 first = epoch == 0 and minibatch is first_cuts[0]
                 for group, numbers in zip(moving, work.rows(), strict=True):
-                    # only in the first pass are there micro-batches of replayed completions alone
+                    # only the first epoch has micro-batches of replayed completions alone
                     old = epoch == 0 and group[0] >= fresh
                     found = statistics(numbers, loss_of)
                     meter.add(*found, epoch, first=first and not old, replayed=old)
@@ -506,7 +506,7 @@ def update(
                 meter.add_ratios(seen[2, slots][batch.action_mask[slots]])
             meter.grad_norms.append(one.grad_norm)
             done += 1
-    # what runs next runs beside the weights, the optimizer's state and the cache alone
+    # the next phase needs the memory: keep only weights, optimizer state and cache
     learner.release()
     metrics = (measured or {}) | meter.metrics() | learner.metrics()
     if config.loss.entropy_target is not None:

@@ -178,7 +178,7 @@ def imitate(
             norms.append(update.grad_norm)
             losses += [] if loss is None else [loss.item()]
     raise_faults(batch.device)
-    # the next rollout runs beside the weights, the optimizer's state and the cache alone
+    # the next rollout needs the memory: keep only weights, optimizer state and cache
     learner.release()
     if not norms:
         return {"updates": 0.0}

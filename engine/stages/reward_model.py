@@ -97,7 +97,7 @@ def _train(config: RewardModelConfig, ranks: Ranks) -> RewardModelResult:
             lambda comparisons: _hold_out(comparisons, config)
         )
         if config.denoise_folds:
-            del model, learner  # the others need the room
+            del model, learner  # the models of the folds need the memory
             train = _denoised(train, config, run, ranks)
             model, learner = new_model(config, ranks)
         for step, chosen in run.steps(train, config.pairs_per_step, config.epochs, model=learner):
@@ -128,7 +128,7 @@ def _train(config: RewardModelConfig, ranks: Ranks) -> RewardModelResult:
                         _normalize(model, train.examples, config)
                     metrics["score_shift"] = model.shift
             run.log(step, metrics)
-        # a run that had finished already
+        # if the run had finished already, the shift is in its metrics
         model.shift = run.last_metrics.get("score_shift", model.shift)
         known = run.last_metrics
         interval = (

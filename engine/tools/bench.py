@@ -273,7 +273,7 @@ def generate_batch(model: Any, workload: Workload, temperature: float) -> Contes
             "bench: this transformers has no continuous batching (generate_batch); upgrade it, or "
             "leave that opponent out"
         ) from error
-    # it would be used again, with its own sizes and its own way to draw
+    # a manager left from before would be used again, with its sizes and sampling settings
     model.destroy_cached_continuous_batching_manager()
     draw: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0}

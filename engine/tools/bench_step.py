@@ -108,7 +108,7 @@ class PolicyStep:
         seconds, device = dict.fromkeys(PHASES, 0.0), actor.decoder.device
         began = time.perf_counter()
         with _timed(seconds, "generate", device):
-            # of the request ids, of which none comes twice
+            # number of request ids used so far; no id is used twice
             first = self._steps * len(self._prompts)
             outs = actor.generate(
                 self._prompts,

@@ -97,8 +97,8 @@ def run_demo(
         The results of the three stages, and the evaluations before and after PPO.
     """
     threads = torch.get_num_threads()
-    # for a model this small a second thread is all hand-over; beside busy neighbours it took 3 to
-    # 10 times as long
+    # A model this small gains nothing from a second thread; on a busy machine two threads took 3
+    # to 10 times as long.
     torch.set_num_threads(1)
     try:
         return _run(_free(Path(directory)), seed, size or DemoSize(), device, progress)
@@ -198,9 +198,9 @@ def _reward(model: str, files: Path, device: str, run: RunConfig) -> RewardModel
 def _ppo(
     model: str, reward: str, files: Path, size: DemoSize, device: str, run: RunConfig
 ) -> PolicyConfig:
-    # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token the
-    # whole credit that a value head which has hardly begun to learn would withhold from it, and a
-    # small value_coef keeps that head from bending the trunk that it shares with the policy.
+    # A story is some twenty tokens and is scored at its end. lam = 1 gives the first token its full
+    # credit, even while the value head has hardly learnt anything. A small value_coef keeps the
+    # value head from changing the trunk that it shares with the policy.
     return PolicyConfig(
         model=model,
         data=str(files / "prompts.jsonl"),

@@ -35,7 +35,7 @@ class Diagnosis:
 
     machine: dict[str, str]
     packages: dict[str, str]
-    # op -> "cpu" or "cuda" -> implementation, best first -> why it cannot run, None where it can
+    # op -> "cpu" or "cuda" -> implementation, best first -> why it cannot run, None if it can
     ops: dict[str, dict[str, dict[str, str | None]]]
     attention: dict[str, dict[str, str]]  # device -> backend -> "verified", or why it is not used
     missing: list[str] = field(default_factory=list)

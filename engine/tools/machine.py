@@ -53,7 +53,7 @@ def gemm_rate(device: torch.device) -> float:
 
 
 def _fastest(function: Callable[[], Tensor], device: torch.device, calls: int) -> float:
-    # in a row, so that the wait for the device is no part of it
+    # several calls in a row, so that waiting for the device hardly counts
     row = 8 if device.type == "cuda" else 1
 
     def several() -> None:

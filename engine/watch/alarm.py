@@ -98,9 +98,9 @@ class _Series:
         deviations = [abs(value - then) for value in self.first] + [
             abs(value - now) for value in self.last
         ]
-        # each is the standard deviation of normal noise
+        # for normal noise, each of the two is the standard deviation
         spread = max(1.4826 * median(deviations), 1.2533 * fmean(deviations))
-        # of a median: sqrt(pi / 2) times that of a mean
+        # the standard error of a median is sqrt(pi / 2) times that of a mean
         error = 1.2533 * spread * math.sqrt(2 / len(self.first))
         if now == then:
             return then, now, 0.0

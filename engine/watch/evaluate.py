@@ -124,8 +124,8 @@ def evaluate(
     outs = policy.generate(ids, params, request_ids)
     batch = PackedBatch.from_completions(ids, outs, device=policy.decoder.device)
     parts, temperature = batch.split(tokens_per_forward), g.temperature or 1.0
-    # as in training; and what was cached here is not found by the next rollout, whose bits are then
-    # its own
+    # The cache is lent as in training, which also removes the prefixes cached here: the next
+    # rollout cannot reuse them, so its bits do not depend on this evaluation.
     with policy.lend_cache():
         ours = policy.score(batch, temperature=temperature, partition=parts).logp
         theirs = (

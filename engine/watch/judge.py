@@ -140,7 +140,7 @@ def load_judge(spec: str | Path | Callable[..., Any]) -> Judge:
 # ---- judging -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Share:
-    """A share with its 95% interval (Wilson)."""
+    """Share in [0, 1] with its 95% interval (Wilson)."""
 
     value: float
     low: float
@@ -164,7 +164,7 @@ class Share:
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """A judge's verdict on A against B.
+    """Report of a judge's verdicts on the answers of A and B.
 
     Attributes:
         judge: name of the judge.
@@ -214,7 +214,7 @@ def judge_pairs(judge: Judge, pairs: Pairs, groups: Sequence[int] | None = None)
     if count == 0:
         raise RewardError(f"judge {judge.name!r}: expected at least one pair, got none")
     orders = [_verdicts(judge, one) for one in (pairs, pairs.swapped())]
-    # A's probability, standing first and standing second
+    # probability that A is better: given as the first answer, and as the second
     ours = [(p1, 1.0 - p2) for p1, p2 in zip(*orders, strict=True)]
     preferences = [(p + q) / 2 for p, q in ours]
     signs = [(_sign(p), _sign(q)) for p, q in ours]

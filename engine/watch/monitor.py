@@ -69,7 +69,7 @@ class Monitor:
             config.generation.max_new_tokens,
             config.score_clip,
         )
-        # a resumed run's: what watches it is where it was
+        # in a resumed run, repeat the earlier steps, so that detectors are in the same state
         for row in read_rows(run.directory / "metrics.jsonl"):
             self._flat.update(row)
             if self._detector is not None:
@@ -133,7 +133,7 @@ class FlatRewards:
         if "reward_std" not in metrics:
             return None
         beyond = metrics.get("score_clip_fraction") == 1.0
-        # below is the rounding of the mean
+        # differences below this bound are rounding of the mean
         equal = metrics["reward_std"] <= 1e-6 * abs(metrics["reward"])
         flat = (equal and self._needs != "greedy" and not self._alone) or (
             self._needs in ("group", "greedy") and metrics.get("frac_reward_zero_std") == 1.0
@@ -253,7 +253,7 @@ class HeldOut:
             len(self._prompts),
             self._evaluation.samples_per_prompt,
         )
-        # what a reward draws inside changes nothing outside
+        # random draws of a reward function must not change the training run
         with self._run.apart("evaluate"), generators_kept():
             found = evaluate(
                 self._actor,

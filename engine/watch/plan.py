@@ -79,7 +79,7 @@ _UNITS = {
     "gib": 1 << 30,
     "tib": 1 << 40,
 }
-_SHARE = 0.9  # of the memory that training leaves on a GPU: the rest is for what allocators lose
+_SHARE = 0.9  # of the GPU memory that training leaves; the rest is for losses of allocators
 _MOST_TOKENS = 1 << 24  # more than any micro-batch: int32 counts its tokens
 
 
@@ -121,7 +121,7 @@ class Parts:
     optimizer: int
     kv_pool: int
     rotary: int  # cos and sin of every position (kernels/rope.py), of each model that is loaded
-    # held between forward and backward, beyond what the KV pool's memory takes of them
+    # held from forward to backward, without the part that the KV pool's memory holds
     activations: int
     workspace: int  # at the peak, beside all of the above
 
@@ -145,7 +145,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of a run.
+    """Plan of a run's memory.
 
     Attributes:
         devices: number of devices the run is split across; all byte counts are for one device.
@@ -295,7 +295,7 @@ class Planner:
         if self._lora is not None:
             add_adapter(self._decoder, self._lora)
         self._imitates = isinstance(config, RewardModelConfig) and config.imitation_coef > 0
-        # whether log-probabilities are computed by themselves, and not with the loss
+        # whether log-probabilities are computed in a step of their own, before the loss
         self._apart = self._imitates or isinstance(config, DPOConfig)
         if isinstance(config, PolicyConfig) and not (config.strict or config.generation.truncates):
             objective = make_objective(config, config.penalty.coef)
@@ -346,7 +346,7 @@ class Planner:
         self.weights = sum(p.nbytes for p in whole.parameters()) + sum(n * e for n, e in value_head)
         # a reward model uses all but the language model's head
         reached = [(n, e, sign) for found, sign in ((trained, 1), (unused, -1)) for n, e in found]
-        # those of 2 bytes are added up in float32; and sums of lanes wait for one another
+        # gradients of 2 bytes are summed in float32; sums of lanes are kept until all are there
         waiting = self._lanes // self._devices
         self.gradients = sum(sign * n * max(e, 4) for n, e, sign in reached) * waiting.bit_length()
         self._backward = sum(sign * n * e for n, e, sign in reached)  # of one backward pass
@@ -377,7 +377,7 @@ class Planner:
             or (isinstance(config, PolicyConfig) and config.needs_reference)
             else "adapter_off"
         )
-        # only while it scores
+        # on the GPU only while it scores
         self._visiting = base if kind == "host" and self.device.type == "cuda" else 0
         self.reference = 0 if kind == "adapter_off" or self._visiting else base
         judges = config.reward if isinstance(config, SamplingConfig) else ()
@@ -463,12 +463,12 @@ class Planner:
             return resolve_num_blocks(
                 c, self._decoder.weights(), self.model.max_positions, self._cached
             )
-        # when the first rollout asks, there is nothing else
+        # at the first rollout nothing else is in memory
         free = memory - self.weights - self.reference - self.rotary
         if c.memory_fraction is not None:
             return max(2, int(free * c.memory_fraction) // size) - 1
         tokens, checkpointed = self.config.tokens_per_microbatch, self.config.checkpoint_activations
-        # what training keeps lies in the pool, and what it needs beside it comes first
+        # activations are held in the pool; first subtract what training needs outside the pool
         spare = (
             free
             - self.optimizer
@@ -513,7 +513,7 @@ class Planner:
             if self._lora is not None
             else 0
         )  # A x
-        # products, attention and the MLP hold what goes into them in two bytes (model/wide.py)
+        # products, attention and the MLP hold their inputs in two bytes (model/wide.py)
         if self._cached.itemsize < self._a:
             behind = {"pre": 0, "post": 2, "sandwich": 2}[c.norms]
             wide = (
@@ -540,7 +540,7 @@ class Planner:
         saved tensors count them. Heads are included, but logits that a head keeps are not."""
         c, N, e, L = self.model, tokens, self._e, self.model.num_layers
         boundary = N * c.hidden_size * self._a
-        # The first layer has one input; in parallel it is the second's stream, too.
+        # The first layer has one input; in a parallel layout the second layer shares it.
         layers = (
             (2 * L - 1 - (c.parallel and L > 1)) * boundary
             if checkpointed
@@ -608,7 +608,7 @@ class Planner:
             )
             logits = min(workspace(None, N, c.vocab_size), each)
             if isinstance(self.config, PolicyConfig) and self.config.strict:
-                # within the backward pass: the logits and their gradient
+                # the backward pass holds the logits and their gradient
                 logits = 2 * each if keeps_logits(None, each) else logits
             tile, narrow_copy = widened(c.vocab_size * c.hidden_size), learnt * e if e < 4 else 0
             rise = N * c.hidden_size * e
@@ -616,9 +616,9 @@ class Planner:
                 rise += kept + max(each + max(learnt * 4, tile), learnt * 4 + narrow_copy)
             else:
                 rise += logits + learnt * 4 + max(narrow_copy, tile)
-        # The last layer, backwards: its feed-forward's gradients, as what they are made of is let
-        # go; or that of its wider product, with a tile of it wide, or with what it is computed from
-        # in two bytes.
+        # The backward pass of the last layer: the gradients of its feed-forward, whose inputs are
+        # freed on the way; or the gradient of its wider product, with a widened tile, or with its
+        # inputs in two bytes.
         up = (2 if c.gated else 1) * F * c.hidden_size
         narrow = narrow_products(self.device, self.dtype)
         rounded = N * (up // c.hidden_size + 2 * c.hidden_size) * e if narrow else 0
@@ -633,10 +633,10 @@ class Planner:
         held = self.beyond_pool(N, checkpointed) if beyond_pool is None else beyond_pool
         embedding = head * e + 3 * boundary - held  # by then the activations are gone
         generate = max(self._generation_bytes(), self._visiting) - held
-        # the head's part waits for the embedding's
+        # with tied embeddings, the head's gradient is kept until the embedding's is added
         tied = head * e if c.tie_embeddings and rise and not self._imitates else 0
         if isinstance(self.config, PolicyConfig) and self.config.strict:
-            # the recomputed forward's gradients are whole before they are added
+            # the recomputed forward's gradients are complete before they are added
             embedding += self._backward
         return max(0, rise, inside + tied, embedding + tied, generate)
 

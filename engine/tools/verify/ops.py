@@ -93,10 +93,10 @@ def try_op(
         **{name: levels[0] for name, levels in entry.levels_of(impl, device).items()}
     )
     worst, why, refused, moved, fatal = 0.0, list[str](), list[str](), 0, False
-    # torch's own kernels there add by atomics: their bits are not promised
+    # torch's own GPU kernels add by atomics, so their bits may differ between runs
     torchs = impl == "torch" and device.type == "cuda"
     with small_tiles(), warnings.catch_warnings():
-        # numpy's under the interpreter, of NaN and overflow that are meant
+        # under the interpreter, numpy warns of NaN and overflow, which the cases contain on purpose
         warnings.simplefilter("ignore", RuntimeWarning)
         for case in (plain, *drawn):
             try:
@@ -105,7 +105,7 @@ def try_op(
             except CannotServe as error:
                 refused.append(f"{describe(case)}: {error}")
                 continue
-            except Exception as error:  # whatever it is, it is what this row has to say
+            except Exception as error:  # any error is a fault to report in this row
                 why.append(f"{describe(case)}: {type(error).__name__}: {str(error).strip()[:500]}")
                 if fatal := lost(error):
                     break

@@ -85,7 +85,7 @@ def verify_machine(
     ]
     common: Task = {"device": str(device), "catalogue": catalogue}
     tried = [(entry, impl) for entry, impl in pairs if unavailable(impl, device.type) is None]
-    # what takes longest first
+    # start the longest tasks first
     tried.sort(key=lambda pair: (pair[1] != "triton", pair[1] != "torch", -cost_of(pair[0])))
     tasks = [
         common

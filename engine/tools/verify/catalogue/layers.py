@@ -159,7 +159,7 @@ SWIGLU = Entry(
     ),
     wants=("gate_up",),
     triton={"N": (5, 0, 1, 9)},
-    # their products leave float16
+    # their products overflow float16
     cost=lambda case: case.N * case.F,
     fits=lambda case: case.dtype != F16 or case.size < 100,
     timed={"cpu": {"N": 2048, "F": 4864}, "cuda": {"N": 16384, "F": 8192, "dtype": BF16}},
@@ -195,7 +195,7 @@ ACTIVATE_ROWS = Entry(
     cost=lambda case: case.N * case.F,
     fits=lambda case: case.dtype != F16 or case.size < 100,
     timed={"cuda": {"N": 16384, "F": 8192, "dtype": BF16}},
-)  # their products leave float16
+)  # their products overflow float16
 
 
 def _attention_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
@@ -238,8 +238,8 @@ VARLEN_ATTENTION = Entry(
     definition=lambda x, s: {
         "o": definitions.varlen_attention(**x, causal=s["causal"], window=s["window"])
     },
-    # Largest value of 8 at the least: where a token sees itself alone the gradients of q and k are
-    # 0, and what cancels there leaves its rounding.
+    # Count the largest value as at least 8: if a token attends only to itself, the gradients of q
+    # and k are 0, but terms that cancel leave their rounding.
     bounds=lambda problem, want: no_worse(
         problem, want, peer_of(VARLEN_ATTENTION, problem, problem.x["q"].dtype), 8.0, 2.0, 2.0
     ),
@@ -278,8 +278,8 @@ FIXED_LINEAR = Entry(
     _linear_problem,
     forward=lambda x, s, impl: {"y": fixed_linear.fixed_linear(**x, impl=impl)},
     definition=lambda x, s: {"y": definitions.linear(x["x"], x["weight"], x.get("bias"))},
-    # A row alone BLAS sums in many parts, and hardly errs; C++ keeps its one order: K roundings,
-    # each of half an eps.
+    # For a single row, BLAS sums in many parts and has little error; C++ always sums in the same
+    # order: K roundings, each of half an eps.
     bounds=lambda problem, want: {
         "y": Bound(
             0.0,
@@ -432,8 +432,8 @@ def _decode_inputs(
     S: int,
 ) -> Tensors:
     """Make the tokens of a step and the paged cache that the step writes to."""
-    # Every sequence from its first position, its tokens in one call; blocks dealt out at random,
-    # the rest of the table and of the cache wild.
+    # Every sequence starts at its first position, with all its tokens in one call. Blocks are
+    # assigned at random; the rest of the table and of the cache holds invalid values.
     positions = (
         torch.cat([torch.arange(n) for n in case.lengths])
         if case.lengths

@@ -203,8 +203,8 @@ POLICY_LOSS = Entry(
 
 def _value_problem(case: SimpleNamespace, generator: torch.Generator) -> Problem:
     live = token_mask(case.mask, [case.N], generator)
-    # Clear of the clip and of the point where both squares are alike: there rounding picks the
-    # branch.
+    # Keep away from the clip bounds and from the point where both squares are equal: there rounding
+    # decides the branch.
     moved, target = 0.4 * floats(generator, case.N), floats(generator, case.N)
     moved = torch.where((moved.abs() - 0.2).abs() < 1e-3, moved * 1.02, moved)
     target = torch.where(
@@ -223,8 +223,8 @@ def _value_bounds(problem: Problem, want: Tensors) -> dict[str, Bound]:
     total = float(want["loss"].abs())
     x, live = problem.x, problem.x["weights"] != 0
     size = float(x["returns"][live].double().abs().max()) if bool(live.any()) else 1.0
-    # Old value + clip is rounded to float32, of the size of the values: what the squared error of a
-    # clipped one carries along.
+    # Old value + clip is rounded to float32, relative to the size of the values; the squared error
+    # of a clipped value includes that rounding.
     clip = problem.settings.get("clip", problem.settings.get("value_clip"))
     rounded = (
         0.0

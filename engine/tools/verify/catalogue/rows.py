@@ -67,7 +67,7 @@ def _row_case(case: SimpleNamespace) -> bool:
                 and not (case.grad and case.V > 32000)
             )
         )
-    # a few rows of many blocks: seconds under the interpreter
+    # a few rows of many blocks take seconds under the interpreter
     return not (5 <= case.N <= 9 and case.V > 32000) and case.N * case.V <= 1 << 25
 
 
@@ -258,7 +258,7 @@ def _full_kl_problem(case: SimpleNamespace, generator: torch.Generator) -> Probl
     mask = uniform(generator, R) < 0.7 if case.masked and case.layout != "expanded" else None
     if mask is not None:
         z, x = z.masked_fill(~mask[:, None], math.nan), x.masked_fill(~mask[:, None], math.nan)
-    # what 0 times the NaN of a row with +inf is, nobody promises
+    # the result of 0 times the NaN of a row with +inf is not specified
     if R > 4 and bool((x[R - 1] < math.inf).all()):
         g[R - 1] = 0.0
     if case.layout == "expanded":

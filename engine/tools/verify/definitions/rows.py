@@ -88,7 +88,7 @@ def _row_kl(z: Tensor, z_ref: Tensor, T: float, direction: str) -> Tensor:
     def divergence(mine: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return (a[mine].exp() * (a[mine] - b[mine])).sum()
 
-    # log of the mean; a token of one alone has half of its probability there
+    # middle: log of the mean; a token of only one distribution has half its probability there
     if direction == "jsd":
         shared = in_p & in_r
         middle = torch.logaddexp(log_p[shared], log_r[shared]) - math.log(2)
